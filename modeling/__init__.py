@@ -1,0 +1,1 @@
+"""What a LoTLIP checkpoint is: configuration, model, tokenizer and processor."""

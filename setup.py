@@ -1,0 +1,59 @@
+"""Packaging: `modeling/` is installed as `lotlip_hf.modeling`, `conversion/` as `lotlip_hf.conversion`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+INSTALL_REQUIRES = [
+    "torch>=2.6",
+    "transformers>=5.17,<6",
+    "accelerate>=1.1",
+    "filelock>=3.16",
+    "ftfy>=6.1",
+    "huggingface_hub>=1.0",
+    "numpy>=1.26",
+    "pillow>=10.1",
+    "pyarrow>=21.0",
+    "safetensors>=0.5",
+    "tqdm>=4.66",
+]
+
+# Real photographs for `make quickstart`.
+QUICKSTART_REQUIRES = ["scikit-image>=0.24"]
+
+TEST_REQUIRES = [
+    *QUICKSTART_REQUIRES,
+    "parameterized>=0.9",
+    "psutil>=5.9",
+    "pyright[nodejs]>=1.1.400",
+    "pytest>=8.0",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "ruff>=0.14",
+    # Builds the metadata of transformers' source distribution (tests/upstream.py).
+    "setuptools>=80",
+]
+
+setup(
+    name="lotlip-hf",
+    version="0.1.0",
+    description="LoTLIP, a CLIP-like dual encoder for long captions, in the Hugging Face transformers API",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The lotlip-hf authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    package_dir={
+        "lotlip_hf": "lotlip_hf",
+        "lotlip_hf.modeling": "modeling",
+        "lotlip_hf.conversion": "conversion",
+    },
+    packages=[*find_packages(include=["lotlip_hf", "lotlip_hf.*"]), "lotlip_hf.modeling", "lotlip_hf.conversion"],
+    # A link to the file at the top, so that an installed package has the card's template too.
+    package_data={"lotlip_hf": ["MODEL_CARD.md"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require={"quickstart": QUICKSTART_REQUIRES, "test": TEST_REQUIRES},
+    entry_points={"console_scripts": ["lotlip = lotlip_hf.cli:main"]},
+    zip_safe=False,
+)
