@@ -1,0 +1,236 @@
+"""Configurations of LoTLIP: two stock transformers backbones and the few numbers that LoTLIP adds to them."""
+
+import copy
+import math
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+
+def _backbone_attribute(name: str) -> property:
+    """A property that reads and writes `name` on the backbone's configuration, so that each value has one home."""
+
+    def get(self: "_LoTLIPTowerConfig") -> Any:
+        return getattr(self.backbone_config, name)
+
+    def set(self: "_LoTLIPTowerConfig", value: Any) -> None:
+        setattr(self.backbone_config, name, value)
+
+    return property(get, set, doc=f"`{name}` of the backbone's configuration.")
+
+
+class _LoTLIPTowerConfig(PreTrainedConfig):
+    """What both towers share: a backbone's configuration, how it is pooled, and the width it is projected to."""
+
+    sub_configs: ClassVar[dict[str, type]] = {"backbone_config": AutoConfig}
+    default_backbone: ClassVar[dict[str, Any]] = {}
+    supported_backbones: ClassVar[tuple[str, ...]] = ()
+
+    hidden_size = _backbone_attribute("hidden_size")
+    intermediate_size = _backbone_attribute("intermediate_size")
+    num_hidden_layers = _backbone_attribute("num_hidden_layers")
+    num_attention_heads = _backbone_attribute("num_attention_heads")
+    initializer_range = _backbone_attribute("initializer_range")
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        backbone = self.default_backbone if self.backbone_config is None else self.backbone_config
+        if isinstance(backbone, dict):
+            backbone = dict(backbone)
+            model_type = backbone.pop("model_type", self.default_backbone["model_type"])
+            self._check_backbone(model_type)
+            backbone = AutoConfig.for_model(model_type, **backbone)
+        self._check_backbone(backbone.model_type)
+        self.backbone_config = backbone
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def _check_backbone(cls, model_type: str) -> None:
+        if model_type not in cls.supported_backbones:
+            raise ValueError(
+                f"`backbone_config` of {cls.__name__} has model_type {model_type!r}; supported are "
+                f"{', '.join(cls.supported_backbones)}."
+            )
+
+    @property
+    def output_size(self) -> int:
+        """Width of the tower's features: `projection_dim`, or the backbone's hidden size without a projection."""
+        return self.hidden_size if self.projection_dim is None else self.projection_dim
+
+
+@strict
+class LoTLIPTextConfig(_LoTLIPTowerConfig):
+    """
+    Configuration of a LoTLIP text tower: a bidirectional text encoder with learnable corner tokens.
+
+    Args:
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the encoder: BERT, RoBERTa or XLM-RoBERTa. BERT-base by default.
+        num_corner_tokens (`int`, *optional*, defaults to 2):
+            Number m of corner tokens. They take m of the backbone's positions.
+        pooling (`str`, *optional*, defaults to `"pooler"`):
+            How a feature is read off a position: `"pooler"`, the backbone's own pooler (dense and tanh) of [CLS] and
+            of each corner token, as in the released models; `"cls"`, the hidden state itself; `"mean"`, the mean of
+            the hidden states of all tokens, and for a corner token its hidden state.
+        projection_dim (`int`, *optional*, defaults to 768):
+            Width of the linear projection (without bias) of the pooled state; `None` for no projection.
+
+    Raises:
+        ValueError: if the backbone is of a type that is not supported.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf import LoTLIPTextConfig
+
+    >>> config = LoTLIPTextConfig(num_corner_tokens=2)
+    >>> config.backbone_config.model_type, config.hidden_size
+    ('bert', 768)
+    ```
+    """
+
+    model_type = "lotlip_text_model"
+    base_config_key = "text_config"
+    default_backbone = {"model_type": "bert"}
+    supported_backbones = ("bert", "roberta", "xlm-roberta")
+
+    backbone_config: PreTrainedConfig | dict | None = None
+    num_corner_tokens: int = 2
+    pooling: Literal["pooler", "cls", "mean"] = "pooler"
+    projection_dim: int | None = 768
+
+    vocab_size = _backbone_attribute("vocab_size")
+    pad_token_id = _backbone_attribute("pad_token_id")
+    bos_token_id = _backbone_attribute("bos_token_id")
+    eos_token_id = _backbone_attribute("eos_token_id")
+
+    def validate_corner_tokens(self) -> None:
+        if self.num_corner_tokens < 0:
+            raise ValueError(f"`num_corner_tokens` must be 0 or more, got {self.num_corner_tokens}.")
+        if self.max_position_embeddings < 2:
+            raise ValueError(
+                f"`num_corner_tokens`={self.num_corner_tokens} leaves no room for text in the "
+                f"{self.backbone_config.max_position_embeddings} positions of the backbone."
+            )
+
+    @property
+    def position_offset(self) -> int:
+        """Position of [CLS] in the backbone's table: RoBERTa's positions start behind its padding id."""
+        return 0 if self.backbone_config.model_type == "bert" else self.pad_token_id + 1
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Longest text in tokens, [CLS] and [SEP] included: the backbone's positions less the corner tokens'
+        places."""
+        return self.backbone_config.max_position_embeddings - self.position_offset - self.num_corner_tokens
+
+
+@strict
+class LoTLIPVisionConfig(_LoTLIPTowerConfig):
+    """
+    Configuration of a LoTLIP image tower.
+
+    Args:
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the encoder: ViT, DINOv2, CLIP's or SigLIP's image tower. By default ViT-B/16 at 224
+            pixels with timm's LayerNorm epsilon of 1e-6, as in the released model.
+        pooling (`str`, *optional*, defaults to `"cls"`):
+            `"cls"`, the class token after the final norm; `"pooler"`, the backbone's own pooled output (CLIP's
+            normalised class token, SigLIP's attention head, ViT's dense and tanh); `"mean"`, the mean of the patch
+            tokens.
+        projection_dim (`int`, *optional*):
+            Width of the linear projection (without bias); `None`, the default, for no projection.
+
+    Raises:
+        ValueError: if the backbone is of a type that is not supported.
+
+    Example:
+
+    ```python
+    >>> from transformers import Dinov2Config
+    >>> from lotlip_hf import LoTLIPVisionConfig
+
+    >>> config = LoTLIPVisionConfig(backbone_config=Dinov2Config(), projection_dim=512)
+    >>> config.image_size, config.output_size
+    (224, 512)
+    ```
+    """
+
+    model_type = "lotlip_vision_model"
+    base_config_key = "vision_config"
+    default_backbone = {"model_type": "vit", "layer_norm_eps": 1e-6}
+    supported_backbones = ("vit", "dinov2", "siglip_vision_model", "clip_vision_model")
+
+    backbone_config: PreTrainedConfig | dict | None = None
+    pooling: Literal["pooler", "cls", "mean"] = "cls"
+    projection_dim: int | None = None
+
+    image_size = _backbone_attribute("image_size")
+    patch_size = _backbone_attribute("patch_size")
+    num_channels = _backbone_attribute("num_channels")
+
+    def validate_pooling(self) -> None:
+        backbone = self.backbone_config
+        if self.pooling == "cls" and backbone.model_type not in ("vit", "dinov2"):
+            raise ValueError(
+                "`pooling='cls'` needs a class token after a final norm, as ViT and DINOv2 have: use 'pooler', which "
+                "is CLIP's normalised class token or SigLIP's attention head, or 'mean'."
+            )
+        if self.pooling == "pooler" and getattr(backbone, "pooler_output_size", self.hidden_size) != self.hidden_size:
+            raise ValueError(f"`pooler_output_size` must be the hidden size {self.hidden_size}.")
+        if self.pooling == "pooler" and not getattr(backbone, "vision_use_head", True):
+            raise ValueError("`pooling='pooler'` needs SigLIP's head, which `vision_use_head=False` leaves out.")
+
+
+@strict
+class LoTLIPConfig(PreTrainedConfig):
+    """
+    Configuration of a [`LoTLIPModel`]. The defaults are those of the released LoTLIP ViT-B/16.
+
+    Args:
+        text_config (`LoTLIPTextConfig` or `dict`, *optional*): Configuration of the text tower.
+        vision_config (`LoTLIPVisionConfig` or `dict`, *optional*): Configuration of the image tower.
+        projection_dim (`int`, *optional*):
+            Width of the space that both towers share; by default the text tower's. A tower whose features have another
+            width gets a projection to it.
+        logit_scale_init_value (`float`, *optional*, defaults to ln(1 / 0.07)):
+            Initial value of `logit_scale`, the logarithm of the factor on the cosine similarities.
+        short_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the short texts' share of the loss.
+        long_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the long texts' share of the loss.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf import LoTLIPConfig
+
+    >>> config = LoTLIPConfig(text_config={"num_corner_tokens": 4}, projection_dim=512)
+    >>> config.text_config.projection_dim, config.vision_config.projection_dim
+    (512, 512)
+    ```
+    """
+
+    model_type = "lotlip"
+    sub_configs: ClassVar[dict[str, type]] = {"text_config": LoTLIPTextConfig, "vision_config": LoTLIPVisionConfig}
+
+    text_config: LoTLIPTextConfig | dict | None = None
+    vision_config: LoTLIPVisionConfig | dict | None = None
+    projection_dim: int | None = None
+    logit_scale_init_value: float = math.log(1 / 0.07)
+    short_loss_weight: float = 1.0
+    long_loss_weight: float = 1.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for key, config_class in self.sub_configs.items():
+            sub_config = getattr(self, key)
+            if not isinstance(sub_config, config_class):
+                setattr(self, key, config_class(**(sub_config or {})))
+        if self.projection_dim is None:
+            self.projection_dim = self.text_config.output_size
+        for key in self.sub_configs:
+            if getattr(self, key).output_size != self.projection_dim:
+                setattr(self, key, copy.deepcopy(getattr(self, key)))  # the caller's own configuration stays as it is
+                getattr(self, key).projection_dim = self.projection_dim
+        super().__post_init__(**kwargs)
+
+
+__all__ = ["LoTLIPConfig", "LoTLIPTextConfig", "LoTLIPVisionConfig"]

@@ -1,0 +1,852 @@
+"""PyTorch LoTLIP: two stock transformers backbones, and what LoTLIP adds to them: corner tokens, pooling, projection,
+loss."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
+
+from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
+from .loss_lotlip import LoTLIPLoss, lotlip_loss
+from .masking_lotlip import create_corner_mask
+
+
+@dataclass
+class BaseModelOutputWithPoolingAndCorners(BaseModelOutputWithPooling):
+    """
+    Output of a text tower. B is the batch size, T (where `input_ids` had it) the number of texts an image, L the
+    length.
+
+    Args:
+        last_hidden_state: [B, (T,) L, hidden_size], lined up with `input_ids`: the corner tokens are not in it.
+        pooler_output: [B, (T,) hidden_size], the pooled state (projected by `get_text_features`).
+        hidden_states: as `last_hidden_state`, one for the embeddings and one a layer, with
+            `output_hidden_states=True`.
+        attentions: [B, (T,) heads, L, L], one a layer, with `output_attentions=True`.
+        corner_embeds: [B, (T,) m, hidden_size], the pooled states of the corner tokens, where they were computed.
+    """
+
+    corner_embeds: torch.Tensor | None = None
+
+
+@dataclass
+class LoTLIPTextModelOutput(ModelOutput):
+    """
+    Output of [`LoTLIPTextModelWithProjection`]: as CLIP's, and `corner_embeds`.
+
+    Args:
+        text_embeds: [B, (T,) projection_dim], not normalised.
+        last_hidden_state: [B, (T,) L, hidden_size].
+        hidden_states: as `last_hidden_state`, with `output_hidden_states=True`.
+        attentions: [B, (T,) heads, L, L], with `output_attentions=True`.
+        corner_embeds: [B, (T,) m, projection_dim], not normalised, where they were computed.
+    """
+
+    text_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    corner_embeds: torch.Tensor | None = None
+
+
+@dataclass
+class LoTLIPVisionModelOutput(ModelOutput):
+    """
+    Output of [`LoTLIPVisionModelWithProjection`], as CLIP's.
+
+    Args:
+        image_embeds: [B, projection_dim], not normalised.
+        last_hidden_state: [B, 1 + patches, hidden_size] (without the 1 where the backbone has no class token).
+        hidden_states: as `last_hidden_state`, with `output_hidden_states=True`.
+        attentions: [B, heads, tokens, tokens], with `output_attentions=True`.
+    """
+
+    image_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class LoTLIPOutput(ModelOutput):
+    """
+    Output of [`LoTLIPModel`]: CLIP's fields in CLIP's order, then LoTLIP's own. I is the number of images.
+
+    Args:
+        loss: scalar, with `return_loss=True`.
+        logits_per_image: [I, B] or [I, B, T], scaled cosine similarities.
+        logits_per_text: [B, I] or [B, T, I].
+        text_embeds: [B, (T,) projection_dim], normalised.
+        image_embeds: [I, projection_dim], normalised.
+        text_model_output: [`BaseModelOutputWithPoolingAndCorners`] of the text tower.
+        vision_model_output: `BaseModelOutputWithPooling` of the image tower.
+        corner_embeds: [B, (T,) m, projection_dim], normalised, where they were computed.
+        loss_short: scalar, the short texts' share of the loss.
+        loss_long: scalar, the long texts' share of the loss.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_model_output: BaseModelOutputWithPoolingAndCorners | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    corner_embeds: torch.Tensor | None = None
+    loss_short: torch.Tensor | None = None
+    loss_long: torch.Tensor | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+class LoTLIPPreTrainedModel(PreTrainedModel):
+    """Base class of the LoTLIP models: weight initialisation, loading and saving."""
+
+    config: LoTLIPConfig
+    base_model_prefix = "lotlip"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LoTLIPTextModel) and module.corner_embeds is not None:
+            init.normal_(module.corner_embeds, std=module.config.initializer_range)
+        elif isinstance(module, LoTLIPModel):
+            init.constant_(module.logit_scale, module.config.logit_scale_init_value)
+
+
+def _backbone_from_config(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> PreTrainedModel:
+    return AutoModel.from_config(
+        config.backbone_config, **_pooling_layer_argument(config.backbone_config, config.pooling)
+    )
+
+
+def _pooling_layer_argument(backbone_config: PreTrainedConfig, pooling: str) -> dict[str, bool]:
+    """Backbones whose pooler is optional get one only if it is used: an idle layer would never be trained."""
+    has_optional_pooler = backbone_config.model_type in ("bert", "roberta", "xlm-roberta", "vit")
+    return {"add_pooling_layer": pooling == "pooler"} if has_optional_pooler else {}
+
+
+def _projection(in_features: int, out_features: int | None) -> nn.Module:
+    return nn.Identity() if out_features is None else nn.Linear(in_features, out_features, bias=False)
+
+
+def _with_config_defaults(config: PreTrainedConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Passes the tower's settings of what to return on to its backbone, which has a configuration of its own."""
+    defaults = {"output_attentions": config.output_attentions, "output_hidden_states": config.output_hidden_states}
+    return {**defaults, **kwargs, "return_dict": True}
+
+
+def _is_eager_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether looking at values is cheap and allowed: not while compiling, exporting or tracing, and not on a
+    device."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def _check_input_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    if input_ids.dim() not in (2, 3):
+        raise ValueError(
+            f"`input_ids` must have shape [batch, length] or [batch, texts, length], got {list(input_ids.shape)}."
+        )
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(f"`input_ids` must be integers, got {input_ids.dtype}.")
+    if input_ids.numel() and _is_eager_on_cpu(input_ids):
+        low, high = input_ids.min().item(), input_ids.max().item()
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"`input_ids` must lie in [0, {vocab_size}), the model's vocabulary; got ids from {low} to {high}. "
+                "Was the text tokenised with another model's tokenizer?"
+            )
+
+
+class LoTLIPTextModel(LoTLIPPreTrainedModel):
+    """
+    LoTLIP's text tower, without projection: a stock encoder and m learnable corner tokens.
+
+    The corner tokens stand between [CLS] and the words as far as positions go, and behind the text in memory; no text
+    token sees them. They are therefore left out where they are not asked for, and every other output stays the same.
+    """
+
+    config: LoTLIPTextConfig
+    base_model_prefix = "text_model"
+    input_modalities = ("text",)
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^(text|visual)_projection\.", r"^logit_scale$"]
+
+    def __init__(self, config: LoTLIPTextConfig) -> None:
+        super().__init__(config)
+        self.backbone = _backbone_from_config(config)
+        self.corner_embeds = None
+        if config.num_corner_tokens:
+            self.corner_embeds = nn.Parameter(torch.empty(config.num_corner_tokens, config.hidden_size))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        output_corner_embeds: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPoolingAndCorners:
+        r"""
+        Args:
+            input_ids: [B, L] or [B, T, L], plain [CLS] words [SEP] without corner tokens, padded on either side.
+            attention_mask: shape of `input_ids`, 1 for text and 0 for padding. By default what is not `pad_token_id`.
+            position_ids: [L] or shape of `input_ids`, the tokens' places in their text, 0 for [CLS]; the places of the
+                corner tokens and the backbone's own offset are added here. By default counted along `attention_mask`.
+            inputs_embeds: [B, L, hidden_size] or [B, T, L, hidden_size], word embeddings in place of `input_ids`.
+            token_type_ids: shape of `input_ids`; by default zeros.
+            output_corner_embeds: Whether to compute the corner tokens. By default in training mode only.
+
+        Raises:
+            ValueError: on arguments of a wrong shape, type or range, on texts longer than the positions, and on corner
+                tokens under flash attention, which cannot mask them.
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoTokenizer
+        >>> from lotlip_hf import LoTLIPTextModel
+
+        >>> model = LoTLIPTextModel.from_pretrained("checkpoint")
+        >>> tokenizer = AutoTokenizer.from_pretrained("checkpoint")
+
+        >>> inputs = tokenizer(["a photo of a cat", "a dog"], padding=True, return_tensors="pt")
+        >>> pooled = model(**inputs).pooler_output
+        ```"""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if input_ids is not None:
+            _check_input_ids(input_ids, self.config.vocab_size)
+            shape = input_ids.shape
+            if attention_mask is None and self.config.pad_token_id is not None:
+                attention_mask = input_ids != self.config.pad_token_id
+            input_ids = input_ids.reshape(-1, shape[-1])
+        else:
+            if inputs_embeds.dim() not in (3, 4):
+                raise ValueError(
+                    "`inputs_embeds` must have shape [batch, length, hidden] or [batch, texts, length, hidden], got "
+                    f"{list(inputs_embeds.shape)}."
+                )
+            shape = inputs_embeds.shape[:-1]
+            inputs_embeds = inputs_embeds.reshape(-1, *inputs_embeds.shape[-2:])
+        device = input_ids.device if input_ids is not None else inputs_embeds.device
+        if attention_mask is None:
+            attention_mask = torch.ones(shape, dtype=torch.bool, device=device)
+        for name, value in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+            if value is not None and value.shape != shape:
+                raise ValueError(f"`{name}` must have the texts' shape {list(shape)}, got {list(value.shape)}.")
+        attention_mask = attention_mask.reshape(-1, shape[-1])
+        if token_type_ids is not None:
+            token_type_ids = token_type_ids.reshape(-1, shape[-1])
+
+        if output_corner_embeds is None:
+            output_corner_embeds = self.training
+        num_corner_tokens = self.config.num_corner_tokens if output_corner_embeds else 0
+        position_ids = self._backbone_position_ids(position_ids, attention_mask)
+        backbone_mask = attention_mask
+
+        if num_corner_tokens:
+            if is_flash_attention_requested(self.config.backbone_config):
+                raise ValueError(
+                    "Flash attention cannot apply the corner tokens' mask. Load the model with "
+                    "attn_implementation='sdpa' or 'flex_attention' for training, or pass output_corner_embeds=False "
+                    "to leave the corner tokens out."
+                )
+            if inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+                input_ids = None
+            num_texts = inputs_embeds.shape[0]
+            corner_embeds = self.corner_embeds.to(inputs_embeds).expand(num_texts, -1, -1)
+            inputs_embeds = torch.cat([inputs_embeds, corner_embeds], dim=1)  # [N, L + m, hidden_size]
+            corner_positions = torch.arange(1, num_corner_tokens + 1, device=device) + self.config.position_offset
+            position_ids = torch.cat([position_ids, corner_positions.expand(num_texts, -1)], dim=1)
+            if token_type_ids is not None:
+                token_type_ids = nn.functional.pad(token_type_ids, (0, num_corner_tokens))
+            backbone_mask = create_corner_mask(
+                self.config.backbone_config, inputs_embeds, attention_mask, num_corner_tokens
+            )
+
+        outputs = self.backbone(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=backbone_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            **_with_config_defaults(self.config, kwargs),
+        )
+
+        length = shape[-1]
+
+        def line_up(states: torch.Tensor | None, *length_dims: int) -> torch.Tensor | None:
+            """Drops the corner tokens and restores the texts' shape; where neither is needed, nothing changes."""
+            if states is None:
+                return None
+            for dim in length_dims if num_corner_tokens else ():
+                states = states.narrow(dim, 0, length)
+            return states.unflatten(0, shape[:-1]) if len(shape) == 3 else states
+
+        last_hidden_state = outputs.last_hidden_state
+        corner_states = self._pool_corners(last_hidden_state[:, length:]) if num_corner_tokens else None
+        hidden_states, attentions = outputs.hidden_states, outputs.attentions
+        return BaseModelOutputWithPoolingAndCorners(
+            last_hidden_state=line_up(last_hidden_state, 1),
+            pooler_output=line_up(self._pool(last_hidden_state[:, :length], attention_mask)),
+            hidden_states=None if hidden_states is None else tuple(line_up(h, 1) for h in hidden_states),
+            attentions=None if attentions is None else tuple(line_up(a, 2, 3) for a in attentions),
+            corner_embeds=line_up(corner_states),
+        )
+
+    def _backbone_position_ids(self, position_ids: torch.Tensor | None, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[N, L]: places in the text, behind [CLS] moved on by the corner tokens' places, in the backbone's own
+        counting."""
+        length = attention_mask.shape[-1]
+        limit = self.config.max_position_embeddings
+        # padding may reach beyond the positions, text may not
+        may_exceed = position_ids is not None or length > limit
+        if position_ids is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        else:
+            position_ids = position_ids.reshape(-1, length).expand(attention_mask.shape[0], -1)
+        if may_exceed and _is_eager_on_cpu(position_ids) and position_ids.max() >= limit:
+            raise ValueError(
+                f"The longest text has {int(position_ids.max()) + 1} tokens; this model takes {limit}, [CLS] and "
+                "[SEP] included. Tokenise with truncation=True."
+            )
+        behind_cls = (position_ids > 0).long() * self.config.num_corner_tokens
+        return position_ids + behind_cls + self.config.position_offset
+
+    def _pool(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[N, L, hidden_size] -> [N, hidden_size]"""
+        if self.config.pooling == "mean":
+            weights = attention_mask.to(hidden_states.dtype).unsqueeze(-1)
+            return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)
+        cls_index = attention_mask.int().argmax(-1)
+        cls_state = hidden_states[torch.arange(len(hidden_states), device=hidden_states.device), cls_index]
+        return self._pool_corners(cls_state.unsqueeze(1)).squeeze(1)
+
+    def _pool_corners(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[N, m, hidden_size] -> [N, m, hidden_size], each state by itself (a backbone's pooler takes a text's
+        first)"""
+        if self.config.pooling != "pooler":
+            return hidden_states
+        return self.backbone.pooler(hidden_states.flatten(0, 1).unsqueeze(1)).unflatten(0, hidden_states.shape[:2])
+
+
+class LoTLIPVisionModel(LoTLIPPreTrainedModel):
+    """LoTLIP's image tower, without projection: a stock encoder and its pooling."""
+
+    config: LoTLIPVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^(text|visual)_projection\.", r"^logit_scale$"]
+
+    def __init__(self, config: LoTLIPVisionConfig) -> None:
+        super().__init__(config)
+        self.backbone = _backbone_from_config(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values: [B, channels, height, width], normalised by the image processor.
+            interpolate_pos_encoding: Whether to interpolate the position encodings for images of another size than the
+                model's (DINOv2 always does).
+
+        Raises:
+            ValueError: on pixel values of a wrong shape or type.
+
+        Example:
+
+        ```python
+        >>> from PIL import Image
+        >>> from transformers import AutoImageProcessor
+        >>> from lotlip_hf import LoTLIPVisionModel
+
+        >>> model = LoTLIPVisionModel.from_pretrained("checkpoint")
+        >>> processor = AutoImageProcessor.from_pretrained("checkpoint")
+
+        >>> inputs = processor(Image.new("RGB", (640, 480)), return_tensors="pt")
+        >>> pooled = model(**inputs).pooler_output
+        ```"""
+        if pixel_values is None:
+            raise ValueError("`pixel_values` is missing.")
+        if pixel_values.dim() != 4:
+            raise ValueError(
+                f"`pixel_values` must have shape [batch, channels, height, width], got {list(pixel_values.shape)}."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`pixel_values` must be floating point, got {pixel_values.dtype}: pass images through the processor."
+            )
+        if self.config.backbone_config.model_type != "dinov2":
+            kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
+            size = self.config.image_size
+            size = (size, size) if isinstance(size, int) else tuple(size)
+            if not interpolate_pos_encoding and pixel_values.shape[-2:] != size:
+                raise ValueError(
+                    f"`pixel_values` are {list(pixel_values.shape[-2:])}, the model is for {list(size)}: resize the "
+                    "images with the processor, or pass interpolate_pos_encoding=True."
+                )
+        outputs = self.backbone(pixel_values, **_with_config_defaults(self.config, kwargs))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self._pool(outputs),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _pool(self, outputs: BaseModelOutputWithPooling) -> torch.Tensor:
+        """[B, hidden_size]"""
+        if self.config.pooling == "pooler":
+            return outputs.pooler_output
+        if self.config.pooling == "cls":
+            return outputs.last_hidden_state[:, 0]
+        has_class_token = self.config.backbone_config.model_type != "siglip_vision_model"
+        return outputs.last_hidden_state[:, int(has_class_token) :].mean(1)
+
+
+class LoTLIPTextModelWithProjection(LoTLIPPreTrainedModel):
+    """LoTLIP's text tower with its projection to the space that it shares with the images."""
+
+    config: LoTLIPTextConfig
+    base_model_prefix = "text_model"
+    input_modalities = ("text",)
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$"]
+
+    def __init__(self, config: LoTLIPTextConfig) -> None:
+        super().__init__(config)
+        self.text_model = LoTLIPTextModel._from_config(config)
+        self.text_projection = _projection(config.hidden_size, config.projection_dim)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        output_corner_embeds: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LoTLIPTextModelOutput:
+        r"""
+        Arguments and errors are those of [`LoTLIPTextModel`].
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoTokenizer
+        >>> from lotlip_hf import LoTLIPTextModelWithProjection
+
+        >>> model = LoTLIPTextModelWithProjection.from_pretrained("checkpoint")
+        >>> tokenizer = AutoTokenizer.from_pretrained("checkpoint")
+
+        >>> inputs = tokenizer(["a photo of a cat", "a dog"], padding=True, return_tensors="pt")
+        >>> text_embeds = model(**inputs).text_embeds
+        ```"""
+        outputs = self.text_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
+            output_corner_embeds=output_corner_embeds,
+            **{**kwargs, "return_dict": True},
+        )
+        corner_embeds = outputs.corner_embeds
+        return LoTLIPTextModelOutput(
+            text_embeds=self.text_projection(outputs.pooler_output),
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            corner_embeds=None if corner_embeds is None else self.text_projection(corner_embeds),
+        )
+
+
+class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
+    """LoTLIP's image tower with its projection (the identity where the configuration has none)."""
+
+    config: LoTLIPVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
+
+    def __init__(self, config: LoTLIPVisionConfig) -> None:
+        super().__init__(config)
+        self.vision_model = LoTLIPVisionModel._from_config(config)
+        self.visual_projection = _projection(config.hidden_size, config.projection_dim)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.vision_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LoTLIPVisionModelOutput:
+        r"""
+        Arguments and errors are those of [`LoTLIPVisionModel`].
+
+        Example:
+
+        ```python
+        >>> from PIL import Image
+        >>> from transformers import AutoImageProcessor
+        >>> from lotlip_hf import LoTLIPVisionModelWithProjection
+
+        >>> model = LoTLIPVisionModelWithProjection.from_pretrained("checkpoint")
+        >>> processor = AutoImageProcessor.from_pretrained("checkpoint")
+
+        >>> inputs = processor(Image.new("RGB", (640, 480)), return_tensors="pt")
+        >>> image_embeds = model(**inputs).image_embeds
+        ```"""
+        outputs = self.vision_model(
+            pixel_values=pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **{**kwargs, "return_dict": True},
+        )
+        return LoTLIPVisionModelOutput(
+            image_embeds=self.visual_projection(outputs.pooler_output),
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class LoTLIPModel(LoTLIPPreTrainedModel):
+    """
+    LoTLIP, a dual encoder of images and of short and long texts (https://arxiv.org/abs/2410.05249), with the interface
+    of `CLIPModel`.
+    """
+
+    def __init__(self, config: LoTLIPConfig) -> None:
+        super().__init__(config)
+        self.text_model = LoTLIPTextModel._from_config(config.text_config)
+        self.vision_model = LoTLIPVisionModel._from_config(config.vision_config)
+        self.text_projection = _projection(config.text_config.hidden_size, config.text_config.projection_dim)
+        self.visual_projection = _projection(config.vision_config.hidden_size, config.vision_config.projection_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        output_corner_embeds: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPoolingAndCorners:
+        r"""
+        The text tower's output with `pooler_output` [B, (T,) projection_dim] and `corner_embeds` projected, not
+        normalised. Arguments and errors are those of [`LoTLIPTextModel`].
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from transformers import AutoModel, AutoTokenizer
+        >>> import lotlip_hf
+
+        >>> model = AutoModel.from_pretrained("checkpoint")
+        >>> tokenizer = AutoTokenizer.from_pretrained("checkpoint")
+
+        >>> inputs = tokenizer(["a photo of a cat", "a dog"], padding=True, return_tensors="pt")
+        >>> with torch.inference_mode():
+        ...     text_features = model.get_text_features(**inputs).pooler_output
+        ```"""
+        outputs = self.text_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
+            output_corner_embeds=output_corner_embeds,
+            **{**kwargs, "return_dict": True},
+        )
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        if outputs.corner_embeds is not None:
+            outputs.corner_embeds = self.text_projection(outputs.corner_embeds)
+        return outputs
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        The image tower's output with `pooler_output` [B, projection_dim] projected, not normalised. Arguments and
+        errors are those of [`LoTLIPVisionModel`].
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from PIL import Image
+        >>> from transformers import AutoImageProcessor, AutoModel
+        >>> import lotlip_hf
+
+        >>> model = AutoModel.from_pretrained("checkpoint")
+        >>> processor = AutoImageProcessor.from_pretrained("checkpoint")
+
+        >>> inputs = processor(Image.new("RGB", (640, 480)), return_tensors="pt")
+        >>> with torch.inference_mode():
+        ...     image_features = model.get_image_features(**inputs).pooler_output
+        ```"""
+        outputs = self.vision_model(
+            pixel_values=pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **{**kwargs, "return_dict": True},
+        )
+        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
+        return outputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        inputs_embeds: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        output_corner_embeds: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LoTLIPOutput:
+        r"""
+        Arguments and errors are those of [`LoTLIPTextModel`] and [`LoTLIPVisionModel`], and:
+
+        Args:
+            return_loss: Whether to return the loss; text i belongs to image i. For `input_ids` [B, T, L] it is
+                LoTLIP's (`loss_lotlip.lotlip_loss`), for [B, L] CLIP's, which no corner token takes part in.
+            output_corner_embeds: Whether to compute the corner tokens. By default in training mode and where the loss
+                needs them, so that it does not depend on the mode.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from PIL import Image
+        >>> from transformers import AutoModel, AutoProcessor
+        >>> import lotlip_hf
+
+        >>> model = AutoModel.from_pretrained("checkpoint")
+        >>> processor = AutoProcessor.from_pretrained("checkpoint")
+
+        >>> inputs = processor(text=["a cat", "a dog"], images=Image.new("RGB", (640, 480)), return_tensors="pt")
+        >>> with torch.inference_mode():
+        ...     outputs = model(**inputs)
+        >>> probabilities = outputs.logits_per_image.softmax(dim=1)
+        ```"""
+        if output_corner_embeds is None:
+            texts = input_ids if input_ids is not None else inputs_embeds[..., 0]
+            output_corner_embeds = self.training or (bool(return_loss) and texts.dim() == 3)
+        vision_outputs = self.get_image_features(
+            pixel_values, interpolate_pos_encoding, **{**kwargs, "return_dict": True}
+        )
+        text_outputs = self.get_text_features(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
+            output_corner_embeds=output_corner_embeds,
+            **{**kwargs, "return_dict": True},
+        )
+        text_embeds = nn.functional.normalize(text_outputs.pooler_output, dim=-1)
+        image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1).to(text_embeds.device)
+        corner_embeds = text_outputs.corner_embeds
+        if corner_embeds is not None:
+            corner_embeds = nn.functional.normalize(corner_embeds, dim=-1)
+
+        logit_scale = self.logit_scale.exp().to(text_embeds.device)
+        logits_per_text = logit_scale * text_embeds @ image_embeds.t()  # [B, (T,) I]
+        logits_per_image = logits_per_text.movedim(-1, 0)
+
+        loss = LoTLIPLoss(None, None, None)
+        if return_loss:
+            has_many_texts = text_embeds.dim() == 3
+            loss = lotlip_loss(
+                image_embeds,
+                text_embeds if has_many_texts else text_embeds.unsqueeze(1),
+                corner_embeds if has_many_texts else None,
+                logit_scale,
+                self.config.short_loss_weight,
+                self.config.long_loss_weight,
+            )
+        return LoTLIPOutput(
+            loss=loss.loss,
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text_outputs,
+            vision_model_output=vision_outputs,
+            corner_embeds=corner_embeds,
+            loss_short=loss.loss_short,
+            loss_long=loss.loss_long,
+        )
+
+    @classmethod
+    def from_backbones(
+        cls,
+        text: str | PreTrainedModel,
+        vision: str | PreTrainedModel,
+        num_corner_tokens: int = 2,
+        *,
+        text_pooling: str = "pooler",
+        vision_pooling: str | None = None,
+        projection_dim: int | None = None,
+        **config_kwargs: Any,
+    ) -> "LoTLIPModel":
+        r"""
+        A model whose towers start from two pretrained encoders, as in LiT (https://arxiv.org/abs/2111.07991). The
+        corner tokens, the projections and the logit scale are new and must be trained.
+
+        Args:
+            text: Folder, Hub id or model of a BERT, RoBERTa or XLM-RoBERTa encoder.
+            vision: Folder, Hub id or model of a ViT, DINOv2, CLIP or SigLIP encoder; of a whole CLIP or SigLIP its
+                image tower.
+            num_corner_tokens: Number of corner tokens.
+            text_pooling: See [`LoTLIPTextConfig`].
+            vision_pooling: See [`LoTLIPVisionConfig`]; by default `"cls"` for ViT and DINOv2, `"pooler"` for CLIP and
+                SigLIP.
+            projection_dim: Width of the shared space; by default the image encoder's, which then has no projection.
+            config_kwargs: More fields of [`LoTLIPConfig`].
+
+        Raises:
+            ValueError: if an encoder is of a type that is not supported, or lacks weights that its tower needs.
+
+        Example:
+
+        ```python
+        >>> from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+        >>> from lotlip_hf import LoTLIPModel
+
+        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+        >>> text, vision = BertModel(BertConfig(**size)), ViTModel(ViTConfig(**size))
+        >>> model = LoTLIPModel.from_backbones(text, vision, num_corner_tokens=2)
+        >>> model.config.projection_dim
+        32
+        ```
+        """
+        text_encoder = _load_backbone(text, text_pooling)
+        vision_config = _backbone_config(vision)
+        if vision_pooling is None:
+            vision_pooling = "cls" if vision_config.model_type in ("vit", "dinov2") else "pooler"
+        vision_encoder = _load_backbone(vision, vision_pooling)
+        projection_dim = projection_dim or vision_encoder.config.hidden_size
+        config = LoTLIPConfig(
+            text_config=LoTLIPTextConfig(
+                backbone_config=text_encoder.config.to_dict(),
+                num_corner_tokens=num_corner_tokens,
+                pooling=text_pooling,
+                projection_dim=projection_dim,
+            ),
+            vision_config=LoTLIPVisionConfig(
+                backbone_config=vision_encoder.config.to_dict(), pooling=vision_pooling, projection_dim=None
+            ),
+            projection_dim=projection_dim,
+            **config_kwargs,
+        )
+        model = cls(config)
+        for name, backbone, encoder in (
+            ("text", model.text_model.backbone, text_encoder),
+            ("vision", model.vision_model.backbone, vision_encoder),
+        ):
+            keys = backbone.load_state_dict(encoder.state_dict(), strict=False)
+            unexpected = [key for key in keys.unexpected_keys if not key.startswith("pooler.")]
+            if keys.missing_keys or unexpected:
+                raise ValueError(
+                    f"The `{name}` encoder {type(encoder).__name__} does not fit its tower: missing "
+                    f"{keys.missing_keys}, unexpected {unexpected}."
+                )
+        return model
+
+
+def _backbone_config(source: str | PreTrainedModel) -> PreTrainedConfig:
+    config = source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source)
+    return config.vision_config if config.model_type in ("clip", "siglip") else config
+
+
+def _load_backbone(source: str | PreTrainedModel, pooling: str) -> PreTrainedModel:
+    if isinstance(source, PreTrainedModel):
+        return source.vision_model if source.config.model_type in ("clip", "siglip") else source
+    config = _backbone_config(source)
+    return AutoModel.from_pretrained(source, config=config, **_pooling_layer_argument(config, pooling))
+
+
+__all__ = [
+    "BaseModelOutputWithPoolingAndCorners",
+    "LoTLIPModel",
+    "LoTLIPOutput",
+    "LoTLIPPreTrainedModel",
+    "LoTLIPTextModel",
+    "LoTLIPTextModelOutput",
+    "LoTLIPTextModelWithProjection",
+    "LoTLIPVisionModel",
+    "LoTLIPVisionModelOutput",
+    "LoTLIPVisionModelWithProjection",
+]

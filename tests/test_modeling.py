@@ -1,0 +1,570 @@
+"""The model against stock backbones and naive formulations, and its answers to wrong input."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, CLIPModel
+from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+import tiny
+from lotlip_hf import (
+    LoTLIPConfig,
+    LoTLIPModel,
+    LoTLIPTextConfig,
+    LoTLIPTextModel,
+    LoTLIPTextModelWithProjection,
+    LoTLIPVisionConfig,
+    LoTLIPVisionModel,
+    LoTLIPVisionModelWithProjection,
+)
+from lotlip_hf.modeling.loss_lotlip import lotlip_loss
+from lotlip_hf.modeling.masking_lotlip import create_corner_mask
+
+TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
+
+
+def text_model(backbone: str = "bert", **kwargs) -> LoTLIPTextModel:
+    return _spread(LoTLIPTextModel(tiny.text_config(backbone, **kwargs)))
+
+
+def dual_model(text_backbone: str = "bert", vision_backbone: str = "vit", **kwargs) -> LoTLIPModel:
+    return _spread(LoTLIPModel(tiny.config(text_backbone, vision_backbone, **kwargs)))
+
+
+def _spread(model: nn.Module) -> nn.Module:
+    """Weights large enough that attention, positions and corner tokens matter to the outputs."""
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def padded(ids: torch.Tensor, length: int, side: str, pad_token_id: int) -> torch.Tensor:
+    padding = torch.full((ids.shape[0], length - ids.shape[1]), pad_token_id)
+    return torch.cat([padding, ids] if side == "left" else [ids, padding], dim=1)
+
+
+@pytest.fixture(params=list(tiny.TEXT_BACKBONES))
+def text_backbone(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=list(tiny.VISION_BACKBONES))
+def vision_backbone(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+# Corner tokens
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_mask_is_the_papers_rule(side: str) -> None:
+    num_words, num_corners, length = 5, 2, 9
+    ids = padded(tiny.input_ids(1, num_words), length, side, 0)
+    config = tiny.text_config().backbone_config
+    config._attn_implementation = "sdpa"
+    mask = create_corner_mask(config, torch.zeros(1, length + num_corners, 1), ids != 0, num_corners)[0, 0]
+    text = (ids[0] != 0).nonzero().flatten().tolist()
+    cls, words, corners = text[0], text[1:], [length, length + 1]
+    for query in text + corners:
+        for key in range(length + num_corners):
+            if query == key:
+                allowed = True
+            elif query in corners:
+                allowed = key in words
+            else:
+                allowed = key in words or key == cls
+            assert bool(mask[query, key]) == allowed, (query, key)
+
+
+@pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
+def test_leaving_corner_tokens_out_changes_nothing(text_backbone: str, pooling: str) -> None:
+    model = text_model(text_backbone, pooling=pooling)
+    ids = tiny.input_ids(3, 9)
+    with torch.no_grad():
+        without, with_corners = model(ids), model(ids, output_corner_embeds=True)
+    torch.testing.assert_close(with_corners.last_hidden_state, without.last_hidden_state, **TOLERANCE)
+    torch.testing.assert_close(with_corners.pooler_output, without.pooler_output, **TOLERANCE)
+    assert without.corner_embeds is None
+    assert with_corners.corner_embeds.shape == (3, 2, 32)
+    # the corner tokens see the words and differ from one another and from [CLS]
+    features = torch.cat([with_corners.pooler_output.unsqueeze(1), with_corners.corner_embeds], dim=1)
+    assert torch.pdist(features[0]).min() > 1e-2
+    other = ids.clone()
+    other[:, 4] = 7 + (other[:, 4] - 6) % 90
+    with torch.no_grad():
+        changed = model(other, output_corner_embeds=True).corner_embeds
+    assert (changed - with_corners.corner_embeds).abs().amax(-1).min() > 1e-3
+
+
+def test_corner_tokens_are_computed_in_training_and_on_request() -> None:
+    model, ids = text_model(), tiny.input_ids(2, 6)
+    assert model(ids).corner_embeds is None
+    assert model.train()(ids).corner_embeds is not None
+    assert model(ids, output_corner_embeds=False).corner_embeds is None
+    assert text_model(num_corner_tokens=0)(ids, output_corner_embeds=True).corner_embeds is None
+
+
+def test_inference_is_the_stock_backbone_with_shifted_positions(text_backbone: str) -> None:
+    model = text_model(text_backbone)
+    config = model.config
+    ids = tiny.input_ids(3, 9)
+    positions = torch.tensor([0, *range(3, 11)]) + config.position_offset
+    with torch.no_grad():
+        stock = model.backbone(ids, position_ids=positions.expand(3, -1))
+        ours = model(ids)
+    torch.testing.assert_close(ours.last_hidden_state, stock.last_hidden_state, **TOLERANCE)
+    torch.testing.assert_close(ours.pooler_output, stock.pooler_output, **TOLERANCE)
+
+
+def test_without_corner_tokens_it_is_the_stock_backbone(text_backbone: str) -> None:
+    model = text_model(text_backbone, num_corner_tokens=0)
+    ids = tiny.input_ids(3, 9)
+    with torch.no_grad():
+        stock, ours = model.backbone(ids), model(ids, output_hidden_states=True)
+    torch.testing.assert_close(ours.last_hidden_state, stock.last_hidden_state, **TOLERANCE)
+    assert ours.hidden_states[-1] is ours.last_hidden_state
+
+
+# Attention implementations, precision, compilation
+
+
+@pytest.mark.parametrize("with_corners", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_attention_implementations_agree(text_backbone: str, side: str, with_corners: bool) -> None:
+    model = text_model(text_backbone)
+    ids = torch.cat([padded(tiny.input_ids(1, n), 12, side, model.config.pad_token_id) for n in (12, 7, 4)])
+    answers = {}
+    for attention in ("eager", "sdpa", "flex_attention"):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            answers[attention] = model(ids, output_corner_embeds=with_corners)
+    for attention in ("sdpa", "flex_attention"):
+        for name in ("pooler_output", "corner_embeds") if with_corners else ("pooler_output",):
+            torch.testing.assert_close(answers[attention][name], answers["eager"][name], **TOLERANCE)
+
+
+def test_flash_attention_refuses_corner_tokens_and_gets_a_padding_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn itself needs a GPU: a stand-in with its contract (a [B, L] mask or none) takes its place here."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    masks = []
+
+    def flash(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        masks.append(attention_mask)
+        mask = None if attention_mask is None else attention_mask[:, None, None].bool()
+        output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return output.transpose(1, 2), None
+
+    model, ids = text_model(), padded(tiny.input_ids(2, 6), 9, "right", 0)
+    with torch.no_grad():
+        expected = model(ids)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
+    assert "flash_attention_2" in ALL_MASK_ATTENTION_FUNCTIONS
+    model.config._attn_implementation = "flash_attention_2"
+    with torch.no_grad():
+        answer = model(ids)
+    torch.testing.assert_close(answer.pooler_output, expected.pooler_output, **TOLERANCE)
+    assert [mask.shape for mask in masks] == [ids.shape] * 2
+    with pytest.raises(ValueError, match="Flash attention cannot apply the corner tokens' mask.*'sdpa'"):
+        model(ids, output_corner_embeds=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    model, ids, images = dual_model(), tiny.input_ids(3, 2, 8), tiny.pixel_values()
+    with torch.no_grad():
+        expected = model(ids, images, return_loss=True)
+        answer = model.to(dtype)(ids, images, return_loss=True)
+    assert answer.text_embeds.dtype == answer.corner_embeds.dtype == answer.loss.dtype == dtype
+    cosine = nn.functional.cosine_similarity(answer.text_embeds.float(), expected.text_embeds, dim=-1)
+    assert cosine.min() > 0.99
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_graph_breaks(training: bool) -> None:
+    model, images = dual_model().train(training), tiny.pixel_values()
+    ids = padded(tiny.input_ids(3, 8), 10, "right", 0).unsqueeze(1).repeat(1, 3, 1)
+    expected = model(ids, images, return_loss=True)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    answer = compiled(ids, images, return_loss=True)
+    torch.testing.assert_close(answer.loss, expected.loss, **TOLERANCE)
+    torch.testing.assert_close(answer.text_embeds, expected.text_embeds, **TOLERANCE)
+    torch.testing.assert_close(answer.corner_embeds, expected.corner_embeds, **TOLERANCE)
+
+
+@pytest.mark.slow
+def test_compiles_to_machine_code() -> None:
+    model, images, ids = dual_model(), tiny.pixel_values(), padded(tiny.input_ids(3, 8), 10, "right", 0)
+    torch.compiler.reset()
+    with torch.inference_mode():
+        expected = model(ids, images)
+        answer = torch.compile(model, fullgraph=True)(ids, images)
+    torch.testing.assert_close(answer.logits_per_image, expected.logits_per_image, **TOLERANCE)
+
+
+# Padding and batches
+
+
+@pytest.mark.parametrize("with_corners", [True, False])
+def test_padding_and_batch_mates_do_not_matter(text_backbone: str, with_corners: bool) -> None:
+    model = text_model(text_backbone)
+    pad, ids = model.config.pad_token_id, tiny.input_ids(1, 8)
+
+    def features(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        with torch.no_grad():
+            outputs = model(input_ids, attention_mask, output_corner_embeds=with_corners)
+        parts = [outputs.pooler_output.unsqueeze(1)] + ([outputs.corner_embeds] if with_corners else [])
+        return torch.cat(parts, dim=1)
+
+    expected = features(ids)
+    beyond_the_positions = model.config.max_position_embeddings + 20
+    for side in ("left", "right"):
+        for length in (9, 20, beyond_the_positions):
+            longer = padded(ids, length, side, pad)
+            torch.testing.assert_close(features(longer), expected, **TOLERANCE)
+            mask = (longer != pad).long()
+            garbage = torch.where(mask.bool(), longer, torch.randint(7, 99, longer.shape))
+            torch.testing.assert_close(features(garbage, mask), expected, **TOLERANCE)
+        mates = torch.cat([padded(tiny.input_ids(1, n), 20, side, pad) for n in (3, 20, 11)])
+        batch = torch.cat([mates, padded(ids, 20, side, pad)])
+        torch.testing.assert_close(features(batch)[-1:], expected, **TOLERANCE)
+
+
+def test_many_texts_are_each_as_alone() -> None:
+    model, ids = dual_model(), tiny.input_ids(3, 4, 8)
+    ids[1, 2, 5:] = 0
+    with torch.no_grad():
+        together = model.get_text_features(ids, output_corner_embeds=True, output_hidden_states=True)
+        alone = [model.get_text_features(ids[:, t], output_corner_embeds=True) for t in range(4)]
+    assert together.last_hidden_state.shape == (3, 4, 8, 32)
+    assert {h.shape for h in together.hidden_states} == {(3, 4, 8, 32)}
+    for t in range(4):
+        torch.testing.assert_close(together.pooler_output[:, t], alone[t].pooler_output, **TOLERANCE)
+        torch.testing.assert_close(together.corner_embeds[:, t], alone[t].corner_embeds, **TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 2, 8)])
+def test_inputs_embeds_positions_and_token_types(text_backbone: str, shape: tuple[int, ...]) -> None:
+    model, ids = text_model(text_backbone), tiny.input_ids(*shape)
+    words = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        expected = model(ids, output_corner_embeds=True)
+        for answer in (
+            model(inputs_embeds=words, output_corner_embeds=True),
+            model(ids, position_ids=torch.arange(8), output_corner_embeds=True),
+            model(ids, position_ids=torch.arange(8).expand(shape), output_corner_embeds=True),
+            model(ids, token_type_ids=torch.zeros_like(ids), output_corner_embeds=True),
+        ):
+            torch.testing.assert_close(answer.pooler_output, expected.pooler_output, **TOLERANCE)
+            torch.testing.assert_close(answer.corner_embeds, expected.corner_embeds, **TOLERANCE)
+        moved = model(ids, position_ids=torch.arange(8) * 2)
+    assert (moved.pooler_output - expected.pooler_output).abs().max() > 1e-3
+
+
+# Image towers
+
+
+@pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
+def test_vision_is_the_stock_backbone(vision_backbone: str, pooling: str) -> None:
+    if pooling == "cls" and vision_backbone in ("siglip", "clip"):
+        with pytest.raises(Exception, match="use 'pooler'"):
+            tiny.vision_config(vision_backbone, pooling=pooling)
+        return
+    model = _spread(LoTLIPVisionModel(tiny.vision_config(vision_backbone, pooling=pooling)))
+    images = tiny.pixel_values()
+    with torch.no_grad():
+        stock, ours = model.backbone(images), model(images)
+    expected = {
+        "pooler": stock.pooler_output,
+        "cls": stock.last_hidden_state[:, 0],
+        "mean": stock.last_hidden_state[:, -16:].mean(1),
+    }[pooling]
+    torch.testing.assert_close(ours.pooler_output, expected, **TOLERANCE)
+    torch.testing.assert_close(ours.last_hidden_state, stock.last_hidden_state, **TOLERANCE)
+
+
+def test_other_image_sizes(vision_backbone: str) -> None:
+    model = dual_model(vision_backbone=vision_backbone)
+    images, larger = tiny.pixel_values(), torch.randn(3, 3, 48, 64)
+    with torch.no_grad():
+        same = model.get_image_features(images, interpolate_pos_encoding=True).pooler_output
+        torch.testing.assert_close(same, model.get_image_features(images).pooler_output, **TOLERANCE)
+        assert model.get_image_features(larger, interpolate_pos_encoding=True).pooler_output.shape == (3, 24)
+        if vision_backbone != "dinov2":  # always interpolates
+            with pytest.raises(ValueError, match=r"\[48, 64\], the model is for \[32, 32\]"):
+                model.get_image_features(larger)
+
+
+# The interface of CLIP
+
+
+@pytest.mark.parametrize("method", ["forward", "get_text_features", "get_image_features"])
+def test_arguments_are_clips(method: str) -> None:
+    clip = [n for n in inspect.signature(getattr(CLIPModel, method)).parameters if n != "kwargs"]
+    ours = list(inspect.signature(getattr(LoTLIPModel, method)).parameters)
+    assert ours[: len(clip)] == clip
+
+
+def test_outputs_are_clips() -> None:
+    model, ids, images = dual_model(), tiny.input_ids(4, 8), tiny.pixel_values(3)
+    with torch.no_grad():
+        outputs = model(ids, images)
+        as_tuple = model(ids, images, return_dict=False)
+    clip = ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds", "text_model_output"]
+    assert list(outputs) == [*clip, "vision_model_output"]
+    assert torch.equal(as_tuple[0], outputs.logits_per_image)
+    assert outputs.logits_per_image.shape == (3, 4)
+    torch.testing.assert_close(outputs.logits_per_text, outputs.logits_per_image.t())
+    torch.testing.assert_close(outputs.text_embeds.norm(dim=-1), torch.ones(4))
+    cosine = outputs.image_embeds @ outputs.text_embeds.t()
+    torch.testing.assert_close(outputs.logits_per_image, cosine * model.logit_scale.exp())
+    text = model.text_model(ids).pooler_output @ model.text_projection.weight.t()
+    torch.testing.assert_close(outputs.text_embeds, nn.functional.normalize(text, dim=-1), **TOLERANCE)
+    assert model.visual_projection.weight.shape == (24, 32)
+    assert model.logit_scale.shape == ()
+
+
+def test_logits_of_many_texts() -> None:
+    model, ids, images = dual_model(), tiny.input_ids(4, 2, 8), tiny.pixel_values(3)
+    with torch.no_grad():
+        outputs = model(ids, images)
+        flat = model(ids.flatten(0, 1), images)
+    torch.testing.assert_close(outputs.logits_per_text, flat.logits_per_text.unflatten(0, (4, 2)), **TOLERANCE)
+    torch.testing.assert_close(outputs.logits_per_image, flat.logits_per_image.unflatten(1, (4, 2)), **TOLERANCE)
+
+
+# The loss
+
+
+def test_loss_of_one_text_is_clips() -> None:
+    outputs = dual_model()(tiny.input_ids(3, 8), tiny.pixel_values(), return_loss=True)
+    torch.testing.assert_close(outputs.loss, image_text_contrastive_loss(outputs.logits_per_text), **TOLERANCE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_loss_of_many_texts_is_the_mean_over_features(training: bool) -> None:
+    model = dual_model().train(training)
+    model.config.short_loss_weight, model.config.long_loss_weight = 0.5, 2.0
+    outputs = model(tiny.input_ids(3, 4, 8), tiny.pixel_values(), return_loss=True)
+
+    def clip_loss(features: torch.Tensor) -> torch.Tensor:
+        return image_text_contrastive_loss(model.logit_scale.exp() * features @ outputs.image_embeds.t())
+
+    long_texts = range(1, 4)
+    losses = [clip_loss(outputs.text_embeds[:, t]) for t in long_texts]
+    losses += [clip_loss(outputs.corner_embeds[:, t, m]) for t in long_texts for m in range(2)]
+    short, num_features = clip_loss(outputs.text_embeds[:, 0]), 1 + 3 * 3
+    torch.testing.assert_close(outputs.loss_short, 0.5 * short / num_features, **TOLERANCE)
+    torch.testing.assert_close(outputs.loss_long, 2.0 * torch.stack(losses).sum() / num_features, **TOLERANCE)
+    torch.testing.assert_close(outputs.loss, outputs.loss_short + outputs.loss_long)
+
+
+def test_loss_wants_as_many_images_as_texts() -> None:
+    with pytest.raises(ValueError, match="2 images and 3 rows"):
+        lotlip_loss(torch.eye(2, 4), torch.zeros(3, 1, 4), None, torch.tensor(1.0))
+
+
+def test_every_parameter_learns() -> None:
+    model = dual_model().train()
+    model(tiny.input_ids(3, 2, 8), tiny.pixel_values(), return_loss=True).loss.backward()
+    # an attention's key bias shifts all scores of a query alike
+    idle = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-10]
+    assert [n for n in idle if not n.endswith(("key.bias", "k_proj.bias"))] == []
+
+
+# Saving, loading, starting from backbones
+
+
+def _settings(config: dict) -> dict:
+    return {
+        k: v for k, v in config.items() if k not in ("dtype", "_name_or_path", "architectures", "transformers_version")
+    }
+
+
+def test_every_combination_is_saved_and_loaded(text_backbone: str, vision_backbone: str, tmp_path: Path) -> None:
+    model = dual_model(text_backbone, vision_backbone)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    ours, theirs = (
+        json.loads(c.to_json_string(use_diff=False), object_hook=_settings) for c in (model.config, loaded.config)
+    )
+    assert ours == theirs
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    for model_class, prefix in (
+        (LoTLIPTextModel, "text_model."),
+        (LoTLIPVisionModel, "vision_model."),
+        (LoTLIPTextModelWithProjection, ""),
+        (LoTLIPVisionModelWithProjection, ""),
+    ):
+        tower, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values()), (model_class, info)
+        for name, tensor in tower.state_dict().items():
+            assert torch.equal(model.state_dict()[prefix + name], tensor), name
+
+
+def test_device_map_and_offload(tmp_path: Path) -> None:
+    model, ids, images = dual_model(), tiny.input_ids(3, 2, 8), tiny.pixel_values()
+    model.save_pretrained(tmp_path / "checkpoint")
+    offloaded = LoTLIPModel.from_pretrained(
+        tmp_path / "checkpoint",
+        device_map="auto",
+        max_memory={"cpu": 60 * 1024},
+        offload_folder=tmp_path / "offload",
+    )
+    places = offloaded.hf_device_map
+    assert places["text_model.backbone.embeddings"] == "cpu"
+    assert places["text_model.backbone.encoder"] == places["vision_model"] == "disk"
+    with torch.no_grad():
+        expected = model(ids, images, return_loss=True)
+        answer = offloaded(ids, images, return_loss=True)
+    torch.testing.assert_close(answer.loss, expected.loss, **TOLERANCE)
+
+
+def test_resize_token_embeddings(tmp_path: Path) -> None:
+    model, ids = dual_model(), tiny.input_ids(2, 8)
+    with torch.no_grad():
+        expected = model.get_text_features(ids).pooler_output
+    model.resize_token_embeddings(120)
+    assert model.config.text_config.vocab_size == model.config.text_config.backbone_config.vocab_size == 120
+    with torch.no_grad():
+        torch.testing.assert_close(model.get_text_features(ids).pooler_output, expected, **TOLERANCE)
+        model.get_text_features(torch.full_like(ids, 119))
+    model.save_pretrained(tmp_path)
+    assert LoTLIPModel.from_pretrained(tmp_path).get_input_embeddings().num_embeddings == 120
+
+
+def stock_backbone(config) -> nn.Module:
+    return _spread(AutoModel.from_config(config.backbone_config))
+
+
+@pytest.mark.parametrize("from_folder", [True, False])
+def test_from_backbones(text_backbone: str, vision_backbone: str, from_folder: bool, tmp_path: Path) -> None:
+    text = stock_backbone(tiny.text_config(text_backbone))
+    vision = stock_backbone(tiny.vision_config(vision_backbone))
+    if from_folder:
+        text.save_pretrained(tmp_path / "text")
+        vision.save_pretrained(tmp_path / "vision")
+        model = LoTLIPModel.from_backbones(tmp_path / "text", tmp_path / "vision", num_corner_tokens=3).eval()
+    else:
+        model = LoTLIPModel.from_backbones(text, vision, num_corner_tokens=3).eval()
+    assert model.text_model.corner_embeds.shape == (3, 32)
+    assert model.config.projection_dim == 32
+    assert isinstance(model.visual_projection, nn.Identity)
+    ids, images = tiny.input_ids(3, 8), tiny.pixel_values()
+    with torch.no_grad():
+        image = vision(images)
+        pooled = image.last_hidden_state[:, 0] if vision_backbone in ("vit", "dinov2") else image.pooler_output
+        torch.testing.assert_close(model.get_image_features(images).pooler_output, pooled, **TOLERANCE)
+        positions = torch.tensor([0, *range(4, 11)]) + model.config.text_config.position_offset
+        stock = text(ids, position_ids=positions.expand(3, -1)).pooler_output
+        torch.testing.assert_close(model.text_model(ids).pooler_output, stock, **TOLERANCE)
+    model.save_pretrained(tmp_path / "lotlip")
+    assert not any(LoTLIPModel.from_pretrained(tmp_path / "lotlip", output_loading_info=True)[1].values())
+
+
+def test_from_backbones_takes_a_clips_image_tower(tmp_path: Path) -> None:
+    from transformers import CLIPConfig
+
+    text_size = {**tiny.SIZE, "vocab_size": 99, "max_position_embeddings": 20}
+    clip = _spread(CLIPModel(CLIPConfig(text_config=text_size, vision_config=tiny.IMAGE_SIZE, projection_dim=24)))
+    clip.save_pretrained(tmp_path)
+    images = tiny.pixel_values()
+    for source in (clip, tmp_path):
+        model = LoTLIPModel.from_backbones(stock_backbone(tiny.text_config()), source, projection_dim=24).eval()
+        with torch.no_grad():
+            expected = clip.vision_model(images).pooler_output
+            torch.testing.assert_close(model.vision_model(images).pooler_output, expected, **TOLERANCE)
+        assert model.visual_projection.weight.shape == (24, 32)
+
+
+def test_from_backbones_refuses_other_encoders(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2Model
+
+    text, vision = stock_backbone(tiny.text_config()), stock_backbone(tiny.vision_config())
+    gpt2 = GPT2Model(GPT2Config(n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="'gpt2'; supported are bert, roberta, xlm-roberta"):
+        LoTLIPModel.from_backbones(gpt2, vision)
+    with pytest.raises(ValueError, match="'bert'; supported are vit"):
+        LoTLIPModel.from_backbones(text, text)
+    without_pooler = AutoModel.from_config(text.config, add_pooling_layer=False)
+    with pytest.raises(ValueError, match="`text` encoder BertModel does not fit.*pooler.dense.weight"):
+        LoTLIPModel.from_backbones(without_pooler, vision)
+    assert LoTLIPModel.from_backbones(without_pooler, vision, text_pooling="cls").config.text_config.pooling == "cls"
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one of `input_ids` and `inputs_embeds`"),
+        ({"input_ids": torch.ones(8, dtype=torch.long)}, r"`input_ids` must have shape .* got \[8\]"),
+        ({"input_ids": torch.ones(1, 1, 1, 8, dtype=torch.long)}, r"`input_ids` must have shape"),
+        ({"input_ids": torch.ones(1, 8)}, "`input_ids` must be integers, got torch.float32"),
+        ({"input_ids": torch.full((1, 8), 99)}, r"`input_ids` must lie in \[0, 99\)"),
+        ({"input_ids": torch.full((1, 8), -1)}, r"`input_ids` must lie in \[0, 99\)"),
+        ({"input_ids": torch.ones(1, 39, dtype=torch.long)}, "39 tokens; this model takes 38.*truncation=True"),
+        (
+            {"input_ids": torch.ones(1, 8, dtype=torch.long), "attention_mask": torch.ones(1, 7)},
+            r"`attention_mask` must have the texts' shape \[1, 8\], got \[1, 7\]",
+        ),
+        (
+            {"input_ids": torch.ones(1, 8, dtype=torch.long), "token_type_ids": torch.ones(8, dtype=torch.long)},
+            "`token_type_ids` must have",
+        ),
+        ({"inputs_embeds": torch.ones(8, 32)}, "`inputs_embeds` must have shape"),
+        (
+            {"input_ids": torch.ones(1, 8, dtype=torch.long), "position_ids": torch.arange(8) + 31},
+            "takes 38",
+        ),
+    ],
+)
+def test_wrong_texts_are_named(arguments: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        text_model()(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "`pixel_values` is missing"),
+        (torch.zeros(3, 32, 32), r"`pixel_values` must have shape .* got \[3, 32, 32\]"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "`pixel_values` must be floating point, got torch.uint8"),
+        (torch.zeros(1, 3, 16, 32), "16"),
+        (torch.zeros(1, 1, 32, 32), "channel"),
+    ],
+)
+def test_wrong_images_are_named(images: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoTLIPVisionModel(tiny.vision_config())(images)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoTLIPTextConfig(backbone_config={"model_type": "gpt2"}), "'gpt2'; supported are bert"),
+        (lambda: LoTLIPVisionConfig(backbone_config={"model_type": "bert"}), "'bert'; supported are vit"),
+        (lambda: LoTLIPTextConfig(num_corner_tokens=-1), "`num_corner_tokens` must be 0 or more"),
+        (lambda: LoTLIPTextConfig(num_corner_tokens=511), "leaves no room for text"),
+        (lambda: LoTLIPTextConfig(pooling="max"), "pooling"),
+    ],
+)
+def test_wrong_configurations_are_named(make, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        make()
+
+
+def test_configuration_leaves_the_callers_alone() -> None:
+    vision = tiny.vision_config()
+    config = LoTLIPConfig(text_config=tiny.text_config(), vision_config=vision, projection_dim=16)
+    assert vision.projection_dim is None
+    assert config.vision_config.projection_dim == config.text_config.projection_dim == 16

@@ -1,0 +1,67 @@
+"""Tiny random configurations and inputs, shared by the tests."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    BertConfig,
+    CLIPVisionConfig,
+    Dinov2Config,
+    PreTrainedConfig,
+    RobertaConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+    XLMRobertaConfig,
+)
+
+from lotlip_hf import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
+
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
+TEXT_SIZE = {**SIZE, "vocab_size": 99, "max_position_embeddings": 40}
+IMAGE_SIZE = {**SIZE, "image_size": 32, "patch_size": 8}
+
+TEXT_BACKBONES: dict[str, type[PreTrainedConfig]] = {
+    "bert": BertConfig,
+    "roberta": RobertaConfig,
+    "xlm-roberta": XLMRobertaConfig,
+}
+VISION_BACKBONES: dict[str, tuple[type[PreTrainedConfig], str]] = {
+    "vit": (ViTConfig, "cls"),
+    "dinov2": (Dinov2Config, "cls"),
+    "siglip": (SiglipVisionConfig, "pooler"),
+    "clip": (CLIPVisionConfig, "pooler"),
+}
+
+
+def text_config(backbone: str = "bert", **kwargs: Any) -> LoTLIPTextConfig:
+    """A text tower's configuration; no dropout, so that training mode is deterministic."""
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    backbone_config = TEXT_BACKBONES[backbone](**TEXT_SIZE, **dropout)
+    return LoTLIPTextConfig(backbone_config=backbone_config, **{"projection_dim": 24, **kwargs})
+
+
+def vision_config(backbone: str = "vit", **kwargs: Any) -> LoTLIPVisionConfig:
+    """An image tower's configuration with the pooling that suits the backbone."""
+    config_class, pooling = VISION_BACKBONES[backbone]
+    return LoTLIPVisionConfig(backbone_config=config_class(**IMAGE_SIZE), **{"pooling": pooling, **kwargs})
+
+
+def config(text_backbone: str = "bert", vision_backbone: str = "vit", **kwargs: Any) -> LoTLIPConfig:
+    """Both towers, projected to 24 dimensions."""
+    return LoTLIPConfig(
+        text_config=text_config(text_backbone, **kwargs),
+        vision_config=vision_config(vision_backbone),
+        projection_dim=24,
+    )
+
+
+def input_ids(*shape: int, pad_token_id: int = 0) -> torch.Tensor:
+    """Random ids [..., L] of texts without padding: [CLS] is 5, [SEP] is 6, words are above."""
+    ids = torch.randint(7, TEXT_SIZE["vocab_size"], shape)
+    ids[..., 0], ids[..., -1] = 5, 6
+    return ids
+
+
+def pixel_values(batch_size: int = 3) -> torch.Tensor:
+    """Random images [B, 3, 32, 32]."""
+    return torch.randn(batch_size, 3, IMAGE_SIZE["image_size"], IMAGE_SIZE["image_size"])
