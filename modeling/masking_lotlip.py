@@ -1,10 +1,14 @@
 """The attention mask of LoTLIP's corner tokens."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 def corner_mask_function(num_tokens: int, cls_index: torch.Tensor) -> Callable:
@@ -21,7 +25,9 @@ def corner_mask_function(num_tokens: int, cls_index: torch.Tensor) -> Callable:
         A function (batch, head, query, key) -> bool for transformers' `and_mask_function`.
     """
 
-    def allowed(batch_idx: int, head_idx: int, q_idx: int, kv_idx: int) -> torch.Tensor:
+    def allowed(
+        batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
+    ) -> torch.Tensor:
         corner_query, corner_key = q_idx >= num_tokens, kv_idx >= num_tokens
         to_itself = q_idx == kv_idx
         to_cls = kv_idx == cls_index[batch_idx]
@@ -32,7 +38,7 @@ def corner_mask_function(num_tokens: int, cls_index: torch.Tensor) -> Callable:
 
 def create_corner_mask(
     config: PreTrainedConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, num_corner_tokens: int
-) -> torch.Tensor:
+) -> "torch.Tensor | BlockMask | None":
     """
     The mask in the form that the backbone's attention implementation takes: additive for `eager`, boolean for `sdpa`,
     a block mask for `flex_attention`.
@@ -45,7 +51,7 @@ def create_corner_mask(
         num_corner_tokens: m.
 
     Returns:
-        A mask over [batch_size, 1, L + m, L + m].
+        A mask over [batch_size, 1, L + m, L + m]; `None` for an attention implementation that takes no mask.
     """
     text_mask = attention_mask.bool()
     with_corners = torch.nn.functional.pad(text_mask, (0, num_corner_tokens), value=True)

@@ -112,7 +112,7 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
 
     config: LoTLIPConfig
     base_model_prefix = "lotlip"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -182,7 +182,7 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
 
     config: LoTLIPTextConfig
     base_model_prefix = "text_model"
-    input_modalities = ("text",)
+    input_modalities = ["text"]
     _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^(text|visual)_projection\.", r"^logit_scale$"]
 
     def __init__(self, config: LoTLIPTextConfig) -> None:
@@ -361,7 +361,7 @@ class LoTLIPVisionModel(LoTLIPPreTrainedModel):
     config: LoTLIPVisionConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^(text|visual)_projection\.", r"^logit_scale$"]
 
     def __init__(self, config: LoTLIPVisionConfig) -> None:
@@ -434,7 +434,7 @@ class LoTLIPVisionModel(LoTLIPPreTrainedModel):
     def _pool(self, outputs: BaseModelOutputWithPooling) -> torch.Tensor:
         """[B, hidden_size]"""
         if self.config.pooling == "pooler":
-            return outputs.pooler_output
+            return outputs.pooler_output  # pyright: ignore[reportReturnType]
         if self.config.pooling == "cls":
             return outputs.last_hidden_state[:, 0]
         has_class_token = self.config.backbone_config.model_type != "siglip_vision_model"
@@ -446,7 +446,7 @@ class LoTLIPTextModelWithProjection(LoTLIPPreTrainedModel):
 
     config: LoTLIPTextConfig
     base_model_prefix = "text_model"
-    input_modalities = ("text",)
+    input_modalities = ["text"]
     _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$"]
 
     def __init__(self, config: LoTLIPTextConfig) -> None:
@@ -512,7 +512,7 @@ class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
     config: LoTLIPVisionConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
 
     def __init__(self, config: LoTLIPVisionConfig) -> None:
@@ -833,7 +833,8 @@ def _backbone_config(source: str | PreTrainedModel) -> PreTrainedConfig:
 
 def _load_backbone(source: str | PreTrainedModel, pooling: str) -> PreTrainedModel:
     if isinstance(source, PreTrainedModel):
-        return source.vision_model if source.config.model_type in ("clip", "siglip") else source
+        is_dual = source.config.model_type in ("clip", "siglip")
+        return source.vision_model if is_dual else source  # pyright: ignore[reportReturnType]
     config = _backbone_config(source)
     return AutoModel.from_pretrained(source, config=config, **_pooling_layer_argument(config, pooling))
 

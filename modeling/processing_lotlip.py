@@ -1,0 +1,145 @@
+"""LoTLIP's processor: texts and images in, everything the model takes out."""
+
+from typing import Any
+
+from transformers import BatchFeature, CLIPImageProcessorPil
+from transformers.image_utils import ImageInput, is_pil_image
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+
+# Captions are padded to the longest of the batch and cut at the tokenizer's `model_max_length`, unless told otherwise.
+TEXT_DEFAULTS: TextKwargs = {"padding": True, "truncation": True}
+
+
+class LoTLIPProcessorKwargs(ProcessingKwargs, total=False):
+    # For transformers 5.17; later versions read `LoTLIPProcessor.text_kwargs`.
+    _defaults = {"text_kwargs": TEXT_DEFAULTS}  # pyright: ignore[reportGeneralTypeIssues]
+
+
+class LoTLIPProcessor(ProcessorMixin):
+    """
+    A LoTLIP tokenizer and a stock CLIP image processor as one, used like `CLIPProcessor`.
+
+    `text` is a string, a list of strings, or one list of strings for each image (`[[short, long, ...], ...]`, the same
+    number for each), which gives `input_ids` and `attention_mask` of shape [B, T, L]. Texts are padded to the longest
+    and cut at `tokenizer.model_max_length`; `padding`, `truncation` and `max_length` in the call win.
+
+    `images` is what any image processor of transformers takes: PIL images, arrays, tensors, or paths and URLs. A path
+    or URL is opened as `transformers.image_utils.load_image` does, with its EXIF orientation applied; a PIL image is
+    taken as it lies. Either way transparency is dropped, as `Image.convert("RGB")` does and as in the official code.
+
+    Args:
+        image_processor (`CLIPImageProcessor` or `CLIPImageProcessorPil`):
+            The image processor, with either backend. See `official_image_processor` for the released models' settings.
+        tokenizer (`LoTLIPTokenizer`):
+            The tokenizer.
+
+    Example:
+
+    ```python
+    >>> processor = LoTLIPProcessor(official_image_processor(), tokenizer)
+    >>> batch = processor(text=[["a cat", "A cat sleeps. It is grey."]], images=["cat.jpg"], return_tensors="pt")
+    >>> batch["input_ids"].shape, batch["pixel_values"].shape
+    (torch.Size([1, 2, 9]), torch.Size([1, 3, 224, 224]))
+    ```
+    """
+
+    valid_processor_kwargs = LoTLIPProcessorKwargs
+    text_kwargs = TEXT_DEFAULTS
+
+    def __init__(self, image_processor: Any, tokenizer: Any) -> None:
+        super().__init__(image_processor, tokenizer)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | list[list[str]] | None = None,
+        **kwargs: Unpack[LoTLIPProcessorKwargs],
+    ) -> BatchFeature:
+        """Prepare texts, images, or both.
+
+        Args:
+            images: An image or a list of B images.
+            text: A text, a list of texts, or for each of B images a list of T texts.
+            kwargs: Arguments of the tokenizer and of the image processor, as for every processor of transformers.
+
+        Returns:
+            `input_ids` and `attention_mask` ([N, L] for N texts, [B, T, L] for nested ones; one text gives [L], with
+            `return_tensors` [1, L]) and `pixel_values` [B, 3, H, W], each where its input was given.
+
+        Raises:
+            ValueError: neither texts nor images were given, or the lists of texts differ in length.
+        """
+        if images is not None:
+            images = _without_alpha(self.image_processor.fetch_images(images))
+        pretokenized = kwargs.get("is_split_into_words") or kwargs.get("text_kwargs", {}).get("is_split_into_words")
+        rows = list(text) if isinstance(text, (list, tuple)) else []
+        if pretokenized or not any(isinstance(row, (list, tuple)) for row in rows):
+            return super().__call__(images=images, text=rows if isinstance(text, tuple) else text, **kwargs)
+
+        texts_per_image = _texts_per_image(rows)
+        encoding = super().__call__(images=images, text=[one for row in rows for one in row], **kwargs)
+        if "overflow_to_sample_mapping" in encoding:
+            raise ValueError("Lists of texts do not go with `return_overflowing_tokens`: their number would differ.")
+        for name in encoding.keys() - set(self.image_processor.model_input_names):
+            encoding[name] = _in_rows(encoding[name], texts_per_image)
+        return encoding
+
+
+def official_image_processor(image_size: int = 224) -> CLIPImageProcessorPil:
+    """The preprocessing of the released LoTLIP models: bicubic to `image_size`, centre crop, mean and deviation 0.5.
+
+    Saved, it is a plain `CLIPImageProcessor`, which loads with whichever backend is installed.
+
+    Args:
+        image_size: The shortest edge and the side of the crop, in pixels.
+
+    Returns:
+        An image processor that gives `pixel_values` [B, 3, image_size, image_size].
+    """
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+
+
+def _without_alpha(images: Any) -> Any:
+    """The opaque pictures, with the colours that lie under what is transparent.
+
+    Newer versions of transformers lay a PIL image with an alpha channel, or with one colour declared transparent, on
+    white; older ones and the official code drop the transparency.
+    """
+    if isinstance(images, (list, tuple)):
+        return [_without_alpha(image) for image in images]
+    if is_pil_image(images) and ("A" in images.getbands() or "transparency" in images.info):
+        images = images.convert("RGB")
+        images.info.pop("transparency", None)  # which `convert` keeps
+    return images
+
+
+def _texts_per_image(text: list[Any]) -> int:
+    """T, if every row of `text` holds T texts."""
+    for index, row in enumerate(text):
+        if not isinstance(row, (list, tuple)):
+            raise ValueError(
+                f"`text[{index}]` is a {type(row).__name__} where others are lists: give every image a list of texts."
+            )
+        if not row or not all(isinstance(one, str) for one in row):
+            raise ValueError(f"`text[{index}]` must be a list of one or more strings.")
+        if len(row) != len(text[0]):
+            raise ValueError(
+                f"`text[{index}]` holds {len(row)} texts and `text[0]` {len(text[0])}: "
+                "every image needs the same number of texts."
+            )
+    return len(text[0])
+
+
+def _in_rows(values: Any, columns: int) -> Any:
+    """[rows * columns, ...] -> [rows, columns, ...], for a tensor, an array or a list."""
+    if isinstance(values, list):
+        return [values[start : start + columns] for start in range(0, len(values), columns)]
+    return values.reshape(-1, columns, *values.shape[1:])
+
+
+__all__ = ["LoTLIPProcessor"]

@@ -1,0 +1,359 @@
+"""The text side of LoTLIP's input: the official cleaning and sentence splitting around any fast tokenizer."""
+
+import html
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import ftfy
+from tokenizers import AddedToken, models, normalizers
+from transformers import BertTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import BatchEncoding
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Where two sentences meet while a text is cleaned. ftfy looks at a character's neighbours, so this is the official
+# code's own "[SEP]", whatever the tokenizer calls its separator.
+JOINER = "[SEP]"
+# Text that ftfy and `html.unescape` return as it is, but for its white space.
+PLAIN_TEXT = re.compile(r"[ -%'-~\t\n\r]*")
+# ftfy undoes one level of "&amp;amp;..." with each pass over the text: a million characters of it would take hours.
+DEEP_AMPERSAND = re.compile(r"&(?:amp;){16,}")
+SURROGATE = re.compile("[\ud800-\udfff]")
+# A code point that Unicode keeps free for a program's own use.
+MARK = "\ufdd0"
+
+
+def clean(text: str) -> str:
+    """Repair a text as the official code does: `ftfy.fix_text`, `html.unescape` twice, white space collapsed.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        The repaired text, with single spaces and none at either end.
+
+    Example:
+
+    ```python
+    >>> clean("schÃ¶n &amp;amp;  neu")
+    'schön & neu'
+    ```
+    """
+    if not PLAIN_TEXT.fullmatch(text):
+        text = DEEP_AMPERSAND.sub("&" + 16 * "amp;", text)
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split())
+
+
+class LoTLIPTokenizer(TokenizersBackend):
+    """
+    A tokenizer for long captions: it cleans the text, marks where sentences end, and hands it to a fast tokenizer.
+
+    It takes any `tokenizer.json` (BERT's WordPiece, RoBERTa's BPE, XLM-R's Unigram) or a folder that holds just BERT's
+    `vocab.txt`, and gives `[CLS] words [SEP]`. LoTLIP's corner tokens are no tokens here: the model adds them, so
+    `model_max_length` is the model's number of positions less its corner tokens (126 for the released models).
+
+    The steps are those of the official code (`open_clip/tokenizer.py` of wuw2019/LoTLIP), in its order: every `". "`
+    becomes the separator token (so a full stop that ends a sentence goes), the text is cleaned, then tokenized. One
+    thing differs: what stands in a text stays text. `"[SEP]"` or `"[MASK]"` written out in a caption, or spelt as
+    `"&#91;SEP&#93;"`, is three or more ordinary tokens, never the special one.
+
+    Words given with `is_split_into_words=True` are taken as they are: neither cleaned nor split into sentences.
+    Offsets (`return_offsets_mapping`, `char_to_token`, ...) count characters of the cleaned text.
+
+    Args:
+        vocab (`str` or `dict[str, int]`, *optional*):
+            BERT's `vocab.txt` (a path) or its content, in place of a `tokenizer.json`. `do_lower_case`,
+            `strip_accents` and `tokenize_chinese_chars` are then those of `BertTokenizer`.
+        clean_text (`bool`, *optional*, defaults to `True`):
+            Whether to repair broken encodings and HTML entities and to collapse white space (see `clean`).
+        split_sentences (`bool`, *optional*, defaults to `True`):
+            Whether every `". "` becomes the separator token.
+        split_special_tokens (`bool`, *optional*, defaults to `True`):
+            Whether special tokens written out in a text are text. `False`, here or in a call, reads them as special
+            tokens, as the official code does.
+
+    Raises:
+        ValueError: `vocab` lacks one of BERT's special tokens, or there is nothing to build a tokenizer from.
+
+    Example:
+
+    ```python
+    >>> tokenizer = LoTLIPTokenizer.from_pretrained("folder-with-vocab.txt", model_max_length=126)
+    >>> tokenizer.tokenize("A cat sleeps. A dog barks at the [MASK].")
+    ['a', 'cat', 'sleeps', '[SEP]', 'a', 'dog', 'barks', 'at', 'the', '[', 'mask', ']', '.']
+    ```
+    """
+
+    vocab_files_names = {"vocab_file": "vocab.txt", "tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab: str | dict[str, int] | None = None,
+        clean_text: bool = True,
+        split_sentences: bool = True,
+        split_special_tokens: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.clean_text = clean_text
+        self.split_sentences = split_sentences
+        if vocab is not None:
+            kwargs = _word_piece(vocab, kwargs)
+        elif kwargs.get("tokenizer_object") is None and kwargs.get("tokenizer_file") is None:
+            raise ValueError(
+                f"LoTLIPTokenizer found no tokenizer.json or vocab.txt in {kwargs.get('name_or_path') or 'no folder'} "
+                "and no `vocab` was given. For a tokenizer kept in other files use "
+                "LoTLIPTokenizer.from_backbone_tokenizer(AutoTokenizer.from_pretrained(...))."
+            )
+        super().__init__(
+            clean_text=clean_text,
+            split_sentences=split_sentences,
+            split_special_tokens=split_special_tokens,
+            **kwargs,
+        )
+        # A special token is looked for in the text before it is normalised, so that no normaliser can write one.
+        self._tokenizer.add_special_tokens(
+            [
+                AddedToken(t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip, normalized=False)
+                for t in self.added_tokens_decoder.values()
+                if t.special and t.normalized
+            ]
+        )
+
+    @classmethod
+    def from_backbone_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> "LoTLIPTokenizer":
+        """Put LoTLIP's cleaning and sentence splitting around the tokenizer of a pretrained text encoder.
+
+        Args:
+            tokenizer: A fast tokenizer, as `AutoTokenizer.from_pretrained` gives it. It is copied, not changed.
+            kwargs: This class's arguments. `model_max_length` should be the encoder's number of usable positions less
+                the corner tokens.
+
+        Returns:
+            A tokenizer with the same vocabulary and special tokens.
+
+        Raises:
+            ValueError: `tokenizer` is not a fast tokenizer.
+
+        Example:
+
+        ```python
+        >>> roberta = AutoTokenizer.from_pretrained("FacebookAI/roberta-base")
+        >>> tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(roberta, model_max_length=510)
+        ```
+        """
+        if not isinstance(tokenizer, TokenizersBackend):
+            raise ValueError(
+                f"`tokenizer` must be a fast tokenizer (one with a tokenizer.json), got {type(tokenizer).__name__}."
+            )
+        settings = {
+            "model_max_length": tokenizer.model_max_length,
+            "padding_side": tokenizer.padding_side,
+            "truncation_side": tokenizer.truncation_side,
+            **tokenizer.special_tokens_map,
+            **kwargs,
+        }
+        return cls(tokenizer_object=tokenizer.backend_tokenizer, **settings)
+
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
+        # A tokenizer.json is the whole tokenizer, whatever its kind: no part of it is built anew.
+        tokenizer_file = kwargs.get("tokenizer_file")
+        if tokenizer_file is not None and os.path.isfile(tokenizer_file):
+            return kwargs
+        return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
+
+    def count_truncated(self, encoding: BatchEncoding) -> int:
+        """How many of the texts that one call of this tokenizer returned were cut at its length limit.
+
+        Args:
+            encoding: What the tokenizer returned, before any `pad`.
+
+        Returns:
+            The number of texts (or text pairs) that were longer than the limit.
+
+        Raises:
+            ValueError: `encoding` does not come from a tokenizer call, or keeps the overflowing tokens.
+
+        Example:
+
+        ```python
+        >>> batch = tokenizer(texts, truncation=True, verbose=False)
+        >>> print(f"{tokenizer.count_truncated(batch)} of {len(texts)} texts were cut")
+        ```
+        """
+        if not isinstance(encoding, BatchEncoding) or encoding.encodings is None:
+            raise ValueError("`encoding` must be what a call of this tokenizer returned.")
+        if "overflow_to_sample_mapping" in encoding:
+            raise ValueError("`encoding` was made with `return_overflowing_tokens=True`: nothing was cut from it.")
+        return sum(1 for text in encoding.encodings if text.overflowing)
+
+    def _encode_plus(
+        self,
+        text: Any,
+        text_pair: Any = None,
+        is_split_into_words: bool = False,
+        split_special_tokens: bool | None = None,
+        return_overflowing_tokens: bool = False,
+        verbose: bool = True,
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        """All of `__call__`, `encode` and `tokenize` come through here."""
+        if split_special_tokens is None:
+            split_special_tokens = self.split_special_tokens
+        kwargs.update(return_overflowing_tokens=return_overflowing_tokens, verbose=verbose)
+        normalizer, unmark = self._tokenizer.normalizer, None
+        # The marks of a chat template would not survive the cleaning.
+        if not kwargs.get("sanitize_control_tokens"):
+            if isinstance(text, (list, tuple)) and not text:
+                raise ValueError("`text` is empty: it must hold at least one string.")
+            strings = [*_strings(text, "text", is_split_into_words)]
+            if text_pair is not None:
+                strings += _strings(text_pair, "text_pair", is_split_into_words)
+            if is_split_into_words or not self.clean_text:  # cleaning would mend them
+                _check_surrogates(strings)
+            sentences = {one: [one] if is_split_into_words else self._sentences(one) for one in strings}
+            if split_special_tokens:
+                unmark = self._mark_special_tokens(sentences)
+                split_special_tokens = False  # what is left in the texts is plain, and the separators are ours
+            joined = {one: (self.sep_token or "").join(parts) for one, parts in sentences.items()}
+            text, text_pair = _replaced(text, joined), _replaced(text_pair, joined)
+
+        if unmark is not None:
+            self._tokenizer.normalizer = normalizers.Sequence([unmark, normalizer] if normalizer else [unmark])
+        try:
+            encoding = super()._encode_plus(
+                text,
+                text_pair,
+                is_split_into_words=is_split_into_words,
+                split_special_tokens=split_special_tokens,
+                **kwargs,
+            )
+        finally:
+            if unmark is not None:
+                self._tokenizer.normalizer = normalizer
+        if verbose and not return_overflowing_tokens and encoding.encodings is not None:
+            self._warn_once_of_truncation(encoding, kwargs.get("max_length"))
+        return encoding
+
+    def _sentences(self, text: str) -> list[str]:
+        """The cleaned text, cut where the separator token belongs."""
+        if self.split_sentences and self.sep_token is None:
+            raise ValueError(
+                "`split_sentences=True` puts the separator token between sentences, but this tokenizer has no "
+                "`sep_token`: set one, or load it with `split_sentences=False`."
+            )
+        sentences = text.split(". ") if self.split_sentences else [text]
+        if not self.clean_text:
+            return sentences
+        # ftfy must see the whole text, so it is cleaned joined. A joiner that the text holds as well, or that cleaning
+        # makes out of something else in it ("&#91;SEP&#93;"), gives way to another one; so does one that would
+        # complete a terminal's escape sequence ("\x1b[S"), which ftfy removes.
+        joiner = JOINER if "\x1b" not in text else "(SEP)"
+        while True:
+            cleaned = clean(joiner.join(sentences))
+            if cleaned.count(joiner) == len(sentences) - 1:
+                return cleaned.split(joiner)
+            taken = set(re.findall(r"\(SEP[0-9]+\)", cleaned))
+            joiner = next(other for other in map("(SEP{})".format, itertools.count()) if other not in taken)
+
+    def _mark_special_tokens(self, sentences: dict[str, list[str]]) -> normalizers.Replace | None:
+        """Put marks into the special tokens that are written out in `sentences`, so that they are not taken for such.
+
+        Returns:
+            What takes the marks out again, after special tokens were looked for and before anything else is done with
+            the text; `None` if there was nothing to mark.
+        """
+        contents = [token.content for token in self.added_tokens_decoder.values() if token.special]
+        # A Unigram model would spell a special token that it finds in the normalised text, for its vocabulary holds
+        # them: there the marks become spaces, which stay.
+        unigram = isinstance(self._tokenizer.model, models.Unigram)
+        if unigram and self._tokenizer.normalizer is not None:
+            for parts in sentences.values():
+                parts[:] = [self._tokenizer.normalizer.normalize_str(part) for part in parts]
+        if not any(content in part for parts in sentences.values() for part in parts for content in contents):
+            return None
+        # A run of marks longer than any that a text may hold itself.
+        runs = (run for parts in sentences.values() for part in parts for run in re.findall(f"{MARK}+", part))
+        mark = MARK * (1 + max(map(len, runs), default=0))
+        special = re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))))
+        for parts in sentences.values():
+            parts[:] = [special.sub(lambda match: mark.join(match[0]) + mark, part) for part in parts]
+        return normalizers.Replace(mark, " " if unigram else "")
+
+    def _warn_once_of_truncation(self, encoding: BatchEncoding, max_length: int | None) -> None:
+        if self.deprecation_warnings.get("truncated"):
+            return
+        truncated = self.count_truncated(encoding)
+        if truncated:
+            self.deprecation_warnings["truncated"] = True
+            logger.warning(
+                f"{truncated} of {len(encoding.encodings)} texts were cut at {max_length} tokens. This is said once: "
+                "`tokenizer.count_truncated(batch)` counts, `verbose=False` in the call is silent."
+            )
+
+
+def _word_piece(vocab: str | dict[str, int], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `TokenizersBackend` for BERT's vocabulary."""
+    source = vocab if isinstance(vocab, str) else "`vocab`"
+    if isinstance(vocab, str) and not os.path.isfile(vocab):
+        raise ValueError(f"{vocab} is no file: `vocab` must be the path of BERT's vocab.txt, or a dictionary.")
+    names = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+    options = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
+    given = {name: kwargs[name] for name in (*names, *options) if kwargs.get(name) is not None}
+    bert = BertTokenizer(vocab=vocab, **given)
+    tokens = bert.backend_tokenizer.get_vocab(with_added_tokens=False)
+    missing = [str(getattr(bert, name)) for name in names if str(getattr(bert, name)) not in tokens]
+    if missing:
+        raise ValueError(f"{source} holds no {', '.join(missing)}: expected the vocabulary of a BERT model.")
+    special_tokens = {name: getattr(bert, name) for name in names}
+    return {**special_tokens, **kwargs, "tokenizer_object": bert.backend_tokenizer}
+
+
+def _strings(value: Any, name: str, words: bool) -> Iterator[str]:
+    """Every string of a text, a batch of texts or a batch of text pairs; with `words`, of texts given word by word."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            if isinstance(item, str):
+                yield item
+            elif isinstance(item, (list, tuple)) and words:
+                yield from _strings(item, f"{name}[{index}]", words)
+            elif isinstance(item, (list, tuple)) and len(item) == 2 and all(isinstance(part, str) for part in item):
+                yield from item
+            else:
+                raise ValueError(f"`{name}[{index}]` must be a string or a pair of strings, got {_described(item)}.")
+    else:
+        raise ValueError(f"`{name}` must be a string or a list of strings, got {_described(value)}.")
+
+
+def _check_surrogates(strings: list[str]) -> None:
+    for one in strings:
+        if surrogate := SURROGATE.search(one):
+            raise ValueError(
+                f"{one[:40]!r} holds U+{ord(surrogate[0]):04X} at position {surrogate.start()}, half of a character "
+                "cut in two: mend the text, or let `clean_text=True` do so."
+            )
+
+
+def _described(value: Any) -> str:
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, (list, tuple)) else type(value).__name__
+
+
+def _replaced(value: Any, strings: dict[str, str]) -> Any:
+    """A copy of `value` with every string replaced."""
+    if isinstance(value, tuple):
+        return tuple(_replaced(item, strings) for item in value)
+    if isinstance(value, list):
+        return [_replaced(item, strings) for item in value]
+    return strings[value] if isinstance(value, str) else value
+
+
+__all__ = ["LoTLIPTokenizer"]
