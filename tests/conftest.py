@@ -1,0 +1,74 @@
+"""What every test can rely on: no network, one thread, the same seed, the golden files, a converted checkpoint."""
+
+import os
+
+# Read once, when the libraries are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+
+import random
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network() -> Iterator[None]:
+    """Refuse every connection to another machine."""
+    connect = socket.socket.connect
+
+    def connect_here(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise RuntimeError(f"A test asked for a connection to {address[0]}; tests do without a network.")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_here)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Give each test the same random numbers, alone or after others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The folder that holds `setup.py`."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden files: what the official code answered."""
+    return Path(__file__).resolve().parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def official_checkpoint(tmp_path_factory: pytest.TempPathFactory, golden: Path) -> Path:
+    """A checkpoint folder, converted from the tiny official model with two corner tokens. Nobody writes to it."""
+    from lotlip_hf.conversion.official import convert
+
+    official = golden / "official-corners2"
+    output = tmp_path_factory.mktemp("official") / "checkpoint"
+    convert(
+        checkpoint=official / "model.pt",
+        open_clip_config=official / "open_clip_config.json",
+        tokenizer=golden / "tokenizer",
+        output=output,
+    )
+    return output

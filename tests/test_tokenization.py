@@ -1,0 +1,541 @@
+"""The tokenizer: the official ids, text that stays text, and transformers' own tests."""
+
+import copy
+import functools
+import html
+import json
+import pickle
+import random
+import re
+import shutil
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import ftfy
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer, XLMRobertaTokenizer
+
+from lotlip_hf import LoTLIPConfig, LoTLIPTokenizer
+from lotlip_hf.modeling.tokenization_lotlip import clean
+from upstream import upstream
+
+GOLDEN = Path(__file__).resolve().parent / "golden" / "tokenizer"
+TEXTS = json.loads((GOLDEN / "texts.json").read_text(encoding="utf-8"))
+# The two texts in which the official code takes what is written for special tokens.
+LITERAL = {"[SEP] literal [CLS] tokens [MASK]", "[Corner0] literal corner. text"}
+CORNER_IDS = (30522, 30523)
+# What random texts are made of: everything that cleaning, splitting or the special tokens care about.
+PIECES = [
+    *("a", "cat", "Dog", "sleeps", " ", "  ", ". ", ".", ", ", "\n", "\t", "\r\n", "é", "e\u0301", "猫", "😀", "“x”"),
+    *(
+        "&amp;",
+        "&amp;amp;",
+        "&lt;",
+        "&#91;SEP&#93;",
+        "&",
+        "<b>",
+        "schÃ¶n",
+        "â€™",
+        "Ã",
+        "\x00",
+        "\x07",
+        "\x1b",
+        "\x1b[1m",
+    ),
+    *("[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]", "[Corner0]", "［SEP］", "[", "]", "SEP", "(SEP)", "(SEP0)", "("),
+    *("\ufdd0", "\u200b", "\xa0", "\u2028", "\x85", "Ａ", "İ", "ß", "ﬁ", "3.5"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> LoTLIPTokenizer:
+    return LoTLIPTokenizer.from_pretrained(GOLDEN, model_max_length=126)
+
+
+@pytest.fixture(scope="module")
+def bert() -> BertTokenizer:
+    return BertTokenizer(vocab=str(GOLDEN / "vocab.txt"))
+
+
+def random_texts(count: int, pieces: list[str] = PIECES, seed: int = 0) -> list[str]:
+    generator = random.Random(seed)
+    return ["".join(generator.choices(pieces, k=generator.randint(0, 12))) for _ in range(count)]
+
+
+def official_clean(text: str) -> str:
+    """The official cleaning as it is written there: every step, for every text."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def toy_roberta() -> RobertaTokenizer:
+    letters = list(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *letters, "<mask>"])}
+    return RobertaTokenizer(vocab=vocab, merges=[])
+
+
+def toy_xlm_roberta() -> XLMRobertaTokenizer:
+    """XLM-R's pipeline, with a normaliser that makes plain brackets of fullwidth ones, as in its file."""
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz<>/[]&#;.", "▁a", "<s", "</"]
+    stock = XLMRobertaTokenizer(vocab=[(token, -float(len(token) == 1)) for token in tokens])
+    stock.backend_tokenizer.normalizer = normalizers.NFKC()
+    return stock
+
+
+# The official ids
+
+
+@pytest.mark.parametrize(("name", "length"), [("corners2_ctx128", 126), ("corners0_ctx77", 77)])
+def test_ids_are_the_official_ones_without_corners(name: str, length: int) -> None:
+    tokenizer = LoTLIPTokenizer.from_pretrained(GOLDEN, model_max_length=length)
+    expected = load_file(GOLDEN / "expected_ids.safetensors")[name]
+    ids = tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+    compared = 0
+    for text, row, official in zip(TEXTS, ids, expected, strict=True):
+        if text not in LITERAL:
+            assert row.tolist() == [i for i in official.tolist() if i not in CORNER_IDS], text
+            compared += 1
+    assert compared == len(TEXTS) - 2
+
+
+def test_special_tokens_in_a_text_are_special_when_asked_for(tokenizer: LoTLIPTokenizer) -> None:
+    """With `split_special_tokens=False` the text with [SEP], [CLS] and [MASK] gets the official answer as well."""
+    index = TEXTS.index("[SEP] literal [CLS] tokens [MASK]")
+    expected = load_file(GOLDEN / "expected_ids.safetensors")["corners2_ctx128"][index].tolist()
+    ids = tokenizer(TEXTS[index], padding="max_length", split_special_tokens=False)["input_ids"]
+    assert ids == [i for i in expected if i not in CORNER_IDS]
+
+    official = LoTLIPTokenizer.from_pretrained(GOLDEN, split_special_tokens=False)
+    assert official.tokenize("a [MASK]") == ["a", "[MASK]"]
+
+
+def test_random_texts_get_the_official_ids(tokenizer: LoTLIPTokenizer, bert: BertTokenizer) -> None:
+    """Against the official order of things done by hand, for texts that neither hold nor become a special token."""
+    compared = 0
+    for text in random_texts(2000, seed=1):
+        # An escape character before a sentence end swallows its separator in the official code ("\x1b[S" means one).
+        if "\x1b" not in text and not re.search(r"\[(SEP|CLS|MASK|PAD|UNK)\]", official_clean(text)):
+            joined = official_clean("[SEP]".join(text.split(". ")))
+            assert tokenizer(text)["input_ids"] == bert(joined)["input_ids"], text
+            compared += 1
+    assert compared > 500
+
+
+def test_empty_text_is_cls_and_sep(tokenizer: LoTLIPTokenizer) -> None:
+    assert tokenizer("")["input_ids"] == [tokenizer.cls_token_id, tokenizer.sep_token_id]
+    assert tokenizer(" \n\t ")["input_ids"] == [tokenizer.cls_token_id, tokenizer.sep_token_id]
+
+
+# Cleaning
+
+
+def test_the_shortcut_for_plain_text_changes_nothing() -> None:
+    """`clean` skips ftfy for plain text: for every ASCII character, and for random texts, the answer is the same."""
+    for character in map(chr, range(128)):
+        for text in (character, f"a{character}b", f" {character} ", f"a{character}{character}b. {character}"):
+            assert clean(text) == official_clean(text)
+    for text in random_texts(2000, seed=2):
+        assert clean(text) == official_clean(text)
+    plain = [chr(code) for code in range(32, 127) if chr(code) != "&"] + ["\t", "\n", "\r"]
+    for text in random_texts(2000, plain, seed=3):
+        assert clean(text) == official_clean(text)
+
+
+def test_repeated_escaping_is_undone_as_ftfy_does() -> None:
+    """Entities escaped over and over come out as ftfy's, also where its own loop would take hours."""
+    for levels in (1, 2, 15, 16, 17, 40):
+        text = "a &" + levels * "amp;" + "quot; b"
+        assert clean(text) == official_clean(text) == 'a " b'
+    # A "<" keeps ftfy from undoing any.
+    for levels in (1, 2, 15):
+        text = "<b> &" + levels * "amp;"
+        assert clean(text) == official_clean(text) == "<b> &" + max(levels - 2, 0) * "amp;"
+    assert clean("&" + 250_000 * "amp;") == "&"
+
+
+def test_settings_can_be_turned_off(bert: BertTokenizer) -> None:
+    text = "schÃ¶n &amp; gut. [SEP] x"
+    raw = LoTLIPTokenizer.from_pretrained(GOLDEN, clean_text=False, split_sentences=False)
+    assert raw(text)["input_ids"] == bert(text, split_special_tokens=True)["input_ids"]
+    split = LoTLIPTokenizer.from_pretrained(GOLDEN, clean_text=False)
+    first, second = (bert(part, split_special_tokens=True)["input_ids"] for part in text.split(". "))
+    assert split(text)["input_ids"] == first + second[1:]
+    cleaned = LoTLIPTokenizer.from_pretrained(GOLDEN, split_sentences=False)
+    assert cleaned(text)["input_ids"] == bert(clean(text), split_special_tokens=True)["input_ids"]
+
+
+# What a user writes stays text
+
+
+@pytest.mark.parametrize("special", ["[SEP]", "[MASK]", "[CLS]", "[PAD]", "[UNK]", "[Corner0]", "[Corner1]"])
+@pytest.mark.parametrize(
+    "form", ["{}", "&#91;{}&#93;", "&amp;#91;{}&amp;#93;", "［{}］", "x{}y", "{0}{0}", "[{}]", "{}. {}"]
+)
+def test_special_tokens_in_a_text_stay_text(tokenizer: LoTLIPTokenizer, special: str, form: str) -> None:
+    for before, after in (("", ""), ("A cat. ", ""), ("", ". A dog."), ("One. Two. ", " three. ")):
+        text = before + form.format(special.strip("[]") if "91" in form or "［" in form else special, special) + after
+        ids = tokenizer(text)["input_ids"]
+        # One separator for each sentence end and one at the end of the text, no other special token but the first.
+        assert ids[0] == tokenizer.cls_token_id
+        assert ids[-1] == tokenizer.sep_token_id
+        assert ids.count(tokenizer.sep_token_id) == text.count(". ") + 1
+        assert not {tokenizer.cls_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id} & set(ids[1:])
+        assert special.strip("[]").lower() in tokenizer.decode(ids[1:-1]).replace(" ", "")
+
+
+def test_a_text_with_special_tokens_has_the_ids_of_the_plain_text(
+    tokenizer: LoTLIPTokenizer, bert: BertTokenizer
+) -> None:
+    """Sentence by sentence the ids are those that BERT gives when it knows no special token."""
+    for text in random_texts(1000, seed=4):
+        if "\x1b" in text:  # what stands on both sides of a sentence end is cleaned together
+            continue
+        # A joiner that no random text holds and that no cleaning touches.
+        parts = official_clean("@@@@".join(text.split(". "))).split("@@@@")
+        expected = [bert.encode(part, add_special_tokens=False, split_special_tokens=True) for part in parts]
+        joined = [i for part in expected for i in [*part, bert.sep_token_id]]
+        assert tokenizer(text)["input_ids"] == [bert.cls_token_id, *joined], text
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("a\x1b. b [SEP] c", "a SEP b [ sep ] c"),
+        ("(SEP) \x1b. (SEP0) [SEP]. d", "( sep ) SEP ( sep ##0 ) [ sep ] SEP d"),
+        ("&#40;SEP) [SEP]. x \x1b", "( sep ) [ sep ] SEP x"),
+        ("&#91;SEP]. [SEP", "[ sep ] SEP [ sep"),
+    ],
+)
+def test_texts_made_to_confuse_the_sentence_splitter(tokenizer: LoTLIPTokenizer, text: str, tokens: str) -> None:
+    assert tokenizer.tokenize(text) == tokens.replace("SEP", "[SEP]").split(" ")
+
+
+@pytest.mark.parametrize("stock", [toy_roberta, toy_xlm_roberta])
+def test_special_tokens_stay_text_in_any_tokenizer(stock) -> None:
+    """BPE and Unigram see the characters of "<s>" side by side, as if it were no special token."""
+    plain = stock()
+    tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(plain)
+    pieces = [
+        "a",
+        "b",
+        " ",
+        "<s>",
+        "</s>",
+        "<mask>",
+        "<pad>",
+        "<unk>",
+        "<",
+        "s",
+        ">",
+        "/",
+        "&lt;s&gt;",
+        "＜s＞",
+        "﹤s﹥",
+    ]
+    specials = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    for text in random_texts(300, pieces, seed=5):
+        ids = tokenizer(text)["input_ids"]
+        assert [i for i in ids if i in specials] == [tokenizer.cls_token_id, tokenizer.sep_token_id], text
+        if not isinstance(plain.backend_tokenizer.model, models.Unigram):
+            assert ids == plain(clean(text), split_special_tokens=True)["input_ids"], text
+        assert tokenizer.tokenize(f"{text}. b").count(tokenizer.sep_token) == 1
+        words = tokenizer(text.split(" "), is_split_into_words=True)["input_ids"]
+        assert [i for i in words if i in specials] == [tokenizer.cls_token_id, tokenizer.sep_token_id], text
+    assert str(tokenizer.backend_tokenizer.normalizer) == str(plain.backend_tokenizer.normalizer)
+    assert tokenizer.tokenize("a. a")[1] == "</s>"
+    plain.padding_side, plain.truncation_side, plain.model_max_length = "left", "left", 7
+    again = LoTLIPTokenizer.from_backbone_tokenizer(plain)
+    assert (again.padding_side, again.truncation_side, again.model_max_length) == ("left", "left", 7)
+    assert LoTLIPTokenizer.from_backbone_tokenizer(plain, model_max_length=5).model_max_length == 5
+
+
+def test_a_special_token_that_the_normaliser_would_write_stays_text() -> None:
+    """A tokenizer.json may look for its special tokens after normalising, where NFKC has made one of "＜s＞"."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "<": 4, "s": 5, ">": 6}, "<unk>"))
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.add_special_tokens([AddedToken(token, normalized=True, special=True) for token in ("<s>", "</s>")])
+    backend.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    stock = PreTrainedTokenizerFast(tokenizer_object=backend, cls_token="<s>", sep_token="</s>", unk_token="<unk>")
+    assert stock.tokenize("a ＜s＞") == ["a", "<s>"]
+    tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(stock, clean_text=False)
+    assert tokenizer.tokenize("a ＜s＞. a <s>") == ["a", "<", "s", ">", "</s>", "a", "<", "s", ">"]
+
+
+def test_added_words_are_still_recognised(tokenizer: LoTLIPTokenizer) -> None:
+    """Only special tokens are text: a word that was added to the vocabulary is meant to be found in texts."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["geraniums!"])
+    assert tokenizer.tokenize("red geraniums! [SEP]. x") == ["red", "geraniums!", "[", "sep", "]", "[SEP]", "x"]
+
+
+# Every way in
+
+
+def test_every_entry_cleans_and_splits(tokenizer: LoTLIPTokenizer) -> None:
+    text, pair = "A  cat &amp; [SEP]. A dog", "schÃ¶n. gut"
+    tokens = ["a", "cat", "&", "[", "sep", "]", "[SEP]", "a", "dog"]
+    ids = tokenizer.convert_tokens_to_ids(["[CLS]", *tokens, "[SEP]"])
+    pair_ids = tokenizer(pair)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(pair_ids) == ["[CLS]", "sc", "##hon", "[SEP]", "gut", "[SEP]"]
+    assert tokenizer.tokenize(text) == tokens
+    assert tokenizer.encode(text) == ids
+    assert tokenizer(text)["input_ids"] == ids
+    assert tokenizer([text, text])["input_ids"] == [ids, ids]
+    assert tokenizer((text,))["input_ids"] == [ids]
+    assert tokenizer(text, pair)["input_ids"] == ids + pair_ids[1:]
+    assert tokenizer([text], [pair])["input_ids"] == [ids + pair_ids[1:]]
+    assert tokenizer([(text, pair)])["input_ids"] == [ids + pair_ids[1:]]
+    assert tokenizer([[text, pair]])["input_ids"] == [ids + pair_ids[1:]]
+    assert tokenizer(text_target=text)["input_ids"] == ids
+    assert tokenizer(pair, text_target=text)["labels"] == ids
+    assert list(tokenizer(text)) == ["input_ids", "attention_mask"]
+
+
+def test_words_are_taken_as_they_are(tokenizer: LoTLIPTokenizer) -> None:
+    """With `is_split_into_words` nothing is cleaned or split, and special tokens are text as well."""
+    encoding = tokenizer(["A", "&amp;", "[SEP]", "end.", "x"], is_split_into_words=True)
+    assert encoding.tokens()[1:-1] == ["a", "&", "amp", ";", "[", "sep", "]", "end", ".", "x"]
+
+
+def test_the_callers_lists_are_not_changed(tokenizer: LoTLIPTokenizer) -> None:
+    texts, pairs = ["A  [SEP]. b", "c"], ["d. e", "&amp;"]
+    words = [["[SEP]", "a"]]
+    given = copy.deepcopy((texts, pairs, words))
+    tokenizer(texts, pairs, padding=True, truncation=True)
+    tokenizer(texts, text_target=pairs)
+    tokenizer(words, is_split_into_words=True)
+    assert (texts, pairs, words) == given
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side(tokenizer: LoTLIPTokenizer, side: str) -> None:
+    texts = ["a cat", "A cat. A dog. [SEP]"]
+    batch = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
+    assert batch["input_ids"].dtype == torch.int64
+    for text, ids, mask in zip(texts, batch["input_ids"], batch["attention_mask"], strict=True):
+        assert ids[mask.bool()].tolist() == tokenizer(text)["input_ids"]
+        assert set(ids[~mask.bool()].tolist()) <= {tokenizer.pad_token_id}
+    assert batch["attention_mask"][0, 0 if side == "left" else -1] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": 3}, "`text` must be a string or a list of strings, got int"),
+        ({"text": b"a"}, "`text` must be a string or a list of strings, got bytes"),
+        ({"text": ["a", None]}, r"`text\[1\]` must be a string or a pair of strings, got NoneType"),
+        ({"text": [["a", "b", "c"]]}, r"`text\[0\]` must be a string or a pair of strings, got list of 3"),
+        ({"text": ["a"], "text_pair": [4]}, r"`text_pair\[0\]` must be a string"),
+        ({"text": []}, "`text` is empty"),
+    ],
+)
+def test_what_is_no_text_gets_one_clear_error(tokenizer: LoTLIPTokenizer, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tokenizer(**arguments)
+
+
+def test_half_a_surrogate_pair_is_mended_or_named(tokenizer: LoTLIPTokenizer) -> None:
+    assert tokenizer.tokenize("a \ud800 b") == ["a", "b"]
+    uncleaned = LoTLIPTokenizer.from_pretrained(GOLDEN, clean_text=False)
+    with pytest.raises(ValueError, match=r"holds U\+D800 at position 2"):
+        uncleaned("a \ud800 b")
+    with pytest.raises(ValueError, match=r"holds U\+DFFF at position 0"):
+        tokenizer(["a", "\udfff"], is_split_into_words=True)
+
+
+def test_no_separator_to_split_with() -> None:
+    tokenizer = LoTLIPTokenizer.from_pretrained(GOLDEN)
+    tokenizer.sep_token = None
+    with pytest.raises(ValueError, match="`split_sentences=True` .* no `sep_token`"):
+        tokenizer("a. b")
+
+
+# Long texts
+
+
+def test_texts_cut_at_the_limit_are_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = LoTLIPTokenizer.from_pretrained(GOLDEN, model_max_length=6)
+    texts = ["a b c d", "a b c d e", "[SEP]. a. b. c", "a", 40 * "a "]
+    # 4 words fit between [CLS] and [SEP].
+    with caplog.at_level("WARNING"):
+        batch = tokenizer(texts, truncation=True, padding=True)
+        assert tokenizer.count_truncated(batch) == 3
+        assert "3 of 5 texts were cut at 6 tokens" in caplog.text
+        caplog.clear()
+        tokenizer(texts, truncation=True)
+        tokenizer.encode(texts[1], truncation=True)
+        assert not caplog.records
+        LoTLIPTokenizer.from_pretrained(GOLDEN, model_max_length=6)(texts, truncation=True, verbose=False)
+        LoTLIPTokenizer.from_pretrained(GOLDEN, model_max_length=6)(texts[:1], truncation=True)
+        assert not caplog.records
+    assert tokenizer.count_truncated(tokenizer(texts[0], truncation=True)) == 0
+    assert tokenizer.count_truncated(tokenizer(texts)) == 0
+    with pytest.raises(ValueError, match="return_overflowing_tokens"):
+        tokenizer.count_truncated(tokenizer(texts, truncation=True, return_overflowing_tokens=True))
+    with pytest.raises(ValueError, match="`encoding` must be what a call of this tokenizer returned"):
+        tokenizer.count_truncated({"input_ids": [[1]]})
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *["word ", "[SEP]. ", "&amp;", "x", "\n"],
+        *(pytest.param(piece, marks=pytest.mark.slow) for piece in ("a. ", "it’s “ok” ", "schÃ¶n ", "猫", "\x1b[")),
+    ],
+)
+def test_a_text_of_a_million_characters(tokenizer: LoTLIPTokenizer, piece: str) -> None:
+    """The start of the text decides: as for a text just longer than the limit."""
+    text = piece * (1_000_000 // len(piece))
+    ids = tokenizer(text, truncation=True, verbose=False)["input_ids"]
+    assert len(ids) <= 126
+    if piece != "x":  # a word of more than 100 characters is one unknown token, at any length
+        assert ids == tokenizer(piece * 500, truncation=True, verbose=False)["input_ids"]
+
+
+@pytest.mark.slow
+def test_a_million_characters_made_to_be_slow(tokenizer: LoTLIPTokenizer) -> None:
+    """Every joiner that could be tried, and a run of the character that hides special tokens."""
+    joiners = "".join(f"(SEP{i})" for i in range(100_000))
+    for text in (f"a. b [SEP] (SEP) {joiners}", f"a. b [SEP] {500_000 * chr(0xFDD0)}"):
+        ids = tokenizer(text, truncation=True, verbose=False)["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(ids)[:7] == ["[CLS]", "a", "[SEP]", "b", "[", "sep", "]"]
+        assert ids.count(tokenizer.sep_token_id) == 2
+
+
+# Saving and loading
+
+
+def test_settings_are_saved_restored_and_overridden(tokenizer: LoTLIPTokenizer, tmp_path: Path) -> None:
+    texts = [text for text in TEXTS if text]
+    settings = {"clean_text": False, "split_sentences": False, "split_special_tokens": False, "model_max_length": 77}
+    LoTLIPTokenizer.from_pretrained(GOLDEN, **settings).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "official")
+    for folder, expected in (
+        ("other", settings),
+        ("official", {**dict.fromkeys(settings, True), "model_max_length": 126}),
+    ):
+        loaded = LoTLIPTokenizer.from_pretrained(tmp_path / folder)
+        assert {name: getattr(loaded, name) for name in settings} == expected
+    loaded = LoTLIPTokenizer.from_pretrained(tmp_path / "official")
+    assert loaded(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+    overridden = LoTLIPTokenizer.from_pretrained(tmp_path / "official", clean_text=False, model_max_length=9)
+    assert overridden.clean_text is False
+    assert overridden.model_max_length == 9
+    assert overridden.split_sentences is True
+    assert overridden.model_input_names == ["input_ids", "attention_mask"]
+
+
+def test_loads_by_auto_tokenizer(tokenizer: LoTLIPTokenizer, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    for step in ("alone", "beside a configuration"):
+        if step != "alone":
+            LoTLIPConfig().save_pretrained(tmp_path)
+        loaded = AutoTokenizer.from_pretrained(tmp_path)
+        assert type(loaded) is LoTLIPTokenizer, step
+        assert loaded(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path, split_sentences=False).split_sentences is False
+
+
+def test_copies_and_workers_get_the_same_tokenizer(tokenizer: LoTLIPTokenizer) -> None:
+    for other in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert other(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
+
+
+@pytest.mark.parametrize("stock", [toy_roberta, toy_xlm_roberta])
+def test_any_tokenizer_folder_loads(stock, tmp_path: Path) -> None:
+    """A folder saved by a stock tokenizer keeps all of its pipeline, also when saved again as ours."""
+    plain = stock()
+    plain.save_pretrained(tmp_path / "stock")
+    tokenizer = LoTLIPTokenizer.from_pretrained(tmp_path / "stock", model_max_length=20)
+    tokenizer.save_pretrained(tmp_path / "ours")
+    again = LoTLIPTokenizer.from_pretrained(tmp_path / "ours")
+    for text in ("a cab", "abc ba", "a  b"):
+        expected = plain(clean(text), split_special_tokens=True)["input_ids"]
+        assert tokenizer(text)["input_ids"] == again(text)["input_ids"] == expected
+    assert again.model_max_length == 20
+    assert again.sep_token == plain.sep_token
+    assert len(again) == len(plain)
+
+
+def test_a_bert_folder_keeps_its_casing(tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / "vocab.txt", tmp_path)
+    assert LoTLIPTokenizer.from_pretrained(tmp_path).tokenize("Cat") == ["cat"]
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": false}')
+    assert LoTLIPTokenizer.from_pretrained(tmp_path).tokenize("Cat") == ["[UNK]"]
+    BertTokenizer(vocab=str(GOLDEN / "vocab.txt"), do_lower_case=False).save_pretrained(tmp_path / "full")
+    assert LoTLIPTokenizer.from_pretrained(tmp_path / "full").tokenize("Cat") == ["[UNK]"]
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"no tokenizer.json or vocab.txt in {re.escape(str(tmp_path))}"):
+        LoTLIPTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\na\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"vocab.txt holds no \[SEP\], \[MASK\]"):
+        LoTLIPTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="missing.txt is no file"):
+        LoTLIPTokenizer(vocab="missing.txt")
+    with pytest.raises(ValueError, match="must be a fast tokenizer"):
+        LoTLIPTokenizer.from_backbone_tokenizer("bert")
+
+
+# transformers' own tests
+
+common = upstream("test_tokenization_common")
+backend = upstream("test_tokenizers_backend_mixin")
+
+
+class SavedTokenizer:
+    """transformers' tests load their tokenizer from the Hub: here from a folder, made from the golden vocabulary."""
+
+    tokenizer_class = LoTLIPTokenizer
+    rust_tokenizer_class = LoTLIPTokenizer
+    from_pretrained_kwargs = {}
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.folder = tempfile.mkdtemp()
+        LoTLIPTokenizer.from_pretrained(GOLDEN).save_pretrained(cls.folder)
+        cls.from_pretrained_id = cls.folder
+        super().setUpClass()
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        super().tearDownClass()
+        shutil.rmtree(cls.folder)
+
+
+class LoTLIPTokenizationTest(SavedTokenizer, common.TokenizerTesterMixin, unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        bert = BertTokenizer(vocab=str(GOLDEN / "vocab.txt"))
+        text = official_clean("[SEP]".join(cls.integration_test_input_string.split(". ")))
+        cls.integration_expected_tokens = bert.tokenize(text)
+        cls.integration_expected_token_ids = bert.encode(text, add_special_tokens=False)
+        cls.integration_expected_decoded_text = bert.decode(cls.integration_expected_token_ids)
+
+    def get_extracted_tokenizer(self, reference_tokenizer=None):
+        """From a vocabulary, which for this class is always WordPiece's: upstream asks the class for its model."""
+        vocab, *_ = common.TokenizersExtractor(str(Path(self.folder) / "tokenizer.json")).extract()
+        return LoTLIPTokenizer(vocab=vocab)
+
+    def test_tokenize_special_tokens(self) -> None:
+        """Upstream reads special tokens from a text, which this class does when told to."""
+        reading = functools.partial(self.get_tokenizer, split_special_tokens=False)
+        with mock.patch.object(type(self), "get_tokenizer", reading):
+            super().test_tokenize_special_tokens()
+
+    def test_conversion_reversible(self) -> None:
+        """Upstream marks it slow, for slow tokenizers."""
+        test = common.TokenizerTesterMixin.test_conversion_reversible
+        getattr(test, "__wrapped__", test)(self)
+
+
+class LoTLIPTokenizersBackendTest(SavedTokenizer, backend.TokenizersBackendTesterMixin, unittest.TestCase):
+    pass
