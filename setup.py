@@ -24,7 +24,6 @@ QUICKSTART_REQUIRES = ["scikit-image>=0.24"]
 TEST_REQUIRES = [
     *QUICKSTART_REQUIRES,
     "parameterized>=0.9",
-    "psutil>=5.9",
     "pyright[nodejs]>=1.1.400",
     "pytest>=8.0",
     "pytest-timeout>=2.3",

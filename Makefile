@@ -1,0 +1,47 @@
+# `make test` and `make quickstart` do their whole set-up in .venv, from nothing. Needs Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help test quick quickstart lint format
+
+help:
+	@echo "make quickstart  search real photographs with a long description"
+	@echo "make test        lint, then every test"
+	@echo "make quick       the tests that are not slow"
+	@echo "make lint        ruff and pyright"
+	@echo "make format      ruff's formatter and its safe fixes"
+
+quickstart: $(INSTALLED)
+	$(BIN)/python examples/quickstart.py
+
+test: lint
+	$(BIN)/python tests/upstream.py
+	$(BIN)/python -m pytest -n 2
+
+quick: $(INSTALLED)
+	$(BIN)/python tests/upstream.py
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The build tools come first and are used as they are (--no-build-isolation), so that nothing is downloaded twice.
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "The versions in constraints.txt need Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Setting up $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "  build tools"
+	@$(PIP) --upgrade pip setuptools wheel
+	@echo "  lotlip-hf and what it needs"
+	@$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@
