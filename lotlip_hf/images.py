@@ -1,0 +1,231 @@
+"""Image files: finding them in a folder, and reading any of them as RGB or saying why it cannot be read."""
+
+import os
+import stat
+import threading
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+ImageSource = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
+
+# Formats that PIL lists but does not decode itself: EPS and WMF call outside programs, the others are stubs or video.
+EXCLUDED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+
+# PIL fills its registry of formats on first use, which two threads must not do at once.
+_registry_lock = threading.Lock()
+
+
+class ImageError(ValueError):
+    """
+    An image that cannot be read.
+
+    Args:
+        name (`str`): path of the file, or the place of the image in the argument, as `images[3]`.
+        reason (`str`): what is wrong with it.
+        transient (`bool`, *optional*, defaults to `False`):
+            Whether the same file may be readable later: no permission or no memory, say, rather than damaged contents.
+    """
+
+    def __init__(self, name: str, reason: str, transient: bool = False) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+        self.transient = transient
+
+
+@cache
+def readable_formats() -> tuple[str, ...]:
+    """Names of the formats that PIL decodes, those of installed plugins included."""
+    with _registry_lock:
+        Image.init()
+    return tuple(name for name in Image.OPEN if name not in EXCLUDED_FORMATS)
+
+
+@cache
+def image_extensions() -> frozenset[str]:
+    """Extensions of the files taken for images, in lower case and with their dot."""
+    formats = set(readable_formats())
+    return frozenset(extension for extension, name in Image.registered_extensions().items() if name in formats)
+
+
+def find_images(folder: str | os.PathLike) -> tuple[dict[str, os.stat_result], dict[str, str]]:
+    """
+    Finds the image files below a folder, by their extensions.
+
+    Hidden files and folders are left out. Links are followed; a folder reached twice is read once, so loops of links
+    end.
+
+    Args:
+        folder (`str` or `os.PathLike`): the folder.
+
+    Returns:
+        `tuple`: the images, a dictionary from the path relative to `folder` (with `/`) to its `os.stat_result`, sorted
+        by name; and what could not be looked at, a dictionary from relative path to the reason.
+
+    Raises:
+        NotADirectoryError: if `folder` is not a folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}.")
+    images: dict[str, os.stat_result] = {}
+    unreadable: dict[str, str] = {}
+    visited: set[tuple[int, int]] = set()
+    pending = [""]
+    while pending:
+        parent = pending.pop()
+        try:
+            status = os.stat(folder / parent)
+            names = sorted(os.listdir(folder / parent))
+        except OSError as error:
+            unreadable[parent or "."] = f"the folder cannot be read ({error.strerror})"
+            continue
+        if (status.st_dev, status.st_ino) in visited:
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        for name in names:
+            if name.startswith("."):
+                continue
+            path = f"{parent}/{name}" if parent else name
+            is_image_name = os.path.splitext(name)[1].lower() in image_extensions()
+            try:
+                status = os.stat(folder / path)
+            except OSError as error:
+                if is_image_name:
+                    unreadable[path] = f"cannot be opened ({error.strerror})"
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                pending.append(path)
+            elif is_image_name and stat.S_ISREG(status.st_mode):
+                images[path] = status
+            elif is_image_name:
+                unreadable[path] = "not a regular file"
+    return dict(sorted(images.items())), dict(sorted(unreadable.items()))
+
+
+def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
+    """
+    Reads an image as 8-bit RGB, upright.
+
+    The EXIF orientation is applied, as `transformers.image_utils.load_image` does; an animation gives its first frame;
+    transparency is dropped, as `Image.convert("RGB")` does. 16-bit pixels are scaled to 8 bits, where PIL would clip
+    them, and floating-point ones are taken to go from 0 (black) to 1 (white).
+
+    PIL warns of images of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, and they are read; with more than twice as
+    many it takes them for decompression bombs, and they are refused.
+
+    Args:
+        source (`str`, `os.PathLike`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            Path of a file, a PIL image (left unchanged), or an array of 8- or 16-bit unsigned integers, of shape
+            [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels.
+        name (`str`, *optional*): what errors call the image; by default its path.
+
+    Returns:
+        `PIL.Image.Image`: a new image of mode RGB.
+
+    Raises:
+        ImageError: if it cannot be read. The message names the file and says why.
+        TypeError: if `source` is something else.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from lotlip_hf.images import load_image
+
+    >>> load_image(np.full((4, 6), 65535, dtype=np.uint16)).getpixel((0, 0))
+    (255, 255, 255)
+    ```
+    """
+    if name is None:
+        name = os.fspath(source) if isinstance(source, str | os.PathLike) else "image"
+    try:
+        if isinstance(source, str | os.PathLike):
+            return _load_file(os.fspath(source), name)
+        if isinstance(source, Image.Image):
+            return _to_rgb(source, name)
+        if isinstance(source, np.ndarray | torch.Tensor):
+            return _to_rgb(_from_array(np.asarray(source), name), name)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        advice = "if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS"
+        raise ImageError(name, f"too large ({str(error).rstrip('.')}); {advice}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(name, "not an image in a format that PIL reads") from error
+    except MemoryError as error:
+        raise ImageError(name, "too large for this machine's memory", transient=True) from error
+    except OSError as error:
+        # PIL's own complaints about the contents are OSErrors without a number.
+        if error.errno is None:
+            raise ImageError(name, f"damaged or truncated ({error})") from error
+        raise ImageError(name, f"cannot be opened ({error.strerror})", transient=True) from error
+    except Exception as error:  # decoders raise anything on damaged files: SyntaxError, struct.error, zlib.error, ...
+        raise ImageError(name, f"damaged ({type(error).__name__}: {error})") from error
+    raise TypeError(f"{name} must be a path, a PIL image or an array, got {type(source).__name__}.")
+
+
+def _load_file(path: str, name: str) -> Image.Image:
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(name, "a folder, not an image")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(name, "not a regular file")
+    if status.st_size == 0:
+        raise ImageError(name, "the file is empty")
+    with Image.open(path, formats=readable_formats()) as image:
+        return _to_rgb(image, name)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if 0 in image.size:
+        raise ImageError(name, f"has no pixels (size {image.width}x{image.height})")
+    file_format = image.format
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+        return _from_unit_range(np.asarray(image, dtype=np.float32) / 65535)
+    if image.mode == "I":
+        raise ImageError(name, "32-bit integer pixels have no defined white; convert the image to 8 or 16 bits")
+    if image.mode == "F":
+        values = np.asarray(image)
+        # Negated, so that NaN is refused too.
+        if not (values.min() >= 0 and values.max() <= 1):
+            found = f"{values.min():g} to {values.max():g}"
+            raise ImageError(name, f"floating-point pixels must go from 0 (black) to 1 (white), these go from {found}")
+        return _from_unit_range(values)
+    if image.mode == "P" and "transparency" in image.info:
+        # The same pixels as directly, without PIL's warning.
+        image = image.convert("RGBA")
+    rgb = image.convert("RGB")
+    # Kept by `convert`; newer versions of transformers would lay the colour that it declares transparent on white.
+    rgb.info.pop("transparency", None)
+    return rgb
+
+
+def _from_unit_range(values: np.ndarray) -> Image.Image:
+    """Grey values in [0, 1], shape [H, W], as an RGB image."""
+    return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.dtype not in (np.uint8, np.uint16) or not (
+        array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
+    ):
+        raise ImageError(
+            name,
+            f"an array must be uint8 or uint16, of shape [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels; "
+            f"got {array.dtype} of shape {list(array.shape)}",
+        )
+    if array.size == 0:
+        raise ImageError(name, f"has no pixels (shape {list(array.shape)})")
+    if array.dtype == np.uint16:
+        array = np.rint(array / 257).astype(np.uint8)  # 65535 = 255 * 257
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    return Image.fromarray(np.ascontiguousarray(array))

@@ -1,0 +1,351 @@
+"""Image files: every mode and every kind of damage gives the right pixels or one error that names the file."""
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+from PIL.PngImagePlugin import PngInfo
+from safetensors.numpy import load_file
+from transformers.image_utils import load_image as transformers_load_image
+
+from lotlip_hf.images import ImageError, find_images, image_extensions, load_image
+from lotlip_hf.modeling.processing_lotlip import official_image_processor
+
+
+def random_pixels(height: int = 24, width: int = 32, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8).squeeze()
+
+
+def pixels(source: object) -> np.ndarray:
+    image = load_image(source)  # pyright: ignore[reportArgumentType]
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "P", "CMYK", "YCbCr"])
+def test_ordinary_modes_are_what_pil_converts(mode: str, tmp_path: Path) -> None:
+    original = Image.fromarray(random_pixels()).convert(mode)
+    path = tmp_path / ("image.jpg" if mode in ("CMYK", "YCbCr") else "image.png")
+    original.save(path)
+    with Image.open(path) as reopened:
+        expected = np.asarray(reopened.convert("RGB"))
+    np.testing.assert_array_equal(pixels(path), expected)
+    np.testing.assert_array_equal(pixels(str(path)), np.asarray(transformers_load_image(str(path))))
+
+
+def test_golden_images_keep_their_pixels(golden: Path) -> None:
+    expected = load_file(golden / "images" / "expected_pixels.safetensors")
+    for path in sorted((golden / "images").glob("*.png")):
+        assert f"lotlip.{path.name}" in expected
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(pixels(path), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("mode", "transparency"), [("RGB", (1, 2, 3)), ("L", 7)])
+def test_a_colour_declared_transparent_stays_a_colour(
+    tmp_path: Path, mode: str, transparency: int | tuple[int, ...]
+) -> None:
+    colour = transparency if isinstance(transparency, tuple) else (transparency,) * 3
+    Image.new(mode, (40, 40), transparency).save(tmp_path / "image.png", transparency=transparency)
+    image = load_image(tmp_path / "image.png")
+    pixel_values = official_image_processor(32)(images=image, return_tensors="pt")["pixel_values"]
+    expected = (torch.tensor(colour) / 255 - 0.5) / 0.5
+    torch.testing.assert_close(pixel_values.amax((0, 2, 3)), expected, rtol=0, atol=1e-5)
+
+
+def test_palette_with_transparency_keeps_its_colours_without_a_warning(tmp_path: Path) -> None:
+    original = Image.fromarray(random_pixels()).quantize(16)
+    expected = np.asarray(original.convert("RGB"))
+    original.save(tmp_path / "image.png", transparency=bytes(range(0, 160, 10)))
+    np.testing.assert_array_equal(pixels(tmp_path / "image.png"), expected)
+    original.save(tmp_path / "image.gif", transparency=3)
+    assert pixels(tmp_path / "image.gif").shape == expected.shape
+
+
+@pytest.mark.parametrize("name", ["image.png", "image.tiff", "image.pgm"])
+def test_sixteen_bits_are_scaled_not_clipped(name: str, tmp_path: Path) -> None:
+    eight_bits = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    if name.endswith("pgm"):
+        (tmp_path / name).write_bytes(b"P5 16 16 65535\n" + (eight_bits * 257).astype(">u2").tobytes())
+    else:
+        Image.fromarray(eight_bits * 257).save(tmp_path / name)
+    np.testing.assert_array_equal(pixels(tmp_path / name), np.repeat(eight_bits[..., None], 3, axis=2))
+
+
+def test_big_endian_sixteen_bits(tmp_path: Path) -> None:
+    image = Image.new("I;16B", (4, 4), 0x8080)
+    image.save(tmp_path / "image.tiff")
+    np.testing.assert_array_equal(pixels(tmp_path / "image.tiff"), 128)
+
+
+def test_floating_point_pixels_go_from_black_to_white(tmp_path: Path) -> None:
+    values = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / "image.tiff")
+    assert pixels(tmp_path / "image.tiff")[..., 0].ravel().tolist() == list(range(256))
+    for bad in (values * 255, np.full((2, 2), np.nan, dtype=np.float32)):
+        Image.fromarray(bad).save(tmp_path / "bad.tiff")
+        with pytest.raises(ImageError, match=r"bad\.tiff: floating-point pixels must go from 0"):
+            load_image(tmp_path / "bad.tiff")
+
+
+def test_thirty_two_bit_integers_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 70000]], dtype=np.int32)).save(tmp_path / "image.tiff")
+    with pytest.raises(ImageError, match=r"image\.tiff: 32-bit integer pixels have no defined white"):
+        load_image(tmp_path / "image.tiff")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("extension", ["png", "jpg", "webp"])
+def test_exif_orientation_is_applied_as_transformers_does(orientation: int, extension: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"image.{extension}"
+    Image.fromarray(random_pixels()).save(path, exif=exif)
+    result = pixels(path)
+    assert result.shape == ((24, 32, 3) if orientation <= 4 else (32, 24, 3))
+    np.testing.assert_array_equal(result, np.asarray(transformers_load_image(str(path))))
+
+
+def test_exif_orientation_of_sixteen_bits(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    values = (np.arange(6, dtype=np.uint16) * 257).reshape(2, 3)
+    Image.fromarray(values).save(tmp_path / "image.png", exif=exif)
+    assert pixels(tmp_path / "image.png")[..., 0].tolist() == [[3, 0], [4, 1], [5, 2]]
+
+
+@pytest.mark.parametrize("extension", ["gif", "png", "webp", "tiff"])
+def test_animations_give_their_first_frame(extension: str, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (16, 12), colour) for colour in ("red", "lime", "blue")]
+    lossless = {"lossless": True} if extension == "webp" else {}
+    frames[0].save(tmp_path / f"image.{extension}", save_all=True, append_images=frames[1:], **lossless)
+    with Image.open(tmp_path / f"image.{extension}") as image:
+        assert getattr(image, "n_frames", 1) == 3
+    assert (pixels(tmp_path / f"image.{extension}") == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30000), (30000, 1), (3, 3), (1, 3)])
+def test_any_shape_is_read(size: tuple[int, int], tmp_path: Path) -> None:
+    Image.new("RGB", size, (1, 2, 3)).save(tmp_path / "image.png")
+    result = pixels(tmp_path / "image.png")
+    assert result.shape == (size[1], size[0], 3)
+    assert (result == (1, 2, 3)).all()
+
+
+def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
+    # 14,000 x 14,000 pixels of one bit: small on disk, 0.6 GB as RGB.
+    Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")
+    with pytest.raises(ImageError, match=r"bomb\.png: too large .*196000000 pixels.*MAX_IMAGE_PIXELS"):
+        load_image(tmp_path / "bomb.png")
+
+
+def test_pil_only_warns_of_large_images_and_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 30 - 1)
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert (pixels(tmp_path / "large.png") == (255, 0, 0)).all()
+
+
+def test_text_chunk_bombs_are_refused(tmp_path: Path) -> None:
+    chunk = PngInfo()
+    chunk.add_text("comment", "x" * (2 * 1024 * 1024), zip=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "image.png", pnginfo=chunk)
+    with pytest.raises(ImageError, match=r"image\.png: damaged"):
+        load_image(tmp_path / "image.png")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of damaged tags
+@pytest.mark.parametrize("extension", ["jpg", "png", "gif", "webp", "bmp", "tiff"])
+def test_truncated_files_are_named(extension: str, tmp_path: Path) -> None:
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    path = tmp_path / f"image.{extension}"
+    Image.fromarray(random_pixels(64, 64)).save(path)
+    data = path.read_bytes()
+    for kept in (10, 60, len(data) // 2):
+        path.write_bytes(data[:kept])
+        with pytest.raises(ImageError, match=rf"image\.{extension}: ") as error:
+            load_image(path)
+        assert not error.value.transient
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of damaged tags
+def test_corrupt_files_are_read_or_named(tmp_path: Path) -> None:
+    """Random damage: a decoder may read past it, raise any exception, but only `ImageError` comes out."""
+    generator = np.random.default_rng(0)
+    refused = 0
+    for extension in ("jpg", "png", "gif", "webp", "bmp", "tiff"):
+        path = tmp_path / f"image.{extension}"
+        Image.fromarray(random_pixels(64, 64)).save(path)
+        original = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+        for _ in range(15):
+            data = original.copy()
+            places = generator.integers(0, min(len(data), 400), 12)
+            data[places] = generator.integers(0, 256, 12)
+            path.write_bytes(data.tobytes())
+            try:
+                assert load_image(path).mode == "RGB"
+            except ImageError as error:
+                refused += str(error).startswith(f"{path}: ")
+    assert refused > 10
+
+
+def test_what_is_no_image_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "script.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n%%EOF\n")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name, reason, transient in (
+        ("text.jpg", "not an image in a format that PIL reads", False),
+        ("empty.jpg", "the file is empty", False),
+        ("folder.jpg", "a folder, not an image", False),
+        ("script.jpg", "not an image in a format that PIL reads", False),  # and Ghostscript is not called
+        ("pipe.jpg", "not a regular file", False),
+        ("missing.jpg", r"cannot be opened \(No such file or directory\)", True),
+    ):
+        with pytest.raises(ImageError, match=f"{name}: {reason}") as error:
+            load_image(tmp_path / name)
+        assert error.value.transient is transient
+
+
+def test_unreadable_now_is_not_unreadable_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
+
+    def no_memory(*arguments: object, **keywords: object) -> None:
+        raise MemoryError
+
+    def no_permission(*arguments: object, **keywords: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for failing, reason in ((no_memory, "memory"), (no_permission, "Permission denied")):
+        monkeypatch.setattr(Image, "open", failing)
+        with pytest.raises(ImageError, match=rf"image\.png: .*{reason}") as error:
+            load_image(tmp_path / "image.png")
+        assert error.value.transient
+
+
+def test_arrays_and_tensors() -> None:
+    array = random_pixels()
+    for source in (
+        array,
+        np.moveaxis(array, -1, 0),
+        torch.from_numpy(array),
+        torch.from_numpy(array).permute(2, 0, 1),
+    ):
+        np.testing.assert_array_equal(pixels(source), array)
+    np.testing.assert_array_equal(pixels(array.astype(np.uint16) * 257), array)
+    grey = array[..., 0]
+    for source in (grey, grey[..., None], grey[None]):
+        np.testing.assert_array_equal(pixels(source), np.repeat(grey[..., None], 3, axis=2))
+    np.testing.assert_array_equal(pixels(np.dstack([array, grey])), array)
+
+
+@pytest.mark.parametrize(
+    ("array", "found"),
+    [
+        (np.zeros((4, 4, 3), dtype=np.float32), r"float32 of shape \[4, 4, 3\]"),
+        (np.zeros((2, 4, 4, 3), dtype=np.uint8), r"uint8 of shape \[2, 4, 4, 3\]"),
+        (np.zeros((5, 4, 7), dtype=np.uint8), r"uint8 of shape \[5, 4, 7\]"),
+        (np.zeros(4, dtype=np.uint8), r"uint8 of shape \[4\]"),
+        (np.zeros((0, 4, 3), dtype=np.uint8), r"no pixels \(shape \[0, 4, 3\]\)"),
+    ],
+)
+def test_other_arrays_are_refused(array: np.ndarray, found: str) -> None:
+    with pytest.raises(ImageError, match=rf"photo 3: .*{found}"):
+        load_image(array, "photo 3")
+
+
+def test_a_callers_image_is_left_unchanged() -> None:
+    image = Image.fromarray(random_pixels()).convert("RGBA")
+    image.getexif()[0x0112] = 6
+    before = np.asarray(image).copy()
+    assert load_image(image).size == (24, 32)
+    assert image.mode == "RGBA"
+    assert image.getexif()[0x0112] == 6
+    np.testing.assert_array_equal(np.asarray(image), before)
+    copy = load_image(same := Image.new("RGB", (4, 4)))
+    copy.putpixel((0, 0), (9, 9, 9))
+    assert same.getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_other_sources_are_a_type_error() -> None:
+    with pytest.raises(TypeError, match=r"images\[2\] must be a path, a PIL image or an array, got int"):
+        load_image(3, "images[2]")  # pyright: ignore[reportArgumentType]
+
+
+def test_finding_images(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.png", "z/deep/c.webp", "notes.txt", ".hidden.png", ".folder/d.png", "video.mpg", "x.eps"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"any")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "folder.jpg" / "e.gif").touch()
+    (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.png")
+    images, unreadable = find_images(tmp_path)
+    assert list(images) == ["a.png", "b.JPG", "folder.jpg/e.gif", "z/deep/c.webp"]
+    assert images["a.png"].st_size == 3
+    assert unreadable == {
+        "broken.png": "cannot be opened (No such file or directory)",
+        "pipe.png": "not a regular file",
+    }
+
+
+def test_finding_images_through_loops_of_links(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "photos" / "a.png").touch()
+    (tmp_path / "photos" / "sub" / "b.png").touch()
+    (tmp_path / "elsewhere" / "c.png").touch()
+    (tmp_path / "photos" / "sub" / "loop").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "link.png").symlink_to(tmp_path / "photos" / "a.png")
+    images, unreadable = find_images(tmp_path / "photos")
+    assert list(images) == ["a.png", "link.png", "linked/c.png", "sub/b.png"]
+    assert unreadable == {}
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.png").touch()
+    listdir = os.listdir
+
+    def refuse(path: Path) -> list[str]:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    images, unreadable = find_images(tmp_path)
+    assert list(images) == ["a.png"]
+    assert unreadable == {"locked": "the folder cannot be read (Permission denied)"}
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file: not a folder"):
+        find_images(tmp_path / "file")
+    with pytest.raises(NotADirectoryError, match="missing: no such folder"):
+        find_images(tmp_path / "missing")
+
+
+def test_extensions_are_those_that_pil_decodes() -> None:
+    assert {".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp"} <= image_extensions()
+    assert not {".mpg", ".mpeg", ".pdf", ".eps", ".ps", ".h5", ".wmf"} & image_extensions()
+
+
+def test_threads_may_start_together(tmp_path: Path) -> None:
+    Image.fromarray(random_pixels()).save(tmp_path / "image.png")
+    results: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda: results.append(pixels(tmp_path / "image.png"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    assert all((result == results[0]).all() for result in results)
