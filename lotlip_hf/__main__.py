@@ -1,0 +1,6 @@
+"""`python -m lotlip_hf`: the command `lotlip`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,192 @@
+"""The command `lotlip`: reads arguments, calls a function of this package, prints what it returns."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+EXIT_STATUS = """\
+exit status:
+  0    done, even if images were skipped: they are listed on the standard error output
+  2    nothing done: wrong arguments, or an error that the message explains
+  130  interrupted; what was embedded is kept, and the same command goes on from there
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Runs a command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): the arguments; by default those of the process.
+
+    Returns:
+        `int`: the exit status, as in `lotlip --help`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A file's name may hold bytes that are no text in this encoding.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    logger = logging.getLogger("lotlip_hf")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("lotlip: %(message)s"))
+    logger.addHandler(handler)
+    try:
+        if argv[:1] == ["convert"]:
+            # The conversion has its own arguments.
+            from .conversion.official import main as convert
+
+            return convert(argv[1:]) or 0
+        arguments = build_parser().parse_args(argv)
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("lotlip: interrupted.", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        print(f"lotlip: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        logger.removeHandler(handler)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands; each sets `run`, a function of the parsed arguments."""
+    parser = argparse.ArgumentParser(
+        prog="lotlip",
+        description="LoTLIP: images and long descriptions.",
+        epilog=EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lotlip {version('lotlip-hf')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands.add_parser(
+        "convert", help="make a checkpoint folder from an official checkpoint, or back (convert --help)"
+    )
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", required=True, help="checkpoint folder or Hub id: LoTLIP, CLIP, SigLIP, ...")
+    model.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; by default the accelerator, if there is one")
+    model.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights; auto, the default, keeps the checkpoint's",
+    )
+    model.add_argument("--batch-size", type=_positive, help="images, or texts of full length, in a batch")
+
+    search = commands.add_parser(
+        "search",
+        parents=[model],
+        help="rank the images of a folder by a description",
+        description="Rank the images of a folder by how well a description fits them. The images are embedded once; "
+        "an index in the folder's hidden .lotlip keeps that, and each search brings it up to date.",
+    )
+    search.add_argument("--images", required=True, metavar="DIR", help="folder of images, with its subfolders")
+    search.add_argument("--top", type=_positive, default=5, help="how many images to show (5)")
+    search.add_argument("--save-grid", metavar="FILE", help="draw the ranked images in this picture")
+    search.add_argument("--index", metavar="DIR", help="keep the index in this folder instead")
+    search.add_argument("text", help="the description")
+    search.set_defaults(run=_search)
+
+    embed = commands.add_parser(
+        "embed",
+        parents=[model],
+        help="write the embeddings of images or texts to a Parquet file",
+        description="Write normalised embeddings to a Parquet file with the columns `file` or `text`, and "
+        "`embedding`. After an interruption the same command goes on from what is kept in OUTPUT.partial.",
+    )
+    source = embed.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", metavar="DIR", help="folder of images, with its subfolders")
+    source.add_argument("--texts", metavar="FILE", help=".txt (a text on each line), .jsonl, .csv or .parquet")
+    embed.add_argument("--column", default="text", help="column of the texts (text)")
+    embed.add_argument("--output", required=True, metavar="FILE", help="the Parquet file to write")
+    embed.add_argument("--overwrite", action="store_true", help="replace the output if it is there already")
+    embed.set_defaults(run=_embed)
+    return parser
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    from .search import build_index, check_picture, encode_query, save_grid
+
+    if arguments.save_grid:
+        check_picture(arguments.save_grid)
+    model, processor = _load(arguments)
+    query = encode_query(model, processor, arguments.text)
+    index = build_index(
+        model, processor, arguments.images, index_folder=arguments.index, batch_size=arguments.batch_size or 32
+    )
+    results = index.search(query, arguments.top)
+    print("rank    score  file")
+    for rank, result in enumerate(results, 1):
+        print(f"{rank:4}  {result.score:7.4f}  {_printable(result.path)}")
+    _report_skipped(index.skipped)
+    if arguments.save_grid:
+        save_grid(results, arguments.save_grid, arguments.text)
+        print(f"Drawn in {arguments.save_grid}.", file=sys.stderr)
+    return 0
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    from .embed import check_output, embed_images, embed_texts
+
+    check_output(arguments.output, overwrite=arguments.overwrite)
+    model, processor = _load(arguments)
+    if arguments.images:
+        count, skipped = embed_images(
+            model,
+            processor,
+            arguments.images,
+            arguments.output,
+            model_name=arguments.model,
+            batch_size=arguments.batch_size or 32,
+            overwrite=arguments.overwrite,
+        )
+        _report_skipped(skipped)
+    else:
+        count = embed_texts(
+            model,
+            processor,
+            arguments.texts,
+            arguments.output,
+            column=arguments.column,
+            model_name=arguments.model,
+            batch_size=arguments.batch_size or 64,
+            overwrite=arguments.overwrite,
+        )
+    print(f"{count} embeddings in {arguments.output}.")
+    return 0
+
+
+def _load(arguments: argparse.Namespace):  # noqa: ANN202
+    import warnings
+
+    from transformers.utils import logging
+
+    from .encoding import load_model
+
+    logging.disable_progress_bar()  # the loading of weights; ours stay
+    # PIL's warnings are of images that it reads all the same, and do not name them. What it cannot read is reported.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    return load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+
+
+def _report_skipped(skipped: dict[str, str]) -> None:
+    if skipped:
+        print(f"{len(skipped)} {'image was' if len(skipped) == 1 else 'images were'} skipped:", file=sys.stderr)
+        for name, reason in skipped.items():
+            print(f"  {_printable(name)}: {reason}", file=sys.stderr)
+
+
+def _printable(name: str | Path) -> str:
+    """A file's name on one line, whatever characters it holds."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(name))
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number

@@ -1,0 +1,289 @@
+"""Embeddings of a folder of images or a file of texts in a Parquet file; an interrupted run goes on where it was."""
+
+import csv
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedModel
+
+from .encoding import iterate_text_embeddings
+from .search import build_index
+from .store import EmbeddingStore, fingerprint
+
+logger = logging.getLogger(__name__)
+
+# Rows of the Parquet file that are in memory at a time.
+WRITE_BLOCK = 1024
+TEXT_FILES = (".txt", ".jsonl", ".csv", ".parquet")
+
+
+def check_output(output: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """
+    Finds out before the long work whether its result can be written.
+
+    Args:
+        output (`str` or `os.PathLike`): the Parquet file to be.
+        overwrite (`bool`, *optional*, defaults to `False`): whether it may be there already.
+
+    Raises:
+        FileExistsError: if it is there already and not to be overwritten.
+        NotADirectoryError: if its folder is not there.
+    """
+    output = Path(output)
+    if output.is_dir():
+        raise FileExistsError(f"{output}: a folder, not a Parquet file to write.")
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output}: exists already; choose another name, or --overwrite (`overwrite=True`).")
+    if not output.parent.is_dir():
+        raise NotADirectoryError(f"{output.parent}: no such folder to write {output.name} in.")
+
+
+def embed_images(
+    model: PreTrainedModel,
+    processor: Any,
+    folder: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    model_name: str = "",
+    batch_size: int = 32,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> tuple[int, dict[str, str]]:
+    """
+    Writes the embeddings of a folder's images to a Parquet file with the columns `file` and `embedding`.
+
+    `file` is relative to the folder. Until the file is complete, what is computed is kept in `<output>.partial/`, and
+    the same call goes on from there. The name of the model and the fingerprint of its weights (`store.fingerprint`)
+    are in the schema's metadata.
+
+    Args:
+        model (`PreTrainedModel`): LoTLIP, or any model with CLIP's `get_image_features`.
+        processor (`ProcessorMixin`): its processor.
+        folder (`str` or `os.PathLike`): the folder.
+        output (`str` or `os.PathLike`): the Parquet file.
+        model_name (`str`, *optional*): what the metadata call the model.
+        batch_size (`int`, *optional*, defaults to 32): images in a batch.
+        overwrite (`bool`, *optional*, defaults to `False`): whether `output` may be replaced.
+        progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+
+    Returns:
+        `tuple[int, dict[str, str]]`: how many images were written; those skipped, relative to the folder, with the
+        reasons.
+
+    Raises:
+        ValueError, OSError: as `check_output` and `lotlip_hf.search.build_index`.
+    """
+    check_output(output, overwrite=overwrite)
+    partial = _partial_folder(output)
+    index = build_index(model, processor, folder, index_folder=partial, batch_size=batch_size, progress=progress)
+
+    def batches() -> Iterator[tuple[list[str], np.ndarray]]:
+        for start in range(0, len(index.files), WRITE_BLOCK):
+            names = [os.fsencode(name).decode(errors="backslashreplace") for name in index.files[start:][:WRITE_BLOCK]]
+            yield names, index.embeddings[index.rows[start : start + WRITE_BLOCK]]
+
+    metadata = {"model": model_name, "fingerprint": index.fingerprint}
+    _write_parquet(output, partial, "file", index.embeddings.shape[1], batches(), metadata)
+    return len(index.files), index.skipped
+
+
+def embed_texts(
+    model: PreTrainedModel,
+    processor: Any,
+    file: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    column: str = "text",
+    model_name: str = "",
+    batch_size: int = 64,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> int:
+    """
+    Writes the embeddings of a file's texts, in its order, to a Parquet file with the columns `text` and `embedding`.
+
+    Interruptions and metadata as in `embed_images`. A text that is there more than once is encoded once.
+
+    Args:
+        model (`PreTrainedModel`): LoTLIP, or any model with CLIP's `get_text_features`.
+        processor (`ProcessorMixin`): its processor.
+        file (`str` or `os.PathLike`): the texts, see `read_texts`.
+        output (`str` or `os.PathLike`): the Parquet file.
+        column (`str`, *optional*, defaults to `"text"`): the texts' column.
+        batch_size (`int`, *optional*, defaults to 64): texts of full length in a batch.
+        model_name, overwrite, progress: as in `embed_images`.
+
+    Returns:
+        `int`: how many texts were written.
+
+    Raises:
+        ValueError, OSError: as `check_output` and `read_texts`.
+    """
+    check_output(output, overwrite=overwrite)
+    partial = _partial_folder(output)
+    made_by = fingerprint(model, processor, "text")
+    count, digests = 0, set[str]()
+    for text in read_texts(file, column):  # to the end: what is wrong with it shows before the long work
+        count += 1
+        digests.add(_digest(text))
+    if count == 0:
+        raise ValueError(f"{file}: no texts in this file.")
+
+    with EmbeddingStore(partial / made_by) as store:
+        keys: list[str] = []
+
+        def new_texts() -> Iterator[str]:
+            seen = set(store.entries)
+            for text in read_texts(file, column):
+                if (key := _digest(text)) not in seen:
+                    seen.add(key)
+                    keys.append(key)
+                    yield text
+
+        total = len(digests - store.entries.keys())
+        try:
+            for index, embedding in iterate_text_embeddings(
+                model, processor, new_texts(), batch_size=batch_size, progress=progress and total > 0, total=total
+            ):
+                store.append(keys[index], embedding.numpy())
+        except KeyboardInterrupt:
+            kept = len(store.entries)
+            logger.warning(
+                "Interrupted: %d embeddings are kept in %s; the same command goes on from there.", kept, partial
+            )
+            raise
+        rows, embeddings = {key: entry["row"] for key, entry in store.entries.items()}, store.embeddings()
+
+    def batches() -> Iterator[tuple[list[str], np.ndarray]]:
+        texts = read_texts(file, column)
+        while block := list(itertools.islice(texts, WRITE_BLOCK)):
+            missing = [text for text in block if _digest(text) not in rows]
+            if missing:
+                raise ValueError(f"{file}: changed while it was read, {missing[0][:50]!r} is new; run the same again.")
+            yield block, embeddings[[rows[_digest(text)] for text in block]]
+
+    metadata = {"model": model_name, "fingerprint": made_by}
+    _write_parquet(output, partial, "text", embeddings.shape[1], batches(), metadata)
+    return count
+
+
+def read_texts(file: str | os.PathLike, column: str = "text") -> Iterator[str]:
+    """
+    Reads texts one by one.
+
+    Args:
+        file (`str` or `os.PathLike`):
+            UTF-8 with a text on each line, an empty line being an empty text (`.txt`); an object on each line
+            (`.jsonl`); `.csv` with a header; or `.parquet`.
+        column (`str`, *optional*, defaults to `"text"`): the texts' column, except in `.txt`.
+
+    Yields:
+        `str`: the texts in order.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is of another kind, or damaged, or has no such column, or a value is not a text.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    readers = {".txt": _read_lines, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path}: expected a file that ends in {', '.join(TEXT_FILES)}.")
+    row = 0
+    try:
+        for text in readers[path.suffix.lower()](path, column):
+            row += 1
+            if not isinstance(text, str):
+                found = "nothing" if text is None else repr(text)[:50]
+                raise ValueError(f"{path}, row {row}: expected a text in {column!r}, got {found}.")
+            text.encode()  # lone surrogates, which JSON can hold, are no text
+            yield text
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise ValueError(f"{path}, about row {row}: not valid Unicode ({error.reason}).") from error
+    except (pa.ArrowException, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read ({error}).") from error
+
+
+def _read_lines(path: Path, column: str) -> Iterator[Any]:
+    with open(path, encoding="utf-8-sig") as file:
+        for line in file:
+            yield line.removesuffix("\n")
+
+
+def _read_jsonl(path: Path, column: str) -> Iterator[Any]:
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number}: expected an object, got {line.strip()[:50]}.")
+            if column not in record:
+                raise _no_column(f"{path}, line {number}", column, record)
+            yield record[column]
+
+
+def _read_csv(path: Path, column: str) -> Iterator[Any]:
+    csv.field_size_limit(2**31 - 1)  # Python's limit is 128 KiB, a text of a million characters is fine
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        if column not in (reader.fieldnames or ()):
+            raise _no_column(str(path), column, reader.fieldnames or ())
+        for record in reader:
+            yield record[column]
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[Any]:
+    with pq.ParquetFile(path) as file:
+        if column not in file.schema_arrow.names:
+            raise _no_column(str(path), column, file.schema_arrow.names)
+        for batch in file.iter_batches(WRITE_BLOCK, columns=[column]):
+            yield from batch.column(0).to_pylist()
+
+
+def _no_column(place: str, column: str, columns: Iterable[str]) -> ValueError:
+    return ValueError(f"{place}: no column {column!r} (--column); found {', '.join(map(repr, columns)) or 'none'}.")
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _partial_folder(output: str | os.PathLike) -> Path:
+    return Path(f"{os.fspath(output)}.partial")
+
+
+def _write_parquet(
+    output: str | os.PathLike,
+    partial: Path,
+    column: str,
+    dimension: int,
+    batches: Iterable[tuple[list[str], np.ndarray]],
+    metadata: dict[str, str],
+) -> None:
+    """Writes the whole file beside its place, moves it there in one step and removes the partial results."""
+    schema = pa.schema(
+        [(column, pa.string()), ("embedding", pa.list_(pa.float32(), dimension))],
+        metadata=metadata,
+    )
+    complete = partial / "complete.parquet"
+    with pq.ParquetWriter(complete, schema) as writer:
+        for values, rows in batches:
+            embeddings = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), dimension)
+            writer.write_batch(pa.record_batch([pa.array(values, pa.string()), embeddings], schema=schema))
+    os.replace(complete, output)
+    shutil.rmtree(partial)

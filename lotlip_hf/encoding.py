@@ -1,0 +1,446 @@
+"""Texts and images to normalised embeddings, in batches, with any dual encoder that has CLIP's feature functions."""
+
+import itertools
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from .images import ImageError, ImageSource, load_image
+
+logger = logging.getLogger(__name__)
+
+# Texts are tokenised and sorted by length this many at a time.
+TEXT_CHUNK = 4096
+# SigLIP's text tower reads the last position and takes no mask: its texts are always padded to the full length.
+FULL_LENGTH_MODEL_TYPES = ("siglip", "siglip2")
+# Longest side over shortest. Resized to a shortest edge of 224 such an image has 224 x 14,336 pixels.
+MAX_ASPECT_RATIO = 64
+
+
+def load_model(
+    name_or_path: str | os.PathLike,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+) -> tuple[PreTrainedModel, Any]:
+    """
+    Loads a dual encoder and its processor, and refuses a checkpoint that does not fit.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`):
+            A checkpoint folder or a Hub id: LoTLIP, or a stock dual encoder (CLIP, SigLIP, ...).
+        device (`str` or `torch.device`, *optional*):
+            Where to put the model; by default the accelerator, if there is one.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+            Of the weights; `"auto"` keeps the checkpoint's.
+
+    Returns:
+        `tuple`: the model in evaluation mode, and its processor.
+
+    Raises:
+        ValueError:
+            If the checkpoint is of an architecture without image and text features, if a weight is missing, unknown or
+            of another shape, or if there is no tokenizer or no image processor; the message names the checkpoint. If
+            `device` is not to be had.
+        OSError: if the checkpoint is not found.
+    """
+    name = os.fspath(name_or_path)
+    if os.path.isfile(name):
+        raise ValueError(
+            f"{name} is a file, not a checkpoint folder; `lotlip convert` makes one of an official model.pt."
+        )
+    if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
+        raise FileNotFoundError(f"{name}: no such checkpoint folder.")
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`device` {str(device)!r} cannot be used here ({str(error).splitlines()[0]}).") from error
+    config = AutoConfig.from_pretrained(name)
+    model_class = AutoModel._model_mapping.get(type(config), None)
+    needed = ("get_text_features", "get_image_features")
+    if model_class is None or not all(hasattr(model_class, function) for function in needed):
+        raise ValueError(
+            f"{name} is a {config.model_type!r} checkpoint, which does not encode both images and texts; expected "
+            "LoTLIP or another dual encoder such as CLIP or SigLIP."
+        )
+
+    # What does not fit is said once, by the error below, rather than by transformers' report as well.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, info = AutoModel.from_pretrained(
+            name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # safetensors and torch raise their own kinds on a damaged file
+        raise ValueError(f"{name}: the weights cannot be read ({error}).") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    problems = [
+        f"{len(keys)} {kind}: {', '.join(sorted(keys)[:5])}{', ...' if len(keys) > 5 else ''}"
+        for kind, keys in {
+            "missing": info["missing_keys"],
+            "unexpected": info["unexpected_keys"],
+            "of another shape": [key for key, *_ in info["mismatched_keys"]],
+        }.items()
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"{name}: the weights do not fit a {type(model).__name__} ({'; '.join(problems)}).")
+
+    processor = AutoProcessor.from_pretrained(name)
+    for part in ("tokenizer", "image_processor"):
+        if not hasattr(processor, part):
+            raise ValueError(
+                f"{name} has no {part}: save the model's processor beside it (`processor.save_pretrained(folder)`)."
+            )
+    return model.to(device).eval(), processor
+
+
+def encode_texts(
+    model: PreTrainedModel,
+    processor: Any,
+    texts: Iterable[str],
+    *,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> torch.Tensor:
+    """
+    Encodes texts as normalised embeddings.
+
+    Texts are sorted by length, so that little is padded, and cut at the length the model takes; how many were cut is
+    logged once. An embedding does not depend on the other texts. The model's mode is left as it was.
+
+    Args:
+        model (`PreTrainedModel`): LoTLIP, or any model with CLIP's `get_text_features`.
+        processor (`ProcessorMixin`): the model's processor (or just its tokenizer).
+        texts (`Iterable[str]`): the texts; it is not changed.
+        batch_size (`int`, *optional*, defaults to 64):
+            Texts of full length in a batch. Shorter texts share the same number of tokens, so more of them fit.
+        device (`str` or `torch.device`, *optional*): moves the model there first; by default it stays where it is.
+        progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+
+    Returns:
+        `torch.Tensor`: float32 on the CPU, of shape [N, P], each row of length 1, in the order of `texts`.
+
+    Raises:
+        TypeError: if `texts` is not a list (or other iterable) of strings.
+        ValueError: if a text is not valid Unicode, or the model's features are not finite.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf import encode_images, encode_texts
+    >>> from lotlip_hf.encoding import load_model
+
+    >>> model, processor = load_model("path/to/checkpoint")  # doctest: +SKIP
+    >>> texts = encode_texts(model, processor, ["a dog", "a cat"])  # doctest: +SKIP
+    >>> scores = texts @ encode_images(model, processor, ["dog.jpg"]).T  # doctest: +SKIP
+    ```
+    """
+    rows = dict(
+        iterate_text_embeddings(model, processor, texts, batch_size=batch_size, device=device, progress=progress)
+    )
+    if not rows:  # no texts: one is encoded for the width
+        return encode_texts(model, processor, [""], device=device, progress=False)[:0]
+    return torch.stack([rows[index] for index in range(len(rows))])
+
+
+def encode_images(
+    model: PreTrainedModel,
+    processor: Any,
+    images: Iterable[ImageSource],
+    *,
+    batch_size: int = 32,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> torch.Tensor:
+    """
+    Encodes images as normalised embeddings.
+
+    Images are read while the model runs, two batches ahead, so any number of paths takes no more memory than that.
+    See [`~lotlip_hf.images.load_image`] for what can be read. The model's mode is left as it was.
+
+    Args:
+        model (`PreTrainedModel`): LoTLIP, or any model with CLIP's `get_image_features`.
+        processor (`ProcessorMixin`): the model's processor (or just its image processor).
+        images (`Iterable`): paths, PIL images or arrays; it is not changed.
+        batch_size (`int`, *optional*, defaults to 32): images in a batch.
+        device (`str` or `torch.device`, *optional*): moves the model there first; by default it stays where it is.
+        progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+
+    Returns:
+        `torch.Tensor`: float32 on the CPU, of shape [N, P], each row of length 1, in the order of `images`.
+
+    Raises:
+        ImageError: on the first image that cannot be read; the message names it. `iterate_image_embeddings` goes on.
+        TypeError: if `images` is not a list (or other iterable) of images.
+        ValueError: if the model's features are not finite.
+    """
+    rows: dict[int, torch.Tensor] = {}
+    for index, result in iterate_image_embeddings(
+        model, processor, images, batch_size=batch_size, device=device, progress=progress
+    ):
+        if isinstance(result, ImageError):
+            raise result
+        rows[index] = result
+    if not rows:  # no images: one is encoded for the width
+        return encode_images(model, processor, [Image.new("RGB", (1, 1))], device=device, progress=False)[:0]
+    return torch.stack([rows[index] for index in range(len(rows))])
+
+
+def iterate_text_embeddings(
+    model: PreTrainedModel,
+    processor: Any,
+    texts: Iterable[str],
+    *,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+    total: int | None = None,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """
+    Encodes texts and hands each embedding out as soon as it is computed. Arguments and errors as in `encode_texts`.
+
+    Args:
+        total (`int`, *optional*): number of texts, for the progress bar, if `texts` is an iterator without a length.
+
+    Yields:
+        `tuple[int, torch.Tensor]`: the text's place in `texts` and its embedding [P]; not in order.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise TypeError(f"`texts` must be a list of strings, got one {type(texts).__name__}: pass [text].")
+    _check_batch_size(batch_size)
+    if device is not None:
+        model.to(torch.device(device))
+    tokenizer = getattr(processor, "tokenizer", processor)
+    max_length = max_text_length(model, tokenizer)
+    full_length = model.config.model_type in FULL_LENGTH_MODEL_TYPES
+    count = cut = 0
+    remaining = iter(texts)
+    with tqdm(
+        total=_length(texts) if total is None else total, desc="Encoding texts", unit="text", disable=not progress
+    ) as bar:
+        while chunk := list(itertools.islice(remaining, TEXT_CHUNK)):
+            for index, text in enumerate(chunk, count):
+                _check_text(text, index)
+            encoded, chunk_cut = _tokenize(tokenizer, chunk, max_length)
+            lengths = [len(ids) for ids in encoded["input_ids"]]
+            # Longest first: if memory does not suffice, it shows at once.
+            order = sorted(range(len(chunk)), key=lambda index: -lengths[index])
+            while order:
+                width = max_length if full_length else lengths[order[0]]
+                rows = max(1, batch_size * max_length // max(1, width))
+                batch, order = order[:rows], order[rows:]
+                inputs = _pad(
+                    tokenizer,
+                    {key: [values[index] for index in batch] for key, values in encoded.items()},
+                    {"padding": "max_length", "max_length": max_length} if full_length else {"padding": "longest"},
+                )
+                embeddings = _embed(model, "get_text_features", inputs)
+                bar.update(len(batch))
+                for index, embedding in zip(batch, embeddings, strict=True):
+                    yield count + index, embedding
+            count += len(chunk)
+            cut += chunk_cut
+    if cut:
+        logger.warning("%d of %d texts were cut at %d tokens.", cut, count, max_length)
+
+
+def iterate_image_embeddings(
+    model: PreTrainedModel,
+    processor: Any,
+    images: Iterable[ImageSource],
+    *,
+    batch_size: int = 32,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[int, torch.Tensor | ImageError]]:
+    """
+    Encodes images and hands each embedding out as soon as it is computed. Arguments as in `encode_images`.
+
+    Yields:
+        `tuple[int, torch.Tensor | ImageError]`: the image's place in `images` and its embedding [P], or the error if
+        it cannot be read; errors come early, embeddings in order.
+    """
+    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) or not isinstance(
+        images, Iterable
+    ):
+        raise TypeError(f"`images` must be a list of images, got one {type(images).__name__}: pass [image].")
+    _check_batch_size(batch_size)
+    if device is not None:
+        model.to(torch.device(device))
+    image_processor = getattr(processor, "image_processor", processor)
+
+    def opened() -> Iterator[tuple[int, ImageSource | ImageError]]:
+        # Files are read in the threads; what is in memory already may be there twice, and PIL loads it on first use.
+        for index, source in enumerate(images):
+            if isinstance(source, str | os.PathLike):
+                yield index, source
+                continue
+            try:
+                yield index, load_image(source, f"images[{index}]")
+            except ImageError as error:
+                yield index, error
+
+    def read(item: tuple[int, ImageSource | ImageError]) -> tuple[int, dict[str, torch.Tensor] | ImageError]:
+        index, source = item
+        if isinstance(source, ImageError):
+            return index, source
+        try:
+            image = load_image(source)
+        except ImageError as error:
+            return index, error
+        return index, dict(image_processor(images=[_crop_long(image, image_processor)], return_tensors="pt"))
+
+    ready: list[tuple[int, dict[str, torch.Tensor]]] = []
+
+    def embed_ready() -> Iterator[tuple[int, torch.Tensor]]:
+        batch, ready[:] = list(ready), []
+        inputs = {key: torch.cat([values[key] for _, values in batch]) for key in batch[0][1]}
+        embeddings = _embed(model, "get_image_features", inputs)
+        for (index, _), embedding in zip(batch, embeddings, strict=True):
+            bar.update()
+            yield index, embedding
+
+    with tqdm(total=_length(images), desc="Encoding images", unit="image", disable=not progress) as bar:
+        for index, result in _map_ahead(read, opened(), ahead=2 * batch_size):
+            if isinstance(result, ImageError):
+                bar.update()
+                yield index, result
+                continue
+            ready.append((index, result))
+            if len(ready) == batch_size:
+                yield from embed_ready()
+        if ready:
+            yield from embed_ready()
+
+
+def max_text_length(model: PreTrainedModel, tokenizer: Any) -> int:
+    """
+    The longest text that a model takes, in tokens, special ones included.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+
+    Returns:
+        `int`: `tokenizer.model_max_length`, or the number of the text tower's positions if that is less.
+
+    Raises:
+        ValueError: if neither is known.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    if length > 1_000_000:  # transformers' 1e30 for "not set"
+        raise ValueError("`tokenizer.model_max_length` is not set: set it to the number of tokens the model takes.")
+    return length
+
+
+def _length(items: Iterable[Any]) -> int | None:
+    return len(items) if hasattr(items, "__len__") else None  # pyright: ignore[reportArgumentType]
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be a whole number of at least 1, got {batch_size!r}.")
+
+
+def _check_text(text: Any, index: int) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"texts[{index}] must be a string, got {type(text).__name__}.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"texts[{index}] is not valid Unicode at character {error.start} ({error.reason})."
+        ) from error
+
+
+def _tokenize(tokenizer: Any, texts: list[str], max_length: int) -> tuple[dict[str, list[list[int]]], int]:
+    """Token ids and masks of each text, not padded, and how many of the texts were cut."""
+    encoded = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)
+    if encoded.encodings is not None:
+        return dict(encoded), sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+    # Tokenizers without the Rust backend do not tell what they cut: the full texts do.
+    full = [text for text, ids in zip(texts, encoded["input_ids"], strict=True) if len(ids) >= max_length]
+    whole = tokenizer(full, truncation=False, verbose=False)["input_ids"] if full else []
+    return dict(encoded), sum(len(ids) > max_length for ids in whole)
+
+
+def _pad(tokenizer: Any, encoded: dict[str, list[list[int]]], padding: dict[str, Any]) -> dict[str, torch.Tensor]:
+    # `pad` advises calling the tokenizer instead, which cannot sort by length first.
+    warned = tokenizer.deprecation_warnings.get("Asking-to-pad-a-fast-tokenizer", False)
+    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+    try:
+        return dict(tokenizer.pad(encoded, return_tensors="pt", **padding))
+    finally:
+        tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = warned
+
+
+def _embed(model: PreTrainedModel, function: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Normalised features [B, P] in float32 on the CPU, the model's mode left as it was."""
+    inputs = {
+        key: values.to(model.device, model.dtype if values.is_floating_point() else None)
+        for key, values in inputs.items()
+    }
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            output = getattr(model, function)(**inputs)
+            features = output if isinstance(output, torch.Tensor) else output.pooler_output
+            features = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not torch.isfinite(features).all():
+        raise ValueError(f"The model's features are not finite (its dtype is {model.dtype}): try another dtype.")
+    return features.clone()  # outside inference mode: an ordinary tensor, which autograd takes
+
+
+def _crop_long(image: Image.Image, image_processor: Any) -> Image.Image:
+    """
+    The middle of a very long and thin image.
+
+    Resizing it whole by its shortest edge could fill the memory, for the centre crop to throw nearly all of that away.
+    """
+    size = getattr(image_processor, "size", None) or {}
+    short, long = min(image.size), max(image.size)
+    if not (getattr(image_processor, "do_center_crop", False) and size.get("shortest_edge")):
+        return image
+    if long <= MAX_ASPECT_RATIO * short:
+        return image
+    start = (long - MAX_ASPECT_RATIO * short) // 2
+    # As much from either end, so that the middle stays the middle.
+    box = (start, 0, long - start, short) if image.width == long else (0, start, short, long - start)
+    return image.crop(box)
+
+
+def _map_ahead(function: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """`map` in threads, in order, with at most `ahead` results waiting."""
+    waiting: deque[Future] = deque()
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,263 @@
+"""Embeddings on disk: an append-only store that survives interruptions, and the fingerprint of who made them."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .encoding import max_text_length
+
+logger = logging.getLogger(__name__)
+
+# Part of every fingerprint. Raised when the same model and file come to give another embedding.
+FORMAT_VERSION = 1
+ENTRIES = "entries.jsonl"
+
+
+class EmbeddingStore:
+    """
+    Embeddings in a folder, appended one by one; used as a context manager.
+
+    `embeddings-<n>.f32` holds raw float32 rows. `entries.jsonl` holds a line per entry, written after its row; its
+    line `{"dimension": P, "embeddings": file}` names the rows' file. What an interruption left half-written at the end
+    is cut off on entering. A lock keeps other processes out; they wait.
+
+    Args:
+        folder (`Path`): where the files are; made on entering.
+        advice (`str`, *optional*): what the error says to do if the folder cannot be written to.
+
+    Attributes:
+        entries (`dict[str, dict]`): the latest entry of each key: its `row`, or none, and what was appended with it.
+        rows (`int`): number of rows, those of superseded entries included.
+
+    Raises:
+        OSError: on entering or appending, if the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path, advice: str = "choose a folder that can be written to") -> None:
+        self.folder = folder
+        self.advice = advice
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.rows = 0
+        self.dimension: int | None = None
+        self._embeddings_name = "embeddings-0.f32"
+        self._lock = FileLock(folder / "lock")
+        self._entries_file: BinaryIO | None = None
+        self._embeddings_file: BinaryIO | None = None
+
+    def __enter__(self) -> "EmbeddingStore":
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=1)
+            except Timeout:
+                logger.warning("Waiting for another process that is writing to %s.", self.folder)
+                self._lock.acquire()
+            self._read()
+            self._open()
+        except OSError as error:
+            self._close()
+            reason = error.strerror or error
+            raise OSError(f"{self.folder}: cannot keep embeddings there ({reason}); {self.advice}.") from error
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def append(self, key: str, embedding: np.ndarray | None, **fields: Any) -> None:
+        """
+        Adds an entry, which supersedes an earlier one of the same key.
+
+        Args:
+            key (`str`): what the entry is of.
+            embedding (`np.ndarray`, *optional*): float32, of shape [P]; `None` for an entry without one.
+            fields: anything to keep with it that JSON can hold.
+        """
+        if self._entries_file is None or self._embeddings_file is None:
+            raise RuntimeError("enter the store first: `with EmbeddingStore(folder) as store`.")
+        entry = dict(fields)
+        if embedding is not None:
+            if self.dimension is None:
+                self.dimension = len(embedding)
+                self._write(self._entries_file, _line(dimension=self.dimension, embeddings=self._embeddings_name))
+            if embedding.shape != (self.dimension,):
+                raise ValueError(f"expected an embedding of shape [{self.dimension}], got {list(embedding.shape)}.")
+            self._write(self._embeddings_file, np.ascontiguousarray(embedding, dtype="<f4").tobytes())
+            entry["row"] = self.rows
+            self.rows += 1
+        self._write(self._entries_file, _line(key=key, **entry))
+        self.entries[key] = entry
+
+    def embeddings(self) -> np.ndarray:
+        """All rows, of shape [rows, P], mapped from the file rather than read: usable after the store is left."""
+        if self.rows == 0:
+            return np.zeros((0, self.dimension or 0), dtype=np.float32)
+        return np.memmap(self.folder / self._embeddings_name, "<f4", "r", shape=(self.rows, self.dimension or 0))
+
+    def compact(self, keys: Iterable[str]) -> None:
+        """Drops every entry but those of `keys`, and the rows that no entry names. Safe to interrupt."""
+        old_name, rows = self._embeddings_name, self.embeddings()
+        number = int(old_name.removeprefix("embeddings-").removesuffix(".f32")) + 1
+        new_name = f"embeddings-{number}.f32"
+        kept: dict[str, dict[str, Any]] = {}
+        count = 0
+        with open(self.folder / new_name, "wb") as embeddings, open(self.folder / f"{ENTRIES}.new", "wb") as entries:
+            if self.dimension is not None:
+                entries.write(_line(dimension=self.dimension, embeddings=new_name))
+            for key in keys:
+                entry = dict(self.entries[key])
+                if "row" in entry:
+                    embeddings.write(rows[entry["row"]].tobytes())
+                    entry["row"] = count
+                    count += 1
+                entries.write(_line(key=key, **entry))
+                kept[key] = entry
+        self._entries_file.close()  # pyright: ignore[reportOptionalMemberAccess]
+        self._embeddings_file.close()  # pyright: ignore[reportOptionalMemberAccess]
+        # This one step changes over: the entries name the file of their rows.
+        os.replace(self.folder / f"{ENTRIES}.new", self.folder / ENTRIES)
+        self.entries, self.rows, self._embeddings_name = kept, count, new_name
+        self._open()
+
+    def _read(self) -> None:
+        """Reads the entries up to the first that is damaged or whose row is missing, and cuts the files there."""
+        path = self.folder / ENTRIES
+        self.entries, self.rows, self.dimension = {}, 0, None
+        if not path.exists():
+            path.touch()
+        available = valid = 0
+        with open(path, "rb") as file:
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                    if not line.endswith(b"\n") or not isinstance(entry, dict):
+                        break
+                    if "dimension" in entry:
+                        self.dimension, self._embeddings_name = int(entry["dimension"]), str(entry["embeddings"])
+                        embeddings = self.folder / self._embeddings_name
+                        size = embeddings.stat().st_size if embeddings.exists() else 0
+                        available = size // (4 * self.dimension)
+                    else:
+                        key = entry.pop("key")
+                        if "row" in entry:
+                            if entry["row"] != self.rows or self.rows >= available:
+                                break
+                            self.rows += 1
+                        self.entries[key] = entry
+                except (ValueError, KeyError):
+                    break
+                valid += len(line)
+        if lost := path.stat().st_size - valid:
+            logger.warning("%s: %d bytes at the end are incomplete; what they name is embedded again.", path, lost)
+        os.truncate(path, valid)
+
+    def _open(self) -> None:
+        embeddings = self.folder / self._embeddings_name
+        self._entries_file = open(self.folder / ENTRIES, "ab")
+        self._embeddings_file = open(embeddings, "ab")
+        self._embeddings_file.truncate(self.rows * 4 * (self.dimension or 0))
+        for leftover in self.folder.glob("embeddings-*.f32"):
+            if leftover != embeddings:
+                leftover.unlink()
+
+    def _write(self, file: BinaryIO, data: bytes) -> None:
+        try:
+            file.write(data)
+            file.flush()  # into the operating system's hands: there it survives this process
+        except OSError as error:
+            raise OSError(f"{self.folder}: cannot write ({error.strerror}).") from error
+
+    def _close(self) -> None:
+        for file in (self._entries_file, self._embeddings_file):
+            if file is not None:
+                file.close()
+        self._entries_file = self._embeddings_file = None
+        self._lock.release()
+
+
+def fingerprint(model: PreTrainedModel, processor: Any, modality: Literal["image", "text"]) -> str:
+    """
+    Names what makes embeddings of a modality: that tower's weights and configuration, and how its input is prepared.
+
+    The same weights give the same fingerprint wherever they lie; other weights, in another dtype too, never do.
+
+    Args:
+        model (`PreTrainedModel`): the dual encoder.
+        processor (`ProcessorMixin`): its processor.
+        modality (`str`): `"image"` or `"text"`.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    if modality == "image":
+        prefixes, config = ("vision_model.", "visual_projection."), model.config.vision_config
+        preparation = processor.image_processor.to_dict()
+    else:
+        prefixes, config = ("text_model.", "text_projection.", "corner_embeds"), model.config.text_config
+        preparation = {
+            **_tokenizer_settings(processor.tokenizer),
+            "max_length": max_text_length(model, processor.tokenizer),
+        }
+    settings = {
+        "version": FORMAT_VERSION,
+        "modality": modality,
+        "config": _architecture(config.to_dict()),
+        "preparation": {name: value for name, value in preparation.items() if value is not None},
+    }
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, tensor in _named_weights(model, prefixes):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
+    """Everything that decides on the token ids of a text."""
+    origin = {"name_or_path", "is_local", "local_files_only", "processor_class", "backend"}
+    settings = {
+        name: value
+        for name, value in tokenizer.init_kwargs.items()
+        if isinstance(value, bool | int | str) and name not in origin and not name.endswith("_file")
+    }
+    if hasattr(tokenizer, "backend_tokenizer"):
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        # These two change with each call.
+        settings["backend_tokenizer"] = {**backend, "truncation": None, "padding": None}
+    else:
+        settings["vocabulary"] = tokenizer.get_vocab()
+    return settings
+
+
+def _named_weights(model: PreTrainedModel, prefixes: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    weights = model.state_dict()
+    chosen = [name for name in weights if name.startswith(prefixes)]
+    for name in sorted(chosen or weights):  # a model with other names: all of its weights
+        yield name, weights[name]
+
+
+def _architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration says beyond the settings of every configuration, which come and go with transformers."""
+    general = PreTrainedConfig().to_dict().keys() | {"transformers_version", "_name_or_path", "architectures", "dtype"}
+    return {
+        name: _architecture(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if (name not in general or name == "model_type") and not name.startswith("_") and value is not None
+    }
+
+
+def _line(**entry: Any) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
