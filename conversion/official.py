@@ -1,0 +1,627 @@
+"""
+The official LoTLIP checkpoints (an open_clip fork, github.com/wuw2019/LoTLIP) to a transformers folder, and back.
+
+    python -m lotlip_hf.conversion.official --checkpoint model.pt --open-clip-config open_clip_config.json \
+        --tokenizer bert-base-uncased --output lotlip-vit-b-16
+    python -m lotlip_hf.conversion.official --checkpoint weiwu-ww/LoTLIP-ViT-B-16-100M --output lotlip-vit-b-16
+    python -m lotlip_hf.conversion.official --reverse --checkpoint lotlip-vit-b-16 --output model.pt
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from transformers import AutoConfig, AutoTokenizer, BertConfig, PreTrainedConfig, ViTConfig
+from transformers.utils import logging as transformers_logging
+
+from lotlip_hf import (
+    LoTLIPConfig,
+    LoTLIPModel,
+    LoTLIPProcessor,
+    LoTLIPTextConfig,
+    LoTLIPTokenizer,
+    LoTLIPVisionConfig,
+)
+from lotlip_hf.modeling.processing_lotlip import official_image_processor
+
+
+def _released(patch_size: int) -> dict[str, Any]:
+    return {
+        "embed_dim": 768,
+        "vision_cfg": {
+            "timm_model_name": f"vit_base_patch{patch_size}_224.augreg_in21k",
+            "timm_pool": "token",
+            "timm_proj": "none",
+        },
+        "text_cfg": {
+            "context_length": 128,
+            "hf_model_name": "bert-base-uncased",
+            "hf_tokenizer_name": "bert-base-uncased",
+            "hf_proj_type": "linear",
+            "hf_pooler_type": "cls_pooler",
+            "num_corner_token": 2,
+        },
+    }
+
+
+# Hub id of a released checkpoint -> its open_clip model configuration
+RELEASED = {
+    "weiwu-ww/LoTLIP-ViT-B-16-100M": _released(16),
+    "weiwu-ww/LoTLIP-ViT-B-32-100M": _released(32),
+}
+
+PREFIX = "module."
+# What timm's vision transformers have and the official configuration does not name
+TIMM_VIT = {"layer_norm_eps": 1e-6, "hidden_act": "gelu"}
+# 0, 1, 2, ...: a buffer of BERT that transformers saved before 4.31
+POSITION_IDS = "text.transformer.embeddings.position_ids"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# timm's name -> transformers' names; more than one stand stacked in timm's tensor, in this order
+VISION_EMBEDDINGS = {
+    "cls_token": ["embeddings.cls_token"],
+    "pos_embed": ["embeddings.position_embeddings"],
+    "patch_embed.proj.weight": ["embeddings.patch_embeddings.projection.weight"],
+    "patch_embed.proj.bias": ["embeddings.patch_embeddings.projection.bias"],
+}
+VISION_BLOCK = {
+    "norm1": ["layernorm_before"],
+    "attn.qkv": ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
+    "attn.proj": ["attention.o_proj"],
+    "norm2": ["layernorm_after"],
+    "mlp.fc1": ["mlp.fc1"],
+    "mlp.fc2": ["mlp.fc2"],
+}
+
+
+class ConversionError(ValueError):
+    """A checkpoint or configuration that cannot be converted exactly. The message says what is wrong and where."""
+
+
+def official_layout(model: LoTLIPModel) -> dict[str, list[str]]:
+    """
+    The official name of every tensor, in the official order, with the names of this model's tensors that it is made
+    of: one, or several stacked along the first dimension (query, key and value; words and corner tokens).
+
+    Args:
+        model: A model with BERT and ViT backbones.
+
+    Returns:
+        Official name -> names in `model.state_dict()`.
+    """
+    layout = {"logit_scale": ["logit_scale"]}
+    vision = {}
+    vision.update(VISION_EMBEDDINGS)
+    for layer in range(model.config.vision_config.num_hidden_layers):
+        for official, ours in VISION_BLOCK.items():
+            for kind in ("weight", "bias"):
+                vision[f"blocks.{layer}.{official}.{kind}"] = [f"layers.{layer}.{name}.{kind}" for name in ours]
+    for kind in ("weight", "bias"):
+        vision[f"norm.{kind}"] = [f"layernorm.{kind}"]
+    for official, ours in vision.items():
+        layout[f"visual.trunk.{official}"] = [f"vision_model.backbone.{name}" for name in ours]
+    if model.config.vision_config.projection_dim is not None:
+        layout["visual.head.proj.weight"] = ["visual_projection.weight"]
+    for name in model.text_model.backbone.state_dict():
+        layout[f"text.transformer.{name}"] = [f"text_model.backbone.{name}"]
+    if model.config.text_config.num_corner_tokens:
+        layout["text.transformer.embeddings.word_embeddings.weight"].append("text_model.corner_embeds")
+    layout["text.proj.weight"] = ["text_projection.weight"]
+    return layout
+
+
+def read_official_state_dict(checkpoint: str | Path) -> dict[str, torch.Tensor]:
+    """
+    The tensors of an official checkpoint, without the `module.` of distributed training and without the buffer of
+    position ids that old versions of transformers saved and the official code ignores.
+
+    Args:
+        checkpoint: A `model.pt`: a pickle of a state dict or of `{"state_dict": ...}`. Read with `weights_only=True`,
+            so that no code in it can run.
+
+    Raises:
+        ConversionError: if the file is missing, not such a pickle, or holds something else than tensors.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise ConversionError(
+            f"{checkpoint}: no such file. Give a model.pt or one of the released models {', '.join(RELEASED)}."
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks to run {code[1]}" if code else "it is damaged or of another kind"
+        raise ConversionError(f"{path}: not a PyTorch pickle of tensors alone, as a model.pt is: {reason}.") from error
+    state_dict = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        for name, tensor in state_dict.items()
+    ):
+        raise ConversionError(f"{path}: expected a state dict of dense tensors, or one under 'state_dict'.")
+    tensors = {name.removeprefix(PREFIX): tensor.detach() for name, tensor in state_dict.items()}
+    if len(tensors) < len(state_dict):
+        twice = [name for name in tensors if name in state_dict and PREFIX + name in state_dict]
+        raise ConversionError(f"{path}: some tensors are there with and without {PREFIX!r}: {', '.join(twice)}.")
+    position_ids = tensors.get(POSITION_IDS)
+    if position_ids is not None and _same_bits(position_ids.flatten(), torch.arange(position_ids.numel())):
+        del tensors[POSITION_IDS]
+    return tensors
+
+
+def _section(config: Mapping[str, Any], key: str, source: str) -> dict[str, Any]:
+    section = config.get(key)
+    if not isinstance(section, dict):
+        raise ConversionError(f"{source}: not an open_clip model configuration, it has no {key}.")
+    return section
+
+
+def _option(options: Mapping[str, Any], key: str, default: Any, known: Sequence[Any], source: str) -> Any:
+    """A setting for which only some values are known; `default` is what the official code takes if it is left out."""
+    value = options.get(key, default)
+    if value not in known:
+        given = repr(value) if key in options else f"{value!r} (open_clip's default)"
+        raise ConversionError(f"{source}: {key} is {given}; this converter knows {' and '.join(map(repr, known))}.")
+    return value
+
+
+def _whole(options: Mapping[str, Any], key: str, default: int | None, source: str, least: int = 1) -> int:
+    value = options.get(key, default)
+    if type(value) is not int or value < least:
+        raise ConversionError(f"{source}: {key} is {value!r}; expected a whole number from {least} up.")
+    return value
+
+
+def _size(state_dict: Mapping[str, torch.Tensor], name: str, dim: int, num_dims: int) -> int:
+    if name not in state_dict:
+        raise ConversionError(f"The checkpoint is not an official LoTLIP one with BERT and ViT: it lacks {name}.")
+    shape = list(state_dict[name].shape)
+    if len(shape) != num_dims or 0 in shape:
+        raise ConversionError(f"misshapen: {name} has {shape}, expected {num_dims} dimensions and none of size 0.")
+    return shape[dim]
+
+
+def config_from_official(
+    open_clip_config: Mapping[str, Any],
+    bert_config: PreTrainedConfig,
+    state_dict: Mapping[str, torch.Tensor],
+    source: str = "open_clip_config",
+) -> LoTLIPConfig:
+    """
+    The configuration of an official model. What the open_clip configuration leaves to a timm name (width, depth, patch
+    and image size) is read off the shapes of the tensors.
+
+    Args:
+        open_clip_config: The official model configuration (`embed_dim`, `vision_cfg`, `text_cfg`).
+        bert_config: Configuration of the text backbone, without corner tokens in its vocabulary.
+        state_dict: The official tensors.
+        source: What to call the configuration in errors.
+
+    Raises:
+        ConversionError: if the configuration asks for something that this package does not reproduce exactly.
+    """
+    vision, text = _section(open_clip_config, "vision_cfg", source), _section(open_clip_config, "text_cfg", source)
+    embed_dim = _whole(open_clip_config, "embed_dim", None, source)
+    num_corner_tokens = _whole(text, "num_corner_token", 0, source, least=0)
+    # [CLS], a word and [SEP] beside the corner tokens
+    context_length = _whole(text, "context_length", 77, source, least=num_corner_tokens + 3)
+    _option(vision, "timm_pool", "avg", ["token"], source)
+    projection = _option(vision, "timm_proj", "linear", ["linear", "none"], source)
+    _option(text, "hf_pooler_type", "mean_pooler", ["cls_pooler"], source)
+    _option(text, "hf_proj_type", "mlp", ["linear"], source)
+    _option(text, "tokenizer_kwargs", None, [None, {}], source)
+
+    width = _size(state_dict, "visual.trunk.cls_token", 2, 3)
+    patch_size = _size(state_dict, "visual.trunk.patch_embed.proj.weight", 2, 4)
+    grid = math.isqrt(_size(state_dict, "visual.trunk.pos_embed", 1, 3) - 1)
+    image_size = _whole(vision, "image_size", grid * patch_size, source)
+    if image_size != grid * patch_size:
+        raise ConversionError(
+            f"{source}: image_size is {image_size}, the position embeddings are for {grid * patch_size} "
+            f"({grid} x {grid} patches of {patch_size})."
+        )
+    timm_name = str(vision.get("timm_model_name"))
+    named_patch_size = re.search(r"_patch(\d+)_", timm_name)
+    if named_patch_size and int(named_patch_size[1]) != patch_size:
+        raise ConversionError(
+            f"{source}: timm_model_name is {timm_name!r}, the tensors are for patches of {patch_size}."
+        )
+    if "heads" not in vision and not timm_name.startswith(("vit_tiny", "vit_small", "vit_base", "vit_large")):
+        raise ConversionError(
+            f"{source}: the number of attention heads of {timm_name!r} is not known: write it as vision_cfg.heads."
+        )
+    heads = _whole(vision, "heads", max(1, width // 64), source)
+    if width % heads:
+        raise ConversionError(f"{source}: heads is {heads}, which does not divide the ViT's width of {width}.")
+    max_positions = _size(state_dict, "text.transformer.embeddings.position_embeddings.weight", 0, 2)
+    if context_length > max_positions:
+        raise ConversionError(
+            f"{source}: context_length is {context_length}, but the text tower has {max_positions} positions."
+        )
+    return LoTLIPConfig(
+        text_config=LoTLIPTextConfig(
+            backbone_config=bert_config,
+            num_corner_tokens=num_corner_tokens,
+            pooling="pooler",
+            projection_dim=embed_dim,
+        ),
+        vision_config=LoTLIPVisionConfig(
+            backbone_config=ViTConfig(
+                hidden_size=width,
+                num_hidden_layers=len({name.split(".")[3] for name in state_dict if ".trunk.blocks." in name}),
+                num_attention_heads=heads,
+                intermediate_size=_size(state_dict, "visual.trunk.blocks.0.mlp.fc1.weight", 0, 2),
+                image_size=image_size,
+                patch_size=patch_size,
+                num_channels=_size(state_dict, "visual.trunk.patch_embed.proj.weight", 1, 4),
+                **TIMM_VIT,
+            ),
+            pooling="cls",
+            projection_dim=embed_dim if projection == "linear" else None,
+        ),
+        projection_dim=embed_dim,
+    )
+
+
+def from_official(state_dict: Mapping[str, torch.Tensor], model: LoTLIPModel) -> dict[str, torch.Tensor]:
+    """
+    The official tensors under this model's names. Every tensor is accounted for.
+
+    Args:
+        state_dict: The official tensors.
+        model: The model that they are for; its own weights are not changed.
+
+    Raises:
+        ConversionError: if a tensor is unknown, missing, of another shape or of another precision than the rest; each
+            is named.
+    """
+    own = model.state_dict()
+    layout = official_layout(model)
+    problems = [f"unknown: {name}" for name in state_dict if name not in layout]
+    converted: dict[str, torch.Tensor] = {}
+    for official, names in layout.items():
+        tensor = state_dict.get(official)
+        if tensor is None:
+            problems.append(f"missing: {official}")
+            continue
+        sizes = [own[name].shape[0] for name in names] if len(names) > 1 else None
+        expected = own[names[0]].shape if sizes is None else (sum(sizes), *own[names[0]].shape[1:])
+        if tensor.shape != expected:
+            problems.append(f"misshapen: {official} has {list(tensor.shape)}, expected {list(expected)}")
+            continue
+        parts = [tensor] if sizes is None else tensor.split(sizes)
+        converted.update({name: part.clone() for name, part in zip(names, parts, strict=True)})
+    dtypes = Counter(tensor.dtype for tensor in state_dict.values())
+    # A transformers checkpoint has one precision, and loading would cast the others to it.
+    common = max((dtype for dtype in dtypes if dtype in DTYPES), key=dtypes.__getitem__, default=torch.float32)
+    problems += [
+        f"of another precision: {name} is {tensor.dtype}, expected {common}"
+        for name, tensor in state_dict.items()
+        if tensor.dtype != common
+    ]
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ConversionError(f"{len(problems)} tensors do not fit the configuration:\n  {listed}")
+    return converted
+
+
+def to_official(model: LoTLIPModel) -> dict[str, torch.Tensor]:
+    """The model's tensors under their official names, in the official order; the inverse of `from_official`, bit for
+    bit."""
+    own = model.state_dict()
+    return {
+        official: own[names[0]].clone() if len(names) == 1 else torch.cat([own[name] for name in names])
+        for official, names in official_layout(model).items()
+    }
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConversionError(f"{path}: no such file.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path}: expected a JSON object, got a {type(content).__name__}.")
+    return content
+
+
+def _read_open_clip_config(path: Path) -> dict[str, Any]:
+    content = _read_json(path)
+    if "model_cfg" not in content:
+        return content
+    # As open_clip publishes it. Of the preprocessing settings its timm path takes this one alone.
+    _option(content.get("preprocess_cfg") or {}, "interpolation", None, [None, "bicubic"], str(path))
+    return _section(content, "model_cfg", str(path))
+
+
+def _load_bert_config(open_clip_config: Path | None, text_cfg: Mapping[str, Any]) -> BertConfig:
+    beside = None if open_clip_config is None else open_clip_config.parent / "bert_config.json"
+    if beside is None or not beside.is_file():
+        if text_cfg.get("hf_model_name") != "bert-base-uncased":
+            raise ConversionError(
+                f"{open_clip_config}: text tower {text_cfg.get('hf_model_name')!r} is not bert-base-uncased: "
+                "put its configuration beside it as bert_config.json."
+            )
+        return BertConfig()
+    settings = _read_json(beside)
+    settings.pop("transformers_version", None)
+    only = {"model_type": "bert", "is_decoder": False, "position_embedding_type": "absolute"}
+    for key, value in only.items():
+        _option(settings, key, value, [value], str(beside))
+    try:
+        return BertConfig(**settings)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ConversionError(f"{beside}: not a BERT configuration ({_one_line(error)}).") from error
+
+
+def _load_tokenizer(source: str | Path, config: LoTLIPTextConfig, context_length: int) -> LoTLIPTokenizer:
+    model_max_length = context_length - config.num_corner_tokens
+    folder = Path(source)
+    try:
+        if (folder / "vocab.txt").is_file() and not (folder / "tokenizer_config.json").is_file():
+            tokenizer = LoTLIPTokenizer.from_pretrained(source, model_max_length=model_max_length)
+        else:
+            stock = AutoTokenizer.from_pretrained(source)
+            tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(stock, model_max_length=model_max_length)
+    except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
+        raise ConversionError(
+            f"--tokenizer {source}: no tokenizer in it can be loaded ({_one_line(error)})."
+        ) from error
+    # The official code counts its corner tokens' ids on from the tokenizer's last.
+    fits = len(tokenizer) == config.vocab_size or (len(tokenizer) < config.vocab_size and not config.num_corner_tokens)
+    if not fits or tokenizer.pad_token_id != config.pad_token_id:
+        raise ConversionError(
+            f"--tokenizer {source}: {len(tokenizer)} tokens with padding id {tokenizer.pad_token_id} do not fit a "
+            f"text tower of {config.vocab_size} with padding id {config.pad_token_id}, corner tokens not counted."
+        )
+    return tokenizer
+
+
+def _download(repo_id: str) -> str:
+    """The `model.pt` of a released repository, from the Hub or its local cache."""
+    try:
+        return hf_hub_download(repo_id, "model.pt")
+    except (OSError, HfHubHTTPError) as error:
+        raise ConversionError(
+            f"{repo_id}: its model.pt could not be fetched from the Hub ({str(error).strip().splitlines()[0]}). "
+            "With a copy on disk, give --checkpoint model.pt and --open-clip-config."
+        ) from error
+
+
+def convert(
+    checkpoint: str | Path,
+    open_clip_config: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    output: str | Path = "lotlip",
+) -> Path:
+    """
+    Converts an official checkpoint into a folder for `AutoModel`, `AutoTokenizer` and `AutoProcessor`. After saving,
+    the folder is loaded again and compared with the checkpoint, bit for bit. The folder appears complete or not at
+    all.
+
+    Args:
+        checkpoint: A `model.pt`, or the Hub id of a released model (see `RELEASED`), which brings its configuration.
+        open_clip_config: The official model configuration. A `bert_config.json` beside it stands in for BERT-base's.
+        tokenizer: Folder (of just a `vocab.txt`, or a whole tokenizer) or Hub id; by default the configuration's
+            `hf_tokenizer_name`.
+        output: The folder to make; it must not exist or be empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConversionError: with what is wrong, naming the file, tensor or argument.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.conversion.official import convert
+
+    >>> folder = convert("weiwu-ww/LoTLIP-ViT-B-16-100M", output="lotlip-vit-b-16")  # doctest: +SKIP
+    ```
+    """
+    target = Path(output).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConversionError(f"--output {output}: exists already; choose another name or remove it.")
+    released = RELEASED.get(str(checkpoint))
+    if open_clip_config is not None:
+        config_path, source = Path(open_clip_config), str(open_clip_config)
+        official_config = _read_open_clip_config(config_path)
+    elif released is not None:
+        config_path, official_config, source = None, released, str(checkpoint)
+    else:
+        raise ConversionError(
+            f"{checkpoint}: --open-clip-config is needed for any checkpoint but the released {', '.join(RELEASED)}."
+        )
+    text_cfg = _section(official_config, "text_cfg", source)
+    bert_config = _load_bert_config(config_path, text_cfg)
+    tokenizer = tokenizer or text_cfg.get("hf_tokenizer_name")
+    if not tokenizer:
+        raise ConversionError(f"{source}: no hf_tokenizer_name in it, so --tokenizer is needed.")
+    state_dict = read_official_state_dict(_download(str(checkpoint)) if released is not None else checkpoint)
+    try:
+        config = config_from_official(official_config, bert_config, state_dict, source)
+        with torch.device("meta"):
+            model = LoTLIPModel(config)
+    except (StrictDataclassError, ValueError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise ConversionError(f"{source}: no model can be built from it ({_one_line(error)}).") from error
+    text_tokenizer = _load_tokenizer(tokenizer, config.text_config, text_cfg.get("context_length", 77))
+    model.load_state_dict(from_official(state_dict, model), assign=True)
+    image_processor = official_image_processor(config.vision_config.image_size)
+    processor = LoTLIPProcessor(image_processor=image_processor, tokenizer=text_tokenizer)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        folder = Path(temporary) / "checkpoint"
+        with _quiet():
+            model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        _check_saved(folder, state_dict)
+        folder.replace(target)
+    return Path(output)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and reports of transformers; what they report is checked here."""
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_saved(folder: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
+    saved = to_official(load_checkpoint(folder))
+    differing = [name for name, tensor in state_dict.items() if not _same_bits(saved[name], tensor)]
+    if differing:
+        raise ConversionError(f"After saving and loading, these tensors differ from the checkpoint's: {differing}")
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    as_bytes = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*as_bytes)
+
+
+def load_checkpoint(folder: str | Path) -> LoTLIPModel:
+    """
+    A LoTLIP checkpoint with no tensor missing or left over.
+
+    Raises:
+        ConversionError: if it is not one.
+    """
+    if not Path(folder).is_dir():
+        raise ConversionError(f"{folder}: no such folder.")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if not isinstance(config, LoTLIPConfig):
+            raise ConversionError(f"{folder}: a {config.model_type!r} checkpoint, not a LoTLIP one.")
+        with _quiet():
+            model, info = LoTLIPModel.from_pretrained(
+                folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except (ConversionError, MemoryError):
+        raise
+    except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
+        raise ConversionError(f"{folder}: not a LoTLIP checkpoint ({_one_line(error)}).") from error
+    problems = [f"{kind}: {key}" for kind, keys in info.items() for key in sorted(map(str, keys))]
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ConversionError(f"{folder}: not a complete LoTLIP checkpoint:\n  {listed}")
+    return model
+
+
+def reverse(checkpoint: str | Path, output: str | Path) -> Path:
+    """
+    Writes a LoTLIP checkpoint back in the official layout, `{"state_dict": {"module....": tensor}}`, bit for bit.
+
+    Args:
+        checkpoint: A folder of this package, with BERT and ViT backbones.
+        output: The `model.pt` to write; it must not exist.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConversionError: if the model has no official counterpart, or the file exists.
+    """
+    target = Path(output).resolve()
+    if target.exists():
+        raise ConversionError(f"--output {output}: exists already; choose another name or remove it.")
+    model = load_checkpoint(checkpoint)
+    text, vision = model.config.text_config, model.config.vision_config
+    kinds = (text.backbone_config.model_type, text.pooling, vision.backbone_config.model_type, vision.pooling)
+    if kinds != ("bert", "pooler", "vit", "cls") or text.projection_dim is None:
+        raise ConversionError(
+            f"{checkpoint}: the official layout holds BERT with its pooler and a projection, and a ViT's class token; "
+            f"this model has {kinds[0]} ({kinds[1]}, projection {text.projection_dim}) and {kinds[2]} ({kinds[3]})."
+        )
+    for name, value in TIMM_VIT.items():
+        if getattr(vision.backbone_config, name) != value:
+            raise ConversionError(
+                f"{checkpoint}: its ViT has {name} {getattr(vision.backbone_config, name)!r}; the official code would "
+                f"use {value!r}."
+            )
+    placed = {name for names in official_layout(model).values() for name in names}
+    unplaced = sorted(placed ^ model.state_dict().keys())
+    if unplaced:
+        raise ConversionError(f"{checkpoint}: not as in the official layout: {', '.join(unplaced)}.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        path = Path(temporary) / target.name
+        torch.save({"state_dict": {PREFIX + name: tensor for name, tensor in to_official(model).items()}}, path)
+        path.replace(target)
+    return Path(output)
+
+
+def _summary(folder: Path) -> str:
+    """What a converted folder holds, in two lines."""
+    config = LoTLIPConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        num_parameters = LoTLIPModel(config).num_parameters()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    dtype, size = str(config.dtype).removeprefix("torch."), config.vision_config.image_size
+    return (
+        f"  {num_parameters:,} parameters in {dtype}, bit for bit the checkpoint's\n"
+        f"  {config.text_config.num_corner_tokens} corner tokens, texts of up to {tokenizer.model_max_length} tokens, "
+        f"images of {size} x {size} pixels"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
+    parser = argparse.ArgumentParser(
+        prog="lotlip convert", description="Official LoTLIP checkpoints to transformers, and back."
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, help="model.pt, the Hub id of a released model, or with --reverse a folder"
+    )
+    parser.add_argument(
+        "--open-clip-config", help="the official model configuration; bert_config.json beside it is used if there"
+    )
+    parser.add_argument("--tokenizer", help="folder or Hub id; by default the configuration's hf_tokenizer_name")
+    parser.add_argument("--output", required=True, help="folder to make, or with --reverse the file")
+    parser.add_argument("--reverse", action="store_true", help="write the official layout")
+    arguments = parser.parse_args(argv)
+    if arguments.reverse and (arguments.open_clip_config or arguments.tokenizer):
+        parser.error("--reverse takes --checkpoint and --output only")
+    try:
+        if arguments.reverse:
+            written = reverse(arguments.checkpoint, arguments.output)
+            print(f"Wrote {written}")
+        else:
+            written = convert(arguments.checkpoint, arguments.open_clip_config, arguments.tokenizer, arguments.output)
+            print(f"Wrote {written}\n{_summary(written)}")
+    except (ConversionError, OSError) as error:
+        print(f"lotlip convert: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
