@@ -1,0 +1,98 @@
+"""Every Python snippet and every `lotlip` command of the README and of the model card, run as written."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+
+from lotlip_hf.cli import main as lotlip
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def blocks(file: str, language: str) -> list[str]:
+    text = (REPOSITORY / file).read_text(encoding="utf-8").replace("{{ model_id }}", "checkpoint")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(file: str) -> list[list[str]]:
+    lines = "".join(blocks(file, "bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True)) and words[0] == "lotlip"]
+
+
+def first_words(value: object) -> str:
+    return re.sub(r"\W+", "-", " ".join(value[:4]) if isinstance(value, list) else str(value).split("\n")[0])[:60]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, golden: Path, official_checkpoint: Path) -> Path:
+    """A folder with all that the README takes for granted."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(official_checkpoint, folder / "checkpoint")
+    (folder / "photos").mkdir()
+    shutil.copyfile(golden / "images" / "RGB_640x480.png", folder / "photos" / "cat.png")
+    shutil.copyfile(golden / "images" / "L_300x200.png", folder / "photos" / "dog.png")
+    (folder / "captions.txt").write_text("A cat.\nA dog stands on a lawn. It holds a ball.\n", encoding="utf-8")
+    for file in (golden / "official-corners2").iterdir():
+        shutil.copyfile(file, folder / file.name)
+    shutil.copytree(golden / "tokenizer", folder / "tokenizer")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(**sizes, vocab_size=100)).save_pretrained(folder / "bert")
+    ViTModel(ViTConfig(**sizes, image_size=32)).save_pretrained(folder / "vit")
+    return folder
+
+
+@pytest.fixture
+def cwd(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, to write to."""
+    folder = tmp_path / "cwd"
+    shutil.copytree(prepared, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize("file", ["README.md", "MODEL_CARD.md"])
+def test_there_is_something_to_run(file: str) -> None:
+    assert blocks(file, "python")
+    assert commands(file)
+
+
+@pytest.mark.parametrize("snippet", blocks("README.md", "python") + blocks("MODEL_CARD.md", "python"), ids=first_words)
+def test_snippet(snippet: str, cwd: Path) -> None:
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_commands(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in commands("README.md") + commands("MODEL_CARD.md"):
+        status = lotlip(words[1:])
+        error = capsys.readouterr().err
+        if any(word.startswith("weiwu-ww/") for word in words):
+            # There is no network here: everything before the download must be right.
+            assert status == 2
+            assert "could not be fetched from the Hub" in error
+        else:
+            assert status == 0, f"{shlex.join(words)}\n{error}"
+    for made in ("ranked.png", "images.parquet", "texts.parquet", "converted/config.json", "again.pt"):
+        assert (cwd / made).is_file(), made
+
+
+def test_make_targets_exist() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^make (\w+)", "".join(blocks("README.md", "bash")), flags=re.MULTILINE)
+    assert targets == ["quickstart", "test"]
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("file", ["README.md", "MODEL_CARD.md"])
+def test_links_lead_somewhere(file: str) -> None:
+    text = (REPOSITORY / file).read_text(encoding="utf-8")
+    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.split("\n")}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("https://"):
+            assert (REPOSITORY / target).is_file(), target
