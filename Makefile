@@ -19,6 +19,7 @@ quickstart: $(INSTALLED)
 
 test: lint
 	$(BIN)/python tests/upstream.py
+	$(BIN)/python tests/oldest.py
 	$(BIN)/python -m pytest -n 2
 
 quick: $(INSTALLED)

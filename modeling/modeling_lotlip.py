@@ -395,13 +395,13 @@ class LoTLIPVisionModel(LoTLIPPreTrainedModel):
 
         ```python
         >>> from PIL import Image
-        >>> from transformers import AutoImageProcessor
+        >>> from transformers import AutoProcessor
         >>> from lotlip_hf import LoTLIPVisionModel
 
         >>> model = LoTLIPVisionModel.from_pretrained("checkpoint")
-        >>> processor = AutoImageProcessor.from_pretrained("checkpoint")
+        >>> processor = AutoProcessor.from_pretrained("checkpoint")
 
-        >>> inputs = processor(Image.new("RGB", (640, 480)), return_tensors="pt")
+        >>> inputs = processor(images=Image.new("RGB", (640, 480)), return_tensors="pt")
         >>> pooled = model(**inputs).pooler_output
         ```"""
         if pixel_values is None:
@@ -541,13 +541,13 @@ class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
 
         ```python
         >>> from PIL import Image
-        >>> from transformers import AutoImageProcessor
+        >>> from transformers import AutoProcessor
         >>> from lotlip_hf import LoTLIPVisionModelWithProjection
 
         >>> model = LoTLIPVisionModelWithProjection.from_pretrained("checkpoint")
-        >>> processor = AutoImageProcessor.from_pretrained("checkpoint")
+        >>> processor = AutoProcessor.from_pretrained("checkpoint")
 
-        >>> inputs = processor(Image.new("RGB", (640, 480)), return_tensors="pt")
+        >>> inputs = processor(images=Image.new("RGB", (640, 480)), return_tensors="pt")
         >>> image_embeds = model(**inputs).image_embeds
         ```"""
         outputs = self.vision_model(
@@ -643,13 +643,13 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         ```python
         >>> import torch
         >>> from PIL import Image
-        >>> from transformers import AutoImageProcessor, AutoModel
+        >>> from transformers import AutoModel, AutoProcessor
         >>> import lotlip_hf
 
         >>> model = AutoModel.from_pretrained("checkpoint")
-        >>> processor = AutoImageProcessor.from_pretrained("checkpoint")
+        >>> processor = AutoProcessor.from_pretrained("checkpoint")
 
-        >>> inputs = processor(Image.new("RGB", (640, 480)), return_tensors="pt")
+        >>> inputs = processor(images=Image.new("RGB", (640, 480)), return_tensors="pt")
         >>> with torch.inference_mode():
         ...     image_features = model.get_image_features(**inputs).pooler_output
         ```"""
