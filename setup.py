@@ -49,8 +49,6 @@ setup(
         "lotlip_hf.conversion": "conversion",
     },
     packages=[*find_packages(include=["lotlip_hf", "lotlip_hf.*"]), "lotlip_hf.modeling", "lotlip_hf.conversion"],
-    # A link to the file at the top, so that an installed package has the card's template too.
-    package_data={"lotlip_hf": ["MODEL_CARD.md"]},
     install_requires=INSTALL_REQUIRES,
     extras_require={"quickstart": QUICKSTART_REQUIRES, "test": TEST_REQUIRES},
     entry_points={"console_scripts": ["lotlip = lotlip_hf.cli:main"]},

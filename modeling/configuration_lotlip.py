@@ -1,6 +1,7 @@
 """Configurations of LoTLIP: two stock transformers backbones and the few numbers that LoTLIP adds to them."""
 
 import copy
+import dataclasses
 import math
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +22,10 @@ def _backbone_attribute(name: str) -> property:
 
 
 class _LoTLIPTowerConfig(PreTrainedConfig):
-    """What both towers share: a backbone's configuration, how it is pooled, and the width it is projected to."""
+    """
+    What both towers share: a backbone's configuration, how it is pooled, and the width it is projected to. Arguments
+    that are none of its own are the backbone's, so `LoTLIPTextConfig(vocab_size=100)` does what it says.
+    """
 
     sub_configs: ClassVar[dict[str, type]] = {"backbone_config": AutoConfig}
     default_backbone: ClassVar[dict[str, Any]] = {}
@@ -41,6 +45,11 @@ class _LoTLIPTowerConfig(PreTrainedConfig):
             self._check_backbone(model_type)
             backbone = AutoConfig.for_model(model_type, **backbone)
         self._check_backbone(backbone.model_type)
+        for_backbone = {field.name for field in dataclasses.fields(backbone)} & kwargs.keys()
+        if for_backbone:
+            backbone = copy.deepcopy(backbone)  # the caller's own configuration stays as it is
+            for name in for_backbone:
+                setattr(backbone, name, kwargs.pop(name))
         self.backbone_config = backbone
         super().__post_init__(**kwargs)
 

@@ -700,9 +700,11 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         ...     outputs = model(**inputs)
         >>> probabilities = outputs.logits_per_image.softmax(dim=1)
         ```"""
+        has_many_texts = (input_ids is not None and input_ids.dim() == 3) or (
+            inputs_embeds is not None and inputs_embeds.dim() == 4
+        )
         if output_corner_embeds is None:
-            texts = input_ids if input_ids is not None else inputs_embeds[..., 0]
-            output_corner_embeds = self.training or (bool(return_loss) and texts.dim() == 3)
+            output_corner_embeds = self.training or (bool(return_loss) and has_many_texts)
         vision_outputs = self.get_image_features(
             pixel_values, interpolate_pos_encoding, **{**kwargs, "return_dict": True}
         )
@@ -727,7 +729,6 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
 
         loss = LoTLIPLoss(None, None, None)
         if return_loss:
-            has_many_texts = text_embeds.dim() == 3
             loss = lotlip_loss(
                 image_embeds,
                 text_embeds if has_many_texts else text_embeds.unsqueeze(1),

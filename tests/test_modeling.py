@@ -563,6 +563,25 @@ def test_wrong_configurations_are_named(make, message: str) -> None:
         make()
 
 
+def test_a_model_without_texts_or_images_says_so() -> None:
+    with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
+        dual_model()(pixel_values=tiny.pixel_values(), return_loss=True)
+    with pytest.raises(ValueError, match="`pixel_values` is missing"):
+        dual_model()(tiny.input_ids(3, 8))
+
+
+def test_configuration_hands_the_backbones_arguments_on() -> None:
+    config = LoTLIPConfig(
+        text_config={"hidden_act": "relu", "vocab_size": 100}, vision_config={"num_hidden_layers": 3}
+    )
+    assert config.text_config.backbone_config.hidden_act == "relu"
+    assert config.text_config.vocab_size == config.text_config.backbone_config.vocab_size == 100
+    assert config.vision_config.num_hidden_layers == config.vision_config.backbone_config.num_hidden_layers == 3
+    backbone_config = tiny.text_config().backbone_config
+    LoTLIPTextConfig(backbone_config=backbone_config, vocab_size=5)
+    assert backbone_config.vocab_size == tiny.TEXT_SIZE["vocab_size"]
+
+
 def test_configuration_leaves_the_callers_alone() -> None:
     vision = tiny.vision_config()
     config = LoTLIPConfig(text_config=tiny.text_config(), vision_config=vision, projection_dim=16)
