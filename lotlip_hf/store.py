@@ -207,7 +207,7 @@ def fingerprint(model: PreTrainedModel, processor: Any, modality: Literal["image
         prefixes, config = ("vision_model.", "visual_projection."), model.config.vision_config
         preparation = processor.image_processor.to_dict()
     else:
-        prefixes, config = ("text_model.", "text_projection.", "corner_embeds"), model.config.text_config
+        prefixes, config = ("text_model.", "text_projection."), model.config.text_config
         preparation = {
             **_tokenizer_settings(processor.tokenizer),
             "max_length": max_text_length(model, processor.tokenizer),

@@ -2,6 +2,7 @@
 loss."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,6 +120,12 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    def post_init(self) -> None:
+        super().post_init()
+        # transformers adds what the submodules ignore, without their prefix: the image tower's "^text_model" would
+        # hide tensors of a whole model's text tower that have no place in it.
+        self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -161,8 +168,8 @@ def _check_input_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
         raise ValueError(
             f"`input_ids` must have shape [batch, length] or [batch, texts, length], got {list(input_ids.shape)}."
         )
-    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-        raise ValueError(f"`input_ids` must be integers, got {input_ids.dtype}.")
+    if input_ids.dtype not in (torch.int64, torch.int32):  # what an embedding takes
+        raise ValueError(f"`input_ids` must be integers of 64 or 32 bits, got {input_ids.dtype}.")
     if input_ids.numel() and _is_eager_on_cpu(input_ids):
         low, high = input_ids.min().item(), input_ids.max().item()
         if low < 0 or high >= vocab_size:
@@ -344,7 +351,7 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
             weights = attention_mask.to(hidden_states.dtype).unsqueeze(-1)
             return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)
         cls_index = attention_mask.int().argmax(-1)
-        cls_state = hidden_states[torch.arange(len(hidden_states), device=hidden_states.device), cls_index]
+        cls_state = hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), cls_index]
         return self._pool_corners(cls_state.unsqueeze(1)).squeeze(1)
 
     def _pool_corners(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -753,8 +760,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
     @classmethod
     def from_backbones(
         cls,
-        text: str | PreTrainedModel,
-        vision: str | PreTrainedModel,
+        text: str | Path | PreTrainedModel,
+        vision: str | Path | PreTrainedModel,
         num_corner_tokens: int = 2,
         *,
         text_pooling: str = "pooler",
@@ -827,17 +834,25 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         return model
 
 
-def _backbone_config(source: str | PreTrainedModel) -> PreTrainedConfig:
+def _backbone_config(source: str | Path | PreTrainedModel) -> PreTrainedConfig:
     config = source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source)
     return config.vision_config if config.model_type in ("clip", "siglip") else config
 
 
-def _load_backbone(source: str | PreTrainedModel, pooling: str) -> PreTrainedModel:
+def _load_backbone(source: str | Path | PreTrainedModel, pooling: str) -> PreTrainedModel:
     if isinstance(source, PreTrainedModel):
         is_dual = source.config.model_type in ("clip", "siglip")
         return source.vision_model if is_dual else source  # pyright: ignore[reportReturnType]
     config = _backbone_config(source)
-    return AutoModel.from_pretrained(source, config=config, **_pooling_layer_argument(config, pooling))
+    encoder, info = AutoModel.from_pretrained(
+        source, config=config, output_loading_info=True, **_pooling_layer_argument(config, pooling)
+    )
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{source} lacks {sorted(info['missing_keys'])}, which pooling={pooling!r} needs; without a pooler, take "
+            "'cls' or 'mean'."
+        )
+    return encoder
 
 
 __all__ = [

@@ -789,9 +789,10 @@ def test_reverse_of_what_is_no_checkpoint(
     assert "missing_keys: text_model.corner_embeds" in back(folder)
     safetensors.torch.save_file({**state_dict, "text_model.corner_embeds": corners[:1]}, weights, {"format": "pt"})
     assert "text_model.corner_embeds" in back(folder)
-    extra = {**state_dict, "text_model.corner_embeds": corners, "extra": torch.ones(2)}
-    safetensors.torch.save_file(extra, weights, {"format": "pt"})
-    assert "unexpected_keys: extra" in back(folder)
+    for name in ("extra", "text_model.extra", "vision_model.backbone.extra", "visual_projection.weight"):
+        extra = {**state_dict, "text_model.corner_embeds": corners, name: torch.ones(2)}
+        safetensors.torch.save_file(extra, weights, {"format": "pt"})
+        assert f"unexpected_keys: {name}" in back(folder)
 
 
 @pytest.mark.parametrize(

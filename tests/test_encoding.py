@@ -488,6 +488,7 @@ def edit_weights(checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], Any
         (lambda weights: weights.pop("text_projection.weight"), "1 missing: text_projection.weight"),
         (lambda weights: weights.pop("logit_scale"), "1 missing: logit_scale"),
         (lambda weights: weights.update({"foo.bar": torch.zeros(2)}), "1 unexpected: foo.bar"),
+        (lambda weights: weights.update({"text_model.extra": torch.zeros(2)}), "1 unexpected: text_model.extra"),
         (
             lambda weights: weights.update({"text_projection.weight": torch.zeros(3, 3)}),
             "1 of another shape: text_projection.weight",

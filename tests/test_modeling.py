@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, CLIPModel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
@@ -120,6 +121,29 @@ def test_inference_is_the_stock_backbone_with_shifted_positions(text_backbone: s
     torch.testing.assert_close(ours.pooler_output, stock.pooler_output, **TOLERANCE)
 
 
+def test_corner_tokens_are_the_stock_backbone_with_them_behind_cls(text_backbone: str) -> None:
+    """The official layout: corner tokens in memory where they are in position, the mask written out."""
+    model, ids, m = text_model(text_backbone), tiny.input_ids(3, 9), 2
+    words = model.get_input_embeddings()(ids)
+    corners = model.corner_embeds.expand(3, -1, -1)
+    allowed = torch.ones(9 + m, 9 + m, dtype=torch.bool)
+    allowed[:, 1 : m + 1] = False  # nobody sees a corner
+    allowed[1 : m + 1, 0] = False  # nor does a corner see [CLS]
+    allowed.fill_diagonal_(True)
+    with torch.no_grad():
+        stock = model.backbone(
+            inputs_embeds=torch.cat([words[:, :1], corners, words[:, 1:]], dim=1),
+            attention_mask=allowed.expand(3, 1, -1, -1),
+            position_ids=(torch.arange(9 + m) + model.config.position_offset).expand(3, -1),
+        ).last_hidden_state
+        ours = model(ids, output_corner_embeds=True)
+        pooled = [model.backbone.pooler(stock[:, [place]]) for place in range(m + 1)]
+    text = torch.cat([stock[:, :1], stock[:, m + 1 :]], dim=1)
+    torch.testing.assert_close(ours.last_hidden_state, text, **TOLERANCE)
+    features = torch.cat([ours.pooler_output.unsqueeze(1), ours.corner_embeds], dim=1)
+    torch.testing.assert_close(features, torch.stack(pooled, dim=1), **TOLERANCE)
+
+
 def test_without_corner_tokens_it_is_the_stock_backbone(text_backbone: str) -> None:
     model = text_model(text_backbone, num_corner_tokens=0)
     ids = tiny.input_ids(3, 9)
@@ -208,6 +232,24 @@ def test_compiles_to_machine_code() -> None:
     torch.testing.assert_close(answer.logits_per_image, expected.logits_per_image, **TOLERANCE)
 
 
+@pytest.mark.parametrize("pooling", ["pooler", "mean"])
+def test_text_tower_is_exported_for_any_batch_and_length(pooling: str) -> None:
+    model = _spread(LoTLIPTextModelWithProjection(tiny.text_config(pooling=pooling)))
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=38)}
+    ids = padded(tiny.input_ids(3, 8), 10, "right", 0)
+    exported = torch.export.export(model, (), {"input_ids": ids}, dynamic_shapes={"input_ids": sizes}).module()
+    other = padded(tiny.input_ids(5, 6), 13, "right", 0)
+    torch.testing.assert_close(exported(input_ids=other).text_embeds, model(other).text_embeds, **TOLERANCE)
+
+
+def test_image_tower_is_exported_for_any_batch(vision_backbone: str) -> None:
+    model = _spread(LoTLIPVisionModelWithProjection(tiny.vision_config(vision_backbone, projection_dim=24)))
+    sizes = {"pixel_values": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(model, (), {"pixel_values": tiny.pixel_values()}, dynamic_shapes=sizes).module()
+    other = tiny.pixel_values(5)
+    torch.testing.assert_close(exported(pixel_values=other).image_embeds, model(other).image_embeds, **TOLERANCE)
+
+
 # Padding and batches
 
 
@@ -234,6 +276,16 @@ def test_padding_and_batch_mates_do_not_matter(text_backbone: str, with_corners:
         mates = torch.cat([padded(tiny.input_ids(1, n), 20, side, pad) for n in (3, 20, 11)])
         batch = torch.cat([mates, padded(ids, 20, side, pad)])
         torch.testing.assert_close(features(batch)[-1:], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_mean_leaves_padding_out(side: str) -> None:
+    model, ids = text_model(pooling="mean"), tiny.input_ids(1, 8)
+    with torch.no_grad():
+        outputs = model(ids)
+        longer = model(padded(ids, 12, side, 0))
+    torch.testing.assert_close(outputs.pooler_output, outputs.last_hidden_state.mean(1), **TOLERANCE)
+    torch.testing.assert_close(longer.pooler_output, outputs.pooler_output, **TOLERANCE)
 
 
 def test_many_texts_are_each_as_alone() -> None:
@@ -370,6 +422,12 @@ def test_loss_wants_as_many_images_as_texts() -> None:
         lotlip_loss(torch.eye(2, 4), torch.zeros(3, 1, 4), None, torch.tensor(1.0))
 
 
+def test_new_corner_tokens_and_scale_start_as_configured() -> None:
+    model = LoTLIPModel(tiny.config(num_corner_tokens=30))
+    assert abs(model.text_model.corner_embeds.std().item() - model.config.text_config.initializer_range) < 2e-3
+    torch.testing.assert_close(model.logit_scale.exp().item(), 1 / 0.07)
+
+
 def test_every_parameter_learns() -> None:
     model = dual_model().train()
     model(tiny.input_ids(3, 2, 8), tiny.pixel_values(), return_loss=True).loss.backward()
@@ -408,6 +466,26 @@ def test_every_combination_is_saved_and_loaded(text_backbone: str, vision_backbo
         assert not any(info.values()), (model_class, info)
         for name, tensor in tower.state_dict().items():
             assert torch.equal(model.state_dict()[prefix + name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("model_class", "key"),
+    [
+        (LoTLIPModel, "text_model.backbone.encoder.layer.7.weight"),
+        (LoTLIPModel, "vision_model.backbone.other"),
+        (LoTLIPModel, "visual_projection.bias"),
+        (LoTLIPTextModel, "text_model.other"),
+        (LoTLIPTextModelWithProjection, "text_projection.bias"),
+        (LoTLIPVisionModel, "vision_model.other"),
+        (LoTLIPVisionModelWithProjection, "visual_projection.bias"),
+    ],
+)
+def test_tensors_without_a_place_are_reported(model_class: type, key: str, tmp_path: Path) -> None:
+    dual_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, key: torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["unexpected_keys"] == {key}
 
 
 def test_device_map_and_offload(tmp_path: Path) -> None:
@@ -497,7 +575,11 @@ def test_from_backbones_refuses_other_encoders(tmp_path: Path) -> None:
     without_pooler = AutoModel.from_config(text.config, add_pooling_layer=False)
     with pytest.raises(ValueError, match="`text` encoder BertModel does not fit.*pooler.dense.weight"):
         LoTLIPModel.from_backbones(without_pooler, vision)
-    assert LoTLIPModel.from_backbones(without_pooler, vision, text_pooling="cls").config.text_config.pooling == "cls"
+    without_pooler.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lacks.*pooler.dense.weight.*pooling='pooler'"):
+        LoTLIPModel.from_backbones(tmp_path, vision)
+    for source in (without_pooler, tmp_path):
+        assert LoTLIPModel.from_backbones(source, vision, text_pooling="cls").config.text_config.pooling == "cls"
 
 
 # Wrong input
@@ -509,7 +591,8 @@ def test_from_backbones_refuses_other_encoders(tmp_path: Path) -> None:
         ({}, "exactly one of `input_ids` and `inputs_embeds`"),
         ({"input_ids": torch.ones(8, dtype=torch.long)}, r"`input_ids` must have shape .* got \[8\]"),
         ({"input_ids": torch.ones(1, 1, 1, 8, dtype=torch.long)}, r"`input_ids` must have shape"),
-        ({"input_ids": torch.ones(1, 8)}, "`input_ids` must be integers, got torch.float32"),
+        ({"input_ids": torch.ones(1, 8)}, "`input_ids` must be integers of 64 or 32 bits, got torch.float32"),
+        ({"input_ids": torch.ones(1, 8, dtype=torch.int16)}, "`input_ids` must be integers .* got torch.int16"),
         ({"input_ids": torch.full((1, 8), 99)}, r"`input_ids` must lie in \[0, 99\)"),
         ({"input_ids": torch.full((1, 8), -1)}, r"`input_ids` must lie in \[0, 99\)"),
         ({"input_ids": torch.ones(1, 39, dtype=torch.long)}, "39 tokens; this model takes 38.*truncation=True"),

@@ -146,6 +146,11 @@ def test_the_shortcut_for_plain_text_changes_nothing() -> None:
         assert clean(text) == official_clean(text)
 
 
+def test_encodings_are_repaired_before_entities() -> None:
+    """ftfy leaves entities alone beside a "<"; what they stand for is then not repaired any more."""
+    assert clean("<b> &Atilde;&copy;") == "<b> Ã©"
+
+
 def test_repeated_escaping_is_undone_as_ftfy_does() -> None:
     """Entities escaped over and over come out as ftfy's, also where its own loop would take hours."""
     for levels in (1, 2, 15, 16, 17, 40):
