@@ -2,16 +2,17 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 EXIT_STATUS = """\
 exit status:
   0    done, even if images were skipped: they are listed on the standard error output
   2    nothing done: wrong arguments, or an error that the message explains
   130  interrupted; what was embedded is kept, and the same command goes on from there
+  141  whoever read the output stopped reading
 """
 
 
@@ -39,12 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             # The conversion has its own arguments.
             from .conversion.official import main as convert
 
-            return convert(argv[1:]) or 0
-        arguments = build_parser().parse_args(argv)
-        return arguments.run(arguments)
+            status = convert(argv[1:]) or 0
+        else:
+            arguments = build_parser().parse_args(argv)
+            status = arguments.run(arguments)
+        sys.stdout.flush()  # here, where its errors are met
+        return status
     except KeyboardInterrupt:
         print("lotlip: interrupted.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Who reads the output has enough (`| head`). What is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (OSError, ValueError) as error:
         print(f"lotlip: error: {error}", file=sys.stderr)
         return 2
@@ -109,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from .search import build_index, check_picture, encode_query, save_grid
+    from .search import build_index, check_picture, encode_query, printable, save_grid
 
     if arguments.save_grid:
         check_picture(arguments.save_grid)
@@ -121,7 +129,7 @@ def _search(arguments: argparse.Namespace) -> int:
     results = index.search(query, arguments.top)
     print("rank    score  file")
     for rank, result in enumerate(results, 1):
-        print(f"{rank:4}  {result.score:7.4f}  {_printable(result.path)}")
+        print(f"{rank:4}  {result.score:7.4f}  {printable(result.path)}")
     _report_skipped(index.skipped)
     if arguments.save_grid:
         save_grid(results, arguments.save_grid, arguments.text)
@@ -174,15 +182,12 @@ def _load(arguments: argparse.Namespace):  # noqa: ANN202
 
 
 def _report_skipped(skipped: dict[str, str]) -> None:
+    from .search import printable
+
     if skipped:
         print(f"{len(skipped)} {'image was' if len(skipped) == 1 else 'images were'} skipped:", file=sys.stderr)
         for name, reason in skipped.items():
-            print(f"  {_printable(name)}: {reason}", file=sys.stderr)
-
-
-def _printable(name: str | Path) -> str:
-    """A file's name on one line, whatever characters it holds."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(name))
+            print(f"  {printable(name)}: {reason}", file=sys.stderr)
 
 
 def _positive(text: str) -> int:

@@ -228,7 +228,7 @@ def _read_jsonl(path: Path, column: str) -> Iterator[Any]:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # also of numbers too long and lists too deep for Python
                 raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{path}, line {number}: expected an object, got {line.strip()[:50]}.")

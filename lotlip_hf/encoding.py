@@ -67,7 +67,14 @@ def load_model(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"`device` {str(device)!r} cannot be used here ({str(error).splitlines()[0]}).") from error
-    config = AutoConfig.from_pretrained(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        if name in str(error):
+            raise
+        raise OSError(f"{name}: no such checkpoint folder, and not to be had from the Hub ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     model_class = AutoModel._model_mapping.get(type(config), None)
     needed = ("get_text_features", "get_image_features")
     if model_class is None or not all(hasattr(model_class, function) for function in needed):

@@ -295,7 +295,8 @@ def save_grid(results: Sequence[SearchResult], output: str | os.PathLike, title:
     side, margin, caption = 280, 20, 62  # pixels
     columns = min(5, len(results)) if len(results) < 5 or len(results) % 4 else 4
     width = max(3, columns) * (side + margin) + margin
-    written = title + "".join(result.path.name for result in results)
+    names = [printable(result.path.name) for result in results]
+    written = title + "".join(names)
     title_font, rank_font, name_font = (_font(size, written) for size in (20, 22, 15))
     # Lines differ a little in width from the text's average.
     characters = int(0.94 * (width - 2 * margin) / (title_font.getlength(title or " ") / max(1, len(title))))
@@ -320,13 +321,18 @@ def save_grid(results: Sequence[SearchResult], output: str | os.PathLike, title:
             draw.text((left + 10, upper + 10), "\n".join(textwrap.wrap(error.reason, 34)), "#a02020", name_font)
         draw.text((left, upper + side + 8), f"{number + 1}", "#202020", rank_font)
         draw.text((left + side, upper + side + 10), f"{result.score:.4f}", "#606060", name_font, anchor="ra")
-        name = result.path.name
+        name = names[number]
         kept = len(name) // 2
         while name_font.getlength(name) > side:
             kept -= 1
-            name = f"{result.path.name[:kept]}...{result.path.name[-kept:]}"
+            name = f"{names[number][:kept]}...{names[number][-kept:]}"
         draw.text((left, upper + side + 37), name, "#606060", name_font)
     canvas.save(output)
+
+
+def printable(name: str | os.PathLike) -> str:
+    """A file's name on one line, whatever characters it holds."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in os.fspath(name))
 
 
 def _font(size: int, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

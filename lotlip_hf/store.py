@@ -1,5 +1,6 @@
 """Embeddings on disk: an append-only store that survives interruptions, and the fingerprint of who made them."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -184,7 +185,8 @@ class EmbeddingStore:
     def _close(self) -> None:
         for file in (self._entries_file, self._embeddings_file):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # of a full disk, which `_write` told of
+                    file.close()
         self._entries_file = self._embeddings_file = None
         self._lock.release()
 

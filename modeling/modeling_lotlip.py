@@ -1,6 +1,7 @@
 """PyTorch LoTLIP: two stock transformers backbones, and what LoTLIP adds to them: corner tokens, pooling, projection,
 loss."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
@@ -134,6 +136,17 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
         elif isinstance(module, LoTLIPModel):
             init.constant_(module.logit_scale, module.config.logit_scale_init_value)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """
+        As `torch.nn.Module.load_state_dict`, and takes the names of `save_pretrained` as well: it writes a ViT's under
+        older names than the module has, and `Trainer` resumes from its file by this function.
+        """
+        names = list(self.state_dict())
+        saved = revert_weight_conversion(self, {name: torch.tensor(place) for place, name in enumerate(names)})
+        own = {name: names[int(place)] for name, place in saved.items()}
+        renamed = {own.get(name, name) if name not in names else name: state_dict[name] for name in state_dict}
+        return super().load_state_dict(renamed, strict=strict, assign=assign)
+
 
 def _backbone_from_config(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> PreTrainedModel:
     return AutoModel.from_config(
@@ -170,7 +183,9 @@ def _check_input_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
         )
     if input_ids.dtype not in (torch.int64, torch.int32):  # what an embedding takes
         raise ValueError(f"`input_ids` must be integers of 64 or 32 bits, got {input_ids.dtype}.")
-    if input_ids.numel() and _is_eager_on_cpu(input_ids):
+    if 0 in input_ids.shape:
+        raise ValueError(f"`input_ids` must hold at least one text of one token, got shape {list(input_ids.shape)}.")
+    if _is_eager_on_cpu(input_ids):
         low, high = input_ids.min().item(), input_ids.max().item()
         if low < 0 or high >= vocab_size:
             raise ValueError(
@@ -578,6 +593,10 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
 
     def __init__(self, config: LoTLIPConfig) -> None:
         super().__init__(config)
+        # as CLIPModel has them
+        self.projection_dim = config.projection_dim
+        self.text_embed_dim = config.text_config.hidden_size
+        self.vision_embed_dim = config.vision_config.hidden_size
         self.text_model = LoTLIPTextModel._from_config(config.text_config)
         self.vision_model = LoTLIPVisionModel._from_config(config.vision_config)
         self.text_projection = _projection(config.text_config.hidden_size, config.text_config.projection_dim)
@@ -825,13 +844,18 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             ("vision", model.vision_model.backbone, vision_encoder),
         ):
             keys = backbone.load_state_dict(encoder.state_dict(), strict=False)
-            unexpected = [key for key in keys.unexpected_keys if not key.startswith("pooler.")]
-            if keys.missing_keys or unexpected:
+            missing, unexpected = _without_pooler(keys.missing_keys), _without_pooler(keys.unexpected_keys)
+            if missing or unexpected:
                 raise ValueError(
-                    f"The `{name}` encoder {type(encoder).__name__} does not fit its tower: missing "
-                    f"{keys.missing_keys}, unexpected {unexpected}."
+                    f"The `{name}` encoder {type(encoder).__name__} does not fit its tower: missing {missing}, "
+                    f"unexpected {unexpected}."
                 )
         return model
+
+
+def _without_pooler(names: Iterable[str]) -> list[str]:
+    """Masked language models come without a pooler: where a tower needs one it is new, as the corner tokens are."""
+    return sorted(name for name in names if not name.startswith("pooler."))
 
 
 def _backbone_config(source: str | Path | PreTrainedModel) -> PreTrainedConfig:
@@ -847,11 +871,10 @@ def _load_backbone(source: str | Path | PreTrainedModel, pooling: str) -> PreTra
     encoder, info = AutoModel.from_pretrained(
         source, config=config, output_loading_info=True, **_pooling_layer_argument(config, pooling)
     )
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{source} lacks {sorted(info['missing_keys'])}, which pooling={pooling!r} needs; without a pooler, take "
-            "'cls' or 'mean'."
-        )
+    missing = _without_pooler(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{source}: the encoder lacks weights that its tower needs: {', '.join(missing)}.")
+    return encoder
     return encoder
 
 

@@ -478,3 +478,23 @@ def test_an_interruption_before_the_work_is_no_traceback(
 
     monkeypatch.setattr(cli, "_load", interrupt)
     assert run("search", "--images", photos, LONG_TEXT) == (130, "", "lotlip: interrupted.\n")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": 1' + "0" * 5000 + "}"])
+def test_json_that_python_refuses_is_named(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text(f"{line}\n")
+    with pytest.raises(ValueError, match="texts.jsonl, line 1: not valid JSON"):
+        list(read_texts(file))
+
+
+def test_a_reader_that_has_enough_is_no_error(photos: Path, official_checkpoint: Path) -> None:
+    arguments = ["search", "--model", str(official_checkpoint), "--images", str(photos), "a"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lotlip_hf", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()  # pyright: ignore[reportOptionalMemberAccess]
+    errors = process.stderr.read().decode()  # pyright: ignore[reportOptionalMemberAccess]
+    assert process.wait() == 141
+    assert "rror" not in errors
+    assert "pipe" not in errors

@@ -553,3 +553,8 @@ def test_loading_leaves_transformers_verbosity(official_checkpoint: Path) -> Non
     model, _ = load_model(str(official_checkpoint), device="cpu", dtype=torch.float32)
     assert transformers_logging.get_verbosity() == before
     assert not model.training
+
+
+def test_a_checkpoint_that_is_nowhere_is_named() -> None:
+    with pytest.raises(OSError, match="no-such-checkpoint"):
+        load_model("no-such-checkpoint")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, CLIPModel
+from transformers import AutoModel, AutoModelForSequenceClassification, CLIPModel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 import tiny
@@ -572,14 +572,22 @@ def test_from_backbones_refuses_other_encoders(tmp_path: Path) -> None:
         LoTLIPModel.from_backbones(gpt2, vision)
     with pytest.raises(ValueError, match="'bert'; supported are vit"):
         LoTLIPModel.from_backbones(text, text)
-    without_pooler = AutoModel.from_config(text.config, add_pooling_layer=False)
-    with pytest.raises(ValueError, match="`text` encoder BertModel does not fit.*pooler.dense.weight"):
-        LoTLIPModel.from_backbones(without_pooler, vision)
-    without_pooler.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="lacks.*pooler.dense.weight.*pooling='pooler'"):
-        LoTLIPModel.from_backbones(tmp_path, vision)
-    for source in (without_pooler, tmp_path):
-        assert LoTLIPModel.from_backbones(source, vision, text_pooling="cls").config.text_config.pooling == "cls"
+    with_head = AutoModelForSequenceClassification.from_config(text.config)
+    with pytest.raises(ValueError, match="`text` encoder BertForSequenceClassification does not fit its tower"):
+        LoTLIPModel.from_backbones(with_head, vision)
+
+
+def test_from_backbones_makes_a_pooler_where_there_is_none(tmp_path: Path) -> None:
+    vision = stock_backbone(tiny.vision_config())
+    text = _spread(AutoModel.from_config(tiny.text_config().backbone_config, add_pooling_layer=False))
+    text.save_pretrained(tmp_path)
+    for source in (text, tmp_path):
+        backbone = LoTLIPModel.from_backbones(source, vision).text_model.backbone
+        new = set(backbone.state_dict()) - set(text.state_dict())
+        assert new == {"pooler.dense.weight", "pooler.dense.bias"}
+        for name, tensor in text.state_dict().items():
+            assert torch.equal(backbone.state_dict()[name], tensor), name
+        assert LoTLIPModel.from_backbones(source, vision, text_pooling="cls").text_model.backbone.pooler is None
 
 
 # Wrong input
@@ -593,6 +601,8 @@ def test_from_backbones_refuses_other_encoders(tmp_path: Path) -> None:
         ({"input_ids": torch.ones(1, 1, 1, 8, dtype=torch.long)}, r"`input_ids` must have shape"),
         ({"input_ids": torch.ones(1, 8)}, "`input_ids` must be integers of 64 or 32 bits, got torch.float32"),
         ({"input_ids": torch.ones(1, 8, dtype=torch.int16)}, "`input_ids` must be integers .* got torch.int16"),
+        ({"input_ids": torch.ones(0, 8, dtype=torch.long)}, r"`input_ids` must hold .* got shape \[0, 8\]"),
+        ({"input_ids": torch.ones(2, 0, dtype=torch.long)}, r"`input_ids` must hold .* got shape \[2, 0\]"),
         ({"input_ids": torch.full((1, 8), 99)}, r"`input_ids` must lie in \[0, 99\)"),
         ({"input_ids": torch.full((1, 8), -1)}, r"`input_ids` must lie in \[0, 99\)"),
         ({"input_ids": torch.ones(1, 39, dtype=torch.long)}, "39 tokens; this model takes 38.*truncation=True"),
@@ -670,3 +680,33 @@ def test_configuration_leaves_the_callers_alone() -> None:
     config = LoTLIPConfig(text_config=tiny.text_config(), vision_config=vision, projection_dim=16)
     assert vision.projection_dim is None
     assert config.vision_config.projection_dim == config.text_config.projection_dim == 16
+
+
+def test_sizes_are_where_clip_has_them() -> None:
+    model = dual_model()
+    assert (model.projection_dim, model.text_embed_dim, model.vision_embed_dim) == (24, 32, 32)
+
+
+@pytest.mark.parametrize("vision_backbone", tiny.VISION_BACKBONES)
+def test_a_saved_file_is_a_state_dict(vision_backbone: str, tmp_path: Path) -> None:
+    """As `Trainer` resumes."""
+    saved, other = dual_model(vision_backbone=vision_backbone), dual_model(vision_backbone=vision_backbone)
+    saved.save_pretrained(tmp_path)
+    for state_dict in (load_file(tmp_path / "model.safetensors"), saved.state_dict()):
+        for parameter in other.parameters():
+            nn.init.zeros_(parameter)
+        assert other.load_state_dict(state_dict).missing_keys == []
+        for name, tensor in saved.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_from_backbones_refuses_folders_that_lack_weights(tmp_path: Path) -> None:
+    model = dual_model()
+    for name, backbone in (("text", model.text_model.backbone), ("vision", model.vision_model.backbone)):
+        backbone.save_pretrained(tmp_path / name)
+    path = tmp_path / "text" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["encoder.layer.1.output.dense.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"text: the encoder lacks .*encoder\.layer\.1\.output\.dense\.weight"):
+        LoTLIPModel.from_backbones(str(tmp_path / "text"), str(tmp_path / "vision"))

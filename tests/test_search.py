@@ -520,3 +520,32 @@ def test_pictures_that_cannot_be_written(tmp_path: Path) -> None:
             save_grid([result], tmp_path / name, "text")
     with pytest.raises(NotADirectoryError, match="missing: no such folder to write grid.png in"):
         save_grid([result], tmp_path / "missing" / "grid.png", "text")
+
+
+@pytest.mark.parametrize("name", [b"two\nlines.png", b"no text \xff.png"])
+def test_the_grid_takes_any_file_name(name: bytes, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(name)
+    save_image(path, 0)
+    save_grid([SearchResult(path, 0.5)], tmp_path / "grid.png", "a description")
+    assert Image.open(tmp_path / "grid.png").height > 300
+
+
+def test_a_disk_that_is_still_full_on_leaving_is_named(tmp_path: Path) -> None:
+    class FullFile:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, data: bytes) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def close(self) -> None:
+            self.file.close()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    store = EmbeddingStore(tmp_path)
+    with pytest.raises(OSError, match=f"{tmp_path}: cannot write"), store:
+        store.append("a", np.zeros(3, dtype=np.float32))
+        store._entries_file = FullFile(store._entries_file)  # pyright: ignore[reportAttributeAccessIssue]
+        store.append("b", np.zeros(3, dtype=np.float32))
+    with EmbeddingStore(tmp_path) as again:  # the lock is released
+        assert list(again.entries) == ["a"]
