@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedModel
 
-from .encoding import iterate_text_embeddings
+from .encoding import iterate_text_embeddings, max_text_length, warn_of_cut_texts
 from .search import build_index
 from .store import EmbeddingStore, fingerprint
 
@@ -132,11 +133,9 @@ def embed_texts(
     check_output(output, overwrite=overwrite)
     partial = _partial_folder(output)
     made_by = fingerprint(model, processor, "text")
-    count, digests = 0, set[str]()
-    for text in read_texts(file, column):  # to the end: what is wrong with it shows before the long work
-        count += 1
-        digests.add(_digest(text))
-    if count == 0:
+    # To the end: what is wrong with the file shows before the long work.
+    digests = Counter(_digest(text) for text in read_texts(file, column))
+    if not digests:
         raise ValueError(f"{file}: no texts in this file.")
 
     with EmbeddingStore(partial / made_by) as store:
@@ -152,16 +151,19 @@ def embed_texts(
 
         total = len(digests - store.entries.keys())
         try:
-            for index, embedding in iterate_text_embeddings(
+            for index, embedding, was_cut in iterate_text_embeddings(
                 model, processor, new_texts(), batch_size=batch_size, progress=progress and total > 0, total=total
             ):
-                store.append(keys[index], embedding.numpy())
+                store.append(keys[index], embedding.numpy(), cut=was_cut)
         except KeyboardInterrupt:
             kept = len(store.entries)
             logger.warning(
                 "Interrupted: %d embeddings are kept in %s; the same command goes on from there.", kept, partial
             )
             raise
+        # Of the whole file, what an interrupted run encoded included.
+        cut = sum(digests[key] for key, entry in store.entries.items() if entry["cut"])
+        warn_of_cut_texts(cut, digests.total(), max_text_length(model, getattr(processor, "tokenizer", processor)))
         rows, embeddings = {key: entry["row"] for key, entry in store.entries.items()}, store.embeddings()
 
     def batches() -> Iterator[tuple[list[str], np.ndarray]]:
@@ -174,7 +176,7 @@ def embed_texts(
 
     metadata = {"model": model_name, "fingerprint": made_by}
     _write_parquet(output, partial, "text", embeddings.shape[1], batches(), metadata)
-    return count
+    return digests.total()
 
 
 def read_texts(file: str | os.PathLike, column: str = "text") -> Iterator[str]:

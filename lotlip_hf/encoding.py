@@ -159,11 +159,16 @@ def encode_texts(
     >>> scores = texts @ encode_images(model, processor, ["dog.jpg"]).T  # doctest: +SKIP
     ```
     """
-    rows = dict(
-        iterate_text_embeddings(model, processor, texts, batch_size=batch_size, device=device, progress=progress)
-    )
+    rows: dict[int, torch.Tensor] = {}
+    cut = 0
+    for index, embedding, was_cut in iterate_text_embeddings(
+        model, processor, texts, batch_size=batch_size, device=device, progress=progress
+    ):
+        rows[index] = embedding
+        cut += was_cut
     if not rows:  # no texts: one is encoded for the width
         return encode_texts(model, processor, [""], device=device, progress=False)[:0]
+    warn_of_cut_texts(cut, len(rows), max_text_length(model, getattr(processor, "tokenizer", processor)))
     return torch.stack([rows[index] for index in range(len(rows))])
 
 
@@ -219,7 +224,7 @@ def iterate_text_embeddings(
     device: str | torch.device | None = None,
     progress: bool = False,
     total: int | None = None,
-) -> Iterator[tuple[int, torch.Tensor]]:
+) -> Iterator[tuple[int, torch.Tensor, bool]]:
     """
     Encodes texts and hands each embedding out as soon as it is computed. Arguments and errors as in `encode_texts`.
 
@@ -227,7 +232,8 @@ def iterate_text_embeddings(
         total (`int`, *optional*): number of texts, for the progress bar, if `texts` is an iterator without a length.
 
     Yields:
-        `tuple[int, torch.Tensor]`: the text's place in `texts` and its embedding [P]; not in order.
+        `tuple[int, torch.Tensor, bool]`: the text's place in `texts`, its embedding [P], and whether the text was cut;
+        not in order.
     """
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise TypeError(f"`texts` must be a list of strings, got one {type(texts).__name__}: pass [text].")
@@ -237,7 +243,7 @@ def iterate_text_embeddings(
     tokenizer = getattr(processor, "tokenizer", processor)
     max_length = max_text_length(model, tokenizer)
     full_length = model.config.model_type in FULL_LENGTH_MODEL_TYPES
-    count = cut = 0
+    count = 0
     remaining = iter(texts)
     with tqdm(
         total=_length(texts) if total is None else total, desc="Encoding texts", unit="text", disable=not progress
@@ -245,7 +251,7 @@ def iterate_text_embeddings(
         while chunk := list(itertools.islice(remaining, TEXT_CHUNK)):
             for index, text in enumerate(chunk, count):
                 _check_text(text, index)
-            encoded, chunk_cut = _tokenize(tokenizer, chunk, max_length)
+            encoded, was_cut = _tokenize(tokenizer, chunk, max_length)
             lengths = [len(ids) for ids in encoded["input_ids"]]
             # Longest first: if memory does not suffice, it shows at once.
             order = sorted(range(len(chunk)), key=lambda index: -lengths[index])
@@ -261,11 +267,8 @@ def iterate_text_embeddings(
                 embeddings = _embed(model, "get_text_features", inputs)
                 bar.update(len(batch))
                 for index, embedding in zip(batch, embeddings, strict=True):
-                    yield count + index, embedding
+                    yield count + index, embedding, was_cut[index]
             count += len(chunk)
-            cut += chunk_cut
-    if cut:
-        logger.warning("%d of %d texts were cut at %d tokens.", cut, count, max_length)
 
 
 def iterate_image_embeddings(
@@ -358,6 +361,12 @@ def max_text_length(model: PreTrainedModel, tokenizer: Any) -> int:
     return length
 
 
+def warn_of_cut_texts(cut: int, count: int, max_length: int) -> None:
+    """Says how many of `count` texts were cut at `max_length` tokens, if any were."""
+    if cut:
+        logger.warning("%d of %d texts were cut at %d tokens.", cut, count, max_length)
+
+
 def _length(items: Iterable[Any]) -> int | None:
     return len(items) if hasattr(items, "__len__") else None  # pyright: ignore[reportArgumentType]
 
@@ -378,15 +387,19 @@ def _check_text(text: Any, index: int) -> None:
         ) from error
 
 
-def _tokenize(tokenizer: Any, texts: list[str], max_length: int) -> tuple[dict[str, list[list[int]]], int]:
-    """Token ids and masks of each text, not padded, and how many of the texts were cut."""
+def _tokenize(tokenizer: Any, texts: list[str], max_length: int) -> tuple[dict[str, list[list[int]]], list[bool]]:
+    """Token ids and masks of each text, not padded, and whether it was cut."""
     encoded = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)
     if encoded.encodings is not None:
-        return dict(encoded), sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+        return dict(encoded), [bool(encoding.overflowing) for encoding in encoded.encodings]
     # Tokenizers without the Rust backend do not tell what they cut: the full texts do.
-    full = [text for text, ids in zip(texts, encoded["input_ids"], strict=True) if len(ids) >= max_length]
-    whole = tokenizer(full, truncation=False, verbose=False)["input_ids"] if full else []
-    return dict(encoded), sum(len(ids) > max_length for ids in whole)
+    full = [index for index, ids in enumerate(encoded["input_ids"]) if len(ids) >= max_length]
+    was_cut = [False] * len(texts)
+    if full:
+        whole = tokenizer([texts[index] for index in full], truncation=False, verbose=False)["input_ids"]
+        for index, ids in zip(full, whole, strict=True):
+            was_cut[index] = len(ids) > max_length
+    return dict(encoded), was_cut
 
 
 def _pad(tokenizer: Any, encoded: dict[str, list[list[int]]], padding: dict[str, Any]) -> dict[str, torch.Tensor]:

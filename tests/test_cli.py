@@ -234,7 +234,7 @@ def test_embed_texts(pair: Pair, suffix: str, run: Callable[..., Any], tmp_path:
     status, out, err = run("embed", "--texts", file, "--column", "caption", "--output", output)
     assert status == 0
     assert out == f"7 embeddings in {output}.\n"
-    assert "1 of 6 texts were cut at 126 tokens." in err
+    assert "1 of 7 texts were cut at 126 tokens." in err
     assert "6/6" in err
     schema = pq.read_schema(output)
     assert schema.names == ["text", "embedding"]
@@ -310,7 +310,7 @@ def test_text_files_are_read_as_they_are(tmp_path: Path) -> None:
 def test_texts_are_resumed_by_what_they_say(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    texts = [f"text number {number}" for number in range(10)]
+    texts = [*(f"text number {number}" for number in range(9)), "word " * 300]
     file, output = write_texts(tmp_path / "t.txt", texts), tmp_path / "out.parquet"
     encoded: list[str] = []
     iterate = embed.iterate_text_embeddings
@@ -335,6 +335,8 @@ def test_texts_are_resumed_by_what_they_say(
     write_texts(file, ["another", *texts[::-1]])  # lines moved: what is encoded is found again
     assert embed_texts(*pair, file, output, progress=False) == 11
     assert len(encoded) == 7
+    assert "word " * 300 not in encoded
+    assert "1 of 11 texts were cut at 126 tokens." in caplog.text  # by the run before
     written, embeddings = rows(output)
     assert written == ["another", *texts[::-1]]
     np.testing.assert_allclose(embeddings, encode_texts(*pair, written, progress=False).numpy(), atol=1e-5)
