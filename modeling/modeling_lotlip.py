@@ -88,9 +88,11 @@ class LoTLIPOutput(ModelOutput):
         logits_per_text: [B, I] or [B, T, I].
         text_embeds: [B, (T,) projection_dim], normalised.
         image_embeds: [I, projection_dim], normalised.
-        text_model_output: [`BaseModelOutputWithPoolingAndCorners`] of the text tower.
+        text_model_output: [`BaseModelOutputWithPoolingAndCorners`] of the text tower, for `input_ids` (without
+            `long_input_ids`).
         vision_model_output: `BaseModelOutputWithPooling` of the image tower.
-        corner_embeds: [B, (T,) m, projection_dim], normalised, where they were computed.
+        corner_embeds: [B, (T,) m, projection_dim], normalised, where they were computed; with `long_input_ids`
+            [B, T - 1, m, projection_dim], of the long texts alone.
         loss_short: scalar, the short texts' share of the loss.
         loss_long: scalar, the long texts' share of the loss.
     """
@@ -192,6 +194,19 @@ def _check_input_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
                 f"`input_ids` must lie in [0, {vocab_size}), the model's vocabulary; got ids from {low} to {high}. "
                 "Was the text tokenised with another model's tokenizer?"
             )
+
+
+def _check_long_input_ids(long_input_ids: torch.Tensor, short_texts: torch.Tensor | None) -> None:
+    if short_texts is None or short_texts.dim() != 2:
+        raise ValueError(
+            "With `long_input_ids`, `input_ids` must be the short texts [batch, length], got "
+            f"{None if short_texts is None else list(short_texts.shape)}."
+        )
+    if long_input_ids.dim() != 3 or len(long_input_ids) != len(short_texts):
+        raise ValueError(
+            f"`long_input_ids` must have shape [{len(short_texts)}, texts, length], a row of long texts for each "
+            f"short text, got {list(long_input_ids.shape)}."
+        )
 
 
 class LoTLIPTextModel(LoTLIPPreTrainedModel):
@@ -699,16 +714,26 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         output_corner_embeds: bool | None = None,
+        long_input_ids: torch.Tensor | None = None,
+        long_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoTLIPOutput:
         r"""
         Arguments and errors are those of [`LoTLIPTextModel`] and [`LoTLIPVisionModel`], and:
 
         Args:
-            return_loss: Whether to return the loss; text i belongs to image i. For `input_ids` [B, T, L] it is
-                LoTLIP's (`loss_lotlip.lotlip_loss`), for [B, L] CLIP's, which no corner token takes part in.
+            return_loss: Whether to return the loss; text i belongs to image i. For `input_ids` [B, T, L], and with
+                `long_input_ids`, it is LoTLIP's (`loss_lotlip.lotlip_loss`), for [B, L] alone CLIP's, which no corner
+                token takes part in.
             output_corner_embeds: Whether to compute the corner tokens. By default in training mode and where the loss
                 needs them, so that it does not depend on the mode.
+            long_input_ids: [B, T - 1, L'], the long texts, where `input_ids` [B, L] are the short ones: each padded to
+                its own length, and the short texts, whose corner tokens the loss does not use, run without them. The
+                answers have T texts, the short one first, as for [B, T, L].
+            long_attention_mask: shape of `long_input_ids`; by default what is not `pad_token_id`.
+
+        Raises:
+            ValueError: if `long_input_ids` do not fit `input_ids`.
 
         Example:
 
@@ -726,11 +751,16 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         ...     outputs = model(**inputs)
         >>> probabilities = outputs.logits_per_image.softmax(dim=1)
         ```"""
-        has_many_texts = (input_ids is not None and input_ids.dim() == 3) or (
+        has_all_texts = (input_ids is not None and input_ids.dim() == 3) or (
             inputs_embeds is not None and inputs_embeds.dim() == 4
         )
+        has_long_texts = long_input_ids is not None
+        if has_long_texts:
+            _check_long_input_ids(long_input_ids, input_ids if inputs_embeds is None else inputs_embeds[..., 0])
+        elif long_attention_mask is not None:
+            raise ValueError("`long_attention_mask` is given without `long_input_ids`.")
         if output_corner_embeds is None:
-            output_corner_embeds = self.training or (bool(return_loss) and has_many_texts)
+            output_corner_embeds = self.training or (bool(return_loss) and (has_all_texts or has_long_texts))
         vision_outputs = self.get_image_features(
             pixel_values, interpolate_pos_encoding, **{**kwargs, "return_dict": True}
         )
@@ -740,12 +770,21 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             token_type_ids=token_type_ids,
-            output_corner_embeds=output_corner_embeds,
+            output_corner_embeds=output_corner_embeds and not has_long_texts,
             **{**kwargs, "return_dict": True},
         )
-        text_embeds = nn.functional.normalize(text_outputs.pooler_output, dim=-1)
+        text_embeds, corner_embeds = text_outputs.pooler_output, text_outputs.corner_embeds
+        if has_long_texts:
+            long_outputs = self.get_text_features(
+                input_ids=long_input_ids,
+                attention_mask=long_attention_mask,
+                output_corner_embeds=output_corner_embeds,
+                **{**kwargs, "return_dict": True},
+            )
+            text_embeds = torch.cat([text_embeds.unsqueeze(1), long_outputs.pooler_output], dim=1)
+            corner_embeds = long_outputs.corner_embeds
+        text_embeds = nn.functional.normalize(text_embeds, dim=-1)
         image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1).to(text_embeds.device)
-        corner_embeds = text_outputs.corner_embeds
         if corner_embeds is not None:
             corner_embeds = nn.functional.normalize(corner_embeds, dim=-1)
 
@@ -755,10 +794,13 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
 
         loss = LoTLIPLoss(None, None, None)
         if return_loss:
+            long_corner_embeds = corner_embeds if has_long_texts else None
+            if has_all_texts and corner_embeds is not None:
+                long_corner_embeds = corner_embeds[:, 1:]
             loss = lotlip_loss(
                 image_embeds,
-                text_embeds if has_many_texts else text_embeds.unsqueeze(1),
-                corner_embeds if has_many_texts else None,
+                text_embeds if text_embeds.dim() == 3 else text_embeds.unsqueeze(1),
+                long_corner_embeds,
                 logit_scale,
                 self.config.short_loss_weight,
                 self.config.long_loss_weight,

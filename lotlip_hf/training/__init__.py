@@ -1,0 +1,1 @@
+"""Training: the objective over processes, in tiles and in chunks."""

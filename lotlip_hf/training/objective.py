@@ -1,0 +1,348 @@
+"""The objective as a training run needs it: over all processes, in tiles, and in the memory of a few samples."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+
+from ..distributed import all_sizes, average_gradient, gather, max_over_ranks, rank, sum_over_ranks, world_size
+from ..modeling.loss_lotlip import LoTLIPLoss, check_pairs, primary_components, stack_features, weighted_loss
+
+MAX_LOGIT_SCALE = math.log(100)
+# Images and texts of one tile of similarities: 64 MB in float32.
+TILE_SIZE = 4096
+
+LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], LoTLIPLoss]
+
+
+class Objective(nn.Module):
+    """
+    LoTLIP's loss over the whole batch of all processes.
+
+    Every process gathers the images, with gradients, and compares them with its own texts, one tile of similarities at
+    a time. A text finds all its images here; what an image's texts add up to is summed over the processes. So the
+    texts, K times as many as the images, stay where they are, no similarity is computed twice, and no process holds
+    more than its embeddings, the images and a few tiles: the backward pass computes the tiles again. Similarities are
+    float32 also under autocast.
+
+    The mean over the processes of what they return is the loss, and the mean over the processes of their gradients,
+    which is what `DistributedDataParallel` makes, is the gradient of one process with the whole batch, also where the
+    last batch is not the same size on every process.
+
+    With `loss="sigmoid"` the objective has a parameter, `logit_bias`: give it to the optimiser and save it beside the
+    model. Its gradient is averaged here, so it needs no `DistributedDataParallel` around it.
+
+    Args:
+        loss: `"infonce"`, the paper's, or `"sigmoid"`, SigLIP's.
+        short_loss_weight: Weight of the short texts' share.
+        long_loss_weight: Weight of the long texts' share.
+        num_primary_components: Match the short texts with this many principal components of the images, as Long-CLIP
+            does (`loss_lotlip.primary_components`); by default with the images.
+        tile_size: Images and texts in a tile of similarities.
+
+    Raises:
+        ValueError: on an unknown `loss` and on numbers below 1.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from lotlip_hf.training.objective import Objective
+
+    >>> images, texts = torch.eye(4), torch.eye(4)[:, None].expand(4, 3, 4)
+    >>> Objective()(images, texts, None, torch.tensor(100.0)).loss.item()
+    0.0
+    ```
+    """
+
+    def __init__(
+        self,
+        loss: Literal["infonce", "sigmoid"] = "infonce",
+        *,
+        short_loss_weight: float = 1.0,
+        long_loss_weight: float = 1.0,
+        num_primary_components: int | None = None,
+        tile_size: int = TILE_SIZE,
+    ) -> None:
+        super().__init__()
+        if loss not in ("infonce", "sigmoid"):
+            raise ValueError(f"`loss` must be 'infonce' or 'sigmoid', got {loss!r}.")
+        for name, value in (("num_primary_components", num_primary_components), ("tile_size", tile_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self.short_loss_weight = short_loss_weight
+        self.long_loss_weight = long_loss_weight
+        self.num_primary_components = num_primary_components
+        self.tile_size = tile_size
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if loss == "sigmoid" else None  # SigLIP's first value
+
+    def forward(
+        self,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        corner_embeds: torch.Tensor | None,
+        logit_scale: torch.Tensor,
+    ) -> LoTLIPLoss:
+        """
+        Args:
+            image_embeds: [b, dim], this process's images, normalised; b may differ between the processes.
+            text_embeds: [b, T, dim], normalised [CLS] features, the short text first.
+            corner_embeds: [b, T - 1, m, dim], normalised, of the long texts, or `None` for m = 0.
+            logit_scale: scalar factor on the cosine similarities (not its logarithm).
+
+        Returns:
+            [`LoTLIPLoss`], this process's share: the mean over the processes is the loss.
+
+        Raises:
+            ValueError: if there are not as many images as rows of texts.
+        """
+        check_pairs(image_embeds, text_embeds)
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            dtype = torch.promote_types(image_embeds.dtype, torch.float32)
+            sizes = all_sizes(image_embeds)
+            images = logit_scale.to(dtype) * gather(image_embeds.to(dtype), sizes)  # [N, dim]
+            text_sets = stack_features(text_embeds, corner_embeds).to(dtype).unbind(1)  # K of [b, dim]
+            image_sets = [images] * len(text_sets)
+            if self.num_primary_components is not None:
+                image_sets[0] = primary_components(images, self.num_primary_components)
+            start = sum(sizes[: rank()])
+            own = slice(start, start + len(image_embeds))
+
+            if self.logit_bias is None:
+                sums = _contrastive_sums(image_sets, text_sets, own, self.tile_size)
+            else:
+                bias = average_gradient(self.logit_bias).to(dtype)
+                sums = _sigmoid_sums(image_sets, text_sets, bias, own, self.tile_size)
+            losses = sums * world_size() / len(images)
+        return weighted_loss(losses, self.short_loss_weight, self.long_loss_weight)
+
+
+def _contrastive_sums(
+    image_sets: Sequence[torch.Tensor], text_sets: Sequence[torch.Tensor], own: slice, tile_size: int
+) -> torch.Tensor:
+    """[K]: the symmetric InfoNCE summed over this process's images and texts.
+
+    `image_sets` are K of [N, dim], the scaled images of all processes, those of this one at `own`; `text_sets` are K
+    of [b, dim], this process's.
+    """
+    per_image, per_text, matches = [], [], []
+    for images, texts in zip(image_sets, text_sets, strict=True):
+        # one tile serves both directions: its rows are a part of the images' sums, its columns of the texts'
+        tiles = [
+            [_recomputed(_log_sum_exps, image_tile, text_tile) for text_tile in texts.split(tile_size)]
+            for image_tile in images.split(tile_size)
+        ]
+        per_image.append(torch.cat([torch.stack([tile[0] for tile in row]).logsumexp(0) for row in tiles]))
+        per_text.append(torch.stack([torch.cat([tile[1] for tile in row]) for row in tiles]).logsumexp(0))
+        matches.append((images[own] * texts).sum())
+    # what the images make of the texts of the other processes
+    own_sums = torch.stack(per_image)  # [K, N]
+    largest = max_over_ranks(own_sums)
+    image_sums = largest + sum_over_ranks((own_sums - largest).exp()).log()
+    return (image_sums[:, own].sum(1) + torch.stack(per_text).sum(1)) / 2 - torch.stack(matches)
+
+
+def _sigmoid_sums(
+    image_sets: Sequence[torch.Tensor],
+    text_sets: Sequence[torch.Tensor],
+    logit_bias: torch.Tensor,
+    own: slice,
+    tile_size: int,
+) -> torch.Tensor:
+    """[K]: SigLIP's loss summed over the pairs of this process's texts with the images of all processes.
+
+    -logsigmoid(-x) = softplus(x) for the pairs that do not match, and -logsigmoid(x) = softplus(x) - x for the others.
+    """
+    sums = []
+    for images, texts in zip(image_sets, text_sets, strict=True):
+        tiles = [
+            _recomputed(_softplus_sum, image_tile, text_tile, logit_bias)
+            for image_tile in images.split(tile_size)
+            for text_tile in texts.split(tile_size)
+        ]
+        matches = (images[own] * texts).sum() + len(texts) * logit_bias
+        sums.append(torch.stack(tiles).sum() - matches)
+    return torch.stack(sums)
+
+
+def _recomputed(function: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+    """The function's value; what it computed on the way is computed again in the backward pass, not kept."""
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def _log_sum_exps(scaled_images: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = scaled_images @ texts.t()  # [images, texts]
+    return logits.logsumexp(1), logits.logsumexp(0)
+
+
+def _softplus_sum(scaled_images: torch.Tensor, texts: torch.Tensor, logit_bias: torch.Tensor) -> torch.Tensor:
+    return F.softplus(scaled_images @ texts.t() + logit_bias).sum()
+
+
+@torch.no_grad()
+def clamp_logit_scale(model: nn.Module, maximum: float = MAX_LOGIT_SCALE) -> None:
+    """
+    Keeps the model's `logit_scale`, a logarithm, at or below `maximum`, as CLIP does; to be called after each step of
+    the optimiser.
+
+    Args:
+        model: A [`LoTLIPModel`], or what wraps one.
+        maximum: Logarithm of the largest factor on the cosine similarities.
+    """
+    extract_model_from_parallel(model).logit_scale.clamp_(max=maximum)
+
+
+class Embeddings(NamedTuple):
+    """
+    What the objective compares, all normalised: `image_embeds` [B, dim], `text_embeds` [B, T, dim], the short text
+    first, and `corner_embeds` [B, T - 1, m, dim] of the long texts, or `None` for m = 0 or T = 1.
+    """
+
+    image_embeds: torch.Tensor
+    text_embeds: torch.Tensor
+    corner_embeds: torch.Tensor | None
+
+
+def embed(model: nn.Module, batch: Mapping[str, Any]) -> Embeddings:
+    """
+    The embeddings of a batch.
+
+    Args:
+        model: A [`LoTLIPModel`], or what wraps one.
+        batch: The model's arguments: `input_ids` [B, T, L], or [B, L] of the short texts with `long_input_ids`
+            [B, T - 1, L'] or without long texts. What is no tensor is not for the model.
+
+    Returns:
+        [`Embeddings`]
+    """
+    inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    has_all_texts = inputs["input_ids"].dim() == 3
+    # a short text alone needs no corner tokens, not even in training mode
+    has_corners = has_all_texts or "long_input_ids" in inputs
+    outputs = model(**inputs, return_loss=False, output_corner_embeds=has_corners)
+    text_embeds, corner_embeds = outputs.text_embeds, outputs.corner_embeds
+    if not has_corners:
+        text_embeds = text_embeds.unsqueeze(1)
+    if has_all_texts and corner_embeds is not None:
+        corner_embeds = corner_embeds[:, 1:]
+    return Embeddings(outputs.image_embeds, text_embeds, corner_embeds)
+
+
+def batch_loss(model: nn.Module, batch: Mapping[str, Any], loss_function: LossFunction) -> LoTLIPLoss:
+    """
+    The loss of a batch, to call `backward` on.
+
+    Args:
+        model: A [`LoTLIPModel`], or what wraps one.
+        batch: See [`embed`].
+        loss_function: An [`Objective`], or a function with its arguments and answer.
+
+    Returns:
+        [`LoTLIPLoss`]
+    """
+    return loss_function(*embed(model, batch), extract_model_from_parallel(model).logit_scale.exp())
+
+
+def cached_backward(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    chunk_size: int,
+    loss_function: LossFunction,
+    accelerator: Accelerator | None = None,
+) -> LoTLIPLoss:
+    """
+    [`batch_loss`] and its `backward`, in the memory of `chunk_size` samples: gradient caching
+    (https://arxiv.org/abs/2101.06983). The whole batch is embedded in chunks without a graph; the loss of all
+    embeddings gives their gradients; then each chunk is embedded again, with the same dropout, and its part of the
+    gradients goes back through the model. The gradients are those of the whole batch and are added to the parameters'
+    `grad`.
+
+    Args:
+        model: A [`LoTLIPModel`], or what wraps one.
+        batch: See [`embed`]; the samples are in the first dimension of every tensor.
+        chunk_size: Samples in a chunk.
+        loss_function: An [`Objective`], or a function with its arguments and answer; if it is a module, its parameters
+            get gradients too.
+        accelerator: Used for autocast, for the backward passes (loss scaling, gradient accumulation) and to
+            synchronise the processes' gradients with the last chunk alone.
+
+    Returns:
+        [`LoTLIPLoss`] without gradients.
+
+    Raises:
+        ValueError: if the batch is empty or `chunk_size` below 1.
+    """
+    inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    num_samples = len(inputs["pixel_values"])
+    if num_samples == 0:
+        raise ValueError("The batch is empty.")
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
+    # As many chunks on every process, for a wrapper may communicate in each of them: some are then smaller.
+    num_chunks = -(-num_samples // chunk_size)
+    num_chunks = int(max_over_ranks(torch.tensor(num_chunks, device=inputs["pixel_values"].device)))
+    bounds = [num_samples * i // num_chunks for i in range(num_chunks + 1)]
+    chunks = list(zip(bounds[:-1], bounds[1:], strict=True))
+    autocast = accelerator.autocast if accelerator is not None else nullcontext
+
+    def embed_chunk(start: int, stop: int) -> Embeddings:
+        # a chunk without a sample runs on one and keeps nothing of it
+        first = min(start, num_samples - 1)
+        rows = {name: value[first : max(stop, first + 1)] for name, value in inputs.items()}
+        with autocast():
+            return _map(lambda embeds: embeds[: stop - start], embed(model, rows))
+
+    random_states, cached = [], []
+    with torch.no_grad():
+        for chunk in chunks:
+            random_states.append((torch.get_rng_state(), *get_device_states(*inputs.values())))
+            cached.append(embed_chunk(*chunk))
+    torch.clear_autocast_cache()  # older versions of torch keep weights without a graph in it
+
+    embeddings = _map(lambda *parts: torch.cat(parts).requires_grad_(), *cached)
+    logit_scale = extract_model_from_parallel(model).logit_scale
+    parameters = [logit_scale, *(loss_function.parameters() if isinstance(loss_function, nn.Module) else ())]
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    loss = loss_function(*embeddings, logit_scale.exp())
+    leaves = [embeds for embeds in embeddings if embeds is not None]
+    # a caller's autocast is for the forward passes alone
+    exact = partial(torch.autocast, logit_scale.device.type, enabled=False)
+    with exact():
+        gradients = torch.autograd.grad(loss.loss, [*leaves, *parameters])
+    embed_gradients, parameter_gradients = gradients[: len(leaves)], gradients[len(leaves) :]
+
+    for (start, stop), (cpu_state, *device_states) in zip(chunks, random_states, strict=True):
+        is_last = (start, stop) == chunks[-1]
+        torch.set_rng_state(cpu_state)
+        set_device_states(*device_states)
+        with nullcontext() if is_last else _no_sync(model, accelerator):
+            outputs = [embeds for embeds in embed_chunk(start, stop) if embeds is not None]
+            pairs = [(o, g[start:stop]) for o, g in zip(outputs, embed_gradients, strict=True)]
+            if is_last:
+                pairs += zip(parameters, parameter_gradients, strict=True)
+            with exact():
+                product = torch.stack([(value * gradient).sum() for value, gradient in pairs]).sum()
+                if accelerator is not None:
+                    accelerator.backward(product)
+                else:
+                    product.backward()
+    return LoTLIPLoss(*(value.detach() for value in loss))
+
+
+def _map(function: Callable[..., torch.Tensor], *embeddings: Embeddings) -> Embeddings:
+    """The function of each of the three tensors, or of several triples' first, second and third."""
+    return Embeddings(*(None if parts[0] is None else function(*parts) for parts in zip(*embeddings, strict=True)))
+
+
+def _no_sync(model: nn.Module, accelerator: Accelerator | None) -> AbstractContextManager:
+    if accelerator is not None:
+        return accelerator.no_sync(model)
+    return model.no_sync() if hasattr(model, "no_sync") else nullcontext()

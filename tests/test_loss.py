@@ -1,0 +1,204 @@
+"""The losses against naive formulations, pair by pair."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import tiny
+from lotlip_hf import LoTLIPModel
+from lotlip_hf.modeling.loss_lotlip import (
+    contrastive_losses,
+    lotlip_loss,
+    primary_components,
+    sigmoid_losses,
+    stack_features,
+    weighted_loss,
+)
+
+TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
+
+
+def embeddings(*shape: int) -> torch.Tensor:
+    return F.normalize(torch.randn(shape), dim=-1)
+
+
+def test_contrastive_losses_pair_by_pair() -> None:
+    images, texts, scale = embeddings(5, 8), embeddings(5, 3, 8), torch.tensor(7.0)
+    losses = contrastive_losses(images, texts, scale)
+    for k in range(3):
+        similarity = [[(7 * images[i] @ texts[j, k]).item() for j in range(5)] for i in range(5)]
+        total = 0.0
+        for i in range(5):
+            total -= similarity[i][i] - math.log(sum(math.exp(similarity[i][j]) for j in range(5)))
+            total -= similarity[i][i] - math.log(sum(math.exp(similarity[j][i]) for j in range(5)))
+        assert losses[k].item() == pytest.approx(total / 10, abs=1e-5)
+
+
+def test_sigmoid_losses_pair_by_pair() -> None:
+    images, texts = embeddings(5, 8), embeddings(5, 3, 8)
+    losses = sigmoid_losses(images, texts, torch.tensor(7.0), torch.tensor(-3.0))
+    for k in range(3):
+        total = 0.0
+        for i in range(5):
+            for j in range(5):
+                logit = (7 * images[i] @ texts[j, k]).item() - 3
+                total += math.log1p(math.exp(-logit if i == j else logit))
+        assert losses[k].item() == pytest.approx(total / 5, abs=1e-5)
+
+
+def test_only_the_long_texts_corners_are_features() -> None:
+    texts, corners = embeddings(2, 3, 8), embeddings(2, 2, 4, 8)
+    features = stack_features(texts, corners)
+    assert features.shape == (2, 1 + 2 * (4 + 1), 8)
+    assert torch.equal(features[:, :3], texts)
+    assert torch.equal(features[:, 3:7], corners[:, 0])
+    assert torch.equal(features[:, 7:], corners[:, 1])
+    assert stack_features(texts, None) is texts
+
+
+def test_weights_are_of_shares_of_the_mean() -> None:
+    loss = weighted_loss(torch.tensor([1.0, 2.0, 4.0, 8.0]), 0.5, 3.0)
+    torch.testing.assert_close(loss.loss_short, torch.tensor(0.5 * 1 / 4))
+    torch.testing.assert_close(loss.loss_long, torch.tensor(3.0 * 14 / 4))
+    torch.testing.assert_close(loss.loss, loss.loss_short + loss.loss_long)
+
+
+def test_loss_without_long_texts_is_clips() -> None:
+    images, texts, scale = embeddings(5, 8), embeddings(5, 1, 8), torch.tensor(7.0)
+    loss = lotlip_loss(images, texts, None, scale)
+    logits, targets = 7 * images @ texts[:, 0].t(), torch.arange(5)
+    clip = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.t(), targets)) / 2
+    torch.testing.assert_close(loss.loss, clip, **TOLERANCE)
+    assert loss.loss_long == 0
+
+
+# Primary components
+
+
+def long_clips(images: torch.Tensor, num_components: int) -> torch.Tensor:
+    """Long-CLIP's way: the eigenvectors of the covariance with the largest eigenvalues."""
+    mean = images.mean(0)
+    centred = images - mean
+    vectors = torch.linalg.eigh(centred.t() @ centred).eigenvectors[:, -num_components:]
+    return centred @ vectors @ vectors.t() + mean
+
+
+@pytest.mark.parametrize("batch_size", [4, 20])  # fewer and more than dimensions
+def test_primary_components_are_long_clips(batch_size: int) -> None:
+    images = embeddings(batch_size, 8).double()
+    torch.testing.assert_close(primary_components(images, 2), long_clips(images, 2), **TOLERANCE)
+
+
+def test_all_components_are_the_images() -> None:
+    images = embeddings(6, 8)
+    torch.testing.assert_close(primary_components(images, 6), images, **TOLERANCE)
+    torch.testing.assert_close(primary_components(images, 32), images, **TOLERANCE)
+
+
+def test_the_gradient_through_components_is_their_projection() -> None:
+    images = embeddings(4, 8).requires_grad_()
+    weights = torch.randn(4, 8)
+    (primary_components(images, 2) * weights).sum().backward()
+    components = torch.linalg.svd((images - images.mean(0)).detach(), full_matrices=False).Vh[:2]
+    mean = weights.mean(0)
+    torch.testing.assert_close(images.grad, mean + (weights - mean) @ components.t() @ components, **TOLERANCE)
+
+
+def test_components_of_equal_images_have_a_gradient() -> None:
+    images = torch.ones(4, 8, requires_grad=True)
+    primary_components(images, 2).sum().backward()
+    assert images.grad.isfinite().all()
+
+
+def test_components_in_half_precision() -> None:
+    images = embeddings(6, 8)
+    answer = primary_components(images.bfloat16(), 3)
+    assert answer.dtype == torch.bfloat16
+    torch.testing.assert_close(answer.float(), primary_components(images, 3), rtol=0.0, atol=0.03)
+
+
+def test_at_least_one_component() -> None:
+    with pytest.raises(ValueError, match="num_components"):
+        primary_components(torch.eye(3), 0)
+
+
+# Short and long texts each at their own length, through the model
+
+SHORT, LONG = 5, 11  # tokens
+
+
+def model_and_texts(num_corner_tokens: int) -> tuple[LoTLIPModel, torch.Tensor, torch.Tensor]:
+    """A model, the short texts [B, L] and the long ones [B, T - 1, L'], some padded."""
+    model = LoTLIPModel(tiny.config(num_corner_tokens=num_corner_tokens))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # large enough that every part matters
+            torch.nn.init.normal_(parameter, std=0.3)
+    short, long = tiny.input_ids(3, SHORT), tiny.input_ids(3, 2, LONG)
+    short[1, 3:], long[2, 0, 6:] = 0, 0
+    return model, short, long
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("num_corner_tokens", [2, 0])
+def test_long_texts_apart_are_the_same_texts(num_corner_tokens: int, training: bool) -> None:
+    model, short, long = model_and_texts(num_corner_tokens)
+    model.train(training)
+    images = tiny.pixel_values()
+    together = torch.cat([F.pad(short, (0, LONG - SHORT)).unsqueeze(1), long], dim=1)  # [B, T, L]
+    names = ("loss", "loss_short", "loss_long", "text_embeds", "image_embeds", "logits_per_image", "logits_per_text")
+    answers = []
+    for texts in ({"input_ids": together}, {"input_ids": short, "long_input_ids": long}):
+        model.zero_grad()
+        outputs = model(**texts, pixel_values=images, return_loss=True)
+        outputs.loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        answers.append(({name: outputs[name] for name in names}, gradients, outputs.corner_embeds))
+    for name in names:
+        torch.testing.assert_close(answers[1][0][name], answers[0][0][name], **TOLERANCE, msg=name)
+    for name, gradient in answers[0][1].items():
+        torch.testing.assert_close(answers[1][1][name], gradient, **TOLERANCE, msg=name)
+    if num_corner_tokens:
+        assert answers[0][1]["text_model.corner_embeds"].norm() > 1e-4
+        assert answers[1][2].shape == (3, 2, 2, 24)
+        torch.testing.assert_close(answers[1][2], answers[0][2][:, 1:], **TOLERANCE)
+    else:
+        assert answers[0][2] is None
+        assert answers[1][2] is None
+
+
+def test_the_masks_of_long_and_short_texts_are_used() -> None:
+    model, short, long = model_and_texts(2)
+    images = tiny.pixel_values()
+    expected = model.eval()(short, images, long_input_ids=long, return_loss=True)
+    masks = {"attention_mask": (short != 0).long(), "long_attention_mask": (long != 0).long()}
+    other_short, other_long = short.clone(), long.clone()
+    other_short[short == 0], other_long[long == 0] = 9, 9  # what stands in padded places does not matter
+    answer = model(other_short, images, long_input_ids=other_long, return_loss=True, **masks)
+    torch.testing.assert_close(answer.loss, expected.loss, **TOLERANCE)
+    torch.testing.assert_close(answer.text_embeds, expected.text_embeds, **TOLERANCE)
+
+
+def test_no_corner_of_a_short_text_is_computed() -> None:
+    model, short, long = model_and_texts(2)
+    outputs = model.train()(short, tiny.pixel_values(), long_input_ids=long)
+    assert outputs.text_model_output.corner_embeds is None
+    assert outputs.corner_embeds.shape == (3, 2, 2, 24)
+    assert model.eval()(short, tiny.pixel_values(), long_input_ids=long).corner_embeds is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": (3, 2, 5), "long_input_ids": (3, 2, 5)}, r"short texts \[batch, length\], got \[3, 2, 5\]"),
+        ({"input_ids": (3, 5), "long_input_ids": (3, 5)}, r"\[3, texts, length\].*got \[3, 5\]"),
+        ({"input_ids": (3, 5), "long_input_ids": (2, 2, 5)}, r"\[3, texts, length\].*got \[2, 2, 5\]"),
+        ({"long_input_ids": (3, 2, 5)}, "short texts .*got None"),
+        ({"input_ids": (3, 5), "long_attention_mask": (3, 2, 5)}, "without `long_input_ids`"),
+    ],
+)
+def test_long_texts_that_do_not_fit(arguments: dict[str, tuple[int, ...]], message: str) -> None:
+    model, _, _ = model_and_texts(2)
+    with pytest.raises(ValueError, match=message):
+        model(pixel_values=tiny.pixel_values(), **{name: tiny.input_ids(*shape) for name, shape in arguments.items()})

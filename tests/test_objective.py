@@ -1,0 +1,508 @@
+"""The objective over processes, in tiles and with cached gradients, against the plain loss of the whole batch."""
+
+import math
+import os
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, ViTConfig
+
+import tiny
+from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
+from lotlip_hf.distributed import rank, world_size
+from lotlip_hf.modeling.loss_lotlip import (
+    LoTLIPLoss,
+    contrastive_losses,
+    primary_components,
+    sigmoid_losses,
+    stack_features,
+    weighted_loss,
+)
+from lotlip_hf.training.objective import Objective, batch_loss, cached_backward, clamp_logit_scale, embed
+from test_distributed import run_processes
+
+TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
+WEIGHTS = {"short_loss_weight": 0.5, "long_loss_weight": 2.0}
+
+# What an objective is made with. Tiles of 3 divide no batch here, tiles of 100 hold each of them.
+OBJECTIVES = [
+    {"loss": "infonce", "tile_size": 3},
+    {"loss": "infonce", "tile_size": 100},
+    {"loss": "infonce", "tile_size": 3, "num_primary_components": 2},
+    {"loss": "sigmoid", "tile_size": 3},
+    {"loss": "sigmoid", "tile_size": 100, "num_primary_components": 2},
+]
+
+
+class Towers(nn.Module):
+    """A linear map a modality, for gradients of parameters; 13 samples with two long texts and two corners each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        self.image_map, self.text_map = nn.Parameter(random(6, 5)), nn.Parameter(random(7, 5))
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.images, self.texts, self.corners = random(13, 6), random(13, 3, 7), random(13, 2, 2, 7)
+
+    def forward(self, samples: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        image_embeds = F.normalize(self.images[samples] @ self.image_map, dim=-1)
+        text_embeds = F.normalize(self.texts[samples] @ self.text_map, dim=-1)
+        corner_embeds = F.normalize(self.corners[samples] @ self.text_map, dim=-1)
+        return image_embeds, text_embeds, corner_embeds, self.logit_scale.exp()
+
+
+def plain_loss(
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    corners: torch.Tensor | None,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_primary_components: int | None = None,
+) -> LoTLIPLoss:
+    """The whole matrices, in one process."""
+    features = stack_features(texts, corners)
+
+    def losses(images: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        if bias is None:
+            return contrastive_losses(images, features, scale)
+        return sigmoid_losses(images, features, scale, bias)
+
+    if num_primary_components is None:
+        answer = losses(images, features)
+    else:
+        short = losses(primary_components(images, num_primary_components), features[:, :1])
+        answer = torch.cat([short, losses(images, features[:, 1:])])
+    return weighted_loss(answer, **WEIGHTS)
+
+
+def expected(options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Losses and gradients of the whole batch."""
+    towers = Towers()
+    bias = nn.Parameter(torch.tensor(-10.0)) if options["loss"] == "sigmoid" else None
+    loss = plain_loss(*towers(slice(None)), bias, options.get("num_primary_components"))
+    loss.loss.backward()
+    return results(loss, towers, bias)
+
+
+def results(loss: LoTLIPLoss, module: nn.Module, bias: nn.Parameter | None = None) -> dict[str, torch.Tensor]:
+    answers = {name: value.detach() for name, value in loss._asdict().items()}
+    answers |= {f"{name}.grad": p.grad for name, p in module.named_parameters()}
+    return answers if bias is None else {**answers, "bias.grad": bias.grad}
+
+
+def assert_equal(answers: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert answers.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(answers[name], value, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# One process
+
+
+@pytest.mark.parametrize("options", OBJECTIVES, ids=str)
+def test_tiles_are_the_plain_loss(options: dict[str, Any]) -> None:
+    towers, objective = Towers(), Objective(**options, **WEIGHTS)
+    loss = objective(*towers(slice(None)))
+    loss.loss.backward()
+    assert_equal(results(loss, towers, objective.logit_bias), expected(options))
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_gradients_are_those_of_finite_differences(loss: str) -> None:
+    objective = Objective(loss, tile_size=2).double()
+    embeds = [torch.randn(shape, dtype=torch.double) for shape in ((3, 4), (3, 2, 4), (3, 1, 2, 4))]
+    inputs = [e.requires_grad_() for e in (*embeds, torch.tensor(1.5, dtype=torch.double))]
+    assert torch.autograd.gradcheck(lambda *args: objective(*args).loss, inputs)
+
+
+def test_without_long_texts_or_corners() -> None:
+    images, texts, corners, scale = Towers()(slice(None))
+    for args in ((images, texts[:, :1], None), (images, texts, None), (images, texts, corners)):
+        loss = Objective(**WEIGHTS, tile_size=4)(*args, scale)
+        torch.testing.assert_close(loss.loss, plain_loss(*args, scale, None).loss, **TOLERANCE)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_similarities_are_float32_under_autocast(loss: str) -> None:
+    objective = Objective(loss, tile_size=3)
+    exact = [embeds.detach().requires_grad_() for embeds in Towers()(slice(None))]
+    inputs = [embeds.detach().clone().requires_grad_() for embeds in exact]
+    expected = objective(*exact).loss
+    expected.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = objective(*inputs).loss
+    answer.backward()
+    assert answer.dtype == torch.float32
+    torch.testing.assert_close(answer, expected, **TOLERANCE)
+    for autocast, without in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(autocast.grad, without.grad, **TOLERANCE)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = func(*args, **(kwargs or {}))
+        for tensor in answer if isinstance(answer, (tuple, list)) else (answer,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return answer
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that were held at a time by tensors made meanwhile."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.live = self.most = 0
+        self.known = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = func(*args, **(kwargs or {}))
+        for tensor in answer if isinstance(answer, (tuple, list)) else (answer,):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.known:
+                storage = tensor.untyped_storage()
+                self.known[key] = storage.nbytes()
+                self.live += storage.nbytes()
+                self.most = max(self.most, self.live)
+                weakref.finalize(storage, self.forget, key)
+        return answer
+
+    def forget(self, key: int) -> None:
+        self.live -= self.known.pop(key)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_tiles_hold_no_matrix_of_the_batch(loss: str) -> None:
+    batch_size, tile_size, width = 96, 16, 4
+    images, texts = torch.randn(batch_size, width), torch.randn(batch_size, 3, width)
+    for tensor in (images, texts):
+        tensor.requires_grad_()
+
+    def largest(function: Any) -> int:
+        with LargestTensor() as mode:
+            function(images, texts, None, torch.tensor(2.0)).loss.backward()
+        return mode.largest
+
+    embeddings = texts.numel()
+    assert largest(Objective(loss, tile_size=tile_size)) <= max(tile_size**2, embeddings)
+    # the measure sees the plain loss's
+    assert largest(lambda *args: plain_loss(*args, None)) >= 3 * batch_size**2
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_tiles_are_not_kept_for_the_backward_pass(loss: str) -> None:
+    batch_size, num_sets, width = 192, 5, 4
+    args = (torch.randn(batch_size, width, requires_grad=True), torch.randn(batch_size, num_sets, width))
+
+    def most(function: Any) -> int:
+        with LiveBytes(*args) as mode:
+            function(*args, None, torch.tensor(2.0)).loss.backward()
+        return mode.most
+
+    matrix = 4 * batch_size**2  # bytes
+    assert most(Objective(loss, tile_size=16)) < matrix
+    assert most(lambda *args: plain_loss(*args, None)) >= num_sets * matrix
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "triplet"}, "'infonce' or 'sigmoid'"),
+        ({"tile_size": 0}, "tile_size"),
+        ({"num_primary_components": 0}, "num_primary_components"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Objective(**options)
+
+
+def test_as_many_images_as_texts() -> None:
+    with pytest.raises(ValueError, match="2 images and 3 rows"):
+        Objective()(torch.eye(2, 4), torch.zeros(3, 1, 4), None, torch.tensor(1.0))
+
+
+def test_logit_scale_is_clamped_at_ln_100() -> None:
+    towers = Towers()
+    for value, clamped in ((1.0, 1.0), (9.0, math.log(100))):
+        nn.init.constant_(towers.logit_scale, value)
+        clamp_logit_scale(towers)
+        assert towers.logit_scale.item() == pytest.approx(clamped, abs=1e-6)
+        assert towers.logit_scale.requires_grad
+
+
+# Several processes
+
+SPLITS = {2: [8, 5], 4: [5, 0, 1, 7]}  # of the 13 samples: the last batch is seldom even
+
+
+def own_share(split: list[int], options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    towers, objective = Towers(), Objective(**options, **WEIGHTS)
+    start = sum(split[: rank()])
+    loss = objective(*towers(slice(start, start + split[rank()])))
+    loss.loss.backward()
+    return results(loss, towers, objective.logit_bias)
+
+
+def shares(split: list[int]) -> list[dict[str, torch.Tensor]]:
+    """A process's answers with each of the objectives."""
+    return [own_share(split, options) for options in OBJECTIVES]
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_the_mean_over_processes_is_the_plain_loss(num_processes: int, tmp_path: Path) -> None:
+    answers = run_processes(shares, num_processes, tmp_path, SPLITS[num_processes])
+    for i, options in enumerate(OBJECTIVES):
+        of_processes = [answer[i] for answer in answers]
+        mean = {name: torch.stack([a[name] for a in of_processes]).mean(0) for name in of_processes[0]}
+        if "bias.grad" in mean:  # averaged by the objective: every process has the mean
+            for answer in of_processes:
+                torch.testing.assert_close(answer["bias.grad"], mean["bias.grad"])
+        assert_equal(mean, expected(options))
+
+
+# Gradient cache
+
+
+def tiny_model(dropout: float = 0.0) -> LoTLIPModel:
+    torch.manual_seed(2)
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config = LoTLIPConfig(
+        text_config=LoTLIPTextConfig(backbone_config=BertConfig(**tiny.TEXT_SIZE, **rates)),
+        vision_config=LoTLIPVisionConfig(backbone_config=ViTConfig(**tiny.IMAGE_SIZE, **rates)),
+        projection_dim=24,
+    )
+    model = LoTLIPModel(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # large enough that every part matters
+            nn.init.normal_(parameter, std=0.3)
+    nn.init.constant_(model.logit_scale, 2.0)
+    return model.train()
+
+
+def tiny_batch(batch_size: int) -> dict[str, Any]:
+    torch.manual_seed(3)
+    batch = {"input_ids": tiny.input_ids(batch_size, 5), "long_input_ids": tiny.input_ids(batch_size, 2, 8)}
+    masks = {name.replace("input_ids", "attention_mask"): torch.ones_like(ids) for name, ids in batch.items()}
+    batch |= masks | {"pixel_values": tiny.pixel_values(batch_size)}
+    return {**batch, "ids": [str(i) for i in range(batch_size)], "return_loss": True}
+
+
+def part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    return {name: value if name == "return_loss" else value[start:stop] for name, value in batch.items()}
+
+
+def chunked_plain(model: LoTLIPModel, batch: dict[str, Any], bounds: list[int], objective: Objective) -> LoTLIPLoss:
+    """The loss of all chunks' embeddings with the graphs of all chunks kept: dropout draws as with the cache."""
+    torch.manual_seed(4)
+    chunks = [embed(model, part(batch, *chunk)) for chunk in zip(bounds[:-1], bounds[1:], strict=True)]
+    return objective(*(torch.cat(parts) for parts in zip(*chunks, strict=True)), model.logit_scale.exp())
+
+
+@pytest.mark.parametrize("with_accelerator", [False, True])
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_cached_gradients_are_the_plain_ones(dropout: float, loss: str, with_accelerator: bool) -> None:
+    batch, objective = tiny_batch(7), Objective(loss, **WEIGHTS)
+    model = tiny_model(dropout)
+    plain = chunked_plain(model, batch, [0, 1, 3, 5, 7], objective)
+    plain.loss.backward()
+    answer = results(plain, model, objective.logit_bias)
+    if not dropout:
+        assert_equal(
+            {k: v for k, v in answer.items() if "grad" not in k}, batch_loss(model, batch, objective)._asdict()
+        )
+
+    model, objective = tiny_model(dropout), Objective(loss, **WEIGHTS)
+    accelerator = Accelerator(cpu=True) if with_accelerator else None
+    prepared = model if accelerator is None else accelerator.prepare(model)
+    torch.manual_seed(4)
+    cached = cached_backward(prepared, batch, 2, objective, accelerator)
+    assert not cached.loss.requires_grad
+    assert_equal(results(cached, model, objective.logit_bias), answer)
+    after = torch.get_rng_state()
+    chunked_plain(tiny_model(dropout), batch, [0, 1, 3, 5, 7], objective)
+    assert torch.equal(torch.get_rng_state(), after)  # it drew what one pass draws
+
+
+def test_every_form_of_a_batch() -> None:
+    model, batch = tiny_model(), tiny_batch(3)
+    short, long = embed(model, {**batch, "long_input_ids": None, "long_attention_mask": None}), embed(model, batch)
+    assert short.text_embeds.shape == (3, 1, 24)
+    assert short.corner_embeds is None
+    assert long.text_embeds.shape == (3, 3, 24)
+    assert long.corner_embeds.shape == (3, 2, 2, 24)
+    torch.testing.assert_close(long.text_embeds[:, :1], short.text_embeds, **TOLERANCE)
+    together = {"input_ids": batch["long_input_ids"], "pixel_values": batch["pixel_values"]}
+    all_texts = embed(model, together)
+    torch.testing.assert_close(all_texts.text_embeds, long.text_embeds[:, 1:], **TOLERANCE)
+    torch.testing.assert_close(all_texts.corner_embeds, long.corner_embeds[:, 1:], **TOLERANCE)
+    for form in (batch, together):
+        loss = model(**{name: value for name, value in form.items() if name != "ids"} | {"return_loss": True}).loss
+        torch.testing.assert_close(batch_loss(model, form, Objective()).loss, loss, **TOLERANCE)
+
+
+def test_cached_gradients_are_added() -> None:
+    model, batch, objective = tiny_model(), tiny_batch(4), Objective()
+    cached_backward(model, batch, 3, objective)
+    once = {name: p.grad.clone() for name, p in model.named_parameters()}
+    cached_backward(model, batch, 3, objective)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, 2 * once[name], rtol=1e-5, atol=1e-5)
+
+
+def test_cached_gradients_of_locked_parameters() -> None:
+    model, batch = tiny_model(), tiny_batch(4)
+    model.vision_model.requires_grad_(False)
+    model.logit_scale.requires_grad_(False)
+    cached_backward(model, batch, 2, Objective())
+    answers = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert model.logit_scale.grad is None
+    model.zero_grad()
+    batch_loss(model, batch, Objective()).loss.backward()
+    assert_equal(answers, {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+
+
+def test_cached_gradients_under_autocast() -> None:
+    batch, objective = tiny_batch(4), Objective()
+    answers = []
+    for cached in (False, True):
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        model = accelerator.prepare(tiny_model())
+        # within a caller's autocast, which caches the weights' casts, too
+        with accelerator.autocast():
+            if cached:
+                loss = cached_backward(model, batch, 2, objective, accelerator)
+            else:
+                loss = batch_loss(model, batch, objective)
+        if not cached:
+            accelerator.backward(loss.loss)
+        answers.append(results(loss, accelerator.unwrap_model(model)))
+    plain, cached = (torch.cat([value.flatten() for value in answer.values()]) for answer in answers)
+    assert (cached - plain).norm() <= 0.03 * plain.norm()  # bfloat16 has 8 bits
+
+
+def test_a_callers_autocast_is_not_for_the_loss() -> None:
+    """The gradients that the embeddings get are float32's."""
+    seen, gradients = [], {}
+
+    def loss_function(*embeds: torch.Tensor) -> LoTLIPLoss:
+        for i, value in enumerate(embeds[:3]):
+            value.register_hook(lambda gradient, i=i: gradients.__setitem__(i, gradient))
+        seen.extend(embeds)
+        return Objective()(*embeds)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        cached_backward(tiny_model(), tiny_batch(4), 2, loss_function)
+    leaves = [value.detach().requires_grad_() for value in seen]
+    Objective()(*leaves).loss.backward()
+    for i, leaf in enumerate(leaves[:3]):
+        torch.testing.assert_close(gradients[i], leaf.grad, **TOLERANCE)
+
+
+def test_accumulated_steps_are_a_mean() -> None:
+    batch, objective = tiny_batch(4), Objective()
+    model = tiny_model()
+    cached_backward(model, batch, 2, objective)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accumulated = accelerator.prepare(tiny_model())
+    cached_backward(accumulated, batch, 2, objective, accelerator)
+    for (name, p), q in zip(model.named_parameters(), accumulated.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad / 2, **TOLERANCE, msg=name)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    """Every accelerator of a process shares its settings with the first one."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def of_processes(split: list[int], chunk_size: int, batch_size: int) -> dict[str, torch.Tensor]:
+    """A process's cached gradients; `DistributedDataParallel` has averaged them."""
+    start = sum(split[: rank()])
+    batch = part(tiny_batch(batch_size), start, start + split[rank()])
+    objective = Objective("sigmoid", **WEIGHTS)
+    wrapped = DistributedDataParallel(tiny_model())
+    synchronised, forwards = [], []
+    wrapped.register_forward_hook(lambda *_: forwards.append(1))
+    wrapped.register_comm_hook(None, lambda _, bucket: synchronised.append(bucket) or allreduce_hook(None, bucket))
+    for step in range(2):  # the second step finds what the first left
+        wrapped.zero_grad()
+        objective.zero_grad()
+        loss = cached_backward(wrapped, batch, chunk_size, objective)
+        assert len(synchronised) == step + 1  # once, not with every chunk
+        assert len(forwards) == (step + 1) * 2 * max(split)  # as often on every process, whatever its share
+    return results(loss, wrapped.module, objective.logit_bias)
+
+
+def accelerated(split: list[int], chunk_size: int, batch_size: int) -> dict[str, torch.Tensor]:
+    """The same under accelerate."""
+    start = sum(split[: rank()])
+    batch = part(tiny_batch(batch_size), start, start + split[rank()])
+    # what a launcher sets
+    launched = {"RANK": str(rank()), "LOCAL_RANK": str(rank()), "WORLD_SIZE": str(world_size())}
+    os.environ.update(launched, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # the group exists already
+    accelerator, objective = Accelerator(cpu=True), Objective(**WEIGHTS)
+    assert accelerator.num_processes == world_size()
+    model = accelerator.prepare(tiny_model())
+    loss = cached_backward(model, batch, chunk_size, objective, accelerator)
+    return results(loss, accelerator.unwrap_model(model))
+
+
+@pytest.mark.parametrize(("function", "loss"), [(of_processes, "sigmoid"), (accelerated, "infonce")])
+def test_cached_gradients_of_two_processes(function: Any, loss: str, tmp_path: Path) -> None:
+    """In chunks of 1 the second process has one sample for the first one's four chunks."""
+    model, objective = tiny_model(), Objective(loss, **WEIGHTS)
+    plain = batch_loss(model, tiny_batch(5), objective)
+    plain.loss.backward()
+    answers = run_processes(function, 2, tmp_path, [4, 1], 1, 5)
+    mean = {name: (answers[0][name] + answers[1][name]) / 2 for name in answers[0]}
+    assert_equal(mean, results(plain, model, objective.logit_bias))
+    for name in mean:
+        if "grad" in name:
+            torch.testing.assert_close(answers[0][name], answers[1][name])
+
+
+def test_the_memory_of_a_chunk_is_enough() -> None:
+    model, objective = tiny_model(), Objective()
+    cached_backward(model, tiny_batch(2), 2, objective)  # the parameters' gradients are there already
+
+    def most(batch_size: int, cached: bool) -> int:
+        batch = tiny_batch(batch_size)
+        with LiveBytes(*(value for value in batch.values() if isinstance(value, torch.Tensor))) as mode:
+            if cached:
+                cached_backward(model, batch, 2, objective)
+            else:
+                batch_loss(model, batch, objective).loss.backward()
+        return mode.most
+
+    # a batch of 32 costs what one of 4 does, its embeddings (10 features of 24 floats, with gradients and copies) and
+    # the states of the random numbers
+    growth = most(32, cached=True) - most(4, cached=True)
+    assert growth <= 28 * 10 * 24 * 4 * 8 + 14 * len(torch.get_rng_state())
+    assert most(32, cached=False) - most(4, cached=False) > 20 * growth
+
+
+@pytest.mark.parametrize(("batch_size", "chunk_size", "message"), [(0, 2, "empty"), (2, 0, "chunk_size")])
+def test_wrong_chunks(batch_size: int, chunk_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cached_backward(tiny_model(), tiny_batch(batch_size), chunk_size, Objective())
