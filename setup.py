@@ -8,6 +8,7 @@ INSTALL_REQUIRES = [
     "torch>=2.6",
     "transformers>=5.17,<6",
     "accelerate>=1.1",
+    "datasets>=4.0",
     "filelock>=3.16",
     "ftfy>=6.1",
     "huggingface_hub>=1.0",

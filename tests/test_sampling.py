@@ -1,0 +1,159 @@
+"""Sub-captions: how captions are split, what is drawn, and that a draw depends on seed, epoch and record alone."""
+
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lotlip_hf.data.sampling import CaptionSampling, SampledTexts, sample_texts, split_full_stops, split_sentences
+
+# "0a. 0b. ... 0h." and so on: every sentence tells its captioner and its place.
+CAPTIONS = [" ".join(f"{captioner}{letter}." for letter in "abcdefgh") for captioner in range(3)]
+
+
+def sample(captions: list[str] = CAPTIONS, epoch: int = 0, record_id: str = "r", **options: Any) -> SampledTexts:
+    return sample_texts("short", captions, CaptionSampling(**options), seed=7, epoch=epoch, record_id=record_id)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("A cat sleeps. A dog barks.", ["A cat sleeps", "A dog barks"]),
+        ("one line\nanother\n\n", ["one line", "another"]),
+        ("The end.</s>Not yet</s>", ["The end", "Not yet"]),
+        ("It is 3.5 m long. Version 2.0.", ["It is 3.5 m long", "Version 2.0"]),
+        ("Dr. Li waves. Mr. J. Smith, e.g. him, too.", ["Dr. Li waves", "Mr. J. Smith, e.g. him, too"]),
+        ("A U.S. flag at 5 p.m. today. At 5 p.m. It rains", ["A U.S. flag at 5 p.m. today", "At 5 p.m", "It rains"]),
+        ("Who is it? Nobody! Then...  night", ["Who is it?", "Nobody!", "Then", "night"]),
+        ('A sign says "Stop." Cars wait. (They honk.) Go', ['A sign says "Stop"', "Cars wait", "(They honk)", "Go"]),
+        ("See example.com and file.txt now", ["See example.com and file.txt now"]),
+        ("The sky is blue.The sea too.", ["The sky is blue", "The sea too"]),
+        ("一只猫。它在睡觉吗？是的", ["一只猫", "它在睡觉吗？", "是的"]),
+        ("...", []),
+        (" \n ", []),
+        ("", []),
+    ],
+)
+def test_sentences(text: str, sentences: list[str]) -> None:
+    assert split_sentences(text) == sentences
+
+
+def test_full_stops_as_in_the_official_code() -> None:
+    assert split_full_stops("A 3.5 m boat.\nIt is</s> red.. ") == ["A 3", "5 m boat", "It is", "red"]
+    assert split_full_stops(" . \n") == []
+
+
+def test_consecutive_sentences_of_each_captioner() -> None:
+    seen = Counter()
+    for epoch in range(200):
+        texts = sample(epoch=epoch)
+        assert texts.short == "short"
+        assert not texts.stand_in
+        assert len(texts.long) == 3
+        assert {text[0] for text in texts.long} == {"0", "1", "2"}
+        for text in texts.long:
+            sentences = text.split(". ")
+            assert len(sentences) == 3
+            assert len({sentence[0] for sentence in sentences}) == 1
+            assert all(ord(second[1]) - ord(first[1]) == 1 for first, second in pairwise(sentences))
+            seen[sentences[0]] += 1
+    # Each of the 6 starts of 3 captions is drawn about 200 / 6 = 33 times.
+    assert len(seen) == 18
+    assert min(seen.values()) > 10
+
+
+def test_number_of_sentences_and_of_texts() -> None:
+    assert sorted(sample(num_sentences=None).long) == [text.removesuffix(".") for text in CAPTIONS]
+    assert all(text.count(". ") == 0 for text in sample(num_sentences=1).long)
+    assert sorted(sample(num_sentences=50).long) == sorted(sample(num_sentences=None).long)
+    assert sample(num_long_texts=0) == SampledTexts("short", [], stand_in=False)
+    assert len(sample(num_long_texts=1).long) == 1
+
+
+def test_more_texts_than_captions_repeat_as_late_as_possible() -> None:
+    texts = sample([CAPTIONS[0]], num_long_texts=6).long
+    assert len(set(texts)) == 6  # 8 sentences have 6 runs of 3
+    repeated = sample([CAPTIONS[0]], num_long_texts=12).long
+    assert Counter(repeated) == Counter(dict.fromkeys(texts, 2))
+    assert sample(["One. Two."], num_long_texts=2).long == ["One. Two"] * 2
+    assert Counter(text[0] for text in sample(num_long_texts=7).long).most_common()[-1][1] == 2
+
+
+def test_captioners() -> None:
+    for epoch in range(20):
+        assert {text[0] for text in sample(epoch=epoch, captioners=(0, 2)).long} == {"0", "2"}
+        assert {text[0] for text in sample(["", CAPTIONS[1], " "], epoch=epoch).long} == {"1"}
+    with pytest.raises(ValueError, match="record r: `captioners` asks for long caption 3, but the record has 3"):
+        sample(captioners=(3,))
+
+
+def test_order() -> None:
+    orders = {tuple(text.split(". ")) for epoch in range(60) for text in sample(epoch=epoch, order="shuffled").long}
+    assert any(list(order) != sorted(order) for order in orders)
+    for order in orders:
+        letters = sorted(sentence[1] for sentence in order)
+        assert all(ord(second) - ord(first) == 1 for first, second in pairwise(letters))
+    assert all(text.split(". ") == sorted(text.split(". ")) for text in sample(order="written").long)
+
+
+def test_splitter() -> None:
+    captions = ["A 3.5 m boat."]
+    assert sample(captions, num_long_texts=1).long == ["A 3.5 m boat"]
+    assert sample(captions, num_long_texts=1, splitter="full_stops").long == ["A 3. 5 m boat"]
+
+
+def test_the_short_caption_stands_in_and_says_so() -> None:
+    for captions in ([], [""], ["...", "\n"]):
+        assert sample(captions) == SampledTexts("short", ["short"] * 3, stand_in=True)
+    assert not sample([], num_long_texts=0).stand_in
+    assert sample(["", CAPTIONS[1], ""], captioners=(0, 2)).stand_in
+
+
+def test_a_draw_depends_on_seed_epoch_and_record_alone(repository: Path) -> None:
+    drawn = {
+        (seed, epoch, record_id): tuple(
+            sample_texts("short", CAPTIONS, CaptionSampling(), seed=seed, epoch=epoch, record_id=record_id).long
+        )
+        for seed in range(3)
+        for epoch in range(3)
+        for record_id in ("a", "b", "1", "11")
+    }
+    assert len(set(drawn.values())) > 30  # of 36, with 6^3 * 3! possible
+    # In another process, whose strings hash otherwise. The module needs nothing but Python, so it starts at once.
+    program = (
+        "from sampling import CaptionSampling, sample_texts\n"
+        f"print(sample_texts('short', {CAPTIONS!r}, CaptionSampling(), seed=2, epoch=1, record_id='b').long)"
+    )
+    for hash_seed in ("1", "2"):
+        environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(repository / "lotlip_hf" / "data")}
+        command = [sys.executable, "-c", program]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        assert result.stdout.strip() == str(list(drawn[2, 1, "b"]))
+
+
+def test_the_callers_captions_stay_as_they_are() -> None:
+    captions = list(CAPTIONS)
+    sample(captions, order="shuffled")
+    assert captions == CAPTIONS
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_long_texts": -1}, "0 or more, got -1"),
+        ({"num_sentences": 0}, "at least 1, or `None` for all, got 0"),
+        ({"captioners": ()}, "different positions"),
+        ({"captioners": (1, 1)}, "different positions"),
+        ({"captioners": (-1,)}, "different positions"),
+        ({"order": "random"}, '"written" or "shuffled", got \'random\''),
+        ({"splitter": "words"}, "one of sentences, full_stops, got 'words'"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CaptionSampling(**options)
+    assert CaptionSampling(captioners=[0, 1]).captioners == (0, 1)  # as a YAML file gives it
