@@ -64,7 +64,7 @@ def sigmoid_losses(
 def primary_components(image_embeds: torch.Tensor, num_components: int) -> torch.Tensor:
     """
     The images as their batch's first principal components tell them: Long-CLIP's "primary component matching"
-    (https://arxiv.org/abs/2403.15378, section 3.3), which matches short texts with these in place of the images. As
+    (https://arxiv.org/abs/2403.15378), which matches short texts with these in place of the images. As
     there, the result is not normalised again.
 
     The gradient passes through the projection; the components themselves are constants, for the derivative of a

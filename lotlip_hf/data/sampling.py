@@ -1,9 +1,9 @@
 """
 Captions as they are trained on: one short text, and sub-captions drawn from the long ones.
 
-The paper splits a long caption into its sentences and draws three consecutive ones at random per step (LoTLIP,
-section "Training"). Each draw is a function of (seed, epoch, record id) alone: neither the number of processes and
-workers nor the order of records nor a resumed run changes it.
+The LoTLIP paper splits a long caption into its sentences and draws three consecutive ones at random per step. Each
+draw is a function of (seed, epoch, record id) alone: neither the number of processes and workers nor the order of
+records nor a resumed run changes it.
 """
 
 import re
