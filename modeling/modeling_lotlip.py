@@ -146,7 +146,8 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
         names = list(self.state_dict())
         saved = revert_weight_conversion(self, {name: torch.tensor(place) for place, name in enumerate(names)})
         own = {name: names[int(place)] for name, place in saved.items()}
-        renamed = {own.get(name, name) if name not in names else name: state_dict[name] for name in state_dict}
+        own.update({name: name for name in names})
+        renamed = {own.get(name, name): tensor for name, tensor in state_dict.items()}
         return super().load_state_dict(renamed, strict=strict, assign=assign)
 
 
@@ -832,7 +833,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
     ) -> "LoTLIPModel":
         r"""
         A model whose towers start from two pretrained encoders, as in LiT (https://arxiv.org/abs/2111.07991). The
-        corner tokens, the projections and the logit scale are new and must be trained.
+        corner tokens, the projections, the logit scale, and a pooler that an encoder comes without, are new and must
+        be trained.
 
         Args:
             text: Folder, Hub id or model of a BERT, RoBERTa or XLM-RoBERTa encoder.
@@ -846,7 +848,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             config_kwargs: More fields of [`LoTLIPConfig`].
 
         Raises:
-            ValueError: if an encoder is of a type that is not supported, or lacks weights that its tower needs.
+            ValueError: if an encoder is of a type that is not supported, or lacks other weights that its tower needs.
 
         Example:
 
