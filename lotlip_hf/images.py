@@ -36,6 +36,9 @@ class ImageError(ValueError):
         self.reason = reason
         self.transient = transient
 
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str, bool]]:
+        return type(self), (self.name, self.reason, self.transient)  # it comes back from a DataLoader's worker
+
 
 @cache
 def readable_formats() -> tuple[str, ...]:

@@ -48,7 +48,8 @@ class LoTLIPCollator:
         on_error (`str`, *optional*, defaults to `"raise"`):
             `"raise"` stops at the first broken image or record; `"skip"` leaves it out of its batch and counts it.
         return_ids (`bool`, *optional*, defaults to `False`):
-            Whether batches carry the ids of their records, for messages. A model does not take them: pop them first.
+            Whether batches carry the ids of their records, for messages, and their own counts. A model does not take
+            them: pop both first.
 
     Raises:
         ValueError: if `on_error` is something else.
@@ -120,8 +121,8 @@ class LoTLIPCollator:
         Returns:
             `dict[str, Any]`: `pixel_values` [B, 3, H, W]; `input_ids` and `attention_mask` [B, L] of the short texts;
             `long_input_ids` and `long_attention_mask` [B, T-1, L'] of the long ones, if any are asked for;
-            `return_loss`, which is `True`; and `ids`, a list, if asked for. Short and long texts are each padded to
-            the longest of the batch.
+            `return_loss`, which is `True`; and, if asked for, `ids`, a list, and `counts`, what this batch adds to
+            those of the collator. Short and long texts are each padded to the longest of the batch.
 
         Raises:
             ImageError: if an image is broken and `on_error` is `"raise"`.
@@ -134,6 +135,7 @@ class LoTLIPCollator:
         texts: list[SampledTexts] = []
         ids: list[str] = []
         errors: list[ValueError] = []
+        before = self._own_counts.clone()
         for record in records:
             missing = [field for field in FIELDS if field not in record]
             if missing:
@@ -177,11 +179,17 @@ class LoTLIPCollator:
         batch["return_loss"] = True
         if self.return_ids:
             batch["ids"] = ids
+            batch["counts"] = dict(zip(COUNTED, (self._own_counts - before).tolist(), strict=True))
         return batch
 
-    def _count(self, what: str) -> None:
+    @property
+    def _own_counts(self) -> torch.Tensor:
+        """The row that this process or worker counts in."""
         worker = get_worker_info()
-        self._counts[0 if worker is None else worker.id + 1, COUNTED.index(what)] += 1
+        return self._counts[0 if worker is None else worker.id + 1]
+
+    def _count(self, what: str) -> None:
+        self._own_counts[COUNTED.index(what)] += 1
 
     def _warn(self, error: ValueError) -> None:
         self._warnings += 1

@@ -1,0 +1,39 @@
+"""Train LoTLIP: one short and several long captions an image.
+
+Small and quick, on pictures drawn for the purpose:
+
+    python examples/train.py --model scenes --data scenes --eval-data scenes --max-steps 1000 --learning-rate 1e-3
+
+From two pretrained encoders, on your own records, in two processes:
+
+    accelerate launch --num_processes 2 examples/train.py --text-model google-bert/bert-base-uncased \
+        --image-model google/vit-base-patch16-224-in21k --data shards/*.tar --mapping dreamlip --output run
+    accelerate launch --num_processes 2 examples/train.py --output run --resume
+
+Options can come from a file too: `--config train.yaml`; each run keeps its own in `training_config.yaml`.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from lotlip_hf.training.arguments import parse_arguments
+from lotlip_hf.training.loop import train
+from lotlip_hf.training.setup import load_data, load_or_start_model
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train and say where the checkpoint is; 2 after an error, which is said in one line."""
+    try:
+        config = parse_arguments(argv, description=__doc__)
+        model, processor = load_or_start_model(config)
+        records, eval_records = load_data(config)
+        checkpoint = train(model, processor, records, config, eval_records)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"The model is in {checkpoint}.")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,160 @@
+"""The batches of a run: which records, in which order, on which process. All of it follows from (seed, epoch)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader, Sampler, get_worker_info
+
+from ..data.collator import LoTLIPCollator
+from .arguments import TrainingConfig
+
+
+def batches_per_epoch(num_records: int, config: TrainingConfig, num_processes: int) -> int:
+    """
+    How many batches an epoch has.
+
+    Args:
+        num_records: Records of the data set.
+        config: `batch_size` (of a process) and `drop_last`.
+        num_processes: How many processes share a batch.
+
+    Returns:
+        The full batches, and the last one that is not full, unless `drop_last` says otherwise or it holds fewer
+        records than there are processes.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    size = config.batch_size * num_processes
+    full, rest = divmod(num_records, size)
+    number = full + (not config.drop_last and rest >= num_processes)
+    if not number:
+        raise ValueError(
+            f"{num_records} records do not make a batch of {num_processes} x {config.batch_size}: reduce `batch_size`"
+            f"{' or set `drop_last` to false' if config.drop_last else ''}."
+        )
+    return number
+
+
+class EpochBatches(Sampler[list[int]]):
+    """
+    One process's batches of one epoch: of each global batch, a run of the shuffled records, an even part. So what a
+    step sees does not depend on the number of processes.
+
+    Args:
+        num_records: Records of the data set.
+        config: The options.
+        epoch: Number of the epoch.
+        start: The first batch to give.
+        rank: Number of this process.
+        num_processes: How many there are.
+    """
+
+    def __init__(
+        self, num_records: int, config: TrainingConfig, epoch: int, start: int, rank: int, num_processes: int
+    ) -> None:
+        self.order = np.random.default_rng([config.seed, epoch]).permutation(num_records)
+        self.numbers = range(start, batches_per_epoch(num_records, config, num_processes))
+        self.size = config.batch_size * num_processes
+        self.rank, self.num_processes = rank, num_processes
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in self.numbers:
+            whole = self.order[number * self.size : (number + 1) * self.size]
+            yield np.array_split(whole, self.num_processes)[self.rank].tolist()
+
+
+class _Collator:
+    """
+    The collator as a `DataLoader`'s workers call it. An error comes back as it is, for the loader would wrap it in its
+    own; and of a resumed stream, what is thrown away anyway is not decoded.
+
+    Workers take turns, so of the first `num_skipped` batches each makes at least `num_skipped // num_workers`.
+    """
+
+    def __init__(self, collator: LoTLIPCollator, num_skipped: int = 0) -> None:
+        self.collator = collator
+        self.num_skipped = num_skipped
+        self.num_made = 0
+
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Exception | None:
+        worker = get_worker_info()
+        self.num_made += 1
+        if self.num_made <= self.num_skipped // (1 if worker is None else worker.num_workers):
+            return None
+        try:
+            return self.collator(records)
+        except Exception as error:
+            return error
+
+
+def iterate_batches(
+    records: Dataset | IterableDataset,
+    collator: LoTLIPCollator,
+    config: TrainingConfig,
+    epoch: int,
+    start: int,
+    rank: int,
+    num_processes: int,
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """
+    The batches from a position on, epoch after epoch, without end.
+
+    Args:
+        records: The data set. A stream is shuffled within `shuffle_buffer` records, and its shards (or, where there
+            are too few, its records) are divided between the processes.
+        collator: Makes a batch of records.
+        config: The options.
+        epoch: The first epoch.
+        start: The first batch of that epoch. Of a stream what lies before it is read and thrown away.
+        rank: Number of this process.
+        num_processes: How many there are.
+
+    Yields:
+        The position behind the batch, (epoch, number of the next batch), and the batch.
+
+    Raises:
+        ValueError: if the data set is empty.
+        ImageError, RecordError: see [`LoTLIPCollator`].
+    """
+    for number in count(epoch):
+        collator.set_epoch(number)
+        arguments: dict[str, Any] = {
+            "num_workers": config.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            # its own, for a loader draws a number: a resumed run makes one loader more
+            "generator": torch.Generator(),
+        }
+        if isinstance(records, IterableDataset):
+            shuffled = records.shuffle(config.seed, buffer_size=config.shuffle_buffer)
+            part = split_dataset_by_node(shuffled, rank, num_processes)
+            part.set_epoch(number)
+            loader = DataLoader(
+                part,  # pyright: ignore[reportArgumentType]
+                config.batch_size,
+                drop_last=config.drop_last,
+                collate_fn=_Collator(collator, start),
+                **arguments,
+            )
+            skipped = start
+        else:
+            sampler = EpochBatches(len(records), config, number, start, rank, num_processes)
+            loader = DataLoader(records, batch_sampler=sampler, collate_fn=_Collator(collator), **arguments)  # pyright: ignore[reportArgumentType]
+            skipped = 0
+        index = start - skipped
+        for index, batch in enumerate(loader, index + 1):
+            if isinstance(batch, Exception):
+                raise batch
+            if index > start:
+                yield number, index, batch
+        if not index:
+            raise ValueError(f"The data set has no records for process {rank} of {num_processes}.")
+        start = 0

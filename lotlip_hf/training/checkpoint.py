@@ -1,0 +1,153 @@
+"""Checkpoints of a run: `checkpoint-N` is a model for `AutoModel`, and in `state` what a resumed run needs. All or none."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..distributed import max_over_ranks
+
+STATE = "state"
+PROGRESS = "progress.json"
+PARTIAL = ".partial"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; those that are there are intact."""
+
+
+def list_checkpoints(output: str | os.PathLike) -> list[Path]:
+    """The whole checkpoints in a run's folder, the oldest first."""
+    numbered = {
+        int(match[1]): path
+        for path in Path(output).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    return [numbered[step] for step in sorted(numbered)]
+
+
+def save_checkpoint(
+    output: str | os.PathLike,
+    step: int,
+    accelerator: Accelerator,
+    save_model: Callable[[Path], None],
+    progress: dict[str, Any],
+    save_total_limit: int = 0,
+) -> Path:
+    """
+    Writes `checkpoint-{step}`, and then removes the oldest ones. Every process calls it. It appears under its name
+    when all of it is on the disk; whatever happens before leaves the other checkpoints as they are. One of the same
+    step is left alone.
+
+    Args:
+        output: The run's folder.
+        step: Steps of the optimiser so far.
+        accelerator: Saves the weights, the optimiser, the random numbers and what is registered with it.
+        save_model: Writes what `AutoModel` loads into the folder it is given; every process calls it.
+        progress: What else the run has to know, different on every process.
+        save_total_limit: Checkpoints to keep; 0 keeps all.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: if it cannot be written on one of the processes; raised on all.
+    """
+    final = Path(output, f"checkpoint-{step}")
+    if final.exists():
+        return final
+    partial = Path(output, f"checkpoint-{step}{PARTIAL}")
+    reason = ""
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        save_model(partial)
+        accelerator.save_state(str(partial / STATE))
+        progress_file = partial / STATE / f"{accelerator.process_index}-{PROGRESS}"
+        progress_file.write_text(json.dumps(progress), encoding="utf-8")
+        if accelerator.is_main_process:
+            _sync(partial)
+    except Exception as error:  # torch and safetensors raise their own kinds where the disk is full
+        reason = str(error) or type(error).__name__
+    if not _is_ok_everywhere(not reason, accelerator):
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(output).free
+        raise CheckpointError(
+            f"{final} cannot be written: {reason or 'another process failed'} ({free / 1e9:.1f} GB are free there)."
+        )
+    if accelerator.is_main_process:
+        partial.rename(final)
+        _sync_folder(final.parent)
+        if save_total_limit:
+            for old in list_checkpoints(output)[:-save_total_limit]:
+                shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def load_checkpoint(checkpoint: Path, accelerator: Accelerator) -> dict[str, Any]:
+    """
+    Loads what [`save_checkpoint`] saved into the objects that `accelerator` has prepared or registered.
+
+    Args:
+        checkpoint: A checkpoint's folder.
+        accelerator: With the model, the optimiser and so on of the same run.
+
+    Returns:
+        `progress` of this process.
+
+    Raises:
+        CheckpointError: if it cannot be read, or was written by another number of processes.
+    """
+    number = len(list((checkpoint / STATE).glob(f"*-{PROGRESS}")))
+    if number != accelerator.num_processes:
+        raise CheckpointError(
+            f"{checkpoint} was written by {number} processes, this run has {accelerator.num_processes}: resume it with "
+            "as many as before."
+        )
+    try:
+        accelerator.load_state(str(checkpoint / STATE))
+        file = checkpoint / STATE / f"{accelerator.process_index}-{PROGRESS}"
+        return json.loads(file.read_text(encoding="utf-8"))
+    except Exception as error:  # torch and safetensors raise their own kinds on a damaged file
+        raise CheckpointError(
+            f"{checkpoint} cannot be read ({error}). Remove it to go on from the one before it."
+        ) from error
+
+
+def remove_partial(output: str | os.PathLike) -> None:
+    """Removes what an interrupted save left."""
+    for path in Path(output).glob(f"checkpoint-*{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_ok_everywhere(ok: bool, accelerator: Accelerator) -> bool:
+    return not max_over_ranks(torch.tensor(int(not ok), device=accelerator.device)).item()
+
+
+def _sync(folder: Path) -> None:
+    """Sees to it that a folder's files are on the disk, not only on their way."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

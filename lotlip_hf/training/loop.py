@@ -1,0 +1,511 @@
+"""The training loop, on accelerate: one process or several, with checkpoints, a log, and evaluation as it goes."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, extract_model_from_parallel, send_to_device, set_seed
+from datasets import Dataset, IterableDataset
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+from transformers.utils import logging
+
+from ..data.collator import LoTLIPCollator
+from ..data.sampling import CaptionSampling
+from ..distributed import gather, is_distributed, max_over_ranks
+from ..evaluation.retrieval import recalls
+from ..modeling.modeling_lotlip import LoTLIPModel
+from ..modeling.processing_lotlip import LoTLIPProcessor
+from .arguments import CONFIG_NAME, TrainingConfig
+from .batches import batches_per_epoch, iterate_batches
+from .checkpoint import (
+    PARTIAL,
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    remove_partial,
+    save_checkpoint,
+)
+from .log import CURVE_NAME, LOG_NAME, RunLog, draw_curve
+from .objective import Objective, batch_loss, cached_backward, clamp_logit_scale
+from .setup import freeze, parameter_groups, set_training_mode
+
+logger = logging.get_logger(__name__)
+
+# Record ids that an error names; a file holds all of them.
+MAX_IDS = 10
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or its gradient is not a number; the step was not taken."""
+
+
+def train(
+    model: LoTLIPModel,
+    processor: LoTLIPProcessor,
+    records: Dataset | IterableDataset,
+    config: TrainingConfig,
+    eval_records: Dataset | IterableDataset | None = None,
+) -> Path:
+    """
+    Trains a model with LoTLIP's objective (the paper's section 3.3) and writes a run's folder, `config.output`:
+
+    - `checkpoint-N`: after N steps, what `AutoModel` and `AutoProcessor` load (with `ema_decay` the averaged weights),
+      and in `state` what a resumed run needs;
+    - `training_config.yaml`: the options;
+    - `log.jsonl` and `curve.png`: losses, learning rate, samples per second, and R@1 where it was measured.
+
+    The same call under `accelerate launch` or `torchrun` trains in several processes. An interrupt (Ctrl-C, SIGTERM)
+    writes a checkpoint first. With `config.resume` the run goes on from the last checkpoint, in the middle of an
+    epoch if need be, and computes what it would have computed undisturbed.
+
+    Args:
+        model: The model; it is trained in place.
+        processor: Its processor.
+        records: Records to train on (`lotlip_hf.data.records.load_records`).
+        config: Every option.
+        eval_records: Records to measure retrieval on, at the end and every `eval_steps`.
+
+    Returns:
+        The folder of the last checkpoint.
+
+    Raises:
+        FileExistsError: if `config.output` holds another run's checkpoints.
+        NonFiniteLossError: if the loss is not a number; names the step, the records and the last checkpoint.
+        CheckpointError: if a checkpoint cannot be read, or the last one cannot be written, or there is no room for
+            one from the start.
+        ValueError: if options contradict the model or the data.
+        ImageError, RecordError: if a record is broken and `on_error` is `"raise"`.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.training.arguments import TrainingConfig
+    >>> from lotlip_hf.training.loop import train
+    >>> from lotlip_hf.training.setup import load_data, load_or_start_model
+
+    >>> config = TrainingConfig(model="scenes", data="scenes", max_steps=1000, learning_rate=1e-3, output="run")
+    >>> checkpoint = train(*load_or_start_model(config), load_data(config)[0], config)
+    ```
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.trackers or None,
+        project_dir=config.output,
+    )
+    return _Run(model, processor, records, config, eval_records, accelerator).run()
+
+
+class _Run:
+    """What a run holds: `position` (epoch, number of the next batch), `step`, and what accelerate keeps."""
+
+    def __init__(
+        self,
+        model: LoTLIPModel,
+        processor: LoTLIPProcessor,
+        records: Dataset | IterableDataset,
+        config: TrainingConfig,
+        eval_records: Dataset | IterableDataset | None,
+        accelerator: Accelerator,
+    ) -> None:
+        self.config, self.accelerator, self.processor = config, accelerator, processor
+        self.records, self.eval_records = records, eval_records
+        self.output = Path(config.output)
+        self.max_steps = self._max_steps()
+        self.epoch, self.next_batch, self.step = 0, 0, 0
+        self.counts: Counter[str] = Counter()
+        self.checkpoint = self._prepare_folder()
+
+        set_seed(config.seed)
+        freeze(model, config)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        if config.compile:
+            model.compile(dynamic=True)  # texts of every length
+        weights = model.config
+        self.objective = Objective(
+            config.loss,
+            short_loss_weight=_default(config.short_loss_weight, weights.short_loss_weight),
+            long_loss_weight=_default(config.long_loss_weight, weights.long_loss_weight),
+            num_primary_components=config.num_primary_components,
+        ).to(accelerator.device)
+        self.averaged = None
+        if config.ema_decay is not None:
+            if accelerator.distributed_type == DistributedType.FSDP:
+                raise ValueError("`ema_decay` needs all weights in one place, which FSDP does not leave them in.")
+            average = get_ema_multi_avg_fn(config.ema_decay)
+            self.averaged = AveragedModel(model, accelerator.device, multi_avg_fn=average)
+        self.model: nn.Module = accelerator.prepare(model)
+        groups = parameter_groups(self.model, self.objective, config)
+        optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)
+        self.optimizer = accelerator.prepare(optimizer)
+        # not prepared: accelerate would step it once for each process
+        self.scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, self.max_steps)
+        # a model, a scheduler and an objective have state_dict and load_state_dict
+        for state in (self.scheduler, self.objective, self.averaged):
+            if state is not None:
+                accelerator.register_for_checkpointing(state)
+        self.collator = LoTLIPCollator(
+            processor, config.sampling(), seed=config.seed, on_error=config.on_error, return_ids=True
+        )
+        if self.checkpoint is not None:
+            self._load()
+
+    def _max_steps(self) -> int:
+        config = self.config
+        if config.max_steps is not None:
+            return config.max_steps
+        if isinstance(self.records, IterableDataset):
+            raise ValueError("The records are a stream, whose length is not known: set `max_steps`.")
+        batches = batches_per_epoch(len(self.records), config, self.accelerator.num_processes)
+        return max(1, int(config.num_epochs * batches) // config.gradient_accumulation_steps)
+
+    def _prepare_folder(self) -> Path | None:
+        """The checkpoint to go on from, if any. What would fail only after hours is tried before."""
+        checkpoints = list_checkpoints(self.output)
+        if checkpoints and not self.config.resume:
+            raise FileExistsError(
+                f"{self.output} holds checkpoints of another run, up to {checkpoints[-1].name}: go on with it "
+                "(`resume`), or choose another `output`."
+            )
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            remove_partial(self.output)
+            if not (self.config.resume and (self.output / CONFIG_NAME).exists()):
+                self.config.save(self.output)
+        self.accelerator.wait_for_everyone()
+        return checkpoints[-1] if checkpoints else None
+
+    def run(self) -> Path:
+        config, accelerator = self.config, self.accelerator
+        self._check_room()
+        log = RunLog(self.output / LOG_NAME) if accelerator.is_main_process else None
+        if log is not None:
+            log.truncate(self.step)
+        accelerator.init_trackers("lotlip", config={name: _plain(value) for name, value in vars(config).items()})
+        batches = iterate_batches(
+            self.records,
+            self.collator,
+            config,
+            self.epoch,
+            self.next_batch,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        set_training_mode(self.model)
+        window = _Window()
+        description = f"Training ({accelerator.num_processes} processes)" if is_distributed() else "Training"
+        with (
+            _signals() as received,
+            tqdm(
+                total=self.max_steps,
+                initial=self.step,
+                desc=description,
+                unit="step",
+                disable=not accelerator.is_main_process,
+            ) as bar,
+        ):
+            while self.step < self.max_steps:
+                self._take_step(batches, window)
+                bar.update()
+                is_last = self.step == self.max_steps
+                if self.step % config.log_steps == 0 or is_last:
+                    values = self._log_values(window)
+                    bar.set_postfix(loss=f"{values['loss']:.3f}", samples=f"{values['samples_per_second']:.0f}/s")
+                    self._write(log, values)
+                    window = _Window()
+                is_due = config.eval_steps is not None and self.step % config.eval_steps == 0
+                if self.eval_records is not None and (is_due or is_last):
+                    self._write(log, self._evaluate())
+                    window.restart()
+                is_stopped = self._any(bool(received))
+                if is_stopped or is_last or (config.save_steps and self.step % config.save_steps == 0):
+                    self._save(required=is_stopped or is_last)
+                    window.restart()
+                if is_stopped:
+                    break
+        accelerator.end_training()
+        if log is not None:
+            draw_curve(self.output / LOG_NAME, self.output / CURVE_NAME)
+        if self.step < self.max_steps:
+            logger.warning(f"Stopped after step {self.step}, saved in {self.checkpoint}. `--resume` goes on from there.")
+            # to this process's own handler, or another process's signal in its name
+            signal.raise_signal(received[0] if received else signal.SIGTERM)
+        assert self.checkpoint is not None
+        return self.checkpoint
+
+    def _take_step(self, batches: Iterator[tuple[int, int, dict[str, Any]]], window: "_Window") -> None:
+        config, accelerator = self.config, self.accelerator
+        ids: list[str] = []
+        for _ in range(config.gradient_accumulation_steps):
+            self.epoch, self.next_batch, batch = next(batches)
+            batch_ids: list[str] = batch.pop("ids")
+            ids += batch_ids
+            self.counts.update(batch.pop("counts"))
+            batch = send_to_device(batch, accelerator.device, non_blocking=True)
+            with accelerator.accumulate(self.model):
+                if config.grad_cache_chunk is not None:
+                    loss = cached_backward(
+                        self.model, batch, config.grad_cache_chunk, self.objective, accelerator=accelerator
+                    )
+                else:
+                    with accelerator.autocast():
+                        loss = batch_loss(self.model, batch, self.objective)
+                    accelerator.backward(loss.loss)
+            losses = accelerator.reduce(torch.stack([*loss]).detach(), "mean")
+            values = cast(torch.Tensor, losses).tolist()
+            if not math.isfinite(values[0]):
+                self._stop_at_nan(f"the loss is {values[0]}", ids)
+            window.add(values, len(batch_ids) * accelerator.num_processes)
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm or math.inf)
+        # a scaler skips the step itself, and tries again with a smaller scale
+        if accelerator.scaler is None and norm is not None and not torch.isfinite(norm):
+            self._stop_at_nan(f"the norm of the gradient is {float(norm)}", ids)
+        self.optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        clamp_logit_scale(self.model)
+        self.step += 1
+        if self.averaged is not None:
+            self.averaged.update_parameters(extract_model_from_parallel(self.model))
+
+    def _stop_at_nan(self, what: str, ids: list[str]) -> None:
+        """Every process knows of it: the loss and the norm are those of all."""
+        all_ids = _gathered(ids)
+        path = self.output / f"not-finite-{self.step + 1}.json"
+        if self.accelerator.is_main_process:
+            path.write_text(json.dumps({"step": self.step + 1, "reason": what, "ids": all_ids}), encoding="utf-8")
+        named = f"{', '.join(all_ids[:MAX_IDS])}{', ...' if len(all_ids) > MAX_IDS else ''}"
+        kept = "There is no checkpoint yet." if self.checkpoint is None else f"The last checkpoint is {self.checkpoint}."
+        raise NonFiniteLossError(
+            f"Step {self.step + 1}: {what}; the step was not taken. {kept} The batch's {len(all_ids)} records, listed in "
+            f"{path}: {named}. A smaller learning rate, `mixed_precision` bf16 in place of fp16, or leaving out broken "
+            "records are what helps."
+        )
+
+    def _log_values(self, window: "_Window") -> dict[str, Any]:
+        values = {
+            **window.means(),
+            "logit_scale": extract_model_from_parallel(self.model).logit_scale.exp().item(),
+            "learning_rate": max(self.scheduler.get_last_lr()),
+            "samples_per_second": window.samples_per_second(),
+        }
+        if self.config.on_error == "skip":
+            total: Counter[str] = Counter()
+            for counts in _gathered([dict(self.counts)]):
+                total.update(counts)
+            values |= total
+        return values
+
+    def _write(self, log: RunLog | None, values: Mapping[str, Any]) -> None:
+        self.accelerator.log(dict(values), step=self.step)
+        if log is not None:
+            log.write({"step": self.step, "epoch": self.epoch, **values})
+
+    def _evaluate(self) -> dict[str, float]:
+        assert self.eval_records is not None
+        if self.averaged is None:
+            model, restore = self.model, True
+        else:
+            model, restore = self.averaged, False
+        values = evaluate(model, self.processor, self.eval_records, self.config, self.accelerator)
+        if restore:
+            set_training_mode(self.model)
+        return values
+
+    def _any(self, flag: bool) -> bool:
+        """Whether it is so on any process."""
+        return bool(max_over_ranks(torch.tensor(int(flag), device=self.accelerator.device)).item())
+
+    def _save(self, required: bool) -> None:
+        """A checkpoint; one that cannot be written stops the run only if it is the last chance."""
+        progress = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "next_batch": self.next_batch,
+            "counts": dict(self.counts),
+        }
+        try:
+            self.checkpoint = save_checkpoint(
+                self.output, self.step, self.accelerator, self._save_model, progress, self.config.save_total_limit
+            )
+        except CheckpointError as error:
+            if required:
+                raise
+            logger.error(f"{error} The run goes on, and tries again after {self.config.save_steps} steps.")
+
+    def _save_model(self, folder: Path) -> None:
+        model = extract_model_from_parallel(self.model)
+        if self.averaged is not None:
+            model, weights = self.averaged.module, None
+        else:
+            weights = self.accelerator.get_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            cast(LoTLIPModel, model).save_pretrained(folder, state_dict=weights)
+            self.processor.save_pretrained(folder)
+            self.config.save(folder)
+
+    def _load(self) -> None:
+        assert self.checkpoint is not None
+        progress = load_checkpoint(self.checkpoint, self.accelerator)
+        self.step, self.epoch, self.next_batch = progress["step"], progress["epoch"], progress["next_batch"]
+        self.counts.update(progress["counts"])
+        self.accelerator.print(f"Going on from {self.checkpoint}.")
+
+    def _check_room(self) -> None:
+        """Whether a checkpoint fits on the disk: the weights twice, AdamW's two moments, and the averaged weights."""
+        parameters = list(extract_model_from_parallel(self.model).parameters())
+        size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        trained = sum(parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad)
+        needed = size * (2 if self.averaged is None else 3) + 2 * trained
+        free = shutil.disk_usage(self.output).free
+        if needed > free:
+            raise CheckpointError(
+                f"{self.output}: a checkpoint takes about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there."
+            )
+
+
+class _Window:
+    """Means since the last line of the log."""
+
+    def __init__(self) -> None:
+        self.sums = [0.0, 0.0, 0.0]
+        self.batches, self.samples, self.timed_samples = 0, 0, 0
+        self.start = time.perf_counter()
+        self.seconds = 0.0
+
+    def add(self, losses: list[float], samples: int) -> None:
+        self.sums = [total + loss for total, loss in zip(self.sums, losses, strict=True)]
+        self.batches += 1
+        self.samples += samples
+        self.seconds += time.perf_counter() - self.start
+        self.start = time.perf_counter()
+
+    def restart(self) -> None:
+        """Leaves out what was no training."""
+        self.start = time.perf_counter()
+
+    def means(self) -> dict[str, float]:
+        names = ("loss", "loss_short", "loss_long")
+        return {name: total / self.batches for name, total in zip(names, self.sums, strict=True)}
+
+    def samples_per_second(self) -> float:
+        return self.samples / self.seconds
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    processor: LoTLIPProcessor,
+    records: Dataset | IterableDataset,
+    config: TrainingConfig,
+    accelerator: Accelerator | None = None,
+) -> dict[str, float]:
+    """
+    Retrieval over the first `eval_samples` records, with each record's short caption and with its first long caption,
+    whole. The model is left in evaluation mode.
+
+    Args:
+        model: A [`LoTLIPModel`] or what wraps one.
+        processor: Its processor.
+        records: Records.
+        config: `eval_samples`, `batch_size`, `captioners` (the first is evaluated), `on_error`.
+        accelerator: Of the run: the processes share the work, and each gets the answer.
+
+    Returns:
+        `long_image_to_text_r1`, `long_text_to_image_r1`, `short_...`, and the same at 5 and 10, from 0 to 1.
+
+    Raises:
+        ValueError: if there are fewer records than processes.
+    """
+    rank, num_processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    device = next(model.parameters()).device
+    if isinstance(records, IterableDataset):
+        chosen: Any = list(islice(records, config.eval_samples))
+    else:
+        chosen = records.select(range(min(config.eval_samples, len(records))))
+    if len(chosen) < num_processes:
+        raise ValueError(f"{len(chosen)} records to evaluate on are fewer than the {num_processes} processes.")
+    captioner = config.captioners[0] if config.captioners else 0
+    sampling = CaptionSampling(num_long_texts=1, num_sentences=None, captioners=(captioner,), splitter=config.splitter)
+    collator = LoTLIPCollator(processor, sampling, on_error=config.on_error)
+    # as many batches on every process, for a wrapper may communicate in each
+    part = np.array_split(np.arange(len(chosen)), num_processes)[rank]
+    num_batches = min(
+        math.ceil(math.ceil(len(chosen) / num_processes) / config.batch_size), len(chosen) // num_processes
+    )
+    images, texts = [], []
+    model.eval()
+    for rows in np.array_split(part, num_batches):
+        batch = send_to_device(collator([chosen[int(row)] for row in rows]), device)
+        batch["return_loss"] = False
+        with nullcontext() if accelerator is None else accelerator.autocast():
+            outputs = model(**batch)
+        images.append(outputs.image_embeds.float())
+        texts.append(outputs.text_embeds.float())  # [B, 2, dim], the short text first
+    image_embeds, text_embeds = gather(torch.cat(images)), gather(torch.cat(texts))
+    values = {}
+    for number, kind in ((1, "long"), (0, "short")):
+        found = recalls(image_embeds, text_embeds[:, number])
+        values |= {f"{kind}_{name}": value for name, value in found.items()}
+    return values
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The first interrupt or termination is noted, to stop at the end of the step; the second one does what it did."""
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        logger.warning("Stopping after this step; the checkpoint is being written. Once more stops at once.")
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # only the main thread receives signals
+        pass
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def _gathered(values: list[Any]) -> list[Any]:
+    """The lists of all processes, one behind the other."""
+    if not is_distributed():
+        return values
+    lists: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(lists, values)
+    return [value for part in lists for value in part]
+
+
+def _default(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _plain(value: Any) -> Any:
+    """What trackers take."""
+    return value if isinstance(value, int | float | str) else str(value)

@@ -1,0 +1,204 @@
+"""What a run starts from: the model, the records, what of the model is trained, and at which rates."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from ..data.records import load_records
+from ..data.scenes import scenes_dataset
+from ..encoding import load_model, max_text_length
+from ..modeling.modeling_lotlip import LoTLIPModel
+from ..modeling.processing_lotlip import LoTLIPProcessor
+from ..modeling.tokenization_lotlip import LoTLIPTokenizer
+from .arguments import SCENES, TrainingConfig
+
+NUM_CORNER_TOKENS = 2
+# Positions of the released models, corner tokens included.
+CONTEXT_LENGTH = 128
+
+
+def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor]:
+    """
+    The model that `config` names: a checkpoint, or a new one from two pretrained encoders (LiT,
+    https://arxiv.org/abs/2111.07991) or, for Scenes, from random weights.
+
+    Args:
+        config: Its part "The model".
+
+    Returns:
+        The model, on the CPU, in float32, and its processor.
+
+    Raises:
+        ValueError: if options contradict each other or the checkpoint, or a checkpoint is not one of LoTLIP.
+        OSError: if there is no such checkpoint.
+    """
+    has_encoders = config.text_model is not None or config.image_model is not None
+    if (config.model is None) != has_encoders or (config.text_model is None) != (config.image_model is None):
+        raise ValueError(
+            "Say which model to train: `model` (a checkpoint to train further, or "
+            f"{SCENES!r} for a new small one), or both `text_model` and `image_model` (two encoders to start from)."
+        )
+    if config.model is None:
+        model, processor = _from_encoders(config)
+    elif config.model == SCENES:
+        from .small import small_model
+
+        _refuse(config, "projection_dim", "text_pooling")
+        num_corner_tokens = NUM_CORNER_TOKENS if config.num_corner_tokens is None else config.num_corner_tokens
+        length = {} if config.max_text_length is None else {"max_text_length": config.max_text_length}
+        return small_model(num_corner_tokens, seed=config.seed, **length)
+    else:
+        _refuse(config, "projection_dim", "text_pooling")
+        model, processor = load_model(config.model, device="cpu", dtype="float32")
+        if not isinstance(model, LoTLIPModel):
+            raise ValueError(
+                f"{config.model} is a {model.config.model_type!r} checkpoint, not one of LoTLIP. `text_model` and "
+                "`image_model` make a new LoTLIP of two encoders."
+            )
+        number = model.config.text_config.num_corner_tokens
+        if config.num_corner_tokens not in (None, number):
+            raise ValueError(
+                f"`num_corner_tokens` is for new models: {config.model} has {number}, not {config.num_corner_tokens}."
+            )
+    if config.max_text_length is not None:
+        most = model.config.text_config.max_position_embeddings
+        if config.max_text_length > most:
+            raise ValueError(f"`max_text_length` is {config.max_text_length}, but the model takes {most} tokens.")
+        processor.tokenizer.model_max_length = config.max_text_length
+    max_text_length(model, processor.tokenizer)  # complains if there is no limit
+    return model, processor
+
+
+def _refuse(config: TrainingConfig, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) is not None:
+            raise ValueError(f"`{name}` is for new models made of two encoders; {config.model} has its own.")
+
+
+def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor]:
+    number = NUM_CORNER_TOKENS if config.num_corner_tokens is None else config.num_corner_tokens
+    model = LoTLIPModel.from_backbones(
+        config.text_model,
+        config.image_model,
+        number,
+        text_pooling=config.text_pooling or "pooler",
+        projection_dim=config.projection_dim,
+    ).float()
+    length = min(CONTEXT_LENGTH - number, model.config.text_config.max_position_embeddings)
+    tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
+        AutoTokenizer.from_pretrained(config.text_model), model_max_length=length
+    )
+    return model, LoTLIPProcessor(AutoImageProcessor.from_pretrained(config.image_model), tokenizer)
+
+
+def load_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """
+    The records that `config` names.
+
+    Args:
+        config: Its part "The data", and `eval_data`.
+
+    Returns:
+        The records to train on, and those to evaluate on, if any are named.
+
+    Raises:
+        ValueError: if `data` is not given, a column is missing, or a file cannot be read.
+        FileNotFoundError: if there is no such file or folder.
+    """
+    if config.data is None:
+        raise ValueError(f"Say what to train on: `data` (a folder, files, a data set on the Hub, or {SCENES!r}).")
+    records = _records(config, config.data, config.split, config.num_scenes, config.streaming)
+    if config.eval_data is None:
+        return records, None
+    eval_split = config.eval_split
+    return records, _records(config, config.eval_data, eval_split, config.eval_samples, config.streaming)
+
+
+def _records(
+    config: TrainingConfig, data: str, split: str, num_scenes: int, streaming: bool
+) -> Dataset | IterableDataset:
+    if data == SCENES:
+        return scenes_dataset(num_scenes, config.seed if split == "train" else 0, split)
+    return load_records(data, config.column_mapping(), split, config.image_folder, streaming)
+
+
+def freeze(model: LoTLIPModel, config: TrainingConfig) -> None:
+    """
+    Freezes what is not trained: with `lock_vision` the image tower, but for its last `unlocked_vision_layers` layers
+    and what follows them; without long texts the corner tokens; and what the forward pass never uses. The projections
+    stay trainable.
+
+    Args:
+        model: The model, changed in place.
+        config: The options.
+
+    Raises:
+        ValueError: if more layers are to be unlocked than there are.
+    """
+    for name, parameter in model.named_parameters():
+        unused = name.endswith("mask_token") or (name.endswith("corner_embeds") and not config.num_long_texts)
+        parameter.requires_grad_(not unused)
+    if not config.lock_vision:
+        return
+    tower = model.vision_model
+    num_layers = tower.backbone.config.num_hidden_layers
+    if config.unlocked_vision_layers > num_layers:
+        raise ValueError(
+            f"`unlocked_vision_layers` is {config.unlocked_vision_layers}, but the image tower has {num_layers} layers."
+        )
+    tower.requires_grad_(False)
+    if config.unlocked_vision_layers:
+        (layers,) = [
+            module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers
+        ]
+        first = next(iter(layers[num_layers - config.unlocked_vision_layers].parameters()))
+        # parameters come in the order of the forward pass
+        parameters = list(tower.parameters())
+        start = next(index for index, parameter in enumerate(parameters) if parameter is first)
+        for parameter in parameters[start:]:
+            parameter.requires_grad_(True)
+
+
+def set_training_mode(model: nn.Module) -> None:
+    """Training mode, but for modules whose parameters are all frozen: these run as in inference, without dropout."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def parameter_groups(model: nn.Module, objective: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """
+    The trainable parameters in groups for AdamW: by tower, each with its own learning rate, and by whether they decay.
+
+    Args:
+        model: A [`LoTLIPModel`] or what wraps one.
+        objective: Its parameters, if any, are trained too.
+        config: The options.
+
+    Returns:
+        `dict`s with `params`, `lr` and `weight_decay`; none is empty.
+    """
+
+    def named() -> Iterator[tuple[str, nn.Parameter]]:
+        yield from model.named_parameters()
+        yield from objective.named_parameters(prefix="objective")
+
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named():
+        if not parameter.requires_grad:
+            continue
+        if "text_model." in name or "text_projection." in name:
+            rate = config.text_learning_rate
+        elif "vision_model." in name or "visual_projection." in name:
+            rate = config.image_learning_rate
+        else:
+            rate = None
+        rate = config.learning_rate if rate is None else rate
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
