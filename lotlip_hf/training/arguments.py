@@ -12,7 +12,6 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
 
 from ..data.records import MAPPINGS, ColumnMapping
 from ..data.sampling import CaptionSampling
@@ -23,6 +22,11 @@ SCENES = "scenes"
 RESUMABLE = frozenset(
     "output resume num_workers log_steps save_steps save_total_limit trackers gradient_checkpointing compile".split()
 )
+
+
+def _option(help: str, **default: Any) -> Any:
+    """A field that `HfArgumentParser` makes a flag of; what its help says in brackets is the default of `None`."""
+    return dataclasses.field(metadata={"help": help}, **default)
 
 
 @dataclass
@@ -44,117 +48,120 @@ class TrainingConfig:
     """
 
     # The run
-    output: str = HfArg(default="run", help="folder of the run: checkpoints, options, log, curve")
-    resume: bool = HfArg(default=False, help="go on from the last checkpoint in `output`, with the options kept there")
-    seed: int = HfArg(default=0, help="seed of new weights, of the order of the records, and of the texts drawn")
+    output: str = _option(default="run", help="folder of the run: checkpoints, options, log, curve")
+    resume: bool = _option(
+        default=False, help="go on from the last checkpoint in `output`, with the options kept there"
+    )
+    seed: int = _option(default=0, help="seed of new weights, of the order of the records, and of the texts drawn")
 
     # The model
-    model: str | None = HfArg(
+    model: str | None = _option(
         default=None, help=f"checkpoint folder or Hub id to train further, or {SCENES!r}: a new small model for Scenes"
     )
-    text_model: str | None = HfArg(default=None, help="pretrained text encoder of a new model (with `image_model`)")
-    image_model: str | None = HfArg(default=None, help="pretrained image encoder of a new model (with `text_model`)")
-    num_corner_tokens: int | None = HfArg(default=None, help="corner tokens of a new model (2)")
-    projection_dim: int | None = HfArg(
+    text_model: str | None = _option(default=None, help="pretrained text encoder of a new model (with `image_model`)")
+    image_model: str | None = _option(default=None, help="pretrained image encoder of a new model (with `text_model`)")
+    num_corner_tokens: int | None = _option(default=None, help="corner tokens of a new model (2)")
+    projection_dim: int | None = _option(
         default=None, help="width of the shared space of a new model (the image encoder's)"
     )
-    text_pooling: Literal["pooler", "cls", "mean"] | None = HfArg(
+    text_pooling: Literal["pooler", "cls", "mean"] | None = _option(
         default=None, help="how a new model pools its text (pooler)"
     )
-    max_text_length: int | None = HfArg(
+    max_text_length: int | None = _option(
         default=None,
-        help="tokens of a text, [CLS] and [SEP] included, beyond which it is cut (126 for a new model of two encoders)",
+        help="tokens of a text, [CLS] and [SEP] included, that it is cut at (126 for a new model of two encoders)",
     )
-    lock_vision: bool = HfArg(default=False, help="keep the image tower as it is, as LiT does")
-    unlocked_vision_layers: int = HfArg(
+    lock_vision: bool = _option(default=False, help="keep the image tower as it is, as LiT does")
+    unlocked_vision_layers: int = _option(
         default=0, help="with `lock_vision`: train this many of the image tower's last layers, and what follows them"
     )
 
     # The data
-    data: str | None = HfArg(
+    data: str | None = _option(
         default=None, help=f"a folder or file of records, shards/*.tar, a data set on the Hub, or {SCENES!r}"
     )
-    mapping: str = HfArg(default="records", help=f"names of the columns: {', '.join(MAPPINGS)}")
-    image_column: str | None = HfArg(default=None, help="column of the images, in place of the mapping's")
-    short_column: str | None = HfArg(default=None, help="column of the short captions, in place of the mapping's")
-    long_columns: list[str] | None = HfArg(
+    mapping: str = _option(default="records", help=f"names of the columns: {', '.join(MAPPINGS)}")
+    image_column: str | None = _option(default=None, help="column of the images, in place of the mapping's")
+    short_column: str | None = _option(default=None, help="column of the short captions, in place of the mapping's")
+    long_columns: list[str] | None = _option(
         default=None, help="columns of the long captions, in place of the mapping's"
     )
-    id_column: str | None = HfArg(default=None, help="column of the ids, in place of the mapping's")
-    image_folder: str | None = HfArg(default=None, help="what relative paths of images start from")
-    split: str = HfArg(default="train", help="split of a data set on the Hub")
-    streaming: bool = HfArg(default=False, help="read in order, without a copy on disk; needs `max_steps`")
-    shuffle_buffer: int = HfArg(default=10_000, help="records that a stream is shuffled within")
-    num_scenes: int = HfArg(default=5000, help=f"how many pictures `--data {SCENES}` draws")
-    on_error: Literal["raise", "skip"] = HfArg(
+    id_column: str | None = _option(default=None, help="column of the ids, in place of the mapping's")
+    image_folder: str | None = _option(default=None, help="what relative paths of images start from")
+    split: str = _option(default="train", help="split of a data set on the Hub")
+    streaming: bool = _option(default=False, help="read in order, without a copy on disk; needs `max_steps`")
+    shuffle_buffer: int = _option(default=10_000, help="records that a stream is shuffled within")
+    num_scenes: int = _option(default=5000, help=f"how many pictures `--data {SCENES}` draws")
+    on_error: Literal["raise", "skip"] = _option(
         default="raise", help="whether a broken image or record stops the run or is counted and left out"
     )
-    num_workers: int = HfArg(default=2, help="processes that read and prepare batches ahead; 0: none")
+    num_workers: int = _option(default=2, help="processes that read and prepare batches ahead; 0: none")
 
     # The texts of a step
-    num_long_texts: int = HfArg(default=3, help="long texts of an image in a step; 0: short captions alone")
-    num_sentences: int = HfArg(default=3, help="consecutive sentences of a long text; 0: the whole caption")
-    captioners: list[int] | None = HfArg(default=None, help="which long captions of a record to draw from, from 0")
-    sentence_order: Literal["written", "shuffled"] = HfArg(default="written", help="order of the drawn sentences")
-    splitter: Literal["sentences", "full_stops"] = HfArg(
+    num_long_texts: int = _option(default=3, help="long texts of an image in a step; 0: short captions alone")
+    num_sentences: int = _option(default=3, help="consecutive sentences of a long text; 0: the whole caption")
+    captioners: list[int] | None = _option(default=None, help="which long captions of a record to draw from, from 0")
+    sentence_order: Literal["written", "shuffled"] = _option(default="written", help="order of the drawn sentences")
+    splitter: Literal["sentences", "full_stops"] = _option(
         default="sentences", help="how captions are split; 'full_stops' as the official code does"
     )
 
     # The objective
-    loss: Literal["infonce", "sigmoid"] = HfArg(default="infonce", help="the paper's, or SigLIP's")
-    short_loss_weight: float | None = HfArg(default=None, help="weight of the short texts' loss (the model's)")
-    long_loss_weight: float | None = HfArg(default=None, help="weight of the long texts' loss (the model's)")
-    num_primary_components: int | None = HfArg(
+    loss: Literal["infonce", "sigmoid"] = _option(default="infonce", help="the paper's, or SigLIP's")
+    short_loss_weight: float | None = _option(default=None, help="weight of the short texts' loss (the model's)")
+    long_loss_weight: float | None = _option(default=None, help="weight of the long texts' loss (the model's)")
+    num_primary_components: int | None = _option(
         default=None, help="match short texts with this many principal components of the images, as Long-CLIP does"
     )
 
     # The batch
-    batch_size: int = HfArg(default=64, help="images of a process in a batch")
-    grad_cache_chunk: int | None = HfArg(
+    batch_size: int = _option(default=64, help="images of a process in a batch")
+    grad_cache_chunk: int | None = _option(
         default=None, help="embed this many samples at a time: the same gradient in less memory"
     )
-    gradient_accumulation_steps: int = HfArg(
+    gradient_accumulation_steps: int = _option(
         default=1, help="batches of a step, each with its own negatives; `grad_cache_chunk` keeps those of all"
     )
-    drop_last: bool = HfArg(default=False, help="leave out an epoch's last batch if it is not full")
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = HfArg(
+    drop_last: bool = _option(default=False, help="leave out an epoch's last batch if it is not full")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = _option(
         default=None, help="type of the forward pass (float32, or what `accelerate launch` says)"
     )
-    gradient_checkpointing: bool = HfArg(
+    gradient_checkpointing: bool = _option(
         default=False, help="compute activations again in the backward pass: less memory, more time"
     )
-    compile: bool = HfArg(default=False, help="torch.compile the model")
+    compile: bool = _option(default=False, help="torch.compile the model")
 
     # The optimiser
-    num_epochs: float = HfArg(default=1.0, help="how often to see every record, unless `max_steps` is given")
-    max_steps: int | None = HfArg(default=None, help="steps of the optimiser")
-    learning_rate: float = HfArg(default=1e-4, help="highest learning rate of AdamW")
-    text_learning_rate: float | None = HfArg(default=None, help="that of the text tower (`learning_rate`)")
-    image_learning_rate: float | None = HfArg(default=None, help="that of the image tower (`learning_rate`)")
-    weight_decay: float = HfArg(default=0.05, help="of matrices; biases, norms and the logit scale have none")
-    beta1: float = HfArg(default=0.9, help="of AdamW")
-    beta2: float = HfArg(default=0.98, help="of AdamW")
-    epsilon: float = HfArg(default=1e-6, help="of AdamW")
-    warmup_steps: int = HfArg(default=0, help="steps in which the learning rate rises from 0")
-    lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = HfArg(
+    num_epochs: float = _option(default=1.0, help="how often to see every record, unless `max_steps` is given")
+    max_steps: int | None = _option(default=None, help="steps of the optimiser")
+    learning_rate: float = _option(default=1e-4, help="highest learning rate of AdamW")
+    text_learning_rate: float | None = _option(default=None, help="that of the text tower (`learning_rate`)")
+    image_learning_rate: float | None = _option(default=None, help="that of the image tower (`learning_rate`)")
+    weight_decay: float = _option(default=0.05, help="of matrices; biases, norms and the logit scale have none")
+    beta1: float = _option(default=0.9, help="of AdamW")
+    beta2: float = _option(default=0.98, help="of AdamW")
+    epsilon: float = _option(default=1e-6, help="of AdamW")
+    warmup_steps: int = _option(default=0, help="steps in which the learning rate rises from 0")
+    lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = _option(
         default="cosine", help="how the learning rate falls"
     )
-    max_grad_norm: float = HfArg(default=1.0, help="norm that the gradient is cut to; 0: not cut")
-    ema_decay: float | None = HfArg(
-        default=None, help="keep a moving average of the weights with this decay, evaluate it, and save it as the model"
+    max_grad_norm: float = _option(default=1.0, help="norm that the gradient is cut to; 0: not cut")
+    ema_decay: float | None = _option(
+        default=None,
+        help="keep a moving average of the weights with this decay, evaluate it, and save it as the model",
     )
 
     # Evaluation, log and checkpoints
-    eval_data: str | None = HfArg(
+    eval_data: str | None = _option(
         default=None, help=f"records to measure retrieval on, as `data` ({SCENES!r}: held-out scenes)"
     )
-    eval_split: str = HfArg(default="validation", help="split of `eval_data` on the Hub, or of Scenes")
-    eval_samples: int = HfArg(default=500, help="how many of them, from the first on")
-    eval_steps: int | None = HfArg(default=None, help="steps between evaluations; by default one at the end")
-    log_steps: int = HfArg(default=10, help="steps between lines of the log")
-    save_steps: int | None = HfArg(default=None, help="steps between checkpoints; by default one at the end")
-    save_total_limit: int = HfArg(default=2, help="checkpoints to keep; older ones are removed; 0: keep all")
-    trackers: list[str] = HfArg(
+    eval_split: str = _option(default="validation", help="split of `eval_data` on the Hub, or of Scenes")
+    eval_samples: int = _option(default=500, help="how many of them, from the first on")
+    eval_steps: int | None = _option(default=None, help="steps between evaluations; by default one at the end")
+    log_steps: int = _option(default=10, help="steps between lines of the log")
+    save_steps: int | None = _option(default=None, help="steps between checkpoints; by default one at the end")
+    save_total_limit: int = _option(default=2, help="checkpoints to keep; older ones are removed; 0: keep all")
+    trackers: list[str] = _option(
         default_factory=lambda: ["tensorboard"], help="trackers of accelerate (tensorboard, wandb, ...), or none"
     )
 
@@ -224,8 +231,8 @@ class TrainingConfig:
 
 def parse_arguments(argv: Sequence[str] | None = None, description: str | None = None) -> TrainingConfig:
     """
-    The options of a command line: flags (`--batch-size 8` or `--batch_size 8`), `--config FILE` for a YAML file of them,
-    or both; a flag counts more than the file. With `--resume` the file is the one in the folder of the run.
+    The options of a command line: flags (`--batch-size 8` or `--batch_size 8`), `--config FILE` for a YAML file of
+    them, or both; a flag counts more than the file. With `--resume` the file is the one in the folder of the run.
 
     Args:
         argv: Arguments; by default those of the process.
@@ -259,7 +266,9 @@ def parse_arguments(argv: Sequence[str] | None = None, description: str | None =
     # one after the other, for the last one counts
     namespace, unknown = parser.parse_known_args([*from_files, *argv])
     if unknown:
-        raise ValueError(_unknown(unknown[0], [option for option in parser._option_string_actions if "_" not in option]))
+        raise ValueError(
+            _unknown(unknown[0], [option for option in parser._option_string_actions if "_" not in option])
+        )
     options = vars(namespace)
     options.pop("config")
     config = TrainingConfig(**options)
@@ -327,7 +336,9 @@ def _as_text(value: Any) -> str:
 
 
 def _unknown(option: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(option.split("=")[0].replace("_", "-" if option.startswith("--") else "_"), known, 1)
+    close = difflib.get_close_matches(
+        option.split("=")[0].replace("_", "-" if option.startswith("--") else "_"), known, 1
+    )
     hint = f" Did you mean {close[0]}?" if close else " See --help."
     return f"unknown option {option}.{hint}"
 

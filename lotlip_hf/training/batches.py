@@ -149,8 +149,8 @@ def iterate_batches(
             sampler = EpochBatches(len(records), config, number, start, rank, num_processes)
             loader = DataLoader(records, batch_sampler=sampler, collate_fn=_Collator(collator), **arguments)  # pyright: ignore[reportArgumentType]
             skipped = 0
-        index = start - skipped
-        for index, batch in enumerate(loader, index + 1):
+        index = first = start - skipped
+        for index, batch in enumerate(loader, first + 1):
             if isinstance(batch, Exception):
                 raise batch
             if index > start:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: `checkpoint-N` is a model for `AutoModel`, and in `state` what a resumed run needs. All or none."""
+"""Checkpoints of a run, each whole or not there: a model for `AutoModel`, and in `state` what a resumed run needs."""
 
 import json
 import os
@@ -111,8 +111,8 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator) -> dict[str, Any
     number = len(list((checkpoint / STATE).glob(f"*-{PROGRESS}")))
     if number != accelerator.num_processes:
         raise CheckpointError(
-            f"{checkpoint} was written by {number} processes, this run has {accelerator.num_processes}: resume it with "
-            "as many as before."
+            f"{checkpoint} was written by {number} processes, this run has {accelerator.num_processes}: resume it "
+            "with as many as before."
         )
     try:
         accelerator.load_state(str(checkpoint / STATE))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -33,7 +32,6 @@ from ..modeling.processing_lotlip import LoTLIPProcessor
 from .arguments import CONFIG_NAME, TrainingConfig
 from .batches import batches_per_epoch, iterate_batches
 from .checkpoint import (
-    PARTIAL,
     CheckpointError,
     list_checkpoints,
     load_checkpoint,
@@ -243,7 +241,9 @@ class _Run:
         if log is not None:
             draw_curve(self.output / LOG_NAME, self.output / CURVE_NAME)
         if self.step < self.max_steps:
-            logger.warning(f"Stopped after step {self.step}, saved in {self.checkpoint}. `--resume` goes on from there.")
+            logger.warning(
+                f"Stopped after step {self.step}, saved in {self.checkpoint}. `--resume` goes on from there."
+            )
             # to this process's own handler, or another process's signal in its name
             signal.raise_signal(received[0] if received else signal.SIGTERM)
         assert self.checkpoint is not None
@@ -292,11 +292,13 @@ class _Run:
         if self.accelerator.is_main_process:
             path.write_text(json.dumps({"step": self.step + 1, "reason": what, "ids": all_ids}), encoding="utf-8")
         named = f"{', '.join(all_ids[:MAX_IDS])}{', ...' if len(all_ids) > MAX_IDS else ''}"
-        kept = "There is no checkpoint yet." if self.checkpoint is None else f"The last checkpoint is {self.checkpoint}."
+        kept = (
+            "There is no checkpoint yet." if self.checkpoint is None else f"The last checkpoint is {self.checkpoint}."
+        )
         raise NonFiniteLossError(
-            f"Step {self.step + 1}: {what}; the step was not taken. {kept} The batch's {len(all_ids)} records, listed in "
-            f"{path}: {named}. A smaller learning rate, `mixed_precision` bf16 in place of fp16, or leaving out broken "
-            "records are what helps."
+            f"Step {self.step + 1}: {what}; the step was not taken. {kept} The batch's {len(all_ids)} records, listed "
+            f"in {path}: {named}. A smaller learning rate, `mixed_precision` bf16 in place of fp16, or leaving out "
+            "broken records are what helps."
         )
 
     def _log_values(self, window: "_Window") -> dict[str, Any]:
@@ -372,12 +374,14 @@ class _Run:
         """Whether a checkpoint fits on the disk: the weights twice, AdamW's two moments, and the averaged weights."""
         parameters = list(extract_model_from_parallel(self.model).parameters())
         size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        trained = sum(parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad)
+        trained = sum(
+            parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad
+        )
         needed = size * (2 if self.averaged is None else 3) + 2 * trained
         free = shutil.disk_usage(self.output).free
         if needed > free:
             raise CheckpointError(
-                f"{self.output}: a checkpoint takes about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there."
+                f"{self.output}: a checkpoint takes about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free."
             )
 
 
@@ -453,7 +457,7 @@ def evaluate(
     images, texts = [], []
     model.eval()
     for rows in np.array_split(part, num_batches):
-        batch = send_to_device(collator([chosen[int(row)] for row in rows]), device)
+        batch = cast(dict[str, Any], send_to_device(collator([chosen[int(row)] for row in rows]), device))
         batch["return_loss"] = False
         with nullcontext() if accelerator is None else accelerator.autocast():
             outputs = model(**batch)

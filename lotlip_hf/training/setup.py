@@ -147,7 +147,7 @@ def freeze(model: LoTLIPModel, config: TrainingConfig) -> None:
     num_layers = tower.backbone.config.num_hidden_layers
     if config.unlocked_vision_layers > num_layers:
         raise ValueError(
-            f"`unlocked_vision_layers` is {config.unlocked_vision_layers}, but the image tower has {num_layers} layers."
+            f"`unlocked_vision_layers` is {config.unlocked_vision_layers}, but the image tower has {num_layers}."
         )
     tower.requires_grad_(False)
     if config.unlocked_vision_layers:

@@ -1,0 +1,216 @@
+"""A run's log, one JSON object a line, and the training curve drawn from it."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LOG_NAME = "log.jsonl"
+CURVE_NAME = "curve.png"
+LOSSES = {"loss_short": ("short captions' share", "C1"), "loss_long": ("long captions' share", "C0")}
+RECALLS = {
+    "long_image_to_text_r1": ("long, image to text", "C0", "-"),
+    "long_text_to_image_r1": ("long, text to image", "C0", "--"),
+    "short_image_to_text_r1": ("short, image to text", "C1", "-"),
+    "short_text_to_image_r1": ("short, text to image", "C1", "--"),
+}
+# The smoothed loss is a mean over this share of the run's lines on either side.
+SMOOTHING = 0.03
+
+
+class RunLog:
+    """
+    The log of a run: each line is on its way to the disk when `write` returns, so that a killed process loses none.
+
+    A last line that a killed process has written in part is cut off when the log is opened.
+
+    Args:
+        path: The file; made with the first line. An existing one is added to.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from lotlip_hf.training.log import RunLog, read_log
+
+    >>> log = RunLog(f"{tempfile.mkdtemp()}/log.jsonl")
+    >>> for step in (10, 20, 30):
+    ...     log.write({"step": step, "loss": 2.5})
+    >>> log.truncate(20)
+    >>> read_log(log.path)
+    [{'step': 10, 'loss': 2.5}, {'step': 20, 'loss': 2.5}]
+    ```
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        if self.path.exists():
+            self._cut_off_half_a_line()
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """
+        Adds a line.
+
+        Args:
+            entry: `step` and what is known of it: numbers, scalar tensors among them, texts, `None`, and lists and
+                mappings of these. NaN and infinity, which JSON has not, are written as null.
+
+        Raises:
+            ValueError: if there is no `step`.
+            OSError: if it cannot be written; the lines before are intact.
+        """
+        plain = _plain(entry)
+        if not isinstance(plain.get("step"), int):
+            raise ValueError(f"A line of the log must have a `step`, a whole number; got {dict(entry)}.")
+        line = json.dumps(plain, allow_nan=False) + "\n"
+        try:
+            with open(self.path, "ab") as file:
+                file.write(line.encode())
+        except OSError:
+            if self.path.exists():
+                self._cut_off_half_a_line()
+            raise
+
+    def truncate(self, step: int) -> None:
+        """
+        Drops the lines of later steps, which a resumed run writes again.
+
+        Args:
+            step: The last step to keep; 0 keeps what was logged before the first step, -1 nothing.
+
+        Raises:
+            ValueError: if the log is damaged; the message names the line.
+        """
+        if not self.path.exists():
+            return
+        kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
+        # the old log stays until the new one is whole
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        os.replace(partial, self.path)
+
+    def _cut_off_half_a_line(self) -> None:
+        with open(self.path, "r+b") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: a scalar tensor or a NumPy number as the number it holds."""
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """
+    Reads a run's log, also while the run goes on.
+
+    Args:
+        path: The file `log.jsonl`, or the run's folder.
+
+    Returns:
+        The lines, in the order in which they were written, each with `step`. Half a line at the end, of a run that
+        writes or that was killed, is left out.
+
+    Raises:
+        FileNotFoundError: if there is no log.
+        ValueError: if another line is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / LOG_NAME
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no log of a run.")
+    entries = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise ValueError(f"{path}, line {number}: expected a JSON object with a `step`, got {line[:80]!r}.")
+        entries.append(entry)
+    return entries
+
+
+def draw_curve(log_path: str | os.PathLike, picture_path: str | os.PathLike) -> None:
+    """
+    Draws the training curve: the loss, smoothed and as it was, and where the run was evaluated R@1 of long and of
+    short captions in both directions.
+
+    Args:
+        log_path: The run's log, or its folder.
+        picture_path: The picture; its extension says of which kind it is.
+
+    Raises:
+        ImportError: without matplotlib.
+        FileNotFoundError: if there is no log.
+        ValueError: if the log is damaged, or holds neither a loss nor an evaluation.
+    """
+    try:
+        from matplotlib.figure import Figure  # without pyplot there is no window and nothing to close
+    except ImportError as error:
+        raise ImportError("The training curve is drawn by matplotlib: pip install lotlip-hf[train]") from error
+
+    entries = read_log(log_path)
+    steps = [entry for entry in entries if entry.get("loss") is not None]
+    evaluations = [entry for entry in entries if any(entry.get(name) is not None for name in RECALLS)]
+    panels = [(draw, shown) for draw, shown in ((_draw_losses, steps), (_draw_recalls, evaluations)) if shown]
+    if not panels:
+        raise ValueError(f"{log_path}: there is nothing to draw, neither a loss nor an evaluation.")
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    for axes, (draw, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw(axes, shown)
+        axes.set_xlabel("step")
+        axes.set_xlim(0, max(entry["step"] for entry in entries) * 1.02 or 1)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(picture_path, dpi=120)
+
+
+def _draw_losses(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
+    has_long = any(entry.get("loss_long") for entry in entries)
+    shown = {"loss": ("loss", "0.3"), **LOSSES} if has_long else {"loss": ("loss, short captions alone", "C1")}
+    for name, (label, colour) in shown.items():
+        points = [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
+        if points:
+            at, values = zip(*points, strict=True)
+            axes.plot(at, values, color=colour, alpha=0.25, linewidth=1)
+            # a single point has no line
+            axes.plot(at, _smoothed(values), color=colour, label=label, marker="o" if len(points) == 1 else None)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("loss")
+    axes.set_title("Training loss (smoothed; pale: as it was)")
+
+
+def _draw_recalls(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
+    for name, (label, colour, style) in RECALLS.items():
+        points = [(entry["step"], 100 * entry[name]) for entry in entries if entry.get(name) is not None]
+        if points:
+            at, values = zip(*points, strict=True)
+            label = f"{label}: {values[-1]:.1f} %"
+            axes.plot(at, values, color=colour, linestyle=style, marker="o", markersize=3, label=label)
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("R@1 (%)")
+    axes.set_title("Retrieval on held-out pairs (legend: last value)")
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """The mean over as much before as after, and so less of it towards the ends."""
+    reach = round(SMOOTHING * len(values))
+    smoothed = []
+    for place in range(len(values)):
+        own = min(reach, place, len(values) - 1 - place)
+        window = values[place - own : place + own + 1]
+        smoothed.append(sum(window) / len(window))
+    return smoothed
