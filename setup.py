@@ -15,6 +15,7 @@ INSTALL_REQUIRES = [
     "numpy>=1.26",
     "pillow>=10.1",
     "pyarrow>=21.0",
+    "pyyaml>=6.0",
     "safetensors>=0.5",
     "tqdm>=4.66",
 ]
@@ -22,8 +23,16 @@ INSTALL_REQUIRES = [
 # Real photographs for `make quickstart`.
 QUICKSTART_REQUIRES = ["scikit-image>=0.24"]
 
+# What a training run draws and records: TensorBoard's files and the training curve.
+TRAIN_REQUIRES = ["matplotlib>=3.9", "tensorboard>=2.16"]
+
+# Fine-tuning a few parameters alone (examples/finetune_lora.py).
+LORA_REQUIRES = ["peft>=0.18"]
+
 TEST_REQUIRES = [
     *QUICKSTART_REQUIRES,
+    *TRAIN_REQUIRES,
+    *LORA_REQUIRES,
     "parameterized>=0.9",
     "pyright[nodejs]>=1.1.400",
     "pytest>=8.0",
@@ -51,7 +60,12 @@ setup(
     },
     packages=[*find_packages(include=["lotlip_hf", "lotlip_hf.*"]), "lotlip_hf.modeling", "lotlip_hf.conversion"],
     install_requires=INSTALL_REQUIRES,
-    extras_require={"quickstart": QUICKSTART_REQUIRES, "test": TEST_REQUIRES},
+    extras_require={
+        "quickstart": QUICKSTART_REQUIRES,
+        "train": TRAIN_REQUIRES,
+        "lora": LORA_REQUIRES,
+        "test": TEST_REQUIRES,
+    },
     entry_points={"console_scripts": ["lotlip = lotlip_hf.cli:main"]},
     zip_safe=False,
 )

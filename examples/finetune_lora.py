@@ -1,0 +1,163 @@
+"""Fine-tune a few parameters of a checkpoint with PEFT: LoRA on the text tower, and on the image tower if asked.
+
+    python examples/finetune_lora.py --model checkpoint --data pictures --output lora --num-epochs 3
+
+The projections, the corner tokens and the logit scale are trained as they are. Leaves `lora/adapter`, which
+`PeftModel.from_pretrained(AutoModel.from_pretrained("checkpoint"), "lora/adapter")` puts onto the checkpoint, and
+`lora/merged`, a checkpoint like any other. On several GPUs: `accelerate launch examples/finetune_lora.py ...`.
+`pictures` is a folder with images and `metadata.jsonl`, or whatever else `lotlip_hf.data.records.load_records` reads;
+`--data scenes` draws pictures, to try it out.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoProcessor, set_seed
+
+import lotlip_hf  # noqa: F401  (registers LoTLIP with the Auto classes)
+from lotlip_hf.data.collator import LoTLIPCollator
+from lotlip_hf.data.records import MAPPINGS, load_records
+from lotlip_hf.data.scenes import scenes_dataset
+from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale, embed
+
+PROJECTIONS = ("text_projection", "visual_projection")
+# Parameters that belong to no layer that PEFT could wrap.
+PARAMETERS = ("text_model.corner_embeds", "logit_scale")
+PEFT_PREFIX = "base_model.model."
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="checkpoint to start from: a folder or a Hub id")
+    parser.add_argument("--data", required=True, help="records: a folder, files, shards, a Hub id, or 'scenes'")
+    parser.add_argument("--mapping", default="records", choices=MAPPINGS, help="names of the columns")
+    parser.add_argument("--num-scenes", type=int, default=5000, help="pictures of '--data scenes'")
+    parser.add_argument("--output", type=Path, default=Path("lora"), help="folder of the adapter and the checkpoint")
+    parser.add_argument("--vision", action="store_true", help="LoRA on the image tower too")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the matrices that LoRA adds")
+    parser.add_argument("--batch-size", type=int, default=64, help="images of a process in a batch")
+    parser.add_argument("--num-epochs", type=int, default=1, help="how often to see every record")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="learning rate of AdamW")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="type of the forward pass")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the new matrices and of the texts drawn")
+    return parser.parse_args(argv)
+
+
+def add_lora(model: nn.Module, rank: int, vision: bool) -> PeftModel:
+    """
+    Freezes the model but for LoRA's matrices in the encoders' linear layers, the projections, the corner tokens and
+    the logit scale.
+
+    Args:
+        model: A [`LoTLIPModel`].
+        rank: Rank of LoRA's matrices.
+        vision: Whether the image tower gets them too.
+    """
+    towers = ("text_model.", "vision_model.") if vision else ("text_model.",)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        # exactly `Linear`: the one inside of torch's own attention (SigLIP's pooler) is read, not called
+        target_modules=[n for n, m in model.named_modules() if n.startswith(towers) and type(m) is nn.Linear],
+        # a model without a projection has the identity in its place
+        modules_to_save=[name for name in PROJECTIONS if list(model.get_submodule(name).parameters())],
+    )
+    lora = get_peft_model(model, config)  # no `task_type`: those pass on arguments that LoTLIP does not take
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name in PARAMETERS)
+    return lora
+
+
+def save_adapter(lora: PeftModel, folder: Path) -> None:
+    """Saves all that was trained in one file: PEFT leaves `PARAMETERS` out when saving, but loads them."""
+    lora.save_pretrained(str(folder))
+    parameters = dict(lora.get_base_model().named_parameters())
+    more = {PEFT_PREFIX + name: parameters[name].detach().contiguous() for name in PARAMETERS if name in parameters}
+    file = folder / "adapter_model.safetensors"
+    save_file({**load_file(file), **more}, file, metadata={"format": "pt"})
+
+
+def check(model: str, folder: Path, batch: dict[str, Any]) -> None:
+    """
+    Loads what was saved: the checkpoint with the adapter must embed a batch as the merged checkpoint does.
+
+    Args:
+        model: The checkpoint that was fine-tuned.
+        folder: Folder of `adapter` and `merged`.
+        batch: A batch of the collator's.
+
+    Raises:
+        AssertionError: if the embeddings differ by more than 1e-5.
+    """
+    adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(model, dtype=torch.float32), folder / "adapter")
+    merged = AutoModel.from_pretrained(folder / "merged")
+    with torch.no_grad():
+        expected, answers = embed(adapted.eval(), batch), embed(merged.eval(), batch)
+    torch.testing.assert_close(answers, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(merged.logit_scale, adapted.logit_scale, rtol=0, atol=0)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Fine-tunes and saves as the command line says; answers with the folder of the merged checkpoint."""
+    args = parse_arguments(argv)
+    set_seed(args.seed)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        # else accelerate takes no notice of torchrun's processes where there is no GPU
+        cpu=not torch.accelerator.is_available(),
+        # each process reads its own batches: each batch is padded to its own length
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+    )
+    base = AutoModel.from_pretrained(args.model, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(args.model)
+    lora = add_lora(base, args.rank, args.vision)
+    if accelerator.is_main_process:
+        lora.print_trainable_parameters()
+
+    records = scenes_dataset(args.num_scenes) if args.data == "scenes" else load_records(args.data, args.mapping)
+    collator = LoTLIPCollator(processor, seed=args.seed)
+    loader = DataLoader(records, args.batch_size, shuffle=isinstance(records, Dataset), collate_fn=collator)
+    optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=args.learning_rate)
+    model, optimizer, loader = accelerator.prepare(lora, optimizer, loader)
+    objective = Objective(
+        short_loss_weight=base.config.short_loss_weight, long_loss_weight=base.config.long_loss_weight
+    )
+    model.train()
+    for epoch in range(args.num_epochs):
+        collator.set_epoch(epoch)
+        losses = []
+        for batch in loader:
+            loss = batch_loss(model, batch, objective).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            clamp_logit_scale(model)
+            losses.append(loss.detach())
+        accelerator.print(f"epoch {epoch}: loss {accelerator.reduce(torch.stack(losses).mean(), 'mean'):.4f}")
+
+    if accelerator.is_main_process:
+        save_adapter(lora, args.output / "adapter")
+        lora.merge_and_unload().save_pretrained(args.output / "merged")
+        for folder in (args.output / "adapter", args.output / "merged"):
+            processor.save_pretrained(folder)
+        check(args.model, args.output, send_to_device(batch, "cpu"))
+        print(f"The adapter: {args.output / 'adapter'}\nA checkpoint with it merged: {args.output / 'merged'}")
+    accelerator.end_training()
+    return args.output / "merged"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Evaluation: how well images and texts find each other."""

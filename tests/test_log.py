@@ -1,0 +1,228 @@
+"""A run's log: no line is lost or half read, whenever the run is killed; and the curve shows what it holds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lotlip_hf.training.log import LOG_NAME, RECALLS, RunLog, draw_curve, read_log
+
+MODULE = sys.modules[RunLog.__module__].__file__  # run by itself in another process, which then imports no torch
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / LOG_NAME
+
+
+def written(path: Path, *steps: int) -> RunLog:
+    log = RunLog(path)
+    for step in steps:
+        log.write({"step": step, "loss": step / 8})
+    return log
+
+
+def steps_of(path: Path) -> list[int]:
+    return [entry["step"] for entry in read_log(path)]
+
+
+def a_run(path: Path, num_evaluations: int = 4, with_long: bool = True) -> None:
+    """The log of a run as the trainer writes it."""
+    log = RunLog(path)
+    noise = np.random.default_rng(0)
+    for step in range(10, 1010, 10):
+        short, long = (level * (0.2 + np.exp(-step / 300)) + 0.05 * noise.standard_normal() for level in (1, 3))
+        losses = {"loss": short + long, "loss_short": short, "loss_long": long}
+        log.write({"step": step, "epoch": 0.1, **(losses if with_long else {"loss": short, "loss_short": short})})
+        if num_evaluations and step % (1000 // num_evaluations) == 0:
+            recalls = zip(RECALLS, (0.6, 0.58, 0.2, 0.19), strict=True)
+            log.write({"step": step, "epoch": 0.1, **{name: value * step / 1000 for name, value in recalls}})
+
+
+def test_lines_are_read_as_written(path):
+    log = RunLog(path)
+    log.write({"step": np.int64(10), "loss": torch.tensor(0.5, requires_grad=True), "name": "ä\n", "none": None})
+    log.write({"step": 20, "loss": float("nan"), "rate": np.float32(0.25), "counts": {"records": 3}, "ids": ("a", 1)})
+    assert read_log(path) == [
+        {"step": 10, "loss": 0.5, "name": "ä\n", "none": None},
+        {"step": 20, "loss": None, "rate": 0.25, "counts": {"records": 3}, "ids": ["a", 1]},
+    ]
+    assert read_log(path.parent) == read_log(path)
+    for line in path.read_text().splitlines():  # JSON as others read it, without NaN
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_a_line_is_there_at_once(path):
+    log = written(path, 10)
+    assert steps_of(path) == [10]
+    log.write({"step": 20})
+    assert steps_of(path) == [10, 20]
+
+
+def test_an_old_log_is_added_to(path):
+    written(path, 10, 20)
+    written(path, 30)
+    assert steps_of(path) == [10, 20, 30]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 9, 23])
+def test_half_a_line_at_the_end(path, cut):
+    written(path, 10, 20)
+    os.truncate(path, path.stat().st_size - cut)
+    assert steps_of(path) == [10]
+    log = RunLog(path)
+    log.write({"step": 30})
+    assert steps_of(path) == [10, 30]
+
+
+def test_a_killed_process_loses_no_whole_line(path):
+    program = """
+import runpy, sys
+log = runpy.run_path(sys.argv[2])["RunLog"](sys.argv[1])
+step = 0
+while True:
+    step += 1
+    log.write({"step": step, "text": "x" * 300})
+    print(step, flush=True)
+"""
+    run = subprocess.Popen([sys.executable, "-c", program, str(path), MODULE], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    told = [int(run.stdout.readline()) for _ in range(50)]
+    run.send_signal(signal.SIGKILL)
+    told += [int(line) for line in run.stdout.read().splitlines() if line]
+    run.wait()
+    run.stdout.close()
+    RunLog(path).write({"step": 10**6})
+    steps = steps_of(path)
+    assert steps[-1] == 10**6
+    assert steps[:-1] == list(range(1, len(steps)))
+    assert len(steps) - 1 >= told[-1] >= 50
+
+
+@pytest.mark.parametrize(("step", "left"), [(100, [10, 20, 30]), (30, [10, 20, 30]), (29, [10, 20]), (-1, [])])
+def test_truncate(path, step, left):
+    log = written(path, 10, 20, 30)
+    log.truncate(step)
+    assert steps_of(path) == left
+    log.write({"step": 31})
+    assert steps_of(path) == [*left, 31]
+    assert [file.name for file in path.parent.iterdir()] == [LOG_NAME]
+
+
+def test_truncate_keeps_the_lines_as_they_were(path):
+    a_run(path)
+    before = read_log(path)
+    RunLog(path).truncate(500)
+    assert read_log(path) == [entry for entry in before if entry["step"] <= 500]
+
+
+def test_truncate_without_a_log(path):
+    RunLog(path).truncate(10)
+    assert not path.exists()
+
+
+def test_a_full_disk(path):
+    program = """
+import resource, runpy, sys
+log = runpy.run_path(sys.argv[2])["RunLog"](sys.argv[1])
+log.write({"step": 1})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # as if the disk were full after 100 bytes
+try:
+    log.write({"step": 2, "text": "x" * 300})
+except OSError:
+    print("refused")
+log.write({"step": 3})
+"""
+    run = subprocess.run([sys.executable, "-c", program, str(path), MODULE], capture_output=True, text=True)
+    assert run.stdout == "refused\n", run.stderr
+    assert steps_of(path) == [1, 3]
+
+
+def test_a_line_needs_a_step(path):
+    log = written(path, 10)
+    with pytest.raises(ValueError, match="must have a `step`"):
+        log.write({"loss": 1.0})
+    assert steps_of(path) == [10]
+
+
+@pytest.mark.parametrize("damage", ['{"step": 15, "lo', "[1]", '{"loss": 2}', '{"step": "x"}', ""])
+def test_damage_is_named(path, damage):
+    written(path, 10)
+    with open(path, "a") as file:
+        file.write(damage + "\n")
+    written(path, 20)
+    with pytest.raises(ValueError, match=rf"{LOG_NAME}, line 2: expected a JSON object with a `step`"):
+        read_log(path)
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match="line 2"):
+        RunLog(path).truncate(10)
+    assert path.read_bytes() == content
+
+
+def test_no_log(tmp_path):
+    with pytest.raises(FileNotFoundError, match=LOG_NAME):
+        read_log(tmp_path)
+
+
+def colours_of(picture: Path) -> set[tuple[int, int, int]]:
+    """The colours that the picture has much of."""
+    with Image.open(picture) as image:
+        return {colour for number, colour in image.convert("RGB").getcolors(1 << 24) if number > 40}
+
+
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # long and short
+
+
+def test_curve(path, tmp_path):
+    a_run(path)
+    draw_curve(path, tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.size == (1440, 480)
+    assert {BLUE, ORANGE} <= colours_of(tmp_path / "curve.png")
+
+
+def test_curve_of_a_run_without_long_captions_or_evaluation(path, tmp_path):
+    a_run(path, num_evaluations=0, with_long=False)
+    draw_curve(path.parent, tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.size == (720, 480)
+    colours = colours_of(tmp_path / "curve.png")
+    assert ORANGE in colours
+    assert BLUE not in colours
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"step": 1, "loss": 2.0, "loss_short": 1.0, "loss_long": 1.0},
+        {"step": 0, "long_image_to_text_r1": 0.5},
+    ],
+)
+def test_curve_of_one_line(path, tmp_path, entry):
+    RunLog(path).write(entry)
+    draw_curve(path, tmp_path / "curve.svg")
+    assert "<svg" in (tmp_path / "curve.svg").read_text()
+
+
+@pytest.mark.parametrize("entry", [{"step": 0, "note": "started"}, {"step": 1, "loss": float("nan")}])
+def test_curve_of_nothing(path, tmp_path, entry):
+    RunLog(path).write(entry)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_curve(path, tmp_path / "curve.png")
+    assert not (tmp_path / "curve.png").exists()
+
+
+def test_curve_without_matplotlib(path, tmp_path, monkeypatch):
+    written(path, 10)
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install lotlip-hf\[train\]"):
+        draw_curve(path, tmp_path / "curve.png")
