@@ -7,8 +7,10 @@ Small and quick, on pictures drawn for the purpose:
 From two pretrained encoders, on your own records, in two processes:
 
     accelerate launch --num_processes 2 examples/train.py --text-model google-bert/bert-base-uncased \
-        --image-model google/vit-base-patch16-224-in21k --data shards/*.tar --mapping dreamlip --output run
+        --image-model google/vit-base-patch16-224-in21k --data "shards/*.tar" --mapping dreamlip --output run
     accelerate launch --num_processes 2 examples/train.py --output run --resume
+
+Processes on CPUs are started by `torchrun --nproc_per_node 2`; `accelerate launch` starts one alone there.
 
 Options can come from a file too: `--config train.yaml`; each run keeps its own in `training_config.yaml`.
 """
@@ -16,13 +18,15 @@ Options can come from a file too: `--config train.yaml`; each run keeps its own 
 import sys
 from collections.abc import Sequence
 
+from accelerate import PartialState
+
 from lotlip_hf.training.arguments import parse_arguments
 from lotlip_hf.training.loop import train
 from lotlip_hf.training.setup import load_data, load_or_start_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train and say where the checkpoint is; 2 after an error, which is said in one line."""
+    """Train and say where the checkpoint is; 2 after an error, which is said in one line; 130 after Ctrl-C."""
     try:
         config = parse_arguments(argv, description=__doc__)
         model, processor = load_or_start_model(config)
@@ -31,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"The model is in {checkpoint}.")
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    PartialState().print(f"The model is in {checkpoint}.")
+    PartialState().destroy_process_group()
     return 0
 
 

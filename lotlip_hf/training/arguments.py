@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
 # What may differ from the first run's options when a run is resumed: none changes what is computed.
 RESUMABLE = frozenset(
-    "output resume num_workers log_steps save_steps save_total_limit trackers gradient_checkpointing compile".split()
+    "output resume on_error num_workers log_steps save_steps save_total_limit trackers gradient_checkpointing "
+    "compile".split()
 )
 
 
@@ -139,8 +141,8 @@ class TrainingConfig:
     image_learning_rate: float | None = _option(default=None, help="that of the image tower (`learning_rate`)")
     weight_decay: float = _option(default=0.05, help="of matrices; biases, norms and the logit scale have none")
     beta1: float = _option(default=0.9, help="of AdamW")
-    beta2: float = _option(default=0.98, help="of AdamW")
-    epsilon: float = _option(default=1e-6, help="of AdamW")
+    beta2: float = _option(default=0.999, help="of AdamW")
+    epsilon: float = _option(default=1e-8, help="of AdamW")
     warmup_steps: int = _option(default=0, help="steps in which the learning rate rises from 0")
     lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = _option(
         default="cosine", help="how the learning rate falls"
@@ -172,11 +174,15 @@ class TrainingConfig:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
         if self.mapping not in MAPPINGS:
             raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`{name}` must be a finite number, got {value}.")
         at_least = {
             1: "batch_size grad_cache_chunk gradient_accumulation_steps max_steps max_text_length projection_dim "
             "num_primary_components eval_samples eval_steps log_steps save_steps shuffle_buffer num_scenes",
             0: "num_corner_tokens unlocked_vision_layers num_workers num_long_texts num_sentences warmup_steps "
-            "save_total_limit weight_decay max_grad_norm learning_rate text_learning_rate image_learning_rate seed",
+            "save_total_limit weight_decay max_grad_norm learning_rate text_learning_rate image_learning_rate "
+            "epsilon short_loss_weight long_loss_weight seed",
         }
         for least, names in at_least.items():
             for name in names.split():
@@ -226,7 +232,11 @@ class TrainingConfig:
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the options to `training_config.yaml` in `folder`, which `--config` and `--resume` read."""
         options = {name: value for name, value in dataclasses.asdict(self).items() if name != "resume"}
-        Path(folder, CONFIG_NAME).write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+        path = Path(folder, CONFIG_NAME)
+        # half a file would be other options
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+        os.replace(partial, path)
 
 
 def parse_arguments(argv: Sequence[str] | None = None, description: str | None = None) -> TrainingConfig:
@@ -248,42 +258,52 @@ def parse_arguments(argv: Sequence[str] | None = None, description: str | None =
     argv = list(sys.argv[1:] if argv is None else argv)
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    first.add_argument("--output", default=TrainingConfig.output)
+    first.add_argument("--output")
     first.add_argument("--resume", nargs="?", const="true", default="false")
     known, _ = first.parse_known_args(argv)
 
     parser = _Parser(TrainingConfig, description=description, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags count more")
     is_resumed = "--help" not in argv and parser.parse_known_args(["--resume", known.resume])[0].resume
-    kept = Path(known.output, CONFIG_NAME)
-    from_files: list[str] = []
+    from_config = [] if known.config is None else _read_yaml(Path(known.config), parser)
+    kept: list[str] = []
     if is_resumed:
-        if not kept.exists():
-            raise FileNotFoundError(f"{kept}: there is no run to resume. Start it without `--resume`.")
-        from_files += _read_yaml(kept, parser)
-    if known.config is not None:
-        from_files += _read_yaml(Path(known.config), parser)
+        output = known.output or parser.parse_args(from_config).output
+        # the folder may have been moved
+        kept = [*_read_yaml(_kept_options(output), parser), f"--output={output}"]
     # one after the other, for the last one counts
-    namespace, unknown = parser.parse_known_args([*from_files, *argv])
+    namespace, unknown = parser.parse_known_args([*kept, *from_config, *argv])
     if unknown:
+        if not unknown[0].startswith("-"):
+            raise ValueError(
+                f"{unknown[0]} is one value too many. A pattern goes between quotes, or the shell makes names of it."
+            )
         raise ValueError(
             _unknown(unknown[0], [option for option in parser._option_string_actions if "_" not in option])
         )
-    options = vars(namespace)
-    options.pop("config")
-    config = TrainingConfig(**options)
+    config = _config(namespace)
     if is_resumed:
-        first_options = vars(parser.parse_args(_read_yaml(kept, parser)))
-        first_options.pop("config")
-        _check_resumed(TrainingConfig(**first_options), config)
+        check_resumed(config)
     return config
 
 
-def _check_resumed(first: TrainingConfig, now: TrainingConfig) -> None:
+def check_resumed(config: TrainingConfig) -> None:
+    """
+    Compares the options with those that the run in `config.output` was started with.
+
+    Args:
+        config: The options of the resumed run.
+
+    Raises:
+        ValueError: if one differs that changes what is computed; the message names it.
+        FileNotFoundError: if there is no run in `config.output`.
+    """
+    parser = _Parser(TrainingConfig, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
+    first = _config(parser.parse_args(_read_yaml(_kept_options(config.output), parser)))
     changed = [
-        f"`{field.name}` was {getattr(first, field.name)!r} and is {getattr(now, field.name)!r}"
+        f"`{field.name}` was {getattr(first, field.name)!r} and is {getattr(config, field.name)!r}"
         for field in dataclasses.fields(TrainingConfig)
-        if field.name not in RESUMABLE and getattr(first, field.name) != getattr(now, field.name)
+        if field.name not in RESUMABLE and getattr(first, field.name) != getattr(config, field.name)
     ]
     if changed:
         raise ValueError(
@@ -292,10 +312,21 @@ def _check_resumed(first: TrainingConfig, now: TrainingConfig) -> None:
         )
 
 
+def _kept_options(output: str | os.PathLike) -> Path:
+    path = Path(output, CONFIG_NAME)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no run to resume. Start it without `--resume`.")
+    return path
+
+
+def _config(namespace: argparse.Namespace) -> TrainingConfig:
+    return TrainingConfig(**{name: value for name, value in vars(namespace).items() if name != "config"})
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line in place of argparse's two screens of usage."""
-        raise ValueError(f"{message}. See --help.")
+        raise ValueError(f"{message.rstrip('.')}. See --help.")
 
 
 def _read_yaml(path: Path, parser: argparse.ArgumentParser) -> list[str]:
@@ -311,6 +342,7 @@ def _read_yaml(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     if not isinstance(options, dict):
         raise ValueError(f"{path}: expected lines of `option: value`, got {type(options).__name__}.")
     defaults = {field.name: field for field in dataclasses.fields(TrainingConfig) if field.name != "resume"}
+    lists = [name for name, hint in get_type_hints(TrainingConfig).items() if "list" in str(hint)]
     flags: list[str] = []
     for name, value in options.items():
         if name not in defaults:
@@ -319,6 +351,11 @@ def _read_yaml(path: Path, parser: argparse.ArgumentParser) -> list[str]:
             if defaults[name].default is not None:
                 raise ValueError(f"{path}: `{name}` has no value.")
             continue
+        if isinstance(value, dict) or isinstance(value, list) and name not in lists:
+            expected = "one value or a list" if name in lists else "one value"
+            raise ValueError(f"{path}: `{name}` must be {expected}, got {value!r}.")
+        if value is False and "no" in _choices(get_type_hints(TrainingConfig)[name]):
+            value = "no"  # YAML reads a bare `no` as false
         values = value if isinstance(value, list) else [value]
         if not values and name == "trackers":
             values = ["none"]

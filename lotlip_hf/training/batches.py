@@ -1,5 +1,6 @@
 """The batches of a run: which records, in which order, on which process. All of it follows from (seed, epoch)."""
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
@@ -30,6 +31,8 @@ def batches_per_epoch(num_records: int, config: TrainingConfig, num_processes: i
     Raises:
         ValueError: if there is none.
     """
+    if not num_records:
+        raise ValueError("There are no records: the data set is empty.")
     size = config.batch_size * num_processes
     full, rest = divmod(num_records, size)
     number = full + (not config.drop_last and rest >= num_processes)
@@ -96,6 +99,12 @@ class _Collator:
             return error
 
 
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C reaches the workers too, but the process that they work for decides when it is done with them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def iterate_batches(
     records: Dataset | IterableDataset,
     collator: LoTLIPCollator,
@@ -130,6 +139,7 @@ def iterate_batches(
         arguments: dict[str, Any] = {
             "num_workers": config.num_workers,
             "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": _ignore_signals,
             # its own, for a loader draws a number: a resumed run makes one loader more
             "generator": torch.Generator(),
         }

@@ -1,21 +1,28 @@
 """Checkpoints of a run, each whole or not there: a model for `AutoModel`, and in `state` what a resumed run needs."""
 
+import hashlib
 import json
 import os
+import random
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from transformers.utils import logging
 
 from ..distributed import max_over_ranks
+
+logger = logging.get_logger(__name__)
 
 STATE = "state"
 PROGRESS = "progress.json"
 PARTIAL = ".partial"
+RANDOM = "random_digest"
 
 
 class CheckpointError(RuntimeError):
@@ -63,35 +70,53 @@ def save_checkpoint(
     if final.exists():
         return final
     partial = Path(output, f"checkpoint-{step}{PARTIAL}")
-    reason = ""
-    try:
+
+    def make_folder() -> None:
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        save_model(partial)
+
+    def write_state() -> None:
         accelerator.save_state(str(partial / STATE))
         progress_file = partial / STATE / f"{accelerator.process_index}-{PROGRESS}"
-        progress_file.write_text(json.dumps(progress), encoding="utf-8")
+        progress_file.write_text(json.dumps({**progress, RANDOM: _random_digest()}), encoding="utf-8")
+
+    def publish() -> None:
         if accelerator.is_main_process:
             _sync(partial)
-    except Exception as error:  # torch and safetensors raise their own kinds where the disk is full
-        reason = str(error) or type(error).__name__
-    if not _is_ok_everywhere(not reason, accelerator):
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(output).free
-        raise CheckpointError(
-            f"{final} cannot be written: {reason or 'another process failed'} ({free / 1e9:.1f} GB are free there)."
-        )
-    if accelerator.is_main_process:
-        partial.rename(final)
-        _sync_folder(final.parent)
-        if save_total_limit:
-            for old in list_checkpoints(output)[:-save_total_limit]:
-                shutil.rmtree(old, ignore_errors=True)
+            partial.rename(final)
+            _sync_folder(final.parent)
+
+    # after each part all processes know whether it went well on all: in the next one they may wait for each other
+    for part in (make_folder, lambda: save_model(partial), write_state, publish):
+        reason = ""
+        try:
+            part()
+        except Exception as error:  # torch and safetensors raise their own kinds where the disk is full
+            reason = " ".join(str(error).split()) or type(error).__name__
+        if not _is_ok_everywhere(not reason, accelerator):
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            free = shutil.disk_usage(output).free
+            raise CheckpointError(
+                f"{final} cannot be written: {reason or 'another process failed'} ({free / 1e9:.1f} GB are free)."
+            )
+    if accelerator.is_main_process and save_total_limit:
+        for old in list_checkpoints(output)[:-save_total_limit]:
+            remove_checkpoint(old)
     accelerator.wait_for_everyone()
     return final
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Removes a checkpoint; one that is removed in part does not keep its name."""
+    partial = checkpoint.with_name(f"{checkpoint.name}{PARTIAL}")
+    try:
+        checkpoint.rename(partial)
+    except OSError as error:
+        logger.warning(f"{checkpoint} cannot be removed: {error}.")
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_checkpoint(checkpoint: Path, accelerator: Accelerator) -> dict[str, Any]:
@@ -109,6 +134,11 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator) -> dict[str, Any
         CheckpointError: if it cannot be read, or was written by another number of processes.
     """
     number = len(list((checkpoint / STATE).glob(f"*-{PROGRESS}")))
+    if not number:
+        raise CheckpointError(
+            f"{checkpoint} holds no state of a run to go on from ({STATE}/*-{PROGRESS}). Remove it to go on from the "
+            "one before it, or start a new run: `model` takes a checkpoint."
+        )
     if number != accelerator.num_processes:
         raise CheckpointError(
             f"{checkpoint} was written by {number} processes, this run has {accelerator.num_processes}: resume it "
@@ -117,10 +147,14 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator) -> dict[str, Any
     try:
         accelerator.load_state(str(checkpoint / STATE))
         file = checkpoint / STATE / f"{accelerator.process_index}-{PROGRESS}"
-        return json.loads(file.read_text(encoding="utf-8"))
+        progress = json.loads(file.read_text(encoding="utf-8"))
+        # accelerate goes on without them where it cannot read them
+        if progress.pop(RANDOM) != _random_digest():
+            raise ValueError("the random numbers' state is damaged")
+        return progress
     except Exception as error:  # torch and safetensors raise their own kinds on a damaged file
         raise CheckpointError(
-            f"{checkpoint} cannot be read ({error}). Remove it to go on from the one before it."
+            f"{checkpoint} cannot be read ({' '.join(str(error).split())}). Remove it to go on from the one before it."
         ) from error
 
 
@@ -128,6 +162,12 @@ def remove_partial(output: str | os.PathLike) -> None:
     """Removes what an interrupted save left."""
     for path in Path(output).glob(f"checkpoint-*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _random_digest() -> str:
+    """A digest of the random numbers to come, those of Python, NumPy and torch."""
+    states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    return hashlib.blake2b(repr(states).encode(), digest_size=16).hexdigest()
 
 
 def _is_ok_everywhere(ok: bool, accelerator: Accelerator) -> bool:

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, extract_model_from_parallel, send_to_device, set_seed
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -29,7 +32,7 @@ from ..distributed import gather, is_distributed, max_over_ranks
 from ..evaluation.retrieval import recalls
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
-from .arguments import CONFIG_NAME, TrainingConfig
+from .arguments import CONFIG_NAME, TrainingConfig, check_resumed
 from .batches import batches_per_epoch, iterate_batches
 from .checkpoint import (
     CheckpointError,
@@ -38,18 +41,24 @@ from .checkpoint import (
     remove_partial,
     save_checkpoint,
 )
-from .log import CURVE_NAME, LOG_NAME, RunLog, draw_curve
+from .log import CURVE_NAME, LOG_NAME, RECALLS, RunLog, draw_curve, read_log
 from .objective import Objective, batch_loss, cached_backward, clamp_logit_scale
-from .setup import freeze, parameter_groups, set_training_mode
+from .setup import freeze, parameter_groups, prepare_sharding, set_training_mode
 
 logger = logging.get_logger(__name__)
 
 # Record ids that an error names; a file holds all of them.
 MAX_IDS = 10
+# Signals so close to the first say nothing new.
+SAME_SIGNAL_SECONDS = 3.0
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or its gradient is not a number; the step was not taken."""
+    """The loss, its gradient or the weights are not finite; the checkpoints are from before."""
+
+
+class OtherProcessError(RuntimeError):
+    """Another process of the run has met an error; its own message says which."""
 
 
 def train(
@@ -83,11 +92,12 @@ def train(
 
     Raises:
         FileExistsError: if `config.output` holds another run's checkpoints.
-        NonFiniteLossError: if the loss is not a number; names the step, the records and the last checkpoint.
+        NonFiniteLossError: if the loss is not finite; names the step, the records and the last checkpoint.
         CheckpointError: if a checkpoint cannot be read, or the last one cannot be written, or there is no room for
             one from the start.
         ValueError: if options contradict the model or the data.
-        ImageError, RecordError: if a record is broken and `on_error` is `"raise"`.
+        ImageError, RecordError: if a record is broken and `on_error` is `"raise"`. What was trained so far is saved
+            first, so that the run can be resumed.
 
     Example:
 
@@ -101,11 +111,21 @@ def train(
     ```
     """
     accelerator = Accelerator(
+        # of processes on CPUs accelerate makes one run only if it is told that they are
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.trackers or None,
         project_dir=config.output,
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate would compute in float32 and say nothing
+        raise ValueError("`mixed_precision` fp16 needs a GPU: on a CPU use bf16 or no.")
+    missing = [name for name in config.trackers if name not in [*map(str, accelerator.log_with), "all"]]
+    if missing:
+        raise ValueError(
+            f"`trackers`: {', '.join(missing)} is not installed. Install it, or leave it out (none: no one)."
+        )
     return _Run(model, processor, records, config, eval_records, accelerator).run()
 
 
@@ -126,13 +146,19 @@ class _Run:
         self.output = Path(config.output)
         self.max_steps = self._max_steps()
         self.epoch, self.next_batch, self.step = 0, 0, 0
+        self.ids: list[str] = []  # records of the last step
         self.counts: Counter[str] = Counter()
+        self.window = _Window()
+        self.log: RunLog | None = None
+        self.is_log_broken = False
         self.checkpoint = self._prepare_folder()
 
-        set_seed(config.seed)
+        set_seed(config.seed, device_specific=True)
         freeze(model, config)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+            # an encoder has none, but transformers would warn, and tracing stop, at every layer
+            model.config.text_config.backbone_config.use_cache = False
         if config.compile:
             model.compile(dynamic=True)  # texts of every length
         weights = model.config
@@ -148,12 +174,13 @@ class _Run:
                 raise ValueError("`ema_decay` needs all weights in one place, which FSDP does not leave them in.")
             average = get_ema_multi_avg_fn(config.ema_decay)
             self.averaged = AveragedModel(model, accelerator.device, multi_avg_fn=average)
-        self.model: nn.Module = accelerator.prepare(model)
-        groups = parameter_groups(self.model, self.objective, config)
+        groups = parameter_groups(model, self.objective, config)
         optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)
-        self.optimizer = accelerator.prepare(optimizer)
         # not prepared: accelerate would step it once for each process
         self.scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, self.max_steps)
+        prepare_sharding(model, self.objective, accelerator)
+        prepared = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = cast(tuple[nn.Module, AcceleratedOptimizer], prepared)
         # a model, a scheduler and an objective have state_dict and load_state_dict
         for state in (self.scheduler, self.objective, self.averaged):
             if state is not None:
@@ -171,11 +198,18 @@ class _Run:
         if isinstance(self.records, IterableDataset):
             raise ValueError("The records are a stream, whose length is not known: set `max_steps`.")
         batches = batches_per_epoch(len(self.records), config, self.accelerator.num_processes)
-        return max(1, int(config.num_epochs * batches) // config.gradient_accumulation_steps)
+        # 0.29 x 100 is a little less than 29
+        max_steps = max(1, int(round(config.num_epochs * batches, 6)) // config.gradient_accumulation_steps)
+        if config.warmup_steps > max_steps:
+            raise ValueError(f"`warmup_steps` ({config.warmup_steps}) is more than the run's {max_steps} steps.")
+        return max_steps
 
     def _prepare_folder(self) -> Path | None:
         """The checkpoint to go on from, if any. What would fail only after hours is tried before."""
         checkpoints = list_checkpoints(self.output)
+        has_options = (self.output / CONFIG_NAME).exists()
+        if self.config.resume and has_options:
+            check_resumed(self.config)
         if checkpoints and not self.config.resume:
             raise FileExistsError(
                 f"{self.output} holds checkpoints of another run, up to {checkpoints[-1].name}: go on with it "
@@ -184,17 +218,22 @@ class _Run:
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
             remove_partial(self.output)
-            if not (self.config.resume and (self.output / CONFIG_NAME).exists()):
+            if not (self.config.resume and has_options):
                 self.config.save(self.output)
         self.accelerator.wait_for_everyone()
+        if self.config.resume and not checkpoints:
+            self.accelerator.print(f"{self.output} holds no checkpoint to go on from: starting anew.")
         return checkpoints[-1] if checkpoints else None
 
     def run(self) -> Path:
         config, accelerator = self.config, self.accelerator
         self._check_room()
-        log = RunLog(self.output / LOG_NAME) if accelerator.is_main_process else None
-        if log is not None:
-            log.truncate(self.step)
+        is_evaluated = False
+        if accelerator.is_main_process:
+            self.log = RunLog(self.output / LOG_NAME)
+            self.log.truncate(self.step)
+            lines = read_log(self.log.path) if self.log.path.exists() else []
+            is_evaluated = any(line["step"] == self.step and not RECALLS.keys().isdisjoint(line) for line in lines)
         accelerator.init_trackers("lotlip", config={name: _plain(value) for name, value in vars(config).items()})
         batches = iterate_batches(
             self.records,
@@ -206,56 +245,75 @@ class _Run:
             accelerator.num_processes,
         )
         set_training_mode(self.model)
-        window = _Window()
         description = f"Training ({accelerator.num_processes} processes)" if is_distributed() else "Training"
-        with (
-            _signals() as received,
-            tqdm(
-                total=self.max_steps,
-                initial=self.step,
-                desc=description,
-                unit="step",
-                disable=not accelerator.is_main_process,
-            ) as bar,
-        ):
-            while self.step < self.max_steps:
-                self._take_step(batches, window)
-                bar.update()
-                is_last = self.step == self.max_steps
-                if self.step % config.log_steps == 0 or is_last:
-                    values = self._log_values(window)
-                    bar.set_postfix(loss=f"{values['loss']:.3f}", samples=f"{values['samples_per_second']:.0f}/s")
-                    self._write(log, values)
-                    window = _Window()
-                is_due = config.eval_steps is not None and self.step % config.eval_steps == 0
-                if self.eval_records is not None and (is_due or is_last):
-                    self._write(log, self._evaluate())
-                    window.restart()
-                is_stopped = self._any(bool(received))
-                if is_stopped or is_last or (config.save_steps and self.step % config.save_steps == 0):
-                    self._save(required=is_stopped or is_last)
-                    window.restart()
-                if is_stopped:
-                    break
-        accelerator.end_training()
-        if log is not None:
-            draw_curve(self.output / LOG_NAME, self.output / CURVE_NAME)
+        try:
+            with (
+                closing(batches),
+                _signals() as received,
+                tqdm(
+                    total=self.max_steps,
+                    initial=self.step,
+                    desc=description,
+                    unit="step",
+                    disable=not accelerator.is_main_process,
+                ) as bar,
+            ):
+                if not self._any(is_evaluated):
+                    self._evaluate_if_due()  # a run that ended in an evaluation makes up for it when it is resumed
+                self.window.restart()
+                while self.step < self.max_steps:
+                    self._take_step(self._next_batches(batches))
+                    bar.update()
+                    is_last = self.step == self.max_steps
+                    if self.step % config.log_steps == 0 or is_last:
+                        values = self._log_values()
+                        bar.set_postfix(loss=f"{values['loss']:.3f}", samples=f"{values['samples_per_second']:.0f}/s")
+                        self._write(values)
+                        self.window = _Window()
+                    is_stopped = self._any(bool(received))
+                    if is_stopped or is_last or (config.save_steps and self.step % config.save_steps == 0):
+                        self._save(required=is_stopped or is_last)
+                        self.window.restart()
+                    if is_stopped and not is_last:
+                        break
+                    self._evaluate_if_due()
+        finally:
+            self._close_log()
         if self.step < self.max_steps:
             logger.warning(
                 f"Stopped after step {self.step}, saved in {self.checkpoint}. `--resume` goes on from there."
             )
+            # a signal's own action may end the process at once
+            sys.stdout.flush()
             # to this process's own handler, or another process's signal in its name
             signal.raise_signal(received[0] if received else signal.SIGTERM)
         assert self.checkpoint is not None
         return self.checkpoint
 
-    def _take_step(self, batches: Iterator[tuple[int, int, dict[str, Any]]], window: "_Window") -> None:
+    def _next_batches(self, batches: Iterator[tuple[int, int, dict[str, Any]]]) -> list[dict[str, Any]]:
+        """
+        A step's batches, all of them before the first is used: where one cannot be had, on this process or another,
+        the state is still that after the last step, and is saved.
+        """
+        taken, position, error = [], (self.epoch, self.next_batch), None
+        try:
+            for _ in range(self.config.gradient_accumulation_steps):
+                *position, batch = next(batches)
+                taken.append(batch)
+        except Exception as caught:  # whatever a data set raises
+            error = caught
+        if self._any(error is not None):
+            self._save_before_stop()
+            raise error or OtherProcessError("Another process has stopped; its own message says why.")
+        self.epoch, self.next_batch = position
+        return taken
+
+    def _take_step(self, batches: list[dict[str, Any]]) -> None:
         config, accelerator = self.config, self.accelerator
-        ids: list[str] = []
-        for _ in range(config.gradient_accumulation_steps):
-            self.epoch, self.next_batch, batch = next(batches)
-            batch_ids: list[str] = batch.pop("ids")
-            ids += batch_ids
+        self.ids = []
+        for batch in batches:
+            ids: list[str] = batch.pop("ids")
+            self.ids += ids
             self.counts.update(batch.pop("counts"))
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
             with accelerator.accumulate(self.model):
@@ -270,12 +328,14 @@ class _Run:
             losses = accelerator.reduce(torch.stack([*loss]).detach(), "mean")
             values = cast(torch.Tensor, losses).tolist()
             if not math.isfinite(values[0]):
-                self._stop_at_nan(f"the loss is {values[0]}", ids)
-            window.add(values, len(batch_ids) * accelerator.num_processes)
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm or math.inf)
+                self._stop_at_nan(self.step + 1, f"the loss is {values[0]}; the step was not taken")
+            self.window.add(values, len(ids) * accelerator.num_processes)
+        # each once: under FSDP the model holds the objective's parameter, too
+        trained = list(dict.fromkeys([*self.model.parameters(), *self.objective.parameters()]))
+        norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
         # a scaler skips the step itself, and tries again with a smaller scale
         if accelerator.scaler is None and norm is not None and not torch.isfinite(norm):
-            self._stop_at_nan(f"the norm of the gradient is {float(norm)}", ids)
+            self._stop_at_nan(self.step + 1, f"the gradient's norm is {float(norm)}; the step was not taken")
         self.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
@@ -285,28 +345,31 @@ class _Run:
         if self.averaged is not None:
             self.averaged.update_parameters(extract_model_from_parallel(self.model))
 
-    def _stop_at_nan(self, what: str, ids: list[str]) -> None:
+    def _stop_at_nan(self, step: int, what: str) -> None:
         """Every process knows of it: the loss and the norm are those of all."""
-        all_ids = _gathered(ids)
-        path = self.output / f"not-finite-{self.step + 1}.json"
+        all_ids = _gathered(self.ids)
+        path = self.output / f"not-finite-{step}.json"
+        listed = f", listed in {path}"
         if self.accelerator.is_main_process:
-            path.write_text(json.dumps({"step": self.step + 1, "reason": what, "ids": all_ids}), encoding="utf-8")
+            try:
+                path.write_text(json.dumps({"step": step, "reason": what, "ids": all_ids}), encoding="utf-8")
+            except OSError:
+                listed = ""
         named = f"{', '.join(all_ids[:MAX_IDS])}{', ...' if len(all_ids) > MAX_IDS else ''}"
         kept = (
             "There is no checkpoint yet." if self.checkpoint is None else f"The last checkpoint is {self.checkpoint}."
         )
         raise NonFiniteLossError(
-            f"Step {self.step + 1}: {what}; the step was not taken. {kept} The batch's {len(all_ids)} records, listed "
-            f"in {path}: {named}. A smaller learning rate, `mixed_precision` bf16 in place of fp16, or leaving out "
-            "broken records are what helps."
+            f"Step {step}: {what}. {kept} The step's {len(all_ids)} records{listed}: {named}. A smaller learning "
+            "rate, `mixed_precision` bf16 in place of fp16, or leaving out broken records are what helps."
         )
 
-    def _log_values(self, window: "_Window") -> dict[str, Any]:
+    def _log_values(self) -> dict[str, Any]:
         values = {
-            **window.means(),
+            **self.window.means(),
             "logit_scale": extract_model_from_parallel(self.model).logit_scale.exp().item(),
             "learning_rate": max(self.scheduler.get_last_lr()),
-            "samples_per_second": window.samples_per_second(),
+            "samples_per_second": self.window.samples_per_second(),
         }
         if self.config.on_error == "skip":
             total: Counter[str] = Counter()
@@ -315,21 +378,49 @@ class _Run:
             values |= total
         return values
 
-    def _write(self, log: RunLog | None, values: Mapping[str, Any]) -> None:
-        self.accelerator.log(dict(values), step=self.step)
-        if log is not None:
-            log.write({"step": self.step, "epoch": self.epoch, **values})
+    def _write(self, values: Mapping[str, Any]) -> None:
+        """A line of the log and of the trackers. Where one cannot be written the run goes on, and says so once."""
+        error = None
+        try:
+            if self.log is not None:
+                self.log.write({"step": self.step, "epoch": self.epoch, **values})
+        except OSError as caught:
+            error = caught
+        try:
+            self.accelerator.log(dict(values), step=self.step)
+        except Exception as caught:  # every tracker raises its own kinds
+            error = error or caught
+        if error is not None and not self.is_log_broken:
+            self.is_log_broken = True
+            logger.error(f"The log cannot be written ({error}). The run goes on; lines will be missing.")
 
-    def _evaluate(self) -> dict[str, float]:
-        assert self.eval_records is not None
-        if self.averaged is None:
-            model, restore = self.model, True
-        else:
-            model, restore = self.averaged, False
-        values = evaluate(model, self.processor, self.eval_records, self.config, self.accelerator)
-        if restore:
-            set_training_mode(self.model)
-        return values
+    def _close_log(self) -> None:
+        """Trackers write what they hold, and the curve is drawn. Neither undoes what was trained."""
+        for tracker in self.accelerator.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:  # every tracker raises its own kinds
+                logger.error(f"{tracker.name}: what it still holds cannot be written ({error}).")
+        if self.log is not None and self.log.path.exists():
+            try:
+                draw_curve(self.log.path, self.output / CURVE_NAME)
+            except (ImportError, OSError, ValueError) as error:
+                logger.warning(f"{CURVE_NAME} was not drawn: {error}")
+
+    def _evaluate_if_due(self) -> None:
+        steps = self.config.eval_steps
+        is_due = self.step == self.max_steps or (steps is not None and self.step > 0 and self.step % steps == 0)
+        if self.eval_records is None or not is_due:
+            return
+        model = self.model if self.averaged is None else self.averaged
+        try:
+            values = evaluate(model, self.processor, self.eval_records, self.config, self.accelerator)
+        except Exception:  # on all processes
+            self._save_before_stop()
+            raise
+        set_training_mode(self.model)
+        self._write(values)
+        self.window.restart()
 
     def _any(self, flag: bool) -> bool:
         """Whether it is so on any process."""
@@ -337,11 +428,16 @@ class _Run:
 
     def _save(self, required: bool) -> None:
         """A checkpoint; one that cannot be written stops the run only if it is the last chance."""
+        tensors = (*self.model.parameters(), *self.objective.parameters())
+        if self._any(not all(bool(tensor.isfinite().all()) for tensor in tensors)):
+            self._stop_at_nan(self.step, "the weights are not finite and were not saved")
         progress = {
             "step": self.step,
             "epoch": self.epoch,
             "next_batch": self.next_batch,
             "counts": dict(self.counts),
+            "window": self.window.state(),
+            "data": self._data(),
         }
         try:
             self.checkpoint = save_checkpoint(
@@ -352,12 +448,30 @@ class _Run:
                 raise
             logger.error(f"{error} The run goes on, and tries again after {self.config.save_steps} steps.")
 
+    def _save_before_stop(self) -> None:
+        """Saves the state after the last step, if it is not, for the run cannot go on."""
+        if not self.step:
+            return
+        try:
+            self._save(required=True)
+            logger.warning(f"What was trained so far is in {self.checkpoint}; `--resume` goes on from there.")
+        except (CheckpointError, NonFiniteLossError) as error:
+            logger.error(str(error))
+
+    def _data(self) -> dict[str, Any]:
+        """What the order of the records follows from, beside the options."""
+        if isinstance(self.records, IterableDataset):
+            return {"num_workers": self.config.num_workers}  # the workers share the shards
+        return {"num_records": len(self.records)}
+
     def _save_model(self, folder: Path) -> None:
         model = extract_model_from_parallel(self.model)
         if self.averaged is not None:
             model, weights = self.averaged.module, None
         else:
             weights = self.accelerator.get_state_dict(self.model)
+            for name, _ in self.objective.named_parameters():
+                weights.pop(name, None)  # see `prepare_sharding`
         if self.accelerator.is_main_process:
             cast(LoTLIPModel, model).save_pretrained(folder, state_dict=weights)
             self.processor.save_pretrained(folder)
@@ -368,6 +482,14 @@ class _Run:
         progress = load_checkpoint(self.checkpoint, self.accelerator)
         self.step, self.epoch, self.next_batch = progress["step"], progress["epoch"], progress["next_batch"]
         self.counts.update(progress["counts"])
+        self.window = _Window(**progress["window"])
+        for name, number in self._data().items():
+            first = progress["data"].get(name)
+            if first != number:
+                raise ValueError(
+                    f"{self.checkpoint} was written with `{name}` = {first}, now it is {number}: the batches would be "
+                    "others. Go on with the same records and, of a stream, as many workers."
+                )
         self.accelerator.print(f"Going on from {self.checkpoint}.")
 
     def _check_room(self) -> None:
@@ -388,11 +510,15 @@ class _Run:
 class _Window:
     """Means since the last line of the log."""
 
-    def __init__(self) -> None:
-        self.sums = [0.0, 0.0, 0.0]
-        self.batches, self.samples, self.timed_samples = 0, 0, 0
+    def __init__(
+        self, sums: Sequence[float] = (0.0, 0.0, 0.0), batches: int = 0, samples: int = 0, seconds: float = 0.0
+    ) -> None:
+        self.sums, self.batches, self.samples, self.seconds = list(sums), batches, samples, seconds
         self.start = time.perf_counter()
-        self.seconds = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """Its arguments, to go on with."""
+        return {"sums": self.sums, "batches": self.batches, "samples": self.samples, "seconds": self.seconds}
 
     def add(self, losses: list[float], samples: int) -> None:
         self.sums = [total + loss for total, loss in zip(self.sums, losses, strict=True)]
@@ -446,8 +572,13 @@ def evaluate(
         chosen = records.select(range(min(config.eval_samples, len(records))))
     if len(chosen) < num_processes:
         raise ValueError(f"{len(chosen)} records to evaluate on are fewer than the {num_processes} processes.")
-    captioner = config.captioners[0] if config.captioners else 0
-    sampling = CaptionSampling(num_long_texts=1, num_sentences=None, captioners=(captioner,), splitter=config.splitter)
+    captioner = config.captioners[0] if config.captioners else None
+    sampling = CaptionSampling(
+        num_long_texts=1,
+        num_sentences=None,
+        captioners=None if captioner is None else (captioner,),
+        splitter=config.splitter,
+    )
     collator = LoTLIPCollator(processor, sampling, on_error=config.on_error)
     # as many batches on every process, for a wrapper may communicate in each
     part = np.array_split(np.arange(len(chosen)), num_processes)[rank]
@@ -457,8 +588,14 @@ def evaluate(
     images, texts = [], []
     model.eval()
     for rows in np.array_split(part, num_batches):
-        batch = cast(dict[str, Any], send_to_device(collator([chosen[int(row)] for row in rows]), device))
-        batch["return_loss"] = False
+        batch, error = {}, None
+        try:
+            batch = collator([_with_one_caption(chosen[int(row)], captioner) for row in rows])
+        except Exception as caught:  # the other processes wait in the forward pass
+            error = caught
+        if max_over_ranks(torch.tensor(int(error is not None), device=device)).item():
+            raise error or OtherProcessError("Another process has stopped; its own message says why.")
+        batch = {**send_to_device(batch, device), "return_loss": False}
         with nullcontext() if accelerator is None else accelerator.autocast():
             outputs = model(**batch)
         images.append(outputs.image_embeds.float())
@@ -471,16 +608,33 @@ def evaluate(
     return values
 
 
+def _with_one_caption(record: Mapping[str, Any], captioner: int | None) -> Mapping[str, Any]:
+    """The record with the first of its long captions, if it has any, unless `captioner` says which to take."""
+    captions = record["long_captions"]
+    return {**record, "long_captions": captions[:1]} if captioner is None and isinstance(captions, list) else record
+
+
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The first interrupt or termination is noted, to stop at the end of the step; the second one does what it did."""
+    """
+    The first interrupt or termination is noted, to stop at the end of the step; a later one does what it always did.
+
+    One that follows at once is the same: Ctrl-C reaches the processes from the terminal and from their launcher.
+    """
     received: list[int] = []
     before: dict[int, Any] = {}
+    first_at = 0.0
 
     def note(number: int, frame: Any) -> None:
-        received.append(number)
-        logger.warning("Stopping after this step; the checkpoint is being written. Once more stops at once.")
-        restore()
+        nonlocal first_at
+        if not received:
+            received.append(number)
+            first_at = time.monotonic()
+            # not by the logger, whose stream may be in the middle of a line
+            os.write(2, b"\nStopping after this step; the checkpoint is being written. Once more stops at once.\n")
+        elif time.monotonic() - first_at > SAME_SIGNAL_SECONDS:
+            restore()
+            signal.raise_signal(number)
 
     def restore() -> None:
         for number, handler in before.items():

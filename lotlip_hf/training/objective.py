@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
@@ -248,7 +249,17 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Any], loss_function: LossFu
     Returns:
         [`LoTLIPLoss`]
     """
-    return loss_function(*embed(model, batch), extract_model_from_parallel(model).logit_scale.exp())
+    return loss_function(*embed(model, batch), _averaged(_logit_scale(model), model).exp())
+
+
+def _logit_scale(model: nn.Module) -> torch.Tensor:
+    return extract_model_from_parallel(model).logit_scale
+
+
+def _averaged(parameter: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """A scalar of the model, its gradient averaged over the ranks where the model's wrapper does not: FSDP leaves
+    scalars alone."""
+    return average_gradient(parameter) if isinstance(model, FSDPModule) else parameter
 
 
 def cached_backward(
@@ -308,10 +319,10 @@ def cached_backward(
     torch.clear_autocast_cache()  # older versions of torch keep weights without a graph in it
 
     embeddings = _map(lambda *parts: torch.cat(parts).requires_grad_(), *cached)
-    logit_scale = extract_model_from_parallel(model).logit_scale
+    logit_scale = _logit_scale(model)
     parameters = [logit_scale, *(loss_function.parameters() if isinstance(loss_function, nn.Module) else ())]
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    loss = loss_function(*embeddings, logit_scale.exp())
+    loss = loss_function(*embeddings, _averaged(logit_scale, model).exp())
     leaves = [embeds for embeds in embeddings if embeds is not None]
     # a caller's autocast is for the forward passes alone
     exact = partial(torch.autocast, logit_scale.device.type, enabled=False)

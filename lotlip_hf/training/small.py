@@ -7,7 +7,7 @@ import torch
 
 from ..data.scenes import BACKGROUNDS, COLOURS, GRID, PLACES, SHAPES, WORDS
 from ..modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
-from ..modeling.modeling_lotlip import LoTLIPModel
+from ..modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
 from ..modeling.processing_lotlip import LoTLIPProcessor, official_image_processor
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
 
@@ -18,8 +18,11 @@ OTHER_WORDS = (
     "squares stars ten the there thirteen three to triangles twelve two with you"
 )
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+IMAGE_SIZE = 64
 # A patch is a cell of the pictures' grid: the tower need not learn which patches make one object.
-PATCH_SIZE = 22
+PATCH_SIZE = IMAGE_SIZE // GRID
+# How much larger than other weights those start that hand on what a text's words say: an average of many is small.
+ATTENTION_GAIN = 1.7
 LONGEST_PERIOD = 100  # in tokens, times 2 pi, of the first position embeddings
 
 
@@ -35,9 +38,15 @@ def small_model(
     (`lotlip_hf.data.scenes`) in minutes on a CPU. Its vocabulary is that of the captions of Scenes; of other words it
     sees the letters.
 
-    Two things make it learn sooner than the usual start of such towers: weights of a deviation of one over the square
-    root of the width, at which a layer hands on what it reads, and position embeddings that begin as the sinusoids of
-    Vaswani et al. (2017, section 3.5), by which a word finds its neighbours. They are trained as everything else is.
+    From the usual weights such towers learn nothing for hundreds of steps, and how many depends on the seed. These
+    start so that the embeddings tell pictures and texts apart from the first step; all of it is trained further.
+
+    - Weights have a deviation of one over the square root of the width, at which a layer hands on what it reads, and
+      the text's attention a larger one.
+    - The text's position embeddings are the sinusoids of Vaswani et al. (2017, section 3.5), by which a word finds its
+      neighbours, also at positions that training never reaches.
+    - The filters of the patches see colours, not brightness, which the background decides on, and the positions of
+      the patches are as large as what these see.
 
     Args:
         num_corner_tokens: Corner tokens m.
@@ -74,7 +83,6 @@ def small_model(
     tokenizer = LoTLIPTokenizer(
         vocab={token: number for number, token in enumerate(_vocabulary())}, model_max_length=max_text_length
     )
-    image_size = GRID * PATCH_SIZE
     size = {
         "hidden_size": hidden_size,
         "num_hidden_layers": num_hidden_layers,
@@ -96,17 +104,16 @@ def small_model(
         projection_dim=hidden_size,
     )
     vision_config = LoTLIPVisionConfig(
-        backbone_config={"model_type": "vit", "image_size": image_size, "patch_size": PATCH_SIZE, **size},
+        backbone_config={"model_type": "vit", "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, **size},
         pooling="cls",
         projection_dim=hidden_size,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = LoTLIPModel(LoTLIPConfig(text_config=text_config, vision_config=vision_config))
-    positions = model.text_model.backbone.embeddings.position_embeddings.weight
-    with torch.no_grad():
-        positions.copy_(size["initializer_range"] * 2**0.5 * _sinusoids(*positions.shape))
-    return model.eval(), LoTLIPProcessor(official_image_processor(image_size), tokenizer)
+        _start_text(model.text_model)
+        _start_vision(model.vision_model)
+    return model.eval(), LoTLIPProcessor(official_image_processor(IMAGE_SIZE), tokenizer)
 
 
 def _vocabulary() -> list[str]:
@@ -115,6 +122,24 @@ def _vocabulary() -> list[str]:
     words = {word for phrase in (*names, OTHER_WORDS) for word in re.findall("[a-z]+", phrase)}
     characters = string.ascii_lowercase + string.digits + string.punctuation
     return [*SPECIAL_TOKENS, *sorted(words.union(characters)), *(f"##{character}" for character in characters)]
+
+
+def _start_text(tower: LoTLIPTextModel) -> None:
+    for layer in tower.backbone.encoder.layer:
+        layer.attention.self.value.weight.mul_(ATTENTION_GAIN)
+        layer.attention.output.dense.weight.mul_(ATTENTION_GAIN)
+    positions = tower.backbone.embeddings.position_embeddings.weight
+    # of the deviation of the word embeddings that they are added to
+    positions.copy_(tower.config.initializer_range * 2**0.5 * _sinusoids(*positions.shape))
+
+
+def _start_vision(tower: LoTLIPVisionModel) -> None:
+    embeddings = tower.backbone.embeddings
+    embeddings.position_embeddings.normal_(std=0.5)
+    filters = embeddings.patch_embeddings.projection.weight  # [hidden_size, 3, PATCH_SIZE, PATCH_SIZE]
+    # of a patch in one colour, the colour all over a filter makes twice as much as the differences within
+    filters.normal_().add_(2 / PATCH_SIZE * torch.randn(len(filters), 3, 1, 1))
+    filters.sub_(filters.mean(1, keepdim=True)).div_(filters[0].numel() ** 0.5)
 
 
 def _sinusoids(num_positions: int, size: int) -> torch.Tensor:

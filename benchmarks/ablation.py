@@ -1,0 +1,453 @@
+"""The paper's study in small: what long captions, corner tokens, their mask, sub-captions and the token limit bring.
+
+Trains a small model on Scenes for each setting and seed, one after the other, and measures retrieval over 500 held-out
+scenes. Each result is kept at once in `benchmarks/results/ablation.jsonl`: an interrupted study goes on where it was,
+and what is there is not trained again.
+
+    python benchmarks/ablation.py                             # trains what is missing; then the table and the picture
+    python benchmarks/ablation.py --only captions tokens-32   # groups of settings, or single ones
+    python benchmarks/ablation.py --report                    # the table and the picture of what is there
+
+All settings differ from one, `corners-2`, in one thing. Three sentences a sub-caption and 128 tokens are its own, so
+it is a part of every group and trained once.
+
+`mask-off` lets the words and [CLS] see the corner tokens, and these each other. With the mask on, a text's feature is
+the same with or without the corner tokens, so they are left out at inference; without the mask that is not so. Hence
+this setting has them in every text, short and long, in training and in evaluation, and the feature compared is that of
+[CLS], as in all settings.
+
+Held-out scenes come in groups of four that share their short caption: no model finds more than 25 % by it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
+from transformers.masking_utils import create_bidirectional_mask
+
+from lotlip_hf import LoTLIPModel
+from lotlip_hf.modeling import modeling_lotlip
+from lotlip_hf.training.arguments import TrainingConfig
+from lotlip_hf.training.log import LOG_NAME, read_log
+from lotlip_hf.training.loop import NonFiniteLossError, train
+from lotlip_hf.training.setup import load_data, load_or_start_model
+
+RESULTS = Path(__file__).resolve().parent / "results" / "ablation.jsonl"
+
+# What `corners-2` is trained with.
+BASE: dict[str, Any] = {
+    "model": "scenes",
+    "num_corner_tokens": 2,
+    "corner_mask": True,
+    "max_text_length": 128,
+    "data": "scenes",
+    "num_scenes": 5000,
+    "num_long_texts": 1,
+    "num_sentences": 3,
+    "batch_size": 64,
+    "max_steps": 400,
+    "learning_rate": 1.5e-3,
+    "warmup_steps": 100,
+    "weight_decay": 0.05,
+    "beta2": 0.999,
+    "eval_data": "scenes",
+    "eval_split": "test",
+    "eval_samples": 500,
+}
+
+
+class Setting(NamedTuple):
+    """What is trained: its name, how the picture calls it, and in what it differs from `BASE`."""
+
+    name: str
+    label: str
+    changes: dict[str, Any]
+
+
+def _numbered(name: str, option: str, labels: Mapping[int, str]) -> list[Setting]:
+    return [Setting(f"{name}-{label}", label, {option: number}) for number, label in labels.items()]
+
+
+GROUPS: dict[str, list[Setting]] = {
+    "captions": [
+        Setting("short", "short\nonly", {"num_long_texts": 0, "num_corner_tokens": 0}),
+        Setting("long", "and long", {"num_corner_tokens": 0}),
+        Setting("corners-1", "1 corner", {"num_corner_tokens": 1}),
+        Setting("corners-2", "2 corners", {}),
+        Setting("corners-4", "4 corners", {"num_corner_tokens": 4}),
+        Setting("mask-off", "2 corners,\nmask off", {"corner_mask": False}),
+    ],
+    "sentences": _numbered("sentences", "num_sentences", {1: "1", 2: "2", 3: "3", 4: "4", 0: "all"}),
+    "tokens": _numbered("tokens", "max_text_length", {number: str(number) for number in (32, 64, 128, 192, 256)}),
+}
+TITLES = {
+    "captions": "Captions and corner tokens",
+    "sentences": "Sentences of a sub-caption",
+    "tokens": "Token limit",
+}
+# (a setting, another one, what the paper says of the first one's retrieval by long captions)
+COMPARISONS = [
+    ("long", "short", "better"),
+    ("corners-1", "long", "better"),
+    ("corners-2", "long", "better"),
+    ("corners-4", "long", "better"),
+    ("corners-2", "mask-off", "better"),
+    ("sentences-3", "sentences-1", "-"),
+    ("sentences-3", "sentences-all", "-"),
+    ("tokens-64", "tokens-32", "better"),
+    ("tokens-128", "tokens-64", "better"),
+    ("tokens-192", "tokens-128", "better"),
+    ("tokens-256", "tokens-192", "the same"),
+]
+RECALLS = [f"{length}_{way}_r1" for length in ("long", "short") for way in ("image_to_text", "text_to_image")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Trains what is missing, and reports.
+
+    Args:
+        argv: The arguments; by default those of the process.
+
+    Returns:
+        The exit status: 0, or 1 if a run had no result.
+    """
+    arguments = parse_arguments(argv)
+    torch.set_num_threads(arguments.threads)
+    base = {**BASE, "max_steps": arguments.steps, "num_scenes": arguments.num_scenes}
+    base |= {"batch_size": arguments.batch_size, "eval_samples": arguments.eval_samples}
+    base["warmup_steps"] = min(BASE["warmup_steps"], arguments.steps // 4)
+    chosen = [
+        setting
+        for group, settings in GROUPS.items()
+        for setting in settings
+        if not arguments.only or group in arguments.only or setting.name in arguments.only
+    ]
+    failed = 0
+    if not arguments.report:
+        failed = run_study(base, chosen, arguments.seeds, arguments.results)
+    report(base, arguments.seeds, arguments.results)
+    return 1 if failed else 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of the command line; see `--help`."""
+    names = [*GROUPS, *dict.fromkeys(setting.name for settings in GROUPS.values() for setting in settings)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights, data and draws (0 1 2)")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--steps", type=int, default=BASE["max_steps"], help="of the optimiser (%(default)s)")
+    parser.add_argument("--num-scenes", type=int, default=BASE["num_scenes"], help="to train on (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=BASE["batch_size"], help="images in a step (%(default)s)")
+    parser.add_argument("--eval-samples", type=int, default=BASE["eval_samples"], help="held-out scenes (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (%(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the results, the picture beside it")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    return parser.parse_args(argv)
+
+
+def run_study(base: Mapping[str, Any], settings: Sequence[Setting], seeds: Sequence[int], results: Path) -> int:
+    """
+    Trains every setting with every seed that has no result yet, all settings with one seed first.
+
+    Args:
+        base: What the settings differ from.
+        settings: The settings.
+        seeds: Seeds.
+        results: File that each result is added to.
+
+    Returns:
+        How many runs came to nothing, since their loss was not a number.
+    """
+    wanted: dict[str, tuple[Setting, dict[str, Any]]] = {}
+    for seed in seeds:
+        for setting in settings:
+            options = {**base, **setting.changes, "seed": seed}
+            # two names of the same options are one run
+            wanted.setdefault(json.dumps(options, sort_keys=True), (setting, options))
+    known = [entry["options"] for entry in read_results(results)]
+    missing = [(setting, options) for setting, options in wanted.values() if options not in known]
+    tqdm.write(f"{len(wanted)} runs, {len(missing)} of them to be done.")
+    results.parent.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for setting, options in tqdm(missing, desc="Runs", unit="run", disable=not missing):
+        name = f"{setting.name}, seed {options['seed']}"
+        start = time.perf_counter()
+        try:
+            recalls = run(options)
+        except NonFiniteLossError as error:
+            failed += 1
+            tqdm.write(f"{name}: no result. {error}", file=sys.stderr)
+            continue
+        entry = {
+            "setting": setting.name,
+            "options": options,
+            "results": recalls,
+            "seconds": round(time.perf_counter() - start, 1),
+            **machine(),
+        }
+        with open(results, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        long, short = (
+            f"{100 * recalls[one]:.1f} / {100 * recalls[other]:.1f} %" for one, other in (RECALLS[:2], RECALLS[2:])
+        )
+        tqdm.write(f"{name}: R@1 by long captions {long}, by short ones {short}; {entry['seconds']:.0f} s")
+    return failed
+
+
+def run(options: Mapping[str, Any]) -> dict[str, float]:
+    """
+    Trains one model and evaluates it.
+
+    Args:
+        options: Those of [`TrainingConfig`], and `corner_mask`.
+
+    Returns:
+        Recalls of the trained model, as the trainer's log has them, and `long_cut`, the share of the long captions
+        evaluated that the token limit cut.
+    """
+    options = dict(options)
+    has_mask = options.pop("corner_mask")
+    with tempfile.TemporaryDirectory() as output:
+        config = TrainingConfig(**options, output=f"{output}/run", trackers=[], num_workers=0)
+        model, processor = load_or_start_model(config)
+        records, eval_records = load_data(config)
+        with nullcontext() if has_mask else corner_mask_off(model):
+            train(model, processor, records, config, eval_records)
+        evaluation = [entry for entry in read_log(Path(config.output, LOG_NAME)) if RECALLS[0] in entry][-1]
+    captions = [captions[0] for captions in eval_records.select(range(config.eval_samples))["long_captions"]]
+    lengths = [len(ids) for ids in processor.tokenizer(captions, truncation=False, verbose=False)["input_ids"]]
+    cut = statistics.mean(length > processor.tokenizer.model_max_length for length in lengths)
+    recalls = {name: value for name, value in evaluation.items() if name not in ("step", "epoch")}
+    return {**recalls, "long_cut": cut}
+
+
+@contextmanager
+def corner_mask_off(model: LoTLIPModel) -> Iterator[None]:
+    """
+    Within it every token of a text sees every other one, the corner tokens included, which are then in every text, in
+    evaluation too. Only padding stays hidden.
+
+    Args:
+        model: The model; no other one may be used meanwhile.
+    """
+
+    def with_corners(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return args, {**kwargs, "output_corner_embeds": True}
+
+    def padding_mask(
+        config: PreTrainedConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, num_corner_tokens: int
+    ) -> Any:
+        text_mask = torch.nn.functional.pad(attention_mask.bool(), (0, num_corner_tokens), value=True)
+        return create_bidirectional_mask(config=config, inputs_embeds=inputs_embeds, attention_mask=text_mask)
+
+    handle = model.text_model.register_forward_pre_hook(with_corners, with_kwargs=True)
+    try:
+        with mock.patch.object(modeling_lotlip, "create_corner_mask", padding_mask):
+            yield
+    finally:
+        handle.remove()
+
+
+def machine() -> dict[str, Any]:
+    """What a result was computed with, and when; nothing that names the machine or its folders."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {
+            "lotlip-hf": version("lotlip-hf"),
+            "commit": commit,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def read_results(results: Path) -> list[dict[str, Any]]:
+    """
+    The results that are there.
+
+    Args:
+        results: Their file.
+
+    Returns:
+        One `dict` a run, with `options` and `results`; none where there is no file.
+
+    Raises:
+        ValueError: if a line is damaged; the message names it.
+    """
+    if not results.exists():
+        return []
+    entries = []
+    for number, line in enumerate(results.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(
+                f"{results}, line {number}: expected a JSON object ({error}). Remove the line."
+            ) from error
+    return entries
+
+
+def report(base: Mapping[str, Any], seeds: Sequence[int], results: Path) -> None:
+    """
+    Prints the tables, in Markdown, and draws the picture beside the results.
+
+    Args:
+        base: What the settings differ from; results of other ones are left out.
+        seeds: Seeds to report; others are left out.
+        results: File of the results.
+
+    Raises:
+        ValueError: if there is nothing to report.
+    """
+    entries = read_results(results)
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for settings in GROUPS.values():
+        for setting in settings:
+            of_seed = {}
+            for seed in seeds:
+                options = {**base, **setting.changes, "seed": seed}
+                match = [entry for entry in entries if entry["options"] == options]
+                if match:
+                    of_seed[seed] = match[-1]
+            if of_seed:
+                found[setting.name] = of_seed
+    if not found:
+        raise ValueError(
+            f"{results} holds {len(entries)} runs, none of them with these options: {json.dumps(dict(base))}, "
+            f"seeds {', '.join(map(str, seeds))}."
+        )
+    print(
+        f"\nR@1 in % over {base['eval_samples']} held-out scenes (chance {100 / base['eval_samples']:.1f}): mean and "
+        f"standard deviation over the seeds, after {base['max_steps']} steps of {base['batch_size']} scenes."
+    )
+    for group, settings in GROUPS.items():
+        rows = [setting for setting in settings if setting.name in found]
+        if not rows:
+            continue
+        columns = [name.removesuffix("_r1").replace("_", " ") for name in RECALLS]
+        print(f"\n| {TITLES[group]} | {' | '.join(columns)} | captions cut | seeds | seconds a run |")
+        print("|---|" + "---:|" * (len(columns) + 3))
+        for setting in rows:
+            runs = list(found[setting.name].values())
+            cells = [_mean_and_spread([100 * one["results"][name] for one in runs]) for name in RECALLS]
+            cells += [f"{100 * statistics.mean(one['results']['long_cut'] for one in runs):.0f} %", str(len(runs))]
+            cells += [f"{statistics.mean(one['seconds'] for one in runs):.0f}"]
+            print(f"| {setting.label.replace(chr(10), ' ')} | {' | '.join(cells)} |")
+    _print_comparisons(found)
+    picture = results.with_suffix(".png")
+    draw(found, picture)
+    print(f"\nThe picture: {os.path.relpath(picture)}")
+
+
+def _print_comparisons(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> None:
+    lines = []
+    for name, other, expected in COMPARISONS:
+        seeds = sorted(found.get(name, {}).keys() & found.get(other, {}).keys())
+        if not seeds:
+            continue
+        cells = []
+        for length in ("long", "short"):
+            differences = [
+                100 * (_both_ways(found[name][seed], length) - _both_ways(found[other][seed], length))
+                for seed in seeds
+            ]
+            mean = statistics.mean(differences)
+            is_clear = len(seeds) > 2 and abs(mean) > 2 * statistics.stdev(differences)
+            verdict = "no clear difference" if not is_clear else "better" if mean > 0 else "worse"
+            cells += [_mean_and_spread(differences, sign="+"), verdict]
+        lines.append(f"| {name} | {other} | {expected} | {' | '.join(cells)} | {len(seeds)} |")
+    if lines:
+        print(
+            "\nDifferences in points of R@1, both directions together. Clear is one whose mean over at least three "
+            "seeds is more than twice its standard deviation.\n"
+        )
+        print("| setting | against | long: the paper | long: here | | short: here | | seeds |")
+        print("|---|---|---|---:|---|---:|---|---:|")
+        print("\n".join(lines))
+
+
+def _both_ways(entry: Mapping[str, Any], length: str) -> float:
+    """R@1 of long or short captions, the mean of both directions."""
+    return statistics.mean(entry["results"][name] for name in RECALLS if name.startswith(length))
+
+
+def _mean_and_spread(values: Sequence[float], sign: str = "") -> str:
+    mean = f"{statistics.mean(values):{sign}.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def draw(found: Mapping[str, Mapping[int, Mapping[str, Any]]], picture: Path) -> None:
+    """
+    Draws R@1 by long and by short captions in each setting, group by group: every seed a dot, the mean and the
+    standard deviation.
+
+    Args:
+        found: The name of a setting, a seed, and its result.
+        picture: The file.
+    """
+    from matplotlib.figure import Figure
+
+    groups = {group: [one for one in settings if one.name in found] for group, settings in GROUPS.items()}
+    groups = {group: settings for group, settings in groups.items() if settings}
+    figure = Figure(figsize=(1.2 + sum(0.9 + 0.75 * len(settings) for settings in groups.values()), 4.5))
+    figure.set_layout_engine("constrained")
+    widths = [1 + len(settings) for settings in groups.values()]
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False, width_ratios=widths)[0]
+    for axes, (group, settings) in zip(panels, groups.items(), strict=True):
+        for length, colour, shift in (("long", "C0", -0.12), ("short", "C1", 0.12)):
+            values = [[100 * _both_ways(run, length) for run in found[one.name].values()] for one in settings]
+            places = [place + shift for place in range(len(settings))]
+            means = [statistics.mean(of_seeds) for of_seeds in values]
+            spreads = [statistics.stdev(of_seeds) if len(of_seeds) > 1 else 0.0 for of_seeds in values]
+            label = f"{length} captions: mean, standard deviation"
+            axes.errorbar(places, means, spreads, fmt="_", color=colour, markersize=14, capsize=4, label=label)
+            for place, of_seeds in zip(places, values, strict=True):
+                axes.plot([place] * len(of_seeds), of_seeds, ".", color=colour, alpha=0.5)
+        axes.axhline(25, color="C1", linestyle=":", linewidth=1, label="the most that short captions allow")
+        axes.set_xticks(range(len(settings)), [one.label for one in settings])
+        axes.set_xlim(-0.6, len(settings) - 0.4)
+        axes.set_title(TITLES[group])
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("R@1 (%), both directions")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.savefig(picture, dpi=120)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"ablation: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("ablation: interrupted; what was trained is kept, and the same command goes on from there.")
