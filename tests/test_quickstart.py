@@ -1,19 +1,21 @@
-"""`examples/quickstart.py`, run as it is."""
+"""`examples/quickstart.py`: what it makes, and that what it learns is in the captions."""
 
 import importlib.util
+import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from PIL import Image
+from transformers import AutoModel
 
-import lotlip_hf.search
+from lotlip_hf import LoTLIPModel
+from lotlip_hf.data.scenes import scenes_dataset
+from lotlip_hf.training.log import read_log
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quickstart(repository: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("quickstart", repository / "examples" / "quickstart.py")
     module = importlib.util.module_from_spec(spec)
@@ -21,69 +23,58 @@ def quickstart(repository: Path) -> ModuleType:
     return module
 
 
-@pytest.fixture
-def embedded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Every image that is embedded from here on."""
-    paths = []
-    iterate = lotlip_hf.search.iterate_image_embeddings
-
-    def counting(model: object, processor: object, images: list[Path], **options: object) -> object:
-        paths.extend(images)
-        return iterate(model, processor, images, **options)
-
-    monkeypatch.setattr(lotlip_hf.search, "iterate_image_embeddings", counting)
-    return paths
-
-
-def ranked(output: str) -> list[list[str]]:
-    """The files of each ranked table of an output, in order."""
-    tables = output.split("$ lotlip search ")[1:3]
-    return [re.findall(r"^ *\d+ +-?\d\.\d+ +(\S+)$", table, flags=re.MULTILINE) for table in tables]
-
-
-def test_it_ranks_photographs_and_embeds_each_once(
-    quickstart: ModuleType, embedded: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_it_trains_measures_and_searches(
+    quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "quickstart"
-    assert quickstart.main(["--output", str(output)]) == 0
-    photographs = [output / "images" / name for name in quickstart.PHOTOGRAPHS]
-    assert sorted(embedded) == sorted(photographs)
-    tables = ranked(capsys.readouterr().out)
-    assert len(tables) == 2
-    for table in tables:
-        assert len(set(table)) == 5
-        assert set(map(Path, table)) <= set(photographs)
-    with Image.open(output / "ranked.png") as picture:
-        assert min(picture.size) > 200
+    for _ in range(2):  # what an earlier one left is no hindrance
+        assert quickstart.main(["--output", str(output), "--max-steps", "2"]) == 0
+    printed = capsys.readouterr().out
 
-    # Again, as `make quickstart` does in a process of its own: the same ranking, out of the index that is there.
-    before = quickstart.index_files(output / "images")
-    again = subprocess.run(
-        [sys.executable, quickstart.__file__, "--output", str(output)], capture_output=True, text=True
-    )
-    assert again.returncode == 0, again.stderr
-    assert ranked(again.stdout) == tables
-    assert quickstart.index_files(output / "images") == before
-
-
-def test_it_fails_when_the_second_search_embeds_again(
-    quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = quickstart.run
-
-    def forgetful(*arguments: object) -> None:
-        if arguments[-1] == quickstart.SECOND_DESCRIPTION:
-            (tmp_path / "images" / "moon.png").touch()
-        run(*arguments)
-
-    monkeypatch.setattr(quickstart, "run", forgetful)
-    assert quickstart.main(["--output", str(tmp_path)]) == 1
-    assert "embedded photographs again" in capsys.readouterr().err
+    assert isinstance(AutoModel.from_pretrained(output / "run" / "checkpoint-2"), LoTLIPModel)
+    results = json.loads((output / "results.json").read_text())
+    for kind in ("long", "short"):
+        shown = re.findall(rf"{kind} +captions +([\d.]+)% +([\d.]+)%", printed)[-1]
+        for number, direction in zip(shown, ("image_to_text", "text_to_image"), strict=True):
+            assert float(number) == pytest.approx(100 * results[f"{kind}_{direction}_r1"], abs=0.051)
+    ranked = re.findall(r"^ *\d+ +-?\d\.\d+ +(\S+)$", printed.split("$ lotlip search ")[-1], flags=re.MULTILINE)
+    assert len(ranked) == 5
+    assert {Path(path).parent for path in ranked} == {output / "images"}
+    assert len(list((output / "images").glob("*.png"))) == quickstart.NUM_HELD_OUT
+    for picture in (output / "ranked.png", output / "run" / "curve.png"):
+        assert str(picture) in printed
+        with Image.open(picture) as image:
+            assert min(image.size) > 200
 
 
-def test_it_says_when_scikit_image_is_missing(
-    quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(quickstart, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="pip install scikit-image"):
-        quickstart.main(["--output", str(tmp_path)])
+def test_shuffled_captions_are_those_of_other_pictures(quickstart: ModuleType) -> None:
+    records = scenes_dataset(40)
+    shuffled = quickstart.shuffle_captions(records)
+    assert shuffled["id"] == records["id"]
+    assert [image.tobytes() for image in shuffled["image"]] == [image.tobytes() for image in records["image"]]
+    assert shuffled["short_caption"] != records["short_caption"]
+    together = list(zip(records["short_caption"], records["long_captions"], strict=True))
+    moved = list(zip(shuffled["short_caption"], shuffled["long_captions"], strict=True))
+    assert sorted(map(str, moved)) == sorted(map(str, together))
+    same = sum(one == other for one, other in zip(moved, together, strict=True))
+    assert same < 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_it_learns_what_long_captions_say(quickstart: ModuleType, tmp_path: Path) -> None:
+    assert quickstart.main(["--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["long_image_to_text_r1"] >= 0.5
+    assert results["long_text_to_image_r1"] >= 0.5
+    evaluations = [entry for entry in read_log(tmp_path / "run") if "long_image_to_text_r1" in entry]
+    assert len(evaluations) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_it_stays_at_chance_when_captions_are_shuffled(quickstart: ModuleType, tmp_path: Path) -> None:
+    assert quickstart.main(["--output", str(tmp_path), "--shuffle-captions", "--max-steps", "200"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    # chance is one hit in 500; eight or more by chance are one run in 100,000
+    assert all(value < 8 / 500 for name, value in results.items() if name.endswith("_r1"))

@@ -160,7 +160,10 @@ class _Run:
             # an encoder has none, but transformers would warn, and tracing stop, at every layer
             model.config.text_config.backbone_config.use_cache = False
         if config.compile:
-            model.compile(dynamic=True)  # texts of every length
+            # Tracing fails where checkpointed layers run twice in one graph, for the short and for the long texts.
+            parts = (model.text_model, model.vision_model) if config.gradient_checkpointing else (model,)
+            for part in parts:
+                part.compile(dynamic=True)  # texts of every length
         weights = model.config
         self.objective = Objective(
             config.loss,
