@@ -17,6 +17,7 @@ from pathlib import Path
 from shlex import join
 
 import numpy as np
+import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
@@ -42,11 +43,12 @@ def options(output: Path) -> TrainingConfig:
         num_scenes=5000,
         eval_data="scenes",
         eval_steps=100,
-        max_steps=700,
+        max_steps=600,
         batch_size=64,
         learning_rate=1.5e-3,
         warmup_steps=100,
         num_long_texts=1,
+        num_workers=1,
         num_sentences=0,  # whole captions: a model this small learns them sooner than their parts
     )
 
@@ -99,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     run, images, picture = arguments.output / "run", arguments.output / "images", arguments.output / "ranked.png"
     logging.disable_progress_bar()  # of loading and saving weights; ours stay
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much where cores are busy
     for folder in (run, images):  # of an earlier quickstart
         shutil.rmtree(folder, ignore_errors=True)
 

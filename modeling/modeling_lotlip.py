@@ -919,7 +919,6 @@ def _load_backbone(source: str | Path | PreTrainedModel, pooling: str) -> PreTra
     if missing:
         raise ValueError(f"{source}: the encoder lacks weights that its tower needs: {', '.join(missing)}.")
     return encoder
-    return encoder
 
 
 __all__ = [

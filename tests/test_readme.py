@@ -9,8 +9,10 @@ import pytest
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from lotlip_hf.cli import main as lotlip
+from lotlip_hf.training.arguments import TrainingConfig, parse_arguments
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(file: str, language: str) -> list[str]:
@@ -18,9 +20,11 @@ def blocks(file: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def commands(file: str) -> list[list[str]]:
+def commands(file: str, program: str = "lotlip") -> list[list[str]]:
+    """The arguments of every command of a program."""
     lines = "".join(blocks(file, "bash")).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True)) and words[0] == "lotlip"]
+    all_words = [shlex.split(line, comments=True) for line in lines]
+    return [words[words.index(program) + 1 :] for words in all_words if program in words]
 
 
 def first_words(value: object) -> str:
@@ -67,7 +71,7 @@ def test_snippet(snippet: str, cwd: Path) -> None:
 
 def test_commands(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in commands("README.md") + commands("MODEL_CARD.md"):
-        status = lotlip(words[1:])
+        status = lotlip(words)
         error = capsys.readouterr().err
         if any(word.startswith("weiwu-ww/") for word in words):
             # There is no network here: everything before the download must be right.
@@ -77,6 +81,20 @@ def test_commands(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert status == 0, f"{shlex.join(words)}\n{error}"
     for made in ("ranked.png", "images.parquet", "texts.parquet", "converted/config.json", "again.pt"):
         assert (cwd / made).is_file(), made
+
+
+def test_training_commands_have_options_that_exist() -> None:
+    found = commands("README.md", "examples/train.py")
+    assert len(found) > 2
+    for words in found:
+        if "--resume" in words:
+            with pytest.raises(FileNotFoundError, match="no run to resume"):
+                parse_arguments(words)
+        else:
+            assert parse_arguments(words).output == "run"
+    for _, options in re.findall(r"^\| (.*?) \| `(--.*?) \|$", README, flags=re.MULTILINE):
+        for option in re.findall(r"--([a-z-]+)", options):
+            assert option in ("config", "help") or hasattr(TrainingConfig, option.replace("-", "_")), option
 
 
 def test_make_targets_exist() -> None:
