@@ -3,8 +3,8 @@
     python benchmarks/training_step.py --batch-size 256 --num-long-texts 1
 
 Takes whole steps (forward, loss, backward, AdamW) in bf16 on random input of the released model's shape, counts their
-floating-point operations, and sets them against what large matrix products reach on the same device. Adds a line to
-`benchmarks/results/training_step.jsonl`.
+floating-point operations, those that gradient checkpointing repeats included, and sets them against what large matrix
+products reach on the same device. Adds a line to `benchmarks/results/training_step.jsonl`.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=("base", "tiny"), default="base")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=MATRIX_SIZE, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file that the result is added to")
     arguments = parser.parse_args(argv)
     device = arguments.device

@@ -4,8 +4,8 @@
         --per_device_train_batch_size 64 --learning_rate 1e-5 --num_train_epochs 3 --bf16
 
 On several GPUs put `accelerate launch` or `torchrun --nproc_per_node 8` in place of `python`: every image is then
-compared with the texts of all of them. All options of `TrainingArguments` work; `--resume` goes on from the last
-checkpoint in `--output_dir`. `pictures` is a folder with images and `metadata.jsonl`, or whatever else
+compared with the texts of all of them. The options of `TrainingArguments` are there too; `--resume` goes on from the
+last checkpoint in `--output_dir`. `pictures` is a folder with images and `metadata.jsonl`, or whatever else
 `lotlip_hf.data.records.load_records` reads; `--data scenes` draws pictures, to try it out.
 """
 

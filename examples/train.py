@@ -6,7 +6,7 @@ Small and quick, on pictures drawn for the purpose:
 
 From two pretrained encoders, on your own records, in two processes:
 
-    accelerate launch --num_processes 2 examples/train.py --text-model google-bert/bert-base-uncased \
+    accelerate launch --num_processes 2 examples/train.py --text-model google-bert/bert-base-uncased \\
         --image-model google/vit-base-patch16-224-in21k --data "shards/*.tar" --mapping dreamlip --output run
     accelerate launch --num_processes 2 examples/train.py --output run --resume
 

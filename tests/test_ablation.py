@@ -124,7 +124,7 @@ def test_what_differs_from_the_paper_is_said(ablation, results, monkeypatch, cap
     monkeypatch.setattr(ablation, "run", FakeRun(ablation, long))
     ablation.main(["--only", *long, "--results", str(results)])
     table = capsys.readouterr().out
-    assert "\n| long | short | better | +40.0 ± 0.0 | better | +0.0 ± 0.0 | no clear difference | 3 |" in table
+    assert "\n| long | short | better | +40.0 ± 0.0 | better | worse | +0.0 ± 0.0 | no clear difference | 3 |" in table
     assert "\n| corners-1 | long | better | -10.0 ± 0.0 | worse |" in table
     assert "\n| corners-2 | long | better | +0.0 ± 0.0 | no clear difference |" in table
     assert "mask-off" not in table
@@ -151,7 +151,7 @@ def test_nothing_to_report(ablation, results):
 def test_settings_are_options(ablation):
     names = [setting.name for group in ablation.GROUPS.values() for setting in group]
     assert len(set(names)) == len(names)
-    assert {name for one, other, _ in ablation.COMPARISONS for name in (one, other)} <= set(names)
+    assert {name for one, other, *_ in ablation.COMPARISONS for name in (one, other)} <= set(names)
     for group in ablation.GROUPS.values():
         assert sum(not setting.changes or setting.changes.items() <= ablation.BASE.items() for setting in group) == 1
         for setting in group:

@@ -89,7 +89,7 @@ def test_lotlip_hf_does_not_look_up(path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("folder", ["conversion", "examples", "tests"])
+@pytest.mark.parametrize("folder", ["benchmarks", "conversion", "examples", "tests"])
 def test_modeling_is_imported_under_its_package_name(folder: str) -> None:
     for path in sorted((REPOSITORY / folder).rglob("*.py")):
         for line, name in imports(path):

@@ -68,7 +68,7 @@ def test_it_learns_what_long_captions_say(quickstart: ModuleType, tmp_path: Path
     assert results["long_image_to_text_r1"] >= 0.5
     assert results["long_text_to_image_r1"] >= 0.5
     evaluations = [entry for entry in read_log(tmp_path / "run") if "long_image_to_text_r1" in entry]
-    assert len(evaluations) == 6
+    assert len(evaluations) == 7
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import get_worker_info
 from transformers import ProcessorMixin
 
-from lotlip_hf.data.sampling import CaptionSampling, SampledTexts, sample_texts
-from lotlip_hf.images import ImageError, load_image, readable_formats
+from ..images import ImageError, load_image, readable_formats
+from .sampling import CaptionSampling, SampledTexts, sample_texts
 
 logger = logging.getLogger(__name__)
 

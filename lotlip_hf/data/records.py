@@ -23,8 +23,8 @@ import pyarrow.parquet
 from datasets import Dataset, Image, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from lotlip_hf.data.sampling import split_sentences
-from lotlip_hf.images import image_extensions
+from ..images import image_extensions
+from .sampling import split_sentences
 
 # Extensions of the files that are read, and the kind of file (but for shards, the builder of `datasets` by its name).
 BUILDERS = {

@@ -1,1 +1,1 @@
-"""Training: the objective over processes, in tiles and in chunks."""
+"""Training: options, what a run starts from, its batches, the objective over processes, the loop, checkpoints, log."""

@@ -122,7 +122,8 @@ class TrainingConfig:
         default=None, help="embed this many samples at a time: the same gradient in less memory"
     )
     gradient_accumulation_steps: int = _option(
-        default=1, help="batches of a step, each with its own negatives; `grad_cache_chunk` keeps those of all"
+        default=1,
+        help="batches of a step, each compared within itself; to compare all, a larger batch with `grad_cache_chunk`",
     )
     drop_last: bool = _option(default=False, help="leave out an epoch's last batch if it is not full")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = _option(
@@ -262,9 +263,14 @@ def parse_arguments(argv: Sequence[str] | None = None, description: str | None =
     first.add_argument("--resume", nargs="?", const="true", default="false")
     known, _ = first.parse_known_args(argv)
 
-    parser = _Parser(TrainingConfig, description=description, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
+    parser = _Parser(
+        TrainingConfig,  # pyright: ignore[reportArgumentType]
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags count more")
-    is_resumed = "--help" not in argv and parser.parse_known_args(["--resume", known.resume])[0].resume
+    is_resumed = {"-h", "--help"}.isdisjoint(argv) and parser.parse_known_args(["--resume", known.resume])[0].resume
     from_config = [] if known.config is None else _read_yaml(Path(known.config), parser)
     kept: list[str] = []
     if is_resumed:
@@ -327,6 +333,13 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line in place of argparse's two screens of usage."""
         raise ValueError(f"{message.rstrip('.')}. See --help.")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description line by line, and the defaults; what `None` stands for the help itself says."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def _read_yaml(path: Path, parser: argparse.ArgumentParser) -> list[str]:

@@ -98,6 +98,7 @@ def train(
         ValueError: if options contradict the model or the data.
         ImageError, RecordError: if a record is broken and `on_error` is `"raise"`. What was trained so far is saved
             first, so that the run can be resumed.
+        OtherProcessError: if another process has met one of the last two.
 
     Example:
 
@@ -566,6 +567,8 @@ def evaluate(
 
     Raises:
         ValueError: if there are fewer records than processes.
+        ImageError, RecordError: see [`LoTLIPCollator`].
+        OtherProcessError: if another process has met one of these.
     """
     rank, num_processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     device = next(model.parameters()).device

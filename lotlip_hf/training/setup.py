@@ -117,19 +117,17 @@ def load_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, Datase
     """
     if config.data is None:
         raise ValueError(f"Say what to train on: `data` (a folder, files, a data set on the Hub, or {SCENES!r}).")
-    records = _records(config, config.data, config.split, config.num_scenes, config.streaming)
+    records = _records(config, config.data, config.split, config.num_scenes)
     if config.eval_data is None:
         return records, None
-    eval_split = config.eval_split
-    return records, _records(config, config.eval_data, eval_split, config.eval_samples, config.streaming)
+    return records, _records(config, config.eval_data, config.eval_split, config.eval_samples)
 
 
-def _records(
-    config: TrainingConfig, data: str, split: str, num_scenes: int, streaming: bool
-) -> Dataset | IterableDataset:
+def _records(config: TrainingConfig, data: str, split: str, num_scenes: int) -> Dataset | IterableDataset:
     if data == SCENES:
+        # the same held-out scenes, whatever the seed
         return scenes_dataset(num_scenes, config.seed if split == "train" else 0, split)
-    return load_records(data, config.column_mapping(), split, config.image_folder, streaming)
+    return load_records(data, config.column_mapping(), split, config.image_folder, config.streaming)
 
 
 def freeze(model: LoTLIPModel, config: TrainingConfig) -> None:
@@ -234,12 +232,12 @@ def prepare_sharding(model: LoTLIPModel, objective: nn.Module, accelerator: Acce
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return
-    plugin = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        raise ValueError("Of FSDP it has to be version 2: start with `accelerate launch --use_fsdp --fsdp_version 2`.")
     for library, version in (("torch", "2.7"), ("accelerate", "1.15")):
         if compare_versions(library, "<", version):
             raise ValueError(f"FSDP needs {library} {version} or newer.")
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError("Of FSDP it has to be version 2: start with `accelerate launch --use_fsdp --fsdp_version 2`.")
     if type(plugin.cpu_offload) is not OffloadPolicy:
         raise ValueError("Parameters cannot be kept on the CPU: leave out `--fsdp_offload_params`.")
     if plugin.auto_wrap_policy is None or (
