@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 .PHONY: help test quick quickstart lint format
 
 help:
-	@echo "make quickstart  search real photographs with a long description"
+	@echo "make quickstart  train a small model and search with it, in a few minutes"
 	@echo "make test        lint, then every test"
 	@echo "make quick       the tests that are not slow"
 	@echo "make lint        ruff and pyright"

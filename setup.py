@@ -20,9 +20,6 @@ INSTALL_REQUIRES = [
     "tqdm>=4.66",
 ]
 
-# Real photographs for `make quickstart`.
-QUICKSTART_REQUIRES = ["scikit-image>=0.24"]
-
 # What a training run draws and records: TensorBoard's files and the training curve.
 TRAIN_REQUIRES = ["matplotlib>=3.9", "tensorboard>=2.16"]
 
@@ -30,7 +27,6 @@ TRAIN_REQUIRES = ["matplotlib>=3.9", "tensorboard>=2.16"]
 LORA_REQUIRES = ["peft>=0.18"]
 
 TEST_REQUIRES = [
-    *QUICKSTART_REQUIRES,
     *TRAIN_REQUIRES,
     *LORA_REQUIRES,
     "parameterized>=0.9",
@@ -61,7 +57,6 @@ setup(
     packages=[*find_packages(include=["lotlip_hf", "lotlip_hf.*"]), "lotlip_hf.modeling", "lotlip_hf.conversion"],
     install_requires=INSTALL_REQUIRES,
     extras_require={
-        "quickstart": QUICKSTART_REQUIRES,
         "train": TRAIN_REQUIRES,
         "lora": LORA_REQUIRES,
         "test": TEST_REQUIRES,

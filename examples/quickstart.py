@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from lotlip_hf import encode_images, encode_texts
 from lotlip_hf.cli import main as lotlip
-from lotlip_hf.data.scenes import scenes_dataset
+from lotlip_hf.data.scenes import GROUP_SIZE, scenes_dataset
 from lotlip_hf.evaluation.retrieval import recalls
 from lotlip_hf.training.arguments import TrainingConfig
 from lotlip_hf.training.log import CURVE_NAME
@@ -49,7 +49,7 @@ def options(output: Path) -> TrainingConfig:
         warmup_steps=100,
         num_long_texts=1,
         num_sentences=0,  # whole captions: a model this small learns them sooner than their parts
-        short_loss_weight=2.0,
+        short_loss_weight=2.0,  # a short caption is one of the four features that the loss is the mean of
         num_workers=1,
     )
 
@@ -79,11 +79,12 @@ def measure(checkpoint: Path, records: Dataset) -> dict[str, float]:
 
 def print_table(results: dict[str, float]) -> None:
     """Print R@1 of [`measure`]."""
-    print(f"\nRetrieval over {NUM_HELD_OUT} held-out scenes (R@1, chance {1 / NUM_HELD_OUT:.1%})")
+    print(f"\nRetrieval over {NUM_HELD_OUT} held-out scenes: R@1, by chance {1 / NUM_HELD_OUT:.1%}")
     print("                 image to text  text to image")
     for kind in ("long", "short"):
         first, second = (results[f"{kind}_{direction}_r1"] for direction in ("image_to_text", "text_to_image"))
         print(f"  {kind:5} captions {first:13.1%}  {second:13.1%}")
+    print(f"{GROUP_SIZE} scenes share a short caption, so that nobody finds more than {1 / GROUP_SIZE:.0%} by it.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

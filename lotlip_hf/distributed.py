@@ -59,6 +59,15 @@ def gather(tensor: torch.Tensor, sizes: Sequence[int] | None = None) -> torch.Te
     return _Gather.apply(tensor, all_sizes(tensor) if sizes is None else sizes)  # pyright: ignore[reportReturnType]
 
 
+def gather_lists(values: list[Any]) -> list[Any]:
+    """The lists of all ranks, one behind the other, of anything that can be pickled; the same on every rank."""
+    if not is_distributed():
+        return values
+    lists: list[Any] = [None] * world_size()
+    dist.all_gather_object(lists, values)
+    return [value for part in lists for value in part]
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of `tensor` over the ranks, with gradients: each rank gets the sum of all ranks' gradients of it."""
     return _Sum.apply(tensor) if is_distributed() else tensor  # pyright: ignore[reportReturnType]

@@ -16,6 +16,7 @@ from lotlip_hf.distributed import (
     all_sizes,
     average_gradient,
     gather,
+    gather_lists,
     is_distributed,
     max_over_ranks,
     rank,
@@ -79,6 +80,7 @@ def collectives() -> dict[str, Any]:
     answers["strided"] = gather(whole.t()[:, : rank() + 1].t())
     answers["integers"] = gather(torch.full((2, 1), rank()))
     answers["nothing"] = gather(own[:0].detach())
+    answers["lists"] = gather_lists([f"{rank()} of {world_size()}"] * rank())
 
     value = torch.tensor([1.0, 2.0]).mul_(rank() + 1).requires_grad_()
     total = sum_over_ranks(value)
@@ -107,6 +109,7 @@ def test_collectives(num_processes: int, tmp_path: Path) -> None:
         assert torch.equal(answers["strided"], torch.cat([whole[: i + 1] for i in all_ranks]))
         assert torch.equal(answers["integers"], torch.arange(num_processes).repeat_interleave(2)[:, None])
         assert answers["nothing"].shape == (0, WIDTH)
+        assert answers["lists"] == [f"{i} of {num_processes}" for i in all_ranks for _ in range(i)]
         assert torch.equal(answers["sum"], torch.tensor([1.0, 2.0]) * sum_of_weights)
         assert torch.equal(answers["sum_gradient"], torch.full((2,), float(sum_of_weights)))
         assert answers["max"].tolist() == [num_processes - 1, 0]
@@ -117,6 +120,7 @@ def test_alone_they_are_the_identity() -> None:
     tensor = torch.randn(3, 2, requires_grad=True)
     assert (rank(), world_size(), is_distributed()) == (0, 1, False)
     assert all_sizes(tensor) == [3]
+    assert gather_lists(["alone"]) == ["alone"]
     for function in (gather, sum_over_ranks, average_gradient):
         assert function(tensor) is tensor
     assert torch.equal(max_over_ranks(tensor), tensor)

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from ..data.collator import LoTLIPCollator
 from ..data.sampling import CaptionSampling
-from ..distributed import gather, is_distributed, max_over_ranks
+from ..distributed import gather, gather_lists, is_distributed, max_over_ranks
 from ..evaluation.retrieval import recalls
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
@@ -351,7 +351,7 @@ class _Run:
 
     def _stop_at_nan(self, step: int, what: str) -> None:
         """Every process knows of it: the loss and the norm are those of all."""
-        all_ids = _gathered(self.ids)
+        all_ids = gather_lists(self.ids)
         path = self.output / f"not-finite-{step}.json"
         listed = f", listed in {path}"
         if self.accelerator.is_main_process:
@@ -377,7 +377,7 @@ class _Run:
         }
         if self.config.on_error == "skip":
             total: Counter[str] = Counter()
-            for counts in _gathered([dict(self.counts)]):
+            for counts in gather_lists([dict(self.counts)]):
                 total.update(counts)
             values |= total
         return values
@@ -655,15 +655,6 @@ def _signals() -> Iterator[list[int]]:
         yield received
     finally:
         restore()
-
-
-def _gathered(values: list[Any]) -> list[Any]:
-    """The lists of all processes, one behind the other."""
-    if not is_distributed():
-        return values
-    lists: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(lists, values)
-    return [value for part in lists for value in part]
 
 
 def _default(value: float | None, default: float) -> float:
