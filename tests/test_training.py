@@ -15,6 +15,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from threading import Timer
 from time import monotonic, sleep
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -250,6 +251,21 @@ def slow_step(seconds: float) -> None:
         take_step(*args)
 
     loop._Run._take_step = slow
+
+
+def slow_step_and_kill(seconds: float, after: float) -> None:
+    """Kills the process so many seconds after its first step began, wherever it is then."""
+    slow_step(seconds)
+    take_step = loop._Run._take_step
+    timer = Timer(after, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+
+    def timed(*args: Any) -> None:
+        if timer.ident is None:
+            timer.start()
+        take_step(*args)
+
+    loop._Run._take_step = timed
 
 
 def _process(
@@ -1229,16 +1245,11 @@ def test_killed_again_and_again_at_random(start: Path, tmp_path: Path) -> None:
     finish(arguments(undisturbed, **options), tmp_path)
     argv, generator, kills = arguments(killed, **options), random.Random(0), 0
     for _ in range(100):
-        started = Started(argv, tmp_path, 1, slow_step, 0.02)
-        end = monotonic() + generator.uniform(0.5, 4) * (1 + kills / 4)  # a slow machine gets somewhere, too
-        while monotonic() < end and started.processes[0].is_alive():
-            sleep(0.01)
-        if started.processes[0].is_alive():
-            started.processes[0].kill()
-        if started.wait().codes == [0]:
+        # 20 steps take 2 seconds or more, so it is killed more than twice; later delays let a slow machine end, too.
+        after = generator.uniform(0, 0.5) * (1 + kills / 4)
+        if run(argv, tmp_path, 1, slow_step_and_kill, 0.1, after).codes == [0]:
             break
         kills += 1
-        if (killed / "training_config.yaml").exists():
-            argv = ["--output", str(killed), "--resume"]
+        argv = ["--output", str(killed), "--resume"]
     assert kills > 2
     assert_same_run(undisturbed, killed)
