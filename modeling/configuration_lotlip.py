@@ -70,17 +70,18 @@ class _LoTLIPTowerConfig(PreTrainedConfig):
 @strict
 class LoTLIPTextConfig(_LoTLIPTowerConfig):
     """
-    Configuration of a LoTLIP text tower: a bidirectional text encoder with learnable corner tokens.
+    Configuration of a LoTLIP text tower: a text encoder with learnable corner tokens.
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of the encoder: BERT, RoBERTa or XLM-RoBERTa. BERT-base by default.
+            Configuration of the encoder: BERT, RoBERTa, XLM-RoBERTa or CLIP's text tower. BERT-base by default.
         num_corner_tokens (`int`, *optional*, defaults to 2):
-            Number m of corner tokens. They take m of the backbone's positions.
-        pooling (`str`, *optional*, defaults to `"pooler"`):
+            Number m of corner tokens. They take m of the backbone's positions, and none of CLIP's.
+        pooling (`str`, *optional*):
             How a feature is read off a position: `"pooler"`, the backbone's own pooler (dense and tanh) of [CLS] and
             of each corner token, as in the released models; `"cls"`, the hidden state itself; `"mean"`, the mean of
-            the hidden states of all tokens, and for a corner token its hidden state.
+            the hidden states of all tokens, and for a corner token its hidden state; `"eos"`, CLIP's own, the hidden
+            state of [EOT], and for a corner token its own. By default `"eos"` for CLIP and `"pooler"` for the others.
         projection_dim (`int`, *optional*, defaults to 768):
             Width of the linear projection (without bias) of the pooled state; `None` for no projection.
 
@@ -101,17 +102,29 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     model_type = "lotlip_text_model"
     base_config_key = "text_config"
     default_backbone = {"model_type": "bert"}
-    supported_backbones = ("bert", "roberta", "xlm-roberta")
+    supported_backbones = ("bert", "roberta", "xlm-roberta", "clip_text_model")
 
     backbone_config: PreTrainedConfig | dict | None = None
     num_corner_tokens: int = 2
-    pooling: Literal["pooler", "cls", "mean"] = "pooler"
+    pooling: Literal["pooler", "cls", "mean", "eos"] | None = None
     projection_dim: int | None = 768
 
     vocab_size = _backbone_attribute("vocab_size")
     pad_token_id = _backbone_attribute("pad_token_id")
     bos_token_id = _backbone_attribute("bos_token_id")
     eos_token_id = _backbone_attribute("eos_token_id")
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.pooling is None:
+            self.pooling = "eos" if self.is_causal else "pooler"
+
+    def validate_pooling(self) -> None:
+        if self.is_causal != (self.pooling == "eos"):
+            raise ValueError(
+                f"`pooling={self.pooling!r}` does not go with a {self.backbone_config.model_type} backbone: 'eos' is "
+                "for CLIP's text tower, which takes no other."
+            )
 
     def validate_corner_tokens(self) -> None:
         if self.num_corner_tokens < 0:
@@ -123,15 +136,26 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
             )
 
     @property
+    def is_causal(self) -> bool:
+        """Whether a token sees only those before it, as in CLIP: the corner tokens then stand behind the text."""
+        return self.backbone_config.model_type == "clip_text_model"
+
+    @property
     def position_offset(self) -> int:
         """Position of [CLS] in the backbone's table: RoBERTa's positions start behind its padding id."""
-        return 0 if self.backbone_config.model_type == "bert" else self.pad_token_id + 1
+        return self.pad_token_id + 1 if self.backbone_config.model_type in ("roberta", "xlm-roberta") else 0
+
+    @property
+    def num_corner_positions(self) -> int:
+        """How many of the backbone's positions the corner tokens take: none of a causal one's, where what they learn
+        is all their embedding."""
+        return 0 if self.is_causal else self.num_corner_tokens
 
     @property
     def max_position_embeddings(self) -> int:
-        """Longest text in tokens, [CLS] and [SEP] included: the backbone's positions less the corner tokens'
-        places."""
-        return self.backbone_config.max_position_embeddings - self.position_offset - self.num_corner_tokens
+        """Longest text in tokens, [CLS] and [SEP] (CLIP's start and end) included: the backbone's positions less the
+        corner tokens' places."""
+        return self.backbone_config.max_position_embeddings - self.position_offset - self.num_corner_positions
 
 
 @strict

@@ -5,21 +5,23 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
-def corner_mask_function(num_tokens: int, cls_index: torch.Tensor) -> Callable:
+def corner_mask_function(num_tokens: int, pooled_index: torch.Tensor, is_causal: bool = False) -> Callable:
     """
     The rule of the LoTLIP paper's corner tokens, over a sequence of `num_tokens` text tokens followed by the corner
-    tokens: words and [CLS] see every text token and no corner; a corner sees itself and every word, but neither [CLS]
-    nor another corner.
+    tokens: words and the pooled token see every text token and no corner; a corner sees itself and every word, but
+    neither the pooled token nor another corner.
 
     Args:
         num_tokens: Length of the text part L; positions from there on are corner tokens.
-        cls_index: [batch_size], where [CLS] stands in each text (0 unless the text is padded on the left).
+        pooled_index: [batch_size], where the token stands that the text's feature is read off: [CLS] (0 unless the
+            text is padded on the left), or [EOT] of a causal encoder.
+        is_causal: Whether the encoder is causal. What stands behind [EOT] then is padding, which no corner sees.
 
     Returns:
         A function (batch, head, query, key) -> bool for transformers' `and_mask_function`.
@@ -30,14 +32,20 @@ def corner_mask_function(num_tokens: int, cls_index: torch.Tensor) -> Callable:
     ) -> torch.Tensor:
         corner_query, corner_key = q_idx >= num_tokens, kv_idx >= num_tokens
         to_itself = q_idx == kv_idx
-        to_cls = kv_idx == cls_index[batch_idx]
-        return (~corner_key & ~(corner_query & to_cls)) | to_itself
+        pooled = pooled_index[batch_idx]
+        to_pooled = kv_idx >= pooled if is_causal else kv_idx == pooled
+        return (~corner_key & ~(corner_query & to_pooled)) | to_itself
 
     return allowed
 
 
 def create_corner_mask(
-    config: PreTrainedConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, num_corner_tokens: int
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    num_corner_tokens: int,
+    pooled_index: torch.Tensor,
+    is_causal: bool = False,
 ) -> "torch.Tensor | BlockMask | None":
     """
     The mask in the form that the backbone's attention implementation takes: additive for `eager`, boolean for `sdpa`,
@@ -47,17 +55,18 @@ def create_corner_mask(
         config: Configuration of the backbone, which names the attention implementation.
         inputs_embeds: [batch_size, L + m, hidden_size], text tokens followed by the m corner tokens; only its shape,
             dtype and device count.
-        attention_mask: [batch_size, L], 1 for text and 0 for padding.
+        attention_mask: [batch_size, L], 1 for text and 0 for padding; `None` for no padding.
         num_corner_tokens: m.
+        pooled_index: [batch_size], see [`corner_mask_function`].
+        is_causal: Whether the backbone is causal.
 
     Returns:
         A mask over [batch_size, 1, L + m, L + m]; `None` for an attention implementation that takes no mask.
     """
-    text_mask = attention_mask.bool()
-    with_corners = torch.nn.functional.pad(text_mask, (0, num_corner_tokens), value=True)
-    return create_bidirectional_mask(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=with_corners,
-        and_mask_function=corner_mask_function(text_mask.shape[-1], text_mask.int().argmax(-1)),
-    )
+    if attention_mask is not None:
+        attention_mask = torch.nn.functional.pad(attention_mask.bool(), (0, num_corner_tokens), value=True)
+    rule = corner_mask_function(inputs_embeds.shape[1] - num_corner_tokens, pooled_index, is_causal)
+    arguments = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+    if is_causal:
+        return create_causal_mask(**arguments, past_key_values=None, and_mask_function=rule)
+    return create_bidirectional_mask(**arguments, and_mask_function=rule)

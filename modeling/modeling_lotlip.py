@@ -8,13 +8,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, CLIPTextModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
+from transformers.utils.generic import (
+    can_return_tuple,
+    is_flash_attention_requested,
+    merge_with_config_defaults,
+)
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
@@ -151,7 +157,38 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
         return super().load_state_dict(renamed, strict=strict, assign=assign)
 
 
+class CLIPTextBackbone(CLIPTextModel):
+    """
+    CLIP's text tower for sequences that are embedded already: its own embeddings give a text its positions, the corner
+    tokens that follow have none. Weights and hidden states are those of `CLIPTextModel`.
+    """
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            inputs_embeds: [N, L, hidden_size], what `embeddings` returned.
+            attention_mask: [N, L], 1 for text and 0 for padding, or a mask as [`create_corner_mask`] makes it.
+
+        Returns:
+            `last_hidden_state` [N, L, hidden_size], nothing pooled.
+        """
+        attention_mask = create_causal_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=None
+        )
+        outputs = self.encoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, is_causal=True, **kwargs)
+        return BaseModelOutputWithPooling(last_hidden_state=self.final_layer_norm(outputs.last_hidden_state))
+
+
 def _backbone_from_config(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> PreTrainedModel:
+    if config.backbone_config.model_type == "clip_text_model":
+        return CLIPTextBackbone._from_config(config.backbone_config)
     return AutoModel.from_config(
         config.backbone_config, **_pooling_layer_argument(config.backbone_config, config.pooling)
     )
@@ -216,6 +253,8 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
 
     The corner tokens stand between [CLS] and the words as far as positions go, and behind the text in memory; no text
     token sees them. They are therefore left out where they are not asked for, and every other output stays the same.
+    Over CLIP's causal text tower they have no positions, [EOT] has the role of [CLS], and what they do not change is
+    `CLIPTextModel`'s.
     """
 
     config: LoTLIPTextConfig
@@ -251,7 +290,8 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
         r"""
         Args:
             input_ids: [B, L] or [B, T, L], plain [CLS] words [SEP] without corner tokens, padded on either side.
-            attention_mask: shape of `input_ids`, 1 for text and 0 for padding. By default what is not `pad_token_id`.
+            attention_mask: shape of `input_ids`, 1 for text and 0 for padding. By default what is not `pad_token_id`;
+                over CLIP, which pads with its [EOT] and sees nothing behind it, everything.
             position_ids: [L] or shape of `input_ids`, the tokens' places in their text, 0 for [CLS]; the places of the
                 corner tokens and the backbone's own offset are added here. By default counted along `attention_mask`.
             inputs_embeds: [B, L, hidden_size] or [B, T, L, hidden_size], word embeddings in place of `input_ids`.
@@ -276,10 +316,11 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
         ```"""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        is_causal = self.config.is_causal
         if input_ids is not None:
             _check_input_ids(input_ids, self.config.vocab_size)
             shape = input_ids.shape
-            if attention_mask is None and self.config.pad_token_id is not None:
+            if attention_mask is None and not is_causal and self.config.pad_token_id is not None:
                 attention_mask = input_ids != self.config.pad_token_id
             input_ids = input_ids.reshape(-1, shape[-1])
         else:
@@ -291,20 +332,28 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
             shape = inputs_embeds.shape[:-1]
             inputs_embeds = inputs_embeds.reshape(-1, *inputs_embeds.shape[-2:])
         device = input_ids.device if input_ids is not None else inputs_embeds.device
-        if attention_mask is None:
+        if attention_mask is None and not is_causal:
             attention_mask = torch.ones(shape, dtype=torch.bool, device=device)
         for name, value in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
             if value is not None and value.shape != shape:
                 raise ValueError(f"`{name}` must have the texts' shape {list(shape)}, got {list(value.shape)}.")
-        attention_mask = attention_mask.reshape(-1, shape[-1])
+        if attention_mask is not None:
+            attention_mask = attention_mask.reshape(-1, shape[-1])
         if token_type_ids is not None:
             token_type_ids = token_type_ids.reshape(-1, shape[-1])
 
         if output_corner_embeds is None:
             output_corner_embeds = self.training
         num_corner_tokens = self.config.num_corner_tokens if output_corner_embeds else 0
-        position_ids = self._backbone_position_ids(position_ids, attention_mask)
+        num_texts = len(input_ids if input_ids is not None else inputs_embeds)
+        pooled_index = self._pooled_index(input_ids, attention_mask, num_texts, shape[-1], device)
+        position_ids = self._backbone_position_ids(position_ids, attention_mask, num_texts, shape[-1], device)
         backbone_mask = attention_mask
+        if is_causal:
+            if token_type_ids is not None and _is_eager_on_cpu(token_type_ids) and token_type_ids.any():
+                raise ValueError("`token_type_ids` must be 0 or left out: CLIP's text tower has no segments.")
+            inputs_embeds = self.backbone.embeddings(input_ids, position_ids, inputs_embeds)
+            input_ids = None
 
         if num_corner_tokens:
             if is_flash_attention_requested(self.config.backbone_config):
@@ -316,7 +365,6 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
                 input_ids = None
-            num_texts = inputs_embeds.shape[0]
             corner_embeds = self.corner_embeds.to(inputs_embeds).expand(num_texts, -1, -1)
             inputs_embeds = torch.cat([inputs_embeds, corner_embeds], dim=1)  # [N, L + m, hidden_size]
             corner_positions = torch.arange(1, num_corner_tokens + 1, device=device) + self.config.position_offset
@@ -324,17 +372,20 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
             if token_type_ids is not None:
                 token_type_ids = nn.functional.pad(token_type_ids, (0, num_corner_tokens))
             backbone_mask = create_corner_mask(
-                self.config.backbone_config, inputs_embeds, attention_mask, num_corner_tokens
+                self.config.backbone_config, inputs_embeds, attention_mask, num_corner_tokens, pooled_index, is_causal
             )
 
-        outputs = self.backbone(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            attention_mask=backbone_mask,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            **_with_config_defaults(self.config, kwargs),
-        )
+        if is_causal:
+            outputs = self.backbone(inputs_embeds, backbone_mask, **_with_config_defaults(self.config, kwargs))
+        else:
+            outputs = self.backbone(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=backbone_mask,
+                position_ids=position_ids,
+                token_type_ids=token_type_ids,
+                **_with_config_defaults(self.config, kwargs),
+            )
 
         length = shape[-1]
 
@@ -351,39 +402,72 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
         hidden_states, attentions = outputs.hidden_states, outputs.attentions
         return BaseModelOutputWithPoolingAndCorners(
             last_hidden_state=line_up(last_hidden_state, 1),
-            pooler_output=line_up(self._pool(last_hidden_state[:, :length], attention_mask)),
+            pooler_output=line_up(self._pool(last_hidden_state[:, :length], attention_mask, pooled_index)),
             hidden_states=None if hidden_states is None else tuple(line_up(h, 1) for h in hidden_states),
             attentions=None if attentions is None else tuple(line_up(a, 2, 3) for a in attentions),
             corner_embeds=line_up(corner_states),
         )
 
-    def _backbone_position_ids(self, position_ids: torch.Tensor | None, attention_mask: torch.Tensor) -> torch.Tensor:
+    def _pooled_index(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        num_texts: int,
+        length: int,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """[N]: where the token stands that a text's feature is read off: [CLS], or CLIP's [EOT]."""
+        if not self.config.is_causal:
+            return attention_mask.int().argmax(-1)
+        eos_token_id = self.config.eos_token_id
+        if input_ids is not None and eos_token_id == 2:
+            # Configurations from before transformers 4.31 hold a wrong id; [EOT] has the highest, as in CLIPTextModel.
+            return input_ids.int().argmax(-1)
+        if input_ids is not None:
+            return (input_ids == eos_token_id).int().argmax(-1)
+        if attention_mask is not None:  # the last token of the text
+            return length - 1 - attention_mask.int().flip(-1).argmax(-1)
+        return torch.full((num_texts,), length - 1, device=device)
+
+    def _backbone_position_ids(
+        self,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        num_texts: int,
+        length: int,
+        device: torch.device,
+    ) -> torch.Tensor:
         """[N, L]: places in the text, behind [CLS] moved on by the corner tokens' places, in the backbone's own
         counting."""
-        length = attention_mask.shape[-1]
         limit = self.config.max_position_embeddings
         # padding may reach beyond the positions, text may not
         may_exceed = position_ids is not None or length > limit
-        if position_ids is None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if position_ids is not None:
+            position_ids = position_ids.reshape(-1, length).expand(num_texts, -1)
+        elif self.config.is_causal:
+            # padding behind the text counts on, as in CLIPTextModel, and padding before it does not
+            position_ids = torch.arange(length, device=device).expand(num_texts, -1)
+            if attention_mask is not None:
+                position_ids = (position_ids - attention_mask.int().argmax(-1, keepdim=True)).clamp(min=0)
         else:
-            position_ids = position_ids.reshape(-1, length).expand(attention_mask.shape[0], -1)
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         if may_exceed and _is_eager_on_cpu(position_ids) and position_ids.max() >= limit:
             raise ValueError(
-                f"The longest text has {int(position_ids.max()) + 1} tokens; this model takes {limit}, [CLS] and "
-                "[SEP] included. Tokenise with truncation=True."
+                f"The longest text has {int(position_ids.max()) + 1} tokens; this model takes {limit}, the first and "
+                "last token included. Tokenise with truncation=True."
             )
-        behind_cls = (position_ids > 0).long() * self.config.num_corner_tokens
+        behind_cls = (position_ids > 0).long() * self.config.num_corner_positions
         return position_ids + behind_cls + self.config.position_offset
 
-    def _pool(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def _pool(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooled_index: torch.Tensor
+    ) -> torch.Tensor:
         """[N, L, hidden_size] -> [N, hidden_size]"""
         if self.config.pooling == "mean":
             weights = attention_mask.to(hidden_states.dtype).unsqueeze(-1)
             return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)
-        cls_index = attention_mask.int().argmax(-1)
-        cls_state = hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), cls_index]
-        return self._pool_corners(cls_state.unsqueeze(1)).squeeze(1)
+        state = hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), pooled_index]
+        return self._pool_corners(state.unsqueeze(1)).squeeze(1)
 
     def _pool_corners(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[N, m, hidden_size] -> [N, m, hidden_size], each state by itself (a backbone's pooler takes a text's
@@ -826,7 +910,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         vision: str | Path | PreTrainedModel,
         num_corner_tokens: int = 2,
         *,
-        text_pooling: str = "pooler",
+        text_pooling: str | None = None,
         vision_pooling: str | None = None,
         projection_dim: int | None = None,
         **config_kwargs: Any,
@@ -837,7 +921,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         be trained.
 
         Args:
-            text: Folder, Hub id or model of a BERT, RoBERTa or XLM-RoBERTa encoder.
+            text: Folder, Hub id or model of a BERT, RoBERTa, XLM-RoBERTa or CLIP text encoder; of a whole CLIP its
+                text tower, without the projection (a whole CLIP turned into LoTLIP is what `conversion.clip` makes).
             vision: Folder, Hub id or model of a ViT, DINOv2, CLIP or SigLIP encoder; of a whole CLIP or SigLIP its
                 image tower.
             num_corner_tokens: Number of corner tokens.
@@ -863,11 +948,13 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         32
         ```
         """
-        text_encoder = _load_backbone(text, text_pooling)
-        vision_config = _backbone_config(vision)
+        text_config = _backbone_config(text, "text")
+        text_pooling = LoTLIPTextConfig(backbone_config=text_config, pooling=text_pooling).pooling
+        text_encoder = _load_backbone(text, "text", text_pooling)
+        vision_config = _backbone_config(vision, "vision")
         if vision_pooling is None:
             vision_pooling = "cls" if vision_config.model_type in ("vit", "dinov2") else "pooler"
-        vision_encoder = _load_backbone(vision, vision_pooling)
+        vision_encoder = _load_backbone(vision, "vision", vision_pooling)
         projection_dim = projection_dim or vision_encoder.config.hidden_size
         config = LoTLIPConfig(
             text_config=LoTLIPTextConfig(
@@ -902,16 +989,16 @@ def _without_pooler(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not name.startswith("pooler."))
 
 
-def _backbone_config(source: str | Path | PreTrainedModel) -> PreTrainedConfig:
+def _backbone_config(source: str | Path | PreTrainedModel, tower: str) -> PreTrainedConfig:
     config = source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source)
-    return config.vision_config if config.model_type in ("clip", "siglip") else config
+    return getattr(config, f"{tower}_config") if config.model_type in ("clip", "siglip") else config
 
 
-def _load_backbone(source: str | Path | PreTrainedModel, pooling: str) -> PreTrainedModel:
+def _load_backbone(source: str | Path | PreTrainedModel, tower: str, pooling: str) -> PreTrainedModel:
     if isinstance(source, PreTrainedModel):
-        is_dual = source.config.model_type in ("clip", "siglip")
-        return source.vision_model if is_dual else source  # pyright: ignore[reportReturnType]
-    config = _backbone_config(source)
+        # the classes with a projection hold the encoder under the tower's name, too
+        return getattr(source, f"{tower}_model", source)
+    config = _backbone_config(source, tower)
     encoder, info = AutoModel.from_pretrained(
         source, config=config, output_loading_info=True, **_pooling_layer_argument(config, pooling)
     )

@@ -91,7 +91,9 @@ def test_attention_mask(official: Official, name: str) -> None:
         return
     official.model.set_attn_implementation("sdpa")
     config, m = official.model.config.text_config.backbone_config, official.num_corner_tokens
-    ours = create_corner_mask(config, torch.zeros(*official.expected[f"{name}_input_ids"].shape, 1), ids != 0, m)
+    ours = create_corner_mask(
+        config, torch.zeros(*official.expected[f"{name}_input_ids"].shape, 1), ids != 0, m, (ids != 0).int().argmax(-1)
+    )
     # from text, corners to [CLS], corners, words
     length = ids.shape[1]
     order = torch.tensor([0, *range(length, length + m), *range(1, length)])

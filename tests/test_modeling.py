@@ -67,7 +67,9 @@ def test_mask_is_the_papers_rule(side: str) -> None:
     ids = padded(tiny.input_ids(1, num_words), length, side, 0)
     config = tiny.text_config().backbone_config
     config._attn_implementation = "sdpa"
-    mask = create_corner_mask(config, torch.zeros(1, length + num_corners, 1), ids != 0, num_corners)[0, 0]
+    mask = create_corner_mask(
+        config, torch.zeros(1, length + num_corners, 1), ids != 0, num_corners, (ids != 0).int().argmax(-1)
+    )[0, 0]
     text = (ids[0] != 0).nonzero().flatten().tolist()
     cls, words, corners = text[0], text[1:], [length, length + 1]
     for query in text + corners:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import (
     BertConfig,
+    CLIPTextConfig,
     CLIPVisionConfig,
     Dinov2Config,
     PreTrainedConfig,
@@ -24,6 +25,7 @@ TEXT_BACKBONES: dict[str, type[PreTrainedConfig]] = {
     "bert": BertConfig,
     "roberta": RobertaConfig,
     "xlm-roberta": XLMRobertaConfig,
+    "clip": CLIPTextConfig,
 }
 VISION_BACKBONES: dict[str, tuple[type[PreTrainedConfig], str]] = {
     "vit": (ViTConfig, "cls"),
@@ -35,8 +37,10 @@ VISION_BACKBONES: dict[str, tuple[type[PreTrainedConfig], str]] = {
 
 def text_config(backbone: str = "bert", **kwargs: Any) -> LoTLIPTextConfig:
     """A text tower's configuration; no dropout, so that training mode is deterministic."""
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    backbone_config = TEXT_BACKBONES[backbone](**TEXT_SIZE, **dropout)
+    own = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if backbone == "clip":
+        own = {"bos_token_id": 5, "eos_token_id": 6}  # as `input_ids` has them; no dropout is its default
+    backbone_config = TEXT_BACKBONES[backbone](**TEXT_SIZE, **own)
     return LoTLIPTextConfig(backbone_config=backbone_config, **{"projection_dim": 24, **kwargs})
 
 
