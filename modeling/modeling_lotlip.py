@@ -345,7 +345,7 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
         if output_corner_embeds is None:
             output_corner_embeds = self.training
         num_corner_tokens = self.config.num_corner_tokens if output_corner_embeds else 0
-        num_texts = len(input_ids if input_ids is not None else inputs_embeds)
+        num_texts = (input_ids if input_ids is not None else inputs_embeds).shape[0]
         pooled_index = self._pooled_index(input_ids, attention_mask, num_texts, shape[-1], device)
         position_ids = self._backbone_position_ids(position_ids, attention_mask, num_texts, shape[-1], device)
         backbone_mask = attention_mask
@@ -371,6 +371,8 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
             position_ids = torch.cat([position_ids, corner_positions.expand(num_texts, -1)], dim=1)
             if token_type_ids is not None:
                 token_type_ids = nn.functional.pad(token_type_ids, (0, num_corner_tokens))
+            if attention_mask is None:
+                attention_mask = torch.ones(num_texts, shape[-1], dtype=torch.bool, device=device)
             backbone_mask = create_corner_mask(
                 self.config.backbone_config, inputs_embeds, attention_mask, num_corner_tokens, pooled_index, is_causal
             )
@@ -419,12 +421,14 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
         """[N]: where the token stands that a text's feature is read off: [CLS], or CLIP's [EOT]."""
         if not self.config.is_causal:
             return attention_mask.int().argmax(-1)
-        eos_token_id = self.config.eos_token_id
-        if input_ids is not None and eos_token_id == 2:
-            # Configurations from before transformers 4.31 hold a wrong id; [EOT] has the highest, as in CLIPTextModel.
-            return input_ids.int().argmax(-1)
         if input_ids is not None:
-            return (input_ids == eos_token_id).int().argmax(-1)
+            if attention_mask is not None:  # [EOT] may be the padding, too
+                input_ids = input_ids.masked_fill(~attention_mask.bool(), -1)
+            if self.config.eos_token_id == 2:
+                # Configurations from before transformers 4.31 hold a wrong id: as in CLIPTextModel, [EOT] has the
+                # highest.
+                return input_ids.int().argmax(-1)
+            return (input_ids == self.config.eos_token_id).int().argmax(-1)
         if attention_mask is not None:  # the last token of the text
             return length - 1 - attention_mask.int().flip(-1).argmax(-1)
         return torch.full((num_texts,), length - 1, device=device)
@@ -949,7 +953,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         ```
         """
         text_config = _backbone_config(text, "text")
-        text_pooling = LoTLIPTextConfig(backbone_config=text_config, pooling=text_pooling).pooling
+        text_pooling = LoTLIPTextConfig(backbone_config=text_config.to_dict(), pooling=text_pooling).pooling
         text_encoder = _load_backbone(text, "text", text_pooling)
         vision_config = _backbone_config(vision, "vision")
         if vision_pooling is None:

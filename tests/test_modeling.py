@@ -53,6 +53,12 @@ def text_backbone(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=[name for name in tiny.TEXT_BACKBONES if name != "clip"])
+def bidirectional_backbone(request: pytest.FixtureRequest) -> str:
+    """test_modeling_clip.py has the causal one."""
+    return request.param
+
+
 @pytest.fixture(params=list(tiny.VISION_BACKBONES))
 def vision_backbone(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -84,8 +90,8 @@ def test_mask_is_the_papers_rule(side: str) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
-def test_leaving_corner_tokens_out_changes_nothing(text_backbone: str, pooling: str) -> None:
-    model = text_model(text_backbone, pooling=pooling)
+def test_leaving_corner_tokens_out_changes_nothing(bidirectional_backbone: str, pooling: str) -> None:
+    model = text_model(bidirectional_backbone, pooling=pooling)
     ids = tiny.input_ids(3, 9)
     with torch.no_grad():
         without, with_corners = model(ids), model(ids, output_corner_embeds=True)
@@ -111,8 +117,8 @@ def test_corner_tokens_are_computed_in_training_and_on_request() -> None:
     assert text_model(num_corner_tokens=0)(ids, output_corner_embeds=True).corner_embeds is None
 
 
-def test_inference_is_the_stock_backbone_with_shifted_positions(text_backbone: str) -> None:
-    model = text_model(text_backbone)
+def test_inference_is_the_stock_backbone_with_shifted_positions(bidirectional_backbone: str) -> None:
+    model = text_model(bidirectional_backbone)
     config = model.config
     ids = tiny.input_ids(3, 9)
     positions = torch.tensor([0, *range(3, 11)]) + config.position_offset
@@ -123,9 +129,9 @@ def test_inference_is_the_stock_backbone_with_shifted_positions(text_backbone: s
     torch.testing.assert_close(ours.pooler_output, stock.pooler_output, **TOLERANCE)
 
 
-def test_corner_tokens_are_the_stock_backbone_with_them_behind_cls(text_backbone: str) -> None:
+def test_corner_tokens_are_the_stock_backbone_with_them_behind_cls(bidirectional_backbone: str) -> None:
     """The official layout: corner tokens in memory where they are in position, the mask written out."""
-    model, ids, m = text_model(text_backbone), tiny.input_ids(3, 9), 2
+    model, ids, m = text_model(bidirectional_backbone), tiny.input_ids(3, 9), 2
     words = model.get_input_embeddings()(ids)
     corners = model.corner_embeds.expand(3, -1, -1)
     allowed = torch.ones(9 + m, 9 + m, dtype=torch.bool)
@@ -146,8 +152,8 @@ def test_corner_tokens_are_the_stock_backbone_with_them_behind_cls(text_backbone
     torch.testing.assert_close(features, torch.stack(pooled, dim=1), **TOLERANCE)
 
 
-def test_without_corner_tokens_it_is_the_stock_backbone(text_backbone: str) -> None:
-    model = text_model(text_backbone, num_corner_tokens=0)
+def test_without_corner_tokens_it_is_the_stock_backbone(bidirectional_backbone: str) -> None:
+    model = text_model(bidirectional_backbone, num_corner_tokens=0)
     ids = tiny.input_ids(3, 9)
     with torch.no_grad():
         stock, ours = model.backbone(ids), model(ids, output_hidden_states=True)
@@ -234,9 +240,9 @@ def test_compiles_to_machine_code() -> None:
     torch.testing.assert_close(answer.logits_per_image, expected.logits_per_image, **TOLERANCE)
 
 
-@pytest.mark.parametrize("pooling", ["pooler", "mean"])
-def test_text_tower_is_exported_for_any_batch_and_length(pooling: str) -> None:
-    model = _spread(LoTLIPTextModelWithProjection(tiny.text_config(pooling=pooling)))
+@pytest.mark.parametrize(("backbone", "pooling"), [("bert", "pooler"), ("bert", "mean"), ("clip", "eos")])
+def test_text_tower_is_exported_for_any_batch_and_length(backbone: str, pooling: str) -> None:
+    model = _spread(LoTLIPTextModelWithProjection(tiny.text_config(backbone, pooling=pooling)))
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=38)}
     ids = padded(tiny.input_ids(3, 8), 10, "right", 0)
     exported = torch.export.export(model, (), {"input_ids": ids}, dynamic_shapes={"input_ids": sizes}).module()
@@ -256,8 +262,8 @@ def test_image_tower_is_exported_for_any_batch(vision_backbone: str) -> None:
 
 
 @pytest.mark.parametrize("with_corners", [True, False])
-def test_padding_and_batch_mates_do_not_matter(text_backbone: str, with_corners: bool) -> None:
-    model = text_model(text_backbone)
+def test_padding_and_batch_mates_do_not_matter(bidirectional_backbone: str, with_corners: bool) -> None:
+    model = text_model(bidirectional_backbone)
     pad, ids = model.config.pad_token_id, tiny.input_ids(1, 8)
 
     def features(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -543,7 +549,8 @@ def test_from_backbones(text_backbone: str, vision_backbone: str, from_folder: b
         image = vision(images)
         pooled = image.last_hidden_state[:, 0] if vision_backbone in ("vit", "dinov2") else image.pooler_output
         torch.testing.assert_close(model.get_image_features(images).pooler_output, pooled, **TOLERANCE)
-        positions = torch.tensor([0, *range(4, 11)]) + model.config.text_config.position_offset
+        moved = model.config.text_config.num_corner_positions
+        positions = torch.tensor([0, *range(1 + moved, 8 + moved)]) + model.config.text_config.position_offset
         stock = text(ids, position_ids=positions.expand(3, -1)).pooler_output
         torch.testing.assert_close(model.text_model(ids).pooler_output, stock, **TOLERANCE)
     model.save_pretrained(tmp_path / "lotlip")

@@ -46,6 +46,11 @@ class TextModelTester:
         return self.get_config(), {"input_ids": ids, "attention_mask": mask}
 
 
+class CLIPTextModelTester(TextModelTester):
+    def get_config(self) -> LoTLIPTextConfig:
+        return tiny.text_config("clip")
+
+
 class VisionModelTester:
     is_training = True
     batch_size = 3
@@ -164,6 +169,17 @@ class TextModelTest(TowerTest, unittest.TestCase):
 
         self.model_tester.prepare_config_and_inputs_for_common = without_corner_tokens
         super().test_retain_grad_hidden_states_attentions()
+
+
+class CLIPTextModelTest(TextModelTest):
+    """Over CLIP's causal text tower."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.model_tester = CLIPTextModelTester(self)
+
+    @unittest.skip("TextModelTest has run them.")
+    def test_config(self) -> None: ...
 
 
 class VisionModelTest(TowerTest, unittest.TestCase):
