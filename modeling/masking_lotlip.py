@@ -11,13 +11,15 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
-def corner_mask_function(seen_by_corners: torch.Tensor) -> Callable:
+def corner_mask_function(seen_by_corners: torch.Tensor, attention_mask: torch.Tensor) -> Callable:
     """
     The rule of the LoTLIP paper's corner tokens, over a text's L tokens followed by m corner tokens: text tokens see
     every text token and no corner; a corner sees itself and every word, but no other corner and not the pooled token.
+    Nobody sees padding.
 
     Args:
         seen_by_corners: [batch_size, L], `True` for the words.
+        attention_mask: [batch_size, L + m], `False` for padding.
 
     Returns:
         A function (batch, head, query, key) -> bool for transformers' `and_mask_function`.
@@ -29,7 +31,8 @@ def corner_mask_function(seen_by_corners: torch.Tensor) -> Callable:
     ) -> torch.Tensor:
         # a lookup for any key: that of a corner finds the last token, and is ruled out by itself
         word = seen_by_corners[batch_idx, kv_idx.clamp(max=num_tokens - 1)]
-        return ((kv_idx < num_tokens) & (word | (q_idx < num_tokens))) | (q_idx == kv_idx)
+        seen = ((kv_idx < num_tokens) & (word | (q_idx < num_tokens))) | (q_idx == kv_idx)
+        return seen & attention_mask[batch_idx, kv_idx]
 
     return allowed
 
@@ -63,8 +66,8 @@ def create_corner_mask(
     places = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
     pooled = pooled_index.unsqueeze(-1)
     # what stands behind [EOT] is padding, whether or not the attention mask says so
-    rule = corner_mask_function(places < pooled if is_causal else places != pooled)
-    arguments = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": with_corners}
+    rule = corner_mask_function(places < pooled if is_causal else places != pooled, with_corners)
+    arguments = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": None}
     if is_causal:
         return create_causal_mask(**arguments, past_key_values=None, and_mask_function=rule)
     return create_bidirectional_mask(**arguments, and_mask_function=rule)
