@@ -10,7 +10,7 @@ from .modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPTextMo
 
 Stretch = Literal["knowledge-preserved", "linear"]
 
-# Long-CLIP (https://arxiv.org/abs/2403.15378, section 3.2) found CLIP's first 20 positions to be the well trained ones.
+# Long-CLIP (https://arxiv.org/abs/2403.15378, section 3.2): CLIP's first 20 positions are its well trained ones.
 KEPT_POSITIONS = 20
 
 
@@ -100,8 +100,8 @@ def clip_text_model(
     model: LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection, with_projection: bool = False
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
     """
-    The stock transformers text encoder with the weights of a LoTLIP over CLIP's text tower. Corner tokens are left out:
-    no text token sees them, so every output is the same. Weights are shared with `model`, not copied.
+    The stock transformers text encoder with the weights of a LoTLIP over CLIP's text tower. Corner tokens are left
+    out: no text token sees them, so every output is the same. Weights are shared with `model`, not copied.
 
     Args:
         model: A LoTLIP model whose text tower is CLIP's.

@@ -29,17 +29,20 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
+    AutoModel,
     AutoProcessor,
     BertConfig,
     BertModel,
     BertTokenizer,
     CLIPImageProcessorPil,
+    CLIPTokenizer,
     ViTConfig,
     ViTImageProcessorPil,
     ViTModel,
 )
 
 import tiny
+import tiny_clip
 from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPProcessor, LoTLIPTokenizer
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.records import load_records
@@ -1105,6 +1108,25 @@ def test_a_run_of_two_encoders(start: Path, tmp_path: Path) -> None:
     same = [name for name, tensor in before.items() if torch.equal(kept[name], tensor)]
     assert sorted(same) == sorted(before)
     assert AutoProcessor.from_pretrained(saved).tokenizer.model_max_length == 20
+
+
+def test_a_run_of_a_clips_two_encoders(start: Path, tmp_path: Path) -> None:
+    """CLIP's own tokenizer and [EOT] pooling; corner tokens are learnt behind [EOT]."""
+    tiny_clip.save_clip(tmp_path / "clip")
+    clip = str(tmp_path / "clip")
+    model, saved = run_here(
+        tmp_path / "run", start, model=None, text_model=clip, image_model=clip, num_corner_tokens=1, max_steps=2
+    )
+    assert model.config.text_config.pooling == "eos"
+    processor = AutoProcessor.from_pretrained(saved)
+    assert isinstance(processor.tokenizer, CLIPTokenizer)
+    assert processor.tokenizer.model_max_length == model.config.text_config.max_position_embeddings == 77
+    loaded = AutoModel.from_pretrained(saved)
+    inputs = processor(text=["a cat. a dog", "a photo of the red car " * 30], return_tensors="pt")
+    assert inputs["input_ids"].shape == (2, 77)
+    with torch.no_grad():
+        features = loaded.get_text_features(**inputs).pooler_output
+        torch.testing.assert_close(features, model.eval().get_text_features(**inputs).pooler_output, rtol=0, atol=0)
 
 
 @pytest.mark.slow

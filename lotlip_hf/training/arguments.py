@@ -67,7 +67,7 @@ class TrainingConfig:
         default=None, help="width of the shared space of a new model (the image encoder's)"
     )
     text_pooling: Literal["pooler", "cls", "mean"] | None = _option(
-        default=None, help="how a new model pools its text (pooler)"
+        default=None, help="how a new model pools its text (pooler; CLIP's text encoder has its own way)"
     )
     max_text_length: int | None = _option(
         default=None,

@@ -91,13 +91,17 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
         config.text_model,
         config.image_model,
         number,
-        text_pooling=config.text_pooling or "pooler",
+        text_pooling=config.text_pooling,
         projection_dim=config.projection_dim,
     ).float()
-    length = min(CONTEXT_LENGTH - number, model.config.text_config.max_position_embeddings)
-    tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
-        AutoTokenizer.from_pretrained(config.text_model), model_max_length=length
-    )
+    positions = model.config.text_config.max_position_embeddings
+    tokenizer = AutoTokenizer.from_pretrained(config.text_model)
+    if model.config.text_config.is_causal:
+        tokenizer.model_max_length = positions  # CLIP's own reads no separators between sentences
+    else:
+        tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
+            tokenizer, model_max_length=min(CONTEXT_LENGTH - number, positions)
+        )
     return model, LoTLIPProcessor(AutoImageProcessor.from_pretrained(config.image_model), tokenizer)
 
 
