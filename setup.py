@@ -26,9 +26,13 @@ TRAIN_REQUIRES = ["matplotlib>=3.9", "tensorboard>=2.16"]
 # Fine-tuning a few parameters alone (examples/finetune_lora.py).
 LORA_REQUIRES = ["peft>=0.18"]
 
+# Long prompts for diffusion pipelines (lotlip_hf/diffusion.py).
+DIFFUSION_REQUIRES = ["diffusers>=0.42"]
+
 TEST_REQUIRES = [
     *TRAIN_REQUIRES,
     *LORA_REQUIRES,
+    *DIFFUSION_REQUIRES,
     "parameterized>=0.9",
     "pyright[nodejs]>=1.1.400",
     "pytest>=8.0",
@@ -59,6 +63,7 @@ setup(
     extras_require={
         "train": TRAIN_REQUIRES,
         "lora": LORA_REQUIRES,
+        "diffusion": DIFFUSION_REQUIRES,
         "test": TEST_REQUIRES,
     },
     entry_points={"console_scripts": ["lotlip = lotlip_hf.cli:main"]},

@@ -29,12 +29,7 @@ def run(code: str, *arguments: str) -> str:
         "import lotlip_hf; from transformers import AutoModel",
         "from transformers import AutoModel, AutoProcessor; import lotlip_hf",
         "import lotlip_hf.modeling.modeling_lotlip",
-        pytest.param("import lotlip_hf; from transformers import PreTrainedModel", marks=pytest.mark.slow),
-        pytest.param("import lotlip_hf.search", marks=pytest.mark.slow),
         pytest.param("from transformers import AutoTokenizer; import lotlip_hf", marks=pytest.mark.slow),
-        pytest.param("from lotlip_hf import LoTLIPModel", marks=pytest.mark.slow),
-        pytest.param("import lotlip_hf.modeling.configuration_lotlip", marks=pytest.mark.slow),
-        pytest.param("import lotlip_hf.modeling.processing_lotlip", marks=pytest.mark.slow),
     ],
 )
 def test_auto_classes_in_a_fresh_process(first: str, official_checkpoint: Path) -> None:

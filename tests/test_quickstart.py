@@ -74,7 +74,7 @@ def test_it_learns_what_long_captions_say(quickstart: ModuleType, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_it_stays_at_chance_when_captions_are_shuffled(quickstart: ModuleType, tmp_path: Path) -> None:
-    assert quickstart.main(["--output", str(tmp_path), "--shuffle-captions", "--max-steps", "150"]) == 0
+    assert quickstart.main(["--output", str(tmp_path), "--shuffle-captions", "--max-steps", "100"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    # chance is one hit in 500; eight or more by chance are one run in 100,000
+    # chance is one hit in 500; eight or more by chance are one run in 100,000; of captions in order 5 % are found by then
     assert all(value < 8 / 500 for name, value in results.items() if name.endswith("_r1"))

@@ -1268,7 +1268,7 @@ def test_killed_again_and_again_at_random(start: Path, tmp_path: Path) -> None:
     argv, generator, kills = arguments(killed, **options), random.Random(0), 0
     for _ in range(100):
         # 20 steps take 2 seconds or more, so it is killed more than twice; later delays let a slow machine end, too.
-        after = generator.uniform(0, 0.5) * (1 + kills / 4)
+        after = generator.uniform(0, 0.4) * (1 + kills / 2)
         if run(argv, tmp_path, 1, slow_step_and_kill, 0.1, after).codes == [0]:
             break
         kills += 1
