@@ -1,0 +1,520 @@
+"""
+CLIP checkpoints in open_clip's and OpenAI's layout, Long-CLIP's included, as stock `CLIPModel`s; `conversion.clip`
+makes LoTLIP models of them.
+"""
+
+import math
+import zipfile
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import safetensors.torch
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers.initialization import no_init_weights
+
+from lotlip_hf.clip import KEPT_POSITIONS
+
+from .official import (
+    DTYPES,
+    PREFIX,
+    ConversionError,
+    _one_line,
+    _option,
+    _read_json,
+    _section,
+    _whole,
+    read_official_state_dict,
+)
+
+Activation = Literal["gelu", "quick_gelu"]
+
+# What the archives and some checkpoints hold beside the weights: sizes, and the buffer of the causal mask
+IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+# Text tower of open_clip's `CustomTextCLIP`
+TEXT_PREFIX = "text."
+# Long-CLIP trains the positions that it does not keep in a table of its own.
+LONG_CLIP_POSITIONS = "positional_embedding_res"
+
+# Tensors of what the text and image towers are not -> what they are
+OTHER_TOWERS = {
+    "visual.trunk.": "its image tower is one of timm's",
+    "visual.layer1.": "its image tower is a ResNet",
+    "text.transformer.embeddings.": "its text tower is one of transformers' encoders",
+    "text.transformer.encoder.": "its text tower is one of transformers' encoders",
+    "text_decoder.": "it is a CoCa, with a text decoder",
+}
+
+# open_clip's settings of a tower: those that are read here, those that only some values are known of, and those that
+# change no output
+VISION_SETTINGS = ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "norm_kwargs")
+TEXT_SETTINGS = (
+    "layers",
+    "width",
+    "heads",
+    "mlp_ratio",
+    "context_length",
+    "vocab_size",
+    "norm_kwargs",
+    "eos_id",
+    "hf_tokenizer_name",
+)
+BLOCK_VALUES: dict[str, list[Any]] = {
+    "ls_init_value": [None],
+    "act_kwargs": [None, {}],
+    "block_type": [None, "default"],
+    "qk_norm": [False],
+    "scaled_cosine_attn": [False],
+    "scale_heads": [False],
+    "scale_attn_inner": [False],
+    "scale_attn": [False],
+    "scale_fc": [False],
+}
+VISION_VALUES = {
+    **BLOCK_VALUES,
+    "attentional_pool": [False],
+    "no_ln_pre": [False],
+    "pool_type": ["tok"],
+    "timm_model_name": [None],
+}
+TEXT_VALUES = {
+    **BLOCK_VALUES,
+    "embed_cls": [False],
+    "no_causal_mask": [False],
+    "pool_type": ["argmax", "eos"],
+    "proj_type": ["linear"],
+    "proj_bias": [False],
+    "tokenizer_mode": [None],
+    "tokenizer_kwargs": [None, {}],
+    "hf_model_name": [None],
+}
+MODEL_VALUES: dict[str, list[Any]] = {
+    "init_logit_bias": [None],
+    "nonscalar_logit_scale": [False],
+    "multimodal_cfg": [None],
+}
+# Dropout while training, what is returned beside the features, how a table was made that is in the file anyhow, and
+# settings of what the values above rule out
+VISION_UNUSED = (
+    "patch_dropout",
+    "output_tokens",
+    "pos_embed_type",
+    "final_ln_after_pool",
+    "attn_pooler_queries",
+    "attn_pooler_heads",
+    "timm_model_pretrained",
+    "timm_pool",
+    "timm_proj",
+    "timm_proj_bias",
+    "timm_drop",
+    "timm_drop_path",
+)
+TEXT_UNUSED = (
+    "pad_id",
+    "output_tokens",
+    "final_ln_after_pool",
+    "hf_model_pretrained",
+    "hf_proj_type",
+    "hf_pooler_type",
+)
+MODEL_UNUSED = ("init_logit_scale", "custom_text", "output_dict", "cast_dtype")
+
+# open_clip's name -> transformers'; more than one stand stacked in open_clip's tensor, in this order
+TEXT_TENSORS = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+VISION_TENSORS = {
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "ln_pre.weight": "pre_layrnorm.weight",
+    "ln_pre.bias": "pre_layrnorm.bias",
+    "ln_post.weight": "post_layernorm.weight",
+    "ln_post.bias": "post_layernorm.bias",
+}
+BLOCK = {
+    "ln_1.{}": ["layer_norm1.{}"],
+    "attn.in_proj_{}": ["self_attn.q_proj.{}", "self_attn.k_proj.{}", "self_attn.v_proj.{}"],
+    "attn.out_proj.{}": ["self_attn.out_proj.{}"],
+    "ln_2.{}": ["layer_norm2.{}"],
+    "mlp.c_fc.{}": ["mlp.fc1.{}"],
+    "mlp.c_proj.{}": ["mlp.fc2.{}"],
+}
+# Matrices that open_clip multiplies from the right, without the transposition of a linear layer
+TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def open_clip_layout(config: CLIPConfig) -> dict[str, list[str]]:
+    """
+    The name in open_clip's layout of every tensor, with the names of a `CLIPModel`'s tensors that it is made of: one,
+    or query, key and value stacked along the first dimension. Those in `TRANSPOSED` are transposed besides.
+
+    Args:
+        config: Configuration of the `CLIPModel`.
+
+    Returns:
+        open_clip's name -> names in `CLIPModel.state_dict()`.
+    """
+    layout = {"logit_scale": ["logit_scale"], **{theirs: [own] for theirs, own in TRANSPOSED.items()}}
+    towers = (
+        ("", "text_model.", TEXT_TENSORS, config.text_config),
+        ("visual.", "vision_model.", VISION_TENSORS, config.vision_config),
+    )
+    for their_prefix, own_prefix, tensors, tower_config in towers:
+        names = {theirs: [own] for theirs, own in tensors.items()}
+        for layer in range(tower_config.num_hidden_layers):
+            for theirs, own in BLOCK.items():
+                for kind in ("weight", "bias"):
+                    parts = [f"encoder.layers.{layer}.{name.format(kind)}" for name in own]
+                    names[f"transformer.resblocks.{layer}.{theirs.format(kind)}"] = parts
+        layout.update({their_prefix + theirs: [own_prefix + name for name in own] for theirs, own in names.items()})
+    return layout
+
+
+def read_open_clip(
+    weights: str | Path, config: str | Path | None = None, activation: Activation | None = None
+) -> tuple[CLIPModel, CLIPImageProcessorPil, str | None]:
+    """
+    Reads a checkpoint of open_clip, OpenAI or Long-CLIP.
+
+    Args:
+        weights: A `.safetensors` file; a pickle of a state dict or of `{"state_dict": ...}`, of which only tensors are
+            read; or a TorchScript archive, as OpenAI published CLIP, of which nothing is run but what TorchScript
+            itself runs on loading.
+        config: open_clip's configuration, an `open_clip_config.json` or the model's part of it alone. Without it all
+            sizes are read off the tensors, with heads of width 64 as in OpenAI's code.
+        activation: For a file without a configuration, what it was trained with. Archives and Long-CLIP's files are
+            known to be `"quick_gelu"`.
+
+    Returns:
+        The model in the precision of the file (the wider one where it mixes two), its image processor, and the
+        configuration's `hf_tokenizer_name`, if it has one.
+
+    Raises:
+        ConversionError: if a file is missing or damaged, if a setting is unknown or asks for something that a
+            `CLIPModel` does not compute, or if a tensor is unknown, missing or misshapen; each is named.
+    """
+    path = Path(weights)
+    state_dict, is_archive = _read_tensors(path)
+    for prefix, reason in OTHER_TOWERS.items():
+        if any(name.startswith(prefix) for name in state_dict):
+            raise ConversionError(f"{path}: {reason}; this converter takes CLIP's own two transformers.")
+    state_dict = _without_text_prefix(state_dict, path)
+    for name in IGNORED:
+        state_dict.pop(name, None)
+    is_long_clip = LONG_CLIP_POSITIONS in state_dict
+    if is_long_clip:
+        _join_long_clip_positions(state_dict, path)
+    known = "quick_gelu" if is_archive or is_long_clip else None
+    if config is None:
+        model_cfg, preprocess_cfg, source = _settings_from_tensors(state_dict, known or activation, path), {}, path
+        if known and activation not in (None, known):
+            raise ConversionError(f"{path}: --activation is {activation}, but files of this kind are {known}.")
+    else:
+        if activation is not None:
+            raise ConversionError(f"--activation {activation}: {config} says which; leave --activation out.")
+        model_cfg, preprocess_cfg = _read_settings(Path(config))
+        source = config
+        if known and not model_cfg.get("quick_gelu", False):
+            raise ConversionError(
+                f"{config}: quick_gelu is not set, but the code that files like {path} belong to always uses it: set "
+                "it to true, or leave --open-clip-config out."
+            )
+    try:
+        clip_config = config_from_open_clip(model_cfg, str(source))
+        with no_init_weights():
+            model = CLIPModel(clip_config)
+    except (StrictDataclassError, ValueError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise ConversionError(f"{source}: no model can be built from it ({_one_line(error)}).") from error
+    model.load_state_dict(from_open_clip(state_dict, model, path), assign=True)
+    image_size = clip_config.vision_config.image_size
+    image_processor = image_processor_from_open_clip(preprocess_cfg, image_size, str(source))
+    return model.eval(), image_processor, model_cfg["text_cfg"].get("hf_tokenizer_name")
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
+    """The tensors of a file, and whether it is a TorchScript archive."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            is_archive = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        if is_archive:
+            try:
+                return torch.jit.load(path, map_location="cpu").state_dict(), True
+            except RuntimeError as error:
+                raise ConversionError(f"{path}: a damaged TorchScript archive ({_first_line(error)}).") from error
+    if path.suffix != ".safetensors":
+        return read_official_state_dict(path), False
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise ConversionError(f"{path}: not a safetensors file ({_one_line(error)}).") from error
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _without_text_prefix(state_dict: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    names = {name: name.removeprefix(TEXT_PREFIX) for name in state_dict}
+    twice = sorted(name for name, short in names.items() if name != short and short in state_dict)
+    if twice:
+        raise ConversionError(f"{path}: some tensors are there with and without {TEXT_PREFIX!r}: {', '.join(twice)}.")
+    return {names[name]: tensor for name, tensor in state_dict.items()}
+
+
+def _join_long_clip_positions(state_dict: dict[str, torch.Tensor], path: Path) -> None:
+    """One table of Long-CLIP's two, as its code adds them: the first 20 rows of the one, the others of the other."""
+    trained = state_dict.pop(LONG_CLIP_POSITIONS)
+    kept = state_dict.get("positional_embedding")
+    if kept is None or kept.shape != trained.shape or kept.dim() != 2:
+        raise ConversionError(
+            f"{path}: {LONG_CLIP_POSITIONS} has {list(trained.shape)}, positional_embedding "
+            f"{None if kept is None else list(kept.shape)}; expected two tables of the same size, as in Long-CLIP."
+        )
+    state_dict["positional_embedding"] = torch.cat([kept[:KEPT_POSITIONS], trained[KEPT_POSITIONS:]])
+
+
+def _settings_from_tensors(
+    state_dict: Mapping[str, torch.Tensor], activation: Activation | None, path: Path
+) -> dict[str, Any]:
+    """The model settings of OpenAI's code for a file without a configuration."""
+    if activation not in get_args(Activation):
+        raise ConversionError(
+            f"{path}: nothing in it says whether it was trained with GELU (as most of open_clip's) or QuickGELU (as "
+            "OpenAI's): give --open-clip-config, or --activation gelu or quick_gelu."
+        )
+
+    def size(name: str, dim: int, num_dims: int) -> int:
+        if name not in state_dict:
+            raise ConversionError(f"{path}: not a CLIP in open_clip's or OpenAI's layout: it lacks {name}.")
+        shape = list(state_dict[name].shape)
+        if len(shape) != num_dims or 0 in shape:
+            raise ConversionError(
+                f"{path}: misshapen: {name} has {shape}, expected {num_dims} dimensions and none of size 0."
+            )
+        return shape[dim]
+
+    def tower(prefix: str, width: int) -> dict[str, Any]:
+        if width % 64:
+            raise ConversionError(
+                f"{path}: the {'image' if prefix else 'text'} tower is {width} wide, which heads of OpenAI's width of "
+                "64 do not divide: give --open-clip-config, which says how many there are."
+            )
+        blocks = prefix + "transformer.resblocks."
+        layers = {name[len(blocks) :].split(".")[0] for name in state_dict if name.startswith(blocks)}
+        mlp_ratio = size(f"{blocks}0.mlp.c_fc.weight", 0, 2) / width
+        return {"layers": len(layers), "width": width, "mlp_ratio": mlp_ratio}
+
+    vision_width, patch_size = size("visual.conv1.weight", 0, 4), size("visual.conv1.weight", 3, 4)
+    grid = math.isqrt(size("visual.positional_embedding", 0, 2) - 1)
+    text_width = size("token_embedding.weight", 1, 2)
+    return {
+        "embed_dim": size("text_projection", 1, 2),
+        "quick_gelu": activation == "quick_gelu",
+        "vision_cfg": {
+            **tower("visual.", vision_width),
+            "patch_size": patch_size,
+            "image_size": grid * patch_size,
+        },
+        "text_cfg": {
+            **tower("", text_width),
+            "heads": text_width // 64,
+            "context_length": size("positional_embedding", 0, 2),
+            "vocab_size": size("token_embedding.weight", 0, 2),
+        },
+    }
+
+
+def _read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of the model and of the preprocessing; the latter may be left out."""
+    content = _read_json(path)
+    if "model_cfg" not in content:
+        return content, {}
+    return _section(content, "model_cfg", str(path)), content.get("preprocess_cfg") or {}
+
+
+def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip_config") -> CLIPConfig:
+    """
+    The configuration of a `CLIPModel` for open_clip's settings of a model; what is left out has open_clip's defaults.
+    Of the token ids it holds what the settings say, which for `pool_type: argmax` is transformers' old id of 2, by
+    which [EOT] is the highest id in a text.
+
+    Args:
+        model_cfg: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`.
+        source: What to call the settings in errors.
+
+    Raises:
+        ConversionError: if a setting is unknown, or asks for something that a `CLIPModel` does not compute.
+    """
+    vision, text = _section(model_cfg, "vision_cfg", source), _section(model_cfg, "text_cfg", source)
+    model_settings = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
+    for options, read, values, unused in (
+        (model_cfg, model_settings, MODEL_VALUES, MODEL_UNUSED),
+        (vision, VISION_SETTINGS, VISION_VALUES, VISION_UNUSED),
+        (text, TEXT_SETTINGS, TEXT_VALUES, TEXT_UNUSED),
+    ):
+        unknown = sorted(options.keys() - {*read, *values, *unused})
+        if unknown:
+            raise ConversionError(f"{source}: {', '.join(unknown)}: this converter does not know these settings.")
+        for key in values.keys() & options.keys():
+            _option(options, key, None, values[key], source)
+    embed_dim = _whole(model_cfg, "embed_dim", None, source)
+    quick_gelu = _option(model_cfg, "quick_gelu", False, [False, True], source)
+    if isinstance(vision.get("layers"), list):
+        raise ConversionError(
+            f"{source}: vision_cfg.layers is a list: its image tower is a ResNet, not a transformer."
+        )
+    vision_width = _whole(vision, "width", 768, source)
+    towers = {}
+    for name, options, width, heads in (
+        ("vision", vision, vision_width, max(1, vision_width // _whole(vision, "head_width", 64, source))),
+        ("text", text, _whole(text, "width", 512, source), _whole(text, "heads", 8, source)),
+    ):
+        if width % heads:
+            raise ConversionError(f"{source}: {heads} heads do not divide the {name} tower's width of {width}.")
+        ratio, norm = options.get("mlp_ratio", 4.0), options.get("norm_kwargs") or {}
+        if type(ratio) not in (int, float) or int(width * ratio) < 1:
+            raise ConversionError(f"{source}: {name}_cfg.mlp_ratio is {ratio!r}; expected a positive number.")
+        if not isinstance(norm, dict) or norm.keys() - {"eps"}:
+            raise ConversionError(f"{source}: {name}_cfg.norm_kwargs is {norm!r}; this converter knows eps alone.")
+        towers[name] = {
+            "hidden_size": width,
+            "num_hidden_layers": _whole(options, "layers", 12, source),
+            "num_attention_heads": heads,
+            # as open_clip rounds; a ratio that was itself divided may fall short of the whole number by a hair
+            "intermediate_size": int(width * ratio + 1e-6),
+            "hidden_act": "quick_gelu" if quick_gelu else "gelu",
+            "layer_norm_eps": norm.get("eps", 1e-5),
+            "projection_dim": embed_dim,
+        }
+    eos_token_id = 2  # see above
+    if text.get("pool_type") == "eos":
+        eos_token_id = _whole(text, "eos_id", 2, source, least=0)
+        if eos_token_id == 2:
+            raise ConversionError(
+                f"{source}: eos_id is 2, at which a CLIPModel cannot read a text's feature: it takes this id for the "
+                "highest one in the text. So it is in MetaCLIP 2, which is another architecture."
+            )
+    image_size, patch_size = _side(vision, "image_size", 224, source), _side(vision, "patch_size", 16, source)
+    if image_size < patch_size:
+        raise ConversionError(f"{source}: image_size is {image_size}, less than a patch of {patch_size}.")
+    return CLIPConfig(
+        text_config={
+            **towers["text"],
+            "vocab_size": _whole(text, "vocab_size", 49408, source),
+            "max_position_embeddings": _whole(text, "context_length", 77, source, least=2),
+            "eos_token_id": eos_token_id,
+        },
+        vision_config={**towers["vision"], "image_size": image_size, "patch_size": patch_size},
+        projection_dim=embed_dim,
+    )
+
+
+def _side(options: Mapping[str, Any], key: str, default: int, source: str) -> int:
+    """Length of a square's side, which may be written as a pair."""
+    value = options.get(key, default)
+    if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+        value = value[0]
+    return _whole({key: value}, key, default, source)
+
+
+def from_open_clip(
+    state_dict: Mapping[str, torch.Tensor], model: CLIPModel, source: str | Path = "The checkpoint"
+) -> dict[str, torch.Tensor]:
+    """
+    Tensors in open_clip's layout under a `CLIPModel`'s names, all in one precision: where the file mixes several, as
+    OpenAI's do, the one that holds each of them exactly.
+
+    Args:
+        state_dict: open_clip's tensors.
+        model: The model that they are for; its own weights are not changed.
+        source: What to call the checkpoint in errors.
+
+    Raises:
+        ConversionError: if a tensor is unknown, missing, misshapen or of integers; each is named.
+    """
+    own, layout = model.state_dict(), open_clip_layout(model.config)
+    problems = [f"unknown: {name}" for name in state_dict if name not in layout]
+    problems += [
+        f"of another kind: {name} is {tensor.dtype}, expected floating point"
+        for name, tensor in state_dict.items()
+        if tensor.dtype not in DTYPES
+    ]
+    converted: dict[str, torch.Tensor] = {}
+    for theirs, names in layout.items():
+        tensor = state_dict.get(theirs)
+        if tensor is None:
+            problems.append(f"missing: {theirs}")
+            continue
+        expected = list(own[names[0]].shape)
+        if len(names) > 1:
+            expected[0] *= len(names)
+        if theirs in TRANSPOSED:
+            expected.reverse()
+        if list(tensor.shape) != expected:
+            problems.append(f"misshapen: {theirs} has {list(tensor.shape)}, expected {expected}")
+            continue
+        if theirs in TRANSPOSED:
+            tensor = tensor.t()
+        converted.update(zip(names, [tensor] if len(names) == 1 else tensor.chunk(len(names)), strict=True))
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ConversionError(f"{source}: {len(problems)} tensors do not fit the configuration:\n  {listed}")
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in converted.values()})
+    return {name: tensor.to(dtype).clone(memory_format=torch.contiguous_format) for name, tensor in converted.items()}
+
+
+def image_processor_from_open_clip(
+    preprocess_cfg: Mapping[str, Any], image_size: int, source: str = "open_clip_config"
+) -> CLIPImageProcessorPil:
+    """
+    The stock image processor for open_clip's settings of the preprocessing; what is left out is OpenAI's. Saved, it is
+    a plain `CLIPImageProcessor`, which loads with whichever backend is installed.
+
+    Args:
+        preprocess_cfg: `mean`, `std`, `interpolation`, `resize_mode`, `size`.
+        image_size: Side of the image tower's images in pixels.
+        source: What to call the settings in errors.
+
+    Raises:
+        ConversionError: if a setting asks for what the image processor does not do.
+    """
+    read = ("mean", "std", "interpolation", "resize_mode", "size", "mode", "fill_color")
+    unknown = sorted(preprocess_cfg.keys() - set(read))
+    if unknown:
+        raise ConversionError(f"{source}: {', '.join(unknown)}: this converter does not know these settings.")
+    _option(preprocess_cfg, "mode", "RGB", ["RGB"], source)
+    interpolation = _option(preprocess_cfg, "interpolation", "bicubic", [*RESAMPLING], source)
+    resize_mode = _option(preprocess_cfg, "resize_mode", "shortest", ["shortest", "squash"], source)
+    size = _side(preprocess_cfg, "size", image_size, source)
+    if size != image_size:
+        raise ConversionError(f"{source}: preprocess_cfg.size is {size}, the image tower's image_size {image_size}.")
+    settings: dict[str, Any] = {"resample": RESAMPLING[interpolation]}
+    for key, name in (("mean", "image_mean"), ("std", "image_std")):
+        if key in preprocess_cfg:
+            settings[name] = _three_numbers(preprocess_cfg[key], key, source)
+    square = {"height": size, "width": size}
+    squash = resize_mode == "squash"
+    return CLIPImageProcessorPil(
+        size=square if squash else {"shortest_edge": size}, do_center_crop=not squash, crop_size=square, **settings
+    )
+
+
+def _three_numbers(value: Any, key: str, source: str) -> list[float]:
+    numbers = value if isinstance(value, list) else [value] * 3
+    if len(numbers) != 3 or not all(type(number) in (int, float) for number in numbers):
+        raise ConversionError(f"{source}: {key} is {value!r}; expected three numbers.")
+    return [float(number) for number in numbers]
