@@ -254,7 +254,11 @@ def corner_mask_off(model: LoTLIPModel) -> Iterator[None]:
         return args, {**kwargs, "output_corner_embeds": True}
 
     def padding_mask(
-        config: PreTrainedConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, num_corner_tokens: int
+        config: PreTrainedConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        num_corner_tokens: int,
+        *of_the_rule: Any,
     ) -> Any:
         text_mask = torch.nn.functional.pad(attention_mask.bool(), (0, num_corner_tokens), value=True)
         return create_bidirectional_mask(config=config, inputs_embeds=inputs_embeds, attention_mask=text_mask)

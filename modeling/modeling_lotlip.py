@@ -962,13 +962,13 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         projection_dim = projection_dim or vision_encoder.config.hidden_size
         config = LoTLIPConfig(
             text_config=LoTLIPTextConfig(
-                backbone_config=text_encoder.config.to_dict(),
+                backbone_config=_without_path(text_encoder.config),
                 num_corner_tokens=num_corner_tokens,
                 pooling=text_pooling,
                 projection_dim=projection_dim,
             ),
             vision_config=LoTLIPVisionConfig(
-                backbone_config=vision_encoder.config.to_dict(), pooling=vision_pooling, projection_dim=None
+                backbone_config=_without_path(vision_encoder.config), pooling=vision_pooling, projection_dim=None
             ),
             projection_dim=projection_dim,
             **config_kwargs,
@@ -991,6 +991,11 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
 def _without_pooler(names: Iterable[str]) -> list[str]:
     """Masked language models come without a pooler: where a tower needs one it is new, as the corner tokens are."""
     return sorted(name for name in names if not name.startswith("pooler."))
+
+
+def _without_path(config: PreTrainedConfig) -> dict[str, Any]:
+    """Where a backbone once lay is nothing to publish."""
+    return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
 
 
 def _backbone_config(source: str | Path | PreTrainedModel, tower: str) -> PreTrainedConfig:

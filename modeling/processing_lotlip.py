@@ -30,8 +30,8 @@ class LoTLIPProcessor(ProcessorMixin):
     Args:
         image_processor (`CLIPImageProcessor` or `CLIPImageProcessorPil`):
             The image processor, with either backend. See `official_image_processor` for the released models' settings.
-        tokenizer (`LoTLIPTokenizer`):
-            The tokenizer.
+        tokenizer (`LoTLIPTokenizer` or `CLIPTokenizer`):
+            The tokenizer; CLIP's own for a model over CLIP's text tower.
 
     Example:
 

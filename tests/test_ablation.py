@@ -1,6 +1,5 @@
 """`benchmarks/ablation.py`: trains what is missing and nothing twice, and reports what there is."""
 
-import importlib.util
 import json
 import socket
 from pathlib import Path
@@ -16,16 +15,14 @@ import tiny
 from lotlip_hf import LoTLIPModel
 from lotlip_hf.training.arguments import TrainingConfig
 from lotlip_hf.training.loop import NonFiniteLossError
+from scripts import load_script
 
 SMALL = "--steps 2 --num-scenes 16 --batch-size 8 --eval-samples 12".split()
 
 
 @pytest.fixture
-def ablation(repository: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ablation", repository / "benchmarks" / "ablation.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def ablation() -> ModuleType:
+    return load_script("benchmarks/ablation.py")
 
 
 @pytest.fixture

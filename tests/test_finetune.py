@@ -1,6 +1,5 @@
 """`examples/finetune_with_trainer.py` and `examples/finetune_lora.py`, run as they are on a tiny checkpoint."""
 
-import importlib.util
 import io
 import json
 import math
@@ -29,6 +28,7 @@ from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.records import load_records
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
 from lotlip_hf.data.scenes import long_captions, render, scene, short_caption
+from scripts import REPOSITORY, load_script
 
 NUM_RECORDS = 8
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -45,24 +45,12 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 @pytest.fixture(scope="module")
 def trainer_example() -> ModuleType:
-    return example("finetune_with_trainer")
+    return load_script("examples/finetune_with_trainer.py")
 
 
 @pytest.fixture(scope="module")
 def lora_example() -> ModuleType:
-    return example("finetune_lora")
-
-
-def path_of(name: str) -> Path:
-    return Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
-
-
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path_of(name))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # HfArgumentParser looks annotations up there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/finetune_lora.py")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +81,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, official_checkpoint: Pa
 def in_two_processes(name: str, *arguments: str | Path) -> str:
     """Run an example under torchrun; what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(path_of(name)), *map(str, arguments)]
+    command += [str(REPOSITORY / "examples" / f"{name}.py"), *map(str, arguments)]
     finished = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=240)
     assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-5000:]
     return finished.stdout
@@ -350,7 +338,9 @@ def test_weights_are_trained_in_float32_and_the_scale_is_clamped(
     model.bfloat16().save_pretrained(start)
     AutoProcessor.from_pretrained(checkpoint).save_pretrained(start)
     output = "--output" if name == "finetune_lora" else "--output_dir"
-    saved = example(name).main(["--model", str(start), "--data", str(pictures), output, str(tmp_path / "saved")])
+    saved = load_script(f"examples/{name}.py").main(
+        ["--model", str(start), "--data", str(pictures), output, str(tmp_path / "saved")]
+    )
     assert {tensor.dtype for tensor in weights(saved).values()} == {torch.float32}
     assert weights(start)["logit_scale"] == 5
     assert math.log(100) - 1e-3 < float(weights(saved)["logit_scale"]) < math.log(100) + 1e-6
@@ -373,4 +363,4 @@ def shard(pictures: Path, tmp_path: Path) -> Path:
 def test_the_data_may_be_shards(name: str, checkpoint: Path, shard: Path, tmp_path: Path) -> None:
     output = ["--output"] if name == "finetune_lora" else ["--max_steps", "3", "--output_dir"]
     arguments = ["--model", str(checkpoint), "--data", str(shard), *output, str(tmp_path / "saved")]
-    assert largest_difference(example(name).main(arguments), checkpoint) > 1e-5
+    assert largest_difference(load_script(f"examples/{name}.py").main(arguments), checkpoint) > 1e-5

@@ -555,6 +555,7 @@ def test_from_backbones(text_backbone: str, vision_backbone: str, from_folder: b
         torch.testing.assert_close(model.text_model(ids).pooler_output, stock, **TOLERANCE)
     model.save_pretrained(tmp_path / "lotlip")
     assert not any(LoTLIPModel.from_pretrained(tmp_path / "lotlip", output_loading_info=True)[1].values())
+    assert str(tmp_path) not in (tmp_path / "lotlip" / "config.json").read_text()
 
 
 def test_from_backbones_takes_a_clips_image_tower(tmp_path: Path) -> None:

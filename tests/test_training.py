@@ -1,6 +1,5 @@
 """The training loop in real processes: killed and resumed, stopped, shared by several, and fed with what is broken."""
 
-import importlib.util
 import io
 import json
 import math
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Timer
 from time import monotonic, sleep
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,9 +51,9 @@ from lotlip_hf.training.checkpoint import list_checkpoints
 from lotlip_hf.training.log import RunLog, read_log
 from lotlip_hf.training.loop import NonFiniteLossError, evaluate, train
 from lotlip_hf.training.setup import load_data, load_or_start_model
+from scripts import REPOSITORY, load_script
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-TRAIN = REPOSITORY / "examples" / "train.py"
+TRAIN = "examples/train.py"
 TIME_LIMIT = 120  # seconds; a hang fails
 # The imports take longer than the tests: one process makes them, the others are its forks.
 IMPORTS = [
@@ -189,16 +187,6 @@ def config(output: Path, **options: Any) -> TrainingConfig:
 def some_slow(kinds: Iterable[str], quick: Sequence[str]) -> list[Any]:
     """Parameters of a test: all of the kinds, slow but for some."""
     return [kind if kind in quick else pytest.param(kind, marks=SLOW) for kind in kinds]
-
-
-def load_script(path: Path) -> ModuleType:
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def die() -> None:
@@ -1251,7 +1239,7 @@ def test_launchers(launcher: list[str], start: Path, tmp_path: Path) -> None:
     flag = "--main_process_port" if "accelerate" in launcher[0] else "--master_port"
     options = {"model": start / "plain", "data": start / "odd", "eval_data": start / "few", "epsilon": 1e-3}
     argv = arguments(tmp_path / "launched", **options, num_epochs=1, max_steps=None)
-    command = [sys.executable, "-m", *launcher, flag, str(port), str(TRAIN), *argv]
+    command = [sys.executable, "-m", *launcher, flag, str(port), str(REPOSITORY / TRAIN), *argv]
     done = subprocess.run(command, timeout=TIME_LIMIT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("The model is in") == 1

@@ -1,18 +1,15 @@
 """`benchmarks/training_step.py`, tiny."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+from scripts import load_script
 
-def test_it_measures_a_step_and_keeps_the_result(
-    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    spec = importlib.util.spec_from_file_location("training_step", repository / "benchmarks" / "training_step.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+
+def test_it_measures_a_step_and_keeps_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = load_script("benchmarks/training_step.py")
     results = tmp_path / "results" / "steps.jsonl"
     arguments = ["--size", "tiny", "--batch-size", "4", "--steps", "2", "--device", "cpu", "--results", str(results)]
     for number_of_texts in (0, 2):

@@ -11,8 +11,11 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.distributed.fsdp import OffloadPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+# transformers 5.17 exports it only where torchvision is installed
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..data.records import load_records
 from ..data.scenes import scenes_dataset
