@@ -22,6 +22,7 @@ from .modeling.modeling_lotlip import (
 )
 from .modeling.processing_lotlip import LoTLIPProcessor
 from .modeling.tokenization_lotlip import LoTLIPTokenizer
+from .text_encoder import LoTLIPTextEncoder, LoTLIPTextEncoderConfig
 
 if TYPE_CHECKING:
     from .encoding import encode_images, encode_texts
@@ -32,18 +33,25 @@ for _config, _model in (
     (LoTLIPConfig, LoTLIPModel),
     (LoTLIPTextConfig, LoTLIPTextModel),
     (LoTLIPVisionConfig, LoTLIPVisionModel),
+    (LoTLIPTextEncoderConfig, LoTLIPTextEncoder),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
 AutoModelForZeroShotImageClassification.register(LoTLIPConfig, LoTLIPModel)
 AutoTokenizer.register(LoTLIPConfig, fast_tokenizer_class=LoTLIPTokenizer)
 AutoTokenizer.register(LoTLIPTextConfig, fast_tokenizer_class=LoTLIPTokenizer)
+AutoTokenizer.register(LoTLIPTextEncoderConfig, fast_tokenizer_class=LoTLIPTokenizer)
 AutoProcessor.register(LoTLIPConfig, LoTLIPProcessor)
 
 
 def __getattr__(name: str) -> Any:
     if name in ("encode_images", "encode_texts"):
         return getattr(import_module(".encoding", __name__), name)
+    if name in ("CLIPPromptTokenizer", "CLIPTextEncoder", "LoTLIPPromptTokenizer"):
+        return getattr(import_module(".diffusion", __name__), name)
+    # diffusers looks here for the base classes of a saved pipeline's components
+    if name in ("PreTrainedModel", "PreTrainedTokenizerFast"):
+        return getattr(import_module("transformers"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -53,6 +61,8 @@ __all__ = [
     "LoTLIPPreTrainedModel",
     "LoTLIPProcessor",
     "LoTLIPTextConfig",
+    "LoTLIPTextEncoder",
+    "LoTLIPTextEncoderConfig",
     "LoTLIPTextModel",
     "LoTLIPTextModelWithProjection",
     "LoTLIPTokenizer",

@@ -6,10 +6,24 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    CLIPModel,
+    VisionTextDualEncoderModel,
+    ViTConfig,
+    ViTModel,
+)
 
+import tiny_clip
+import tiny_diffusion
 from lotlip_hf.cli import main as lotlip
+from lotlip_hf.conversion import clip as conversion_clip
+from lotlip_hf.conversion import stock as conversion_stock
+from lotlip_hf.conversion.clip import convert as convert_clip
 from lotlip_hf.training.arguments import TrainingConfig, parse_arguments
+from scripts import load_script
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -46,6 +60,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, golden: Path, official_ch
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     BertModel(BertConfig(**sizes, vocab_size=100)).save_pretrained(folder / "bert")
     ViTModel(ViTConfig(**sizes, image_size=32)).save_pretrained(folder / "vit")
+    tiny_clip.save_clip(folder / "clip")
+    convert_clip(folder / "clip", folder / "lotlip-clip", max_positions=248)
+    tiny_diffusion.pipeline("sd").save_pretrained(folder / "stable-diffusion")
+    prompts = (f"a {first} and the {second} of a house" for first in tiny_clip.WORDS for second in tiny_clip.WORDS)
+    (folder / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     return folder
 
 
@@ -97,6 +116,25 @@ def test_training_commands_have_options_that_exist() -> None:
     for options in rows:
         for option in re.findall(r"--([a-z-]+)", options):
             assert option in ("config", "help") or hasattr(TrainingConfig, option.replace("-", "_")), option
+
+
+def test_conversion_commands(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree("lotlip-clip")
+    for module in (conversion_clip, conversion_stock):
+        found = commands("README.md", module.__name__)
+        assert found
+        for words in found:
+            assert module.main(words) == 0, capsys.readouterr().err
+    assert type(AutoModel.from_pretrained("stock-clip")) is CLIPModel
+    assert type(AutoModel.from_pretrained("stock")) is VisionTextDualEncoderModel
+
+
+def test_an_adapter_is_trained_and_swapped_in(cwd: Path) -> None:
+    for name in ("align_text_encoder", "swap_text_encoder"):
+        (words,) = commands("README.md", f"examples/{name}.py")
+        load_script(f"examples/{name}.py").main(words)
+    assert (cwd / "aligned" / "report.png").is_file()
+    assert (cwd / "picture.png").is_file()
 
 
 def test_make_targets_exist() -> None:
