@@ -1,0 +1,701 @@
+"""
+A trained LoTLIP to a checkpoint of stock transformers classes, which needs neither this package nor remote code.
+
+    python -m lotlip_hf.conversion.stock --model lotlip-vit-b-16 --output stock
+    python -m lotlip_hf.conversion.stock --model lotlip-vit-b-16 --without-text-cleaning --output stock
+
+Corner tokens are invisible to a text's own tokens, so that an encoder without them gives the same features; BERT's
+positions close up where they stood. With CLIP's text and image towers the result is a `CLIPModel`, otherwise a
+`VisionTextDualEncoderModel`; a tower by itself becomes the stock class of its encoder. It is for inference: what
+trains corner tokens is not in it.
+
+What the stock classes leave to their callers, and LoTLIP's do not: to give the attention mask, to pad on the right, to
+cut texts with `truncation=True`, and to drop an image's transparency with `convert("RGB")`, or it is laid on white.
+"""
+
+import argparse
+import copy
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    VisionTextDualEncoderProcessor,
+)
+from transformers import initialization as init
+
+from lotlip_hf import (
+    LoTLIPConfig,
+    LoTLIPModel,
+    LoTLIPTextConfig,
+    LoTLIPTextModel,
+    LoTLIPTextModelWithProjection,
+    LoTLIPTokenizer,
+    LoTLIPVisionConfig,
+    LoTLIPVisionModel,
+    LoTLIPVisionModelWithProjection,
+)
+from lotlip_hf.clip import clip_text_model
+
+from .official import ConversionError, _one_line, _quiet
+
+# The largest difference between features of the checkpoint and of the export, in units of a feature's norm
+TOLERANCE = 1e-6
+# So small that tanh is the identity for what is multiplied by it, to float32's rounding up to absolute values of 16;
+# a power of 2, which a division takes back exactly; and large enough for float16 to hold the products
+SMALL = 2.0**-15
+POSITIONS = "embeddings.position_embeddings.weight"
+# Around the number of a special token: what stands for it in a normalised text. Dashes of two and three em, which any
+# normaliser leaves as they are, and BERT splits from each other whether or not a space stands between them.
+OPEN, CLOSE = "\u2e3b\u2e3a", "\u2e3a\u2e3b"
+# How the name of a class or model type begins that is not stock
+OWN_NAME = "lotlip"
+
+MODEL_CLASSES: dict[type[PreTrainedConfig], list[type[PreTrainedModel]]] = {
+    LoTLIPConfig: [LoTLIPModel],
+    LoTLIPTextConfig: [LoTLIPTextModel, LoTLIPTextModelWithProjection],
+    LoTLIPVisionConfig: [LoTLIPVisionModel, LoTLIPVisionModelWithProjection],
+}
+
+
+@dataclass(frozen=True)
+class StockCheckpoint:
+    """
+    What [`convert`] wrote.
+
+    Args:
+        folder: The folder.
+        model_class: Name of the stock model's class.
+        num_parameters: Number of its parameters.
+        dtype: Their precision.
+        difference: The largest difference of its features from the LoTLIP's, in units of a feature's norm.
+        processor: What it holds for texts and images, or lacks and why.
+        remarks: What else there is to know before it is used.
+    """
+
+    folder: Path
+    model_class: str
+    num_parameters: int
+    dtype: torch.dtype
+    difference: float
+    processor: str
+    remarks: tuple[str, ...] = ()
+
+
+def stock_model(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    The stock transformers model with a LoTLIP model's weights, which are shared where they are the same. Its text
+    features, image features and logits are the LoTLIP's for texts padded on the right and given with their attention
+    mask.
+
+    Args:
+        model: A [`LoTLIPModel`], which becomes a `CLIPModel` (CLIP towers) or a `VisionTextDualEncoderModel`; or one
+            of its towers, with or without projection, which becomes the stock class of its encoder.
+
+    Raises:
+        ConversionError: if no stock class gives the same features.
+
+    Example:
+
+    ```python
+    >>> from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+    >>> from lotlip_hf import LoTLIPModel
+    >>> from lotlip_hf.conversion.stock import stock_model
+
+    >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    >>> model = LoTLIPModel.from_backbones(BertModel(BertConfig(**size)), ViTModel(ViTConfig(**size)))
+    >>> type(stock_model(model)).__name__
+    'VisionTextDualEncoderModel'
+    ```
+    """
+    if isinstance(model, LoTLIPModel):
+        return _stock_dual_encoder(model)
+    if isinstance(model, (LoTLIPTextModel, LoTLIPTextModelWithProjection)):
+        return _stock_text_encoder(model)
+    if isinstance(model, (LoTLIPVisionModel, LoTLIPVisionModelWithProjection)):
+        return _stock_vision_encoder(model)
+    raise ConversionError(f"{type(model).__name__} is not a LoTLIP model.")
+
+
+def _stock_dual_encoder(model: LoTLIPModel) -> PreTrainedModel:
+    text_config, text_state = _text_encoder(model.text_model)
+    vision_config, vision_state = _vision_encoder(model.vision_model)
+    text_projection = _projection_weight(model.text_projection, model.text_model)
+    if model.config.text_config.pooling == "cls":
+        # The stock classes have a dense layer and tanh on [CLS], with which the feature's way is there and back.
+        text_state["pooler.dense.weight"] = SMALL * _identity(model.text_model)
+        text_state["pooler.dense.bias"] = torch.zeros_like(text_projection[0])
+        text_projection = text_projection / SMALL
+    state = {
+        **{f"text_model.{name}": tensor for name, tensor in text_state.items()},
+        **{f"vision_model.{name}": tensor for name, tensor in vision_state.items()},
+        "text_projection.weight": text_projection,
+        "visual_projection.weight": _projection_weight(model.visual_projection, model.vision_model),
+        "logit_scale": model.logit_scale.detach(),
+    }
+    is_clip = (text_config.model_type, vision_config.model_type) == ("clip_text_model", "clip_vision_model")
+    config_class, stock_class = VisionTextDualEncoderConfig, VisionTextDualEncoderModel
+    if is_clip:
+        config_class, stock_class = CLIPConfig, CLIPModel
+    for config in (text_config, vision_config):
+        if hasattr(config, "projection_dim"):  # CLIP's, which say it a second time
+            config.projection_dim = model.config.projection_dim
+    config = config_class(
+        text_config=text_config.to_dict(),
+        vision_config=vision_config.to_dict(),
+        projection_dim=model.config.projection_dim,
+        logit_scale_init_value=model.config.logit_scale_init_value,
+    )
+    return _build(stock_class, config, state, model)
+
+
+def _stock_text_encoder(model: LoTLIPTextModel | LoTLIPTextModelWithProjection) -> PreTrainedModel:
+    tower = model if isinstance(model, LoTLIPTextModel) else model.text_model
+    projection = getattr(model, "text_projection", None)
+    if tower.config.is_causal and not isinstance(projection, nn.Identity):
+        return clip_text_model(model, with_projection=projection is not None)
+    if isinstance(projection, nn.Linear):
+        raise ConversionError(
+            f"No stock class has {_described(tower)} with a projection behind it: export the whole LoTLIPModel, or "
+            "the LoTLIPTextModel without the projection."
+        )
+    config, state = _text_encoder(tower)
+    if tower.config.is_causal:
+        config.projection_dim = config.hidden_size
+        state = {f"text_model.{name}": tensor for name, tensor in state.items()}
+        return _build(
+            CLIPTextModelWithProjection, config, {**state, "text_projection.weight": _identity(tower)}, model
+        )
+    if tower.config.pooling == "cls":
+        raise ConversionError(
+            f"Text pooling 'cls' cannot be had of a stock {type(tower.backbone).__name__} by itself, which puts a "
+            "dense layer and tanh on [CLS]: export the whole LoTLIPModel, whose projection takes both back, or train "
+            "with pooling='pooler'."
+        )
+    return _build(type(tower.backbone), config, state, model)
+
+
+def _stock_vision_encoder(model: LoTLIPVisionModel | LoTLIPVisionModelWithProjection) -> PreTrainedModel:
+    tower = model if isinstance(model, LoTLIPVisionModel) else model.vision_model
+    projection = getattr(model, "visual_projection", None)
+    config, state = _vision_encoder(tower)
+    if projection is not None and config.model_type == "clip_vision_model":
+        weight = _projection_weight(projection, tower)
+        config.projection_dim = len(weight)
+        state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
+        return _build(CLIPVisionModelWithProjection, config, {**state, "visual_projection.weight": weight}, model)
+    if isinstance(projection, nn.Linear):
+        if (config.model_type, tower.config.pooling) != ("vit", "cls"):
+            raise ConversionError(
+                f"No stock class has {_described(tower)} with a projection behind it: export the whole LoTLIPModel, "
+                "or the LoTLIPVisionModel without the projection."
+            )
+        # ViT's pooler, which is linear then, is the projection.
+        weight = projection.weight.detach()
+        config.pooler_output_size = len(weight)
+        state = {**state, "pooler.dense.weight": weight, "pooler.dense.bias": torch.zeros_like(weight[:, 0])}
+    return _build(type(tower.backbone), config, state, model)
+
+
+def _text_encoder(tower: LoTLIPTextModel) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
+    """Configuration and tensors of the stock text encoder; the positions behind [CLS] close up."""
+    if tower.config.pooling == "mean":
+        raise ConversionError(
+            f"Text pooling 'mean' has no place in the stock {type(tower.backbone).__name__}, which pools [CLS]: train "
+            "with pooling='pooler' or 'cls', or go on using this package."
+        )
+    config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
+    corners = tower.config.num_corner_positions
+    if corners:
+        table, words = state[POSITIONS], tower.config.position_offset + 1
+        state[POSITIONS] = torch.cat([table[:words], table[words + corners :]])
+        config.max_position_embeddings -= corners
+    return config, state
+
+
+def _vision_encoder(tower: LoTLIPVisionModel) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
+    """Configuration and tensors of the stock image encoder whose `pooler_output` is the tower's."""
+    config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
+    if tower.config.pooling == "mean":
+        if config.model_type != "siglip_vision_model":
+            instead = "pooler" if config.model_type == "clip_vision_model" else "cls"
+            raise ConversionError(
+                f"Vision pooling 'mean' has no place in the stock {type(tower.backbone).__name__}, which pools its "
+                f"class token: train with pooling={instead!r}, or go on using this package."
+            )
+        config.vision_use_head = True
+        state.update(_mean_head(tower))
+    elif config.model_type == "vit" and tower.config.pooling == "cls":
+        config.pooler_act, config.pooler_output_size = "linear", config.hidden_size
+        weight = _identity(tower)
+        state.update({"pooler.dense.weight": weight, "pooler.dense.bias": torch.zeros_like(weight[0])})
+    return config, state
+
+
+def _mean_head(tower: LoTLIPVisionModel) -> dict[str, torch.Tensor]:
+    """SigLIP's attention head that takes the mean of the patches: a query of zeros attends to all of them alike."""
+    identity = _identity(tower)
+    width, inner, zeros = len(identity), tower.config.intermediate_size, identity.new_zeros
+    return {
+        "head.probe": zeros(1, 1, width),
+        "head.attention.in_proj_weight": torch.cat([zeros(2 * width, width), identity]),
+        "head.attention.in_proj_bias": zeros(3 * width),
+        "head.attention.out_proj.weight": identity,
+        "head.attention.out_proj.bias": zeros(width),
+        "head.layernorm.weight": identity.new_ones(width),
+        "head.layernorm.bias": zeros(width),
+        "head.mlp.fc1.weight": zeros(inner, width),
+        "head.mlp.fc1.bias": zeros(inner),
+        "head.mlp.fc2.weight": zeros(width, inner),
+        "head.mlp.fc2.bias": zeros(width),
+    }
+
+
+def _identity(tower: LoTLIPTextModel | LoTLIPVisionModel) -> torch.Tensor:
+    return torch.eye(tower.config.hidden_size, dtype=tower.dtype, device=tower.device)
+
+
+def _projection_weight(projection: nn.Module, tower: LoTLIPTextModel | LoTLIPVisionModel) -> torch.Tensor:
+    return projection.weight.detach() if isinstance(projection, nn.Linear) else _identity(tower)
+
+
+def _described(tower: LoTLIPTextModel | LoTLIPVisionModel) -> str:
+    return f"{tower.config.backbone_config.model_type} (pooling {tower.config.pooling!r})"
+
+
+def _build(
+    stock_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    state: Mapping[str, torch.Tensor],
+    model: PreTrainedModel,
+) -> PreTrainedModel:
+    for one in (config, *(getattr(config, name) for name in config.sub_configs)):
+        one.architectures, one.dtype = None, model.dtype
+    with init.no_init_weights():
+        stock = stock_class(config)
+    stock.load_state_dict(dict(state), assign=True)
+    return stock.to(model.device).train(model.training)
+
+
+def stock_tokenizer(tokenizer: LoTLIPTokenizer) -> PreTrainedTokenizerFast:
+    """
+    The stock tokenizer with the ids of a LoTLIP tokenizer that does not clean its texts. What splits sentences is part
+    of its normaliser, so that `tokenizer.json` by itself does it. A special token written out in a text stays text,
+    but for one case that `tokenizers` cannot tell apart: a text that is nothing else than one special token. Likewise,
+    in a tokenizer that is not BERT's, a text with the characters U+2E3B U+2E3A is tokenised as with a space between.
+
+    Args:
+        tokenizer: A tokenizer with `clean_text=False`.
+
+    Returns:
+        A tokenizer that pads on the right, as the stock models count their positions.
+
+    Raises:
+        ConversionError: if it cleans texts, which no stock tokenizer does.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf import LoTLIPTokenizer
+    >>> from lotlip_hf.conversion.stock import stock_tokenizer
+
+    >>> tokenizer = LoTLIPTokenizer.from_pretrained("lotlip-vit-b-16", clean_text=False)  # doctest: +SKIP
+    >>> stock_tokenizer(tokenizer).tokenize("A cat sleeps. A dog barks.")  # doctest: +SKIP
+    ['a', 'cat', 'sleeps', '[SEP]', 'a', 'dog', 'barks', '.']
+    ```
+    """
+    if tokenizer.clean_text:
+        raise ConversionError("A stock tokenizer cannot clean texts: load the tokenizer with clean_text=False.")
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    marks = {content: f"{OPEN}{place}{CLOSE}" for place, content in enumerate(special)}
+    special.sort(key=len, reverse=True)
+    # A special token is looked for in the normalised text, in which its own name, normalised the same way, is a mark
+    # that nothing else in a text becomes.
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(OPEN, " ".join(OPEN))]
+    for content in special:
+        name = re.escape(content)
+        steps.append(
+            normalizers.Replace(Regex(rf"\A{name}\z" if tokenizer.split_special_tokens else name), marks[content])
+        )
+    if tokenizer.split_sentences:
+        steps.append(normalizers.Replace(". ", marks[str(tokenizer.sep_token)]))
+    own = [] if backend.normalizer is None else [backend.normalizer]
+    if isinstance(backend.model, models.Unigram):
+        # It would spell a special token that it finds in the normalised text, as `LoTLIPTokenizer` says.
+        steps += [*own, *(normalizers.Replace(content, " ".join(content) + " ") for content in special)]
+    backend.normalizer = normalizers.Sequence([*steps, *own])
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
+        token["normalized"] = token["normalized"] or token["special"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=tokenizer.model_input_names,
+        padding_side="right",
+        truncation_side=tokenizer.truncation_side,
+        **tokenizer.special_tokens_map,
+    )
+
+
+def convert(model: str | Path, output: str | Path, without_text_cleaning: bool = False) -> StockCheckpoint:
+    """
+    Writes a LoTLIP checkpoint as one of stock classes, for `AutoModel`, `AutoTokenizer` and `AutoProcessor` alone. The
+    written model is loaded and compared with the LoTLIP on random texts and images. The folder appears complete or not
+    at all.
+
+    Args:
+        model: A folder of this package: a [`LoTLIPModel`], or one of its towers with or without projection.
+        output: The folder to make; it must not exist or be empty.
+        without_text_cleaning: Whether to write a stock tokenizer that leaves out `LoTLIPTokenizer`'s cleaning of
+            texts. Otherwise there is none for a tokenizer that cleans.
+
+    Raises:
+        ConversionError: if the folder holds no complete LoTLIP checkpoint, or no stock class gives the same features.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.conversion.stock import convert
+
+    >>> convert("lotlip-vit-b-16", "stock").difference  # doctest: +SKIP
+    0.0
+    ```
+    """
+    target = Path(output).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConversionError(f"--output {output}: exists already; choose another name or remove it.")
+    lotlip = _load(model)
+    try:
+        stock = stock_model(lotlip)
+    except ConversionError as error:
+        raise ConversionError(f"{model}: {error}") from error
+    processor, processor_summary = _stock_processors(Path(model), lotlip, stock, without_text_cleaning)
+    remarks = []
+    if isinstance(lotlip, LoTLIPModel) and lotlip.config.text_config.pooling == "cls":
+        remarks.append(
+            "the text encoder's pooler holds [CLS] times 2^-15, where tanh is the identity: do not train it"
+        )
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        folder = Path(temporary) / "checkpoint"
+        with _quiet():
+            stock.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        _name_tokenizer_class(folder)
+        _check_names(folder)
+        checkpoint = StockCheckpoint(
+            folder=Path(output),
+            model_class=type(stock).__name__,
+            num_parameters=stock.num_parameters(),
+            dtype=stock.dtype,
+            difference=_check_features(folder, lotlip, type(stock)),
+            processor=processor_summary,
+            remarks=tuple(remarks),
+        )
+        folder.replace(target)
+    return checkpoint
+
+
+def _load(folder: str | Path) -> PreTrainedModel:
+    """A LoTLIP model, or a tower, with no tensor missing or left over."""
+    if not Path(folder).is_dir():
+        raise ConversionError(f"{folder}: no such folder.")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        classes = MODEL_CLASSES.get(type(config))
+        if classes is None:
+            raise ConversionError(f"{folder}: a {config.model_type!r} checkpoint, not a LoTLIP one.")
+        named = [one for one in classes if one.__name__ in (config.architectures or ())]
+        with _quiet():
+            loaded: Any = (named or classes)[0].from_pretrained(
+                folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except (ConversionError, MemoryError):
+        raise
+    except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
+        raise ConversionError(f"{folder}: not a LoTLIP checkpoint ({_one_line(error)}).") from error
+    model, info = loaded
+    problems = [f"{kind}: {key}" for kind, keys in info.items() for key in sorted(map(str, keys))]
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ConversionError(f"{folder}: not a complete LoTLIP checkpoint:\n  {listed}")
+    return model
+
+
+def _stock_processors(
+    folder: Path, lotlip: PreTrainedModel, stock: PreTrainedModel, without_text_cleaning: bool
+) -> tuple[Any, str]:
+    """What to save beside the model for its texts and images, if anything, and one line on it."""
+    tokenizer, image_processor, missing = None, None, []
+    try:
+        if isinstance(lotlip, (LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection)):
+            config = lotlip.config.text_config if isinstance(lotlip, LoTLIPModel) else lotlip.config
+            tokenizer, reason = _stock_tokenizer_of(folder, config.max_position_embeddings, without_text_cleaning)
+            missing += [] if tokenizer is not None else [f"no tokenizer: {reason}"]
+        if isinstance(lotlip, (LoTLIPModel, LoTLIPVisionModel, LoTLIPVisionModelWithProjection)):
+            image_processor = _image_processor_of(folder)
+            missing += [] if image_processor is not None else [f"no image processor: {folder} has none"]
+    except ConversionError:
+        raise
+    except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
+        raise ConversionError(
+            f"{folder}: its tokenizer or image processor cannot be loaded ({_one_line(error)})."
+        ) from error
+    for part in (tokenizer, image_processor):
+        for settings in (getattr(part, "init_kwargs", {}), vars(part) if part is not None else {}):
+            settings.pop("auto_map", None)  # of the LoTLIP's remote code
+    processor = image_processor if tokenizer is None else tokenizer
+    if tokenizer is not None and image_processor is not None:
+        processor_class = CLIPProcessor if isinstance(stock, CLIPModel) else VisionTextDualEncoderProcessor
+        processor = processor_class(image_processor, tokenizer)
+    written = [] if processor is None else [type(processor).__name__]
+    return processor, "; ".join([*written, *missing])
+
+
+def _image_processor_of(folder: Path) -> Any:
+    if (folder / "processor_config.json").is_file():
+        return getattr(AutoProcessor.from_pretrained(folder), "image_processor", None)
+    if (folder / "preprocessor_config.json").is_file():
+        return AutoImageProcessor.from_pretrained(folder)
+    return None
+
+
+def _stock_tokenizer_of(
+    folder: Path, max_length: int, without_text_cleaning: bool
+) -> tuple[PreTrainedTokenizerBase | None, str]:
+    """The stock tokenizer for a checkpoint's texts, or why there is none."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None, f"{folder} has none"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
+    if not isinstance(tokenizer, LoTLIPTokenizer):
+        if not type(tokenizer).__module__.startswith("transformers."):
+            return None, f"{type(tokenizer).__name__} is not a class of transformers"
+        tokenizer.padding_side = "right"  # where the stock models have a text's positions begin
+        return tokenizer, ""
+    if tokenizer.clean_text and not without_text_cleaning:
+        return None, (
+            "a stock one cannot clean texts as LoTLIP's does (ftfy, HTML entities, white space); "
+            "--without-text-cleaning writes one that does not"
+        )
+    tokenizer.clean_text = False
+    stock = stock_tokenizer(tokenizer)
+    differing = _differing_text(tokenizer, stock)
+    return (stock, "") if differing is None else (None, f"a stock one would give {differing!r} other ids")
+
+
+def _differing_text(tokenizer: LoTLIPTokenizer, stock: PreTrainedTokenizerFast) -> str | None:
+    """A text to which the two give other ids, of some with whatever sentence splitting and normalisers care about."""
+    special = list(tokenizer.special_tokens_map.values())
+    parts = [
+        "A cat sleeps",
+        "the Dog's 3.5 bones",
+        "Äußerst (schön)",
+        "e\u0301",
+        "猫が。",
+        "",
+        " ",
+        "\t",
+        "[x]",
+        "<b>",
+    ]
+    texts = [f"{one}{between}{other}" for one in parts for between in (". ", ".", " . ", "... ") for other in parts]
+    texts += [text for name in special for text in (f"a {name}. {name} b", f"{name}{name}", f". {name}.", f"{name} ")]
+    texts += [f"{OPEN}0{CLOSE} a", ". ".join(parts * 100), *parts]
+    if isinstance(tokenizer.backend_tokenizer.model, (models.BPE, models.Unigram)):
+        texts = [text for text in texts if OPEN not in text]  # see `stock_tokenizer`
+    for text in texts:
+        for truncation in (True, False):
+            ids = [one(text, truncation=truncation, verbose=False)["input_ids"] for one in (tokenizer, stock)]
+            if ids[0] != ids[1]:
+                return text
+    return None
+
+
+def _name_tokenizer_class(folder: Path) -> None:
+    """The name under which every version of transformers knows the class of a bare tokenizer.json."""
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings["tokenizer_class"] == "TokenizersBackend":
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_names(folder: Path) -> None:
+    """Nothing that was written asks for this package or for remote code."""
+    for path in sorted(folder.glob("*.json")):
+        if path.name != "tokenizer.json":  # a vocabulary may hold any word
+            for key, value in _entries(json.loads(path.read_text(encoding="utf-8"))):
+                if key == "auto_map" or (isinstance(value, str) and value.lower().startswith(OWN_NAME)):
+                    raise ConversionError(f"{path.name} would not be stock: it holds {key}={value!r}.")
+
+
+def _entries(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a JSON value with what it holds, at any depth; what a list holds, under the list's key."""
+    yield key, content
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from _entries(value, name)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _entries(value, key)
+
+
+def _check_features(folder: Path, lotlip: PreTrainedModel, stock_class: type[PreTrainedModel]) -> float:
+    """The largest difference, as in [`StockCheckpoint`], after saving and loading."""
+    with _quiet():
+        loaded: Any = stock_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    stock, info = loaded
+    problems = [f"{kind}: {key}" for kind, keys in info.items() for key in sorted(map(str, keys))]
+    if problems or stock.dtype != lotlip.dtype:
+        raise ConversionError(f"After saving and loading, the stock model differs: {problems or stock.dtype}.")
+    # What rounds to half precision depends on the order of operations: the weights are compared in a full one.
+    dtype = torch.float64 if lotlip.dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        expected, given = _features(lotlip.to(dtype).eval()), _features(stock.to(dtype).eval(), lotlip.config)
+    differences = {}
+    for name, one in expected.items():
+        if name == "logits_per_image":  # cosine similarities times a factor
+            differences[name] = ((given[name] - one).abs().max() / lotlip.logit_scale.exp()).item()
+            continue
+        differences[name] = ((given[name] - one) / one.norm(dim=-1, keepdim=True)).abs().max().item()
+        normalised = nn.functional.normalize(given[name], dim=-1) - nn.functional.normalize(one, dim=-1)
+        differences[f"{name}, normalised"] = normalised.abs().max().item()
+    worst = max(differences, key=lambda name: (differences[name] != differences[name], differences[name]))
+    if not differences[worst] <= TOLERANCE:
+        raise ConversionError(
+            f"The stock {stock_class.__name__} differs by {differences[worst]:.1e} of a feature's norm ({worst}), "
+            f"more than {TOLERANCE:.0e}: nothing was written. Are all its weights finite?"
+        )
+    return differences[worst]
+
+
+def _features(model: PreTrainedModel, config: PreTrainedConfig | None = None) -> dict[str, torch.Tensor]:
+    """
+    What a LoTLIP model or its stock counterpart answers to seeded random texts and images.
+
+    Args:
+        model: Any of the classes that [`stock_model`] takes or returns.
+        config: The LoTLIP configuration; by default the model's own.
+
+    Returns:
+        Features by name, [N, width] each.
+    """
+    config = config or model.config
+    features = {}
+    text_config = getattr(config, "text_config", config if isinstance(config, LoTLIPTextConfig) else None)
+    vision_config = getattr(config, "vision_config", config if isinstance(config, LoTLIPVisionConfig) else None)
+    is_dual = isinstance(config, LoTLIPConfig)
+    text_batches = [] if text_config is None else _random_texts(text_config)
+    pixel_values = None if vision_config is None else _random_images(vision_config, model)
+    for name, batch in zip(("texts", "texts without padding"), text_batches, strict=False):
+        if is_dual:
+            features[name] = model.get_text_features(**batch).pooler_output
+        else:
+            outputs = model(**batch)
+            features[name] = _pooled(outputs, "text_embeds")
+            seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            features[f"hidden states of {name}"] = outputs.last_hidden_state[seen]
+    if is_dual:
+        features["images"] = model.get_image_features(pixel_values=pixel_values).pooler_output
+        short = {name: tensor[:2, :7] for name, tensor in text_batches[0].items()}
+        features["logits_per_image"] = model(**short, pixel_values=pixel_values).logits_per_image
+    elif pixel_values is not None:
+        outputs = model(pixel_values=pixel_values)
+        features["images"] = _pooled(outputs, "image_embeds")
+        features["hidden states of images"] = outputs.last_hidden_state.flatten(0, 1)
+    return features
+
+
+def _pooled(outputs: Any, name: str) -> torch.Tensor:
+    return outputs[name] if name in outputs else outputs.pooler_output
+
+
+def _random_texts(config: LoTLIPTextConfig) -> list[dict[str, torch.Tensor]]:
+    """Texts of up to 7, up to all tokens, padded on the right, with their mask; and one without padding or mask."""
+    generator = torch.Generator().manual_seed(0)
+    limit = config.max_position_embeddings
+    lengths = sorted({2, min(7, limit), max(2, limit // 2), limit})
+    # CLIP's text ends with the only [EOT] before padding; in configurations of old it is the highest id
+    end = None
+    if config.is_causal:
+        end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
+    padding = 0 if config.pad_token_id is None else config.pad_token_id
+    words = torch.tensor([word for word in range(config.vocab_size) if word not in (padding, end)])
+    drawn = words[torch.randint(len(words), (len(lengths), limit), generator=generator)]
+    places = torch.arange(limit)
+    for row, length in enumerate(lengths):
+        if end is not None:
+            drawn[row, length - 1] = end
+        drawn[row, length:] = padding
+    attention_mask = (places < torch.tensor(lengths).unsqueeze(1)).long()
+    return [{"input_ids": drawn, "attention_mask": attention_mask}, {"input_ids": drawn[1:2, : lengths[1]]}]
+
+
+def _random_images(config: LoTLIPVisionConfig, model: PreTrainedModel) -> torch.Tensor:
+    """[2, channels, height, width]"""
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, config.num_channels, height, width, generator=generator).to(model.dtype)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lotlip_hf.conversion.stock", description="A LoTLIP checkpoint to stock transformers classes."
+    )
+    parser.add_argument("--model", required=True, help="folder of a LoTLIP model, or of one of its towers")
+    parser.add_argument("--output", required=True, help="folder to make")
+    parser.add_argument(
+        "--without-text-cleaning",
+        action="store_true",
+        help="write a stock tokenizer even if LoTLIP's cleans texts, which it then does not",
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        written = convert(arguments.model, arguments.output, arguments.without_text_cleaning)
+    except (ConversionError, OSError) as error:
+        print(f"lotlip_hf.conversion.stock: error: {error}", file=sys.stderr)
+        return 2
+    dtype = str(written.dtype).removeprefix("torch.")
+    print(
+        f"Wrote {written.folder}\n"
+        f"  {written.model_class}, {written.num_parameters:,} parameters in {dtype}, features as before to "
+        f"{written.difference:.1e}\n"
+        f"  {written.processor}"
+    )
+    for remark in written.remarks:
+        print(f"  {remark}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
