@@ -13,7 +13,6 @@ positions, and starts out as precisely that CLIP.
 import argparse
 import math
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ from lotlip_hf import (
 )
 from lotlip_hf.clip import KEPT_POSITIONS, Stretch, stretch_positions, stretch_text_model
 
-from .official import ConversionError, _one_line, _quiet, _read_json, _same_bits
+from .common import ConversionError, all_or_nothing, check_output, one_line, quiet, read_json, same_bits
 from .open_clip import Activation, read_open_clip
 
 # Stock classes of CLIP -> what they become
@@ -166,9 +165,7 @@ def _convert(
     seed: int,
 ) -> tuple[Path, str]:
     """The folder, and what there is to say about it in two lines."""
-    target = Path(output).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConversionError(f"--output {output}: exists already; choose another name or remove it.")
+    target = check_output(output)
     if num_corner_tokens < 0:
         raise ConversionError(f"--num-corner-tokens {num_corner_tokens}: expected 0 or more.")
     if not 0 <= seed < 2**63:
@@ -196,13 +193,11 @@ def _convert(
         try:
             stretch_text_model(model, new_positions, stretch)
         except ValueError as error:
-            raise ConversionError(f"--max-positions {new_positions}: {_one_line(error)}") from error
+            raise ConversionError(f"--max-positions {new_positions}: {one_line(error)}") from error
     source.tokenizer.model_max_length = new_positions
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        folder = Path(temporary) / "checkpoint"
-        with _quiet():
+    with all_or_nothing(target) as folder:
+        with quiet():
             model.save_pretrained(folder)
         if source.image_processor is None:
             source.tokenizer.save_pretrained(folder)
@@ -212,7 +207,6 @@ def _convert(
         num_parameters, dtype = model.num_parameters(), str(model.dtype).removeprefix("torch.")
         del model
         checked = _check_saved(folder, source, new_positions, stretch)
-        folder.replace(target)
     pictures = ""
     if source.image_processor is not None:
         size = source.model.config.vision_config.image_size
@@ -244,7 +238,7 @@ def _read(
         raise ConversionError(f"{clip}: no such file or folder.")
     config = _find(clip, "config.json", subfolder)
     if config is not None:
-        return _read_transformers(clip, _read_json(config), tokenizer, subfolder)
+        return _read_transformers(clip, read_json(config), tokenizer, subfolder)
     if _find(clip, "model_index.json", subfolder) is not None:
         raise ConversionError(f"{clip}: a whole diffusion pipeline; give --subfolder text_encoder, or another of it.")
     config = _find(clip, OPEN_CLIP_CONFIG, subfolder)
@@ -286,13 +280,13 @@ def _read_transformers(clip: str, config: Mapping[str, Any], tokenizer: str | No
     image_processor = None
     if stock_class is CLIPModel:
         try:
-            with _quiet():
+            with quiet():
                 image_processor = AutoImageProcessor.from_pretrained(
                     clip, subfolder=subfolder, trust_remote_code=False
                 )
         except Exception as error:  # of a damaged file, whatever reading it raises
             raise ConversionError(
-                f"{clip}: no image processor in it can be loaded ({_one_line(error)}); put the "
+                f"{clip}: no image processor in it can be loaded ({one_line(error)}); put the "
                 "preprocessor_config.json of the CLIP that it was made from there."
             ) from error
     return _Source(model, _load_tokenizer(*_tokenizer_place(clip, tokenizer, subfolder)), image_processor)
@@ -326,7 +320,7 @@ def _read_open_clip(
 def _load(model_class: type[PreTrainedModel], source: str | Path, subfolder: str = "") -> PreTrainedModel:
     """A checkpoint with no tensor missing or left over, in evaluation mode."""
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = model_class.from_pretrained(
                 source, subfolder=subfolder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
             )
@@ -334,7 +328,7 @@ def _load(model_class: type[PreTrainedModel], source: str | Path, subfolder: str
         raise
     except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
         raise ConversionError(
-            f"{source}: no {model_class.__name__} can be loaded from it ({_one_line(error)})."
+            f"{source}: no {model_class.__name__} can be loaded from it ({one_line(error)})."
         ) from error
     model, info = loaded
     problems = [f"{kind}: {key}" for kind, keys in info.items() for key in sorted(map(str, keys))]
@@ -355,13 +349,13 @@ def _load_tokenizer(source: str, subfolder: str) -> PreTrainedTokenizerBase:
         where = "" if Path(source).is_dir() else " on the Hub or, without a connection, in its cache"
         raise ConversionError(f"{place}: no {' or '.join(TOKENIZER_FILES)} there{where}: {advice}.")
     described = _find(source, "tokenizer_config.json", subfolder)
-    name = None if described is None else _read_json(described).get("tokenizer_class")
+    name = None if described is None else read_json(described).get("tokenizer_class")
     tokenizer_class = CLIPTokenizer if name in (None, "CLIPTokenizer", "CLIPTokenizerFast") else AutoTokenizer
     try:
-        with _quiet():
+        with quiet():
             return tokenizer_class.from_pretrained(source, subfolder=subfolder, trust_remote_code=False)
     except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
-        raise ConversionError(f"{place}: no tokenizer in it can be loaded ({_one_line(error)}): {advice}.") from error
+        raise ConversionError(f"{place}: no tokenizer in it can be loaded ({one_line(error)}): {advice}.") from error
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, text_config: Any) -> None:
@@ -459,7 +453,7 @@ def _check_saved(folder: Path, source: _Source, max_positions: int, stretch: Str
     for name, tensor in clip.state_dict().items():
         if name == positions:
             tensor = stretch_positions(tensor, max_positions, stretch)
-        if not _same_bits(saved[_own_name(name, stock_class)], tensor):
+        if not same_bits(saved[_own_name(name, stock_class)], tensor):
             differing.append(name)
     if differing:
         raise ConversionError(f"After saving and loading, these tensors differ from the CLIP's: {differing}")

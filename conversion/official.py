@@ -8,22 +8,18 @@ The official LoTLIP checkpoints (an open_clip fork, github.com/wuw2019/LoTLIP) t
 """
 
 import argparse
-import json
 import math
 import re
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, BertConfig, PreTrainedConfig, ViTConfig
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer, BertConfig, PreTrainedConfig, ViTConfig
 
 from lotlip_hf import (
     LoTLIPConfig,
@@ -34,6 +30,20 @@ from lotlip_hf import (
     LoTLIPVisionConfig,
 )
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
+
+from .common import (
+    ConversionError,
+    all_or_nothing,
+    check_output,
+    load_checkpoint,
+    one_line,
+    option,
+    quiet,
+    read_json,
+    same_bits,
+    section,
+    whole,
+)
 
 
 def _released(patch_size: int) -> dict[str, Any]:
@@ -83,10 +93,6 @@ VISION_BLOCK = {
     "mlp.fc1": ["mlp.fc1"],
     "mlp.fc2": ["mlp.fc2"],
 }
-
-
-class ConversionError(ValueError):
-    """A checkpoint or configuration that cannot be converted exactly. The message says what is wrong and where."""
 
 
 def official_layout(model: LoTLIPModel) -> dict[str, list[str]]:
@@ -157,32 +163,9 @@ def read_official_state_dict(checkpoint: str | Path) -> dict[str, torch.Tensor]:
         twice = [name for name in tensors if name in state_dict and PREFIX + name in state_dict]
         raise ConversionError(f"{path}: some tensors are there with and without {PREFIX!r}: {', '.join(twice)}.")
     position_ids = tensors.get(POSITION_IDS)
-    if position_ids is not None and _same_bits(position_ids.flatten(), torch.arange(position_ids.numel())):
+    if position_ids is not None and same_bits(position_ids.flatten(), torch.arange(position_ids.numel())):
         del tensors[POSITION_IDS]
     return tensors
-
-
-def _section(config: Mapping[str, Any], key: str, source: str) -> dict[str, Any]:
-    section = config.get(key)
-    if not isinstance(section, dict):
-        raise ConversionError(f"{source}: not an open_clip model configuration, it has no {key}.")
-    return section
-
-
-def _option(options: Mapping[str, Any], key: str, default: Any, known: Sequence[Any], source: str) -> Any:
-    """A setting for which only some values are known; `default` is what the official code takes if it is left out."""
-    value = options.get(key, default)
-    if value not in known:
-        given = repr(value) if key in options else f"{value!r} (open_clip's default)"
-        raise ConversionError(f"{source}: {key} is {given}; this converter knows {' and '.join(map(repr, known))}.")
-    return value
-
-
-def _whole(options: Mapping[str, Any], key: str, default: int | None, source: str, least: int = 1) -> int:
-    value = options.get(key, default)
-    if type(value) is not int or value < least:
-        raise ConversionError(f"{source}: {key} is {value!r}; expected a whole number from {least} up.")
-    return value
 
 
 def _size(state_dict: Mapping[str, torch.Tensor], name: str, dim: int, num_dims: int) -> int:
@@ -213,21 +196,21 @@ def config_from_official(
     Raises:
         ConversionError: if the configuration asks for something that this package does not reproduce exactly.
     """
-    vision, text = _section(open_clip_config, "vision_cfg", source), _section(open_clip_config, "text_cfg", source)
-    embed_dim = _whole(open_clip_config, "embed_dim", None, source)
-    num_corner_tokens = _whole(text, "num_corner_token", 0, source, least=0)
+    vision, text = section(open_clip_config, "vision_cfg", source), section(open_clip_config, "text_cfg", source)
+    embed_dim = whole(open_clip_config, "embed_dim", None, source)
+    num_corner_tokens = whole(text, "num_corner_token", 0, source, least=0)
     # [CLS], a word and [SEP] beside the corner tokens
-    context_length = _whole(text, "context_length", 77, source, least=num_corner_tokens + 3)
-    _option(vision, "timm_pool", "avg", ["token"], source)
-    projection = _option(vision, "timm_proj", "linear", ["linear", "none"], source)
-    _option(text, "hf_pooler_type", "mean_pooler", ["cls_pooler"], source)
-    _option(text, "hf_proj_type", "mlp", ["linear"], source)
-    _option(text, "tokenizer_kwargs", None, [None, {}], source)
+    context_length = whole(text, "context_length", 77, source, least=num_corner_tokens + 3)
+    option(vision, "timm_pool", "avg", ["token"], source)
+    projection = option(vision, "timm_proj", "linear", ["linear", "none"], source)
+    option(text, "hf_pooler_type", "mean_pooler", ["cls_pooler"], source)
+    option(text, "hf_proj_type", "mlp", ["linear"], source)
+    option(text, "tokenizer_kwargs", None, [None, {}], source)
 
     width = _size(state_dict, "visual.trunk.cls_token", 2, 3)
     patch_size = _size(state_dict, "visual.trunk.patch_embed.proj.weight", 2, 4)
     grid = math.isqrt(_size(state_dict, "visual.trunk.pos_embed", 1, 3) - 1)
-    image_size = _whole(vision, "image_size", grid * patch_size, source)
+    image_size = whole(vision, "image_size", grid * patch_size, source)
     if image_size != grid * patch_size:
         raise ConversionError(
             f"{source}: image_size is {image_size}, the position embeddings are for {grid * patch_size} "
@@ -243,7 +226,7 @@ def config_from_official(
         raise ConversionError(
             f"{source}: the number of attention heads of {timm_name!r} is not known: write it as vision_cfg.heads."
         )
-    heads = _whole(vision, "heads", max(1, width // 64), source)
+    heads = whole(vision, "heads", max(1, width // 64), source)
     if width % heads:
         raise ConversionError(f"{source}: heads is {heads}, which does not divide the ViT's width of {width}.")
     max_positions = _size(state_dict, "text.transformer.embeddings.position_embeddings.weight", 0, 2)
@@ -328,29 +311,13 @@ def to_official(model: LoTLIPModel) -> dict[str, torch.Tensor]:
     }
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConversionError(f"{path}: no such file.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path}: not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path}: expected a JSON object, got a {type(content).__name__}.")
-    return content
-
-
 def _read_open_clip_config(path: Path) -> dict[str, Any]:
-    content = _read_json(path)
+    content = read_json(path)
     if "model_cfg" not in content:
         return content
     # As open_clip publishes it. Of the preprocessing settings its timm path takes this one alone.
-    _option(content.get("preprocess_cfg") or {}, "interpolation", None, [None, "bicubic"], str(path))
-    return _section(content, "model_cfg", str(path))
+    option(content.get("preprocess_cfg") or {}, "interpolation", None, [None, "bicubic"], str(path))
+    return section(content, "model_cfg", str(path))
 
 
 def _load_bert_config(open_clip_config: Path | None, text_cfg: Mapping[str, Any]) -> BertConfig:
@@ -362,15 +329,15 @@ def _load_bert_config(open_clip_config: Path | None, text_cfg: Mapping[str, Any]
                 "put its configuration beside it as bert_config.json."
             )
         return BertConfig()
-    settings = _read_json(beside)
+    settings = read_json(beside)
     settings.pop("transformers_version", None)
     only = {"model_type": "bert", "is_decoder": False, "position_embedding_type": "absolute"}
     for key, value in only.items():
-        _option(settings, key, value, [value], str(beside))
+        option(settings, key, value, [value], str(beside))
     try:
         return BertConfig(**settings)
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ConversionError(f"{beside}: not a BERT configuration ({_one_line(error)}).") from error
+        raise ConversionError(f"{beside}: not a BERT configuration ({one_line(error)}).") from error
 
 
 def _load_tokenizer(source: str | Path, config: LoTLIPTextConfig, context_length: int) -> LoTLIPTokenizer:
@@ -384,7 +351,7 @@ def _load_tokenizer(source: str | Path, config: LoTLIPTextConfig, context_length
             tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(stock, model_max_length=model_max_length)
     except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
         raise ConversionError(
-            f"--tokenizer {source}: no tokenizer in it can be loaded ({_one_line(error)})."
+            f"--tokenizer {source}: no tokenizer in it can be loaded ({one_line(error)})."
         ) from error
     # The official code counts its corner tokens' ids on from the tokenizer's last.
     fits = len(tokenizer) == config.vocab_size or (len(tokenizer) < config.vocab_size and not config.num_corner_tokens)
@@ -439,9 +406,7 @@ def convert(
     >>> folder = convert("weiwu-ww/LoTLIP-ViT-B-16-100M", output="lotlip-vit-b-16")  # doctest: +SKIP
     ```
     """
-    target = Path(output).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConversionError(f"--output {output}: exists already; choose another name or remove it.")
+    target = check_output(output)
     released = RELEASED.get(str(checkpoint))
     if open_clip_config is not None:
         config_path, source = Path(open_clip_config), str(open_clip_config)
@@ -452,7 +417,7 @@ def convert(
         raise ConversionError(
             f"{checkpoint}: --open-clip-config is needed for any checkpoint but the released {', '.join(RELEASED)}."
         )
-    text_cfg = _section(official_config, "text_cfg", source)
+    text_cfg = section(official_config, "text_cfg", source)
     bert_config = _load_bert_config(config_path, text_cfg)
     tokenizer = tokenizer or text_cfg.get("hf_tokenizer_name")
     if not tokenizer:
@@ -465,75 +430,25 @@ def convert(
     except (StrictDataclassError, ValueError) as error:
         if isinstance(error, ConversionError):
             raise
-        raise ConversionError(f"{source}: no model can be built from it ({_one_line(error)}).") from error
+        raise ConversionError(f"{source}: no model can be built from it ({one_line(error)}).") from error
     text_tokenizer = _load_tokenizer(tokenizer, config.text_config, text_cfg.get("context_length", 77))
     model.load_state_dict(from_official(state_dict, model), assign=True)
     image_processor = official_image_processor(config.vision_config.image_size)
     processor = LoTLIPProcessor(image_processor=image_processor, tokenizer=text_tokenizer)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        folder = Path(temporary) / "checkpoint"
-        with _quiet():
+    with all_or_nothing(target) as folder:
+        with quiet():
             model.save_pretrained(folder)
         processor.save_pretrained(folder)
         _check_saved(folder, state_dict)
-        folder.replace(target)
     return Path(output)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars and reports of transformers; what they report is checked here."""
-    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _check_saved(folder: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
     saved = to_official(load_checkpoint(folder))
-    differing = [name for name, tensor in state_dict.items() if not _same_bits(saved[name], tensor)]
+    differing = [name for name, tensor in state_dict.items() if not same_bits(saved[name], tensor)]
     if differing:
         raise ConversionError(f"After saving and loading, these tensors differ from the checkpoint's: {differing}")
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    as_bytes = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*as_bytes)
-
-
-def load_checkpoint(folder: str | Path) -> LoTLIPModel:
-    """
-    A LoTLIP checkpoint with no tensor missing or left over.
-
-    Raises:
-        ConversionError: if it is not one.
-    """
-    if not Path(folder).is_dir():
-        raise ConversionError(f"{folder}: no such folder.")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        if not isinstance(config, LoTLIPConfig):
-            raise ConversionError(f"{folder}: a {config.model_type!r} checkpoint, not a LoTLIP one.")
-        with _quiet():
-            model, info = LoTLIPModel.from_pretrained(
-                folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-            )
-    except (ConversionError, MemoryError):
-        raise
-    except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
-        raise ConversionError(f"{folder}: not a LoTLIP checkpoint ({_one_line(error)}).") from error
-    problems = [f"{kind}: {key}" for kind, keys in info.items() for key in sorted(map(str, keys))]
-    if problems:
-        listed = "\n  ".join(problems)
-        raise ConversionError(f"{folder}: not a complete LoTLIP checkpoint:\n  {listed}")
-    return model
 
 
 def reverse(checkpoint: str | Path, output: str | Path) -> Path:
@@ -554,6 +469,8 @@ def reverse(checkpoint: str | Path, output: str | Path) -> Path:
     if target.exists():
         raise ConversionError(f"--output {output}: exists already; choose another name or remove it.")
     model = load_checkpoint(checkpoint)
+    if not isinstance(model, LoTLIPModel):
+        raise ConversionError(f"{checkpoint}: a {type(model).__name__}, not a whole LoTLIPModel.")
     text, vision = model.config.text_config, model.config.vision_config
     kinds = (text.backbone_config.model_type, text.pooling, vision.backbone_config.model_type, vision.pooling)
     if kinds != ("bert", "pooler", "vit", "cls") or text.projection_dim is None:
@@ -571,11 +488,8 @@ def reverse(checkpoint: str | Path, output: str | Path) -> Path:
     unplaced = sorted(placed ^ model.state_dict().keys())
     if unplaced:
         raise ConversionError(f"{checkpoint}: not as in the official layout: {', '.join(unplaced)}.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        path = Path(temporary) / target.name
+    with all_or_nothing(target) as path:
         torch.save({"state_dict": {PREFIX + name: tensor for name, tensor in to_official(model).items()}}, path)
-        path.replace(target)
     return Path(output)
 
 

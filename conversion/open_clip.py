@@ -20,17 +20,8 @@ from transformers.initialization import no_init_weights
 
 from lotlip_hf.clip import KEPT_POSITIONS
 
-from .official import (
-    DTYPES,
-    PREFIX,
-    ConversionError,
-    _one_line,
-    _option,
-    _read_json,
-    _section,
-    _whole,
-    read_official_state_dict,
-)
+from .common import ConversionError, one_line, option, read_json, section, whole
+from .official import DTYPES, PREFIX, read_official_state_dict
 
 Activation = Literal["gelu", "quick_gelu"]
 
@@ -237,7 +228,7 @@ def read_open_clip(
     except (StrictDataclassError, ValueError) as error:
         if isinstance(error, ConversionError):
             raise
-        raise ConversionError(f"{source}: no model can be built from it ({_one_line(error)}).") from error
+        raise ConversionError(f"{source}: no model can be built from it ({one_line(error)}).") from error
     model.load_state_dict(from_open_clip(state_dict, model, path), assign=True)
     image_size = clip_config.vision_config.image_size
     image_processor = image_processor_from_open_clip(preprocess_cfg, image_size, str(source))
@@ -259,7 +250,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
     try:
         tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
-        raise ConversionError(f"{path}: not a safetensors file ({_one_line(error)}).") from error
+        raise ConversionError(f"{path}: not a safetensors file ({one_line(error)}).") from error
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, False
 
 
@@ -340,10 +331,10 @@ def _settings_from_tensors(
 
 def _read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of the model and of the preprocessing; the latter may be left out."""
-    content = _read_json(path)
+    content = read_json(path)
     if "model_cfg" not in content:
         return content, {}
-    return _section(content, "model_cfg", str(path)), content.get("preprocess_cfg") or {}
+    return section(content, "model_cfg", str(path)), content.get("preprocess_cfg") or {}
 
 
 def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip_config") -> CLIPConfig:
@@ -359,7 +350,7 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
     Raises:
         ConversionError: if a setting is unknown, or asks for something that a `CLIPModel` does not compute.
     """
-    vision, text = _section(model_cfg, "vision_cfg", source), _section(model_cfg, "text_cfg", source)
+    vision, text = section(model_cfg, "vision_cfg", source), section(model_cfg, "text_cfg", source)
     model_settings = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
     for options, read, values, unused in (
         (model_cfg, model_settings, MODEL_VALUES, MODEL_UNUSED),
@@ -370,18 +361,18 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
         if unknown:
             raise ConversionError(f"{source}: {', '.join(unknown)}: this converter does not know these settings.")
         for key in values.keys() & options.keys():
-            _option(options, key, None, values[key], source)
-    embed_dim = _whole(model_cfg, "embed_dim", None, source)
-    quick_gelu = _option(model_cfg, "quick_gelu", False, [False, True], source)
+            option(options, key, None, values[key], source)
+    embed_dim = whole(model_cfg, "embed_dim", None, source)
+    quick_gelu = option(model_cfg, "quick_gelu", False, [False, True], source)
     if isinstance(vision.get("layers"), list):
         raise ConversionError(
             f"{source}: vision_cfg.layers is a list: its image tower is a ResNet, not a transformer."
         )
-    vision_width = _whole(vision, "width", 768, source)
+    vision_width = whole(vision, "width", 768, source)
     towers = {}
     for name, options, width, heads in (
-        ("vision", vision, vision_width, max(1, vision_width // _whole(vision, "head_width", 64, source))),
-        ("text", text, _whole(text, "width", 512, source), _whole(text, "heads", 8, source)),
+        ("vision", vision, vision_width, max(1, vision_width // whole(vision, "head_width", 64, source))),
+        ("text", text, whole(text, "width", 512, source), whole(text, "heads", 8, source)),
     ):
         if width % heads:
             raise ConversionError(f"{source}: {heads} heads do not divide the {name} tower's width of {width}.")
@@ -392,7 +383,7 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
             raise ConversionError(f"{source}: {name}_cfg.norm_kwargs is {norm!r}; this converter knows eps alone.")
         towers[name] = {
             "hidden_size": width,
-            "num_hidden_layers": _whole(options, "layers", 12, source),
+            "num_hidden_layers": whole(options, "layers", 12, source),
             "num_attention_heads": heads,
             # as open_clip rounds; a ratio that was itself divided may fall short of the whole number by a hair
             "intermediate_size": int(width * ratio + 1e-6),
@@ -402,7 +393,7 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
         }
     eos_token_id = 2  # see above
     if text.get("pool_type") == "eos":
-        eos_token_id = _whole(text, "eos_id", 2, source, least=0)
+        eos_token_id = whole(text, "eos_id", 2, source, least=0)
         if eos_token_id == 2:
             raise ConversionError(
                 f"{source}: eos_id is 2, at which a CLIPModel cannot read a text's feature: it takes this id for the "
@@ -414,8 +405,8 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
     return CLIPConfig(
         text_config={
             **towers["text"],
-            "vocab_size": _whole(text, "vocab_size", 49408, source),
-            "max_position_embeddings": _whole(text, "context_length", 77, source, least=2),
+            "vocab_size": whole(text, "vocab_size", 49408, source),
+            "max_position_embeddings": whole(text, "context_length", 77, source, least=2),
             "eos_token_id": eos_token_id,
         },
         vision_config={**towers["vision"], "image_size": image_size, "patch_size": patch_size},
@@ -428,7 +419,7 @@ def _side(options: Mapping[str, Any], key: str, default: int, source: str) -> in
     value = options.get(key, default)
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
-    return _whole({key: value}, key, default, source)
+    return whole({key: value}, key, default, source)
 
 
 def from_open_clip(
@@ -496,9 +487,9 @@ def image_processor_from_open_clip(
     unknown = sorted(preprocess_cfg.keys() - set(read))
     if unknown:
         raise ConversionError(f"{source}: {', '.join(unknown)}: this converter does not know these settings.")
-    _option(preprocess_cfg, "mode", "RGB", ["RGB"], source)
-    interpolation = _option(preprocess_cfg, "interpolation", "bicubic", [*RESAMPLING], source)
-    resize_mode = _option(preprocess_cfg, "resize_mode", "shortest", ["shortest", "squash"], source)
+    option(preprocess_cfg, "mode", "RGB", ["RGB"], source)
+    interpolation = option(preprocess_cfg, "interpolation", "bicubic", [*RESAMPLING], source)
+    resize_mode = option(preprocess_cfg, "resize_mode", "shortest", ["shortest", "squash"], source)
     size = _side(preprocess_cfg, "size", image_size, source)
     if size != image_size:
         raise ConversionError(f"{source}: preprocess_cfg.size is {size}, the image tower's image_size {image_size}.")

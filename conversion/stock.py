@@ -18,7 +18,6 @@ import copy
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,6 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
@@ -60,7 +58,7 @@ from lotlip_hf import (
 )
 from lotlip_hf.clip import clip_text_model
 
-from .official import ConversionError, _one_line, _quiet
+from .common import ConversionError, all_or_nothing, check_output, load_checkpoint, one_line, quiet
 
 # The largest difference between features of the checkpoint and of the export, in units of a feature's norm
 TOLERANCE = 1e-6
@@ -73,12 +71,6 @@ POSITIONS = "embeddings.position_embeddings.weight"
 OPEN, CLOSE = "\u2e3b\u2e3a", "\u2e3a\u2e3b"
 # How the name of a class or model type begins that is not stock
 OWN_NAME = "lotlip"
-
-MODEL_CLASSES: dict[type[PreTrainedConfig], list[type[PreTrainedModel]]] = {
-    LoTLIPConfig: [LoTLIPModel],
-    LoTLIPTextConfig: [LoTLIPTextModel, LoTLIPTextModelWithProjection],
-    LoTLIPVisionConfig: [LoTLIPVisionModel, LoTLIPVisionModelWithProjection],
-}
 
 
 @dataclass(frozen=True)
@@ -385,10 +377,8 @@ def convert(model: str | Path, output: str | Path, without_text_cleaning: bool =
     0.0
     ```
     """
-    target = Path(output).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConversionError(f"--output {output}: exists already; choose another name or remove it.")
-    lotlip = _load(model)
+    target = check_output(output)
+    lotlip = load_checkpoint(model)
     try:
         stock = stock_model(lotlip)
     except ConversionError as error:
@@ -400,10 +390,8 @@ def convert(model: str | Path, output: str | Path, without_text_cleaning: bool =
             "the text encoder's pooler holds [CLS] times 2^-15, where tanh is the identity: do not train it"
         )
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        folder = Path(temporary) / "checkpoint"
-        with _quiet():
+    with all_or_nothing(target) as folder:
+        with quiet():
             stock.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
@@ -418,34 +406,7 @@ def convert(model: str | Path, output: str | Path, without_text_cleaning: bool =
             processor=processor_summary,
             remarks=tuple(remarks),
         )
-        folder.replace(target)
     return checkpoint
-
-
-def _load(folder: str | Path) -> PreTrainedModel:
-    """A LoTLIP model, or a tower, with no tensor missing or left over."""
-    if not Path(folder).is_dir():
-        raise ConversionError(f"{folder}: no such folder.")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        classes = MODEL_CLASSES.get(type(config))
-        if classes is None:
-            raise ConversionError(f"{folder}: a {config.model_type!r} checkpoint, not a LoTLIP one.")
-        named = [one for one in classes if one.__name__ in (config.architectures or ())]
-        with _quiet():
-            loaded: Any = (named or classes)[0].from_pretrained(
-                folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-            )
-    except (ConversionError, MemoryError):
-        raise
-    except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
-        raise ConversionError(f"{folder}: not a LoTLIP checkpoint ({_one_line(error)}).") from error
-    model, info = loaded
-    problems = [f"{kind}: {key}" for kind, keys in info.items() for key in sorted(map(str, keys))]
-    if problems:
-        listed = "\n  ".join(problems)
-        raise ConversionError(f"{folder}: not a complete LoTLIP checkpoint:\n  {listed}")
-    return model
 
 
 def _stock_processors(
@@ -465,7 +426,7 @@ def _stock_processors(
         raise
     except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
         raise ConversionError(
-            f"{folder}: its tokenizer or image processor cannot be loaded ({_one_line(error)})."
+            f"{folder}: its tokenizer or image processor cannot be loaded ({one_line(error)})."
         ) from error
     for part in (tokenizer, image_processor):
         for settings in (getattr(part, "init_kwargs", {}), vars(part) if part is not None else {}):
@@ -570,7 +531,7 @@ def _entries(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _check_features(folder: Path, lotlip: PreTrainedModel, stock_class: type[PreTrainedModel]) -> float:
     """The largest difference, as in [`StockCheckpoint`], after saving and loading."""
-    with _quiet():
+    with quiet():
         loaded: Any = stock_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
     stock, info = loaded
     problems = [f"{kind}: {key}" for kind, keys in info.items() for key in sorted(map(str, keys))]

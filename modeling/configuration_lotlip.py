@@ -44,12 +44,12 @@ class _LoTLIPTowerConfig(PreTrainedConfig):
             model_type = backbone.pop("model_type", self.default_backbone["model_type"])
             self._check_backbone(model_type)
             backbone = AutoConfig.for_model(model_type, **backbone)
+        else:
+            # The caller's own stays as it is: it may be a live model's, whose attention would be reset.
+            backbone = copy.deepcopy(backbone)
         self._check_backbone(backbone.model_type)
-        for_backbone = {field.name for field in dataclasses.fields(backbone)} & kwargs.keys()
-        if for_backbone:
-            backbone = copy.deepcopy(backbone)  # the caller's own configuration stays as it is
-            for name in for_backbone:
-                setattr(backbone, name, kwargs.pop(name))
+        for name in {field.name for field in dataclasses.fields(backbone)} & kwargs.keys():
+            setattr(backbone, name, kwargs.pop(name))
         self.backbone_config = backbone
         super().__post_init__(**kwargs)
 
@@ -255,13 +255,14 @@ class LoTLIPConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for key, config_class in self.sub_configs.items():
             sub_config = getattr(self, key)
-            if not isinstance(sub_config, config_class):
+            if isinstance(sub_config, config_class):
+                setattr(self, key, copy.deepcopy(sub_config))  # the caller's own stays as it is
+            else:
                 setattr(self, key, config_class(**(sub_config or {})))
         if self.projection_dim is None:
             self.projection_dim = self.text_config.output_size
         for key in self.sub_configs:
             if getattr(self, key).output_size != self.projection_dim:
-                setattr(self, key, copy.deepcopy(getattr(self, key)))  # the caller's own configuration stays as it is
                 getattr(self, key).projection_dim = self.projection_dim
         super().__post_init__(**kwargs)
 

@@ -41,7 +41,8 @@ from lotlip_hf import (
     cli,
 )
 from lotlip_hf.conversion import official
-from lotlip_hf.conversion.official import ConversionError, convert, reverse
+from lotlip_hf.conversion.common import ConversionError
+from lotlip_hf.conversion.official import convert, reverse
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 FILES = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}

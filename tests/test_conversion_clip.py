@@ -48,7 +48,7 @@ from lotlip_hf import (
 )
 from lotlip_hf.conversion import clip as conversion
 from lotlip_hf.conversion.clip import convert
-from lotlip_hf.conversion.official import ConversionError
+from lotlip_hf.conversion.common import ConversionError
 
 TOLERANCE = {"atol": 1e-6, "rtol": 0}
 MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}

@@ -48,7 +48,7 @@ from lotlip_hf import (
 )
 from lotlip_hf.conversion import clip as clip_conversion
 from lotlip_hf.conversion import stock
-from lotlip_hf.conversion.official import ConversionError
+from lotlip_hf.conversion.common import ConversionError
 from lotlip_hf.conversion.stock import convert, stock_model, stock_tokenizer
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from test_tokenization import GOLDEN, PIECES, TEXTS, random_texts, toy_roberta, toy_xlm_roberta

@@ -205,6 +205,20 @@ def test_from_backbones_takes_clips_towers(tmp_path: Any) -> None:
             torch.testing.assert_close(model.text_model(ids, mask).pooler_output, expected, **EXACT)
 
 
+def test_a_live_models_configuration_is_copied() -> None:
+    """Building another model of it would reset its attention implementation."""
+    clip = clip_model()
+    ids, mask = texts(9)
+    with torch.no_grad():
+        expected = clip.text_model(ids, mask).pooler_output
+        text = LoTLIPTextConfig(backbone_config=clip.config.text_config, projection_dim=24)
+        tower = LoTLIPTextModel(text)
+        answer = tower.eval()(ids, mask).pooler_output
+        LoTLIPModel(LoTLIPConfig(text_config=tower.config, vision_config=tiny.vision_config()))
+        assert torch.equal(clip.text_model(ids, mask).pooler_output, expected)
+        assert torch.equal(tower(ids, mask).pooler_output, answer)
+
+
 @pytest.mark.parametrize(
     ("backbone", "pooling", "message"),
     [("clip", "cls", "'eos' is for CLIP's text tower"), ("bert", "eos", "'eos' is for CLIP's text tower")],
