@@ -47,7 +47,7 @@ from lotlip_hf import (
 from lotlip_hf.clip import KEPT_POSITIONS, Stretch, stretch_positions, stretch_text_model
 
 from .common import ConversionError, all_or_nothing, check_output, one_line, quiet, read_json, same_bits
-from .open_clip import Activation, read_open_clip
+from .open_clip import LEGACY_EOS_TOKEN_ID, Activation, read_open_clip
 
 # Stock classes of CLIP -> what they become
 MODELS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
@@ -55,6 +55,10 @@ MODELS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     CLIPTextModel: LoTLIPTextModel,
     CLIPTextModelWithProjection: LoTLIPTextModelWithProjection,
 }
+# By the name in a configuration. `lotlip_hf.diffusion` puts CLIP's text encoders and tokenizers into pipelines as
+# subclasses, whose weights and files are the stock ones.
+STOCK_CLASSES = {**{stock_class.__name__: stock_class for stock_class in MODELS}, "CLIPTextEncoder": CLIPTextModel}
+TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "CLIPPromptTokenizer")
 # For configurations that do not name their class
 DEFAULT_CLASSES = {"clip": CLIPModel, "clip_text_model": CLIPTextModel}
 
@@ -64,9 +68,6 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 # Files of open_clip and OpenAI carry no tokenizer; all of CLIP's have the same one.
 CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
-
-# Configurations from before transformers 4.31 hold this wrong id; [EOT] is then the highest id in a text.
-LEGACY_EOS_TOKEN_ID = 2
 
 TOLERANCE = 1e-6
 SAMPLE_TEXTS = [
@@ -109,19 +110,19 @@ def convert(
     Args:
         clip: Folder or Hub id of a `CLIPModel`, `CLIPTextModel` or `CLIPTextModelWithProjection`, or of an open_clip
             model (`open_clip_config.json` and its weights); or a file in the layout of open_clip, OpenAI or Long-CLIP.
-        output: The folder to make; it must not exist or be empty.
+        output: The folder to make; there must be nothing of that name, or an empty folder.
         num_corner_tokens: Number of corner tokens. They start as small random numbers and are to be trained; no output
             depends on them.
         max_positions: New number of positions, the table's or more; by default none are added.
         stretch: How positions are added, see [`~lotlip_hf.clip.stretch_positions`]; by default
-            `"knowledge-preserved"`.
+            `"knowledge-preserved"`. Only with `max_positions`.
         tokenizer: Folder or Hub id; by default the checkpoint's own, in a diffusion pipeline the folder `tokenizer`
-            beside its `text_encoder`, and for files CLIP's from the Hub. (It has the ids of open_clip's and OpenAI's
-            own, which besides repair broken encodings and HTML entities.)
+            beside its `text_encoder`, and for files CLIP's from the Hub. (It gives the ids that open_clip's and
+            OpenAI's own tokenizers give, but does not repair broken encodings and HTML entities as those do.)
         open_clip_config: For a file in open_clip's layout, its configuration.
         activation: For such a file without a configuration, `"gelu"` or `"quick_gelu"`.
         subfolder: Where the model lies in the folder or repository, such as `"text_encoder_2"`.
-        seed: Of the corner tokens.
+        seed: Seed of the corner tokens' random numbers.
 
     Returns:
         The folder.
@@ -173,6 +174,9 @@ def _convert(
     if stretch is not None and max_positions is None:
         raise ConversionError(f"--stretch {stretch}: there is nothing to stretch to without --max-positions.")
     stretch = stretch or "knowledge-preserved"
+    for option, value in (("--clip", clip), ("--tokenizer", tokenizer), ("--open-clip-config", open_clip_config)):
+        if value == "":
+            raise ConversionError(f"{option} is empty: name a file, a folder or a Hub repository.")
     source = _read(
         str(clip),
         None if tokenizer is None else str(tokenizer),
@@ -180,6 +184,10 @@ def _convert(
         activation,
         subfolder,
     )
+    for name, tensor in source.model.state_dict().items():
+        if not tensor.isfinite().all():
+            place = _place(str(clip), subfolder)
+            raise ConversionError(f"{place}: {name} (its name in transformers) holds NaN or infinite numbers.")
     text_config = source.model.config.get_text_config()
     _check_tokenizer(source.tokenizer, text_config)
     old_positions = text_config.max_position_embeddings
@@ -228,28 +236,42 @@ def _read(
         if subfolder:
             raise ConversionError(f"--subfolder {subfolder}: {clip} is a file.")
         return _read_open_clip(clip, path, open_clip_config, activation, tokenizer)
+    place = _place(clip, subfolder)
     for option, value in (("--open-clip-config", open_clip_config), ("--activation", activation)):
         if value is not None:
-            raise ConversionError(f"{option} {value}: goes with a file of weights alone, {clip} is none.")
+            raise ConversionError(f"{option} {value}: only for a single file of weights, which {clip} is not.")
     looks_like_a_path = (
         path.is_absolute() or clip.startswith(".") or clip.count("/") > 1 or path.suffix in WEIGHTS_SUFFIXES
     )
     if not path.is_dir() and looks_like_a_path:
         raise ConversionError(f"{clip}: no such file or folder.")
+    if path.is_dir() and not (path / subfolder).is_dir():
+        models = sorted(config.parent.name for config in path.glob("*/config.json"))
+        raise ConversionError(
+            f"--subfolder {subfolder}: no such folder in {clip}; with a config.json it has "
+            f"{', '.join(models) or 'none'}."
+        )
     config = _find(clip, "config.json", subfolder)
     if config is not None:
         return _read_transformers(clip, read_json(config), tokenizer, subfolder)
     if _find(clip, "model_index.json", subfolder) is not None:
-        raise ConversionError(f"{clip}: a whole diffusion pipeline; give --subfolder text_encoder, or another of it.")
+        raise ConversionError(
+            f"{place}: a whole diffusion pipeline; give --subfolder text_encoder, or another of its text encoders."
+        )
     config = _find(clip, OPEN_CLIP_CONFIG, subfolder)
     where = "in this folder" if path.is_dir() else "of it on the Hub or, without a connection, in its cache"
     if config is None:
-        raise ConversionError(f"{clip}: no config.json or {OPEN_CLIP_CONFIG} {where}.")
+        raise ConversionError(f"{place}: no config.json or {OPEN_CLIP_CONFIG} {where}.")
     for name in OPEN_CLIP_WEIGHTS:
         weights = _find(clip, name, subfolder)
         if weights is not None:
-            return _read_open_clip(clip, weights, str(config), None, tokenizer)
-    raise ConversionError(f"{clip}: no {' or '.join(OPEN_CLIP_WEIGHTS)} {where}.")
+            return _read_open_clip(clip, weights, str(config), None, tokenizer, subfolder)
+    raise ConversionError(f"{place}: no {' or '.join(OPEN_CLIP_WEIGHTS)} {where}.")
+
+
+def _place(source: str, subfolder: str) -> str:
+    """What errors call it."""
+    return f"{source}/{subfolder}" if subfolder else source
 
 
 def _find(source: str, name: str, subfolder: str = "") -> Path | None:
@@ -263,18 +285,26 @@ def _find(source: str, name: str, subfolder: str = "") -> Path | None:
         return None
     except (OSError, ValueError) as error:  # a repository that is not there or closed, an id that is none
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConversionError(f"{source}: no such folder, and not to be had from the Hub ({reason}).") from error
+        raise ConversionError(
+            f"{source}: no such folder, and it could not be fetched from the Hub ({reason})."
+        ) from error
 
 
 def _read_transformers(clip: str, config: Mapping[str, Any], tokenizer: str | None, subfolder: str) -> _Source:
+    place = _place(clip, subfolder)
     model_type, names = config.get("model_type"), config.get("architectures") or []
-    classes = {stock_class.__name__: stock_class for stock_class in MODELS}
-    stock_class = classes.get(names[0]) if names else DEFAULT_CLASSES.get(str(model_type))
-    if stock_class is None or model_type not in DEFAULT_CLASSES:
-        what = f"{names[0]} ({model_type!r})" if names else repr(model_type)
+    stock_class = STOCK_CLASSES.get(names[0]) if names else DEFAULT_CLASSES.get(str(model_type))
+    what = f"{names[0]} ({model_type!r})" if names else repr(model_type)
+    if str(model_type).startswith("lotlip"):
         raise ConversionError(
-            f"{clip}: a checkpoint of {what}, which is another architecture; this converter takes "
-            f"{', '.join(classes)}, open_clip's and OpenAI's CLIP and Long-CLIP."
+            f"{place}: a checkpoint of {what}, which is a LoTLIP already. In Python, over CLIP's text tower, "
+            "lotlip_hf.clip.stretch_text_model(model, N) gives it N positions; its tokenizer's model_max_length is "
+            "then to be N, too."
+        )
+    if stock_class is None or model_type not in DEFAULT_CLASSES:
+        raise ConversionError(
+            f"{place}: a checkpoint of {what}, which is another architecture; this converter takes "
+            f"{', '.join(stock.__name__ for stock in MODELS)}, open_clip's and OpenAI's CLIP and Long-CLIP."
         )
     model = _load(stock_class, clip, subfolder)
     image_processor = None
@@ -286,15 +316,15 @@ def _read_transformers(clip: str, config: Mapping[str, Any], tokenizer: str | No
                 )
         except Exception as error:  # of a damaged file, whatever reading it raises
             raise ConversionError(
-                f"{clip}: no image processor in it can be loaded ({one_line(error)}); put the "
+                f"{place}: no image processor in it can be loaded ({one_line(error)}); put the "
                 "preprocessor_config.json of the CLIP that it was made from there."
             ) from error
     return _Source(model, _load_tokenizer(*_tokenizer_place(clip, tokenizer, subfolder)), image_processor)
 
 
 def _tokenizer_place(clip: str, tokenizer: str | None, subfolder: str) -> tuple[str, str]:
-    """Folder or Hub id, and subfolder, of the tokenizer: the one given, the model's own, or in a pipeline the one of
-    the same number beside it."""
+    """Folder or Hub id, and subfolder, of the tokenizer: the one given, the model's own, or in a pipeline the one that
+    belongs to it, such as `tokenizer_2` to `text_encoder_2`."""
     if tokenizer is not None:
         return tokenizer, ""
     if any(_find(clip, name, subfolder) for name in TOKENIZER_FILES):
@@ -308,17 +338,24 @@ def _tokenizer_place(clip: str, tokenizer: str | None, subfolder: str) -> tuple[
 
 
 def _read_open_clip(
-    clip: str, weights: Path, config: str | None, activation: Activation | None, tokenizer: str | None
+    clip: str,
+    weights: Path,
+    config: str | None,
+    activation: Activation | None,
+    tokenizer: str | None,
+    subfolder: str = "",
 ) -> _Source:
     model, image_processor, hf_tokenizer_name = read_open_clip(weights, config, activation)
-    if tokenizer is None:
-        own = not Path(clip).is_file() and any(_find(clip, name) for name in TOKENIZER_FILES)
-        tokenizer = clip if own else hf_tokenizer_name or CLIP_TOKENIZER
-    return _Source(model, _load_tokenizer(tokenizer, ""), image_processor)
+    tokenizer_place = tokenizer or hf_tokenizer_name or CLIP_TOKENIZER, ""
+    if tokenizer is None and not Path(clip).is_file():
+        if any(_find(clip, name, subfolder) for name in TOKENIZER_FILES):
+            tokenizer_place = clip, subfolder
+    return _Source(model, _load_tokenizer(*tokenizer_place), image_processor)
 
 
 def _load(model_class: type[PreTrainedModel], source: str | Path, subfolder: str = "") -> PreTrainedModel:
     """A checkpoint with no tensor missing or left over, in evaluation mode."""
+    place = _place(str(source), subfolder)
     try:
         with quiet():
             loaded: Any = model_class.from_pretrained(
@@ -328,29 +365,29 @@ def _load(model_class: type[PreTrainedModel], source: str | Path, subfolder: str
         raise
     except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
         raise ConversionError(
-            f"{source}: no {model_class.__name__} can be loaded from it ({one_line(error)})."
+            f"{place}: no {model_class.__name__} can be loaded from it ({one_line(error)})."
         ) from error
     model, info = loaded
     problems = [f"{kind}: {key}" for kind, keys in info.items() for key in sorted(map(str, keys))]
     if problems:
         listed = "\n  ".join(problems)
-        raise ConversionError(f"{source}: not a complete {model_class.__name__}:\n  {listed}")
+        raise ConversionError(f"{place}: not a complete {model_class.__name__}:\n  {listed}")
     return model.eval()
 
 
 def _load_tokenizer(source: str, subfolder: str) -> PreTrainedTokenizerBase:
-    place = f"{source}/{subfolder}" if subfolder else source
+    place = _place(source, subfolder)
     advice = "give one by --tokenizer, a folder or the Hub id of a CLIP"
     try:
         found = any(_find(source, name, subfolder) for name in TOKENIZER_FILES)
     except ConversionError as error:
-        raise ConversionError(f"{error} It is looked for a tokenizer: {advice}.") from error
+        raise ConversionError(f"{error} A tokenizer was looked for there: {advice}.") from error
     if not found:
         where = "" if Path(source).is_dir() else " on the Hub or, without a connection, in its cache"
         raise ConversionError(f"{place}: no {' or '.join(TOKENIZER_FILES)} there{where}: {advice}.")
     described = _find(source, "tokenizer_config.json", subfolder)
     name = None if described is None else read_json(described).get("tokenizer_class")
-    tokenizer_class = CLIPTokenizer if name in (None, "CLIPTokenizer", "CLIPTokenizerFast") else AutoTokenizer
+    tokenizer_class = CLIPTokenizer if name is None or name in TOKENIZER_CLASSES else AutoTokenizer
     try:
         with quiet():
             return tokenizer_class.from_pretrained(source, subfolder=subfolder, trust_remote_code=False)
@@ -403,7 +440,7 @@ def _to_lotlip(
     """A LoTLIP with the weights of a CLIP, and its own corner tokens."""
     backbone_config = {
         **_backbone_settings(clip.config.get_text_config()),
-        # which old configurations hold wrong ones for, or none
+        # old configurations hold wrong ids, or none
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -495,7 +532,7 @@ def _largest_difference(
         input_ids = torch.full((len(lengths), max_length), int(tokenizer.pad_token_id))
         attention_mask = torch.zeros_like(input_ids)
         for row, length in enumerate(lengths):
-            # below [EOT], for a configuration with the legacy id reads a feature at the highest id of a text
+            # below [EOT]: under a configuration with the legacy id, the feature is read at a text's highest id
             input_ids[row, :length] = torch.randint(max(1, last), (length,), generator=generator)
             input_ids[row, 0], input_ids[row, length - 1], attention_mask[row, :length] = first, last, 1
         for mask in (None, attention_mask):

@@ -107,9 +107,12 @@ def check_output(output: str | Path) -> Path:
     The whole path of the folder to make.
 
     Raises:
-        ConversionError: if there is something already.
+        ConversionError: if there is something already, or the path leads through a file.
     """
     target = Path(output).resolve()
+    for above in target.parents:
+        if above.exists() and not above.is_dir():
+            raise ConversionError(f"--output {output}: {above} is a file; choose another folder.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConversionError(f"--output {output}: exists already; choose another name or remove it.")
     return target

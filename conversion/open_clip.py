@@ -25,6 +25,9 @@ from .official import DTYPES, PREFIX, read_official_state_dict
 
 Activation = Literal["gelu", "quick_gelu"]
 
+# Configurations from before transformers 4.31 hold this wrong id, by which [EOT] is the highest id in a text.
+LEGACY_EOS_TOKEN_ID = 2
+
 # What the archives and some checkpoints hold beside the weights: sizes, and the buffer of the causal mask
 IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 # Text tower of open_clip's `CustomTextCLIP`
@@ -40,6 +43,8 @@ OTHER_TOWERS = {
     "text.transformer.encoder.": "its text tower is one of transformers' encoders",
     "text_decoder.": "it is a CoCa, with a text decoder",
 }
+# How names begin in checkpoints of transformers, of a whole CLIP and of text encoders
+TRANSFORMERS_NAMES = ("text_model.", "vision_model.", "embeddings.", "encoder.layers.")
 
 # open_clip's settings of a tower: those that are read here, those that only some values are known of, and those that
 # change no output
@@ -197,6 +202,10 @@ def read_open_clip(
     """
     path = Path(weights)
     state_dict, is_archive = _read_tensors(path)
+    if any(name.startswith(TRANSFORMERS_NAMES) for name in state_dict):
+        raise ConversionError(
+            f"{path}: its tensors have the names of transformers; give not this file but its folder, with config.json."
+        )
     for prefix, reason in OTHER_TOWERS.items():
         if any(name.startswith(prefix) for name in state_dict):
             raise ConversionError(f"{path}: {reason}; this converter takes CLIP's own two transformers.")
@@ -340,8 +349,7 @@ def _read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip_config") -> CLIPConfig:
     """
     The configuration of a `CLIPModel` for open_clip's settings of a model; what is left out has open_clip's defaults.
-    Of the token ids it holds what the settings say, which for `pool_type: argmax` is transformers' old id of 2, by
-    which [EOT] is the highest id in a text.
+    Its [EOT] id is the settings' `eos_id` or, for `pool_type: argmax`, `LEGACY_EOS_TOKEN_ID`.
 
     Args:
         model_cfg: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`.
@@ -391,13 +399,14 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
             "layer_norm_eps": norm.get("eps", 1e-5),
             "projection_dim": embed_dim,
         }
-    eos_token_id = 2  # see above
+    eos_token_id = LEGACY_EOS_TOKEN_ID
     if text.get("pool_type") == "eos":
-        eos_token_id = whole(text, "eos_id", 2, source, least=0)
-        if eos_token_id == 2:
+        # open_clip's default is 2, too
+        eos_token_id = whole(text, "eos_id", LEGACY_EOS_TOKEN_ID, source, least=0)
+        if eos_token_id == LEGACY_EOS_TOKEN_ID:
             raise ConversionError(
-                f"{source}: eos_id is 2, at which a CLIPModel cannot read a text's feature: it takes this id for the "
-                "highest one in the text. So it is in MetaCLIP 2, which is another architecture."
+                f"{source}: eos_id is {eos_token_id}, at which a CLIPModel cannot read a text's feature: it takes "
+                "this id for the highest one in the text. MetaCLIP 2 has it; that is another architecture."
             )
     image_size, patch_size = _side(vision, "image_size", 224, source), _side(vision, "patch_size", 16, source)
     if image_size < patch_size:

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lotlip_hf.clip import stretch_text_model
-from lotlip_hf.diffusion import swap_text_encoder
+from lotlip_hf.diffusion import TextEncoder, swap_text_encoder
 
 PROMPT = (
     "A wooden table in front of a window. On its left stands a blue vase with seven yellow tulips, and beside it lies "
@@ -101,9 +101,8 @@ def draw(pipe: DiffusionPipeline, args: argparse.Namespace) -> Image.Image:
     return pipe(args.prompt, generator=torch.Generator().manual_seed(args.seed), **settings).images[0]
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Draws before the swap and after it as the command line says; answers with the picture's path."""
-    args = parse_arguments(argv)
+def load(args: argparse.Namespace) -> tuple[DiffusionPipeline, DiffusionPipeline]:
+    """The pipeline as it is, and one after the swap, which shares all other models with it."""
     if args.pipeline is None:
         pipe = tiny_pipeline()
     else:
@@ -111,26 +110,48 @@ def main(argv: Sequence[str] | None = None) -> Path:
         dtype = torch.float16 if has_accelerator else torch.float32
         pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype)
         pipe.to(torch.accelerator.current_accelerator() if has_accelerator else "cpu")
-    before = draw(pipe, args)
+    swapped = type(pipe).from_pipe(pipe, dtype=pipe.dtype)
 
     model = args.model
     if model is None:
-        model = copy.deepcopy(getattr(pipe, args.slot))
-        stretch_text_model(model, args.max_length or STRETCHED)
-    swap_text_encoder(pipe, model, args.slot, max_length=args.max_length)
-    after = draw(pipe, args)
+        model = copy.deepcopy(getattr(pipe, args.slot, None))
+        length = args.max_length or STRETCHED
+        # of what is no CLIP, the swap says what it is
+        if isinstance(model, TextEncoder) and length > model.config.max_position_embeddings:
+            stretch_text_model(model, length)
+    swap_text_encoder(swapped, model, args.slot, max_length=args.max_length)
+    return pipe, swapped
 
-    tokenizer = getattr(pipe, args.slot.replace("text_encoder", "tokenizer"))
+
+def check_files(args: argparse.Namespace) -> None:
+    """Before hours of drawing, what would go wrong at their end."""
+    if args.output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--output {args.output}: not the name of a picture; take one that ends in .png.")
+    if args.save is not None and args.save.exists() and (not args.save.is_dir() or any(args.save.iterdir())):
+        raise ValueError(f"--save {args.save}: exists already; choose another name or remove it.")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Draws before the swap and after it as the command line says; answers with the picture's path."""
+    args = parse_arguments(argv)
+    try:
+        check_files(args)
+        pipe, swapped = load(args)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+    tokenizer = getattr(swapped, args.slot.replace("text_encoder", "tokenizer"))
     length = len(tokenizer(args.prompt).input_ids)
     print(f"The prompt has {length} tokens, and `{args.slot}` now reads {tokenizer.model_max_length}.")
+    before, after = draw(pipe, args), draw(swapped, args)
     picture = Image.new("RGB", (before.width + after.width, before.height))
     picture.paste(before, (0, 0))
     picture.paste(after, (before.width, 0))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(args.output)
     print(f"Before and after the swap, from the same noise: {args.output}")
     if args.save is not None:
-        pipe.save_pretrained(args.save)
+        swapped.save_pretrained(args.save)
         print(f"The pipeline: {args.save}")
     return args.output
 

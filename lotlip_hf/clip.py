@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
 from .modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection
 
@@ -66,15 +66,21 @@ def stretch_positions(
 
 
 def stretch_text_model(
-    model: CLIPTextModel | CLIPTextModelWithProjection | LoTLIPTextModel | LoTLIPTextModelWithProjection | LoTLIPModel,
+    model: CLIPModel
+    | CLIPTextModel
+    | CLIPTextModelWithProjection
+    | LoTLIPModel
+    | LoTLIPTextModel
+    | LoTLIPTextModelWithProjection,
     max_positions: int,
     stretch: Stretch = "knowledge-preserved",
 ) -> None:
     """
-    Gives a CLIP text tower more positions, in place; see [`stretch_positions`].
+    Gives a CLIP text tower more positions, in place; see [`stretch_positions`]. The table is a new parameter: make
+    optimizers after it.
 
     Args:
-        model: A stock CLIP text model, or a LoTLIP model over CLIP's text tower.
+        model: A stock CLIP or its text model, or a LoTLIP model over CLIP's text tower.
         max_positions: The new number of positions.
         stretch: How the new table is made.
 
@@ -87,10 +93,7 @@ def stretch_text_model(
     table = stretch_positions(old.detach(), max_positions, stretch)
     embeddings.position_embedding = nn.Embedding.from_pretrained(table, freeze=not old.requires_grad)
     embeddings.position_ids = torch.arange(max_positions, device=old.device).unsqueeze(0)
-    configs = [tower.config, model.config]
-    if isinstance(model, LoTLIPModel):
-        configs.append(model.config.text_config)
-    for config in configs:
+    for config in (tower.config, model.config, getattr(model, "text_model", model).config):
         # the stock classes have one configuration; LoTLIP's keeps the number with its backbone's
         config = getattr(config, "text_config", config)
         getattr(config, "backbone_config", config).max_position_embeddings = max_positions
@@ -138,9 +141,12 @@ def clip_text_model(
     with torch.device("meta"):
         stock = stock_class(config)
     stock.load_state_dict(state_dict, assign=True)
-    for module in stock.modules():
-        if "position_ids" in module._buffers:
-            module.position_ids = tower.embeddings.position_ids
+    stock_tower = _clip_tower(stock)
+    stock_tower.embeddings.position_ids = tower.embeddings.position_ids  # which no state dict has
+    for parameter, own in zip(stock_tower.parameters(), tower.parameters(), strict=True):
+        parameter.requires_grad_(own.requires_grad)
+    if with_projection:
+        stock.text_projection.requires_grad_(projection.weight.requires_grad)
     stock.set_attn_implementation(tower.config._attn_implementation)
     return stock.train(model.training)
 

@@ -1,22 +1,28 @@
 """A LoTLIP text encoder in a diffusers pipeline: longer prompts, and everything else as the pipeline has it."""
 
 import copy
+import json
 import logging
 import os
 import sys
 import tempfile
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     CLIPConfig,
+    CLIPModel,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers import initialization as init
 from transformers.tokenization_utils_base import BatchEncoding
 from transformers.utils import logging as transformers_logging
 
@@ -59,9 +65,10 @@ def swap_text_encoder(
 
     A LoTLIP over CLIP's text tower goes in as a stock CLIP text encoder: its corner tokens change nothing there. The
     pipeline's other CLIP encoders are made to agree on the length; one with too few positions gets more
-    ([`~lotlip_hf.clip.stretch_positions`], knowledge preserved). T5 encoders stay as they are. Device and dtype of the
-    replaced encoder are taken over. From then on the words that are cut off a prompt, positive or negative, are logged
-    as a warning.
+    ([`~lotlip_hf.clip.stretch_positions`], knowledge preserved) and keeps them: to go back, load the pipeline again.
+    T5 encoders stay as they are. Device, dtype and attention implementation of the replaced encoder are taken over.
+    From then on the words that are cut off a prompt are logged as a warning; diffusers by itself tells of positive
+    prompts alone.
 
     Swap first; then load LoRA weights and textual inversions, turn on offloading, compile. `pipe.save_pretrained`
     saves the swapped pipeline; `DiffusionPipeline.from_pretrained` loads it wherever `lotlip_hf` has been imported.
@@ -69,12 +76,12 @@ def swap_text_encoder(
     Args:
         pipe: A pipeline with a CLIP text encoder. It is changed in place, once everything has been checked; models
             that it shares with other pipelines are not.
-        model_or_path: A LoTLIP model (whole, or its text tower), [`LoTLIPTextEncoder`], `CLIPTextModel` or
-            `CLIPTextModelWithProjection`, or folder or Hub id of one of these or of a whole CLIP. A model is copied.
+        model_or_path: A LoTLIP model (whole, or its text tower), [`LoTLIPTextEncoder`], `CLIPModel`, `CLIPTextModel`
+            or `CLIPTextModelWithProjection`, or folder or Hub id of one of these. A model is copied.
         slot: Name of the component to replace, such as `"text_encoder_2"`.
         max_length: Longest prompt in tokens, the first and last included. By default all positions of the model.
         tokenizer: The model's tokenizer, or folder or Hub id of one. By default for a folder its own, padding as the
-            slot's does if their vocabularies allow; for a model the slot's.
+            slot's does if their vocabularies allow, or what lies beside it in a pipeline; for a model the slot's.
 
     Returns:
         `pipe`.
@@ -82,7 +89,7 @@ def swap_text_encoder(
     Raises:
         ValueError: if the slot holds no CLIP text encoder (T5, empty, unknown); if the model's type, widths,
             projection, positions or tokenizer do not fit, or no tokenizer is found; if the pipeline is offloaded, or
-            holds LoRA weights for its text encoders.
+            holds LoRA weights for its text encoders or textual inversions that the new one does not know.
         OSError: if the checkpoint is not found.
 
     Example:
@@ -112,15 +119,20 @@ def swap_text_encoder(
     elif not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = _load_tokenizer(tokenizer)
     _check_tokenizer(tokenizer, encoder)
+    _check_inversions(getattr(pipe, tokenizer_name), tokenizer, slot)
     length, others_length = _lengths(pipe, encoder, max_length, bool(others))
 
     if type(encoder) is CLIPTextModel and _has_one_text_encoder(pipe):
         encoder = CLIPTextEncoder.from_clip(encoder)
     elif is_model:
         encoder = copy.deepcopy(encoder)
+    if isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection):
+        encoder.set_attn_implementation(replaced.config._attn_implementation)
     components: dict[str, Any] = {
         slot: encoder.to(device=replaced.device, dtype=replaced.dtype).eval(),
-        tokenizer_name: _prompt_tokenizer(tokenizer, length),
+        tokenizer_name: _prompt_tokenizer(
+            tokenizer, length, isinstance(encoder, LoTLIPTextEncoder) and encoder.config.output_length is not None
+        ),
     }
     for name, other in others.items():
         components[name] = _with_length(other, others_length, name)
@@ -163,22 +175,57 @@ class CLIPTextEncoder(CLIPTextModel):
         """
         # made anew: the class of a model is registered when it is made, and without it gives out no hidden states
         config = copy.deepcopy(model.config)
-        encoder = cls._from_config(config, attn_implementation=config._attn_implementation, dtype=model.dtype)
+        config.vocab_size = model.get_input_embeddings().num_embeddings  # which unloading an inversion leaves behind
+        with init.no_init_weights():  # the random numbers that come next are the pipeline's
+            encoder = cls._from_config(config, attn_implementation=config._attn_implementation, dtype=model.dtype)
         encoder.load_state_dict(model.state_dict())
+        for parameter, own in zip(model.parameters(), encoder.parameters(), strict=True):
+            own.requires_grad_(parameter.requires_grad)
         return encoder
 
 
 class _PromptTokenizer(PreTrainedTokenizerBase):
-    """Logs the words that truncation cuts off, in every call: diffusers does so for positive prompts alone."""
+    """
+    Logs the words that truncation cuts off, in every call: diffusers does so for positive prompts alone.
+
+    Args:
+        fixed_length: Whether every text has `model_max_length` tokens at most, whatever `max_length` a call gives.
+            Diffusers cuts a negative prompt to as many tokens as the prompt has states, and a resampler gives out
+            another number than it reads.
+    """
+
+    saved_class: ClassVar[str]
+
+    def __init__(self, *args: Any, fixed_length: bool = False, **kwargs: Any) -> None:
+        if fixed_length:
+            kwargs["fixed_length"] = True
+        super().__init__(*args, **kwargs)
+        self.fixed_length = fixed_length
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> tuple[str, ...]:  # pyright: ignore
+        """As the class that it adds its warnings to, which `AutoTokenizer` knows."""
+        files = super().save_pretrained(save_directory, **kwargs)
+        path = Path(files[0])
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["tokenizer_class"] = self.saved_class
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return files
 
     def _encode_plus(
-        self, *args: Any, verbose: bool = True, return_overflowing_tokens: bool = False, **kwargs: Any
+        self, text: Any, *args: Any, verbose: bool = True, return_overflowing_tokens: bool = False, **kwargs: Any
     ) -> BatchEncoding:
         # What the other classes would say is said here, and better.
         kwargs.update(verbose=False, return_overflowing_tokens=return_overflowing_tokens)
-        encoding = super()._encode_plus(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.fixed_length and kwargs.get("max_length") is not None:
+            kwargs["max_length"] = self.model_max_length
+        encoding = super()._encode_plus(text, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if verbose and not return_overflowing_tokens and encoding.encodings is not None:
-            lost = [self._lost_words(prompt.overflowing) for prompt in encoding.encodings if prompt.overflowing]
+            texts = [text] if isinstance(text, str) else text
+            lost = [
+                self._lost_words(text, prompt)
+                for text, prompt in zip(texts, encoding.encodings, strict=True)
+                if prompt.overflowing
+            ]
             if lost:
                 logger.warning(
                     f"{len(lost)} of {len(encoding.encodings)} prompts cut off at {kwargs.get('max_length')} tokens. "
@@ -186,23 +233,38 @@ class _PromptTokenizer(PreTrainedTokenizerBase):
                 )
         return encoding
 
-    def _lost_words(self, overflowing: list[Any]) -> str:
-        ids = [
-            token_id
-            for part in overflowing
-            for token_id, is_special in zip(part.ids, part.special_tokens_mask, strict=True)
-            if not is_special
-        ]
-        # the end-of-word mark is left in where diffusers, unloading a textual inversion, has rebuilt the tokenizer
-        return str(self.decode(ids)).replace("</w>", " ").strip()
+    def _lost_words(self, text: Any, prompt: Any) -> str:
+        """What of `text` lies beyond the tokens that were kept, from the beginning of its first word."""
+        read = self._as_read(text)
+        spans = [span for span, special in zip(prompt.offsets, prompt.special_tokens_mask, strict=True) if not special]
+        if read is None or self.truncation_side != "right":
+            ids = [token_id for part in prompt.overflowing for token_id in part.ids]
+            return str(self.decode(ids, skip_special_tokens=True)).replace("</w>", " ").strip()
+        start = max((end for _, end in spans), default=0)
+        while 0 < start < len(read) and read[start - 1].isalnum() and read[start].isalnum():
+            start -= 1
+        return read[start:].strip()
+
+    def _as_read(self, text: Any) -> str | None:
+        """The text that offsets count in, where it can be told."""
+        return text if isinstance(text, str) else None
 
 
 class CLIPPromptTokenizer(_PromptTokenizer, CLIPTokenizer):
     """`CLIPTokenizer` that logs a warning with the words that it cuts off."""
 
+    saved_class = "CLIPTokenizer"
+
 
 class LoTLIPPromptTokenizer(_PromptTokenizer, LoTLIPTokenizer):
     """[`LoTLIPTokenizer`] that logs a warning with the words that it cuts off."""
+
+    saved_class = "LoTLIPTokenizer"
+
+    def _as_read(self, text: Any) -> str | None:
+        if not isinstance(text, str) or any(token in text for token in self.all_special_tokens):
+            return None
+        return str(self.sep_token or "").join(self._sentences(text))
 
 
 # Saved pipelines name a component's package and class; diffusers looks both up in `lotlip_hf` itself.
@@ -234,6 +296,12 @@ def _text_encoders(pipe: "DiffusionPipeline", slot: str) -> dict[str, TextEncode
             f"`slot` {slot!r} of {type(pipe).__name__}: {what}. Slots that can be swapped here: {swappable}."
         )
     for name, encoder in encoders.items():
+        tokenizer = components.get(_tokenizer_name(name))
+        if not isinstance(tokenizer, CLIPTokenizer | LoTLIPTokenizer):
+            raise ValueError(
+                f"`{_tokenizer_name(name)}` must be a CLIPTokenizer or a LoTLIPTokenizer, got "
+                f"{type(tokenizer).__name__}."
+            )
         if getattr(encoder, "peft_config", None):
             raise ValueError(
                 f"`{name}` holds LoRA weights: call pipe.unload_lora_weights(), swap, then load them again."
@@ -258,8 +326,17 @@ def _projection_dim(model: PreTrainedModel) -> int | None:
 
 
 def _load_model(path: str | os.PathLike) -> PreTrainedModel:
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(
+            f"`model_or_path` is a {type(path).__name__}: expected a model of transformers (of PEFT's, what "
+            "merge_and_unload() returns), or a folder or Hub id."
+        )
+    if (Path(path) / "model_index.json").is_file():
+        raise ValueError(
+            f"{path} is a whole pipeline: give the folder of its text encoder, such as text_encoder in it."
+        )
     config = AutoConfig.from_pretrained(path)
-    architecture = (config.architectures or [type(config).__name__])[0]
+    architecture = (config.architectures or [type(config).__name__.replace("Config", "Model")])[0]
     if architecture not in TEXT_CLASSES:
         raise ValueError(f"{path} holds a {architecture}: expected one of {', '.join(TEXT_CLASSES)}.")
     if isinstance(config, CLIPConfig):
@@ -270,6 +347,8 @@ def _load_model(path: str | os.PathLike) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()  # else it lists all of a whole model's image tower as unexpected
     try:
         model, info = model_class.from_pretrained(path, config=config, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: its weights are damaged ({error}).") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     if info["missing_keys"]:
@@ -280,6 +359,10 @@ def _load_model(path: str | os.PathLike) -> PreTrainedModel:
 def _load_tokenizer(
     path: str | os.PathLike, padding_of: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedTokenizerBase:
+    folder = Path(path)
+    if not (folder / "tokenizer_config.json").is_file() and folder.name.startswith("text_encoder"):
+        beside = folder.with_name(_tokenizer_name(folder.name))  # as pipelines have it
+        path = beside if beside.is_dir() else path
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -295,9 +378,16 @@ def _encoder(model: Any, replaced: TextEncoder, slot: str, target_layer: int) ->
     """What goes into the slot; weights are shared with `model`."""
     name = type(model).__name__
     is_lotlip = isinstance(model, LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection)
+    if isinstance(model, CLIPModel):
+        config = copy.deepcopy(model.config.text_config)
+        config.projection_dim = model.config.projection_dim  # the one that counts
+        with torch.device("meta"):
+            text_side = CLIPTextModelWithProjection(config)
+        text_side.text_model, text_side.text_projection = model.text_model, model.text_projection
+        model = text_side
     if not is_lotlip and not isinstance(model, TextEncoder):
         raise ValueError(
-            f"`model_or_path` is a {name}: expected a LoTLIP model, LoTLIPTextEncoder, CLIPTextModel or "
+            f"`model_or_path` is a {name}: expected a LoTLIP model, LoTLIPTextEncoder, CLIPModel, CLIPTextModel or "
             "CLIPTextModelWithProjection."
         )
     if getattr(model, "peft_config", None):
@@ -352,6 +442,16 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, encoder: TextEnc
         raise ValueError(f"The tokenizer does not fit the model: {problem}. Give the model's as `tokenizer`.")
 
 
+def _check_inversions(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, slot: str) -> None:
+    added = {token.content for token in old.added_tokens_decoder.values() if not token.special}
+    lost = sorted(added - new.get_vocab().keys())
+    if lost:
+        raise ValueError(
+            f"`{slot}` has learnt tokens that the new one does not know: {', '.join(lost)}. Call "
+            "pipe.unload_textual_inversion(), swap, then load them again."
+        )
+
+
 def _lengths(
     pipe: "DiffusionPipeline", encoder: TextEncoder, max_length: int | None, has_others: bool
 ) -> tuple[int, int]:
@@ -368,10 +468,15 @@ def _lengths(
             )
         return output_length, output_length
     length = positions if max_length is None else max_length
+    if not isinstance(length, int):
+        raise ValueError(f"`max_length` must be a whole number, got {length!r}.")
     if length > positions:
         more = "a text tower other than CLIP's cannot get more"
         if isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection):
-            more = f"convert the model with `python -m lotlip_hf.conversion.clip --max-positions {length}`"
+            more = (
+                f"convert the CLIP with `python -m lotlip_hf.conversion.clip --max-positions {length}`, or give a "
+                f"loaded model more with lotlip_hf.clip.stretch_text_model(model, {length})"
+            )
         raise ValueError(f"`max_length` is {length}, more than the {positions} positions of the model: {more}.")
     if length < 3:
         raise ValueError(f"`max_length` must be 3 or more (a token between the first and the last), got {length}.")
@@ -396,13 +501,13 @@ def _with_length(encoder: TextEncoder, length: int, name: str) -> TextEncoder:
     return longer
 
 
-def _prompt_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreTrainedTokenizerBase:
+def _prompt_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, fixed_length: bool = False
+) -> PreTrainedTokenizerBase:
     """A copy that reports what it cuts off."""
-    if not isinstance(tokenizer, CLIPTokenizer | LoTLIPTokenizer):
-        raise ValueError(
-            f"The pipeline's tokenizers must be CLIPTokenizer or LoTLIPTokenizer, got {type(tokenizer).__name__}."
-        )
     prompt_class = CLIPPromptTokenizer if isinstance(tokenizer, CLIPTokenizer) else LoTLIPPromptTokenizer
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return prompt_class.from_pretrained(folder, model_max_length=max_length)
+        prompt_tokenizer = prompt_class.from_pretrained(folder, model_max_length=max_length, fixed_length=fixed_length)
+    prompt_tokenizer.name_or_path = tokenizer.name_or_path
+    return prompt_tokenizer

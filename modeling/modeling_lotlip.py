@@ -352,8 +352,10 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
         if is_causal:
             if token_type_ids is not None and _is_eager_on_cpu(token_type_ids) and token_type_ids.any():
                 raise ValueError("`token_type_ids` must be 0 or left out: CLIP's text tower has no segments.")
-            inputs_embeds = self.backbone.embeddings(input_ids, position_ids, inputs_embeds)
-            input_ids = None
+            if inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+                input_ids = None
+            inputs_embeds = inputs_embeds + self.backbone.embeddings.position_embedding(position_ids)
 
         if num_corner_tokens:
             if is_flash_attention_requested(self.config.backbone_config):
@@ -453,6 +455,7 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
             position_ids = torch.arange(length, device=device).expand(num_texts, -1)
             if attention_mask is not None:
                 position_ids = (position_ids - attention_mask.int().argmax(-1, keepdim=True)).clamp(min=0)
+                position_ids = torch.where(attention_mask.bool(), position_ids, position_ids.clamp(max=limit - 1))
         else:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         if may_exceed and _is_eager_on_cpu(position_ids) and position_ids.max() >= limit:

@@ -46,6 +46,7 @@ from lotlip_hf import (
     encode_texts,
     encoding,
 )
+from lotlip_hf.clip import stretch_text_model
 from lotlip_hf.conversion import clip as conversion
 from lotlip_hf.conversion.clip import convert
 from lotlip_hf.conversion.common import ConversionError
@@ -295,8 +296,41 @@ def test_text_encoders_of_a_pipeline(pipeline: Path, tmp_path: Path, number: str
     assert tokenizer.pad_token == ("!" if number else "<|endoftext|>")
 
 
+@pytest.mark.parametrize("number", ["", "_2"])
+def test_text_encoders_of_a_swapped_pipeline(pipeline: Path, tmp_path: Path, number: str) -> None:
+    # what `lotlip_hf.diffusion.swap_text_encoder` puts into a pipeline says that it is of other classes
+    if not number:
+        set_json(pipeline / "text_encoder" / "config.json", architectures=["CLIPTextEncoder"])
+    set_json(pipeline / f"tokenizer{number}" / "tokenizer_config.json", tokenizer_class="CLIPPromptTokenizer")
+    folder = convert(pipeline, tmp_path / "output", subfolder=f"text_encoder{number}")
+    stock_class, model_class = (
+        (CLIPTextModelWithProjection, LoTLIPTextModelWithProjection) if number else (CLIPTextModel, LoTLIPTextModel)
+    )
+    model = model_class.from_pretrained(folder)
+    assert_equal_texts(model, stock_class.from_pretrained(pipeline / f"text_encoder{number}"))
+    assert type(AutoTokenizer.from_pretrained(folder)) is CLIPTokenizer
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "CLIPTokenizer"
+
+
 def test_a_whole_pipeline_is_refused(pipeline: Path, error: Callable[..., str]) -> None:
     assert "a whole diffusion pipeline; give --subfolder text_encoder" in error("--clip", pipeline)
+
+
+def test_no_such_subfolder(pipeline: Path, error: Callable[..., str]) -> None:
+    message = error("--clip", pipeline, "--subfolder", "text_encodr")
+    assert f"--subfolder text_encodr: no such folder in {pipeline}; " in message
+    assert message.endswith("with a config.json it has text_encoder, text_encoder_2.\n")
+    message = error("--clip", pipeline / "tokenizer", "--subfolder", "text_encoder")
+    assert message.endswith("tokenizer; with a config.json it has none.\n")
+    # of a folder that is there, every message names it, too
+    message = error("--clip", pipeline, "--subfolder", "tokenizer")
+    assert f"{pipeline}/tokenizer: no config.json or open_clip_config.json in this folder" in message
+    set_json(pipeline / "text_encoder_2" / "config.json", architectures=["T5EncoderModel"], model_type="t5")
+    message = error("--clip", pipeline, "--subfolder", "text_encoder_2")
+    assert f"{pipeline}/text_encoder_2: a checkpoint of T5EncoderModel" in message
+    (pipeline / "text_encoder" / "model.safetensors").unlink()
+    message = error("--clip", pipeline, "--subfolder", "text_encoder")
+    assert f"{pipeline}/text_encoder: no CLIPTextModel can be loaded" in message
 
 
 # Old checkpoints
@@ -871,6 +905,9 @@ def test_hub_ids(
     run("--clip", "someone/with-tokenizer", "--output", tmp_path / "d")
     assert_equal_to_reference(tmp_path / "d", reference)
     assert AutoTokenizer.from_pretrained(tmp_path / "d").pad_token == "!"
+    run("--clip", tmp_path, "--subfolder", "open_clip", "--output", tmp_path / "e")
+    assert_equal_to_reference(tmp_path / "e", reference)
+    assert AutoTokenizer.from_pretrained(tmp_path / "e").pad_token == "!"
 
 
 def test_without_a_network(hub: Callable[[str, Path], None], files: Files, error: Callable[..., str]) -> None:
@@ -889,11 +926,11 @@ def test_what_the_hub_refuses(files: Files, monkeypatch: pytest.MonkeyPatch, err
 
     monkeypatch.setattr(conversion, "hf_hub_download", refuse)
     message = error("--clip", "someone/clip")
-    assert "someone/clip: no such folder, and not to be had from the Hub (401: you have no access.)." in message
+    expected = "no such folder, and it could not be fetched from the Hub (401: you have no access.)."
+    assert f"someone/clip: {expected}" in message
     files.save(LongClip())
     message = error("--clip", files.weights)
-    assert "openai/clip-vit-base-patch32: no such folder" in message
-    assert "give one by --tokenizer" in message
+    assert f"openai/clip-vit-base-patch32: {expected} A tokenizer was looked for there: give one by" in message
 
 
 # What is refused: transformers' checkpoints
@@ -919,7 +956,6 @@ def test_source_without_a_model(tmp_path: Path, error: Callable[..., str]) -> No
         (SiglipConfig().to_dict(), "a checkpoint of 'siglip'"),
         ({"model_type": "clip", "architectures": ["CLIPForImageClassification"]}, "of CLIPForImageClassification"),
         ({"model_type": "clip_vision_model", "architectures": [CLIPVisionModel.__name__]}, "of CLIPVisionModel"),
-        ({"model_type": "lotlip", "architectures": ["LoTLIPModel"]}, "of LoTLIPModel"),
         ({"model_type": "t5", "architectures": ["T5EncoderModel"]}, "of T5EncoderModel"),
         ({}, "a checkpoint of None"),
     ],
@@ -930,6 +966,23 @@ def test_other_architectures(tmp_path: Path, error: Callable[..., str], config: 
     message = error("--clip", tmp_path / "other")
     assert expected in message
     assert "this converter takes CLIPModel, CLIPTextModel, CLIPTextModelWithProjection" in message
+
+
+def test_a_lotlip_is_one_already(converted: Path, tmp_path: Path, error: Callable[..., str]) -> None:
+    message = error("--clip", converted, "--max-positions", 100)
+    assert f"{converted}: a checkpoint of LoTLIPModel ('lotlip'), which is a LoTLIP already" in message
+    assert "lotlip_hf.clip.stretch_text_model(model, N) gives it N positions" in message
+    # and so it does
+    model, processor = AutoModel.from_pretrained(converted), AutoProcessor.from_pretrained(converted)
+    stretch_text_model(model, 100)
+    processor.tokenizer.model_max_length = 100
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "longer")
+    longer, processor = (auto.from_pretrained(tmp_path / "longer") for auto in (AutoModel, AutoProcessor))
+    batch = processor(text="a cat " * 100, return_tensors="pt")
+    assert batch["input_ids"].shape == (1, 100)
+    assert_equal_texts(longer.text_model, model.text_model, longest=100)
+    assert torch.equal(longer.text_model.corner_embeds, model.text_model.corner_embeds)
 
 
 @pytest.fixture
@@ -1004,10 +1057,13 @@ def test_arguments_that_do_not_fit(stock: Path, files: Files, error: Callable[..
     assert "--max-positions 76: the checkpoint has 77; give more" in error("--clip", stock, "--max-positions", 76)
     assert "--num-corner-tokens -1: expected 0 or more" in error("--clip", stock, "--num-corner-tokens", -1)
     assert "--seed -1: expected 0 to" in error("--clip", stock, "--seed", -1)
-    assert "--activation gelu: goes with a file" in error("--clip", stock, "--activation", "gelu")
-    assert "--open-clip-config x: goes with a file" in error("--clip", stock, "--open-clip-config", "x")
+    assert "--activation gelu: only for a single file" in error("--clip", stock, "--activation", "gelu")
+    message = error("--clip", stock, "--open-clip-config", "x")
+    assert f"--open-clip-config x: only for a single file of weights, which {stock} is not." in message
     files.save()
     assert "--subfolder x:" in error("--clip", files.weights, "--subfolder", "x")
+    for option in ("--clip", "--tokenizer", "--open-clip-config"):
+        assert f"error: {option} is empty: name a" in error("--clip", files.weights, option, "")
 
 
 def test_too_few_positions_to_stretch(tmp_path: Path, error: Callable[..., str]) -> None:
@@ -1021,6 +1077,22 @@ def test_output_exists(stock: Path, tmp_path: Path, error: Callable[..., str]) -
     (tmp_path / "mine" / "file").write_text("mine")
     for name in ("mine", "mine/file"):
         assert "exists already" in error("--clip", stock, "--output", tmp_path / name)
+    for name in ("mine/file/sub", "mine/file/sub/below"):
+        message = error("--clip", stock, "--output", tmp_path / name)
+        assert f"--output {tmp_path / name}: {tmp_path / 'mine/file'} is a file; choose another folder." in message
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(spoilt: Path, files: Files, error: Callable[..., str], number: float) -> None:
+    weights, name = spoilt / "model.safetensors", "vision_model.encoder.layers.0.mlp.fc1.weight"
+    state_dict = load_file(weights)
+    state_dict[name][3, 5] = state_dict["visual_projection.weight"][0, 0] = number
+    safetensors.torch.save_file(state_dict, weights, {"format": "pt"})
+    message = error("--clip", spoilt)
+    assert f"{spoilt}: {name} (its name in transformers) holds NaN or infinite numbers." in message
+    files.save(visual__proj=torch.full((128, 24), number))
+    message = error(*files.arguments("--activation", "gelu"))
+    assert "model.pt: visual_projection.weight (its name in transformers) holds NaN or infinite" in message
 
 
 def test_a_difference_after_saving_is_found(
@@ -1072,6 +1144,17 @@ def test_activation_is_not_guessed(files: Files, error: Callable[..., str]) -> N
     files.save()
     message = error(*files.arguments())
     assert "give --open-clip-config, or --activation gelu or quick_gelu" in message
+
+
+def test_files_of_transformers(stock: Path, tmp_path: Path, files: Files, error: Callable[..., str]) -> None:
+    tiny_clip.clip_text_model().save_pretrained(tmp_path / "new")
+    state_dict = load_file(tmp_path / "new" / "model.safetensors")
+    torch.save({f"text_model.{name}": tensor for name, tensor in state_dict.items()}, tmp_path / "old.bin")
+    for weights in (stock / "model.safetensors", tmp_path / "new" / "model.safetensors", tmp_path / "old.bin"):
+        for config in (None, SETTINGS):
+            files.weights = weights
+            message = error(*files.arguments(config=config))
+            assert f"{weights}: its tensors have the names of transformers; give not this file but" in message
 
 
 def test_activation_that_contradicts(files: Files, error: Callable[..., str]) -> None:

@@ -1,7 +1,9 @@
 """Text encoders swapped in diffusion pipelines: what a pipeline can do, it can do after the swap."""
 
+import copy
 import json
 import logging
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -265,6 +267,43 @@ def test_token_ids_are_the_stock_tokenizers(tmp_path: Path, pad_token: str) -> N
         assert torch.equal(answer.input_ids, expected.input_ids)
         assert torch.equal(answer.attention_mask, expected.attention_mask)
     assert pipe.tokenizer.decode(expected.input_ids[-3]) == stock.decode(expected.input_ids[-3])
+
+
+def test_a_live_clip() -> None:
+    clip = tiny_clip.clip_model()
+    own, projected = (pipeline(kind) for kind in ("sd", "sdxl"))
+    swap_text_encoder(own, clip)
+    ids = own.tokenizer([PROMPT], padding="max_length", return_tensors="pt").input_ids
+    assert torch.equal(own.text_encoder(ids)[0], clip.text_model(ids).last_hidden_state)
+    swap_text_encoder(projected, clip, "text_encoder_2")
+    features = clip.get_text_features(ids).pooler_output
+    assert torch.equal(projected.text_encoder_2(ids).text_embeds, features)
+
+
+def test_a_swap_draws_no_random_numbers() -> None:
+    pipe, model = pipeline("sd"), tiny_clip.clip_text_model(seed=5)
+    state = torch.get_rng_state()
+    swap_text_encoder(pipe, model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_frozen_stays_so() -> None:
+    pipe = pipeline("sd")
+    model = tiny_diffusion.lotlip(pipe.text_encoder)
+    model.backbone.encoder.requires_grad_(False)
+    swap_text_encoder(pipe, model)
+    assert not any(parameter.requires_grad for parameter in pipe.text_encoder.encoder.parameters())
+    assert all(parameter.requires_grad for parameter in pipe.text_encoder.embeddings.parameters())
+
+
+def test_both_encoders_of_a_pipeline() -> None:
+    pipe = swapped("sdxl", length=LONG)
+    second = tiny_diffusion.lotlip(pipeline("sdxl").text_encoder_2)
+    stretch_text_model(second, LONG)
+    swap_text_encoder(pipe, second, "text_encoder_2")
+    assert pipe.tokenizer.model_max_length == pipe.tokenizer_2.model_max_length == LONG
+    assert torch.equal(picture(pipe, words(110)), picture(swapped("sdxl", length=LONG), words(110)))
+    assert not torch.equal(picture(pipe, words(110, "cat")), picture(pipe, words(110, "dog")))
 
 
 # Length
@@ -590,7 +629,7 @@ def test_what_is_cut_off_is_said(kind: str, caplog: pytest.LogCaptureFixture) ->
     number = len(clip_encoders(pipe))
     with caplog.at_level(logging.WARNING):
         picture(pipe, words(75, "Red HOUSE, photo"))
-    expected = "1 of 1 prompts cut off at 77 tokens. Lost words: 'red house , photo'"
+    expected = "1 of 1 prompts cut off at 77 tokens. Lost words: 'Red HOUSE, photo'"
     assert [record.getMessage() for record in caplog.records] == [expected] * number
     caplog.clear()
     if kind == "flux":
@@ -688,6 +727,17 @@ def test_a_bert_lotlip_behind_an_adapter(kind: str, slot: str, adapter: str, cap
         assert getattr(pipe, slot.replace("text_encoder", "tokenizer")).model_max_length == 38
 
 
+@pytest.mark.parametrize("num_queries", [12, 60])
+def test_a_resampler_reads_all_of_negative_prompts(num_queries: int) -> None:
+    # diffusers cuts them to as many tokens as the prompt has states
+    pipe = adapted("sd", "text_encoder", "resampler", num_queries=num_queries)
+    states = [encode(pipe, PROMPT, negative_prompt=words(30, word))[1] for word in ("cat", "dog")]
+    assert states[0] is not None
+    assert states[1] is not None
+    assert states[0].shape == (1, num_queries, tiny_diffusion.WIDTH)
+    assert not torch.equal(states[0], states[1])
+
+
 def test_lengths_that_adapters_cannot_agree_on() -> None:
     with pytest.raises(ValueError, match="resampler gives out 50 tokens: `max_length` must be 50"):
         adapted("sd3", "text_encoder", "resampler", num_queries=50)
@@ -756,6 +806,17 @@ def test_saved_pipelines_load_in_a_process_that_imports_diffusers_and_lotlip_hf_
     assert index["tokenizer"] == ["lotlip_hf", "CLIPPromptTokenizer"]
 
 
+def test_copies_and_half_precision(tmp_path: Path) -> None:
+    pipe = swapped("sd", length=LONG)
+    expected = encode(pipe, words(100))[0]
+    for copied in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+        assert torch.equal(encode(copied, words(100))[0], expected)
+    pipe.to(torch.float16).save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.float16)
+    assert loaded.text_encoder.dtype == torch.float16
+    assert torch.equal(encode(loaded, words(100))[0], encode(pipe, words(100))[0])
+
+
 def test_the_text_encoder_of_a_saved_pipeline_is_a_stock_checkpoint(tmp_path: Path) -> None:
     pipe = swapped("sd", length=LONG)
     pipe.save_pretrained(tmp_path)
@@ -763,10 +824,15 @@ def test_the_text_encoder_of_a_saved_pipeline_is_a_stock_checkpoint(tmp_path: Pa
     stock, info = stock_class.from_pretrained(tmp_path / "text_encoder", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert type(tokenizer) is CLIPTokenizer
     ids = tokenizer([words(110)], padding="max_length", return_tensors="pt").input_ids
     assert ids.shape == (1, LONG)
     assert torch.equal(stock(ids)[0], pipe.text_encoder(ids)[0])
+    # and goes into another pipeline, with the tokenizer that lies beside it
+    again = swap_text_encoder(pipeline("sd"), tmp_path / "text_encoder")
+    assert again.tokenizer.model_max_length == LONG
+    assert torch.equal(encode(again, words(110))[0], encode(pipe, words(110))[0])
 
 
 # The example
@@ -805,6 +871,39 @@ def test_the_example_with_a_pipeline_and_a_model(tmp_path: Path, capsys: pytest.
     before, after = np.split(np.asarray(Image.open(picture_path)), 2, axis=1)
     assert np.array_equal(before, after)  # the same weights
     assert "`text_encoder_2` now reads 77" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--slot", "text_encoder_2"],
+            "`slot` 'text_encoder_2' of StableDiffusionPipeline: there is no such component",
+        ),
+        (["--slot", "vae"], "it holds AutoencoderKL, which is no CLIP text encoder"),
+        (["--model", "nowhere/at all"], "nowhere/at all"),
+        (["--pipeline", "nowhere/at all"], "nowhere/at all"),
+        (["--output", "picture"], "--output picture: not the name of a picture"),
+        (["--save", "."], "--save .: exists already"),
+    ],
+)
+def test_the_example_checks_before_it_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    module = example()
+    monkeypatch.setattr(module, "draw", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(SystemExit) as error:
+        module.main(arguments)
+    assert str(error.value).startswith("error: ")
+    assert message in str(error.value)
+
+
+def test_the_example_with_fewer_tokens_than_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--max-length", "40", "--num-steps", "1", "--output", str(tmp_path / "picture.png")]
+    example().main(arguments)
+    assert "The prompt has 270 tokens, and `text_encoder` now reads 40." in capsys.readouterr().out
 
 
 # What is refused
@@ -949,7 +1048,25 @@ def test_more_that_is_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "cut" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="cut lacks weights of its text encoder: .*final_layer_norm"):
         swap_text_encoder(pipe, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="cut: its weights are damaged"):
+        swap_text_encoder(pipe, tmp_path / "cut")
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a whole pipeline: give the folder of its text encoder"):
+        swap_text_encoder(pipe, tmp_path)
+    with pytest.raises(ValueError, match="`model_or_path` is a OrderedDict: expected a model"):
+        swap_text_encoder(pipe, model.state_dict())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="`max_length` must be a whole number, got 77.0"):
+        swap_text_encoder(pipe, model, max_length=77.0)  # pyright: ignore[reportArgumentType]
+    pipe.load_textual_inversion(inversion())
+    with pytest.raises(ValueError, match="`text_encoder` has learnt tokens .*<toy>, <toy>_1. Call pipe.unload"):
+        swap_text_encoder(pipe, model, tokenizer=tiny_clip.clip_tokenizer())
+    pipe.unload_textual_inversion()
     assert type(pipe.text_encoder) is CLIPTextModel
+    swap_text_encoder(pipe, pipe.text_encoder)  # whose configuration counts the token that went
+    pipe.tokenizer = None
+    with pytest.raises(ValueError, match="`tokenizer` must be a CLIPTokenizer or a LoTLIPTokenizer, got NoneType"):
+        swap_text_encoder(pipe, model)
 
 
 def test_lotlip_with_projection_goes_where_none_is_asked_for() -> None:

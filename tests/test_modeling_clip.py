@@ -142,11 +142,12 @@ def clip_text_config(**kwargs: Any) -> LoTLIPTextConfig:
 
 @pytest.mark.parametrize("with_corners", [True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_does_not_matter(side: str, with_corners: bool) -> None:
-    """Also on the left, where stock CLIP would count the padding's places."""
+@pytest.mark.parametrize("length", [7, LENGTH + 5])
+def test_padding_does_not_matter(length: int, side: str, with_corners: bool) -> None:
+    """Also on the left, where stock CLIP would count the padding's places, and beyond the positions."""
     model = spread(LoTLIPTextModelWithProjection(clip_text_config()))
     ids, _ = texts(8, length=8)
-    padding = torch.full((1, 7), EOS)
+    padding = torch.full((1, length), EOS)
     longer = torch.cat([padding, ids] if side == "left" else [ids, padding], dim=1)
     mask = torch.cat([padding * 0, ids * 0 + 1] if side == "left" else [ids * 0 + 1, padding * 0], dim=1)
     with torch.no_grad():
@@ -323,3 +324,11 @@ def test_a_stock_text_model_out_of_ours() -> None:
         clip_text_model(model.text_model, with_projection=True)
     with pytest.raises(ValueError, match="has no CLIP text tower: its text encoder is BertModel"):
         clip_text_model(LoTLIPTextModel(tiny.text_config()))
+
+
+def test_what_is_frozen_stays_so() -> None:
+    model = lotlip_of(clip_model())
+    model.text_model.backbone.encoder.requires_grad_(False)
+    stock = clip_text_model(model, with_projection=True)
+    frozen = {name for name, parameter in stock.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in stock.named_parameters() if name.startswith("text_model.encoder.")}
