@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from .modeling.modeling_lotlip import LoTLIPTextModel
 from .text_encoder import LoTLIPTextEncoder
 
 # Places that every text has; its words follow.
@@ -66,8 +67,8 @@ def tokenize_words(tokenizer: Any, text: str) -> Words | None:
     >>> from lotlip_hf.alignment import tokenize_words
 
     >>> tokenizer = AutoTokenizer.from_pretrained("checkpoint")  # doctest: +SKIP
-    >>> tokenize_words(tokenizer, "Zebras graze. Why?").places[:8]  # zebra ##s graze [SEP] why ?  # doctest: +SKIP
-    [0, 3, 3, 4, 5, 6, 7, 1]
+    >>> tokenize_words(tokenizer, "Zebras graze. Why?").places[:9]  # zebra ##s graz ##e [SEP] why ?  # doctest: +SKIP
+    [0, 3, 3, 4, 4, 5, 6, 7, 1]
     ```
     """
     full_stop = ". "
@@ -93,17 +94,17 @@ def tokenize_words(tokenizer: Any, text: str) -> Words | None:
 
 def word_means(states: torch.Tensor, places: torch.Tensor, num_places: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The mean state of each place of a text's.
+    The mean state of each place of a text.
 
     Args:
         states: [B, L, D].
         places: [B, L], what [`tokenize_words`] says of each token.
-        num_places: Number P of places: more than the highest.
+        num_places: Number P of places; those from P on are left out.
 
     Returns:
         Means [B, P, D], 0 for a place without tokens, and which places have tokens [B, P].
     """
-    members = F.one_hot(places, num_places).to(states.dtype)  # [B, L, P]
+    members = (places.unsqueeze(-1) == torch.arange(num_places, device=places.device)).to(states.dtype)  # [B, L, P]
     counts = members.sum(1)
     means = members.transpose(1, 2) @ states / counts.clamp(min=1).unsqueeze(-1)
     return means, counts > 0
@@ -111,8 +112,8 @@ def word_means(states: torch.Tensor, places: torch.Tensor, num_places: int) -> t
 
 def attention_readouts(states: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """
-    What each query reads off a sequence by attention, without regard to the order of its states: the only way in which
-    a diffusion model looks at its prompt.
+    What each query reads off a sequence by attention, as a denoiser reads its prompt: the order of the states does not
+    count, and each of them does, those of the padding too.
 
     Args:
         states: [B, L, D].
@@ -143,8 +144,8 @@ class Scale(NamedTuple):
 
     @torch.no_grad()
     def undo(self, adapter: nn.Module) -> None:
-        """Makes an adapter that gives standardised states give those of the scale, by its last linear layer."""
-        last = [module for module in adapter.modules() if isinstance(module, nn.Linear)][-1]
+        """Makes an adapter that gives standardised states give those of the scale, by the layer that it ends with."""
+        last = getattr(adapter, "output_projection", adapter)  # a linear adapter is that layer
         last.weight.mul_(self.deviation.unsqueeze(1))
         last.bias.mul_(self.deviation).add_(self.mean)
 
@@ -160,23 +161,30 @@ class Alignment:
 
     The two tokenizers cut a text differently, so token i of the one is not token i of the other. An encoder that maps
     each token by itself learns, for each word, that the mean of its tokens be the mean of the teacher's; likewise for
-    the first token, the last, and the padding. A denoiser reads prompts by cross-attention, which knows no order and
-    takes any length, so this is all the alignment it needs. A resampler gives as many states as the teacher and learns
-    each by its position, as AltDiffusion's encoder learns CLIP's (https://arxiv.org/abs/2211.06679).
+    the first token, the last, and the padding. That suits a slot whose states a denoiser reads alone, by
+    cross-attention, where their order does not count. Their number does: more or fewer tokens of padding weigh
+    more or less.
+
+    A resampler gives as many states as the teacher and learns each by its position, as AltDiffusion's encoder learns
+    CLIP's (https://arxiv.org/abs/2211.06679). It is the one to take where token i of two encoders is joined into one
+    state, as in Stable Diffusion XL and 3.
 
     Args:
         teacher: The encoder to be replaced. It stays as it is.
-        target_layer: The state of it that counts: -1, `last_hidden_state`; -2, `hidden_states[-2]`.
+        tower: The text tower that all encoders to be trained share. It stays as it is.
+        target_layer: The teacher's state that counts: -1, `last_hidden_state`; -2, `hidden_states[-2]`.
         sample: Some batches of training prompts, for means, deviations and queries; they must fit in memory.
     """
 
     def __init__(
         self,
         teacher: CLIPTextModel | CLIPTextModelWithProjection,
+        tower: LoTLIPTextModel,
         target_layer: int,
         sample: Iterable[Batch],
     ) -> None:
         self.teacher = teacher
+        self.tower = tower
         self.target_layer = target_layer
         states = States(*(torch.cat(parts) for parts in zip(*map(self._raw_states, sample), strict=True)))
         self.sequence_scale, self.pooled_scale = Scale.of(states.sequence), Scale.of(states.pooled)
@@ -206,33 +214,38 @@ class Alignment:
         """The teacher's states, standardised; pooled is before the projection."""
         return self._standardize(self._raw_states(batch))
 
-    def student_states(self, encoder: LoTLIPTextEncoder, batch: Batch) -> States:
-        """An unfinished encoder's states. Those of a resampler stand where the teacher's tokens do."""
-        outputs = encoder(batch.student_ids)
-        is_resampled = encoder.config.output_length is not None
-        places = batch.teacher_places if is_resampled else batch.student_places
-        return States(outputs.last_hidden_state, places, outputs.pooler_output)
+    @torch.no_grad()
+    def tower_states(self, batch: Batch) -> States:
+        """The tower's states, which the adapters of all encoders start from."""
+        outputs = self.tower(batch.student_ids, output_corner_embeds=False)
+        return States(outputs.last_hidden_state, batch.student_places, outputs.pooler_output)
 
-    def loss(self, encoder: LoTLIPTextEncoder, batch: Batch, targets: States) -> torch.Tensor:
+    def student_states(self, encoder: LoTLIPTextEncoder, tower: States, teacher: States) -> States:
+        """An unfinished encoder's states. Those of a resampler stand where the teacher's tokens do."""
+        sequence = encoder.adapt(tower.sequence, tower.places != PADDING)
+        places = tower.places if encoder.config.output_length is None else teacher.places
+        return States(sequence, places, encoder.pooled_adapter(tower.pooled))
+
+    def loss(self, encoder: LoTLIPTextEncoder, tower: States, teacher: States) -> torch.Tensor:
         """
         How far an encoder is from the teacher: [`distance`] of the words or positions, and of the pooled outputs.
 
         Args:
             encoder: One without projection.
-            batch: The prompts.
-            targets: What `teacher_states` says of them.
+            tower: What `tower_states` says of some prompts.
+            teacher: What `teacher_states` says of them.
 
         Returns:
             A scalar.
         """
-        states = self.student_states(encoder, batch)
-        answers, expected = states.sequence, targets.sequence
-        if states.places is not targets.places:
-            num_places = _num_places(states, targets)
+        states = self.student_states(encoder, tower, teacher)
+        answers, expected = states.sequence, teacher.sequence
+        if states.places is not teacher.places:
+            num_places = int(teacher.places.max()) + 1
             answers, answered = word_means(answers, states.places, num_places)
-            expected, asked = word_means(expected, targets.places, num_places)
+            expected, asked = word_means(expected, teacher.places, num_places)
             answers, expected = answers[answered & asked], expected[answered & asked]
-        return distance(answers, expected) + distance(states.pooled, targets.pooled)
+        return distance(answers, expected) + distance(states.pooled, teacher.pooled)
 
     def finish(self, encoder: LoTLIPTextEncoder) -> None:
         """Makes an encoder give the teacher's own states, not standardised ones, and gives it the teacher's
@@ -264,46 +277,44 @@ class Alignment:
 
         Returns:
             For "mean" (of the training prompts), "another prompt" and each encoder: for "words", "read_outs" (of
-            attention over the whole sequence, what a denoiser gets) and "pooled" (before the projection): `error`, the
+            attention over the whole sequence, as a denoiser's) and "pooled" (before the projection): `error`, the
             squared error relative to that of the mean, and `cosine`, around the mean.
         """
-        names = ("mean", "another prompt", *encoders)
-        closeness = {name: {kind: Closeness(self.means[kind]) for kind in MEASURES} for name in names}
+        sums: dict[str, dict[str, torch.Tensor]] = {name: {} for name in ("mean", "another prompt", *encoders)}
         for batch, other in zip(batches, others, strict=True):
-            targets = self.teacher_states(batch)
-            states = [self.student_states(encoder, batch) for encoder in encoders.values()]
-            states.insert(0, self.teacher_states(other))
-            num_places = _num_places(targets, *states)
-            expected, asked = self._measures(targets, num_places)
-            rows = [({kind: self.means[kind].expand_as(expected[kind]) for kind in MEASURES}, asked)]
-            rows += [self._measures(one, num_places) for one in states]
-            for name, (answers, answered) in zip(names, rows, strict=True):
+            teacher, tower = self.teacher_states(batch), self.tower_states(batch)
+            num_places = int(teacher.places.max()) + 1
+            expected, asked = self._measures(teacher, num_places)
+            states = [self.student_states(encoder, tower, teacher) for encoder in encoders.values()]
+            answered = [self._measures(one, num_places) for one in (self.teacher_states(other), *states)]
+            knows_nothing = {kind: self.means[kind].expand_as(expected[kind]) for kind in MEASURES}
+            for name, (answers, found) in zip(sums, ((knows_nothing, asked), *answered), strict=True):
                 for kind in MEASURES:
-                    both = asked & answered if kind == "words" else slice(None)
-                    closeness[name][kind].add(answers[kind][both], expected[kind][both])
-        return {name: {kind: one.result() for kind, one in row.items()} for name, row in closeness.items()}
+                    both = asked & found if kind == "words" else slice(None)
+                    new = closeness(answers[kind][both], expected[kind][both], self.means[kind])
+                    sums[name][kind] = sums[name].get(kind, 0) + new
+        return {
+            name: {
+                kind: {"error": (square / mean_square).item(), "cosine": (cosine / count).item()}
+                for kind, (square, mean_square, cosine, count) in row.items()
+            }
+            for name, row in sums.items()
+        }
 
 
-class Closeness:
-    """Sums up how close answers come to targets, seen from the mean target: an answer that knows nothing of the
-    text."""
+def closeness(answers: torch.Tensor, targets: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """
+    Sums over N answers, which add up over batches. The mean target is what knows nothing of the text.
 
-    def __init__(self, mean: torch.Tensor) -> None:
-        self.mean = mean
-        self.squares, self.mean_squares, self.cosines, self.count = 0.0, 0.0, 0.0, 0
+    Args:
+        answers: [..., D].
+        targets: [..., D].
+        mean: [D], or [Q, D] where each of the Q answers of a text has its own.
 
-    def add(self, answers: torch.Tensor, targets: torch.Tensor) -> None:
-        """Answers and targets [..., D]."""
-        answers, targets = answers - self.mean, targets - self.mean
-        self.squares += (answers - targets).square().sum().item()
-        self.mean_squares += targets.square().sum().item()
-        self.cosines += F.cosine_similarity(answers, targets, dim=-1).sum().item()
-        self.count += targets.shape[:-1].numel()
-
-    def result(self) -> dict[str, float]:
-        """`error`, the squared error relative to the mean's, and `cosine`, around the mean."""
-        return {"error": self.squares / self.mean_squares, "cosine": self.cosines / self.count}
-
-
-def _num_places(*states: States) -> int:
-    return 1 + max(int(one.places.max()) for one in states)
+    Returns:
+        [4], float64: the answers' squared errors, those of the mean, cosines around the mean, and N.
+    """
+    answers, targets = answers.double() - mean, targets.double() - mean
+    squares = (answers - targets).square().sum(), targets.square().sum()
+    cosines = F.cosine_similarity(answers, targets, dim=-1)
+    return torch.stack([*squares, cosines.sum(), torch.ones_like(cosines).sum()])

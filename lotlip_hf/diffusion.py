@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from .clip import clip_text_model, stretch_text_model
 from .modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection
 from .modeling.tokenization_lotlip import LoTLIPTokenizer
-from .text_encoder import LoTLIPTextEncoder
+from .text_encoder import LoTLIPTextEncoder, pipeline_target_layer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -107,9 +107,8 @@ def swap_text_encoder(
     replaced = others.pop(slot)
     is_model = isinstance(model_or_path, PreTrainedModel)
     model = model_or_path if is_model else _load_model(model_or_path)
-    # Stable Diffusion XL and 3 have a projection and read the last layer but one, 1.x and 2.x the last
-    has_projection = any(_projection_dim(encoder) is not None for encoder in (replaced, *others.values()))
-    encoder = _encoder(model, replaced, slot, target_layer=-2 if has_projection else -1)
+    have_projections = (_projection_dim(encoder) is not None for encoder in (replaced, *others.values()))
+    encoder = _encoder(model, replaced, slot, pipeline_target_layer(have_projections))
 
     tokenizer_name = _tokenizer_name(slot)
     if tokenizer is None and is_model:
@@ -260,6 +259,7 @@ class LoTLIPPromptTokenizer(_PromptTokenizer, LoTLIPTokenizer):
     """[`LoTLIPTokenizer`] that logs a warning with the words that it cuts off."""
 
     saved_class = "LoTLIPTokenizer"
+    _auto_class = None  # it is of this package, and not saved with its code
 
     def _as_read(self, text: Any) -> str | None:
         if not isinstance(text, str) or any(token in text for token in self.all_special_tokens):

@@ -1,6 +1,7 @@
 """A LoTLIP text tower in place of a CLIP text encoder: an adapter into its space, and the outputs its users read."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +22,28 @@ from .modeling.modeling_lotlip import (
     LoTLIPTextModel,
     LoTLIPTextModelWithProjection,
 )
+
+
+def pipeline_target_layer(have_projections: Iterable[bool]) -> Literal[-1, -2]:
+    """
+    Which hidden state a diffusion pipeline reads of its CLIP text encoders, counted from the end.
+
+    Args:
+        have_projections: Of each of its CLIP text encoders, whether it has a text projection.
+
+    Returns:
+        -2 if one has, as in Stable Diffusion XL and 3; else -1 (1.x, 2.x and Flux).
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.text_encoder import pipeline_target_layer
+
+    >>> pipeline_target_layer([False, True])
+    -2
+    ```
+    """
+    return -2 if any(have_projections) else -1
 
 
 @strict
@@ -91,7 +114,8 @@ class LoTLIPTextEncoderConfig(PreTrainedConfig):
             raise ValueError(
                 f"`hidden_size`={self.hidden_size} needs an adapter: the text tower's states are {width} wide."
             )
-        for name in ("hidden_size", "projection_dim", "adapter_size", "num_queries", "num_adapter_layers"):
+        counts = ("num_queries", "num_adapter_layers", "num_adapter_heads")
+        for name in ("hidden_size", "projection_dim", "adapter_size", *counts):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {value}.")
@@ -197,7 +221,9 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
     """
 
     config: LoTLIPTextEncoderConfig
+    _auto_class = None  # it is of this package, and not saved with its code
     base_model_prefix = "text_model"
+    _auto_class = None  # its code is not saved beside the weights, as that of LoTLIP's own models is
     input_modalities = ["text"]
     _no_split_modules = ["LoTLIPResamplerLayer"]
 
@@ -245,7 +271,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling | CLIPTextModelOutput:
         r"""
-        Arguments and errors are those of [`LoTLIPTextModel`]; S is `num_queries` with a resampler, else L.
+        S is `num_queries` with a resampler, else L.
 
         Args:
             input_ids: [B, L], padded with the tokenizer's padding token.
@@ -256,11 +282,16 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
                 embeddings and one a layer, each normalised as the last and adapted, and `hidden_states[target_layer]`
                 is `last_hidden_state` (with -2, it stands twice at the end). Adapters are trained on the last state:
                 what they make of the others is only near to what an earlier layer of the replaced encoder holds.
+            kwargs: `return_dict` and `output_attentions`, as CLIP's.
 
         Returns:
             `last_hidden_state` [B, S, hidden_size], `pooler_output` [B, hidden_size] and `hidden_states`, or with
             `config.projection_dim` `text_embeds` [B, projection_dim], `last_hidden_state` and `hidden_states`. What
             stands at padded positions is finite and does not depend on other texts.
+
+        Raises:
+            ValueError: if `input_ids` is not [B, L], `attention_mask` is not of its shape, or a text is longer than
+                `config.max_position_embeddings`.
 
         Example:
 
@@ -268,11 +299,11 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         >>> from transformers import AutoTokenizer
         >>> from lotlip_hf.text_encoder import LoTLIPTextEncoder
 
-        >>> encoder = LoTLIPTextEncoder.from_pretrained("aligned")
-        >>> tokenizer = AutoTokenizer.from_pretrained("aligned")
+        >>> encoder = LoTLIPTextEncoder.from_pretrained("aligned/mlp")  # doctest: +SKIP
+        >>> tokenizer = AutoTokenizer.from_pretrained("aligned/mlp")  # doctest: +SKIP
 
-        >>> inputs = tokenizer(["a photo of a cat"], padding="max_length", truncation=True, return_tensors="pt")
-        >>> prompt_embeds = encoder(inputs.input_ids).last_hidden_state
+        >>> inputs = tokenizer(["a cat"], padding="max_length", truncation=True, return_tensors="pt")  # doctest: +SKIP
+        >>> prompt_embeds = encoder(inputs.input_ids).last_hidden_state  # doctest: +SKIP
         ```"""
         if input_ids.dim() != 2:
             raise ValueError(f"`input_ids` must have shape [batch, length], got {list(input_ids.shape)}.")
@@ -287,12 +318,12 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
             **{**kwargs, "return_dict": True},
         )
         mask = self._text_mask(input_ids) if attention_mask is None else attention_mask.bool()
-        last_hidden_state = self._adapt(outputs.last_hidden_state, mask)
+        last_hidden_state = self.adapt(outputs.last_hidden_state, mask)
         hidden_states = None
         if output_hidden_states:
             # the last state of a backbone that normalises it afterwards is not `last_hidden_state` yet
             norm = getattr(self.text_model.backbone, "final_layer_norm", nn.Identity())
-            earlier = tuple(self._adapt(norm(states), mask) for states in outputs.hidden_states[:-1])
+            earlier = tuple(self.adapt(norm(states), mask) for states in outputs.hidden_states[:-1])
             hidden_states = earlier + (last_hidden_state,) * -self.config.target_layer
         pooled = self.pooled_adapter(outputs.pooler_output)
         if self.text_projection is None:
@@ -309,8 +340,8 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _adapt(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """States [B, L, text width], mask [B, L] -> [B, S, hidden_size]"""
+    def adapt(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Normalised states of the tower [B, L, text width], mask [B, L], True for text -> [B, S, hidden_size]"""
         if isinstance(self.adapter, LoTLIPResampler):
             return self.adapter(hidden_states, mask)
         return self.adapter(hidden_states)
@@ -332,14 +363,16 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         cls, model: LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection, **config_kwargs: Any
     ) -> "LoTLIPTextEncoder":
         r"""
-        An encoder around the text tower of a LoTLIP model. The tower's weights are shared with `model`, not copied; an
-        adapter is new and must be trained. Without an adapter, `projection_dim` takes the model's own text projection.
+        An encoder around the text tower of a LoTLIP model. The tower's weights are shared with `model`, not copied,
+        and frozen where they are frozen there; an adapter is new and must be trained. Without an adapter,
+        `projection_dim` takes the model's own text projection.
 
         Args:
             model: A LoTLIP model; of a whole one the text tower is taken.
             config_kwargs: Fields of [`LoTLIPTextEncoderConfig`].
 
         Raises:
+            TypeError: if `model` is no LoTLIP model.
             ValueError: if, without an adapter, `projection_dim` is not the width of the model's text projection.
 
         Example:
@@ -354,8 +387,16 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         64
         ```
         """
+        if not isinstance(model, LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection):
+            raise TypeError(
+                "`model` must be a LoTLIPModel, LoTLIPTextModel or LoTLIPTextModelWithProjection, got "
+                f"{type(model).__name__}."
+            )
         tower = model if isinstance(model, LoTLIPTextModel) else model.text_model
-        config = LoTLIPTextEncoderConfig(text_config=copy.deepcopy(tower.config), **config_kwargs)
+        text_config = copy.deepcopy(tower.config)
+        # where the tower lay is nobody's business who reads the encoder's configuration
+        text_config._name_or_path = text_config.backbone_config._name_or_path = ""
+        config = LoTLIPTextEncoderConfig(text_config=text_config, **config_kwargs)
         projection = getattr(model, "text_projection", None)
         shares_projection = config.adapter is None and config.projection_dim is not None
         if shares_projection and getattr(projection, "out_features", None) != config.projection_dim:
@@ -367,6 +408,8 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         with torch.device("meta"):
             encoder = cls(config)
         encoder.text_model.load_state_dict(tower.state_dict(), assign=True)
+        for name, parameter in tower.named_parameters():
+            encoder.text_model.get_parameter(name).requires_grad_(parameter.requires_grad)
         buffers = {name: module._buffers for name, module in tower.named_modules()}
         for name, module in encoder.text_model.named_modules():
             module._buffers = dict(buffers.get(name, {}))  # those that are not saved are in no state dict
@@ -375,6 +418,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
                 module.to_empty(device=tower.device).to(tower.dtype).apply(encoder._init_weights)
         if shares_projection:
             encoder.text_projection.load_state_dict(projection.state_dict(), assign=True)
+            encoder.text_projection.requires_grad_(projection.weight.requires_grad)
         encoder.set_attn_implementation(tower.config.backbone_config._attn_implementation)
         return encoder.train(model.training)
 
@@ -382,4 +426,4 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
 # Saved pipelines name a component's package and class; diffusers looks both up in `lotlip_hf` itself.
 LoTLIPTextEncoderConfig.__module__ = LoTLIPTextEncoder.__module__ = "lotlip_hf"
 
-__all__ = ["LoTLIPTextEncoder", "LoTLIPTextEncoderConfig"]
+__all__ = ["LoTLIPTextEncoder", "LoTLIPTextEncoderConfig", "pipeline_target_layer"]

@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, BertConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, CLIPTextModelWithProjection
 
 import tiny_clip
 from lotlip_hf import LoTLIPTextConfig, LoTLIPTextEncoder, LoTLIPTextModel, LoTLIPTokenizer
@@ -20,9 +22,12 @@ from lotlip_hf.alignment import (
     MEASURES,
     PADDING,
     START,
-    Closeness,
+    Alignment,
+    Batch,
     Scale,
     attention_readouts,
+    closeness,
+    distance,
     tokenize_words,
     word_means,
 )
@@ -30,7 +35,7 @@ from lotlip_hf.text_encoder import LoTLIPMLPAdapter
 from scripts import load_script
 
 ADAPTERS = ("linear", "mlp", "resampler")
-LENGTH = 30  # of the student
+LENGTH, TEACHER_LENGTH = 30, 24  # tokens that student and teacher take
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
 
 
@@ -53,7 +58,7 @@ def gently_random(model: nn.Module) -> nn.Module:
 def folders(tmp_path_factory: pytest.TempPathFactory, golden: Path) -> Path:
     """`student`, `teacher` (with a projection), `prompts.txt` and the shorter `few.txt`."""
     folder = tmp_path_factory.mktemp("alignment")
-    teacher = CLIPTextModelWithProjection(tiny_clip.clip_text_config(max_position_embeddings=24))
+    teacher = CLIPTextModelWithProjection(tiny_clip.clip_text_config(max_position_embeddings=TEACHER_LENGTH))
     tiny_clip.save_clip(folder / "teacher", gently_random(teacher))
     tokenizer = LoTLIPTokenizer.from_pretrained(golden / "tokenizer", model_max_length=LENGTH)
     backbone = BertConfig(**tiny_clip.SIZE, vocab_size=len(tokenizer), max_position_embeddings=LENGTH + 2)
@@ -157,17 +162,78 @@ def test_a_scale_is_undone_by_the_last_layer(adapter: nn.Module) -> None:
 def test_closeness_of_answers_that_are_known() -> None:
     targets, mean = torch.randn(5, 3, 4) + 2, torch.full((4,), 2.0)
 
-    def closeness(answers: torch.Tensor) -> dict[str, float]:
-        counted = Closeness(mean)
-        counted.add(answers[:2], targets[:2])
-        counted.add(answers[2:], targets[2:])
-        return counted.result()
+    def error_and_cosine(answers: torch.Tensor) -> tuple[float, float]:
+        one, two = (closeness(answers[part], targets[part], mean) for part in (slice(2), slice(2, None)))
+        square, mean_square, cosine, count = (one + two).tolist()
+        assert count == 15
+        assert mean_square == pytest.approx((targets - 2).square().sum().item(), rel=1e-5)
+        return square / mean_square, cosine / count
 
-    assert closeness(targets) == pytest.approx({"error": 0.0, "cosine": 1.0}, abs=1e-6)
-    assert closeness(mean.expand_as(targets)) == pytest.approx({"error": 1.0, "cosine": 0.0}, abs=1e-6)
-    assert closeness(2 * mean - targets) == pytest.approx({"error": 4.0, "cosine": -1.0}, abs=1e-6)
-    half = (targets + mean) / 2
-    assert closeness(half) == pytest.approx({"error": 0.25, "cosine": 1.0}, abs=1e-6)
+    assert error_and_cosine(targets) == pytest.approx((0.0, 1.0), abs=1e-6)
+    assert error_and_cosine(mean.expand_as(targets)) == pytest.approx((1.0, 0.0), abs=1e-6)
+    assert error_and_cosine(2 * mean - targets) == pytest.approx((4.0, -1.0), abs=1e-6)
+    assert error_and_cosine((targets + mean) / 2) == pytest.approx((0.25, 1.0), abs=1e-6)
+
+
+def test_the_example_of_tokenize_words(golden: Path) -> None:
+    tokenizer = LoTLIPTokenizer.from_pretrained(golden / "tokenizer", model_max_length=12)
+    read = tokenize_words(tokenizer, "Zebras graze. Why?")
+    assert read.places == [0, 3, 3, 4, 4, 5, 6, 7, 1, 2, 2, 2]
+    tokens = ["[CLS]", "zebra", "##s", "graz", "##e", "[SEP]", "why", "?", "[SEP]"]
+    assert tokenizer.convert_ids_to_tokens(read.input_ids)[:9] == tokens
+
+
+def test_closeness_where_each_answer_has_its_own_mean() -> None:
+    targets, answers, mean = torch.randn(5, 3, 4), torch.randn(5, 3, 4), torch.randn(3, 4)
+    expected = sum(closeness(answers[:, place], targets[:, place], mean[place]) for place in range(3))
+    torch.testing.assert_close(closeness(answers, targets, mean), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_shared_tower_gives_what_each_encoder_gives(adapter: str, folders: Path) -> None:
+    """The tower runs once for all encoders; an encoder by itself, run on the ids, must give the same states."""
+    tower = LoTLIPTextModel.from_pretrained(folders / "student").eval()
+    teacher = CLIPTextModelWithProjection.from_pretrained(folders / "teacher").eval()
+    tokenizers = [AutoTokenizer.from_pretrained(folders / name) for name in ("teacher", "student")]
+    texts = prompts(4) + ["A cat. The dog"]
+    columns = zip(
+        *((*tokenize_words(tokenizers[0], t), *tokenize_words(tokenizers[1], t)) for t in texts), strict=True
+    )
+    batch = Batch(*map(torch.tensor, columns))
+    batch.student_places[0][batch.student_places[0] == FIRST_WORD] = FIRST_WORD + 1  # a word that only one has
+    alignment = Alignment(teacher, tower, -2, [batch])
+    encoder = LoTLIPTextEncoder.from_text_model(
+        tower, adapter=adapter, hidden_size=32, num_queries=TEACHER_LENGTH, target_layer=-2
+    )
+    tower_states, teacher_states = alignment.tower_states(batch), alignment.teacher_states(batch)
+    states = alignment.student_states(encoder, tower_states, teacher_states)
+    with torch.no_grad():
+        expected = encoder(batch.student_ids)
+        hidden_states = teacher(batch.teacher_ids, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(states.sequence, expected.last_hidden_state, **CLOSE)
+    torch.testing.assert_close(states.pooled, expected.pooler_output, **CLOSE)
+    assert states.places is (batch.teacher_places if adapter == "resampler" else batch.student_places)
+    standardized = (hidden_states - hidden_states.mean((0, 1))) / hidden_states.flatten(0, 1).std(0)
+    torch.testing.assert_close(teacher_states.sequence, standardized, rtol=0, atol=1e-4)
+    # the loss, word by word or position by position
+    answers, targets = states.sequence.detach(), teacher_states.sequence
+    if adapter != "resampler":
+        pairs = [
+            (answers[row][mine].mean(0), targets[row][theirs].mean(0))
+            for row in range(len(texts))
+            for place in range(int(batch.teacher_places.max()) + 1)
+            if (mine := batch.student_places[row] == place).any()
+            and (theirs := batch.teacher_places[row] == place).any()
+        ]
+        answers, targets = (torch.stack(part) for part in zip(*pairs, strict=True))
+    loss = alignment.loss(encoder, tower_states, teacher_states)
+    expected_loss = distance(answers, targets) + distance(states.pooled, teacher_states.pooled)
+    torch.testing.assert_close(loss, expected_loss, **CLOSE)
+    # no gradient but the adapter's
+    loss.backward()
+    assert all(parameter.grad is None for parameter in (*tower.parameters(), *teacher.parameters()))
+    assert all(parameter.grad.abs().max() > 0 for parameter in encoder.pooled_adapter.parameters())
+    assert any(parameter.grad.abs().max() > 0 for parameter in encoder.adapter.parameters())
 
 
 # The example
@@ -211,7 +277,7 @@ def test_what_was_saved_speaks_in_the_teachers_space(adapter: str, aligned: tupl
         teacher_tokenizer = AutoTokenizer.from_pretrained(folders / "teacher")
         expected_read = [tokenize_words(teacher_tokenizer, text) for text in new]
         expected = teacher(torch.tensor([one.input_ids for one in expected_read]), output_hidden_states=True)
-    assert encoder.config.output_length == (24 if adapter == "resampler" else None)
+    assert encoder.config.output_length == (TEACHER_LENGTH if adapter == "resampler" else None)
     # naively: each word's mean, among the teacher's own states and the projected ones
     answers, targets = [], []
     for row, (one, other) in enumerate(zip(read, expected_read, strict=True)):
@@ -243,6 +309,7 @@ def test_a_slot_of_a_pipeline_is_read_as_its_pipeline_does(example: ModuleType, 
         ("sd", "text_encoder", -1, None),
         ("sdxl", "text_encoder", -2, None),
         ("sdxl", "text_encoder_2", -2, tiny_clip.PROJECTION_DIM),
+        ("sd3", "text_encoder", -2, tiny_clip.PROJECTION_DIM),
         ("flux", "text_encoder", -1, None),
     ):
         folder, output = tmp_path / kind, tmp_path / kind / slot / "aligned"
@@ -265,19 +332,22 @@ def test_prompts_of_a_jsonl_file(
 ) -> None:
     texts = [*prompts(40), "", "a cat " * 30, "caf&eacute;  &amp; dog"]
     file = tmp_path / "prompts.jsonl"
-    file.write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n\n", encoding="utf-8")
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n\n", encoding="utf-8-sig")
     given = ("--prompts", str(file), "--adapter", "linear", "--held-out", "0.2")
     align(example, folders, tmp_path / "out", *given, "--field", "text", "--max-length", "20")
     distinct = len(set(prompts(40))) + 1
     printed = capsys.readouterr().out
-    assert f"{distinct} prompts; 1 left out: longer than the teacher's 24 or the student's 20 tokens" in printed
+    assert (
+        f"{distinct} prompts; 1 left out: longer than the teacher's {TEACHER_LENGTH} or the student's 20 tokens"
+        in printed
+    )
     assert "another prompt" in printed
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "linear").model_max_length == 20
-    for line in (None, "a cat", '["a cat"]', '{"text": 3}'):
+    for line in (None, "a cat", '["a cat"]', '{"prompt": 3}', '{"prompt": "\\ud800"}'):
         if line is not None:
             file.write_text(f"{line}\n", encoding="utf-8")
         with pytest.raises(SystemExit, match=r"prompts\.jsonl, line 1: no text in the field 'prompt'; see --field"):
-            align(example, folders, tmp_path / "out", *given)
+            align(example, folders, tmp_path / "none", *given)
 
 
 def test_the_same_seed_gives_the_same_report(example: ModuleType, folders: Path, tmp_path: Path) -> None:
@@ -286,18 +356,157 @@ def test_the_same_seed_gives_the_same_report(example: ModuleType, folders: Path,
     assert align(example, folders, tmp_path / "three", "--seed", "1") != first
 
 
-def test_arguments_that_do_not_fit(example: ModuleType, folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=f"--max-length 31: .*student takes {LENGTH} tokens"):
-        align(example, folders, tmp_path, "--max-length", "31")
-    (tmp_path / "few.txt").write_text("a cat\na dog\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"few\.txt: 0 of 2 prompts held out; give more prompts"):
-        align(example, folders, tmp_path, "--prompts", str(tmp_path / "few.txt"))
-    T5EncoderModel(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(
-        tmp_path / "t5"
-    )
-    for folder in (tmp_path / "t5", tmp_path / "nowhere", folders / "student"):
-        with pytest.raises(SystemExit, match="no CLIP text encoder"):
-            align(example, folders, tmp_path, teacher=folder)
+def test_prompts_that_are_read_alike_are_one(
+    example: ModuleType, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    texts = [*prompts(40), *(text.capitalize() for text in prompts(40)), "a cat,a dog", "a cat, a dog"]
+    (tmp_path / "prompts.txt").write_text("\r\n".join(texts), encoding="utf-8-sig")  # as Windows saves it
+    align(example, folders, tmp_path / "out", "--prompts", str(tmp_path / "prompts.txt"), "--held-out", "0.2")
+    distinct = len(set(prompts(40))) + 1
+    assert f"{distinct} prompts; 0 left out" in capsys.readouterr().out
+    counts = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (counts["held_out"], counts["prompts"]) == (round(0.2 * distinct), distinct - round(0.2 * distinct))
+
+
+def test_an_interruption_keeps_what_was_learnt(
+    example: ModuleType,
+    folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    options = ("--num-epochs", "3", "--batch-size", "8", "--adapter", "linear")
+    complete = align(example, folders, tmp_path / "complete", *options)
+    counts = json.loads((tmp_path / "complete" / "report.json").read_text())
+    num_steps = 3 * -(-counts["prompts"] // 8)
+    assert (counts["steps"], counts["interrupted"]) == (num_steps, False)
+    assert "Interrupted" not in capsys.readouterr().out
+
+    loss, calls = Alignment.loss, []
+
+    def interrupted(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(Alignment, "loss", interrupted)
+    report = align(example, folders, tmp_path / "interrupted", *options)
+    assert f"Interrupted after 4 of {num_steps} steps" in capsys.readouterr().out
+    written = json.loads((tmp_path / "interrupted" / "report.json").read_text())
+    assert (written["steps"], written["interrupted"]) == (4, True)
+    assert written["report"] == report
+    assert report["linear"] != complete["linear"]
+    assert isinstance(AutoModel.from_pretrained(tmp_path / "interrupted" / "linear"), LoTLIPTextEncoder)
+
+
+def test_without_matplotlib_only_the_picture_is_missing(
+    example: ModuleType,
+    folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    align(example, folders, tmp_path / "out")
+    assert "needs matplotlib, of `pip install lotlip-hf[train]`" in capsys.readouterr().out.splitlines()[-1]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mlp", "report.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num-epochs", "0"), "--num-epochs 0: expected 1 or more"),
+        (("--batch-size", "-2"), "--batch-size -2: expected 1 or more"),
+        (("--max-length", "2"), "--max-length 2: expected 3 or more"),
+        (("--held-out", "0"), "--held-out 0.0: expected a share between 0 and 1"),
+        (("--held-out", "1"), "--held-out 1.0: expected a share between 0 and 1"),
+        (("--held-out", "nan"), "--held-out nan: expected a share"),
+        (("--learning-rate", "0"), "--learning-rate 0.0: expected a number above 0"),
+        (("--learning-rate", "inf"), "--learning-rate inf: expected a number above 0"),
+        (("--seed", "-1"), "--seed -1: expected 0 to 4294967295"),
+        (("--device", "nonsense"), r"--device nonsense: cannot be used here \(.*\)\.$"),
+        (("--prompts", "nowhere.txt"), r"--prompts nowhere.txt: cannot be read \(No such file or directory\)\.$"),
+        (("--prompts", "."), r"--prompts \.: cannot be read \(Is a directory\)\.$"),
+        (("--prompts", "empty.txt"), r"--prompts empty\.txt: holds no prompts\.$"),
+        (("--prompts", "latin.txt"), r"--prompts latin\.txt: not UTF-8 \(byte 5\); save it as UTF-8\.$"),
+        (("--prompts", "short.txt"), r"short\.txt: 0 of 2 prompts held out; give more prompts"),
+        (("--max-length", "31"), f"--max-length 31: .*student takes {LENGTH} tokens"),
+        (("--slot", "text_encoder_2"), "--slot text_encoder_2: .*teacher is no pipeline"),
+        (("--student", "nowhere"), r"--student nowhere: no LoTLIPTextModel found \(.*\)\.$"),
+        (("--student", "bert"), r"--student bert: \d+ weights of a LoTLIPTextModel are missing, .* first\.$"),
+        (("--student", "untold"), r"^untold: no tokenizer found \(.*\); save the student's beside it\.$"),
+        (("--student", "damaged"), r"--student damaged: no LoTLIPTextModel found \(.*\)\.$"),
+        (("--teacher", "untold-clip"), r"^untold-clip: no tokenizer .*\); name .* by --teacher-tokenizer\.$"),
+        (("--teacher-tokenizer", "nowhere"), r"^nowhere: no tokenizer found \(.*\); name .* --teacher-tokenizer\.$"),
+        (("--teacher-tokenizer", "bert"), r"^bert: no tokenizer .*\(it has 5 tokens, the model \d+\); name"),
+        (("--teacher", "nowhere"), r"nowhere: no CLIP text encoder"),
+        (("--teacher", "bert"), r"bert: no CLIP text encoder"),
+        (("--output", "taken"), "--output taken: exists already; name a new folder or an empty one"),
+        (("--output", "short.txt"), "--output short.txt: exists already; name a new folder or an empty one"),
+        (("--output", "short.txt/out"), r"--output short.txt/out: cannot be made \(Not a directory\)\.$"),
+    ],
+)
+def test_arguments_that_do_not_fit(
+    example: ModuleType, folders: Path, unfit: Path, options: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message) as error:
+        align(example, folders, Path("out"), *options)
+    assert "\n" not in str(error.value)
+    assert not Path("out").exists()  # nothing was trained
+
+
+@pytest.fixture(scope="module")
+def unfit_folder(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts, students and teachers that cannot be used."""
+    folder = tmp_path_factory.mktemp("unfit")
+    (folder / "short.txt").write_text("a cat\na dog\n", encoding="utf-8")
+    (folder / "empty.txt").write_text("\n  \n", encoding="utf-8")
+    (folder / "latin.txt").write_bytes("a caf\xe9".encode("latin-1"))
+    (folder / "taken").mkdir()
+    (folder / "taken" / "file").write_text("mine")
+    BertModel(BertConfig(**tiny_clip.SIZE, vocab_size=99)).save_pretrained(folder / "bert")
+    for name, source in (("untold", "student"), ("damaged", "student"), ("untold-clip", "teacher")):
+        (folder / name).mkdir()
+        for file in ("config.json", "model.safetensors"):
+            shutil.copyfile(folders / source / file, folder / name / file)
+    (folder / "damaged" / "model.safetensors").write_bytes(b"nothing")
+    return folder
+
+
+@pytest.fixture
+def unfit(unfit_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(unfit_folder)
+    return unfit_folder
+
+
+def test_slots_of_a_pipeline(
+    example: ModuleType, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pipeline = tmp_path / "pipeline"
+    for slot in ("text_encoder", "text_encoder_2"):
+        shutil.copytree(folders / "teacher", pipeline / slot)
+        shutil.copytree(folders / "teacher", pipeline / slot.replace("text_encoder", "tokenizer"))
+    clip, t5 = ["transformers", "CLIPTextModelWithProjection"], ["transformers", "T5EncoderModel"]
+
+    def run(slot: str, output: str, *adapters: str, **index: Any) -> None:
+        (pipeline / "model_index.json").write_text(json.dumps({"_class_name": "Some", "unet": ["a", "b"], **index}))
+        align(example, folders, tmp_path / output, "--slot", slot, "--adapter", *adapters, teacher=pipeline)
+
+    run("text_encoder_2", "joined", "linear", "resampler", text_encoder=clip, text_encoder_2=clip, text_encoder_3=t5)
+    warning = "Warning: this pipeline joins token i of text_encoder and text_encoder_2, where linear and mlp"
+    assert warning in capsys.readouterr().out
+    run("text_encoder", "resampled", "resampler", text_encoder=clip, text_encoder_2=clip)
+    run("text_encoder", "alone", "mlp", text_encoder=clip, text_encoder_2=t5, text_encoder_3=[None, None])
+    assert "Warning" not in capsys.readouterr().out
+    for output in ("joined/linear", "resampled/resampler", "alone/mlp"):
+        assert AutoModel.from_pretrained(tmp_path / output).config.target_layer == -2
+    with pytest.raises(SystemExit, match=r"--slot unet: .*pipeline has text_encoder, text_encoder_2\.$"):
+        run("unet", "none", "mlp", text_encoder=clip, text_encoder_2=t5, text_encoder_3=[None, None])
+    with pytest.raises(SystemExit, match=r"--slot text_encoder: .*pipeline has no text encoder\.$"):
+        run("text_encoder", "none", "mlp")
+    with pytest.raises(SystemExit, match=r"its model_index\.json is damaged \("):
+        run("text_encoder", "none", "mlp", text_encoder=3)
 
 
 def test_the_help_of_the_command_line(example: ModuleType, capsys: pytest.CaptureFixture) -> None:

@@ -102,8 +102,34 @@ def test_texts_that_are_cut_are_counted(
         result = clip_score(pictures[:4], texts, clip, processor)
     assert result.num_truncated == 3
     assert "3 of 4 texts were cut at 77 tokens" in caplog.text
-    with pytest.raises(ValueError, match=r"3 of 4 texts are longer than the 77 tokens .*\(texts 0, 2, 3\)"):
+
+
+def test_texts_that_would_be_cut_raise_before_anything_is_computed(
+    pictures: list[Image.Image], processor: CLIPProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = tiny_clip.clip_model()
+    monkeypatch.setattr(clip, "get_text_features", None)  # a call would be another error
+    texts = [LONG, "a cat", LONG, LONG + "cat"]
+    message = r"3 of 4 texts .* 77 tokens that the model's positions allow \(texts 0, 2, 3\).* more positions"
+    with pytest.raises(ValueError, match=message):
         clip_score(pictures[:4], texts, clip, processor, on_truncation="raise")
+    short = CLIPProcessor(tiny_clip.image_processor(), tiny_clip.clip_tokenizer(12))
+    message = (
+        r"6 of 6 texts .* 12 tokens that the tokenizer's `model_max_length` allows \(texts 0, 1, 2, 3, 4, \.\.\.\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        clip_score(pictures[:6], [LONG] * 6, clip, short, on_truncation="raise")
+    with pytest.raises(TypeError, match=r"texts\[1\] must be a string, got NoneType"):
+        clip_score(pictures[:2], ["a cat", None], clip, processor, on_truncation="raise")
+    with pytest.raises(ValueError, match=r"texts\[0\] is not valid Unicode"):
+        clip_score(pictures[:1], ["a \ud800"], clip, processor, on_truncation="raise")
+    # a text of exactly the length is whole
+    monkeypatch.undo()
+    exact = " ".join(["cat"] * 75)
+    assert len(processor.tokenizer(exact).input_ids) == 77
+    assert clip_score(pictures[:1], [exact], clip, processor, on_truncation="raise").num_truncated == 0
+    with pytest.raises(ValueError, match="1 of 1 texts"):
+        clip_score(pictures[:1], [exact + " cat"], clip, processor, on_truncation="raise")
 
 
 def test_a_model_with_more_positions_reads_the_whole_text(pictures: list[Image.Image]) -> None:
@@ -127,8 +153,19 @@ def test_errors(pictures: list[Image.Image], processor: CLIPProcessor) -> None:
         clip_score(pictures, TEXTS, clip)
     with pytest.raises(TypeError, match="`texts` must be a list"):
         clip_score(pictures, "a cat", clip, processor)
-    with pytest.raises(TypeError, match="`images` must be a list"):
-        clip_score(pictures[0], ["a cat"], clip, processor)
+    for one in (pictures[0], np.zeros((2, 8, 8, 3), np.uint8), torch.zeros(2, 3, 8, 8), {"a": 1}, b"png", Path("a")):
+        with pytest.raises(TypeError, match=f"`images` must be a list, .* got one {type(one).__name__}"):
+            clip_score(one, ["a cat", "a dog"], clip, processor)
+    for one in ({"a cat": 1, "a dog": 2}, {"a cat", "a dog"}, np.array(["a cat", "a dog"]), None):
+        with pytest.raises(TypeError, match=f"`texts` must be a list, .* got one {type(one).__name__}"):
+            clip_score(pictures[:2], one, clip, processor)
+    message = (
+        "`model` is a CLIPTextModel, without `get_text_features` and `get_image_features`: expected a dual encoder"
+    )
+    with pytest.raises(ValueError, match=message):
+        clip_score(pictures, TEXTS, tiny_clip.clip_text_model(), processor)
+    with pytest.raises(ValueError, match="`processor` is a CLIPTokenizer: expected one with `tokenizer` and"):
+        clip_score(pictures, TEXTS, clip, processor.tokenizer)
     with pytest.raises(ValueError, match="`on_truncation` must be one of warn, raise"):
         clip_score(pictures, TEXTS, clip, processor, on_truncation="ignore")
     with pytest.raises(ImageError, match=r"nowhere\.png"):

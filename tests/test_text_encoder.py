@@ -23,7 +23,7 @@ from lotlip_hf import (
     LoTLIPTextModelWithProjection,
     LoTLIPTokenizer,
 )
-from lotlip_hf.text_encoder import LoTLIPResampler
+from lotlip_hf.text_encoder import LoTLIPResampler, pipeline_target_layer
 
 ADAPTERS = ("linear", "mlp", "resampler")
 NUM_QUERIES = 9
@@ -213,6 +213,42 @@ def test_from_a_model_the_weights_are_shared_and_the_adapter_is_new(adapter: str
         torch.testing.assert_close(encoder(ids).pooler_output, expected, **EXACT)
 
 
+def test_what_is_frozen_in_the_model_is_frozen_in_the_encoder() -> None:
+    model = LoTLIPTextModelWithProjection(tiny.text_config())
+    model.text_model.backbone.encoder.requires_grad_(False)
+    model.text_projection.requires_grad_(False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    encoder = LoTLIPTextEncoder.from_text_model(model, projection_dim=24)
+    assert {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad} == frozen
+    assert len(frozen) > 10
+    model.requires_grad_(False)
+    encoder = LoTLIPTextEncoder.from_text_model(model, adapter="resampler", projection_dim=24)
+    trained = {name.split(".")[0] for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    assert trained == {"adapter", "pooled_adapter", "text_projection"}
+    assert not any(parameter.requires_grad for parameter in encoder.text_model.parameters())
+
+
+def test_where_the_model_lay_is_not_saved(tmp_path: Path) -> None:
+    LoTLIPTextModel(tiny.text_config()).save_pretrained(tmp_path / "private")
+    model = LoTLIPTextModel.from_pretrained(tmp_path / "private")
+    model.config.backbone_config._name_or_path = "private/bert"
+    LoTLIPTextEncoder.from_text_model(model, adapter="linear").save_pretrained(tmp_path / "public")
+    assert "private" not in (tmp_path / "public" / "config.json").read_text(encoding="utf-8")
+    assert model.config._name_or_path == str(tmp_path / "private")  # the model's own stays
+
+
+def test_a_model_of_another_class() -> None:
+    for other in (None, "a folder", tiny_clip.clip_text_model(), text_encoder()):
+        with pytest.raises(TypeError, match=f"`model` must be a LoTLIPModel, .* got {type(other).__name__}"):
+            LoTLIPTextEncoder.from_text_model(other, adapter="linear")
+
+
+def test_the_layer_that_a_pipeline_reads() -> None:
+    assert pipeline_target_layer([False]) == -1
+    assert pipeline_target_layer(iter([False, True])) == -2
+    assert pipeline_target_layer([True, True]) == -2
+
+
 @pytest.mark.parametrize("model_class", [LoTLIPModel, LoTLIPTextModelWithProjection])
 def test_from_a_model_without_adapter_it_answers_as_the_model(model_class: type) -> None:
     model = model_class(tiny.config() if model_class is LoTLIPModel else tiny.text_config()).eval()
@@ -246,6 +282,9 @@ def test_a_projection_that_is_not_there() -> None:
         ),
         ({"adapter": "mlp", "adapter_size": 0}, "`adapter_size` must be 1 or more, got 0"),
         ({"adapter": "resampler", "num_queries": 0}, "`num_queries` must be 1 or more, got 0"),
+        ({"adapter": "resampler", "num_adapter_layers": 0}, "`num_adapter_layers` must be 1 or more, got 0"),
+        ({"adapter": "resampler", "num_adapter_heads": 0}, "`num_adapter_heads` must be 1 or more, got 0"),
+        ({"adapter": "resampler", "num_adapter_heads": -2}, "`num_adapter_heads` must be 1 or more, got -2"),
         ({"projection_dim": 0}, "`projection_dim` must be 1 or more, got 0"),
     ],
 )
