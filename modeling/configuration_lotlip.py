@@ -6,7 +6,13 @@ import math
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Of the files that these classes write. One that today's code would read wrongly gets a higher number.
+FORMAT_VERSION = 1
 
 
 def _backbone_attribute(name: str) -> property:
@@ -21,7 +27,47 @@ def _backbone_attribute(name: str) -> property:
     return property(get, set, doc=f"`{name}` of the backbone's configuration.")
 
 
-class _LoTLIPTowerConfig(PreTrainedConfig):
+class _LoTLIPBaseConfig(PreTrainedConfig):
+    """
+    What all three share: they name the code that a checkpoint is published with, refuse what a newer version wrote,
+    and tell of fields that nothing reads.
+    """
+
+    _auto_class = "AutoConfig"
+    # Auto class -> class; the configuration's own comes with it.
+    auto_classes: ClassVar[dict[str, str]] = {}
+
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"{type(self).__name__}: written by a newer lotlip-hf (`format_version` {self.format_version}; this "
+                f"one reads {FORMAT_VERSION}). Upgrade lotlip-hf, or without it pass trust_remote_code=True."
+            )
+        auto_map = {name: f"modeling_lotlip.{class_name}" for name, class_name in self.auto_classes.items()}
+        auto_map["AutoConfig"] = f"configuration_lotlip.{type(self).__name__}"
+        # what another repository's code would be run for stays behind
+        given = kwargs.pop("auto_map", None) or {}
+        self.auto_map = {**auto_map, **{name: reference for name, reference in given.items() if "--" not in reference}}
+        unknown = sorted(name for name in kwargs if name not in _KNOWN_FIELDS and not name.startswith("_"))
+        if unknown:
+            logger.warning(
+                f"{type(self).__name__} has no field {', '.join(map(repr, unknown))}: kept, but nothing reads it."
+            )
+        super().__post_init__(**kwargs)
+
+
+# That no configuration of transformers declares, and all take.
+_KNOWN_FIELDS = frozenset(
+    {"architectures", "attn_implementation", "experts_implementation", "model_type", "name_or_path", "num_labels"}
+    | {"output_attentions", "per_layer_config", "quantization_config", "torch_dtype", "transformers_version"}
+    | {"use_cache"}
+    | GenerationConfig._get_default_generation_params().keys()
+)
+
+
+class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
     """
     What both towers share: a backbone's configuration, how it is pooled, and the width it is projected to. Arguments
     that are none of its own are the backbone's, so `LoTLIPTextConfig(vocab_size=100)` does what it says.
@@ -100,6 +146,7 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     """
 
     model_type = "lotlip_text_model"
+    auto_classes = {"AutoModel": "LoTLIPTextModel"}
     base_config_key = "text_config"
     default_backbone = {"model_type": "bert"}
     supported_backbones = ("bert", "roberta", "xlm-roberta", "clip_text_model")
@@ -190,6 +237,7 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
     """
 
     model_type = "lotlip_vision_model"
+    auto_classes = {"AutoModel": "LoTLIPVisionModel"}
     base_config_key = "vision_config"
     default_backbone = {"model_type": "vit", "layer_norm_eps": 1e-6}
     supported_backbones = ("vit", "dinov2", "siglip_vision_model", "clip_vision_model")
@@ -216,7 +264,7 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
 
 
 @strict
-class LoTLIPConfig(PreTrainedConfig):
+class LoTLIPConfig(_LoTLIPBaseConfig):
     """
     Configuration of a [`LoTLIPModel`]. The defaults are those of the released LoTLIP ViT-B/16.
 
@@ -243,6 +291,7 @@ class LoTLIPConfig(PreTrainedConfig):
     """
 
     model_type = "lotlip"
+    auto_classes = {"AutoModel": "LoTLIPModel", "AutoModelForZeroShotImageClassification": "LoTLIPModel"}
     sub_configs: ClassVar[dict[str, type]] = {"text_config": LoTLIPTextConfig, "vision_config": LoTLIPVisionConfig}
 
     text_config: LoTLIPTextConfig | dict | None = None

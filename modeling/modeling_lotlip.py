@@ -1,6 +1,7 @@
 """PyTorch LoTLIP: two stock transformers backbones, and what LoTLIP adds to them: corner tokens, pooling, projection,
 loss."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers.utils.generic import (
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
+from .loading_lotlip import checked_download, warn_of_other_code
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
 from .masking_lotlip import create_corner_mask
 
@@ -122,6 +124,7 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
     """Base class of the LoTLIP models: weight initialisation, loading and saving."""
 
     config: LoTLIPConfig
+    _auto_class = "AutoModel"  # so that this code is saved beside the weights
     base_model_prefix = "lotlip"
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
@@ -129,6 +132,32 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> "LoTLIPPreTrainedModel":
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`], and more careful: weights are read from safetensors only,
+        unless `use_safetensors` says otherwise; what came from the Hub is checked; and a checkpoint published with
+        other code than the installed is reported.
+
+        Raises:
+            OSError: if there is no such checkpoint, it has no weights in safetensors, or a file came damaged.
+        """
+        needs_safetensors = "use_safetensors" not in kwargs
+        kwargs.setdefault("use_safetensors", True)
+        warn_of_other_code(pretrained_model_name_or_path, kwargs.get("revision"), kwargs.get("token"))
+        with checked_download(pretrained_model_name_or_path, kwargs.get("cache_dir")):
+            try:
+                return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            except OSError as error:
+                if not needs_safetensors or "file named" not in str(error):  # no connection, no access, ...
+                    raise
+                raise OSError(
+                    f"{pretrained_model_name_or_path}: no weights in safetensors there. Pickled ones (.bin, .pt) can "
+                    "run code when they are read, and were not; pass use_safetensors=False if you trust them."
+                ) from error
 
     def post_init(self) -> None:
         super().post_init()
@@ -811,7 +840,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoTLIPOutput:
         r"""
-        Arguments and errors are those of [`LoTLIPTextModel`] and [`LoTLIPVisionModel`], and:
+        Arguments and errors are those of [`LoTLIPTextModel`] and [`LoTLIPVisionModel`], and those below. Texts or
+        images alone, as transformers' pipelines for feature extraction give them, are answered with their embeddings.
 
         Args:
             return_loss: Whether to return the loss; text i belongs to image i. For `input_ids` [B, T, L], and with
@@ -847,6 +877,29 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             inputs_embeds is not None and inputs_embeds.dim() == 4
         )
         has_long_texts = long_input_ids is not None
+        if not return_loss and not has_long_texts:
+            if pixel_values is None:
+                outputs = self.get_text_features(
+                    input_ids,
+                    attention_mask,
+                    position_ids,
+                    inputs_embeds,
+                    token_type_ids,
+                    output_corner_embeds,
+                    **{**kwargs, "return_dict": True},
+                )
+                embeds, corners = outputs.pooler_output, outputs.corner_embeds
+                return LoTLIPOutput(
+                    text_embeds=nn.functional.normalize(embeds, dim=-1),
+                    text_model_output=outputs,
+                    corner_embeds=None if corners is None else nn.functional.normalize(corners, dim=-1),
+                )
+            if input_ids is None and inputs_embeds is None:
+                outputs = self.get_image_features(
+                    pixel_values, interpolate_pos_encoding, **{**kwargs, "return_dict": True}
+                )
+                embeds = nn.functional.normalize(outputs.pooler_output, dim=-1)
+                return LoTLIPOutput(image_embeds=embeds, vision_model_output=outputs)
         if has_long_texts:
             _check_long_input_ids(long_input_ids, input_ids if inputs_embeds is None else inputs_embeds[..., 0])
         elif long_attention_mask is not None:

@@ -1,10 +1,14 @@
 """LoTLIP's processor: texts and images in, everything the model takes out."""
 
+import os
 from typing import Any
 
 from transformers import BatchFeature, CLIPImageProcessorPil
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_utils import ImageInput, is_pil_image
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+
+from .loading_lotlip import checked_download
 
 # Captions are padded to the longest of the batch and cut at the tokenizer's `model_max_length`, unless told otherwise.
 TEXT_DEFAULTS: TextKwargs = {"padding": True, "truncation": True}
@@ -48,6 +52,42 @@ class LoTLIPProcessor(ProcessorMixin):
 
     def __init__(self, image_processor: Any, tokenizer: Any) -> None:
         super().__init__(image_processor, tokenizer)
+        self.auto_map = {"AutoProcessor": "processing_lotlip.LoTLIPProcessor"}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> "LoTLIPProcessor":
+        """
+        As [`~transformers.ProcessorMixin.from_pretrained`]; what came from the Hub is checked.
+
+        Raises:
+            OSError: if there is no such checkpoint, or a file is missing or came damaged.
+        """
+        with checked_download(pretrained_model_name_or_path, kwargs.get("cache_dir")):
+            processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = processor[0] if isinstance(processor, tuple) else processor  # with `return_unused_kwargs`
+        if loaded.tokenizer.pad_token is None:
+            raise OSError(
+                f"{pretrained_model_name_or_path}: its tokenizer has no padding token; its tokenizer_config.json is "
+                "missing, or the Hub did not give it."
+            )
+        return processor
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """As [`~transformers.ProcessorMixin.save_pretrained`], with the code that `auto_map` names."""
+        files = super().save_pretrained(save_directory)
+        files += map(str, custom_object_save(self, save_directory))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", None) or os.path.basename(save_directory), **kwargs)
+        return files
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
+        """Does nothing: the code is saved in any case, and the stock way writes `auto_map` into the stock image
+        processor's configuration as well."""
 
     def __call__(
         self,

@@ -14,6 +14,8 @@ from transformers.tokenization_utils_base import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging
 
+from .loading_lotlip import checked_download
+
 logger = logging.get_logger(__name__)
 
 # Where two sentences meet while a text is cleaned. ftfy looks at a character's neighbours, so this is the official
@@ -90,6 +92,7 @@ class LoTLIPTokenizer(TokenizersBackend):
     ```
     """
 
+    _auto_class = "AutoTokenizer"
     vocab_files_names = {"vocab_file": "vocab.txt", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
 
@@ -125,6 +128,19 @@ class LoTLIPTokenizer(TokenizersBackend):
                 if t.special and t.normalized
             ]
         )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *init_inputs: Any, **kwargs: Any
+    ) -> "LoTLIPTokenizer":
+        """
+        As [`~transformers.PreTrainedTokenizerBase.from_pretrained`]; what came from the Hub is checked.
+
+        Raises:
+            OSError: if there is no such tokenizer, or a file came damaged.
+        """
+        with checked_download(pretrained_model_name_or_path, kwargs.get("cache_dir")):
+            return super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
 
     @classmethod
     def from_backbone_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> "LoTLIPTokenizer":

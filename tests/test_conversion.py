@@ -46,6 +46,7 @@ from lotlip_hf.conversion.official import convert, reverse
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 FILES = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+FILES |= tiny.CODE
 WORDS = "module.text.transformer.embeddings.word_embeddings.weight"
 POSITION_IDS = "module.text.transformer.embeddings.position_ids"
 RELEASED = ["weiwu-ww/LoTLIP-ViT-B-16-100M", "weiwu-ww/LoTLIP-ViT-B-32-100M"]

@@ -177,7 +177,7 @@ def test_towers_of_a_converted_clip_load_by_themselves(stock: Path, converted: P
 
 
 def test_what_a_converted_folder_holds(stock: Path, converted: Path) -> None:
-    assert {path.name for path in converted.iterdir()} == MODEL_FILES | {"processor_config.json"}
+    assert {path.name for path in converted.iterdir()} == MODEL_FILES | tiny.CLIP_CODE | {"processor_config.json"}
     config, clip_config = AutoConfig.from_pretrained(converted), AutoConfig.from_pretrained(stock)
     assert config.architectures == ["LoTLIPModel"]
     assert config.projection_dim == config.text_config.projection_dim == config.vision_config.projection_dim == 24
@@ -256,7 +256,7 @@ def test_text_encoders(tmp_path: Path, run: Callable[..., str], with_projection:
     out = run("--clip", tmp_path / "clip", "--output", tmp_path / "output")
     assert "outputs within 0.0e+00 of CLIP's" in out
     assert "  2 corner tokens, texts of up to 77 tokens\n" in out
-    assert {path.name for path in (tmp_path / "output").iterdir()} == MODEL_FILES
+    assert {path.name for path in (tmp_path / "output").iterdir()} == MODEL_FILES | tiny.MODEL_CODE
     model_class = LoTLIPTextModelWithProjection if with_projection else LoTLIPTextModel
     config = AutoConfig.from_pretrained(tmp_path / "output")
     assert config.architectures == [model_class.__name__]
@@ -379,7 +379,7 @@ def test_legacy_names_and_files(stock: Path, tmp_path: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(processor_config["image_processor"]))
     (folder / "processor_config.json").unlink()
     output = convert(folder, tmp_path / "output")
-    assert {path.name for path in output.iterdir()} == MODEL_FILES | {"processor_config.json"}
+    assert {path.name for path in output.iterdir()} == MODEL_FILES | tiny.CLIP_CODE | {"processor_config.json"}
     assert_equal_texts(AutoModel.from_pretrained(output), CLIPModel.from_pretrained(stock))
     texts = tiny_clip.texts()
     ids = AutoTokenizer.from_pretrained(output)(texts, truncation=True)["input_ids"]

@@ -670,7 +670,20 @@ def test_a_model_without_texts_or_images_says_so() -> None:
     with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
         dual_model()(pixel_values=tiny.pixel_values(), return_loss=True)
     with pytest.raises(ValueError, match="`pixel_values` is missing"):
-        dual_model()(tiny.input_ids(3, 8))
+        dual_model()(tiny.input_ids(3, 8), return_loss=True)
+    with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
+        dual_model()()
+
+
+@torch.no_grad()
+def test_texts_or_images_alone_give_their_embeddings() -> None:
+    model, input_ids, pixel_values = dual_model().eval(), tiny.input_ids(3, 8), tiny.pixel_values()
+    expected = model(input_ids, pixel_values)
+    texts, images = model(input_ids), model(pixel_values=pixel_values)
+    assert torch.equal(texts[0], expected.text_embeds)
+    assert torch.equal(images[0], expected.image_embeds)
+    assert list(texts) == ["text_embeds", "text_model_output"]
+    assert list(images) == ["image_embeds", "vision_model_output"]
 
 
 def test_configuration_hands_the_backbones_arguments_on() -> None:

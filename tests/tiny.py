@@ -17,6 +17,11 @@ from transformers import (
 
 from lotlip_hf import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 
+# What is saved beside a model, and beside the processor and tokenizer that go with it over BERT and over CLIP.
+MODEL_CODE = {f"{name}_lotlip.py" for name in ("configuration", "loading", "loss", "masking", "modeling")}
+CODE = MODEL_CODE | {"processing_lotlip.py", "tokenization_lotlip.py"}
+CLIP_CODE = MODEL_CODE | {"processing_lotlip.py"}
+
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
 TEXT_SIZE = {**SIZE, "vocab_size": 99, "max_position_embeddings": 40}
 IMAGE_SIZE = {**SIZE, "image_size": 32, "patch_size": 8}
