@@ -25,6 +25,8 @@ from .modeling.tokenization_lotlip import LoTLIPTokenizer
 from .text_encoder import LoTLIPTextEncoder, LoTLIPTextEncoderConfig
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
     from .encoding import encode_images, encode_texts
 
 __version__ = "0.1.0"
@@ -42,6 +44,16 @@ AutoTokenizer.register(LoTLIPConfig, fast_tokenizer_class=LoTLIPTokenizer)
 AutoTokenizer.register(LoTLIPTextConfig, fast_tokenizer_class=LoTLIPTokenizer)
 AutoTokenizer.register(LoTLIPTextEncoderConfig, fast_tokenizer_class=LoTLIPTokenizer)
 AutoProcessor.register(LoTLIPConfig, LoTLIPProcessor)
+
+
+def _push_to_hub(model: LoTLIPModel, repo_id: str, **kwargs: Any) -> "CommitInfo":
+    """The whole checkpoint, with processor and model card; see [`~lotlip_hf.hub.push`]."""
+    from .hub import push
+
+    return push(model, repo_id, **kwargs)
+
+
+LoTLIPModel.push_to_hub = _push_to_hub  # the stock method publishes the weights alone
 
 
 def __getattr__(name: str) -> Any:

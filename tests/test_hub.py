@@ -1,0 +1,607 @@
+"""Publishing to a Hub and loading back: a real server on loopback, the real client, and what can go wrong between."""
+
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPModel,
+)
+
+import lotlip_hf.hub
+import tiny
+import tiny_clip
+from hub_server import (
+    READ_TOKEN,
+    WRITE_TOKEN,
+    Answer,
+    Corrupt,
+    DropAnswer,
+    DropRequest,
+    Fault,
+    Hub,
+    environment,
+    hub_server,
+    use_in_process,
+)
+from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
+from lotlip_hf.cli import main as lotlip
+from lotlip_hf.encoding import load_model
+from lotlip_hf.hub import CardFields, push, read_results, write_repository
+from lotlip_hf.modeling import loading_lotlip
+
+REPO = "lotlip/tiny"
+CODE = {file.name for file in loading_lotlip.CODE_FILES}
+FILES = {"README.md", "config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} | CODE
+FILES |= {"tokenizer_config.json", *lotlip_hf.hub.SENTENCE_TRANSFORMERS}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with hub_server(tmp_path / "hub") as server:
+        use_in_process(monkeypatch, server, tmp_path / "cache", token=WRITE_TOKEN)
+        monkeypatch.setattr(lotlip_hf.hub, "PAUSES", (0, 0))
+        yield server
+
+
+@pytest.fixture
+def published(hub: Hub, official_checkpoint: Path) -> Hub:
+    """A Hub with the tiny checkpoint."""
+    push(official_checkpoint, REPO, card=CardFields(license="apache-2.0"))
+    return hub
+
+
+@pytest.fixture
+def error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the command prints when it fails: one line."""
+
+    def run(*arguments: Any) -> str:
+        capsys.readouterr()
+        assert lotlip([str(argument) for argument in arguments]) == 2
+        message = capsys.readouterr().err.strip().split("\n")[-1]
+        assert message.startswith("lotlip: error: ")
+        return message
+
+    return run
+
+
+def content(hub: Hub, name: str, revision: str = "main") -> bytes:
+    return hub.files(REPO, revision)[name]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def changed(folder: Path, target: Path, **fields: Any) -> Path:
+    """A copy of a checkpoint whose configuration says something else."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **fields}))
+    return target
+
+
+# What is published
+
+
+def test_a_dry_run_writes_what_is_published(
+    hub: Hub, official_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["push", str(official_checkpoint), "--repo-id", REPO, "--license", "mit", "--tag", "drawings"]
+    assert lotlip([*arguments, "--dry-run", str(tmp_path / "dry")]) == 0
+    out = capsys.readouterr().out
+    assert not hub.repos
+    assert not hub.requests
+    dry = contents(tmp_path / "dry")
+    assert dry.keys() == FILES
+    for name in sorted(FILES):
+        assert f"{len(dry[name]):,}  {name}\n" in out
+    assert lotlip([*arguments, "--private"]) == 0
+    assert capsys.readouterr().out.strip().startswith(f"{hub.url}/{REPO}/commit/")
+    assert hub.repos["model", REPO].private
+    assert hub.files(REPO, "main") == dry
+    for name in CODE:
+        assert dry[name] == (Path(loading_lotlip.__file__).parent / name).read_bytes()
+    auto_map = json.loads(dry["config.json"])["auto_map"]
+    assert (
+        auto_map["AutoModel"] == auto_map["AutoModelForZeroShotImageClassification"] == "modeling_lotlip.LoTLIPModel"
+    )
+    card = ModelCard(dry["README.md"].decode())
+    assert card.data.to_dict() == {
+        "language": ["en"],
+        "license": "mit",
+        "library_name": "transformers",
+        "pipeline_tag": "zero-shot-image-classification",
+        "tags": [*lotlip_hf.hub.TAGS, "drawings"],
+    }
+    assert f'from_pretrained("{REPO}"' in card.text
+    assert "126 tokens" in card.text
+
+
+def test_push_to_hub_of_a_model(hub: Hub, official_checkpoint: Path) -> None:
+    model = LoTLIPModel.from_pretrained(official_checkpoint)
+    assert isinstance(model, LoTLIPModel)
+    commit = model.push_to_hub(REPO, commit_message="First", tags=["mine"], max_shard_size="1MB", revision="try")
+    assert commit.commit_message == "First"
+    files = hub.files(REPO, "try")
+    assert not hub.files(REPO, "main").keys() & {"config.json"}
+    assert "mine" in ModelCard(files["README.md"].decode()).data.tags
+    assert {"model.safetensors.index.json", "tokenizer.json", "processor_config.json"} <= files.keys()
+    assert len([name for name in files if name.endswith(".safetensors")]) > 1
+    again = LoTLIPModel.from_pretrained(REPO, revision="try")
+    assert_equal_weights(again, model)
+
+    fresh = LoTLIPModel(tiny.config())
+    with pytest.raises(ValueError, match="give its `processor`"):
+        fresh.push_to_hub("lotlip/fresh")
+    fresh.push_to_hub("lotlip/fresh", processor=AutoProcessor.from_pretrained(official_checkpoint))
+    assert hub.files("lotlip/fresh", "main").keys() == FILES
+
+
+def assert_equal_weights(model: Any, other: Any) -> None:
+    expected = other.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_an_earlier_commit_left_is_not_read(hub: Hub, official_checkpoint: Path) -> None:
+    push(official_checkpoint, REPO, max_shard_size="1MB")
+    api = HfApi()
+    for name in ("pytorch_model.bin", "preprocessor_config.json", "notes.txt", "images/cat.png"):
+        api.upload_file(repo_id=REPO, path_in_repo=name, path_or_fileobj=b"{}")
+    push(official_checkpoint, REPO)
+    assert hub.files(REPO, "main").keys() == FILES | {"notes.txt", "images/cat.png"}
+
+
+def test_a_pull_request(published: Hub, official_checkpoint: Path) -> None:
+    before = hub_commit(published)
+    commit = push(official_checkpoint, REPO, card=CardFields(license="mit"), create_pr=True)
+    assert commit.pr_revision == "refs/pr/1"
+    assert hub_commit(published) == before
+    assert b"license: mit" in content(published, "README.md", "refs/pr/1")
+
+
+def hub_commit(hub: Hub) -> str:
+    return str(HfApi().model_info(REPO).sha)
+
+
+# The card
+
+
+RESULTS = {
+    "task": "image-text-retrieval",
+    "dataset": {"id": "urban1k", "name": "Urban1k", "split": "test"},
+    "metrics": {"image_to_text_r1": 81.25, "text_to_image_r1": 79.5},
+}
+
+
+def test_results_and_training_reach_the_card(official_checkpoint: Path, tmp_path: Path) -> None:
+    trained = tmp_path / "trained"
+    shutil.copytree(official_checkpoint, trained)
+    options = "text_model: google-bert/bert-base-uncased\nimage_model: /home/me/vit\ndata: someone/captions\n"
+    (trained / "training_config.yaml").write_text(options)
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    fields = CardFields(results=[tmp_path / "results.json"])
+    folder = write_repository(trained, tmp_path / "out", "me/mine", card=fields)
+    assert contents(folder).keys() == FILES
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == ["google-bert/bert-base-uncased"]
+    assert card.data.datasets == ["someone/captions"]
+    assert card.data.eval_results is not None
+    assert card.data.eval_results[0].is_equal_except_value(read_results(tmp_path / "results.json")[0])
+    assert [result.metric_value for result in card.data.eval_results] == [81.25, 79.5]
+    assert "Trained with lotlip-hf from google-bert/bert-base-uncased on someone/captions." in card.text
+    assert "| Urban1k | image to text r1 | 81.25 |" in card.text
+    assert "/home/me" not in card.content
+    given = CardFields(base_model=["a/b"], datasets=["c/d", "e/f"], origin="From nowhere.")
+    folder = write_repository(trained, tmp_path / "given", "me/mine", card=given)
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.base_model, card.data.datasets) == (["a/b"], ["c/d", "e/f"])
+    assert "From nowhere." in card.text
+
+
+def test_a_card_of_ones_own_is_kept(official_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(official_checkpoint, tmp_path / "own")
+    own = "---\nlicense: mit\n---\n\n# Mine\n"
+    (tmp_path / "own" / "README.md").write_text(own)
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    folder = write_repository(tmp_path / "own", tmp_path / "kept", "me/mine")
+    assert (folder / "README.md").read_text() == own
+    fields = CardFields(results=[tmp_path / "results.json"])
+    folder = write_repository(tmp_path / "own", tmp_path / "measured", "me/mine", card=fields)
+    card = ModelCard.load(folder / "README.md")
+    assert card.text.strip() == "# Mine"
+    assert card.data.license == "mit"
+    assert card.data.eval_results is not None
+    assert len(card.data.eval_results) == 2
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"task": "x", "dataset": "y", "metrics": {"r": 1}}', '{"task": 1'])
+def test_files_that_are_no_results(
+    tmp_path: Path, official_checkpoint: Path, error: Callable[..., str], text: str
+) -> None:
+    (tmp_path / "results.json").write_text(text)
+    arguments = ["push", official_checkpoint, "--repo-id", REPO, "--results", tmp_path / "results.json"]
+    message = error(*arguments, "--dry-run", tmp_path / "dry")
+    assert f"{tmp_path / 'results.json'}: no results of an evaluation" in message
+    assert not (tmp_path / "dry").exists()
+
+
+# What goes wrong on the way there
+
+
+def test_uploads_survive_trouble(hub: Hub, official_checkpoint: Path) -> None:
+    hub.faults += [
+        Fault("PUT", r"^/upload/", DropRequest(after=1000), times=2),
+        Fault("POST", r"/preupload/", Answer(503)),
+        Fault("POST", r"/commit/", Answer(429, headers={"Retry-After": "1"})),
+        Fault("POST", r"/commit/", Answer(500)),
+    ]
+    push(official_checkpoint, REPO)
+    assert not any(fault.times for fault in hub.faults)
+    assert hub.files(REPO, "main").keys() == FILES
+
+
+def test_an_answer_that_is_lost(hub: Hub, official_checkpoint: Path) -> None:
+    hub.faults.append(Fault("POST", r"/commit/", DropAnswer()))
+    push(official_checkpoint, REPO)
+    assert hub.files(REPO, "main").keys() == FILES
+
+
+def test_an_upload_that_breaks_publishes_nothing_and_goes_on(
+    hub: Hub, official_checkpoint: Path, error: Callable[..., str]
+) -> None:
+    hub.faults.append(Fault("POST", r"/commit/", DropRequest(after=100), times=99))
+    message = error("push", official_checkpoint, "--repo-id", REPO)
+    assert f"{REPO}: the connection to the Hub broke" in message
+    assert "Nothing was published; push again" in message
+    assert not hub.files(REPO, "main").keys() & FILES
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        AutoModel.from_pretrained(REPO)
+    hub.faults.clear()
+    sent = len(hub.matching("PUT", "^/upload/"))
+    assert sent
+    push(official_checkpoint, REPO)
+    assert len(hub.matching("PUT", "^/upload/")) == sent  # the weights are there already
+    assert hub.files(REPO, "main").keys() == FILES
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [(401, "hf auth login"), (403, "write access"), (429, "try again later"), (500, "Push again")],
+)
+def test_what_the_hub_refuses(
+    hub: Hub, official_checkpoint: Path, error: Callable[..., str], status: int, advice: str
+) -> None:
+    hub.faults.append(Fault("POST", r"/repos/create", Answer(status), times=99))
+    message = error("push", official_checkpoint, "--repo-id", REPO)
+    assert f"{REPO}: the Hub answered {status}" in message
+    assert advice in message
+    assert not hub.repos
+
+
+def test_tokens(
+    hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[..., str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    assert "write access" in error("push", official_checkpoint, "--repo-id", REPO)
+    push(official_checkpoint, REPO, token=WRITE_TOKEN, private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(OSError, match=REPO):
+        AutoModel.from_pretrained(REPO)
+    assert type(AutoModel.from_pretrained(REPO, token=READ_TOKEN)) is LoTLIPModel
+
+
+def test_files_that_arrive_damaged_are_removed(
+    hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = HfApi.create_commit
+    damage = [True]
+
+    def create_commit(api: HfApi, repo_id: str, operations: Any, **kwargs: Any) -> Any:
+        if damage.pop() if damage else False:
+            for operation in operations:
+                if operation.path_in_repo == "config.json":
+                    config = Path(operation.path_or_fileobj)
+                    config.write_text(config.read_text().replace("2.6", "2.7"))
+                    commit = real(api, repo_id, operations, **kwargs)
+                    config.write_text(config.read_text().replace("2.7", "2.6"))
+                    return commit
+        return real(api, repo_id, operations, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    with pytest.raises(OSError, match=r"config.json did not arrive whole and is not there. Push again."):
+        push(official_checkpoint, REPO)
+    assert hub.files(REPO, "main").keys() >= FILES - {"config.json"}
+    assert "config.json" not in hub.files(REPO, "main")
+    push(official_checkpoint, REPO)
+    assert type(AutoModel.from_pretrained(REPO)) is LoTLIPModel
+
+
+def test_what_cannot_be_published(tmp_path: Path, official_checkpoint: Path, error: Callable[..., str]) -> None:
+    dry_run = ["--repo-id", REPO, "--dry-run", tmp_path / "dry"]
+    assert "nowhere" in error("push", tmp_path / "nowhere", *dry_run)
+    tiny_clip.save_clip(tmp_path / "clip")
+    assert "holds a CLIPModel: only a LoTLIPModel" in error("push", tmp_path / "clip", *dry_run)
+    (tmp_path / "dry").mkdir()
+    (tmp_path / "dry" / "mine").touch()
+    assert "exists already" in error("push", official_checkpoint, *dry_run)
+    assert "a/b/c" in error("push", official_checkpoint, "--repo-id", "a/b/c")
+
+
+# Loading
+
+
+def test_every_auto_class_and_revisions(published: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
+    first = hub_commit(published)
+    changed(official_checkpoint, tmp_path / "changed", logit_scale_init_value=1.5)
+    push(tmp_path / "changed", REPO)
+    HfApi().create_tag(REPO, tag="v1", revision=first)
+    classes = (AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoTokenizer, AutoProcessor)
+    names = ["LoTLIPConfig", "LoTLIPModel", "LoTLIPModel", "LoTLIPTokenizer", "LoTLIPProcessor"]
+    assert [type(auto.from_pretrained(REPO)).__name__ for auto in classes] == names
+    assert type(AutoImageProcessor.from_pretrained(REPO)).__name__.startswith("CLIPImageProcessor")
+    assert AutoConfig.from_pretrained(REPO).logit_scale_init_value == 1.5
+    for revision in ("v1", first):
+        assert AutoConfig.from_pretrained(REPO, revision=revision).logit_scale_init_value > 2
+        assert type(AutoModel.from_pretrained(REPO, revision=revision)) is LoTLIPModel
+    config = AutoConfig.from_pretrained(REPO)
+    assert type(AutoModel.from_pretrained(REPO, config=config.text_config)) is LoTLIPTextModel
+    assert type(AutoModel.from_pretrained(REPO, config=config.vision_config)) is LoTLIPVisionModel
+    # the installed code runs, also where the repository's is asked for
+    assert type(AutoModel.from_pretrained(REPO, trust_remote_code=True)) is LoTLIPModel
+
+
+WITHOUT_THE_PACKAGE = """
+import importlib.abc, json, re, sys
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "lotlip_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+import torch
+from PIL import Image
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification,
+    AutoProcessor, AutoTokenizer)
+torch.set_num_threads(1)
+repo, revision, folder, expected = sys.argv[1:]
+code = {"trust_remote_code": True}
+answers = {}
+try:
+    AutoModel.from_pretrained(repo, trust_remote_code=False)
+except ValueError as error:
+    answers["refused"] = "trust_remote_code=True" in str(error)
+autos = (AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoTokenizer, AutoImageProcessor,
+    AutoProcessor)
+answers["classes"] = [type(auto.from_pretrained(repo, **code)).__name__ for auto in autos]
+config = AutoConfig.from_pretrained(repo, **code)
+towers = [AutoModel.from_pretrained(repo, config=part, **code) for part in (config.text_config, config.vision_config)]
+answers["towers"] = [type(tower).__name__ for tower in towers]
+answers["pinned"] = AutoConfig.from_pretrained(repo, revision=revision, **code).logit_scale_init_value
+model = AutoModel.from_pretrained(repo, revision=revision, **code)
+processor = AutoProcessor.from_pretrained(repo, revision=revision, **code)
+answers["module"] = type(model).__module__
+inputs = processor(text=["A cat. It sleeps."], images=Image.new("RGB", (50, 40), "red"), return_tensors="pt")
+with torch.no_grad():
+    answers["logit"] = model(**inputs).logits_per_image.item()
+model.save_pretrained(folder + "/whole")
+processor.save_pretrained(folder + "/whole")
+towers[0].save_pretrained(folder + "/text")
+again = AutoModel.from_pretrained(folder + "/whole", **code)
+with torch.no_grad():
+    answers["again"] = again(**AutoProcessor.from_pretrained(folder + "/whole", **code)(
+        text=["A cat. It sleeps."], images=Image.new("RGB", (50, 40), "red"), return_tensors="pt"
+    )).logits_per_image.item()
+answers["text"] = type(AutoModel.from_pretrained(folder + "/text", **code)).__name__
+card = open(expected).read()
+for snippet in re.findall(r"^```python\\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL):
+    exec(snippet, {})
+print(json.dumps(answers))
+"""
+
+
+def test_loading_without_the_package(published: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
+    first = hub_commit(published)
+    push(changed(official_checkpoint, tmp_path / "changed", logit_scale_init_value=1.5), REPO)
+    (tmp_path / "card.md").write_bytes(content(published, "README.md"))
+    arguments = [REPO, first, str(tmp_path), str(tmp_path / "card.md")]
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_THE_PACKAGE, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(published, tmp_path / "home"),
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    answers = json.loads(process.stdout.strip().split("\n")[-1])
+    assert answers["refused"]
+    names = ["LoTLIPConfig", "LoTLIPModel", "LoTLIPModel", "LoTLIPTokenizer"]
+    assert answers["classes"][:4] == names
+    assert answers["classes"][4].startswith("CLIPImageProcessor")
+    assert answers["classes"][5] == "LoTLIPProcessor"
+    assert answers["towers"] == ["LoTLIPTextModel", "LoTLIPVisionModel"]
+    assert answers["text"] == "LoTLIPTextModel"
+    assert answers["pinned"] > 2
+    assert answers["module"].startswith("transformers_modules.")
+    assert answers["again"] == answers["logit"]
+    whole = {name for name in contents(tmp_path / "whole") if "__pycache__" not in name}
+    assert whole == FILES - {"README.md", *lotlip_hf.hub.SENTENCE_TRANSFORMERS}
+    # and the installed package gives the same number
+    model, processor = load_model(tmp_path / "whole")
+    inputs = processor(text=["A cat. It sleeps."], images=_red(), return_tensors="pt")
+    with torch.no_grad():
+        assert abs(model(**inputs).logits_per_image.item() - answers["logit"]) < 1e-5
+
+
+def _red() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (50, 40), "red")
+
+
+# What goes wrong on the way back
+
+
+def flip_digit(hub: Hub, name: str, pattern: bytes) -> Fault:
+    """A fault that changes the first digit of what the pattern finds in a file."""
+    found = re.search(pattern, content(hub, name))
+    assert found is not None
+    return Fault("GET", rf"/resolve/.*/{name}$", Corrupt(found.end() - 1))
+
+
+def test_a_damaged_download_is_not_kept(published: Hub, official_checkpoint: Path) -> None:
+    expected = LoTLIPModel.from_pretrained(official_checkpoint)
+    weights = Fault("GET", r"^/lfs/", Corrupt(len(content(published, "model.safetensors")) - 5))
+    published.faults.append(weights)
+    with pytest.raises(OSError, match=r"model.safetensors did not come whole from the Hub .*: load again"):
+        AutoModel.from_pretrained(REPO)
+    assert_equal_weights(AutoModel.from_pretrained(REPO), expected)
+    assert not published.faults[0].times
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("config.json", rb'"num_attention_heads": \d'),
+        ("config.json", rb"\{"),
+        ("processor_config.json", rb'"shortest_edge": \d'),
+        ("tokenizer.json", rb'"version": "1'),
+        ("tokenizer_config.json", rb"model_max_length.: 1"),
+    ],
+)
+def test_damaged_settings_are_not_kept(published: Hub, name: str, pattern: bytes) -> None:
+    published.faults.append(flip_digit(published, name, pattern))
+    with pytest.raises(OSError, match=rf"{name} did not come whole"):
+        load_model(REPO)
+    model, _ = load_model(REPO)
+    assert type(model) is LoTLIPModel
+
+
+def test_downloads_survive_trouble(published: Hub, official_checkpoint: Path) -> None:
+    published.faults += [
+        Fault("GET", r"^/lfs/", DropAnswer(after=100_000), times=2),
+        Fault("GET", r"/resolve/", Answer(429, headers={"Retry-After": "1"})),
+        Fault("HEAD", r"/resolve/.*/config.json", Answer(503)),
+    ]
+    model, _ = load_model(REPO)
+    assert_equal_weights(model, LoTLIPModel.from_pretrained(official_checkpoint))
+
+
+@pytest.mark.parametrize("status", [401, 500])
+def test_a_hub_that_does_not_give(published: Hub, status: int) -> None:
+    published.faults.append(Fault("GET", r"^/lfs/", Answer(status), times=99))
+    with pytest.raises(OSError) as caught:  # noqa: PT011  (whatever the client says of it)
+        AutoModel.from_pretrained(REPO)
+    assert "safetensors there" not in str(caught.value)
+    published.faults.clear()
+    assert type(AutoModel.from_pretrained(REPO)) is LoTLIPModel
+
+
+def test_a_tokenizer_configuration_that_is_not_given(published: Hub) -> None:
+    published.faults.append(Fault("HEAD", r"/tokenizer_config.json", Answer(503), times=99))
+    with pytest.raises(OSError, match="no padding token; its tokenizer_config.json is missing"):
+        AutoProcessor.from_pretrained(REPO)
+
+
+# Malicious and broken repositories
+
+
+def test_pickled_weights_are_refused(official_checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(official_checkpoint, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    hub.add(REPO, {file.name: file.read_bytes() for file in folder.iterdir()})
+    for name in (folder, REPO):
+        with pytest.raises(
+            OSError, match=r"no weights in safetensors .* pass use_safetensors=False if you trust them"
+        ):
+            AutoModel.from_pretrained(name)
+    expected = LoTLIPModel.from_pretrained(official_checkpoint)
+    assert_equal_weights(LoTLIPModel.from_pretrained(folder, use_safetensors=False), expected)
+
+
+def test_other_code_is_not_run_and_told_of(
+    official_checkpoint: Path, tmp_path: Path, hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "evil"
+    shutil.copytree(official_checkpoint, folder)
+    ran = tmp_path / "ran"
+    for name in ("modeling_lotlip.py", "tokenization_lotlip.py"):
+        with (folder / name).open("a") as file:
+            file.write(f"\nopen({str(ran)!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoModelForCausalLM"] = "someone/evil--modeling.Evil"
+    (folder / "config.json").write_text(json.dumps(config))
+    hub.add(REPO, {file.name: file.read_bytes() for file in folder.iterdir()})
+    for name in (folder, REPO):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING), propagated():
+            model, _ = load_model(name)
+            model = AutoModel.from_pretrained(name, trust_remote_code=True)
+        assert f"{name} has its own code (modeling_lotlip.py, tokenization_lotlip.py), and it differs" in caplog.text
+        assert "the other was not run" in caplog.text
+        assert "AutoModelForCausalLM" not in model.config.auto_map
+    assert not ran.exists()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING), propagated():
+        AutoModel.from_pretrained(official_checkpoint)
+    assert not caplog.records
+
+
+class propagated:
+    """transformers' loggers, heard by pytest."""
+
+    def __enter__(self) -> None:
+        logging.getLogger("lotlip_hf").propagate = True
+        self.level = logging.getLogger("transformers").propagate
+        logging.getLogger("transformers").propagate = True
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("transformers").propagate = self.level
+
+
+def test_unknown_fields_are_told_of(
+    official_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = changed(official_checkpoint, tmp_path / "misspelt", logit_scale_init=1.0)
+    with caplog.at_level(logging.WARNING), propagated():
+        config = AutoConfig.from_pretrained(folder)
+    assert "LoTLIPConfig has no field 'logit_scale_init': kept, but nothing reads it." in caplog.text
+    assert config.logit_scale_init == 1.0
+    caplog.clear()
+    with caplog.at_level(logging.WARNING), propagated():
+        LoTLIPConfig(text_config={"num_corners": 2})
+        AutoConfig.from_pretrained(official_checkpoint)
+    assert [record.getMessage() for record in caplog.records] == [
+        "LoTLIPTextConfig has no field 'num_corners': kept, but nothing reads it."
+    ]
+
+
+def test_a_newer_format_is_refused(official_checkpoint: Path, tmp_path: Path) -> None:
+    folder = changed(official_checkpoint, tmp_path / "newer", format_version=2, text_config={"model_type": "new"})
+    for load in (AutoConfig.from_pretrained, AutoModel.from_pretrained, load_model):
+        with pytest.raises(ValueError, match=r"written by a newer lotlip-hf .`format_version` 2; this one reads 1"):
+            load(folder)
+
+
+def test_clip_is_loaded_as_ever(tmp_path: Path) -> None:
+    tiny_clip.save_clip(tmp_path)
+    assert type(AutoModel.from_pretrained(tmp_path)) is CLIPModel
