@@ -37,10 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.addHandler(handler)
     try:
         if argv[:1] == ["convert"]:
-            # The conversion has its own arguments.
+            # The conversions have their own arguments.
             from .conversion.official import main as convert
 
             status = convert(argv[1:]) or 0
+        elif argv[:2] == ["export", "onnx"]:
+            from .conversion.onnx import main as export
+
+            status = export(argv[2:]) or 0
         else:
             arguments = build_parser().parse_args(argv)
             status = arguments.run(arguments)
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Who reads the output has enough (`| head`). What is left in the buffer goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"lotlip: error: {error}", file=sys.stderr)
         return 2
     finally:
@@ -73,6 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "convert", help="make a checkpoint folder from an official checkpoint, or back (convert --help)"
     )
+    export = commands.add_parser("export", help="write a checkpoint in another format (export onnx --help)")
+    export.add_argument("format", choices=("onnx",), help="ONNX, for ONNX Runtime")
 
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", required=True, help="checkpoint folder or Hub id: LoTLIP, CLIP, SigLIP, ...")
@@ -113,6 +119,28 @@ def build_parser() -> argparse.ArgumentParser:
     embed.add_argument("--output", required=True, metavar="FILE", help="the Parquet file to write")
     embed.add_argument("--overwrite", action="store_true", help="replace the output if it is there already")
     embed.set_defaults(run=_embed)
+
+    push = commands.add_parser(
+        "push",
+        help="publish a checkpoint on the Hub",
+        description="Publish a checkpoint on the Hub: weights, configuration, tokenizer, processor, code and model "
+        "card, in one commit. After an interruption the same command sends what is missing.",
+    )
+    push.add_argument("checkpoint", help="checkpoint folder or Hub id of a LoTLIP")
+    push.add_argument("--repo-id", required=True, metavar="ORG/NAME", help="repository, which is made if need be")
+    push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    push.add_argument("--revision", help="branch, which is made if need be (main)")
+    push.add_argument("--dry-run", metavar="DIR", help="write what would be published to this folder, and stop")
+    push.add_argument("--commit-message", help="of the commit (Upload LoTLIP)")
+    push.add_argument("--max-shard-size", default="5GB", help="largest file of weights (5GB)")
+    push.add_argument("--license", help="of the weights, such as apache-2.0; without one nobody may use them")
+    push.add_argument("--base-model", nargs="+", default=(), help="Hub ids of the models that it was made from")
+    push.add_argument("--dataset", nargs="+", default=(), help="Hub ids of the data sets that it was trained on")
+    push.add_argument("--language", nargs="+", default=("en",), help="languages that it reads (en)")
+    push.add_argument("--tag", nargs="+", default=(), help="more tags")
+    push.add_argument("--results", nargs="+", default=(), metavar="FILE", help="results of `lotlip evaluate`")
+    push.set_defaults(run=_push)
+
     return parser
 
 
@@ -165,6 +193,36 @@ def _embed(arguments: argparse.Namespace) -> int:
             overwrite=arguments.overwrite,
         )
     print(f"{count} embeddings in {arguments.output}.")
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from .hub import CardFields, push, write_repository
+
+    card = CardFields(
+        license=arguments.license,
+        base_model=arguments.base_model,
+        datasets=arguments.dataset,
+        language=arguments.language,
+        tags=arguments.tag,
+        results=arguments.results,
+    )
+    settings = {"card": card, "max_shard_size": arguments.max_shard_size}
+    if arguments.dry_run:
+        folder = write_repository(arguments.checkpoint, arguments.dry_run, arguments.repo_id, **settings)
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            print(f"{file.stat().st_size:>13,}  {file.relative_to(folder)}")
+        print(f"{folder} is what would be published as {arguments.repo_id}.")
+        return 0
+    commit = push(
+        arguments.checkpoint,
+        arguments.repo_id,
+        private=arguments.private,
+        revision=arguments.revision,
+        commit_message=arguments.commit_message,
+        **settings,
+    )
+    print(commit.commit_url)
     return 0
 
 

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .images import ImageError, ImageSource, load_image
+from .modeling.loading_lotlip import checked_download
+from .onnx import FILES as ONNX_FILES
+from .onnx import LoTLIPOnnxModel
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,8 @@ def load_model(
 
     Args:
         name_or_path (`str` or `os.PathLike`):
-            A checkpoint folder or a Hub id: LoTLIP, or a stock dual encoder (CLIP, SigLIP, ...).
+            A checkpoint folder or a Hub id: LoTLIP, or a stock dual encoder (CLIP, SigLIP, ...); or a folder that
+            `lotlip export onnx` wrote.
         device (`str` or `torch.device`, *optional*):
             Where to put the model; by default the accelerator, if there is one.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
@@ -61,12 +65,25 @@ def load_model(
         )
     if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
         raise FileNotFoundError(f"{name}: no such checkpoint folder.")
+    if any(os.path.isfile(os.path.join(name, file)) for file in ONNX_FILES.values()):
+        model = LoTLIPOnnxModel.from_pretrained(name)
+        if device is not None:
+            model.to(device)  # refuses all but the CPU
+        if dtype != "auto":
+            model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        # no PreTrainedModel, but what is asked of one here
+        return cast(PreTrainedModel, model), AutoProcessor.from_pretrained(name)
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"`device` {str(device)!r} cannot be used here ({str(error).splitlines()[0]}).") from error
+    with checked_download(name):
+        return _load(name, device, dtype)
+
+
+def _load(name: str, device: str | torch.device, dtype: str | torch.dtype) -> tuple[PreTrainedModel, Any]:
     try:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:

@@ -1,0 +1,425 @@
+"""
+A LoTLIP checkpoint to ONNX, for ONNX Runtime and whatever else reads it.
+
+    lotlip export onnx --model lotlip-vit-b-16 --output lotlip-onnx
+    lotlip export onnx --model lotlip-vit-b-16 --output lotlip-int8 --quantize int8
+
+The folder holds `text_model.onnx` (`input_ids` and `attention_mask`, [batch, length] int64, to `text_embeds`
+[batch, projection_dim]) and `vision_model.onnx` (`pixel_values` [batch, channels, height, width] to `image_embeds`
+[batch, projection_dim]). The features are what `get_text_features` and `get_image_features` give: projected, and not
+normalised, which is left to the caller, as in CLIP; `encode_texts` and `encode_images` do it. Corner tokens change
+nothing at inference and are left out. Configuration, tokenizer and image processor are saved beside, so that
+`lotlip_hf.onnx.LoTLIPOnnxModel` and `AutoProcessor` need nothing else.
+"""
+
+import argparse
+import contextlib
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel
+
+from lotlip_hf import LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
+from lotlip_hf.onnx import FILES, LOGIT_SCALE, LoTLIPOnnxModel, missing_packages
+
+from .common import ConversionError, all_or_nothing, check_output, load_checkpoint, one_line, quiet
+
+# The largest difference from PyTorch's features, in units of a feature's norm
+TOLERANCE = 1e-4
+# The least cosine of a quantised model's features to PyTorch's
+LEAST_COSINE = 0.98
+# The first version whose attention is one operator, which ONNX Runtime runs without writing the attention weights
+OPSET = 23
+# The first that PyTorch's exporter writes
+LEAST_OPSET = 18
+INPUTS = {"text": ("input_ids", "attention_mask"), "vision": ("pixel_values",)}
+OUTPUTS = {"text": "text_embeds", "vision": "image_embeds"}
+
+
+@dataclass(frozen=True)
+class OnnxTower:
+    """
+    One file that [`convert`] wrote.
+
+    Args:
+        file: Its name.
+        size: Its bytes; of weights that lie beside it in `<file>.data`, too.
+        difference: The largest difference of its features, before they were quantised, from PyTorch's, in units of a
+            feature's norm.
+        cosine: The least cosine of its quantised features to PyTorch's; `None` if it is not quantised.
+    """
+
+    file: str
+    size: int
+    difference: float
+    cosine: float | None = None
+
+
+@dataclass(frozen=True)
+class OnnxCheckpoint:
+    """
+    What [`convert`] wrote.
+
+    Args:
+        folder: The folder.
+        opset: Version of ONNX's operators.
+        towers: The files.
+        processor: Classes of what is saved for texts and images.
+    """
+
+    folder: Path
+    opset: int
+    towers: tuple[OnnxTower, ...]
+    processor: tuple[str, ...]
+
+
+class _Tower(nn.Module):
+    """A tower as a function of its inputs, in order, to its features [B, P]."""
+
+    def __init__(self, model: PreTrainedModel, tower: str) -> None:
+        super().__init__()
+        self.model = model
+        self.tower = tower
+        self.eval()
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(INPUTS[self.tower], inputs, strict=True))
+        if isinstance(self.model, LoTLIPModel):
+            function = self.model.get_text_features if self.tower == "text" else self.model.get_image_features
+            return function(**named).pooler_output
+        outputs = self.model(**named)
+        name = OUTPUTS[self.tower]
+        return outputs[name] if name in outputs else outputs.pooler_output
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    quantize: str | None = None,
+    opset: int = OPSET,
+    towers: Sequence[str] = ("text", "vision"),
+    report: Callable[[str], None] = lambda line: None,
+) -> OnnxCheckpoint:
+    """
+    Writes a LoTLIP checkpoint in ONNX, in float32. ONNX Runtime's features of random texts (of one token up to all,
+    with and without padding) and of random images, in batches of several sizes, are compared with PyTorch's. The
+    folder appears complete or not at all.
+
+    Args:
+        model: A folder of this package: a [`LoTLIPModel`], or one of its towers with or without projection.
+        output: The folder to make; it must not exist or be empty.
+        quantize: `"int8"` for weights of linear layers in 8 bits (a scale for each channel; 7 of the bits are used, so
+            that processors without VNNI do not overflow) and activations that are quantised as they come; by default
+            float32.
+        opset: Version of ONNX's operators, 18 or higher. Lower than 23, attention is slower.
+        towers: Which of `"text"` and `"vision"` to write, of those that the checkpoint has.
+        report: Called with each line of progress.
+
+    Raises:
+        ConversionError: if a package is missing, the folder holds no complete LoTLIP checkpoint, the exporter fails,
+            or ONNX Runtime's features differ from PyTorch's by more than 1e-4 of a feature's norm; quantised, if a
+            cosine to PyTorch's is below 0.98.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.conversion.onnx import convert
+
+    >>> [tower.file for tower in convert("lotlip-vit-b-16", "lotlip-onnx").towers]  # doctest: +SKIP
+    ['text_model.onnx', 'vision_model.onnx']
+    ```
+    """
+    missing = missing_packages("onnx", "onnxscript", "onnxruntime")
+    if missing:
+        raise ConversionError(missing)
+    if quantize not in (None, "int8"):
+        raise ConversionError(f"--quantize {quantize}: only int8 is known.")
+    _check_opset(opset)
+    target = check_output(output)
+    lotlip = load_checkpoint(model).float().eval()
+    configs = _tower_configs(lotlip)
+    chosen = [tower for tower in configs if tower in towers]
+    if not chosen:
+        raise ConversionError(f"{model}: a {type(lotlip).__name__}, which has no {' or '.join(towers)} tower.")
+    processors = _load_processors(Path(model))
+
+    with all_or_nothing(target) as folder:
+        folder.mkdir()
+        lotlip.config.save_pretrained(folder)
+        for processor in processors:
+            processor.save_pretrained(folder)
+        written = []
+        for tower in chosen:
+            report(f"Exporting {FILES[tower]} ...")
+            written.append(_write_tower(lotlip, tower, folder, quantize, opset, report))
+    return OnnxCheckpoint(Path(output), opset, tuple(written), tuple(type(one).__name__ for one in processors))
+
+
+def _check_opset(opset: int) -> None:
+    import onnx
+
+    latest = onnx.defs.onnx_opset_version()
+    if not LEAST_OPSET <= opset <= latest:
+        raise ConversionError(f"--opset {opset}: expected {LEAST_OPSET} to {latest}, what the installed onnx knows.")
+
+
+def _tower_configs(lotlip: PreTrainedModel) -> dict[str, Any]:
+    """The configurations of the towers that a model has."""
+    config = lotlip.config
+    if isinstance(config, LoTLIPTextConfig):
+        return {"text": config}
+    if isinstance(config, LoTLIPVisionConfig):
+        return {"vision": config}
+    return {"text": config.text_config, "vision": config.vision_config}
+
+
+def _load_processors(folder: Path) -> list[Any]:
+    """What the checkpoint has for texts and images."""
+    classes = {"processor_config.json": AutoProcessor}
+    if not (folder / "processor_config.json").is_file():
+        classes = {"tokenizer_config.json": AutoTokenizer, "preprocessor_config.json": AutoImageProcessor}
+    try:
+        return [one.from_pretrained(folder) for name, one in classes.items() if (folder / name).is_file()]
+    except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
+        raise ConversionError(
+            f"{folder}: its tokenizer or image processor cannot be loaded ({one_line(error)})."
+        ) from error
+
+
+def _write_tower(
+    lotlip: PreTrainedModel,
+    tower: str,
+    folder: Path,
+    quantize: str | None,
+    opset: int,
+    report: Callable[[str], None],
+) -> OnnxTower:
+    file = folder / FILES[tower]
+    module = _Tower(lotlip, tower)
+    batches = list(_random_inputs(tower, _tower_configs(lotlip)[tower]))
+    with torch.inference_mode():
+        expected = [module(*batch) for batch in batches]
+
+    # float32 first, which says whether the graph is right; of the quantised one only a cosine can
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        full = file if quantize is None else Path(temporary) / file.name
+        _export(module, tower, opset, full)
+        difference = _largest_difference(_run(full, lotlip, tower, batches), expected)
+        report(f"  features as PyTorch's to {difference:.1e} of their norm")
+        if not difference <= TOLERANCE:
+            raise ConversionError(
+                f"{file.name}: ONNX Runtime's features differ from PyTorch's by {difference:.1e} of a feature's norm, "
+                f"more than {TOLERANCE:.0e}: nothing was written. Are all weights finite? If so, try another --opset."
+            )
+        cosine = None
+        if quantize is not None:
+            _quantize(full, file)
+            cosine = _least_cosine(_run(file, lotlip, tower, batches), expected)
+            report(f"  int8: cosines to PyTorch's features from {cosine:.4f} up")
+            if not cosine >= LEAST_COSINE:
+                raise ConversionError(
+                    f"{file.name}: in int8 a feature has a cosine of {cosine:.4f} to PyTorch's, less than "
+                    f"{LEAST_COSINE}: nothing was written. Export without --quantize."
+                )
+    size = sum(path.stat().st_size for path in (file, _data_file(file)) if path.is_file())
+    return OnnxTower(file.name, size, difference, cosine)
+
+
+def _export(module: _Tower, tower: str, opset: int, file: Path) -> None:
+    """Writes the graph, and weights that are too large for one file beside it."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    # sizes of which none is 0 or 1, which would stay as they are
+    if tower == "text":
+        example = tuple(torch.ones(2, 3, dtype=torch.long) for _ in INPUTS[tower])
+        sizes: Any = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    else:
+        example = (_random_images(_tower_configs(module.model)[tower], 2),)
+        sizes = {0: torch.export.Dim("batch")}
+    try:
+        with _quiet(), torch.no_grad():
+            program: Any = torch.onnx.export(
+                module,
+                example,
+                input_names=INPUTS[tower],
+                output_names=[OUTPUTS[tower]],
+                dynamic_shapes=((sizes,) * len(example),),
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+            )
+            graph = program.model
+            ClearMetadataAndDocStringPass()(graph)  # where the code lay on this machine
+            if isinstance(module.model, LoTLIPModel):
+                graph.metadata_props[LOGIT_SCALE] = repr(module.model.logit_scale.item())
+            program.save(file)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of PyTorch's exporter, and whatever comes from under it
+        raise ConversionError(f"{file.name}: PyTorch's ONNX exporter failed ({one_line(error)}).") from error
+    given = graph.opset_imports[""]
+    if given != opset:  # the exporter keeps its own where it cannot convert
+        raise ConversionError(f"--opset {opset}: PyTorch's exporter wrote version {given} instead; choose that one.")
+
+
+def _quantize(full: Path, file: Path) -> None:
+    """Writes the linear layers in int8; `full` is changed on the way."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    try:
+        # The quantiser transposes weights, and then stumbles over the shapes that are noted: it infers them anew.
+        graph = onnx.load(full, load_external_data=False)
+        graph.graph.ClearField("value_info")
+        onnx.save(graph, full)
+        with _quiet():
+            quantize_dynamic(
+                full,
+                file,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                per_channel=True,
+                reduce_range=True,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=_data_file(full).is_file(),
+            )
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of onnx and onnxruntime, each its own
+        raise ConversionError(f"{file.name}: ONNX Runtime's quantiser failed ({one_line(error)}).") from error
+
+
+def _data_file(file: Path) -> Path:
+    """Where the weights are that a file of protobuf, of 2 GB at most, has no room for."""
+    return file.with_name(f"{file.name}.data")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter and the quantiser tell of themselves."""
+    disabled = logging.root.manager.disable
+    handler = logging.NullHandler()  # or the quantiser sets up handlers of its own
+    logging.root.addHandler(handler)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), quiet():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        logging.root.removeHandler(handler)
+
+
+def _run(
+    file: Path, lotlip: PreTrainedModel, tower: str, batches: Sequence[tuple[torch.Tensor, ...]]
+) -> list[torch.Tensor]:
+    """Features of each batch by ONNX Runtime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    model = LoTLIPOnnxModel(lotlip.config, {tower: session}, file.parent)
+    function: Any = model.get_text_features if tower == "text" else model.get_image_features
+    return [function(*batch).pooler_output for batch in batches]
+
+
+def _largest_difference(given: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """In units of a feature's norm; NaN if a feature is not finite."""
+    one, other = torch.cat(list(given)), torch.cat(list(expected))
+    return ((one - other) / other.norm(dim=-1, keepdim=True)).abs().max().item()
+
+
+def _least_cosine(given: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    return nn.functional.cosine_similarity(torch.cat(list(given)), torch.cat(list(expected))).min().item()
+
+
+def _random_inputs(tower: str, config: Any) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Seeded batches of a tower's inputs."""
+    if tower == "vision":
+        for batch_size in (1, 5):
+            yield (_random_images(config, batch_size),)
+        return
+    generator = torch.Generator().manual_seed(0)
+    limit = config.max_position_embeddings
+    # CLIP reads a text's feature off its end; in configurations of old it is the highest id
+    end = None
+    if config.is_causal:
+        end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
+    # the last is padded beyond the positions
+    for batch_size, length in (
+        (1, 1),
+        (1, 2),
+        (3, 2),
+        (3, min(7, limit)),
+        (5, limit // 2),
+        (2, limit),
+        (2, limit + 3),
+    ):
+        for padding_side in ("right", "left"):
+            # texts of all tokens, of fewer, ..., of one
+            lengths = torch.linspace(min(length, limit), 1, batch_size).long().unsqueeze(1)
+            places = torch.arange(length).expand(batch_size, -1)
+            if padding_side == "left":
+                places = places - (length - lengths)
+            attention_mask = ((places >= 0) & (places < lengths)).long()
+            input_ids = torch.randint(config.vocab_size, (batch_size, length), generator=generator)
+            if end is not None:
+                input_ids[places == lengths - 1] = end
+            yield input_ids, attention_mask
+
+
+def _random_images(config: Any, batch_size: int) -> torch.Tensor:
+    """[B, channels, height, width]"""
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch_size, config.num_channels, height, width, generator=generator)
+
+
+DESCRIPTION = "Write both towers of a LoTLIP checkpoint in ONNX, with its tokenizer and image processor."
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a LoTLIP model, or of one tower")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--quantize", choices=("int8",), help="linear layers in 8 bits: a smaller and faster model")
+    parser.add_argument("--opset", type=int, default=OPSET, metavar="N", help=f"version of the operators ({OPSET})")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--text-only", dest="towers", action="store_const", const=("text",), help="no image tower")
+    only.add_argument("--vision-only", dest="towers", action="store_const", const=("vision",), help="no text tower")
+    parser.set_defaults(towers=tuple(FILES))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
+    parser = argparse.ArgumentParser(prog="lotlip export onnx", description=DESCRIPTION)
+    _add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    try:
+        written = convert(
+            arguments.model,
+            arguments.output,
+            arguments.quantize,
+            arguments.opset,
+            arguments.towers,
+            report=lambda line: print(line, flush=True),
+        )
+    except (ConversionError, OSError) as error:
+        print(f"lotlip export onnx: error: {error}", file=sys.stderr)
+        return 2
+    print(f"Wrote {written.folder}, opset {written.opset}")
+    for tower in written.towers:
+        precision = "float32" if tower.cosine is None else f"int8, cosines to float32 from {tower.cosine:.4f} up"
+        print(f"  {tower.file}: {tower.size / 1e6:,.1f} MB, {precision}")
+    print(f"  {', '.join(written.processor) or 'no tokenizer and no image processor: the checkpoint has none'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
