@@ -29,16 +29,29 @@ LORA_REQUIRES = ["peft>=0.18"]
 # Long prompts for diffusion pipelines (lotlip_hf/diffusion.py).
 DIFFUSION_REQUIRES = ["diffusers>=0.42"]
 
+# Both towers without PyTorch (lotlip_hf/onnx.py).
+ONNX_REQUIRES = ["onnx>=1.18", "onnxruntime>=1.23", "onnxscript>=0.7"]
+
+# The demo (examples/space).
+SPACE_REQUIRES = ["gradio>=6.0"]
+
 TEST_REQUIRES = [
     *TRAIN_REQUIRES,
     *LORA_REQUIRES,
     *DIFFUSION_REQUIRES,
+    *ONNX_REQUIRES,
+    *SPACE_REQUIRES,
+    "bitsandbytes>=0.50",
+    "faiss-cpu>=1.11",
+    "optimum-quanto>=0.2.7",
     "parameterized>=0.9",
+    "playwright>=1.50",
     "pyright[nodejs]>=1.1.400",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.14",
+    "sentence-transformers>=6.2",
     # Builds the metadata of transformers' source distribution (tests/upstream.py).
     "setuptools>=80",
 ]
@@ -58,12 +71,15 @@ setup(
         "lotlip_hf.modeling": "modeling",
         "lotlip_hf.conversion": "conversion",
     },
+    package_data={"lotlip_hf": ["MODEL_CARD.md"]},
     packages=[*find_packages(include=["lotlip_hf", "lotlip_hf.*"]), "lotlip_hf.modeling", "lotlip_hf.conversion"],
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "train": TRAIN_REQUIRES,
         "lora": LORA_REQUIRES,
         "diffusion": DIFFUSION_REQUIRES,
+        "onnx": ONNX_REQUIRES,
+        "space": SPACE_REQUIRES,
         "test": TEST_REQUIRES,
     },
     entry_points={"console_scripts": ["lotlip = lotlip_hf.cli:main"]},
