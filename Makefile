@@ -20,11 +20,11 @@ quickstart: $(INSTALLED)
 test: lint
 	$(BIN)/python tests/upstream.py
 	$(BIN)/python tests/oldest.py
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 quick: $(INSTALLED)
 	$(BIN)/python tests/upstream.py
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -26,10 +26,8 @@ def run(code: str, *arguments: str) -> str:
 @pytest.mark.parametrize(
     "first",
     [
-        "import lotlip_hf; from transformers import AutoModel",
         "from transformers import AutoModel, AutoProcessor; import lotlip_hf",
         "import lotlip_hf.modeling.modeling_lotlip",
-        pytest.param("from transformers import AutoTokenizer; import lotlip_hf", marks=pytest.mark.slow),
     ],
 )
 def test_auto_classes_in_a_fresh_process(first: str, official_checkpoint: Path) -> None:

@@ -398,9 +398,6 @@ def interrupt_lotlip(arguments: list[object], folder: Path, signal_number: int, 
         ("search", signal.SIGINT),
         ("embed images", signal.SIGKILL),
         ("embed texts", signal.SIGINT),
-        pytest.param("search", signal.SIGKILL, marks=pytest.mark.slow),
-        pytest.param("embed images", signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param("embed texts", signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_command_loses_nothing(

@@ -164,8 +164,7 @@ def test_without_corner_tokens_it_is_the_stock_backbone(bidirectional_backbone: 
 # Attention implementations, precision, compilation
 
 
-@pytest.mark.parametrize("with_corners", [True, False])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("side", "with_corners"), [("right", True), ("right", False), ("left", True)])
 def test_attention_implementations_agree(text_backbone: str, side: str, with_corners: bool) -> None:
     model = text_model(text_backbone)
     ids = torch.cat([padded(tiny.input_ids(1, n), 12, side, model.config.pad_token_id) for n in (12, 7, 4)])

@@ -60,18 +60,18 @@ def test_shuffled_captions_are_those_of_other_pictures(quickstart: ModuleType) -
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_it_learns_what_long_captions_say(quickstart: ModuleType, tmp_path: Path) -> None:
-    assert quickstart.main(["--output", str(tmp_path)]) == 0
+    assert quickstart.main(["--output", str(tmp_path), "--max-steps", "500"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["long_image_to_text_r1"] >= 0.5
     assert results["long_text_to_image_r1"] >= 0.5
     evaluations = [entry for entry in read_log(tmp_path / "run") if "long_image_to_text_r1" in entry]
-    assert len(evaluations) == 7
+    assert len(evaluations) == 5
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_it_stays_at_chance_when_captions_are_shuffled(quickstart: ModuleType, tmp_path: Path) -> None:
-    assert quickstart.main(["--output", str(tmp_path), "--shuffle-captions", "--max-steps", "100"]) == 0
+    assert quickstart.main(["--output", str(tmp_path), "--shuffle-captions", "--max-steps", "60"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     # chance is one hit in 500; eight or more by chance are one run in 100,000; with captions in order it is 5 % here
     assert all(value < 8 / 500 for name, value in results.items() if name.endswith("_r1"))

@@ -391,7 +391,7 @@ def test_texts_cut_at_the_limit_are_counted_and_said_once(caplog: pytest.LogCapt
     "piece",
     [
         *["word ", "[SEP]. ", "&amp;", "x", "\n"],
-        *(pytest.param(piece, marks=pytest.mark.slow) for piece in ("a. ", "it’s “ok” ", "schÃ¶n ", "猫", "\x1b[")),
+        *(pytest.param(piece, marks=pytest.mark.slow) for piece in ("a. ", "schÃ¶n ", "猫")),
     ],
 )
 def test_a_text_of_a_million_characters(tokenizer: LoTLIPTokenizer, piece: str) -> None:

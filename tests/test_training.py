@@ -411,8 +411,7 @@ KILLED = {
         "warmup_steps": 2,
     },
     "workers": {"data": "records", "num_workers": 2, "loss": "sigmoid", "drop_last": True},
-    "stream": {"data": "shards", "shuffle_buffer": 5, "log_steps": 5},
-    "stream, workers": {"data": "shards", "shuffle_buffer": 5, "num_workers": 2},
+    "stream, workers": {"data": "shards", "shuffle_buffer": 5, "num_workers": 2, "log_steps": 5},
 }
 # One after the other; the first is before there is a checkpoint.
 KILLS = [
