@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -21,6 +22,7 @@ from lotlip_hf import (
     LoTLIPVisionModel,
     LoTLIPVisionModelWithProjection,
 )
+from lotlip_hf.modeling.loading_lotlip import checked_download
 
 # By its configuration, what a checkpoint may be; the first where the configuration does not say which
 MODEL_CLASSES: dict[type[PreTrainedConfig], list[type[PreTrainedModel]]] = {
@@ -126,6 +128,27 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
         path = Path(temporary) / target.name
         yield path
         path.replace(target)
+
+
+def local_folder(model: str | Path) -> Path:
+    """
+    The folder of a checkpoint: itself, or of a Hub id what has been fetched.
+
+    Raises:
+        ConversionError: if there is no such folder or repository.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
+        raise ConversionError(f"{model}: no such folder.")
+    try:
+        with checked_download(model):
+            return Path(snapshot_download(str(model)))
+    except Exception as error:  # no id, no such repository, no connection: each client has its own
+        raise ConversionError(
+            f"{model}: no such folder, and not to be had from the Hub ({one_line(error)})."
+        ) from error
 
 
 def load_checkpoint(folder: str | Path) -> PreTrainedModel:

@@ -14,6 +14,7 @@ nothing at inference and are left out. Configuration, tokenizer and image proces
 
 import argparse
 import contextlib
+import json
 import logging
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTr
 from lotlip_hf import LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
 from lotlip_hf.onnx import FILES, LOGIT_SCALE, LoTLIPOnnxModel, missing_packages
 
-from .common import ConversionError, all_or_nothing, check_output, load_checkpoint, one_line, quiet
+from .common import ConversionError, all_or_nothing, check_output, load_checkpoint, local_folder, one_line, quiet
 
 # The largest difference from PyTorch's features, in units of a feature's norm
 TOLERANCE = 1e-4
@@ -144,16 +145,18 @@ def convert(
         raise ConversionError(f"--quantize {quantize}: only int8 is known.")
     _check_opset(opset)
     target = check_output(output)
+    model = local_folder(model)
     lotlip = load_checkpoint(model).float().eval()
     configs = _tower_configs(lotlip)
     chosen = [tower for tower in configs if tower in towers]
     if not chosen:
         raise ConversionError(f"{model}: a {type(lotlip).__name__}, which has no {' or '.join(towers)} tower.")
-    processors = _load_processors(Path(model))
+    processors = _load_processors(model)
 
     with all_or_nothing(target) as folder:
         folder.mkdir()
         lotlip.config.save_pretrained(folder)
+        _name_no_model_code(folder / "config.json")
         for processor in processors:
             processor.save_pretrained(folder)
         written = []
@@ -161,6 +164,15 @@ def convert(
             report(f"Exporting {FILES[tower]} ...")
             written.append(_write_tower(lotlip, tower, folder, quantize, opset, report))
     return OnnxCheckpoint(Path(output), opset, tuple(written), tuple(type(one).__name__ for one in processors))
+
+
+def _name_no_model_code(file: Path) -> None:
+    """Of the code that `auto_map` names only the configuration's lies there: no class of PyTorch reads the towers."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        if part and "auto_map" in part:
+            part["auto_map"] = {"AutoConfig": part["auto_map"]["AutoConfig"]}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check_opset(opset: int) -> None:

@@ -58,7 +58,7 @@ from lotlip_hf import (
 )
 from lotlip_hf.clip import clip_text_model
 
-from .common import ConversionError, all_or_nothing, check_output, load_checkpoint, one_line, quiet
+from .common import ConversionError, all_or_nothing, check_output, load_checkpoint, local_folder, one_line, quiet
 
 # The largest difference between features of the checkpoint and of the export, in units of a feature's norm
 TOLERANCE = 1e-6
@@ -378,12 +378,13 @@ def convert(model: str | Path, output: str | Path, without_text_cleaning: bool =
     ```
     """
     target = check_output(output)
+    model = local_folder(model)
     lotlip = load_checkpoint(model)
     try:
         stock = stock_model(lotlip)
     except ConversionError as error:
         raise ConversionError(f"{model}: {error}") from error
-    processor, processor_summary = _stock_processors(Path(model), lotlip, stock, without_text_cleaning)
+    processor, processor_summary = _stock_processors(model, lotlip, stock, without_text_cleaning)
     remarks = []
     if isinstance(lotlip, LoTLIPModel) and lotlip.config.text_config.pooling == "cls":
         remarks.append(

@@ -30,6 +30,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from transformers import HfArgumentParser
 
 import lotlip_hf  # noqa: F401  (registers LoTLIP with the Auto classes)
+from lotlip_hf import LoTLIPModel
 from lotlip_hf.data.records import MAPPINGS, load_records
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
 from lotlip_hf.data.scenes import scenes_dataset
@@ -129,6 +130,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         )
     if options.text_pairs and not options.num_long_texts:
         raise ValueError("--text_pairs pairs short captions with long texts: --num_long_texts must be 1 or more.")
+    output = Path(args.output_dir)
+    if output.is_dir() and any(output.iterdir()) and not args.resume_from_checkpoint:
+        raise ValueError(f"--output_dir {output}: not empty; choose another, or give --resume_from_checkpoint.")
     sampling = CaptionSampling(options.num_long_texts, options.num_sentences or None)
     records = read_records(options.data, options.mapping, options.num_scenes, "train")
     table = draw_texts(records, sampling, args.seed)
@@ -142,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if not any(isinstance(module, Normalize) for module in model):
         model.append(Normalize())  # so that `encode` gives embeddings of length 1
     lotlip = model[0].model
+    if not isinstance(lotlip, LoTLIPModel):
+        raise ValueError(f"--model {options.model}: a {type(lotlip).__name__}, not a LoTLIPModel.")
     for parameter in (lotlip.logit_scale, lotlip.text_model.corner_embeds):
         if parameter is not None:
             parameter.requires_grad_(False)
@@ -158,15 +164,18 @@ def main(argv: Sequence[str] | None = None) -> Path:
         evaluator = retrieval(draw_texts(held_out, WHOLE_CAPTIONS, args.seed))
     trainer = SentenceTransformerTrainer(model, args, train_dataset=DatasetDict(pairs), loss=loss, evaluator=evaluator)
     before = evaluator(model) if evaluator else {}
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
         after = evaluator(model) if evaluator else {}
         for name in (name for name in after if "accuracy" in name):
             print(f"{name}: {before[name]:.3f} before, {after[name]:.3f} after")
         print(f"The model and its processor: {args.output_dir}")
-    return Path(args.output_dir)
+    return output
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error

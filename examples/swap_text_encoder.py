@@ -125,11 +125,17 @@ def load(args: argparse.Namespace) -> tuple[DiffusionPipeline, DiffusionPipeline
 
 def check_files(args: argparse.Namespace) -> None:
     """Before hours of drawing, what would go wrong at their end."""
+    for option, value, least in (("--num-steps", args.num_steps, 1), ("--seed", args.seed, 0)):
+        if not least <= value < 2**63:
+            raise ValueError(f"{option} {value}: expected {least} or more.")
     if args.output.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--output {args.output}: not the name of a picture; take one that ends in .png.")
     if args.save is not None and args.save.exists() and (not args.save.is_dir() or any(args.save.iterdir())):
         raise ValueError(f"--save {args.save}: exists already; choose another name or remove it.")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {args.output}: its folder cannot be made ({error}).") from error
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -335,7 +335,12 @@ def _load_model(path: str | os.PathLike) -> PreTrainedModel:
         raise ValueError(
             f"{path} is a whole pipeline: give the folder of its text encoder, such as text_encoder in it."
         )
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise OSError(
+            f"{path}: no such folder, and not to be had from the Hub ({str(error).splitlines()[0]})"
+        ) from error
     architecture = (config.architectures or [type(config).__name__.replace("Config", "Model")])[0]
     if architecture not in TEXT_CLASSES:
         raise ValueError(f"{path} holds a {architecture}: expected one of {', '.join(TEXT_CLASSES)}.")

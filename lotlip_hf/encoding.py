@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
@@ -67,10 +68,14 @@ def load_model(
         raise FileNotFoundError(f"{name}: no such checkpoint folder.")
     if any(os.path.isfile(os.path.join(name, file)) for file in ONNX_FILES.values()):
         model = LoTLIPOnnxModel.from_pretrained(name)
-        if device is not None:
-            model.to(device)  # refuses all but the CPU
+        try:
+            model.to(device="cpu" if device is None else device)  # refuses all but the CPU
+        except RuntimeError as error:
+            raise ValueError(
+                f"`device` {str(device)!r} cannot be used here ({str(error).splitlines()[0]})."
+            ) from error
         if dtype != "auto":
-            model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         # no PreTrainedModel, but what is asked of one here
         return cast(PreTrainedModel, model), AutoProcessor.from_pretrained(name)
     if device is None:
@@ -90,7 +95,7 @@ def _load(name: str, device: str | torch.device, dtype: str | torch.dtype) -> tu
         if name in str(error):
             raise
         raise OSError(f"{name}: no such checkpoint folder, and not to be had from the Hub ({error})") from error
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise ValueError(f"{name}: {error}") from error
     model_class = AutoModel._model_mapping.get(type(config), None)
     needed = ("get_text_features", "get_image_features")

@@ -125,8 +125,11 @@ class LoTLIPOnnxModel(nn.Module):
     @property
     def logit_scale(self) -> torch.Tensor:
         """Scalar: the logarithm of the factor on the cosine similarities, as it was trained."""
-        metadata = self._session("vision").get_modelmeta().custom_metadata_map
-        return torch.tensor(float(metadata[LOGIT_SCALE]))
+        for session in self.sessions.values():
+            metadata = session.get_modelmeta().custom_metadata_map
+            if LOGIT_SCALE in metadata:
+                return torch.tensor(float(metadata[LOGIT_SCALE]))
+        raise ValueError(f"{self.folder} was exported from a tower by itself, which has no `logit_scale`.")
 
     def to(self, *args: Any, **kwargs: Any) -> "LoTLIPOnnxModel":
         """
@@ -136,12 +139,13 @@ class LoTLIPOnnxModel(nn.Module):
             ValueError: for anything else, which is chosen when the model is exported and opened.
         """
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if (device is not None and device.type != "cpu") or dtype not in (None, torch.float32):
+        if device is not None and device.type != "cpu":
             raise ValueError(
-                f"An ONNX model cannot be moved to {device or dtype}: choose the device when it is opened, with "
-                'LoTLIPOnnxModel.from_pretrained(folder, providers=["CUDAExecutionProvider"]), and int8 when it is '
-                "exported."
+                f"An ONNX model takes and gives CPU tensors, not {device}; what computes is chosen when it is opened: "
+                'LoTLIPOnnxModel.from_pretrained(folder, providers=["CUDAExecutionProvider"]).'
             )
+        if dtype not in (None, torch.float32):
+            raise ValueError(f"An ONNX model's precision is chosen when it is exported; it cannot become {dtype}.")
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]

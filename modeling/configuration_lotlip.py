@@ -39,17 +39,21 @@ class _LoTLIPBaseConfig(PreTrainedConfig):
 
     format_version: int = FORMAT_VERSION
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def _check_version(self) -> None:
+        """Before anything else, which a newer version may have changed."""
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"{type(self).__name__}: written by a newer lotlip-hf (`format_version` {self.format_version}; this "
                 f"one reads {FORMAT_VERSION}). Upgrade lotlip-hf, or without it pass trust_remote_code=True."
             )
+
+    def __post_init__(self, **kwargs: Any) -> None:
         auto_map = {name: f"modeling_lotlip.{class_name}" for name, class_name in self.auto_classes.items()}
         auto_map["AutoConfig"] = f"configuration_lotlip.{type(self).__name__}"
         # what another repository's code would be run for stays behind
         given = kwargs.pop("auto_map", None) or {}
-        self.auto_map = {**auto_map, **{name: reference for name, reference in given.items() if "--" not in reference}}
+        own = {name: ref for name, ref in given.items() if isinstance(ref, str) and "--" not in ref}
+        self.auto_map = {**auto_map, **own}
         unknown = sorted(name for name in kwargs if name not in _KNOWN_FIELDS and not name.startswith("_"))
         if unknown:
             logger.warning(
@@ -84,6 +88,7 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
     initializer_range = _backbone_attribute("initializer_range")
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_version()
         backbone = self.default_backbone if self.backbone_config is None else self.backbone_config
         if isinstance(backbone, dict):
             backbone = dict(backbone)
@@ -302,6 +307,7 @@ class LoTLIPConfig(_LoTLIPBaseConfig):
     long_loss_weight: float = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_version()
         for key, config_class in self.sub_configs.items():
             sub_config = getattr(self, key)
             if isinstance(sub_config, config_class):

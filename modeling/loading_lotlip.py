@@ -2,21 +2,22 @@
 
 import hashlib
 import os
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, RepoFile, constants
+from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import build_hf_headers, get_session
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Files of at most so many bytes are checked at each loading, larger ones when they have just come.
-SMALL_FILE = 1_000_000
+# In a repository's folder of the cache: the files that were checked, so that each is read for it once.
+CHECKED = ".lotlip-checked"
 CODE_FILES = sorted(Path(__file__).parent.glob("*_lotlip.py"))
+IS_INSTALLED = __name__.startswith("lotlip_hf.")  # else this is a checkpoint's own code
 
 
 @contextmanager
@@ -25,7 +26,8 @@ def checked_download(
 ) -> Iterator[None]:
     """
     Loading from the Hub inside it ends with a check of the files in the cache against their checksums, which are their
-    names there; a damaged one is removed. huggingface_hub itself compares sizes alone.
+    names there; a damaged one is removed. huggingface_hub itself compares sizes alone. A cache without symbolic links,
+    as on some Windows machines, names no checksums and is not checked.
 
     Args:
         name_or_path: What is loaded. Nothing is checked of a folder.
@@ -34,42 +36,52 @@ def checked_download(
     Raises:
         OSError: if a file is damaged.
     """
-    cache, started = Path(cache_dir or constants.HF_HUB_CACHE), time.time()
+    cache = Path(cache_dir or constants.HF_HUB_CACHE)
     try:
         yield
     except Exception as error:
-        _refuse_damaged(name_or_path, cache, started, error)
+        _refuse_damaged(name_or_path, cache, error)
         raise
-    _refuse_damaged(name_or_path, cache, started)
+    _refuse_damaged(name_or_path, cache)
 
 
-def _refuse_damaged(
-    name_or_path: str | os.PathLike | None, cache: Path, started: float, cause: Exception | None = None
-) -> None:
+def _refuse_damaged(name_or_path: str | os.PathLike | None, cache: Path, cause: Exception | None = None) -> None:
     if name_or_path is None or os.path.exists(name_or_path):
         return
-    damaged = _remove_damaged(cache / repo_folder_name(repo_id=str(name_or_path), repo_type="model"), started)
-    if damaged:
-        raise OSError(
-            f"{name_or_path}: {', '.join(damaged)} did not come whole from the Hub and has been removed from the "
-            f"cache ({cache}): load again."
-        ) from cause
+    damaged = _damaged(cache / repo_folder_name(repo_id=str(name_or_path), repo_type="model"))
+    if not damaged:
+        return
+    names = ", ".join(sorted({link.name for link in damaged}))
+    problem = f"{name_or_path}: {names} did not come whole from the Hub and"
+    try:
+        for link in damaged:
+            blob = link.resolve()
+            link.unlink(missing_ok=True)
+            blob.unlink(missing_ok=True)
+            if not IS_INSTALLED:  # transformers' copy of a checkpoint's code, which runs
+                Path(__file__).with_name(link.name).unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"{problem} cannot be removed from the cache ({cache}): {error}.") from cause
+    raise OSError(f"{problem} has been removed from the cache ({cache}): load again.") from cause
 
 
-def _remove_damaged(repository: Path, started: float) -> list[str]:
-    """Removes what does not match its checksum from a repository's folder in the cache; returns the files' names."""
-    damaged = []
+def _damaged(repository: Path) -> list[Path]:
+    """The links in a repository's folder of the cache to what does not match its checksum."""
+    record = repository / CHECKED
+    checked = set(record.read_text(encoding="utf-8").split("\n")) if record.is_file() else set()
+    damaged, whole = [], []
     for link in repository.glob("snapshots/*/**/*"):
-        if not link.is_symlink() or not link.is_file():  # a cache without links does not name the checksums
+        if not link.is_symlink() or not link.is_file():
             continue
         blob = link.resolve()
         status = blob.stat()
-        if (status.st_size <= SMALL_FILE or status.st_mtime >= started - 1) and not _is_whole(blob):
-            damaged.append((link, blob))
-    for link, blob in damaged:
-        link.unlink()
-        blob.unlink(missing_ok=True)
-    return sorted({link.name for link, _ in damaged})
+        entry = f"{blob.name} {status.st_size} {status.st_mtime_ns}"
+        if entry not in checked:
+            (whole if _is_whole(blob) else damaged).append((link, entry))
+    if whole:
+        with suppress(OSError), record.open("a", encoding="utf-8") as file:  # of a read-only cache, checked each time
+            file.write("".join(f"{entry}\n" for _, entry in whole))
+    return [link for link, _ in damaged]
 
 
 def _is_whole(blob: Path) -> bool:
@@ -90,7 +102,11 @@ def _digest(file: Path, digest: Any) -> str:
 
 
 def warn_of_other_code(
-    name_or_path: str | os.PathLike | None, revision: str | None = None, token: str | bool | None = None
+    name_or_path: str | os.PathLike | None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str = "",
+    local_files_only: bool = False,
 ) -> None:
     """
     Tells of a checkpoint that was published with other code than this, which is the code that runs.
@@ -99,16 +115,23 @@ def warn_of_other_code(
         name_or_path: What is loaded, a folder or a Hub id.
         revision: Branch, tag or commit of a Hub id.
         token: The Hub's.
+        subfolder: Where the checkpoint lies in it.
+        local_files_only: Whether the Hub is not to be asked.
     """
-    if name_or_path is None or not __name__.startswith("lotlip_hf."):  # else this is the checkpoint's own code
+    if name_or_path is None or not IS_INSTALLED:
         return
     if os.path.isdir(name_or_path):
-        files = (Path(name_or_path) / own.name for own in CODE_FILES)
+        files = (Path(name_or_path, subfolder, own.name) for own in CODE_FILES)
         others = {file.name: git_hash(file) for file in files if file.is_file()}
+    elif local_files_only or constants.HF_HUB_OFFLINE:
+        return
     else:
+        url = f"{constants.ENDPOINT}/api/models/{name_or_path}/tree/{revision or 'main'}/{subfolder}".rstrip("/")
         try:
-            tree = HfApi(token=token).list_repo_tree(str(name_or_path), revision=revision)
-            others = {entry.path: entry.blob_id for entry in tree if isinstance(entry, RepoFile)}
+            # once, without the retries of huggingface_hub, for loading does not depend on it
+            response = get_session().get(url, headers=build_hf_headers(token=token), timeout=5)
+            response.raise_for_status()
+            others = {entry["path"].rpartition("/")[2]: entry["oid"] for entry in response.json()}
         except Exception as error:  # no connection, no such repository: of that, loading tells
             logger.debug(f"{name_or_path}: its code was not compared ({error}).")
             return

@@ -145,18 +145,25 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
         Raises:
             OSError: if there is no such checkpoint, it has no weights in safetensors, or a file came damaged.
         """
-        needs_safetensors = "use_safetensors" not in kwargs
-        kwargs.setdefault("use_safetensors", True)
-        warn_of_other_code(pretrained_model_name_or_path, kwargs.get("revision"), kwargs.get("token"))
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        warn_of_other_code(
+            pretrained_model_name_or_path,
+            kwargs.get("revision"),
+            kwargs.get("token"),
+            kwargs.get("subfolder") or "",
+            kwargs.get("local_files_only", False),
+        )
         with checked_download(pretrained_model_name_or_path, kwargs.get("cache_dir")):
             try:
                 return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             except OSError as error:
-                if not needs_safetensors or "file named" not in str(error):  # no connection, no access, ...
+                if "file named model.safetensors" not in str(error):  # no connection, no access, ...
                     raise
                 raise OSError(
-                    f"{pretrained_model_name_or_path}: no weights in safetensors there. Pickled ones (.bin, .pt) can "
-                    "run code when they are read, and were not; pass use_safetensors=False if you trust them."
+                    f"{pretrained_model_name_or_path}: no weights in safetensors there, and others are not read: "
+                    "pickled ones (.bin, .pt) can run code; if it has such, pass use_safetensors=False if you trust "
+                    "them."
                 ) from error
 
     def post_init(self) -> None:

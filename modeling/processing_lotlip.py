@@ -67,11 +67,17 @@ class LoTLIPProcessor(ProcessorMixin):
         with checked_download(pretrained_model_name_or_path, kwargs.get("cache_dir")):
             processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         loaded = processor[0] if isinstance(processor, tuple) else processor  # with `return_unused_kwargs`
-        if loaded.tokenizer.pad_token is None:
-            raise OSError(
-                f"{pretrained_model_name_or_path}: its tokenizer has no padding token; its tokenizer_config.json is "
-                "missing, or the Hub did not give it."
-            )
+        # transformers takes a file that the Hub did not give for one that is not there
+        for missing, file in (
+            (loaded.tokenizer.pad_token is None, "tokenizer_config.json"),
+            (len(loaded.tokenizer) <= len(loaded.tokenizer.all_special_tokens), "tokenizer.json"),
+        ):
+            if missing:
+                what = "no padding token" if file == "tokenizer_config.json" else "no words"
+                raise OSError(
+                    f"{pretrained_model_name_or_path}: its tokenizer has {what}; its {file} is missing, or the Hub "
+                    "did not give it."
+                )
         return processor
 
     def save_pretrained(

@@ -707,3 +707,14 @@ def test_a_data_set_on_the_hub(streaming: bool, tmp_path: Path, monkeypatch: pyt
     assert Image.open(io.BytesIO(rows[2]["image"]["bytes"])).getpixel((0, 0)) == (80, 0, 90)
     with pytest.raises(ValueError, match="somebody/pictures: there is no column 'image_file'"):
         load_records("somebody/pictures", ColumnMapping("image_file", "long_captions"), streaming=streaming)
+
+
+def test_what_is_hidden_is_no_data(tmp_path: Path) -> None:
+    # `lotlip search` keeps its index in the folder that it searched
+    (tmp_path / ".lotlip").mkdir()
+    (tmp_path / ".lotlip" / "entries.jsonl").write_text('{"file": "cat.png"}\n')
+    encoded_image = encoded(render(scene(0), image_size=32))
+    (tmp_path / "cat.png").write_bytes(encoded_image)
+    row = {"image": "cat.png", "short_caption": "a cat", "long_captions": ["A cat sits."]}
+    (tmp_path / "captions.jsonl").write_text(json.dumps(row) + "\n")
+    assert load_records(tmp_path, "records")["short_caption"] == ["a cat"]

@@ -885,6 +885,9 @@ def test_the_example_with_a_pipeline_and_a_model(tmp_path: Path, capsys: pytest.
         (["--pipeline", "nowhere/at all"], "nowhere/at all"),
         (["--output", "picture"], "--output picture: not the name of a picture"),
         (["--save", "."], "--save .: exists already"),
+        (["--num-steps", "0"], "--num-steps 0: expected 1 or more"),
+        (["--seed", "-1"], "--seed -1: expected 0 or more"),
+        (["--output", "file/picture.png"], "--output file/picture.png: its folder cannot be made"),
     ],
 )
 def test_the_example_checks_before_it_draws(
@@ -1034,7 +1037,7 @@ def test_more_that_is_refused(tmp_path: Path) -> None:
         swap_text_encoder(empty, model)
 
     pipe = pipeline("sd")
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(OSError, match="nowhere: no such folder"):
         swap_text_encoder(pipe, tmp_path / "nowhere")
     model.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="bare: no tokenizer found .* Give `tokenizer`"):

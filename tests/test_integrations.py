@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -398,9 +399,33 @@ def test_example_says_what_it_cannot_do(
 ) -> None:
     with pytest.raises(ValueError, match="--num_long_texts must be 1 or more"):
         run_example(example, clip_checkpoint, pictures, tmp_path, "--text_pairs --num_long_texts 0")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(ValueError, match="full: not empty; choose another, or give --resume_from_checkpoint"):
+        run_example(example, clip_checkpoint, pictures, tmp_path / "full", "")
+    tiny_clip.save_clip(tmp_path / "clip")
+    with pytest.raises(ValueError, match="clip: a .*, not a LoTLIPModel"):
+        run_example(example, tmp_path / "clip", pictures, tmp_path / "new", "--max_steps 1")
     monkeypatch.setattr(example.SentenceTransformerTrainingArguments, "world_size", 2)
     with pytest.raises(ValueError, match="--text_pairs trains in one process alone"):
         run_example(example, clip_checkpoint, pictures, tmp_path, "--text_pairs")
+
+
+def test_example_goes_on_where_it_was(
+    example: ModuleType, clip_checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    options = f"--num_long_texts 0 --max_steps 4 --per_device_train_batch_size {NUM_PICTURES} --disable_tqdm true"
+    whole = run_example(example, clip_checkpoint, pictures, tmp_path / "whole", f"{options} --save_strategy no")
+    options += " --save_strategy steps --save_steps 2"
+    run_example(example, clip_checkpoint, pictures, tmp_path / "half", options)
+    shutil.rmtree(tmp_path / "half" / "checkpoint-4")
+    options += f" --resume_from_checkpoint {tmp_path / 'half' / 'checkpoint-2'}"
+    resumed = run_example(example, clip_checkpoint, pictures, tmp_path / "half", options)
+    state = json.loads((tmp_path / "half" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+    expected = AutoModel.from_pretrained(whole).state_dict()
+    for name, tensor in AutoModel.from_pretrained(resumed).state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], **TOLERANCE)
 
 
 @pytest.mark.slow  # starts Python twice more

@@ -503,11 +503,12 @@ def test_it_stays_where_it_is(exported: Path) -> None:
     with pytest.raises(ValueError, match="floating point"):
         model.get_image_features(torch.zeros(1, 3, size, size, dtype=torch.uint8))
     assert model.to("cpu") is model.to(torch.float32) is model
-    for place in ("cuda", torch.bfloat16):
-        with pytest.raises(ValueError, match="cannot be moved to .*CUDAExecutionProvider"):
-            model.to(place)
+    with pytest.raises(ValueError, match="takes and gives CPU tensors, not cuda.*CUDAExecutionProvider"):
+        model.to("cuda")
+    with pytest.raises(ValueError, match=r"chosen when it is exported; it cannot become torch\.bfloat16"):
+        model.to(torch.bfloat16)
     processor = AutoProcessor.from_pretrained(exported)
-    with pytest.raises(ValueError, match="cannot be moved to cuda"):
+    with pytest.raises(ValueError, match="takes and gives CPU tensors, not cuda"):
         encode_texts(model, processor, ["a cat"], device="cuda", progress=False)
 
 

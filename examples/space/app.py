@@ -266,7 +266,8 @@ def summary(encoder: Encoder, ranking: Ranking) -> str:
     if ranking.text_was_cut:
         notes.append(f"The description is longer: it was cut at {ranking.max_length} tokens, the rest was not read.")
     if ranking.num_cut_sentences:
-        notes.append(f"{ranking.num_cut_sentences} of the sentences alone are longer, and were cut there as well.")
+        sentences = "sentence" if ranking.num_cut_sentences == 1 else "sentences"
+        notes.append(f"{ranking.num_cut_sentences} {sentences} of it, taken alone, had to be cut there as well.")
     if len(ranking.images) > NUM_SHOWN:
         lines.append(f"the first {NUM_SHOWN} of {len(ranking.images)} pictures are shown")
     return f'<div class="model"><h2>{html.escape(encoder.name)}</h2><p>{"; ".join(lines)}</p></div>{notice(notes)}'

@@ -326,6 +326,10 @@ def _undecoded(dataset: Any) -> Any:
     return dataset
 
 
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def _find_files(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
     """The files that a source means, sorted by name."""
     if not isinstance(source, str | os.PathLike):
@@ -339,7 +343,9 @@ def _find_files(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list
             if (path / name).is_file():
                 return [str(path / name)]
         for extensions in ((".tar",), (".parquet",), (".jsonl", ".jsonlines"), (".json",), (".csv", ".tsv")):
-            files = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in extensions)
+            found = (file for file in path.rglob("*") if file.suffix.lower() in extensions)
+            # what is hidden is not the user's data: `lotlip search` keeps its index so
+            files = sorted(str(file) for file in found if not _is_hidden(file.relative_to(path)))
             if files:
                 return files
         raise FileNotFoundError(
