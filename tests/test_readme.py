@@ -1,5 +1,6 @@
 """Every Python snippet and every `lotlip` command of the README and of the model card, run as written."""
 
+import json
 import re
 import shlex
 import shutil
@@ -18,10 +19,12 @@ from transformers import (
 
 import tiny_clip
 import tiny_diffusion
+from lotlip_hf import LoTLIPModel
 from lotlip_hf.cli import main as lotlip
 from lotlip_hf.conversion import clip as conversion_clip
 from lotlip_hf.conversion import stock as conversion_stock
 from lotlip_hf.conversion.clip import convert as convert_clip
+from lotlip_hf.data.scenes import long_captions, render, scene, short_caption
 from lotlip_hf.training.arguments import TrainingConfig, parse_arguments
 from scripts import load_script
 
@@ -53,6 +56,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, golden: Path, official_ch
     (folder / "photos").mkdir()
     shutil.copyfile(golden / "images" / "RGB_640x480.png", folder / "photos" / "cat.png")
     shutil.copyfile(golden / "images" / "L_300x200.png", folder / "photos" / "dog.png")
+    (folder / "pictures").mkdir()
+    with (folder / "pictures" / "metadata.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(8):
+            one = scene(number)
+            render(one, image_size=32).save(folder / "pictures" / f"{number}.png")
+            captions = {"short_caption": short_caption(one), "long_captions": long_captions(one)}
+            file.write(json.dumps({"file_name": f"{number}.png", "id": one.id, **captions}) + "\n")
     (folder / "captions.txt").write_text("A cat.\nA dog stands on a lawn. It holds a ball.\n", encoding="utf-8")
     for file in (golden / "official-corners2").iterdir():
         shutil.copyfile(file, folder / file.name)
@@ -151,6 +161,19 @@ def test_an_adapter_is_trained_and_swapped_in(cwd: Path) -> None:
         load_script(f"examples/{name}.py").main(words)
     assert (cwd / "aligned" / "report.png").is_file()
     assert (cwd / "picture.png").is_file()
+
+
+def test_finetuning_commands(cwd: Path) -> None:
+    for name, made in (("finetune_with_trainer", "finetuned"), ("finetune_lora", "lora/merged")):
+        (words,) = commands("README.md", f"examples/{name}.py")
+        load_script(f"examples/{name}.py").main(words)
+        assert type(AutoModel.from_pretrained(cwd / made)) is LoTLIPModel
+
+
+def test_commands_that_go_on_have_options_that_exist() -> None:
+    for script in ("examples/space/app.py", "benchmarks/ablation.py"):
+        for words in commands("README.md", script):
+            load_script(script).parse_arguments(words)
 
 
 def test_make_targets_exist() -> None:

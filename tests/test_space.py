@@ -234,15 +234,13 @@ def test_arguments_that_do_not_fit_are_named(
         app.main([])
     assert "LOTLIP_MODEL" in capsys.readouterr().err
     monkeypatch.setenv("LOTLIP_MODEL", str(tmp_path / "nowhere"))
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="nowhere: no such checkpoint folder"):
         app.main([])
-    assert "nowhere: no such checkpoint folder" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         app.main(["--model", str(clip_checkpoint), "--port", "65536"])
     assert "--port 65536: expected a number from 1 to 65535" in capsys.readouterr().err
-    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(SystemExit, match="2"):
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(SystemExit, match="try another --port"):
         app.main(["--model", str(clip_checkpoint), "--port", str(server.getsockname()[1])])
-    assert "try another --port" in capsys.readouterr().err
 
 
 def test_the_space_asks_for_what_the_package_needs() -> None:

@@ -421,8 +421,8 @@ def build(encoders: Sequence[Encoder], examples: tuple[list[str], list[str]] = (
     return page
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Loads the models and serves the page until it is interrupted."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default=os.environ.get("LOTLIP_MODEL"), help="checkpoint folder or Hub id")
     parser.add_argument("--compare", default=os.environ.get("LOTLIP_COMPARE"), help="another one, to show beside it")
@@ -433,16 +433,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("name a checkpoint, with --model or, on a Space, in the variable LOTLIP_MODEL")
     if arguments.port is not None and not 0 < arguments.port < 65536:
         parser.error(f"--port {arguments.port}: expected a number from 1 to 65535")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Loads the models and serves the page until it is interrupted."""
+    arguments = parse_arguments(argv)
     try:
         encoders = [load_encoder(name) for name in (arguments.model, arguments.compare) if name]
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        raise SystemExit(f"error: {error}") from error
     with tempfile.TemporaryDirectory() as folder:
         page = build(encoders, draw_examples(folder))
         try:
             page.launch(server_port=arguments.port, share=arguments.share, ssr_mode=False, css=STYLE, theme=THEME)
         except OSError as error:
-            parser.error(f"the page cannot be served; try another --port ({error})")
+            raise SystemExit(f"error: the page cannot be served; try another --port ({error})") from error
 
 
 if __name__ == "__main__":
