@@ -1,16 +1,20 @@
 """Publishing on the Hub: weights, code, tokenizer, processor and card of a checkpoint, whole and in one commit."""
 
+import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub import (
     CommitInfo,
@@ -20,12 +24,14 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelCardData,
+    snapshot_download,
 )
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import AutoProcessor
 
 from .encoding import load_model
+from .modeling.loading_lotlip import checked_download
 from .modeling.modeling_lotlip import LoTLIPModel
 
 logger = logging.getLogger(__name__)
@@ -53,13 +59,24 @@ SENTENCE_TRANSFORMERS: dict[str, Any] = {
 }
 CARD_TEMPLATE = Path(__file__).with_name("MODEL_CARD.md")
 TAGS = ["lotlip", "long-captions", "image-text-retrieval", "zero-shot-image-classification", "sentence-transformers"]
-# What an earlier commit may have left that would be read beside this one: weights in other shards, older code,
-# settings of the processor in other files.
+LANGUAGES = {
+    **{"en": "English", "zh": "Chinese", "de": "German", "es": "Spanish", "fr": "French", "it": "Italian"},
+    **{"ja": "Japanese", "ko": "Korean", "pt": "Portuguese", "ru": "Russian", "multilingual": "many languages"},
+}
+# What an earlier commit may have left that would be read beside this one: weights in other shards, an adapter, older
+# code, settings of the processor in other files. Only beside it: folders are somebody's own.
 STALE = [
-    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*_lotlip.py"),
+    *("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),
+    *("adapter_config.json", "adapter_model.*", "*_lotlip.py"),
     *("preprocessor_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt"),
 ]
+# In cards that transformers' Trainer and sentence-transformers write beside each checkpoint: nobody's own words.
+GENERATED = [
+    *("has been generated automatically", "has been automatically generated"),
+    "This is a [sentence-transformers](https://www.SBERT.net) model",
+]
+MAX_SHARD_SIZE = "5GB"
 PAUSES = (1, 5)  # seconds before a commit that met a server's trouble is tried again
 ADVICE = {
     401: "Log in with `hf auth login`, or set HF_TOKEN.",
@@ -80,19 +97,27 @@ class CardFields:
         license: The weights' licence, such as `"apache-2.0"`. Without one nobody may use them.
         base_model: Hub ids of the models that it was made from. By default those that the training was given.
         datasets: Hub ids of the data sets that it was trained on. By default the one that the training was given.
-        language: Languages that it reads.
+        language: Languages that it reads, as ISO 639 codes; by default `"en"`.
         tags: More tags.
         results: Files of results, as [`read_results`] takes them.
         origin: A sentence or two on where the weights come from. By default what the training's options say.
+
+    A single string stands for a list of one.
     """
 
     license: str | None = None
     base_model: Sequence[str] = ()
     datasets: Sequence[str] = ()
-    language: Sequence[str] = ("en",)
+    language: Sequence[str] = ()
     tags: Sequence[str] = ()
     results: Sequence[str | os.PathLike] = ()
     origin: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("base_model", "datasets", "language", "tags", "results"):
+            value = getattr(self, name)
+            if isinstance(value, (str, os.PathLike)):
+                object.__setattr__(self, name, (value,))
 
 
 def push(
@@ -107,33 +132,38 @@ def push(
     commit_message: str | None = None,
     commit_description: str | None = None,
     create_pr: bool = False,
-    max_shard_size: int | str = "5GB",
-    tags: Sequence[str] | None = None,
+    max_shard_size: int | str | None = None,
+    tags: str | Sequence[str] | None = None,
 ) -> CommitInfo:
     """
     Publishes a checkpoint: what [`write_repository`] writes, in one commit, so that nobody loads a half. Files of an
     earlier commit that would be read instead are removed by it. An upload that broke off is repeated by the same call;
-    what the Hub has already is not sent again. What it stored is compared with what was sent.
+    what the Hub has already is not sent again. What it stored is compared with what was sent; what arrived damaged is
+    sent once more, and removed if that does not help.
+
+    The card is the one beside the checkpoint; else the one that somebody wrote in the repository; else ours.
 
     Args:
         model_or_path: A [`LoTLIPModel`], or a checkpoint folder or Hub id of one.
-        repo_id: `"organisation/name"`, which is created if need be.
+        repo_id: `"organisation/name"`, or `"name"` for one's own, which is created if need be.
         processor: The processor of a model; by default the one beside the checkpoint that the model was loaded from.
+            On the Hub that is the one on `main`: a model does not remember its `revision`.
         card: What the card says; see [`CardFields`].
         private: Whether a new repository is private; by default what the organisation has set.
-        revision: Branch, which is created if need be; by default `"main"`.
+        revision: Branch, which is created if need be, or a pull request (`"refs/pr/1"`); by default `"main"`.
         token: The Hub's; by default the one of `hf auth login` or `HF_TOKEN`.
         commit_message: First line of the commit.
         commit_description: Its other lines.
         create_pr: Whether to open a pull request instead of writing to the branch.
-        max_shard_size: Largest file of weights.
+        max_shard_size: Largest file of weights; by default 5 GB.
         tags: More tags, in place of those in `card`.
 
     Returns:
         What the Hub says of the commit.
 
     Raises:
-        ValueError: if `repo_id` is no id, or the checkpoint is no LoTLIP, has no processor or does not fit.
+        ValueError: if `repo_id` is no id, the checkpoint is no LoTLIP, has no processor, does not fit or has an
+            adapter, or its card or the training's options cannot be read.
         OSError: if the Hub refuses or the connection breaks; the message says what to do.
     """
     validate_repo_id(repo_id)
@@ -141,34 +171,18 @@ def push(
     card = card if tags is None else replace(card, tags=tags)
     api = HfApi(token=token, library_name="lotlip-hf")
     with tempfile.TemporaryDirectory() as temporary, _explained(repo_id):
-        folder = write_repository(
-            model_or_path, Path(temporary, "repository"), repo_id, processor, card, max_shard_size=max_shard_size
-        )
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
+        with _explained(str(getattr(model_or_path, "name_or_path", model_or_path))):
+            model, processor, source = _loaded(model_or_path, processor, token)
+        folder = Path(temporary, "repository")
+        _write(folder, model, processor, source, repo_id, card, max_shard_size)  # whole, before anything is created
+        repo_id = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+        if revision is not None and not revision.startswith("refs/pr/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = _commit(
-            api,
-            repo_id,
-            folder,
-            revision=revision,
-            commit_message=commit_message or "Upload LoTLIP",
-            commit_description=commit_description,
-            create_pr=create_pr,
+        there = _card_there(api, repo_id, revision, Path(temporary, "there"))
+        (folder / "README.md").write_bytes(_card_text(model, processor, source, repo_id, card, there))
+        return _publish(
+            api, repo_id, folder, revision, create_pr, commit_message or "Upload LoTLIP", commit_description or ""
         )
-        stored = api.verify_repo_checksums(repo_id, revision=commit.oid, local_dir=folder)
-        damaged = sorted(mismatch["path"] for mismatch in stored.mismatches)
-        if damaged:
-            api.create_commit(
-                repo_id,
-                [CommitOperationDelete(path) for path in damaged],
-                revision=commit.pr_revision or revision,
-                commit_message="Remove what did not arrive whole",
-            )
-        damaged += stored.extra_paths  # which are here alone
-        if damaged:
-            raise OSError(f"{repo_id}: {', '.join(damaged)} did not arrive whole and is not there. Push again.")
-    return commit
 
 
 def write_repository(
@@ -178,12 +192,13 @@ def write_repository(
     processor: Any | None = None,
     card: CardFields | None = None,
     *,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
 ) -> Path:
     """
     Writes the folder that [`push`] publishes: weights in safetensors, configuration, tokenizer, processor, the code
     that `trust_remote_code=True` runs, what sentence-transformers reads, and a card, `README.md`. A card that lies
-    beside the checkpoint is kept; only its results are brought up to date.
+    beside the checkpoint is kept, unless a trainer generated it; only what `card` gives is brought up to date in its
+    metadata. No network is used for a checkpoint folder, so a card in the repository is not seen.
 
     Args:
         model_or_path: As in [`push`].
@@ -197,22 +212,33 @@ def write_repository(
         The folder.
 
     Raises:
-        ValueError: if the checkpoint is no LoTLIP, has no processor or does not fit.
+        ValueError: as [`push`].
         FileExistsError: if there is something in `output`.
     """
-    output, card = Path(output), card or CardFields()
+    output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists already: choose another name or remove it.")
-    model, processor, source = _loaded(model_or_path, processor)
+    _write(output, *_loaded(model_or_path, processor), repo_id, card or CardFields(), max_shard_size)
+    return output
+
+
+def _write(
+    output: Path,
+    model: LoTLIPModel,
+    processor: Any,
+    source: Path | None,
+    repo_id: str,
+    card: CardFields,
+    max_shard_size: int | str | None,
+) -> None:
     text = _card_text(model, processor, source, repo_id, card)  # before anything is written
     output.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(output, max_shard_size=max_shard_size)
+    model.save_pretrained(output, max_shard_size=max_shard_size or MAX_SHARD_SIZE)
     processor.save_pretrained(output)
     for name, settings in SENTENCE_TRANSFORMERS.items():
         (output / name).parent.mkdir(exist_ok=True)
         (output / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (output / "README.md").write_text(text, encoding="utf-8")
-    return output
+    (output / "README.md").write_bytes(text)
 
 
 def read_results(file: str | os.PathLike) -> list[EvalResult]:
@@ -253,36 +279,116 @@ def read_results(file: str | os.PathLike) -> list[EvalResult]:
         ) from error
 
 
-def _loaded(model_or_path: Any, processor: Any) -> tuple[LoTLIPModel, Any, Path | None]:
+def _loaded(
+    model_or_path: Any, processor: Any, token: str | bool | None = None
+) -> tuple[LoTLIPModel, Any, Path | None]:
     """Model, processor, and the folder that they come from, if it is one."""
-    if isinstance(model_or_path, LoTLIPModel):
-        model, source = model_or_path, model_or_path.name_or_path
-        if processor is None:
-            try:
-                processor = AutoProcessor.from_pretrained(source)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    "The model was not loaded from a checkpoint with a processor: give its `processor`."
-                ) from error
+    if isinstance(model_or_path, torch.nn.Module):
+        model, source = model_or_path, str(getattr(model_or_path, "name_or_path", ""))
     else:
-        source = os.fspath(model_or_path)
-        model, own_processor = load_model(source, device="cpu")
+        source = folder = os.fspath(model_or_path)
+        if token is not None and not os.path.exists(source):
+            with checked_download(source):
+                folder = snapshot_download(
+                    source,
+                    token=token,
+                    allow_patterns=["*.json", "*.safetensors", "*.txt", "*.py", "*.model"],
+                    ignore_patterns=["*/*"],
+                )
+        model, own_processor = load_model(folder, device="cpu")
         processor = own_processor if processor is None else processor
     if not isinstance(model, LoTLIPModel):
-        raise ValueError(f"{model_or_path} holds a {type(model).__name__}: only a LoTLIPModel can be published here.")
+        what = f"A {type(model).__name__}" if model is model_or_path else f"{source} holds a {type(model).__name__}"
+        raise ValueError(f"{what}: only a LoTLIPModel can be published here.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"{source or 'The model'} has a PEFT adapter, without which its weights are others: merge the adapter "
+            "first (`PeftModel.from_pretrained(model, adapter).merge_and_unload()`)."
+        )
+    if processor is None:
+        try:
+            processor = AutoProcessor.from_pretrained(source, token=token)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                "The model was not loaded from a checkpoint with a processor: give its `processor`."
+            ) from error
     return model, processor, Path(source) if source and Path(source).is_dir() else None
 
 
-def _card_text(model: LoTLIPModel, processor: Any, source: Path | None, repo_id: str, fields: CardFields) -> str:
+def _card_there(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> Path | None:
+    """The card in the repository."""
+    try:
+        return Path(api.hf_hub_download(repo_id, "README.md", revision=revision, local_dir=folder))
+    except RemoteEntryNotFoundError:
+        return None
+    except LocalEntryNotFoundError as error:
+        raise OSError(
+            f"{repo_id}: whether it has a README.md cannot be read from the Hub. Nothing was published; push again."
+        ) from error
+
+
+def _card_text(
+    model: LoTLIPModel,
+    processor: Any,
+    source: Path | None,
+    repo_id: str,
+    fields: CardFields,
+    there: Path | None = None,
+) -> bytes:
+    """The card, as bytes: what somebody wrote keeps its line endings. `there` is the repository's."""
     results = [result for file in fields.results for result in read_results(file)]
-    own = source / "README.md" if source is not None else None
-    if own is not None and own.is_file():
-        kept = ModelCard.load(own)
-        if results:
-            kept.data.model_name = kept.data.model_name or repo_id.split("/")[-1]
-            kept.data.eval_results = results
-        return kept.content
-    return str(model_card(model, processor, repo_id, _with_training(fields, source), results))
+    trained = _with_training(fields, source)
+    beside = source / "README.md" if source is not None else None
+    for file, name in ((beside, str(beside)), (there, f"README.md of {repo_id}")):
+        if file is None or not file.is_file():
+            continue
+        content, card = _read_card(file, name)
+        if not (_is_generated(card) or (file is there and _is_ours(card))):
+            if file is there:
+                logger.warning(f"{repo_id}: the text of its README.md is somebody's own and is kept.")
+            return _updated(content, card, repo_id, fields, results)
+        trained = _with_metadata(trained, card)
+    return str(model_card(model, processor, repo_id, trained, results)).encode()
+
+
+def _read_card(file: Path, name: str) -> tuple[bytes, ModelCard]:
+    content = file.read_bytes()
+    try:
+        return content, ModelCard(content.decode("utf-8-sig"))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}: its metadata, the YAML at its top, cannot be read ({reason}).") from error
+
+
+def _is_generated(card: ModelCard) -> bool:
+    """Whether nobody has written it: there is no text, or a trainer's."""
+    return not card.text.strip() or any(marker in card.text for marker in GENERATED)
+
+
+def _with_metadata(fields: CardFields, card: ModelCard) -> CardFields:
+    """The fields, and where they are empty what a card says whose text is not kept."""
+    said = ["license", *(("base_model", "datasets", "language", "tags") if _is_ours(card) else ())]
+    return replace(
+        fields, **{name: getattr(fields, name) or getattr(card.data, name) or getattr(fields, name) for name in said}
+    )
+
+
+def _updated(content: bytes, card: ModelCard, repo_id: str, fields: CardFields, results: list[EvalResult]) -> bytes:
+    """Somebody's card with the metadata that is given; without any, as it was."""
+    tags = list(card.data.tags or [])
+    given = {
+        "license": fields.license,
+        "base_model": list(fields.base_model),
+        "datasets": list(fields.datasets),
+        "language": list(fields.language),
+        "tags": [*tags, *(tag for tag in fields.tags if tag not in tags)] if fields.tags else None,
+        "model_name": (card.data.model_name or repo_id.split("/")[-1]) if results else None,
+        "eval_results": results,
+    }
+    given = {name: value for name, value in given.items() if value}
+    for name, value in given.items():
+        setattr(card.data, name, value)
+    return card.content.encode() if given else content
 
 
 def model_card(
@@ -304,8 +410,9 @@ def model_card(
     """
     fields = fields or CardFields()
     name = repo_id.split("/")[-1]
+    languages = list(fields.language) or ["en"]
     data = ModelCardData(
-        language=list(fields.language),
+        language=languages,
         license=fields.license,
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
@@ -316,7 +423,7 @@ def model_card(
         eval_results=results or None,
     )
     text, vision = model.config.text_config, model.config.vision_config
-    return ModelCard.from_template(
+    card = ModelCard.from_template(
         data,
         template_path=str(CARD_TEMPLATE),
         model_id=repo_id,
@@ -330,7 +437,21 @@ def model_card(
         projection_dim=model.config.projection_dim,
         num_parameters=f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} million",
         results=[(result.dataset_name, result.metric_name, result.metric_value) for result in results or []],
+        languages=" and ".join(LANGUAGES.get(language, language) for language in languages),
     )
+    card.text = f"{card.text.rstrip()}\n\n{_signature(card.text)}\n"
+    return card
+
+
+def _signature(text: str) -> str:
+    """A last line that tells our text from one that somebody has changed since."""
+    digest = hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+    return f"<!-- Written by lotlip-hf ({digest}). Publishing writes it anew, but keeps a text that was changed. -->"
+
+
+def _is_ours(card: ModelCard) -> bool:
+    text, _, last = card.text.replace("\r\n", "\n").rstrip().rpartition("\n")
+    return last == _signature(text)
 
 
 def _backbone(config: Any) -> str:
@@ -345,7 +466,12 @@ def _with_training(fields: CardFields, source: Path | None) -> CardFields:
     path = source / CONFIG_NAME if source is not None else None
     if path is None or not path.is_file():
         return fields
-    options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: no YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: expected the options of a training by name, got a {type(options).__name__}.")
     base_model = [name for key in ("model", "text_model", "image_model") if _is_hub_id(name := options.get(key))]
     datasets = [name] if _is_hub_id(name := options.get("data")) else []
     origin = "Trained with lotlip-hf"
@@ -361,41 +487,127 @@ def _with_training(fields: CardFields, source: Path | None) -> CardFields:
 
 def _is_hub_id(name: Any) -> bool:
     """Where something lay on a disk is not published."""
-    return bool(name) and name.count("/") == 1 and name[0] not in "./~" and not os.path.exists(name)
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    on_disk = re.search(r"/checkpoint-\d+$|\.(jsonl?|csv|tsv|txt|tar|parquet|ya?ml|zip|pt)$", name or "")
+    return bool(name) and name.count("/") == 1 and on_disk is None and not os.path.exists(name)
 
 
-def _commit(api: HfApi, repo_id: str, folder: Path, revision: str | None, **settings: Any) -> CommitInfo:
-    """All files of the folder, and the removal of stale ones, in one commit; `upload_folder` may make several."""
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    there = api.list_repo_files(repo_id, revision=revision)
-    stale = [path for path in filter_repo_objects(there, allow_patterns=STALE) if path not in files]
-    operations = [
-        *(CommitOperationAdd(name, path) for name, path in files.items()),
-        *(CommitOperationDelete(name) for name in stale),
-    ]
-    for pause in (*PAUSES, None):
+def _publish(
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    revision: str | None,
+    create_pr: bool,
+    message: str,
+    description: str,
+) -> CommitInfo:
+    """
+    Commits what differs between the folder and the branch until nothing does. Each try looks first, so that it sees
+    what a commit did whose answer was lost, and what others wrote; a commit follows on what was seen, or is refused.
+    """
+    commit: CommitInfo | None = None  # what is looked at; by default what the branch points to
+    first: CommitInfo | None = None  # which is returned
+    parent: str | None = None  # what the commit that was tried last follows on
+    failure: Exception | None = None  # why nothing more is sent: there is one last look
+    is_unclear = False  # whether a pull request may have been opened all the same
+    sent: Counter[str] = Counter()  # how often a commit brought a file
+    pauses = list(PAUSES)
+    while True:
+        head, is_commit = None, False
         try:
-            return api.create_commit(repo_id, operations, revision=revision, **settings)
-        except HTTPError as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            if pause is None or not (status is None or status == 429 or status >= 500):
+            head = commit.oid if commit else str(api.model_info(repo_id, revision=revision).sha)
+            seen = api.verify_repo_checksums(repo_id, revision=head, local_dir=folder)
+            damaged = [mismatch["path"] for mismatch in seen.mismatches]
+            missing = list(seen.extra_paths)  # which are here alone
+            others = [path for path in seen.missing_paths if "/" not in path]
+            stale = list(filter_repo_objects(others, allow_patterns=STALE))
+            if not (damaged or missing or stale):
+                url = f"{api.endpoint}/{repo_id}/commit/{head}"
+                return first or CommitInfo(url, message, description, head, _endpoint=api.endpoint)
+            if failure is not None:
+                raise _failed(repo_id, failure, _outcome(first, is_unclear or head != parent))
+            lost = [path for path in damaged if sent[path] > 1]
+            if any(sent[path] > 1 for path in missing):
+                names = ", ".join(sorted(path for path in missing if sent[path] > 1))
+                raise OSError(f"{repo_id}: {names} did not arrive whole, twice, and is not there. Push again.")
+            new = [] if lost else [*damaged, *missing]
+            operations = [
+                *(CommitOperationAdd(path, folder / path) for path in new),
+                *(CommitOperationDelete(path) for path in [*stale, *lost]),
+            ]
+            is_commit, parent = True, head
+            commit = api.create_commit(
+                repo_id,
+                operations,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=head,
+                commit_message="Remove what did not arrive whole" if lost else message,
+                commit_description=description,
+            )
+            sent.update(new)
+            first = first or commit
+            if create_pr:
+                revision, create_pr = commit.pr_revision, False
+        except (HTTPError, RuntimeError, json.JSONDecodeError) as error:
+            if isinstance(error, RuntimeError) and not is_commit:
                 raise
+            status = _status(error)
+            if failure is not None or not (is_commit or (pauses and _may_pass(error))):
+                is_unclear = is_unclear or (parent is not None and first is None)
+                raise _failed(repo_id, failure or error, _outcome(first, is_unclear)) from error
+            if is_commit:  # it may be there: look at the branch again
+                commit = None
+                sent.clear()
+                is_unclear = create_pr and not isinstance(error, RuntimeError) and (status is None or status >= 500)
+            if is_unclear or not pauses or not _may_pass(error):
+                failure = error
+                continue
+            pause = pauses.pop(0)
             logger.warning(f"{repo_id}: {type(error).__name__} ({status or 'no answer'}); again in {pause} s.")
             time.sleep(pause)
-    raise AssertionError  # the last attempt returns or raises
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later."""
+    status = _status(error)
+    return isinstance(error, RuntimeError) or status is None or status in (409, 412, 429) or status >= 500
+
+
+def _status(error: BaseException) -> int | None:
+    """What the Hub answered; None if there was no answer. huggingface_hub wraps errors of the storage."""
+    cause = error.__cause__ if isinstance(error, RuntimeError) else error
+    response = cause.response if isinstance(cause, HfHubHTTPError) else None
+    return None if response is None else response.status_code
+
+
+def _outcome(first: CommitInfo | None, is_unclear: bool) -> str:
+    if first is not None:
+        return f"{first.commit_url} is there, but it is not certain that all of it arrived whole"
+    return "It is not known whether it was published: look there" if is_unclear else "Nothing was published"
+
+
+def _failed(repo_id: str, error: BaseException, outcome: str = "Nothing was published") -> OSError:
+    status = _status(error)
+    cause = (isinstance(error, RuntimeError) and error.__cause__) or error
+    reason = (getattr(cause, "server_message", None) or str(cause).strip() or "no reason given").splitlines()[0]
+    again = "push again: what has arrived is not sent again."
+    if isinstance(error, RuntimeError):
+        what = status or type(cause).__name__
+        return OSError(f"{repo_id}: {str(error).rstrip('.')} ({what}: {reason}). {outcome}; {again}")
+    if status is not None:
+        advice = ADVICE.get(status, again.capitalize())
+        return OSError(f"{repo_id}: the Hub answered {status} ({reason}). {outcome}. {advice}")
+    problem = "the Hub's answer cannot be read" if isinstance(error, ValueError) else "the connection to the Hub broke"
+    return OSError(f"{repo_id}: {problem} ({type(error).__name__}: {reason}). {outcome}; {again}")
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
+def _explained(name: str) -> Iterator[None]:
     try:
         yield
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        reason = (error.server_message or str(error).strip() or "no reason given").splitlines()[0]
-        advice = ADVICE.get(status, "Push again: what has arrived is not sent again.")
-        raise OSError(f"{repo_id}: the Hub answered {status} ({reason}). {advice}") from error
     except HTTPError as error:
-        raise OSError(
-            f"{repo_id}: the connection to the Hub broke ({type(error).__name__}: {error}). Nothing was published; "
-            "push again: what has arrived is not sent again."
-        ) from error
+        raise _failed(name, error) from error

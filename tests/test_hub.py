@@ -1,5 +1,6 @@
 """Publishing to a Hub and loading back: a real server on loopback, the real client, and what can go wrong between."""
 
+import importlib.util
 import json
 import logging
 import re
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -42,7 +43,7 @@ from hub_server import (
 )
 from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
 from lotlip_hf.cli import main as lotlip
-from lotlip_hf.encoding import load_model
+from lotlip_hf.encoding import encode_texts, load_model
 from lotlip_hf.hub import CardFields, push, read_results, write_repository
 from lotlip_hf.modeling import loading_lotlip
 
@@ -74,9 +75,11 @@ def error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     def run(*arguments: Any) -> str:
         capsys.readouterr()
         assert lotlip([str(argument) for argument in arguments]) == 2
-        message = capsys.readouterr().err.strip().split("\n")[-1]
-        assert message.startswith("lotlip: error: ")
-        return message
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed
+        message = re.search(r"lotlip: error: .*\Z", printed.rstrip())  # maybe after a progress bar
+        assert message is not None, printed
+        return message[0]
 
     return run
 
@@ -154,6 +157,40 @@ def test_push_to_hub_of_a_model(hub: Hub, official_checkpoint: Path) -> None:
     assert hub.files("lotlip/fresh", "main").keys() == FILES
 
 
+def test_a_name_without_a_namespace(hub: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
+    changed(official_checkpoint, tmp_path / "broken", projection_dim=7)
+    with pytest.raises(ValueError, match="do not fit"):
+        push(tmp_path / "broken", "my-lotlip")
+    assert not hub.repos
+    model = LoTLIPModel.from_pretrained(official_checkpoint)
+    model.push_to_hub("my-lotlip", tags="mine", max_shard_size=None)
+    files = hub.files("ada/my-lotlip", "main")
+    assert files.keys() == FILES
+    assert b'from_pretrained("ada/my-lotlip"' in files["README.md"]
+    assert ModelCard(files["README.md"].decode()).data.tags == [*lotlip_hf.hub.TAGS, "mine"]
+
+
+def test_a_model_with_an_adapter(hub: Hub, official_checkpoint: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs `pip install peft`")
+    model = LoTLIPModel.from_pretrained(official_checkpoint)
+    model.add_adapter(peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="merge the adapter first"):
+        model.push_to_hub(REPO)
+    with pytest.raises(ValueError, match="PeftModel: only a LoTLIPModel"):
+        push(peft.PeftModel(LoTLIPModel(tiny.config()), peft.LoraConfig(target_modules="all-linear")), REPO)  # pyright: ignore[reportArgumentType]
+    assert not hub.repos
+
+
+def test_a_model_from_the_hub(hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(official_checkpoint, REPO, private=True)
+    model = LoTLIPModel.from_pretrained(REPO)
+    monkeypatch.delenv("HF_TOKEN")
+    model.push_to_hub("lotlip/other", token=WRITE_TOKEN)
+    push(REPO, "lotlip/copy", token=WRITE_TOKEN)
+    for name in ("lotlip/other", "lotlip/copy"):
+        assert hub.files(name, "main").keys() == FILES
+
+
 def assert_equal_weights(model: Any, other: Any) -> None:
     expected = other.state_dict()
     assert model.state_dict().keys() == expected.keys()
@@ -163,10 +200,13 @@ def assert_equal_weights(model: Any, other: Any) -> None:
 def test_what_an_earlier_commit_left_is_not_read(hub: Hub, official_checkpoint: Path) -> None:
     push(official_checkpoint, REPO, max_shard_size="1MB")
     api = HfApi()
-    for name in ("pytorch_model.bin", "preprocessor_config.json", "notes.txt", "images/cat.png"):
+    for name in ("pytorch_model.bin", "preprocessor_config.json", "adapter_config.json", "adapter_model.safetensors"):
         api.upload_file(repo_id=REPO, path_in_repo=name, path_or_fileobj=b"{}")
+    neighbours = {"notes.txt", "images/cat.png", "training_args.bin", "onnx/x.bin", "embeddings/coco.safetensors"}
+    neighbours |= {"adapters/adapter_model.safetensors", "adapters/adapter_config.json", "older/model.safetensors"}
+    hub.add(REPO, dict.fromkeys(neighbours, b"somebody's"))
     push(official_checkpoint, REPO)
-    assert hub.files(REPO, "main").keys() == FILES | {"notes.txt", "images/cat.png"}
+    assert hub.files(REPO, "main").keys() == FILES | neighbours
 
 
 def test_a_pull_request(published: Hub, official_checkpoint: Path) -> None:
@@ -175,6 +215,36 @@ def test_a_pull_request(published: Hub, official_checkpoint: Path) -> None:
     assert commit.pr_revision == "refs/pr/1"
     assert hub_commit(published) == before
     assert b"license: mit" in content(published, "README.md", "refs/pr/1")
+    push(official_checkpoint, REPO, card=CardFields(license="bsd-3-clause"), revision="refs/pr/1")
+    assert b"license: bsd-3-clause" in content(published, "README.md", "refs/pr/1")
+    assert set(published.repos["model", REPO].refs) == {"refs/heads/main", "refs/pr/1"}
+    assert hub_commit(published) == before
+
+
+def test_an_answer_on_a_pull_request_that_is_lost(published: Hub, official_checkpoint: Path) -> None:
+    published.faults.append(Fault("POST", r"/commit/", DropAnswer()))
+    with pytest.raises(OSError, match="not known whether it was published"):
+        push(official_checkpoint, REPO, card=CardFields(license="mit"), create_pr=True)
+    assert [ref for ref in published.repos["model", REPO].refs if "pr" in ref] == ["refs/pr/1"]
+
+
+def test_somebody_else_writes_at_the_same_time(
+    published: Hub, official_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = HfApi.create_commit
+    theirs = [{"config.json": b"{}", "model-00001-of-00002.safetensors": b"theirs", "theirs.txt": b"theirs"}]
+
+    def create_commit(api: HfApi, *args: Any, **kwargs: Any) -> Any:
+        if theirs:
+            published.add(REPO, theirs.pop())
+        return real(api, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    folder = changed(official_checkpoint, tmp_path / "changed", logit_scale_init_value=1.5)
+    push(folder, REPO)
+    assert [request.status for request in published.matching("POST", "/commit/")][-2:] == [412, 200]
+    assert published.files(REPO, "main").keys() == FILES | {"theirs.txt"}
+    assert AutoConfig.from_pretrained(REPO).logit_scale_init_value == 1.5
 
 
 def hub_commit(hub: Hub) -> str:
@@ -216,20 +286,95 @@ def test_results_and_training_reach_the_card(official_checkpoint: Path, tmp_path
     assert "From nowhere." in card.text
 
 
+OWN_CARD = b"---\r\nlicense: mit   # ours\r\ntags: [a]\r\n---\r\n\r\n# Mine\r\n"
+
+
 def test_a_card_of_ones_own_is_kept(official_checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(official_checkpoint, tmp_path / "own")
-    own = "---\nlicense: mit\n---\n\n# Mine\n"
-    (tmp_path / "own" / "README.md").write_text(own)
+    (tmp_path / "own" / "README.md").write_bytes(OWN_CARD)
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     folder = write_repository(tmp_path / "own", tmp_path / "kept", "me/mine")
-    assert (folder / "README.md").read_text() == own
-    fields = CardFields(results=[tmp_path / "results.json"])
+    assert (folder / "README.md").read_bytes() == OWN_CARD
+    fields = CardFields(
+        license="apache-2.0", base_model="a/b", datasets=["c/d"], tags="drawings", results=tmp_path / "results.json"
+    )
     folder = write_repository(tmp_path / "own", tmp_path / "measured", "me/mine", card=fields)
+    assert b"\r\n\r\n# Mine\r\n" in (folder / "README.md").read_bytes()
     card = ModelCard.load(folder / "README.md")
-    assert card.text.strip() == "# Mine"
-    assert card.data.license == "mit"
+    assert (card.data.license, card.data.base_model, card.data.datasets) == ("apache-2.0", ["a/b"], ["c/d"])
+    assert card.data.tags == ["a", "drawings"]
+    assert card.data.language is None
     assert card.data.eval_results is not None
     assert len(card.data.eval_results) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- This model card has been generated automatically according to the information the -->\n# run",
+        "# SentenceTransformer\n\nThis is a [sentence-transformers](https://www.SBERT.net) model trained on",
+        "",
+    ],
+)
+def test_a_card_that_a_trainer_wrote_is_not_kept(official_checkpoint: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(official_checkpoint, tmp_path / "own")
+    (tmp_path / "own" / "README.md").write_text(f"---\nlicense: mit\ntags: [x]\n---\n\n{text}\n")
+    card = ModelCard.load(write_repository(tmp_path / "own", tmp_path / "out", "me/mine") / "README.md")
+    assert (card.data.license, card.data.tags) == ("mit", lotlip_hf.hub.TAGS)
+    assert 'from_pretrained("me/mine"' in card.text
+
+
+def test_the_card_in_the_repository(published: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
+    ours = content(published, "README.md")
+    longer = shutil.copytree(official_checkpoint, tmp_path / "longer")
+    settings = json.loads((longer / "tokenizer_config.json").read_text())
+    (longer / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 100}))
+    push(longer, REPO, card=CardFields(language="de"))  # nobody changed the text: it is written anew
+    card = ModelCard(content(published, "README.md").decode())
+    assert "100 tokens" in card.text
+    assert "126 tokens" not in card.text
+    assert "The text encoder reads German." in card.text
+    assert (card.data.license, card.data.language) == ("apache-2.0", ["de"])
+
+    for theirs in (OWN_CARD, ours.replace(b"# tiny", b"# Our tiny model")):
+        published.add(REPO, {"README.md": theirs})
+        push(official_checkpoint, REPO)
+        assert content(published, "README.md") == theirs
+    push(official_checkpoint, REPO, card=CardFields(license="mit"))
+    assert content(published, "README.md") == theirs.replace(b"license: apache-2.0", b"license: mit")
+    (longer / "README.md").write_bytes(OWN_CARD)
+    push(longer, REPO)
+    assert content(published, "README.md") == OWN_CARD
+    published.faults.append(Fault("HEAD", "/README.md", Answer(503), times=99))
+    with pytest.raises(OSError, match="Nothing was published"):  # it is not taken for a card that is missing
+        push(official_checkpoint, REPO)
+    published.faults.clear()
+    published.add(REPO, {"README.md": b"---\na: [\n---\n# Mine"})
+    with pytest.raises(ValueError, match=f"README.md of {REPO}: its metadata"):
+        push(official_checkpoint, REPO)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("README.md", "---\nlicense: [\n---\n# Mine"),
+        ("README.md", "---\n- a\n---\n# Mine"),
+        ("training_config.yaml", "model: ["),
+        ("training_config.yaml", "- model"),
+    ],
+)
+def test_files_beside_the_checkpoint_that_cannot_be_read(
+    hub: Hub, official_checkpoint: Path, tmp_path: Path, error: Callable[..., str], name: str, text: str
+) -> None:
+    folder = shutil.copytree(official_checkpoint, tmp_path / "broken")
+    (folder / name).write_text(text)
+    assert f"lotlip: error: {folder / name}: " in error("push", folder, "--repo-id", REPO)
+    assert not hub.repos
+
+
+def test_what_is_a_hub_id() -> None:
+    names = ["google/vit", "runs/checkpoint-500", "data/*", "a/b.jsonl", "bert", "../a/b", "a/b/c", "", None, ["a/b"]]
+    assert [name for name in names if lotlip_hf.hub._is_hub_id(name)] == ["google/vit"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"task": "x", "dataset": "y", "metrics": {"r": 1}}', '{"task": 1'])
@@ -258,10 +403,50 @@ def test_uploads_survive_trouble(hub: Hub, official_checkpoint: Path) -> None:
     assert hub.files(REPO, "main").keys() == FILES
 
 
-def test_an_answer_that_is_lost(hub: Hub, official_checkpoint: Path) -> None:
-    hub.faults.append(Fault("POST", r"/commit/", DropAnswer()))
+@pytest.mark.parametrize("faults", [[DropAnswer()], [DropRequest(), DropRequest(), DropAnswer()]])
+def test_an_answer_that_is_lost(hub: Hub, official_checkpoint: Path, faults: list[Any]) -> None:
+    hub.add(REPO, {"pytorch_model.bin": b"stale"})
+    hub.faults += [Fault("POST", r"/commit/", fault) for fault in faults]
+    before = len(hub.repos["model", REPO].commits)
+    commit = push(official_checkpoint, REPO)
+    assert hub.files(REPO, "main").keys() == FILES
+    assert len(hub.repos["model", REPO].commits) == before + 1
+    assert commit.oid == hub_commit(hub)
+    assert not any(fault.times for fault in hub.faults)
+
+
+def test_what_cannot_be_known_is_not_claimed(hub: Hub, official_checkpoint: Path, error: Callable[..., str]) -> None:
+    hub.faults += [Fault("POST", r"/commit/", DropAnswer()), Fault("GET", r"/tree/", Answer(503), times=99, skip=1)]
+    message = error("push", official_checkpoint, "--repo-id", REPO)
+    assert "It is not known whether it was published" in message
+    assert hub.files(REPO, "main").keys() == FILES
+    hub.faults[:] = [Fault("GET", r"/tree/", Answer(503), times=99, skip=1)]
+    message = error("push", official_checkpoint, "--repo-id", REPO, "--license", "mit")
+    assert f"/{REPO}/commit/{hub_commit(hub)} is there, but it is not certain that all of it arrived" in message
+
+
+@pytest.mark.parametrize("action", [DropRequest(after=1000), Answer(403), Answer(500)])
+def test_a_storage_that_takes_nothing(
+    hub: Hub, official_checkpoint: Path, error: Callable[..., str], action: Any
+) -> None:
+    hub.faults.append(Fault("PUT", r"^/upload/", action, times=99))
+    message = error("push", official_checkpoint, "--repo-id", REPO)
+    assert f"{REPO}: Error while uploading 'model.safetensors' to the Hub (" in message
+    assert "Nothing was published; push again" in message
+    assert not hub.files(REPO, "main").keys() & FILES
+    hub.faults.clear()
     push(official_checkpoint, REPO)
     assert hub.files(REPO, "main").keys() == FILES
+
+
+def test_a_check_of_the_card_that_fails(hub: Hub, official_checkpoint: Path, error: Callable[..., str]) -> None:
+    hub.faults.append(Fault("POST", r"/validate-yaml", Answer(500), times=99))
+    message = error("push", official_checkpoint, "--repo-id", REPO)
+    assert f"{REPO}: the Hub's answer cannot be read" in message
+    assert "Nothing was published" in message
+    hub.faults[:] = [Fault("POST", r"/validate-yaml", Answer(500))]
+    push(official_checkpoint, REPO)
+    assert not hub.faults[0].times
 
 
 def test_an_upload_that_breaks_publishes_nothing_and_goes_on(
@@ -308,28 +493,48 @@ def test_tokens(
     assert type(AutoModel.from_pretrained(REPO, token=READ_TOKEN)) is LoTLIPModel
 
 
-def test_files_that_arrive_damaged_are_removed(
-    hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def damage_config(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """So often config.json arrives with another digit."""
     real = HfApi.create_commit
-    damage = [True]
 
     def create_commit(api: HfApi, repo_id: str, operations: Any, **kwargs: Any) -> Any:
-        if damage.pop() if damage else False:
-            for operation in operations:
-                if operation.path_in_repo == "config.json":
-                    config = Path(operation.path_or_fileobj)
-                    config.write_text(config.read_text().replace("2.6", "2.7"))
-                    commit = real(api, repo_id, operations, **kwargs)
-                    config.write_text(config.read_text().replace("2.7", "2.6"))
-                    return commit
-        return real(api, repo_id, operations, **kwargs)
+        nonlocal times
+        files = {operation.path_in_repo: operation for operation in operations}
+        if not times or not isinstance(files.get("config.json"), CommitOperationAdd):
+            return real(api, repo_id, operations, **kwargs)
+        times -= 1
+        config = Path(files["config.json"].path_or_fileobj)
+        whole = config.read_text()
+        config.write_text(whole.replace("2.6", "2.7"))
+        commit = real(api, repo_id, operations, **kwargs)
+        config.write_text(whole)
+        return commit
 
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
-    with pytest.raises(OSError, match=r"config.json did not arrive whole and is not there. Push again."):
+
+
+@pytest.mark.parametrize("create_pr", [False, True])
+def test_a_file_that_arrives_damaged_is_sent_again(
+    hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, create_pr: bool
+) -> None:
+    damage_config(monkeypatch, times=1)
+    hub.create("model", REPO)
+    push(official_checkpoint, REPO, create_pr=create_pr)
+    revision = "refs/pr/1" if create_pr else "main"
+    assert len(hub.matching("POST", "/commit/")) == 2
+    assert hub.files(REPO, revision).keys() == FILES
+    assert type(AutoModel.from_pretrained(REPO, revision=revision)) is LoTLIPModel
+    assert "2.7" not in content(hub, "config.json", revision).decode()
+    assert set(hub.repos["model", REPO].refs) == {"refs/heads/main"} | ({revision} if create_pr else set())
+
+
+def test_a_file_that_arrives_damaged_twice_is_removed(
+    hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage_config(monkeypatch, times=2)
+    with pytest.raises(OSError, match=r"config.json did not arrive whole, twice, and is not there. Push again."):
         push(official_checkpoint, REPO)
-    assert hub.files(REPO, "main").keys() >= FILES - {"config.json"}
-    assert "config.json" not in hub.files(REPO, "main")
+    assert hub.files(REPO, "main").keys() == FILES - {"config.json"}
     push(official_checkpoint, REPO)
     assert type(AutoModel.from_pretrained(REPO)) is LoTLIPModel
 
@@ -412,25 +617,55 @@ answers["text"] = type(AutoModel.from_pretrained(folder + "/text", **code)).__na
 card = open(expected).read()
 for snippet in re.findall(r"^```python\\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL):
     exec(snippet, {})
+try:
+    from sentence_transformers import SentenceTransformer
+    sentences = SentenceTransformer(repo, revision=revision, trust_remote_code=True, device="cpu")
+    answers["embeddings"] = sentences.encode(["A cat. It sleeps.", "A dog."]).tolist()
+    answers["sentences"] = type(sentences[0].model).__module__
+except ImportError:
+    pass
 print(json.dumps(answers))
 """
+WITH_THE_PACKAGE = """
+import json, sys
+import lotlip_hf
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification,
+    AutoProcessor, AutoTokenizer)
+autos = (AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoTokenizer, AutoImageProcessor,
+    AutoProcessor)
+loaded = [type(auto.from_pretrained(sys.argv[1])) for auto in autos]
+print(json.dumps([[one.__name__, one.__module__.split(".")[0]] for one in loaded]))
+"""
+
+
+def in_a_fresh_process(hub: Hub, folder: Path, script: str, *arguments: Any) -> Any:
+    """What a script prints on its last line."""
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment(hub, folder / "home"),
+        cwd=folder,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.strip().split("\n")[-1])
+
+
+@pytest.mark.slow
+def test_loading_with_the_package(published: Hub, tmp_path: Path) -> None:
+    loaded = in_a_fresh_process(published, tmp_path, WITH_THE_PACKAGE, REPO)
+    ours = ["LoTLIPConfig", "LoTLIPModel", "LoTLIPModel", "LoTLIPTokenizer", "LoTLIPProcessor"]
+    assert [*loaded[:4], loaded[5]] == [[name, "lotlip_hf"] for name in ours]
+    assert loaded[4][0].startswith("CLIPImageProcessor")
 
 
 def test_loading_without_the_package(published: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
     first = hub_commit(published)
     push(changed(official_checkpoint, tmp_path / "changed", logit_scale_init_value=1.5), REPO)
     (tmp_path / "card.md").write_bytes(content(published, "README.md"))
-    arguments = [REPO, first, str(tmp_path), str(tmp_path / "card.md")]
-    process = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_THE_PACKAGE, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment(published, tmp_path / "home"),
-        cwd=tmp_path,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    answers = json.loads(process.stdout.strip().split("\n")[-1])
+    arguments = [REPO, first, tmp_path, tmp_path / "card.md"]
+    answers = in_a_fresh_process(published, tmp_path, WITHOUT_THE_PACKAGE, *arguments)
     assert answers["refused"]
     names = ["LoTLIPConfig", "LoTLIPModel", "LoTLIPModel", "LoTLIPTokenizer"]
     assert answers["classes"][:4] == names
@@ -448,6 +683,13 @@ def test_loading_without_the_package(published: Hub, official_checkpoint: Path, 
     inputs = processor(text=["A cat. It sleeps."], images=_red(), return_tensors="pt")
     with torch.no_grad():
         assert abs(model(**inputs).logits_per_image.item() - answers["logit"]) < 1e-5
+    if importlib.util.find_spec("sentence_transformers") is None:
+        pytest.skip("the rest needs `pip install sentence-transformers`")
+    assert answers["sentences"].startswith("transformers_modules.")
+    embeddings = torch.tensor(answers["embeddings"])
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2), rtol=0, atol=1e-5)
+    expected = encode_texts(model, processor, ["A cat. It sleeps.", "A dog."], progress=False)
+    torch.testing.assert_close(embeddings, expected, rtol=0, atol=1e-5)
 
 
 def _red() -> Any:
@@ -502,6 +744,7 @@ def test_downloads_survive_trouble(published: Hub, official_checkpoint: Path) ->
     ]
     model, _ = load_model(REPO)
     assert_equal_weights(model, LoTLIPModel.from_pretrained(official_checkpoint))
+    assert not any(fault.times for fault in published.faults)
 
 
 @pytest.mark.parametrize("status", [401, 500])
