@@ -138,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--dataset", nargs="+", default=(), help="Hub ids of the data sets that it was trained on")
     push.add_argument("--language", nargs="+", default=(), help="languages that it reads (en)")
     push.add_argument("--tag", nargs="+", default=(), help="more tags")
-    push.add_argument("--results", nargs="+", default=(), metavar="FILE", help="results of `lotlip evaluate`")
+    push.add_argument("--results", nargs="+", default=(), metavar="FILE", help="results of evaluations, JSON files")
     push.set_defaults(run=_push)
 
     return parser

@@ -247,7 +247,7 @@ def read_results(file: str | os.PathLike) -> list[EvalResult]:
 
     Args:
         file: A JSON object with `task` (such as `"image-text-retrieval"`), `dataset` (`id`, `name`, and maybe `split`
-            and `revision`) and `metrics`, numbers by name; as `lotlip evaluate` writes it.
+            and `revision`) and `metrics`, numbers by name.
 
     Returns:
         One result for each number.

@@ -9,6 +9,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from .loading_lotlip import checked_download
+
 logger = logging.get_logger(__name__)
 
 # Of the files that these classes write. One that today's code would read wrongly gets a higher number.
@@ -38,6 +40,12 @@ class _LoTLIPBaseConfig(PreTrainedConfig):
     auto_classes: ClassVar[dict[str, str]] = {}
 
     format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "_LoTLIPBaseConfig":
+        """As [`~transformers.PreTrainedConfig.from_dict`]; what `AutoConfig` had from the Hub is checked."""
+        with checked_download(kwargs.get("name_or_path")):
+            return super().from_dict(config_dict, **kwargs)
 
     def _check_version(self) -> None:
         """Before anything else, which a newer version may have changed."""

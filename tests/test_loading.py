@@ -61,6 +61,14 @@ def test_what_others_downloaded_is_checked_once(hub: Hub, official_checkpoint: P
     assert not scan_cache_dir(constants.HF_HUB_CACHE).warnings
 
 
+def test_a_damaged_configuration_alone(hub: Hub) -> None:
+    place = hub.files(REPO)["config.json"].index(b"2.6")
+    hub.faults.append(Fault("GET", r"/resolve/.*/config.json$", Corrupt(place)))
+    with pytest.raises(OSError, match=r"config.json did not come whole .* has been removed"):
+        AutoConfig.from_pretrained(REPO)
+    assert AutoConfig.from_pretrained(REPO).logit_scale_init_value == pytest.approx(2.659, abs=1e-3)
+
+
 def test_what_cannot_be_removed_is_told_of(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(snapshot_download(REPO))
     flip((folder / "model.safetensors").resolve())
