@@ -44,7 +44,8 @@ class _LoTLIPBaseConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "_LoTLIPBaseConfig":
         """As [`~transformers.PreTrainedConfig.from_dict`]; what `AutoConfig` had from the Hub is checked."""
-        with checked_download(kwargs.get("name_or_path")):
+        # the other files are left to what loads them: transformers takes an error here for a missing configuration
+        with checked_download(kwargs.get("name_or_path"), file="config.json"):
             return super().from_dict(config_dict, **kwargs)
 
     def _check_version(self) -> None:

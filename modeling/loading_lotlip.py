@@ -22,7 +22,7 @@ IS_INSTALLED = __name__.startswith("lotlip_hf.")  # else this is a checkpoint's 
 
 @contextmanager
 def checked_download(
-    name_or_path: str | os.PathLike | None, cache_dir: str | os.PathLike | None = None
+    name_or_path: str | os.PathLike | None, cache_dir: str | os.PathLike | None = None, file: str = "*"
 ) -> Iterator[None]:
     """
     Loading from the Hub inside it ends with a check of the files in the cache against their checksums, which are their
@@ -32,6 +32,7 @@ def checked_download(
     Args:
         name_or_path: What is loaded. Nothing is checked of a folder.
         cache_dir: The cache, where it is not the usual one.
+        file: Which file is checked, by name; by default all that are there.
 
     Raises:
         OSError: if a file is damaged.
@@ -40,15 +41,17 @@ def checked_download(
     try:
         yield
     except Exception as error:
-        _refuse_damaged(name_or_path, cache, error)
+        _refuse_damaged(name_or_path, cache, file, error)
         raise
-    _refuse_damaged(name_or_path, cache)
+    _refuse_damaged(name_or_path, cache, file)
 
 
-def _refuse_damaged(name_or_path: str | os.PathLike | None, cache: Path, cause: Exception | None = None) -> None:
+def _refuse_damaged(
+    name_or_path: str | os.PathLike | None, cache: Path, file: str, cause: Exception | None = None
+) -> None:
     if name_or_path is None or os.path.exists(name_or_path):
         return
-    damaged = _damaged(cache / repo_folder_name(repo_id=str(name_or_path), repo_type="model"))
+    damaged = _damaged(cache / repo_folder_name(repo_id=str(name_or_path), repo_type="model"), file)
     if not damaged:
         return
     names = ", ".join(sorted({link.name for link in damaged}))
@@ -65,12 +68,12 @@ def _refuse_damaged(name_or_path: str | os.PathLike | None, cache: Path, cause: 
     raise OSError(f"{problem} has been removed from the cache ({cache}): load again.") from cause
 
 
-def _damaged(repository: Path) -> list[Path]:
+def _damaged(repository: Path, file: str) -> list[Path]:
     """The links in a repository's folder of the cache to what does not match its checksum."""
     record = repository / CHECKED
     checked = set(record.read_text(encoding="utf-8").split("\n")) if record.is_file() else set()
     damaged, whole = [], []
-    for link in repository.glob("snapshots/*/**/*"):
+    for link in repository.glob(f"snapshots/*/**/{file}"):
         if not link.is_symlink() or not link.is_file():
             continue
         blob = link.resolve()
@@ -79,8 +82,8 @@ def _damaged(repository: Path) -> list[Path]:
         if entry not in checked:
             (whole if _is_whole(blob) else damaged).append((link, entry))
     if whole:
-        with suppress(OSError), record.open("a", encoding="utf-8") as file:  # of a read-only cache, checked each time
-            file.write("".join(f"{entry}\n" for _, entry in whole))
+        with suppress(OSError), record.open("a", encoding="utf-8") as lines:  # of a read-only cache, checked each time
+            lines.write("".join(f"{entry}\n" for _, entry in whole))
     return [link for link, _ in damaged]
 
 
