@@ -23,6 +23,7 @@ def run(code: str, *arguments: str) -> str:
     return completed.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [

@@ -392,6 +392,7 @@ def interrupt_lotlip(arguments: list[object], folder: Path, signal_number: int, 
     return process.returncode, err, kept()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "signal_number"),
     [
@@ -460,6 +461,7 @@ def test_an_interrupted_command_loses_nothing(
         assert not Path(f"{output}.partial").exists()
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command(photos: Path, official_checkpoint: Path) -> None:
     arguments = ["search", "--model", official_checkpoint, "--images", photos, "--device", "cpu", LONG_TEXT]
     command = [sys.executable, "-m", "lotlip_hf", *map(str, arguments)]
@@ -487,6 +489,7 @@ def test_json_that_python_refuses_is_named(line: str, tmp_path: Path) -> None:
         list(read_texts(file))
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_enough_is_no_error(photos: Path, official_checkpoint: Path) -> None:
     arguments = ["search", "--model", str(official_checkpoint), "--images", str(photos), "a"]
     process = subprocess.Popen(

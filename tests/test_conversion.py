@@ -152,6 +152,7 @@ def test_command_line(
     assert snapshot(folder) == before
 
 
+@pytest.mark.slow
 def test_command_line_in_a_process_of_its_own(source: Source) -> None:
     command = [sys.executable, "-m", "lotlip_hf.conversion.official", *source.arguments()]
     finished = subprocess.run(command, capture_output=True, text=True)

@@ -1280,6 +1280,7 @@ def test_damaged_files(files: Files, tmp_path: Path, error: Callable[..., str]) 
 # The command, and the real size
 
 
+@pytest.mark.slow
 def test_command_line(stock: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lotlip_hf.conversion.clip", "--clip", str(stock), "--output"]
     finished = subprocess.run([*command, str(tmp_path / "output")], capture_output=True, text=True)

@@ -577,6 +577,7 @@ def compare_answers(folder: Path, found: dict[str, LoTLIPModel]) -> None:
     assert processed == 2
 
 
+@pytest.mark.slow
 def test_exports_load_where_lotlip_hf_cannot_be_imported(tmp_path: Path) -> None:
     found = prepare(tmp_path, SOME_PAIRS)
     run_stock_only(sys.executable, transformers.__version__, tmp_path, list(found))

@@ -194,6 +194,7 @@ def test_workers_give_the_same_batches(processor: LoTLIPProcessor, num_workers: 
     assert collator.counts == alone.counts == {"records": 16, **NOTHING_BROKEN, "broken_images": 2}
 
 
+@pytest.mark.slow
 def test_trainer_takes_the_collator(processor: LoTLIPProcessor, tmp_path: Path) -> None:
     records = some_records(4)
     seen: list[dict[str, Any]] = []

@@ -768,6 +768,7 @@ print(json.dumps(answers))
 """
 
 
+@pytest.mark.slow
 def test_saved_pipelines_load_in_a_process_that_imports_diffusers_and_lotlip_hf_alone(tmp_path: Path) -> None:
     with_inversion = swapped("sd", length=LONG)
     with_inversion.load_textual_inversion(inversion())

@@ -660,6 +660,7 @@ def test_loading_with_the_package(published: Hub, tmp_path: Path) -> None:
     assert loaded[4][0].startswith("CLIPImageProcessor")
 
 
+@pytest.mark.slow
 def test_loading_without_the_package(published: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
     first = hub_commit(published)
     push(changed(official_checkpoint, tmp_path / "changed", logit_scale_init_value=1.5), REPO)

@@ -411,6 +411,7 @@ def test_example_says_what_it_cannot_do(
         run_example(example, clip_checkpoint, pictures, tmp_path, "--text_pairs")
 
 
+@pytest.mark.slow
 def test_example_goes_on_where_it_was(
     example: ModuleType, clip_checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_damaged_code_does_not_run_again(hub: Hub, tmp_path: Path) -> None:
     variables = environment(hub, tmp_path / "home")
     content = hub.files(REPO)["modeling_lotlip.py"]

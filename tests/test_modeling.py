@@ -164,6 +164,7 @@ def test_without_corner_tokens_it_is_the_stock_backbone(bidirectional_backbone: 
 # Attention implementations, precision, compilation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "with_corners"), [("right", True), ("right", False), ("left", True)])
 def test_attention_implementations_agree(text_backbone: str, side: str, with_corners: bool) -> None:
     model = text_model(text_backbone)
@@ -216,6 +217,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert cosine.min() > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_graph_breaks(training: bool) -> None:
     model, images = dual_model().train(training), tiny.pixel_values()

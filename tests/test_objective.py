@@ -267,6 +267,7 @@ def shares(split: list[int]) -> list[dict[str, torch.Tensor]]:
     return [own_share(split, options) for options in OBJECTIVES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_the_mean_over_processes_is_the_plain_loss(num_processes: int, tmp_path: Path) -> None:
     answers = run_processes(shares, num_processes, tmp_path, SPLITS[num_processes])

@@ -213,6 +213,7 @@ def test_the_files_say_what_they_are(exported: Path, official_checkpoint: Path, 
         assert not [one.name for one in graph.graph.initializer if "corner" in one.name or other in one.name]
 
 
+@pytest.mark.slow
 def test_int8_with_weights_beside_the_graph(
     tmp_path: Path,
     official_checkpoint: Path,
@@ -279,6 +280,7 @@ def test_an_index_is_made_by_onnx(tmp_path: Path, exported: Path, official_check
     assert fingerprint(again, processor, "text") != index.fingerprint
 
 
+@pytest.mark.slow
 def test_a_tower_by_itself_in_half_precision(tmp_path: Path) -> None:
     model = LoTLIPTextModelWithProjection(tiny.text_config("clip", num_hidden_layers=1))
     tiny_clip.random_weights(model)

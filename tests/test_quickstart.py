@@ -20,6 +20,7 @@ def quickstart() -> ModuleType:
     return load_script("examples/quickstart.py")
 
 
+@pytest.mark.slow
 def test_it_trains_measures_and_searches(
     quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

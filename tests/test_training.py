@@ -452,6 +452,7 @@ def test_a_killed_run_resumes_bitwise(kind: str, start: Path, tmp_path: Path) ->
     assert_same_run(undisturbed, killed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW)], ids=["SIGTERM", "SIGINT"]
 )
@@ -511,6 +512,7 @@ SHARED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some_slow(SHARED, quick=["cached, accumulated"]))
 def test_two_processes_train_as_one(kind: str, start: Path, tmp_path: Path) -> None:
     """The same curve, weights and recalls as one process with the doubled batch."""
@@ -611,6 +613,7 @@ def plant_nan(in_gradient: bool, at_step: int) -> None:
     loop._Run._take_step = poisoned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [pytest.param(1, marks=SLOW), 2])
 @pytest.mark.parametrize("in_gradient", [False, pytest.param(True, marks=SLOW)], ids=["loss", "gradient"])
 def test_a_loss_that_is_not_finite_stops_the_run(
@@ -658,6 +661,7 @@ def train_here(output: Path, start: Path, **options: Any) -> int:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", [("accelerator", "save_state", "torch"), ("model", "save_pretrained", "system")])
 def test_a_full_disk_in_the_middle_does_not_end_the_run(
     what: tuple[str, str, str], start: Path, tmp_path: Path
@@ -713,6 +717,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills(small_disk: Path, start: Path, tmp_path: Path) -> None:
     """Checkpoints until there is no room, with a log and TensorBoard on the same disk; those that fitted are whole."""
     output = small_disk / "run"
@@ -744,6 +749,7 @@ def test_no_room_from_the_start(small_disk: Path, start: Path, tmp_path: Path) -
     assert "Training" not in ended.text
 
 
+@pytest.mark.slow
 def test_a_broken_record_saves_what_was_trained(start: Path, tmp_path: Path) -> None:
     """In a loader's worker of one process of two; the resumed run leaves the record out."""
     data = make_folder(tmp_path / "records")
@@ -775,6 +781,7 @@ def test_a_truncated_shard_saves_what_was_trained(start: Path, tmp_path: Path, c
     assert [path.name for path in list_checkpoints(output)] == [f"checkpoint-{steps}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=SLOW)])
 def test_skipped_records_are_counted_once(num_workers: int, start: Path, tmp_path: Path) -> None:
     """What a loader reads ahead is not counted, nor what a resumed run reads again."""
