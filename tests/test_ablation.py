@@ -56,6 +56,7 @@ class FakeRun:
         return {**recalls, "long_cut": 0.125}
 
 
+@pytest.mark.slow
 def test_a_study_and_another_look(ablation, results, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     arguments = [*SMALL, "--only", "short", "mask-off", "--seeds", "0", "--results", str(results)]

@@ -239,6 +239,7 @@ def test_the_shared_tower_gives_what_each_encoder_gives(adapter: str, folders: P
 # The example
 
 
+@pytest.mark.slow
 def test_the_report_shows_what_was_learnt(aligned: tuple[Path, Any]) -> None:
     output, report = aligned
     assert list(report) == ["mean", "another prompt", *ADAPTERS]

@@ -804,6 +804,7 @@ def test_command_line(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFix
     assert [path.name for path in output.parent.iterdir()] == ["stock"]
 
 
+@pytest.mark.slow
 def test_nothing_in_the_folder_is_ours(checkpoint: Path, tmp_path: Path) -> None:
     convert(checkpoint, tmp_path / "stock", without_text_cleaning=True)
     files = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "stock").glob("*.json")}

@@ -283,6 +283,7 @@ def broken_records(folder: Path) -> list[tuple[dict[str, Any], type[ValueError],
     return rows
 
 
+@pytest.mark.slow
 def test_a_broken_record_stops_the_run_or_is_counted(
     processor: LoTLIPProcessor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -483,6 +483,7 @@ OLD_NAMES = [(*case, "text_model.") for case in SLOTS]
 NEW_NAMES = [("sd", "text_encoder", ""), ("sdxl", "text_encoder", ""), ("flux", "text_encoder", "")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "slot", "prefix"), OLD_NAMES + NEW_NAMES)
 def test_lora_on_the_text_encoder(tmp_path: Path, kind: str, slot: str, prefix: str) -> None:
     stock, pipe = pipeline(kind), swapped(kind, slot)

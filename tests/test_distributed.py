@@ -94,6 +94,7 @@ def collectives() -> dict[str, Any]:
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_collectives(num_processes: int, tmp_path: Path) -> None:
     whole, sizes = rows(num_processes), SIZES[:num_processes]

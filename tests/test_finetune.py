@@ -125,6 +125,7 @@ def printed_losses(text: str) -> list[float]:
 # with Trainer
 
 
+@pytest.mark.slow
 def test_trainer_trains_on_the_objective_with_other_texts_each_epoch(
     trainer_example: ModuleType, checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -141,6 +142,7 @@ def test_trainer_trains_on_the_objective_with_other_texts_each_epoch(
     assert largest_difference(saved, checkpoint) == 0
 
 
+@pytest.mark.slow
 def test_trainer_evaluates_retrieval_of_whole_captions(
     trainer_example: ModuleType, checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -181,6 +183,7 @@ def test_trainer_retrieval_knows_its_directions(trainer_example: ModuleType) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupted_at", [2, 4])  # within the first epoch, and at its end
 def test_trainer_resumed_ends_as_the_undisturbed_run(
     trainer_example: ModuleType, official_checkpoint: Path, pictures: Path, tmp_path: Path, interrupted_at: int
@@ -226,6 +229,7 @@ def test_trainer_of_two_processes_is_that_of_one(
 # with PEFT
 
 
+@pytest.mark.slow
 def test_lora_trains_on_the_objective_with_other_texts_each_epoch(
     lora_example: ModuleType, checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,6 +241,7 @@ def test_lora_trains_on_the_objective_with_other_texts_each_epoch(
     assert printed_losses(capsys.readouterr().out) == pytest.approx(expected, abs=1e-4)  # as printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision", [False, True])
 def test_lora_trains_what_it_saves(
     lora_example: ModuleType, official_checkpoint: Path, pictures: Path, tmp_path: Path, vision: bool
@@ -276,6 +281,7 @@ def test_lora_trains_what_it_saves(
     assert torch.equal(adapted.logit_scale, model.logit_scale)
 
 
+@pytest.mark.slow
 def test_lora_notices_an_adapter_that_lacks_something(
     lora_example: ModuleType, official_checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -328,6 +334,7 @@ def test_lora_of_two_processes_is_that_of_one(
 # both
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["finetune_with_trainer", "finetune_lora"])
 def test_weights_are_trained_in_float32_and_the_scale_is_clamped(
     name: str, checkpoint: Path, pictures: Path, tmp_path: Path
@@ -359,6 +366,7 @@ def shard(pictures: Path, tmp_path: Path) -> Path:
     return tmp_path / "shard.tar"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["finetune_with_trainer", "finetune_lora"])
 def test_the_data_may_be_shards(name: str, checkpoint: Path, shard: Path, tmp_path: Path) -> None:
     output = ["--output"] if name == "finetune_lora" else ["--max_steps", "3", "--output_dir"]

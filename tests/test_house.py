@@ -88,6 +88,7 @@ def test_lotlip_hf_does_not_look_up(path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["benchmarks", "conversion", "examples", "tests"])
 def test_modeling_is_imported_under_its_package_name(folder: str) -> None:
     for path in sorted((REPOSITORY / folder).rglob("*.py")):
@@ -158,6 +159,7 @@ def test_no_file_is_large() -> None:
         assert path.stat().st_size < LARGEST_FILE, f"{path.relative_to(REPOSITORY)} is over 5 MB"
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_everything(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -137,6 +137,7 @@ def test_a_dry_run_writes_what_is_published(
     assert "126 tokens" in card.text
 
 
+@pytest.mark.slow
 def test_push_to_hub_of_a_model(hub: Hub, official_checkpoint: Path) -> None:
     model = LoTLIPModel.from_pretrained(official_checkpoint)
     assert isinstance(model, LoTLIPModel)
@@ -181,6 +182,7 @@ def test_a_model_with_an_adapter(hub: Hub, official_checkpoint: Path) -> None:
     assert not hub.repos
 
 
+@pytest.mark.slow
 def test_a_model_from_the_hub(hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     push(official_checkpoint, REPO, private=True)
     model = LoTLIPModel.from_pretrained(REPO)
@@ -197,6 +199,7 @@ def assert_equal_weights(model: Any, other: Any) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_what_an_earlier_commit_left_is_not_read(hub: Hub, official_checkpoint: Path) -> None:
     push(official_checkpoint, REPO, max_shard_size="1MB")
     api = HfApi()
@@ -209,6 +212,7 @@ def test_what_an_earlier_commit_left_is_not_read(hub: Hub, official_checkpoint: 
     assert hub.files(REPO, "main").keys() == FILES | neighbours
 
 
+@pytest.mark.slow
 def test_a_pull_request(published: Hub, official_checkpoint: Path) -> None:
     before = hub_commit(published)
     commit = push(official_checkpoint, REPO, card=CardFields(license="mit"), create_pr=True)
@@ -324,6 +328,7 @@ def test_a_card_that_a_trainer_wrote_is_not_kept(official_checkpoint: Path, tmp_
     assert 'from_pretrained("me/mine"' in card.text
 
 
+@pytest.mark.slow
 def test_the_card_in_the_repository(published: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
     ours = content(published, "README.md")
     longer = shutil.copytree(official_checkpoint, tmp_path / "longer")
@@ -415,6 +420,7 @@ def test_an_answer_that_is_lost(hub: Hub, official_checkpoint: Path, faults: lis
     assert not any(fault.times for fault in hub.faults)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_known_is_not_claimed(hub: Hub, official_checkpoint: Path, error: Callable[..., str]) -> None:
     hub.faults += [Fault("POST", r"/commit/", DropAnswer()), Fault("GET", r"/tree/", Answer(503), times=99, skip=1)]
     message = error("push", official_checkpoint, "--repo-id", REPO)

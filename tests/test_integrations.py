@@ -288,6 +288,7 @@ def test_sentence_transformers_loads_a_bare_checkpoint(checkpoint: Path) -> None
     assert np.abs(lengths - 1).min() > 0.1  # the features as the model gives them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs", ["images", "texts"])
 def test_sentence_transformers_trains(checkpoint: Path, tmp_path: Path, pairs: str) -> None:
     sentences = sentence_transformer(checkpoint)
@@ -370,6 +371,7 @@ def test_example_trains_on_the_loss_of_the_model(
     assert logged(capsys.readouterr().out, "loss")[0] == pytest.approx(expected, abs=1e-3)  # as printed
 
 
+@pytest.mark.slow
 def test_example_leaves_a_checkpoint_for_both_libraries(
     example: ModuleType, official_checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -618,6 +620,7 @@ def test_accelerate_dispatches_a_checkpoint(kind: str, tmp_path: Path) -> None:
 # datasets
 
 
+@pytest.mark.slow
 def test_datasets_maps_embeds_and_searches(checkpoint: Path, pictures: Path) -> None:
     faiss = pytest.importorskip("faiss", reason="needs `pip install faiss-cpu`")
     dataset = datasets.load_dataset("imagefolder", data_dir=str(pictures), split="train")

@@ -251,6 +251,7 @@ def test_text_tower_is_exported_for_any_batch_and_length(backbone: str, pooling:
     torch.testing.assert_close(exported(input_ids=other).text_embeds, model(other).text_embeds, **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_image_tower_is_exported_for_any_batch(vision_backbone: str) -> None:
     model = _spread(LoTLIPVisionModelWithProjection(tiny.vision_config(vision_backbone, projection_dim=24)))
     sizes = {"pixel_values": {0: torch.export.Dim("batch")}}

@@ -121,6 +121,7 @@ def naive_corners(model: LoTLIPTextModel, ids: torch.Tensor, end: int) -> torch.
     return torch.stack(states, dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_corner_tokens_see_all_before_the_end_and_themselves(attention: str, with_mask: bool) -> None:

@@ -4,6 +4,7 @@ import tempfile
 import unittest
 from typing import Any
 
+import pytest
 import torch
 
 import tiny
@@ -21,6 +22,8 @@ from upstream import upstream
 
 modeling_common = upstream("test_modeling_common")
 ConfigTester = upstream("test_configuration_common").ConfigTester
+
+pytestmark = pytest.mark.slow
 
 
 class TextModelTester:

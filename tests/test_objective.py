@@ -469,6 +469,7 @@ def accelerated(split: list[int], chunk_size: int, batch_size: int) -> dict[str,
     return results(loss, accelerator.unwrap_model(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "loss"), [(of_processes, "sigmoid"), (accelerated, "infonce")])
 def test_cached_gradients_of_two_processes(function: Any, loss: str, tmp_path: Path) -> None:
     """In chunks of 1 the second process has one sample for the first one's four chunks."""
@@ -483,6 +484,7 @@ def test_cached_gradients_of_two_processes(function: Any, loss: str, tmp_path: P
             torch.testing.assert_close(answers[0][name], answers[1][name])
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_chunk_is_enough() -> None:
     model, objective = tiny_model(), Objective()
     cached_backward(model, tiny_batch(2), 2, objective)  # the parameters' gradients are there already

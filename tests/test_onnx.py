@@ -120,6 +120,7 @@ def padded_texts(config: Any, lengths: list[int], width: int, side: str) -> dict
     return {"input_ids": input_ids, "attention_mask": mask}
 
 
+@pytest.mark.slow
 def test_texts_and_images_are_encoded_as_in_pytorch(pair: tuple[Path, Path], golden: Path) -> None:
     model, processor = load_model(pair[0], device="cpu")
     # the folder alone is enough

@@ -213,6 +213,7 @@ def test_settings_of_both_parts_are_kept(tmp_path: Path) -> None:
 # transformers' own tests
 
 
+@pytest.mark.slow
 class LoTLIPProcessorTest(upstream("test_processing_common").ProcessorTesterMixin, unittest.TestCase):
     processor_class = LoTLIPProcessor
 

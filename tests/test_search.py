@@ -160,6 +160,7 @@ def test_the_index_is_of_the_model(
     assert embedded == []
 
 
+@pytest.mark.slow
 def test_fingerprints(pair: Pair, official_checkpoint: Path) -> None:
     model, processor = pair
     image, text = fingerprint(model, processor, "image"), fingerprint(model, processor, "text")
@@ -342,6 +343,7 @@ def test_an_index_is_compacted_when_most_of_it_is_out_of_date(
     np.testing.assert_allclose(index.embeddings[index.rows], expected.numpy(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_large_indexes_are_searched_in_little_memory(tmp_path: Path) -> None:
     rows, width = 30_000, 512  # 61 MB
     generator = np.random.default_rng(0)
@@ -386,6 +388,7 @@ def test_a_store_keeps_the_latest_entry_of_each_key(tmp_path: Path) -> None:
         EmbeddingStore(tmp_path).append("a", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["entries.jsonl", "embeddings-0.f32"])
 def test_a_store_cut_off_anywhere_keeps_what_is_whole(name: str, tmp_path: Path) -> None:
     filled_store(tmp_path / "whole")
@@ -491,6 +494,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 # The picture.
 
 
+@pytest.mark.slow
 def test_the_grid_shows_every_result(tmp_path: Path) -> None:
     colours = ["red", "lime", "blue", "yellow", "cyan", "magenta", "orange"]
     results = []

@@ -24,6 +24,7 @@ def records(num_scenes: int) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_every_word_of_scenes_is_a_token_of_its_own():
     _, processor = small_model()
     tokenizer = processor.tokenizer
@@ -124,6 +125,7 @@ def test_saves_and_loads(tmp_path):
         torch.testing.assert_close(loaded(**again).logits_per_image, model(**inputs).logits_per_image)
 
 
+@pytest.mark.slow
 def test_learns_the_scenes_of_one_batch():
     model, processor = small_model()
     batch = LoTLIPCollator(processor, CaptionSampling(num_long_texts=1))(records(8))

@@ -515,6 +515,7 @@ class SavedTokenizer:
         shutil.rmtree(cls.folder)
 
 
+@pytest.mark.slow
 class LoTLIPTokenizationTest(SavedTokenizer, common.TokenizerTesterMixin, unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
@@ -542,5 +543,6 @@ class LoTLIPTokenizationTest(SavedTokenizer, common.TokenizerTesterMixin, unitte
         getattr(test, "__wrapped__", test)(self)
 
 
+@pytest.mark.slow
 class LoTLIPTokenizersBackendTest(SavedTokenizer, backend.TokenizersBackendTesterMixin, unittest.TestCase):
     pass

@@ -431,6 +431,7 @@ def options_of(start: Path, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some_slow(KILLED, quick=["stream, workers"]))
 def test_a_killed_run_resumes_bitwise(kind: str, start: Path, tmp_path: Path) -> None:
     options = {"model": start / "model", "save_steps": 2, **options_of(start, KILLED[kind])}
@@ -691,6 +692,7 @@ def test_a_full_disk_at_the_end_is_an_error(start: Path, tmp_path: Path) -> None
     assert_same_run(tmp_path / "undisturbed", output)
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_does_not_end_the_run(start: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     argv = arguments(output, model=start / "plain", data=start / "records")
@@ -807,6 +809,7 @@ def broken_checkpoint(folder: Path, name: str) -> None:
     file.write_bytes(file.read_bytes()[:50])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     some_slow(
@@ -867,6 +870,7 @@ def test_no_records_at_all(start: Path, tmp_path: Path) -> None:
     assert not list_checkpoints(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_another_run_is_not_overwritten(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "run"
     assert train_here(output, start, max_steps=2) == 0
@@ -889,6 +893,7 @@ def test_another_run_is_not_overwritten(start: Path, tmp_path: Path, capsys: pyt
         train(*load_or_start_model(config(tmp_path, model=str(start / "plain"))), load_records(start / "few"), changed)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_wants_the_same_records_and_workers(
     start: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -920,6 +925,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_the_loop_is_a_plain_loop(start: Path, tmp_path: Path) -> None:
     """Loss, decay, clipping, learning rates, averages: against a loop of a few lines, over two epochs."""
     options = {
@@ -999,6 +1005,7 @@ def test_the_loop_is_a_plain_loop(start: Path, tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=SLOW)])
 def test_learning_rates_follow_the_schedule(num_processes: int, start: Path, tmp_path: Path) -> None:
     """Also in several processes, where accelerate would step a scheduler once for each."""
@@ -1022,6 +1029,7 @@ def test_the_logit_scale_stays_below_its_limit(start: Path, tmp_path: Path) -> N
     assert read_log(tmp_path / "run")[0]["logit_scale"] == pytest.approx(100, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["vit", "dinov2", "siglip", "clip"])
 @pytest.mark.parametrize("unlocked", [0, 1])
 def test_a_locked_tower_stays_bit_for_bit(backbone: str, unlocked: int, start: Path, tmp_path: Path) -> None:
@@ -1154,6 +1162,7 @@ def test_a_checkpoint_loads_in_a_new_process(start: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(image_embeds, expected.image_embeds, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_what_is_written_and_when(start: Path, tmp_path: Path) -> None:
     options = {"eval_data": str(start / "few"), "eval_samples": 7, "eval_steps": 4, "log_steps": 3}
     _, last = run_here(tmp_path / "run", start, **options, save_steps=2, save_total_limit=2, max_steps=10)
@@ -1177,6 +1186,7 @@ def test_what_is_written_and_when(start: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "training_config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_epochs_and_accumulation_make_the_steps(start: Path, tmp_path: Path) -> None:
     """24 records in batches of 5: 5 batches an epoch, 4 with `drop_last`."""
     for number, (options, steps) in enumerate(

@@ -17,6 +17,7 @@ def test_the_defaults_are_those_of_the_class() -> None:
     assert parse_arguments([]) == TrainingConfig()
 
 
+@pytest.mark.slow
 def test_flags_may_have_dashes_or_underscores() -> None:
     config = parse_arguments(["--grad-cache-chunk", "8", "--batch_size=16", "--lock-vision", "--captioners", "0", "2"])
     assert (config.grad_cache_chunk, config.batch_size, config.lock_vision, config.captioners) == (8, 16, True, [0, 2])

@@ -207,6 +207,7 @@ def two_processes(official_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
     return folder, answers[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_sharded_run_is_that_of_one_process(
     name: str, one_process: Path, two_processes: tuple[Path, dict[str, Any]]
@@ -244,6 +245,7 @@ def test_sharded_bfloat16_is_near_float32(two_processes: tuple[Path, dict[str, A
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_over_processes(one_process: Path, official_checkpoint: Path, tmp_path: Path) -> None:
     """With a locked image tower, and the text tower run twice in a step, by DDP."""
     output = tmp_path / "run"
@@ -254,6 +256,7 @@ def test_gradient_checkpointing_over_processes(one_process: Path, official_check
 # One process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locked", [{}, {"lock_vision": True}, {"lock_vision": True, "unlocked_vision_layers": 1}])
 def test_gradient_checkpointing_changes_nothing(
     locked: dict[str, Any], official_checkpoint: Path, tmp_path: Path

@@ -8,6 +8,7 @@ import pytest
 from scripts import load_script
 
 
+@pytest.mark.slow
 def test_it_measures_a_step_and_keeps_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = load_script("benchmarks/training_step.py")
     results = tmp_path / "results" / "steps.jsonl"

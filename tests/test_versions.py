@@ -26,7 +26,7 @@ from lotlip_hf.modeling.processing_lotlip import official_image_processor
 
 TESTS = Path(__file__).resolve().parent
 TOLERANCE = {"atol": 1e-6, "rtol": 0}
-PAIRS = list(itertools.product(tiny.TEXT_BACKBONES, tiny.VISION_BACKBONES))
+PAIRS = list(zip(itertools.cycle(tiny.TEXT_BACKBONES), tiny.VISION_BACKBONES))  # each backbone at least once
 TEXTS = [["a cat", "A cat sleeps. It is old &amp; grey."], ["", "a [SEP] in a text, </s> too. " * 20]]
 
 
@@ -50,7 +50,7 @@ def tokenizer(text_backbone: str) -> LoTLIPTokenizer:
 
 
 def save(folder: Path) -> None:
-    """Save a model and its processor for every pair of backbones, and what they answer."""
+    """Save a model and its processor for each pair of backbones, and what they answer."""
     for text_backbone, vision_backbone in PAIRS:
         name = f"{text_backbone}-{vision_backbone}"
         torch.manual_seed(len(name))
