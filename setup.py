@@ -20,6 +20,9 @@ INSTALL_REQUIRES = [
     "tqdm>=4.66",
 ]
 
+# Metrics as `evaluate` modules, approximate search, plots of studies and reports (lotlip_hf/evaluation).
+EVALUATION_REQUIRES = ["evaluate>=0.4.5", "faiss-cpu>=1.11", "matplotlib>=3.9"]
+
 # What a training run draws and records: TensorBoard's files and the training curve.
 TRAIN_REQUIRES = ["matplotlib>=3.9", "tensorboard>=2.16"]
 
@@ -36,13 +39,13 @@ ONNX_REQUIRES = ["onnx>=1.18", "onnxruntime>=1.23", "onnxscript>=0.7"]
 SPACE_REQUIRES = ["gradio>=6.0"]
 
 TEST_REQUIRES = [
+    *EVALUATION_REQUIRES,
     *TRAIN_REQUIRES,
     *LORA_REQUIRES,
     *DIFFUSION_REQUIRES,
     *ONNX_REQUIRES,
     *SPACE_REQUIRES,
     "bitsandbytes>=0.50",
-    "faiss-cpu>=1.11",
     "optimum-quanto>=0.2.7",
     "parameterized>=0.9",
     "playwright>=1.50",
@@ -51,9 +54,11 @@ TEST_REQUIRES = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.14",
+    "scikit-learn>=1.5",
     "sentence-transformers>=6.2",
     # Builds the metadata of transformers' source distribution (tests/upstream.py).
     "setuptools>=80",
+    "torchmetrics>=1.6",
 ]
 
 setup(
@@ -75,6 +80,7 @@ setup(
     packages=[*find_packages(include=["lotlip_hf", "lotlip_hf.*"]), "lotlip_hf.modeling", "lotlip_hf.conversion"],
     install_requires=INSTALL_REQUIRES,
     extras_require={
+        "evaluation": EVALUATION_REQUIRES,
         "train": TRAIN_REQUIRES,
         "lora": LORA_REQUIRES,
         "diffusion": DIFFUSION_REQUIRES,

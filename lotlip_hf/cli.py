@@ -141,6 +141,73 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--results", nargs="+", default=(), metavar="FILE", help="results of evaluations, JSON files")
     push.set_defaults(run=_push)
 
+    evaluate = commands.add_parser(
+        "evaluate",
+        parents=[model],
+        help="score a model on a benchmark",
+        description="Score a model on a benchmark: retrieval in both directions, or zero-shot classification. "
+        "Embeddings are kept as they are computed: after an interruption the same command goes on from there. With "
+        "several processes (`torchrun --nproc-per-node 2 -m lotlip_hf evaluate ...`) each encodes its share.",
+        epilog=EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.add_argument(
+        "--task", required=True, metavar="T", help="what to measure: a benchmark or a study; see README.md"
+    )
+    evaluate.add_argument("--data", metavar="DIR", help="folder of the data set, or its Hub id")
+    evaluate.add_argument("--output", metavar="FILE", help="write the results to this JSON file")
+    evaluate.add_argument("--overwrite", action="store_true", help="replace the output if it is there already")
+    evaluate.add_argument("--plot", metavar="FILE", help="draw a study's result in this picture")
+    evaluate.add_argument("--revision", help="of the model on the Hub")
+    evaluate.add_argument("--data-revision", metavar="REVISION", help="of the data set on the Hub")
+    evaluate.add_argument(
+        "--data-config", metavar="NAME", help="configuration of a data set on the Hub that has several"
+    )
+    evaluate.add_argument("--split", help="part of the data set, where the task leaves a choice")
+    evaluate.add_argument(
+        "--num-images", type=_positive, metavar="N", help="the first N images alone, for a quick look"
+    )
+    evaluate.add_argument("--image-column", metavar="NAME", help="column of the images, for data of one's own")
+    evaluate.add_argument("--text-column", metavar="NAME", help="column of the texts, for data of one's own")
+    evaluate.add_argument("--label-column", metavar="NAME", help="column of the classes, for data of one's own")
+    evaluate.add_argument(
+        "--captions", choices=("long", "all", "short"), help="which captions, for scenes and data of one's own (long)"
+    )
+    evaluate.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="clean captions as the paper does; by default all but short ones",
+    )
+    evaluate.add_argument("--class-names", metavar="FILE", help="names of the classes, one a line; or `openai`")
+    evaluate.add_argument("--templates", metavar="FILE", help="prompts with {} in the place of the class; or `openai`")
+    evaluate.add_argument(
+        "--max-length", type=_positive, metavar="TOKENS", help="cut texts there, not at the model's end"
+    )
+    evaluate.add_argument(
+        "--benchmark", metavar="T", help="for length-study and sentence-ablation: the retrieval task that is studied"
+    )
+    evaluate.add_argument(
+        "--limits", type=_positive, nargs="+", metavar="TOKENS", help="for length-study: where texts are cut"
+    )
+    evaluate.add_argument("--bootstrap", type=int, default=1000, help="samples for the intervals of R@1 (1000)")
+    evaluate.add_argument(
+        "--faiss-index", metavar="INDEX", help="search with this index (Flat, IVF256,Flat), not exactly"
+    )
+    evaluate.add_argument("--cache", metavar="DIR", help="keep the embeddings in this folder")
+    evaluate.add_argument("--no-cache", action="store_true", help="keep no embeddings")
+    evaluate.set_defaults(run=_evaluate)
+
+    report = commands.add_parser(
+        "report",
+        help="set results beside the published ones",
+        description="Print the paper's table with the results of `lotlip evaluate` beside the published rows.",
+    )
+    report.add_argument("results", nargs="+", metavar="FILE", help="JSON files that `lotlip evaluate` wrote")
+    report.add_argument("--format", choices=("text", "markdown"), default="text", help="of the tables (text)")
+    report.add_argument("--model-index", metavar="FILE", help="write the entries of a model card's model-index (YAML)")
+    report.add_argument("--plot", metavar="FILE", help="draw the table in this picture")
+    report.set_defaults(run=_report)
+
     return parser
 
 
@@ -226,6 +293,104 @@ def _push(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from accelerate import PartialState
+
+    state = PartialState(cpu=arguments.device == "cpu")
+    try:
+        if state.num_processes > 1 and arguments.device is None:
+            arguments.device = state.device
+        if not state.is_main_process:
+            logging.getLogger("lotlip_hf").setLevel(logging.ERROR)  # the first one says it
+        return _evaluate_together(arguments, state.is_main_process)
+    finally:
+        state.destroy_process_group()
+
+
+def _evaluate_together(arguments: argparse.Namespace, is_main_process: bool) -> int:
+    """The part of an evaluation that every process runs; the main one writes and prints."""
+    from huggingface_hub.constants import HF_HOME
+
+    from .evaluation.benchmarks import load_benchmark
+    from .evaluation.evaluate import check_results_file, evaluate, results_table, study, write_results
+    from .evaluation.studies import plot_length_study, plot_sentence_ablation
+    from .evaluation.zero_shot import DEFAULT_TEMPLATES, read_templates
+    from .search import check_picture
+
+    studies = {
+        "length-study": ("length", plot_length_study),
+        "sentence-ablation": ("sentences", plot_sentence_ablation),
+    }
+    kind, plot = studies.get(arguments.task, (None, None))
+    for option in ("benchmark", "plot", "limits"):
+        tasks = [task for task in studies if option != "limits" or task == "length-study"]
+        if getattr(arguments, option) is not None and arguments.task not in tasks:
+            raise ValueError(f"--{option} is for --task {' and '.join(tasks)}, not for {arguments.task}.")
+    for option in ("templates", "max_length", "faiss_index"):
+        if getattr(arguments, option) is not None and kind is not None:
+            raise ValueError(f"--{option.replace('_', '-')} is not for --task {arguments.task}.")
+    if kind is not None and arguments.benchmark is None:
+        raise ValueError(f"--task {arguments.task} needs --benchmark: the retrieval task whose texts are studied.")
+    if arguments.output:
+        check_results_file(arguments.output, overwrite=arguments.overwrite)
+    if arguments.plot:
+        check_picture(arguments.plot)
+    templates = read_templates(arguments.templates) if arguments.templates else DEFAULT_TEMPLATES
+    benchmark = arguments.benchmark or arguments.task
+    data = load_benchmark(
+        benchmark,
+        arguments.data,
+        num_images=arguments.num_images,
+        split=arguments.split,
+        revision=arguments.data_revision,
+        config=arguments.data_config,
+        image_column=arguments.image_column,
+        text_column=arguments.text_column,
+        label_column=arguments.label_column,
+        class_names=arguments.class_names,
+        captions=arguments.captions,
+        normalize=arguments.normalize,
+    )
+    model, processor = _load(arguments)
+    settings = {
+        "benchmark": benchmark,
+        "model_name": arguments.model,
+        "cache": None if arguments.no_cache else arguments.cache or os.path.join(HF_HOME, "lotlip"),
+        "batch_size": arguments.batch_size,
+        "progress": is_main_process,
+    }
+    if kind is not None:
+        results = study(model, processor, data, kind, limits=arguments.limits, **settings)
+    else:
+        results = evaluate(
+            model,
+            processor,
+            data,
+            templates=templates,
+            max_length=arguments.max_length,
+            bootstrap=arguments.bootstrap,
+            faiss_index=arguments.faiss_index,
+            **settings,
+        )
+    if is_main_process:
+        print(results_table(results))
+        if arguments.output:
+            write_results(results, arguments.output)
+        if plot is not None and arguments.plot:
+            plot(results["rows"], arguments.plot)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from .evaluation.report import write_report
+    from .search import check_picture
+
+    if arguments.plot:
+        check_picture(arguments.plot)
+    print(write_report(arguments.results, arguments.format, arguments.model_index, arguments.plot))
+    return 0
+
+
 def _load(arguments: argparse.Namespace):  # noqa: ANN202
     import warnings
 
@@ -236,7 +401,8 @@ def _load(arguments: argparse.Namespace):  # noqa: ANN202
     logging.disable_progress_bar()  # the loading of weights; ours stay
     # PIL's warnings are of images that it reads all the same, and do not name them. What it cannot read is reported.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    return load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    revision = getattr(arguments, "revision", None)
+    return load_model(arguments.model, device=arguments.device, dtype=arguments.dtype, revision=revision)
 
 
 def _report_skipped(skipped: dict[str, str]) -> None:

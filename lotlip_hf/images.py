@@ -1,5 +1,6 @@
 """Image files: finding them in a folder, and reading any of them as RGB or saying why it cannot be read."""
 
+import io
 import os
 import stat
 import threading
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-ImageSource = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
+ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
 # Formats that PIL lists but does not decode itself: EPS and WMF call outside programs, the others are stubs or video.
 EXCLUDED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
@@ -122,9 +123,9 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     many it takes them for decompression bombs, and they are refused.
 
     Args:
-        source (`str`, `os.PathLike`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            Path of a file, a PIL image (left unchanged), or an array of 8- or 16-bit unsigned integers, of shape
-            [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels.
+        source (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            Path of a file, the bytes of one, a PIL image (left unchanged), or an array of 8- or 16-bit unsigned
+            integers, of shape [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels.
         name (`str`, *optional*): what errors call the image; by default its path.
 
     Returns:
@@ -149,6 +150,11 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     try:
         if isinstance(source, str | os.PathLike):
             return _load_file(os.fspath(source), name)
+        if isinstance(source, bytes):
+            if not source:
+                raise ImageError(name, "the file is empty")
+            with Image.open(io.BytesIO(source), formats=readable_formats()) as image:
+                return _to_rgb(image, name)
         if isinstance(source, Image.Image):
             return _to_rgb(source, name)
         if isinstance(source, np.ndarray | torch.Tensor):
@@ -169,7 +175,9 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
         raise ImageError(name, f"cannot be opened ({error.strerror})", transient=True) from error
     except Exception as error:  # decoders raise anything on damaged files: SyntaxError, struct.error, zlib.error, ...
         raise ImageError(name, f"damaged ({type(error).__name__}: {error})") from error
-    raise TypeError(f"{name} must be a path, a PIL image or an array, got {type(source).__name__}.")
+    raise TypeError(
+        f"{name} must be a path, the bytes of a file, a PIL image or an array, got {type(source).__name__}."
+    )
 
 
 def _load_file(path: str, name: str) -> Image.Image:

@@ -273,8 +273,17 @@ def test_a_callers_image_is_left_unchanged() -> None:
     assert same.getpixel((0, 0)) == (0, 0, 0)
 
 
+def test_the_bytes_of_a_file(golden: Path) -> None:
+    for file in sorted((golden / "images").glob("*.png")):
+        assert load_image(file.read_bytes()).tobytes() == load_image(file).tobytes()
+    with pytest.raises(ImageError, match=r"images\[2\]: the file is empty"):
+        load_image(b"", "images[2]")
+    with pytest.raises(ImageError, match=r"images\[2\]: not an image"):
+        load_image(b"no picture at all", "images[2]")
+
+
 def test_other_sources_are_a_type_error() -> None:
-    with pytest.raises(TypeError, match=r"images\[2\] must be a path, a PIL image or an array, got int"):
+    with pytest.raises(TypeError, match=r"images\[2\] must be a path, the bytes of a file, .*, got int"):
         load_image(3, "images[2]")  # pyright: ignore[reportArgumentType]
 
 

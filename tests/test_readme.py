@@ -56,6 +56,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, golden: Path, official_ch
     (folder / "photos").mkdir()
     shutil.copyfile(golden / "images" / "RGB_640x480.png", folder / "photos" / "cat.png")
     shutil.copyfile(golden / "images" / "L_300x200.png", folder / "photos" / "dog.png")
+    for animal in ("cat", "dog"):
+        (folder / "animals" / animal).mkdir(parents=True)
+        shutil.copyfile(folder / "photos" / f"{animal}.png", folder / "animals" / animal / "1.png")
     (folder / "pictures").mkdir()
     with (folder / "pictures" / "metadata.jsonl").open("w", encoding="utf-8") as file:
         for number in range(8):
@@ -84,6 +87,7 @@ def cwd(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     folder = tmp_path / "cwd"
     shutil.copytree(prepared, folder)
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))  # of an evaluation's embeddings
     return folder
 
 
@@ -93,6 +97,7 @@ def test_there_is_something_to_run(file: str) -> None:
     assert commands(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snippet", blocks("README.md", "python") + blocks("MODEL_CARD.md", "python"), ids=first_words)
 def test_snippet(snippet: str, cwd: Path) -> None:
     if "OnnxModel" in snippet:
@@ -101,6 +106,7 @@ def test_snippet(snippet: str, cwd: Path) -> None:
     exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.slow
 def test_commands(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in commands("README.md") + commands("MODEL_CARD.md"):
         if words[0] == "export":  # which `test_snippet` runs
@@ -124,6 +130,11 @@ def test_commands(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "texts.parquet",
         "converted/config.json",
         "again.pt",
+        "scenes.json",
+        "length.png",
+        "sentences.png",
+        "report.png",
+        "results.yaml",
     ):
         assert (cwd / made).is_file(), made
 
@@ -144,6 +155,7 @@ def test_training_commands_have_options_that_exist() -> None:
             assert option in ("config", "help") or hasattr(TrainingConfig, option.replace("-", "_")), option
 
 
+@pytest.mark.slow
 def test_conversion_commands(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree("lotlip-clip")
     for module in (conversion_clip, conversion_stock):
@@ -155,6 +167,7 @@ def test_conversion_commands(cwd: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert type(AutoModel.from_pretrained("stock")) is VisionTextDualEncoderModel
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_and_swapped_in(cwd: Path) -> None:
     for name in ("align_text_encoder", "swap_text_encoder"):
         (words,) = commands("README.md", f"examples/{name}.py")
@@ -163,6 +176,7 @@ def test_an_adapter_is_trained_and_swapped_in(cwd: Path) -> None:
     assert (cwd / "picture.png").is_file()
 
 
+@pytest.mark.slow
 def test_finetuning_commands(cwd: Path) -> None:
     for name, made in (("finetune_with_trainer", "finetuned"), ("finetune_lora", "lora/merged")):
         (words,) = commands("README.md", f"examples/{name}.py")

@@ -1,0 +1,630 @@
+"""Files of results as the LoTLIP paper's table beside its published rows, as a card's metadata, and as a plot."""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path, PurePath
+from typing import Any, Literal, NamedTuple, get_args
+
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub.utils import yaml_dump
+
+from ..hub import read_results
+from .benchmarks import TASKS
+
+Format = Literal["text", "markdown"]
+# R@1 in percent, image to text and text to image.
+Published = dict[str, tuple[float, float]]
+
+PAPER = "LoTLIP (NeurIPS 2024), https://arxiv.org/abs/2410.05249"
+# The paper's columns by the names of their benchmarks, and its rows by model and pairs trained on.
+PAPER_COLUMNS = {"dci": "DCI", "iiw": "IIW", "sharegpt4v-10k": "SV-10k", "urban1k": "Urban-1k"}
+PUBLISHED: dict[str, Published] = {
+    "CLIP ViT-B/32, 400M pairs": {
+        "dci": (43.06, 40.32),
+        "iiw": (86.76, 84.15),
+        "sharegpt4v-10k": (58.08, 51.77),
+        "urban1k": (60.90, 47.00),
+    },
+    "CLIP ViT-B/16, 400M pairs": {
+        "dci": (45.45, 43.01),
+        "iiw": (88.24, 87.58),
+        "sharegpt4v-10k": (60.22, 56.16),
+        "urban1k": (67.10, 52.90),
+    },
+    "Long-CLIP ViT-B/16, 400M pairs": {
+        "dci": (51.68, 57.28),
+        "iiw": (89.61, 93.20),
+        "sharegpt4v-10k": (79.24, 77.06),
+        "urban1k": (78.90, 79.50),
+    },
+    "LoTLIP ViT-B/32, 100M pairs": {
+        "dci": (59.90, 56.36),
+        "iiw": (93.14, 91.83),
+        "sharegpt4v-10k": (83.76, 78.97),
+        "urban1k": (84.10, 81.80),
+    },
+    "LoTLIP ViT-B/16, 100M pairs": {
+        "dci": (64.11, 62.63),
+        "iiw": (94.28, 92.65),
+        "sharegpt4v-10k": (88.40, 82.72),
+        "urban1k": (88.80, 84.80),
+    },
+}
+RETRIEVAL = "image-text-retrieval"
+# What a column of each task shows.
+METRICS = {
+    RETRIEVAL: {"image_to_text_r1": "I2T", "text_to_image_r1": "T2I"},
+    "zero-shot-image-classification": {"accuracy_top1": "top-1"},
+}
+PANEL_TITLES = {
+    "image_to_text_r1": "R@1 (%), image to text",
+    "text_to_image_r1": "R@1 (%), text to image",
+    "accuracy_top1": "top-1 accuracy (%)",
+}
+DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+# What a protocol says of the outcome rather than of the rules, and what changes no number of the table.
+NO_RULES = {
+    *("num_images", "first_images", "num_texts", "num_texts_cut", "num_duplicate_texts", "num_classes"),
+    "bootstrap",
+}
+# Titles, factors and formats of a study's columns.
+STUDIES: dict[str, dict[str, tuple[str, float, str]]] = {
+    "length": {
+        "max_length": ("tokens", 1, "d"),
+        "image_to_text_r1": ("I2T R@1", 100, ".2f"),
+        "text_to_image_r1": ("T2I R@1", 100, ".2f"),
+        "texts_cut": ("texts cut (%)", 100, ".1f"),
+        "mean_tokens": ("mean tokens", 1, ".1f"),
+        "text_flops": ("GFLOPs a text", 1e-9, ".3g"),
+    },
+    "sentences": {
+        "sentence": ("sentence left out", 1, "d"),
+        "num_texts": ("texts", 1, "d"),
+        "num_read": ("read", 1, "d"),
+        "image_to_text_r1": ("I2T R@1", 100, ".2f"),
+        "text_to_image_r1": ("T2I R@1", 100, ".2f"),
+        "image_to_text_r1_lost": ("I2T lost", 100, ".2f"),
+        "text_to_image_r1_lost": ("T2I lost", 100, ".2f"),
+        "image_to_text_mean_rank_lost": ("I2T places lost", 1, ".2f"),
+        "text_to_image_mean_rank_lost": ("T2I places lost", 1, ".2f"),
+        "score_lost": ("score lost", 1, ".4f"),
+    },
+}
+STUDY_TITLES = {"length": "Texts cut at a number of tokens", "sentences": "A sentence left out"}
+# Of Okabe and Ito's palette, which people tell apart however they see colours.
+COLOURS = ("#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
+
+
+class Column(NamedTuple):
+    """A column of the table: what stands over it, and the task whose metrics it shows."""
+
+    title: str
+    task: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    A file of results.
+
+    Args:
+        file: Where it was read from.
+        model, revision: What was evaluated.
+        fingerprint: Of the model's weights and settings.
+        benchmark, task, dataset, data_fingerprint, protocol: On what, and how.
+        metrics: Numbers by name; empty for a study.
+        date: When.
+        study: `"length"` or `"sentences"` where the file holds a study.
+        rows: The study's.
+        label: What a table calls the model.
+    """
+
+    file: str
+    model: str
+    revision: str | None
+    fingerprint: str
+    benchmark: str
+    task: str
+    dataset: Mapping[str, Any]
+    data_fingerprint: str
+    protocol: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    date: datetime
+    study: str | None = None
+    rows: Sequence[Mapping[str, Any]] = ()
+    label: str = ""
+
+    @property
+    def column(self) -> Column:
+        """The column that it stands in. Other splits than a benchmark's own stand in others."""
+        task = TASKS.get(self.benchmark)
+        split = self.dataset.get("split")
+        title = PAPER_COLUMNS.get(self.benchmark) or str(self.dataset["name"])
+        is_own_split = not split or (task is not None and split == task.split)
+        return Column(title if is_own_split else f"{title} ({split})", self.task)
+
+    @property
+    def part(self) -> str | None:
+        """What was evaluated, if it was a part of the benchmark alone."""
+        task = TASKS.get(self.benchmark)
+        count = self.protocol["num_images"]
+        if task is not None and task.num_images and self.dataset.get("split") in (task.split, None):
+            return f"{count} of {task.num_images} images" if count < task.num_images else None
+        return f"the first {count} images" if "first_images" in self.protocol else None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """
+    What files of results say together.
+
+    Args:
+        models: Labels, in the order of the files.
+        columns: The paper's, then others in the order of the files.
+        runs: By model and column, the run that counts.
+        studies: All of them.
+        notes: What a table does not show.
+    """
+
+    models: Sequence[str]
+    columns: Sequence[Column]
+    runs: Mapping[tuple[str, Column], Run]
+    studies: Sequence[Run]
+    notes: Sequence[str]
+
+
+def read_run(file: str | os.PathLike) -> Run:
+    """
+    Reads a file that `lotlip evaluate` wrote.
+
+    Args:
+        file: The JSON file.
+
+    Returns:
+        What it says.
+
+    Raises:
+        ValueError: if it is no such file, or lacks something; the message names it and says what.
+        OSError: if it cannot be read.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not a JSON file ({error}); expected what `lotlip evaluate` wrote.") from error
+    try:
+        study = content.get("study")
+        if study is None:
+            metrics = {result.metric_type: result.metric_value for result in read_results(file)}
+            if content["task"] not in METRICS:
+                raise ValueError(f"`task` is {content['task']!r}, expected one of {', '.join(METRICS)}")
+            for name in METRICS[content["task"]]:
+                if not 0 <= metrics[name] <= 1:
+                    raise ValueError(f"`metrics.{name}` is {metrics[name]}, expected a share from 0 to 1")
+            for name, value in metrics.items():
+                if not math.isfinite(value):
+                    raise ValueError(f"`metrics.{name}` is {value}, expected a number")
+        else:
+            metrics = {}
+            if study not in STUDIES:
+                raise ValueError(f"`study` is {study!r}, expected one of {', '.join(STUDIES)}")
+            study_table(study, content["rows"])
+        date = datetime.fromisoformat(content["date"])
+        run = Run(
+            file=os.fspath(file),
+            model=_name(content, "model"),
+            revision=content.get("model_revision"),
+            fingerprint=json.dumps(content.get("model_fingerprint"), sort_keys=True),
+            benchmark=_name(content, "benchmark"),
+            task=content.get("task", ""),
+            dataset=content["dataset"],
+            data_fingerprint=content.get("data_fingerprint") or "",
+            protocol=content["protocol"],
+            metrics=metrics,
+            date=date if date.tzinfo else date.replace(tzinfo=timezone.utc),
+            study=study,
+            rows=content.get("rows", ()),
+        )
+        if not isinstance(run.protocol["num_images"], int):
+            raise ValueError(f"`protocol.num_images` is {run.protocol['num_images']!r}, expected a whole number")
+        _name(run.dataset, "name")
+        return run
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if str(error).startswith(f"{file}: "):
+            raise
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{file}: no results of `lotlip evaluate` ({what}).") from error
+
+
+def report(files: Sequence[str | os.PathLike], format: Format = "text") -> str:
+    """
+    The LoTLIP paper's table of long-text retrieval: its published rows, marked as such, and the models of these files;
+    a column more for each other benchmark. Beneath, what a reader has to know of the numbers, each run in full, and
+    each study.
+
+    Of several runs of a model on a benchmark one on the whole set counts before one on a part, and then the newest.
+
+    Args:
+        files: What `lotlip evaluate` wrote.
+        format: `"text"`, or `"markdown"` for a card or README.
+
+    Returns:
+        The tables, without a line end.
+
+    Raises:
+        ValueError: if a file holds no results; the message names it. If `format` is another.
+        OSError: if a file cannot be read.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.evaluation.report import report
+
+    >>> print(report(["iiw.json", "urban1k.json"], format="markdown"))  # doctest: +SKIP
+    ```
+    """
+    return _report(summarise(files), format)
+
+
+def model_index(files: Sequence[str | os.PathLike]) -> str:
+    """
+    The results as `model-index`, which model cards on the Hub have in their metadata; see
+    https://huggingface.co/docs/hub/model-cards. Runs are chosen as in [`report`]; one on a part of a benchmark says so
+    in its `args`.
+
+    Args:
+        files: What `lotlip evaluate` wrote; studies among them are left out.
+
+    Returns:
+        YAML.
+
+    Raises:
+        ValueError: if a file holds no results, or none of them holds any but a study's.
+        OSError: if a file cannot be read.
+    """
+    return _model_index(summarise(files))
+
+
+def plot_report(files: Sequence[str | os.PathLike], output: str | os.PathLike) -> None:
+    """
+    Draws R@1 of the published models and of those in the files, and top-1 accuracies where there are some. Runs are
+    chosen as in [`report`].
+
+    Args:
+        files: What `lotlip evaluate` wrote.
+        output: The picture; its extension says of which kind it is.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if a file holds no results, none of them holds any but a study's, or matplotlib does not write such
+            pictures.
+        OSError: if a file cannot be read or written.
+    """
+    _plot(summarise(files), output)
+
+
+def write_report(
+    files: Sequence[str | os.PathLike],
+    format: Format = "text",
+    model_index_file: str | os.PathLike | None = None,
+    plot_file: str | os.PathLike | None = None,
+) -> str:
+    """
+    What `lotlip report` does. Every file is read before anything is written.
+
+    Args:
+        files, format: As in [`report`].
+        model_index_file: Where to write [`model_index`], if anywhere.
+        plot_file: Where to draw [`plot_report`], if anywhere.
+
+    Returns:
+        The tables.
+
+    Raises:
+        ImportError, ValueError, OSError: as the three; also if a file of results would be written over.
+    """
+    summary = summarise(files)
+    tables = _report(summary, format)
+    metadata = None if model_index_file is None else _model_index(summary)
+    own = {Path(file).resolve() for file in files}
+    for output in (model_index_file, plot_file):
+        if output is not None and Path(output).resolve() in own:
+            raise ValueError(f"{output} is one of the files of results: choose another to write to.")
+    if plot_file is not None:
+        _plot(summary, plot_file)
+    if model_index_file is not None and metadata is not None:
+        Path(model_index_file).write_text(metadata, encoding="utf-8")
+    return tables
+
+
+def study_table(study: str, rows: Sequence[Mapping[str, Any]], format: Format = "text") -> str:
+    """
+    The rows of a study as a table.
+
+    Args:
+        study: `"length"` or `"sentences"`.
+        rows: What [`~lotlip_hf.evaluation.studies.length_study`] or
+            [`~lotlip_hf.evaluation.studies.sentence_ablation`] returned.
+        format: As in [`report`].
+
+    Raises:
+        KeyError, TypeError, ValueError: if the rows are not those of such a study.
+    """
+    columns = STUDIES[study]
+    cells = [
+        ["-" if row[name] is None else f"{factor * row[name]:{spec}}" for name, (_, factor, spec) in columns.items()]
+        for row in rows
+    ]
+    return table([[title for title, _, _ in columns.values()]], cells, format, left=0)
+
+
+def summarise(files: Sequence[str | os.PathLike]) -> Summary:
+    """
+    Reads files of results and chooses those that count.
+
+    Args:
+        files: What `lotlip evaluate` wrote.
+
+    Returns:
+        Models, columns and runs in the order of the files, and notes on what a table of them does not show.
+
+    Raises:
+        ValueError: if there are no files, or one holds no results.
+        OSError: if one cannot be read.
+    """
+    if not files:
+        raise ValueError("`files` is empty: there is nothing to report.")
+    unique = {Path(file).resolve(): file for file in files}
+    runs = _labelled([read_run(file) for file in unique.values()])
+    evaluations = [run for run in runs if run.study is None]
+    notes: list[str] = []
+    chosen: dict[tuple[str, Column], Run] = {}
+    for run in evaluations:
+        other = chosen.setdefault((run.label, run.column), run)
+        if other is run:
+            continue
+        best = max(run, other, key=lambda one: (one.part is None, one.date))
+        worse = run if best is other else other
+        chosen[run.label, run.column] = best
+        reason = "is newer" if (best.part is None) == (worse.part is None) else "has all images"
+        rules = [f"`{name}`" for name in _rules([run, other]) if run.protocol.get(name) != other.protocol.get(name)]
+        differs = f" They differ in {', '.join(rules)}." if rules else ""
+        notes.append(
+            f"{run.label} on {run.column.title}: {best.file} counts, which {reason}, and not {worse.file}.{differs}"
+        )
+    models = list(dict.fromkeys(run.label for run in evaluations))
+    paper = [Column(title, RETRIEVAL) for title in PAPER_COLUMNS.values()]
+    columns = list(dict.fromkeys([*paper, *(run.column for run in evaluations)]))
+    for column in columns:
+        notes += _differences([chosen[model, column] for model in models if (model, column) in chosen])
+    return Summary(models, columns, chosen, [run for run in runs if run.study is not None], notes)
+
+
+def _labelled(runs: Sequence[Run]) -> list[Run]:
+    """The runs with labels: a model's name, and where models of the same name differ, what tells them apart."""
+    states: dict[str, set[tuple[str | None, str]]] = {}
+    for run in runs:
+        states.setdefault(run.model, set()).add((run.revision, run.fingerprint))
+
+    def label(run: Run) -> str:
+        own = states[run.model]
+        if len(own) == 1:
+            return run.model
+        if run.revision and len({revision for revision, _ in own}) == len(own):
+            return f"{run.model}@{run.revision[:7]}"
+        return f"{run.model} ({hashlib.blake2b(run.fingerprint.encode(), digest_size=4).hexdigest()})"
+
+    return [replace(run, label=label(run)) for run in runs]
+
+
+def _differences(runs: Sequence[Run]) -> list[str]:
+    """What keeps the runs of a column from being compared, and which are on a part of the data alone."""
+    notes = []
+    for run in runs:
+        if run.part:
+            notes.append(f"{run.label} on {run.column.title} (*): {run.part} alone.")
+    if len({run.data_fingerprint for run in runs}) > 1:
+        notes.append(f"{runs[0].column.title}: not all models had the same images and texts.")
+    for name in _rules(runs):
+        models: dict[str, list[str]] = {}
+        for run in runs:
+            value = json.dumps(run.protocol.get(name), ensure_ascii=False, sort_keys=True)
+            models.setdefault(value, []).append(run.label)
+        if len(models) > 1:
+            said = "; ".join(f"{_short(value)} for {', '.join(labels)}" for value, labels in models.items())
+            notes.append(f"{runs[0].column.title}: `{name}` differs: {said}.")
+    return notes
+
+
+def _rules(runs: Sequence[Run]) -> list[str]:
+    """The names in the protocols that say how it was done."""
+    return [name for name in dict.fromkeys(name for run in runs for name in run.protocol) if name not in NO_RULES]
+
+
+def _short(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _name(content: Mapping[str, Any], name: str) -> str:
+    if not isinstance(content[name], str) or not content[name]:
+        raise ValueError(f"`{name}` is {content[name]!r}, expected a name")
+    return content[name]
+
+
+def _values(summary: Summary, column: Column, metric: str) -> dict[str, float]:
+    """Percentages of a column by the rows' titles, those of published models first."""
+    values = {}
+    for benchmark, title in PAPER_COLUMNS.items():
+        if column == (title, RETRIEVAL):
+            direction = list(METRICS[RETRIEVAL]).index(metric)
+            values = {f"{model} (published)": scores[benchmark][direction] for model, scores in PUBLISHED.items()}
+    for model in summary.models:
+        if (model, column) in summary.runs:
+            values[model] = 100 * summary.runs[model, column].metrics[metric]
+    return values
+
+
+def _report(summary: Summary, format: Format) -> str:
+    if format not in get_args(Format):
+        raise ValueError(f"`format` must be one of {', '.join(get_args(Format))}, got {format!r}.")
+
+    def title(text: str) -> str:
+        return f"**{text}**" if format == "markdown" else text
+
+    blocks = []
+    if summary.runs:
+        shown = [(column, metric, name) for column in summary.columns for metric, name in METRICS[column.task].items()]
+        head = [["", *(column.title for column, _, _ in shown)], ["model", *(name for _, _, name in shown)]]
+        values = [_values(summary, column, metric) for column, metric, _ in shown]
+        partial = {place for place, run in summary.runs.items() if run.part}
+        body = [
+            [
+                model,
+                *(
+                    f"{rows[model]:.2f}{'*' if (model, column) in partial else ''}" if model in rows else "-"
+                    for (column, _, _), rows in zip(shown, values, strict=True)
+                ),
+            ]
+            for model in [*(f"{model} (published)" for model in PUBLISHED), *summary.models]
+        ]
+        blocks += [title("R@1 and top-1 accuracy in percent"), table(head, body, format)]
+        blocks.append(_lines([f"Published: {PAPER}.", *summary.notes], format))
+        details = [row for run in summary.runs.values() for row in _details(run)]
+        if details:
+            columns = ["model", "data", "images", "texts", "direction", "R@1", "95 % interval", "R@5", "R@10"]
+            blocks.append(title("Every retrieval run"))
+            blocks.append(table([[*columns, "median rank"]], details, format, left=2))
+    for run in summary.studies:
+        part = f" ({run.part} alone)" if run.part else ""
+        blocks.append(title(f"{STUDY_TITLES[run.study or '']}: {run.label} on {run.column.title}{part}"))
+        blocks.append(study_table(run.study or "", run.rows, format))
+    return "\n\n".join(blocks)
+
+
+def _details(run: Run) -> list[list[str]]:
+    """A row for each direction of a retrieval; what the run does not say is left open."""
+
+    def percent(name: str) -> str:
+        return f"{100 * run.metrics[name]:.2f}" if name in run.metrics else "-"
+
+    rows = []
+    for direction, name in DIRECTIONS.items():
+        if f"{direction}_r1" in run.metrics:
+            low, high = percent(f"{direction}_r1_low"), percent(f"{direction}_r1_high")
+            rank = run.metrics.get(f"{direction}_median_rank")
+            counts = [str(run.protocol.get(count, "-")) for count in ("num_images", "num_texts")]
+            recalls = [percent(f"{direction}_r{k}") for k in (1, 5, 10)]
+            interval = "-" if low == "-" else f"{low} - {high}"
+            median = "-" if rank is None else f"{rank:g}"
+            rows.append([run.label, run.column.title, *counts, name, recalls[0], interval, *recalls[1:], median])
+    return rows
+
+
+def _lines(lines: Sequence[str], format: Format) -> str:
+    return "\n".join(f"- {line}" for line in lines) if format == "markdown" else "\n".join(lines)
+
+
+def table(head: Sequence[Sequence[str]], body: Sequence[Sequence[str]], format: Format, left: int = 1) -> str:
+    """
+    Rows as a table, the first `left` columns flush left and the others right. Of several rows of the head the first
+    gives groups of columns, which stand together.
+    """
+    if format == "markdown":
+        # one row of the head is all that Markdown has
+        titles = [" ".join(filter(None, parts)) for parts in zip(*head, strict=True)]
+        rules = ["---" if place < left else "---:" for place in range(len(titles))]
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in (titles, *body)]
+        rows.insert(1, rules)
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [*head[-1:], *body]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    lines = []
+    for title, places in _groups(head[0]) if len(head) > 1 else ():
+        # in the middle over its columns, which are as wide together as it is
+        span = sum(widths[place] for place in places) + 2 * (len(places) - 1)
+        widths[places[-1]] += max(0, len(title) - span)
+        lines.append(title.center(max(span, len(title))))
+    lines = ["  ".join(lines).rstrip()] if lines else []
+    for row in rows:
+        aligned = (
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(aligned).rstrip())
+    lines.insert(len(head), "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _groups(titles: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """Titles, and the columns that each stands over."""
+    return [
+        (title, [place for place, _ in group])
+        for title, group in itertools.groupby(enumerate(titles), key=lambda item: item[1])
+    ]
+
+
+def _model_index(summary: Summary) -> str:
+    entries = []
+    for model in summary.models:
+        results = []
+        for (label, _), run in summary.runs.items():
+            if label == model:
+                part = {"num_images": run.protocol["num_images"]} if run.part else None
+                results += [replace(result, dataset_args=part) for result in read_results(run.file)]
+        # a folder's path is nobody else's business
+        entries += eval_results_to_model_index(PurePath(model).name, results)
+    if not entries:
+        raise ValueError("The files hold studies alone, which no model-index takes: add results of an evaluation.")
+    return yaml_dump({"model-index": entries}, sort_keys=False)
+
+
+def _plot(summary: Summary, output: str | os.PathLike) -> None:
+    if not summary.runs:
+        raise ValueError(
+            "The files hold studies alone, whose plots `lotlip evaluate` draws: add results of an evaluation."
+        )
+    try:
+        from matplotlib.figure import Figure  # without pyplot there is no window and nothing to close
+    except ImportError as error:
+        raise ImportError("A report is drawn by matplotlib: pip install lotlip-hf[train]") from error
+
+    panels: dict[str, list[Column]] = {}
+    for column in summary.columns:
+        for metric in METRICS[column.task]:
+            panels.setdefault(metric, []).append(column)
+    published = [f"{model} (published)" for model in PUBLISHED]
+    greys = [str(0.85 - 0.13 * place) for place in range(len(published))]
+    colours = dict(zip([*published, *summary.models], itertools.chain(greys, itertools.cycle(COLOURS)), strict=False))
+    rows = {metric: [_values(summary, column, metric) for column in columns] for metric, columns in panels.items()}
+    # bars are 1 wide, and as far apart are the groups
+    width = max(sum(len(group) + 1 for group in groups) for groups in rows.values())
+    figure = Figure(figsize=(2 + 0.3 * max(width, 20), 0.8 + 2.8 * len(panels)), layout="constrained")
+    legend: dict[str, Any] = {}
+    for axes, (metric, groups) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], rows.items(), strict=True):
+        start, ticks = 0.0, []
+        for group in groups:
+            ticks.append(start + (len(group) - 1) / 2)
+            for place, (model, value) in enumerate(group.items()):
+                hatch = "//" if model in published else None
+                bar = axes.bar(start + place, value, 1, color=colours[model], edgecolor="white", hatch=hatch)
+                axes.bar_label(bar, fmt="%.1f", rotation=90, padding=2, fontsize=7)
+                legend.setdefault(model, bar)
+            start += len(group) + 1
+        axes.set_xticks(ticks, [column.title for column in panels[metric]])
+        axes.set_xlim(-1, max(width, 20) - 1)
+        axes.set_ylim(0, 115)  # room for the numbers
+        axes.set_yticks(range(0, 101, 20))
+        axes.set_ylabel(PANEL_TITLES[metric])
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    names = [name for name in colours if name in legend]
+    figure.legend([legend[name] for name in names], names, loc="outside lower center", ncols=3, fontsize=8)
+    try:
+        figure.savefig(output, dpi=120)
+    except ValueError as error:  # of an extension that it does not know
+        raise ValueError(f"{output}: {error}") from error

@@ -1,0 +1,422 @@
+"""What a long text is worth to a model: retrieval with texts cut shorter and shorter, and with a sentence left out."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
+
+from ..encoding import FULL_LENGTH_MODEL_TYPES, TEXT_CHUNK, _tokenize, iterate_text_embeddings, max_text_length
+from .data import RetrievalData
+from .embeddings import embed_images, embed_texts
+from .retrieval import ranks, recalls
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Where texts are cut by default, as far as the model takes them.
+LIMITS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# What joins the sentences of a normalised text, and what LoTLIP's tokenizer splits them at.
+JOINER = ". "
+DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+# Of Okabe and Ito's palette, which people tell apart however they see colours.
+COLOURS = {"image_to_text": "#0072B2", "text_to_image": "#D55E00"}
+
+Row = dict[str, Any]
+
+
+def length_study(
+    model: PreTrainedModel,
+    processor: Any,
+    data: RetrievalData,
+    limits: Sequence[int] | None = None,
+    *,
+    cache: str | os.PathLike | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> list[Row]:
+    """
+    R@1 and the text encoder's FLOPs against the number of tokens that texts are cut at: the two curves of figure 4 of
+    the LoTLIP paper, for one trained model.
+
+    FLOPs are those of a forward pass as PyTorch counts it (two for a multiplication and an addition, matrix products
+    alone), the mean over the texts, each at the length that it has after cutting, without padding; a model that pads
+    every text to a fixed length is counted with that.
+
+    Args:
+        model: A dual encoder, as [`~lotlip_hf.encoding.load_model`] gives it.
+        processor: Its processor.
+        data: Images and texts.
+        limits: Numbers of tokens, the special ones included; by default 16, 32, 48, 64, 96, 128, 192, 256, 384, 512 as
+            far as the model takes them, and what it takes.
+        cache: Folder that keeps the embeddings; see [`~lotlip_hf.evaluation.embeddings.embed_texts`].
+        batch_size: Images, or texts of full length, in a batch; by default 32 and 64.
+        progress: Whether to show progress bars.
+
+    Returns:
+        A row for each limit, the lowest first: `max_length`, `image_to_text_r1`, `text_to_image_r1` and `texts_cut`
+        (shares from 0 to 1), `mean_tokens`, and `text_flops` (`None` for a model that does not compute in PyTorch).
+
+    Raises:
+        ValueError: if a limit is below 3 or above what the model takes, and under flash attention, whose FLOPs PyTorch
+            does not count.
+        IncompleteDataError: if images cannot be read; it names them.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.encoding import load_model
+    >>> from lotlip_hf.evaluation.benchmarks import load_benchmark
+    >>> from lotlip_hf.evaluation.studies import length_study, plot_length_study
+
+    >>> model, processor = load_model("path/to/checkpoint")  # doctest: +SKIP
+    >>> rows = length_study(model, processor, load_benchmark("iiw", "path/to/iiw"))  # doctest: +SKIP
+    >>> plot_length_study(rows, "length.png")  # doctest: +SKIP
+    ```
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    longest = max_text_length(model, tokenizer)
+    limits = sorted(set(limits or [*(limit for limit in LIMITS if limit < longest), longest]))
+    if limits[0] < 3 or limits[-1] > longest:
+        raise ValueError(f"`limits` must be from 3 to the {longest} tokens that the model takes, got {limits}.")
+    _check_attention(model)
+
+    texts = list(data.texts)
+    lengths, was_cut = _lengths(tokenizer, texts, longest)
+    image_embeds, embed = _encoders(model, processor, data, cache, batch_size, progress)
+    count_flops = _flop_counter(model, processor, texts, lengths)
+    text_embeds = torch.empty(0)
+    rows: list[Row] = []
+    for limit in reversed(limits):
+        # A text that is cut at neither this limit nor the last one is what it was.
+        changed = [place for place, length in enumerate(lengths) if not rows or length > limit]
+        if not rows:
+            text_embeds = embed(texts, limit)
+        elif changed:
+            text_embeds[changed] = embed([texts[place] for place in changed], limit)
+        cut = [length > limit or at_end for length, at_end in zip(lengths, was_cut, strict=True)]
+        rows.append(
+            {
+                "max_length": limit,
+                **recalls(image_embeds, text_embeds, data.text_to_image, ks=[1]),
+                "texts_cut": sum(cut) / len(cut),
+                "mean_tokens": sum(min(length, limit) for length in lengths) / len(lengths),
+                "text_flops": count_flops(limit),
+            }
+        )
+    return rows[::-1]
+
+
+def sentence_ablation(
+    model: PreTrainedModel,
+    processor: Any,
+    data: RetrievalData,
+    max_sentences: int | None = None,
+    *,
+    cache: str | os.PathLike | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> list[Row]:
+    """
+    What is lost when sentence k of every text is left out, for k = 1, 2, ...
+
+    Sentences are what `". "` separates, as in the normalised texts of the long-caption benchmarks. A text with fewer
+    than k sentences stays whole, and so does one that has no other sentence.
+
+    Args:
+        model: A dual encoder, as [`~lotlip_hf.encoding.load_model`] gives it.
+        processor: Its processor.
+        data: Images and texts.
+        max_sentences: The last k; by default the number of sentences of the longest text.
+        cache: Folder that keeps the embeddings; see [`~lotlip_hf.evaluation.embeddings.embed_texts`].
+        batch_size: Images, or texts of full length, in a batch; by default 32 and 64.
+        progress: Whether to show progress bars.
+
+    Returns:
+        A row for each k, after one with the `sentence` 0 for the whole texts:
+
+        - `sentence`: k;
+        - `num_texts`: how many texts lack a sentence, and `num_read`: how many of them the model reads otherwise for
+          it; of the others it stood behind the tokens that the model takes;
+        - `image_to_text_r1`, `text_to_image_r1` (from 0 to 1), `image_to_text_mean_rank`, `text_to_image_mean_rank` (1
+          is the first place) and `score` (mean cosine of a text and its image), of all images and texts;
+        - the same names with `_lost`: by how much that is worse than with the whole texts, for each of the `num_texts`
+          texts (from image to text: for each image of theirs). More is worse, of ranks, too. What a changed text does
+          to the ranks of others is in it.
+
+    Raises:
+        ValueError: if `max_sentences` is below 1, or no text has two sentences.
+        IncompleteDataError: if images cannot be read; it names them.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.encoding import load_model
+    >>> from lotlip_hf.evaluation.benchmarks import load_benchmark
+    >>> from lotlip_hf.evaluation.studies import plot_sentence_ablation, sentence_ablation
+
+    >>> model, processor = load_model("path/to/checkpoint")  # doctest: +SKIP
+    >>> rows = sentence_ablation(model, processor, load_benchmark("iiw", "path/to/iiw"))  # doctest: +SKIP
+    >>> plot_sentence_ablation(rows, "sentences.png")  # doctest: +SKIP
+    ```
+    """
+    if max_sentences is not None and max_sentences < 1:
+        raise ValueError(f"`max_sentences` must be at least 1, got {max_sentences}.")
+    texts = list(data.texts)
+    sentences = [text.split(JOINER) for text in texts]
+    most = max(map(len, sentences))
+    if most < 2:
+        raise ValueError(f"No text of {data.name} has two sentences (they end in {JOINER!r}): none can be left out.")
+
+    tokenizer = getattr(processor, "tokenizer", processor)
+    longest = max_text_length(model, tokenizer)
+    image_embeds, embed = _encoders(model, processor, data, cache, batch_size, progress)
+    whole_embeds = embed(texts, None)
+    text_to_image = torch.as_tensor(data.text_to_image)
+
+    def score(text_embeds: torch.Tensor) -> dict[str, float]:
+        image_ranks, text_ranks = ranks(image_embeds, text_embeds, data.text_to_image)
+        return {
+            **recalls(image_embeds, text_embeds, data.text_to_image, ks=[1]),
+            "image_to_text_mean_rank": image_ranks.mean().item(),
+            "text_to_image_mean_rank": text_ranks.mean().item(),
+            "score": (image_embeds[text_to_image] * text_embeds).sum(1).double().mean().item(),
+        }
+
+    whole = score(whole_embeds)
+    rows: list[Row] = [{"sentence": 0, "num_texts": 0, "num_read": 0, **whole, **_lost(whole, whole, {})}]
+    for k in range(1, min(most, max_sentences or most) + 1):
+        places = [place for place, parts in enumerate(sentences) if len(parts) >= max(k, 2)]
+        shorter = [JOINER.join(sentences[place][: k - 1] + sentences[place][k:]) for place in places]
+        read = [
+            index
+            for index, (before, after) in enumerate(
+                zip(
+                    _token_ids(tokenizer, [texts[place] for place in places], longest),
+                    _token_ids(tokenizer, shorter, longest),
+                    strict=True,
+                )
+            )
+            if before != after
+        ]
+        text_embeds = whole_embeds.clone()
+        if read:
+            text_embeds[[places[index] for index in read]] = embed([shorter[index] for index in read], None)
+        now = score(text_embeds)
+        concerned = {
+            "image_to_text": len(image_embeds) / len(text_to_image[places].unique()),
+            "text_to_image": len(texts) / len(places),
+            "score": len(texts) / len(places),
+        }
+        rows.append(
+            {"sentence": k, "num_texts": len(places), "num_read": len(read), **now, **_lost(whole, now, concerned)}
+        )
+    return rows
+
+
+def plot_length_study(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike) -> None:
+    """
+    Draws R@1 in both directions, and the text encoder's FLOPs, against the number of tokens that texts are cut at.
+
+    Args:
+        rows: What [`length_study`] returned.
+        file: The picture; its extension says of which kind it is.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: without rows, or if matplotlib does not write such pictures.
+    """
+    _check_rows(rows)
+    figure = _figure(7, 4.5)
+    axes = figure.subplots()
+    limits = [row["max_length"] for row in rows]
+    for name, label in DIRECTIONS.items():
+        values = [100 * row[f"{name}_r1"] for row in rows]
+        axes.plot(limits, values, color=COLOURS[name], marker="o", markersize=4, label=f"R@1, {label}")
+    axes.set_xlabel("tokens that texts are cut at (share of the texts that are cut)")
+    axes.set_ylabel("R@1 (%)")
+    axes.set_xscale("log", base=2)
+    axes.minorticks_off()
+    axes.set_xticks(limits, [f"{row['max_length']}\n{row['texts_cut']:.0%}" for row in rows])
+    axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    if all(row["text_flops"] is not None for row in rows):
+        flops = axes.twinx()
+        (line,) = flops.plot(limits, [row["text_flops"] / 1e9 for row in rows], color="0.35", linestyle="--")
+        flops.set_ylim(bottom=0)
+        flops.set_ylabel("text encoder, GFLOPs a text")
+        handles, labels = [*handles, line], [*labels, "GFLOPs (right)"]
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
+    _save(figure, file)
+
+
+def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike) -> None:
+    """
+    Draws what is lost by each sentence: R@1 and mean rank in both directions, and the score of a text and its image.
+
+    Args:
+        rows: What [`sentence_ablation`] returned.
+        file: The picture; its extension says of which kind it is.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: without rows, or if matplotlib does not write such pictures.
+    """
+    _check_rows(rows[1:])
+    figure = _figure(max(6, 2 + 0.45 * len(rows)), 7)
+    panels = figure.subplots(3, 1, sharex=True)
+    rows = rows[1:]
+    places = range(len(rows))
+
+    def draw(axes: "Axes", metric: str, factor: float, title: str) -> None:
+        for shift, name in ((-0.2, "image_to_text"), (0.2, "text_to_image")):
+            values = [factor * row[f"{name}_{metric}_lost"] for row in rows]
+            axes.bar([place + shift for place in places], values, 0.4, color=COLOURS[name], label=DIRECTIONS[name])
+        axes.set_ylabel(title)
+
+    draw(panels[0], "r1", 100, "R@1 lost (points)")
+    draw(panels[1], "mean_rank", 1, "places lost\n(mean rank)")
+    panels[2].bar(places, [row["score_lost"] for row in rows], 0.4, color="0.45")
+    panels[2].set_ylabel("score lost\n(cosine)")
+    panels[2].set_xlabel("sentence left out; texts that have it; texts of which the model reads it")
+    panels[2].set_xticks(places, [f"{row['sentence']}\n{row['num_texts']}\n{row['num_read']}" for row in rows])
+    for axes in panels:
+        axes.axhline(0, color="0.3", linewidth=0.8)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    _save(figure, file)
+
+
+def _encoders(
+    model: PreTrainedModel,
+    processor: Any,
+    data: RetrievalData,
+    cache: str | os.PathLike | None,
+    batch_size: int | None,
+    progress: bool,
+) -> tuple[torch.Tensor, Callable[[list[str], int | None], torch.Tensor]]:
+    """The images' embeddings [I, P], and what makes N texts embeddings [N, P], cut at a limit if one is given."""
+    image_embeds = embed_images(
+        model,
+        processor,
+        data.images,
+        names=data.image_names,
+        cache=cache,
+        batch_size=batch_size or 32,
+        progress=progress,
+    )
+
+    def embed(texts: list[str], max_length: int | None) -> torch.Tensor:
+        return embed_texts(
+            model,
+            processor,
+            texts,
+            cache=cache,
+            batch_size=batch_size or 64,
+            max_length=max_length,
+            progress=progress,
+        ).embeds
+
+    return image_embeds, embed
+
+
+def _lengths(tokenizer: Any, texts: list[str], max_length: int) -> tuple[list[int], list[bool]]:
+    """The tokens of each text, those beyond `max_length` left out, and whether there were such."""
+    lengths: list[int] = []
+    was_cut: list[bool] = []
+    for start in range(0, len(texts), TEXT_CHUNK):
+        encoded, cut = _tokenize(tokenizer, texts[start : start + TEXT_CHUNK], max_length)
+        lengths += map(len, encoded["input_ids"])
+        was_cut += cut
+    return lengths, was_cut
+
+
+def _token_ids(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
+    return [
+        ids
+        for start in range(0, len(texts), TEXT_CHUNK)
+        for ids in _tokenize(tokenizer, texts[start : start + TEXT_CHUNK], max_length)[0]["input_ids"]
+    ]
+
+
+def _check_attention(model: PreTrainedModel) -> None:
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and is_flash_attention_requested(module.config):
+            raise ValueError(
+                "The FLOPs of flash attention are not counted by PyTorch: load the model with "
+                'attn_implementation="sdpa".'
+            )
+
+
+def _flop_counter(
+    model: PreTrainedModel, processor: Any, texts: list[str], lengths: list[int]
+) -> Callable[[int], float | None]:
+    """A function that gives the mean FLOPs of encoding one of the texts, cut at a limit."""
+    # where every text is padded to the same length, the texts' own do not matter
+    is_padded = model.config.model_type in FULL_LENGTH_MODEL_TYPES
+    counted: dict[int, int] = {}
+
+    def count(limit: int) -> float | None:
+        keys = [limit if is_padded else min(length, limit) for length in lengths]
+        for key, text in zip(keys, texts, strict=True):
+            if key in counted:
+                continue
+            with FlopCounterMode(display=False) as counter, _single_products():
+                list(iterate_text_embeddings(model, processor, [text], max_length=limit))
+            counted[key] = counter.get_total_flops()
+        if not all(counted[key] for key in keys):  # as of ONNX Runtime, which PyTorch does not see
+            return None
+        return sum(counted[key] for key in keys) / len(keys)
+
+    return count
+
+
+@contextmanager
+def _single_products() -> Iterator[None]:
+    """Attention in products that are counted, in place of fused kernels of which some are not."""
+    has_fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(has_fast_path)
+
+
+def _lost(whole: Mapping[str, float], now: Mapping[str, float], concerned: Mapping[str, float]) -> dict[str, float]:
+    """By how much each value is worse, times the number that its name starts with in `concerned`."""
+    lost = {}
+    for name, value in whole.items():
+        factor = next((factor for start, factor in concerned.items() if name.startswith(start)), 1.0)
+        better = now[name] - value if name.endswith("rank") else value - now[name]
+        lost[f"{name}_lost"] = factor * better
+    return lost
+
+
+def _check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        raise ValueError("`rows` is empty: there is nothing to draw.")
+
+
+def _figure(width: float, height: float) -> "Figure":
+    try:
+        from matplotlib.figure import Figure  # without pyplot there is no window and nothing to close
+    except ImportError as error:
+        raise ImportError("Studies are drawn by matplotlib: pip install lotlip-hf[train]") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: "Figure", file: str | os.PathLike) -> None:
+    try:
+        figure.savefig(file, dpi=120)
+    except ValueError as error:  # of an extension that it does not know
+        raise ValueError(f"{Path(file)}: {error}") from error

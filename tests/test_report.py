@@ -1,0 +1,441 @@
+"""The report: the paper's rows beside those of files, remarks beneath, and nothing written if a file is wrong."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image
+
+from lotlip_hf.evaluation import report as report_module
+from lotlip_hf.evaluation.report import (
+    PAPER_COLUMNS,
+    PUBLISHED,
+    model_index,
+    plot_report,
+    read_run,
+    report,
+    study_table,
+    write_report,
+)
+
+# The table of the paper, read anew: I2T and T2I of DCI, IIW, SV-10k and Urban-1k.
+PAPER = """
+CLIP ViT-B/32, 400M pairs (published)        43.06 40.32 86.76 84.15 58.08 51.77 60.90 47.00
+CLIP ViT-B/16, 400M pairs (published)        45.45 43.01 88.24 87.58 60.22 56.16 67.10 52.90
+Long-CLIP ViT-B/16, 400M pairs (published)   51.68 57.28 89.61 93.20 79.24 77.06 78.90 79.50
+LoTLIP ViT-B/32, 100M pairs (published)      59.90 56.36 93.14 91.83 83.76 78.97 84.10 81.80
+LoTLIP ViT-B/16, 100M pairs (published)      64.11 62.63 94.28 92.65 88.40 82.72 88.80 84.80
+"""
+SIZES = {
+    "dci": 7805,
+    "iiw": 612,
+    "sharegpt4v-10k": 10000,
+    "urban1k": 1000,
+    "coco": 5000,
+    "imagenet-1k": 50000,
+    "scenes": 500,
+}
+METRICS = {
+    "image_to_text_r1": 0.943627,
+    "text_to_image_r1": 0.926471,
+    "image_to_text_r1_low": 0.924,
+    "image_to_text_r1_high": 0.961,
+    "text_to_image_r1_low": 0.905,
+    "text_to_image_r1_high": 0.947,
+    "image_to_text_r5": 0.99,
+    "text_to_image_r5": 0.98,
+    "image_to_text_r10": 1.0,
+    "text_to_image_r10": 0.995,
+    "image_to_text_median_rank": 1.0,
+    "text_to_image_median_rank": 1.5,
+}
+ACCURACIES = {"accuracy_top1": 0.6012, "accuracy_top5": 0.85, "mean_per_class_recall": 0.6}
+LENGTH_ROWS = [
+    {
+        **{"max_length": limit, "image_to_text_r1": recall, "text_to_image_r1": recall / 2},
+        **{"texts_cut": 0.5, "mean_tokens": 30.25, "text_flops": flops},
+    }
+    for limit, recall, flops in ((16, 0.25, 2.5e9), (126, 0.5, None))
+]
+LOST = ("image_to_text_r1", "text_to_image_r1", "image_to_text_mean_rank", "text_to_image_mean_rank", "score")
+SENTENCE_ROWS = [
+    {
+        **{"sentence": k, "num_texts": 30 * k, "num_read": 29 * k, "image_to_text_r1": 0.5, "text_to_image_r1": 0.4},
+        **{f"{name}_lost": 0.125 * k for name in LOST},
+    }
+    for k in range(3)
+]
+
+
+def results(benchmark: str = "iiw", model: str = "me/lotlip", **kwargs: Any) -> dict[str, Any]:
+    """What `lotlip evaluate` writes."""
+    is_classification = benchmark.startswith("imagenet")
+    name = {"iiw": "IIW", "coco": "COCO", "imagenet-1k": "ImageNet-1k"}.get(benchmark, benchmark)
+    num_images = SIZES.get(benchmark, 40)
+    content = {
+        "model": model,
+        "model_revision": None,
+        "model_fingerprint": {"image": "a1", "text": "b2"},
+        "task": "zero-shot-image-classification" if is_classification else "image-text-retrieval",
+        "benchmark": benchmark,
+        "dataset": {"id": f"org/{benchmark}", "name": name, "split": None, "revision": "0123456"},
+        "data_fingerprint": "d4",
+        "protocol": {"normalized": True, "num_images": num_images, "num_texts": num_images, "max_length": 126},
+        "metrics": ACCURACIES if is_classification else METRICS,
+        "versions": {"torch": "2.13.0"},
+        "date": "2026-11-22T10:00:00+00:00",
+    }
+    protocol = {**content["protocol"], **kwargs.pop("protocol", {})}
+    return {**content, "protocol": protocol, **kwargs}
+
+
+def save(folder: Path, *contents: Any) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{number}.json" for number in range(len(contents))]
+    for file, content in zip(files, contents, strict=True):
+        file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return files
+
+
+def cells(line: str) -> list[str]:
+    return re.split(r"  +", line.strip())
+
+
+def row(text: str, model: str) -> list[str]:
+    """The cells of a model's row in the first table."""
+    return next(cells(line)[1:] for line in text.splitlines() if cells(line)[0] == model)
+
+
+def test_published_rows_are_the_papers(tmp_path: Path) -> None:
+    text = report(save(tmp_path, results()))
+    for line in PAPER.strip().splitlines():
+        model, *numbers = re.split(r"  +", line)
+        assert row(text, model) == numbers[0].split()
+    assert text.count("(published)") == len(PUBLISHED) == 5
+    assert "Published: LoTLIP (NeurIPS 2024), https://arxiv.org/abs/2410.05249." in text
+
+
+def test_own_rows_stand_beside(tmp_path: Path) -> None:
+    files = save(tmp_path, results(), results("urban1k", metrics={**METRICS, "text_to_image_r1": 1 / 3}))
+    files += save(tmp_path / "more", results(model="openai/clip"))  # another model, on IIW alone
+    text = report(files)
+    assert row(text, "me/lotlip") == ["-", "-", "94.36", "92.65", "-", "-", "94.36", "33.33"]
+    assert row(text, "openai/clip") == ["-", "-", "94.36", "92.65", "-", "-", "-", "-"]
+    head, titles = text.splitlines()[2:4]
+    assert cells(head) == ["DCI", "IIW", "SV-10k", "Urban-1k"]
+    assert cells(titles) == ["model", *(4 * ["I2T", "T2I"])]
+
+
+def test_the_table_as_it_is_printed(tmp_path: Path) -> None:
+    table = report(save(tmp_path, results())).split("\n\n")[1].splitlines()
+    assert table[:4] == [
+        "                                                DCI           IIW          SV-10k       Urban-1k",
+        "model                                         I2T    T2I    I2T    T2I    I2T    T2I    I2T    T2I",
+        "------------------------------------------  -----  -----  -----  -----  -----  -----  -----  -----",
+        "CLIP ViT-B/32, 400M pairs (published)       43.06  40.32  86.76  84.15  58.08  51.77  60.90  47.00",
+    ]
+    assert len({line.rstrip() for line in table}) == len(table) == 9
+
+
+def test_long_titles_widen_their_columns(tmp_path: Path) -> None:
+    name = "A data set with a very long name"
+    own = results("retrieval", dataset={"id": "o", "name": name, "split": None})
+    head, titles, rule, *body = report(save(tmp_path, own, results("coco"))).split("\n\n")[1].splitlines()
+    assert {len(line) for line in (titles, rule, *body)} == {len(rule)}
+    assert len(rule.split("  ")[-4]) + 2 + len(rule.split("  ")[-3]) == len(name)
+    assert rule[head.index(name) - 2 : head.index(name) + 1] == "  -"  # it starts where its columns do
+
+
+def test_other_benchmarks_get_columns(tmp_path: Path) -> None:
+    files = save(
+        tmp_path, results("coco"), results("imagenet-1k"), results("scenes", dataset={"id": "s", "name": "S"})
+    )
+    head, titles = report(files).splitlines()[2:4]
+    assert cells(head) == [*PAPER_COLUMNS.values(), "COCO", "ImageNet-1k", "S"]
+    assert cells(titles) == ["model", *(5 * ["I2T", "T2I"]), "top-1", "I2T", "T2I"]
+    assert row(report(files), "me/lotlip")[8:] == ["94.36", "92.65", "60.12", "94.36", "92.65"]
+    assert row(report(files), "LoTLIP ViT-B/16, 100M pairs (published)")[8:] == 5 * ["-"]
+
+
+def test_splits_have_columns_of_their_own(tmp_path: Path) -> None:
+    parts = [
+        *(results("retrieval", dataset={"id": "o", "name": "Own", "split": split}) for split in ("test", "train")),
+        *(results("dci", dataset={"id": "d", "name": "DCI", "split": split}) for split in ("all", "test")),
+        *(results("coco", dataset={"id": "c", "name": "MSCOCO", "split": split}) for split in ("test", "val")),
+    ]
+    head = report(save(tmp_path, *parts)).splitlines()[2]
+    assert cells(head)[4:] == ["Own (test)", "Own (train)", "DCI (test)", "MSCOCO", "MSCOCO (val)"]
+
+
+def test_markdown(tmp_path: Path) -> None:
+    files = save(tmp_path, results(model="a|b"), results("imagenet-1k", model="a|b"))
+    lines = report(files, format="markdown").splitlines()
+    assert lines[0] == "**R@1 and top-1 accuracy in percent**"
+    table = [line for line in lines if line.startswith("|")]
+    titles = [f"{column} {way}" for column in PAPER_COLUMNS.values() for way in ("I2T", "T2I")]
+    assert table[0] == f"| model | {' | '.join(titles)} | ImageNet-1k top-1 |"
+    assert table[1] == f"| --- |{9 * ' ---: |'}"
+    assert table[2].startswith("| CLIP ViT-B/32, 400M pairs (published) | 43.06 | 40.32 |")
+    assert table[7] == "| a\\|b | - | - | 94.36 | 92.65 | - | - | - | - | 60.12 |"
+    for line in table[2:8]:
+        assert len(re.findall(r"(?<!\\)\|", line)) == 11
+    assert "- Published: LoTLIP" in "\n".join(lines)
+    with pytest.raises(ValueError, match="`format` must be one of text, markdown, got 'html'"):
+        report(files, format="html")  # pyright: ignore[reportArgumentType]
+
+
+def test_every_run_in_full(tmp_path: Path) -> None:
+    few = {"image_to_text_r1": 0.5, "text_to_image_r1": 0.25}
+    text = report(save(tmp_path, results(), results(model="few", metrics=few), results("imagenet-1k")))
+    details = [cells(line) for line in text.split("Every retrieval run\n\n")[1].splitlines()]
+    assert details[2:] == [
+        ["me/lotlip", "IIW", "612", "612", "image to text", "94.36", "92.40 - 96.10", "99.00", "100.00", "1"],
+        ["me/lotlip", "IIW", "612", "612", "text to image", "92.65", "90.50 - 94.70", "98.00", "99.50", "1.5"],
+        ["few", "IIW", "612", "612", "image to text", "50.00", "-", "-", "-", "-"],
+        ["few", "IIW", "612", "612", "text to image", "25.00", "-", "-", "-", "-"],
+    ]
+
+
+def test_a_part_of_a_set_is_marked(tmp_path: Path) -> None:
+    files = save(tmp_path, results(protocol={"num_images": 100}))
+    text = report(files)
+    assert row(text, "me/lotlip")[2:4] == ["94.36*", "92.65*"]
+    assert "me/lotlip on IIW (*): 100 of 612 images alone." in text
+    own = {"id": "o", "name": "Own", "split": None}
+    text = report(save(tmp_path, results("retrieval", dataset=own, protocol={"first_images": 7, "num_images": 7})))
+    assert row(text, "me/lotlip")[8:] == ["94.36*", "92.65*"]
+    assert "me/lotlip on Own (*): the first 7 images alone." in text
+    assert "*" not in report(save(tmp_path, results(), results("retrieval", dataset=own)))
+    (entry,) = yaml.safe_load(model_index(save(tmp_path, results(protocol={"num_images": 100}))))["model-index"]
+    assert entry["results"][0]["dataset"]["args"] == {"num_images": 100}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_newer_run_counts(tmp_path: Path, swapped: bool) -> None:
+    old = results(metrics={**METRICS, "image_to_text_r1": 0.1}, date="2026-11-22T10:30:00+01:00")
+    new = results(metrics={**METRICS, "image_to_text_r1": 0.2}, date="2026-11-22T10:00:00")  # UTC
+    files = save(tmp_path, *((new, old) if swapped else (old, new)))
+    text = report(files)
+    assert row(text, "me/lotlip")[2:4] == ["20.00", "92.65"]
+    first, second = files if swapped else files[::-1]
+    assert f"me/lotlip on IIW: {first} counts, which is newer, and not {second}." in text
+    assert "20.00" in text
+    assert "10.00" not in text
+    assert "value: 0.2" in model_index(files)
+    assert "value: 0.1\n" not in model_index(files)
+
+
+def test_a_run_that_does_not_count_had_other_rules(tmp_path: Path) -> None:
+    new = results(protocol={"max_length": 64, "num_texts_cut": 3}, date="2026-11-23T10:00:00+00:00")
+    assert "0.json. They differ in `max_length`." in report(save(tmp_path, results(), new))
+
+
+def test_one_data_set_of_two_tasks(tmp_path: Path) -> None:
+    own = {"id": "o", "name": "Own", "split": None}
+    classes = {**results("imagenet-1k", dataset=own), "benchmark": "classification"}
+    text = report(save(tmp_path, results("retrieval", dataset=own), classes))
+    assert row(text, "me/lotlip")[8:] == ["94.36", "92.65", "60.12"]
+
+
+def test_a_newer_run_on_a_part_does_not_count(tmp_path: Path) -> None:
+    part = results(
+        protocol={"num_images": 9},
+        date="2026-11-23T10:00:00+00:00",
+        metrics={**METRICS, **dict.fromkeys(METRICS, 0.5)},
+    )
+    files = save(tmp_path, results(), part)
+    text = report(files)
+    assert row(text, "me/lotlip")[2:4] == ["94.36", "92.65"]
+    assert f"{files[0]} counts, which has all images, and not {files[1]}." in text
+
+
+def test_the_same_file_twice_is_one_run(tmp_path: Path) -> None:
+    (file,) = save(tmp_path, results())
+    assert report([file, str(file), tmp_path / "." / file.name]) == report([file])
+
+
+def test_models_of_one_name(tmp_path: Path) -> None:
+    runs = [results(model_fingerprint={"image": "a1", "text": text}) for text in ("b2", "b3")]
+    models = [line for line in report(save(tmp_path, *runs)).splitlines() if line.startswith("me/lotlip (")]
+    assert len({cells(line)[0] for line in models}) == 2
+    runs = [{**run, "model_revision": 2 * revision} for run, revision in zip(runs, ("abcdef", "012345"), strict=True)]
+    text = report(save(tmp_path, *runs))
+    assert row(text, "me/lotlip@abcdefa") == row(text, "me/lotlip@0123450")
+    assert "is newer" not in text
+
+
+def test_different_protocols_and_data_are_said(tmp_path: Path) -> None:
+    other = {"normalized": False, "max_length": 126, "num_texts_cut": 7, "templates": ["a photo of a {}."] * 40}
+    files = save(
+        tmp_path,
+        results(),
+        results(model="b", protocol=other),
+        results(model="c", data_fingerprint="e5"),
+        results("urban1k", protocol={"normalized": "other"}),  # nobody else is in its column
+    )
+    text = report(files)
+    assert "IIW: `normalized` differs: true for me/lotlip, c; false for b." in text
+    assert re.search(r'IIW: `templates` differs: null for me/lotlip, c; \["a photo of .{40,}\.\.\. for b\.', text)
+    assert "IIW: not all models had the same images and texts." in text
+    assert "`max_length` differs" not in text
+    assert "num_texts" not in text
+    assert "Urban-1k: " not in text
+    assert "differs" not in report(files[:1])
+    assert "not all models" not in report(files[:1])
+
+
+def test_studies_are_tables_of_their_own(tmp_path: Path) -> None:
+    files = save(
+        tmp_path, results(study="length", rows=LENGTH_ROWS), results("scenes", study="sentences", rows=SENTENCE_ROWS)
+    )
+    text = report(files)
+    assert "published" not in text  # nothing to set them beside
+    blocks = text.split("\n\n")
+    assert blocks[0] == "Texts cut at a number of tokens: me/lotlip on IIW"
+    assert [cells(line) for line in blocks[1].splitlines()[2:]] == [
+        ["16", "25.00", "12.50", "50.0", "30.2", "2.5"],
+        ["126", "50.00", "25.00", "50.0", "30.2", "-"],
+    ]
+    assert blocks[2] == "A sentence left out: me/lotlip on scenes"
+    assert cells(blocks[3].splitlines()[4]) == [
+        *("2", "60", "58", "50.00", "40.00", "25.00", "25.00", "0.25", "0.25", "0.2500")
+    ]
+    assert report([*files, *save(tmp_path / "more", results())]).endswith(text)
+    assert study_table("length", LENGTH_ROWS, "markdown").splitlines()[2].startswith("| 16 | 25.00 |")
+    with pytest.raises(ValueError, match="studies alone"):
+        model_index(files)
+    with pytest.raises(ValueError, match="studies alone"):
+        plot_report(files, tmp_path / "plot.png")
+
+
+def test_model_index_is_the_hubs(tmp_path: Path) -> None:
+    files = save(
+        tmp_path, results(model="models/mine"), results("imagenet-1k", model="models/mine"), results(model="b")
+    )
+    entries = yaml.safe_load(model_index(files))["model-index"]
+    assert [entry["name"] for entry in entries] == ["mine", "b"]
+    _, found = model_index_to_eval_results(entries[:1])
+    assert {one.metric_type: one.metric_value for one in found} == {**METRICS, **ACCURACIES}
+    assert {(one.task_type, one.dataset_type, one.dataset_name) for one in found} == {
+        ("image-text-retrieval", "org/iiw", "IIW"),
+        ("zero-shot-image-classification", "org/imagenet-1k", "ImageNet-1k"),
+    }
+    assert {one.dataset_revision for one in found} == {"0123456"}
+
+
+BROKEN = [
+    ("{", "not a JSON file"),
+    ("[1, 2]", "no results of `lotlip evaluate`"),
+    ("{}", "no results"),
+    (json.dumps({"task": "image-text-retrieval", "dataset": {"id": "a", "name": "b"}, "metrics": {}}), "no 'image_to"),
+    (results(metrics={**METRICS, "text_to_image_r1": 92.65}), "`metrics.text_to_image_r1` is 92.65, expected a share"),
+    (results(metrics={**METRICS, "text_to_image_r1": float("nan")}), "`metrics.text_to_image_r1` is nan"),
+    (
+        results(metrics={**METRICS, "image_to_text_median_rank": float("inf")}),
+        "median_rank` is inf, expected a number",
+    ),
+    (results(metrics={"text_to_image_r1": 0.5}), "it has no 'image_to_text_r1'"),
+    (results(task="text-generation"), "`task` is 'text-generation', expected one of image-text-retrieval"),
+    (results(model=""), "`model` is '', expected a name"),
+    (results(date="yesterday"), "Invalid isoformat string"),
+    (results(date=None), "no results"),
+    (results(protocol={"num_images": None}), "`protocol.num_images` is None, expected a whole number"),
+    (results(dataset={"id": "a"}), "no results of an evaluation (KeyError: 'name')"),
+    (results(study="width", rows=[]), "`study` is 'width', expected one of length, sentences"),
+    (results(study="length", rows=SENTENCE_ROWS), "it has no 'max_length'"),
+    (results(study="length", rows=[{**LENGTH_ROWS[0], "max_length": "16"}]), "no results"),
+    (results(study="length"), "it has no 'rows'"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN)
+def test_files_that_are_no_results_are_named_before_anything_is_written(
+    tmp_path: Path, content: Any, message: str
+) -> None:
+    files = save(tmp_path, results(), content)
+    for function in (report, model_index):
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            function(files)
+        assert str(error.value).startswith(f"{files[1]}: ")
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_report(files, "text", tmp_path / "index.yaml", tmp_path / "plot.png")
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere.json"):
+        report([tmp_path / "nowhere.json"])
+    with pytest.raises(ValueError, match="`files` is empty"):
+        report([])
+
+
+def test_a_run_as_it_was_read(tmp_path: Path) -> None:
+    (file,) = save(tmp_path, results())
+    run = read_run(file)
+    assert (run.model, run.benchmark, run.column.title, run.part) == ("me/lotlip", "iiw", "IIW", None)
+    assert run.metrics == METRICS
+    assert run.date.utcoffset() is not None
+
+
+def test_what_the_command_writes(tmp_path: Path) -> None:
+    files = save(tmp_path, results(), results("imagenet-1k"), results(study="length", rows=LENGTH_ROWS))
+    index, plot = tmp_path / "index.yaml", tmp_path / "plot.png"
+    assert write_report(files, "markdown", index, plot) == report(files, "markdown")
+    assert index.read_text(encoding="utf-8") == model_index(files)
+    assert Image.open(plot).format == "PNG"
+    content = files[0].read_bytes()
+    with pytest.raises(ValueError, match="is one of the files of results"):
+        write_report(files, "text", files[0])
+    assert files[0].read_bytes() == content
+
+
+def test_bars_are_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
+    plot_report(save(tmp_path, results(), results("imagenet-1k", model="b")), tmp_path / "plot.png")
+    image_to_text, text_to_image, accuracy = figures[0].axes
+
+    def groups(axes: Any) -> dict[str, list[float]]:
+        """The heights of the bars nearest to each tick, from left to right."""
+        ticks = dict(zip(axes.get_xticks(), (label.get_text() for label in axes.get_xticklabels()), strict=True))
+        heights: dict[str, list[float]] = {name: [] for name in ticks.values()}
+        for bar in sorted((bar for bars in axes.containers for bar in bars), key=lambda bar: bar.get_x()):
+            middle = bar.get_x() + bar.get_width() / 2
+            heights[ticks[min(ticks, key=lambda tick: abs(tick - middle))]].append(round(bar.get_height(), 2))
+        return heights
+
+    assert groups(image_to_text) == {
+        "DCI": [43.06, 45.45, 51.68, 59.90, 64.11],
+        "IIW": [86.76, 88.24, 89.61, 93.14, 94.28, 94.36],
+        "SV-10k": [58.08, 60.22, 79.24, 83.76, 88.40],
+        "Urban-1k": [60.90, 67.10, 78.90, 84.10, 88.80],
+    }
+    assert groups(text_to_image)["IIW"] == [84.15, 87.58, 93.20, 91.83, 92.65, 92.65]
+    assert groups(accuracy) == {"ImageNet-1k": [60.12]}
+    (legend,) = figures[0].legends
+    shown = {
+        text.get_text(): patch.get_facecolor() for text, patch in zip(legend.texts, legend.get_patches(), strict=True)
+    }
+    assert list(shown) == [*(f"{model} (published)" for model in PUBLISHED), "me/lotlip", "b"]
+    assert len(set(shown.values())) == 7
+    bar = accuracy.containers[0][0]
+    assert bar.get_facecolor() == shown["b"]
+
+
+def test_plots_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = save(tmp_path, results())
+    with pytest.raises(ValueError, match="plot.doc"):
+        write_report(files, "text", tmp_path / "index.yaml", tmp_path / "plot.doc")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install lotlip-hf\[train\]"):
+        write_report(files, "text", tmp_path / "index.yaml", tmp_path / "plot.png")
+    assert list(tmp_path.iterdir()) == files
+    assert report_module.PAPER in report(files)
