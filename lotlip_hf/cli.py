@@ -294,9 +294,11 @@ def _push(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=arguments.device == "cpu")
+    # without an accelerator, too, it has to be told
+    state = PartialState(cpu=arguments.device == "cpu" or not torch.accelerator.is_available())
     try:
         if state.num_processes > 1 and arguments.device is None:
             arguments.device = state.device

@@ -368,29 +368,32 @@ def test_the_command(
 
 
 @pytest.mark.slow
-def test_processes_agree_to_the_last_digit(official_checkpoint: Path, tmp_path: Path) -> None:
-    data = urban(tmp_path / "u", count=600)  # three units
+def test_processes_agree_to_the_last_digit(
+    official_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = urban(tmp_path / "u", count=600)  # three units for four processes
 
-    def run(output: Path, *launcher: str) -> dict[str, Any]:
-        command = [sys.executable, *launcher, "-m", "lotlip_hf", "evaluate", "--model", str(official_checkpoint)]
-        command += [
-            "--task",
-            "urban1k",
-            "--data",
-            str(data),
-            "--num-images",
-            "600",
-            "--output",
-            str(output),
-            "--no-cache",
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert ran.returncode == 0, ran.stderr[-2000:]
-        results = json.loads(output.read_text())
-        return {key: value for key, value in results.items() if key != "date"}
+    def command(output: Path) -> list[str]:
+        words = ["evaluate", "--model", str(official_checkpoint), "--task", "urban1k", "--data", str(data)]
+        return [*words, "--num-images", "600", "--output", str(output), "--no-cache"]
 
-    alone = run(tmp_path / "one.json")
-    distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    assert run(tmp_path / "two.json", *distributed, "2") == alone
-    assert run(tmp_path / "four.json", *distributed, "4") == alone  # one more than there are units
+    assert main(command(tmp_path / "one.json")) == 0
+    printed = capsys.readouterr().out
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "4",
+        "-m",
+        "lotlip_hf",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [*launcher, *command(tmp_path / "four.json")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout == printed  # once
+    alone, together = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "four"))
+    assert {**together, "date": ""} == {**alone, "date": ""}
