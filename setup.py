@@ -23,6 +23,9 @@ INSTALL_REQUIRES = [
 # Metrics as `evaluate` modules, approximate search, plots of studies and reports (lotlip_hf/evaluation).
 EVALUATION_REQUIRES = ["evaluate>=0.4.5", "faiss-cpu>=1.11", "matplotlib>=3.9"]
 
+# Models of open_clip as they are (lotlip_hf/open_clip.py). It needs a torchvision that fits torch.
+OPEN_CLIP_REQUIRES = ["open_clip_torch>=3.3"]
+
 # What a training run draws and records: TensorBoard's files and the training curve.
 TRAIN_REQUIRES = ["matplotlib>=3.9", "tensorboard>=2.16"]
 
@@ -85,6 +88,7 @@ setup(
         "lora": LORA_REQUIRES,
         "diffusion": DIFFUSION_REQUIRES,
         "onnx": ONNX_REQUIRES,
+        "open-clip": OPEN_CLIP_REQUIRES,
         "space": SPACE_REQUIRES,
         "test": TEST_REQUIRES,
     },

@@ -3,14 +3,17 @@
 import itertools
 import logging
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
@@ -25,10 +28,20 @@ logger = logging.getLogger(__name__)
 
 # Texts are tokenised and sorted by length this many at a time.
 TEXT_CHUNK = 4096
-# SigLIP's text tower reads the last position and takes no mask: its texts are always padded to the full length.
-FULL_LENGTH_MODEL_TYPES = ("siglip", "siglip2")
+# Two special tokens and a word.
+MIN_LENGTH = 3
+# SigLIP's text tower reads the last position and takes no mask, and open_clip's add all their positions: such texts
+# are always padded to the full length.
+FULL_LENGTH_MODEL_TYPES = ("siglip", "siglip2", "open_clip")
+# These number a text's positions from `pad_token_id + 1` on, and what is before is none of its length.
+POSITIONS_AFTER_PADDING = (
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "mpnet"),
+    "altclip_text_model",
+)
 # Longest side over shortest. Resized to a shortest edge of 224 such an image has 224 x 14,336 pixels.
 MAX_ASPECT_RATIO = 64
+# How names of open_clip's models begin
+OPEN_CLIP = "open_clip:"
 
 
 def load_model(
@@ -36,6 +49,7 @@ def load_model(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """
     Loads a dual encoder and its processor, and refuses a checkpoint that does not fit.
@@ -43,11 +57,15 @@ def load_model(
     Args:
         name_or_path (`str` or `os.PathLike`):
             A checkpoint folder or a Hub id: LoTLIP, or a stock dual encoder (CLIP, SigLIP, ...); or a folder that
-            `lotlip export onnx` wrote.
+            `lotlip export onnx` wrote; or a model of open_clip's, such as
+            `"open_clip:ViT-B-32-quickgelu/openai"` (see [`~lotlip_hf.open_clip.load_open_clip`] for its names).
         device (`str` or `torch.device`, *optional*):
             Where to put the model; by default the accelerator, if there is one.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
             Of the weights; `"auto"` keeps the checkpoint's.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a Hub id. Configuration, weights and processor are of one commit, which is kept as
+            `model.config._commit_hash`.
 
     Returns:
         `tuple`: the model in evaluation mode, and its processor.
@@ -56,10 +74,24 @@ def load_model(
         ValueError:
             If the checkpoint is of an architecture without image and text features, if a weight is missing, unknown or
             of another shape, or if there is no tokenizer or no image processor; the message names the checkpoint. If
-            `device` is not to be had.
+            `device` is not to be had, or `revision` is of something that has none.
         OSError: if the checkpoint is not found.
+        ImportError: if open_clip or ONNX Runtime is needed and not there; the message says what to install.
     """
     name = os.fspath(name_or_path)
+    if name.startswith(OPEN_CLIP):
+        from .open_clip import load_open_clip  # here, as it needs this module
+
+        if revision is not None:
+            raise ValueError(
+                f"{name}: open_clip takes the main branch, not `revision` {revision!r}. Fetch it (hf download "
+                f"ORG/NAME --revision {revision} --local-dir FOLDER) and load {OPEN_CLIP}local-dir:FOLDER."
+            )
+        model, processor = load_open_clip(name, _usable(device), dtype)
+        # no PreTrainedModel, but what is asked of one here
+        return cast(PreTrainedModel, model), processor
+    if revision is not None and os.path.isdir(name):
+        raise ValueError(f"`revision` {revision!r} is of models on the Hub; {name} is a folder.")
     if os.path.isfile(name):
         raise ValueError(
             f"{name} is a file, not a checkpoint folder; `lotlip convert` makes one of an official model.pt."
@@ -78,25 +110,54 @@ def load_model(
             model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         # no PreTrainedModel, but what is asked of one here
         return cast(PreTrainedModel, model), AutoProcessor.from_pretrained(name)
+    device = _usable(device)
+    with checked_download(name):
+        return _load(name, device, dtype, revision)
+
+
+def cached_commit(repo_id: str, revision: str | None = None) -> str | None:
+    """
+    The commit that a branch or tag stood for when something was last loaded from it.
+
+    Args:
+        repo_id: Of a model on the Hub.
+        revision: Branch, tag or commit; by default the main branch.
+
+    Returns:
+        40 hexadecimal digits; `None` if the cache does not have it.
+    """
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
+    reference = folder / "refs" / (revision or "main")
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
+
+
+def _usable(device: str | torch.device | None) -> str | torch.device:
+    """The device, by default the accelerator if there is one, or a `ValueError` if it is not to be had."""
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"`device` {str(device)!r} cannot be used here ({str(error).splitlines()[0]}).") from error
-    with checked_download(name):
-        return _load(name, device, dtype)
+    return device or "cpu"
 
 
-def _load(name: str, device: str | torch.device, dtype: str | torch.dtype) -> tuple[PreTrainedModel, Any]:
+def _load(
+    name: str, device: str | torch.device, dtype: str | torch.dtype, revision: str | None
+) -> tuple[PreTrainedModel, Any]:
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, revision=revision)
     except OSError as error:
         if name in str(error):
             raise
         raise OSError(f"{name}: no such checkpoint folder, and not to be had from the Hub ({error})") from error
     except (ValueError, StrictDataclassError) as error:
         raise ValueError(f"{name}: {error}") from error
+    # Weights and processor are of the same commit, even if somebody pushes in between.
+    commit = None if os.path.isdir(name) else cached_commit(name, revision)
+    revision = commit or revision
     model_class = AutoModel._model_mapping.get(type(config), None)
     needed = ("get_text_features", "get_image_features")
     if model_class is None or not all(hasattr(model_class, function) for function in needed):
@@ -110,7 +171,12 @@ def _load(name: str, device: str | torch.device, dtype: str | torch.dtype) -> tu
     transformers_logging.set_verbosity_error()
     try:
         model, info = AutoModel.from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            name,
+            config=config,
+            revision=revision,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError):
         raise
@@ -130,7 +196,8 @@ def _load(name: str, device: str | torch.device, dtype: str | torch.dtype) -> tu
     if problems:
         raise ValueError(f"{name}: the weights do not fit a {type(model).__name__} ({'; '.join(problems)}).")
 
-    processor = AutoProcessor.from_pretrained(name)
+    model.config._commit_hash = commit  # where older transformers kept it
+    processor = AutoProcessor.from_pretrained(name, revision=revision)
     for part in ("tokenizer", "image_processor"):
         if not hasattr(processor, part):
             raise ValueError(
@@ -145,6 +212,7 @@ def encode_texts(
     texts: Iterable[str],
     *,
     batch_size: int = 64,
+    max_length: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> torch.Tensor:
@@ -160,6 +228,7 @@ def encode_texts(
         texts (`Iterable[str]`): the texts; it is not changed.
         batch_size (`int`, *optional*, defaults to 64):
             Texts of full length in a batch. Shorter texts share the same number of tokens, so more of them fit.
+        max_length (`int`, *optional*): tokens to cut the texts at; by default as many as the model takes.
         device (`str` or `torch.device`, *optional*): moves the model there first; by default it stays where it is.
         progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
 
@@ -168,7 +237,8 @@ def encode_texts(
 
     Raises:
         TypeError: if `texts` is not a list (or other iterable) of strings.
-        ValueError: if a text is not valid Unicode, or the model's features are not finite.
+        ValueError:
+            If a text is not valid Unicode, the model's features are not finite, or it does not take `max_length`.
 
     Example:
 
@@ -184,13 +254,13 @@ def encode_texts(
     rows: dict[int, torch.Tensor] = {}
     cut = 0
     for index, embedding, was_cut in iterate_text_embeddings(
-        model, processor, texts, batch_size=batch_size, device=device, progress=progress
+        model, processor, texts, batch_size=batch_size, max_length=max_length, device=device, progress=progress
     ):
         rows[index] = embedding
         cut += was_cut
     if not rows:  # no texts: one is encoded for the width
         return encode_texts(model, processor, [""], device=device, progress=False)[:0]
-    warn_of_cut_texts(cut, len(rows), max_text_length(model, getattr(processor, "tokenizer", processor)))
+    warn_of_cut_texts(cut, len(rows), max_length or max_text_length(model, getattr(processor, "tokenizer", processor)))
     return torch.stack([rows[index] for index in range(len(rows))])
 
 
@@ -243,6 +313,7 @@ def iterate_text_embeddings(
     texts: Iterable[str],
     *,
     batch_size: int = 64,
+    max_length: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
     total: int | None = None,
@@ -263,7 +334,13 @@ def iterate_text_embeddings(
     if device is not None:
         model.to(torch.device(device))
     tokenizer = getattr(processor, "tokenizer", processor)
-    max_length = max_text_length(model, tokenizer)
+    longest = max_text_length(model, tokenizer)
+    if max_length is None:
+        max_length = longest
+    elif not MIN_LENGTH <= max_length <= longest:
+        raise ValueError(
+            f"`max_length` must be from {MIN_LENGTH} to the {longest} tokens that the model takes, got {max_length}."
+        )
     full_length = model.config.model_type in FULL_LENGTH_MODEL_TYPES
     count = 0
     remaining = iter(texts)
@@ -278,13 +355,13 @@ def iterate_text_embeddings(
             # Longest first: if memory does not suffice, it shows at once.
             order = sorted(range(len(chunk)), key=lambda index: -lengths[index])
             while order:
-                width = max_length if full_length else lengths[order[0]]
+                width = longest if full_length else lengths[order[0]]
                 rows = max(1, batch_size * max_length // max(1, width))
                 batch, order = order[:rows], order[rows:]
                 inputs = _pad(
                     tokenizer,
                     {key: [values[index] for index in batch] for key, values in encoded.items()},
-                    {"padding": "max_length", "max_length": max_length} if full_length else {"padding": "longest"},
+                    {"padding": "max_length", "max_length": longest} if full_length else {"padding": "longest"},
                 )
                 embeddings = _embed(model, "get_text_features", inputs)
                 bar.update(len(batch))
@@ -309,9 +386,7 @@ def iterate_image_embeddings(
         `tuple[int, torch.Tensor | ImageError]`: the image's place in `images` and its embedding [P], or the error if
         it cannot be read; errors come early, embeddings in order.
     """
-    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) or not isinstance(
-        images, Iterable
-    ):
+    if isinstance(images, ImageSource) or not isinstance(images, Iterable):
         raise TypeError(f"`images` must be a list of images, got one {type(images).__name__}: pass [image].")
     _check_batch_size(batch_size)
     if device is not None:
@@ -321,7 +396,7 @@ def iterate_image_embeddings(
     def opened() -> Iterator[tuple[int, ImageSource | ImageError]]:
         # Files are read in the threads; what is in memory already may be there twice, and PIL loads it on first use.
         for index, source in enumerate(images):
-            if isinstance(source, str | os.PathLike):
+            if isinstance(source, str | os.PathLike | bytes):
                 yield index, source
                 continue
             try:
@@ -334,7 +409,7 @@ def iterate_image_embeddings(
         if isinstance(source, ImageError):
             return index, source
         try:
-            image = load_image(source)
+            image = load_image(source, f"images[{index}]" if isinstance(source, bytes) else None)
         except ImageError as error:
             return index, error
         return index, dict(image_processor(images=[_crop_long(image, image_processor)], return_tensors="pt"))
@@ -376,7 +451,10 @@ def max_text_length(model: PreTrainedModel, tokenizer: Any) -> int:
     Raises:
         ValueError: if neither is known.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and config.model_type in POSITIONS_AFTER_PADDING:
+        positions -= config.pad_token_id + 1
     length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
     if length > 1_000_000:  # transformers' 1e30 for "not set"
         raise ValueError("`tokenizer.model_max_length` is not set: set it to the number of tokens the model takes.")

@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 # Part of every fingerprint. Raised when the same model and file come to give another embedding.
 FORMAT_VERSION = 1
 ENTRIES = "entries.jsonl"
+# How names of an image tower's weights begin, in transformers' models and in open_clip's; what is neither of these nor
+# of the similarities is the text tower's.
+IMAGE_WEIGHTS = ("vision_model.", "visual_projection.", "open_clip.visual.")
+SIMILARITY_WEIGHTS = ("logit_scale", "logit_bias", "open_clip.logit_scale", "open_clip.logit_bias")
 
 
 class EmbeddingStore:
@@ -206,10 +210,10 @@ def fingerprint(model: PreTrainedModel, processor: Any, modality: Literal["image
         `str`: 32 hexadecimal digits.
     """
     if modality == "image":
-        prefixes, config = ("vision_model.", "visual_projection."), model.config.vision_config
+        config = getattr(model.config, "vision_config", model.config)
         preparation = processor.image_processor.to_dict()
     else:
-        prefixes, config = ("text_model.", "text_projection."), model.config.text_config
+        config = getattr(model.config, "text_config", model.config)
         preparation = {
             **_tokenizer_settings(processor.tokenizer),
             "max_length": max_text_length(model, processor.tokenizer),
@@ -221,7 +225,7 @@ def fingerprint(model: PreTrainedModel, processor: Any, modality: Literal["image
         "preparation": {name: value for name, value in preparation.items() if value is not None},
     }
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
-    for name, tensor in _named_weights(model, prefixes):
+    for name, tensor in _named_weights(model, modality):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -244,11 +248,13 @@ def _tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
     return settings
 
 
-def _named_weights(model: PreTrainedModel, prefixes: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-    weights = model.state_dict()
-    chosen = [name for name in weights if name.startswith(prefixes)]
-    for name in sorted(chosen or weights):  # a model with other names: all of its weights
-        yield name, weights[name]
+def _named_weights(model: PreTrainedModel, modality: Literal["image", "text"]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a tower; of a model with other names all but those on the similarities."""
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in SIMILARITY_WEIGHTS}
+    of_images = {name for name in weights if name.startswith(IMAGE_WEIGHTS)}
+    for name in sorted(weights):
+        if not of_images or (name in of_images) == (modality == "image"):
+            yield name, weights[name]
 
 
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:

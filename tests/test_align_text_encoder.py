@@ -34,6 +34,8 @@ from lotlip_hf.alignment import (
 from lotlip_hf.text_encoder import LoTLIPMLPAdapter
 from scripts import load_script
 
+pytestmark = pytest.mark.slow
+
 ADAPTERS = ("linear", "mlp", "resampler")
 LENGTH, TEACHER_LENGTH = 30, 24  # tokens that student and teacher take
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
@@ -239,7 +241,6 @@ def test_the_shared_tower_gives_what_each_encoder_gives(adapter: str, folders: P
 # The example
 
 
-@pytest.mark.slow
 def test_the_report_shows_what_was_learnt(aligned: tuple[Path, Any]) -> None:
     output, report = aligned
     assert list(report) == ["mean", "another prompt", *ADAPTERS]
@@ -300,7 +301,6 @@ def test_what_was_saved_speaks_in_the_teachers_space(adapter: str, aligned: tupl
         torch.testing.assert_close(encoder.text_model.state_dict()[name], tensor, rtol=0, atol=0)
 
 
-@pytest.mark.slow
 def test_a_slot_of_a_pipeline_is_read_as_its_pipeline_does(example: ModuleType, folders: Path, tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="needs diffusers, of the extra 'diffusion'")
     import tiny_diffusion

@@ -334,6 +334,7 @@ def test_mistakes_in_the_set_up_are_never_skipped(processor: LoTLIPProcessor) ->
         collator(some_records(1))
 
 
+@pytest.mark.slow
 def test_a_collator_can_be_pickled(processor: LoTLIPProcessor) -> None:
     collator = LoTLIPCollator(processor, seed=3)
     collator.set_epoch(2)

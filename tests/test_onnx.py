@@ -42,6 +42,8 @@ from lotlip_hf.onnx import LoTLIPOnnxModel
 from lotlip_hf.search import build_index
 from lotlip_hf.store import fingerprint
 
+pytestmark = pytest.mark.slow
+
 # Of normalised embeddings, which is what the wrapper promises; what the towers give is a hundred times closer.
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 TEXTS = [
@@ -120,7 +122,6 @@ def padded_texts(config: Any, lengths: list[int], width: int, side: str) -> dict
     return {"input_ids": input_ids, "attention_mask": mask}
 
 
-@pytest.mark.slow
 def test_texts_and_images_are_encoded_as_in_pytorch(pair: tuple[Path, Path], golden: Path) -> None:
     model, processor = load_model(pair[0], device="cpu")
     # the folder alone is enough
@@ -214,7 +215,6 @@ def test_the_files_say_what_they_are(exported: Path, official_checkpoint: Path, 
         assert not [one.name for one in graph.graph.initializer if "corner" in one.name or other in one.name]
 
 
-@pytest.mark.slow
 def test_int8_with_weights_beside_the_graph(
     tmp_path: Path,
     official_checkpoint: Path,
@@ -281,7 +281,6 @@ def test_an_index_is_made_by_onnx(tmp_path: Path, exported: Path, official_check
     assert fingerprint(again, processor, "text") != index.fingerprint
 
 
-@pytest.mark.slow
 def test_a_tower_by_itself_in_half_precision(tmp_path: Path) -> None:
     model = LoTLIPTextModelWithProjection(tiny.text_config("clip", num_hidden_layers=1))
     tiny_clip.random_weights(model)
@@ -303,7 +302,6 @@ def test_a_tower_by_itself_in_half_precision(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "vision", "opset"),
     [("roberta", "siglip", 18), ("xlm-roberta", "dinov2", 25)],
@@ -319,7 +317,6 @@ def test_every_backbone(tmp_path: Path, text: str, vision: str, opset: int) -> N
         assert onnx.load(tmp_path / "onnx" / tower.file).opset_import[0].version == opset
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model_class", [LoTLIPTextModel, LoTLIPVisionModelWithProjection])
 def test_every_class_of_tower(tmp_path: Path, model_class: type[PreTrainedModel]) -> None:
     is_text = "Text" in model_class.__name__
@@ -355,7 +352,6 @@ def test_a_graph_that_differs_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-@pytest.mark.slow
 def test_int8_that_is_too_coarse_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = LoTLIPVisionModelWithProjection(tiny.vision_config(projection_dim=24))
     tiny_clip.random_weights(model)
@@ -374,7 +370,6 @@ def test_int8_that_is_too_coarse_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert [path.name for path in tmp_path.iterdir()] == ["tower"]
 
 
-@pytest.mark.slow
 def test_a_version_that_the_exporter_does_not_write(
     tmp_path: Path, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

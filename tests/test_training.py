@@ -743,6 +743,7 @@ def test_a_disk_that_fills(small_disk: Path, start: Path, tmp_path: Path) -> Non
     assert list_checkpoints(output)[-1].name == "checkpoint-8"
 
 
+@pytest.mark.slow
 def test_no_room_from_the_start(small_disk: Path, start: Path, tmp_path: Path) -> None:
     (small_disk / "filler").write_bytes(bytes(2_500_000))
     ended = run(arguments(small_disk / "run", model=start / "plain", data=start / "records"), tmp_path)

@@ -33,6 +33,8 @@ from lotlip_hf.training.loop import train
 from lotlip_hf.training.setup import load_or_start_model
 from test_distributed import run_processes
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 BATCH_SIZE, NUM_RECORDS = 8, 30  # the fourth batch of an epoch is not full
 RUN = {
@@ -207,7 +209,6 @@ def two_processes(official_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
     return folder, answers[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_sharded_run_is_that_of_one_process(
     name: str, one_process: Path, two_processes: tuple[Path, dict[str, Any]]
@@ -245,7 +246,6 @@ def test_sharded_bfloat16_is_near_float32(two_processes: tuple[Path, dict[str, A
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
-@pytest.mark.slow
 def test_gradient_checkpointing_over_processes(one_process: Path, official_checkpoint: Path, tmp_path: Path) -> None:
     """With a locked image tower, and the text tower run twice in a step, by DDP."""
     output = tmp_path / "run"
@@ -256,7 +256,6 @@ def test_gradient_checkpointing_over_processes(one_process: Path, official_check
 # One process
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("locked", [{}, {"lock_vision": True}, {"lock_vision": True, "unlocked_vision_layers": 1}])
 def test_gradient_checkpointing_changes_nothing(
     locked: dict[str, Any], official_checkpoint: Path, tmp_path: Path
@@ -311,7 +310,6 @@ def test_float16_needs_a_gpu(official_checkpoint: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_compiled_for_every_length(official_checkpoint: Path, tmp_path: Path) -> None:
     """Traced, but run as it is: machine code of it takes minutes to make, and is for torch's own tests."""
     options = {"save_steps": 2, "num_long_texts": 3, "grad_cache_chunk": 4, "ema_decay": 0.9}

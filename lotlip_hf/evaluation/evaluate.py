@@ -16,7 +16,7 @@ from ..encoding import max_text_length
 from ..store import fingerprint
 from .data import ClassificationData, RetrievalData
 from .embeddings import embed_images, embed_texts, image_digests
-from .models import model_revision
+from .models import model_revision, model_versions
 from .report import study_table, table
 from .retrieval import accuracies, retrieval_metrics
 from .studies import length_study, sentence_ablation
@@ -179,7 +179,11 @@ def _record(
         "dataset": {"id": data.id, "name": data.name, "split": data.split, "revision": data.revision},
         "data_fingerprint": hashlib.blake2b(json.dumps([digests, contents]).encode(), digest_size=16).hexdigest(),
         "protocol": {**counts, **data.protocol, **protocol},
-        "versions": {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{library: version(library) for library in LIBRARIES},
+            **model_versions(model),
+        },
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
