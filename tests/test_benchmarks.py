@@ -24,9 +24,10 @@ from PIL import Image
 
 from hub_server import Hub, hub_server, use_in_process
 from lotlip_hf.data.scenes import long_captions, scene, scenes_dataset, short_caption
-from lotlip_hf.evaluation import benchmarks, zero_shot
-from lotlip_hf.evaluation.benchmarks import NORMALIZATION, TASKS, Options, load_benchmark, normalize_caption
+from lotlip_hf.evaluation import benchmarks, sources, zero_shot
+from lotlip_hf.evaluation.benchmarks import TASKS, load_benchmark
 from lotlip_hf.evaluation.data import ClassificationData, IncompleteDataError, RetrievalData
+from lotlip_hf.evaluation.sources import NORMALIZATION, Options, normalize_caption
 from lotlip_hf.images import load_image
 
 
@@ -317,7 +318,7 @@ def conversation(image: str, text: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("chunk", [16, 1 << 20])
 def test_sharegpt4v(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(benchmarks, "JSON_CHUNK", chunk)
+    monkeypatch.setattr(sources, "JSON_CHUNK", chunk)
     entries = [
         conversation("coco/train2017/000000000009.jpg", "Of COCO."),
         conversation("sam/images/sa_11.jpg", "First “é”. Sea."),

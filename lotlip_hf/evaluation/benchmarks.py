@@ -7,16 +7,13 @@ refused with what is missing; only `num_images` makes a smaller one, and the res
 
 import csv
 import glob
-import json
 import logging
 import os
 import re
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,95 +22,58 @@ from typing import Any, NamedTuple, cast
 from datasets import (
     ClassLabel,
     Dataset,
-    DatasetDict,
     Image,
     IterableDataset,
     Value,
-    load_dataset,
-    load_dataset_builder,
-    load_from_disk,
 )
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
 )
 
-from ..data.records import BUILDERS, ColumnMapping, load_records
-from ..data.sampling import split_full_stops
+from ..data.records import ColumnMapping, load_records
 from ..data.scenes import long_captions, render, scene, short_caption
-from ..images import ImageSource, find_images, image_extensions
-from .data import ClassificationData, IncompleteDataError, RetrievalData
+from ..images import ImageSource, find_images
+from .data import ClassificationData, RetrievalData
+from .sources import (
+    SAVED_DATASET,
+    SPLIT_NAMES,
+    Gaps,
+    ImageFinder,
+    LazyImages,
+    Options,
+    Table,
+    Task,
+    data_folder,
+    field_of,
+    find_column,
+    find_file,
+    first_of,
+    from_hub,
+    hub_commit,
+    incomplete,
+    is_hub_name,
+    is_image_name,
+    is_table,
+    iterate_json_list,
+    open_table,
+    read_json,
+    read_json_lines,
+    read_table_texts,
+    read_text,
+    retrieval_data,
+    shown,
+    stored_image,
+    table_images,
+    tell_of_others,
+)
 from .zero_shot import open_clip_metadata
 
 logger = logging.getLogger(__name__)
 
 CAPTIONS_PER_IMAGE = 5  # of MSCOCO and Flickr30k; a few images have more, which nobody counts
-NORMALIZATION = 'split at line ends, "</s>" and full stops; stripped; joined with ". "'
-# Characters that are read at once of a large JSON file, and the most that one entry of it may have.
-JSON_CHUNK, MAX_JSON_ENTRY = 1 << 20, 1 << 26
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 IMAGENET_CLASSES = 1000
 WNID = re.compile(r"n\d{8}")
-# Files that `save_to_disk` writes, of a split or of several.
-SAVED_DATASET = ("state.json", "dataset_dict.json")
-SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
-
-
-@dataclass(frozen=True)
-class Task:
-    """
-    A benchmark.
-
-    Args:
-        key: What `--task` calls it.
-        name: What a table calls it.
-        id: What its data set is called on the Hub, or a name of its own.
-        description: What is scored, in a line.
-        source: Where to get it, and how it is to lie in its folder.
-        reader: What reads it.
-        options: The options of [`load_benchmark`] that it has.
-        num_images: Images of the whole; fewer are refused. `None` where there is no set number.
-        num_texts: Texts of the whole.
-        split: The split that it is scored on.
-        hub_id: The data set on the Hub that is read where no data is given.
-        hub_revision: The revision of it.
-    """
-
-    key: str
-    name: str
-    id: str
-    description: str
-    source: str
-    reader: "Callable[[Task, str | None, Options], RetrievalData | ClassificationData]"
-    options: tuple[str, ...]
-    num_images: int | None = None
-    num_texts: int | None = None
-    split: str | None = None
-    hub_id: str | None = None
-    hub_revision: str | None = None
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of [`load_benchmark`], which see; `None` where the task decides."""
-
-    num_images: int | None = None
-    split: str | None = None
-    revision: str | None = None
-    config: str | None = None
-    image_column: str | None = None
-    text_column: str | None = None
-    label_column: str | None = None
-    class_names: str | None = None
-    captions: str | None = None
-    normalize: bool | None = None
-
-
 # Of tasks that are read from tables too: on the Hub, or in a folder.
 TABLE_OPTIONS = ("revision", "config", "image_column")
 
@@ -154,7 +114,7 @@ def load_benchmark(
             that CLIP was evaluated with on ImageNet, as open_clip holds them. By default those of the data.
         captions: In `retrieval` and `scenes`: `"long"` (the default) takes the first long caption of each image,
             `"all"` every one, `"short"` the short caption.
-        normalize: Whether captions go through [`normalize_caption`]. By default all do but short ones.
+        normalize: Whether captions go through [`~lotlip_hf.evaluation.sources.normalize_caption`]. By default all do but short ones.
 
     Returns:
         The data, with what was chosen in its `protocol`.
@@ -201,536 +161,20 @@ def load_benchmark(
     return TASKS[task].reader(TASKS[task], None if data is None else os.fspath(data), options)
 
 
-def normalize_caption(text: str) -> str:
-    """
-    Normalises a caption as the official LoTLIP evaluation does: split at every line end, `</s>` and full stop, those
-    of abbreviations and numbers included; strip; drop what is empty; join with `". "`.
-
-    Args:
-        text: A caption.
-
-    Returns:
-        The caption, without a full stop at its end; empty if nothing else was in it.
-
-    Example:
-
-    ```python
-    >>> normalize_caption("A 3.5 m boat...\\nIt is red. ")
-    'A 3. 5 m boat. It is red'
-    ```
-    """
-    return ". ".join(split_full_stops(text))
-
-
-# What readers make, and what all of them check.
-
-
-class LazyImages(Sequence[ImageSource]):
-    """
-    Images that are read when they are asked for.
-
-    Args:
-        count: How many there are.
-        load: Gives the image at a place.
-    """
-
-    def __init__(self, count: int, load: Callable[[int], ImageSource]) -> None:
-        self._count, self._load = count, load
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self._load(place) for place in range(*index.indices(self._count))]
-        if not -self._count <= index < self._count:
-            raise IndexError(f"there are {self._count} images, no number {index}")
-        return self._load(index % self._count)
-
-
-@dataclass
-class Gaps:
-    """What a reader found missing, by its kind; all of it is said at once."""
-
-    task: Task
-    missing: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, kind: str, name: str) -> None:
-        self.missing.setdefault(kind, []).append(name)
-
-    def refuse(self, total: int) -> None:
-        """Raises IncompleteDataError if there is any."""
-        if self.missing:
-            lacks = (f"{len(names)} {kind} are missing ({_shown(names)})" for kind, names in self.missing.items())
-            problem = f"of {total} images with all that belongs to them, {', and '.join(lacks)}"
-            raise _incomplete(self.task, problem, first_alone=True)
-
-
-def _incomplete(task: Task, problem: str, *, first_alone: bool = False) -> IncompleteDataError:
-    """The error for what is missing; with `first_alone` it tells of `num_images`, which may do without."""
-    advice = " To score the first N images alone, ask for it: num_images=N (--num-images N)." if first_alone else ""
-    return IncompleteDataError(
-        f"{task.name} is not complete: {problem}. Nothing is scored on what is there. Where to get it: "
-        f"{task.source}{advice}"
-    )
-
-
-def _shown(names: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _first(task: Task, options: Options, items: Sequence[Any], what: str) -> Sequence[Any]:
-    """
-    The items to score: the first `num_images`, or all of them, if they are as many as the benchmark has; of a split
-    that is not the benchmark's they may be any number.
-    """
-    if options.num_images is not None:
-        if len(items) < options.num_images:
-            raise _incomplete(task, f"{what} has {len(items)} images, and `num_images` asks for {options.num_images}")
-        return items[: options.num_images]
-    expected = task.num_images if options.split in (None, task.split) else None
-    if not len(items):
-        raise _incomplete(task, f"{what} has no images")
-    if expected is not None and len(items) < expected:
-        raise _incomplete(task, f"{what} has {len(items)} images of {expected}", first_alone=True)
-    if expected is not None and len(items) > expected:
-        logger.warning("%s has %d images, not the %d that are reported on.", what, len(items), expected)
-    return items
-
-
-def _retrieval(
-    task: Task,
-    options: Options,
-    gaps: Gaps,
-    images: Sequence[ImageSource | None],
-    names: Sequence[str],
-    texts: Sequence[Sequence[Any]],
-    *,
-    protocol: Mapping[str, Any],
-    normalize: bool = True,
-    id: str | None = None,
-    name: str | None = None,
-    split: str | None = None,
-    revision: str | None = None,
-) -> RetrievalData:
-    """
-    `images` [I] and `texts` [I], each image's own, as a data set; refused if `gaps` were found, or are here.
-    `normalize` is whether captions are normalised where the options do not say.
-    """
-    normalize = normalize if options.normalize is None else options.normalize
-    all_texts: list[str] = []
-    text_to_image: list[int] = []
-    for place, own in enumerate(texts):
-        if not own:
-            gaps.add("captions", names[place])
-        for text in own:
-            text = normalize_caption(text) if normalize and isinstance(text, str) else text
-            if not isinstance(text, str) or not text.strip():
-                gaps.add("captions", f"{names[place]}: {'empty' if isinstance(text, str) else f'{text!r} is no text'}")
-                continue
-            all_texts.append(text)
-            text_to_image.append(place)
-    gaps.refuse(len(images))
-    protocol = dict(protocol)
-    protocol["normalization"] = NORMALIZATION if normalize else None
-    protocol["num_duplicate_texts"] = len(all_texts) - len(set(all_texts))
-    if options.num_images is not None:
-        protocol["first_images"] = options.num_images
-    return RetrievalData(
-        id=id or task.id,
-        name=name or task.name,
-        images=cast(Sequence[ImageSource], images),
-        image_names=names,
-        texts=all_texts,
-        text_to_image=text_to_image,
-        split=split,
-        revision=revision,
-        protocol=protocol,
-    )
-
-
-# Files.
-
-
-def _folder(task: Task, data: str | None) -> Path:
-    """The folder of a data set that is in none of its forms on the Hub, or that was given as a folder."""
-    if data is None:
-        raise ValueError(f"`data`: {task.key} needs its folder (--data DIR). Where to get it: {task.source}")
-    if not os.path.isdir(data):
-        reason = "not a folder" if os.path.exists(data) else "no such folder"
-        raise FileNotFoundError(f"{data}: {reason}. {task.name}, where to get it: {task.source}")
-    return Path(data)
-
-
-def _find_file(task: Task, folder: Path, *places: str) -> Path:
-    """The first of these files that is there."""
-    for place in places:
-        if (folder / place).is_file():
-            return folder / place
-    raise _incomplete(task, f"{folder} holds no {places[0]}, neither at the top nor where else it may be")
-
-
-class ImageFinder:
-    """Looks files up in folders that are listed once each."""
-
-    def __init__(self) -> None:
-        self._folders: dict[Path, dict[str, str]] = {}
-
-    def find(self, *paths: Path) -> str | None:
-        """
-        The first of these files that is there. Its name may be spelled with other code points for the same letters, as
-        some systems unpack archives, and its extension in capitals; a name without one stands for an image's.
-        """
-        for path in paths:
-            names = self._names(path.parent)
-            for spelling in (path.name, _spelling(path.name)):
-                if spelling in names:
-                    return str(path.parent / names[spelling])
-        return None
-
-    def others(self, folder: Path, known: Collection[str]) -> list[str]:
-        """The images in a folder that are none of those known by name."""
-        spellings = {_spelling(name) for name in known}
-        spellings |= {os.path.splitext(name)[0] for name in spellings}
-        images = {name for name in self._names(folder).values() if _is_image(name)}
-        return sorted(
-            name for name in images if not {_spelling(name), os.path.splitext(_spelling(name))[0]} & spellings
-        )
-
-    def _names(self, folder: Path) -> dict[str, str]:
-        if folder not in self._folders:
-            listed = sorted(os.listdir(folder)) if folder.is_dir() else []
-            names = {name: name for name in listed}
-            for name in listed:
-                names.setdefault(_spelling(name), name)
-            for name in filter(_is_image, listed):
-                names.setdefault(os.path.splitext(_spelling(name))[0], name)
-            self._folders[folder] = names
-        return self._folders[folder]
-
-
-def _spelling(name: str) -> str:
-    stem, extension = os.path.splitext(unicodedata.normalize("NFC", name))
-    return stem + (".jpg" if extension.lower() == ".jpeg" else extension.lower())
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in image_extensions()
-
-
-def _tell_of_others(others: Sequence[str], where: str) -> None:
-    if others:
-        logger.warning("%s: %d images are not of the benchmark and left out: %s.", where, len(others), _shown(others))
-
-
-def _read_text(path: Path | zipfile.Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}).") from error
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: broken JSON ({error.msg}); get the file once more.") from error
-
-
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: broken JSON ({error.msg}); get the file once more.") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
-        rows.append(row)
-    return rows
-
-
-def _iterate_json_list(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a list in a JSON file, which may be too large to be read at once."""
-    decoder, separators = json.JSONDecoder(), re.compile(r"[\s,]*")
-    count = 0
-    with open(path, encoding="utf-8-sig") as file:
-        buffer = file.read(JSON_CHUNK).lstrip()
-        if not buffer.startswith("["):
-            raise ValueError(f"{path}: expected a list in JSON.")
-        position = 1
-        while True:
-            position = cast(re.Match[str], separators.match(buffer, position)).end()
-            if buffer.startswith("]", position):
-                return
-            try:
-                entry, position = decoder.raw_decode(buffer, position)
-            except json.JSONDecodeError as error:
-                more = file.read(JSON_CHUNK)
-                if not more or len(buffer) - position > MAX_JSON_ENTRY:
-                    raise ValueError(
-                        f"{path}: broken JSON after {count} entries ({error.msg}); get the file once more."
-                    ) from error
-                buffer, position = buffer[position:] + more, 0
-                continue
-            if not isinstance(entry, dict):
-                raise ValueError(f"{path}: entry {count} is no JSON object.")
-            count += 1
-            yield entry
-
-
-def _field(row: Mapping[str, Any], key: str, where: object) -> Any:
-    if key not in row:
-        raise ValueError(f"{where}: there is no {key!r}; there are {', '.join(map(repr, row))}.")
-    return row[key]
-
-
-# Tables: data sets that the `datasets` library opens, on the Hub or in a folder.
-
-
-class Table(NamedTuple):
-    """A split of a data set, its images as they are stored; `id` and the commit where it comes from the Hub."""
-
-    dataset: Dataset
-    split: str
-    id: str | None
-    revision: str | None
-    where: str
-
-
-def _is_hub_name(data: str | None) -> bool:
-    return data is not None and not os.path.exists(data) and HUB_NAME.fullmatch(data) is not None
-
-
-def _is_table(folder: str) -> bool:
-    """Whether a folder holds files that `datasets` opens, and no images."""
-    if any(os.path.isfile(os.path.join(folder, name)) for name in SAVED_DATASET):
-        return True
-    found = False
-    for _, _, names in os.walk(folder):
-        if any(map(_is_image, names)):
-            return False
-        found = found or any(name.endswith((".parquet", ".arrow", ".tar")) for name in names)
-    return found
-
-
-@contextmanager
-def _from_hub(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Says what to do where the Hub does not give a data set."""
-    try:
-        yield
-    except GatedRepoError as error:
-        raise ValueError(
-            f"{repo_id}: its owners ask for something first. Agree to it on the data set's page on the Hub, and log "
-            "in with `hf auth login`."
-        ) from error
-    except OfflineModeIsEnabled as error:
-        raise ValueError(
-            f"{repo_id}: there is no such folder, and to look on the Hub HF_HUB_OFFLINE must not be set."
-        ) from error
-    except HfHubHTTPError as error:
-        at = f" at revision {revision!r}" if revision else ""
-        raise ValueError(
-            f"{repo_id}: there is no such folder, and the Hub has no such data set{at} or does not show it to this "
-            f"token ({_reason(error)})."
-        ) from error
-    except (HTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"{repo_id}: the Hub cannot be reached ({_reason(error)}).") from error
-
-
-def _hub_commit(repo_id: str, revision: str | None) -> str:
-    """The commit that a revision of a data set on the Hub stands for."""
-    with _from_hub(repo_id, revision):
-        return str(HfApi().dataset_info(repo_id, revision=revision).sha)
-
-
-def _reason(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _open_table(task: Task, data: str | None, options: Options) -> Table:
-    """Opens a split: the one that is asked for, or the task's, or the only one. No other split is downloaded."""
-    revision = options.revision
-    source, commit = data, None
-    if source is None:
-        source = task.hub_id
-        revision = revision or task.hub_revision
-        if source is None:
-            raise ValueError(
-                f"`data`: {task.key} needs its folder or the name of a data set on the Hub (--data). Where to get it: "
-                f"{task.source}"
-            )
-    on_hub = _is_hub_name(source)
-    if on_hub:
-        commit = _hub_commit(source, revision)
-    elif revision is not None:
-        raise ValueError(f"`revision` {revision!r}: {source} is not on the Hub.")
-    elif not os.path.exists(source):
-        raise FileNotFoundError(f"{source}: no such folder, and no name of a data set on the Hub (owner/name).")
-    dataset, chosen = _load_split(task, source, options, commit)
-    if options.split is None and task.split not in (None, chosen) and task.num_images not in (None, len(dataset)):
-        raise ValueError(
-            f"`split`: {source} has {chosen!r} alone, of {len(dataset)} images, and {task.name} is {task.split!r}, of "
-            f"{task.num_images}. To score it nevertheless ask for it: --split {chosen}."
-        )
-    for column, feature in dataset.features.items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-    return Table(dataset, chosen, source if on_hub else None, commit, f"{source} (split {chosen})")
-
-
-@contextmanager
-def _opening(source: str) -> Iterator[None]:
-    """Names the data set in whatever reads its files."""
-    try:
-        yield
-    except Exception as error:
-        reason = error.__cause__ or error
-        hint = ""
-        if _is_hub_name(source) and isinstance(reason, RuntimeError | ValueError):
-            # of a script, or of what `datasets` turns to then: what it keeps of other revisions
-            hint = (
-                " If it is a script, which `datasets` does not run, and the data set's page on the Hub shows a table, "
-                "then revision='refs/convert/parquet' (--data-revision) may have it."
-            )
-        raise ValueError(f"{source}: cannot be opened ({type(reason).__name__}: {_reason(reason)}).{hint}") from error
-
-
-def _load_split(task: Task, source: str, options: Options, commit: str | None) -> tuple[Dataset, str]:
-    split = options.split
-    if os.path.isfile(os.path.join(source, "dataset_dict.json")):
-        with _opening(source):
-            splits = cast(DatasetDict, load_from_disk(source))
-        chosen = _choose_split(list(splits), split, task.split, source)
-        return splits[chosen], chosen
-    if os.path.isfile(os.path.join(source, "state.json")):
-        with _opening(source):
-            dataset = cast(Dataset, load_from_disk(source))
-        return dataset, _choose_split([str(dataset.split or split or task.split or "train")], split, None, source)
-    if os.path.isfile(source):
-        builder_name = BUILDERS.get(os.path.splitext(source)[1].lower())
-        if builder_name is None:
-            raise ValueError(f"{source}: expected a folder, or a file of one of {', '.join(BUILDERS)}.")
-        chosen = split or task.split or "train"
-        with _opening(source):
-            dataset = load_dataset(builder_name, data_files={chosen: glob.escape(source)}, split=chosen)
-        return cast(Dataset, dataset), chosen
-    with _opening(source):
-        builder = load_dataset_builder(source, options.config, revision=commit)
-    data_files = {str(name): list(files) for name, files in cast(Any, builder.config.data_files or {}).items()}
-    chosen = _choose_split(list(data_files), split, task.split, source)
-    # of this split alone; they are taken for patterns
-    files = {chosen: [file if commit else glob.escape(file) for file in data_files[chosen]]}
-    with _opening(source):
-        builder = load_dataset_builder(source, data_files=files, features=builder.info.features, revision=commit)
-        if commit is not None and builder.hash != commit:
-            # where the connection fails, `datasets` turns to whatever revision it keeps
-            raise ConnectionError(f"the commit {commit} cannot be had")
-        builder.download_and_prepare(verification_mode="no_checks")  # the card tells of all splits
-        return cast(Dataset, builder.as_dataset(split=chosen)), chosen
-
-
-def _choose_split(splits: Sequence[str], split: str | None, default: str | None, source: str) -> str:
-    if split is not None and split not in splits:
-        raise ValueError(f"`split`: {source} has no {split!r}; it has {', '.join(splits) or 'none'}.")
-    chosen = split or (default if default in splits else splits[0] if len(splits) == 1 else None)
-    if chosen is None:
-        raise ValueError(f"`split`: {source} has {', '.join(splits)}; say which (--split).")
-    return chosen
-
-
-def _column(table: Table, options: Options, option: str, usual: Sequence[str], feature: type | None = None) -> str:
-    """The column to read: the one that is given, or the first of the usual names, or the only one of this feature."""
-    given = getattr(options, option)
-    columns = table.dataset.column_names
-    if given is not None:
-        if given not in columns:
-            raise ValueError(f"`{option}`: {table.where} has no column {given!r}; it has {', '.join(columns)}.")
-        return given
-    of_feature = [name for name in columns if feature and isinstance(table.dataset.features[name], feature)]
-    found = next((name for name in usual if name in columns), None)
-    if found is None and len(of_feature) == 1:
-        found = of_feature[0]
-    if found is None:
-        raise ValueError(
-            f"{table.where} has the columns {', '.join(columns)}, none of them called {' or '.join(usual)}: say which "
-            f"with `{option}` (--{option.replace('_', '-')})."
-        )
-    return found
-
-
-def _image_source(value: Any, name: str, folder: str = "") -> ImageSource | None:
-    """The image in a cell: a path, or the bytes of a file. `None` if it is empty."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and value.startswith(("http://", "https://")):
-        raise ValueError(f"{name}: an address, {value}. Download the images, and pass a folder of records as `data`.")
-    if isinstance(value, str):
-        return os.path.join(folder, value)
-    return value or None
-
-
-def _table_images(task: Task, table: Table, column: str) -> LazyImages:
-    images = table.dataset.select_columns([column])
-
-    def load(place: int) -> ImageSource:
-        image = _image_source(images[place][column], f"{table.where}, row {place}")
-        if image is None:
-            raise _incomplete(task, f"row {place} of {table.where} has no image in the column {column!r}")
-        return image
-
-    return LazyImages(len(images), load)
-
-
-def _read_table_texts(
-    task: Task,
-    options: Options,
-    table: Table,
-    texts_of: Callable[[Any], Sequence[Any]],
-    usual_columns: Sequence[str],
-    *,
-    protocol: Mapping[str, Any],
-    normalize: bool = True,
-    name: str | None = None,
-) -> RetrievalData:
-    """A table with an image and its texts in each row."""
-    image_column = _column(table, options, "image_column", ("image", "jpg", "jpeg", "png", "webp"), Image)
-    text_column = _column(table, options, "text_column", usual_columns)
-    rows = _first(task, options, range(len(table.dataset)), table.where)
-    table = table._replace(dataset=table.dataset.select(rows))
-    return _retrieval(
-        task,
-        options,
-        Gaps(task),
-        _table_images(task, table, image_column),
-        [f"row {place}" for place in rows],
-        [texts_of(value) for value in table.dataset[text_column]],
-        protocol={**protocol, "text_column": text_column},
-        normalize=normalize,
-        id=table.id,
-        name=name,
-        split=table.split,
-        revision=table.revision,
-    )
-
-
 # Long captions.
 
 
 def _read_dci(task: Task, data: str | None, options: Options) -> RetrievalData:
-    folder, split = _folder(task, data), options.split or "all"
+    folder, split = data_folder(task, data), options.split or "all"
     places = ("", "densely_captioned_images", "data/densely_captioned_images")
-    splits_file = _find_file(task, folder, *(os.path.join(place, "splits.json") for place in places))
-    splits = _read_json(splits_file)
+    splits_file = find_file(task, folder, *(os.path.join(place, "splits.json") for place in places))
+    splits = read_json(splits_file)
     if not isinstance(splits, dict) or not all(isinstance(names, list) for names in splits.values()):
         raise ValueError(f"{splits_file}: expected lists of annotation files by split.")
     if split not in ("all", *splits):
         raise ValueError(f"`split` must be all, {' or '.join(splits)}, got {split!r}.")
     listed = [name for key, own in splits.items() if split in ("all", key) for name in own]
-    files = _first(task, options, listed, str(splits_file))
+    files = first_of(task, options, listed, str(splits_file))
     root, finder, gaps = splits_file.parent, ImageFinder(), Gaps(task)
     images, names, texts = [], [], []
     for file in files:
@@ -738,16 +182,16 @@ def _read_dci(task: Task, data: str | None, options: Options) -> RetrievalData:
         if not path.is_file():
             gaps.add("annotation files", f"annotations/{file}")
             continue
-        annotation = _read_json(path)
-        names.append(f"photos/{_field(annotation, 'image', path)}")
-        texts.append([f"{_field(annotation, 'short_caption', path)}\n{_field(annotation, 'extra_caption', path)}"])
+        annotation = read_json(path)
+        names.append(f"photos/{field_of(annotation, 'image', path)}")
+        texts.append([f"{field_of(annotation, 'short_caption', path)}\n{field_of(annotation, 'extra_caption', path)}"])
         images.append(finder.find(root / names[-1]))
         if images[-1] is None:
             gaps.add("images", names[-1])
     gaps.refuse(len(files))
     if options.num_images is None and split == "all":
-        _tell_of_others(finder.others(root / "photos", [Path(name).name for name in names]), str(root / "photos"))
-    return _retrieval(
+        tell_of_others(finder.others(root / "photos", [Path(name).name for name in names]), str(root / "photos"))
+    return retrieval_data(
         task,
         options,
         gaps,
@@ -768,15 +212,15 @@ IIW_PARTS = {
 
 
 def _read_iiw(task: Task, data: str | None, options: Options) -> RetrievalData:
-    folder = _folder(task, data)
+    folder = data_folder(task, data)
     rows = []
     for part in IIW_PARTS:
         places = ("", "datasets", "imageinwords", "imageinwords/datasets")
-        file = _find_file(task, folder, *(os.path.join(place, part, "data.jsonl") for place in places))
-        for number, row in enumerate(_read_json_lines(file), start=1):
-            key = row["image"] if "image" in row else _field(row, "image/key", f"{file}, entry {number}")
-            rows.append((part, str(key), _field(row, "IIW", f"{file}, entry {number}")))
-    rows = _first(task, options, rows, str(folder))
+        file = find_file(task, folder, *(os.path.join(place, part, "data.jsonl") for place in places))
+        for number, row in enumerate(read_json_lines(file), start=1):
+            key = row["image"] if "image" in row else field_of(row, "image/key", f"{file}, entry {number}")
+            rows.append((part, str(key), field_of(row, "IIW", f"{file}, entry {number}")))
+    rows = first_of(task, options, rows, str(folder))
     finder, gaps, renamed = ImageFinder(), Gaps(task), []
     images, names = [], []
     for part, key, _ in rows:
@@ -793,8 +237,8 @@ def _read_iiw(task: Task, data: str | None, options: Options) -> RetrievalData:
     protocol: dict[str, Any] = {"captions": "IIW", "parts": list(IIW_PARTS)}
     if renamed:
         protocol["images_named_train"] = len(renamed)
-        logger.warning("%d images of IIW-400 are there as train, not test: %s.", len(renamed), _shown(renamed))
-    return _retrieval(
+        logger.warning("%d images of IIW-400 are there as train, not test: %s.", len(renamed), shown(renamed))
+    return retrieval_data(
         task,
         options,
         gaps,
@@ -806,17 +250,17 @@ def _read_iiw(task: Task, data: str | None, options: Options) -> RetrievalData:
 
 
 def _read_sharegpt4v(task: Task, data: str | None, options: Options) -> RetrievalData:
-    folder = _folder(task, data)
+    folder = data_folder(task, data)
     files = ("share4v_sam_10k.json", "share-captioner_coco_lcs_sam_1246k_1107.json")
     places = [os.path.join(place, file) for place in ("", "share4v", "data", "data/share4v") for file in files]
-    file = _find_file(task, folder, *places)
+    file = find_file(task, folder, *places)
     wanted = options.num_images or cast(int, task.num_images)
     entries = []
-    for entry in _iterate_json_list(file):
-        name = str(_field(entry, "image", f"{file}, entry {entry.get('id')}"))
+    for entry in iterate_json_list(file):
+        name = str(field_of(entry, "image", f"{file}, entry {entry.get('id')}"))
         if not re.fullmatch(r"sa_\d+\.jpg", os.path.basename(name)):
             continue  # of COCO and LAION
-        conversation = _field(entry, "conversations", f"{file}, {name}")
+        conversation = field_of(entry, "conversations", f"{file}, {name}")
         try:
             text = conversation[1]["value"]
         except (IndexError, KeyError, TypeError) as error:
@@ -824,7 +268,7 @@ def _read_sharegpt4v(task: Task, data: str | None, options: Options) -> Retrieva
         entries.append((name, text))
         if len(entries) == wanted:
             break
-    entries = _first(task, options, entries, f"{file} (the part of SAM)")
+    entries = first_of(task, options, entries, f"{file} (the part of SAM)")
     finder, gaps, images = ImageFinder(), Gaps(task), []
     # SA-1B is unpacked to folders by the hundreds, which the names in the large file do not tell of
     shards = sorted(path for path in folder.glob("sa_*") if path.is_dir())
@@ -842,7 +286,7 @@ def _read_sharegpt4v(task: Task, data: str | None, options: Options) -> Retrieva
         if image is None:
             gaps.add("images", name)
         images.append(image)
-    return _retrieval(
+    return retrieval_data(
         task,
         options,
         gaps,
@@ -855,34 +299,34 @@ def _read_sharegpt4v(task: Task, data: str | None, options: Options) -> Retrieva
 
 def _read_urban1k(task: Task, data: str | None, options: Options) -> RetrievalData:
     commit, source = None, data
-    if source is None or _is_hub_name(source):
+    if source is None or is_hub_name(source):
         repo_id = source or cast(str, task.hub_id)
-        commit = _hub_commit(repo_id, options.revision)
-        with _from_hub(repo_id, options.revision):
+        commit = hub_commit(repo_id, options.revision)
+        with from_hub(repo_id, options.revision):
             files = HfApi().list_repo_files(repo_id, repo_type="dataset", revision=commit)
             archives = [name for name in files if name.endswith(".zip")]
             if len(archives) != 1:
-                raise ValueError(f"{repo_id}: expected one zip archive, found {_shown(archives) or 'none'}.")
+                raise ValueError(f"{repo_id}: expected one zip archive, found {shown(archives) or 'none'}.")
             source = hf_hub_download(repo_id, archives[0], repo_type="dataset", revision=commit)
     else:
         _refuse_table_options(data, options)
     if os.path.isfile(source) and zipfile.is_zipfile(source):
         folder: Path | zipfile.Path = zipfile.Path(source)
     else:
-        folder = _folder(task, source)
+        folder = data_folder(task, source)
     inside = (folder, *(folder / name for name in ("Urban1k", "Urban-1k", "urban1k")))
     root = next((place for place in inside if (place / "caption").is_dir() and (place / "image").is_dir()), None)
     if root is None:
-        raise _incomplete(task, f"{source} holds no folders image/ and caption/")
+        raise incomplete(task, f"{source} holds no folders image/ and caption/")
     # by their names without extensions, which are numbers
     captions = {_stem(path): path for path in (root / "caption").iterdir() if path.name.lower().endswith(".txt")}
-    pictures = {_stem(path): path for path in (root / "image").iterdir() if _is_image(path.name)}
+    pictures = {_stem(path): path for path in (root / "image").iterdir() if is_image_name(path.name)}
     ordered = sorted(captions, key=lambda stem: (not stem.isdecimal(), int(stem) if stem.isdecimal() else 0, stem))
     if without := sorted(pictures.keys() - captions.keys()):
         if options.num_images is None and len(ordered) < cast(int, task.num_images):
             Gaps(task, {"captions": [f"caption/{stem}.txt" for stem in without]}).refuse(cast(int, task.num_images))
-        _tell_of_others([pictures[stem].name for stem in without], str(root / "image"))
-    stems = _first(task, options, ordered, str(root / "caption"))
+        tell_of_others([pictures[stem].name for stem in without], str(root / "image"))
+    stems = first_of(task, options, ordered, str(root / "caption"))
     gaps = Gaps(task)
     for stem in stems:
         if stem not in pictures:
@@ -894,13 +338,13 @@ def _read_urban1k(task: Task, data: str | None, options: Options) -> RetrievalDa
         images = [str(path) for path in paths]
     else:
         images = LazyImages(len(paths), lambda place: paths[place].read_bytes())
-    return _retrieval(
+    return retrieval_data(
         task,
         options,
         gaps,
         images,
         [f"image/{path.name}" for path in paths],
-        [[re.split("\r\n|\r|\n", _read_text(captions[stem]), maxsplit=1)[0]] for stem in stems],
+        [[re.split("\r\n|\r|\n", read_text(captions[stem]), maxsplit=1)[0]] for stem in stems],
         protocol={"captions": "the first line of each file"},
         id=repo_id if commit else None,
         revision=commit,
@@ -913,26 +357,26 @@ def _stem(path: Path | zipfile.Path) -> str:
 
 def _read_docci(task: Task, data: str | None, options: Options) -> RetrievalData:
     split = options.split or "test"
-    if _is_hub_name(data) or (data is not None and os.path.isdir(data) and _is_table(data)):
-        return _read_table_texts(
+    if is_hub_name(data) or (data is not None and os.path.isdir(data) and is_table(data)):
+        return read_table_texts(
             task,
             options,
-            _open_table(task, data, options),
+            open_table(task, data, options),
             lambda text: [text],
             ("description", "caption", "text"),
             protocol={},
         )
     _refuse_table_options(data, options)
-    folder = _folder(task, data)
+    folder = data_folder(task, data)
     places = [os.path.join(place, "docci_descriptions.jsonlines") for place in ("", "docci", "data")]
-    file = _find_file(task, folder, *places)
-    rows = _read_json_lines(file)
+    file = find_file(task, folder, *places)
+    rows = read_json_lines(file)
     for number, row in enumerate(rows, start=1):
         for key in ("split", "image_file", "description"):
-            _field(row, key, f"{file}, entry {number}")
+            field_of(row, key, f"{file}, entry {number}")
     if split not in (found := sorted({str(row["split"]) for row in rows})):
         raise ValueError(f"`split`: {file} has no {split!r}; it has {', '.join(found)}.")
-    chosen = _first(task, options, [row for row in rows if row["split"] == split], str(file))
+    chosen = first_of(task, options, [row for row in rows if row["split"] == split], str(file))
     finder, gaps = ImageFinder(), Gaps(task)
     images = []
     for row in chosen:
@@ -940,8 +384,8 @@ def _read_docci(task: Task, data: str | None, options: Options) -> RetrievalData
         if images[-1] is None:
             gaps.add("images", f"images/{row['image_file']}")
     others = finder.others(file.parent / "images", [row["image_file"] for row in rows])
-    _tell_of_others(others, str(file.parent / "images"))
-    return _retrieval(
+    tell_of_others(others, str(file.parent / "images"))
+    return retrieval_data(
         task,
         options,
         gaps,
@@ -966,12 +410,12 @@ def _read_karpathy(task: Task, data: str | None, options: Options) -> RetrievalD
     """MSCOCO and Flickr30k, with Karpathy's split."""
     split = options.split or "test"
     protocol = {"captions": f"the first {CAPTIONS_PER_IMAGE} of each image"}
-    if data is None or _is_hub_name(data) or (os.path.isdir(data) and _is_table(data)):
-        table = _open_table(task, data, options)
+    if data is None or is_hub_name(data) or (os.path.isdir(data) and is_table(data)):
+        table = open_table(task, data, options)
         if "split" in table.dataset.column_names:  # of all images in one split of the Hub
             rows = [place for place, value in enumerate(table.dataset["split"]) if value == split]
             table = table._replace(dataset=table.dataset.select(rows))
-        return _read_table_texts(
+        return read_table_texts(
             task,
             options,
             table,
@@ -981,22 +425,22 @@ def _read_karpathy(task: Task, data: str | None, options: Options) -> RetrievalD
             normalize=False,
         )
     _refuse_table_options(data, options)
-    folder = _folder(task, data)
+    folder = data_folder(task, data)
     places = ("", "caption_datasets", "annotations", "karpathy")
-    file = _find_file(task, folder, *(os.path.join(place, f"dataset_{task.key}.json") for place in places))
-    rows = _field(_read_json(file), "images", file)
-    if split not in (found := sorted({str(_field(row, "split", file)) for row in rows})):
+    file = find_file(task, folder, *(os.path.join(place, f"dataset_{task.key}.json") for place in places))
+    rows = field_of(read_json(file), "images", file)
+    if split not in (found := sorted({str(field_of(row, "split", file)) for row in rows})):
         raise ValueError(f"`split`: {file} has no {split!r}; it has {', '.join(found)}.")
-    chosen = _first(task, options, [row for row in rows if row["split"] == split], str(file))
+    chosen = first_of(task, options, [row for row in rows if row["split"] == split], str(file))
     finder, gaps = ImageFinder(), Gaps(task)
     images, names, texts = [], [], []
     for row in chosen:
-        name = os.path.join(row.get("filepath", ""), _field(row, "filename", file))
+        name = os.path.join(row.get("filepath", ""), field_of(row, "filename", file))
         places = (name, os.path.join("images", name))
         if "filepath" not in row:
             places = [os.path.join(f, name) for f in ("flickr30k-images", "flickr30k_images", "images", "")]
         image = finder.find(*(folder / place for place in places))
-        captions = _five_captions(f"{file}, {name}", _field(row, "sentences", f"{file}, {name}"))
+        captions = _five_captions(f"{file}, {name}", field_of(row, "sentences", f"{file}, {name}"))
         if len(captions) < CAPTIONS_PER_IMAGE:
             gaps.add("captions", f"{name}: {len(captions)} of {CAPTIONS_PER_IMAGE}")
         if image is None:
@@ -1006,8 +450,8 @@ def _read_karpathy(task: Task, data: str | None, options: Options) -> RetrievalD
         texts.append(captions)
     gaps.refuse(len(chosen))
     for used in sorted({Path(cast(str, image)).parent for image in images}):
-        _tell_of_others(finder.others(used, [row["filename"] for row in rows]), str(used))
-    return _retrieval(
+        tell_of_others(finder.others(used, [row["filename"] for row in rows]), str(used))
+    return retrieval_data(
         task,
         options,
         gaps,
@@ -1043,11 +487,11 @@ def _read_records(task: Task, data: str | None, options: Options) -> RetrievalDa
     column = "short_caption" if captions == "short" else "long_captions"
     if data is None:
         raise ValueError(f"`data`: {task.key} needs a folder, files, or a data set on the Hub (--data). {task.source}")
-    if _is_hub_name(data) or any(os.path.isfile(os.path.join(data, name)) for name in SAVED_DATASET):
-        return _read_table_texts(
+    if is_hub_name(data) or any(os.path.isfile(os.path.join(data, name)) for name in SAVED_DATASET):
+        return read_table_texts(
             task,
             options,
-            _open_table(task, data, options),
+            open_table(task, data, options),
             partial(_pick_captions, captions=captions),
             (column,),
             protocol={"captions": captions},
@@ -1075,9 +519,9 @@ def _read_records(task: Task, data: str | None, options: Options) -> RetrievalDa
     for row, record in enumerate(records):
         record = cast(dict[str, Any], record)
         if record.get("error"):
-            raise _incomplete(task, record["error"])
+            raise incomplete(task, record["error"])
         name = str(record["id"])
-        image = _image_source(record["image"], f"{data}, {name}")
+        image = stored_image(record["image"], f"{data}, {name}")
         own = _pick_captions(record["long_captions"], captions)
         if isinstance(image, str):
             if image in places:  # a row for each caption
@@ -1092,15 +536,15 @@ def _read_records(task: Task, data: str | None, options: Options) -> RetrievalDa
         names.append(name)
         texts.append(own)
         rows.append(row)
-    _first(task, options, images, data)
+    first_of(task, options, images, data)
 
     def load(place: int) -> ImageSource:
         path = images[place]
         if path is not None:
             return path
-        return cast(ImageSource, _image_source(cast(Dataset, records)[rows[place]]["image"], names[place]))
+        return cast(ImageSource, stored_image(cast(Dataset, records)[rows[place]]["image"], names[place]))
 
-    return _retrieval(
+    return retrieval_data(
         task,
         options,
         gaps,
@@ -1129,7 +573,7 @@ def _read_scenes(task: Task, data: str | None, options: Options) -> RetrievalDat
         raise ValueError(f"`split` must be validation or test, which are held out, got {split!r}.")
     scenes = [scene(index, split=split) for index in range(options.num_images or cast(int, task.num_images))]
     texts = [[short_caption(one)] if captions == "short" else long_captions(one) for one in scenes]
-    return _retrieval(
+    return retrieval_data(
         task,
         options,
         Gaps(task),
@@ -1147,8 +591,8 @@ def _read_scenes(task: Task, data: str | None, options: Options) -> RetrievalDat
 
 def _read_classification(task: Task, data: str | None, options: Options) -> ClassificationData:
     """Any folder of one folder a class, or any data set with classes."""
-    if data is None or _is_hub_name(data) or not os.path.isdir(data) or _is_table(data):
-        return _read_table_classes(task, options, _open_table(task, data, options), name=data)
+    if data is None or is_hub_name(data) or not os.path.isdir(data) or is_table(data):
+        return _read_table_classes(task, options, open_table(task, data, options), name=data)
     _refuse_table_options(data, options)
     folder, split = Path(data), options.split
     if split is not None:
@@ -1168,7 +612,7 @@ def _read_classification(task: Task, data: str | None, options: Options) -> Clas
     return _classification(
         task,
         options,
-        _first(task, options, images, data),
+        first_of(task, options, images, data),
         labels,
         _class_names(options.class_names, own, "folder names, _ as space", len(classes), data),
         split=split,
@@ -1184,17 +628,17 @@ def _class_folders(folder: Path) -> list[str]:
 def _images_by_class(task: Task, folder: Path, classes: Sequence[str]) -> tuple[list[str], list[int]]:
     """The images below the folders of the classes, and the place of each one's class."""
     if not classes:
-        raise _incomplete(task, f"{folder} holds no folders of classes")
+        raise incomplete(task, f"{folder} holds no folders of classes")
     found, unreadable = find_images(folder)
     if unreadable:
-        raise _incomplete(task, f"{folder}: {_shown([f'{name} {why}' for name, why in unreadable.items()])}")
+        raise incomplete(task, f"{folder}: {shown([f'{name} {why}' for name, why in unreadable.items()])}")
     places = {name: place for place, name in enumerate(classes)}
     of_class = {name: places.get(name.split("/")[0]) if "/" in name else None for name in found}
     images = {name: place for name, place in of_class.items() if place is not None}
-    _tell_of_others([name for name in found if name not in images], str(folder))
+    tell_of_others([name for name in found if name not in images], str(folder))
     there = set(images.values())
     if empty := [name for name in classes if places[name] not in there]:
-        raise _incomplete(task, f"{folder} holds no image of {len(empty)} of {len(classes)} classes: {_shown(empty)}")
+        raise incomplete(task, f"{folder} holds no image of {len(empty)} of {len(classes)} classes: {shown(empty)}")
     return [str(folder / name) for name in images], list(images.values())
 
 
@@ -1204,14 +648,14 @@ def _read_imagenet(task: Task, data: str | None, options: Options) -> Classifica
     if data is not None and os.path.isdir(data):
         places = ("val", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "")
         root = next((place for place in (Path(data, place) for place in places) if _is_imagenet(place)), None)
-    if root is None and (data is None or _is_hub_name(data) or _is_table(data)):
-        return _read_table_classes(task, options, _open_table(task, data, options), synonyms=True)
+    if root is None and (data is None or is_hub_name(data) or is_table(data)):
+        return _read_table_classes(task, options, open_table(task, data, options), synonyms=True)
     _refuse_table_options(data, options)
-    folder = _folder(task, data)
+    folder = data_folder(task, data)
     if split != "validation":
         raise ValueError(f"`split` of {folder} must be validation, got {split!r}.")
     if root is None:
-        raise _incomplete(task, f"{folder} holds neither val/ with folders n01440764, ... nor ILSVRC2012_val_*.JPEG")
+        raise incomplete(task, f"{folder} holds neither val/ with folders n01440764, ... nor ILSVRC2012_val_*.JPEG")
     about = [folder, *folder.parents[:1], root.parent]
     mapping_file = next((f for place in about if (f := place / "LOC_synset_mapping.txt").is_file()), None)
     mapping = {} if mapping_file is None else _read_synsets(mapping_file)
@@ -1223,10 +667,10 @@ def _read_imagenet(task: Task, data: str | None, options: Options) -> Classifica
     else:
         solution = next((f for place in about if (f := place / "LOC_val_solution.csv").is_file()), None)
         if solution is None:
-            raise _incomplete(task, f"{folder} holds no LOC_val_solution.csv, which tells the class of each image")
+            raise incomplete(task, f"{folder} holds no LOC_val_solution.csv, which tells the class of each image")
         finder, gaps, wnids = ImageFinder(), Gaps(task), {}
         answers = _read_solution(solution)
-        chosen = _first(task, options, sorted(answers), str(solution))
+        chosen = first_of(task, options, sorted(answers), str(solution))
         for stem in chosen:
             image = finder.find(root / f"{stem}.JPEG")
             if image is None:
@@ -1234,12 +678,12 @@ def _read_imagenet(task: Task, data: str | None, options: Options) -> Classifica
             else:
                 wnids[image] = answers[stem]
         gaps.refuse(len(chosen))
-        _tell_of_others(finder.others(root, [f"{stem}.JPEG" for stem in answers]), str(root))
+        tell_of_others(finder.others(root, [f"{stem}.JPEG" for stem in answers]), str(root))
         classes = list(mapping) or sorted(set(answers.values()))
     if unknown := sorted(set(wnids.values()) - set(classes)):
-        raise ValueError(f"{mapping_file}: does not name {_shown(unknown)}.")
+        raise ValueError(f"{mapping_file}: does not name {shown(unknown)}.")
     if options.num_images is None and len(classes) < IMAGENET_CLASSES:
-        raise _incomplete(task, f"{root} has {len(classes)} classes of {IMAGENET_CLASSES}")
+        raise incomplete(task, f"{root} has {len(classes)} classes of {IMAGENET_CLASSES}")
     # by the names of the files, which are the numbers of the images: the same order in folders or all in one
     images = sorted(wnids, key=lambda image: os.path.basename(image))
     if options.num_images is None and len(images) < cast(int, task.num_images):
@@ -1247,15 +691,15 @@ def _read_imagenet(task: Task, data: str | None, options: Options) -> Classifica
         lacking = [
             name for n in range(1, cast(int, task.num_images) + 1) if (name := f"ILSVRC2012_val_{n:08d}") not in there
         ]
-        raise _incomplete(
-            task, f"{root} lacks {len(lacking)} of {task.num_images} images: {_shown(lacking)}", first_alone=True
+        raise incomplete(
+            task, f"{root} lacks {len(lacking)} of {task.num_images} images: {shown(lacking)}", first_alone=True
         )
     own = [mapping[wnid] for wnid in classes] if mapping else None
     places = {wnid: place for place, wnid in enumerate(classes)}
     return _classification(
         task,
         options,
-        _first(task, options, images, str(root)),
+        first_of(task, options, images, str(root)),
         [places[wnids[image]] for image in images],
         _class_names(
             options.class_names, own, "the first synonyms of LOC_synset_mapping.txt", len(classes), str(folder)
@@ -1273,7 +717,7 @@ def _is_imagenet(folder: Path) -> bool:
 def _read_synsets(file: Path) -> dict[str, str]:
     """The first synonym of each class of ImageNet, in the order of the classes."""
     synsets = {}
-    for number, line in enumerate(_read_text(file).splitlines(), start=1):
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
         wnid, _, synonyms = line.strip().partition(" ")
         if not line.strip():
             continue
@@ -1287,7 +731,7 @@ def _read_synsets(file: Path) -> dict[str, str]:
 
 def _read_solution(file: Path) -> dict[str, str]:
     """The class of each validation image of ImageNet."""
-    rows = csv.DictReader(_read_text(file).splitlines())
+    rows = csv.DictReader(read_text(file).splitlines())
     answers = {}
     for number, row in enumerate(rows, start=2):
         wnid = (row.get("PredictionString") or "").split(" ")[0]
@@ -1305,31 +749,31 @@ def _read_imagenet_v2(task: Task, data: str | None, options: Options) -> Classif
     root, split = None, options.split or "test"
     if data is not None and os.path.isdir(data):
         root = next((p for p in (Path(data, place) for place in places) if p.is_dir() and _numbered(p)), None)
-    if root is None and (data is None or _is_hub_name(data) or _is_table(data)):
-        return _read_table_classes(task, options, _open_table(task, data, options))
+    if root is None and (data is None or is_hub_name(data) or is_table(data)):
+        return _read_table_classes(task, options, open_table(task, data, options))
     _refuse_table_options(data, options)
-    folder = _folder(task, data)
+    folder = data_folder(task, data)
     if split != "test":
         raise ValueError(f"`split` of {folder} must be test, got {split!r}.")
     if root is None:
-        raise _incomplete(task, f"{folder} holds no folders 0, 1, 2, ...")
+        raise incomplete(task, f"{folder} holds no folders 0, 1, 2, ...")
     classes = sorted(_numbered(root), key=int)
     expected = IMAGENET_CLASSES if options.num_images is None else int(classes[-1]) + 1
     if lacking := [str(n) for n in range(expected) if str(n) not in set(classes)]:
-        raise _incomplete(task, f"{root} lacks {len(lacking)} of the folders 0 to {expected - 1}: {_shown(lacking)}")
+        raise incomplete(task, f"{root} lacks {len(lacking)} of the folders 0 to {expected - 1}: {shown(lacking)}")
     images, labels = _images_by_class(task, root, classes)
     counts = Counter(labels)
     per_class = cast(int, task.num_images) // IMAGENET_CLASSES
     if short := [f"{classes[label]} has {count}" for label, count in sorted(counts.items()) if count < per_class]:
         if options.num_images is None:
-            raise _incomplete(task, f"{root} has {per_class} images in each folder; of its folders {_shown(short)}")
+            raise incomplete(task, f"{root} has {per_class} images in each folder; of its folders {shown(short)}")
     order = sorted(range(len(images)), key=lambda place: (labels[place], images[place]))
     names_file = next((f for place in (root, root.parent) if (f := place / "classnames.txt").is_file()), None)
     own = None if names_file is None else _read_class_names(names_file)
     return _classification(
         task,
         options,
-        _first(task, options, [images[place] for place in order], str(root)),
+        first_of(task, options, [images[place] for place in order], str(root)),
         [labels[place] for place in order],
         _class_names(options.class_names, own, "classnames.txt", len(classes), str(folder)),
         split=split,
@@ -1344,13 +788,13 @@ def _read_table_classes(
     task: Task, options: Options, table: Table, *, synonyms: bool = False, name: str | None = None
 ) -> ClassificationData:
     """A table with an image and its class in each row."""
-    image_column = _column(table, options, "image_column", ("image", "img", "jpg", "jpeg", "png", "webp"), Image)
-    label_column = _column(table, options, "label_column", ("label", "cls"), ClassLabel)
+    image_column = find_column(table, options, "image_column", ("image", "img", "jpg", "jpeg", "png", "webp"), Image)
+    label_column = find_column(table, options, "label_column", ("label", "cls"), ClassLabel)
     feature = table.dataset.features[label_column]
-    rows = _first(task, options, range(len(table.dataset)), table.where)
+    rows = first_of(task, options, range(len(table.dataset)), table.where)
     values = list(table.dataset[label_column])
     if lacking := [f"row {row}" for row, value in enumerate(values) if value is None or value in ("", -1)]:
-        raise _incomplete(task, f"{len(lacking)} rows of {table.where} have no class: {_shown(lacking)}")
+        raise incomplete(task, f"{len(lacking)} rows of {table.where} have no class: {shown(lacking)}")
     own: list[str] | None
     if isinstance(feature, ClassLabel):
         own, said = [str(one) for one in feature.names], f"those of the column {label_column!r}"
@@ -1373,7 +817,7 @@ def _read_table_classes(
     return _classification(
         task,
         options,
-        _table_images(task, table._replace(dataset=dataset), image_column),
+        table_images(task, table._replace(dataset=dataset), image_column),
         labels,
         _class_names(
             options.class_names, own, said, len(own) if own and said != "classnames.txt" else None, table.where
@@ -1390,7 +834,7 @@ def _names_beside(table: Table) -> list[str] | None:
     """The names in the file `classnames.txt` that some data sets on the Hub have."""
     if table.id is None:
         return None
-    with _from_hub(table.id, table.revision):
+    with from_hub(table.id, table.revision):
         try:
             file = hf_hub_download(table.id, "classnames.txt", repo_type="dataset", revision=table.revision)
         except RemoteEntryNotFoundError:
@@ -1427,13 +871,13 @@ def _class_names(
     shared = [name for name, times in Counter(chosen.names).items() if times > 1]
     if shared:
         logger.warning(
-            "%d names stand for several classes, which nothing can tell apart then: %s.", len(shared), _shown(shared)
+            "%d names stand for several classes, which nothing can tell apart then: %s.", len(shared), shown(shared)
         )
     return chosen
 
 
 def _read_class_names(file: Path) -> list[str]:
-    lines = [line.strip() for line in _read_text(file).rstrip().split("\n")]
+    lines = [line.strip() for line in read_text(file).rstrip().split("\n")]
     if "" in lines:
         raise ValueError(f"{file}, line {lines.index('') + 1}: empty; expected a class name in each line.")
     return lines

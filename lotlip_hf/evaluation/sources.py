@@ -1,0 +1,621 @@
+"""Where benchmarks come from: what a task is, folders of files, and tables on the Hub or in a folder."""
+
+import glob
+import json
+import logging
+import os
+import re
+import unicodedata
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Image,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+
+from ..data.records import BUILDERS
+from ..data.sampling import split_full_stops
+from ..images import ImageSource, image_extensions
+from .data import ClassificationData, IncompleteDataError, RetrievalData
+
+logger = logging.getLogger(__name__)
+
+# Characters that are read at once of a large JSON file, and the most that one entry of it may have.
+JSON_CHUNK, MAX_JSON_ENTRY = 1 << 20, 1 << 26
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# Files that `save_to_disk` writes, of a split or of several.
+SAVED_DATASET = ("state.json", "dataset_dict.json")
+SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
+NORMALIZATION = 'split at line ends, "</s>" and full stops; stripped; joined with ". "'
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A benchmark.
+
+    Args:
+        key: What `--task` calls it.
+        name: What a table calls it.
+        id: What its data set is called on the Hub, or a name of its own.
+        description: What is scored, in a line.
+        source: Where to get it, and how it is to lie in its folder.
+        reader: What reads it.
+        options: The options of [`load_benchmark`] that it has.
+        num_images: Images of the whole; fewer are refused. `None` where there is no set number.
+        num_texts: Texts of the whole.
+        split: The split that it is scored on.
+        hub_id: The data set on the Hub that is read where no data is given.
+        hub_revision: The revision of it.
+    """
+
+    key: str
+    name: str
+    id: str
+    description: str
+    source: str
+    reader: "Callable[[Task, str | None, Options], RetrievalData | ClassificationData]"
+    options: tuple[str, ...]
+    num_images: int | None = None
+    num_texts: int | None = None
+    split: str | None = None
+    hub_id: str | None = None
+    hub_revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of [`load_benchmark`], which see; `None` where the task decides."""
+
+    num_images: int | None = None
+    split: str | None = None
+    revision: str | None = None
+    config: str | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    class_names: str | None = None
+    captions: str | None = None
+    normalize: bool | None = None
+
+
+def normalize_caption(text: str) -> str:
+    """
+    Normalises a caption as the official LoTLIP evaluation does: split at every line end, `</s>` and full stop, those
+    of abbreviations and numbers included; strip; drop what is empty; join with `". "`.
+
+    Args:
+        text: A caption.
+
+    Returns:
+        The caption, without a full stop at its end; empty if nothing else was in it.
+
+    Example:
+
+    ```python
+    >>> normalize_caption("A 3.5 m boat...\\nIt is red. ")
+    'A 3. 5 m boat. It is red'
+    ```
+    """
+    return ". ".join(split_full_stops(text))
+
+
+# What readers make, and what all of them check.
+
+
+class LazyImages(Sequence[ImageSource]):
+    """
+    Images that are read when they are asked for.
+
+    Args:
+        count: How many there are.
+        load: Gives the image at a place.
+    """
+
+    def __init__(self, count: int, load: Callable[[int], ImageSource]) -> None:
+        self._count, self._load = count, load
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._load(place) for place in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(f"there are {self._count} images, no number {index}")
+        return self._load(index % self._count)
+
+
+@dataclass
+class Gaps:
+    """What a reader found missing, by its kind; all of it is said at once."""
+
+    task: Task
+    missing: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, name: str) -> None:
+        self.missing.setdefault(kind, []).append(name)
+
+    def refuse(self, total: int) -> None:
+        """Raises IncompleteDataError if there is any."""
+        if self.missing:
+            lacks = (f"{len(names)} {kind} are missing ({shown(names)})" for kind, names in self.missing.items())
+            problem = f"of {total} images with all that belongs to them, {', and '.join(lacks)}"
+            raise incomplete(self.task, problem, first_alone=True)
+
+
+def incomplete(task: Task, problem: str, *, first_alone: bool = False) -> IncompleteDataError:
+    """The error for what is missing; with `first_alone` it tells of `num_images`, which may do without."""
+    advice = " To score the first N images alone, ask for it: num_images=N (--num-images N)." if first_alone else ""
+    return IncompleteDataError(
+        f"{task.name} is not complete: {problem}. Nothing is scored on what is there. Where to get it: "
+        f"{task.source}{advice}"
+    )
+
+
+def shown(names: Sequence[str], most: int = 3) -> str:
+    """The first names of many, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def first_of(task: Task, options: Options, items: Sequence[Any], what: str) -> Sequence[Any]:
+    """
+    The items to score: the first `num_images`, or all of them, if they are as many as the benchmark has; of a split
+    that is not the benchmark's they may be any number.
+    """
+    if options.num_images is not None:
+        if len(items) < options.num_images:
+            raise incomplete(task, f"{what} has {len(items)} images, and `num_images` asks for {options.num_images}")
+        return items[: options.num_images]
+    expected = task.num_images if options.split in (None, task.split) else None
+    if not len(items):
+        raise incomplete(task, f"{what} has no images")
+    if expected is not None and len(items) < expected:
+        raise incomplete(task, f"{what} has {len(items)} images of {expected}", first_alone=True)
+    if expected is not None and len(items) > expected:
+        logger.warning("%s has %d images, not the %d that are reported on.", what, len(items), expected)
+    return items
+
+
+def retrieval_data(
+    task: Task,
+    options: Options,
+    gaps: Gaps,
+    images: Sequence[ImageSource | None],
+    names: Sequence[str],
+    texts: Sequence[Sequence[Any]],
+    *,
+    protocol: Mapping[str, Any],
+    normalize: bool = True,
+    id: str | None = None,
+    name: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+) -> RetrievalData:
+    """
+    `images` [I] and `texts` [I], each image's own, as a data set; refused if `gaps` were found, or are here.
+    `normalize` is whether captions are normalised where the options do not say.
+    """
+    normalize = normalize if options.normalize is None else options.normalize
+    all_texts: list[str] = []
+    text_to_image: list[int] = []
+    for place, own in enumerate(texts):
+        if not own:
+            gaps.add("captions", names[place])
+        for text in own:
+            text = normalize_caption(text) if normalize and isinstance(text, str) else text
+            if not isinstance(text, str) or not text.strip():
+                gaps.add("captions", f"{names[place]}: {'empty' if isinstance(text, str) else f'{text!r} is no text'}")
+                continue
+            all_texts.append(text)
+            text_to_image.append(place)
+    gaps.refuse(len(images))
+    protocol = dict(protocol)
+    protocol["normalization"] = NORMALIZATION if normalize else None
+    protocol["num_duplicate_texts"] = len(all_texts) - len(set(all_texts))
+    if options.num_images is not None:
+        protocol["first_images"] = options.num_images
+    return RetrievalData(
+        id=id or task.id,
+        name=name or task.name,
+        images=cast(Sequence[ImageSource], images),
+        image_names=names,
+        texts=all_texts,
+        text_to_image=text_to_image,
+        split=split,
+        revision=revision,
+        protocol=protocol,
+    )
+
+
+# Files.
+
+
+def data_folder(task: Task, data: str | None) -> Path:
+    """The folder of a data set that is in none of its forms on the Hub, or that was given as a folder."""
+    if data is None:
+        raise ValueError(f"`data`: {task.key} needs its folder (--data DIR). Where to get it: {task.source}")
+    if not os.path.isdir(data):
+        reason = "not a folder" if os.path.exists(data) else "no such folder"
+        raise FileNotFoundError(f"{data}: {reason}. {task.name}, where to get it: {task.source}")
+    return Path(data)
+
+
+def find_file(task: Task, folder: Path, *places: str) -> Path:
+    """The first of these files that is there."""
+    for place in places:
+        if (folder / place).is_file():
+            return folder / place
+    raise incomplete(task, f"{folder} holds no {places[0]}, neither at the top nor where else it may be")
+
+
+class ImageFinder:
+    """Looks files up in folders that are listed once each."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, dict[str, str]] = {}
+
+    def find(self, *paths: Path) -> str | None:
+        """
+        The first of these files that is there. Its name may be spelled with other code points for the same letters, as
+        some systems unpack archives, and its extension in capitals; a name without one stands for an image's.
+        """
+        for path in paths:
+            names = self._names(path.parent)
+            for spelling in (path.name, _spelling(path.name)):
+                if spelling in names:
+                    return str(path.parent / names[spelling])
+        return None
+
+    def others(self, folder: Path, known: Collection[str]) -> list[str]:
+        """The images in a folder that are none of those known by name."""
+        spellings = {_spelling(name) for name in known}
+        spellings |= {os.path.splitext(name)[0] for name in spellings}
+        images = {name for name in self._names(folder).values() if is_image_name(name)}
+        return sorted(
+            name for name in images if not {_spelling(name), os.path.splitext(_spelling(name))[0]} & spellings
+        )
+
+    def _names(self, folder: Path) -> dict[str, str]:
+        if folder not in self._folders:
+            listed = sorted(os.listdir(folder)) if folder.is_dir() else []
+            names = {name: name for name in listed}
+            for name in listed:
+                names.setdefault(_spelling(name), name)
+            for name in filter(is_image_name, listed):
+                names.setdefault(os.path.splitext(_spelling(name))[0], name)
+            self._folders[folder] = names
+        return self._folders[folder]
+
+
+def _spelling(name: str) -> str:
+    stem, extension = os.path.splitext(unicodedata.normalize("NFC", name))
+    return stem + (".jpg" if extension.lower() == ".jpeg" else extension.lower())
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file is taken for an image, by its name."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in image_extensions()
+
+
+def tell_of_others(others: Sequence[str], where: str) -> None:
+    """Logs images that are there and not scored."""
+    if others:
+        logger.warning("%s: %d images are not of the benchmark and left out: %s.", where, len(others), shown(others))
+
+
+def read_text(path: Path | zipfile.Path) -> str:
+    """A text file in UTF-8, or an error that names it."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}).") from error
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or an error that names it."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: broken JSON ({error.msg}); get the file once more.") from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one on each line, or an error that names file and line."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: broken JSON ({error.msg}); get the file once more.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
+        rows.append(row)
+    return rows
+
+
+def iterate_json_list(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a list in a JSON file, which may be too large to be read at once."""
+    decoder, separators = json.JSONDecoder(), re.compile(r"[\s,]*")
+    count = 0
+    with open(path, encoding="utf-8-sig") as file:
+        buffer = file.read(JSON_CHUNK).lstrip()
+        if not buffer.startswith("["):
+            raise ValueError(f"{path}: expected a list in JSON.")
+        position = 1
+        while True:
+            position = cast(re.Match[str], separators.match(buffer, position)).end()
+            if buffer.startswith("]", position):
+                return
+            try:
+                entry, position = decoder.raw_decode(buffer, position)
+            except json.JSONDecodeError as error:
+                more = file.read(JSON_CHUNK)
+                if not more or len(buffer) - position > MAX_JSON_ENTRY:
+                    raise ValueError(
+                        f"{path}: broken JSON after {count} entries ({error.msg}); get the file once more."
+                    ) from error
+                buffer, position = buffer[position:] + more, 0
+                continue
+            if not isinstance(entry, dict):
+                raise ValueError(f"{path}: entry {count} is no JSON object.")
+            count += 1
+            yield entry
+
+
+def field_of(row: Mapping[str, Any], key: str, where: object) -> Any:
+    """A value of a row, or an error that says where it is missing."""
+    if key not in row:
+        raise ValueError(f"{where}: there is no {key!r}; there are {', '.join(map(repr, row))}.")
+    return row[key]
+
+
+# Tables: data sets that the `datasets` library opens, on the Hub or in a folder.
+
+
+class Table(NamedTuple):
+    """A split of a data set, its images as they are stored; `id` and the commit where it comes from the Hub."""
+
+    dataset: Dataset
+    split: str
+    id: str | None
+    revision: str | None
+    where: str
+
+
+def is_hub_name(data: str | None) -> bool:
+    """Whether this is the name of a data set on the Hub, not of a folder."""
+    return data is not None and not os.path.exists(data) and HUB_NAME.fullmatch(data) is not None
+
+
+def is_table(folder: str) -> bool:
+    """Whether a folder holds files that `datasets` opens, and no images."""
+    if any(os.path.isfile(os.path.join(folder, name)) for name in SAVED_DATASET):
+        return True
+    found = False
+    for _, _, names in os.walk(folder):
+        if any(map(is_image_name, names)):
+            return False
+        found = found or any(name.endswith((".parquet", ".arrow", ".tar")) for name in names)
+    return found
+
+
+@contextmanager
+def from_hub(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Says what to do where the Hub does not give a data set."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{repo_id}: its owners ask for something first. Agree to it on the data set's page on the Hub, and log "
+            "in with `hf auth login`."
+        ) from error
+    except OfflineModeIsEnabled as error:
+        raise ValueError(
+            f"{repo_id}: there is no such folder, and to look on the Hub HF_HUB_OFFLINE must not be set."
+        ) from error
+    except HfHubHTTPError as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ValueError(
+            f"{repo_id}: there is no such folder, and the Hub has no such data set{at} or does not show it to this "
+            f"token ({_reason(error)})."
+        ) from error
+    except (HTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"{repo_id}: the Hub cannot be reached ({_reason(error)}).") from error
+
+
+def hub_commit(repo_id: str, revision: str | None) -> str:
+    """The commit that a revision of a data set on the Hub stands for."""
+    with from_hub(repo_id, revision):
+        return str(HfApi().dataset_info(repo_id, revision=revision).sha)
+
+
+def _reason(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def open_table(task: Task, data: str | None, options: Options) -> Table:
+    """Opens a split: the one that is asked for, or the task's, or the only one. No other split is downloaded."""
+    revision = options.revision
+    source, commit = data, None
+    if source is None:
+        source = task.hub_id
+        revision = revision or task.hub_revision
+        if source is None:
+            raise ValueError(
+                f"`data`: {task.key} needs its folder or the name of a data set on the Hub (--data). Where to get it: "
+                f"{task.source}"
+            )
+    on_hub = is_hub_name(source)
+    if on_hub:
+        commit = hub_commit(source, revision)
+    elif revision is not None:
+        raise ValueError(f"`revision` {revision!r}: {source} is not on the Hub.")
+    elif not os.path.exists(source):
+        raise FileNotFoundError(f"{source}: no such folder, and no name of a data set on the Hub (owner/name).")
+    dataset, chosen = _load_split(task, source, options, commit)
+    if options.split is None and task.split not in (None, chosen) and task.num_images not in (None, len(dataset)):
+        raise ValueError(
+            f"`split`: {source} has {chosen!r} alone, of {len(dataset)} images, and {task.name} is {task.split!r}, of "
+            f"{task.num_images}. To score it nevertheless ask for it: --split {chosen}."
+        )
+    for column, feature in dataset.features.items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+    return Table(dataset, chosen, source if on_hub else None, commit, f"{source} (split {chosen})")
+
+
+@contextmanager
+def _opening(source: str) -> Iterator[None]:
+    """Names the data set in whatever reads its files."""
+    try:
+        yield
+    except Exception as error:
+        reason = error.__cause__ or error
+        hint = ""
+        if is_hub_name(source) and isinstance(reason, RuntimeError | ValueError):
+            # of a script, or of what `datasets` turns to then: what it keeps of other revisions
+            hint = (
+                " If it is a script, which `datasets` does not run, and the data set's page on the Hub shows a table, "
+                "then revision='refs/convert/parquet' (--data-revision) may have it."
+            )
+        raise ValueError(f"{source}: cannot be opened ({type(reason).__name__}: {_reason(reason)}).{hint}") from error
+
+
+def _load_split(task: Task, source: str, options: Options, commit: str | None) -> tuple[Dataset, str]:
+    split = options.split
+    if os.path.isfile(os.path.join(source, "dataset_dict.json")):
+        with _opening(source):
+            splits = cast(DatasetDict, load_from_disk(source))
+        chosen = _choose_split(list(splits), split, task.split, source)
+        return splits[chosen], chosen
+    if os.path.isfile(os.path.join(source, "state.json")):
+        with _opening(source):
+            dataset = cast(Dataset, load_from_disk(source))
+        return dataset, _choose_split([str(dataset.split or split or task.split or "train")], split, None, source)
+    if os.path.isfile(source):
+        builder_name = BUILDERS.get(os.path.splitext(source)[1].lower())
+        if builder_name is None:
+            raise ValueError(f"{source}: expected a folder, or a file of one of {', '.join(BUILDERS)}.")
+        chosen = split or task.split or "train"
+        with _opening(source):
+            dataset = load_dataset(builder_name, data_files={chosen: glob.escape(source)}, split=chosen)
+        return cast(Dataset, dataset), chosen
+    with _opening(source):
+        builder = load_dataset_builder(source, options.config, revision=commit)
+    data_files = {str(name): list(files) for name, files in cast(Any, builder.config.data_files or {}).items()}
+    chosen = _choose_split(list(data_files), split, task.split, source)
+    # of this split alone; they are taken for patterns
+    files = {chosen: [file if commit else glob.escape(file) for file in data_files[chosen]]}
+    with _opening(source):
+        builder = load_dataset_builder(source, data_files=files, features=builder.info.features, revision=commit)
+        if commit is not None and builder.hash != commit:
+            # where the connection fails, `datasets` turns to whatever revision it keeps
+            raise ConnectionError(f"the commit {commit} cannot be had")
+        builder.download_and_prepare(verification_mode="no_checks")  # the card tells of all splits
+        return cast(Dataset, builder.as_dataset(split=chosen)), chosen
+
+
+def _choose_split(splits: Sequence[str], split: str | None, default: str | None, source: str) -> str:
+    if split is not None and split not in splits:
+        raise ValueError(f"`split`: {source} has no {split!r}; it has {', '.join(splits) or 'none'}.")
+    chosen = split or (default if default in splits else splits[0] if len(splits) == 1 else None)
+    if chosen is None:
+        raise ValueError(f"`split`: {source} has {', '.join(splits)}; say which (--split).")
+    return chosen
+
+
+def find_column(table: Table, options: Options, option: str, usual: Sequence[str], feature: type | None = None) -> str:
+    """The column to read: the one that is given, or the first of the usual names, or the only one of this feature."""
+    given = getattr(options, option)
+    columns = table.dataset.column_names
+    if given is not None:
+        if given not in columns:
+            raise ValueError(f"`{option}`: {table.where} has no column {given!r}; it has {', '.join(columns)}.")
+        return given
+    of_feature = [name for name in columns if feature and isinstance(table.dataset.features[name], feature)]
+    found = next((name for name in usual if name in columns), None)
+    if found is None and len(of_feature) == 1:
+        found = of_feature[0]
+    if found is None:
+        raise ValueError(
+            f"{table.where} has the columns {', '.join(columns)}, none of them called {' or '.join(usual)}: say which "
+            f"with `{option}` (--{option.replace('_', '-')})."
+        )
+    return found
+
+
+def stored_image(value: Any, name: str, folder: str = "") -> ImageSource | None:
+    """The image in a cell: a path, or the bytes of a file. `None` if it is empty."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value.startswith(("http://", "https://")):
+        raise ValueError(f"{name}: an address, {value}. Download the images, and pass a folder of records as `data`.")
+    if isinstance(value, str):
+        return os.path.join(folder, value)
+    return value or None
+
+
+def table_images(task: Task, table: Table, column: str) -> LazyImages:
+    """The images of a table, as they are stored; those that are missing are an error."""
+    images = table.dataset.select_columns([column])
+
+    def load(place: int) -> ImageSource:
+        image = stored_image(images[place][column], f"{table.where}, row {place}")
+        if image is None:
+            raise incomplete(task, f"row {place} of {table.where} has no image in the column {column!r}")
+        return image
+
+    return LazyImages(len(images), load)
+
+
+def read_table_texts(
+    task: Task,
+    options: Options,
+    table: Table,
+    texts_of: Callable[[Any], Sequence[Any]],
+    usual_columns: Sequence[str],
+    *,
+    protocol: Mapping[str, Any],
+    normalize: bool = True,
+    name: str | None = None,
+) -> RetrievalData:
+    """A table with an image and its texts in each row."""
+    image_column = find_column(table, options, "image_column", ("image", "jpg", "jpeg", "png", "webp"), Image)
+    text_column = find_column(table, options, "text_column", usual_columns)
+    rows = first_of(task, options, range(len(table.dataset)), table.where)
+    table = table._replace(dataset=table.dataset.select(rows))
+    return retrieval_data(
+        task,
+        options,
+        Gaps(task),
+        table_images(task, table, image_column),
+        [f"row {place}" for place in rows],
+        [texts_of(value) for value in table.dataset[text_column]],
+        protocol={**protocol, "text_column": text_column},
+        normalize=normalize,
+        id=table.id,
+        name=name,
+        split=table.split,
+        revision=table.revision,
+    )
