@@ -58,6 +58,7 @@ TEST_REQUIRES = [
     "pytest-xdist>=3.6",
     "ruff>=0.14",
     "scikit-learn>=1.5",
+    "scipy>=1.13",
     "sentence-transformers>=6.2",
     # Builds the metadata of transformers' source distribution (tests/upstream.py).
     "setuptools>=80",

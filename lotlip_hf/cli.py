@@ -193,6 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--faiss-index", metavar="INDEX", help="search with this index (Flat, IVF256,Flat), not exactly"
     )
+    evaluate.add_argument("--faiss-parameters", metavar="SETTINGS", help="of that index, such as nprobe=16")
     evaluate.add_argument("--cache", metavar="DIR", help="keep the embeddings in this folder")
     evaluate.add_argument("--no-cache", action="store_true", help="keep no embeddings")
     evaluate.set_defaults(run=_evaluate)
@@ -328,7 +329,7 @@ def _evaluate_together(arguments: argparse.Namespace, is_main_process: bool) -> 
         tasks = [task for task in studies if option != "limits" or task == "length-study"]
         if getattr(arguments, option) is not None and arguments.task not in tasks:
             raise ValueError(f"--{option} is for --task {' and '.join(tasks)}, not for {arguments.task}.")
-    for option in ("templates", "max_length", "faiss_index"):
+    for option in ("templates", "max_length", "faiss_index", "faiss_parameters"):
         if getattr(arguments, option) is not None and kind is not None:
             raise ValueError(f"--{option.replace('_', '-')} is not for --task {arguments.task}.")
     if kind is not None and arguments.benchmark is None:
@@ -372,6 +373,7 @@ def _evaluate_together(arguments: argparse.Namespace, is_main_process: bool) -> 
             max_length=arguments.max_length,
             bootstrap=arguments.bootstrap,
             faiss_index=arguments.faiss_index,
+            faiss_parameters=arguments.faiss_parameters,
             **settings,
         )
     if is_main_process:

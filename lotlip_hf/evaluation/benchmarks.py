@@ -114,7 +114,8 @@ def load_benchmark(
             that CLIP was evaluated with on ImageNet, as open_clip holds them. By default those of the data.
         captions: In `retrieval` and `scenes`: `"long"` (the default) takes the first long caption of each image,
             `"all"` every one, `"short"` the short caption.
-        normalize: Whether captions go through [`~lotlip_hf.evaluation.sources.normalize_caption`]. By default all do but short ones.
+        normalize: Whether captions go through [`~lotlip_hf.evaluation.sources.normalize_caption`]. By default all do
+            but short ones.
 
     Returns:
         The data, with what was chosen in its `protocol`.

@@ -36,6 +36,7 @@ def evaluate(
     max_length: int | None = None,
     bootstrap: int = 1000,
     faiss_index: str | None = None,
+    faiss_parameters: str | None = None,
     cache: str | os.PathLike | None = None,
     batch_size: int | None = None,
     progress: bool = True,
@@ -54,6 +55,7 @@ def evaluate(
         max_length: Tokens to cut texts at; by default as many as the model takes.
         bootstrap: Samples for the 95 % intervals of R@1; 0 for none.
         faiss_index: Search with this FAISS index (`"Flat"`, `"IVF256,Flat"`, ...) instead of exactly.
+        faiss_parameters: Settings of the index, such as `"nprobe=16"`.
         cache: Folder that keeps the embeddings; see [`~lotlip_hf.evaluation.embeddings.embed_texts`].
         batch_size: Images, or texts of full length, in a batch; by default 32 and 64.
         progress: Whether to show progress bars.
@@ -96,12 +98,17 @@ def evaluate(
         task = "image-text-retrieval"
         text_embeds, was_cut = embed_texts(model, processor, data.texts, **settings)
         metrics = retrieval_metrics(
-            image_embeds, text_embeds, data.text_to_image, bootstrap=bootstrap, faiss_index=faiss_index
+            image_embeds,
+            text_embeds,
+            data.text_to_image,
+            bootstrap=bootstrap,
+            faiss_index=faiss_index,
+            faiss_parameters=faiss_parameters,
         )
         protocol |= {
             "num_texts_cut": int(was_cut.sum()),
             "similarity": "cosine",
-            "search": "exact" if faiss_index is None else f"FAISS {faiss_index}",
+            "search": " ".join(["FAISS", faiss_index, faiss_parameters or ""]).strip() if faiss_index else "exact",
             "bootstrap": bootstrap,
         }
     else:

@@ -1,42 +1,116 @@
-"""Retrieval between images and texts, by exact search over blocks of similarities."""
+"""
+Retrieval between images and texts, by exact search over blocks of similarities: recall at k, ranks, intervals. The
+top-k accuracy of class scores is the same count, of the label among the classes.
 
+Candidates as similar as the right one come in random order, and a result is the expected value over all orders, after
+McSherry and Najork, "Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied Scores"
+(ECIR 2008). So a model that gives everything the same embedding scores as guessing does, and captions that several
+images share are shared fairly.
+"""
+
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch.nn import functional as F
 
-# Images and texts of one block of similarities: 16 MB in float32.
-BLOCK_SIZE = 2048
+# Images and texts of one block of similarities: 4 MB in float32, which a processor's caches hold.
+BLOCK_SIZE = 1024
+# Blocks of queries that are held normalised.
+QUERY_BLOCKS = 8
 # Cosine similarities closer than this are ties. Rounding in float32, which differs with the place in a batch and the
 # padding of a text, moves them by a few 1e-7.
 TIE_TOLERANCE = 1e-6
+# Candidates that a FAISS index is asked for beyond the largest k, so that a tie at k seldom reaches past the last one.
+FAISS_MARGIN = 32
+# Candidates that a FAISS index is trained on, at most.
+FAISS_TRAINING_ROWS = 2**18
+# Better candidates of a match that a FAISS index has not found: more than there are.
+NOT_FOUND = 2**40
+
+DIRECTIONS = ("image_to_text", "text_to_image")
 
 
 class Places(NamedTuple):
     """
-    Where each query's match stands among all candidates, both [N]: behind `better` candidates, and somewhere among the
-    `tied` ones, itself included, that are as similar as it is.
+    Where each query's best positive stands among all candidates, each tensor [N] and int64: behind `better`
+    candidates, and somewhere among the `tied` ones that are as similar, itself included. `positives` of the tied are
+    positives too, itself included.
     """
 
     better: torch.Tensor
     tied: torch.Tensor
+    positives: torch.Tensor
+
+    def hits(self, k: int) -> torch.Tensor:
+        """
+        The probability that a positive is among the first k candidates, [N] in float64 on the CPU. With b better
+        candidates and p positives among t tied ones, k - b of these are drawn: `1 - C(t - p, k - b) / C(t, k - b)`.
+        """
+        better, tied, positives = (part.cpu().double() for part in self)
+        drawn = (k - better).clamp(min=0).minimum(tied)
+        # C(t - p, m) / C(t, m) is the product over j < p of (t - m - j) / (t - j), and the same with m and p swapped
+        fewer, more = drawn.minimum(positives), drawn.maximum(positives)
+        missed = torch.ones_like(better)
+        for j in range(int(fewer.max())):
+            factor = ((tied - more - j) / (tied - j)).clamp(min=0)
+            missed = torch.where(j < fewer, missed * factor, missed)
+        return 1 - missed
+
+    def ranks(self) -> torch.Tensor:
+        """The expected rank of the first positive, 1 for the first candidate; [N] in float64 on the CPU."""
+        better, tied, positives = (part.cpu().double() for part in self)
+        return better + (tied + 1) / (positives + 1)
+
+
+class Ranks(NamedTuple):
+    """The expected rank of the best text of each image [I] and of the image of each text [T], float64, 1 the first."""
+
+    image_to_text: torch.Tensor
+    text_to_image: torch.Tensor
+
+
+class Pairs(NamedTuple):
+    """Which query belongs to which candidate, each tensor [P]; every pair once, in the order of the candidates."""
+
+    queries: torch.Tensor
+    candidates: torch.Tensor
+
+    def swapped(self) -> "Pairs":
+        """The same pairs for a search in the other direction."""
+        return Pairs.sorted(self.candidates, self.queries)
+
+    @classmethod
+    def sorted(cls, queries: torch.Tensor, candidates: torch.Tensor) -> "Pairs":
+        """Pairs from places in any order."""
+        order = candidates.argsort(stable=True)
+        return cls(queries[order], candidates[order])
 
 
 def recalls(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, ks: Sequence[int] = (1, 5, 10), block_size: int = BLOCK_SIZE
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    text_to_image: Sequence[int] | torch.Tensor | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    block_size: int = BLOCK_SIZE,
 ) -> dict[str, float]:
     """
-    Recall at k in both directions: the share of images whose text is among the k texts most similar to them, and the
-    share of texts whose image is. Text i belongs to image i; similarity is the cosine, in float32 or better.
+    Recall at k in both directions: the share of images that have one of their texts among the k texts most similar to
+    them, and the share of texts that have their image among the k images. Similarity is the cosine, in float32 or
+    better.
 
-    Candidates as similar as the match come in random order: the result is the expected recall. So a model that gives
-    everything the same embedding scores k/N, as guessing does, and so do captions that several images share.
+    Candidates as similar as the best right one come in random order: the result is the expected recall. So a model
+    that gives everything the same embedding scores k/N with one text an image, as guessing does, and so do captions
+    that several images share.
 
     Args:
-        image_embeds: [N, dim], on any device.
-        text_embeds: [N, dim], on the same device.
+        image_embeds: [I, dim], on any device.
+        text_embeds: [T, dim], on the same device.
+        text_to_image: [T] the place of each text's image, from 0 to I - 1; every image has a text. By default text i
+            belongs to image i.
         ks: Numbers of candidates to look at.
         block_size: Images and texts in a block of similarities, which is all that is held of them.
 
@@ -44,7 +118,8 @@ def recalls(
         `image_to_text_r1`, `text_to_image_r1` and so on for each k, from 0 to 1.
 
     Raises:
-        ValueError: if the shapes differ or are empty, if an embedding holds NaN or infinity, and on numbers below 1.
+        ValueError: if shapes do not fit or are empty, if an embedding holds NaN or infinity, if `text_to_image` names
+            no image or leaves one without text, and on numbers below 1.
 
     Example:
 
@@ -56,85 +131,583 @@ def recalls(
     {'image_to_text_r1': 1.0, 'text_to_image_r1': 1.0}
     >>> recalls(torch.eye(4), torch.ones(4, 4), ks=[1])
     {'image_to_text_r1': 0.25, 'text_to_image_r1': 0.25}
+    >>> recalls(torch.eye(2), torch.eye(2).repeat(5, 1), [0, 1] * 5, ks=[1])
+    {'image_to_text_r1': 1.0, 'text_to_image_r1': 1.0}
     ```
     """
-    if image_embeds.dim() != 2 or image_embeds.shape != text_embeds.shape or 0 in image_embeds.shape:
-        raise ValueError(
-            "`image_embeds` and `text_embeds` must both have shape [N, dim], text i belonging to image i; got "
-            f"{list(image_embeds.shape)} and {list(text_embeds.shape)}."
-        )
-    for name, value in (("block_size", block_size), *(("ks", k) for k in ks)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
-        _check_finite(name, embeds, block_size)
+    owners = _check(image_embeds, text_embeds, text_to_image, ks, block_size)
+    places = _both_places(image_embeds, text_embeds, owners, block_size)
+    return _recalls(places, ks)
 
-    with _full_precision(image_embeds.device.type):
-        pairs = zip(_blocks(image_embeds, block_size), _blocks(text_embeds, block_size), strict=True)
-        matches = torch.cat([(images * texts).sum(1) for images, texts in pairs])
-        image_places, text_places = _places(image_embeds, text_embeds, matches, matches, block_size)
-    results = {}
-    for k in ks:
-        results[f"image_to_text_r{k}"] = _recall(image_places, k)
-        results[f"text_to_image_r{k}"] = _recall(text_places, k)
+
+def ranks(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    text_to_image: Sequence[int] | torch.Tensor | None = None,
+    block_size: int = BLOCK_SIZE,
+) -> Ranks:
+    """
+    Where each image finds the first of its texts, and each text its image: 1 is the first place. Among candidates that
+    are as similar as the best right one it is the expected place, so it may lie between two.
+
+    Args:
+        image_embeds, text_embeds, text_to_image, block_size: As in [`recalls`].
+
+    Returns:
+        `image_to_text` [I] and `text_to_image` [T], float64 on the CPU.
+
+    Raises:
+        ValueError: as in [`recalls`].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from lotlip_hf.evaluation.retrieval import ranks
+
+    >>> ranks(torch.eye(3), torch.ones(3, 3)).image_to_text
+    tensor([2., 2., 2.], dtype=torch.float64)
+    ```
+    """
+    owners = _check(image_embeds, text_embeds, text_to_image, (), block_size)
+    image_places, text_places = _both_places(image_embeds, text_embeds, owners, block_size)
+    return Ranks(image_places.ranks(), text_places.ranks())
+
+
+def retrieval_metrics(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    text_to_image: Sequence[int] | torch.Tensor | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    faiss_index: str | None = None,
+    faiss_parameters: str | None = None,
+    block_size: int = BLOCK_SIZE,
+) -> dict[str, float]:
+    """
+    What a table of retrieval results holds: recall at k as [`recalls`] gives it, the median rank, and how sure R@1 is.
+
+    The interval is the percentile bootstrap's at 95 % (Efron and Tibshirani, 1993, section 13.3): images are drawn
+    with replacement, each with all its texts, since the texts of one image are no independent samples. The candidates
+    stay all those there are.
+
+    With a FAISS index the result is what a search with this index finds, ranked by exact similarities: a match that
+    the index does not return is missed. `Flat` finds everything, and gives the exact result. Each query looks at a
+    few more candidates than the largest k; where ties reach past them, that query is compared with all. The median
+    rank is left out where it lies past them.
+
+    Args:
+        image_embeds, text_embeds, text_to_image, ks, block_size: As in [`recalls`].
+        bootstrap: How often images are drawn; 0 for no interval.
+        seed: Of the draws. The same seed gives the same interval.
+        faiss_index: What FAISS's `index_factory` makes, such as `"Flat"`, `"IVF256,Flat"` or `"HNSW32"`, instead of
+            comparing everything with everything. Needs `pip install faiss-cpu`. The index holds a copy of the
+            candidates in memory.
+        faiss_parameters: Settings of the search in FAISS's own words, such as `"nprobe=16"` or `"efSearch=64"`.
+
+    Returns:
+        For each direction `image_to_text` and `text_to_image`: `..._r1` and so on for each k, from 0 to 1;
+        `..._median_rank`, 1 the first; and if `ks` holds 1, `..._r1_low` and `..._r1_high`.
+
+    Raises:
+        ValueError: as in [`recalls`]; if FAISS does not know the index or its parameters, and if there is no index for
+            the parameters.
+        ImportError: if `faiss_index` is given and FAISS is not installed.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from lotlip_hf.evaluation.retrieval import retrieval_metrics
+
+    >>> metrics = retrieval_metrics(torch.eye(3), torch.eye(3)[[0, 1, 1]], ks=[1])
+    >>> metrics["text_to_image_r1"], metrics["text_to_image_median_rank"]
+    (0.6666666666666666, 1.0)
+    ```
+    """
+    owners = _check(image_embeds, text_embeds, text_to_image, ks, block_size)
+    if bootstrap < 0:
+        raise ValueError(f"`bootstrap` must not be negative, got {bootstrap}.")
+    if faiss_parameters is not None and faiss_index is None:
+        raise ValueError("`faiss_parameters` are those of an index: give `faiss_index` too, such as 'IVF256,Flat'.")
+    if faiss_index is None:
+        places = _both_places(image_embeds, text_embeds, owners, block_size)
+    else:
+        pairs = _pairs_of_texts(owners)
+        looked_at = max(ks, default=1) + FAISS_MARGIN
+        places = (
+            _faiss_places(image_embeds, text_embeds, pairs, faiss_index, faiss_parameters, looked_at, block_size),
+            _faiss_places(
+                text_embeds, image_embeds, pairs.swapped(), faiss_index, faiss_parameters, looked_at, block_size
+            ),
+        )
+    results = _recalls(places, ks)
+    for direction, of_direction in zip(DIRECTIONS, places, strict=True):
+        median = float(np.median(of_direction.ranks().numpy()))
+        if faiss_index is None or median <= looked_at:
+            results[f"{direction}_median_rank"] = median
+    if bootstrap and 1 in ks:
+        image_hits, text_hits = (of_direction.hits(1).numpy() for of_direction in places)
+        intervals = _bootstrap_intervals(image_hits, text_hits, owners.cpu().numpy(), bootstrap, seed)
+        for direction, (low, high) in zip(DIRECTIONS, intervals, strict=True):
+            results[f"{direction}_r1_low"], results[f"{direction}_r1_high"] = low, high
     return results
 
 
+def find_places(
+    query_embeds: torch.Tensor,
+    candidate_embeds: torch.Tensor,
+    positives: Sequence[Sequence[int]],
+    block_size: int = BLOCK_SIZE,
+) -> Places:
+    """
+    One direction of retrieval, for any number of right candidates a query: where the best of them stands.
+
+    Args:
+        query_embeds: [N, dim], on any device.
+        candidate_embeds: [M, dim], on the same device.
+        positives: [N] the places of each query's right candidates, one or more, from 0 to M - 1.
+        block_size: Queries and candidates in a block of similarities.
+
+    Returns:
+        [`Places`]; its `hits(k)` [N] and `ranks()` [N] are what recall and median rank are made of.
+
+    Raises:
+        ValueError: if shapes do not fit or are empty, if an embedding holds NaN or infinity, if a query has no
+            positive or one that is no candidate, and if `block_size` is below 1.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from lotlip_hf.evaluation.retrieval import find_places
+
+    >>> find_places(torch.eye(2), torch.eye(2), [[0], [0, 1]]).hits(1)
+    tensor([1., 1.], dtype=torch.float64)
+    ```
+    """
+    _check_embeddings({"query_embeds": query_embeds, "candidate_embeds": candidate_embeds}, block_size)
+    if len(positives) != len(query_embeds):
+        raise ValueError(
+            f"`positives` must hold the right candidates of each of the {len(query_embeds)} queries; it has "
+            f"{len(positives)} items."
+        )
+    rows, columns = [], []
+    for query, own in enumerate(positives):
+        distinct = sorted({int(candidate) for candidate in own})
+        if not distinct:
+            raise ValueError(f"`positives[{query}]` is empty: every query needs a right candidate.")
+        if distinct[0] < 0 or distinct[-1] >= len(candidate_embeds):
+            wrong = distinct[0] if distinct[0] < 0 else distinct[-1]
+            raise ValueError(
+                f"`positives[{query}]` holds {wrong}: the {len(candidate_embeds)} candidates are numbered from 0."
+            )
+        rows += [query] * len(distinct)
+        columns += distinct
+    pairs = Pairs.sorted(*torch.tensor([rows, columns], device=query_embeds.device))
+    (places,) = _places(query_embeds, candidate_embeds, pairs, block_size, both=False)
+    return places
+
+
+def accuracies(
+    scores: torch.Tensor,
+    labels: Sequence[int] | torch.Tensor,
+    ks: Sequence[int] = (1, 5),
+    *,
+    tolerance: float = TIE_TOLERANCE,
+    block_size: int = BLOCK_SIZE,
+) -> dict[str, float]:
+    """
+    Accuracy of classification: the share of rows whose label is among the k classes with the highest scores.
+
+    It is the recall of the label among the classes, so ties are counted as there: classes that score the same come in
+    random order. Constant scores give k/C.
+
+    Args:
+        scores: [N, C], the higher, the more likely: similarities or logits, on any device.
+        labels: [N] the right class of each row, from 0 to C - 1.
+        ks: Numbers of classes to look at.
+        tolerance: Scores closer than this share of the label's or of the row's highest one, whichever is larger, are
+            ties: what rounding leaves of equal classes. Take 0 for probabilities, whose small values are apart.
+        block_size: Rows that are looked at together.
+
+    Returns:
+        `accuracy_top1` and so on for each k, and `mean_per_class_recall`, the top-1 accuracy of each class that has
+        rows, averaged over these classes. All from 0 to 1.
+
+    Raises:
+        ValueError: if shapes do not fit or are empty, if scores hold NaN or infinity, if a label is no class, and on
+            numbers below 1.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from lotlip_hf.evaluation.retrieval import accuracies
+
+    >>> accuracies(torch.tensor([[0.9, 0.1], [0.8, 0.2]]), [0, 1], ks=[1])
+    {'accuracy_top1': 0.5, 'mean_per_class_recall': 0.5}
+    ```
+    """
+    if scores.dim() != 2 or 0 in scores.shape:
+        raise ValueError(f"`scores` must have shape [N, C], one row for each image; got {list(scores.shape)}.")
+    _check_positive("ks", *ks)
+    _check_positive("block_size", block_size)
+    if not tolerance >= 0:
+        raise ValueError(f"`tolerance` must not be negative, got {tolerance}.")
+    labels = _as_places("labels", labels, len(scores), scores.shape[1], "class", scores.device)
+    _check_finite("scores", scores, block_size)
+
+    better, tied = torch.zeros(2, len(scores), dtype=torch.int64, device=scores.device)
+    first = 0
+    for part in scores.detach().split(block_size):
+        rows = slice(first, first + len(part))
+        own = labels[rows, None]  # [rows, 1]
+        block = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
+        label_scores = block.gather(1, own)
+        margin = tolerance * torch.maximum(label_scores.abs(), block.amax(1, keepdim=True).abs())
+        block.scatter_(1, own, -torch.inf)
+        scratch = torch.empty_like(block)
+        _count(block, label_scores - margin, label_scores + margin, 1, better[rows], tied[rows], scratch)
+        first = rows.stop
+    places = Places(better, tied + 1, torch.ones_like(tied))
+    results = {f"accuracy_top{k}": places.hits(k).mean().item() for k in ks}
+    classes = labels.cpu()
+    number = classes.bincount()
+    per_class = classes.bincount(places.hits(1)) / number
+    results["mean_per_class_recall"] = per_class[number > 0].mean().item()
+    return results
+
+
+def _recalls(places: Sequence[Places], ks: Sequence[int]) -> dict[str, float]:
+    return {
+        f"{direction}_r{k}": of_direction.hits(k).mean().item()
+        for k in ks
+        for direction, of_direction in zip(DIRECTIONS, places, strict=True)
+    }
+
+
+def _bootstrap_intervals(
+    image_hits: np.ndarray, text_hits: np.ndarray, text_to_image: np.ndarray, draws: int, seed: int
+) -> list[list[float]]:
+    """
+    The 2.5th and the 97.5th percentile of the mean of `image_hits` [I], and those of `text_hits` [T], over `draws`
+    samples of I images with replacement, each with all its texts.
+    """
+    number_of_images = len(image_hits)
+    # of each image its own hit, those of its texts, and how many these are: [3, I]
+    sums = np.stack([image_hits, *(np.bincount(text_to_image, weights) for weights in (text_hits, None))])
+    generator = np.random.default_rng(seed)
+    means = np.empty((2, draws))
+    for draw in range(draws):
+        drawn = generator.integers(number_of_images, size=number_of_images)
+        image_sum, text_sum, texts = sums @ np.bincount(drawn, minlength=number_of_images)
+        means[:, draw] = image_sum / number_of_images, text_sum / texts
+    return np.quantile(means, [0.025, 0.975], axis=1).T.tolist()
+
+
+def _both_places(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor, block_size: int
+) -> list[Places]:
+    """The places of the images' texts among the texts, and of the texts' images among the images."""
+    return _places(image_embeds, text_embeds, _pairs_of_texts(text_to_image), block_size, both=True)
+
+
+def _pairs_of_texts(text_to_image: torch.Tensor) -> Pairs:
+    """Images as queries, texts as candidates."""
+    return Pairs(text_to_image, torch.arange(len(text_to_image), device=text_to_image.device))
+
+
 def _places(
-    image_embeds: torch.Tensor,
-    text_embeds: torch.Tensor,
-    image_matches: torch.Tensor,
-    text_matches: torch.Tensor,
+    query_embeds: torch.Tensor, candidate_embeds: torch.Tensor, pairs: Pairs, block_size: int, both: bool
+) -> list[Places]:
+    """
+    The places of the queries' positives among the candidates and, with `both`, also those of the candidates' positives
+    among the queries: a block of similarities serves both directions.
+
+    Positives are compared with each other by themselves, and left out of the blocks: a similarity from a product of
+    blocks and one from a pair differ in their last digits.
+    """
+    device = query_embeds.device
+    ends = (pairs.queries, pairs.candidates) if both else (pairs.queries,)
+    sides = (query_embeds, candidate_embeds) if both else (query_embeds,)
+    with _full_precision(device.type):
+        similarities = _pair_similarities(query_embeds, candidate_embeds, pairs, block_size)
+        best = [_best(similarities, end, len(embeds)) for end, embeds in zip(ends, sides, strict=True)]
+        counts = [torch.zeros(2, len(embeds), dtype=torch.int64, device=device) for embeds in sides]
+        # One memory for all blocks: fetching new memory takes longer than what is done in it.
+        memory = similarities.new_empty(2, min(block_size, len(query_embeds)) * min(block_size, len(candidate_embeds)))
+        for rows, columns, block in _similarity_blocks(query_embeds, candidate_embeds, block_size, memory[0]):
+            scratch = memory[1, : block.numel()].view_as(block)
+            _leave_out(block, pairs, rows.start, columns.start)
+            for side, own in enumerate((rows, columns)[: len(sides)]):
+                matches = best[side][own].unsqueeze(1 - side)
+                low, high = matches - TIE_TOLERANCE, matches + TIE_TOLERANCE
+                _count(block, low, high, 1 - side, *counts[side][:, own], scratch)
+    places = []
+    for end, matches, (better, tied) in zip(ends, best, counts, strict=True):
+        positives = end.new_zeros(len(matches)).index_add_(
+            0, end, (similarities >= matches[end] - TIE_TOLERANCE).to(end.dtype)
+        )
+        places.append(Places(better, tied + positives, positives))
+    return places
+
+
+def _count(
+    similarities: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    dim: int,
+    better: torch.Tensor,
+    tied: torch.Tensor,
+    scratch: torch.Tensor,
+) -> None:
+    """
+    Adds to `better` how many similarities along `dim` are above `high`, and to `tied` how many are from `low` to
+    `high`. `scratch` is written over; it has the shape and dtype of `similarities`.
+    """
+    # 0 and 1 as floating-point numbers, exact up to 2**24: torch compares and adds these up far faster than booleans
+    above = torch.gt(similarities, high, out=scratch).sum(dim).long()
+    better += above
+    tied += torch.ge(similarities, low, out=scratch).sum(dim).long() - above
+
+
+def _similarity_blocks(
+    query_embeds: torch.Tensor, candidate_embeds: torch.Tensor, block_size: int, memory: torch.Tensor
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Which queries and which candidates, and their similarities [queries, candidates], which are in `memory`."""
+    first_query = 0
+    # several blocks of queries, for which a block of candidates is normalised once
+    for queries in _blocks(query_embeds, QUERY_BLOCKS * block_size):
+        first_candidate = 0
+        for candidates in _blocks(candidate_embeds, block_size):
+            columns = slice(first_candidate, first_candidate + len(candidates))
+            first_candidate = columns.stop
+            for start in range(0, len(queries), block_size):
+                of_block = queries[start : start + block_size]
+                rows = slice(first_query + start, first_query + start + len(of_block))
+                block = memory[: len(of_block) * len(candidates)].view(len(of_block), len(candidates))
+                yield rows, columns, torch.mm(of_block, candidates.t(), out=block)
+        first_query += len(queries)
+
+
+def _leave_out(block: torch.Tensor, pairs: Pairs, first_query: int, first_candidate: int) -> None:
+    """Puts the positives of a block [queries, candidates] of similarities behind everything, in place."""
+    ends = pairs.candidates.new_tensor([first_candidate, first_candidate + block.shape[1]])
+    own = slice(*torch.searchsorted(pairs.candidates, ends).tolist())
+    rows, columns = pairs.queries[own] - first_query, pairs.candidates[own] - first_candidate
+    inside = (rows >= 0) & (rows < len(block))
+    block[rows[inside], columns[inside]] = -torch.inf
+
+
+def _pair_similarities(
+    query_embeds: torch.Tensor, candidate_embeds: torch.Tensor, pairs: Pairs, block_size: int
+) -> torch.Tensor:
+    """The cosine of each pair, [P]."""
+    return torch.cat(
+        [
+            (_normalized(query_embeds[queries]) * _normalized(candidate_embeds[candidates])).sum(1)
+            for queries, candidates in zip(*(end.split(block_size) for end in pairs), strict=True)
+        ]
+    )
+
+
+def _best(similarities: torch.Tensor, ends: torch.Tensor, number: int) -> torch.Tensor:
+    """The highest of the pairs' similarities [P] of each of `number` items; `ends` [P] says whose each pair is."""
+    return similarities.new_full((number,), -torch.inf).scatter_reduce_(0, ends, similarities, "amax")
+
+
+def _faiss_places(
+    query_embeds: torch.Tensor,
+    candidate_embeds: torch.Tensor,
+    pairs: Pairs,
+    factory: str,
+    parameters: str | None,
+    looked_at: int,
     block_size: int,
-) -> tuple[Places, Places]:
+) -> Places:
     """
-    The places of the images' matches among the texts, and of the texts' among the images. `image_matches` [I] and
-    `text_matches` [T] are how similar each one's match is to it. A block of similarities serves both directions.
+    The places among the candidates that a FAISS index returns, `looked_at` for each query, their similarities computed
+    anew. A query that has `looked_at` candidates before its positives, or whose positives the index has not found, has
+    `NOT_FOUND` better ones.
     """
+    number, device = len(query_embeds), query_embeds.device
+    looked_at = min(looked_at, len(candidate_embeds))
+    index = _faiss_index(candidate_embeds, factory, parameters, block_size)
+    best = _best(_pair_similarities(query_embeds, candidate_embeds, pairs, block_size), pairs.queries, number)
+    keys_of_pairs = (pairs.queries * len(candidate_embeds) + pairs.candidates).sort().values
+    better, tied, positives = torch.ones(3, number, dtype=torch.int64, device=device)
+    unclear = []
+    first = 0
+    for queries in _blocks(query_embeds, block_size):
+        rows = slice(first, first + len(queries))
+        first = rows.stop
+        found = torch.from_numpy(index.search(queries.float().cpu().numpy(), looked_at)[1]).to(device)
+        returned = _similarities_of_found(queries, candidate_embeds, found, block_size)  # [queries, looked_at]
+        keys = torch.arange(rows.start, rows.stop, device=device)[:, None] * len(candidate_embeds) + found
+        places_of_keys = torch.searchsorted(keys_of_pairs, keys).clamp(max=len(keys_of_pairs) - 1)
+        is_positive = (keys_of_pairs[places_of_keys] == keys) & (found >= 0)
+        others = returned.masked_fill(is_positive, -torch.inf)
+        own = returned.masked_fill(~is_positive, -torch.inf)
+        is_found = is_positive.any(1)
+        matches = torch.where(is_found, own.amax(1), best[rows])
+        low, high = (matches[:, None] + margin for margin in (-TIE_TOLERANCE, TIE_TOLERANCE))
 
-    def new(matches: torch.Tensor) -> Places:
-        return Places(*torch.zeros(2, len(matches), dtype=torch.int64, device=matches.device))
+        last = returned.amin(1, keepdim=True)
+        # Ties may go on behind the last one. Twice the tolerance: FAISS orders by similarities of its own rounding.
+        is_unclear = ((last <= high) & (last >= low - TIE_TOLERANCE)).squeeze(1) & (looked_at < len(candidate_embeds))
+        unclear.append(is_unclear.nonzero().squeeze(1) + rows.start)
+        above = (others > high).sum(1)
+        better[rows] = torch.where(is_found, above, NOT_FOUND)
+        tied[rows] = torch.where(is_found, (returned >= low).sum(1) - above, 1)
+        positives[rows] = torch.where(is_found, (own >= low).sum(1), 1)
 
-    def count(similarities: torch.Tensor, matches: torch.Tensor, places: Places) -> None:
-        """`similarities` [candidates, queries]; `matches` and the places [queries] of the same queries."""
-        better = (similarities > matches + TIE_TOLERANCE).sum(0)
-        places.better.add_(better)
-        places.tied.add_((similarities >= matches - TIE_TOLERANCE).sum(0) - better)
-
-    image_places, text_places = new(image_matches), new(text_matches)
-    first_image = 0
-    for images in _blocks(image_embeds, block_size):
-        own_images = slice(first_image, first_image + len(images))
-        first_text = 0
-        for texts in _blocks(text_embeds, block_size):
-            own_texts = slice(first_text, first_text + len(texts))
-            similarities = images @ texts.t()  # [images, texts]
-            count(similarities.t(), image_matches[own_images], Places(*(part[own_images] for part in image_places)))
-            count(similarities, text_matches[own_texts], Places(*(part[own_texts] for part in text_places)))
-            first_text = own_texts.stop
-        first_image = own_images.stop
-    return image_places, text_places
+    compared = torch.cat(unclear)
+    for start in range(0, len(compared), block_size):
+        rows = compared[start : start + block_size]
+        # the pairs of these queries, the queries numbered anew
+        place = torch.searchsorted(rows, pairs.queries).clamp(max=len(rows) - 1)
+        own = rows[place] == pairs.queries
+        of_rows = Pairs(place[own], pairs.candidates[own])
+        (places,) = _places(query_embeds[rows], candidate_embeds, of_rows, block_size, both=False)
+        better[rows], tied[rows], positives[rows] = places
+    return Places(better, tied, positives)
 
 
-def _recall(places: Places, k: int) -> float:
-    """The mean probability that a match is among the first k, where those tied with it come in random order."""
-    # the match is itself among the tied, but for rounding beyond the tolerance, as in spaces of very many dimensions
-    better, tied = (part.cpu().double() for part in places)
-    return ((k - better) / tied.clamp(min=1)).clamp(0, 1).mean().item()
+def _faiss_index(embeds: torch.Tensor, factory: str, parameters: str | None, block_size: int) -> Any:
+    """A FAISS index of the embeddings [M, dim], by inner product."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("`faiss_index` needs FAISS: pip install faiss-cpu") from error
+    try:
+        index = faiss.index_factory(embeds.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            sample = embeds[:: math.ceil(len(embeds) / FAISS_TRAINING_ROWS)]
+            index.train(torch.cat(list(_blocks(sample, block_size))).float().cpu().numpy())
+    except RuntimeError as error:
+        raise ValueError(
+            f"`faiss_index` {factory!r} cannot be made of {len(embeds)} embeddings of {embeds.shape[1]} dimensions. "
+            f"FAISS says: {error}"
+        ) from error
+    for block in _blocks(embeds, block_size):
+        index.add(block.float().cpu().numpy())
+    if parameters is not None:
+        try:
+            faiss.ParameterSpace().set_index_parameters(index, parameters)
+        except RuntimeError as error:
+            raise ValueError(
+                f"`faiss_parameters` {parameters!r} do not fit the index {factory!r}. FAISS says: {error}"
+            ) from error
+    return index
+
+
+def _similarities_of_found(
+    queries: torch.Tensor, candidate_embeds: torch.Tensor, found: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """The cosines of normalised `queries` [Q, dim] with the candidates `found` [Q, K], -inf where that is below 0."""
+    parts = []
+    rows_at_once = max(1, block_size // found.shape[1])  # so that block_size candidates are held
+    for own_queries, own in zip(queries.split(rows_at_once), found.split(rows_at_once), strict=True):
+        candidates = _normalized(candidate_embeds[own.clamp(min=0).flatten()]).unflatten(0, own.shape)
+        parts.append((candidates * own_queries[:, None]).sum(2))
+    return torch.cat(parts).masked_fill(found < 0, -torch.inf)
 
 
 def _blocks(embeds: torch.Tensor, block_size: int) -> Iterator[torch.Tensor]:
-    """The embeddings [block_size, dim] at a time, normalised, in float32 or better."""
-    for block in embeds.split(block_size):
-        yield F.normalize(block.detach().to(torch.promote_types(block.dtype, torch.float32)), dim=-1)
+    """The embeddings [block_size, dim] at a time, normalised."""
+    return map(_normalized, embeds.split(block_size))
+
+
+def _normalized(embeds: torch.Tensor) -> torch.Tensor:
+    """Embeddings of length 1, in float32 or better; zeros stay zeros."""
+    embeds = embeds.detach().to(torch.promote_types(embeds.dtype, torch.float32))
+    smallest = torch.finfo(embeds.dtype).tiny
+    # Divided by the largest value first: the squares of very large or small ones do not fit into float32.
+    largest = torch.maximum(embeds.amax(1, keepdim=True), -embeds.amin(1, keepdim=True))
+    embeds = embeds / largest.clamp_(min=smallest)
+    return embeds.div_(torch.linalg.vector_norm(embeds, dim=1, keepdim=True).clamp_(min=smallest))
+
+
+def _check(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    text_to_image: Sequence[int] | torch.Tensor | None,
+    ks: Sequence[int],
+    block_size: int,
+) -> torch.Tensor:
+    """Raises a `ValueError` that names the argument; returns the place of each text's image, [T]."""
+    _check_positive("ks", *ks)
+    _check_embeddings({"image_embeds": image_embeds, "text_embeds": text_embeds}, block_size)
+    number_of_images, number_of_texts = len(image_embeds), len(text_embeds)
+    if text_to_image is None:
+        if number_of_images != number_of_texts:
+            raise ValueError(
+                "Without `text_to_image`, `image_embeds` and `text_embeds` must both have shape [N, dim], text i "
+                f"belonging to image i; got {list(image_embeds.shape)} and {list(text_embeds.shape)}."
+            )
+        return torch.arange(number_of_texts, device=image_embeds.device)
+    owners = _as_places(
+        "text_to_image", text_to_image, number_of_texts, number_of_images, "image", image_embeds.device
+    )
+    without = (owners.bincount(minlength=number_of_images) == 0).nonzero()
+    if len(without):
+        raise ValueError(
+            f"`text_to_image` leaves {len(without)} of {number_of_images} images without a text, first image "
+            f"{int(without[0])}."
+        )
+    return owners
+
+
+def _as_places(
+    name: str, places: Sequence[int] | torch.Tensor, length: int, number: int, what: str, device: torch.device
+) -> torch.Tensor:
+    """`places` as int64 [length], each from 0 to `number` - 1."""
+    tensor = torch.as_tensor(places, device=device)
+    if tensor.shape != (length,) or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise ValueError(
+            f"`{name}` must hold {length} whole numbers, the {what} of each; got {tensor.dtype} of shape "
+            f"{list(tensor.shape)}."
+        )
+    wrong = (tensor < 0) | (tensor >= number)
+    if wrong.any():
+        item = int(wrong.int().argmax())
+        raise ValueError(
+            f"`{name}[{item}]` is {int(tensor[item])}, which is no {what}: they are numbered from 0 to {number - 1}."
+        )
+    return tensor.long()
+
+
+def _check_embeddings(embeds: dict[str, torch.Tensor], block_size: int) -> None:
+    _check_positive("block_size", block_size)
+    (name, one), (other_name, other) = embeds.items()
+    if not (one.dim() == other.dim() == 2 and one.shape[1] == other.shape[1]) or 0 in (*one.shape, *other.shape):
+        raise ValueError(
+            f"`{name}` and `{other_name}` must have shape [N, dim] each, with the same dim; got {list(one.shape)} and "
+            f"{list(other.shape)}."
+        )
+    if one.device != other.device or (one.dtype == torch.float64) != (other.dtype == torch.float64):
+        raise ValueError(
+            f"`{name}` and `{other_name}` must be on one device and both or neither in float64; got {one.dtype} on "
+            f"{one.device} and {other.dtype} on {other.device}."
+        )
+    for own_name, own in embeds.items():
+        _check_finite(own_name, own, block_size)
+
+
+def _check_positive(name: str, *values: int) -> None:
+    for value in values:
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"`{name}` must be at least 1 and whole, got {value}.")
 
 
 def _check_finite(name: str, embeds: torch.Tensor, block_size: int) -> None:
     first = 0
     for block in embeds.split(block_size):
-        finite = block.isfinite().all(1)
-        if not finite.all():
-            row = first + int(finite.int().argmin())
+        if not torch.stack(block.aminmax()).isfinite().all():
+            row = first + int(block.isfinite().all(1).int().argmin())
             raise ValueError(f"`{name}` hold NaN or infinity, first in row {row} of {len(embeds)}.")
         first += len(block)
 

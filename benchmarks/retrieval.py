@@ -1,0 +1,169 @@
+"""What exact retrieval costs: its time beside the bare matrix product, and its memory beyond the embeddings.
+
+    python benchmarks/retrieval.py                                # 20,000 images, 20,000 texts, 768 dimensions
+    python benchmarks/retrieval.py --images 5000 --texts 25000    # five texts an image
+
+Takes turns: the product of all images with all texts in the same blocks, `recalls`, and `retrieval_metrics` with its
+bootstrap interval. The memory is that of `retrieval_metrics` in a process of its own, and read where Linux keeps it.
+Adds a line to `benchmarks/results/retrieval.jsonl`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from tqdm import trange
+
+from lotlip_hf.evaluation.retrieval import BLOCK_SIZE, recalls, retrieval_metrics
+
+RESULTS = Path(__file__).resolve().parent / "results" / "retrieval.jsonl"
+# Of the texts' noise beside their image, so that a part of the matches is found.
+NOISE = 5.0
+
+
+def make_embeddings(images: int, texts: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images [I, dim], texts [T, dim] near their image, and the image of each text [T]. Nothing else is held."""
+    generator = torch.Generator().manual_seed(0)
+    text_to_image = torch.arange(texts) % images
+    image_embeds = torch.randn(images, dim, generator=generator)
+    text_embeds = torch.randn(texts, dim, generator=generator).mul_(NOISE)
+    for rows, own in zip(text_embeds.split(1024), text_to_image.split(1024), strict=True):
+        rows += image_embeds[own]
+    for embeds in (image_embeds, text_embeds):
+        for rows in embeds.split(1024):
+            F.normalize(rows, out=rows)
+    return image_embeds, text_embeds, text_to_image
+
+
+def product(image_embeds: torch.Tensor, text_embeds: torch.Tensor, block_size: int) -> None:
+    """All similarities, in blocks, none of them looked at; one memory holds each after the other."""
+    memory = torch.empty(min(block_size, len(image_embeds)) * min(block_size, len(text_embeds)))
+    for images in image_embeds.split(block_size):
+        for texts in text_embeds.split(block_size):
+            block = memory[: len(images) * len(texts)].view(len(images), len(texts))
+            torch.mm(images, texts.t(), out=block)
+
+
+def memory_of_retrieval(images: int, texts: int, dim: int, block_size: int) -> dict[str, float]:
+    """MiB of the embeddings, and what `retrieval_metrics` needs beyond at its peak; right only in a fresh process."""
+    embeddings = make_embeddings(images, texts, dim)
+    before = memory("VmRSS")
+    retrieval_metrics(*embeddings, block_size=block_size)
+    return {
+        "embeddings_mib": round(sum(embeds.nbytes for embeds in embeddings[:2]) / 2**20, 1),
+        "peak_beyond_embeddings_mib": round((memory("VmHWM") - before) / 2**20, 1),
+    }
+
+
+def memory(name: str) -> int:
+    """A size [bytes] that Linux keeps of this process: VmRSS, what it holds; VmHWM, the most it has held."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)
+    assert found is not None, f"Linux says nothing about {name}"
+    return int(found[1]) * 1024
+
+
+def seconds_of(function: Callable[[], Any]) -> float:
+    """Wall-clock time of a call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def machine() -> dict[str, Any]:
+    """What a result was computed with, and when; nothing that names the machine or its folders."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        described = subprocess.run(
+            command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True
+        )
+        commit = described.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {"lotlip-hf": version("lotlip-hf"), "commit": commit, "torch": torch.__version__},
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; medians of steps taken in turns."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--texts", type=int, default=20_000)
+    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--block-size", type=int, default=BLOCK_SIZE)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="measure the memory alone, and print it as JSON")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file that the result is added to")
+    arguments = parser.parse_args(argv)
+    sizes = {name: getattr(arguments, name) for name in ("images", "texts", "dim", "block_size")}
+    torch.set_num_threads(arguments.threads)
+    if arguments.memory:
+        print(json.dumps(memory_of_retrieval(**sizes)))
+        return 0
+
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
+    command = [sys.executable, __file__, "--memory", f"--threads={arguments.threads}", *options]
+    held = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+    load = os.getloadavg()[0]  # of others: above 0 the times are not the machine's best
+    images, texts, owners = make_embeddings(arguments.images, arguments.texts, arguments.dim)
+    block_size = arguments.block_size
+    calls: dict[str, Callable[[], Any]] = {
+        "product": lambda: product(images, texts, block_size),
+        "recalls": lambda: recalls(images, texts, owners, block_size=block_size),
+        "retrieval_metrics": lambda: retrieval_metrics(images, texts, owners, block_size=block_size),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in trange(arguments.repeats + 1, desc="Turns", unit="turn"):
+        for name, call in calls.items():
+            needed = seconds_of(call)
+            if turn:  # the first turn warms up
+                seconds[name].append(needed)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    result = {
+        **sizes,
+        "repeats": arguments.repeats,
+        "seconds": {name: round(value, 4) for name, value in medians.items()},
+        "times_the_product": {
+            name: round(value / medians["product"], 3) for name, value in medians.items() if name != "product"
+        },
+        **held,
+        "load": round(load, 2),
+        **machine(),
+    }
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    with open(arguments.results, "a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+    print(
+        f"product {medians['product']:.2f} s, recalls {medians['recalls']:.2f} s, retrieval_metrics "
+        f"{medians['retrieval_metrics']:.2f} s; {held['peak_beyond_embeddings_mib']:.0f} MiB beyond the embeddings' "
+        f"{held['embeddings_mib']:.0f} MiB"
+    )
+    print(f"added to {arguments.results}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Recall at k of retrieval, in the layout that `evaluate.load` reads."""

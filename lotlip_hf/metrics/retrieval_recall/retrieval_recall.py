@@ -1,0 +1,90 @@
+"""Recall at k of retrieval as an `evaluate` module: any number of right candidates a query, ties counted fairly."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+
+# not relative: `evaluate.load` runs a copy of this file
+from lotlip_hf.evaluation.retrieval import _check_positive, find_places
+
+_DESCRIPTION = """\
+Recall at k of retrieval by embeddings: the share of queries that have a right candidate among the k candidates most
+similar to them by the cosine. A query may have several right candidates, as an image has five captions.
+
+Candidates that are as similar as the best right one come in random order, and the result is the expected recall. So a
+model that gives everything the same embedding scores as guessing does, not 1.
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions: [N, dim] the embeddings of the queries.
+    references: [N] lists of the right candidates of each query, one or more, as places in `candidates`, from 0.
+    candidates: [M, dim] the embeddings of all candidates, given to `compute`.
+    ks: numbers of candidates to look at; by default 1, 5 and 10.
+Returns:
+    `r1`, `r5` and so on: recall at each k, from 0 to 1.
+    `median_rank`: the median over the queries of the expected rank of the best right candidate, 1 the first.
+Examples:
+    >>> from lotlip_hf.metrics import RetrievalRecall
+    >>> metric = RetrievalRecall()
+    >>> metric.add_batch(predictions=[[1.0, 0.0], [0.0, 1.0]], references=[[0], [1, 2]])
+    >>> metric.add_batch(predictions=[[0.6, 0.8]], references=[[0]])
+    >>> metric.compute(candidates=[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], ks=[1, 3])
+    {'r1': 0.6666666666666666, 'r3': 1.0, 'median_rank': 1.0}
+"""
+
+# Frank McSherry, Marc Najork: ties of scores, expected over all orders
+_CITATION = """\
+@inproceedings{mcsherry2008computing,
+  title={Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied Scores},
+  author={McSherry, Frank and Najork, Marc},
+  booktitle={Advances in Information Retrieval (ECIR)},
+  year={2008}
+}
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class RetrievalRecall(evaluate.Metric):
+    """`compute(candidates=..., ks=...)` over the queries and right candidates that were added."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float32")),
+                    "references": datasets.Sequence(datasets.Value("int64")),
+                }
+            ),
+        )
+
+    def compute(self, *, candidates: Any = None, ks: Sequence[int] = (1, 5, 10), **kwargs: Any) -> dict | None:
+        """Recall at each of `ks` and the median rank; see the class."""
+        # before anything else: a `compute` that fails later has lost the batches that were added
+        if candidates is None:
+            raise ValueError("`candidates` is missing: give `compute` the embeddings [M, dim] of all candidates.")
+        candidates = torch.as_tensor(np.asarray(candidates, dtype=np.float32))
+        if candidates.dim() != 2 or not candidates.isfinite().all():
+            raise ValueError(f"`candidates` must be finite, of shape [M, dim]; got shape {list(candidates.shape)}.")
+        _check_positive("ks", *ks)
+        return super().compute(candidates=candidates, ks=ks, **kwargs)
+
+    def _compute(
+        self,
+        predictions: Sequence[Sequence[float]],
+        references: Sequence[Sequence[int]],
+        candidates: torch.Tensor,
+        ks: Sequence[int],
+    ) -> dict[str, float]:
+        queries = torch.as_tensor(np.asarray(predictions, dtype=np.float32))
+        places = find_places(queries, candidates, references)
+        results = {f"r{k}": places.hits(k).mean().item() for k in ks}
+        results["median_rank"] = float(np.median(places.ranks().numpy()))
+        return results
