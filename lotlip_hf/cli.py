@@ -147,13 +147,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="score a model on a benchmark",
         description="Score a model on a benchmark: retrieval in both directions, or zero-shot classification. "
         "Embeddings are kept as they are computed: after an interruption the same command goes on from there. With "
-        "several processes (`torchrun --nproc-per-node 2 -m lotlip_hf evaluate ...`) each encodes its share.",
-        epilog=EXIT_STATUS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "several processes (`torchrun --nproc-per-node 2 -m lotlip_hf evaluate ...`) each encodes its share. "
+        "Nothing is scored on a part of the data that was not asked for.",
     )
-    evaluate.add_argument(
-        "--task", required=True, metavar="T", help="what to measure: a benchmark or a study; see README.md"
-    )
+    evaluate.add_argument("--task", required=True, metavar="T", help="what to measure: one of --list-tasks")
+    evaluate.add_argument("--list-tasks", action=_ListTasks, nargs=0, help="say what can be measured, and stop")
     evaluate.add_argument("--data", metavar="DIR", help="folder of the data set, or its Hub id")
     evaluate.add_argument("--output", metavar="FILE", help="write the results to this JSON file")
     evaluate.add_argument("--overwrite", action="store_true", help="replace the output if it is there already")
@@ -189,13 +187,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--limits", type=_positive, nargs="+", metavar="TOKENS", help="for length-study: where texts are cut"
     )
-    evaluate.add_argument("--bootstrap", type=int, default=1000, help="samples for the intervals of R@1 (1000)")
+    evaluate.add_argument("--bootstrap", type=int, help="samples for the intervals of R@1 (1000)")
     evaluate.add_argument(
         "--faiss-index", metavar="INDEX", help="search with this index (Flat, IVF256,Flat), not exactly"
     )
     evaluate.add_argument("--faiss-parameters", metavar="SETTINGS", help="of that index, such as nprobe=16")
-    evaluate.add_argument("--cache", metavar="DIR", help="keep the embeddings in this folder")
-    evaluate.add_argument("--no-cache", action="store_true", help="keep no embeddings")
+    kept = evaluate.add_mutually_exclusive_group()
+    kept.add_argument("--cache", metavar="DIR", help="keep the embeddings in this folder ($HF_HOME/lotlip)")
+    kept.add_argument("--no-cache", action="store_true", help="keep no embeddings")
     evaluate.set_defaults(run=_evaluate)
 
     report = commands.add_parser(
@@ -207,6 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--format", choices=("text", "markdown"), default="text", help="of the tables (text)")
     report.add_argument("--model-index", metavar="FILE", help="write the entries of a model card's model-index (YAML)")
     report.add_argument("--plot", metavar="FILE", help="draw the table in this picture")
+    report.add_argument("--overwrite", action="store_true", help="replace the model-index file if it is there already")
     report.set_defaults(run=_report)
 
     return parser
@@ -314,34 +314,47 @@ def _evaluate_together(arguments: argparse.Namespace, is_main_process: bool) -> 
     """The part of an evaluation that every process runs; the main one writes and prints."""
     from huggingface_hub.constants import HF_HOME
 
+    from .embed import check_output
     from .evaluation.benchmarks import load_benchmark
-    from .evaluation.evaluate import check_results_file, evaluate, results_table, study, write_results
+    from .evaluation.data import RetrievalData
+    from .evaluation.evaluate import evaluate, results_table, study, write_results
+    from .evaluation.plots import check_plot
     from .evaluation.studies import plot_length_study, plot_sentence_ablation
-    from .evaluation.zero_shot import DEFAULT_TEMPLATES, read_templates
-    from .search import check_picture
+    from .evaluation.zero_shot import read_templates
 
     studies = {
         "length-study": ("length", plot_length_study),
         "sentence-ablation": ("sentences", plot_sentence_ablation),
     }
     kind, plot = studies.get(arguments.task, (None, None))
-    for option in ("benchmark", "plot", "limits"):
-        tasks = [task for task in studies if option != "limits" or task == "length-study"]
-        if getattr(arguments, option) is not None and arguments.task not in tasks:
-            raise ValueError(f"--{option} is for --task {' and '.join(tasks)}, not for {arguments.task}.")
-    for option in ("templates", "max_length", "faiss_index", "faiss_parameters"):
-        if getattr(arguments, option) is not None and kind is not None:
-            raise ValueError(f"--{option.replace('_', '-')} is not for --task {arguments.task}.")
     if kind is not None and arguments.benchmark is None:
         raise ValueError(f"--task {arguments.task} needs --benchmark: the retrieval task whose texts are studied.")
-    if arguments.output:
-        check_results_file(arguments.output, overwrite=arguments.overwrite)
-    if arguments.plot:
-        check_picture(arguments.plot)
-    templates = read_templates(arguments.templates) if arguments.templates else DEFAULT_TEMPLATES
-    benchmark = arguments.benchmark or arguments.task
+    _refuse(arguments, () if kind else ("benchmark", "plot"), f"--task {arguments.task}")
+    _refuse(arguments, () if kind == "length" else ("limits",), f"--task {arguments.task}")
+    if arguments.output is not None:
+        check_output(arguments.output, overwrite=arguments.overwrite)
+    elif arguments.overwrite:
+        raise ValueError("--overwrite is of --output, which is missing.")
+    if arguments.plot is not None:
+        check_plot(arguments.plot)
+        if arguments.output is not None and os.path.realpath(arguments.plot) == os.path.realpath(arguments.output):
+            raise ValueError(f"--plot and --output are both {arguments.plot}: choose two files.")
+    search = ("bootstrap", "faiss_index", "faiss_parameters")
+    if kind is not None:
+        _refuse(arguments, (*search, "templates", "max_length", "class_names"), f"--task {arguments.task}")
+    settings = {
+        "benchmark": arguments.benchmark or arguments.task,
+        "model_name": arguments.model,
+        "cache": None if arguments.no_cache else arguments.cache or os.path.join(HF_HOME, "lotlip"),
+        "batch_size": arguments.batch_size,
+        "progress": is_main_process,
+    }
+    own = {name: getattr(arguments, name) for name in ("max_length", *search) if getattr(arguments, name) is not None}
+    if arguments.templates is not None:
+        own["templates"] = read_templates(arguments.templates)
+    model, processor = _load(arguments)
     data = load_benchmark(
-        benchmark,
+        settings["benchmark"],
         arguments.data,
         num_images=arguments.num_images,
         split=arguments.split,
@@ -354,44 +367,49 @@ def _evaluate_together(arguments: argparse.Namespace, is_main_process: bool) -> 
         captions=arguments.captions,
         normalize=arguments.normalize,
     )
-    model, processor = _load(arguments)
-    settings = {
-        "benchmark": benchmark,
-        "model_name": arguments.model,
-        "cache": None if arguments.no_cache else arguments.cache or os.path.join(HF_HOME, "lotlip"),
-        "batch_size": arguments.batch_size,
-        "progress": is_main_process,
-    }
+    _refuse(arguments, ("templates",) if isinstance(data, RetrievalData) else search, f"--task {arguments.task}")
     if kind is not None:
         results = study(model, processor, data, kind, limits=arguments.limits, **settings)
     else:
-        results = evaluate(
-            model,
-            processor,
-            data,
-            templates=templates,
-            max_length=arguments.max_length,
-            bootstrap=arguments.bootstrap,
-            faiss_index=arguments.faiss_index,
-            faiss_parameters=arguments.faiss_parameters,
-            **settings,
-        )
+        results = evaluate(model, processor, data, **own, **settings)
     if is_main_process:
         print(results_table(results))
-        if arguments.output:
+        if arguments.output is not None:
             write_results(results, arguments.output)
-        if plot is not None and arguments.plot:
-            plot(results["rows"], arguments.plot)
+        if plot is not None and arguments.plot is not None:
+            plot(results["rows"], arguments.plot, title=f"{results['model']} on {results['dataset']['name']}")
     return 0
+
+
+def _refuse(arguments: argparse.Namespace, options: Sequence[str], what: str) -> None:
+    """Raises a `ValueError` if one of these options was given."""
+    for option in options:
+        if getattr(arguments, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} is not for {what}.")
+
+
+class _ListTasks(argparse.Action):
+    """Prints what `lotlip evaluate` can measure."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from .evaluation.benchmarks import describe_tasks
+
+        print(describe_tasks())
+        parser.exit()
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from .evaluation.report import write_report
-    from .search import check_picture
 
-    if arguments.plot:
-        check_picture(arguments.plot)
-    print(write_report(arguments.results, arguments.format, arguments.model_index, arguments.plot))
+    print(
+        write_report(
+            arguments.results,
+            arguments.format,
+            arguments.model_index,
+            arguments.plot,
+            overwrite=arguments.overwrite,
+        )
+    )
     return 0
 
 

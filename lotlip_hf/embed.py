@@ -33,7 +33,7 @@ def check_output(output: str | os.PathLike, *, overwrite: bool = False) -> None:
     Finds out before the long work whether its result can be written.
 
     Args:
-        output (`str` or `os.PathLike`): the Parquet file to be.
+        output (`str` or `os.PathLike`): the file to be.
         overwrite (`bool`, *optional*, defaults to `False`): whether it may be there already.
 
     Raises:
@@ -42,7 +42,7 @@ def check_output(output: str | os.PathLike, *, overwrite: bool = False) -> None:
     """
     output = Path(output)
     if output.is_dir():
-        raise FileExistsError(f"{output}: a folder, not a Parquet file to write.")
+        raise FileExistsError(f"{output}: a folder, not a file to write.")
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output}: exists already; choose another name, or --overwrite (`overwrite=True`).")
     if not output.parent.is_dir():

@@ -1,5 +1,6 @@
 """Publishing on the Hub: weights, code, tokenizer, processor and card of a checkpoint, whole and in one commit."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -33,6 +34,7 @@ from transformers import AutoProcessor
 from .encoding import load_model
 from .modeling.loading_lotlip import checked_download
 from .modeling.modeling_lotlip import LoTLIPModel
+from .store import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -246,8 +248,9 @@ def read_results(file: str | os.PathLike) -> list[EvalResult]:
     The results of an evaluation, for a card's metadata (`model-index`).
 
     Args:
-        file: A JSON object with `task` (such as `"image-text-retrieval"`), `dataset` (`id`, `name`, and maybe `split`
-            and `revision`) and `metrics`, numbers by name.
+        file: What `lotlip evaluate` wrote, or any JSON object with `task` (such as `"image-text-retrieval"`),
+            `dataset` (`id`, `name`, and maybe `split` and `revision`) and `metrics`, numbers by name. If its
+            `protocol` has `first_images`, the results say that they are of so many images.
 
     Returns:
         One result for each number.
@@ -259,6 +262,7 @@ def read_results(file: str | os.PathLike) -> list[EvalResult]:
     try:
         run = json.loads(Path(file).read_text(encoding="utf-8"))
         task, dataset, metrics = run["task"], run["dataset"], run["metrics"]
+        first_images = run.get("protocol", {}).get("first_images")
         return [
             EvalResult(
                 task_type=task,
@@ -266,6 +270,7 @@ def read_results(file: str | os.PathLike) -> list[EvalResult]:
                 dataset_name=dataset["name"],
                 dataset_split=dataset.get("split"),
                 dataset_revision=dataset.get("revision"),
+                dataset_args=None if first_images is None else {"num_images": first_images},
                 metric_type=name,
                 metric_name=name.replace("_", " "),
                 metric_value=float(value),
@@ -337,6 +342,8 @@ def _card_text(
 ) -> bytes:
     """The card, as bytes: what somebody wrote keeps its line endings. `there` is the repository's."""
     results = [result for file in fields.results for result in read_results(file)]
+    for file in fields.results:
+        _check_evaluated(model, processor, file)
     trained = _with_training(fields, source)
     beside = source / "README.md" if source is not None else None
     for file, name in ((beside, str(beside)), (there, f"README.md of {repo_id}")):
@@ -349,6 +356,21 @@ def _card_text(
             return _updated(content, card, repo_id, fields, results)
         trained = _with_metadata(trained, card)
     return str(model_card(model, processor, repo_id, trained, results)).encode()
+
+
+def _check_evaluated(model: LoTLIPModel, processor: Any, file: str | os.PathLike) -> None:
+    """Refuses results that say that they are of another model."""
+    results = json.loads(Path(file).read_text(encoding="utf-8"))
+    fingerprints, dtype = results.get("model_fingerprint"), getattr(torch, str(results.get("dtype")), model.dtype)
+    if not isinstance(fingerprints, dict):
+        return
+    if dtype != model.dtype:
+        model = copy.deepcopy(model).to(dtype)
+    if any(fingerprint(model, processor, modality) != digest for modality, digest in fingerprints.items()):
+        raise ValueError(
+            f"{file}: these are results of {results.get('model')}, whose weights or preparation of images and texts "
+            "are others than those to be published: evaluate these, or leave the file out."
+        )
 
 
 def _read_card(file: Path, name: str) -> tuple[bytes, ModelCard]:

@@ -22,10 +22,10 @@ from datasets import Image as ImageFeature
 from huggingface_hub import constants
 from PIL import Image
 
-from hub_server import Hub, hub_server, use_in_process
+from hub_server import Answer, Fault, Hub, hub_server, use_in_process
 from lotlip_hf.data.scenes import long_captions, scene, scenes_dataset, short_caption
 from lotlip_hf.evaluation import benchmarks, sources, zero_shot
-from lotlip_hf.evaluation.benchmarks import TASKS, load_benchmark
+from lotlip_hf.evaluation.benchmarks import TASKS, describe_tasks, load_benchmark
 from lotlip_hf.evaluation.data import ClassificationData, IncompleteDataError, RetrievalData
 from lotlip_hf.evaluation.sources import NORMALIZATION, Options, normalize_caption
 from lotlip_hf.images import load_image
@@ -88,7 +88,7 @@ def _miniature(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole of each benchmark is what the tests make of it: no number is expected of it."""
     for key, task in TASKS.items():
         if task.num_images is not None and key != "scenes":
-            monkeypatch.setitem(TASKS, key, dataclasses.replace(task, num_images=1))
+            monkeypatch.setitem(TASKS, key, dataclasses.replace(task, num_images=1, num_texts=1))
 
 
 # Captions and options.
@@ -133,8 +133,17 @@ def test_tasks() -> None:
     assert numbers["imagenet-v2"][0] == 10_000
 
 
+def test_tasks_are_described() -> None:
+    described = dict(line.split(maxsplit=1) for line in describe_tasks().splitlines())
+    assert list(described) == [*TASKS, "length-study", "sentence-ablation"]
+    assert described["urban1k"] == TASKS["urban1k"].description
+
+
 def test_unknown_tasks_and_options_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`task` must be one of dci, iiw, .*got 'dcis'"):
+    message = (
+        r"`task` \(--task\) must be one of dci, iiw, .*scenes, or .*: length-study, sentence-ablation; got 'dcis'"
+    )
+    with pytest.raises(ValueError, match=message):
         load_benchmark("dcis", tmp_path)
     with pytest.raises(ValueError, match="`label_column` is no option of iiw; it has num_images, normalize"):
         load_benchmark("iiw", tmp_path, label_column="label")
@@ -242,9 +251,31 @@ def test_broken_dci(tmp_path: Path) -> None:
     )
     with pytest.raises(IncompleteDataError, match=r"1 captions are missing \(photos/sa_2.jpg: empty\)"):
         load_benchmark("dci", tmp_path, num_images=1)
-    write(tmp_path / "splits.json", ["sa_1.json"])
-    with pytest.raises(ValueError, match=r"splits.json: expected lists of annotation files by split"):
-        load_benchmark("dci", tmp_path)
+    for splits in (["sa_1.json"], {"test": [3]}):
+        write(tmp_path / "splits.json", splits)
+        with pytest.raises(ValueError, match=r"splits.json: expected lists of the names of annotation files by split"):
+            load_benchmark("dci", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"extra_caption": None}, IncompleteDataError, r"1 captions are missing \(photos/sa_2.jpg: none\)"),
+        ({"short_caption": ["A"]}, ValueError, r"sa_2.json, short_caption: expected a caption, a string, got \['A'\]"),
+        ({"extra_caption": {"x": 1}}, ValueError, r"sa_2.json, extra_caption: expected a caption, a string, got {'x'"),
+        ({"image": 3}, ValueError, r"sa_2.json: 'image' must be a string, got 3"),
+        (None, ValueError, r"sa_2.json: expected a JSON object with 'image', got list"),
+    ],
+)
+def test_dci_with_other_things_for_strings(
+    tmp_path: Path, change: dict[str, Any] | None, error: type[Exception], message: str
+) -> None:
+    dci(tmp_path)
+    good = {"image": "sa_2.jpg", "short_caption": "A", "extra_caption": "B"}
+    write(tmp_path / "annotations" / "sa_2.json", [] if change is None else good | change)
+    with pytest.raises(error, match=message) as raised:
+        load_benchmark("dci", tmp_path, num_images=1)
+    assert type(raised.value) is error
 
 
 # ImageInWords.
@@ -302,6 +333,15 @@ def test_broken_iiw(tmp_path: Path) -> None:
         load_benchmark("iiw", tmp_path, num_images=1)
     write(file, '{"image/key": "a", "IIW-P5B": "b"}\n')
     with pytest.raises(ValueError, match="data.jsonl, entry 1: there is no 'IIW'"):
+        load_benchmark("iiw", tmp_path, num_images=1)
+    write(file, '{"image/key": "aar_test_00000", "IIW": null}\n')
+    with pytest.raises(IncompleteDataError, match=r"1 captions are missing \(IIW-400/aar_test_00000.jpg: none\)"):
+        load_benchmark("iiw", tmp_path, num_images=3)
+    write(file, '{"image/key": "aar_test_00000", "IIW": 5}\n')
+    with pytest.raises(ValueError, match=r"data.jsonl, entry 1: expected a caption, a string, got 5"):
+        load_benchmark("iiw", tmp_path, num_images=1)
+    write(file, '{"image/key": null, "IIW": "a"}\n')
+    with pytest.raises(ValueError, match=r"data.jsonl, entry 1: 'image/key' must be a string, got None"):
         load_benchmark("iiw", tmp_path, num_images=1)
     file.unlink()
     with pytest.raises(IncompleteDataError, match="holds no IIW-400/data.jsonl"):
@@ -361,7 +401,14 @@ def test_sharegpt4v_as_lotlip_ships_it(tmp_path: Path) -> None:
         ('["sa_1.jpg"]', "entry 0 is no JSON object"),
         ('[{"image": "sa_1.jpg"}]', "sa_1.jpg: there is no 'conversations'"),
         ('[{"image": "sa_1.jpg", "conversations": [{"value": "Describe."}]}]', r"no conversations\[1\].value"),
-        ('[{"image": "sa_1.jpg", "conversations": [0, {"value": null}]}]', "sa_1.jpg: None is no text"),
+        ('[{"image": "sa_1.jpg", "conversations": [0, {"value": null}]}]', r"missing \(sa_1.jpg: none\)"),
+        ('[{"image": "sa_1.jpg", "conversations": [0, {"value": 7}]}]', "sa_1.jpg: expected a caption, .* got 7"),
+        (
+            '[{"image": "sa_1.jpg", "conversations": {"value": "A"}}]',
+            r"sa_1.jpg: there is no conversations\[1\].value",
+        ),
+        ('[{"image": "sa_1.jpg", "conversations": "A boat"}]', r"sa_1.jpg: there is no conversations\[1\].value"),
+        ('[{"image": 1, "id": "x"}]', "sam_10k.json, entry x: 'image' must be a string, got 1"),
     ],
 )
 def test_broken_sharegpt4v(tmp_path: Path, content: str, message: str) -> None:
@@ -484,6 +531,23 @@ def test_docci(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "1 images are not of the benchmark and left out: other.png" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"description": None}, r"1 captions are missing \(test_0.jpg: none\)"),
+        ({"description": 4}, "docci_descriptions.jsonlines, entry 1: expected a caption, a string, got 4"),
+        ({"image_file": 4}, "docci_descriptions.jsonlines, entry 1: 'image_file' must be a string, got 4"),
+        ({"split": None}, "docci_descriptions.jsonlines, entry 1: 'split' must be a string, got None"),
+    ],
+)
+def test_docci_with_other_things_for_strings(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    row = {"split": "test", "image_file": "test_0.jpg", "description": "A."}
+    write(tmp_path / "docci_descriptions.jsonlines", lines([row | change]))
+    write(tmp_path / "images" / "test_0.jpg", encoded())
+    with pytest.raises(ValueError, match=message):
+        load_benchmark("docci", tmp_path, num_images=1)
+
+
 def test_docci_has_5000_images(tmp_path: Path) -> None:
     with pytest.raises(IncompleteDataError, match="has 2 images of 5000"):
         load_benchmark("docci", docci(tmp_path))
@@ -582,6 +646,75 @@ def test_broken_captions_of_karpathy(tmp_path: Path, task: str) -> None:
     write(file, '{"images": [\n{"split": "test",}]}')
     with pytest.raises(ValueError, match=rf"dataset_{task}.json, line 2: broken JSON"):
         load_benchmark(task, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sentences": [{"raw": None}] * 5}, r"5 captions are missing \(val2014/a.jpg: none, .* and 2 more\)"),
+        ({"sentences": [{"tokens": []}] * 5}, r"5 captions are missing"),
+        ({"sentences": None}, r"1 captions are missing \(val2014/a.jpg: 0 of 5\)"),
+        ({"sentences": [{"raw": 3}] * 5}, "dataset_coco.json, val2014/a.jpg: expected a caption, a string, got 3"),
+        ({"sentences": {"raw": "A"}}, "dataset_coco.json, val2014/a.jpg: expected a list of captions, got dict"),
+        ({"filename": 3}, r"dataset_coco.json, images\[0\]: 'filename' must be a string, got 3"),
+        ({"filepath": None}, r"dataset_coco.json, images\[0\]: 'filepath' must be a string, got None"),
+        (3, r"dataset_coco.json, images\[0\]: expected a JSON object with 'split', got int"),
+        (None, "dataset_coco.json: expected a list of images, got dict"),
+    ],
+)
+def test_karpathy_with_other_things_for_strings(tmp_path: Path, change: Any, message: str) -> None:
+    row = {"split": "test", "filepath": "val2014", "filename": "a.jpg", "sentences": [{"raw": "A"}] * 5}
+    rows = {} if change is None else [row | change if isinstance(change, dict) else change]
+    write(tmp_path / "dataset_coco.json", {"images": rows})
+    write(tmp_path / "val2014" / "a.jpg", encoded())
+    with pytest.raises(ValueError, match=message):
+        load_benchmark("coco", tmp_path, num_images=1)
+
+
+@pytest.mark.parametrize("task", ["coco", "flickr30k"])
+def test_tables_of_fewer_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
+    features = Features({"image": ImageFeature(), "caption": List(Value("string"))})
+
+    def save(name: str, numbers: list[int]) -> Path:
+        rows = [
+            {"image": {"bytes": encoded(n), "path": None}, "caption": [f"{n} {k}" for k in range(number)]}
+            for n, number in enumerate(numbers)
+        ]
+        Dataset.from_list(rows, features=features).save_to_disk(tmp_path / name)
+        return tmp_path / name
+
+    lacking = save("lacking", [3, 5, 5, 0])
+    message = r"of 4 images .*, 2 captions are missing \(row 0: 3 of 5, row 3: 0 of 5\)"
+    with pytest.raises(IncompleteDataError, match=message):
+        load_benchmark(task, lacking, num_images=4, split="train")
+    monkeypatch.setitem(TASKS, task, dataclasses.replace(TASKS[task], num_images=4, num_texts=20))
+    for options in ({}, {"split": "train"}):
+        with pytest.raises(IncompleteDataError, match=message):
+            load_benchmark(task, lacking, **options)
+    assert len(retrieval(task, save("whole", [5, 6, 5, 5])).texts) == 20
+
+
+def test_the_number_of_texts_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the reader, the whole has as many texts as are reported on."""
+    dci(tmp_path)
+    monkeypatch.setitem(TASKS, "dci", dataclasses.replace(TASKS["dci"], num_images=4, num_texts=5))
+    with pytest.raises(IncompleteDataError, match="its 4 images have 4 texts, not 5"):
+        load_benchmark("dci", tmp_path)
+    assert len(retrieval("dci", tmp_path, num_images=4).texts) == 4
+    assert len(retrieval("dci", tmp_path, split="test").texts) == 1
+
+
+def test_tables_with_other_things_for_captions(tmp_path: Path) -> None:
+    features = Features({"image": ImageFeature(), "description": Value("int64")})
+    rows = [{"image": {"bytes": encoded(), "path": None}, "description": 7}]
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "numbers")
+    with pytest.raises(ValueError, match=r"numbers .*row 0, column 'description': expected a caption, .* got 7"):
+        load_benchmark("docci", tmp_path / "numbers", num_images=1)
+    features = Features({"image": ImageFeature(), "description": Value("string")})
+    rows = [{"image": {"bytes": encoded(), "path": None}, "description": None}]
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "nulls")
+    with pytest.raises(IncompleteDataError, match=r"1 captions are missing \(row 0: none\)"):
+        load_benchmark("docci", tmp_path / "nulls", num_images=1)
 
 
 @pytest.mark.usefixtures("_miniature")
@@ -726,16 +859,21 @@ def test_imagenet_v2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             write(folder / str(label) / f"{'ab'[n]}é.jpeg", encoded(20 * label))
     names = write(tmp_path / "names.txt", "\n".join(f"class {n}" for n in range(12)))
     data = classes("imagenet-v2", tmp_path, num_images=24, class_names=names)
-    assert list(data.labels) == [n for n in range(12) for _ in range(2)]  # 10 and 11 come last
-    assert reds(data) == pytest.approx([20 * n for n in range(12) for _ in range(2)], abs=3)
-    assert data.image_names[20:22] == ["10/aé.jpeg", "10/bé.jpeg"]
+    assert list(data.labels) == [*range(12), *range(12)]  # 10 and 11 come last
+    assert reds(data) == pytest.approx([20 * n for n in (*range(12), *range(12))], abs=3)
+    assert (data.image_names[10], data.image_names[22]) == ("10/aé.jpeg", "10/bé.jpeg")
+    first = classes("imagenet-v2", tmp_path, num_images=13, class_names=names)
+    assert list(first.labels) == [*range(12), 0]
+    assert first.image_names[12] == "0/bé.jpeg"
     with pytest.raises(ValueError, match=r"its classes have no names.*--class-names"):
         load_benchmark("imagenet-v2", folder, num_images=24)
     with pytest.raises(IncompleteDataError, match="lacks 988 of the folders 0 to 999: 12, 13, 14 and 985 more"):
         load_benchmark("imagenet-v2", folder, class_names=names)
     monkeypatch.setattr(benchmarks, "IMAGENET_CLASSES", 12)
     monkeypatch.setitem(TASKS, "imagenet-v2", dataclasses.replace(TASKS["imagenet-v2"], num_images=24))
-    assert len(classes("imagenet-v2", folder, class_names=names).images) == 24
+    whole = classes("imagenet-v2", folder, class_names=names)
+    assert list(whole.labels) == [n for n in range(12) for _ in range(2)]
+    assert whole.image_names[20:22] == ["10/aé.jpeg", "10/bé.jpeg"]
     (folder / "3" / "aé.jpeg").unlink()
     with pytest.raises(IncompleteDataError, match="has 2 images in each folder; of its folders 3 has 1"):
         load_benchmark("imagenet-v2", folder, class_names=names)
@@ -759,6 +897,22 @@ def test_folders_of_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     (tmp_path / "empty class").mkdir()
     with pytest.raises(IncompleteDataError, match="holds no image of 1 of 3 classes: empty class"):
         load_benchmark("classification", tmp_path)
+
+
+def test_the_first_images_of_folders_are_of_all_classes(tmp_path: Path) -> None:
+    for name, numbers in {"cat": range(4), "dog": range(1), "elk": range(3)}.items():
+        for n in numbers:
+            write(tmp_path / name / f"{n}.png", encoded(format="PNG"))
+    whole = classes("classification", tmp_path)
+    assert list(whole.labels) == [0, 0, 0, 0, 1, 2, 2, 2]
+    assert "order" not in whole.protocol
+    first = classes("classification", tmp_path, num_images=6)
+    assert list(first.image_names) == ["cat/0.png", "dog/0.png", "elk/0.png", "cat/1.png", "elk/1.png", "cat/2.png"]
+    assert [str(image).split("/")[-2] for image in first.images] == [first.class_names[n] for n in first.labels]
+    assert first.protocol["first_images"] == 6
+    assert first.protocol["order"] == "the first image of each class, then the second, ..."
+    assert list(classes("classification", tmp_path, num_images=2).labels) == [0, 1]
+    assert sorted(classes("classification", tmp_path, num_images=8).labels) == list(whole.labels)
 
 
 def test_archives_beside_images_are_no_tables(tmp_path: Path) -> None:
@@ -876,6 +1030,24 @@ def test_records(tmp_path: Path) -> None:
     (folder / "1é.png").unlink()
     with pytest.raises(IncompleteDataError, match=r"of 3 .*1 images are missing \(1é.png\)"):
         load_benchmark("retrieval", folder)
+
+
+def test_columns_of_records_are_to_be_named(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    write(folder / "captions.csv", "picture,alt\na.png,One.\n")
+    which = r"Say which to read: `image_column` \(--image-column\) and `text_column` \(--text-column\)\.$"
+    with pytest.raises(ValueError, match=f"there is no column .* There are: 'picture', 'alt'. {which}"):
+        load_benchmark("retrieval", folder)
+    with pytest.raises(ValueError, match=f"there is no column 'image' .* {which}"):
+        load_benchmark("retrieval", folder, text_column="alt")
+    write(folder / "a.png", encoded(format="PNG"))
+    assert retrieval("retrieval", folder, text_column="alt", image_column="picture").texts == ["One"]
+    with pytest.raises(IncompleteDataError, match="Where to get it: it is your own. Pass .*--image-column and --text"):
+        load_benchmark("retrieval", folder, text_column="alt", image_column="picture", num_images=2)
+    write(folder / "captions.csv", "")
+    write(folder / "captions.jsonl", lines([{"image": "a.png", "long_captions": [3]}]))
+    with pytest.raises(ValueError, match=r"a.png, column 'long_captions': expected a caption, a string, got 3"):
+        load_benchmark("retrieval", folder / "captions.jsonl")
 
 
 def test_a_row_for_each_caption(tmp_path: Path) -> None:
@@ -1093,8 +1265,118 @@ def test_what_the_hub_does_not_give(hub: Hub, tmp_path: Path, monkeypatch: pytes
         with pytest.raises(ValueError, match="ada/gated: the Hub cannot be reached"):
             load_benchmark("urban1k", "ada/gated")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="HF_HUB_OFFLINE must not be set"):
+    with pytest.raises(ValueError, match="ada/absent: there is no such folder, HF_HUB_OFFLINE is set, and the cache "):
         load_benchmark("classification", "ada/absent")
+
+
+def go_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HF_HUB_OFFLINE=1 does; and whatever asks the server nevertheless is seen in `hub.requests`."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+
+
+def test_tables_in_the_cache(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ClassLabel(names=["owl", "elk"])
+    files = {
+        "data/test-00000-of-00002.parquet": parquet(table([1, 0], names), tmp_path),
+        "data/test-00001-of-00002.parquet": parquet(table([0], names), tmp_path),
+        "data/train-00000-of-00001.parquet": parquet(table([1, 1, 1, 1], names), tmp_path),
+    }
+    old = hub.add("ada/pets", files, kind="dataset")
+    there = classes("classification", "ada/pets", split="test")
+    new = hub.add("ada/pets", {"data/train-00000-of-00001.parquet": b"broken"}, kind="dataset")
+    go_offline(hub, monkeypatch)
+    for options in ({"split": "test"}, {"split": "test", "revision": old}, {"split": "test", "revision": "main"}):
+        kept = classes("classification", "ada/pets", **options)
+        assert list(kept.images) == list(there.images)
+        assert list(kept.labels) == [1, 0, 0]
+        assert (kept.id, kept.revision, kept.split) == ("ada/pets", old, "test")
+        assert (kept.class_names, kept.protocol) == (there.class_names, there.protocol)
+    assert f"ada/pets: HF_HUB_OFFLINE is set; what the cache has of the commit {old} is scored" in caplog.text
+    with pytest.raises(ValueError, match="`split`: ada/pets in the cache has no 'train'; it has test"):
+        load_benchmark("classification", "ada/pets", split="train")
+    for options, lacking in (({"revision": new}, new), ({"revision": "v2"}, "v2"), ({"config": "large"}, old)):
+        with pytest.raises(
+            ValueError, match=f"the cache does not have .*{lacking} of it. Run .*HF_HUB_OFFLINE=0 once"
+        ):
+            load_benchmark("classification", "ada/pets", split="test", **options)
+    assert not hub.requests
+
+
+def test_configurations_in_the_cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ClassLabel(names=["owl", "elk"])
+    card = "---\nconfigs:\n" + "".join(
+        f"- config_name: {one}\n  data_files:\n  - split: test\n    path: {one}.parquet\n"
+        for one in ("small", "large")
+    )
+    files = {
+        "README.md": f"{card}---\n".encode(),
+        "small.parquet": parquet(table([1], names), tmp_path),
+        "large.parquet": parquet(table([0, 1], names), tmp_path),
+    }
+    hub.add("ada/sizes", files, kind="dataset")
+    with pytest.raises(ValueError, match="Config name is missing"):
+        load_benchmark("classification", "ada/sizes")
+    for one, labels in (("small", [1]), ("large", [0, 1])):
+        assert list(classes("classification", "ada/sizes", config=one).labels) == labels
+    go_offline(hub, monkeypatch)
+    for one, labels in (("large", [0, 1]), ("small", [1])):
+        assert list(classes("classification", "ada/sizes", config=one).labels) == labels
+    with pytest.raises(ValueError, match="the cache does not have"):
+        load_benchmark("classification", "ada/sizes")
+    assert not hub.requests
+
+
+def test_a_download_that_broke_off_is_not_scored(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ClassLabel(names=["owl", "elk"])
+    files = {f"data/test-0000{n}-of-00002.parquet": parquet(table([n], names), tmp_path) for n in range(2)}
+    hub.add("ada/pets", files, kind="dataset")
+    hub.faults.append(Fault("GET", "test-00001-of", Answer(403), times=100))
+    with pytest.raises(ValueError, match="ada/pets: cannot be opened"):
+        load_benchmark("classification", "ada/pets")
+    go_offline(hub, monkeypatch)
+    with pytest.raises(ValueError, match="ada/pets: .* the cache does not have the commit"):
+        load_benchmark("classification", "ada/pets")
+
+
+def test_an_archive_and_captions_in_the_cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = zipped(urban1k(tmp_path / "u", range(1, 4)), "Urban1k")
+    commit = hub.add("BeichenZhang/Urban1k", {"Urban1k.zip": archive, "README.md": b"# U"}, kind="dataset")
+    features = Features({"image": ImageFeature(), "caption": List(Value("string"))})
+    rows = [{"image": {"bytes": encoded(), "path": None}, "caption": [f"{k}" for k in range(5)]}]
+    repo_id = "nlphuji/flickr_1k_test_image_text_retrieval"
+    content = parquet(Dataset.from_list(rows, features=features), tmp_path)
+    converted = hub.add(repo_id, {"TEST/test/0000.parquet": content}, kind="dataset")
+    repo = hub.repos["dataset", repo_id]
+    repo.refs["refs/convert/parquet"] = converted
+    repo.refs["refs/heads/main"] = next(iter(repo.commits))
+    there = retrieval("urban1k", num_images=3), retrieval("flickr30k", num_images=1)
+    go_offline(hub, monkeypatch)
+    kept = retrieval("urban1k", num_images=3), retrieval("flickr30k", num_images=1)
+    for one, other in zip(kept, there, strict=True):
+        assert (one.texts, list(one.images), one.revision) == (other.texts, list(other.images), other.revision)
+    assert [one.revision for one in kept] == [commit, converted]
+    with pytest.raises(ValueError, match="ada/city: .* the cache does not have it"):
+        load_benchmark("urban1k", "ada/city")
+    with pytest.raises(ValueError, match="the cache does not have v2 of it"):
+        load_benchmark("urban1k", revision="v2")
+    assert not hub.requests
+
+
+def test_class_names_in_the_cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = parquet(table([1, 0], Value("int64")), tmp_path)
+    hub.add("ada/named", {"test.parquet": content, "classnames.txt": b"owl\nelk\n"}, kind="dataset")
+    hub.add("ada/nameless", {"test.parquet": content}, kind="dataset")
+    names = write(tmp_path / "names.txt", "a\nb\n")
+    assert list(classes("classification", "ada/named").class_names) == ["owl", "elk"]
+    assert list(classes("classification", "ada/nameless", class_names=names).class_names) == ["a", "b"]
+    go_offline(hub, monkeypatch)
+    assert list(classes("classification", "ada/named").class_names) == ["owl", "elk"]
+    assert list(classes("classification", "ada/nameless", class_names=names).class_names) == ["a", "b"]
+    assert not hub.requests
 
 
 def test_log_lines_are_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from lotlip_hf.cli import main
 from lotlip_hf.encoding import encode_images, encode_texts, load_model
 from lotlip_hf.evaluation import embeddings
+from lotlip_hf.evaluation.benchmarks import TASKS
 from lotlip_hf.evaluation.data import ClassificationData, IncompleteDataError, RetrievalData
 from lotlip_hf.evaluation.embeddings import embed_images, embed_texts, image_digests
-from lotlip_hf.evaluation.evaluate import evaluate, results_table, write_results
+from lotlip_hf.evaluation.evaluate import evaluate, results_table, study, write_results
 from lotlip_hf.evaluation.retrieval import ranks
 from lotlip_hf.hub import read_results
 
@@ -290,7 +291,7 @@ def test_results_say_what_was_measured(loaded: tuple[Any, Any], tmp_path: Path, 
     assert recorded == results["metrics"]
     table = results_table(results)
     assert "Houses (test): 7 images, 14 texts (0 cut at 126 tokens)" in table
-    assert f"{results['metrics']['image_to_text_r1']:.2%}" in table
+    assert f"{100 * results['metrics']['image_to_text_r1']:.2f}" in table
 
     # The same again is the same; one text, one pixel or one pairing more or less is another data set.
     assert evaluate(*loaded, data, progress=False, bootstrap=50)["data_fingerprint"] == results["data_fingerprint"]
@@ -338,15 +339,8 @@ def urban(folder: Path, count: int = 6) -> Path:
 def test_the_command(
     official_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], loaded: tuple[Any, Any]
 ) -> None:
-    command = [
-        "evaluate",
-        "--model",
-        str(official_checkpoint),
-        "--task",
-        "urban1k",
-        "--data",
-        str(urban(tmp_path / "u")),
-    ]
+    command = ["evaluate", "--model", str(official_checkpoint), "--task", "urban1k"]
+    command += ["--data", str(urban(tmp_path / "u"))]
     command += ["--device", "cpu", "--num-images", "6", "--cache", str(tmp_path / "cache"), "--bootstrap", "20"]
     output = tmp_path / "results.json"
     assert main([*command, "--output", str(output)]) == 0
@@ -365,6 +359,97 @@ def test_the_command(
     assert again["protocol"]["search"] == "FAISS Flat"
     assert main(["report", str(output)]) == 0
     assert "Urban" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--benchmark", "iiw"], "--benchmark is not for --task urban1k"),
+        (["--plot", "p.png"], "--plot is not for --task urban1k"),
+        (["--limits", "16"], "--limits is not for --task urban1k"),
+        (["--templates", "default"], "--templates is not for --task urban1k"),
+        (["--overwrite"], "--overwrite is of --output"),
+        (["--output", "missing/r.json"], "no such folder to write r.json in"),
+        (["--output", ""], "a folder, not a file to write"),
+        (["--split", "test"], "`split` is no option of urban1k"),
+        (["--max-length", "1000"], "`max_length` must be from 3 to the 126 tokens"),
+        (["--bootstrap", "-1"], "`bootstrap` must not be negative"),
+        (["--faiss-parameters", "nprobe=4"], "give `faiss_index` too"),
+        (["--faiss-index", "Nonsense"], "'Nonsense' cannot be made for 16 dimensions"),
+        (["--faiss-index", "IVF4,Flat", "--faiss-parameters", "no=1"], "do not fit the index"),
+        (["--task", "length-study"], "--task length-study needs --benchmark"),
+        (["--task", "length-study", "--benchmark", "urban1k", "--bootstrap", "3"], "--bootstrap is not for"),
+        (["--task", "sentence-ablation", "--benchmark", "urban1k", "--limits", "3"], "--limits is not for"),
+        (["--task", "length-study", "--benchmark", "urban1k", "--plot", "p.xyz"], "p.xyz"),
+        (
+            ["--task", "length-study", "--benchmark", "urban1k", "--plot", "p.png", "--output", "./p.png"],
+            "--plot and --output are both",
+        ),
+        (["--task", "classification", "--data", "classes", "--bootstrap", "3"], "--bootstrap is not for"),
+        (["--task", "classification", "--data", "classes", "--faiss-index", "Flat"], "--faiss-index is not for"),
+        (["--revision", "main"], "`revision` 'main' is of models on the Hub"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_does_not_go_together_is_said_before_anything_is_encoded(
+    words: list[str],
+    message: str,
+    official_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    urban(tmp_path / "u", count=2)
+    for animal in ("cat", "dog"):
+        (tmp_path / "classes" / animal).mkdir(parents=True)
+        pictures(1)[0].save(tmp_path / "classes" / animal / "1.png")
+    monkeypatch.chdir(tmp_path)
+    for function in ("embed_images", "embed_texts"):
+        monkeypatch.setattr(f"lotlip_hf.evaluation.evaluate.{function}", None)
+    command = ["evaluate", "--model", str(official_checkpoint), "--task", "urban1k"]
+    command += ["--data", "u", "--num-images", "2"]
+    assert main([*command, "--device", "cpu", "--no-cache", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["classes", "u"]
+
+
+def test_what_can_be_measured_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--list-tasks"])
+    assert stopped.value.code == 0
+    listed = capsys.readouterr().out
+    assert all(task in listed for task in [*TASKS, "length-study", "sentence-ablation"])
+
+
+def test_results_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    (tmp_path / "results.json.partial").mkdir()
+    with pytest.raises(OSError, match=r"results\.json: the results cannot be written there \(Is a directory\)"):
+        write_results({"task": "none"}, tmp_path / "results.json")
+
+
+def test_images_that_look_different_have_different_digests() -> None:
+    red, blue = (Image.new("P", (4, 4)) for _ in range(2))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    upright = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    turned = upright.copy()
+    turned.getexif()[0x0112] = 6
+    digests = image_digests([red, blue, upright, turned], progress=False)
+    assert len(set(digests)) == 4
+    with pytest.raises(TypeError, match=r"images\[1\] must be a path"):
+        image_digests([red, None], progress=False)  # pyright: ignore[reportArgumentType]
+
+
+def test_data_that_does_not_fit_is_refused(loaded: tuple[Any, Any]) -> None:
+    data = dataset(3)
+    for wrong in ([0, 1], [0, 1, 3], [0, 1, -1]):
+        with pytest.raises(ValueError, match="`data.text_to_image` must hold 3 places from 0 to 2"):
+            evaluate(*loaded, replace(data, text_to_image=wrong), progress=False)
+    classes = ClassificationData("me/colors", "Colors", data.images, data.image_names, [0, 6, 1], COLORS)
+    with pytest.raises(ValueError, match="`data.labels` must hold 3 places from 0 to 5"):
+        evaluate(*loaded, classes, progress=False)
+    with pytest.raises(ValueError, match="a study needs a retrieval task"):
+        study(*loaded, replace(classes, labels=[0, 1, 2]), "length", progress=False)
 
 
 @pytest.mark.slow

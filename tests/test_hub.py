@@ -1,5 +1,6 @@
 """Publishing to a Hub and loading back: a real server on loopback, the real client, and what can go wrong between."""
 
+import copy
 import importlib.util
 import json
 import logging
@@ -46,6 +47,7 @@ from lotlip_hf.cli import main as lotlip
 from lotlip_hf.encoding import encode_texts, load_model
 from lotlip_hf.hub import CardFields, push, read_results, write_repository
 from lotlip_hf.modeling import loading_lotlip
+from lotlip_hf.store import fingerprint
 
 REPO = "lotlip/tiny"
 CODE = {file.name for file in loading_lotlip.CODE_FILES}
@@ -288,6 +290,25 @@ def test_results_and_training_reach_the_card(official_checkpoint: Path, tmp_path
     card = ModelCard.load(folder / "README.md")
     assert (card.data.base_model, card.data.datasets) == (["a/b"], ["c/d", "e/f"])
     assert "From nowhere." in card.text
+
+
+def test_results_of_another_model_are_refused(official_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    model, processor = load_model(official_checkpoint, device="cpu")
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    for evaluated, dtype in ((model, "float32"), (half, "bfloat16")):
+        own = {modality: fingerprint(evaluated, processor, modality) for modality in ("image", "text")}
+        protocol = {"first_images": 50, "num_images": 50}
+        file.write_text(json.dumps({**RESULTS, "model_fingerprint": own, "dtype": dtype, "protocol": protocol}))
+        folder = write_repository(official_checkpoint, tmp_path / dtype, "me/mine", card=CardFields(results=[file]))
+        results = ModelCard.load(folder / "README.md").data.eval_results
+        assert results is not None
+        assert [result.dataset_args for result in results] == [{"num_images": 50}] * 2
+    for other in ({**own, "text": "0" * 32}, {**own, "image": "0" * 32}):
+        file.write_text(json.dumps({**RESULTS, "model": "another", "model_fingerprint": other, "dtype": "bfloat16"}))
+        with pytest.raises(ValueError, match=r"results\.json: these are results of another, whose weights"):
+            write_repository(official_checkpoint, tmp_path / "no", "me/mine", card=CardFields(results=[file]))
+    assert not (tmp_path / "no").exists()
 
 
 OWN_CARD = b"---\r\nlicense: mit   # ours\r\ntags: [a]\r\n---\r\n\r\n# Mine\r\n"

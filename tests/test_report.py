@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 
-from lotlip_hf.evaluation import report as report_module
 from lotlip_hf.evaluation.report import (
     PAPER_COLUMNS,
     PUBLISHED,
+    metric_table,
     model_index,
     plot_report,
     read_run,
@@ -85,9 +84,13 @@ def results(benchmark: str = "iiw", model: str = "me/lotlip", **kwargs: Any) -> 
         "benchmark": benchmark,
         "dataset": {"id": f"org/{benchmark}", "name": name, "split": None, "revision": "0123456"},
         "data_fingerprint": "d4",
-        "protocol": {"normalized": True, "num_images": num_images, "num_texts": num_images, "max_length": 126},
+        "protocol": {
+            **{"num_images": num_images, "num_texts": num_images, "num_texts_cut": 3, "max_length": 126},
+            **{"normalization": "stripped", "search": "exact"},
+        },
         "metrics": ACCURACIES if is_classification else METRICS,
         "versions": {"torch": "2.13.0"},
+        "dtype": "float32",
         "date": "2026-11-22T10:00:00+00:00",
     }
     protocol = {**content["protocol"], **kwargs.pop("protocol", {})}
@@ -175,7 +178,7 @@ def test_splits_have_columns_of_their_own(tmp_path: Path) -> None:
 def test_markdown(tmp_path: Path) -> None:
     files = save(tmp_path, results(model="a|b"), results("imagenet-1k", model="a|b"))
     lines = report(files, format="markdown").splitlines()
-    assert lines[0] == "**R@1 and top-1 accuracy in percent**"
+    assert lines[0] == "**R@1 and top-1 accuracy (%)**"
     table = [line for line in lines if line.startswith("|")]
     titles = [f"{column} {way}" for column in PAPER_COLUMNS.values() for way in ("I2T", "T2I")]
     assert table[0] == f"| model | {' | '.join(titles)} | ImageNet-1k top-1 |"
@@ -189,16 +192,39 @@ def test_markdown(tmp_path: Path) -> None:
         report(files, format="html")  # pyright: ignore[reportArgumentType]
 
 
-def test_every_run_in_full(tmp_path: Path) -> None:
+def test_runs_in_full(tmp_path: Path) -> None:
     few = {"image_to_text_r1": 0.5, "text_to_image_r1": 0.25}
     text = report(save(tmp_path, results(), results(model="few", metrics=few), results("imagenet-1k")))
-    details = [cells(line) for line in text.split("Every retrieval run\n\n")[1].splitlines()]
-    assert details[2:] == [
-        ["me/lotlip", "IIW", "612", "612", "image to text", "94.36", "92.40 - 96.10", "99.00", "100.00", "1"],
-        ["me/lotlip", "IIW", "612", "612", "text to image", "92.65", "90.50 - 94.70", "98.00", "99.50", "1.5"],
-        ["few", "IIW", "612", "612", "image to text", "50.00", "-", "-", "-", "-"],
-        ["few", "IIW", "612", "612", "text to image", "25.00", "-", "-", "-", "-"],
+    retrieval, classification = text.split("The retrieval runs of the table in full\n\n")[1].split(
+        "\n\nThe classification runs of the table in full\n\n"
+    )
+    head, _, *body = [cells(line) for line in retrieval.splitlines()]
+    assert head == [
+        *("model", "data", "images", "texts", "cut", "at tokens"),
+        *("direction", "R@1 (%)", "95 % interval", "R@5 (%)", "R@10 (%)", "median rank"),
     ]
+    same = ["IIW", "612", "612", "3", "126"]
+    assert body == [
+        ["me/lotlip", *same, "image to text", "94.36", "92.40 - 96.10", "99.00", "100.00", "1"],
+        ["me/lotlip", *same, "text to image", "92.65", "90.50 - 94.70", "98.00", "99.50", "1.5"],
+        ["few", *same, "image to text", "50.00", "-", "-", "-", "-"],
+        ["few", *same, "text to image", "25.00", "-", "-", "-", "-"],
+    ]
+    head, _, *body = [cells(line) for line in classification.splitlines()]
+    assert head[2:] == ["images", "classes", "top-1 (%)", "top-5 (%)", "mean per class (%)"]
+    assert body == [["me/lotlip", "ImageNet-1k", "50000", "-", "60.12", "85.00", "60.00"]]
+
+
+def test_metrics_as_rows() -> None:
+    head, (image_to_text, text_to_image) = metric_table("image-text-retrieval", METRICS)
+    assert head == ["direction", "R@1 (%)", "95 % interval", "R@5 (%)", "R@10 (%)", "median rank"]
+    assert image_to_text == ["image to text", "94.36", "92.40 - 96.10", "99.00", "100.00", "1"]
+    assert text_to_image == ["text to image", "92.65", "90.50 - 94.70", "98.00", "99.50", "1.5"]
+    assert metric_table("image-text-retrieval", {})[1] == [
+        [direction, *(5 * ["-"])] for direction in ("image to text", "text to image")
+    ]
+    head, rows = metric_table("zero-shot-image-classification", ACCURACIES)
+    assert (head, rows) == (["top-1 (%)", "top-5 (%)", "mean per class (%)"], [["60.12", "85.00", "60.00"]])
 
 
 def test_a_part_of_a_set_is_marked(tmp_path: Path) -> None:
@@ -213,6 +239,50 @@ def test_a_part_of_a_set_is_marked(tmp_path: Path) -> None:
     assert "*" not in report(save(tmp_path, results(), results("retrieval", dataset=own)))
     (entry,) = yaml.safe_load(model_index(save(tmp_path, results(protocol={"num_images": 100}))))["model-index"]
     assert entry["results"][0]["dataset"]["args"] == {"num_images": 100}
+    text = report(save(tmp_path, results("dci", protocol={"num_images": 9000})))
+    assert row(text, "me/lotlip")[:2] == ["94.36*", "92.65*"]
+    assert "me/lotlip on DCI (*): 9000 images in place of 7805." in text
+
+
+OTHER_RULES = {
+    "captions not normalised": {"normalization": None},
+    "texts cut at 16 tokens": {"max_length": 16, "max_length_asked": 16},
+    "searched by FAISS IVF256,Flat nprobe=4 and not exactly": {"search": "FAISS IVF256,Flat nprobe=4"},
+}
+
+
+@pytest.mark.parametrize("words", OTHER_RULES)
+def test_other_rules_than_the_papers_are_marked(tmp_path: Path, words: str) -> None:
+    text = report(save(tmp_path, results(protocol=OTHER_RULES[words]), results(model="b")))
+    assert row(text, "me/lotlip")[2:4] == ["94.36*", "92.65*"]
+    assert row(text, "b")[2:4] == ["94.36", "92.65"]
+    assert f"me/lotlip on IIW (*): {words}." in text
+    # where nothing published stands, models are set apart from each other alone
+    assert "*" not in report(save(tmp_path, results("coco", protocol=OTHER_RULES[words])))
+
+
+def test_all_that_is_marked_is_said(tmp_path: Path) -> None:
+    protocol = {name: value for rules in OTHER_RULES.values() for name, value in rules.items()}
+    files = save(tmp_path, results(protocol={**protocol, "num_images": 100}))
+    assert f"me/lotlip on IIW (*): 100 of 612 images alone; {'; '.join(OTHER_RULES)}." in report(files)
+    (entry,) = yaml.safe_load(model_index(files))["model-index"]
+    assert entry["results"][0]["dataset"]["args"] == {
+        "num_images": 100,
+        "normalization": "none",
+        "max_length": 16,
+        "search": "FAISS IVF256,Flat nprobe=4",
+    }
+
+
+def test_what_a_file_does_not_say_is_not_marked(tmp_path: Path) -> None:
+    own = results()
+    own["protocol"] = {"num_images": 612}
+    assert "*" not in report(save(tmp_path, own))
+    assert "*" not in report(save(tmp_path, results(protocol={"search": "FAISS Flat", "max_length": 16})))
+    # nothing was lost by it
+    assert "*" not in report(save(tmp_path, results(protocol={"max_length_asked": 100, "num_texts_cut": 0})))
+    notes = report(save(tmp_path, results(), results(model="b", protocol={"batch_size": 7, "bootstrap": 0})))
+    assert "differs" not in notes
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -228,6 +298,25 @@ def test_the_newer_run_counts(tmp_path: Path, swapped: bool) -> None:
     assert "10.00" not in text
     assert "value: 0.2" in model_index(files)
     assert "value: 0.1\n" not in model_index(files)
+
+
+def test_which_run_counts_first(tmp_path: Path) -> None:
+    """From the weightiest to the least, each newer than the one before; every one loses to all before it."""
+    ladder = [
+        results(),
+        results(protocol={"normalization": None}),
+        results(protocol={"search": "FAISS HNSW32"}),
+        results(protocol={"num_images": 9}),
+    ]
+    reasons = ["follows the paper's rules", "was searched exactly", "has all images"]
+    for day, run in enumerate(ladder):
+        run |= {"date": f"2026-11-2{day}T10:00:00+00:00", "metrics": {**METRICS, "text_to_image_r1": 0.1 * day}}
+    for start, reason in enumerate(reasons):
+        files = save(tmp_path, *ladder[start:])
+        text = report(files[::-1])
+        assert row(text, "me/lotlip")[3].rstrip("*") == f"{10 * start:.2f}"
+        assert f"{files[0]} counts, which {reason}, and not {files[1]}." in text
+        assert text.count(" counts, which") == len(files) - 1
 
 
 def test_a_run_that_does_not_count_had_other_rules(tmp_path: Path) -> None:
@@ -246,7 +335,7 @@ def test_a_newer_run_on_a_part_does_not_count(tmp_path: Path) -> None:
     part = results(
         protocol={"num_images": 9},
         date="2026-11-23T10:00:00+00:00",
-        metrics={**METRICS, **dict.fromkeys(METRICS, 0.5)},
+        metrics={**METRICS, "image_to_text_r1": 0.5, "text_to_image_r1": 0.5},
     )
     files = save(tmp_path, results(), part)
     text = report(files)
@@ -259,31 +348,65 @@ def test_the_same_file_twice_is_one_run(tmp_path: Path) -> None:
     assert report([file, str(file), tmp_path / "." / file.name]) == report([file])
 
 
+def models(files: list[Path]) -> list[str]:
+    """What the first table calls the models of files."""
+    rows = report(files).split("\n\n")[1].splitlines()[3:]
+    return [cells(line)[0] for line in rows if "(published)" not in line]
+
+
 def test_models_of_one_name(tmp_path: Path) -> None:
     runs = [results(model_fingerprint={"image": "a1", "text": text}) for text in ("b2", "b3")]
-    models = [line for line in report(save(tmp_path, *runs)).splitlines() if line.startswith("me/lotlip (")]
-    assert len({cells(line)[0] for line in models}) == 2
-    runs = [{**run, "model_revision": 2 * revision} for run, revision in zip(runs, ("abcdef", "012345"), strict=True)]
-    text = report(save(tmp_path, *runs))
-    assert row(text, "me/lotlip@abcdefa") == row(text, "me/lotlip@0123450")
-    assert "is newer" not in text
+    assert models(save(tmp_path, *runs)) == ["me/lotlip (0.json)", "me/lotlip (1.json)"]
+    files = [*save(tmp_path / "a", *runs[:1], results("coco")), *save(tmp_path / "b", *runs[1:])]
+    assert models(files) == ["me/lotlip (a/0.json)", "me/lotlip (b/0.json)"]  # two runs of the first
+    halves = [runs[0], {**runs[1], "dtype": "bfloat16"}]
+    assert models(save(tmp_path, *halves)) == ["me/lotlip (float32)", "me/lotlip (bfloat16)"]
+    revisions = ("0123456789" * 4, "a" * 40, "v1.0", None)
+    runs = [
+        results(model_revision=revision, model_fingerprint={"image": "a1", "text": str(revision)})
+        for revision in revisions
+    ]
+    assert models(save(tmp_path, *runs)) == [
+        *("me/lotlip@0123456", "me/lotlip@aaaaaaa", "me/lotlip@v1.0", "me/lotlip")
+    ]
+    assert "counts" not in report(save(tmp_path, *runs))
+
+
+def test_names_of_models_are_short(tmp_path: Path) -> None:
+    names = {
+        "openai/clip": "openai/clip",
+        "/home/somebody/models/fine-tuned": "fine-tuned",
+        "../other": "other",
+        "/home/somebody/runs/long/checkpoint-700": "long/checkpoint-700",
+        "runs/b/best": "b/best",
+        "/runs/c/best/": "c/best",
+        "best": "best",
+        "open_clip:ViT-B-32": "open_clip:ViT-B-32",
+        ".": ".",
+    }
+    files = save(tmp_path, *(results(model=name) for name in names))
+    assert models(files) == list(names.values())
+    assert "somebody" not in report(files)
+    entries = yaml.safe_load(model_index(files))["model-index"]
+    assert [entry["name"] for entry in entries] == list(names.values())
+    assert models(save(tmp_path, results(model="./best"), results("coco", model="best/"))) == ["best"]
 
 
 def test_different_protocols_and_data_are_said(tmp_path: Path) -> None:
-    other = {"normalized": False, "max_length": 126, "num_texts_cut": 7, "templates": ["a photo of a {}."] * 40}
+    other = {"captions": "short", "max_length": 126, "num_texts_cut": 7, "templates": ["a photo of a {}."] * 40}
     files = save(
         tmp_path,
         results(),
         results(model="b", protocol=other),
         results(model="c", data_fingerprint="e5"),
-        results("urban1k", protocol={"normalized": "other"}),  # nobody else is in its column
+        results("urban1k", protocol={"captions": "other"}),  # nobody else is in its column
     )
     text = report(files)
-    assert "IIW: `normalized` differs: true for me/lotlip, c; false for b." in text
+    assert 'IIW: `captions` differs: null for me/lotlip, c; "short" for b.' in text
     assert re.search(r'IIW: `templates` differs: null for me/lotlip, c; \["a photo of .{40,}\.\.\. for b\.', text)
     assert "IIW: not all models had the same images and texts." in text
     assert "`max_length` differs" not in text
-    assert "num_texts" not in text
+    assert "`num_texts" not in text
     assert "Urban-1k: " not in text
     assert "differs" not in report(files[:1])
     assert "not all models" not in report(files[:1])
@@ -318,7 +441,7 @@ def test_model_index_is_the_hubs(tmp_path: Path) -> None:
         tmp_path, results(model="models/mine"), results("imagenet-1k", model="models/mine"), results(model="b")
     )
     entries = yaml.safe_load(model_index(files))["model-index"]
-    assert [entry["name"] for entry in entries] == ["mine", "b"]
+    assert [entry["name"] for entry in entries] == ["models/mine", "b"]
     _, found = model_index_to_eval_results(entries[:1])
     assert {one.metric_type: one.metric_value for one in found} == {**METRICS, **ACCURACIES}
     assert {(one.task_type, one.dataset_type, one.dataset_name) for one in found} == {
@@ -332,14 +455,24 @@ BROKEN = [
     ("{", "not a JSON file"),
     ("[1, 2]", "no results of `lotlip evaluate`"),
     ("{}", "no results"),
-    (json.dumps({"task": "image-text-retrieval", "dataset": {"id": "a", "name": "b"}, "metrics": {}}), "no 'image_to"),
+    (json.dumps({"task": "image-text-retrieval", "dataset": {"id": "a", "name": "b"}, "metrics": {}}), "lacks `image"),
     (results(metrics={**METRICS, "text_to_image_r1": 92.65}), "`metrics.text_to_image_r1` is 92.65, expected a share"),
     (results(metrics={**METRICS, "text_to_image_r1": float("nan")}), "`metrics.text_to_image_r1` is nan"),
     (
         results(metrics={**METRICS, "image_to_text_median_rank": float("inf")}),
         "median_rank` is inf, expected a number",
     ),
-    (results(metrics={"text_to_image_r1": 0.5}), "it has no 'image_to_text_r1'"),
+    (results(metrics={"text_to_image_r1": 0.5}), "`metrics` lacks `image_to_text_r1`"),
+    (results(metrics={**METRICS, "image_to_text_r5": 55.0}), "`metrics.image_to_text_r5` is 55.0, expected a share"),
+    (results(metrics={**METRICS, "text_to_image_r1_low": -0.1}), "`metrics.text_to_image_r1_low` is -0.1, expected a"),
+    (
+        results("imagenet-1k", metrics={**ACCURACIES, "mean_per_class_recall": 60}),
+        "`metrics.mean_per_class_recall` is 60",
+    ),
+    (
+        results(metrics={**METRICS, "image_to_text_median_rank": 0.5}),
+        "median_rank` is 0.5, expected a rank of at least 1",
+    ),
     (results(task="text-generation"), "`task` is 'text-generation', expected one of image-text-retrieval"),
     (results(model=""), "`model` is '', expected a name"),
     (results(date="yesterday"), "Invalid isoformat string"),
@@ -349,6 +482,10 @@ BROKEN = [
     (results(study="width", rows=[]), "`study` is 'width', expected one of length, sentences"),
     (results(study="length", rows=SENTENCE_ROWS), "it has no 'max_length'"),
     (results(study="length", rows=[{**LENGTH_ROWS[0], "max_length": "16"}]), "no results"),
+    (
+        results(study="length", rows=[LENGTH_ROWS[0], {**LENGTH_ROWS[1], "texts_cut": 50.0}]),
+        "`rows[1].texts_cut` is 50.0, expected a share",
+    ),
     (results(study="length"), "it has no 'rows'"),
 ]
 
@@ -369,8 +506,10 @@ def test_files_that_are_no_results_are_named_before_anything_is_written(
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere.json"):
+    with pytest.raises(FileNotFoundError, match=r"^\S*nowhere.json: no such file; expected a JSON file that `lotlip"):
         report([tmp_path / "nowhere.json"])
+    with pytest.raises(OSError, match=rf"^{re.escape(str(tmp_path))}: cannot be read \(.*\); expected a JSON file"):
+        report([tmp_path])
     with pytest.raises(ValueError, match="`files` is empty"):
         report([])
 
@@ -389,25 +528,59 @@ def test_what_the_command_writes(tmp_path: Path) -> None:
     assert write_report(files, "markdown", index, plot) == report(files, "markdown")
     assert index.read_text(encoding="utf-8") == model_index(files)
     assert Image.open(plot).format == "PNG"
-    content = files[0].read_bytes()
-    with pytest.raises(ValueError, match="is one of the files of results"):
-        write_report(files, "text", files[0])
-    assert files[0].read_bytes() == content
+    with pytest.raises(FileExistsError, match=r"index.yaml: exists already; .*`overwrite=True`"):
+        write_report(files[:1], "text", index)
+    write_report(files[:1], "text", index, plot, overwrite=True)  # a picture is replaced anyhow
+    assert index.read_text(encoding="utf-8") == model_index(files[:1])
 
 
-def test_bars_are_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.figure import Figure
+def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
+    files = save(tmp_path, results())
+    picture = tmp_path / "results.png"
+    picture.write_bytes(files[0].read_bytes())
+    missing, own = tmp_path / "missing", tmp_path / "own.png"
+    for outputs, error, message in (
+        ((files[0], None), ValueError, "is one of the files of results"),
+        ((None, picture), ValueError, "is one of the files of results"),
+        ((own, tmp_path / "." / own.name), ValueError, "own.png is where the model-index goes"),
+        ((missing / "i.yaml", own), NotADirectoryError, "missing: no such folder to write i.yaml in"),
+        ((tmp_path / "i.yaml", missing / "p.png"), NotADirectoryError, "missing: no such folder to write p.png in"),
+        ((tmp_path, own), FileExistsError, "a folder, not a file to write"),
+        ((tmp_path / "i.yaml", tmp_path / "plot.doc"), ValueError, r"plot.doc: expected a picture that ends in \."),
+    ):
+        content = picture.read_bytes()
+        with pytest.raises(error, match=message):
+            write_report([*files, picture], "text", *outputs, overwrite=True)
+        assert picture.read_bytes() == content
+    assert sorted(tmp_path.iterdir()) == sorted([*files, picture])
 
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are saved."""
+    figures: list[Any] = []
+    monkeypatch.setattr("lotlip_hf.evaluation.report.save", lambda figure, file: figures.append(figure))
+    return figures
+
+
+def bars(axes: Any) -> list[Any]:
+    return sorted((bar for bars in axes.containers for bar in bars), key=lambda bar: bar.get_x())
+
+
+def legend(figure: Any) -> dict[str, Any]:
+    (legend,) = figure.legends
+    return dict(zip((text.get_text() for text in legend.texts), legend.get_patches(), strict=True))
+
+
+def test_bars_are_the_numbers(tmp_path: Path, drawn: list[Any]) -> None:
     plot_report(save(tmp_path, results(), results("imagenet-1k", model="b")), tmp_path / "plot.png")
-    image_to_text, text_to_image, accuracy = figures[0].axes
+    image_to_text, text_to_image, accuracy = drawn[0].axes
 
     def groups(axes: Any) -> dict[str, list[float]]:
         """The heights of the bars nearest to each tick, from left to right."""
         ticks = dict(zip(axes.get_xticks(), (label.get_text() for label in axes.get_xticklabels()), strict=True))
         heights: dict[str, list[float]] = {name: [] for name in ticks.values()}
-        for bar in sorted((bar for bars in axes.containers for bar in bars), key=lambda bar: bar.get_x()):
+        for bar in bars(axes):
             middle = bar.get_x() + bar.get_width() / 2
             heights[ticks[min(ticks, key=lambda tick: abs(tick - middle))]].append(round(bar.get_height(), 2))
         return heights
@@ -420,22 +593,41 @@ def test_bars_are_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     }
     assert groups(text_to_image)["IIW"] == [84.15, 87.58, 93.20, 91.83, 92.65, 92.65]
     assert groups(accuracy) == {"ImageNet-1k": [60.12]}
-    (legend,) = figures[0].legends
-    shown = {
-        text.get_text(): patch.get_facecolor() for text, patch in zip(legend.texts, legend.get_patches(), strict=True)
-    }
+    shown = {name: patch.get_facecolor() for name, patch in legend(drawn[0]).items()}
     assert list(shown) == [*(f"{model} (published)" for model in PUBLISHED), "me/lotlip", "b"]
     assert len(set(shown.values())) == 7
-    bar = accuracy.containers[0][0]
-    assert bar.get_facecolor() == shown["b"]
+    assert bars(accuracy)[0].get_facecolor() == shown["b"]
 
 
-def test_plots_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = save(tmp_path, results())
-    with pytest.raises(ValueError, match="plot.doc"):
-        write_report(files, "text", tmp_path / "index.yaml", tmp_path / "plot.doc")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install lotlip-hf\[train\]"):
-        write_report(files, "text", tmp_path / "index.yaml", tmp_path / "plot.png")
-    assert list(tmp_path.iterdir()) == files
-    assert report_module.PAPER in report(files)
+def test_marked_bars(tmp_path: Path, drawn: list[Any]) -> None:
+    part, other = {"num_images": 100}, {"normalization": None}
+    files = save(tmp_path, results(protocol=part), results(model="b", protocol=other), results(model="c"))
+    plot_report(files, tmp_path / "plot.png")
+    plot_report(files[:1], tmp_path / "plot.png")
+    plot_report(files[2:], tmp_path / "plot.png")
+    for axes in drawn[0].axes[:2]:
+        texts = [text.get_text() for text in axes.texts]
+        assert [text for text in texts if "*" in text] == 2 * ["94.4*" if axes is drawn[0].axes[0] else "92.6*"]
+        assert len([bar for bar in bars(axes) if bar.get_alpha() != 1]) == 2
+    assert list(legend(drawn[0]))[-1] == "* not the whole benchmark, or other rules than the paper's"
+    assert list(legend(drawn[1]))[-1] == "* not the whole benchmark"
+    assert list(legend(drawn[2]))[-1] == "c"
+    assert not any("*" in text.get_text() for text in drawn[2].axes[0].texts)
+
+
+def test_many_models_and_long_names(tmp_path: Path, drawn: list[Any]) -> None:
+    names = [f"model-{number}" for number in range(20)] + [number * "a-very-long-name" for number in (4, 8, 16)]
+    long = {"id": "o", "name": "A data set with a very long name", "split": None}
+    files = save(tmp_path, *(results(model=name) for name in names), results("retrieval", dataset=long))
+    plot_report(files, tmp_path / "plot.png")
+    (figure,) = drawn
+    patches = legend(figure)
+    assert {name.replace("\n", "") for name in patches} >= set(names)
+    assert len({(patch.get_facecolor(), patch.get_hatch()) for patch in patches.values()}) == len(patches) == 29
+    figure.draw_without_rendering()
+    drawn_in = figure.get_tightbbox()
+    assert drawn_in.x0 >= 0
+    assert drawn_in.y0 >= 0
+    assert drawn_in.x1 <= figure.get_figwidth()
+    assert drawn_in.y1 <= figure.get_figheight()
+    assert all(axes.get_position().height * figure.get_figheight() > 2 for axes in figure.axes)  # inches

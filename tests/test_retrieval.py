@@ -496,7 +496,7 @@ class TestFaiss:
 
     def test_errors_say_what_faiss_says(self, monkeypatch):
         images, texts = noisy_pairs(40, 8, 1.0)
-        with pytest.raises(ValueError, match="`faiss_index` 'Flatt' cannot be made of 40 embeddings of 8 dimensions"):
+        with pytest.raises(ValueError, match="`faiss_index` 'Flatt' cannot be made for 8 dimensions"):
             retrieval_metrics(images, texts, faiss_index="Flatt")
         with pytest.raises(ValueError, match="`faiss_index` 'IVF100,Flat' cannot be made of 40 embeddings"):
             retrieval_metrics(images, texts, faiss_index="IVF100,Flat")

@@ -1,5 +1,6 @@
 """Studies: rows are what encoding every text anew gives, FLOPs are those of a formula, and plots draw the rows."""
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -10,14 +11,15 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 from transformers import BertTokenizer, SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 
 import tiny_clip
 from lotlip_hf import encode_images, encode_texts
 from lotlip_hf.encoding import load_model
-from lotlip_hf.evaluation import studies
+from lotlip_hf.evaluation import embeddings, studies
 from lotlip_hf.evaluation.data import RetrievalData
-from lotlip_hf.evaluation.embeddings import TextEmbeddings
+from lotlip_hf.evaluation.embeddings import TextEmbeddings, embed_texts, image_digests
 from lotlip_hf.evaluation.retrieval import recalls
 from lotlip_hf.evaluation.studies import (
     length_study,
@@ -25,6 +27,7 @@ from lotlip_hf.evaluation.studies import (
     plot_sentence_ablation,
     sentence_ablation,
 )
+from lotlip_hf.store import fingerprint
 
 WORDS = tiny_clip.WORDS
 
@@ -218,6 +221,7 @@ def test_only_texts_that_change_are_encoded_again(lotlip: Pair, monkeypatch: pyt
     length_study(model, processor, data, [10, 50, 100, 126], progress=False)
     assert encoded[0] == (126, len(data.texts))
     longer = {limit: sum(length > limit for length in lengths) for limit in (100, 50, 10)}
+    assert all(number for _, number in encoded)
     assert encoded[1:] == [(limit, number) for limit, number in longer.items() if number]
 
 
@@ -237,6 +241,74 @@ def test_length_study_keeps_embeddings(lotlip: Pair, tmp_path: Path) -> None:
     assert len(kept) == 3  # the images, and the texts at both limits
     assert length_study(*lotlip, data, [5, 20], cache=tmp_path, batch_size=3, progress=False) == first
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")} == kept
+
+
+class Bars:
+    """Bars that are shown, and how many others were asked for."""
+
+    def __init__(self) -> None:
+        self.shown: list[Any] = []
+        self.hidden = 0
+
+    def __call__(self, *args: Any, disable: bool, **kwargs: Any) -> Any:
+        bar = tqdm(*args, **kwargs, disable=disable, file=io.StringIO())
+        if disable:
+            self.hidden += 1
+        else:
+            self.shown.append(bar)
+        return bar
+
+
+@pytest.mark.parametrize("study", [length_study, sentence_ablation])
+def test_one_bar_and_one_warning(
+    study: Any, clip: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of two units at a time, with texts that stand twice, and some that are read as before."""
+    bars, own_bars = Bars(), Bars()
+    monkeypatch.setattr(studies, "tqdm", bars)
+    monkeypatch.setattr(embeddings, "tqdm", own_bars)
+    monkeypatch.setattr(studies, "UNIT_SIZE", 4)
+    monkeypatch.setattr(embeddings, "UNIT_SIZE", 4)
+    texts = [*long_texts(13), "a cat. " * 40 + "a dog", "a cat. " * 50 + "a dog", long_texts(1)[0]]
+    study(*clip, retrieval_data(texts))
+    (bar,) = bars.shown
+    assert bar.n == bar.total > 2 * len(texts)
+    assert {bar.desc for bar in own_bars.shown} == {"Reading images", "Encoding images"}
+    assert len(own_bars.shown) == 2
+    assert own_bars.hidden > 4
+    assert [record.getMessage() for record in caplog.records if "cut" in record.getMessage()] == [
+        "2 of 16 texts were cut at 77 tokens."
+    ]
+    study(*clip, retrieval_data(texts), progress=False)
+    assert len(bars.shown) == 1
+    assert len(own_bars.shown) == 2
+
+
+@pytest.mark.parametrize("study", [length_study, sentence_ablation])
+def test_what_is_known_is_not_computed_again(
+    study: Any, lotlip: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def counted(model: Any, processor: Any, modality: Any) -> str:
+        asked.append(modality)
+        return fingerprint(model, processor, modality)
+
+    monkeypatch.setattr(studies, "fingerprint", counted)
+    monkeypatch.setattr(embeddings, "fingerprint", counted)
+    monkeypatch.setattr(studies, "UNIT_SIZE", 4)
+    monkeypatch.setattr(embeddings, "UNIT_SIZE", 4)
+    data = retrieval_data()
+    rows = study(*lotlip, data, progress=False)
+    assert asked == []
+    digests = image_digests(data.images, progress=False)
+    monkeypatch.setattr(embeddings, "image_digests", None)
+    assert study(*lotlip, data, digests=digests, cache=tmp_path, progress=False) == rows
+    assert sorted(asked) == ["image", "text"]
+    # what is kept is what `embed_texts` keeps of all texts at once
+    kept = sorted(tmp_path.rglob("*.safetensors"))
+    embed_texts(*lotlip, data.texts, cache=tmp_path, progress=False)
+    assert sorted(tmp_path.rglob("*.safetensors")) == kept
 
 
 @pytest.mark.parametrize("limits", [[2, 10], [10, 127]])
@@ -379,19 +451,20 @@ SENTENCE_ROWS = [
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved."""
     figures: list[Any] = []
-    save = studies._save
+    save = studies.save
 
     def keep(figure: Any, file: Any) -> None:
         figures.append(figure)
         save(figure, file)
 
-    monkeypatch.setattr(studies, "_save", keep)
+    monkeypatch.setattr(studies, "save", keep)
     return figures
 
 
 def test_length_plot_draws_the_rows(drawn: list[Any], tmp_path: Path) -> None:
-    plot_length_study(LENGTH_ROWS, tmp_path / "length.png")
+    plot_length_study(LENGTH_ROWS, tmp_path / "length.png", "a model on Own")
     recall, flops = drawn[0].axes
+    assert recall.get_title() == "a model on Own"
     by_label = {line.get_label(): line.get_xydata().tolist() for line in recall.lines}
     assert by_label == {
         "R@1, image to text": [[16, 20], [64, 50]],
@@ -403,7 +476,11 @@ def test_length_plot_draws_the_rows(drawn: list[Any], tmp_path: Path) -> None:
 
 
 def test_sentence_plot_draws_the_rows(drawn: list[Any], tmp_path: Path) -> None:
-    plot_sentence_ablation(SENTENCE_ROWS, tmp_path / "sentences.svg")
+    plot_sentence_ablation(SENTENCE_ROWS, tmp_path / "sentences.svg", 30 * "a model on Own ")
+    first = drawn[0].axes[0]
+    assert first.get_title().split() == (30 * "a model on Own ").split()
+    drawn[0].draw_without_rendering()
+    assert drawn[0].get_tightbbox().width <= drawn[0].get_figwidth()
     heights = [[bar.get_height() for bars in axes.containers for bar in bars] for axes in drawn[0].axes]
     assert heights[0] == pytest.approx([1, 2, 3, 2, 3, 4])  # both directions of sentences 1 to 3, in points
     assert heights[1] == pytest.approx([0.03, 0.04, 0.05, 0.04, 0.05, 0.06])
@@ -416,9 +493,9 @@ def test_sentence_plot_draws_the_rows(drawn: list[Any], tmp_path: Path) -> None:
 def test_plots_that_cannot_be_drawn(plot: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="`rows` is empty"):
         plot([], tmp_path / "plot.png")
-    with pytest.raises(ValueError, match="plot.doc: .*doc"):
+    with pytest.raises(ValueError, match="plot.doc: expected a picture that ends in .*png"):
         plot(rows, tmp_path / "plot.doc")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install lotlip-hf\[train\]"):
+    with pytest.raises(ImportError, match=r"pip install 'lotlip-hf\[evaluation\]'"):
         plot(rows, tmp_path / "plot.png")
     assert list(tmp_path.iterdir()) == []

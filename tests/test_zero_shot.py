@@ -59,8 +59,12 @@ def test_templates_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a photo of a {}.\n\na photo of a cat.\n", "line 3: 'a photo of a cat.' has no place for the class"),
-        (b"a {class}\n", "line 1: 'a {class}' has no place"),
+        (
+            b"a photo of a {}.\n\na photo of a cat.\n",
+            "line 3: template 'a photo of a cat.' has no place for the class",
+        ),
+        (b"a {class}\n", "line 1: template 'a {class}' has no place"),
+        (b"a {}.\na {} in {c}\n", "line 2: template 'a {} in {c}' has {} and {c}, and only one of them can stand for"),
         (b"\n  \n", "there is no template in it"),
         (b"", "there is no template in it"),
         (b"ein B\xe4r {}\n", "not a text file in UTF-8"),
@@ -121,6 +125,8 @@ def test_prompts() -> None:
     assert prompt("a {}.", "{c} {}") == "a {c} {}."  # a class's own braces are text
     with pytest.raises(ValueError, match="template 'a cat' has no place for the class"):
         prompt("a cat", "dog")
+    with pytest.raises(ValueError, match="template 'a {} in {c}' has {} and {c}, and only one"):
+        prompt("a {} in {c}", "dog")
 
 
 @pytest.mark.parametrize("kind", ["lotlip", "clip"])

@@ -26,7 +26,7 @@ from datasets import (
     IterableDataset,
     Value,
 )
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
 )
@@ -44,12 +44,14 @@ from .sources import (
     Options,
     Table,
     Task,
+    caption_of,
     data_folder,
     field_of,
     find_column,
     find_file,
     first_of,
     from_hub,
+    hub_archive,
     hub_commit,
     incomplete,
     is_hub_name,
@@ -64,6 +66,7 @@ from .sources import (
     retrieval_data,
     shown,
     stored_image,
+    string_of,
     table_images,
     tell_of_others,
 )
@@ -74,6 +77,11 @@ logger = logging.getLogger(__name__)
 CAPTIONS_PER_IMAGE = 5  # of MSCOCO and Flickr30k; a few images have more, which nobody counts
 IMAGENET_CLASSES = 1000
 WNID = re.compile(r"n\d{8}")
+# Of a retrieval task, beside scoring it.
+STUDIES = {
+    "length-study": "a retrieval task's recall with its texts cut at one limit of tokens after the other",
+    "sentence-ablation": "a retrieval task's recall with its texts less one of their sentences",
+}
 # Of tasks that are read from tables too: on the Hub, or in a folder.
 TABLE_OPTIONS = ("revision", "config", "image_column")
 
@@ -102,8 +110,9 @@ def load_benchmark(
         task: A name in `TASKS`, such as `"iiw"`.
         data: The folder that the data set was unpacked to, the publisher's own or the one around it; or the name of a
             data set on the Hub (`owner/name`). By default the task's own on the Hub, where there is one.
-        num_images: Take the first so many only, in the order of the benchmark; the results say so. For `scenes` it is
-            how many there are (500).
+        num_images: Take the first so many only, in the order of the benchmark; the results say so. Of folders by class
+            the first image of each class is taken, then the second, and so on; a table that is sorted by class gives
+            its first classes alone. For `scenes` it is how many there are (500).
         split: Which split; by default the one that is commonly reported.
         revision: Branch, tag or commit of a data set on the Hub.
         config: Configuration of a data set on the Hub that has several.
@@ -138,7 +147,10 @@ def load_benchmark(
     ```
     """
     if task not in TASKS:
-        raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}.")
+        raise ValueError(
+            f"`task` (--task) must be one of {', '.join(TASKS)}, or on the command line a study of a retrieval task, "
+            f"which --benchmark names: {', '.join(STUDIES)}; got {task!r}."
+        )
     options = Options(
         num_images=num_images,
         split=split,
@@ -162,7 +174,29 @@ def load_benchmark(
     return TASKS[task].reader(TASKS[task], None if data is None else os.fspath(data), options)
 
 
+def describe_tasks() -> str:
+    """
+    What can be evaluated, for a list on the command line.
+
+    Returns:
+        A line for each task, its key and what is scored, and for each study of a retrieval task.
+
+    Example:
+
+    ```python
+    >>> print(describe_tasks().splitlines()[1])
+    iiw                long captions by people: IIW-400, DCI-Test and DOCCI-Test
+    ```
+    """
+    described = {key: task.description for key, task in TASKS.items()} | STUDIES
+    width = max(map(len, described)) + 2
+    return "\n".join(f"{key:{width}}{description}" for key, description in described.items())
+
+
 # Long captions.
+
+
+DCI_CAPTIONS = ("short_caption", "extra_caption")
 
 
 def _read_dci(task: Task, data: str | None, options: Options) -> RetrievalData:
@@ -170,8 +204,8 @@ def _read_dci(task: Task, data: str | None, options: Options) -> RetrievalData:
     places = ("", "densely_captioned_images", "data/densely_captioned_images")
     splits_file = find_file(task, folder, *(os.path.join(place, "splits.json") for place in places))
     splits = read_json(splits_file)
-    if not isinstance(splits, dict) or not all(isinstance(names, list) for names in splits.values()):
-        raise ValueError(f"{splits_file}: expected lists of annotation files by split.")
+    if not isinstance(splits, dict) or not all(map(_is_list_of_strings, splits.values())):
+        raise ValueError(f"{splits_file}: expected lists of the names of annotation files by split.")
     if split not in ("all", *splits):
         raise ValueError(f"`split` must be all, {' or '.join(splits)}, got {split!r}.")
     listed = [name for key, own in splits.items() if split in ("all", key) for name in own]
@@ -184,8 +218,9 @@ def _read_dci(task: Task, data: str | None, options: Options) -> RetrievalData:
             gaps.add("annotation files", f"annotations/{file}")
             continue
         annotation = read_json(path)
-        names.append(f"photos/{field_of(annotation, 'image', path)}")
-        texts.append([f"{field_of(annotation, 'short_caption', path)}\n{field_of(annotation, 'extra_caption', path)}"])
+        names.append(f"photos/{string_of(annotation, 'image', path)}")
+        parts = [caption_of(field_of(annotation, key, path), f"{path}, {key}") for key in DCI_CAPTIONS]
+        texts.append([None if None in parts else "\n".join(cast(list[str], parts))])
         images.append(finder.find(root / names[-1]))
         if images[-1] is None:
             gaps.add("images", names[-1])
@@ -204,6 +239,10 @@ def _read_dci(task: Task, data: str | None, options: Options) -> RetrievalData:
     )
 
 
+def _is_list_of_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
 # Of each part of ImageInWords: where its images may lie, as LoTLIP's evaluation lays them and as they are unpacked.
 IIW_PARTS = {
     "DOCCI_Test": ("docci", "docci/images", "images"),
@@ -219,8 +258,9 @@ def _read_iiw(task: Task, data: str | None, options: Options) -> RetrievalData:
         places = ("", "datasets", "imageinwords", "imageinwords/datasets")
         file = find_file(task, folder, *(os.path.join(place, part, "data.jsonl") for place in places))
         for number, row in enumerate(read_json_lines(file), start=1):
-            key = row["image"] if "image" in row else field_of(row, "image/key", f"{file}, entry {number}")
-            rows.append((part, str(key), field_of(row, "IIW", f"{file}, entry {number}")))
+            where = f"{file}, entry {number}"
+            key = string_of(row, "image" if "image" in row else "image/key", where)
+            rows.append((part, key, caption_of(field_of(row, "IIW", where), where)))
     rows = first_of(task, options, rows, str(folder))
     finder, gaps, renamed = ImageFinder(), Gaps(task), []
     images, names = [], []
@@ -258,7 +298,7 @@ def _read_sharegpt4v(task: Task, data: str | None, options: Options) -> Retrieva
     wanted = options.num_images or cast(int, task.num_images)
     entries = []
     for entry in iterate_json_list(file):
-        name = str(field_of(entry, "image", f"{file}, entry {entry.get('id')}"))
+        name = string_of(entry, "image", f"{file}, entry {entry.get('id')}")
         if not re.fullmatch(r"sa_\d+\.jpg", os.path.basename(name)):
             continue  # of COCO and LAION
         conversation = field_of(entry, "conversations", f"{file}, {name}")
@@ -266,7 +306,7 @@ def _read_sharegpt4v(task: Task, data: str | None, options: Options) -> Retrieva
             text = conversation[1]["value"]
         except (IndexError, KeyError, TypeError) as error:
             raise ValueError(f"{file}, {name}: there is no conversations[1].value.") from error
-        entries.append((name, text))
+        entries.append((name, caption_of(text, f"{file}, {name}")))
         if len(entries) == wanted:
             break
     entries = first_of(task, options, entries, f"{file} (the part of SAM)")
@@ -303,12 +343,7 @@ def _read_urban1k(task: Task, data: str | None, options: Options) -> RetrievalDa
     if source is None or is_hub_name(source):
         repo_id = source or cast(str, task.hub_id)
         commit = hub_commit(repo_id, options.revision)
-        with from_hub(repo_id, options.revision):
-            files = HfApi().list_repo_files(repo_id, repo_type="dataset", revision=commit)
-            archives = [name for name in files if name.endswith(".zip")]
-            if len(archives) != 1:
-                raise ValueError(f"{repo_id}: expected one zip archive, found {shown(archives) or 'none'}.")
-            source = hf_hub_download(repo_id, archives[0], repo_type="dataset", revision=commit)
+        source = hub_archive(repo_id, options.revision, commit)
     else:
         _refuse_table_options(data, options)
     if os.path.isfile(source) and zipfile.is_zipfile(source):
@@ -373,9 +408,11 @@ def _read_docci(task: Task, data: str | None, options: Options) -> RetrievalData
     file = find_file(task, folder, *places)
     rows = read_json_lines(file)
     for number, row in enumerate(rows, start=1):
-        for key in ("split", "image_file", "description"):
-            field_of(row, key, f"{file}, entry {number}")
-    if split not in (found := sorted({str(row["split"]) for row in rows})):
+        where = f"{file}, entry {number}"
+        for key in ("split", "image_file"):
+            string_of(row, key, where)
+        caption_of(field_of(row, "description", where), where)
+    if split not in (found := sorted({row["split"] for row in rows})):
         raise ValueError(f"`split`: {file} has no {split!r}; it has {', '.join(found)}.")
     chosen = first_of(task, options, [row for row in rows if row["split"] == split], str(file))
     finder, gaps = ImageFinder(), Gaps(task)
@@ -423,6 +460,7 @@ def _read_karpathy(task: Task, data: str | None, options: Options) -> RetrievalD
             partial(_five_captions, table.where),
             ("caption", "captions", "sentences", "txt", "text"),
             protocol=protocol,
+            captions_per_image=CAPTIONS_PER_IMAGE,
             normalize=False,
         )
     _refuse_table_options(data, options)
@@ -430,27 +468,30 @@ def _read_karpathy(task: Task, data: str | None, options: Options) -> RetrievalD
     places = ("", "caption_datasets", "annotations", "karpathy")
     file = find_file(task, folder, *(os.path.join(place, f"dataset_{task.key}.json") for place in places))
     rows = field_of(read_json(file), "images", file)
-    if split not in (found := sorted({str(field_of(row, "split", file)) for row in rows})):
+    if not isinstance(rows, list):
+        raise ValueError(f"{file}: expected a list of images, got {type(rows).__name__}.")
+    for number, row in enumerate(rows):
+        for key in ("split", "filename", *(["filepath"] if isinstance(row, Mapping) and "filepath" in row else [])):
+            string_of(row, key, f"{file}, images[{number}]")
+    if split not in (found := sorted({row["split"] for row in rows})):
         raise ValueError(f"`split`: {file} has no {split!r}; it has {', '.join(found)}.")
     chosen = first_of(task, options, [row for row in rows if row["split"] == split], str(file))
     finder, gaps = ImageFinder(), Gaps(task)
     images, names, texts = [], [], []
     for row in chosen:
-        name = os.path.join(row.get("filepath", ""), field_of(row, "filename", file))
+        name = os.path.join(row.get("filepath", ""), row["filename"])
         places = (name, os.path.join("images", name))
         if "filepath" not in row:
             places = [os.path.join(f, name) for f in ("flickr30k-images", "flickr30k_images", "images", "")]
         image = finder.find(*(folder / place for place in places))
-        captions = _five_captions(f"{file}, {name}", field_of(row, "sentences", f"{file}, {name}"))
-        if len(captions) < CAPTIONS_PER_IMAGE:
-            gaps.add("captions", f"{name}: {len(captions)} of {CAPTIONS_PER_IMAGE}")
+        where = f"{file}, {name}"
+        captions = _five_captions(where, field_of(row, "sentences", where))
         if image is None:
             gaps.add("images", places[0])
         images.append(image)
         names.append(name)
-        texts.append(captions)
-    gaps.refuse(len(chosen))
-    for used in sorted({Path(cast(str, image)).parent for image in images}):
+        texts.append([caption_of(caption, where) for caption in captions])
+    for used in sorted({Path(image).parent for image in images if image is not None}):
         tell_of_others(finder.others(used, [row["filename"] for row in rows]), str(used))
     return retrieval_data(
         task,
@@ -461,6 +502,7 @@ def _read_karpathy(task: Task, data: str | None, options: Options) -> RetrievalD
         texts,
         split=split,
         protocol=protocol,
+        captions_per_image=CAPTIONS_PER_IMAGE,
         normalize=False,
     )
 
@@ -468,6 +510,7 @@ def _read_karpathy(task: Task, data: str | None, options: Options) -> RetrievalD
 def _five_captions(where: str, value: Any) -> list[Any]:
     """The first five captions in a cell: a list of texts or of Karpathy's sentences, or lines of a text."""
     captions = [line for line in value.split("\n") if line.strip()] if isinstance(value, str) else value
+    captions = [] if captions is None else captions
     if not isinstance(captions, list):
         raise ValueError(f"{where}: expected a list of captions, got {type(value).__name__}.")
     captions = [caption.get("raw") if isinstance(caption, Mapping) else caption for caption in captions]
@@ -504,7 +547,15 @@ def _read_records(task: Task, data: str | None, options: Options) -> RetrievalDa
             raise ValueError(f"`{option}` is for data sets on the Hub, and {data} is none: its files are one split.")
     text_column, num_images = options.text_column, options.num_images
     mapping = ColumnMapping(image=options.image_column or ColumnMapping.image, long=text_column or column, short=None)
-    records = load_records(data, mapping)
+    try:
+        records = load_records(data, mapping)
+    except ValueError as error:
+        problem, say_which, _ = str(error).partition(" Say which to read: ")
+        if not say_which:
+            raise
+        raise ValueError(
+            f"{problem} Say which to read: `image_column` (--image-column) and `text_column` (--text-column)."
+        ) from error
     if isinstance(records, IterableDataset):  # shards, whose images are kept on disk where any of them can be read
         files = sorted(Path(data).rglob("*.tar")) if os.path.isdir(data) else sorted(map(Path, glob.glob(data)))
         # other files are other data to the cache
@@ -514,7 +565,7 @@ def _read_records(task: Task, data: str | None, options: Options) -> RetrievalDa
     gaps = Gaps(task)
     images: list[str | None] = []  # `None` for one that is in the records themselves
     names: list[str] = []
-    texts: list[list[Any]] = []
+    texts: list[list[str | None]] = []
     rows: list[int] = []
     places: dict[str, int] = {}
     for row, record in enumerate(records):
@@ -523,7 +574,8 @@ def _read_records(task: Task, data: str | None, options: Options) -> RetrievalDa
             raise incomplete(task, record["error"])
         name = str(record["id"])
         image = stored_image(record["image"], f"{data}, {name}")
-        own = _pick_captions(record["long_captions"], captions)
+        picked = _pick_captions(record["long_captions"], captions)
+        own = [caption_of(text, f"{data}, {name}, column {text_column or column!r}") for text in picked]
         if isinstance(image, str):
             if image in places:  # a row for each caption
                 texts[places[image]] += own
@@ -610,16 +662,28 @@ def _read_classification(task: Task, data: str | None, options: Options) -> Clas
         raise ValueError(f"`split`: {folder} holds {', '.join(classes)}; say which (--split).")
     images, labels = _images_by_class(task, folder, classes)
     own = [one.replace("_", " ") for one in classes]
+    places = _evenly(labels) if options.num_images is not None else range(len(images))
     return _classification(
         task,
         options,
-        first_of(task, options, images, data),
-        labels,
+        first_of(task, options, [images[place] for place in places], data),
+        [labels[place] for place in places],
         _class_names(options.class_names, own, "folder names, _ as space", len(classes), data),
         split=split,
         id=name,
         name=name,
+        evenly=True,
     )
+
+
+def _evenly(labels: Sequence[int]) -> list[int]:
+    """The places of all labels: the first of each class, in the order of the classes, then the second of each, ..."""
+    seen: Counter[int] = Counter()
+    order = []
+    for place, label in enumerate(labels):
+        order.append((seen[label], label, place))
+        seen[label] += 1
+    return [place for _, _, place in sorted(order)]
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -769,6 +833,8 @@ def _read_imagenet_v2(task: Task, data: str | None, options: Options) -> Classif
         if options.num_images is None:
             raise incomplete(task, f"{root} has {per_class} images in each folder; of its folders {shown(short)}")
     order = sorted(range(len(images)), key=lambda place: (labels[place], images[place]))
+    if options.num_images is not None:
+        order = [order[place] for place in _evenly([labels[place] for place in order])]
     names_file = next((f for place in (root, root.parent) if (f := place / "classnames.txt").is_file()), None)
     own = None if names_file is None else _read_class_names(names_file)
     return _classification(
@@ -778,6 +844,7 @@ def _read_imagenet_v2(task: Task, data: str | None, options: Options) -> Classif
         [labels[place] for place in order],
         _class_names(options.class_names, own, "classnames.txt", len(classes), str(folder)),
         split=split,
+        evenly=True,
     )
 
 
@@ -835,9 +902,12 @@ def _names_beside(table: Table) -> list[str] | None:
     """The names in the file `classnames.txt` that some data sets on the Hub have."""
     if table.id is None:
         return None
+    where = {"repo_id": table.id, "filename": "classnames.txt", "repo_type": "dataset", "revision": table.revision}
+    if try_to_load_from_cache(**where) is _CACHED_NO_EXIST:
+        return None
     with from_hub(table.id, table.revision):
         try:
-            file = hf_hub_download(table.id, "classnames.txt", repo_type="dataset", revision=table.revision)
+            file = hf_hub_download(**where)
         except RemoteEntryNotFoundError:
             return None
     return _read_class_names(Path(file))
@@ -906,14 +976,17 @@ def _classification(
     id: str | None = None,
     name: str | None = None,
     revision: str | None = None,
+    evenly: bool = False,
 ) -> ClassificationData:
-    """The images to score, with the labels of as many at least."""
+    """The images to score, with the labels of as many at least; `evenly` is whether the first are of all classes."""
     labels = labels[: len(images)]
     if wrong := sorted({label for label in labels if not 0 <= label < len(class_names.names)}):
         raise ValueError(f"{name or task.name}: class {wrong[0]}, and there are {len(class_names.names)} names.")
     protocol: dict[str, Any] = {"class_names": class_names.source}
     if options.num_images is not None:
         protocol["first_images"] = options.num_images
+        if evenly:
+            protocol["order"] = "the first image of each class, then the second, ..."
     if names is None:
         names = ["/".join(Path(cast(str, image)).parts[-2:]) for image in images]
     return ClassificationData(
@@ -1078,7 +1151,7 @@ TASKS = {
             name="classification",
             id="classification",
             description="any folder of one folder a class, or data set with classes",
-            source="pass a folder of one folder a class, or the name of a data set on the Hub.",
+            source="it is your own. Pass a folder of one folder a class, or the name of a data set on the Hub.",
             reader=_read_classification,
             options=("num_images", "split", *TABLE_OPTIONS, "label_column", "class_names"),
         ),
@@ -1087,7 +1160,12 @@ TASKS = {
             name="retrieval",
             id="retrieval",
             description="any images with captions, in the forms that are trained on",
-            source="see `load_records` for the forms that are read.",
+            source=(
+                "it is your own. Pass a folder of images with metadata.jsonl, .csv or .parquet; a file of records "
+                "(.jsonl, .json, .csv, .tsv or .parquet); WebDataset shards (.tar); or the name of a data set on the "
+                "Hub. Columns of other names than image, or file_name, and long_captions are named with "
+                "--image-column and --text-column."
+            ),
             reader=_read_records,
             options=("num_images", "split", *TABLE_OPTIONS, "text_column", "captions", "normalize"),
         ),

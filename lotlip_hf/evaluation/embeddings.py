@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -18,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..distributed import gather_lists, rank, world_size
 from ..encoding import iterate_image_embeddings, iterate_text_embeddings, max_text_length, warn_of_cut_texts
-from ..images import ImageError, ImageSource
+from ..images import ImageError, ImageSource, load_image
 from ..store import fingerprint
 from .data import IncompleteDataError
 
@@ -44,6 +42,8 @@ def embed_texts(
     cache: str | os.PathLike | None = None,
     batch_size: int = 64,
     max_length: int | None = None,
+    model_fingerprint: str | None = None,
+    warn: bool = True,
     progress: bool = True,
 ) -> TextEmbeddings:
     """
@@ -58,10 +58,12 @@ def embed_texts(
             from there. What is kept is known by the model's weights and settings and by the texts themselves.
         batch_size: Texts of full length in a batch.
         max_length: Tokens to cut the texts at; by default as many as the model takes.
+        model_fingerprint: The model's ([`~lotlip_hf.store.fingerprint`], of texts), if it is known already.
+        warn: Whether to log how many texts were cut.
         progress: Whether to show a progress bar.
 
     Returns:
-        The embeddings in the order of `texts`, and which texts were cut; how many is logged.
+        The embeddings in the order of `texts`, and which texts were cut.
 
     Raises:
         TypeError, ValueError: as `encode_texts`; also if there are no texts.
@@ -85,12 +87,12 @@ def embed_texts(
         }
 
     length = max_length or max_text_length(model, getattr(processor, "tokenizer", processor))
-    folder = _folder(model, processor, "text", cache, max_length=length)
+    folder = _folder(model, processor, "text", cache, model_fingerprint, max_length=length)
     digests = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest() for text in unique]
     result = _embed_units(encode, digests, folder, progress, "text")
     order = torch.tensor([places[text] for text in texts], dtype=torch.int64)
     embeddings = TextEmbeddings(result["embeds"][order], result["was_cut"][order])
-    if rank() == 0:
+    if warn and rank() == 0:
         warn_of_cut_texts(int(embeddings.was_cut.sum()), len(texts), length)
     return embeddings
 
@@ -104,6 +106,7 @@ def embed_images(
     digests: Sequence[str] | None = None,
     cache: str | os.PathLike | None = None,
     batch_size: int = 32,
+    model_fingerprint: str | None = None,
     progress: bool = True,
 ) -> torch.Tensor:
     """
@@ -117,6 +120,7 @@ def embed_images(
         digests: [N] of what they hold, if known from [`image_digests`].
         cache: As in [`embed_texts`].
         batch_size: Images in a batch.
+        model_fingerprint: The model's ([`~lotlip_hf.store.fingerprint`], of images), if it is known already.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -146,7 +150,7 @@ def embed_images(
             return {}
         return {"embeds": torch.stack([rows[index] for index in range(len(unit))])}
 
-    folder = _folder(model, processor, "image", cache)
+    folder = _folder(model, processor, "image", cache, model_fingerprint)
     return _embed_units(encode, digests, folder, progress, "image", unreadable)["embeds"]
 
 
@@ -162,8 +166,8 @@ def image_digests(
     images: Sequence[ImageSource], *, names: Sequence[str] | None = None, progress: bool = True
 ) -> list[str]:
     """
-    Digests of what images hold, wherever they lie: of a file's bytes, or of an image's pixels. Of several processes
-    each reads its share.
+    Digests of what images hold, wherever they lie: of a file's bytes, or of an image as it is encoded. Of several
+    processes each reads its share.
 
     Args:
         images: N images.
@@ -174,7 +178,8 @@ def image_digests(
         [N] hexadecimal digits.
 
     Raises:
-        IncompleteDataError: if files cannot be read; it names them.
+        IncompleteDataError: if images cannot be read; it names them.
+        TypeError: if one is no image.
     """
     names = image_names(images) if names is None else names
     own = range(rank(), len(images), world_size())
@@ -189,9 +194,10 @@ def image_digests(
             elif isinstance(image, bytes):
                 digest.update(image)
             else:
-                pixels = np.ascontiguousarray(image)
-                mode = image.mode if isinstance(image, Image.Image) else ""
-                digest.update(f"{mode} {pixels.dtype} {list(pixels.shape)}".encode() + pixels.tobytes())
+                upright = load_image(image, names[place])
+                digest.update(f"{upright.size}".encode() + upright.tobytes())
+        except ImageError as error:
+            errors.append(str(error))
         except OSError as error:
             errors.append(f"{names[place]}: cannot be read ({error.strerror or error})")
         digests.append(digest.hexdigest())
@@ -218,12 +224,14 @@ def _folder(
     processor: Any,
     modality: Literal["image", "text"],
     cache: str | os.PathLike | None,
+    model_fingerprint: str | None,
     **settings: Any,
 ) -> Path | None:
     """The folder in the cache for what this model makes of a modality with these settings."""
     if cache is None:
         return None
-    made_by = [fingerprint(model, processor, modality), model.device.type, *(f"{k}={v}" for k, v in settings.items())]
+    made_by = [model_fingerprint or fingerprint(model, processor, modality), model.device.type]
+    made_by += [f"{name}={value}" for name, value in settings.items()]
     return Path(cache) / "-".join([modality, *made_by])
 
 
@@ -292,5 +300,5 @@ def _keep(file: Path, part: dict[str, torch.Tensor]) -> None:
             partial.unlink()
         raise OSError(
             f"{file.parent}: cannot keep embeddings there ({getattr(error, 'strerror', None) or error}); choose a "
-            "folder that can be written to (--cache DIR)."
+            "folder that can be written to (--cache DIR), or none (--no-cache)."
         ) from error

@@ -1,9 +1,11 @@
 """One evaluation from a model and a data set to a file of results."""
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -12,13 +14,13 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from ..encoding import max_text_length
+from ..encoding import MIN_LENGTH, encode_texts, max_text_length
 from ..store import fingerprint
 from .data import ClassificationData, RetrievalData
 from .embeddings import embed_images, embed_texts, image_digests
 from .models import model_revision, model_versions
-from .report import study_table, table
-from .retrieval import accuracies, retrieval_metrics
+from .report import metric_table, study_table, table
+from .retrieval import accuracies, check_search, retrieval_metrics
 from .studies import length_study, sentence_ablation
 from .zero_shot import DEFAULT_TEMPLATES, class_embeddings
 
@@ -81,7 +83,11 @@ def evaluate(
     >>> results["metrics"]["text_to_image_r1"]  # doctest: +SKIP
     ```
     """
-    settings = {"cache": cache, "progress": progress}
+    check_search(
+        encode_texts(model, processor, ["a"], progress=False).shape[1], bootstrap, faiss_index, faiss_parameters
+    )
+    _check(model, processor, data, max_length)
+    fingerprints = _fingerprints(model, processor)
     digests = image_digests(data.images, names=data.image_names, progress=progress)
     image_embeds = embed_images(
         model,
@@ -89,11 +95,21 @@ def evaluate(
         data.images,
         names=data.image_names,
         digests=digests,
+        cache=cache,
         batch_size=batch_size or 32,
-        **settings,
+        model_fingerprint=fingerprints["image"],
+        progress=progress,
     )
-    settings |= {"batch_size": batch_size or 64, "max_length": max_length}
-    protocol: dict[str, Any] = {"max_length": max_length or max_text_length(model, processor.tokenizer)}
+    settings = {
+        "cache": cache,
+        "batch_size": batch_size or 64,
+        "max_length": max_length,
+        "model_fingerprint": fingerprints["text"],
+        "progress": progress,
+    }
+    protocol: dict[str, Any] = {"batch_size": batch_size}
+    if max_length is not None:
+        protocol["max_length_asked"] = max_length
     if isinstance(data, RetrievalData):
         task = "image-text-retrieval"
         text_embeds, was_cut = embed_texts(model, processor, data.texts, **settings)
@@ -116,7 +132,9 @@ def evaluate(
         class_embeds = class_embeddings(model, processor, data.class_names, templates, **settings)
         metrics = accuracies(image_embeds @ class_embeds.T, data.labels)
         protocol |= {"templates": list(templates)}
-    record = _record(model, processor, data, digests, benchmark, model_name, protocol)
+    record = _record(model, processor, data, fingerprints, digests, benchmark, model_name, protocol)
+    if faiss_index is not None:
+        record["versions"]["faiss-cpu"] = sys.modules["faiss"].__version__
     return {"task": task, "metrics": metrics, **record}
 
 
@@ -151,21 +169,50 @@ def study(
     """
     if not isinstance(data, RetrievalData):
         raise ValueError(f"{data.name} has classes and no texts: a study needs a retrieval task.")
-    settings = {"cache": cache, "batch_size": batch_size, "progress": progress}
+    _check(model, processor, data)
+    fingerprints = _fingerprints(model, processor)
+    digests = image_digests(data.images, names=data.image_names, progress=progress)
+    settings = {"digests": digests, "cache": cache, "batch_size": batch_size, "progress": progress}
     if kind == "length":
         rows = length_study(model, processor, data, limits, **settings)
     else:
         rows = sentence_ablation(model, processor, data, **settings)
-    digests = image_digests(data.images, names=data.image_names, progress=progress)
-    protocol = {"max_length": max_text_length(model, processor.tokenizer), "similarity": "cosine"}
-    record = _record(model, processor, data, digests, benchmark, model_name, protocol)
+    protocol = {"batch_size": batch_size, "similarity": "cosine", "search": "exact"}
+    record = _record(model, processor, data, fingerprints, digests, benchmark, model_name, protocol)
     return {"task": "image-text-retrieval", "study": kind, "rows": rows, **record}
+
+
+def _check(
+    model: PreTrainedModel,
+    processor: Any,
+    data: RetrievalData | ClassificationData,
+    max_length: int | None = None,
+) -> None:
+    """Finds out before the long work what would end it."""
+    longest = max_text_length(model, processor.tokenizer)
+    if max_length is not None and not MIN_LENGTH <= max_length <= longest:
+        raise ValueError(
+            f"`max_length` must be from {MIN_LENGTH} to the {longest} tokens that the model takes, got {max_length}."
+        )
+    if isinstance(data, RetrievalData):
+        name, places, count, number = "text_to_image", data.text_to_image, len(data.texts), len(data.images)
+    else:
+        name, places, count, number = "labels", data.labels, len(data.images), len(data.class_names)
+    if len(places) != count or not all(0 <= int(place) < number for place in places):
+        raise ValueError(f"`data.{name}` must hold {count} places from 0 to {number - 1}, one for each.")
+    if len(data.image_names) != len(data.images):
+        raise ValueError(f"`data.image_names` must name {len(data.images)} images, got {len(data.image_names)}.")
+
+
+def _fingerprints(model: PreTrainedModel, processor: Any) -> dict[str, str]:
+    return {modality: fingerprint(model, processor, modality) for modality in ("image", "text")}
 
 
 def _record(
     model: PreTrainedModel,
     processor: Any,
     data: RetrievalData | ClassificationData,
+    fingerprints: dict[str, str],
     digests: Sequence[str],
     benchmark: str | None,
     model_name: str | None,
@@ -181,11 +228,16 @@ def _record(
     return {
         "model": str(model_name or getattr(model, "name_or_path", "") or type(model).__name__),
         "model_revision": model_revision(model),
-        "model_fingerprint": {modality: fingerprint(model, processor, modality) for modality in ("image", "text")},
+        "model_fingerprint": fingerprints,
         "benchmark": benchmark or data.name,
         "dataset": {"id": data.id, "name": data.name, "split": data.split, "revision": data.revision},
         "data_fingerprint": hashlib.blake2b(json.dumps([digests, contents]).encode(), digest_size=16).hexdigest(),
-        "protocol": {**counts, **data.protocol, **protocol},
+        "protocol": {
+            **counts,
+            **data.protocol,
+            "max_length": protocol.get("max_length_asked", max_text_length(model, processor.tokenizer)),
+            **protocol,
+        },
         "versions": {
             "python": platform.python_version(),
             **{library: version(library) for library in LIBRARIES},
@@ -197,33 +249,26 @@ def _record(
     }
 
 
-def check_results_file(output: str | os.PathLike, *, overwrite: bool = False) -> None:
+def write_results(results: dict[str, Any], output: str | os.PathLike) -> None:
     """
-    Finds out before the long work whether its results can be written.
+    Writes results as a JSON file, whole or not at all.
 
     Args:
-        output: The JSON file to be.
-        overwrite: Whether it may be there already.
+        results: What [`evaluate`] or [`study`] returned.
+        output: The file.
 
     Raises:
-        FileExistsError: if it is there already and not to be overwritten.
-        NotADirectoryError: if its folder is not there.
+        OSError: if it cannot be written; the message names it.
     """
     output = Path(output)
-    if output.is_dir():
-        raise FileExistsError(f"{output}: a folder, not a JSON file to write.")
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output}: exists already; choose another name, or --overwrite (`overwrite=True`).")
-    if not output.parent.is_dir():
-        raise NotADirectoryError(f"{output.parent}: no such folder to write {output.name} in.")
-
-
-def write_results(results: dict[str, Any], output: str | os.PathLike) -> None:
-    """Writes results as a JSON file, whole or not at all."""
-    output = Path(output)
     partial = output.with_name(f"{output.name}.partial")
-    partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, output)
+    try:
+        partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, output)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(f"{output}: the results cannot be written there ({error.strerror}).") from error
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -233,20 +278,8 @@ def results_table(results: dict[str, Any]) -> str:
     title += f": {protocol['num_images']} images, "
     if "study" in results:
         return f"{title}{protocol['num_texts']} texts\n" + study_table(results["study"], results["rows"])
-    metrics = results["metrics"]
+    head, rows = metric_table(results["task"], results["metrics"])
     if results["task"] == "zero-shot-image-classification":
-        title += f"{protocol['num_classes']} classes"
-        names = {"accuracy_top1": "top-1", "accuracy_top5": "top-5", "mean_per_class_recall": "mean per class"}
-        head = ["", *(names[name] for name in metrics)]
-        rows = [["accuracy", *(f"{value:.2%}" for value in metrics.values())]]
-    else:
-        title += f"{protocol['num_texts']} texts ({protocol['num_texts_cut']} cut at {protocol['max_length']} tokens)"
-        head = ["", "R@1", "95 % interval", "R@5", "R@10", "median rank"]
-        rows = []
-        for direction in ("image_to_text", "text_to_image"):
-            values = {name.removeprefix(f"{direction}_"): value for name, value in metrics.items()}
-            interval = f"{values['r1_low']:.2%} - {values['r1_high']:.2%}" if "r1_low" in values else ""
-            rank = f"{values['median_rank']:g}" if "median_rank" in values else ""
-            shares = [f"{values[f'r{k}']:.2%}" for k in (1, 5, 10)]
-            rows.append([direction.replace("_", " "), shares[0], interval, *shares[1:], rank])
+        return f"{title}{protocol['num_classes']} classes\n" + table([head], rows, "text", left=0)
+    title += f"{protocol['num_texts']} texts ({protocol['num_texts_cut']} cut at {protocol['max_length']} tokens)"
     return f"{title}\n" + table([head], rows, "text")

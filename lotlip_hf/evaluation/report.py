@@ -1,21 +1,26 @@
 """Files of results as the LoTLIP paper's table beside its published rows, as a card's metadata, and as a plot."""
 
-import hashlib
 import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from pathlib import Path, PurePath
-from typing import Any, Literal, NamedTuple, get_args
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 
+from ..embed import check_output
 from ..hub import read_results
 from .benchmarks import TASKS
+from .plots import COLOURS, DIRECTIONS, check_plot, figure, save, wrapped
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Format = Literal["text", "markdown"]
 # R@1 in percent, image to text and text to image.
@@ -67,18 +72,29 @@ PANEL_TITLES = {
     "text_to_image_r1": "R@1 (%), text to image",
     "accuracy_top1": "top-1 accuracy (%)",
 }
-DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+# The columns of runs in full; numbers are in percent, ranks apart.
+RETRIEVAL_HEAD = ("direction", "R@1 (%)", "95 % interval", "R@5 (%)", "R@10 (%)", "median rank")
+ACCURACIES = {
+    "accuracy_top1": "top-1 (%)",
+    "accuracy_top5": "top-5 (%)",
+    "mean_per_class_recall": "mean per class (%)",
+}
+# Names of shares, of runs and in the rows of studies.
+SHARE = re.compile(r"(image_to_text|text_to_image)_r\d+(_low|_high)?|accuracy_top\d+|mean_per_class_recall|texts_cut")
+# Where a protocol says whether it was done as the paper does it; beside how long texts were.
+PAPER_RULES = ("normalization", "search")
+EXACT = ("exact", "FAISS Flat")
 # What a protocol says of the outcome rather than of the rules, and what changes no number of the table.
 NO_RULES = {
     *("num_images", "first_images", "num_texts", "num_texts_cut", "num_duplicate_texts", "num_classes"),
-    "bootstrap",
+    *("bootstrap", "batch_size", "max_length_asked"),  # the last one is in `max_length`, too
 }
 # Titles, factors and formats of a study's columns.
 STUDIES: dict[str, dict[str, tuple[str, float, str]]] = {
     "length": {
         "max_length": ("tokens", 1, "d"),
-        "image_to_text_r1": ("I2T R@1", 100, ".2f"),
-        "text_to_image_r1": ("T2I R@1", 100, ".2f"),
+        "image_to_text_r1": ("I2T R@1 (%)", 100, ".2f"),
+        "text_to_image_r1": ("T2I R@1 (%)", 100, ".2f"),
         "texts_cut": ("texts cut (%)", 100, ".1f"),
         "mean_tokens": ("mean tokens", 1, ".1f"),
         "text_flops": ("GFLOPs a text", 1e-9, ".3g"),
@@ -87,18 +103,23 @@ STUDIES: dict[str, dict[str, tuple[str, float, str]]] = {
         "sentence": ("sentence left out", 1, "d"),
         "num_texts": ("texts", 1, "d"),
         "num_read": ("read", 1, "d"),
-        "image_to_text_r1": ("I2T R@1", 100, ".2f"),
-        "text_to_image_r1": ("T2I R@1", 100, ".2f"),
-        "image_to_text_r1_lost": ("I2T lost", 100, ".2f"),
-        "text_to_image_r1_lost": ("T2I lost", 100, ".2f"),
+        "image_to_text_r1": ("I2T R@1 (%)", 100, ".2f"),
+        "text_to_image_r1": ("T2I R@1 (%)", 100, ".2f"),
+        "image_to_text_r1_lost": ("I2T lost (%)", 100, ".2f"),
+        "text_to_image_r1_lost": ("T2I lost (%)", 100, ".2f"),
         "image_to_text_mean_rank_lost": ("I2T places lost", 1, ".2f"),
         "text_to_image_mean_rank_lost": ("T2I places lost", 1, ".2f"),
         "score_lost": ("score lost", 1, ".4f"),
     },
 }
+DETAILS = {
+    RETRIEVAL: "The retrieval runs of the table in full",
+    "zero-shot-image-classification": "The classification runs of the table in full",
+}
 STUDY_TITLES = {"length": "Texts cut at a number of tokens", "sentences": "A sentence left out"}
-# Of Okabe and Ito's palette, which people tell apart however they see colours.
-COLOURS = ("#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
+# Of bars: a model's after all colours were used, round by round, and the published ones'.
+HATCHES = ("", "xx", "..", "\\\\", "++")
+PUBLISHED_HATCH = "//"
 
 
 class Column(NamedTuple):
@@ -117,6 +138,7 @@ class Run:
         file: Where it was read from.
         model, revision: What was evaluated.
         fingerprint: Of the model's weights and settings.
+        dtype: Of the weights, if the file says it.
         benchmark, task, dataset, data_fingerprint, protocol: On what, and how.
         metrics: Numbers by name; empty for a study.
         date: When.
@@ -138,6 +160,7 @@ class Run:
     date: datetime
     study: str | None = None
     rows: Sequence[Mapping[str, Any]] = ()
+    dtype: str | None = None
     label: str = ""
 
     @property
@@ -151,12 +174,44 @@ class Run:
 
     @property
     def part(self) -> str | None:
-        """What was evaluated, if it was a part of the benchmark alone."""
+        """What was evaluated, if it was not the whole benchmark."""
         task = TASKS.get(self.benchmark)
         count = self.protocol["num_images"]
         if task is not None and task.num_images and self.dataset.get("split") in (task.split, None):
-            return f"{count} of {task.num_images} images" if count < task.num_images else None
-        return f"the first {count} images" if "first_images" in self.protocol else None
+            if count > task.num_images:
+                return f"{count} images in place of {task.num_images}"
+            return f"{count} of {task.num_images} images alone" if count < task.num_images else None
+        return f"the first {count} images alone" if "first_images" in self.protocol else None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all images and texts were compared."""
+        return self.protocol.get("search", "exact") in EXACT
+
+    @property
+    def other_rules(self) -> dict[str, Any]:
+        """In a column of the paper's, what the protocol says that is not as the paper does it."""
+        if self.task != RETRIEVAL or self.benchmark not in PAPER_COLUMNS:
+            return {}
+        others: dict[str, Any] = {}
+        if "normalization" in self.protocol and self.protocol["normalization"] is None:
+            others["normalization"] = "none"
+        if self.protocol.get("max_length_asked") and self.protocol.get("num_texts_cut") != 0:
+            others["max_length"] = self.protocol["max_length_asked"]
+        if not self.is_exact:
+            others["search"] = self.protocol["search"]
+        return others
+
+    @property
+    def remark(self) -> str | None:
+        """What keeps its numbers from being read as the whole benchmark's, by the paper's rules."""
+        words = {
+            "normalization": "captions not normalised",
+            "max_length": f"texts cut at {self.other_rules.get('max_length')} tokens",
+            "search": f"searched by {self.other_rules.get('search')} and not exactly",
+        }
+        parts = [self.part] if self.part else []
+        return "; ".join([*parts, *(words[name] for name in self.other_rules)]) or None
 
 
 @dataclass(frozen=True)
@@ -191,10 +246,13 @@ def read_run(file: str | os.PathLike) -> Run:
 
     Raises:
         ValueError: if it is no such file, or lacks something; the message names it and says what.
-        OSError: if it cannot be read.
+        OSError: if it cannot be read; the message names it.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise type(error)(f"{file}: {what}; expected a JSON file that `lotlip evaluate --output` wrote.") from error
     except ValueError as error:
         raise ValueError(f"{file}: not a JSON file ({error}); expected what `lotlip evaluate` wrote.") from error
     try:
@@ -203,21 +261,21 @@ def read_run(file: str | os.PathLike) -> Run:
             metrics = {result.metric_type: result.metric_value for result in read_results(file)}
             if content["task"] not in METRICS:
                 raise ValueError(f"`task` is {content['task']!r}, expected one of {', '.join(METRICS)}")
-            for name in METRICS[content["task"]]:
-                if not 0 <= metrics[name] <= 1:
-                    raise ValueError(f"`metrics.{name}` is {metrics[name]}, expected a share from 0 to 1")
-            for name, value in metrics.items():
-                if not math.isfinite(value):
-                    raise ValueError(f"`metrics.{name}` is {value}, expected a number")
+            lacking = [f"`{name}`" for name in METRICS[content["task"]] if name not in metrics]
+            if lacking:
+                raise ValueError(f"`metrics` lacks {', '.join(lacking)}")
+            _check_numbers("metrics", metrics)
         else:
             metrics = {}
             if study not in STUDIES:
                 raise ValueError(f"`study` is {study!r}, expected one of {', '.join(STUDIES)}")
             study_table(study, content["rows"])
+            for place, row in enumerate(content["rows"]):
+                _check_numbers(f"rows[{place}]", row)
         date = datetime.fromisoformat(content["date"])
         run = Run(
             file=os.fspath(file),
-            model=_name(content, "model"),
+            model=str(PurePosixPath(_name(content, "model"))),  # "folder/" is "folder"
             revision=content.get("model_revision"),
             fingerprint=json.dumps(content.get("model_fingerprint"), sort_keys=True),
             benchmark=_name(content, "benchmark"),
@@ -229,6 +287,7 @@ def read_run(file: str | os.PathLike) -> Run:
             date=date if date.tzinfo else date.replace(tzinfo=timezone.utc),
             study=study,
             rows=content.get("rows", ()),
+            dtype=content.get("dtype"),
         )
         if not isinstance(run.protocol["num_images"], int):
             raise ValueError(f"`protocol.num_images` is {run.protocol['num_images']!r}, expected a whole number")
@@ -247,7 +306,9 @@ def report(files: Sequence[str | os.PathLike], format: Format = "text") -> str:
     a column more for each other benchmark. Beneath, what a reader has to know of the numbers, each run in full, and
     each study.
 
-    Of several runs of a model on a benchmark one on the whole set counts before one on a part, and then the newest.
+    Of several runs of a model on a benchmark one on the whole set counts before one on a part, then one that was
+    searched exactly, then one by the paper's rules (normalised captions, texts as long as the model takes them), and
+    then the newest. Numbers of a part and, in the paper's columns, by other rules are marked.
 
     Args:
         files: What `lotlip evaluate` wrote.
@@ -274,8 +335,8 @@ def report(files: Sequence[str | os.PathLike], format: Format = "text") -> str:
 def model_index(files: Sequence[str | os.PathLike]) -> str:
     """
     The results as `model-index`, which model cards on the Hub have in their metadata; see
-    https://huggingface.co/docs/hub/model-cards. Runs are chosen as in [`report`]; one on a part of a benchmark says so
-    in its `args`.
+    https://huggingface.co/docs/hub/model-cards. Runs are chosen as in [`report`]; one that is marked there says why in
+    its `args`.
 
     Args:
         files: What `lotlip evaluate` wrote; studies among them are left out.
@@ -293,7 +354,7 @@ def model_index(files: Sequence[str | os.PathLike]) -> str:
 def plot_report(files: Sequence[str | os.PathLike], output: str | os.PathLike) -> None:
     """
     Draws R@1 of the published models and of those in the files, and top-1 accuracies where there are some. Runs are
-    chosen as in [`report`].
+    chosen and marked as in [`report`].
 
     Args:
         files: What `lotlip evaluate` wrote.
@@ -301,11 +362,12 @@ def plot_report(files: Sequence[str | os.PathLike], output: str | os.PathLike) -
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: if a file holds no results, none of them holds any but a study's, or matplotlib does not write such
-            pictures.
+        ValueError: if a file holds no results, or none of them holds any but a study's.
         OSError: if a file cannot be read or written.
+        ValueError, OSError: as [`~lotlip_hf.evaluation.plots.check_plot`].
     """
-    _plot(summarise(files), output)
+    check_plot(output)
+    save(_draw(summarise(files)), output)
 
 
 def write_report(
@@ -313,33 +375,57 @@ def write_report(
     format: Format = "text",
     model_index_file: str | os.PathLike | None = None,
     plot_file: str | os.PathLike | None = None,
+    *,
+    overwrite: bool = False,
 ) -> str:
     """
-    What `lotlip report` does. Every file is read before anything is written.
+    What `lotlip report` does. Every file is read, and it is clear that all can be written, before anything is.
 
     Args:
         files, format: As in [`report`].
         model_index_file: Where to write [`model_index`], if anywhere.
-        plot_file: Where to draw [`plot_report`], if anywhere.
+        plot_file: Where to draw [`plot_report`], if anywhere; in place of what there may be.
+        overwrite: Whether `model_index_file` may be there already.
 
     Returns:
         The tables.
 
     Raises:
-        ImportError, ValueError, OSError: as the three; also if a file of results would be written over.
+        ImportError, ValueError, OSError: as the three; also if a file of results would be written over, or both
+            outputs are the same.
+        FileExistsError: if `model_index_file` is there already and not to be overwritten.
+        NotADirectoryError: if the folder of an output is not there.
     """
+    _check_outputs(files, model_index_file, plot_file, overwrite)
     summary = summarise(files)
     tables = _report(summary, format)
-    metadata = None if model_index_file is None else _model_index(summary)
-    own = {Path(file).resolve() for file in files}
-    for output in (model_index_file, plot_file):
-        if output is not None and Path(output).resolve() in own:
-            raise ValueError(f"{output} is one of the files of results: choose another to write to.")
-    if plot_file is not None:
-        _plot(summary, plot_file)
-    if model_index_file is not None and metadata is not None:
+    metadata = "" if model_index_file is None else _model_index(summary)
+    picture = None if plot_file is None else _draw(summary)
+    if picture is not None and plot_file is not None:
+        save(picture, plot_file)
+    if model_index_file is not None:
         Path(model_index_file).write_text(metadata, encoding="utf-8")
     return tables
+
+
+def _check_outputs(
+    files: Sequence[str | os.PathLike],
+    model_index_file: str | os.PathLike | None,
+    plot_file: str | os.PathLike | None,
+    overwrite: bool,
+) -> None:
+    taken = {Path(file).resolve(): "one of the files of results" for file in files}
+    for output in (model_index_file, plot_file):
+        if output is None:
+            continue
+        own = Path(output).resolve()
+        if own in taken:
+            raise ValueError(f"{output} is {taken[own]}: choose another to write to.")
+        taken[own] = "where the model-index goes"
+    if plot_file is not None:
+        check_plot(plot_file)
+    if model_index_file is not None:
+        check_output(model_index_file, overwrite=overwrite)
 
 
 def study_table(study: str, rows: Sequence[Mapping[str, Any]], format: Format = "text") -> str:
@@ -363,6 +449,34 @@ def study_table(study: str, rows: Sequence[Mapping[str, Any]], format: Format = 
     return table([[title for title, _, _ in columns.values()]], cells, format, left=0)
 
 
+def metric_table(task: str, metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+    """
+    Metrics as the head and the rows of a [`table`]: a row for each direction of a retrieval, one for accuracies.
+
+    Args:
+        task: `"image-text-retrieval"` or `"zero-shot-image-classification"`.
+        metrics: Shares from 0 to 1, which the table has in percent, and ranks, by name; those that are not there are
+            left open.
+
+    Returns:
+        The titles of the columns, and the rows.
+    """
+
+    def percent(name: str) -> str:
+        return f"{100 * metrics[name]:.2f}" if name in metrics else "-"
+
+    if task != RETRIEVAL:
+        return list(ACCURACIES.values()), [[percent(name) for name in ACCURACIES]]
+    rows = []
+    for direction, name in DIRECTIONS.items():
+        low, high = percent(f"{direction}_r1_low"), percent(f"{direction}_r1_high")
+        interval = "-" if "-" in (low, high) else f"{low} - {high}"
+        first, *others = (percent(f"{direction}_r{k}") for k in (1, 5, 10))
+        rank = metrics.get(f"{direction}_median_rank")
+        rows.append([name, first, interval, *others, "-" if rank is None else f"{rank:g}"])
+    return list(RETRIEVAL_HEAD), rows
+
+
 def summarise(files: Sequence[str | os.PathLike]) -> Summary:
     """
     Reads files of results and chooses those that count.
@@ -383,20 +497,15 @@ def summarise(files: Sequence[str | os.PathLike]) -> Summary:
     runs = _labelled([read_run(file) for file in unique.values()])
     evaluations = [run for run in runs if run.study is None]
     notes: list[str] = []
-    chosen: dict[tuple[str, Column], Run] = {}
+    candidates: dict[tuple[str, Column], list[Run]] = {}
     for run in evaluations:
-        other = chosen.setdefault((run.label, run.column), run)
-        if other is run:
-            continue
-        best = max(run, other, key=lambda one: (one.part is None, one.date))
-        worse = run if best is other else other
-        chosen[run.label, run.column] = best
-        reason = "is newer" if (best.part is None) == (worse.part is None) else "has all images"
-        rules = [f"`{name}`" for name in _rules([run, other]) if run.protocol.get(name) != other.protocol.get(name)]
-        differs = f" They differ in {', '.join(rules)}." if rules else ""
-        notes.append(
-            f"{run.label} on {run.column.title}: {best.file} counts, which {reason}, and not {worse.file}.{differs}"
-        )
+        candidates.setdefault((run.label, run.column), []).append(run)
+    chosen: dict[tuple[str, Column], Run] = {}
+    for place, own in candidates.items():
+        chosen[place] = best = max(own, key=lambda run: tuple(_merits(run).values()))
+        for run in own:
+            if run is not best:
+                notes.append(_why(best, run))
     models = list(dict.fromkeys(run.label for run in evaluations))
     paper = [Column(title, RETRIEVAL) for title in PAPER_COLUMNS.values()]
     columns = list(dict.fromkeys([*paper, *(run.column for run in evaluations)]))
@@ -405,32 +514,81 @@ def summarise(files: Sequence[str | os.PathLike]) -> Summary:
     return Summary(models, columns, chosen, [run for run in runs if run.study is not None], notes)
 
 
+def _merits(run: Run) -> dict[str, Any]:
+    """What makes a run count rather than another, the weightiest first."""
+    return {
+        "has all images": run.part is None,
+        "was searched exactly": run.is_exact,
+        "follows the paper's rules": not run.other_rules,
+        "is newer": run.date,
+    }
+
+
+def _why(best: Run, other: Run) -> str:
+    """Why one run of a model counts and not another, and in what rules they differ."""
+    merits, others = _merits(best), _merits(other)
+    reason = next((name for name in merits if merits[name] != others[name]), "was named first")
+    rules = [f"`{name}`" for name in _rules([best, other]) if best.protocol.get(name) != other.protocol.get(name)]
+    differs = f" They differ in {', '.join(rules)}." if rules else ""
+    return f"{best.label} on {best.column.title}: {best.file} counts, which {reason}, and not {other.file}.{differs}"
+
+
 def _labelled(runs: Sequence[Run]) -> list[Run]:
     """The runs with labels: a model's name, and where models of the same name differ, what tells them apart."""
-    states: dict[str, set[tuple[str | None, str]]] = {}
+    names = _endings({run.model: _least_parts(run.model) for run in runs})
+    files = _endings({run.file: 1 for run in runs})
+    states: dict[str, dict[tuple[str | None, str], Run]] = {}  # each with the first run of it
     for run in runs:
-        states.setdefault(run.model, set()).add((run.revision, run.fingerprint))
+        states.setdefault(run.model, {}).setdefault((run.revision, run.fingerprint), run)
 
     def label(run: Run) -> str:
-        own = states[run.model]
+        own, name = states[run.model], names[run.model]
         if len(own) == 1:
-            return run.model
-        if run.revision and len({revision for revision, _ in own}) == len(own):
-            return f"{run.model}@{run.revision[:7]}"
-        return f"{run.model} ({hashlib.blake2b(run.fingerprint.encode(), digest_size=4).hexdigest()})"
+            return name
+        if len({first.revision for first in own.values()}) == len(own):
+            is_commit = re.fullmatch("[0-9a-f]{40}", run.revision or "")
+            return f"{name}@{run.revision[:7] if is_commit else run.revision}" if run.revision else name
+        if len({first.dtype for first in own.values()}) == len(own):
+            return f"{name} ({run.dtype or 'dtype unknown'})"
+        first = own[run.revision, run.fingerprint]
+        return f"{name} ({files[first.file]})"
 
     return [replace(run, label=label(run)) for run in runs]
+
+
+def _least_parts(model: str) -> int:
+    """Of how many parts of its path a model's name has at least: a trainer's `checkpoint-700` alone says little."""
+    parts = PurePosixPath(model).parts
+    is_id = len(parts) == 2 and parts[0] not in ("/", "..", "~")
+    return 2 if is_id or re.fullmatch(r"checkpoint-\d+", PurePosixPath(model).name) else 1
+
+
+def _endings(paths: Mapping[str, int]) -> dict[str, str]:
+    """The last parts of paths: as many as given, or as tell them apart."""
+    parts = {path: PurePosixPath(path).parts or (path,) for path in paths}
+    endings = {}
+    for path, own in parts.items():
+        most = len(own)
+        alone = (
+            count
+            for count in range(min(paths[path], most), most)
+            if sum(others[-count:] == own[-count:] for others in parts.values()) == 1
+        )
+        endings[path] = str(PurePosixPath(*own[-next(alone, most) :]))
+    return endings
 
 
 def _differences(runs: Sequence[Run]) -> list[str]:
     """What keeps the runs of a column from being compared, and which are on a part of the data alone."""
     notes = []
     for run in runs:
-        if run.part:
-            notes.append(f"{run.label} on {run.column.title} (*): {run.part} alone.")
+        if run.remark:
+            notes.append(f"{run.label} on {run.column.title} (*): {run.remark}.")
     if len({run.data_fingerprint for run in runs}) > 1:
         notes.append(f"{runs[0].column.title}: not all models had the same images and texts.")
     for name in _rules(runs):
+        if name in PAPER_RULES and any(run.other_rules for run in runs):
+            continue  # said of each run already
         models: dict[str, list[str]] = {}
         for run in runs:
             value = json.dumps(run.protocol.get(name), ensure_ascii=False, sort_keys=True)
@@ -444,6 +602,19 @@ def _differences(runs: Sequence[Run]) -> list[str]:
 def _rules(runs: Sequence[Run]) -> list[str]:
     """The names in the protocols that say how it was done."""
     return [name for name in dict.fromkeys(name for run in runs for name in run.protocol) if name not in NO_RULES]
+
+
+def _check_numbers(where: str, numbers: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` that names the number that is none, or is out of its range."""
+    for name, value in numbers.items():
+        if value is None:  # of a study: not known
+            continue
+        if not math.isfinite(value):
+            raise ValueError(f"`{where}.{name}` is {value}, expected a number")
+        if SHARE.fullmatch(name) and not 0 <= value <= 1:
+            raise ValueError(f"`{where}.{name}` is {value}, expected a share from 0 to 1")
+        if name.endswith("_rank") and value < 1:
+            raise ValueError(f"`{where}.{name}` is {value}, expected a rank of at least 1")
 
 
 def _short(text: str, most: int = 60) -> str:
@@ -481,48 +652,42 @@ def _report(summary: Summary, format: Format) -> str:
         shown = [(column, metric, name) for column in summary.columns for metric, name in METRICS[column.task].items()]
         head = [["", *(column.title for column, _, _ in shown)], ["model", *(name for _, _, name in shown)]]
         values = [_values(summary, column, metric) for column, metric, _ in shown]
-        partial = {place for place, run in summary.runs.items() if run.part}
+        marked = {place for place, run in summary.runs.items() if run.remark}
         body = [
             [
                 model,
                 *(
-                    f"{rows[model]:.2f}{'*' if (model, column) in partial else ''}" if model in rows else "-"
+                    f"{rows[model]:.2f}{'*' if (model, column) in marked else ''}" if model in rows else "-"
                     for (column, _, _), rows in zip(shown, values, strict=True)
                 ),
             ]
             for model in [*(f"{model} (published)" for model in PUBLISHED), *summary.models]
         ]
-        blocks += [title("R@1 and top-1 accuracy in percent"), table(head, body, format)]
+        blocks += [title("R@1 and top-1 accuracy (%)"), table(head, body, format)]
         blocks.append(_lines([f"Published: {PAPER}.", *summary.notes], format))
-        details = [row for run in summary.runs.values() for row in _details(run)]
-        if details:
-            columns = ["model", "data", "images", "texts", "direction", "R@1", "95 % interval", "R@5", "R@10"]
-            blocks.append(title("Every retrieval run"))
-            blocks.append(table([[*columns, "median rank"]], details, format, left=2))
+        for task, heading in DETAILS.items():
+            own = [run for run in summary.runs.values() if run.task == task]
+            if own:
+                blocks += [title(heading), _details(task, own, format)]
     for run in summary.studies:
-        part = f" ({run.part} alone)" if run.part else ""
+        part = f" ({run.part})" if run.part else ""
         blocks.append(title(f"{STUDY_TITLES[run.study or '']}: {run.label} on {run.column.title}{part}"))
         blocks.append(study_table(run.study or "", run.rows, format))
     return "\n\n".join(blocks)
 
 
-def _details(run: Run) -> list[list[str]]:
-    """A row for each direction of a retrieval; what the run does not say is left open."""
-
-    def percent(name: str) -> str:
-        return f"{100 * run.metrics[name]:.2f}" if name in run.metrics else "-"
-
-    rows = []
-    for direction, name in DIRECTIONS.items():
-        if f"{direction}_r1" in run.metrics:
-            low, high = percent(f"{direction}_r1_low"), percent(f"{direction}_r1_high")
-            rank = run.metrics.get(f"{direction}_median_rank")
-            counts = [str(run.protocol.get(count, "-")) for count in ("num_images", "num_texts")]
-            recalls = [percent(f"{direction}_r{k}") for k in (1, 5, 10)]
-            interval = "-" if low == "-" else f"{low} - {high}"
-            median = "-" if rank is None else f"{rank:g}"
-            rows.append([run.label, run.column.title, *counts, name, recalls[0], interval, *recalls[1:], median])
-    return rows
+def _details(task: str, runs: Sequence[Run], format: Format) -> str:
+    """The table of runs in full; what a run does not say is left open."""
+    counts = {"num_images": "images", "num_texts": "texts", "num_texts_cut": "cut", "max_length": "at tokens"}
+    if task != RETRIEVAL:
+        counts = {"num_images": "images", "num_classes": "classes"}
+    head, body = metric_table(task, {})
+    body = [
+        [run.label, run.column.title, *(str(run.protocol.get(count, "-")) for count in counts), *row]
+        for run in runs
+        for row in metric_table(task, run.metrics)[1]
+    ]
+    return table([["model", "data", *counts.values(), *head]], body, format, left=2)
 
 
 def _lines(lines: Sequence[str], format: Format) -> str:
@@ -574,57 +739,76 @@ def _model_index(summary: Summary) -> str:
         results = []
         for (label, _), run in summary.runs.items():
             if label == model:
-                part = {"num_images": run.protocol["num_images"]} if run.part else None
-                results += [replace(result, dataset_args=part) for result in read_results(run.file)]
-        # a folder's path is nobody else's business
-        entries += eval_results_to_model_index(PurePath(model).name, results)
+                marks = {"num_images": run.protocol["num_images"]} if run.part else {}
+                marks |= run.other_rules
+                for result in read_results(run.file):
+                    results.append(replace(result, dataset_args={**(result.dataset_args or {}), **marks} or None))
+        entries += eval_results_to_model_index(model, results)  # the label: a folder's path is nobody else's business
     if not entries:
         raise ValueError("The files hold studies alone, which no model-index takes: add results of an evaluation.")
     return yaml_dump({"model-index": entries}, sort_keys=False)
 
 
-def _plot(summary: Summary, output: str | os.PathLike) -> None:
+def _draw(summary: Summary) -> "Figure":
     if not summary.runs:
         raise ValueError(
             "The files hold studies alone, whose plots `lotlip evaluate` draws: add results of an evaluation."
         )
-    try:
-        from matplotlib.figure import Figure  # without pyplot there is no window and nothing to close
-    except ImportError as error:
-        raise ImportError("A report is drawn by matplotlib: pip install lotlip-hf[train]") from error
-
     panels: dict[str, list[Column]] = {}
     for column in summary.columns:
         for metric in METRICS[column.task]:
             panels.setdefault(metric, []).append(column)
     published = [f"{model} (published)" for model in PUBLISHED]
-    greys = [str(0.85 - 0.13 * place) for place in range(len(published))]
-    colours = dict(zip([*published, *summary.models], itertools.chain(greys, itertools.cycle(COLOURS)), strict=False))
+    looks: dict[str, dict[str, Any]] = {
+        model: {"facecolor": str(0.85 - 0.13 * place), "hatch": PUBLISHED_HATCH}
+        for place, model in enumerate(published)
+    }
+    for place, model in enumerate(summary.models):
+        turn, colour = divmod(place, len(COLOURS))
+        looks[model] = {"facecolor": COLOURS[colour], "hatch": HATCHES[turn % len(HATCHES)]}
+
     rows = {metric: [_values(summary, column, metric) for column in columns] for metric, columns in panels.items()}
-    # bars are 1 wide, and as far apart are the groups
-    width = max(sum(len(group) + 1 for group in groups) for groups in rows.values())
-    figure = Figure(figsize=(2 + 0.3 * max(width, 20), 0.8 + 2.8 * len(panels)), layout="constrained")
-    legend: dict[str, Any] = {}
-    for axes, (metric, groups) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], rows.items(), strict=True):
+    # bars are 1 wide, and as far apart are the groups; a group takes the place of four, for its title
+    widths = {metric: sum(max(len(group), 4) + 1 for group in groups) for metric, groups in rows.items()}
+    width = max(20, *widths.values())
+    shown = [model for model in looks if any(model in group for groups in rows.values() for group in groups)]
+    names = {model: wrapped(model, 60) for model in shown}
+    remarks = [run for run in summary.runs.values() if run.remark]
+    if remarks:
+        reasons = ["not the whole benchmark"] if any(run.part for run in remarks) else []
+        reasons += ["other rules than the paper's"] if any(run.other_rules for run in remarks) else []
+        names["*"] = f"* {', or '.join(reasons)}"
+        looks["*"] = {"facecolor": "white", "alpha": 0}
+    inches = 2 + 0.3 * width
+    longest = max(len(line) for name in names.values() for line in name.splitlines())
+    columns = max(1, min(3, int(inches / (0.7 + 0.07 * longest))))  # of the legend, whose characters are 0.07 wide
+    lines = sum(name.count("\n") + 1 for name in names.values()) / columns
+    picture = figure(inches, 0.8 + 2.8 * len(panels) + 0.16 * max(0, lines - 2))
+
+    from matplotlib.patches import Patch
+
+    for axes, (metric, groups) in zip(
+        picture.subplots(len(panels), 1, squeeze=False)[:, 0], rows.items(), strict=True
+    ):
         start, ticks = 0.0, []
-        for group in groups:
-            ticks.append(start + (len(group) - 1) / 2)
+        for column, group in zip(panels[metric], groups, strict=True):
+            space = max(len(group), 4)
+            ticks.append(start + (space - 1) / 2)
+            first = start + (space - len(group)) / 2
             for place, (model, value) in enumerate(group.items()):
-                hatch = "//" if model in published else None
-                bar = axes.bar(start + place, value, 1, color=colours[model], edgecolor="white", hatch=hatch)
-                axes.bar_label(bar, fmt="%.1f", rotation=90, padding=2, fontsize=7)
-                legend.setdefault(model, bar)
-            start += len(group) + 1
-        axes.set_xticks(ticks, [column.title for column in panels[metric]])
-        axes.set_xlim(-1, max(width, 20) - 1)
+                run = summary.runs.get((model, column))
+                is_marked = run is not None and run.remark is not None
+                alpha = 0.45 if is_marked else 1
+                bar = axes.bar(first + place, value, 1, edgecolor="white", alpha=alpha, **looks[model])
+                axes.bar_label(bar, fmt="%.1f*" if is_marked else "%.1f", rotation=90, padding=2, fontsize=7)
+            start += space + 1
+        axes.set_xticks(ticks, [wrapped(column.title, 16) for column in panels[metric]])
+        axes.set_xlim(-1, width - 1)
         axes.set_ylim(0, 115)  # room for the numbers
         axes.set_yticks(range(0, 101, 20))
         axes.set_ylabel(PANEL_TITLES[metric])
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    names = [name for name in colours if name in legend]
-    figure.legend([legend[name] for name in names], names, loc="outside lower center", ncols=3, fontsize=8)
-    try:
-        figure.savefig(output, dpi=120)
-    except ValueError as error:  # of an extension that it does not know
-        raise ValueError(f"{output}: {error}") from error
+    handles = [Patch(edgecolor="white", **looks[name]) for name in names]
+    picture.legend(handles, list(names.values()), loc="outside lower center", ncols=columns, fontsize=8)
+    return picture

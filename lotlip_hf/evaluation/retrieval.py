@@ -228,10 +228,7 @@ def retrieval_metrics(
     ```
     """
     owners = _check(image_embeds, text_embeds, text_to_image, ks, block_size)
-    if bootstrap < 0:
-        raise ValueError(f"`bootstrap` must not be negative, got {bootstrap}.")
-    if faiss_parameters is not None and faiss_index is None:
-        raise ValueError("`faiss_parameters` are those of an index: give `faiss_index` too, such as 'IVF256,Flat'.")
+    check_search(image_embeds.shape[1], bootstrap, faiss_index, faiss_parameters)
     if faiss_index is None:
         places = _both_places(image_embeds, text_embeds, owners, block_size)
     else:
@@ -576,14 +573,53 @@ def _faiss_places(
     return Places(better, tied, positives)
 
 
-def _faiss_index(embeds: torch.Tensor, factory: str, parameters: str | None, block_size: int) -> Any:
-    """A FAISS index of the embeddings [M, dim], by inner product."""
+def check_search(
+    dim: int, bootstrap: int = 0, faiss_index: str | None = None, faiss_parameters: str | None = None
+) -> None:
+    """
+    Finds out before the long work whether [`retrieval_metrics`] can search as it is asked to.
+
+    Args:
+        dim: Width of the embeddings.
+        bootstrap, faiss_index, faiss_parameters: As there.
+
+    Raises:
+        ImportError: if FAISS is asked for and not installed.
+        ValueError: if FAISS knows no such index or parameters, or `bootstrap` is negative.
+    """
+    if bootstrap < 0:
+        raise ValueError(f"`bootstrap` must not be negative, got {bootstrap}.")
+    if faiss_index is not None:
+        _empty_faiss_index(dim, faiss_index, faiss_parameters)
+    elif faiss_parameters is not None:
+        raise ValueError("`faiss_parameters` are those of an index: give `faiss_index` too, such as 'IVF256,Flat'.")
+
+
+def _empty_faiss_index(dim: int, factory: str, parameters: str | None) -> Any:
     try:
         import faiss
     except ImportError as error:
         raise ImportError("`faiss_index` needs FAISS: pip install faiss-cpu") from error
     try:
-        index = faiss.index_factory(embeds.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(
+            f"`faiss_index` {factory!r} cannot be made for {dim} dimensions. FAISS says: {error}"
+        ) from error
+    if parameters is not None:
+        try:
+            faiss.ParameterSpace().set_index_parameters(index, parameters)
+        except RuntimeError as error:
+            raise ValueError(
+                f"`faiss_parameters` {parameters!r} do not fit the index {factory!r}. FAISS says: {error}"
+            ) from error
+    return index
+
+
+def _faiss_index(embeds: torch.Tensor, factory: str, parameters: str | None, block_size: int) -> Any:
+    """A FAISS index of the embeddings [M, dim], by inner product."""
+    index = _empty_faiss_index(embeds.shape[1], factory, parameters)
+    try:
         if not index.is_trained:
             sample = embeds[:: math.ceil(len(embeds) / FAISS_TRAINING_ROWS)]
             index.train(torch.cat(list(_blocks(sample, block_size))).float().cpu().numpy())
@@ -594,13 +630,6 @@ def _faiss_index(embeds: torch.Tensor, factory: str, parameters: str | None, blo
         ) from error
     for block in _blocks(embeds, block_size):
         index.add(block.float().cpu().numpy())
-    if parameters is not None:
-        try:
-            faiss.ParameterSpace().set_index_parameters(index, parameters)
-        except RuntimeError as error:
-            raise ValueError(
-                f"`faiss_parameters` {parameters!r} do not fit the index {factory!r}. FAISS says: {error}"
-            ) from error
     return index
 
 

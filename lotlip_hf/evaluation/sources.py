@@ -8,27 +8,32 @@ import re
 import unicodedata
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import datasets
 from datasets import (
     Dataset,
     DatasetDict,
+    DatasetInfo,
     Image,
     load_dataset,
     load_dataset_builder,
     load_from_disk,
 )
-from huggingface_hub import HfApi
+from datasets.arrow_reader import ArrowReader
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 
 from ..data.records import BUILDERS
 from ..data.sampling import split_full_stops
@@ -40,6 +45,7 @@ logger = logging.getLogger(__name__)
 # Characters that are read at once of a large JSON file, and the most that one entry of it may have.
 JSON_CHUNK, MAX_JSON_ENTRY = 1 << 20, 1 << 26
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+COMMIT = re.compile("[0-9a-f]{40}")
 # Files that `save_to_disk` writes, of a split or of several.
 SAVED_DATASET = ("state.json", "dataset_dict.json")
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
@@ -60,7 +66,7 @@ class Task:
         reader: What reads it.
         options: The options of [`load_benchmark`] that it has.
         num_images: Images of the whole; fewer are refused. `None` where there is no set number.
-        num_texts: Texts of the whole.
+        num_texts: Texts of the whole; fewer are refused.
         split: The split that it is scored on.
         hub_id: The data set on the Hub that is read where no data is given.
         hub_revision: The revision of it.
@@ -201,9 +207,10 @@ def retrieval_data(
     gaps: Gaps,
     images: Sequence[ImageSource | None],
     names: Sequence[str],
-    texts: Sequence[Sequence[Any]],
+    texts: Sequence[Sequence[str | None]],
     *,
     protocol: Mapping[str, Any],
+    captions_per_image: int | None = None,
     normalize: bool = True,
     id: str | None = None,
     name: str | None = None,
@@ -211,23 +218,31 @@ def retrieval_data(
     revision: str | None = None,
 ) -> RetrievalData:
     """
-    `images` [I] and `texts` [I], each image's own, as a data set; refused if `gaps` were found, or are here.
-    `normalize` is whether captions are normalised where the options do not say.
+    `images` [I] and `texts` [I], each image's own, as a data set; refused if `gaps` were found, or are here: a text
+    that is `None` or empty, an image with no text or fewer than `captions_per_image`. `normalize` is whether captions
+    are normalised where the options do not say.
     """
     normalize = normalize if options.normalize is None else options.normalize
     all_texts: list[str] = []
     text_to_image: list[int] = []
     for place, own in enumerate(texts):
-        if not own:
+        if captions_per_image is not None and len(own) < captions_per_image:
+            gaps.add("captions", f"{names[place]}: {len(own)} of {captions_per_image}")
+        elif not own:
             gaps.add("captions", names[place])
         for text in own:
-            text = normalize_caption(text) if normalize and isinstance(text, str) else text
-            if not isinstance(text, str) or not text.strip():
-                gaps.add("captions", f"{names[place]}: {'empty' if isinstance(text, str) else f'{text!r} is no text'}")
+            text = normalize_caption(text) if normalize and text is not None else text
+            if text is None or not text.strip():
+                gaps.add("captions", f"{names[place]}: {'none' if text is None else 'empty'}")
                 continue
             all_texts.append(text)
             text_to_image.append(place)
     gaps.refuse(len(images))
+    expected = task.num_texts if options.num_images is None and options.split in (None, task.split) else None
+    if expected is not None and len(all_texts) < expected:
+        raise incomplete(
+            task, f"its {len(images)} images have {len(all_texts)} texts, not {expected}", first_alone=True
+        )
     protocol = dict(protocol)
     protocol["normalization"] = NORMALIZATION if normalize else None
     protocol["num_duplicate_texts"] = len(all_texts) - len(set(all_texts))
@@ -383,11 +398,28 @@ def iterate_json_list(path: Path) -> Iterator[dict[str, Any]]:
             yield entry
 
 
-def field_of(row: Mapping[str, Any], key: str, where: object) -> Any:
+def field_of(row: Any, key: str, where: object) -> Any:
     """A value of a row, or an error that says where it is missing."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: expected a JSON object with {key!r}, got {type(row).__name__}.")
     if key not in row:
         raise ValueError(f"{where}: there is no {key!r}; there are {', '.join(map(repr, row))}.")
     return row[key]
+
+
+def string_of(row: Any, key: str, where: object) -> str:
+    """A string of a row, or an error that says where it is missing, or something else."""
+    value = field_of(row, key, where)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key!r} must be a string, got {value!r:.80}.")
+    return value
+
+
+def caption_of(value: Any, where: object) -> str | None:
+    """A caption, `None` where it is missing, or an error if it is something else."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: expected a caption, a string, got {value!r:.80}.")
+    return value
 
 
 # Tables: data sets that the `datasets` library opens, on the Hub or in a folder.
@@ -431,9 +463,7 @@ def from_hub(repo_id: str, revision: str | None) -> Iterator[None]:
             "in with `hf auth login`."
         ) from error
     except OfflineModeIsEnabled as error:
-        raise ValueError(
-            f"{repo_id}: there is no such folder, and to look on the Hub HF_HUB_OFFLINE must not be set."
-        ) from error
+        raise not_kept(repo_id, revision) from error
     except HfHubHTTPError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ValueError(
@@ -441,13 +471,60 @@ def from_hub(repo_id: str, revision: str | None) -> Iterator[None]:
             f"token ({_reason(error)})."
         ) from error
     except (HTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"{repo_id}: the Hub cannot be reached ({_reason(error)}).") from error
+        if constants.HF_HUB_OFFLINE:
+            raise not_kept(repo_id, revision) from error
+        raise ValueError(
+            f"{repo_id}: the Hub cannot be reached ({_reason(error)}). With HF_HUB_OFFLINE=1 what was read of it "
+            "before is taken from the cache."
+        ) from error
+
+
+def not_kept(repo_id: str, what: str | None) -> ValueError:
+    """The error for what is not in the caches where HF_HUB_OFFLINE is set."""
+    return ValueError(
+        f"{repo_id}: there is no such folder, HF_HUB_OFFLINE is set, and the cache does not have "
+        f"{f'{what} of it' if what else 'it'}. Run the same with HF_HUB_OFFLINE=0 once: what is read then is kept."
+    )
 
 
 def hub_commit(repo_id: str, revision: str | None) -> str:
-    """The commit that a revision of a data set on the Hub stands for."""
+    """
+    The commit that a revision of a data set on the Hub stands for; with HF_HUB_OFFLINE, stood for when something was
+    last read of it.
+    """
+    if constants.HF_HUB_OFFLINE:
+        commit = revision
+        if commit is None or not COMMIT.fullmatch(commit):
+            folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="dataset"))
+            reference = folder / "refs" / (revision or "main")
+            if not reference.is_file():
+                raise not_kept(repo_id, revision)
+            commit = reference.read_text(encoding="utf-8").strip()
+        logger.warning(
+            "%s: HF_HUB_OFFLINE is set; what the cache has of the commit %s is scored, which may not be the newest.",
+            repo_id,
+            commit,
+        )
+        return commit
     with from_hub(repo_id, revision):
-        return str(HfApi().dataset_info(repo_id, revision=revision).sha)
+        commit = str(HfApi().dataset_info(repo_id, revision=revision).sha)
+        with suppress(RemoteEntryNotFoundError):  # the cache notes what the revision stands for, even if there is none
+            hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision)
+    return commit
+
+
+def hub_archive(repo_id: str, revision: str | None, commit: str) -> str:
+    """The only zip archive of a data set on the Hub, downloaded or from the cache."""
+    with from_hub(repo_id, revision):
+        if constants.HF_HUB_OFFLINE:
+            folder = snapshot_download(repo_id, repo_type="dataset", revision=commit, allow_patterns="*.zip")
+            names = [path.relative_to(folder).as_posix() for path in sorted(Path(folder).rglob("*.zip"))]
+        else:
+            names = HfApi().list_repo_files(repo_id, repo_type="dataset", revision=commit)
+        archives = [name for name in names if name.endswith(".zip")]
+        if len(archives) != 1:
+            raise ValueError(f"{repo_id}: expected one zip archive, found {shown(archives) or 'none'}.")
+        return hf_hub_download(repo_id, archives[0], repo_type="dataset", revision=commit)
 
 
 def _reason(error: Exception) -> str:
@@ -473,7 +550,10 @@ def open_table(task: Task, data: str | None, options: Options) -> Table:
         raise ValueError(f"`revision` {revision!r}: {source} is not on the Hub.")
     elif not os.path.exists(source):
         raise FileNotFoundError(f"{source}: no such folder, and no name of a data set on the Hub (owner/name).")
-    dataset, chosen = _load_split(task, source, options, commit)
+    if commit is not None and constants.HF_HUB_OFFLINE:
+        dataset, chosen = _kept_split(task, source, options, commit)
+    else:
+        dataset, chosen = _load_split(task, source, options, commit)
     if options.split is None and task.split not in (None, chosen) and task.num_images not in (None, len(dataset)):
         raise ValueError(
             f"`split`: {source} has {chosen!r} alone, of {len(dataset)} images, and {task.name} is {task.split!r}, of "
@@ -502,6 +582,25 @@ def _opening(source: str) -> Iterator[None]:
         raise ValueError(f"{source}: cannot be opened ({type(reason).__name__}: {_reason(reason)}).{hint}") from error
 
 
+def _kept_split(task: Task, source: str, options: Options, commit: str) -> tuple[Dataset, str]:
+    """
+    A split of a data set on the Hub that [`_load_split`] read before: as `datasets` keeps it, which is whole. Of the
+    files in the Hub's cache nobody can tell.
+    """
+    kept = {}  # by split
+    for file in sorted(Path(datasets.config.HF_DATASETS_CACHE).glob(f"*/*/*/{commit}/dataset_info.json")):
+        info = DatasetInfo.from_directory(str(file.parent))
+        if info.config_name == (options.config or "default"):
+            kept |= {str(split): (file.parent, info) for split in info.splits or {}}
+    if not kept:
+        raise not_kept(source, f"the commit {commit}")
+    chosen = _choose_split(list(kept), options.split, task.split, f"{source} in the cache")
+    folder, info = kept[chosen]
+    with _opening(source):
+        parts = ArrowReader(str(folder), info).read(info.dataset_name, chosen, list(info.splits.values()))
+        return Dataset(**parts), chosen
+
+
 def _load_split(task: Task, source: str, options: Options, commit: str | None) -> tuple[Dataset, str]:
     split = options.split
     if os.path.isfile(os.path.join(source, "dataset_dict.json")):
@@ -528,7 +627,9 @@ def _load_split(task: Task, source: str, options: Options, commit: str | None) -
     # of this split alone; they are taken for patterns
     files = {chosen: [file if commit else glob.escape(file) for file in data_files[chosen]]}
     with _opening(source):
-        builder = load_dataset_builder(source, data_files=files, features=builder.info.features, revision=commit)
+        builder = load_dataset_builder(
+            source, options.config, data_files=files, features=builder.info.features, revision=commit
+        )
         if commit is not None and builder.hash != commit:
             # where the connection fails, `datasets` turns to whatever revision it keeps
             raise ConnectionError(f"the commit {commit} cannot be had")
@@ -597,22 +698,28 @@ def read_table_texts(
     usual_columns: Sequence[str],
     *,
     protocol: Mapping[str, Any],
+    captions_per_image: int | None = None,
     normalize: bool = True,
     name: str | None = None,
 ) -> RetrievalData:
-    """A table with an image and its texts in each row."""
+    """A table with an image and its texts in each row; `texts_of` takes those to score from a cell."""
     image_column = find_column(table, options, "image_column", ("image", "jpg", "jpeg", "png", "webp"), Image)
     text_column = find_column(table, options, "text_column", usual_columns)
     rows = first_of(task, options, range(len(table.dataset)), table.where)
     table = table._replace(dataset=table.dataset.select(rows))
+    texts = [
+        [caption_of(text, f"{table.where}, row {row}, column {text_column!r}") for text in texts_of(value)]
+        for row, value in enumerate(table.dataset[text_column])
+    ]
     return retrieval_data(
         task,
         options,
         Gaps(task),
         table_images(task, table, image_column),
         [f"row {place}" for place in rows],
-        [texts_of(value) for value in table.dataset[text_column]],
+        texts,
         protocol={**protocol, "text_column": text_column},
+        captions_per_image=captions_per_image,
         normalize=normalize,
         id=table.id,
         name=name,

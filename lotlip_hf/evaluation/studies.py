@@ -3,31 +3,37 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
-from ..encoding import FULL_LENGTH_MODEL_TYPES, TEXT_CHUNK, _tokenize, iterate_text_embeddings, max_text_length
+from ..distributed import rank, world_size
+from ..encoding import (
+    FULL_LENGTH_MODEL_TYPES,
+    TEXT_CHUNK,
+    _tokenize,
+    iterate_text_embeddings,
+    max_text_length,
+    warn_of_cut_texts,
+)
+from ..store import fingerprint
 from .data import RetrievalData
-from .embeddings import embed_images, embed_texts
+from .embeddings import UNIT_SIZE, embed_images, embed_texts
+from .plots import DIRECTION_COLOURS, DIRECTIONS, check_plot, figure, save, wrapped
 from .retrieval import ranks, recalls
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Where texts are cut by default, as far as the model takes them.
 LIMITS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # What joins the sentences of a normalised text, and what LoTLIP's tokenizer splits them at.
 JOINER = ". "
-DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
-# Of Okabe and Ito's palette, which people tell apart however they see colours.
-COLOURS = {"image_to_text": "#0072B2", "text_to_image": "#D55E00"}
 
 Row = dict[str, Any]
 
@@ -38,6 +44,7 @@ def length_study(
     data: RetrievalData,
     limits: Sequence[int] | None = None,
     *,
+    digests: Sequence[str] | None = None,
     cache: str | os.PathLike | None = None,
     batch_size: int | None = None,
     progress: bool = True,
@@ -56,9 +63,10 @@ def length_study(
         data: Images and texts.
         limits: Numbers of tokens, the special ones included; by default 16, 32, 48, 64, 96, 128, 192, 256, 384, 512 as
             far as the model takes them, and what it takes.
+        digests: What the images hold, if known from [`~lotlip_hf.evaluation.embeddings.image_digests`].
         cache: Folder that keeps the embeddings; see [`~lotlip_hf.evaluation.embeddings.embed_texts`].
         batch_size: Images, or texts of full length, in a batch; by default 32 and 64.
-        progress: Whether to show progress bars.
+        progress: Whether to show progress bars: one for the images, one for all texts of the study.
 
     Returns:
         A row for each limit, the lowest first: `max_length`, `image_to_text_r1`, `text_to_image_r1` and `texts_cut`
@@ -89,28 +97,33 @@ def length_study(
     _check_attention(model)
 
     texts = list(data.texts)
-    lengths, was_cut = _lengths(tokenizer, texts, longest)
-    image_embeds, embed = _encoders(model, processor, data, cache, batch_size, progress)
+    tokenized = [(len(ids), at_end) for ids, at_end in _tokens(tokenizer, texts, longest)]
+    lengths = [length for length, _ in tokenized]
+    _warn(sum(at_end for _, at_end in tokenized), data, longest)
+    # A text that is cut at neither this limit nor the next one above is what it was.
+    changed = {
+        limit: [place for place, length in enumerate(lengths) if limit == limits[-1] or length > limit]
+        for limit in limits
+    }
+    image_embeds = _embed_images(model, processor, data, digests, cache, batch_size, progress)
     count_flops = _flop_counter(model, processor, texts, lengths)
-    text_embeds = torch.empty(0)
+    text_embeds = torch.empty(len(texts), image_embeds.shape[1])
     rows: list[Row] = []
-    for limit in reversed(limits):
-        # A text that is cut at neither this limit nor the last one is what it was.
-        changed = [place for place, length in enumerate(lengths) if not rows or length > limit]
-        if not rows:
-            text_embeds = embed(texts, limit)
-        elif changed:
-            text_embeds[changed] = embed([texts[place] for place in changed], limit)
-        cut = [length > limit or at_end for length, at_end in zip(lengths, was_cut, strict=True)]
-        rows.append(
-            {
-                "max_length": limit,
-                **recalls(image_embeds, text_embeds, data.text_to_image, ks=[1]),
-                "texts_cut": sum(cut) / len(cut),
-                "mean_tokens": sum(min(length, limit) for length in lengths) / len(lengths),
-                "text_flops": count_flops(limit),
-            }
-        )
+    with _progress_bar(sum(map(len, changed.values())), progress) as bar:
+        embed = _encoder(model, processor, cache, batch_size, bar)
+        for limit in reversed(limits):
+            places = changed[limit]
+            if places:
+                text_embeds[places] = embed([texts[place] for place in places], limit)
+            rows.append(
+                {
+                    "max_length": limit,
+                    **recalls(image_embeds, text_embeds, data.text_to_image, ks=[1]),
+                    "texts_cut": sum(length > limit or at_end for length, at_end in tokenized) / len(texts),
+                    "mean_tokens": sum(min(length, limit) for length in lengths) / len(texts),
+                    "text_flops": count_flops(limit),
+                }
+            )
     return rows[::-1]
 
 
@@ -120,6 +133,7 @@ def sentence_ablation(
     data: RetrievalData,
     max_sentences: int | None = None,
     *,
+    digests: Sequence[str] | None = None,
     cache: str | os.PathLike | None = None,
     batch_size: int | None = None,
     progress: bool = True,
@@ -135,9 +149,10 @@ def sentence_ablation(
         processor: Its processor.
         data: Images and texts.
         max_sentences: The last k; by default the number of sentences of the longest text.
+        digests: What the images hold, if known from [`~lotlip_hf.evaluation.embeddings.image_digests`].
         cache: Folder that keeps the embeddings; see [`~lotlip_hf.evaluation.embeddings.embed_texts`].
         batch_size: Images, or texts of full length, in a batch; by default 32 and 64.
-        progress: Whether to show progress bars.
+        progress: Whether to show progress bars: one for the images, one for all texts of the study.
 
     Returns:
         A row for each k, after one with the `sentence` 0 for the whole texts:
@@ -177,8 +192,12 @@ def sentence_ablation(
 
     tokenizer = getattr(processor, "tokenizer", processor)
     longest = max_text_length(model, tokenizer)
-    image_embeds, embed = _encoders(model, processor, data, cache, batch_size, progress)
-    whole_embeds = embed(texts, None)
+    most = min(most, max_sentences or most)
+    having = {
+        k: [place for place, parts in enumerate(sentences) if len(parts) >= max(k, 2)] for k in range(1, most + 1)
+    }
+    _warn(sum(at_end for _, at_end in _tokens(tokenizer, texts, longest)), data, longest)
+    image_embeds = _embed_images(model, processor, data, digests, cache, batch_size, progress)
     text_to_image = torch.as_tensor(data.text_to_image)
 
     def score(text_embeds: torch.Tensor) -> dict[str, float]:
@@ -190,56 +209,56 @@ def sentence_ablation(
             "score": (image_embeds[text_to_image] * text_embeds).sum(1).double().mean().item(),
         }
 
-    whole = score(whole_embeds)
-    rows: list[Row] = [{"sentence": 0, "num_texts": 0, "num_read": 0, **whole, **_lost(whole, whole, {})}]
-    for k in range(1, min(most, max_sentences or most) + 1):
-        places = [place for place, parts in enumerate(sentences) if len(parts) >= max(k, 2)]
-        shorter = [JOINER.join(sentences[place][: k - 1] + sentences[place][k:]) for place in places]
-        read = [
-            index
-            for index, (before, after) in enumerate(
-                zip(
-                    _token_ids(tokenizer, [texts[place] for place in places], longest),
-                    _token_ids(tokenizer, shorter, longest),
-                    strict=True,
-                )
+    total = len(texts) + sum(map(len, having.values()))
+    with _progress_bar(total, progress) as bar:
+        embed = _encoder(model, processor, cache, batch_size, bar)
+        whole_embeds = embed(texts, None)
+        whole = score(whole_embeds)
+        rows: list[Row] = [{"sentence": 0, "num_texts": 0, "num_read": 0, **whole, **_lost(whole, whole, {})}]
+        for k, places in having.items():
+            shorter = [JOINER.join(sentences[place][: k - 1] + sentences[place][k:]) for place in places]
+            before = _tokens(tokenizer, [texts[place] for place in places], longest)
+            after = _tokens(tokenizer, shorter, longest)
+            read = [index for index, ((old, _), (new, _)) in enumerate(zip(before, after, strict=True)) if old != new]
+            text_embeds = whole_embeds.clone()
+            if read:
+                text_embeds[[places[index] for index in read]] = embed([shorter[index] for index in read], None)
+            bar.update(len(places) - len(read))
+            now = score(text_embeds)
+            concerned = {
+                "image_to_text": len(image_embeds) / len(text_to_image[places].unique()),
+                "text_to_image": len(texts) / len(places),
+                "score": len(texts) / len(places),
+            }
+            rows.append(
+                {"sentence": k, "num_texts": len(places), "num_read": len(read), **now, **_lost(whole, now, concerned)}
             )
-            if before != after
-        ]
-        text_embeds = whole_embeds.clone()
-        if read:
-            text_embeds[[places[index] for index in read]] = embed([shorter[index] for index in read], None)
-        now = score(text_embeds)
-        concerned = {
-            "image_to_text": len(image_embeds) / len(text_to_image[places].unique()),
-            "text_to_image": len(texts) / len(places),
-            "score": len(texts) / len(places),
-        }
-        rows.append(
-            {"sentence": k, "num_texts": len(places), "num_read": len(read), **now, **_lost(whole, now, concerned)}
-        )
     return rows
 
 
-def plot_length_study(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike) -> None:
+def plot_length_study(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike, title: str = "") -> None:
     """
     Draws R@1 in both directions, and the text encoder's FLOPs, against the number of tokens that texts are cut at.
 
     Args:
         rows: What [`length_study`] returned.
         file: The picture; its extension says of which kind it is.
+        title: What stands over it, such as `"model on data"`.
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: without rows, or if matplotlib does not write such pictures.
+        ValueError: without rows.
+        ValueError, OSError: as [`~lotlip_hf.evaluation.plots.check_plot`].
     """
     _check_rows(rows)
-    figure = _figure(7, 4.5)
-    axes = figure.subplots()
+    check_plot(file)
+    picture = figure(7, 4.5)
+    axes = picture.subplots()
+    axes.set_title(wrapped(title, 60), fontsize=10)
     limits = [row["max_length"] for row in rows]
     for name, label in DIRECTIONS.items():
         values = [100 * row[f"{name}_r1"] for row in rows]
-        axes.plot(limits, values, color=COLOURS[name], marker="o", markersize=4, label=f"R@1, {label}")
+        axes.plot(limits, values, color=DIRECTION_COLOURS[name], marker="o", markersize=4, label=f"R@1, {label}")
     axes.set_xlabel("tokens that texts are cut at (share of the texts that are cut)")
     axes.set_ylabel("R@1 (%)")
     axes.set_xscale("log", base=2)
@@ -253,32 +272,39 @@ def plot_length_study(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike
         flops.set_ylim(bottom=0)
         flops.set_ylabel("text encoder, GFLOPs a text")
         handles, labels = [*handles, line], [*labels, "GFLOPs (right)"]
-    figure.legend(handles, labels, loc="outside upper center", ncols=3)
-    _save(figure, file)
+    picture.legend(handles, labels, loc="outside upper center", ncols=3)
+    save(picture, file)
 
 
-def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike) -> None:
+def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike, title: str = "") -> None:
     """
     Draws what is lost by each sentence: R@1 and mean rank in both directions, and the score of a text and its image.
 
     Args:
         rows: What [`sentence_ablation`] returned.
         file: The picture; its extension says of which kind it is.
+        title: What stands over it, such as `"model on data"`.
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: without rows, or if matplotlib does not write such pictures.
+        ValueError: without rows.
+        ValueError, OSError: as [`~lotlip_hf.evaluation.plots.check_plot`].
     """
     _check_rows(rows[1:])
-    figure = _figure(max(6, 2 + 0.45 * len(rows)), 7)
-    panels = figure.subplots(3, 1, sharex=True)
+    check_plot(file)
+    width = max(6, 2 + 0.45 * len(rows))
+    picture = figure(width, 7)
+    panels = picture.subplots(3, 1, sharex=True)
+    panels[0].set_title(wrapped(title, int(9 * width)), fontsize=10)
     rows = rows[1:]
     places = range(len(rows))
 
     def draw(axes: "Axes", metric: str, factor: float, title: str) -> None:
         for shift, name in ((-0.2, "image_to_text"), (0.2, "text_to_image")):
             values = [factor * row[f"{name}_{metric}_lost"] for row in rows]
-            axes.bar([place + shift for place in places], values, 0.4, color=COLOURS[name], label=DIRECTIONS[name])
+            axes.bar(
+                [place + shift for place in places], values, 0.4, color=DIRECTION_COLOURS[name], label=DIRECTIONS[name]
+            )
         axes.set_ylabel(title)
 
     draw(panels[0], "r1", 100, "R@1 lost (points)")
@@ -292,60 +318,84 @@ def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.Pat
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2)
-    _save(figure, file)
+    picture.legend(handles, labels, loc="outside upper center", ncols=2)
+    save(picture, file)
 
 
-def _encoders(
+def _embed_images(
     model: PreTrainedModel,
     processor: Any,
     data: RetrievalData,
+    digests: Sequence[str] | None,
     cache: str | os.PathLike | None,
     batch_size: int | None,
     progress: bool,
-) -> tuple[torch.Tensor, Callable[[list[str], int | None], torch.Tensor]]:
-    """The images' embeddings [I, P], and what makes N texts embeddings [N, P], cut at a limit if one is given."""
-    image_embeds = embed_images(
+) -> torch.Tensor:
+    """[I, P]."""
+    return embed_images(
         model,
         processor,
         data.images,
         names=data.image_names,
+        digests=digests,
         cache=cache,
         batch_size=batch_size or 32,
         progress=progress,
     )
 
+
+def _progress_bar(texts: int, progress: bool) -> "tqdm[Any]":
+    """One bar for all texts of a study."""
+    return tqdm(total=texts, desc="Encoding texts", unit="text", disable=not progress or rank() > 0)
+
+
+def _encoder(
+    model: PreTrainedModel,
+    processor: Any,
+    cache: str | os.PathLike | None,
+    batch_size: int | None,
+    bar: "tqdm[Any]",
+) -> Callable[[list[str], int | None], torch.Tensor]:
+    """What makes N texts embeddings [N, P], cut at a limit if one is given, and moves the bar on as it does."""
+    own = None if cache is None else fingerprint(model, processor, "text")  # takes seconds, and stays the same
+    at_once = UNIT_SIZE * world_size()
+
     def embed(texts: list[str], max_length: int | None) -> torch.Tensor:
-        return embed_texts(
-            model,
-            processor,
-            texts,
-            cache=cache,
-            batch_size=batch_size or 64,
-            max_length=max_length,
-            progress=progress,
-        ).embeds
+        # in the order of `embed_texts`, so that what it keeps is what it kept of all of them
+        unique = sorted(set(texts), key=lambda text: (-len(text), text))
+        parts = []
+        for start in range(0, len(unique), at_once):
+            part = embed_texts(
+                model,
+                processor,
+                unique[start : start + at_once],
+                cache=cache,
+                batch_size=batch_size or 64,
+                max_length=max_length,
+                model_fingerprint=own,
+                warn=False,
+                progress=False,
+            ).embeds
+            parts.append(part)
+            bar.update(len(part))
+        bar.update(len(texts) - len(unique))
+        places = {text: place for place, text in enumerate(unique)}
+        return torch.cat(parts)[[places[text] for text in texts]]
 
-    return image_embeds, embed
+    return embed
 
 
-def _lengths(tokenizer: Any, texts: list[str], max_length: int) -> tuple[list[int], list[bool]]:
-    """The tokens of each text, those beyond `max_length` left out, and whether there were such."""
-    lengths: list[int] = []
-    was_cut: list[bool] = []
+def _tokens(tokenizer: Any, texts: list[str], max_length: int) -> Iterator[tuple[list[int], bool]]:
+    """Of each text its tokens, those beyond `max_length` left out, and whether there were such."""
     for start in range(0, len(texts), TEXT_CHUNK):
-        encoded, cut = _tokenize(tokenizer, texts[start : start + TEXT_CHUNK], max_length)
-        lengths += map(len, encoded["input_ids"])
-        was_cut += cut
-    return lengths, was_cut
+        encoded, was_cut = _tokenize(tokenizer, texts[start : start + TEXT_CHUNK], max_length)
+        yield from zip(encoded["input_ids"], was_cut, strict=True)
 
 
-def _token_ids(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
-    return [
-        ids
-        for start in range(0, len(texts), TEXT_CHUNK)
-        for ids in _tokenize(tokenizer, texts[start : start + TEXT_CHUNK], max_length)[0]["input_ids"]
-    ]
+def _warn(cut: int, data: RetrievalData, max_length: int) -> None:
+    """Says once how many of all texts are cut at the model's end."""
+    if rank() == 0:
+        warn_of_cut_texts(cut, len(data.texts), max_length)
 
 
 def _check_attention(model: PreTrainedModel) -> None:
@@ -405,18 +455,3 @@ def _lost(whole: Mapping[str, float], now: Mapping[str, float], concerned: Mappi
 def _check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         raise ValueError("`rows` is empty: there is nothing to draw.")
-
-
-def _figure(width: float, height: float) -> "Figure":
-    try:
-        from matplotlib.figure import Figure  # without pyplot there is no window and nothing to close
-    except ImportError as error:
-        raise ImportError("Studies are drawn by matplotlib: pip install lotlip-hf[train]") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: "Figure", file: str | os.PathLike) -> None:
-    try:
-        figure.savefig(file, dpi=120)
-    except ValueError as error:  # of an extension that it does not know
-        raise ValueError(f"{Path(file)}: {error}") from error

@@ -36,8 +36,8 @@ def read_templates(name_or_file: str | os.PathLike) -> tuple[str, ...]:
     Raises:
         FileNotFoundError: if there is neither such a list nor such a file.
         ImportError: if open_clip is asked for and not installed.
-        ValueError: if a line has no place for the class, or the file has no template or is no text; the message names
-            file and line.
+        ValueError: if a line has no place for the class or both kinds of it, or the file has no template or is no
+            text; the message names file and line.
 
     Example:
 
@@ -67,12 +67,13 @@ def read_templates(name_or_file: str | os.PathLike) -> tuple[str, ...]:
     templates = []
     for number, line in enumerate(lines, 1):
         template = line.strip()
-        if template and not any(place in template for place in PLACES):
-            raise ValueError(
-                f"{file}, line {number}: {template!r} has no place for the class: write {{}} where its name goes."
-            )
-        if template:
-            templates.append(template)
+        if not template:
+            continue
+        try:
+            _place(template)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from error
+        templates.append(template)
     if not templates:
         raise ValueError(f"{file}: there is no template in it; expected one on each line.")
     return tuple(templates)
@@ -107,11 +108,11 @@ def prompt(template: str, class_name: str) -> str:
     A template with the name of a class in its place.
 
     Args:
-        template: With `{}` or `{c}`; any other braces are text.
+        template: With `{}` or `{c}`, once or several times; any other braces are text.
         class_name: As it stands in a prompt.
 
     Raises:
-        ValueError: if the template has no place for the class.
+        ValueError: if the template has no place for the class, or both `{}` and `{c}`.
 
     Example:
 
@@ -120,10 +121,20 @@ def prompt(template: str, class_name: str) -> str:
     'a sketch of the tree frog.'
     ```
     """
-    for place in PLACES:
-        if place in template:
-            return template.replace(place, class_name)
-    raise ValueError(f"template {template!r} has no place for the class: write {{}} where its name goes.")
+    return template.replace(_place(template), class_name)
+
+
+def _place(template: str) -> str:
+    """What stands for the class in a template."""
+    places = [place for place in PLACES if place in template]
+    if not places:
+        raise ValueError(f"template {template!r} has no place for the class: write {{}} where its name goes.")
+    if len(places) > 1:
+        raise ValueError(
+            f"template {template!r} has {' and '.join(places)}, and only one of them can stand for the class: write "
+            "{} wherever its name goes."
+        )
+    return places[0]
 
 
 def class_embeddings(
@@ -135,6 +146,7 @@ def class_embeddings(
     cache: str | os.PathLike | None = None,
     batch_size: int = 64,
     max_length: int | None = None,
+    model_fingerprint: str | None = None,
     progress: bool = True,
 ) -> torch.Tensor:
     """
@@ -149,7 +161,8 @@ def class_embeddings(
         processor: Its processor.
         class_names: C names, as they stand in a prompt.
         templates: As [`read_templates`] gives them.
-        cache, batch_size, max_length, progress: As in [`~lotlip_hf.evaluation.embeddings.embed_texts`].
+        cache, batch_size, max_length, model_fingerprint, progress: As in
+            [`~lotlip_hf.evaluation.embeddings.embed_texts`].
 
     Returns:
         [C, P], float32 on the CPU, each row of length 1.
@@ -180,7 +193,14 @@ def class_embeddings(
             raise ValueError(f"`class_names[{place}]` is empty: a class without a name cannot be asked for.")
     prompts = [prompt(template, class_name) for class_name in class_names for template in templates]
     embeds, _ = embed_texts(
-        model, processor, prompts, cache=cache, batch_size=batch_size, max_length=max_length, progress=progress
+        model,
+        processor,
+        prompts,
+        cache=cache,
+        batch_size=batch_size,
+        max_length=max_length,
+        model_fingerprint=model_fingerprint,
+        progress=progress,
     )
     means = embeds.unflatten(0, (len(class_names), len(templates))).mean(1)  # [C, P]
     return F.normalize(means, dim=-1)

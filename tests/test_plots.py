@@ -1,0 +1,61 @@
+"""Plots: what can be written is found out beforehand, and is written."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lotlip_hf.evaluation.plots import check_plot, figure, save, wrapped
+
+
+@pytest.mark.parametrize(
+    "kind", ["png", "PNG", "jpg", "jpeg", "gif", "webp", "tif", "tiff", "svg", "svgz", "pdf", "eps", "ps"]
+)
+def test_what_passes_is_written(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / f"a.b.{kind}"
+    check_plot(file)
+    assert not file.exists()
+    picture = figure(2, 1)
+    picture.subplots().plot([1, 2])
+    save(picture, file)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    if kind.lower() not in ("svg", "svgz", "pdf", "eps", "ps"):
+        assert Image.open(file).size == (240, 120)
+    else:
+        signs = {"svg": b"<?xml", "svgz": b"\x1f\x8b", "pdf": b"%PDF", "eps": b"%!PS", "ps": b"%!PS"}
+        assert file.read_bytes().startswith(signs[kind])
+
+
+@pytest.mark.parametrize("name", ["plot.bmp", "plot.ppm", "plot", "png", "plot.raw", "plot.pgf", ".png", "plot."])
+def test_kinds_that_are_not_written(tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        ValueError, match=r": expected a picture that ends in \.eps, .*\.png, .* or \.webp\.$"
+    ) as error:
+        check_plot(tmp_path / name)
+    assert str(error.value).startswith(f"{tmp_path / name}: ")
+    with pytest.raises(ValueError, match="expected a picture"):
+        save(figure(1, 1), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders(tmp_path: Path) -> None:
+    with pytest.raises(NotADirectoryError, match=r"missing: no such folder to write plot\.png in\."):
+        check_plot(tmp_path / "missing" / "plot.png")
+    (tmp_path / "plot.png").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"plot\.png: a folder, not a picture to write\."):
+        check_plot(str(tmp_path / "plot.png"))
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for call in (lambda: check_plot(tmp_path / "plot.png"), lambda: figure(1, 1)):
+        with pytest.raises(ImportError, match=r"pip install 'lotlip-hf\[evaluation\]'"):
+            call()
+
+
+def test_long_lines() -> None:
+    assert wrapped("one two", 10) == "one two"
+    assert wrapped("one two-three", 9) == "one\ntwo-three"
+    assert wrapped(20 * "a", 8) == "aaaaaaaa\naaaaaaaa\naaaa"
+    assert wrapped("", 8) == ""
