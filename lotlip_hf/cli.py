@@ -372,12 +372,15 @@ def _evaluate_together(arguments: argparse.Namespace, is_main_process: bool) -> 
         results = study(model, processor, data, kind, limits=arguments.limits, **settings)
     else:
         results = evaluate(model, processor, data, **own, **settings)
-    if is_main_process:
-        print(results_table(results))
+    if not is_main_process:
+        return 0
+    try:
         if arguments.output is not None:
             write_results(results, arguments.output)
         if plot is not None and arguments.plot is not None:
             plot(results["rows"], arguments.plot, title=f"{results['model']} on {results['dataset']['name']}")
+    finally:  # the numbers are seen even if they cannot be kept, and kept even if nobody reads them
+        print(results_table(results))
     return 0
 
 

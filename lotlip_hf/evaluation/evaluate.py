@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from ..encoding import MIN_LENGTH, encode_texts, max_text_length
+from ..encoding import encode_texts, max_text_length
 from ..store import fingerprint
 from .data import ClassificationData, RetrievalData
 from .embeddings import embed_images, embed_texts, image_digests
@@ -83,10 +83,10 @@ def evaluate(
     >>> results["metrics"]["text_to_image_r1"]  # doctest: +SKIP
     ```
     """
-    check_search(
-        encode_texts(model, processor, ["a"], progress=False).shape[1], bootstrap, faiss_index, faiss_parameters
-    )
-    _check(model, processor, data, max_length)
+    # what would end the long work is found out before it
+    width = encode_texts(model, processor, ["a"], max_length=max_length, progress=False).shape[1]
+    check_search(width, bootstrap, faiss_index, faiss_parameters)
+    _check(data)
     fingerprints = _fingerprints(model, processor)
     digests = image_digests(data.images, names=data.image_names, progress=progress)
     image_embeds = embed_images(
@@ -169,7 +169,7 @@ def study(
     """
     if not isinstance(data, RetrievalData):
         raise ValueError(f"{data.name} has classes and no texts: a study needs a retrieval task.")
-    _check(model, processor, data)
+    _check(data)
     fingerprints = _fingerprints(model, processor)
     digests = image_digests(data.images, names=data.image_names, progress=progress)
     settings = {"digests": digests, "cache": cache, "batch_size": batch_size, "progress": progress}
@@ -182,18 +182,8 @@ def study(
     return {"task": "image-text-retrieval", "study": kind, "rows": rows, **record}
 
 
-def _check(
-    model: PreTrainedModel,
-    processor: Any,
-    data: RetrievalData | ClassificationData,
-    max_length: int | None = None,
-) -> None:
-    """Finds out before the long work what would end it."""
-    longest = max_text_length(model, processor.tokenizer)
-    if max_length is not None and not MIN_LENGTH <= max_length <= longest:
-        raise ValueError(
-            f"`max_length` must be from {MIN_LENGTH} to the {longest} tokens that the model takes, got {max_length}."
-        )
+def _check(data: RetrievalData | ClassificationData) -> None:
+    """Raises a `ValueError` if the parts of the data do not fit."""
     if isinstance(data, RetrievalData):
         name, places, count, number = "text_to_image", data.text_to_image, len(data.texts), len(data.images)
     else:
