@@ -271,7 +271,7 @@ def broken_records(folder: Path) -> list[tuple[dict[str, Any], type[ValueError],
     fields: list[tuple[dict[str, Any], str]] = [
         ({"image": None}, "record bad: has no image"),
         ({"image": {"bytes": None, "path": None}}, "record bad: has no image"),
-        ({"image": 3.5}, "must be a path, a PIL image or an array, got float"),
+        ({"image": 3.5}, "must be a path, the bytes of a file, a PIL image or an array, got float"),
         ({"short_caption": None}, "record bad: `short_caption` must be a text, got None"),
         ({"short_caption": " "}, "record bad: `short_caption` must be a text, got ' '"),
         ({"long_captions": "text"}, "record bad: `long_captions` must be a list, got str"),

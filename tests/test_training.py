@@ -1267,12 +1267,12 @@ def test_launchers(launcher: list[str], start: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_again_and_again_at_random(start: Path, tmp_path: Path) -> None:
-    options = {"model": start / "model", "save_steps": 3, "max_steps": 20, **options_of(start, KILLED["everything"])}
+    options = {"model": start / "model", "save_steps": 3, "max_steps": 14, **options_of(start, KILLED["everything"])}
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     finish(arguments(undisturbed, **options), tmp_path)
     argv, generator, kills = arguments(killed, **options), random.Random(0), 0
     for _ in range(100):
-        # 20 steps take 2 seconds or more, so it is killed more than twice; later delays let a slow machine end, too.
+        # 14 steps take 1.4 seconds or more, so it is killed more than twice; later delays let a slow machine end, too.
         after = generator.uniform(0, 0.4) * (1 + kills / 2)
         if run(argv, tmp_path, 1, slow_step_and_kill, 0.1, after).codes == [0]:
             break

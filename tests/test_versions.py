@@ -113,9 +113,9 @@ def test_checkpoints_go_both_ways(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_golden_files_and_conversion_under_the_oldest() -> None:
-    files = [TESTS / "test_golden.py", TESTS / "test_conversion.py"]
-    printed = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", *files)
+def test_golden_files_under_the_oldest() -> None:
+    """Conversion, too: the golden files' checkpoints are converted for it."""
+    printed = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", TESTS / "test_golden.py")
     assert " passed" in printed
 
 
