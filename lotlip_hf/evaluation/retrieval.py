@@ -194,7 +194,8 @@ def retrieval_metrics(
     stay all those there are.
 
     With a FAISS index the result is what a search with this index finds, ranked by exact similarities: a match that
-    the index does not return is missed. `Flat` finds everything, and gives the exact result. Each query looks at a
+    the index does not return is missed, and better candidates that it does not return are not counted, so that recall
+    may come out lower or higher than it is. `Flat` finds everything, and gives the exact result. Each query looks at a
     few more candidates than the largest k; where ties reach past them, that query is compared with all. The median
     rank is left out where it lies past them.
 
