@@ -1,71 +1,29 @@
-"""LoTLIP, a dual encoder of images and long texts for transformers. Importing it registers the Auto classes."""
+"""
+LoTLIP, a dual encoder of images and long texts for transformers. After `import lotlip_hf` the Auto classes know it.
+Nothing else is imported until it is used.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForZeroShotImageClassification,
-    AutoProcessor,
-    AutoTokenizer,
-)
-
-from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
-from .modeling.modeling_lotlip import (
-    LoTLIPModel,
-    LoTLIPPreTrainedModel,
-    LoTLIPTextModel,
-    LoTLIPTextModelWithProjection,
-    LoTLIPVisionModel,
-    LoTLIPVisionModelWithProjection,
-)
-from .modeling.processing_lotlip import LoTLIPProcessor
-from .modeling.tokenization_lotlip import LoTLIPTokenizer
-from .text_encoder import LoTLIPTextEncoder, LoTLIPTextEncoderConfig
+from .registration import register_when_used
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
-
     from .encoding import encode_images, encode_texts
+    from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
+    from .modeling.modeling_lotlip import (
+        LoTLIPModel,
+        LoTLIPPreTrainedModel,
+        LoTLIPTextModel,
+        LoTLIPTextModelWithProjection,
+        LoTLIPVisionModel,
+        LoTLIPVisionModelWithProjection,
+    )
+    from .modeling.processing_lotlip import LoTLIPProcessor
+    from .modeling.tokenization_lotlip import LoTLIPTokenizer
+    from .text_encoder import LoTLIPTextEncoder, LoTLIPTextEncoderConfig
 
 __version__ = "0.1.0"
-
-for _config, _model in (
-    (LoTLIPConfig, LoTLIPModel),
-    (LoTLIPTextConfig, LoTLIPTextModel),
-    (LoTLIPVisionConfig, LoTLIPVisionModel),
-    (LoTLIPTextEncoderConfig, LoTLIPTextEncoder),
-):
-    AutoConfig.register(_config.model_type, _config)
-    AutoModel.register(_config, _model)
-AutoModelForZeroShotImageClassification.register(LoTLIPConfig, LoTLIPModel)
-AutoTokenizer.register(LoTLIPConfig, fast_tokenizer_class=LoTLIPTokenizer)
-AutoTokenizer.register(LoTLIPTextConfig, fast_tokenizer_class=LoTLIPTokenizer)
-AutoTokenizer.register(LoTLIPTextEncoderConfig, fast_tokenizer_class=LoTLIPTokenizer)
-AutoProcessor.register(LoTLIPConfig, LoTLIPProcessor)
-
-
-def _push_to_hub(model: LoTLIPModel, repo_id: str, **kwargs: Any) -> "CommitInfo":
-    """The whole checkpoint, with processor and model card; see [`~lotlip_hf.hub.push`]."""
-    from .hub import push
-
-    return push(model, repo_id, **kwargs)
-
-
-LoTLIPModel.push_to_hub = _push_to_hub  # the stock method publishes the weights alone
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("encode_images", "encode_texts"):
-        return getattr(import_module(".encoding", __name__), name)
-    if name in ("CLIPPromptTokenizer", "CLIPTextEncoder", "LoTLIPPromptTokenizer"):
-        return getattr(import_module(".diffusion", __name__), name)
-    # diffusers looks here for the base classes of a saved pipeline's components
-    if name in ("PreTrainedModel", "PreTrainedTokenizerFast"):
-        return getattr(import_module("transformers"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
 
 __all__ = [
     "LoTLIPConfig",
@@ -84,3 +42,42 @@ __all__ = [
     "encode_images",
     "encode_texts",
 ]
+
+# Where each public name is defined.
+_MODULES = {
+    "LoTLIPConfig": ".modeling.configuration_lotlip",
+    "LoTLIPTextConfig": ".modeling.configuration_lotlip",
+    "LoTLIPVisionConfig": ".modeling.configuration_lotlip",
+    "LoTLIPModel": ".modeling.modeling_lotlip",
+    "LoTLIPPreTrainedModel": ".modeling.modeling_lotlip",
+    "LoTLIPTextModel": ".modeling.modeling_lotlip",
+    "LoTLIPTextModelWithProjection": ".modeling.modeling_lotlip",
+    "LoTLIPVisionModel": ".modeling.modeling_lotlip",
+    "LoTLIPVisionModelWithProjection": ".modeling.modeling_lotlip",
+    "LoTLIPProcessor": ".modeling.processing_lotlip",
+    "LoTLIPTokenizer": ".modeling.tokenization_lotlip",
+    "LoTLIPTextEncoder": ".text_encoder",
+    "LoTLIPTextEncoderConfig": ".text_encoder",
+    "encode_images": ".encoding",
+    "encode_texts": ".encoding",
+    # what a saved pipeline of diffusers names
+    "CLIPPromptTokenizer": ".diffusion",
+    "CLIPTextEncoder": ".diffusion",
+    "LoTLIPPromptTokenizer": ".diffusion",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name], __name__), name)
+    # diffusers looks here for the base classes of a saved pipeline's components
+    if name in ("PreTrainedModel", "PreTrainedTokenizerFast"):
+        return getattr(import_module("transformers"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_when_used()

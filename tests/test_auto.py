@@ -29,6 +29,15 @@ def run(code: str, *arguments: str) -> str:
     [
         "from transformers import AutoModel, AutoProcessor; import lotlip_hf",
         "import lotlip_hf.modeling.modeling_lotlip",
+        # imported in the middle of what ours need, and after an import that failed
+        """
+import lotlip_hf
+try:
+    import transformers.models.bert.nothing
+except ImportError:
+    pass
+from transformers import Trainer
+""",
     ],
 )
 def test_auto_classes_in_a_fresh_process(first: str, official_checkpoint: Path) -> None:
@@ -37,7 +46,15 @@ def test_auto_classes_in_a_fresh_process(first: str, official_checkpoint: Path) 
     assert output.split() == classes
 
 
+@pytest.mark.slow
+def test_importing_is_free_until_it_is_used() -> None:
+    assert (
+        run("import sys, lotlip_hf, lotlip_hf.cli; print({'torch', 'transformers'} & sys.modules.keys())") == "set()\n"
+    )
+
+
 def test_public_names() -> None:
+    assert lotlip_hf._MODULES.keys() >= set(lotlip_hf.__all__) <= set(dir(lotlip_hf))
     for name in lotlip_hf.__all__:
         assert getattr(lotlip_hf, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
