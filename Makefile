@@ -5,12 +5,13 @@ INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help test quick quickstart lint format
+.PHONY: help test quick quickstart bench lint format
 
 help:
 	@echo "make quickstart  train a small model and search with it, in a few minutes"
 	@echo "make test        lint, then every test"
 	@echo "make quick       the tests that are not slow"
+	@echo "make bench       how fast this is beside its peers (CAPTIONS=file.jsonl: on your texts)"
 	@echo "make lint        ruff and pyright"
 	@echo "make format      ruff's formatter and its safe fixes"
 
@@ -25,6 +26,9 @@ test: lint
 quick: $(INSTALLED)
 	$(BIN)/python tests/upstream.py
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/bench.py $(if $(CAPTIONS),--captions $(CAPTIONS))
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

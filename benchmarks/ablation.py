@@ -22,16 +22,12 @@ Held-out scenes come in groups of four that share their short caption: no model 
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -48,8 +44,10 @@ from lotlip_hf.training.arguments import TrainingConfig
 from lotlip_hf.training.log import LOG_NAME, read_log
 from lotlip_hf.training.loop import NonFiniteLossError, train
 from lotlip_hf.training.setup import load_data, load_or_start_model
+from measure import RESULTS as FOLDER
+from measure import keep, machine
 
-RESULTS = Path(__file__).resolve().parent / "results" / "ablation.jsonl"
+RESULTS = FOLDER / "ablation.jsonl"
 
 # What `corners-2` is trained with.
 BASE: dict[str, Any] = {
@@ -204,8 +202,7 @@ def run_study(base: Mapping[str, Any], settings: Sequence[Setting], seeds: Seque
             "seconds": round(time.perf_counter() - start, 1),
             **machine(),
         }
-        with open(results, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        keep(entry, results)
         long, short = (
             f"{100 * recalls[one]:.1f} / {100 * recalls[other]:.1f} %" for one, other in (RECALLS[:2], RECALLS[2:])
         )
@@ -269,31 +266,6 @@ def corner_mask_off(model: LoTLIPModel) -> Iterator[None]:
             yield
     finally:
         handle.remove()
-
-
-def machine() -> dict[str, Any]:
-    """What a result was computed with, and when; nothing that names the machine or its folders."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    return {
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {
-            "lotlip-hf": version("lotlip-hf"),
-            "commit": commit,
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-        },
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }
 
 
 def read_results(results: Path) -> list[dict[str, Any]]:

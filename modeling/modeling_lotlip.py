@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from .loading_lotlip import checked_download, warn_of_other_code
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
-from .masking_lotlip import create_corner_mask
+from .masking_lotlip import create_corner_mask, from_row, to_row
 
 
 @dataclass
@@ -393,7 +393,8 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
                 input_ids = None
             inputs_embeds = inputs_embeds + self.backbone.embeddings.position_embedding(position_ids)
 
-        if num_corner_tokens:
+        row_index = self._row_index(attention_mask, num_corner_tokens)
+        if num_corner_tokens or row_index is not None:
             if is_flash_attention_requested(self.config.backbone_config):
                 raise ValueError(
                     "Flash attention cannot apply the corner tokens' mask. Load the model with "
@@ -403,17 +404,29 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
                 input_ids = None
-            corner_embeds = self.corner_embeds.to(inputs_embeds).expand(num_texts, -1, -1)
-            inputs_embeds = torch.cat([inputs_embeds, corner_embeds], dim=1)  # [N, L + m, hidden_size]
-            corner_positions = torch.arange(1, num_corner_tokens + 1, device=device) + self.config.position_offset
-            position_ids = torch.cat([position_ids, corner_positions.expand(num_texts, -1)], dim=1)
-            if token_type_ids is not None:
-                token_type_ids = nn.functional.pad(token_type_ids, (0, num_corner_tokens))
+            if num_corner_tokens:
+                corner_embeds = self.corner_embeds.to(inputs_embeds).expand(num_texts, -1, -1)
+                inputs_embeds = torch.cat([inputs_embeds, corner_embeds], dim=1)  # [N, L + m, hidden_size]
+                corner_positions = torch.arange(1, num_corner_tokens + 1, device=device) + self.config.position_offset
+                position_ids = torch.cat([position_ids, corner_positions.expand(num_texts, -1)], dim=1)
+                if token_type_ids is not None:
+                    token_type_ids = nn.functional.pad(token_type_ids, (0, num_corner_tokens))
             if attention_mask is None:
                 attention_mask = torch.ones(num_texts, shape[-1], dtype=torch.bool, device=device)
             backbone_mask = create_corner_mask(
-                self.config.backbone_config, inputs_embeds, attention_mask, num_corner_tokens, pooled_index, is_causal
+                self.config.backbone_config,
+                inputs_embeds,
+                attention_mask,
+                num_corner_tokens,
+                pooled_index,
+                is_causal,
+                row_index,
             )
+        if row_index is not None:
+            kwargs["row_index"] = row_index  # for the attention layers
+            inputs_embeds, position_ids = to_row(inputs_embeds, row_index), to_row(position_ids, row_index)
+            if token_type_ids is not None:
+                token_type_ids = to_row(token_type_ids, row_index)
 
         if is_causal:
             outputs = self.backbone(inputs_embeds, backbone_mask, **_with_config_defaults(self.config, kwargs))
@@ -428,6 +441,16 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
             )
 
         length = shape[-1]
+        last_hidden_state, hidden_states, attentions = (
+            outputs.last_hidden_state,
+            outputs.hidden_states,
+            outputs.attentions,
+        )
+        if row_index is not None:
+            grid = (row_index, num_texts, length + num_corner_tokens)
+            last_hidden_state = from_row(last_hidden_state, *grid)
+            if hidden_states is not None:
+                hidden_states = tuple(from_row(states, *grid) for states in hidden_states)
 
         def line_up(states: torch.Tensor | None, *length_dims: int) -> torch.Tensor | None:
             """Drops the corner tokens and restores the texts' shape; where neither is needed, nothing changes."""
@@ -437,9 +460,7 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
                 states = states.narrow(dim, 0, length)
             return states.unflatten(0, shape[:-1]) if len(shape) == 3 else states
 
-        last_hidden_state = outputs.last_hidden_state
         corner_states = self._pool_corners(last_hidden_state[:, length:]) if num_corner_tokens else None
-        hidden_states, attentions = outputs.hidden_states, outputs.attentions
         return BaseModelOutputWithPoolingAndCorners(
             last_hidden_state=line_up(last_hidden_state, 1),
             pooler_output=line_up(self._pool(last_hidden_state[:, :length], attention_mask, pooled_index)),
@@ -447,6 +468,19 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
             attentions=None if attentions is None else tuple(line_up(a, 2, 3) for a in attentions),
             corner_embeds=line_up(corner_states),
         )
+
+    def _row_index(self, attention_mask: torch.Tensor | None, num_corner_tokens: int) -> torch.Tensor | None:
+        """[total]: the places of [N, L + m] that are no padding, where the backbone is to compute these alone."""
+        if (
+            attention_mask is None
+            or self.config.backbone_config._attn_implementation not in ("unpadded", "flex_attention")
+            or torch.compiler.is_compiling()  # their number is another in each batch
+            or torch.jit.is_tracing()
+        ):
+            return None
+        kept = nn.functional.pad(attention_mask.bool(), (0, num_corner_tokens), value=True).flatten()
+        row_index = kept.nonzero().squeeze(1)
+        return row_index if len(row_index) < len(kept) else None
 
     def _pooled_index(
         self,
@@ -916,6 +950,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         vision_outputs = self.get_image_features(
             pixel_values, interpolate_pos_encoding, **{**kwargs, "return_dict": True}
         )
+        # before the texts: its backward pass then comes after theirs, and what the images' gradients wait for has time
+        image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
         text_outputs = self.get_text_features(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -936,7 +972,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             text_embeds = torch.cat([text_embeds.unsqueeze(1), long_outputs.pooler_output], dim=1)
             corner_embeds = long_outputs.corner_embeds
         text_embeds = nn.functional.normalize(text_embeds, dim=-1)
-        image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1).to(text_embeds.device)
+        image_embeds = image_embeds.to(text_embeds.device)
         if corner_embeds is not None:
             corner_embeds = nn.functional.normalize(corner_embeds, dim=-1)
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import ftfy
-from tokenizers import AddedToken, models, normalizers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import BatchEncoding
+from transformers.tokenization_utils_base import BatchEncoding, TruncationStrategy
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging
 
@@ -21,8 +21,20 @@ logger = logging.get_logger(__name__)
 # Where two sentences meet while a text is cleaned. ftfy looks at a character's neighbours, so this is the official
 # code's own "[SEP]", whatever the tokenizer calls its separator.
 JOINER = "[SEP]"
-# Text that ftfy and `html.unescape` return as it is, but for its white space.
-PLAIN_TEXT = re.compile(r"[ -%'-~\t\n\r]*")
+# A character that makes a text need ftfy and `html.unescape`. Of one without any they change white space and quotes
+# alone: "&" and control characters apart, ftfy takes for broken (`ftfy.badness`) only what has a control character,
+# one of ÂÃŒœ or two neighbours beyond ASCII, and of the neighbours below none.
+NEEDS_REPAIR = re.compile(
+    r"""
+    [^ -%'-~\t\n\r\xa0–—‘’“”…]
+    (?:
+        (?<=[^¡-ÁÄ-ÿ])  # none of the letters and signs that are in order where they stand by themselves
+        | (?<=[^\x00-\x7f].)
+        | (?=[^\x00-\x7f])
+    )
+    """,
+    re.VERBOSE,
+)
 # ftfy undoes one level of "&amp;amp;..." with each pass over the text: a million characters of it would take hours.
 DEEP_AMPERSAND = re.compile(r"&(?:amp;){16,}")
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -46,9 +58,11 @@ def clean(text: str) -> str:
     'schön & neu'
     ```
     """
-    if not PLAIN_TEXT.fullmatch(text):
+    if NEEDS_REPAIR.search(text):
         text = DEEP_AMPERSAND.sub("&" + 16 * "amp;", text)
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    else:
+        text = text.replace("‘", "'").replace("’", "'").replace("“", '"').replace("”", '"')
     return " ".join(text.split())
 
 
@@ -241,22 +255,108 @@ class LoTLIPTokenizer(TokenizersBackend):
             joined = {one: (self.sep_token or "").join(parts) for one, parts in sentences.items()}
             text, text_pair = _replaced(text, joined), _replaced(text_pair, joined)
 
+        # Of a long text the beginning is enough.
+        beginning = text
+        if (
+            kwargs.get("truncation_strategy", TruncationStrategy.DO_NOT_TRUNCATE) != TruncationStrategy.DO_NOT_TRUNCATE
+            and kwargs.get("max_length")
+            and text_pair is None
+            and (isinstance(text, str) or all(isinstance(one, str) for one in text))
+            and not (is_split_into_words or return_overflowing_tokens or kwargs.get("sanitize_control_tokens"))
+            and self._is_local_to_words()
+        ):
+            beginning = _first_words(text, kwargs["max_length"])
+        kwargs.update(is_split_into_words=is_split_into_words, split_special_tokens=split_special_tokens)
         if unmark is not None:
             self._tokenizer.normalizer = normalizers.Sequence([unmark, normalizer] if normalizer else [unmark])
         try:
-            encoding = super()._encode_plus(
-                text,
-                text_pair,
-                is_split_into_words=is_split_into_words,
-                split_special_tokens=split_special_tokens,
-                **kwargs,
-            )
+            encoding = super()._encode_plus(beginning, text_pair, **kwargs)
+            if beginning != text and not _fills_limit(encoding, beginning, text):
+                encoding = super()._encode_plus(text, text_pair, **kwargs)
         finally:
             if unmark is not None:
                 self._tokenizer.normalizer = normalizer
         if verbose and not return_overflowing_tokens and encoding.encodings is not None:
             self._warn_once_of_truncation(encoding, kwargs.get("max_length"))
         return encoding
+
+    def encode_unpadded(self, texts: list[str], max_length: int | None = None) -> tuple[list[list[int]], list[bool]]:
+        """The ids of many texts, as a call with `truncation=True` gives them, and which of them were cut.
+
+        It is several times as fast as a call, as BERT's WordPiece looks at one word at a time: each word of the texts
+        is tokenised once. Other kinds of tokenizers get there by a call.
+
+        Args:
+            texts: The texts.
+            max_length: Number of tokens that a text is cut at, special ones included; by default `model_max_length`.
+
+        Returns:
+            For each text its ids, special ones included and not padded, and whether it was longer than `max_length`.
+
+        Raises:
+            ValueError: `texts` is not a list of strings or is empty, or one holds half of a character cut in two (see
+                `clean_text`).
+
+        Example:
+
+        ```python
+        >>> tokenizer.encode_unpadded(["A cat sleeps. A dog barks."], max_length=6)
+        ([[101, 1037, 4937, 25126, 102, 102]], [True])
+        ```
+        """
+        if isinstance(texts, str) or not all(isinstance(one, str) for one in texts):
+            raise ValueError("`texts` must be a list of strings.")
+        limit = self.model_max_length if max_length is None else max_length
+        if not texts or limit < 2 or not self._is_local_to_words() or not self._adds_cls_and_sep():
+            encoding = self(texts, truncation=True, max_length=max_length, verbose=False)
+            return encoding["input_ids"], [bool(one.overflowing) for one in encoding.encodings or ()]
+        if not self.clean_text:
+            _check_surrogates(texts)
+        # Of each text the words, and `None` for each separator between its sentences
+        rows: list[list[str | None]] = []
+        for text in texts:
+            row: list[str | None] = []
+            for sentence in self._sentences(text):
+                row += sentence.split(" ")
+                row.append(None)
+            rows.append(row[:-1])
+        vocabulary = list({word for row in rows for word in row[:limit] if word})
+        self._tokenizer.encode_special_tokens = self.split_special_tokens
+        encodings = self._tokenizer.encode_batch_fast(vocabulary, add_special_tokens=False)
+        ids_of = {word: encoding.ids for word, encoding in zip(vocabulary, encodings, strict=True)}
+        ids_of |= {"": [], None: [self.sep_token_id]}
+
+        input_ids, was_cut = [], []
+        for text, row in zip(texts, rows, strict=True):
+            ids = [i for word in row[:limit] for i in ids_of[word]]
+            # Most often these are enough, but a word may have no token, such as a zero-width space.
+            if len(ids) <= limit - 2 and len(row) > limit:
+                encoding = self(text, truncation=True, max_length=max_length, verbose=False)
+                input_ids.append(encoding["input_ids"])
+                was_cut.append(bool(encoding.encodings[0].overflowing))
+            else:
+                input_ids.append([self.cls_token_id, *ids[: limit - 2], self.sep_token_id])
+                was_cut.append(len(ids) > limit - 2)
+        return input_ids, was_cut
+
+    def _is_local_to_words(self) -> bool:
+        """Whether what stands between two spaces has the same tokens in any text, as with BERT's tokenizer."""
+        pipeline = self._tokenizer
+        added_tokens = [token.content for token in self.added_tokens_decoder.values()]
+        return (
+            self.truncation_side == "right"
+            and isinstance(pipeline.model, models.WordPiece)
+            and isinstance(pipeline.normalizer, normalizers.BertNormalizer | None)
+            and isinstance(pipeline.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+            and all(content.isascii() and content.split() == [content] for content in added_tokens)
+        )
+
+    def _adds_cls_and_sep(self) -> bool:
+        """Whether a text's tokens stand between [CLS] and [SEP]."""
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        return self._tokenizer.encode("a").ids == [self.cls_token_id, *plain, self.sep_token_id]
 
     def _sentences(self, text: str) -> list[str]:
         """The cleaned text, cut where the separator token belongs."""
@@ -348,6 +448,27 @@ def _strings(value: Any, name: str, words: bool) -> Iterator[str]:
                 raise ValueError(f"`{name}[{index}]` must be a string or a pair of strings, got {_described(item)}.")
     else:
         raise ValueError(f"`{name}` must be a string or a list of strings, got {_described(value)}.")
+
+
+def _first_words(text: Any, count: int) -> Any:
+    """A text, or a list of texts, up to the space behind the first `count` words and signs of each."""
+    if not isinstance(text, str):
+        return [_first_words(one, count) for one in text]
+    if len(text) < count:
+        return text
+    # Each is a token at least. Brackets are not counted, as they may be those of a special token.
+    sign = r"!-/:-@\\^`{-~"
+    beginning = re.match(rf"(?:[^\w{sign}]*(?:\w+\b|[{sign}])){{{count}}}[^ ]*", text)
+    return text if beginning is None else beginning[0]
+
+
+def _fills_limit(encoding: BatchEncoding, beginning: Any, text: Any) -> bool:
+    """Whether the tokens of each text that was left at its beginning are more than are kept.
+
+    Most often they are, but a word may have no token, such as a zero-width space.
+    """
+    pairs = zip(_strings(beginning, "text", False), _strings(text, "text", False), encoding.encodings, strict=True)
+    return all(one.overflowing or first == whole for first, whole, one in pairs)
 
 
 def _check_surrogates(strings: list[str]) -> None:

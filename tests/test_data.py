@@ -33,7 +33,7 @@ from lotlip_hf.data.collator import LoTLIPCollator, RecordError, ShardError
 from lotlip_hf.data.records import MAPPINGS, ColumnMapping, load_records, to_record
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
 from lotlip_hf.data.scenes import long_captions, render, scene, short_caption
-from lotlip_hf.images import ImageError
+from lotlip_hf.images import ImageError, load_image
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
 
 NOTHING_BROKEN = {"broken_images": 0, "broken_records": 0, "broken_shards": 0, "stand_ins": 0}
@@ -148,6 +148,22 @@ def test_every_kind_of_image_is_read(processor: LoTLIPProcessor, tmp_path: Path)
     pixels = LoTLIPCollator(processor)([{**record, "image": source} for source in sources])["pixel_values"]
     assert pixels.shape[0] == len(sources)
     assert all(torch.equal(one, pixels[0]) for one in pixels)
+
+
+def test_large_jpegs_are_read_for_the_image_processor(processor: LoTLIPProcessor, tmp_path: Path) -> None:
+    record = some_records(1)[0]
+    content = encoded(record["image"].resize((402, 301), Image.Resampling.BICUBIC), "JPEG")
+    (tmp_path / "large.jpg").write_bytes(content)
+    whole = load_image(content)
+    sources = [content, str(tmp_path / "large.jpg"), {"bytes": content, "path": None}, whole]
+    pixels = LoTLIPCollator(processor)([{**record, "image": source} for source in sources])["pixel_values"]
+    reduced = load_image(content, image_processor=processor.image_processor)
+    assert reduced.size == (42, 32)
+    assert all(
+        torch.equal(one, processor(images=reduced, return_tensors="pt")["pixel_values"][0]) for one in pixels[:3]
+    )
+    assert torch.equal(pixels[3], processor(images=whole, return_tensors="pt")["pixel_values"][0])
+    assert 0 < (pixels[0] - pixels[3]).abs().mean() < 0.02
 
 
 def test_texts_differ_between_epochs_and_not_between_runs(processor: LoTLIPProcessor) -> None:

@@ -76,6 +76,12 @@ def collectives() -> dict[str, Any]:
     # every rank weighs the rows in its own way
     (gathered**2 * (rank() + 1)).sum().backward()
     answers["gathered"], answers["gather_gradient"] = gathered.detach(), own.grad
+    # in the middle of a graph, used in two ways, its gradient asked for
+    leaf = own.detach().requires_grad_()
+    inner = leaf * 2
+    total = (gather(inner, dtype=torch.double) ** 2 * (rank() + 1)).sum() + (inner * rank()).sum()
+    for name, tensor in (("inner_gradient", inner), ("leaf_gradient", leaf)):
+        (answers[name],) = torch.autograd.grad(total, tensor, retain_graph=True)
     answers["with_known_sizes"] = gather(own.detach(), answers["sizes"])
     answers["strided"] = gather(whole.t()[:, : rank() + 1].t())
     answers["integers"] = gather(torch.full((2, 1), rank()))
@@ -107,6 +113,9 @@ def test_collectives(num_processes: int, tmp_path: Path) -> None:
         assert torch.equal(answers["with_known_sizes"], whole)
         # the sum of all ranks' gradients: 2 x (1 + 2 + ...)
         assert torch.equal(answers["gather_gradient"], 2 * own * sum_of_weights)
+        inner_gradient = 4 * own * sum_of_weights + index
+        assert torch.equal(answers["inner_gradient"], inner_gradient)
+        assert torch.equal(answers["leaf_gradient"], 2 * inner_gradient)
         assert torch.equal(answers["strided"], torch.cat([whole[: i + 1] for i in all_ranks]))
         assert torch.equal(answers["integers"], torch.arange(num_processes).repeat_interleave(2)[:, None])
         assert answers["nothing"].shape == (0, WIDTH)
@@ -121,6 +130,7 @@ def test_alone_they_are_the_identity() -> None:
     tensor = torch.randn(3, 2, requires_grad=True)
     assert (rank(), world_size(), is_distributed()) == (0, 1, False)
     assert all_sizes(tensor) == [3]
+    assert gather(tensor, dtype=torch.double).dtype == torch.double
     assert gather_lists(["alone"]) == ["alone"]
     for function in (gather, sum_over_ranks, average_gradient):
         assert function(tensor) is tensor

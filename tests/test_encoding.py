@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ from transformers import (
 import lotlip_hf
 from lotlip_hf import LoTLIPModel, LoTLIPProcessor, encode_images, encode_texts, encoding
 from lotlip_hf.encoding import iterate_image_embeddings, iterate_text_embeddings, load_model
-from lotlip_hf.images import ImageError
+from lotlip_hf.images import ImageError, load_image
+from lotlip_hf.store import FORMAT_VERSIONS, fingerprint
 
 TEXTS = [
     "a dog",
@@ -131,6 +133,101 @@ def test_text_batches_keep_to_the_token_budget(pair: Pair, monkeypatch: pytest.M
     assert widths == sorted(widths, reverse=True)
 
 
+def test_little_is_padded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = pair
+    shapes: list[torch.Size] = []
+    tokens = 0
+    get_text_features = model.get_text_features
+
+    def spy(**inputs: torch.Tensor) -> Any:
+        nonlocal tokens
+        shapes.append(inputs["input_ids"].shape)
+        tokens += int(inputs["attention_mask"].sum())
+        return get_text_features(**inputs)
+
+    monkeypatch.setattr(model, "get_text_features", spy)
+    texts = ["word " * int(length) for length in np.random.default_rng(0).integers(1, 125, 200)]
+    similar = encode_texts(model, processor, texts, progress=False)
+    assert sum(rows * width for rows, width in shapes) < 1.1 * tokens
+    # Not for batches that would be too small; the last has what is left.
+    assert min(rows * width for rows, width in shapes[:-1]) >= 1024
+    shapes.clear()
+    tokens = 0
+    monkeypatch.setattr(encoding, "_rows_of_similar_length", len)
+    torch.testing.assert_close(encode_texts(model, processor, texts, progress=False), similar, atol=1e-5, rtol=0)
+    assert sum(rows * width for rows, width in shapes) > 1.3 * tokens
+
+
+def test_texts_tokenised_by_word_are_tokenised_as_by_a_call(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is given the same tensors, whichever way its tokenizer goes."""
+    model, processor = pair
+    get_text_features = model.get_text_features
+    given: list[dict[str, torch.Tensor]] = []
+
+    def spy(**inputs: torch.Tensor) -> Any:
+        given.append(inputs)
+        return get_text_features(**inputs)
+
+    monkeypatch.setattr(model, "get_text_features", spy)
+    generator = np.random.default_rng(0)
+    words = " ".join(TEXTS).split(" ") + ["\u200b", "[MASK]", "Dr.", "“Stop.”"]
+    texts = [" ".join(generator.choice(words, generator.integers(0, 160))) for _ in range(60)] + TEXTS
+    for arguments in ({}, {"max_length": 20}, {"batch_size": 3}):
+        given.clear()
+        fast = list(iterate_text_embeddings(model, processor, texts, **arguments))
+        by_word = list(given)
+        given.clear()
+        with monkeypatch.context() as context:
+            context.setattr(encoding, "LoTLIPTokenizer", type("Another", (), {}))
+            plain = list(iterate_text_embeddings(model, processor, texts, **arguments))
+        assert [inputs.keys() for inputs in by_word] == [inputs.keys() for inputs in given]
+        for ours, expected in zip(by_word, given, strict=True):
+            assert all(torch.equal(ours[name], expected[name]) for name in expected)
+        assert [(index, was_cut) for index, _, was_cut in fast] == [(index, was_cut) for index, _, was_cut in plain]
+        assert all(torch.equal(row, expected) for (_, row, _), (_, expected, _) in zip(fast, plain, strict=True))
+        assert {was_cut for _, _, was_cut in fast} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("cpu", ["embed 0", "fetch 0", "embed 1", "fetch 1", "embed 2", "fetch 2", "embed 3"]),
+        # A device has its next batch before it is waited for.
+        ("cuda", ["embed 0", "embed 1", "fetch 0", "embed 2", "fetch 1", "embed 3", "fetch 2"]),
+    ],
+)
+def test_results_are_fetched_when_the_next_batch_is_under_way(
+    monkeypatch: pytest.MonkeyPatch, device: str, expected: list[str]
+) -> None:
+    """In order, each once, and those before a batch that fails as well."""
+    events: list[str] = []
+
+    def embed(model: Any, function: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        events.append(f"embed {int(inputs['number'])}")
+        if inputs["number"] == 3:
+            raise RuntimeError("out of memory")
+        return inputs["number"]
+
+    def fetch(model: Any, features: torch.Tensor) -> torch.Tensor:
+        events.append(f"fetch {int(features)}")
+        return features
+
+    monkeypatch.setattr(encoding, "_embed", embed)
+    monkeypatch.setattr(encoding, "_fetch", fetch)
+    model: Any = SimpleNamespace(device=torch.device(device))
+    batches = ((str(number), {"number": torch.tensor(number)}) for number in range(4))
+    yielded: list[str] = []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        yielded.extend(name for name, _ in encoding._embed_batches(model, "get_text_features", batches))
+    assert events == expected
+    assert yielded == ["0", "1", "2"]
+    events.clear()
+    batches = ((str(number), {"number": torch.tensor(number)}) for number in range(3))
+    results = encoding._embed_batches(model, "get_text_features", batches)
+    assert [(name, int(row)) for name, row in results] == [("0", 0), ("1", 1), ("2", 2)]
+    assert events == [event for event in expected if event != "embed 3"]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_models_mode_is_left_as_it_was(pair: Pair, image_files: list[Path], training: bool) -> None:
     model, processor = pair
@@ -143,10 +240,17 @@ def test_the_models_mode_is_left_as_it_was(pair: Pair, image_files: list[Path], 
         torch.testing.assert_close(encode_texts(model, processor, TEXTS, progress=False), expected, atol=1e-6, rtol=0)
         encode_images(model, processor, image_files, progress=False)
         assert [module.training for module in model.modules()] == before
-        for _ in iterate_image_embeddings(model, processor, image_files, batch_size=2):
+        for embeddings in (
+            iterate_image_embeddings(model, processor, image_files, batch_size=2),
+            iterate_text_embeddings(model, processor, TEXTS, batch_size=2),
+        ):
+            for number, _ in enumerate(embeddings):
+                assert [module.training for module in model.modules()] == before
+                assert torch.is_grad_enabled()
+                assert not torch.is_inference_mode_enabled()
+                if number == 5:
+                    embeddings.close()
             assert [module.training for module in model.modules()] == before
-            assert torch.is_grad_enabled()
-            assert not torch.is_inference_mode_enabled()
     finally:
         model.eval()
 
@@ -313,12 +417,12 @@ def test_images_are_read_a_few_batches_ahead(
     waiting, most, encoded = 0, 0, 0
     load_image, get_image_features = encoding.load_image, model.get_image_features
 
-    def counting_load(*arguments: Any) -> Image.Image:
+    def counting_load(*arguments: Any, **keywords: Any) -> Image.Image:
         nonlocal waiting, most
         with lock:
             waiting += 1
             most = max(most, waiting)
-        return load_image(*arguments)
+        return load_image(*arguments, **keywords)
 
     def counting_features(pixel_values: torch.Tensor) -> Any:
         nonlocal waiting, encoded
@@ -362,6 +466,45 @@ def test_very_long_and_thin_images_take_little_memory(pair: Pair, monkeypatch: p
         with torch.no_grad():
             expected = torch.nn.functional.normalize(model.get_image_features(**whole).pooler_output, dim=1)
         torch.testing.assert_close(result, expected, atol=1e-2 if shape[0] == 3 else 1e-5, rtol=0)
+
+
+def test_large_jpegs_are_read_for_the_image_processor(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = pair
+    path = tmp_path / "large.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize((1201, 903), Image.Resampling.BICUBIC)
+    picture.save(path, quality=90)
+    seen: list[tuple[int, int]] = []
+    call = type(processor.image_processor).__call__
+
+    def spy(self: Any, images: list[Image.Image], **kwargs: Any) -> Any:
+        seen.extend(image.size for image in images)
+        return call(self, images, **kwargs)
+
+    monkeypatch.setattr(type(processor.image_processor), "__call__", spy)
+    sources = [path, str(path), path.read_bytes(), *map(load_image, [path])]
+    result = encode_images(model, processor, sources, progress=False)
+    edge = processor.image_processor.size["shortest_edge"]
+    assert sorted(seen) == [(edge * 1201 // 903, edge)] * 3 + [picture.size]
+    for image, embedding in zip(
+        [*[load_image(path, image_processor=processor.image_processor)] * 3, load_image(path)], result, strict=True
+    ):
+        inputs = processor(images=[image], return_tensors="pt")
+        with torch.no_grad():
+            expected = torch.nn.functional.normalize(model.get_image_features(**inputs).pooler_output[0], dim=0)
+        torch.testing.assert_close(embedding, expected, atol=1e-6, rtol=0)
+    assert torch.equal(result[0], result[1])
+    assert torch.equal(result[0], result[2])
+    assert result[0] @ result[3] > 0.9999
+
+
+def test_embeddings_kept_of_another_way_of_reading_are_not_used(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {modality: fingerprint(*pair, modality) for modality in ("image", "text")}
+    monkeypatch.setitem(FORMAT_VERSIONS, "image", FORMAT_VERSIONS["image"] - 1)
+    assert fingerprint(*pair, "image") != before["image"]
+    assert fingerprint(*pair, "text") == before["text"]
 
 
 def test_exif_orientation_is_applied(pair: Pair, tmp_path: Path) -> None:

@@ -1,15 +1,23 @@
 """Image files: every mode and every kind of damage gives the right pixels or one error that names the file."""
 
+import io
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageDraw, ImageFile
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file
+from transformers import (
+    CLIPImageProcessorPil,
+    ConvNextImageProcessorPil,
+    SiglipImageProcessorPil,
+    ViTImageProcessorPil,
+)
 from transformers.image_utils import load_image as transformers_load_image
 
 from lotlip_hf.images import ImageError, find_images, image_extensions, load_image
@@ -24,6 +32,44 @@ def pixels(source: object) -> np.ndarray:
     image = load_image(source)  # pyright: ignore[reportArgumentType]
     assert image.mode == "RGB"
     return np.asarray(image)
+
+
+def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """Soft and sharp edges, as in a photograph, at every place and up to the borders."""
+    soft = Image.fromarray(random_pixels(9, 12)).resize((width, height), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(soft)
+    for place, colour in enumerate(random_pixels(40, 3).reshape(-1, 3).tolist()[:40]):
+        x, y = width * (place % 8) // 8, height * (place // 8) // 5
+        draw.rectangle((x, y, x + width // 14, y + height // 9), fill=tuple(colour))
+    draw.rectangle((0, 0, width - 1, height - 1), outline="white", width=max(1, min(width, height) // 40))
+    return soft.convert(mode)
+
+
+def jpeg(image: Image.Image, **settings: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=90, **settings)
+    return buffer.getvalue()
+
+
+def check_reduced(source: bytes, image_processor: Any) -> None:
+    """A JPEG read for an image processor has the size that it needs, and nearly the pixels of the whole one."""
+    whole, reduced = load_image(source), load_image(source, image_processor=image_processor)
+    assert reduced.mode == "RGB"
+    assert type(reduced) is Image.Image
+    expected, result, as_it_is = (
+        image_processor(images=[image], return_tensors="pt", do_resize=resize)["pixel_values"]
+        for image, resize in ((whole, True), (reduced, True), (reduced, False))
+    )
+    assert torch.equal(result, as_it_is)
+    steps = (result - expected).abs() * 255 / 2  # mean and deviation 0.5: from -1 to 1
+    # These edges are sharper than those of photographs; beside its place, without the box, the mean would be 3 to 5.
+    assert steps.mean() < 2.2
+    assert steps.max() < 16
+
+
+LOTLIP = official_image_processor(32)
+SIGLIP = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+VIT = ViTImageProcessorPil(size={"height": 32, "width": 32})
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "P", "CMYK", "YCbCr"])
@@ -280,6 +326,109 @@ def test_the_bytes_of_a_file(golden: Path) -> None:
         load_image(b"", "images[2]")
     with pytest.raises(ImageError, match=r"images\[2\]: not an image"):
         load_image(b"no picture at all", "images[2]")
+
+
+@pytest.mark.parametrize("image_processor", [LOTLIP, SIGLIP, VIT], ids=["lotlip", "siglip", "vit"])
+@pytest.mark.parametrize("size", [(400, 300), (257, 301), (1023, 517), (193, 999), (192, 192)])
+def test_large_jpegs_are_decoded_no_larger_than_needed(size: tuple[int, int], image_processor: Any) -> None:
+    check_reduced(jpeg(picture(*size)), image_processor)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("image_processor", [LOTLIP, SIGLIP], ids=["lotlip", "siglip"])
+def test_large_jpegs_are_turned_upright(orientation: int, image_processor: Any) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    check_reduced(jpeg(picture(515, 389), exif=exif), image_processor)
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings"),
+    [
+        ("L", {}),
+        ("CMYK", {}),
+        ("RGB", {"progressive": True}),
+        ("RGB", {"subsampling": 0}),
+        ("RGB", {"subsampling": 2, "optimize": True}),
+    ],
+)
+def test_large_jpegs_of_every_kind(mode: str, settings: dict[str, object]) -> None:
+    check_reduced(jpeg(picture(401, 303, mode), **settings), LOTLIP)
+
+
+def test_pictures_of_several_jpegs_are_reduced_too() -> None:
+    buffer = io.BytesIO()
+    picture(401, 303).save(buffer, format="MPO", save_all=True, append_images=[picture(401, 303).rotate(180)])
+    check_reduced(buffer.getvalue(), LOTLIP)
+
+
+@pytest.mark.parametrize("size", [(191, 500), (500, 191), (90, 64), (32, 32), (7, 9)])
+def test_jpegs_no_larger_than_needed_keep_their_pixels(size: tuple[int, int]) -> None:
+    data = jpeg(picture(*size))
+    np.testing.assert_array_equal(np.asarray(load_image(data, image_processor=LOTLIP)), pixels(data))
+
+
+@pytest.mark.parametrize("extension", ["png", "gif", "webp", "bmp", "tiff"])
+def test_other_formats_keep_their_pixels(extension: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image.{extension}"
+    picture(400, 300).save(path)
+    np.testing.assert_array_equal(np.asarray(load_image(path, image_processor=LOTLIP)), pixels(path))
+
+
+class OtherResizing(CLIPImageProcessorPil):
+    def resize(self, *arguments: object, **keywords: object) -> np.ndarray:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "image_processor",
+    [
+        None,
+        object(),
+        OtherResizing(size={"shortest_edge": 32}),
+        ConvNextImageProcessorPil(size={"shortest_edge": 32}),
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, do_resize=False),
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, resample=Image.Resampling.NEAREST),
+        CLIPImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 64}),
+        SiglipImageProcessorPil(size={"height": 32, "width": 48}),
+    ],
+)
+def test_a_processor_that_resizes_in_its_own_way_gets_the_whole_jpeg(image_processor: Any) -> None:
+    data = jpeg(picture(400, 300))
+    np.testing.assert_array_equal(np.asarray(load_image(data, image_processor=image_processor)), pixels(data))
+
+
+def test_long_and_thin_jpegs_are_reduced() -> None:
+    image = load_image(jpeg(picture(20_000, 200)), image_processor=LOTLIP)
+    assert image.size == (32 * 20_000 // 200, 32)
+
+
+def test_damage_is_named_alike_in_a_reduced_jpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut anywhere, or with wrong bytes: the same error, or none."""
+    data = jpeg(picture(400, 300))
+    damaged = [data[:length] for length in (0, 1, 10, 100, 300, 700, len(data) // 2, len(data) - 60, len(data) - 1)]
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        changed = np.frombuffer(data, dtype=np.uint8).copy()
+        changed[generator.integers(0, 800, 8)] = generator.integers(0, 256, 8)
+        damaged.append(changed.tobytes())
+    path, refused = tmp_path / "image.jpg", 0
+    for content in damaged:
+        path.write_bytes(content)
+        messages = []
+        for image_processor in (None, LOTLIP):
+            try:
+                load_image(path, image_processor=image_processor)
+            except ImageError as error:
+                messages.append((str(error), error.transient))
+        assert len(set(messages)) < 2
+        assert len(messages) in (0, 2)
+        refused += bool(messages)
+    assert refused > 10
+    path.write_bytes(data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400 * 300 // 2 - 1)
+    with pytest.raises(ImageError, match=r"image\.jpg: too large .*MAX_IMAGE_PIXELS"):
+        load_image(path, image_processor=LOTLIP)
 
 
 def test_other_sources_are_a_type_error() -> None:

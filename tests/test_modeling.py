@@ -23,7 +23,7 @@ from lotlip_hf import (
     LoTLIPVisionModelWithProjection,
 )
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
-from lotlip_hf.modeling.masking_lotlip import create_corner_mask
+from lotlip_hf.modeling.masking_lotlip import corner_mask_function, create_corner_mask, row_mask_function
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 
@@ -170,11 +170,11 @@ def test_attention_implementations_agree(text_backbone: str, side: str, with_cor
     model = text_model(text_backbone)
     ids = torch.cat([padded(tiny.input_ids(1, n), 12, side, model.config.pad_token_id) for n in (12, 7, 4)])
     answers = {}
-    for attention in ("eager", "sdpa", "flex_attention"):
+    for attention in ("eager", "sdpa", "unpadded", "flex_attention"):
         model.set_attn_implementation(attention)
         with torch.no_grad():
             answers[attention] = model(ids, output_corner_embeds=with_corners)
-    for attention in ("sdpa", "flex_attention"):
+    for attention in ("sdpa", "unpadded", "flex_attention"):
         for name in ("pooler_output", "corner_embeds") if with_corners else ("pooler_output",):
             torch.testing.assert_close(answers[attention][name], answers["eager"][name], **TOLERANCE)
 
@@ -258,6 +258,159 @@ def test_image_tower_is_exported_for_any_batch(vision_backbone: str) -> None:
     exported = torch.export.export(model, (), {"pixel_values": tiny.pixel_values()}, dynamic_shapes=sizes).module()
     other = tiny.pixel_values(5)
     torch.testing.assert_close(exported(pixel_values=other).image_embeds, model(other).image_embeds, **TOLERANCE)
+
+
+# Texts without their padding
+
+
+EXACT = {"rtol": 1e-6, "atol": 1e-6}
+
+
+def texts_of_lengths(*lengths: int, side: str = "right", length: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random ids [N, length], garbage for padding, and their attention mask."""
+    masks = [padded(torch.ones(1, n, dtype=torch.long), length, side, 0) for n in lengths]
+    ids = [padded(tiny.input_ids(1, n), length, side, 9) for n in lengths]
+    return torch.cat(ids), torch.cat(masks)
+
+
+def with_gradients(model: nn.Module, *args: torch.Tensor, **kwargs) -> tuple:
+    """The answer, and the gradient of all that training uses with respect to every parameter."""
+    model.zero_grad()
+    answer = model(*args, **kwargs)
+    used = [answer.pooler_output, *([] if answer.corner_embeds is None else [answer.corner_embeds])]
+    torch.stack([(value * torch.linspace(-1, 1, value.shape[-1])).mean() for value in used]).sum().backward()
+    return answer, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 2)])
+@pytest.mark.parametrize("with_corners", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_unpadded_texts_are_the_padded_ones(
+    text_backbone: str, side: str, with_corners: bool, shape: tuple[int, ...]
+) -> None:
+    model = text_model(text_backbone)
+    lengths = [12, *torch.randint(2, 13, (5,)).tolist()]
+    ids, mask = (tensor.reshape(*shape, -1) for tensor in texts_of_lengths(*lengths, side=side))
+    arguments = {"output_corner_embeds": with_corners, "output_hidden_states": True}
+    expected, expected_grads = with_gradients(model, ids, mask, **arguments)
+
+    rows = []
+    layers = next(module for module in model.backbone.modules() if isinstance(module, nn.ModuleList))
+    layers[0].register_forward_hook(lambda module, args, output: rows.append(args[0].shape))
+    model.set_attn_implementation("unpadded")
+    answer, grads = with_gradients(model, ids, mask, **arguments)
+    # its layers saw no padding
+    assert rows == [(1, sum(lengths) + 6 * (2 if with_corners else 0), 32)]
+    torch.testing.assert_close(answer.pooler_output, expected.pooler_output, **EXACT)
+    torch.testing.assert_close(answer.corner_embeds, expected.corner_embeds, **EXACT)
+    is_text = mask.bool()
+    assert len(answer.hidden_states) == len(expected.hidden_states)
+    for name in range(len(answer.hidden_states)):
+        torch.testing.assert_close(answer.hidden_states[name][is_text], expected.hidden_states[name][is_text], **EXACT)
+    torch.testing.assert_close(
+        answer.last_hidden_state, expected.last_hidden_state.masked_fill(~is_text.unsqueeze(-1), 0.0), **EXACT
+    )
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_texts_of_one_length_are_not_laid_out() -> None:
+    model, ids = text_model(), tiny.input_ids(3, 8)
+    shapes = []
+    model.backbone.encoder.layer[0].register_forward_hook(lambda module, args, output: shapes.append(args[0].shape))
+    with torch.no_grad():
+        expected = model(ids, output_corner_embeds=True)
+        model.set_attn_implementation("unpadded")
+        answer = model(ids, output_corner_embeds=True)
+    assert shapes == [(3, 10, 32)] * 2
+    assert torch.equal(answer.corner_embeds, expected.corner_embeds)
+
+
+@pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
+def test_unpadded_arguments_are_lined_up(pooling: str) -> None:
+    """Word embeddings, positions and token types of one's own, in place of those that are made."""
+    model, (ids, mask) = text_model(pooling=pooling), texts_of_lengths(12, 5, 8)
+    arguments = {
+        "inputs_embeds": model.get_input_embeddings()(ids).detach(),
+        "attention_mask": mask,
+        "position_ids": torch.arange(12) * 2,
+        "token_type_ids": torch.randint(2, ids.shape),
+    }
+    expected, _ = with_gradients(model, **arguments)
+    model.set_attn_implementation("unpadded")
+    answer, _ = with_gradients(model, **arguments)
+    torch.testing.assert_close(answer.pooler_output, expected.pooler_output, **EXACT)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_unpadded_texts_with_dropout_of_the_attention(checkpointing: bool) -> None:
+    """It draws as padded texts do; gradient checkpointing draws the same again."""
+    model, (ids, mask) = text_model().train(), texts_of_lengths(12, 5, 8)
+    for layer in model.backbone.encoder.layer:
+        layer.attention.self.dropout.p = 0.5
+    torch.manual_seed(5)
+    expected, expected_grads = with_gradients(model, ids, mask)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.set_attn_implementation("unpadded")
+    torch.manual_seed(5)
+    answer, grads = with_gradients(model, ids, mask)
+    torch.testing.assert_close(answer.corner_embeds, expected.corner_embeds, **EXACT)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert (with_gradients(model, ids, mask)[0].corner_embeds - answer.corner_embeds).abs().max() > 1e-3
+
+
+def test_a_whole_model_is_unpadded_and_forgets_it_when_saved(tmp_path: Path) -> None:
+    model, images = dual_model(), tiny.pixel_values()
+    short, short_mask = texts_of_lengths(6, 3, 4, length=6)
+    long, long_mask = (tensor.unsqueeze(1) for tensor in texts_of_lengths(5, 12, 9))
+    arguments = {
+        "attention_mask": short_mask,
+        "long_input_ids": long,
+        "long_attention_mask": long_mask,
+        "return_loss": True,
+    }
+    with torch.no_grad():
+        expected = model(short, images, **arguments)
+        model.set_attn_implementation("unpadded")
+        assert model.vision_model.backbone.config._attn_implementation == "unpadded"
+        answer = model(short, images, **arguments)
+    for name in ("loss", "text_embeds", "image_embeds", "corner_embeds"):
+        torch.testing.assert_close(answer[name], expected[name], **EXACT)
+    model.save_pretrained(tmp_path)
+    assert "unpadded" not in (tmp_path / "config.json").read_text()
+    assert LoTLIPModel.from_pretrained(tmp_path).text_model.backbone.config._attn_implementation == "sdpa"
+    loaded = LoTLIPModel.from_pretrained(tmp_path, attn_implementation="unpadded")
+    assert loaded.text_model.backbone.config._attn_implementation == "unpadded"
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(short, images, **arguments).loss, expected.loss, **EXACT)
+
+
+def test_compiled_texts_keep_their_padding() -> None:
+    model, (ids, mask) = text_model(), texts_of_lengths(12, 5, 8)
+    model.set_attn_implementation("unpadded")
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = model(ids, mask, output_corner_embeds=True)
+        answer = torch.compile(model, fullgraph=True, backend="eager")(ids, mask, output_corner_embeds=True)
+    torch.testing.assert_close(answer.corner_embeds, expected.corner_embeds, **EXACT)
+
+
+def test_the_rule_over_a_row_is_each_texts_own() -> None:
+    """What `flex_attention` makes a block mask of."""
+    ids, mask = texts_of_lengths(5, 2, 4, length=5)
+    words = torch.arange(5) > 0
+    rule = corner_mask_function(words.expand(3, -1), nn.functional.pad(mask.bool(), (0, 2), value=True))
+    row_index = nn.functional.pad(mask, (0, 2), value=1).flatten().nonzero().squeeze(1)
+    of_row = row_mask_function(rule, row_index, 7)
+    assert len(row_index) == 11 + 6
+    for q, query in enumerate(row_index.tolist()):
+        for k, key in enumerate(row_index.tolist()):
+            places = [torch.tensor(place) for place in (query // 7, 0, query % 7, key % 7)]
+            allowed = query // 7 == key // 7 and bool(rule(*places))
+            assert bool(of_row(*map(torch.tensor, (0, 0, q, k)))) == allowed, (query, key)
 
 
 # Padding and batches

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
@@ -278,6 +279,49 @@ def test_the_mean_over_processes_is_the_plain_loss(num_processes: int, tmp_path:
             for answer in of_processes:
                 torch.testing.assert_close(answer["bias.grad"], mean["bias.grad"])
         assert_equal(mean, expected(options))
+
+
+def order_of_a_step(dtype: torch.dtype) -> list[str]:
+    """What a process's backward pass does, in its order: parts of the towers, and the sum of the images' gradients."""
+    events: list[str] = []
+    all_reduce = dist.all_reduce
+
+    class Work:
+        def __init__(self, work: dist.Work) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            events.append("wait")
+            self.work.wait()
+
+    def recorded(tensor: torch.Tensor, *args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+        if not async_op:
+            return all_reduce(tensor, *args, **kwargs)
+        events.append("start")
+        return Work(all_reduce(tensor, *args, async_op=True, **kwargs))
+
+    model, batch = tiny_model(), part(tiny_batch(5), 3 * rank(), 3 + 2 * rank())
+    for name, tower in (("image", model.vision_model), ("text", model.text_model)):
+        for parameter in tower.parameters():
+            parameter.register_hook(lambda gradient, name=name: events.append(name))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = batch_loss(model, batch, Objective())
+    dist.all_reduce = recorded
+    try:
+        loss.loss.backward()
+    finally:
+        dist.all_reduce = all_reduce
+    return events
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_gradients_are_added_up_while_the_text_tower_works(dtype: torch.dtype, tmp_path: Path) -> None:
+    for events in run_processes(order_of_a_step, 2, tmp_path, dtype):
+        texts = [place for place, event in enumerate(events) if event == "text"]
+        assert events.count("start") == events.count("wait") == 1
+        assert events.index("start") < min(texts)
+        assert max(texts) < events.index("wait") < events.index("image")
 
 
 # Gradient cache

@@ -469,6 +469,30 @@ def test_session_options_are_used(exported: Path) -> None:
     assert {one.get_session_options().intra_op_num_threads for one in opened.sessions.values()} == {threads}
 
 
+@pytest.mark.parametrize("tower", ["text", "vision"])
+def test_norms_are_not_fused_with_residuals_on_cpus(tmp_path: Path, exported: Path, tower: str) -> None:
+    name = lotlip_hf.onnx.FILES[tower]
+    for file in ("config.json", name):
+        shutil.copy(exported / file, tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "ours")
+    onnx_model = LoTLIPOnnxModel.from_pretrained(tmp_path, session_options=options)
+    options.optimized_model_filepath = str(tmp_path / "plain")
+    plain = onnxruntime.InferenceSession(tmp_path / name, options, providers=["CPUExecutionProvider"])
+    if tower == "text":
+        inputs = padded_texts(onnx_model.config.text_config, [30, 1, 2, 17, 29], 30, "right")
+        given = onnx_model.get_text_features(**inputs).pooler_output
+    else:
+        size = onnx_model.config.vision_config.image_size
+        inputs = {"pixel_values": torch.randn(4, 3, size, size)}
+        given = onnx_model.get_image_features(**inputs).pooler_output
+    (expected,) = plain.run(None, {key: tensor.numpy() for key, tensor in inputs.items()})
+    torch.testing.assert_close(given, torch.from_numpy(expected), atol=1e-6, rtol=1e-5)
+    for graph, is_fused in (("plain", True), ("ours", False)):
+        operators = {node.op_type for node in onnx.load(tmp_path / graph).graph.node}
+        assert ("SkipLayerNormalization" in operators) == is_fused
+
+
 def wrong_inputs() -> Iterator[Any]:
     ids = torch.full((2, 6), 9)
     for name, arguments, message in (

@@ -1,15 +1,25 @@
 """Sub-captions: how captions are split, what is drawn, and that a draw depends on seed, epoch and record alone."""
 
+import re
 import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
-from lotlip_hf.data.sampling import CaptionSampling, SampledTexts, sample_texts, split_full_stops, split_sentences
+from lotlip_hf.data.sampling import (
+    ABBREVIATIONS,
+    OPENING,
+    CaptionSampling,
+    SampledTexts,
+    sample_texts,
+    split_full_stops,
+    split_sentences,
+)
 
 # "0a. 0b. ... 0h." and so on: every sentence tells its captioner and its place.
 CAPTIONS = [" ".join(f"{captioner}{letter}." for letter in "abcdefgh") for captioner in range(3)]
@@ -40,6 +50,45 @@ def sample(captions: list[str] = CAPTIONS, epoch: int = 0, record_id: str = "r",
 )
 def test_sentences(text: str, sentences: list[str]) -> None:
     assert split_sentences(text) == sentences
+
+
+def naive_split_sentences(text: str) -> list[str]:
+    """The rules of `split_sentences` as they read, without regard to time."""
+    end_of_sentence = r"\n|</s>|[.!?]+[\"'”’)\]]*(?=\s|</s>|$)|[。！？]+|\.(?<=[a-z]{2}\.)(?=[A-Z][a-z])"
+    sentences, start = [], 0
+    for end in re.finditer(end_of_sentence, text):
+        sentence = text[start : end.start()]
+        words = sentence.split()
+        if end[0] == "." and words:
+            word = words[-1].lstrip(OPENING)
+            is_initial = len(word) == 1 and word.isupper() and len(words) > 1
+            is_dotted = re.fullmatch(r"(?:[A-Za-z]\.)+[A-Za-z]", word) is not None
+            if is_initial or word.lower() in ABBREVIATIONS:
+                continue
+            if is_dotted and text[end.end() :].lstrip()[:1].islower():
+                continue
+        sentences.append(sentence + re.sub(r"[.。\n]|</s>", "", end[0]))
+        start = end.end()
+    sentences.append(text[start:])
+    return [sentence.strip() for sentence in sentences if re.search(r"\w", sentence)]
+
+
+def test_sentences_are_those_of_the_plain_rules() -> None:
+    pieces = [
+        *("a", "b c", "Dr", "Mr", "J", "U.S", "p.m", "e.g", "etc", "Smith", "The", "the", "x.The", "ab.The", "3.5"),
+        *(" ", "  ", "\n", "\r\n", "\xa0", "\x1c", ". ", ".", "..", "...", "!", "?", "?!", " . ", ".com", "_", "-"),
+        *("</s>", "<", "/s>", "。", "！", "？", '"', "'", "”", "’", ")", "]", "(", "[", "“", "‘", "猫"),
+    ]
+    generator = Random(0)
+    seen = Counter()
+    for _ in range(40_000):
+        text = "".join(generator.choices(pieces, k=generator.randint(0, 14)))
+        sentences = split_sentences(text)
+        assert sentences == naive_split_sentences(text), repr(text)
+        seen[len(sentences)] += 1
+    assert seen[0] < 10_000
+    assert seen[2] > 5_000
+    assert seen[4] > 1_000
 
 
 def test_full_stops_as_in_the_official_code() -> None:

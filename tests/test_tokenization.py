@@ -3,6 +3,7 @@
 import copy
 import functools
 import html
+import itertools
 import json
 import pickle
 import random
@@ -11,6 +12,7 @@ import shutil
 import tempfile
 import unittest
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import ftfy
@@ -21,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer, XLMRobertaTokenizer
 
 from lotlip_hf import LoTLIPConfig, LoTLIPTokenizer
-from lotlip_hf.modeling.tokenization_lotlip import clean
+from lotlip_hf.modeling.tokenization_lotlip import NEEDS_REPAIR, clean
 from upstream import upstream
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "tokenizer"
@@ -144,6 +146,29 @@ def test_the_shortcut_for_plain_text_changes_nothing() -> None:
     plain = [chr(code) for code in range(32, 127) if chr(code) != "&"] + ["\t", "\n", "\r"]
     for text in random_texts(2000, plain, seed=3):
         assert clean(text) == official_clean(text)
+
+
+def test_the_shortcut_for_ordinary_text_changes_nothing() -> None:
+    """`clean` knows what ftfy does to the punctuation of captions, and to letters of Latin-1 that stand alone."""
+    punctuation, latin = "\xa0–—‘’“”…", [chr(code) for code in range(0xA1, 0x100)]
+    ascii_ = [chr(code) for code in range(32, 127)] + ["\t", "\n", "\r"]
+    others = ["\x80", "\x9d", "Œ", "œ", "ﬁ", "€", "™", "İ", "\u0301", "猫", "Ａ", "\u200b", "\u2028"]
+    texts = ["".join(three) for three in itertools.product([*punctuation, *"aZ .?<"], repeat=3)]
+    for character in [*punctuation, *latin]:
+        for other in [*punctuation, *others, "a", "Z", " ", "<", "Ã", "é", "×"]:
+            texts += [f"a{character}{other}b", f" {other}{character} ", f"“{character}{other}’"]
+    for text in texts:
+        assert clean(text) == official_clean(text), repr(text)
+    shortcuts = sum(not NEEDS_REPAIR.search(text) for text in texts)
+    for text in random_texts(20_000, [*punctuation, *random.Random(0).choices(latin, k=4), *ascii_], seed=7):
+        assert clean(text) == official_clean(text), repr(text)
+        shortcuts += not NEEDS_REPAIR.search(text)
+    assert shortcuts > 15_000
+    # Broken quotes, a letter that is broken by itself, and one that its neighbour breaks, are seen as such.
+    assert clean("It’s here, â€™ and a café") == "It's here, ' and a café"
+    assert clean("voilÃ  le travail") == "voilà le travail"
+    assert NEEDS_REPAIR.search("¾“")
+    assert not NEEDS_REPAIR.search("“It’s ¾ of the café – a “naïve” 5 × 3 m wall at 20° – or more…”")
 
 
 def test_encodings_are_repaired_before_entities() -> None:
@@ -385,6 +410,100 @@ def test_texts_cut_at_the_limit_are_counted_and_said_once(caplog: pytest.LogCapt
         tokenizer.count_truncated(tokenizer(texts, truncation=True, return_overflowing_tokens=True))
     with pytest.raises(ValueError, match="`encoding` must be what a call of this tokenizer returned"):
         tokenizer.count_truncated({"input_ids": [[1]]})
+
+
+# Texts of up to a few hundred tokens, and with words that have none.
+LONG_PIECES = [*PIECES, *(" word" for _ in range(60)), *(" \u200b" for _ in range(20)), " don't, ", " _a_ ", " x" * 30]
+SETTINGS: list[dict[str, bool]] = [
+    {},
+    {"split_special_tokens": False},
+    {"clean_text": False},
+    {"split_sentences": False},
+    {"clean_text": False, "split_sentences": False, "split_special_tokens": False},
+]
+
+
+def long_texts(count: int, seed: int) -> list[str]:
+    generator = random.Random(seed)
+    texts = random_texts(count, seed=seed)
+    return texts + ["".join(generator.choices(LONG_PIECES, k=generator.randint(0, 150))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_beginning_of_a_long_text_is_enough(settings: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call gives is what it gives when the whole texts are tokenised and then cut."""
+    tokenizer = LoTLIPTokenizer.from_pretrained(GOLDEN, **settings)
+    texts = long_texts(60, seed=8)
+    whole = tokenizer(texts)["input_ids"]
+    arguments = {"truncation": True, "return_offsets_mapping": True, "return_length": True, "verbose": False}
+    for max_length in (2, 20, 126):
+        fast = tokenizer(texts, max_length=max_length, **arguments)
+        for ids, full, encoding in zip(fast["input_ids"], whole, fast.encodings, strict=True):
+            assert ids == (full if len(full) <= max_length else [*full[: max_length - 1], tokenizer.sep_token_id])
+            assert bool(encoding.overflowing) == (len(full) > max_length)
+        with monkeypatch.context() as context:
+            context.setattr(LoTLIPTokenizer, "_is_local_to_words", lambda self: False)
+            plain = tokenizer(texts, max_length=max_length, **arguments)
+        assert dict(fast) == dict(plain)
+        assert tokenizer.count_truncated(fast) == tokenizer.count_truncated(plain) > 0
+        assert [tokenizer.encode(text, max_length=max_length, truncation=True) for text in texts[-20:]] == fast[
+            "input_ids"
+        ][-20:]
+
+
+def test_of_a_long_text_little_is_tokenised(tokenizer: LoTLIPTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    encode = LoTLIPTokenizer.__base__._encode_plus
+
+    def spy(self: LoTLIPTokenizer, text: str, *arguments: Any, **kwargs: Any) -> Any:
+        given.append(len(text))
+        return encode(self, text, *arguments, **kwargs)
+
+    monkeypatch.setattr(LoTLIPTokenizer.__base__, "_encode_plus", spy)
+    tokenizer("word, " * 10_000, truncation=True, verbose=False)
+    assert given == [63 * len("word, ") - 1]
+    given.clear()
+    tokenizer("\u200b " * 10_000, truncation=True)  # no tokens: to the end of the text
+    assert given[-1] == 2 * 10_000 - 1
+    given.clear()
+    tokenizer("word " * 1000, truncation=True, return_overflowing_tokens=True)
+    left = LoTLIPTokenizer.from_pretrained(GOLDEN, model_max_length=126, truncation_side="left")
+    assert left("word " * 1000 + "end", truncation=True, verbose=False).tokens()[-2] == "end"
+    assert given == [4999, 5003]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_ids_by_word_are_those_of_a_call(settings: dict[str, bool]) -> None:
+    tokenizer = LoTLIPTokenizer.from_pretrained(GOLDEN, model_max_length=126, **settings)
+    tokenizer.add_tokens(["geraniums!", "word"])
+    texts = [*long_texts(60, seed=9), "\u200b " * 300 + "end", "[MASK] geraniums!red", *TEXTS]
+    for max_length in (None, 2, 20, 1000):
+        expected = tokenizer(texts, truncation=True, max_length=max_length, padding="max_length", verbose=False)
+        ids, was_cut = tokenizer.encode_unpadded(texts, max_length)
+        assert was_cut == [bool(encoding.overflowing) for encoding in expected.encodings]
+        for row, padded, mask in zip(ids, expected["input_ids"], expected["attention_mask"], strict=True):
+            assert row == padded[: sum(mask)]
+    if not tokenizer.clean_text:
+        with pytest.raises(ValueError, match=r"holds U\+D800 at position 2"):
+            tokenizer.encode_unpadded(["a \ud800 b"])
+    for wrong in ("a", [("a", "b")], [None], []):
+        with pytest.raises(ValueError, match="`text"):
+            tokenizer.encode_unpadded(wrong)
+
+
+def test_ids_by_word_of_other_tokenizers(tokenizer: LoTLIPTokenizer) -> None:
+    """Where a word's tokens depend on its neighbours, or a text stands between other tokens, it is as a call."""
+    two_words, bare = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    two_words.add_tokens(["a cat"])
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing("$A [SEP]", special_tokens=[("[SEP]", 102)])
+    left = LoTLIPTokenizer.from_pretrained(GOLDEN, truncation_side="left")
+    others = [LoTLIPTokenizer.from_backbone_tokenizer(stock()) for stock in (toy_roberta, toy_xlm_roberta)]
+    texts = ["a cat. <s> [SEP] a cat", "a b " * 200, "", "a"]
+    for other in (two_words, bare, left, *others):
+        expected = other(texts, truncation=True, max_length=30)
+        assert other.encode_unpadded(texts, 30) == (expected["input_ids"], [False, True, False, False])
+    assert "a cat" in two_words.convert_ids_to_tokens(two_words.encode_unpadded(texts)[0][0])
+    assert bare.encode_unpadded(["a"]) == ([bare.convert_tokens_to_ids(["a", "[SEP]"])], [False])
 
 
 @pytest.mark.parametrize(

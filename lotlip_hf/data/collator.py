@@ -1,16 +1,15 @@
 """From records to a training batch: reads the images, draws the texts, and deals with what is broken."""
 
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import get_worker_info
 from transformers import ProcessorMixin
 
-from ..images import ImageError, load_image, readable_formats
+from ..images import ImageError, load_image
 from .sampling import CaptionSampling, SampledTexts, sample_texts
 
 logger = logging.getLogger(__name__)
@@ -149,7 +148,7 @@ class LoTLIPCollator:
                 if record.get("error"):
                     raise ShardError(record["error"])
                 record_id, short_caption, long_captions = _checked_captions(record)
-                image = read_image(record["image"], f"record {record_id}")
+                image = read_image(record["image"], f"record {record_id}", self.processor.image_processor)
             except (ImageError, RecordError) as error:
                 if self.on_error == "raise":
                     raise
@@ -205,7 +204,7 @@ def _counted_as(error: ImageError | RecordError) -> str:
     return "broken_shards" if isinstance(error, ShardError) else "broken_records"
 
 
-def read_image(source: Any, name: str) -> Image.Image:
+def read_image(source: Any, name: str, image_processor: Any = None) -> Image.Image:
     """
     Reads a record's image.
 
@@ -213,6 +212,8 @@ def read_image(source: Any, name: str) -> Image.Image:
         source (`Any`): a path, the bytes of a file, a PIL image, an array, or a dictionary with `bytes` and `path` as
             `datasets.Image(decode=False)` gives it.
         name (`str`): what errors call the record.
+        image_processor (`BaseImageProcessor`, *optional*):
+            What the image is for; see [`~lotlip_hf.images.load_image`].
 
     Returns:
         `PIL.Image.Image`: the image as RGB, upright.
@@ -227,13 +228,6 @@ def read_image(source: Any, name: str) -> Image.Image:
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
     elif isinstance(source, str):
         name = f"{name}: {source}"
-    if isinstance(source, bytes):
-        try:
-            source = Image.open(io.BytesIO(source), formats=readable_formats())
-        except UnidentifiedImageError as error:
-            raise ImageError(name, "not an image in a format that PIL reads") from error
-        except Exception as error:  # decoders raise anything on damaged files
-            raise ImageError(name, f"damaged or truncated ({error})") from error
     if source is None:
         raise RecordError(f"{name}: has no image.")
     if isinstance(source, str) and source.startswith(("http://", "https://")):
@@ -243,7 +237,7 @@ def read_image(source: Any, name: str) -> Image.Image:
             "its shards or its folder",
         )
     try:
-        return load_image(source, name)
+        return load_image(source, name, image_processor=image_processor)
     except TypeError as error:
         raise RecordError(str(error)) from error
 

@@ -18,8 +18,22 @@ ABBREVIATIONS = frozenset(
 )
 # Where a sentence may end: at a line's end, at the end mark of some captioners, and at . ! or ? with what closes a
 # quotation, if white space, the end, or (for a forgotten space) a capital letter after a small one follows; and at
-# the wide marks of Chinese and Japanese.
-SENTENCE_END = re.compile(r"\n|</s>|[.!?]+[\"'”’)\]]*(?=\s|</s>|$)|[。！？]+|\.(?<=[a-z]{2}\.)(?=[A-Z][a-z])")
+# the wide marks of Chinese and Japanese. Every one begins with a character of one set, which is quick to search for.
+SENTENCE_END = re.compile(
+    r"""
+    [\n<.!?。！？]
+    (?:
+        (?<=\n)
+        | (?<=<)/s>
+        | (?<=[.!?])[.!?]*["'”’)\]]*(?=\s|</s>|$)
+        | (?<=[。！？])[。！？]*
+        | (?<=[a-z]{2}\.)(?=[A-Z][a-z])
+    )
+    """,
+    re.VERBOSE,
+)
+STOP = re.compile(r"[.。\n]|</s>")
+WORD = re.compile(r"\w")
 DOTTED_LETTERS = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]")
 OPENING = "([\"'“‘"
 
@@ -47,19 +61,19 @@ def split_sentences(text: str) -> list[str]:
     """
     sentences, start = [], 0
     for end in SENTENCE_END.finditer(text):
-        sentence = text[start : end.start()]
-        if end[0] == "." and (words := sentence.split()):
+        sentence, mark = text[start : end.start()], end[0]
+        if mark == "." and (words := sentence.rsplit(None, 1)):
             word = words[-1].lstrip(OPENING)
             initial = len(word) == 1 and word.isupper() and len(words) > 1
             # U.S., p.m.: they end a sentence only if the next word starts one.
-            letters = DOTTED_LETTERS.fullmatch(word) and text[end.end() :].lstrip()[:1].islower()
+            letters = "." in word and DOTTED_LETTERS.fullmatch(word) and text[end.end() :].lstrip()[:1].islower()
             if initial or letters or word.lower() in ABBREVIATIONS:
                 continue
         # The full stop goes; a quotation mark behind it stays.
-        sentences.append(sentence + re.sub(r"[.。\n]|</s>", "", end[0]))
+        sentences.append(sentence if mark == "." else sentence + STOP.sub("", mark))
         start = end.end()
     sentences.append(text[start:])
-    return [sentence.strip() for sentence in sentences if re.search(r"\w", sentence)]
+    return [sentence.strip() for sentence in sentences if WORD.search(sentence)]
 
 
 def split_full_stops(text: str) -> list[str]:

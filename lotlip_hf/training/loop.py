@@ -165,6 +165,8 @@ class _Run:
             parts = (model.text_model, model.vision_model) if config.gradient_checkpointing else (model,)
             for part in parts:
                 part.compile(dynamic=True)  # texts of every length
+        elif model.text_model.backbone.config._attn_implementation == "sdpa":
+            model.text_model.set_attn_implementation("unpadded")
         weights = model.config
         self.objective = Objective(
             config.loss,
@@ -179,7 +181,12 @@ class _Run:
             average = get_ema_multi_avg_fn(config.ema_decay)
             self.averaged = AveragedModel(model, accelerator.device, multi_avg_fn=average)
         groups = parameter_groups(model, self.objective, config)
-        optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)
+        optimizer = torch.optim.AdamW(
+            groups,
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+            fused=accelerator.device.type in ("cpu", "cuda"),  # one pass over the memory
+        )
         # not prepared: accelerate would step it once for each process
         self.scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, self.max_steps)
         prepare_sharding(model, self.objective, accelerator)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
@@ -109,7 +110,7 @@ class Objective(nn.Module):
         with torch.autocast(image_embeds.device.type, enabled=False):
             dtype = torch.promote_types(image_embeds.dtype, torch.float32)
             sizes = all_sizes(image_embeds)
-            images = logit_scale.to(dtype) * gather(image_embeds.to(dtype), sizes)  # [N, dim]
+            images = logit_scale.to(dtype) * gather(image_embeds, sizes, dtype)  # [N, dim]
             text_sets = stack_features(text_embeds, corner_embeds).to(dtype).unbind(1)  # K of [b, dim]
             image_sets = [images] * len(text_sets)
             if self.num_primary_components is not None:
@@ -136,13 +137,9 @@ def _contrastive_sums(
     """
     per_image, per_text, matches = [], [], []
     for images, texts in zip(image_sets, text_sets, strict=True):
-        # one tile serves both directions: its rows are a part of the images' sums, its columns of the texts'
-        tiles = [
-            [_recomputed(_log_sum_exps, image_tile, text_tile) for text_tile in texts.split(tile_size)]
-            for image_tile in images.split(tile_size)
-        ]
-        per_image.append(torch.cat([torch.stack([tile[0] for tile in row]).logsumexp(0) for row in tiles]))
-        per_text.append(torch.stack([torch.cat([tile[1] for tile in row]) for row in tiles]).logsumexp(0))
+        image_sums, text_sums = _LogSumExps.apply(images, texts, tile_size)  # pyright: ignore[reportGeneralTypeIssues]
+        per_image.append(image_sums)
+        per_text.append(text_sums)
         matches.append((images[own] * texts).sum())
     # what the images make of the texts of the other processes
     own_sums = torch.stack(per_image)  # [K, N]
@@ -179,8 +176,44 @@ def _recomputed(function: Callable[..., Any], *tensors: torch.Tensor) -> Any:
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
-def _log_sum_exps(scaled_images: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = scaled_images @ texts.t()  # [images, texts]
+class _LogSumExps(torch.autograd.Function):
+    """[N], [b]: the logarithms of the sums over the rows and over the columns of exp(images @ texts.t()), in tiles."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, images: torch.Tensor, texts: torch.Tensor, tile_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.tile_size = tile_size
+        per_image, per_text = [], []
+        for image_tile in images.split(tile_size):
+            # one tile serves both directions: its rows are a part of the images' sums, its columns of the texts'
+            sums = [_log_sum_exps(image_tile @ text_tile.t()) for text_tile in texts.split(tile_size)]
+            per_image.append(torch.stack([rows for rows, _ in sums]).logsumexp(0))
+            per_text.append(torch.cat([columns for _, columns in sums]))
+        answers = torch.cat(per_image), torch.stack(per_text).logsumexp(0)
+        ctx.save_for_backward(images, texts, *answers)
+        return answers
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        images, texts, *sums = ctx.saved_tensors
+        image_grads, text_grads = torch.zeros_like(images), torch.zeros_like(texts)
+        with torch.autocast(images.device.type, enabled=False):
+            of_images = [part.split(ctx.tile_size) for part in (images, image_grads, sums[0], grads[0])]
+            of_texts = [part.split(ctx.tile_size) for part in (texts, text_grads, sums[1], grads[1])]
+            for image_tile, image_grad, image_sums, image_weights in zip(*of_images, strict=True):
+                for text_tile, text_grad, text_sums, text_weights in zip(*of_texts, strict=True):
+                    tile = image_tile @ text_tile.t()
+                    # the derivative of a sum's logarithm is the softmax
+                    grad = (tile - image_sums.unsqueeze(1)).exp_().mul_(image_weights.unsqueeze(1))
+                    grad += tile.sub_(text_sums).exp_().mul_(text_weights)
+                    image_grad.addmm_(grad, text_tile)
+                    text_grad.addmm_(grad.t(), image_tile)
+        return image_grads, text_grads, None
+
+
+def _log_sum_exps(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return logits.logsumexp(1), logits.logsumexp(0)
 
 

@@ -1,0 +1,611 @@
+"""How fast this package is beside other ways to run LoTLIP, and whether it keeps its targets.
+
+    make bench                                             # on captions of Scenes; about 25 minutes on two cores
+    python benchmarks/bench.py --captions captions.jsonl   # on your own, {"text": "..."} on each line
+    python benchmarks/bench.py --only tokenise images      # a part of it
+    python benchmarks/bench.py --table                     # the last results again, as README shows them
+
+Every number is a ratio of two things that took turns in one run, by their medians. The weights are random and have the
+released model's shape (BERT-base and ViT-B/16). The *official recipe* is what the official code does: texts padded to
+128 positions, a dense mask, the corner tokens computed also at inference, eager attention (its transformers has no
+other). Each part adds a line to `benchmarks/results/bench.jsonl` when it is done; where a target is missed, a profile
+in `benchmarks/results/profiles` shows where the time goes.
+"""
+
+import argparse
+import cProfile
+import io
+import itertools
+import json
+import logging
+import pstats
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch.nn import functional as F
+from transformers import BertModel, PreTrainedModel, ViTModel
+from transformers.utils import logging as transformers_logging
+
+import peak
+import peers
+from lotlip_hf import LoTLIPModel, LoTLIPProcessor, encode_texts
+from lotlip_hf.conversion.onnx import convert as export_onnx
+from lotlip_hf.conversion.stock import stock_model
+from lotlip_hf.data.collator import LoTLIPCollator
+from lotlip_hf.data.sampling import CaptionSampling, sample_texts, split_sentences
+from lotlip_hf.data.scenes import scenes_dataset
+from lotlip_hf.encoding import load_model
+from lotlip_hf.images import load_image
+from lotlip_hf.modeling.loss_lotlip import lotlip_loss
+from lotlip_hf.modeling.processing_lotlip import official_image_processor
+from lotlip_hf.training.objective import Objective, batch_loss
+from measure import RESULTS as FOLDER
+from measure import in_turns, keep, machine, memory
+
+RESULTS = FOLDER / "bench.jsonl"
+NUM_SCENES = 600
+OFFICIAL = "official recipe"
+Call = Callable[[], Any]
+
+
+@dataclass
+class Row:
+    """
+    One target and what was measured.
+
+    Args:
+        work: What is done.
+        beside: What it is compared with.
+        ratio: How many times as fast; or what `unit` says.
+        target: What the ratio should at least be; with `at_most` at most.
+        unit: Of both.
+        detail: The numbers behind the ratio.
+        profile: Does the work once, to see where its time goes.
+    """
+
+    work: str
+    beside: str
+    ratio: float
+    target: float
+    at_most: bool = False
+    unit: str = "x"
+    detail: str = ""
+    profile: Call | None = field(default=None, repr=False)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the target is reached."""
+        return self.ratio <= self.target if self.at_most else self.ratio >= self.target
+
+    def values(self) -> dict[str, Any]:
+        """What is kept."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "profile"}
+
+    def __str__(self) -> str:
+        limit, verdict = ("<=" if self.at_most else ">="), "holds"
+        if not self.holds:
+            verdict = f"MISSED by {abs(self.ratio / self.target - 1):.0%}"
+        target = f"{limit} {self.target:g} {self.unit}"
+        measured = f"{self.ratio:.4g} {self.unit} ({self.detail})"
+        return f"{self.work} beside {self.beside}: {measured}, target {target}: {verdict}"
+
+
+class Bench:
+    """
+    What the parts below share.
+
+    Args:
+        size: Of the models, see `peers.SIZES`.
+        captions: Long texts.
+        num_texts: How many of them are encoded in a turn.
+        num_mixed: Texts of mixed lengths for `mixed`.
+        batch_size: Images of a training step, and of the loss.
+        repeats: Turns.
+        folder: For checkpoints and images.
+    """
+
+    def __init__(
+        self,
+        size: str,
+        captions: list[str],
+        num_texts: int,
+        num_mixed: int,
+        batch_size: int,
+        loss_batch_size: int,
+        repeats: int,
+        folder: Path,
+    ) -> None:
+        self.size = size
+        self.captions = captions
+        self.num_texts = num_texts
+        self.num_mixed = num_mixed
+        self.batch_size = batch_size
+        self.loss_batch_size = loss_batch_size
+        self.repeats = repeats
+        self.folder = folder
+        self.rates: dict[str, dict[str, float]] = {}  # texts a second, of each kind of text and each peer
+        self.notes: list[str] = []
+
+    @cached_property
+    def model(self) -> LoTLIPModel:
+        """In float32."""
+        return peers.make_model(self.size)
+
+    @cached_property
+    def processor(self) -> LoTLIPProcessor:
+        """The model's."""
+        return peers.make_processor(self.model)
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        """A folder with model and processor."""
+        path = self.folder / "checkpoint"
+        self.model.save_pretrained(path)
+        self.processor.save_pretrained(path)
+        return path
+
+    def turns(self, description: str, calls: Mapping[str, Call]) -> dict[str, float]:
+        """Median seconds of each call."""
+        return in_turns(calls, self.repeats, description)
+
+    def encode(self, model: PreTrainedModel, texts: Sequence[str]) -> torch.Tensor:
+        """[N, P], with this package."""
+        return encode_texts(model, self.processor, texts, progress=False)
+
+    def batches(self, texts: Sequence[str], batch_size: int = 64) -> list[dict[str, torch.Tensor]]:
+        """The ideal batches: tokenised, sorted by length, each of as many tokens as `batch_size` texts can have."""
+        encoded = self.processor.tokenizer(list(texts), truncation=True, verbose=False)["input_ids"]
+        ids = sorted(encoded, key=len, reverse=True)
+        budget = batch_size * self.processor.tokenizer.model_max_length
+        batches = []
+        while ids:
+            rows = max(1, budget // len(ids[0]))
+            batch, ids = ids[:rows], ids[rows:]
+            batches.append(dict(self.processor.tokenizer.pad({"input_ids": batch}, return_tensors="pt")))
+        return batches
+
+
+@torch.inference_mode()
+def run_batches(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """The text features of batches that are there already, for nobody."""
+    for batch in batches:
+        model.get_text_features(**batch)
+
+
+def encode(bench: Bench) -> list[Row]:
+    """Long texts and first sentences, by this package in three precisions and by everything else."""
+    long = bench.captions[: bench.num_texts]
+    kinds = {"long texts": long, "first sentences": [split_sentences(text)[0] + "." for text in long]}
+    stock = stock_model(bench.model)
+    bf16, _ = load_model(bench.checkpoint, dtype="bfloat16")
+    export_onnx(bench.checkpoint, bench.folder / "int8", quantize="int8", towers=["text"])
+    int8, _ = load_model(bench.folder / "int8")
+    encoders: dict[str, Callable[[Sequence[str]], Any]] = {
+        "lotlip-hf": partial(bench.encode, bench.model),
+        "lotlip-hf, bfloat16": partial(bench.encode, bf16),
+        "lotlip-hf, int8 ONNX": partial(bench.encode, int8),
+        OFFICIAL: peers.OfficialRecipe(bench.model).encode,
+        f"{OFFICIAL}, sdpa": peers.OfficialRecipe(bench.model, "sdpa").encode,
+        "VisionTextDualEncoderModel": peers.vision_text_dual_encoder(bench.model).encode,
+        "sentence-transformers": partial(
+            peers.sentence_transformer(bench.model, bench.folder / "bert").encode, batch_size=peers.BATCH_SIZE
+        ),
+        "CLIPModel (77 tokens)": peers.clip(bench.size).encode,
+    }
+    try:
+        encoders["open_clip (77 tokens)"] = peers.OpenClip().encode
+    except Exception as error:  # a torchvision that does not fit torch raises anything
+        bench.notes.append(f"open_clip was not measured: {error}")
+    rows = []
+    for kind, texts in kinds.items():
+        batches = bench.batches(texts)
+        calls = {name: partial(encoder, texts) for name, encoder in encoders.items()}
+        seconds = bench.turns(kind, {**calls, "bare": partial(run_batches, stock, batches)})
+        bench.rates[kind] = {name: len(texts) / seconds[name] for name in calls}
+
+        def row(
+            name: str,
+            beside: str,
+            target: float,
+            kind: str = kind,
+            calls: Mapping[str, Call] = calls,
+            seconds: Mapping[str, float] = seconds,
+            other: str | None = None,
+        ) -> Row:
+            mine, theirs = (bench.num_texts / seconds[one] for one in (name, other or beside))
+            detail = f"{mine:.1f} and {theirs:.1f} texts/s"
+            return Row(f"{kind}, {PRECISION[name]}", beside, mine / theirs, target, detail=detail, profile=calls[name])
+
+        rows.append(row("lotlip-hf", OFFICIAL, 1.1 if kind == "long texts" else 2.5))
+        if kind == "long texts":
+            rows.append(row("lotlip-hf", "bare BertModel, same tokens", 0.98, other="bare"))
+        exact = bench.encode(bench.model, texts)
+        for name, target, cosine in (("lotlip-hf, bfloat16", 3, 0.999), ("lotlip-hf, int8 ONNX", 5, 0.98)):
+            rows.append(row(name, f"{OFFICIAL}, fp32", target, other=OFFICIAL))
+            cosines = (calls[name]() * exact).sum(-1)
+            detail = f"mean {cosines.mean():.5f}"
+            rows.append(
+                Row(f"{kind}, {PRECISION[name]}", "fp32", cosines.min().item(), cosine, unit="cosine", detail=detail)
+            )
+    return rows
+
+
+PRECISION = {"lotlip-hf": "fp32", "lotlip-hf, bfloat16": "bf16", "lotlip-hf, int8 ONNX": "int8 ONNX"}
+
+
+def mixed(bench: Bench) -> list[Row]:
+    """Many texts of mixed lengths, by a BERT so small that what surrounds it shows."""
+    model = bench.model if bench.size == "tiny" else peers.make_model("mini")
+    stock = stock_model(model)
+    choose = random.Random(0)
+    texts = []
+    for index in range(bench.num_mixed):
+        sentences = split_sentences(bench.captions[index % len(bench.captions)])
+        texts.append(". ".join(sentences[: choose.randint(1, len(sentences))]))
+    calls = {
+        "ours": lambda: encode_texts(model, bench.processor, texts, progress=True),
+        "ideal": partial(run_batches, stock, bench.batches(texts)),
+    }
+    seconds = bench.turns("mixed lengths", calls)
+    detail = f"{len(texts) / seconds['ours']:.0f} and {len(texts) / seconds['ideal']:.0f} texts/s"
+    work = f"encode_texts, {len(texts):,} mixed lengths"
+    return [
+        Row(work, "its ideal batches", seconds["ideal"] / seconds["ours"], 0.9, detail=detail, profile=calls["ours"])
+    ]
+
+
+def tokenise(bench: Bench) -> list[Row]:
+    """Texts to ids, cleaning included."""
+    recipe = peers.OfficialRecipe(peers.make_model("tiny"))
+
+    def ours() -> None:
+        with peers.tokenizers_parallelism(True):
+            bench.processor.tokenizer(bench.captions, truncation=True, verbose=False)
+
+    calls = {"ours": ours, "official": lambda: recipe.tokenize(bench.captions)}
+    seconds = bench.turns("tokenise", calls)
+    detail = ", ".join(f"{name} {1e3 * each / len(bench.captions):.2f} ms a text" for name, each in seconds.items())
+    ratio = seconds["official"] / seconds["ours"]
+    return [Row("tokenise, cleaning included", "official loop", ratio, 3, detail=detail, profile=ours)]
+
+
+def loss_inputs(batch_size: int) -> list[torch.Tensor]:
+    """Random normalised embeddings of one short and one long text with two corners, 768 wide: K = 4."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((batch_size, 768), (batch_size, 2, 768), (batch_size, 1, 2, 768))
+    return [F.normalize(torch.randn(shape, generator=generator), dim=-1).requires_grad_() for shape in shapes]
+
+
+def run_loss(name: str, inputs: Sequence[torch.Tensor]) -> None:
+    """Forward and backward of the tiled objective or of whole logits."""
+    function = Objective() if name == "tiles" else lotlip_loss
+    function(*inputs, torch.tensor(50.0)).loss.backward()
+    for embeds in inputs:
+        embeds.grad = None
+
+
+def memory_of_loss(name: str, batch_size: int) -> float:
+    """MiB that a loss needs at its peak beyond the embeddings; right only in a fresh process."""
+    run_loss(name, loss_inputs(16))  # what is allocated once
+    inputs = loss_inputs(batch_size)
+    before = memory("VmRSS")
+    run_loss(name, inputs)
+    return (memory("VmHWM") - before) / 2**20
+
+
+def loss(bench: Bench) -> list[Row]:
+    """The loss of a large batch, in tiles and with whole logits."""
+    held = {}
+    for name in ("tiles", "whole"):
+        command = [sys.executable, __file__, "--memory-of-loss", name, "--loss-batch-size", str(bench.loss_batch_size)]
+        held[name] = float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    inputs = loss_inputs(bench.loss_batch_size)
+    calls = {name: partial(run_loss, name, inputs) for name in ("tiles", "whole")}
+    seconds = bench.turns("loss", calls)
+    work = f"loss at B = {bench.loss_batch_size}, K = 4"
+    memory, time = (
+        f"{each['tiles']:.{digits}f} and {each['whole']:.{digits}f}" for each, digits in ((held, 0), (seconds, 1))
+    )
+    return [
+        Row(work, "whole logits", held["tiles"] / held["whole"], 1 / 8, True, "of the memory", f"{memory} MiB"),
+        Row(
+            *(work, "whole logits", seconds["tiles"] / seconds["whole"], 1.3, True, "of the time", f"{time} s"),
+            profile=calls["tiles"],
+        ),
+    ]
+
+
+def import_(bench: Bench) -> list[Row]:
+    """`import lotlip_hf` behind `import transformers`, in fresh processes."""
+    code = (
+        "import time, transformers; start = time.perf_counter(); import lotlip_hf; print(time.perf_counter() - start)"
+    )
+
+    def once() -> float:
+        return float(
+            subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+        )
+
+    seconds = sorted(once() for _ in range(bench.repeats))
+    milliseconds = 1e3 * seconds[len(seconds) // 2]
+    detail = f"up to {1e3 * seconds[-1]:.0f} ms"
+    return [Row("import lotlip_hf", "import transformers", milliseconds, 50, True, "ms more", detail)]
+
+
+def load(bench: Bench) -> list[Row]:
+    """`from_pretrained` of the whole model and of the two stock encoders with the same weights."""
+    stock = stock_model(bench.model)
+    stock.text_model.save_pretrained(bench.folder / "bert")
+    stock.vision_model.save_pretrained(bench.folder / "vit")
+
+    def both() -> None:
+        BertModel.from_pretrained(bench.folder / "bert")
+        ViTModel.from_pretrained(bench.folder / "vit")
+
+    calls = {"ours": partial(LoTLIPModel.from_pretrained, bench.checkpoint), "stock": both}
+    seconds = bench.turns("from_pretrained", calls)
+    detail = f"{seconds['ours']:.2f} and {seconds['stock']:.2f} s"
+    ratio = seconds["ours"] / seconds["stock"]
+    return [
+        Row(
+            *("from_pretrained", "BertModel + ViTModel", ratio, 1.1, True, "of the time", detail),
+            profile=calls["ours"],
+        )
+    ]
+
+
+def photographs(folder: Path, count: int = 8) -> list[Path]:
+    """JPEGs of 12 megapixels, each a mosaic of scikit-learn's two photographs."""
+    parts = [np.asarray(image) for image in load_sample_images().images]
+    choose = np.random.default_rng(0)
+    folder.mkdir()
+    paths = []
+    for number in range(count):
+        canvas = np.empty((3000, 4000, 3), dtype=np.uint8)
+        for top, left in itertools.product(range(0, 3000, 400), range(0, 4000, 600)):
+            tile = canvas[top : top + 400, left : left + 600]
+            part = np.rot90(parts[choose.integers(2)], 2 * choose.integers(2))
+            tile[:] = part[: tile.shape[0], : tile.shape[1]]
+        paths.append(folder / f"{number}.jpg")
+        Image.fromarray(canvas).save(paths[-1], quality=90)
+    return paths
+
+
+def images(bench: Bench) -> list[Row]:
+    """Files to pixel values."""
+    paths = photographs(bench.folder / "photographs")
+    image_processor = official_image_processor(224)
+
+    def usual() -> torch.Tensor:
+        batch = [Image.open(path).convert("RGB") for path in paths]
+        return image_processor(images=batch, return_tensors="pt")["pixel_values"]
+
+    def ours() -> torch.Tensor:
+        batch = [load_image(path, image_processor=image_processor) for path in paths]
+        return image_processor(images=batch, return_tensors="pt")["pixel_values"]
+
+    seconds = bench.turns("images", {"ours": ours, "usual": usual})
+    difference = (ours() - usual()).abs() * 255 / 2  # pixel values go from -1 to 1
+    rates = " and ".join(f"{len(paths) / each:.1f}" for each in seconds.values())
+    pixels = f"pixels differ by {difference.mean():.2f} of 255 in the mean, by {difference.max():.0f} at most"
+    detail = f"{rates} images/s; {pixels}"
+    ratio = seconds["usual"] / seconds["ours"]
+    return [
+        Row("JPEGs of 12 megapixels to pixel values", "PIL the usual way", ratio, 1.5, detail=detail, profile=ours)
+    ]
+
+
+def step(bench: Bench) -> list[Row]:
+    """A training step with one short and one long text an image: forward, loss, backward, AdamW, in float32."""
+    size = bench.processor.image_processor.size["shortest_edge"]
+    records = [
+        {
+            "image": np.random.default_rng(index).integers(0, 256, (size, size, 3), dtype=np.uint8),
+            "short_caption": split_sentences(caption)[0] + ".",
+            "long_captions": [caption],
+            "id": str(index),
+        }
+        for index, caption in enumerate(bench.captions[: bench.batch_size])
+    ]
+    collator = LoTLIPCollator(bench.processor, CaptionSampling(num_long_texts=1))
+    batch = collator(records)
+    drawn = [sample_texts(r["short_caption"], r["long_captions"], collator.sampling, 0, 0, r["id"]) for r in records]
+
+    model = peers.make_model(bench.size).train()
+    model.text_model.set_attn_implementation("unpadded")  # as `lotlip_hf.training.loop` does
+    recipe = peers.OfficialTraining(peers.make_model(bench.size).train())
+    short, long = (recipe.text.tokenize(texts) for texts in ([d.short for d in drawn], [d.long[0] for d in drawn]))
+    calls = {
+        "ours": training_step(model, lambda: batch_loss(model, batch, Objective()).loss),
+        "official": training_step(recipe, lambda: recipe(batch["pixel_values"], short, long)),
+    }
+    seconds = bench.turns("training step", calls)
+    detail = " and ".join(f"{bench.batch_size / each:.2f}" for each in seconds.values()) + " images/s"
+    ratio = seconds["official"] / seconds["ours"]
+    work = f"training step, 1 short + 1 long text, batch {bench.batch_size}"
+    return [Row(work, OFFICIAL, ratio, 1.5, detail=detail, profile=calls["ours"])]
+
+
+def training_step(model: torch.nn.Module, loss_of_batch: Callable[[], torch.Tensor]) -> Call:
+    """A step with a new optimiser."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        loss_of_batch().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def device(bench: Bench) -> list[Row]:
+    """The shares of a GPU's matmul peak, where there is one."""
+    if not torch.cuda.is_available():
+        bench.notes.append("There is no GPU here: the share of its peak was not measured.")
+        return []
+    result = peak.measure(bench.size, "cuda", repeats=bench.repeats)
+    work = f"ViT-B/16 + BERT-base in bf16, batch {result['batch_size']}"
+    rows = [
+        Row(
+            *(f"{name}, {work}", f"matmul peak of {result['device']}", values["fraction_of_peak"], target),
+            unit="of the peak",
+            detail=f"{values['samples_per_second']:.0f} samples/s",
+        )
+        for (name, values), target in zip(result["works"].items(), (0.5, 0.7, 0.7), strict=True)
+    ]
+    return [*rows, Row(f"training step, {work}", OFFICIAL, result["times_the_official_step"], 3)]
+
+
+PARTS: dict[str, Callable[[Bench], list[Row]]] = {
+    "import": import_,
+    "load": load,
+    "tokenise": tokenise,
+    "images": images,
+    "encode": encode,
+    "mixed": mixed,
+    "step": step,
+    "loss": loss,
+    "device": device,
+}
+
+
+def read_captions(path: Path | None) -> list[str]:
+    """The texts of a JSONL file, `{"text": "..."}` on each line; without one, long captions of Scenes."""
+    if path is None:
+        return [captions[0] for captions in scenes_dataset(NUM_SCENES, split="test")["long_captions"]]
+    captions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            caption = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{path}, line {number}: expected {{"text": "..."}} ({error!r}).') from error
+        if not isinstance(caption, str) or not split_sentences(caption):
+            raise ValueError(f"{path}, line {number}: `text` must be a caption, got {caption!r}.")
+        captions.append(caption)
+    if not captions:
+        raise ValueError(f"{path} holds no captions.")
+    return captions
+
+
+def profile(call: Call) -> str:
+    """Where the time of a call goes: functions of Python, then operations of PyTorch, each by its own time."""
+    python = cProfile.Profile()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as operations:
+        python.runcall(call)
+    text = io.StringIO()
+    pstats.Stats(python, stream=text).strip_dirs().sort_stats("tottime").print_stats(15)
+    table = operations.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40)
+    return f"{text.getvalue()}\n{table}\n"
+
+
+def tables(results: Path) -> str:
+    """The last result of each part, in Markdown: the targets, then texts a second."""
+    latest = {}
+    for line in results.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        latest[entry["part"]] = entry
+    lines = ["| work | beside | target | measured | |", "| --- | --- | --- | --- | --- |"]
+    for part in PARTS:
+        for values in latest.get(part, {"rows": []})["rows"]:
+            row = Row(**values)
+            limit = "<=" if row.at_most else ">="
+            verdict = "holds" if row.holds else "**missed**"
+            measured = f"{row.ratio:.4g} {row.unit}"
+            lines.append(
+                f"| {row.work} | {row.beside} | {limit} {row.target:.3g} {row.unit} | {measured} | {verdict} |"
+            )
+    rates = latest.get("encode", {}).get("rates", {})
+    if rates:
+        lines += ["", f"| texts a second | {' | '.join(rates)} |", f"| --- |{' --- |' * len(rates)}"]
+        for name in next(iter(rates.values())):
+            lines.append(f"| {name} | {' | '.join(f'{kind[name]:.1f}' for kind in rates.values())} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, keeps and prints. Returns 0 also where targets are missed: they are no test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captions", type=Path, help='a file with {"text": "..."} on each line; by default of Scenes')
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to measure; by default all")
+    parser.add_argument("--size", choices=peers.SIZES, default="base", help="of the models")
+    parser.add_argument("--num-texts", type=int, default=64, help="texts that are encoded in a turn")
+    parser.add_argument("--num-mixed", type=int, default=10_000, help="texts of mixed lengths")
+    parser.add_argument("--batch-size", type=int, default=16, help="images of a training step")
+    parser.add_argument("--loss-batch-size", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=5, help="turns that count")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file that results are added to")
+    parser.add_argument("--table", action="store_true", help="print the last results and measure nothing")
+    parser.add_argument("--memory-of-loss", choices=("tiles", "whole"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    if arguments.memory_of_loss:
+        print(memory_of_loss(arguments.memory_of_loss, arguments.loss_batch_size))
+        return 0
+    if arguments.table:
+        print(tables(arguments.results))
+        return 0
+    try:
+        captions = read_captions(arguments.captions)
+    except (OSError, ValueError) as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return 2
+    logging.getLogger("lotlip_hf").setLevel(logging.ERROR)  # that texts were cut is not the point here
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(0)
+    sizes = {
+        name: getattr(arguments, name)
+        for name in ("size", "num_texts", "num_mixed", "batch_size", "loss_batch_size", "repeats")
+    }
+    missed = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(captions=captions, folder=Path(folder), **sizes)
+        for part in arguments.only or PARTS:
+            rows = PARTS[part](bench)
+            for row in rows:
+                print(row, flush=True)
+                if not row.holds and row.profile is not None:
+                    missed.append(write_profile(row, arguments.results.parent / "profiles"))
+            entry = {
+                "part": part,
+                "captions": {
+                    "file": arguments.captions.name if arguments.captions else "Scenes",
+                    "count": len(captions),
+                },
+                **sizes,
+                "rows": [row.values() for row in rows],
+                **({"rates": bench.rates} if part == "encode" else {}),
+                **machine("sentence-transformers", "onnxruntime", "open_clip_torch", "tokenizers"),
+            }
+            keep(entry, arguments.results)
+        for note in bench.notes:
+            print(note)
+    print(f"\n{tables(arguments.results)}\n\nAdded to {arguments.results}")
+    for file in missed:
+        print(f"Where the time of a missed target goes: {file}")
+    return 0
+
+
+def write_profile(row: Row, folder: Path) -> Path:
+    """The profile of a missed target, in a file named after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{re.sub('[^a-z0-9]+', '-', row.work.lower()).strip('-')}.txt"
+    file.write_text(f"{row}\n\n{profile(row.profile)}", encoding="utf-8")
+    return file
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,237 @@
+"""
+The models that are measured, all with the same weights where they can have them: LoTLIP, the official recipe, and how
+people use stock models.
+"""
+
+import copy
+import html
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedModel,
+    ViTConfig,
+)
+
+from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPProcessor, LoTLIPTextConfig, LoTLIPTokenizer, LoTLIPVisionConfig
+from lotlip_hf.conversion.stock import stock_model
+from lotlip_hf.modeling.loss_lotlip import lotlip_loss
+from lotlip_hf.modeling.processing_lotlip import official_image_processor
+
+VOCABULARY = Path(__file__).resolve().parent.parent / "tests" / "golden" / "tokenizer" / "vocab.txt"  # BERT's
+CONTEXT_LENGTH, NUM_CORNER_TOKENS = 128, 2  # of the released models
+BATCH_SIZE = 32  # sentence-transformers' default, and what examples of transformers use
+# What is measured: the released model's shape; a BERT whose layers cost little beside what surrounds them; and nearly
+# nothing, for tests.
+SIZES: dict[str, dict[str, int]] = {
+    "base": {},
+    "mini": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
+}
+
+
+def make_model(size: str = "base") -> LoTLIPModel:
+    """A model with random weights: ViT-B/16 and BERT-base as the released one has them, or smaller."""
+    torch.manual_seed(0)
+    text = BertConfig(**SIZES[size])
+    vision = ViTConfig(**SIZES[size], layer_norm_eps=1e-6, image_size=32 if size == "tiny" else 224)
+    config = LoTLIPConfig(
+        text_config=LoTLIPTextConfig(
+            backbone_config=text, num_corner_tokens=NUM_CORNER_TOKENS, projection_dim=text.hidden_size
+        ),
+        vision_config=LoTLIPVisionConfig(backbone_config=vision, pooling="cls"),
+        projection_dim=text.hidden_size,
+    )
+    return LoTLIPModel(config).eval()
+
+
+def make_processor(model: LoTLIPModel) -> LoTLIPProcessor:
+    """Tokenizer and image processor of the released models, for the size of the model's images."""
+    tokenizer = LoTLIPTokenizer(vocab=str(VOCABULARY), model_max_length=CONTEXT_LENGTH - NUM_CORNER_TOKENS)
+    return LoTLIPProcessor(official_image_processor(model.config.vision_config.image_size), tokenizer)
+
+
+class OfficialRecipe(nn.Module):
+    """
+    A LoTLIP's text tower used as the official code does (github.com/wuw2019/LoTLIP, `open_clip/tokenizer.py` and
+    `hf_model.py`): corner tokens written into the text, everything padded to 128 positions, a mask [B, L, L], and the
+    corner tokens computed also at inference.
+
+    Args:
+        model: Where the weights are taken from; they are copied.
+        attn_implementation: The official code runs transformers 4.39, whose BERT has `"eager"` alone.
+    """
+
+    def __init__(self, model: LoTLIPModel, attn_implementation: str = "eager") -> None:
+        super().__init__()
+        tower = model.text_model
+        self.num_corner_tokens = tower.config.num_corner_tokens
+        self.bert = BertModel(tower.config.backbone_config)
+        self.bert.load_state_dict(tower.backbone.state_dict())
+        self.bert.set_attn_implementation(attn_implementation)
+        words = self.bert.get_input_embeddings().weight
+        embeddings = torch.cat([words, tower.corner_embeds]).detach().clone()
+        self.bert.set_input_embeddings(nn.Embedding.from_pretrained(embeddings, freeze=False, padding_idx=0))
+        self.projection = copy.deepcopy(model.text_projection)
+        self.tokenizer = BertTokenizer(vocab=str(VOCABULARY))
+        self.corners = [f"[Corner{i}]" for i in range(self.num_corner_tokens)]
+        self.tokenizer.add_tokens(self.corners, special_tokens=True)
+        self.train(model.training)
+
+    def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
+        """[B, 128] ids; on one thread, for the official code switches the others off."""
+        cleaned = []
+        for text in texts:
+            text = " ".join(self.corners) + " " + "[SEP]".join(text.split(". "))
+            text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+            cleaned.append(" ".join(text.split()).strip())
+        with tokenizers_parallelism(False):
+            return self.tokenizer(
+                cleaned, return_tensors="pt", max_length=CONTEXT_LENGTH, padding="max_length", truncation=True
+            ).input_ids
+
+    def mask(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[B, L, L]: who (rows) sees whom (columns)."""
+        m = self.num_corner_tokens
+        mask = (input_ids != 0)[:, None, :].repeat(1, input_ids.shape[-1], 1)
+        mask[:, :, : m + 1] = False
+        mask[:, m + 1 :, 0] = True
+        first = torch.arange(m + 1, device=input_ids.device)
+        mask[:, first, first] = True
+        return mask
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[B, 128] -> [B, m + 1, P], the features of [CLS] and of the corner tokens."""
+        mask = self.mask(input_ids)[:, None]  # [B, 1, L, L]
+        if self.bert.config._attn_implementation == "eager":  # which adds it
+            mask = torch.zeros_like(mask, dtype=self.bert.dtype).masked_fill(~mask, torch.finfo(self.bert.dtype).min)
+        states = self.bert(input_ids=input_ids, attention_mask=mask).last_hidden_state[:, : self.num_corner_tokens + 1]
+        pooled = self.bert.pooler.activation(self.bert.pooler.dense(states))
+        return self.projection(pooled)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+        """[N, P], normalised."""
+        batches = (self(self.tokenize(batch))[:, 0] for batch in batched(texts))
+        return F.normalize(torch.cat(list(batches)), dim=-1)
+
+
+class OfficialTraining(nn.Module):
+    """
+    LoTLIP trained as the official code describes it: short and long texts alike padded to 128 with corner tokens and a
+    dense mask, whole logits.
+
+    Args:
+        model: Its image tower and logit scale are used, its text tower copied.
+    """
+
+    def __init__(self, model: LoTLIPModel) -> None:
+        super().__init__()
+        self.text = OfficialRecipe(model)
+        self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
+        self.logit_scale = model.logit_scale
+
+    def forward(self, pixel_values: torch.Tensor, short: torch.Tensor, long: torch.Tensor) -> torch.Tensor:
+        """The loss of images [B, 3, H, W], short and long texts [B, 128]."""
+        images = self.visual_projection(self.vision_model(pixel_values).pooler_output)
+        images, short, long = (F.normalize(one, dim=-1) for one in (images, self.text(short), self.text(long)))
+        texts = torch.stack([short[:, 0], long[:, 0]], dim=1)
+        return lotlip_loss(images, texts, long[:, None, 1:], self.logit_scale.exp()).loss
+
+
+def batched(items: Sequence[Any], size: int = BATCH_SIZE) -> Iterator[list[Any]]:
+    """The items in lists of `size`, in order."""
+    remaining = iter(items)
+    return iter(lambda: list(itertools.islice(remaining, size)), [])
+
+
+@contextmanager
+def tokenizers_parallelism(value: bool) -> Iterator[None]:
+    """Whether the Rust tokenizers use all threads."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = str(value).lower()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+class UsualWay:
+    """A stock dual encoder as its documentation uses it: batches in the order given, padded to their longest."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, max_length: int) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+        """[N, P], normalised."""
+        features = []
+        for batch in batched(texts):
+            inputs = self.tokenizer(
+                batch, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            )
+            features.append(self.model.get_text_features(**inputs).pooler_output)
+        return F.normalize(torch.cat(features), dim=-1)
+
+
+def vision_text_dual_encoder(model: LoTLIPModel) -> UsualWay:
+    """`VisionTextDualEncoderModel` with LoTLIP's weights and BERT's tokenizer."""
+    tokenizer = BertTokenizer(vocab=str(VOCABULARY))
+    return UsualWay(stock_model(model), tokenizer, CONTEXT_LENGTH - NUM_CORNER_TOKENS)
+
+
+def clip(size: str) -> UsualWay:
+    """
+    `CLIPModel` in the shape of ViT-B/16: 77 tokens, a text tower of 12 layers, 512 wide. Its weights are random, and
+    BERT's tokenizer stands in for its own, so what it answers means nothing.
+    """
+    tokenizer = BertTokenizer(vocab=str(VOCABULARY))
+    text = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id, **SIZES[size]}
+    config = CLIPConfig(text_config=text, vision_config={"num_hidden_layers": 1}, projection_dim=512)
+    return UsualWay(CLIPModel(config), tokenizer, config.text_config.max_position_embeddings)
+
+
+class OpenClip:
+    """open_clip's ViT-B/16 with random weights, as its documentation uses it."""
+
+    def __init__(self) -> None:
+        import open_clip
+
+        self.model = open_clip.create_model("ViT-B-16").eval()
+        self.tokenizer = open_clip.get_tokenizer("ViT-B-16")
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+        """[N, P], normalised."""
+        features = (self.model.encode_text(self.tokenizer(batch), normalize=True) for batch in batched(texts))
+        return torch.cat(list(features))
+
+
+def sentence_transformer(model: LoTLIPModel, folder: Path) -> Any:
+    """A `SentenceTransformer` of LoTLIP's BERT, whose embedding is [CLS]; saved in `folder` on the way."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    bert = stock_model(model).text_model
+    bert.save_pretrained(folder)
+    BertTokenizer(vocab=str(VOCABULARY), model_max_length=CONTEXT_LENGTH - NUM_CORNER_TOKENS).save_pretrained(folder)
+    words = Transformer(str(folder), max_seq_length=CONTEXT_LENGTH - NUM_CORNER_TOKENS)
+    return SentenceTransformer(modules=[words, Pooling(bert.config.hidden_size, pooling_mode="cls")], device="cpu")
