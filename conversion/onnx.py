@@ -95,7 +95,7 @@ class _Tower(nn.Module):
         named = dict(zip(INPUTS[self.tower], inputs, strict=True))
         if isinstance(self.model, LoTLIPModel):
             function = self.model.get_text_features if self.tower == "text" else self.model.get_image_features
-            return function(**named).pooler_output
+            return function(**named, pooled_only=True).pooler_output
         outputs = self.model(**named)
         name = OUTPUTS[self.tower]
         return outputs[name] if name in outputs else outputs.pooler_output

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from .images import ImageError, ImageSource, load_image
 from .modeling.loading_lotlip import checked_download
+from .modeling.modeling_lotlip import LoTLIPModel
 from .modeling.tokenization_lotlip import LoTLIPTokenizer
 from .onnx import FILES as ONNX_FILES
 from .onnx import LoTLIPOnnxModel
@@ -574,7 +575,9 @@ def _embed(model: PreTrainedModel, function: str, inputs: dict[str, torch.Tensor
         for module in in_training:
             module.training = False
         with torch.inference_mode():
-            output = getattr(model, function)(**inputs)
+            # of stock models every token's state is computed, though only the pooled one is asked for
+            options = {"pooled_only": True} if isinstance(model, LoTLIPModel) else {}
+            output = getattr(model, function)(**inputs, **options)
             features = output if isinstance(output, torch.Tensor) else output.pooler_output
             return torch.nn.functional.normalize(features.float(), dim=-1)
     finally:

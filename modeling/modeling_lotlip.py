@@ -27,6 +27,7 @@ from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionCo
 from .loading_lotlip import checked_download, warn_of_other_code
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
 from .masking_lotlip import create_corner_mask, from_row, to_row
+from .pooling_lotlip import takes_pooled_places, with_pooled_layer
 
 
 @dataclass
@@ -225,9 +226,10 @@ class CLIPTextBackbone(CLIPTextModel):
 def _backbone_from_config(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> PreTrainedModel:
     if config.backbone_config.model_type == "clip_text_model":
         return CLIPTextBackbone._from_config(config.backbone_config)
-    return AutoModel.from_config(
+    backbone = AutoModel.from_config(
         config.backbone_config, **_pooling_layer_argument(config.backbone_config, config.pooling)
     )
+    return with_pooled_layer(backbone)
 
 
 def _pooling_layer_argument(backbone_config: PreTrainedConfig, pooling: str) -> dict[str, bool]:
@@ -244,6 +246,13 @@ def _with_config_defaults(config: PreTrainedConfig, kwargs: dict[str, Any]) -> d
     """Passes the tower's settings of what to return on to its backbone, which has a configuration of its own."""
     defaults = {"output_attentions": config.output_attentions, "output_hidden_states": config.output_hidden_states}
     return {**defaults, **kwargs, "return_dict": True}
+
+
+def _takes_pooled_places(tower: "LoTLIPTextModel | LoTLIPVisionModel", kwargs: dict[str, Any]) -> bool:
+    """Whether a tower can leave out what is not pooled: not where every layer's states or attentions are asked for."""
+    names = ("output_attentions", "output_hidden_states")
+    asks_for_more = any(kwargs.get(name, getattr(tower.config, name)) for name in names)
+    return tower.config.pooling != "mean" and not asks_for_more and takes_pooled_places(tower.backbone)
 
 
 def _is_eager_on_cpu(tensor: torch.Tensor) -> bool:
@@ -321,6 +330,7 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         output_corner_embeds: bool | None = None,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCorners:
         r"""
@@ -333,6 +343,8 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
             inputs_embeds: [B, L, hidden_size] or [B, T, L, hidden_size], word embeddings in place of `input_ids`.
             token_type_ids: shape of `input_ids`; by default zeros.
             output_corner_embeds: Whether to compute the corner tokens. By default in training mode only.
+            pooled_only: Whether the pooled states are all that is asked for: where that saves time (BERT, RoBERTa and
+                XLM-RoBERTa, not pooled by the mean, with `sdpa` or `unpadded`), `last_hidden_state` is `None`.
 
         Raises:
             ValueError: on arguments of a wrong shape, type or range, on texts longer than the positions, and on corner
@@ -428,6 +440,11 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
             if token_type_ids is not None:
                 token_type_ids = to_row(token_type_ids, row_index)
 
+        pooled_only = pooled_only and _takes_pooled_places(self, kwargs)
+        if pooled_only:
+            corners = torch.arange(shape[-1], shape[-1] + num_corner_tokens, device=device).expand(num_texts, -1)
+            kwargs["pooled_places"] = torch.cat([pooled_index.unsqueeze(1), corners], dim=1)  # [N, 1 + m]
+
         if is_causal:
             outputs = self.backbone(inputs_embeds, backbone_mask, **_with_config_defaults(self.config, kwargs))
         else:
@@ -446,7 +463,9 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
             outputs.hidden_states,
             outputs.attentions,
         )
-        if row_index is not None:
+        if pooled_only:
+            last_hidden_state = None
+        elif row_index is not None:
             grid = (row_index, num_texts, length + num_corner_tokens)
             last_hidden_state = from_row(last_hidden_state, *grid)
             if hidden_states is not None:
@@ -460,10 +479,15 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
                 states = states.narrow(dim, 0, length)
             return states.unflatten(0, shape[:-1]) if len(shape) == 3 else states
 
-        corner_states = self._pool_corners(last_hidden_state[:, length:]) if num_corner_tokens else None
+        if pooled_only:
+            states = self._pool_corners(outputs.last_hidden_state)  # [N, 1 + m, hidden_size]
+            pooled, corner_states = states[:, 0], states[:, 1:] if num_corner_tokens else None
+        else:
+            pooled = self._pool(last_hidden_state[:, :length], attention_mask, pooled_index)
+            corner_states = self._pool_corners(last_hidden_state[:, length:]) if num_corner_tokens else None
         return BaseModelOutputWithPoolingAndCorners(
             last_hidden_state=line_up(last_hidden_state, 1),
-            pooler_output=line_up(self._pool(last_hidden_state[:, :length], attention_mask, pooled_index)),
+            pooler_output=line_up(pooled),
             hidden_states=None if hidden_states is None else tuple(line_up(h, 1) for h in hidden_states),
             attentions=None if attentions is None else tuple(line_up(a, 2, 3) for a in attentions),
             corner_embeds=line_up(corner_states),
@@ -579,6 +603,7 @@ class LoTLIPVisionModel(LoTLIPPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
@@ -586,6 +611,8 @@ class LoTLIPVisionModel(LoTLIPPreTrainedModel):
             pixel_values: [B, channels, height, width], normalised by the image processor.
             interpolate_pos_encoding: Whether to interpolate the position encodings for images of another size than the
                 model's (DINOv2 always does).
+            pooled_only: Whether the pooled states are all that is asked for: where that saves time (ViT, not pooled by
+                the mean, with `sdpa`), `last_hidden_state` is `None`.
 
         Raises:
             ValueError: on pixel values of a wrong shape or type.
@@ -622,9 +649,12 @@ class LoTLIPVisionModel(LoTLIPPreTrainedModel):
                     f"`pixel_values` are {list(pixel_values.shape[-2:])}, the model is for {list(size)}: resize the "
                     "images with the processor, or pass interpolate_pos_encoding=True."
                 )
+        pooled_only = pooled_only and _takes_pooled_places(self, kwargs)
+        if pooled_only:
+            kwargs["pooled_places"] = torch.zeros(len(pixel_values), 1, dtype=torch.int64, device=pixel_values.device)
         outputs = self.backbone(pixel_values, **_with_config_defaults(self.config, kwargs))
         return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=None if pooled_only else outputs.last_hidden_state,
             pooler_output=self._pool(outputs),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -1,7 +1,9 @@
 """The model against stock backbones and naive formulations, and its answers to wrong input."""
 
+import copy
 import inspect
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, CLIPModel
+from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 import tiny
@@ -313,6 +316,113 @@ def test_unpadded_texts_are_the_padded_ones(
     assert grads.keys() == expected_grads.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected_grads[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+# The pooled states alone
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "unpadded"])
+@pytest.mark.parametrize("with_corners", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pooling", ["pooler", "cls"])
+def test_pooled_states_alone_are_those_of_all(
+    bidirectional_backbone: str, pooling: str, side: str, with_corners: bool, attention: str
+) -> None:
+    model = text_model(bidirectional_backbone, pooling=pooling)
+    ids, mask = (tensor.reshape(2, 3, -1) for tensor in texts_of_lengths(12, 5, 2, 9, 12, 7, side=side))
+    expected, expected_grads = with_gradients(model, ids, mask, output_corner_embeds=with_corners)
+
+    widths = []
+    last = model.backbone.encoder.layer[-1]
+    last.output.register_forward_hook(lambda module, args, output: widths.append(output.shape[:-1]))
+    model.set_attn_implementation(attention)
+    answer, grads = with_gradients(model, ids, mask, output_corner_embeds=with_corners, pooled_only=True)
+    assert widths == [(6, 3 if with_corners else 1)]
+    assert answer.last_hidden_state is None
+    assert answer.pooler_output.shape == (2, 3, 32)
+    torch.testing.assert_close(answer.pooler_output, expected.pooler_output, **EXACT)
+    torch.testing.assert_close(answer.corner_embeds, expected.corner_embeds, **EXACT)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "pooling", "attention", "arguments"),
+    [
+        ("bert", "mean", "sdpa", {}),
+        ("bert", "pooler", "eager", {}),
+        ("bert", "pooler", "sdpa", {"output_hidden_states": True}),
+        ("bert", "pooler", "eager", {"output_attentions": True}),
+        ("clip", "pooler", "sdpa", {}),
+    ],
+)
+def test_all_states_are_computed_where_they_are_needed(
+    backbone: str, pooling: str, attention: str, arguments: dict
+) -> None:
+    model = text_model(backbone, **({} if backbone == "clip" else {"pooling": pooling}))
+    model.set_attn_implementation(attention)
+    ids = tiny.input_ids(3, 8)
+    with torch.no_grad():
+        expected, answer = model(ids, **arguments), model(ids, **arguments, pooled_only=True)
+    assert torch.equal(answer.last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(answer.pooler_output, expected.pooler_output)
+
+
+@pytest.mark.parametrize(
+    ("vision_backbone", "pooling"),
+    [("vit", "cls"), ("vit", "pooler"), ("vit", "mean"), ("dinov2", "cls"), ("siglip", "pooler"), ("clip", "pooler")],
+)
+def test_the_pooled_state_of_an_image_alone(vision_backbone: str, pooling: str) -> None:
+    model = _spread(LoTLIPVisionModel(tiny.vision_config(vision_backbone, pooling=pooling)))
+    pixel_values = torch.randn(3, 3, 32, 32)
+    expected, answer = model(pixel_values), model(pixel_values, pooled_only=True)
+    torch.testing.assert_close(answer.pooler_output, expected.pooler_output, **EXACT)
+    is_left_out = vision_backbone == "vit" and pooling != "mean"
+    assert (answer.last_hidden_state is None) == is_left_out
+    model.set_attn_implementation("eager")
+    assert model(pixel_values, pooled_only=True).last_hidden_state is not None
+
+
+def test_a_whole_model_gives_the_same_with_pooled_states_alone() -> None:
+    model = dual_model().train()
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "input_ids": tiny.input_ids(3, 6),
+        "long_input_ids": torch.stack([tiny.input_ids(2, 9) for _ in range(3)]),
+        "pixel_values": torch.randn(3, 3, 32, 32, generator=generator),
+    }
+    answers, gradients = [], []
+    for pooled_only in (False, True):
+        model.zero_grad()
+        answers.append(model(**inputs, return_loss=True, pooled_only=pooled_only))
+        answers[-1].loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    expected, answer = answers
+    assert answer.vision_model_output.last_hidden_state is None
+    assert expected.vision_model_output.last_hidden_state is not None
+    for name in ("loss", "text_embeds", "image_embeds", "corner_embeds", "logits_per_text"):
+        torch.testing.assert_close(answer[name], expected[name], **EXACT)
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradient, gradients[0][name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_last_layer_stays_one_for_those_who_look_for_its_class() -> None:
+    model = copy.deepcopy(LoTLIPModel(tiny.config()))
+    layer = pickle.loads(pickle.dumps(model.text_model.backbone.encoder.layer[-1]))
+    assert isinstance(layer, BertLayer)
+    assert {type(layer).__name__, "BertLayer", "PooledViTLayer"} <= set(model._no_split_modules)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_pooled_states_alone_compile_without_graph_breaks(dynamic: bool) -> None:
+    model, ids = text_model(), tiny.input_ids(3, 8)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=dynamic)
+    with torch.no_grad():
+        expected = model(ids)
+        answer = compiled(ids, pooled_only=True)
+    torch.testing.assert_close(answer.pooler_output, expected.pooler_output, **EXACT)
 
 
 def test_texts_of_one_length_are_not_laid_out() -> None:

@@ -18,7 +18,7 @@ from transformers import (
 from lotlip_hf import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 
 # What is saved beside a model, and beside the processor and tokenizer that go with it over BERT and over CLIP.
-MODEL_CODE = {f"{name}_lotlip.py" for name in ("configuration", "loading", "loss", "masking", "modeling")}
+MODEL_CODE = {f"{name}_lotlip.py" for name in ("configuration", "loading", "loss", "masking", "modeling", "pooling")}
 CODE = MODEL_CODE | {"processing_lotlip.py", "tokenization_lotlip.py"}
 CLIP_CODE = MODEL_CODE | {"processing_lotlip.py"}
 

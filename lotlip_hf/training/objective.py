@@ -261,7 +261,7 @@ def embed(model: nn.Module, batch: Mapping[str, Any]) -> Embeddings:
     has_all_texts = inputs["input_ids"].dim() == 3
     # a short text alone needs no corner tokens, not even in training mode
     has_corners = has_all_texts or "long_input_ids" in inputs
-    outputs = model(**inputs, return_loss=False, output_corner_embeds=has_corners)
+    outputs = model(**inputs, return_loss=False, output_corner_embeds=has_corners, pooled_only=True)
     text_embeds, corner_embeds = outputs.text_embeds, outputs.corner_embeds
     if not has_corners:
         text_embeds = text_embeds.unsqueeze(1)
