@@ -24,7 +24,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -571,16 +572,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
-    logging.getLogger("lotlip_hf").setLevel(logging.ERROR)  # that texts were cut is not the point here
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
     sizes = {
         name: getattr(arguments, name)
         for name in ("size", "num_texts", "num_mixed", "batch_size", "loss_batch_size", "repeats")
     }
     missed = []
-    with tempfile.TemporaryDirectory() as folder:
+    with quiet(), tempfile.TemporaryDirectory() as folder:
         bench = Bench(captions=captions, folder=Path(folder), **sizes)
         for part in arguments.only or PARTS:
             rows = PARTS[part](bench)
@@ -606,6 +604,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     for file in missed:
         print(f"Where the time of a missed target goes: {file}")
     return 0
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """That texts were cut and weights loaded is not the point here."""
+    logger = logging.getLogger("lotlip_hf")
+    level, verbosity = logger.level, transformers_logging.get_verbosity()
+    has_bar = transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        if has_bar:
+            transformers_logging.enable_progress_bar()
 
 
 def write_profile(row: Row, folder: Path) -> Path:

@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 TEXT_CHUNK = 4096
 # A batch of as many tokens keeps a processor busy; in a larger one no text is much shorter than the longest.
 ENOUGH_TOKENS = 1024
+# On a CPU a larger one costs more: what a layer of BERT-base computes is then so large (32 MB) that the memory for it
+# comes fresh from the system each time.
+CPU_TOKENS = 2048
 SIMILAR_LENGTH = 0.9
 # Two special tokens and a word.
 MIN_LENGTH = 3
@@ -363,7 +366,10 @@ def iterate_text_embeddings(
             order = sorted(range(len(chunk)), key=lambda index: -lengths[index])
             while order:
                 width = longest if full_length else lengths[order[0]]
-                rows = max(1, batch_size * max_length // max(1, width))
+                tokens = batch_size * max_length
+                if model.device.type == "cpu":
+                    tokens = min(tokens, CPU_TOKENS)
+                rows = max(1, tokens // max(1, width))
                 if not full_length:
                     rows = _rows_of_similar_length([lengths[index] for index in order[:rows]])
                 batch, order = order[:rows], order[rows:]

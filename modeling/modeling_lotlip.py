@@ -442,8 +442,11 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
 
         pooled_only = pooled_only and _takes_pooled_places(self, kwargs)
         if pooled_only:
-            corners = torch.arange(shape[-1], shape[-1] + num_corner_tokens, device=device).expand(num_texts, -1)
-            kwargs["pooled_places"] = torch.cat([pooled_index.unsqueeze(1), corners], dim=1)  # [N, 1 + m]
+            places = pooled_index.unsqueeze(1)
+            if num_corner_tokens:
+                corners = torch.arange(shape[-1], shape[-1] + num_corner_tokens, device=device)
+                places = torch.cat([places, corners.expand(num_texts, -1)], dim=1)
+            kwargs["pooled_places"] = places  # [N, 1 + m]
 
         if is_causal:
             outputs = self.backbone(inputs_embeds, backbone_mask, **_with_config_defaults(self.config, kwargs))
@@ -651,7 +654,7 @@ class LoTLIPVisionModel(LoTLIPPreTrainedModel):
                 )
         pooled_only = pooled_only and _takes_pooled_places(self, kwargs)
         if pooled_only:
-            kwargs["pooled_places"] = torch.zeros(len(pixel_values), 1, dtype=torch.int64, device=pixel_values.device)
+            kwargs["pooled_places"] = pixel_values.new_zeros(pixel_values.shape[0], 1, dtype=torch.int64)  # [CLS]
         outputs = self.backbone(pixel_values, **_with_config_defaults(self.config, kwargs))
         return BaseModelOutputWithPooling(
             last_hidden_state=None if pooled_only else outputs.last_hidden_state,

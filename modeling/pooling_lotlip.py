@@ -40,8 +40,8 @@ class PooledLayer(nn.Module):
         row_index = kwargs.get("row_index")
         if row_index is not None:
             hidden_states = from_row(hidden_states, row_index, attention_mask.shape[0], attention_mask.shape[-1])
-        if attention_mask is not None and attention_mask.shape[2] > 1:
-            attention_mask = attention_mask.take_along_dim(places[:, None, :, None], dim=2)  # [N, 1, Q, L]
+        if attention_mask is not None:
+            attention_mask = _take(attention_mask[:, 0], places).unsqueeze(1)  # [N, 1, Q, L]
         return self.pooled(hidden_states, attention_mask, places)
 
     def pooled(
@@ -118,8 +118,9 @@ def takes_pooled_places(backbone: PreTrainedModel) -> bool:
 
 
 def _take(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """[N, L, hidden_size] at [N, Q] -> [N, Q, hidden_size]"""
-    return states.take_along_dim(places.unsqueeze(-1), dim=1)
+    """[N, L, size] at [N, Q] -> [N, Q, size]"""
+    texts = torch.arange(states.shape[0], device=states.device)
+    return states[texts.unsqueeze(1), places]  # `take_along_dim` would fix the sizes of an exported graph
 
 
 def _attend(

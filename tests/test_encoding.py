@@ -149,11 +149,13 @@ def test_little_is_padded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["word " * int(length) for length in np.random.default_rng(0).integers(1, 125, 200)]
     similar = encode_texts(model, processor, texts, progress=False)
     assert sum(rows * width for rows, width in shapes) < 1.1 * tokens
+    assert max(rows * width for rows, width in shapes) <= 2048
     # Not for batches that would be too small; the last has what is left.
     assert min(rows * width for rows, width in shapes[:-1]) >= 1024
     shapes.clear()
     tokens = 0
     monkeypatch.setattr(encoding, "_rows_of_similar_length", len)
+    monkeypatch.setattr(encoding, "CPU_TOKENS", 10**6)
     torch.testing.assert_close(encode_texts(model, processor, texts, progress=False), similar, atol=1e-5, rtol=0)
     assert sum(rows * width for rows, width in shapes) > 1.3 * tokens
 
@@ -182,6 +184,7 @@ def test_texts_tokenised_by_word_are_tokenised_as_by_a_call(pair: Pair, monkeypa
             plain = list(iterate_text_embeddings(model, processor, texts, **arguments))
         assert [inputs.keys() for inputs in by_word] == [inputs.keys() for inputs in given]
         for ours, expected in zip(by_word, given, strict=True):
+            assert ours.pop("pooled_only") is expected.pop("pooled_only") is True
             assert all(torch.equal(ours[name], expected[name]) for name in expected)
         assert [(index, was_cut) for index, _, was_cut in fast] == [(index, was_cut) for index, _, was_cut in plain]
         assert all(torch.equal(row, expected) for (_, row, _), (_, expected, _) in zip(fast, plain, strict=True))
@@ -424,12 +427,12 @@ def test_images_are_read_a_few_batches_ahead(
             most = max(most, waiting)
         return load_image(*arguments, **keywords)
 
-    def counting_features(pixel_values: torch.Tensor) -> Any:
+    def counting_features(pixel_values: torch.Tensor, **options: Any) -> Any:
         nonlocal waiting, encoded
         with lock:
             waiting -= len(pixel_values)
             encoded += len(pixel_values)
-        return get_image_features(pixel_values=pixel_values)
+        return get_image_features(pixel_values=pixel_values, **options)
 
     monkeypatch.setattr(encoding, "load_image", counting_load)
     monkeypatch.setattr(model, "get_image_features", counting_features)
