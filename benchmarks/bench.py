@@ -112,7 +112,8 @@ class Bench:
         captions: Long texts.
         num_texts: How many of them are encoded in a turn.
         num_mixed: Texts of mixed lengths for `mixed`.
-        batch_size: Images of a training step, and of the loss.
+        batch_size: Images of a training step.
+        loss_batch_size: Images of the loss.
         repeats: Turns.
         folder: For checkpoints and images.
     """
@@ -199,7 +200,8 @@ def encode(bench: Bench) -> list[Row]:
         f"{OFFICIAL}, sdpa": peers.OfficialRecipe(bench.model, "sdpa").encode,
         "VisionTextDualEncoderModel": peers.vision_text_dual_encoder(bench.model).encode,
         "sentence-transformers": partial(
-            peers.sentence_transformer(bench.model, bench.folder / "bert").encode, batch_size=peers.BATCH_SIZE
+            peers.sentence_transformer(bench.model, bench.folder / "sentence-transformers").encode,
+            batch_size=peers.BATCH_SIZE,
         ),
         "CLIPModel (77 tokens)": peers.clip(bench.size).encode,
     }
@@ -213,28 +215,21 @@ def encode(bench: Bench) -> list[Row]:
         seconds = bench.turns(kind, calls)
         bench.rates[kind] = {name: len(texts) / seconds[name] for name in calls}
 
-        def row(
-            name: str,
-            beside: str,
-            target: float,
-            kind: str = kind,
-            calls: Mapping[str, Call] = calls,
-            seconds: Mapping[str, float] = seconds,
-            other: str | None = None,
-        ) -> Row:
-            mine, theirs = (bench.num_texts / seconds[one] for one in (name, other or beside))
-            detail = f"{mine:.1f} and {theirs:.1f} texts/s"
-            return Row(f"{kind}, {PRECISION[name]}", beside, mine / theirs, target, detail=detail, profile=calls[name])
-
-        rows.append(row("lotlip-hf", OFFICIAL, 1.1 if kind == "long texts" else 2.5))
         exact = bench.encode(bench.model, texts)
-        for name, target, cosine in (("lotlip-hf, bfloat16", 3, 0.999), ("lotlip-hf, int8 ONNX", 5, 0.98)):
-            rows.append(row(name, f"{OFFICIAL}, fp32", target, other=OFFICIAL))
-            cosines = (calls[name]() * exact).sum(-1)
-            detail = f"mean {cosines.mean():.5f}"
-            rows.append(
-                Row(f"{kind}, {PRECISION[name]}", "fp32", cosines.min().item(), cosine, unit="cosine", detail=detail)
-            )
+        for name, target, cosine in (
+            ("lotlip-hf", 1.1 if kind == "long texts" else 2.5, None),
+            ("lotlip-hf, bfloat16", 3, 0.999),
+            ("lotlip-hf, int8 ONNX", 5, 0.98),
+        ):
+            work, rates = f"{kind}, {PRECISION[name]}", bench.rates[kind]
+            detail = f"{rates[name]:.1f} and {rates[OFFICIAL]:.1f} texts/s"
+            beside = OFFICIAL if cosine is None else f"{OFFICIAL}, fp32"
+            ratio = rates[name] / rates[OFFICIAL]
+            rows.append(Row(work, beside, ratio, target, detail=detail, profile=calls[name]))
+            if cosine is not None:
+                cosines = (calls[name]() * exact).sum(-1)
+                detail = f"mean {cosines.mean():.5f}"
+                rows.append(Row(work, "fp32", cosines.min().item(), cosine, unit="cosine", detail=detail))
     return rows
 
 

@@ -6,58 +6,40 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, sdpa_mask
+from transformers.masking_utils import (
+    and_masks,
+    create_bidirectional_mask,
+    create_causal_mask,
+    packed_sequence_mask_function,
+    padding_mask_function,
+    sdpa_mask,
+)
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
-def corner_mask_function(seen_by_corners: torch.Tensor, attention_mask: torch.Tensor) -> Callable:
+CORNER, POOLED, WORD = 0, 1, 2
+
+
+def corner_mask_function(kinds: torch.Tensor) -> Callable:
     """
-    The rule of the LoTLIP paper's corner tokens, over a text's L tokens followed by m corner tokens: text tokens see
-    every text token and no corner; a corner sees itself and every word, but no other corner and not the pooled token.
-    Nobody sees padding.
+    The rule of the LoTLIP paper's corner tokens: text tokens see every text token and no corner; a corner sees itself
+    and every word, but no other corner and not the pooled token. Padding and other texts are for other rules to hide.
 
     Args:
-        seen_by_corners: [batch_size, L], `True` for the words.
-        attention_mask: [batch_size, L + m], `False` for padding.
+        kinds: [batch_size, length], `WORD` for the tokens that corners see, `POOLED` for text that they do not, and
+            `CORNER`.
 
     Returns:
         A function (batch, head, query, key) -> bool for transformers' `and_mask_function`.
     """
-    num_tokens = seen_by_corners.shape[-1]
 
     def allowed(
         batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
     ) -> torch.Tensor:
-        # a lookup for any key: that of a corner finds the last token, and is ruled out by itself
-        word = seen_by_corners[batch_idx, kv_idx.clamp(max=num_tokens - 1)]
-        seen = ((kv_idx < num_tokens) & (word | (q_idx < num_tokens))) | (q_idx == kv_idx)
-        return seen & attention_mask[batch_idx, kv_idx]
-
-    return allowed
-
-
-def row_mask_function(rule: Callable, row_index: torch.Tensor, length: int) -> Callable:
-    """
-    A rule over [batch_size, length] as the rule over one row of the texts without their padding, where each text sees
-    itself alone.
-
-    Args:
-        rule: A function (batch, head, query, key) -> bool.
-        row_index: [total], see [`to_row`].
-        length: Length of the texts with padding.
-
-    Returns:
-        A function (batch, head, query, key) -> bool over [1, total].
-    """
-    texts, places = row_index // length, row_index % length
-
-    def allowed(
-        batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
-    ) -> torch.Tensor:
-        same_text = texts[q_idx] == texts[kv_idx]
-        return same_text & rule(texts[q_idx], head_idx, places[q_idx], places[kv_idx])
+        lowest_seen = torch.where(kinds[batch_idx, q_idx] == CORNER, WORD, POOLED)
+        return (kinds[batch_idx, kv_idx] >= lowest_seen) | (q_idx == kv_idx)
 
     return allowed
 
@@ -95,10 +77,15 @@ def create_corner_mask(
     places = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
     pooled = pooled_index.unsqueeze(-1)
     # what stands behind [EOT] is padding, whether or not the attention mask says so
-    rule = corner_mask_function(places < pooled if is_causal else places != pooled, with_corners)
+    words = places < pooled if is_causal else places != pooled
+    kinds = torch.nn.functional.pad(torch.where(words, WORD, POOLED), (0, num_corner_tokens), value=CORNER)
     if row_index is not None and config._attn_implementation == "flex_attention":
-        rule = row_mask_function(rule, row_index, with_corners.shape[-1])
-        inputs_embeds = to_row(inputs_embeds, row_index)
+        texts = torch.arange(len(kinds), device=kinds.device).unsqueeze(-1).expand_as(kinds)
+        texts, kinds, inputs_embeds = (to_row(states, row_index) for states in (texts, kinds, inputs_embeds))
+        seen = packed_sequence_mask_function(texts)
+    else:
+        seen = padding_mask_function(with_corners)
+    rule = and_masks(seen, corner_mask_function(kinds))
     arguments = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": None}
     if is_causal:  # the tokens of a text are in the same order in a row
         return create_causal_mask(**arguments, past_key_values=None, and_mask_function=rule)

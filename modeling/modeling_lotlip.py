@@ -498,9 +498,12 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
 
     def _row_index(self, attention_mask: torch.Tensor | None, num_corner_tokens: int) -> torch.Tensor | None:
         """[total]: the places of [N, L + m] that are no padding, where the backbone is to compute these alone."""
+        attention = self.config.backbone_config._attn_implementation
         if (
             attention_mask is None
-            or self.config.backbone_config._attn_implementation not in ("unpadded", "flex_attention")
+            or attention not in ("unpadded", "flex_attention")
+            # torch's code for CPUs does not compile with as many changing sizes as a row has
+            or (attention == "flex_attention" and attention_mask.device.type == "cpu")
             or torch.compiler.is_compiling()  # their number is another in each batch
             or torch.jit.is_tracing()
         ):

@@ -26,7 +26,7 @@ from lotlip_hf import (
     LoTLIPVisionModelWithProjection,
 )
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
-from lotlip_hf.modeling.masking_lotlip import corner_mask_function, create_corner_mask, row_mask_function
+from lotlip_hf.modeling.masking_lotlip import create_corner_mask
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 
@@ -180,6 +180,34 @@ def test_attention_implementations_agree(text_backbone: str, side: str, with_cor
     for attention in ("sdpa", "unpadded", "flex_attention"):
         for name in ("pooler_output", "corner_embeds") if with_corners else ("pooler_output",):
             torch.testing.assert_close(answers[attention][name], answers["eager"][name], **TOLERANCE)
+
+
+@pytest.mark.parametrize(("side", "with_corners"), [("right", True), ("right", False), ("left", True)])
+def test_flex_attention_over_a_row(
+    text_backbone: str, side: str, with_corners: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; here without compiling, which fails on CPUs for a row."""
+    from transformers.integrations import flex_attention
+
+    def row_index(model: LoTLIPTextModel, attention_mask: torch.Tensor, num_corner_tokens: int) -> torch.Tensor:
+        return nn.functional.pad(attention_mask, (0, num_corner_tokens), value=1).flatten().nonzero().squeeze(1)
+
+    model = text_model(text_backbone)
+    texts = [tiny.input_ids(1, n) for n in (12, 7, 4)]
+    ids = torch.cat([padded(text, 12, side, model.config.pad_token_id) for text in texts])
+    mask = torch.cat([padded(torch.ones_like(text), 12, side, 0) for text in texts])
+    with torch.no_grad():
+        expected = model(ids, mask, output_corner_embeds=with_corners)
+        model.set_attn_implementation("flex_attention")
+        monkeypatch.setattr(flex_attention, "is_torchdynamo_compiling", lambda: True)
+        monkeypatch.setattr(type(model), "_row_index", row_index)
+        rows = []
+        model.backbone.register_forward_hook(lambda *call: rows.append(call[-1].last_hidden_state.shape[:2]))
+        answer = model(ids, mask, output_corner_embeds=with_corners)
+    m = model.config.num_corner_tokens if with_corners else 0
+    assert rows == [(1, 12 + 7 + 4 + 3 * m)]
+    for name in ("pooler_output", "corner_embeds") if with_corners else ("pooler_output",):
+        torch.testing.assert_close(answer[name], expected[name], **TOLERANCE)
 
 
 def test_flash_attention_refuses_corner_tokens_and_gets_a_padding_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,19 +536,24 @@ def test_compiled_texts_keep_their_padding() -> None:
     torch.testing.assert_close(answer.corner_embeds, expected.corner_embeds, **EXACT)
 
 
-def test_the_rule_over_a_row_is_each_texts_own() -> None:
-    """What `flex_attention` makes a block mask of."""
-    ids, mask = texts_of_lengths(5, 2, 4, length=5)
-    words = torch.arange(5) > 0
-    rule = corner_mask_function(words.expand(3, -1), nn.functional.pad(mask.bool(), (0, 2), value=True))
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_mask_over_a_row_is_each_texts_own(is_causal: bool) -> None:
+    """`flex_attention` gets one block mask for texts without their padding."""
+    _, mask = texts_of_lengths(5, 2, 4, length=5)
+    config, pooled_index = text_model().config.backbone_config, mask.sum(1) - 1 if is_causal else mask.argmax(1)
     row_index = nn.functional.pad(mask, (0, 2), value=1).flatten().nonzero().squeeze(1)
-    of_row = row_mask_function(rule, row_index, 7)
-    assert len(row_index) == 11 + 6
-    for q, query in enumerate(row_index.tolist()):
-        for k, key in enumerate(row_index.tolist()):
-            places = [torch.tensor(place) for place in (query // 7, 0, query % 7, key % 7)]
-            allowed = query // 7 == key // 7 and bool(rule(*places))
-            assert bool(of_row(*map(torch.tensor, (0, 0, q, k)))) == allowed, (query, key)
+    masks = {}
+    for attention in ("sdpa", "flex_attention"):
+        config._attn_implementation = attention
+        arguments = (config, torch.zeros(3, 7, 8), mask, 2, pooled_index, is_causal, row_index)
+        masks[attention] = create_corner_mask(*arguments)
+    block_mask = masks["flex_attention"]
+    assert block_mask.shape == (1, 1, 17, 17)
+    places = torch.arange(17)
+    of_row = block_mask.mask_mod(torch.tensor(0), torch.tensor(0), places[:, None], places)
+    texts, within = row_index // 7, row_index % 7
+    expected = masks["sdpa"][texts[:, None], 0, within[:, None], within] & (texts[:, None] == texts)
+    assert torch.equal(of_row, expected)
 
 
 # Padding and batches

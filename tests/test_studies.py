@@ -93,16 +93,24 @@ def siglip(golden: Path) -> Pair:
 
 def layers_flops(config: Any, tokens: int) -> int:
     """The matrix products of a transformer's layers: four projections, two of attention, two of the MLP."""
+    return 2 * config.num_hidden_layers * layer_products(config, tokens, tokens)
+
+
+def layer_products(config: Any, tokens: int, computed: int) -> int:
+    """Multiplications of a layer whose keys and values are of all tokens, and all else of those that are computed."""
     width = config.hidden_size
-    layer = 4 * width * width * tokens + 2 * tokens * tokens * width + 2 * tokens * width * config.intermediate_size
-    return 2 * config.num_hidden_layers * layer
+    projections = 2 * width * width * (tokens + computed)
+    return projections + 2 * computed * tokens * width + 2 * computed * width * config.intermediate_size
 
 
-def lotlip_flops(model: Any, tokens: int) -> int:
+def lotlip_flops(model: Any, tokens: int, pooled_only: bool) -> int:
     config = model.config.text_config
+    backbone = config.backbone_config
     pooler, projection = config.hidden_size**2, config.hidden_size * model.config.projection_dim
-    # BERT's own forward pass runs its pooler, too
-    return layers_flops(config.backbone_config, tokens) + 2 * (2 * pooler + projection)
+    flops = layers_flops(backbone, tokens) + 2 * (2 * pooler + projection)  # BERT's forward pass runs its pooler, too
+    if pooled_only:  # the last layer computes [CLS] alone
+        flops -= 2 * (layer_products(backbone, tokens, tokens) - layer_products(backbone, tokens, 1))
+    return flops
 
 
 def clip_flops(model: Any, tokens: int) -> int:
@@ -124,11 +132,15 @@ def test_flops_are_those_of_a_formula(kind: str, attention: str, request: pytest
         rows = length_study(model, processor, data, [5, 12, 40], progress=False)
     finally:
         model.set_attn_implementation(own)
-    formula = lotlip_flops if kind == "lotlip" else clip_flops
     lengths = [len(ids) for ids in processor.tokenizer(list(data.texts), verbose=False)["input_ids"]]
     assert len(set(lengths)) > 5
     for row in rows:
-        expected = [formula(model, min(length, row["max_length"])) for length in lengths]
+        kept = [min(length, row["max_length"]) for length in lengths]
+        pooled_only = attention == "sdpa"
+        expected = [
+            lotlip_flops(model, tokens, pooled_only) if kind == "lotlip" else clip_flops(model, tokens)
+            for tokens in kept
+        ]
         assert row["text_flops"] == sum(expected) / len(expected)
 
 
