@@ -45,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .conversion.onnx import main as export
 
             status = export(argv[2:]) or 0
+        elif argv[:1] == ["relabel"]:
+            from .data.relabel import main as relabel
+
+            status = relabel(argv[1:])
         else:
             arguments = build_parser().parse_args(argv)
             status = arguments.run(arguments)
@@ -79,6 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export = commands.add_parser("export", help="write a checkpoint in another format (export onnx --help)")
     export.add_argument("format", choices=("onnx",), help="ONNX, for ONNX Runtime")
+
+    commands.add_parser("relabel", help="write long captions for a set of images (relabel --help)")
 
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", required=True, help="checkpoint folder or Hub id: LoTLIP, CLIP, SigLIP, ...")

@@ -1,9 +1,12 @@
 """Every Python snippet and every `lotlip` command of the README and of the model card, run as written."""
 
+import argparse
+import dataclasses
 import json
 import re
 import shlex
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from transformers import (
     AutoModel,
     BertConfig,
     BertModel,
+    BertTokenizer,
     CLIPModel,
     VisionTextDualEncoderModel,
     ViTConfig,
@@ -24,9 +28,11 @@ from lotlip_hf.cli import main as lotlip
 from lotlip_hf.conversion import clip as conversion_clip
 from lotlip_hf.conversion import stock as conversion_stock
 from lotlip_hf.conversion.clip import convert as convert_clip
+from lotlip_hf.data.relabel_config import add_arguments
 from lotlip_hf.data.scenes import long_captions, render, scene, short_caption
 from lotlip_hf.training.arguments import TrainingConfig, parse_arguments
 from scripts import load_script
+from tiny_captioners import save_instructblip, save_llava
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -73,6 +79,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, golden: Path, official_ch
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     BertModel(BertConfig(**sizes, vocab_size=100)).save_pretrained(folder / "bert")
     ViTModel(ViTConfig(**sizes, image_size=32)).save_pretrained(folder / "vit")
+    # as if they had come from the Hub
+    save_instructblip(folder / "Salesforce" / "instructblip-vicuna-7b")
+    save_llava(folder / "llava-hf" / "llava-1.5-7b-hf")
+    BertTokenizer.from_pretrained(golden / "tokenizer").save_pretrained(folder / "google-bert" / "bert-base-uncased")
+    (folder / "shards").mkdir()
+    with tarfile.open(folder / "shards" / "0.tar", "w") as shard:
+        for file in ("0.png", "1.png"):
+            shard.add(folder / "pictures" / file, file)
+            shard.add(folder / "captions.txt", file.replace(".png", ".txt"))
     tiny_clip.save_clip(folder / "clip")
     convert_clip(folder / "clip", folder / "lotlip-clip", max_positions=248)
     tiny_diffusion.pipeline("sd").save_pretrained(folder / "stable-diffusion")
@@ -117,13 +132,18 @@ def test_commands(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert status == 2
             assert "offline" in error
             continue
-        if any(word.startswith("weiwu-ww/") for word in words):
+        if "--endpoint" in words:
+            assert status == 2
+            assert "HF_HUB_OFFLINE" in error
+        elif any(word.startswith("weiwu-ww/") for word in words):
             # There is no network here: everything before the download must be right.
             assert status == 2
             assert "could not be fetched from the Hub" in error
         else:
             assert status == 0, f"{shlex.join(words)}\n{error}"
     for made in (
+        "relabelled/README.md",
+        "relabelled/data/00000-00000.parquet",
         "published/README.md",
         "ranked.png",
         "images.parquet",
@@ -148,11 +168,17 @@ def test_training_commands_have_options_that_exist() -> None:
                 parse_arguments(words)
         else:
             assert parse_arguments(words).output == "run"
-    rows = re.findall(r"^\| .*? \| `(--.*?) \|$", README, flags=re.MULTILINE)
-    assert len(rows) >= 8
-    for options in rows:
-        for option in re.findall(r"--([a-z-]+)", options):
-            assert option in ("config", "help") or hasattr(TrainingConfig, option.replace("-", "_")), option
+    sections = dict(part.split("\n", 1) for part in README.split("\n## "))
+    relabel = argparse.ArgumentParser()
+    add_arguments(relabel)
+    known = {
+        "Train": {"help", "config", *(field.name.replace("_", "-") for field in dataclasses.fields(TrainingConfig))},
+        "Relabel": {option.removeprefix("--") for option in relabel._option_string_actions},
+    }
+    for section, least in (("Train", 8), ("Relabel", 5)):
+        rows = re.findall(r"^\| .*? \| `(--.*?) \|$", sections[section], flags=re.MULTILINE)
+        assert len(rows) >= least
+        assert set(re.findall(r"--([a-z-]+)", " ".join(rows))) <= known[section]
 
 
 @pytest.mark.slow

@@ -54,7 +54,8 @@ class ColumnMapping:
             In WebDataset shards it is the image file, whatever the mapping says.
         long (`str` or `tuple[str, ...]`):
             Columns of the long captions, texts or lists of texts; their order numbers the captioners. `*` and `?`
-            match parts of a name (`long*_captions`), the columns they match in the order of the data set.
+            match parts of a name (`long*_captions`), the columns they match in the order of the data set. `()` reads
+            none.
         short (`str` or `tuple[str, ...]`, *optional*):
             Column of the short caption; of several the first that there is. Where `None`, the first sentence of the
             first long caption is the short one.
@@ -307,7 +308,7 @@ def _resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Col
             long.append(wanted)
         else:
             raise missing("long", (wanted,))
-    if not long:
+    if not long and mapping.long:
         raise missing("long", _alternatives(mapping.long))
     ids = [column for column in _alternatives(mapping.id) if is_there(column)]
     return ColumnMapping(

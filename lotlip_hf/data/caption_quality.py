@@ -1,0 +1,392 @@
+"""
+What is wrong with a caption that a model wrote: reasons to ask again, to drop it, or to mark it.
+
+Everything here is a function of the text. In doubt a caption is called good, for a long caption that is lost costs
+more than a poor one that stays; only cut-off answers are trimmed, and nothing else of a caption is ever changed.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from .sampling import ABBREVIATIONS, DOTTED_LETTERS, OPENING, SENTENCE_END
+
+# In the order in which they are reported; with each what a data set card says of it.
+REASONS = {
+    "empty": "The answer holds no word at all.",
+    "refusal": "The model says that it cannot see or describe the image instead of describing it.",
+    "copied_prompt": "The caption is its prompt, starts with it or mostly consists of its words.",
+    "loop": "A group of words or characters is repeated again and again.",
+    "repeated_sentence": "A sentence stands in the caption more than once.",
+    "cut_off": "The answer broke off; it is trimmed to its last whole sentence, if it has one.",
+    "too_short": "The caption, once trimmed, has too few words.",
+}
+
+# Marks that some models leave at the end of an answer: </s>, <eos>, <end_of_turn>, <|im_end|>.
+END_MARK = re.compile(r"(?:</s>|<(?:eos|pad|end_of_turn|end_of_utterance)>|<[|｜][^\s<>]{1,40}[|｜]>)\Z")
+LONGEST_END_MARK = 44  # characters
+NUMBERED = frozenset("no nos nr vol pp".split())  # with a full stop, in front of a number
+LONGEST_ABBREVIATION = 40  # characters before a full stop that are looked at
+LONGEST_CHARACTER_GROUP = 8  # longer ones are words
+
+# Scripts written without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese. Each character is a word to loops.
+NO_SPACES = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff"
+)
+# Signs inside a word that `\w` leaves out: accents, the vowels of Arabic and of the scripts of India.
+VOWEL_SIGNS = "\u0300-\u036f\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
+WORDS = re.compile(rf"[{NO_SPACES}]|[^\W_{NO_SPACES}]+(?:[{VOWEL_SIGNS}]+[^\W_{NO_SPACES}]*)*")
+HAS_WORD = re.compile(r"[^\W_]")
+HAS_NO_SPACES = re.compile(f"[{NO_SPACES}]")
+# "1." and "b)" in front of an item of a list, at the caption's start or after white space.
+LIST_MARKER = re.compile(r"(?<!\S)(?:\d{1,3}|[A-Za-z])[.)](?!\S)")
+NEXT_CHARACTER = re.compile(r"\s*(\S?)")
+CLOSING = re.compile("[」』）】”’]*")
+COLONS = frozenset(":：")
+FINAL_MARKS = frozenset(".!?…。！？．｡।؟۔")
+# A full stop that may as well be within a number or an abbreviation where the answer broke off: "3.", "p.".
+HALF_WRITTEN = re.compile(r"(?:\d|\b[A-Za-z])\.\Z")
+PROMPT_END = re.compile(r"""\s*(?:[.!?:。！？：]|["'”’)\]*]*(?:\n|\Z))""")
+
+REFUSAL_SENTENCES = 2  # a refusal stands at the start
+REFUSAL_LENGTH = 400  # characters that are looked at
+PICTURE = "(?:images?|pictures?|photos?|photographs?|attachments?|visuals|visual content)"
+# A picture, with at most four words in front of it that say no more than which: "the attached image".
+THE_PICTURE = (
+    r"(?:(?:the|an?|any|this|that|these|those|your|or|and|view|process|describe|actual|\w+(?:ed|ing)) ){0,4}"
+    rf"{PICTURE}\b"
+)
+CANNOT = (
+    "(?:can't|cannot|can not|couldn't|could not|(?:am|'m) (?:unable|not able) to|(?:won't|will not)(?: be able to)?)"
+)
+DO_NOT = "(?:don't|do not)"
+AI = "(?:ai|artificial intelligence|language model|assistant)"
+IT_SEEMS = r"(?:(?:it )?(?:seems|looks|appears)\b[^.]{0,20}? )?"
+REFUSALS = re.compile(
+    # Matched at the start of a sentence in small letters, with straight quotes and single spaces.
+    "(?:(?:unfortunately|however|oops|hello|hi|thank you|thanks)[^.]{0,20}?[,!:;-] ?|i'm afraid (?:that )?)?(?:"
+    + "|".join(
+        [
+            # I'm sorry, but I can't ...; my apologies, as an AI ...; sorry, but there is no image
+            r"(?:(?:i(?:'m| am) )?(?:(?:so|very|really|truly) )?sorry|i apologi[sz]e|(?:my )?apologies)\b"
+            rf"[^.]{{0,120}}?\b(?:i ?(?:{CANNOT}|{DO_NOT}|must)|as an ai|no {PICTURE})\b",
+            # I can't help ...; I cannot see the image; I don't have the ability ...
+            rf"i ?{CANNOT} (?:\w+ly )?(?:help|assist|provide|fulfill?|comply|answer|process|describe|analy[sz]e|access"
+            r"|open|display|interpret|identify|recogni[sz]e|generate)\b",
+            rf"i ?(?:{CANNOT}|{DO_NOT}) (?:\w+ly )?(?:see|view|perceive|look at) {THE_PICTURE}",
+            rf"i (?:{DO_NOT} (?:\w+ly )?have|lack) (?:(?:the|any) )?(?:ability|capability|capacity|access) to\b",
+            rf"(?:unable|not able) to (?:view|see|access|process|load|display|open|analy[sz]e|describe) {THE_PICTURE}",
+            # As an AI language model, I ...; I'm a text-based assistant
+            rf"(?:as|since i am|since i'm) an? (?:[\w-]+ ){{0,4}}?{AI}(?:[ ,][\w ,]{{0,60}})? i\b",
+            r"i(?:'m| am) (?:(?:just|only|merely) )?an? (?:[\w-]+ ){0,3}?"
+            r"(?:ai (?:language )?(?:model|assistant|system)|ai(?:,| and)|language model|text-based assistant)",
+            # It seems that no image was attached; please upload the image
+            rf"{IT_SEEMS}(?:there (?:is|was) |there's )?no {PICTURE} (?:(?:is|was|has been) )?"
+            r"(?:attached|provided|uploaded|included|shared)\b",
+            rf"{IT_SEEMS}you (?:haven't|have not|didn't|did not|forgot to) (?:attach|provide|upload|include|share)",
+            rf"{IT_SEEMS}the {PICTURE} (?:didn't|did not|failed to|could not be|couldn't be) (?:\w+ly )?"
+            r"(?:load|upload|attach|come through|display)",
+            rf"(?:(?:could|can) you )?please (?:re-?)?(?:upload|attach|share|provide|send) (?:me )?{THE_PICTURE}",
+            "(?:很|非常|十分)?(?:抱歉|对不起|遗憾)[^。]{0,30}?(?:无法|不能)",
+            "我(?:无法|不能|看不到)[^。]{0,10}?(?:图|照片)",
+            "作为一[个名款](?:ai|人工智能|语言模型)",
+        ]
+    )
+    + ")"
+)
+STRAIGHT_QUOTES = str.maketrans("’‘“”", "''\"\"")
+
+
+@dataclass(frozen=True)
+class QualityRules:
+    """
+    Where a poor caption begins.
+
+    A word is a word between spaces or punctuation; of scripts without spaces (Chinese, Thai) two characters count as
+    one.
+
+    Args:
+        min_words (`int`, *optional*, defaults to 10): a caption with fewer is too short; 0 for none.
+        loop_repeats (`int`, *optional*, defaults to 3): how often, one right after the other, makes a loop ...
+        loop_words (`int`, *optional*, defaults to 8):
+            ... of as many words in all, at least: one word eight times, two words four times, three words three
+            times. As many of the same character in a row are a loop, too.
+        repeat_words (`int`, *optional*, defaults to 3): sentences with fewer words may stand in a caption twice.
+        prompt_share (`float`, *optional*, defaults to 0.5):
+            The share of the caption's words, above 0, that the prompt may not make up. Only three words or more in
+            the prompt's order count.
+
+    Raises:
+        ValueError: if an option is out of range.
+    """
+
+    min_words: int = 10
+    loop_repeats: int = 3
+    loop_words: int = 8
+    repeat_words: int = 3
+    prompt_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        smallest = {"min_words": 0, "loop_repeats": 2, "loop_words": 2, "repeat_words": 1}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in smallest:
+                if type(value) is not int or value < smallest[option.name]:
+                    least = smallest[option.name]
+                    raise ValueError(f"`{option.name}` must be a whole number from {least}, got {value!r}.")
+            elif type(value) not in (int, float) or not 0 < value <= 1:
+                raise ValueError(f"`{option.name}` must be above 0 and at most 1, got {value!r}.")
+
+
+class Judgement(NamedTuple):
+    """`text` is the caption as it should be kept; `reasons` names what is wrong with it, in the order of `REASONS`."""
+
+    text: str
+    reasons: tuple[str, ...]
+
+
+def judge(
+    text: str, prompt: str = "", finished: bool | None = None, rules: QualityRules = QualityRules()
+) -> Judgement:
+    """
+    Says what is wrong with a model's answer, and what of it should be kept.
+
+    White space at the ends and end marks such as `</s>` at the end are dropped. An answer that broke off is kept up
+    to its last whole sentence, exactly as written; one without a whole sentence is kept as it is, and reported. Loops
+    and repeated sentences are looked for in the whole answer. The time taken grows with the text's length alone.
+
+    Args:
+        text (`str`): the answer, without its prompt.
+        prompt (`str`, *optional*): what the model was asked.
+        finished (`bool`, *optional*):
+            Whether the model ended its answer; `False` where it reached the limit of tokens. With `None` an answer
+            broke off if its last sentence has no end mark and the one before has.
+        rules (`QualityRules`, *optional*): where a poor caption begins.
+
+    Returns:
+        `Judgement`: the text to keep, empty if it holds no word, and the reasons, none for a good caption.
+
+    Example:
+
+    ```python
+    >>> judge("A cat sleeps on a red sofa by the window. It is rai", finished=False)
+    Judgement(text='A cat sleeps on a red sofa by the window.', reasons=('cut_off',))
+    ```
+    """
+    text = _clean(text)
+    if not HAS_WORD.search(text):
+        return Judgement("", ("empty",))
+    words = _split_words(text)
+    found = set()
+    if _is_refusal(text):
+        found.add("refusal")
+    if _is_copied(text, words, prompt, rules):
+        found.add("copied_prompt")
+    if _has_loop(text, words, rules):
+        found.add("loop")
+    if _has_repeated_sentence(text, rules):
+        found.add("repeated_sentence")
+    if finished is False or (finished is None and _breaks_off(text)):
+        found.add("cut_off")
+        text = _trim(text)
+        words = _split_words(text)
+    if _count_words(words) < rules.min_words:
+        found.add("too_short")
+    return Judgement(text, tuple(reason for reason in REASONS if reason in found))
+
+
+def _clean(text: str) -> str:
+    """The text without white space at either end and without end marks at its end."""
+    end = len(text.rstrip())
+    while mark := END_MARK.search(text, max(0, end - LONGEST_END_MARK), end):
+        end = mark.start()
+        while end and text[end - 1].isspace():
+            end -= 1
+    return text[:end].lstrip()
+
+
+def _split_words(text: str) -> list[str]:
+    """The words of a text in small letters, without markers of lists; characters for scripts without spaces."""
+    return WORDS.findall(LIST_MARKER.sub(" ", text).casefold())
+
+
+def _count_words(words: Sequence[str]) -> float:
+    """How many words these are, if two characters of a script without spaces make one."""
+    return len(words) - sum(1 for word in words if HAS_NO_SPACES.match(word)) / 2
+
+
+class Sentence(NamedTuple):
+    """`text[start:end]`, with its end `mark`: punctuation, a line end or `</s>`; empty for an end without one."""
+
+    start: int
+    end: int
+    mark: str
+
+
+def _find_sentences(text: str) -> Iterator[Sentence]:
+    """
+    Finds the sentences that `sampling.split_sentences` splits a caption into, and where they stand.
+
+    Unlike there, the marker of a list ("2.") is part of its item. Sentences without a word are left out.
+    """
+    start = 0
+    for end in SENTENCE_END.finditer(text):
+        if end[0] == ".":
+            # A bounded look back, and not from the sentence's start: "J. J. J. ..." is quick to read, too.
+            words = text[max(start, end.start() - LONGEST_ABBREVIATION) : end.start()].rsplit(None, 1)
+            word = words[-1].lstrip(OPENING) if words else ""
+            initial = len(word) == 1 and word.isupper() and len(words) > 1
+            letters = "." in word and DOTTED_LETTERS.fullmatch(word) and _next_character(text, end.end()).islower()
+            number = word.lower() in NUMBERED and _next_character(text, end.end()).isdecimal()
+            marker = len(words) == 1 and LIST_MARKER.fullmatch(f"{word}.")
+            if initial or letters or number or marker or word.lower() in ABBREVIATIONS:
+                continue
+        if HAS_WORD.search(text, start, end.start()):  # the mark may be </s>
+            yield Sentence(start, end.end(), end[0])
+        start = end.end()
+    if HAS_WORD.search(text, start):
+        yield Sentence(start, len(text), "")
+
+
+def _next_character(text: str, position: int) -> str:
+    """The first character from `position` on that is not white space."""
+    match = NEXT_CHARACTER.match(text, position)
+    return match[1] if match else ""
+
+
+def _last_whole_sentence(text: str) -> Sentence | None:
+    """The last sentence that certainly ends where it seems to, and says something of its own."""
+    last = None
+    for sentence in _find_sentences(text):
+        if not sentence.mark:
+            continue
+        # He says "Stop!" and walks on; a line that was only wrapped.
+        if sentence.mark not in (".", "</s>") and _next_character(text, sentence.end).islower():
+            continue
+        # A line that only announces what comes below it.
+        line = text[sentence.start : sentence.end]
+        if sentence.mark == "\n" and (line.lstrip().startswith("#") or not COLONS.isdisjoint(_ending(line)[1])):
+            continue
+        last = sentence
+    return last
+
+
+def _trim(text: str) -> str:
+    """The text up to the end of its last whole sentence, or as it is if it has none."""
+    half_written = HALF_WRITTEN.search(text, max(0, len(text) - 3))
+    sentence = _last_whole_sentence(text[:-1] if half_written else text)
+    if sentence is None:
+        return text
+    closing = CLOSING.match(text, sentence.end)
+    kept = _clean(text[: closing.end() if closing else sentence.end])
+    # Nothing is left of a line of end marks.
+    return kept if HAS_WORD.search(kept) else text
+
+
+def _breaks_off(text: str) -> bool:
+    """Whether the last sentence has no end mark while the whole one before it has."""
+    sentence = _last_whole_sentence(text)
+    if sentence is None or sentence.mark in ("\n", "</s>"):
+        return False
+    rest = text[sentence.end :]
+    if not HAS_WORD.search(rest):
+        return False
+    if not _split_words(rest):  # the marker of an item that never came
+        return True
+    word, marks = _ending(rest)
+    return FINAL_MARKS.isdisjoint(marks) or word.lower() in ABBREVIATIONS
+
+
+def _ending(text: str) -> tuple[str, str]:
+    """The last word, and what stands behind it."""
+    end = len(text)
+    while end and not text[end - 1].isalnum():
+        end -= 1
+    start = end
+    while start and text[start - 1].isalnum():
+        start -= 1
+    return text[start:end], text[end:]
+
+
+def _repeats(items: Sequence[str], times: int, length: int, longest: int | None = None) -> bool:
+    """Whether `length` items or more are a group of at most `longest` that stands `times` times in a row or more."""
+    for period in range(1, min(longest or len(items), len(items) // times) + 1):
+        # That is a run of items that are each the same as the one a period later. So long a run covers one of a few
+        # places, at equal distances: looking there first takes n log n steps for all periods together.
+        run = max(length, times * period) - period
+        for place in range(run - 1, len(items) - period, run):
+            if items[place] != items[place + period]:
+                continue
+            first = last = place
+            while first and items[first - 1] == items[first - 1 + period]:
+                first -= 1
+            while last + period + 1 < len(items) and items[last + 1] == items[last + 1 + period]:
+                last += 1
+            if last - first + 1 >= run:
+                return True
+    return False
+
+
+def _has_loop(text: str, words: Sequence[str], rules: QualityRules) -> bool:
+    """Whether a group of words, or of characters without a space between them, is repeated again and again."""
+    # Spaces may stand between the same character: ". . . . . . . ."
+    if re.search(rf"(\S)(?:\s*\1){{{rules.loop_words - 1}}}", text):
+        return True
+    length = 4 * rules.loop_words
+    for run in re.finditer(rf"\S{{{length},}}", text):
+        if _repeats(run[0], rules.loop_repeats, length, LONGEST_CHARACTER_GROUP):
+            return True
+    return _repeats(words, rules.loop_repeats, rules.loop_words)
+
+
+def _has_repeated_sentence(text: str, rules: QualityRules) -> bool:
+    """Whether a sentence stands in the text twice, whatever its case, white space and punctuation."""
+    seen = set()
+    for sentence in _find_sentences(text):
+        words = tuple(_split_words(text[sentence.start : sentence.end]))
+        if _count_words(words) < rules.repeat_words:
+            continue
+        if words in seen:
+            return True
+        seen.add(words)
+    return False
+
+
+def _is_refusal(text: str) -> bool:
+    """Whether one of the first sentences says, in English or Chinese, that there will be no description."""
+    start = text[:REFUSAL_LENGTH].translate(STRAIGHT_QUOTES).lower()
+    sentences = [start[sentence.start : sentence.end] for sentence in _find_sentences(start)]
+    return any(REFUSALS.match(" ".join(sentence.split())) for sentence in sentences[:REFUSAL_SENTENCES])
+
+
+def _is_copied(text: str, words: Sequence[str], prompt: str, rules: QualityRules) -> bool:
+    """Whether the text is the prompt or one of its sentences, starts with it, or is mostly made up of its words."""
+    asked = _split_words(prompt)
+    if not asked:
+        return False
+    parts = [prompt[sentence.start : sentence.end] for sentence in _find_sentences(prompt)]
+    if any(_starts_with(text, part) for part in [prompt, *(part for part in parts if len(_split_words(part)) > 2)]):
+        return True
+    groups = set(zip(asked, asked[1:], asked[2:], strict=False))
+    copied = [False] * len(words)
+    for index, group in enumerate(zip(words, words[1:], words[2:], strict=False)):
+        if group in groups:
+            copied[index : index + 3] = [True] * 3
+    return bool(words) and sum(copied) / len(words) >= rules.prompt_share
+
+
+def _starts_with(text: str, prompt: str) -> bool:
+    """
+    Whether the text starts with the prompt's words as a sentence of its own.
+
+    A prompt without an end mark may be the beginning of the caption ("a photo of"): it is copied only where the text
+    does not go on in the same sentence.
+    """
+    asked = WORDS.findall(prompt.casefold())
+    words = list(zip(range(len(asked)), WORDS.finditer(text), strict=False))
+    if len(words) < len(asked) or any(word[0].casefold() != asked[index] for index, word in words):
+        return False
+    is_sentence = not FINAL_MARKS.isdisjoint(_ending(prompt)[1])
+    return is_sentence or PROMPT_END.match(text, words[-1][1].end()) is not None

@@ -1,0 +1,298 @@
+"""What a relabelled data set says of itself: the statistics of the LoTLIP paper's table 6, histograms, a card."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCardData
+from transformers import PreTrainedTokenizerBase
+
+from ..evaluation.plots import COLOURS, figure, save, wrapped
+from .caption_quality import REASONS
+from .relabel_config import NO_ANSWER, RelabelConfig
+from .sampling import split_sentences
+from .shards import SUFFIXES, replace_file
+
+CARD = "README.md"
+HISTOGRAMS = "histograms.png"
+STATISTICS = "statistics.json"
+EXPLAINED = {**REASONS, NO_ANSWER: "The endpoint refused this image for good."}
+BOUNDS = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
+COUNTED = ("tokens", "sub_captions")
+
+
+def shard_statistics(
+    rows: Sequence[Mapping[str, Any]],
+    raw_captions: Sequence[str],
+    num_captioners: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """
+    Counts of a shard, which add up over shards.
+
+    Args:
+        rows: The shard's rows, see `shards.FEATURES`.
+        raw_captions: Those of the rows' images that have one.
+        num_captioners: How many captions each row has.
+        tokenizer: What counts the tokens of the raw captions.
+
+    Returns:
+        `images`; `raw`, counts of the raw captions; and `captioners`, one's counts each.
+    """
+    raw = Counter(_length(tokenizer, text) for text in raw_captions), Counter(map(_sentences, raw_captions))
+    captioners = []
+    for number in range(num_captioners):
+        captions = [row["captions"][number] for row in rows]
+        kept = [caption for caption in captions if caption["dropped"] is None]
+        captioners.append(
+            {
+                **{name: Counter(caption[name] for caption in kept) for name in COUNTED},
+                "dropped": len(captions) - len(kept),
+                "asked_again": sum(caption["attempts"] > 1 for caption in captions),
+                "marked": Counter(reason for caption in kept for reason in caption["reasons"]),
+                "dropped_for": Counter(
+                    reason for caption in captions if caption["dropped"] is not None for reason in caption["reasons"]
+                ),
+                "mended": Counter(
+                    reason
+                    for caption in kept
+                    for reason in caption["earlier_reasons"]
+                    if reason not in caption["reasons"]
+                ),
+            }
+        )
+    return {"images": len(rows), "raw": dict(zip(COUNTED, raw, strict=True)), "captioners": captioners}
+
+
+def merge_statistics(config: RelabelConfig, shards: Sequence[Mapping[str, Any]], num_skipped: int) -> dict[str, Any]:
+    """
+    The counts of all shards as one, with what they come to.
+
+    Args:
+        config: The options of the run.
+        shards: What [`shard_statistics`] returned, or the same read back from JSON.
+        num_skipped: Records that are in no shard.
+
+    Returns:
+        `images`, `skipped`; and `captions`, a list with the raw captions, those of each captioner and all long ones
+        together: `name`, `texts`, `mean_sub_captions`, `mean_tokens`, and the histograms `sub_captions` and `tokens`;
+        of a captioner also `dropped`, `asked_again`, and by reason `marked`, `dropped_for` and `mended`.
+    """
+    images = sum(shard["images"] for shard in shards)
+    rows = [_merged("raw captions", [shard["raw"] for shard in shards])]
+    for number, captioner in enumerate(config.captioners):
+        rows.append(_merged(captioner.model, [shard["captioners"][number] for shard in shards]))
+    rows.append(_merged("all long captions", [{name: row[name] for name in COUNTED} for row in rows[1:]]))
+    return {"images": images, "skipped": num_skipped, "captions": rows}
+
+
+def _merged(name: str, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for what, value in part.items():
+            if isinstance(value, Mapping):
+                counts = merged.setdefault(what, Counter())
+                for key, count in value.items():
+                    counts[int(key) if what in COUNTED else key] += count
+            else:
+                merged[what] = merged.get(what, 0) + value
+    for what in COUNTED:
+        merged.setdefault(what, Counter())
+    texts = sum(merged["tokens"].values())
+    means = {f"mean_{what}": _mean(merged[what]) for what in COUNTED}
+    merged = {
+        what: dict(sorted(value.items())) if isinstance(value, Counter) else value for what, value in merged.items()
+    }
+    return {"name": name, "texts": texts, **means, **merged}
+
+
+def _mean(counts: Mapping[int, int]) -> float | None:
+    total = sum(counts.values())
+    return sum(value * count for value, count in counts.items()) / total if total else None
+
+
+def statistics_table(statistics: Mapping[str, Any]) -> str:
+    """
+    The LoTLIP paper's table 6 of a data set, in Markdown.
+
+    Args:
+        statistics: What [`merge_statistics`] returned.
+    """
+    lines = ["| captions | images | texts | mean sub-captions | mean tokens |", "| --- | --- | --- | --- | --- |"]
+    for row in statistics["captions"]:
+        means = ("-" if row[f"mean_{what}"] is None else f"{row[f'mean_{what}']:.2f}" for what in COUNTED[::-1])
+        lines.append(f"| {_cell(row['name'])} | {statistics['images']:,} | {row['texts']:,} | {' | '.join(means)} |")
+    return "\n".join(lines)
+
+
+def write_card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Sequence[Sequence[str]]) -> None:
+    """
+    Writes `README.md`, `histograms.png` and `statistics.json` in the folder of the data set.
+
+    Args:
+        config: The options of the run.
+        statistics: What [`merge_statistics`] returned.
+        revisions: Those of each captioner, as far as they are known.
+
+    Raises:
+        ImportError: without matplotlib.
+        OSError: if they cannot be written.
+    """
+    folder = Path(config.output)
+    replace_file(folder / STATISTICS, json.dumps(statistics, indent=1, ensure_ascii=False).encode())
+    _draw_histograms(statistics, folder / HISTOGRAMS)
+    replace_file(folder / CARD, _card(config, statistics, revisions).encode())
+
+
+def _card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Sequence[Sequence[str]]) -> str:
+    images = statistics["images"]
+    at_least = max((bound for bound in BOUNDS if bound <= images), default=None)
+    above = min((bound for bound in BOUNDS if bound > images), default=None)
+    size = f"n<{_short(BOUNDS[0])}" if at_least is None else f"n>{_short(at_least)}"
+    if at_least is not None and above is not None:
+        size = f"{_short(at_least)}<n<{_short(above)}"
+    metadata = DatasetCardData(
+        task_categories=["image-to-text", "zero-shot-image-classification"],
+        tags=["lotlip", "long-captions", "synthetic"],
+        size_categories=[size],
+        configs=[{"config_name": "default", "data_files": f"data/*{SUFFIXES[config.format]}"}],
+    )
+    captioners = [
+        f"| {_cell(one.model)} | {', '.join(known) or '-'} | {'an endpoint' if one.endpoint else 'transformers'} | "
+        f"{_cell(one.prompt) or '(none)'} | `{json.dumps(one.settings())}` | `{json.dumps(dict(one.retry))}` |"
+        for one, known in zip(config.captioners, revisions, strict=False)
+    ]
+    long = statistics["captions"][1 : 1 + len(config.captioners)]
+    reasons = [
+        reason for reason in EXPLAINED if any(reason in row[kind] for row in long for kind in KINDS if kind in row)
+    ]
+    quality = [
+        f"| {reason}: {EXPLAINED[reason]} | {config.policies.get(reason, 'drop')} | "
+        + " | ".join(f"{sum(row.get(kind, {}).get(reason, 0) for row in long):,}" for kind in KINDS)
+        + " |"
+        for reason in reasons
+    ]
+    rules = ", ".join(f"`{name}` {value}" for name, value in dataclasses.asdict(config.rules).items())
+    return CARD_TEXT.format(
+        metadata=metadata.to_yaml(),
+        images=f"{images:,}",
+        captioners="\n".join(captioners),
+        number=len(config.captioners),
+        models="model" if len(config.captioners) == 1 else "models",
+        table=statistics_table(statistics),
+        tokenizer=config.tokenizer,
+        skipped=f"{statistics['skipped']:,}",
+        rules=rules,
+        quality="\n".join([*QUALITY_HEAD, *quality]) if quality else "Nothing was found wrong with any caption.",
+    )
+
+
+KINDS = ("mended", "marked", "dropped_for")
+QUALITY_HEAD = (
+    "| what was wrong | policy | mended by asking again | kept and marked | dropped |",
+    "| --- | --- | --- | --- | --- |",
+)
+CARD_TEXT = """\
+---
+{metadata}
+---
+
+# {images} images with long captions
+
+Long captions by {number} {models}, written by `lotlip relabel` of
+lotlip-hf: the first step of LoTLIP ([arXiv:2410.05249](https://arxiv.org/abs/2410.05249)), which trains on one short
+and several long captions an image.
+
+## Statistics
+
+As in table 6 of the paper. A sub-caption is a sentence; tokens are counted by `{tokenizer}`, without special ones.
+
+{table}
+
+![How long the captions are](histograms.png)
+
+Records that are not in the data, because their image could not be read or they have no caption at all: {skipped}.
+`skipped.jsonl` lists them with the reasons.
+
+## How the captions were written
+
+| model | revision | run by | prompt | settings | others when asked again |
+| --- | --- | --- | --- | --- | --- |
+{captioners}
+
+## What was wrong with captions
+
+{quality}
+
+Rules: {rules}. A caption that was cut off ends with its last whole sentence.
+
+## Columns
+
+| column | what it holds |
+| --- | --- |
+| `id` | of the record, as in its source |
+| `image` | the file's bytes, or its path from the folder `data` |
+| `short_caption` | the raw caption; where there was none, the first sentence of the first long one |
+| `long_captions` | one of each model, in the order above; empty where it was dropped |
+| `captions` | of each of these what follows |
+| `captions.model`, `.revision`, `.prompt`, `.settings` | who wrote it, asked what, and how (JSON) |
+| `captions.attempts` | how often it was asked for |
+| `captions.tokens`, `.sub_captions` | how long it is |
+| `captions.reasons`, `.earlier_reasons` | what is wrong with it, and what was wrong with earlier attempts |
+| `captions.dropped` | the text that was dropped |
+
+## Use
+
+```bash
+python examples/train.py --data FOLDER --text-model google-bert/bert-base-uncased \\
+    --image-model google/vit-base-patch16-224-in21k --output run
+```
+"""
+
+
+def _draw_histograms(statistics: Mapping[str, Any], file: Path) -> None:
+    rows = [row for row in statistics["captions"][:-1] if row["texts"]]
+    picture = figure(8, 3.6)
+    for axes, what, label in zip(picture.subplots(1, 2), COUNTED, ("tokens", "sub-captions"), strict=True):
+        longest = max((value for row in rows for value in row[what]), default=1)
+        width = max(1, -(-(longest + 1) // 40))
+        edges = range(0, longest + 1 + width, width)
+        for number, row in enumerate(rows):
+            axes.hist(
+                list(row[what]),
+                bins=edges,
+                weights=[count / row["texts"] for count in row[what].values()],
+                histtype="step",
+                linewidth=1.5,
+                color=COLOURS[number % len(COLOURS)],
+                label=wrapped(row["name"], 40),
+            )
+        axes.set_xlabel(f"{label} of a caption")
+        axes.set_ylabel("share of the captions")
+        axes.grid(alpha=0.3)
+    handles, labels = picture.axes[0].get_legend_handles_labels()
+    if handles:
+        picture.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8)
+    save(picture, file)
+
+
+def _length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _sentences(text: str) -> int:
+    return len(split_sentences(text))
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _short(number: int) -> str:
+    for bound, letter in ((1_000_000_000, "B"), (1_000_000, "M"), (1_000, "K")):
+        if number >= bound:
+            return f"{number // bound}{letter}"
+    return str(number)

@@ -1,0 +1,242 @@
+"""Every option of a relabelling in one typed config, filled by flags, a YAML file, or both."""
+
+import argparse
+import dataclasses
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from .caption_quality import REASONS, QualityRules
+from .captioners import CaptionerConfig, check_options, option
+from .records import MAPPINGS, ColumnMapping
+
+NO_ANSWER = "no_answer"
+# What is done with a caption that something is wrong with: asked for again and dropped if that does not help, dropped,
+# or kept and marked.
+Policy = Literal["retry", "drop", "keep"]
+POLICIES: dict[str, Policy] = {
+    **dict.fromkeys(REASONS, "retry"),
+    "repeated_sentence": "keep",
+    "cut_off": "keep",
+}
+# What may differ when a run is started again: none of it changes what is written.
+RESUMABLE = frozenset({"output"})
+RESUMABLE_OF_CAPTIONERS = frozenset({"device_map", "concurrency", "timeout", "max_retries"})
+
+
+@dataclass
+class RelabelConfig:
+    """
+    Every option of a relabelling, `lotlip relabel --help` in Python.
+
+    Raises:
+        ValueError: if an option is missing, out of range, or contradicts another; the message names it.
+
+    Example:
+
+    ```python
+    >>> config = RelabelConfig(data="pictures", output="relabelled", captioners=[CaptionerConfig(model="blip2")])
+    >>> config.policies["loop"]
+    'retry'
+    ```
+    """
+
+    data: str = option("a folder of images or of records, a file of records, shards/*.tar, or a data set on the Hub")
+    output: str = option("folder that is written; the same command goes on where a run stopped")
+    captioners: list[CaptionerConfig] = field(default_factory=list)
+
+    # The records
+    mapping: str = option("names of the columns, as `examples/train.py` has them", default="records")
+    image_column: str | None = option("column of the images, in place of the mapping's", default=None)
+    short_column: str | None = option(
+        "column of the raw captions, in place of the mapping's; 'none': there are none", default=None
+    )
+    id_column: str | None = option("column of the ids, in place of the mapping's", default=None)
+    image_folder: str | None = option("what relative paths of images start from", default=None)
+    split: str = option("split of a data set on the Hub", default="train")
+    streaming: bool = option("read in order, without a copy on disk", default=False)
+
+    # The output
+    format: Literal["parquet", "webdataset"] = option("of the shards", default="parquet")
+    shard_size: int = option("records that a shard is made of", default=1000)
+    embed_images: bool = option(
+        "copy image files into Parquet shards, which otherwise hold their paths", default=False
+    )
+    tokenizer: str = option(
+        "checkpoint folder or Hub id of the tokenizer that counts tokens", default="google-bert/bert-base-uncased"
+    )
+
+    # The captions
+    policies: dict[str, Policy] = field(default_factory=dict)
+    max_attempts: int = option("how often a caption is asked for at most, where the policy is retry", default=3)
+    rules: QualityRules = field(default_factory=QualityRules)
+    seed: int = option("seed of the captions that are drawn (temperature above 0, and retries)", default=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if not self.captioners:
+            raise ValueError("`captioners` is empty: name at least one model that writes captions (--captioner).")
+        if self.mapping not in MAPPINGS:
+            raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
+        for name in ("shard_size", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for reason, policy in self.policies.items():
+            if reason not in POLICIES:
+                raise ValueError(f"`policies` must be of {', '.join(POLICIES)}, got {reason!r}.")
+            if policy not in get_args(Policy):
+                raise ValueError(f"The policy of {reason} must be {', '.join(get_args(Policy))}, got {policy!r}.")
+        self.policies = {**POLICIES, **self.policies}
+
+    def column_mapping(self) -> ColumnMapping:
+        """The mapping's columns, those that options name in their place; of long captions none is read."""
+        mapping = replace(MAPPINGS[self.mapping], long=())
+        if self.short_column is not None:
+            mapping = replace(mapping, short=None if self.short_column == "none" else self.short_column)
+        columns = {"image": self.image_column, "id": self.id_column}
+        return replace(mapping, **{name: column for name, column in columns.items() if column is not None})
+
+    def identity(self) -> dict[str, Any]:
+        """What decides about the output: a run goes on only with the same."""
+        options = {name: value for name, value in dataclasses.asdict(self).items() if name not in RESUMABLE}
+        captioners = [
+            {name: value for name, value in captioner.items() if name not in RESUMABLE_OF_CAPTIONERS}
+            | {"endpoint": captioner["endpoint"] is not None}
+            for captioner in options.pop("captioners")
+        ]
+        return {**options, **{f"captioner {number}": one for number, one in enumerate(captioners)}}
+
+
+# Options that a flag sets for a captioner; `retry` and a name of its own are for the file of options.
+_CAPTIONER_FLAGS = [one for one in dataclasses.fields(CaptionerConfig) if one.name not in ("model", "retry")]
+_FLAGS = [one for one in dataclasses.fields(RelabelConfig) if "help" in one.metadata]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `lotlip relabel`. Those that are not given are not in what the parser returns."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags count more")
+    parser.add_argument(
+        "--captioner",
+        action="append",
+        metavar="MODEL",
+        help="checkpoint folder or Hub id of a model that writes captions; several, by several --captioner",
+    )
+    _add_flags(parser, RelabelConfig, _FLAGS)
+    parser.add_argument(
+        "--policy",
+        action="append",
+        metavar="REASON=POLICY",
+        help="what is done with captions that something is wrong with: retry, drop or keep. By default "
+        + ", ".join(f"{reason}={policy}" for reason, policy in POLICIES.items()),
+    )
+    parser.add_argument(
+        "--rule",
+        action="append",
+        metavar="NAME=VALUE",
+        help="a limit of what is wrong: "
+        + ", ".join(f"{one.name} ({one.default})" for one in dataclasses.fields(QualityRules)),
+    )
+    _add_flags(parser.add_argument_group("options of every captioner"), CaptionerConfig, _CAPTIONER_FLAGS)
+
+
+def read_config(arguments: argparse.Namespace) -> RelabelConfig:
+    """
+    The config that flags and the file of options make.
+
+    Args:
+        arguments: What the parser of [`add_arguments`] returned.
+
+    Raises:
+        ValueError: on an option that is unknown, missing, of a wrong type or out of range.
+        FileNotFoundError: if there is no such file of options.
+    """
+    given = vars(arguments)
+    options = _read_yaml(Path(given["config"])) if given.get("config") else {}
+    options.update({one.name: given[one.name] for one in _FLAGS if one.name in given})
+    options["policies"] = {**options.get("policies", {}), **_pairs("--policy", given.get("policy"))}
+    rules = {**options.get("rules", {}), **_pairs("--rule", given.get("rule"))}
+    hints = get_type_hints(QualityRules)
+    if unknown := sorted(rules.keys() - hints.keys()):
+        raise ValueError(f"--rule: {unknown[0]} is not one of {', '.join(hints)}.")
+    options["rules"] = QualityRules(**{name: _number(name, hints[name], value) for name, value in rules.items()})
+    captioners: list[dict[str, Any]] = [{"model": model} for model in given.get("captioner") or ()]
+    captioners = captioners or options.get("captioners", [])
+    flags = {one.name: given[one.name] for one in _CAPTIONER_FLAGS if one.name in given}
+    options["captioners"] = [CaptionerConfig(**{**captioner, **flags}) for captioner in captioners]
+    for name in ("data", "output"):
+        if name not in options:
+            raise ValueError(f"--{name} is missing.")
+    return RelabelConfig(**options)
+
+
+def _add_flags(parser: Any, config_class: type, fields: Sequence[dataclasses.Field]) -> None:
+    hints = get_type_hints(config_class)
+    for one in fields:
+        flag, help = f"--{one.name.replace('_', '-')}", one.metadata["help"].replace("%", "%%")
+        if hints[one.name] is bool:
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=help)
+            continue
+        kind = _plain(hints[one.name])
+        choices = get_args(kind) if get_origin(kind) is Literal else None
+        if one.default not in (None, dataclasses.MISSING):
+            help = f"{help} ({one.default})"
+        parser.add_argument(flag, type=str if choices else kind, choices=choices, default=argparse.SUPPRESS, help=help)
+
+
+def _plain(hint: Any) -> Any:
+    """The type of an option that may be `None`."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(one for one in get_args(hint) if one is not type(None))
+    return hint
+
+
+def _pairs(flag: str, given: Sequence[str] | None) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for one in given or ():
+        name, _, value = one.partition("=")
+        if not name or not value:
+            raise ValueError(f"{flag} takes NAME=VALUE, got {one!r}.")
+        pairs[name] = value
+    return pairs
+
+
+def _number(name: str, kind: Any, value: Any) -> Any:
+    try:
+        number = _plain(kind)(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--rule {name} must be a number, got {value!r}.") from error
+    if not math.isfinite(number):
+        raise ValueError(f"--rule {name} must be a finite number, got {value!r}.")
+    return number
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file of options.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: expected lines of `option: value`, got {type(options).__name__}.")
+    known = [one.name for one in dataclasses.fields(RelabelConfig)]
+    if unknown := sorted(options.keys() - set(known)):
+        raise ValueError(f"{path}: unknown option {unknown[0]}. There are: {', '.join(known)}.")
+    for name in ("policies", "rules"):
+        if not isinstance(options.get(name, {}), Mapping):
+            raise ValueError(f"{path}: `{name}` must be lines of `name: value`, got {options[name]!r}.")
+    captioners = options.get("captioners", [])
+    if not isinstance(captioners, list):
+        raise ValueError(f"{path}: `captioners` must be a list, got {captioners!r}.")
+    allowed = [one.name for one in dataclasses.fields(CaptionerConfig)]
+    for number, one in enumerate(captioners):
+        if isinstance(one, str):
+            captioners[number] = {"model": one}
+        elif not isinstance(one, Mapping) or "model" not in one or one.keys() - set(allowed):
+            raise ValueError(f"{path}: a captioner has `model` and any of {', '.join(allowed)}, got {one!r}.")
+    return options

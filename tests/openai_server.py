@@ -1,0 +1,444 @@
+"""An endpoint with OpenAI's protocol on loopback, for the tests: a real HTTP server that describes images.
+
+```python
+with openai_server(fault=each_image_first("429:1")) as server:
+    captioner = EndpointCaptioner(CaptionerConfig("tiny", endpoint=server.url))
+    ...
+    assert server.highest_at_once <= 4
+```
+
+Its captions are a function of the decoded image, the prompt, the model's name and, where tokens are drawn, the seed;
+so two runs can be compared byte for byte. What it does wrong is up to `fault(number, image, body)`, which gets the
+number of the request, from 0, the decoded image and the request's JSON, and returns one of these, or None:
+
+| fault | what the server does |
+| --- | --- |
+| `late:2` | sleeps 2 seconds, then answers |
+| `429`, `503:7`, `400`, ... | answers with this status; after the colon is `Retry-After`, in seconds or as a date |
+| `cut` | promises more bytes than it sends |
+| `cut-json` | sends the first half of its JSON |
+| `html` | sends a page, with status 200 |
+| `garbage` | sends bytes that are no text, with status 200 |
+| `reset` | resets the connection instead of answering |
+| `body:{...}` | sends this JSON |
+| `content:...` | this JSON is the content of the message, with the reason `stop` |
+| `say:...` | this is the caption |
+| `exit` | ends the process, as `kill -9` does |
+
+As a process of its own, which prints its address:
+
+    python tests/openai_server.py --port 0 --fault 429:1@0-2 --fault reset@first:1 --fault 500@64x48 --fault 503@40-
+
+A fault of the command line names its requests: `7`, `0-2`, `40-` (from then on), `every:5`, `first:2` (the first two
+of each image), `64x48` (images of this size); without, all of them. `GET /v1/stats` tells what was asked.
+"""
+
+import argparse
+import base64
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
+from PIL import Image, ImageStat
+
+Fault = Callable[[int, Image.Image, dict[str, Any]], str | None]
+
+MODEL = "tiny"
+COLOURS = {
+    "black": (0, 0, 0),
+    "grey": (128, 128, 128),
+    "white": (255, 255, 255),
+    "red": (220, 30, 30),
+    "green": (30, 160, 50),
+    "blue": (40, 60, 220),
+    "yellow": (230, 220, 50),
+    "violet": (150, 50, 200),
+    "brown": (120, 80, 40),
+}
+MOODS = ("calm", "lively", "cold", "warm", "gloomy", "cheerful", "plain", "strange", "tidy", "wild")
+PLACES = ("garden", "street", "kitchen", "harbour", "forest", "workshop", "library", "field", "station", "cave")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that was well-formed: its number, whose image it was, the options and what went wrong with it."""
+
+    number: int
+    image: str  # digest of the decoded image
+    size: tuple[int, int]
+    options: dict[str, Any]  # the JSON but for its messages and `stream`
+    prompt: str
+    parts: tuple[str, ...]  # the kinds of the parts of the message, in their order
+    authorization: str | None
+    fault: str | None
+
+
+def digest(image: Image.Image) -> str:
+    """Identifies an image, as the server decoded it."""
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
+
+
+def is_probe(image: Image.Image) -> bool:
+    """Whether this is a plain picture: what a client sends to learn whether the endpoint works."""
+    return all(low == high for low, high in image.convert("RGB").getextrema())
+
+
+def describe(image: Image.Image, prompt: str, model: str, seed: int | None = None) -> str:
+    """Four sentences about an image; those of other models, prompts and seeds are others."""
+    width, height = image.size
+    halves = [
+        ImageStat.Stat(image.crop(box)).mean
+        for box in ((0, 0, width // 2 or 1, height), (width // 2, 0, width, height))
+    ]
+    mean = ImageStat.Stat(image).mean
+    draw = random.Random(f"{digest(image)} {prompt} {model} {seed}")
+    side = "left" if sum(halves[0]) > sum(halves[1]) else "right"
+    return (
+        f"A {name_of(mean)} picture of {width} by {height} pixels shows a {draw.choice(PLACES)}. "
+        f"On the left it is {name_of(halves[0])}, on the right {name_of(halves[1])}. "
+        f"The {side} half is the brighter one, and {draw.randint(2, 99)} small things lie about. "
+        f"It all looks {draw.choice(MOODS)} in the light of a {draw.choice(MOODS)} day."
+    )
+
+
+def name_of(colour: Sequence[float]) -> str:
+    return min(COLOURS, key=lambda name: sum((a - b) ** 2 for a, b in zip(COLOURS[name], colour, strict=True)))
+
+
+def each_image_first(fault: str, times: int = 1) -> Fault:
+    """A fault of the first requests with each image."""
+    asked: Counter[str] = Counter()
+
+    def choose(number: int, image: Image.Image, body: dict[str, Any]) -> str | None:
+        name = digest(image)
+        asked[name] += 1  # the server calls this with its lock held
+        return fault if asked[name] <= times else None
+
+    return choose
+
+
+def scripted(*faults: str) -> Fault:
+    """The faults of the command line; of several that are meant, the first."""
+    parts = [fault.rpartition("@") if "@" in fault else (fault, "@", "0-") for fault in faults]
+    rules = [
+        (what, which, each_image_first(what, int(which[6:])) if which.startswith("first:") else None)
+        for what, _, which in parts
+    ]
+
+    def choose(number: int, image: Image.Image, body: dict[str, Any]) -> str | None:
+        chosen = None
+        for what, which, rule in rules:  # all of them: those of first requests count
+            if rule is not None:
+                is_meant = rule(number, image, body) is not None
+            elif which.startswith("every:"):
+                is_meant = number % int(which[6:]) == 0
+            elif match := re.fullmatch(r"(\d+)x(\d+)", which):
+                is_meant = image.size == (int(match[1]), int(match[2]))
+            else:
+                first, dash, last = which.partition("-")
+                is_meant = int(first) <= number <= (int(last) if last else sys.maxsize if dash else int(first))
+            if is_meant:
+                chosen = chosen or what
+        return chosen
+
+    return choose
+
+
+class Malformed(Exception):
+    """A request that OpenAI's protocol does not know."""
+
+
+def read_request(body: Any) -> tuple[Image.Image, str]:
+    """The image and the prompt of a chat completion.
+
+    Raises:
+        Malformed: if there are not one image and one text at most, or an option is none.
+    """
+    options = {
+        **{"model": str, "messages": list, "max_tokens": int, "temperature": (int, float), "top_p": (int, float)},
+        **{"seed": int, "repetition_penalty": (int, float), "stream": bool},
+    }
+    if not isinstance(body, dict):
+        raise Malformed("the body is no object")
+    for name, value in body.items():
+        if name not in options:
+            raise Malformed(f"unknown option {name}")
+        if not isinstance(value, options[name]):
+            raise Malformed(f"{name} is of a wrong type")
+    if body.get("max_tokens", 1) < 1:
+        raise Malformed("max_tokens must be at least 1")
+    if not 0 <= body.get("temperature", 1) <= 2:
+        raise Malformed("temperature must be from 0 to 2")
+    try:
+        [message] = body["messages"]
+        [*images] = [part["image_url"]["url"] for part in message["content"] if part["type"] == "image_url"]
+        [*texts] = [part["text"] for part in message["content"] if part["type"] == "text"]
+        if message["role"] != "user" or len(images) != 1 or len(texts) > 1 or len(message["content"]) > 2:
+            raise Malformed("expected one message of the user, with one image and one text at most")
+        kind, _, data = images[0].partition(",")
+        if kind != "data:image/jpeg;base64":
+            raise Malformed(f"expected a JPEG file as data: URL, got {kind}")
+        image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=["JPEG"])
+        return image.convert("RGB"), texts[0] if texts else ""
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise Malformed(f"{type(error).__name__}: {error}") from error
+
+
+class OpenAIServer(ThreadingHTTPServer):
+    """The server: what it is asked and how, and what it answered."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(
+        self, port: int, fault: Fault | None, models: Sequence[str], api_key: str | None, seconds: float
+    ) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.fault, self.models, self.api_key, self.seconds = fault, tuple(models), api_key, seconds
+        self.lock = threading.Lock()
+        self.requests: list[Request] = []
+        self.malformed: list[str] = []
+        self.errors: list[str] = []  # defects of this server
+        self.at_once = self.highest_at_once = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    @property
+    def per_image(self) -> Counter[str]:
+        """How many requests there were with each image."""
+        return Counter(request.image for request in self.requests)
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        with self.lock:
+            return {
+                "requests": len(self.requests),
+                "malformed": len(self.malformed),
+                "highest_at_once": self.highest_at_once,
+                "faults": dict(Counter(request.fault for request in self.requests if request.fault)),
+                "per_image": dict(self.per_image),
+            }
+
+    def record(self, image: Image.Image, prompt: str, body: dict[str, Any], authorization: str | None) -> Request:
+        with self.lock:
+            number = len(self.requests)
+            fault = self.fault(number, image, body) if self.fault is not None else None
+            options = {name: value for name, value in body.items() if name not in ("messages", "stream")}
+            parts = tuple(part["type"] for part in body["messages"][0]["content"])
+            request = Request(number, digest(image), image.size, options, prompt, parts, authorization, fault)
+            self.requests.append(request)
+            return request
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        with self.lock:
+            self.at_once += 1
+            self.highest_at_once = max(self.highest_at_once, self.at_once)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.at_once -= 1
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # clients may go away
+            self.errors.append(traceback.format_exc())
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection; it is kept for further requests."""
+
+    server: OpenAIServer
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two packets
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        if path == "/v1/models":
+            self.send_json(
+                {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]}
+            )
+        elif path == "/v1/stats":
+            self.send_json(self.server.stats)
+        else:
+            self.send_problem(404, f"nothing at {self.path}")
+
+    def do_POST(self) -> None:
+        with self.server.under_way():
+            content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            authorization = self.headers.get("Authorization")
+            if urlsplit(self.path).path != "/v1/chat/completions":
+                return self.send_problem(404, f"nothing at {self.path}")
+            if self.server.api_key is not None and authorization != f"Bearer {self.server.api_key}":
+                return self.send_problem(401, f"Incorrect API key provided: {authorization}")
+            try:
+                body = json.loads(content)
+                image, prompt = read_request(body)
+            except (ValueError, Malformed) as error:
+                self.server.malformed.append(str(error))
+                return self.send_problem(400, str(error))
+            if body.get("model") not in self.server.models:
+                return self.send_problem(404, f"The model `{body.get('model')}` does not exist.")
+            request = self.server.record(image, prompt, body, authorization)
+            time.sleep(self.server.seconds)
+            self.answer(request, image)
+
+    def answer(self, request: Request, image: Image.Image) -> None:
+        fault, _, argument = (request.fault or "").partition(":")
+        options = request.options
+        seed = options.get("seed") if options.get("temperature", 1) > 0 else None
+        text = argument if fault == "say" else describe(image, request.prompt, options["model"], seed)
+        words = text.split(" ")
+        limit = options.get("max_tokens", len(words))  # a word is a token
+        message: dict[str, Any] = {"role": "assistant", "content": " ".join(words[:limit])}
+        reason = "length" if len(words) > limit else "stop"
+        if fault == "content":
+            message, reason = {"role": "assistant", "content": json.loads(argument)}, "stop"
+        body: Any = {
+            **{
+                "id": f"chatcmpl-{request.number}",
+                "object": "chat.completion",
+                "created": 0,
+                "model": options["model"],
+            },
+            "choices": [{"index": 0, "message": message, "finish_reason": reason, "logprobs": None}],
+            "usage": {"prompt_tokens": 1, "completion_tokens": min(len(words), limit), "total_tokens": 1 + len(words)},
+        }
+        data = json.dumps(body).encode()
+        if fault in ("", "say", "content"):
+            self.send(200, data)
+        elif fault == "late":
+            time.sleep(float(argument))
+            with suppress(OSError):  # the client did not wait
+                self.send(200, data)
+        elif fault.isdigit():
+            headers = {"Retry-After": argument} if argument else {}
+            self.send_problem(int(fault), f"fault {fault}", headers)
+        elif fault == "cut":
+            self.send(200, data[: len(data) // 2], {"Content-Length": str(len(data))})
+            self.drop()
+        elif fault == "cut-json":
+            self.send(200, data[: len(data) // 2])
+        elif fault == "html":
+            self.send(200, b"<html><body>Welcome to our gateway</body></html>", {"Content-Type": "text/html"})
+        elif fault == "garbage":
+            self.send(200, b"\x80\xff\x00" * 40)
+        elif fault == "body":
+            self.send(200, argument.encode())
+        elif fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            self.connection.close()
+        elif fault == "exit":
+            os._exit(137)
+        else:
+            raise ValueError(f"unknown fault {request.fault!r}")
+
+    def send_problem(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        self.send(
+            status, json.dumps({"error": {"message": message, "type": "fault", "code": status}}).encode(), headers
+        )
+
+    def send_json(self, body: Any) -> None:
+        self.send(200, json.dumps(body).encode())
+
+    def send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def drop(self) -> None:
+        self.close_connection = True
+        with suppress(OSError):  # the client was faster
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Print nothing; `requests` has it all."""
+
+
+@contextmanager
+def openai_server(
+    fault: Fault | None = None,
+    *,
+    models: Sequence[str] = (MODEL,),
+    api_key: str | None = None,
+    seconds: float = 0.0,
+    port: int = 0,
+) -> Iterator[OpenAIServer]:
+    """Run the server.
+
+    Args:
+        fault: what it does wrong, see above; called with the server's lock held, by one thread at a time.
+        models: the names of its models.
+        api_key: what it wants as `Authorization: Bearer ...`; None for no matter what.
+        seconds: how long it takes for each answer.
+        port: 0 for a free one.
+
+    Raises:
+        AssertionError: at the end, if a request could not be carried out because of a defect of this server.
+    """
+    server = OpenAIServer(port, fault, models, api_key, seconds)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert not server.errors, "The test's endpoint failed:\n" + "\n".join(server.errors)
+
+
+def use_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the huggingface_hub of this process ask loopback: neither offline nor through a proxy, and without keys.
+
+    A process of its own needs `HF_HUB_OFFLINE=0` and `NO_PROXY=*` in its environment.
+    """
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "*")
+    for name in ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    _http.close_session()  # the one that was opened before may go through a proxy
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--fault", action="append", default=[], metavar="FAULT[@REQUESTS]")
+    parser.add_argument("--model", action="append", metavar="NAME")
+    parser.add_argument("--api-key")
+    parser.add_argument("--seconds", type=float, default=0.0)
+    options = parser.parse_args(arguments)
+    server = OpenAIServer(
+        options.port, scripted(*options.fault), options.model or [MODEL], options.api_key, options.seconds
+    )
+    print(server.url, flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
