@@ -49,6 +49,8 @@ TEST_REQUIRES = [
     *ONNX_REQUIRES,
     *SPACE_REQUIRES,
     "bitsandbytes>=0.50",
+    # What `transformers serve` needs beside what the demo does.
+    "openai>=1.98",
     "optimum-quanto>=0.2.7",
     "parameterized>=0.9",
     "playwright>=1.50",

@@ -457,7 +457,7 @@ def test_any_text_is_judged() -> None:
     pieces = [*words, *marks, *spaces, *letters, PROMPT]
     generator = Random(0)
     seen = Counter()
-    for _ in range(8_000):
+    for _ in range(5_000):
         text = "".join(generator.choices(pieces, k=generator.randint(0, 20)))
         prompt, finished = generator.choice(["", PROMPT, text[:20]]), generator.choice([None, False, True])
         kept, reasons = judge(text, prompt, finished)
@@ -477,7 +477,7 @@ def test_any_text_is_judged() -> None:
         seen.update(reasons)
         seen["trimmed"] += kept != cleaned
     assert set(seen) == {*REASONS, "trimmed"}
-    assert min(seen.values()) > 50, seen
+    assert min(seen.values()) > 30, seen
 
 
 @pytest.mark.parametrize(

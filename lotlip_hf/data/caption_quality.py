@@ -2,7 +2,8 @@
 What is wrong with a caption that a model wrote: reasons to ask again, to drop it, or to mark it.
 
 Everything here is a function of the text. In doubt a caption is called good, for a long caption that is lost costs
-more than a poor one that stays; only cut-off answers are trimmed, and nothing else of a caption is ever changed.
+more than a poor one that stays. Of a caption nothing is changed but its ends: white space, end marks such as </s>,
+and a sentence that broke off.
 """
 
 import re
@@ -62,7 +63,7 @@ CANNOT = (
     "(?:can't|cannot|can not|couldn't|could not|(?:am|'m) (?:unable|not able) to|(?:won't|will not)(?: be able to)?)"
 )
 DO_NOT = "(?:don't|do not)"
-AI = "(?:ai|artificial intelligence|language model|assistant)"
+AI = "(?:ai|artificial intelligence|language model|(?:helpful|text-based|virtual) assistant)"
 IT_SEEMS = r"(?:(?:it )?(?:seems|looks|appears)\b[^.]{0,20}? )?"
 REFUSALS = re.compile(
     # Matched at the start of a sentence in small letters, with straight quotes and single spaces.
@@ -155,7 +156,7 @@ def judge(
 
     White space at the ends and end marks such as `</s>` at the end are dropped. An answer that broke off is kept up
     to its last whole sentence, exactly as written; one without a whole sentence is kept as it is, and reported. Loops
-    and repeated sentences are looked for in the whole answer. The time taken grows with the text's length alone.
+    and repeated sentences are looked for in the whole answer. The time is about proportional to the text's length.
 
     Args:
         text (`str`): the answer, without its prompt.

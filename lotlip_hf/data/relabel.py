@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = _process_state()
     try:
         statistics = relabel(config)
+    except torch.OutOfMemoryError as error:
+        raise OSError(f"{error} What was done is kept; the same command goes on from there.") from error
     finally:
         state.destroy_process_group()
     if statistics is None:

@@ -266,6 +266,7 @@ def _draw_histograms(statistics: Mapping[str, Any], file: Path) -> None:
                 bins=edges,
                 weights=[count / row["texts"] for count in row[what].values()],
                 histtype="step",
+                align="left",
                 linewidth=1.5,
                 color=COLOURS[number % len(COLOURS)],
                 label=wrapped(row["name"], 40),
