@@ -247,6 +247,7 @@ def test_what_reads_like_a_refusal_but_describes(text: str) -> None:
         (f"{SCENE} The dog is about 3.5 feet away and 2.2", SCENE),
         (f"{SCENE} The U.S. flag and the E.U. flag hang from", SCENE),
         (f'{SCENE} A sign says "Stop!" and the', SCENE),
+        (f"{SCENE} The poster names J. Smith and the", SCENE),
         (f"{SCENE} She lives at No. 12 in a house that", SCENE),
         (f'{SCENE} A sign says "Stop." The', f'{SCENE} A sign says "Stop."'),
         (f"{SCENE} It rains... The dog", f"{SCENE} It rains..."),
@@ -393,6 +394,7 @@ def test_captions_that_are_copied(prompt: str, text: str) -> None:
     [
         (SCENE, "too_short", {"min_words": 14}, {"min_words": 13}),
         ("一只橘色的猫坐在窗台上。", "too_short", {"min_words": 6}, {"min_words": 5}),
+        ("बिल्ली यहाँ बैठी है।", "too_short", {"min_words": 5}, {"min_words": 4}),
         ("no " * 5, "loop", {"loop_words": 5}, {"loop_words": 6}),
         (f"{SCENE} Zzzzz!", "loop", {"loop_words": 4}, {"loop_words": 5}),
         ("the big red car " * 3, "loop", {"loop_repeats": 3}, {"loop_repeats": 4}),

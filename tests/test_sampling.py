@@ -91,6 +91,11 @@ def test_sentences_are_those_of_the_plain_rules() -> None:
     assert seen[4] > 1_000
 
 
+def test_a_row_of_marks_is_read_in_one_go() -> None:
+    """As a broken captioner writes it; looking at each mark's followers in turn would take hours."""
+    assert split_sentences("A cat" + 300_000 * "!" + "a cat. A dog.") == ["A cat" + 300_000 * "!" + "a cat", "A dog"]
+
+
 def test_full_stops_as_in_the_official_code() -> None:
     assert split_full_stops("A 3.5 m boat.\nIt is</s> red.. ") == ["A 3", "5 m boat", "It is", "red"]
     assert split_full_stops(" . \n") == []
