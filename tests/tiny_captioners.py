@@ -116,7 +116,7 @@ def _save(
         head = generator.get_output_embeddings()
         special = [place for word, place in words.get_vocab().items() if word not in (*WORDS, END)]
         head.weight[special] = 0.0
-        head.weight[words.eos_token_id] *= 1.5
+        head.weight[words.eos_token_id] *= 2
         if head.bias is not None:
             head.bias[special] = -10.0
     model.eval()

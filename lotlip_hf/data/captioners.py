@@ -82,8 +82,8 @@ class CaptionerConfig:
     temperature: float = option("0 takes the most probable token; above, tokens are drawn", default=0.0)
     top_p: float = option("share of the probability that tokens are drawn from", default=1.0)
     repetition_penalty: float = option(
-        "above 1 makes tokens that were generated less probable; an endpoint gets it only if it is not 1, for not "
-        "every server takes it",
+        "above 1 makes tokens that were there before less probable (with many models also the prompt's); an endpoint "
+        "gets it only if it is not 1, for not every server takes it",
         default=1.0,
     )
     # Which of the six options above are others when an answer is asked for again.

@@ -123,6 +123,7 @@ class LocalCaptioner:
             `list[Answer]`: one of each image; `finished` is `False` where no end was generated in `max_new_tokens`.
 
         Raises:
+            ValueError: if the model does not generate as others do, token by token.
             torch.OutOfMemoryError: if the images do not fit in the memory; the message says what to do.
         """
         if self.model is None:
@@ -185,7 +186,7 @@ class LocalCaptioner:
         if not all(last in self._end_tokens for last in input_ids[:, -1].tolist()):
             return dict(inputs)
         return {
-            key: value[:, :-1] if value.dim() == 2 and value.shape == input_ids.shape else value
+            key: value[:, :-1] if getattr(value, "shape", None) == input_ids.shape else value
             for key, value in inputs.items()
         }
 
@@ -211,6 +212,11 @@ class LocalCaptioner:
                 f"{self.config.model}: the memory does not suffice for {self.group_size} images at once: set a "
                 f"smaller `batch_size` ({_line(error)})."
             ) from error
+        if prompt.length is None:
+            raise ValueError(
+                f"{self.config.model}: a {type(self.model).__name__} generates in a way of its own, which does not "
+                "tell where its answer begins; ask it through an endpoint."
+            )
         return [self._read(row) for row in tokens[:, prompt.length :].tolist()]
 
     def _read(self, tokens: list[int]) -> Answer:
@@ -250,8 +256,7 @@ class LocalCaptioner:
                 f"does not take an image with the prompt {prompt!r}: write it as the model was trained on it, with "
                 f"its image token where the image goes if it needs one ({_line(error)})."
             ) from error
-        given = [key for key in inputs if key.endswith("input_ids")]
-        if prompt and not given:
+        if prompt and not {"input_ids", "decoder_input_ids"} & inputs.keys():
             raise ValueError(f"{name} takes no prompt, as a {type(self.model).__name__}: set an empty `prompt`.")
         image_token = getattr(self.model.config, "image_token_id", None)
         if "input_ids" in inputs and image_token is not None and not (inputs["input_ids"] == image_token).any():
@@ -259,9 +264,8 @@ class LocalCaptioner:
                 f"{name}: neither its {type(self._processor).__name__} nor the prompt {prompt!r} puts the image token "
                 f"({self._tokenizer.convert_ids_to_tokens(image_token)!r}) in, so the model would not see the image."
             )
-        if prompt and self._generator.config.is_encoder_decoder:
-            given = ["decoder_input_ids"]
-        length = next((inputs[key].shape[1] for key in given if key in inputs), 1)
+        read = "decoder_input_ids" if self._generator.config.is_encoder_decoder else "input_ids"
+        length = inputs[read].shape[1] if read in inputs else 1
         positions = getattr(self._generator.config.get_text_config(decoder=True), "max_position_embeddings", None)
         new = max(int(self.config.settings(attempt)["max_new_tokens"]) for attempt in (0, 1))
         # the last token is not read again
