@@ -7,11 +7,14 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from .data.relabel_config import add_arguments as add_relabel_arguments
+from .data.relabel_config import read_config
+
 EXIT_STATUS = """\
 exit status:
   0    done, even if images were skipped: they are listed on the standard error output
-  2    nothing done: wrong arguments, or an error that the message explains
-  130  interrupted; what was embedded is kept, and the same command goes on from there
+  2    stopped: wrong arguments, or an error that the message explains
+  130  interrupted; what was embedded or captioned is kept, and the same command goes on from there
   141  whoever read the output stopped reading
 """
 
@@ -45,10 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .conversion.onnx import main as export
 
             status = export(argv[2:]) or 0
-        elif argv[:1] == ["relabel"]:
-            from .data.relabel import main as relabel
-
-            status = relabel(argv[1:])
         else:
             arguments = build_parser().parse_args(argv)
             status = arguments.run(arguments)
@@ -83,8 +82,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export = commands.add_parser("export", help="write a checkpoint in another format (export onnx --help)")
     export.add_argument("format", choices=("onnx",), help="ONNX, for ONNX Runtime")
-
-    commands.add_parser("relabel", help="write long captions for a set of images (relabel --help)")
 
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", required=True, help="checkpoint folder or Hub id: LoTLIP, CLIP, SigLIP, ...")
@@ -203,6 +200,16 @@ def build_parser() -> argparse.ArgumentParser:
     kept.add_argument("--no-cache", action="store_true", help="keep no embeddings")
     evaluate.set_defaults(run=_evaluate)
 
+    relabel = commands.add_parser(
+        "relabel",
+        help="write long captions for a set of images",
+        description="Write long captions for the images of a data set, by one or several captioning models, as shards "
+        "that examples/train.py reads as they are. After an interruption the same command goes on from there. With "
+        "several processes (`torchrun --nproc-per-node 2 -m lotlip_hf relabel ...`) each does its share.",
+    )
+    add_relabel_arguments(relabel)
+    relabel.set_defaults(run=_relabel)
+
     report = commands.add_parser(
         "report",
         help="set results beside the published ones",
@@ -297,6 +304,36 @@ def _push(arguments: argparse.Namespace) -> int:
         **settings,
     )
     print(commit.commit_url)
+    return 0
+
+
+def _relabel(arguments: argparse.Namespace) -> int:
+    config = read_config(arguments)
+    import warnings
+
+    import torch
+    from accelerate import PartialState
+
+    from .data.relabel import SKIPPED, relabel
+    from .data.relabel_card import CARD, statistics_table
+
+    # PIL's warnings are of images that it reads all the same, and do not name them.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    try:
+        statistics = relabel(config)
+    except torch.OutOfMemoryError as error:
+        raise OSError(f"{error} What was done is kept; the same command goes on from there.") from error
+    finally:
+        state.destroy_process_group()
+    if statistics is None:
+        print(f"This process's share of {config.output} is done; the last process to end writes the card.")
+        return 0
+    print(statistics_table(statistics))
+    print(f"{config.output} holds the shards, and what they are in {CARD}.")
+    if statistics["skipped"]:
+        what = "1 record was" if statistics["skipped"] == 1 else f"{statistics['skipped']} records were"
+        print(f"{what} skipped: {os.path.join(config.output, SKIPPED)} says why.", file=sys.stderr)
     return 0
 
 

@@ -9,9 +9,10 @@ import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
-from PIL import Image
+if TYPE_CHECKING:
+    from PIL import Image
 
 PROMPT = "Describe the image in detail."
 # The options of a captioner that say how it generates; `retry` may change them.
@@ -105,6 +106,8 @@ class CaptionerConfig:
     )
 
     def __post_init__(self) -> None:
+        if not isinstance(self.retry, Mapping):
+            raise ValueError(f"`retry` must be lines of `option: value`, got {self.retry!r}.")
         if unknown := sorted(self.retry.keys() - set(SETTINGS)):
             raise ValueError(f"`retry` changes {', '.join(SETTINGS)}; it has {unknown[0]!r}.")
         check_options(self)
@@ -167,7 +170,9 @@ class Captioner(Protocol):
         """Frees what it holds; calls of `answer` that wait for a server end at once, with an `EndpointError`."""
         ...
 
-    def answer(self, images: Sequence[Image.Image], settings: Mapping[str, Any], seeds: Sequence[int]) -> list[Answer]:
+    def answer(
+        self, images: "Sequence[Image.Image]", settings: Mapping[str, Any], seeds: Sequence[int]
+    ) -> list[Answer]:
         """
         Describes images. The same arguments get the same answers, whatever was asked before.
 

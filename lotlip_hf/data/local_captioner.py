@@ -88,15 +88,9 @@ class LocalCaptioner:
 
     def __init__(self, config: CaptionerConfig, device: str | torch.device | None = None) -> None:
         name = config.model
-        if config.endpoint is not None:
-            raise ValueError(f"{name}: `endpoint` {config.endpoint} is asked by an EndpointCaptioner.")
+        _check_name(config)
         if device is not None and config.device_map is not None:
             raise ValueError(f"{name}: give `device` or `device_map` ({config.device_map!r}), not both.")
-        is_folder = os.path.isdir(name)
-        if config.revision is not None and is_folder:
-            raise ValueError(f"`revision` {config.revision!r} is of models on the Hub; {name} is a folder.")
-        if not is_folder and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
-            raise FileNotFoundError(f"{name}: no such checkpoint folder.")
         self.config = config
         self.group_size = config.batch_size
         with checked_download(name):
@@ -276,6 +270,34 @@ class LocalCaptioner:
             )
 
 
+def check_model(config: CaptionerConfig) -> None:
+    """
+    Finds out before the long work whether there is such a model, with a processor; its weights are not loaded.
+
+    Args:
+        config: As `LocalCaptioner` takes it.
+
+    Raises:
+        ValueError, OSError, ImportError: as `LocalCaptioner`.
+    """
+    _check_name(config)
+    with checked_download(config.model):
+        model_config, revision = _load_config(config)
+        _model_class(config.model, model_config)
+        _load_processor(config.model, revision)
+
+
+def _check_name(config: CaptionerConfig) -> None:
+    name = config.model
+    if config.endpoint is not None:
+        raise ValueError(f"{name}: `endpoint` {config.endpoint} is asked by an EndpointCaptioner.")
+    is_folder = os.path.isdir(name)
+    if config.revision is not None and is_folder:
+        raise ValueError(f"`revision` {config.revision!r} is of models on the Hub; {name} is a folder.")
+    if not is_folder and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
+        raise FileNotFoundError(f"{name}: no such checkpoint folder.")
+
+
 class _PromptLength(LogitsProcessor):
     """Changes nothing; tells how many tokens of what `generate` returns are not new: some return the prompt too."""
 
@@ -313,8 +335,8 @@ def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _load_model(config: CaptionerConfig, device: str | torch.device | None) -> tuple[Any, str | None]:
-    """The model in evaluation mode, on its device, and the revision that it is of."""
+def _load_config(config: CaptionerConfig) -> tuple[PreTrainedConfig, str | None]:
+    """The model's configuration, and the revision that it is of."""
     name, revision = config.model, config.revision
     try:
         model_config = AutoConfig.from_pretrained(name, revision=revision)
@@ -322,13 +344,19 @@ def _load_model(config: CaptionerConfig, device: str | torch.device | None) -> t
         raise OSError(f"{name}: no such checkpoint folder, and not to be had from the Hub ({error})") from error
     except (ValueError, StrictDataclassError) as error:
         raise ValueError(f"{name}: {error}") from error
+    # Weights and processor are of the same commit, even if somebody pushes in between.
+    return model_config, None if os.path.isdir(name) else cached_commit(name, revision) or revision
+
+
+def _load_model(config: CaptionerConfig, device: str | torch.device | None) -> tuple[Any, str | None]:
+    """The model in evaluation mode, on its device, and the revision that it is of."""
+    name = config.model
+    model_config, revision = _load_config(config)
     device = PartialState().device if device is None else device
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"`device` {str(device)!r} cannot be used here ({_line(error)}).") from error
-    # Weights and processor are of the same commit, even if somebody pushes in between.
-    revision = None if os.path.isdir(name) else cached_commit(name, revision) or revision
     model_class = _model_class(name, model_config)
     try:
         with _quiet():  # what does not fit is said once, by the error below

@@ -167,6 +167,8 @@ def load_records(
     try:
         # It takes file names for patterns.
         dataset = cast(Dataset, load_dataset(builder, data_files=[glob.escape(file) for file in files], split="train"))
+    except StopIteration as error:
+        raise ValueError(f"{', '.join(files)}: no row can be read.") from error
     except DatasetGenerationError as error:
         reason = error.__cause__ or error
         raise ValueError(

@@ -7,18 +7,15 @@ after the other goes through all chunks; each group's captions are kept in a jou
 they are there. The last captioner leaves each chunk as a shard in `<output>/data`.
 """
 
-import argparse
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import os
-import sys
-import threading
-import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,49 +32,23 @@ from ..images import ImageError, find_images
 from .caption_quality import judge
 from .captioners import Captioner, CaptionerConfig
 from .collator import RecordError, read_image
+from .journal import PARTIAL, Journal, read_json, replacing, write_json
 from .records import load_records
-from .relabel_card import CARD, HISTOGRAMS, merge_statistics, shard_statistics, statistics_table, write_card
-from .relabel_config import NO_ANSWER, RelabelConfig, add_arguments, read_config
+from .relabel_card import HISTOGRAMS, merge_statistics, shard_statistics, write_card
+from .relabel_config import NO_ANSWER, RelabelConfig
 from .sampling import split_sentences
-from .shards import SUFFIXES, replace_file, write_shard
+from .shards import SUFFIXES, write_shard
 
 Records = Dataset | IterableDataset | list[dict[str, Any]]
 
 HIDDEN = ".relabel"
 SKIPPED = "skipped.jsonl"
 READERS = 4  # threads that decode images ahead
+# What a file's contents have no part in: the same file may be readable in a minute.
+PASSING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command `lotlip relabel`; 0 when done, also if images were skipped, which it says."""
-    parser = argparse.ArgumentParser(
-        prog="lotlip relabel",
-        description="Write long captions for the images of a data set, by one or several captioning models, as shards "
-        "that examples/train.py reads as they are. After an interruption the same command goes on from there. With "
-        "several processes (`torchrun --nproc-per-node 2 -m lotlip_hf relabel ...`) each does its share.",
-    )
-    add_arguments(parser)
-    config = read_config(parser.parse_args(argv))
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of images that it reads all the same
-    state = _process_state()
-    try:
-        statistics = relabel(config)
-    except torch.OutOfMemoryError as error:
-        raise OSError(f"{error} What was done is kept; the same command goes on from there.") from error
-    finally:
-        state.destroy_process_group()
-    if statistics is None:
-        print(f"This process's share of {config.output} is done; the last process to end writes the card.")
-        return 0
-    print(statistics_table(statistics))
-    print(f"{config.output} holds the shards, and what they are in {CARD}.")
-    if statistics["skipped"]:
-        what = "1 record was" if statistics["skipped"] == 1 else f"{statistics['skipped']} records were"
-        print(f"{what} skipped: {Path(config.output, SKIPPED)} says why.", file=sys.stderr)
-    return 0
-
-
-def make_captioner(config: CaptionerConfig) -> Captioner:
+def load_captioner(config: CaptionerConfig) -> Captioner:
     """
     Loads a model of transformers, or prepares for an endpoint.
 
@@ -96,10 +67,22 @@ def make_captioner(config: CaptionerConfig) -> Captioner:
     return LocalCaptioner(config)
 
 
+def _check_captioners(config: RelabelConfig) -> None:
+    """Before the first of them goes to work, all are looked at: a misspelt name should not cost days."""
+    from .endpoint_captioner import EndpointCaptioner
+    from .local_captioner import check_model
+
+    for captioner in config.captioners:
+        if captioner.endpoint is not None:
+            EndpointCaptioner(captioner).close()
+        else:
+            check_model(captioner)
+
+
 def relabel(
     config: RelabelConfig,
     *,
-    make_captioner: Callable[[CaptionerConfig], Captioner] = make_captioner,
+    make_captioner: Callable[[CaptionerConfig], Captioner] | None = None,
     progress: bool = True,
 ) -> dict[str, Any] | None:
     """
@@ -117,7 +100,7 @@ def relabel(
     Args:
         config (`RelabelConfig`): what to do.
         make_captioner (`Callable[[CaptionerConfig], Captioner]`, *optional*):
-            Makes a captioner of its options, for engines of your own; by default models of transformers and endpoints.
+            Makes a captioner of its options, for engines of your own; by default [`load_captioner`].
         progress (`bool`, *optional*, defaults to `True`): whether to show progress bars.
 
     Returns:
@@ -141,42 +124,37 @@ def relabel(
     >>> statistics = relabel(RelabelConfig(data="pictures", output="relabelled", captioners=captioners))
     ```
     """
-    folder, state = Path(config.output), _process_state()
+    folder = Path(config.output)
+    state = PartialState(cpu=not torch.accelerator.is_available())  # without an accelerator, too, it has to be told
     hidden = folder / HIDDEN
-    _check_folders(folder, config.data)
+    _check_folders(config)
     records = _open_records(config)
     tokenizer = _load_tokenizer(config.tokenizer)
+    if make_captioner is None:
+        _check_captioners(config)
+        make_captioner = load_captioner
     hidden.mkdir(parents=True, exist_ok=True)
     check_plot(folder / HISTOGRAMS)
     with contextlib.ExitStack() as stack:
-        if state.is_main_process:
-            try:
-                stack.enter_context(FileLock(hidden / "lock", timeout=0))
-            except Timeout as error:
-                raise OSError(f"{folder}: another run is writing there.") from error
-        _keep_identity(hidden / "config.json", config)
+        try:
+            stack.enter_context(FileLock(hidden / f"lock-{state.process_index}", timeout=0))
+        except Timeout as error:
+            raise OSError(f"{folder}: another run is writing there.") from error
+        _keep_identity(hidden, config)
         (folder / "data").mkdir(exist_ok=True)
-        share = _Share(config, records, hidden, state.process_index, state.num_processes)
+        share = _Share(config, records, state.process_index, state.num_processes)
         for number, captioner in enumerate(config.captioners):
-            bar = stack.enter_context(
-                tqdm(
-                    total=share.total,
-                    desc=f"{captioner.model} ({number + 1}/{len(config.captioners)})",
-                    unit="image",
-                    disable=not (progress and state.is_main_process),
-                )
-            )
-            with _Captioning(config, number, make_captioner, bar) as captioning:
-                for chunk in share.chunks(lambda name, number=number: _is_done(config, name, number), bar):
-                    captioning.caption(chunk)
-                    if number == len(config.captioners) - 1:
+            is_last = number == len(config.captioners) - 1
+            title = f"{captioner.model} ({number + 1}/{len(config.captioners)})"
+            is_shown = progress and state.is_main_process
+            with (
+                tqdm(total=share.total(), desc=title, unit="image", disable=not is_shown) as bar,
+                _Captioning(config, number, make_captioner, bar) as captioning,
+            ):
+                for chunk in captioning.caption(share.chunks(lambda name, n=number: _is_done(config, name, n), bar)):
+                    if is_last:
                         _write_shard(config, chunk, tokenizer)
-            bar.close()
         return _finish(config, share)
-
-
-def _process_state() -> PartialState:
-    return PartialState(cpu=not torch.accelerator.is_available())  # without an accelerator, too, it has to be told
 
 
 class _Chunk(NamedTuple):
@@ -185,6 +163,11 @@ class _Chunk(NamedTuple):
     name: str
     records: list[dict[str, Any]]
 
+    def header(self) -> dict[str, Any]:
+        """What the chunk's journals begin with."""
+        ids = json.dumps([str(record["id"]) for record in self.records]).encode()
+        return {"records": hashlib.blake2b(ids, digest_size=16).hexdigest()}
+
 
 class _Share:
     """
@@ -192,136 +175,90 @@ class _Share:
     one process's, by its number alone.
     """
 
-    def __init__(self, config: RelabelConfig, records: Records, hidden: Path, rank: int, world_size: int) -> None:
-        self.data, self.size, self.hidden = config.data, config.shard_size, hidden
+    def __init__(self, config: RelabelConfig, records: Records, rank: int, world_size: int) -> None:
+        self.data, self.size, self.hidden = config.data, config.shard_size, Path(config.output, HIDDEN)
         self.records, self.rank, self.world_size = records, rank, world_size
-        self.parts, self.total = 1, None
-        if isinstance(records, IterableDataset):
-            self.parts = records.num_shards
-        else:
+        self.parts = records.num_shards if isinstance(records, IterableDataset) else 1
+        # with fewer files than processes, all read all of them
+        self.is_shared = self.parts < world_size
+        if not isinstance(records, IterableDataset):
             self._keep_length(0, len(records))
-            self.total = sum(min(self.size, len(records) - start) for start in self._starts(len(records)))
 
     def chunks(self, is_done: Callable[[str], bool], bar: tqdm) -> Iterator[_Chunk]:
         """The chunks of this process that are not done, in order."""
-        if not isinstance(self.records, IterableDataset):
-            for start in self._starts(len(self.records)):
-                name, stop = _chunk_name(0, start // self.size), min(start + self.size, len(self.records))
-                if is_done(name):
-                    _skip(bar, stop - start)
-                else:
-                    yield _Chunk(name, _rows(self.records, start, stop))
-            return
-        # with fewer files than processes, all read all of them
-        is_shared = self.parts < self.world_size
-        for part in range(0 if is_shared else self.rank, self.parts, 1 if is_shared else self.world_size):
-            bar.set_postfix_str(f"file {part + 1}/{self.parts}")
+        for part in self._own_parts():
+            bar.set_postfix_str(f"file {part + 1}/{self.parts}" if self.parts > 1 else "")
             length = self._length(part)
-            names = None if length is None else self._names(part, length)
-            if names is not None and all(is_done(name) for name in names if self._is_mine(name, is_shared)):
-                _skip(bar, length or 0)
-                continue
-            stream, length = iter(self.records.shard(self.parts, part)), 0
-            while rows := list(itertools.islice(stream, self.size)):
-                name = _chunk_name(part, length // self.size)
-                length += len(rows)
-                if not self._is_mine(name, is_shared):
-                    continue
-                if is_done(name):
-                    _skip(bar, len(rows))
-                else:
-                    yield _Chunk(name, rows)
-            self._keep_length(part, length)
+            if length is not None and all(is_done(name) for name, _ in self._own_chunks(part, length)):
+                _skip(bar, sum(size for _, size in self._own_chunks(part, length)))
+            elif isinstance(self.records, IterableDataset):
+                yield from self._stream(part, is_done, bar)
+            else:
+                for name, size in self._own_chunks(part, len(self.records)):
+                    if is_done(name):
+                        _skip(bar, size)
+                    else:
+                        start = int(name.split("-")[1]) * self.size
+                        yield _Chunk(name, _rows(self.records, start, start + size))
+
+    def _stream(self, part: int, is_done: Callable[[str], bool], bar: tqdm) -> Iterator[_Chunk]:
+        assert isinstance(self.records, IterableDataset)
+        stream, length = iter(self.records.shard(self.parts, part)), 0
+        while rows := list(itertools.islice(stream, self.size)):
+            name = _chunk_name(part, length // self.size)
+            length += len(rows)
+            if self._is_own(name) and is_done(name):
+                _skip(bar, len(rows))
+            elif self._is_own(name):
+                yield _Chunk(name, rows)
+        self._keep_length(part, length)
 
     def names(self) -> list[str] | None:
-        """Of all chunks; `None` if a part has not been read to its end."""
+        """Of all processes' chunks; `None` if a part has not been read to its end."""
         lengths = [self._length(part) for part in range(self.parts)]
         if None in lengths:
             return None
-        return [name for part, length in enumerate(lengths) for name in self._names(part, length or 0)]
+        return [name for part, length in enumerate(lengths) for name, _ in self._chunks(part, length or 0)]
 
-    def _starts(self, length: int) -> range:
-        return range(self.rank * self.size, length, self.world_size * self.size)
+    def total(self) -> int | None:
+        """Records of this process; `None` if a part has not been read to its end."""
+        lengths = {part: self._length(part) for part in self._own_parts()}
+        if None in lengths.values():
+            return None
+        return sum(size for part, length in lengths.items() for _, size in self._own_chunks(part, length or 0))
 
-    def _names(self, part: int, length: int) -> list[str]:
-        return [_chunk_name(part, number) for number in range(-(-length // self.size))]
+    def _own_parts(self) -> range:
+        return range(self.parts) if self.is_shared else range(self.rank, self.parts, self.world_size)
 
-    def _is_mine(self, name: str, is_shared: bool) -> bool:
-        return not is_shared or sum(map(int, name.split("-"))) % self.world_size == self.rank
+    def _chunks(self, part: int, length: int) -> list[tuple[str, int]]:
+        starts = range(0, length, self.size)
+        return [(_chunk_name(part, start // self.size), min(self.size, length - start)) for start in starts]
+
+    def _own_chunks(self, part: int, length: int) -> list[tuple[str, int]]:
+        return [(name, size) for name, size in self._chunks(part, length) if self._is_own(name)]
+
+    def _is_own(self, name: str) -> bool:
+        return not self.is_shared or sum(map(int, name.split("-"))) % self.world_size == self.rank
 
     def _length(self, part: int) -> int | None:
         path = self.hidden / f"part-{part:05d}.json"
-        return json.loads(path.read_text())["records"] if path.exists() else None
+        return read_json(path)["records"] if path.exists() else None
 
     def _keep_length(self, part: int, length: int) -> None:
         kept = self._length(part)
         if kept is None:
-            replace_file(self.hidden / f"part-{part:05d}.json", json.dumps({"records": length}).encode())
+            write_json(self.hidden / f"part-{part:05d}.json", {"records": length})
         elif kept != length:
             raise _changed(self.data, f"there were {kept} and are {length}")
 
 
-class _Journal:
-    """
-    The captions of a chunk by one captioner, a line a group, in the order in which they were answered. What an
-    interruption left half-written at the end is cut off. A whole one has its last name.
-    """
+@dataclass
+class _Open:
+    """A chunk that a captioner is at."""
 
-    def __init__(self, path: Path, data: str, chunk: _Chunk) -> None:
-        self.path, self.partial = path, path.with_suffix(".partial")
-        ids = json.dumps([str(record["id"]) for record in chunk.records]).encode()
-        self.header: dict[str, Any] = {"records": hashlib.blake2b(ids, digest_size=16).hexdigest()}
-        self.groups: dict[int, list[dict[str, Any]]] = {}
-        self.is_whole = path.exists()
-        self._lock, self._file = threading.Lock(), None
-        existing = path if self.is_whole else self.partial
-        if existing.exists():
-            content = existing.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):
-                os.truncate(existing, len(whole))
-            lines = [json.loads(line) for line in whole.splitlines()]
-            if lines:
-                if lines[0]["records"] != self.header["records"]:
-                    raise _changed(data, f"those of {chunk.name} are others")
-                self.header = lines[0]
-                self.groups = {line["group"]: line["captions"] for line in lines[1:]}
-
-    def __enter__(self) -> "_Journal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def begin(self, captioner: Captioner) -> None:
-        """Opens it for `add`."""
-        is_new = "group_size" not in self.header
-        self.header |= {"group_size": captioner.group_size, "revision": captioner.revision} if is_new else {}
-        self._file = open(self.partial, "ab")
-        if is_new:
-            self._append(self.header)
-
-    def add(self, group: int, captions: list[dict[str, Any]]) -> None:
-        """Keeps what a group was answered; may be called by several threads."""
-        with self._lock:
-            self._append({"group": group, "captions": captions})
-            self.groups[group] = captions
-
-    def complete(self) -> None:
-        """Gives it its last name."""
-        os.replace(self.partial, self.path)
-        self.is_whole = True
-
-    def captions(self) -> list[dict[str, Any]]:
-        """One of each record."""
-        return [caption for group in sorted(self.groups) for caption in self.groups[group]]
-
-    def _append(self, line: dict[str, Any]) -> None:
-        assert self._file is not None
-        self._file.write(json.dumps(line, ensure_ascii=False, sort_keys=True).encode(errors="surrogatepass") + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    chunk: _Chunk
+    journal: Journal
+    left: int  # groups that are not answered
 
 
 class _Captioning:
@@ -332,63 +269,104 @@ class _Captioning:
     ) -> None:
         self.config, self.number, self.bar = config, number, bar
         self.options = config.captioners[number]
-        # where another try would be the same one, there is none
-        is_same = self.options.settings(0) == self.options.settings(1) and self.options.temperature == 0
-        self.max_attempts = 1 if is_same else config.max_attempts
+        self.max_attempts = _max_attempts(self.options, config.max_attempts)
         self._make, self._captioner = make, None
+        self._root = config.data if os.path.exists(config.data) else None
+        self._pending: dict[Future, _Open] = {}
+        self._threads = contextlib.ExitStack()
 
     def __enter__(self) -> "_Captioning":
         return self
 
     def __exit__(self, *_: object) -> None:
+        for future in self._pending:
+            future.cancel()
         if self._captioner is not None:
-            self._captioner.close()
+            self._captioner.close()  # what waits for a server ends; then the threads do
+        self._threads.close()
+        for opened in self._pending.values():
+            opened.journal.close()
 
-    def caption(self, chunk: _Chunk) -> None:
-        """Leaves a whole journal of the chunk."""
-        with _Journal(_journal_path(self.config, chunk.name, self.number), self.config.data, chunk) as journal:
+    def caption(self, chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:
+        """Leaves a whole journal of each chunk, and yields it then; a slow image holds up its own chunk alone."""
+        for chunk in chunks:
+            journal = _open_journal(_journal_path(self.config, chunk.name, self.number), chunk, self.config.data)
             if journal.is_whole:
                 _skip(self.bar, len(chunk.records))
-                return
-            if self._captioner is None:
-                self._captioner = self._make(self.options)
-            journal.begin(self._captioner)
-            size = journal.header["group_size"]
-            starts = range(0, len(chunk.records), size)
-            groups = [(number, chunk.records[start : start + size]) for number, start in enumerate(starts)]
-            _skip(self.bar, sum(len(group) for number, group in groups if number in journal.groups))
-            missing = [(number, group) for number, group in groups if number not in journal.groups]
-            self._answer(self._captioner, journal, missing)
-            journal.complete()
+                yield chunk
+                continue
+            captioner, readers, askers = self._begin()
+            journal.begin({"group_size": captioner.group_size, "revision": captioner.revision})
+            starts = range(0, len(chunk.records), captioner.group_size)
+            groups = {n: chunk.records[start : start + captioner.group_size] for n, start in enumerate(starts)}
+            missing = {n: group for n, group in groups.items() if n not in journal.groups}
+            _skip(self.bar, sum(len(group) for n, group in groups.items() if n in journal.groups))
+            opened = _Open(chunk, journal, len(missing))
+            if not missing:
+                journal.complete()
+                yield chunk
+            for n, group in missing.items():
+                images = readers.submit(self._read_images, group)
+                asked = askers.submit(self._caption_group, captioner, journal, n, group, images)
+                self._pending[asked] = opened
+                if len(self._pending) > 2 * captioner.concurrency:
+                    yield from self._settle()
+        while self._pending:
+            yield from self._settle()
 
-    def _answer(
-        self, captioner: Captioner, journal: _Journal, groups: Iterable[tuple[int, list[dict[str, Any]]]]
-    ) -> None:
-        """Answers groups while the images of the next ones are read."""
-        with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(captioner.concurrency) as askers:
-            pending: deque[Future] = deque()
+    def _begin(self) -> tuple[Captioner, ThreadPoolExecutor, ThreadPoolExecutor]:
+        if self._captioner is None:
+            self._captioner = self._make(self.options)
+            self._readers = self._threads.enter_context(ThreadPoolExecutor(READERS))
+            self._askers = self._threads.enter_context(ThreadPoolExecutor(self._captioner.concurrency))
+        return self._captioner, self._readers, self._askers
+
+    def _settle(self) -> Iterator[_Chunk]:
+        """Waits for a group or more; yields the chunks that are done with it."""
+        for future in wait(self._pending, return_when=FIRST_COMPLETED).done:
+            opened = self._pending.pop(future)
+            self.bar.update(future.result())
+            opened.left -= 1
+            if not opened.left:
+                opened.journal.complete()
+                yield opened.chunk
+
+    def _read_images(self, group: Sequence[Mapping[str, Any]]) -> list[Image.Image | str]:
+        """The images of records, or why there is none."""
+        images: list[Image.Image | str] = []
+        for record in group:
             try:
-                for number, group in groups:
-                    images = readers.submit(_read_images, group)
-                    pending.append(askers.submit(self._caption_group, captioner, journal, number, group, images))
-                    if len(pending) > 2 * captioner.concurrency:
-                        pending.popleft().result()
-                while pending:
-                    pending.popleft().result()
-            except BaseException:
-                for future in pending:
-                    future.cancel()
-                captioner.close()
-                raise
+                if record.get("error"):
+                    raise RecordError(record["error"])
+                image = read_image(record["image"], "image")
+                str(_image_path(record["image"])).encode()  # a name that is no text cannot be written
+                images.append(image)
+            except (ImageError, RecordError) as error:
+                self._check_storage(error)
+                images.append(_text(error).removeprefix("image: "))
+            except UnicodeEncodeError:
+                images.append("the file's name is no text in UTF-8")
+        return images
+
+    def _check_storage(self, error: Exception) -> None:
+        """Stops the run where not the image is at fault: what is skipped is skipped for good."""
+        cause = error.__cause__
+        is_gone = self._root is not None and not os.path.exists(self._root)
+        if is_gone or isinstance(cause, MemoryError) or getattr(cause, "errno", None) in PASSING:
+            raise OSError(
+                f"{self.config.data}: images cannot be read any more ({_text(error)}). What was done is kept; the "
+                "same command goes on from there."
+            ) from error
 
     def _caption_group(
         self,
         captioner: Captioner,
-        journal: _Journal,
+        journal: Journal,
         number: int,
         group: Sequence[Mapping[str, Any]],
         images: "Future[list[Image.Image | str]]",
-    ) -> None:
+    ) -> int:
+        """Keeps what the group is answered; returns how many records it has."""
         read = images.result()
         captions: list[dict[str, Any]] = [{"skip": image} if isinstance(image, str) else {} for image in read]
         asked = [place for place, caption in enumerate(captions) if not caption]
@@ -405,40 +383,39 @@ class _Captioning:
                 if answer.error is not None:
                     text, reasons = "", (NO_ANSWER,)
                 else:
-                    said = answer.text.encode(errors="replace").decode()  # half a surrogate pair cannot be written
-                    text, reasons = judge(said, self.options.prompt, answer.finished, self.config.rules)
+                    text, reasons = judge(
+                        _writable(answer.text), self.options.prompt, answer.finished, self.config.rules
+                    )
                 earlier = captions[place]
-                earlier_reasons = sorted({*earlier.get("earlier_reasons", ()), *earlier.get("reasons", ())})
-                policies = {self.config.policies.get(reason, "drop") for reason in reasons}
                 captions[place] = {
                     "text": text,
                     "attempts": attempt + 1,
                     "reasons": list(reasons),
-                    "earlier_reasons": earlier_reasons,
+                    "earlier_reasons": sorted({*earlier.get("earlier_reasons", ()), *earlier.get("reasons", ())}),
                 }
+                policies = {self.config.policies.get(reason, "drop") for reason in reasons}
                 if policies & {"retry", "drop"}:
                     captions[place] |= {"text": "", "dropped": answer.error or text}
                 if "retry" in policies and "drop" not in policies:
                     again.append(place)
             asked = again
         journal.add(number, captions)
-        self.bar.update(len(group))
+        return len(group)
 
 
-def _read_images(group: Sequence[Mapping[str, Any]]) -> list[Image.Image | str]:
-    """The images of records, or why there is none."""
-    images: list[Image.Image | str] = []
-    for record in group:
-        try:
-            if record.get("error"):
-                raise RecordError(record["error"])
-            images.append(read_image(record["image"], "image"))
-            str(_image_path(record["image"])).encode()  # a name that is no text cannot be written
-        except (ImageError, RecordError) as error:
-            images.append(_text(error).removeprefix("image: "))
-        except UnicodeEncodeError:
-            images[-1] = "the file's name is no text in UTF-8"
-    return images
+def _max_attempts(options: CaptionerConfig, wanted: int) -> int:
+    """Attempts that may differ: at temperature 0 the same settings give the same answer."""
+    first, again = options.settings(0), options.settings(1)
+    if again["temperature"] > 0:
+        return wanted
+    return min(wanted, 1 if again == first else 2)
+
+
+def _open_journal(path: Path, chunk: _Chunk, data: str) -> Journal:
+    journal = Journal(path, chunk.header())
+    if journal.header["records"] != chunk.header()["records"]:
+        raise _changed(data, f"those of {chunk.name} are others")
+    return journal
 
 
 def _image_path(image: Any) -> str | None:
@@ -453,75 +430,117 @@ def _image_bytes(image: Any) -> bytes | None:
 
 def _write_shard(config: RelabelConfig, chunk: _Chunk, tokenizer: PreTrainedTokenizerBase) -> None:
     """The chunk with its captions, in place of their journals."""
-    folder = Path(config.output)
     paths = [_journal_path(config, chunk.name, number) for number in range(len(config.captioners))]
-    journals = [_Journal(path, config.data, chunk) for path in paths]
-    rows, skipped, raw = [], [], []
-    for record, *captions in zip(chunk.records, *(journal.captions() for journal in journals), strict=True):
-        long_captions = [caption.get("text", "") for caption in captions]
-        short_caption = record["short_caption"]
-        if not isinstance(short_caption, str) or not short_caption.strip():
-            short_caption = next((split_sentences(text)[0] for text in long_captions if text), "")
-        path, content = _image_path(record["image"]), _image_bytes(record["image"])
-        reason = next((caption["skip"] for caption in captions if "skip" in caption), None)
-        if reason is None and not short_caption:
-            reason = "no caption was kept, and it has no raw one"
-        if reason is not None:
-            skipped.append(
-                {"id": _text(record["id"]), "image": None if path is None else _text(path), "reason": reason}
-            )
-            continue
-        if short_caption is record["short_caption"]:
-            raw.append(short_caption)
-        if content is None and path is not None:
-            if config.embed_images or config.format == "webdataset":
-                path, content = os.path.basename(path), Path(path).read_bytes()
-            else:
-                path = os.path.relpath(path, folder / "data")
-        details = [
-            {
-                "model": options.model,
-                "revision": journal.header["revision"],
-                "prompt": options.prompt,
-                "settings": json.dumps(options.settings(caption["attempts"] - 1), sort_keys=True),
-                "attempts": caption["attempts"],
-                "tokens": len(tokenizer(caption["text"], add_special_tokens=False, verbose=False)["input_ids"]),
-                "sub_captions": len(split_sentences(caption["text"])),
-                "reasons": caption["reasons"],
-                "earlier_reasons": caption["earlier_reasons"],
-                "dropped": caption.get("dropped"),
-            }
-            for options, journal, caption in zip(config.captioners, journals, captions, strict=True)
-        ]
-        rows.append(
-            {
-                "id": _text(record["id"]),
-                "image": {"bytes": content, "path": path},
+    journals = [_open_journal(path, chunk, config.data) for path in paths]
+    details: list[list[dict[str, Any]]] = []
+    raw: list[str] = []
+    skipped: list[dict[str, Any]] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for record, *captions in zip(chunk.records, *(journal.captions() for journal in journals), strict=True):
+            texts = [caption.get("text", "") for caption in captions]
+            raw_caption = _raw_caption(record["short_caption"])
+            sentences = (sentence for text in texts for sentence in split_sentences(text))
+            short_caption = raw_caption or next(sentences, "")
+            image = _image(record["image"], config)
+            reason = next((caption["skip"] for caption in captions if "skip" in caption), None)
+            path = _image_path(record["image"])
+            entry = {"id": _text(record["id"]), "image": None if path is None else _text(path)}
+            if reason is not None or isinstance(image, str):
+                skipped.append({**entry, "reason": reason or image})
+                continue
+            described = [
+                _describe(options, journal.header["revision"], caption, tokenizer)
+                for options, journal, caption in zip(config.captioners, journals, captions, strict=True)
+            ]
+            details.append(described)
+            if not short_caption:
+                reason = "no caption was kept, and it has no raw one"
+                what = [{name: one[name] for name in ("model", "reasons", "dropped")} for one in described]
+                skipped.append({**entry, "reason": reason, "captions": what})
+                continue
+            if raw_caption:
+                raw.append(raw_caption)
+            yield {
+                "id": entry["id"],
+                "image": image,
                 "short_caption": short_caption,
-                "long_captions": long_captions,
-                "captions": details,
+                "long_captions": texts,
+                "captions": described,
             }
-        )
-    statistics = shard_statistics(rows, raw, len(config.captioners), tokenizer)
-    revisions = [journal.header["revision"] for journal in journals]
-    sidecar = {"skipped": skipped, "statistics": statistics, "revisions": revisions}
-    # what it says of the shard is there before the shard, whose being there ends the work on the chunk
-    replace_file(_sidecar_path(config, chunk.name), json.dumps(sidecar, sort_keys=True).encode())
-    write_shard(_shard_path(config, chunk.name), rows, config.format)
+
+    with replacing(_shard_path(config, chunk.name)) as file:
+        write_shard(file, rows(), config.format, chunk.name)
+        images = len(details) - sum("captions" in one for one in skipped)
+        sidecar = {
+            "skipped": skipped,
+            "statistics": shard_statistics(details, images, raw, config, tokenizer),
+            "revisions": [journal.header["revision"] for journal in journals],
+        }
+        # what it says of the shard is there before the shard, whose being there ends the work on the chunk
+        write_json(_sidecar_path(config, chunk.name), sidecar)
     for path in paths:
         path.unlink()
 
 
+def _describe(
+    options: CaptionerConfig, revision: str | None, caption: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """What the column `captions` says of a caption."""
+    return {
+        "model": options.model,
+        "revision": revision,
+        "prompt": options.prompt,
+        "settings": json.dumps(options.settings(caption["attempts"] - 1), sort_keys=True),
+        "attempts": caption["attempts"],
+        "tokens": len(tokenizer(caption["text"], add_special_tokens=False, verbose=False)["input_ids"]),
+        "sub_captions": len(split_sentences(caption["text"])),
+        "reasons": caption["reasons"],
+        "earlier_reasons": caption["earlier_reasons"],
+        "dropped": caption.get("dropped"),
+    }
+
+
+def _image(image: Any, config: RelabelConfig) -> dict[str, Any] | str:
+    """As a shard has it, or why it cannot."""
+    path, content = _image_path(image), _image_bytes(image)
+    if content is not None or path is None:
+        return {"bytes": content, "path": path}
+    if not config.embed_images and config.format == "parquet":
+        return {"bytes": None, "path": os.path.abspath(path)}
+    try:
+        return {"bytes": Path(path).read_bytes(), "path": os.path.basename(path)}
+    except FileNotFoundError:  # it has been captioned
+        return f"{_text(path)}: has gone since it was captioned"
+    except ValueError as error:
+        return f"{_text(path)}: {error}"
+
+
+def _raw_caption(caption: Any) -> str:
+    """The raw caption, as it can be written; a table may hold numbers there."""
+    if isinstance(caption, int | float) and not isinstance(caption, bool):
+        caption = str(caption)
+    return _writable(caption) if isinstance(caption, str) and caption.strip() else ""
+
+
 def _finish(config: RelabelConfig, share: _Share) -> dict[str, Any] | None:
     """The card and what belongs to it, once every chunk is written."""
-    names, folder = share.names(), Path(config.output)
+    names = share.names()
     if names is None or not all(_shard_path(config, name).exists() for name in names):
         return None
-    sidecars = [json.loads(_sidecar_path(config, name).read_text()) for name in names]
+    with FileLock(Path(config.output, HIDDEN, "lock-finish")):  # two processes may end at a time
+        return _write_the_rest(config, names)
+
+
+def _write_the_rest(config: RelabelConfig, names: Sequence[str]) -> dict[str, Any]:
+    folder = Path(config.output)
+    for path in (*folder.rglob(f".*{PARTIAL}"), *folder.glob(f"{HIDDEN}/*-captioner-*")):
+        path.unlink(missing_ok=True)  # what processes that were killed left behind
+    sidecars = [read_json(_sidecar_path(config, name)) for name in names]
     skipped = [one for sidecar in sidecars for one in sidecar["skipped"]]
     statistics = merge_statistics(config, [sidecar["statistics"] for sidecar in sidecars], len(skipped))
-    lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in skipped)
-    replace_file(folder / SKIPPED, lines.encode())
+    with replacing(folder / SKIPPED) as file:
+        file.writelines(json.dumps(one, ensure_ascii=False).encode() + b"\n" for one in skipped)
     lists = [sidecar["revisions"] for sidecar in sidecars]
     revisions = [sorted({one for one in ones if one}) for ones in zip(*lists, strict=True)]
     write_card(config, statistics, revisions)
@@ -531,6 +550,11 @@ def _finish(config: RelabelConfig, share: _Share) -> dict[str, Any] | None:
 def _text(value: Any) -> str:
     """As a text that can be written, whatever bytes a file's name holds."""
     return os.fsencode(str(value)).decode(errors="backslashreplace")
+
+
+def _writable(text: str) -> str:
+    """Half a surrogate pair, which JSON may hold, cannot be written as UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 def _chunk_name(part: int, number: int) -> str:
@@ -594,6 +618,13 @@ def _open_records(config: RelabelConfig) -> Records:
         found = {name: {"image": os.path.join(config.data, name), "id": name, **empty} for name in images}
         broken = {name: {"image": None, "id": name, "error": reason} | empty for name, reason in unreadable.items()}
         records = [record for _, record in sorted({**found, **broken}.items())]
+    except ValueError as error:
+        if "there is no column" not in str(error):
+            raise
+        raise ValueError(
+            f"{error} As options: --image-column, --short-column (`none` if there are no raw captions), --id-column. "
+            "A folder of pictures with a table in it is read as the table says; leave the table out otherwise."
+        ) from error
     if not isinstance(records, IterableDataset) and not len(records):
         raise ValueError(f"{config.data}: holds no record.")
     return records
@@ -609,31 +640,60 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _check_folders(output: Path, data: str) -> None:
+def _check_folders(config: RelabelConfig) -> None:
+    output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output}: a file, not a folder to write.")
     if output.is_dir() and any(output.iterdir()) and not (output / HIDDEN).is_dir():
         raise FileExistsError(f"{output}: holds something else already; choose another --output.")
-    if os.path.isdir(data) and output.resolve().is_relative_to(Path(data).resolve()):
-        raise ValueError(f"{output}: lies in {data}, whose images it would be read with; choose another --output.")
-
-
-def _keep_identity(path: Path, config: RelabelConfig) -> None:
-    identity = json.loads(json.dumps(config.identity()))
-    if not path.exists():
-        replace_file(path, json.dumps(identity, indent=1, sort_keys=True).encode())
-        return
-    begun = json.loads(path.read_text())
-    changed = [
-        f"`{name}` was {begun.get(name)!r} and is {identity.get(name)!r}"
-        for name in sorted(begun.keys() | identity.keys())
-        if begun.get(name) != identity.get(name)
-    ]
-    if changed:
+    if os.path.isdir(config.data) and output.resolve().is_relative_to(Path(config.data).resolve()):
         raise ValueError(
-            f"{config.output} was begun with other options: {'; '.join(changed)}. Give the same, or choose another "
-            "--output."
+            f"{output}: lies in {config.data}, whose images it would be read with; choose another --output."
         )
+    if config.image_folder is not None and not os.path.isdir(config.image_folder):
+        raise NotADirectoryError(f"--image-folder {config.image_folder}: no such folder.")
+
+
+def _keep_identity(hidden: Path, config: RelabelConfig) -> None:
+    """
+    Compares the options with those that the output was begun with, as far as something was done with them: those of
+    a captioner that has not begun may change, and so may all while nothing has.
+    """
+    path = hidden / "config.json"
+    identity = {"options": config.identity(), "captioners": config.captioner_identities()}
+    identity = json.loads(json.dumps(identity))
+    has_shards = any(Path(config.output, "data").glob("[!.]*"))
+    if path.exists():
+        begun = read_json(path)
+        has_begun = [
+            has_shards or any(hidden.glob(f"*-captioner-{number}.*")) for number in range(len(begun["captioners"]))
+        ]
+        changed = []
+        if any(has_begun):
+            changed += _changes("", begun["options"], identity["options"])
+        for number, (before, is_kept) in enumerate(zip(begun["captioners"], has_begun, strict=True)):
+            after = identity["captioners"][number : number + 1]
+            if is_kept and not after:
+                changed.append(f"captioner {number} ({before['model']}) is left out")
+            elif is_kept:
+                changed += _changes(f"captioner {number}: ", before, after[0])
+        if has_shards and len(identity["captioners"]) > len(begun["captioners"]):
+            changed.append("there are more captioners")
+        if changed:
+            raise ValueError(
+                f"{config.output} was begun with other options: {'; '.join(changed)}. Give the same, or choose "
+                "another --output."
+            )
+    write_json(path, identity)
+
+
+def _changes(what: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The options that both have and that differ."""
+    return [
+        f"{what}`{name}` was {before[name]!r} and is {after[name]!r}"
+        for name in sorted(before.keys() & after.keys())
+        if before[name] != after[name]
+    ]
 
 
 def _changed(data: str, how: str) -> ValueError:

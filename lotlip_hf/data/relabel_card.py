@@ -12,31 +12,34 @@ from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.plots import COLOURS, figure, save, wrapped
 from .caption_quality import REASONS
+from .journal import replacing, write_json
 from .relabel_config import NO_ANSWER, RelabelConfig
 from .sampling import split_sentences
-from .shards import SUFFIXES, replace_file
+from .shards import SUFFIXES
 
 CARD = "README.md"
 HISTOGRAMS = "histograms.png"
 STATISTICS = "statistics.json"
-EXPLAINED = {**REASONS, NO_ANSWER: "The endpoint refused this image for good."}
+EXPLAINED = {**REASONS, NO_ANSWER: "The endpoint, or the model's processor, refused this image for good."}
 BOUNDS = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
 COUNTED = ("tokens", "sub_captions")
 
 
 def shard_statistics(
-    rows: Sequence[Mapping[str, Any]],
+    details: Sequence[Sequence[Mapping[str, Any]]],
+    images: int,
     raw_captions: Sequence[str],
-    num_captioners: int,
+    config: RelabelConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
     """
     Counts of a shard, which add up over shards.
 
     Args:
-        rows: The shard's rows, see `shards.FEATURES`.
-        raw_captions: Those of the rows' images that have one.
-        num_captioners: How many captions each row has.
+        details: Of each image that was read, what the column `captions` says (`shards.FEATURES`).
+        images: How many of these are in the shard: some may have no caption at all.
+        raw_captions: Those of the images in the shard that have one.
+        config: The options of the run.
         tokenizer: What counts the tokens of the raw captions.
 
     Returns:
@@ -44,17 +47,21 @@ def shard_statistics(
     """
     raw = Counter(_length(tokenizer, text) for text in raw_captions), Counter(map(_sentences, raw_captions))
     captioners = []
-    for number in range(num_captioners):
-        captions = [row["captions"][number] for row in rows]
+    for number in range(len(config.captioners)):
+        captions = [one[number] for one in details]
         kept = [caption for caption in captions if caption["dropped"] is None]
+        dropped = [caption for caption in captions if caption["dropped"] is not None]
         captioners.append(
             {
-                **{name: Counter(caption[name] for caption in kept) for name in COUNTED},
-                "dropped": len(captions) - len(kept),
+                **{name: Counter(caption[name] for caption in kept if caption["tokens"]) for name in COUNTED},
+                "dropped": len(dropped),
                 "asked_again": sum(caption["attempts"] > 1 for caption in captions),
                 "marked": Counter(reason for caption in kept for reason in caption["reasons"]),
                 "dropped_for": Counter(
-                    reason for caption in captions if caption["dropped"] is not None for reason in caption["reasons"]
+                    reason
+                    for caption in dropped
+                    for reason in caption["reasons"]
+                    if config.policies.get(reason) != "keep"
                 ),
                 "mended": Counter(
                     reason
@@ -64,7 +71,7 @@ def shard_statistics(
                 ),
             }
         )
-    return {"images": len(rows), "raw": dict(zip(COUNTED, raw, strict=True)), "captioners": captioners}
+    return {"images": images, "raw": dict(zip(COUNTED, raw, strict=True)), "captioners": captioners}
 
 
 def merge_statistics(config: RelabelConfig, shards: Sequence[Mapping[str, Any]], num_skipped: int) -> dict[str, Any]:
@@ -142,9 +149,10 @@ def write_card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: 
         OSError: if they cannot be written.
     """
     folder = Path(config.output)
-    replace_file(folder / STATISTICS, json.dumps(statistics, indent=1, ensure_ascii=False).encode())
+    write_json(folder / STATISTICS, statistics)
     _draw_histograms(statistics, folder / HISTOGRAMS)
-    replace_file(folder / CARD, _card(config, statistics, revisions).encode())
+    with replacing(folder / CARD) as file:
+        file.write(_card(config, statistics, revisions).encode())
 
 
 def _card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Sequence[Sequence[str]]) -> str:
@@ -234,7 +242,7 @@ Rules: {rules}. A caption that was cut off ends with its last whole sentence.
 | column | what it holds |
 | --- | --- |
 | `id` | of the record, as in its source |
-| `image` | the file's bytes, or its path from the folder `data` |
+| `image` | the file's bytes and name, or its path where the captions were written (`--embed-images` copies it) |
 | `short_caption` | the raw caption; where there was none, the first sentence of the first long one |
 | `long_captions` | one of each model, in the order above; empty where it was dropped |
 | `captions` | of each of these what follows |

@@ -2,18 +2,20 @@
 
 import argparse
 import dataclasses
-import math
+import os
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from .caption_quality import REASONS, QualityRules
 from .captioners import CaptionerConfig, check_options, option
-from .records import MAPPINGS, ColumnMapping
+
+if TYPE_CHECKING:
+    from .records import ColumnMapping
 
 NO_ANSWER = "no_answer"
 # What is done with a caption that something is wrong with: asked for again and dropped if that does not help, dropped,
@@ -24,9 +26,10 @@ POLICIES: dict[str, Policy] = {
     "repeated_sentence": "keep",
     "cut_off": "keep",
 }
-# What may differ when a run is started again: none of it changes what is written.
-RESUMABLE = frozenset({"output"})
-RESUMABLE_OF_CAPTIONERS = frozenset({"device_map", "concurrency", "timeout", "max_retries"})
+# What may differ when a run goes on: it decides who does the work, not what is written, or (`batch_size`) only how it
+# is rounded.
+RESUMABLE = frozenset({"output", "captioners"})
+RESUMABLE_OF_CAPTIONERS = frozenset({"batch_size", "device_map", "concurrency", "timeout", "max_retries"})
 
 
 @dataclass
@@ -81,6 +84,8 @@ class RelabelConfig:
         check_options(self)
         if not self.captioners:
             raise ValueError("`captioners` is empty: name at least one model that writes captions (--captioner).")
+        from .records import MAPPINGS  # with `datasets`, which `--help` does not wait for
+
         if self.mapping not in MAPPINGS:
             raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
         for name in ("shard_size", "max_attempts"):
@@ -93,8 +98,10 @@ class RelabelConfig:
                 raise ValueError(f"The policy of {reason} must be {', '.join(get_args(Policy))}, got {policy!r}.")
         self.policies = {**POLICIES, **self.policies}
 
-    def column_mapping(self) -> ColumnMapping:
+    def column_mapping(self) -> "ColumnMapping":
         """The mapping's columns, those that options name in their place; of long captions none is read."""
+        from .records import MAPPINGS
+
         mapping = replace(MAPPINGS[self.mapping], long=())
         if self.short_column is not None:
             mapping = replace(mapping, short=None if self.short_column == "none" else self.short_column)
@@ -102,14 +109,17 @@ class RelabelConfig:
         return replace(mapping, **{name: column for name, column in columns.items() if column is not None})
 
     def identity(self) -> dict[str, Any]:
-        """What decides about the output: a run goes on only with the same."""
+        """What decides about the output, but for the captioners."""
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in RESUMABLE}
-        captioners = [
-            {name: value for name, value in captioner.items() if name not in RESUMABLE_OF_CAPTIONERS}
-            | {"endpoint": captioner["endpoint"] is not None}
-            for captioner in options.pop("captioners")
+        return {**options, "data": os.path.normpath(self.data) if os.path.exists(self.data) else self.data}
+
+    def captioner_identities(self) -> list[dict[str, Any]]:
+        """What decides about each captioner's captions. Which address an endpoint has does not."""
+        return [
+            {name: value for name, value in dataclasses.asdict(one).items() if name not in RESUMABLE_OF_CAPTIONERS}
+            | {"endpoint": one.endpoint is not None}
+            for one in self.captioners
         ]
-        return {**options, **{f"captioner {number}": one for number, one in enumerate(captioners)}}
 
 
 # Options that a flag sets for a captioner; `retry` and a name of its own are for the file of options.
@@ -131,8 +141,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         action="append",
         metavar="REASON=POLICY",
-        help="what is done with captions that something is wrong with: retry, drop or keep. By default "
-        + ", ".join(f"{reason}={policy}" for reason, policy in POLICIES.items()),
+        help="what is done with captions that something is wrong with: retry (ask again, and drop what does not get "
+        "better), drop, or keep (and mark). The reasons, and the policies by default: "
+        + " ".join(f"{reason}={policy} ({REASONS[reason]})" for reason, policy in POLICIES.items()),
     )
     parser.add_argument(
         "--rule",
@@ -163,7 +174,8 @@ def read_config(arguments: argparse.Namespace) -> RelabelConfig:
     hints = get_type_hints(QualityRules)
     if unknown := sorted(rules.keys() - hints.keys()):
         raise ValueError(f"--rule: {unknown[0]} is not one of {', '.join(hints)}.")
-    options["rules"] = QualityRules(**{name: _number(name, hints[name], value) for name, value in rules.items()})
+    numbers = {name: _number(value, hints[name]) if isinstance(value, str) else value for name, value in rules.items()}
+    options["rules"] = QualityRules(**numbers)
     captioners: list[dict[str, Any]] = [{"model": model} for model in given.get("captioner") or ()]
     captioners = captioners or options.get("captioners", [])
     flags = {one.name: given[one.name] for one in _CAPTIONER_FLAGS if one.name in given}
@@ -205,14 +217,12 @@ def _pairs(flag: str, given: Sequence[str] | None) -> dict[str, str]:
     return pairs
 
 
-def _number(name: str, kind: Any, value: Any) -> Any:
+def _number(text: str, kind: type) -> Any:
+    """The number, or the text as it is, which the rules refuse."""
     try:
-        number = _plain(kind)(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"--rule {name} must be a number, got {value!r}.") from error
-    if not math.isfinite(number):
-        raise ValueError(f"--rule {name} must be a finite number, got {value!r}.")
-    return number
+        return kind(text)
+    except ValueError:
+        return text
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Shards of relabelled records, which `records.load_records` reads as they are."""
 
 import io
+import itertools
 import json
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +17,8 @@ from PIL import Image
 from ..images import image_extensions
 
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
-ROW_GROUP = 100  # rows that a reader has in memory at a time: images may be among them
+ROW_GROUP = 100  # rows that are in memory at a time, here and in readers: images may be among them
+EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "TIFF": ".tif"}  # of kinds that have several; the others' are PIL's
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -42,56 +43,31 @@ FEATURES = Features(
 )
 
 
-def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], format: str) -> None:
+def write_shard(file: BinaryIO, rows: Iterable[Mapping[str, Any]], format: str, name: str) -> None:
     """
     Writes a shard; the same rows make the same bytes.
 
     Args:
-        path: The file, which is there whole or not at all.
+        file: What to write to.
         rows: Records with the columns of `FEATURES`; `image` is a dictionary of `bytes` and `path`.
         format: `"parquet"`, or `"webdataset"`: a tar of image files, each with a JSON of the other columns.
+        name: What the samples' keys in a tar begin with.
 
     Raises:
         OSError: if it cannot be written.
     """
     if format == "parquet":
-        buffer = io.BytesIO()
-        table = pa.Table.from_pylist(list(rows), schema=FEATURES.arrow_schema)
-        pq.write_table(table, buffer, row_group_size=ROW_GROUP)
-        replace_file(path, buffer.getbuffer())
+        rows = iter(rows)
+        with pq.ParquetWriter(file, FEATURES.arrow_schema) as writer:
+            while some := list(itertools.islice(rows, ROW_GROUP)):
+                writer.write_table(pa.Table.from_pylist(some, schema=FEATURES.arrow_schema))
         return
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, row in enumerate(rows):
-            key, image = f"{path.stem}-{number:06d}", row["image"]
-            fields = {name: value for name, value in row.items() if name != "image"}
+            key, image = f"{name}-{number:06d}", row["image"]
+            fields = {column: value for column, value in row.items() if column != "image"}
             _add(tar, f"{key}{_extension(image)}", image["bytes"])
             _add(tar, f"{key}.json", json.dumps(fields, ensure_ascii=False).encode())
-    replace_file(path, buffer.getbuffer())
-
-
-def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """
-    Writes a file that is there whole or not at all, whenever the process or the machine stops.
-
-    Args:
-        path: The file.
-        content: What it is to hold.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    # several processes may write the same
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -105,5 +81,6 @@ def _extension(image: Mapping[str, Any]) -> str:
     if extension in image_extensions():
         return extension
     with Image.open(io.BytesIO(image["bytes"])) as opened:
-        kind = opened.format
-    return next(extension for extension, name in Image.registered_extensions().items() if name == kind)
+        kind = opened.format or ""
+    known = (extension for extension, name in Image.registered_extensions().items() if name == kind)
+    return EXTENSIONS.get(kind) or next(known)
