@@ -271,7 +271,7 @@ class _Captioning:
         self.options = config.captioners[number]
         self.max_attempts = _max_attempts(self.options, config.max_attempts)
         self._make, self._captioner = make, None
-        self._root = config.data if os.path.exists(config.data) else None
+        self._roots = [root for root in (config.data, config.image_folder) if root and os.path.exists(root)]
         self._pending: dict[Future, _Open] = {}
         self._threads = contextlib.ExitStack()
 
@@ -351,7 +351,7 @@ class _Captioning:
     def _check_storage(self, error: Exception) -> None:
         """Stops the run where not the image is at fault: what is skipped is skipped for good."""
         cause = error.__cause__
-        is_gone = self._root is not None and not os.path.exists(self._root)
+        is_gone = not all(map(os.path.exists, self._roots))
         if is_gone or isinstance(cause, MemoryError) or getattr(cause, "errno", None) in PASSING:
             raise OSError(
                 f"{self.config.data}: images cannot be read any more ({_text(error)}). What was done is kept; the "

@@ -197,7 +197,14 @@ def _add_flags(parser: Any, config_class: type, fields: Sequence[dataclasses.Fie
         choices = get_args(kind) if get_origin(kind) is Literal else None
         if one.default not in (None, dataclasses.MISSING):
             help = f"{help} ({one.default})"
-        parser.add_argument(flag, type=str if choices else kind, choices=choices, default=argparse.SUPPRESS, help=help)
+        parser.add_argument(
+            flag,
+            type=str if choices else kind,
+            choices=choices,
+            metavar=None if choices else {int: "N", float: "X"}.get(kind, "..."),
+            default=argparse.SUPPRESS,
+            help=help,
+        )
 
 
 def _plain(hint: Any) -> Any:
