@@ -308,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-scenes", type=int, default=4000, help="pictures that come with short captions")
     parser.add_argument("--num-described", type=int, default=3000, help="pictures that the captioner learns from")
     parser.add_argument("--captioner-steps", type=int, default=1500, help="steps of the captioner's training")
-    parser.add_argument("--train-steps", type=int, default=250, help="steps of either training of LoTLIP")
+    parser.add_argument("--train-steps", type=int, default=500, help="steps of either training of LoTLIP")
     arguments = parser.parse_args(argv)
     for name, value in vars(arguments).items():
         if name != "output" and value < 1:

@@ -31,11 +31,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
-        raise _unwritten(path, error) from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:  # not one that says already what happened
+            raise _unwritten(path, error) from error
         raise
 
 
@@ -79,6 +78,7 @@ class Journal:
         self.header, self.groups = dict(header), {}
         self._lock = threading.Lock()
         self._file: BinaryIO | None = None
+        self._error: OSError | None = None
         self._size = 0
         for line in _whole_lines(path if self.is_whole else self.partial):
             if not self._size:
@@ -127,15 +127,16 @@ class Journal:
         return [caption for group in sorted(self.groups) for caption in self.groups[group]]
 
     def _append(self, value: Mapping[str, Any]) -> None:
-        if self._file is None:
-            raise ValueError(f"{self.partial}: closed.")
+        if self._error is not None:
+            raise self._error
+        assert self._file is not None
         try:
             self._file.write(json.dumps(value, sort_keys=True).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            self.close()  # what is half-written must stay at the end
-            raise _unwritten(self.partial, error) from error
+            self._error = _unwritten(self.partial, error)  # what is half-written must stay at the end
+            raise self._error from error
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:

@@ -12,10 +12,12 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +32,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..evaluation.plots import check_plot
 from ..images import ImageError, find_images
 from .caption_quality import judge
-from .captioners import Captioner, CaptionerConfig
+from .captioners import Answer, Captioner, CaptionerConfig
 from .collator import RecordError, read_image
 from .journal import PARTIAL, Journal, read_json, replacing, write_json
 from .records import load_records
@@ -43,6 +45,8 @@ Records = Dataset | IterableDataset | list[dict[str, Any]]
 
 HIDDEN = ".relabel"
 SKIPPED = "skipped.jsonl"
+# What models raise of an image that does not suit them
+IMAGE_ERRORS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 READERS = 4  # threads that decode images ahead
 # What a file's contents have no part in: the same file may be readable in a minute.
 PASSING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN}
@@ -94,7 +98,8 @@ def relabel(
     raw caption; where there is none the first sentence of the first long one), `long_captions`, one of each captioner
     (empty where it was dropped), and `captions`, which says for each of these who wrote it, how, and what is wrong.
 
-    A run that was stopped, in whatever way, goes on from what it kept, when called again with the same options. With
+    A run that was stopped, in whatever way, goes on from what it kept, when called again with the same options and
+    records, which are told apart by their ids. With
     several processes (`torchrun`, `accelerate launch`) each does its share; the last one to end writes the card.
 
     Args:
@@ -138,22 +143,28 @@ def relabel(
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(FileLock(hidden / f"lock-{state.process_index}", timeout=0))
+            for number in range(
+                state.num_processes, 1 + max(int(path.name[5:]) for path in hidden.glob("lock-[0-9]*"))
+            ):
+                with FileLock(hidden / f"lock-{number}", timeout=0):  # of a run of more processes
+                    pass
         except Timeout as error:
             raise OSError(f"{folder}: another run is writing there.") from error
         _keep_identity(hidden, config)
         (folder / "data").mkdir(exist_ok=True)
-        share = _Share(config, records, state.process_index, state.num_processes)
+        share, storage = _Share(config, records, state.process_index, state.num_processes), _Storage(config)
         for number, captioner in enumerate(config.captioners):
             is_last = number == len(config.captioners) - 1
             title = f"{captioner.model} ({number + 1}/{len(config.captioners)})"
             is_shown = progress and state.is_main_process
             with (
                 tqdm(total=share.total(), desc=title, unit="image", disable=not is_shown) as bar,
-                _Captioning(config, number, make_captioner, bar) as captioning,
+                _Captioning(config, number, make_captioner, storage, bar) as captioning,
             ):
-                for chunk in captioning.caption(share.chunks(lambda name, n=number: _is_done(config, name, n), bar)):
+                is_done = partial(_is_done, config, number=number)
+                for chunk in captioning.caption(share.chunks(is_done, bar)):
                     if is_last:
-                        _write_shard(config, chunk, tokenizer)
+                        _write_shard(config, chunk, storage, tokenizer)
         return _finish(config, share)
 
 
@@ -184,30 +195,35 @@ class _Share:
         if not isinstance(records, IterableDataset):
             self._keep_length(0, len(records))
 
-    def chunks(self, is_done: Callable[[str], bool], bar: tqdm) -> Iterator[_Chunk]:
+    def chunks(self, is_done: Callable[[str, list[dict[str, Any]] | None], bool], bar: tqdm) -> Iterator[_Chunk]:
         """The chunks of this process that are not done, in order."""
         for part in self._own_parts():
             bar.set_postfix_str(f"file {part + 1}/{self.parts}" if self.parts > 1 else "")
             length = self._length(part)
-            if length is not None and all(is_done(name) for name, _ in self._own_chunks(part, length)):
-                _skip(bar, sum(size for _, size in self._own_chunks(part, length)))
-            elif isinstance(self.records, IterableDataset):
-                yield from self._stream(part, is_done, bar)
-            else:
-                for name, size in self._own_chunks(part, len(self.records)):
-                    if is_done(name):
-                        _skip(bar, size)
-                    else:
-                        start = int(name.split("-")[1]) * self.size
-                        yield _Chunk(name, _rows(self.records, start, start + size))
+            if isinstance(self.records, IterableDataset):
+                if length is not None and all(is_done(name, None) for name, _ in self._own_chunks(part, length)):
+                    _skip(bar, sum(size for _, size in self._own_chunks(part, length)))
+                else:
+                    yield from self._stream(part, is_done, bar)
+                continue
+            for name, size in self._own_chunks(part, len(self.records)):
+                start = int(name.split("-")[1]) * self.size
+                # a table's rows are not read, for images may be in them
+                at_hand = self.records[start : start + size] if isinstance(self.records, list) else None
+                if is_done(name, at_hand):
+                    _skip(bar, size)
+                else:
+                    yield _Chunk(name, at_hand or _rows(self.records, start, start + size))
 
-    def _stream(self, part: int, is_done: Callable[[str], bool], bar: tqdm) -> Iterator[_Chunk]:
+    def _stream(
+        self, part: int, is_done: Callable[[str, list[dict[str, Any]] | None], bool], bar: tqdm
+    ) -> Iterator[_Chunk]:
         assert isinstance(self.records, IterableDataset)
         stream, length = iter(self.records.shard(self.parts, part)), 0
         while rows := list(itertools.islice(stream, self.size)):
             name = _chunk_name(part, length // self.size)
             length += len(rows)
-            if self._is_own(name) and is_done(name):
+            if self._is_own(name) and is_done(name, rows):
                 _skip(bar, len(rows))
             elif self._is_own(name):
                 yield _Chunk(name, rows)
@@ -252,6 +268,33 @@ class _Share:
             raise _changed(self.data, f"there were {kept} and are {length}")
 
 
+class _Storage:
+    """
+    What the images are read from. Where it goes away, not the images are at fault, and the run stops: what is skipped
+    is skipped for good.
+    """
+
+    def __init__(self, config: RelabelConfig) -> None:
+        self.data = config.data
+        self.folders = {path for path in (config.data, config.image_folder) if path and os.path.exists(path)}
+
+    def was_read(self, image: Any) -> None:
+        """Remembers the folder of an image that was there."""
+        if _image_bytes(image) is None and (path := _image_path(image)):
+            self.folders.add(os.path.dirname(os.path.abspath(path)))
+
+    def check(self, image: Any, error: Exception) -> None:
+        """Raises an `OSError` if what went wrong with the image may be well in a minute."""
+        cause = error if isinstance(error, OSError) else error.__cause__
+        folder = os.path.dirname(os.path.abspath(_image_path(image) or ""))
+        is_gone = any(not os.path.exists(one) for one in {folder, self.data} & self.folders)
+        if is_gone or isinstance(cause, MemoryError) or getattr(cause, "errno", None) in PASSING:
+            raise OSError(
+                f"{self.data}: images cannot be read any more ({_text(error)}). What was done is kept; the same "
+                "command goes on from there."
+            ) from error
+
+
 @dataclass
 class _Open:
     """A chunk that a captioner is at."""
@@ -265,13 +308,17 @@ class _Captioning:
     """One captioner, loaded when there is something to caption."""
 
     def __init__(
-        self, config: RelabelConfig, number: int, make: Callable[[CaptionerConfig], Captioner], bar: tqdm
+        self,
+        config: RelabelConfig,
+        number: int,
+        make: Callable[[CaptionerConfig], Captioner],
+        storage: "_Storage",
+        bar: tqdm,
     ) -> None:
-        self.config, self.number, self.bar = config, number, bar
+        self.config, self.number, self.storage, self.bar = config, number, storage, bar
         self.options = config.captioners[number]
         self.max_attempts = _max_attempts(self.options, config.max_attempts)
         self._make, self._captioner = make, None
-        self._roots = [root for root in (config.data, config.image_folder) if root and os.path.exists(root)]
         self._pending: dict[Future, _Open] = {}
         self._threads = contextlib.ExitStack()
 
@@ -340,23 +387,14 @@ class _Captioning:
                     raise RecordError(record["error"])
                 image = read_image(record["image"], "image")
                 str(_image_path(record["image"])).encode()  # a name that is no text cannot be written
+                self.storage.was_read(record["image"])
                 images.append(image)
             except (ImageError, RecordError) as error:
-                self._check_storage(error)
+                self.storage.check(record["image"], error)
                 images.append(_text(error).removeprefix("image: "))
             except UnicodeEncodeError:
                 images.append("the file's name is no text in UTF-8")
         return images
-
-    def _check_storage(self, error: Exception) -> None:
-        """Stops the run where not the image is at fault: what is skipped is skipped for good."""
-        cause = error.__cause__
-        is_gone = not all(map(os.path.exists, self._roots))
-        if is_gone or isinstance(cause, MemoryError) or getattr(cause, "errno", None) in PASSING:
-            raise OSError(
-                f"{self.config.data}: images cannot be read any more ({_text(error)}). What was done is kept; the "
-                "same command goes on from there."
-            ) from error
 
     def _caption_group(
         self,
@@ -373,11 +411,9 @@ class _Captioning:
         for attempt in range(self.max_attempts):
             if not asked:
                 break
-            answers = captioner.answer(
-                [read[place] for place in asked],  # pyright: ignore[reportArgumentType]
-                self.options.settings(attempt),
-                [_seed(self.config.seed, self.number, group[place]["id"], attempt) for place in asked],
-            )
+            seeds = [_seed(self.config.seed, self.number, group[place]["id"], attempt) for place in asked]
+            images_of = [image for place in asked if not isinstance(image := read[place], str)]
+            answers = self._ask(captioner, images_of, self.options.settings(attempt), seeds)
             again = []
             for place, answer in zip(asked, answers, strict=True):
                 if answer.error is not None:
@@ -402,6 +438,27 @@ class _Captioning:
         journal.add(number, captions)
         return len(group)
 
+    def _ask(
+        self, captioner: Captioner, images: Sequence[Image.Image], settings: Mapping[str, Any], seeds: Sequence[int]
+    ) -> list[Answer]:
+        """The answers; where they fail, each image alone, and a grey one to see whether it is the image's fault."""
+        try:
+            return captioner.answer(images, settings, seeds)
+        except torch.OutOfMemoryError:
+            raise
+        except IMAGE_ERRORS as error:
+            if len(images) > 1:
+                pairs = zip(images, seeds, strict=True)
+                return [self._ask(captioner, [image], settings, [seed])[0] for image, seed in pairs]
+            try:
+                captioner.answer([Image.new("RGB", (224, 224), "grey")], settings, seeds)
+            except IMAGE_ERRORS:
+                reason = f"{type(error).__name__}: {error}"
+                raise ValueError(
+                    f"{self.options.model}: fails on every image ({reason}). What was done is kept."
+                ) from error
+            return [Answer("", error=f"the model fails on this image ({type(error).__name__}: {error})")]
+
 
 def _max_attempts(options: CaptionerConfig, wanted: int) -> int:
     """Attempts that may differ: at temperature 0 the same settings give the same answer."""
@@ -412,8 +469,9 @@ def _max_attempts(options: CaptionerConfig, wanted: int) -> int:
 
 
 def _open_journal(path: Path, chunk: _Chunk, data: str) -> Journal:
-    journal = Journal(path, chunk.header())
-    if journal.header["records"] != chunk.header()["records"]:
+    header = chunk.header()
+    journal = Journal(path, header)
+    if journal.header["records"] != header["records"]:
         raise _changed(data, f"those of {chunk.name} are others")
     return journal
 
@@ -428,7 +486,7 @@ def _image_bytes(image: Any) -> bytes | None:
     return content if isinstance(content, bytes) else None
 
 
-def _write_shard(config: RelabelConfig, chunk: _Chunk, tokenizer: PreTrainedTokenizerBase) -> None:
+def _write_shard(config: RelabelConfig, chunk: _Chunk, storage: _Storage, tokenizer: PreTrainedTokenizerBase) -> None:
     """The chunk with its captions, in place of their journals."""
     paths = [_journal_path(config, chunk.name, number) for number in range(len(config.captioners))]
     journals = [_open_journal(path, chunk, config.data) for path in paths]
@@ -442,7 +500,7 @@ def _write_shard(config: RelabelConfig, chunk: _Chunk, tokenizer: PreTrainedToke
             raw_caption = _raw_caption(record["short_caption"])
             sentences = (sentence for text in texts for sentence in split_sentences(text))
             short_caption = raw_caption or next(sentences, "")
-            image = _image(record["image"], config)
+            image = _image(record["image"], config, storage)
             reason = next((caption["skip"] for caption in captions if "skip" in caption), None)
             path = _image_path(record["image"])
             entry = {"id": _text(record["id"]), "image": None if path is None else _text(path)}
@@ -473,6 +531,7 @@ def _write_shard(config: RelabelConfig, chunk: _Chunk, tokenizer: PreTrainedToke
         write_shard(file, rows(), config.format, chunk.name)
         images = len(details) - sum("captions" in one for one in skipped)
         sidecar = {
+            **chunk.header(),
             "skipped": skipped,
             "statistics": shard_statistics(details, images, raw, config, tokenizer),
             "revisions": [journal.header["revision"] for journal in journals],
@@ -480,7 +539,7 @@ def _write_shard(config: RelabelConfig, chunk: _Chunk, tokenizer: PreTrainedToke
         # what it says of the shard is there before the shard, whose being there ends the work on the chunk
         write_json(_sidecar_path(config, chunk.name), sidecar)
     for path in paths:
-        path.unlink()
+        path.unlink(missing_ok=True)  # the process that ends the run removes what is left
 
 
 def _describe(
@@ -501,7 +560,7 @@ def _describe(
     }
 
 
-def _image(image: Any, config: RelabelConfig) -> dict[str, Any] | str:
+def _image(image: Any, config: RelabelConfig, storage: _Storage) -> dict[str, Any] | str:
     """As a shard has it, or why it cannot."""
     path, content = _image_path(image), _image_bytes(image)
     if content is not None or path is None:
@@ -510,15 +569,14 @@ def _image(image: Any, config: RelabelConfig) -> dict[str, Any] | str:
         return {"bytes": None, "path": os.path.abspath(path)}
     try:
         return {"bytes": Path(path).read_bytes(), "path": os.path.basename(path)}
-    except FileNotFoundError:  # it has been captioned
-        return f"{_text(path)}: has gone since it was captioned"
-    except ValueError as error:
-        return f"{_text(path)}: {error}"
+    except (OSError, ValueError) as error:
+        storage.check(image, error)
+        return f"{_text(path)}: cannot be read any more since it was captioned ({_text(error)})"
 
 
 def _raw_caption(caption: Any) -> str:
     """The raw caption, as it can be written; a table may hold numbers there."""
-    if isinstance(caption, int | float) and not isinstance(caption, bool):
+    if isinstance(caption, int | float) and not isinstance(caption, bool) and math.isfinite(caption):
         caption = str(caption)
     return _writable(caption) if isinstance(caption, str) and caption.strip() else ""
 
@@ -526,6 +584,10 @@ def _raw_caption(caption: Any) -> str:
 def _finish(config: RelabelConfig, share: _Share) -> dict[str, Any] | None:
     """The card and what belongs to it, once every chunk is written."""
     names = share.names()
+    if names is not None:
+        written = {path.name for path in Path(config.output, "data").glob("[!.]*")}
+        if others := sorted(written - {_shard_path(config, name).name for name in names}):
+            raise _changed(config.data, f"there are none any more for {others[0]}")
     if names is None or not all(_shard_path(config, name).exists() for name in names):
         return None
     with FileLock(Path(config.output, HIDDEN, "lock-finish")):  # two processes may end at a time
@@ -534,7 +596,7 @@ def _finish(config: RelabelConfig, share: _Share) -> dict[str, Any] | None:
 
 def _write_the_rest(config: RelabelConfig, names: Sequence[str]) -> dict[str, Any]:
     folder = Path(config.output)
-    for path in (*folder.rglob(f".*{PARTIAL}"), *folder.glob(f"{HIDDEN}/*-captioner-*")):
+    for path in (*folder.glob(f"data/.*{PARTIAL}"), *folder.glob(f"{HIDDEN}/*-captioner-*")):
         path.unlink(missing_ok=True)  # what processes that were killed left behind
     sidecars = [read_json(_sidecar_path(config, name)) for name in names]
     skipped = [one for sidecar in sidecars for one in sidecar["skipped"]]
@@ -573,10 +635,18 @@ def _journal_path(config: RelabelConfig, name: str, number: int) -> Path:
     return Path(config.output, HIDDEN, f"{name}-captioner-{number}.jsonl")
 
 
-def _is_done(config: RelabelConfig, name: str, number: int) -> bool:
-    """Whether a captioner has nothing left to do for a chunk; the last one also leaves its shard."""
-    is_last = number == len(config.captioners) - 1
-    return _shard_path(config, name).exists() or (not is_last and _journal_path(config, name, number).exists())
+def _is_done(config: RelabelConfig, name: str, records: list[dict[str, Any]] | None, number: int) -> bool:
+    """
+    Whether a captioner has nothing left to do for a chunk; the last one also leaves its shard. Records that are at
+    hand are compared with those that the shard was made of, by their ids.
+    """
+    if _shard_path(config, name).exists():
+        if records is not None:
+            sidecar, header = read_json(_sidecar_path(config, name)), _Chunk(name, records).header()
+            if sidecar["records"] != header["records"]:
+                raise _changed(config.data, f"those of {name} are others")
+        return True
+    return number < len(config.captioners) - 1 and _journal_path(config, name, number).exists()
 
 
 def _seed(seed: int, captioner: int, record_id: Any, attempt: int) -> int:
@@ -588,13 +658,12 @@ def _skip(bar: tqdm, images: int) -> None:
     """What was done before does not count for the images a second."""
     if not bar.disable:
         bar.initial += images
+        bar.last_print_n += images
         bar.n += images
         bar.refresh()
 
 
-def _rows(records: Dataset | list[dict[str, Any]], start: int, stop: int) -> list[dict[str, Any]]:
-    if isinstance(records, list):
-        return records[start:stop]
+def _rows(records: Dataset, start: int, stop: int) -> list[dict[str, Any]]:
     columns = records[start:stop]
     return [{name: column[row] for name, column in columns.items()} for row in range(stop - start)]
 
@@ -684,6 +753,10 @@ def _keep_identity(hidden: Path, config: RelabelConfig) -> None:
                 f"{config.output} was begun with other options: {'; '.join(changed)}. Give the same, or choose "
                 "another --output."
             )
+        if begun == identity:
+            return
+        for part in hidden.glob("part-*.json") if not any(has_begun) else ():
+            part.unlink(missing_ok=True)
     write_json(path, identity)
 
 

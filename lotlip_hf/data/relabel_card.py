@@ -173,7 +173,7 @@ def _card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Seque
         f"{_cell(one.prompt) or '(none)'} | `{json.dumps(one.settings())}` | `{json.dumps(dict(one.retry))}` |"
         for one, known in zip(config.captioners, revisions, strict=False)
     ]
-    long = statistics["captions"][1 : 1 + len(config.captioners)]
+    long = statistics["captions"][1:-1]
     reasons = [
         reason for reason in EXPLAINED if any(reason in row[kind] for row in long for kind in KINDS if kind in row)
     ]
@@ -250,7 +250,7 @@ Rules: {rules}. A caption that was cut off ends with its last whole sentence.
 | `captions.attempts` | how often it was asked for |
 | `captions.tokens`, `.sub_captions` | how long it is |
 | `captions.reasons`, `.earlier_reasons` | what is wrong with it, and what was wrong with earlier attempts |
-| `captions.dropped` | the text that was dropped |
+| `captions.dropped` | the text that was dropped, or why there was none |
 
 ## Use
 

@@ -26,8 +26,8 @@ POLICIES: dict[str, Policy] = {
     "repeated_sentence": "keep",
     "cut_off": "keep",
 }
-# What may differ when a run goes on: it decides who does the work, not what is written, or (`batch_size`) only how it
-# is rounded.
+# What may differ when a run goes on, of the options and of those of a captioner: it decides who does the work and in
+# what portions, which at most changes how numbers are rounded. The captioners are compared one by one.
 RESUMABLE = frozenset({"output", "captioners"})
 RESUMABLE_OF_CAPTIONERS = frozenset({"batch_size", "device_map", "concurrency", "timeout", "max_retries"})
 

@@ -18,7 +18,8 @@ from ..images import image_extensions
 
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 ROW_GROUP = 100  # rows that are in memory at a time, here and in readers: images may be among them
-EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "TIFF": ".tif"}  # of kinds that have several; the others' are PIL's
+# Of kinds that have several, and of the JPEGs of some cameras; the others' are PIL's.
+EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "TIFF": ".tif"}
 FEATURES = Features(
     {
         "id": Value("string"),
