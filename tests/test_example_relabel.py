@@ -66,6 +66,7 @@ def test_pictures_come_with_short_captions_alone(example: ModuleType, tmp_path: 
             assert picture.tobytes() == render(one, 64).tobytes()
 
 
+@pytest.mark.slow
 def test_the_captioner_learns_and_is_saved_as_it_was_trained(example: ModuleType, tmp_path: Path) -> None:
     scenes = [scene(index, seed=1) for index in range(8)]
     first = example.train_captioner(scenes, tmp_path / "first", num_steps=1)
@@ -89,6 +90,7 @@ def test_the_captioner_learns_and_is_saved_as_it_was_trained(example: ModuleType
     assert float(loss) < first - 0.5
 
 
+@pytest.mark.slow
 def test_it_relabels_trains_and_compares(
     example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

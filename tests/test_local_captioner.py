@@ -149,6 +149,7 @@ def plain(kind: str, folder: Path, image: Image.Image, prompt: str, **options: A
     return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), is_finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [SHORT, LONG])
 @pytest.mark.parametrize("kind", PROMPTED)
 def test_answers_are_what_each_image_alone_is_answered(
