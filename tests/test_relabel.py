@@ -787,8 +787,9 @@ def test_killed_at_nasty_moments(
 def test_a_damaged_journal_goes_on_where_it_is_whole(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         run(config(pictures, tmp_path / "out", tokenizer), stopping_at("second", 10))
-    (journal,) = (tmp_path / "out" / ".relabel").glob("*.partial")
+    journal = tmp_path / "out" / ".relabel" / "00000-00001-captioner-1.partial"  # chunk 0's may be one still
     lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) >= 2
     journal.write_bytes(b"".join([lines[0], b"\0\0\0\n", *lines[1:]]))
     run(config(pictures, tmp_path / "out", tokenizer))
     run(config(pictures, tmp_path / "expected", tokenizer))
