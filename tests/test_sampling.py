@@ -13,9 +13,11 @@ import pytest
 
 from lotlip_hf.data.sampling import (
     ABBREVIATIONS,
+    NUMBERED,
     OPENING,
     CaptionSampling,
     SampledTexts,
+    find_sentences,
     sample_texts,
     split_full_stops,
     split_sentences,
@@ -43,6 +45,9 @@ def sample(captions: list[str] = CAPTIONS, epoch: int = 0, record_id: str = "r",
         ("See example.com and file.txt now", ["See example.com and file.txt now"]),
         ("The sky is blue.The sea too.", ["The sky is blue", "The sea too"]),
         ("一只猫。它在睡觉吗？是的", ["一只猫", "它在睡觉吗？", "是的"]),
+        ("एक बिल्ली। वह सो रही है। كلب؟ نعم", ["एक बिल्ली", "वह सो रही है", "كلب؟", "نعم"]),
+        ("It fades… The sea is calm.", ["It fades", "The sea is calm"]),
+        ("1. A cat. 2. A dog on platform No. 5. b) A bird", ["1. A cat", "2. A dog on platform No. 5", "b) A bird"]),
         ("...", []),
         (" \n ", []),
         ("", []),
@@ -54,23 +59,29 @@ def test_sentences(text: str, sentences: list[str]) -> None:
 
 def naive_split_sentences(text: str) -> list[str]:
     """The rules of `split_sentences` as they read, without regard to time."""
-    end_of_sentence = r"\n|</s>|[.!?]+[\"'”’)\]]*(?=\s|</s>|$)|[。！？]+|\.(?<=[a-z]{2}\.)(?=[A-Z][a-z])"
+    wide = "[。！？．｡।॥؟۔]+"
+    end_of_sentence = rf"\n|</s>|[.!?…]+[\"'”’)\]]*(?=\s|</s>|$)|{wide}|\.(?<=[a-z]{{2}}\.)(?=[A-Z][a-z])"
     sentences, start = [], 0
     for end in re.finditer(end_of_sentence, text):
-        sentence = text[start : end.start()]
+        sentence, rest = text[start : end.start()], text[end.end() :].lstrip()
         words = sentence.split()
         if end[0] == "." and words:
             word = words[-1].lstrip(OPENING)
             is_initial = len(word) == 1 and word.isupper() and len(words) > 1
             is_dotted = re.fullmatch(r"(?:[A-Za-z]\.)+[A-Za-z]", word) is not None
-            if is_initial or word.lower() in ABBREVIATIONS:
+            is_marker = len(words) == 1 and re.fullmatch(r"\d{1,3}|[A-Za-z]", word) is not None
+            if is_initial or is_marker or word.lower() in ABBREVIATIONS:
                 continue
-            if is_dotted and text[end.end() :].lstrip()[:1].islower():
+            if (is_dotted and rest[:1].islower()) or (word.lower() in NUMBERED and rest[:1].isdecimal()):
                 continue
-        sentences.append(sentence + re.sub(r"[.。\n]|</s>", "", end[0]))
+        sentences.append((sentence, end[0]))
         start = end.end()
-    sentences.append(text[start:])
-    return [sentence.strip() for sentence in sentences if re.search(r"\w", sentence)]
+    sentences.append((text[start:], ""))
+    return [
+        (sentence + re.sub(r"[.…。．｡।॥۔\n]|</s>", "", mark)).strip()
+        for sentence, mark in sentences
+        if re.search(r"[^\W_]", sentence)
+    ]
 
 
 def test_sentences_are_those_of_the_plain_rules() -> None:
@@ -78,6 +89,7 @@ def test_sentences_are_those_of_the_plain_rules() -> None:
         *("a", "b c", "Dr", "Mr", "J", "U.S", "p.m", "e.g", "etc", "Smith", "The", "the", "x.The", "ab.The", "3.5"),
         *(" ", "  ", "\n", "\r\n", "\xa0", "\x1c", ". ", ".", "..", "...", "!", "?", "?!", " . ", ".com", "_", "-"),
         *("</s>", "<", "/s>", "。", "！", "？", '"', "'", "”", "’", ")", "]", "(", "[", "“", "‘", "猫"),
+        *("1.", "No", "5", "…", "।", "؟"),
     ]
     generator = Random(0)
     seen = Counter()
@@ -85,6 +97,7 @@ def test_sentences_are_those_of_the_plain_rules() -> None:
         text = "".join(generator.choices(pieces, k=generator.randint(0, 14)))
         sentences = split_sentences(text)
         assert sentences == naive_split_sentences(text), repr(text)
+        assert [text[start:end].strip()[:1] for start, end, _ in find_sentences(text)] == [one[0] for one in sentences]
         seen[len(sentences)] += 1
     assert seen[0] < 10_000
     assert seen[2] > 5_000
@@ -94,6 +107,7 @@ def test_sentences_are_those_of_the_plain_rules() -> None:
 def test_a_row_of_marks_is_read_in_one_go() -> None:
     """As a broken captioner writes it; looking at each mark's followers in turn would take hours."""
     assert split_sentences("A cat" + 300_000 * "!" + "a cat. A dog.") == ["A cat" + 300_000 * "!" + "a cat", "A dog"]
+    assert split_sentences("A cat " + 300_000 * "J. ") == ["A cat " + 299_999 * "J. " + "J."]
 
 
 def test_full_stops_as_in_the_official_code() -> None:

@@ -7,11 +7,11 @@ and a sentence that broke off.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from .sampling import ABBREVIATIONS, DOTTED_LETTERS, OPENING, SENTENCE_END
+from .sampling import ABBREVIATIONS, HAS_WORD, LIST_MARKER, Sentence, find_sentences, next_character
 
 # In the order in which they are reported; with each what a data set card says of it.
 REASONS = {
@@ -27,8 +27,6 @@ REASONS = {
 # Marks that some models leave at the end of an answer: </s>, <eos>, <end_of_turn>, <|im_end|>.
 END_MARK = re.compile(r"(?:</s>|<(?:eos|pad|end_of_turn|end_of_utterance)>|<[|｜][^\s<>]{1,40}[|｜]>)\Z")
 LONGEST_END_MARK = 44  # characters
-NUMBERED = frozenset("no nos nr vol pp".split())  # with a full stop, in front of a number
-LONGEST_ABBREVIATION = 40  # characters before a full stop that are looked at
 LONGEST_CHARACTER_GROUP = 8  # longer ones are words
 
 # Scripts written without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese. Each character is a word to loops.
@@ -39,14 +37,10 @@ NO_SPACES = (
 # Signs inside a word that `\w` leaves out: accents, the vowels of Arabic and of the scripts of India.
 VOWEL_SIGNS = "\u0300-\u036f\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
 WORDS = re.compile(rf"[{NO_SPACES}]|[^\W_{NO_SPACES}]+(?:[{VOWEL_SIGNS}]+[^\W_{NO_SPACES}]*)*")
-HAS_WORD = re.compile(r"[^\W_]")
 HAS_NO_SPACES = re.compile(f"[{NO_SPACES}]")
-# "1." and "b)" in front of an item of a list, at the caption's start or after white space.
-LIST_MARKER = re.compile(r"(?<!\S)(?:\d{1,3}|[A-Za-z])[.)](?!\S)")
-NEXT_CHARACTER = re.compile(r"\s*(\S?)")
 CLOSING = re.compile("[」』）】”’]*")
 COLONS = frozenset(":：")
-FINAL_MARKS = frozenset(".!?…。！？．｡।؟۔")
+FINAL_MARKS = frozenset(".!?…。！？．｡।॥؟۔")
 # A full stop that may as well be within a number or an abbreviation where the answer broke off: "3.", "p.".
 HALF_WRITTEN = re.compile(r"(?:\d|\b[A-Za-z])\.\Z")
 PROMPT_END = re.compile(r"""\s*(?:[.!?:。！？：]|["'”’)\]*]*(?:\n|\Z))""")
@@ -218,53 +212,14 @@ def _count_words(words: Sequence[str]) -> float:
     return len(words) - sum(1 for word in words if HAS_NO_SPACES.match(word)) / 2
 
 
-class Sentence(NamedTuple):
-    """`text[start:end]`, with its end `mark`: punctuation, a line end or `</s>`; empty for an end without one."""
-
-    start: int
-    end: int
-    mark: str
-
-
-def _find_sentences(text: str) -> Iterator[Sentence]:
-    """
-    Finds the sentences that `sampling.split_sentences` splits a caption into, and where they stand.
-
-    Unlike there, the marker of a list ("2.") is part of its item. Sentences without a word are left out.
-    """
-    start = 0
-    for end in SENTENCE_END.finditer(text):
-        if end[0] == ".":
-            # A bounded look back, and not from the sentence's start: "J. J. J. ..." is quick to read, too.
-            words = text[max(start, end.start() - LONGEST_ABBREVIATION) : end.start()].rsplit(None, 1)
-            word = words[-1].lstrip(OPENING) if words else ""
-            initial = len(word) == 1 and word.isupper() and len(words) > 1
-            letters = "." in word and DOTTED_LETTERS.fullmatch(word) and _next_character(text, end.end()).islower()
-            number = word.lower() in NUMBERED and _next_character(text, end.end()).isdecimal()
-            marker = len(words) == 1 and LIST_MARKER.fullmatch(f"{word}.")
-            if initial or letters or number or marker or word.lower() in ABBREVIATIONS:
-                continue
-        if HAS_WORD.search(text, start, end.start()):  # the mark may be </s>
-            yield Sentence(start, end.end(), end[0])
-        start = end.end()
-    if HAS_WORD.search(text, start):
-        yield Sentence(start, len(text), "")
-
-
-def _next_character(text: str, position: int) -> str:
-    """The first character from `position` on that is not white space."""
-    match = NEXT_CHARACTER.match(text, position)
-    return match[1] if match else ""
-
-
 def _last_whole_sentence(text: str) -> Sentence | None:
     """The last sentence that certainly ends where it seems to, and says something of its own."""
     last = None
-    for sentence in _find_sentences(text):
+    for sentence in find_sentences(text):
         if not sentence.mark:
             continue
         # He says "Stop!" and walks on; a line that was only wrapped.
-        if sentence.mark not in (".", "</s>") and _next_character(text, sentence.end).islower():
+        if sentence.mark not in (".", "</s>") and next_character(text, sentence.end).islower():
             continue
         # A line that only announces what comes below it.
         line = text[sentence.start : sentence.end]
@@ -345,7 +300,7 @@ def _has_loop(text: str, words: Sequence[str], rules: QualityRules) -> bool:
 def _has_repeated_sentence(text: str, rules: QualityRules) -> bool:
     """Whether a sentence stands in the text twice, whatever its case, white space and punctuation."""
     seen = set()
-    for sentence in _find_sentences(text):
+    for sentence in find_sentences(text):
         words = tuple(_split_words(text[sentence.start : sentence.end]))
         if _count_words(words) < rules.repeat_words:
             continue
@@ -358,7 +313,7 @@ def _has_repeated_sentence(text: str, rules: QualityRules) -> bool:
 def _is_refusal(text: str) -> bool:
     """Whether one of the first sentences says, in English or Chinese, that there will be no description."""
     start = text[:REFUSAL_LENGTH].translate(STRAIGHT_QUOTES).lower()
-    sentences = [start[sentence.start : sentence.end] for sentence in _find_sentences(start)]
+    sentences = [start[sentence.start : sentence.end] for sentence in find_sentences(start)]
     return any(REFUSALS.match(" ".join(sentence.split())) for sentence in sentences[:REFUSAL_SENTENCES])
 
 
@@ -367,7 +322,7 @@ def _is_copied(text: str, words: Sequence[str], prompt: str, rules: QualityRules
     asked = _split_words(prompt)
     if not asked:
         return False
-    parts = [prompt[sentence.start : sentence.end] for sentence in _find_sentences(prompt)]
+    parts = [prompt[sentence.start : sentence.end] for sentence in find_sentences(prompt)]
     if any(_starts_with(text, part) for part in [prompt, *(part for part in parts if len(_split_words(part)) > 2)]):
         return True
     groups = set(zip(asked, asked[1:], asked[2:], strict=False))

@@ -369,8 +369,9 @@ class _Captioning:
         return self._captioner, self._readers, self._askers
 
     def _settle(self) -> Iterator[_Chunk]:
-        """Waits for a group or more; yields the chunks that are done with it."""
-        for future in wait(self._pending, return_when=FIRST_COMPLETED).done:
+        """Waits for a group or more; yields the chunks that are done with it. What failed comes after what did not."""
+        done = wait(self._pending, return_when=FIRST_COMPLETED).done
+        for future in sorted(done, key=lambda future: future.exception() is not None):
             opened = self._pending.pop(future)
             self.bar.update(future.result())
             opened.left -= 1
