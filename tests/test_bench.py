@@ -1,6 +1,7 @@
 """`benchmarks/bench.py` and its peers: that they compute the same as this package, and what a run keeps and prints."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,10 @@ def test_the_stock_dual_encoder_gives_the_same_features_of_a_sentence(model) -> 
 
 
 @pytest.mark.slow
-def test_a_run_keeps_and_prints_every_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_keeps_and_prints_every_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "photographs", partial(bench.photographs, count=2))
     results = tmp_path / "results" / "bench.jsonl"
     captions = tmp_path / "captions.jsonl"
     captions.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS if text))

@@ -23,6 +23,7 @@ from lotlip_hf.cli import main
 from lotlip_hf.embed import embed_texts, read_texts
 from lotlip_hf.encoding import load_model
 from lotlip_hf.store import fingerprint
+from processes import Started
 
 Pair = tuple[Any, Any]
 
@@ -359,37 +360,29 @@ def test_text_files_that_change_meanwhile_are_named(
 
 # Interruptions of the real command.
 
-SLOW_LOTLIP = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # even where the tests run in the background
-from lotlip_hf import encoding
-from lotlip_hf.cli import main
-embed = encoding._embed
-def slow_embed(*arguments):
-    time.sleep(0.1)
-    return embed(*arguments)
-encoding._embed = slow_embed
-sys.exit(main(sys.argv[1:]))
-"""
+
+def slow_down() -> None:
+    """Makes each batch take longer."""
+    embed = encoding._embed
+
+    def slow_embed(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return embed(*arguments)
+
+    encoding._embed = slow_embed
 
 
 def interrupt_lotlip(arguments: list[object], folder: Path, signal_number: int, at_least: int) -> tuple[int, str, int]:
     """Starts `lotlip`, slowed down, and stops it when so many embeddings are kept: status, error output, kept."""
-    command = [sys.executable, "-c", SLOW_LOTLIP, *map(str, arguments)]
 
     def kept() -> int:
         return sum(path.read_text().count('"row"') for path in folder.rglob("entries.jsonl"))
 
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        try:
-            deadline = time.monotonic() + 120
-            while kept() < at_least and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.02)
-            process.send_signal(signal_number)
-            _, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    return process.returncode, err, kept()
+    started = Started("lotlip_hf.cli", [str(one) for one in arguments], folder, 1, slow_down)
+    started.wait_until(lambda: kept() >= at_least)
+    started.send_signal(signal_number)
+    ended = started.wait()
+    return ended.codes[0], ended.stderr, kept()
 
 
 @pytest.mark.slow

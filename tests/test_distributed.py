@@ -1,16 +1,10 @@
 """Collectives over real processes (gloo), and alone."""
 
-import multiprocessing
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lotlip_hf.distributed import (
     all_sizes,
@@ -23,38 +17,7 @@ from lotlip_hf.distributed import (
     sum_over_ranks,
     world_size,
 )
-
-TIME_LIMIT = 150  # seconds; a hang fails
-# The imports take longer than the tests: one process makes them, the others are its forks.
-multiprocessing.set_forkserver_preload(["test_distributed", "lotlip_hf.training.objective"])
-
-
-def run_processes(function: Callable[..., Any], num_processes: int, folder: Path, *args: Any) -> list[Any]:
-    """What `function(*args)` answers in each of a group of gloo processes."""
-    arguments = (function, num_processes, str(folder), args)
-    context = mp.start_processes(_process, arguments, num_processes, join=False, start_method="forkserver")
-    end = monotonic() + TIME_LIMIT
-    while not context.join(timeout=1):
-        if monotonic() > end:
-            for process in context.processes:
-                process.kill()
-            pytest.fail(f"{num_processes} processes did not end within {TIME_LIMIT} seconds.")
-    return [torch.load(folder / f"{i}.pt", weights_only=True) for i in range(num_processes)]
-
-
-def _process(index: int, function: Callable[..., Any], num_processes: int, folder: str, args: tuple) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=index,
-        world_size=num_processes,
-        timeout=timedelta(seconds=TIME_LIMIT),
-    )
-    torch.save(function(*args), Path(folder) / f"{index}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
+from processes import run_processes
 
 SIZES = [3, 0, 1, 2]  # of each rank's tensor
 WIDTH = 2

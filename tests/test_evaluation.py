@@ -1,9 +1,6 @@
 """From a model and a data set to results: embeddings kept and shared out, the golden ranks, the command."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +21,7 @@ from lotlip_hf.evaluation.embeddings import embed_images, embed_texts, image_dig
 from lotlip_hf.evaluation.evaluate import evaluate, results_table, study, write_results
 from lotlip_hf.evaluation.retrieval import ranks
 from lotlip_hf.hub import read_results
+from processes import finish
 
 COLORS = ["red", "green", "blue", "white", "black", "gray"]
 
@@ -464,21 +462,7 @@ def test_processes_agree_to_the_last_digit(
 
     assert main(command(tmp_path / "one.json")) == 0
     printed = capsys.readouterr().out
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "lotlip_hf",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [*launcher, *command(tmp_path / "two.json")], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    ran = finish("lotlip_hf.cli", command(tmp_path / "two.json"), tmp_path, num_processes=2)
     assert ran.stdout == printed  # once
     alone, together = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert {**together, "date": ""} == {**alone, "date": ""}

@@ -3,11 +3,8 @@
 import io
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +25,8 @@ from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.records import load_records
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
 from lotlip_hf.data.scenes import long_captions, render, scene, short_caption
-from scripts import REPOSITORY, load_script
+from processes import finish
+from scripts import load_script
 
 NUM_RECORDS = 8
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -76,15 +74,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, official_checkpoint: Pa
         config["text_config"]["backbone_config"][name] = 0.0
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def in_two_processes(name: str, *arguments: str | Path) -> str:
-    """Run an example under torchrun; what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(REPOSITORY / "examples" / f"{name}.py"), *map(str, arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=240)
-    assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-5000:]
-    return finished.stdout
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -217,7 +206,8 @@ def test_trainer_of_two_processes_is_that_of_one(
     one, two = tmp_path / "one", tmp_path / "two"
     batch_size = "--per_device_train_batch_size"
     trainer_example.main([str(word) for word in (*arguments, "--output_dir", one, batch_size, 4)])
-    in_two_processes("finetune_with_trainer", *arguments, "--output_dir", two, batch_size, "2")
+    argv = [str(word) for word in (*arguments, "--output_dir", two, batch_size, 2)]
+    finish("examples/finetune_with_trainer.py", argv, tmp_path, num_processes=2)
     assert largest_difference(one, checkpoint) > 1e-3
     assert largest_difference(one, two) < TOLERANCE["atol"]
     ours, theirs = (json.loads((folder / "eval_results.json").read_text()) for folder in (one, two))
@@ -323,7 +313,8 @@ def test_lora_of_two_processes_is_that_of_one(
     arguments = ["--model", checkpoint, "--data", pictures, "--num-epochs", "3", "--rank", "2"]
     one, two = tmp_path / "one", tmp_path / "two"
     lora_example.main([str(word) for word in (*arguments, "--output", one, "--batch-size", NUM_RECORDS)])
-    printed = in_two_processes("finetune_lora", *arguments, "--output", two, "--batch-size", str(NUM_RECORDS // 2))
+    argv = [str(word) for word in (*arguments, "--output", two, "--batch-size", NUM_RECORDS // 2)]
+    printed = finish("examples/finetune_lora.py", argv, tmp_path, num_processes=2).stdout
     losses = printed_losses(capsys.readouterr().out)
     assert len(losses) == 3
     assert printed_losses(printed) == pytest.approx(losses, abs=2e-4)  # as printed

@@ -6,8 +6,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -46,7 +44,8 @@ from lotlip_hf.conversion.clip import convert as convert_clip
 from lotlip_hf.data.scenes import long_captions, render, scene, short_caption
 from lotlip_hf.encoding import load_model
 from lotlip_hf.hub import write_repository
-from scripts import REPOSITORY, load_script
+from processes import finish
+from scripts import load_script
 
 KINDS = ("bert", "clip")
 NUM_PICTURES = 8
@@ -431,19 +430,16 @@ def test_example_goes_on_where_it_was(
         torch.testing.assert_close(tensor, expected[name], **TOLERANCE)
 
 
-@pytest.mark.slow  # starts Python twice more
+@pytest.mark.slow  # starts two processes
 def test_example_in_two_processes_is_that_in_one(
     example: ModuleType, clip_checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:
     # A batch is the whole of the data, whatever the order; plain gradient descent, which does not blow rounding up.
     options = "--num_long_texts 0 --max_steps 3 --learning_rate 0.01 --optim sgd --per_device_train_batch_size"
     one = run_example(example, clip_checkpoint, pictures, tmp_path / "one", f"{options} {NUM_PICTURES}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(REPOSITORY / "examples" / "finetune_sentence_transformers.py"), "--report_to", "none"]
-    command += ["--model", str(clip_checkpoint), "--data", str(pictures), "--output_dir", str(tmp_path / "two")]
-    command += [*options.split(), str(NUM_PICTURES // 2), "--save_strategy", "no"]
-    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=240)
-    assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-5000:]
+    argv = ["--model", str(clip_checkpoint), "--data", str(pictures), "--output_dir", str(tmp_path / "two")]
+    argv += [*options.split(), str(NUM_PICTURES // 2), "--save_strategy", "no", "--report_to", "none"]
+    finish("examples/finetune_sentence_transformers.py", argv, tmp_path, num_processes=2)
     start, ours, theirs = (AutoModel.from_pretrained(folder) for folder in (clip_checkpoint, one, tmp_path / "two"))
     moved = [(ours.state_dict()[name] - tensor).abs().max() for name, tensor in start.state_dict().items()]
     assert max(moved) > 1e-3

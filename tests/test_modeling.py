@@ -169,7 +169,11 @@ def test_without_corner_tokens_it_is_the_stock_backbone(bidirectional_backbone: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("side", "with_corners"), [("right", True), ("right", False), ("left", True)])
-def test_attention_implementations_agree(text_backbone: str, side: str, with_corners: bool) -> None:
+def test_attention_implementations_agree(
+    text_backbone: str, side: str, with_corners: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (text_backbone, side, with_corners) != ("bert", "right", True):  # compiling takes long: once will do
+        tiny.leave_flex_attention_uncompiled(monkeypatch)
     model = text_model(text_backbone)
     ids = torch.cat([padded(tiny.input_ids(1, n), 12, side, model.config.pad_token_id) for n in (12, 7, 4)])
     answers = {}
@@ -187,7 +191,6 @@ def test_flex_attention_over_a_row(
     text_backbone: str, side: str, with_corners: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU; here without compiling, which fails on CPUs for a row."""
-    from transformers.integrations import flex_attention
 
     def row_index(model: LoTLIPTextModel, attention_mask: torch.Tensor, num_corner_tokens: int) -> torch.Tensor:
         return nn.functional.pad(attention_mask, (0, num_corner_tokens), value=1).flatten().nonzero().squeeze(1)
@@ -199,7 +202,7 @@ def test_flex_attention_over_a_row(
     with torch.no_grad():
         expected = model(ids, mask, output_corner_embeds=with_corners)
         model.set_attn_implementation("flex_attention")
-        monkeypatch.setattr(flex_attention, "is_torchdynamo_compiling", lambda: True)
+        tiny.leave_flex_attention_uncompiled(monkeypatch)
         monkeypatch.setattr(type(model), "_row_index", row_index)
         rows = []
         model.backbone.register_forward_hook(lambda *call: rows.append(call[-1].last_hidden_state.shape[:2]))

@@ -124,7 +124,10 @@ def naive_corners(model: LoTLIPTextModel, ids: torch.Tensor, end: int) -> torch.
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("with_mask", [False, True])
-def test_corner_tokens_see_all_before_the_end_and_themselves(attention: str, with_mask: bool) -> None:
+def test_corner_tokens_see_all_before_the_end_and_themselves(
+    attention: str, with_mask: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.leave_flex_attention_uncompiled(monkeypatch)
     model = spread(LoTLIPTextModel(clip_text_config()))
     model.set_attn_implementation("eager")
     ids, mask = texts(LENGTH, 3, 9)

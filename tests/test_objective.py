@@ -31,7 +31,7 @@ from lotlip_hf.modeling.loss_lotlip import (
     weighted_loss,
 )
 from lotlip_hf.training.objective import Objective, batch_loss, cached_backward, clamp_logit_scale, embed
-from test_distributed import run_processes
+from processes import run_processes
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 WEIGHTS = {"short_loss_weight": 0.5, "long_loss_weight": 2.0}

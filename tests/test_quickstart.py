@@ -61,12 +61,12 @@ def test_shuffled_captions_are_those_of_other_pictures(quickstart: ModuleType) -
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_it_learns_what_long_captions_say(quickstart: ModuleType, tmp_path: Path) -> None:
-    assert quickstart.main(["--output", str(tmp_path), "--max-steps", "250"]) == 0
+    assert quickstart.main(["--output", str(tmp_path), "--max-steps", "150"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["long_image_to_text_r1"] >= 0.25
-    assert results["long_text_to_image_r1"] >= 0.25
+    assert results["long_image_to_text_r1"] >= 0.1  # the whole run's 0.6 take four times as long; chance is 0.002
+    assert results["long_text_to_image_r1"] >= 0.1
     evaluations = [entry for entry in read_log(tmp_path / "run") if "long_image_to_text_r1" in entry]
-    assert len(evaluations) == 3
+    assert len(evaluations) == 2
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import threading
@@ -44,6 +43,7 @@ from lotlip_hf.data.relabel_config import RelabelConfig, add_arguments, read_con
 from lotlip_hf.data.sampling import split_sentences
 from lotlip_hf.data.scenes import scenes_dataset
 from openai_server import openai_server, scripted, use_in_process
+from processes import Started, finish
 from scripts import load_script
 from tiny_captioners import save_instructblip, save_llava
 
@@ -974,11 +974,6 @@ def test_one_poisonous_image(pictures: Path, tokenizer: str, tmp_path: Path) -> 
     assert "500" in row["captions"][0]["dropped"]
 
 
-def command(*arguments: str, processes: int = 1) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *(torchrun if processes > 1 else []), "-m", "lotlip_hf", "relabel", *arguments]
-
-
 def write_options(file: Path, pictures: Path, tokenizer: str, captioners: list[dict[str, Any]]) -> list[str]:
     options = {"data": str(pictures), "tokenizer": tokenizer, "captioners": captioners, "policies": KEEP}
     file.write_text(yaml.safe_dump(options))
@@ -991,7 +986,6 @@ def test_killed_at_a_random_moment_it_ends_in_the_same_bytes(
     checkpoints: dict[str, str], pictures: Path, tokenizer: str, tmp_path: Path
 ) -> None:
     """`kill -9` with a model that runs here and an endpoint."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
     moments = random.Random(1)
     with openai_server(seconds=0.1) as server:
         captioners = [{"model": checkpoints["llava"]}, {"model": "tiny", "endpoint": server.url, "concurrency": 2}]
@@ -1000,20 +994,25 @@ def test_killed_at_a_random_moment_it_ends_in_the_same_bytes(
         asked = server.per_image
         output = tmp_path / "out"
         kept_groups = moments.randint(2, 28)
-        with subprocess.Popen(command(*arguments, f"--output={output}"), env=environment) as process:
-            while process.poll() is None and count_groups(output) < kept_groups:
-                time.sleep(0.002)
-            time.sleep(moments.random() * 0.1)
-            process.send_signal(signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
+        argv = ["relabel", *arguments, f"--output={output}"]
+        killed = Started("lotlip_hf.cli", argv, tmp_path, 1, ask_loopback)
+        killed.wait_until(lambda: count_groups(output) >= kept_groups)
+        time.sleep(moments.random() * 0.1)
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait().codes == [-signal.SIGKILL]
         assert not (output / "README.md").exists()
-        subprocess.run(command(*arguments, f"--output={output}"), env=environment, check=True)
+        ended = Started("lotlip_hf.cli", argv, tmp_path, 1, ask_loopback).wait()
+        assert ended.codes == [0], ended.text
         again = {image: number - asked[image] for image, number in server.per_image.items()}
     expected, found = files(tmp_path / "expected"), files(output)
     assert found == expected
     # asked again at most what was under way when the process was killed
     assert sum(again.values()) <= NUMBER - 1 + 2
     assert min(again.values()) >= 1
+
+
+def ask_loopback() -> None:
+    use_in_process(pytest.MonkeyPatch())
 
 
 def count_groups(output: Path) -> int:
@@ -1033,10 +1032,9 @@ def test_two_processes_write_what_one_writes(
     arguments = write_options(tmp_path / "options.yaml", pictures, tokenizer, captioners)
     one = [*arguments, f"--output={tmp_path / 'one'}"]
     assert main(["relabel", *one]) == 0
-    two = command(*arguments, f"--output={tmp_path / 'two'}", processes=2)
-    done = subprocess.run(two, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mean sub-captions") >= 1
+    argv = ["relabel", *arguments, f"--output={tmp_path / 'two'}"]
+    ended = finish("lotlip_hf.cli", argv, tmp_path, num_processes=2)
+    assert ended.stdout.count("mean sub-captions") >= 1
     assert files(tmp_path / "two") == files(tmp_path / "one")
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -15,7 +14,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Timer
-from time import monotonic, sleep
+from time import sleep
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,21 +50,10 @@ from lotlip_hf.training.checkpoint import list_checkpoints
 from lotlip_hf.training.log import RunLog, read_log
 from lotlip_hf.training.loop import NonFiniteLossError, evaluate, train
 from lotlip_hf.training.setup import load_data, load_or_start_model
+from processes import TIME_LIMIT, Ended, Started
 from scripts import REPOSITORY, load_script
 
 TRAIN = "examples/train.py"
-TIME_LIMIT = 120  # seconds; a hang fails
-# The imports take longer than the tests: one process makes them, the others are its forks.
-IMPORTS = [
-    "lotlip_hf.training.loop",
-    "lotlip_hf.training.setup",
-    "matplotlib.backends.backend_agg",
-    "transformers.models.bert.modeling_bert",
-    "transformers.models.vit.modeling_vit",
-    "transformers.models.clip.image_processing_pil_clip",
-]
-multiprocessing.set_forkserver_preload(IMPORTS)
-
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SLOW = pytest.mark.slow
 WORDS = "a . red green blue round square small large old new cup tree house road lamp bird river is of in".split()
@@ -199,10 +187,6 @@ def half_a_line(log: RunLog, entry: Any) -> None:
     die()
 
 
-def nothing() -> None:
-    pass
-
-
 # name of a moment: the function whose n-th call is it, and what happens then in its place
 MOMENTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "step": (loop._Run, "_take_step", lambda *_: die()),
@@ -259,82 +243,28 @@ def slow_step_and_kill(seconds: float, after: float) -> None:
     loop._Run._take_step = timed
 
 
-def _process(
-    rank: int, num_processes: int, port: int, argv: list[str], output: str, prepare: Callable[..., None], args: tuple
-) -> None:
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background would have it ignored
-    multiprocessing.set_start_method("fork", force=True)  # as in a process that nobody forked
-    if num_processes > 1:  # as launchers say it
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout.reconfigure(line_buffering=True)
-    torch.set_num_threads(1)
-    if rank == 0:
-        prepare(*args)
-    code = load_script(TRAIN).main(argv)
-    sys.stdout.flush()
-    sys.exit(code)
-
-
-class Ended(NamedTuple):
-    """Exit status of each process (below 0: by that signal), and what they wrote."""
-
-    codes: list[int]
-    text: str
-
-
-class Started:
+class Training(Started):
     """Processes of `examples/train.py`; `prepare(*args)` is called in the first of them."""
 
     def __init__(
-        self, argv: list[str], folder: Path, num_processes: int = 1, prepare: Callable[..., None] = nothing, *args: Any
+        self,
+        argv: list[str],
+        folder: Path,
+        num_processes: int = 1,
+        prepare: Callable[..., None] | None = None,
+        *args: Any,
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.file = folder / f"{monotonic()}.txt"
-        context = multiprocessing.get_context("forkserver")
-        self.processes = [
-            context.Process(target=_process, args=(rank, num_processes, port, argv, str(self.file), prepare, args))
-            for rank in range(num_processes)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def wait(self) -> Ended:
-        """Waits for all; where one has failed the others are killed soon, as launchers do."""
-        end = monotonic() + TIME_LIMIT
-        while any(process.is_alive() for process in self.processes):
-            if any(process.exitcode for process in self.processes):
-                end = min(end, monotonic() + 15)
-            if monotonic() > end:
-                for process in self.processes:
-                    process.kill()
-            sleep(0.02)
-        codes = [process.exitcode for process in self.processes]
-        return Ended(
-            [-1 if code is None else code for code in codes], self.file.read_text() if self.file.exists() else ""
-        )
+        super().__init__(TRAIN, argv, folder, num_processes, prepare, *args)
 
     def wait_for_steps(self, output: Path, steps: int) -> None:
         """Until the log holds so many steps."""
-        end = monotonic() + TIME_LIMIT
-        while monotonic() < end:
-            if (output / "log.jsonl").exists() and len(read_log(output)) >= steps:
-                return
-            assert all(process.exitcode is None for process in self.processes), self.file.read_text()
-            sleep(0.01)
-        pytest.fail(f"{output}: not {steps} steps within {TIME_LIMIT} seconds.")
+        self.wait_until(lambda: (output / "log.jsonl").exists() and len(read_log(output)) >= steps)
 
 
 def run(
-    argv: list[str], folder: Path, num_processes: int = 1, prepare: Callable[..., None] = nothing, *args: Any
+    argv: list[str], folder: Path, num_processes: int = 1, prepare: Callable[..., None] | None = None, *args: Any
 ) -> Ended:
-    return Started(argv, folder, num_processes, prepare, *args).wait()
+    return Training(argv, folder, num_processes, prepare, *args).wait()
 
 
 def finish(argv: list[str], folder: Path, num_processes: int = 1) -> str:
@@ -462,7 +392,7 @@ def test_a_stopped_run_saves_and_resumes_bitwise(number: signal.Signals, start: 
     options = {"model": start / "model", "data": start / "records", "num_workers": 2, "max_steps": 12, "log_steps": 5}
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
     finish(arguments(undisturbed, **options), tmp_path)
-    started = Started(arguments(stopped, **options), tmp_path, 1, slow_step, 0.2)
+    started = Training(arguments(stopped, **options), tmp_path, 1, slow_step, 0.2)
     started.wait_for_steps(stopped, 1)
     for _ in range(2):
         os.killpg(started.processes[0].pid, number)
@@ -480,7 +410,7 @@ def test_a_stopped_run_saves_and_resumes_bitwise(number: signal.Signals, start: 
 @pytest.mark.slow
 def test_a_second_signal_stops_at_once(start: Path, tmp_path: Path) -> None:
     options = {"model": start / "model", "data": start / "records", "max_steps": 1000}
-    started = Started(arguments(tmp_path / "run", **options), tmp_path, 1, slow_step_without_grace, 3.0)
+    started = Training(arguments(tmp_path / "run", **options), tmp_path, 1, slow_step_without_grace, 3.0)
     started.wait_for_steps(tmp_path / "run", 1)
     sleep(0.3)  # into the next step
     for _ in range(2):
@@ -566,7 +496,7 @@ def test_killed_processes_resume_bitwise(start: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all(start: Path, tmp_path: Path) -> None:
     options = {"model": start / "model", "data": start / "records", "max_steps": 1000}
-    started = Started(arguments(tmp_path / "run", **options), tmp_path, 2, slow_step, 0.05)
+    started = Training(arguments(tmp_path / "run", **options), tmp_path, 2, slow_step, 0.05)
     started.wait_for_steps(tmp_path / "run", 1)
     os.kill(started.processes[1].pid, signal.SIGTERM)
     ended = started.wait()
@@ -1267,13 +1197,13 @@ def test_launchers(launcher: list[str], start: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_again_and_again_at_random(start: Path, tmp_path: Path) -> None:
-    options = {"model": start / "model", "save_steps": 3, "max_steps": 14, **options_of(start, KILLED["everything"])}
+    options = {"model": start / "model", "save_steps": 3, "max_steps": 20, **options_of(start, KILLED["everything"])}
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     finish(arguments(undisturbed, **options), tmp_path)
     argv, generator, kills = arguments(killed, **options), random.Random(0), 0
     for _ in range(100):
-        # 14 steps take 1.4 seconds or more, so it is killed more than twice; later delays let a slow machine end, too.
-        after = generator.uniform(0, 0.4) * (1 + kills / 2)
+        # 20 steps take 2 seconds or more, so it is killed more than twice; later delays let a slow machine end, too.
+        after = generator.uniform(0.2, 0.6) * (1 + kills / 2)
         if run(argv, tmp_path, 1, slow_step_and_kill, 0.1, after).codes == [0]:
             break
         kills += 1

@@ -31,7 +31,7 @@ from lotlip_hf.training import loop
 from lotlip_hf.training.arguments import TrainingConfig
 from lotlip_hf.training.loop import train
 from lotlip_hf.training.setup import load_or_start_model
-from test_distributed import run_processes
+from processes import run_processes
 
 pytestmark = pytest.mark.slow
 

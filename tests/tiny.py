@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     BertConfig,
@@ -13,6 +14,7 @@ from transformers import (
     SiglipVisionConfig,
     ViTConfig,
     XLMRobertaConfig,
+    masking_utils,
 )
 
 from lotlip_hf import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
@@ -61,6 +63,15 @@ def config(text_backbone: str = "bert", vision_backbone: str = "vit", **kwargs: 
         text_config=text_config(text_backbone, **kwargs),
         vision_config=vision_config(vision_backbone),
         projection_dim=24,
+    )
+
+
+def leave_flex_attention_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has flex attention and its block masks computed as they are written: compiling takes a quarter of a minute."""
+    monkeypatch.setattr("transformers.integrations.flex_attention.is_torchdynamo_compiling", lambda: True)
+    create_block_mask = masking_utils.create_block_mask
+    monkeypatch.setattr(
+        masking_utils, "create_block_mask", lambda **options: create_block_mask(**{**options, "_compile": False})
     )
 
 
