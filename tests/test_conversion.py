@@ -289,6 +289,7 @@ def test_linear_projection_of_the_images(source: Source, golden: Path, tmp_path:
 # There and back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "nested"),
     [(torch.float32, True), (torch.float32, False), (torch.float16, True), (torch.bfloat16, False)],

@@ -479,6 +479,7 @@ def long_clip_table(table: torch.Tensor, length: int, kept: int) -> torch.Tensor
     return new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stretch", "kept"), [(None, 20), ("knowledge-preserved", 20), ("linear", 0)])
 def test_stretching(stock: Path, tmp_path: Path, run: Callable[..., str], stretch: str | None, kept: int) -> None:
     arguments = [] if stretch is None else ["--stretch", stretch]
@@ -872,6 +873,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path]
     return add
 
 
+@pytest.mark.slow
 def test_hub_ids(
     hub: Callable[[str, Path], None],
     stock: Path,

@@ -155,6 +155,7 @@ def assert_same_features(stock_encoder: PreTrainedModel, model: LoTLIPModel, inp
 # Pairs of towers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "vision"), PAIRS)
 def test_every_pair_of_backbones(text: str, vision: str, tmp_path: Path) -> None:
     model = lotlip(LoTLIPModel(tiny.config(text, vision)), tmp_path / "lotlip")
@@ -266,6 +267,7 @@ def test_poolings_that_no_stock_class_has(
     assert "train with pooling=" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("text", ["bert", "clip"])
 def test_precision_is_kept(text: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -622,6 +624,7 @@ HARD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split_special_tokens", [True, False])
 @pytest.mark.parametrize("split_sentences", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -720,6 +723,7 @@ def test_a_stock_tokenizer_stays(tmp_path: Path) -> None:
     assert (type(tokenizer), tokenizer.model_max_length, tokenizer.padding_side) == (BertTokenizer, 38, "right")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["bert", "roberta", "xlm-roberta", "clip"])
 def test_auto_tokenizer_beside_an_encoder_of_the_same_kind(backend: str, tmp_path: Path) -> None:
     """`AutoTokenizer` builds no tokenizer of its own for the encoder's type: `tokenizer.json` is taken as it is."""

@@ -524,6 +524,7 @@ def image_in_words(folder: Path) -> dict[str, Any]:
 READ_ONE_LONG = [sharegpt4v, docci, image_in_words]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("write", [*READ_ALL, *READ_ONE_LONG])
 def test_every_layout_is_read(

@@ -179,6 +179,7 @@ def whole_lotlip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LoTLIP
     return tiny_diffusion.save(folder, model, tiny_clip.clip_tokenizer()), model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "slot"), [("sd", "text_encoder"), ("sdxl", "text_encoder_2"), ("flux", "text_encoder")]
 )
@@ -436,6 +437,7 @@ def test_several_images_of_a_prompt(kind: str) -> None:
         torch.testing.assert_close(double, single.repeat_interleave(2, 0), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("offload", ["model", "group"])
 def test_offloading(kind: str, offload: str) -> None:
@@ -527,6 +529,7 @@ def inversion(seed: int = 0) -> dict[str, torch.Tensor]:
     return {"<toy>": torch.randn(2, tiny_diffusion.WIDTH, generator=torch.Generator().manual_seed(seed))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "slot"), [case for case in SLOTS if case[0] != "sd3"])
 def test_textual_inversion(kind: str, slot: str, caplog: pytest.LogCaptureFixture) -> None:
     stock, pipe = pipeline(kind), swapped(kind, slot)
@@ -549,6 +552,7 @@ def test_textual_inversion(kind: str, slot: str, caplog: pytest.LogCaptureFixtur
     assert "Lost words: 'red car'" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
 def test_textual_inversion_of_a_long_prompt(kind: str) -> None:
     pipe = swapped(kind, length=LONG)

@@ -196,6 +196,7 @@ def naive(folder: Path, pictures: list[Path]) -> tuple[torch.Tensor, torch.Tenso
     return tuple(torch.nn.functional.normalize(torch.cat(rows), dim=-1) for rows in (texts, images))
 
 
+@pytest.mark.slow
 def test_features_are_those_of_the_class(checkpoint: Path, pictures: list[Path]) -> None:
     model, processor = load_model(checkpoint, device="cpu")
     assert max_text_length(model, processor.tokenizer) == int((checkpoint / "limit").read_text())
@@ -220,6 +221,7 @@ def test_texts_that_are_cut_are_told_of(checkpoint: Path, caplog: pytest.LogCapt
     assert max(lengths) > min(limit, 80)
 
 
+@pytest.mark.slow
 def test_fingerprints(checkpoint: Path, tmp_path: Path) -> None:
     def fingerprints(pair: Any) -> tuple[str, str]:
         return fingerprint(*pair, "image"), fingerprint(*pair, "text")
@@ -316,6 +318,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_revisions(hub: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
     """Two commits that differ in configuration, weights, tokenizer and image processor."""
     older = hub.add(REPO, contents(official_checkpoint))
@@ -353,6 +356,7 @@ def test_revisions(hub: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
         load_model(tmp_path / "saved", revision="main")
 
 
+@pytest.mark.slow
 def test_a_push_while_loading_changes_nothing(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_clip.save_clip(tmp_path / "clip")
     first = hub.add(REPO, contents(tmp_path / "clip"))

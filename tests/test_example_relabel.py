@@ -37,6 +37,7 @@ def example() -> ModuleType:
     return load_script("examples/relabel_then_train.py")
 
 
+@pytest.mark.slow
 def test_descriptions_are_true_and_name_everything(example: ModuleType) -> None:
     scenes = [scene(index) for index in range(6)]
     descriptions = [example.description(one, 0) for one in scenes]

@@ -289,6 +289,7 @@ def test_lora_notices_an_adapter_that_lacks_something(
             lora_example.check(str(official_checkpoint), tmp_path, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text_backbone", tiny.TEXT_BACKBONES)
 @pytest.mark.parametrize("vision_backbone", tiny.VISION_BACKBONES)
 def test_lora_leaves_no_parameter_idle(lora_example: ModuleType, text_backbone: str, vision_backbone: str) -> None:

@@ -292,6 +292,7 @@ def test_results_and_training_reach_the_card(official_checkpoint: Path, tmp_path
     assert "From nowhere." in card.text
 
 
+@pytest.mark.slow
 def test_results_of_another_model_are_refused(official_checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     model, processor = load_model(official_checkpoint, device="cpu")
@@ -452,6 +453,7 @@ def test_what_cannot_be_known_is_not_claimed(hub: Hub, official_checkpoint: Path
     assert f"/{REPO}/commit/{hub_commit(hub)} is there, but it is not certain that all of it arrived" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", [DropRequest(after=1000), Answer(403), Answer(500)])
 def test_a_storage_that_takes_nothing(
     hub: Hub, official_checkpoint: Path, error: Callable[..., str], action: Any
@@ -494,6 +496,7 @@ def test_an_upload_that_breaks_publishes_nothing_and_goes_on(
     assert hub.files(REPO, "main").keys() == FILES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "advice"),
     [(401, "hf auth login"), (403, "write access"), (429, "try again later"), (500, "Push again")],
@@ -580,6 +583,7 @@ def test_what_cannot_be_published(tmp_path: Path, official_checkpoint: Path, err
 # Loading
 
 
+@pytest.mark.slow
 def test_every_auto_class_and_revisions(published: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
     first = hub_commit(published)
     changed(official_checkpoint, tmp_path / "changed", logit_scale_init_value=1.5)
@@ -746,6 +750,7 @@ def test_a_damaged_download_is_not_kept(published: Hub, official_checkpoint: Pat
     assert not published.faults[0].times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "pattern"),
     [

@@ -144,6 +144,7 @@ def assert_equal_outputs(model: Any, expected: dict[str, torch.Tensor]) -> None:
 # pipelines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_zero_shot_pipeline(checkpoint: Path, images: list[Path], batch_size: int) -> None:
     classify = pipeline("zero-shot-image-classification", model=str(checkpoint), batch_size=batch_size, device="cpu")
@@ -450,6 +451,7 @@ def test_example_in_two_processes_is_that_in_one(
 # PEFT (tests/test_finetune.py has the example's own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("towers", ["text", "vision", "both"])
 def test_lora_on_either_tower(kind: str, towers: str, tmp_path: Path) -> None:
@@ -512,6 +514,7 @@ QUANTIZATIONS: dict[str, tuple[Callable[..., Any], float]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("library", QUANTIZATIONS)
 def test_quantized_loading(kind: str, library: str, tmp_path: Path) -> None:
@@ -560,6 +563,7 @@ def test_quantized_by_torchao_saves_and_loads(tmp_path: Path) -> None:
 # accelerate's loading of models that do not fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_accelerate_loads_in_parts(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "sharded"
@@ -588,6 +592,7 @@ def test_accelerate_loads_in_parts(kind: str, tmp_path: Path) -> None:
     assert_equal_outputs(offloaded, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_accelerate_dispatches_a_checkpoint(kind: str, tmp_path: Path) -> None:
     # accelerate reads the names in the file, and transformers writes a ViT's older ones unless it is told.

@@ -162,6 +162,7 @@ def test_answers_are_what_each_image_alone_is_answered(
         assert set(answer.text.replace(".", " . ").replace(",", " , ").replace("?", " ? ").split()) <= set(WORDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ALONE)
 def test_images_without_a_prompt(kind: str, folder: Callable[[str], Path], images: list[Image.Image]) -> None:
     answers = ask(shared(folder(kind), ""), images)
@@ -193,6 +194,7 @@ def test_an_end_at_the_last_token_is_one(folder: Callable[[str], Path], images: 
     assert ask(asked, images, max_new_tokens=count)[place] == Answer(answer.text, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["blip", "blip2", "idefics3", "git"])
 @pytest.mark.parametrize(
     "options",

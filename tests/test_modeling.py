@@ -275,6 +275,7 @@ def test_compiles_to_machine_code() -> None:
     torch.testing.assert_close(answer.logits_per_image, expected.logits_per_image, **TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "pooling"), [("bert", "pooler"), ("bert", "mean"), ("clip", "eos")])
 def test_text_tower_is_exported_for_any_batch_and_length(backbone: str, pooling: str) -> None:
     model = _spread(LoTLIPTextModelWithProjection(tiny.text_config(backbone, pooling=pooling)))
@@ -529,6 +530,7 @@ def test_a_whole_model_is_unpadded_and_forgets_it_when_saved(tmp_path: Path) -> 
         torch.testing.assert_close(loaded(short, images, **arguments).loss, expected.loss, **EXACT)
 
 
+@pytest.mark.slow
 def test_compiled_texts_keep_their_padding() -> None:
     model, (ids, mask) = text_model(), texts_of_lengths(12, 5, 8)
     model.set_attn_implementation("unpadded")
@@ -754,6 +756,7 @@ def _settings(config: dict) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_every_combination_is_saved_and_loaded(text_backbone: str, vision_backbone: str, tmp_path: Path) -> None:
     model = dual_model(text_backbone, vision_backbone)
     model.save_pretrained(tmp_path)
@@ -832,6 +835,7 @@ def stock_backbone(config) -> nn.Module:
     return _spread(AutoModel.from_config(config.backbone_config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("from_folder", [True, False])
 def test_from_backbones(text_backbone: str, vision_backbone: str, from_folder: bool, tmp_path: Path) -> None:
     text = stock_backbone(tiny.text_config(text_backbone))

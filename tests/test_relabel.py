@@ -208,6 +208,7 @@ def test_the_statistics_are_those_of_the_texts(pictures: Path, tokenizer: str, t
         assert len(histograms.convert("L").getcolors(1 << 20)) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("embed_images", [False, True])
 def test_datasets_reads_the_folder_as_it_is(
     embed_images: bool, pictures: Path, tokenizer: str, tmp_path: Path
@@ -220,6 +221,7 @@ def test_datasets_reads_the_folder_as_it_is(
     assert dataset[3]["image"].size == Image.open(pictures / "3.png").size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["parquet", "webdataset"])
 def test_bytes_of_images_are_the_files(format: str, pictures: Path, tokenizer: str, tmp_path: Path) -> None:
     run(config(pictures, tmp_path / "out", tokenizer, embed_images=True, format=format))
@@ -378,6 +380,7 @@ def test_policies(policy: str, pictures: Path, tokenizer: str, tmp_path: Path) -
     assert statistics["captions"][1][kind] == {"refusal": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("retry", "asked"), [({}, 1), ({"repetition_penalty": 1.2}, 2), ({"temperature": 0.1}, 3)])
 def test_greedy_captions_are_not_asked_for_again_in_vain(
     retry: dict[str, float], asked: int, pictures: Path, tokenizer: str, tmp_path: Path
@@ -481,6 +484,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["parquet", "webdataset"])
 def test_stopped_anywhere_it_ends_in_the_same_bytes(
     format: str, pictures: Path, tokenizer: str, tmp_path: Path
@@ -906,6 +910,7 @@ def test_models_of_transformers(
     assert len({row["long_captions"][0] for row in written.values()}) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("endpoint")
 def test_an_endpoint_that_stumbles(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
     """Late answers, 429, 500, connections cut and reset, half a JSON and garbage: nothing is lost, nothing differs."""
@@ -927,6 +932,7 @@ def test_an_endpoint_that_stumbles(pictures: Path, tokenizer: str, tmp_path: Pat
         assert row["captions"][0]["reasons"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("endpoint")
 def test_an_endpoint_that_stays_down(
     pictures: Path, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -205,6 +205,7 @@ def test_shapes_patterns_and_counts_look_different() -> None:
     assert len(pictures) == len(variants)
 
 
+@pytest.mark.slow
 def test_held_out_groups_differ_in_what_only_long_captions_tell() -> None:
     for split in ("validation", "test"):
         scenes = [scene(index, split=split) for index in range(1200)]

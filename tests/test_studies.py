@@ -246,6 +246,7 @@ def test_a_model_without_flops(lotlip: Pair, tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "length.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_length_study_keeps_embeddings(lotlip: Pair, tmp_path: Path) -> None:
     data = retrieval_data()
     first = length_study(*lotlip, data, [5, 20], cache=tmp_path, batch_size=3, progress=False)
@@ -271,6 +272,7 @@ class Bars:
         return bar
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", [length_study, sentence_ablation])
 def test_one_bar_and_one_warning(
     study: Any, clip: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -296,6 +298,7 @@ def test_one_bar_and_one_warning(
     assert len(own_bars.shown) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", [length_study, sentence_ablation])
 def test_what_is_known_is_not_computed_again(
     study: Any, lotlip: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

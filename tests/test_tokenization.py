@@ -148,6 +148,7 @@ def test_the_shortcut_for_plain_text_changes_nothing() -> None:
         assert clean(text) == official_clean(text)
 
 
+@pytest.mark.slow
 def test_the_shortcut_for_ordinary_text_changes_nothing() -> None:
     """`clean` knows what ftfy does to the punctuation of captions, and to letters of Latin-1 that stand alone."""
     punctuation, latin = "\xa0–—‘’“”…", [chr(code) for code in range(0xA1, 0x100)]
@@ -429,6 +430,7 @@ def long_texts(count: int, seed: int) -> list[str]:
     return texts + ["".join(generator.choices(LONG_PIECES, k=generator.randint(0, 150))) for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_beginning_of_a_long_text_is_enough(settings: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a call gives is what it gives when the whole texts are tokenised and then cut."""
@@ -472,6 +474,7 @@ def test_of_a_long_text_little_is_tokenised(tokenizer: LoTLIPTokenizer, monkeypa
     assert given == [4999, 5003]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_ids_by_word_are_those_of_a_call(settings: dict[str, bool]) -> None:
     tokenizer = LoTLIPTokenizer.from_pretrained(GOLDEN, model_max_length=126, **settings)
@@ -506,6 +509,7 @@ def test_ids_by_word_of_other_tokenizers(tokenizer: LoTLIPTokenizer) -> None:
     assert bare.encode_unpadded(["a"]) == ([bare.convert_tokens_to_ids(["a", "[SEP]"])], [False])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "piece",
     [

@@ -994,6 +994,7 @@ def test_a_locked_tower_stays_bit_for_bit(backbone: str, unlocked: int, start: P
         assert moved & tower <= last | behind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["vit", "dinov2", "siglip", "clip"])
 @pytest.mark.parametrize("num_long_texts", [0, 2])
 def test_every_trained_parameter_has_a_gradient(
@@ -1043,6 +1044,7 @@ def test_a_run_of_two_encoders(start: Path, tmp_path: Path) -> None:
     assert AutoProcessor.from_pretrained(saved).tokenizer.model_max_length == 20
 
 
+@pytest.mark.slow
 def test_a_run_of_a_clips_two_encoders(start: Path, tmp_path: Path) -> None:
     """CLIP's own tokenizer and [EOT] pooling; corner tokens are learnt behind [EOT]."""
     tiny_clip.save_clip(tmp_path / "clip")
