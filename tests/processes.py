@@ -98,8 +98,7 @@ class Started:
             if any(process.exitcode for process in self.processes):
                 end = min(end, monotonic() + 15)
             if monotonic() > end:
-                for process in self.processes:
-                    process.kill()
+                self.send_signal(signal.SIGKILL)
             sleep(0.02)
         return self.written()
 
@@ -109,8 +108,7 @@ class Started:
         while not is_so():
             assert all(process.exitcode is None for process in self.processes), self.written().text
             if monotonic() > end:
-                for process in self.processes:
-                    process.kill()
+                self.send_signal(signal.SIGKILL)
                 pytest.fail(f"Not within {TIME_LIMIT} seconds: {self.written().text}")
             sleep(0.005)
 
