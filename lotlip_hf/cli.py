@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from .data.relabel_config import add_arguments as add_relabel_arguments
 from .data.relabel_config import read_config
+from .files import printable
 
 EXIT_STATUS = """\
 exit status:
@@ -226,7 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from .search import build_index, check_picture, encode_query, printable, save_grid
+    from .search import build_index, check_picture, encode_query, save_grid
 
     if arguments.save_grid:
         check_picture(arguments.save_grid)
@@ -474,8 +475,6 @@ def _load(arguments: argparse.Namespace):  # noqa: ANN202
 
 
 def _report_skipped(skipped: dict[str, str]) -> None:
-    from .search import printable
-
     if skipped:
         print(f"{len(skipped)} {'image was' if len(skipped) == 1 else 'images were'} skipped:", file=sys.stderr)
         for name, reason in skipped.items():

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedModel
 
 from .encoding import encode_texts, iterate_image_embeddings
+from .files import printable
 from .images import ImageError, find_images, image_extensions, load_image
 from .store import EmbeddingStore, fingerprint
 
@@ -328,11 +329,6 @@ def save_grid(results: Sequence[SearchResult], output: str | os.PathLike, title:
             name = f"{names[number][:kept]}...{names[number][-kept:]}"
         draw.text((left, upper + side + 37), name, "#606060", name_font)
     canvas.save(output)
-
-
-def printable(name: str | os.PathLike) -> str:
-    """A file's name on one line, whatever characters it holds."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in os.fspath(name))
 
 
 def _font(size: int, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -1,58 +1,25 @@
-"""What a run keeps as it goes: journals that survive being killed, and files that are there whole or not at all."""
+"""What a run keeps as it goes: journals that survive being killed."""
 
 import contextlib
 import json
 import os
 import threading
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-PARTIAL = ".partial"
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """
-    A file to write that takes its name when it is whole, whenever the process or the machine stops.
-
-    Args:
-        path: The file; what there is stays until then.
-
-    Raises:
-        OSError: if it cannot be written; the message names it.
-    """
-    # several processes may write the same
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:  # not one that says already what happened
-            raise _unwritten(path, error) from error
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value by [`replacing`]."""
-    with replacing(path) as file:
-        file.write(json.dumps(value, ensure_ascii=False, indent=1).encode())
+from ..files import PARTIAL, parse_json
 
 
 def read_json(path: Path) -> Any:
     """
-    Reads what [`write_json`] wrote.
+    Reads what [`~lotlip_hf.files.write_json`] wrote.
 
     Raises:
         ValueError: if it is no JSON; the message names the file and says what to do.
     """
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: damaged ({error}). Choose another --output.") from error
 

@@ -30,11 +30,12 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..evaluation.plots import check_plot
+from ..files import PARTIAL, replacing, write_json
 from ..images import ImageError, find_images
 from .caption_quality import judge
 from .captioners import Answer, Captioner, CaptionerConfig
 from .collator import RecordError, read_image
-from .journal import PARTIAL, Journal, read_json, replacing, write_json
+from .journal import Journal, read_json
 from .records import load_records
 from .relabel_card import HISTOGRAMS, merge_statistics, shard_statistics, write_card
 from .relabel_config import NO_ANSWER, RelabelConfig

@@ -11,8 +11,8 @@ from huggingface_hub import DatasetCardData
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.plots import COLOURS, figure, save, wrapped
+from ..files import replacing, write_json
 from .caption_quality import REASONS
-from .journal import replacing, write_json
 from .relabel_config import NO_ANSWER, RelabelConfig
 from .sampling import split_sentences
 from .shards import SUFFIXES

@@ -1,0 +1,157 @@
+"""Files and names that others wrote: what may be opened, how much is read, what is shown; and files written whole."""
+
+import contextlib
+import json
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+PARTIAL = ".partial"
+
+
+class OutsideError(ValueError):
+    """A path that leads out of the folder that it must lie in."""
+
+
+def printable(value: object) -> str:
+    """
+    A text as one line that a terminal shows and does not act on.
+
+    Args:
+        value (`object`): a text, a path, or anything with `str()`.
+
+    Returns:
+        `str`: the text; control characters, line ends and marks of writing direction are spelt as escapes.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.files import printable
+
+    >>> printable("cat\\x1b[2J.png")
+    'cat\\\\x1b[2J.png'
+    ```
+    """
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in str(value))
+
+
+def inside(folder: str | os.PathLike, path: str | os.PathLike) -> str:
+    """
+    The path of a file that must lie in a folder, links followed.
+
+    Args:
+        folder (`str` or `os.PathLike`): the folder.
+        path (`str` or `os.PathLike`): relative to the folder, or absolute.
+
+    Returns:
+        `str`: `folder` and `path` joined.
+
+    Raises:
+        OutsideError: if the file lies elsewhere.
+        ValueError: if it is no path at all.
+    """
+    joined = os.path.join(folder, path)
+    root, target = os.path.realpath(folder), os.path.realpath(joined)
+    if os.path.commonpath((root, target)) != root:
+        raise OutsideError(f"{printable(path)} leads out of {printable(folder)}.")
+    return joined
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """
+    Opens a file to read, unless it is a device, a pipe or a folder; never waits for a writer.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+
+    Returns:
+        `BinaryIO`: the open file.
+
+    Raises:
+        OSError: if it cannot be opened.
+        ValueError: if it is not a regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{printable(path)}: not a regular file.")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: str | os.PathLike, limit: int) -> bytes:
+    """
+    Reads a file whole, unless it is too large.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+        limit (`int`): the most bytes that are read.
+
+    Returns:
+        `bytes`: its contents.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is larger, or not a regular file.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else b""
+        if len(content) > limit or (not content and os.fstat(file.fileno()).st_size):
+            raise ValueError(f"{printable(path)}: larger than {limit:,} bytes.")
+        return content
+
+
+def parse_json(data: str | bytes) -> Any:
+    """
+    Parses JSON of a stranger.
+
+    Args:
+        data (`str` or `bytes`): the text.
+
+    Returns:
+        `Any`: the value.
+
+    Raises:
+        ValueError: if it is not JSON, not Unicode, or nested deeper than Python's parser goes.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """
+    A file to write that takes its name when it is whole, whenever the process or the machine stops.
+
+    Args:
+        path (`Path`): the file; what there is stays until then. A link there is replaced, not followed.
+
+    Raises:
+        OSError: if it cannot be written; the message names it.
+    """
+    # several processes may write the same
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:  # not one that says already what happened
+            raise OSError(f"{path}: cannot be written ({error.strerror or error}).") from error
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value by [`replacing`]."""
+    with replacing(path) as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=1).encode())
