@@ -12,7 +12,6 @@ positions, and starts out as precisely that CLIP.
 
 import argparse
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +44,10 @@ from lotlip_hf import (
     LoTLIPVisionConfig,
 )
 from lotlip_hf.clip import KEPT_POSITIONS, Stretch, stretch_positions, stretch_text_model
+from lotlip_hf.files import all_or_nothing, printable
+from lotlip_hf.terminal import run
 
-from .common import ConversionError, all_or_nothing, check_output, one_line, quiet, read_json, same_bits
+from .common import ConversionError, check_output, one_line, quiet, read_json, same_bits
 from .open_clip import LEGACY_EOS_TOKEN_ID, Activation, read_open_clip
 
 # Stock classes of CLIP -> what they become
@@ -370,7 +371,7 @@ def _load(model_class: type[PreTrainedModel], source: str | Path, subfolder: str
     model, info = loaded
     problems = [f"{kind}: {key}" for kind, keys in info.items() for key in sorted(map(str, keys))]
     if problems:
-        listed = "\n  ".join(problems)
+        listed = "\n  ".join(map(printable, problems))
         raise ConversionError(f"{place}: not a complete {model_class.__name__}:\n  {listed}")
     return model.eval()
 
@@ -560,6 +561,10 @@ def _text_answers(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
+    return run("lotlip_hf.conversion.clip", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lotlip_hf.conversion.clip", description="CLIP, open_clip's and Long-CLIP included, to LoTLIP."
     )
@@ -578,13 +583,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the corner tokens; by default %(default)s")
     parser.add_argument("--output", required=True, help="folder to make")
     arguments = parser.parse_args(argv)
-    try:
-        written, summary = _convert(**vars(arguments))
-    except (ConversionError, OSError) as error:
-        print(f"lotlip_hf.conversion.clip: error: {error}", file=sys.stderr)
-        return 2
+    written, summary = _convert(**vars(arguments))
     print(f"Wrote {written}\n{summary}")
-    return 0
 
 
 if __name__ == "__main__":

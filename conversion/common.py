@@ -1,7 +1,6 @@
 """What the converters share: their error, reading configurations, loading strictly, and writing all or nothing."""
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from lotlip_hf import (
     LoTLIPVisionModel,
     LoTLIPVisionModelWithProjection,
 )
+from lotlip_hf.files import printable
 from lotlip_hf.modeling.loading_lotlip import checked_download
 
 # By its configuration, what a checkpoint may be; the first where the configuration does not say which
@@ -36,7 +36,7 @@ class ConversionError(ValueError):
     """A checkpoint or configuration that cannot be converted exactly. The message says what is wrong and where."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error's message without line breaks."""
     return " ".join(str(error).split())
 
@@ -120,16 +120,6 @@ def check_output(output: str | Path) -> Path:
     return target
 
 
-@contextmanager
-def all_or_nothing(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write to; what is there at the end, if no error came, becomes `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        path = Path(temporary) / target.name
-        yield path
-        path.replace(target)
-
-
 def local_folder(model: str | Path) -> Path:
     """
     The folder of a checkpoint: itself, or of a Hub id what has been fetched.
@@ -177,6 +167,6 @@ def load_checkpoint(folder: str | Path) -> PreTrainedModel:
     model, info = loaded
     problems = [f"{kind}: {key}" for kind, keys in info.items() for key in sorted(map(str, keys))]
     if problems:
-        listed = "\n  ".join(problems)
+        listed = "\n  ".join(map(printable, problems))
         raise ConversionError(f"{folder}: not a complete LoTLIP checkpoint:\n  {listed}")
     return model

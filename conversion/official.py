@@ -10,7 +10,6 @@ The official LoTLIP checkpoints (an open_clip fork, github.com/wuw2019/LoTLIP) t
 import argparse
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,11 +28,12 @@ from lotlip_hf import (
     LoTLIPTokenizer,
     LoTLIPVisionConfig,
 )
+from lotlip_hf.files import all_or_nothing, printable, replacing
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
+from lotlip_hf.terminal import run
 
 from .common import (
     ConversionError,
-    all_or_nothing,
     check_output,
     load_checkpoint,
     one_line,
@@ -296,7 +296,7 @@ def from_official(state_dict: Mapping[str, torch.Tensor], model: LoTLIPModel) ->
         if tensor.dtype != common
     ]
     if problems:
-        listed = "\n  ".join(problems)
+        listed = "\n  ".join(map(printable, problems))
         raise ConversionError(f"{len(problems)} tensors do not fit the configuration:\n  {listed}")
     return converted
 
@@ -488,8 +488,12 @@ def reverse(checkpoint: str | Path, output: str | Path) -> Path:
     unplaced = sorted(placed ^ model.state_dict().keys())
     if unplaced:
         raise ConversionError(f"{checkpoint}: not as in the official layout: {', '.join(unplaced)}.")
-    with all_or_nothing(target) as path:
-        torch.save({"state_dict": {PREFIX + name: tensor for name, tensor in to_official(model).items()}}, path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as file:
+        try:
+            torch.save({"state_dict": {PREFIX + name: tensor for name, tensor in to_official(model).items()}}, file)
+        except RuntimeError as error:  # PyTorch's own, of a file whose end could not be written either
+            raise OSError(f"{target}: cannot be written ({one_line(error.__context__ or error)}).") from error
     return Path(output)
 
 
@@ -509,6 +513,10 @@ def _summary(folder: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
+    return run("lotlip convert", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="lotlip convert", description="Official LoTLIP checkpoints to transformers, and back."
     )
@@ -524,17 +532,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.reverse and (arguments.open_clip_config or arguments.tokenizer):
         parser.error("--reverse takes --checkpoint and --output only")
-    try:
-        if arguments.reverse:
-            written = reverse(arguments.checkpoint, arguments.output)
-            print(f"Wrote {written}")
-        else:
-            written = convert(arguments.checkpoint, arguments.open_clip_config, arguments.tokenizer, arguments.output)
-            print(f"Wrote {written}\n{_summary(written)}")
-    except (ConversionError, OSError) as error:
-        print(f"lotlip convert: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if arguments.reverse:
+        written = reverse(arguments.checkpoint, arguments.output)
+        print(f"Wrote {written}")
+    else:
+        written = convert(arguments.checkpoint, arguments.open_clip_config, arguments.tokenizer, arguments.output)
+        print(f"Wrote {written}\n{_summary(written)}")
 
 
 if __name__ == "__main__":

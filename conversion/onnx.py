@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import logging
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +28,11 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from lotlip_hf import LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
+from lotlip_hf.files import all_or_nothing
 from lotlip_hf.onnx import FILES, LOGIT_SCALE, LoTLIPOnnxModel, missing_packages
+from lotlip_hf.terminal import run
 
-from .common import ConversionError, all_or_nothing, check_output, load_checkpoint, local_folder, one_line, quiet
+from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line, quiet
 
 # The largest difference from PyTorch's features, in units of a feature's norm
 TOLERANCE = 1e-4
@@ -410,27 +411,26 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
+    return run("lotlip export onnx", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="lotlip export onnx", description=DESCRIPTION)
     _add_arguments(parser)
     arguments = parser.parse_args(argv)
-    try:
-        written = convert(
-            arguments.model,
-            arguments.output,
-            arguments.quantize,
-            arguments.opset,
-            arguments.towers,
-            report=lambda line: print(line, flush=True),
-        )
-    except (ConversionError, OSError) as error:
-        print(f"lotlip export onnx: error: {error}", file=sys.stderr)
-        return 2
+    written = convert(
+        arguments.model,
+        arguments.output,
+        arguments.quantize,
+        arguments.opset,
+        arguments.towers,
+        report=lambda line: print(line, flush=True),
+    )
     print(f"Wrote {written.folder}, opset {written.opset}")
     for tower in written.towers:
         precision = "float32" if tower.cosine is None else f"int8, cosines to float32 from {tower.cosine:.4f} up"
         print(f"  {tower.file}: {tower.size / 1e6:,.1f} MB, {precision}")
     print(f"  {', '.join(written.processor) or 'no tokenizer and no image processor: the checkpoint has none'}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 from transformers.initialization import no_init_weights
 
 from lotlip_hf.clip import KEPT_POSITIONS
+from lotlip_hf.files import printable
 
 from .common import ConversionError, one_line, option, read_json, section, whole
 from .official import DTYPES, PREFIX, read_official_state_dict
@@ -471,7 +472,7 @@ def from_open_clip(
             tensor = tensor.t()
         converted.update(zip(names, [tensor] if len(names) == 1 else tensor.chunk(len(names)), strict=True))
     if problems:
-        listed = "\n  ".join(problems)
+        listed = "\n  ".join(map(printable, problems))
         raise ConversionError(f"{source}: {len(problems)} tensors do not fit the configuration:\n  {listed}")
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in converted.values()})
     return {name: tensor.to(dtype).clone(memory_format=torch.contiguous_format) for name, tensor in converted.items()}

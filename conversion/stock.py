@@ -17,7 +17,6 @@ import argparse
 import copy
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +56,10 @@ from lotlip_hf import (
     LoTLIPVisionModelWithProjection,
 )
 from lotlip_hf.clip import clip_text_model
+from lotlip_hf.files import all_or_nothing
+from lotlip_hf.terminal import run
 
-from .common import ConversionError, all_or_nothing, check_output, load_checkpoint, local_folder, one_line, quiet
+from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line, quiet
 
 # The largest difference between features of the checkpoint and of the export, in units of a feature's norm
 TOLERANCE = 1e-6
@@ -631,6 +632,10 @@ def _random_images(config: LoTLIPVisionConfig, model: PreTrainedModel) -> torch.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
+    return run("lotlip_hf.conversion.stock", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lotlip_hf.conversion.stock", description="A LoTLIP checkpoint to stock transformers classes."
     )
@@ -642,11 +647,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write a stock tokenizer even if LoTLIP's cleans texts, which it then does not",
     )
     arguments = parser.parse_args(argv)
-    try:
-        written = convert(arguments.model, arguments.output, arguments.without_text_cleaning)
-    except (ConversionError, OSError) as error:
-        print(f"lotlip_hf.conversion.stock: error: {error}", file=sys.stderr)
-        return 2
+    written = convert(arguments.model, arguments.output, arguments.without_text_cleaning)
     dtype = str(written.dtype).removeprefix("torch.")
     print(
         f"Wrote {written.folder}\n"
@@ -656,7 +657,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for remark in written.remarks:
         print(f"  {remark}")
-    return 0
 
 
 if __name__ == "__main__":

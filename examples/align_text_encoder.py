@@ -40,6 +40,7 @@ from transformers.utils import logging as transformers_logging
 from lotlip_hf import LoTLIPTextEncoder, LoTLIPTextModel
 from lotlip_hf.alignment import MEASURES, Alignment, Batch, Words, tokenize_words
 from lotlip_hf.modeling.tokenization_lotlip import clean
+from lotlip_hf.terminal import printable_output
 from lotlip_hf.text_encoder import pipeline_target_layer
 
 ADAPTERS = ("linear", "mlp", "resampler")
@@ -315,6 +316,7 @@ def draw(report: Report, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> Report:
     """Trains, saves and reports as the command line says; answers with the report."""
     args = parse_arguments(argv)

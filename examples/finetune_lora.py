@@ -28,6 +28,7 @@ import lotlip_hf  # noqa: F401  (registers LoTLIP with the Auto classes)
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.records import MAPPINGS, load_records
 from lotlip_hf.data.scenes import scenes_dataset
+from lotlip_hf.terminal import printable_output
 from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale, embed
 
 PROJECTIONS = ("text_projection", "visual_projection")
@@ -110,6 +111,7 @@ def check(model: str, folder: Path, batch: dict[str, Any]) -> None:
     torch.testing.assert_close(merged.logit_scale, adapted.logit_scale, rtol=0, atol=0)
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> Path:
     """Fine-tunes and saves as the command line says; answers with the folder of the merged checkpoint."""
     args = parse_arguments(argv)

@@ -34,6 +34,7 @@ from lotlip_hf import LoTLIPModel
 from lotlip_hf.data.records import MAPPINGS, load_records
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
 from lotlip_hf.data.scenes import scenes_dataset
+from lotlip_hf.terminal import printable_output
 
 WHOLE_CAPTIONS = CaptionSampling(num_long_texts=1, num_sentences=None)
 
@@ -110,6 +111,7 @@ def retrieval(table: Dataset) -> SequentialEvaluator:
     return SequentialEvaluator(evaluators)
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> Path:
     """Fine-tunes and saves as the command line says; answers with the folder of the checkpoint."""
     parser = HfArgumentParser(

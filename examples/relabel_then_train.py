@@ -58,6 +58,7 @@ from lotlip_hf.data.scenes import (
     short_caption,
 )
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
+from lotlip_hf.terminal import printable_output
 from lotlip_hf.training.arguments import TrainingConfig
 from lotlip_hf.training.log import read_log
 from lotlip_hf.training.loop import train
@@ -292,6 +293,7 @@ def print_table(results: dict[str, dict[str, float]]) -> None:
         print(f"  {name:30} {values['image_to_text_r1']:14.1%} {values['text_to_image_r1']:14.1%}")
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw, train a captioner, relabel, train LoTLIP with and without the new captions, measure.
 

@@ -23,6 +23,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lotlip_hf.clip import stretch_text_model
 from lotlip_hf.diffusion import TextEncoder, swap_text_encoder
+from lotlip_hf.terminal import printable_output
 
 PROMPT = (
     "A wooden table in front of a window. On its left stands a blue vase with seven yellow tulips, and beside it lies "
@@ -138,6 +139,7 @@ def check_files(args: argparse.Namespace) -> None:
         raise ValueError(f"--output {args.output}: its folder cannot be made ({error}).") from error
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> Path:
     """Draws before the swap and after it as the command line says; answers with the picture's path."""
     args = parse_arguments(argv)

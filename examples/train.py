@@ -20,11 +20,13 @@ from collections.abc import Sequence
 
 from accelerate import PartialState
 
+from lotlip_hf.terminal import printable_lines, printable_output
 from lotlip_hf.training.arguments import parse_arguments
 from lotlip_hf.training.loop import train
 from lotlip_hf.training.setup import load_data, load_or_start_model
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and say where the checkpoint is; 2 after an error, which is said in one line; 130 after Ctrl-C."""
     try:
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         records, eval_records = load_data(config)
         checkpoint = train(model, processor, records, config, eval_records)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

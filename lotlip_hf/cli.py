@@ -10,6 +10,7 @@ from importlib.metadata import version
 from .data.relabel_config import add_arguments as add_relabel_arguments
 from .data.relabel_config import read_config
 from .files import printable
+from .terminal import run
 
 EXIT_STATUS = """\
 exit status:
@@ -30,42 +31,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: the exit status, as in `lotlip --help`.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        # A file's name may hold bytes that are no text in this encoding.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
-    logger = logging.getLogger("lotlip_hf")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("lotlip: %(message)s"))
-    logger.addHandler(handler)
-    try:
-        if argv[:1] == ["convert"]:
-            # The conversions have their own arguments.
-            from .conversion.official import main as convert
+    return run("lotlip", lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
 
-            status = convert(argv[1:]) or 0
-        elif argv[:2] == ["export", "onnx"]:
-            from .conversion.onnx import main as export
 
-            status = export(argv[2:]) or 0
-        else:
-            arguments = build_parser().parse_args(argv)
-            status = arguments.run(arguments)
-        sys.stdout.flush()  # here, where its errors are met
-        return status
-    except KeyboardInterrupt:
-        print("lotlip: interrupted.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Who reads the output has enough (`| head`). What is left in the buffer goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (ImportError, OSError, ValueError) as error:
-        print(f"lotlip: error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        logger.removeHandler(handler)
+def _dispatch(argv: list[str]) -> int | None:
+    # The conversions have their own arguments.
+    if argv[:1] == ["convert"]:
+        from .conversion.official import main as convert
+
+        return convert(argv[1:])
+    if argv[:2] == ["export", "onnx"]:
+        from .conversion.onnx import main as export
+
+        return export(argv[2:])
+    arguments = build_parser().parse_args(argv)
+    return arguments.run(arguments)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -298,7 +278,7 @@ def _push(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         folder = write_repository(arguments.checkpoint, arguments.dry_run, arguments.repo_id, **settings)
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            print(f"{file.stat().st_size:>13,}  {file.relative_to(folder)}")
+            print(f"{file.stat().st_size:>13,}  {printable(file.relative_to(folder))}")
         print(f"{folder} is what would be published as {arguments.repo_id}.")
         return 0
     commit = push(
@@ -483,7 +463,7 @@ def _report_skipped(skipped: dict[str, str]) -> None:
     if skipped:
         print(f"{len(skipped)} {'image was' if len(skipped) == 1 else 'images were'} skipped:", file=sys.stderr)
         for name, reason in skipped.items():
-            print(f"  {printable(name)}: {reason}", file=sys.stderr)
+            print(f"  {printable(name)}: {printable(reason)}", file=sys.stderr)
 
 
 def _positive(text: str) -> int:

@@ -6,10 +6,13 @@ import logging
 import os
 import re
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
@@ -232,6 +235,32 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.errno is not None:  # not one that says already what happened
             raise OSError(f"{path}: cannot be written ({error.strerror or error}).") from error
         raise
+
+
+@contextlib.contextmanager
+def all_or_nothing(target: Path) -> Iterator[Path]:
+    """
+    A path to write a folder or file to that becomes `target` when it is whole.
+
+    Args:
+        target (`Path`): a name that is free, or an empty folder.
+
+    Raises:
+        OSError: if it cannot be written; the message names it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        path = Path(temporary) / target.name
+        try:
+            yield path
+            path.replace(target)
+        except Exception as error:
+            # safetensors has an error of its own for what cannot be written, and tokenizers raises `Exception` itself
+            if isinstance(error, SafetensorError) or type(error) is Exception:
+                raise OSError(f"{target}: cannot be written ({printable(error)}).") from error
+            if isinstance(error, OSError) and error.errno is not None:
+                raise OSError(f"{target}: cannot be written ({error.strerror or error}).") from error
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:

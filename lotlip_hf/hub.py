@@ -32,6 +32,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import AutoProcessor
 
 from .encoding import load_model
+from .files import all_or_nothing
 from .modeling.loading_lotlip import checked_download
 from .modeling.modeling_lotlip import LoTLIPModel
 from .store import fingerprint
@@ -220,7 +221,9 @@ def write_repository(
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists already: choose another name or remove it.")
-    _write(output, *_loaded(model_or_path, processor), repo_id, card or CardFields(), max_shard_size)
+    model, own_processor, source = _loaded(model_or_path, processor)
+    with all_or_nothing(output.resolve()) as folder:
+        _write(folder, model, own_processor, source, repo_id, card or CardFields(), max_shard_size)
     return output
 
 

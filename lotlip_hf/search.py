@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedModel
 
 from .encoding import encode_texts, iterate_image_embeddings
-from .files import printable
+from .files import printable, replacing
 from .images import ImageError, find_images, image_extensions, load_image
 from .store import EmbeddingStore, fingerprint
 
@@ -340,7 +341,10 @@ def save_grid(results: Sequence[SearchResult], output: str | os.PathLike, title:
             kept -= 1
             name = f"{names[number][:kept]}...{names[number][-kept:]}"
         draw.text((left, upper + side + 37), name, "#606060", name_font)
-    canvas.save(output)
+    picture = io.BytesIO()
+    canvas.save(picture, Image.registered_extensions()[Path(output).suffix.lower()])
+    with replacing(Path(output)) as file:
+        file.write(picture.getvalue())
 
 
 def _font(size: int, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -28,6 +28,7 @@ from lotlip_hf.data.sampling import split_sentences
 from lotlip_hf.data.scenes import long_captions, render, scene, short_caption
 from lotlip_hf.encoding import iterate_image_embeddings, iterate_text_embeddings, load_model, max_text_length
 from lotlip_hf.images import ImageError, load_image
+from lotlip_hf.terminal import printable_lines, printable_output
 
 MAX_IMAGES = 1000
 MAX_SENTENCES = 50
@@ -436,13 +437,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Loads the models and serves the page until it is interrupted."""
     arguments = parse_arguments(argv)
     try:
         encoders = [load_encoder(name) for name in (arguments.model, arguments.compare) if name]
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {printable_lines(error)}") from error
     with tempfile.TemporaryDirectory() as folder:
         page = build(encoders, draw_examples(folder))
         try:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..distributed import gather_lists, rank, world_size
 from ..encoding import iterate_image_embeddings, iterate_text_embeddings, max_text_length, warn_of_cut_texts
-from ..files import own_folder, read_regular, replacing
+from ..files import own_folder, printable, read_regular, replacing
 from ..images import ImageError, ImageSource, load_image
 from ..store import fingerprint
 from .data import IncompleteDataError
@@ -218,7 +218,7 @@ def _refuse(errors: list[str], count: int) -> None:
         more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""
         raise IncompleteDataError(
             f"{len(errors)} of {count} images cannot be read, and nothing is scored on the others alone; put whole "
-            "files in their place:\n  " + "\n  ".join(sorted(errors)[:10]) + more
+            "files in their place:\n  " + "\n  ".join(map(printable, sorted(errors)[:10])) + more
         )
 
 

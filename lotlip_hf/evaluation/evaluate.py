@@ -1,6 +1,5 @@
 """One evaluation from a model and a data set to a file of results."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from ..encoding import encode_texts, max_text_length
+from ..files import printable, replacing
 from ..store import fingerprint
 from .data import ClassificationData, RetrievalData
 from .embeddings import embed_images, embed_texts, image_digests
@@ -250,22 +250,15 @@ def write_results(results: dict[str, Any], output: str | os.PathLike) -> None:
     Raises:
         OSError: if it cannot be written; the message names it.
     """
-    output = Path(output)
-    partial = output.with_name(f"{output.name}.partial")
-    try:
-        partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, output)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise OSError(f"{output}: the results cannot be written there ({error.strerror}).") from error
+    with replacing(Path(output)) as file:
+        file.write((json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def results_table(results: dict[str, Any]) -> str:
     """Results as text: a row for each direction of a retrieval, one of accuracies, or those of a study."""
     protocol, dataset = results["protocol"], results["dataset"]
     title = f"{results['model']} on {dataset['name']}" + (f" ({dataset['split']})" if dataset["split"] else "")
-    title += f": {protocol['num_images']} images, "
+    title = f"{printable(title)}: {protocol['num_images']} images, "
     if "study" in results:
         return f"{title}{protocol['num_texts']} texts\n" + study_table(results["study"], results["rows"])
     head, rows = metric_table(results["task"], results["metrics"])

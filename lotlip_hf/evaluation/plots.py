@@ -5,6 +5,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -72,7 +74,8 @@ def save(figure: "Figure", file: str | os.PathLike) -> None:
         ValueError, OSError: as [`check_plot`], or if it cannot be written.
     """
     check_plot(file)
-    figure.savefig(file, dpi=120)
+    with replacing(Path(file)) as picture:
+        figure.savefig(picture, format=Path(file).suffix[1:].lower(), dpi=120)
 
 
 def wrapped(text: str, width: int) -> str:

@@ -15,6 +15,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 
 from ..embed import check_output
+from ..files import replacing
 from ..hub import read_results
 from .benchmarks import TASKS
 from .plots import COLOURS, DIRECTIONS, check_plot, figure, save, wrapped
@@ -404,7 +405,8 @@ def write_report(
     if picture is not None and plot_file is not None:
         save(picture, plot_file)
     if model_index_file is not None:
-        Path(model_index_file).write_text(metadata, encoding="utf-8")
+        with replacing(Path(model_index_file)) as file:
+            file.write(metadata.encode())
     return tables
 
 
