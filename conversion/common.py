@@ -22,6 +22,7 @@ from lotlip_hf import (
     LoTLIPVisionModelWithProjection,
 )
 from lotlip_hf.files import printable
+from lotlip_hf.loading import check_config, check_shards
 from lotlip_hf.modeling.loading_lotlip import checked_download
 
 # By its configuration, what a checkpoint may be; the first where the configuration does not say which
@@ -155,6 +156,8 @@ def load_checkpoint(folder: str | Path) -> PreTrainedModel:
         classes = MODEL_CLASSES.get(type(config))
         if classes is None:
             raise ConversionError(f"{folder}: a {config.model_type!r} checkpoint, not a LoTLIP one.")
+        check_config(config, folder)
+        check_shards(folder)
         named = [one for one in classes if one.__name__ in (config.architectures or ())]
         with quiet():
             loaded: Any = (named or classes)[0].from_pretrained(

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .images import ImageError, ImageSource, load_image
+from .loading import check_config, check_shards, naming_damage
 from .modeling.loading_lotlip import checked_download
 from .modeling.modeling_lotlip import LoTLIPModel
 from .modeling.tokenization_lotlip import LoTLIPTokenizer
@@ -108,7 +109,8 @@ def load_model(
     if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
         raise FileNotFoundError(f"{name}: no such checkpoint folder.")
     if any(os.path.isfile(os.path.join(name, file)) for file in ONNX_FILES.values()):
-        model = LoTLIPOnnxModel.from_pretrained(name)
+        with naming_damage(name):
+            model, processor = LoTLIPOnnxModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
         try:
             model.to(device="cpu" if device is None else device)  # refuses all but the CPU
         except RuntimeError as error:
@@ -118,9 +120,9 @@ def load_model(
         if dtype != "auto":
             model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         # no PreTrainedModel, but what is asked of one here
-        return cast(PreTrainedModel, model), AutoProcessor.from_pretrained(name)
+        return cast(PreTrainedModel, model), processor
     device = _usable(device)
-    with checked_download(name):
+    with naming_damage(name, revision), checked_download(name):
         return _load(name, device, dtype, revision)
 
 
@@ -164,6 +166,8 @@ def _load(
         raise OSError(f"{name}: no such checkpoint folder, and not to be had from the Hub ({error})") from error
     except (ValueError, StrictDataclassError) as error:
         raise ValueError(f"{name}: {error}") from error
+    check_config(config, name)
+    check_shards(name)
     # Weights and processor are of the same commit, even if somebody pushes in between.
     commit = None if os.path.isdir(name) else cached_commit(name, revision)
     revision = commit or revision

@@ -1,6 +1,7 @@
 """Files and names that others wrote: what may be opened, how much is read, what is shown; and files written whole."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -97,7 +98,7 @@ def inside(folder: str | os.PathLike, path: str | os.PathLike) -> str:
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """
-    Opens a file to read, unless it is a device, a pipe or a folder; never waits for a writer.
+    Opens a file to read, unless it is a device or a pipe; never waits for a writer.
 
     Args:
         path (`str` or `os.PathLike`): the file.
@@ -106,12 +107,15 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
         `BinaryIO`: the open file.
 
     Raises:
-        OSError: if it cannot be opened.
-        ValueError: if it is not a regular file.
+        OSError: if it cannot be opened, or is a folder.
+        ValueError: if it is a device or a pipe.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not stat.S_ISREG(mode):
             raise ValueError(f"{printable(path)}: not a regular file.")
         return os.fdopen(descriptor, "rb")
     except BaseException:

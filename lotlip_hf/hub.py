@@ -32,7 +32,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import AutoProcessor
 
 from .encoding import load_model
-from .files import all_or_nothing
+from .files import all_or_nothing, parse_json, printable, read_regular
 from .modeling.loading_lotlip import checked_download
 from .modeling.modeling_lotlip import LoTLIPModel
 from .store import fingerprint
@@ -80,6 +80,20 @@ GENERATED = [
     "This is a [sentence-transformers](https://www.SBERT.net) model",
 ]
 MAX_SHARD_SIZE = "5GB"
+MAX_RESULTS = 1 << 28  # bytes of a file of results
+# What files of results hold as texts, and their `dataset` does
+RESULT_TEXTS = (
+    "task",
+    "study",
+    "model",
+    "model_revision",
+    "data_fingerprint",
+    "dtype",
+    "id",
+    "name",
+    "split",
+    "revision",
+)
 PAUSES = (1, 5)  # seconds before a commit that met a server's trouble is tried again
 ADVICE = {
     401: "Log in with `hf auth login`, or set HF_TOKEN.",
@@ -263,7 +277,7 @@ def read_results(file: str | os.PathLike) -> list[EvalResult]:
         OSError: if it cannot be read.
     """
     try:
-        run = json.loads(Path(file).read_text(encoding="utf-8"))
+        run = result_file(file)
         task, dataset, metrics = run["task"], run["dataset"], run["metrics"]
         first_images = run.get("protocol", {}).get("first_images")
         return [
@@ -280,11 +294,45 @@ def read_results(file: str | os.PathLike) -> list[EvalResult]:
             )
             for name, value in metrics.items()
         ]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
         raise ValueError(
             f"{file}: no results of an evaluation ({type(error).__name__}: {error}); expected a JSON object with "
             "`task`, `dataset` (`id`, `name`) and `metrics` (numbers by name)."
         ) from error
+
+
+def result_file(file: str | os.PathLike) -> dict[str, Any]:
+    """
+    What a file of results says, its texts as one line each, for they are names.
+
+    Args:
+        file: The JSON file.
+
+    Raises:
+        ValueError: if it holds no JSON object, or something else where a text is expected.
+        OSError: if it cannot be read.
+    """
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {printable(key): shown(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [shown(part) for part in value]
+        return printable(value) if isinstance(value, str) else value
+
+    content = read_regular(file, MAX_RESULTS)
+    try:
+        content = shown(parse_json(content))
+    except ValueError as error:
+        raise ValueError(f"not a JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object, got a {type(content).__name__}")
+    dataset = content.get("dataset")
+    for where, part in (("", content), ("dataset.", dataset if isinstance(dataset, dict) else {})):
+        for name in RESULT_TEXTS:
+            if not isinstance(part.get(name), str | None):
+                raise ValueError(f"`{where}{name}` is {part[name]!r}, expected a text")
+    return content
 
 
 def _loaded(
@@ -363,7 +411,7 @@ def _card_text(
 
 def _check_evaluated(model: LoTLIPModel, processor: Any, file: str | os.PathLike) -> None:
     """Refuses results that say that they are of another model."""
-    results = json.loads(Path(file).read_text(encoding="utf-8"))
+    results = result_file(file)
     fingerprints, dtype = results.get("model_fingerprint"), getattr(torch, str(results.get("dtype")), model.dtype)
     if not isinstance(fingerprints, dict):
         return

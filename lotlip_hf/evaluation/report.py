@@ -15,8 +15,8 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 
 from ..embed import check_output
-from ..files import replacing
-from ..hub import read_results
+from ..files import markdown_text, replacing
+from ..hub import read_results, result_file
 from .benchmarks import TASKS
 from .plots import COLOURS, DIRECTIONS, check_plot, figure, save, wrapped
 
@@ -250,13 +250,7 @@ def read_run(file: str | os.PathLike) -> Run:
         OSError: if it cannot be read; the message names it.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise type(error)(f"{file}: {what}; expected a JSON file that `lotlip evaluate --output` wrote.") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: not a JSON file ({error}); expected what `lotlip evaluate` wrote.") from error
-    try:
+        content = result_file(file)
         study = content.get("study")
         if study is None:
             metrics = {result.metric_type: result.metric_value for result in read_results(file)}
@@ -294,6 +288,9 @@ def read_run(file: str | os.PathLike) -> Run:
             raise ValueError(f"`protocol.num_images` is {run.protocol['num_images']!r}, expected a whole number")
         _name(run.dataset, "name")
         return run
+    except OSError as error:
+        what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise type(error)(f"{file}: {what}; expected a JSON file that `lotlip evaluate --output` wrote.") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if str(error).startswith(f"{file}: "):
             raise
@@ -647,7 +644,7 @@ def _report(summary: Summary, format: Format) -> str:
         raise ValueError(f"`format` must be one of {', '.join(get_args(Format))}, got {format!r}.")
 
     def title(text: str) -> str:
-        return f"**{text}**" if format == "markdown" else text
+        return f"**{markdown_text(text)}**" if format == "markdown" else text
 
     blocks = []
     if summary.runs:
@@ -693,7 +690,9 @@ def _details(task: str, runs: Sequence[Run], format: Format) -> str:
 
 
 def _lines(lines: Sequence[str], format: Format) -> str:
-    return "\n".join(f"- {line}" for line in lines) if format == "markdown" else "\n".join(lines)
+    if format == "markdown":  # names in them make no link, image or tag; backticks are ours
+        lines = [line.replace("<", "&lt;").replace("[", r"\[") for line in lines]
+    return "\n".join(f"- {line}" if format == "markdown" else line for line in lines)
 
 
 def table(head: Sequence[Sequence[str]], body: Sequence[Sequence[str]], format: Format, left: int = 1) -> str:
@@ -705,7 +704,7 @@ def table(head: Sequence[Sequence[str]], body: Sequence[Sequence[str]], format: 
         # one row of the head is all that Markdown has
         titles = [" ".join(filter(None, parts)) for parts in zip(*head, strict=True)]
         rules = ["---" if place < left else "---:" for place in range(len(titles))]
-        rows = [[cell.replace("|", "\\|") for cell in row] for row in (titles, *body)]
+        rows = [[cell if cell == "-" else markdown_text(cell) for cell in row] for row in (titles, *body)]
         rows.insert(1, rules)
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
     rows = [*head[-1:], *body]

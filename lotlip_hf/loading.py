@@ -1,0 +1,117 @@
+"""Checkpoints of strangers: what is looked at before they are loaded, and errors that name the file."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
+
+from .files import parse_json, printable, read_regular
+
+# Bytes of a file of settings. The largest, a tokenizer's, take a tenth of that.
+MAX_JSON = 1 << 28
+MAX_LAYERS = 1024
+MAX_SIZE = 1 << 24
+SWITCHES = ("output_attentions", "output_hidden_states", "return_dict")
+SIZES = ("_size", "_dim", "_dims", "_embeddings", "_length")
+
+
+def check_shards(folder: str | os.PathLike) -> None:
+    """
+    Looks at which files a checkpoint says its weights are in.
+
+    Args:
+        folder (`str` or `os.PathLike`): the checkpoint's folder; nothing is looked at of a Hub id.
+
+    Raises:
+        ValueError: if a file lies elsewhere, or the index of the weights is damaged.
+    """
+    for path in sorted(Path(folder).glob("*.index.json")):
+        try:
+            names = parse_json(read_regular(path, MAX_JSON))["weight_map"].values()
+            wrong = [name for name in names if not isinstance(name, str) or name != os.path.basename(name)]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: no index of weights ({type(error).__name__}: {error}).") from error
+        if wrong:
+            raise ValueError(f"{path}: names {wrong[0]!r}, which is no file of this folder.")
+
+
+def check_config(config: PreTrainedConfig, name: str | os.PathLike) -> None:
+    """
+    Refuses a configuration whose model no machine has room for, or that transformers takes and later fails on.
+
+    Args:
+        config (`PreTrainedConfig`): the configuration.
+        name (`str` or `os.PathLike`): what the error calls the checkpoint.
+
+    Raises:
+        ValueError: if a number of layers, heads, dimensions, ... is negative or too large, or a switch is none.
+    """
+
+    def check(settings: dict[str, Any]) -> None:
+        for key, value in settings.items():
+            if isinstance(value, dict):
+                check(value)
+            elif key in SWITCHES and value not in (None, True, False):
+                raise ValueError(f"{name}: config.json has {key} {value!r}; expected true or false.")
+            elif str(key).startswith("num_") or str(key).endswith(SIZES):
+                most = MAX_LAYERS if "layers" in key else MAX_SIZE
+                numbers = value if isinstance(value, list | tuple) else [value]
+                if any(isinstance(one, int) and not -1 <= one <= most for one in numbers):
+                    raise ValueError(f"{name}: config.json has {key} {value!r}; expected at most {most}.")
+                if str(key).startswith("num_") and -1 in numbers:
+                    raise ValueError(f"{name}: config.json has {key} {value!r}; expected a number from 0 up.")
+
+    check(config.to_dict())
+
+
+@contextlib.contextmanager
+def naming_damage(name: str, revision: str | None = None) -> Iterator[None]:
+    """
+    Loading in this context ends, where files are damaged or of wrong types, with a `ValueError` that names the
+    checkpoint and the file. Libraries raise errors of any kind there.
+
+    Args:
+        name (`str`): a checkpoint folder or a Hub id.
+        revision (`str`, *optional*): branch, tag or commit of a Hub id.
+
+    Raises:
+        ValueError: if the checkpoint is damaged.
+        OSError: if it cannot be read; the message names it.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError | ValueError) and name in str(error):
+            raise
+        if isinstance(error, OSError):
+            raise OSError(f"{name}: {error}") from error
+        file, reason = _damaged_file(Path(name)) or (_damaged_part(name, revision), error)
+        raise ValueError(f"{name}: {file} cannot be used ({type(error).__name__}: {printable(reason)}).") from error
+
+
+def _damaged_file(folder: Path) -> tuple[str, Exception] | None:
+    """The first of a folder's files of settings that holds no JSON object."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = parse_json(read_regular(path, MAX_JSON))
+            if not isinstance(content, dict) and path.name != "modules.json":
+                raise ValueError(f"expected a JSON object, got a {type(content).__name__}")
+        except (OSError, ValueError) as error:
+            return path.name, error
+    return None
+
+
+def _damaged_part(name: str, revision: str | None) -> str:
+    """Which part of a checkpoint does not load by itself."""
+    for part, loader in (("config.json", AutoConfig), ("the processor (processor_config.json, ...)", AutoProcessor)):
+        try:
+            loader.from_pretrained(name, revision=revision, trust_remote_code=False)
+        except Exception:  # of any kind, as above
+            return part
+    return "the model of config.json and its weights"
