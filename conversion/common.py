@@ -22,7 +22,7 @@ from lotlip_hf import (
     LoTLIPVisionModelWithProjection,
 )
 from lotlip_hf.files import printable
-from lotlip_hf.loading import check_config, check_shards
+from lotlip_hf.loading import check_config, check_shards, naming_damage
 from lotlip_hf.modeling.loading_lotlip import checked_download
 
 # By its configuration, what a checkpoint may be; the first where the configuration does not say which
@@ -152,17 +152,18 @@ def load_checkpoint(folder: str | Path) -> PreTrainedModel:
     if not Path(folder).is_dir():
         raise ConversionError(f"{folder}: no such folder.")
     try:
-        config = AutoConfig.from_pretrained(folder)
-        classes = MODEL_CLASSES.get(type(config))
-        if classes is None:
-            raise ConversionError(f"{folder}: a {config.model_type!r} checkpoint, not a LoTLIP one.")
-        check_config(config, folder)
-        check_shards(folder)
-        named = [one for one in classes if one.__name__ in (config.architectures or ())]
-        with quiet():
-            loaded: Any = (named or classes)[0].from_pretrained(
-                folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-            )
+        with naming_damage(str(folder)):
+            config = AutoConfig.from_pretrained(folder)
+            classes = MODEL_CLASSES.get(type(config))
+            if classes is None:
+                raise ConversionError(f"{folder}: a {config.model_type!r} checkpoint, not a LoTLIP one.")
+            check_config(config, folder)
+            check_shards(folder)
+            named = [one for one in classes if one.__name__ in (config.architectures or ())]
+            with quiet():
+                loaded: Any = (named or classes)[0].from_pretrained(
+                    folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+                )
     except (ConversionError, MemoryError):
         raise
     except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .images import ImageError, ImageSource, load_image
-from .loading import check_config, check_shards, naming_damage
+from .loading import check_config, check_processor, check_shards, naming_damage
 from .modeling.loading_lotlip import checked_download
 from .modeling.modeling_lotlip import LoTLIPModel
 from .modeling.tokenization_lotlip import LoTLIPTokenizer
@@ -216,6 +216,7 @@ def _load(
             raise ValueError(
                 f"{name} has no {part}: save the model's processor beside it (`processor.save_pretrained(folder)`)."
             )
+    check_processor(processor, name)
     return model.to(device).eval(), processor
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 
 from .files import parse_json, printable, read_regular
@@ -32,7 +34,7 @@ def check_shards(folder: str | os.PathLike) -> None:
     for path in sorted(Path(folder).glob("*.index.json")):
         try:
             names = parse_json(read_regular(path, MAX_JSON))["weight_map"].values()
-            wrong = [name for name in names if not isinstance(name, str) or name != os.path.basename(name)]
+            wrong = [name for name in names if not isinstance(name, str) or name != Path(name).name or name == ".."]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: no index of weights ({type(error).__name__}: {error}).") from error
         if wrong:
@@ -66,6 +68,27 @@ def check_config(config: PreTrainedConfig, name: str | os.PathLike) -> None:
                     raise ValueError(f"{name}: config.json has {key} {value!r}; expected a number from 0 up.")
 
     check(config.to_dict())
+
+
+def check_processor(processor: Any, name: str | os.PathLike) -> None:
+    """
+    Prepares a text and a picture, for settings of wrong types are not noticed before.
+
+    Args:
+        processor (`ProcessorMixin`): the processor.
+        name (`str` or `os.PathLike`): what the error calls the checkpoint.
+
+    Raises:
+        ValueError: if a setting makes no sense. Libraries raise errors of other kinds, see [`naming_damage`].
+    """
+    limit = processor.tokenizer.model_max_length
+    if not isinstance(limit, int) or limit < 1:
+        raise ValueError(f"{name}: the tokenizer's model_max_length is {limit!r}, expected a number of tokens.")
+    processor.tokenizer(["a"])
+    with np.errstate(all="ignore"):
+        pixels = processor.image_processor(images=[Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
+    if not torch.as_tensor(pixels).isfinite().all():
+        raise ValueError(f"{name}: with the image processor's settings pixels are not finite.")
 
 
 @contextlib.contextmanager
@@ -114,4 +137,4 @@ def _damaged_part(name: str, revision: str | None) -> str:
             loader.from_pretrained(name, revision=revision, trust_remote_code=False)
         except Exception:  # of any kind, as above
             return part
-    return "the model of config.json and its weights"
+    return "config.json, the weights or the files of the processor"

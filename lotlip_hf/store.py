@@ -241,12 +241,12 @@ class EmbeddingStore:
         key = entry.pop("key", None)
         if not isinstance(key, str) or any(type(entry.get(name)) is not kind for name, kind in self.fields.items()):
             return False
-        if "row" not in entry:
-            self.entries[key] = entry
-            return isinstance(entry.get("error"), str)
-        if type(entry["row"]) is not int or entry["row"] != self.rows or self.rows >= available:
+        if "row" in entry:
+            if type(entry["row"]) is not int or entry["row"] != self.rows or self.rows >= available:
+                return False
+            self.rows += 1
+        elif not isinstance(entry.get("error"), str):
             return False
-        self.rows += 1
         self.entries[key] = entry
         return True
 
