@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -89,10 +91,8 @@ class RunLog:
         if not self.path.exists():
             return
         kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
-        # the old log stays until the new one is whole
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        with replacing(self.path) as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
     def _cut_off_half_a_line(self) -> None:
         with open(self.path, "r+b") as file:
