@@ -161,7 +161,7 @@ def load_checkpoint(folder: str | Path) -> PreTrainedModel:
     if not Path(folder).is_dir():
         raise ConversionError(f"{folder}: no such folder.")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         classes = MODEL_CLASSES.get(type(config))
         if classes is None:
             raise ConversionError(f"{folder}: a {config.model_type!r} checkpoint, not a LoTLIP one.")

@@ -118,7 +118,7 @@ def load_model(
         if dtype != "auto":
             model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         # no PreTrainedModel, but what is asked of one here
-        return cast(PreTrainedModel, model), AutoProcessor.from_pretrained(name)
+        return cast(PreTrainedModel, model), AutoProcessor.from_pretrained(name, trust_remote_code=False)
     device = _usable(device)
     with checked_download(name):
         return _load(name, device, dtype, revision)
@@ -157,7 +157,7 @@ def _load(
     name: str, device: str | torch.device, dtype: str | torch.dtype, revision: str | None
 ) -> tuple[PreTrainedModel, Any]:
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except OSError as error:
         if name in str(error):
             raise
@@ -183,6 +183,7 @@ def _load(
             name,
             config=config,
             revision=revision,
+            trust_remote_code=False,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -206,7 +207,7 @@ def _load(
         raise ValueError(f"{name}: the weights do not fit a {type(model).__name__} ({'; '.join(problems)}).")
 
     model.config._commit_hash = commit  # where older transformers kept it
-    processor = AutoProcessor.from_pretrained(name, revision=revision)
+    processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
     for part in ("tokenizer", "image_processor"):
         if not hasattr(processor, part):
             raise ValueError(

@@ -312,7 +312,7 @@ def _loaded(
         )
     if processor is None:
         try:
-            processor = AutoProcessor.from_pretrained(source, token=token)
+            processor = AutoProcessor.from_pretrained(source, token=token, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
                 "The model was not loaded from a checkpoint with a processor: give its `processor`."

@@ -227,7 +227,9 @@ def _backbone_from_config(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> PreT
     if config.backbone_config.model_type == "clip_text_model":
         return CLIPTextBackbone._from_config(config.backbone_config)
     backbone = AutoModel.from_config(
-        config.backbone_config, **_pooling_layer_argument(config.backbone_config, config.pooling)
+        config.backbone_config,
+        trust_remote_code=False,
+        **_pooling_layer_argument(config.backbone_config, config.pooling),
     )
     return with_pooled_layer(backbone)
 
@@ -1134,7 +1136,11 @@ def _without_path(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _backbone_config(source: str | Path | PreTrainedModel, tower: str) -> PreTrainedConfig:
-    config = source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source)
+    config = (
+        source.config
+        if isinstance(source, PreTrainedModel)
+        else AutoConfig.from_pretrained(source, trust_remote_code=False)
+    )
     return getattr(config, f"{tower}_config") if config.model_type in ("clip", "siglip") else config
 
 
@@ -1144,7 +1150,11 @@ def _load_backbone(source: str | Path | PreTrainedModel, tower: str, pooling: st
         return getattr(source, f"{tower}_model", source)
     config = _backbone_config(source, tower)
     encoder, info = AutoModel.from_pretrained(
-        source, config=config, output_loading_info=True, **_pooling_layer_argument(config, pooling)
+        source,
+        config=config,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **_pooling_layer_argument(config, pooling),
     )
     missing = _without_pooler(info["missing_keys"])
     if missing:

@@ -1,4 +1,4 @@
-"""What others wrote runs no code, and leads no writer out of its folder: runs that are resumed, checkpoints' own code."""
+"""What others wrote runs no code and leads no writer out of its folder: resumed runs, archives, checkpoints' code."""
 
 import os
 import pickle

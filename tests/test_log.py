@@ -14,8 +14,6 @@ from PIL import Image
 
 from lotlip_hf.training.log import LOG_NAME, RECALLS, RunLog, draw_curve, read_log
 
-MODULE = sys.modules[RunLog.__module__].__file__  # run by itself in another process, which then imports no torch
-
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -84,15 +82,16 @@ def test_half_a_line_at_the_end(path, cut):
 
 def test_a_killed_process_loses_no_whole_line(path):
     program = """
-import runpy, sys
-log = runpy.run_path(sys.argv[2])["RunLog"](sys.argv[1])
+import sys
+from lotlip_hf.training.log import RunLog
+log = RunLog(sys.argv[1])
 step = 0
 while True:
     step += 1
     log.write({"step": step, "text": "x" * 300})
     print(step, flush=True)
 """
-    run = subprocess.Popen([sys.executable, "-c", program, str(path), MODULE], stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None
     told = [int(run.stdout.readline()) for _ in range(50)]
     run.send_signal(signal.SIGKILL)
@@ -130,8 +129,9 @@ def test_truncate_without_a_log(path):
 
 def test_a_full_disk(path):
     program = """
-import resource, runpy, sys
-log = runpy.run_path(sys.argv[2])["RunLog"](sys.argv[1])
+import resource, sys
+from lotlip_hf.training.log import RunLog
+log = RunLog(sys.argv[1])
 log.write({"step": 1})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # as if the disk were full after 100 bytes
 try:
@@ -140,7 +140,7 @@ except OSError:
     print("refused")
 log.write({"step": 3})
 """
-    run = subprocess.run([sys.executable, "-c", program, str(path), MODULE], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
     assert run.stdout == "refused\n", run.stderr
     assert steps_of(path) == [1, 3]
 

@@ -164,8 +164,8 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator, states: Mapping[
     missing = [name for name in states if not _state_file(checkpoint, name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{checkpoint} holds no {_state_file(Path(), missing[0])}: an older version of lotlip-hf wrote it. Start a "
-            f"new run from its weights: --model {checkpoint}."
+            f"{checkpoint} holds no {_state_file(Path(), missing[0])}: an older version of lotlip-hf wrote it. Start "
+            f"a new run from its weights: --model {checkpoint}."
         )
     try:
         accelerator.load_state(str(checkpoint / STATE))

@@ -98,14 +98,15 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
         projection_dim=config.projection_dim,
     ).float()
     positions = model.config.text_config.max_position_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(config.text_model)
+    tokenizer = AutoTokenizer.from_pretrained(config.text_model, trust_remote_code=False)
     if model.config.text_config.is_causal:
         tokenizer.model_max_length = positions  # CLIP's own reads no separators between sentences
     else:
         tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
             tokenizer, model_max_length=min(CONTEXT_LENGTH - number, positions)
         )
-    return model, LoTLIPProcessor(AutoImageProcessor.from_pretrained(config.image_model), tokenizer)
+    image_processor = AutoImageProcessor.from_pretrained(config.image_model, trust_remote_code=False)
+    return model, LoTLIPProcessor(image_processor, tokenizer)
 
 
 def load_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
