@@ -234,7 +234,12 @@ def _search(arguments: argparse.Namespace) -> int:
     model, processor = _load(arguments)
     query = encode_query(model, processor, arguments.text)
     index = build_index(
-        model, processor, arguments.images, index_folder=arguments.index, batch_size=arguments.batch_size or 32
+        model,
+        processor,
+        arguments.images,
+        index_folder=arguments.index,
+        batch_size=arguments.batch_size or 32,
+        dimension=len(query),
     )
     results = index.search(query, arguments.top)
     print("rank    score  file")

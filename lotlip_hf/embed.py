@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedModel
 
 from .encoding import iterate_text_embeddings, max_text_length, warn_of_cut_texts
+from .files import PARTIAL, replacing, set_aside_link
 from .search import build_index
 from .store import EmbeddingStore, fingerprint
 
@@ -41,8 +42,9 @@ def check_output(output: str | os.PathLike, *, overwrite: bool = False) -> None:
         NotADirectoryError: if its folder is not there.
     """
     output = Path(output)
-    if output.is_dir():
-        raise FileExistsError(f"{output}: a folder, not a file to write.")
+    if output.exists() and not output.is_file():
+        kind = "a folder" if output.is_dir() else "a device or pipe"
+        raise FileExistsError(f"{output}: {kind}, not a file to write.")
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output}: exists already; choose another name, or --overwrite (`overwrite=True`).")
     if not output.parent.is_dir():
@@ -138,7 +140,7 @@ def embed_texts(
     if not digests:
         raise ValueError(f"{file}: no texts in this file.")
 
-    with EmbeddingStore(partial / made_by) as store:
+    with EmbeddingStore(partial / made_by, root=partial.parent, fields={"cut": bool, "row": int}) as store:
         keys: list[str] = []
 
         def new_texts() -> Iterator[str]:
@@ -266,7 +268,9 @@ def _digest(text: str) -> str:
 
 
 def _partial_folder(output: str | os.PathLike) -> Path:
-    return Path(f"{os.fspath(output)}.partial")
+    folder = Path(f"{os.fspath(output)}{PARTIAL}")
+    set_aside_link(folder)
+    return folder
 
 
 def _write_parquet(
@@ -277,15 +281,13 @@ def _write_parquet(
     batches: Iterable[tuple[list[str], np.ndarray]],
     metadata: dict[str, str],
 ) -> None:
-    """Writes the whole file beside its place, moves it there in one step and removes the partial results."""
+    """Writes the file, whole or not at all, and removes the partial results."""
     schema = pa.schema(
         [(column, pa.string()), ("embedding", pa.list_(pa.float32(), dimension))],
         metadata=metadata,
     )
-    complete = partial / "complete.parquet"
-    with pq.ParquetWriter(complete, schema) as writer:
+    with replacing(Path(output)) as file, pq.ParquetWriter(file, schema) as writer:
         for values, rows in batches:
             embeddings = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), dimension)
             writer.write_batch(pa.record_batch([pa.array(values, pa.string()), embeddings], schema=schema))
-    os.replace(complete, output)
     shutil.rmtree(partial)

@@ -2,14 +2,19 @@
 
 import contextlib
 import json
+import logging
 import os
+import re
 import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+logger = logging.getLogger(__name__)
+
 PARTIAL = ".partial"
+DAMAGED = ".damaged"
 
 
 class OutsideError(ValueError):
@@ -36,6 +41,33 @@ def printable(value: object) -> str:
     ```
     """
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in str(value))
+
+
+def markdown_text(value: object) -> str:
+    """
+    A text as one line that Markdown and HTML show as it is, in a paragraph, a heading or a cell of a table. Not for a
+    code span, where escapes are no escapes.
+
+    Args:
+        value (`object`): a text, a path, or anything with `str()`.
+
+    Returns:
+        `str`: [`printable`] text with its markup escaped.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.files import markdown_text
+
+    >>> markdown_text("<b>dog</b> | [park](http://a.b)")
+    '&lt;b&gt;dog&lt;/b&gt; \\\\| \\\\[park\\\\](http://a.b)'
+    ```
+    """
+    text = printable(value).strip()
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*\[\]{}|!~$])", r"\\\1", text)
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text)  # inside a word it is no markup
+    return re.sub(r"^(\d*)([-+=#](?!\d)|[.)](?!\S))", r"\1\\\2", text)  # a list, a heading or a rule
 
 
 def inside(folder: str | os.PathLike, path: str | os.PathLike) -> str:
@@ -82,6 +114,57 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def open_no_link(path: str, flags: int) -> int:
+    """An `opener` of `open` for files to write to: a link is refused (`OSError`), a pipe is not waited for."""
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(path, flags, 0o666)
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether a file may be written to: it is missing, or a regular file that has no other name."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return True
+    return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
+
+
+def set_aside(path: Path) -> Path:
+    """Renames what cannot be used, a link rather than what it leads to, and returns where it is now."""
+    aside = path.with_name(f"{path.name}{DAMAGED}-{uuid.uuid4().hex[:8]}")
+    os.rename(path, aside)
+    return aside
+
+
+def own_folder(root: Path, *names: str) -> Path:
+    """
+    A folder to write to, made if need be.
+
+    Args:
+        root (`Path`): a folder that the user named.
+        names (`str`): the folders below it, one in the other; none may be a link ([`set_aside_link`]).
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root
+    for name in names:
+        folder = folder / name
+        set_aside_link(folder)
+        folder.mkdir(exist_ok=True)
+    return folder
+
+
+def set_aside_link(path: Path) -> None:
+    """Renames a link that lies where a file or folder is to be written, with a warning."""
+    if path.is_symlink():
+        logger.warning("%s is a link, which is not followed; it is now %s.", path, set_aside(path).name)
 
 
 def read_regular(path: str | os.PathLike, limit: int) -> bytes:

@@ -104,7 +104,8 @@ class ImageIndex:
         scores = scores[self.rows]
         # Copies of an image may differ in the last bits of their scores.
         best = np.argsort(-scores.round(6), kind="stable")[:top]
-        return [SearchResult(self.folder / self.files[index], float(scores[index])) for index in best]
+        # Rows that came with the folder may be of any length.
+        return [SearchResult(self.folder / self.files[index], float(scores[index].clip(-1, 1))) for index in best]
 
 
 def build_index(
@@ -115,6 +116,7 @@ def build_index(
     index_folder: str | os.PathLike | None = None,
     batch_size: int = 32,
     progress: bool = True,
+    dimension: int | None = None,
 ) -> ImageIndex:
     """
     Embeds the images of a folder that are new or have changed, and returns the index of all.
@@ -131,6 +133,7 @@ def build_index(
             Where to keep the index instead, for a folder that cannot be written to. It may hold those of many folders.
         batch_size (`int`, *optional*, defaults to 32): images in a batch.
         progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+        dimension (`int`, *optional*): of the model's embeddings; an index of another is renamed, and made anew.
 
     Returns:
         `ImageIndex`: the index.
@@ -148,14 +151,15 @@ def build_index(
         )
         raise ValueError(f"{folder}: no images in this folder or below it (files that end in {extensions}, ...).")
     made_by = fingerprint(model, processor, "image")
-    parent = folder / INDEX_FOLDER
+    root, name = folder, INDEX_FOLDER
     advice = "name a folder that can be written to with --index DIR (`index_folder`)"
     if index_folder is not None:
         advice = "choose a folder that can be written to"
         # Files are known by their relative paths: indexes of several folders stay apart.
         digest = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
-        parent = Path(index_folder) / f"{folder.resolve().name or 'root'}-{digest}"
-    with EmbeddingStore(parent / made_by, advice) as store:
+        root, name = Path(index_folder), f"{folder.resolve().name or 'root'}-{digest}"
+    version = {"size": int, "mtime_ns": int}
+    with EmbeddingStore(root / name / made_by, advice, root=root, fields=version, dimension=dimension) as store:
         outdated = [name for name, status in files.items() if not _is_current(store.entries.get(name), status)]
         done = 0
         try:
@@ -235,7 +239,15 @@ def search_folder(
     ```
     """
     query = encode_query(model, processor, text)
-    index = build_index(model, processor, folder, index_folder=index_folder, batch_size=batch_size, progress=progress)
+    index = build_index(
+        model,
+        processor,
+        folder,
+        index_folder=index_folder,
+        batch_size=batch_size,
+        progress=progress,
+        dimension=len(query),
+    )
     return index.search(query, top)
 
 

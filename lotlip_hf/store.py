@@ -5,7 +5,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal
@@ -16,12 +17,21 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .encoding import max_text_length
+from .files import DAMAGED, is_own_file, open_no_link, own_folder, parse_json, replacing, set_aside
 
 logger = logging.getLogger(__name__)
 
 # Part of every fingerprint. Raised when the same model comes to give another embedding of the same file or text.
 FORMAT_VERSIONS = {"image": 2, "text": 1}
 ENTRIES = "entries.jsonl"
+EMBEDDINGS = re.compile(r"embeddings-(0|[1-9][0-9]{0,8})\.f32")
+MAX_COMPACTIONS = 10**9
+LOCK = "lock"
+# Of a line of the entries, bytes: the longest path and the longest reason are far below.
+MAX_LINE = 1 << 20
+MAX_DIMENSION = 1 << 16
+# Rows that are read at a time to be checked.
+CHECK_BLOCK = 16384
 # How names of an image tower's weights begin, in transformers' models and in open_clip's; what is neither of these nor
 # of the similarities is the text tower's.
 IMAGE_WEIGHTS = ("vision_model.", "visual_projection.", "open_clip.visual.")
@@ -36,38 +46,63 @@ class EmbeddingStore:
     line `{"dimension": P, "embeddings": file}` names the rows' file. What an interruption left half-written at the end
     is cut off on entering. A lock keeps other processes out; they wait.
 
+    The folder may be a stranger's, come with a data set. No file but those of these names is opened, and none that is
+    a link; what cannot be the work of this class is renamed, with a warning, and the store begins empty.
+
     Args:
         folder (`Path`): where the files are; made on entering.
         advice (`str`, *optional*): what the error says to do if the folder cannot be written to.
+        root (`Path`, *optional*):
+            The folder that the user named, by default `folder`'s parent. What lies between the two may not be a link.
+        fields (`Mapping[str, type]`, *optional*): what each entry has, with its type.
+        dimension (`int`, *optional*): of the embeddings, where it is known.
 
     Attributes:
-        entries (`dict[str, dict]`): the latest entry of each key: its `row`, or none, and what was appended with it.
+        entries (`dict[str, dict]`):
+            The latest entry of each key: its `row`, or why it has none as `error`, and what was appended with it.
         rows (`int`): number of rows, those of superseded entries included.
 
     Raises:
         OSError: on entering or appending, if the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path, advice: str = "choose a folder that can be written to") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        advice: str = "choose a folder that can be written to",
+        *,
+        root: Path | None = None,
+        fields: Mapping[str, type] | None = None,
+        dimension: int | None = None,
+    ) -> None:
         self.folder = folder
         self.advice = advice
+        self.root = folder.parent if root is None else root
+        self.fields = dict(fields or {})
         self.entries: dict[str, dict[str, Any]] = {}
         self.rows = 0
         self.dimension: int | None = None
+        self._known_dimension = dimension
         self._embeddings_name = "embeddings-0.f32"
-        self._lock = FileLock(folder / "lock")
+        self._lock = FileLock(folder / LOCK)
         self._entries_file: BinaryIO | None = None
         self._embeddings_file: BinaryIO | None = None
 
     def __enter__(self) -> "EmbeddingStore":
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            own_folder(self.root, *self.folder.relative_to(self.root).parts)
+            if not is_own_file(self.folder / LOCK):
+                self._set_aside([LOCK], "its lock is a link or no file")
             try:
                 self._lock.acquire(timeout=1)
             except Timeout:
                 logger.warning("Waiting for another process that is writing to %s.", self.folder)
                 self._lock.acquire()
-            self._read()
+            try:
+                self._read()
+            except _ForeignError as error:
+                self._set_aside(self._names(), str(error))
+                self._read()
             self._open()
         except OSError as error:
             self._close()
@@ -90,7 +125,7 @@ class EmbeddingStore:
         Args:
             key (`str`): what the entry is of.
             embedding (`np.ndarray`, *optional*): float32, of shape [P]; `None` for an entry without one.
-            fields: anything to keep with it that JSON can hold.
+            fields: anything to keep with it that JSON can hold; `error` says why there is no embedding.
         """
         if self._entries_file is None or self._embeddings_file is None:
             raise RuntimeError("enter the store first: `with EmbeddingStore(folder) as store`.")
@@ -100,7 +135,10 @@ class EmbeddingStore:
                 self.dimension = len(embedding)
                 self._write(self._entries_file, _line(dimension=self.dimension, embeddings=self._embeddings_name))
             if embedding.shape != (self.dimension,):
-                raise ValueError(f"expected an embedding of shape [{self.dimension}], got {list(embedding.shape)}.")
+                raise ValueError(
+                    f"{self.folder}: expected an embedding of shape [{self.dimension}], got {list(embedding.shape)}; "
+                    "what is kept there is of another model: remove that folder."
+                )
             self._write(self._embeddings_file, np.ascontiguousarray(embedding, dtype="<f4").tobytes())
             entry["row"] = self.rows
             self.rows += 1
@@ -111,73 +149,114 @@ class EmbeddingStore:
         """All rows, of shape [rows, P], mapped from the file rather than read: usable after the store is left."""
         if self.rows == 0:
             return np.zeros((0, self.dimension or 0), dtype=np.float32)
-        return np.memmap(self.folder / self._embeddings_name, "<f4", "r", shape=(self.rows, self.dimension or 0))
+        with self._opened(self._embeddings_name, "rb") as file:
+            return np.memmap(file, "<f4", "r", shape=(self.rows, self.dimension or 0))
 
     def compact(self, keys: Iterable[str]) -> None:
         """Drops every entry but those of `keys`, and the rows that no entry names. Safe to interrupt."""
-        old_name, rows = self._embeddings_name, self.embeddings()
-        number = int(old_name.removeprefix("embeddings-").removesuffix(".f32")) + 1
-        new_name = f"embeddings-{number}.f32"
+        rows = self.embeddings()
+        number = int(self._embeddings_name.removeprefix("embeddings-").removesuffix(".f32")) + 1
+        new_name = f"embeddings-{number % MAX_COMPACTIONS}.f32"
         kept: dict[str, dict[str, Any]] = {}
         count = 0
-        with open(self.folder / new_name, "wb") as embeddings, open(self.folder / f"{ENTRIES}.new", "wb") as entries:
-            if self.dimension is not None:
-                entries.write(_line(dimension=self.dimension, embeddings=new_name))
-            for key in keys:
-                entry = dict(self.entries[key])
-                if "row" in entry:
-                    embeddings.write(rows[entry["row"]].tobytes())
-                    entry["row"] = count
-                    count += 1
-                entries.write(_line(key=key, **entry))
-                kept[key] = entry
-        self._entries_file.close()  # pyright: ignore[reportOptionalMemberAccess]
-        self._embeddings_file.close()  # pyright: ignore[reportOptionalMemberAccess]
-        # This one step changes over: the entries name the file of their rows.
-        os.replace(self.folder / f"{ENTRIES}.new", self.folder / ENTRIES)
+        # The entries' replacement changes over in one step: they name the file of their rows.
+        with replacing(self.folder / ENTRIES) as entries:
+            with self._opened(new_name, "xb") as embeddings:
+                if self.dimension is not None:
+                    entries.write(_line(dimension=self.dimension, embeddings=new_name))
+                for key in keys:
+                    entry = dict(self.entries[key])
+                    if "row" in entry:
+                        embeddings.write(rows[entry["row"]].tobytes())
+                        entry["row"] = count
+                        count += 1
+                    entries.write(_line(key=key, **entry))
+                    kept[key] = entry
+            self._entries_file.close()  # pyright: ignore[reportOptionalMemberAccess]
+            self._embeddings_file.close()  # pyright: ignore[reportOptionalMemberAccess]
         self.entries, self.rows, self._embeddings_name = kept, count, new_name
         self._open()
 
+    def _names(self) -> list[str]:
+        """The files of this store that are there, but for the lock."""
+        return [name for name in os.listdir(self.folder) if name == ENTRIES or EMBEDDINGS.fullmatch(name)]
+
+    def _opened(self, name: str, mode: str) -> BinaryIO:
+        return open(self.folder / name, mode, opener=open_no_link)  # pyright: ignore[reportReturnType]
+
+    def _set_aside(self, names: Iterable[str], reason: str) -> None:
+        for name in names:
+            set_aside(self.folder / name)
+        logger.warning(
+            "%s: %s. These files are not used, their names now end in %s-...; what they are of is embedded again.",
+            *(self.folder, reason, DAMAGED),
+        )
+
     def _read(self) -> None:
         """Reads the entries up to the first that is damaged or whose row is missing, and cuts the files there."""
-        path = self.folder / ENTRIES
-        self.entries, self.rows, self.dimension = {}, 0, None
-        if not path.exists():
-            path.touch()
+        self.entries, self.rows, self.dimension, self._embeddings_name = {}, 0, None, "embeddings-0.f32"
+        for name in self._names():
+            if not is_own_file(self.folder / name):
+                raise _ForeignError(f"{name} is a link or no file")
         available = valid = 0
-        with open(path, "rb") as file:
-            for line in file:
+        with self._opened(ENTRIES, "a+b") as file:
+            file.seek(0)
+            while line := file.readline(MAX_LINE):
                 try:
-                    entry = json.loads(line)
+                    entry = parse_json(line)
                     if not line.endswith(b"\n") or not isinstance(entry, dict):
                         break
                     if "dimension" in entry:
-                        self.dimension, self._embeddings_name = int(entry["dimension"]), str(entry["embeddings"])
-                        embeddings = self.folder / self._embeddings_name
-                        size = embeddings.stat().st_size if embeddings.exists() else 0
-                        available = size // (4 * self.dimension)
-                    else:
-                        key = entry.pop("key")
-                        if "row" in entry:
-                            if entry["row"] != self.rows or self.rows >= available:
-                                break
-                            self.rows += 1
-                        self.entries[key] = entry
-                except (ValueError, KeyError):
+                        available = self._read_header(entry)
+                    elif not self._read_entry(entry, available):
+                        break
+                except ValueError:
                     break
                 valid += len(line)
-        if lost := path.stat().st_size - valid:
-            logger.warning("%s: %d bytes at the end are incomplete; what they name is embedded again.", path, lost)
-        os.truncate(path, valid)
+            if lost := os.fstat(file.fileno()).st_size - valid:
+                logger.warning(
+                    "%s: %d bytes at the end are incomplete; what they name is embedded again.", file.name, lost
+                )
+                file.truncate(valid)
+        embeddings = self.embeddings()
+        for start in range(0, self.rows, CHECK_BLOCK):
+            if not np.isfinite(embeddings[start : start + CHECK_BLOCK]).all():
+                raise _ForeignError(f"{self._embeddings_name} holds what is not finite")
+
+    def _read_header(self, entry: dict[str, Any]) -> int:
+        """Takes the line that names the rows' file; returns how many rows that holds."""
+        dimension, name = entry["dimension"], entry.get("embeddings")
+        if type(dimension) is not int or not 0 < dimension <= MAX_DIMENSION or self.dimension is not None:
+            raise _ForeignError(f"{ENTRIES} gives the dimension as {dimension!r}")
+        if self._known_dimension not in (None, dimension):
+            raise _ForeignError(f"its embeddings have {dimension} dimensions, the model's {self._known_dimension}")
+        if not isinstance(name, str) or not EMBEDDINGS.fullmatch(name):
+            raise _ForeignError(f"{ENTRIES} names {name!r} as the file of the embeddings")
+        self.dimension, self._embeddings_name = dimension, name
+        path = self.folder / name
+        return path.stat().st_size // (4 * dimension) if path.exists() else 0
+
+    def _read_entry(self, entry: dict[str, Any], available: int) -> bool:
+        """Takes an entry, unless it is not as `append` writes them or its row is missing."""
+        key = entry.pop("key", None)
+        if not isinstance(key, str) or any(type(entry.get(name)) is not kind for name, kind in self.fields.items()):
+            return False
+        if "row" not in entry:
+            self.entries[key] = entry
+            return isinstance(entry.get("error"), str)
+        if type(entry["row"]) is not int or entry["row"] != self.rows or self.rows >= available:
+            return False
+        self.rows += 1
+        self.entries[key] = entry
+        return True
 
     def _open(self) -> None:
-        embeddings = self.folder / self._embeddings_name
-        self._entries_file = open(self.folder / ENTRIES, "ab")
-        self._embeddings_file = open(embeddings, "ab")
+        self._entries_file = self._opened(ENTRIES, "ab")
+        self._embeddings_file = self._opened(self._embeddings_name, "ab")
         self._embeddings_file.truncate(self.rows * 4 * (self.dimension or 0))
-        for leftover in self.folder.glob("embeddings-*.f32"):
-            if leftover != embeddings:
-                leftover.unlink()
+        for leftover in self._names():
+            if leftover not in (ENTRIES, self._embeddings_name):
+                (self.folder / leftover).unlink()
 
     def _write(self, file: BinaryIO, data: bytes) -> None:
         try:
@@ -193,6 +272,10 @@ class EmbeddingStore:
                     file.close()
         self._entries_file = self._embeddings_file = None
         self._lock.release()
+
+
+class _ForeignError(Exception):
+    """Files that this class did not write; the message says what is wrong."""
 
 
 def fingerprint(model: PreTrainedModel, processor: Any, modality: Literal["image", "text"]) -> str:

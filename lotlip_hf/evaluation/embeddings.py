@@ -1,21 +1,22 @@
 """Embeddings for an evaluation: shared out over the processes, and kept on disk as they are computed."""
 
-import contextlib
 import hashlib
+import itertools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..distributed import gather_lists, rank, world_size
 from ..encoding import iterate_image_embeddings, iterate_text_embeddings, max_text_length, warn_of_cut_texts
+from ..files import own_folder, read_regular, replacing
 from ..images import ImageError, ImageSource, load_image
 from ..store import fingerprint
 from .data import IncompleteDataError
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 # Texts or images that are encoded by one process, and kept on disk, together. What is in a unit does not depend on the
 # number of processes nor on what is kept already, so neither do the last digits of an embedding.
 UNIT_SIZE = 256
+# A unit of embeddings with 65,536 dimensions.
+MAX_UNIT_BYTES = 1 << 27
 
 
 class TextEmbeddings(NamedTuple):
@@ -87,9 +90,9 @@ def embed_texts(
         }
 
     length = max_length or max_text_length(model, getattr(processor, "tokenizer", processor))
-    folder = _folder(model, processor, "text", cache, model_fingerprint, max_length=length)
+    kept = _cache(model, processor, "text", cache, model_fingerprint, max_length=length)
     digests = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest() for text in unique]
-    result = _embed_units(encode, digests, folder, progress, "text")
+    result = _embed_units(encode, TextEmbeddings._fields, digests, kept, progress, "text")
     order = torch.tensor([places[text] for text in texts], dtype=torch.int64)
     embeddings = TextEmbeddings(result["embeds"][order], result["was_cut"][order])
     if warn and rank() == 0:
@@ -150,8 +153,8 @@ def embed_images(
             return {}
         return {"embeds": torch.stack([rows[index] for index in range(len(unit))])}
 
-    folder = _folder(model, processor, "image", cache, model_fingerprint)
-    return _embed_units(encode, digests, folder, progress, "image", unreadable)["embeds"]
+    kept = _cache(model, processor, "image", cache, model_fingerprint)
+    return _embed_units(encode, ("embeds",), digests, kept, progress, "image", unreadable)["embeds"]
 
 
 def image_names(images: Sequence[ImageSource]) -> list[str]:
@@ -219,33 +222,82 @@ def _refuse(errors: list[str], count: int) -> None:
         )
 
 
-def _folder(
+class _Cache(NamedTuple):
+    """The folder in the cache for what a model makes of a modality with some settings."""
+
+    root: Path
+    name: str
+
+    def file(self, digests: Sequence[str]) -> Path:
+        """Of the unit of the things with these digests."""
+        name = hashlib.blake2b("\n".join(digests).encode(), digest_size=16).hexdigest()
+        return self.root / self.name / f"{name}.safetensors"
+
+    def kept(self, digests: Sequence[str], names: Collection[str]) -> dict[str, torch.Tensor] | None:
+        """A unit's tensors, if they are there and whole."""
+        file = self.file(digests)
+        try:
+            part = load(read_regular(file, MAX_UNIT_BYTES))
+            if part.keys() == set(names) and all(map(_is_whole, part.values(), itertools.repeat(len(digests)))):
+                return part
+            reason = "it holds other tensors"
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = str(error)
+        logger.warning("%s is damaged (%s): its embeddings are computed again.", file, reason)
+        return None
+
+    def keep(self, digests: Sequence[str], part: dict[str, torch.Tensor]) -> None:
+        """Keeps a unit, whole or not at all."""
+        try:
+            own_folder(self.root, self.name)
+            with replacing(self.file(digests)) as file:
+                file.write(save(part))
+        except OSError as error:
+            cause = error if error.errno is not None else error.__cause__  # of `replacing`
+            raise OSError(
+                f"{self.root / self.name}: cannot keep embeddings there ({getattr(cause, 'strerror', error)}); choose "
+                "a folder that can be written to (--cache DIR), or none (--no-cache)."
+            ) from error
+
+
+def _is_whole(values: torch.Tensor, count: int) -> bool:
+    """Whether these are embeddings [count, P] or truths [count]."""
+    if values.dtype == torch.bool:
+        return values.shape == (count,)
+    return (
+        values.dtype == torch.float32 and values.ndim == 2 and len(values) == count and bool(values.isfinite().all())
+    )
+
+
+def _cache(
     model: PreTrainedModel,
     processor: Any,
     modality: Literal["image", "text"],
     cache: str | os.PathLike | None,
     model_fingerprint: str | None,
     **settings: Any,
-) -> Path | None:
-    """The folder in the cache for what this model makes of a modality with these settings."""
+) -> _Cache | None:
     if cache is None:
         return None
     made_by = [model_fingerprint or fingerprint(model, processor, modality), model.device.type]
     made_by += [f"{name}={value}" for name, value in settings.items()]
-    return Path(cache) / "-".join([modality, *made_by])
+    return _Cache(Path(cache), "-".join([modality, *made_by]))
 
 
 def _embed_units(
     encode: Callable[[range], dict[str, torch.Tensor]],
+    names: Collection[str],
     digests: Sequence[str],
-    folder: Path | None,
+    cache: _Cache | None,
     progress: bool,
     modality: str,
     errors: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """
-    The tensors that `encode` makes of the things with these digests, in their order, from all processes. `errors` is
-    what `encode` met, in this process; a unit with an error has no tensors.
+    The tensors of these names that `encode` makes of the things with these digests, in their order, from all
+    processes. `errors` is what `encode` met, in this process; a unit with an error has no tensors.
     """
     units = [range(start, min(start + UNIT_SIZE, len(digests))) for start in range(0, len(digests), UNIT_SIZE)]
     # turn by turn: the units of long texts come first
@@ -255,15 +307,12 @@ def _embed_units(
         total=sum(map(len, own)), desc=f"Encoding {modality}s", unit=modality, disable=not progress or rank() > 0
     ) as bar:
         for unit in own:
-            file = None
-            if folder is not None:
-                name = hashlib.blake2b("\n".join(digests[i] for i in unit).encode(), digest_size=16).hexdigest()
-                file = folder / f"{name}.safetensors"
-            part = _kept(file, len(unit))
+            own_digests = [digests[i] for i in unit]
+            part = cache.kept(own_digests, names) if cache is not None else None
             if part is None:
                 part = encode(unit)
-                if part and file is not None:
-                    _keep(file, part)
+                if part and cache is not None:
+                    cache.keep(own_digests, part)
             parts.append(part)
             bar.update(len(unit))
     _refuse(gather_lists(list(errors)), len(digests))
@@ -271,34 +320,6 @@ def _embed_units(
     order = [i for first in range(world_size()) for unit in units[first :: world_size()] for i in unit]
     places = torch.tensor(order, dtype=torch.int64).argsort()
     parts = gather_lists(parts)
+    if cache is not None and len(widths := {part["embeds"].shape[1] for part in parts}) > 1:
+        raise ValueError(f"{cache.root / cache.name}: holds embeddings of {sorted(widths)} dimensions: remove it.")
     return {key: torch.cat([part[key] for part in parts])[places] for key in (parts[0] if parts else {})}
-
-
-def _kept(file: Path | None, count: int) -> dict[str, torch.Tensor] | None:
-    """A unit that was kept, if it is there and whole."""
-    if file is None or not file.exists():
-        return None
-    try:
-        part = load_file(file)
-        if part and all(len(values) == count for values in part.values()):
-            return part
-        reason = "another number of embeddings"
-    except (OSError, SafetensorError) as error:
-        reason = str(error)
-    logger.warning("%s is damaged (%s): its embeddings are computed again.", file, reason)
-    return None
-
-
-def _keep(file: Path, part: dict[str, torch.Tensor]) -> None:
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(part, partial)
-        os.replace(partial, file)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise OSError(
-            f"{file.parent}: cannot keep embeddings there ({getattr(error, 'strerror', None) or error}); choose a "
-            "folder that can be written to (--cache DIR), or none (--no-cache)."
-        ) from error
