@@ -212,7 +212,8 @@ def load_teacher(args: argparse.Namespace) -> Teacher:
             AutoConfig.from_pretrained(folder, trust_remote_code=False) if (folder / "config.json").is_file() else None
         )
     except (OSError, ValueError) as error:
-        raise SystemExit(f"--teacher {folder}: its config.json is damaged ({first_line(error)}).") from error
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"--teacher {folder}: its config.json cannot be read ({reason}).") from error
     if config is None or config.model_type not in ("clip", "clip_text_model"):
         raise SystemExit(f"{folder}: no CLIP text encoder, which --teacher (and --slot, of a pipeline) must name.")
     is_projected = "CLIPTextModelWithProjection" in (config.architectures or [])

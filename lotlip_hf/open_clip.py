@@ -318,7 +318,7 @@ def load_open_clip(
 
 
 def _refuse_code(model_cfg: Mapping[str, Any], architecture: str) -> None:
-    """A `ValueError` where open_clip would have transformers run a repository's code, or ask for it on the terminal."""
+    """A `ValueError` where open_clip would run a repository's code by transformers, or ask for it on the terminal."""
     text_cfg = model_cfg.get("text_cfg", {})
     if "trust_remote_code" in text_cfg.get("tokenizer_kwargs", {}):
         raise ValueError("its `tokenizer_kwargs` hold `trust_remote_code`, which is for the user to say")

@@ -1,9 +1,14 @@
 """What others wrote runs no code and leads no writer out of its folder: resumed runs, archives, checkpoints' code."""
 
+import io
+import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +17,17 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
+from PIL import Image
 from torch import nn
+from transformers import AutoModel, AutoProcessor, BertModel, CLIPModel, dynamic_module_utils
 
+import tiny
+import tiny_clip
+from lotlip_hf import LoTLIPModel, LoTLIPProcessor, cli
+from lotlip_hf.conversion.common import ConversionError
+from lotlip_hf.conversion.open_clip import read_open_clip
+from lotlip_hf.conversion.torchscript import read_torchscript
+from lotlip_hf.encoding import load_model
 from lotlip_hf.training.checkpoint import STATE
 from lotlip_hf.training.setup import prepare_sharding
 from scripts import load_script
@@ -156,3 +170,222 @@ def test_a_pipe_is_no_log(run: Path, capsys: pytest.CaptureFixture) -> None:
     os.mkfifo(run / "log.jsonl")
     assert train("--output", run, "--resume") == 2
     assert "log.jsonl" in capsys.readouterr().err
+
+
+# Checkpoints with code of their own
+
+CODE = """
+from pathlib import Path
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+Path({marker!r}).touch()
+class Config(CLIPConfig):
+    model_type = "own-code"
+class Model(CLIPModel):
+    config_class = Config
+class ImageProcessor(CLIPImageProcessor): pass
+class Tokenizer(CLIPTokenizer): pass
+class Processor(CLIPProcessor): pass
+"""
+AUTO_MAP = {
+    "AutoConfig": "own.Config",
+    **dict.fromkeys(("AutoModel", "AutoModelForImageTextToText"), "own.Model"),
+    "AutoTokenizer": ["own.Tokenizer", None],
+    "AutoImageProcessor": "own.ImageProcessor",
+    "AutoProcessor": "own.Processor",
+}
+CONFIGS = {
+    "config.json": {"model_type": "own-code", "architectures": ["LoTLIPModel"]},
+    "tokenizer_config.json": {"tokenizer_class": "OwnTokenizer"},
+    "preprocessor_config.json": {"image_processor_type": "OwnImageProcessor"},
+    "processor_config.json": {"processor_class": "OwnProcessor"},
+}
+
+
+def with_code(folder: Path, marker: Path, *files: str) -> Path:
+    """The folder, whose configurations of these names ask for code that makes a file."""
+    folder.mkdir(exist_ok=True)
+    (folder / "own.py").write_text(CODE.format(marker=str(marker)))
+    for name in files or CONFIGS:
+        there = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (folder / name).write_text(json.dumps({**there, **CONFIGS[name], "auto_map": AUTO_MAP}))
+    return folder
+
+
+@pytest.fixture
+def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What code in a checkpoint makes; all questions on the terminal are answered with yes."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
+    yield tmp_path / "marker"
+    assert not (tmp_path / "marker").exists()
+    assert sys.stdin.tell() == 0  # nothing was asked
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    return tmp_path / "pictures"
+
+
+COMMANDS = {
+    "search": "search --model {evil} --images {pictures} text",
+    "embed": "embed --model {evil} --images {pictures} --output {out}",
+    "evaluate": "evaluate --model {evil} --task scenes --num-images 2",
+    "push": "push {evil} --repo-id ada/evil --dry-run {out}",
+    "export": "export onnx --model {evil} --output {out}",
+    "relabel": "relabel --captioner {evil} --tokenizer {good} --data {pictures} --short-column none --output {out}",
+    "relabel, tokenizer": "relabel --captioner {good} --tokenizer {evil} --data {pictures} --short-column none "
+    "--output {out}",
+    "convert": "convert --checkpoint {official}/model.pt --open-clip-config {official}/open_clip_config.json "
+    "--tokenizer {evil} --output {out}",
+    "convert --reverse": "convert --reverse --checkpoint {evil} --output {out}",
+}
+PROGRAMS = {
+    "examples/train.py": "--model {evil} --data scenes --output {out}",
+    "examples/train.py, text": "--text-model {evil} --image-model {good} --data scenes --output {out}",
+    "examples/train.py, image": "--text-model {bert} --image-model {evil} --data scenes --output {out}",
+    "examples/finetune_lora.py": "--model {evil} --data scenes --output {out}",
+    "examples/finetune_with_trainer.py": "--model {evil} --data scenes --output_dir {out}",
+    "examples/finetune_sentence_transformers.py": "--model {evil} --data scenes --output_dir {out}",
+    "examples/align_text_encoder.py": "--student {good} --teacher {evil} --prompts {prompts} --output {out}",
+    "examples/swap_text_encoder.py": "--model {evil} --output {out}.png",
+    "examples/space/app.py": "--model {evil}",
+}
+
+
+@pytest.fixture
+def words(
+    golden: Path, official_checkpoint: Path, pictures: Path, marker: Path, tmp_path: Path
+) -> Callable[[str], list[str]]:
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    BertModel(tiny.text_config().backbone_config).save_pretrained(tmp_path / "bert")
+    places = {
+        "bert": tmp_path / "bert",
+        "evil": with_code(tmp_path / "evil", marker),
+        "good": official_checkpoint,
+        "official": golden / "official-corners2",
+        "pictures": pictures,
+        "prompts": tmp_path / "prompts.txt",
+        "out": tmp_path / "out",
+    }
+    return lambda text: [word.format(**places) for word in text.split()]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_runs_a_checkpoints_code(
+    command: str, words: Callable[[str], list[str]], capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.main(words(COMMANDS[command])) == 2
+    assert "trust_remote_code" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_no_program_runs_a_checkpoints_code(
+    program: str, words: Callable[[str], list[str]], capsys: pytest.CaptureFixture
+) -> None:
+    """Some end by an error, which Python prints."""
+    try:
+        status, error = load_script(program.split(",")[0]).main(words(PROGRAMS[program])), ""
+    except (OSError, ValueError, SystemExit) as caught:
+        status, error = 1, str(caught)
+    assert status in (1, 2)
+    assert "trust_remote_code" in capsys.readouterr().err + error
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json", "processor_config.json"])
+def test_no_part_of_a_checkpoint_brings_code(name: str, marker: Path, tmp_path: Path) -> None:
+    tiny_clip.save_clip(tmp_path / "clip", tiny_clip.clip_model())
+    assert isinstance(load_model(tmp_path / "clip")[0], CLIPModel)
+    (tmp_path / "clip" / "processor_config.json").unlink()
+    tiny_clip.image_processor().save_pretrained(tmp_path / "clip")
+    with_code(tmp_path / "clip", marker, name)
+    # transformers' own tokenizer of a CLIP goes before the one that is named
+    known = name == "tokenizer_config.json"
+    with nullcontext() if known else pytest.raises(ValueError, match="trust_remote_code"):
+        load_model(tmp_path / "clip")
+
+
+def test_a_lotlip_processor_asks_nothing(official_checkpoint: Path, marker: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(official_checkpoint, tmp_path / "lotlip"))
+    for load in (AutoProcessor.from_pretrained, LoTLIPProcessor.from_pretrained):
+        assert isinstance(load(folder), LoTLIPProcessor)  # it names its own code, which is installed
+    assert isinstance(AutoModel.from_pretrained(folder), LoTLIPModel)
+    with_code(folder, marker, "config.json", "tokenizer_config.json")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        LoTLIPProcessor.from_pretrained(folder)
+
+
+# TorchScript, as OpenAI published CLIP
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2).half()
+        self.register_buffer("number", torch.tensor(7))
+        self.register_buffer("view", torch.arange(12.0).view(3, 4)[1:, ::2])
+        self.no_weight = torch.ones(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+class HostileLayer(nn.Module):
+    """As it is loaded by TorchScript, it writes a file."""
+
+    def __init__(self, marker: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.marker = marker
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[torch.Tensor, str, bool]:
+        return self.weight, self.marker, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, str, bool]) -> None:
+        self.weight, self.marker, self.training = state
+        torch.save(torch.ones(1), self.marker)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("traced", [True, False])
+def test_an_archive_is_read_as_torchscript_reads_it(traced: bool, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ModuleDict({"a": Layer()})["a"]).float()
+    model[1].linear.half()
+    model[1].forward = lambda x: x  # type: ignore[method-assign]
+    script = torch.jit.trace(model, torch.ones(1, 3)) if traced else torch.jit.script(nn.Sequential(Layer(), Layer()))
+    torch.jit.save(script, tmp_path / "archive.pt")
+    expected, found = torch.jit.load(tmp_path / "archive.pt").state_dict(), read_torchscript(tmp_path / "archive.pt")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_archives_code_does_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    script = torch.jit.script(HostileLayer(str(marker)))
+    script.save(tmp_path / "archive.pt")
+    with pytest.raises(ConversionError, match="archive.pt"):
+        read_open_clip(tmp_path / "archive.pt")
+    assert not marker.exists()
+    torch.jit.load(tmp_path / "archive.pt")
+    assert marker.exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_nothing_in_an_archives_pickle_runs(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    torch.jit.script(Layer()).save(tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "archive.pt", "w") as archive:
+        for name in good.namelist():
+            is_pickle = name.endswith("/data.pkl")
+            archive.writestr(name, pickle.dumps(Payload(marker)) if is_pickle else good.read(name))
+    with pytest.raises(ConversionError, match="mkdir"):
+        read_open_clip(tmp_path / "archive.pt")
+    assert not marker.exists()
