@@ -280,6 +280,7 @@ def test_no_command_runs_a_checkpoints_code(
     assert "trust_remote_code" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_no_program_runs_a_checkpoints_code(
     program: str, words: Callable[[str], list[str]], capsys: pytest.CaptureFixture
