@@ -294,7 +294,34 @@ def _check_long_input_ids(long_input_ids: torch.Tensor, short_texts: torch.Tenso
         )
 
 
-class LoTLIPTextModel(LoTLIPPreTrainedModel):
+class _LoTLIPTower(LoTLIPPreTrainedModel):
+    """
+    What both towers share: the backbone's modules are found under its own names too, such as
+    `vision_model.encoder.layers` over CLIP's image tower. They are the backbone's all the same, in `named_modules` and
+    in what is saved.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        backbone = self.__dict__.get("_modules", {}).get("backbone")
+        if backbone is not None and name in backbone._modules:
+            return backbone._modules[name]
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        backbone = self.__dict__.get("_modules", {}).get("backbone")
+        if backbone is not None and name in backbone._modules:
+            setattr(backbone, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+
+class LoTLIPTextModel(_LoTLIPTower):
     """
     LoTLIP's text tower, without projection: a stock encoder and m learnable corner tokens.
 
@@ -316,12 +343,6 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
         if config.num_corner_tokens:
             self.corner_embeds = nn.Parameter(torch.empty(config.num_corner_tokens, config.hidden_size))
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(
@@ -586,7 +607,7 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
         return self.backbone.pooler(hidden_states.flatten(0, 1).unsqueeze(1)).unflatten(0, hidden_states.shape[:2])
 
 
-class LoTLIPVisionModel(LoTLIPPreTrainedModel):
+class LoTLIPVisionModel(_LoTLIPTower):
     """LoTLIP's image tower, without projection: a stock encoder and its pooling."""
 
     config: LoTLIPVisionConfig
@@ -599,12 +620,6 @@ class LoTLIPVisionModel(LoTLIPPreTrainedModel):
         super().__init__(config)
         self.backbone = _backbone_from_config(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(
