@@ -297,22 +297,16 @@ def _check_long_input_ids(long_input_ids: torch.Tensor, short_texts: torch.Tenso
 class _LoTLIPTower(LoTLIPPreTrainedModel):
     """
     What both towers share: the backbone's modules are found under its own names too, such as
-    `vision_model.encoder.layers` over CLIP's image tower. They are the backbone's all the same, in `named_modules` and
-    in what is saved.
+    `vision_model.encoder.layers` over CLIP's image tower. In `named_modules` and in what is saved they are the
+    backbone's all the same.
     """
 
     def __getattr__(self, name: str) -> Any:
-        backbone = self.__dict__.get("_modules", {}).get("backbone")
-        if backbone is not None and name in backbone._modules:
+        modules = self.__dict__.get("_modules", {})
+        backbone = modules.get("backbone")
+        if backbone is not None and name not in modules and name in backbone._modules:
             return backbone._modules[name]
         return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        backbone = self.__dict__.get("_modules", {}).get("backbone")
-        if backbone is not None and name in backbone._modules:
-            setattr(backbone, name, value)
-        else:
-            super().__setattr__(name, value)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()

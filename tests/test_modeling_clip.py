@@ -18,7 +18,6 @@ from lotlip_hf import (
     LoTLIPTextModel,
     LoTLIPTextModelWithProjection,
     LoTLIPVisionConfig,
-    LoTLIPVisionModel,
 )
 from lotlip_hf.clip import clip_text_model, stretch_positions, stretch_text_model
 
@@ -374,14 +373,6 @@ def test_other_backbones_have_their_own_names(text: str, vision: str) -> None:
         with pytest.raises(AttributeError, match=f"{type(tower).__name__}.*{other}"):
             getattr(tower, other)
         assert not hasattr(tower, "nothing")
-
-
-def test_a_module_is_replaced_where_it_is() -> None:
-    tower = LoTLIPVisionModel(tiny.vision_config("clip"))
-    before = list(tower.state_dict())
-    tower.post_layernorm = tower.encoder.layers[0].layer_norm1
-    assert tower.backbone.post_layernorm is tower.encoder.layers[0].layer_norm1
-    assert list(tower.state_dict()) == before
 
 
 def test_grad_cam_hooks_a_layer_by_clips_name() -> None:
