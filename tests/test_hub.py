@@ -283,7 +283,7 @@ def test_results_and_training_reach_the_card(official_checkpoint: Path, tmp_path
     assert card.data.eval_results[0].is_equal_except_value(read_results(tmp_path / "results.json")[0])
     assert [result.metric_value for result in card.data.eval_results] == [81.25, 79.5]
     assert "Trained with lotlip-hf from google-bert/bert-base-uncased on someone/captions." in card.text
-    assert "| Urban1k | image to text r1 | 81.25 |" in card.text
+    assert "| Urban1k (test) | - | - | image to text, R@1 (%) | 81.25 |" in card.text
     assert "/home/me" not in card.content
     given = CardFields(base_model=["a/b"], datasets=["c/d", "e/f"], origin="From nowhere.")
     folder = write_repository(trained, tmp_path / "given", "me/mine", card=given)

@@ -391,6 +391,11 @@ def _unknown(option: str, known: Sequence[str]) -> str:
     return f"unknown option {option}.{hint}"
 
 
+def choices(option: str) -> tuple[str, ...]:
+    """What an option of a [`TrainingConfig`] can be, if it is one of several words."""
+    return _choices(get_type_hints(TrainingConfig)[option])
+
+
 def _choices(hint: Any) -> tuple[str, ...]:
     """What a `Literal`, perhaps optional, allows."""
     if get_origin(hint) is Literal:

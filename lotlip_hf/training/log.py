@@ -200,7 +200,8 @@ def _draw_recalls(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
             at, values = zip(*points, strict=True)
             label = f"{label}: {values[-1]:.1f} %"
             axes.plot(at, values, color=colour, linestyle=style, marker="o", markersize=3, label=label)
-    axes.set_ylim(0, 100)
+    highest = max(100 * entry[name] for entry in entries for name in RECALLS if entry.get(name) is not None)
+    axes.set_ylim(0, min(100, 1.2 * highest) or 1)  # where recalls are small, too, they are seen
     axes.set_ylabel("R@1 (%)")
     axes.set_title("Retrieval on held-out pairs (legend: last value)")
 
