@@ -341,7 +341,7 @@ def _result_rows(file: str | os.PathLike) -> list[list[str]]:
     texts = protocol.get("captions")
     texts = f"{texts} captions" if texts in CAPTIONS else texts
     count = protocol.get("num_images")
-    images = "-" if count is None else f"{'the first ' if 'first_images' in protocol else ''}{count}"
+    images = f"{'the first ' if 'first_images' in protocol else ''}{count}" if isinstance(count, int) else "-"
     split = results[0].dataset_split if results else None
     data = f"{results[0].dataset_name} ({split})" if split else results[0].dataset_name if results else ""
     rows = []
@@ -357,8 +357,8 @@ def _result_rows(file: str | os.PathLike) -> list[list[str]]:
             if {f"{name}_low", f"{name}_high"} <= values.keys():
                 low, high = (factor * values[f"{name}_{end}"] for end in ("low", "high"))
                 shown += f" ({low:.2f} to {high:.2f})"
-        cells = (data, "-" if texts is None else texts, images, title.replace("_", " "), shown)
-        rows.append([markdown_text(cell) for cell in cells])
+        kind = "-" if texts is None else markdown_text(texts)
+        rows.append([markdown_text(data), kind, images, markdown_text(title.replace("_", " ")), shown])
     return rows
 
 

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from lotlip_hf.training.log import LOG_NAME, RECALLS, RunLog, draw_curve, read_log
@@ -143,6 +145,19 @@ log.write({"step": 3})
     run = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
     assert run.stdout == "refused\n", run.stderr
     assert steps_of(path) == [1, 3]
+
+
+@pytest.mark.parametrize(("highest", "top"), [(0.0, 1), (0.002, 0.24), (0.05, 6), (0.5, 60), (0.9, 100), (1.0, 100)])
+def test_small_recalls_are_seen(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, highest: float, top: float
+):
+    figures: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    log = RunLog(path)
+    for step in (1, 2):
+        log.write({"step": step, **dict.fromkeys(RECALLS, highest * step / 2)})
+    draw_curve(path, tmp_path / "curve.png")
+    assert figures[0].axes[-1].get_ylim() == pytest.approx((0, top))
 
 
 def test_a_line_needs_a_step(path):

@@ -227,6 +227,29 @@ def test_metrics_as_rows() -> None:
     assert (head, rows) == (["top-1 (%)", "top-5 (%)", "mean per class (%)"], [["60.12", "85.00", "60.00"]])
 
 
+@pytest.mark.parametrize(
+    ("benchmark", "protocol", "left_out"),
+    [
+        ("imagenet-1k", {"num_classes": 5}, {"top-5 (%)": [0]}),
+        ("imagenet-1k", {"num_classes": 6}, {}),
+        # rows are image to text and text to image
+        ("iiw", {"num_texts": 5, "num_images": 10}, {"R@5 (%)": [0], "R@10 (%)": [0, 1]}),
+        ("iiw", {"num_texts": 11, "num_images": 11}, {}),
+    ],
+)
+def test_the_first_k_of_k_are_left_out(
+    tmp_path: Path, benchmark: str, protocol: dict[str, int], left_out: dict[str, list[int]]
+) -> None:
+    files = save(tmp_path, results(benchmark, protocol=protocol))
+    head, _, *body = [cells(line) for line in report(files).split(" in full\n\n")[1].splitlines()]
+    for title in ("top-1 (%)", "top-5 (%)", "R@1 (%)", "R@5 (%)", "R@10 (%)"):
+        if title in head:
+            found = [place for place, row in enumerate(body) if row[head.index(title)] == "-"]
+            assert found == left_out.get(title, [])
+    if benchmark == "imagenet-1k":
+        assert ("accuracy_top5" in model_index(files)) == (not left_out)
+
+
 def test_a_part_of_a_set_is_marked(tmp_path: Path) -> None:
     files = save(tmp_path, results(protocol={"num_images": 100}))
     text = report(files)
