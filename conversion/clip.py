@@ -495,7 +495,7 @@ def _check_saved(folder: Path, source: _Source, max_positions: int, stretch: Str
             differing.append(name)
     if differing:
         raise ConversionError(f"After saving and loading, these tensors differ from the CLIP's: {differing}")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids = [one(SAMPLE_TEXTS, truncation=True)["input_ids"] for one in (tokenizer, source.tokenizer)]
     if ids[0] != ids[1]:
         raise ConversionError("After saving and loading, the tokenizer gives other ids than the CLIP's.")

@@ -153,7 +153,7 @@ def load_checkpoint(folder: str | Path) -> PreTrainedModel:
         raise ConversionError(f"{folder}: no such folder.")
     try:
         with naming_damage(str(folder)):
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             classes = MODEL_CLASSES.get(type(config))
             if classes is None:
                 raise ConversionError(f"{folder}: a {config.model_type!r} checkpoint, not a LoTLIP one.")

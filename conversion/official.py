@@ -347,7 +347,7 @@ def _load_tokenizer(source: str | Path, config: LoTLIPTextConfig, context_length
         if (folder / "vocab.txt").is_file() and not (folder / "tokenizer_config.json").is_file():
             tokenizer = LoTLIPTokenizer.from_pretrained(source, model_max_length=model_max_length)
         else:
-            stock = AutoTokenizer.from_pretrained(source)
+            stock = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(stock, model_max_length=model_max_length)
     except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
         raise ConversionError(
@@ -502,7 +502,7 @@ def _summary(folder: Path) -> str:
     config = LoTLIPConfig.from_pretrained(folder)
     with torch.device("meta"):
         num_parameters = LoTLIPModel(config).num_parameters()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     dtype, size = str(config.dtype).removeprefix("torch."), config.vision_config.image_size
     return (
         f"  {num_parameters:,} parameters in {dtype}, bit for bit the checkpoint's\n"

@@ -4,7 +4,6 @@ makes LoTLIP models of them.
 """
 
 import math
-import zipfile
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
@@ -23,6 +22,7 @@ from lotlip_hf.files import printable
 
 from .common import ConversionError, one_line, option, read_json, section, whole
 from .official import DTYPES, PREFIX, read_official_state_dict
+from .torchscript import is_torchscript, read_torchscript
 
 Activation = Literal["gelu", "quick_gelu"]
 
@@ -186,8 +186,7 @@ def read_open_clip(
 
     Args:
         weights: A `.safetensors` file; a pickle of a state dict or of `{"state_dict": ...}`, of which only tensors are
-            read; or a TorchScript archive, as OpenAI published CLIP, of which nothing is run but what TorchScript
-            itself runs on loading.
+            read; or a TorchScript archive, as OpenAI published CLIP, whose code does not run.
         config: open_clip's configuration, an `open_clip_config.json` or the model's part of it alone. Without it all
             sizes are read off the tensors, with heads of width 64 as in OpenAI's code.
         activation: For a file without a configuration, what it was trained with. Archives and Long-CLIP's files are
@@ -247,14 +246,8 @@ def read_open_clip(
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
     """The tensors of a file, and whether it is a TorchScript archive."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            is_archive = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        if is_archive:
-            try:
-                return torch.jit.load(path, map_location="cpu").state_dict(), True
-            except RuntimeError as error:
-                raise ConversionError(f"{path}: a damaged TorchScript archive ({_first_line(error)}).") from error
+    if is_torchscript(path):
+        return read_torchscript(path), True
     if path.suffix != ".safetensors":
         return read_official_state_dict(path), False
     try:
@@ -262,10 +255,6 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
     except SafetensorError as error:
         raise ConversionError(f"{path}: not a safetensors file ({one_line(error)}).") from error
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, False
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def _without_text_prefix(state_dict: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:

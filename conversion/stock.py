@@ -443,9 +443,9 @@ def _stock_processors(
 
 def _image_processor_of(folder: Path) -> Any:
     if (folder / "processor_config.json").is_file():
-        return getattr(AutoProcessor.from_pretrained(folder), "image_processor", None)
+        return getattr(AutoProcessor.from_pretrained(folder, trust_remote_code=False), "image_processor", None)
     if (folder / "preprocessor_config.json").is_file():
-        return AutoImageProcessor.from_pretrained(folder)
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     return None
 
 
@@ -455,7 +455,7 @@ def _stock_tokenizer_of(
     """The stock tokenizer for a checkpoint's texts, or why there is none."""
     if not (folder / "tokenizer_config.json").is_file():
         return None, f"{folder} has none"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     if not isinstance(tokenizer, LoTLIPTokenizer):
         if not type(tokenizer).__module__.startswith("transformers."):

@@ -158,9 +158,10 @@ def load_model(model_class: Any, option: str, source: str | Path, device: str) -
 def load_tokenizer(source: str | Path, model: Any, advice: str) -> Any:
     """A model's tokenizer, which cuts at as many tokens as both take."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{source}: no tokenizer found ({first_line(error)}); {advice}.") from error
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"{source}: no tokenizer found ({reason}); {advice}.") from error
     # some come up with their special tokens alone where there is no file
     if not len(set(tokenizer.all_special_ids)) < len(tokenizer) <= model.config.vocab_size:
         raise SystemExit(
@@ -184,7 +185,7 @@ def text_encoders(pipeline: Path) -> dict[str, str]:
 def has_projection(folder: Path, class_name: str) -> bool:
     """Whether a text encoder of a pipeline has a projection; one that took a CLIP's place says so in its settings."""
     if class_name == "LoTLIPTextEncoder":
-        return AutoConfig.from_pretrained(folder).projection_dim is not None
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).projection_dim is not None
     return class_name == "CLIPTextModelWithProjection"
 
 
@@ -208,9 +209,12 @@ def load_teacher(args: argparse.Namespace) -> Teacher:
     elif args.slot != SLOT:
         raise SystemExit(f"--slot {args.slot}: {args.teacher} is no pipeline (it has no model_index.json).")
     try:
-        config = AutoConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
+        config = (
+            AutoConfig.from_pretrained(folder, trust_remote_code=False) if (folder / "config.json").is_file() else None
+        )
     except (OSError, ValueError) as error:
-        raise SystemExit(f"--teacher {folder}: its config.json is damaged ({first_line(error)}).") from error
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"--teacher {folder}: its config.json cannot be read ({reason}).") from error
     if config is None or config.model_type not in ("clip", "clip_text_model"):
         raise SystemExit(f"{folder}: no CLIP text encoder, which --teacher (and --slot, of a pipeline) must name.")
     is_projected = "CLIPTextModelWithProjection" in (config.architectures or [])

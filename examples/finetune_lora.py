@@ -103,8 +103,10 @@ def check(model: str, folder: Path, batch: dict[str, Any]) -> None:
     Raises:
         AssertionError: if the embeddings differ by more than 1e-5.
     """
-    adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(model, dtype=torch.float32), folder / "adapter")
-    merged = AutoModel.from_pretrained(folder / "merged")
+    adapted = PeftModel.from_pretrained(
+        AutoModel.from_pretrained(model, dtype=torch.float32, trust_remote_code=False), folder / "adapter"
+    )
+    merged = AutoModel.from_pretrained(folder / "merged", trust_remote_code=False)
     with torch.no_grad():
         expected, answers = embed(adapted.eval(), batch), embed(merged.eval(), batch)
     torch.testing.assert_close(answers, expected, rtol=0, atol=1e-5)
@@ -123,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         # each process reads its own batches: each batch is padded to its own length
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
     )
-    base = AutoModel.from_pretrained(args.model, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(args.model)
+    base = AutoModel.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=False)
     lora = add_lora(base, args.rank, args.vision)
     if accelerator.is_main_process:
         lora.print_trainable_parameters()

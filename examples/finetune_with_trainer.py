@@ -178,8 +178,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     set_seed(args.seed)
 
     # float32, whatever the checkpoint was saved in: small steps are lost in 16 bits. `--bf16` is for the activations.
-    model = AutoModel.from_pretrained(options.model, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(options.model)
+    model = AutoModel.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False)
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=False)
     sampling = CaptionSampling(options.num_long_texts, options.num_sentences or None)
     records, eval_records = options.read_records()
     trainer = LoTLIPTrainer(

@@ -65,7 +65,8 @@ def shuffle_captions(records: Dataset, seed: int = 0) -> Dataset:
 
 def measure(checkpoint: Path, records: Dataset) -> dict[str, float]:
     """Retrieval over all records, by their first long caption and by their short one."""
-    model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=False)
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
     image_embeds = encode_images(model, processor, [record["image"] for record in records])
     results = {}
     for kind, texts in (

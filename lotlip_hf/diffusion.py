@@ -336,7 +336,7 @@ def _load_model(path: str | os.PathLike) -> PreTrainedModel:
             f"{path} is a whole pipeline: give the folder of its text encoder, such as text_encoder in it."
         )
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         raise OSError(
             f"{path}: no such folder, and not to be had from the Hub ({str(error).splitlines()[0]})"
@@ -369,9 +369,10 @@ def _load_tokenizer(
         beside = folder.with_name(_tokenizer_name(folder.name))  # as pipelines have it
         path = beside if beside.is_dir() else path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no tokenizer found ({str(error).splitlines()[0]}). Give `tokenizer`.") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: no tokenizer found ({reason}). Give `tokenizer`.") from error
     # the pipeline was trained on texts padded as the slot's tokenizer does it, and looks at the padding
     if isinstance(tokenizer, CLIPTokenizer) and isinstance(padding_of, CLIPTokenizer):
         if tokenizer.convert_tokens_to_ids(padding_of.pad_token) == padding_of.pad_token_id:

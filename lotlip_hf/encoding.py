@@ -110,7 +110,10 @@ def load_model(
         raise FileNotFoundError(f"{name}: no such checkpoint folder.")
     if any(os.path.isfile(os.path.join(name, file)) for file in ONNX_FILES.values()):
         with naming_damage(name):
-            model, processor = LoTLIPOnnxModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
+            model, processor = (
+                LoTLIPOnnxModel.from_pretrained(name),
+                AutoProcessor.from_pretrained(name, trust_remote_code=False),
+            )
         try:
             model.to(device="cpu" if device is None else device)  # refuses all but the CPU
         except RuntimeError as error:
@@ -159,7 +162,7 @@ def _load(
     name: str, device: str | torch.device, dtype: str | torch.dtype, revision: str | None
 ) -> tuple[PreTrainedModel, Any]:
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except OSError as error:
         if name in str(error):
             raise
@@ -187,6 +190,7 @@ def _load(
             name,
             config=config,
             revision=revision,
+            trust_remote_code=False,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -210,7 +214,7 @@ def _load(
         raise ValueError(f"{name}: the weights do not fit a {type(model).__name__} ({'; '.join(problems)}).")
 
     model.config._commit_hash = commit  # where older transformers kept it
-    processor = AutoProcessor.from_pretrained(name, revision=revision)
+    processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
     for part in ("tokenizer", "image_processor"):
         if not hasattr(processor, part):
             raise ValueError(

@@ -9,7 +9,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +29,11 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from PIL import Image
 from transformers import AutoProcessor
 
 from .encoding import load_model
-from .files import all_or_nothing, parse_json, printable, read_regular
+from .files import all_or_nothing, markdown_text, parse_json, printable, read_regular
 from .modeling.loading_lotlip import checked_download
 from .modeling.modeling_lotlip import LoTLIPModel
 from .store import fingerprint
@@ -66,6 +67,23 @@ LANGUAGES = {
     **{"en": "English", "zh": "Chinese", "de": "German", "es": "Spanish", "fr": "French", "it": "Italian"},
     **{"ja": "Japanese", "ko": "Korean", "pt": "Portuguese", "ru": "Russian", "multilingual": "many languages"},
 }
+# Options of a training that say nothing of what came of it.
+HOUSEKEEPING = {
+    *("output", "resume", "num_workers", "on_error", "streaming", "shuffle_buffer", "compile", "trackers"),
+    *("eval_data", "eval_split", "eval_samples", "eval_steps", "log_steps", "save_steps", "save_total_limit"),
+}
+# Where another option has to be set for one to say anything
+NEEDS = {
+    "num_scenes": lambda options: options.get("data") == "scenes",
+    "num_epochs": lambda options: not options.get("max_steps"),
+    "unlocked_vision_layers": lambda options: options.get("lock_vision"),
+}
+# Which captions, of data that has several kinds
+CAPTIONS = ("all", "long", "short")
+# Metrics of `lotlip evaluate` that are shares, and those of a number of candidates
+SHARE = re.compile(r"(image_to_text|text_to_image)_r\d+(_low|_high)?|accuracy_top\d+|mean_per_class_recall")
+TOP = re.compile(r"(image_to_text_r|text_to_image_r|accuracy_top)(\d+)")
+CANDIDATES = {"image_to_text_r": "num_texts", "text_to_image_r": "num_images", "accuracy_top": "num_classes"}
 # What an earlier commit may have left that would be read beside this one: weights in other shards, an adapter, older
 # code, settings of the processor in other files. Only beside it: folders are somebody's own.
 STALE = [
@@ -270,7 +288,7 @@ def read_results(file: str | os.PathLike) -> list[EvalResult]:
             `protocol` has `first_images`, the results say that they are of so many images.
 
     Returns:
-        One result for each number.
+        One result for each number, but for a share of right ones among the first k of k candidates, which is 1.
 
     Raises:
         ValueError: if the file does not say so.
@@ -278,13 +296,21 @@ def read_results(file: str | os.PathLike) -> list[EvalResult]:
     """
     try:
         run = result_file(file)
-        task, dataset, metrics = run["task"], run["dataset"], run["metrics"]
-        first_images = run.get("protocol", {}).get("first_images")
+        protocol = run.get("protocol", {})
+        task, dataset, metrics = run["task"], run["dataset"], telling_metrics(run["metrics"], protocol)
+        first_images, captions, limit = (
+            protocol.get(name) for name in ("first_images", "captions", "max_length_asked")
+        )
+        # results of one data set and `config` are one entry of a model-index
+        config = [f"{captions} captions"] if captions in CAPTIONS else []
+        config += [f"texts cut at {limit} tokens"] if limit else []
+        config += [f"first {first_images} images"] if first_images else []
         return [
             EvalResult(
                 task_type=task,
                 dataset_type=dataset["id"],
                 dataset_name=dataset["name"],
+                dataset_config=", ".join(config) or None,
                 dataset_split=dataset.get("split"),
                 dataset_revision=dataset.get("revision"),
                 dataset_args=None if first_images is None else {"num_images": first_images},
@@ -335,6 +361,64 @@ def result_file(file: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
+def telling_metrics(metrics: Mapping[str, float], protocol: Mapping[str, Any]) -> dict[str, float]:
+    """
+    Metrics without those that say nothing: a share of right ones among the first k, above 1, of no more than k.
+
+    Args:
+        metrics: Numbers by name.
+        protocol: With `num_images`, and `num_texts` or `num_classes`.
+
+    Returns:
+        The others.
+    """
+
+    def tells(name: str) -> bool:
+        match = TOP.fullmatch(name)
+        candidates = None if match is None else protocol.get(CANDIDATES[match[1]])
+        return match is None or candidates is None or int(match[2]) == 1 or int(match[2]) < candidates
+
+    return {name: value for name, value in metrics.items() if tells(name)}
+
+
+def _result_rows(file: str | os.PathLike) -> list[list[str]]:
+    """The rows of a file of results in a card's table: data, captions, images, metric and value, as Markdown."""
+    results = read_results(file)
+    protocol = result_file(file).get("protocol", {})
+    values = {result.metric_type: result.metric_value for result in results}
+    shares = [value for name, value in values.items() if SHARE.fullmatch(name)]
+    factor = 100 if all(value <= 1 for value in shares) else 1  # some files have percentages already
+    texts = protocol.get("captions")
+    texts = f"{texts} captions" if texts in CAPTIONS else texts
+    count = protocol.get("num_images")
+    images = f"{'the first ' if 'first_images' in protocol else ''}{count}" if isinstance(count, int) else "-"
+    split = results[0].dataset_split if results else None
+    data = f"{results[0].dataset_name} ({split})" if split else results[0].dataset_name if results else ""
+    rows = []
+    for name, value in values.items():
+        if name.endswith(("_low", "_high")):
+            continue
+        title = re.sub(r"^(image_to_text|text_to_image)_r(\d+)$", r"\1_R@\2", name)
+        title = re.sub(r"^(image_to_text|text_to_image)_", r"\1, ", title)
+        title = re.sub(r"^accuracy_top(\d+)$", r"top-\1 accuracy", title)
+        shown = f"{value:g}"
+        if SHARE.fullmatch(name):
+            title, shown = f"{title} (%)", f"{factor * value:.2f}"
+            if {f"{name}_low", f"{name}_high"} <= values.keys():
+                low, high = (factor * values[f"{name}_{end}"] for end in ("low", "high"))
+                shown += f" ({low:.2f} to {high:.2f})"
+        kind = "-" if texts is None else markdown_text(texts)
+        rows.append([markdown_text(data), kind, images, markdown_text(title.replace("_", " ")), shown])
+    return rows
+
+
+def _picture_size(processor: Any) -> str:
+    """What the processor makes of a picture."""
+    pixels = processor.image_processor(Image.new("RGB", (640, 640)), return_tensors="pt")["pixel_values"]
+    height, width = pixels.shape[-2:]
+    return f"{width} x {height}"
+
+
 def _loaded(
     model_or_path: Any, processor: Any, token: str | bool | None = None
 ) -> tuple[LoTLIPModel, Any, Path | None]:
@@ -363,7 +447,7 @@ def _loaded(
         )
     if processor is None:
         try:
-            processor = AutoProcessor.from_pretrained(source, token=token)
+            processor = AutoProcessor.from_pretrained(source, token=token, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
                 "The model was not loaded from a checkpoint with a processor: give its `processor`."
@@ -395,7 +479,8 @@ def _card_text(
     results = [result for file in fields.results for result in read_results(file)]
     for file in fields.results:
         _check_evaluated(model, processor, file)
-    trained = _with_training(fields, source)
+    options = _training_options(source)
+    trained = _with_training(fields, options)
     beside = source / "README.md" if source is not None else None
     for file, name in ((beside, str(beside)), (there, f"README.md of {repo_id}")):
         if file is None or not file.is_file():
@@ -406,7 +491,8 @@ def _card_text(
                 logger.warning(f"{repo_id}: the text of its README.md is somebody's own and is kept.")
             return _updated(content, card, repo_id, fields, results)
         trained = _with_metadata(trained, card)
-    return str(model_card(model, processor, repo_id, trained, results)).encode()
+    step = re.fullmatch(r"checkpoint-(\d+)", source.name) if source is not None else None
+    return str(model_card(model, processor, repo_id, trained, options, int(step[1]) if step else None)).encode()
 
 
 def _check_evaluated(model: LoTLIPModel, processor: Any, file: str | os.PathLike) -> None:
@@ -469,7 +555,8 @@ def model_card(
     processor: Any,
     repo_id: str,
     fields: CardFields | None = None,
-    results: list[EvalResult] | None = None,
+    options: Mapping[str, Any] | None = None,
+    step: int | None = None,
 ) -> ModelCard:
     """
     The card of a model, rendered from `MODEL_CARD.md`.
@@ -479,9 +566,11 @@ def model_card(
         processor: Its processor.
         repo_id: The id that the card's examples load.
         fields: What cannot be read off the model.
-        results: Results of evaluations, for the metadata.
+        options: Of the training, by name. Paths and what is no option of a [`TrainingConfig`] are left out.
+        step: How many steps of the training the checkpoint was saved after.
     """
     fields = fields or CardFields()
+    results = [result for file in fields.results for result in read_results(file)]
     name = repo_id.split("/")[-1]
     languages = list(fields.language) or ["en"]
     data = ModelCardData(
@@ -506,11 +595,14 @@ def model_card(
         vision_backbone=f"{_backbone(vision)}, patches of {vision.patch_size}",
         num_corner_tokens=text.num_corner_tokens,
         max_text_tokens=min(processor.tokenizer.model_max_length, text.max_position_embeddings),
-        image_size=vision.image_size,
+        image_size=_picture_size(processor),
         projection_dim=model.config.projection_dim,
         num_parameters=f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} million",
-        results=[(result.dataset_name, result.metric_name, result.metric_value) for result in results or []],
-        languages=" and ".join(LANGUAGES.get(language, language) for language in languages),
+        results=[row for file in fields.results for row in _result_rows(file)],
+        has_intervals=any(result.metric_type.endswith("_low") for result in results),
+        options=_told_options(options or {}),
+        step=step,
+        languages=" and ".join(markdown_text(LANGUAGES.get(language, language)) for language in languages),
     )
     card.text = f"{card.text.rstrip()}\n\n{_signature(card.text)}\n"
     return card
@@ -532,29 +624,63 @@ def _backbone(config: Any) -> str:
     return f"{name}, {config.num_hidden_layers} layers, width {config.hidden_size}"
 
 
-def _with_training(fields: CardFields, source: Path | None) -> CardFields:
-    """The fields, and where they are empty what the options of the training say, if they lie beside the checkpoint."""
+def _training_options(source: Path | None) -> dict[str, Any]:
+    """The options of the training by name, if they lie beside the checkpoint or in the run's folder that it is in."""
     from .training.arguments import CONFIG_NAME
 
-    path = source / CONFIG_NAME if source is not None else None
-    if path is None or not path.is_file():
-        return fields
+    if source is None:
+        return {}
+    folders = [source, source.parent] if re.fullmatch(r"checkpoint-\d+", source.name) else [source]
+    path = next((folder / CONFIG_NAME for folder in folders if (folder / CONFIG_NAME).is_file()), None)
+    if path is None:
+        return {}
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path}: expected the options of a training by name, got a {type(options).__name__}.")
+    return options
+
+
+def _told_options(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Options of a training and their values, but for what lay on a disk, was not set, or changes no weight."""
+    from .training.arguments import SCENES, TrainingConfig, choices
+
+    told = []
+    for name in TrainingConfig.__dataclass_fields__:
+        value = options.get(name)
+        if name in HOUSEKEEPING or not NEEDS.get(name, bool)(options):
+            continue
+        if isinstance(value, bool):
+            shown = "yes" if value else ""
+        elif isinstance(value, int | float):
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+        elif isinstance(value, list):
+            shown = ", ".join(map(str, value)) if all(isinstance(one, int) for one in value) else ""
+        else:
+            shown = value if value in (SCENES, *choices(name)) or _is_hub_id(value) else ""
+        if shown:
+            told.append((name, f"{shown}, of each process" if name == "batch_size" else shown))
+    return told
+
+
+def _with_training(fields: CardFields, options: Mapping[str, Any]) -> CardFields:
+    """The fields, and where they are empty what the options of the training say."""
+    from .training.arguments import SCENES
+
+    if not options:
+        return fields
     base_model = [name for key in ("model", "text_model", "image_model") if _is_hub_id(name := options.get(key))]
     datasets = [name] if _is_hub_id(name := options.get("data")) else []
     origin = "Trained with lotlip-hf"
     origin += f" from {' and '.join(base_model)}" if base_model else ""
-    origin += f" on {datasets[0]}." if datasets else "."
+    origin += f" on {datasets[0]}" if datasets else " on drawn scenes" if options.get("data") == SCENES else ""
     return replace(
         fields,
         base_model=fields.base_model or base_model,
         datasets=fields.datasets or datasets,
-        origin=fields.origin or origin,
+        origin=fields.origin or f"{origin}.",
     )
 
 

@@ -94,7 +94,7 @@ class LoTLIPOnnxModel(nn.Module):
             raise FileNotFoundError(
                 f"{folder}: no {' or '.join(FILES.values())} there; `lotlip export onnx` makes them of a checkpoint."
             )
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if not isinstance(config, (LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig)):
             raise ValueError(f"{folder}: config.json is of a {config.model_type!r} model, not of a LoTLIP one.")
         providers = ["CPUExecutionProvider"] if providers is None else list(providers)

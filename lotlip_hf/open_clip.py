@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from torch import nn
-from transformers import BatchEncoding, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, BatchEncoding, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .encoding import OPEN_CLIP, cached_commit
@@ -297,10 +297,11 @@ def load_open_clip(
     try:
         download = checked_download(repository) if repository else nullcontext()
         with download, _as_own_log():
+            model_cfg = open_clip.get_model_config(architecture)
+            _refuse_code(model_cfg, architecture)
             # without a text tower's own weights, which would be fetched where there are none of the model
             model, transform = open_clip.create_model_from_pretrained(architecture, pretrained, pretrained_text=False)
             tokenizer = OpenClipTokenizer(open_clip.get_tokenizer(architecture))
-            model_cfg = open_clip.get_model_config(architecture)
     except OSError as error:
         raise OSError(f"{name}: {error}") from error
     except Exception as error:  # open_clip raises every kind, on damaged and on missing files too
@@ -314,6 +315,19 @@ def load_open_clip(
     if dtype != "auto":
         wrapped = wrapped.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return wrapped, processor
+
+
+def _refuse_code(model_cfg: Mapping[str, Any], architecture: str) -> None:
+    """A `ValueError` where open_clip would run a repository's code by transformers, or ask for it on the terminal."""
+    text_cfg = model_cfg.get("text_cfg", {})
+    if "trust_remote_code" in text_cfg.get("tokenizer_kwargs", {}):
+        raise ValueError("its `tokenizer_kwargs` hold `trust_remote_code`, which is for the user to say")
+    if text_cfg.get("hf_model_name"):
+        AutoConfig.from_pretrained(text_cfg["hf_model_name"], trust_remote_code=False)
+    if text_cfg.get("hf_tokenizer_name"):
+        is_folder = architecture.startswith(FOLDER)  # with the tokenizer in it
+        source = architecture.removeprefix(FOLDER) if is_folder else text_cfg["hf_tokenizer_name"]
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def _import_open_clip() -> ModuleType:

@@ -17,18 +17,6 @@ logger = logging.get_logger(__name__)
 FORMAT_VERSION = 1
 
 
-def _backbone_attribute(name: str) -> property:
-    """A property that reads and writes `name` on the backbone's configuration, so that each value has one home."""
-
-    def get(self: "_LoTLIPTowerConfig") -> Any:
-        return getattr(self.backbone_config, name)
-
-    def set(self: "_LoTLIPTowerConfig", value: Any) -> None:
-        setattr(self.backbone_config, name, value)
-
-    return property(get, set, doc=f"`{name}` of the backbone's configuration.")
-
-
 class _LoTLIPBaseConfig(PreTrainedConfig):
     """
     What all three share: they name the code that a checkpoint is published with, refuse what a newer version wrote,
@@ -82,19 +70,14 @@ _KNOWN_FIELDS = frozenset(
 
 class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
     """
-    What both towers share: a backbone's configuration, how it is pooled, and the width it is projected to. Arguments
-    that are none of its own are the backbone's, so `LoTLIPTextConfig(vocab_size=100)` does what it says.
+    What both towers share: a backbone's configuration, how it is pooled, and the width it is projected to. Fields that
+    are none of its own are the backbone's, so `LoTLIPTextConfig(vocab_size=100)` does what it says, and so do
+    `config.layer_norm_eps` and `config.layer_norm_eps = 1e-6`: each value has one home.
     """
 
     sub_configs: ClassVar[dict[str, type]] = {"backbone_config": AutoConfig}
     default_backbone: ClassVar[dict[str, Any]] = {}
     supported_backbones: ClassVar[tuple[str, ...]] = ()
-
-    hidden_size = _backbone_attribute("hidden_size")
-    intermediate_size = _backbone_attribute("intermediate_size")
-    num_hidden_layers = _backbone_attribute("num_hidden_layers")
-    num_attention_heads = _backbone_attribute("num_attention_heads")
-    initializer_range = _backbone_attribute("initializer_range")
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_version()
@@ -112,6 +95,23 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
             setattr(backbone, name, kwargs.pop(name))
         self.backbone_config = backbone
         super().__post_init__(**kwargs)
+
+    def _is_of_backbone(self, name: str) -> bool:
+        backbone = self.__dict__.get("backbone_config")
+        if not isinstance(backbone, PreTrainedConfig) or hasattr(type(self), name):
+            return False
+        return name in backbone.attribute_map or name in backbone.__dataclass_fields__
+
+    def __getattr__(self, name: str) -> Any:
+        if self._is_of_backbone(name):
+            return getattr(self.backbone_config, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dict__ and self._is_of_backbone(name):
+            setattr(self.backbone_config, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @classmethod
     def _check_backbone(cls, model_type: str) -> None:
@@ -169,11 +169,6 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     num_corner_tokens: int = 2
     pooling: Literal["pooler", "cls", "mean", "eos"] | None = None
     projection_dim: int | None = 768
-
-    vocab_size = _backbone_attribute("vocab_size")
-    pad_token_id = _backbone_attribute("pad_token_id")
-    bos_token_id = _backbone_attribute("bos_token_id")
-    eos_token_id = _backbone_attribute("eos_token_id")
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -259,10 +254,6 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
     backbone_config: PreTrainedConfig | dict | None = None
     pooling: Literal["pooler", "cls", "mean"] = "cls"
     projection_dim: int | None = None
-
-    image_size = _backbone_attribute("image_size")
-    patch_size = _backbone_attribute("patch_size")
-    num_channels = _backbone_attribute("num_channels")
 
     def validate_pooling(self) -> None:
         backbone = self.backbone_config

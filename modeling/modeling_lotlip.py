@@ -227,7 +227,9 @@ def _backbone_from_config(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> PreT
     if config.backbone_config.model_type == "clip_text_model":
         return CLIPTextBackbone._from_config(config.backbone_config)
     backbone = AutoModel.from_config(
-        config.backbone_config, **_pooling_layer_argument(config.backbone_config, config.pooling)
+        config.backbone_config,
+        trust_remote_code=False,
+        **_pooling_layer_argument(config.backbone_config, config.pooling),
     )
     return with_pooled_layer(backbone)
 
@@ -292,7 +294,28 @@ def _check_long_input_ids(long_input_ids: torch.Tensor, short_texts: torch.Tenso
         )
 
 
-class LoTLIPTextModel(LoTLIPPreTrainedModel):
+class _LoTLIPTower(LoTLIPPreTrainedModel):
+    """
+    What both towers share: the backbone's modules are found under its own names too, such as
+    `vision_model.encoder.layers` over CLIP's image tower. In `named_modules` and in what is saved they are the
+    backbone's all the same.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        backbone = modules.get("backbone")
+        if backbone is not None and name not in modules and name in backbone._modules:
+            return backbone._modules[name]
+        return super().__getattr__(name)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+
+class LoTLIPTextModel(_LoTLIPTower):
     """
     LoTLIP's text tower, without projection: a stock encoder and m learnable corner tokens.
 
@@ -314,12 +337,6 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
         if config.num_corner_tokens:
             self.corner_embeds = nn.Parameter(torch.empty(config.num_corner_tokens, config.hidden_size))
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(
@@ -584,7 +601,7 @@ class LoTLIPTextModel(LoTLIPPreTrainedModel):
         return self.backbone.pooler(hidden_states.flatten(0, 1).unsqueeze(1)).unflatten(0, hidden_states.shape[:2])
 
 
-class LoTLIPVisionModel(LoTLIPPreTrainedModel):
+class LoTLIPVisionModel(_LoTLIPTower):
     """LoTLIP's image tower, without projection: a stock encoder and its pooling."""
 
     config: LoTLIPVisionConfig
@@ -597,12 +614,6 @@ class LoTLIPVisionModel(LoTLIPPreTrainedModel):
         super().__init__(config)
         self.backbone = _backbone_from_config(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(
@@ -1134,7 +1145,11 @@ def _without_path(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _backbone_config(source: str | Path | PreTrainedModel, tower: str) -> PreTrainedConfig:
-    config = source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source)
+    config = (
+        source.config
+        if isinstance(source, PreTrainedModel)
+        else AutoConfig.from_pretrained(source, trust_remote_code=False)
+    )
     return getattr(config, f"{tower}_config") if config.model_type in ("clip", "siglip") else config
 
 
@@ -1144,7 +1159,11 @@ def _load_backbone(source: str | Path | PreTrainedModel, tower: str, pooling: st
         return getattr(source, f"{tower}_model", source)
     config = _backbone_config(source, tower)
     encoder, info = AutoModel.from_pretrained(
-        source, config=config, output_loading_info=True, **_pooling_layer_argument(config, pooling)
+        source,
+        config=config,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **_pooling_layer_argument(config, pooling),
     )
     missing = _without_pooler(info["missing_keys"])
     if missing:

@@ -59,11 +59,13 @@ class LoTLIPProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> "LoTLIPProcessor":
         """
-        As [`~transformers.ProcessorMixin.from_pretrained`]; what came from the Hub is checked.
+        As [`~transformers.ProcessorMixin.from_pretrained`]; what came from the Hub is checked, and a tokenizer's or an
+        image processor's own code does not run without `trust_remote_code=True`.
 
         Raises:
             OSError: if there is no such checkpoint, or a file is missing or came damaged.
         """
+        kwargs.setdefault("trust_remote_code", False)  # left out, transformers asks on the terminal
         with checked_download(pretrained_model_name_or_path, kwargs.get("cache_dir")):
             processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         loaded = processor[0] if isinstance(processor, tuple) else processor  # with `return_unused_kwargs`

@@ -105,6 +105,26 @@ def test_the_packages_are_the_folders_of_this_checkout() -> None:
     assert Path(lotlip_hf.conversion.__file__).parent == REPOSITORY / "conversion"
 
 
+def test_nothing_that_is_read_runs() -> None:
+    """
+    Where `trust_remote_code` is left out, transformers asks on the terminal, and input from a pipe answers. Pickles
+    and TorchScript archives run what they hold.
+    """
+    auto = re.compile(r"(transformers\.)?(Auto\w+\.from_(pretrained|config)|pipeline)")
+    unsafe = re.compile(r"(\w*pickle|dill|joblib|marshal)\.loads?|torch\.jit\.load|yaml\.(unsafe_|full_)?load")
+    for folder in ("lotlip_hf", "modeling", "conversion", "examples", "benchmarks"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not isinstance(node, ast.Call):
+                    continue
+                name, said = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+                where = f"{path.name}:{node.lineno}: {name}"
+                assert not auto.fullmatch(name) or "trust_remote_code" in said, f"{where} without trust_remote_code"
+                assert name != "torch.load" or said.get("weights_only") == "True", f"{where} without weights_only"
+                assert not unsafe.fullmatch(name), where
+                assert "allow_pickle" not in said, where
+
+
 def test_every_public_name_is_there() -> None:
     for name in lotlip_hf.__all__:
         assert getattr(lotlip_hf, name) is not None, name

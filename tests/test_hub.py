@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -283,13 +285,74 @@ def test_results_and_training_reach_the_card(official_checkpoint: Path, tmp_path
     assert card.data.eval_results[0].is_equal_except_value(read_results(tmp_path / "results.json")[0])
     assert [result.metric_value for result in card.data.eval_results] == [81.25, 79.5]
     assert "Trained with lotlip-hf from google-bert/bert-base-uncased on someone/captions." in card.text
-    assert "| Urban1k | image to text r1 | 81.25 |" in card.text
+    assert "| Urban1k (test) | - | - | image to text, R@1 (%) | 81.25 |" in card.text
     assert "/home/me" not in card.content
     given = CardFields(base_model=["a/b"], datasets=["c/d", "e/f"], origin="From nowhere.")
     folder = write_repository(trained, tmp_path / "given", "me/mine", card=given)
     card = ModelCard.load(folder / "README.md")
     assert (card.data.base_model, card.data.datasets) == (["a/b"], ["c/d", "e/f"])
     assert "From nowhere." in card.text
+
+
+def card_of(checkpoint: Path, folder: Path, **fields: Any) -> ModelCard:
+    """The card that is published with a checkpoint."""
+    return ModelCard.load(write_repository(checkpoint, folder, "me/mine", card=CardFields(**fields)) / "README.md")
+
+
+def test_the_card_says_what_is_known(official_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoint-7"
+    shutil.copytree(official_checkpoint, folder)
+    text = card_of(folder, tmp_path / "plain").text
+    for claim in ("captioning models", "from the web", "Image.new", "## Training", "## Results"):
+        assert claim not in text
+    assert 'Image.open("cat.jpg")' in text
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings["image_processor"] |= {"size": {"shortest_edge": 112}, "crop_size": {"height": 112, "width": 112}}
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    options = {"learning_rate": 0.001, "data": "/home/me/pictures", "loss": "sigmoid", "batch_size": 16, "seed": 3}
+    options |= {"lock_vision": True, "max_steps": 9, "num_epochs": 1.0, "output": "/home/me", "num_workers": 4}
+    options |= {"splitter": "<script>", "captioners": [0, 2], "<b>": "<b>", "short_column": "<i>"}
+    (tmp_path / "run" / "training_config.yaml").write_text(yaml.safe_dump(options))
+    text = card_of(folder, tmp_path / "small").text
+    assert "images of 112 x 112 pixels" in text
+    table = text.split("## Training")[1].split("## What")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, flags=re.MULTILINE))
+    assert rows == {
+        **{"seed": "3", "lock_vision": "yes", "captioners": "0, 2", "loss": "sigmoid", "max_steps": "9"},
+        **{"batch_size": "16, of each process", "learning_rate": "0.001"},
+    }
+    assert "step 7" in table
+    assert not re.search("home|<", table)
+
+
+def test_results_are_in_percent_with_their_intervals(official_checkpoint: Path, tmp_path: Path) -> None:
+    def result(captions: Any, count: int, **others: Any) -> Path:
+        metrics = {"image_to_text_r1": 0.0625, "image_to_text_r1_low": 0.0125, "image_to_text_r1_high": 0.1}
+        metrics |= {"image_to_text_r10": 1.0, "image_to_text_median_rank": 6.5}
+        protocol = {"captions": captions, "num_images": count, "num_texts": count, **others}
+        dataset = {"id": "me/a", "name": "A|B <b>", "split": None}
+        file = tmp_path / f"{count}.json"
+        file.write_text(json.dumps({**RESULTS, "dataset": dataset, "metrics": metrics, "protocol": protocol}))
+        return file
+
+    files = [result("long", 1000), result("short", 20, first_images=20), result("the first | line", 9)]
+    card = card_of(official_checkpoint, tmp_path / "out", results=files)
+    rows = [line.replace("\\|", "/")[2:-2].split(" | ") for line in card.text.splitlines() if line.startswith("| A")]
+    data = "A/B &lt;b&gt;"
+    assert rows == [
+        [data, "long captions", "1000", "image to text, R@1 (%)", "6.25 (1.25 to 10.00)"],
+        [data, "long captions", "1000", "image to text, R@10 (%)", "100.00"],
+        [data, "long captions", "1000", "image to text, median rank", "6.5"],
+        [data, "short captions", "the first 20", "image to text, R@1 (%)", "6.25 (1.25 to 10.00)"],
+        [data, "short captions", "the first 20", "image to text, R@10 (%)", "100.00"],
+        [data, "short captions", "the first 20", "image to text, median rank", "6.5"],
+        [data, "the first / line", "9", "image to text, R@1 (%)", "6.25 (1.25 to 10.00)"],
+        [data, "the first / line", "9", "image to text, median rank", "6.5"],  # R@10 of 9 says nothing
+    ]
+    entries = card.data.to_dict()["model-index"][0]["results"]
+    assert [entry["dataset"].get("config") for entry in entries] == [
+        *("long captions", "short captions, first 20 images", None)
+    ]
 
 
 @pytest.mark.slow
@@ -696,6 +759,7 @@ def test_loading_without_the_package(published: Hub, official_checkpoint: Path, 
     first = hub_commit(published)
     push(changed(official_checkpoint, tmp_path / "changed", logit_scale_init_value=1.5), REPO)
     (tmp_path / "card.md").write_bytes(content(published, "README.md"))
+    Image.new("RGB", (640, 480), "orange").save(tmp_path / "cat.jpg")
     arguments = [REPO, first, tmp_path, tmp_path / "card.md"]
     answers = in_a_fresh_process(published, tmp_path, WITHOUT_THE_PACKAGE, *arguments)
     assert answers["refused"]

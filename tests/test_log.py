@@ -6,15 +6,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from lotlip_hf.training.log import LOG_NAME, RECALLS, RunLog, draw_curve, read_log
-
-MODULE = sys.modules[RunLog.__module__].__file__  # run by itself in another process, which then imports no torch
 
 
 @pytest.fixture
@@ -84,15 +84,16 @@ def test_half_a_line_at_the_end(path, cut):
 
 def test_a_killed_process_loses_no_whole_line(path):
     program = """
-import runpy, sys
-log = runpy.run_path(sys.argv[2])["RunLog"](sys.argv[1])
+import sys
+from lotlip_hf.training.log import RunLog
+log = RunLog(sys.argv[1])
 step = 0
 while True:
     step += 1
     log.write({"step": step, "text": "x" * 300})
     print(step, flush=True)
 """
-    run = subprocess.Popen([sys.executable, "-c", program, str(path), MODULE], stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None
     told = [int(run.stdout.readline()) for _ in range(50)]
     run.send_signal(signal.SIGKILL)
@@ -130,8 +131,9 @@ def test_truncate_without_a_log(path):
 
 def test_a_full_disk(path):
     program = """
-import resource, runpy, sys
-log = runpy.run_path(sys.argv[2])["RunLog"](sys.argv[1])
+import resource, sys
+from lotlip_hf.training.log import RunLog
+log = RunLog(sys.argv[1])
 log.write({"step": 1})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # as if the disk were full after 100 bytes
 try:
@@ -140,9 +142,22 @@ except OSError:
     print("refused")
 log.write({"step": 3})
 """
-    run = subprocess.run([sys.executable, "-c", program, str(path), MODULE], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
     assert run.stdout == "refused\n", run.stderr
     assert steps_of(path) == [1, 3]
+
+
+@pytest.mark.parametrize(("highest", "top"), [(0.0, 1), (0.002, 0.24), (0.05, 6), (0.5, 60), (0.9, 100), (1.0, 100)])
+def test_small_recalls_are_seen(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, highest: float, top: float
+):
+    figures: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    log = RunLog(path)
+    for step in (1, 2):
+        log.write({"step": step, **dict.fromkeys(RECALLS, highest * step / 2)})
+    draw_curve(path, tmp_path / "curve.png")
+    assert figures[0].axes[-1].get_ylim() == pytest.approx((0, top))
 
 
 def test_a_line_needs_a_step(path):

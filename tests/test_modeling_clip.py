@@ -1,5 +1,8 @@
 """The towers over CLIP: without corner tokens they are stock CLIP, with them every text token's state still is."""
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -336,3 +339,79 @@ def test_what_is_frozen_stays_so() -> None:
     stock = clip_text_model(model, with_projection=True)
     frozen = {name for name, parameter in stock.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in stock.named_parameters() if name.startswith("text_model.encoder.")}
+
+
+# CLIP's names, where other tools have CLIP
+
+TEXT_NAMES = ("embeddings", "encoder", "final_layer_norm")
+VISION_NAMES = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
+
+
+@pytest.mark.parametrize(
+    "again", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_clips_names_are_found(again: Callable[[LoTLIPModel], LoTLIPModel]) -> None:
+    model = again(LoTLIPModel(tiny.config("clip", "clip")))
+    for tower, names in ((model.text_model, TEXT_NAMES), (model.vision_model, VISION_NAMES)):
+        for name in names:
+            assert getattr(tower, name) is getattr(tower.backbone, name)
+    names = [name for name, _ in model.named_modules()]
+    assert len(names) == len(set(names))
+    assert not any(name.split(".")[1] != "backbone" for name in names if name.startswith("vision_model."))
+    assert {name.split(".")[1] for name in model.state_dict() if name.startswith("text_model.")} == {
+        "backbone",
+        "corner_embeds",
+    }
+
+
+@pytest.mark.parametrize(("text", "vision"), [("bert", "vit"), ("roberta", "dinov2"), ("xlm-roberta", "siglip")])
+def test_other_backbones_have_their_own_names(text: str, vision: str) -> None:
+    model = LoTLIPModel(tiny.config(text, vision))
+    for tower, other in ((model.text_model, "final_layer_norm"), (model.vision_model, "pre_layrnorm")):
+        for name, module in tower.backbone.named_children():
+            assert getattr(tower, name) is module
+        with pytest.raises(AttributeError, match=f"{type(tower).__name__}.*{other}"):
+            getattr(tower, other)
+        assert not hasattr(tower, "nothing")
+
+
+def test_grad_cam_hooks_a_layer_by_clips_name() -> None:
+    """As grad-cam does it in its example of CLIP: the layer's output and its gradient, of an image's probability."""
+    model = LoTLIPModel(tiny.config("clip", "clip")).eval()
+    (layer,) = [model.vision_model.encoder.layers[-1].layer_norm1]
+    seen: dict[str, torch.Tensor] = {}
+
+    def hook(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        seen["activations"] = output.detach()
+        output.register_hook(lambda gradient: seen.__setitem__("gradients", gradient))
+
+    handle = layer.register_forward_hook(hook)
+    outputs = model(tiny.input_ids(2, 8), tiny.pixel_values(1))
+    outputs.logits_per_image.softmax(dim=1)[0, 0].backward()
+    handle.remove()
+    patches = (tiny.IMAGE_SIZE["image_size"] // tiny.IMAGE_SIZE["patch_size"]) ** 2
+    assert seen["activations"].shape == seen["gradients"].shape == (1, 1 + patches, tiny.SIZE["hidden_size"])
+    assert seen["gradients"].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("config_class", "backbone", "fields"),
+    [
+        (LoTLIPTextConfig, "clip", {"layer_norm_eps": 0.125, "hidden_act": "gelu", "attention_dropout": 0.5}),
+        (LoTLIPVisionConfig, "clip", {"layer_norm_eps": 0.125, "hidden_act": "gelu", "attention_dropout": 0.5}),
+        (LoTLIPTextConfig, "bert", {"layer_norm_eps": 0.125, "hidden_act": "relu", "type_vocab_size": 3}),
+        (LoTLIPVisionConfig, "dinov2", {"layer_norm_eps": 0.125, "hidden_act": "relu", "use_swiglu_ffn": True}),
+    ],
+)
+def test_a_configuration_gives_back_what_it_takes(config_class: type, backbone: str, fields: dict[str, Any]) -> None:
+    make = tiny.text_config if config_class is LoTLIPTextConfig else tiny.vision_config
+    plain, given, changed = make(backbone), make(backbone, **fields), make(backbone)
+    for name, value in fields.items():
+        assert getattr(plain, name) == getattr(plain.backbone_config, name) != value
+        setattr(changed, name, value)
+    for config in (given, changed, copy.deepcopy(given), config_class.from_dict(given.to_dict())):
+        assert {name: getattr(config, name) for name in fields} == fields
+        assert config.to_dict() == given.to_dict()
+        assert not fields.keys() & config.to_dict().keys()  # their home is the backbone's configuration
+    with pytest.raises(AttributeError, match=f"{config_class.__name__}.*nothing"):
+        plain.nothing  # noqa: B018

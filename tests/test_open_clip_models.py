@@ -1,5 +1,6 @@
 """open_clip's models through load_model: names, tokens, errors and fingerprints on a stand-in, features on itself."""
 
+import io
 import json
 import logging
 import shutil
@@ -186,6 +187,31 @@ def test_folders_that_are_none(stand_in: Any, tmp_path: Path) -> None:
         load_model(f"open_clip:local-dir:{tmp_path}/nowhere")
     with pytest.raises(FileNotFoundError, match="no .*/open_clip_config.json"):
         load_model(f"open_clip:local-dir:{tmp_path}")
+
+
+@pytest.mark.parametrize("text_cfg", ["hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs", "folder"])
+def test_no_code_of_a_model_that_open_clip_names_runs(
+    text_cfg: str, stand_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """open_clip leaves it to transformers, which asks; or to the model's configuration."""
+    auto_map = {"AutoConfig": "own.Config", "AutoTokenizer": ["own.Tokenizer", None]}
+    for name in ("config.json", "tokenizer_config.json", "open_clip_config.json"):
+        (tmp_path / name).write_text(json.dumps({"model_type": "own-code", "auto_map": auto_map}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    settings = {
+        "hf_model_name": {"hf_model_name": str(tmp_path)},
+        "hf_tokenizer_name": {"hf_tokenizer_name": str(tmp_path)},
+        "tokenizer_kwargs": {"tokenizer_kwargs": {"trust_remote_code": True}},
+        "folder": {"hf_tokenizer_name": "org/name"},
+    }
+    monkeypatch.setattr(stand_in, "get_model_config", lambda name: {"text_cfg": settings[text_cfg]})
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 10))
+    name = f"local-dir:{tmp_path}" if text_cfg == "folder" else "Tiny-32/laion"
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_model(f"open_clip:{name}")
+    assert sys.stdin.tell() == 0
+    assert not stand_in.loaded
+    assert not (tmp_path / "marker").exists()
 
 
 def test_what_open_clip_refuses_is_said_with_the_name(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -304,7 +304,7 @@ def read_part(file: Path) -> Any:
     """What a file of a checkpoint holds, less the time that the run took."""
     if file.suffix == ".safetensors":
         return load_file(file)
-    if file.suffix in (".bin", ".pkl"):
+    if file.suffix in (".bin", ".pkl", ".pt"):
         return torch.load(file, weights_only=False)
     if file.name.endswith("progress.json"):
         progress = json.loads(file.read_text())
@@ -467,9 +467,7 @@ def test_two_processes_train_as_one(kind: str, start: Path, tmp_path: Path) -> N
                 others[key], tensor, atol=1e-5, rtol=0, msg=lambda text, key=key: f"{key} {text}"
             )
     if kind == "sigmoid":
-        biases = [
-            torch.load(path / "state" / "custom_checkpoint_1.pkl")["logit_bias"].item() for path in (first, second)
-        ]
+        biases = [torch.load(path / "state" / "objective.pt")["logit_bias"].item() for path in (first, second)]
         assert biases[1] == pytest.approx(biases[0], abs=1e-6)
         assert abs(biases[0] + 10) > 0.005  # it is trained
 
@@ -743,7 +741,8 @@ def broken_checkpoint(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     some_slow(
-        ["state/model.safetensors", "state/optimizer.bin", "state/random_states_0.pkl", "state/0-progress.json"],
+        [f"state/{name}" for name in ("model.safetensors", "optimizer.bin", "scheduler.pt", "0-progress.json")]
+        + ["state/random_states_0.pkl"],
         quick=["state/random_states_0.pkl"],
     ),
 )

@@ -21,6 +21,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing import ProcessRaisedException
 from transformers import AutoModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -28,7 +29,7 @@ from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.scenes import scenes_dataset
 from lotlip_hf.distributed import rank, world_size
 from lotlip_hf.training import loop
-from lotlip_hf.training.arguments import TrainingConfig
+from lotlip_hf.training.arguments import TrainingConfig, parse_arguments
 from lotlip_hf.training.loop import train
 from lotlip_hf.training.setup import load_or_start_model
 from processes import run_processes
@@ -66,6 +67,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 # what `accelerate launch` sets
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+STATES = ["pytorch_model_fsdp.bin", "optimizer.bin", "scheduler.pt", "objective.pt"]
 NOT_SUPPORTED = {
     "--fsdp_version 2": {"FSDP_VERSION": "1", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"},
     "--fsdp_offload_params": {"FSDP_OFFLOAD_PARAMS": "true"},
@@ -161,6 +163,25 @@ def start_state(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **k
 start_plain_state = AcceleratorState.__init__
 
 
+class Payload:
+    """Unpickled by what trusts it, it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.makedirs, (str(self.marker), 0o777, True)
+
+
+def resumed(folder: str) -> None:
+    with (
+        mock.patch.dict(os.environ, {**launched(), **FSDP}),
+        mock.patch.object(AcceleratorState, "__init__", start_state),
+    ):
+        config = parse_arguments(["--output", folder, "--resume"])
+        train(*load_or_start_model(config), scenes_dataset(NUM_RECORDS, 0), config, scenes_dataset(6, 1))
+
+
 def sharded(checkpoint: str, folder: str) -> dict[str, Any]:
     """All runs, by FSDP, and what was sharded; what is not supported is said."""
     source, output = Path(checkpoint), Path(folder)
@@ -229,6 +250,21 @@ def test_a_sharded_checkpoint_is_a_plain_one(two_processes: tuple[Path, dict[str
     model, info = AutoModel.from_pretrained(checkpoint, output_loading_info=True)
     assert not any(info.values())
     assert model.config.architectures == ["LoTLIPModel"]
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_nothing_in_a_sharded_checkpoint_is_unpickled(
+    name: str, two_processes: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The first process reads it and stops, and its launcher stops the other."""
+    shutil.copytree(two_processes[0] / "plain", tmp_path / "run")
+    state = tmp_path / "run" / "checkpoint-4" / "state"
+    files = {file.name for file in state.iterdir() if file.suffix != ".json"}
+    assert files == {*STATES, "random_states_0.pkl", "random_states_1.pkl"}
+    torch.save(Payload(tmp_path / "marker"), state / name)
+    with pytest.raises(ProcessRaisedException, match="CheckpointError"):
+        run_processes(resumed, 2, tmp_path, str(tmp_path / "run"))
+    assert not (tmp_path / "marker").exists()
 
 
 def test_a_sharded_run_resumes(two_processes: tuple[Path, dict[str, Any]]) -> None:

@@ -339,7 +339,7 @@ def _load_config(config: CaptionerConfig) -> tuple[PreTrainedConfig, str | None]
     """The model's configuration, and the revision that it is of."""
     name, revision = config.model, config.revision
     try:
-        model_config = AutoConfig.from_pretrained(name, revision=revision)
+        model_config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except OSError as error:
         raise OSError(f"{name}: no such checkpoint folder, and not to be had from the Hub ({error})") from error
     except (ValueError, StrictDataclassError) as error:
@@ -406,17 +406,18 @@ def _load_processor(name: str, revision: str | None) -> tuple[Any, Any]:
     latter is what makes the inputs.
     """
     try:
-        processor = AutoProcessor.from_pretrained(name, revision=revision)
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
         if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
             return processor, processor.tokenizer
-        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision)
-        return image_processor, AutoTokenizer.from_pretrained(name, revision=revision)
+        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return image_processor, AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except ImportError as error:
         raise ImportError(f"{name}: its processor cannot be loaded ({error}).") from error
     except Exception as error:  # of a tokenizer, an image processor or both; each says it in another way
         needs = "" if is_torchvision_available() else "; those for videos too, as Qwen2-VL's, need torchvision"
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{name} has no processor that can be loaded here ({_line(error)}). Save the model's beside it "
+            f"{name} has no processor that can be loaded here ({reason}). Save the model's beside it "
             f"(`processor.save_pretrained(folder)`){needs}."
         ) from error
 

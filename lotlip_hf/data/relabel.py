@@ -703,7 +703,7 @@ def _open_records(config: RelabelConfig) -> Records:
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--tokenizer {name}: cannot be loaded, but tokens are counted with it. Name a folder or Hub id with a "

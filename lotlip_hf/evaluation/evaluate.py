@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..encoding import encode_texts, max_text_length
 from ..files import printable, replacing
+from ..hub import telling_metrics
 from ..store import fingerprint
 from .data import ClassificationData, RetrievalData
 from .embeddings import embed_images, embed_texts, image_digests
@@ -65,7 +66,8 @@ def evaluate(
     Returns:
         A dictionary that JSON can hold: `model`, `model_revision`, `model_fingerprint`; `task` (as the Hub calls it),
         `benchmark`, `dataset`, `data_fingerprint`, `protocol`; `metrics`, shares from 0 to 1 and ranks from 1;
-        `versions` and `date`. The names of the metrics are those of [`~lotlip_hf.evaluation.retrieval`].
+        `versions` and `date`. The names of the metrics are those of [`~lotlip_hf.evaluation.retrieval`]; those of the
+        first k of no more than k candidates are left out.
 
     Raises:
         IncompleteDataError: if images cannot be read; it names them.
@@ -135,7 +137,7 @@ def evaluate(
     record = _record(model, processor, data, fingerprints, digests, benchmark, model_name, protocol)
     if faiss_index is not None:
         record["versions"]["faiss-cpu"] = sys.modules["faiss"].__version__
-    return {"task": task, "metrics": metrics, **record}
+    return {"task": task, "metrics": telling_metrics(metrics, record["protocol"]), **record}
 
 
 def study(

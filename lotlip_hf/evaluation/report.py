@@ -5,8 +5,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -90,6 +90,10 @@ NO_RULES = {
     *("num_images", "first_images", "num_texts", "num_texts_cut", "num_duplicate_texts", "num_classes"),
     *("bootstrap", "batch_size", "max_length_asked"),  # the last one is in `max_length`, too
 }
+# Where a protocol says which of a data set's texts were read: other texts, another column of the table.
+TEXT_RULES = ("captions", "text_column")
+# What else decides a run's numbers: of how much of the data, of which revision, and what it held.
+DATA_RULES = ("part", "revision", "data")
 # Titles, factors and formats of a study's columns.
 STUDIES: dict[str, dict[str, tuple[str, float, str]]] = {
     "length": {
@@ -145,7 +149,9 @@ class Run:
         date: When.
         study: `"length"` or `"sentences"` where the file holds a study.
         rows: The study's.
-        label: What a table calls the model.
+        name: What a table calls the model.
+        texts: Of `TEXT_RULES`, what tells its column from others of the same data.
+        rules: What tells it from the model's other runs on the same data.
     """
 
     file: str
@@ -162,16 +168,23 @@ class Run:
     study: str | None = None
     rows: Sequence[Mapping[str, Any]] = ()
     dtype: str | None = None
-    label: str = ""
+    name: str = ""
+    texts: Mapping[str, Any] = field(default_factory=dict)
+    rules: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The row that it stands in. Other rules than in the model's other runs stand in others."""
+        return _with_words(self.name, self.rules)
 
     @property
     def column(self) -> Column:
-        """The column that it stands in. Other splits than a benchmark's own stand in others."""
+        """The column that it stands in. Other splits than a benchmark's own stand in others, as do other texts."""
         task = TASKS.get(self.benchmark)
         split = self.dataset.get("split")
         title = PAPER_COLUMNS.get(self.benchmark) or str(self.dataset["name"])
         is_own_split = not split or (task is not None and split == task.split)
-        return Column(title if is_own_split else f"{title} ({split})", self.task)
+        return Column(_with_words(title if is_own_split else f"{title} ({split})", self.texts), self.task)
 
     @property
     def part(self) -> str | None:
@@ -185,9 +198,11 @@ class Run:
         return f"the first {count} images alone" if "first_images" in self.protocol else None
 
     @property
-    def is_exact(self) -> bool:
-        """Whether all images and texts were compared."""
-        return self.protocol.get("search", "exact") in EXACT
+    def identity(self) -> dict[str, Any]:
+        """All that decides its numbers, beside the model and the column."""
+        protocol = {name: value for name, value in self.protocol.items() if name not in {*NO_RULES, *TEXT_RULES}}
+        own = (self.part, self.dataset.get("revision"), self.data_fingerprint)
+        return {**protocol, **dict(zip(DATA_RULES, own, strict=True))}
 
     @property
     def other_rules(self) -> dict[str, Any]:
@@ -199,7 +214,7 @@ class Run:
             others["normalization"] = "none"
         if self.protocol.get("max_length_asked") and self.protocol.get("num_texts_cut") != 0:
             others["max_length"] = self.protocol["max_length_asked"]
-        if not self.is_exact:
+        if self.protocol.get("search", "exact") not in EXACT:
             others["search"] = self.protocol["search"]
         return others
 
@@ -221,7 +236,7 @@ class Summary:
     What files of results say together.
 
     Args:
-        models: Labels, in the order of the files.
+        models: Labels of rows, in the order of the files.
         columns: The paper's, then others in the order of the files.
         runs: By model and column, the run that counts.
         studies: All of them.
@@ -304,9 +319,9 @@ def report(files: Sequence[str | os.PathLike], format: Format = "text") -> str:
     a column more for each other benchmark. Beneath, what a reader has to know of the numbers, each run in full, and
     each study.
 
-    Of several runs of a model on a benchmark one on the whole set counts before one on a part, then one that was
-    searched exactly, then one by the paper's rules (normalised captions, texts as long as the model takes them), and
-    then the newest. Numbers of a part and, in the paper's columns, by other rules are marked.
+    Runs of a model that differ in anything that decides the numbers stand side by side: on other captions in columns
+    of their own, by other rules (a limit of tokens, a part of the images, ...) in rows of their own. Of several by the
+    same rules the newest counts. Numbers of a part and, in the paper's columns, by other rules are marked.
 
     Args:
         files: What `lotlip evaluate` wrote.
@@ -351,8 +366,8 @@ def model_index(files: Sequence[str | os.PathLike]) -> str:
 
 def plot_report(files: Sequence[str | os.PathLike], output: str | os.PathLike) -> None:
     """
-    Draws R@1 of the published models and of those in the files, and top-1 accuracies where there are some. Runs are
-    chosen and marked as in [`report`].
+    Draws R@1 of the models in the files beside the published ones on the same data, and top-1 accuracies where there
+    are some. Runs are chosen and marked as in [`report`].
 
     Args:
         files: What `lotlip evaluate` wrote.
@@ -493,18 +508,21 @@ def summarise(files: Sequence[str | os.PathLike]) -> Summary:
     if not files:
         raise ValueError("`files` is empty: there is nothing to report.")
     unique = {Path(file).resolve(): file for file in files}
-    runs = _labelled([read_run(file) for file in unique.values()])
-    evaluations = [run for run in runs if run.study is None]
+    runs = _named([read_run(file) for file in unique.values()])
+    evaluations = _apart([run for run in runs if run.study is None])
     notes: list[str] = []
     candidates: dict[tuple[str, Column], list[Run]] = {}
     for run in evaluations:
         candidates.setdefault((run.label, run.column), []).append(run)
     chosen: dict[tuple[str, Column], Run] = {}
     for place, own in candidates.items():
-        chosen[place] = best = max(own, key=lambda run: tuple(_merits(run).values()))
+        chosen[place] = best = max(own, key=lambda run: run.date)
         for run in own:
             if run is not best:
-                notes.append(_why(best, run))
+                reason = "is newer" if best.date > run.date else "was named first"
+                notes.append(
+                    f"{best.label} on {best.column.title}: {best.file} counts, which {reason}, and not {run.file}."
+                )
     models = list(dict.fromkeys(run.label for run in evaluations))
     paper = [Column(title, RETRIEVAL) for title in PAPER_COLUMNS.values()]
     columns = list(dict.fromkeys([*paper, *(run.column for run in evaluations)]))
@@ -513,27 +531,65 @@ def summarise(files: Sequence[str | os.PathLike]) -> Summary:
     return Summary(models, columns, chosen, [run for run in runs if run.study is not None], notes)
 
 
-def _merits(run: Run) -> dict[str, Any]:
-    """What makes a run count rather than another, the weightiest first."""
-    return {
-        "has all images": run.part is None,
-        "was searched exactly": run.is_exact,
-        "follows the paper's rules": not run.other_rules,
-        "is newer": run.date,
-    }
+def _apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs with what tells them apart: where their texts differ by column, where a model's rules do by row."""
+    for rule in TEXT_RULES:
+        columns = _values_of(runs, lambda run: run.column, lambda run, rule=rule: run.protocol.get(rule))
+        runs = [
+            replace(run, texts={**run.texts, rule: run.protocol.get(rule)}) if len(columns[run.column]) > 1 else run
+            for run in runs
+        ]
+    differing: set[tuple[str, Column | None, str]] = set()
+    names = list(dict.fromkeys(name for run in runs for name in run.identity))
+    for name in names:
+        values = _values_of(runs, lambda run: (run.name, run.column), lambda run, name=name: run.identity.get(name))
+        for (model, column), own in values.items():
+            if len(own) > 1:
+                # a model's rules are those of its row; a part and a revision are of one data set
+                differing.add((model, column if name in DATA_RULES else None, name))
+    told = [
+        [name for name in names if {(run.name, None, name), (run.name, run.column, name)} & differing] for run in runs
+    ]
+    runs = [
+        replace(run, rules={name: run.identity.get(name) for name in own}) for run, own in zip(runs, told, strict=True)
+    ]
+    rows = _values_of(runs, lambda run: (run.label, run.column), lambda run: run.identity)
+    files = _endings({run.file: 1 for run in runs})
+    return [
+        replace(run, rules={**run.rules, "file": files[run.file]}) if len(rows[run.label, run.column]) > 1 else run
+        for run in runs
+    ]
 
 
-def _why(best: Run, other: Run) -> str:
-    """Why one run of a model counts and not another, and in what rules they differ."""
-    merits, others = _merits(best), _merits(other)
-    reason = next((name for name in merits if merits[name] != others[name]), "was named first")
-    rules = [f"`{name}`" for name in _rules([best, other]) if best.protocol.get(name) != other.protocol.get(name)]
-    differs = f" They differ in {', '.join(rules)}." if rules else ""
-    return f"{best.label} on {best.column.title}: {best.file} counts, which {reason}, and not {other.file}.{differs}"
+def _values_of(runs: Sequence[Run], key: Callable[[Run], Any], value: Callable[[Run], Any]) -> dict[Any, set[str]]:
+    """By key, the different values."""
+    values: dict[Any, set[str]] = {}
+    for run in runs:
+        values.setdefault(key(run), set()).add(json.dumps(value(run), sort_keys=True))
+    return values
 
 
-def _labelled(runs: Sequence[Run]) -> list[Run]:
-    """The runs with labels: a model's name, and where models of the same name differ, what tells them apart."""
+def _with_words(name: str, rules: Mapping[str, Any]) -> str:
+    words = ", ".join(filter(None, (_words(rule, value) for rule, value in rules.items())))
+    return f"{name} ({words})" if words else name
+
+
+def _words(rule: str, value: Any) -> str:
+    """What a rule is in a title; nothing where it is as usual."""
+    if rule == "normalization":
+        return "" if value else "captions not normalised"
+    if value is None or rule == "data":  # a checksum tells a reader nothing
+        return ""
+    if rule == "captions" and value in ("all", "long", "short"):
+        return f"{value} captions"
+    if rule == "max_length":
+        return f"{value} tokens"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return _short(text if rule in (*TEXT_RULES, "part", "file") else f"{rule} {text}")
+
+
+def _named(runs: Sequence[Run]) -> list[Run]:
+    """The runs with names: a model's, and where models of the same name differ, what tells them apart."""
     names = _endings({run.model: _least_parts(run.model) for run in runs})
     files = _endings({run.file: 1 for run in runs})
     states: dict[str, dict[tuple[str | None, str], Run]] = {}  # each with the first run of it
@@ -552,7 +608,7 @@ def _labelled(runs: Sequence[Run]) -> list[Run]:
         first = own[run.revision, run.fingerprint]
         return f"{name} ({files[first.file]})"
 
-    return [replace(run, label=label(run)) for run in runs]
+    return [replace(run, name=label(run)) for run in runs]
 
 
 def _least_parts(model: str) -> int:
@@ -735,19 +791,22 @@ def _groups(titles: Sequence[str]) -> list[tuple[str, list[int]]]:
 
 
 def _model_index(summary: Summary) -> str:
-    entries = []
-    for model in summary.models:
-        results = []
-        for (label, _), run in summary.runs.items():
-            if label == model:
-                marks = {"num_images": run.protocol["num_images"]} if run.part else {}
-                marks |= run.other_rules
-                for result in read_results(run.file):
-                    results.append(replace(result, dataset_args={**(result.dataset_args or {}), **marks} or None))
-        entries += eval_results_to_model_index(model, results)  # the label: a folder's path is nobody else's business
+    entries: dict[str, dict[str, Any]] = {}  # by name: a folder's path is nobody else's business
+    for run in summary.runs.values():
+        marks = {"num_images": run.protocol["num_images"]} if run.part else {}
+        apart = {**run.texts, **run.rules}
+        marks |= {name: apart[name] for name in apart if name in run.protocol and apart[name] is not None}
+        marks |= run.other_rules
+        results = [
+            replace(result, dataset_args={**(result.dataset_args or {}), **marks} or None)
+            for result in read_results(run.file)
+        ]
+        # each run by itself: huggingface_hub would join those of one data set
+        (entry,) = eval_results_to_model_index(run.name, results)
+        entries.setdefault(run.name, {"name": run.name, "results": []})["results"] += entry["results"]
     if not entries:
         raise ValueError("The files hold studies alone, which no model-index takes: add results of an evaluation.")
-    return yaml_dump({"model-index": entries}, sort_keys=False)
+    return yaml_dump({"model-index": list(entries.values())}, sort_keys=False)
 
 
 def _draw(summary: Summary) -> "Figure":
@@ -756,7 +815,8 @@ def _draw(summary: Summary) -> "Figure":
             "The files hold studies alone, whose plots `lotlip evaluate` draws: add results of an evaluation."
         )
     panels: dict[str, list[Column]] = {}
-    for column in summary.columns:
+    own_columns = {column for _, column in summary.runs}
+    for column in (column for column in summary.columns if column in own_columns):
         for metric in METRICS[column.task]:
             panels.setdefault(metric, []).append(column)
     published = [f"{model} (published)" for model in PUBLISHED]

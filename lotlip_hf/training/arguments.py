@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from ..data.records import MAPPINGS, ColumnMapping
 from ..data.sampling import CaptionSampling
+from ..files import replacing
 
 CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
@@ -233,11 +234,8 @@ class TrainingConfig:
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the options to `training_config.yaml` in `folder`, which `--config` and `--resume` read."""
         options = {name: value for name, value in dataclasses.asdict(self).items() if name != "resume"}
-        path = Path(folder, CONFIG_NAME)
-        # half a file would be other options
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
-        os.replace(partial, path)
+        with replacing(Path(folder, CONFIG_NAME)) as file:  # half a file would be other options
+            file.write(yaml.safe_dump(options, sort_keys=False).encode())
 
 
 def parse_arguments(argv: Sequence[str] | None = None, description: str | None = None) -> TrainingConfig:
@@ -391,6 +389,11 @@ def _unknown(option: str, known: Sequence[str]) -> str:
     )
     hint = f" Did you mean {close[0]}?" if close else " See --help."
     return f"unknown option {option}.{hint}"
+
+
+def choices(option: str) -> tuple[str, ...]:
+    """What an option of a [`TrainingConfig`] can be, if it is one of several words."""
+    return _choices(get_type_hints(TrainingConfig)[option])
 
 
 def _choices(hint: Any) -> tuple[str, ...]:

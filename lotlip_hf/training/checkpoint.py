@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
+import pickle
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,17 +17,25 @@ from accelerate import Accelerator
 from transformers.utils import logging
 
 from ..distributed import max_over_ranks
+from ..files import PARTIAL
 
 logger = logging.get_logger(__name__)
 
 STATE = "state"
 PROGRESS = "progress.json"
-PARTIAL = ".partial"
 RANDOM = "random_digest"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; those that are there are intact."""
+
+
+class Stateful(Protocol):
+    """A module, a scheduler: what gives its state, and goes on from it."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
 def list_checkpoints(output: str | os.PathLike) -> list[Path]:
@@ -45,6 +54,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     save_model: Callable[[Path], None],
     progress: dict[str, Any],
+    states: Mapping[str, Stateful],
     save_total_limit: int = 0,
 ) -> Path:
     """
@@ -55,9 +65,11 @@ def save_checkpoint(
     Args:
         output: The run's folder.
         step: Steps of the optimiser so far.
-        accelerator: Saves the weights, the optimiser, the random numbers and what is registered with it.
+        accelerator: Saves the weights, the optimiser and the random numbers.
         save_model: Writes what `AutoModel` loads into the folder it is given; every process calls it.
         progress: What else the run has to know, different on every process.
+        states: By name, what else has a state of tensors and numbers, the same on every process. It is not registered
+            with `accelerator`, which would unpickle whatever lies under its name.
         save_total_limit: Checkpoints to keep; 0 keeps all.
 
     Returns:
@@ -78,6 +90,9 @@ def save_checkpoint(
 
     def write_state() -> None:
         accelerator.save_state(str(partial / STATE))
+        if accelerator.is_main_process:
+            for name, state in states.items():
+                torch.save(state.state_dict(), _state_file(partial, name))
         progress_file = partial / STATE / f"{accelerator.process_index}-{PROGRESS}"
         progress_file.write_text(json.dumps({**progress, RANDOM: _random_digest()}), encoding="utf-8")
 
@@ -119,13 +134,15 @@ def remove_checkpoint(checkpoint: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_checkpoint(checkpoint: Path, accelerator: Accelerator) -> dict[str, Any]:
+def load_checkpoint(checkpoint: Path, accelerator: Accelerator, states: Mapping[str, Stateful]) -> dict[str, Any]:
     """
-    Loads what [`save_checkpoint`] saved into the objects that `accelerator` has prepared or registered.
+    Loads what [`save_checkpoint`] saved into `states` and the objects that `accelerator` has prepared. Only tensors,
+    numbers and texts are read: nothing in a checkpoint is run, whoever wrote it.
 
     Args:
         checkpoint: A checkpoint's folder.
-        accelerator: With the model, the optimiser and so on of the same run.
+        accelerator: With the model and the optimiser of the same run.
+        states: As they were saved.
 
     Returns:
         `progress` of this process.
@@ -144,8 +161,16 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator) -> dict[str, Any
             f"{checkpoint} was written by {number} processes, this run has {accelerator.num_processes}: resume it "
             "with as many as before."
         )
+    missing = [name for name in states if not _state_file(checkpoint, name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint} holds no {_state_file(Path(), missing[0])}: an older version of lotlip-hf wrote it. Start "
+            f"a new run from its weights: --model {checkpoint}."
+        )
     try:
         accelerator.load_state(str(checkpoint / STATE))
+        for name, state in states.items():
+            state.load_state_dict(torch.load(_state_file(checkpoint, name), map_location="cpu", weights_only=True))
         file = checkpoint / STATE / f"{accelerator.process_index}-{PROGRESS}"
         progress = json.loads(file.read_text(encoding="utf-8"))
         # accelerate goes on without them where it cannot read them
@@ -153,15 +178,24 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator) -> dict[str, Any
             raise ValueError("the random numbers' state is damaged")
         return progress
     except Exception as error:  # torch and safetensors raise their own kinds on a damaged file
+        reason = " ".join(str(error).split())
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to trust the file
+            reason = "a file in it is damaged, or holds a pickle of more than tensors, which could run code"
         raise CheckpointError(
-            f"{checkpoint} cannot be read ({' '.join(str(error).split())}). Remove it to go on from the one before it."
+            f"{checkpoint} cannot be read ({reason}). Remove it to go on from the one before it."
         ) from error
+
+
+def _state_file(checkpoint: Path, name: str) -> Path:
+    return checkpoint / STATE / f"{name}.pt"
 
 
 def remove_partial(output: str | os.PathLike) -> None:
     """Removes what an interrupted save left."""
     for path in Path(output).glob(f"checkpoint-*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in Path(output).glob(f".*{PARTIAL}"):
+        path.unlink()
 
 
 def _random_digest() -> str:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -89,10 +91,8 @@ class RunLog:
         if not self.path.exists():
             return
         kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
-        # the old log stays until the new one is whole
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        with replacing(self.path) as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
     def _cut_off_half_a_line(self) -> None:
         with open(self.path, "r+b") as file:
@@ -200,7 +200,8 @@ def _draw_recalls(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
             at, values = zip(*points, strict=True)
             label = f"{label}: {values[-1]:.1f} %"
             axes.plot(at, values, color=colour, linestyle=style, marker="o", markersize=3, label=label)
-    axes.set_ylim(0, 100)
+    highest = max(100 * entry[name] for entry in entries for name in RECALLS if entry.get(name) is not None)
+    axes.set_ylim(0, min(100, 1.2 * highest) or 1)  # where recalls are small, too, they are seen
     axes.set_ylabel("R@1 (%)")
     axes.set_title("Retrieval on held-out pairs (legend: last value)")
 

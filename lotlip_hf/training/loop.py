@@ -1,15 +1,15 @@
 """The training loop, on accelerate: one process or several, with checkpoints, a log, and evaluation as it goes."""
 
-import json
 import math
 import os
 import shutil
 import signal
+import stat
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -30,12 +30,14 @@ from ..data.collator import LoTLIPCollator
 from ..data.sampling import CaptionSampling
 from ..distributed import gather, gather_lists, is_distributed, max_over_ranks
 from ..evaluation.retrieval import recalls
+from ..files import inside, printable, write_json
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from .arguments import CONFIG_NAME, TrainingConfig, check_resumed
 from .batches import batches_per_epoch, iterate_batches
 from .checkpoint import (
     CheckpointError,
+    Stateful,
     list_checkpoints,
     load_checkpoint,
     remove_partial,
@@ -192,10 +194,9 @@ class _Run:
         prepare_sharding(model, self.objective, accelerator)
         prepared = accelerator.prepare(model, optimizer)
         self.model, self.optimizer = cast(tuple[nn.Module, AcceleratedOptimizer], prepared)
-        # a model, a scheduler and an objective have state_dict and load_state_dict
-        for state in (self.scheduler, self.objective, self.averaged):
-            if state is not None:
-                accelerator.register_for_checkpointing(state)
+        self.states: dict[str, Stateful] = {"scheduler": self.scheduler, "objective": self.objective}
+        if self.averaged is not None:
+            self.states["averaged"] = self.averaged
         self.collator = LoTLIPCollator(
             processor, config.sampling(), seed=config.seed, on_error=config.on_error, return_ids=True
         )
@@ -217,6 +218,7 @@ class _Run:
 
     def _prepare_folder(self) -> Path | None:
         """The checkpoint to go on from, if any. What would fail only after hours is tried before."""
+        _check_entries(self.output)
         checkpoints = list_checkpoints(self.output)
         has_options = (self.output / CONFIG_NAME).exists()
         if self.config.resume and has_options:
@@ -363,7 +365,7 @@ class _Run:
         listed = f", listed in {path}"
         if self.accelerator.is_main_process:
             try:
-                path.write_text(json.dumps({"step": step, "reason": what, "ids": all_ids}), encoding="utf-8")
+                write_json(path, {"step": step, "reason": what, "ids": all_ids})
             except OSError:
                 listed = ""
         named = f"{', '.join(all_ids[:MAX_IDS])}{', ...' if len(all_ids) > MAX_IDS else ''}"
@@ -452,7 +454,13 @@ class _Run:
         }
         try:
             self.checkpoint = save_checkpoint(
-                self.output, self.step, self.accelerator, self._save_model, progress, self.config.save_total_limit
+                self.output,
+                self.step,
+                self.accelerator,
+                self._save_model,
+                progress,
+                self.states,
+                self.config.save_total_limit,
             )
         except CheckpointError as error:
             if required:
@@ -490,7 +498,7 @@ class _Run:
 
     def _load(self) -> None:
         assert self.checkpoint is not None
-        progress = load_checkpoint(self.checkpoint, self.accelerator)
+        progress = load_checkpoint(self.checkpoint, self.accelerator, self.states)
         self.step, self.epoch, self.next_batch = progress["step"], progress["epoch"], progress["next_batch"]
         self.counts.update(progress["counts"])
         self.window = _Window(**progress["window"])
@@ -516,6 +524,16 @@ class _Run:
             raise CheckpointError(
                 f"{self.output}: a checkpoint takes about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free."
             )
+
+
+def _check_entries(output: Path) -> None:
+    """A `ValueError` on what a run would write to, but is a link out of its folder, a pipe or a device."""
+    for name in os.listdir(output) if output.is_dir() else ():
+        path = inside(output, name)
+        with suppress(FileNotFoundError):  # another process of the run has removed it
+            mode = os.stat(path).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise ValueError(f"{printable(path)}: neither a file nor a folder; choose another `output`.")
 
 
 class _Window:

@@ -98,14 +98,15 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
         projection_dim=config.projection_dim,
     ).float()
     positions = model.config.text_config.max_position_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(config.text_model)
+    tokenizer = AutoTokenizer.from_pretrained(config.text_model, trust_remote_code=False)
     if model.config.text_config.is_causal:
         tokenizer.model_max_length = positions  # CLIP's own reads no separators between sentences
     else:
         tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
             tokenizer, model_max_length=min(CONTEXT_LENGTH - number, positions)
         )
-    return model, LoTLIPProcessor(AutoImageProcessor.from_pretrained(config.image_model), tokenizer)
+    image_processor = AutoImageProcessor.from_pretrained(config.image_model, trust_remote_code=False)
+    return model, LoTLIPProcessor(image_processor, tokenizer)
 
 
 def load_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
@@ -225,6 +226,7 @@ def prepare_sharding(model: LoTLIPModel, objective: nn.Module, accelerator: Acce
     - FSDP takes no scalar parameters: they stay whole on every process, and the objective averages their gradients.
     - Gradients are averaged in float32, also where the layers compute in bfloat16.
     - Each process has loaded the weights by itself; they are not sent around.
+    - A checkpoint's state is in whole files, which the first process writes and reads.
 
     To be called before `accelerator.prepare`, and after the optimiser is made.
 
@@ -235,8 +237,14 @@ def prepare_sharding(model: LoTLIPModel, objective: nn.Module, accelerator: Acce
         accelerator: Its `state.fsdp_plugin` is changed.
 
     Raises:
-        ValueError: on what does not work: FSDP1, parameters kept on the CPU, and older libraries.
+        ValueError: on what does not work: DeepSpeed, whose checkpoints are unpickled, Megatron-LM, FSDP1, parameters
+            kept on the CPU, and older libraries.
     """
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} is not supported: start with `accelerate launch --use_fsdp "
+            "--fsdp_version 2`."
+        )
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     for library, version in (("torch", "2.7"), ("accelerate", "1.15")):
@@ -262,3 +270,6 @@ def prepare_sharding(model: LoTLIPModel, objective: nn.Module, accelerator: Acce
             plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
         )
     plugin.cpu_ram_efficient_loading = False
+    # torch reads the shards of a checkpoint by unpickling whatever lies there
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("FULL_STATE_DICT")
