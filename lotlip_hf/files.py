@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import stat
 import uuid
 from collections.abc import Iterator
@@ -36,6 +37,33 @@ def printable(value: object) -> str:
     ```
     """
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in str(value))
+
+
+def markdown_text(value: object) -> str:
+    """
+    A text as one line that Markdown and HTML show as it is, in a paragraph, a heading or a cell of a table. Not for a
+    code span, where escapes are no escapes.
+
+    Args:
+        value (`object`): a text, a path, or anything with `str()`.
+
+    Returns:
+        `str`: [`printable`] text with its markup escaped.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.files import markdown_text
+
+    >>> markdown_text("<b>dog</b> | [park](http://a.b)")
+    '&lt;b&gt;dog&lt;/b&gt; \\\\| \\\\[park\\\\](http://a.b)'
+    ```
+    """
+    text = printable(value).strip()
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*\[\]{}|!~$])", r"\\\1", text)
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text)  # inside a word it is no markup
+    return re.sub(r"^(\d*)([-+=#](?!\d)|[.)](?!\S))", r"\1\\\2", text)  # a list, a heading or a rule
 
 
 def inside(folder: str | os.PathLike, path: str | os.PathLike) -> str:
