@@ -16,11 +16,12 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .encoding import max_text_length
+from .images import background_of, checked_background
 
 logger = logging.getLogger(__name__)
 
 # Part of every fingerprint. Raised when the same model comes to give another embedding of the same file or text.
-FORMAT_VERSIONS = {"image": 2, "text": 1}
+FORMAT_VERSIONS = {"image": 3, "text": 1}
 ENTRIES = "entries.jsonl"
 # How names of an image tower's weights begin, in transformers' models and in open_clip's; what is neither of these nor
 # of the similarities is the text tower's.
@@ -211,7 +212,8 @@ def fingerprint(model: PreTrainedModel, processor: Any, modality: Literal["image
     """
     if modality == "image":
         config = getattr(model.config, "vision_config", model.config)
-        preparation = processor.image_processor.to_dict()
+        background = checked_background(background_of(processor))
+        preparation = {**processor.image_processor.to_dict(), "background": background}
     else:
         config = getattr(model.config, "text_config", model.config)
         preparation = {
