@@ -30,7 +30,7 @@ POLICIES: dict[str, Policy] = {
 }
 # What may differ when a run goes on, of the options and of those of a captioner: it decides who does the work and in
 # what portions, which at most changes how numbers are rounded. The captioners are compared one by one.
-RESUMABLE = frozenset({"output", "captioners"})
+RESUMABLE = frozenset({"output", "captioners", "max_image_bytes"})
 RESUMABLE_OF_CAPTIONERS = frozenset(
     {"batch_size", "device_map", "concurrency", "timeout", "max_retries", "max_answer_bytes"}
 )
@@ -66,6 +66,7 @@ class RelabelConfig:
     id_column: str | None = option("column of the ids, in place of the mapping's", default=None)
     image_folder: str | None = option("what relative paths of images start from", default=None)
     image_root: str | None = option("folder that images must lie in; by default the image folder", default=None)
+    max_image_bytes: int = option("bytes of an image file that is read, at most", default=256 * 1024 * 1024)
     split: str = option("split of a data set on the Hub", default="train")
     streaming: bool = option("read in order, without a copy on disk", default=False)
 
@@ -96,7 +97,7 @@ class RelabelConfig:
 
         if self.mapping not in MAPPINGS:
             raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
-        for name in ("shard_size", "max_attempts"):
+        for name in ("shard_size", "max_attempts", "max_image_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for reason, policy in self.policies.items():
@@ -105,6 +106,11 @@ class RelabelConfig:
             if policy not in get_args(Policy):
                 raise ValueError(f"The policy of {reason} must be {', '.join(get_args(Policy))}, got {policy!r}.")
         self.policies = {**POLICIES, **self.policies}
+
+    @property
+    def copies_images(self) -> bool:
+        """Whether the shards hold the files of images, not their paths."""
+        return self.embed_images or self.format == "webdataset"
 
     def column_mapping(self) -> "ColumnMapping":
         """The mapping's columns, those that options name in their place; of long captions none is read."""
@@ -271,7 +277,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file of options.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from error
+        # not the whole message, which quotes the line: a password may be in it
+        reason, mark = getattr(error, "problem", None) or type(error).__name__, getattr(error, "problem_mark", None)
+        line = "" if mark is None else f" in line {mark.line + 1}"
+        raise ValueError(f"{path}: not a YAML file ({printable(reason)}{line}).") from None
     if not isinstance(options, dict):
         raise ValueError(f"{path}: expected lines of `option: value`, got {type(options).__name__}.")
     known = [one.name for one in dataclasses.fields(RelabelConfig)]

@@ -5,6 +5,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import printable, replacing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -72,9 +74,12 @@ def save(figure: "Figure", file: str | os.PathLike) -> None:
         ValueError, OSError: as [`check_plot`], or if it cannot be written.
     """
     check_plot(file)
-    figure.savefig(file, dpi=120)
+    file = Path(file)
+    with replacing(file) as opened:
+        figure.savefig(opened, dpi=120, format=file.suffix[1:].lower())
 
 
 def wrapped(text: str, width: int) -> str:
-    """A text in lines of at most `width` characters, with all its words; longer words are broken."""
-    return "\n".join(textwrap.wrap(text, width, break_on_hyphens=False)) or text
+    """A text in lines of at most `width` characters, with all its words, none of it taken for a formula."""
+    text = printable(" ".join(text.split()))
+    return ("\n".join(textwrap.wrap(text, width, break_on_hyphens=False)) or text).replace("$", r"\$")
