@@ -23,6 +23,10 @@ number of the request, from 0, the decoded image and the request's JSON, and ret
 | `body:{...}` | sends this JSON |
 | `content:...` | this JSON is the content of the message, with the reason `stop` |
 | `say:...` | this is the caption |
+| `redirect:308 http://...` | redirects to this address, with this status |
+| `huge:9000000` | sends an answer of as many bytes; `OpenAIServer.sent` says how many the client read |
+| `gzip:9000000` | sends an answer of as many bytes, compressed |
+| `drip:0.1` | sends an answer, one byte each 0.1 seconds, that does not end |
 | `exit` | ends the process, as `kill -9` does |
 
 As a process of its own, which prints its address:
@@ -35,8 +39,10 @@ of each image), `64x48` (images of this size); without, all of them. `GET /v1/st
 
 import argparse
 import base64
+import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -175,7 +181,8 @@ def read_request(body: Any) -> tuple[Image.Image, str]:
     """
     options = {
         **{"model": str, "messages": list, "max_tokens": int, "temperature": (int, float), "top_p": (int, float)},
-        **{"seed": int, "repetition_penalty": (int, float), "stream": bool},
+        **{"seed": int, "repetition_penalty": (int, float), "stream": bool, "max_completion_tokens": int},
+        **{"chat_template_kwargs": dict, "top_k": int},
     }
     if not isinstance(body, dict):
         raise Malformed("the body is no object")
@@ -218,7 +225,7 @@ class OpenAIServer(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.malformed: list[str] = []
         self.errors: list[str] = []  # defects of this server
-        self.at_once = self.highest_at_once = 0
+        self.at_once = self.highest_at_once = self.sent = 0
 
     @property
     def url(self) -> str:
@@ -346,6 +353,21 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, b"\x80\xff\x00" * 40)
         elif fault == "body":
             self.send(200, argument.encode())
+        elif fault == "redirect":
+            status, _, address = argument.partition(" ")
+            self.send(int(status), b"", {"Location": address})
+        elif fault == "gzip":
+            data = gzip.compress(b" " * int(argument) + data, 1)
+            self.send(200, data, {"Content-Encoding": "gzip"})
+        elif fault in ("huge", "drip"):
+            self.close_connection = True
+            pieces = itertools.repeat(b" ") if fault == "drip" else [b" " * 65_536] * (int(argument) // 65_536)
+            self.send(200, b"", {"Content-Length": str(1 << 40 if fault == "drip" else int(argument))})
+            with suppress(OSError):  # the client has had enough
+                for piece in pieces:
+                    self.wfile.write(piece)
+                    self.server.sent += len(piece)
+                    time.sleep(float(argument) if fault == "drip" else 0)
         elif fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True

@@ -155,6 +155,46 @@ def test_an_image_that_is_no_jpeg_is_an_error_of_its_own() -> None:
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize(
+    ("size", "largest", "sent"),
+    [
+        ((4032, 3024), None, (672, 504)),
+        ((300, 900), 336, (112, 336)),
+        ((20_000, 1), 100, (100, 1)),
+        ((60, 40), 64, (60, 40)),
+    ],
+)
+def test_large_images_are_sent_smaller(size: tuple[int, int], largest: int | None, sent: tuple[int, int]) -> None:
+    image = picture("red", size)
+    with openai_server() as server:
+        one = captioner(server, **({} if largest is None else {"max_image_size": largest}))
+        assert not ask(one, image).error
+    assert [request.size for request in server.requests] == [sent]
+    assert image.size == size
+
+
+@pytest.mark.parametrize(
+    ("names", "extra", "sent"),
+    [
+        ({"max_tokens": "max_completion_tokens"}, {}, {"max_completion_tokens": 256, "temperature": 0.0}),
+        ({"temperature": None}, {}, {"max_tokens": 256}),
+        (
+            {"max_tokens": None, "repetition_penalty": None},
+            {"chat_template_kwargs": {"enable_thinking": False}, "top_k": 3},
+            {"temperature": 0.0, "top_k": 3, "chat_template_kwargs": {"enable_thinking": False}},
+        ),
+    ],
+)
+def test_fields_of_the_request_go_by_other_names(
+    names: dict[str, str | None], extra: dict[str, Any], sent: dict[str, Any]
+) -> None:
+    with openai_server() as server:
+        one = captioner(server, request_fields=names, extra_body=extra, repetition_penalty=1.5 if extra else 1.0)
+        assert ask(one, picture("red")) == expected(picture("red"))
+    assert server.requests[0].options == {"model": MODEL, **sent}
+    assert not server.malformed
+
+
 # What is answered
 
 

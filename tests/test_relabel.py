@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 import tarfile
 import threading
@@ -27,6 +28,8 @@ import yaml
 from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
 from filelock import FileLock
+from huggingface_hub import constants
+from huggingface_hub.hf_api import api as hf_api
 from PIL import Image
 from tqdm import tqdm
 from transformers import BertTokenizer
@@ -1093,10 +1096,45 @@ def test_options_of_a_file_and_of_flags(tmp_path: Path) -> None:
     assert [captioner.model for captioner in options.captioners] == ["c", "d"]
 
 
+def test_flags_name_the_fields_of_requests() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    flags = ["--data=d", "--output=o", "--captioner=a", "--max-image-size=336", "--image-root=r"]
+    flags += ["--request-field=max_tokens=max_completion_tokens", "--request-field=temperature=none"]
+    options = read_config(parser.parse_args(flags))
+    (one,) = options.captioners
+    assert one.request_fields == {"max_tokens": "max_completion_tokens", "temperature": None}
+    assert (one.max_image_size, options.image_root) == (336, "r")
+
+
+def test_a_tokenizer_that_cannot_be_had_is_said_at_once(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the better part of a minute, and not after the records were read."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    slept: list[float] = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(hf_api, "endpoint", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr("lotlip_hf.data.relabel.load_records", lambda *_, **__: pytest.fail("records were read"))
+    with pytest.raises(ValueError, match="--tokenizer org/none"):
+        run(config(pictures, tmp_path / "out", "org/none"))
+    assert sum(slept) < 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "`captioners` is empty"),
+        (["--captioner=a", "--request-field=max_tokens"], "--request-field takes NAME=VALUE"),
+        (["--captioner=a", "--request-field=tokens=n"], "`request_fields` renames"),
+        (["--captioner=a", "--max-image-size=0"], "`max_image_size`"),
+        (["--captioner=a", "--max-image-bytes=0"], "`max_image_bytes`"),
+        (["--captioner=a", "--image-root=nowhere"], "--image-root nowhere: no such folder"),
         (["--captioner=a", "--policy=loop"], "--policy takes NAME=VALUE, got 'loop'"),
         (["--captioner=a", "--policy=lop=keep"], "`policies` must be of empty, .* got 'lop'"),
         (["--captioner=a", "--policy=loop=kepp"], "policy of loop must be retry, drop, keep, got 'kepp'"),

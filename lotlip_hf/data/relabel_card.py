@@ -260,6 +260,8 @@ Rules: {rules}. A caption that was cut off ends with its last whole sentence.
 python examples/train.py --data FOLDER --text-model google-bert/bert-base-uncased \\
     --image-model google/vit-base-patch16-224-in21k --output run
 ```
+
+With `--image-folder FOLDER` where `image` is a path.
 """
 
 
