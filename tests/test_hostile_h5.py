@@ -15,6 +15,7 @@ from transformers import BertTokenizer
 
 from lotlip_hf.cli import main
 from lotlip_hf.data import relabel_card
+from lotlip_hf.data.caption_quality import QualityRules
 from lotlip_hf.data.captioners import Answer, CaptionerConfig, EndpointError
 from lotlip_hf.data.endpoint_captioner import EndpointCaptioner
 from lotlip_hf.data.records import load_records
@@ -139,16 +140,20 @@ def test_an_answer_that_does_not_end_is_given_up(pauses: list[float]) -> None:
     assert len(pauses) == 1
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize(
-    "to", ["{url}/chat/completions", "/v2/chat?key=hidden", "http://ada:hidden@elsewhere/\x1b[2J"]
+    ("status", "to"),
+    [
+        *((status, "{url}/chat/completions") for status in (301, 302, 303, 307, 308)),
+        (302, "/v2/chat?key=hidden"),
+        (307, "http://ada:hidden@elsewhere/v1"),
+    ],
 )
 def test_redirects_are_refused(status: int, to: str, pauses: list[float]) -> None:
     with openai_server() as other, openai_server(fault=lambda *_: f"redirect:{status} {to}") as server:
         to = to.format(url=other.url)
         with pytest.raises(EndpointError, match="`endpoint`") as caught:
             ask(captioner(server))
-    assert to.split("?")[0].rpartition("@")[2].partition("\x1b")[0] in str(caught.value)
+    assert to.split("?")[0].rpartition("@")[2] in str(caught.value)
     assert str(caught.value).isprintable()
     assert "hidden" not in str(caught.value)
     assert not other.requests
@@ -169,13 +174,18 @@ def test_messages_of_a_server_are_shown_on_one_line(
         assert len(text) < 1000
 
 
-@pytest.mark.parametrize("user", [f"ada:{SPELT}", "{key}", "ada:{key}"])
+@pytest.mark.parametrize(
+    ("user", "hidden"),
+    [(f"ada:{SPELT}", (SECRET, SPELT)), ("hf_012345", ("hf_012345",)), ("a:b-0123456", ("b-0123456",))],
+)
 def test_a_password_in_an_address_signs_in_and_is_not_shown(
-    user: str, pictures: Path, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    user: str,
+    hidden: tuple[str, ...],
+    pictures: Path,
+    tokenizer: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    user = user.format(key="hf_0123456789")
-    hidden = ("hf_0123456789", SECRET, SPELT)
-
     def fault(number: int, image: Image.Image, body: dict[str, Any]) -> str | None:
         texts = [
             f"content:{json.dumps(f'A sign says {one} in large letters, and a cat sits on it.')}" for one in hidden
@@ -224,7 +234,7 @@ def test_a_password_in_a_wrong_address_is_not_shown(
     [
         (
             "A cat\x1b[31m sits\x00\x07 on a wide red mat in the warm sun.",
-            "A cat [31m sits on a wide red mat in the warm sun.",
+            "A cat [31m sits  on a wide red mat in the warm sun.",
         ),
         (
             "A cat sits on a wide mat.\r\n\r\nIt sleeps in\tthe sun.",
@@ -243,8 +253,6 @@ def test_captions_hold_no_control_characters(text: str, kept: str, pictures: Pat
 
 @pytest.mark.parametrize("most", [200, 10_000])
 def test_captions_that_are_too_long_are_dropped(most: int, pictures: Path, tokenizer: str) -> None:
-    from lotlip_hf.data.caption_quality import QualityRules
-
     config = options(pictures, tokenizer, rules=QualityRules(max_characters=most))
     statistics = run(config, Speaker("A cat sits on a mat. " * (most // 10)))
     assert statistics["captions"][1]["dropped_for"] == {"too_long": len(COLOURS)}
@@ -305,8 +313,14 @@ def test_the_bytes_that_were_captioned_are_those_that_are_kept(
 # What is published
 
 
-@pytest.mark.parametrize("form", [{"format": "webdataset"}, {"embed_images": True}, {}])
-@pytest.mark.parametrize("source", ["folder", "table", "pattern", "image folder"])
+@pytest.mark.parametrize(
+    ("source", "form"),
+    [
+        *((source, {}) for source in ("folder", "table", "pattern", "image folder")),
+        ("folder", {"format": "webdataset"}),
+        ("table", {"embed_images": True}),
+    ],
+)
 def test_nothing_says_where_the_data_lie(source: str, form: dict[str, Any], pictures: Path, tokenizer: str) -> None:
     place = pictures.parent
     (pictures / "broken.png").write_bytes(b"no image")
@@ -321,7 +335,7 @@ def test_nothing_says_where_the_data_lie(source: str, form: dict[str, Any], pict
         more = {"image_folder": str(pictures)} if source == "image folder" else {}
     model = place / "models" / "captioner"
     model.mkdir(parents=True)
-    config = options(place / "x", tokenizer, str(model), **{"data": data, **more, **form})
+    config = options(Path(data), tokenizer, str(model), output=place / "out", **more, **form)
     statistics = run(config)
     output = place / "out"
     assert (statistics["images"], statistics["captions"][1]["name"]) == (len(COLOURS), "captioner")
@@ -372,9 +386,7 @@ def test_the_card_shows_names_and_does_not_act_on_them(text: str, pictures: Path
 DEEP = "[" * 100_000
 
 
-@pytest.mark.parametrize(
-    "content", [DEEP, "", "[]", "null", '{"records": "4"}', '{"records": true}', '{"options": 1}']
-)
+@pytest.mark.parametrize("content", [DEEP, "", "[]", '{"records": true, "options": 1}'])
 @pytest.mark.parametrize("name", ["config.json", "part-00000.json", "00000-00000.json"])
 def test_damaged_files_of_a_run_are_named(name: str, content: str, pictures: Path, tokenizer: str) -> None:
     run(options(pictures, tokenizer))
@@ -446,11 +458,10 @@ CAPTION = {"text": "a", "attempts": 1, "reasons": [], "earlier_reasons": []}
     ],
     ids=lambda line: line[:40],
 )
-@pytest.mark.parametrize("where", [0, 1, 2])
-def test_a_damaged_line_of_a_journal_ends_what_is_kept(where: int, line: str, pictures: Path, tokenizer: str) -> None:
+def test_a_damaged_line_of_a_journal_ends_what_is_kept(line: str, pictures: Path, tokenizer: str) -> None:
     journal = interrupted(pictures, tokenizer)
     kept = journal.read_text().splitlines()
-    kept[where] = line
+    kept[0 if line == "[]" else 1] = line
     journal.write_text("\n".join(kept) + "\n")
     assert run(options(pictures, tokenizer))["images"] == len(COLOURS)
     assert len({row["long_captions"][0] for row in rows(pictures.parent / "out")}) == 1
@@ -471,8 +482,13 @@ def test_a_journal_of_other_groups_is_refused(
         run(options(pictures, tokenizer))
 
 
-@pytest.mark.parametrize("kind", ["link", "hard link", "dangling"])
-@pytest.mark.parametrize("name", ["lock-0", "lock-finish", "config.json", "{journal}", "part-00000.json"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "link") for name in ("lock-0", "lock-finish", "config.json", "part-00000.json")),
+        *(("{journal}", kind) for kind in ("link", "hard link", "dangling")),
+    ],
+)
 def test_links_in_an_output_folder_are_refused(
     name: str, kind: str, pictures: Path, tokenizer: str, tmp_path: Path
 ) -> None:

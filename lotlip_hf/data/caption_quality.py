@@ -174,9 +174,9 @@ def judge(
     Judgement(text='A cat sleeps on a red sofa by the window.', reasons=('cut_off',))
     ```
     """
+    text = _clean(text)
     if len(text) > rules.max_characters:
         return Judgement(text, ("too_long",))
-    text = _clean(text)
     if not HAS_WORD.search(text):
         return Judgement("", ("empty",))
     words = _split_words(text)

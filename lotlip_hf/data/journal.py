@@ -75,8 +75,8 @@ def read_json(path: Path, form: Any) -> Any:
     """
     try:
         value = parse_json(read_regular(path, LARGEST))
-    except ValueError as error:
-        raise DamagedError(path, str(error)) from error
+    except (FileNotFoundError, ValueError) as error:
+        raise DamagedError(path, "missing" if isinstance(error, FileNotFoundError) else str(error)) from error
     if not fits(value, form):
         raise DamagedError(path, "other fields or types than a run writes")
     return value

@@ -859,12 +859,12 @@ def _check_links(output: Path) -> None:
     for folder in (output / HIDDEN, output / "data"):
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise OutsideError(f"{folder}: not a folder of its own, as a run makes it; choose another --output.")
-    for path in (output / HIDDEN).glob("*"):
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-            raise OutsideError(
-                f"{printable(path)}: a link or no regular file, which no run leaves there; choose another --output."
-            )
+        for path in folder.glob("*"):
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode) or (folder.name == HIDDEN and status.st_nlink != 1):
+                raise OutsideError(
+                    f"{printable(path)}: a link or no regular file, as no run leaves it; choose another --output."
+                )
 
 
 def _keep_identity(hidden: Path, config: RelabelConfig) -> None:
