@@ -286,6 +286,20 @@ def test_what_is_no_picture_is_listed_and_not_read(form: dict[str, Any], picture
     assert {entry["id"] for entry in lines(pictures.parent / "folder" / "skipped.jsonl")} >= {"pipe.png", "giant.png"}
 
 
+@pytest.mark.parametrize("is_allowed", [False, True])
+def test_links_out_of_the_folder_are_read_if_that_is_allowed(
+    is_allowed: bool, pictures: Path, tokenizer: str, tmp_path: Path
+) -> None:
+    (tmp_path / "private").mkdir()
+    (pictures / "3.png").rename(tmp_path / "private" / "3.png")
+    (pictures / "3.png").symlink_to(tmp_path / "private" / "3.png")
+    more = {"image_root": str(tmp_path)} if is_allowed else {}
+    seen: list[Image.Image] = []
+    statistics = run(options(pictures, tokenizer, embed_images=True, **more), Speaker(before=seen.append))
+    assert statistics["images"] == len(seen) == len(COLOURS) - 1 + is_allowed
+    assert [entry["id"] for entry in lines(tmp_path / "out" / "skipped.jsonl")] == ([] if is_allowed else ["3.png"])
+
+
 @pytest.mark.parametrize("limit", [50, 1_000_000])
 def test_the_size_of_files_has_a_limit(limit: int, pictures: Path, tokenizer: str) -> None:
     statistics = run(options(pictures, tokenizer, max_image_bytes=limit))
