@@ -193,6 +193,9 @@ def test_fields_of_the_request_go_by_other_names(
         assert ask(one, picture("red")) == expected(picture("red"))
     assert server.requests[0].options == {"model": MODEL, **sent}
     assert not server.malformed
+    said = json.loads(one.config.published_settings())
+    assert ("temperature" in said, said.get("top_k")) == ("temperature" in sent, sent.get("top_k"))
+    assert ("max_new_tokens" in said) == ("max_tokens" in sent or "max_completion_tokens" in sent)
 
 
 # What is answered

@@ -23,6 +23,7 @@ PROMPT = "Describe the image in detail."
 SETTINGS = ("max_new_tokens", "min_new_tokens", "num_beams", "temperature", "top_p", "repetition_penalty")
 # The fields of a request that these become, by OpenAI's names.
 REQUEST_FIELDS = ("max_tokens", "temperature", "top_p", "seed", "repetition_penalty")
+FIELD_OF = {"max_new_tokens": "max_tokens"}
 
 
 def option(help: str, **options: Any) -> Any:
@@ -124,7 +125,7 @@ class CaptionerConfig:
     max_answer_bytes: int = option("bytes that are read of an endpoint's answer, at most", default=4 * 1024 * 1024)
     # What an endpoint calls the fields in `REQUEST_FIELDS`; those named `None` are not sent.
     request_fields: Mapping[str, str | None] = field(default_factory=dict)
-    # More fields of each request, such as {"chat_template_kwargs": {"enable_thinking": False}}.
+    # More fields of each request, such as {"chat_template_kwargs": {"enable_thinking": False}}. They are published.
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     concurrency: int = option("requests to an endpoint that are under way at a time", default=16)
     timeout: float = option("seconds that an endpoint has for an answer, until its last byte is read", default=120.0)
@@ -178,8 +179,12 @@ class CaptionerConfig:
         return {**settings, **self.retry} if attempt else settings
 
     def published_settings(self, attempt: int = 0) -> str:
-        """[`settings`] and what else a request holds, as JSON: what a data set says of a caption."""
-        return json.dumps({**self.settings(attempt), **self.extra_body}, sort_keys=True)
+        """What a data set says of a caption, as JSON: [`settings`] less what is not sent, and `extra_body`."""
+        unsent = {name for name, sent in self.request_fields.items() if sent is None}
+        sent = {
+            name: value for name, value in self.settings(attempt).items() if FIELD_OF.get(name, name) not in unsent
+        }
+        return json.dumps({**sent, **self.extra_body}, sort_keys=True)
 
 
 @dataclass(frozen=True)
