@@ -62,8 +62,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.utils import _http
 from PIL import Image, ImageStat
 
 Fault = Callable[[int, Image.Image, dict[str, Any]], str | None]
@@ -436,15 +434,10 @@ def openai_server(
 
 
 def use_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the huggingface_hub of this process ask loopback: neither offline nor through a proxy, and without keys.
-
-    A process of its own needs `HF_HUB_OFFLINE=0` and `NO_PROXY=*` in its environment.
-    """
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    """Let this process ask loopback: not through a proxy, and without keys. Another needs `NO_PROXY=*`."""
     monkeypatch.setenv("NO_PROXY", "*")
     for name in ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    _http.close_session()  # the one that was opened before may go through a proxy
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
