@@ -11,6 +11,7 @@ INSTALL_REQUIRES = [
     "datasets>=4.0",
     "filelock>=3.16",
     "ftfy>=6.1",
+    "httpx>=0.27",
     "huggingface_hub>=1.0",
     "numpy>=1.26",
     "pillow>=10.1",

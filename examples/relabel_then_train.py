@@ -331,6 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         RelabelConfig(
             data=str(pictures),
             output=str(data),
+            embed_images=True,
             captioners=[
                 CaptionerConfig(
                     model=str(captioner),

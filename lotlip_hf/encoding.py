@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .images import ImageError, ImageSource, load_image
+from .images import ImageError, ImageSource, background_of, load_image, load_pixels
 from .loading import check_config, check_processor, check_shards, naming_damage
 from .modeling.loading_lotlip import checked_download
 from .modeling.modeling_lotlip import LoTLIPModel
@@ -48,8 +48,6 @@ POSITIONS_AFTER_PADDING = (
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "mpnet"),
     "altclip_text_model",
 )
-# Longest side over shortest. Resized to a shortest edge of 224 such an image has 224 x 14,336 pixels.
-MAX_ASPECT_RATIO = 64
 # How names of open_clip's models begin
 OPEN_CLIP = "open_clip:"
 
@@ -420,7 +418,10 @@ def iterate_image_embeddings(
     _check_batch_size(batch_size)
     if device is not None:
         model.to(torch.device(device))
-    image_processor = getattr(processor, "image_processor", processor)
+    settings: dict[str, Any] = {
+        "image_processor": getattr(processor, "image_processor", processor),
+        "background": background_of(processor),
+    }
 
     def opened() -> Iterator[tuple[int, ImageSource | ImageError]]:
         # Files are read in the threads; what is in memory already may be there twice, and PIL loads it on first use.
@@ -429,7 +430,7 @@ def iterate_image_embeddings(
                 yield index, source
                 continue
             try:
-                yield index, load_image(source, f"images[{index}]")
+                yield index, load_image(source, f"images[{index}]", **settings)
             except ImageError as error:
                 yield index, error
 
@@ -437,13 +438,11 @@ def iterate_image_embeddings(
         index, source = item
         if isinstance(source, ImageError):
             return index, source
+        name = None if isinstance(source, str | os.PathLike) else f"images[{index}]"
         try:
-            if not isinstance(source, Image.Image):
-                name = f"images[{index}]" if isinstance(source, bytes) else None
-                source = load_image(source, name, image_processor=image_processor)
+            return index, load_pixels(source, name, **settings)
         except ImageError as error:
             return index, error
-        return index, dict(image_processor(images=[_crop_long(source, image_processor)], return_tensors="pt"))
 
     ready: list[tuple[int, dict[str, torch.Tensor]]] = []
 
@@ -606,24 +605,6 @@ def _fetch(model: PreTrainedModel, features: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(features).all():
         raise ValueError(f"The model's features are not finite (its dtype is {model.dtype}): try another dtype.")
     return features.clone()
-
-
-def _crop_long(image: Image.Image, image_processor: Any) -> Image.Image:
-    """
-    The middle of a very long and thin image.
-
-    Resizing it whole by its shortest edge could fill the memory, for the centre crop to throw nearly all of that away.
-    """
-    size = getattr(image_processor, "size", None) or {}
-    short, long = min(image.size), max(image.size)
-    if not (getattr(image_processor, "do_center_crop", False) and size.get("shortest_edge")):
-        return image
-    if long <= MAX_ASPECT_RATIO * short:
-        return image
-    start = (long - MAX_ASPECT_RATIO * short) // 2
-    # As much from either end, so that the middle stays the middle.
-    box = (start, 0, long - start, short) if image.width == long else (0, start, short, long - start)
-    return image.crop(box)
 
 
 def _map_ahead(function: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:

@@ -1,30 +1,89 @@
 """Image files: finding them in a folder, and reading any of them as RGB or saying why it cannot be read."""
 
+import contextlib
 import io
 import os
 import stat
 import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
+
+from .files import OutsideError, inside, open_regular
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
+# What is laid under transparency, a colour as PIL takes it; `None` for nothing, which drops the alpha channel
+Background = str | Sequence[int] | None
+WHITE = "white"
 
 # Formats that PIL lists but does not decode itself: EPS and WMF call outside programs, the others are stubs or video.
 EXCLUDED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
-# Where transformers' image processors have the resizing that most of them share
-BACKENDS = "transformers.image_processing_backends"
+# The largest file that is read, in bytes. Several decoders read a file whole before they look at its size in pixels.
+MAX_FILE_BYTES = 1 << 30
+# The environment variable that sets the pixel limit in this process and those that it starts
+MAX_PIXELS_VARIABLE = "LOTLIP_MAX_IMAGE_PIXELS"
+# Twice what PIL warns of
+DEFAULT_MAX_PIXELS = 2 * (1024**3 // 4 // 3)
+# Side in pixels of what is converted at a time, where a conversion needs more memory than its result
+TILE = 1024
+# Images of more pixels are resized here, where their image processor would copy them whole several times
+LARGE = 1 << 24
+
+HEIF_HINT = "HEIC and HEIF are read once pillow-heif is installed (pip install pillow-heif)"
+# Files that are pictures to people, and why they may not be read. What PIL or a plugin does read counts as readable.
+HINTS = {
+    **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), HEIF_HINT),
+    **dict.fromkeys((".avif", ".avifs"), "AVIF needs a newer Pillow (pip install --upgrade pillow)"),
+    **dict.fromkeys((".svg", ".svgz"), "SVG is drawing instructions, not pixels; convert it, to PNG for example"),
+}
+RAW_EXTENSIONS = frozenset(
+    ".3fr .arw .cr2 .cr3 .crw .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf "
+    ".srw .x3f".split()
+)
+RAW_HINT = "camera raw is not developed here; convert it, to JPEG or TIFF for example"
+
 # A JPEG file is decoded at no less than so many times the size that it is resized to. From 3 on, Pillow says of its
 # `reducing_gap`, the result is indistinguishable in most cases.
 DRAFT_MARGIN = 3
 
 # PIL fills its registry of formats on first use, which two threads must not do at once.
 _registry_lock = threading.Lock()
+
+
+class _PixelBudget:
+    """Lets threads decode images of no more pixels together than the largest image may have; the others wait."""
+
+    def __init__(self) -> None:
+        self._reset()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._reset)  # the threads that hold pixels stay behind
+
+    def _reset(self) -> None:
+        self._change = threading.Condition()
+        self._held = 0
+
+    @contextlib.contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or DEFAULT_MAX_PIXELS // 2)
+        with self._change:
+            self._change.wait_for(lambda: not self._held or self._held + pixels <= limit)
+            self._held += pixels
+        try:
+            yield
+        finally:
+            with self._change:
+                self._held -= pixels
+                self._change.notify_all()
+
+
+_decoded_pixels = _PixelBudget()
 
 
 class ImageError(ValueError):
@@ -53,6 +112,10 @@ def readable_formats() -> tuple[str, ...]:
     """Names of the formats that PIL decodes, those of installed plugins included."""
     with _registry_lock:
         Image.init()
+        with contextlib.suppress(ImportError):  # an extra
+            import pillow_heif  # pyright: ignore[reportMissingImports]
+
+            pillow_heif.register_heif_opener()
     return tuple(name for name in Image.OPEN if name not in EXCLUDED_FORMATS)
 
 
@@ -63,26 +126,58 @@ def image_extensions() -> frozenset[str]:
     return frozenset(extension for extension, name in Image.registered_extensions().items() if name in formats)
 
 
-def find_images(folder: str | os.PathLike) -> tuple[dict[str, os.stat_result], dict[str, str]]:
+def unreadable_hint(name: str | os.PathLike) -> str | None:
+    """
+    Why a file that people take for a picture is not read, by its extension.
+
+    Args:
+        name (`str` or `os.PathLike`): the file's name.
+
+    Returns:
+        `str` or `None`: the reason and what to do; `None` for what PIL decodes and for what is no picture.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.images import unreadable_hint
+
+    >>> unreadable_hint("drawing.svg")
+    'SVG is drawing instructions, not pixels; convert it, to PNG for example'
+    ```
+    """
+    extension = os.path.splitext(name)[1].lower()
+    if extension in RAW_EXTENSIONS:
+        return RAW_HINT
+    return None if extension in image_extensions() else HINTS.get(extension)
+
+
+def find_images(
+    folder: str | os.PathLike, root: str | os.PathLike | None = None
+) -> tuple[dict[str, os.stat_result], dict[str, str]]:
     """
     Finds the image files below a folder, by their extensions.
 
-    Hidden files and folders are left out. Links are followed; a folder reached twice is read once, so loops of links
-    end.
+    Hidden files and folders are left out. Links are followed where they stay below `root`; a folder reached twice is
+    read once, so loops of links end.
 
     Args:
         folder (`str` or `os.PathLike`): the folder.
+        root (`str` or `os.PathLike`, *optional*, defaults to `folder`):
+            The folder that links must not lead out of. `/` allows all.
 
     Returns:
         `tuple`: the images, a dictionary from the path relative to `folder` (with `/`) to its `os.stat_result`, sorted
-        by name; and what could not be looked at, a dictionary from relative path to the reason.
+        by name; and what could not be looked at, a dictionary from relative path to the reason: links that lead out of
+        `root`, and formats that are not read, too.
 
     Raises:
-        NotADirectoryError: if `folder` is not a folder.
+        NotADirectoryError: if `folder` or `root` is not a folder.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}.")
+    root = folder if root is None else Path(root)
+    for one in (folder, root):
+        if not one.is_dir():
+            raise NotADirectoryError(f"{one}: {'not a folder' if one.exists() else 'no such folder'}.")
     images: dict[str, os.stat_result] = {}
     unreadable: dict[str, str] = {}
     visited: set[tuple[int, int]] = set()
@@ -102,38 +197,144 @@ def find_images(folder: str | os.PathLike) -> tuple[dict[str, os.stat_result], d
             if name.startswith("."):
                 continue
             path = f"{parent}/{name}" if parent else name
-            is_image_name = os.path.splitext(name)[1].lower() in image_extensions()
+            hint = unreadable_hint(name)
+            is_image_name = hint is not None or os.path.splitext(name)[1].lower() in image_extensions()
             try:
+                is_link = stat.S_ISLNK(os.lstat(folder / path).st_mode)
                 status = os.stat(folder / path)
             except OSError as error:
                 if is_image_name:
                     unreadable[path] = f"cannot be opened ({error.strerror})"
                 continue
-            if stat.S_ISDIR(status.st_mode):
+            is_folder = stat.S_ISDIR(status.st_mode)
+            if not is_folder and not is_image_name:
+                continue
+            if is_link and not any(_lies_in(one, folder / path) for one in {folder, root}):
+                unreadable[path] = "a link that leads out of the folder; --image-root DIR names one that holds both"
+                continue
+            if is_folder:
                 pending.append(path)
-            elif is_image_name and stat.S_ISREG(status.st_mode):
-                images[path] = status
-            elif is_image_name:
+            elif not stat.S_ISREG(status.st_mode):
                 unreadable[path] = "not a regular file"
+            elif hint is not None:
+                unreadable[path] = hint
+            else:
+                images[path] = status
     return dict(sorted(images.items())), dict(sorted(unreadable.items()))
 
 
-def load_image(source: ImageSource, name: str | None = None, *, image_processor: Any = None) -> Image.Image:
+def _lies_in(folder: Path, path: Path) -> bool:
+    try:
+        return bool(inside(folder, path.absolute()))
+    except OutsideError:
+        return False
+
+
+def read_image_bytes(path: str | os.PathLike, limit: int = MAX_FILE_BYTES) -> bytes:
+    """
+    Reads an image file whole, without decoding it.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+        limit (`int`, *optional*, defaults to 1 GiB): the most bytes that are read.
+
+    Returns:
+        `bytes`: its contents.
+
+    Raises:
+        ImageError: if it cannot be opened, is larger, empty, or no regular file.
+    """
+    name = os.fspath(path)
+    with _image_errors(name), _open_file(name, name, limit) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:  # it has grown since
+        raise _too_many_bytes(name, limit)
+    return content
+
+
+def set_max_image_pixels(pixels: int) -> None:
+    """
+    Sets the pixel limit: larger images are refused, and no more pixels are decoded at a time.
+
+    It holds for all of PIL, in this process and in those that it starts from here on (the environment variable
+    `LOTLIP_MAX_IMAGE_PIXELS` hands it on, and sets it as well). By default it is twice `PIL.Image.MAX_IMAGE_PIXELS`,
+    178,956,970 pixels; each may take up to 12 bytes.
+
+    Args:
+        pixels (`int`): the limit.
+
+    Raises:
+        ValueError: if it is less than 1.
+    """
+    if pixels < 1:
+        raise ValueError(f"`pixels` must be at least 1, got {pixels}.")
+    os.environ[MAX_PIXELS_VARIABLE] = str(pixels)
+    # Whoever sets the limit needs no warning from half of it on.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    Image.MAX_IMAGE_PIXELS = -(-pixels // 2)
+
+
+if os.environ.get(MAX_PIXELS_VARIABLE, "").isdecimal():
+    set_max_image_pixels(max(1, int(os.environ[MAX_PIXELS_VARIABLE])))
+
+
+def checked_background(background: Background) -> tuple[int, int, int] | None:
+    """
+    Checks a background.
+
+    Args:
+        background (`str`, `Sequence[int]` or `None`): see [`load_image`].
+
+    Returns:
+        `tuple[int, int, int]` or `None`: its red, green and blue, from 0 to 255.
+
+    Raises:
+        ValueError: if it is no colour.
+    """
+    if background is None:
+        return None
+    with contextlib.suppress(ValueError, TypeError):
+        red, green, blue = ImageColor.getrgb(background)[:3] if isinstance(background, str) else background
+        if all(isinstance(one, int) and 0 <= one <= 255 for one in (red, green, blue)):
+            return red, green, blue
+    raise ValueError(
+        f"`background` must be a colour such as 'white', '#ffffff' or (255, 255, 255), or None, got {background!r}."
+    )
+
+
+def background_of(processor: Any) -> Background:
+    """
+    The colour that a processor has for what is transparent.
+
+    Args:
+        processor (`Any`): a processor or an image processor.
+
+    Returns:
+        `str`, `Sequence[int]` or `None`: its `background`; white, if it has no such setting.
+    """
+    return getattr(processor, "background", WHITE)
+
+
+def load_image(
+    source: ImageSource, name: str | None = None, *, image_processor: Any = None, background: Background = WHITE
+) -> Image.Image:
     """
     Reads an image as 8-bit RGB, upright.
 
     The EXIF orientation is applied, as `transformers.image_utils.load_image` does; an animation gives its first frame;
-    transparency is dropped, as `Image.convert("RGB")` does. 16-bit pixels are scaled to 8 bits, where PIL would clip
-    them, and floating-point ones are taken to go from 0 (black) to 1 (white).
+    what is transparent shows the background. 16-bit pixels are scaled to 8 bits, where PIL would clip them, and
+    floating-point ones are taken to go from 0 (black) to 1 (white).
 
-    PIL warns of images of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, and they are read; with more than twice as
-    many it takes them for decompression bombs, and they are refused.
+    Images of more than twice `PIL.Image.MAX_IMAGE_PIXELS` pixels are refused, see [`set_max_image_pixels`], and so are
+    files of more than 1 GiB. Threads that read large images wait for each other: together they decode no more pixels
+    than the largest image may have.
 
     With `image_processor` a large JPEG file is read for it in a fraction of the time. It is decoded at 1/2, 1/4 or 1/8
     of its size, which leaves libjpeg fewer pixels to compute, yet at least three times as large as the processor
     resizes it to, and is resized to that; the processor's own resizing then changes nothing. On photographs of 3 to 26
     megapixels `pixel_values` differ from those of the whole file by 0.15/255 to 0.25/255 on average, by 8/255 at most.
-    All other images, and those for a processor that resizes in its own way, are what they are without it.
+    Of an image with one side more than 64 times the other only what the centre crop leaves is resized. All other
+    images, and those for a processor that resizes in its own way, are what they are without it.
 
     Args:
         source (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
@@ -141,12 +342,16 @@ def load_image(source: ImageSource, name: str | None = None, *, image_processor:
             integers, of shape [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels.
         name (`str`, *optional*): what errors call the image; by default its path.
         image_processor (`BaseImageProcessor`, *optional*): what the image is for, if only for that.
+        background (`str` or `Sequence[int]`, *optional*, defaults to `"white"`):
+            The colour laid under transparency, as PIL takes it: a name, `"#rrggbb"`, or three numbers. `None` drops
+            the transparency instead, as `Image.convert("RGB")` and the official code do.
 
     Returns:
         `PIL.Image.Image`: a new image of mode RGB.
 
     Raises:
         ImageError: if it cannot be read. The message names the file and says why.
+        ValueError: if `background` is no colour.
         TypeError: if `source` is something else.
 
     Example:
@@ -159,29 +364,68 @@ def load_image(source: ImageSource, name: str | None = None, *, image_processor:
     (255, 255, 255)
     ```
     """
+    with _loaded(source, name, image_processor, background) as image:
+        return image
+
+
+def load_pixels(
+    source: ImageSource, name: str | None = None, *, image_processor: Any, background: Background = WHITE
+) -> dict[str, torch.Tensor]:
+    """
+    Reads an image, as [`load_image`], and makes of it what a model takes.
+
+    Args:
+        source, name, background: as in [`load_image`].
+        image_processor (`BaseImageProcessor`): the model's.
+
+    Returns:
+        `dict[str, torch.Tensor]`: what the processor makes of the one image, `pixel_values` [1, 3, H, W] for most.
+
+    Raises:
+        ImageError: if the image cannot be read, or its pixels do not fit in memory.
+        ValueError, TypeError: as [`load_image`].
+    """
+    with _loaded(source, name, image_processor, background) as image:
+        return dict(image_processor(images=[image], return_tensors="pt"))
+
+
+@contextlib.contextmanager
+def _loaded(
+    source: ImageSource, name: str | None, image_processor: Any, background: Background
+) -> Iterator[Image.Image]:
+    """The image, while its pixels count among those that are decoded."""
     if name is None:
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else "image"
+    if not isinstance(source, ImageSource):
+        raise TypeError(
+            f"{name} must be a path, the bytes of a file, a PIL image or an array, got {type(source).__name__}."
+        )
+    colour = checked_background(background)
+    with contextlib.ExitStack() as held:
+        with _image_errors(name):
+            image = _prepared(_read(source, name, image_processor, colour, held), name, image_processor)
+        try:
+            yield image
+        except MemoryError as error:
+            raise _no_memory(name) from error
+
+
+@contextlib.contextmanager
+def _image_errors(name: str) -> Iterator[None]:
+    """What goes wrong with a file, as an `ImageError`."""
     try:
-        if isinstance(source, str | os.PathLike):
-            return _load_file(os.fspath(source), name, image_processor)
-        if isinstance(source, bytes):
-            if not source:
-                raise ImageError(name, "the file is empty")
-            with Image.open(io.BytesIO(source), formats=readable_formats()) as image:
-                return _to_rgb(_reduced(image, image_processor), name)
-        if isinstance(source, Image.Image):
-            return _to_rgb(source, name)
-        if isinstance(source, np.ndarray | torch.Tensor):
-            return _to_rgb(_from_array(np.asarray(source), name), name)
+        yield
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        advice = "if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS"
-        raise ImageError(name, f"too large ({str(error).rstrip('.')}); {advice}") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(name, "not an image in a format that PIL reads") from error
+        raise ImageError(
+            name,
+            f"too large ({str(error).rstrip('.')}); if you trust the file, allow more with --max-image-pixels N or "
+            "lotlip_hf.images.set_max_image_pixels(N)",
+            transient=True,
+        ) from error
     except MemoryError as error:
-        raise ImageError(name, "too large for this machine's memory", transient=True) from error
+        raise _no_memory(name) from error
     except OSError as error:
         # PIL's own complaints about the contents are OSErrors without a number.
         if error.errno is None:
@@ -189,84 +433,184 @@ def load_image(source: ImageSource, name: str | None = None, *, image_processor:
         raise ImageError(name, f"cannot be opened ({error.strerror})", transient=True) from error
     except Exception as error:  # decoders raise anything on damaged files: SyntaxError, struct.error, zlib.error, ...
         raise ImageError(name, f"damaged ({type(error).__name__}: {error})") from error
-    raise TypeError(
-        f"{name} must be a path, the bytes of a file, a PIL image or an array, got {type(source).__name__}."
-    )
 
 
-def _load_file(path: str, name: str, image_processor: Any) -> Image.Image:
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise ImageError(name, "a folder, not an image")
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError(name, "not a regular file")
-    if status.st_size == 0:
+def _no_memory(name: str) -> ImageError:
+    return ImageError(name, "too large for this machine's memory", transient=True)
+
+
+def _too_many_bytes(name: str, limit: int) -> ImageError:
+    return ImageError(name, f"larger than {limit:,} bytes; convert it to a smaller file")
+
+
+def _open_file(path: str, name: str, limit: int = MAX_FILE_BYTES) -> BinaryIO:
+    """The file, open: all that is asked of it is asked of this one descriptor."""
+    try:
+        file = open_regular(path)
+    except ValueError as error:
+        reason = "a folder, not an image" if os.path.isdir(path) else "not a regular file"
+        raise ImageError(name, reason) from error
+    size = os.fstat(file.fileno()).st_size
+    if 0 < size <= limit:
+        return file
+    file.close()
+    raise _too_many_bytes(name, limit) if size else ImageError(name, "the file is empty")
+
+
+def _read(
+    source: ImageSource,
+    name: str,
+    image_processor: Any,
+    background: tuple[int, int, int] | None,
+    held: contextlib.ExitStack,
+) -> Image.Image:
+    """The image as RGB; its pixels are among those that are decoded until `held` is closed."""
+    if isinstance(source, Image.Image):
+        held.enter_context(_decoded_pixels.hold(source.width * source.height))
+        return _to_rgb(source, name, background)
+    if isinstance(source, np.ndarray | torch.Tensor):
+        image = _from_array(np.asarray(source), name)
+        held.enter_context(_decoded_pixels.hold(image.width * image.height))
+        return _to_rgb(image, name, background)
+    hint = unreadable_hint(name)
+    if hint == RAW_HINT:  # of these PIL reads the small preview, if anything
+        raise ImageError(name, hint)
+    if source == b"":
         raise ImageError(name, "the file is empty")
-    with Image.open(path, formats=readable_formats()) as image:
-        return _to_rgb(_reduced(image, image_processor), name)
+    with io.BytesIO(source) if isinstance(source, bytes) else _open_file(os.fspath(source), name) as file:
+        try:
+            opened = Image.open(file, formats=readable_formats())
+        except UnidentifiedImageError as error:
+            file.seek(4)
+            if hint is None and file.read(4) == b"ftyp":  # of a phone, whatever the file is called
+                hint = HEIF_HINT
+            reason = f"not an image in a format that PIL reads{f'; {hint}' if hint else ''}"
+            raise ImageError(name, reason, transient=hint is not None) from error
+        with opened as image:
+            draft = _draft(image, image_processor)
+            held.enter_context(_decoded_pixels.hold(image.width * image.height))
+            if draft is not None:
+                size, box = draft
+                image = image.convert("RGB").resize(size, image_processor.resample, box=box)
+            return _to_rgb(image, name, background)
 
 
-def _reduced(image: Image.Image, image_processor: Any) -> Image.Image:
-    """A JPEG file that was opened, as RGB of the size that the processor resizes it to; others as they are."""
-    full_size = image.size
-    size = None if image_processor is None else _resized_size(full_size, image_processor)
-    if size is None or min(full_size[0] // size[0], full_size[1] // size[1]) < 2 * DRAFT_MARGIN:
-        return image
+def _draft(
+    image: Image.Image, image_processor: Any
+) -> tuple[tuple[int, int], tuple[float, float, float, float]] | None:
+    """
+    Has a JPEG file that was opened decoded at a fraction of its size, and returns the size to resize it to and which
+    part of it; `None` for others.
+    """
+    size = _resized_size(image.size, image_processor)
+    if size is None or image_processor.resample == Image.Resampling.NEAREST:
+        return None
+    if min(image.width // size[0], image.height // size[1]) < 2 * DRAFT_MARGIN:
+        return None
     draft = image.draft(None, (DRAFT_MARGIN * size[0], DRAFT_MARGIN * size[1]))
-    if draft is None:
-        return image
     # The last row and column may cover less than a pixel: the box says how much of them is image.
-    return image.convert("RGB").resize(size, image_processor.resample, box=draft[1])
+    return None if draft is None else (size, draft[1])
 
 
 def _resized_size(size: tuple[int, int], image_processor: Any) -> tuple[int, int] | None:
-    """
-    The (width, height) that an image of this size has after the resizing that most image processors of transformers
-    share; `None` if the processor does not use it or does not average, or if the size depends on which side is up.
-    """
-    methods = (getattr(type(image_processor), name, None) for name in ("resize", "_preprocess"))
-    if not all(getattr(method, "__module__", None) == BACKENDS for method in methods):
+    """The size that the processor's resizing gives; `None` for a thin image, of which more than that is cut."""
+    if image_processor is None or 0 in size:
         return None
-    resample = image_processor.resample
-    if not image_processor.do_resize or not isinstance(resample, int) or resample == Image.Resampling.NEAREST:
-        return None
-    wanted = {name: value for name, value in dict(image_processor.size or {}).items() if value is not None}
-    if wanted.keys() == {"shortest_edge"}:
-        short, long = wanted["shortest_edge"], int(wanted["shortest_edge"] * max(size) / min(size))
-        return (short, long) if size[0] <= size[1] else (long, short)
-    if wanted.keys() == {"height", "width"} and wanted["height"] == wanted["width"]:
-        return wanted["width"], wanted["height"]
-    return None
+    from .modeling.processing_lotlip import is_thin, resized_size  # here: transformers takes seconds to import
+
+    return None if is_thin(size, image_processor) else resized_size(size, image_processor)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _prepared(image: Image.Image, name: str, image_processor: Any) -> Image.Image:
+    """Resized, if the processor would copy it whole several times, or enlarge it beyond bounds; others as given."""
+    if image_processor is None:
+        return image
+    from .modeling.processing_lotlip import is_thin, resized_middle
+
+    if is_thin(image.size, image_processor):
+        middle = resized_middle(image, image_processor)
+        if middle is None:
+            raise ImageError(name, f"too thin ({image.width}x{image.height} pixels) for this image processor")
+        return middle
+    size = _resized_size(image.size, image_processor)
+    # The PIL backend's own resizing gives the same.
+    if size is None or image.width * image.height <= LARGE or getattr(image_processor, "backend", "") != "pil":
+        return image
+    return image.resize(size, image_processor.resample)
+
+
+def _to_rgb(image: Image.Image, name: str, background: tuple[int, int, int] | None) -> Image.Image:
+    """A new image, whatever the mode. It is the only full copy: what needs more memory goes tile by tile."""
     if 0 in image.size:
         raise ImageError(name, f"has no pixels (size {image.width}x{image.height})")
     file_format = image.format
-    image = ImageOps.exif_transpose(image)  # a copy, even where nothing is to be turned
+    image.load()  # of a PNG file what follows the pixels is known only then, its orientation too
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
-        return _from_unit_range(np.asarray(image, dtype=np.float32) / 65535)
+        return _by_tiles(image, _from_16_bits, background)
     if image.mode == "I":
         raise ImageError(name, "32-bit integer pixels have no defined white; convert the image to 8 or 16 bits")
     if image.mode == "F":
-        values = np.asarray(image)
+        low, high = np.array([(np.min(tile), np.max(tile)) for _, tile in _tiles(image)]).T
+        low, high = low.min(), high.max()
         # Negated, so that NaN is refused too.
-        if not (values.min() >= 0 and values.max() <= 1):
-            found = f"{values.min():g} to {values.max():g}"
+        if not (low >= 0 and high <= 1):
+            found = f"{low:g} to {high:g}"
             raise ImageError(name, f"floating-point pixels must go from 0 (black) to 1 (white), these go from {found}")
-        return _from_unit_range(values)
+        return _by_tiles(image, _from_unit_range, background)
+    if image.has_transparency_data and background is not None:
+        return _by_tiles(image, _with_mask, background)
     if image.mode == "P" and "transparency" in image.info:
         # The same pixels as directly, without PIL's warning.
         image = image.convert("RGBA")
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    rgb = image.convert("RGB")
     # Kept by `convert`; newer versions of transformers would lay the colour that it declares transparent on white.
     rgb.info.pop("transparency", None)
     return rgb
 
 
-def _from_unit_range(values: np.ndarray) -> Image.Image:
-    """Grey values in [0, 1], shape [H, W], as an RGB image."""
-    return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
+def _tiles(image: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:
+    for top in range(0, image.height, TILE):
+        for left in range(0, image.width, TILE):
+            box = (left, top, min(left + TILE, image.width), min(top + TILE, image.height))
+            yield box, image.crop(box)
+
+
+def _by_tiles(
+    image: Image.Image,
+    convert: Callable[[Image.Image], tuple[Image.Image, Image.Image | None]],
+    background: tuple[int, int, int] | None,
+) -> Image.Image:
+    """RGB, from a function of a tile to its colours and to what of it is opaque."""
+    canvas = Image.new("RGB", image.size, background or 0)
+    for box, tile in _tiles(image):
+        colours, mask = convert(tile)
+        canvas.paste(colours, box, None if background is None else mask)
+    return canvas
+
+
+def _with_mask(tile: Image.Image) -> tuple[Image.Image, Image.Image]:
+    if tile.mode == "La":
+        tile = tile.convert("LA")  # PIL has no direct way, and would drop the alpha channel
+    tile = tile.convert("RGBA")
+    return tile.convert("RGB"), tile.getchannel("A")
+
+
+def _from_16_bits(tile: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    values = np.asarray(tile)
+    transparent = tile.info.get("transparency")
+    mask = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    return Image.fromarray(_to_8_bits(values)), mask
+
+
+def _from_unit_range(tile: Image.Image) -> tuple[Image.Image, None]:
+    return Image.fromarray(np.rint(np.asarray(tile) * 255).astype(np.uint8)), None
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """To the nearest: 65535 = 255 * 257."""
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
@@ -283,7 +627,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.size == 0:
         raise ImageError(name, f"has no pixels (shape {list(array.shape)})")
     if array.dtype == np.uint16:
-        array = np.rint(array / 257).astype(np.uint8)  # 65535 = 255 * 257
+        array = _to_8_bits(array)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     return Image.fromarray(np.ascontiguousarray(array))

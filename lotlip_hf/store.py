@@ -18,11 +18,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .encoding import max_text_length
 from .files import DAMAGED, is_own_file, open_no_link, own_folder, parse_json, replacing, set_aside
+from .images import background_of, checked_background
 
 logger = logging.getLogger(__name__)
 
 # Part of every fingerprint. Raised when the same model comes to give another embedding of the same file or text.
-FORMAT_VERSIONS = {"image": 2, "text": 1}
+FORMAT_VERSIONS = {"image": 3, "text": 1}
 ENTRIES = "entries.jsonl"
 EMBEDDINGS = re.compile(r"embeddings-(0|[1-9][0-9]{0,8})\.f32")
 MAX_COMPACTIONS = 10**9
@@ -294,7 +295,8 @@ def fingerprint(model: PreTrainedModel, processor: Any, modality: Literal["image
     """
     if modality == "image":
         config = getattr(model.config, "vision_config", model.config)
-        preparation = processor.image_processor.to_dict()
+        background = checked_background(background_of(processor))
+        preparation = {**processor.image_processor.to_dict(), "background": background}
     else:
         config = getattr(model.config, "text_config", model.config)
         preparation = {

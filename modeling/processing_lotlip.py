@@ -1,6 +1,7 @@
 """LoTLIP's processor: texts and images in, everything the model takes out."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import BatchFeature, CLIPImageProcessorPil
@@ -9,6 +10,22 @@ from transformers.image_utils import ImageInput, is_pil_image
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 
 from .loading_lotlip import checked_download
+
+# Where transformers' image processors have the resizing that most of them share
+BACKENDS = "transformers.image_processing_backends"
+# Longest side over shortest, from which on an image is thin. Resized to a shortest edge of 224 such an image has
+# 224 x 14,336 pixels.
+MAX_ASPECT_RATIO = 64
+# Arguments of a call that an image may be resized by otherwise than the image processor's settings say
+RESIZING = {"size", "crop_size", "resample", "do_resize", "do_center_crop", "do_convert_rgb", "images_kwargs"}
+
+# Where transformers' image processors have the resizing that most of them share
+BACKENDS = "transformers.image_processing_backends"
+# Longest side over shortest, beyond which an image is thin. Resized to a shortest edge of 224 one of this ratio has
+# 224 x 14,336 pixels.
+MAX_ASPECT_RATIO = 64
+# Arguments of a call that have an image resized otherwise than by the image processor's settings
+RESIZING = {"size", "crop_size", "resample", "do_resize", "do_center_crop", "do_convert_rgb", "images_kwargs"}
 
 # Captions are padded to the longest of the batch and cut at the tokenizer's `model_max_length`, unless told otherwise.
 TEXT_DEFAULTS: TextKwargs = {"padding": True, "truncation": True}
@@ -29,13 +46,18 @@ class LoTLIPProcessor(ProcessorMixin):
 
     `images` is what any image processor of transformers takes: PIL images, arrays, tensors, or paths and URLs. A path
     or URL is opened as `transformers.image_utils.load_image` does, with its EXIF orientation applied; a PIL image is
-    taken as it lies. Either way transparency is dropped, as `Image.convert("RGB")` does and as in the official code.
+    taken as it lies. Either way transparency is dropped, as `Image.convert("RGB")` does and as in the official code;
+    where `lotlip_hf` itself reads image files, it shows the `background`. Of a PIL image with one side more than 64
+    times the other only what the centre crop leaves is resized.
 
     Args:
         image_processor (`CLIPImageProcessor` or `CLIPImageProcessorPil`):
             The image processor, with either backend. See `official_image_processor` for the released models' settings.
         tokenizer (`LoTLIPTokenizer` or `CLIPTokenizer`):
             The tokenizer; CLIP's own for a model over CLIP's text tower.
+        background (`str` or `list[int]`, *optional*, defaults to `"white"`):
+            What `lotlip_hf` lays under transparent pictures in files, for training, search and evaluation alike: a
+            colour as PIL takes it. `None` drops transparency there too.
 
     Example:
 
@@ -50,8 +72,9 @@ class LoTLIPProcessor(ProcessorMixin):
     valid_processor_kwargs = LoTLIPProcessorKwargs
     text_kwargs = TEXT_DEFAULTS
 
-    def __init__(self, image_processor: Any, tokenizer: Any) -> None:
+    def __init__(self, image_processor: Any, tokenizer: Any, background: str | Sequence[int] | None = "white") -> None:
         super().__init__(image_processor, tokenizer)
+        self.background = background
         self.auto_map = {"AutoProcessor": "processing_lotlip.LoTLIPProcessor"}
 
     @classmethod
@@ -118,7 +141,8 @@ class LoTLIPProcessor(ProcessorMixin):
             ValueError: neither texts nor images were given, or the lists of texts differ in length.
         """
         if images is not None:
-            images = _without_alpha(self.image_processor.fetch_images(images))
+            own_resizing = self.image_processor if RESIZING.isdisjoint(kwargs) else None
+            images = _prepared(self.image_processor.fetch_images(images), own_resizing)
         pretokenized = kwargs.get("is_split_into_words") or kwargs.get("text_kwargs", {}).get("is_split_into_words")
         rows = list(text) if isinstance(text, (list, tuple)) else []
         if pretokenized or not any(isinstance(row, (list, tuple)) for row in rows):
@@ -152,17 +176,104 @@ def official_image_processor(image_size: int = 224) -> CLIPImageProcessorPil:
     )
 
 
-def _without_alpha(images: Any) -> Any:
-    """The opaque pictures, with the colours that lie under what is transparent.
+def resized_size(size: tuple[int, int], image_processor: Any) -> tuple[int, int] | None:
+    """The size that an image has after an image processor's resizing.
+
+    Args:
+        size: Width and height of the image.
+        image_processor: The image processor.
+
+    Returns:
+        Width and height; `None` if the processor does not resize, or not in the way that most of transformers' do, or
+        if the size depends on which side is up.
+    """
+    methods = (getattr(type(image_processor), name, None) for name in ("resize", "_preprocess"))
+    if not all(getattr(method, "__module__", None) == BACKENDS for method in methods):
+        return None
+    if not image_processor.do_resize or not isinstance(image_processor.resample, int):
+        return None
+    wanted = {name: value for name, value in dict(image_processor.size or {}).items() if value is not None}
+    if wanted.keys() == {"shortest_edge"}:
+        short, long = wanted["shortest_edge"], int(wanted["shortest_edge"] * max(size) / min(size))
+        return (short, long) if size[0] <= size[1] else (long, short)
+    if wanted.keys() == {"height", "width"} and wanted["height"] == wanted["width"]:
+        return wanted["width"], wanted["height"]
+    return None
+
+
+def is_thin(size: tuple[int, int], image_processor: Any) -> bool:
+    """Whether an image grows out of bounds as its shortest edge is resized.
+
+    Args:
+        size: Width and height of the image.
+        image_processor: The image processor.
+
+    Returns:
+        `True` if one side is more than 64 times the other and the processor resizes by the shortest edge alone.
+    """
+    wanted = dict(getattr(image_processor, "size", None) or {})
+    return bool(
+        max(size) > MAX_ASPECT_RATIO * min(size)
+        and getattr(image_processor, "do_resize", False)
+        and wanted.get("shortest_edge")
+        and not wanted.get("longest_edge")
+    )
+
+
+def resized_middle(image: Any, image_processor: Any) -> Any:
+    """What an image processor's resizing makes of the middle of a thin image, which its centre crop leaves.
+
+    The processor gives the same `pixel_values` for the result as for the whole image, up to rounding.
+
+    Args:
+        image: A PIL image for which [`is_thin`] is true.
+        image_processor: The image processor.
+
+    Returns:
+        A smaller PIL image, which the processor's resizing leaves as it is; `None` if the processor does not crop, or
+        resizes in its own way.
+    """
+    resized = resized_size(image.size, image_processor)
+    crop = getattr(image_processor, "crop_size", None)
+    if resized is None or crop is None or not getattr(image_processor, "do_center_crop", False):
+        return None
+    if image.mode not in ("RGB", "L") and not image_processor.do_convert_rgb:
+        return None
+    axis = 0 if image.width > image.height else 1
+    length, kept = resized[axis], max(min(resized), crop["width" if axis == 0 else "height"])
+    # the centre stays where it is, for those too that round half a pixel to even
+    kept = min(length, kept + (length - kept) % 4)
+    scale = image.size[axis] / length
+    start, end = scale * (length - kept) / 2, scale * (length + kept) / 2
+    # cut out first, with what a filter sees around it: `resize` reads its box in single precision
+    margin = 4 * max(1.0, scale)
+    first, last = max(0, int(start - margin)), min(image.size[axis], int(end + margin) + 1)
+    cut, box, size = [0, 0, *image.size], [0.0, 0.0, *image.size], list(resized)
+    cut[axis], cut[axis + 2] = first, last
+    box[axis], box[axis + 2] = start - first, end - first
+    size[axis] = kept
+    image = image.crop(cut)
+    if image_processor.do_convert_rgb:
+        image = image.convert("RGB")
+    return image.resize(tuple(size), image_processor.resample, box=tuple(box))
+
+
+def _prepared(images: Any, image_processor: Any) -> Any:
+    """The opaque pictures, with the colours that lie under what is transparent; of thin ones the middle.
 
     Newer versions of transformers lay a PIL image with an alpha channel, or with one colour declared transparent, on
     white; older ones and the official code drop the transparency.
     """
     if isinstance(images, (list, tuple)):
-        return [_without_alpha(image) for image in images]
-    if is_pil_image(images) and ("A" in images.getbands() or "transparency" in images.info):
+        return [_prepared(image, image_processor) for image in images]
+    if not is_pil_image(images):
+        return images
+    if "A" in images.getbands() or "transparency" in images.info:
         images = images.convert("RGB")
         images.info.pop("transparency", None)  # which `convert` keeps
+    if image_processor is not None and is_thin(images.size, image_processor):
+        middle = resized_middle(images, image_processor)
+        images = images if middle is None else middle
     return images
 
 

@@ -23,6 +23,10 @@ number of the request, from 0, the decoded image and the request's JSON, and ret
 | `body:{...}` | sends this JSON |
 | `content:...` | this JSON is the content of the message, with the reason `stop` |
 | `say:...` | this is the caption |
+| `redirect:308 http://...` | redirects to this address, with this status |
+| `huge:9000000` | sends an answer of as many bytes; `OpenAIServer.sent` says how many the client read |
+| `gzip:9000000` | sends an answer of as many bytes, compressed |
+| `drip:0.1` | sends an answer, one byte each 0.1 seconds, that does not end |
 | `exit` | ends the process, as `kill -9` does |
 
 As a process of its own, which prints its address:
@@ -35,8 +39,10 @@ of each image), `64x48` (images of this size); without, all of them. `GET /v1/st
 
 import argparse
 import base64
+import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -56,8 +62,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.utils import _http
 from PIL import Image, ImageStat
 
 Fault = Callable[[int, Image.Image, dict[str, Any]], str | None]
@@ -175,7 +179,8 @@ def read_request(body: Any) -> tuple[Image.Image, str]:
     """
     options = {
         **{"model": str, "messages": list, "max_tokens": int, "temperature": (int, float), "top_p": (int, float)},
-        **{"seed": int, "repetition_penalty": (int, float), "stream": bool},
+        **{"seed": int, "repetition_penalty": (int, float), "stream": bool, "max_completion_tokens": int},
+        **{"chat_template_kwargs": dict, "top_k": int},
     }
     if not isinstance(body, dict):
         raise Malformed("the body is no object")
@@ -218,7 +223,7 @@ class OpenAIServer(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.malformed: list[str] = []
         self.errors: list[str] = []  # defects of this server
-        self.at_once = self.highest_at_once = 0
+        self.at_once = self.highest_at_once = self.sent = 0
 
     @property
     def url(self) -> str:
@@ -346,6 +351,21 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, b"\x80\xff\x00" * 40)
         elif fault == "body":
             self.send(200, argument.encode())
+        elif fault == "redirect":
+            status, _, address = argument.partition(" ")
+            self.send(int(status), b"", {"Location": address})
+        elif fault == "gzip":
+            data = gzip.compress(b" " * int(argument) + data, 1)
+            self.send(200, data, {"Content-Encoding": "gzip"})
+        elif fault in ("huge", "drip"):
+            self.close_connection = True
+            pieces = itertools.repeat(b" ") if fault == "drip" else [b" " * 65_536] * (int(argument) // 65_536)
+            self.send(200, b"", {"Content-Length": str(1 << 40 if fault == "drip" else int(argument))})
+            with suppress(OSError):  # the client has had enough
+                for piece in pieces:
+                    self.wfile.write(piece)
+                    self.server.sent += len(piece)
+                    time.sleep(float(argument) if fault == "drip" else 0)
         elif fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
@@ -414,15 +434,10 @@ def openai_server(
 
 
 def use_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the huggingface_hub of this process ask loopback: neither offline nor through a proxy, and without keys.
-
-    A process of its own needs `HF_HUB_OFFLINE=0` and `NO_PROXY=*` in its environment.
-    """
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    """Let this process ask loopback: not through a proxy, and without keys. Another needs `NO_PROXY=*`."""
     monkeypatch.setenv("NO_PROXY", "*")
     for name in ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    _http.close_session()  # the one that was opened before may go through a proxy
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -395,6 +395,7 @@ def test_captions_that_are_copied(prompt: str, text: str) -> None:
         (SCENE, "too_short", {"min_words": 14}, {"min_words": 13}),
         ("一只橘色的猫坐在窗台上。", "too_short", {"min_words": 6}, {"min_words": 5}),
         ("बिल्ली यहाँ बैठी है।", "too_short", {"min_words": 5}, {"min_words": 4}),
+        (SCENE, "too_long", {"max_characters": len(SCENE) - 1}, {"max_characters": len(SCENE)}),
         ("no " * 5, "loop", {"loop_words": 5}, {"loop_words": 6}),
         (f"{SCENE} Zzzzz!", "loop", {"loop_words": 4}, {"loop_words": 5}),
         ("the big red car " * 3, "loop", {"loop_repeats": 3}, {"loop_repeats": 4}),
@@ -419,6 +420,7 @@ def test_no_fewest_words() -> None:
         ({"min_words": "10"}, "`min_words` must be a whole number from 0, got '10'"),
         ({"loop_repeats": 1}, "`loop_repeats` must be a whole number from 2, got 1"),
         ({"loop_words": True}, "`loop_words` must be a whole number from 2, got True"),
+        ({"max_characters": 0}, "`max_characters` must be a whole number from 1, got 0"),
         ({"repeat_words": 0}, "`repeat_words` must be a whole number from 1, got 0"),
         ({"prompt_share": 0}, "`prompt_share` must be above 0 and at most 1, got 0"),
         ({"prompt_share": 1.5}, "`prompt_share` must be above 0 and at most 1, got 1.5"),
@@ -432,7 +434,7 @@ def test_wrong_rules_are_refused(options: dict[str, Any], message: str) -> None:
 
 def test_every_reason_is_explained_in_one_sentence() -> None:
     assert list(REASONS) == [
-        *("empty", "refusal", "copied_prompt", "loop", "repeated_sentence", "cut_off", "too_short"),
+        *("empty", "refusal", "copied_prompt", "loop", "repeated_sentence", "cut_off", "too_short", "too_long"),
     ]
     for sentence in REASONS.values():
         assert len(split_sentences(sentence)) == 1
@@ -478,7 +480,7 @@ def test_any_text_is_judged() -> None:
             assert judge(kept, prompt).text == kept
         seen.update(reasons)
         seen["trimmed"] += kept != cleaned
-    assert set(seen) == {*REASONS, "trimmed"}
+    assert set(seen) == {*REASONS, "trimmed"} - {"too_long"}
     assert min(seen.values()) > 30, seen
 
 
@@ -498,4 +500,4 @@ def test_any_text_is_judged() -> None:
 )
 def test_long_answers_are_judged(text: str) -> None:
     for finished in (None, False, True):
-        assert judge(text, PROMPT, finished).text
+        assert judge(text, PROMPT, finished, QualityRules(max_characters=1_000_000)).text

@@ -126,7 +126,7 @@ def test_commands(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in commands("README.md") + commands("MODEL_CARD.md"):
         if words[0] == "export":  # which `test_snippet` runs
             continue
-        status = lotlip(words)
+        status = lotlip([*words, "--max-retries=0"] if "--endpoint" in words else words)
         error = capsys.readouterr().err
         if words[0] == "push" and "--dry-run" not in words:
             assert status == 2
@@ -134,7 +134,7 @@ def test_commands(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
             continue
         if "--endpoint" in words:
             assert status == 2
-            assert "HF_HUB_OFFLINE" in error
+            assert "localhost:8000" in error
         elif any(word.startswith("weiwu-ww/") for word in words):
             # There is no network here: everything before the download must be right.
             assert status == 2

@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 import tarfile
 import threading
@@ -27,6 +28,8 @@ import yaml
 from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
 from filelock import FileLock
+from huggingface_hub import constants
+from huggingface_hub.hf_api import api as hf_api
 from PIL import Image
 from tqdm import tqdm
 from transformers import BertTokenizer
@@ -142,8 +145,8 @@ def test_shards_hold_a_caption_of_each_captioner(pictures: Path, tokenizer: str,
     assert [row["id"] for row in written] == [f"{number}.png" for number in range(NUMBER) if number != 7]
     raw = [json.loads(line)["short_caption"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     for row in written:
-        assert row["image"] == {"bytes": None, "path": str(pictures / row["id"])}
-        image = Image.open(row["image"]["path"]).convert("RGB")
+        assert row["image"] == {"bytes": None, "path": row["id"]}  # from the image folder on
+        image = Image.open(pictures / row["image"]["path"]).convert("RGB")
         expected = [
             f"{model} sees a picture with the number {digest(image)}. It has a plain ground."
             for model in ("first", "second")
@@ -211,8 +214,10 @@ def test_the_statistics_are_those_of_the_texts(pictures: Path, tokenizer: str, t
 @pytest.mark.slow
 @pytest.mark.parametrize("embed_images", [False, True])
 def test_datasets_reads_the_folder_as_it_is(
-    embed_images: bool, pictures: Path, tokenizer: str, tmp_path: Path
+    embed_images: bool, pictures: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not embed_images:
+        monkeypatch.chdir(pictures)  # where `datasets` looks for relative paths
     run(config(pictures, tmp_path / "first", tokenizer, embed_images=embed_images))
     (tmp_path / "first").rename(tmp_path / "out")  # wherever it lies
     dataset = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
@@ -1050,6 +1055,7 @@ def test_training_reads_the_output_as_it_is(format: str, pictures: Path, tokeniz
     run(config(pictures, tmp_path / "out", tokenizer, format=format))
     arguments = ["--model=scenes", f"--data={tmp_path / 'out'}", f"--output={tmp_path / 'run'}", "--max-steps=2"]
     arguments += ["--batch-size=8", "--num-workers=0", "--trackers=none", "--on-error=raise"]
+    arguments += [f"--image-folder={pictures}"] if format == "parquet" else []
     assert load_script("examples/train.py").main(arguments) == 0
     assert list((tmp_path / "run").glob("checkpoint-*"))
 
@@ -1090,10 +1096,45 @@ def test_options_of_a_file_and_of_flags(tmp_path: Path) -> None:
     assert [captioner.model for captioner in options.captioners] == ["c", "d"]
 
 
+def test_flags_name_the_fields_of_requests() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    flags = ["--data=d", "--output=o", "--captioner=a", "--max-image-size=336", "--image-root=r"]
+    flags += ["--request-field=max_tokens=max_completion_tokens", "--request-field=temperature=none"]
+    options = read_config(parser.parse_args(flags))
+    (one,) = options.captioners
+    assert one.request_fields == {"max_tokens": "max_completion_tokens", "temperature": None}
+    assert (one.max_image_size, options.image_root) == (336, "r")
+
+
+def test_a_tokenizer_that_cannot_be_had_is_said_at_once(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the better part of a minute, and not after the records were read."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    slept: list[float] = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(hf_api, "endpoint", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr("lotlip_hf.data.relabel.load_records", lambda *_, **__: pytest.fail("records were read"))
+    with pytest.raises(ValueError, match="--tokenizer org/none"):
+        run(config(pictures, tmp_path / "out", "org/none"))
+    assert sum(slept) < 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "`captioners` is empty"),
+        (["--captioner=a", "--request-field=max_tokens"], "--request-field takes NAME=VALUE"),
+        (["--captioner=a", "--request-field=tokens=n"], "`request_fields` renames"),
+        (["--captioner=a", "--max-image-size=0"], "`max_image_size`"),
+        (["--captioner=a", "--max-image-bytes=0"], "`max_image_bytes`"),
+        (["--captioner=a", "--image-root=nowhere"], "--image-root nowhere: no such folder"),
         (["--captioner=a", "--policy=loop"], "--policy takes NAME=VALUE, got 'loop'"),
         (["--captioner=a", "--policy=lop=keep"], "`policies` must be of empty, .* got 'lop'"),
         (["--captioner=a", "--policy=loop=kepp"], "policy of loop must be retry, drop, keep, got 'kepp'"),
@@ -1116,7 +1157,7 @@ def test_wrong_options_are_named(flags: list[str], message: str, capsys: pytest.
     ("options", "message"),
     [
         ("captioner: a", "unknown option captioner. There are: data, output, captioners"),
-        ("captioners: a", "`captioners` must be a list, got 'a'"),
+        ("captioners: a", "`captioners` must be a list, got str"),
         ("captioners: [{prompt: p}]", "a captioner has `model` and any of .*prompt"),
         ("captioners: [{model: m, promt: p}]", "a captioner has `model` and any of"),
         ("policies: keep", "`policies` must be lines of `name: value`, got 'keep'"),

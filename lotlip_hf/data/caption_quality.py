@@ -22,6 +22,7 @@ REASONS = {
     "repeated_sentence": "A sentence stands in the caption more than once.",
     "cut_off": "The answer broke off; it is trimmed to its last whole sentence, if it has one.",
     "too_short": "The caption, once trimmed, has too few words.",
+    "too_long": "The answer has more characters than a caption may have.",
 }
 
 # Marks that some models leave at the end of an answer: </s>, <eos>, <end_of_turn>, <|im_end|>.
@@ -112,6 +113,8 @@ class QualityRules:
         prompt_share (`float`, *optional*, defaults to 0.5):
             The share of the caption's words, above 0, that the prompt may not make up. Only three words or more in
             the prompt's order count.
+        max_characters (`int`, *optional*, defaults to 10000):
+            An answer with more is too long, and is not looked at any further.
 
     Raises:
         ValueError: if an option is out of range.
@@ -122,9 +125,10 @@ class QualityRules:
     loop_words: int = 8
     repeat_words: int = 3
     prompt_share: float = 0.5
+    max_characters: int = 10_000
 
     def __post_init__(self) -> None:
-        smallest = {"min_words": 0, "loop_repeats": 2, "loop_words": 2, "repeat_words": 1}
+        smallest = {"min_words": 0, "loop_repeats": 2, "loop_words": 2, "repeat_words": 1, "max_characters": 1}
         for option in fields(self):
             value = getattr(self, option.name)
             if option.name in smallest:
@@ -171,6 +175,8 @@ def judge(
     ```
     """
     text = _clean(text)
+    if len(text) > rules.max_characters:
+        return Judgement(text, ("too_long",))
     if not HAS_WORD.search(text):
         return Judgement("", ("empty",))
     words = _split_words(text)

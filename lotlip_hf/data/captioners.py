@@ -5,11 +5,15 @@ The first step of the LoTLIP paper relabels images with several of them; `relabe
 """
 
 import dataclasses
+import json
 import math
+import os
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+
+from ..files import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,11 +21,27 @@ if TYPE_CHECKING:
 PROMPT = "Describe the image in detail."
 # The options of a captioner that say how it generates; `retry` may change them.
 SETTINGS = ("max_new_tokens", "min_new_tokens", "num_beams", "temperature", "top_p", "repetition_penalty")
+# The fields of a request that these become, by OpenAI's names.
+REQUEST_FIELDS = ("max_tokens", "temperature", "top_p", "seed", "repetition_penalty")
+FIELD_OF = {"max_new_tokens": "max_tokens"}
 
 
-def option(help: str, **default: Any) -> Any:
+def option(help: str, **options: Any) -> Any:
     """A field of a config that is also a flag, with what its help says."""
-    return field(metadata={"help": help}, **default)
+    return field(metadata={"help": help}, **options)
+
+
+def without_secrets(address: str) -> str:
+    """An address as it may be shown: without user name, password, and query, which may hold a key."""
+    scheme, mark, rest = address.partition("://")
+    if not mark:
+        scheme, rest = "", address
+    return printable(f"{scheme}{mark}{rest.rpartition('@')[2].partition('?')[0].partition('#')[0]}")
+
+
+def published_name(model: str) -> str:
+    """A model as data sets name it: a Hub id, or the name of a folder without the folders above."""
+    return os.path.basename(os.path.normpath(model)) if os.path.isabs(model) or os.path.isdir(model) else model
 
 
 def check_options(config: Any) -> None:
@@ -71,8 +91,9 @@ class CaptionerConfig:
     revision: str | None = option("revision of the model on the Hub", default=None)
     endpoint: str | None = option(
         "address of a server with OpenAI's protocol (http://host:8000/v1: vLLM, TGI, `transformers serve`) that runs "
-        "the model",
+        "the model; `http://user:password@host/v1` signs in by user name and password",
         default=None,
+        repr=False,  # it may hold a password
     )
     prompt: str = option(
         "what the model is asked, with the image; empty for models that caption without being asked", default=PROMPT
@@ -97,8 +118,17 @@ class CaptionerConfig:
         "how transformers lays the model on devices, such as auto; by default it is on the process's device",
         default=None,
     )
+    max_image_size: int = option(
+        "pixels of the longer side of an image that an endpoint is sent, at most; larger images are shrunk",
+        default=672,
+    )
+    max_answer_bytes: int = option("bytes that are read of an endpoint's answer, at most", default=4 * 1024 * 1024)
+    # What an endpoint calls the fields in `REQUEST_FIELDS`; those named `None` are not sent.
+    request_fields: Mapping[str, str | None] = field(default_factory=dict)
+    # More fields of each request, such as {"chat_template_kwargs": {"enable_thinking": False}}. They are published.
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
     concurrency: int = option("requests to an endpoint that are under way at a time", default=16)
-    timeout: float = option("seconds that an endpoint has for an answer", default=120.0)
+    timeout: float = option("seconds that an endpoint has for an answer, until its last byte is read", default=120.0)
     max_retries: int = option(
         "how often a request to an endpoint is sent again that was refused for the moment (429, 5xx), not answered in "
         "time, or answered with garbage",
@@ -110,9 +140,21 @@ class CaptionerConfig:
             raise ValueError(f"`retry` must be lines of `option: value`, got {self.retry!r}.")
         if unknown := sorted(self.retry.keys() - set(SETTINGS)):
             raise ValueError(f"`retry` changes {', '.join(SETTINGS)}; it has {unknown[0]!r}.")
+        for name in ("request_fields", "extra_body"):
+            try:
+                is_fine = isinstance(getattr(self, name), Mapping) and json.dumps(getattr(self, name), allow_nan=False)
+            except (TypeError, ValueError):
+                is_fine = False
+            if not is_fine:
+                raise ValueError(f"`{name}` must be lines of `field: value` as JSON has them.")
+        for name, sent in self.request_fields.items():
+            if name not in REQUEST_FIELDS or not (sent is None or (isinstance(sent, str) and sent)):
+                raise ValueError(
+                    f"`request_fields` renames {', '.join(REQUEST_FIELDS)} (`none`: not sent), got {name!r}: {sent!r}."
+                )
         check_options(self)
         at_least = {
-            1: ("max_new_tokens", "num_beams", "batch_size", "concurrency"),
+            1: ("max_new_tokens", "num_beams", "batch_size", "max_image_size", "max_answer_bytes", "concurrency"),
             0: ("min_new_tokens", "temperature", "max_retries"),
         }
         for least, names in at_least.items():
@@ -135,6 +177,14 @@ class CaptionerConfig:
         """The options of `SETTINGS` for the first answer (0), or for one that is asked for again."""
         settings = {name: getattr(self, name) for name in SETTINGS}
         return {**settings, **self.retry} if attempt else settings
+
+    def published_settings(self, attempt: int = 0) -> str:
+        """What a data set says of a caption, as JSON: [`settings`] less what is not sent, and `extra_body`."""
+        unsent = {name for name, sent in self.request_fields.items() if sent is None}
+        sent = {
+            name: value for name, value in self.settings(attempt).items() if FIELD_OF.get(name, name) not in unsent
+        }
+        return json.dumps({**sent, **self.extra_body}, sort_keys=True)
 
 
 @dataclass(frozen=True)

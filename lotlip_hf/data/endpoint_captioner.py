@@ -8,32 +8,32 @@ endpoint is, and the run stops.
 
 import base64
 import io
+import json
 import logging
 import math
 import os
 import random
-import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from email.utils import parsedate_to_datetime
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
-from huggingface_hub import InferenceClient, get_token
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+import httpx
+from huggingface_hub import get_token
 from PIL import Image
 
-from .captioners import Answer, CaptionerConfig, EndpointError
+from ..files import parse_json, printable
+from .captioners import Answer, CaptionerConfig, EndpointError, without_secrets
 
 logger = logging.getLogger(__name__)
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds between two tries; each wait is twice the one before
 LONGEST_RETRY_AFTER = 600.0  # seconds that a server can ask for
 PROBE_TRIES = 3
-# huggingface_hub keeps one pool of connections for a process, with httpx's limit.
-MOST_CONNECTIONS = 100
 # Statuses after which the same request may succeed later; so it may after any of 5xx.
 PASSING = (408, 409, 425, 429)
 # The endpoint as such says no.
@@ -47,13 +47,17 @@ ADVICE = {
     429: "Have fewer requests under way at a time (`concurrency`), or more tries (`max_retries`).",
 }
 REFUSED = (
-    "It refuses the same request with a plain grey picture: look at the model's name, {model!r}, and the options."
+    "It refuses the same request with a plain grey picture: look at the model's name, {model!r}, and the options "
+    "(`request_fields` renames a field or leaves it out)."
 )
+MOVED = "Redirects are not followed: if you trust that address, give it as `endpoint`."
 TOO_LATE = "Have fewer requests under way at a time (`concurrency`), or more time (`timeout`)."
+TOO_LONG = "Look at its log; raise `max_answer_bytes` if its answers are so long."
 DOWN = "Look at its log, and whether its address is right."
 # Hosts that the Hub's token is for; nobody else gets it.
 HUB_DOMAINS = ("huggingface.co", "huggingface.cloud")
 NO_KEY = "EMPTY"  # what servers without keys are sent by custom
+LEAST_SECRET = 8  # characters of a secret that is taken out of captions: a shorter one may be a word
 FINISHED = {"length": False, **dict.fromkeys(("stop", "eos_token", "stop_sequence", "end_turn"), True)}
 
 
@@ -91,11 +95,14 @@ class EndpointCaptioner:
     """
     Describes images by asking an endpoint that speaks OpenAI's protocol (`POST /v1/chat/completions`).
 
-    An image is sent as a JPEG file of quality 95. `answer` is for many threads at once: as many requests are under
-    way. The key is that in `OPENAI_API_KEY`; endpoints of Hugging Face get the Hub's token (`HF_TOKEN` or `hf auth
-    login`), which nobody else is sent. `config.revision` is not sent: the endpoint decides what it runs.
-    `transformers serve` draws tokens only for a checkpoint whose `generation_config.json` says so (`do_sample`); for
-    others its answers are the same at any temperature.
+    An image is sent as a JPEG file of quality 95, its longer side `config.max_image_size` at most. `answer` is for
+    many threads at once: as many requests are under way. The key is that in `OPENAI_API_KEY`; endpoints of Hugging
+    Face get the Hub's token (`HF_TOKEN` or `hf auth login`), which nobody else is sent; an address with a user name
+    gets that and the password instead. Neither is shown or written. `config.revision` is not sent: the endpoint
+    decides what it runs. `transformers serve` draws tokens only for a checkpoint whose `generation_config.json` says
+    so (`do_sample`); for others its answers are the same at any temperature.
+
+    Of an answer `config.max_answer_bytes` are read at most, in `config.timeout` seconds. Redirects are not followed.
 
     A request is sent again up to `config.max_retries` times, after waits that double from half a second to a minute,
     on 429, 5xx, 408, timeouts, broken connections, and answers that are cut off or are no JSON; `Retry-After` is
@@ -128,17 +135,25 @@ class EndpointCaptioner:
     group_size = 1
 
     def __init__(self, config: CaptionerConfig) -> None:
-        _check(config)
+        address = _address(config)
         self.config = config
         self.revision = config.revision
         self.concurrency = config.concurrency
-        self._key = _api_key(str(config.endpoint))
-        address = urlsplit(str(config.endpoint))
-        self._secrets = [
-            secret for secret in (self._key, address.password, address.query) if secret and secret != NO_KEY
-        ]
-        self._name = address._replace(netloc=address.netloc.rpartition("@")[2], query="").geturl()  # without secrets
-        self._client = InferenceClient(base_url=config.endpoint, api_key=self._key, timeout=config.timeout)
+        self._name = without_secrets(str(config.endpoint))
+        signs_in = bool(address.username)
+        user, password = unquote(address.username or ""), unquote(address.password or "")
+        key = NO_KEY if signs_in else _api_key(str(config.endpoint))
+        pair = base64.b64encode(f"{user}:{password}".encode()).decode() if signs_in else ""
+        self._secrets = _spellings("" if key == NO_KEY else key, password or user, pair, address.query)
+        self._url = address._replace(netloc=address.netloc.rpartition("@")[2], path=_path(address.path)).geturl()
+        self._client = httpx.Client(
+            # an answer of a few sentences gains nothing by compression
+            headers={"Accept-Encoding": "identity", **({} if signs_in else {"Authorization": f"Bearer {key}"})},
+            auth=(user, password) if signs_in else None,
+            timeout=config.timeout,
+            follow_redirects=False,  # they would make a GET of the request
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
+        )
         self._closed = threading.Event()
         self._jitter = random.Random()  # its own: what is drawn for waits changes nothing elsewhere
         self._probe_lock = threading.Lock()
@@ -161,7 +176,7 @@ class EndpointCaptioner:
 
     def _caption(self, image: Image.Image, settings: Mapping[str, Any], seed: int) -> Answer:
         try:
-            url = _data_url(image)
+            url = _data_url(image, self.config.max_image_size)
         except (OSError, ValueError) as error:  # a side of more than 65535 pixels, or of none
             return Answer("", error=f"cannot be written as JPEG: {error}")
         tries = self.config.max_retries + 1
@@ -211,70 +226,96 @@ class EndpointCaptioner:
             content.append({"type": "text", "text": self.config.prompt})
         draws = settings["temperature"] > 0
         penalty = settings["repetition_penalty"]
-        options = {
-            "messages": [{"role": "user", "content": content}],
-            "model": self.config.model,
+        fields = {
             "max_tokens": settings["max_new_tokens"],
             "temperature": settings["temperature"],
             "top_p": settings["top_p"] if draws else None,
             "seed": seed if draws else None,
-            "extra_body": None if penalty == 1 else {"repetition_penalty": penalty},
+            "repetition_penalty": None if penalty == 1 else penalty,
         }
+        names = {name: self.config.request_fields.get(name, name) for name in fields}
+        body = {"model": self.config.model, "messages": [{"role": "user", "content": content}], "stream": False}
+        body |= {sent: fields[name] for name, sent in names.items() if sent and fields[name] is not None}
+        reply = self._send(json.dumps(body | dict(self.config.extra_body)).encode())
+        if not 200 <= reply.status < 300:
+            raise self._refused(reply)
         try:
-            return _read_answer(self._send(options))
-        except (EndpointError, _Failure):
-            raise
-        except Exception as error:  # huggingface_hub lets AttributeError and others out where it cannot read an answer
-            raise self._failure(error) from None
+            text, finished = _read_answer(reply)
+        except ValueError as error:
+            details = f" ({self._safe(str(error))})"
+            raise _Failure("the answer is not in OpenAI's format", details=details) from None
+        return Answer(self._hide(text, shortest=LEAST_SECRET), finished)
 
-    def _send(self, options: dict[str, Any]) -> Any:
-        """Sends a request from a thread that `close` can leave behind, for nothing wakes it until the answer comes."""
+    def _send(self, body: bytes) -> "_Reply":
+        """Sends a request from a thread that can be left behind: nothing wakes it until the server says something."""
         if self._closed.is_set():
             raise self._stopped()
-        outcome: Future[Any] = Future()
+        outcome: Future[_Reply] = Future()
+        deadline = time.monotonic() + self.config.timeout
 
         def send() -> None:
             try:
-                outcome.set_result(self._client.chat_completion(**options))
+                outcome.set_result(self._post(body, deadline))
             except BaseException as error:
                 outcome.set_exception(error)
 
         threading.Thread(target=send, daemon=True).start()
-        while not wait([outcome], timeout=0.1).done:
+        while not wait([outcome], timeout=max(0.0, min(0.1, deadline - time.monotonic()))).done:
             if self._closed.is_set():
                 raise self._stopped()
-        return outcome.result()
+            if time.monotonic() > deadline:
+                raise self._late()
+        try:
+            return outcome.result()
+        except httpx.TimeoutException:
+            raise self._late() from None
+        except (httpx.HTTPError, OSError) as error:
+            details = f" ({self._safe(str(error) or type(error).__name__)})"
+            if isinstance(error, httpx.ConnectError):
+                raise _Failure("no connection", details=details, may_be_image=False) from None
+            raise _Failure("the connection broke", details=details) from None
 
-    def _failure(self, error: Exception) -> _Failure:
-        """What an exception of huggingface_hub means."""
-        if isinstance(error, OfflineModeIsEnabled):
-            advice = "It sends nothing while HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset them for this run."
-            return _Failure("huggingface_hub is offline", passes=False, may_be_image=False, advice=advice)
-        response = next(
-            (found for one in _chain(error) if (found := getattr(one, "response", None)) is not None), None
-        )
-        details = f" ({self._safe(str(error) or type(error).__name__)})"
-        if response is None:
-            if any(isinstance(one, TimeoutError) for one in _chain(error)):
-                return _Failure("no answer in time", details=f" ({self.config.timeout:g} s)", advice=TOO_LATE)
-            if any(isinstance(one, ConnectionRefusedError | socket.gaierror) for one in _chain(error)):
-                return _Failure("no connection", details=details, may_be_image=False)
-            if isinstance(error, HTTPError | OSError):
-                return _Failure("the connection broke", details=details)
-            return _Failure("the answer is not in OpenAI's format", details=details)
-        status = response.status_code
-        reason = f"{status} {self._safe(_message(response))}".strip()
+    def _post(self, body: bytes, deadline: float) -> "_Reply":
+        """Sends a request, and reads no more of the reply than is wanted."""
+        limit = self.config.max_answer_bytes
+        headers = {"Content-Type": "application/json"}
+        content = bytearray()
+        with self._client.stream("POST", self._url, content=body, headers=headers) as response:
+            for part in response.iter_raw():
+                content += part
+                if len(content) > limit:
+                    raise _too_long(limit)
+                if time.monotonic() > deadline:
+                    raise self._late()
+            content = _decoded(bytes(content), response.headers.get("Content-Encoding", ""), limit)
+            return _Reply(response.status_code, response.reason_phrase, response.headers, content)
+
+    def _late(self) -> _Failure:
+        return _Failure("no answer in time", details=f" ({self.config.timeout:g} s)", advice=TOO_LATE)
+
+    def _refused(self, reply: "_Reply") -> _Failure:
+        """What a reply means that holds no answer."""
+        status = reply.status
+        reason = f"{status} {self._safe(_message(reply))}".strip()
+        if status < 400:
+            new = without_secrets(urljoin(self._url, reply.headers.get("Location", "")))
+            reason = f"{status} redirects to {self._safe(new)}"
+            return _Failure(reason, status=status, passes=False, may_be_image=False, advice=MOVED)
         if status in PASSING or status >= 500:
             return _Failure(
                 reason,
                 status=status,
-                retry_after=_retry_after(response.headers),
+                retry_after=_retry_after(reply.headers),
                 may_be_image=status != 429,
                 advice=ADVICE.get(status, DOWN),
             )
-        is_fatal = status in FATAL or status < 400
-        advice = ADVICE.get(status, DOWN if is_fatal else REFUSED)
-        return _Failure(reason, status=status, passes=False, may_be_image=not is_fatal, advice=advice)
+        return _Failure(
+            reason,
+            status=status,
+            passes=False,
+            may_be_image=status not in FATAL,
+            advice=ADVICE.get(status, REFUSED),
+        )
 
     def _probe(self, settings: Mapping[str, Any]) -> _Failure | None:
         """What the request fails with, with a grey picture. Threads that ask at the same time share an answer."""
@@ -287,7 +328,7 @@ class EndpointCaptioner:
             if ended < asked:
                 failure = None
                 try:
-                    self._ask(_data_url(Image.new("RGB", (224, 224), "grey")), settings, 0, PROBE_TRIES)
+                    self._ask(_data_url(Image.new("RGB", (224, 224), "grey"), 224), settings, 0, PROBE_TRIES)
                 except _Failure as error:
                     failure = error
                 self._probes[key] = time.monotonic(), failure
@@ -303,34 +344,60 @@ class EndpointCaptioner:
     def _stopped(self) -> EndpointError:
         return EndpointError(f"The captions of the endpoint {self._name} were stopped.")
 
-    def _safe(self, text: str) -> str:
-        """A server's message on one line, not too long, and without the key."""
+    def _hide(self, text: str, shortest: int = 1) -> str:
+        """A server's text without the key and the password, which it knows."""
         for secret in self._secrets:
-            text = text.replace(secret, "***")
-        text = " ".join(text.split())
+            if len(secret) >= shortest:
+                text = text.replace(secret, "***")
+        return text
+
+    def _safe(self, text: str) -> str:
+        """A server's message on one line, not too long, without secrets."""
+        text = printable(" ".join(self._hide(text).split()))
         return text.rstrip(".") if len(text) <= 300 else f"{text[:300]} ..."
 
 
-def _check(config: CaptionerConfig) -> None:
-    address = config.endpoint or ""
+class _Reply(NamedTuple):
+    """What a server says to a request."""
+
+    status: int
+    phrase: str
+    headers: Mapping[str, str]
+    content: bytes
+
+
+def _address(config: CaptionerConfig) -> SplitResult:
+    """The parts of the endpoint's address, once it and the options are such as an endpoint takes."""
     try:
-        parts = urlsplit(address)
+        parts = urlsplit(config.endpoint or "")
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+        httpx.URL(parts.geturl())
+    except (ValueError, httpx.InvalidURL):
         is_address = False
     if not is_address:
-        raise ValueError(f"`endpoint` must be an address such as http://host:8000/v1, got {config.endpoint!r}.")
+        got = config.endpoint and without_secrets(config.endpoint)
+        raise ValueError(f"`endpoint` must be an address such as http://host:8000/v1, got {got!r}.")
     for settings in (config.settings(0), config.settings(1)):
         for name, only in (("num_beams", 1), ("min_new_tokens", 0)):
             if settings[name] != only:
                 raise ValueError(
                     f"`{name}` must be {only} with an endpoint, which takes no other; got {settings[name]}."
                 )
-    if config.concurrency > MOST_CONNECTIONS:
-        raise ValueError(
-            f"`concurrency` must be {MOST_CONNECTIONS} at most, the connections that huggingface_hub opens in a"
-            f" process, got {config.concurrency}. Start more processes for more requests at a time."
-        )
+    return parts
+
+
+def _path(path: str) -> str:
+    """Where chat completions are, of an address that ends as people write it."""
+    path = path.rstrip("/")
+    if path.endswith("/chat/completions"):
+        return path
+    return f"{path}{'' if path.endswith('/v1') else '/v1'}/chat/completions"
+
+
+def _spellings(*secrets: str | None) -> list[str]:
+    """Secrets as a text may hold them, the longest first."""
+    ways = (str, quote, unquote, lambda one: quote(one, safe=""))
+    return sorted({way(one) for one in secrets if one for way in ways}, key=len, reverse=True)
 
 
 def _api_key(endpoint: str) -> str:
@@ -343,22 +410,60 @@ def _api_key(endpoint: str) -> str:
     return key
 
 
-def _data_url(image: Image.Image) -> str:
+def shrunk(image: Image.Image, largest: int) -> Image.Image:
+    """
+    An image whose longer side has `largest` pixels at most.
+
+    Args:
+        image (`PIL.Image.Image`): of any size; left unchanged.
+        largest (`int`): pixels.
+
+    Returns:
+        `PIL.Image.Image`: the image itself if it is no larger.
+    """
+    if max(image.size) <= largest:
+        return image
+    image = image.copy()
+    image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+    return image
+
+
+def _data_url(image: Image.Image, largest: int) -> str:
     file = io.BytesIO()
-    image.convert("RGB").save(file, "JPEG", quality=95)
+    shrunk(image.convert("RGB"), largest).save(file, "JPEG", quality=95)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _read_answer(output: Any) -> Answer:
-    """The answer in a `ChatCompletionOutput`, whose fields are whatever the server wrote."""
-    if not isinstance(output.choices, list) or not output.choices:
-        raise ValueError(f"no choices; error: {output.get('error')}")
-    choice = output.choices[0]
-    if choice.finish_reason in ("error", "abort"):
-        raise ValueError(f"the answer ended with {choice.finish_reason!r}")
-    text = _without_reasoning(_text(choice.message.content)).strip()
-    reason = choice.finish_reason
-    return Answer(text, finished=FINISHED.get(reason) if isinstance(reason, str) else None)
+def _too_long(limit: int) -> _Failure:
+    return _Failure("the answer is too long", details=f" (more than {limit:,} bytes)", advice=TOO_LONG)
+
+
+def _decoded(content: bytes, encoding: str, limit: int) -> bytes:
+    """The body of a reply whose server compresses it all the same."""
+    if encoding.strip().lower() not in ("gzip", "x-gzip", "deflate"):
+        return content  # what it is then is no JSON
+    try:
+        content = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(content, limit + 1)
+    except zlib.error as error:
+        raise _Failure("the answer is not in OpenAI's format", details=f" ({error})") from None
+    if len(content) > limit:
+        raise _too_long(limit)
+    return content
+
+
+def _read_answer(reply: _Reply) -> tuple[str, bool | None]:
+    """The text of a chat completion, whose fields are what the server wrote, and whether the model ended it."""
+    body = parse_json(reply.content)
+    choices = body.get("choices") if isinstance(body, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        raise ValueError(f"no choice with a message: {_message(reply)}")
+    reason = choice.get("finish_reason")
+    reason = reason if isinstance(reason, str) else ""
+    if reason in ("error", "abort"):
+        raise ValueError(f"the answer ended with {reason!r}")
+    return _without_reasoning(_text(message.get("content"))).strip(), FINISHED.get(reason)
 
 
 def _text(content: Any) -> str:
@@ -371,7 +476,9 @@ def _text(content: Any) -> str:
         raise ValueError(f"the content is a {type(content).__name__}")
     texts = []
     for part in content:
-        text = part if isinstance(part, str) else part["text"] if part["type"] in ("text", "output_text") else ""
+        if isinstance(part, dict):
+            part = part.get("text") if part.get("type") in ("text", "output_text") else "" if "type" in part else None
+        text = part
         if not isinstance(text, str):
             raise ValueError(f"a text of the content is a {type(text).__name__}")
         texts.append(text)
@@ -386,27 +493,19 @@ def _without_reasoning(text: str) -> str:
     return "" if text.lstrip().startswith("<think>") else text
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _message(response: Any) -> str:
+def _message(reply: _Reply) -> str:
     """What a server says of an error: OpenAI's `error.message`, FastAPI's `detail`, or the text if it is no page."""
+    text = reply.content.decode(errors="replace").strip()
     try:
-        body = response.json()
-    except (ValueError, RuntimeError):  # no JSON, or a body that was never read
-        try:
-            text = response.text
-        except RuntimeError:
-            text = ""
-        return text if text and not text.lstrip().startswith("<") else response.reason_phrase
+        body = parse_json(reply.content)
+    except ValueError:
+        body = None
     for name in ("error", "detail", "message"):
         if isinstance(body, dict) and body.get(name):
             body = body[name]
-    return body if isinstance(body, str) else str(body)
+    if isinstance(body, str):
+        return body
+    return text if text and not text.startswith("<") else reply.phrase
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -419,6 +518,6 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
             now = headers.get("date")  # by the server's clock, if it tells
             start = parsedate_to_datetime(now).timestamp() if now else time.time()
             seconds = parsedate_to_datetime(value).timestamp() - start
-        except (TypeError, ValueError):
+        except (OSError, OverflowError, TypeError, ValueError):
             return None
     return seconds if seconds >= 0 else None  # nan is neither

@@ -8,20 +8,78 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..files import PARTIAL, parse_json
+from ..files import PARTIAL, open_regular, parse_json, read_regular
+
+LARGEST = 1 << 28  # bytes of a file of JSON, and of a line of a journal
+NONE = type(None)
+# What `fits` compares the lines of a journal with
+HEADER = {"records": str}
+CAPTION = ({"text": str, "attempts": int, "reasons": [str], "earlier_reasons": [str]}, {"skip": str})
+GROUP = {"group": int, "captions": [CAPTION]}
 
 
-def read_json(path: Path) -> Any:
+class DamagedError(ValueError):
+    """
+    A file of a run that is not as a run writes it.
+
+    Args:
+        path (`Path`): the file.
+        reason (`str`): what is wrong with it.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: damaged ({reason}). Choose another --output.")
+        self.path, self.reason = path, reason
+
+
+def fits(value: Any, form: Any) -> bool:
+    """
+    Whether a value of JSON has a form.
+
+    Args:
+        value (`Any`): the value.
+        form (`Any`):
+            A type; a list of one form, that of all items; a dictionary of forms, those of keys that must be there, or
+            of `str` to the form of all values; or a tuple of forms, of which one is to fit.
+
+    Returns:
+        `bool`: whether it does.
+    """
+    if isinstance(form, tuple):
+        return any(fits(value, one) for one in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(one, form[0]) for one in value)
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return False
+        pairs = ((one, form[str]) for one in value.values()) if str in form else _pairs(value, form)
+        return all(fits(one, wanted) for one, wanted in pairs)
+    return isinstance(value, form) and not (isinstance(value, bool) and form is int)
+
+
+def _pairs(value: Mapping[str, Any], form: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """The value and the form of each key of a form; no form fits a key that is missing."""
+    return ((value[key], form[key]) if key in value else (None, ()) for key in form)
+
+
+def read_json(path: Path, form: Any) -> Any:
     """
     Reads what [`~lotlip_hf.files.write_json`] wrote.
 
+    Args:
+        path (`Path`): the file.
+        form (`Any`): what the value must fit, as [`fits`] takes it.
+
     Raises:
-        ValueError: if it is no JSON; the message names the file and says what to do.
+        DamagedError: if it is no JSON of that form.
     """
     try:
-        return parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}). Choose another --output.") from error
+        value = parse_json(read_regular(path, LARGEST))
+    except (FileNotFoundError, ValueError) as error:
+        raise DamagedError(path, "missing" if isinstance(error, FileNotFoundError) else str(error)) from error
+    if not fits(value, form):
+        raise DamagedError(path, "other fields or types than a run writes")
+    return value
 
 
 class Journal:
@@ -47,12 +105,11 @@ class Journal:
         self._file: BinaryIO | None = None
         self._error: OSError | None = None
         self._size = 0
-        for line in _whole_lines(path if self.is_whole else self.partial):
+        for line, value in _whole_lines(path if self.is_whole else self.partial):
             if not self._size:
-                self.header = json.loads(line)
+                self.header = value
             else:
-                answered = json.loads(line)
-                self.groups[answered["group"]] = answered["captions"]
+                self.groups[value["group"]] = value["captions"]
             self._size += len(line)
 
     def begin(self, header: Mapping[str, Any]) -> None:
@@ -106,16 +163,19 @@ class Journal:
             raise self._error from error
 
 
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file up to the first that is no JSON object."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        for line in file:
+def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a file with what they say, up to the first that a run does not write."""
+    form: Any = HEADER
+    with contextlib.suppress(FileNotFoundError), open_regular(path) as file:
+        while line := file.readline(LARGEST):
             try:
-                if not line.endswith(b"\n") or not isinstance(json.loads(line), dict):
-                    return
+                value = parse_json(line)
             except ValueError:
                 return
-            yield line
+            if not line.endswith(b"\n") or not fits(value, form):
+                return
+            yield line, value
+            form = GROUP
 
 
 def _unwritten(path: Path, error: OSError) -> OSError:

@@ -36,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..encoding import cached_commit
 from ..modeling.loading_lotlip import checked_download
-from .captioners import Answer, CaptionerConfig
+from .captioners import Answer, CaptionerConfig, without_secrets
 
 # What is kept of a checkpoint's generation configuration: which tokens begin, end and fill an answer, and which may
 # not be in it. All else are settings.
@@ -290,7 +290,7 @@ def check_model(config: CaptionerConfig) -> None:
 def _check_name(config: CaptionerConfig) -> None:
     name = config.model
     if config.endpoint is not None:
-        raise ValueError(f"{name}: `endpoint` {config.endpoint} is asked by an EndpointCaptioner.")
+        raise ValueError(f"{name}: `endpoint` {without_secrets(config.endpoint)} is asked by an EndpointCaptioner.")
     is_folder = os.path.isdir(name)
     if config.revision is not None and is_folder:
         raise ValueError(f"`revision` {config.revision!r} is of models on the Hub; {name} is a folder.")

@@ -14,6 +14,8 @@ import itertools
 import json
 import math
 import os
+import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -25,19 +27,22 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from filelock import FileLock, Timeout
+from huggingface_hub import model_info
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..evaluation.plots import check_plot
-from ..files import PARTIAL, replacing, write_json
-from ..images import ImageError, find_images
+from ..files import PARTIAL, OutsideError, printable, replacing, write_json
+from ..images import ImageError, find_images, read_image_bytes
 from .caption_quality import judge
-from .captioners import Answer, Captioner, CaptionerConfig
+from .captioners import Answer, Captioner, CaptionerConfig, published_name
 from .collator import RecordError, read_image
-from .journal import Journal, read_json
+from .endpoint_captioner import EndpointCaptioner, shrunk
+from .journal import NONE, DamagedError, Journal, fits, read_json
 from .records import load_records
-from .relabel_card import HISTOGRAMS, merge_statistics, shard_statistics, write_card
+from .relabel_card import COUNTED, HISTOGRAMS, merge_statistics, shard_statistics, write_card
 from .relabel_config import NO_ANSWER, RelabelConfig
 from .sampling import split_sentences
 from .shards import SUFFIXES, write_shard
@@ -49,6 +54,28 @@ SKIPPED = "skipped.jsonl"
 # What models raise of an image that does not suit them
 IMAGE_ERRORS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 READERS = 4  # threads that decode images ahead
+HUB_TIMEOUT = 10.0  # seconds
+# Control characters but line ends and tabs, and marks that turn the direction of what follows
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]+")
+# What `fits` compares the files in `.relabel` with
+PART = {"records": int}
+IDENTITY = {"options": dict, "captioners": [{"model": str}]}
+COUNTS = {str: int}
+SIDECAR = {
+    "records": str,
+    "skipped": [dict],
+    "statistics": {
+        "images": int,
+        "raw": {"tokens": COUNTS, "sub_captions": COUNTS},
+        "captioners": [
+            {
+                **dict.fromkeys(("dropped", "asked_again"), int),
+                **dict.fromkeys(("tokens", "sub_captions", "marked", "dropped_for", "mended"), COUNTS),
+            }
+        ],
+    },
+    "revisions": [(str, NONE)],
+}
 # What a file's contents have no part in: the same file may be readable in a minute.
 PASSING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN}
 
@@ -64,8 +91,6 @@ def load_captioner(config: CaptionerConfig) -> Captioner:
         ValueError, OSError: if there is no such model, or an option is not for it.
     """
     if config.endpoint is not None:
-        from .endpoint_captioner import EndpointCaptioner
-
         return EndpointCaptioner(config)
     from .local_captioner import LocalCaptioner
 
@@ -74,7 +99,6 @@ def load_captioner(config: CaptionerConfig) -> Captioner:
 
 def _check_captioners(config: RelabelConfig) -> None:
     """Before the first of them goes to work, all are looked at: a misspelt name should not cost days."""
-    from .endpoint_captioner import EndpointCaptioner
     from .local_captioner import check_model
 
     for captioner in config.captioners:
@@ -98,6 +122,8 @@ def relabel(
     images that could not be read and the records without any caption. A record has `id`, `image`, `short_caption` (the
     raw caption; where there is none the first sentence of the first long one), `long_captions`, one of each captioner
     (empty where it was dropped), and `captions`, which says for each of these who wrote it, how, and what is wrong.
+    Models in folders go by the folder's own name, images by their path from the image folder on (see [`image_base`]):
+    where things lie on this machine is in none of these files.
 
     A run that was stopped, in whatever way, goes on from what it kept, when called again with the same options and
     records, which are told apart by their ids. With
@@ -134,8 +160,8 @@ def relabel(
     state = PartialState(cpu=not torch.accelerator.is_available())  # without an accelerator, too, it has to be told
     hidden = folder / HIDDEN
     _check_folders(config)
-    records = _open_records(config)
     tokenizer = _load_tokenizer(config.tokenizer)
+    records = _open_records(config)
     if make_captioner is None:
         _check_captioners(config)
         make_captioner = load_captioner
@@ -144,11 +170,10 @@ def relabel(
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(FileLock(hidden / f"lock-{state.process_index}", timeout=0))
-            for number in range(
-                state.num_processes, 1 + max(int(path.name[5:]) for path in hidden.glob("lock-[0-9]*"))
-            ):
-                with FileLock(hidden / f"lock-{number}", timeout=0):  # of a run of more processes
-                    pass
+            for path in hidden.glob("lock-[0-9]*"):
+                if path.name[5:].isdecimal() and int(path.name[5:]) >= state.num_processes:
+                    with FileLock(path, timeout=0):  # of a run of more processes
+                        pass
         except Timeout as error:
             raise OSError(f"{folder}: another run is writing there.") from error
         _keep_identity(hidden, config)
@@ -259,7 +284,7 @@ class _Share:
 
     def _length(self, part: int) -> int | None:
         path = self.hidden / f"part-{part:05d}.json"
-        return read_json(path)["records"] if path.exists() else None
+        return read_json(path, PART)["records"] if path.exists() else None
 
     def _keep_length(self, part: int, length: int) -> None:
         kept = self._length(part)
@@ -276,12 +301,36 @@ class _Storage:
     """
 
     def __init__(self, config: RelabelConfig) -> None:
-        self.data = config.data
+        self.data, self.limit = config.data, config.max_image_bytes
         self.folders = {path for path in (config.data, config.image_folder) if path and os.path.exists(path)}
+        self.base = image_base(config)
+        above = (self.base, os.path.dirname(os.path.abspath(config.data)), config.image_folder, config.image_root)
+        spelled = {spell(path) for path in above if path for spell in (os.path.abspath, os.path.realpath)}
+        self._above = sorted((os.path.join(path, "") for path in spelled - {os.sep}), key=len, reverse=True)
+
+    def name(self, path: str) -> str:
+        """A path as it is published: from the image folder on, or the file's own name."""
+        path = os.path.abspath(path)
+        if self.base is None or os.path.commonpath((self.base, path)) != self.base:
+            return os.path.basename(path)
+        return Path(os.path.relpath(path, self.base)).as_posix()
+
+    def unplaced(self, text: str) -> str:
+        """A text as it is published: without the folders that the data lie in."""
+        for folder in self._above:
+            text = text.replace(folder, "")
+        return text
+
+    def read(self, image: Any) -> Any:
+        """The image, its file's bytes in place of its path; the bytes that are looked at are those that are kept."""
+        path = _file(image)
+        if path is None:
+            return image
+        return {"bytes": read_image_bytes(path, self.limit), "path": self.name(path)}
 
     def was_read(self, image: Any) -> None:
         """Remembers the folder of an image that was there."""
-        if _image_bytes(image) is None and (path := _image_path(image)):
+        if path := _file(image):
             self.folders.add(os.path.dirname(os.path.abspath(path)))
 
     def check(self, image: Any, error: Exception) -> None:
@@ -294,6 +343,14 @@ class _Storage:
                 f"{self.data}: images cannot be read any more ({_text(error)}). What was done is kept; the same "
                 "command goes on from there."
             ) from error
+
+
+class _Read(NamedTuple):
+    """A record's image, and its file's digest where the file is copied; or why there is no image."""
+
+    image: Image.Image | None = None
+    skip: str = ""
+    digest: str | None = None
 
 
 @dataclass
@@ -347,6 +404,8 @@ class _Captioning:
             journal.begin({"group_size": captioner.group_size, "revision": captioner.revision})
             starts = range(0, len(chunk.records), captioner.group_size)
             groups = {n: chunk.records[start : start + captioner.group_size] for n, start in enumerate(starts)}
+            if any(len(groups.get(n, ())) != len(captions) for n, captions in journal.groups.items()):
+                raise DamagedError(journal.partial, "captions of other records")
             missing = {n: group for n, group in groups.items() if n not in journal.groups}
             _skip(self.bar, sum(len(group) for n, group in groups.items() if n in journal.groups))
             opened = _Open(chunk, journal, len(missing))
@@ -380,23 +439,27 @@ class _Captioning:
                 opened.journal.complete()
                 yield opened.chunk
 
-    def _read_images(self, group: Sequence[Mapping[str, Any]]) -> list[Image.Image | str]:
+    def _read_images(self, group: Sequence[Mapping[str, Any]]) -> list["_Read"]:
         """The images of records, or why there is none."""
-        images: list[Image.Image | str] = []
-        for record in group:
-            try:
-                if record.get("error"):
-                    raise RecordError(record["error"])
-                image = read_image(record["image"], "image")
-                str(_image_path(record["image"])).encode()  # a name that is no text cannot be written
-                self.storage.was_read(record["image"])
-                images.append(image)
-            except (ImageError, RecordError) as error:
-                self.storage.check(record["image"], error)
-                images.append(_text(error).removeprefix("image: "))
-            except UnicodeEncodeError:
-                images.append("the file's name is no text in UTF-8")
-        return images
+        return [self._read_image(record) for record in group]
+
+    def _read_image(self, record: Mapping[str, Any]) -> "_Read":
+        try:
+            if record.get("error"):
+                raise RecordError(record["error"])
+            str(_image_path(record["image"])).encode()  # a name that is no text cannot be written
+            source = self.storage.read(record["image"])
+            image = read_image(source, "image")
+            self.storage.was_read(record["image"])
+        except (ImageError, RecordError) as error:
+            self.storage.check(record["image"], error)
+            return _Read(skip=self.storage.unplaced(_text(error)).removeprefix("image: "))
+        except UnicodeEncodeError:
+            return _Read(skip="the file's name is no text in UTF-8")
+        if self.options.endpoint is not None:
+            image = shrunk(image, self.options.max_image_size)  # many wait for their answers
+        is_copied = self.config.copies_images and _file(record["image"]) is not None
+        return _Read(image, digest=_digest(source["bytes"]) if is_copied else None)
 
     def _caption_group(
         self,
@@ -404,17 +467,17 @@ class _Captioning:
         journal: Journal,
         number: int,
         group: Sequence[Mapping[str, Any]],
-        images: "Future[list[Image.Image | str]]",
+        images: "Future[list[_Read]]",
     ) -> int:
         """Keeps what the group is answered; returns how many records it has."""
         read = images.result()
-        captions: list[dict[str, Any]] = [{"skip": image} if isinstance(image, str) else {} for image in read]
+        captions: list[dict[str, Any]] = [{} if one.image is not None else {"skip": one.skip} for one in read]
         asked = [place for place, caption in enumerate(captions) if not caption]
         for attempt in range(self.max_attempts):
             if not asked:
                 break
             seeds = [_seed(self.config.seed, self.number, group[place]["id"], attempt) for place in asked]
-            images_of = [image for place in asked if not isinstance(image := read[place], str)]
+            images_of = [image for place in asked if (image := read[place].image) is not None]
             answers = self._ask(captioner, images_of, self.options.settings(attempt), seeds)
             again = []
             for place, answer in zip(asked, answers, strict=True):
@@ -433,10 +496,14 @@ class _Captioning:
                 }
                 policies = {self.config.policies.get(reason, "drop") for reason in reasons}
                 if policies & {"retry", "drop"}:
-                    captions[place] |= {"text": "", "dropped": answer.error or text}
+                    dropped = _writable(answer.error) if answer.error else text
+                    captions[place] |= {"text": "", "dropped": dropped[: self.config.rules.max_characters]}
                 if "retry" in policies and "drop" not in policies:
                     again.append(place)
             asked = again
+        for one, caption in zip(read, captions, strict=True):
+            if one.digest is not None:
+                caption["image"] = one.digest
         journal.add(number, captions)
         return len(group)
 
@@ -475,7 +542,40 @@ def _open_journal(path: Path, chunk: _Chunk, data: str) -> Journal:
     journal = Journal(path, header)
     if journal.header["records"] != header["records"]:
         raise _changed(data, f"those of {chunk.name} are others")
+    if journal.is_whole and (
+        len(journal.captions()) != len(chunk.records)
+        or not fits(journal.header, {"group_size": int, "revision": (str, NONE)})
+    ):
+        raise DamagedError(path, "captions of other records")
     return journal
+
+
+def image_base(config: RelabelConfig) -> str | None:
+    """
+    The folder that the paths of images in the output start from: what the training takes as `--image-folder`.
+
+    Args:
+        config (`RelabelConfig`): the options of the run.
+
+    Returns:
+        `str` or `None`: `image_root`, `image_folder` or the folder of `data`; `None` for data on the Hub.
+    """
+    data = config.data
+    if not os.path.isdir(data):
+        fixed = re.split(r"[*?\[{]", data, maxsplit=1)[0]
+        data = os.path.dirname(fixed) or "." if fixed != data or os.path.exists(data) else None
+    base = config.image_root or config.image_folder or data
+    return None if base is None else os.path.abspath(base)
+
+
+def _file(image: Any) -> str | None:
+    """The path of an image's file; `None` if its bytes are at hand, it is on the web, or there is none."""
+    path = _image_path(image) if _image_bytes(image) is None else None
+    return None if path is None or path.startswith(("http://", "https://")) else path
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _image_path(image: Any) -> str | None:
@@ -502,12 +602,13 @@ def _write_shard(config: RelabelConfig, chunk: _Chunk, storage: _Storage, tokeni
             raw_caption = _raw_caption(record["short_caption"])
             sentences = (sentence for text in texts for sentence in split_sentences(text))
             short_caption = raw_caption or next(sentences, "")
-            image = _image(record["image"], config, storage)
             reason = next((caption["skip"] for caption in captions if "skip" in caption), None)
             path = _image_path(record["image"])
-            entry = {"id": _text(record["id"]), "image": None if path is None else _text(path)}
-            if reason is not None or isinstance(image, str):
-                skipped.append({**entry, "reason": reason or image})
+            name = None if path is None else _text(storage.name(path))
+            entry = {"id": _text(storage.unplaced(str(record["id"]))), "image": name}
+            image: dict[str, Any] | str = reason or _image(record["image"], captions, config, storage)
+            if isinstance(image, str):
+                skipped.append({**entry, "reason": image})
                 continue
             described = [
                 _describe(options, journal.header["revision"], caption, tokenizer)
@@ -549,10 +650,10 @@ def _describe(
 ) -> dict[str, Any]:
     """What the column `captions` says of a caption."""
     return {
-        "model": options.model,
+        "model": published_name(options.model),
         "revision": revision,
         "prompt": options.prompt,
-        "settings": json.dumps(options.settings(caption["attempts"] - 1), sort_keys=True),
+        "settings": options.published_settings(caption["attempts"] - 1),
         "attempts": caption["attempts"],
         "tokens": len(tokenizer(caption["text"], add_special_tokens=False, verbose=False)["input_ids"]),
         "sub_captions": len(split_sentences(caption["text"])),
@@ -562,18 +663,26 @@ def _describe(
     }
 
 
-def _image(image: Any, config: RelabelConfig, storage: _Storage) -> dict[str, Any] | str:
+def _image(
+    image: Any, captions: Sequence[Mapping[str, Any]], config: RelabelConfig, storage: _Storage
+) -> dict[str, Any] | str:
     """As a shard has it, or why it cannot."""
-    path, content = _image_path(image), _image_bytes(image)
-    if content is not None or path is None:
-        return {"bytes": content, "path": path}
-    if not config.embed_images and config.format == "parquet":
-        return {"bytes": None, "path": os.path.abspath(path)}
+    path = _file(image)
+    if path is None:
+        name = _image_path(image)
+        return {"bytes": _image_bytes(image), "path": None if name is None else os.path.basename(name)}
+    name = storage.name(path)
+    if not config.copies_images:
+        return {"bytes": None, "path": name}
     try:
-        return {"bytes": Path(path).read_bytes(), "path": os.path.basename(path)}
-    except (OSError, ValueError) as error:
+        content = storage.read(image)["bytes"]
+    except ImageError as error:
         storage.check(image, error)
-        return f"{_text(path)}: cannot be read any more since it was captioned ({_text(error)})"
+        return f"{_text(name)}: cannot be read any more since it was captioned ({storage.unplaced(_text(error))})"
+    # journals of earlier versions do not say of which bytes their captions are
+    if any(caption.get("image", _digest(content)) != _digest(content) for caption in captions):
+        return f"{_text(name)}: has changed since it was captioned"
+    return {"bytes": content, "path": os.path.basename(path)}
 
 
 def _raw_caption(caption: Any) -> str:
@@ -600,7 +709,7 @@ def _write_the_rest(config: RelabelConfig, names: Sequence[str]) -> dict[str, An
     folder = Path(config.output)
     for path in (*folder.glob(f"data/.*{PARTIAL}"), *folder.glob(f"{HIDDEN}/*-captioner-*")):
         path.unlink(missing_ok=True)  # what processes that were killed left behind
-    sidecars = [read_json(_sidecar_path(config, name)) for name in names]
+    sidecars = [_read_sidecar(config, name) for name in names]
     skipped = [one for sidecar in sidecars for one in sidecar["skipped"]]
     statistics = merge_statistics(config, [sidecar["statistics"] for sidecar in sidecars], len(skipped))
     with replacing(folder / SKIPPED) as file:
@@ -611,14 +720,26 @@ def _write_the_rest(config: RelabelConfig, names: Sequence[str]) -> dict[str, An
     return statistics
 
 
+def _read_sidecar(config: RelabelConfig, name: str) -> dict[str, Any]:
+    path = _sidecar_path(config, name)
+    sidecar = read_json(path, SIDECAR)
+    statistics = sidecar["statistics"]
+    numbers = [one[what] for one in (statistics["raw"], *statistics["captioners"]) for what in COUNTED]
+    if not all(key.isdecimal() for counts in numbers for key in counts) or not (
+        len(statistics["captioners"]) == len(sidecar["revisions"]) == len(config.captioners)
+    ):
+        raise DamagedError(path, "other fields or types than a run writes")
+    return sidecar
+
+
 def _text(value: Any) -> str:
     """As a text that can be written, whatever bytes a file's name holds."""
     return os.fsencode(str(value)).decode(errors="backslashreplace")
 
 
 def _writable(text: str) -> str:
-    """Half a surrogate pair, which JSON may hold, cannot be written as UTF-8."""
-    return text.encode(errors="replace").decode()
+    """A text of somebody else's as data: without control characters and halves of characters, which JSON may hold."""
+    return CONTROLS.sub(" ", text.replace("\r\n", "\n")).encode(errors="replace").decode()
 
 
 def _chunk_name(part: int, number: int) -> str:
@@ -644,8 +765,7 @@ def _is_done(config: RelabelConfig, name: str, records: list[dict[str, Any]] | N
     """
     if _shard_path(config, name).exists():
         if records is not None:
-            sidecar, header = read_json(_sidecar_path(config, name)), _Chunk(name, records).header()
-            if sidecar["records"] != header["records"]:
+            if _read_sidecar(config, name)["records"] != _Chunk(name, records).header()["records"]:
                 raise _changed(config.data, f"those of {name} are others")
         return True
     return number < len(config.captioners) - 1 and _journal_path(config, name, number).exists()
@@ -678,11 +798,12 @@ def _open_records(config: RelabelConfig) -> Records:
             split=config.split,
             image_folder=config.image_folder,
             streaming=config.streaming,
+            **({} if config.image_root is None else {"image_root": config.image_root}),
         )
     except FileNotFoundError:
         if not os.path.isdir(config.data):
             raise
-        images, unreadable = find_images(config.data)
+        images, unreadable = find_images(config.data, root=config.image_root)
         if not images and not unreadable:
             raise
         empty = {"short_caption": None, "long_captions": []}
@@ -702,12 +823,18 @@ def _open_records(config: RelabelConfig) -> Records:
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """One in a folder or in the Hub's cache; otherwise from the Hub, unless that does not answer at once."""
+    load = partial(AutoTokenizer.from_pretrained, name, trust_remote_code=False)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            return load(local_files_only=True)
+        if not os.path.isdir(name):
+            model_info(name, timeout=HUB_TIMEOUT)  # the next line would try for most of a minute
+        return load()
+    except (OSError, ValueError, HTTPError, OfflineModeIsEnabled) as error:
         raise ValueError(
-            f"--tokenizer {name}: cannot be loaded, but tokens are counted with it. Name a folder or Hub id with a "
-            f"tokenizer ({' '.join(str(error).split())})."
+            f"--tokenizer {name}: cannot be loaded ({printable(' '.join(str(error).split()))}), but tokens are "
+            "counted with it. Name the folder of a tokenizer, a captioner's for example, with --tokenizer."
         ) from error
 
 
@@ -721,8 +848,23 @@ def _check_folders(config: RelabelConfig) -> None:
         raise ValueError(
             f"{output}: lies in {config.data}, whose images it would be read with; choose another --output."
         )
-    if config.image_folder is not None and not os.path.isdir(config.image_folder):
-        raise NotADirectoryError(f"--image-folder {config.image_folder}: no such folder.")
+    for option, folder in (("--image-folder", config.image_folder), ("--image-root", config.image_root)):
+        if folder is not None and not os.path.isdir(folder):
+            raise NotADirectoryError(f"{option} {folder}: no such folder.")
+    _check_links(output)
+
+
+def _check_links(output: Path) -> None:
+    """Refuses an output folder that leads elsewhere: journals and locks are opened for writing as they are found."""
+    for folder in (output / HIDDEN, output / "data"):
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise OutsideError(f"{folder}: not a folder of its own, as a run makes it; choose another --output.")
+        for path in folder.glob("*"):
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode) or (folder.name == HIDDEN and status.st_nlink != 1):
+                raise OutsideError(
+                    f"{printable(path)}: a link or no regular file, as no run leaves it; choose another --output."
+                )
 
 
 def _keep_identity(hidden: Path, config: RelabelConfig) -> None:
@@ -735,7 +877,7 @@ def _keep_identity(hidden: Path, config: RelabelConfig) -> None:
     identity = json.loads(json.dumps(identity))
     has_shards = any(Path(config.output, "data").glob("[!.]*"))
     if path.exists():
-        begun = read_json(path)
+        begun = read_json(path, IDENTITY)
         has_begun = [
             has_shards or any(hidden.glob(f"*-captioner-{number}.*")) for number in range(len(begun["captioners"]))
         ]
@@ -764,11 +906,13 @@ def _keep_identity(hidden: Path, config: RelabelConfig) -> None:
 
 def _changes(what: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """The options that both have and that differ."""
-    return [
-        f"{what}`{name}` was {before[name]!r} and is {after[name]!r}"
-        for name in sorted(before.keys() & after.keys())
-        if before[name] != after[name]
-    ]
+    changed = []
+    for name in sorted(before.keys() & after.keys()):
+        if name in ("policies", "rules") and isinstance(before[name], Mapping):
+            changed += _changes(f"{what}{name}: ", before[name], after[name])  # a newer version may have more of them
+        elif before[name] != after[name]:
+            changed.append(f"{what}`{name}` was {before[name]!r} and is {after[name]!r}")
+    return changed
 
 
 def _changed(data: str, how: str) -> ValueError:

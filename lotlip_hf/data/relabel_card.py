@@ -11,8 +11,9 @@ from huggingface_hub import DatasetCardData
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.plots import COLOURS, figure, save, wrapped
-from ..files import replacing, write_json
+from ..files import markdown_text, printable, replacing, write_json
 from .caption_quality import REASONS
+from .captioners import published_name
 from .relabel_config import NO_ANSWER, RelabelConfig
 from .sampling import split_sentences
 from .shards import SUFFIXES
@@ -91,7 +92,7 @@ def merge_statistics(config: RelabelConfig, shards: Sequence[Mapping[str, Any]],
     images = sum(shard["images"] for shard in shards)
     rows = [_merged("raw captions", [shard["raw"] for shard in shards])]
     for number, captioner in enumerate(config.captioners):
-        rows.append(_merged(captioner.model, [shard["captioners"][number] for shard in shards]))
+        rows.append(_merged(published_name(captioner.model), [shard["captioners"][number] for shard in shards]))
     rows.append(_merged("all long captions", [{name: row[name] for name in COUNTED} for row in rows[1:]]))
     return {"images": images, "skipped": num_skipped, "captions": rows}
 
@@ -169,8 +170,9 @@ def _card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Seque
         configs=[{"config_name": "default", "data_files": f"data/*{SUFFIXES[config.format]}"}],
     )
     captioners = [
-        f"| {_cell(one.model)} | {', '.join(known) or '-'} | {'an endpoint' if one.endpoint else 'transformers'} | "
-        f"{_cell(one.prompt) or '(none)'} | `{json.dumps(one.settings())}` | `{json.dumps(dict(one.retry))}` |"
+        f"| {_cell(published_name(one.model))} | {_cell(', '.join(known)) or '-'} | "
+        f"{'an endpoint' if one.endpoint else 'transformers'} | {_cell(one.prompt) or '(none)'} | "
+        f"{_code(one.published_settings())} | {_code(json.dumps(dict(one.retry)))} |"
         for one, known in zip(config.captioners, revisions, strict=False)
     ]
     long = statistics["captions"][1:-1]
@@ -191,7 +193,7 @@ def _card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Seque
         number=len(config.captioners),
         models="model" if len(config.captioners) == 1 else "models",
         table=statistics_table(statistics),
-        tokenizer=config.tokenizer,
+        tokenizer=_code(published_name(config.tokenizer)),
         skipped=f"{statistics['skipped']:,}",
         rules=rules,
         quality="\n".join([*QUALITY_HEAD, *quality]) if quality else "Nothing was found wrong with any caption.",
@@ -216,7 +218,7 @@ and several long captions an image.
 
 ## Statistics
 
-As in table 6 of the paper. A sub-caption is a sentence; tokens are counted by `{tokenizer}`, without special ones.
+As in table 6 of the paper. A sub-caption is a sentence; tokens are counted by {tokenizer}, without special ones.
 
 {table}
 
@@ -242,7 +244,7 @@ Rules: {rules}. A caption that was cut off ends with its last whole sentence.
 | column | what it holds |
 | --- | --- |
 | `id` | of the record, as in its source |
-| `image` | the file's bytes and name, or its path where the captions were written (`--embed-images` copies it) |
+| `image` | the file's bytes and name, or its path from the image folder on (`--embed-images` copies the file) |
 | `short_caption` | the raw caption; where there was none, the first sentence of the first long one |
 | `long_captions` | one of each model, in the order above; empty where it was dropped |
 | `captions` | of each of these what follows |
@@ -258,6 +260,8 @@ Rules: {rules}. A caption that was cut off ends with its last whole sentence.
 python examples/train.py --data FOLDER --text-model google-bert/bert-base-uncased \\
     --image-model google/vit-base-patch16-224-in21k --output run
 ```
+
+With `--image-folder FOLDER` where `image` is a path.
 """
 
 
@@ -297,7 +301,14 @@ def _sentences(text: str) -> int:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    """A text in a cell of a table in Markdown, without markup of its own."""
+    return markdown_text(" ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """A text as code in Markdown, in a table too."""
+    text = printable(text).replace("`", "'").replace("|", "\\|")
+    return f"`{text}`"
 
 
 def _short(number: int) -> str:

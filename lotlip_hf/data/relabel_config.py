@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import types
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import yaml
 
+from ..files import printable
 from .caption_quality import REASONS, QualityRules
-from .captioners import CaptionerConfig, check_options, option
+from .captioners import REQUEST_FIELDS, CaptionerConfig, check_options, option
 
 if TYPE_CHECKING:
     from .records import ColumnMapping
@@ -28,8 +30,10 @@ POLICIES: dict[str, Policy] = {
 }
 # What may differ when a run goes on, of the options and of those of a captioner: it decides who does the work and in
 # what portions, which at most changes how numbers are rounded. The captioners are compared one by one.
-RESUMABLE = frozenset({"output", "captioners"})
-RESUMABLE_OF_CAPTIONERS = frozenset({"batch_size", "device_map", "concurrency", "timeout", "max_retries"})
+RESUMABLE = frozenset({"output", "captioners", "max_image_bytes"})
+RESUMABLE_OF_CAPTIONERS = frozenset(
+    {"batch_size", "device_map", "concurrency", "timeout", "max_retries", "max_answer_bytes"}
+)
 
 
 @dataclass
@@ -61,6 +65,8 @@ class RelabelConfig:
     )
     id_column: str | None = option("column of the ids, in place of the mapping's", default=None)
     image_folder: str | None = option("what relative paths of images start from", default=None)
+    image_root: str | None = option("folder that images must lie in; by default the image folder", default=None)
+    max_image_bytes: int = option("bytes of an image file that is read, at most", default=256 * 1024 * 1024)
     split: str = option("split of a data set on the Hub", default="train")
     streaming: bool = option("read in order, without a copy on disk", default=False)
 
@@ -68,10 +74,13 @@ class RelabelConfig:
     format: Literal["parquet", "webdataset"] = option("of the shards", default="parquet")
     shard_size: int = option("records that a shard is made of", default=1000)
     embed_images: bool = option(
-        "copy image files into Parquet shards, which otherwise hold their paths", default=False
+        "copy image files into Parquet shards, which otherwise hold their paths from the image folder on, for "
+        "--image-folder of the training",
+        default=False,
     )
     tokenizer: str = option(
-        "checkpoint folder or Hub id of the tokenizer that counts tokens", default="google-bert/bert-base-uncased"
+        "checkpoint folder or Hub id of the tokenizer that counts tokens; one in the Hub's cache needs no network",
+        default="google-bert/bert-base-uncased",
     )
 
     # The captions
@@ -88,7 +97,7 @@ class RelabelConfig:
 
         if self.mapping not in MAPPINGS:
             raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
-        for name in ("shard_size", "max_attempts"):
+        for name in ("shard_size", "max_attempts", "max_image_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for reason, policy in self.policies.items():
@@ -97,6 +106,11 @@ class RelabelConfig:
             if policy not in get_args(Policy):
                 raise ValueError(f"The policy of {reason} must be {', '.join(get_args(Policy))}, got {policy!r}.")
         self.policies = {**POLICIES, **self.policies}
+
+    @property
+    def copies_images(self) -> bool:
+        """Whether the shards hold the files of images, not their paths."""
+        return self.embed_images or self.format == "webdataset"
 
     def column_mapping(self) -> "ColumnMapping":
         """The mapping's columns, those that options name in their place; of long captions none is read."""
@@ -111,19 +125,33 @@ class RelabelConfig:
     def identity(self) -> dict[str, Any]:
         """What decides about the output, but for the captioners."""
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in RESUMABLE}
-        return {**options, "data": os.path.normpath(self.data) if os.path.exists(self.data) else self.data}
+        options["data"] = os.path.normpath(self.data) if os.path.exists(self.data) else self.data
+        return {name: _unplaced(value) for name, value in options.items()}
 
     def captioner_identities(self) -> list[dict[str, Any]]:
         """What decides about each captioner's captions. Which address an endpoint has does not."""
         return [
-            {name: value for name, value in dataclasses.asdict(one).items() if name not in RESUMABLE_OF_CAPTIONERS}
+            {
+                name: _unplaced(value) if name == "model" else value
+                for name, value in dataclasses.asdict(one).items()
+                if name not in RESUMABLE_OF_CAPTIONERS
+            }
             | {"endpoint": one.endpoint is not None}
             for one in self.captioners
         ]
 
 
-# Options that a flag sets for a captioner; `retry` and a name of its own are for the file of options.
-_CAPTIONER_FLAGS = [one for one in dataclasses.fields(CaptionerConfig) if one.name not in ("model", "retry")]
+def _unplaced(value: Any) -> Any:
+    """A path of this machine as something that tells it from others and does not say where it is."""
+    if not isinstance(value, str) or not os.path.isabs(value):
+        return value
+    return f"{os.path.basename(value)} ({hashlib.blake2b(os.fsencode(value), digest_size=4).hexdigest()})"
+
+
+# Options that a flag sets for a captioner; `retry`, `extra_body` and a name of its own are for the file of options.
+_CAPTIONER_FLAGS = [
+    one for one in dataclasses.fields(CaptionerConfig) if "help" in one.metadata and one.name != "model"
+]
 _FLAGS = [one for one in dataclasses.fields(RelabelConfig) if "help" in one.metadata]
 
 
@@ -152,7 +180,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a limit of what is wrong: "
         + ", ".join(f"{one.name} ({one.default})" for one in dataclasses.fields(QualityRules)),
     )
-    _add_flags(parser.add_argument_group("options of every captioner"), CaptionerConfig, _CAPTIONER_FLAGS)
+    group = parser.add_argument_group("options of every captioner")
+    _add_flags(group, CaptionerConfig, _CAPTIONER_FLAGS)
+    group.add_argument(
+        "--request-field",
+        action="append",
+        metavar="NAME=NAME",
+        help="what an endpoint calls a field of the request (max_tokens=max_completion_tokens), or none if it refuses "
+        f"it: {', '.join(REQUEST_FIELDS)}",
+    )
 
 
 def read_config(arguments: argparse.Namespace) -> RelabelConfig:
@@ -179,6 +215,9 @@ def read_config(arguments: argparse.Namespace) -> RelabelConfig:
     captioners: list[dict[str, Any]] = [{"model": model} for model in given.get("captioner") or ()]
     captioners = captioners or options.get("captioners", [])
     flags = {one.name: given[one.name] for one in _CAPTIONER_FLAGS if one.name in given}
+    pairs = _pairs("--request-field", given.get("request_field"))
+    if pairs:
+        flags["request_fields"] = {name: None if sent == "none" else sent for name, sent in pairs.items()}
     options["captioners"] = [CaptionerConfig(**{**captioner, **flags}) for captioner in captioners]
     for name in ("data", "output"):
         if name not in options:
@@ -238,7 +277,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file of options.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from error
+        # not the whole message, which quotes the line: a password may be in it
+        reason, mark = getattr(error, "problem", None) or type(error).__name__, getattr(error, "problem_mark", None)
+        line = "" if mark is None else f" in line {mark.line + 1}"
+        raise ValueError(f"{path}: not a YAML file ({printable(reason)}{line}).") from None
     if not isinstance(options, dict):
         raise ValueError(f"{path}: expected lines of `option: value`, got {type(options).__name__}.")
     known = [one.name for one in dataclasses.fields(RelabelConfig)]
@@ -249,11 +291,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: `{name}` must be lines of `name: value`, got {options[name]!r}.")
     captioners = options.get("captioners", [])
     if not isinstance(captioners, list):
-        raise ValueError(f"{path}: `captioners` must be a list, got {captioners!r}.")
+        raise ValueError(f"{path}: `captioners` must be a list, got {type(captioners).__name__}.")
     allowed = [one.name for one in dataclasses.fields(CaptionerConfig)]
     for number, one in enumerate(captioners):
         if isinstance(one, str):
             captioners[number] = {"model": one}
         elif not isinstance(one, Mapping) or "model" not in one or one.keys() - set(allowed):
-            raise ValueError(f"{path}: a captioner has `model` and any of {', '.join(allowed)}, got {one!r}.")
+            found = ", ".join(map(printable, one)) if isinstance(one, Mapping) else type(one).__name__
+            raise ValueError(f"{path}: a captioner has `model` and any of {', '.join(allowed)}, got {found}.")
     return options

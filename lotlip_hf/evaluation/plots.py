@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import replacing
+from ..files import printable, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,5 +79,6 @@ def save(figure: "Figure", file: str | os.PathLike) -> None:
 
 
 def wrapped(text: str, width: int) -> str:
-    """A text in lines of at most `width` characters, with all its words; longer words are broken."""
-    return "\n".join(textwrap.wrap(text, width, break_on_hyphens=False)) or text
+    """A text in lines of at most `width` characters, with all its words, none of it taken for a formula."""
+    text = printable(" ".join(text.split()))
+    return ("\n".join(textwrap.wrap(text, width, break_on_hyphens=False)) or text).replace("$", r"\$")
