@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .images import ImageError, ImageSource, background_of, load_image, load_pixels
+from .images import ImageError, ImageSource, background_of, checked_background, load_image, load_pixels
 from .modeling.loading_lotlip import checked_download
 from .modeling.modeling_lotlip import LoTLIPModel
+from .modeling.processing_lotlip import check_image_sizes
 from .modeling.tokenization_lotlip import LoTLIPTokenizer
 from .onnx import FILES as ONNX_FILES
 from .onnx import LoTLIPOnnxModel
@@ -116,7 +117,7 @@ def load_model(
         if dtype != "auto":
             model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         # no PreTrainedModel, but what is asked of one here
-        return cast(PreTrainedModel, model), AutoProcessor.from_pretrained(name)
+        return cast(PreTrainedModel, model), _load_processor(name)
     device = _usable(device)
     with checked_download(name):
         return _load(name, device, dtype, revision)
@@ -204,13 +205,26 @@ def _load(
         raise ValueError(f"{name}: the weights do not fit a {type(model).__name__} ({'; '.join(problems)}).")
 
     model.config._commit_hash = commit  # where older transformers kept it
-    processor = AutoProcessor.from_pretrained(name, revision=revision)
+    processor = _load_processor(name, revision)
     for part in ("tokenizer", "image_processor"):
         if not hasattr(processor, part):
             raise ValueError(
                 f"{name} has no {part}: save the model's processor beside it (`processor.save_pretrained(folder)`)."
             )
     return model.to(device).eval(), processor
+
+
+def _load_processor(name: str, revision: str | None = None) -> Any:
+    try:
+        processor = AutoProcessor.from_pretrained(name, revision=revision)
+        checked_background(background_of(processor))
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # of settings of wrong types transformers raises any kind
+        raise ValueError(f"{name}: its processor cannot be loaded ({error}).") from error
+    if hasattr(processor, "image_processor"):
+        check_image_sizes(processor.image_processor, name)
+    return processor
 
 
 def encode_texts(
