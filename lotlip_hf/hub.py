@@ -32,6 +32,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import AutoProcessor
 
 from .encoding import load_model
+from .images import processed_size
 from .modeling.loading_lotlip import checked_download
 from .modeling.modeling_lotlip import LoTLIPModel
 from .store import fingerprint
@@ -455,7 +456,7 @@ def model_card(
         vision_backbone=f"{_backbone(vision)}, patches of {vision.patch_size}",
         num_corner_tokens=text.num_corner_tokens,
         max_text_tokens=min(processor.tokenizer.model_max_length, text.max_position_embeddings),
-        image_size=vision.image_size,
+        image_size=" x ".join(map(str, processed_size(processor.image_processor))),
         projection_dim=model.config.projection_dim,
         num_parameters=f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} million",
         results=[(result.dataset_name, result.metric_name, result.metric_value) for result in results or []],

@@ -407,6 +407,20 @@ def load_pixels(
         return dict(image_processor(images=[image], return_tensors="pt"))
 
 
+def processed_size(image_processor: Any) -> tuple[int, int]:
+    """
+    The size of what an image processor makes.
+
+    Args:
+        image_processor (`BaseImageProcessor`): the image processor.
+
+    Returns:
+        `tuple[int, int]`: height and width of `pixel_values`, for a picture of 96 x 64 pixels if that matters.
+    """
+    height, width = load_pixels(Image.new("RGB", (96, 64)), image_processor=image_processor)["pixel_values"].shape[-2:]
+    return height, width
+
+
 @contextlib.contextmanager
 def _loaded(
     source: ImageSource, name: str | None, image_processor: Any, background: Background
