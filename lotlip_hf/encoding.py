@@ -126,35 +126,6 @@ def load_model(
                 )
         # no PreTrainedModel, but what is asked of one here
         return cast(PreTrainedModel, model), processor
-    if revision is not None and os.path.isdir(name):
-        raise ValueError(f"`revision` {revision!r} is of models on the Hub; {name} is a folder.")
-    if os.path.isfile(name):
-        raise ValueError(
-            f"{name} is a file, not a checkpoint folder; `lotlip convert` makes one of an official model.pt."
-        )
-    if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
-        raise FileNotFoundError(f"{name}: no such checkpoint folder.")
-    if any(os.path.isfile(os.path.join(name, file)) for file in ONNX_FILES.values()):
-        model = LoTLIPOnnxModel.from_pretrained(name)
-        try:
-            model.to(device="cpu" if device is None else device)  # refuses all but the CPU
-        except RuntimeError as error:
-            raise ValueError(
-                f"`device` {str(device)!r} cannot be used here ({str(error).splitlines()[0]})."
-            ) from error
-        if dtype != "auto":
-            model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        processor = _load_processor(name)
-        if "vision" in model.sessions and hasattr(processor, "image_processor"):
-            made = processed_size(processor.image_processor)
-            if any(size != wanted for size, wanted in zip(made, model.image_shape[1:]) if isinstance(wanted, int)):
-                wanted = " x ".join(map(str, model.image_shape[1:]))
-                raise ValueError(
-                    f"{name}: its image tower takes {wanted} pixels, its processor makes {made[0]} x {made[1]}: export "
-                    "the checkpoint again with `lotlip export onnx`."
-                )
-        # no PreTrainedModel, but what is asked of one here
-        return cast(PreTrainedModel, model), processor
     device = _usable(device)
     with checked_download(name):
         return _load(name, device, dtype, revision)
