@@ -39,6 +39,9 @@ DIFFUSION_REQUIRES = ["diffusers>=0.42"]
 # Both towers without PyTorch (lotlip_hf/onnx.py).
 ONNX_REQUIRES = ["onnx>=1.18", "onnxruntime>=1.23", "onnxscript>=0.7"]
 
+# HEIC and HEIF pictures (lotlip_hf/images.py).
+HEIF_REQUIRES = ["pillow-heif>=1.0"]
+
 # The demo (examples/space).
 SPACE_REQUIRES = ["gradio>=6.0"]
 
@@ -48,6 +51,7 @@ TEST_REQUIRES = [
     *LORA_REQUIRES,
     *DIFFUSION_REQUIRES,
     *ONNX_REQUIRES,
+    *HEIF_REQUIRES,
     *SPACE_REQUIRES,
     "bitsandbytes>=0.50",
     # What `transformers serve` needs beside what the demo does.
@@ -92,6 +96,7 @@ setup(
         "lora": LORA_REQUIRES,
         "diffusion": DIFFUSION_REQUIRES,
         "onnx": ONNX_REQUIRES,
+        "heif": HEIF_REQUIRES,
         "open-clip": OPEN_CLIP_REQUIRES,
         "space": SPACE_REQUIRES,
         "test": TEST_REQUIRES,

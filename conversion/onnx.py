@@ -29,6 +29,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTr
 
 from lotlip_hf import LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
 from lotlip_hf.files import all_or_nothing
+from lotlip_hf.images import load_pixels
 from lotlip_hf.onnx import FILES, LOGIT_SCALE, LoTLIPOnnxModel, missing_packages
 from lotlip_hf.terminal import run
 
@@ -43,6 +44,8 @@ OPSET = 23
 # The first that PyTorch's exporter writes
 LEAST_OPSET = 18
 INPUTS = {"text": ("input_ids", "attention_mask"), "vision": ("pixel_values",)}
+# Image towers that fit their position embeddings to the size of the images
+INTERPOLATING = ("dinov2",)
 OUTPUTS = {"text": "text_embeds", "vision": "image_embeds"}
 
 
@@ -115,6 +118,9 @@ def convert(
     with and without padding) and of random images, in batches of several sizes, are compared with PyTorch's. The
     folder appears complete or not at all.
 
+    The image tower takes images of the size that the checkpoint's processor makes, or if there is none, of the
+    configuration's; a DINOv2, which fits its position embeddings to the images, takes any size.
+
     Args:
         model: A folder of this package: a [`LoTLIPModel`], or one of its towers with or without projection.
         output: The folder to make; it must not exist or be empty.
@@ -163,7 +169,7 @@ def convert(
         written = []
         for tower in chosen:
             report(f"Exporting {FILES[tower]} ...")
-            written.append(_write_tower(lotlip, tower, folder, quantize, opset, report))
+            written.append(_write_tower(lotlip, tower, processors, folder, quantize, opset, report))
     return OnnxCheckpoint(Path(output), opset, tuple(written), tuple(type(one).__name__ for one in processors))
 
 
@@ -210,6 +216,7 @@ def _load_processors(folder: Path) -> list[Any]:
 def _write_tower(
     lotlip: PreTrainedModel,
     tower: str,
+    processors: Sequence[Any],
     folder: Path,
     quantize: str | None,
     opset: int,
@@ -217,14 +224,18 @@ def _write_tower(
 ) -> OnnxTower:
     file = folder / FILES[tower]
     module = _Tower(lotlip, tower)
-    batches = list(_random_inputs(tower, _tower_configs(lotlip)[tower]))
-    with torch.inference_mode():
-        expected = [module(*batch) for batch in batches]
+    config = _tower_configs(lotlip)[tower]
+    batches = list(_random_texts(config)) if tower == "text" else _images(config, processors)
+    try:
+        with torch.inference_mode():
+            expected = [module(*batch) for batch in batches]
+    except ValueError as error:  # images of another size than the tower takes
+        raise ConversionError(f"The {tower} tower does not take what its processor makes: {error}") from error
 
     # float32 first, which says whether the graph is right; of the quantised one only a cosine can
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         full = file if quantize is None else Path(temporary) / file.name
-        _export(module, tower, opset, full)
+        _export(module, tower, batches[0], opset, full)
         difference = _largest_difference(_run(full, lotlip, tower, batches), expected)
         report(f"  features as PyTorch's to {difference:.1e} of their norm")
         if not difference <= TOLERANCE:
@@ -246,16 +257,20 @@ def _write_tower(
     return OnnxTower(file.name, size, difference, cosine)
 
 
-def _export(module: _Tower, tower: str, opset: int, file: Path) -> None:
+def _export(module: _Tower, tower: str, batch: Sequence[torch.Tensor], opset: int, file: Path) -> None:
     """Writes the graph, and weights that are too large for one file beside it."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    # sizes of which none is 0 or 1, which would stay as they are
+    # sizes of which none is 0 or 1, which would stay as they are; nor a DINOv2's own or a square, for it looks
+    config = _tower_configs(module.model)[tower]
     if tower == "text":
         example = tuple(torch.ones(2, 3, dtype=torch.long) for _ in INPUTS[tower])
         sizes: Any = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    elif config.backbone_config.model_type in INTERPOLATING:
+        example = (torch.zeros(2, config.num_channels, 5 * config.patch_size, 6 * config.patch_size),)
+        sizes = {axis: torch.export.Dim(name) for axis, name in ((0, "batch"), (2, "height"), (3, "width"))}
     else:
-        example = (_random_images(_tower_configs(module.model)[tower], 2),)
+        example = (torch.zeros(2, *batch[0].shape[1:]),)
         sizes = {0: torch.export.Dim("batch")}
     try:
         with _quiet(), torch.no_grad():
@@ -352,12 +367,8 @@ def _least_cosine(given: Sequence[torch.Tensor], expected: Sequence[torch.Tensor
     return nn.functional.cosine_similarity(torch.cat(list(given)), torch.cat(list(expected))).min().item()
 
 
-def _random_inputs(tower: str, config: Any) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Seeded batches of a tower's inputs."""
-    if tower == "vision":
-        for batch_size in (1, 5):
-            yield (_random_images(config, batch_size),)
-        return
+def _random_texts(config: Any) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Seeded batches of ids and masks."""
     generator = torch.Generator().manual_seed(0)
     limit = config.max_position_embeddings
     # CLIP reads a text's feature off its end; in configurations of old it is the highest id
@@ -387,12 +398,23 @@ def _random_inputs(tower: str, config: Any) -> Iterator[tuple[torch.Tensor, ...]
             yield input_ids, attention_mask
 
 
-def _random_images(config: Any, batch_size: int) -> torch.Tensor:
-    """[B, channels, height, width]"""
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+def _images(config: Any, processors: Sequence[Any]) -> list[tuple[torch.Tensor, ...]]:
+    """Batches [B, channels, height, width]: a picture that the processor made, seeded ones of its size, and for a
+    tower that takes any size some of another."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch_size, config.num_channels, height, width, generator=generator)
+    height, width = (config.image_size, config.image_size) if isinstance(config.image_size, int) else config.image_size
+    batches = []
+    for image_processor in (getattr(one, "image_processor", one) for one in processors):
+        if "pixel_values" in image_processor.model_input_names:
+            noise = torch.randint(256, (64, 96, 3), generator=generator, dtype=torch.uint8)
+            batches.append((load_pixels(noise, image_processor=image_processor)["pixel_values"],))
+            height, width = batches[-1][0].shape[-2:]
+    sizes = [(1, height, width), (5, height, width)]
+    if config.backbone_config.model_type in INTERPOLATING:
+        sizes.append((2, height + config.patch_size, 3 * config.patch_size))
+    for batch_size, height, width in sizes:
+        batches.append((torch.randn(batch_size, config.num_channels, height, width, generator=generator),))
+    return batches
 
 
 DESCRIPTION = "Write both towers of a LoTLIP checkpoint in ONNX, with its tokenizer and image processor."

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 from .data.relabel_config import add_arguments as add_relabel_arguments
 from .data.relabel_config import read_config
@@ -75,9 +76,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--batch-size", type=_positive, help="images, or texts of full length, in a batch")
 
+    pictures = argparse.ArgumentParser(add_help=False)
+    pictures.add_argument(
+        "--max-image-pixels",
+        type=_positive,
+        action=_MaxImagePixels,
+        metavar="N",
+        help="skip images of more pixels, and decode no more at a time (178956970; each takes up to 12 bytes)",
+    )
+    folder = argparse.ArgumentParser(add_help=False)
+    folder.add_argument(
+        "--image-root", metavar="DIR", help="the folder that pictures must lie in, links followed (--images)"
+    )
+
     search = commands.add_parser(
         "search",
-        parents=[model],
+        parents=[model, pictures, folder],
         help="rank the images of a folder by a description",
         description="Rank the images of a folder by how well a description fits them. The images are embedded once; "
         "an index in the folder's hidden .lotlip keeps that, and each search brings it up to date.",
@@ -91,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     embed = commands.add_parser(
         "embed",
-        parents=[model],
+        parents=[model, pictures, folder],
         help="write the embeddings of images or texts to a Parquet file",
         description="Write normalised embeddings to a Parquet file with the columns `file` or `text`, and "
         "`embedding`. After an interruption the same command goes on from what is kept in OUTPUT.partial.",
@@ -127,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
-        parents=[model],
+        parents=[model, pictures],
         help="score a model on a benchmark",
         description="Score a model on a benchmark: retrieval in both directions, or zero-shot classification. "
         "Embeddings are kept as they are computed: after an interruption the same command goes on from there. With "
@@ -183,6 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     relabel = commands.add_parser(
         "relabel",
+        parents=[pictures],
         help="write long captions for a set of images",
         description="Write long captions for the images of a data set, by one or several captioning models, as shards "
         "that examples/train.py reads as they are. After an interruption the same command goes on from there. With "
@@ -207,6 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _search(arguments: argparse.Namespace) -> int:
+    from .images import background_of
     from .search import build_index, check_picture, encode_query, save_grid
 
     if arguments.save_grid:
@@ -218,6 +234,7 @@ def _search(arguments: argparse.Namespace) -> int:
         processor,
         arguments.images,
         index_folder=arguments.index,
+        image_root=arguments.image_root,
         batch_size=arguments.batch_size or 32,
         dimension=len(query),
     )
@@ -227,7 +244,7 @@ def _search(arguments: argparse.Namespace) -> int:
         print(f"{rank:4}  {result.score:7.4f}  {printable(result.path)}")
     _report_skipped(index.skipped)
     if arguments.save_grid:
-        save_grid(results, arguments.save_grid, arguments.text)
+        save_grid(results, arguments.save_grid, arguments.text, background_of(processor))
         print(f"Drawn in {arguments.save_grid}.", file=sys.stderr)
     return 0
 
@@ -236,6 +253,8 @@ def _embed(arguments: argparse.Namespace) -> int:
     from .embed import check_output, embed_images, embed_texts
 
     check_output(arguments.output, overwrite=arguments.overwrite)
+    if arguments.texts and arguments.image_root:
+        raise ValueError("--image-root is of --images, not of --texts.")
     model, processor = _load(arguments)
     if arguments.images:
         count, skipped = embed_images(
@@ -244,6 +263,7 @@ def _embed(arguments: argparse.Namespace) -> int:
             arguments.images,
             arguments.output,
             model_name=arguments.model,
+            image_root=arguments.image_root,
             batch_size=arguments.batch_size or 32,
             overwrite=arguments.overwrite,
         )
@@ -418,6 +438,17 @@ def _refuse(arguments: argparse.Namespace, options: Sequence[str], what: str) ->
     for option in options:
         if getattr(arguments, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')} is not for {what}.")
+
+
+class _MaxImagePixels(argparse.Action):
+    """Sets the limit, for every command alike."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        from .images import set_max_image_pixels
+
+        set_max_image_pixels(values)
 
 
 class _ListTasks(argparse.Action):

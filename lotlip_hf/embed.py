@@ -58,6 +58,7 @@ def embed_images(
     output: str | os.PathLike,
     *,
     model_name: str = "",
+    image_root: str | os.PathLike | None = None,
     batch_size: int = 32,
     overwrite: bool = False,
     progress: bool = True,
@@ -75,6 +76,8 @@ def embed_images(
         folder (`str` or `os.PathLike`): the folder.
         output (`str` or `os.PathLike`): the Parquet file.
         model_name (`str`, *optional*): what the metadata call the model.
+        image_root (`str` or `os.PathLike`, *optional*, defaults to `folder`):
+            The folder that links in `folder` must not lead out of.
         batch_size (`int`, *optional*, defaults to 32): images in a batch.
         overwrite (`bool`, *optional*, defaults to `False`): whether `output` may be replaced.
         progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
@@ -88,7 +91,15 @@ def embed_images(
     """
     check_output(output, overwrite=overwrite)
     partial = _partial_folder(output)
-    index = build_index(model, processor, folder, index_folder=partial, batch_size=batch_size, progress=progress)
+    index = build_index(
+        model,
+        processor,
+        folder,
+        index_folder=partial,
+        image_root=image_root,
+        batch_size=batch_size,
+        progress=progress,
+    )
 
     def batches() -> Iterator[tuple[list[str], np.ndarray]]:
         for start in range(0, len(index.files), WRITE_BLOCK):

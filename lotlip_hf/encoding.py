@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .images import ImageError, ImageSource, background_of, load_image, load_pixels
+from .images import ImageError, ImageSource, background_of, checked_background, load_image, load_pixels, processed_size
 from .loading import check_config, check_processor, check_shards, naming_damage
 from .modeling.loading_lotlip import checked_download
 from .modeling.modeling_lotlip import LoTLIPModel
+from .modeling.processing_lotlip import check_image_sizes
 from .modeling.tokenization_lotlip import LoTLIPTokenizer
 from .onnx import FILES as ONNX_FILES
 from .onnx import LoTLIPOnnxModel
@@ -108,10 +109,7 @@ def load_model(
         raise FileNotFoundError(f"{name}: no such checkpoint folder.")
     if any(os.path.isfile(os.path.join(name, file)) for file in ONNX_FILES.values()):
         with naming_damage(name):
-            model, processor = (
-                LoTLIPOnnxModel.from_pretrained(name),
-                AutoProcessor.from_pretrained(name, trust_remote_code=False),
-            )
+            model, processor = LoTLIPOnnxModel.from_pretrained(name), _load_processor(name)
         try:
             model.to(device="cpu" if device is None else device)  # refuses all but the CPU
         except RuntimeError as error:
@@ -120,6 +118,13 @@ def load_model(
             ) from error
         if dtype != "auto":
             model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if "vision" in model.sessions and hasattr(processor, "image_processor"):
+            made, taken = processed_size(processor.image_processor), tuple(model.image_shape[1:])
+            if made != taken and all(isinstance(side, int) for side in taken):
+                raise ValueError(
+                    f"{name}: the image tower takes {taken[0]} x {taken[1]} pixels, the processor makes {made[0]} x "
+                    f"{made[1]}: export the checkpoint again with `lotlip export onnx`."
+                )
         # no PreTrainedModel, but what is asked of one here
         return cast(PreTrainedModel, model), processor
     device = _usable(device)
@@ -212,7 +217,7 @@ def _load(
         raise ValueError(f"{name}: the weights do not fit a {type(model).__name__} ({'; '.join(problems)}).")
 
     model.config._commit_hash = commit  # where older transformers kept it
-    processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+    processor = _load_processor(name, revision)
     for part in ("tokenizer", "image_processor"):
         if not hasattr(processor, part):
             raise ValueError(
@@ -220,6 +225,19 @@ def _load(
             )
     check_processor(processor, name)
     return model.to(device).eval(), processor
+
+
+def _load_processor(name: str, revision: str | None = None) -> Any:
+    try:
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+        checked_background(background_of(processor))
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # of settings of wrong types transformers raises any kind
+        raise ValueError(f"{name}: its processor cannot be loaded ({error}).") from error
+    if hasattr(processor, "image_processor"):
+        check_image_sizes(processor.image_processor, name)
+    return processor
 
 
 def encode_texts(

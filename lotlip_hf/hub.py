@@ -29,11 +29,11 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
-from PIL import Image
 from transformers import AutoProcessor
 
 from .encoding import load_model
 from .files import all_or_nothing, markdown_text, parse_json, printable, read_regular
+from .images import processed_size
 from .modeling.loading_lotlip import checked_download
 from .modeling.modeling_lotlip import LoTLIPModel
 from .store import fingerprint
@@ -412,13 +412,6 @@ def _result_rows(file: str | os.PathLike) -> list[list[str]]:
     return rows
 
 
-def _picture_size(processor: Any) -> str:
-    """What the processor makes of a picture."""
-    pixels = processor.image_processor(Image.new("RGB", (640, 640)), return_tensors="pt")["pixel_values"]
-    height, width = pixels.shape[-2:]
-    return f"{width} x {height}"
-
-
 def _loaded(
     model_or_path: Any, processor: Any, token: str | bool | None = None
 ) -> tuple[LoTLIPModel, Any, Path | None]:
@@ -595,7 +588,7 @@ def model_card(
         vision_backbone=f"{_backbone(vision)}, patches of {vision.patch_size}",
         num_corner_tokens=text.num_corner_tokens,
         max_text_tokens=min(processor.tokenizer.model_max_length, text.max_position_embeddings),
-        image_size=_picture_size(processor),
+        image_size=" x ".join(map(str, processed_size(processor.image_processor))),
         projection_dim=model.config.projection_dim,
         num_parameters=f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} million",
         results=[row for file in fields.results for row in _result_rows(file)],

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import stat
 import threading
@@ -31,6 +32,11 @@ MAX_FILE_BYTES = 1 << 30
 MAX_PIXELS_VARIABLE = "LOTLIP_MAX_IMAGE_PIXELS"
 # Twice what PIL warns of
 DEFAULT_MAX_PIXELS = 2 * (1024**3 // 4 // 3)
+# Larger files are read one at a time: what is in them beside pixels may fill the memory too.
+LARGE_FILE_BYTES = 1 << 26
+# Formats that may hold an image of another size than they say
+NESTED_FORMATS = ("BLP", "ICNS", "ICO")
+TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF's tags
 # Side in pixels of what is converted at a time, where a conversion needs more memory than its result
 TILE = 1024
 # Images of more pixels are resized here, where their image processor would copy them whole several times
@@ -70,8 +76,10 @@ class _PixelBudget:
         self._held = 0
 
     @contextlib.contextmanager
-    def hold(self, pixels: int) -> Iterator[None]:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or DEFAULT_MAX_PIXELS // 2)
+    def hold(self, pixels: int | None = None) -> Iterator[None]:
+        """Waits until there is room for so many pixels; `None` is for an image that says its size too late."""
+        limit = max_image_pixels() or DEFAULT_MAX_PIXELS
+        pixels = limit if pixels is None else pixels
         with self._change:
             self._change.wait_for(lambda: not self._held or self._held + pixels <= limit)
             self._held += pixels
@@ -83,7 +91,7 @@ class _PixelBudget:
                 self._change.notify_all()
 
 
-_decoded_pixels = _PixelBudget()
+_budget = _PixelBudget()
 
 
 class ImageError(ValueError):
@@ -252,6 +260,16 @@ def read_image_bytes(path: str | os.PathLike, limit: int = MAX_FILE_BYTES) -> by
     return content
 
 
+def max_image_pixels() -> int | None:
+    """
+    The pixel limit, see [`set_max_image_pixels`].
+
+    Returns:
+        `int` or `None`: the most pixels that an image may have; `None` without a limit.
+    """
+    return None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+
+
 def set_max_image_pixels(pixels: int) -> None:
     """
     Sets the pixel limit: larger images are refused, and no more pixels are decoded at a time.
@@ -389,6 +407,20 @@ def load_pixels(
         return dict(image_processor(images=[image], return_tensors="pt"))
 
 
+def processed_size(image_processor: Any) -> tuple[int, int]:
+    """
+    The size of what an image processor makes.
+
+    Args:
+        image_processor (`BaseImageProcessor`): the image processor.
+
+    Returns:
+        `tuple[int, int]`: height and width of `pixel_values`, for a picture of 96 x 64 pixels if that matters.
+    """
+    height, width = load_pixels(Image.new("RGB", (96, 64)), image_processor=image_processor)["pixel_values"].shape[-2:]
+    return height, width
+
+
 @contextlib.contextmanager
 def _loaded(
     source: ImageSource, name: str | None, image_processor: Any, background: Background
@@ -466,11 +498,11 @@ def _read(
 ) -> Image.Image:
     """The image as RGB; its pixels are among those that are decoded until `held` is closed."""
     if isinstance(source, Image.Image):
-        held.enter_context(_decoded_pixels.hold(source.width * source.height))
+        held.enter_context(_budget.hold(source.width * source.height))
         return _to_rgb(source, name, background)
     if isinstance(source, np.ndarray | torch.Tensor):
         image = _from_array(np.asarray(source), name)
-        held.enter_context(_decoded_pixels.hold(image.width * image.height))
+        held.enter_context(_budget.hold(image.width * image.height))
         return _to_rgb(image, name, background)
     hint = unreadable_hint(name)
     if hint == RAW_HINT:  # of these PIL reads the small preview, if anything
@@ -478,6 +510,10 @@ def _read(
     if source == b"":
         raise ImageError(name, "the file is empty")
     with io.BytesIO(source) if isinstance(source, bytes) else _open_file(os.fspath(source), name) as file:
+        is_large = file.seek(0, os.SEEK_END) > LARGE_FILE_BYTES
+        file.seek(0)
+        if is_large:
+            held.enter_context(_budget.hold())
         try:
             opened = Image.open(file, formats=readable_formats())
         except UnidentifiedImageError as error:
@@ -487,12 +523,36 @@ def _read(
             reason = f"not an image in a format that PIL reads{f'; {hint}' if hint else ''}"
             raise ImageError(name, reason, transient=hint is not None) from error
         with opened as image:
+            if image.format == "PNG" and "transparency" in image.info:
+                image.info["transparency"] = _in_8_bits(image.info["transparency"], str(image.tile[0][3]))
             draft = _draft(image, image_processor)
-            held.enter_context(_decoded_pixels.hold(image.width * image.height))
+            if not is_large:
+                held.enter_context(_budget.hold(_pixels_to_decode(image)))
             if draft is not None:
                 size, box = draft
                 image = image.convert("RGB").resize(size, image_processor.resample, box=box)
             return _to_rgb(image, name, background)
+
+
+def _pixels_to_decode(image: Image.Image) -> int | None:
+    """Of a file that was opened; `None` if that is not known before."""
+    if image.format in NESTED_FORMATS:
+        return None
+    width, height = image.size
+    if image.format == "TIFF":  # a tile is decoded whole, though it may be larger than the image
+        tags: Any = getattr(image, "tag_v2", {})
+        tile = int(tags.get(TILE_WIDTH, 0)), int(tags.get(TILE_LENGTH, 0))
+        if tile[0] * tile[1] > (max_image_pixels() or math.inf):
+            raise Image.DecompressionBombError(f"tiles of {tile[0]}x{tile[1]} pixels")
+        width, height = max(width, tile[0]), max(height, tile[1])
+    return width * height
+
+
+def _in_8_bits(transparency: Any, raw_mode: str) -> Any:
+    """The colour declared transparent as the pixels have it: PIL scales these alone, from the depth of a PNG file."""
+    if raw_mode in ("L;2", "L;4"):
+        return transparency * {"L;2": 85, "L;4": 17}[raw_mode]
+    return tuple(value >> 8 for value in transparency) if raw_mode == "RGB;16B" else transparency
 
 
 def _draft(
@@ -543,10 +603,12 @@ def _to_rgb(image: Image.Image, name: str, background: tuple[int, int, int] | No
     """A new image, whatever the mode. It is the only full copy: what needs more memory goes tile by tile."""
     if 0 in image.size:
         raise ImageError(name, f"has no pixels (size {image.width}x{image.height})")
-    file_format = image.format
+    given, file_format = image, image.format
     image.load()  # of a PNG file what follows the pixels is known only then, its orientation too
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
+    if image.mode == "La":
+        image = image.convert("LA")  # the only way on
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
         return _by_tiles(image, _from_16_bits, background)
     if image.mode == "I":
@@ -564,7 +626,7 @@ def _to_rgb(image: Image.Image, name: str, background: tuple[int, int, int] | No
     if image.mode == "P" and "transparency" in image.info:
         # The same pixels as directly, without PIL's warning.
         image = image.convert("RGBA")
-    rgb = image.convert("RGB")
+    rgb = image if image.mode == "RGB" and image is not given else image.convert("RGB")
     # Kept by `convert`; newer versions of transformers would lay the colour that it declares transparent on white.
     rgb.info.pop("transparency", None)
     return rgb
@@ -591,8 +653,6 @@ def _by_tiles(
 
 
 def _with_mask(tile: Image.Image) -> tuple[Image.Image, Image.Image]:
-    if tile.mode == "La":
-        tile = tile.convert("LA")  # PIL has no direct way, and would drop the alpha channel
     tile = tile.convert("RGBA")
     return tile.convert("RGB"), tile.getchannel("A")
 

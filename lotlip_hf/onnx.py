@@ -137,6 +137,11 @@ class LoTLIPOnnxModel(nn.Module):
                 return torch.tensor(float(metadata[LOGIT_SCALE]))
         raise ValueError(f"{self.folder} was exported from a tower by itself, which has no `logit_scale`.")
 
+    @property
+    def image_shape(self) -> list[int | str]:
+        """Channels, height and width of the images that the image tower takes; a size that may vary is its name."""
+        return self._session("vision").get_inputs()[0].shape[1:]
+
     def to(self, *args: Any, **kwargs: Any) -> "LoTLIPOnnxModel":
         """
         Does nothing for the CPU and float32.
@@ -227,7 +232,8 @@ class LoTLIPOnnxModel(nn.Module):
         Features of images, as [`LoTLIPModel.get_image_features`] gives them.
 
         Args:
-            pixel_values: [B, channels, height, width] of the model's image size, normalised by the image processor.
+            pixel_values: [B, channels, height, width] of the size that was exported, normalised by the image
+                processor. A DINOv2 takes any size, of at least one patch.
 
         Returns:
             `pooler_output` [B, projection_dim], projected and not normalised, float32; nothing else.
@@ -236,10 +242,16 @@ class LoTLIPOnnxModel(nn.Module):
             ValueError: on pixel values of a wrong shape or type, and if the image tower was not exported.
         """
         session = self._session("vision")
-        config = getattr(self.config, "vision_config", self.config)
-        size = config.image_size
-        expected = [config.num_channels, *((size, size) if isinstance(size, int) else size)]
-        if pixel_values.dim() != 4 or list(pixel_values.shape[1:]) != expected or not len(pixel_values):
+        expected = self.image_shape
+        patch = getattr(self.config, "vision_config", self.config).patch_size
+        if (
+            pixel_values.dim() != 4
+            or not len(pixel_values)
+            or any(
+                size != wanted if isinstance(wanted, int) else size < patch
+                for size, wanted in zip(pixel_values.shape[1:], expected, strict=True)
+            )
+        ):
             raise ValueError(
                 f"`pixel_values` must have shape [batch, {', '.join(map(str, expected))}], got "
                 f"{list(pixel_values.shape)}: resize the images with the processor."

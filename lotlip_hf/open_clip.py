@@ -11,11 +11,12 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BatchEncoding, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, BatchEncoding, CLIPImageProcessorPil, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .encoding import OPEN_CLIP, cached_commit
 from .modeling.loading_lotlip import checked_download
+from .modeling.processing_lotlip import is_thin, resized_middle
 
 logger = logging.getLogger(__name__)
 
@@ -225,8 +226,18 @@ class OpenClipImageProcessor:
         self.transform = transform
         self.settings = dict(settings)
         size = self.settings["size"]
-        self.size = {"shortest_edge": size if isinstance(size, int) else min(size)}
-        self.do_center_crop = self.settings["resize_mode"] == "shortest"
+        side = size if isinstance(size, int) else min(size)
+        # transformers' processor that resizes and crops likewise, for thin images
+        self.shortest = None
+        if self.settings["resize_mode"] == "shortest":
+            resample = (
+                Image.Resampling.BILINEAR
+                if self.settings.get("interpolation") == "bilinear"
+                else Image.Resampling.BICUBIC
+            )
+            self.shortest = CLIPImageProcessorPil(
+                size={"shortest_edge": side}, crop_size={"height": side, "width": side}, resample=resample
+            )
 
     def __call__(self, images: Sequence[Image.Image], return_tensors: str = "pt") -> dict[str, torch.Tensor]:
         """
@@ -239,7 +250,12 @@ class OpenClipImageProcessor:
         Returns:
             `pixel_values` [B, 3, height, width].
         """
-        return {"pixel_values": torch.stack([self.transform(image) for image in images])}
+        return {"pixel_values": torch.stack([self.transform(self._middle(image)) for image in images])}
+
+    def _middle(self, image: Image.Image) -> Image.Image:
+        if self.shortest is None or not is_thin(image.size, self.shortest):
+            return image
+        return resized_middle(image, self.shortest)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from .encoding import encode_texts, iterate_image_embeddings
 from .files import printable, replacing
-from .images import ImageError, find_images, image_extensions, load_image
+from .images import WHITE, Background, ImageError, find_images, image_extensions, load_image
 from .store import EmbeddingStore, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ def build_index(
     folder: str | os.PathLike,
     *,
     index_folder: str | os.PathLike | None = None,
+    image_root: str | os.PathLike | None = None,
     batch_size: int = 32,
     progress: bool = True,
     dimension: int | None = None,
@@ -132,6 +133,8 @@ def build_index(
         folder (`str` or `os.PathLike`): the folder; its subfolders belong to it, hidden ones do not.
         index_folder (`str` or `os.PathLike`, *optional*):
             Where to keep the index instead, for a folder that cannot be written to. It may hold those of many folders.
+        image_root (`str` or `os.PathLike`, *optional*, defaults to `folder`):
+            The folder that links in `folder` must not lead out of.
         batch_size (`int`, *optional*, defaults to 32): images in a batch.
         progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
         dimension (`int`, *optional*): of the model's embeddings; an index of another is renamed, and made anew.
@@ -145,7 +148,7 @@ def build_index(
         OSError: if the index cannot be written.
     """
     folder = Path(folder)
-    files, skipped = find_images(folder)
+    files, skipped = find_images(folder, image_root)
     if not files and not skipped:
         extensions = ", ".join(
             sorted(image_extensions() & {".jpg", ".jpeg", ".png", ".webp", ".gif", ".tiff", ".bmp"})
@@ -209,6 +212,7 @@ def search_folder(
     *,
     top: int = 5,
     index_folder: str | os.PathLike | None = None,
+    image_root: str | os.PathLike | None = None,
     batch_size: int = 32,
     progress: bool = True,
 ) -> list[SearchResult]:
@@ -221,7 +225,7 @@ def search_folder(
         folder (`str` or `os.PathLike`): the folder.
         text (`str`): the description, as long as the model takes.
         top (`int`, *optional*, defaults to 5): how many images to return.
-        index_folder, batch_size, progress: as in `build_index`.
+        index_folder, image_root, batch_size, progress: as in `build_index`.
 
     Returns:
         `list[SearchResult]`: the best first.
@@ -245,6 +249,7 @@ def search_folder(
         processor,
         folder,
         index_folder=index_folder,
+        image_root=image_root,
         batch_size=batch_size,
         progress=progress,
         dimension=len(query),
@@ -291,7 +296,9 @@ def check_picture(output: str | os.PathLike) -> None:
         raise NotADirectoryError(f"{output.parent}: no such folder to write {output.name} in.")
 
 
-def save_grid(results: Sequence[SearchResult], output: str | os.PathLike, title: str) -> None:
+def save_grid(
+    results: Sequence[SearchResult], output: str | os.PathLike, title: str, background: Background = WHITE
+) -> None:
     """
     Draws ranked images side by side, each with its rank, score and name, under the description.
 
@@ -299,6 +306,8 @@ def save_grid(results: Sequence[SearchResult], output: str | os.PathLike, title:
         results (`Sequence[SearchResult]`): what to draw, at least one.
         output (`str` or `os.PathLike`): the picture to write; its extension gives the format.
         title (`str`): the description, wrapped; its end is left out if it takes more than eight lines.
+        background (`str` or `Sequence[int]`, *optional*, defaults to `"white"`):
+            What transparent pictures show; see [`~lotlip_hf.images.load_image`].
 
     Raises:
         ValueError, OSError: if there are no results; as `check_picture`.
@@ -326,7 +335,7 @@ def save_grid(results: Sequence[SearchResult], output: str | os.PathLike, title:
         upper = top + number // columns * (side + caption + margin)
         draw.rectangle((left, upper, left + side - 1, upper + side - 1), "#f0f0f0")
         try:
-            picture = load_image(result.path)
+            picture = load_image(result.path, background=background)
             scale = side / max(picture.size)
             size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
             picture = picture.resize(size, Image.Resampling.LANCZOS)

@@ -24,6 +24,8 @@ BACKENDS = "transformers.image_processing_backends"
 # Longest side over shortest, beyond which an image is thin. Resized to a shortest edge of 224 one of this ratio has
 # 224 x 14,336 pixels.
 MAX_ASPECT_RATIO = 64
+# No image tower takes more pixels a side; larger settings are an error, or fill the memory on purpose.
+MAX_SIDE = 4096
 # Arguments of a call that have an image resized otherwise than by the image processor's settings
 RESIZING = {"size", "crop_size", "resample", "do_resize", "do_center_crop", "do_convert_rgb", "images_kwargs"}
 
@@ -87,11 +89,13 @@ class LoTLIPProcessor(ProcessorMixin):
 
         Raises:
             OSError: if there is no such checkpoint, or a file is missing or came damaged.
+            ValueError: if the image processor's sizes are no sizes of images.
         """
         kwargs.setdefault("trust_remote_code", False)  # left out, transformers asks on the terminal
         with checked_download(pretrained_model_name_or_path, kwargs.get("cache_dir")):
             processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         loaded = processor[0] if isinstance(processor, tuple) else processor  # with `return_unused_kwargs`
+        check_image_sizes(loaded.image_processor, str(pretrained_model_name_or_path))
         # transformers takes a file that the Hub did not give for one that is not there
         for missing, file in (
             (loaded.tokenizer.pad_token is None, "tokenizer_config.json"),
@@ -176,6 +180,25 @@ def official_image_processor(image_size: int = 224) -> CLIPImageProcessorPil:
     )
 
 
+def check_image_sizes(image_processor: Any, name: str) -> None:
+    """Refuses an image processor that would make images of absurd sizes.
+
+    Args:
+        image_processor: The image processor.
+        name: The checkpoint, for the error.
+
+    Raises:
+        ValueError: a side of `size` or `crop_size` is not a whole number from 1 to 4096; names it and the value.
+    """
+    for setting in ("size", "crop_size"):
+        for side, value in dict(getattr(image_processor, setting, None) or {}).items():
+            if value is not None and not (type(value) is int and 1 <= value <= MAX_SIDE):
+                raise ValueError(
+                    f"{name}: `{setting}` in its processor_config.json or preprocessor_config.json has "
+                    f"{side}={value!r}, which is no whole number of pixels from 1 to {MAX_SIDE}."
+                )
+
+
 def resized_size(size: tuple[int, int], image_processor: Any) -> tuple[int, int] | None:
     """The size that an image has after an image processor's resizing.
 
@@ -223,7 +246,8 @@ def is_thin(size: tuple[int, int], image_processor: Any) -> bool:
 def resized_middle(image: Any, image_processor: Any) -> Any:
     """What an image processor's resizing makes of the middle of a thin image, which its centre crop leaves.
 
-    The processor gives the same `pixel_values` for the result as for the whole image, up to rounding.
+    The processor gives the same `pixel_values` for the result as for the whole image, but for one step of 255 in less
+    than a hundredth of them.
 
     Args:
         image: A PIL image for which [`is_thin`] is true.

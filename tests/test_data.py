@@ -150,6 +150,57 @@ def test_every_kind_of_image_is_read(processor: LoTLIPProcessor, tmp_path: Path)
     assert all(torch.equal(one, pixels[0]) for one in pixels)
 
 
+def test_transparent_pictures_are_trained_on_with_the_background(processor: LoTLIPProcessor, tmp_path: Path) -> None:
+    record = some_records(1)[0]
+    art = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    art.paste((200, 0, 0, 255), (8, 8, 24, 24))
+    art.save(tmp_path / "art.png")
+    own = LoTLIPProcessor(processor.image_processor, processor.tokenizer, background=None)
+    for used, corner in ((processor, 1.0), (own, -1.0)):
+        for source in (str(tmp_path / "art.png"), encoded(art), {"bytes": encoded(art), "path": "art.png"}, art):
+            pixels = LoTLIPCollator(used)([{**record, "image": source}])["pixel_values"]
+            assert pixels[0, :, 0, 0].tolist() == [corner] * 3
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (9000, 30)])
+def test_thin_pictures_are_trained_on_in_little_memory(
+    processor: LoTLIPProcessor, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, sizes = some_records(1)[0], []
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    expected = processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
+    call = type(processor.image_processor).__call__
+
+    def spy(self: Any, images: list[Image.Image], **kwargs: Any) -> Any:
+        sizes.extend(image.size for image in images)
+        return call(self, images, **kwargs)
+
+    monkeypatch.setattr(type(processor.image_processor), "__call__", spy)
+    pixels = LoTLIPCollator(processor)([{**record, "image": encoded(image)}])["pixel_values"]
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1.01 / 255 / 0.5)
+    assert max(map(max, sizes)) <= 35
+
+
+def test_a_picture_that_does_not_fit_in_memory_is_left_out(
+    processor: LoTLIPProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = some_records(3)
+    records[1]["image"] = Image.new("RGB", (47, 31))
+    call = type(processor.image_processor).__call__
+
+    def short_of_memory(self: Any, images: list[Image.Image], **kwargs: Any) -> Any:
+        if any(image.size == (47, 31) for image in images):
+            raise MemoryError
+        return call(self, images, **kwargs)
+
+    monkeypatch.setattr(type(processor.image_processor), "__call__", short_of_memory)
+    collator = LoTLIPCollator(processor, on_error="skip")
+    assert len(collator(records)["pixel_values"]) == 2
+    assert collator.counts["broken_images"] == 1
+    with pytest.raises(ImageError, match=f"{records[1]['id']}.*memory"):
+        LoTLIPCollator(processor)(records)
+
+
 def test_large_jpegs_are_read_for_the_image_processor(processor: LoTLIPProcessor, tmp_path: Path) -> None:
     record = some_records(1)[0]
     content = encoded(record["image"].resize((402, 301), Image.Resampling.BICUBIC), "JPEG")

@@ -2,7 +2,9 @@
 
 import io
 import os
+import struct
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -95,24 +97,104 @@ def test_golden_images_keep_their_pixels(golden: Path) -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("mode", "transparency"), [("RGB", (1, 2, 3)), ("L", 7)])
-def test_a_colour_declared_transparent_stays_a_colour(
+def test_without_a_background_a_colour_declared_transparent_stays_a_colour(
     tmp_path: Path, mode: str, transparency: int | tuple[int, ...]
 ) -> None:
     colour = transparency if isinstance(transparency, tuple) else (transparency,) * 3
     Image.new(mode, (40, 40), transparency).save(tmp_path / "image.png", transparency=transparency)
-    image = load_image(tmp_path / "image.png")
+    image = load_image(tmp_path / "image.png", background=None)
     pixel_values = official_image_processor(32)(images=image, return_tensors="pt")["pixel_values"]
     expected = (torch.tensor(colour) / 255 - 0.5) / 0.5
     torch.testing.assert_close(pixel_values.amax((0, 2, 3)), expected, rtol=0, atol=1e-5)
 
 
-def test_palette_with_transparency_keeps_its_colours_without_a_warning(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("error")
+def test_palette_with_transparency(tmp_path: Path) -> None:
     original = Image.fromarray(random_pixels()).quantize(16)
-    expected = np.asarray(original.convert("RGB"))
+    colours = np.asarray(original.convert("RGB")).astype(float)
+    alpha = np.arange(0, 160, 10)[np.asarray(original)][..., None]
     original.save(tmp_path / "image.png", transparency=bytes(range(0, 160, 10)))
-    np.testing.assert_array_equal(pixels(tmp_path / "image.png"), expected)
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "image.png", background=None)), colours)
+    expected = (colours * alpha + 255 * (255 - alpha)) / 255
+    np.testing.assert_allclose(pixels(tmp_path / "image.png"), expected, atol=0.51)
     original.save(tmp_path / "image.gif", transparency=3)
-    assert pixels(tmp_path / "image.gif").shape == expected.shape
+    shown = pixels(tmp_path / "image.gif")
+    assert (shown[np.asarray(original) == 3] == 255).all()
+    assert (shown[np.asarray(original) == 4] == colours[np.asarray(original) == 4]).all()
+
+
+def png(depth: int, colour: int, row: bytes, transparent: bytes = b"") -> bytes:
+    """A PNG file of two pixels, as PIL does not write them."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, colour, 0, 0, 0))
+    declared = chunk(b"tRNS", transparent) if transparent else b""
+    data = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + header + declared + data + chunk(b"IEND", b"")
+
+
+HALF = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+HALF.putpixel((1, 0), (100, 100, 100, 255))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("source", "opaque"),
+    [
+        (HALF, 100),
+        (HALF.convert("LA"), 100),
+        (HALF.convert("LA").convert("La"), 100),
+        (HALF.convert("PA"), 100),
+        (HALF.convert("RGBa"), 100),
+        (np.asarray(HALF), 100),
+        (png(1, 0, b"\x40", b"\0\0"), 255),
+        (png(1, 0, b"\x80", b"\0\1"), 0),
+        (png(2, 0, b"\xd0", b"\0\3"), 85),
+        (png(4, 0, b"\xf1", b"\0\x0f"), 17),
+        (png(8, 0, b"\x07\x64", b"\0\x07"), 100),
+        (png(16, 0, struct.pack(">2H", 300, 25700), struct.pack(">H", 300)), 100),
+        (png(8, 2, bytes([1, 2, 3, 100, 100, 100]), struct.pack(">3H", 1, 2, 3)), 100),
+        (png(16, 2, struct.pack(">6H", 256, 512, 1, *[25700] * 3), struct.pack(">3H", 256, 512, 1)), 100),
+        (png(16, 4, struct.pack(">4H", 0, 0, 25700, 65535)), 100),
+        (png(16, 6, struct.pack(">8H", 0, 0, 0, 0, *[25700] * 3, 65535)), 100),
+    ],
+    ids="RGBA LA La PA RGBa array 1 1-white 2 4 8 16 RGB RGB-16 LA-16 RGBA-16".split(),
+)
+def test_transparency_shows_the_background(source: Any, opaque: int) -> None:
+    for background, shown in (("white", (255, 255, 255)), ("#102030", (16, 32, 48)), ([9, 8, 7], (9, 8, 7))):
+        image = load_image(source, background=background)
+        assert (image.getpixel((0, 0)), image.getpixel((1, 0))) == (shown, (opaque,) * 3)
+        assert "transparency" not in image.info
+    assert load_image(source).getpixel((0, 0)) == (255, 255, 255)
+    dropped = load_image(source, background=None)
+    assert dropped.getpixel((0, 0)) != (255, 255, 255) or opaque == 0 or isinstance(source, bytes)
+    assert dropped.getpixel((1, 0)) == (opaque,) * 3
+
+
+@pytest.mark.parametrize("extension", ["webp", "tiff", "ico", "tga", "gif"])
+def test_files_with_transparency(extension: str, tmp_path: Path) -> None:
+    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    image.paste((200, 0, 0, 255), (16, 0, 32, 32))
+    image.save(tmp_path / f"image.{extension}", **({"lossless": True} if extension == "webp" else {}))
+    shown = load_image(tmp_path / f"image.{extension}")
+    assert (shown.getpixel((3, 3)), shown.getpixel((28, 28))) == ((255, 255, 255), (200, 0, 0))
+
+
+def test_large_transparent_pictures_are_like_small_ones() -> None:
+    """Tile by tile."""
+    array = np.random.default_rng(0).integers(0, 256, (1030, 1500, 4), dtype=np.uint8)
+    colours, alpha = array[..., :3].astype(float), array[..., 3:].astype(float)
+    np.testing.assert_allclose(pixels(array), (colours * alpha + 255 * (255 - alpha)) / 255, atol=0.51)
+    grey = np.random.default_rng(0).integers(0, 65536, (1100, 1030), dtype=np.uint16)
+    np.testing.assert_array_equal(pixels(Image.fromarray(grey))[..., 1], np.rint(grey / 257))
+
+
+@pytest.mark.parametrize("background", ["wite", (1, 2), (1, 2, 300), 7, ["a", "b", "c"], True])
+def test_a_background_that_is_no_colour(background: Any) -> None:
+    with pytest.raises(ValueError, match="`background`"):
+        load_image(HALF, background=background)
 
 
 @pytest.mark.parametrize("name", ["image.png", "image.tiff", "image.pgm"])
@@ -188,7 +270,7 @@ def test_any_shape_is_read(size: tuple[int, int], tmp_path: Path) -> None:
 def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
     # 14,000 x 14,000 pixels of one bit: small on disk, 0.6 GB as RGB.
     Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")
-    with pytest.raises(ImageError, match=r"bomb\.png: too large .*196000000 pixels.*MAX_IMAGE_PIXELS"):
+    with pytest.raises(ImageError, match=r"bomb\.png: too large .*196000000 pixels.*--max-image-pixels"):
         load_image(tmp_path / "bomb.png")
 
 
@@ -290,7 +372,8 @@ def test_arrays_and_tensors() -> None:
     grey = array[..., 0]
     for source in (grey, grey[..., None], grey[None]):
         np.testing.assert_array_equal(pixels(source), np.repeat(grey[..., None], 3, axis=2))
-    np.testing.assert_array_equal(pixels(np.dstack([array, grey])), array)
+    opaque = np.full_like(grey, 255)
+    np.testing.assert_array_equal(pixels(np.dstack([array, opaque])), array)
 
 
 @pytest.mark.parametrize(
@@ -400,9 +483,50 @@ def test_a_processor_that_resizes_in_its_own_way_gets_the_whole_jpeg(image_proce
     np.testing.assert_array_equal(np.asarray(load_image(data, image_processor=image_processor)), pixels(data))
 
 
-def test_long_and_thin_jpegs_are_reduced() -> None:
-    image = load_image(jpeg(picture(20_000, 200)), image_processor=LOTLIP)
-    assert image.size == (32 * 20_000 // 200, 32)
+@pytest.mark.parametrize("size", [(20_000, 200), (131, 2), (2, 131), (1, 3001), (999, 7), (70, 1)])
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS])
+@pytest.mark.parametrize(("edge", "side"), [(32, 32), (33, 32), (24, 32), (32, 15)])
+def test_of_thin_images_the_middle_is_the_same(
+    size: tuple[int, int], resample: Image.Resampling, edge: int, side: int
+) -> None:
+    """What the crop leaves, and little more, whichever of crop and shortest edge is larger."""
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": edge}, crop_size={"height": side, "width": side}, resample=resample
+    )
+    whole = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    cut = load_image(whole, image_processor=image_processor)
+    assert max(cut.size) <= max(edge, side) + 3
+    expected, given = (image_processor(images=[one], return_tensors="pt")["pixel_values"] for one in (whole, cut))
+    # a step of 255 where rounding to 8 bits is at stake
+    torch.testing.assert_close(given, expected, rtol=0, atol=1.01 / 255 / min(image_processor.image_std))
+    assert (given != expected).float().mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    "image_processor",
+    [
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False),
+        ConvNextImageProcessorPil(size={"shortest_edge": 32}),
+    ],
+    ids=["no crop", "its own resizing"],
+)
+def test_thin_images_for_a_processor_that_would_resize_them_whole_are_refused(image_processor: Any) -> None:
+    with pytest.raises(ImageError, match=r"images\[3\]: too thin"):
+        load_image(Image.new("RGB", (1, 65)), "images[3]", image_processor=image_processor)
+    assert load_image(Image.new("RGB", (1, 64)), image_processor=image_processor).size == (1, 64)
+
+
+@pytest.mark.slow
+def test_large_images_are_resized_as_the_processor_does(tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    picture(4801, 3501).save(path, compress_level=1)
+    for image_processor in (LOTLIP, SIGLIP):
+        image = load_image(path, image_processor=image_processor)
+        assert max(image.size) < 50
+        expected, given = (
+            image_processor(images=[one], return_tensors="pt")["pixel_values"] for one in (load_image(path), image)
+        )
+        torch.testing.assert_close(given, expected, rtol=0, atol=0)
 
 
 def test_damage_is_named_alike_in_a_reduced_jpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,7 +553,7 @@ def test_damage_is_named_alike_in_a_reduced_jpeg(tmp_path: Path, monkeypatch: py
     assert refused > 10
     path.write_bytes(data)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400 * 300 // 2 - 1)
-    with pytest.raises(ImageError, match=r"image\.jpg: too large .*MAX_IMAGE_PIXELS"):
+    with pytest.raises(ImageError, match=r"image\.jpg: too large .*--max-image-pixels"):
         load_image(path, image_processor=LOTLIP)
 
 
@@ -466,6 +590,9 @@ def test_finding_images_through_loops_of_links(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "photos")
     (tmp_path / "photos" / "link.png").symlink_to(tmp_path / "photos" / "a.png")
     images, unreadable = find_images(tmp_path / "photos")
+    assert list(images) == ["a.png", "link.png", "sub/b.png"]
+    assert unreadable.keys() == {"linked"}
+    images, unreadable = find_images(tmp_path / "photos", tmp_path)
     assert list(images) == ["a.png", "link.png", "linked/c.png", "sub/b.png"]
     assert unreadable == {}
 

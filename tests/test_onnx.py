@@ -25,7 +25,9 @@ import lotlip_hf.onnx
 import tiny
 import tiny_clip
 from lotlip_hf import (
+    LoTLIPConfig,
     LoTLIPModel,
+    LoTLIPProcessor,
     LoTLIPTextModel,
     LoTLIPTextModelWithProjection,
     LoTLIPVisionModelWithProjection,
@@ -38,6 +40,7 @@ from lotlip_hf.conversion import onnx as onnx_conversion
 from lotlip_hf.conversion.common import ConversionError
 from lotlip_hf.conversion.onnx import convert, main
 from lotlip_hf.encoding import load_model
+from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.onnx import LoTLIPOnnxModel
 from lotlip_hf.search import build_index
 from lotlip_hf.store import fingerprint
@@ -332,7 +335,57 @@ def test_every_class_of_tower(tmp_path: Path, model_class: type[PreTrainedModel]
     torch.testing.assert_close(function(**batch).pooler_output, expected, atol=1e-5, rtol=1e-5)
 
 
+def with_processor(model: LoTLIPModel, folder: Path, official_checkpoint: Path, side: int) -> Path:
+    """A checkpoint whose processor makes images of so many pixels."""
+    tokenizer = AutoProcessor.from_pretrained(official_checkpoint).tokenizer
+    processor = LoTLIPProcessor(official_image_processor(side), tokenizer)
+    processor.save_pretrained(saved(model, folder))
+    return folder
+
+
+@pytest.mark.parametrize("side", [24, 40])
+def test_a_dinov2_takes_what_its_processor_makes(
+    tmp_path: Path, official_checkpoint: Path, golden: Path, side: int
+) -> None:
+    """Its configuration says 32, as the published ones say 518."""
+    text_config = LoTLIPModel.from_pretrained(official_checkpoint).config.text_config
+    config = LoTLIPConfig(text_config=text_config, vision_config=tiny.vision_config("dinov2"))
+    folder = with_processor(LoTLIPModel(config), tmp_path / "checkpoint", official_checkpoint, side)
+    for quantize in ([], ["--quantize", "int8"]):
+        output = tmp_path / f"onnx{len(quantize)}"
+        assert lotlip(["export", "onnx", "--model", str(folder), "--output", str(output), *quantize]) == 0
+    model, processor = load_model(folder, device="cpu")
+    exported, own_processor = load_model(tmp_path / "onnx0")
+    images = sorted((golden / "images").glob("*.png"))[:3]
+    expected = encode_images(model, processor, images, progress=False)
+    torch.testing.assert_close(encode_images(exported, own_processor, images, progress=False), expected, **TOLERANCE)
+    quantised = encode_images(*load_model(tmp_path / "onnx2"), images, progress=False)
+    assert (quantised * expected).sum(-1).min() > 0.98
+    for size in ((32, 32), (8, 16), (48, 24)):
+        pixel_values = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            features = model.get_image_features(pixel_values).pooler_output
+        torch.testing.assert_close(
+            exported.get_image_features(pixel_values).pooler_output, features, atol=1e-5, rtol=1e-5
+        )
+    for size in ((3, 7, 32), (4, 32, 32)):
+        with pytest.raises(ValueError, match="`pixel_values` must have shape"):
+            exported.get_image_features(torch.randn(1, *size))
+
+
 # Refused: nothing is written
+
+
+def test_images_that_the_tower_does_not_take(tmp_path: Path, official_checkpoint: Path, exported: Path) -> None:
+    model = LoTLIPModel.from_pretrained(official_checkpoint)
+    folder = with_processor(model, tmp_path / "checkpoint", official_checkpoint, 24)
+    with pytest.raises(ConversionError, match=r"vision tower.*\[24, 24\]"):
+        convert(folder, tmp_path / "onnx", towers=("vision",))
+    assert not (tmp_path / "onnx").exists()
+    shutil.copytree(exported, tmp_path / "old")
+    shutil.copy(folder / "processor_config.json", tmp_path / "old")
+    with pytest.raises(ValueError, match="old: .*32 x 32 .*24 x 24"):
+        load_model(tmp_path / "old")
 
 
 @pytest.mark.parametrize("other", ["one percent more", "not a number"])

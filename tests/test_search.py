@@ -9,16 +9,18 @@ import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
+from transformers import AutoProcessor
 
 from lotlip_hf import encode_images, encode_texts, search
 from lotlip_hf.encoding import load_model
+from lotlip_hf.files import open_regular
 from lotlip_hf.search import ImageIndex, SearchResult, build_index, save_grid, search_folder
 from lotlip_hf.store import EmbeddingStore, fingerprint
 
@@ -223,15 +225,13 @@ def test_bad_images_are_skipped_named_and_not_read_again(pair: Pair, photos: Pat
 def test_what_cannot_be_read_now_is_tried_again(
     pair: Pair, photos: Path, embedded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image_open = Image.open
-
-    def refuse(path: Any, *arguments: Any, **keywords: Any) -> Image.Image:
-        if str(path).endswith("b.png"):
+    def refuse(path: str) -> BinaryIO:
+        if path.endswith("b.png"):
             raise PermissionError(errno.EACCES, "Permission denied")
-        return image_open(path, *arguments, **keywords)
+        return open_regular(path)
 
     with monkeypatch.context() as context:
-        context.setattr(Image, "open", refuse)
+        context.setattr("lotlip_hf.images.open_regular", refuse)
         assert index_of(pair, photos).skipped == {"b.png": "cannot be opened (Permission denied)"}
     embedded.clear()
     index = index_of(pair, photos)
@@ -513,6 +513,36 @@ def test_the_grid_shows_every_result(tmp_path: Path) -> None:
             assert grid.width < 2000
         assert {(255, 0, 0)} <= shown
         assert ((255, 165, 0) in shown) == (count == 8)
+
+
+def test_the_grid_shows_transparent_pictures_on_the_background(tmp_path: Path) -> None:
+    clip_art = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    clip_art.paste((255, 0, 0, 255), (10, 10, 30, 30))
+    clip_art.save(tmp_path / "art.png")
+    for background, shown in (("white", (255, 255, 255)), ("#00ff00", (0, 255, 0)), (None, (0, 0, 0))):
+        save_grid([SearchResult(tmp_path / "art.png", 0.5)], tmp_path / "grid.png", "", background)
+        with Image.open(tmp_path / "grid.png") as grid:
+            assert grid.getpixel((60, 60)) == shown
+
+
+def test_another_background_makes_another_index(pair: Pair, photos: Path, embedded: list[str]) -> None:
+    model, processor = pair
+    clip_art = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    clip_art.paste((200, 30, 30, 255), (5, 15, 30, 30))
+    clip_art.save(photos / "art.png")
+    index_of(pair, photos)
+    embedded.clear()
+    black = AutoProcessor.from_pretrained(processor.tokenizer.name_or_path)
+    black.background = None
+    index = index_of((model, black), photos)
+    assert len(embedded) == len(index.files) == 6
+    assert fingerprint(model, black, "image") != fingerprint(model, processor, "image")
+    assert fingerprint(model, black, "text") == fingerprint(model, processor, "text")
+    stock = processor.image_processor(images=[clip_art.convert("RGB")], return_tensors="pt")
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model.get_image_features(**stock).pooler_output, dim=-1)[0]
+    row = index.embeddings[index.rows[index.files.index("art.png")]]
+    np.testing.assert_allclose(row, expected.numpy(), atol=1e-5)
 
 
 def test_pictures_that_cannot_be_written(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from lotlip_hf.data.sampling import split_sentences
 from lotlip_hf.data.scenes import long_captions, render, scene, short_caption
 from lotlip_hf.encoding import iterate_image_embeddings, iterate_text_embeddings, load_model, max_text_length
-from lotlip_hf.images import ImageError, load_image
+from lotlip_hf.images import ImageError, load_image, read_image_bytes
 from lotlip_hf.terminal import printable_lines, printable_output
 
 MAX_IMAGES = 1000
@@ -153,9 +153,9 @@ def rank(
     digests, skipped = {}, {}
     for image in images:
         try:
-            digests[image] = hashlib.blake2b(Path(image).read_bytes()).hexdigest()
-        except OSError as error:
-            skipped[image] = f"cannot be opened ({error.strerror})"
+            digests[image] = hashlib.blake2b(read_image_bytes(image)).hexdigest()
+        except ImageError as error:
+            skipped[image] = error.reason
     for encoder in encoders:
         failed = embed_images(encoder, digests, progress)
         digests = {image: digest for image, digest in digests.items() if image not in failed}

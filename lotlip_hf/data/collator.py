@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 from transformers import ProcessorMixin
 
-from ..images import ImageError, load_image
+from ..images import ImageError, background_of, load_image, load_pixels
 from .sampling import CaptionSampling, SampledTexts, sample_texts
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class LoTLIPCollator:
             KeyError: if the records do not have the fields of one.
             ValueError: if `sampling.captioners` asks for captions that a record does not have.
         """
-        images: list[Image.Image] = []
+        pixel_values: list[torch.Tensor] = []
         texts: list[SampledTexts] = []
         ids: list[str] = []
         errors: list[ValueError] = []
@@ -148,7 +148,9 @@ class LoTLIPCollator:
                 if record.get("error"):
                     raise ShardError(record["error"])
                 record_id, short_caption, long_captions = _checked_captions(record)
-                image = read_image(record["image"], f"record {record_id}", self.processor.image_processor)
+                image = read_image(record["image"], f"record {record_id}", self.processor)
+                # one by one: a batch of large images would fill the memory
+                pixels = load_pixels(image, f"record {record_id}", image_processor=self.processor.image_processor)
             except (ImageError, RecordError) as error:
                 if self.on_error == "raise":
                     raise
@@ -159,17 +161,15 @@ class LoTLIPCollator:
             drawn = sample_texts(short_caption, long_captions, self.sampling, self.seed, int(self._epoch), record_id)
             if drawn.stand_in:
                 self._count("stand_ins")
-            images.append(image)
+            pixel_values.append(pixels["pixel_values"])
             texts.append(drawn)
             ids.append(record_id)
-        if not images:
+        if not pixel_values:
             first = f" The first: {errors[0]}" if errors else ""
             raise RecordError(f"All {len(records)} records of a batch are broken.{first}")
 
         # Tensors first: accelerate takes the batch's size from its first entry.
-        batch: dict[str, Any] = {
-            "pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"],
-        }
+        batch: dict[str, Any] = {"pixel_values": torch.cat(pixel_values)}
         short = self.processor(text=[one.short for one in texts], return_tensors="pt")
         batch["input_ids"], batch["attention_mask"] = short["input_ids"], short["attention_mask"]
         if self.sampling.num_long_texts:
@@ -204,7 +204,7 @@ def _counted_as(error: ImageError | RecordError) -> str:
     return "broken_shards" if isinstance(error, ShardError) else "broken_records"
 
 
-def read_image(source: Any, name: str, image_processor: Any = None) -> Image.Image:
+def read_image(source: Any, name: str, processor: Any = None) -> Image.Image:
     """
     Reads a record's image.
 
@@ -212,8 +212,8 @@ def read_image(source: Any, name: str, image_processor: Any = None) -> Image.Ima
         source (`Any`): a path, the bytes of a file, a PIL image, an array, or a dictionary with `bytes` and `path` as
             `datasets.Image(decode=False)` gives it.
         name (`str`): what errors call the record.
-        image_processor (`BaseImageProcessor`, *optional*):
-            What the image is for; see [`~lotlip_hf.images.load_image`].
+        processor (`ProcessorMixin` or `BaseImageProcessor`, *optional*):
+            What the image is for, with the background of what is transparent; see [`~lotlip_hf.images.load_image`].
 
     Returns:
         `PIL.Image.Image`: the image as RGB, upright.
@@ -237,7 +237,8 @@ def read_image(source: Any, name: str, image_processor: Any = None) -> Image.Ima
             "its shards or its folder",
         )
     try:
-        return load_image(source, name, image_processor=image_processor)
+        image_processor = getattr(processor, "image_processor", processor)
+        return load_image(source, name, image_processor=image_processor, background=background_of(processor))
     except TypeError as error:
         raise RecordError(str(error)) from error
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..distributed import gather_lists, rank, world_size
 from ..encoding import iterate_image_embeddings, iterate_text_embeddings, max_text_length, warn_of_cut_texts
 from ..files import own_folder, printable, read_regular, replacing
-from ..images import ImageError, ImageSource, load_image
+from ..images import WHITE, ImageError, ImageSource, load_image, read_image_bytes
 from ..store import fingerprint
 from .data import IncompleteDataError
 
@@ -193,16 +193,15 @@ def image_digests(
         digest = hashlib.blake2b(digest_size=16)
         try:
             if isinstance(image, str | os.PathLike):
-                digest.update(Path(image).read_bytes())
+                digest.update(read_image_bytes(image))
             elif isinstance(image, bytes):
                 digest.update(image)
             else:
-                upright = load_image(image, names[place])
-                digest.update(f"{upright.size}".encode() + upright.tobytes())
+                for background in (WHITE, None):  # processors have either
+                    upright = load_image(image, names[place], background=background)
+                    digest.update(f"{upright.size}".encode() + upright.tobytes())
         except ImageError as error:
-            errors.append(str(error))
-        except OSError as error:
-            errors.append(f"{names[place]}: cannot be read ({error.strerror or error})")
+            errors.append(f"{names[place]}: {error.reason}")
         digests.append(digest.hexdigest())
     _refuse(gather_lists(errors), len(images))
     shares = iter(gather_lists(digests))

@@ -22,8 +22,8 @@ CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
 # What may differ from the first run's options when a run is resumed: none changes what is computed.
 RESUMABLE = frozenset(
-    "output resume on_error num_workers log_steps save_steps save_total_limit trackers gradient_checkpointing "
-    "compile".split()
+    "output resume on_error max_image_pixels num_workers log_steps save_steps save_total_limit trackers "
+    "gradient_checkpointing compile".split()
 )
 
 
@@ -97,6 +97,9 @@ class TrainingConfig:
     num_scenes: int = _option(default=5000, help=f"how many pictures `--data {SCENES}` draws")
     on_error: Literal["raise", "skip"] = _option(
         default="raise", help="whether a broken image or record stops the run or is counted and left out"
+    )
+    max_image_pixels: int | None = _option(
+        default=None, help="images of more pixels are broken; each takes up to 12 bytes (178956970)"
     )
     num_workers: int = _option(default=2, help="processes that read and prepare batches ahead; 0: none")
 
@@ -181,7 +184,8 @@ class TrainingConfig:
                 raise ValueError(f"`{name}` must be a finite number, got {value}.")
         at_least = {
             1: "batch_size grad_cache_chunk gradient_accumulation_steps max_steps max_text_length projection_dim "
-            "num_primary_components eval_samples eval_steps log_steps save_steps shuffle_buffer num_scenes",
+            "num_primary_components eval_samples eval_steps log_steps save_steps shuffle_buffer num_scenes "
+            "max_image_pixels",
             0: "num_corner_tokens unlocked_vision_layers num_workers num_long_texts num_sentences warmup_steps "
             "save_total_limit weight_decay max_grad_norm learning_rate text_learning_rate image_learning_rate "
             "epsilon short_loss_weight long_loss_weight seed",

@@ -31,6 +31,7 @@ from ..data.sampling import CaptionSampling
 from ..distributed import gather, gather_lists, is_distributed, max_over_ranks
 from ..evaluation.retrieval import recalls
 from ..files import inside, printable, write_json
+from ..images import set_max_image_pixels
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from .arguments import CONFIG_NAME, TrainingConfig, check_resumed
@@ -113,6 +114,8 @@ def train(
     >>> checkpoint = train(*load_or_start_model(config), load_data(config)[0], config)
     ```
     """
+    if config.max_image_pixels is not None:
+        set_max_image_pixels(config.max_image_pixels)
     accelerator = Accelerator(
         # of processes on CPUs accelerate makes one run only if it is told that they are
         cpu=not torch.accelerator.is_available(),

@@ -20,8 +20,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from ..data.records import load_records
 from ..data.scenes import scenes_dataset
 from ..encoding import load_model, max_text_length
+from ..images import set_max_image_pixels
 from ..modeling.modeling_lotlip import LoTLIPModel
-from ..modeling.processing_lotlip import LoTLIPProcessor
+from ..modeling.processing_lotlip import LoTLIPProcessor, check_image_sizes
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
 from .arguments import SCENES, TrainingConfig
 
@@ -106,6 +107,7 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
             tokenizer, model_max_length=min(CONTEXT_LENGTH - number, positions)
         )
     image_processor = AutoImageProcessor.from_pretrained(config.image_model, trust_remote_code=False)
+    check_image_sizes(image_processor, str(config.image_model))
     return model, LoTLIPProcessor(image_processor, tokenizer)
 
 
@@ -123,6 +125,8 @@ def load_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, Datase
         ValueError: if `data` is not given, a column is missing, or a file cannot be read.
         FileNotFoundError: if there is no such file or folder.
     """
+    if config.max_image_pixels is not None:
+        set_max_image_pixels(config.max_image_pixels)
     if config.data is None:
         raise ValueError(f"Say what to train on: `data` (a folder, files, a data set on the Hub, or {SCENES!r}).")
     records = _records(config, config.data, config.split, config.num_scenes)
