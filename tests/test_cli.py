@@ -279,7 +279,7 @@ def test_an_error_leaves_the_old_output_and_the_new_embeddings(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.jsonl", b'{"text": "a"}\n{"other": 1}\n', r"line 2: no column 'text' \(--column\); found 'other'"),
+        ("t.jsonl", b'{"text": "a"}\n{"other": 1}\n', r"row 2: no column 'text' \(--column\); found 'other'"),
         ("t.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not valid JSON"),
         ("t.jsonl", b'["a"]\n', "line 1: expected an object"),
         ("t.jsonl", b'{"text": "a"}\n{"text": null}\n', "row 2: expected a text in 'text', got nothing"),
@@ -287,10 +287,10 @@ def test_an_error_leaves_the_old_output_and_the_new_embeddings(
         ("t.jsonl", b'{"text": "\\ud800"}\n', "about row 1: not valid Unicode"),
         ("t.csv", b"id,caption\n1,a\n", r"no column 'text' \(--column\); found 'id', 'caption'"),
         ("t.csv", b"id,text\n1,a\n2\n", "row 2: expected a text in 'text', got nothing"),
-        ("t.csv", b"", "no column 'text'.*found none"),
+        ("t.csv", b"", "no texts in this file"),
         ("t.txt", b"good\n\xff\xfe\n", "not valid Unicode"),
         ("t.parquet", b"no parquet", "cannot be read"),
-        ("t.docx", b"", r"expected a file that ends in \.txt, \.jsonl, \.csv, \.parquet"),
+        ("t.docx", b"", r"expected a file that ends in \.txt, \.csv"),
         ("t.txt", b"", "no texts in this file"),
     ],
 )

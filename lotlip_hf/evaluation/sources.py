@@ -35,7 +35,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
-from ..data.records import BUILDERS
+from ..data.readers import KINDS as BUILDERS
 from ..data.sampling import split_full_stops
 from ..images import ImageSource, image_extensions
 from .data import ClassificationData, IncompleteDataError, RetrievalData
