@@ -30,7 +30,7 @@ from lotlip_hf import (
     LoTLIPVisionConfig,
 )
 from lotlip_hf.data.collator import LoTLIPCollator, RecordError, ShardError
-from lotlip_hf.data.records import MAPPINGS, ColumnMapping, load_records, to_record
+from lotlip_hf.data.records import MAPPINGS, ColumnError, ColumnMapping, load_records, to_record
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
 from lotlip_hf.data.scenes import long_captions, render, scene, short_caption
 from lotlip_hf.images import ImageError, load_image
@@ -537,7 +537,8 @@ def test_every_layout_is_read(
     assert len(rows) == 6
     assert len({row["id"] for row in rows}) == 6
     for index, row in enumerate(rows):
-        assert set(row) == {"image", "short_caption", "long_captions", "id"}
+        assert set(row) == {"image", "short_caption", "long_captions", "id", "error"}
+        assert row["error"] is None
         assert row["long_captions"] == (LONG[index] if write in READ_ALL else LONG[index][:1])
         assert row["short_caption"] == (SHORT[index] if write in READ_ALL else f"Long a of {index}")
     collator = LoTLIPCollator(processor, return_ids=True)
@@ -702,7 +703,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="only a data set on the Hub takes more arguments"):
         load_records(**metadata_lines(tmp_path / "data"), revision="main")
     (tmp_path / "table.json").write_text('{"image": ["a.jpg"]}')
-    with pytest.raises(ValueError, match="table.json: ValueError: expected a list of rows, got dict"):
+    with pytest.raises(ColumnError, match="table.json"):
         load_records(tmp_path / "table.json", streaming=True)
     (tmp_path / "none.tar").write_bytes(b"")
     with pytest.raises(ValueError, match="No row can be read. .*none.tar"):

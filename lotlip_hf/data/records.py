@@ -629,12 +629,6 @@ def _resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Col
     if short is None and mapping.short is not None:
         if not mapping.long or isinstance(mapping.short, str) or None not in mapping.short:
             raise missing("short", _alternatives(mapping.short))
-        logger.warning(
-            "%s: there is no column %s; the first sentence of a record's first long caption is its short caption "
-            "(--short-column names another column).",
-            source,
-            " or ".join(map(repr, _alternatives(mapping.short))),
-        )
     long: list[str] = []
     for wanted in _alternatives(mapping.long):
         if "*" in wanted or "?" in wanted:
@@ -646,6 +640,13 @@ def _resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Col
             raise missing("long", (wanted,))
     if not long and mapping.long:
         raise missing("long", _alternatives(mapping.long))
+    if short is None and mapping.short is not None:
+        logger.warning(
+            "%s: there is no column %s; the first sentence of a record's first long caption is its short caption "
+            "(--short-column names another column).",
+            source,
+            " or ".join(map(repr, _alternatives(mapping.short))),
+        )
     return ColumnMapping(image=image, long=tuple(long), short=short, id=first("id", _alternatives(mapping.id)))
 
 
@@ -781,8 +782,9 @@ def _read(file: str, mapping: ColumnMapping, max_bytes: int) -> Iterator[dict[st
         if record["image"] is None and "__key__" in row:
             fields = ", ".join(name for name in row if name != "__key__")
             record["error"] = (
-                f"sample {printable(record['id'])}: has no {_alternatives(mapping.image)[0]}, but {printable(fields)}. "
-                "Name the image if it has several (--image-column); a sample's members must be side by side."
+                f"sample {printable(record['id'])}: has no {_alternatives(mapping.image)[0]}, but "
+                f"{printable(fields)}. Name the image if it has several (--image-column); a sample's members must be "
+                "side by side."
             )
         problem = _problem(record)
         yield record if problem is None else _broken(record_id, f"{printable(file)}, row {number}: {problem}")
