@@ -376,6 +376,22 @@ def read_table(
     return Dataset.from_file(str(path)).with_transform(partial(_from_table, places=places))
 
 
+def first_error(records: Dataset | IterableDataset) -> str | None:
+    """
+    What is wrong with the first row that could not be read for a table.
+
+    Args:
+        records (`datasets.Dataset` or `datasets.IterableDataset`): what [`load_records`] returned.
+
+    Returns:
+        `str`, *optional*: the reason; `None` if there is no such row, or the records are no table of ours.
+    """
+    if not isinstance(records, Dataset) or records.features != FEATURES:
+        return None
+    errors = records.data.column("error").drop_null()
+    return errors[0].as_py() if len(errors) else None
+
+
 def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Iterator[list[dict[str, Any]]]:
     """The records of files as a table has them, so many at a time as memory holds."""
     block: list[dict[str, Any]] = []
@@ -622,9 +638,6 @@ def _resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Col
     def first(field: str, wanted: tuple[str, ...]) -> str | None:
         return next((way for way in wanted if column_of(way, columns)), None)
 
-    image = first("image", _alternatives(mapping.image))
-    if image is None:
-        raise missing("image", _alternatives(mapping.image))
     short = first("short", _alternatives(mapping.short))
     if short is None and mapping.short is not None:
         if not mapping.long or isinstance(mapping.short, str) or None not in mapping.short:
@@ -640,6 +653,9 @@ def _resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Col
             raise missing("long", (wanted,))
     if not long and mapping.long:
         raise missing("long", _alternatives(mapping.long))
+    image = first("image", _alternatives(mapping.image))
+    if image is None:
+        raise missing("image", _alternatives(mapping.image))
     if short is None and mapping.short is not None:
         logger.warning(
             "%s: there is no column %s; the first sentence of a record's first long caption is its short caption "

@@ -61,7 +61,11 @@ class RelabelConfig:
     )
     id_column: str | None = option("column of the ids, in place of the mapping's", default=None)
     image_folder: str | None = option("what relative paths of images start from", default=None)
-    split: str = option("split of a data set on the Hub", default="train")
+    image_root: str | None = option("folder that images must lie in (the image folder)", default=None)
+    max_record_bytes: int = option("largest line of a table or sample of a shard that is read", default=1 << 28)
+    split: str | None = option(
+        "split of a data set on the Hub (train), or of a folder that holds several; 'all': all", default=None
+    )
     streaming: bool = option("read in order, without a copy on disk", default=False)
 
     # The output
@@ -88,7 +92,7 @@ class RelabelConfig:
 
         if self.mapping not in MAPPINGS:
             raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
-        for name in ("shard_size", "max_attempts"):
+        for name in ("shard_size", "max_attempts", "max_record_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for reason, policy in self.policies.items():
