@@ -443,7 +443,7 @@ def test_raw_captions_that_are_odd(pictures: Path, tokenizer: str, tmp_path: Pat
         for number, caption in enumerate(captions):
             line = {"image": str(pictures / f"{number}.png"), "short_caption": caption}
             table.write(json.dumps(line) + "\n")
-    run(config(data, tmp_path / "out", tokenizer, "one", streaming=True))
+    run(config(data, tmp_path / "out", tokenizer, "one", streaming=True, image_root=str(pictures)))
     shorts = [row["short_caption"] for row in rows(tmp_path / "out")]
     assert shorts[:2] == ["half a sign ?", "1984"]
     assert all(short.startswith("one sees a picture") for short in shorts[2:])
@@ -1050,6 +1050,7 @@ def test_training_reads_the_output_as_it_is(format: str, pictures: Path, tokeniz
     run(config(pictures, tmp_path / "out", tokenizer, format=format))
     arguments = ["--model=scenes", f"--data={tmp_path / 'out'}", f"--output={tmp_path / 'run'}", "--max-steps=2"]
     arguments += ["--batch-size=8", "--num-workers=0", "--trackers=none", "--on-error=raise"]
+    arguments += [f"--image-root={pictures}"]  # Parquet shards hold paths
     assert load_script("examples/train.py").main(arguments) == 0
     assert list((tmp_path / "run").glob("checkpoint-*"))
 

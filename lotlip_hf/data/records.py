@@ -469,12 +469,13 @@ def _fields(row: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
     long_captions: list[Any] = []
     for column in _alternatives(mapping.long):
         value = value_of(row, column)
-        long_captions += value if isinstance(value, list) else ["" if value is None else value]
+        values = value if isinstance(value, list) else ["" if value is None else value]
+        long_captions += map(_whole, values)
     if mapping.short is None:
         first = next((caption for caption in long_captions if isinstance(caption, str) and caption.strip()), "")
         short_caption = next(iter(split_sentences(first)), None)
     else:
-        short_caption = _as_text(value_of(row, _alternatives(mapping.short)[0]))
+        short_caption = _whole(_as_text(value_of(row, _alternatives(mapping.short)[0])))
 
     image = value_of(row, _alternatives(mapping.image)[0])
     path, content = _parts(image)
@@ -499,6 +500,11 @@ def _as_text(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value) if math.isfinite(value) else None
     return value
+
+
+def _whole(caption: Any) -> Any:
+    """A caption without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+    return caption.encode(errors="replace").decode() if isinstance(caption, str) and not caption.isascii() else caption
 
 
 def _parts(image: Any) -> tuple[str | None, bytes | None]:
@@ -546,17 +552,27 @@ def locate_image(path: str, folder: str, roots: Sequence[str]) -> str:
             "folder that images lie in, or --image-root (`image_root`)"
         )
     file = os.path.join(folder, path)
-    _check_inside(file, roots)
+    check_inside(file, roots)
     if os.path.splitext(file)[1].lower() not in image_extensions() and not os.path.exists(file):
         # A key in place of a name, as ImageInWords has it.
         for extension in (".jpg", ".jpeg", ".png", ".webp"):
             if os.path.exists(file + extension):
-                _check_inside(file + extension, roots)
+                check_inside(file + extension, roots)
                 return file + extension
     return file
 
 
-def _check_inside(file: str, roots: Sequence[str]) -> None:
+def check_inside(file: str, roots: Sequence[str]) -> None:
+    """
+    Finds out whether an image may be read.
+
+    Args:
+        file (`str`): its path.
+        roots (`Sequence[str]`): the folders of which it must lie in one, links followed.
+
+    Raises:
+        ValueError: if it lies elsewhere.
+    """
     for root in roots:
         with contextlib.suppress(OutsideError):
             inside(root, os.path.abspath(file))
@@ -808,18 +824,18 @@ def _read(file: str, mapping: ColumnMapping, max_bytes: int) -> Iterator[dict[st
 
 def _problem(record: Mapping[str, Any]) -> str | None:
     """What of a record is of no type that a record has, if anything."""
-    image, texts = record["image"], (record["short_caption"], *record["long_captions"])
+    image = record["image"]
     if image is not None and _parts(image) == (None, None):
         return f"the image must be a path or the bytes of a file, got {printable(repr(image)[:50])}"
     if not isinstance(record["id"], str):
         return f"the id must be a text, got {printable(repr(record['id'])[:50])}"
-    for text in texts:
+    for text in (record["short_caption"], *record["long_captions"]):
         if not isinstance(text, str | None):
             return f"a caption must be a text, got {printable(repr(text)[:50])}"
     try:
-        "".join(filter(None, (*texts, record["id"], _parts(image)[0]))).encode()
-    except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
-        return "a text is not valid Unicode"
+        f"{record['id']}{_parts(image)[0]}".encode()
+    except UnicodeEncodeError:
+        return "its id or path is not valid Unicode"
     return None
 
 

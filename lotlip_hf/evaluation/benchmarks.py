@@ -6,14 +6,13 @@ refused with what is missing; only `num_images` makes a smaller one, and the res
 """
 
 import csv
-import glob
 import logging
 import os
 import re
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,7 +30,16 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
 )
 
-from ..data.records import ColumnMapping, load_records
+from ..data.readers import every_row
+from ..data.records import (
+    ColumnError,
+    ColumnMapping,
+    check_inside,
+    find_files,
+    is_hub_name,
+    load_records,
+    read_table,
+)
 from ..data.scenes import long_captions, render, scene, short_caption
 from ..images import ImageSource, find_images
 from .data import ClassificationData, RetrievalData
@@ -53,14 +61,13 @@ from .sources import (
     from_hub,
     hub_archive,
     hub_commit,
+    image_roots,
     incomplete,
-    is_hub_name,
     is_image_name,
     is_table,
-    iterate_json_list,
     open_table,
+    read_bytes,
     read_json,
-    read_json_lines,
     read_table_texts,
     read_text,
     retrieval_data,
@@ -100,6 +107,7 @@ def load_benchmark(
     class_names: str | os.PathLike | None = None,
     captions: str | None = None,
     normalize: bool | None = None,
+    image_root: str | os.PathLike | None = None,
 ) -> RetrievalData | ClassificationData:
     """
     Reads a benchmark: images with their texts, or with their classes.
@@ -125,6 +133,7 @@ def load_benchmark(
             `"all"` every one, `"short"` the short caption.
         normalize: Whether captions go through [`~lotlip_hf.evaluation.sources.normalize_caption`]. By default all do
             but short ones.
+        image_root: The folder that images must lie in, links followed; by default the data's own.
 
     Returns:
         The data, with what was chosen in its `protocol`.
@@ -162,8 +171,9 @@ def load_benchmark(
         class_names=None if class_names is None else os.fspath(class_names),
         captions=captions,
         normalize=normalize,
+        image_root=None if image_root is None else os.fspath(image_root),
     )
-    has = TASKS[task].options
+    has = TASKS[task].options if task == "scenes" else (*TASKS[task].options, "image_root")
     for option, value in vars(options).items():
         if value is not None and option not in has:
             raise ValueError(f"`{option}` is no option of {task}; it has {', '.join(has)}.")
@@ -210,7 +220,7 @@ def _read_dci(task: Task, data: str | None, options: Options) -> RetrievalData:
         raise ValueError(f"`split` must be all, {' or '.join(splits)}, got {split!r}.")
     listed = [name for key, own in splits.items() if split in ("all", key) for name in own]
     files = first_of(task, options, listed, str(splits_file))
-    root, finder, gaps = splits_file.parent, ImageFinder(), Gaps(task)
+    root, finder, gaps = splits_file.parent, ImageFinder(image_roots(folder, options)), Gaps(task)
     images, names, texts = [], [], []
     for file in files:
         path = root / "annotations" / file
@@ -257,12 +267,12 @@ def _read_iiw(task: Task, data: str | None, options: Options) -> RetrievalData:
     for part in IIW_PARTS:
         places = ("", "datasets", "imageinwords", "imageinwords/datasets")
         file = find_file(task, folder, *(os.path.join(place, part, "data.jsonl") for place in places))
-        for number, row in enumerate(read_json_lines(file), start=1):
+        for number, row in enumerate(every_row(file), start=1):
             where = f"{file}, entry {number}"
             key = string_of(row, "image" if "image" in row else "image/key", where)
             rows.append((part, key, caption_of(field_of(row, "IIW", where), where)))
     rows = first_of(task, options, rows, str(folder))
-    finder, gaps, renamed = ImageFinder(), Gaps(task), []
+    finder, gaps, renamed = ImageFinder(image_roots(folder, options)), Gaps(task), []
     images, names = [], []
     for part, key, _ in rows:
         name = key if ".jpg" in key else f"{key}.jpg"
@@ -297,7 +307,7 @@ def _read_sharegpt4v(task: Task, data: str | None, options: Options) -> Retrieva
     file = find_file(task, folder, *places)
     wanted = options.num_images or cast(int, task.num_images)
     entries = []
-    for entry in iterate_json_list(file):
+    for entry in every_row(file):
         name = string_of(entry, "image", f"{file}, entry {entry.get('id')}")
         if not re.fullmatch(r"sa_\d+\.jpg", os.path.basename(name)):
             continue  # of COCO and LAION
@@ -310,7 +320,7 @@ def _read_sharegpt4v(task: Task, data: str | None, options: Options) -> Retrieva
         if len(entries) == wanted:
             break
     entries = first_of(task, options, entries, f"{file} (the part of SAM)")
-    finder, gaps, images = ImageFinder(), Gaps(task), []
+    finder, gaps, images = ImageFinder(image_roots(folder, options)), Gaps(task), []
     # SA-1B is unpacked to folders by the hundreds, which the names in the large file do not tell of
     shards = sorted(path for path in folder.glob("sa_*") if path.is_dir())
     for name, _ in entries:
@@ -372,8 +382,10 @@ def _read_urban1k(task: Task, data: str | None, options: Options) -> RetrievalDa
     images: Sequence[ImageSource]
     if isinstance(root, Path):
         images = [str(path) for path in paths]
+        for image in images:
+            check_inside(image, image_roots(folder, options))
     else:
-        images = LazyImages(len(paths), lambda place: paths[place].read_bytes())
+        images = LazyImages(len(paths), lambda place: read_bytes(paths[place]))
     return retrieval_data(
         task,
         options,
@@ -406,7 +418,7 @@ def _read_docci(task: Task, data: str | None, options: Options) -> RetrievalData
     folder = data_folder(task, data)
     places = [os.path.join(place, "docci_descriptions.jsonlines") for place in ("", "docci", "data")]
     file = find_file(task, folder, *places)
-    rows = read_json_lines(file)
+    rows = list(every_row(file))
     for number, row in enumerate(rows, start=1):
         where = f"{file}, entry {number}"
         for key in ("split", "image_file"):
@@ -415,7 +427,7 @@ def _read_docci(task: Task, data: str | None, options: Options) -> RetrievalData
     if split not in (found := sorted({row["split"] for row in rows})):
         raise ValueError(f"`split`: {file} has no {split!r}; it has {', '.join(found)}.")
     chosen = first_of(task, options, [row for row in rows if row["split"] == split], str(file))
-    finder, gaps = ImageFinder(), Gaps(task)
+    finder, gaps = ImageFinder(image_roots(folder, options)), Gaps(task)
     images = []
     for row in chosen:
         images.append(finder.find(file.parent / "images" / row["image_file"], file.parent / row["image_file"]))
@@ -476,7 +488,7 @@ def _read_karpathy(task: Task, data: str | None, options: Options) -> RetrievalD
     if split not in (found := sorted({row["split"] for row in rows})):
         raise ValueError(f"`split`: {file} has no {split!r}; it has {', '.join(found)}.")
     chosen = first_of(task, options, [row for row in rows if row["split"] == split], str(file))
-    finder, gaps = ImageFinder(), Gaps(task)
+    finder, gaps = ImageFinder(image_roots(folder, options)), Gaps(task)
     images, names, texts = [], [], []
     for row in chosen:
         name = os.path.join(row.get("filepath", ""), row["filename"])
@@ -542,26 +554,18 @@ def _read_records(task: Task, data: str | None, options: Options) -> RetrievalDa
             normalize=captions != "short",
             name=data,
         )
-    for option in ("split", "revision", "config"):
+    for option in ("revision", "config"):
         if getattr(options, option) is not None:
-            raise ValueError(f"`{option}` is for data sets on the Hub, and {data} is none: its files are one split.")
+            raise ValueError(f"`{option}` is for data sets on the Hub, and {data} is none.")
     text_column, num_images = options.text_column, options.num_images
     mapping = ColumnMapping(image=options.image_column or ColumnMapping.image, long=text_column or column, short=None)
     try:
-        records = load_records(data, mapping)
-    except ValueError as error:
-        problem, say_which, _ = str(error).partition(" Say which to read: ")
-        if not say_which:
-            raise
-        raise ValueError(
-            f"{problem} Say which to read: `image_column` (--image-column) and `text_column` (--text-column)."
-        ) from error
-    if isinstance(records, IterableDataset):  # shards, whose images are kept on disk where any of them can be read
-        files = sorted(Path(data).rglob("*.tar")) if os.path.isdir(data) else sorted(map(Path, glob.glob(data)))
-        # other files are other data to the cache
-        state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        arguments = {"source": data, "mapping": mapping, "state": state}
-        records = cast(Dataset, Dataset.from_generator(_rows, gen_kwargs=arguments))
+        records = load_records(data, mapping, options.split, image_root=options.image_root)
+        if isinstance(records, IterableDataset):  # shards, whose images are kept on disk where any of them can be read
+            records = read_table(find_files(data, options.split), mapping, image_root=options.image_root)
+    except ColumnError as error:
+        hint = "Say which to read: `image_column` (--image-column) and `text_column` (--text-column)."
+        raise ColumnError(error.problem, error.field, hint) from error
     gaps = Gaps(task)
     images: list[str | None] = []  # `None` for one that is in the records themselves
     names: list[str] = []
@@ -606,15 +610,10 @@ def _read_records(task: Task, data: str | None, options: Options) -> RetrievalDa
         texts,
         protocol={"captions": captions, "text_column": text_column or column},
         normalize=captions != "short",
+        split=options.split,
         id=os.path.basename(os.path.normpath(data)),
         name=os.path.basename(os.path.normpath(data)),
     )
-
-
-def _rows(source: str, mapping: ColumnMapping, state: list[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
-    """The records of shards; `state` is what `datasets` knows their contents by."""
-    for record in load_records(source, mapping):
-        yield {"error": "", **cast(dict[str, Any], record)}
 
 
 def _read_scenes(task: Task, data: str | None, options: Options) -> RetrievalData:
@@ -733,7 +732,7 @@ def _read_imagenet(task: Task, data: str | None, options: Options) -> Classifica
         solution = next((f for place in about if (f := place / "LOC_val_solution.csv").is_file()), None)
         if solution is None:
             raise incomplete(task, f"{folder} holds no LOC_val_solution.csv, which tells the class of each image")
-        finder, gaps, wnids = ImageFinder(), Gaps(task), {}
+        finder, gaps, wnids = ImageFinder(image_roots(folder, options)), Gaps(task), {}
         answers = _read_solution(solution)
         chosen = first_of(task, options, sorted(answers), str(solution))
         for stem in chosen:

@@ -119,8 +119,8 @@ COLUMN_HINTS = {
 
 def load_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """
-    The records that `config` names. Where a broken record stops the run, the first record is read, so that what is wrong
-    with all of them shows before a model is loaded.
+    The records that `config` names. Where a broken record stops the run, the first record is read, so that what is
+    wrong with all of them shows before a model is loaded.
 
     Args:
         config: Its part "The data", and `eval_data`.
