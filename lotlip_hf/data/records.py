@@ -407,8 +407,6 @@ def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Ite
                 if len(block) == TABLE_ROWS or size > TABLE_BYTES:
                     yield block
                     block, size = [], 0
-        except GeneratorExit:
-            raise
         except Exception as error:  # whatever the format's library raises
             raise _unreadable([file], _kind([file]), error) from error
     if block:
