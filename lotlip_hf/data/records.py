@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from datasets.utils import tqdm
 from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
@@ -398,7 +399,7 @@ def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Ite
     size = 0
     for number, file in enumerate(files):
         try:
-            for record in _read(file, mapping, max_bytes):
+            for record in tqdm(_read(file, mapping, max_bytes), os.path.basename(file), unit=" records", delay=2):
                 path, content = _parts(record["image"])
                 image = None if path is None and content is None else {"bytes": content, "path": path, "file": number}
                 block.append({**record, "image": image})
