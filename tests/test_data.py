@@ -892,10 +892,8 @@ def test_a_broken_row_does_not_end_its_file(streaming: bool, processor: LoTLIPPr
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_broken_rows_of_csv(streaming: bool, tmp_path: Path) -> None:
-    text = (
-        'image,short_caption,long_captions\na.png,one,"A\nb."\nb.png,two,B, with a comma\nc.png,three,C.\nd.png,"four\n'
-    )
-    (tmp_path / "rows.csv").write_text(text)
+    rows = ['a.png,one,"A\nb."', "b.png,two,B, with a comma", "c.png,three,C.", 'd.png,"four']
+    (tmp_path / "rows.csv").write_text("\n".join(["image,short_caption,long_captions", *rows, ""]))
     records = list(load_records(tmp_path / "rows.csv", streaming=streaming))
     assert [record["long_captions"] for record in records if not record["error"]] == [["A\nb."], ["C."]]
     assert ["line 4" in (records[1]["error"] or ""), "quotation" in (records[3]["error"] or "")] == [True, True]

@@ -574,7 +574,8 @@ def check_inside(file: str, roots: Sequence[str]) -> None:
     """
     for root in roots:
         with contextlib.suppress(OutsideError):
-            inside(root, os.path.abspath(file))
+            # not `abspath`, which would take `link/..` for the folder of the link
+            inside(root, os.path.join(os.getcwd(), file))
             return
     raise ValueError(
         f"the image {printable(file)} lies outside of {printable(roots[0])}; --image-root DIR (`image_root`) allows "
