@@ -255,11 +255,11 @@ def _search(arguments: argparse.Namespace) -> int:
 
 
 def _embed(arguments: argparse.Namespace) -> int:
-    from .embed import check_output, embed_images, embed_texts, read_texts
+    from .embed import check_output, check_texts, embed_images, embed_texts
 
     check_output(arguments.output, overwrite=arguments.overwrite)
     if arguments.texts:
-        next(read_texts(arguments.texts, arguments.column), None)  # before the model is loaded
+        check_texts(arguments.texts, arguments.column)  # before the model is loaded
     model, processor = _load(arguments)
     if arguments.images:
         count, skipped = embed_images(

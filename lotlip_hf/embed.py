@@ -136,7 +136,7 @@ def embed_texts(
     # To the end: what is wrong with the file shows before the long work.
     digests = Counter(_digest(text) for text in read_texts(file, column))
     if not digests:
-        raise ValueError(f"{file}: no texts in this file.")
+        raise _no_texts(file)
 
     with EmbeddingStore(partial / made_by) as store:
         keys: list[str] = []
@@ -177,6 +177,24 @@ def embed_texts(
     metadata = {"model": model_name, "fingerprint": made_by}
     _write_parquet(output, partial, "text", embeddings.shape[1], batches(), metadata)
     return digests.total()
+
+
+def check_texts(file: str | os.PathLike, column: str = "text") -> None:
+    """
+    Finds out before a model is loaded whether a file has texts, by the first of them.
+
+    Args:
+        file, column: as in `read_texts`.
+
+    Raises:
+        ValueError, OSError: as `read_texts`, and if there is none.
+    """
+    if next(read_texts(file, column), None) is None:
+        raise _no_texts(file)
+
+
+def _no_texts(file: str | os.PathLike) -> ValueError:
+    return ValueError(f"{file}: no texts in this file.")
 
 
 def read_texts(file: str | os.PathLike, column: str = "text") -> Iterator[str]:
