@@ -176,6 +176,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--image-root", metavar="DIR", help="folder that images must lie in, links followed (the data's own)"
     )
+    evaluate.add_argument(
+        "--max-record-bytes", type=_positive, metavar="N", help="largest line or sample of data of one's own (256 MiB)"
+    )
     evaluate.add_argument("--image-column", metavar="NAME", help="column of the images, for data of one's own")
     evaluate.add_argument("--text-column", metavar="NAME", help="column of the texts, for data of one's own")
     evaluate.add_argument("--label-column", metavar="NAME", help="column of the classes, for data of one's own")
@@ -419,6 +422,7 @@ def _evaluate_together(arguments: argparse.Namespace, is_main_process: bool) -> 
         captions=arguments.captions,
         normalize=arguments.normalize,
         image_root=arguments.image_root,
+        max_record_bytes=arguments.max_record_bytes,
     )
     _refuse(arguments, ("templates",) if isinstance(data, RetrievalData) else search, f"--task {arguments.task}")
     model, processor = _load(arguments)

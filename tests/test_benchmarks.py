@@ -1051,6 +1051,38 @@ def test_columns_of_records_are_to_be_named(tmp_path: Path) -> None:
         load_benchmark("retrieval", folder / "captions.jsonl")
 
 
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json"])
+def test_values_of_tables_are_as_written(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = ["NA", "None", "2023", "2023-01-01"]
+    labels = ["007", "NA", "null", "1e5"]
+    rows = [
+        {"image": f"{n}.png", "caption": caption, "label": label}
+        for n, (caption, label) in enumerate(zip(captions, labels, strict=True))
+    ]
+    for n in range(4):
+        write(tmp_path / f"{n}.png", encoded(90 * n, format="PNG"))
+    if suffix in ("csv", "tsv"):
+        mark = "," if suffix == "csv" else "\t"
+        text = "".join(mark.join(row) + "\n" for row in [rows[0].keys(), *(row.values() for row in rows)])
+    else:
+        text = lines(rows) if suffix == "jsonl" else json.dumps(rows)
+    file = write(tmp_path / f"rows.{suffix}", "\ufeff" + text)
+    assert retrieval("retrieval", file, text_column="caption", normalize=False).texts == captions
+    data = classes("classification", file)
+    assert [data.class_names[label] for label in data.labels] == labels
+    monkeypatch.chdir("/")
+    assert [str(image) for image in data.images] == [str(tmp_path / f"{n}.png") for n in range(4)]
+
+
+def test_numbers_of_classes_in_csv(tmp_path: Path) -> None:
+    write(tmp_path / "0.png", encoded(format="PNG"))
+    file = write(tmp_path / "rows.csv", "image,label\n0.png,1\n0.png,0\n")
+    with pytest.raises(ValueError, match="--class-names"):
+        load_benchmark("classification", file)
+    names = write(tmp_path / "names.txt", "cat\ndog\n")
+    assert list(classes("classification", file, class_names=names).labels) == [1, 0]
+
+
 def test_a_row_for_each_caption(tmp_path: Path) -> None:
     """Rows with the same image are one image with several texts, not several images that tie."""
     for name in ("a", "b"):

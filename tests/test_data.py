@@ -30,6 +30,7 @@ from lotlip_hf import (
     LoTLIPTokenizer,
     LoTLIPVisionConfig,
 )
+from lotlip_hf.data.captioners import CaptionerConfig
 from lotlip_hf.data.collator import LoTLIPCollator, RecordError, ShardError
 from lotlip_hf.data.records import (
     MAPPINGS,
@@ -40,8 +41,11 @@ from lotlip_hf.data.records import (
     load_records,
     to_record,
 )
+from lotlip_hf.data.relabel import _open_records
+from lotlip_hf.data.relabel_config import RelabelConfig
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
 from lotlip_hf.data.scenes import long_captions, render, scene, short_caption
+from lotlip_hf.evaluation.benchmarks import load_benchmark
 from lotlip_hf.images import ImageError, load_image
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
 
@@ -998,6 +1002,30 @@ def test_long_captions_alone(streaming: bool, tmp_path: Path, caplog: pytest.Log
     assert raised.value.field == "long"
     (row,) = load_records(tmp_path / "rows.jsonl", ColumnMapping(long=()), streaming=streaming)
     assert (row["short_caption"], row["long_captions"]) == ("A cat.", [])
+
+
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_other_commands_read_the_same(format: str, tmp_path: Path) -> None:
+    data = tmp_path / "pictures"
+    for folder, color in (("train", 50), ("test", 200)):
+        caption_rows(data / folder, 2, color, f"metadata.{format}")
+
+    def relabelled(split: str | None) -> list[tuple[int, str]]:
+        return pairs(_open_records(RelabelConfig(str(data), "out", [CaptionerConfig("m")], split=split)))
+
+    def evaluated(split: str | None) -> list[tuple[int, str]]:
+        found = load_benchmark("retrieval", data, captions="short", split=split)
+        images = [found.images[place] for place in found.text_to_image]  # pyright: ignore[reportAttributeAccessIssue]
+        return [
+            (load_image(image).getpixel((0, 0))[0], text)  # pyright: ignore[reportIndexIssue]
+            for image, text in zip(images, found.texts, strict=True)  # pyright: ignore[reportAttributeAccessIssue]
+        ]
+
+    for read in (relabelled, evaluated):
+        assert read("train") == 2 * [(50, "50")]
+        assert sorted(read("all")) == 2 * [(50, "50")] + 2 * [(200, "200")]
+        with pytest.raises(SplitError, match="--split"):
+            read(None)
 
 
 def test_a_table_is_read_anew_when_its_file_changes(tmp_path: Path) -> None:

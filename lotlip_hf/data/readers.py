@@ -47,6 +47,10 @@ class RowError(ValueError):
     """A row that cannot be read. The message says which and why; the rows after it can be read."""
 
 
+class SizeError(RowError):
+    """A row that is larger than `max_bytes`."""
+
+
 class _BrokenFile(ValueError):
     """A file whose further rows cannot be found."""
 
@@ -195,8 +199,8 @@ def _lines(file: BinaryIO, max_bytes: int, newline: str) -> Iterator[str | RowEr
             yield line
 
 
-def _too_large(what: str, max_bytes: int) -> RowError:
-    return RowError(f"{what}: larger than {max_bytes:,} bytes (`max_record_bytes`, --max-record-bytes).")
+def _too_large(what: str, max_bytes: int) -> SizeError:
+    return SizeError(f"{what}: larger than {max_bytes:,} bytes.")
 
 
 def _starts_object(file: BinaryIO) -> bool:
@@ -239,7 +243,7 @@ def _list_rows(file: BinaryIO, max_bytes: int) -> Iterator[dict[str, Any] | RowE
         except json.JSONDecodeError as error:
             left = len(buffer) - position
             if left > max_bytes:
-                raise _BrokenFile(str(_too_large(f"entry {count + 1}", max_bytes))) from error
+                raise _BrokenFile(f"entry {count + 1} is larger than {max_bytes:,} bytes") from error
             # as much again: an entry of many chunks is not parsed once for each
             more = text.read(max(JSON_CHUNK, left))
             if not more:
@@ -358,11 +362,11 @@ class _Sample:
         self.key = key
         self.fields: dict[str, Any] = {}
         self.size = 0
-        self.error: str | None = None
+        self.error: RowError | None = None
 
     def row(self) -> dict[str, Any] | RowError:
         if self.error is not None:
-            return RowError(f"sample {printable(self.key)}: {self.error}")
+            return self.error
         objects = {name: value for name, value in self.fields.items() if isinstance(value, dict) and _is_json(name)}
         images = [name for name in self.fields if _is_image(name)]
         # A column of the table that the shard was downloaded from may be called `image` too.
@@ -373,6 +377,9 @@ class _Sample:
         elif images:
             row.pop("image", None)
         return row
+
+    def fail(self, reason: str, kind: type[RowError] = RowError) -> None:
+        self.error = kind(f"sample {printable(self.key)}: {reason}")
 
 
 def _is_json(field: str) -> bool:
@@ -401,7 +408,7 @@ def _tar_rows(file: BinaryIO, shard: str, max_bytes: int) -> Iterator[dict[str, 
                     yield sample.row()
                 sample = _Sample(key)
                 if hash(key) in seen:
-                    sample.error = (
+                    sample.fail(
                         "its members are not side by side in the archive, as those of a sample must be; `tar "
                         "--sort=name` writes them so."
                     )
@@ -421,11 +428,11 @@ def _add_member(sample: _Sample, field: str, tar: tarfile.TarFile, member: tarfi
         return
     sample.size += member.size
     if field in sample.fields:
-        sample.error = f"it has two members {printable(field)}."
+        sample.fail(f"it has two members {printable(field)}.")
     elif member.sparse is not None:
-        sample.error = f"{printable(field)} is a sparse file."
+        sample.fail(f"{printable(field)} is a sparse file.")
     elif sample.size > max_bytes:
-        sample.error = str(_too_large(f"with {printable(field)} of {member.size:,} bytes", max_bytes))
+        sample.fail(f"with {printable(field)} larger than {max_bytes:,} bytes.", SizeError)
     if sample.error is not None:
         return
     content = tar.extractfile(member).read()  # pyright: ignore[reportOptionalMemberAccess]
@@ -435,4 +442,4 @@ def _add_member(sample: _Sample, field: str, tar: tarfile.TarFile, member: tarfi
         else:
             sample.fields[field] = parse_json(content) if _is_json(field) else content.decode("utf-8")
     except ValueError as error:  # not UTF-8, too
-        sample.error = f"{printable(field)} cannot be read ({error})."
+        sample.fail(f"{printable(field)} cannot be read ({error}).")

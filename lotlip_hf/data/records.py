@@ -36,7 +36,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from ..files import OutsideError, inside, printable, replacing
 from ..images import image_extensions
-from .readers import KINDS, MAX_RECORD_BYTES, RowError, column_of, read_rows, value_of
+from .readers import KINDS, MAX_RECORD_BYTES, RowError, SizeError, column_of, read_rows, value_of
 from .sampling import split_sentences
 
 logger = logging.getLogger(__name__)
@@ -808,7 +808,8 @@ def _read(file: str, mapping: ColumnMapping, max_bytes: int) -> Iterator[dict[st
     for number, row in enumerate(read_rows(file, columns, texts, max_bytes), 1):
         record_id = f"{os.path.basename(file)}, row {number}"
         if isinstance(row, RowError):
-            yield _broken(record_id, f"{printable(file)}, {row}")
+            hint = " --max-record-bytes (`max_record_bytes`) allows more." if isinstance(row, SizeError) else ""
+            yield _broken(record_id, f"{printable(file)}, {row}{hint}")
             continue
         record = _fields(row, mapping)
         if record["image"] is None and "__key__" in row:

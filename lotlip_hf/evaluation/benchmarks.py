@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
 )
 
-from ..data.readers import every_row
+from ..data.readers import MAX_RECORD_BYTES, every_row
 from ..data.records import (
     ColumnError,
     ColumnMapping,
@@ -108,6 +108,7 @@ def load_benchmark(
     captions: str | None = None,
     normalize: bool | None = None,
     image_root: str | os.PathLike | None = None,
+    max_record_bytes: int | None = None,
 ) -> RetrievalData | ClassificationData:
     """
     Reads a benchmark: images with their texts, or with their classes.
@@ -134,6 +135,7 @@ def load_benchmark(
         normalize: Whether captions go through [`~lotlip_hf.evaluation.sources.normalize_caption`]. By default all do
             but short ones.
         image_root: The folder that images must lie in, links followed; by default the data's own.
+        max_record_bytes: In `retrieval`: as in [`~lotlip_hf.data.records.load_records`].
 
     Returns:
         The data, with what was chosen in its `protocol`.
@@ -172,6 +174,7 @@ def load_benchmark(
         captions=captions,
         normalize=normalize,
         image_root=None if image_root is None else os.fspath(image_root),
+        max_record_bytes=max_record_bytes,
     )
     has = TASKS[task].options if task == "scenes" else (*TASKS[task].options, "image_root")
     for option, value in vars(options).items():
@@ -560,9 +563,13 @@ def _read_records(task: Task, data: str | None, options: Options) -> RetrievalDa
     text_column, num_images = options.text_column, options.num_images
     mapping = ColumnMapping(image=options.image_column or ColumnMapping.image, long=text_column or column, short=None)
     try:
-        records = load_records(data, mapping, options.split, image_root=options.image_root)
+        limits = {
+            "image_root": options.image_root,
+            "max_record_bytes": options.max_record_bytes or MAX_RECORD_BYTES,
+        }
+        records = load_records(data, mapping, options.split, **limits)
         if isinstance(records, IterableDataset):  # shards, whose images are kept on disk where any of them can be read
-            records = read_table(find_files(data, options.split), mapping, image_root=options.image_root)
+            records = read_table(find_files(data, options.split), mapping, **limits)
     except ColumnError as error:
         hint = "Say which to read: `image_column` (--image-column) and `text_column` (--text-column)."
         raise ColumnError(error.problem, error.field, hint) from error
@@ -866,6 +873,9 @@ def _read_table_classes(
     if isinstance(feature, ClassLabel):
         own, said = [str(one) for one in feature.names], f"those of the column {label_column!r}"
         labels = values
+    elif table.is_text and all(value.isdecimal() and str(int(value)) == value for value in values):
+        own, said = None, ""
+        labels = list(map(int, values))
     elif isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
         own, said = sorted(set(values)), f"the values of the column {label_column!r}"
         places = {value: place for place, value in enumerate(own)}
@@ -1166,7 +1176,15 @@ TASKS = {
                 "--image-column and --text-column."
             ),
             reader=_read_records,
-            options=("num_images", "split", *TABLE_OPTIONS, "text_column", "captions", "normalize"),
+            options=(
+                "num_images",
+                "split",
+                *TABLE_OPTIONS,
+                "text_column",
+                "captions",
+                "normalize",
+                "max_record_bytes",
+            ),
         ),
         Task(
             key="scenes",

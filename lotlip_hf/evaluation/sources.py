@@ -103,6 +103,7 @@ class Options:
     captions: str | None = None
     normalize: bool | None = None
     image_root: str | None = None
+    max_record_bytes: int | None = None
 
 
 def normalize_caption(text: str) -> str:
@@ -414,7 +415,7 @@ def caption_of(value: Any, where: object) -> str | None:
 class Table(NamedTuple):
     """
     A split of a data set, its images as they are stored; `id` and the commit where it comes from the Hub. Paths of
-    images start from `folder` and lie in one of `roots`.
+    images start from `folder` and lie in one of `roots`. `is_text` is whether all values are texts, as in CSV.
     """
 
     dataset: Dataset
@@ -424,6 +425,7 @@ class Table(NamedTuple):
     where: str
     folder: str
     roots: tuple[str, ...]
+    is_text: bool = False
 
 
 def is_table(folder: str) -> bool:
@@ -553,7 +555,8 @@ def open_table(task: Task, data: str | None, options: Options) -> Table:
         roots = hub_folders(source) if options.image_root is None else image_roots("", options)
         return Table(dataset, chosen, source, commit, where, "", roots)
     folder = source if os.path.isdir(source) else os.path.dirname(source) or "."
-    return Table(dataset, chosen, None, commit, where, folder, image_roots(folder, options))
+    is_text = KINDS.get(os.path.splitext(source)[1].lower()) == "csv"
+    return Table(dataset, chosen, None, commit, where, folder, image_roots(folder, options), is_text)
 
 
 @contextmanager
