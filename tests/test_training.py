@@ -878,6 +878,10 @@ def test_splits_of_a_folder_are_named(start: Path, tmp_path: Path, capsys: pytes
     records, eval_records = load_data(made)
     assert Path(next(iter(records))["image"]).parent.name == "train"
     assert Path(next(iter(eval_records))["image"]).parent.name == "val"  # pyright: ignore[reportArgumentType]
+    # what is no split is the usual one
+    others = {"data": str(data / "val"), "eval_data": str(data / "train")}
+    made = config(tmp_path / "run", **others, split="train", eval_split="validation")
+    assert [len(records) for records in load_data(made)] == [4, 4]  # pyright: ignore[reportArgumentType]
 
 
 def test_no_records_at_all(start: Path, tmp_path: Path) -> None:

@@ -150,19 +150,13 @@ def _records(
         # the same held-out scenes, whatever the seed
         return scenes_dataset(num_scenes, config.seed if split == "train" else 0, split)
     try:
-        records = load_records(
-            data,
-            config.column_mapping(),
-            split or (usual_split if is_hub_name(data) else None),
-            config.image_folder,
-            config.streaming,
-            image_root=config.image_root,
-            max_record_bytes=config.max_record_bytes,
-        )
+        records = _load_records(config, data, split or (usual_split if is_hub_name(data) else None))
     except ColumnError as error:
         raise ColumnError(error.problem, error.field, COLUMN_HINTS[error.field]) from error
     except SplitError as error:
-        raise SplitError(error.problem, error.splits, option) from error
+        if error.splits or split != usual_split:
+            raise SplitError(error.problem, error.splits, option) from error
+        records = _load_records(config, data, None)  # files that are no splits are the usual one
     first = next(iter(records), None)
     if first is None:
         raise ValueError(f"{data}: holds no record.")
@@ -171,6 +165,18 @@ def _records(
             raise RecordError(error)
         read_record(first, config.sampling(), config.seed)
     return records
+
+
+def _load_records(config: TrainingConfig, data: str, split: str | None) -> Dataset | IterableDataset:
+    return load_records(
+        data,
+        config.column_mapping(),
+        split,
+        config.image_folder,
+        config.streaming,
+        image_root=config.image_root,
+        max_record_bytes=config.max_record_bytes,
+    )
 
 
 def freeze(model: LoTLIPModel, config: TrainingConfig) -> None:
