@@ -45,6 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="checkpoint to start from: a folder or a Hub id")
     parser.add_argument("--data", required=True, help="records: a folder, files, shards, a Hub id, or 'scenes'")
     parser.add_argument("--mapping", default="records", choices=MAPPINGS, help="names of the columns")
+    parser.add_argument("--image-root", help="folder that images must lie in; by default that of the data")
     parser.add_argument("--num-scenes", type=int, default=5000, help="pictures of '--data scenes'")
     parser.add_argument("--output", type=Path, default=Path("lora"), help="folder of the adapter and the checkpoint")
     parser.add_argument("--vision", action="store_true", help="LoRA on the image tower too")
@@ -131,7 +132,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if accelerator.is_main_process:
         lora.print_trainable_parameters()
 
-    records = scenes_dataset(args.num_scenes) if args.data == "scenes" else load_records(args.data, args.mapping)
+    if args.data == "scenes":
+        records = scenes_dataset(args.num_scenes)
+    else:
+        records = load_records(args.data, args.mapping, image_root=args.image_root)
     collator = LoTLIPCollator(processor, seed=args.seed)
     loader = DataLoader(records, args.batch_size, shuffle=isinstance(records, Dataset), collate_fn=collator)
     optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=args.learning_rate)

@@ -49,6 +49,9 @@ class Options:
         default=None, metadata={"help": "records to measure text-to-image retrieval on, before and after"}
     )
     mapping: str = field(default="records", metadata={"help": f"names of the columns: {', '.join(MAPPINGS)}"})
+    image_root: str | None = field(
+        default=None, metadata={"help": "folder that images must lie in; by default that of the data"}
+    )
     num_scenes: int = field(
         default=5000, metadata={"help": "pictures of '--data scenes'; '--eval_data scenes' draws a tenth"}
     )
@@ -59,9 +62,11 @@ class Options:
     text_pairs: bool = field(default=False, metadata={"help": "pair each short caption with a long text, too"})
 
 
-def read_records(source: str, mapping: str, num_scenes: int, split: str) -> Any:
+def read_records(options: Options, source: str, num_scenes: int, split: str) -> Any:
     """The records that `--data` or `--eval_data` names; `split` is which of the scenes to draw."""
-    return scenes_dataset(max(num_scenes, 1), split=split) if source == "scenes" else load_records(source, mapping)
+    if source == "scenes":
+        return scenes_dataset(max(num_scenes, 1), split=split)
+    return load_records(source, options.mapping, image_root=options.image_root)
 
 
 def draw_texts(records: Any, sampling: CaptionSampling, seed: int) -> Dataset:
@@ -136,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if output.is_dir() and any(output.iterdir()) and not args.resume_from_checkpoint:
         raise ValueError(f"--output_dir {output}: not empty; choose another, or give --resume_from_checkpoint.")
     sampling = CaptionSampling(options.num_long_texts, options.num_sentences or None)
-    records = read_records(options.data, options.mapping, options.num_scenes, "train")
+    records = read_records(options, options.data, options.num_scenes, "train")
     table = draw_texts(records, sampling, args.seed)
     # One table a kind of text: in a batch no image comes twice, which would make it its own negative.
     pairs = {name: table.select_columns(["image", name]) for name in table.column_names if name != "image"}
@@ -162,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     evaluator = None
     if options.eval_data is not None:
-        held_out = read_records(options.eval_data, options.mapping, options.num_scenes // 10, "validation")
+        held_out = read_records(options, options.eval_data, options.num_scenes // 10, "validation")
         evaluator = retrieval(draw_texts(held_out, WHOLE_CAPTIONS, args.seed))
     trainer = SentenceTransformerTrainer(model, args, train_dataset=DatasetDict(pairs), loss=loss, evaluator=evaluator)
     before = evaluator(model) if evaluator else {}

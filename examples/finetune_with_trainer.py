@@ -51,6 +51,9 @@ class Options:
         default=None, metadata={"help": "records to measure retrieval on, at the end and as --eval_strategy says"}
     )
     mapping: str = field(default="records", metadata={"help": f"names of the columns: {', '.join(MAPPINGS)}"})
+    image_root: str | None = field(
+        default=None, metadata={"help": "folder that images must lie in; by default that of the data"}
+    )
     num_scenes: int = field(
         default=5000, metadata={"help": "pictures of '--data scenes'; '--eval_data scenes' draws a tenth"}
     )
@@ -65,12 +68,12 @@ class Options:
         if self.data == "scenes":
             records = scenes_dataset(self.num_scenes)
         else:
-            records = load_records(self.data, self.mapping)
+            records = load_records(self.data, self.mapping, image_root=self.image_root)
         if self.eval_data is None:
             return records, None
         if self.eval_data == "scenes":
             return records, scenes_dataset(max(self.num_scenes // 10, 1), split="validation")
-        eval_records = load_records(self.eval_data, self.mapping)
+        eval_records = load_records(self.eval_data, self.mapping, image_root=self.image_root)
         # of a stream, processes would evaluate some records twice: its length is not known
         return records, eval_records if isinstance(eval_records, Dataset) else list(eval_records)
 

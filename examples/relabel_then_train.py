@@ -260,12 +260,13 @@ def true_share(scenes: Sequence[Scene], captions: Sequence[str]) -> float:
     return sum(is_true) / max(len(is_true), 1)
 
 
-def train_lotlip(data: Path, output: Path, num_steps: int, num_long_texts: int) -> dict[str, float]:
+def train_lotlip(data: Path, pictures: Path, output: Path, num_steps: int, num_long_texts: int) -> dict[str, float]:
     """Trains a small LoTLIP, as `examples/train.py` does, without a word about columns; R@1 over held-out scenes."""
     config = TrainingConfig(
         output=str(output),
         model="scenes",
         data=str(data),
+        image_root=str(pictures),  # the shards hold paths
         eval_data="scenes",
         eval_split="test",
         eval_samples=NUM_HELD_OUT,
@@ -278,8 +279,8 @@ def train_lotlip(data: Path, output: Path, num_steps: int, num_long_texts: int) 
         short_loss_weight=2.0,  # a short caption is one of the four features that the loss is the mean of
         num_workers=1,
     )
-    model, processor = load_or_start_model(config)
     records, eval_records = load_data(config)
+    model, processor = load_or_start_model(config)
     train(model, processor, records, config, eval_records)
     last = [line for line in read_log(output) if "long_text_to_image_r1" in line][-1]
     return {name: last[f"long_{name}"] for name in ("image_to_text_r1", "text_to_image_r1")}
@@ -359,8 +360,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(f"Of the new sentences {results['captioner']['true_share']:.0%} are true.\n", flush=True)
 
-    results["short and new long captions"] = train_lotlip(data, run_long, arguments.train_steps, num_long_texts=1)
-    results["short captions alone"] = train_lotlip(data, run_short, arguments.train_steps, num_long_texts=0)
+    results["short and new long captions"] = train_lotlip(
+        data, pictures, run_long, arguments.train_steps, num_long_texts=1
+    )
+    results["short captions alone"] = train_lotlip(data, pictures, run_short, arguments.train_steps, num_long_texts=0)
     (arguments.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     print_table({name: values for name, values in results.items() if name != "captioner"})
     print(f"""

@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train and say where the checkpoint is; 2 after an error, which is said in one line; 130 after Ctrl-C."""
     try:
         config = parse_arguments(argv, description=__doc__)
+        records, eval_records = load_data(config)  # what is wrong with them is said before models are loaded
         model, processor = load_or_start_model(config)
-        records, eval_records = load_data(config)
         checkpoint = train(model, processor, records, config, eval_records)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {printable_lines(error)}", file=sys.stderr)

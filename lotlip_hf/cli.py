@@ -112,8 +112,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     source = embed.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="DIR", help="folder of images, with its subfolders")
-    source.add_argument("--texts", metavar="FILE", help=".txt (a text on each line), .jsonl, .csv or .parquet")
-    embed.add_argument("--column", default="text", help="column of the texts (text)")
+    source.add_argument(
+        "--texts", metavar="FILE", help=".txt (a text on each line), .jsonl, .json, .csv, .tsv or .parquet"
+    )
+    embed.add_argument(
+        "--column", default="text", help="column of the texts (text), or a way into one: `conversations[1].value`"
+    )
     embed.add_argument("--output", required=True, metavar="FILE", help="the Parquet file to write")
     embed.add_argument("--overwrite", action="store_true", help="replace the output if it is there already")
     embed.set_defaults(run=_embed)
@@ -159,9 +163,15 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--data-config", metavar="NAME", help="configuration of a data set on the Hub that has several"
     )
-    evaluate.add_argument("--split", help="part of the data set, where the task leaves a choice")
+    evaluate.add_argument("--split", help="part of the data set, where the task or the data leaves a choice")
     evaluate.add_argument(
         "--num-images", type=_positive, metavar="N", help="the first N images alone, for a quick look"
+    )
+    evaluate.add_argument(
+        "--image-root", metavar="DIR", help="folder that images must lie in, links followed (the data's own)"
+    )
+    evaluate.add_argument(
+        "--max-record-bytes", type=_positive, metavar="N", help="largest line or sample of data of one's own (256 MiB)"
     )
     evaluate.add_argument("--image-column", metavar="NAME", help="column of the images, for data of one's own")
     evaluate.add_argument("--text-column", metavar="NAME", help="column of the texts, for data of one's own")
@@ -250,11 +260,13 @@ def _search(arguments: argparse.Namespace) -> int:
 
 
 def _embed(arguments: argparse.Namespace) -> int:
-    from .embed import check_output, embed_images, embed_texts
+    from .embed import check_output, check_texts, embed_images, embed_texts
 
     check_output(arguments.output, overwrite=arguments.overwrite)
     if arguments.texts and arguments.image_root:
         raise ValueError("--image-root is of --images, not of --texts.")
+    if arguments.texts:
+        check_texts(arguments.texts, arguments.column)  # before the model is loaded
     model, processor = _load(arguments)
     if arguments.images:
         count, skipped = embed_images(
@@ -401,7 +413,6 @@ def _evaluate_together(arguments: argparse.Namespace, is_main_process: bool) -> 
     own = {name: getattr(arguments, name) for name in ("max_length", *search) if getattr(arguments, name) is not None}
     if arguments.templates is not None:
         own["templates"] = read_templates(arguments.templates)
-    model, processor = _load(arguments)
     data = load_benchmark(
         settings["benchmark"],
         arguments.data,
@@ -415,8 +426,11 @@ def _evaluate_together(arguments: argparse.Namespace, is_main_process: bool) -> 
         class_names=arguments.class_names,
         captions=arguments.captions,
         normalize=arguments.normalize,
+        image_root=arguments.image_root,
+        max_record_bytes=arguments.max_record_bytes,
     )
     _refuse(arguments, ("templates",) if isinstance(data, RetrievalData) else search, f"--task {arguments.task}")
+    model, processor = _load(arguments)
     if kind is not None:
         results = study(model, processor, data, kind, limits=arguments.limits, **settings)
     else:

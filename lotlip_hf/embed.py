@@ -1,9 +1,7 @@
 """Embeddings of a folder of images or a file of texts in a Parquet file; an interrupted run goes on where it was."""
 
-import csv
 import hashlib
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -17,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedModel
 
+from .data.readers import KINDS, column_of, every_row, value_of
 from .encoding import iterate_text_embeddings, max_text_length, warn_of_cut_texts
-from .files import PARTIAL, replacing, set_aside_link
+from .files import PARTIAL, printable, replacing, set_aside_link
 from .search import build_index
 from .store import EmbeddingStore, fingerprint
 
@@ -26,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Rows of the Parquet file that are in memory at a time.
 WRITE_BLOCK = 1024
-TEXT_FILES = (".txt", ".jsonl", ".csv", ".parquet")
+TEXT_FILES = (".txt", *(extension for extension, kind in KINDS.items() if kind != "webdataset"))
 
 
 def check_output(output: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -149,7 +148,7 @@ def embed_texts(
     # To the end: what is wrong with the file shows before the long work.
     digests = Counter(_digest(text) for text in read_texts(file, column))
     if not digests:
-        raise ValueError(f"{file}: no texts in this file.")
+        raise _no_texts(file)
 
     with EmbeddingStore(partial / made_by, root=partial.parent, fields={"cut": bool, "row": int}) as store:
         keys: list[str] = []
@@ -192,6 +191,24 @@ def embed_texts(
     return digests.total()
 
 
+def check_texts(file: str | os.PathLike, column: str = "text") -> None:
+    """
+    Finds out before a model is loaded whether a file has texts, by the first of them.
+
+    Args:
+        file, column: as in `read_texts`.
+
+    Raises:
+        ValueError, OSError: as `read_texts`, and if there is none.
+    """
+    if next(read_texts(file, column), None) is None:
+        raise _no_texts(file)
+
+
+def _no_texts(file: str | os.PathLike) -> ValueError:
+    return ValueError(f"{file}: no texts in this file.")
+
+
 def read_texts(file: str | os.PathLike, column: str = "text") -> Iterator[str]:
     """
     Reads texts one by one.
@@ -199,8 +216,10 @@ def read_texts(file: str | os.PathLike, column: str = "text") -> Iterator[str]:
     Args:
         file (`str` or `os.PathLike`):
             UTF-8 with a text on each line, an empty line being an empty text (`.txt`); an object on each line
-            (`.jsonl`); `.csv` with a header; or `.parquet`.
-        column (`str`, *optional*, defaults to `"text"`): the texts' column, except in `.txt`.
+            (`.jsonl`) or a list of them (`.json`); `.csv` or `.tsv` with a header; or `.parquet`.
+        column (`str`, *optional*, defaults to `"text"`):
+            The texts' column, or the way to a value in it (`conversations[1].value`), except in `.txt`. Of a list each
+            text is one.
 
     Yields:
         `str`: the texts in order.
@@ -212,66 +231,34 @@ def read_texts(file: str | os.PathLike, column: str = "text") -> Iterator[str]:
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
-    readers = {".txt": _read_lines, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-    if path.suffix.lower() not in readers:
+    if path.suffix.lower() not in TEXT_FILES:
         raise ValueError(f"{path}: expected a file that ends in {', '.join(TEXT_FILES)}.")
     row = 0
     try:
-        for text in readers[path.suffix.lower()](path, column):
-            row += 1
-            if not isinstance(text, str):
-                found = "nothing" if text is None else repr(text)[:50]
-                raise ValueError(f"{path}, row {row}: expected a text in {column!r}, got {found}.")
-            text.encode()  # lone surrogates, which JSON can hold, are no text
-            yield text
+        for row, value in enumerate(_values(path, column), 1):
+            for text in value if isinstance(value, list) else [value]:
+                if not isinstance(text, str):
+                    found = "nothing" if text is None else printable(repr(text)[:50])
+                    raise ValueError(f"{path}, row {row}: expected a text in {column!r}, got {found}.")
+                text.encode()  # lone surrogates, which JSON can hold, are no text
+                yield text
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise ValueError(f"{path}, about row {row}: not valid Unicode ({error.reason}).") from error
-    except (pa.ArrowException, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read ({error}).") from error
 
 
-def _read_lines(path: Path, column: str) -> Iterator[Any]:
-    with open(path, encoding="utf-8-sig") as file:
-        for line in file:
-            yield line.removesuffix("\n")
-
-
-def _read_jsonl(path: Path, column: str) -> Iterator[Any]:
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # also of numbers too long and lists too deep for Python
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: expected an object, got {line.strip()[:50]}.")
-            if column not in record:
-                raise _no_column(f"{path}, line {number}", column, record)
-            yield record[column]
-
-
-def _read_csv(path: Path, column: str) -> Iterator[Any]:
-    csv.field_size_limit(2**31 - 1)  # Python's limit is 128 KiB, a text of a million characters is fine
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if column not in (reader.fieldnames or ()):
-            raise _no_column(str(path), column, reader.fieldnames or ())
-        for record in reader:
-            yield record[column]
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[Any]:
-    with pq.ParquetFile(path) as file:
-        if column not in file.schema_arrow.names:
-            raise _no_column(str(path), column, file.schema_arrow.names)
-        for batch in file.iter_batches(WRITE_BLOCK, columns=[column]):
-            yield from batch.column(0).to_pylist()
-
-
-def _no_column(place: str, column: str, columns: Iterable[str]) -> ValueError:
-    return ValueError(f"{place}: no column {column!r} (--column); found {', '.join(map(repr, columns)) or 'none'}.")
+def _values(path: Path, column: str) -> Iterator[Any]:
+    """The values of a file's texts, row by row."""
+    if path.suffix.lower() == ".txt":
+        with open(path, encoding="utf-8-sig") as file:
+            for line in file:
+                yield line.removesuffix("\n")
+        return
+    # images may be in the other columns
+    for row, values in enumerate(every_row(path, [column], texts=[column]), 1):
+        if column_of(column, values) is None:
+            found = ", ".join(map(repr, values)) or "none"
+            raise ValueError(f"{path}, row {row}: no column {column!r} (--column); found {found}.")
+        yield value_of(values, column)
 
 
 def _digest(text: str) -> str:

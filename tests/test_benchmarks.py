@@ -23,8 +23,9 @@ from huggingface_hub import constants
 from PIL import Image
 
 from hub_server import Answer, Fault, Hub, hub_server, use_in_process
+from lotlip_hf.data import readers
 from lotlip_hf.data.scenes import long_captions, scene, scenes_dataset, short_caption
-from lotlip_hf.evaluation import benchmarks, sources, zero_shot
+from lotlip_hf.evaluation import benchmarks, zero_shot
 from lotlip_hf.evaluation.benchmarks import TASKS, describe_tasks, load_benchmark
 from lotlip_hf.evaluation.data import ClassificationData, IncompleteDataError, RetrievalData
 from lotlip_hf.evaluation.sources import NORMALIZATION, Options, normalize_caption
@@ -326,10 +327,10 @@ def test_broken_iiw(tmp_path: Path) -> None:
     with pytest.raises(IncompleteDataError, match=r"1 images are missing \(docci/test_00001.jpg\)"):
         load_benchmark("iiw", tmp_path, num_images=4)
     file = write(tmp_path / "datasets" / "IIW-400" / "data.jsonl", '{"image/key": "a", "IIW": "b"}\n{"image/key": \n')
-    with pytest.raises(ValueError, match=rf"{file}, line 2: broken JSON"):
+    with pytest.raises(ValueError, match=rf"{file}, line 2: .*JSON"):
         load_benchmark("iiw", tmp_path, num_images=1)
     write(file, '["a"]\n')
-    with pytest.raises(ValueError, match="line 1: expected a JSON object, got list"):
+    with pytest.raises(ValueError, match="line 1: expected an object"):
         load_benchmark("iiw", tmp_path, num_images=1)
     write(file, '{"image/key": "a", "IIW-P5B": "b"}\n')
     with pytest.raises(ValueError, match="data.jsonl, entry 1: there is no 'IIW'"):
@@ -358,7 +359,7 @@ def conversation(image: str, text: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("chunk", [16, 1 << 20])
 def test_sharegpt4v(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(sources, "JSON_CHUNK", chunk)
+    monkeypatch.setattr(readers, "JSON_CHUNK", chunk)
     entries = [
         conversation("coco/train2017/000000000009.jpg", "Of COCO."),
         conversation("sam/images/sa_11.jpg", "First “é”. Sea."),
@@ -396,9 +397,9 @@ def test_sharegpt4v_as_lotlip_ships_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"image": "sa_1.jpg"}', "expected a list in JSON"),
+        ('"sa_1.jpg"', "share4v_sam_10k.json: .*expected a list"),
         ('[{"image": "a.jpg"}, {"image": "sa_1.jpg", "conv', "broken JSON after 1 entries"),
-        ('["sa_1.jpg"]', "entry 0 is no JSON object"),
+        ('["sa_1.jpg"]', "entry 1: expected an object"),
         ('[{"image": "sa_1.jpg"}]', "sa_1.jpg: there is no 'conversations'"),
         ('[{"image": "sa_1.jpg", "conversations": [{"value": "Describe."}]}]', r"no conversations\[1\].value"),
         ('[{"image": "sa_1.jpg", "conversations": [0, {"value": null}]}]', r"missing \(sa_1.jpg: none\)"),
@@ -1025,7 +1026,7 @@ def test_records(tmp_path: Path) -> None:
     assert (named.texts[0], named.protocol["text_column"]) == ("Short 0.", "short_caption")
     with pytest.raises(ValueError, match="there is no column 'caption'"):
         load_benchmark("retrieval", folder, text_column="caption")
-    with pytest.raises(ValueError, match="`split` is for data sets on the Hub"):
+    with pytest.raises(ValueError, match="`split`: .*holds no 'test'"):
         load_benchmark("retrieval", folder, split="test")
     (folder / "1é.png").unlink()
     with pytest.raises(IncompleteDataError, match=r"of 3 .*1 images are missing \(1é.png\)"):
@@ -1046,8 +1047,40 @@ def test_columns_of_records_are_to_be_named(tmp_path: Path) -> None:
         load_benchmark("retrieval", folder, text_column="alt", image_column="picture", num_images=2)
     write(folder / "captions.csv", "")
     write(folder / "captions.jsonl", lines([{"image": "a.png", "long_captions": [3]}]))
-    with pytest.raises(ValueError, match=r"a.png, column 'long_captions': expected a caption, a string, got 3"):
+    with pytest.raises(ValueError, match="captions.jsonl, row 1: a caption must be a text, got 3"):
         load_benchmark("retrieval", folder / "captions.jsonl")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json"])
+def test_values_of_tables_are_as_written(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = ["NA", "None", "2023", "2023-01-01"]
+    labels = ["007", "NA", "null", "1e5"]
+    rows = [
+        {"image": f"{n}.png", "caption": caption, "label": label}
+        for n, (caption, label) in enumerate(zip(captions, labels, strict=True))
+    ]
+    for n in range(4):
+        write(tmp_path / f"{n}.png", encoded(90 * n, format="PNG"))
+    if suffix in ("csv", "tsv"):
+        mark = "," if suffix == "csv" else "\t"
+        text = "".join(mark.join(row) + "\n" for row in [rows[0].keys(), *(row.values() for row in rows)])
+    else:
+        text = lines(rows) if suffix == "jsonl" else json.dumps(rows)
+    file = write(tmp_path / f"rows.{suffix}", "\ufeff" + text)
+    assert retrieval("retrieval", file, text_column="caption", normalize=False).texts == captions
+    data = classes("classification", file)
+    assert [data.class_names[label] for label in data.labels] == labels
+    monkeypatch.chdir("/")
+    assert [str(image) for image in data.images] == [str(tmp_path / f"{n}.png") for n in range(4)]
+
+
+def test_numbers_of_classes_in_csv(tmp_path: Path) -> None:
+    write(tmp_path / "0.png", encoded(format="PNG"))
+    file = write(tmp_path / "rows.csv", "image,label\n0.png,1\n0.png,0\n")
+    with pytest.raises(ValueError, match="--class-names"):
+        load_benchmark("classification", file)
+    names = write(tmp_path / "names.txt", "cat\ndog\n")
+    assert list(classes("classification", file, class_names=names).labels) == [1, 0]
 
 
 def test_a_row_for_each_caption(tmp_path: Path) -> None:
@@ -1103,7 +1136,7 @@ def test_records_in_parquet_and_in_shards(tmp_path: Path) -> None:
         assert data.images[1] == encoded(90)
         assert data.image_names[1] == "0.tar/x1"
     shard.write_bytes(shard.read_bytes()[:3500])
-    with pytest.raises(IncompleteDataError, match="damaged or truncated"):
+    with pytest.raises(ValueError, match="0.tar: .*unexpected end"):
         load_benchmark("retrieval", shard.parent)
 
 

@@ -279,7 +279,7 @@ def test_an_error_leaves_the_old_output_and_the_new_embeddings(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.jsonl", b'{"text": "a"}\n{"other": 1}\n', r"line 2: no column 'text' \(--column\); found 'other'"),
+        ("t.jsonl", b'{"text": "a"}\n{"other": 1}\n', r"row 2: no column 'text' \(--column\); found 'other'"),
         ("t.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not valid JSON"),
         ("t.jsonl", b'["a"]\n', "line 1: expected an object"),
         ("t.jsonl", b'{"text": "a"}\n{"text": null}\n', "row 2: expected a text in 'text', got nothing"),
@@ -287,10 +287,10 @@ def test_an_error_leaves_the_old_output_and_the_new_embeddings(
         ("t.jsonl", b'{"text": "\\ud800"}\n', "about row 1: not valid Unicode"),
         ("t.csv", b"id,caption\n1,a\n", r"no column 'text' \(--column\); found 'id', 'caption'"),
         ("t.csv", b"id,text\n1,a\n2\n", "row 2: expected a text in 'text', got nothing"),
-        ("t.csv", b"", "no column 'text'.*found none"),
+        ("t.csv", b"", "no texts in this file"),
         ("t.txt", b"good\n\xff\xfe\n", "not valid Unicode"),
         ("t.parquet", b"no parquet", "cannot be read"),
-        ("t.docx", b"", r"expected a file that ends in \.txt, \.jsonl, \.csv, \.parquet"),
+        ("t.docx", b"", r"expected a file that ends in \.txt, \.csv"),
         ("t.txt", b"", "no texts in this file"),
     ],
 )
@@ -480,6 +480,42 @@ def test_json_that_python_refuses_is_named(line: str, tmp_path: Path) -> None:
     file.write_text(f"{line}\n")
     with pytest.raises(ValueError, match="texts.jsonl, line 1: not valid JSON"):
         list(read_texts(file))
+
+
+def test_texts_of_lists_and_ways(tmp_path: Path) -> None:
+    rows = [
+        {"file_name": "0.png", "long_captions": ["a", "None"], "talk": [{"value": "x"}, {"value": "2023-01-01"}]},
+        {"file_name": "1.png", "long_captions": [], "talk": [{"value": "y"}, {"value": "007"}]},
+        {"file_name": "2.png", "long_captions": ["b"], "talk": [{"value": "z"}, {"value": "null"}]},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "metadata.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata.parquet")
+    for suffix in ("jsonl", "json", "parquet"):
+        file = tmp_path / f"metadata.{suffix}"
+        assert list(read_texts(file, "long_captions")) == ["a", "None", "b"]
+        assert list(read_texts(file, "talk[1].value")) == ["2023-01-01", "007", "null"]
+        with pytest.raises(ValueError, match="row 2: expected a text"):
+            list(read_texts(file, "long_captions[0]"))
+    for suffix, delimiter in (("csv", ","), ("tsv", "\t")):
+        with open(tmp_path / f"t.{suffix}", "w", newline="") as table:
+            writer = csv.writer(table, delimiter=delimiter)
+            writer.writerows([["id", "text"], [1, '["a", "b"]'], [2, "NA"], [3, "[a, b]"]])
+        assert list(read_texts(tmp_path / f"t.{suffix}")) == ["a", "b", "NA", "[a, b]"]
+    (tmp_path / "t.csv").write_text("text\n\"['a', 'b']\"\n")
+    with pytest.raises(ValueError, match=r"t\.csv, line 2: .*JSON"):
+        list(read_texts(tmp_path / "t.csv"))
+
+
+@pytest.mark.parametrize("content", ["id\na\n", 'text\n"a', ""])
+def test_texts_are_looked_at_before_the_model_is_loaded(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_load", lambda _: pytest.fail("the model was loaded"))
+    (tmp_path / "t.csv").write_text(content)
+    arguments = ["embed", "--model=m", f"--texts={tmp_path / 't.csv'}", f"--output={tmp_path / 'out.parquet'}"]
+    assert cli.main(arguments) == 2
+    assert "t.csv" in capsys.readouterr().err
 
 
 @pytest.mark.slow

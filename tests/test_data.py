@@ -1,6 +1,7 @@
 """Collating records, and reading data sets as records: every layout in small, and what is broken in each."""
 
 import csv
+import dataclasses
 import io
 import json
 import logging
@@ -29,10 +30,22 @@ from lotlip_hf import (
     LoTLIPTokenizer,
     LoTLIPVisionConfig,
 )
+from lotlip_hf.data.captioners import CaptionerConfig
 from lotlip_hf.data.collator import LoTLIPCollator, RecordError, ShardError
-from lotlip_hf.data.records import MAPPINGS, ColumnMapping, load_records, to_record
+from lotlip_hf.data.records import (
+    MAPPINGS,
+    ColumnError,
+    ColumnMapping,
+    SplitError,
+    find_files,
+    load_records,
+    to_record,
+)
+from lotlip_hf.data.relabel import _open_records
+from lotlip_hf.data.relabel_config import RelabelConfig
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
 from lotlip_hf.data.scenes import long_captions, render, scene, short_caption
+from lotlip_hf.evaluation.benchmarks import load_benchmark
 from lotlip_hf.images import ImageError, load_image
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
 
@@ -588,7 +601,8 @@ def test_every_layout_is_read(
     assert len(rows) == 6
     assert len({row["id"] for row in rows}) == 6
     for index, row in enumerate(rows):
-        assert set(row) == {"image", "short_caption", "long_captions", "id"}
+        assert set(row) == {"image", "short_caption", "long_captions", "id", "error"}
+        assert row["error"] is None
         assert row["long_captions"] == (LONG[index] if write in READ_ALL else LONG[index][:1])
         assert row["short_caption"] == (SHORT[index] if write in READ_ALL else f"Long a of {index}")
     collator = LoTLIPCollator(processor, return_ids=True)
@@ -753,7 +767,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="only a data set on the Hub takes more arguments"):
         load_records(**metadata_lines(tmp_path / "data"), revision="main")
     (tmp_path / "table.json").write_text('{"image": ["a.jpg"]}')
-    with pytest.raises(ValueError, match="table.json: ValueError: expected a list of rows, got dict"):
+    with pytest.raises(ColumnError, match="table.json"):
         load_records(tmp_path / "table.json", streaming=True)
     (tmp_path / "none.tar").write_bytes(b"")
     with pytest.raises(ValueError, match="No row can be read. .*none.tar"):
@@ -789,3 +803,283 @@ def test_what_is_hidden_is_no_data(tmp_path: Path) -> None:
     row = {"image": "cat.png", "short_caption": "a cat", "long_captions": ["A cat sits."]}
     (tmp_path / "captions.jsonl").write_text(json.dumps(row) + "\n")
     assert load_records(tmp_path, "records")["short_caption"] == ["a cat"]
+
+
+# Which picture, which split, which value.
+
+
+def caption_rows(folder: Path, number: int, color: int, name: str) -> None:
+    """Pictures of one colour with captions that name it, in a metadata file of its own."""
+    folder.mkdir(parents=True)
+    rows = []
+    for index in range(number):
+        Image.new("RGB", (8, 8), (color, 0, 0)).save(folder / f"{index}.png")
+        rows.append({"file_name": f"{index}.png", "short_caption": f"{color}", "long_captions": [f"{color}."]})
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
+    elif name.endswith(".jsonl"):
+        write_lines(folder / name, rows)
+    else:
+        write_csv(folder / name, [{**row, "long_captions": json.dumps(row["long_captions"])} for row in rows])
+
+
+def pairs(records: Any) -> list[tuple[int, str]]:
+    """The colour of each record's picture beside the one that its caption names."""
+    return [(load_image(one["image"]).getpixel((0, 0))[0], one["short_caption"]) for one in records]  # pyright: ignore[reportIndexIssue]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_a_path_starts_at_its_own_file(name: str, streaming: bool, tmp_path: Path) -> None:
+    for folder, color in (("summer", 50), ("winter", 200)):
+        caption_rows(tmp_path / "pictures" / folder, 2, color, name)
+    expected = [(50, "50"), (50, "50"), (200, "200"), (200, "200")]
+    folders = [tmp_path / "pictures" / folder for folder in ("summer", "winter")]
+    pattern = str(tmp_path / "pictures" / "*" / name)
+    braces = str(tmp_path / "pictures" / "{summer,winter}")
+    for source in (tmp_path / "pictures", folders, pattern, braces):
+        assert pairs(load_records(source, streaming=streaming)) == expected
+    assert pairs(load_records(folders[::-1], streaming=streaming)) == expected[::-1]
+    if name.endswith(".jsonl"):  # the first pictures may be missing, too
+        (folders[0] / "0.png").unlink()
+        assert not Path(next(iter(load_records(tmp_path / "pictures", streaming=streaming)))["image"]).exists()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("names", [("train", "test"), ("training", "val"), ("my-train_1", "dev"), ("Train", "Test")])
+def test_splits_are_not_merged_unasked(names: tuple[str, str], streaming: bool, tmp_path: Path) -> None:
+    for folder, color in zip(names, (50, 200), strict=True):
+        caption_rows(tmp_path / "pictures" / folder, 1, color, "metadata.jsonl")
+    split = {"test": "test", "val": "validation", "dev": "dev", "Test": "test"}[names[1]]
+    for source in (tmp_path / "pictures", str(tmp_path / "*" / "*" / "metadata.jsonl")):
+        with pytest.raises(SplitError, match="--split"):
+            load_records(source, streaming=streaming)
+        for wanted, color in (("train", 50), (split, 200), (names[1], 200)):
+            assert pairs(load_records(source, split=wanted, streaming=streaming)) == [(color, str(color))]
+        assert len(pairs(load_records(source, split="all", streaming=streaming))) == 2
+        with pytest.raises(SplitError, match="holds no 'other'"):
+            load_records(source, split="other", streaming=streaming)
+    # a list says so itself
+    both = [tmp_path / "pictures" / name for name in names]
+    assert pairs(load_records(both, streaming=streaming)) == [(50, "50"), (200, "200")]
+
+
+def test_splits_of_files(tmp_path: Path) -> None:
+    for name in ("cc3m-train-0000.tar", "cc3m-train-0001.tar", "cc3m-validation-0000.tar", "latest.tar"):
+        write_tar(tmp_path / "shards" / name, range(1), lambda _: {"png": encoded(picture(0)), "txt": b"a"})
+    with pytest.raises(SplitError, match="train, validation.*--split"):
+        find_files(tmp_path / "shards")
+    assert [Path(one).name for one in find_files(tmp_path / "shards", "val")] == ["cc3m-validation-0000.tar"]
+    # what are no splits is one
+    (tmp_path / "plain").mkdir()
+    write_lines(tmp_path / "plain" / "metadata.jsonl", [{"file_name": "a.png"}])
+    assert len(find_files(tmp_path / "plain", "train")) == len(find_files(tmp_path / "plain")) == 1
+    with pytest.raises(SplitError, match="holds no 'test'"):
+        find_files(tmp_path / "plain", "test")
+
+
+ODD = ["None", "NA", "null", "2023", "2023-01-01", "1e5", "true", "nan", "-", "[a street]", 'It\'s "so", he said']
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json"])
+def test_texts_and_ids_are_as_written(suffix: str, mark: str, streaming: bool, tmp_path: Path) -> None:
+    rows = [
+        {"image": "0.png", "id": f"00{index}", "short_caption": text, "long_captions": text}
+        for index, text in enumerate(ODD)
+    ]
+    buffer = io.StringIO()
+    if suffix in (".csv", ".tsv"):
+        writer = csv.DictWriter(buffer, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    elif suffix == ".jsonl":
+        buffer.write("".join(json.dumps(row) + "\r\n" for row in rows))
+    else:
+        json.dump(rows, buffer, indent=1)
+    (tmp_path / f"rows{suffix}").write_bytes((mark + buffer.getvalue()).encode())
+    records = list(load_records(tmp_path / f"rows{suffix}", streaming=streaming))
+    assert [record["short_caption"] for record in records] == ODD
+    assert [record["long_captions"] for record in records] == [[text] for text in ODD]
+    assert [record["id"] for record in records] == [row["id"] for row in rows]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_list_in_a_cell_is_a_list_or_refused(streaming: bool, tmp_path: Path) -> None:
+    cells = {
+        '["a", "b"]': ["a", "b"],
+        ' ["a", null] ': ["a", ""],
+        "[]": [],
+        "['a', 'b']": None,  # as pandas prints a list
+        "['a' \"it's\"]": None,  # as NumPy does
+        "[a, b]": ["[a, b]"],
+        "plain": ["plain"],
+    }
+    rows = [{"image": "0.png", "short_caption": "s", "long_captions": cell} for cell in cells]
+    write_csv(tmp_path / "rows.csv", rows)
+    records = list(load_records(tmp_path / "rows.csv", streaming=streaming))
+    for record, expected in zip(records, cells.values(), strict=True):
+        if expected is None:
+            assert "JSON" in record["error"]
+        else:
+            assert record["error"] is None
+            assert [caption or "" for caption in record["long_captions"]] == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_broken_row_does_not_end_its_file(streaming: bool, processor: LoTLIPProcessor, tmp_path: Path) -> None:
+    names = write_pictures(tmp_path)
+    good = [
+        json.dumps({"image": name, "short_caption": short, "long_captions": long})
+        for name, short, long in zip(names, SHORT, LONG, strict=True)
+    ]
+    broken = ['{"image": ', "[1]", '{"image": "a.png", "short_caption": {}, "long_captions": ["x"]}', "\udcff"]
+    lines = [line for pair in zip(good, [*broken, "", ""], strict=True) for line in pair]
+    (tmp_path / "rows.jsonl").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    records = list(load_records(tmp_path / "rows.jsonl", streaming=streaming))
+    collator = LoTLIPCollator(processor, on_error="skip", return_ids=True)
+    assert collator(records)["ids"] == names
+    assert collator.counts == {"records": 10, **NOTHING_BROKEN, "broken_records": 4}
+    with pytest.raises(RecordError, match="rows.jsonl, line 2: .*JSON"):
+        LoTLIPCollator(processor)(records)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_broken_rows_of_csv(streaming: bool, tmp_path: Path) -> None:
+    rows = ['a.png,one,"A\nb."', "b.png,two,B, with a comma", "c.png,three,C.", 'd.png,"four']
+    (tmp_path / "rows.csv").write_text("\n".join(["image,short_caption,long_captions", *rows, ""]))
+    records = list(load_records(tmp_path / "rows.csv", streaming=streaming))
+    assert [record["long_captions"] for record in records if not record["error"]] == [["A\nb."], ["C."]]
+    assert ["line 4" in (records[1]["error"] or ""), "quotation" in (records[3]["error"] or "")] == [True, True]
+
+
+# Shards as other people write them.
+
+
+def write_members(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_fields_under_their_full_extension(tmp_path: Path) -> None:
+    members = []
+    for index in range(3):
+        members += [
+            (f"v1.5/set.a/{index}.input.jpg", encoded(picture(index), "JPEG")),
+            (f"v1.5/set.a/{index}.outputs.txt", SHORT[index].encode()),
+            (f"v1.5/set.a/{index}.long.TXT", LONG[index][0].encode()),
+            (f"v1.5/set.a/{index}.meta.json", json.dumps({"caption": {"b": LONG[index][1]}}).encode()),
+            (f"v1.5/set.a/{index}.npy", b"unread"),
+            (f"v1.5/set.a/._{index}.jpg", b"what macOS adds"),
+        ]
+    shard = write_members(tmp_path / "all.tar", members)
+    for way in ("caption.b", "meta.json.caption.b"):
+        rows = list(load_records(shard, ColumnMapping(short="outputs.txt", long=("long.txt", way))))
+        assert [row["short_caption"] for row in rows] == SHORT[:3]
+        assert [row["long_captions"] for row in rows] == [long[:2] for long in LONG[:3]]
+        assert [row["id"] for row in rows] == [f"all.tar/v1.5/set.a/{index}" for index in range(3)]
+        assert [row["image"]["bytes"] for row in rows] == [content for name, content in members if ".input." in name]
+
+
+def test_one_of_several_pictures_is_named(tmp_path: Path) -> None:
+    first, second = encoded(picture(1)), encoded(picture(2))
+    members = [("0.input.png", first), ("0.output.png", second), ("0.txt", b"a"), ("0.json", b'{"image": "x.png"}')]
+    shard = write_members(tmp_path / "pairs.tar", members)
+    mapping = ColumnMapping(short="txt", long="txt")
+    with pytest.raises(ColumnError, match="'input.png', 'output.png'"):
+        load_records(shard, mapping)
+    for name, content in (("input.png", first), ("output.png", second)):
+        (row,) = load_records(shard, dataclasses.replace(mapping, image=name))
+        assert row["image"]["bytes"] == content
+    # one sample with several among those with one
+    write_members(shard, [("a.png", first), ("a.txt", b"a"), *members])
+    rows = list(load_records(shard, mapping))
+    assert [row["error"] is None for row in rows] == [True, False]
+    assert "--image-column" in rows[1]["error"]
+
+
+def test_members_that_are_not_side_by_side_are_said(tmp_path: Path) -> None:
+    images = [(f"{index}.png", encoded(picture(index))) for index in range(3)]
+    texts = [(f"{index}.txt", b"a caption") for index in range(3)]
+    mapping = ColumnMapping(short="txt", long="txt")
+    for members in (images + texts, texts + images):
+        with pytest.raises(ColumnError, match="side by side"):
+            load_records(write_members(tmp_path / "all.tar", members), mapping)
+    # a member that was appended later
+    write_members(tmp_path / "all.tar", [images[0], texts[0], images[1], images[2], texts[2], texts[1]])
+    rows = list(load_records(tmp_path / "all.tar", mapping))
+    assert [row["id"] for row in rows if not row["error"]] == [f"all.tar/{index}" for index in range(3)]
+    assert "side by side" in rows[3]["error"]
+    write_members(tmp_path / "all.tar", [images[0], texts[0], images[1], texts[1], texts[1]])
+    assert "two members" in list(load_records(tmp_path / "all.tar", mapping))[1]["error"]
+
+
+def test_braces(tmp_path: Path) -> None:
+    for number in range(4):
+        write_members(tmp_path / f"{number:03}.tar", [("0.png", encoded(picture(number))), ("0.txt", b"a")])
+
+    def found(pattern: str) -> list[str]:
+        return [Path(one).stem for one in find_files(str(tmp_path / pattern))]
+
+    assert found("{000..002}.tar") == ["000", "001", "002"]
+    assert found("{003..001}.tar") == ["003", "002", "001"]
+    assert found("{000..003..2}.tar") == ["000", "002"]
+    assert found("00{0,3}.tar") == ["000", "003"]
+    assert sorted(found("{00{0..1},003}.tar")) == ["000", "001", "003"]
+    with pytest.raises(FileNotFoundError, match="004.tar"):
+        found("{000..004}.tar")
+    (tmp_path / "{0..1}.tar").write_bytes((tmp_path / "000.tar").read_bytes())
+    assert found("{0..1}.tar") == ["{0..1}"]
+
+
+# One kind of caption alone.
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_long_captions_alone(streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_lines(tmp_path / "rows.jsonl", [{"image": "a.png", "long_captions": ["A cat. It sleeps."]}])
+    (row,) = load_records(tmp_path / "rows.jsonl", streaming=streaming)
+    assert (row["short_caption"], row["long_captions"]) == ("A cat", ["A cat. It sleeps."])
+    assert "--short-column" in caplog.text
+    write_lines(tmp_path / "rows.jsonl", [{"image": "a.png", "short_caption": "A cat."}])
+    with pytest.raises(ColumnError) as raised:
+        load_records(tmp_path / "rows.jsonl", streaming=streaming)
+    assert raised.value.field == "long"
+    (row,) = load_records(tmp_path / "rows.jsonl", ColumnMapping(long=()), streaming=streaming)
+    assert (row["short_caption"], row["long_captions"]) == ("A cat.", [])
+
+
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_other_commands_read_the_same(format: str, tmp_path: Path) -> None:
+    data = tmp_path / "pictures"
+    for folder, color in (("train", 50), ("test", 200)):
+        caption_rows(data / folder, 2, color, f"metadata.{format}")
+
+    def relabelled(split: str | None) -> list[tuple[int, str]]:
+        return pairs(_open_records(RelabelConfig(str(data), "out", [CaptionerConfig("m")], split=split)))
+
+    def evaluated(split: str | None) -> list[tuple[int, str]]:
+        found = load_benchmark("retrieval", data, captions="short", split=split)
+        images = [found.images[place] for place in found.text_to_image]  # pyright: ignore[reportAttributeAccessIssue]
+        return [
+            (load_image(image).getpixel((0, 0))[0], text)  # pyright: ignore[reportIndexIssue]
+            for image, text in zip(images, found.texts, strict=True)  # pyright: ignore[reportAttributeAccessIssue]
+        ]
+
+    for read in (relabelled, evaluated):
+        assert read("train") == 2 * [(50, "50")]
+        assert sorted(read("all")) == 2 * [(50, "50")] + 2 * [(200, "200")]
+        with pytest.raises(SplitError, match="--split"):
+            read(None)
+
+
+def test_a_table_is_read_anew_when_its_file_changes(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        write_lines(tmp_path / "rows.jsonl", [{"image": "a.png", "short_caption": text, "long_captions": [text]}])
+        assert load_records(tmp_path / "rows.jsonl")[0]["short_caption"] == text

@@ -286,9 +286,7 @@ def test_what_is_no_picture_is_listed_and_not_read(form: dict[str, Any], picture
     assert {entry["id"] for entry in lines(pictures.parent / "folder" / "skipped.jsonl")} >= {"pipe.png", "giant.png"}
 
 
-@pytest.mark.parametrize(
-    "is_allowed", [False, pytest.param(True, marks=pytest.mark.xfail(reason="load_records takes no image_root yet"))]
-)
+@pytest.mark.parametrize("is_allowed", [False, True])
 def test_links_out_of_the_folder_are_read_if_that_is_allowed(
     is_allowed: bool, pictures: Path, tokenizer: str, tmp_path: Path
 ) -> None:

@@ -448,7 +448,7 @@ def test_raw_captions_that_are_odd(pictures: Path, tokenizer: str, tmp_path: Pat
         for number, caption in enumerate(captions):
             line = {"image": str(pictures / f"{number}.png"), "short_caption": caption}
             table.write(json.dumps(line) + "\n")
-    run(config(data, tmp_path / "out", tokenizer, "one", streaming=True))
+    run(config(data, tmp_path / "out", tokenizer, "one", streaming=True, image_root=str(pictures)))
     shorts = [row["short_caption"] for row in rows(tmp_path / "out")]
     assert shorts[:2] == ["half a sign ?", "1984"]
     assert all(short.startswith("one sees a picture") for short in shorts[2:])

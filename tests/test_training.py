@@ -792,6 +792,97 @@ def test_what_is_wrong_is_said_in_one_line(
     assert not list_checkpoints(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("kept", "options", "words"),
+    [
+        ("short_caption", {"num_long_texts": 0}, None),
+        ("long_captions", {}, None),
+        ("long_captions", {"short_column": "none"}, None),
+        ("long_captions", {"short_column": "none", "num_long_texts": 0}, None),
+        ("short_caption", {}, "--long-columns"),
+        ("short_caption", {"long_columns": "captions"}, "--long-columns"),
+        ("long_captions", {"num_long_texts": 0}, "--short-column"),
+        ("long_captions", {"short_column": "caption"}, "--short-column"),
+        ("long_captions", {"image_column": "picture"}, "--image-column"),
+    ],
+)
+def test_one_kind_of_caption_is_enough(
+    kept: str,
+    options: dict[str, Any],
+    words: str | None,
+    start: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = make_folder(tmp_path / "data", 8)
+    own = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    (data / "metadata.jsonl").write_text(
+        "".join(json.dumps({name: row[name] for name in ("file_name", kept)}) + "\n" for row in own)
+    )
+    script = load_script(TRAIN)
+    flags = arguments(tmp_path / "run", model=start / "plain", data=data, **{"max_steps": 1, **options})
+    if words is None:
+        assert script.main(flags) == 0
+        assert list_checkpoints(tmp_path / "run")
+        return
+    monkeypatch.setattr(script, "load_or_start_model", lambda _: pytest.fail("a model was loaded"))
+    assert script.main(flags) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("broken", ["caption", "image", "line", "empty"])
+def test_data_is_looked_at_before_a_model_is_loaded(
+    broken: str,
+    streaming: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = make_folder(tmp_path / "data", 4)
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    if broken == "caption":
+        lines[0] = json.dumps({**first, "short_caption": None})
+    elif broken == "image":
+        (data / first["file_name"]).write_bytes(b"no image")
+    elif broken == "line":
+        lines[0 if streaming else 2] = '{"file_name": '
+    else:
+        lines = []
+    (data / "metadata.jsonl").write_text("\n".join(lines))
+    script = load_script(TRAIN)
+    monkeypatch.setattr(script, "load_or_start_model", lambda _: pytest.fail("a model was loaded"))
+    for name in ("data", "eval_data"):
+        other = {"data": make_folder(tmp_path / name / "good", 4), name: data}
+        flags = arguments(tmp_path / "run", model="m", **other)
+        assert script.main([*flags, *(["--streaming"] if streaming else [])]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+        assert not (tmp_path / "run").exists()
+
+
+def test_splits_of_a_folder_are_named(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        make_folder(tmp_path / "data" / split, 4)
+    data = tmp_path / "data"
+    for options, words in (
+        ({"data": data}, "--split"),
+        ({"data": data / "train", "eval_data": data}, "--eval-split"),
+        ({"data": data, "split": "train", "eval_data": data, "eval_split": "test"}, "--eval-split"),
+    ):
+        assert train_here(tmp_path / "run", start, **options) == 2
+        assert words in capsys.readouterr().err
+    made = config(tmp_path / "run", data=str(data), split="train", eval_data=str(data), eval_split="validation")
+    records, eval_records = load_data(made)
+    assert Path(next(iter(records))["image"]).parent.name == "train"
+    assert Path(next(iter(eval_records))["image"]).parent.name == "val"  # pyright: ignore[reportArgumentType]
+    # what is no split is the usual one
+    others = {"data": str(data / "val"), "eval_data": str(data / "train")}
+    made = config(tmp_path / "run", **others, split="train", eval_split="validation")
+    assert [len(records) for records in load_data(made)] == [4, 4]  # pyright: ignore[reportArgumentType]
+
+
 def test_no_records_at_all(start: Path, tmp_path: Path) -> None:
     records = load_records(start / "few").select([])
     with pytest.raises(ValueError, match="the data set is empty"):

@@ -34,8 +34,9 @@ class LoTLIPCollator:
     `remove_unused_columns=False`, since it takes the records' columns, not the model's).
 
     A record is a mapping with `image` (a path, the bytes of a file, a PIL image, an array, or what
-    `datasets.Image(decode=False)` gives), `short_caption`, `long_captions` (a list) and `id`. One with `error` stands
-    for a shard that ended too soon; other keys are left alone. `lotlip_hf.data.records` reads data sets as such.
+    `datasets.Image(decode=False)` gives), `short_caption`, `long_captions` (a list) and `id`. One with `error` is
+    broken for that reason, and with `is_shard` it stands for a shard that ended too soon; other keys are left alone.
+    `lotlip_hf.data.records` reads data sets as such.
 
     Args:
         processor (`LoTLIPProcessor`):
@@ -145,10 +146,9 @@ class LoTLIPCollator:
                 )
             self._count("records")
             try:
-                if record.get("error"):
-                    raise ShardError(record["error"])
-                record_id, short_caption, long_captions = _checked_captions(record)
-                image = read_image(record["image"], f"record {record_id}", self.processor)
+                image, drawn, record_id = read_record(
+                    record, self.sampling, self.seed, int(self._epoch), self.processor
+                )
                 # one by one: a batch of large images would fill the memory
                 pixels = load_pixels(image, f"record {record_id}", image_processor=self.processor.image_processor)
             except (ImageError, RecordError) as error:
@@ -158,7 +158,6 @@ class LoTLIPCollator:
                 self._warn(error)
                 errors.append(error)
                 continue
-            drawn = sample_texts(short_caption, long_captions, self.sampling, self.seed, int(self._epoch), record_id)
             if drawn.stand_in:
                 self._count("stand_ins")
             pixel_values.append(pixels["pixel_values"])
@@ -202,6 +201,38 @@ def _counted_as(error: ImageError | RecordError) -> str:
     if isinstance(error, ImageError):
         return "broken_images"
     return "broken_shards" if isinstance(error, ShardError) else "broken_records"
+
+
+def read_record(
+    record: Mapping[str, Any],
+    sampling: CaptionSampling,
+    seed: int = 0,
+    epoch: int = 0,
+    processor: Any = None,
+) -> tuple[Image.Image, SampledTexts, str]:
+    """
+    Reads what of a record is trained on.
+
+    Args:
+        record (`Mapping[str, Any]`): the record.
+        sampling (`CaptionSampling`): how the long texts are drawn.
+        seed (`int`, *optional*, defaults to 0): seed of the draw.
+        epoch (`int`, *optional*, defaults to 0): epoch of the draw.
+        processor (`ProcessorMixin`, *optional*): as in [`read_image`].
+
+    Returns:
+        `tuple[Image.Image, SampledTexts, str]`: the image, the texts and the id.
+
+    Raises:
+        ImageError: if the image is broken.
+        RecordError: if the record or its shard (`ShardError`) is broken.
+        ValueError: if `sampling.captioners` asks for captions that the record does not have.
+    """
+    if record.get("error"):
+        raise (ShardError if record.get("is_shard") else RecordError)(record["error"])
+    record_id, short_caption, long_captions = _checked_captions(record)
+    image = read_image(record["image"], f"record {record_id}", processor)
+    return image, sample_texts(short_caption, long_captions, sampling, seed, epoch, record_id), record_id
 
 
 def read_image(source: Any, name: str, processor: Any = None) -> Image.Image:

@@ -1,43 +1,109 @@
 """
 Reading data sets as records: an image, a short caption, long captions and an id.
 
-Files are read through the `datasets` library; a `ColumnMapping` says which of their columns is what. `MAPPINGS` holds
-those of public data sets of long captions.
+A `ColumnMapping` says which columns of a data set are what; `MAPPINGS` holds those of public data sets of long
+captions. `readers.read_rows` reads the rows of local files, so that a value is the same whether a data set is streamed
+or not; of tables a copy for random access is kept in the cache of `datasets`.
 """
 
-import csv
+import contextlib
+import dataclasses
 import glob
 import hashlib
+import itertools
 import json
+import logging
+import math
 import os
 import re
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
-from datasets import Dataset, Image, IterableDataset, load_dataset
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from datasets.utils import tqdm
+from filelock import FileLock
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 
+from ..files import OutsideError, inside, printable, replacing
 from ..images import image_extensions
+from .readers import KINDS, MAX_RECORD_BYTES, RowError, SizeError, column_of, read_rows, value_of
 from .sampling import split_sentences
 
-# Extensions of the files that are read, and the kind of file (but for shards, the builder of `datasets` by its name).
-BUILDERS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".jsonlines": "json",
-    ".parquet": "parquet",
-    ".tar": "webdataset",
-}
+logger = logging.getLogger(__name__)
+
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-PATH_STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# Words for the splits of a data set in the names of files and folders, as `datasets` knows them.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+SPLIT_WORDS = {word: split for split, words in SPLITS.items() for word in words}
+SPLIT_WORD = re.compile(rf"(?<![^-._ 0-9])({'|'.join(SPLIT_WORDS)})(?![^-._ 0-9])", re.IGNORECASE)
+ALL_SPLITS = "all"
+BRACES = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
+FIRST_ROWS = 20  # that are looked at for their columns
+# Rows that a table is written in; their bytes are bounded too.
+TABLE_ROWS, TABLE_BYTES = 1000, 1 << 26
+TABLE_VERSION = 1  # of what is kept in the cache
+FIELDS = ("image", "short_caption", "long_captions", "id", "error")
+FEATURES = Features(
+    {
+        # `file` is the number of the file that names the path, which starts at its folder
+        "image": {"bytes": Value("large_binary"), "path": Value("string"), "file": Value("int32")},
+        "short_caption": Value("string"),
+        "long_captions": List(Value("string")),
+        "id": Value("string"),
+        "error": Value("string"),
+    }
+)
+
+
+class ColumnError(ValueError):
+    """
+    A data set lacks a column.
+
+    Args:
+        problem (`str`): what is missing, in a sentence.
+        field (`str`): what of a record it would be: `"image"`, `"short"` or `"long"`.
+        hint (`str`, *optional*): what to do about it; by default for `load_records`.
+    """
+
+    def __init__(self, problem: str, field: str, hint: str | None = None) -> None:
+        self.problem, self.field = problem, field
+        if hint is None:
+            hint = "Say which to read: `mapping`=ColumnMapping(image=..., long=..., short=...)."
+        super().__init__(f"{problem} {hint}")
+
+
+class SplitError(ValueError):
+    """
+    Files that are several splits, or not the one that was asked for.
+
+    Args:
+        problem (`str`): what is wrong, in a sentence.
+        splits (`Sequence[str]`): the splits that there are.
+        option (`str`, *optional*, defaults to `"split"`): the option that says which.
+    """
+
+    def __init__(self, problem: str, splits: Sequence[str], option: str = "split") -> None:
+        self.problem, self.splits = problem, splits
+        advice = (
+            f"say which (--{option.replace('_', '-')} {splits[0]}; {ALL_SPLITS}: all)" if splits else "leave it out"
+        )
+        super().__init__(f"`{option}`: {problem}; {advice}.")
 
 
 @dataclass(frozen=True)
@@ -51,14 +117,15 @@ class ColumnMapping:
     Args:
         image (`str` or `tuple[str, ...]`):
             Column of the images: paths, bytes of files, or images of `datasets`. Of several the first that there is.
-            In WebDataset shards it is the image file, whatever the mapping says.
+            In WebDataset shards it is the only image of a sample; where there are several, the extension of the one to
+            read (`input.jpg`).
         long (`str` or `tuple[str, ...]`):
             Columns of the long captions, texts or lists of texts; their order numbers the captioners. `*` and `?`
             match parts of a name (`long*_captions`), the columns they match in the order of the data set. `()` reads
             none.
         short (`str` or `tuple[str, ...]`, *optional*):
-            Column of the short caption; of several the first that there is. Where `None`, the first sentence of the
-            first long caption is the short one.
+            Column of the short caption; of several the first that there is. Where `None`, or none of several among
+            which is `None`, the first sentence of the first long caption is the short one.
         id (`str` or `tuple[str, ...]`, *optional*):
             Column of the ids; of several the first that there is. Without one a record's id is the path of its image
             as the data set gives it, in WebDataset shards the shard's name and the sample's key, and else a digest of
@@ -67,7 +134,7 @@ class ColumnMapping:
 
     image: str | tuple[str, ...] = ("image", "file_name")
     long: str | tuple[str, ...] = "long_captions"
-    short: str | tuple[str, ...] | None = "short_caption"
+    short: str | tuple[str | None, ...] | None = ("short_caption", None)
     id: str | tuple[str, ...] | None = "id"
 
 
@@ -99,31 +166,45 @@ MAPPINGS = {
 def load_records(
     source: str | os.PathLike | Sequence[str | os.PathLike],
     mapping: str | ColumnMapping = "records",
-    split: str = "train",
+    split: str | None = None,
     image_folder: str | os.PathLike | None = None,
     streaming: bool = False,
+    *,
+    image_root: str | os.PathLike | None = None,
+    max_record_bytes: int = MAX_RECORD_BYTES,
     **kwargs: Any,
 ) -> Dataset | IterableDataset:
     """
     Opens a data set whose rows are records, for `LoTLIPCollator`.
 
-    A row is read when it is asked for, as a dictionary with `image`, `short_caption`, `long_captions` and `id`. Images
-    are not decoded here, so that the collator can count a broken one or stop at it. So it is with a shard of a local
-    stream that ends too soon: its last record holds what is wrong with it, under `error`.
+    A row is read when it is asked for, as a dictionary with `image`, `short_caption`, `long_captions`, `id`, and
+    `error`, which is `None` or says why the record is broken. Texts and ids are as they are written. Images are not
+    decoded here, so that the collator can count a broken one or stop at it. So it is with a file of a local stream
+    that ends too soon: its last record says so, with `is_shard` beside `error`.
+
+    An image is read if it lies in the image folder, links followed. One that lies elsewhere makes a broken record,
+    unless `image_root` allows it. A file that a WebDataset shard or a data set on the Hub names is not opened without
+    `image_folder` or `image_root`.
 
     Args:
         source (`str`, `os.PathLike` or a sequence of them):
             A folder with `metadata.jsonl`, `metadata.csv` or `metadata.parquet` beside the images; a folder of
-            WebDataset shards (`*.tar`), Parquet, JSON, JSON lines or CSV files; such files, by name or pattern
-            (`shards/*.tar`); or the name of a data set on the Hub.
+            WebDataset shards (`*.tar`), Parquet, JSON, JSON lines, CSV or TSV files; such files, by name or pattern
+            (`shards/*.tar`, `shards/{00000..00010}.tar`); or the name of a data set on the Hub.
         mapping (`str` or `ColumnMapping`, *optional*, defaults to `"records"`):
             Which columns to read: a name in `MAPPINGS`, or your own.
-        split (`str`, *optional*, defaults to `"train"`):
-            The split of a data set on the Hub. Files are one split.
+        split (`str`, *optional*):
+            The split of a data set on the Hub, by default `"train"`; or that of local files, by a word in the names of
+            files and folders (`train/`, `captions-val.csv`). Files of several splits are read together only with
+            `"all"`, or as a list.
         image_folder (`str` or `os.PathLike`, *optional*):
-            What relative paths of images start from; by default the folder of the (first) file that is read.
+            What relative paths of images start from; by default the folder of the file that names them.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to read in order, without a copy in the cache of `datasets`. WebDataset shards always are.
+        image_root (`str` or `os.PathLike`, *optional*):
+            The folder that images must lie in; by default the image folder.
+        max_record_bytes (`int`, *optional*, defaults to 256 MiB):
+            The most bytes of a line, an entry or a shard's sample; a larger one is a broken record, and is not read.
         kwargs:
             Further arguments of `datasets.load_dataset`, for a data set on the Hub: its configuration, `revision`, ...
 
@@ -133,14 +214,16 @@ def load_records(
 
     Raises:
         FileNotFoundError: if there is no such file or folder, or nothing in it that is read.
-        ValueError: if a column is missing, `mapping` is unknown, or a file cannot be read.
+        ColumnError: if a column is missing.
+        SplitError: if the files are of several splits, or of none that was asked for.
+        ValueError: if `mapping` is unknown, or a file cannot be read.
 
     Example:
 
     ```python
     >>> records = load_records("pictures")  # with metadata.jsonl: file_name, short_caption, long_captions
     >>> mapping = ColumnMapping(short="txt", long=("blip", "llava"))  # two fields of the samples' JSON
-    >>> shards = load_records("shards/*.tar", mapping)
+    >>> shards = load_records("shards/{00000..00010}.tar", mapping)
     >>> docci = load_records("google/docci", "docci", streaming=True)
     ```
     """
@@ -148,57 +231,206 @@ def load_records(
         if mapping not in MAPPINGS:
             raise ValueError(f"`mapping` must be a ColumnMapping or one of {', '.join(MAPPINGS)}, got {mapping!r}.")
         mapping = MAPPINGS[mapping]
-    if isinstance(source, str) and not os.path.exists(source) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        # "pictures/metadata.jsonl" has the form of a name on the Hub too.
-        if os.path.splitext(source)[1].lower() not in BUILDERS:
-            return _hub_records(source, mapping, split, image_folder, streaming, kwargs)
+    images = _Images(*(None if one is None else os.fspath(one) for one in (image_folder, image_root)))
+    if is_hub_name(source):
+        return _hub_records(cast(str, source), mapping, split or "train", images, streaming, kwargs)
     if kwargs:
         raise ValueError(f"{', '.join(kwargs)}: only a data set on the Hub takes more arguments, not {source}.")
-    files = _find_files(source)
-    builder = _builder(files)
-    folder = os.path.dirname(files[0]) if image_folder is None else os.fspath(image_folder)
-    if builder == "webdataset" or streaming:
-        if builder == "webdataset":
-            mapping = ColumnMapping("image", mapping.long, mapping.short, (*_alternatives(mapping.id), "__key__"))
-        resolved = _resolve(mapping, _first_columns(files), files[0])
-        # `datasets` divides the list of files among processes and workers.
-        arguments = {"files": files, "mapping": resolved, "image_folder": folder}
-        return cast(IterableDataset, IterableDataset.from_generator(_stream, gen_kwargs=arguments))
-    try:
-        # It takes file names for patterns.
-        dataset = cast(Dataset, load_dataset(builder, data_files=[glob.escape(file) for file in files], split="train"))
-    except StopIteration as error:
-        raise ValueError(f"{', '.join(files)}: no row can be read.") from error
-    except DatasetGenerationError as error:
-        reason = error.__cause__ or error
-        raise ValueError(
-            f"{', '.join(files)}: cannot be read as {builder} ({type(reason).__name__}: {reason}). Mend or leave out "
-            "the file; `streaming=True` reads the others and lets the collator count it."
-        ) from error
-    resolved = _resolve(mapping, dataset.column_names, files[0])
-    return _undecoded(dataset).with_transform(partial(_to_records, mapping=resolved, image_folder=folder))
+    files = find_files(source, split)
+    kind = _kind(files)
+    if kind == "parquet" and not streaming:
+        return _parquet_records(files, mapping, images)
+    if kind != "webdataset" and not streaming:
+        return read_table(files, mapping, image_folder, image_root, max_record_bytes)
+    # `datasets` divides the list of files among processes and workers.
+    arguments = {
+        "files": files,
+        "mapping": _resolve_of(files, mapping, images, max_record_bytes),
+        "images": images,
+        "max_bytes": max_record_bytes,
+    }
+    return cast(IterableDataset, IterableDataset.from_generator(_stream, gen_kwargs=arguments))
+
+
+def is_hub_name(source: object) -> bool:
+    """
+    Whether a source is the name of a data set on the Hub, not a folder or a file.
+
+    Args:
+        source (`object`): as in [`load_records`].
+
+    Returns:
+        `bool`: whether it has the form of such a name and there is no such folder.
+    """
+    if not isinstance(source, str) or os.path.exists(source) or not HUB_NAME.fullmatch(source):
+        return False
+    return os.path.splitext(source)[1].lower() not in KINDS  # "pictures/metadata.jsonl" has the form of a name too
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Where images lie: what relative paths start from, and what they must not leave; `None`: where the file lies."""
+
+    folder: str | None
+    root: str | None
+
+    def of(self, file: str) -> tuple[str, tuple[str, ...]]:
+        """The folder and the roots of the images that a file names; a shard's own are in it, and none is opened."""
+        own = None if file.lower().endswith(".tar") else os.path.dirname(file) or "."
+        folder = self.folder or own or self.root
+        roots = () if folder is None else (self.root or folder,)
+        return folder or "", roots
 
 
 def _hub_records(
-    name: str,
-    mapping: ColumnMapping,
-    split: str,
-    image_folder: str | os.PathLike | None,
-    streaming: bool,
-    kwargs: dict[str, Any],
+    name: str, mapping: ColumnMapping, split: str, images: _Images, streaming: bool, kwargs: dict[str, Any]
 ) -> Dataset | IterableDataset:
     dataset = load_dataset(name, split=split, streaming=streaming, **kwargs)
-    folder = None if image_folder is None else os.fspath(image_folder)
+    folder = images.folder or images.root or ""
+    roots = (images.root or folder,) if folder else hub_folders(name)
     if isinstance(dataset, Dataset):
         resolved = _resolve(mapping, dataset.column_names, name)
-        return _undecoded(dataset).with_transform(partial(_to_records, mapping=resolved, image_folder=folder))
+        transform = partial(_to_records, mapping=resolved, places=((folder, roots),))
+        return _undecoded(dataset).with_transform(transform)
     dataset = _undecoded(cast(IterableDataset, dataset))
     columns = dataset.column_names or list(next(iter(dataset)))
     resolved = _resolve(mapping, columns, name)
-    return dataset.map(partial(to_record, mapping=resolved, image_folder=folder), remove_columns=columns)
+    return dataset.map(
+        partial(_to_record, mapping=resolved, folder=folder, roots=roots),
+        remove_columns=columns,
+    )
 
 
-def to_record(row: Mapping[str, Any], mapping: ColumnMapping, image_folder: str | None = None) -> dict[str, Any]:
+def hub_folders(name: str) -> tuple[str, ...]:
+    """
+    The folders that files of a data set on the Hub are downloaded to.
+
+    Args:
+        name (`str`): its name, `owner/name`.
+
+    Returns:
+        `tuple[str, ...]`: its folder in the Hub's cache, and that of unpacked archives.
+    """
+    kept = os.path.join(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset"))
+    return kept, os.fspath(datasets.config.DOWNLOADED_DATASETS_PATH)
+
+
+def _parquet_records(files: list[str], mapping: ColumnMapping, images: _Images) -> Dataset:
+    try:
+        # It takes file names for patterns.
+        dataset = cast(Dataset, load_dataset("parquet", data_files=[glob.escape(one) for one in files], split="train"))
+    except StopIteration as error:
+        raise ValueError(f"{', '.join(files)}: no row can be read.") from error
+    except DatasetGenerationError as error:
+        raise _unreadable(files, "parquet", error.__cause__ or error) from error
+    resolved = _resolve(mapping, dataset.column_names, files[0])
+    places = tuple(dict.fromkeys(map(images.of, files)))
+    dataset = _undecoded(dataset)
+    if len(places) > 1:
+        lengths = [pyarrow.parquet.read_metadata(file).num_rows for file in files]
+        numbers = np.repeat([places.index(images.of(file)) for file in files], lengths)
+        dataset = dataset.add_column("__place__", numbers)
+    return dataset.with_transform(partial(_to_records, mapping=resolved, places=places))
+
+
+def _unreadable(files: Sequence[str], kind: str, reason: BaseException) -> ValueError:
+    return ValueError(
+        f"{', '.join(files)}: cannot be read as {kind} ({type(reason).__name__}: {reason}). Mend or leave out the "
+        "file; `streaming=True` reads the others and lets the collator count it."
+    )
+
+
+def read_table(
+    files: Sequence[str],
+    mapping: ColumnMapping,
+    image_folder: str | os.PathLike | None = None,
+    image_root: str | os.PathLike | None = None,
+    max_record_bytes: int = MAX_RECORD_BYTES,
+) -> Dataset:
+    """
+    Reads the records of files, shards included, into a table for random access, which is kept in the cache of
+    `datasets` until the files change.
+
+    Args:
+        files (`Sequence[str]`): what [`find_files`] found.
+        mapping, image_folder, image_root, max_record_bytes: as in [`load_records`].
+
+    Returns:
+        `datasets.Dataset`: the records.
+
+    Raises:
+        ValueError: if a file cannot be read to its end, or a column is missing.
+    """
+    images = _Images(*(None if one is None else os.fspath(one) for one in (image_folder, image_root)))
+    mapping = _resolve_of(files, mapping, images, max_record_bytes)
+    state = [(os.path.abspath(file), (status := os.stat(file)).st_size, status.st_mtime_ns) for file in files]
+    key = json.dumps([TABLE_VERSION, state, dataclasses.asdict(mapping), max_record_bytes])
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "lotlip")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{hashlib.blake2b(key.encode(errors='surrogateescape'), digest_size=16).hexdigest()}.arrow"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            with replacing(path) as file, pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer:
+                for block in _blocks(files, mapping, max_record_bytes):
+                    writer.write_batch(pa.RecordBatch.from_pylist(block, schema=FEATURES.arrow_schema))
+    places = tuple(map(images.of, files))
+    return Dataset.from_file(str(path)).with_transform(partial(_from_table, places=places))
+
+
+def first_error(records: Dataset | IterableDataset) -> str | None:
+    """
+    What is wrong with the first row that could not be read for a table.
+
+    Args:
+        records (`datasets.Dataset` or `datasets.IterableDataset`): what [`load_records`] returned.
+
+    Returns:
+        `str`, *optional*: the reason; `None` if there is no such row, or the records are no table of ours.
+    """
+    if not isinstance(records, Dataset) or records.features != FEATURES:
+        return None
+    errors = records.data.column("error").drop_null()
+    return errors[0].as_py() if len(errors) else None
+
+
+def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Iterator[list[dict[str, Any]]]:
+    """The records of files as a table has them, so many at a time as memory holds."""
+    block: list[dict[str, Any]] = []
+    size = 0
+    for number, file in enumerate(files):
+        try:
+            for record in tqdm(_read(file, mapping, max_bytes), os.path.basename(file), unit=" records", delay=2):
+                path, content = _parts(record["image"])
+                image = None if path is None and content is None else {"bytes": content, "path": path, "file": number}
+                block.append({**record, "image": image})
+                texts = (record["short_caption"], *record["long_captions"], record["id"], record["error"])
+                size += len(content or b"") + sum(len(text) for text in texts if text)
+                if len(block) == TABLE_ROWS or size > TABLE_BYTES:
+                    yield block
+                    block, size = [], 0
+        except Exception as error:  # whatever the format's library raises
+            raise _unreadable([file], _kind([file]), error) from error
+    if block:
+        yield block
+
+
+def _from_table(rows: dict[str, list[Any]], places: Sequence[tuple[str, tuple[str, ...]]]) -> dict[str, list[Any]]:
+    """Rows of a table as records: the paths of images become files."""
+    records = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    for record in records:
+        image = record.get("image")
+        if image is not None:
+            record["image"] = {"bytes": image["bytes"], "path": image["path"]}
+            _locate(record, *places[image["file"]])
+    return {name: [record[name] for record in records] for name in rows}
+
+
+def to_record(
+    row: Mapping[str, Any],
+    mapping: ColumnMapping,
+    image_folder: str | None = None,
+    image_root: str | None = None,
+) -> dict[str, Any]:
     """
     Makes a record of a row. What is missing or of a wrong type stays so: the collator counts it or stops at it.
 
@@ -206,119 +438,248 @@ def to_record(row: Mapping[str, Any], mapping: ColumnMapping, image_folder: str 
         row (`Mapping[str, Any]`): column name to value.
         mapping (`ColumnMapping`): one column or way for each field, no patterns.
         image_folder (`str`, *optional*): what a relative path of an image starts from.
+        image_root (`str`, *optional*): the folder that images must lie in; by default `image_folder`.
 
     Returns:
-        `dict[str, Any]`: `image`, `short_caption`, `long_captions` and `id`.
+        `dict[str, Any]`: `image`, `short_caption`, `long_captions`, `id`, and `error`.
 
     Example:
 
     ```python
     >>> row = {"image": "a.jpg", "conversations": [{"value": "Describe."}, {"value": "A cat. It sleeps."}]}
-    >>> to_record(row, MAPPINGS["sharegpt4v"], image_folder="pictures")
-    {'image': 'pictures/a.jpg', 'short_caption': 'A cat', 'long_captions': ['A cat. It sleeps.'], 'id': 'a.jpg'}
+    >>> record = to_record(row, MAPPINGS["sharegpt4v"], image_folder="pictures")
+    >>> record["image"], record["short_caption"], record["long_captions"], record["id"]
+    ('pictures/a.jpg', 'A cat', ['A cat. It sleeps.'], 'a.jpg')
     ```
     """
+    folder = image_folder or image_root
+    roots = () if folder is None else (image_root or folder,)
+    return _to_record(row, mapping, folder or "", roots)
+
+
+def _to_record(row: Mapping[str, Any], mapping: ColumnMapping, folder: str, roots: tuple[str, ...]) -> dict[str, Any]:
+    record = _fields(row, mapping)
+    _locate(record, folder, roots)
+    return record
+
+
+def _fields(row: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
+    """The record of a row, its image as it is stored."""
     long_captions: list[Any] = []
     for column in _alternatives(mapping.long):
-        value = _value(row, column)
-        long_captions += value if isinstance(value, list) else ["" if value is None else value]
+        value = value_of(row, column)
+        values = value if isinstance(value, list) else ["" if value is None else value]
+        long_captions += map(_whole, values)
     if mapping.short is None:
         first = next((caption for caption in long_captions if isinstance(caption, str) and caption.strip()), "")
         short_caption = next(iter(split_sentences(first)), None)
     else:
-        short_caption = _value(row, _alternatives(mapping.short)[0])
+        short_caption = _whole(_as_text(value_of(row, _alternatives(mapping.short)[0])))
 
-    image = _value(row, _alternatives(mapping.image)[0])
-    path, content = image if isinstance(image, str) else None, image if isinstance(image, bytes) else None
-    if isinstance(image, Mapping):
-        path, content = image.get("path"), image.get("bytes")
-    record_id = None if mapping.id is None else _value(row, _alternatives(mapping.id)[0])
-    if record_id is None and content is None:
+    image = value_of(row, _alternatives(mapping.image)[0])
+    path, content = _parts(image)
+    record_id = None if mapping.id is None else _as_text(value_of(row, _alternatives(mapping.id)[0]))
+    if record_id in (None, "") and content is None:
         record_id = path
-    if record_id is None:
+    if record_id in (None, ""):
         digest = hashlib.blake2b(content or b"", digest_size=16)
         digest.update(repr((short_caption, long_captions)).encode(errors="surrogatepass"))
         record_id = digest.hexdigest()
-    if isinstance(path, str) and content is None:
-        image = _image_path(path, image_folder)
-    return {"image": image, "short_caption": short_caption, "long_captions": long_captions, "id": record_id}
+    return {
+        "image": None if image == "" else image,
+        "short_caption": short_caption,
+        "long_captions": long_captions,
+        "id": record_id,
+        "error": None,
+    }
 
 
-def _image_path(path: str, image_folder: str | None) -> str:
+def _as_text(value: Any) -> Any:
+    """Numbers as texts, as tables hold ids and raw captions; none is no text."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value) if math.isfinite(value) else None
+    return value
+
+
+def _whole(caption: Any) -> Any:
+    """A caption without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+    return caption.encode(errors="replace").decode() if isinstance(caption, str) and not caption.isascii() else caption
+
+
+def _parts(image: Any) -> tuple[str | None, bytes | None]:
+    """The path and the bytes of an image as it is stored."""
+    if isinstance(image, Mapping):
+        path, content = image.get("path"), image.get("bytes")
+    else:
+        path, content = image, image
+    return path if isinstance(path, str) else None, content if isinstance(content, bytes) else None
+
+
+def _locate(record: dict[str, Any], folder: str, roots: tuple[str, ...]) -> None:
+    """Makes a file of the path of a record's image, if that may be read."""
+    path, content = _parts(record["image"])
+    if path is None or content is not None:
+        return
+    try:
+        record["image"] = locate_image(path, folder, roots)
+    except ValueError as error:
+        record["image"] = None
+        if record.get("error") is None:
+            record["error"] = f"record {printable(record.get('id', path))}: {error}"
+
+
+def locate_image(path: str, folder: str, roots: Sequence[str]) -> str:
+    """
+    The file that the path of an image in a data set stands for.
+
+    Args:
+        path (`str`): as the data set has it; an address on the web is left as it is.
+        folder (`str`): what a relative path starts from.
+        roots (`Sequence[str]`): the folders that images must lie in, links followed; of none nothing is opened.
+
+    Returns:
+        `str`: the path of the file. It need not be there.
+
+    Raises:
+        ValueError: if it lies outside of `roots`.
+    """
     if path.startswith(("http://", "https://")):
         return path
-    path = os.path.join(image_folder or "", path)
-    if os.path.splitext(path)[1].lower() not in image_extensions() and not os.path.exists(path):
+    if not roots:
+        raise ValueError(
+            f"the image {printable(path)} is a file, and none is opened without --image-folder (`image_folder`), the "
+            "folder that images lie in, or --image-root (`image_root`)"
+        )
+    file = os.path.join(folder, path)
+    check_inside(file, roots)
+    if os.path.splitext(file)[1].lower() not in image_extensions() and not os.path.exists(file):
         # A key in place of a name, as ImageInWords has it.
         for extension in (".jpg", ".jpeg", ".png", ".webp"):
-            if os.path.exists(path + extension):
-                return path + extension
-    return path
+            if os.path.exists(file + extension):
+                check_inside(file + extension, roots)
+                return file + extension
+    return file
 
 
-def _to_records(rows: dict[str, list[Any]], mapping: ColumnMapping, image_folder: str | None) -> dict[str, list[Any]]:
-    """The same for a batch, column by column, as `Dataset.with_transform` asks for."""
+def check_inside(file: str, roots: Sequence[str]) -> None:
+    """
+    Finds out whether an image may be read.
+
+    Args:
+        file (`str`): its path.
+        roots (`Sequence[str]`): the folders of which it must lie in one, links followed.
+
+    Raises:
+        ValueError: if it lies elsewhere.
+    """
+    for root in roots:
+        with contextlib.suppress(OutsideError):
+            # not `abspath`, which would take `link/..` for the folder of the link
+            inside(root, os.path.join(os.getcwd(), file))
+            return
+    raise ValueError(
+        f"the image {printable(file)} lies outside of {printable(roots[0])}; --image-root DIR (`image_root`) allows "
+        "images below another folder"
+    )
+
+
+def _to_records(
+    rows: dict[str, list[Any]], mapping: ColumnMapping, places: Sequence[tuple[str, tuple[str, ...]]]
+) -> dict[str, list[Any]]:
+    """The records of a batch, column by column, as `Dataset.with_transform` asks for."""
     number = len(next(iter(rows.values()), []))
+    numbers = rows.get("__place__", [0] * number)
     records = [
-        to_record({name: column[row] for name, column in rows.items()}, mapping, image_folder) for row in range(number)
+        _to_record({name: column[row] for name, column in rows.items()}, mapping, *places[numbers[row]])
+        for row in range(number)
     ]
-    return {name: [record[name] for record in records] for name in ("image", "short_caption", "long_captions", "id")}
+    return {name: [record[name] for record in records] for name in FIELDS}
 
 
-def _alternatives(columns: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if columns is None else (columns,) if isinstance(columns, str) else tuple(columns)
+def _alternatives(columns: str | tuple[str | None, ...] | None) -> tuple[str, ...]:
+    return (columns,) if isinstance(columns, str) else tuple(column for column in columns or () if column is not None)
 
 
-def _value(row: Mapping[str, Any], column: str) -> Any:
-    """What a column, or a way into one, holds; `None` where the way ends early."""
-    if column in row:
-        return row[column]
-    value: Any = row
-    for name, index in PATH_STEP.findall(column):
-        if name:
-            value = value.get(name) if isinstance(value, Mapping) else None
-        else:
-            value = value[int(index)] if isinstance(value, list) and int(index) < len(value) else None
-    return value
+def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, max_bytes: int) -> ColumnMapping:
+    """The mapping for local files, by the columns of the first rows that can be read."""
+    columns: dict[str, None] = {}
+    errors: list[str] = []
+    fields = 0
+    for file in files:
+        try:
+            for row in itertools.islice(read_rows(file, max_bytes=max_bytes), FIRST_ROWS):
+                if isinstance(row, RowError):
+                    errors.append(f"{printable(file)}, {row}")
+                    continue
+                columns |= dict.fromkeys(row)
+                fields = max(fields, len(row.keys() - {"image", "__key__"}))
+        except Exception as error:  # whatever the format's library raises
+            errors.append(f"{printable(file)}: {type(error).__name__}: {error}")
+        if columns:
+            break
+        errors += [] if errors else [f"{printable(file)}: holds no row"]
+    if not columns:
+        raise ValueError(f"No row can be read. {'; '.join(errors[:3])}")
+    if _kind(files) != "webdataset":
+        return _resolve(mapping, list(columns), files[0])
+    named = _alternatives(mapping.image)
+    members = tuple(name for name in named if f".{name.rpartition('.')[2]}".lower() in image_extensions())
+    paths = () if not images.of(files[0])[1] else named
+    mapping = dataclasses.replace(
+        mapping, image=(*members, "image", *paths), id=(*_alternatives(mapping.id), "__key__")
+    )
+    try:
+        return _resolve(mapping, list(columns), files[0])
+    except ColumnError as error:
+        if fields > 1:
+            raise
+        raise ColumnError(
+            f"{error.problem} Each of the first samples has one member: those of a sample must be side by side in the "
+            "archive, as `tar --sort=name` writes them.",
+            error.field,
+        ) from error
 
 
 def _resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> ColumnMapping:
     """The mapping with each alternative and pattern replaced by what there is."""
+    source = printable(source)
 
-    def is_there(column: str) -> bool:
-        return column in columns or re.split(r"[.\[]", column, maxsplit=1)[0] in columns
-
-    def first(field: str, wanted: tuple[str, ...]) -> str:
-        found = next((column for column in wanted if is_there(column)), None)
-        if found is None:
-            raise missing(field, wanted)
-        return found
-
-    def missing(field: str, wanted: tuple[str, ...]) -> ValueError:
-        return ValueError(
+    def missing(field: str, wanted: tuple[str, ...]) -> ColumnError:
+        return ColumnError(
             f"{source}: there is no column {' or '.join(map(repr, wanted))} for `{field}`. There are: "
-            f"{', '.join(map(repr, columns))}. Say which to read: ColumnMapping(image=..., long=..., short=...)."
+            f"{', '.join(map(repr, columns))}.",
+            field,
         )
 
-    short = None if mapping.short is None else first("short", _alternatives(mapping.short))
+    def first(field: str, wanted: tuple[str, ...]) -> str | None:
+        return next((way for way in wanted if column_of(way, columns)), None)
+
+    short = first("short", _alternatives(mapping.short))
+    if short is None and mapping.short is not None:
+        if not mapping.long or isinstance(mapping.short, str) or None not in mapping.short:
+            raise missing("short", _alternatives(mapping.short))
     long: list[str] = []
     for wanted in _alternatives(mapping.long):
         if "*" in wanted or "?" in wanted:
             matched = [column for column in columns if fnmatchcase(column, wanted) and column != short]
             long += [column for column in matched if column not in long]
-        elif is_there(wanted):
+        elif column_of(wanted, columns):
             long.append(wanted)
         else:
             raise missing("long", (wanted,))
     if not long and mapping.long:
         raise missing("long", _alternatives(mapping.long))
-    ids = [column for column in _alternatives(mapping.id) if is_there(column)]
-    return ColumnMapping(
-        image=first("image", _alternatives(mapping.image)),
-        long=tuple(long),
-        short=short,
-        id=ids[0] if ids else None,
-    )
+    image = first("image", _alternatives(mapping.image))
+    if image is None:
+        raise missing("image", _alternatives(mapping.image))
+    if short is None and mapping.short is not None:
+        logger.warning(
+            "%s: there is no column %s; the first sentence of a record's first long caption is its short caption "
+            "(--short-column names another column).",
+            source,
+            " or ".join(map(repr, _alternatives(mapping.short))),
+        )
+    return ColumnMapping(image=image, long=tuple(long), short=short, id=first("id", _alternatives(mapping.id)))
 
 
 def _undecoded(dataset: Any) -> Any:
@@ -329,139 +690,170 @@ def _undecoded(dataset: Any) -> Any:
     return dataset
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def find_files(source: str | os.PathLike | Sequence[str | os.PathLike], split: str | None = None) -> list[str]:
+    """
+    The files that a source means.
+
+    Args:
+        source (`str`, `os.PathLike` or a sequence of them): folders, files and patterns, as in [`load_records`].
+        split (`str`, *optional*): the split, as in [`load_records`].
+
+    Returns:
+        `list[str]`: the files; those of each folder and pattern sorted by name.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        SplitError: if they are of several splits, or of none that was asked for.
+    """
+    sources = [source] if isinstance(source, str | os.PathLike) else list(source)
+    if not sources:
+        raise FileNotFoundError("`source` is an empty list of files.")
+    found: dict[str, str] = {}  # file to what its folder or pattern leaves of its path
+    splits: dict[str, None] = {}
+    for one in itertools.chain.from_iterable(map(_expanded, sources)):
+        files = _find(one)
+        own = dict.fromkeys(filter(None, map(_split_of, files.values())))
+        if split is None and len({SPLIT_WORDS[word] for word in own}) > 1:
+            raise SplitError(f"{printable(one)} holds {', '.join(sorted(own))}", sorted(own))
+        found |= files
+        splits |= own
+    if split is None or split == ALL_SPLITS:
+        return list(found)
+    wanted = SPLIT_WORDS.get(split.lower(), split)
+    chosen = [
+        file
+        for file, name in found.items()
+        if SPLIT_WORDS.get(_split_of(name) or "") == wanted or split in os.path.splitext(name)[0].split(os.sep)
+    ]
+    if not chosen and (splits or wanted != "train"):  # files that are no splits are to train on
+        there = f"it holds {', '.join(sorted(splits))}" if splits else "its files are one split"
+        raise SplitError(f"{printable(source)} holds no {split!r}: {there}", sorted(splits))
+    return chosen or list(found)
 
 
-def _find_files(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
-    """The files that a source means, sorted by name."""
-    if not isinstance(source, str | os.PathLike):
-        files = [file for one in source for file in _find_files(one)]
-        if not files:
-            raise FileNotFoundError("`source` is an empty list of files.")
-        return files
+def _split_of(name: str) -> str | None:
+    """The first word for a split in a path."""
+    for part in os.path.splitext(name)[0].split(os.sep):
+        if match := SPLIT_WORD.search(part):
+            return match[1].lower()
+    return None
+
+
+def _expanded(source: str | os.PathLike) -> Iterator[str]:
+    """A pattern with braces as all that it stands for, as shells expand it: `{00..10}`, `{a,b}`."""
+    pattern = os.fspath(source)
+    match = next((match for match in BRACES.finditer(pattern) if "," in match[1] or RANGE.fullmatch(match[1])), None)
+    if match is None or os.path.exists(pattern):
+        yield pattern
+        return
+    parts: Iterable[str] = match[1].split(",")
+    if numbers := RANGE.fullmatch(match[1]):
+        first, last, step = int(numbers[1]), int(numbers[2]), max(1, int(numbers[3] or 1))
+        is_padded = any(len(one) > 1 and one.startswith("0") for one in (numbers[1], numbers[2]))
+        width = max(len(numbers[1]), len(numbers[2])) if is_padded else 0
+        steps = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+        parts = (f"{number:0{width}}" for number in steps)
+    for part in parts:
+        yield from _expanded(pattern[: match.start()] + part + pattern[match.end() :])
+
+
+def _find(source: str) -> dict[str, str]:
+    """The files of a folder or pattern, sorted by name, and what it leaves of their paths."""
     path = Path(source)
     if path.is_dir():
         for name in METADATA_NAMES:
             if (path / name).is_file():
-                return [str(path / name)]
+                return {str(path / name): name}
         for extensions in ((".tar",), (".parquet",), (".jsonl", ".jsonlines"), (".json",), (".csv", ".tsv")):
-            found = (file for file in path.rglob("*") if file.suffix.lower() in extensions)
+            files = (file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file())
+            names = {str(file): str(file.relative_to(path)) for file in files}
             # what is hidden is not the user's data: `lotlip search` keeps its index so
-            files = sorted(str(file) for file in found if not _is_hidden(file.relative_to(path)))
-            if files:
-                return files
+            if found := {file: name for file, name in sorted(names.items()) if not _is_hidden(name)}:
+                return found
         raise FileNotFoundError(
-            f"{path}: holds neither {', '.join(METADATA_NAMES)} nor files that are read ({', '.join(BUILDERS)})."
+            f"{printable(path)}: holds neither {', '.join(METADATA_NAMES)} nor files that are read "
+            f"({', '.join(KINDS)})."
         )
     if path.is_file():
-        return [str(path)]
-    files = sorted(file for file in glob.glob(str(path), recursive=True) if os.path.isfile(file))
+        return {str(path): path.name}
+    files = sorted(file for file in glob.glob(source, recursive=True) if os.path.isfile(file))
     if not files:
-        raise FileNotFoundError(f"{path}: no such file or folder, and no data set's name on the Hub (owner/name).")
-    return files
+        raise FileNotFoundError(
+            f"{printable(path)}: no such file or folder, and no data set's name on the Hub (owner/name)."
+        )
+    start = os.path.dirname(re.split(r"[*?\[]", source, maxsplit=1)[0])
+    return {file: os.path.relpath(file, start or ".") for file in files}
 
 
-def _builder(files: list[str]) -> str:
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split(os.sep))
+
+
+def _kind(files: Sequence[str]) -> str:
     extensions = {os.path.splitext(file)[1].lower() for file in files}
-    if unknown := sorted(extensions - BUILDERS.keys()):
-        raise ValueError(f"{files[0]}: {unknown[0] or 'no extension'} is not one of {', '.join(BUILDERS)}.")
-    builders = sorted({BUILDERS[extension] for extension in extensions})
-    if len(builders) > 1:
-        raise ValueError(f"{files[0]}: the files of one data set must be of one kind, got {' and '.join(builders)}.")
-    return builders[0]
+    if unknown := sorted(extensions - KINDS.keys()):
+        raise ValueError(f"{printable(files[0])}: {unknown[0] or 'no extension'} is not one of {', '.join(KINDS)}.")
+    kinds = sorted({KINDS[extension] for extension in extensions})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{printable(files[0])}: the files of one data set must be of one kind, got {' and '.join(kinds)}."
+        )
+    return kinds[0]
 
 
-def _rows(file: str) -> Iterator[dict[str, Any]]:
-    """
-    The rows of one file, read in order.
-
-    Not by a stream of `datasets`: inside a DataLoader's worker each such stream divides its files among the workers
-    once more, and leaves all but one without any. And its WebDataset reader refuses samples of differing files.
-    """
-    extension = os.path.splitext(file)[1].lower()
-    if extension == ".tar":
-        yield from _tar_rows(file)
-    elif extension == ".parquet":
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=64):
-                yield from batch.to_pylist()
-    elif extension in (".csv", ".tsv"):
-        with open(file, newline="", encoding="utf-8-sig") as lines:
-            yield from csv.DictReader(lines, delimiter="\t" if extension == ".tsv" else ",")
-    elif extension == ".json":
-        with open(file, encoding="utf-8") as text:
-            rows = json.load(text)
-            if not isinstance(rows, list):
-                raise ValueError(f"expected a list of rows, got {type(rows).__name__}")
-            yield from rows
-    else:
-        with open(file, encoding="utf-8") as lines:
-            yield from (json.loads(line) for line in lines if line.strip())
+def _read(file: str, mapping: ColumnMapping, max_bytes: int) -> Iterator[dict[str, Any]]:
+    """The records of a file, their images as they are stored; one that cannot be used has only an `error`."""
+    texts = (*_alternatives(mapping.long), *_alternatives(mapping.short))
+    columns = (*texts, *_alternatives(mapping.image), *_alternatives(mapping.id))
+    for number, row in enumerate(read_rows(file, columns, texts, max_bytes), 1):
+        record_id = f"{os.path.basename(file)}, row {number}"
+        if isinstance(row, RowError):
+            hint = " --max-record-bytes (`max_record_bytes`) allows more." if isinstance(row, SizeError) else ""
+            yield _broken(record_id, f"{printable(file)}, {row}{hint}")
+            continue
+        record = _fields(row, mapping)
+        if record["image"] is None and "__key__" in row:
+            fields = ", ".join(name for name in row if name != "__key__")
+            record["error"] = (
+                f"sample {printable(record['id'])}: has no {_alternatives(mapping.image)[0]}, but "
+                f"{printable(fields)}. Name the image if it has several (--image-column); a sample's members must be "
+                "side by side."
+            )
+        problem = _problem(record)
+        yield record if problem is None else _broken(record_id, f"{printable(file)}, row {number}: {problem}")
 
 
-def _tar_rows(shard: str) -> Iterator[dict[str, Any]]:
-    """
-    The samples of a WebDataset shard: successive files that share a name up to its first dot.
-
-    The fields of a sample's JSON are columns, and so is each other file, under its extension; its image is also the
-    column `image`. `__key__` is the shard's name and the sample's.
-    """
-    with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        sample: dict[str, Any] = {}
-        for member in tar:
-            folder, name = os.path.split(member.name)
-            stem, _, extension = name.partition(".")
-            content = tar.extractfile(member)
-            if content is None or not stem or not extension:
-                continue
-            key = f"{os.path.basename(shard)}/{os.path.join(folder, stem)}"
-            if sample and sample["__key__"] != key:
-                yield sample
-                sample = {}
-            sample["__key__"] = key
-            extension = extension.lower()
-            if extension == "json":
-                # A column of the table that the shard was downloaded from may be called `image` too.
-                sample = {**json.loads(content.read()), **sample}
-            elif f".{extension}" in image_extensions():
-                sample[extension] = sample["image"] = {"bytes": content.read(), "path": name}
-            elif extension in ("txt", "cls"):
-                sample[extension] = content.read().decode("utf-8")
-        # Where a file ends between two members, tarfile takes it for whole.
-        file.seek(-min(tarfile.BLOCKSIZE, os.path.getsize(shard)), os.SEEK_END)
-        if any(file.read()):
-            raise tarfile.ReadError("the archive has no end mark")
-        if sample:
-            yield sample
+def _problem(record: Mapping[str, Any]) -> str | None:
+    """What of a record is of no type that a record has, if anything."""
+    image = record["image"]
+    if image is not None and _parts(image) == (None, None):
+        return f"the image must be a path or the bytes of a file, got {printable(repr(image)[:50])}"
+    if not isinstance(record["id"], str):
+        return f"the id must be a text, got {printable(repr(record['id'])[:50])}"
+    for text in (record["short_caption"], *record["long_captions"]):
+        if not isinstance(text, str | None):
+            return f"a caption must be a text, got {printable(repr(text)[:50])}"
+    try:
+        f"{record['id']}{_parts(image)[0]}".encode()
+    except UnicodeEncodeError:
+        return "its id or path is not valid Unicode"
+    return None
 
 
-def _first_columns(files: list[str]) -> list[str]:
-    """The columns of the first file that can be read."""
-    errors = []
+def _broken(record_id: str, error: str) -> dict[str, Any]:
+    return {"image": None, "short_caption": None, "long_captions": [], "id": record_id, "error": error}
+
+
+def _stream(files: list[str], mapping: ColumnMapping, images: _Images, max_bytes: int) -> Iterator[dict[str, Any]]:
     for file in files:
+        number, place = 0, images.of(file)
         try:
-            return [column for column in next(_rows(file)) if isinstance(column, str)]
-        except StopIteration:
-            errors.append(f"{file}: holds no row")
-        except Exception as error:  # whatever the format's library raises
-            errors.append(f"{file}: {type(error).__name__}: {error}")
-    raise ValueError(f"No row can be read. {'; '.join(errors[:3])}.")
-
-
-def _stream(files: list[str], mapping: ColumnMapping, image_folder: str) -> Iterator[dict[str, Any]]:
-    for file in files:
-        number = 0
-        rows = _rows(file)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                break
-            except Exception as error:  # whatever the format's library raises; the records before it stay
-                reason = f"{file}: damaged or truncated after {number} records ({type(error).__name__}: {error})"
-                empty = {"image": None, "short_caption": None, "long_captions": []}
-                yield {**empty, "id": os.path.basename(file), "error": reason}
-                break
-            yield to_record(row, mapping, image_folder)
-            number += 1
+            for record in _read(file, mapping, max_bytes):
+                _locate(record, *place)
+                yield record
+                number += 1
+        except Exception as error:  # whatever the format's library raises; the records before it stay
+            reason = (
+                f"{printable(file)}: damaged or truncated after {number} records ({type(error).__name__}: {error})"
+            )
+            yield {**_broken(os.path.basename(file), reason), "is_shard": True}

@@ -41,7 +41,7 @@ from .captioners import Answer, Captioner, CaptionerConfig, published_name
 from .collator import RecordError, read_image
 from .endpoint_captioner import EndpointCaptioner, shrunk
 from .journal import NONE, DamagedError, Journal, fits, read_json
-from .records import load_records
+from .records import ColumnError, load_records
 from .relabel_card import COUNTED, HISTOGRAMS, merge_statistics, shard_statistics, write_card
 from .relabel_config import NO_ANSWER, RelabelConfig
 from .sampling import split_sentences
@@ -798,7 +798,8 @@ def _open_records(config: RelabelConfig) -> Records:
             split=config.split,
             image_folder=config.image_folder,
             streaming=config.streaming,
-            **({} if config.image_root is None else {"image_root": config.image_root}),
+            image_root=config.image_root,
+            max_record_bytes=config.max_record_bytes,
         )
     except FileNotFoundError:
         if not os.path.isdir(config.data):
@@ -810,12 +811,12 @@ def _open_records(config: RelabelConfig) -> Records:
         found = {name: {"image": os.path.join(config.data, name), "id": name, **empty} for name in images}
         broken = {name: {"image": None, "id": name, "error": reason} | empty for name, reason in unreadable.items()}
         records = [record for _, record in sorted({**found, **broken}.items())]
-    except ValueError as error:
-        if "there is no column" not in str(error):
-            raise
-        raise ValueError(
-            f"{error} As options: --image-column, --short-column (`none` if there are no raw captions), --id-column. "
-            "A folder of pictures with a table in it is read as the table says; leave the table out otherwise."
+    except ColumnError as error:
+        raise ColumnError(
+            error.problem,
+            error.field,
+            "Say which to read: --image-column, --short-column (`none` if there are no raw captions), --id-column. A "
+            "folder of pictures with a table in it is read as the table says; leave the table out otherwise.",
         ) from error
     if not isinstance(records, IterableDataset) and not len(records):
         raise ValueError(f"{config.data}: holds no record.")

@@ -30,7 +30,7 @@ POLICIES: dict[str, Policy] = {
 }
 # What may differ when a run goes on, of the options and of those of a captioner: it decides who does the work and in
 # what portions, which at most changes how numbers are rounded. The captioners are compared one by one.
-RESUMABLE = frozenset({"output", "captioners", "max_image_bytes"})
+RESUMABLE = frozenset({"output", "captioners", "max_image_bytes", "max_record_bytes"})
 RESUMABLE_OF_CAPTIONERS = frozenset(
     {"batch_size", "device_map", "concurrency", "timeout", "max_retries", "max_answer_bytes"}
 )
@@ -67,7 +67,10 @@ class RelabelConfig:
     image_folder: str | None = option("what relative paths of images start from", default=None)
     image_root: str | None = option("folder that images must lie in; by default the image folder", default=None)
     max_image_bytes: int = option("bytes of an image file that is read, at most", default=256 * 1024 * 1024)
-    split: str = option("split of a data set on the Hub", default="train")
+    max_record_bytes: int = option("largest line of a table or sample of a shard that is read", default=1 << 28)
+    split: str | None = option(
+        "split of a data set on the Hub (train), or of a folder that holds several; 'all': all", default=None
+    )
     streaming: bool = option("read in order, without a copy on disk", default=False)
 
     # The output
@@ -97,7 +100,7 @@ class RelabelConfig:
 
         if self.mapping not in MAPPINGS:
             raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
-        for name in ("shard_size", "max_attempts", "max_image_bytes"):
+        for name in ("shard_size", "max_attempts", "max_image_bytes", "max_record_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for reason, policy in self.policies.items():

@@ -6,14 +6,13 @@ refused with what is missing; only `num_images` makes a smaller one, and the res
 """
 
 import csv
-import glob
 import logging
 import os
 import re
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,7 +30,16 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
 )
 
-from ..data.records import ColumnMapping, load_records
+from ..data.readers import MAX_RECORD_BYTES, every_row
+from ..data.records import (
+    ColumnError,
+    ColumnMapping,
+    check_inside,
+    find_files,
+    is_hub_name,
+    load_records,
+    read_table,
+)
 from ..data.scenes import long_captions, render, scene, short_caption
 from ..images import ImageSource, find_images
 from .data import ClassificationData, RetrievalData
@@ -53,14 +61,13 @@ from .sources import (
     from_hub,
     hub_archive,
     hub_commit,
+    image_roots,
     incomplete,
-    is_hub_name,
     is_image_name,
     is_table,
-    iterate_json_list,
     open_table,
+    read_bytes,
     read_json,
-    read_json_lines,
     read_table_texts,
     read_text,
     retrieval_data,
@@ -100,6 +107,8 @@ def load_benchmark(
     class_names: str | os.PathLike | None = None,
     captions: str | None = None,
     normalize: bool | None = None,
+    image_root: str | os.PathLike | None = None,
+    max_record_bytes: int | None = None,
 ) -> RetrievalData | ClassificationData:
     """
     Reads a benchmark: images with their texts, or with their classes.
@@ -125,6 +134,8 @@ def load_benchmark(
             `"all"` every one, `"short"` the short caption.
         normalize: Whether captions go through [`~lotlip_hf.evaluation.sources.normalize_caption`]. By default all do
             but short ones.
+        image_root: The folder that images must lie in, links followed; by default the data's own.
+        max_record_bytes: In `retrieval`: as in [`~lotlip_hf.data.records.load_records`].
 
     Returns:
         The data, with what was chosen in its `protocol`.
@@ -162,8 +173,10 @@ def load_benchmark(
         class_names=None if class_names is None else os.fspath(class_names),
         captions=captions,
         normalize=normalize,
+        image_root=None if image_root is None else os.fspath(image_root),
+        max_record_bytes=max_record_bytes,
     )
-    has = TASKS[task].options
+    has = TASKS[task].options if task == "scenes" else (*TASKS[task].options, "image_root")
     for option, value in vars(options).items():
         if value is not None and option not in has:
             raise ValueError(f"`{option}` is no option of {task}; it has {', '.join(has)}.")
@@ -210,7 +223,7 @@ def _read_dci(task: Task, data: str | None, options: Options) -> RetrievalData:
         raise ValueError(f"`split` must be all, {' or '.join(splits)}, got {split!r}.")
     listed = [name for key, own in splits.items() if split in ("all", key) for name in own]
     files = first_of(task, options, listed, str(splits_file))
-    root, finder, gaps = splits_file.parent, ImageFinder(), Gaps(task)
+    root, finder, gaps = splits_file.parent, ImageFinder(image_roots(folder, options)), Gaps(task)
     images, names, texts = [], [], []
     for file in files:
         path = root / "annotations" / file
@@ -257,12 +270,12 @@ def _read_iiw(task: Task, data: str | None, options: Options) -> RetrievalData:
     for part in IIW_PARTS:
         places = ("", "datasets", "imageinwords", "imageinwords/datasets")
         file = find_file(task, folder, *(os.path.join(place, part, "data.jsonl") for place in places))
-        for number, row in enumerate(read_json_lines(file), start=1):
+        for number, row in enumerate(every_row(file), start=1):
             where = f"{file}, entry {number}"
             key = string_of(row, "image" if "image" in row else "image/key", where)
             rows.append((part, key, caption_of(field_of(row, "IIW", where), where)))
     rows = first_of(task, options, rows, str(folder))
-    finder, gaps, renamed = ImageFinder(), Gaps(task), []
+    finder, gaps, renamed = ImageFinder(image_roots(folder, options)), Gaps(task), []
     images, names = [], []
     for part, key, _ in rows:
         name = key if ".jpg" in key else f"{key}.jpg"
@@ -297,7 +310,7 @@ def _read_sharegpt4v(task: Task, data: str | None, options: Options) -> Retrieva
     file = find_file(task, folder, *places)
     wanted = options.num_images or cast(int, task.num_images)
     entries = []
-    for entry in iterate_json_list(file):
+    for entry in every_row(file):
         name = string_of(entry, "image", f"{file}, entry {entry.get('id')}")
         if not re.fullmatch(r"sa_\d+\.jpg", os.path.basename(name)):
             continue  # of COCO and LAION
@@ -310,7 +323,7 @@ def _read_sharegpt4v(task: Task, data: str | None, options: Options) -> Retrieva
         if len(entries) == wanted:
             break
     entries = first_of(task, options, entries, f"{file} (the part of SAM)")
-    finder, gaps, images = ImageFinder(), Gaps(task), []
+    finder, gaps, images = ImageFinder(image_roots(folder, options)), Gaps(task), []
     # SA-1B is unpacked to folders by the hundreds, which the names in the large file do not tell of
     shards = sorted(path for path in folder.glob("sa_*") if path.is_dir())
     for name, _ in entries:
@@ -372,8 +385,10 @@ def _read_urban1k(task: Task, data: str | None, options: Options) -> RetrievalDa
     images: Sequence[ImageSource]
     if isinstance(root, Path):
         images = [str(path) for path in paths]
+        for image in images:
+            check_inside(image, image_roots(folder, options))
     else:
-        images = LazyImages(len(paths), lambda place: paths[place].read_bytes())
+        images = LazyImages(len(paths), lambda place: read_bytes(paths[place]))
     return retrieval_data(
         task,
         options,
@@ -406,7 +421,7 @@ def _read_docci(task: Task, data: str | None, options: Options) -> RetrievalData
     folder = data_folder(task, data)
     places = [os.path.join(place, "docci_descriptions.jsonlines") for place in ("", "docci", "data")]
     file = find_file(task, folder, *places)
-    rows = read_json_lines(file)
+    rows = list(every_row(file))
     for number, row in enumerate(rows, start=1):
         where = f"{file}, entry {number}"
         for key in ("split", "image_file"):
@@ -415,7 +430,7 @@ def _read_docci(task: Task, data: str | None, options: Options) -> RetrievalData
     if split not in (found := sorted({row["split"] for row in rows})):
         raise ValueError(f"`split`: {file} has no {split!r}; it has {', '.join(found)}.")
     chosen = first_of(task, options, [row for row in rows if row["split"] == split], str(file))
-    finder, gaps = ImageFinder(), Gaps(task)
+    finder, gaps = ImageFinder(image_roots(folder, options)), Gaps(task)
     images = []
     for row in chosen:
         images.append(finder.find(file.parent / "images" / row["image_file"], file.parent / row["image_file"]))
@@ -476,7 +491,7 @@ def _read_karpathy(task: Task, data: str | None, options: Options) -> RetrievalD
     if split not in (found := sorted({row["split"] for row in rows})):
         raise ValueError(f"`split`: {file} has no {split!r}; it has {', '.join(found)}.")
     chosen = first_of(task, options, [row for row in rows if row["split"] == split], str(file))
-    finder, gaps = ImageFinder(), Gaps(task)
+    finder, gaps = ImageFinder(image_roots(folder, options)), Gaps(task)
     images, names, texts = [], [], []
     for row in chosen:
         name = os.path.join(row.get("filepath", ""), row["filename"])
@@ -542,26 +557,22 @@ def _read_records(task: Task, data: str | None, options: Options) -> RetrievalDa
             normalize=captions != "short",
             name=data,
         )
-    for option in ("split", "revision", "config"):
+    for option in ("revision", "config"):
         if getattr(options, option) is not None:
-            raise ValueError(f"`{option}` is for data sets on the Hub, and {data} is none: its files are one split.")
+            raise ValueError(f"`{option}` is for data sets on the Hub, and {data} is none.")
     text_column, num_images = options.text_column, options.num_images
     mapping = ColumnMapping(image=options.image_column or ColumnMapping.image, long=text_column or column, short=None)
     try:
-        records = load_records(data, mapping)
-    except ValueError as error:
-        problem, say_which, _ = str(error).partition(" Say which to read: ")
-        if not say_which:
-            raise
-        raise ValueError(
-            f"{problem} Say which to read: `image_column` (--image-column) and `text_column` (--text-column)."
-        ) from error
-    if isinstance(records, IterableDataset):  # shards, whose images are kept on disk where any of them can be read
-        files = sorted(Path(data).rglob("*.tar")) if os.path.isdir(data) else sorted(map(Path, glob.glob(data)))
-        # other files are other data to the cache
-        state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        arguments = {"source": data, "mapping": mapping, "state": state}
-        records = cast(Dataset, Dataset.from_generator(_rows, gen_kwargs=arguments))
+        limits = {
+            "image_root": options.image_root,
+            "max_record_bytes": options.max_record_bytes or MAX_RECORD_BYTES,
+        }
+        records = load_records(data, mapping, options.split, **limits)
+        if isinstance(records, IterableDataset):  # shards, whose images are kept on disk where any of them can be read
+            records = read_table(find_files(data, options.split), mapping, **limits)
+    except ColumnError as error:
+        hint = "Say which to read: `image_column` (--image-column) and `text_column` (--text-column)."
+        raise ColumnError(error.problem, error.field, hint) from error
     gaps = Gaps(task)
     images: list[str | None] = []  # `None` for one that is in the records themselves
     names: list[str] = []
@@ -606,15 +617,10 @@ def _read_records(task: Task, data: str | None, options: Options) -> RetrievalDa
         texts,
         protocol={"captions": captions, "text_column": text_column or column},
         normalize=captions != "short",
+        split=options.split,
         id=os.path.basename(os.path.normpath(data)),
         name=os.path.basename(os.path.normpath(data)),
     )
-
-
-def _rows(source: str, mapping: ColumnMapping, state: list[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
-    """The records of shards; `state` is what `datasets` knows their contents by."""
-    for record in load_records(source, mapping):
-        yield {"error": "", **cast(dict[str, Any], record)}
 
 
 def _read_scenes(task: Task, data: str | None, options: Options) -> RetrievalData:
@@ -660,7 +666,7 @@ def _read_classification(task: Task, data: str | None, options: Options) -> Clas
         and any(map(_class_folders, map(folder.joinpath, classes)))
     ):
         raise ValueError(f"`split`: {folder} holds {', '.join(classes)}; say which (--split).")
-    images, labels = _images_by_class(task, folder, classes)
+    images, labels = _images_by_class(task, folder, classes, options)
     own = [one.replace("_", " ") for one in classes]
     places = _evenly(labels) if options.num_images is not None else range(len(images))
     return _classification(
@@ -690,11 +696,13 @@ def _class_folders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _images_by_class(task: Task, folder: Path, classes: Sequence[str]) -> tuple[list[str], list[int]]:
+def _images_by_class(
+    task: Task, folder: Path, classes: Sequence[str], options: Options
+) -> tuple[list[str], list[int]]:
     """The images below the folders of the classes, and the place of each one's class."""
     if not classes:
         raise incomplete(task, f"{folder} holds no folders of classes")
-    found, unreadable = find_images(folder)
+    found, unreadable = find_images(folder, options.image_root)
     if unreadable:
         raise incomplete(task, f"{folder}: {shown([f'{name} {why}' for name, why in unreadable.items()])}")
     places = {name: place for place, name in enumerate(classes)}
@@ -726,14 +734,14 @@ def _read_imagenet(task: Task, data: str | None, options: Options) -> Classifica
     mapping = {} if mapping_file is None else _read_synsets(mapping_file)
     folders = [name for name in _class_folders(root) if WNID.fullmatch(name)]
     if folders:
-        images, labels = _images_by_class(task, root, folders)
+        images, labels = _images_by_class(task, root, folders, options)
         wnids = {image: folders[label] for image, label in zip(images, labels, strict=True)}
         classes = list(mapping) or folders
     else:
         solution = next((f for place in about if (f := place / "LOC_val_solution.csv").is_file()), None)
         if solution is None:
             raise incomplete(task, f"{folder} holds no LOC_val_solution.csv, which tells the class of each image")
-        finder, gaps, wnids = ImageFinder(), Gaps(task), {}
+        finder, gaps, wnids = ImageFinder(image_roots(folder, options)), Gaps(task), {}
         answers = _read_solution(solution)
         chosen = first_of(task, options, sorted(answers), str(solution))
         for stem in chosen:
@@ -826,7 +834,7 @@ def _read_imagenet_v2(task: Task, data: str | None, options: Options) -> Classif
     expected = IMAGENET_CLASSES if options.num_images is None else int(classes[-1]) + 1
     if lacking := [str(n) for n in range(expected) if str(n) not in set(classes)]:
         raise incomplete(task, f"{root} lacks {len(lacking)} of the folders 0 to {expected - 1}: {shown(lacking)}")
-    images, labels = _images_by_class(task, root, classes)
+    images, labels = _images_by_class(task, root, classes, options)
     counts = Counter(labels)
     per_class = cast(int, task.num_images) // IMAGENET_CLASSES
     if short := [f"{classes[label]} has {count}" for label, count in sorted(counts.items()) if count < per_class]:
@@ -867,6 +875,9 @@ def _read_table_classes(
     if isinstance(feature, ClassLabel):
         own, said = [str(one) for one in feature.names], f"those of the column {label_column!r}"
         labels = values
+    elif table.is_text and all(value.isdecimal() and str(int(value)) == value for value in values):
+        own, said = None, ""
+        labels = list(map(int, values))
     elif isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
         own, said = sorted(set(values)), f"the values of the column {label_column!r}"
         places = {value: place for place, value in enumerate(own)}
@@ -1167,7 +1178,15 @@ TASKS = {
                 "--image-column and --text-column."
             ),
             reader=_read_records,
-            options=("num_images", "split", *TABLE_OPTIONS, "text_column", "captions", "normalize"),
+            options=(
+                "num_images",
+                "split",
+                *TABLE_OPTIONS,
+                "text_column",
+                "captions",
+                "normalize",
+                "max_record_bytes",
+            ),
         ),
         Task(
             key="scenes",

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -35,16 +36,17 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
-from ..data.records import BUILDERS
+from ..data.readers import KINDS, every_row
+from ..data.records import check_inside, hub_folders, is_hub_name, locate_image
 from ..data.sampling import split_full_stops
+from ..files import parse_json, printable, read_regular
 from ..images import ImageSource, image_extensions
 from .data import ClassificationData, IncompleteDataError, RetrievalData
 
 logger = logging.getLogger(__name__)
 
-# Characters that are read at once of a large JSON file, and the most that one entry of it may have.
-JSON_CHUNK, MAX_JSON_ENTRY = 1 << 20, 1 << 26
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# The most bytes of a file that is read at once, such as Karpathy's of MSCOCO (150 MB).
+MAX_FILE_BYTES = 1 << 30
 COMMIT = re.compile("[0-9a-f]{40}")
 # Files that `save_to_disk` writes, of a split or of several.
 SAVED_DATASET = ("state.json", "dataset_dict.json")
@@ -100,6 +102,8 @@ class Options:
     class_names: str | None = None
     captions: str | None = None
     normalize: bool | None = None
+    image_root: str | None = None
+    max_record_bytes: int | None = None
 
 
 def normalize_caption(text: str) -> str:
@@ -282,22 +286,38 @@ def find_file(task: Task, folder: Path, *places: str) -> Path:
     raise incomplete(task, f"{folder} holds no {places[0]}, neither at the top nor where else it may be")
 
 
-class ImageFinder:
-    """Looks files up in folders that are listed once each."""
+def image_roots(folder: Path | str, options: Options) -> tuple[str, ...]:
+    """The folders that images must lie in: the one that is asked for, or the data's own."""
+    return (options.image_root or os.fspath(folder),)
 
-    def __init__(self) -> None:
+
+class ImageFinder:
+    """
+    Looks files up in folders that are listed once each.
+
+    Args:
+        roots: The folders that images must lie in, links followed.
+    """
+
+    def __init__(self, roots: Sequence[str]) -> None:
+        self._roots = roots
         self._folders: dict[Path, dict[str, str]] = {}
 
     def find(self, *paths: Path) -> str | None:
         """
         The first of these files that is there. Its name may be spelled with other code points for the same letters, as
         some systems unpack archives, and its extension in capitals; a name without one stands for an image's.
+
+        Raises:
+            ValueError: if it lies outside of the roots.
         """
         for path in paths:
             names = self._names(path.parent)
             for spelling in (path.name, _spelling(path.name)):
                 if spelling in names:
-                    return str(path.parent / names[spelling])
+                    found = str(path.parent / names[spelling])
+                    check_inside(found, self._roots)
+                    return found
         return None
 
     def others(self, folder: Path, known: Collection[str]) -> list[str]:
@@ -337,65 +357,32 @@ def tell_of_others(others: Sequence[str], where: str) -> None:
         logger.warning("%s: %d images are not of the benchmark and left out: %s.", where, len(others), shown(others))
 
 
+def read_bytes(path: Path | zipfile.Path) -> bytes:
+    """A file's contents, or an error if it is too large."""
+    if isinstance(path, Path):
+        return read_regular(path, MAX_FILE_BYTES)
+    if path.root.getinfo(path.at).file_size > MAX_FILE_BYTES:
+        raise ValueError(f"{printable(path)}: larger than {MAX_FILE_BYTES:,} bytes.")
+    return path.read_bytes()
+
+
 def read_text(path: Path | zipfile.Path) -> str:
     """A text file in UTF-8, or an error that names it."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}).") from error
 
 
 def read_json(path: Path) -> Any:
     """A JSON file, or an error that names it."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: broken JSON ({error.msg}); get the file once more.") from error
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one on each line, or an error that names file and line."""
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: broken JSON ({error.msg}); get the file once more.") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
-        rows.append(row)
-    return rows
-
-
-def iterate_json_list(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a list in a JSON file, which may be too large to be read at once."""
-    decoder, separators = json.JSONDecoder(), re.compile(r"[\s,]*")
-    count = 0
-    with open(path, encoding="utf-8-sig") as file:
-        buffer = file.read(JSON_CHUNK).lstrip()
-        if not buffer.startswith("["):
-            raise ValueError(f"{path}: expected a list in JSON.")
-        position = 1
-        while True:
-            position = cast(re.Match[str], separators.match(buffer, position)).end()
-            if buffer.startswith("]", position):
-                return
-            try:
-                entry, position = decoder.raw_decode(buffer, position)
-            except json.JSONDecodeError as error:
-                more = file.read(JSON_CHUNK)
-                if not more or len(buffer) - position > MAX_JSON_ENTRY:
-                    raise ValueError(
-                        f"{path}: broken JSON after {count} entries ({error.msg}); get the file once more."
-                    ) from error
-                buffer, position = buffer[position:] + more, 0
-                continue
-            if not isinstance(entry, dict):
-                raise ValueError(f"{path}: entry {count} is no JSON object.")
-            count += 1
-            yield entry
+    except ValueError as error:
+        raise ValueError(f"{path}: broken JSON ({error}).") from error
 
 
 def field_of(row: Any, key: str, where: object) -> Any:
@@ -426,18 +413,19 @@ def caption_of(value: Any, where: object) -> str | None:
 
 
 class Table(NamedTuple):
-    """A split of a data set, its images as they are stored; `id` and the commit where it comes from the Hub."""
+    """
+    A split of a data set, its images as they are stored; `id` and the commit where it comes from the Hub. Paths of
+    images start from `folder` and lie in one of `roots`. `is_text` is whether all values are texts, as in CSV.
+    """
 
     dataset: Dataset
     split: str
     id: str | None
     revision: str | None
     where: str
-
-
-def is_hub_name(data: str | None) -> bool:
-    """Whether this is the name of a data set on the Hub, not of a folder."""
-    return data is not None and not os.path.exists(data) and HUB_NAME.fullmatch(data) is not None
+    folder: str
+    roots: tuple[str, ...]
+    is_text: bool = False
 
 
 def is_table(folder: str) -> bool:
@@ -562,7 +550,13 @@ def open_table(task: Task, data: str | None, options: Options) -> Table:
     for column, feature in dataset.features.items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(column, Image(decode=False))
-    return Table(dataset, chosen, source if on_hub else None, commit, f"{source} (split {chosen})")
+    where = f"{source} (split {chosen})"
+    if on_hub:
+        roots = hub_folders(source) if options.image_root is None else image_roots("", options)
+        return Table(dataset, chosen, source, commit, where, "", roots)
+    folder = source if os.path.isdir(source) else os.path.dirname(source) or "."
+    is_text = KINDS.get(os.path.splitext(source)[1].lower()) == "csv"
+    return Table(dataset, chosen, None, commit, where, folder, image_roots(folder, options), is_text)
 
 
 @contextmanager
@@ -613,12 +607,14 @@ def _load_split(task: Task, source: str, options: Options, commit: str | None) -
             dataset = cast(Dataset, load_from_disk(source))
         return dataset, _choose_split([str(dataset.split or split or task.split or "train")], split, None, source)
     if os.path.isfile(source):
-        builder_name = BUILDERS.get(os.path.splitext(source)[1].lower())
-        if builder_name is None:
-            raise ValueError(f"{source}: expected a folder, or a file of one of {', '.join(BUILDERS)}.")
+        kind = KINDS.get(os.path.splitext(source)[1].lower())
+        if kind is None:
+            raise ValueError(f"{source}: expected a folder, or a file of one of {', '.join(KINDS)}.")
         chosen = split or task.split or "train"
         with _opening(source):
-            dataset = load_dataset(builder_name, data_files={chosen: glob.escape(source)}, split=chosen)
+            if kind in ("csv", "json"):
+                return _read_table(source), chosen
+            dataset = load_dataset(kind, data_files={chosen: glob.escape(source)}, split=chosen)
         return cast(Dataset, dataset), chosen
     with _opening(source):
         builder = load_dataset_builder(source, options.config, revision=commit)
@@ -635,6 +631,26 @@ def _load_split(task: Task, source: str, options: Options, commit: str | None) -
             raise ConnectionError(f"the commit {commit} cannot be had")
         builder.download_and_prepare(verification_mode="no_checks")  # the card tells of all splits
         return cast(Dataset, builder.as_dataset(split=chosen)), chosen
+
+
+def _read_table(file: str) -> Dataset:
+    """A table of CSV or JSON with its values as they are written."""
+    columns: dict[str, None] = {}
+    for row in every_row(file):
+        columns |= dict.fromkeys(row)
+    status = os.stat(file)
+    arguments = {
+        "file": os.path.abspath(file),
+        "columns": tuple(columns),
+        "state": (status.st_size, status.st_mtime_ns),
+    }
+    return cast(Dataset, Dataset.from_generator(_table_rows, gen_kwargs=arguments))
+
+
+def _table_rows(file: str, columns: tuple[str, ...], state: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    """The rows of a file with all of its columns; `state` is what `datasets` knows its contents by."""
+    for row in every_row(file):
+        yield {column: row.get(column) for column in columns}
 
 
 def _choose_split(splits: Sequence[str], split: str | None, default: str | None, source: str) -> str:
@@ -666,23 +682,27 @@ def find_column(table: Table, options: Options, option: str, usual: Sequence[str
     return found
 
 
-def stored_image(value: Any, name: str, folder: str = "") -> ImageSource | None:
-    """The image in a cell: a path, or the bytes of a file. `None` if it is empty."""
+def stored_image(value: Any, name: str, locate: Callable[[str], str] = str) -> ImageSource | None:
+    """The image in a cell: a path, of which `locate` makes that of a file, or the bytes of one. `None` if empty."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value.startswith(("http://", "https://")):
         raise ValueError(f"{name}: an address, {value}. Download the images, and pass a folder of records as `data`.")
-    if isinstance(value, str):
-        return os.path.join(folder, value)
+    if isinstance(value, str) and value:
+        try:
+            return locate(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}.") from error
     return value or None
 
 
 def table_images(task: Task, table: Table, column: str) -> LazyImages:
     """The images of a table, as they are stored; those that are missing are an error."""
     images = table.dataset.select_columns([column])
+    locate = partial(locate_image, folder=table.folder, roots=table.roots)
 
     def load(place: int) -> ImageSource:
-        image = stored_image(images[place][column], f"{table.where}, row {place}")
+        image = stored_image(images[place][column], f"{table.where}, row {place}", locate)
         if image is None:
             raise incomplete(task, f"row {place} of {table.where} has no image in the column {column!r}")
         return image

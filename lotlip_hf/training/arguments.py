@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from ..data.readers import MAX_RECORD_BYTES
 from ..data.records import MAPPINGS, ColumnMapping
 from ..data.sampling import CaptionSampling
 from ..files import replacing
@@ -22,7 +23,8 @@ CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
 # What may differ from the first run's options when a run is resumed: none changes what is computed.
 RESUMABLE = frozenset(
-    "output resume on_error max_image_pixels num_workers log_steps save_steps save_total_limit trackers "
+    "output resume on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
+    "save_total_limit trackers "
     "gradient_checkpointing compile".split()
 )
 
@@ -85,13 +87,24 @@ class TrainingConfig:
     )
     mapping: str = _option(default="records", help=f"names of the columns: {', '.join(MAPPINGS)}")
     image_column: str | None = _option(default=None, help="column of the images, in place of the mapping's")
-    short_column: str | None = _option(default=None, help="column of the short captions, in place of the mapping's")
+    short_column: str | None = _option(
+        default=None,
+        help="column of the short captions, in place of the mapping's; 'none': the first sentences of the long ones",
+    )
     long_columns: list[str] | None = _option(
         default=None, help="columns of the long captions, in place of the mapping's"
     )
     id_column: str | None = _option(default=None, help="column of the ids, in place of the mapping's")
-    image_folder: str | None = _option(default=None, help="what relative paths of images start from")
-    split: str = _option(default="train", help="split of a data set on the Hub")
+    image_folder: str | None = _option(
+        default=None, help="what relative paths of images start from (the folder of the file that names them)"
+    )
+    image_root: str | None = _option(default=None, help="folder that images must lie in (the image folder)")
+    max_record_bytes: int = _option(
+        default=MAX_RECORD_BYTES, help="largest line of a table or sample of a shard that is read"
+    )
+    split: str | None = _option(
+        default=None, help="split of a data set on the Hub (train), or of a folder that holds several; 'all': all"
+    )
     streaming: bool = _option(default=False, help="read in order, without a copy on disk; needs `max_steps`")
     shuffle_buffer: int = _option(default=10_000, help="records that a stream is shuffled within")
     num_scenes: int = _option(default=5000, help=f"how many pictures `--data {SCENES}` draws")
@@ -162,7 +175,9 @@ class TrainingConfig:
     eval_data: str | None = _option(
         default=None, help=f"records to measure retrieval on, as `data` ({SCENES!r}: held-out scenes)"
     )
-    eval_split: str = _option(default="validation", help="split of `eval_data` on the Hub, or of Scenes")
+    eval_split: str | None = _option(
+        default=None, help="split of `eval_data` on the Hub or of Scenes (validation), or of a folder, as `split`"
+    )
     eval_samples: int = _option(default=500, help="how many of them, from the first on")
     eval_steps: int | None = _option(default=None, help="steps between evaluations; by default one at the end")
     log_steps: int = _option(default=10, help="steps between lines of the log")
@@ -184,8 +199,8 @@ class TrainingConfig:
                 raise ValueError(f"`{name}` must be a finite number, got {value}.")
         at_least = {
             1: "batch_size grad_cache_chunk gradient_accumulation_steps max_steps max_text_length projection_dim "
-            "num_primary_components eval_samples eval_steps log_steps save_steps shuffle_buffer num_scenes "
-            "max_image_pixels",
+            "num_primary_components max_record_bytes eval_samples eval_steps log_steps save_steps shuffle_buffer "
+            "num_scenes max_image_pixels",
             0: "num_corner_tokens unlocked_vision_layers num_workers num_long_texts num_sentences warmup_steps "
             "save_total_limit weight_decay max_grad_norm learning_rate text_learning_rate image_learning_rate "
             "epsilon short_loss_weight long_loss_weight seed",
@@ -224,15 +239,19 @@ class TrainingConfig:
         )
 
     def column_mapping(self) -> ColumnMapping:
-        """The mapping's columns, those that options name in their place."""
+        """The mapping's columns, those that options name in their place; without long texts, no long captions."""
+        mapping = MAPPINGS[self.mapping]
+        if self.short_column is not None:
+            mapping = dataclasses.replace(mapping, short=None if self.short_column == "none" else self.short_column)
+        if not self.num_long_texts and mapping.short is not None:
+            mapping = dataclasses.replace(mapping, long=())
         columns = {
             "image": self.image_column,
-            "short": self.short_column,
             "long": None if self.long_columns is None else tuple(self.long_columns),
             "id": self.id_column,
         }
         return dataclasses.replace(
-            MAPPINGS[self.mapping], **{field: column for field, column in columns.items() if column is not None}
+            mapping, **{field: column for field, column in columns.items() if column is not None}
         )
 
     def save(self, folder: str | os.PathLike) -> None:
