@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from lotlip_hf.clip import KEPT_POSITIONS
 
 from .common import ConversionError, one_line, option, read_json, section, whole
-from .official import DTYPES, PREFIX, read_official_state_dict
+from .official import DTYPES, read_official_state_dict, without_wrappers
 
 Activation = Literal["gelu", "quick_gelu"]
 
@@ -260,7 +260,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
         tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise ConversionError(f"{path}: not a safetensors file ({one_line(error)}).") from error
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, False
+    return without_wrappers(tensors, path), False
 
 
 def _first_line(error: Exception) -> str:

@@ -753,7 +753,7 @@ def test_open_clip(files: Files, tmp_path: Path, kind: str) -> None:
             torch.save(state_dict, source / "open_clip_pytorch_model.bin")
     elif kind == "files":
         source = tmp_path / "weights.safetensors"
-        safetensors.torch.save_file({f"module.{name}": t for name, t in state_dict.items()}, source)
+        safetensors.torch.save_file({f"model._orig_mod.{name}": t for name, t in state_dict.items()}, source)
     elif kind == "checkpoint":  # of a training run
         prefixed = {f"module.{name}": tensor for name, tensor in state_dict.items()}
         torch.save({"epoch": 3, "name": "run", "state_dict": prefixed, "optimizer": {"state": {}}}, source)
