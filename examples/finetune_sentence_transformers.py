@@ -34,6 +34,7 @@ from lotlip_hf import LoTLIPModel
 from lotlip_hf.data.records import MAPPINGS, load_records
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
 from lotlip_hf.data.scenes import scenes_dataset
+from lotlip_hf.training.arguments import HelpFormatter
 
 WHOLE_CAPTIONS = CaptionSampling(num_long_texts=1, num_sentences=None)
 
@@ -113,7 +114,9 @@ def retrieval(table: Dataset) -> SequentialEvaluator:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Fine-tunes and saves as the command line says; answers with the folder of the checkpoint."""
     parser = HfArgumentParser(
-        [Options, SentenceTransformerTrainingArguments], description=(__doc__ or "").split("\n")[0]
+        [Options, SentenceTransformerTrainingArguments],
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=HelpFormatter,
     )
     parser.set_defaults(
         output_dir="tuned",

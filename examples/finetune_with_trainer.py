@@ -37,6 +37,7 @@ from lotlip_hf.data.records import MAPPINGS, load_records
 from lotlip_hf.data.sampling import CaptionSampling
 from lotlip_hf.data.scenes import scenes_dataset
 from lotlip_hf.evaluation.retrieval import recalls
+from lotlip_hf.training.arguments import HelpFormatter
 from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale
 
 
@@ -162,7 +163,11 @@ def retrieval(prediction: EvalPrediction) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Fine-tunes and saves as the command line says; answers with the folder of the checkpoint."""
-    parser = HfArgumentParser([Options, TrainingArguments], description=(__doc__ or "").split("\n")[0])
+    parser = HfArgumentParser(
+        [Options, TrainingArguments],
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=HelpFormatter,
+    )
     parser.set_defaults(
         output_dir="finetuned",
         # the collator takes the records' columns, not the model's

@@ -21,9 +21,10 @@ class ShiftWeights:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        for parameter in module.parameters(recurse=False):
-            if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and _is_alone(parameter):
-                parameter.data = self.shifted(parameter.data)
+        with torch.inference_mode(False):  # else the weights could not be trained later
+            for parameter in module.parameters(recurse=False):
+                if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and _is_alone(parameter):
+                    parameter.data = self.shifted(parameter.data)
 
     def shifted(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a contiguous tensor."""
