@@ -161,11 +161,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
         partition_mode="per_direction",
         gather_across_devices=args.world_size > 1,
     )
-    evaluator = None
+    evaluator = eval_pairs = None
     if options.eval_data is not None:
-        held_out = read_records(options.eval_data, options.mapping, options.num_scenes // 10, "validation")
-        evaluator = retrieval(draw_texts(held_out, WHOLE_CAPTIONS, args.seed))
-    trainer = SentenceTransformerTrainer(model, args, train_dataset=DatasetDict(pairs), loss=loss, evaluator=evaluator)
+        records = read_records(options.eval_data, options.mapping, options.num_scenes // 10, "validation")
+        held_out = draw_texts(records, WHOLE_CAPTIONS, args.seed)
+        evaluator = retrieval(held_out)
+        # `eval_loss`, which `--load_best_model_at_end` chooses by, is that of whole long captions
+        eval_pairs = held_out.select_columns(["image", "long_1"])
+    trainer = SentenceTransformerTrainer(
+        model, args, train_dataset=DatasetDict(pairs), eval_dataset=eval_pairs, loss=loss, evaluator=evaluator
+    )
     before = evaluator(model) if evaluator else {}
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

@@ -317,7 +317,15 @@ def test_reverse_is_the_inverse(corners: int, nested: bool, dtype: torch.dtype, 
 
 @pytest.mark.parametrize(
     "prefix",
-    ["", "_orig_mod.", "model.", "_orig_mod.module.", "module._orig_mod.", "model.module._orig_mod.", "module.module."],
+    [
+        "",
+        "_orig_mod.",
+        "model.",
+        "_orig_mod.module.",
+        "module._orig_mod.",
+        "model.module._orig_mod.",
+        "module.module.",
+    ],
 )
 def test_prefixes_of_wrappers(source: Source, official_checkpoint: Path, prefix: str) -> None:
     state_dict = {name.removeprefix("module."): tensor for name, tensor in source.state_dict().items()}
