@@ -36,5 +36,5 @@ class ShiftWeights:
 
 
 def _is_alone(parameter: nn.Parameter) -> bool:
-    """Whether a weight has a storage of its own, from its first element on: it was neither shifted nor is it a view."""
+    """Whether a weight has a storage of its own: it is no view, and was not shifted before."""
     return parameter.is_contiguous() and parameter.untyped_storage().nbytes() == parameter.nbytes

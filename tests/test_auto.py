@@ -53,6 +53,14 @@ def test_importing_is_free_until_it_is_used() -> None:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["search", "embed", "training.loop", "evaluation.evaluate", "data.relabel"])
+def test_peft_and_bitsandbytes_are_imported_by_those_who_use_them(module: str) -> None:
+    """bitsandbytes prints a line about a kernel that it lacks as soon as it is imported, which PEFT does."""
+    printed = run(f"import sys, lotlip_hf.{module}; print({{'peft', 'bitsandbytes'}} & sys.modules.keys())")
+    assert printed == "set()\n"
+
+
 def test_public_names() -> None:
     assert lotlip_hf._MODULES.keys() >= set(lotlip_hf.__all__) <= set(dir(lotlip_hf))
     for name in lotlip_hf.__all__:

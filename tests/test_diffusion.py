@@ -195,7 +195,7 @@ def test_a_folder_is_the_model_in_it(whole_lotlip: tuple[Path, LoTLIPModel], kin
     pooled = model.get_text_features(torch.tensor([ids])).pooler_output
     encoder = getattr(from_folder, slot)
     if isinstance(encoder, CLIPTextModelWithProjection):
-        torch.testing.assert_close(encoder(torch.tensor([ids])).text_embeds, pooled, rtol=0, atol=1e-6)
+        assert same(encoder(torch.tensor([ids])).text_embeds, pooled)
 
 
 @pytest.mark.parametrize("kind", ["text model", "with projection", "whole CLIP", "pipeline's own", "lotlip tower"])
@@ -222,7 +222,7 @@ def test_every_kind_of_checkpoint_loads(tmp_path: Path, kind: str) -> None:
     if kind == "whole CLIP":
         pipe = swap_text_encoder(pipeline("sdxl"), folder, "text_encoder_2")
         expected = clip.get_text_features(ids).pooler_output
-        torch.testing.assert_close(pipe.text_encoder_2(ids).text_embeds, expected, rtol=0, atol=1e-6)
+        assert same(pipe.text_encoder_2(ids).text_embeds, expected)
 
 
 @pytest.mark.parametrize(("kind", "slot"), [("sd2", "text_encoder"), ("sdxl", "text_encoder_2")])
@@ -468,7 +468,7 @@ def test_sequential_offloading(kind: str) -> None:
     clip_skip = {} if kind == "flux" else {"clip_skip": 1}
     expected = picture(pipe, words(100), **clip_skip)
     pipe.enable_sequential_cpu_offload()
-    torch.testing.assert_close(picture(pipe, words(100), **clip_skip), expected, rtol=0, atol=1e-3)
+    assert same(picture(pipe, words(100), **clip_skip), expected, tolerance=1e-3)
 
 
 def lora_weights(encoder: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -518,10 +518,10 @@ def test_lora_and_clip_skip_together(tmp_path: Path) -> None:
         with_lora = picture(pipe, clip_skip=1)
         assert not same(with_lora, before)
         pipe.fuse_lora(components=["text_encoder"])
-        torch.testing.assert_close(picture(pipe, clip_skip=1), with_lora, rtol=0, atol=1e-5)
+        assert same(picture(pipe, clip_skip=1), with_lora)
         pipe.unfuse_lora(components=["text_encoder"])
         pipe.unload_lora_weights()
-        torch.testing.assert_close(picture(pipe, clip_skip=1), before, rtol=0, atol=1e-5)
+        assert same(picture(pipe, clip_skip=1), before)
 
 
 def inversion(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -677,7 +677,7 @@ def test_a_bert_lotlip_without_an_adapter_warns(caplog: pytest.LogCaptureFixture
     assert pipe.tokenizer.model_max_length == model.config.max_position_embeddings == 38
     inputs = pipe.tokenizer("a cat. the dog", padding="max_length", return_tensors="pt")
     states = model(inputs.input_ids).last_hidden_state
-    torch.testing.assert_close(encode(pipe, "a cat. the dog")[0], states, rtol=0, atol=1e-6)
+    assert same(encode(pipe, "a cat. the dog")[0], states)
     for extra in ({}, {"clip_skip": 1}, {"negative_prompt": words(30)}):
         assert not same(picture(pipe, words(30, "cat"), **extra), picture(pipe, words(30, "dog"), **extra))
     caplog.clear()

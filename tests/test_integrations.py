@@ -376,6 +376,16 @@ def test_example_trains_on_the_loss_of_the_model(
 
 
 @pytest.mark.slow
+def test_example_has_a_loss_to_choose_by(
+    example: ModuleType, official_checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = f"--eval_data {pictures} --max_steps 2 --eval_strategy steps --eval_steps 1 --disable_tqdm true"
+    options += " --lr_scheduler_type reduce_lr_on_plateau"
+    run_example(example, official_checkpoint, pictures, tmp_path / "tuned", options)
+    assert len(logged(capsys.readouterr().out, "eval_loss")) == 2
+
+
+@pytest.mark.slow
 def test_example_leaves_a_checkpoint_for_both_libraries(
     example: ModuleType, official_checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
