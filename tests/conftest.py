@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 
 import random
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from shifted import ShiftWeights
 
 torch.set_num_threads(1)
 
+MAKES_MODELS = re.compile("Model\\b|official_checkpoint|load_model|encode_(texts|images)|tiny")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -32,6 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="let the weights of each model begin at other addresses: the last bits of what it computes change",
     )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--shift-weights`, a file that names nothing that makes a model has nothing to show."""
+    if config.getoption("--shift-weights") and collection_path.match("test_*.py"):
+        return None if MAKES_MODELS.search(collection_path.read_text(encoding="utf-8")) else True
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
