@@ -70,7 +70,9 @@ WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 # Files of open_clip and OpenAI carry no tokenizer; all of CLIP's have the same one.
 CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
 
-TOLERANCE = 1e-6
+# The largest difference of a state or feature from CLIP's, in units of its norm. Rounding in float32, which differs
+# with the CPU and the addresses of the weights, makes 1e-7 at the sizes of real CLIPs and up to 1e-6 at 24 numbers.
+TOLERANCE = 1e-5
 SAMPLE_TEXTS = [
     "",
     "a photo of a cat",
@@ -104,9 +106,9 @@ def convert(
     Converts a CLIP into a LoTLIP folder for `AutoModel`, `AutoTokenizer` and `AutoProcessor`: a `CLIPModel` becomes a
     [`LoTLIPModel`], a text encoder, such as a diffusion pipeline's, a [`LoTLIPTextModel`] or
     [`LoTLIPTextModelWithProjection`]. Tokenizer and image processor stay the stock ones. After saving, the folder is
-    loaded again and compared with the CLIP: the weights bit for bit, the answers on random inputs to 1e-6 (of texts,
-    after knowledge-preserved stretching, the first 20 tokens; after linear stretching, none). The folder appears
-    complete or not at all.
+    loaded again and compared with the CLIP: the weights bit for bit, the answers on random inputs to 1e-5 of
+    their norm (of texts, after knowledge-preserved stretching, the first 20 tokens; after linear stretching, none).
+    The folder appears complete or not at all.
 
     Args:
         clip: Folder or Hub id of a `CLIPModel`, `CLIPTextModel` or `CLIPTextModelWithProjection`, or of an open_clip
@@ -507,15 +509,15 @@ def _check_saved(folder: Path, source: _Source, max_positions: int, stretch: Str
     difference = _largest_difference(model.float(), clip.float(), tokenizer, max_length)
     if not difference <= TOLERANCE:  # nor NaN
         raise ConversionError(
-            f"After saving and loading, the outputs differ from CLIP's by {difference:.1e} on random inputs; expected "
-            f"{TOLERANCE} at most."
+            f"After saving and loading, the outputs differ from CLIP's by {difference:.1e} of their norm on random "
+            f"inputs; expected {TOLERANCE} at most."
         )
-    said = f"outputs within {difference:.1e} of CLIP's"
+    said = f"outputs as CLIP's to {difference:.1e} of their norm"
     if not is_stretched:
         return said
     said = f"{old_positions} positions stretched to {max_positions} ({stretch})"
     if stretch == "knowledge-preserved":
-        said += f", outputs for texts of up to {max_length} tokens within {difference:.1e} of CLIP's"
+        said += f", outputs for texts of up to {max_length} tokens as CLIP's to {difference:.1e} of their norm"
     return said
 
 
@@ -524,7 +526,7 @@ def _largest_difference(
     model: PreTrainedModel, clip: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> float:
     """Between the answers to random texts of up to `max_length` tokens, padded and with and without an attention mask,
-    and to random images."""
+    and to random images, in units of the norm of each."""
     generator = torch.Generator().manual_seed(0)
     pairs = []
     if max_length:
@@ -543,7 +545,7 @@ def _largest_difference(
         vision = clip.config.vision_config
         pixel_values = torch.randn(2, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
         pairs.append(tuple(one.get_image_features(pixel_values).pooler_output for one in (model, clip)))
-    largest = [(own - theirs).abs().max().item() for own, theirs in pairs]
+    largest = [((own - theirs) / theirs.norm(dim=-1, keepdim=True)).abs().max().item() for own, theirs in pairs]
     return math.nan if any(map(math.isnan, largest)) else max(largest, default=0.0)
 
 

@@ -72,6 +72,8 @@ RELEASED = {
 }
 
 PREFIX = "module."
+# What wrappers put before every name: DistributedDataParallel, torch.compile, FSDP, and Lightning's modules
+WRAPPERS = (PREFIX, "_orig_mod.", "_fsdp_wrapped_module.", "model.")
 # What timm's vision transformers have and the official configuration does not name
 TIMM_VIT = {"layer_norm_eps": 1e-6, "hidden_act": "gelu"}
 # 0, 1, 2, ...: a buffer of BERT that transformers saved before 4.31
@@ -129,8 +131,8 @@ def official_layout(model: LoTLIPModel) -> dict[str, list[str]]:
 
 def read_official_state_dict(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     """
-    The tensors of an official checkpoint, without the `module.` of distributed training and without the buffer of
-    position ids that old versions of transformers saved and the official code ignores.
+    The tensors of an official checkpoint, without the prefixes of `WRAPPERS` and without the buffer of position ids
+    that old versions of transformers saved and the official code ignores.
 
     Args:
         checkpoint: A `model.pt`: a pickle of a state dict or of `{"state_dict": ...}`. Read with `weights_only=True`,
@@ -158,14 +160,34 @@ def read_official_state_dict(checkpoint: str | Path) -> dict[str, torch.Tensor]:
         for name, tensor in state_dict.items()
     ):
         raise ConversionError(f"{path}: expected a state dict of dense tensors, or one under 'state_dict'.")
-    tensors = {name.removeprefix(PREFIX): tensor.detach() for name, tensor in state_dict.items()}
-    if len(tensors) < len(state_dict):
-        twice = [name for name in tensors if name in state_dict and PREFIX + name in state_dict]
-        raise ConversionError(f"{path}: some tensors are there with and without {PREFIX!r}: {', '.join(twice)}.")
+    tensors = without_wrappers({name: tensor.detach() for name, tensor in state_dict.items()}, path)
     position_ids = tensors.get(POSITION_IDS)
     if position_ids is not None and same_bits(position_ids.flatten(), torch.arange(position_ids.numel())):
         del tensors[POSITION_IDS]
     return tensors
+
+
+def without_wrappers(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """
+    The tensors under the names that they have in the model itself: without the prefixes of `WRAPPERS` that all names
+    have, however many and in any order.
+
+    Args:
+        tensors: The tensors by their names.
+        path: The file that they are from, for errors.
+
+    Raises:
+        ConversionError: if some names have such a prefix and others do not.
+    """
+    names = list(tensors)
+    while prefix := next((prefix for prefix in WRAPPERS if any(name.startswith(prefix) for name in names)), None):
+        without = [name for name in names if not name.startswith(prefix)]
+        if without:
+            raise ConversionError(
+                f"{path}: some tensors are there with and without {prefix!r}: {', '.join(without[:5])}."
+            )
+        names = [name.removeprefix(prefix) for name in names]
+    return dict(zip(names, tensors.values(), strict=True))
 
 
 def _size(state_dict: Mapping[str, torch.Tensor], name: str, dim: int, num_dims: int) -> int:

@@ -21,7 +21,7 @@ from lotlip_hf.clip import KEPT_POSITIONS
 from lotlip_hf.files import printable
 
 from .common import ConversionError, one_line, option, read_json, section, whole
-from .official import DTYPES, PREFIX, read_official_state_dict
+from .official import DTYPES, read_official_state_dict, without_wrappers
 from .torchscript import is_torchscript, read_torchscript
 
 Activation = Literal["gelu", "quick_gelu"]
@@ -254,7 +254,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
         tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise ConversionError(f"{path}: not a safetensors file ({one_line(error)}).") from error
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, False
+    return without_wrappers(tensors, path), False
 
 
 def _without_text_prefix(state_dict: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:

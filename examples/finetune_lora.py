@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoProcessor, set_seed
 
-import lotlip_hf  # noqa: F401  (registers LoTLIP with the Auto classes)
+from lotlip_hf import lora_targets
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.records import MAPPINGS, load_records
 from lotlip_hf.data.scenes import scenes_dataset
@@ -49,6 +49,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-scenes", type=int, default=5000, help="pictures of '--data scenes'")
     parser.add_argument("--output", type=Path, default=Path("lora"), help="folder of the adapter and the checkpoint")
     parser.add_argument("--vision", action="store_true", help="LoRA on the image tower too")
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="layers of the towers that LoRA is put on, by the ends of their names (the attention projections)",
+    )
     parser.add_argument("--rank", type=int, default=16, help="rank of the matrices that LoRA adds")
     parser.add_argument("--batch-size", type=int, default=64, help="images of a process in a batch")
     parser.add_argument("--num-epochs", type=int, default=1, help="how often to see every record")
@@ -58,22 +64,39 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def add_lora(model: nn.Module, rank: int, vision: bool) -> PeftModel:
+def add_lora(model: nn.Module, rank: int, vision: bool, target_modules: Sequence[str] | None = None) -> PeftModel:
     """
-    Freezes the model but for LoRA's matrices in the encoders' linear layers, the projections, the corner tokens and
-    the logit scale.
+    Freezes the model but for LoRA's matrices, the projections, the corner tokens and the logit scale.
 
     Args:
         model: A [`LoTLIPModel`].
         rank: Rank of LoRA's matrices.
         vision: Whether the image tower gets them too.
+        target_modules: Ends of the names of the layers that get them; by default the attention projections
+            ([`lora_targets`]).
+
+    Raises:
+        ValueError: if a tower that is to get them has no layer of these names.
     """
-    towers = ("text_model.", "vision_model.") if vision else ("text_model.",)
+    if not vision:
+        model.vision_model.requires_grad_(False)
+    known = lora_targets(model, skip_frozen=True)
+    targets = known
+    if target_modules is not None:
+        towers = ("text_model.", "vision_model.") if vision else ("text_model.",)
+        ends = tuple(f".{name}" for name in target_modules)
+        targets = [name for name, _ in model.named_modules() if name.startswith(towers) and name.endswith(ends)]
+        for tower in towers:
+            if not any(name.startswith(tower) for name in targets):
+                own = sorted({name.split(".")[-1] for name in known if name.startswith(tower)})
+                raise ValueError(
+                    f"--target-modules {' '.join(target_modules)}: no layer of {tower[:-1]} is named so, whose "
+                    f"attention has {', '.join(own)}. Name layers of both towers, or leave the option out."
+                )
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        # exactly `Linear`: the one inside of torch's own attention (SigLIP's pooler) is read, not called
-        target_modules=[n for n, m in model.named_modules() if n.startswith(towers) and type(m) is nn.Linear],
+        target_modules=targets,
         # a model without a projection has the identity in its place
         modules_to_save=[name for name in PROJECTIONS if list(model.get_submodule(name).parameters())],
     )
@@ -128,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     base = AutoModel.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=False)
-    lora = add_lora(base, args.rank, args.vision)
+    lora = add_lora(base, args.rank, args.vision, args.target_modules)
     if accelerator.is_main_process:
         lora.print_trainable_parameters()
 

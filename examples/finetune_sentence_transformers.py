@@ -35,6 +35,7 @@ from lotlip_hf.data.records import MAPPINGS, load_records
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
 from lotlip_hf.data.scenes import scenes_dataset
 from lotlip_hf.terminal import printable_output
+from lotlip_hf.training.arguments import HelpFormatter
 
 WHOLE_CAPTIONS = CaptionSampling(num_long_texts=1, num_sentences=None)
 
@@ -120,7 +121,9 @@ def retrieval(table: Dataset) -> SequentialEvaluator:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Fine-tunes and saves as the command line says; answers with the folder of the checkpoint."""
     parser = HfArgumentParser(
-        [Options, SentenceTransformerTrainingArguments], description=(__doc__ or "").split("\n")[0]
+        [Options, SentenceTransformerTrainingArguments],
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=HelpFormatter,
     )
     parser.set_defaults(
         output_dir="tuned",
@@ -165,11 +168,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
         partition_mode="per_direction",
         gather_across_devices=args.world_size > 1,
     )
-    evaluator = None
+    evaluator = eval_pairs = None
     if options.eval_data is not None:
-        held_out = read_records(options, options.eval_data, options.num_scenes // 10, "validation")
-        evaluator = retrieval(draw_texts(held_out, WHOLE_CAPTIONS, args.seed))
-    trainer = SentenceTransformerTrainer(model, args, train_dataset=DatasetDict(pairs), loss=loss, evaluator=evaluator)
+        records = read_records(options, options.eval_data, options.num_scenes // 10, "validation")
+        held_out = draw_texts(records, WHOLE_CAPTIONS, args.seed)
+        evaluator = retrieval(held_out)
+        # `eval_loss`, which `--load_best_model_at_end` chooses by, is that of whole long captions
+        eval_pairs = held_out.select_columns(["image", "long_1"])
+    trainer = SentenceTransformerTrainer(
+        model, args, train_dataset=DatasetDict(pairs), eval_dataset=eval_pairs, loss=loss, evaluator=evaluator
+    )
     before = evaluator(model) if evaluator else {}
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

@@ -38,7 +38,8 @@ from lotlip_hf.data.sampling import CaptionSampling
 from lotlip_hf.data.scenes import scenes_dataset
 from lotlip_hf.evaluation.retrieval import recalls
 from lotlip_hf.terminal import printable_output
-from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale
+from lotlip_hf.training.arguments import HelpFormatter
+from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale, embed
 
 
 @dataclass
@@ -48,7 +49,8 @@ class Options:
     model: str = field(metadata={"help": "checkpoint to start from: a folder or a Hub id"})
     data: str = field(metadata={"help": "records to train on: a folder, files, shards, a Hub id, or 'scenes'"})
     eval_data: str | None = field(
-        default=None, metadata={"help": "records to measure retrieval on, at the end and as --eval_strategy says"}
+        default=None,
+        metadata={"help": "records to measure loss and retrieval on, at the end and as --eval_strategy says"},
     )
     mapping: str = field(default="records", metadata={"help": f"names of the columns: {', '.join(MAPPINGS)}"})
     image_root: str | None = field(
@@ -79,7 +81,10 @@ class Options:
 
 
 class LoTLIPTrainer(Trainer):
-    """Trains on LoTLIP's objective over all processes, and evaluates on short captions and whole long ones."""
+    """
+    Trains on LoTLIP's objective over all processes, and evaluates on short captions and whole long ones: the loss, by
+    which `--load_best_model_at_end` chooses, and retrieval (`--metric_for_best_model short_image_to_text_r1`).
+    """
 
     def __init__(self, model: nn.Module, collator: LoTLIPCollator, **kwargs: Any) -> None:
         super().__init__(
@@ -123,11 +128,15 @@ class LoTLIPTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        # No loss: it would depend on the size of the batches. The texts are the predictions, the images the labels.
-        inputs = {**self._prepare_inputs(inputs), "return_loss": False, "output_corner_embeds": False}
-        with torch.no_grad():
-            outputs = model(**inputs)
-        return None, outputs.text_embeds, outputs.image_embeds
+        # The loss compares a batch with itself: `eval_loss` is of `--per_device_eval_batch_size` on every device.
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            embeddings = embed(model, inputs)
+            loss = self.objective(*embeddings, self.accelerator.unwrap_model(model).logit_scale.exp()).loss
+        if prediction_loss_only:
+            return loss, None, None
+        # the texts are the predictions, the images the labels
+        return loss, embeddings.text_embeds, embeddings.image_embeds
 
 
 class LoTLIPCallback(TrainerCallback):
@@ -167,7 +176,11 @@ def retrieval(prediction: EvalPrediction) -> dict[str, float]:
 @printable_output()
 def main(argv: Sequence[str] | None = None) -> Path:
     """Fine-tunes and saves as the command line says; answers with the folder of the checkpoint."""
-    parser = HfArgumentParser([Options, TrainingArguments], description=(__doc__ or "").split("\n")[0])
+    parser = HfArgumentParser(
+        [Options, TrainingArguments],
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=HelpFormatter,
+    )
     parser.set_defaults(
         output_dir="finetuned",
         # the collator takes the records' columns, not the model's

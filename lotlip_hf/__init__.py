@@ -10,6 +10,7 @@ from .registration import register_when_used
 
 if TYPE_CHECKING:
     from .encoding import encode_images, encode_texts
+    from .lora import lora_targets
     from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
     from .modeling.modeling_lotlip import (
         LoTLIPModel,
@@ -41,6 +42,7 @@ __all__ = [
     "LoTLIPVisionModelWithProjection",
     "encode_images",
     "encode_texts",
+    "lora_targets",
 ]
 
 # Where each public name is defined.
@@ -60,6 +62,7 @@ _MODULES = {
     "LoTLIPTextEncoderConfig": ".text_encoder",
     "encode_images": ".encoding",
     "encode_texts": ".encoding",
+    "lora_targets": ".lora",
     # what a saved pipeline of diffusers names
     "CLIPPromptTokenizer": ".diffusion",
     "CLIPTextEncoder": ".diffusion",

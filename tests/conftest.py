@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 
 import random
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from shifted import ShiftWeights
 
 torch.set_num_threads(1)
+
+MAKES_MODELS = re.compile("Model\\b|official_checkpoint|load_model|encode_(texts|images)|tiny")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shift-weights",
+        action="store_true",
+        help="let the weights of each model begin at other addresses: the last bits of what it computes change",
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--shift-weights`, a file that names nothing that makes a model has nothing to show."""
+    if config.getoption("--shift-weights") and collection_path.match("test_*.py"):
+        return None if MAKES_MODELS.search(collection_path.read_text(encoding="utf-8")) else True
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,6 +70,17 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _shifted_weights(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With `--shift-weights`, weights are moved before their first use; not in tests marked `same_bits`."""
+    if not request.config.getoption("--shift-weights") or request.node.get_closest_marker("same_bits"):
+        yield
+        return
+    hook = register_module_forward_pre_hook(ShiftWeights())
+    yield
+    hook.remove()
 
 
 @pytest.fixture(scope="session")

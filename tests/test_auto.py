@@ -53,6 +53,13 @@ def test_importing_is_free_until_it_is_used() -> None:
     )
 
 
+@pytest.mark.slow
+def test_only_those_who_use_peft_import_it() -> None:
+    """And with it bitsandbytes, which prints at its import that it lacks a kernel."""
+    modules = "lotlip_hf.search, lotlip_hf.embed, lotlip_hf.training.loop, lotlip_hf.evaluation.evaluate"
+    assert run(f"import sys, {modules}; print({{'peft', 'bitsandbytes'}} & sys.modules.keys())") == "set()\n"
+
+
 def test_public_names() -> None:
     assert lotlip_hf._MODULES.keys() >= set(lotlip_hf.__all__) <= set(dir(lotlip_hf))
     for name in lotlip_hf.__all__:

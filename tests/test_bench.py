@@ -31,7 +31,7 @@ def model():
 def test_the_official_recipe_gives_the_same_features(model, attn_implementation: str) -> None:
     recipe = peers.OfficialRecipe(model, attn_implementation)
     expected = encode_texts(model, peers.make_processor(model), TEXTS, progress=False)
-    torch.testing.assert_close(recipe.encode(TEXTS), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(recipe.encode(TEXTS), expected, atol=1e-5, rtol=0)
     assert (expected[0] - expected[1]).abs().max() > 1e-3  # what a swapped text would differ by
 
 
@@ -61,22 +61,22 @@ def test_the_official_recipe_trains_the_same(model) -> None:
     short, long = (recipe.text.tokenize([record[name] for record in records]) for name in ("short_caption", "id"))
     loss = recipe(batch["pixel_values"], short, long)
     loss.backward()
-    torch.testing.assert_close(loss, ours, atol=1e-6, rtol=0)
+    torch.testing.assert_close(loss, ours, atol=1e-5, rtol=0)
     words = recipe.text.bert.embeddings.word_embeddings.weight.grad
     tower = model.text_model
-    torch.testing.assert_close(words[:-2], tower.backbone.embeddings.word_embeddings.weight.grad, atol=1e-6, rtol=0)
-    torch.testing.assert_close(words[-2:], tower.corner_embeds.grad, atol=1e-6, rtol=0)
+    torch.testing.assert_close(words[:-2], tower.backbone.embeddings.word_embeddings.weight.grad, atol=1e-5, rtol=0)
+    torch.testing.assert_close(words[-2:], tower.corner_embeds.grad, atol=1e-5, rtol=0)
     assert words[-2:].abs().max() > 1e-3
     gradients = dict(tower.backbone.named_parameters())
     for name, parameter in recipe.text.bert.named_parameters():
         if name != "embeddings.word_embeddings.weight":
-            torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-6, rtol=0, msg=name)
+            torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-5, rtol=0, msg=name)
 
 
 def test_the_stock_dual_encoder_gives_the_same_features_of_a_sentence(model) -> None:
     texts = ["a red star", "two dogs and a cat"]
     expected = encode_texts(model, peers.make_processor(model), texts, progress=False)
-    torch.testing.assert_close(peers.vision_text_dual_encoder(model).encode(texts), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(peers.vision_text_dual_encoder(model).encode(texts), expected, atol=1e-5, rtol=0)
     assert peers.clip("tiny").encode(texts).shape == (2, 512)
 
 

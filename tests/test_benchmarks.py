@@ -900,6 +900,29 @@ def test_folders_of_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         load_benchmark("classification", tmp_path)
 
 
+@pytest.mark.parametrize("form", ["{}", "{}-{}", "{}_{}"])
+@pytest.mark.parametrize("split", [None, "val"])
+def test_folders_named_by_wordnet_ids_are_no_words(tmp_path: Path, form: str, split: str | None) -> None:
+    for wnid, name in zip(WNIDS[:2], ("tench", "goldfish"), strict=True):
+        write(tmp_path / "data" / (split or "") / form.format(wnid, name) / "1.png", encoded(format="PNG"))
+    with pytest.raises(ValueError, match=r"--class-names"):
+        load_benchmark("classification", tmp_path / "data", split=split)
+    names = write(tmp_path / "names.txt", "tench\ngoldfish\n")
+    data = classes("classification", tmp_path / "data", split=split, class_names=names)
+    assert (list(data.labels), list(data.class_names)) == ([0, 1], ["tench", "goldfish"])
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels"), [(Value("string"), list(WNIDS[:2])), (ClassLabel(names=list(WNIDS[:2])), [0, 1])]
+)
+def test_tables_of_wordnet_ids_are_no_words(tmp_path: Path, feature: Any, labels: list[Any]) -> None:
+    table(labels, feature).to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(ValueError, match=r"--class-names"):
+        load_benchmark("classification", tmp_path / "data.parquet")
+    names = write(tmp_path / "names.txt", "tench\ngoldfish\n")
+    assert list(classes("classification", tmp_path / "data.parquet", class_names=names).labels) == [0, 1]
+
+
 def test_the_first_images_of_folders_are_of_all_classes(tmp_path: Path) -> None:
     for name, numbers in {"cat": range(4), "dog": range(1), "elk": range(3)}.items():
         for n in numbers:

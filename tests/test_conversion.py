@@ -315,6 +315,33 @@ def test_reverse_is_the_inverse(corners: int, nested: bool, dtype: torch.dtype, 
     assert snapshot(again) == snapshot(folder)
 
 
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        "_orig_mod.",
+        "model.",
+        "_orig_mod.module.",
+        "module._orig_mod.",
+        "model.module._orig_mod.",
+        "module.module.",
+    ],
+)
+def test_prefixes_of_wrappers(source: Source, official_checkpoint: Path, prefix: str) -> None:
+    state_dict = {name.removeprefix("module."): tensor for name, tensor in source.state_dict().items()}
+    source.save({prefix + name: tensor for name, tensor in state_dict.items()})
+    assert snapshot(source.convert()) == snapshot(official_checkpoint)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model."])
+def test_a_prefix_that_not_all_tensors_have(source: Source, prefix: str) -> None:
+    state_dict = {name.removeprefix("module."): tensor for name, tensor in source.state_dict().items()}
+    source.save({prefix + name if "visual" in name else name: tensor for name, tensor in state_dict.items()})
+    error = source.error()
+    assert repr(prefix) in error
+    assert "logit_scale" in error
+
+
 def test_position_ids_of_old_checkpoints(source: Source, official_checkpoint: Path) -> None:
     state_dict = source.state_dict()
     state_dict[POSITION_IDS] = torch.arange(160).unsqueeze(0)

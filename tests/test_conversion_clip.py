@@ -1,6 +1,7 @@
 """CLIP to LoTLIP: every kind of source, equal outputs, longer position tables, and what is refused."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,9 @@ from lotlip_hf.conversion import clip as conversion
 from lotlip_hf.conversion.clip import convert
 from lotlip_hf.conversion.common import ConversionError
 
-TOLERANCE = {"atol": 1e-6, "rtol": 0}
+TOLERANCE = {"atol": 1e-5, "rtol": 0}
+EXACT = {"atol": 1e-6, "rtol": 0}  # in float64
+SAME_OUTPUTS = r"as CLIP's to (0\.0e\+00|\d\.\de-0[6-9]) of their norm"
 MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 POSITIONS = 77
 
@@ -164,8 +167,8 @@ def test_outputs_are_clips(stock: Path, converted: Path) -> None:
     assert theirs.logits_per_image.std() > 0.5  # unlike each other
     for name in ("text_embeds", "image_embeds"):
         torch.testing.assert_close(ours[name], theirs[name], **TOLERANCE)
-    # cosines to 1e-6, times the scale
-    scaled = {"atol": 1e-6 * clip.logit_scale.exp().item(), "rtol": 0}
+    # cosines, times the scale
+    scaled = {"atol": TOLERANCE["atol"] * clip.logit_scale.exp().item(), "rtol": 0}
     for name in ("logits_per_image", "logits_per_text"):
         torch.testing.assert_close(ours[name], theirs[name], **scaled)
 
@@ -254,7 +257,7 @@ def test_precision_is_kept(tmp_path: Path, run: Callable[..., str], dtype: torch
 def test_text_encoders(tmp_path: Path, run: Callable[..., str], with_projection: bool) -> None:
     clip = tiny_clip.save_clip(tmp_path / "clip", tiny_clip.clip_text_model(with_projection))
     out = run("--clip", tmp_path / "clip", "--output", tmp_path / "output")
-    assert "outputs within 0.0e+00 of CLIP's" in out
+    assert re.search(SAME_OUTPUTS, out)
     assert "  2 corner tokens, texts of up to 77 tokens\n" in out
     assert {path.name for path in (tmp_path / "output").iterdir()} == MODEL_FILES | tiny.MODEL_CODE
     model_class = LoTLIPTextModelWithProjection if with_projection else LoTLIPTextModel
@@ -485,12 +488,12 @@ def test_stretching(stock: Path, tmp_path: Path, run: Callable[..., str], stretc
     arguments = [] if stretch is None else ["--stretch", stretch]
     out = run("--clip", stock, "--max-positions", 248, *arguments, "--output", tmp_path / "output")
     assert f"77 positions stretched to 248 ({stretch or 'knowledge-preserved'})" in out
-    assert ("outputs for texts of up to 20 tokens within 0.0e+00 of CLIP's" in out) == (kept == 20)
+    assert bool(re.search(f"outputs for texts of up to 20 tokens {SAME_OUTPUTS}", out)) == (kept == 20)
     assert "texts of up to 248 tokens" in out
     model, clip = AutoModel.from_pretrained(tmp_path / "output"), CLIPModel.from_pretrained(stock)
     positions = model.text_model.backbone.embeddings.position_embedding.weight
     old = clip.text_model.embeddings.position_embedding.weight
-    torch.testing.assert_close(positions.double(), long_clip_table(old, 248, kept), **TOLERANCE)
+    torch.testing.assert_close(positions.double(), long_clip_table(old, 248, kept), **EXACT)
     assert not torch.allclose(positions[:POSITIONS], old, atol=1e-2)
     assert model.config.text_config.max_position_embeddings == 248
     processor = AutoProcessor.from_pretrained(tmp_path / "output")
@@ -508,7 +511,7 @@ def test_stretching(stock: Path, tmp_path: Path, run: Callable[..., str], stretc
 
 def test_as_many_positions_as_there_are(stock: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     out = run("--clip", stock, "--max-positions", POSITIONS, "--output", tmp_path / "output")
-    assert "outputs within 0.0e+00 of CLIP's" in out
+    assert re.search(SAME_OUTPUTS, out)
     assert_equal_texts(AutoModel.from_pretrained(tmp_path / "output"), CLIPModel.from_pretrained(stock))
 
 
@@ -731,10 +734,10 @@ def assert_equal_to_reference(folder: Path, reference: OpenAIClip, dtype: torch.
     features = reference.encode_text(input_ids * attention_mask)
     assert features.std(dim=0).min() > 0.05
     ours = model.get_text_features(input_ids, attention_mask).pooler_output
-    torch.testing.assert_close(ours, features, **TOLERANCE)
+    torch.testing.assert_close(ours, features, **EXACT)
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    torch.testing.assert_close(model.get_image_features(images).pooler_output, reference.visual(images), **TOLERANCE)
-    torch.testing.assert_close(model.logit_scale, reference.logit_scale, **TOLERANCE)
+    torch.testing.assert_close(model.get_image_features(images).pooler_output, reference.visual(images), **EXACT)
+    torch.testing.assert_close(model.logit_scale, reference.logit_scale, **EXACT)
 
 
 @pytest.mark.parametrize("kind", ["folder", "folder-bin", "files", "checkpoint", "custom-text"])
@@ -753,7 +756,7 @@ def test_open_clip(files: Files, tmp_path: Path, kind: str) -> None:
             torch.save(state_dict, source / "open_clip_pytorch_model.bin")
     elif kind == "files":
         source = tmp_path / "weights.safetensors"
-        safetensors.torch.save_file({f"module.{name}": t for name, t in state_dict.items()}, source)
+        safetensors.torch.save_file({f"model._orig_mod.{name}": t for name, t in state_dict.items()}, source)
     elif kind == "checkpoint":  # of a training run
         prefixed = {f"module.{name}": tensor for name, tensor in state_dict.items()}
         torch.save({"epoch": 3, "name": "run", "state_dict": prefixed, "optimizer": {"state": {}}}, source)
@@ -1287,8 +1290,8 @@ def test_command_line(stock: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lotlip_hf.conversion.clip", "--clip", str(stock), "--output"]
     finished = subprocess.run([*command, str(tmp_path / "output")], capture_output=True, text=True)
     assert (finished.returncode, finished.stderr) == (0, "")
-    assert finished.stdout == (
-        f"Wrote {tmp_path / 'output'}\n  55,221 parameters in float32; outputs within 0.0e+00 of CLIP's\n"
+    assert re.sub(SAME_OUTPUTS, "as CLIP's", finished.stdout) == (
+        f"Wrote {tmp_path / 'output'}\n  55,221 parameters in float32; outputs as CLIP's\n"
         "  2 corner tokens, texts of up to 77 tokens, images of 32 x 32 pixels\n"
     )
 

@@ -46,7 +46,7 @@ from lotlip_hf.conversion.clip import convert
 from lotlip_hf.diffusion import CLIPPromptTokenizer, CLIPTextEncoder, LoTLIPPromptTokenizer, swap_text_encoder
 from lotlip_hf.text_encoder import LoTLIPTextEncoder
 from scripts import load_script
-from tiny_diffusion import picture, pipeline
+from tiny_diffusion import picture, pipeline, same
 
 # Every kind of pipeline, and every slot of it that holds a CLIP text encoder.
 SLOTS = [
@@ -119,12 +119,12 @@ def bert_tokenizer(max_length: int = 38) -> LoTLIPTokenizer:
 
 
 @pytest.mark.parametrize(("kind", "slot"), SLOTS)
-def test_clip_weights_and_77_tokens_give_the_same_picture_bit_for_bit(kind: str, slot: str) -> None:
+def test_clip_weights_and_77_tokens_give_the_same_picture(kind: str, slot: str) -> None:
     stock, pipe = pipeline(kind), swapped(kind, slot)
     guided = {} if kind == "flux" else {"negative_prompt": words(30)}
     for prompt in ("", PROMPT, words(75)):
-        assert torch.equal(picture(stock, prompt, **guided), picture(pipe, prompt, **guided))
-    assert not torch.equal(picture(pipe, PROMPT), picture(pipe, NEGATIVE))
+        assert same(picture(stock, prompt, **guided), picture(pipe, prompt, **guided))
+    assert not same(picture(pipe, PROMPT), picture(pipe, NEGATIVE))
 
 
 @pytest.mark.parametrize(("kind", "slot"), SLOTS)
@@ -189,13 +189,13 @@ def test_a_folder_is_the_model_in_it(whole_lotlip: tuple[Path, LoTLIPModel], kin
     swap_text_encoder(from_folder, folder, slot)
     swap_text_encoder(from_model, model, slot)
     prompt = "a dog! of the house"
-    assert torch.equal(picture(from_folder, prompt), picture(from_model, prompt))
-    assert not torch.equal(picture(from_folder, prompt), picture(pipeline(kind), prompt))
+    assert same(picture(from_folder, prompt), picture(from_model, prompt))
+    assert not same(picture(from_folder, prompt), picture(pipeline(kind), prompt))
     ids = from_folder.tokenizer(prompt).input_ids
     pooled = model.get_text_features(torch.tensor([ids])).pooler_output
     encoder = getattr(from_folder, slot)
     if isinstance(encoder, CLIPTextModelWithProjection):
-        torch.testing.assert_close(encoder(torch.tensor([ids])).text_embeds, pooled, rtol=0, atol=1e-6)
+        assert same(encoder(torch.tensor([ids])).text_embeds, pooled)
 
 
 @pytest.mark.parametrize("kind", ["text model", "with projection", "whole CLIP", "pipeline's own", "lotlip tower"])
@@ -218,11 +218,11 @@ def test_every_kind_of_checkpoint_loads(tmp_path: Path, kind: str) -> None:
         stock = model.text_model if kind == "with projection" else clip.text_model
     pipe = swap_text_encoder(pipeline("sd"), folder, tokenizer=tokenizer)
     ids = torch.tensor(tokenizer([PROMPT]).input_ids)
-    assert torch.equal(pipe.text_encoder(ids)[0], stock(ids)[0])
+    assert same(pipe.text_encoder(ids)[0], stock(ids)[0])
     if kind == "whole CLIP":
         pipe = swap_text_encoder(pipeline("sdxl"), folder, "text_encoder_2")
         expected = clip.get_text_features(ids).pooler_output
-        torch.testing.assert_close(pipe.text_encoder_2(ids).text_embeds, expected, rtol=0, atol=1e-6)
+        assert same(pipe.text_encoder_2(ids).text_embeds, expected)
 
 
 @pytest.mark.parametrize(("kind", "slot"), [("sd2", "text_encoder"), ("sdxl", "text_encoder_2")])
@@ -233,9 +233,9 @@ def test_a_pipelines_own_encoder_there_and_back(tmp_path: Path, kind: str, slot:
     for name, max_positions in (("same", None), ("longer", LONG)):
         convert(tmp_path / "pipe", tmp_path / name, subfolder=slot, max_positions=max_positions)
     swap_text_encoder(pipe, tmp_path / "same", slot)
-    assert torch.equal(picture(pipe), before)
+    assert same(picture(pipe), before)
     swap_text_encoder(pipe, tmp_path / "longer", slot)
-    assert not torch.equal(picture(pipe, words(110, "cat")), picture(pipe, words(110, "dog")))
+    assert not same(picture(pipe, words(110, "cat")), picture(pipe, words(110, "dog")))
 
 
 def test_padding_stays_the_slots(whole_lotlip: tuple[Path, LoTLIPModel]) -> None:
@@ -275,10 +275,10 @@ def test_a_live_clip() -> None:
     own, projected = (pipeline(kind) for kind in ("sd", "sdxl"))
     swap_text_encoder(own, clip)
     ids = own.tokenizer([PROMPT], padding="max_length", return_tensors="pt").input_ids
-    assert torch.equal(own.text_encoder(ids)[0], clip.text_model(ids).last_hidden_state)
+    assert same(own.text_encoder(ids)[0], clip.text_model(ids).last_hidden_state)
     swap_text_encoder(projected, clip, "text_encoder_2")
     features = clip.get_text_features(ids).pooler_output
-    assert torch.equal(projected.text_encoder_2(ids).text_embeds, features)
+    assert same(projected.text_encoder_2(ids).text_embeds, features)
 
 
 def test_a_swap_draws_no_random_numbers() -> None:
@@ -303,8 +303,8 @@ def test_both_encoders_of_a_pipeline() -> None:
     stretch_text_model(second, LONG)
     swap_text_encoder(pipe, second, "text_encoder_2")
     assert pipe.tokenizer.model_max_length == pipe.tokenizer_2.model_max_length == LONG
-    assert torch.equal(picture(pipe, words(110)), picture(swapped("sdxl", length=LONG), words(110)))
-    assert not torch.equal(picture(pipe, words(110, "cat")), picture(pipe, words(110, "dog")))
+    assert same(picture(pipe, words(110)), picture(swapped("sdxl", length=LONG), words(110)))
+    assert not same(picture(pipe, words(110, "cat")), picture(pipe, words(110, "dog")))
 
 
 # Length
@@ -316,14 +316,14 @@ def test_long_prompts_reach_the_picture(kind: str, slot: str, caplog: pytest.Log
     assert [len(positions(pipe, name)) for name in clip_encoders(pipe)] == [LONG] * len(clip_encoders(pipe))
     first, second = words(LONG - 3, "cat"), words(LONG - 3, "dog")
     with caplog.at_level(logging.WARNING):
-        assert not torch.equal(picture(pipe, first), picture(pipe, second))
+        assert not same(picture(pipe, first), picture(pipe, second))
         both = picture(pipe, [first, second])
         assert len(both) == 2
-        assert not torch.equal(both[0], both[1])
+        assert not same(both[0], both[1])
         if kind != "flux":
             pictures = [picture(pipe, PROMPT, negative_prompt=text) for text in (first, second, NEGATIVE)]
-            assert not torch.equal(pictures[0], pictures[1])
-            assert not torch.equal(pictures[1], pictures[2])
+            assert not same(pictures[0], pictures[1])
+            assert not same(pictures[1], pictures[2])
             both = picture(pipe, [PROMPT, first], negative_prompt=[second, ""])
             assert len(both) == 2
     assert not caplog.records
@@ -355,7 +355,7 @@ def test_the_other_encoder_is_stretched_and_nothing_that_is_shared(kind: str, sl
     shared = dict(getattr(stock, other).named_parameters())
     for name, parameter in getattr(pipe, other).named_parameters():
         assert (parameter is shared[name]) == ("position" not in name)
-    assert torch.equal(picture(stock), before)
+    assert same(picture(stock), before)
     if kind == "sd3":
         assert pipe.tokenizer_max_length == LONG
 
@@ -385,7 +385,7 @@ def test_swapping_again(whole_lotlip: tuple[Path, LoTLIPModel]) -> None:
     pipe = swapped("sd", length=LONG)
     swap_text_encoder(pipe, stock.text_encoder)
     assert type(pipe.text_encoder) is CLIPTextEncoder
-    assert torch.equal(picture(pipe), picture(stock))
+    assert same(picture(pipe), picture(stock))
 
 
 # What a pipeline can do
@@ -399,15 +399,15 @@ def test_clip_skip_of_stable_diffusion(kind: str, clip_skip: int) -> None:
     ids = pipe.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
     hidden_states = pipe.text_encoder(ids, output_hidden_states=True).hidden_states
     expected = pipe.text_encoder.final_layer_norm(hidden_states[-1 - clip_skip])
-    assert torch.equal(encode(pipe, prompt, clip_skip=clip_skip)[0], expected)
-    assert not torch.equal(picture(pipe, prompt, clip_skip=clip_skip), picture(pipe, prompt))
+    assert same(encode(pipe, prompt, clip_skip=clip_skip)[0], expected)
+    assert not same(picture(pipe, prompt, clip_skip=clip_skip), picture(pipe, prompt))
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd3"])
 def test_clip_skip_of_the_others(kind: str) -> None:
     stock, pipe = pipeline(kind), swapped(kind)
-    assert torch.equal(picture(stock, clip_skip=1), picture(pipe, clip_skip=1))
-    assert not torch.equal(picture(pipe, clip_skip=1), picture(pipe))
+    assert same(picture(stock, clip_skip=1), picture(pipe, clip_skip=1))
+    assert not same(picture(pipe, clip_skip=1), picture(pipe))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -422,7 +422,7 @@ def test_encode_prompt_alone_and_prompt_embeds(kind: str) -> None:
     embeds = dict(zip(names, encode(pipe, prompt, **guided), strict=False))
     length = {"sd3": LONG + 16, "flux": 16}.get(kind, LONG)
     assert embeds["prompt_embeds"].shape[:2] == (1, length)
-    assert torch.equal(picture(pipe, None, **embeds), picture(pipe, prompt, **guided))
+    assert same(picture(pipe, None, **embeds), picture(pipe, prompt, **guided))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -431,10 +431,10 @@ def test_several_images_of_a_prompt(kind: str) -> None:
     guided = {} if kind == "flux" else {"negative_prompt": [words(90), ""]}
     pictures = picture(pipe, [words(100), "a dog"], num_images_per_prompt=2, **guided)
     assert len(pictures) == 4
-    assert not torch.equal(pictures[0], pictures[1])
+    assert not same(pictures[0], pictures[1])
     one, two = (encode(pipe, [words(100), "a dog"], num_images_per_prompt=number, **guided) for number in (1, 2))
     for single, double in zip(one[:2], two[:2], strict=True):
-        torch.testing.assert_close(double, single.repeat_interleave(2, 0), rtol=0, atol=0)
+        assert same(double, single.repeat_interleave(2, 0))
 
 
 @pytest.mark.slow
@@ -449,7 +449,7 @@ def test_offloading(kind: str, offload: str) -> None:
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.enable_group_offload(onload_device=device, offload_device=device, offload_type="leaf_level")
-    assert torch.equal(picture(pipe, words(100), **clip_skip), expected)
+    assert same(picture(pipe, words(100), **clip_skip), expected)
     with pytest.raises(ValueError, match="offloaded.*swap first"):
         swap_text_encoder(pipe, tiny_clip.clip_text_model())
     if offload == "model" and kind == "sd":
@@ -468,7 +468,7 @@ def test_sequential_offloading(kind: str) -> None:
     clip_skip = {} if kind == "flux" else {"clip_skip": 1}
     expected = picture(pipe, words(100), **clip_skip)
     pipe.enable_sequential_cpu_offload()
-    torch.testing.assert_close(picture(pipe, words(100), **clip_skip), expected, rtol=0, atol=1e-3)
+    assert same(picture(pipe, words(100), **clip_skip), expected, tolerance=1e-3)
 
 
 def lora_weights(encoder: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -502,11 +502,11 @@ def test_lora_on_the_text_encoder(tmp_path: Path, kind: str, slot: str, prefix: 
         one.unload_lora_weights()
         pictures.append((full, half, picture(one)))
     for expected, answer in zip(*pictures, strict=True):
-        assert torch.equal(expected, answer)
+        assert same(expected, answer)
     full, half, unloaded = pictures[1]
-    assert not torch.equal(full, before)
-    assert not torch.equal(half, full)
-    assert torch.equal(unloaded, before)
+    assert not same(full, before)
+    assert not same(half, full)
+    assert same(unloaded, before)
 
 
 def test_lora_and_clip_skip_together(tmp_path: Path) -> None:
@@ -516,12 +516,12 @@ def test_lora_and_clip_skip_together(tmp_path: Path) -> None:
     for _ in range(2):  # before a forward pass and after it, in either order
         pipe.load_lora_weights({f"text_encoder.{name}": weights for name, weights in layers.items()})
         with_lora = picture(pipe, clip_skip=1)
-        assert not torch.equal(with_lora, before)
+        assert not same(with_lora, before)
         pipe.fuse_lora(components=["text_encoder"])
-        torch.testing.assert_close(picture(pipe, clip_skip=1), with_lora, rtol=0, atol=1e-5)
+        assert same(picture(pipe, clip_skip=1), with_lora)
         pipe.unfuse_lora(components=["text_encoder"])
         pipe.unload_lora_weights()
-        torch.testing.assert_close(picture(pipe, clip_skip=1), before, rtol=0, atol=1e-5)
+        assert same(picture(pipe, clip_skip=1), before)
 
 
 def inversion(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -543,10 +543,10 @@ def test_textual_inversion(kind: str, slot: str, caplog: pytest.LogCaptureFixtur
         one.unload_textual_inversion(**parts)
         pictures.append((with_toy, without, picture(one)))
     for expected, answer in zip(*pictures, strict=True):
-        assert torch.equal(expected, answer)
-    assert not torch.equal(pictures[1][0], before)
-    assert torch.equal(pictures[1][1], before)
-    assert torch.equal(pictures[1][2], before)
+        assert same(expected, answer)
+    assert not same(pictures[1][0], before)
+    assert same(pictures[1][1], before)
+    assert same(pictures[1][2], before)
     with caplog.at_level(logging.WARNING):
         getattr(pipe, tokenizer_name)(words(75, "red car"), truncation=True)
     assert "Lost words: 'red car'" in caplog.text
@@ -559,7 +559,7 @@ def test_textual_inversion_of_a_long_prompt(kind: str) -> None:
     if kind == "sdxl":
         pipe.load_textual_inversion(inversion(1), text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
     pipe.load_textual_inversion(inversion())
-    assert not torch.equal(picture(pipe, words(100, "<toy>")), picture(pipe, words(100, "cat")))
+    assert not same(picture(pipe, words(100, "<toy>")), picture(pipe, words(100, "cat")))
 
 
 def test_a_pipeline_loaded_from_another_one() -> None:
@@ -568,11 +568,11 @@ def test_a_pipeline_loaded_from_another_one() -> None:
     to_picture = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     first, second = (image_to_image(to_picture, start, words(110, word)) for word in ("cat", "dog"))
     assert first.isfinite().all()
-    assert not torch.equal(first, second)
+    assert not same(first, second)
     own = StableDiffusionImg2ImgPipeline.from_pipe(stock)
     expected = image_to_image(own, start, PROMPT)
     swap_text_encoder(own, tiny_diffusion.lotlip(stock.text_encoder))
-    assert torch.equal(image_to_image(own, start, PROMPT), expected)
+    assert same(image_to_image(own, start, PROMPT), expected)
 
 
 def image_to_image(pipe: DiffusionPipeline, image: Image.Image, prompt: str, **kwargs: Any) -> torch.Tensor:
@@ -591,7 +591,7 @@ def test_inpainting_and_controlnet() -> None:
     first, second = (
         image_to_image(inpaint, image, words(110, word), mask_image=mask, **size) for word in ("cat", "dog")
     )
-    assert not torch.equal(first, second)
+    assert not same(first, second)
 
     stock = pipeline("sd")
     controlnet = ControlNetModel.from_unet(stock.unet, conditioning_embedding_out_channels=(4, 4))
@@ -601,7 +601,7 @@ def test_inpainting_and_controlnet() -> None:
     stretch_text_model(model, LONG)
     swap_text_encoder(pipe, model)
     first, second = (picture(pipe, words(110, word), image=image) for word in ("cat", "dog"))
-    assert not torch.equal(first, second)
+    assert not same(first, second)
 
 
 def test_a_pipeline_without_its_first_text_encoder() -> None:
@@ -622,7 +622,7 @@ def test_a_pipeline_without_its_first_text_encoder() -> None:
     swap_text_encoder(pipe, model, "text_encoder_2")
     image = Image.new("RGB", (tiny_diffusion.SIZE,) * 2, "red")
     first, second = (image_to_image(pipe, image, words(110, word)) for word in ("cat", "dog"))
-    assert not torch.equal(first, second)
+    assert not same(first, second)
 
 
 # What is cut off
@@ -677,9 +677,9 @@ def test_a_bert_lotlip_without_an_adapter_warns(caplog: pytest.LogCaptureFixture
     assert pipe.tokenizer.model_max_length == model.config.max_position_embeddings == 38
     inputs = pipe.tokenizer("a cat. the dog", padding="max_length", return_tensors="pt")
     states = model(inputs.input_ids).last_hidden_state
-    torch.testing.assert_close(encode(pipe, "a cat. the dog")[0], states, rtol=0, atol=1e-6)
+    assert same(encode(pipe, "a cat. the dog")[0], states)
     for extra in ({}, {"clip_skip": 1}, {"negative_prompt": words(30)}):
-        assert not torch.equal(picture(pipe, words(30, "cat"), **extra), picture(pipe, words(30, "dog"), **extra))
+        assert not same(picture(pipe, words(30, "cat"), **extra), picture(pipe, words(30, "dog"), **extra))
     caplog.clear()
     picture(pipe, words(36, "red house"), negative_prompt=words(36, "car"))
     assert [record.getMessage() for record in caplog.records] == [
@@ -720,7 +720,7 @@ def test_a_bert_lotlip_behind_an_adapter(kind: str, slot: str, adapter: str, cap
     with caplog.at_level(logging.WARNING):
         pipe = adapted(kind, slot, adapter)
         assert not caplog.records
-    assert not torch.equal(picture(pipe, "a cat"), picture(pipe, "a dog"))
+    assert not same(picture(pipe, "a cat"), picture(pipe, "a dog"))
     if kind != "flux":
         both = picture(pipe, ["a cat", words(60)], negative_prompt=[words(60), ""], num_images_per_prompt=2)
         assert len(both) == 4
@@ -740,7 +740,7 @@ def test_a_resampler_reads_all_of_negative_prompts(num_queries: int) -> None:
     assert states[0] is not None
     assert states[1] is not None
     assert states[0].shape == (1, num_queries, tiny_diffusion.WIDTH)
-    assert not torch.equal(states[0], states[1])
+    assert not same(states[0], states[1])
 
 
 def test_lengths_that_adapters_cannot_agree_on() -> None:
@@ -768,7 +768,7 @@ for name, arguments in json.loads(sys.argv[1]).items():
     pipe.set_progress_bar_config(disable=True)
     picture = pipe(**arguments, generator=torch.Generator().manual_seed(0), output_type="np").images
     classes = [type(part).__name__ for key, part in sorted(pipe.components.items()) if key.startswith("text_encoder")]
-    answers[name] = [bool((picture == numpy.load(name + ".npy")).all()), classes]
+    answers[name] = [float(abs(picture - numpy.load(name + ".npy")).max()), classes]
 print(json.dumps(answers))
 """
 
@@ -800,8 +800,8 @@ def test_saved_pipelines_load_in_a_process_that_imports_diffusers_and_lotlip_hf_
     assert answer.returncode == 0, answer.stderr
     answers = json.loads(answer.stdout)
     for name, pipe in pipes.items():
-        equal, classes = answers[str(tmp_path / name)]
-        assert equal, name
+        difference, classes = answers[str(tmp_path / name)]
+        assert difference < tiny_diffusion.TOLERANCE, name
         assert classes == [
             type(getattr(pipe, key)).__name__ for key in sorted(pipe.components) if "text_encoder" in key
         ]
@@ -816,11 +816,11 @@ def test_copies_and_half_precision(tmp_path: Path) -> None:
     pipe = swapped("sd", length=LONG)
     expected = encode(pipe, words(100))[0]
     for copied in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
-        assert torch.equal(encode(copied, words(100))[0], expected)
+        assert same(encode(copied, words(100))[0], expected)
     pipe.to(torch.float16).save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.float16)
     assert loaded.text_encoder.dtype == torch.float16
-    assert torch.equal(encode(loaded, words(100))[0], encode(pipe, words(100))[0])
+    assert same(encode(loaded, words(100))[0], encode(pipe, words(100))[0], tolerance=1e-2)
 
 
 def test_the_text_encoder_of_a_saved_pipeline_is_a_stock_checkpoint(tmp_path: Path) -> None:
@@ -834,11 +834,11 @@ def test_the_text_encoder_of_a_saved_pipeline_is_a_stock_checkpoint(tmp_path: Pa
     assert type(tokenizer) is CLIPTokenizer
     ids = tokenizer([words(110)], padding="max_length", return_tensors="pt").input_ids
     assert ids.shape == (1, LONG)
-    assert torch.equal(stock(ids)[0], pipe.text_encoder(ids)[0])
+    assert same(stock(ids)[0], pipe.text_encoder(ids)[0])
     # and goes into another pipeline, with the tokenizer that lies beside it
     again = swap_text_encoder(pipeline("sd"), tmp_path / "text_encoder")
     assert again.tokenizer.model_max_length == LONG
-    assert torch.equal(encode(again, words(110))[0], encode(pipe, words(110))[0])
+    assert same(encode(again, words(110))[0], encode(pipe, words(110))[0])
 
 
 # The example
@@ -860,7 +860,7 @@ def test_the_example_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert example().main(arguments) == tmp_path / "new" / "picture.png"
     before, after = np.split(np.asarray(Image.open(tmp_path / "new" / "picture.png")), 2, axis=1)
     assert before.shape == after.shape == (64, 64, 3)
-    assert not np.array_equal(before, after)
+    assert abs(before.astype(int) - after).max() > 1
     assert "The prompt has 270 tokens, and `text_encoder` now reads 248." in capsys.readouterr().out
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipe")
     assert pipe.tokenizer.model_max_length == pipe.text_encoder.config.max_position_embeddings == 248
@@ -875,7 +875,7 @@ def test_the_example_with_a_pipeline_and_a_model(tmp_path: Path, capsys: pytest.
     picture_path = tmp_path / "picture.png"
     example().main([*arguments, "--output", str(picture_path)])
     before, after = np.split(np.asarray(Image.open(picture_path)), 2, axis=1)
-    assert np.array_equal(before, after)  # the same weights
+    assert abs(before.astype(int) - after).max() <= 1  # the same weights
     assert "`text_encoder_2` now reads 77" in capsys.readouterr().out
 
 
@@ -1084,4 +1084,4 @@ def test_lotlip_with_projection_goes_where_none_is_asked_for() -> None:
     assert isinstance(model, LoTLIPTextModelWithProjection)
     first, second = (swap_text_encoder(pipeline("flux"), one) for one in (model, encoder))
     assert type(first.text_encoder) is type(second.text_encoder) is CLIPTextModel
-    assert torch.equal(picture(first), picture(second))
+    assert same(picture(first), picture(second))

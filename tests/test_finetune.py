@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, EvalPrediction
 
 import tiny
-from lotlip_hf import LoTLIPModel, encode_images, encode_texts
+from lotlip_hf import LoTLIPModel, encode_images, encode_texts, lora_targets
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.records import load_records
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
@@ -156,6 +156,34 @@ def test_trainer_evaluates_retrieval_of_whole_captions(
     assert len(log(saved, "eval_long_image_to_text_r1")) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "best"),
+    [
+        ("--load_best_model_at_end --save_steps 2", "eval_loss"),
+        ("--load_best_model_at_end --save_steps 2 --metric_for_best_model long_text_to_image_r1", None),
+        ("--lr_scheduler_type reduce_lr_on_plateau --prediction_loss_only", None),
+    ],
+)
+def test_trainer_chooses_by_what_it_measures(
+    trainer_example: ModuleType, checkpoint: Path, pictures: Path, tmp_path: Path, options: str, best: str | None
+) -> None:
+    options += f" --max_steps 4 --eval_strategy steps --eval_steps 2 --per_device_eval_batch_size {NUM_RECORDS}"
+    arguments = ["--model", str(checkpoint), "--data", str(pictures), "--eval_data", str(pictures)]
+    saved = trainer_example.main([*arguments, "--output_dir", str(tmp_path / "run"), *options.split()])
+    measured = json.loads((saved / "eval_results.json").read_text())
+    assert ("eval_long_image_to_text_r1" in measured) == ("prediction_loss_only" not in options)
+
+    # the loss of short captions and whole long ones, of the model that was chosen
+    model, processor = AutoModel.from_pretrained(saved), AutoProcessor.from_pretrained(saved)
+    whole = LoTLIPCollator(processor, CaptionSampling(1, num_sentences=None))
+    with torch.no_grad():
+        expected = float(model(**whole(list(load_records(pictures)))).loss)
+    assert measured["eval_loss"] == pytest.approx(expected, abs=1e-4)
+    if best is not None:
+        assert measured[best] == pytest.approx(min(log(saved, best)), abs=1e-4)
+
+
 def test_trainer_retrieval_knows_its_directions(trainer_example: ModuleType) -> None:
     images = np.eye(3)
     short, long = np.eye(3), np.array([[1.0, 0, 0], [0.8, 0.6, 0], [0, 0, 1]])
@@ -173,6 +201,7 @@ def test_trainer_retrieval_knows_its_directions(trainer_example: ModuleType) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.same_bits
 @pytest.mark.parametrize("interrupted_at", [2, 4])  # within the first epoch, and at its end
 def test_trainer_resumed_ends_as_the_undisturbed_run(
     trainer_example: ModuleType, official_checkpoint: Path, pictures: Path, tmp_path: Path, interrupted_at: int
@@ -248,9 +277,9 @@ def test_lora_trains_what_it_saves(
     assert {"text_model.corner_embeds", "text_projection.weight", "logit_scale"} <= changed
     # nothing else but what LoRA was put on
     wrapped = len({name.split(".lora_")[0] for name in adapter if ".lora_" in name})
-    linear = [n for n, v in before.items() if v.dim() == 2 and not n.endswith(("embeddings.weight", "_embeds"))]
-    on_text = [name for name in linear if name.startswith("text_model.")]
-    on_images = [name for name in linear if name.startswith("vision_model.")]
+    targets = lora_targets(AutoModel.from_pretrained(official_checkpoint))
+    on_text = [name for name in targets if name.startswith("text_model.")]
+    on_images = [name for name in targets if name.startswith("vision_model.")]
     assert len(changed) == 3 + wrapped
     assert {name.split(".")[0] for name in changed} == {
         *("text_model", "text_projection", "logit_scale"),

@@ -155,7 +155,9 @@ def test_zero_shot_pipeline(checkpoint: Path, images: list[Path], batch_size: in
     expected = (similarities * model.logit_scale.detach().exp()).softmax(1)
     assert len(answers) == len(images)
     for answer, row in zip(answers, expected.tolist(), strict=True):
-        assert {one["label"]: one["score"] for one in answer} == pytest.approx(dict(zip(TEXTS, row, strict=True)))
+        assert {one["label"]: one["score"] for one in answer} == pytest.approx(
+            dict(zip(TEXTS, row, strict=True)), abs=1e-5
+        )
 
 
 def test_zero_shot_pipeline_of_labels_that_are_too_long(checkpoint: Path, images: list[Path]) -> None:
@@ -177,7 +179,9 @@ def test_zero_shot_pipeline_of_labels_that_are_too_long(checkpoint: Path, images
         @ encode_texts(model, processor, labels, progress=False).T
     )
     expected = (similarities * model.logit_scale.detach().exp()).softmax(1)[0].tolist()
-    assert {one["label"]: one["score"] for one in answer} == pytest.approx(dict(zip(labels, expected, strict=True)))
+    assert {one["label"]: one["score"] for one in answer} == pytest.approx(
+        dict(zip(labels, expected, strict=True)), abs=1e-5
+    )
 
 
 def test_feature_pipelines_of_a_tower(checkpoint: Path, images: list[Path]) -> None:
@@ -369,6 +373,16 @@ def test_example_trains_on_the_loss_of_the_model(
     with torch.no_grad():
         expected = float(model(**batch, return_loss=True).loss)
     assert logged(capsys.readouterr().out, "loss")[0] == pytest.approx(expected, abs=1e-3)  # as printed
+
+
+@pytest.mark.slow
+def test_example_has_a_loss_to_choose_by(
+    example: ModuleType, official_checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = f"--eval_data {pictures} --max_steps 2 --eval_strategy steps --eval_steps 1 --disable_tqdm true"
+    options += " --lr_scheduler_type reduce_lr_on_plateau"
+    run_example(example, official_checkpoint, pictures, tmp_path / "tuned", options)
+    assert len(logged(capsys.readouterr().out, "eval_loss")) == 2
 
 
 @pytest.mark.slow

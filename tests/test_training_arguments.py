@@ -1,5 +1,6 @@
 """The options of a run: flags, a YAML file, both, and those that a resumed run goes on with."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -168,11 +169,14 @@ def test_the_folder_of_a_resumed_run_may_be_moved(tmp_path: Path, monkeypatch: p
     assert parse_arguments(["--resume", "--config", file]).batch_size == 8
 
 
-def test_help_names_every_option(capsys: pytest.CaptureFixture) -> None:
+def test_help_names_every_option_once(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_arguments(["--help"], description="What it does.")
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "What it does." in text
+    usage, options = text.split("What it does.")
     for name in vars(TrainingConfig()):
-        assert f"--{name}" in text
+        for part in (usage, re.sub(r"(?<=[(`\"])--\w.*", "", options)):
+            assert len(re.findall(rf"--{name.replace('_', '-')}(?![\w-])", part)) == 1, name
+    assert not re.search(r"--\w+_", text)

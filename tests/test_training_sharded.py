@@ -346,6 +346,7 @@ def test_float16_needs_a_gpu(official_checkpoint: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.same_bits
 def test_compiled_for_every_length(official_checkpoint: Path, tmp_path: Path) -> None:
     """Traced, but run as it is: machine code of it takes minutes to make, and is for torch's own tests."""
     options = {"save_steps": 2, "num_long_texts": 3, "grad_cache_chunk": 4, "ema_decay": 0.9}

@@ -32,6 +32,7 @@ from lotlip_hf import LoTLIPTextConfig, LoTLIPTextModel, LoTLIPTextModelWithProj
 WIDTH = tiny_clip.SIZE["hidden_size"]
 # Pictures of 16 pixels: latents of 8, as the VAE halves once.
 SIZE = 16
+TOLERANCE = 1e-4  # of pictures from 0 to 1, and of states
 
 
 def vae(latent_channels: int = 4, **kwargs: Any) -> AutoencoderKL:
@@ -189,6 +190,14 @@ def picture(
     if pipe.components.get("text_encoder_2") is not None and "transformer" in pipe.components:
         settings["max_sequence_length"] = 16
     return torch.from_numpy(pipe(prompt, **{**settings, **kwargs}).images)
+
+
+def same(first: torch.Tensor, second: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+    """
+    Whether two pictures, or hidden states, are of equal weights and prompts. Rounding, which differs with the CPU and
+    the addresses of the weights, makes less than 1e-5; another word of a prompt makes more than 1e-3.
+    """
+    return torch.allclose(first, second, rtol=0, atol=tolerance)
 
 
 def lotlip(

@@ -936,10 +936,12 @@ def _class_names(
 ) -> ClassNames:
     """The names that are asked for, or the data's own; `count` is of how many classes, where that is known."""
     if given is None:
-        if own is None:
+        wnid = next((name for name in own or () if WNID.match(name)), None)
+        if own is None or wnid is not None:
             raise ValueError(
-                f"{where}: its classes have no names. Say them with `class_names` (--class-names): openai, "
-                "for the classes of ImageNet, or a file with a name in each line."
+                f"{where}: its classes have {'no names' if wnid is None else f'WordNet ids, {wnid!r}, not words'}. "
+                "Say them with `class_names` (--class-names): openai, for the classes of ImageNet, or a file with a "
+                "name in each line, in the order of the classes."
             )
         chosen = ClassNames(own, own_source)
     elif given == "openai":

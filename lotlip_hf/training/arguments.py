@@ -1,12 +1,13 @@
 """Every option of a training run in one typed config, filled by flags, a YAML file, or both."""
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -287,7 +288,7 @@ def parse_arguments(argv: Sequence[str] | None = None, description: str | None =
     parser = _Parser(
         TrainingConfig,  # pyright: ignore[reportArgumentType]
         description=description,
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags count more")
@@ -350,17 +351,37 @@ def _config(namespace: argparse.Namespace) -> TrainingConfig:
     return TrainingConfig(**{name: value for name, value in vars(namespace).items() if name != "config"})
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line in place of argparse's two screens of usage."""
-        raise ValueError(f"{message.rstrip('.')}. See --help.")
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """
+    The description line by line, the defaults (what `None` stands for the help itself says), and of two spellings that
+    differ by dashes and underscores alone the first.
+    """
 
+    def add_usage(self, usage: str | None, actions: Iterable[argparse.Action], *args: Any, **kwargs: Any) -> None:
+        super().add_usage(usage, [_of_one_spelling(action) for action in actions], *args, **kwargs)
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description line by line, and the defaults; what `None` stands for the help itself says."""
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(_of_one_spelling(action))
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+def _of_one_spelling(action: argparse.Action) -> argparse.Action:
+    action = copy.copy(action)
+    spellings = {option.replace("_", "-"): option for option in reversed(action.option_strings)}
+    action.option_strings = [option for option in action.option_strings if option in spellings.values()]
+    return action
+
+
+class _Parser(HfArgumentParser):
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Dashes first: the spelling that `--help` shows."""
+        return super().add_argument(*sorted(names, key=lambda name: "_" in name), **options)
+
+    def error(self, message: str) -> NoReturn:
+        """One line in place of argparse's two screens of usage."""
+        raise ValueError(f"{message.rstrip('.')}. See --help.")
 
 
 def _read_yaml(path: Path, parser: argparse.ArgumentParser) -> list[str]:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +22,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, extract_model_from_parallel, send_to_device, set_seed
 from datasets import Dataset, IterableDataset
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 from transformers.utils import logging
 
 from ..data.collator import LoTLIPCollator
@@ -46,7 +47,7 @@ from .checkpoint import (
 )
 from .log import CURVE_NAME, LOG_NAME, RECALLS, RunLog, draw_curve, read_log
 from .objective import Objective, batch_loss, cached_backward, clamp_logit_scale
-from .setup import freeze, parameter_groups, prepare_sharding, set_training_mode
+from .setup import freeze, parameter_groups, prepare_sharding, rate_factor, set_training_mode
 
 logger = logging.get_logger(__name__)
 
@@ -193,7 +194,7 @@ class _Run:
             fused=accelerator.device.type in ("cpu", "cuda"),  # one pass over the memory
         )
         # not prepared: accelerate would step it once for each process
-        self.scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, self.max_steps)
+        self.scheduler = LambdaLR(optimizer, partial(rate_factor, config=config, max_steps=self.max_steps))
         prepare_sharding(model, self.objective, accelerator)
         prepared = accelerator.prepare(model, optimizer)
         self.model, self.optimizer = cast(tuple[nn.Module, AcceleratedOptimizer], prepared)

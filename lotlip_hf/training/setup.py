@@ -1,5 +1,6 @@
 """What a run starts from: the model, the records, what of the model is trained, and at which rates."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -261,6 +262,26 @@ def parameter_groups(model: nn.Module, objective: nn.Module, config: TrainingCon
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def rate_factor(step: int, config: TrainingConfig, max_steps: int) -> float:
+    """
+    What a step multiplies the learning rates by, as transformers' schedules of these names do: importing those imports
+    PEFT and, where it is installed, bitsandbytes.
+
+    Args:
+        step: Steps of the optimiser so far.
+        config: Its `lr_scheduler` and `warmup_steps`.
+        max_steps: Steps of the run.
+    """
+    if step < config.warmup_steps:
+        return step / config.warmup_steps
+    if config.lr_scheduler == "constant_with_warmup":
+        return 1.0
+    num_steps = max(1, max_steps - config.warmup_steps)
+    if config.lr_scheduler == "linear":
+        return max(0.0, (max_steps - step) / num_steps)
+    return (1 + math.cos(math.pi * (step - config.warmup_steps) / num_steps)) / 2
 
 
 def prepare_sharding(model: LoTLIPModel, objective: nn.Module, accelerator: Accelerator) -> None:
