@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import ftfy
-from tokenizers import AddedToken, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import BatchEncoding, TruncationStrategy
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging
 
+from .calls_lotlip import for_one_call, free_of_calls, own_backend
 from .loading_lotlip import checked_download
+from .sentences_lotlip import STOP, find_sentences
 
 logger = logging.get_logger(__name__)
 
@@ -109,6 +111,8 @@ class LoTLIPTokenizer(TokenizersBackend):
     _auto_class = "AutoTokenizer"
     vocab_files_names = {"vocab_file": "vocab.txt", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
+    # Backends of calls that have ended, for the next calls; `None` where the shared one may have changed since.
+    _spare_backends: list[tuple[Tokenizer, list[str]]] | None = None
 
     def __init__(
         self,
@@ -120,6 +124,9 @@ class LoTLIPTokenizer(TokenizersBackend):
     ) -> None:
         self.clean_text = clean_text
         self.split_sentences = split_sentences
+        # What stays unsaid here, transformers takes from the padding and truncation that a tokenizer.json has kept.
+        kwargs.setdefault("padding_side", "right")
+        kwargs.setdefault("truncation_side", "right")
         if vocab is not None:
             kwargs = _word_piece(vocab, kwargs)
         elif kwargs.get("tokenizer_object") is None and kwargs.get("tokenizer_file") is None:
@@ -142,6 +149,8 @@ class LoTLIPTokenizer(TokenizersBackend):
                 if t.special and t.normalized
             ]
         )
+        free_of_calls(self)
+        self._spare_backends = []
 
     @classmethod
     def from_pretrained(
@@ -238,7 +247,8 @@ class LoTLIPTokenizer(TokenizersBackend):
         if split_special_tokens is None:
             split_special_tokens = self.split_special_tokens
         kwargs.update(return_overflowing_tokens=return_overflowing_tokens, verbose=verbose)
-        normalizer, unmark = self._tokenizer.normalizer, None
+        spare, backend, special = self._own_backend()
+        unmark = normalizer = None
         # The marks of a chat template would not survive the cleaning.
         if not kwargs.get("sanitize_control_tokens"):
             if isinstance(text, (list, tuple)) and not text:
@@ -250,32 +260,34 @@ class LoTLIPTokenizer(TokenizersBackend):
                 _check_surrogates(strings)
             sentences = {one: [one] if is_split_into_words else self._sentences(one) for one in strings}
             if split_special_tokens:
-                unmark = self._mark_special_tokens(sentences)
+                unmark = self._mark_special_tokens(sentences, special)
+                if unmark is not None:
+                    normalizer = backend.normalizer
+                    backend.normalizer = normalizers.Sequence([unmark, normalizer] if normalizer else [unmark])
                 split_special_tokens = False  # what is left in the texts is plain, and the separators are ours
             joined = {one: (self.sep_token or "").join(parts) for one, parts in sentences.items()}
             text, text_pair = _replaced(text, joined), _replaced(text_pair, joined)
 
         # Of a long text the beginning is enough.
-        beginning = text
+        beginning, limit = text, kwargs.get("max_length")
         if (
             kwargs.get("truncation_strategy", TruncationStrategy.DO_NOT_TRUNCATE) != TruncationStrategy.DO_NOT_TRUNCATE
-            and kwargs.get("max_length")
+            and limit
             and text_pair is None
-            and (isinstance(text, str) or all(isinstance(one, str) for one in text))
             and not (is_split_into_words or return_overflowing_tokens or kwargs.get("sanitize_control_tokens"))
+            and all(isinstance(one, str) for one in ([text] if isinstance(text, str) else text))
+            and any(len(one) >= limit for one in ([text] if isinstance(text, str) else text))
             and self._is_local_to_words()
         ):
-            beginning = _first_words(text, kwargs["max_length"])
+            beginning = _first_words(text, limit)
         kwargs.update(is_split_into_words=is_split_into_words, split_special_tokens=split_special_tokens)
+        encode = super(LoTLIPTokenizer, for_one_call(self, backend))._encode_plus
+        encoding = encode(beginning, text_pair, **kwargs)
+        if beginning != text and not _fills_limit(encoding, beginning, text):
+            encoding = encode(text, text_pair, **kwargs)
         if unmark is not None:
-            self._tokenizer.normalizer = normalizers.Sequence([unmark, normalizer] if normalizer else [unmark])
-        try:
-            encoding = super()._encode_plus(beginning, text_pair, **kwargs)
-            if beginning != text and not _fills_limit(encoding, beginning, text):
-                encoding = super()._encode_plus(text, text_pair, **kwargs)
-        finally:
-            if unmark is not None:
-                self._tokenizer.normalizer = normalizer
+            backend.normalizer = normalizer
+        spare.append((backend, special))
         if verbose and not return_overflowing_tokens and encoding.encodings is not None:
             self._warn_once_of_truncation(encoding, kwargs.get("max_length"))
         return encoding
@@ -307,7 +319,10 @@ class LoTLIPTokenizer(TokenizersBackend):
         if isinstance(texts, str) or not all(isinstance(one, str) for one in texts):
             raise ValueError("`texts` must be a list of strings.")
         limit = self.model_max_length if max_length is None else max_length
-        if not texts or limit < 2 or not self._is_local_to_words() or not self._adds_cls_and_sep():
+        spare, backend, special = self._own_backend()
+        backend.no_truncation()
+        backend.no_padding()
+        if not texts or limit < 2 or not self._is_local_to_words() or not self._adds_cls_and_sep(backend):
             encoding = self(texts, truncation=True, max_length=max_length, verbose=False)
             return encoding["input_ids"], [bool(one.overflowing) for one in encoding.encodings or ()]
         if not self.clean_text:
@@ -321,8 +336,9 @@ class LoTLIPTokenizer(TokenizersBackend):
                 row.append(None)
             rows.append(row[:-1])
         vocabulary = list({word for row in rows for word in row[:limit] if word})
-        self._tokenizer.encode_special_tokens = self.split_special_tokens
-        encodings = self._tokenizer.encode_batch_fast(vocabulary, add_special_tokens=False)
+        backend.encode_special_tokens = self.split_special_tokens
+        encodings = backend.encode_batch_fast(vocabulary, add_special_tokens=False)
+        spare.append((backend, special))
         ids_of = {word: encoding.ids for word, encoding in zip(vocabulary, encodings, strict=True)}
         ids_of |= {"": [], None: [self.sep_token_id]}
 
@@ -339,6 +355,38 @@ class LoTLIPTokenizer(TokenizersBackend):
                 was_cut.append(len(ids) > limit - 2)
         return input_ids, was_cut
 
+    @property
+    def backend_tokenizer(self) -> Tokenizer:
+        """The backend of the tokenizers library."""
+        self._spare_backends = None  # whoever has it may change it at any time
+        return self._tokenizer
+
+    def _add_tokens(self, *args: Any, **kwargs: Any) -> int:
+        number = super()._add_tokens(*args, **kwargs)
+        self._drop_spare_backends()
+        return number
+
+    def update_post_processor(self) -> None:
+        """As [`~transformers.PreTrainedTokenizerFast.update_post_processor`]."""
+        super().update_post_processor()
+        self._drop_spare_backends()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_spare_backends": []}  # made anew faster than copied
+
+    def _drop_spare_backends(self) -> None:
+        if self._spare_backends is not None:
+            self._spare_backends = []
+
+    def _own_backend(self) -> tuple[list[tuple[Tokenizer, list[str]]], Tokenizer, list[str]]:
+        """A list that takes it back, a backend for one call, as threads share `self._tokenizer`, and special tokens."""
+        spare = [] if self._spare_backends is None else self._spare_backends
+        try:
+            return spare, *spare.pop()
+        except IndexError:
+            special = [token.content for token in self.added_tokens_decoder.values() if token.special]
+            return spare, own_backend(self._tokenizer), special
+
     def _is_local_to_words(self) -> bool:
         """Whether what stands between two spaces has the same tokens in any text, as with BERT's tokenizer."""
         pipeline = self._tokenizer
@@ -351,12 +399,10 @@ class LoTLIPTokenizer(TokenizersBackend):
             and all(content.isascii() and content.split() == [content] for content in added_tokens)
         )
 
-    def _adds_cls_and_sep(self) -> bool:
+    def _adds_cls_and_sep(self, backend: Tokenizer) -> bool:
         """Whether a text's tokens stand between [CLS] and [SEP]."""
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
-        return self._tokenizer.encode("a").ids == [self.cls_token_id, *plain, self.sep_token_id]
+        plain = backend.encode("a", add_special_tokens=False).ids
+        return backend.encode("a").ids == [self.cls_token_id, *plain, self.sep_token_id]
 
     def _sentences(self, text: str) -> list[str]:
         """The cleaned text, cut where the separator token belongs."""
@@ -379,14 +425,15 @@ class LoTLIPTokenizer(TokenizersBackend):
             taken = set(re.findall(r"\(SEP[0-9]+\)", cleaned))
             joiner = next(other for other in map("(SEP{})".format, itertools.count()) if other not in taken)
 
-    def _mark_special_tokens(self, sentences: dict[str, list[str]]) -> normalizers.Replace | None:
+    def _mark_special_tokens(
+        self, sentences: dict[str, list[str]], contents: list[str]
+    ) -> normalizers.Replace | None:
         """Put marks into the special tokens that are written out in `sentences`, so that they are not taken for such.
 
         Returns:
             What takes the marks out again, after special tokens were looked for and before anything else is done with
             the text; `None` if there was nothing to mark.
         """
-        contents = [token.content for token in self.added_tokens_decoder.values() if token.special]
         # A Unigram model would spell a special token that it finds in the normalised text, for its vocabulary holds
         # them: there the marks become spaces, which stay.
         unigram = isinstance(self._tokenizer.model, models.Unigram)
