@@ -45,6 +45,7 @@ from lotlip_hf import (
     LoTLIPVisionConfig,
 )
 from lotlip_hf.clip import KEPT_POSITIONS, Stretch, stretch_positions, stretch_text_model
+from lotlip_hf.encoding import fit_tokenizer
 
 from .common import ConversionError, all_or_nothing, check_output, one_line, quiet, read_json, same_bits
 from .open_clip import LEGACY_EOS_TOKEN_ID, Activation, read_open_clip
@@ -202,7 +203,7 @@ def _convert(
             stretch_text_model(model, new_positions, stretch)
         except ValueError as error:
             raise ConversionError(f"--max-positions {new_positions}: {one_line(error)}") from error
-    source.tokenizer.model_max_length = new_positions
+    fit_tokenizer(model, source.tokenizer, new_positions)
 
     with all_or_nothing(target) as folder:
         with quiet():

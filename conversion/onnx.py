@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lotlip_hf import LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
+from lotlip_hf.encoding import fit_tokenizer
 from lotlip_hf.onnx import FILES, LOGIT_SCALE, LoTLIPOnnxModel, missing_packages
 
 from .common import ConversionError, all_or_nothing, check_output, load_checkpoint, local_folder, one_line, quiet
@@ -152,6 +153,9 @@ def convert(
     if not chosen:
         raise ConversionError(f"{model}: a {type(lotlip).__name__}, which has no {' or '.join(towers)} tower.")
     processors = _load_processors(model)
+    for tokenizer in (getattr(processor, "tokenizer", processor) for processor in processors):
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            fit_tokenizer(lotlip, tokenizer)
 
     with all_or_nothing(target) as folder:
         folder.mkdir()

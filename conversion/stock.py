@@ -57,6 +57,8 @@ from lotlip_hf import (
     LoTLIPVisionModelWithProjection,
 )
 from lotlip_hf.clip import clip_text_model
+from lotlip_hf.encoding import fit_tokenizer
+from lotlip_hf.modeling.calls_lotlip import free_of_calls
 
 from .common import ConversionError, all_or_nothing, check_output, load_checkpoint, local_folder, one_line, quiet
 
@@ -417,8 +419,7 @@ def _stock_processors(
     tokenizer, image_processor, missing = None, None, []
     try:
         if isinstance(lotlip, (LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection)):
-            config = lotlip.config.text_config if isinstance(lotlip, LoTLIPModel) else lotlip.config
-            tokenizer, reason = _stock_tokenizer_of(folder, config.max_position_embeddings, without_text_cleaning)
+            tokenizer, reason = _stock_tokenizer_of(folder, lotlip, without_text_cleaning)
             missing += [] if tokenizer is not None else [f"no tokenizer: {reason}"]
         if isinstance(lotlip, (LoTLIPModel, LoTLIPVisionModel, LoTLIPVisionModelWithProjection)):
             image_processor = _image_processor_of(folder)
@@ -449,13 +450,13 @@ def _image_processor_of(folder: Path) -> Any:
 
 
 def _stock_tokenizer_of(
-    folder: Path, max_length: int, without_text_cleaning: bool
+    folder: Path, lotlip: PreTrainedModel, without_text_cleaning: bool
 ) -> tuple[PreTrainedTokenizerBase | None, str]:
     """The stock tokenizer for a checkpoint's texts, or why there is none."""
     if not (folder / "tokenizer_config.json").is_file():
         return None, f"{folder} has none"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
+    fit_tokenizer(lotlip, tokenizer)
     if not isinstance(tokenizer, LoTLIPTokenizer):
         if not type(tokenizer).__module__.startswith("transformers."):
             return None, f"{type(tokenizer).__name__} is not a class of transformers"
@@ -469,6 +470,7 @@ def _stock_tokenizer_of(
     tokenizer.clean_text = False
     stock = stock_tokenizer(tokenizer)
     differing = _differing_text(tokenizer, stock)
+    free_of_calls(stock)
     return (stock, "") if differing is None else (None, f"a stock one would give {differing!r} other ids")
 
 

@@ -2,10 +2,11 @@
 
 import html
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import ftfy
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
@@ -16,7 +17,7 @@ from transformers.utils import logging
 
 from .calls_lotlip import for_one_call, free_of_calls, own_backend
 from .loading_lotlip import checked_download
-from .sentences_lotlip import STOP, find_sentences
+from .sentences_lotlip import ABBREVIATIONS, NUMBERED, STOP, find_sentences
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +43,34 @@ DEEP_AMPERSAND = re.compile(r"&(?:amp;){16,}")
 SURROGATE = re.compile("[\ud800-\udfff]")
 # A code point that Unicode keeps free for a program's own use.
 MARK = "\ufdd0"
+FULL_STOP = ". "
+# What stands right behind a word when it is written, of the signs
+CLOSING = frozenset(".,!?;:%)]'’-")
+
+Cleaning = Literal["official", "sentences"]
+
+
+def _either_case(word: str) -> str:
+    """A regular expression of a whole word, in capitals or not."""
+    return r"\b" + "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else r"\." for letter in word)
+
+
+# In a tokenizer.json, around the number of a special token: what stands for it in a normalised text. Dashes of two and
+# three em, which any normaliser leaves as they are, and BERT splits from each other whether or not a space stands
+# between them. The first step, by which the class knows its own normaliser again, parts those of a text.
+OPEN, CLOSE = "\u2e3b\u2e3a", "\u2e3a\u2e3b"
+GUARD = {"type": "Replace", "pattern": {"String": OPEN}, "content": " ".join(OPEN)}
+# Regular expressions that the tokenizers library and JavaScript read alike
+WHOLE = r"(?<![\s\S]){}(?![\s\S])"
+END_OF_LINE = r"(?<=[^.!?…\s])[^\S\n]*\n\s*(?=\S)"
+END_OF_QUESTION = r"(?<=[!?…]|[!?…][\"'”’)\]])\s+(?=\S)"
+# A full stop behind none of the abbreviations and initials, or if it may end a sentence all the same
+END_OF_STATEMENT = (
+    rf"(?<!{'|'.join(map(_either_case, sorted(ABBREVIATIONS)))}|\s[A-Z])"
+    rf"(?!(?<={'|'.join(map(_either_case, sorted(NUMBERED)))})\.\s+\d)"
+    r"(?!(?<=\b[A-Za-z]\.[A-Za-z])\.\s+[a-z])"
+    r"\.(?=\s+\S)"
+)
 
 
 def clean(text: str) -> str:
@@ -91,7 +120,11 @@ class LoTLIPTokenizer(TokenizersBackend):
         clean_text (`bool`, *optional*, defaults to `True`):
             Whether to repair broken encodings and HTML entities and to collapse white space (see `clean`).
         split_sentences (`bool`, *optional*, defaults to `True`):
-            Whether every `". "` becomes the separator token.
+            Whether the separator token takes the place of the full stop between two sentences.
+        cleaning (`str`, *optional*, defaults to `"official"`):
+            Where sentences end: `"official"`, at every `". "`, those of "Dr. X" and "z. B." included, as the released
+            models were trained; or `"sentences"`, by the rules that captions are split by for training (`!`, `?` and
+            line ends end sentences too; abbreviations, initials and numbers do not).
         split_special_tokens (`bool`, *optional*, defaults to `True`):
             Whether special tokens written out in a text are text. `False`, here or in a call, reads them as special
             tokens, as the official code does.
@@ -120,10 +153,14 @@ class LoTLIPTokenizer(TokenizersBackend):
         clean_text: bool = True,
         split_sentences: bool = True,
         split_special_tokens: bool = True,
+        cleaning: Cleaning = "official",
         **kwargs: Any,
     ) -> None:
+        if cleaning not in get_args(Cleaning):
+            raise ValueError(f"`cleaning` must be one of {', '.join(get_args(Cleaning))}, got {cleaning!r}.")
         self.clean_text = clean_text
         self.split_sentences = split_sentences
+        self.cleaning = cleaning
         # What stays unsaid here, transformers takes from the padding and truncation that a tokenizer.json has kept.
         kwargs.setdefault("padding_side", "right")
         kwargs.setdefault("truncation_side", "right")
@@ -139,8 +176,11 @@ class LoTLIPTokenizer(TokenizersBackend):
             clean_text=clean_text,
             split_sentences=split_sentences,
             split_special_tokens=split_special_tokens,
+            cleaning=cleaning,
             **kwargs,
         )
+        # What the file says for those who read nothing else, this class does itself.
+        self._tokenizer.normalizer = _without_cleaning(self._tokenizer.normalizer)
         # A special token is looked for in the text before it is normalised, so that no normaliser can write one.
         self._tokenizer.add_special_tokens(
             [
@@ -157,11 +197,14 @@ class LoTLIPTokenizer(TokenizersBackend):
         cls, pretrained_model_name_or_path: str | os.PathLike, *init_inputs: Any, **kwargs: Any
     ) -> "LoTLIPTokenizer":
         """
-        As [`~transformers.PreTrainedTokenizerBase.from_pretrained`]; what came from the Hub is checked.
+        As [`~transformers.PreTrainedTokenizerBase.from_pretrained`]; what came from the Hub is checked. `max_length`
+        is another name for `model_max_length` here, the limit of every call that gives none.
 
         Raises:
             OSError: if there is no such tokenizer, or a file came damaged.
         """
+        if kwargs.get("max_length") is not None:
+            kwargs.setdefault("model_max_length", kwargs.pop("max_length"))
         with checked_download(pretrained_model_name_or_path, kwargs.get("cache_dir")):
             return super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
 
@@ -411,7 +454,9 @@ class LoTLIPTokenizer(TokenizersBackend):
                 "`split_sentences=True` puts the separator token between sentences, but this tokenizer has no "
                 "`sep_token`: set one, or load it with `split_sentences=False`."
             )
-        sentences = text.split(". ") if self.split_sentences else [text]
+        sentences = [text]
+        if self.split_sentences:
+            sentences = text.split(FULL_STOP) if self.cleaning == "official" else _by_rules(text)
         if not self.clean_text:
             return sentences
         # ftfy must see the whole text, so it is cleaned joined. A joiner that the text holds as well, or that cleaning
@@ -450,6 +495,106 @@ class LoTLIPTokenizer(TokenizersBackend):
             parts[:] = [special.sub(lambda match: mark.join(match[0]) + mark, part) for part in parts]
         return normalizers.Replace(mark, " " if unigram else "")
 
+    def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
+        """
+        Without special tokens, the text that gives the same ids again: what a separator stands for between two
+        sentences is written, and a full stop that ended none is not taken for one.
+        """
+        separator = self.sep_token_id
+        if not skip_special_tokens or not self.split_sentences or separator is None:
+            return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        ids = token_ids["input_ids"] if isinstance(token_ids, dict) else token_ids
+        ids = [ids] if isinstance(ids, int) else [i for i in map(int, ids) if i != self.pad_token_id]
+        if ids and ids[0] == self.cls_token_id:
+            ids = ids[1 : len(ids) - (ids[-1] == separator)]  # the last one ends the text
+        parts = [[]]
+        for token_id in ids:
+            if token_id == separator:
+                parts.append([])
+            else:
+                parts[-1].append(token_id)
+        decoded = [self._decode_sentence(part, **kwargs) for part in parts]
+        return (FULL_STOP if self.cleaning == "official" else "\n").join(decoded)
+
+    def _decode_sentence(self, ids: list[int], **kwargs: Any) -> str:
+        """The text of a sentence's tokens, in which no end of a sentence is found."""
+        if self._is_local_to_words():
+            # Around a sign a space makes no difference, so that none is needed behind a full stop.
+            special = set(self.all_special_ids)
+            tokens = [str(self._tokenizer.id_to_token(i)) for i in ids if i not in special]
+            return _joined(tokens, self._tokenizer.model.continuing_subword_prefix)
+        text = super()._decode(ids, skip_special_tokens=True, **kwargs)
+        return text.replace(FULL_STOP, ".\n") if self.clean_text and self.cleaning == "official" else text
+
+    def _save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        file_names: tuple[str, ...],
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+    ) -> tuple[str, ...]:
+        """Writes a `tokenizer.json` that cleans and splits texts for those who read nothing else."""
+        file = os.path.join(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + "tokenizer.json")
+        content = json.dumps(self.bare_tokenizer(), ensure_ascii=False, indent=2)
+        with open(file, "w", encoding="utf-8") as opened:
+            opened.write(content)
+        return (*file_names, file)
+
+    def bare_tokenizer(self) -> dict[str, Any]:
+        """
+        What `tokenizer.json` holds: a tokenizer of the tokenizers library that by itself gives the ids of this class
+        to ordinary texts. Its normaliser makes the separator token of a sentence's end, collapses white space and
+        straightens quotation marks, and composes characters (NFC).
+
+        What the format cannot express it leaves out: repairs of broken encodings, HTML entities, ligatures and
+        fullwidth letters (ftfy's part of `clean`), the longer list of abbreviations of `cleaning="sentences"`, and to
+        tell a text that is nothing but one special token from that token.
+
+        Returns:
+            `dict[str, Any]`: the content of the file.
+        """
+        state = json.loads(self._tokenizer.to_str())
+        state["truncation"] = state["padding"] = None
+        if self.clean_text or self.split_sentences:
+            state["normalizer"] = self._cleaning_normalizer(state["normalizer"], state["model"].get("type"))
+            # looked for in the normalised text, in which its own name is a mark that nothing else becomes
+            for token in state["added_tokens"]:
+                token["normalized"] = token["normalized"] or token["special"]
+        return state
+
+    def _cleaning_normalizer(self, own: dict[str, Any] | None, model: str) -> dict[str, Any]:
+        """The normaliser of a `tokenizer.json` around the tokenizer's own: steps before, itself, steps after."""
+        special = [token.content for token in self.added_tokens_decoder.values() if token.special]
+        marks = {content: f"{OPEN}{place}{CLOSE}" for place, content in enumerate(special)}
+        special.sort(key=len, reverse=True)
+        before, after = [GUARD], []
+        for content in special:
+            name = re.sub(r"[][\\^$.|?*+(){}/]", r"\\\g<0>", content)
+            before.append(_replace(marks[content], regex=WHOLE.format(name) if self.split_special_tokens else name))
+        if self.split_sentences:
+            mark = marks[str(self.sep_token)]
+            if self.cleaning == "official":
+                before.append(_replace(mark, string=FULL_STOP))
+            else:
+                before += [_replace(f"{mark} ", regex=END_OF_LINE), _replace(f"{mark} ", regex=END_OF_QUESTION)]
+                before.append(_replace(mark, regex=END_OF_STATEMENT))
+            if self.clean_text:
+                # No other tab is left, and readers that find no tokens in a normalised text read a full stop.
+                after.append(_replace(".\t", string=mark))
+        if self.clean_text:
+            before += [
+                {"type": "NFC"},
+                _replace("'", regex="[\u02bc\u2018-\u201b]"),
+                _replace('"', regex="[\u201c-\u201f]"),
+                _replace(" ", regex=r"\s+"),
+                {"type": "Strip", "strip_left": True, "strip_right": True},
+            ]
+        if model == "Unigram":
+            # It would spell a special token that it finds in the normalised text, for its vocabulary holds them.
+            before += [] if own is None else [own]
+            before += [_replace(" ".join(content) + " ", string=content) for content in special]
+        return _sequence(_sequence(*before), _sequence(*([] if own is None else [own])), _sequence(*after))
+
     def _warn_once_of_truncation(self, encoding: BatchEncoding, max_length: int | None) -> None:
         if self.deprecation_warnings.get("truncated"):
             return
@@ -460,6 +605,54 @@ class LoTLIPTokenizer(TokenizersBackend):
                 f"{truncated} of {len(encoding.encodings)} texts were cut at {max_length} tokens. This is said once: "
                 "`tokenizer.count_truncated(batch)` counts, `verbose=False` in the call is silent."
             )
+
+
+def _by_rules(text: str) -> list[str]:
+    """A text, cut where its sentences end, without the full stops between them."""
+    sentences, start = [], 0
+    for sentence in find_sentences(text):
+        mark = STOP.sub("", sentence.mark)
+        sentences.append((text[start : sentence.end - len(sentence.mark)] + mark, start))
+        start = sentence.end
+    if not sentences:
+        return [text]
+    return [*(one for one, _ in sentences[:-1]), text[sentences[-1][1] :]]  # the last keeps its full stop
+
+
+def _joined(tokens: list[str], prefix: str) -> str:
+    """Tokens of a WordPiece model as a text."""
+    text = ""
+    for token in tokens:
+        if token.startswith(prefix) and text:
+            text += token.removeprefix(prefix)
+        elif not text or text[-1] in ".'’-([" or token in CLOSING:
+            text += token
+        else:
+            text += f" {token}"
+    return text
+
+
+def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "normalizers": list(steps)}
+
+
+def _replace(content: str, string: str | None = None, regex: str | None = None) -> dict[str, Any]:
+    pattern = {"String": string} if regex is None else {"Regex": regex}
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def _without_cleaning(normalizer: normalizers.Normalizer | None) -> normalizers.Normalizer | None:
+    """A tokenizer's own normaliser, out of what `LoTLIPTokenizer` has written around it."""
+    if not isinstance(normalizer, normalizers.Sequence):
+        return normalizer
+    steps = json.loads(normalizer.__getstate__())["normalizers"]
+    if not steps or steps[0].get("normalizers", [None])[0] != GUARD:
+        return normalizer
+    if not steps[1]["normalizers"]:
+        return None
+    own = normalizers.Sequence([])
+    own.__setstate__(json.dumps(steps[1]["normalizers"][0]).encode())
+    return own
 
 
 def _word_piece(vocab: str | dict[str, int], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..data.records import load_records
 from ..data.scenes import scenes_dataset
-from ..encoding import load_model, max_text_length
+from ..encoding import fit_tokenizer, load_model, max_text_length
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
@@ -73,11 +73,7 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
             raise ValueError(
                 f"`num_corner_tokens` is for new models: {config.model} has {number}, not {config.num_corner_tokens}."
             )
-    if config.max_text_length is not None:
-        most = model.config.text_config.max_position_embeddings
-        if config.max_text_length > most:
-            raise ValueError(f"`max_text_length` is {config.max_text_length}, but the model takes {most} tokens.")
-        processor.tokenizer.model_max_length = config.max_text_length
+    fit_tokenizer(model, processor.tokenizer, config.max_text_length)
     max_text_length(model, processor.tokenizer)  # complains if there is no limit
     return model, processor
 
