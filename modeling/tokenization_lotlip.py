@@ -5,11 +5,12 @@ import itertools
 import json
 import os
 import re
+import string
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import ftfy
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import BatchEncoding, TruncationStrategy
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
@@ -61,15 +62,17 @@ def _either_case(word: str) -> str:
 OPEN, CLOSE = "\u2e3b\u2e3a", "\u2e3a\u2e3b"
 GUARD = {"type": "Replace", "pattern": {"String": OPEN}, "content": " ".join(OPEN)}
 # Regular expressions that the tokenizers library and JavaScript read alike
+BERT = {"type": "BertPreTokenizer"}
+SIGN = r"[!-/:-@\[-`{-~\p{P}]"  # what BERT takes for one
 WHOLE = r"(?<![\s\S]){}(?![\s\S])"
-END_OF_LINE = r"(?<=[^.!?…\s])[^\S\n]*\n\s*(?=\S)"
-END_OF_QUESTION = r"(?<=[!?…]|[!?…][\"'”’)\]])\s+(?=\S)"
+END_OF_LINE = r"(?<=[^.!?…。．｡।॥۔\s])[^\S\n]*\n\s*(?=\S)"
+END_OF_QUESTION = r"(?<=[!?]|[!?][\"'”’)\]])\s+(?=\S)"
 # A full stop behind none of the abbreviations and initials, or if it may end a sentence all the same
 END_OF_STATEMENT = (
     rf"(?<!{'|'.join(map(_either_case, sorted(ABBREVIATIONS)))}|\s[A-Z])"
     rf"(?!(?<={'|'.join(map(_either_case, sorted(NUMBERED)))})\.\s+\d)"
     r"(?!(?<=\b[A-Za-z]\.[A-Za-z])\.\s+[a-z])"
-    r"\.(?=\s+\S)"
+    r"[.…]+(?=\s+\S)|[。．｡।॥۔]+(?=\s*\S)"
 )
 
 
@@ -180,7 +183,7 @@ class LoTLIPTokenizer(TokenizersBackend):
             **kwargs,
         )
         # What the file says for those who read nothing else, this class does itself.
-        self._tokenizer.normalizer = _without_cleaning(self._tokenizer.normalizer)
+        _remove_cleaning(self._tokenizer)
         # A special token is looked for in the text before it is normalised, so that no normaliser can write one.
         self._tokenizer.add_special_tokens(
             [
@@ -543,57 +546,73 @@ class LoTLIPTokenizer(TokenizersBackend):
     def bare_tokenizer(self) -> dict[str, Any]:
         """
         What `tokenizer.json` holds: a tokenizer of the tokenizers library that by itself gives the ids of this class
-        to ordinary texts. Its normaliser makes the separator token of a sentence's end, collapses white space and
+        to ordinary texts. Its normaliser makes the separator token of a sentence's end, collapses white space,
         straightens quotation marks, and composes characters (NFC).
 
-        What the format cannot express it leaves out: repairs of broken encodings, HTML entities, ligatures and
-        fullwidth letters (ftfy's part of `clean`), the longer list of abbreviations of `cleaning="sentences"`, and to
-        tell a text that is nothing but one special token from that token.
+        The format cannot express repairs of broken encodings, HTML entities, ligatures and fullwidth letters (ftfy's
+        part of [`clean`]), nor all the rules of `cleaning="sentences"`, nor tell a text that is nothing but one
+        special token from that token.
 
         Returns:
             `dict[str, Any]`: the content of the file.
         """
         state = json.loads(self._tokenizer.to_str())
         state["truncation"] = state["padding"] = None
-        if self.clean_text or self.split_sentences:
-            state["normalizer"] = self._cleaning_normalizer(state["normalizer"], state["model"].get("type"))
-            # looked for in the normalised text, in which its own name is a mark that nothing else becomes
-            for token in state["added_tokens"]:
-                token["normalized"] = token["normalized"] or token["special"]
-        return state
-
-    def _cleaning_normalizer(self, own: dict[str, Any] | None, model: str) -> dict[str, Any]:
-        """The normaliser of a `tokenizer.json` around the tokenizer's own: steps before, itself, steps after."""
+        if not (self.clean_text or self.split_sentences):
+            return state
         special = [token.content for token in self.added_tokens_decoder.values() if token.special]
         marks = {content: f"{OPEN}{place}{CLOSE}" for place, content in enumerate(special)}
         special.sort(key=len, reverse=True)
-        before, after = [GUARD], []
+        separator = str(self.sep_token) if self.split_sentences else None
+        unigram, own = isinstance(self._tokenizer.model, models.Unigram), state["normalizer"]
+        by_words = state["pre_tokenizer"] == BERT and all(content[0] in string.punctuation for content in special)
+        # Looked for in the normalised text, in which its own name is a mark that nothing else becomes.
+        for token in state["added_tokens"]:
+            token["normalized"] = token["normalized"] or token["special"]
+        before = [GUARD]
         for content in special:
-            name = re.sub(r"[][\\^$.|?*+(){}/]", r"\\\g<0>", content)
-            before.append(_replace(marks[content], regex=WHOLE.format(name) if self.split_special_tokens else name))
-        if self.split_sentences:
-            mark = marks[str(self.sep_token)]
-            if self.cleaning == "official":
-                before.append(_replace(mark, string=FULL_STOP))
-            else:
-                before += [_replace(f"{mark} ", regex=END_OF_LINE), _replace(f"{mark} ", regex=END_OF_QUESTION)]
-                before.append(_replace(mark, regex=END_OF_STATEMENT))
-            if self.clean_text:
-                # No other tab is left, and readers that find no tokens in a normalised text read a full stop.
-                after.append(_replace(".\t", string=mark))
+            name = WHOLE.format(_escaped(content)) if self.split_special_tokens else _escaped(content)
+            before.append(_replace(name, marks[content]))
+        if separator is not None and self.cleaning == "official":
+            before.append(_replace(r"\. ", marks[separator]))
+        elif separator is not None:
+            before += [_replace(pattern, f"{marks[separator]} ") for pattern in (END_OF_LINE, END_OF_QUESTION)]
+            before.append(_replace(END_OF_STATEMENT, marks[separator]))
         if self.clean_text:
             before += [
                 {"type": "NFC"},
-                _replace("'", regex="[\u02bc\u2018-\u201b]"),
-                _replace('"', regex="[\u201c-\u201f]"),
-                _replace(" ", regex=r"\s+"),
+                _replace("[\u02bc\u2018-\u201b]", "'"),
+                _replace("[\u201c-\u201f]", '"'),
+                _replace(r"\s+", " "),
                 {"type": "Strip", "strip_left": True, "strip_right": True},
             ]
-        if model == "Unigram":
+        if unigram:
             # It would spell a special token that it finds in the normalised text, for its vocabulary holds them.
             before += [] if own is None else [own]
-            before += [_replace(" ".join(content) + " ", string=content) for content in special]
-        return _sequence(_sequence(*before), _sequence(*([] if own is None else [own])), _sequence(*after))
+            before += [_replace(_escaped(content), " ".join(content) + " ") for content in special]
+        after = {}
+        if by_words or unigram:
+            # The model finds them in its vocabulary, for readers that look for no tokens in the normalised text.
+            after = {mark: content for content, mark in marks.items()}
+        elif separator is not None and self.clean_text:
+            after = {marks[separator]: ".\t"}  # what such readers take for a full stop; no other tab is left
+        if by_words:
+            before += [_replace(_escaped(content), f"{content[0]} {content[1:]}") for content in special]
+            names = "|".join(map(_escaped, special))
+            state["pre_tokenizer"] = {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "WhitespaceSplit"},
+                    {"type": "Split", "pattern": {"Regex": f"{names}|{SIGN}"}, "behavior": "Isolated", "invert": False},
+                ],
+            }
+        elif not unigram:
+            names = {after.get(mark, mark) for mark in marks.values()}
+            steps = [{"type": "Replace", "pattern": {"String": name}, "content": ""} for name in sorted(names)]
+            state["decoder"] = {"type": "Sequence", "decoders": [*steps, *filter(None, [state["decoder"]])]}
+        steps = [_sequence(*before), _sequence(*filter(None, [own]))]
+        state["normalizer"] = _sequence(*steps, _sequence(*(_replace(mark, to) for mark, to in after.items())))
+        return state
 
     def _warn_once_of_truncation(self, encoding: BatchEncoding, max_length: int | None) -> None:
         if self.deprecation_warnings.get("truncated"):
@@ -632,27 +651,42 @@ def _joined(tokens: list[str], prefix: str) -> str:
     return text
 
 
+def _escaped(content: str) -> str:
+    """A regular expression of a text, as the tokenizers library and JavaScript take it."""
+    return re.sub(r"[][\\^$.|?*+(){}/]", r"\\\g<0>", content)
+
+
 def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": list(steps)}
 
 
-def _replace(content: str, string: str | None = None, regex: str | None = None) -> dict[str, Any]:
-    pattern = {"String": string} if regex is None else {"Regex": regex}
-    return {"type": "Replace", "pattern": pattern, "content": content}
+def _replace(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
 
 
-def _without_cleaning(normalizer: normalizers.Normalizer | None) -> normalizers.Normalizer | None:
-    """A tokenizer's own normaliser, out of what `LoTLIPTokenizer` has written around it."""
-    if not isinstance(normalizer, normalizers.Sequence):
-        return normalizer
-    steps = json.loads(normalizer.__getstate__())["normalizers"]
+def _remove_cleaning(backend: Tokenizer) -> None:
+    """Leaves of a tokenizer.json that [`LoTLIPTokenizer.bare_tokenizer`] made what it was made of."""
+    if not isinstance(backend.normalizer, normalizers.Sequence):
+        return
+    steps = json.loads(backend.normalizer.__getstate__())["normalizers"]
     if not steps or steps[0].get("normalizers", [None])[0] != GUARD:
-        return normalizer
-    if not steps[1]["normalizers"]:
+        return
+    backend.normalizer = _part(normalizers.Sequence([]), steps[1]["normalizers"])
+    if isinstance(backend.model, models.WordPiece) and json.dumps(f"|{SIGN}")[1:-1].encode() in (
+        backend.pre_tokenizer.__getstate__()
+    ):
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    elif isinstance(backend.decoder, decoders.Sequence) and not isinstance(backend.model, models.Unigram):
+        steps = json.loads(backend.decoder.__getstate__())["decoders"]
+        backend.decoder = _part(decoders.Sequence([]), [one for one in steps if one.get("content") != ""])
+
+
+def _part(empty: Any, states: list[dict[str, Any]]) -> Any:
+    """The one part of a pipeline that a state describes, or `None`."""
+    if not states:
         return None
-    own = normalizers.Sequence([])
-    own.__setstate__(json.dumps(steps[1]["normalizers"][0]).encode())
-    return own
+    empty.__setstate__(json.dumps(states[0]).encode())
+    return empty
 
 
 def _word_piece(vocab: str | dict[str, int], kwargs: dict[str, Any]) -> dict[str, Any]:
