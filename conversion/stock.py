@@ -16,7 +16,6 @@ cut texts with `truncation=True`, and to drop an image's transparency with `conv
 import argparse
 import copy
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers
+from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -59,6 +58,7 @@ from lotlip_hf import (
 from lotlip_hf.clip import clip_text_model
 from lotlip_hf.encoding import fit_tokenizer
 from lotlip_hf.modeling.calls_lotlip import free_of_calls
+from lotlip_hf.modeling.tokenization_lotlip import CLOSE, OPEN
 
 from .common import ConversionError, all_or_nothing, check_output, load_checkpoint, local_folder, one_line, quiet
 
@@ -68,9 +68,6 @@ TOLERANCE = 1e-6
 # a power of 2, which a division takes back exactly; and large enough for float16 to hold the products
 SMALL = 2.0**-15
 POSITIONS = "embeddings.position_embeddings.weight"
-# Around the number of a special token: what stands for it in a normalised text. Dashes of two and three em, which any
-# normaliser leaves as they are, and BERT splits from each other whether or not a space stands between them.
-OPEN, CLOSE = "\u2e3b\u2e3a", "\u2e3a\u2e3b"
 # How the name of a class or model type begins that is not stock
 OWN_NAME = "lotlip"
 
@@ -323,30 +320,8 @@ def stock_tokenizer(tokenizer: LoTLIPTokenizer) -> PreTrainedTokenizerFast:
     """
     if tokenizer.clean_text:
         raise ConversionError("A stock tokenizer cannot clean texts: load the tokenizer with clean_text=False.")
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    marks = {content: f"{OPEN}{place}{CLOSE}" for place, content in enumerate(special)}
-    special.sort(key=len, reverse=True)
-    # A special token is looked for in the normalised text, in which its own name, normalised the same way, is a mark
-    # that nothing else in a text becomes.
-    steps: list[normalizers.Normalizer] = [normalizers.Replace(OPEN, " ".join(OPEN))]
-    for content in special:
-        name = re.escape(content)
-        steps.append(
-            normalizers.Replace(Regex(rf"\A{name}\z" if tokenizer.split_special_tokens else name), marks[content])
-        )
-    if tokenizer.split_sentences:
-        steps.append(normalizers.Replace(". ", marks[str(tokenizer.sep_token)]))
-    own = [] if backend.normalizer is None else [backend.normalizer]
-    if isinstance(backend.model, models.Unigram):
-        # It would spell a special token that it finds in the normalised text, as `LoTLIPTokenizer` says.
-        steps += [*own, *(normalizers.Replace(content, " ".join(content) + " ") for content in special)]
-    backend.normalizer = normalizers.Sequence([*steps, *own])
-    state = json.loads(backend.to_str())
-    for token in state["added_tokens"]:
-        token["normalized"] = token["normalized"] or token["special"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer.bare_tokenizer())),
         model_max_length=tokenizer.model_max_length,
         model_input_names=tokenizer.model_input_names,
         padding_side="right",

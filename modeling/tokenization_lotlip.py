@@ -425,7 +425,7 @@ class LoTLIPTokenizer(TokenizersBackend):
             self._spare_backends = []
 
     def _own_backend(self) -> tuple[list[tuple[Tokenizer, list[str]]], Tokenizer, list[str]]:
-        """A list that takes it back, a backend for one call, as threads share `self._tokenizer`, and special tokens."""
+        """A list that takes it back, a backend for one call, since threads share `self._tokenizer`, special tokens."""
         spare = [] if self._spare_backends is None else self._spare_backends
         try:
             return spare, *spare.pop()
@@ -473,9 +473,7 @@ class LoTLIPTokenizer(TokenizersBackend):
             taken = set(re.findall(r"\(SEP[0-9]+\)", cleaned))
             joiner = next(other for other in map("(SEP{})".format, itertools.count()) if other not in taken)
 
-    def _mark_special_tokens(
-        self, sentences: dict[str, list[str]], contents: list[str]
-    ) -> normalizers.Replace | None:
+    def _mark_special_tokens(self, sentences: dict[str, list[str]], contents: list[str]) -> normalizers.Replace | None:
         """Put marks into the special tokens that are written out in `sentences`, so that they are not taken for such.
 
         Returns:
@@ -558,7 +556,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         """
         state = json.loads(self._tokenizer.to_str())
         state["truncation"] = state["padding"] = None
-        if not (self.clean_text or self.split_sentences):
+        if not (self.clean_text or self.split_sentences or self.split_special_tokens):
             return state
         special = [token.content for token in self.added_tokens_decoder.values() if token.special]
         marks = {content: f"{OPEN}{place}{CLOSE}" for place, content in enumerate(special)}
@@ -603,7 +601,12 @@ class LoTLIPTokenizer(TokenizersBackend):
                 "type": "Sequence",
                 "pretokenizers": [
                     {"type": "WhitespaceSplit"},
-                    {"type": "Split", "pattern": {"Regex": f"{names}|{SIGN}"}, "behavior": "Isolated", "invert": False},
+                    {
+                        "type": "Split",
+                        "pattern": {"Regex": f"{names}|{SIGN}"},
+                        "behavior": "Isolated",
+                        "invert": False,
+                    },
                 ],
             }
         elif not unigram:

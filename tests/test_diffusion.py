@@ -645,6 +645,23 @@ def test_what_is_cut_off_is_said(kind: str, caplog: pytest.LogCaptureFixture) ->
     assert [record.getMessage() for record in caplog.records] == [expected] * number
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_cut_off_is_said_once(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """diffusers logs by a logger of its own, which does not hand on to the root."""
+    pipe = swapped(kind)
+    theirs = logging.getLogger("diffusers")
+    theirs.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.WARNING):
+            picture(pipe, [words(75, "Red HOUSE, photo"), "a cat"])
+    finally:
+        theirs.removeHandler(caplog.handler)
+    messages = [record.getMessage() for record in caplog.records if "Red HOUSE" in record.getMessage()]
+    assert len(messages) == len(caplog.records) == len(clip_encoders(pipe))
+    # who asks for the whole prompt gets it
+    assert len(pipe.tokenizer(words(75, "Red HOUSE, photo"), padding="longest")["input_ids"]) > 77
+
+
 def test_what_is_cut_off_is_said_every_time_and_only_then(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = swapped("sd").tokenizer
     with caplog.at_level(logging.WARNING):

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 from random import Random
 from typing import Any
 
