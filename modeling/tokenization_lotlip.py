@@ -47,6 +47,9 @@ MARK = "\ufdd0"
 FULL_STOP = ". "
 # What stands right behind a word when it is written, of the signs
 CLOSING = frozenset(".,!?;:%)]'’-")
+# A text after which a space would make the end of a sentence, by `cleaning`
+OFFICIAL_STOP = re.compile(r"\.\Z")
+RULES_STOP = re.compile(r"""[.!?…]["'”’)\]]*\Z""")
 
 Cleaning = Literal["official", "sentences"]
 
@@ -523,7 +526,8 @@ class LoTLIPTokenizer(TokenizersBackend):
             # Around a sign a space makes no difference, so that none is needed behind a full stop.
             special = set(self.all_special_ids)
             tokens = [str(self._tokenizer.id_to_token(i)) for i in ids if i not in special]
-            return _joined(tokens, self._tokenizer.model.continuing_subword_prefix)
+            stop = OFFICIAL_STOP if self.cleaning == "official" else RULES_STOP
+            return _joined(tokens, self._tokenizer.model.continuing_subword_prefix, stop)
         text = super()._decode(ids, skip_special_tokens=True, **kwargs)
         return text.replace(FULL_STOP, ".\n") if self.clean_text and self.cleaning == "official" else text
 
@@ -641,13 +645,13 @@ def _by_rules(text: str) -> list[str]:
     return [*(one for one, _ in sentences[:-1]), text[sentences[-1][1] :]]  # the last keeps its full stop
 
 
-def _joined(tokens: list[str], prefix: str) -> str:
-    """Tokens of a WordPiece model as a text."""
+def _joined(tokens: list[str], prefix: str, stop: re.Pattern[str]) -> str:
+    """Tokens of a WordPiece model as a text, without a space behind what would end a sentence then."""
     text = ""
     for token in tokens:
         if token.startswith(prefix) and text:
             text += token.removeprefix(prefix)
-        elif not text or text[-1] in ".'’-([" or token in CLOSING:
+        elif not text or text[-1] in "'’-([" or token in CLOSING or stop.search(text, len(text) - 8):
             text += token
         else:
             text += f" {token}"

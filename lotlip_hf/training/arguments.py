@@ -69,6 +69,11 @@ class TrainingConfig:
     text_pooling: Literal["pooler", "cls", "mean"] | None = _option(
         default=None, help="how a new model pools its text (pooler; CLIP's text encoder has its own way)"
     )
+    cleaning: Literal["official", "sentences"] | None = _option(
+        default=None,
+        help="where a new model's tokenizer ends sentences: at every '. ' (official), or by the rules of `splitter`'s "
+        "'sentences', which leave the full stops of abbreviations and numbers (official)",
+    )
     max_text_length: int | None = _option(
         default=None,
         help="tokens of a text, [CLS] and [SEP] included, that it is cut at (126 for a new model of two encoders)",

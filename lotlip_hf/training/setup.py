@@ -59,7 +59,7 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
         _refuse(config, "projection_dim", "text_pooling")
         num_corner_tokens = NUM_CORNER_TOKENS if config.num_corner_tokens is None else config.num_corner_tokens
         length = {} if config.max_text_length is None else {"max_text_length": config.max_text_length}
-        return small_model(num_corner_tokens, seed=config.seed, **length)
+        return small_model(num_corner_tokens, seed=config.seed, cleaning=config.cleaning or "official", **length)
     else:
         _refuse(config, "projection_dim", "text_pooling")
         model, processor = load_model(config.model, device="cpu", dtype="float32")
@@ -73,6 +73,9 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
             raise ValueError(
                 f"`num_corner_tokens` is for new models: {config.model} has {number}, not {config.num_corner_tokens}."
             )
+        cleaning = getattr(processor.tokenizer, "cleaning", None)
+        if config.cleaning not in (None, cleaning):
+            raise ValueError(f"`cleaning` is for new models: {config.model} has {cleaning}, not {config.cleaning}.")
     fit_tokenizer(model, processor.tokenizer, config.max_text_length)
     max_text_length(model, processor.tokenizer)  # complains if there is no limit
     return model, processor
@@ -96,10 +99,17 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
     positions = model.config.text_config.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(config.text_model)
     if model.config.text_config.is_causal:
-        tokenizer.model_max_length = positions  # CLIP's own reads no separators between sentences
+        if config.cleaning is not None:
+            raise ValueError(
+                f"`cleaning` is for text encoders with a separator token between sentences, which CLIP's has not: "
+                f"leave it out for {config.text_model}."
+            )
+        tokenizer.model_max_length = positions
     else:
         tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
-            tokenizer, model_max_length=min(CONTEXT_LENGTH - number, positions)
+            tokenizer,
+            model_max_length=min(CONTEXT_LENGTH - number, positions),
+            cleaning=config.cleaning or "official",
         )
     return model, LoTLIPProcessor(AutoImageProcessor.from_pretrained(config.image_model), tokenizer)
 
