@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, 
 from lotlip_hf import LoTLIPConfig, LoTLIPTokenizer
 from lotlip_hf.modeling.sentences_lotlip import split_sentences
 from lotlip_hf.modeling.tokenization_lotlip import NEEDS_REPAIR, clean
+from stale import CALL_STATE, is_clean, make_stale
 from upstream import upstream
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "tokenizer"
@@ -622,25 +623,6 @@ CALLS: list[dict[str, Any]] = [
     {"padding": "max_length", "max_length": 16, "padding_side": "left"},
     {"padding": True, "pad_to_multiple_of": 8},
 ]
-CALL_STATE = {"max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id"}
-
-
-def make_stale(folder: Path, max_length: int = 16) -> Path:
-    """A folder whose tokenizer.json has kept a call's truncation and padding, as transformers writes and reads them."""
-    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.enable_truncation(max_length, stride=2, direction="left")
-    backend.enable_padding(direction="left", length=max_length)
-    backend.save(str(folder / "tokenizer.json"))
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings |= {"max_length": max_length, "stride": 2, "truncation_strategy": "longest_first"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return folder
-
-
-def is_clean(folder: Path) -> bool:
-    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    return state["truncation"] is state["padding"] is None and not CALL_STATE & settings.keys()
 
 
 @pytest.mark.parametrize("stock", [None, toy_roberta, toy_xlm_roberta])
