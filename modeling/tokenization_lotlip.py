@@ -195,6 +195,9 @@ class LoTLIPTokenizer(TokenizersBackend):
                 if t.special and t.normalized
             ]
         )
+        # anew, for a backend goes on calling a token by what an earlier normaliser made of its name
+        self._tokenizer = own_backend(self._tokenizer)
+        self._tokenizer.encode_special_tokens = split_special_tokens
         free_of_calls(self)
         self._spare_backends = []
 
@@ -408,7 +411,7 @@ class LoTLIPTokenizer(TokenizersBackend):
     def backend_tokenizer(self) -> Tokenizer:
         """The backend of the tokenizers library."""
         self._spare_backends = None  # whoever has it may change it at any time
-        return self._tokenizer
+        return self._tokenizer  # pyright: ignore[reportReturnType]
 
     def _add_tokens(self, *args: Any, **kwargs: Any) -> int:
         number = super()._add_tokens(*args, **kwargs)
