@@ -10,6 +10,11 @@ The folder holds `text_model.onnx` (`input_ids` and `attention_mask`, [batch, le
 normalised, which is left to the caller, as in CLIP; `encode_texts` and `encode_images` do it. Corner tokens change
 nothing at inference and are left out. Configuration, tokenizer and image processor are saved beside, so that
 `lotlip_hf.onnx.LoTLIPOnnxModel` and `AutoProcessor` need nothing else.
+
+Where `tokenizer.json` is read by itself (fastembed, Transformers.js, text-embeddings-inference) it splits sentences,
+collapses white space and straightens quotation marks. The file cannot express repairs of broken encodings (ftfy) and
+HTML entities, nor tell a text that is nothing but one special token from that token:
+`lotlip_hf.modeling.tokenization_lotlip.clean` repairs texts beforehand.
 """
 
 import argparse

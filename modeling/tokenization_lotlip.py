@@ -112,9 +112,12 @@ class LoTLIPTokenizer(TokenizersBackend):
     `model_max_length` is the model's number of positions less its corner tokens (126 for the released models).
 
     The steps are those of the official code (`open_clip/tokenizer.py` of wuw2019/LoTLIP), in its order: every `". "`
-    becomes the separator token (so a full stop that ends a sentence goes), the text is cleaned, then tokenized. One
-    thing differs: what stands in a text stays text. `"[SEP]"` or `"[MASK]"` written out in a caption, or spelt as
-    `"&#91;SEP&#93;"`, is three or more ordinary tokens, never the special one.
+    becomes the separator token (so a full stop that ends a sentence goes, and that of an abbreviation), the text is
+    cleaned, then tokenized. One thing differs: what stands in a text stays text. `"[SEP]"` or `"[MASK]"` written out in
+    a caption, or spelt as `"&#91;SEP&#93;"`, is three or more ordinary tokens, never the special one.
+
+    No call changes the tokenizer: threads can share one, and what is saved keeps no limit of a call. The saved
+    `tokenizer.json` cleans and splits texts by itself as far as its format allows (see `bare_tokenizer`).
 
     Words given with `is_split_into_words=True` are taken as they are: neither cleaned nor split into sentences.
     Offsets (`return_offsets_mapping`, `char_to_token`, ...) count characters of the cleaned text.

@@ -71,8 +71,8 @@ class TrainingConfig:
     )
     cleaning: Literal["official", "sentences"] | None = _option(
         default=None,
-        help="where a new model's tokenizer ends sentences: at every '. ' (official), or by the rules of `splitter`'s "
-        "'sentences', which leave the full stops of abbreviations and numbers (official)",
+        help="where a new model's tokenizer ends sentences (official): 'official', at each full stop with a space; "
+        "'sentences', as `splitter` does, not at abbreviations",
     )
     max_text_length: int | None = _option(
         default=None,
