@@ -10,9 +10,9 @@ positions close up where they stood. With CLIP's text and image towers the resul
 trains corner tokens is not in it.
 
 A stock tokenizer splits sentences by its `tokenizer.json` alone. That file cannot express the rest of what LoTLIP's
-tokenizer does: repairs of broken encodings (ftfy) and HTML entities, and telling a text that is nothing but one special
-token, such as "[SEP]", from that token. With `--without-text-cleaning` white space and quotation marks stay as they
-are, too: `lotlip_hf.modeling.tokenization_lotlip.clean` makes of a text what the model was trained on.
+tokenizer does: repairs of broken encodings (ftfy) and HTML entities, and telling a text that is nothing but one
+special token, such as "[SEP]", from that token. With `--without-text-cleaning` white space and quotation marks stay as
+they are, too: `lotlip_hf.modeling.tokenization_lotlip.clean` makes of a text what the model was trained on.
 
 What the stock classes leave to their callers, and LoTLIP's do not: to give the attention mask, to pad on the right, to
 cut texts with `truncation=True`, and to drop an image's transparency with `convert("RGB")`, or it is laid on white.

@@ -113,8 +113,8 @@ class LoTLIPTokenizer(TokenizersBackend):
 
     The steps are those of the official code (`open_clip/tokenizer.py` of wuw2019/LoTLIP), in its order: every `". "`
     becomes the separator token (so a full stop that ends a sentence goes, and that of an abbreviation), the text is
-    cleaned, then tokenized. One thing differs: what stands in a text stays text. `"[SEP]"` or `"[MASK]"` written out in
-    a caption, or spelt as `"&#91;SEP&#93;"`, is three or more ordinary tokens, never the special one.
+    cleaned, then tokenized. One thing differs: what stands in a text stays text. `"[SEP]"` or `"[MASK]"` written out
+    in a caption, or spelt as `"&#91;SEP&#93;"`, is three or more ordinary tokens, never the special one.
 
     No call changes the tokenizer: threads can share one, and what is saved keeps no limit of a call. The saved
     `tokenizer.json` cleans and splits texts by itself as far as its format allows (see `bare_tokenizer`).
