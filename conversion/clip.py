@@ -44,6 +44,7 @@ from lotlip_hf import (
     LoTLIPVisionConfig,
 )
 from lotlip_hf.clip import KEPT_POSITIONS, Stretch, stretch_positions, stretch_text_model
+from lotlip_hf.encoding import fit_tokenizer
 from lotlip_hf.files import all_or_nothing, printable
 from lotlip_hf.terminal import run
 
@@ -205,7 +206,7 @@ def _convert(
             stretch_text_model(model, new_positions, stretch)
         except ValueError as error:
             raise ConversionError(f"--max-positions {new_positions}: {one_line(error)}") from error
-    source.tokenizer.model_max_length = new_positions
+    fit_tokenizer(model, source.tokenizer, new_positions)
 
     with all_or_nothing(target) as folder:
         with quiet():

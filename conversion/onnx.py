@@ -10,6 +10,11 @@ The folder holds `text_model.onnx` (`input_ids` and `attention_mask`, [batch, le
 normalised, which is left to the caller, as in CLIP; `encode_texts` and `encode_images` do it. Corner tokens change
 nothing at inference and are left out. Configuration, tokenizer and image processor are saved beside, so that
 `lotlip_hf.onnx.LoTLIPOnnxModel` and `AutoProcessor` need nothing else.
+
+Where `tokenizer.json` is read by itself (fastembed, Transformers.js, text-embeddings-inference) it splits sentences,
+collapses white space and straightens quotation marks. The file cannot express repairs of broken encodings (ftfy) and
+HTML entities, nor tell a text that is nothing but one special token from that token:
+`lotlip_hf.modeling.tokenization_lotlip.clean` repairs texts beforehand.
 """
 
 import argparse
@@ -25,9 +30,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lotlip_hf import LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
+from lotlip_hf.encoding import fit_tokenizer
 from lotlip_hf.files import all_or_nothing
 from lotlip_hf.images import load_pixels
 from lotlip_hf.onnx import FILES, LOGIT_SCALE, LoTLIPOnnxModel, missing_packages
@@ -159,6 +165,9 @@ def convert(
     if not chosen:
         raise ConversionError(f"{model}: a {type(lotlip).__name__}, which has no {' or '.join(towers)} tower.")
     processors = _load_processors(model)
+    for tokenizer in (getattr(processor, "tokenizer", processor) for processor in processors):
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            fit_tokenizer(lotlip, tokenizer)
 
     with all_or_nothing(target) as folder:
         folder.mkdir()

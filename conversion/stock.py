@@ -9,6 +9,11 @@ positions close up where they stood. With CLIP's text and image towers the resul
 `VisionTextDualEncoderModel`; a tower by itself becomes the stock class of its encoder. It is for inference: what
 trains corner tokens is not in it.
 
+A stock tokenizer splits sentences by its `tokenizer.json` alone. That file cannot express the rest of what LoTLIP's
+tokenizer does: repairs of broken encodings (ftfy) and HTML entities, and telling a text that is nothing but one
+special token, such as "[SEP]", from that token. With `--without-text-cleaning` white space and quotation marks stay as
+they are, too: `lotlip_hf.modeling.tokenization_lotlip.clean` makes of a text what the model was trained on.
+
 What the stock classes leave to their callers, and LoTLIP's do not: to give the attention mask, to pad on the right, to
 cut texts with `truncation=True`, and to drop an image's transparency with `convert("RGB")`, or it is laid on white.
 """
@@ -16,14 +21,13 @@ cut texts with `truncation=True`, and to drop an image's transparency with `conv
 import argparse
 import copy
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers
+from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -56,7 +60,10 @@ from lotlip_hf import (
     LoTLIPVisionModelWithProjection,
 )
 from lotlip_hf.clip import clip_text_model
+from lotlip_hf.encoding import fit_tokenizer
 from lotlip_hf.files import all_or_nothing
+from lotlip_hf.modeling.calls_lotlip import free_of_calls
+from lotlip_hf.modeling.tokenization_lotlip import CLOSE, OPEN
 from lotlip_hf.terminal import run
 
 from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line, quiet
@@ -67,9 +74,6 @@ TOLERANCE = 1e-6
 # a power of 2, which a division takes back exactly; and large enough for float16 to hold the products
 SMALL = 2.0**-15
 POSITIONS = "embeddings.position_embeddings.weight"
-# Around the number of a special token: what stands for it in a normalised text. Dashes of two and three em, which any
-# normaliser leaves as they are, and BERT splits from each other whether or not a space stands between them.
-OPEN, CLOSE = "\u2e3b\u2e3a", "\u2e3a\u2e3b"
 # How the name of a class or model type begins that is not stock
 OWN_NAME = "lotlip"
 
@@ -322,30 +326,8 @@ def stock_tokenizer(tokenizer: LoTLIPTokenizer) -> PreTrainedTokenizerFast:
     """
     if tokenizer.clean_text:
         raise ConversionError("A stock tokenizer cannot clean texts: load the tokenizer with clean_text=False.")
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    marks = {content: f"{OPEN}{place}{CLOSE}" for place, content in enumerate(special)}
-    special.sort(key=len, reverse=True)
-    # A special token is looked for in the normalised text, in which its own name, normalised the same way, is a mark
-    # that nothing else in a text becomes.
-    steps: list[normalizers.Normalizer] = [normalizers.Replace(OPEN, " ".join(OPEN))]
-    for content in special:
-        name = re.escape(content)
-        steps.append(
-            normalizers.Replace(Regex(rf"\A{name}\z" if tokenizer.split_special_tokens else name), marks[content])
-        )
-    if tokenizer.split_sentences:
-        steps.append(normalizers.Replace(". ", marks[str(tokenizer.sep_token)]))
-    own = [] if backend.normalizer is None else [backend.normalizer]
-    if isinstance(backend.model, models.Unigram):
-        # It would spell a special token that it finds in the normalised text, as `LoTLIPTokenizer` says.
-        steps += [*own, *(normalizers.Replace(content, " ".join(content) + " ") for content in special)]
-    backend.normalizer = normalizers.Sequence([*steps, *own])
-    state = json.loads(backend.to_str())
-    for token in state["added_tokens"]:
-        token["normalized"] = token["normalized"] or token["special"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer.bare_tokenizer())),
         model_max_length=tokenizer.model_max_length,
         model_input_names=tokenizer.model_input_names,
         padding_side="right",
@@ -418,8 +400,7 @@ def _stock_processors(
     tokenizer, image_processor, missing = None, None, []
     try:
         if isinstance(lotlip, (LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection)):
-            config = lotlip.config.text_config if isinstance(lotlip, LoTLIPModel) else lotlip.config
-            tokenizer, reason = _stock_tokenizer_of(folder, config.max_position_embeddings, without_text_cleaning)
+            tokenizer, reason = _stock_tokenizer_of(folder, lotlip, without_text_cleaning)
             missing += [] if tokenizer is not None else [f"no tokenizer: {reason}"]
         if isinstance(lotlip, (LoTLIPModel, LoTLIPVisionModel, LoTLIPVisionModelWithProjection)):
             image_processor = _image_processor_of(folder)
@@ -450,13 +431,13 @@ def _image_processor_of(folder: Path) -> Any:
 
 
 def _stock_tokenizer_of(
-    folder: Path, max_length: int, without_text_cleaning: bool
+    folder: Path, lotlip: PreTrainedModel, without_text_cleaning: bool
 ) -> tuple[PreTrainedTokenizerBase | None, str]:
     """The stock tokenizer for a checkpoint's texts, or why there is none."""
     if not (folder / "tokenizer_config.json").is_file():
         return None, f"{folder} has none"
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
+    fit_tokenizer(lotlip, tokenizer)
     if not isinstance(tokenizer, LoTLIPTokenizer):
         if not type(tokenizer).__module__.startswith("transformers."):
             return None, f"{type(tokenizer).__name__} is not a class of transformers"
@@ -470,6 +451,7 @@ def _stock_tokenizer_of(
     tokenizer.clean_text = False
     stock = stock_tokenizer(tokenizer)
     differing = _differing_text(tokenizer, stock)
+    free_of_calls(stock)
     return (stock, "") if differing is None else (None, f"a stock one would give {differing!r} other ids")
 
 

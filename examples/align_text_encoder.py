@@ -39,6 +39,7 @@ from transformers.utils import logging as transformers_logging
 
 from lotlip_hf import LoTLIPTextEncoder, LoTLIPTextModel
 from lotlip_hf.alignment import MEASURES, Alignment, Batch, Words, tokenize_words
+from lotlip_hf.encoding import fit_tokenizer
 from lotlip_hf.modeling.tokenization_lotlip import clean
 from lotlip_hf.terminal import printable_output
 from lotlip_hf.text_encoder import pipeline_target_layer
@@ -168,7 +169,7 @@ def load_tokenizer(source: str | Path, model: Any, advice: str) -> Any:
             f"{source}: no tokenizer of the model's found (it has {len(tokenizer)} tokens, the model "
             f"{model.config.vocab_size}); {advice}."
         )
-    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    fit_tokenizer(model, tokenizer)
     return tokenizer
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from .modeling.calls_lotlip import for_one_call
 from .modeling.modeling_lotlip import LoTLIPTextModel
 from .text_encoder import LoTLIPTextEncoder
 
@@ -74,8 +75,15 @@ def tokenize_words(tokenizer: Any, text: str) -> Words | None:
     full_stop = ". "
     read, word = text, f"{re.escape(full_stop)}|{WORD}"
     if getattr(tokenizer, "split_sentences", False):
+        if tokenizer.cleaning != "official":
+            raise ValueError(
+                f"`tokenizer` has cleaning={tokenizer.cleaning!r}, whose sentences end elsewhere than the replaced "
+                'encoder\'s: words are found in each other with cleaning="official" alone.'
+            )
         read, word = text.replace(full_stop, tokenizer.sep_token), f"{re.escape(tokenizer.sep_token)}|{WORD}"
-    inputs = tokenizer(text, padding="max_length", truncation=True, return_offsets_mapping=True, verbose=False)
+    inputs = for_one_call(tokenizer)(
+        text, padding="max_length", truncation=True, return_offsets_mapping=True, verbose=False
+    )
     spans = [span for span, is_text in zip(inputs["offset_mapping"], inputs["attention_mask"], strict=True) if is_text]
     # the tokenizer's own reading of the text, else its spans are of something else
     is_whole = not inputs.encodings[0].overflowing and max((end for _, end in spans), default=0) == len(read)

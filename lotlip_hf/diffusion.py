@@ -27,6 +27,7 @@ from transformers.tokenization_utils_base import BatchEncoding
 from transformers.utils import logging as transformers_logging
 
 from .clip import clip_text_model, stretch_text_model
+from .modeling.calls_lotlip import for_one_call, free_of_calls
 from .modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection
 from .modeling.tokenization_lotlip import LoTLIPTokenizer
 from .text_encoder import LoTLIPTextEncoder, pipeline_target_layer
@@ -185,7 +186,8 @@ class CLIPTextEncoder(CLIPTextModel):
 
 class _PromptTokenizer(PreTrainedTokenizerBase):
     """
-    Logs the words that truncation cuts off, in every call: diffusers does so for positive prompts alone.
+    Logs the words that truncation cuts off, in every call: diffusers does so for positive prompts alone, in the words
+    of the tokens. Where it tokenises a prompt a second time to find them, it finds none.
 
     Args:
         fixed_length: Whether every text has `model_max_length` tokens at most, whatever `max_length` a call gives.
@@ -201,8 +203,15 @@ class _PromptTokenizer(PreTrainedTokenizerBase):
         super().__init__(*args, **kwargs)
         self.fixed_length = fixed_length
 
+    def __call__(self, *args: Any, **kwargs: Any) -> BatchEncoding:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("diffusers.") and "truncation" not in kwargs and kwargs.get("padding") == "longest":
+            kwargs.update(truncation=True, verbose=False)  # what it compares with the prompt that was cut
+        return super().__call__(*args, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> tuple[str, ...]:  # pyright: ignore
         """As the class that it adds its warnings to, which `AutoTokenizer` knows."""
+        free_of_calls(self)
         files = super().save_pretrained(save_directory, **kwargs)
         path = Path(files[0])
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -217,7 +226,8 @@ class _PromptTokenizer(PreTrainedTokenizerBase):
         kwargs.update(verbose=False, return_overflowing_tokens=return_overflowing_tokens)
         if self.fixed_length and kwargs.get("max_length") is not None:
             kwargs["max_length"] = self.model_max_length
-        encoding = super()._encode_plus(text, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        call: Any = super(_PromptTokenizer, for_one_call(self))
+        encoding = call._encode_plus(text, *args, **kwargs)
         if verbose and not return_overflowing_tokens and encoding.encodings is not None:
             texts = [text] if isinstance(text, str) else text
             lost = [
@@ -515,5 +525,6 @@ def _prompt_tokenizer(
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         prompt_tokenizer = prompt_class.from_pretrained(folder, model_max_length=max_length, fixed_length=fixed_length)
+    free_of_calls(prompt_tokenizer)
     prompt_tokenizer.name_or_path = tokenizer.name_or_path
     return prompt_tokenizer

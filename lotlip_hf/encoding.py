@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from .images import ImageError, ImageSource, background_of, checked_background, load_image, load_pixels, processed_size
 from .loading import check_config, check_processor, check_shards, naming_damage
+from .modeling.calls_lotlip import for_one_call, free_of_calls
 from .modeling.loading_lotlip import checked_download
 from .modeling.modeling_lotlip import LoTLIPModel
 from .modeling.processing_lotlip import check_image_sizes
@@ -39,6 +40,7 @@ ENOUGH_TOKENS = 1024
 # comes fresh from the system each time.
 CPU_TOKENS = 2048
 SIMILAR_LENGTH = 0.9
+NOT_SET = 1_000_000  # transformers has 1e30 for a limit that is not set
 # Two special tokens and a word.
 MIN_LENGTH = 3
 # SigLIP's text tower reads the last position and takes no mask, and open_clip's add all their positions: such texts
@@ -126,7 +128,10 @@ def load_model(
                     f"{made[1]}: export the checkpoint again with `lotlip export onnx`."
                 )
         # no PreTrainedModel, but what is asked of one here
-        return cast(PreTrainedModel, model), processor
+        model = cast(PreTrainedModel, model)
+        if hasattr(processor, "tokenizer"):
+            fit_tokenizer(model, processor.tokenizer)
+        return model, processor
     device = _usable(device)
     with naming_damage(name, revision), checked_download(name):
         return _load(name, device, dtype, revision)
@@ -224,6 +229,7 @@ def _load(
                 f"{name} has no {part}: save the model's processor beside it (`processor.save_pretrained(folder)`)."
             )
     check_processor(processor, name)
+    fit_tokenizer(model, processor.tokenizer)
     return model.to(device).eval(), processor
 
 
@@ -499,14 +505,52 @@ def max_text_length(model: PreTrainedModel, tokenizer: Any) -> int:
     Raises:
         ValueError: if neither is known.
     """
+    length = min(tokenizer.model_max_length, _positions(model) or tokenizer.model_max_length)
+    if length > NOT_SET:
+        raise ValueError("`tokenizer.model_max_length` is not set: set it to the number of tokens the model takes.")
+    return length
+
+
+def fit_tokenizer(model: PreTrainedModel, tokenizer: Any, max_length: int | None = None) -> None:
+    """
+    Makes a tokenizer and its model agree on the longest text: sets `tokenizer.model_max_length`, which decides
+    wherever texts are cut, and removes what earlier calls asked for.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer, changed in place.
+        max_length (`int`, *optional*): tokens of the longest text, special ones included; by default what
+            [`max_text_length`] gives, where that is known.
+
+    Raises:
+        ValueError: if the model takes fewer than `max_length` tokens.
+    """
+    positions = _positions(model)
+    if max_length is not None and positions and max_length > positions:
+        raise ValueError(f"`max_text_length` is {max_length}, but the model takes {positions} tokens.")
+    free_of_calls(tokenizer)
+    said = tokenizer.model_max_length
+    if max_length is not None:
+        tokenizer.model_max_length = max_length
+    elif positions and said > positions:
+        tokenizer.model_max_length = positions
+        if said <= NOT_SET:
+            logger.warning(
+                "The tokenizer of %s says `model_max_length` %d, but the model takes %d tokens: texts are cut at %d.",
+                getattr(model, "name_or_path", "") or type(model).__name__,
+                said,
+                positions,
+                positions,
+            )
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """The tokens that a model's text tower has positions for, special ones included, if its configuration says so."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions and config.model_type in POSITIONS_AFTER_PADDING:
         positions -= config.pad_token_id + 1
-    length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
-    if length > 1_000_000:  # transformers' 1e30 for "not set"
-        raise ValueError("`tokenizer.model_max_length` is not set: set it to the number of tokens the model takes.")
-    return length
+    return positions
 
 
 def warn_of_cut_texts(cut: int, count: int, max_length: int) -> None:
@@ -540,7 +584,7 @@ def _tokenize(tokenizer: Any, texts: list[str], max_length: int) -> tuple[dict[s
     if isinstance(tokenizer, LoTLIPTokenizer) and "token_type_ids" not in tokenizer.model_input_names:
         input_ids, was_cut = tokenizer.encode_unpadded(texts, max_length)
         return {"input_ids": input_ids}, was_cut  # `pad` adds the masks
-    encoded = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)
+    encoded = for_one_call(tokenizer)(texts, truncation=True, max_length=max_length, verbose=False)
     if encoded.encodings is not None:
         return dict(encoded), [bool(encoding.overflowing) for encoding in encoded.encodings]
     # Tokenizers without the Rust backend do not tell what they cut: the full texts do.

@@ -275,8 +275,8 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
 
         Args:
             input_ids: [B, L], padded with the tokenizer's padding token.
-            attention_mask: [B, L], 1 for text and 0 for padding. By default what is not `pad_token_id`, over CLIP what
-                stands behind [EOT].
+            attention_mask: [B, L], 0 for tokens to leave out. Padding is left out in any case, also by a mask of ones,
+                which some clients give: `pad_token_id`, over CLIP what stands behind [EOT].
             position_ids: [B, L], places in the text; by default counted.
             output_hidden_states: Whether to return `hidden_states`: a tuple of [B, S, hidden_size], one for the
                 embeddings and one a layer, each normalised as the last and adapted, and `hidden_states[target_layer]`
@@ -309,6 +309,18 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
             raise ValueError(f"`input_ids` must have shape [batch, length], got {list(input_ids.shape)}.")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` must have the texts' shape {list(input_ids.shape)}, got "
+                f"{list(attention_mask.shape)}."
+            )
+        mask = self._text_mask(input_ids, attention_mask)
+        has_positions = input_ids.shape[-1] <= self.config.max_position_embeddings
+        if attention_mask is not None and self.config.text_config.is_causal and has_positions:
+            # CLIP's states of padding see padding, as pipelines read them; no text sees what stands behind it
+            attention_mask = attention_mask.bool() | self._is_behind_text(input_ids, attention_mask)
+        elif attention_mask is not None:
+            attention_mask = mask
         outputs = self.text_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -317,7 +329,6 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
             output_corner_embeds=False,
             **{**kwargs, "return_dict": True},
         )
-        mask = self._text_mask(input_ids) if attention_mask is None else attention_mask.bool()
         last_hidden_state = self.adapt(outputs.last_hidden_state, mask)
         hidden_states = None
         if output_hidden_states:
@@ -346,17 +357,21 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
             return self.adapter(hidden_states, mask)
         return self.adapter(hidden_states)
 
-    def _text_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[B, L]: False at padding. CLIP pads with [EOT], so there the first one ends the text."""
+    def _text_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """[B, L]: False at padding, and where `attention_mask` is 0."""
         config = self.config.text_config
+        seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if config.is_causal:
-            # 2 is the wrong id of old configurations: [EOT] has the highest, as in CLIPTextModel
-            eos_token_id = input_ids.amax(-1, keepdim=True) if config.eos_token_id == 2 else config.eos_token_id
-            ends = (input_ids == eos_token_id).int()
-            return ends.cumsum(-1) - ends == 0
-        if config.pad_token_id is None:
-            return torch.ones_like(input_ids, dtype=torch.bool)
-        return input_ids != config.pad_token_id
+            return seen.bool() & ~self._is_behind_text(input_ids, seen)
+        return seen.bool() if config.pad_token_id is None else seen.bool() & (input_ids != config.pad_token_id)
+
+    def _is_behind_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[B, L]: True behind the first [EOT] that is seen, with which CLIP pads."""
+        config = self.config.text_config
+        # 2 is the wrong id of old configurations: [EOT] has the highest, as in CLIPTextModel
+        eos_token_id = input_ids.amax(-1, keepdim=True) if config.eos_token_id == 2 else config.eos_token_id
+        ends = ((input_ids == eos_token_id) & attention_mask.bool()).int()
+        return ends.cumsum(-1) - ends > 0
 
     @classmethod
     def from_text_model(

@@ -1,5 +1,6 @@
 """LoTLIP's processor: texts and images in, everything the model takes out."""
 
+import copy
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,15 +10,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_utils import ImageInput, is_pil_image
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 
+from .calls_lotlip import for_one_call, free_of_calls
 from .loading_lotlip import checked_download
-
-# Where transformers' image processors have the resizing that most of them share
-BACKENDS = "transformers.image_processing_backends"
-# Longest side over shortest, from which on an image is thin. Resized to a shortest edge of 224 such an image has
-# 224 x 14,336 pixels.
-MAX_ASPECT_RATIO = 64
-# Arguments of a call that an image may be resized by otherwise than the image processor's settings say
-RESIZING = {"size", "crop_size", "resample", "do_resize", "do_center_crop", "do_convert_rgb", "images_kwargs"}
 
 # Where transformers' image processors have the resizing that most of them share
 BACKENDS = "transformers.image_processing_backends"
@@ -44,7 +38,7 @@ class LoTLIPProcessor(ProcessorMixin):
 
     `text` is a string, a list of strings, or one list of strings for each image (`[[short, long, ...], ...]`, the same
     number for each), which gives `input_ids` and `attention_mask` of shape [B, T, L]. Texts are padded to the longest
-    and cut at `tokenizer.model_max_length`; `padding`, `truncation` and `max_length` in the call win.
+    and cut at `tokenizer.model_max_length`; `padding`, `truncation` and `max_length` in a call win, for that call.
 
     `images` is what any image processor of transformers takes: PIL images, arrays, tensors, or paths and URLs. A path
     or URL is opened as `transformers.image_utils.load_image` does, with its EXIF orientation applied; a PIL image is
@@ -75,6 +69,7 @@ class LoTLIPProcessor(ProcessorMixin):
     text_kwargs = TEXT_DEFAULTS
 
     def __init__(self, image_processor: Any, tokenizer: Any, background: str | Sequence[int] | None = "white") -> None:
+        free_of_calls(tokenizer)
         super().__init__(image_processor, tokenizer)
         self.background = background
         self.auto_map = {"AutoProcessor": "processing_lotlip.LoTLIPProcessor"}
@@ -113,6 +108,7 @@ class LoTLIPProcessor(ProcessorMixin):
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
         """As [`~transformers.ProcessorMixin.save_pretrained`], with the code that `auto_map` names."""
+        free_of_calls(self.tokenizer)
         files = super().save_pretrained(save_directory)
         files += map(str, custom_object_save(self, save_directory))
         if push_to_hub:
@@ -147,18 +143,27 @@ class LoTLIPProcessor(ProcessorMixin):
         if images is not None:
             own_resizing = self.image_processor if RESIZING.isdisjoint(kwargs) else None
             images = _prepared(self.image_processor.fetch_images(images), own_resizing)
+        call = super(LoTLIPProcessor, self if text is None else self._for_one_call()).__call__
         pretokenized = kwargs.get("is_split_into_words") or kwargs.get("text_kwargs", {}).get("is_split_into_words")
         rows = list(text) if isinstance(text, (list, tuple)) else []
         if pretokenized or not any(isinstance(row, (list, tuple)) for row in rows):
-            return super().__call__(images=images, text=rows if isinstance(text, tuple) else text, **kwargs)
+            return call(images=images, text=rows if isinstance(text, tuple) else text, **kwargs)
 
         texts_per_image = _texts_per_image(rows)
-        encoding = super().__call__(images=images, text=[one for row in rows for one in row], **kwargs)
+        encoding = call(images=images, text=[one for row in rows for one in row], **kwargs)
         if "overflow_to_sample_mapping" in encoding:
             raise ValueError("Lists of texts do not go with `return_overflowing_tokens`: their number would differ.")
         for name in encoding.keys() - set(self.image_processor.model_input_names):
             encoding[name] = _in_rows(encoding[name], texts_per_image)
         return encoding
+
+    def _for_one_call(self) -> "LoTLIPProcessor":
+        """A copy whose call leaves a stock tokenizer as it is; LoTLIP's own leaves itself so."""
+        if not type(self.tokenizer).__module__.startswith("transformers."):
+            return self
+        processor = copy.copy(self)
+        processor.tokenizer = for_one_call(self.tokenizer)
+        return processor
 
 
 def official_image_processor(image_size: int = 224) -> CLIPImageProcessorPil:

@@ -645,6 +645,24 @@ def test_what_is_cut_off_is_said(kind: str, caplog: pytest.LogCaptureFixture) ->
     assert [record.getMessage() for record in caplog.records] == [expected] * number
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_cut_off_is_said_once(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """diffusers logs by a logger of its own, which does not hand on to the root."""
+    pipe = swapped(kind)
+    theirs = logging.getLogger("diffusers")
+    theirs.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.WARNING), caplog.at_level(logging.WARNING, "diffusers"):
+            picture(pipe, [words(75, "Red HOUSE, photo"), "a cat"])
+    finally:
+        theirs.removeHandler(caplog.handler)
+    told = [record for record in caplog.records if "max_sequence_length" not in record.getMessage()]  # T5's own
+    assert all("Red HOUSE" in record.getMessage() for record in told)
+    assert len(told) == len(clip_encoders(pipe))
+    # who asks for the whole prompt gets it
+    assert len(pipe.tokenizer(words(75, "Red HOUSE, photo"), padding="longest")["input_ids"]) > 77
+
+
 def test_what_is_cut_off_is_said_every_time_and_only_then(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = swapped("sd").tokenizer
     with caplog.at_level(logging.WARNING):

@@ -266,7 +266,9 @@ def test_fingerprints(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_longer_limit_of_the_tokenizer_is_not_the_models(tmp_path: Path, golden: Path) -> None:
     KINDS["bert-vit"](tmp_path / "model", golden)
     model, processor = load_model(tmp_path / "model", device="cpu")
-    assert processor.tokenizer.model_max_length > 10**6
+    assert AutoProcessor.from_pretrained(tmp_path / "model").tokenizer.model_max_length > 10**6
+    assert processor.tokenizer.model_max_length == max_text_length(model, processor.tokenizer) == POSITIONS
+    processor.tokenizer.model_max_length = 10**9
     assert max_text_length(model, processor.tokenizer) == POSITIONS
     processor.tokenizer.model_max_length = 10
     assert max_text_length(model, processor.tokenizer) == 10

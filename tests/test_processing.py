@@ -196,7 +196,7 @@ def test_what_does_not_fit_gets_one_clear_error(processor: LoTLIPProcessor, argu
 
 def test_decoding_and_names(processor: LoTLIPProcessor) -> None:
     ids = processor(text=["A cat. A dog."])["input_ids"]
-    assert processor.batch_decode(ids, skip_special_tokens=True) == ["a cat a dog."]
+    assert processor.batch_decode(ids, skip_special_tokens=True) == ["a cat. a dog."]
     assert processor.decode(ids[0]) == "[CLS] a cat [SEP] a dog. [SEP]"
     assert sorted(processor.model_input_names) == ["attention_mask", "input_ids", "pixel_values"]
 

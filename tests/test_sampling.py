@@ -1,27 +1,24 @@
 """Sub-captions: how captions are split, what is drawn, and that a draw depends on seed, epoch and record alone."""
 
+import os
 import re
 import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
 from lotlip_hf.data.sampling import (
-    ABBREVIATIONS,
-    NUMBERED,
-    OPENING,
     CaptionSampling,
     SampledTexts,
-    find_sentences,
     sample_texts,
     split_full_stops,
     split_sentences,
 )
+from lotlip_hf.modeling.sentences_lotlip import ABBREVIATIONS, NUMBERED, OPENING, find_sentences
 
 # "0a. 0b. ... 0h." and so on: every sentence tells its captioner and its place.
 CAPTIONS = [" ".join(f"{captioner}{letter}." for letter in "abcdefgh") for captioner in range(3)]
@@ -181,7 +178,7 @@ def test_the_short_caption_stands_in_and_says_so() -> None:
     assert sample(["", CAPTIONS[1], ""], captioners=(0, 2)).stand_in
 
 
-def test_a_draw_depends_on_seed_epoch_and_record_alone(repository: Path) -> None:
+def test_a_draw_depends_on_seed_epoch_and_record_alone() -> None:
     drawn = {
         (seed, epoch, record_id): tuple(
             sample_texts("short", CAPTIONS, CaptionSampling(), seed=seed, epoch=epoch, record_id=record_id).long
@@ -191,13 +188,13 @@ def test_a_draw_depends_on_seed_epoch_and_record_alone(repository: Path) -> None
         for record_id in ("a", "b", "1", "11")
     }
     assert len(set(drawn.values())) > 30  # of 36, with 6^3 * 3! possible
-    # In another process, whose strings hash otherwise. The module needs nothing but Python, so it starts at once.
+    # In another process, whose strings hash otherwise.
     program = (
-        "from sampling import CaptionSampling, sample_texts\n"
+        "from lotlip_hf.data.sampling import CaptionSampling, sample_texts\n"
         f"print(sample_texts('short', {CAPTIONS!r}, CaptionSampling(), seed=2, epoch=1, record_id='b').long)"
     )
     for hash_seed in ("1", "2"):
-        environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(repository / "lotlip_hf" / "data")}
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         command = [sys.executable, "-c", program]
         result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         assert result.stdout.strip() == str(list(drawn[2, 1, "b"]))

@@ -131,6 +131,44 @@ def test_a_prompt_does_not_depend_on_padding_or_its_neighbours(backbone: str, ad
             torch.testing.assert_close(answers.pooler_output[row], other.pooler_output[0], **CLOSE)
 
 
+@pytest.mark.parametrize("projection_dim", [None, 24])
+@pytest.mark.parametrize("adapter", [None, *ADAPTERS])
+@pytest.mark.parametrize("backbone", ["bert", "roberta", "clip"])
+def test_padding_is_never_visible(backbone: str, adapter: str | None, projection_dim: int | None) -> None:
+    """A mask of ones, as compel gives it, says no more than none or the right one, at padded positions too."""
+    encoder = text_encoder(backbone, adapter, projection_dim=projection_dim, target_layer=-2)
+    ids = padded_ids(backbone)
+    right = (torch.arange(12) < torch.tensor([12, 9, 4]).unsqueeze(1)).long()
+    with torch.no_grad():
+        expected = encoder(ids, output_hidden_states=True)
+        for mask in (torch.ones_like(ids), right, right.bool()):
+            given = encoder(ids, attention_mask=mask, output_hidden_states=True)
+            for one, other in zip(given.to_tuple()[:2], expected.to_tuple()[:2], strict=True):
+                torch.testing.assert_close(one, other, **CLOSE)
+            torch.testing.assert_close(given.hidden_states[-2], expected.hidden_states[-2], **CLOSE)
+
+
+@pytest.mark.parametrize("adapter", [None, *ADAPTERS])
+@pytest.mark.parametrize("backbone", ["bert", "clip"])
+def test_a_mask_leaves_out_words(backbone: str, adapter: str | None) -> None:
+    """What a caller hides of the text stays hidden, and padding before a text too."""
+    encoder = text_encoder(backbone, adapter)
+    ids = padded_ids(backbone)
+    mask = torch.ones_like(ids)
+    mask[:, 2] = 0
+    other = ids.clone()
+    other[:, 2] = 50
+    left = torch.cat([torch.full((3, 2), 6 if backbone == "clip" else 0), ids], dim=1)
+    left_mask = torch.cat([torch.zeros(3, 2, dtype=torch.long), torch.ones_like(ids)], dim=1)
+    with torch.no_grad():
+        pooled = [encoder(one, attention_mask=mask).pooler_output for one in (ids, other)]
+        torch.testing.assert_close(*pooled, **CLOSE)
+        assert (pooled[0] - encoder(ids).pooler_output).abs().max() > 1e-3
+        torch.testing.assert_close(
+            encoder(left, attention_mask=left_mask).pooler_output, encoder(ids).pooler_output, **CLOSE
+        )
+
+
 def test_the_resampler_ends_at_the_eot_of_old_configurations() -> None:
     encoder = text_encoder("clip", "resampler")
     encoder.config.text_config.backbone_config.eos_token_id = 2

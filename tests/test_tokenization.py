@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +24,9 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer, XLMRobertaTokenizer
 
 from lotlip_hf import LoTLIPConfig, LoTLIPTokenizer
+from lotlip_hf.modeling.sentences_lotlip import split_sentences
 from lotlip_hf.modeling.tokenization_lotlip import NEEDS_REPAIR, clean
+from stale import CALL_STATE, is_clean, make_stale
 from upstream import upstream
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "tokenizer"
@@ -125,7 +128,7 @@ def test_random_texts_get_the_official_ids(tokenizer: LoTLIPTokenizer, bert: Ber
             joined = official_clean("[SEP]".join(text.split(". ")))
             assert tokenizer(text)["input_ids"] == bert(joined)["input_ids"], text
             compared += 1
-    assert compared > 500
+    assert compared > 300
 
 
 def test_empty_text_is_cls_and_sep(tokenizer: LoTLIPTokenizer) -> None:
@@ -610,6 +613,226 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         LoTLIPTokenizer(vocab="missing.txt")
     with pytest.raises(ValueError, match="must be a fast tokenizer"):
         LoTLIPTokenizer.from_backbone_tokenizer("bert")
+
+
+# What a call asks for is of that call
+
+CALLS: list[dict[str, Any]] = [
+    {"truncation": True, "max_length": 16},
+    {"truncation": "only_first", "max_length": 16, "stride": 3, "return_overflowing_tokens": True},
+    {"padding": "max_length", "max_length": 16, "padding_side": "left"},
+    {"padding": True, "pad_to_multiple_of": 8},
+]
+
+
+@pytest.mark.parametrize("stock", [None, toy_roberta, toy_xlm_roberta])
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_of_a_call_is_saved(stock: Any, call: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = LoTLIPTokenizer.from_pretrained(GOLDEN, model_max_length=126)
+    if stock is not None:
+        tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(stock(), model_max_length=126)
+    texts = ["a b. [SEP] </s> <s> a", "a " * 300]
+    tokenizer.save_pretrained(tmp_path / "before")
+    backend = tokenizer._tokenizer.to_str()
+    tokenizer(texts, verbose=False, **call)
+    tokenizer.encode_unpadded(texts, 9)
+    assert tokenizer._tokenizer.to_str() == backend
+    tokenizer.save_pretrained(tmp_path / "after")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    assert is_clean(tmp_path / "after")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "after")
+    assert (loaded.padding_side, loaded.truncation_side) == ("right", "right")
+    assert [len(ids) for ids in loaded(texts, truncation=True, verbose=False)["input_ids"]][1] == 126
+
+
+@pytest.mark.parametrize("max_length", [16, 77, 200])
+def test_a_limit_that_a_file_has_kept_does_not_count(
+    tokenizer: LoTLIPTokenizer, max_length: int, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    loaded = LoTLIPTokenizer.from_pretrained(make_stale(tmp_path, max_length))
+    stock = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    around = LoTLIPTokenizer.from_backbone_tokenizer(stock, model_max_length=100, padding_side="right")
+    for one, longest in ((loaded, 126), (around, 100)):
+        assert not CALL_STATE & one.init_kwargs.keys()
+        assert one.padding_side == "right"
+        assert len(one.backend_tokenizer.encode("a " * 300)) == 302
+        assert len(one("a " * 300, truncation=True, verbose=False)["input_ids"]) == longest
+    loaded.save_pretrained(tmp_path)
+    assert is_clean(tmp_path)
+
+
+def test_sides_are_kept(tokenizer: LoTLIPTokenizer, tmp_path: Path) -> None:
+    """Which side to pad and to cut is a setting of the tokenizer."""
+    other = copy.deepcopy(tokenizer)
+    other.padding_side = other.truncation_side = "left"
+    other.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert (loaded.padding_side, loaded.truncation_side) == ("left", "left")
+
+
+@pytest.mark.parametrize("stock", [None, toy_roberta, toy_xlm_roberta])
+def test_threads_do_not_see_each_others_calls(stock: Any) -> None:
+    """Limits, padding and special tokens written out, all at once: what one thread alone gets."""
+    tokenizer = LoTLIPTokenizer.from_pretrained(GOLDEN, model_max_length=126)
+    if stock is not None:
+        tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(stock(), model_max_length=126)
+    texts = ["a b c. d", "[SEP] a. <s> b </s>", "a [MASK] b " * 20, "\ufdd0 [CLS]. <mask>", "a b " * 40]
+    calls = [
+        ({"max_length": length, "truncation": True, "padding": padding}, some)
+        for length in (5, 9, 40)
+        for padding in (False, "max_length")
+        for some in (texts[:1], texts[1:2], texts[2:], texts)
+    ]
+
+    def answer(index: int) -> Any:
+        settings, some = calls[index % len(calls)]
+        if index % 3 == 0 and not settings["padding"]:
+            return tokenizer.encode_unpadded(some, settings["max_length"])[0]
+        return tokenizer(some, verbose=False, **settings)["input_ids"]
+
+    backend = tokenizer._tokenizer.to_str()
+    expected = [answer(index) for index in range(3 * len(calls))]
+    with ThreadPoolExecutor(8) as pool:
+        given = list(pool.map(answer, list(range(3 * len(calls))) * 12))
+    assert given == expected * 12
+    assert tokenizer._tokenizer.to_str() == backend
+
+
+def test_a_change_of_the_backend_counts_in_the_next_call(tokenizer: LoTLIPTokenizer) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    assert tokenizer.tokenize("Red geraniums!")[-1] == "!"
+    tokenizer.add_tokens(["geraniums!"])
+    assert tokenizer.tokenize("red geraniums!")[-1] == "geraniums!"
+    backend = tokenizer.backend_tokenizer
+    tokenizer("a")
+    backend.normalizer = normalizers.Replace("cat", "dog")
+    assert tokenizer.tokenize("cat") == ["dog"]
+    backend.post_processor = processors.TemplateProcessing("$A [SEP]", special_tokens=[("[SEP]", 102)])
+    assert tokenizer("cat")["input_ids"][0] != tokenizer.cls_token_id
+
+
+# What reads tokenizer.json alone
+
+# What the format cannot express: repairs by ftfy, and entities
+BEYOND_THE_FILE = re.compile(r"[ÃâÂ]|&\w*;|&#|[Ａ-Ｚ［］ﬁ]|[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+
+
+@pytest.mark.parametrize("cleaning", ["official", "sentences"])
+def test_the_file_by_itself_gives_the_same_ids(cleaning: str, tmp_path: Path) -> None:
+    tokenizer = LoTLIPTokenizer.from_pretrained(GOLDEN, cleaning=cleaning)
+    tokenizer.save_pretrained(tmp_path)
+    bare = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    special = set(tokenizer.all_special_tokens)
+    texts = [text for text in TEXTS if not BEYOND_THE_FILE.search(text)]
+    if cleaning == "official":
+        texts += [one for one in random_texts(2000, seed=11) if not BEYOND_THE_FILE.search(one) and one not in special]
+    else:
+        # of its rules a part
+        texts = [text for text in texts if not text.startswith("a. a")]
+        texts += ["Is it Dr. Li's? Nobody knows. The U.S. flag is No. 5.\nA line\nAnother one! “Yes,” he said. 3.5 m"]
+    assert len(texts) > 40
+    for text in texts:
+        encoding = bare.encode(text)
+        assert encoding.ids == tokenizer(text, verbose=False)["input_ids"], text
+        assert encoding.tokens == tokenizer.convert_ids_to_tokens(encoding.ids)
+    assert bare.encode("A cat. A dog.").tokens == ["[CLS]", "a", "cat", "[SEP]", "a", "dog", ".", "[SEP]"]
+    assert bare.decode(bare.encode("A cat").ids) == "a cat"
+    assert {token: bare.token_to_id(token) for token in special} == {
+        token: tokenizer.convert_tokens_to_ids(token) for token in special
+    }
+
+
+@pytest.mark.parametrize("clean_text", [True, False])
+@pytest.mark.parametrize("stock", [toy_roberta, toy_xlm_roberta])
+def test_the_file_of_other_tokenizers_gives_the_same_ids(stock: Any, clean_text: bool, tmp_path: Path) -> None:
+    tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(stock(), clean_text=clean_text)
+    tokenizer.save_pretrained(tmp_path)
+    bare = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    pieces = ["a", "b", "cab", " ", "  ", ". ", ".", "\n", "\t", "“", "’", "<", "s", ">", "/", "</s>", "<s>", "<mask>"]
+    for text in set(random_texts(500, pieces, seed=12)) - set(tokenizer.all_special_tokens):
+        assert bare.encode(text).ids == tokenizer(text, verbose=False)["input_ids"], text
+    assert "</s>" not in bare.decode(bare.encode("a. b").ids).replace("\u2e3b", "</s>")
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, {"cleaning": "sentences"}])
+@pytest.mark.parametrize("stock", [None, toy_roberta, toy_xlm_roberta])
+def test_the_class_does_not_do_it_twice(stock: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Loaded, the tokenizer is the one that was saved, however often, and other settings start from its own parts."""
+    first = LoTLIPTokenizer.from_pretrained(GOLDEN, **settings)
+    if stock is not None:
+        first = LoTLIPTokenizer.from_backbone_tokenizer(stock(), **settings)
+    first.save_pretrained(tmp_path / "1")
+    second = AutoTokenizer.from_pretrained(tmp_path / "1")
+    second.save_pretrained(tmp_path / "2")
+    every = list(range(len(first)))
+    assert second.convert_ids_to_tokens(every) == first.convert_ids_to_tokens(every)
+    assert second.get_vocab() == first.get_vocab()
+    assert second._tokenizer.to_str() == first._tokenizer.to_str()
+    assert (tmp_path / "1" / "tokenizer.json").read_bytes() == (tmp_path / "2" / "tokenizer.json").read_bytes()
+    raw = LoTLIPTokenizer.from_pretrained(tmp_path / "1", clean_text=False, split_sentences=False)
+    assert raw._tokenizer.to_str() == first._tokenizer.to_str()
+    assert raw.sep_token not in raw.tokenize("a. b")
+
+
+# A text of ids
+
+
+@pytest.mark.parametrize("cleaning", ["official", "sentences"])
+def test_decoding_and_encoding_again_gives_the_same_ids(cleaning: str, bert: BertTokenizer) -> None:
+    """Of texts without unknown words, which no text stands for."""
+    tokenizer = LoTLIPTokenizer.from_pretrained(GOLDEN, cleaning=cleaning)
+    texts = [*TEXTS, *random_texts(1500, seed=13), "I do not know. It's 3.5 m (or so)... Isn't it? “Yes”"]
+    if cleaning == "sentences":  # whose rules see a text before it is repaired, and take "&amp;" for a word
+        texts = [text for text in texts if not BEYOND_THE_FILE.search(text)]
+    compared = 0
+    for text in texts:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        if tokenizer.unk_token_id not in ids:
+            decoded = tokenizer.decode(ids, skip_special_tokens=True)
+            assert tokenizer(decoded, verbose=False)["input_ids"] == ids, (text, decoded)
+            compared += 1
+    assert compared > 300
+    ids = tokenizer(["A cat. A dog.", "A boat"], padding=True)["input_ids"]
+    written = {"official": "a cat. a dog.", "sentences": "a cat\na dog."}[cleaning]
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == [written, "a boat"]
+    assert tokenizer.decode(ids[0]) == "[CLS] a cat [SEP] a dog. [SEP]"
+    assert tokenizer.decode(ids[0][1:-1], skip_special_tokens=True) == written
+    assert tokenizer.decode(ids[0][1], skip_special_tokens=True) == "a"
+
+
+@pytest.mark.parametrize("clean_text", [True, False])
+@pytest.mark.parametrize("stock", [toy_roberta, toy_xlm_roberta])
+def test_decoding_and_encoding_again_in_other_tokenizers(stock: Any, clean_text: bool) -> None:
+    tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(stock(), clean_text=clean_text)
+    for text in random_texts(300, ["a", "b", "cab", " ", ". ", ".", "</s>"], seed=14):
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        decoded = tokenizer.decode(ids, skip_special_tokens=True)
+        assert tokenizer(decoded, verbose=False)["input_ids"] == ids, (text, decoded)
+
+
+# Where sentences end
+
+
+def test_sentences_end_by_the_rules_of_training(tmp_path: Path) -> None:
+    text = "Dr. X meets J. Smith at 3.5 p.m. today. Is it late? No. 5 is e.g. red! A list\n1. of things."
+    tokenizer = LoTLIPTokenizer.from_pretrained(GOLDEN, cleaning="sentences")
+    tokenizer.save_pretrained(tmp_path)
+    for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert one.cleaning == "sentences"
+        parts = " ".join(one.tokenize(text)).split(" [SEP] ")
+        assert len(parts) == len(split_sentences(text)) == 5
+        assert [part.split()[0] for part in parts] == ["dr", "is", "no", "a", "1"]
+        assert [part.split()[-1] for part in parts] == ["today", "?", "!", "list", "."]
+    official = LoTLIPTokenizer.from_pretrained(tmp_path, cleaning="official")
+    assert official.tokenize("Dr. X")[1] == "[SEP]"
+    assert LoTLIPTokenizer.from_pretrained(GOLDEN).cleaning == "official"
+    assert tokenizer.encode_unpadded([text])[0] == [tokenizer(text)["input_ids"]]
+    for rest in ("", "...", "A cat", "\n\n", "!!! A cat."):  # nothing of a text is lost
+        assert tokenizer.tokenize(rest) == official.tokenize(rest)
+    with pytest.raises(ValueError, match="cleaning"):
+        LoTLIPTokenizer.from_pretrained(GOLDEN, cleaning="unofficial")
 
 
 # transformers' own tests

@@ -21,8 +21,8 @@ from lotlip_hf import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 
 # What is saved beside a model, and beside the processor and tokenizer that go with it over BERT and over CLIP.
 MODEL_CODE = {f"{name}_lotlip.py" for name in ("configuration", "loading", "loss", "masking", "modeling", "pooling")}
-CODE = MODEL_CODE | {"processing_lotlip.py", "tokenization_lotlip.py"}
-CLIP_CODE = MODEL_CODE | {"processing_lotlip.py"}
+CLIP_CODE = MODEL_CODE | {"processing_lotlip.py", "calls_lotlip.py"}
+CODE = CLIP_CODE | {"tokenization_lotlip.py", "sentences_lotlip.py"}
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
 TEXT_SIZE = {**SIZE, "vocab_size": 99, "max_position_embeddings": 40}

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from .sampling import ABBREVIATIONS, HAS_WORD, LIST_MARKER, Sentence, find_sentences, next_character
+from ..modeling.sentences_lotlip import (
+    ABBREVIATIONS,
+    HAS_WORD,
+    LIST_MARKER,
+    Sentence,
+    find_sentences,
+    next_character,
+)
 
 # In the order in which they are reported; with each what a data set card says of it.
 REASONS = {

@@ -73,6 +73,11 @@ class TrainingConfig:
     text_pooling: Literal["pooler", "cls", "mean"] | None = _option(
         default=None, help="how a new model pools its text (pooler; CLIP's text encoder has its own way)"
     )
+    cleaning: Literal["official", "sentences"] | None = _option(
+        default=None,
+        help="where a new model's tokenizer ends sentences (official): 'official', at each full stop with a space; "
+        "'sentences', as `splitter` does, not at abbreviations",
+    )
     max_text_length: int | None = _option(
         default=None,
         help="tokens of a text, [CLS] and [SEP] included, that it is cut at (126 for a new model of two encoders)",

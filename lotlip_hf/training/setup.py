@@ -21,7 +21,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from ..data.collator import RecordError, read_record
 from ..data.records import ColumnError, SplitError, first_error, is_hub_name, load_records
 from ..data.scenes import scenes_dataset
-from ..encoding import load_model, max_text_length
+from ..encoding import fit_tokenizer, load_model, max_text_length
 from ..images import set_max_image_pixels
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor, check_image_sizes
@@ -62,7 +62,7 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
         _refuse(config, "projection_dim", "text_pooling")
         num_corner_tokens = NUM_CORNER_TOKENS if config.num_corner_tokens is None else config.num_corner_tokens
         length = {} if config.max_text_length is None else {"max_text_length": config.max_text_length}
-        return small_model(num_corner_tokens, seed=config.seed, **length)
+        return small_model(num_corner_tokens, seed=config.seed, cleaning=config.cleaning or "official", **length)
     else:
         _refuse(config, "projection_dim", "text_pooling")
         model, processor = load_model(config.model, device="cpu", dtype="float32")
@@ -76,11 +76,10 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
             raise ValueError(
                 f"`num_corner_tokens` is for new models: {config.model} has {number}, not {config.num_corner_tokens}."
             )
-    if config.max_text_length is not None:
-        most = model.config.text_config.max_position_embeddings
-        if config.max_text_length > most:
-            raise ValueError(f"`max_text_length` is {config.max_text_length}, but the model takes {most} tokens.")
-        processor.tokenizer.model_max_length = config.max_text_length
+        cleaning = getattr(processor.tokenizer, "cleaning", None)
+        if config.cleaning not in (None, cleaning):
+            raise ValueError(f"`cleaning` is for new models: {config.model} has {cleaning}, not {config.cleaning}.")
+    fit_tokenizer(model, processor.tokenizer, config.max_text_length)
     max_text_length(model, processor.tokenizer)  # complains if there is no limit
     return model, processor
 
@@ -103,10 +102,17 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
     positions = model.config.text_config.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(config.text_model, trust_remote_code=False)
     if model.config.text_config.is_causal:
-        tokenizer.model_max_length = positions  # CLIP's own reads no separators between sentences
+        if config.cleaning is not None:
+            raise ValueError(
+                f"`cleaning` is for text encoders with a separator token between sentences, which CLIP's has not: "
+                f"leave it out for {config.text_model}."
+            )
+        tokenizer.model_max_length = positions
     else:
         tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
-            tokenizer, model_max_length=min(CONTEXT_LENGTH - number, positions)
+            tokenizer,
+            model_max_length=min(CONTEXT_LENGTH - number, positions),
+            cleaning=config.cleaning or "official",
         )
     image_processor = AutoImageProcessor.from_pretrained(config.image_model, trust_remote_code=False)
     check_image_sizes(image_processor, str(config.image_model))

@@ -2,6 +2,7 @@
 
 import re
 import string
+from typing import Literal
 
 import torch
 
@@ -32,6 +33,7 @@ def small_model(
     seed: int = 0,
     hidden_size: int = 96,
     num_hidden_layers: int = 2,
+    cleaning: Literal["official", "sentences"] = "official",
 ) -> tuple[LoTLIPModel, LoTLIPProcessor]:
     """
     A new model from random weights, a BERT and a ViT of a few hundred thousand parameters, made to learn Scenes
@@ -56,6 +58,7 @@ def small_model(
         seed: The same one gives the same weights. The global random number generator is left as it is.
         hidden_size: Width of both towers, and of the space that they share; a multiple of 4.
         num_hidden_layers: Layers of either tower.
+        cleaning: Where the tokenizer ends sentences, see [`LoTLIPTokenizer`].
 
     Returns:
         The model, in evaluation mode, and its processor.
@@ -82,7 +85,9 @@ def small_model(
     if num_hidden_layers < 1:
         raise ValueError(f"`num_hidden_layers` must be at least 1, got {num_hidden_layers}.")
     tokenizer = LoTLIPTokenizer(
-        vocab={token: number for number, token in enumerate(_vocabulary())}, model_max_length=max_text_length
+        vocab={token: number for number, token in enumerate(_vocabulary())},
+        model_max_length=max_text_length,
+        cleaning=cleaning,
     )
     size = {
         "hidden_size": hidden_size,
