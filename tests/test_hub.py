@@ -305,7 +305,7 @@ def test_the_card_says_what_is_known(official_checkpoint: Path, tmp_path: Path) 
     text = card_of(folder, tmp_path / "plain").text
     for claim in ("captioning models", "from the web", "Image.new", "## Training", "## Results"):
         assert claim not in text
-    assert 'Image.open("cat.jpg")' in text
+    assert 'Image.open("photos/cat.png")' in text
     settings = json.loads((folder / "processor_config.json").read_text())
     settings["image_processor"] |= {"size": {"shortest_edge": 112}, "crop_size": {"height": 112, "width": 112}}
     (folder / "processor_config.json").write_text(json.dumps(settings))
@@ -759,7 +759,8 @@ def test_loading_without_the_package(published: Hub, official_checkpoint: Path, 
     first = hub_commit(published)
     push(changed(official_checkpoint, tmp_path / "changed", logit_scale_init_value=1.5), REPO)
     (tmp_path / "card.md").write_bytes(content(published, "README.md"))
-    Image.new("RGB", (640, 480), "orange").save(tmp_path / "cat.jpg")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (640, 480), "orange").save(tmp_path / "photos" / "cat.png")
     arguments = [REPO, first, tmp_path, tmp_path / "card.md"]
     answers = in_a_fresh_process(published, tmp_path, WITHOUT_THE_PACKAGE, *arguments)
     assert answers["refused"]
