@@ -24,6 +24,7 @@ from hub_server import hub_server, use_in_process
 from lotlip_hf import encode_images, encode_texts
 from lotlip_hf.encoding import load_model, max_text_length
 from lotlip_hf.evaluation.models import model_revision, model_versions
+from lotlip_hf.images import load_image
 from lotlip_hf.metrics.clip_score import clip_score
 from lotlip_hf.store import fingerprint
 
@@ -328,11 +329,14 @@ def test_images_and_scores(stand_in: Any, golden: Path) -> None:
     pictures = sorted((golden / "images").glob("*.png"))
     transform = processor.image_processor.transform
     with torch.no_grad():
-        pixels = torch.stack([transform(Image.open(path).convert("RGB")) for path in pictures])
+        pixels = torch.stack([transform(load_image(path)) for path in pictures])
         expected = model.open_clip.encode_image(pixels, normalize=True)
     torch.testing.assert_close(encode_images(model, processor, pictures, progress=False), expected, atol=1e-6, rtol=0)
-    long = Image.new("RGB", (6400, 2), "red")  # its middle alone is resized
-    assert encode_images(model, processor, [long], progress=False).shape == (1, 4)
+    for size in ((6400, 2), (3, 999)):  # its middle alone is resized
+        thin = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        with torch.no_grad():
+            whole = model.open_clip.encode_image(transform(thin)[None], normalize=True)
+        torch.testing.assert_close(encode_images(model, processor, [thin], progress=False), whole, atol=1e-3, rtol=0)
     texts = ["a dog"] * len(pictures)
     scores = clip_score(pictures, texts, model, processor=processor, progress=False)
     cosines = expected @ encode_texts(model, processor, ["a dog"], progress=False)[0]
@@ -463,7 +467,7 @@ def test_features_are_open_clips(open_clip: Any, folder: Path, golden: Path, cap
     pictures = sorted((golden / "images").glob("*.png"))
     with torch.no_grad():
         texts = torch.cat([model.eval().encode_text(tokenizer([text]), normalize=True) for text in LONG_TEXTS])
-        pixels = [transform(Image.open(path).convert("RGB")) for path in pictures]
+        pixels = [transform(load_image(path)) for path in pictures]
         images = torch.cat([model.encode_image(one[None], normalize=True) for one in pixels])
     for batch_size in (1, 3):
         options = {"batch_size": batch_size, "progress": False}
