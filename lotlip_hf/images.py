@@ -208,8 +208,9 @@ def find_images(
             hint = unreadable_hint(name)
             is_image_name = hint is not None or os.path.splitext(name)[1].lower() in image_extensions()
             try:
-                is_link = stat.S_ISLNK(os.lstat(folder / path).st_mode)
-                status = os.stat(folder / path)
+                status = os.lstat(folder / path)
+                is_link = stat.S_ISLNK(status.st_mode)
+                status = os.stat(folder / path) if is_link else status
             except OSError as error:
                 if is_image_name:
                     unreadable[path] = f"cannot be opened ({error.strerror})"

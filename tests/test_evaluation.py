@@ -211,7 +211,7 @@ def test_unreadable_images_are_all_named_and_nothing_is_scored(
     assert "houses/4: damaged" in str(caught.value)
     assert len(list(cache.rglob("*.safetensors"))) == 1
     files[2].unlink()
-    with pytest.raises(IncompleteDataError, match=r"1 of 6 images.*\n  houses/2: cannot be read \(No such file"):
+    with pytest.raises(IncompleteDataError, match=r"1 of 6 images.*\n  houses/2: cannot be opened \(No such file"):
         embed_images(*loaded, files, names=names, cache=cache, progress=False)
 
 

@@ -150,6 +150,7 @@ def test_zero_shot_pipeline(checkpoint: Path, images: list[Path], batch_size: in
     classify = pipeline("zero-shot-image-classification", model=str(checkpoint), batch_size=batch_size, device="cpu")
     answers = classify([str(image) for image in images], candidate_labels=TEXTS, hypothesis_template="{}")
     model, processor = load_model(checkpoint, device="cpu")
+    processor.background = None  # transparency is dropped there
     texts = encode_texts(model, processor, TEXTS, progress=False)
     similarities = encode_images(model, processor, images, progress=False) @ texts.T
     expected = (similarities * model.logit_scale.detach().exp()).softmax(1)
@@ -186,6 +187,7 @@ def test_zero_shot_pipeline_of_labels_that_are_too_long(checkpoint: Path, images
 
 def test_feature_pipelines_of_a_tower(checkpoint: Path, images: list[Path]) -> None:
     model, processor = load_model(checkpoint, device="cpu")
+    processor.background = None  # transparency is dropped there
     extract = pipeline(
         "image-feature-extraction",
         model=LoTLIPVisionModelWithProjection.from_pretrained(checkpoint),
@@ -210,6 +212,7 @@ def test_feature_pipelines_of_a_tower(checkpoint: Path, images: list[Path]) -> N
 
 def test_feature_pipelines_of_a_whole_checkpoint(checkpoint: Path, images: list[Path]) -> None:
     model, processor = load_model(checkpoint, device="cpu")
+    processor.background = None  # transparency is dropped there
     extract = pipeline("image-feature-extraction", model=str(checkpoint), device="cpu")
     found = torch.cat(extract([str(image) for image in images], return_tensors=True, batch_size=2))
     torch.testing.assert_close(found, encode_images(model, processor, images, progress=False), **TOLERANCE)
@@ -254,6 +257,7 @@ def with_modules(checkpoint: Path, tmp_path: Path) -> Path:
 
 def test_sentence_transformers_encodes_texts_and_images(with_modules: Path, images: list[Path]) -> None:
     model, processor = load_model(with_modules, device="cpu")
+    processor.background = None  # transparency is dropped there
     sentences = sentence_transformer(with_modules)
     assert sentences.get_embedding_dimension() == model.config.projection_dim
     assert sentences.max_seq_length == processor.tokenizer.model_max_length

@@ -18,14 +18,16 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BertConfig, BertTokenizer
+from transformers import BertConfig, BertTokenizer, CLIPImageProcessorPil
 
 import tiny_clip
 from hub_server import hub_server, use_in_process
 from lotlip_hf import encode_images, encode_texts
 from lotlip_hf.encoding import load_model, max_text_length
 from lotlip_hf.evaluation.models import model_revision, model_versions
+from lotlip_hf.images import load_image, load_pixels
 from lotlip_hf.metrics.clip_score import clip_score
+from lotlip_hf.open_clip import OpenClipImageProcessor
 from lotlip_hf.store import fingerprint
 
 CONTEXT_LENGTH = 8
@@ -354,16 +356,29 @@ def test_images_and_scores(stand_in: Any, golden: Path) -> None:
     pictures = sorted((golden / "images").glob("*.png"))
     transform = processor.image_processor.transform
     with torch.no_grad():
-        pixels = torch.stack([transform(Image.open(path).convert("RGB")) for path in pictures])
+        pixels = torch.stack([transform(load_image(path)) for path in pictures])
         expected = model.open_clip.encode_image(pixels, normalize=True)
     torch.testing.assert_close(encode_images(model, processor, pictures, progress=False), expected, atol=1e-6, rtol=0)
-    long = Image.new("RGB", (6400, 2), "red")  # its middle alone is resized
-    assert encode_images(model, processor, [long], progress=False).shape == (1, 4)
     texts = ["a dog"] * len(pictures)
     scores = clip_score(pictures, texts, model, processor=processor, progress=False)
     cosines = expected @ encode_texts(model, processor, ["a dog"], progress=False)[0]
     torch.testing.assert_close(scores.scores, 100 * cosines.clamp(min=0), atol=1e-4, rtol=0)
     assert torch.equal(model.logit_scale, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("size", [(6400, 2), (3, 999)])
+def test_of_thin_images_the_middle_alone_is_transformed(size: tuple[int, int]) -> None:
+    like = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    seen: list[tuple[int, int]] = []
+
+    def transform(image: Image.Image) -> torch.Tensor:
+        seen.append(image.size)
+        return like(images=image, return_tensors="pt")["pixel_values"][0]
+
+    thin = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    found = load_pixels(thin, image_processor=OpenClipImageProcessor(transform, PREPROCESSING))["pixel_values"]
+    torch.testing.assert_close(found[0], transform(thin), rtol=0, atol=1.01 / 255 / min(like.image_std))
+    assert max(seen[0]) <= 35
 
 
 def test_fingerprints(stand_in: Any) -> None:
@@ -489,7 +504,7 @@ def test_features_are_open_clips(open_clip: Any, folder: Path, golden: Path, cap
     pictures = sorted((golden / "images").glob("*.png"))
     with torch.no_grad():
         texts = torch.cat([model.eval().encode_text(tokenizer([text]), normalize=True) for text in LONG_TEXTS])
-        pixels = [transform(Image.open(path).convert("RGB")) for path in pictures]
+        pixels = [transform(load_image(path)) for path in pictures]
         images = torch.cat([model.encode_image(one[None], normalize=True) for one in pixels])
     for batch_size in (1, 3):
         options = {"batch_size": batch_size, "progress": False}
