@@ -34,7 +34,9 @@ def check_shards(folder: str | os.PathLike) -> None:
     for path in sorted(Path(folder).glob("*.index.json")):
         try:
             names = parse_json(read_regular(path, MAX_JSON))["weight_map"].values()
-            wrong = [name for name in names if not isinstance(name, str) or name != Path(name).name or name == ".."]
+            wrong = [
+                name for name in names if not isinstance(name, str) or name != Path(name).name or name in ("", "..")
+            ]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: no index of weights ({type(error).__name__}: {error}).") from error
         if wrong:
