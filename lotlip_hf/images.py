@@ -43,10 +43,16 @@ TILE = 1024
 LARGE = 1 << 24
 
 HEIF_HINT = "HEIC and HEIF are read once pillow-heif is installed (pip install pillow-heif)"
+AVIF_HINT = "AVIF needs a newer Pillow (pip install --upgrade pillow)"
+# How such files begin, after their first four bytes, whatever they are called
+BRANDS = {
+    **{b"ftyp" + brand: HEIF_HINT for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")},
+    **dict.fromkeys((b"ftypavif", b"ftypavis"), AVIF_HINT),
+}
 # Files that are pictures to people, and why they may not be read. What PIL or a plugin does read counts as readable.
 HINTS = {
     **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), HEIF_HINT),
-    **dict.fromkeys((".avif", ".avifs"), "AVIF needs a newer Pillow (pip install --upgrade pillow)"),
+    **dict.fromkeys((".avif", ".avifs"), AVIF_HINT),
     **dict.fromkeys((".svg", ".svgz"), "SVG is drawing instructions, not pixels; convert it, to PNG for example"),
 }
 RAW_EXTENSIONS = frozenset(
@@ -293,8 +299,10 @@ def set_max_image_pixels(pixels: int) -> None:
     Image.MAX_IMAGE_PIXELS = -(-pixels // 2)
 
 
-if os.environ.get(MAX_PIXELS_VARIABLE, "").isdecimal():
-    set_max_image_pixels(max(1, int(os.environ[MAX_PIXELS_VARIABLE])))
+if _given := os.environ.get(MAX_PIXELS_VARIABLE):
+    if not _given.isdecimal():
+        raise ValueError(f"{MAX_PIXELS_VARIABLE} must be a whole number of pixels, got {_given!r}.")
+    set_max_image_pixels(int(_given))
 
 
 def checked_background(background: Background) -> tuple[int, int, int] | None:
@@ -519,8 +527,7 @@ def _read(
             opened = Image.open(file, formats=readable_formats())
         except UnidentifiedImageError as error:
             file.seek(4)
-            if hint is None and file.read(4) == b"ftyp":  # of a phone, whatever the file is called
-                hint = HEIF_HINT
+            hint = hint or BRANDS.get(file.read(8))
             reason = f"not an image in a format that PIL reads{f'; {hint}' if hint else ''}"
             raise ImageError(name, reason, transient=hint is not None) from error
         with opened as image:
