@@ -234,13 +234,8 @@ def _load(
 
 
 def _load_processor(name: str, revision: str | None = None) -> Any:
-    try:
-        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
-        checked_background(background_of(processor))
-    except (ImportError, OSError):
-        raise
-    except Exception as error:  # of settings of wrong types transformers raises any kind
-        raise ValueError(f"{name}: its processor cannot be loaded ({error}).") from error
+    processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+    checked_background(background_of(processor))
     if hasattr(processor, "image_processor"):
         check_image_sizes(processor.image_processor, name)
     return processor
