@@ -432,7 +432,7 @@ def test_what_can_be_measured_is_listed(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_results_that_cannot_be_written_are_named(tmp_path: Path) -> None:
-    (tmp_path / "results.json.partial").mkdir()
+    (tmp_path / "results.json").mkdir()
     with pytest.raises(OSError, match=r"results\.json: .*\(Is a directory\)"):
         write_results({"task": "none"}, tmp_path / "results.json")
 
