@@ -488,9 +488,10 @@ def _open_file(path: str, name: str, limit: int = MAX_FILE_BYTES) -> BinaryIO:
     """The file, open: all that is asked of it is asked of this one descriptor."""
     try:
         file = open_regular(path)
+    except IsADirectoryError as error:
+        raise ImageError(name, "a folder, not an image") from error
     except ValueError as error:
-        reason = "a folder, not an image" if os.path.isdir(path) else "not a regular file"
-        raise ImageError(name, reason) from error
+        raise ImageError(name, "not a regular file") from error
     size = os.fstat(file.fileno()).st_size
     if 0 < size <= limit:
         return file
