@@ -9,7 +9,7 @@ import re
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -94,6 +94,25 @@ def inside(folder: str | os.PathLike, path: str | os.PathLike) -> str:
     if os.path.commonpath((root, target)) != root:
         raise OutsideError(f"{printable(path)} leads out of {printable(folder)}.")
     return joined
+
+
+def lies_in(folders: Iterable[str | os.PathLike], path: str | os.PathLike) -> bool:
+    """
+    Whether a file lies in one of several folders, links followed.
+
+    Args:
+        folders (`Iterable[str]`): the folders.
+        path (`str` or `os.PathLike`): the file; a relative path starts from the working directory.
+
+    Returns:
+        `bool`: whether it does.
+    """
+    file = os.path.join(os.getcwd(), path)  # not `abspath`, which would take `link/..` for the folder of the link
+    for folder in folders:
+        with contextlib.suppress(OutsideError):
+            inside(folder, file)
+            return True
+    return False
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:

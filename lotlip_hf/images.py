@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from .files import OutsideError, inside, open_regular
+from .files import lies_in, open_regular
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 # What is laid under transparency, a colour as PIL takes it; `None` for nothing, which drops the alpha channel
@@ -224,7 +224,7 @@ def find_images(
             is_folder = stat.S_ISDIR(status.st_mode)
             if not is_folder and not is_image_name:
                 continue
-            if is_link and not any(_lies_in(one, folder / path) for one in {folder, root}):
+            if is_link and not lies_in({folder, root}, folder / path):
                 unreadable[path] = "a link that leads out of the folder; --image-root DIR names one that holds both"
                 continue
             if is_folder:
@@ -236,13 +236,6 @@ def find_images(
             else:
                 images[path] = status
     return dict(sorted(images.items())), dict(sorted(unreadable.items()))
-
-
-def _lies_in(folder: Path, path: Path) -> bool:
-    try:
-        return bool(inside(folder, path.absolute()))
-    except OutsideError:
-        return False
 
 
 def read_image_bytes(path: str | os.PathLike, limit: int = MAX_FILE_BYTES) -> bytes:

@@ -6,7 +6,6 @@ captions. `readers.read_rows` reads the rows of local files, so that a value is 
 or not; of tables a copy for random access is kept in the cache of `datasets`.
 """
 
-import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -34,7 +33,7 @@ from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from ..files import OutsideError, inside, printable, replacing
+from ..files import lies_in, printable, replacing
 from ..images import image_extensions
 from .readers import KINDS, MAX_RECORD_BYTES, RowError, SizeError, column_of, read_rows, value_of
 from .sampling import split_sentences
@@ -572,15 +571,11 @@ def check_inside(file: str, roots: Sequence[str]) -> None:
     Raises:
         ValueError: if it lies elsewhere.
     """
-    for root in roots:
-        with contextlib.suppress(OutsideError):
-            # not `abspath`, which would take `link/..` for the folder of the link
-            inside(root, os.path.join(os.getcwd(), file))
-            return
-    raise ValueError(
-        f"the image {printable(file)} lies outside of {printable(roots[0])}; --image-root DIR (`image_root`) allows "
-        "images below another folder"
-    )
+    if not lies_in(roots, file):
+        raise ValueError(
+            f"the image {printable(file)} lies outside of {printable(roots[0])}; --image-root DIR (`image_root`) "
+            "allows images below another folder"
+        )
 
 
 def _to_records(
