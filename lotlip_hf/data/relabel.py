@@ -680,7 +680,8 @@ def _image(
         storage.check(image, error)
         return f"{_text(name)}: cannot be read any more since it was captioned ({storage.unplaced(_text(error))})"
     # journals of earlier versions do not say of which bytes their captions are
-    if any(caption.get("image", _digest(content)) != _digest(content) for caption in captions):
+    digest = _digest(content)
+    if any(caption.get("image", digest) != digest for caption in captions):
         return f"{_text(name)}: has changed since it was captioned"
     return {"bytes": content, "path": os.path.basename(path)}
 

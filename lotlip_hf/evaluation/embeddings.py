@@ -1,7 +1,6 @@
 """Embeddings for an evaluation: shared out over the processes, and kept on disk as they are computed."""
 
 import hashlib
-import itertools
 import logging
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -237,7 +236,7 @@ class _Cache(NamedTuple):
         file = self.file(digests)
         try:
             part = load(read_regular(file, MAX_UNIT_BYTES))
-            if part.keys() == set(names) and all(map(_is_whole, part.values(), itertools.repeat(len(digests)))):
+            if part.keys() == set(names) and all(_is_whole(one, len(digests)) for one in part.values()):
                 return part
             reason = "it holds other tensors"
         except FileNotFoundError:
