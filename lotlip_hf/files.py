@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
+# Bytes of a file, a line or a record that are read into memory at once, where no option says otherwise
+MAX_BYTES = 1 << 28
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
 
@@ -193,13 +195,13 @@ def set_aside_link(path: Path) -> None:
         logger.warning("%s is a link, which is not followed; it is now %s.", path, set_aside(path).name)
 
 
-def read_regular(path: str | os.PathLike, limit: int) -> bytes:
+def read_regular(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
     """
     Reads a file whole, unless it is too large.
 
     Args:
         path (`str` or `os.PathLike`): the file.
-        limit (`int`): the most bytes that are read.
+        limit (`int`, *optional*, defaults to 256 MiB): the most bytes that are read.
 
     Returns:
         `bytes`: its contents.
@@ -217,7 +219,7 @@ def read_regular(path: str | os.PathLike, limit: int) -> bytes:
 
 def parse_json(data: str | bytes) -> Any:
     """
-    Parses JSON of a stranger.
+    Parses JSON from outside.
 
     Args:
         data (`str` or `bytes`): the text.

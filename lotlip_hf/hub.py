@@ -98,7 +98,6 @@ GENERATED = [
     "This is a [sentence-transformers](https://www.SBERT.net) model",
 ]
 MAX_SHARD_SIZE = "5GB"
-MAX_RESULTS = 1 << 28  # bytes of a file of results
 # What files of results hold as texts, and their `dataset` does
 RESULT_TEXTS = (
     "task",
@@ -346,7 +345,7 @@ def result_file(file: str | os.PathLike) -> dict[str, Any]:
             return [shown(part) for part in value]
         return printable(value) if isinstance(value, str) else value
 
-    content = read_regular(file, MAX_RESULTS)
+    content = read_regular(file)
     try:
         content = shown(parse_json(content))
     except ValueError as error:

@@ -13,8 +13,6 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 
 from .files import parse_json, printable, read_regular
 
-# Bytes of a file of settings. The largest, a tokenizer's, take a tenth of that.
-MAX_JSON = 1 << 28
 MAX_LAYERS = 1024
 MAX_SIZE = 1 << 24
 SWITCHES = ("output_attentions", "output_hidden_states", "return_dict")
@@ -33,7 +31,7 @@ def check_shards(folder: str | os.PathLike) -> None:
     """
     for path in sorted(Path(folder).glob("*.index.json")):
         try:
-            names = parse_json(read_regular(path, MAX_JSON))["weight_map"].values()
+            names = parse_json(read_regular(path))["weight_map"].values()
             wrong = [
                 name for name in names if not isinstance(name, str) or name != Path(name).name or name in ("", "..")
             ]
@@ -124,7 +122,7 @@ def _damaged_file(folder: Path) -> tuple[str, Exception] | None:
     """The first of a folder's files of settings that holds no JSON object."""
     for path in sorted(folder.glob("*.json")):
         try:
-            content = parse_json(read_regular(path, MAX_JSON))
+            content = parse_json(read_regular(path))
             if not isinstance(content, dict) and path.name != "modules.json":
                 raise ValueError(f"expected a JSON object, got a {type(content).__name__}")
         except (OSError, ValueError) as error:

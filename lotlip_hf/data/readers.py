@@ -18,11 +18,9 @@ from typing import Any, BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from ..files import open_regular, parse_json, printable
+from ..files import MAX_BYTES, open_regular, parse_json, printable
 from ..images import image_extensions
 
-# The most bytes of a row: a line, an entry of a list, or a shard's sample with its image.
-MAX_RECORD_BYTES = 1 << 28
 # Extensions of the files that are read, and the kind of file.
 KINDS = {
     ".csv": "csv",
@@ -59,7 +57,7 @@ def read_rows(
     file: str | os.PathLike,
     columns: Sequence[str] | None = None,
     texts: Sequence[str] = (),
-    max_bytes: int = MAX_RECORD_BYTES,
+    max_bytes: int = MAX_BYTES,
 ) -> Iterator[dict[str, Any] | RowError]:
     """
     Reads the rows of a file in order.
@@ -75,7 +73,9 @@ def read_rows(
             The columns that a Parquet file is read for, or ways into them; by default all.
         texts (`Sequence[str]`, *optional*):
             Columns of texts, or ways into them: a cell of a CSV or TSV file that holds a list in JSON is a list there.
-        max_bytes (`int`, *optional*): the most bytes that a row may have; a larger one is not read.
+        max_bytes (`int`, *optional*, defaults to 256 MiB):
+            The most bytes of a row: a line, an entry of a list, or a shard's sample with its image. A larger one is
+            not read.
 
     Yields:
         `dict[str, Any]` or `RowError`: a row, or why it cannot be read.

@@ -33,9 +33,9 @@ from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from ..files import lies_in, printable, replacing
+from ..files import MAX_BYTES, lies_in, printable, replacing
 from ..images import image_extensions
-from .readers import KINDS, MAX_RECORD_BYTES, RowError, SizeError, column_of, read_rows, value_of
+from .readers import KINDS, RowError, SizeError, column_of, read_rows, value_of
 from .sampling import split_sentences
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ def load_records(
     streaming: bool = False,
     *,
     image_root: str | os.PathLike | None = None,
-    max_record_bytes: int = MAX_RECORD_BYTES,
+    max_record_bytes: int = MAX_BYTES,
     **kwargs: Any,
 ) -> Dataset | IterableDataset:
     """
@@ -230,7 +230,7 @@ def load_records(
         if mapping not in MAPPINGS:
             raise ValueError(f"`mapping` must be a ColumnMapping or one of {', '.join(MAPPINGS)}, got {mapping!r}.")
         mapping = MAPPINGS[mapping]
-    images = _Images(*(None if one is None else os.fspath(one) for one in (image_folder, image_root)))
+    images = _Images(image_folder, image_root)
     if is_hub_name(source):
         return _hub_records(cast(str, source), mapping, split or "train", images, streaming, kwargs)
     if kwargs:
@@ -270,28 +270,30 @@ def is_hub_name(source: object) -> bool:
 class _Images:
     """Where images lie: what relative paths start from, and what they must not leave; `None`: where the file lies."""
 
-    folder: str | None
-    root: str | None
+    folder: str | os.PathLike | None
+    root: str | os.PathLike | None
 
     def of(self, file: str) -> tuple[str, tuple[str, ...]]:
         """The folder and the roots of the images that a file names; a shard's own are in it, and none is opened."""
-        own = None if file.lower().endswith(".tar") else os.path.dirname(file) or "."
+        return self.below(None if file.lower().endswith(".tar") else os.path.dirname(file) or ".")
+
+    def below(self, own: str | None = None) -> tuple[str, tuple[str, ...]]:
+        """The folder and the roots, of images beside which there is the folder `own`, if any."""
         folder = self.folder or own or self.root
-        roots = () if folder is None else (self.root or folder,)
-        return folder or "", roots
+        return ("", ()) if folder is None else (os.fspath(folder), (os.fspath(self.root or folder),))
 
 
 def _hub_records(
     name: str, mapping: ColumnMapping, split: str, images: _Images, streaming: bool, kwargs: dict[str, Any]
 ) -> Dataset | IterableDataset:
     dataset = load_dataset(name, split=split, streaming=streaming, **kwargs)
-    folder = images.folder or images.root or ""
-    roots = (images.root or folder,) if folder else hub_folders(name)
+    folder, roots = images.below()
+    roots = roots or hub_folders(name)
     if isinstance(dataset, Dataset):
         resolved = _resolve(mapping, dataset.column_names, name)
         transform = partial(_to_records, mapping=resolved, places=((folder, roots),))
-        return _undecoded(dataset).with_transform(transform)
-    dataset = _undecoded(cast(IterableDataset, dataset))
+        return undecoded(dataset).with_transform(transform)
+    dataset = undecoded(cast(IterableDataset, dataset))
     columns = dataset.column_names or list(next(iter(dataset)))
     resolved = _resolve(mapping, columns, name)
     return dataset.map(
@@ -324,7 +326,7 @@ def _parquet_records(files: list[str], mapping: ColumnMapping, images: _Images) 
         raise _unreadable(files, "parquet", error.__cause__ or error) from error
     resolved = _resolve(mapping, dataset.column_names, files[0])
     places = tuple(dict.fromkeys(map(images.of, files)))
-    dataset = _undecoded(dataset)
+    dataset = undecoded(dataset)
     if len(places) > 1:
         lengths = [pyarrow.parquet.read_metadata(file).num_rows for file in files]
         numbers = np.repeat([places.index(images.of(file)) for file in files], lengths)
@@ -344,7 +346,7 @@ def read_table(
     mapping: ColumnMapping,
     image_folder: str | os.PathLike | None = None,
     image_root: str | os.PathLike | None = None,
-    max_record_bytes: int = MAX_RECORD_BYTES,
+    max_record_bytes: int = MAX_BYTES,
 ) -> Dataset:
     """
     Reads the records of files, shards included, into a table for random access, which is kept in the cache of
@@ -360,7 +362,7 @@ def read_table(
     Raises:
         ValueError: if a file cannot be read to its end, or a column is missing.
     """
-    images = _Images(*(None if one is None else os.fspath(one) for one in (image_folder, image_root)))
+    images = _Images(image_folder, image_root)
     mapping = _resolve_of(files, mapping, images, max_record_bytes)
     state = [(os.path.abspath(file), (status := os.stat(file)).st_size, status.st_mtime_ns) for file in files]
     key = json.dumps([TABLE_VERSION, state, dataclasses.asdict(mapping), max_record_bytes])
@@ -451,9 +453,7 @@ def to_record(
     ('pictures/a.jpg', 'A cat', ['A cat. It sleeps.'], 'a.jpg')
     ```
     """
-    folder = image_folder or image_root
-    roots = () if folder is None else (image_root or folder,)
-    return _to_record(row, mapping, folder or "", roots)
+    return _to_record(row, mapping, *_Images(image_folder, image_root).below())
 
 
 def _to_record(row: Mapping[str, Any], mapping: ColumnMapping, folder: str, roots: tuple[str, ...]) -> dict[str, Any]:
@@ -677,8 +677,16 @@ def _resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Col
     return ColumnMapping(image=image, long=tuple(long), short=short, id=first("id", _alternatives(mapping.id)))
 
 
-def _undecoded(dataset: Any) -> Any:
-    """The data set with its images as they were stored."""
+def undecoded(dataset: Any) -> Any:
+    """
+    Leaves the decoding of images to the reader.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): a data set.
+
+    Returns:
+        The same rows, their images as they are stored.
+    """
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(name, Image(decode=False))
