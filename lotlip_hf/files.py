@@ -1,4 +1,4 @@
-"""Files and names that others wrote: what may be opened, how much is read, what is shown; and files written whole."""
+"""Files and names from outside: which may be opened, how much is read, how they are shown; and files written whole."""
 
 import contextlib
 import errno
@@ -160,7 +160,7 @@ def is_own_file(path: Path) -> bool:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames what cannot be used, a link rather than what it leads to, and returns where it is now."""
+    """Renames a file that cannot be used, or the link itself, and returns its new path."""
     aside = path.with_name(f"{path.name}{DAMAGED}-{uuid.uuid4().hex[:8]}")
     os.rename(path, aside)
     return aside

@@ -44,7 +44,7 @@ LARGE = 1 << 24
 
 HEIF_HINT = "HEIC and HEIF are read once pillow-heif is installed (pip install pillow-heif)"
 AVIF_HINT = "AVIF needs a newer Pillow (pip install --upgrade pillow)"
-# How such files begin, after their first four bytes, whatever they are called
+# How such files begin, after their first four bytes; a name may say something else
 BRANDS = {
     **{b"ftyp" + brand: HEIF_HINT for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")},
     **dict.fromkeys((b"ftypavif", b"ftypavis"), AVIF_HINT),
@@ -287,7 +287,7 @@ def set_max_image_pixels(pixels: int) -> None:
     if pixels < 1:
         raise ValueError(f"`pixels` must be at least 1, got {pixels}.")
     os.environ[MAX_PIXELS_VARIABLE] = str(pixels)
-    # Whoever sets the limit needs no warning from half of it on.
+    # PIL would warn from half of the limit on.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     Image.MAX_IMAGE_PIXELS = -(-pixels // 2)
 
@@ -478,7 +478,7 @@ def _too_many_bytes(name: str, limit: int) -> ImageError:
 
 
 def _open_file(path: str, name: str, limit: int = MAX_FILE_BYTES) -> BinaryIO:
-    """The file, open: all that is asked of it is asked of this one descriptor."""
+    """The open file, whose size and contents come from one descriptor."""
     try:
         file = open_regular(path)
     except IsADirectoryError as error:
@@ -602,7 +602,7 @@ def _prepared(image: Image.Image, name: str, image_processor: Any) -> Image.Imag
 
 
 def _to_rgb(image: Image.Image, name: str, background: tuple[int, int, int] | None) -> Image.Image:
-    """A new image, whatever the mode. It is the only full copy: what needs more memory goes tile by tile."""
+    """A new image, the only full copy: conversions that need more memory go tile by tile."""
     if 0 in image.size:
         raise ImageError(name, f"has no pixels (size {image.width}x{image.height})")
     given, file_format = image, image.format

@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: what is looked at before they are loaded, and errors that name the file."""
+"""Checkpoints from outside: checks before they are loaded, and errors that name the file."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ SIZES = ("_size", "_dim", "_dims", "_embeddings", "_length")
 
 def check_shards(folder: str | os.PathLike) -> None:
     """
-    Looks at which files a checkpoint says its weights are in.
+    Checks that a checkpoint's weights are in files of its own folder.
 
     Args:
         folder (`str` or `os.PathLike`): the checkpoint's folder; nothing is looked at of a Hub id.
@@ -72,7 +72,7 @@ def check_config(config: PreTrainedConfig, name: str | os.PathLike) -> None:
 
 def check_processor(processor: Any, name: str | os.PathLike) -> None:
     """
-    Prepares a text and a picture, for settings of wrong types are not noticed before.
+    Prepares a text and a picture: libraries notice settings of wrong types only then.
 
     Args:
         processor (`ProcessorMixin`): the processor.

@@ -47,8 +47,8 @@ class EmbeddingStore:
     line `{"dimension": P, "embeddings": file}` names the rows' file. What an interruption left half-written at the end
     is cut off on entering. A lock keeps other processes out; they wait.
 
-    The folder may be a stranger's, come with a data set. No file but those of these names is opened, and none that is
-    a link; what cannot be the work of this class is renamed, with a warning, and the store begins empty.
+    The folder may come with a data set. Only files of these names are opened, and no links; files that this
+    class cannot have written are renamed, with a warning, and the store begins empty.
 
     Args:
         folder (`Path`): where the files are; made on entering.

@@ -413,7 +413,7 @@ class LoTLIPTokenizer(TokenizersBackend):
     @property
     def backend_tokenizer(self) -> Tokenizer:
         """The backend of the tokenizers library."""
-        self._spare_backends = None  # whoever has it may change it at any time
+        self._spare_backends = None  # the caller may change it at any time
         return self._tokenizer  # pyright: ignore[reportReturnType]
 
     def _add_tokens(self, *args: Any, **kwargs: Any) -> int:
@@ -678,7 +678,7 @@ def _replace(pattern: str, content: str) -> dict[str, Any]:
 
 
 def _remove_cleaning(backend: Tokenizer) -> None:
-    """Leaves of a tokenizer.json that [`LoTLIPTokenizer.bare_tokenizer`] made what it was made of."""
+    """Takes the steps that [`LoTLIPTokenizer.bare_tokenizer`] adds out of a backend."""
     if not isinstance(backend.normalizer, normalizers.Sequence):
         return
     steps = json.loads(backend.normalizer.__getstate__())["normalizers"]

@@ -97,7 +97,7 @@ class EndpointCaptioner:
 
     An image is sent as a JPEG file of quality 95, its longer side `config.max_image_size` at most. `answer` is for
     many threads at once: as many requests are under way. The key is that in `OPENAI_API_KEY`; endpoints of Hugging
-    Face get the Hub's token (`HF_TOKEN` or `hf auth login`), which nobody else is sent; an address with a user name
+    Face get the Hub's token (`HF_TOKEN` or `hf auth login`), and no other server does; an address with a user name
     gets that and the password instead. Neither is shown or written. `config.revision` is not sent: the endpoint
     decides what it runs. `transformers serve` draws tokens only for a checkpoint whose `generation_config.json` says
     so (`do_sample`); for others its answers are the same at any temperature.
@@ -441,7 +441,7 @@ def _too_long(limit: int) -> _Failure:
 def _decoded(content: bytes, encoding: str, limit: int) -> bytes:
     """The body of a reply whose server compresses it all the same."""
     if encoding.strip().lower() not in ("gzip", "x-gzip", "deflate"):
-        return content  # what it is then is no JSON
+        return content  # which no JSON parser takes
     try:
         content = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(content, limit + 1)
     except zlib.error as error:

@@ -343,7 +343,7 @@ def _texts(cell: str | None) -> str | list[str | None] | None:
 
 
 class _Bounded:
-    """A file of which little is read at a time, whatever the headers of an archive say."""
+    """A file whose single reads are bounded: an archive's headers may give any size."""
 
     def __init__(self, file: BinaryIO, max_bytes: int) -> None:
         self._file, self._max_bytes = file, max_bytes

@@ -409,7 +409,7 @@ def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Ite
                 if len(block) == TABLE_ROWS or size > TABLE_BYTES:
                     yield block
                     block, size = [], 0
-        except Exception as error:  # whatever the format's library raises
+        except Exception as error:  # libraries raise any kind on a damaged file
             raise _unreadable([file], _kind([file]), error) from error
     if block:
         yield block
@@ -608,7 +608,7 @@ def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, m
                     continue
                 columns |= dict.fromkeys(row)
                 fields = max(fields, len(row.keys() - {"image", "__key__"}))
-        except Exception as error:  # whatever the format's library raises
+        except Exception as error:  # libraries raise any kind on a damaged file
             errors.append(f"{printable(file)}: {type(error).__name__}: {error}")
         if columns:
             break
@@ -855,7 +855,7 @@ def _stream(files: list[str], mapping: ColumnMapping, images: _Images, max_bytes
                 _locate(record, *place)
                 yield record
                 number += 1
-        except Exception as error:  # whatever the format's library raises; the records before it stay
+        except Exception as error:  # libraries raise any kind; the records before it stay
             reason = (
                 f"{printable(file)}: damaged or truncated after {number} records ({type(error).__name__}: {error})"
             )

@@ -739,7 +739,7 @@ def _text(value: Any) -> str:
 
 
 def _writable(text: str) -> str:
-    """A text of somebody else's as data: without control characters and halves of characters, which JSON may hold."""
+    """A text without the control characters and halves of surrogate pairs that JSON may hold."""
     return CONTROLS.sub(" ", text.replace("\r\n", "\n")).encode(errors="replace").decode()
 
 

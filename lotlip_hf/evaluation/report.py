@@ -791,7 +791,7 @@ def _groups(titles: Sequence[str]) -> list[tuple[str, list[int]]]:
 
 
 def _model_index(summary: Summary) -> str:
-    entries: dict[str, dict[str, Any]] = {}  # by name: a folder's path is nobody else's business
+    entries: dict[str, dict[str, Any]] = {}  # by name, without the path of a folder
     for run in summary.runs.values():
         marks = {"num_images": run.protocol["num_images"]} if run.part else {}
         apart = {**run.texts, **run.rules}
