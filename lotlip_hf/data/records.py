@@ -646,10 +646,10 @@ def _resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Col
             field,
         )
 
-    def first(field: str, wanted: tuple[str, ...]) -> str | None:
+    def first(wanted: tuple[str, ...]) -> str | None:
         return next((way for way in wanted if column_of(way, columns)), None)
 
-    short = first("short", _alternatives(mapping.short))
+    short = first(_alternatives(mapping.short))
     if short is None and mapping.short is not None:
         if not mapping.long or isinstance(mapping.short, str) or None not in mapping.short:
             raise missing("short", _alternatives(mapping.short))
@@ -664,7 +664,7 @@ def _resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Col
             raise missing("long", (wanted,))
     if not long and mapping.long:
         raise missing("long", _alternatives(mapping.long))
-    image = first("image", _alternatives(mapping.image))
+    image = first(_alternatives(mapping.image))
     if image is None:
         raise missing("image", _alternatives(mapping.image))
     if short is None and mapping.short is not None:
@@ -674,7 +674,7 @@ def _resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Col
             source,
             " or ".join(map(repr, _alternatives(mapping.short))),
         )
-    return ColumnMapping(image=image, long=tuple(long), short=short, id=first("id", _alternatives(mapping.id)))
+    return ColumnMapping(image=image, long=tuple(long), short=short, id=first(_alternatives(mapping.id)))
 
 
 def undecoded(dataset: Any) -> Any:
