@@ -20,12 +20,11 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .images import ImageError, ImageSource, background_of, checked_background, load_image, load_pixels, processed_size
+from .images import ImageError, ImageSource, background_of, load_image, load_pixels, processed_size
 from .loading import check_config, check_processor, check_shards, naming_damage
 from .modeling.calls_lotlip import for_one_call, free_of_calls
 from .modeling.loading_lotlip import checked_download
 from .modeling.modeling_lotlip import LoTLIPModel
-from .modeling.processing_lotlip import check_image_sizes
 from .modeling.tokenization_lotlip import LoTLIPTokenizer
 from .onnx import FILES as ONNX_FILES
 from .onnx import LoTLIPOnnxModel
@@ -228,16 +227,13 @@ def _load(
             raise ValueError(
                 f"{name} has no {part}: save the model's processor beside it (`processor.save_pretrained(folder)`)."
             )
-    check_processor(processor, name)
     fit_tokenizer(model, processor.tokenizer)
     return model.to(device).eval(), processor
 
 
 def _load_processor(name: str, revision: str | None = None) -> Any:
     processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
-    checked_background(background_of(processor))
-    if hasattr(processor, "image_processor"):
-        check_image_sizes(processor.image_processor, name)
+    check_processor(processor, name)
     return processor
 
 

@@ -12,6 +12,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 
 from .files import parse_json, printable, read_regular
+from .images import background_of, checked_background
+from .modeling.processing_lotlip import check_image_sizes
 
 MAX_LAYERS = 1024
 MAX_SIZE = 1 << 24
@@ -72,23 +74,27 @@ def check_config(config: PreTrainedConfig, name: str | os.PathLike) -> None:
 
 def check_processor(processor: Any, name: str | os.PathLike) -> None:
     """
-    Prepares a text and a picture: libraries notice settings of wrong types only then.
+    Checks a processor's settings, and prepares a text and a picture: libraries notice wrong types only then.
 
     Args:
-        processor (`ProcessorMixin`): the processor.
+        processor (`ProcessorMixin`): the processor, or a tokenizer or an image processor alone.
         name (`str` or `os.PathLike`): what the error calls the checkpoint.
 
     Raises:
         ValueError: if a setting makes no sense. Libraries raise errors of other kinds, see [`naming_damage`].
     """
-    limit = processor.tokenizer.model_max_length
-    if not isinstance(limit, int) or limit < 1:
-        raise ValueError(f"{name}: the tokenizer's model_max_length is {limit!r}, expected a number of tokens.")
-    processor.tokenizer(["a"])
-    with np.errstate(all="ignore"):
-        pixels = processor.image_processor(images=[Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
-    if not torch.as_tensor(pixels).isfinite().all():
-        raise ValueError(f"{name}: with the image processor's settings pixels are not finite.")
+    checked_background(background_of(processor))
+    if hasattr(processor, "image_processor"):
+        check_image_sizes(processor.image_processor, os.fspath(name))
+        with np.errstate(all="ignore"):
+            pixels = processor.image_processor(images=[Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
+        if not torch.as_tensor(pixels).isfinite().all():
+            raise ValueError(f"{name}: with the image processor's settings pixels are not finite.")
+    if hasattr(processor, "tokenizer"):
+        limit = processor.tokenizer.model_max_length
+        if not isinstance(limit, int) or limit < 1:
+            raise ValueError(f"{name}: the tokenizer's model_max_length is {limit!r}, expected a number of tokens.")
+        processor.tokenizer(["a"])
 
 
 @contextlib.contextmanager
