@@ -32,6 +32,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import AutoProcessor
 
 from .encoding import load_model
+from .evaluation.retrieval import telling_metrics
 from .files import all_or_nothing, markdown_text, parse_json, printable, read_regular
 from .images import processed_size
 from .modeling.loading_lotlip import checked_download
@@ -80,10 +81,8 @@ NEEDS = {
 }
 # Which captions, of data that has several kinds
 CAPTIONS = ("all", "long", "short")
-# Metrics of `lotlip evaluate` that are shares, and those of a number of candidates
+# Metrics of `lotlip evaluate` that are shares
 SHARE = re.compile(r"(image_to_text|text_to_image)_r\d+(_low|_high)?|accuracy_top\d+|mean_per_class_recall")
-TOP = re.compile(r"(image_to_text_r|text_to_image_r|accuracy_top)(\d+)")
-CANDIDATES = {"image_to_text_r": "num_texts", "text_to_image_r": "num_images", "accuracy_top": "num_classes"}
 # What an earlier commit may have left that would be read beside this one: weights in other shards, an adapter, older
 # code, settings of the processor in other files. Only beside it: folders are somebody's own.
 STALE = [
@@ -358,26 +357,6 @@ def result_file(file: str | os.PathLike) -> dict[str, Any]:
             if not isinstance(part.get(name), str | None):
                 raise ValueError(f"`{where}{name}` is {part[name]!r}, expected a text")
     return content
-
-
-def telling_metrics(metrics: Mapping[str, float], protocol: Mapping[str, Any]) -> dict[str, float]:
-    """
-    Metrics without those that say nothing: a share of right ones among the first k, above 1, of no more than k.
-
-    Args:
-        metrics: Numbers by name.
-        protocol: With `num_images`, and `num_texts` or `num_classes`.
-
-    Returns:
-        The others.
-    """
-
-    def tells(name: str) -> bool:
-        match = TOP.fullmatch(name)
-        candidates = None if match is None else protocol.get(CANDIDATES[match[1]])
-        return match is None or candidates is None or int(match[2]) == 1 or int(match[2]) < candidates
-
-    return {name: value for name, value in metrics.items() if tells(name)}
 
 
 def _result_rows(file: str | os.PathLike) -> list[list[str]]:
