@@ -68,18 +68,15 @@ LANGUAGES = {
     **{"en": "English", "zh": "Chinese", "de": "German", "es": "Spanish", "fr": "French", "it": "Italian"},
     **{"ja": "Japanese", "ko": "Korean", "pt": "Portuguese", "ru": "Russian", "multilingual": "many languages"},
 }
-# Options of a training that say nothing of what came of it.
-HOUSEKEEPING = {
-    *("output", "resume", "num_workers", "on_error", "streaming", "shuffle_buffer", "compile", "trackers"),
-    *("eval_data", "eval_split", "eval_samples", "eval_steps", "log_steps", "save_steps", "save_total_limit"),
-}
-# Where another option has to be set for one to say anything
+# Options of a training that a card leaves out, beside those that change nothing that is computed
+HOUSEKEEPING = {"image_folder", "streaming", "shuffle_buffer", "eval_data", "eval_split", "eval_samples", "eval_steps"}
+# Options that count only if this is true of the others
 NEEDS = {
     "num_scenes": lambda options: options.get("data") == "scenes",
     "num_epochs": lambda options: not options.get("max_steps"),
     "unlocked_vision_layers": lambda options: options.get("lock_vision"),
 }
-# Which captions, of data that has several kinds
+# Kinds of captions, for data that have several
 CAPTIONS = ("all", "long", "short")
 # Metrics of `lotlip evaluate` that are shares
 SHARE = re.compile(r"(image_to_text|text_to_image)_r\d+(_low|_high)?|accuracy_top\d+|mean_per_class_recall")
@@ -97,7 +94,7 @@ GENERATED = [
     "This is a [sentence-transformers](https://www.SBERT.net) model",
 ]
 MAX_SHARD_SIZE = "5GB"
-# What files of results hold as texts, and their `dataset` does
+# Fields of a file of results, and of its `dataset`, that are texts
 RESULT_TEXTS = (
     "task",
     "study",
@@ -615,13 +612,13 @@ def _training_options(source: Path | None) -> dict[str, Any]:
 
 
 def _told_options(options: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Options of a training and their values, but for what lay on a disk, was not set, or changes no weight."""
-    from .training.arguments import SCENES, TrainingConfig, choices
+    """Options of a training that are set and change weights, with their values; no paths."""
+    from .training.arguments import RESUMABLE, SCENES, TrainingConfig, choices
 
     told = []
     for name in TrainingConfig.__dataclass_fields__:
         value = options.get(name)
-        if name in HOUSEKEEPING or not NEEDS.get(name, bool)(options):
+        if name in RESUMABLE | HOUSEKEEPING or not NEEDS.get(name, bool)(options):
             continue
         if isinstance(value, bool):
             shown = "yes" if value else ""
