@@ -505,7 +505,7 @@ def max_text_length(model: PreTrainedModel, tokenizer: Any) -> int:
 def fit_tokenizer(model: PreTrainedModel, tokenizer: Any, max_length: int | None = None) -> None:
     """
     Makes a tokenizer and its model agree on the longest text: sets `tokenizer.model_max_length`, which decides
-    wherever texts are cut, and removes what earlier calls asked for.
+    wherever texts are cut, and removes the settings of earlier calls.
 
     Args:
         model (`PreTrainedModel`): the model.

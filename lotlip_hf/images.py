@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 from .files import lies_in, open_regular
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
-# What is laid under transparency, a colour as PIL takes it; `None` for nothing, which drops the alpha channel
+# The colour under transparency, as PIL takes it; `None` drops the alpha channel
 Background = str | Sequence[int] | None
 WHITE = "white"
 
@@ -30,14 +30,14 @@ EXCLUDED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 MAX_FILE_BYTES = 1 << 30
 # The environment variable that sets the pixel limit in this process and those that it starts
 MAX_PIXELS_VARIABLE = "LOTLIP_MAX_IMAGE_PIXELS"
-# Twice what PIL warns of
+# Twice the size from which on PIL warns
 DEFAULT_MAX_PIXELS = 2 * (1024**3 // 4 // 3)
-# Larger files are read one at a time: what is in them beside pixels may fill the memory too.
+# Larger files are read one at a time: metadata in them may fill the memory too.
 LARGE_FILE_BYTES = 1 << 26
 # Formats that may hold an image of another size than they say
 NESTED_FORMATS = ("BLP", "ICNS", "ICO")
 TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF's tags
-# Side in pixels of what is converted at a time, where a conversion needs more memory than its result
+# Side in pixels of the tiles in which conversions work that need more memory than their result
 TILE = 1024
 # Images of more pixels are resized here, where their image processor would copy them whole several times
 LARGE = 1 << 24
@@ -446,7 +446,7 @@ def _loaded(
 
 @contextlib.contextmanager
 def _image_errors(name: str) -> Iterator[None]:
-    """What goes wrong with a file, as an `ImageError`."""
+    """Raises all errors in this context as `ImageError`."""
     try:
         yield
     except ImageError:
@@ -537,7 +537,7 @@ def _read(
 
 
 def _pixels_to_decode(image: Image.Image) -> int | None:
-    """Of a file that was opened; `None` if that is not known before."""
+    """The pixels of an opened file; `None` if they are not known before decoding."""
     if image.format in NESTED_FORMATS:
         return None
     width, height = image.size
@@ -575,7 +575,7 @@ def _draft(
 
 
 def _resized_size(size: tuple[int, int], image_processor: Any) -> tuple[int, int] | None:
-    """The size that the processor's resizing gives; `None` for a thin image, of which more than that is cut."""
+    """The size that the processor's resizing gives; `None` for a thin image, which is cut as well."""
     if image_processor is None or 0 in size:
         return None
     from .modeling.processing_lotlip import is_thin, resized_size  # here: transformers takes seconds to import
@@ -646,7 +646,7 @@ def _by_tiles(
     convert: Callable[[Image.Image], tuple[Image.Image, Image.Image | None]],
     background: tuple[int, int, int] | None,
 ) -> Image.Image:
-    """RGB, from a function of a tile to its colours and to what of it is opaque."""
+    """RGB, by a function from a tile to its colours and its mask of opaque pixels."""
     canvas = Image.new("RGB", image.size, background or 0)
     for box, tile in _tiles(image):
         colours, mask = convert(tile)

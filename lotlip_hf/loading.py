@@ -125,7 +125,7 @@ def naming_damage(name: str, revision: str | None = None) -> Iterator[None]:
 
 
 def _damaged_file(folder: Path) -> tuple[str, Exception] | None:
-    """The first of a folder's files of settings that holds no JSON object."""
+    """The first file of settings in a folder that holds no JSON object, and the error."""
     for path in sorted(folder.glob("*.json")):
         try:
             content = parse_json(read_regular(path))
@@ -137,7 +137,7 @@ def _damaged_file(folder: Path) -> tuple[str, Exception] | None:
 
 
 def _damaged_part(name: str, revision: str | None) -> str:
-    """Which part of a checkpoint does not load by itself."""
+    """The part of a checkpoint that does not load by itself."""
     for part, loader in (("config.json", AutoConfig), ("the processor (processor_config.json, ...)", AutoProcessor)):
         try:
             loader.from_pretrained(name, revision=revision, trust_remote_code=False)

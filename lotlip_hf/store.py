@@ -28,7 +28,7 @@ ENTRIES = "entries.jsonl"
 EMBEDDINGS = re.compile(r"embeddings-(0|[1-9][0-9]{0,8})\.f32")
 MAX_COMPACTIONS = 10**9
 LOCK = "lock"
-# Of a line of the entries, bytes: the longest path and the longest reason are far below.
+# Bytes of a line of the entries, far above the longest path and the longest reason
 MAX_LINE = 1 << 20
 MAX_DIMENSION = 1 << 16
 # Rows that are read at a time to be checked.
@@ -160,7 +160,7 @@ class EmbeddingStore:
         new_name = f"embeddings-{number % MAX_COMPACTIONS}.f32"
         kept: dict[str, dict[str, Any]] = {}
         count = 0
-        # The entries' replacement changes over in one step: they name the file of their rows.
+        # The replacement of the entries is the one step that counts: they name the file of their rows.
         with replacing(self.folder / ENTRIES) as entries:
             with self._opened(new_name, "xb") as embeddings:
                 if self.dimension is not None:
@@ -238,7 +238,7 @@ class EmbeddingStore:
         return path.stat().st_size // (4 * dimension) if path.exists() else 0
 
     def _read_entry(self, entry: dict[str, Any], available: int) -> bool:
-        """Takes an entry, unless it is not as `append` writes them or its row is missing."""
+        """Takes an entry as `append` writes it, if its row is there; returns whether it did."""
         key = entry.pop("key", None)
         if not isinstance(key, str) or any(type(entry.get(name)) is not kind for name, kind in self.fields.items()):
             return False

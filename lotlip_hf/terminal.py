@@ -29,12 +29,11 @@ class PrintableStream:
 
     def write(self, text: str) -> int:
         """Writes the text; returns its length."""
+        shown = text
         if not CURSOR.fullmatch(text):
             start = "\r" if text.startswith("\r") else ""
             parts = re.split(r"([\n\t])", COLOUR.sub("", text.removeprefix(start)))
             shown = start + "".join(part if part in ("\n", "\t") else printable(part) for part in parts)
-        else:
-            shown = text
         self._stream.write(shown)
         return len(text)
 

@@ -317,7 +317,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         mask = self._text_mask(input_ids, attention_mask)
         has_positions = input_ids.shape[-1] <= self.config.max_position_embeddings
         if attention_mask is not None and self.config.text_config.is_causal and has_positions:
-            # CLIP's states of padding see padding, as pipelines read them; no text sees what stands behind it
+            # CLIP's states of padding see padding, as pipelines read them; no text sees the tokens behind it
             attention_mask = attention_mask.bool() | self._is_behind_text(input_ids, attention_mask)
         elif attention_mask is not None:
             attention_mask = mask

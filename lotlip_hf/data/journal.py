@@ -1,4 +1,4 @@
-"""What a run keeps as it goes: journals that survive being killed."""
+"""Journals of a run, which survive its being killed."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from ..files import MAX_BYTES, PARTIAL, open_regular, parse_json, read_regular
 
 NONE = type(None)
-# What `fits` compares the lines of a journal with
+# The forms of a journal's lines, for `fits`
 HEADER = {"records": str}
 CAPTION = ({"text": str, "attempts": int, "reasons": [str], "earlier_reasons": [str]}, {"skip": str})
 GROUP = {"group": int, "captions": [CAPTION]}
@@ -163,7 +163,7 @@ class Journal:
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a file with what they say, up to the first that a run does not write."""
+    """The lines of a file and their values, up to the first that no run writes."""
     form: Any = HEADER
     with contextlib.suppress(FileNotFoundError), open_regular(path) as file:
         while line := file.readline(MAX_BYTES):

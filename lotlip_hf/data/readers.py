@@ -262,7 +262,7 @@ def _list_rows(file: BinaryIO, max_bytes: int) -> Iterator[dict[str, Any] | RowE
 
 
 class _CsvLines:
-    """The lines of one row after the other: `size` counts the characters of a row, `is_at_end` if it lacks any."""
+    """The lines of a CSV file; `size` counts the characters of a row, `is_at_end` says that one lacks lines."""
 
     def __init__(self, file: BinaryIO, max_bytes: int) -> None:
         self._lines, self._max_bytes = _lines(file, max_bytes, newline=""), max_bytes
@@ -356,7 +356,7 @@ class _Bounded:
 
 
 class _Sample:
-    """A sample while its members are read; of one that has an `error` nothing more is."""
+    """A sample while its members are read; after an `error` its other members are skipped."""
 
     def __init__(self, key: str) -> None:
         self.key = key

@@ -60,7 +60,7 @@ TABLE_VERSION = 1  # of what is kept in the cache
 FIELDS = ("image", "short_caption", "long_captions", "id", "error")
 FEATURES = Features(
     {
-        # `file` is the number of the file that names the path, which starts at its folder
+        # `file` is the index of the file that names the path; the path starts from that file's folder
         "image": {"bytes": Value("large_binary"), "path": Value("string"), "file": Value("int32")},
         "short_caption": Value("string"),
         "long_captions": List(Value("string")),
@@ -268,7 +268,7 @@ def is_hub_name(source: object) -> bool:
 
 @dataclass(frozen=True)
 class _Images:
-    """Where images lie: what relative paths start from, and what they must not leave; `None`: where the file lies."""
+    """The folder that images' relative paths start from, and the one they must lie in; `None`: that of the file."""
 
     folder: str | os.PathLike | None
     root: str | os.PathLike | None
@@ -278,7 +278,7 @@ class _Images:
         return self.below(None if file.lower().endswith(".tar") else os.path.dirname(file) or ".")
 
     def below(self, own: str | None = None) -> tuple[str, tuple[str, ...]]:
-        """The folder and the roots, of images beside which there is the folder `own`, if any."""
+        """The folder and the roots of images that lie in the folder `own`, if there is no other."""
         folder = self.folder or own or self.root
         return ("", ()) if folder is None else (os.fspath(folder), (os.fspath(self.root or folder),))
 
@@ -318,7 +318,7 @@ def hub_folders(name: str) -> tuple[str, ...]:
 
 def _parquet_records(files: list[str], mapping: ColumnMapping, images: _Images) -> Dataset:
     try:
-        # It takes file names for patterns.
+        # `load_dataset` takes file names for patterns
         dataset = cast(Dataset, load_dataset("parquet", data_files=[glob.escape(one) for one in files], split="train"))
     except StopIteration as error:
         raise ValueError(f"{', '.join(files)}: no row can be read.") from error
@@ -395,7 +395,7 @@ def first_error(records: Dataset | IterableDataset) -> str | None:
 
 
 def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Iterator[list[dict[str, Any]]]:
-    """The records of files as a table has them, so many at a time as memory holds."""
+    """The records of files as a table has them, in blocks of bounded size."""
     block: list[dict[str, Any]] = []
     size = 0
     for number, file in enumerate(files):
@@ -494,7 +494,7 @@ def _fields(row: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
 
 
 def _as_text(value: Any) -> Any:
-    """Numbers as texts, as tables hold ids and raw captions; none is no text."""
+    """Numbers as texts: tables hold ids and raw captions as numbers too."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value) if math.isfinite(value) else None
     return value
@@ -515,7 +515,7 @@ def _parts(image: Any) -> tuple[str | None, bytes | None]:
 
 
 def _locate(record: dict[str, Any], folder: str, roots: tuple[str, ...]) -> None:
-    """Makes a file of the path of a record's image, if that may be read."""
+    """Replaces the path of a record's image by that of its file, if that may be read."""
     path, content = _parts(record["image"])
     if path is None or content is not None:
         return
@@ -827,7 +827,7 @@ def _read(file: str, mapping: ColumnMapping, max_bytes: int) -> Iterator[dict[st
 
 
 def _problem(record: Mapping[str, Any]) -> str | None:
-    """What of a record is of no type that a record has, if anything."""
+    """The part of a record that has a wrong type, if any."""
     image = record["image"]
     if image is not None and _parts(image) == (None, None):
         return f"the image must be a path or the bytes of a file, got {printable(repr(image)[:50])}"

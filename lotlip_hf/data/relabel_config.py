@@ -145,13 +145,13 @@ class RelabelConfig:
 
 
 def _unplaced(value: Any) -> Any:
-    """A path of this machine as something that tells it from others and does not say where it is."""
+    """A path of this machine as the last name in it and a digest, without the folders above."""
     if not isinstance(value, str) or not os.path.isabs(value):
         return value
     return f"{os.path.basename(value)} ({hashlib.blake2b(os.fsencode(value), digest_size=4).hexdigest()})"
 
 
-# Options that a flag sets for a captioner; `retry`, `extra_body` and a name of its own are for the file of options.
+# Options that a flag sets for a captioner; `retry`, `extra_body` and `model` are for the file of options.
 _CAPTIONER_FLAGS = [
     one for one in dataclasses.fields(CaptionerConfig) if "help" in one.metadata and one.name != "model"
 ]

@@ -575,7 +575,7 @@ def _with_words(name: str, rules: Mapping[str, Any]) -> str:
 
 
 def _words(rule: str, value: Any) -> str:
-    """What a rule is in a title; nothing where it is as usual."""
+    """A rule as words of a title; empty if it is as usual."""
     if rule == "normalization":
         return "" if value else "captions not normalised"
     if value is None or rule == "data":  # a checksum tells a reader nothing

@@ -33,7 +33,7 @@ FAISS_TRAINING_ROWS = 2**18
 NOT_FOUND = 2**40
 
 DIRECTIONS = ("image_to_text", "text_to_image")
-# Metrics of the first k candidates, and how a protocol calls the number of candidates
+# Metrics of the first k candidates, and the protocol's name of the number of candidates
 TOP = re.compile(r"(image_to_text_r|text_to_image_r|accuracy_top)(\d+)")
 CANDIDATES = {"image_to_text_r": "num_texts", "text_to_image_r": "num_images", "accuracy_top": "num_classes"}
 

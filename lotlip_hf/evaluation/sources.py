@@ -548,7 +548,7 @@ def open_table(task: Task, data: str | None, options: Options) -> Table:
     dataset = undecoded(dataset)
     where = f"{source} (split {chosen})"
     if on_hub:
-        roots = hub_folders(source) if options.image_root is None else image_roots("", options)
+        roots = hub_folders(source) if options.image_root is None else (options.image_root,)
         return Table(dataset, chosen, source, commit, where, "", roots)
     folder = source if os.path.isdir(source) else os.path.dirname(source) or "."
     is_text = KINDS.get(os.path.splitext(source)[1].lower()) == "csv"

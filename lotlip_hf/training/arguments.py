@@ -439,7 +439,7 @@ def _unknown(option: str, known: Sequence[str]) -> str:
 
 
 def choices(option: str) -> tuple[str, ...]:
-    """What an option of a [`TrainingConfig`] can be, if it is one of several words."""
+    """The values of an option of a [`TrainingConfig`] that is one of several words; empty for others."""
     return _choices(get_type_hints(TrainingConfig)[option])
 
 

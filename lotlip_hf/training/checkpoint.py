@@ -31,7 +31,7 @@ class CheckpointError(RuntimeError):
 
 
 class Stateful(Protocol):
-    """A module, a scheduler: what gives its state, and goes on from it."""
+    """An object that gives its state and goes on from it: a module, a scheduler."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
