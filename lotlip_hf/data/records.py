@@ -291,7 +291,7 @@ def _hub_records(
     roots = roots or hub_folders(name)
     if isinstance(dataset, Dataset):
         resolved = _resolve(mapping, dataset.column_names, name)
-        transform = partial(_to_records, mapping=resolved, places=((folder, roots),))
+        transform = partial(_to_records, mapping=resolved, folders=((folder, roots),))
         return undecoded(dataset).with_transform(transform)
     dataset = undecoded(cast(IterableDataset, dataset))
     columns = dataset.column_names or list(next(iter(dataset)))
@@ -325,13 +325,13 @@ def _parquet_records(files: list[str], mapping: ColumnMapping, images: _Images) 
     except DatasetGenerationError as error:
         raise _unreadable(files, "parquet", error.__cause__ or error) from error
     resolved = _resolve(mapping, dataset.column_names, files[0])
-    places = tuple(dict.fromkeys(map(images.of, files)))
+    folders = tuple(dict.fromkeys(map(images.of, files)))
     dataset = undecoded(dataset)
-    if len(places) > 1:
+    if len(folders) > 1:
         lengths = [pyarrow.parquet.read_metadata(file).num_rows for file in files]
-        numbers = np.repeat([places.index(images.of(file)) for file in files], lengths)
-        dataset = dataset.add_column("__place__", numbers)
-    return dataset.with_transform(partial(_to_records, mapping=resolved, places=places))
+        numbers = np.repeat([folders.index(images.of(file)) for file in files], lengths)
+        dataset = dataset.add_column("__folder__", numbers)
+    return dataset.with_transform(partial(_to_records, mapping=resolved, folders=folders))
 
 
 def _unreadable(files: Sequence[str], kind: str, reason: BaseException) -> ValueError:
@@ -374,8 +374,8 @@ def read_table(
             with replacing(path) as file, pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer:
                 for block in _blocks(files, mapping, max_record_bytes):
                     writer.write_batch(pa.RecordBatch.from_pylist(block, schema=FEATURES.arrow_schema))
-    places = tuple(map(images.of, files))
-    return Dataset.from_file(str(path)).with_transform(partial(_from_table, places=places))
+    folders = tuple(map(images.of, files))
+    return Dataset.from_file(str(path)).with_transform(partial(_from_table, folders=folders))
 
 
 def first_error(records: Dataset | IterableDataset) -> str | None:
@@ -415,14 +415,14 @@ def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Ite
         yield block
 
 
-def _from_table(rows: dict[str, list[Any]], places: Sequence[tuple[str, tuple[str, ...]]]) -> dict[str, list[Any]]:
+def _from_table(rows: dict[str, list[Any]], folders: Sequence[tuple[str, tuple[str, ...]]]) -> dict[str, list[Any]]:
     """Rows of a table as records: the paths of images become files."""
     records = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
     for record in records:
         image = record.get("image")
         if image is not None:
             record["image"] = {"bytes": image["bytes"], "path": image["path"]}
-            _locate(record, *places[image["file"]])
+            _locate(record, *folders[image["file"]])
     return {name: [record[name] for record in records] for name in rows}
 
 
@@ -579,13 +579,13 @@ def check_inside(file: str, roots: Sequence[str]) -> None:
 
 
 def _to_records(
-    rows: dict[str, list[Any]], mapping: ColumnMapping, places: Sequence[tuple[str, tuple[str, ...]]]
+    rows: dict[str, list[Any]], mapping: ColumnMapping, folders: Sequence[tuple[str, tuple[str, ...]]]
 ) -> dict[str, list[Any]]:
     """The records of a batch, column by column, as `Dataset.with_transform` asks for."""
     number = len(next(iter(rows.values()), []))
-    numbers = rows.get("__place__", [0] * number)
+    numbers = rows.get("__folder__", [0] * number)
     records = [
-        _to_record({name: column[row] for name, column in rows.items()}, mapping, *places[numbers[row]])
+        _to_record({name: column[row] for name, column in rows.items()}, mapping, *folders[numbers[row]])
         for row in range(number)
     ]
     return {name: [record[name] for record in records] for name in FIELDS}
@@ -849,10 +849,10 @@ def _broken(record_id: str, error: str) -> dict[str, Any]:
 
 def _stream(files: list[str], mapping: ColumnMapping, images: _Images, max_bytes: int) -> Iterator[dict[str, Any]]:
     for file in files:
-        number, place = 0, images.of(file)
+        number, folders = 0, images.of(file)
         try:
             for record in _read(file, mapping, max_bytes):
-                _locate(record, *place)
+                _locate(record, *folders)
                 yield record
                 number += 1
         except Exception as error:  # libraries raise any kind; the records before it stay
