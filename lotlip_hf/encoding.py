@@ -98,7 +98,7 @@ def load_model(
                 f"ORG/NAME --revision {revision} --local-dir FOLDER) and load {OPEN_CLIP}local-dir:FOLDER."
             )
         model, processor = load_open_clip(name, _usable(device), dtype)
-        # no PreTrainedModel, but what is asked of one here
+        # no PreTrainedModel, but with the methods that are called here
         return cast(PreTrainedModel, model), processor
     if revision is not None and os.path.isdir(name):
         raise ValueError(f"`revision` {revision!r} is of models on the Hub; {name} is a folder.")
@@ -126,7 +126,7 @@ def load_model(
                     f"{name}: the image tower takes {taken[0]} x {taken[1]} pixels, the processor makes {made[0]} x "
                     f"{made[1]}: export the checkpoint again with `lotlip export onnx`."
                 )
-        # no PreTrainedModel, but what is asked of one here
+        # no PreTrainedModel, but with the methods that are called here
         model = cast(PreTrainedModel, model)
         if hasattr(processor, "tokenizer"):
             fit_tokenizer(model, processor.tokenizer)

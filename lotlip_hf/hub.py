@@ -534,7 +534,7 @@ def model_card(
         processor: Its processor.
         repo_id: The id that the card's examples load.
         fields: What cannot be read off the model.
-        options: Of the training, by name. Paths and what is no option of a [`TrainingConfig`] are left out.
+        options: Of the training, by name. Paths, and names that are no option of a [`TrainingConfig`], are left out.
         step: How many steps of the training the checkpoint was saved after.
     """
     fields = fields or CardFields()

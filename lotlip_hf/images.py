@@ -148,7 +148,7 @@ def unreadable_hint(name: str | os.PathLike) -> str | None:
         name (`str` or `os.PathLike`): the file's name.
 
     Returns:
-        `str` or `None`: the reason and what to do; `None` for what PIL decodes and for what is no picture.
+        `str` or `None`: the reason and what to do; `None` for files that PIL decodes and for no pictures.
 
     Example:
 
@@ -324,7 +324,7 @@ def checked_background(background: Background) -> tuple[int, int, int] | None:
 
 def background_of(processor: Any) -> Background:
     """
-    The colour that a processor has for what is transparent.
+    The colour that a processor lays under transparent pixels.
 
     Args:
         processor (`Any`): a processor or an image processor.
@@ -342,7 +342,7 @@ def load_image(
     Reads an image as 8-bit RGB, upright.
 
     The EXIF orientation is applied, as `transformers.image_utils.load_image` does; an animation gives its first frame;
-    what is transparent shows the background. 16-bit pixels are scaled to 8 bits, where PIL would clip them, and
+    transparent pixels show the background. 16-bit pixels are scaled to 8 bits, where PIL would clip them, and
     floating-point ones are taken to go from 0 (black) to 1 (white).
 
     Images of more than twice `PIL.Image.MAX_IMAGE_PIXELS` pixels are refused, see [`set_max_image_pixels`], and so are

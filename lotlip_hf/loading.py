@@ -52,7 +52,7 @@ def check_config(config: PreTrainedConfig, name: str | os.PathLike) -> None:
         name (`str` or `os.PathLike`): what the error calls the checkpoint.
 
     Raises:
-        ValueError: if a number of layers, heads, dimensions, ... is negative or too large, or a switch is none.
+        ValueError: if a number of layers, heads, dimensions, ... is negative or too large, or a switch is no boolean.
     """
 
     def check(settings: dict[str, Any]) -> None:

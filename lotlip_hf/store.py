@@ -60,7 +60,7 @@ class EmbeddingStore:
 
     Attributes:
         entries (`dict[str, dict]`):
-            The latest entry of each key: its `row`, or why it has none as `error`, and what was appended with it.
+            The latest entry of each key: its `row`, or why it has none as `error`, and the fields appended with it.
         rows (`int`): number of rows, those of superseded entries included.
 
     Raises:
@@ -222,7 +222,7 @@ class EmbeddingStore:
         embeddings = self.embeddings()
         for start in range(0, self.rows, CHECK_BLOCK):
             if not np.isfinite(embeddings[start : start + CHECK_BLOCK]).all():
-                raise _ForeignError(f"{self._embeddings_name} holds what is not finite")
+                raise _ForeignError(f"{self._embeddings_name} holds numbers that are not finite")
 
     def _read_header(self, entry: dict[str, Any]) -> int:
         """Takes the line that names the rows' file; returns how many rows that holds."""

@@ -59,7 +59,7 @@ class PrintableFormatter(logging.Formatter):
 
 def printable_lines(value: object) -> str:
     """
-    A message of several lines, of which all but the first are set in: what is in it cannot pass for a message itself.
+    A message of several lines, of which all but the first are set in: no part of it can pass for another message.
 
     Args:
         value (`object`): a text or an error.

@@ -276,7 +276,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         Args:
             input_ids: [B, L], padded with the tokenizer's padding token.
             attention_mask: [B, L], 0 for tokens to leave out. Padding is left out in any case, also by a mask of ones,
-                which some clients give: `pad_token_id`, over CLIP what stands behind [EOT].
+                which some clients give: `pad_token_id`, over CLIP all tokens behind [EOT].
             position_ids: [B, L], places in the text; by default counted.
             output_hidden_states: Whether to return `hidden_states`: a tuple of [B, S, hidden_size], one for the
                 embeddings and one a layer, each normalised as the last and adapted, and `hidden_states[target_layer]`

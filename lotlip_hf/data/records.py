@@ -56,7 +56,7 @@ RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
 FIRST_ROWS = 20  # that are looked at for their columns
 # Rows that a table is written in; their bytes are bounded too.
 TABLE_ROWS, TABLE_BYTES = 1000, 1 << 26
-TABLE_VERSION = 1  # of what is kept in the cache
+TABLE_VERSION = 1  # of the tables in the cache
 FIELDS = ("image", "short_caption", "long_captions", "id", "error")
 FEATURES = Features(
     {

@@ -12,7 +12,6 @@ import errno
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -686,9 +685,7 @@ def _image(
 
 
 def _raw_caption(caption: Any) -> str:
-    """The raw caption, as it can be written; a table may hold numbers there."""
-    if isinstance(caption, int | float) and not isinstance(caption, bool) and math.isfinite(caption):
-        caption = str(caption)
+    """The raw caption, as it can be written."""
     return _writable(caption) if isinstance(caption, str) and caption.strip() else ""
 
 
