@@ -1,6 +1,5 @@
 """What the converters share: their error, reading configurations, loading strictly, and writing all or nothing."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from lotlip_hf import (
     LoTLIPVisionModel,
     LoTLIPVisionModelWithProjection,
 )
-from lotlip_hf.files import printable
+from lotlip_hf.files import parse_json, printable, read_regular
 from lotlip_hf.loading import check_config, check_shards, naming_damage
 from lotlip_hf.modeling.loading_lotlip import checked_download
 
@@ -72,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConversionError(f"{path}: no such file.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_regular(path))
     except ValueError as error:
         raise ConversionError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(content, dict):

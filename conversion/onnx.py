@@ -270,7 +270,7 @@ def _export(module: _Tower, tower: str, batch: Sequence[torch.Tensor], opset: in
     """Writes the graph, and weights that are too large for one file beside it."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    # sizes of which none is 0 or 1, which would stay as they are; nor a DINOv2's own or a square, for it looks
+    # no size of 0 or 1, which the export would fix; a DINOv2 branches for its own size and for squares
     config = _tower_configs(module.model)[tower]
     if tower == "text":
         example = tuple(torch.ones(2, 3, dtype=torch.long) for _ in INPUTS[tower])

@@ -25,7 +25,7 @@ STORAGES = {
     "ShortStorage": torch.int16,
 }
 CONSTANTS = "/constants.pkl"
-# In the code of a module's class
+# A class's parameters and buffers in the archive's code
 TENSORS = r"class {}\(Module\):\n  __parameters__ = (\[.*?\])\n  __buffers__ = (\[.*?\])\n"
 
 
@@ -60,7 +60,7 @@ def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Of an archive's modules: their attributes in objects without code, and its tensors."""
+    """Unpickles modules to objects with their attributes and without code."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
@@ -90,7 +90,7 @@ class _Unpickler(pickle.Unpickler):
         return self.storages[key][:size]
 
     def tensor_names(self, kind: type) -> list[str]:
-        """What a module's class lists as its parameters and buffers; other tensors it may hold are no weights."""
+        """The parameters and buffers that a module's class lists; its other tensors are no weights."""
         *folders, module = kind.__module__.split(".")
         code = self.archive.read("/".join([self.root, "code", *folders, f"{module}.py"])).decode()
         listed = re.search(TENSORS.format(re.escape(kind.__name__)), code)

@@ -263,9 +263,9 @@ def _embed(arguments: argparse.Namespace) -> int:
     from .embed import check_output, check_texts, embed_images, embed_texts
 
     check_output(arguments.output, overwrite=arguments.overwrite)
-    if arguments.texts and arguments.image_root:
-        raise ValueError("--image-root is of --images, not of --texts.")
     if arguments.texts:
+        if arguments.image_root:
+            raise ValueError("--image-root is of --images, not of --texts.")
         check_texts(arguments.texts, arguments.column)  # before the model is loaded
     model, processor = _load(arguments)
     if arguments.images:

@@ -20,12 +20,11 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .images import ImageError, ImageSource, background_of, checked_background, load_image, load_pixels, processed_size
+from .images import ImageError, ImageSource, background_of, load_image, load_pixels, processed_size
 from .loading import check_config, check_processor, check_shards, naming_damage
 from .modeling.calls_lotlip import for_one_call, free_of_calls
 from .modeling.loading_lotlip import checked_download
 from .modeling.modeling_lotlip import LoTLIPModel
-from .modeling.processing_lotlip import check_image_sizes
 from .modeling.tokenization_lotlip import LoTLIPTokenizer
 from .onnx import FILES as ONNX_FILES
 from .onnx import LoTLIPOnnxModel
@@ -99,7 +98,7 @@ def load_model(
                 f"ORG/NAME --revision {revision} --local-dir FOLDER) and load {OPEN_CLIP}local-dir:FOLDER."
             )
         model, processor = load_open_clip(name, _usable(device), dtype)
-        # no PreTrainedModel, but what is asked of one here
+        # no PreTrainedModel, but with the methods that are called here
         return cast(PreTrainedModel, model), processor
     if revision is not None and os.path.isdir(name):
         raise ValueError(f"`revision` {revision!r} is of models on the Hub; {name} is a folder.")
@@ -127,7 +126,7 @@ def load_model(
                     f"{name}: the image tower takes {taken[0]} x {taken[1]} pixels, the processor makes {made[0]} x "
                     f"{made[1]}: export the checkpoint again with `lotlip export onnx`."
                 )
-        # no PreTrainedModel, but what is asked of one here
+        # no PreTrainedModel, but with the methods that are called here
         model = cast(PreTrainedModel, model)
         if hasattr(processor, "tokenizer"):
             fit_tokenizer(model, processor.tokenizer)
@@ -228,16 +227,13 @@ def _load(
             raise ValueError(
                 f"{name} has no {part}: save the model's processor beside it (`processor.save_pretrained(folder)`)."
             )
-    check_processor(processor, name)
     fit_tokenizer(model, processor.tokenizer)
     return model.to(device).eval(), processor
 
 
 def _load_processor(name: str, revision: str | None = None) -> Any:
     processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
-    checked_background(background_of(processor))
-    if hasattr(processor, "image_processor"):
-        check_image_sizes(processor.image_processor, name)
+    check_processor(processor, name)
     return processor
 
 
@@ -509,7 +505,7 @@ def max_text_length(model: PreTrainedModel, tokenizer: Any) -> int:
 def fit_tokenizer(model: PreTrainedModel, tokenizer: Any, max_length: int | None = None) -> None:
     """
     Makes a tokenizer and its model agree on the longest text: sets `tokenizer.model_max_length`, which decides
-    wherever texts are cut, and removes what earlier calls asked for.
+    wherever texts are cut, and removes the settings of earlier calls.
 
     Args:
         model (`PreTrainedModel`): the model.

@@ -1,4 +1,4 @@
-"""Files and names that others wrote: what may be opened, how much is read, what is shown; and files written whole."""
+"""Files and names from outside: which may be opened, how much is read, how they are shown; and files written whole."""
 
 import contextlib
 import errno
@@ -9,7 +9,7 @@ import re
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
+# Bytes of a file, a line or a record that are read into memory at once, where no option says otherwise
+MAX_BYTES = 1 << 28
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
 
@@ -96,6 +98,25 @@ def inside(folder: str | os.PathLike, path: str | os.PathLike) -> str:
     return joined
 
 
+def lies_in(folders: Iterable[str | os.PathLike], path: str | os.PathLike) -> bool:
+    """
+    Whether a file lies in one of several folders, links followed.
+
+    Args:
+        folders (`Iterable[str]`): the folders.
+        path (`str` or `os.PathLike`): the file; a relative path starts from the working directory.
+
+    Returns:
+        `bool`: whether it does.
+    """
+    file = os.path.join(os.getcwd(), path)  # not `abspath`, which would take `link/..` for the folder of the link
+    for folder in folders:
+        with contextlib.suppress(OutsideError):
+            inside(folder, file)
+            return True
+    return False
+
+
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """
     Opens a file to read, unless it is a device or a pipe; never waits for a writer.
@@ -139,7 +160,7 @@ def is_own_file(path: Path) -> bool:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames what cannot be used, a link rather than what it leads to, and returns where it is now."""
+    """Renames a file that cannot be used, or the link itself, and returns its new path."""
     aside = path.with_name(f"{path.name}{DAMAGED}-{uuid.uuid4().hex[:8]}")
     os.rename(path, aside)
     return aside
@@ -174,13 +195,13 @@ def set_aside_link(path: Path) -> None:
         logger.warning("%s is a link, which is not followed; it is now %s.", path, set_aside(path).name)
 
 
-def read_regular(path: str | os.PathLike, limit: int) -> bytes:
+def read_regular(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
     """
     Reads a file whole, unless it is too large.
 
     Args:
         path (`str` or `os.PathLike`): the file.
-        limit (`int`): the most bytes that are read.
+        limit (`int`, *optional*, defaults to 256 MiB): the most bytes that are read.
 
     Returns:
         `bytes`: its contents.
@@ -198,7 +219,7 @@ def read_regular(path: str | os.PathLike, limit: int) -> bytes:
 
 def parse_json(data: str | bytes) -> Any:
     """
-    Parses JSON of a stranger.
+    Parses JSON from outside.
 
     Args:
         data (`str` or `bytes`): the text.

@@ -32,6 +32,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import AutoProcessor
 
 from .encoding import load_model
+from .evaluation.retrieval import telling_metrics
 from .files import all_or_nothing, markdown_text, parse_json, printable, read_regular
 from .images import processed_size
 from .modeling.loading_lotlip import checked_download
@@ -67,23 +68,18 @@ LANGUAGES = {
     **{"en": "English", "zh": "Chinese", "de": "German", "es": "Spanish", "fr": "French", "it": "Italian"},
     **{"ja": "Japanese", "ko": "Korean", "pt": "Portuguese", "ru": "Russian", "multilingual": "many languages"},
 }
-# Options of a training that say nothing of what came of it.
-HOUSEKEEPING = {
-    *("output", "resume", "num_workers", "on_error", "streaming", "shuffle_buffer", "compile", "trackers"),
-    *("eval_data", "eval_split", "eval_samples", "eval_steps", "log_steps", "save_steps", "save_total_limit"),
-}
-# Where another option has to be set for one to say anything
+# Options of a training that a card leaves out, beside those that change nothing that is computed
+HOUSEKEEPING = {"image_folder", "streaming", "shuffle_buffer", "eval_data", "eval_split", "eval_samples", "eval_steps"}
+# Options that count only if this is true of the others
 NEEDS = {
     "num_scenes": lambda options: options.get("data") == "scenes",
     "num_epochs": lambda options: not options.get("max_steps"),
     "unlocked_vision_layers": lambda options: options.get("lock_vision"),
 }
-# Which captions, of data that has several kinds
+# Kinds of captions, for data that have several
 CAPTIONS = ("all", "long", "short")
-# Metrics of `lotlip evaluate` that are shares, and those of a number of candidates
+# Metrics of `lotlip evaluate` that are shares
 SHARE = re.compile(r"(image_to_text|text_to_image)_r\d+(_low|_high)?|accuracy_top\d+|mean_per_class_recall")
-TOP = re.compile(r"(image_to_text_r|text_to_image_r|accuracy_top)(\d+)")
-CANDIDATES = {"image_to_text_r": "num_texts", "text_to_image_r": "num_images", "accuracy_top": "num_classes"}
 # What an earlier commit may have left that would be read beside this one: weights in other shards, an adapter, older
 # code, settings of the processor in other files. Only beside it: folders are somebody's own.
 STALE = [
@@ -98,8 +94,7 @@ GENERATED = [
     "This is a [sentence-transformers](https://www.SBERT.net) model",
 ]
 MAX_SHARD_SIZE = "5GB"
-MAX_RESULTS = 1 << 28  # bytes of a file of results
-# What files of results hold as texts, and their `dataset` does
+# Fields of a file of results, and of its `dataset`, that are texts
 RESULT_TEXTS = (
     "task",
     "study",
@@ -346,7 +341,7 @@ def result_file(file: str | os.PathLike) -> dict[str, Any]:
             return [shown(part) for part in value]
         return printable(value) if isinstance(value, str) else value
 
-    content = read_regular(file, MAX_RESULTS)
+    content = read_regular(file)
     try:
         content = shown(parse_json(content))
     except ValueError as error:
@@ -359,26 +354,6 @@ def result_file(file: str | os.PathLike) -> dict[str, Any]:
             if not isinstance(part.get(name), str | None):
                 raise ValueError(f"`{where}{name}` is {part[name]!r}, expected a text")
     return content
-
-
-def telling_metrics(metrics: Mapping[str, float], protocol: Mapping[str, Any]) -> dict[str, float]:
-    """
-    Metrics without those that say nothing: a share of right ones among the first k, above 1, of no more than k.
-
-    Args:
-        metrics: Numbers by name.
-        protocol: With `num_images`, and `num_texts` or `num_classes`.
-
-    Returns:
-        The others.
-    """
-
-    def tells(name: str) -> bool:
-        match = TOP.fullmatch(name)
-        candidates = None if match is None else protocol.get(CANDIDATES[match[1]])
-        return match is None or candidates is None or int(match[2]) == 1 or int(match[2]) < candidates
-
-    return {name: value for name, value in metrics.items() if tells(name)}
 
 
 def _result_rows(file: str | os.PathLike) -> list[list[str]]:
@@ -559,7 +534,7 @@ def model_card(
         processor: Its processor.
         repo_id: The id that the card's examples load.
         fields: What cannot be read off the model.
-        options: Of the training, by name. Paths and what is no option of a [`TrainingConfig`] are left out.
+        options: Of the training, by name. Paths, and names that are no option of a [`TrainingConfig`], are left out.
         step: How many steps of the training the checkpoint was saved after.
     """
     fields = fields or CardFields()
@@ -637,13 +612,13 @@ def _training_options(source: Path | None) -> dict[str, Any]:
 
 
 def _told_options(options: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Options of a training and their values, but for what lay on a disk, was not set, or changes no weight."""
-    from .training.arguments import SCENES, TrainingConfig, choices
+    """Options of a training that are set and change weights, with their values; no paths."""
+    from .training.arguments import RESUMABLE, SCENES, TrainingConfig, choices
 
     told = []
     for name in TrainingConfig.__dataclass_fields__:
         value = options.get(name)
-        if name in HOUSEKEEPING or not NEEDS.get(name, bool)(options):
+        if name in RESUMABLE | HOUSEKEEPING or not NEEDS.get(name, bool)(options):
             continue
         if isinstance(value, bool):
             shown = "yes" if value else ""

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from .files import OutsideError, inside, open_regular
+from .files import lies_in, open_regular
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
-# What is laid under transparency, a colour as PIL takes it; `None` for nothing, which drops the alpha channel
+# The colour under transparency, as PIL takes it; `None` drops the alpha channel
 Background = str | Sequence[int] | None
 WHITE = "white"
 
@@ -30,21 +30,21 @@ EXCLUDED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 MAX_FILE_BYTES = 1 << 30
 # The environment variable that sets the pixel limit in this process and those that it starts
 MAX_PIXELS_VARIABLE = "LOTLIP_MAX_IMAGE_PIXELS"
-# Twice what PIL warns of
+# Twice the size from which on PIL warns
 DEFAULT_MAX_PIXELS = 2 * (1024**3 // 4 // 3)
-# Larger files are read one at a time: what is in them beside pixels may fill the memory too.
+# Larger files are read one at a time: metadata in them may fill the memory too.
 LARGE_FILE_BYTES = 1 << 26
 # Formats that may hold an image of another size than they say
 NESTED_FORMATS = ("BLP", "ICNS", "ICO")
 TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF's tags
-# Side in pixels of what is converted at a time, where a conversion needs more memory than its result
+# Side in pixels of the tiles in which conversions work that need more memory than their result
 TILE = 1024
 # Images of more pixels are resized here, where their image processor would copy them whole several times
 LARGE = 1 << 24
 
 HEIF_HINT = "HEIC and HEIF are read once pillow-heif is installed (pip install pillow-heif)"
 AVIF_HINT = "AVIF needs a newer Pillow (pip install --upgrade pillow)"
-# How such files begin, after their first four bytes, whatever they are called
+# How such files begin, after their first four bytes; a name may say something else
 BRANDS = {
     **{b"ftyp" + brand: HEIF_HINT for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")},
     **dict.fromkeys((b"ftypavif", b"ftypavis"), AVIF_HINT),
@@ -148,7 +148,7 @@ def unreadable_hint(name: str | os.PathLike) -> str | None:
         name (`str` or `os.PathLike`): the file's name.
 
     Returns:
-        `str` or `None`: the reason and what to do; `None` for what PIL decodes and for what is no picture.
+        `str` or `None`: the reason and what to do; `None` for files that PIL decodes and for no pictures.
 
     Example:
 
@@ -224,7 +224,7 @@ def find_images(
             is_folder = stat.S_ISDIR(status.st_mode)
             if not is_folder and not is_image_name:
                 continue
-            if is_link and not any(_lies_in(one, folder / path) for one in {folder, root}):
+            if is_link and not lies_in({folder, root}, folder / path):
                 unreadable[path] = "a link that leads out of the folder; --image-root DIR names one that holds both"
                 continue
             if is_folder:
@@ -236,13 +236,6 @@ def find_images(
             else:
                 images[path] = status
     return dict(sorted(images.items())), dict(sorted(unreadable.items()))
-
-
-def _lies_in(folder: Path, path: Path) -> bool:
-    try:
-        return bool(inside(folder, path.absolute()))
-    except OutsideError:
-        return False
 
 
 def read_image_bytes(path: str | os.PathLike, limit: int = MAX_FILE_BYTES) -> bytes:
@@ -294,7 +287,7 @@ def set_max_image_pixels(pixels: int) -> None:
     if pixels < 1:
         raise ValueError(f"`pixels` must be at least 1, got {pixels}.")
     os.environ[MAX_PIXELS_VARIABLE] = str(pixels)
-    # Whoever sets the limit needs no warning from half of it on.
+    # PIL would warn from half of the limit on.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     Image.MAX_IMAGE_PIXELS = -(-pixels // 2)
 
@@ -331,7 +324,7 @@ def checked_background(background: Background) -> tuple[int, int, int] | None:
 
 def background_of(processor: Any) -> Background:
     """
-    The colour that a processor has for what is transparent.
+    The colour that a processor lays under transparent pixels.
 
     Args:
         processor (`Any`): a processor or an image processor.
@@ -349,7 +342,7 @@ def load_image(
     Reads an image as 8-bit RGB, upright.
 
     The EXIF orientation is applied, as `transformers.image_utils.load_image` does; an animation gives its first frame;
-    what is transparent shows the background. 16-bit pixels are scaled to 8 bits, where PIL would clip them, and
+    transparent pixels show the background. 16-bit pixels are scaled to 8 bits, where PIL would clip them, and
     floating-point ones are taken to go from 0 (black) to 1 (white).
 
     Images of more than twice `PIL.Image.MAX_IMAGE_PIXELS` pixels are refused, see [`set_max_image_pixels`], and so are
@@ -453,7 +446,7 @@ def _loaded(
 
 @contextlib.contextmanager
 def _image_errors(name: str) -> Iterator[None]:
-    """What goes wrong with a file, as an `ImageError`."""
+    """Raises all errors in this context as `ImageError`."""
     try:
         yield
     except ImageError:
@@ -485,7 +478,7 @@ def _too_many_bytes(name: str, limit: int) -> ImageError:
 
 
 def _open_file(path: str, name: str, limit: int = MAX_FILE_BYTES) -> BinaryIO:
-    """The file, open: all that is asked of it is asked of this one descriptor."""
+    """The open file, whose size and contents come from one descriptor."""
     try:
         file = open_regular(path)
     except IsADirectoryError as error:
@@ -544,7 +537,7 @@ def _read(
 
 
 def _pixels_to_decode(image: Image.Image) -> int | None:
-    """Of a file that was opened; `None` if that is not known before."""
+    """The pixels of an opened file; `None` if they are not known before decoding."""
     if image.format in NESTED_FORMATS:
         return None
     width, height = image.size
@@ -582,7 +575,7 @@ def _draft(
 
 
 def _resized_size(size: tuple[int, int], image_processor: Any) -> tuple[int, int] | None:
-    """The size that the processor's resizing gives; `None` for a thin image, of which more than that is cut."""
+    """The size that the processor's resizing gives; `None` for a thin image, which is cut as well."""
     if image_processor is None or 0 in size:
         return None
     from .modeling.processing_lotlip import is_thin, resized_size  # here: transformers takes seconds to import
@@ -609,7 +602,7 @@ def _prepared(image: Image.Image, name: str, image_processor: Any) -> Image.Imag
 
 
 def _to_rgb(image: Image.Image, name: str, background: tuple[int, int, int] | None) -> Image.Image:
-    """A new image, whatever the mode. It is the only full copy: what needs more memory goes tile by tile."""
+    """A new image, the only full copy: conversions that need more memory go tile by tile."""
     if 0 in image.size:
         raise ImageError(name, f"has no pixels (size {image.width}x{image.height})")
     given, file_format = image, image.format
@@ -653,7 +646,7 @@ def _by_tiles(
     convert: Callable[[Image.Image], tuple[Image.Image, Image.Image | None]],
     background: tuple[int, int, int] | None,
 ) -> Image.Image:
-    """RGB, from a function of a tile to its colours and to what of it is opaque."""
+    """RGB, by a function from a tile to its colours and its mask of opaque pixels."""
     canvas = Image.new("RGB", image.size, background or 0)
     for box, tile in _tiles(image):
         colours, mask = convert(tile)

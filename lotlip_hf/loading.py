@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: what is looked at before they are loaded, and errors that name the file."""
+"""Checkpoints from outside: checks before they are loaded, and errors that name the file."""
 
 import contextlib
 import os
@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 
 from .files import parse_json, printable, read_regular
+from .images import background_of, checked_background
+from .modeling.processing_lotlip import check_image_sizes
 
-# Bytes of a file of settings. The largest, a tokenizer's, take a tenth of that.
-MAX_JSON = 1 << 28
 MAX_LAYERS = 1024
 MAX_SIZE = 1 << 24
 SWITCHES = ("output_attentions", "output_hidden_states", "return_dict")
@@ -23,7 +23,7 @@ SIZES = ("_size", "_dim", "_dims", "_embeddings", "_length")
 
 def check_shards(folder: str | os.PathLike) -> None:
     """
-    Looks at which files a checkpoint says its weights are in.
+    Checks that a checkpoint's weights are in files of its own folder.
 
     Args:
         folder (`str` or `os.PathLike`): the checkpoint's folder; nothing is looked at of a Hub id.
@@ -33,7 +33,7 @@ def check_shards(folder: str | os.PathLike) -> None:
     """
     for path in sorted(Path(folder).glob("*.index.json")):
         try:
-            names = parse_json(read_regular(path, MAX_JSON))["weight_map"].values()
+            names = parse_json(read_regular(path))["weight_map"].values()
             wrong = [
                 name for name in names if not isinstance(name, str) or name != Path(name).name or name in ("", "..")
             ]
@@ -52,7 +52,7 @@ def check_config(config: PreTrainedConfig, name: str | os.PathLike) -> None:
         name (`str` or `os.PathLike`): what the error calls the checkpoint.
 
     Raises:
-        ValueError: if a number of layers, heads, dimensions, ... is negative or too large, or a switch is none.
+        ValueError: if a number of layers, heads, dimensions, ... is negative or too large, or a switch is no boolean.
     """
 
     def check(settings: dict[str, Any]) -> None:
@@ -74,23 +74,27 @@ def check_config(config: PreTrainedConfig, name: str | os.PathLike) -> None:
 
 def check_processor(processor: Any, name: str | os.PathLike) -> None:
     """
-    Prepares a text and a picture, for settings of wrong types are not noticed before.
+    Checks a processor's settings, and prepares a text and a picture: libraries notice wrong types only then.
 
     Args:
-        processor (`ProcessorMixin`): the processor.
+        processor (`ProcessorMixin`): the processor, or a tokenizer or an image processor alone.
         name (`str` or `os.PathLike`): what the error calls the checkpoint.
 
     Raises:
         ValueError: if a setting makes no sense. Libraries raise errors of other kinds, see [`naming_damage`].
     """
-    limit = processor.tokenizer.model_max_length
-    if not isinstance(limit, int) or limit < 1:
-        raise ValueError(f"{name}: the tokenizer's model_max_length is {limit!r}, expected a number of tokens.")
-    processor.tokenizer(["a"])
-    with np.errstate(all="ignore"):
-        pixels = processor.image_processor(images=[Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
-    if not torch.as_tensor(pixels).isfinite().all():
-        raise ValueError(f"{name}: with the image processor's settings pixels are not finite.")
+    checked_background(background_of(processor))
+    if hasattr(processor, "image_processor"):
+        check_image_sizes(processor.image_processor, os.fspath(name))
+        with np.errstate(all="ignore"):
+            pixels = processor.image_processor(images=[Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
+        if not torch.as_tensor(pixels).isfinite().all():
+            raise ValueError(f"{name}: with the image processor's settings pixels are not finite.")
+    if hasattr(processor, "tokenizer"):
+        limit = processor.tokenizer.model_max_length
+        if not isinstance(limit, int) or limit < 1:
+            raise ValueError(f"{name}: the tokenizer's model_max_length is {limit!r}, expected a number of tokens.")
+        processor.tokenizer(["a"])
 
 
 @contextlib.contextmanager
@@ -121,10 +125,10 @@ def naming_damage(name: str, revision: str | None = None) -> Iterator[None]:
 
 
 def _damaged_file(folder: Path) -> tuple[str, Exception] | None:
-    """The first of a folder's files of settings that holds no JSON object."""
+    """The first file of settings in a folder that holds no JSON object, and the error."""
     for path in sorted(folder.glob("*.json")):
         try:
-            content = parse_json(read_regular(path, MAX_JSON))
+            content = parse_json(read_regular(path))
             if not isinstance(content, dict) and path.name != "modules.json":
                 raise ValueError(f"expected a JSON object, got a {type(content).__name__}")
         except (OSError, ValueError) as error:
@@ -133,7 +137,7 @@ def _damaged_file(folder: Path) -> tuple[str, Exception] | None:
 
 
 def _damaged_part(name: str, revision: str | None) -> str:
-    """Which part of a checkpoint does not load by itself."""
+    """The part of a checkpoint that does not load by itself."""
     for part, loader in (("config.json", AutoConfig), ("the processor (processor_config.json, ...)", AutoProcessor)):
         try:
             loader.from_pretrained(name, revision=revision, trust_remote_code=False)

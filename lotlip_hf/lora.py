@@ -1,4 +1,4 @@
-"""What LoRA is put on: the encoders that a LoTLIP is made of call their layers by different names."""
+"""Target layers of LoRA: the encoders of a LoTLIP name their layers differently."""
 
 from torch import nn
 
@@ -53,7 +53,7 @@ def lora_targets(model: nn.Module, *, skip_frozen: bool = False) -> list[str]:
 
 
 def _is_projection(name: str, layer: nn.Module) -> bool:
-    """Of attention; not the one inside of torch's own attention (SigLIP's pooler), which is read and not called."""
+    """Whether a layer is a projection of attention; those in torch's own (SigLIP's pooler) are read and not called."""
     if not isinstance(layer, nn.Linear) or isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
     return any("attn" in part or "attention" in part for part in name.lower().split(".")[:-1])

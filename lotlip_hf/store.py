@@ -28,7 +28,7 @@ ENTRIES = "entries.jsonl"
 EMBEDDINGS = re.compile(r"embeddings-(0|[1-9][0-9]{0,8})\.f32")
 MAX_COMPACTIONS = 10**9
 LOCK = "lock"
-# Of a line of the entries, bytes: the longest path and the longest reason are far below.
+# Bytes of a line of the entries, far above the longest path and the longest reason
 MAX_LINE = 1 << 20
 MAX_DIMENSION = 1 << 16
 # Rows that are read at a time to be checked.
@@ -47,8 +47,8 @@ class EmbeddingStore:
     line `{"dimension": P, "embeddings": file}` names the rows' file. What an interruption left half-written at the end
     is cut off on entering. A lock keeps other processes out; they wait.
 
-    The folder may be a stranger's, come with a data set. No file but those of these names is opened, and none that is
-    a link; what cannot be the work of this class is renamed, with a warning, and the store begins empty.
+    The folder may come with a data set. Only files of these names are opened, and no links; files that this
+    class cannot have written are renamed, with a warning, and the store begins empty.
 
     Args:
         folder (`Path`): where the files are; made on entering.
@@ -60,7 +60,7 @@ class EmbeddingStore:
 
     Attributes:
         entries (`dict[str, dict]`):
-            The latest entry of each key: its `row`, or why it has none as `error`, and what was appended with it.
+            The latest entry of each key: its `row`, or why it has none as `error`, and the fields appended with it.
         rows (`int`): number of rows, those of superseded entries included.
 
     Raises:
@@ -160,7 +160,7 @@ class EmbeddingStore:
         new_name = f"embeddings-{number % MAX_COMPACTIONS}.f32"
         kept: dict[str, dict[str, Any]] = {}
         count = 0
-        # The entries' replacement changes over in one step: they name the file of their rows.
+        # The replacement of the entries is the one step that counts: they name the file of their rows.
         with replacing(self.folder / ENTRIES) as entries:
             with self._opened(new_name, "xb") as embeddings:
                 if self.dimension is not None:
@@ -222,7 +222,7 @@ class EmbeddingStore:
         embeddings = self.embeddings()
         for start in range(0, self.rows, CHECK_BLOCK):
             if not np.isfinite(embeddings[start : start + CHECK_BLOCK]).all():
-                raise _ForeignError(f"{self._embeddings_name} holds what is not finite")
+                raise _ForeignError(f"{self._embeddings_name} holds numbers that are not finite")
 
     def _read_header(self, entry: dict[str, Any]) -> int:
         """Takes the line that names the rows' file; returns how many rows that holds."""
@@ -238,7 +238,7 @@ class EmbeddingStore:
         return path.stat().st_size // (4 * dimension) if path.exists() else 0
 
     def _read_entry(self, entry: dict[str, Any], available: int) -> bool:
-        """Takes an entry, unless it is not as `append` writes them or its row is missing."""
+        """Takes an entry as `append` writes it, if its row is there; returns whether it did."""
         key = entry.pop("key", None)
         if not isinstance(key, str) or any(type(entry.get(name)) is not kind for name, kind in self.fields.items()):
             return False

@@ -1,4 +1,4 @@
-"""What a command prints: strangers' text that no terminal acts on, and errors as messages and exit statuses."""
+"""Output of commands: text without control characters, and errors as messages and exit statuses."""
 
 import contextlib
 import logging
@@ -11,7 +11,7 @@ from typing import Any
 from .files import printable
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# What tqdm moves the cursor by, in writes of their own
+# tqdm moves the cursor by these, in separate writes
 CURSOR = re.compile(r"(\n|\x1b\[A)+")
 
 
@@ -29,12 +29,11 @@ class PrintableStream:
 
     def write(self, text: str) -> int:
         """Writes the text; returns its length."""
+        shown = text
         if not CURSOR.fullmatch(text):
             start = "\r" if text.startswith("\r") else ""
             parts = re.split(r"([\n\t])", COLOUR.sub("", text.removeprefix(start)))
             shown = start + "".join(part if part in ("\n", "\t") else printable(part) for part in parts)
-        else:
-            shown = text
         self._stream.write(shown)
         return len(text)
 
@@ -60,7 +59,7 @@ class PrintableFormatter(logging.Formatter):
 
 def printable_lines(value: object) -> str:
     """
-    A message of several lines, of which all but the first are set in: what is in it cannot pass for a message itself.
+    A message of several lines, of which all but the first are set in: no part of it can pass for another message.
 
     Args:
         value (`object`): a text or an error.
@@ -115,8 +114,8 @@ def run(program: str, command: Callable[[], int | None]) -> int:
         command (`Callable`): what it does; returns the exit status, or nothing for 0.
 
     Returns:
-        `int`: the exit status: 2 after an error that it prints, 130 if it was interrupted, 141 if whoever read the
-        output has stopped reading.
+        `int`: the exit status: 2 after an error that it prints, 130 if it was interrupted, 141 if the output's reader
+        has stopped reading.
     """
     with printable_output(f"{program}: %(message)s"):
         try:
@@ -127,7 +126,7 @@ def run(program: str, command: Callable[[], int | None]) -> int:
             print(f"{program}: interrupted.", file=sys.stderr)
             return 130
         except BrokenPipeError:
-            # Who reads the output has enough (`| head`). What is left in the buffer goes nowhere.
+            # The reader has stopped (`| head`). The rest of the buffer goes nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except (ImportError, OSError, ValueError) as error:

@@ -276,7 +276,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         Args:
             input_ids: [B, L], padded with the tokenizer's padding token.
             attention_mask: [B, L], 0 for tokens to leave out. Padding is left out in any case, also by a mask of ones,
-                which some clients give: `pad_token_id`, over CLIP what stands behind [EOT].
+                which some clients give: `pad_token_id`, over CLIP all tokens behind [EOT].
             position_ids: [B, L], places in the text; by default counted.
             output_hidden_states: Whether to return `hidden_states`: a tuple of [B, S, hidden_size], one for the
                 embeddings and one a layer, each normalised as the last and adapted, and `hidden_states[target_layer]`
@@ -317,7 +317,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         mask = self._text_mask(input_ids, attention_mask)
         has_positions = input_ids.shape[-1] <= self.config.max_position_embeddings
         if attention_mask is not None and self.config.text_config.is_causal and has_positions:
-            # CLIP's states of padding see padding, as pipelines read them; no text sees what stands behind it
+            # CLIP's states of padding see padding, as pipelines read them; no text sees the tokens behind it
             attention_mask = attention_mask.bool() | self._is_behind_text(input_ids, attention_mask)
         elif attention_mask is not None:
             attention_mask = mask

@@ -1,4 +1,4 @@
-"""Calls of a tokenizer that leave nothing behind: what one call asks for neither decides for the next nor is saved."""
+"""Calls of a tokenizer that leave no state behind: settings of one call neither hold for the next nor are saved."""
 
 from typing import Any, TypeVar
 
@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-# The names under which transformers keeps what the last call before saving asked for, as settings of the tokenizer.
+# The names under which transformers keeps the settings of the last call before saving, as those of the tokenizer.
 # A processor passes them on in every call, where they win over `model_max_length`.
 CALL_SETTINGS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id")
 PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -16,8 +16,8 @@ AnyTokenizer = TypeVar("AnyTokenizer")
 
 def free_of_calls(tokenizer: Any) -> None:
     """
-    Removes from a tokenizer what an earlier call asked for: truncation, padding, and limits that a `tokenizer.json`
-    has kept. What is left to decide is `model_max_length`.
+    Removes the settings of earlier calls from a tokenizer: truncation, padding, and limits that a `tokenizer.json`
+    has kept. `model_max_length` alone decides then.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): any tokenizer of transformers, changed in place; anything else stays as

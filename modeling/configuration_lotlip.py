@@ -70,8 +70,8 @@ _KNOWN_FIELDS = frozenset(
 
 class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
     """
-    What both towers share: a backbone's configuration, how it is pooled, and the width it is projected to. Fields that
-    are none of its own are the backbone's, so `LoTLIPTextConfig(vocab_size=100)` does what it says, and so do
+    What both towers share: a backbone's configuration, how it is pooled, and the width it is projected to. The other
+    fields are the backbone's, so `LoTLIPTextConfig(vocab_size=100)` does what it says, and so do
     `config.layer_norm_eps` and `config.layer_norm_eps = 1e-6`: each value has one home.
     """
 

@@ -45,7 +45,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 # A code point that Unicode keeps free for a program's own use.
 MARK = "\ufdd0"
 FULL_STOP = ". "
-# What stands right behind a word when it is written, of the signs
+# Signs that are written right behind a word
 CLOSING = frozenset(".,!?;:%)]'’-")
 # A text after which a space would make the end of a sentence, by `cleaning`
 OFFICIAL_STOP = re.compile(r"\.\Z")
@@ -170,7 +170,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         self.clean_text = clean_text
         self.split_sentences = split_sentences
         self.cleaning = cleaning
-        # What stays unsaid here, transformers takes from the padding and truncation that a tokenizer.json has kept.
+        # By default transformers takes the sides from the padding and truncation that a tokenizer.json has kept.
         kwargs.setdefault("padding_side", "right")
         kwargs.setdefault("truncation_side", "right")
         if vocab is not None:
@@ -188,7 +188,7 @@ class LoTLIPTokenizer(TokenizersBackend):
             cleaning=cleaning,
             **kwargs,
         )
-        # What the file says for those who read nothing else, this class does itself.
+        # The file's cleaning is for other readers: this class cleans by itself.
         _remove_cleaning(self._tokenizer)
         # A special token is looked for in the text before it is normalised, so that no normaliser can write one.
         self._tokenizer.add_special_tokens(
@@ -413,7 +413,7 @@ class LoTLIPTokenizer(TokenizersBackend):
     @property
     def backend_tokenizer(self) -> Tokenizer:
         """The backend of the tokenizers library."""
-        self._spare_backends = None  # whoever has it may change it at any time
+        self._spare_backends = None  # the caller may change it at any time
         return self._tokenizer  # pyright: ignore[reportReturnType]
 
     def _add_tokens(self, *args: Any, **kwargs: Any) -> int:
@@ -434,7 +434,7 @@ class LoTLIPTokenizer(TokenizersBackend):
             self._spare_backends = []
 
     def _own_backend(self) -> tuple[list[tuple[Tokenizer, list[str]]], Tokenizer, list[str]]:
-        """A list that takes it back, a backend for one call, since threads share `self._tokenizer`, special tokens."""
+        """A backend for one call, as threads share the other: the list to put it back in, itself, special tokens."""
         spare = [] if self._spare_backends is None else self._spare_backends
         try:
             return spare, *spare.pop()
@@ -544,7 +544,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         legacy_format: bool | None = None,
         filename_prefix: str | None = None,
     ) -> tuple[str, ...]:
-        """Writes a `tokenizer.json` that cleans and splits texts for those who read nothing else."""
+        """Writes a `tokenizer.json` that cleans and splits texts by itself."""
         file = os.path.join(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + "tokenizer.json")
         content = json.dumps(self.bare_tokenizer(), ensure_ascii=False, indent=2)
         with open(file, "w", encoding="utf-8") as opened:
@@ -678,7 +678,7 @@ def _replace(pattern: str, content: str) -> dict[str, Any]:
 
 
 def _remove_cleaning(backend: Tokenizer) -> None:
-    """Leaves of a tokenizer.json that [`LoTLIPTokenizer.bare_tokenizer`] made what it was made of."""
+    """Takes the steps that [`LoTLIPTokenizer.bare_tokenizer`] adds out of a backend."""
     if not isinstance(backend.normalizer, normalizers.Sequence):
         return
     steps = json.loads(backend.normalizer.__getstate__())["normalizers"]

@@ -244,7 +244,8 @@ def read_image(source: Any, name: str, processor: Any = None) -> Image.Image:
             `datasets.Image(decode=False)` gives it.
         name (`str`): what errors call the record.
         processor (`ProcessorMixin` or `BaseImageProcessor`, *optional*):
-            What the image is for, with the background of what is transparent; see [`~lotlip_hf.images.load_image`].
+            The processor of the model, whose background is laid under transparency; see
+            [`~lotlip_hf.images.load_image`].
 
     Returns:
         `PIL.Image.Image`: the image as RGB, upright.

@@ -97,7 +97,7 @@ class EndpointCaptioner:
 
     An image is sent as a JPEG file of quality 95, its longer side `config.max_image_size` at most. `answer` is for
     many threads at once: as many requests are under way. The key is that in `OPENAI_API_KEY`; endpoints of Hugging
-    Face get the Hub's token (`HF_TOKEN` or `hf auth login`), which nobody else is sent; an address with a user name
+    Face get the Hub's token (`HF_TOKEN` or `hf auth login`), and no other server does; an address with a user name
     gets that and the password instead. Neither is shown or written. `config.revision` is not sent: the endpoint
     decides what it runs. `transformers serve` draws tokens only for a checkpoint whose `generation_config.json` says
     so (`do_sample`); for others its answers are the same at any temperature.
@@ -147,7 +147,7 @@ class EndpointCaptioner:
         self._secrets = _spellings("" if key == NO_KEY else key, password or user, pair, address.query)
         self._url = address._replace(netloc=address.netloc.rpartition("@")[2], path=_path(address.path)).geturl()
         self._client = httpx.Client(
-            # an answer of a few sentences gains nothing by compression
+            # a few sentences need no compression
             headers={"Accept-Encoding": "identity", **({} if signs_in else {"Authorization": f"Bearer {key}"})},
             auth=(user, password) if signs_in else None,
             timeout=config.timeout,
@@ -276,7 +276,7 @@ class EndpointCaptioner:
             raise _Failure("the connection broke", details=details) from None
 
     def _post(self, body: bytes, deadline: float) -> "_Reply":
-        """Sends a request, and reads no more of the reply than is wanted."""
+        """Sends a request, and reads at most `max_answer_bytes` of the reply."""
         limit = self.config.max_answer_bytes
         headers = {"Content-Type": "application/json"}
         content = bytearray()
@@ -294,7 +294,7 @@ class EndpointCaptioner:
         return _Failure("no answer in time", details=f" ({self.config.timeout:g} s)", advice=TOO_LATE)
 
     def _refused(self, reply: "_Reply") -> _Failure:
-        """What a reply means that holds no answer."""
+        """The failure that a reply without an answer stands for."""
         status = reply.status
         reason = f"{status} {self._safe(_message(reply))}".strip()
         if status < 400:
@@ -358,7 +358,7 @@ class EndpointCaptioner:
 
 
 class _Reply(NamedTuple):
-    """What a server says to a request."""
+    """A server's reply to a request."""
 
     status: int
     phrase: str
@@ -367,7 +367,7 @@ class _Reply(NamedTuple):
 
 
 def _address(config: CaptionerConfig) -> SplitResult:
-    """The parts of the endpoint's address, once it and the options are such as an endpoint takes."""
+    """Checks the endpoint's address and options, and returns the parts of the address."""
     try:
         parts = urlsplit(config.endpoint or "")
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -387,7 +387,7 @@ def _address(config: CaptionerConfig) -> SplitResult:
 
 
 def _path(path: str) -> str:
-    """Where chat completions are, of an address that ends as people write it."""
+    """The path of chat completions, for an address with or without `/v1`."""
     path = path.rstrip("/")
     if path.endswith("/chat/completions"):
         return path
@@ -395,7 +395,7 @@ def _path(path: str) -> str:
 
 
 def _spellings(*secrets: str | None) -> list[str]:
-    """Secrets as a text may hold them, the longest first."""
+    """Secrets plain and quoted for addresses, the longest first."""
     ways = (str, quote, unquote, lambda one: quote(one, safe=""))
     return sorted({way(one) for one in secrets if one for way in ways}, key=len, reverse=True)
 
@@ -439,9 +439,9 @@ def _too_long(limit: int) -> _Failure:
 
 
 def _decoded(content: bytes, encoding: str, limit: int) -> bytes:
-    """The body of a reply whose server compresses it all the same."""
+    """The body of a reply, decompressed: some servers compress unasked."""
     if encoding.strip().lower() not in ("gzip", "x-gzip", "deflate"):
-        return content  # what it is then is no JSON
+        return content  # which no JSON parser takes
     try:
         content = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(content, limit + 1)
     except zlib.error as error:
@@ -478,10 +478,9 @@ def _text(content: Any) -> str:
     for part in content:
         if isinstance(part, dict):
             part = part.get("text") if part.get("type") in ("text", "output_text") else "" if "type" in part else None
-        text = part
-        if not isinstance(text, str):
-            raise ValueError(f"a text of the content is a {type(text).__name__}")
-        texts.append(text)
+        if not isinstance(part, str):
+            raise ValueError(f"a text of the content is a {type(part).__name__}")
+        texts.append(part)
     return "".join(texts)
 
 

@@ -1,4 +1,4 @@
-"""What a run keeps as it goes: journals that survive being killed."""
+"""Journals of a run, which survive its being killed."""
 
 import contextlib
 import json
@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..files import PARTIAL, open_regular, parse_json, read_regular
+from ..files import MAX_BYTES, PARTIAL, open_regular, parse_json, read_regular
 
-LARGEST = 1 << 28  # bytes of a file of JSON, and of a line of a journal
 NONE = type(None)
-# What `fits` compares the lines of a journal with
+# The forms of a journal's lines, for `fits`
 HEADER = {"records": str}
 CAPTION = ({"text": str, "attempts": int, "reasons": [str], "earlier_reasons": [str]}, {"skip": str})
 GROUP = {"group": int, "captions": [CAPTION]}
@@ -74,7 +73,7 @@ def read_json(path: Path, form: Any) -> Any:
         DamagedError: if it is no JSON of that form.
     """
     try:
-        value = parse_json(read_regular(path, LARGEST))
+        value = parse_json(read_regular(path))
     except (FileNotFoundError, ValueError) as error:
         raise DamagedError(path, "missing" if isinstance(error, FileNotFoundError) else str(error)) from error
     if not fits(value, form):
@@ -164,10 +163,10 @@ class Journal:
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a file with what they say, up to the first that a run does not write."""
+    """The lines of a file and their values, up to the first that no run writes."""
     form: Any = HEADER
     with contextlib.suppress(FileNotFoundError), open_regular(path) as file:
-        while line := file.readline(LARGEST):
+        while line := file.readline(MAX_BYTES):
             try:
                 value = parse_json(line)
             except ValueError:

@@ -18,11 +18,9 @@ from typing import Any, BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from ..files import open_regular, parse_json, printable
+from ..files import MAX_BYTES, open_regular, parse_json, printable
 from ..images import image_extensions
 
-# The most bytes of a row: a line, an entry of a list, or a shard's sample with its image.
-MAX_RECORD_BYTES = 1 << 28
 # Extensions of the files that are read, and the kind of file.
 KINDS = {
     ".csv": "csv",
@@ -59,7 +57,7 @@ def read_rows(
     file: str | os.PathLike,
     columns: Sequence[str] | None = None,
     texts: Sequence[str] = (),
-    max_bytes: int = MAX_RECORD_BYTES,
+    max_bytes: int = MAX_BYTES,
 ) -> Iterator[dict[str, Any] | RowError]:
     """
     Reads the rows of a file in order.
@@ -75,7 +73,9 @@ def read_rows(
             The columns that a Parquet file is read for, or ways into them; by default all.
         texts (`Sequence[str]`, *optional*):
             Columns of texts, or ways into them: a cell of a CSV or TSV file that holds a list in JSON is a list there.
-        max_bytes (`int`, *optional*): the most bytes that a row may have; a larger one is not read.
+        max_bytes (`int`, *optional*, defaults to 256 MiB):
+            The most bytes of a row: a line, an entry of a list, or a shard's sample with its image. A larger one is
+            not read.
 
     Yields:
         `dict[str, Any]` or `RowError`: a row, or why it cannot be read.
@@ -262,7 +262,7 @@ def _list_rows(file: BinaryIO, max_bytes: int) -> Iterator[dict[str, Any] | RowE
 
 
 class _CsvLines:
-    """The lines of one row after the other: `size` counts the characters of a row, `is_at_end` if it lacks any."""
+    """The lines of a CSV file; `size` counts the characters of a row, `is_at_end` says that one lacks lines."""
 
     def __init__(self, file: BinaryIO, max_bytes: int) -> None:
         self._lines, self._max_bytes = _lines(file, max_bytes, newline=""), max_bytes
@@ -343,7 +343,7 @@ def _texts(cell: str | None) -> str | list[str | None] | None:
 
 
 class _Bounded:
-    """A file of which little is read at a time, whatever the headers of an archive say."""
+    """A file whose single reads are bounded: an archive's headers may give any size."""
 
     def __init__(self, file: BinaryIO, max_bytes: int) -> None:
         self._file, self._max_bytes = file, max_bytes
@@ -356,7 +356,7 @@ class _Bounded:
 
 
 class _Sample:
-    """A sample while its members are read; of one that has an `error` nothing more is."""
+    """A sample while its members are read; after an `error` its other members are skipped."""
 
     def __init__(self, key: str) -> None:
         self.key = key

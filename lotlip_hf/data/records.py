@@ -6,7 +6,6 @@ captions. `readers.read_rows` reads the rows of local files, so that a value is 
 or not; of tables a copy for random access is kept in the cache of `datasets`.
 """
 
-import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -34,9 +33,9 @@ from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from ..files import OutsideError, inside, printable, replacing
+from ..files import MAX_BYTES, lies_in, printable, replacing
 from ..images import image_extensions
-from .readers import KINDS, MAX_RECORD_BYTES, RowError, SizeError, column_of, read_rows, value_of
+from .readers import KINDS, RowError, SizeError, column_of, read_rows, value_of
 from .sampling import split_sentences
 
 logger = logging.getLogger(__name__)
@@ -57,11 +56,11 @@ RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
 FIRST_ROWS = 20  # that are looked at for their columns
 # Rows that a table is written in; their bytes are bounded too.
 TABLE_ROWS, TABLE_BYTES = 1000, 1 << 26
-TABLE_VERSION = 1  # of what is kept in the cache
+TABLE_VERSION = 1  # of the tables in the cache
 FIELDS = ("image", "short_caption", "long_captions", "id", "error")
 FEATURES = Features(
     {
-        # `file` is the number of the file that names the path, which starts at its folder
+        # `file` is the index of the file that names the path; the path starts from that file's folder
         "image": {"bytes": Value("large_binary"), "path": Value("string"), "file": Value("int32")},
         "short_caption": Value("string"),
         "long_captions": List(Value("string")),
@@ -171,7 +170,7 @@ def load_records(
     streaming: bool = False,
     *,
     image_root: str | os.PathLike | None = None,
-    max_record_bytes: int = MAX_RECORD_BYTES,
+    max_record_bytes: int = MAX_BYTES,
     **kwargs: Any,
 ) -> Dataset | IterableDataset:
     """
@@ -231,7 +230,7 @@ def load_records(
         if mapping not in MAPPINGS:
             raise ValueError(f"`mapping` must be a ColumnMapping or one of {', '.join(MAPPINGS)}, got {mapping!r}.")
         mapping = MAPPINGS[mapping]
-    images = _Images(*(None if one is None else os.fspath(one) for one in (image_folder, image_root)))
+    images = _Images(image_folder, image_root)
     if is_hub_name(source):
         return _hub_records(cast(str, source), mapping, split or "train", images, streaming, kwargs)
     if kwargs:
@@ -269,30 +268,32 @@ def is_hub_name(source: object) -> bool:
 
 @dataclass(frozen=True)
 class _Images:
-    """Where images lie: what relative paths start from, and what they must not leave; `None`: where the file lies."""
+    """The folder that images' relative paths start from, and the one they must lie in; `None`: that of the file."""
 
-    folder: str | None
-    root: str | None
+    folder: str | os.PathLike | None
+    root: str | os.PathLike | None
 
     def of(self, file: str) -> tuple[str, tuple[str, ...]]:
         """The folder and the roots of the images that a file names; a shard's own are in it, and none is opened."""
-        own = None if file.lower().endswith(".tar") else os.path.dirname(file) or "."
+        return self.below(None if file.lower().endswith(".tar") else os.path.dirname(file) or ".")
+
+    def below(self, own: str | None = None) -> tuple[str, tuple[str, ...]]:
+        """The folder and the roots of images that lie in the folder `own`, if there is no other."""
         folder = self.folder or own or self.root
-        roots = () if folder is None else (self.root or folder,)
-        return folder or "", roots
+        return ("", ()) if folder is None else (os.fspath(folder), (os.fspath(self.root or folder),))
 
 
 def _hub_records(
     name: str, mapping: ColumnMapping, split: str, images: _Images, streaming: bool, kwargs: dict[str, Any]
 ) -> Dataset | IterableDataset:
     dataset = load_dataset(name, split=split, streaming=streaming, **kwargs)
-    folder = images.folder or images.root or ""
-    roots = (images.root or folder,) if folder else hub_folders(name)
+    folder, roots = images.below()
+    roots = roots or hub_folders(name)
     if isinstance(dataset, Dataset):
         resolved = _resolve(mapping, dataset.column_names, name)
-        transform = partial(_to_records, mapping=resolved, places=((folder, roots),))
-        return _undecoded(dataset).with_transform(transform)
-    dataset = _undecoded(cast(IterableDataset, dataset))
+        transform = partial(_to_records, mapping=resolved, folders=((folder, roots),))
+        return undecoded(dataset).with_transform(transform)
+    dataset = undecoded(cast(IterableDataset, dataset))
     columns = dataset.column_names or list(next(iter(dataset)))
     resolved = _resolve(mapping, columns, name)
     return dataset.map(
@@ -317,20 +318,20 @@ def hub_folders(name: str) -> tuple[str, ...]:
 
 def _parquet_records(files: list[str], mapping: ColumnMapping, images: _Images) -> Dataset:
     try:
-        # It takes file names for patterns.
+        # `load_dataset` takes file names for patterns
         dataset = cast(Dataset, load_dataset("parquet", data_files=[glob.escape(one) for one in files], split="train"))
     except StopIteration as error:
         raise ValueError(f"{', '.join(files)}: no row can be read.") from error
     except DatasetGenerationError as error:
         raise _unreadable(files, "parquet", error.__cause__ or error) from error
     resolved = _resolve(mapping, dataset.column_names, files[0])
-    places = tuple(dict.fromkeys(map(images.of, files)))
-    dataset = _undecoded(dataset)
-    if len(places) > 1:
+    folders = tuple(dict.fromkeys(map(images.of, files)))
+    dataset = undecoded(dataset)
+    if len(folders) > 1:
         lengths = [pyarrow.parquet.read_metadata(file).num_rows for file in files]
-        numbers = np.repeat([places.index(images.of(file)) for file in files], lengths)
-        dataset = dataset.add_column("__place__", numbers)
-    return dataset.with_transform(partial(_to_records, mapping=resolved, places=places))
+        numbers = np.repeat([folders.index(images.of(file)) for file in files], lengths)
+        dataset = dataset.add_column("__folder__", numbers)
+    return dataset.with_transform(partial(_to_records, mapping=resolved, folders=folders))
 
 
 def _unreadable(files: Sequence[str], kind: str, reason: BaseException) -> ValueError:
@@ -345,7 +346,7 @@ def read_table(
     mapping: ColumnMapping,
     image_folder: str | os.PathLike | None = None,
     image_root: str | os.PathLike | None = None,
-    max_record_bytes: int = MAX_RECORD_BYTES,
+    max_record_bytes: int = MAX_BYTES,
 ) -> Dataset:
     """
     Reads the records of files, shards included, into a table for random access, which is kept in the cache of
@@ -361,7 +362,7 @@ def read_table(
     Raises:
         ValueError: if a file cannot be read to its end, or a column is missing.
     """
-    images = _Images(*(None if one is None else os.fspath(one) for one in (image_folder, image_root)))
+    images = _Images(image_folder, image_root)
     mapping = _resolve_of(files, mapping, images, max_record_bytes)
     state = [(os.path.abspath(file), (status := os.stat(file)).st_size, status.st_mtime_ns) for file in files]
     key = json.dumps([TABLE_VERSION, state, dataclasses.asdict(mapping), max_record_bytes])
@@ -373,8 +374,8 @@ def read_table(
             with replacing(path) as file, pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer:
                 for block in _blocks(files, mapping, max_record_bytes):
                     writer.write_batch(pa.RecordBatch.from_pylist(block, schema=FEATURES.arrow_schema))
-    places = tuple(map(images.of, files))
-    return Dataset.from_file(str(path)).with_transform(partial(_from_table, places=places))
+    folders = tuple(map(images.of, files))
+    return Dataset.from_file(str(path)).with_transform(partial(_from_table, folders=folders))
 
 
 def first_error(records: Dataset | IterableDataset) -> str | None:
@@ -394,7 +395,7 @@ def first_error(records: Dataset | IterableDataset) -> str | None:
 
 
 def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Iterator[list[dict[str, Any]]]:
-    """The records of files as a table has them, so many at a time as memory holds."""
+    """The records of files as a table has them, in blocks of bounded size."""
     block: list[dict[str, Any]] = []
     size = 0
     for number, file in enumerate(files):
@@ -408,20 +409,20 @@ def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Ite
                 if len(block) == TABLE_ROWS or size > TABLE_BYTES:
                     yield block
                     block, size = [], 0
-        except Exception as error:  # whatever the format's library raises
+        except Exception as error:  # libraries raise any kind on a damaged file
             raise _unreadable([file], _kind([file]), error) from error
     if block:
         yield block
 
 
-def _from_table(rows: dict[str, list[Any]], places: Sequence[tuple[str, tuple[str, ...]]]) -> dict[str, list[Any]]:
+def _from_table(rows: dict[str, list[Any]], folders: Sequence[tuple[str, tuple[str, ...]]]) -> dict[str, list[Any]]:
     """Rows of a table as records: the paths of images become files."""
     records = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
     for record in records:
         image = record.get("image")
         if image is not None:
             record["image"] = {"bytes": image["bytes"], "path": image["path"]}
-            _locate(record, *places[image["file"]])
+            _locate(record, *folders[image["file"]])
     return {name: [record[name] for record in records] for name in rows}
 
 
@@ -452,9 +453,7 @@ def to_record(
     ('pictures/a.jpg', 'A cat', ['A cat. It sleeps.'], 'a.jpg')
     ```
     """
-    folder = image_folder or image_root
-    roots = () if folder is None else (image_root or folder,)
-    return _to_record(row, mapping, folder or "", roots)
+    return _to_record(row, mapping, *_Images(image_folder, image_root).below())
 
 
 def _to_record(row: Mapping[str, Any], mapping: ColumnMapping, folder: str, roots: tuple[str, ...]) -> dict[str, Any]:
@@ -495,7 +494,7 @@ def _fields(row: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
 
 
 def _as_text(value: Any) -> Any:
-    """Numbers as texts, as tables hold ids and raw captions; none is no text."""
+    """Numbers as texts: tables hold ids and raw captions as numbers too."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value) if math.isfinite(value) else None
     return value
@@ -516,7 +515,7 @@ def _parts(image: Any) -> tuple[str | None, bytes | None]:
 
 
 def _locate(record: dict[str, Any], folder: str, roots: tuple[str, ...]) -> None:
-    """Makes a file of the path of a record's image, if that may be read."""
+    """Replaces the path of a record's image by that of its file, if that may be read."""
     path, content = _parts(record["image"])
     if path is None or content is not None:
         return
@@ -572,25 +571,21 @@ def check_inside(file: str, roots: Sequence[str]) -> None:
     Raises:
         ValueError: if it lies elsewhere.
     """
-    for root in roots:
-        with contextlib.suppress(OutsideError):
-            # not `abspath`, which would take `link/..` for the folder of the link
-            inside(root, os.path.join(os.getcwd(), file))
-            return
-    raise ValueError(
-        f"the image {printable(file)} lies outside of {printable(roots[0])}; --image-root DIR (`image_root`) allows "
-        "images below another folder"
-    )
+    if not lies_in(roots, file):
+        raise ValueError(
+            f"the image {printable(file)} lies outside of {printable(roots[0])}; --image-root DIR (`image_root`) "
+            "allows images below another folder"
+        )
 
 
 def _to_records(
-    rows: dict[str, list[Any]], mapping: ColumnMapping, places: Sequence[tuple[str, tuple[str, ...]]]
+    rows: dict[str, list[Any]], mapping: ColumnMapping, folders: Sequence[tuple[str, tuple[str, ...]]]
 ) -> dict[str, list[Any]]:
     """The records of a batch, column by column, as `Dataset.with_transform` asks for."""
     number = len(next(iter(rows.values()), []))
-    numbers = rows.get("__place__", [0] * number)
+    numbers = rows.get("__folder__", [0] * number)
     records = [
-        _to_record({name: column[row] for name, column in rows.items()}, mapping, *places[numbers[row]])
+        _to_record({name: column[row] for name, column in rows.items()}, mapping, *folders[numbers[row]])
         for row in range(number)
     ]
     return {name: [record[name] for record in records] for name in FIELDS}
@@ -613,7 +608,7 @@ def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, m
                     continue
                 columns |= dict.fromkeys(row)
                 fields = max(fields, len(row.keys() - {"image", "__key__"}))
-        except Exception as error:  # whatever the format's library raises
+        except Exception as error:  # libraries raise any kind on a damaged file
             errors.append(f"{printable(file)}: {type(error).__name__}: {error}")
         if columns:
             break
@@ -651,10 +646,10 @@ def _resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Col
             field,
         )
 
-    def first(field: str, wanted: tuple[str, ...]) -> str | None:
+    def first(wanted: tuple[str, ...]) -> str | None:
         return next((way for way in wanted if column_of(way, columns)), None)
 
-    short = first("short", _alternatives(mapping.short))
+    short = first(_alternatives(mapping.short))
     if short is None and mapping.short is not None:
         if not mapping.long or isinstance(mapping.short, str) or None not in mapping.short:
             raise missing("short", _alternatives(mapping.short))
@@ -669,7 +664,7 @@ def _resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Col
             raise missing("long", (wanted,))
     if not long and mapping.long:
         raise missing("long", _alternatives(mapping.long))
-    image = first("image", _alternatives(mapping.image))
+    image = first(_alternatives(mapping.image))
     if image is None:
         raise missing("image", _alternatives(mapping.image))
     if short is None and mapping.short is not None:
@@ -679,11 +674,19 @@ def _resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Col
             source,
             " or ".join(map(repr, _alternatives(mapping.short))),
         )
-    return ColumnMapping(image=image, long=tuple(long), short=short, id=first("id", _alternatives(mapping.id)))
+    return ColumnMapping(image=image, long=tuple(long), short=short, id=first(_alternatives(mapping.id)))
 
 
-def _undecoded(dataset: Any) -> Any:
-    """The data set with its images as they were stored."""
+def undecoded(dataset: Any) -> Any:
+    """
+    Leaves the decoding of images to the reader.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): a data set.
+
+    Returns:
+        The same rows, their images as they are stored.
+    """
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(name, Image(decode=False))
@@ -824,7 +827,7 @@ def _read(file: str, mapping: ColumnMapping, max_bytes: int) -> Iterator[dict[st
 
 
 def _problem(record: Mapping[str, Any]) -> str | None:
-    """What of a record is of no type that a record has, if anything."""
+    """The part of a record that has a wrong type, if any."""
     image = record["image"]
     if image is not None and _parts(image) == (None, None):
         return f"the image must be a path or the bytes of a file, got {printable(repr(image)[:50])}"
@@ -846,13 +849,13 @@ def _broken(record_id: str, error: str) -> dict[str, Any]:
 
 def _stream(files: list[str], mapping: ColumnMapping, images: _Images, max_bytes: int) -> Iterator[dict[str, Any]]:
     for file in files:
-        number, place = 0, images.of(file)
+        number, folders = 0, images.of(file)
         try:
             for record in _read(file, mapping, max_bytes):
-                _locate(record, *place)
+                _locate(record, *folders)
                 yield record
                 number += 1
-        except Exception as error:  # whatever the format's library raises; the records before it stay
+        except Exception as error:  # libraries raise any kind; the records before it stay
             reason = (
                 f"{printable(file)}: damaged or truncated after {number} records ({type(error).__name__}: {error})"
             )

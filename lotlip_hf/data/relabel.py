@@ -12,10 +12,8 @@ import errno
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..evaluation.plots import check_plot
-from ..files import PARTIAL, OutsideError, printable, replacing, write_json
+from ..files import PARTIAL, OutsideError, is_own_file, printable, replacing, write_json
 from ..images import ImageError, find_images, read_image_bytes
 from .caption_quality import judge
 from .captioners import Answer, Captioner, CaptionerConfig, published_name
@@ -57,7 +55,7 @@ READERS = 4  # threads that decode images ahead
 HUB_TIMEOUT = 10.0  # seconds
 # Control characters but line ends and tabs, and marks that turn the direction of what follows
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]+")
-# What `fits` compares the files in `.relabel` with
+# The forms of the files in `.relabel`, for `fits`
 PART = {"records": int}
 IDENTITY = {"options": dict, "captioners": [{"model": str}]}
 COUNTS = {str: int}
@@ -322,7 +320,7 @@ class _Storage:
         return text
 
     def read(self, image: Any) -> Any:
-        """The image, its file's bytes in place of its path; the bytes that are looked at are those that are kept."""
+        """The image with its file's bytes: the same bytes are captioned and digested."""
         path = _file(image)
         if path is None:
             return image
@@ -679,16 +677,15 @@ def _image(
     except ImageError as error:
         storage.check(image, error)
         return f"{_text(name)}: cannot be read any more since it was captioned ({storage.unplaced(_text(error))})"
-    # journals of earlier versions do not say of which bytes their captions are
-    if any(caption.get("image", _digest(content)) != _digest(content) for caption in captions):
+    # journals of earlier versions hold no digests
+    digest = _digest(content)
+    if any(caption.get("image", digest) != digest for caption in captions):
         return f"{_text(name)}: has changed since it was captioned"
     return {"bytes": content, "path": os.path.basename(path)}
 
 
 def _raw_caption(caption: Any) -> str:
-    """The raw caption, as it can be written; a table may hold numbers there."""
-    if isinstance(caption, int | float) and not isinstance(caption, bool) and math.isfinite(caption):
-        caption = str(caption)
+    """The raw caption, as it can be written."""
     return _writable(caption) if isinstance(caption, str) and caption.strip() else ""
 
 
@@ -738,7 +735,7 @@ def _text(value: Any) -> str:
 
 
 def _writable(text: str) -> str:
-    """A text of somebody else's as data: without control characters and halves of characters, which JSON may hold."""
+    """A text without the control characters and halves of surrogate pairs that JSON may hold."""
     return CONTROLS.sub(" ", text.replace("\r\n", "\n")).encode(errors="replace").decode()
 
 
@@ -824,7 +821,7 @@ def _open_records(config: RelabelConfig) -> Records:
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """One in a folder or in the Hub's cache; otherwise from the Hub, unless that does not answer at once."""
+    """Loads a tokenizer from a folder or the Hub's cache, else from the Hub if that answers in `HUB_TIMEOUT`."""
     load = partial(AutoTokenizer.from_pretrained, name, trust_remote_code=False)
     try:
         with contextlib.suppress(OSError, ValueError):
@@ -861,8 +858,7 @@ def _check_links(output: Path) -> None:
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise OutsideError(f"{folder}: not a folder of its own, as a run makes it; choose another --output.")
         for path in folder.glob("*"):
-            status = path.lstat()
-            if not stat.S_ISREG(status.st_mode) or (folder.name == HIDDEN and status.st_nlink != 1):
+            if path.is_symlink() or not path.is_file() or (folder.name == HIDDEN and not is_own_file(path)):
                 raise OutsideError(
                     f"{printable(path)}: a link or no regular file, as no run leaves it; choose another --output."
                 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import yaml
 
-from ..files import printable
+from ..files import MAX_BYTES, printable
 from .caption_quality import REASONS, QualityRules
 from .captioners import REQUEST_FIELDS, CaptionerConfig, check_options, option
 
@@ -66,8 +66,8 @@ class RelabelConfig:
     id_column: str | None = option("column of the ids, in place of the mapping's", default=None)
     image_folder: str | None = option("what relative paths of images start from", default=None)
     image_root: str | None = option("folder that images must lie in; by default the image folder", default=None)
-    max_image_bytes: int = option("bytes of an image file that is read, at most", default=256 * 1024 * 1024)
-    max_record_bytes: int = option("largest line of a table or sample of a shard that is read", default=1 << 28)
+    max_image_bytes: int = option("bytes of an image file that is read, at most", default=MAX_BYTES)
+    max_record_bytes: int = option("largest line of a table or sample of a shard that is read", default=MAX_BYTES)
     split: str | None = option(
         "split of a data set on the Hub (train), or of a folder that holds several; 'all': all", default=None
     )
@@ -145,13 +145,13 @@ class RelabelConfig:
 
 
 def _unplaced(value: Any) -> Any:
-    """A path of this machine as something that tells it from others and does not say where it is."""
+    """A path of this machine as the last name in it and a digest, without the folders above."""
     if not isinstance(value, str) or not os.path.isabs(value):
         return value
     return f"{os.path.basename(value)} ({hashlib.blake2b(os.fsencode(value), digest_size=4).hexdigest()})"
 
 
-# Options that a flag sets for a captioner; `retry`, `extra_body` and a name of its own are for the file of options.
+# Options that a flag sets for a captioner; `retry`, `extra_body` and `model` are for the file of options.
 _CAPTIONER_FLAGS = [
     one for one in dataclasses.fields(CaptionerConfig) if "help" in one.metadata and one.name != "model"
 ]

@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
 )
 
-from ..data.readers import MAX_RECORD_BYTES, every_row
+from ..data.readers import every_row
 from ..data.records import (
     ColumnError,
     ColumnMapping,
@@ -41,6 +41,7 @@ from ..data.records import (
     read_table,
 )
 from ..data.scenes import long_captions, render, scene, short_caption
+from ..files import MAX_BYTES
 from ..images import ImageSource, find_images
 from .data import ClassificationData, RetrievalData
 from .sources import (
@@ -565,7 +566,7 @@ def _read_records(task: Task, data: str | None, options: Options) -> RetrievalDa
     try:
         limits = {
             "image_root": options.image_root,
-            "max_record_bytes": options.max_record_bytes or MAX_RECORD_BYTES,
+            "max_record_bytes": options.max_record_bytes or MAX_BYTES,
         }
         records = load_records(data, mapping, options.split, **limits)
         if isinstance(records, IterableDataset):  # shards, whose images are kept on disk where any of them can be read

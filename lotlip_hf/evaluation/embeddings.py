@@ -1,7 +1,6 @@
 """Embeddings for an evaluation: shared out over the processes, and kept on disk as they are computed."""
 
 import hashlib
-import itertools
 import logging
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -222,13 +221,13 @@ def _refuse(errors: list[str], count: int) -> None:
 
 
 class _Cache(NamedTuple):
-    """The folder in the cache for what a model makes of a modality with some settings."""
+    """The cache's folder for one model, modality and settings."""
 
     root: Path
     name: str
 
     def file(self, digests: Sequence[str]) -> Path:
-        """Of the unit of the things with these digests."""
+        """The file of the unit with these digests."""
         name = hashlib.blake2b("\n".join(digests).encode(), digest_size=16).hexdigest()
         return self.root / self.name / f"{name}.safetensors"
 
@@ -237,7 +236,7 @@ class _Cache(NamedTuple):
         file = self.file(digests)
         try:
             part = load(read_regular(file, MAX_UNIT_BYTES))
-            if part.keys() == set(names) and all(map(_is_whole, part.values(), itertools.repeat(len(digests)))):
+            if part.keys() == set(names) and all(_is_whole(one, len(digests)) for one in part.values()):
                 return part
             reason = "it holds other tensors"
         except FileNotFoundError:
@@ -262,7 +261,7 @@ class _Cache(NamedTuple):
 
 
 def _is_whole(values: torch.Tensor, count: int) -> bool:
-    """Whether these are embeddings [count, P] or truths [count]."""
+    """Whether these are finite embeddings [count, P] or booleans [count]."""
     if values.dtype == torch.bool:
         return values.shape == (count,)
     return (

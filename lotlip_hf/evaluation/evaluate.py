@@ -15,13 +15,12 @@ from transformers import PreTrainedModel
 
 from ..encoding import encode_texts, max_text_length
 from ..files import printable, replacing
-from ..hub import telling_metrics
 from ..store import fingerprint
 from .data import ClassificationData, RetrievalData
 from .embeddings import embed_images, embed_texts, image_digests
 from .models import model_revision, model_versions
 from .report import metric_table, study_table, table
-from .retrieval import accuracies, check_search, retrieval_metrics
+from .retrieval import accuracies, check_search, retrieval_metrics, telling_metrics
 from .studies import length_study, sentence_ablation
 from .zero_shot import DEFAULT_TEMPLATES, class_embeddings
 

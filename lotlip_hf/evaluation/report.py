@@ -575,7 +575,7 @@ def _with_words(name: str, rules: Mapping[str, Any]) -> str:
 
 
 def _words(rule: str, value: Any) -> str:
-    """What a rule is in a title; nothing where it is as usual."""
+    """A rule as words of a title; empty if it is as usual."""
     if rule == "normalization":
         return "" if value else "captions not normalised"
     if value is None or rule == "data":  # a checksum tells a reader nothing
@@ -791,7 +791,7 @@ def _groups(titles: Sequence[str]) -> list[tuple[str, list[int]]]:
 
 
 def _model_index(summary: Summary) -> str:
-    entries: dict[str, dict[str, Any]] = {}  # by name: a folder's path is nobody else's business
+    entries: dict[str, dict[str, Any]] = {}  # by name, without the path of a folder
     for run in summary.runs.values():
         marks = {"num_images": run.protocol["num_images"]} if run.part else {}
         apart = {**run.texts, **run.rules}

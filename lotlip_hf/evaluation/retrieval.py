@@ -9,7 +9,8 @@ images share are shared fairly.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -32,6 +33,9 @@ FAISS_TRAINING_ROWS = 2**18
 NOT_FOUND = 2**40
 
 DIRECTIONS = ("image_to_text", "text_to_image")
+# Metrics of the first k candidates, and the protocol's name of the number of candidates
+TOP = re.compile(r"(image_to_text_r|text_to_image_r|accuracy_top)(\d+)")
+CANDIDATES = {"image_to_text_r": "num_texts", "text_to_image_r": "num_images", "accuracy_top": "num_classes"}
 
 
 class Places(NamedTuple):
@@ -377,6 +381,26 @@ def accuracies(
     per_class = classes.bincount(places.hits(1)) / number
     results["mean_per_class_recall"] = per_class[number > 0].mean().item()
     return results
+
+
+def telling_metrics(metrics: Mapping[str, float], protocol: Mapping[str, Any]) -> dict[str, float]:
+    """
+    Metrics without those that say nothing: a share of right ones among the first k, above 1, of no more than k.
+
+    Args:
+        metrics: Numbers by name.
+        protocol: With `num_images`, and `num_texts` or `num_classes`.
+
+    Returns:
+        The others.
+    """
+
+    def tells(name: str) -> bool:
+        match = TOP.fullmatch(name)
+        candidates = None if match is None else protocol.get(CANDIDATES[match[1]])
+        return match is None or candidates is None or int(match[2]) == 1 or int(match[2]) < candidates
+
+    return {name: value for name, value in metrics.items() if tells(name)}
 
 
 def _recalls(places: Sequence[Places], ks: Sequence[int]) -> dict[str, float]:

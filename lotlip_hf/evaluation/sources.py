@@ -37,16 +37,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 
 from ..data.readers import KINDS, every_row
-from ..data.records import check_inside, hub_folders, is_hub_name, locate_image
+from ..data.records import check_inside, hub_folders, is_hub_name, locate_image, undecoded
 from ..data.sampling import split_full_stops
 from ..files import parse_json, printable, read_regular
-from ..images import ImageSource, image_extensions
+from ..images import MAX_FILE_BYTES, ImageSource, image_extensions
 from .data import ClassificationData, IncompleteDataError, RetrievalData
 
 logger = logging.getLogger(__name__)
 
-# The most bytes of a file that is read at once, such as Karpathy's of MSCOCO (150 MB).
-MAX_FILE_BYTES = 1 << 30
 COMMIT = re.compile("[0-9a-f]{40}")
 # Files that `save_to_disk` writes, of a split or of several.
 SAVED_DATASET = ("state.json", "dataset_dict.json")
@@ -547,12 +545,10 @@ def open_table(task: Task, data: str | None, options: Options) -> Table:
             f"`split`: {source} has {chosen!r} alone, of {len(dataset)} images, and {task.name} is {task.split!r}, of "
             f"{task.num_images}. To score it nevertheless ask for it: --split {chosen}."
         )
-    for column, feature in dataset.features.items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
+    dataset = undecoded(dataset)
     where = f"{source} (split {chosen})"
     if on_hub:
-        roots = hub_folders(source) if options.image_root is None else image_roots("", options)
+        roots = hub_folders(source) if options.image_root is None else (options.image_root,)
         return Table(dataset, chosen, source, commit, where, "", roots)
     folder = source if os.path.isdir(source) else os.path.dirname(source) or "."
     is_text = KINDS.get(os.path.splitext(source)[1].lower()) == "csv"

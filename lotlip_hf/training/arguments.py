@@ -15,18 +15,16 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from ..data.readers import MAX_RECORD_BYTES
 from ..data.records import MAPPINGS, ColumnMapping
 from ..data.sampling import CaptionSampling
-from ..files import replacing
+from ..files import MAX_BYTES, replacing
 
 CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
 # What may differ from the first run's options when a run is resumed: none changes what is computed.
 RESUMABLE = frozenset(
     "output resume on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
-    "save_total_limit trackers "
-    "gradient_checkpointing compile".split()
+    "save_total_limit trackers gradient_checkpointing compile".split()
 )
 
 
@@ -106,7 +104,7 @@ class TrainingConfig:
     )
     image_root: str | None = _option(default=None, help="folder that images must lie in (the image folder)")
     max_record_bytes: int = _option(
-        default=MAX_RECORD_BYTES, help="largest line of a table or sample of a shard that is read"
+        default=MAX_BYTES, help="largest line of a table or sample of a shard that is read"
     )
     split: str | None = _option(
         default=None, help="split of a data set on the Hub (train), or of a folder that holds several; 'all': all"
@@ -441,7 +439,7 @@ def _unknown(option: str, known: Sequence[str]) -> str:
 
 
 def choices(option: str) -> tuple[str, ...]:
-    """What an option of a [`TrainingConfig`] can be, if it is one of several words."""
+    """The values of an option of a [`TrainingConfig`] that is one of several words; empty for others."""
     return _choices(get_type_hints(TrainingConfig)[option])
 
 

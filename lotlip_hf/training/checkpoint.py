@@ -31,7 +31,7 @@ class CheckpointError(RuntimeError):
 
 
 class Stateful(Protocol):
-    """A module, a scheduler: what gives its state, and goes on from it."""
+    """An object that gives its state and goes on from it: a module, a scheduler."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -68,8 +68,8 @@ def save_checkpoint(
         accelerator: Saves the weights, the optimiser and the random numbers.
         save_model: Writes what `AutoModel` loads into the folder it is given; every process calls it.
         progress: What else the run has to know, different on every process.
-        states: By name, what else has a state of tensors and numbers, the same on every process. It is not registered
-            with `accelerator`, which would unpickle whatever lies under its name.
+        states: By name, other objects with a state of tensors and numbers, the same on every process. They are not
+            registered with `accelerator`, which unpickles their files.
         save_total_limit: Checkpoints to keep; 0 keeps all.
 
     Returns:
@@ -137,7 +137,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
 def load_checkpoint(checkpoint: Path, accelerator: Accelerator, states: Mapping[str, Stateful]) -> dict[str, Any]:
     """
     Loads what [`save_checkpoint`] saved into `states` and the objects that `accelerator` has prepared. Only tensors,
-    numbers and texts are read: nothing in a checkpoint is run, whoever wrote it.
+    numbers and texts are read: no code in a checkpoint runs.
 
     Args:
         checkpoint: A checkpoint's folder.

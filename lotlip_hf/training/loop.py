@@ -531,7 +531,7 @@ class _Run:
 
 
 def _check_entries(output: Path) -> None:
-    """A `ValueError` on what a run would write to, but is a link out of its folder, a pipe or a device."""
+    """Refuses entries of a run's folder that are links out of it, pipes or devices."""
     for name in os.listdir(output) if output.is_dir() else ():
         path = inside(output, name)
         with suppress(FileNotFoundError):  # another process of the run has removed it

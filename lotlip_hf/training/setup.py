@@ -343,6 +343,6 @@ def prepare_sharding(model: LoTLIPModel, objective: nn.Module, accelerator: Acce
             plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
         )
     plugin.cpu_ram_efficient_loading = False
-    # torch reads the shards of a checkpoint by unpickling whatever lies there
+    # torch reads the shards of a checkpoint by unpickling them
     plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type("FULL_STATE_DICT")
