@@ -191,7 +191,9 @@ def naive(folder: Path, pictures: list[Path]) -> tuple[torch.Tensor, torch.Tenso
     images = []
     for path in pictures:
         with Image.open(path) as image:
-            inputs = processor(images=[image.convert("RGB")], return_tensors="pt")
+            on_white = Image.new("RGBA", image.size, "white")
+            on_white.alpha_composite(image.convert("RGBA"))
+        inputs = processor(images=[on_white.convert("RGB")], return_tensors="pt")
         images.append(model.get_image_features(**inputs).pooler_output)
     return tuple(torch.nn.functional.normalize(torch.cat(rows), dim=-1) for rows in (texts, images))
 
