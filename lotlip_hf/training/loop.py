@@ -505,7 +505,7 @@ class _Run:
         progress = load_checkpoint(self.checkpoint, self.accelerator, self.states)
         if not _is_progress(progress):
             raise CheckpointError(
-                f"{self.checkpoint} cannot be read (its progress is damaged). Remove it to go on from the one before it."
+                f"{self.checkpoint} cannot be read (its progress is damaged). Remove it to go on from the one before."
             )
         self.step, self.epoch, self.next_batch = progress["step"], progress["epoch"], progress["next_batch"]
         self.counts.update(progress["counts"])
