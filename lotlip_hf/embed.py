@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .data.readers import KINDS, column_of, every_row, value_of
 from .encoding import iterate_text_embeddings, max_text_length, warn_of_cut_texts
-from .files import PARTIAL, printable, replacing, set_aside_link
+from .files import PARTIAL, printable, replacing, set_aside_no_folder
 from .search import build_index
 from .store import EmbeddingStore, fingerprint
 
@@ -267,7 +267,7 @@ def _digest(text: str) -> str:
 
 def _partial_folder(output: str | os.PathLike) -> Path:
     folder = Path(f"{os.fspath(output)}{PARTIAL}")
-    set_aside_link(folder)
+    set_aside_no_folder(folder)
     return folder
 
 

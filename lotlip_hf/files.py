@@ -172,7 +172,7 @@ def own_folder(root: Path, *names: str) -> Path:
 
     Args:
         root (`Path`): a folder that the user named.
-        names (`str`): the folders below it, one in the other; none may be a link ([`set_aside_link`]).
+        names (`str`): the folders below it, one in the other; what there is no folder is renamed, with a warning.
 
     Returns:
         `Path`: the folder.
@@ -184,15 +184,16 @@ def own_folder(root: Path, *names: str) -> Path:
     folder = root
     for name in names:
         folder = folder / name
-        set_aside_link(folder)
+        set_aside_no_folder(folder)
         folder.mkdir(exist_ok=True)
     return folder
 
 
-def set_aside_link(path: Path) -> None:
-    """Renames a link that lies where a file or folder is to be written, with a warning."""
-    if path.is_symlink():
-        logger.warning("%s is a link, which is not followed; it is now %s.", path, set_aside(path).name)
+def set_aside_no_folder(path: Path) -> None:
+    """Renames what lies where a folder is to be made and is none, a link to one too, with a warning."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        reason = "is a link, which is not followed" if path.is_symlink() else "is no folder"
+        logger.warning("%s %s; it is now %s.", path, reason, set_aside(path).name)
 
 
 def read_regular(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:

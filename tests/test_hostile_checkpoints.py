@@ -117,6 +117,20 @@ def test_an_index_folder_that_is_a_link_is_set_aside(pair: Pair, photos: Path, t
     assert not folder.is_symlink()
 
 
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_index_folder_that_is_none_is_set_aside(
+    pair: Pair, photos: Path, depth: int, make: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = index_of(pair, photos)
+    folder = photos / ".lotlip" if depth == 1 else store_of(photos)
+    shutil.rmtree(folder)
+    make(folder)
+    check_whole(pair, photos, expected)
+    assert folder.is_dir()
+    assert sum(folder.name in record.getMessage() for record in caplog.records) == 1
+
+
 def test_pipes_and_folders_in_an_index_are_set_aside(pair: Pair, photos: Path) -> None:
     expected = index_of(pair, photos)
     for make in (os.mkfifo, os.mkdir):
@@ -196,6 +210,14 @@ def test_the_entries_rows_of_embed_are_its_own(pair: Pair, tmp_path: Path, thesi
     assert embed_texts(*pair, tmp_path / "texts.txt", output, progress=False) == 2
     assert thesis.read_bytes() == THESIS
     assert [path.name for path in elsewhere.iterdir()] == ["complete.parquet"]
+
+
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo])
+def test_partial_results_of_embed_are_a_folder(pair: Pair, tmp_path: Path, make: Callable[[Path], None]) -> None:
+    (tmp_path / "texts.txt").write_text("a dog\n")
+    make(tmp_path / "out.parquet.partial")
+    assert embed_texts(*pair, tmp_path / "texts.txt", tmp_path / "out.parquet", progress=False) == 1
+    assert (tmp_path / "out.parquet").is_file()
 
 
 def test_the_cache_of_evaluations_takes_nothing_from_elsewhere(pair: Pair, tmp_path: Path, thesis: Path) -> None:

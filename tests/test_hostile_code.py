@@ -165,6 +165,49 @@ def test_a_run_writes_into_its_own_folder_alone(
     assert before == {file: file.read_bytes() for file in outside.rglob("*") if file.is_file()}
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "scheduler.pt", "0-progress.json"])
+def test_a_state_is_files(name: str, make: Callable[[Path], None], run: Path, capsys: pytest.CaptureFixture) -> None:
+    """None is waited for, or read without an end."""
+    file = run / "checkpoint-2" / STATE / name
+    file.unlink()
+    make(file)
+    assert train("--output", run, "--resume") == 2
+    assert "checkpoint-2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "5", ""], ids=range(4))
+def test_a_progress_that_is_none(content: str, run: Path, capsys: pytest.CaptureFixture) -> None:
+    (run / "checkpoint-2" / STATE / "0-progress.json").write_text(content)
+    assert train("--output", run, "--resume") == 2
+    assert "checkpoint-2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["step", "epoch", "next_batch", "counts", "window", "data"])
+def test_a_progress_of_wrong_types(name: str, run: Path, capsys: pytest.CaptureFixture) -> None:
+    file = run / "checkpoint-2" / STATE / "0-progress.json"
+    progress = json.loads(file.read_text())
+    for value in ("x", None, -5, 10**30, [1], {"a": "b"}):
+        file.write_text(json.dumps({**progress, name: value}))
+        assert train("--output", run, "--resume") == 2, value
+        assert "checkpoint-2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 1, "loss": "x"}', '{"step": 1, "long_image_to_text_r1": [1]}', "[" * 100_000], ids=range(3)
+)
+def test_a_log_of_wrong_types(line: str, run: Path, capsys: pytest.CaptureFixture) -> None:
+    (run / "log.jsonl").write_text(f"{line}\n")
+    assert train("--output", run, "--resume") == 2
+    assert "log.jsonl" in capsys.readouterr().err
+
+
+def test_options_that_are_nested_deep(run: Path, capsys: pytest.CaptureFixture) -> None:
+    (run / "training_config.yaml").write_text("[" * 100_000)
+    assert train("--output", run, "--resume") == 2
+    assert "training_config.yaml" in capsys.readouterr().err
+
+
 def test_a_pipe_is_no_log(run: Path, capsys: pytest.CaptureFixture) -> None:
     (run / "log.jsonl").unlink()
     os.mkfifo(run / "log.jsonl")

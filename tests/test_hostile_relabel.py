@@ -341,7 +341,8 @@ def test_nothing_says_where_the_data_lie(source: str, form: dict[str, Any], pict
     data, more = str(pictures), {}
     if source != "folder":
         names = [str(path) if source == "table" else path.name for path in sorted(pictures.iterdir())]
-        table = [{"image": name, "short_caption": "a"} for name in [*names, str(pictures / "gone.png")]]
+        names += [str(pictures / "gone.png"), "../out.png"]
+        table = [{"image": name, "short_caption": "a"} for name in names]
         folder = place / "tables" if source == "image folder" else pictures
         folder.mkdir(exist_ok=True)
         (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in table))
@@ -359,7 +360,7 @@ def test_nothing_says_where_the_data_lie(source: str, form: dict[str, Any], pict
         assert str(place).encode() not in content, name
     entries = lines(output / "skipped.jsonl")
     assert [entry["image"] for entry in entries] == (
-        ["broken.png"] if source == "folder" else ["broken.png", "gone.png"]
+        ["broken.png"] if source == "folder" else ["broken.png", "gone.png", None]
     )
     assert all("captioner" in row["captions"][0]["model"] for row in rows(output))
     kept = [record["image"] for record in load_records(output, image_folder=str(pictures))]

@@ -304,7 +304,9 @@ class _Storage:
         self.base = image_base(config)
         above = (self.base, os.path.dirname(os.path.abspath(config.data)), config.image_folder, config.image_root)
         spelled = {spell(path) for path in above if path for spell in (os.path.abspath, os.path.realpath)}
-        self._above = sorted((os.path.join(path, "") for path in spelled - {os.sep}), key=len, reverse=True)
+        spelled |= set(map(printable, spelled))  # as messages have them
+        above = sorted(map(re.escape, spelled - {os.sep}), key=len, reverse=True)
+        self._above = re.compile(rf"({'|'.join(above) or '(?!)'})(?:({re.escape(os.sep)})|(?![\w.-]))")
 
     def name(self, path: str) -> str:
         """A path as it is published: from the image folder on, or the file's own name."""
@@ -315,9 +317,7 @@ class _Storage:
 
     def unplaced(self, text: str) -> str:
         """A text as it is published: without the folders that the data lie in."""
-        for folder in self._above:
-            text = text.replace(folder, "")
-        return text
+        return self._above.sub(lambda found: "" if found[2] else ".", text)
 
     def read(self, image: Any) -> Any:
         """The image with its file's bytes: the same bytes are captioned and digested."""

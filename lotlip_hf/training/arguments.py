@@ -393,7 +393,7 @@ def _read_yaml(path: Path, parser: argparse.ArgumentParser) -> list[str]:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file of options.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from error
     if options is None:
         return []

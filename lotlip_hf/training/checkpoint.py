@@ -17,12 +17,13 @@ from accelerate import Accelerator
 from transformers.utils import logging
 
 from ..distributed import max_over_ranks
-from ..files import PARTIAL
+from ..files import PARTIAL, parse_json, read_regular
 
 logger = logging.get_logger(__name__)
 
 STATE = "state"
 PROGRESS = "progress.json"
+MAX_PROGRESS = 1 << 24  # bytes
 RANDOM = "random_digest"
 
 
@@ -168,11 +169,14 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator, states: Mapping[
             f"a new run from its weights: --model {checkpoint}."
         )
     try:
+        for file in (checkpoint / STATE).rglob("*"):
+            if file.exists() and not (file.is_file() or file.is_dir()):
+                raise ValueError(f"{file.name} is a pipe or a device")
         accelerator.load_state(str(checkpoint / STATE))
         for name, state in states.items():
             state.load_state_dict(torch.load(_state_file(checkpoint, name), map_location="cpu", weights_only=True))
         file = checkpoint / STATE / f"{accelerator.process_index}-{PROGRESS}"
-        progress = json.loads(file.read_text(encoding="utf-8"))
+        progress = parse_json(read_regular(file, MAX_PROGRESS))
         # accelerate goes on without them where it cannot read them
         if progress.pop(RANDOM) != _random_digest():
             raise ValueError("the random numbers' state is damaged")

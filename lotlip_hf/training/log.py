@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import replacing
+from ..files import parse_json, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,11 +134,14 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
     entries = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError:
             entry = None
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
             raise ValueError(f"{path}, line {number}: expected a JSON object with a `step`, got {line[:80]!r}.")
+        for name in ("loss", *LOSSES, *RECALLS):
+            if not isinstance(entry.get(name), int | float | None):
+                raise ValueError(f"{path}, line {number}: {name} is {entry[name]!r}, expected a number.")
         entries.append(entry)
     return entries
 

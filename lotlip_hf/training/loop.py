@@ -503,6 +503,10 @@ class _Run:
     def _load(self) -> None:
         assert self.checkpoint is not None
         progress = load_checkpoint(self.checkpoint, self.accelerator, self.states)
+        if not _is_progress(progress):
+            raise CheckpointError(
+                f"{self.checkpoint} cannot be read (its progress is damaged). Remove it to go on from the one before."
+            )
         self.step, self.epoch, self.next_batch = progress["step"], progress["epoch"], progress["next_batch"]
         self.counts.update(progress["counts"])
         self.window = _Window(**progress["window"])
@@ -538,6 +542,21 @@ def _check_entries(output: Path) -> None:
             mode = os.stat(path).st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise ValueError(f"{printable(path)}: neither a file nor a folder; choose another `output`.")
+
+
+def _is_progress(progress: dict[str, Any]) -> bool:
+    """Whether it holds what `_Run._save` writes: a run may be a stranger's."""
+    counts, window, data = (progress.get(name) for name in ("counts", "window", "data"))
+    if not (isinstance(counts, dict) and isinstance(window, dict) and isinstance(data, dict)):
+        return False
+    sums = window.get("sums")
+    if window.keys() != _Window().state().keys() or not isinstance(sums, list) or len(sums) != 3:
+        return False
+    whole = [progress.get(name) for name in ("step", "epoch", "next_batch")]
+    whole += [*counts.values(), window["batches"], window["samples"]]
+    return all(type(one) is int and 0 <= one < 2**63 for one in whole) and all(
+        isinstance(one, int | float) for one in (*sums, window["seconds"])
+    )
 
 
 class _Window:
