@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from .files import MAX_CHARACTERS
 from .images import ImageError, ImageSource, background_of, load_image, load_pixels, processed_size
 from .loading import check_config, check_processor, check_shards, naming_damage
 from .modeling.calls_lotlip import for_one_call, free_of_calls
@@ -562,6 +563,8 @@ def _check_batch_size(batch_size: int) -> None:
 def _check_text(text: Any, index: int) -> None:
     if not isinstance(text, str):
         raise TypeError(f"texts[{index}] must be a string, got {type(text).__name__}.")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"texts[{index}] has {len(text):,} characters, more than {MAX_CHARACTERS:,}.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

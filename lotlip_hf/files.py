@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # Bytes of a file, a line or a record that are read into memory at once, where no option says otherwise
 MAX_BYTES = 1 << 28
+# Characters of a text that is encoded. Tokenizers take about thirty bytes for each, however few tokens are kept.
+MAX_CHARACTERS = 1 << 24
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
 

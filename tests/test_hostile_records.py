@@ -403,3 +403,41 @@ def test_names_in_messages_are_printable(tmp_path: Path) -> None:
     for row in (first, second):
         assert row["error"]
         assert row["error"].isprintable()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_parquet_that_is_packed_to_fill_the_memory(rows: int, streaming: bool, tmp_path: Path) -> None:
+    size = (4 << 20) // rows
+    cells = [b"\0" * size] * rows  # a dictionary holds one of them
+    table = pa.table({"image": cells, "short_caption": ["a"] * rows, "long_captions": ["b"] * rows})
+    pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd", dictionary_pagesize_limit=1 << 30)
+    with pytest.raises(ValueError, match="image"):
+        list(load_records(tmp_path / "bomb.parquet", streaming=streaming, max_record_bytes=1 << 20))
+    assert len(list(load_records(tmp_path / "bomb.parquet", streaming=streaming))) == rows
+
+
+def test_parquet_that_repeats_large_cells_is_read_in_small_batches(tmp_path: Path) -> None:
+    cells = [np.random.default_rng(0).bytes(1 << 16)] * 100
+    pq.write_table(pa.table({"image": cells}), tmp_path / "repeated.parquet", dictionary_pagesize_limit=1 << 30)
+    metadata = pq.read_metadata(tmp_path / "repeated.parquet")
+    assert parquet_batches(metadata, 1 << 18) == [3]
+    assert parquet_batches(metadata) == [64]
+    assert [row["image"] for row in read_rows(tmp_path / "repeated.parquet", max_bytes=1 << 18)] == cells
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_caption_without_end_is_a_broken_record(suffix: str, streaming: bool, tmp_path: Path) -> None:
+    long = "a" * ((1 << 24) + 1)
+    rows = [{"image": "0.png", "short_caption": "a", "long_captions": [text]} for text in ("b", long)]
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    file = tmp_path / f"data{suffix}"
+    if suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    whole, broken = load_records(file, streaming=streaming)
+    read_record(whole, CaptionSampling())
+    with pytest.raises(RecordError, match="characters"):
+        read_record(broken, CaptionSampling())

@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 from transformers import ProcessorMixin
 
+from ..files import MAX_CHARACTERS
 from ..images import ImageError, background_of, load_image, load_pixels
 from .sampling import CaptionSampling, SampledTexts, sample_texts
 
@@ -289,4 +290,6 @@ def _checked_captions(record: Mapping[str, Any]) -> tuple[str, str, list[str]]:
     captions = ["" if caption is None else caption for caption in long_captions]
     if wrong := [caption for caption in captions if not isinstance(caption, str)]:
         raise RecordError(f"record {record_id}: `long_captions` must be texts, got {wrong[0]!r}.")
+    if (longest := max(map(len, (short_caption, *captions)))) > MAX_CHARACTERS:
+        raise RecordError(f"record {record_id}: a caption has {longest:,} characters, more than {MAX_CHARACTERS:,}.")
     return record_id, short_caption, captions

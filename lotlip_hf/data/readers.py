@@ -31,7 +31,8 @@ KINDS = {
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
-PARQUET_BATCH = 64
+PARQUET_BATCH = 64  # rows
+PARQUET_RATIO = 100  # bytes unpacked for one packed; texts come to about ten
 JSON_CHUNK = 1 << 20  # characters
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how `surrogateescape` decodes such bytes
 SEPARATORS = re.compile(r"[\s,]*")
@@ -97,8 +98,9 @@ def read_rows(
             with pyarrow.parquet.ParquetFile(opened) as table:
                 names = table.schema_arrow.names
                 wanted = [name for name in names if name in {column_of(way, names) for way in columns or ()}]
-                for batch in table.iter_batches(batch_size=PARQUET_BATCH, columns=wanted or None):
-                    yield from batch.to_pylist()
+                for group, rows in enumerate(parquet_batches(table.metadata, max_bytes)):
+                    for batch in table.iter_batches(rows, row_groups=[group], columns=wanted or None):
+                        yield from batch.to_pylist()
         elif extension == ".tar":
             yield from _tar_rows(opened, os.path.basename(file), max_bytes)
         elif KINDS[extension] == "csv":
@@ -107,6 +109,40 @@ def read_rows(
             yield from _list_rows(opened, max_bytes)
         else:
             yield from _line_rows(opened, max_bytes)
+
+
+def parquet_batches(metadata: pyarrow.parquet.FileMetaData, max_bytes: int = MAX_BYTES) -> list[int]:
+    """
+    How many rows of a Parquet file may be read at a time.
+
+    A cell takes up to as many bytes as its column's part of a row group has unpacked; in a dictionary it is stored once
+    for many rows.
+
+    Args:
+        metadata (`pyarrow.parquet.FileMetaData`): the file's own description.
+        max_bytes (`int`, *optional*): the most bytes that a row may have.
+
+    Returns:
+        `list[int]`: a number for each row group, from 1 to 64.
+
+    Raises:
+        ValueError: if a column is packed so well that it is made to fill the memory.
+    """
+    batches = []
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        parts = [group.column(number) for number in range(group.num_columns)]
+        for part in parts:
+            packed, unpacked = max(1, part.total_compressed_size), part.total_uncompressed_size
+            repeated = group.num_rows if any("DICTIONARY" in one for one in part.encodings) else 1
+            if unpacked * repeated > max_bytes and unpacked > PARQUET_RATIO * packed:
+                raise _BrokenFile(
+                    f"column {printable(part.path_in_schema)} unpacks {packed:,} bytes to {unpacked:,}, for "
+                    f"{group.num_rows:,} rows"
+                )
+        largest = max((part.total_uncompressed_size for part in parts), default=1)
+        batches.append(max(1, min(PARQUET_BATCH, max_bytes // max(1, largest))))
+    return batches
 
 
 def every_row(

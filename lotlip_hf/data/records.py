@@ -33,9 +33,9 @@ from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from ..files import MAX_BYTES, lies_in, printable, replacing
+from ..files import MAX_BYTES, MAX_CHARACTERS, lies_in, printable, replacing
 from ..images import image_extensions
-from .readers import KINDS, RowError, SizeError, column_of, read_rows, value_of
+from .readers import KINDS, RowError, SizeError, column_of, parquet_batches, read_rows, value_of
 from .sampling import split_sentences
 
 logger = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ def load_records(
     files = find_files(source, split)
     kind = _kind(files)
     if kind == "parquet" and not streaming:
-        return _parquet_records(files, mapping, images)
+        return _parquet_records(files, mapping, images, max_record_bytes)
     if kind != "webdataset" and not streaming:
         return read_table(files, mapping, image_folder, image_root, max_record_bytes)
     # `datasets` divides the list of files among processes and workers.
@@ -316,7 +316,12 @@ def hub_folders(name: str) -> tuple[str, ...]:
     return kept, os.fspath(datasets.config.DOWNLOADED_DATASETS_PATH)
 
 
-def _parquet_records(files: list[str], mapping: ColumnMapping, images: _Images) -> Dataset:
+def _parquet_records(files: list[str], mapping: ColumnMapping, images: _Images, max_bytes: int) -> Dataset:
+    for file in files:
+        try:
+            parquet_batches(pyarrow.parquet.read_metadata(file), max_bytes)
+        except (OSError, ValueError) as error:
+            raise _unreadable([file], "parquet", error) from error
     try:
         # `load_dataset` takes file names for patterns
         dataset = cast(Dataset, load_dataset("parquet", data_files=[glob.escape(one) for one in files], split="train"))
@@ -836,6 +841,8 @@ def _problem(record: Mapping[str, Any]) -> str | None:
     for text in (record["short_caption"], *record["long_captions"]):
         if not isinstance(text, str | None):
             return f"a caption must be a text, got {printable(repr(text)[:50])}"
+        if len(text or "") > MAX_CHARACTERS:
+            return f"a caption has {len(text or ''):,} characters, more than {MAX_CHARACTERS:,}"
     try:
         f"{record['id']}{_parts(image)[0]}".encode()
     except UnicodeEncodeError:
