@@ -22,9 +22,8 @@ from transformers import AutoModel, AutoProcessor, EvalPrediction
 import tiny
 from lotlip_hf import LoTLIPModel, encode_images, encode_texts, lora_targets
 from lotlip_hf.data.collator import LoTLIPCollator
-from lotlip_hf.data.records import load_records
+from lotlip_hf.data.records import ColumnError, load_records
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
-from lotlip_hf.data.records import ColumnError
 from lotlip_hf.data.scenes import long_captions, render, scene, short_caption
 from processes import finish
 from scripts import load_script
