@@ -33,13 +33,13 @@ from transformers import (
 
 import lotlip_hf  # noqa: F401  (registers LoTLIP with the Auto classes)
 from lotlip_hf.data.collator import LoTLIPCollator
-from lotlip_hf.data.records import MAPPINGS, load_records
+from lotlip_hf.data.records import MAPPINGS
 from lotlip_hf.data.sampling import CaptionSampling
-from lotlip_hf.data.scenes import scenes_dataset
 from lotlip_hf.evaluation.retrieval import recalls
 from lotlip_hf.terminal import printable_output
-from lotlip_hf.training.arguments import HelpFormatter
+from lotlip_hf.training.arguments import HelpFormatter, TrainingConfig
 from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale, embed
+from lotlip_hf.training.setup import load_data
 
 
 @dataclass
@@ -53,13 +53,21 @@ class Options:
         metadata={"help": "records to measure loss and retrieval on, at the end and as --eval_strategy says"},
     )
     mapping: str = field(default="records", metadata={"help": f"names of the columns: {', '.join(MAPPINGS)}"})
+    short_column: str | None = field(
+        default=None,
+        metadata={"help": "column of the short captions; 'none': the first sentences of the long ones"},
+    )
+    long_columns: list[str] | None = field(default=None, metadata={"help": "columns of the long captions"})
+    image_column: str | None = field(default=None, metadata={"help": "column of the images"})
+    split: str | None = field(default=None, metadata={"help": "split of a data set on the Hub, or of a folder"})
+    eval_split: str | None = field(default=None, metadata={"help": "that of `eval_data`"})
     image_root: str | None = field(
         default=None, metadata={"help": "folder that images must lie in; by default that of the data"}
     )
     num_scenes: int = field(
         default=5000, metadata={"help": "pictures of '--data scenes'; '--eval_data scenes' draws a tenth"}
     )
-    num_long_texts: int = field(default=3, metadata={"help": "long texts per image and step"})
+    num_long_texts: int = field(default=3, metadata={"help": "long texts per image and step; 0: short captions alone"})
     num_sentences: int = field(
         default=3, metadata={"help": "consecutive sentences that make up a long text; 0: the whole caption"}
     )
@@ -67,15 +75,14 @@ class Options:
 
     def read_records(self) -> tuple[Any, Any]:
         """The records to train on, and those to evaluate on or `None`."""
-        if self.data == "scenes":
-            records = scenes_dataset(self.num_scenes)
-        else:
-            records = load_records(self.data, self.mapping, image_root=self.image_root)
-        if self.eval_data is None:
+        names = ("data", "eval_data", "mapping", "short_column", "long_columns", "image_column", "split", "eval_split")
+        config = TrainingConfig(
+            **{name: getattr(self, name) for name in (*names, "image_root", "num_scenes", "num_long_texts")},
+            eval_samples=max(self.num_scenes // 10, 1),
+        )
+        records, eval_records = load_data(config)
+        if eval_records is None:
             return records, None
-        if self.eval_data == "scenes":
-            return records, scenes_dataset(max(self.num_scenes // 10, 1), split="validation")
-        eval_records = load_records(self.eval_data, self.mapping, image_root=self.image_root)
         # of a stream, processes would evaluate some records twice: its length is not known
         return records, eval_records if isinstance(eval_records, Dataset) else list(eval_records)
 
@@ -192,12 +199,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     # Each process reads its own batches: each batch is padded to its own length.
     args.accelerator_config.dispatch_batches = False
     set_seed(args.seed)
+    records, eval_records = options.read_records()
 
     # float32, whatever the checkpoint was saved in: small steps are lost in 16 bits. `--bf16` is for the activations.
     model = AutoModel.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=False)
     sampling = CaptionSampling(options.num_long_texts, options.num_sentences or None)
-    records, eval_records = options.read_records()
     trainer = LoTLIPTrainer(
         model,
         LoTLIPCollator(processor, sampling, seed=args.seed),

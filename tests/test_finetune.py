@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoProcessor, EvalPrediction
 import tiny
 from lotlip_hf import LoTLIPModel, encode_images, encode_texts, lora_targets
 from lotlip_hf.data.collator import LoTLIPCollator
-from lotlip_hf.data.records import load_records
+from lotlip_hf.data.records import ColumnError, load_records
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
 from lotlip_hf.data.scenes import long_captions, render, scene, short_caption
 from processes import finish
@@ -393,3 +393,27 @@ def test_the_data_may_be_shards(name: str, checkpoint: Path, shard: Path, tmp_pa
     output = ["--output"] if name == "finetune_lora" else ["--max_steps", "3", "--output_dir"]
     arguments = ["--model", str(checkpoint), "--data", str(shard), *output, str(tmp_path / "saved")]
     assert largest_difference(load_script(f"examples/{name}.py").main(arguments), checkpoint) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("column", "option", "arguments"),
+    [
+        ("short_caption", "--long-columns", ["--num_long_texts", "0"]),
+        ("long_captions", "", ["--short_column", "none"]),
+    ],
+)
+def test_one_kind_of_caption_trains(
+    column: str, option: str, arguments: list[str], trainer_example: ModuleType, checkpoint: Path, tmp_path: Path
+) -> None:
+    rows = []
+    for one in map(scene, range(4)):
+        name = f"{one.id.replace('/', '-')}.png"
+        render(one, image_size=32).save(tmp_path / name)
+        captions = {"short_caption": short_caption(one), "long_captions": long_captions(one)}
+        rows.append(json.dumps({"file_name": name, column: captions[column]}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    data = ["--data", str(tmp_path), "--output_dir", str(tmp_path / "saved"), "--max_steps", "1"]
+    if option:  # said before the model is looked for
+        with pytest.raises(ColumnError, match=option):
+            trainer_example.main(["--model", str(tmp_path / "missing"), *data])
+    assert trainer_example.main(["--model", str(checkpoint), *data, *arguments]).is_dir()
