@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 from lotlip_hf import cli
 from lotlip_hf.data.captioners import CaptionerConfig
 from lotlip_hf.data.collator import RecordError, read_record
-from lotlip_hf.data.readers import read_rows
+from lotlip_hf.data.readers import parquet_batches, read_rows
 from lotlip_hf.data.records import ColumnError, ColumnMapping, find_files, load_records, read_table
 from lotlip_hf.data.relabel import _open_records
 from lotlip_hf.data.relabel_config import RelabelConfig
@@ -410,8 +411,10 @@ def test_names_in_messages_are_printable(tmp_path: Path) -> None:
 def test_parquet_that_is_packed_to_fill_the_memory(rows: int, streaming: bool, tmp_path: Path) -> None:
     size = (4 << 20) // rows
     cells = [b"\0" * size] * rows  # a dictionary holds one of them
-    table = pa.table({"image": cells, "short_caption": ["a"] * rows, "long_captions": ["b"] * rows})
-    pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd", dictionary_pagesize_limit=1 << 30)
+    table = pyarrow.table({"image": cells, "short_caption": ["a"] * rows, "long_captions": ["b"] * rows})
+    pyarrow.parquet.write_table(
+        table, tmp_path / "bomb.parquet", compression="zstd", dictionary_pagesize_limit=1 << 30
+    )
     with pytest.raises(ValueError, match="image"):
         list(load_records(tmp_path / "bomb.parquet", streaming=streaming, max_record_bytes=1 << 20))
     assert len(list(load_records(tmp_path / "bomb.parquet", streaming=streaming))) == rows
@@ -419,8 +422,10 @@ def test_parquet_that_is_packed_to_fill_the_memory(rows: int, streaming: bool, t
 
 def test_parquet_that_repeats_large_cells_is_read_in_small_batches(tmp_path: Path) -> None:
     cells = [np.random.default_rng(0).bytes(1 << 16)] * 100
-    pq.write_table(pa.table({"image": cells}), tmp_path / "repeated.parquet", dictionary_pagesize_limit=1 << 30)
-    metadata = pq.read_metadata(tmp_path / "repeated.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"image": cells}), tmp_path / "repeated.parquet", dictionary_pagesize_limit=1 << 30
+    )
+    metadata = pyarrow.parquet.read_metadata(tmp_path / "repeated.parquet")
     assert parquet_batches(metadata, 1 << 18) == [3]
     assert parquet_batches(metadata) == [64]
     assert [row["image"] for row in read_rows(tmp_path / "repeated.parquet", max_bytes=1 << 18)] == cells
@@ -436,7 +441,7 @@ def test_a_caption_without_end_is_a_broken_record(suffix: str, streaming: bool, 
     if suffix == ".jsonl":
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
-        pq.write_table(pa.Table.from_pylist(rows), file)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     whole, broken = load_records(file, streaming=streaming)
     read_record(whole, CaptionSampling())
     with pytest.raises(RecordError, match="characters"):

@@ -115,8 +115,8 @@ def parquet_batches(metadata: pyarrow.parquet.FileMetaData, max_bytes: int = MAX
     """
     How many rows of a Parquet file may be read at a time.
 
-    A cell takes up to as many bytes as its column's part of a row group has unpacked; in a dictionary it is stored once
-    for many rows.
+    A cell takes up to as many bytes as its column's part of a row group has unpacked; a dictionary stores it once for
+    many rows.
 
     Args:
         metadata (`pyarrow.parquet.FileMetaData`): the file's own description.
