@@ -149,16 +149,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
         # each process reads its own batches: each batch is padded to its own length
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
     )
+    if args.data == "scenes":
+        records = scenes_dataset(args.num_scenes)
+    else:
+        records = load_records(args.data, args.mapping, image_root=args.image_root)
     base = AutoModel.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=False)
     lora = add_lora(base, args.rank, args.vision, args.target_modules)
     if accelerator.is_main_process:
         lora.print_trainable_parameters()
 
-    if args.data == "scenes":
-        records = scenes_dataset(args.num_scenes)
-    else:
-        records = load_records(args.data, args.mapping, image_root=args.image_root)
     collator = LoTLIPCollator(processor, seed=args.seed)
     loader = DataLoader(records, args.batch_size, shuffle=isinstance(records, Dataset), collate_fn=collator)
     optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=args.learning_rate)

@@ -1059,10 +1059,10 @@ def test_records(tmp_path: Path) -> None:
 def test_columns_of_records_are_to_be_named(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     write(folder / "captions.csv", "picture,alt\na.png,One.\n")
-    which = r"Say which to read: `image_column` \(--image-column\) and `text_column` \(--text-column\)\.$"
-    with pytest.raises(ValueError, match=f"there is no column .* There are: 'picture', 'alt'. {which}"):
+    which = "--image-column.*--text-column.*--captions"
+    with pytest.raises(ValueError, match=f"there is no column .* There are: 'picture', 'alt'.*{which}"):
         load_benchmark("retrieval", folder)
-    with pytest.raises(ValueError, match=f"there is no column 'image' .* {which}"):
+    with pytest.raises(ValueError, match=f"there is no column 'image'.*{which}"):
         load_benchmark("retrieval", folder, text_column="alt")
     write(folder / "a.png", encoded(format="PNG"))
     assert retrieval("retrieval", folder, text_column="alt", image_column="picture").texts == ["One"]

@@ -572,7 +572,10 @@ def _read_records(task: Task, data: str | None, options: Options) -> RetrievalDa
         if isinstance(records, IterableDataset):  # shards, whose images are kept on disk where any of them can be read
             records = read_table(find_files(data, options.split), mapping, **limits)
     except ColumnError as error:
-        hint = "Say which to read: `image_column` (--image-column) and `text_column` (--text-column)."
+        hint = (
+            "Say which to read: `image_column` (--image-column) and `text_column` (--text-column); `captions` "
+            "(--captions long, short or all) says which kind."
+        )
         raise ColumnError(error.problem, error.field, hint) from error
     gaps = Gaps(task)
     images: list[str | None] = []  # `None` for one that is in the records themselves
