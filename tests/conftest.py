@@ -1,6 +1,7 @@
 """What every test can rely on: no network, one thread, the same seed, the golden files, a converted checkpoint."""
 
 import os
+import tempfile
 
 # Read once, when the libraries are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,10 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    # torch.compile takes kernels from its cache that were compiled for this machine's own vectors
+    folder = f"torchinductor-{os.getuid()}-{os.environ['ATEN_CPU_CAPABILITY']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), folder))
 
 import random
 import re
