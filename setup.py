@@ -24,7 +24,7 @@ INSTALL_REQUIRES = [
 # Metrics as `evaluate` modules, approximate search, plots of studies and reports (lotlip_hf/evaluation).
 EVALUATION_REQUIRES = ["evaluate>=0.4.5", "faiss-cpu>=1.11", "matplotlib>=3.9"]
 
-# Models of open_clip as they are (lotlip_hf/open_clip.py). It needs a torchvision that fits torch.
+# Models of open_clip as they are (lotlip_hf/engines/open_clip.py). It needs a torchvision that fits torch.
 OPEN_CLIP_REQUIRES = ["open_clip_torch>=3.3"]
 
 # What a training run draws and records: TensorBoard's files and the training curve.
@@ -33,10 +33,10 @@ TRAIN_REQUIRES = ["matplotlib>=3.9", "tensorboard>=2.16"]
 # Fine-tuning a few parameters alone (examples/finetune_lora.py).
 LORA_REQUIRES = ["peft>=0.18"]
 
-# Long prompts for diffusion pipelines (lotlip_hf/diffusion.py).
+# Long prompts for diffusion pipelines (lotlip_hf/diffusion).
 DIFFUSION_REQUIRES = ["diffusers>=0.42"]
 
-# Both towers without PyTorch (lotlip_hf/onnx.py).
+# Both towers without PyTorch (lotlip_hf/engines/onnx.py).
 ONNX_REQUIRES = ["onnx>=1.18", "onnxruntime>=1.23", "onnxscript>=0.7"]
 
 # HEIC and HEIF pictures (lotlip_hf/images.py).

@@ -46,11 +46,11 @@ from lotlip_hf.conversion.onnx import convert as export_onnx
 from lotlip_hf.conversion.stock import stock_model
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts, split_sentences
-from lotlip_hf.data.scenes import scenes_dataset
-from lotlip_hf.encoding import CPU_TOKENS, load_model
+from lotlip_hf.encoder import CPU_TOKENS, load_model
 from lotlip_hf.images import load_image
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
+from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.training.objective import Objective, batch_loss
 from measure import RESULTS as FOLDER
 from measure import in_turns, keep, machine, memory

@@ -43,8 +43,8 @@ from lotlip_hf import (
     LoTLIPTextModelWithProjection,
     LoTLIPVisionConfig,
 )
-from lotlip_hf.clip import KEPT_POSITIONS, Stretch, stretch_positions, stretch_text_model
-from lotlip_hf.encoding import fit_tokenizer
+from lotlip_hf.diffusion.stretch import KEPT_POSITIONS, Stretch, stretch_positions, stretch_text_model
+from lotlip_hf.encoder import fit_tokenizer
 from lotlip_hf.files import all_or_nothing, printable
 from lotlip_hf.terminal import run
 
@@ -57,7 +57,7 @@ MODELS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     CLIPTextModel: LoTLIPTextModel,
     CLIPTextModelWithProjection: LoTLIPTextModelWithProjection,
 }
-# By the name in a configuration. `lotlip_hf.diffusion` puts CLIP's text encoders and tokenizers into pipelines as
+# By the name in a configuration. `lotlip_hf.diffusion.swap` puts CLIP's text encoders and tokenizers into pipelines as
 # subclasses, whose weights and files are the stock ones.
 STOCK_CLASSES = {**{stock_class.__name__: stock_class for stock_class in MODELS}, "CLIPTextEncoder": CLIPTextModel}
 TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "CLIPPromptTokenizer")
@@ -118,7 +118,7 @@ def convert(
         num_corner_tokens: Number of corner tokens. They start as small random numbers and are to be trained; no output
             depends on them.
         max_positions: New number of positions, the table's or more; by default none are added.
-        stretch: How positions are added, see [`~lotlip_hf.clip.stretch_positions`]; by default
+        stretch: How positions are added, see [`~lotlip_hf.diffusion.stretch.stretch_positions`]; by default
             `"knowledge-preserved"`. Only with `max_positions`.
         tokenizer: Folder or Hub id; by default the checkpoint's own, in a diffusion pipeline the folder `tokenizer`
             beside its `text_encoder`, and for files CLIP's from the Hub. (It gives the ids that open_clip's and
@@ -302,8 +302,8 @@ def _read_transformers(clip: str, config: Mapping[str, Any], tokenizer: str | No
     if str(model_type).startswith("lotlip"):
         raise ConversionError(
             f"{place}: a checkpoint of {what}, which is a LoTLIP already. In Python, over CLIP's text tower, "
-            "lotlip_hf.clip.stretch_text_model(model, N) gives it N positions; its tokenizer's model_max_length is "
-            "then to be N, too."
+            "lotlip_hf.diffusion.stretch.stretch_text_model(model, N) gives it N positions; its tokenizer's "
+            "model_max_length is then to be N, too."
         )
     if stock_class is None or model_type not in DEFAULT_CLASSES:
         raise ConversionError(

@@ -9,7 +9,7 @@ The folder holds `text_model.onnx` (`input_ids` and `attention_mask`, [batch, le
 [batch, projection_dim]). The features are what `get_text_features` and `get_image_features` give: projected, and not
 normalised, which is left to the caller, as in CLIP; `encode_texts` and `encode_images` do it. Corner tokens change
 nothing at inference and are left out. Configuration, tokenizer and image processor are saved beside, so that
-`lotlip_hf.onnx.LoTLIPOnnxModel` and `AutoProcessor` need nothing else.
+`lotlip_hf.engines.onnx.LoTLIPOnnxModel` and `AutoProcessor` need nothing else.
 
 Where `tokenizer.json` is read by itself (fastembed, Transformers.js, text-embeddings-inference) it splits sentences,
 collapses white space and straightens quotation marks. The file cannot express repairs of broken encodings (ftfy) and
@@ -33,10 +33,10 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lotlip_hf import LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
-from lotlip_hf.encoding import fit_tokenizer
+from lotlip_hf.encoder import fit_tokenizer
+from lotlip_hf.engines.onnx import FILES, LOGIT_SCALE, LoTLIPOnnxModel, missing_packages
 from lotlip_hf.files import all_or_nothing
 from lotlip_hf.images import load_pixels
-from lotlip_hf.onnx import FILES, LOGIT_SCALE, LoTLIPOnnxModel, missing_packages
 from lotlip_hf.terminal import run
 
 from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line, quiet

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 from transformers.initialization import no_init_weights
 
-from lotlip_hf.clip import KEPT_POSITIONS
+from lotlip_hf.diffusion.stretch import KEPT_POSITIONS
 from lotlip_hf.files import printable
 
 from .common import ConversionError, one_line, option, read_json, section, whole

@@ -59,8 +59,8 @@ from lotlip_hf import (
     LoTLIPVisionModel,
     LoTLIPVisionModelWithProjection,
 )
-from lotlip_hf.clip import clip_text_model
-from lotlip_hf.encoding import fit_tokenizer
+from lotlip_hf.diffusion.stretch import clip_text_model
+from lotlip_hf.encoder import fit_tokenizer
 from lotlip_hf.files import all_or_nothing
 from lotlip_hf.modeling.calls_lotlip import free_of_calls
 from lotlip_hf.modeling.tokenization_lotlip import CLOSE, OPEN

@@ -10,7 +10,7 @@ replaces on prompts that were held out, next to two answers that know nothing of
 early; what was learnt until then is reported on and saved.
 
 "linear" and "mlp" map each token by itself and are matched word by word, "resampler" gives as many states as the
-teacher and is matched by position; `lotlip_hf.alignment.Alignment` says why, and why it is the one for Stable
+teacher and is matched by position; `lotlip_hf.diffusion.align.Alignment` says why, and why it is the one for Stable
 Diffusion XL and 3. It is built like ELLA's connector (https://arxiv.org/abs/2403.05135), without the timestep. All
 learn the pooled output too, which Stable Diffusion XL and 3 and Flux read. The teacher says nothing of what lies
 behind its last position, so prompts longer than that are left out; of a longer one "linear" and "mlp" give out all
@@ -38,11 +38,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lotlip_hf import LoTLIPTextEncoder, LoTLIPTextModel
-from lotlip_hf.alignment import MEASURES, Alignment, Batch, Words, tokenize_words
-from lotlip_hf.encoding import fit_tokenizer
+from lotlip_hf.diffusion.align import MEASURES, Alignment, Batch, Words, tokenize_words
+from lotlip_hf.diffusion.text_encoder import pipeline_target_layer
+from lotlip_hf.encoder import fit_tokenizer
 from lotlip_hf.modeling.tokenization_lotlip import clean
 from lotlip_hf.terminal import printable_output
-from lotlip_hf.text_encoder import pipeline_target_layer
 
 ADAPTERS = ("linear", "mlp", "resampler")
 SLOT = "text_encoder"

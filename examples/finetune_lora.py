@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoProcessor, set_seed
 from lotlip_hf import lora_targets
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.records import MAPPINGS, load_records
-from lotlip_hf.data.scenes import scenes_dataset
+from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.terminal import printable_output
 from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale, embed
 

@@ -33,9 +33,9 @@ import lotlip_hf  # noqa: F401  (registers LoTLIP with the Auto classes)
 from lotlip_hf import LoTLIPModel
 from lotlip_hf.data.records import MAPPINGS, load_records
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
-from lotlip_hf.data.scenes import scenes_dataset
+from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.terminal import printable_output
-from lotlip_hf.training.arguments import HelpFormatter
+from lotlip_hf.training.config import HelpFormatter
 
 WHOLE_CAPTIONS = CaptionSampling(num_long_texts=1, num_sentences=None)
 

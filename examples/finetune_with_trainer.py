@@ -37,9 +37,9 @@ from lotlip_hf.data.records import MAPPINGS
 from lotlip_hf.data.sampling import CaptionSampling
 from lotlip_hf.evaluation.retrieval import recalls
 from lotlip_hf.terminal import printable_output
-from lotlip_hf.training.arguments import HelpFormatter, TrainingConfig
+from lotlip_hf.training.config import HelpFormatter, TrainingConfig
+from lotlip_hf.training.model import load_data
 from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale, embed
-from lotlip_hf.training.setup import load_data
 
 
 @dataclass

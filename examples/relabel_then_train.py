@@ -40,12 +40,13 @@ from transformers import (
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.utils import logging
 
-from lotlip_hf.data.captioners import CaptionerConfig
 from lotlip_hf.data.records import load_records
-from lotlip_hf.data.relabel import relabel
-from lotlip_hf.data.relabel_config import RelabelConfig
 from lotlip_hf.data.sampling import split_sentences
-from lotlip_hf.data.scenes import (
+from lotlip_hf.modeling.processing_lotlip import official_image_processor
+from lotlip_hf.relabel.captioners.base import CaptionerConfig
+from lotlip_hf.relabel.config import RelabelConfig
+from lotlip_hf.relabel.run import relabel
+from lotlip_hf.scenes.dataset import (
     GRID,
     NUMBERS,
     PLACES,
@@ -57,12 +58,11 @@ from lotlip_hf.data.scenes import (
     scene,
     short_caption,
 )
-from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.terminal import printable_output
-from lotlip_hf.training.arguments import TrainingConfig
+from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.log import read_log
 from lotlip_hf.training.loop import train
-from lotlip_hf.training.setup import load_data, load_or_start_model
+from lotlip_hf.training.model import load_data, load_or_start_model
 
 NUM_HELD_OUT = 500
 IMAGE_SIZE = 64

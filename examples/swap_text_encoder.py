@@ -21,8 +21,8 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lotlip_hf.clip import stretch_text_model
-from lotlip_hf.diffusion import TextEncoder, swap_text_encoder
+from lotlip_hf.diffusion.stretch import stretch_text_model
+from lotlip_hf.diffusion.swap import TextEncoder, swap_text_encoder
 from lotlip_hf.terminal import printable_output
 
 PROMPT = (

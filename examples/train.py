@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from accelerate import PartialState
 
 from lotlip_hf.terminal import printable_lines, printable_output
-from lotlip_hf.training.arguments import parse_arguments
+from lotlip_hf.training.config import parse_arguments
 from lotlip_hf.training.loop import train
-from lotlip_hf.training.setup import load_data, load_or_start_model
+from lotlip_hf.training.model import load_data, load_or_start_model
 
 
 @printable_output()

@@ -6,10 +6,11 @@ Nothing else is imported until it is used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .registration import register_when_used
+from .auto import register_when_used
 
 if TYPE_CHECKING:
-    from .encoding import encode_images, encode_texts
+    from .diffusion.text_encoder import LoTLIPTextEncoder, LoTLIPTextEncoderConfig
+    from .encoder import encode_images, encode_texts
     from .lora import lora_targets
     from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
     from .modeling.modeling_lotlip import (
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     )
     from .modeling.processing_lotlip import LoTLIPProcessor
     from .modeling.tokenization_lotlip import LoTLIPTokenizer
-    from .text_encoder import LoTLIPTextEncoder, LoTLIPTextEncoderConfig
 
 __version__ = "0.1.0"
 
@@ -58,15 +58,15 @@ _MODULES = {
     "LoTLIPVisionModelWithProjection": ".modeling.modeling_lotlip",
     "LoTLIPProcessor": ".modeling.processing_lotlip",
     "LoTLIPTokenizer": ".modeling.tokenization_lotlip",
-    "LoTLIPTextEncoder": ".text_encoder",
-    "LoTLIPTextEncoderConfig": ".text_encoder",
-    "encode_images": ".encoding",
-    "encode_texts": ".encoding",
+    "LoTLIPTextEncoder": ".diffusion.text_encoder",
+    "LoTLIPTextEncoderConfig": ".diffusion.text_encoder",
+    "encode_images": ".encoder",
+    "encode_texts": ".encoder",
     "lora_targets": ".lora",
     # what a saved pipeline of diffusers names
-    "CLIPPromptTokenizer": ".diffusion",
-    "CLIPTextEncoder": ".diffusion",
-    "LoTLIPPromptTokenizer": ".diffusion",
+    "CLIPPromptTokenizer": ".diffusion.swap",
+    "CLIPTextEncoder": ".diffusion.swap",
+    "LoTLIPPromptTokenizer": ".diffusion.swap",
 }
 
 

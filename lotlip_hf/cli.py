@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from .data.relabel_config import add_arguments as add_relabel_arguments
-from .data.relabel_config import read_config
 from .files import printable
+from .relabel.config import add_arguments as add_relabel_arguments
+from .relabel.config import read_config
 from .terminal import run
 
 EXIT_STATUS = """\
@@ -296,7 +296,7 @@ def _embed(arguments: argparse.Namespace) -> int:
 
 
 def _push(arguments: argparse.Namespace) -> int:
-    from .hub import CardFields, push, write_repository
+    from .hub.push import CardFields, push, write_repository
 
     card = CardFields(
         license=arguments.license,
@@ -332,8 +332,8 @@ def _relabel(arguments: argparse.Namespace) -> int:
     import torch
     from accelerate import PartialState
 
-    from .data.relabel import SKIPPED, relabel
-    from .data.relabel_card import CARD, statistics_table
+    from .relabel.card import CARD, statistics_table
+    from .relabel.run import SKIPPED, relabel
 
     # PIL's warnings are of images that it reads all the same, and do not name them.
     warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -376,12 +376,12 @@ def _evaluate_together(arguments: argparse.Namespace, is_main_process: bool) -> 
     from huggingface_hub.constants import HF_HOME
 
     from .embed import check_output
-    from .evaluation.benchmarks import load_benchmark
-    from .evaluation.data import RetrievalData
+    from .evaluation.benchmarks.registry import load_benchmark
     from .evaluation.evaluate import evaluate, results_table, study, write_results
-    from .evaluation.plots import check_plot
     from .evaluation.studies import plot_length_study, plot_sentence_ablation
+    from .evaluation.tasks import RetrievalData
     from .evaluation.zero_shot import read_templates
+    from .plots import check_plot
 
     studies = {
         "length-study": ("length", plot_length_study),
@@ -469,7 +469,7 @@ class _ListTasks(argparse.Action):
     """Prints what `lotlip evaluate` can measure."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from .evaluation.benchmarks import describe_tasks
+        from .evaluation.benchmarks.registry import describe_tasks
 
         print(describe_tasks())
         parser.exit()
@@ -495,7 +495,7 @@ def _load(arguments: argparse.Namespace):  # noqa: ANN202
 
     from transformers.utils import logging
 
-    from .encoding import load_model
+    from .encoder import load_model
 
     logging.disable_progress_bar()  # the loading of weights; ours stay
     # PIL's warnings are of images that it reads all the same, and do not name them. What it cannot read is reported.

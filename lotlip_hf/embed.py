@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedModel
 
 from .data.readers import KINDS, column_of, every_row, value_of
-from .encoding import iterate_text_embeddings, max_text_length, warn_of_cut_texts
+from .encoder import iterate_text_embeddings, max_text_length, warn_of_cut_texts
 from .files import PARTIAL, printable, replacing, set_aside_no_folder
 from .search import build_index
 from .store import EmbeddingStore, fingerprint

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedModel
 
-from .encoding import encode_texts, iterate_image_embeddings
+from .encoder import encode_texts, iterate_image_embeddings
 from .files import printable, replacing
 from .images import WHITE, Background, ImageError, find_images, image_extensions, load_image
 from .store import EmbeddingStore, fingerprint
@@ -236,7 +236,7 @@ def search_folder(
     Example:
 
     ```python
-    >>> from lotlip_hf.encoding import load_model
+    >>> from lotlip_hf.encoder import load_model
     >>> from lotlip_hf.search import search_folder
 
     >>> model, processor = load_model("path/to/checkpoint")  # doctest: +SKIP

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .encoding import max_text_length
+from .encoder import max_text_length
 from .files import DAMAGED, is_own_file, open_no_link, own_folder, parse_json, replacing, set_aside
 from .images import background_of, checked_background
 

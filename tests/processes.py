@@ -24,11 +24,11 @@ TIME_LIMIT = 150  # seconds; a hang fails
 multiprocessing.set_forkserver_preload(
     [
         "lotlip_hf.cli",
-        "lotlip_hf.data.relabel",
+        "lotlip_hf.relabel.run",
         "lotlip_hf.evaluation.evaluate",
         "lotlip_hf.training.loop",
         "lotlip_hf.training.objective",
-        "lotlip_hf.training.setup",
+        "lotlip_hf.training.model",
         "matplotlib.backends.backend_agg",
         "transformers.models.bert.modeling_bert",
         "transformers.models.clip.image_processing_pil_clip",

@@ -19,11 +19,11 @@ from PIL import Image
 from lotlip_hf import cli, search
 from lotlip_hf.cli import main
 from lotlip_hf.embed import embed_texts
-from lotlip_hf.encoding import load_model
+from lotlip_hf.encoder import load_model
 from lotlip_hf.evaluation import embeddings as cached
-from lotlip_hf.evaluation.plots import figure, save
 from lotlip_hf.files import all_or_nothing, markdown_text, own_folder
-from lotlip_hf.hub import write_repository
+from lotlip_hf.hub.push import write_repository
+from lotlip_hf.plots import figure, save
 from lotlip_hf.search import build_index
 from lotlip_hf.store import EmbeddingStore
 from lotlip_hf.terminal import PrintableFormatter, PrintableStream, printable_lines, printable_output, run

@@ -29,10 +29,10 @@ from lotlip_hf import LoTLIPModel, LoTLIPProcessor, LoTLIPTokenizer, encode_text
 from lotlip_hf.conversion import clip, official, onnx, stock
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.sampling import CaptionSampling
-from lotlip_hf.encoding import load_model, max_text_length
+from lotlip_hf.encoder import load_model, max_text_length
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
-from lotlip_hf.training.arguments import TrainingConfig
-from lotlip_hf.training.setup import load_or_start_model
+from lotlip_hf.training.config import TrainingConfig
+from lotlip_hf.training.model import load_or_start_model
 from stale import CALL_STATE, is_clean, make_stale
 
 LONG = "a cat of the house " * 200

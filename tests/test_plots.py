@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lotlip_hf.evaluation.plots import check_plot, figure, save, wrapped
+from lotlip_hf.plots import check_plot, figure, save, wrapped
 
 
 @pytest.mark.parametrize(

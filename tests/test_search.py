@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from lotlip_hf import encode_images, encode_texts, search
-from lotlip_hf.encoding import load_model
+from lotlip_hf.encoder import load_model
 from lotlip_hf.files import open_regular
 from lotlip_hf.search import ImageIndex, SearchResult, build_index, save_grid, search_folder
 from lotlip_hf.store import EmbeddingStore, fingerprint

@@ -25,9 +25,9 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from lotlip_hf.data.sampling import split_sentences
-from lotlip_hf.data.scenes import long_captions, render, scene, short_caption
-from lotlip_hf.encoding import iterate_image_embeddings, iterate_text_embeddings, load_model, max_text_length
+from lotlip_hf.encoder import iterate_image_embeddings, iterate_text_embeddings, load_model, max_text_length
 from lotlip_hf.images import ImageError, load_image, read_image_bytes
+from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
 from lotlip_hf.terminal import printable_lines, printable_output
 
 MAX_IMAGES = 1000

@@ -59,7 +59,7 @@ class LoTLIPCollator:
 
     ```python
     >>> from torch.utils.data import DataLoader
-    >>> from lotlip_hf.data.scenes import scenes_dataset
+    >>> from lotlip_hf.scenes.dataset import scenes_dataset
 
     >>> collator = LoTLIPCollator(processor, on_error="skip")
     >>> loader = DataLoader(scenes_dataset(512), batch_size=64, shuffle=True, collate_fn=collator)

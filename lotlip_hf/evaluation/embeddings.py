@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..distributed import gather_lists, rank, world_size
-from ..encoding import iterate_image_embeddings, iterate_text_embeddings, max_text_length, warn_of_cut_texts
+from ..encoder import iterate_image_embeddings, iterate_text_embeddings, max_text_length, warn_of_cut_texts
 from ..files import own_folder, printable, read_regular, replacing
 from ..images import WHITE, ImageError, ImageSource, load_image, read_image_bytes
 from ..store import fingerprint
-from .data import IncompleteDataError
+from .tasks import IncompleteDataError
 
 logger = logging.getLogger(__name__)
 

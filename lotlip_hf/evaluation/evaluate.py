@@ -13,15 +13,15 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from ..encoding import encode_texts, max_text_length
+from ..encoder import encode_texts, max_text_length
 from ..files import printable, replacing
 from ..store import fingerprint
-from .data import ClassificationData, RetrievalData
 from .embeddings import embed_images, embed_texts, image_digests
 from .models import model_revision, model_versions
 from .report import metric_table, study_table, table
 from .retrieval import accuracies, check_search, retrieval_metrics, telling_metrics
 from .studies import length_study, sentence_ablation
+from .tasks import ClassificationData, RetrievalData
 from .zero_shot import DEFAULT_TEMPLATES, class_embeddings
 
 LIBRARIES = ("lotlip-hf", "torch", "transformers", "tokenizers", "pillow", "numpy")
@@ -48,9 +48,9 @@ def evaluate(
     where it has classes. Of several processes each encodes its share; all return the same.
 
     Args:
-        model: A dual encoder, as [`~lotlip_hf.encoding.load_model`] gives it.
+        model: A dual encoder, as [`~lotlip_hf.encoder.load_model`] gives it.
         processor: Its processor.
-        data: What [`~lotlip_hf.evaluation.benchmarks.load_benchmark`] reads, or data of one's own.
+        data: What [`~lotlip_hf.evaluation.benchmarks.registry.load_benchmark`] reads, or data of one's own.
         benchmark: Name of the benchmark, such as `"iiw"`: the column of the report. By default the name of `data`.
         model_name: What the results call the model; by default the folder or Hub id that it was loaded from.
         templates: Prompts for classes, with `{}` in the place of the class.
@@ -75,8 +75,8 @@ def evaluate(
     Example:
 
     ```python
-    >>> from lotlip_hf.encoding import load_model
-    >>> from lotlip_hf.evaluation.benchmarks import load_benchmark
+    >>> from lotlip_hf.encoder import load_model
+    >>> from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
     >>> from lotlip_hf.evaluation.evaluate import evaluate
 
     >>> model, processor = load_model("path/to/checkpoint")  # doctest: +SKIP

@@ -4,8 +4,8 @@ import sys
 
 from transformers import PreTrainedModel
 
-from ..onnx import LoTLIPOnnxModel
-from ..open_clip import OpenClipModel
+from ..engines.onnx import LoTLIPOnnxModel
+from ..engines.open_clip import OpenClipModel
 
 
 def model_revision(model: PreTrainedModel) -> str | None:
@@ -13,7 +13,7 @@ def model_revision(model: PreTrainedModel) -> str | None:
     The commit on the Hub that a model was loaded from.
 
     Args:
-        model: A model that [`~lotlip_hf.encoding.load_model`] loaded.
+        model: A model that [`~lotlip_hf.encoder.load_model`] loaded.
 
     Returns:
         40 hexadecimal digits; `None` for a model from a folder, and for one that something else loaded: transformers
@@ -22,7 +22,7 @@ def model_revision(model: PreTrainedModel) -> str | None:
     Example:
 
     ```python
-    >>> from lotlip_hf.encoding import load_model
+    >>> from lotlip_hf.encoder import load_model
     >>> from lotlip_hf.evaluation.models import model_revision
 
     >>> model, _ = load_model("openai/clip-vit-base-patch32")  # doctest: +SKIP
@@ -37,7 +37,7 @@ def model_versions(model: PreTrainedModel) -> dict[str, str]:
     Versions of what computes a model's features beside PyTorch and transformers.
 
     Args:
-        model: A model that [`~lotlip_hf.encoding.load_model`] loaded.
+        model: A model that [`~lotlip_hf.encoder.load_model`] loaded.
 
     Returns:
         Versions by name: of open_clip and what it is made of, or of ONNX Runtime; of other models none.

@@ -16,9 +16,9 @@ from huggingface_hub.utils import yaml_dump
 
 from ..embed import check_output
 from ..files import markdown_text, replacing
-from ..hub import read_results, result_file
-from .benchmarks import TASKS
-from .plots import COLOURS, DIRECTIONS, check_plot, figure, save, wrapped
+from ..hub.push import read_results, result_file
+from ..plots import COLOURS, DIRECTIONS, check_plot, figure, save, wrapped
+from .benchmarks.registry import TASKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -377,7 +377,7 @@ def plot_report(files: Sequence[str | os.PathLike], output: str | os.PathLike) -
         ImportError: without matplotlib.
         ValueError: if a file holds no results, or none of them holds any but a study's.
         OSError: if a file cannot be read or written.
-        ValueError, OSError: as [`~lotlip_hf.evaluation.plots.check_plot`].
+        ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
     """
     check_plot(output)
     save(_draw(summarise(files)), output)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..distributed import rank, world_size
-from ..encoding import (
+from ..encoder import (
     FULL_LENGTH_MODEL_TYPES,
     TEXT_CHUNK,
     _tokenize,
@@ -21,11 +21,11 @@ from ..encoding import (
     max_text_length,
     warn_of_cut_texts,
 )
+from ..plots import DIRECTION_COLOURS, DIRECTIONS, check_plot, figure, save, wrapped
 from ..store import fingerprint
-from .data import RetrievalData
 from .embeddings import UNIT_SIZE, embed_images, embed_texts
-from .plots import DIRECTION_COLOURS, DIRECTIONS, check_plot, figure, save, wrapped
 from .retrieval import ranks, recalls
+from .tasks import RetrievalData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ def length_study(
     every text to a fixed length is counted with that.
 
     Args:
-        model: A dual encoder, as [`~lotlip_hf.encoding.load_model`] gives it.
+        model: A dual encoder, as [`~lotlip_hf.encoder.load_model`] gives it.
         processor: Its processor.
         data: Images and texts.
         limits: Numbers of tokens, the special ones included; by default 16, 32, 48, 64, 96, 128, 192, 256, 384, 512 as
@@ -80,8 +80,8 @@ def length_study(
     Example:
 
     ```python
-    >>> from lotlip_hf.encoding import load_model
-    >>> from lotlip_hf.evaluation.benchmarks import load_benchmark
+    >>> from lotlip_hf.encoder import load_model
+    >>> from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
     >>> from lotlip_hf.evaluation.studies import length_study, plot_length_study
 
     >>> model, processor = load_model("path/to/checkpoint")  # doctest: +SKIP
@@ -145,7 +145,7 @@ def sentence_ablation(
     than k sentences stays whole, and so does one that has no other sentence.
 
     Args:
-        model: A dual encoder, as [`~lotlip_hf.encoding.load_model`] gives it.
+        model: A dual encoder, as [`~lotlip_hf.encoder.load_model`] gives it.
         processor: Its processor.
         data: Images and texts.
         max_sentences: The last k; by default the number of sentences of the longest text.
@@ -173,8 +173,8 @@ def sentence_ablation(
     Example:
 
     ```python
-    >>> from lotlip_hf.encoding import load_model
-    >>> from lotlip_hf.evaluation.benchmarks import load_benchmark
+    >>> from lotlip_hf.encoder import load_model
+    >>> from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
     >>> from lotlip_hf.evaluation.studies import plot_sentence_ablation, sentence_ablation
 
     >>> model, processor = load_model("path/to/checkpoint")  # doctest: +SKIP
@@ -248,7 +248,7 @@ def plot_length_study(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike
     Raises:
         ImportError: without matplotlib.
         ValueError: without rows.
-        ValueError, OSError: as [`~lotlip_hf.evaluation.plots.check_plot`].
+        ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
     """
     _check_rows(rows)
     check_plot(file)
@@ -288,7 +288,7 @@ def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.Pat
     Raises:
         ImportError: without matplotlib.
         ValueError: without rows.
-        ValueError, OSError: as [`~lotlip_hf.evaluation.plots.check_plot`].
+        ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
     """
     _check_rows(rows[1:])
     check_plot(file)

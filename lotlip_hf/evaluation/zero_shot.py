@@ -175,7 +175,7 @@ def class_embeddings(
 
     ```python
     >>> from lotlip_hf import encode_images
-    >>> from lotlip_hf.encoding import load_model
+    >>> from lotlip_hf.encoder import load_model
     >>> from lotlip_hf.evaluation.zero_shot import class_embeddings
 
     >>> model, processor = load_model("path/to/checkpoint")  # doctest: +SKIP

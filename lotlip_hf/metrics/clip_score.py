@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..encoding import (
+from ..encoder import (
     TEXT_CHUNK,
     _check_text,
     encode_images,

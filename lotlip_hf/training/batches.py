@@ -12,7 +12,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from ..data.collator import LoTLIPCollator
-from .arguments import TrainingConfig
+from .config import TrainingConfig
 
 
 def batches_per_epoch(num_records: int, config: TrainingConfig, num_processes: int) -> int:

@@ -35,7 +35,6 @@ from ..files import inside, printable, write_json
 from ..images import set_max_image_pixels
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
-from .arguments import CONFIG_NAME, TrainingConfig, check_resumed
 from .batches import batches_per_epoch, iterate_batches
 from .checkpoint import (
     CheckpointError,
@@ -45,9 +44,10 @@ from .checkpoint import (
     remove_partial,
     save_checkpoint,
 )
+from .config import CONFIG_NAME, TrainingConfig, check_resumed
 from .log import CURVE_NAME, LOG_NAME, RECALLS, RunLog, draw_curve, read_log
+from .model import freeze, parameter_groups, prepare_sharding, rate_factor, set_training_mode
 from .objective import Objective, batch_loss, cached_backward, clamp_logit_scale
-from .setup import freeze, parameter_groups, prepare_sharding, rate_factor, set_training_mode
 
 logger = logging.get_logger(__name__)
 
@@ -107,9 +107,9 @@ def train(
     Example:
 
     ```python
-    >>> from lotlip_hf.training.arguments import TrainingConfig
+    >>> from lotlip_hf.training.config import TrainingConfig
     >>> from lotlip_hf.training.loop import train
-    >>> from lotlip_hf.training.setup import load_data, load_or_start_model
+    >>> from lotlip_hf.training.model import load_data, load_or_start_model
 
     >>> config = TrainingConfig(model="scenes", data="scenes", max_steps=1000, learning_rate=1e-3, output="run")
     >>> checkpoint = train(*load_or_start_model(config), load_data(config)[0], config)

@@ -1,0 +1,1 @@
+"""LoTLIP in diffusion pipelines."""

@@ -1,0 +1,531 @@
+"""A LoTLIP text encoder in a diffusers pipeline: longer prompts, and everything else as the pipeline has it."""
+
+import copy
+import json
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import initialization as init
+from transformers.tokenization_utils_base import BatchEncoding
+from transformers.utils import logging as transformers_logging
+
+from ..modeling.calls_lotlip import for_one_call, free_of_calls
+from ..modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection
+from ..modeling.tokenization_lotlip import LoTLIPTokenizer
+from .stretch import clip_text_model, stretch_text_model
+from .text_encoder import LoTLIPTextEncoder, pipeline_target_layer
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+# What a slot that can be swapped holds, before and after.
+TextEncoder = CLIPTextModel | CLIPTextModelWithProjection | LoTLIPTextEncoder
+
+# What loads the text side of a checkpoint, by the class that the checkpoint is of.
+TEXT_CLASSES: dict[str, type[PreTrainedModel]] = {
+    "LoTLIPModel": LoTLIPTextModelWithProjection,
+    "LoTLIPTextModel": LoTLIPTextModel,
+    "LoTLIPTextModelWithProjection": LoTLIPTextModelWithProjection,
+    "LoTLIPTextEncoder": LoTLIPTextEncoder,
+    "CLIPModel": CLIPTextModelWithProjection,
+    "CLIPTextModel": CLIPTextModel,
+    "CLIPTextEncoder": CLIPTextModel,
+    "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
+}
+
+
+def swap_text_encoder(
+    pipe: "DiffusionPipeline",
+    model_or_path: PreTrainedModel | str | os.PathLike,
+    slot: str = "text_encoder",
+    max_length: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
+) -> "DiffusionPipeline":
+    """
+    Puts another text encoder and its tokenizer into a pipeline whose text encoder is CLIP's: Stable Diffusion 1.x,
+    2.x, XL and 3, Flux, and what has the same components (image to image, inpainting, ControlNet, ...).
+
+    A LoTLIP over CLIP's text tower goes in as a stock CLIP text encoder: its corner tokens change nothing there. The
+    pipeline's other CLIP encoders are made to agree on the length; one with too few positions gets more
+    ([`~lotlip_hf.diffusion.stretch.stretch_positions`], knowledge preserved) and keeps them: to go back, load the
+    pipeline again. T5 encoders stay as they are. Device, dtype and attention implementation of the replaced encoder
+    are taken over. From then on the words that are cut off a prompt are logged as a warning; diffusers by itself tells
+    of positive
+    prompts alone.
+
+    Swap first; then load LoRA weights and textual inversions, turn on offloading, compile. `pipe.save_pretrained`
+    saves the swapped pipeline; `DiffusionPipeline.from_pretrained` loads it wherever `lotlip_hf` has been imported.
+
+    Args:
+        pipe: A pipeline with a CLIP text encoder. It is changed in place, once everything has been checked; models
+            that it shares with other pipelines are not.
+        model_or_path: A LoTLIP model (whole, or its text tower), [`LoTLIPTextEncoder`], `CLIPModel`, `CLIPTextModel`
+            or `CLIPTextModelWithProjection`, or folder or Hub id of one of these. A model is copied.
+        slot: Name of the component to replace, such as `"text_encoder_2"`.
+        max_length: Longest prompt in tokens, the first and last included. By default all positions of the model.
+        tokenizer: The model's tokenizer, or folder or Hub id of one. By default for a folder its own, padding as the
+            slot's does if their vocabularies allow, or what lies beside it in a pipeline; for a model the slot's.
+
+    Returns:
+        `pipe`.
+
+    Raises:
+        ValueError: if the slot holds no CLIP text encoder (T5, empty, unknown); if the model's type, widths,
+            projection, positions or tokenizer do not fit, or no tokenizer is found; if the pipeline is offloaded, or
+            holds LoRA weights for its text encoders or textual inversions that the new one does not know.
+        OSError: if the checkpoint is not found.
+
+    Example:
+
+    ```python
+    >>> from diffusers import DiffusionPipeline
+    >>> from lotlip_hf.diffusion.swap import swap_text_encoder
+
+    >>> pipe = DiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")  # doctest: +SKIP
+    >>> swap_text_encoder(pipe, "lotlip-clip-248")  # doctest: +SKIP
+    >>> pipe("A prompt of up to 248 tokens ...").images[0].save("picture.png")  # doctest: +SKIP
+    ```
+    """
+    others = _text_encoders(pipe, slot)
+    replaced = others.pop(slot)
+    is_model = isinstance(model_or_path, PreTrainedModel)
+    model = model_or_path if is_model else _load_model(model_or_path)
+    have_projections = (_projection_dim(encoder) is not None for encoder in (replaced, *others.values()))
+    encoder = _encoder(model, replaced, slot, pipeline_target_layer(have_projections))
+
+    tokenizer_name = _tokenizer_name(slot)
+    if tokenizer is None and is_model:
+        tokenizer = getattr(pipe, tokenizer_name)
+    elif tokenizer is None:
+        tokenizer = _load_tokenizer(model_or_path, padding_of=getattr(pipe, tokenizer_name))
+    elif not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = _load_tokenizer(tokenizer)
+    _check_tokenizer(tokenizer, encoder)
+    _check_inversions(getattr(pipe, tokenizer_name), tokenizer, slot)
+    length, others_length = _lengths(pipe, encoder, max_length, bool(others))
+
+    if type(encoder) is CLIPTextModel and _has_one_text_encoder(pipe):
+        encoder = CLIPTextEncoder.from_clip(encoder)
+    elif is_model:
+        encoder = copy.deepcopy(encoder)
+    if isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection):
+        encoder.set_attn_implementation(replaced.config._attn_implementation)
+    components: dict[str, Any] = {
+        slot: encoder.to(device=replaced.device, dtype=replaced.dtype).eval(),
+        tokenizer_name: _prompt_tokenizer(
+            tokenizer, length, isinstance(encoder, LoTLIPTextEncoder) and encoder.config.output_length is not None
+        ),
+    }
+    for name, other in others.items():
+        components[name] = _with_length(other, others_length, name)
+        components[_tokenizer_name(name)] = _prompt_tokenizer(getattr(pipe, _tokenizer_name(name)), others_length)
+
+    if isinstance(encoder, LoTLIPTextEncoder) and encoder.config.adapter is None:
+        logger.warning(
+            f"`{slot}` will give LoTLIP's own hidden states, which are not in the space of the encoder that the "
+            "pipeline was trained with: its pictures will not show what the prompts say. Train an adapter into that "
+            "space with examples/align_text_encoder.py and swap in what it saves, or take a LoTLIP over CLIP's tower."
+        )
+    pipe.register_modules(**components)
+    if hasattr(pipe, "tokenizer_max_length"):  # what Stable Diffusion 3 and Flux read off the first tokenizer once
+        pipe.tokenizer_max_length = pipe.tokenizer.model_max_length
+    return pipe
+
+
+class CLIPTextEncoder(CLIPTextModel):
+    """
+    `CLIPTextModel` for Stable Diffusion 1.x and 2.x, whose `clip_skip` asks for `text_encoder.text_model`, a level
+    that transformers took out. Weights, their names and all outputs are those of `CLIPTextModel`, which loads it, too.
+    """
+
+    @property
+    def text_model(self) -> "CLIPTextEncoder":
+        """The model itself."""
+        # Diffusers takes the names of LoRA weights for those of the old, deeper model where it finds this attribute,
+        # and else puts both, old and new, right.
+        if sys._getframe(1).f_code.co_name == "_load_lora_into_text_encoder":
+            raise AttributeError("text_model")
+        return self
+
+    @classmethod
+    def from_clip(cls, model: CLIPTextModel) -> "CLIPTextEncoder":
+        """
+        A copy of a stock text encoder.
+
+        Args:
+            model: The stock text encoder.
+        """
+        # made anew: the class of a model is registered when it is made, and without it gives out no hidden states
+        config = copy.deepcopy(model.config)
+        config.vocab_size = model.get_input_embeddings().num_embeddings  # which unloading an inversion leaves behind
+        with init.no_init_weights():  # the random numbers that come next are the pipeline's
+            encoder = cls._from_config(config, attn_implementation=config._attn_implementation, dtype=model.dtype)
+        encoder.load_state_dict(model.state_dict())
+        for parameter, own in zip(model.parameters(), encoder.parameters(), strict=True):
+            own.requires_grad_(parameter.requires_grad)
+        return encoder
+
+
+class _PromptTokenizer(PreTrainedTokenizerBase):
+    """
+    Logs the words that truncation cuts off, in every call: diffusers does so for positive prompts alone, in the words
+    of the tokens. Where it tokenises a prompt a second time to find them, it finds none.
+
+    Args:
+        fixed_length: Whether every text has `model_max_length` tokens at most, whatever `max_length` a call gives.
+            Diffusers cuts a negative prompt to as many tokens as the prompt has states, and a resampler gives out
+            another number than it reads.
+    """
+
+    saved_class: ClassVar[str]
+
+    def __init__(self, *args: Any, fixed_length: bool = False, **kwargs: Any) -> None:
+        if fixed_length:
+            kwargs["fixed_length"] = True
+        super().__init__(*args, **kwargs)
+        self.fixed_length = fixed_length
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BatchEncoding:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("diffusers.") and "truncation" not in kwargs and kwargs.get("padding") == "longest":
+            kwargs.update(truncation=True, verbose=False)  # what it compares with the prompt that was cut
+        return super().__call__(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> tuple[str, ...]:  # pyright: ignore
+        """As the class that it adds its warnings to, which `AutoTokenizer` knows."""
+        free_of_calls(self)
+        files = super().save_pretrained(save_directory, **kwargs)
+        path = Path(files[0])
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["tokenizer_class"] = self.saved_class
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return files
+
+    def _encode_plus(
+        self, text: Any, *args: Any, verbose: bool = True, return_overflowing_tokens: bool = False, **kwargs: Any
+    ) -> BatchEncoding:
+        # What the other classes would say is said here, and better.
+        kwargs.update(verbose=False, return_overflowing_tokens=return_overflowing_tokens)
+        if self.fixed_length and kwargs.get("max_length") is not None:
+            kwargs["max_length"] = self.model_max_length
+        call: Any = super(_PromptTokenizer, for_one_call(self))
+        encoding = call._encode_plus(text, *args, **kwargs)
+        if verbose and not return_overflowing_tokens and encoding.encodings is not None:
+            texts = [text] if isinstance(text, str) else text
+            lost = [
+                self._lost_words(text, prompt)
+                for text, prompt in zip(texts, encoding.encodings, strict=True)
+                if prompt.overflowing
+            ]
+            if lost:
+                logger.warning(
+                    f"{len(lost)} of {len(encoding.encodings)} prompts cut off at {kwargs.get('max_length')} tokens. "
+                    f"Lost words: {'; '.join(map(repr, lost))}"
+                )
+        return encoding
+
+    def _lost_words(self, text: Any, prompt: Any) -> str:
+        """What of `text` lies beyond the tokens that were kept, from the beginning of its first word."""
+        read = self._as_read(text)
+        spans = [span for span, special in zip(prompt.offsets, prompt.special_tokens_mask, strict=True) if not special]
+        if read is None or self.truncation_side != "right":
+            ids = [token_id for part in prompt.overflowing for token_id in part.ids]
+            return str(self.decode(ids, skip_special_tokens=True)).replace("</w>", " ").strip()
+        start = max((end for _, end in spans), default=0)
+        while 0 < start < len(read) and read[start - 1].isalnum() and read[start].isalnum():
+            start -= 1
+        return read[start:].strip()
+
+    def _as_read(self, text: Any) -> str | None:
+        """The text that offsets count in, where it can be told."""
+        return text if isinstance(text, str) else None
+
+
+class CLIPPromptTokenizer(_PromptTokenizer, CLIPTokenizer):
+    """`CLIPTokenizer` that logs a warning with the words that it cuts off."""
+
+    saved_class = "CLIPTokenizer"
+
+
+class LoTLIPPromptTokenizer(_PromptTokenizer, LoTLIPTokenizer):
+    """[`LoTLIPTokenizer`] that logs a warning with the words that it cuts off."""
+
+    saved_class = "LoTLIPTokenizer"
+    _auto_class = None  # it is of this package, and not saved with its code
+
+    def _as_read(self, text: Any) -> str | None:
+        if not isinstance(text, str) or any(token in text for token in self.all_special_tokens):
+            return None
+        return str(self.sep_token or "").join(self._sentences(text))
+
+
+# Saved pipelines name a component's package and class; diffusers looks both up in `lotlip_hf` itself.
+for _class in (CLIPTextEncoder, CLIPPromptTokenizer, LoTLIPPromptTokenizer):
+    _class.__module__ = "lotlip_hf"
+
+
+def _text_encoders(pipe: "DiffusionPipeline", slot: str) -> dict[str, TextEncoder]:
+    """The pipeline's text encoders that can be swapped, checked, `slot` among them."""
+    from diffusers import DiffusionPipeline
+
+    if not isinstance(pipe, DiffusionPipeline):
+        raise ValueError(f"`pipe` must be a diffusers pipeline, got {type(pipe).__name__}.")
+    components = pipe.components
+    encoders = {
+        name: component
+        for name, component in components.items()
+        if name.startswith("text_encoder") and isinstance(component, TextEncoder)
+    }
+    if slot not in encoders:
+        if slot not in components:
+            what = "there is no such component"
+        elif components[slot] is None:
+            what = "it is empty: load the pipeline with the text encoder that is to be replaced"
+        else:
+            what = f"it holds {type(components[slot]).__name__}, which is no CLIP text encoder"
+        swappable = ", ".join(map(repr, encoders)) or "none"
+        raise ValueError(
+            f"`slot` {slot!r} of {type(pipe).__name__}: {what}. Slots that can be swapped here: {swappable}."
+        )
+    for name, encoder in encoders.items():
+        tokenizer = components.get(_tokenizer_name(name))
+        if not isinstance(tokenizer, CLIPTokenizer | LoTLIPTokenizer):
+            raise ValueError(
+                f"`{_tokenizer_name(name)}` must be a CLIPTokenizer or a LoTLIPTokenizer, got "
+                f"{type(tokenizer).__name__}."
+            )
+        if getattr(encoder, "peft_config", None):
+            raise ValueError(
+                f"`{name}` holds LoRA weights: call pipe.unload_lora_weights(), swap, then load them again."
+            )
+        # of accelerate, and of diffusers' own
+        hooks = ("_hf_hook", "_diffusers_hook")
+        if pipe.hf_device_map is not None or any(hasattr(m, hook) for m in encoder.modules() for hook in hooks):
+            raise ValueError(f"`{name}` is offloaded or placed by a device map: swap first, then turn that on.")
+    return encoders
+
+
+def _tokenizer_name(slot: str) -> str:
+    return slot.replace("text_encoder", "tokenizer")
+
+
+def _has_one_text_encoder(pipe: "DiffusionPipeline") -> bool:
+    return sum(name.startswith("text_encoder") for name in pipe.components) == 1
+
+
+def _projection_dim(model: PreTrainedModel) -> int | None:
+    return getattr(getattr(model, "text_projection", None), "out_features", None)
+
+
+def _load_model(path: str | os.PathLike) -> PreTrainedModel:
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(
+            f"`model_or_path` is a {type(path).__name__}: expected a model of transformers (of PEFT's, what "
+            "merge_and_unload() returns), or a folder or Hub id."
+        )
+    if (Path(path) / "model_index.json").is_file():
+        raise ValueError(
+            f"{path} is a whole pipeline: give the folder of its text encoder, such as text_encoder in it."
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except OSError as error:
+        raise OSError(
+            f"{path}: no such folder, and not to be had from the Hub ({str(error).splitlines()[0]})"
+        ) from error
+    architecture = (config.architectures or [type(config).__name__.replace("Config", "Model")])[0]
+    if architecture not in TEXT_CLASSES:
+        raise ValueError(f"{path} holds a {architecture}: expected one of {', '.join(TEXT_CLASSES)}.")
+    if isinstance(config, CLIPConfig):
+        config.text_config.projection_dim = config.projection_dim  # the one that counts in a whole CLIP
+    config = getattr(config, "text_config", config) if architecture != "LoTLIPTextEncoder" else config
+    model_class: Any = TEXT_CLASSES[architecture]
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # else it lists all of a whole model's image tower as unexpected
+    try:
+        model, info = model_class.from_pretrained(path, config=config, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: its weights are damaged ({error}).") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise ValueError(f"{path} lacks weights of its text encoder: {', '.join(sorted(info['missing_keys']))}.")
+    return model
+
+
+def _load_tokenizer(
+    path: str | os.PathLike, padding_of: PreTrainedTokenizerBase | None = None
+) -> PreTrainedTokenizerBase:
+    folder = Path(path)
+    if not (folder / "tokenizer_config.json").is_file() and folder.name.startswith("text_encoder"):
+        beside = folder.with_name(_tokenizer_name(folder.name))  # as pipelines have it
+        path = beside if beside.is_dir() else path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: no tokenizer found ({reason}). Give `tokenizer`.") from error
+    # the pipeline was trained on texts padded as the slot's tokenizer does it, and looks at the padding
+    if isinstance(tokenizer, CLIPTokenizer) and isinstance(padding_of, CLIPTokenizer):
+        if tokenizer.convert_tokens_to_ids(padding_of.pad_token) == padding_of.pad_token_id:
+            tokenizer.pad_token = padding_of.pad_token
+    return tokenizer
+
+
+def _encoder(model: Any, replaced: TextEncoder, slot: str, target_layer: int) -> TextEncoder:
+    """What goes into the slot; weights are shared with `model`."""
+    name = type(model).__name__
+    is_lotlip = isinstance(model, LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection)
+    if isinstance(model, CLIPModel):
+        config = copy.deepcopy(model.config.text_config)
+        config.projection_dim = model.config.projection_dim  # the one that counts
+        with torch.device("meta"):
+            text_side = CLIPTextModelWithProjection(config)
+        text_side.text_model, text_side.text_projection = model.text_model, model.text_projection
+        model = text_side
+    if not is_lotlip and not isinstance(model, TextEncoder):
+        raise ValueError(
+            f"`model_or_path` is a {name}: expected a LoTLIP model, LoTLIPTextEncoder, CLIPModel, CLIPTextModel or "
+            "CLIPTextModelWithProjection."
+        )
+    if getattr(model, "peft_config", None):
+        raise ValueError(f"`model_or_path` ({name}) holds LoRA weights: merge them first.")
+    align = "train an adapter to it with examples/align_text_encoder.py"
+    config = model.config.text_config if isinstance(model, LoTLIPModel) else model.config
+    width = replaced.config.hidden_size
+    if config.hidden_size != width:
+        raise ValueError(
+            f"{name} gives states of width {config.hidden_size}, and the pipeline reads {width} from `{slot}`: take a "
+            f"model of that width, or {align}."
+        )
+    projection_dim, own_projection_dim = _projection_dim(replaced), _projection_dim(model)
+    if projection_dim is not None and own_projection_dim != projection_dim:
+        has = "has no text projection" if own_projection_dim is None else f"projects to width {own_projection_dim}"
+        raise ValueError(
+            f"{name} {has}, and the pipeline reads pooled features of width {projection_dim} from `{slot}`: take a "
+            f"model with that projection, or {align}."
+        )
+    if isinstance(model, LoTLIPTextEncoder):
+        if projection_dim is None and own_projection_dim is not None:
+            raise ValueError(f"{name} has a projection, for which `{slot}` has no place: {align} for this slot.")
+        if model.config.target_layer != target_layer:
+            raise ValueError(
+                f"{name} was made to stand for layer {model.config.target_layer} of a text encoder, and this pipeline "
+                f"reads layer {target_layer}: {align} for this pipeline."
+            )
+        return model
+    if is_lotlip and config.is_causal:
+        return clip_text_model(model, with_projection=projection_dim is not None)
+    if is_lotlip:
+        return LoTLIPTextEncoder.from_text_model(model, projection_dim=projection_dim, target_layer=target_layer)
+    return model.text_model if isinstance(model, CLIPTextModelWithProjection) and projection_dim is None else model
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, encoder: TextEncoder) -> None:
+    if not isinstance(tokenizer, CLIPTokenizer | LoTLIPTokenizer):
+        raise ValueError(
+            f"The tokenizer must be a CLIPTokenizer or a LoTLIPTokenizer, got {type(tokenizer).__name__}: give the "
+            "model's as `tokenizer`."
+        )
+    config = encoder.config.get_text_config() if isinstance(encoder, LoTLIPTextEncoder) else encoder.config
+    problem = None
+    if len(tokenizer) > config.vocab_size:
+        problem = f"it has {len(tokenizer)} tokens and the model {config.vocab_size}"
+    elif isinstance(encoder, LoTLIPTextEncoder) and not config.is_causal:
+        if tokenizer.pad_token_id != config.pad_token_id:
+            problem = f"it pads with id {tokenizer.pad_token_id} and the model with {config.pad_token_id}"
+    elif config.eos_token_id not in (tokenizer.eos_token_id, 2):  # 2 stood in CLIP's configurations for the highest id
+        problem = f"its end-of-text id is {tokenizer.eos_token_id} and the model's {config.eos_token_id}"
+    if problem is not None:
+        raise ValueError(f"The tokenizer does not fit the model: {problem}. Give the model's as `tokenizer`.")
+
+
+def _check_inversions(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, slot: str) -> None:
+    added = {token.content for token in old.added_tokens_decoder.values() if not token.special}
+    lost = sorted(added - new.get_vocab().keys())
+    if lost:
+        raise ValueError(
+            f"`{slot}` has learnt tokens that the new one does not know: {', '.join(lost)}. Call "
+            "pipe.unload_textual_inversion(), swap, then load them again."
+        )
+
+
+def _lengths(
+    pipe: "DiffusionPipeline", encoder: TextEncoder, max_length: int | None, has_others: bool
+) -> tuple[int, int]:
+    """Longest prompt in tokens of the new encoder, and of the pipeline's other CLIP encoders."""
+    positions = encoder.config.max_position_embeddings
+    output_length = encoder.config.output_length if isinstance(encoder, LoTLIPTextEncoder) else None
+    if output_length is not None and has_others and hasattr(pipe, "tokenizer_max_length"):
+        # one length for all texts, so that what a resampler gives out is as long as the others' states
+        if max_length not in (None, output_length) or positions < output_length:
+            raise ValueError(
+                f"{type(pipe).__name__} has one length for all its tokenizers, and the model's resampler gives out "
+                f"{output_length} tokens: `max_length` must be {output_length}, which the model's {positions} "
+                "positions must hold."
+            )
+        return output_length, output_length
+    length = positions if max_length is None else max_length
+    if not isinstance(length, int):
+        raise ValueError(f"`max_length` must be a whole number, got {length!r}.")
+    if length > positions:
+        more = "a text tower other than CLIP's cannot get more"
+        if isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection):
+            more = (
+                f"convert the CLIP with `python -m lotlip_hf.conversion.clip --max-positions {length}`, or give a "
+                f"loaded model more with lotlip_hf.diffusion.stretch.stretch_text_model(model, {length})"
+            )
+        raise ValueError(f"`max_length` is {length}, more than the {positions} positions of the model: {more}.")
+    if length < 3:
+        raise ValueError(f"`max_length` must be 3 or more (a token between the first and the last), got {length}.")
+    return length, output_length or length
+
+
+def _with_length(encoder: TextEncoder, length: int, name: str) -> TextEncoder:
+    """The encoder itself where it can give out `length` states, or one with more positions and the same weights."""
+    positions = encoder.config.max_position_embeddings
+    if isinstance(encoder, LoTLIPTextEncoder):
+        longest = encoder.config.output_length or positions
+        if length > longest or encoder.config.output_length not in (None, length):
+            raise ValueError(
+                f"The pipeline joins the states of its text encoders, and `{name}` gives out {longest} tokens, not "
+                f"{length}: pass max_length={longest}."
+            )
+        return encoder
+    if positions >= length:
+        return encoder
+    longer = copy.deepcopy(encoder, {id(parameter): parameter for parameter in encoder.parameters()})
+    stretch_text_model(longer, length)
+    return longer
+
+
+def _prompt_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, fixed_length: bool = False
+) -> PreTrainedTokenizerBase:
+    """A copy that reports what it cuts off."""
+    prompt_class = CLIPPromptTokenizer if isinstance(tokenizer, CLIPTokenizer) else LoTLIPPromptTokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        prompt_tokenizer = prompt_class.from_pretrained(folder, model_max_length=max_length, fixed_length=fixed_length)
+    free_of_calls(prompt_tokenizer)
+    prompt_tokenizer.name_or_path = tokenizer.name_or_path
+    return prompt_tokenizer

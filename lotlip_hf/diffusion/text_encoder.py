@@ -1,0 +1,444 @@
+"""A LoTLIP text tower in place of a CLIP text encoder: an adapter into its space, and the outputs its users read."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPTextModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from ..modeling.configuration_lotlip import LoTLIPTextConfig
+from ..modeling.modeling_lotlip import (
+    LoTLIPModel,
+    LoTLIPPreTrainedModel,
+    LoTLIPTextModel,
+    LoTLIPTextModelWithProjection,
+)
+
+
+def pipeline_target_layer(have_projections: Iterable[bool]) -> Literal[-1, -2]:
+    """
+    Which hidden state a diffusion pipeline reads of its CLIP text encoders, counted from the end.
+
+    Args:
+        have_projections: Of each of its CLIP text encoders, whether it has a text projection.
+
+    Returns:
+        -2 if one has, as in Stable Diffusion XL and 3; else -1 (1.x, 2.x and Flux).
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.diffusion.text_encoder import pipeline_target_layer
+
+    >>> pipeline_target_layer([False, True])
+    -2
+    ```
+    """
+    return -2 if any(have_projections) else -1
+
+
+@strict
+class LoTLIPTextEncoderConfig(PreTrainedConfig):
+    """
+    Configuration of a [`LoTLIPTextEncoder`].
+
+    Args:
+        text_config (`LoTLIPTextConfig` or `dict`, *optional*): Configuration of the text tower.
+        adapter (`str`, *optional*):
+            What maps the tower's hidden states to the space of the encoder it replaces: `"linear"` and `"mlp"`, each
+            token by itself; `"resampler"`, learnable queries that attend to all tokens, so that the sequence given out
+            has always `num_queries` tokens, whatever the text's length; by default nothing.
+        hidden_size (`int`, *optional*):
+            Width of the states given out, that of the replaced encoder; by default the tower's.
+        projection_dim (`int`, *optional*):
+            Width of the pooled `text_embeds`, for what replaces a `CLIPTextModelWithProjection`; `None`, the default,
+            for what replaces a `CLIPTextModel`.
+        target_layer (`int`, *optional*, defaults to -1):
+            Which state of the replaced encoder the adapted last state stands for: -1, its `last_hidden_state` (Stable
+            Diffusion 1.x and 2.x), or -2, its `hidden_states[-2]` (Stable Diffusion XL and 3).
+        adapter_size (`int`, *optional*): Width inside of the MLP and the resampler; by default `hidden_size`.
+        num_queries (`int`, *optional*, defaults to 77): Number of the resampler's queries.
+        num_adapter_layers (`int`, *optional*, defaults to 2): Number of the resampler's layers.
+        num_adapter_heads (`int`, *optional*, defaults to 8): Number of attention heads of a layer of the resampler.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the adapter's first weights.
+
+    Raises:
+        ValueError: if widths and numbers do not go together.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.diffusion.text_encoder import LoTLIPTextEncoderConfig
+
+    >>> config = LoTLIPTextEncoderConfig(adapter="mlp", hidden_size=1024)
+    >>> config.text_config.hidden_size, config.hidden_size, config.max_position_embeddings
+    (768, 1024, 510)
+    ```
+    """
+
+    model_type = "lotlip_text_encoder"
+    sub_configs: ClassVar[dict[str, type]] = {"text_config": LoTLIPTextConfig}
+
+    text_config: LoTLIPTextConfig | dict | None = None
+    adapter: Literal["linear", "mlp", "resampler"] | None = None
+    hidden_size: int | None = None
+    projection_dim: int | None = None
+    target_layer: Literal[-1, -2] = -1
+    adapter_size: int | None = None
+    num_queries: int = 77
+    num_adapter_layers: int = 2
+    num_adapter_heads: int = 8
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.text_config, LoTLIPTextConfig):
+            self.text_config = LoTLIPTextConfig(**(self.text_config or {}))
+        if self.hidden_size is None:
+            self.hidden_size = self.text_config.hidden_size
+        if self.adapter_size is None:
+            self.adapter_size = self.hidden_size
+        super().__post_init__(**kwargs)
+
+    def validate_widths(self) -> None:
+        width = self.text_config.hidden_size
+        if self.adapter is None and self.hidden_size != width:
+            raise ValueError(
+                f"`hidden_size`={self.hidden_size} needs an adapter: the text tower's states are {width} wide."
+            )
+        counts = ("num_queries", "num_adapter_layers", "num_adapter_heads")
+        for name in ("hidden_size", "projection_dim", "adapter_size", *counts):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {value}.")
+        if self.adapter == "resampler" and self.adapter_size % self.num_adapter_heads:  # pyright: ignore
+            raise ValueError(
+                f"`adapter_size`={self.adapter_size} must be a multiple of `num_adapter_heads`="
+                f"{self.num_adapter_heads}."
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens of the text tower's vocabulary."""
+        return self.text_config.vocab_size
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Longest text in tokens, first and last included."""
+        return self.text_config.max_position_embeddings
+
+    @property
+    def output_length(self) -> int | None:
+        """Length of every sequence given out, or `None` where it is that of `input_ids`."""
+        return self.num_queries if self.adapter == "resampler" else None
+
+
+class LoTLIPMLPAdapter(nn.Module):
+    """A layer with GELU between two linear ones, for each token by itself."""
+
+    def __init__(self, input_size: int, adapter_size: int, output_size: int) -> None:
+        super().__init__()
+        self.input_projection = nn.Linear(input_size, adapter_size)
+        self.output_projection = nn.Linear(adapter_size, output_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., input_size] -> [..., output_size]"""
+        return self.output_projection(F.gelu(self.input_projection(hidden_states)))
+
+
+class LoTLIPResamplerLayer(GradientCheckpointingLayer):
+    """Queries attend to the text's states and to each other, then pass an MLP; norms come first."""
+
+    def __init__(self, config: LoTLIPTextEncoderConfig) -> None:
+        super().__init__()
+        size: int = config.adapter_size  # pyright: ignore[reportAssignmentType]
+        self.num_heads = config.num_adapter_heads
+        self.query_norm = nn.LayerNorm(size)
+        self.text_norm = nn.LayerNorm(size)
+        self.q_proj = nn.Linear(size, size)
+        self.k_proj = nn.Linear(size, size)
+        self.v_proj = nn.Linear(size, size)
+        self.out_proj = nn.Linear(size, size)
+        self.mlp_norm = nn.LayerNorm(size)
+        self.mlp = LoTLIPMLPAdapter(size, 4 * size, size)
+
+    def forward(self, queries: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Queries [B, Q, size], text [B, L, size], mask [B, 1, 1, L + Q], True where a key is seen -> [B, Q, size]"""
+        normalized = self.query_norm(queries)
+        keys = torch.cat([self.text_norm(text), normalized], dim=1)
+        query, key, value = (
+            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, length, head size]
+            for projection, states in ((self.q_proj, normalized), (self.k_proj, keys), (self.v_proj, keys))
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        queries = queries + self.out_proj(attended.transpose(1, 2).flatten(2))
+        return queries + self.mlp(self.mlp_norm(queries))
+
+
+class LoTLIPResampler(nn.Module):
+    """
+    A fixed number of learnable queries that read a text of any length, as Flamingo's perceiver resampler
+    (https://arxiv.org/abs/2204.14198, section 3.1.1), which ELLA (https://arxiv.org/abs/2403.05135) puts before a
+    diffusion model; here they do not depend on the timestep.
+    """
+
+    def __init__(self, config: LoTLIPTextEncoderConfig) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(config.num_queries, config.adapter_size))
+        self.input_projection = nn.Linear(config.text_config.hidden_size, config.adapter_size)
+        self.layers = nn.ModuleList(LoTLIPResamplerLayer(config) for _ in range(config.num_adapter_layers))
+        self.norm = nn.LayerNorm(config.adapter_size)
+        self.output_projection = nn.Linear(config.adapter_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """States [B, L, text width], mask [B, L], True for text -> [B, num_queries, hidden_size]"""
+        text = self.input_projection(hidden_states)
+        queries = self.queries.to(text).expand(len(text), -1, -1)
+        mask = F.pad(mask, (0, queries.shape[1]), value=True)[:, None, None]
+        for layer in self.layers:
+            queries = layer(queries, text, mask)
+        return self.output_projection(self.norm(queries))
+
+
+class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
+    """
+    A LoTLIP text tower that stands in the place of a CLIP text encoder, in a diffusion pipeline above all.
+
+    Its outputs are those of `CLIPTextModel`, or with `config.projection_dim` of `CLIPTextModelWithProjection`, in the
+    same order and in the widths of the encoder it replaces. The tower's hidden states are mapped there by an adapter,
+    which `examples/align_text_encoder.py` trains; without one they are as LoTLIP has them.
+
+    LoRA weights for a BERT tower are loaded by `encoder.load_adapter(folder)`: diffusers' `load_lora_weights` knows
+    the names of CLIP's layers alone.
+    """
+
+    config: LoTLIPTextEncoderConfig
+    _auto_class = None  # it is of this package, and not saved with its code
+    base_model_prefix = "text_model"
+    _auto_class = None  # its code is not saved beside the weights, as that of LoTLIP's own models is
+    input_modalities = ["text"]
+    _no_split_modules = ["LoTLIPResamplerLayer"]
+
+    def __init__(self, config: LoTLIPTextEncoderConfig) -> None:
+        super().__init__(config)
+        self.text_model = LoTLIPTextModel._from_config(config.text_config)
+        # Diffusers' `clip_skip` puts an earlier hidden state through this; here every one has been normalised.
+        self.text_model.final_layer_norm = nn.Identity()
+        width = config.text_config.hidden_size
+        if config.adapter is None:
+            self.adapter, self.pooled_adapter = nn.Identity(), nn.Identity()
+        elif config.adapter == "linear":
+            self.adapter = nn.Linear(width, config.hidden_size)
+            self.pooled_adapter = nn.Linear(width, config.hidden_size)
+        elif config.adapter == "mlp":
+            self.adapter = LoTLIPMLPAdapter(width, config.adapter_size, config.hidden_size)
+            self.pooled_adapter = LoTLIPMLPAdapter(width, config.adapter_size, config.hidden_size)
+        else:
+            self.adapter = LoTLIPResampler(config)
+            self.pooled_adapter = LoTLIPMLPAdapter(width, config.adapter_size, config.hidden_size)
+        self.text_projection = None
+        if config.projection_dim is not None:
+            self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LoTLIPResampler):
+            init.normal_(module.queries, std=self.config.initializer_range)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling | CLIPTextModelOutput:
+        r"""
+        S is `num_queries` with a resampler, else L.
+
+        Args:
+            input_ids: [B, L], padded with the tokenizer's padding token.
+            attention_mask: [B, L], 0 for tokens to leave out. Padding is left out in any case, also by a mask of ones,
+                which some clients give: `pad_token_id`, over CLIP all tokens behind [EOT].
+            position_ids: [B, L], places in the text; by default counted.
+            output_hidden_states: Whether to return `hidden_states`: a tuple of [B, S, hidden_size], one for the
+                embeddings and one a layer, each normalised as the last and adapted, and `hidden_states[target_layer]`
+                is `last_hidden_state` (with -2, it stands twice at the end). Adapters are trained on the last state:
+                what they make of the others is only near to what an earlier layer of the replaced encoder holds.
+            kwargs: `return_dict` and `output_attentions`, as CLIP's.
+
+        Returns:
+            `last_hidden_state` [B, S, hidden_size], `pooler_output` [B, hidden_size] and `hidden_states`, or with
+            `config.projection_dim` `text_embeds` [B, projection_dim], `last_hidden_state` and `hidden_states`. What
+            stands at padded positions is finite and does not depend on other texts.
+
+        Raises:
+            ValueError: if `input_ids` is not [B, L], `attention_mask` is not of its shape, or a text is longer than
+                `config.max_position_embeddings`.
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoTokenizer
+        >>> from lotlip_hf.diffusion.text_encoder import LoTLIPTextEncoder
+
+        >>> encoder = LoTLIPTextEncoder.from_pretrained("aligned/mlp")  # doctest: +SKIP
+        >>> tokenizer = AutoTokenizer.from_pretrained("aligned/mlp")  # doctest: +SKIP
+
+        >>> inputs = tokenizer(["a cat"], padding="max_length", truncation=True, return_tensors="pt")  # doctest: +SKIP
+        >>> prompt_embeds = encoder(inputs.input_ids).last_hidden_state  # doctest: +SKIP
+        ```"""
+        if input_ids.dim() != 2:
+            raise ValueError(f"`input_ids` must have shape [batch, length], got {list(input_ids.shape)}.")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` must have the texts' shape {list(input_ids.shape)}, got "
+                f"{list(attention_mask.shape)}."
+            )
+        mask = self._text_mask(input_ids, attention_mask)
+        has_positions = input_ids.shape[-1] <= self.config.max_position_embeddings
+        if attention_mask is not None and self.config.text_config.is_causal and has_positions:
+            # CLIP's states of padding see padding, as pipelines read them; no text sees the tokens behind it
+            attention_mask = attention_mask.bool() | self._is_behind_text(input_ids, attention_mask)
+        elif attention_mask is not None:
+            attention_mask = mask
+        outputs = self.text_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            output_hidden_states=output_hidden_states,
+            output_corner_embeds=False,
+            **{**kwargs, "return_dict": True},
+        )
+        last_hidden_state = self.adapt(outputs.last_hidden_state, mask)
+        hidden_states = None
+        if output_hidden_states:
+            # the last state of a backbone that normalises it afterwards is not `last_hidden_state` yet
+            norm = getattr(self.text_model.backbone, "final_layer_norm", nn.Identity())
+            earlier = tuple(self.adapt(norm(states), mask) for states in outputs.hidden_states[:-1])
+            hidden_states = earlier + (last_hidden_state,) * -self.config.target_layer
+        pooled = self.pooled_adapter(outputs.pooler_output)
+        if self.text_projection is None:
+            return BaseModelOutputWithPooling(
+                last_hidden_state=last_hidden_state,
+                pooler_output=pooled,
+                hidden_states=hidden_states,
+                attentions=outputs.attentions,
+            )
+        return CLIPTextModelOutput(
+            text_embeds=self.text_projection(pooled),
+            last_hidden_state=last_hidden_state,
+            hidden_states=hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def adapt(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Normalised states of the tower [B, L, text width], mask [B, L], True for text -> [B, S, hidden_size]"""
+        if isinstance(self.adapter, LoTLIPResampler):
+            return self.adapter(hidden_states, mask)
+        return self.adapter(hidden_states)
+
+    def _text_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """[B, L]: False at padding, and where `attention_mask` is 0."""
+        config = self.config.text_config
+        seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if config.is_causal:
+            return seen.bool() & ~self._is_behind_text(input_ids, seen)
+        return seen.bool() if config.pad_token_id is None else seen.bool() & (input_ids != config.pad_token_id)
+
+    def _is_behind_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[B, L]: True behind the first [EOT] that is seen, with which CLIP pads."""
+        config = self.config.text_config
+        # 2 is the wrong id of old configurations: [EOT] has the highest, as in CLIPTextModel
+        eos_token_id = input_ids.amax(-1, keepdim=True) if config.eos_token_id == 2 else config.eos_token_id
+        ends = ((input_ids == eos_token_id) & attention_mask.bool()).int()
+        return ends.cumsum(-1) - ends > 0
+
+    @classmethod
+    def from_text_model(
+        cls, model: LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection, **config_kwargs: Any
+    ) -> "LoTLIPTextEncoder":
+        r"""
+        An encoder around the text tower of a LoTLIP model. The tower's weights are shared with `model`, not copied,
+        and frozen where they are frozen there; an adapter is new and must be trained. Without an adapter,
+        `projection_dim` takes the model's own text projection.
+
+        Args:
+            model: A LoTLIP model; of a whole one the text tower is taken.
+            config_kwargs: Fields of [`LoTLIPTextEncoderConfig`].
+
+        Raises:
+            TypeError: if `model` is no LoTLIP model.
+            ValueError: if, without an adapter, `projection_dim` is not the width of the model's text projection.
+
+        Example:
+
+        ```python
+        >>> from lotlip_hf import LoTLIPTextConfig, LoTLIPTextModel
+        >>> from lotlip_hf.diffusion.text_encoder import LoTLIPTextEncoder
+
+        >>> tower = LoTLIPTextModel(LoTLIPTextConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+        >>> encoder = LoTLIPTextEncoder.from_text_model(tower, adapter="linear", hidden_size=64)
+        >>> encoder.config.hidden_size
+        64
+        ```
+        """
+        if not isinstance(model, LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection):
+            raise TypeError(
+                "`model` must be a LoTLIPModel, LoTLIPTextModel or LoTLIPTextModelWithProjection, got "
+                f"{type(model).__name__}."
+            )
+        tower = model if isinstance(model, LoTLIPTextModel) else model.text_model
+        text_config = copy.deepcopy(tower.config)
+        # where the tower lay is nobody's business who reads the encoder's configuration
+        text_config._name_or_path = text_config.backbone_config._name_or_path = ""
+        config = LoTLIPTextEncoderConfig(text_config=text_config, **config_kwargs)
+        projection = getattr(model, "text_projection", None)
+        shares_projection = config.adapter is None and config.projection_dim is not None
+        if shares_projection and getattr(projection, "out_features", None) != config.projection_dim:
+            has = f"is {projection.out_features} wide" if isinstance(projection, nn.Linear) else "does not exist"
+            raise ValueError(
+                f"`projection_dim`={config.projection_dim} needs an adapter: the text projection of "
+                f"{type(model).__name__} {has}."
+            )
+        with torch.device("meta"):
+            encoder = cls(config)
+        encoder.text_model.load_state_dict(tower.state_dict(), assign=True)
+        for name, parameter in tower.named_parameters():
+            encoder.text_model.get_parameter(name).requires_grad_(parameter.requires_grad)
+        buffers = {name: module._buffers for name, module in tower.named_modules()}
+        for name, module in encoder.text_model.named_modules():
+            module._buffers = dict(buffers.get(name, {}))  # those that are not saved are in no state dict
+        for name, module in encoder.named_children():
+            if name != "text_model":
+                module.to_empty(device=tower.device).to(tower.dtype).apply(encoder._init_weights)
+        if shares_projection:
+            encoder.text_projection.load_state_dict(projection.state_dict(), assign=True)
+            encoder.text_projection.requires_grad_(projection.weight.requires_grad)
+        encoder.set_attn_implementation(tower.config.backbone_config._attn_implementation)
+        return encoder.train(model.training)
+
+
+# Saved pipelines name a component's package and class; diffusers looks both up in `lotlip_hf` itself.
+LoTLIPTextEncoderConfig.__module__ = LoTLIPTextEncoder.__module__ = "lotlip_hf"
+
+__all__ = ["LoTLIPTextEncoder", "LoTLIPTextEncoderConfig", "pipeline_target_layer"]

@@ -1,0 +1,1 @@
+"""What computes the features of an `Encoder`: an engine a file."""

@@ -1,0 +1,1 @@
+"""Benchmarks: their files as images with texts or classes."""

@@ -1,0 +1,1 @@
+"""The models that caption images: a file each."""

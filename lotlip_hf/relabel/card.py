@@ -1,0 +1,318 @@
+"""What a relabelled data set says of itself: the statistics of the LoTLIP paper's table 6, histograms, a card."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCardData
+from transformers import PreTrainedTokenizerBase
+
+from ..data.sampling import split_sentences
+from ..files import markdown_text, printable, replacing, write_json
+from ..plots import COLOURS, figure, save, wrapped
+from .captioners.base import published_name
+from .config import NO_ANSWER, RelabelConfig
+from .quality import REASONS
+from .shards import SUFFIXES
+
+CARD = "README.md"
+HISTOGRAMS = "histograms.png"
+STATISTICS = "statistics.json"
+EXPLAINED = {**REASONS, NO_ANSWER: "The endpoint, or the model's processor, refused this image for good."}
+BOUNDS = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
+COUNTED = ("tokens", "sub_captions")
+
+
+def shard_statistics(
+    details: Sequence[Sequence[Mapping[str, Any]]],
+    images: int,
+    raw_captions: Sequence[str],
+    config: RelabelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """
+    Counts of a shard, which add up over shards.
+
+    Args:
+        details: Of each image that was read, what the column `captions` says (`shards.FEATURES`).
+        images: How many of these are in the shard: some may have no caption at all.
+        raw_captions: Those of the images in the shard that have one.
+        config: The options of the run.
+        tokenizer: What counts the tokens of the raw captions.
+
+    Returns:
+        `images`; `raw`, counts of the raw captions; and `captioners`, one's counts each.
+    """
+    raw = Counter(_length(tokenizer, text) for text in raw_captions), Counter(map(_sentences, raw_captions))
+    captioners = []
+    for number in range(len(config.captioners)):
+        captions = [one[number] for one in details]
+        kept = [caption for caption in captions if caption["dropped"] is None]
+        dropped = [caption for caption in captions if caption["dropped"] is not None]
+        captioners.append(
+            {
+                **{name: Counter(caption[name] for caption in kept if caption["tokens"]) for name in COUNTED},
+                "dropped": len(dropped),
+                "asked_again": sum(caption["attempts"] > 1 for caption in captions),
+                "marked": Counter(reason for caption in kept for reason in caption["reasons"]),
+                "dropped_for": Counter(
+                    reason
+                    for caption in dropped
+                    for reason in caption["reasons"]
+                    if config.policies.get(reason) != "keep"
+                ),
+                "mended": Counter(
+                    reason
+                    for caption in kept
+                    for reason in caption["earlier_reasons"]
+                    if reason not in caption["reasons"]
+                ),
+            }
+        )
+    return {"images": images, "raw": dict(zip(COUNTED, raw, strict=True)), "captioners": captioners}
+
+
+def merge_statistics(config: RelabelConfig, shards: Sequence[Mapping[str, Any]], num_skipped: int) -> dict[str, Any]:
+    """
+    The counts of all shards as one, with what they come to.
+
+    Args:
+        config: The options of the run.
+        shards: What [`shard_statistics`] returned, or the same read back from JSON.
+        num_skipped: Records that are in no shard.
+
+    Returns:
+        `images`, `skipped`; and `captions`, a list with the raw captions, those of each captioner and all long ones
+        together: `name`, `texts`, `mean_sub_captions`, `mean_tokens`, and the histograms `sub_captions` and `tokens`;
+        of a captioner also `dropped`, `asked_again`, and by reason `marked`, `dropped_for` and `mended`.
+    """
+    images = sum(shard["images"] for shard in shards)
+    rows = [_merged("raw captions", [shard["raw"] for shard in shards])]
+    for number, captioner in enumerate(config.captioners):
+        rows.append(_merged(published_name(captioner.model), [shard["captioners"][number] for shard in shards]))
+    rows.append(_merged("all long captions", [{name: row[name] for name in COUNTED} for row in rows[1:]]))
+    return {"images": images, "skipped": num_skipped, "captions": rows}
+
+
+def _merged(name: str, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for what, value in part.items():
+            if isinstance(value, Mapping):
+                counts = merged.setdefault(what, Counter())
+                for key, count in value.items():
+                    counts[int(key) if what in COUNTED else key] += count
+            else:
+                merged[what] = merged.get(what, 0) + value
+    for what in COUNTED:
+        merged.setdefault(what, Counter())
+    texts = sum(merged["tokens"].values())
+    means = {f"mean_{what}": _mean(merged[what]) for what in COUNTED}
+    merged = {
+        what: dict(sorted(value.items())) if isinstance(value, Counter) else value for what, value in merged.items()
+    }
+    return {"name": name, "texts": texts, **means, **merged}
+
+
+def _mean(counts: Mapping[int, int]) -> float | None:
+    total = sum(counts.values())
+    return sum(value * count for value, count in counts.items()) / total if total else None
+
+
+def statistics_table(statistics: Mapping[str, Any]) -> str:
+    """
+    The LoTLIP paper's table 6 of a data set, in Markdown.
+
+    Args:
+        statistics: What [`merge_statistics`] returned.
+    """
+    lines = ["| captions | images | texts | mean sub-captions | mean tokens |", "| --- | --- | --- | --- | --- |"]
+    for row in statistics["captions"]:
+        means = ("-" if row[f"mean_{what}"] is None else f"{row[f'mean_{what}']:.2f}" for what in COUNTED[::-1])
+        lines.append(f"| {_cell(row['name'])} | {statistics['images']:,} | {row['texts']:,} | {' | '.join(means)} |")
+    return "\n".join(lines)
+
+
+def write_card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Sequence[Sequence[str]]) -> None:
+    """
+    Writes `README.md`, `histograms.png` and `statistics.json` in the folder of the data set.
+
+    Args:
+        config: The options of the run.
+        statistics: What [`merge_statistics`] returned.
+        revisions: Those of each captioner, as far as they are known.
+
+    Raises:
+        ImportError: without matplotlib.
+        OSError: if they cannot be written.
+    """
+    folder = Path(config.output)
+    write_json(folder / STATISTICS, statistics)
+    _draw_histograms(statistics, folder / HISTOGRAMS)
+    with replacing(folder / CARD) as file:
+        file.write(_card(config, statistics, revisions).encode())
+
+
+def _card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Sequence[Sequence[str]]) -> str:
+    images = statistics["images"]
+    at_least = max((bound for bound in BOUNDS if bound <= images), default=None)
+    above = min((bound for bound in BOUNDS if bound > images), default=None)
+    size = f"n<{_short(BOUNDS[0])}" if at_least is None else f"n>{_short(at_least)}"
+    if at_least is not None and above is not None:
+        size = f"{_short(at_least)}<n<{_short(above)}"
+    metadata = DatasetCardData(
+        task_categories=["image-to-text", "zero-shot-image-classification"],
+        tags=["lotlip", "long-captions", "synthetic"],
+        size_categories=[size],
+        configs=[{"config_name": "default", "data_files": f"data/*{SUFFIXES[config.format]}"}],
+    )
+    captioners = [
+        f"| {_cell(published_name(one.model))} | {_cell(', '.join(known)) or '-'} | "
+        f"{'an endpoint' if one.endpoint else 'transformers'} | {_cell(one.prompt) or '(none)'} | "
+        f"{_code(one.published_settings())} | {_code(json.dumps(dict(one.retry)))} |"
+        for one, known in zip(config.captioners, revisions, strict=False)
+    ]
+    long = statistics["captions"][1:-1]
+    reasons = [
+        reason for reason in EXPLAINED if any(reason in row[kind] for row in long for kind in KINDS if kind in row)
+    ]
+    quality = [
+        f"| {reason}: {EXPLAINED[reason]} | {config.policies.get(reason, 'drop')} | "
+        + " | ".join(f"{sum(row.get(kind, {}).get(reason, 0) for row in long):,}" for kind in KINDS)
+        + " |"
+        for reason in reasons
+    ]
+    rules = ", ".join(f"`{name}` {value}" for name, value in dataclasses.asdict(config.rules).items())
+    return CARD_TEXT.format(
+        metadata=metadata.to_yaml(),
+        images=f"{images:,}",
+        captioners="\n".join(captioners),
+        number=len(config.captioners),
+        models="model" if len(config.captioners) == 1 else "models",
+        table=statistics_table(statistics),
+        tokenizer=_code(published_name(config.tokenizer)),
+        skipped=f"{statistics['skipped']:,}",
+        rules=rules,
+        quality="\n".join([*QUALITY_HEAD, *quality]) if quality else "Nothing was found wrong with any caption.",
+    )
+
+
+KINDS = ("mended", "marked", "dropped_for")
+QUALITY_HEAD = (
+    "| what was wrong | policy | mended by asking again | kept and marked | dropped |",
+    "| --- | --- | --- | --- | --- |",
+)
+CARD_TEXT = """\
+---
+{metadata}
+---
+
+# {images} images with long captions
+
+Long captions by {number} {models}, written by `lotlip relabel` of
+lotlip-hf: the first step of LoTLIP ([arXiv:2410.05249](https://arxiv.org/abs/2410.05249)), which trains on one short
+and several long captions an image.
+
+## Statistics
+
+As in table 6 of the paper. A sub-caption is a sentence; tokens are counted by {tokenizer}, without special ones.
+
+{table}
+
+![How long the captions are](histograms.png)
+
+Records that are not in the data, because their image could not be read or they have no caption at all: {skipped}.
+`skipped.jsonl` lists them with the reasons.
+
+## How the captions were written
+
+| model | revision | run by | prompt | settings | others when asked again |
+| --- | --- | --- | --- | --- | --- |
+{captioners}
+
+## What was wrong with captions
+
+{quality}
+
+Rules: {rules}. A caption that was cut off ends with its last whole sentence.
+
+## Columns
+
+| column | what it holds |
+| --- | --- |
+| `id` | of the record, as in its source |
+| `image` | the file's bytes and name, or its path from the image folder on (`--embed-images` copies the file) |
+| `short_caption` | the raw caption; where there was none, the first sentence of the first long one |
+| `long_captions` | one of each model, in the order above; empty where it was dropped |
+| `captions` | of each of these what follows |
+| `captions.model`, `.revision`, `.prompt`, `.settings` | who wrote it, asked what, and how (JSON) |
+| `captions.attempts` | how often it was asked for |
+| `captions.tokens`, `.sub_captions` | how long it is |
+| `captions.reasons`, `.earlier_reasons` | what is wrong with it, and what was wrong with earlier attempts |
+| `captions.dropped` | the text that was dropped, or why there was none |
+
+## Use
+
+```bash
+python examples/train.py --data FOLDER --text-model google-bert/bert-base-uncased \\
+    --image-model google/vit-base-patch16-224-in21k --output run
+```
+
+With `--image-folder FOLDER` where `image` is a path.
+"""
+
+
+def _draw_histograms(statistics: Mapping[str, Any], file: Path) -> None:
+    rows = [row for row in statistics["captions"][:-1] if row["texts"]]
+    picture = figure(8, 3.6)
+    for axes, what, label in zip(picture.subplots(1, 2), COUNTED, ("tokens", "sub-captions"), strict=True):
+        longest = max((value for row in rows for value in row[what]), default=1)
+        width = max(1, -(-(longest + 1) // 40))
+        edges = range(0, longest + 1 + width, width)
+        for number, row in enumerate(rows):
+            axes.hist(
+                list(row[what]),
+                bins=edges,
+                weights=[count / row["texts"] for count in row[what].values()],
+                histtype="step",
+                align="left",
+                linewidth=1.5,
+                color=COLOURS[number % len(COLOURS)],
+                label=wrapped(row["name"], 40),
+            )
+        axes.set_xlabel(f"{label} of a caption")
+        axes.set_ylabel("share of the captions")
+        axes.grid(alpha=0.3)
+    handles, labels = picture.axes[0].get_legend_handles_labels()
+    if handles:
+        picture.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8)
+    save(picture, file)
+
+
+def _length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _sentences(text: str) -> int:
+    return len(split_sentences(text))
+
+
+def _cell(text: str) -> str:
+    """A text in a cell of a table in Markdown, without markup of its own."""
+    return markdown_text(" ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """A text as code in Markdown, in a table too."""
+    text = printable(text).replace("`", "'").replace("|", "\\|")
+    return f"`{text}`"
+
+
+def _short(number: int) -> str:
+    for bound, letter in ((1_000_000_000, "B"), (1_000_000, "M"), (1_000, "K")):
+        if number >= bound:
+            return f"{number // bound}{letter}"
+    return str(number)

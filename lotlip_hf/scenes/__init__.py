@@ -1,0 +1,1 @@
+"""Scenes, a drawn data set, and its small model."""

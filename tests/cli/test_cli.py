@@ -1,0 +1,532 @@
+"""The command `lotlip`, from its arguments to its output, its exit status, and what an interruption leaves."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from lotlip_hf import cli, embed, encode_images, encode_texts
+from lotlip_hf import encoder as encoding
+from lotlip_hf.cli import main
+from lotlip_hf.embed import embed_texts, read_texts
+from lotlip_hf.encoder import load_model
+from lotlip_hf.store import fingerprint
+from processes import Started
+
+Pair = tuple[Any, Any]
+
+LONG_TEXT = "A tram, painted cream above, waits at a stop. Two passengers are getting on."
+
+
+@pytest.fixture(scope="module")
+def pair(official_checkpoint: Path) -> Pair:
+    return load_model(official_checkpoint, device="cpu")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for name in ("a.png", "b.png", "sub/c.png"):
+        Image.fromarray(generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def run(official_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `lotlip` in this process: exit status, standard output, standard error."""
+
+    def run_lotlip(command: str, *arguments: object) -> tuple[int, str, str]:
+        status = main([command, "--model", str(official_checkpoint), "--device", "cpu", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run_lotlip
+
+
+def rows(path: Path) -> tuple[list[str], np.ndarray]:
+    table = pq.read_table(path)
+    return table.column(0).to_pylist(), np.array(table.column("embedding").to_pylist(), dtype=np.float32)
+
+
+# lotlip search
+
+
+def test_search_prints_a_ranked_table(pair: Pair, photos: Path, run: Callable[..., Any]) -> None:
+    status, out, err = run("search", "--images", photos, "--top", 2, LONG_TEXT)
+    assert status == 0
+    assert "Encoding images: 100%" in err
+    query = encode_texts(*pair, [LONG_TEXT], progress=False)[0]
+    names = ["a.png", "b.png", "sub/c.png"]
+    scores = encode_images(*pair, [photos / name for name in names], progress=False) @ query
+    best = sorted(zip(scores.tolist(), names, strict=True), reverse=True)[:2]
+    header, *lines = out.splitlines()
+    assert header.split() == ["rank", "score", "file"]
+    assert [line.split() for line in lines] == [
+        [str(rank), f"{score:.4f}", str(photos / name)] for rank, (score, name) in enumerate(best, 1)
+    ]
+    again = run("search", "--images", photos, "--top", 2, LONG_TEXT)
+    assert again == (0, out, "")
+
+
+def test_search_draws_the_results(photos: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    status, _, err = run("search", "--images", photos, "--save-grid", tmp_path / "grid.png", LONG_TEXT)
+    assert status == 0
+    assert f"Drawn in {tmp_path / 'grid.png'}." in err
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 600
+
+
+def test_search_reports_what_it_skipped_and_cut(photos: Path, run: Callable[..., Any]) -> None:
+    (photos / "text.jpg").write_text("no image")
+    (photos / "line\nbreak.png").touch()
+    for _ in range(2):
+        status, out, err = run("search", "--images", photos, "word " * 500)
+        assert status == 0
+        assert len(out.splitlines()) == 4
+        assert "1 of 1 texts were cut at 126 tokens." in err
+        assert (
+            "2 images were skipped:\n"
+            "  line\\nbreak.png: the file is empty\n"
+            "  text.jpg: not an image in a format that PIL reads\n" in err
+        )
+
+
+def test_search_keeps_its_index_where_it_is_told(photos: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    status, out, _ = run("search", "--images", photos, "--index", tmp_path / "index", LONG_TEXT)
+    assert status == 0
+    assert not (photos / ".lotlip").exists()
+    assert list((tmp_path / "index").glob("photos-*/*/entries.jsonl"))
+    assert run("search", "--images", photos, "--index", tmp_path / "index", LONG_TEXT) == (0, out, "")
+
+
+def test_names_that_are_no_text_are_printed(photos: Path, run: Callable[..., Any]) -> None:
+    os.rename(photos / "a.png", os.fsencode(photos) + b"/\xff.png")
+    status, out, _ = run("search", "--images", photos, LONG_TEXT)
+    assert status == 0
+    assert "\\udcff.png" in out
+
+
+def test_errors_are_one_line_and_status_2(photos: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        (("search", "--images", tmp_path / "empty", LONG_TEXT), "empty: no images in this folder or below it"),
+        (("search", "--images", tmp_path / "missing", LONG_TEXT), "missing: no such folder"),
+        (("search", "--images", photos, " "), "The description to search for is empty"),
+        (
+            ("search", "--images", photos, "--save-grid", tmp_path / "grid.xyz", LONG_TEXT),
+            "grid.xyz: expected a picture",
+        ),
+        (("embed", "--images", photos, "--output", tmp_path / "no" / "out.parquet"), "no such folder to write"),
+        (("embed", "--images", photos, "--output", tmp_path), "a folder, not a file to write"),
+        (("embed", "--texts", tmp_path / "no.txt", "--output", tmp_path / "out.parquet"), "no.txt: no such file"),
+        (("search", "--images", photos, "--model", tmp_path / "no", LONG_TEXT), "no: no such checkpoint folder"),
+        (("search", "--images", photos, "--device", "nowhere", LONG_TEXT), "nowhere"),
+    ):
+        status, out, err = run(*arguments)
+        assert (status, out) == (2, "")
+        assert err.startswith("lotlip: error: ")
+        assert message in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "command"),
+        (["unheard-of"], "invalid choice"),
+        (["search", "--images", "x", "text"], "--model"),
+        (["search", "--model", "x", "--images", "x", "--top", "0", "text"], "must be at least 1"),
+        (["search", "--model", "x", "--images", "x", "--dtype", "int8", "text"], "--dtype"),
+        (["embed", "--model", "x", "--output", "x"], "one of the arguments --images --texts is required"),
+        (["embed", "--model", "x", "--output", "x", "--images", "x", "--texts", "x"], "not allowed with"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        main(arguments)
+    assert exit_status.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        (["--help"], ["convert", "search", "embed", "exit status"]),
+        (["search", "--help"], ["--images", "--top", "--save-grid", "--index", "--device", "--dtype"]),
+        (["embed", "--help"], ["--images", "--texts", "--column", "--output"]),
+        (["--version"], ["lotlip 0.1.0"]),
+    ):
+        with pytest.raises(SystemExit) as exit_status:
+            main(arguments)
+        assert exit_status.value.code == 0
+        shown = capsys.readouterr().out
+        assert all(word in shown for word in words)
+
+
+def test_convert_has_its_own_arguments(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    official = golden / "official-corners2"
+    arguments = ["--checkpoint", official / "model.pt", "--open-clip-config", official / "open_clip_config.json"]
+    arguments += ["--tokenizer", golden / "tokenizer", "--output", tmp_path / "converted"]
+    assert main(["convert", *map(str, arguments)]) == 0
+    assert (tmp_path / "converted" / "model.safetensors").is_file()
+    with pytest.raises(SystemExit) as exit_status:
+        main(["convert", "--help"])
+    assert exit_status.value.code == 0
+    assert "--open-clip-config" in capsys.readouterr().out
+
+
+# lotlip embed
+
+
+def test_embed_images(
+    pair: Pair, photos: Path, run: Callable[..., Any], tmp_path: Path, official_checkpoint: Path
+) -> None:
+    output = tmp_path / "out.parquet"
+    (photos / "bad.jpg").write_text("no image")
+    status, out, err = run("embed", "--images", photos, "--output", output)
+    assert status == 0
+    assert out == f"3 embeddings in {output}.\n"
+    assert "1 image was skipped:\n  bad.jpg: not an image" in err
+    schema = pq.read_schema(output)
+    assert schema.names == ["file", "embedding"]
+    assert schema.field("embedding").type == pa.list_(pa.float32(), 16)
+    assert schema.metadata[b"model"] == str(official_checkpoint).encode()
+    assert schema.metadata[b"fingerprint"] == fingerprint(*pair, "image").encode()
+    names, embeddings = rows(output)
+    assert names == ["a.png", "b.png", "sub/c.png"]
+    expected = encode_images(*pair, [photos / name for name in names], progress=False)
+    np.testing.assert_allclose(embeddings, expected.numpy(), atol=1e-6)
+    assert not (tmp_path / "out.parquet.partial").exists()
+    assert not (photos / ".lotlip").exists()
+
+
+def write_texts(path: Path, texts: list[str]) -> Path:
+    if path.suffix == ".txt":
+        path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"id": 1, "caption": text}) + "\n" for text in texts), encoding="utf-8")
+    elif path.suffix == ".csv":
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["id", "caption"], *([1, text] for text in texts)])
+    else:
+        pq.write_table(pa.table({"id": list(range(len(texts))), "caption": texts}), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_embed_texts(pair: Pair, suffix: str, run: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(embed, "WRITE_BLOCK", 2)
+    texts = ["a dog", "", "naïve, café \u2028 猫", 'quoted "words"', LONG_TEXT, "a dog", "word " * 30_000]
+    output = tmp_path / "out.parquet"
+    file = write_texts(tmp_path / f"texts{suffix}", texts)
+    status, out, err = run("embed", "--texts", file, "--column", "caption", "--output", output)
+    assert status == 0
+    assert out == f"7 embeddings in {output}.\n"
+    assert "1 of 7 texts were cut at 126 tokens." in err
+    assert "6/6" in err
+    schema = pq.read_schema(output)
+    assert schema.names == ["text", "embedding"]
+    assert schema.metadata[b"fingerprint"] == fingerprint(*pair, "text").encode()
+    written, embeddings = rows(output)
+    assert written == texts
+    np.testing.assert_allclose(embeddings, encode_texts(*pair, texts, progress=False).numpy(), atol=1e-5)
+    assert not (tmp_path / "out.parquet.partial").exists()
+
+
+def test_embed_does_not_replace_its_output_unasked(photos: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    output = tmp_path / "out.parquet"
+    output.write_text("precious")
+    status, _, err = run("embed", "--images", photos, "--output", output)
+    assert status == 2
+    assert "out.parquet: exists already" in err
+    assert output.read_text() == "precious"
+    assert run("embed", "--images", photos, "--output", output, "--overwrite")[0] == 0
+    assert rows(output)[0] == ["a.png", "b.png", "sub/c.png"]
+
+
+def test_an_error_leaves_the_old_output_and_the_new_embeddings(
+    photos: Path, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.parquet"
+    output.write_text("precious")
+    with monkeypatch.context() as context:
+        context.setattr(
+            pq.ParquetWriter, "write_batch", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+        )
+        status, _, err = run("embed", "--images", photos, "--output", output, "--overwrite")
+    assert status == 2
+    assert "No space left" in err
+    assert output.read_text() == "precious"
+    status, _, err = run("embed", "--images", photos, "--output", output, "--overwrite")
+    assert status == 0
+    assert "Encoding images" not in err  # all were kept
+    assert rows(output)[0] == ["a.png", "b.png", "sub/c.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.jsonl", b'{"text": "a"}\n{"other": 1}\n', r"row 2: no column 'text' \(--column\); found 'other'"),
+        ("t.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not valid JSON"),
+        ("t.jsonl", b'["a"]\n', "line 1: expected an object"),
+        ("t.jsonl", b'{"text": "a"}\n{"text": null}\n', "row 2: expected a text in 'text', got nothing"),
+        ("t.jsonl", b'{"text": 5}\n', "row 1: expected a text in 'text', got 5"),
+        ("t.jsonl", b'{"text": "\\ud800"}\n', "about row 1: not valid Unicode"),
+        ("t.csv", b"id,caption\n1,a\n", r"no column 'text' \(--column\); found 'id', 'caption'"),
+        ("t.csv", b"id,text\n1,a\n2\n", "row 2: expected a text in 'text', got nothing"),
+        ("t.csv", b"", "no texts in this file"),
+        ("t.txt", b"good\n\xff\xfe\n", "not valid Unicode"),
+        ("t.parquet", b"no parquet", "cannot be read"),
+        ("t.docx", b"", r"expected a file that ends in \.txt, \.csv"),
+        ("t.txt", b"", "no texts in this file"),
+    ],
+)
+def test_wrong_text_files_are_named(pair: Pair, name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        embed_texts(*pair, tmp_path / name, tmp_path / "out.parquet", progress=False)
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_text_files_are_read_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_bytes("\ufeffone\r\n\r\n three \u2028\x0b\nlast".encode())
+    assert list(read_texts(tmp_path / "t.txt")) == ["one", "", " three \u2028\x0b", "last"]
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    assert list(read_texts(tmp_path / "t.jsonl")) == ["a", "b"]
+
+
+def test_texts_are_resumed_by_what_they_say(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [*(f"text number {number}" for number in range(9)), "word " * 300]
+    file, output = write_texts(tmp_path / "t.txt", texts), tmp_path / "out.parquet"
+    encoded: list[str] = []
+    iterate = embed.iterate_text_embeddings
+
+    def interrupt(model: Any, processor: Any, texts: Iterator[str], **keywords: Any) -> Iterator[Any]:
+        for number, item in enumerate(iterate(model, processor, texts, **keywords)):
+            if number == 4:
+                raise KeyboardInterrupt
+            yield item
+
+    with monkeypatch.context() as context:
+        context.setattr(embed, "iterate_text_embeddings", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            embed_texts(*pair, file, output, progress=False)
+    assert "Interrupted: 4 embeddings are kept" in caplog.text
+    assert not output.exists()
+
+    def spy(model: Any, processor: Any, texts: Iterator[str], **keywords: Any) -> Iterator[Any]:
+        return iterate(model, processor, (encoded.append(text) or text for text in texts), **keywords)
+
+    monkeypatch.setattr(embed, "iterate_text_embeddings", spy)
+    write_texts(file, ["another", *texts[::-1]])  # lines moved: what is encoded is found again
+    assert embed_texts(*pair, file, output, progress=False) == 11
+    assert len(encoded) == 7
+    assert "word " * 300 not in encoded
+    assert "1 of 11 texts were cut at 126 tokens." in caplog.text  # by the run before
+    written, embeddings = rows(output)
+    assert written == ["another", *texts[::-1]]
+    np.testing.assert_allclose(embeddings, encode_texts(*pair, written, progress=False).numpy(), atol=1e-5)
+
+
+def test_text_files_that_change_meanwhile_are_named(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_texts(tmp_path / "t.txt", ["a", "b"])
+    iterate = embed.iterate_text_embeddings
+
+    def change(*arguments: Any, **keywords: Any) -> Iterator[Any]:
+        yield from iterate(*arguments, **keywords)
+        write_texts(file, ["a", "b", "new"])
+
+    monkeypatch.setattr(embed, "iterate_text_embeddings", change)
+    with pytest.raises(ValueError, match=r"t\.txt: changed while it was read, 'new' is new"):
+        embed_texts(*pair, file, tmp_path / "out.parquet", progress=False)
+
+
+# Interruptions of the real command.
+
+
+def slow_down() -> None:
+    """Makes each batch take longer."""
+    embed = encoding._embed
+
+    def slow_embed(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return embed(*arguments)
+
+    encoding._embed = slow_embed
+
+
+def interrupt_lotlip(arguments: list[object], folder: Path, signal_number: int, at_least: int) -> tuple[int, str, int]:
+    """Starts `lotlip`, slowed down, and stops it when so many embeddings are kept: status, error output, kept."""
+
+    def kept() -> int:
+        return sum(path.read_text().count('"row"') for path in folder.rglob("entries.jsonl"))
+
+    started = Started("lotlip_hf.cli", [str(one) for one in arguments], folder, 1, slow_down)
+    started.wait_until(lambda: kept() >= at_least)
+    started.send_signal(signal_number)
+    ended = started.wait()
+    return ended.codes[0], ended.stderr, kept()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "signal_number"),
+    [
+        ("search", signal.SIGINT),
+        ("embed images", signal.SIGKILL),
+        ("embed texts", signal.SIGINT),
+    ],
+)
+def test_an_interrupted_command_loses_nothing(
+    command: str,
+    signal_number: int,
+    run: Callable[..., Any],
+    official_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    total = 40
+    folder, output = tmp_path / "photos", tmp_path / "out.parquet"
+    folder.mkdir()
+    for number in range(total):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    texts = write_texts(tmp_path / "t.txt", [f"text {'word ' * number}" for number in range(total)])
+    arguments: list[object] = {
+        "search": ["search", "--images", folder, "--top", total, LONG_TEXT],
+        "embed images": ["embed", "--images", folder, "--output", output],
+        "embed texts": ["embed", "--texts", texts, "--output", output],
+    }[command]
+    expected = run(*arguments)
+    if command == "search":
+        shutil.rmtree(folder / ".lotlip")
+    else:
+        expected = rows(output)
+        output.unlink()
+
+    options = ["--model", official_checkpoint, "--device", "cpu", "--batch-size", 1]
+    status, err, kept = interrupt_lotlip([*arguments, *options], tmp_path, signal_number, at_least=5)
+    assert 0 < kept < total
+    assert not output.exists()
+    if signal_number == signal.SIGINT:
+        assert status == 130
+        assert f"Interrupted: {kept} embeddings are kept in " in err
+        assert "Traceback" not in err
+    else:
+        assert status == -signal.SIGKILL
+
+    encoded = 0
+    embed_batch = encoding._embed
+
+    def counting_embed(model: Any, function: str, inputs: dict[str, Any]) -> Any:
+        nonlocal encoded
+        embeddings = embed_batch(model, function, inputs)
+        encoded += len(embeddings)
+        return embeddings
+
+    monkeypatch.setattr(encoding, "_embed", counting_embed)
+    result = run(*arguments)
+    assert result[0] == 0
+    assert encoded == total - kept + (command == "search")  # and the description
+    if command == "search":
+        assert result[1] == expected[1]
+    else:
+        names, embeddings = rows(output)
+        assert names == expected[0]
+        np.testing.assert_allclose(embeddings, expected[1], atol=1e-5)
+        assert not Path(f"{output}.partial").exists()
+
+
+@pytest.mark.slow
+def test_the_module_is_the_command(photos: Path, official_checkpoint: Path) -> None:
+    arguments = ["search", "--model", official_checkpoint, "--images", photos, "--device", "cpu", LONG_TEXT]
+    command = [sys.executable, "-m", "lotlip_hf", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4
+    assert "3/3" in done.stderr
+
+
+def test_an_interruption_before_the_work_is_no_traceback(
+    run: Callable[..., Any], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", interrupt)
+    assert run("search", "--images", photos, LONG_TEXT) == (130, "", "lotlip: interrupted.\n")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": 1' + "0" * 5000 + "}"])
+def test_json_that_python_refuses_is_named(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text(f"{line}\n")
+    with pytest.raises(ValueError, match="texts.jsonl, line 1: not valid JSON"):
+        list(read_texts(file))
+
+
+def test_texts_of_lists_and_ways(tmp_path: Path) -> None:
+    rows = [
+        {"file_name": "0.png", "long_captions": ["a", "None"], "talk": [{"value": "x"}, {"value": "2023-01-01"}]},
+        {"file_name": "1.png", "long_captions": [], "talk": [{"value": "y"}, {"value": "007"}]},
+        {"file_name": "2.png", "long_captions": ["b"], "talk": [{"value": "z"}, {"value": "null"}]},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "metadata.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata.parquet")
+    for suffix in ("jsonl", "json", "parquet"):
+        file = tmp_path / f"metadata.{suffix}"
+        assert list(read_texts(file, "long_captions")) == ["a", "None", "b"]
+        assert list(read_texts(file, "talk[1].value")) == ["2023-01-01", "007", "null"]
+        with pytest.raises(ValueError, match="row 2: expected a text"):
+            list(read_texts(file, "long_captions[0]"))
+    for suffix, delimiter in (("csv", ","), ("tsv", "\t")):
+        with open(tmp_path / f"t.{suffix}", "w", newline="") as table:
+            writer = csv.writer(table, delimiter=delimiter)
+            writer.writerows([["id", "text"], [1, '["a", "b"]'], [2, "NA"], [3, "[a, b]"]])
+        assert list(read_texts(tmp_path / f"t.{suffix}")) == ["a", "b", "NA", "[a, b]"]
+    (tmp_path / "t.csv").write_text("text\n\"['a', 'b']\"\n")
+    with pytest.raises(ValueError, match=r"t\.csv, line 2: .*JSON"):
+        list(read_texts(tmp_path / "t.csv"))
+
+
+@pytest.mark.parametrize("content", ["id\na\n", 'text\n"a', ""])
+def test_texts_are_looked_at_before_the_model_is_loaded(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_load", lambda _: pytest.fail("the model was loaded"))
+    (tmp_path / "t.csv").write_text(content)
+    arguments = ["embed", "--model=m", f"--texts={tmp_path / 't.csv'}", f"--output={tmp_path / 'out.parquet'}"]
+    assert cli.main(arguments) == 2
+    assert "t.csv" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_enough_is_no_error(photos: Path, official_checkpoint: Path) -> None:
+    arguments = ["search", "--model", str(official_checkpoint), "--images", str(photos), "a"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lotlip_hf", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()  # pyright: ignore[reportOptionalMemberAccess]
+    errors = process.stderr.read().decode()  # pyright: ignore[reportOptionalMemberAccess]
+    assert process.wait() == 141
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors

@@ -1,0 +1,613 @@
+"""ONNX: both towers answer as in PyTorch at any size of batch and text; what does not is refused."""
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pyarrow.parquet as pq
+import pytest
+import torch
+from filelock import FileLock
+from onnx import numpy_helper
+from PIL import Image
+from torch.onnx._internal.exporter import _onnx_program
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+
+import lotlip_hf.engines.onnx
+import tiny
+import tiny_clip
+from lotlip_hf import (
+    LoTLIPConfig,
+    LoTLIPModel,
+    LoTLIPProcessor,
+    LoTLIPTextModel,
+    LoTLIPTextModelWithProjection,
+    LoTLIPVisionModelWithProjection,
+    encode_images,
+    encode_texts,
+)
+from lotlip_hf.cli import main as lotlip
+from lotlip_hf.conversion import clip as clip_conversion
+from lotlip_hf.conversion import onnx as onnx_conversion
+from lotlip_hf.conversion.common import ConversionError
+from lotlip_hf.conversion.onnx import convert, main
+from lotlip_hf.encoder import load_model
+from lotlip_hf.engines.onnx import LoTLIPOnnxModel
+from lotlip_hf.modeling.processing_lotlip import official_image_processor
+from lotlip_hf.search import build_index
+from lotlip_hf.store import fingerprint
+
+pytestmark = pytest.mark.slow
+
+# Of normalised embeddings, which is what the wrapper promises; what the towers give is a hundred times closer.
+TOLERANCE = {"atol": 1e-5, "rtol": 0}
+TEXTS = [
+    "",
+    "A cat.",
+    "The red car stands in front of a house. A dog looks at it &amp; barks. Nobody is there.",
+    "a photo of the house " * 60,
+]
+
+
+@contextmanager
+def made_once(folder: Path) -> Iterator[bool]:
+    """For what takes seconds to make: of the processes that run the tests one makes it, and the others wait."""
+    with FileLock(f"{folder}.lock"):
+        yield not folder.exists()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this run of tests share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="module")
+def clip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoTLIP over CLIP's towers, with more positions than CLIP had."""
+    folder = tmp_path_factory.mktemp("clip")
+    tiny_clip.save_clip(folder / "clip")
+    clip_conversion.convert(folder / "clip", folder / "lotlip", num_corner_tokens=2, max_positions=90)
+    return folder / "lotlip"
+
+
+@pytest.fixture(scope="module")
+def exported(shared: Path, official_checkpoint: Path) -> Path:
+    """BERT and ViT in ONNX."""
+    with made_once(shared / "onnx-official") as to_make:
+        if to_make:
+            convert(official_checkpoint, shared / "onnx-official")
+    return shared / "onnx-official"
+
+
+@pytest.fixture(scope="module")
+def clip_exported(shared: Path, clip_checkpoint: Path) -> Path:
+    """CLIP's towers in ONNX."""
+    with made_once(shared / "onnx-clip") as to_make:
+        if to_make:
+            convert(clip_checkpoint, shared / "onnx-clip")
+    return shared / "onnx-clip"
+
+
+@pytest.fixture(scope="module", params=["official", pytest.param("clip", marks=pytest.mark.slow)])
+def pair(request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """A checkpoint, and what was made of it."""
+    if request.param == "official":
+        return request.getfixturevalue("official_checkpoint"), request.getfixturevalue("exported")
+    return request.getfixturevalue("clip_checkpoint"), request.getfixturevalue("clip_exported")
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    """A folder with the model, its weights random, norms and biases included."""
+    tiny_clip.random_weights(model)
+    model.eval().save_pretrained(folder)
+    return folder
+
+
+def padded_texts(config: Any, lengths: list[int], width: int, side: str) -> dict[str, torch.Tensor]:
+    """Random texts of the given lengths, with CLIP's end where the backbone is CLIP's."""
+    input_ids = torch.randint(7, config.vocab_size - 2, (len(lengths), width))
+    mask = torch.zeros_like(input_ids)
+    for row, length in enumerate(lengths):
+        place = slice(0, length) if side == "right" else slice(width - length, width)
+        mask[row, place] = 1
+        if config.is_causal:
+            input_ids[row, place.stop - 1] = config.eos_token_id
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def test_texts_and_images_are_encoded_as_in_pytorch(pair: tuple[Path, Path], golden: Path) -> None:
+    model, processor = load_model(pair[0], device="cpu")
+    # the folder alone is enough
+    onnx_model, onnx_processor = LoTLIPOnnxModel.from_pretrained(pair[1]), AutoProcessor.from_pretrained(pair[1])
+    for batch_size in (1, 3):
+        options = {"batch_size": batch_size, "progress": False}
+        texts = encode_texts(onnx_model, onnx_processor, TEXTS, **options)
+        torch.testing.assert_close(texts, encode_texts(model, processor, TEXTS, **options), **TOLERANCE)
+        pictures = sorted((golden / "images").glob("*.png"))
+        images = encode_images(onnx_model, onnx_processor, pictures, **options)
+        torch.testing.assert_close(images, encode_images(model, processor, pictures, **options), **TOLERANCE)
+    # texts and images differ by far more than the tolerance
+    assert (texts[1] - texts[2]).abs().max() > 1e-3
+    assert (images[0] - images[1]).abs().max() > 1e-3
+
+
+def test_features_are_pytorchs_for_any_batch_length_and_padding(pair: tuple[Path, Path]) -> None:
+    model, onnx_model = load_model(pair[0], device="cpu")[0], LoTLIPOnnxModel.from_pretrained(pair[1])
+    config = model.config.text_config
+    limit = config.max_position_embeddings
+    sizes = [([1], 1), ([2], 2), ([2, 1], 2), ([limit, 1, 2, 30], limit), ([limit, 5], limit + 4), ([9] * 6, 9)]
+    for (lengths, width), side in itertools.product(sizes, ("right", "left")):
+        batch = padded_texts(config, lengths, width, side)
+        with torch.no_grad():
+            expected = model.get_text_features(**batch).pooler_output
+        torch.testing.assert_close(onnx_model.get_text_features(**batch).pooler_output, expected, atol=1e-5, rtol=1e-5)
+    size = model.config.vision_config.image_size
+    for count in (1, 4):
+        pixel_values = torch.randn(count, 3, size, size)
+        with torch.no_grad():
+            expected = model.get_image_features(pixel_values).pooler_output
+        answer = onnx_model.get_image_features(pixel_values)
+        assert answer.last_hidden_state is None
+        torch.testing.assert_close(answer.pooler_output, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_texts_and_images_are_compared_as_in_pytorch(pair: tuple[Path, Path]) -> None:
+    model, processor = load_model(pair[0], device="cpu")
+    onnx_model = LoTLIPOnnxModel.from_pretrained(pair[1])
+    images = [Image.new("RGB", (40, 50), color) for color in ("red", "white", "navy")]
+    batch = processor(text=TEXTS, images=images, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**batch)
+    answer = onnx_model(**batch)
+    assert answer.keys() == {"logits_per_image", "logits_per_text", "text_embeds", "image_embeds"}
+    scale = model.logit_scale.exp().item()
+    for name, value in answer.items():
+        # logits are cosines times a factor
+        tolerance = 1e-5 * (scale if name.startswith("logits") else 1)
+        torch.testing.assert_close(value, expected[name], atol=tolerance, rtol=0)
+    torch.testing.assert_close(onnx_model.logit_scale, model.logit_scale.detach(), atol=0, rtol=0)
+
+
+def test_nested_texts_and_the_mask_that_is_left_out(pair: tuple[Path, Path]) -> None:
+    model, onnx_model = load_model(pair[0], device="cpu")[0], LoTLIPOnnxModel.from_pretrained(pair[1])
+    config = model.config.text_config
+    batch = padded_texts(config, [4, 11, 7, 11, 2, 3], 11, "right")
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, config.pad_token_id)
+    nested = {name: tensor.unflatten(0, (2, 3)) for name, tensor in batch.items()}
+    with torch.no_grad():
+        expected = model.get_text_features(**nested).pooler_output
+        without_mask = model.get_text_features(batch["input_ids"]).pooler_output
+    answer = onnx_model.get_text_features(**nested).pooler_output
+    assert answer.shape[:2] == (2, 3)
+    torch.testing.assert_close(answer, expected, atol=1e-5, rtol=1e-5)
+    answer = onnx_model.get_text_features(batch["input_ids"].int()).pooler_output
+    torch.testing.assert_close(answer, without_mask, atol=1e-5, rtol=1e-5)
+
+
+def test_the_files_say_what_they_are(exported: Path, official_checkpoint: Path, repository: Path) -> None:
+    config = AutoConfig.from_pretrained(official_checkpoint)
+    size = config.vision_config.image_size
+    inputs = {
+        "text_model.onnx": {"input_ids": ["batch", "length"], "attention_mask": ["batch", "length"]},
+        "vision_model.onnx": {"pixel_values": ["batch", 3, size, size]},
+    }
+    for name, expected in inputs.items():
+        session = onnxruntime.InferenceSession(exported / name, providers=["CPUExecutionProvider"])
+        assert {one.name: one.shape for one in session.get_inputs()} == expected
+        (output,) = session.get_outputs()
+        assert output.name == ("text_embeds" if name.startswith("text") else "image_embeds")
+        assert output.shape == ["batch", config.projection_dim]
+        graph = onnx.load(exported / name)
+        onnx.checker.check_model(graph, full_check=True)
+        assert {one.domain: one.version for one in graph.opset_import} == {
+            "": 23
+        }  # no operators of ONNX Runtime's own
+        assert str(repository).encode() not in (exported / name).read_bytes()
+        # neither corner tokens nor the other tower
+        other = "vision" if name.startswith("text") else "text"
+        assert not [one.name for one in graph.graph.initializer if "corner" in one.name or other in one.name]
+
+
+def test_int8_with_weights_beside_the_graph(
+    tmp_path: Path,
+    official_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 0)  # as if they had more than 2 GB
+    arguments = ["--model", str(official_checkpoint), "--output", str(tmp_path / "made"), "--vision-only"]
+    assert main([*arguments, "--quantize", "int8"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("Exporting vision_model.onnx ...\n  features as PyTorch's to ")
+    assert out.count("int8, cosines to float32 from ") == 1
+    assert "LoTLIPProcessor" in out
+    assert err == ""
+
+    folder = tmp_path / "moved"
+    (tmp_path / "made").rename(folder)
+    files = [folder / "vision_model.onnx", folder / "vision_model.onnx.data"]
+    assert sorted(folder.glob("*.onnx*")) == files
+    onnx_model = LoTLIPOnnxModel.from_pretrained(folder)
+    model, processor = load_model(official_checkpoint, device="cpu")
+    images = [
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)) for seed in range(4)
+    ]
+    given, expected = (encode_images(one, processor, images, progress=False) for one in (onnx_model, model))
+    assert ((given * expected).sum(-1) > 0.98).all()
+    assert not torch.allclose(given, expected, **TOLERANCE)  # it is quantised
+    with pytest.raises(ValueError, match=r"moved has no text_model\.onnx: the text tower was not exported"):
+        encode_texts(onnx_model, processor, TEXTS, progress=False)
+
+    graph = onnx.load(files[0]).graph
+    weights = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+    layers = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    assert not [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and set(node.input) & set(weights)]
+    assert len(layers) >= 12
+    for layer in layers:
+        weight, zero_point = weights[layer.input[1]], weights[layer.input[3]]
+        assert weight.dtype == np.int8
+        assert abs(weight.astype(int)).max() <= 64  # 7 bits
+        assert zero_point.shape == weight.shape[1:]  # for each channel its own
+
+    # an index knows the weights, wherever they are
+    before = fingerprint(onnx_model, processor, "image")
+    data = bytearray(files[1].read_bytes())
+    data[0] ^= 1
+    files[1].write_bytes(data)
+    assert set(onnx_model.state_dict()) == {file.name for file in files}
+    assert fingerprint(onnx_model, processor, "image") != before
+
+
+def test_an_index_is_made_by_onnx(tmp_path: Path, exported: Path, official_checkpoint: Path) -> None:
+    for seed in range(3):
+        pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{seed}.png")
+    model, processor = load_model(official_checkpoint, device="cpu")
+    onnx_model = LoTLIPOnnxModel.from_pretrained(exported)
+    expected = build_index(model, processor, tmp_path, progress=False)
+    index = build_index(onnx_model, processor, tmp_path, progress=False)
+    assert index.fingerprint != expected.fingerprint
+    np.testing.assert_allclose(index.embeddings[index.rows], expected.embeddings[expected.rows], **TOLERANCE)
+    # another opening of the same files goes on with the same index
+    again = LoTLIPOnnxModel.from_pretrained(exported)
+    assert fingerprint(again, processor, "image") == index.fingerprint
+    assert fingerprint(again, processor, "text") != index.fingerprint
+
+
+def test_a_tower_by_itself_in_half_precision(tmp_path: Path) -> None:
+    model = LoTLIPTextModelWithProjection(tiny.text_config("clip", num_hidden_layers=1))
+    tiny_clip.random_weights(model)
+    model.bfloat16().eval().save_pretrained(tmp_path / "tower")
+    written = convert(tmp_path / "tower", tmp_path / "onnx")
+    assert [tower.file for tower in written.towers] == ["text_model.onnx"]
+    assert written.towers[0].difference < 1e-6
+    assert written.processor == ()
+    onnx_model = LoTLIPOnnxModel.from_pretrained(tmp_path / "onnx")
+    assert onnx_model.dtype == torch.float32
+    model.float()
+    for lengths, width, side in (([1], 1, "right"), ([8, 3], 8, "right"), ([40, 2, 5], 43, "left")):
+        batch = padded_texts(model.config, lengths, width, side)
+        with torch.no_grad():
+            expected = model(**batch).text_embeds
+        torch.testing.assert_close(onnx_model.get_text_features(**batch).pooler_output, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConversionError, match="a LoTLIPTextModelWithProjection, which has no vision tower"):
+        convert(tmp_path / "tower", tmp_path / "other", towers=("vision",))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "vision", "opset"),
+    [("roberta", "siglip", 18), ("xlm-roberta", "dinov2", 25)],
+)
+def test_every_backbone(tmp_path: Path, text: str, vision: str, opset: int) -> None:
+    pooling = {"pooling": "mean"} if text == "bert" else {}
+    folder = saved(LoTLIPModel(tiny.config(text, vision, **pooling)), tmp_path / "checkpoint")
+    written = convert(folder, tmp_path / "onnx", quantize="int8", opset=opset)
+    assert [tower.file for tower in written.towers] == ["text_model.onnx", "vision_model.onnx"]
+    for tower in written.towers:
+        assert tower.difference < 1e-6
+        assert tower.cosine > 0.98
+        assert onnx.load(tmp_path / "onnx" / tower.file).opset_import[0].version == opset
+
+
+@pytest.mark.parametrize("model_class", [LoTLIPTextModel, LoTLIPVisionModelWithProjection])
+def test_every_class_of_tower(tmp_path: Path, model_class: type[PreTrainedModel]) -> None:
+    is_text = "Text" in model_class.__name__
+    model = model_class(tiny.text_config("bert") if is_text else tiny.vision_config("siglip", projection_dim=24))
+    folder = saved(model, tmp_path / "tower")
+    convert(folder, tmp_path / "onnx")
+    onnx_model = LoTLIPOnnxModel.from_pretrained(tmp_path / "onnx")
+    batch = padded_texts(model.config, [9, 3], 9, "left") if is_text else {"pixel_values": tiny.pixel_values()}
+    with torch.no_grad():
+        outputs = model(**batch)
+    expected = next(outputs[name] for name in ("text_embeds", "image_embeds", "pooler_output") if name in outputs)
+    function = onnx_model.get_text_features if is_text else onnx_model.get_image_features
+    torch.testing.assert_close(function(**batch).pooler_output, expected, atol=1e-5, rtol=1e-5)
+
+
+def with_processor(model: LoTLIPModel, folder: Path, official_checkpoint: Path, side: int) -> Path:
+    """A checkpoint whose processor makes images of so many pixels."""
+    tokenizer = AutoProcessor.from_pretrained(official_checkpoint).tokenizer
+    processor = LoTLIPProcessor(official_image_processor(side), tokenizer)
+    processor.save_pretrained(saved(model, folder))
+    return folder
+
+
+@pytest.mark.parametrize("side", [24, 40])
+def test_a_dinov2_takes_what_its_processor_makes(
+    tmp_path: Path, official_checkpoint: Path, golden: Path, side: int
+) -> None:
+    """Its configuration says 32, as the published ones say 518."""
+    text_config = LoTLIPModel.from_pretrained(official_checkpoint).config.text_config
+    config = LoTLIPConfig(text_config=text_config, vision_config=tiny.vision_config("dinov2"))
+    folder = with_processor(LoTLIPModel(config), tmp_path / "checkpoint", official_checkpoint, side)
+    for quantize in ([], ["--quantize", "int8"]):
+        output = tmp_path / f"onnx{len(quantize)}"
+        assert lotlip(["export", "onnx", "--model", str(folder), "--output", str(output), *quantize]) == 0
+    model, processor = load_model(folder, device="cpu")
+    exported, own_processor = load_model(tmp_path / "onnx0")
+    images = sorted((golden / "images").glob("*.png"))[:3]
+    expected = encode_images(model, processor, images, progress=False)
+    torch.testing.assert_close(encode_images(exported, own_processor, images, progress=False), expected, **TOLERANCE)
+    quantised = encode_images(*load_model(tmp_path / "onnx2"), images, progress=False)
+    assert (quantised * expected).sum(-1).min() > 0.98
+    for size in ((32, 32), (8, 16), (48, 24)):
+        pixel_values = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            features = model.get_image_features(pixel_values).pooler_output
+        torch.testing.assert_close(
+            exported.get_image_features(pixel_values).pooler_output, features, atol=1e-5, rtol=1e-5
+        )
+    for size in ((3, 7, 32), (4, 32, 32)):
+        with pytest.raises(ValueError, match="`pixel_values` must have shape"):
+            exported.get_image_features(torch.randn(1, *size))
+
+
+# Refused: nothing is written
+
+
+def test_images_that_the_tower_does_not_take(tmp_path: Path, official_checkpoint: Path, exported: Path) -> None:
+    model = LoTLIPModel.from_pretrained(official_checkpoint)
+    folder = with_processor(model, tmp_path / "checkpoint", official_checkpoint, 24)
+    with pytest.raises(ConversionError, match=r"vision tower.*\[24, 24\]"):
+        convert(folder, tmp_path / "onnx", towers=("vision",))
+    assert not (tmp_path / "onnx").exists()
+    shutil.copytree(exported, tmp_path / "old")
+    shutil.copy(folder / "processor_config.json", tmp_path / "old")
+    with pytest.raises(ValueError, match="old: .*32 x 32 .*24 x 24"):
+        load_model(tmp_path / "old")
+
+
+@pytest.mark.parametrize("other", ["one percent more", "not a number"])
+def test_a_graph_that_differs_is_refused(
+    tmp_path: Path, official_checkpoint: Path, exported: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    model = LoTLIPModel.from_pretrained(official_checkpoint)
+    with torch.no_grad():
+        for parameter in model.vision_model.parameters():
+            parameter.mul_(1.01 if other == "one percent more" else float("nan"))
+    model.save_pretrained(tmp_path / "checkpoint")
+    # the exporter writes the graph of the model as it was before
+    monkeypatch.setattr(onnx_conversion, "_export", lambda *_: shutil.copy(exported / _[-1].name, _[-1]))
+    message = r"vision_model\.onnx: .*differ from PyTorch's by .*more than 1e-04.* Are all weights finite"
+    with pytest.raises(ConversionError, match=message):
+        convert(tmp_path / "checkpoint", tmp_path / "onnx", towers=("vision",))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_int8_that_is_too_coarse_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = LoTLIPVisionModelWithProjection(tiny.vision_config(projection_dim=24))
+    tiny_clip.random_weights(model)
+    # One state outshines the others, and is not read by the projection: of the others, 8 bits keep nothing.
+    with torch.no_grad():
+        model.vision_model.backbone.layernorm.bias[0] = 1e4
+        model.visual_projection.weight[:, 0] = 0
+    model.save_pretrained(tmp_path / "tower")
+    capsys.readouterr()
+    arguments = ["--model", str(tmp_path / "tower"), "--output", str(tmp_path / "onnx"), "--quantize", "int8"]
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "vision_model.onnx: in int8 a feature has a cosine of" in err
+    assert err.endswith("less than 0.98: nothing was written. Export without --quantize.\n")
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["tower"]
+
+
+def test_a_version_that_the_exporter_does_not_write(
+    tmp_path: Path, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_conversion, "LEAST_OPSET", 1)
+    with pytest.raises(ConversionError, match="--opset 5: PyTorch's exporter wrote version 18 instead"):
+        convert(official_checkpoint, tmp_path / "onnx", opset=5, towers=("vision",))
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_wrong_arguments(tmp_path: Path, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "onnx"
+    with pytest.raises(ConversionError, match="--opset 17: expected 18 to"):
+        convert(official_checkpoint, output, opset=17)
+    with pytest.raises(ConversionError, match="--quantize int4: only int8"):
+        convert(official_checkpoint, output, quantize="int4")
+    with pytest.raises(ConversionError, match="no such folder"):
+        convert(tmp_path / "nowhere", output)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ConversionError, match="exists already"):
+        convert(official_checkpoint, tmp_path / "full")
+    broken = shutil.copytree(official_checkpoint, tmp_path / "broken")
+    (broken / "tokenizer.json").write_text("{")
+    with pytest.raises(ConversionError, match="broken: its tokenizer or image processor cannot be loaded"):
+        convert(broken, output)
+    export = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: export(torch.nn.Linear(2, 2), (), dynamo=True))
+    with pytest.raises(ConversionError, match=r"vision_model\.onnx: PyTorch's ONNX exporter failed \(.+\)\.$"):
+        convert(official_checkpoint, output, towers=("vision",))
+    assert not output.exists()
+
+
+def test_missing_packages_are_named_in_one_line(
+    tmp_path: Path, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = lotlip_hf.engines.onnx.find_spec
+    monkeypatch.setattr(
+        lotlip_hf.engines.onnx, "find_spec", lambda name: None if name in ("onnxscript", "onnxruntime") else find(name)
+    )
+    assert main(["--model", str(official_checkpoint), "--output", str(tmp_path / "onnx")]) == 2
+    expected = "ONNX needs onnxscript, onnxruntime: pip install 'lotlip-hf[onnx]'"
+    assert capsys.readouterr().err == f"lotlip export onnx: error: {expected}\n"
+    with pytest.raises(ImportError, match=r"ONNX needs onnxruntime: pip install 'lotlip-hf\[onnx\]'"):
+        LoTLIPOnnxModel.from_pretrained(tmp_path)
+
+
+def test_the_command_of_lotlip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["export", "onnx", "--model", str(tmp_path / "a"), "--output", str(tmp_path / "b")]
+    assert lotlip([*arguments, "--quantize", "int8"]) == 2
+    assert "a: no such folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        lotlip([*arguments, "--text-only", "--vision-only"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_commands_take_an_export(
+    tmp_path: Path, exported: Path, official_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts.txt").write_text("A cat.\nA dog on a lawn. It barks.\n")
+    for name, model in (("onnx", exported), ("torch", official_checkpoint)):
+        files = ["--texts", str(tmp_path / "texts.txt"), "--output", str(tmp_path / f"{name}.parquet")]
+        assert lotlip(["embed", "--model", str(model), *files]) == 0
+    given, expected = (
+        torch.tensor(pq.read_table(tmp_path / f"{name}.parquet")["embedding"].to_pylist())
+        for name in ("onnx", "torch")
+    )
+    torch.testing.assert_close(given, expected, **TOLERANCE)
+    assert lotlip(["embed", "--model", str(exported), *files, "--overwrite", "--device", "cuda"]) == 2
+    assert "cuda" in capsys.readouterr().err
+
+
+# The wrapper
+
+
+def test_folders_that_cannot_be_opened(tmp_path: Path, exported: Path, official_checkpoint: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="lotlip export onnx"):
+        LoTLIPOnnxModel.from_pretrained(official_checkpoint)
+    with pytest.raises(ValueError, match="`providers`: NoExecutionProvider is not in this onnxruntime"):
+        LoTLIPOnnxModel.from_pretrained(exported, providers=[("NoExecutionProvider", {}), "CPUExecutionProvider"])
+    broken = shutil.copytree(exported, tmp_path / "broken")
+    (broken / "vision_model.onnx").write_bytes((exported / "vision_model.onnx").read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"vision_model\.onnx: ONNX Runtime cannot open it \(.+\)\.$"):
+        LoTLIPOnnxModel.from_pretrained(broken)
+    (broken / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(ValueError, match="config.json is of a 'clip' model, not of a LoTLIP one"):
+        LoTLIPOnnxModel.from_pretrained(broken)
+
+
+def test_session_options_are_used(exported: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 3
+    opened = LoTLIPOnnxModel.from_pretrained(exported, ["CPUExecutionProvider"], options)
+    assert {one.get_session_options().intra_op_num_threads for one in opened.sessions.values()} == {3}
+    assert {one.get_providers()[0] for one in opened.sessions.values()} == {"CPUExecutionProvider"}
+    opened = LoTLIPOnnxModel.from_pretrained(exported)
+    threads = torch.get_num_threads()
+    assert {one.get_session_options().intra_op_num_threads for one in opened.sessions.values()} == {threads}
+
+
+@pytest.mark.parametrize("tower", ["text", "vision"])
+def test_norms_are_not_fused_with_residuals_on_cpus(tmp_path: Path, exported: Path, tower: str) -> None:
+    name = lotlip_hf.engines.onnx.FILES[tower]
+    for file in ("config.json", name):
+        shutil.copy(exported / file, tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "ours")
+    onnx_model = LoTLIPOnnxModel.from_pretrained(tmp_path, session_options=options)
+    options.optimized_model_filepath = str(tmp_path / "plain")
+    plain = onnxruntime.InferenceSession(tmp_path / name, options, providers=["CPUExecutionProvider"])
+    if tower == "text":
+        inputs = padded_texts(onnx_model.config.text_config, [30, 1, 2, 17, 29], 30, "right")
+        given = onnx_model.get_text_features(**inputs).pooler_output
+    else:
+        size = onnx_model.config.vision_config.image_size
+        inputs = {"pixel_values": torch.randn(4, 3, size, size)}
+        given = onnx_model.get_image_features(**inputs).pooler_output
+    (expected,) = plain.run(None, {key: tensor.numpy() for key, tensor in inputs.items()})
+    torch.testing.assert_close(given, torch.from_numpy(expected), atol=1e-6, rtol=1e-5)
+    for graph, is_fused in (("plain", True), ("ours", False)):
+        operators = {node.op_type for node in onnx.load(tmp_path / graph).graph.node}
+        assert ("SkipLayerNormalization" in operators) == is_fused
+
+
+def wrong_inputs() -> Iterator[Any]:
+    ids = torch.full((2, 6), 9)
+    for name, arguments, message in (
+        ("shape", (ids[0],), r"\[batch, length\] or \[batch, texts, length\], got torch.int64 \[6\]"),
+        ("dtype", (ids.float(),), "must be integers"),
+        ("empty", (ids[:0],), r"got torch.int64 \[0, 6\]"),
+        ("mask", (ids, ids[:, 1:]), r"`attention_mask` must have the texts' shape \[2, 6\], got \[2, 5\]"),
+        ("segments", (ids, None, ids), "`token_type_ids` must be 0"),
+        ("vocabulary", (ids + 10**6,), r"must lie in \[0, .*Was the text tokenised with another"),
+        ("negative", (ids - 10,), r"must lie in \[0, .*got ids from -1 to -1"),
+        ("long", (ids[:, :1].expand(2, 200),), "The longest text has 200 tokens; this model takes .*truncation=True"),
+    ):
+        yield pytest.param("get_text_features", arguments, message, id=name)
+    for name, pixels, message in (
+        ("size", torch.zeros(1, 3, 7, 9), r"`pixel_values` must have shape \[batch, 3, .*got \[1, 3, 7, 9\]"),
+        ("one image", torch.zeros(3, 7, 9), r"got \[3, 7, 9\]"),
+    ):
+        yield pytest.param("get_image_features", (pixels,), message, id=name)
+
+
+@pytest.mark.parametrize(("function", "arguments", "message"), list(wrong_inputs()))
+def test_wrong_inputs_are_named(exported: Path, function: str, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(LoTLIPOnnxModel.from_pretrained(exported), function)(*arguments)
+
+
+def test_it_stays_where_it_is(exported: Path) -> None:
+    model = LoTLIPOnnxModel.from_pretrained(exported)
+    size = model.config.vision_config.image_size
+    with pytest.raises(ValueError, match="floating point"):
+        model.get_image_features(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    assert model.to("cpu") is model.to(torch.float32) is model
+    with pytest.raises(ValueError, match="takes and gives CPU tensors, not cuda.*CUDAExecutionProvider"):
+        model.to("cuda")
+    with pytest.raises(ValueError, match=r"chosen when it is exported; it cannot become torch\.bfloat16"):
+        model.to(torch.bfloat16)
+    processor = AutoProcessor.from_pretrained(exported)
+    with pytest.raises(ValueError, match="takes and gives CPU tensors, not cuda"):
+        encode_texts(model, processor, ["a cat"], device="cuda", progress=False)
+
+
+# torch.export
+
+
+@pytest.mark.slow  # test_modeling.py has quick ones, of one tower
+@pytest.mark.parametrize("backbone", ["bert", "clip"])
+def test_the_dual_encoder_is_exported_by_torch_saved_and_loaded(tmp_path: Path, backbone: str) -> None:
+    model = LoTLIPModel(tiny.config(backbone, "clip" if backbone == "clip" else "vit")).eval()
+    tiny_clip.random_weights(model)
+    texts, images = torch.export.Dim("texts"), torch.export.Dim("images")
+    length = torch.export.Dim("length", max=38)
+    text_sizes = {0: texts, 1: length}
+    sizes = {"input_ids": text_sizes, "attention_mask": text_sizes, "pixel_values": {0: images}}
+    config = model.config.text_config
+    example = {**padded_texts(config, [5, 9], 9, "right"), "pixel_values": tiny.pixel_values(3)}
+    program = torch.export.export(model, (), example, dynamic_shapes=sizes)
+    torch.export.save(program, tmp_path / "lotlip.pt2")
+    loaded = torch.export.load(tmp_path / "lotlip.pt2").module()
+    for lengths, width, side, count in (([3, 12, 7, 1], 12, "left", 2), ([30, 4, 2], 30, "right", 5)):
+        batch = {**padded_texts(config, lengths, width, side), "pixel_values": tiny.pixel_values(count)}
+        with torch.no_grad():
+            expected, answer = model(**batch), loaded(**batch)
+        for name in ("text_embeds", "image_embeds", "logits_per_image"):
+            scale = model.logit_scale.exp().item() if name.startswith("logits") else 1
+            torch.testing.assert_close(answer[name], expected[name], atol=1e-5 * scale, rtol=0)

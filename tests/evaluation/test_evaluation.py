@@ -1,0 +1,480 @@
+"""From a model and a data set to results: embeddings kept and shared out, the golden ranks, the command."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lotlip_hf.cli import main
+from lotlip_hf.encoder import encode_images, encode_texts, load_model
+from lotlip_hf.evaluation import embeddings
+from lotlip_hf.evaluation.benchmarks.registry import TASKS
+from lotlip_hf.evaluation.embeddings import embed_images, embed_texts, image_digests
+from lotlip_hf.evaluation.evaluate import evaluate, results_table, study, write_results
+from lotlip_hf.evaluation.retrieval import ranks
+from lotlip_hf.evaluation.tasks import ClassificationData, IncompleteDataError, RetrievalData
+from lotlip_hf.hub.push import read_results
+from processes import finish
+
+COLORS = ["red", "green", "blue", "white", "black", "gray"]
+
+
+@pytest.fixture(scope="module")
+def loaded(official_checkpoint: Path) -> tuple[Any, Any]:
+    return load_model(official_checkpoint, device="cpu")
+
+
+def pictures(count: int) -> list[Image.Image]:
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, (40, 32 + i, 3), dtype=np.uint8)) for i in range(count)]
+
+
+def captions(count: int) -> list[str]:
+    return [f"A {COLORS[i % 6]} house. " + f"It has {i} windows. " * (i % 5) for i in range(count)]
+
+
+def dataset(count: int = 7, texts_of_an_image: int = 1) -> RetrievalData:
+    texts = captions(count * texts_of_an_image)
+    return RetrievalData(
+        id="me/houses",
+        name="Houses",
+        images=pictures(count),
+        image_names=[f"{i}.png" for i in range(count)],
+        texts=texts,
+        text_to_image=[i // texts_of_an_image for i in range(len(texts))],
+        split="test",
+        protocol={"normalized": False},
+    )
+
+
+class Count:
+    """How often a function was called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.sizes: list[int] = []
+        real = getattr(embeddings, name)
+
+        def counted(model: Any, processor: Any, items: Sequence[Any], **kwargs: Any) -> Any:
+            self.sizes.append(len(items))
+            return real(model, processor, items, **kwargs)
+
+        monkeypatch.setattr(embeddings, name, counted)
+
+
+# --- embeddings
+
+
+def test_texts_are_those_of_encode_texts(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "UNIT_SIZE", 4)
+    calls = Count(monkeypatch, "iterate_text_embeddings")
+    texts = [*captions(9), *captions(3), "word " * 300]
+    embeds, was_cut = embed_texts(*loaded, texts, progress=False)
+    torch.testing.assert_close(embeds, encode_texts(*loaded, texts, progress=False), rtol=0, atol=1e-6)
+    assert was_cut.tolist() == [False] * 12 + [True]
+    assert calls.sizes == [4, 4, 2]  # each text once
+
+
+def test_texts_are_cut_where_asked(loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    embeds, was_cut = embed_texts(*loaded, captions(5), max_length=12, progress=False)
+    expected = encode_texts(*loaded, captions(5), max_length=12, progress=False)
+    torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-6)
+    assert was_cut.tolist() == [False, False, True, True, True]
+    assert "3 of 5 texts were cut at 12 tokens" in caplog.text
+    whole = encode_texts(*loaded, captions(5), progress=False)
+    assert torch.allclose(expected[:2], whole[:2], atol=1e-6)
+    assert not torch.allclose(expected[2:], whole[2:], atol=1e-3)
+    for length in (2, 1000):
+        with pytest.raises(ValueError, match="`max_length` must be from 3 to the 126 tokens"):
+            embed_texts(*loaded, captions(1), max_length=length, progress=False)
+
+
+def test_images_are_those_of_encode_images(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embeddings, "UNIT_SIZE", 2)
+    images: list[Any] = pictures(5)
+    images[1].save(tmp_path / "1.png")
+    expected = encode_images(*loaded, images, progress=False)
+    images[1], images[3] = tmp_path / "1.png", (tmp_path / "1.png").read_bytes()
+    expected[3] = expected[1]
+    embeds = embed_images(*loaded, images, progress=False)
+    torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-6)
+    digests = image_digests(images, progress=False)
+    assert digests[1] == digests[3]
+    assert len(set(digests)) == 4
+
+
+def test_nothing_to_embed_is_an_error(loaded: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match="`texts` is empty"):
+        embed_texts(*loaded, [])
+    with pytest.raises(ValueError, match="`images` is empty"):
+        embed_images(*loaded, [])
+
+
+def test_what_was_computed_is_kept(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "UNIT_SIZE", 3)
+    texts, images = captions(8), pictures(5)
+    settings = {"cache": tmp_path / "cache", "progress": False}
+    first = embed_texts(*loaded, texts, **settings), embed_images(*loaded, images, **settings)
+    text_calls, image_calls = (Count(monkeypatch, f"iterate_{kind}_embeddings") for kind in ("text", "image"))
+    again = embed_texts(*loaded, texts[::-1], **settings), embed_images(*loaded, images, **settings)
+    assert torch.equal(again[0].embeds, first[0].embeds.flip(0))
+    assert torch.equal(again[0].was_cut, first[0].was_cut.flip(0))
+    assert torch.equal(again[1], first[1])
+    assert text_calls.sizes == image_calls.sizes == []
+
+    # Other texts, another limit, another image, other weights: nothing of it is taken for the same.
+    embed_texts(*loaded, [*texts[:-1], "another"], **settings)
+    embed_texts(*loaded, texts, max_length=12, **settings)
+    embed_images(*loaded, [images[1], images[0], *images[2:]], **settings)
+    assert sum(text_calls.sizes) > 8
+    assert image_calls.sizes == [3]
+    with torch.no_grad():
+        weight = loaded[0].text_model.get_parameter("backbone.encoder.layer.0.attention.self.query.weight")
+        weight[0, 0] += 1
+    try:
+        before = len(text_calls.sizes)
+        changed = embed_texts(*loaded, texts, **settings)
+        assert len(text_calls.sizes) == before + 3
+        assert not torch.allclose(changed.embeds, first[0].embeds)
+    finally:
+        with torch.no_grad():
+            weight[0, 0] -= 1
+
+
+def test_an_interruption_keeps_what_is_whole(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embeddings, "UNIT_SIZE", 2)
+    texts = captions(7)
+    undisturbed = embed_texts(*loaded, texts, progress=False).embeds
+    real = embeddings.iterate_text_embeddings
+    calls = []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(embeddings, "iterate_text_embeddings", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        embed_texts(*loaded, texts, cache=tmp_path, progress=False)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    again = embed_texts(*loaded, texts, cache=tmp_path, progress=False).embeds
+    assert len(calls) == 3 + 2
+    torch.testing.assert_close(again, undisturbed, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a safetensors file", None])
+def test_a_damaged_cache_is_computed_again(
+    loaded: tuple[Any, Any], tmp_path: Path, damage: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = captions(3)
+    first = embed_texts(*loaded, texts, cache=tmp_path, progress=False).embeds
+    (file,) = tmp_path.rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-4] if damage is None else damage)
+    again = embed_texts(*loaded, texts, cache=tmp_path, progress=False).embeds
+    torch.testing.assert_close(again, first, rtol=0, atol=1e-6)
+    assert f"{file} is damaged" in caplog.text
+    assert set(load_file(file)) == {"embeds", "was_cut"}
+
+
+def test_a_cache_that_cannot_be_written_is_named(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"file.*cannot keep embeddings there.*--cache DIR"):
+        embed_texts(*loaded, captions(2), cache=tmp_path / "file", progress=False)
+
+
+def test_unreadable_images_are_all_named_and_nothing_is_scored(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embeddings, "UNIT_SIZE", 2)
+    for place, picture in enumerate(pictures(6)):
+        picture.save(tmp_path / f"{place}.png")
+    for place in (1, 4):
+        file = tmp_path / f"{place}.png"
+        file.write_bytes(file.read_bytes()[:100])
+    files = [tmp_path / f"{place}.png" for place in range(6)]
+    names = [f"houses/{place}" for place in range(6)]
+    cache = tmp_path / "cache"
+    with pytest.raises(IncompleteDataError, match="2 of 6 images cannot be read, and nothing is scored") as caught:
+        embed_images(*loaded, files, names=names, cache=cache, progress=False)
+    assert "houses/1: damaged" in str(caught.value)
+    assert "houses/4: damaged" in str(caught.value)
+    assert len(list(cache.rglob("*.safetensors"))) == 1
+    files[2].unlink()
+    with pytest.raises(IncompleteDataError, match=r"1 of 6 images.*\n  houses/2: cannot be opened \(No such file"):
+        embed_images(*loaded, files, names=names, cache=cache, progress=False)
+
+
+# --- evaluations
+
+
+class GoldenImages:
+    """An image processor that gives the official code's pixels: the red value of an image's first pixel says whose."""
+
+    def __init__(self, pixel_values: torch.Tensor) -> None:
+        self.pixel_values = pixel_values
+
+    def __call__(self, images: list[Image.Image], return_tensors: str) -> dict[str, torch.Tensor]:
+        assert return_tensors == "pt"
+        return {"pixel_values": torch.stack([self.pixel_values[image.getpixel((0, 0))[0]] for image in images])}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"image_processor_type": "GoldenImages"}
+
+
+@pytest.mark.parametrize("kind", ["short", "long"])
+def test_golden_ranks(loaded: tuple[Any, Any], golden: Path, kind: str) -> None:
+    model, processor = loaded
+    expected = load_file(golden / "official-corners2" / "expected.safetensors")
+    texts = json.loads((golden / "official-corners2" / "texts.json").read_text())[kind]
+    images = [Image.new("RGB", (4, 4), (place, 0, 0)) for place in range(len(texts))]
+    stand_in = type("Processor", (), {})()
+    stand_in.tokenizer = processor.tokenizer
+    stand_in.image_processor = GoldenImages(expected["pixel_values"])
+    data = RetrievalData(
+        id="golden",
+        name="Golden",
+        images=images,
+        image_names=[f"{place}" for place in range(len(images))],
+        texts=texts,
+        text_to_image=range(len(texts)),
+    )
+    results = evaluate(model, stand_in, data, progress=False)
+    image_features = torch.nn.functional.normalize(expected["image_features"], dim=-1)
+    similarities = image_features @ expected[f"{kind}_text_features_normalized"].T  # [images, texts]
+    own = similarities.diagonal()
+    image_ranks = 1 + (similarities > own[:, None]).sum(1)
+    text_ranks = 1 + (similarities > own[None, :]).sum(0)
+    ours = ranks(
+        embed_images(model, stand_in, images, progress=False),
+        embed_texts(model, stand_in, texts, progress=False).embeds,
+    )
+    assert ours.image_to_text.tolist() == image_ranks.tolist()
+    assert ours.text_to_image.tolist() == text_ranks.tolist()
+    assert len(set(text_ranks.tolist())) > 2
+    for direction, expected_ranks in (("image_to_text", image_ranks), ("text_to_image", text_ranks)):
+        for k in (1, 5):
+            recall = (expected_ranks <= k).double().mean().item()
+            assert results["metrics"][f"{direction}_r{k}"] == pytest.approx(recall, abs=1e-12)
+        assert f"{direction}_r10" not in results["metrics"]  # of six
+        assert results["metrics"][f"{direction}_median_rank"] == expected_ranks.double().quantile(0.5).item()
+
+
+def test_results_say_what_was_measured(loaded: tuple[Any, Any], tmp_path: Path, official_checkpoint: Path) -> None:
+    data = dataset(7, texts_of_an_image=2)
+    results = evaluate(*loaded, data, benchmark="houses", progress=False, bootstrap=50)
+    assert results["model"] == str(official_checkpoint)
+    assert results["model_revision"] is None
+    assert set(results["model_fingerprint"]) == {"image", "text"}
+    assert results["dataset"] == {"id": "me/houses", "name": "Houses", "split": "test", "revision": None}
+    protocol = results["protocol"]
+    assert protocol["normalized"] is False
+    assert (protocol["num_images"], protocol["num_texts"], protocol["num_texts_cut"]) == (7, 14, 0)
+    assert (protocol["max_length"], protocol["search"], protocol["bootstrap"]) == (126, "exact", 50)
+    assert {"python", "torch", "transformers", "lotlip-hf"} <= set(results["versions"])
+    assert results["date"].endswith("+00:00")
+
+    write_results(results, tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    recorded = {result.metric_type: result.metric_value for result in read_results(tmp_path / "results.json")}
+    assert recorded == results["metrics"]
+    table = results_table(results)
+    assert "Houses (test): 7 images, 14 texts (0 cut at 126 tokens)" in table
+    assert f"{100 * results['metrics']['image_to_text_r1']:.2f}" in table
+
+    # The same again is the same; one text, one pixel or one pairing more or less is another data set.
+    assert evaluate(*loaded, data, progress=False, bootstrap=50)["data_fingerprint"] == results["data_fingerprint"]
+    others = [
+        replace(data, texts=[*data.texts[:-1], "Another."]),
+        replace(data, images=[*pictures(7)[:-1], Image.new("RGB", (8, 8))]),
+        replace(data, text_to_image=[1, 0, *data.text_to_image[2:]]),
+    ]
+    fingerprints = {evaluate(*loaded, other, progress=False, bootstrap=0)["data_fingerprint"] for other in others}
+    assert len(fingerprints | {results["data_fingerprint"]}) == 4
+
+
+def test_classification_is_scored_against_the_prompts(loaded: tuple[Any, Any]) -> None:
+    data = ClassificationData(
+        "me/colors", "Colors", pictures(6), [str(i) for i in range(6)], [0, 1, 2, 0, 1, 2], COLORS
+    )
+    templates = ["a {} house.", "{}"]
+    results = evaluate(*loaded, data, templates=templates, progress=False)
+    texts = [
+        encode_texts(*loaded, [template.format(color) for color in COLORS], progress=False) for template in templates
+    ]
+    classes = torch.nn.functional.normalize(torch.stack(texts).mean(0), dim=-1)
+    scores = encode_images(*loaded, data.images, progress=False) @ classes.T
+    for k in (1, 5):
+        hits = [label in score.topk(k).indices for label, score in zip(data.labels, scores, strict=True)]
+        assert results["metrics"][f"accuracy_top{k}"] == pytest.approx(sum(hits) / 6)
+    assert results["task"] == "zero-shot-image-classification"
+    assert (results["protocol"]["num_classes"], results["protocol"]["templates"]) == (6, templates)
+    assert "6 images, 6 classes" in results_table(results)
+
+
+@pytest.mark.parametrize("number", [2, 5, 6])
+def test_the_first_five_of_five_say_nothing(loaded: tuple[Any, Any], number: int) -> None:
+    labels = [place % number for place in range(6)]
+    data = ClassificationData("me/colors", "Colors", pictures(6), [str(i) for i in range(6)], labels, COLORS[:number])
+    results = evaluate(*loaded, data, progress=False)
+    assert ("accuracy_top5" in results["metrics"]) == (number > 5)
+    assert {"accuracy_top1", "mean_per_class_recall"} <= results["metrics"].keys()
+    cells = results_table(results).splitlines()[-1].split()
+    assert (cells[1] == "-") == (number <= 5)
+
+
+# --- the command
+
+
+def urban(folder: Path, count: int = 6) -> Path:
+    """A miniature of Urban1k."""
+    for name in ("image", "caption"):
+        (folder / name).mkdir(parents=True)
+    for number, (picture, caption) in enumerate(zip(pictures(count), captions(count), strict=True), 1):
+        picture.save(folder / "image" / f"{number}.jpg")
+        (folder / "caption" / f"{number}.txt").write_text(caption + "\n")
+    return folder
+
+
+def test_the_command(
+    official_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], loaded: tuple[Any, Any]
+) -> None:
+    command = ["evaluate", "--model", str(official_checkpoint), "--task", "urban1k"]
+    command += ["--data", str(urban(tmp_path / "u"))]
+    command += ["--device", "cpu", "--num-images", "6", "--cache", str(tmp_path / "cache"), "--bootstrap", "20"]
+    output = tmp_path / "results.json"
+    assert main([*command, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "image to text" in printed
+    results = json.loads(output.read_text())
+    assert results["benchmark"] == "urban1k"
+    assert results["protocol"]["bootstrap"] == 20
+    assert list((tmp_path / "cache").rglob("*.safetensors"))
+
+    assert main([*command, "--output", str(output)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([*command, "--output", str(output), "--overwrite", "--faiss-index", "Flat"]) == 0
+    again = json.loads(output.read_text())
+    assert {**again["metrics"], **results["metrics"]} == results["metrics"]
+    assert again["protocol"]["search"] == "FAISS Flat"
+    assert main(["report", str(output)]) == 0
+    assert "Urban" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--benchmark", "iiw"], "--benchmark is not for --task urban1k"),
+        (["--plot", "p.png"], "--plot is not for --task urban1k"),
+        (["--limits", "16"], "--limits is not for --task urban1k"),
+        (["--templates", "default"], "--templates is not for --task urban1k"),
+        (["--overwrite"], "--overwrite is of --output"),
+        (["--output", "missing/r.json"], "no such folder to write r.json in"),
+        (["--output", ""], "a folder, not a file to write"),
+        (["--split", "test"], "`split` is no option of urban1k"),
+        (["--max-length", "1000"], "`max_length` must be from 3 to the 126 tokens"),
+        (["--bootstrap", "-1"], "`bootstrap` must not be negative"),
+        (["--faiss-parameters", "nprobe=4"], "give `faiss_index` too"),
+        (["--faiss-index", "Nonsense"], "'Nonsense' cannot be made for 16 dimensions"),
+        (["--faiss-index", "IVF4,Flat", "--faiss-parameters", "no=1"], "do not fit the index"),
+        (["--task", "length-study"], "--task length-study needs --benchmark"),
+        (["--task", "length-study", "--benchmark", "urban1k", "--bootstrap", "3"], "--bootstrap is not for"),
+        (["--task", "sentence-ablation", "--benchmark", "urban1k", "--limits", "3"], "--limits is not for"),
+        (["--task", "length-study", "--benchmark", "urban1k", "--plot", "p.xyz"], "p.xyz"),
+        (
+            ["--task", "length-study", "--benchmark", "urban1k", "--plot", "p.png", "--output", "./p.png"],
+            "--plot and --output are both",
+        ),
+        (["--task", "classification", "--data", "classes", "--bootstrap", "3"], "--bootstrap is not for"),
+        (["--task", "classification", "--data", "classes", "--faiss-index", "Flat"], "--faiss-index is not for"),
+        (["--revision", "main"], "`revision` 'main' is of models on the Hub"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_does_not_go_together_is_said_before_anything_is_encoded(
+    words: list[str],
+    message: str,
+    official_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    urban(tmp_path / "u", count=2)
+    for animal in ("cat", "dog"):
+        (tmp_path / "classes" / animal).mkdir(parents=True)
+        pictures(1)[0].save(tmp_path / "classes" / animal / "1.png")
+    monkeypatch.chdir(tmp_path)
+    for function in ("embed_images", "embed_texts"):
+        monkeypatch.setattr(f"lotlip_hf.evaluation.evaluate.{function}", None)
+    command = ["evaluate", "--model", str(official_checkpoint), "--task", "urban1k"]
+    command += ["--data", "u", "--num-images", "2"]
+    assert main([*command, "--device", "cpu", "--no-cache", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["classes", "u"]
+
+
+def test_what_can_be_measured_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--list-tasks"])
+    assert stopped.value.code == 0
+    listed = capsys.readouterr().out
+    assert all(task in listed for task in [*TASKS, "length-study", "sentence-ablation"])
+
+
+def test_results_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    (tmp_path / "results.json").mkdir()
+    with pytest.raises(OSError, match=r"results\.json: .*\(Is a directory\)"):
+        write_results({"task": "none"}, tmp_path / "results.json")
+
+
+def test_images_that_look_different_have_different_digests() -> None:
+    red, blue = (Image.new("P", (4, 4)) for _ in range(2))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    upright = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    turned = upright.copy()
+    turned.getexif()[0x0112] = 6
+    digests = image_digests([red, blue, upright, turned], progress=False)
+    assert len(set(digests)) == 4
+    with pytest.raises(TypeError, match=r"images\[1\] must be a path"):
+        image_digests([red, None], progress=False)  # pyright: ignore[reportArgumentType]
+
+
+def test_data_that_does_not_fit_is_refused(loaded: tuple[Any, Any]) -> None:
+    data = dataset(3)
+    for wrong in ([0, 1], [0, 1, 3], [0, 1, -1]):
+        with pytest.raises(ValueError, match="`data.text_to_image` must hold 3 places from 0 to 2"):
+            evaluate(*loaded, replace(data, text_to_image=wrong), progress=False)
+    classes = ClassificationData("me/colors", "Colors", data.images, data.image_names, [0, 6, 1], COLORS)
+    with pytest.raises(ValueError, match="`data.labels` must hold 3 places from 0 to 5"):
+        evaluate(*loaded, classes, progress=False)
+    with pytest.raises(ValueError, match="a study needs a retrieval task"):
+        study(*loaded, replace(classes, labels=[0, 1, 2]), "length", progress=False)
+
+
+@pytest.mark.slow
+def test_processes_agree_to_the_last_digit(
+    official_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = urban(tmp_path / "u", count=600)  # three units for two processes
+
+    def command(output: Path) -> list[str]:
+        words = ["evaluate", "--model", str(official_checkpoint), "--task", "urban1k", "--data", str(data)]
+        return [*words, "--num-images", "600", "--output", str(output), "--no-cache"]
+
+    assert main(command(tmp_path / "one.json")) == 0
+    printed = capsys.readouterr().out
+    ran = finish("lotlip_hf.cli", command(tmp_path / "two.json"), tmp_path, num_processes=2)
+    assert ran.stdout == printed  # once
+    alone, together = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert {**together, "date": ""} == {**alone, "date": ""}

@@ -1,0 +1,419 @@
+"""`examples/finetune_with_trainer.py` and `examples/finetune_lora.py`, run as they are on a tiny checkpoint."""
+
+import io
+import json
+import math
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor, EvalPrediction
+
+import tiny
+from lotlip_hf import LoTLIPModel, encode_images, encode_texts, lora_targets
+from lotlip_hf.data.collator import LoTLIPCollator
+from lotlip_hf.data.records import ColumnError, load_records
+from lotlip_hf.data.sampling import CaptionSampling, sample_texts
+from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
+from processes import finish
+from scripts import load_script
+
+NUM_RECORDS = 8
+TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache of its own for `datasets`, and none of accelerate's state for the next test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def trainer_example() -> ModuleType:
+    return load_script("examples/finetune_with_trainer.py")
+
+
+@pytest.fixture(scope="module")
+def lora_example() -> ModuleType:
+    return load_script("examples/finetune_lora.py")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images with metadata."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for one in map(scene, range(NUM_RECORDS)):
+        render(one, image_size=32).save(folder / f"{one.id.replace('/', '-')}.png")
+        captions = {"short_caption": short_caption(one), "long_captions": long_captions(one)}
+        rows.append({"file_name": f"{one.id.replace('/', '-')}.png", "id": one.id, **captions})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, official_checkpoint: Path) -> Path:
+    """Without dropout, so that a loss in training is that of the same weights in evaluation."""
+    folder = tmp_path_factory.mktemp("no-dropout") / "checkpoint"
+    shutil.copytree(official_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        config["text_config"]["backbone_config"][name] = 0.0
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def largest_difference(folder: Path, other: Path) -> float:
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def log(folder: Path, name: str) -> list[float]:
+    """What a run's last checkpoint says of its log."""
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [line[name] for line in history if name in line]
+
+
+def losses_of_epochs(checkpoint: Path, pictures: Path, sampling: CaptionSampling, seed: int) -> list[float]:
+    """What a model makes of the texts of three epochs, by the loss that it has itself."""
+    model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+    collator = LoTLIPCollator(processor, sampling, seed)
+    losses = []
+    for epoch in range(3):
+        collator.set_epoch(epoch)
+        with torch.no_grad():
+            losses.append(float(model(**collator(list(load_records(pictures)))).loss))
+    assert len(set(losses)) == 3
+    return losses
+
+
+def printed_losses(text: str) -> list[float]:
+    """What `finetune_lora.py` printed."""
+    return [float(loss) for loss in re.findall(r"^epoch \d: loss ([\d.]+)$", text, flags=re.MULTILINE)]
+
+
+# with Trainer
+
+
+@pytest.mark.slow
+def test_trainer_trains_on_the_objective_with_other_texts_each_epoch(
+    trainer_example: ModuleType, checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    # A batch is the whole of the data and nothing is learnt, so that the losses are known.
+    options = f"--per_device_train_batch_size {NUM_RECORDS} --num_train_epochs 3 --learning_rate 0 --logging_steps 1"
+    options += " --seed 5 --num_long_texts 2 --num_sentences 1"
+    saved = trainer_example.main(
+        ["--model", str(checkpoint), "--data", str(pictures), "--output_dir", str(tmp_path / "run"), *options.split()]
+    )
+    _, info = AutoModel.from_pretrained(saved, output_loading_info=True)
+    assert not any(info.values())
+    expected = losses_of_epochs(saved, pictures, CaptionSampling(2, num_sentences=1), seed=5)
+    assert log(saved, "loss") == pytest.approx(expected, abs=1e-4)  # Trainer may round
+    assert largest_difference(saved, checkpoint) == 0
+
+
+@pytest.mark.slow
+def test_trainer_evaluates_retrieval_of_whole_captions(
+    trainer_example: ModuleType, checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    options = "--per_device_train_batch_size 3 --per_device_eval_batch_size 3 --max_steps 12 --learning_rate 3e-3"
+    options += " --eval_strategy steps --eval_steps 6 --save_steps 12"
+    arguments = ["--model", str(checkpoint), "--data", str(pictures), "--eval_data", str(pictures)]
+    saved = trainer_example.main([*arguments, "--output_dir", str(tmp_path / "run"), *options.split()])
+    assert largest_difference(saved, checkpoint) > 1e-3
+
+    model, processor = AutoModel.from_pretrained(saved), AutoProcessor.from_pretrained(saved)
+    records = list(load_records(pictures))
+    whole = CaptionSampling(1, num_sentences=None)
+    drawn = [sample_texts(r["short_caption"], r["long_captions"], whole, 0, 0, r["id"]) for r in records]
+    images = encode_images(model, processor, [record["image"] for record in records])
+    metrics, own = json.loads((saved / "eval_results.json").read_text()), torch.arange(NUM_RECORDS)
+    for kind, texts in (("short", [d.short for d in drawn]), ("long", [d.long[0] for d in drawn])):
+        similarities = images @ encode_texts(model, processor, texts).T
+        expected = float((similarities.argmax(1) == own).float().mean())
+        assert metrics[f"eval_{kind}_image_to_text_r1"] == pytest.approx(expected)
+        expected = float((similarities.argmax(0) == own).float().mean())
+        assert metrics[f"eval_{kind}_text_to_image_r1"] == pytest.approx(expected)
+    assert len(log(saved, "eval_long_image_to_text_r1")) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "best"),
+    [
+        ("--load_best_model_at_end --save_steps 2", "eval_loss"),
+        ("--load_best_model_at_end --save_steps 2 --metric_for_best_model long_text_to_image_r1", None),
+        ("--lr_scheduler_type reduce_lr_on_plateau --prediction_loss_only", None),
+    ],
+)
+def test_trainer_chooses_by_what_it_measures(
+    trainer_example: ModuleType, checkpoint: Path, pictures: Path, tmp_path: Path, options: str, best: str | None
+) -> None:
+    options += f" --max_steps 4 --eval_strategy steps --eval_steps 2 --per_device_eval_batch_size {NUM_RECORDS}"
+    arguments = ["--model", str(checkpoint), "--data", str(pictures), "--eval_data", str(pictures)]
+    saved = trainer_example.main([*arguments, "--output_dir", str(tmp_path / "run"), *options.split()])
+    measured = json.loads((saved / "eval_results.json").read_text())
+    assert ("eval_long_image_to_text_r1" in measured) == ("prediction_loss_only" not in options)
+
+    # the loss of short captions and whole long ones, of the model that was chosen
+    model, processor = AutoModel.from_pretrained(saved), AutoProcessor.from_pretrained(saved)
+    whole = LoTLIPCollator(processor, CaptionSampling(1, num_sentences=None))
+    with torch.no_grad():
+        expected = float(model(**whole(list(load_records(pictures)))).loss)
+    assert measured["eval_loss"] == pytest.approx(expected, abs=1e-4)
+    if best is not None:
+        assert measured[best] == pytest.approx(min(log(saved, best)), abs=1e-4)
+
+
+def test_trainer_retrieval_knows_its_directions(trainer_example: ModuleType) -> None:
+    images = np.eye(3)
+    short, long = np.eye(3), np.array([[1.0, 0, 0], [0.8, 0.6, 0], [0, 0, 1]])
+    metrics = trainer_example.retrieval(EvalPrediction(np.stack([short, long], axis=1), images))
+    # Each image finds its text; the second text finds the first image.
+    first = {name: value for name, value in metrics.items() if name.endswith("_r1")}
+    assert first == pytest.approx(
+        {
+            "short_image_to_text_r1": 1,
+            "short_text_to_image_r1": 1,
+            "long_image_to_text_r1": 1,
+            "long_text_to_image_r1": 2 / 3,
+        }
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.same_bits
+@pytest.mark.parametrize("interrupted_at", [2, 4])  # within the first epoch, and at its end
+def test_trainer_resumed_ends_as_the_undisturbed_run(
+    trainer_example: ModuleType, official_checkpoint: Path, pictures: Path, tmp_path: Path, interrupted_at: int
+) -> None:
+    arguments = ["--model", str(official_checkpoint), "--data", str(pictures), "--learning_rate", "1e-2"]
+    arguments += f"--per_device_train_batch_size 2 --max_steps 6 --save_steps {interrupted_at}".split()
+    undisturbed = trainer_example.main([*arguments, "--output_dir", str(tmp_path / "undisturbed")])
+    kept = f"checkpoint-{interrupted_at}"
+    shutil.copytree(undisturbed / kept, tmp_path / "resumed" / kept)
+    resumed = trainer_example.main([*arguments, "--output_dir", str(tmp_path / "resumed"), "--resume"])
+    assert largest_difference(resumed, undisturbed) == 0
+    assert largest_difference(resumed, undisturbed / kept) > 1e-3
+    assert log(resumed, "epoch") == log(undisturbed, "epoch")
+
+
+def test_trainer_says_that_there_is_nothing_to_resume(
+    trainer_example: ModuleType, checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    arguments = ["--model", str(checkpoint), "--data", str(pictures), "--output_dir", str(tmp_path), "--resume"]
+    with pytest.raises(ValueError, match="No valid checkpoint"):
+        trainer_example.main(arguments)
+
+
+@pytest.mark.slow  # starts Python twice more
+def test_trainer_of_two_processes_is_that_of_one(
+    trainer_example: ModuleType, checkpoint: Path, pictures: Path, shard: Path, tmp_path: Path
+) -> None:
+    # Plain gradient descent: AdamW's first steps have the gradients' signs, of which some are rounding alone.
+    options = "--optim sgd --learning_rate 0.1 --max_steps 3 --per_device_eval_batch_size 3"
+    arguments = ["--model", checkpoint, "--data", pictures, "--eval_data", shard, *options.split()]
+    one, two = tmp_path / "one", tmp_path / "two"
+    batch_size = "--per_device_train_batch_size"
+    trainer_example.main([str(word) for word in (*arguments, "--output_dir", one, batch_size, 4)])
+    argv = [str(word) for word in (*arguments, "--output_dir", two, batch_size, 2)]
+    finish("examples/finetune_with_trainer.py", argv, tmp_path, num_processes=2)
+    assert largest_difference(one, checkpoint) > 1e-3
+    assert largest_difference(one, two) < TOLERANCE["atol"]
+    ours, theirs = (json.loads((folder / "eval_results.json").read_text()) for folder in (one, two))
+    names = [name for name in ours if name.endswith("_r1")]
+    assert len(names) == 4
+    assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names})
+
+
+# with PEFT
+
+
+@pytest.mark.slow
+def test_lora_trains_on_the_objective_with_other_texts_each_epoch(
+    lora_example: ModuleType, checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # What LoRA adds is nothing before the first step, and nothing is learnt.
+    options = f"--batch-size {NUM_RECORDS} --num-epochs 3 --learning-rate 0 --seed 5"
+    arguments = ["--model", str(checkpoint), "--data", str(pictures), "--output", str(tmp_path), *options.split()]
+    assert largest_difference(lora_example.main(arguments), checkpoint) == 0
+    expected = losses_of_epochs(checkpoint, pictures, CaptionSampling(), seed=5)
+    assert printed_losses(capsys.readouterr().out) == pytest.approx(expected, abs=1e-4)  # as printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vision", [False, True])
+def test_lora_trains_what_it_saves(
+    lora_example: ModuleType, official_checkpoint: Path, pictures: Path, tmp_path: Path, vision: bool
+) -> None:
+    arguments = ["--model", str(official_checkpoint), "--data", str(pictures), "--output", str(tmp_path / "lora")]
+    options = "--rank 2 --batch-size 3 --num-epochs 2 --learning-rate 1e-2"
+    merged = lora_example.main([*arguments, *options.split(), *(["--vision"] if vision else [])])
+    assert merged == tmp_path / "lora" / "merged"
+
+    before, after = weights(official_checkpoint), weights(merged)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    adapter = load_file(tmp_path / "lora" / "adapter" / "adapter_model.safetensors")
+    assert {"text_model.corner_embeds", "text_projection.weight", "logit_scale"} <= changed
+    # nothing else but what LoRA was put on
+    wrapped = len({name.split(".lora_")[0] for name in adapter if ".lora_" in name})
+    targets = lora_targets(AutoModel.from_pretrained(official_checkpoint))
+    on_text = [name for name in targets if name.startswith("text_model.")]
+    on_images = [name for name in targets if name.startswith("vision_model.")]
+    assert len(changed) == 3 + wrapped
+    assert {name.split(".")[0] for name in changed} == {
+        *("text_model", "text_projection", "logit_scale"),
+        *(["vision_model"] if vision else []),
+    }
+    assert wrapped == len(on_text) + (len(on_images) if vision else 0)
+
+    # What is saved gives the trained model, whichever way it is loaded.
+    model, info = AutoModel.from_pretrained(merged, output_loading_info=True)
+    assert not any(info.values())
+    base = AutoModel.from_pretrained(official_checkpoint)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "lora" / "adapter").eval()
+    batch = LoTLIPCollator(AutoProcessor.from_pretrained(tmp_path / "lora" / "adapter"))(list(load_records(pictures)))
+    with torch.no_grad():
+        expected, answers = model(**batch), adapted(**batch)
+    for name in ("text_embeds", "image_embeds", "corner_embeds", "loss"):
+        torch.testing.assert_close(answers[name], expected[name], **TOLERANCE)
+    assert torch.equal(adapted.logit_scale, model.logit_scale)
+
+
+@pytest.mark.slow
+def test_lora_notices_an_adapter_that_lacks_something(
+    lora_example: ModuleType, official_checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    arguments = ["--model", str(official_checkpoint), "--data", str(pictures), "--output", str(tmp_path)]
+    lora_example.main([*arguments, "--rank", "2", "--learning-rate", "1e-2"])
+    batch = LoTLIPCollator(AutoProcessor.from_pretrained(official_checkpoint))(list(load_records(pictures)))
+    lora_example.check(str(official_checkpoint), tmp_path, batch)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in lora_example.PARAMETERS:
+        lacking = {key: value for key, value in tensors.items() if not key.endswith(name)}
+        assert len(lacking) == len(tensors) - 1
+        save_file(lacking, file, metadata={"format": "pt"})
+        with pytest.raises(AssertionError):
+            lora_example.check(str(official_checkpoint), tmp_path, batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text_backbone", tiny.TEXT_BACKBONES)
+@pytest.mark.parametrize("vision_backbone", tiny.VISION_BACKBONES)
+def test_lora_leaves_no_parameter_idle(lora_example: ModuleType, text_backbone: str, vision_backbone: str) -> None:
+    base = LoTLIPModel(tiny.config(text_backbone, vision_backbone))
+    projections = [name for name in lora_example.PROJECTIONS if list(base.get_submodule(name).parameters())]
+    model = lora_example.add_lora(base, rank=2, vision=True).train()
+    batch = {"input_ids": tiny.input_ids(3, 7), "long_input_ids": tiny.input_ids(3, 2, 9)}
+    batch["pixel_values"] = tiny.pixel_values(3)
+    objective = lora_example.Objective()
+    lora_example.batch_loss(model, batch, objective).loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in trained.values())
+    others = {name.removeprefix("base_model.model.") for name in trained if ".lora_" not in name}
+    assert others == {*lora_example.PARAMETERS, *(f"{name}.modules_to_save.default.weight" for name in projections)}
+
+
+@pytest.mark.slow  # starts Python twice more
+def test_lora_of_two_processes_is_that_of_one(
+    lora_example: ModuleType, checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A batch is the whole of the data, whatever the order.
+    arguments = ["--model", checkpoint, "--data", pictures, "--num-epochs", "3", "--rank", "2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    lora_example.main([str(word) for word in (*arguments, "--output", one, "--batch-size", NUM_RECORDS)])
+    argv = [str(word) for word in (*arguments, "--output", two, "--batch-size", NUM_RECORDS // 2)]
+    printed = finish("examples/finetune_lora.py", argv, tmp_path, num_processes=2).stdout
+    losses = printed_losses(capsys.readouterr().out)
+    assert len(losses) == 3
+    assert printed_losses(printed) == pytest.approx(losses, abs=2e-4)  # as printed
+    assert largest_difference(one / "merged", checkpoint) > 1e-4
+    assert largest_difference(one / "merged", two / "merged") < TOLERANCE["atol"]
+
+
+# both
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["finetune_with_trainer", "finetune_lora"])
+def test_weights_are_trained_in_float32_and_the_scale_is_clamped(
+    name: str, checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    model = AutoModel.from_pretrained(checkpoint)
+    model.logit_scale.data.fill_(5.0)
+    start = tmp_path / "start"
+    model.bfloat16().save_pretrained(start)
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(start)
+    output = "--output" if name == "finetune_lora" else "--output_dir"
+    saved = load_script(f"examples/{name}.py").main(
+        ["--model", str(start), "--data", str(pictures), output, str(tmp_path / "saved")]
+    )
+    assert {tensor.dtype for tensor in weights(saved).values()} == {torch.float32}
+    assert weights(start)["logit_scale"] == 5
+    assert math.log(100) - 1e-3 < float(weights(saved)["logit_scale"]) < math.log(100) + 1e-6
+
+
+@pytest.fixture
+def shard(pictures: Path, tmp_path: Path) -> Path:
+    """The pictures in a WebDataset shard."""
+    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for number, row in enumerate(rows):
+            tar.add(pictures / row.pop("file_name"), f"{number}.png")
+            member, content = tarfile.TarInfo(f"{number}.json"), json.dumps(row).encode()
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return tmp_path / "shard.tar"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["finetune_with_trainer", "finetune_lora"])
+def test_the_data_may_be_shards(name: str, checkpoint: Path, shard: Path, tmp_path: Path) -> None:
+    output = ["--output"] if name == "finetune_lora" else ["--max_steps", "3", "--output_dir"]
+    arguments = ["--model", str(checkpoint), "--data", str(shard), *output, str(tmp_path / "saved")]
+    assert largest_difference(load_script(f"examples/{name}.py").main(arguments), checkpoint) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("column", "option", "arguments"),
+    [
+        ("short_caption", "--long-columns", ["--num_long_texts", "0"]),
+        ("long_captions", "", ["--short_column", "none"]),
+    ],
+)
+def test_one_kind_of_caption_trains(
+    column: str, option: str, arguments: list[str], trainer_example: ModuleType, checkpoint: Path, tmp_path: Path
+) -> None:
+    rows = []
+    for one in map(scene, range(4)):
+        name = f"{one.id.replace('/', '-')}.png"
+        render(one, image_size=32).save(tmp_path / name)
+        captions = {"short_caption": short_caption(one), "long_captions": long_captions(one)}
+        rows.append(json.dumps({"file_name": name, column: captions[column]}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    data = ["--data", str(tmp_path), "--output_dir", str(tmp_path / "saved"), "--max_steps", "1"]
+    if option:  # said before the model is looked for
+        with pytest.raises(ColumnError, match=option):
+            trainer_example.main(["--model", str(tmp_path / "missing"), *data])
+    assert trainer_example.main(["--model", str(checkpoint), *data, *arguments]).is_dir()

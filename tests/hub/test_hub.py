@@ -1,0 +1,949 @@
+"""Publishing to a Hub and loading back: a real server on loopback, the real client, and what can go wrong between."""
+
+import copy
+import importlib.util
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPModel,
+)
+
+import lotlip_hf.hub.push
+import tiny
+import tiny_clip
+from hub_server import (
+    READ_TOKEN,
+    WRITE_TOKEN,
+    Answer,
+    Corrupt,
+    DropAnswer,
+    DropRequest,
+    Fault,
+    Hub,
+    environment,
+    hub_server,
+    use_in_process,
+)
+from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
+from lotlip_hf.cli import main as lotlip
+from lotlip_hf.encoder import encode_texts, load_model
+from lotlip_hf.hub.push import CardFields, push, read_results, write_repository
+from lotlip_hf.modeling import loading_lotlip
+from lotlip_hf.store import fingerprint
+
+REPO = "lotlip/tiny"
+CODE = {file.name for file in loading_lotlip.CODE_FILES}
+FILES = {"README.md", "config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} | CODE
+FILES |= {"tokenizer_config.json", *lotlip_hf.hub.push.SENTENCE_TRANSFORMERS}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with hub_server(tmp_path / "hub") as server:
+        use_in_process(monkeypatch, server, tmp_path / "cache", token=WRITE_TOKEN)
+        monkeypatch.setattr(lotlip_hf.hub.push, "PAUSES", (0, 0))
+        yield server
+
+
+@pytest.fixture
+def published(hub: Hub, official_checkpoint: Path) -> Hub:
+    """A Hub with the tiny checkpoint."""
+    push(official_checkpoint, REPO, card=CardFields(license="apache-2.0"))
+    return hub
+
+
+@pytest.fixture
+def error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the command prints when it fails: one line."""
+
+    def run(*arguments: Any) -> str:
+        capsys.readouterr()
+        assert lotlip([str(argument) for argument in arguments]) == 2
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed
+        message = re.search(r"lotlip: error: .*\Z", printed.rstrip())  # maybe after a progress bar
+        assert message is not None, printed
+        return message[0]
+
+    return run
+
+
+def content(hub: Hub, name: str, revision: str = "main") -> bytes:
+    return hub.files(REPO, revision)[name]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def changed(folder: Path, target: Path, **fields: Any) -> Path:
+    """A copy of a checkpoint whose configuration says something else."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **fields}))
+    return target
+
+
+# What is published
+
+
+def test_a_dry_run_writes_what_is_published(
+    hub: Hub, official_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["push", str(official_checkpoint), "--repo-id", REPO, "--license", "mit", "--tag", "drawings"]
+    assert lotlip([*arguments, "--dry-run", str(tmp_path / "dry")]) == 0
+    out = capsys.readouterr().out
+    assert not hub.repos
+    assert not hub.requests
+    dry = contents(tmp_path / "dry")
+    assert dry.keys() == FILES
+    for name in sorted(FILES):
+        assert f"{len(dry[name]):,}  {name}\n" in out
+    assert lotlip([*arguments, "--private"]) == 0
+    assert capsys.readouterr().out.strip().startswith(f"{hub.url}/{REPO}/commit/")
+    assert hub.repos["model", REPO].private
+    assert hub.files(REPO, "main") == dry
+    for name in CODE:
+        assert dry[name] == (Path(loading_lotlip.__file__).parent / name).read_bytes()
+    auto_map = json.loads(dry["config.json"])["auto_map"]
+    assert (
+        auto_map["AutoModel"] == auto_map["AutoModelForZeroShotImageClassification"] == "modeling_lotlip.LoTLIPModel"
+    )
+    card = ModelCard(dry["README.md"].decode())
+    assert card.data.to_dict() == {
+        "language": ["en"],
+        "license": "mit",
+        "library_name": "transformers",
+        "pipeline_tag": "zero-shot-image-classification",
+        "tags": [*lotlip_hf.hub.push.TAGS, "drawings"],
+    }
+    assert f'from_pretrained("{REPO}"' in card.text
+    assert "126 tokens" in card.text
+
+
+@pytest.mark.slow
+def test_push_to_hub_of_a_model(hub: Hub, official_checkpoint: Path) -> None:
+    model = LoTLIPModel.from_pretrained(official_checkpoint)
+    assert isinstance(model, LoTLIPModel)
+    commit = model.push_to_hub(REPO, commit_message="First", tags=["mine"], max_shard_size="1MB", revision="try")
+    assert commit.commit_message == "First"
+    files = hub.files(REPO, "try")
+    assert not hub.files(REPO, "main").keys() & {"config.json"}
+    assert "mine" in ModelCard(files["README.md"].decode()).data.tags
+    assert {"model.safetensors.index.json", "tokenizer.json", "processor_config.json"} <= files.keys()
+    assert len([name for name in files if name.endswith(".safetensors")]) > 1
+    again = LoTLIPModel.from_pretrained(REPO, revision="try")
+    assert_equal_weights(again, model)
+
+    fresh = LoTLIPModel(tiny.config())
+    with pytest.raises(ValueError, match="give its `processor`"):
+        fresh.push_to_hub("lotlip/fresh")
+    fresh.push_to_hub("lotlip/fresh", processor=AutoProcessor.from_pretrained(official_checkpoint))
+    assert hub.files("lotlip/fresh", "main").keys() == FILES
+
+
+def test_a_name_without_a_namespace(hub: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
+    changed(official_checkpoint, tmp_path / "broken", projection_dim=7)
+    with pytest.raises(ValueError, match="do not fit"):
+        push(tmp_path / "broken", "my-lotlip")
+    assert not hub.repos
+    model = LoTLIPModel.from_pretrained(official_checkpoint)
+    model.push_to_hub("my-lotlip", tags="mine", max_shard_size=None)
+    files = hub.files("ada/my-lotlip", "main")
+    assert files.keys() == FILES
+    assert b'from_pretrained("ada/my-lotlip"' in files["README.md"]
+    assert ModelCard(files["README.md"].decode()).data.tags == [*lotlip_hf.hub.push.TAGS, "mine"]
+
+
+def test_a_model_with_an_adapter(hub: Hub, official_checkpoint: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs `pip install peft`")
+    model = LoTLIPModel.from_pretrained(official_checkpoint)
+    model.add_adapter(peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="merge the adapter first"):
+        model.push_to_hub(REPO)
+    with pytest.raises(ValueError, match="PeftModel: only a LoTLIPModel"):
+        push(peft.PeftModel(LoTLIPModel(tiny.config()), peft.LoraConfig(target_modules="all-linear")), REPO)  # pyright: ignore[reportArgumentType]
+    assert not hub.repos
+
+
+@pytest.mark.slow
+def test_a_model_from_the_hub(hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(official_checkpoint, REPO, private=True)
+    model = LoTLIPModel.from_pretrained(REPO)
+    monkeypatch.delenv("HF_TOKEN")
+    model.push_to_hub("lotlip/other", token=WRITE_TOKEN)
+    push(REPO, "lotlip/copy", token=WRITE_TOKEN)
+    for name in ("lotlip/other", "lotlip/copy"):
+        assert hub.files(name, "main").keys() == FILES
+
+
+def assert_equal_weights(model: Any, other: Any) -> None:
+    expected = other.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_what_an_earlier_commit_left_is_not_read(hub: Hub, official_checkpoint: Path) -> None:
+    push(official_checkpoint, REPO, max_shard_size="1MB")
+    api = HfApi()
+    for name in ("pytorch_model.bin", "preprocessor_config.json", "adapter_config.json", "adapter_model.safetensors"):
+        api.upload_file(repo_id=REPO, path_in_repo=name, path_or_fileobj=b"{}")
+    neighbours = {"notes.txt", "images/cat.png", "training_args.bin", "onnx/x.bin", "embeddings/coco.safetensors"}
+    neighbours |= {"adapters/adapter_model.safetensors", "adapters/adapter_config.json", "older/model.safetensors"}
+    hub.add(REPO, dict.fromkeys(neighbours, b"somebody's"))
+    push(official_checkpoint, REPO)
+    assert hub.files(REPO, "main").keys() == FILES | neighbours
+
+
+@pytest.mark.slow
+def test_a_pull_request(published: Hub, official_checkpoint: Path) -> None:
+    before = hub_commit(published)
+    commit = push(official_checkpoint, REPO, card=CardFields(license="mit"), create_pr=True)
+    assert commit.pr_revision == "refs/pr/1"
+    assert hub_commit(published) == before
+    assert b"license: mit" in content(published, "README.md", "refs/pr/1")
+    push(official_checkpoint, REPO, card=CardFields(license="bsd-3-clause"), revision="refs/pr/1")
+    assert b"license: bsd-3-clause" in content(published, "README.md", "refs/pr/1")
+    assert set(published.repos["model", REPO].refs) == {"refs/heads/main", "refs/pr/1"}
+    assert hub_commit(published) == before
+
+
+def test_an_answer_on_a_pull_request_that_is_lost(published: Hub, official_checkpoint: Path) -> None:
+    published.faults.append(Fault("POST", r"/commit/", DropAnswer()))
+    with pytest.raises(OSError, match="not known whether it was published"):
+        push(official_checkpoint, REPO, card=CardFields(license="mit"), create_pr=True)
+    assert [ref for ref in published.repos["model", REPO].refs if "pr" in ref] == ["refs/pr/1"]
+
+
+def test_somebody_else_writes_at_the_same_time(
+    published: Hub, official_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = HfApi.create_commit
+    theirs = [{"config.json": b"{}", "model-00001-of-00002.safetensors": b"theirs", "theirs.txt": b"theirs"}]
+
+    def create_commit(api: HfApi, *args: Any, **kwargs: Any) -> Any:
+        if theirs:
+            published.add(REPO, theirs.pop())
+        return real(api, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    folder = changed(official_checkpoint, tmp_path / "changed", logit_scale_init_value=1.5)
+    push(folder, REPO)
+    assert [request.status for request in published.matching("POST", "/commit/")][-2:] == [412, 200]
+    assert published.files(REPO, "main").keys() == FILES | {"theirs.txt"}
+    assert AutoConfig.from_pretrained(REPO).logit_scale_init_value == 1.5
+
+
+def hub_commit(hub: Hub) -> str:
+    return str(HfApi().model_info(REPO).sha)
+
+
+# The card
+
+
+RESULTS = {
+    "task": "image-text-retrieval",
+    "dataset": {"id": "urban1k", "name": "Urban1k", "split": "test"},
+    "metrics": {"image_to_text_r1": 81.25, "text_to_image_r1": 79.5},
+}
+
+
+def test_results_and_training_reach_the_card(official_checkpoint: Path, tmp_path: Path) -> None:
+    trained = tmp_path / "trained"
+    shutil.copytree(official_checkpoint, trained)
+    options = "text_model: google-bert/bert-base-uncased\nimage_model: /home/me/vit\ndata: someone/captions\n"
+    (trained / "training_config.yaml").write_text(options)
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    fields = CardFields(results=[tmp_path / "results.json"])
+    folder = write_repository(trained, tmp_path / "out", "me/mine", card=fields)
+    assert contents(folder).keys() == FILES
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == ["google-bert/bert-base-uncased"]
+    assert card.data.datasets == ["someone/captions"]
+    assert card.data.eval_results is not None
+    assert card.data.eval_results[0].is_equal_except_value(read_results(tmp_path / "results.json")[0])
+    assert [result.metric_value for result in card.data.eval_results] == [81.25, 79.5]
+    assert "Trained with lotlip-hf from google-bert/bert-base-uncased on someone/captions." in card.text
+    assert "| Urban1k (test) | - | - | image to text, R@1 (%) | 81.25 |" in card.text
+    assert "/home/me" not in card.content
+    given = CardFields(base_model=["a/b"], datasets=["c/d", "e/f"], origin="From nowhere.")
+    folder = write_repository(trained, tmp_path / "given", "me/mine", card=given)
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.base_model, card.data.datasets) == (["a/b"], ["c/d", "e/f"])
+    assert "From nowhere." in card.text
+
+
+def card_of(checkpoint: Path, folder: Path, **fields: Any) -> ModelCard:
+    """The card that is published with a checkpoint."""
+    return ModelCard.load(write_repository(checkpoint, folder, "me/mine", card=CardFields(**fields)) / "README.md")
+
+
+def test_the_card_says_what_is_known(official_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoint-7"
+    shutil.copytree(official_checkpoint, folder)
+    text = card_of(folder, tmp_path / "plain").text
+    for claim in ("captioning models", "from the web", "Image.new", "## Training", "## Results"):
+        assert claim not in text
+    assert 'Image.open("photos/cat.png")' in text
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings["image_processor"] |= {"size": {"shortest_edge": 112}, "crop_size": {"height": 112, "width": 112}}
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    options = {"learning_rate": 0.001, "data": "/home/me/pictures", "loss": "sigmoid", "batch_size": 16, "seed": 3}
+    options |= {"lock_vision": True, "max_steps": 9, "num_epochs": 1.0, "output": "/home/me", "num_workers": 4}
+    options |= {"splitter": "<script>", "captioners": [0, 2], "<b>": "<b>", "short_column": "<i>"}
+    options |= {"image_folder": "my/pictures", "image_root": "my/root", "max_record_bytes": 1 << 28}
+    (tmp_path / "run" / "training_config.yaml").write_text(yaml.safe_dump(options))
+    text = card_of(folder, tmp_path / "small").text
+    assert "images of 112 x 112 pixels" in text
+    table = text.split("## Training")[1].split("## What")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, flags=re.MULTILINE))
+    assert rows == {
+        **{"seed": "3", "lock_vision": "yes", "captioners": "0, 2", "loss": "sigmoid", "max_steps": "9"},
+        **{"batch_size": "16, of each process", "learning_rate": "0.001"},
+    }
+    assert "step 7" in table
+    assert not re.search("home|my/|<", table)
+
+
+def test_results_are_in_percent_with_their_intervals(official_checkpoint: Path, tmp_path: Path) -> None:
+    def result(captions: Any, count: int, **others: Any) -> Path:
+        metrics = {"image_to_text_r1": 0.0625, "image_to_text_r1_low": 0.0125, "image_to_text_r1_high": 0.1}
+        metrics |= {"image_to_text_r10": 1.0, "image_to_text_median_rank": 6.5}
+        protocol = {"captions": captions, "num_images": count, "num_texts": count, **others}
+        dataset = {"id": "me/a", "name": "A|B <b>", "split": None}
+        file = tmp_path / f"{count}.json"
+        file.write_text(json.dumps({**RESULTS, "dataset": dataset, "metrics": metrics, "protocol": protocol}))
+        return file
+
+    files = [result("long", 1000), result("short", 20, first_images=20), result("the first | line", 9)]
+    card = card_of(official_checkpoint, tmp_path / "out", results=files)
+    rows = [line.replace("\\|", "/")[2:-2].split(" | ") for line in card.text.splitlines() if line.startswith("| A")]
+    data = "A/B &lt;b&gt;"
+    assert rows == [
+        [data, "long captions", "1000", "image to text, R@1 (%)", "6.25 (1.25 to 10.00)"],
+        [data, "long captions", "1000", "image to text, R@10 (%)", "100.00"],
+        [data, "long captions", "1000", "image to text, median rank", "6.5"],
+        [data, "short captions", "the first 20", "image to text, R@1 (%)", "6.25 (1.25 to 10.00)"],
+        [data, "short captions", "the first 20", "image to text, R@10 (%)", "100.00"],
+        [data, "short captions", "the first 20", "image to text, median rank", "6.5"],
+        [data, "the first / line", "9", "image to text, R@1 (%)", "6.25 (1.25 to 10.00)"],
+        [data, "the first / line", "9", "image to text, median rank", "6.5"],  # R@10 of 9 says nothing
+    ]
+    entries = card.data.to_dict()["model-index"][0]["results"]
+    assert [entry["dataset"].get("config") for entry in entries] == [
+        *("long captions", "short captions, first 20 images", None)
+    ]
+
+
+@pytest.mark.slow
+def test_results_of_another_model_are_refused(official_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    model, processor = load_model(official_checkpoint, device="cpu")
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    for evaluated, dtype in ((model, "float32"), (half, "bfloat16")):
+        own = {modality: fingerprint(evaluated, processor, modality) for modality in ("image", "text")}
+        protocol = {"first_images": 50, "num_images": 50}
+        file.write_text(json.dumps({**RESULTS, "model_fingerprint": own, "dtype": dtype, "protocol": protocol}))
+        folder = write_repository(official_checkpoint, tmp_path / dtype, "me/mine", card=CardFields(results=[file]))
+        results = ModelCard.load(folder / "README.md").data.eval_results
+        assert results is not None
+        assert [result.dataset_args for result in results] == [{"num_images": 50}] * 2
+    for other in ({**own, "text": "0" * 32}, {**own, "image": "0" * 32}):
+        file.write_text(json.dumps({**RESULTS, "model": "another", "model_fingerprint": other, "dtype": "bfloat16"}))
+        with pytest.raises(ValueError, match=r"results\.json: these are results of another, whose weights"):
+            write_repository(official_checkpoint, tmp_path / "no", "me/mine", card=CardFields(results=[file]))
+    assert not (tmp_path / "no").exists()
+
+
+OWN_CARD = b"---\r\nlicense: mit   # ours\r\ntags: [a]\r\n---\r\n\r\n# Mine\r\n"
+
+
+def test_a_card_of_ones_own_is_kept(official_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(official_checkpoint, tmp_path / "own")
+    (tmp_path / "own" / "README.md").write_bytes(OWN_CARD)
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    folder = write_repository(tmp_path / "own", tmp_path / "kept", "me/mine")
+    assert (folder / "README.md").read_bytes() == OWN_CARD
+    fields = CardFields(
+        license="apache-2.0", base_model="a/b", datasets=["c/d"], tags="drawings", results=tmp_path / "results.json"
+    )
+    folder = write_repository(tmp_path / "own", tmp_path / "measured", "me/mine", card=fields)
+    assert b"\r\n\r\n# Mine\r\n" in (folder / "README.md").read_bytes()
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.license, card.data.base_model, card.data.datasets) == ("apache-2.0", ["a/b"], ["c/d"])
+    assert card.data.tags == ["a", "drawings"]
+    assert card.data.language is None
+    assert card.data.eval_results is not None
+    assert len(card.data.eval_results) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- This model card has been generated automatically according to the information the -->\n# run",
+        "# SentenceTransformer\n\nThis is a [sentence-transformers](https://www.SBERT.net) model trained on",
+        "",
+    ],
+)
+def test_a_card_that_a_trainer_wrote_is_not_kept(official_checkpoint: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(official_checkpoint, tmp_path / "own")
+    (tmp_path / "own" / "README.md").write_text(f"---\nlicense: mit\ntags: [x]\n---\n\n{text}\n")
+    card = ModelCard.load(write_repository(tmp_path / "own", tmp_path / "out", "me/mine") / "README.md")
+    assert (card.data.license, card.data.tags) == ("mit", lotlip_hf.hub.push.TAGS)
+    assert 'from_pretrained("me/mine"' in card.text
+
+
+@pytest.mark.slow
+def test_the_card_in_the_repository(published: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
+    ours = content(published, "README.md")
+    longer = shutil.copytree(official_checkpoint, tmp_path / "longer")
+    settings = json.loads((longer / "tokenizer_config.json").read_text())
+    (longer / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 100}))
+    push(longer, REPO, card=CardFields(language="de"))  # nobody changed the text: it is written anew
+    card = ModelCard(content(published, "README.md").decode())
+    assert "100 tokens" in card.text
+    assert "126 tokens" not in card.text
+    assert "The text encoder reads German." in card.text
+    assert (card.data.license, card.data.language) == ("apache-2.0", ["de"])
+
+    for theirs in (OWN_CARD, ours.replace(b"# tiny", b"# Our tiny model")):
+        published.add(REPO, {"README.md": theirs})
+        push(official_checkpoint, REPO)
+        assert content(published, "README.md") == theirs
+    push(official_checkpoint, REPO, card=CardFields(license="mit"))
+    assert content(published, "README.md") == theirs.replace(b"license: apache-2.0", b"license: mit")
+    (longer / "README.md").write_bytes(OWN_CARD)
+    push(longer, REPO)
+    assert content(published, "README.md") == OWN_CARD
+    published.faults.append(Fault("HEAD", "/README.md", Answer(503), times=99))
+    with pytest.raises(OSError, match="Nothing was published"):  # it is not taken for a card that is missing
+        push(official_checkpoint, REPO)
+    published.faults.clear()
+    published.add(REPO, {"README.md": b"---\na: [\n---\n# Mine"})
+    with pytest.raises(ValueError, match=f"README.md of {REPO}: its metadata"):
+        push(official_checkpoint, REPO)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("README.md", "---\nlicense: [\n---\n# Mine"),
+        ("README.md", "---\n- a\n---\n# Mine"),
+        ("training_config.yaml", "model: ["),
+        ("training_config.yaml", "- model"),
+    ],
+)
+def test_files_beside_the_checkpoint_that_cannot_be_read(
+    hub: Hub, official_checkpoint: Path, tmp_path: Path, error: Callable[..., str], name: str, text: str
+) -> None:
+    folder = shutil.copytree(official_checkpoint, tmp_path / "broken")
+    (folder / name).write_text(text)
+    assert f"lotlip: error: {folder / name}: " in error("push", folder, "--repo-id", REPO)
+    assert not hub.repos
+
+
+def test_what_is_a_hub_id() -> None:
+    names = ["google/vit", "runs/checkpoint-500", "data/*", "a/b.jsonl", "bert", "../a/b", "a/b/c", "", None, ["a/b"]]
+    assert [name for name in names if lotlip_hf.hub.push._is_hub_id(name)] == ["google/vit"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"task": "x", "dataset": "y", "metrics": {"r": 1}}', '{"task": 1'])
+def test_files_that_are_no_results(
+    tmp_path: Path, official_checkpoint: Path, error: Callable[..., str], text: str
+) -> None:
+    (tmp_path / "results.json").write_text(text)
+    arguments = ["push", official_checkpoint, "--repo-id", REPO, "--results", tmp_path / "results.json"]
+    message = error(*arguments, "--dry-run", tmp_path / "dry")
+    assert f"{tmp_path / 'results.json'}: no results of an evaluation" in message
+    assert not (tmp_path / "dry").exists()
+
+
+# What goes wrong on the way there
+
+
+def test_uploads_survive_trouble(hub: Hub, official_checkpoint: Path) -> None:
+    hub.faults += [
+        Fault("PUT", r"^/upload/", DropRequest(after=1000), times=2),
+        Fault("POST", r"/preupload/", Answer(503)),
+        Fault("POST", r"/commit/", Answer(429, headers={"Retry-After": "1"})),
+        Fault("POST", r"/commit/", Answer(500)),
+    ]
+    push(official_checkpoint, REPO)
+    assert not any(fault.times for fault in hub.faults)
+    assert hub.files(REPO, "main").keys() == FILES
+
+
+@pytest.mark.parametrize("faults", [[DropAnswer()], [DropRequest(), DropRequest(), DropAnswer()]])
+def test_an_answer_that_is_lost(hub: Hub, official_checkpoint: Path, faults: list[Any]) -> None:
+    hub.add(REPO, {"pytorch_model.bin": b"stale"})
+    hub.faults += [Fault("POST", r"/commit/", fault) for fault in faults]
+    before = len(hub.repos["model", REPO].commits)
+    commit = push(official_checkpoint, REPO)
+    assert hub.files(REPO, "main").keys() == FILES
+    assert len(hub.repos["model", REPO].commits) == before + 1
+    assert commit.oid == hub_commit(hub)
+    assert not any(fault.times for fault in hub.faults)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_known_is_not_claimed(hub: Hub, official_checkpoint: Path, error: Callable[..., str]) -> None:
+    hub.faults += [Fault("POST", r"/commit/", DropAnswer()), Fault("GET", r"/tree/", Answer(503), times=99, skip=1)]
+    message = error("push", official_checkpoint, "--repo-id", REPO)
+    assert "It is not known whether it was published" in message
+    assert hub.files(REPO, "main").keys() == FILES
+    hub.faults[:] = [Fault("GET", r"/tree/", Answer(503), times=99, skip=1)]
+    message = error("push", official_checkpoint, "--repo-id", REPO, "--license", "mit")
+    assert f"/{REPO}/commit/{hub_commit(hub)} is there, but it is not certain that all of it arrived" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", [DropRequest(after=1000), Answer(403), Answer(500)])
+def test_a_storage_that_takes_nothing(
+    hub: Hub, official_checkpoint: Path, error: Callable[..., str], action: Any
+) -> None:
+    hub.faults.append(Fault("PUT", r"^/upload/", action, times=99))
+    message = error("push", official_checkpoint, "--repo-id", REPO)
+    assert f"{REPO}: Error while uploading 'model.safetensors' to the Hub (" in message
+    assert "Nothing was published; push again" in message
+    assert not hub.files(REPO, "main").keys() & FILES
+    hub.faults.clear()
+    push(official_checkpoint, REPO)
+    assert hub.files(REPO, "main").keys() == FILES
+
+
+def test_a_check_of_the_card_that_fails(hub: Hub, official_checkpoint: Path, error: Callable[..., str]) -> None:
+    hub.faults.append(Fault("POST", r"/validate-yaml", Answer(500), times=99))
+    message = error("push", official_checkpoint, "--repo-id", REPO)
+    assert f"{REPO}: the Hub's answer cannot be read" in message
+    assert "Nothing was published" in message
+    hub.faults[:] = [Fault("POST", r"/validate-yaml", Answer(500))]
+    push(official_checkpoint, REPO)
+    assert not hub.faults[0].times
+
+
+def test_an_upload_that_breaks_publishes_nothing_and_goes_on(
+    hub: Hub, official_checkpoint: Path, error: Callable[..., str]
+) -> None:
+    hub.faults.append(Fault("POST", r"/commit/", DropRequest(after=100), times=99))
+    message = error("push", official_checkpoint, "--repo-id", REPO)
+    assert f"{REPO}: the connection to the Hub broke" in message
+    assert "Nothing was published; push again" in message
+    assert not hub.files(REPO, "main").keys() & FILES
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        AutoModel.from_pretrained(REPO)
+    hub.faults.clear()
+    sent = len(hub.matching("PUT", "^/upload/"))
+    assert sent
+    push(official_checkpoint, REPO)
+    assert len(hub.matching("PUT", "^/upload/")) == sent  # the weights are there already
+    assert hub.files(REPO, "main").keys() == FILES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [(401, "hf auth login"), (403, "write access"), (429, "try again later"), (500, "Push again")],
+)
+def test_what_the_hub_refuses(
+    hub: Hub, official_checkpoint: Path, error: Callable[..., str], status: int, advice: str
+) -> None:
+    hub.faults.append(Fault("POST", r"/repos/create", Answer(status), times=99))
+    message = error("push", official_checkpoint, "--repo-id", REPO)
+    assert f"{REPO}: the Hub answered {status}" in message
+    assert advice in message
+    assert not hub.repos
+
+
+def test_tokens(
+    hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[..., str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    assert "write access" in error("push", official_checkpoint, "--repo-id", REPO)
+    push(official_checkpoint, REPO, token=WRITE_TOKEN, private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(OSError, match=REPO):
+        AutoModel.from_pretrained(REPO)
+    assert type(AutoModel.from_pretrained(REPO, token=READ_TOKEN)) is LoTLIPModel
+
+
+def damage_config(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """So often config.json arrives with another digit."""
+    real = HfApi.create_commit
+
+    def create_commit(api: HfApi, repo_id: str, operations: Any, **kwargs: Any) -> Any:
+        nonlocal times
+        files = {operation.path_in_repo: operation for operation in operations}
+        if not times or not isinstance(files.get("config.json"), CommitOperationAdd):
+            return real(api, repo_id, operations, **kwargs)
+        times -= 1
+        config = Path(files["config.json"].path_or_fileobj)
+        whole = config.read_text()
+        config.write_text(whole.replace("2.6", "2.7"))
+        commit = real(api, repo_id, operations, **kwargs)
+        config.write_text(whole)
+        return commit
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+
+
+@pytest.mark.parametrize("create_pr", [False, True])
+def test_a_file_that_arrives_damaged_is_sent_again(
+    hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, create_pr: bool
+) -> None:
+    damage_config(monkeypatch, times=1)
+    hub.create("model", REPO)
+    push(official_checkpoint, REPO, create_pr=create_pr)
+    revision = "refs/pr/1" if create_pr else "main"
+    assert len(hub.matching("POST", "/commit/")) == 2
+    assert hub.files(REPO, revision).keys() == FILES
+    assert type(AutoModel.from_pretrained(REPO, revision=revision)) is LoTLIPModel
+    assert "2.7" not in content(hub, "config.json", revision).decode()
+    assert set(hub.repos["model", REPO].refs) == {"refs/heads/main"} | ({revision} if create_pr else set())
+
+
+def test_a_file_that_arrives_damaged_twice_is_removed(
+    hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage_config(monkeypatch, times=2)
+    with pytest.raises(OSError, match=r"config.json did not arrive whole, twice, and is not there. Push again."):
+        push(official_checkpoint, REPO)
+    assert hub.files(REPO, "main").keys() == FILES - {"config.json"}
+    push(official_checkpoint, REPO)
+    assert type(AutoModel.from_pretrained(REPO)) is LoTLIPModel
+
+
+def test_what_cannot_be_published(tmp_path: Path, official_checkpoint: Path, error: Callable[..., str]) -> None:
+    dry_run = ["--repo-id", REPO, "--dry-run", tmp_path / "dry"]
+    assert "nowhere" in error("push", tmp_path / "nowhere", *dry_run)
+    tiny_clip.save_clip(tmp_path / "clip")
+    assert "holds a CLIPModel: only a LoTLIPModel" in error("push", tmp_path / "clip", *dry_run)
+    (tmp_path / "dry").mkdir()
+    (tmp_path / "dry" / "mine").touch()
+    assert "exists already" in error("push", official_checkpoint, *dry_run)
+    assert "a/b/c" in error("push", official_checkpoint, "--repo-id", "a/b/c")
+
+
+# Loading
+
+
+@pytest.mark.slow
+def test_every_auto_class_and_revisions(published: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
+    first = hub_commit(published)
+    changed(official_checkpoint, tmp_path / "changed", logit_scale_init_value=1.5)
+    push(tmp_path / "changed", REPO)
+    HfApi().create_tag(REPO, tag="v1", revision=first)
+    classes = (AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoTokenizer, AutoProcessor)
+    names = ["LoTLIPConfig", "LoTLIPModel", "LoTLIPModel", "LoTLIPTokenizer", "LoTLIPProcessor"]
+    assert [type(auto.from_pretrained(REPO)).__name__ for auto in classes] == names
+    assert type(AutoImageProcessor.from_pretrained(REPO)).__name__.startswith("CLIPImageProcessor")
+    assert AutoConfig.from_pretrained(REPO).logit_scale_init_value == 1.5
+    for revision in ("v1", first):
+        assert AutoConfig.from_pretrained(REPO, revision=revision).logit_scale_init_value > 2
+        assert type(AutoModel.from_pretrained(REPO, revision=revision)) is LoTLIPModel
+    config = AutoConfig.from_pretrained(REPO)
+    assert type(AutoModel.from_pretrained(REPO, config=config.text_config)) is LoTLIPTextModel
+    assert type(AutoModel.from_pretrained(REPO, config=config.vision_config)) is LoTLIPVisionModel
+    # the installed code runs, also where the repository's is asked for
+    assert type(AutoModel.from_pretrained(REPO, trust_remote_code=True)) is LoTLIPModel
+
+
+WITHOUT_THE_PACKAGE = """
+import importlib.abc, json, re, sys
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "lotlip_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+import torch
+from PIL import Image
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification,
+    AutoProcessor, AutoTokenizer)
+torch.set_num_threads(1)
+repo, revision, folder, expected = sys.argv[1:]
+code = {"trust_remote_code": True}
+answers = {}
+try:
+    AutoModel.from_pretrained(repo, trust_remote_code=False)
+except ValueError as error:
+    answers["refused"] = "trust_remote_code=True" in str(error)
+autos = (AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoTokenizer, AutoImageProcessor,
+    AutoProcessor)
+answers["classes"] = [type(auto.from_pretrained(repo, **code)).__name__ for auto in autos]
+config = AutoConfig.from_pretrained(repo, **code)
+towers = [AutoModel.from_pretrained(repo, config=part, **code) for part in (config.text_config, config.vision_config)]
+answers["towers"] = [type(tower).__name__ for tower in towers]
+answers["pinned"] = AutoConfig.from_pretrained(repo, revision=revision, **code).logit_scale_init_value
+model = AutoModel.from_pretrained(repo, revision=revision, **code)
+processor = AutoProcessor.from_pretrained(repo, revision=revision, **code)
+answers["module"] = type(model).__module__
+inputs = processor(text=["A cat. It sleeps."], images=Image.new("RGB", (50, 40), "red"), return_tensors="pt")
+with torch.no_grad():
+    answers["logit"] = model(**inputs).logits_per_image.item()
+model.save_pretrained(folder + "/whole")
+processor.save_pretrained(folder + "/whole")
+towers[0].save_pretrained(folder + "/text")
+again = AutoModel.from_pretrained(folder + "/whole", **code)
+with torch.no_grad():
+    answers["again"] = again(**AutoProcessor.from_pretrained(folder + "/whole", **code)(
+        text=["A cat. It sleeps."], images=Image.new("RGB", (50, 40), "red"), return_tensors="pt"
+    )).logits_per_image.item()
+answers["text"] = type(AutoModel.from_pretrained(folder + "/text", **code)).__name__
+card = open(expected).read()
+for snippet in re.findall(r"^```python\\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL):
+    exec(snippet, {})
+try:
+    from sentence_transformers import SentenceTransformer
+    sentences = SentenceTransformer(repo, revision=revision, trust_remote_code=True, device="cpu")
+    answers["embeddings"] = sentences.encode(["A cat. It sleeps.", "A dog."]).tolist()
+    answers["sentences"] = type(sentences[0].model).__module__
+except ImportError:
+    pass
+print(json.dumps(answers))
+"""
+WITH_THE_PACKAGE = """
+import json, sys
+import lotlip_hf
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification,
+    AutoProcessor, AutoTokenizer)
+autos = (AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoTokenizer, AutoImageProcessor,
+    AutoProcessor)
+loaded = [type(auto.from_pretrained(sys.argv[1])) for auto in autos]
+print(json.dumps([[one.__name__, one.__module__.split(".")[0]] for one in loaded]))
+"""
+
+
+def in_a_fresh_process(hub: Hub, folder: Path, script: str, *arguments: Any) -> Any:
+    """What a script prints on its last line."""
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment(hub, folder / "home"),
+        cwd=folder,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.strip().split("\n")[-1])
+
+
+@pytest.mark.slow
+def test_loading_with_the_package(published: Hub, tmp_path: Path) -> None:
+    loaded = in_a_fresh_process(published, tmp_path, WITH_THE_PACKAGE, REPO)
+    ours = ["LoTLIPConfig", "LoTLIPModel", "LoTLIPModel", "LoTLIPTokenizer", "LoTLIPProcessor"]
+    assert [*loaded[:4], loaded[5]] == [[name, "lotlip_hf"] for name in ours]
+    assert loaded[4][0].startswith("CLIPImageProcessor")
+
+
+@pytest.mark.slow
+def test_loading_without_the_package(published: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
+    first = hub_commit(published)
+    push(changed(official_checkpoint, tmp_path / "changed", logit_scale_init_value=1.5), REPO)
+    (tmp_path / "card.md").write_bytes(content(published, "README.md"))
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (640, 480), "orange").save(tmp_path / "photos" / "cat.png")
+    arguments = [REPO, first, tmp_path, tmp_path / "card.md"]
+    answers = in_a_fresh_process(published, tmp_path, WITHOUT_THE_PACKAGE, *arguments)
+    assert answers["refused"]
+    names = ["LoTLIPConfig", "LoTLIPModel", "LoTLIPModel", "LoTLIPTokenizer"]
+    assert answers["classes"][:4] == names
+    assert answers["classes"][4].startswith("CLIPImageProcessor")
+    assert answers["classes"][5] == "LoTLIPProcessor"
+    assert answers["towers"] == ["LoTLIPTextModel", "LoTLIPVisionModel"]
+    assert answers["text"] == "LoTLIPTextModel"
+    assert answers["pinned"] > 2
+    assert answers["module"].startswith("transformers_modules.")
+    assert answers["again"] == answers["logit"]
+    whole = {name for name in contents(tmp_path / "whole") if "__pycache__" not in name}
+    assert whole == FILES - {"README.md", *lotlip_hf.hub.push.SENTENCE_TRANSFORMERS}
+    # and the installed package gives the same number
+    model, processor = load_model(tmp_path / "whole")
+    inputs = processor(text=["A cat. It sleeps."], images=_red(), return_tensors="pt")
+    with torch.no_grad():
+        assert abs(model(**inputs).logits_per_image.item() - answers["logit"]) < 1e-5
+    if importlib.util.find_spec("sentence_transformers") is None:
+        pytest.skip("the rest needs `pip install sentence-transformers`")
+    assert answers["sentences"].startswith("transformers_modules.")
+    embeddings = torch.tensor(answers["embeddings"])
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2), rtol=0, atol=1e-5)
+    expected = encode_texts(model, processor, ["A cat. It sleeps.", "A dog."], progress=False)
+    torch.testing.assert_close(embeddings, expected, rtol=0, atol=1e-5)
+
+
+def _red() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (50, 40), "red")
+
+
+# What goes wrong on the way back
+
+
+def flip_digit(hub: Hub, name: str, pattern: bytes) -> Fault:
+    """A fault that changes the first digit of what the pattern finds in a file."""
+    found = re.search(pattern, content(hub, name))
+    assert found is not None
+    return Fault("GET", rf"/resolve/.*/{name}$", Corrupt(found.end() - 1))
+
+
+def test_a_damaged_download_is_not_kept(published: Hub, official_checkpoint: Path) -> None:
+    expected = LoTLIPModel.from_pretrained(official_checkpoint)
+    weights = Fault("GET", r"^/lfs/", Corrupt(len(content(published, "model.safetensors")) - 5))
+    published.faults.append(weights)
+    with pytest.raises(OSError, match=r"model.safetensors did not come whole from the Hub .*: load again"):
+        AutoModel.from_pretrained(REPO)
+    assert_equal_weights(AutoModel.from_pretrained(REPO), expected)
+    assert not published.faults[0].times
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("config.json", rb'"num_attention_heads": \d'),
+        ("config.json", rb"\{"),
+        ("processor_config.json", rb'"shortest_edge": \d'),
+        ("tokenizer.json", rb'"version": "1'),
+        ("tokenizer_config.json", rb"model_max_length.: 1"),
+    ],
+)
+def test_damaged_settings_are_not_kept(published: Hub, name: str, pattern: bytes) -> None:
+    published.faults.append(flip_digit(published, name, pattern))
+    with pytest.raises(OSError, match=rf"{name} did not come whole"):
+        load_model(REPO)
+    model, _ = load_model(REPO)
+    assert type(model) is LoTLIPModel
+
+
+def test_downloads_survive_trouble(published: Hub, official_checkpoint: Path) -> None:
+    published.faults += [
+        Fault("GET", r"^/lfs/", DropAnswer(after=100_000), times=2),
+        Fault("GET", r"/resolve/", Answer(429, headers={"Retry-After": "1"})),
+        Fault("HEAD", r"/resolve/.*/config.json", Answer(503)),
+    ]
+    model, _ = load_model(REPO)
+    assert_equal_weights(model, LoTLIPModel.from_pretrained(official_checkpoint))
+    assert not any(fault.times for fault in published.faults)
+
+
+@pytest.mark.parametrize("status", [401, 500])
+def test_a_hub_that_does_not_give(published: Hub, status: int) -> None:
+    published.faults.append(Fault("GET", r"^/lfs/", Answer(status), times=99))
+    with pytest.raises(OSError) as caught:  # noqa: PT011  (whatever the client says of it)
+        AutoModel.from_pretrained(REPO)
+    assert "safetensors there" not in str(caught.value)
+    published.faults.clear()
+    assert type(AutoModel.from_pretrained(REPO)) is LoTLIPModel
+
+
+def test_a_tokenizer_configuration_that_is_not_given(published: Hub) -> None:
+    published.faults.append(Fault("HEAD", r"/tokenizer_config.json", Answer(503), times=99))
+    with pytest.raises(OSError, match="no padding token; its tokenizer_config.json is missing"):
+        AutoProcessor.from_pretrained(REPO)
+
+
+# Malicious and broken repositories
+
+
+def test_pickled_weights_are_refused(official_checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(official_checkpoint, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    hub.add(REPO, {file.name: file.read_bytes() for file in folder.iterdir()})
+    for name in (folder, REPO):
+        with pytest.raises(
+            OSError, match=r"no weights in safetensors .* pass use_safetensors=False if you trust them"
+        ):
+            AutoModel.from_pretrained(name)
+    expected = LoTLIPModel.from_pretrained(official_checkpoint)
+    assert_equal_weights(LoTLIPModel.from_pretrained(folder, use_safetensors=False), expected)
+
+
+def test_other_code_is_not_run_and_told_of(
+    official_checkpoint: Path, tmp_path: Path, hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "evil"
+    shutil.copytree(official_checkpoint, folder)
+    ran = tmp_path / "ran"
+    for name in ("modeling_lotlip.py", "tokenization_lotlip.py"):
+        with (folder / name).open("a") as file:
+            file.write(f"\nopen({str(ran)!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoModelForCausalLM"] = "someone/evil--modeling.Evil"
+    (folder / "config.json").write_text(json.dumps(config))
+    hub.add(REPO, {file.name: file.read_bytes() for file in folder.iterdir()})
+    for name in (folder, REPO):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING), propagated():
+            model, _ = load_model(name)
+            model = AutoModel.from_pretrained(name, trust_remote_code=True)
+        assert f"{name} has its own code (modeling_lotlip.py, tokenization_lotlip.py), and it differs" in caplog.text
+        assert "the other was not run" in caplog.text
+        assert "AutoModelForCausalLM" not in model.config.auto_map
+    assert not ran.exists()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING), propagated():
+        AutoModel.from_pretrained(official_checkpoint)
+    assert not caplog.records
+
+
+class propagated:
+    """transformers' loggers, heard by pytest."""
+
+    def __enter__(self) -> None:
+        logging.getLogger("lotlip_hf").propagate = True
+        self.level = logging.getLogger("transformers").propagate
+        logging.getLogger("transformers").propagate = True
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("transformers").propagate = self.level
+
+
+def test_unknown_fields_are_told_of(
+    official_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = changed(official_checkpoint, tmp_path / "misspelt", logit_scale_init=1.0)
+    with caplog.at_level(logging.WARNING), propagated():
+        config = AutoConfig.from_pretrained(folder)
+    assert "LoTLIPConfig has no field 'logit_scale_init': kept, but nothing reads it." in caplog.text
+    assert config.logit_scale_init == 1.0
+    caplog.clear()
+    with caplog.at_level(logging.WARNING), propagated():
+        LoTLIPConfig(text_config={"num_corners": 2})
+        AutoConfig.from_pretrained(official_checkpoint)
+    assert [record.getMessage() for record in caplog.records] == [
+        "LoTLIPTextConfig has no field 'num_corners': kept, but nothing reads it."
+    ]
+
+
+def test_a_newer_format_is_refused(official_checkpoint: Path, tmp_path: Path) -> None:
+    folder = changed(official_checkpoint, tmp_path / "newer", format_version=2, text_config={"model_type": "new"})
+    for load in (AutoConfig.from_pretrained, AutoModel.from_pretrained, load_model):
+        with pytest.raises(ValueError, match=r"written by a newer lotlip-hf .`format_version` 2; this one reads 1"):
+            load(folder)
+
+
+def test_clip_is_loaded_as_ever(tmp_path: Path) -> None:
+    tiny_clip.save_clip(tmp_path)
+    assert type(AutoModel.from_pretrained(tmp_path)) is CLIPModel

@@ -1,0 +1,729 @@
+"""Captions from an endpoint with OpenAI's protocol: what is asked, what goes wrong, and what comes of it."""
+
+import importlib.util
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image, ImageDraw
+from transformers import AutoProcessor
+
+from lotlip_hf.relabel.captioners.base import Answer, CaptionerConfig, EndpointError
+from lotlip_hf.relabel.captioners.endpoint import EndpointCaptioner, _api_key, _data_url, _retry_after
+from openai_server import (
+    MODEL,
+    OpenAIServer,
+    describe,
+    digest,
+    each_image_first,
+    is_probe,
+    openai_server,
+    scripted,
+    use_in_process,
+)
+
+TESTS = Path(__file__).resolve().parents[1]
+COLOURS = ("red", "green", "blue", "yellow", "brown", "violet", "white", "black")
+
+
+@pytest.fixture(autouse=True)
+def _online(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_in_process(monkeypatch)
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Leaves out the waits between tries; the list gets each, in seconds."""
+    seconds: list[float] = []
+    monkeypatch.setattr(EndpointCaptioner, "_pause", lambda self, wait: seconds.append(wait))
+    return seconds
+
+
+def picture(colour: str, size: tuple[int, int] = (48, 32)) -> Image.Image:
+    image = Image.new("RGB", size, colour)
+    ImageDraw.Draw(image).rectangle((0, 0, size[0] // 3, size[1] // 2), "orange")
+    return image
+
+
+def as_sent(image: Image.Image) -> Image.Image:
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "JPEG", quality=95)
+    return Image.open(file).convert("RGB")
+
+
+def captioner(server: OpenAIServer | str, **options: Any) -> EndpointCaptioner:
+    address = server if isinstance(server, str) else server.url
+    return EndpointCaptioner(CaptionerConfig(**{"model": MODEL, "endpoint": address, "timeout": 30.0, **options}))
+
+
+def ask(one: EndpointCaptioner, image: Image.Image, seed: int = 0, attempt: int = 0) -> Answer:
+    [answer] = one.answer([image], one.config.settings(attempt), [seed])
+    return answer
+
+
+def expected(image: Image.Image, prompt: str | None = None) -> Answer:
+    """What an undisturbed server says of an image."""
+    prompt = CaptionerConfig(MODEL).prompt if prompt is None else prompt
+    return Answer(describe(as_sent(image), prompt, MODEL), finished=True)
+
+
+def except_probes(fault: str) -> Callable[[int, Image.Image, dict[str, Any]], str | None]:
+    return lambda number, image, body: None if is_probe(image) else fault
+
+
+def probes(server: OpenAIServer) -> int:
+    return sum(request.size == (224, 224) for request in server.requests)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+# What is asked
+
+
+def test_an_image_is_described() -> None:
+    with openai_server() as server:
+        one = captioner(server, prompt="What is there?", revision="v2", concurrency=5)
+        assert (one.group_size, one.concurrency, one.revision) == (1, 5, "v2")
+        answers = one.answer([picture("red"), picture("blue")], one.config.settings(), [0, 1])
+    assert answers == [expected(picture("red"), "What is there?"), expected(picture("blue"), "What is there?")]
+    assert answers[0].text != answers[1].text
+    request = server.requests[0]
+    assert request.options == {"model": MODEL, "max_tokens": 256, "temperature": 0.0}
+    assert request.parts == ("image_url", "text")
+    assert not server.malformed
+
+
+@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
+def test_the_address_may_end_as_people_write_it(ending: str) -> None:
+    with openai_server() as server:
+        one = captioner(server.url.removesuffix("/v1") + ending)
+        assert ask(one, picture("red")) == expected(picture("red"))
+
+
+def test_without_a_prompt_the_image_is_sent_alone() -> None:
+    with openai_server() as server:
+        assert ask(captioner(server, prompt=""), picture("red")) == expected(picture("red"), "")
+    assert server.requests[0].parts == ("image_url",)
+
+
+def test_seeds_are_sent_where_tokens_are_drawn() -> None:
+    with openai_server() as server:
+        one = captioner(server, retry={"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1})
+        answers = [ask(one, picture("red"), seed, attempt=1) for seed in (3, 4, 3)]
+    assert answers[0] == answers[2] != answers[1]
+    drawn = {"temperature": 0.7, "top_p": 0.9, "seed": 3, "repetition_penalty": 1.1}
+    assert server.requests[0].options == {"model": MODEL, "max_tokens": 256, **drawn}
+
+
+def test_images_of_all_modes_are_sent_as_the_same_bytes_each_time() -> None:
+    for mode in ("RGB", "RGBA", "L", "P", "CMYK"):
+        assert _data_url(picture("red").convert(mode), 99) == _data_url(picture("red").convert(mode), 99)
+    with openai_server() as server:
+        ask(captioner(server), picture("red").convert("RGBA"))
+    assert server.requests[0].image == digest(as_sent(picture("red")))
+
+
+def test_an_image_that_is_no_jpeg_is_an_error_of_its_own() -> None:
+    with openai_server() as server:
+        one = captioner(server, max_image_size=70_000)
+        wide = ask(one, Image.new("RGB", (70_000, 1)))
+        assert ask(one, picture("red")) == expected(picture("red"))
+    assert wide.text == ""
+    assert wide.error is not None
+    assert wide.error.startswith("cannot be written as JPEG")
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "largest", "sent"),
+    [
+        ((4032, 3024), None, (672, 504)),
+        ((300, 900), 336, (112, 336)),
+        ((20_000, 1), 100, (100, 1)),
+        ((60, 40), 64, (60, 40)),
+    ],
+)
+def test_large_images_are_sent_smaller(size: tuple[int, int], largest: int | None, sent: tuple[int, int]) -> None:
+    image = picture("red", size)
+    with openai_server() as server:
+        one = captioner(server, **({} if largest is None else {"max_image_size": largest}))
+        assert not ask(one, image).error
+    assert [request.size for request in server.requests] == [sent]
+    assert image.size == size
+
+
+@pytest.mark.parametrize(
+    ("names", "extra", "sent"),
+    [
+        ({"max_tokens": "max_completion_tokens"}, {}, {"max_completion_tokens": 256, "temperature": 0.0}),
+        ({"temperature": None}, {}, {"max_tokens": 256}),
+        (
+            {"max_tokens": None, "repetition_penalty": None},
+            {"chat_template_kwargs": {"enable_thinking": False}, "top_k": 3},
+            {"temperature": 0.0, "top_k": 3, "chat_template_kwargs": {"enable_thinking": False}},
+        ),
+    ],
+)
+def test_fields_of_the_request_go_by_other_names(
+    names: dict[str, str | None], extra: dict[str, Any], sent: dict[str, Any]
+) -> None:
+    with openai_server() as server:
+        one = captioner(server, request_fields=names, extra_body=extra, repetition_penalty=1.5 if extra else 1.0)
+        assert ask(one, picture("red")) == expected(picture("red"))
+    assert server.requests[0].options == {"model": MODEL, **sent}
+    assert not server.malformed
+    said = json.loads(one.config.published_settings())
+    assert ("temperature" in said, said.get("top_k")) == ("temperature" in sent, sent.get("top_k"))
+    assert ("max_new_tokens" in said) == ("max_tokens" in sent or "max_completion_tokens" in sent)
+
+
+# What is answered
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("  A cat.\n", "A cat."),
+        (None, ""),
+        (
+            [{"type": "text", "text": "A cat"}, " sat", {"type": "image", "url": "x"}, {"type": "text", "text": "."}],
+            "A cat sat.",
+        ),
+        ([{"type": "thinking", "text": "Hm."}, {"type": "output_text", "text": "A cat."}], "A cat."),
+        ("<think>\nHm, a cat.</think>\n\nA cat.", "A cat."),
+        ("Hm, a cat.\n</think>A cat.", "A cat."),
+        ("<think>Hm, a ca", ""),
+        ("The sign says <think>.", "The sign says <think>."),
+        ("A sign: <think>hard</think>.", "A sign: <think>hard</think>."),
+    ],
+)
+def test_texts_are_found_in_what_servers_send(content: Any, text: str) -> None:
+    fault = f"content:{json.dumps(content)}"
+    with openai_server(fault=lambda *_: fault) as server:
+        assert ask(captioner(server), picture("red")) == Answer(text, finished=True)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "finished"),
+    [("length", False), *((one, True) for one in ("stop", "eos_token", "end_turn", "stop_sequence"))]
+    + [("content_filter", None), (None, None), (7, None), ([], None)],
+)
+def test_the_server_says_whether_an_answer_is_finished(reason: Any, finished: bool | None) -> None:
+    body = {"choices": [{"message": {"content": "A cat."}, "finish_reason": reason}]}
+    with openai_server(fault=lambda *_: f"body:{json.dumps(body)}") as server:
+        assert ask(captioner(server), picture("red")) == Answer("A cat.", finished=finished)
+
+
+def test_an_answer_that_reaches_max_new_tokens_is_not_finished() -> None:
+    with openai_server() as server:
+        answer = ask(captioner(server, max_new_tokens=6), picture("red"))
+    assert answer == Answer(" ".join(expected(picture("red")).text.split(" ")[:6]), finished=False)
+
+
+# What fails for the moment
+
+PASSING = [
+    *("408", "425", "429", "429:1", "500", "502", "503:2", "504", "529"),
+    *("cut", "cut-json", "html", "garbage", "reset"),
+    *("body:", "body:[]", "body:null", 'body:"busy"', "body:{}", 'body:{"choices": []}', 'body:{"choices": {}}'),
+    *('body:{"choices": [null]}', 'body:{"choices": [{"message": "A cat."}]}', 'body:{"error": {"message": "busy"}}'),
+    'body:{"choices": [{"message": {"content": "A"}, "finish_reason": "abort"}]}',
+    *("content:5", "content:{}", "content:[5]", "content:[{}]", 'content:[{"type": "text", "text": null}]'),
+    "body:" + "[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("fault", PASSING, ids=lambda fault: fault[:40])
+def test_a_request_that_fails_is_sent_again(fault: str, pauses: list[float]) -> None:
+    with openai_server(fault=each_image_first(fault, times=2)) as server:
+        assert ask(captioner(server), picture("red")) == expected(picture("red"))
+    assert [request.fault for request in server.requests] == [fault, fault, None]
+    assert len(pauses) == 2
+
+
+def test_an_answer_that_is_late_is_asked_for_again(pauses: list[float]) -> None:
+    with openai_server(fault=each_image_first("late:8")) as server:
+        assert ask(captioner(server, timeout=1.5), picture("red")) == expected(picture("red"))
+    assert len(pauses) == 1
+
+
+@pytest.mark.parametrize("body", ["[]", '"busy"', '{"errors": [1]}', '{"error": 5}', "<html>", "\\xff"])
+def test_an_error_may_come_with_any_body(body: str, pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = b"\xff\x80" if body == "\\xff" else body.encode()
+    monkeypatch.setattr("openai_server.Handler.send_problem", lambda self, status, *_: self.send(status, data))
+    with openai_server(fault=each_image_first("500")) as server:
+        assert ask(captioner(server), picture("red")) == expected(picture("red"))
+    with openai_server(fault=lambda *_: "400") as server, pytest.raises(EndpointError, match="400"):
+        ask(captioner(server), picture("red"))
+    assert len(server.requests) == 2  # the image and the grey picture
+    assert len(pauses) == 1
+
+
+def test_waits_double_up_to_a_minute(pauses: list[float]) -> None:
+    with openai_server(fault=each_image_first("503", times=10)) as server:
+        assert ask(captioner(server, max_retries=10), picture("red")) == expected(picture("red"))
+    longest = [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+    assert len(pauses) == len(longest)
+    for seconds, most in zip(pauses, longest, strict=True):
+        assert most / 2 <= seconds <= most
+    assert any(seconds != most for seconds, most in zip(pauses, longest, strict=True))
+
+
+@pytest.mark.parametrize(("asked", "least", "most"), [("7", 7, 7.7), ("0.9", 0.9, 0.99), ("86400", 600, 660)])
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_honoured(status: int, asked: str, least: float, most: float, pauses: list[float]) -> None:
+    with openai_server(fault=each_image_first(f"{status}:{asked}")) as server:
+        assert ask(captioner(server), picture("red")) == expected(picture("red"))
+    assert len(pauses) == 1
+    assert least <= pauses[0] <= most
+
+
+def test_retry_after_is_honoured_as_a_date(pauses: list[float]) -> None:
+    later = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=60), usegmt=True)
+    with openai_server(fault=each_image_first(f"429:{later}")) as server:
+        assert ask(captioner(server), picture("red")) == expected(picture("red"))
+    assert len(pauses) == 1
+    assert 40 <= pauses[0] <= 70
+
+
+@pytest.mark.parametrize("value", ["", "soon", "-3", "nan", "Wed, 99 Foo 2026 00:00:00 GMT"])
+def test_retry_after_that_cannot_be_read_is_none(value: str) -> None:
+    assert _retry_after({"retry-after": value}) is None
+
+
+def test_retry_after_counts_by_the_clock_of_the_server() -> None:
+    headers = {"retry-after": "Wed, 21 Oct 2015 07:28:30 GMT", "date": "Wed, 21 Oct 2015 07:28:00 GMT"}
+    assert _retry_after(headers) == 30
+
+
+# Whose fault it is
+
+
+@pytest.mark.parametrize("fault", ["500", "reset", "cut", "html", "content:5"])
+def test_one_image_that_is_never_answered_is_an_error_of_its_own(fault: str, pauses: list[float]) -> None:
+    images = [picture(colour) for colour in COLOURS]
+    bad = digest(as_sent(images[2]))
+    with openai_server(fault=lambda number, image, body: fault if digest(image) == bad else None) as server:
+        one = captioner(server, max_retries=3, concurrency=4)
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda image: ask(one, image), images))
+    assert server.per_image[bad] == 4
+    assert probes(server) == 1
+    error = answers.pop(2)
+    assert (error.text, error.finished) == ("", None)
+    assert error.error is not None
+    assert error.error.startswith("no answer, however often it was asked: ")
+    assert server.url not in error.error  # what is written does not depend on the address
+    del images[2]
+    assert answers == [expected(image) for image in images]
+
+
+@pytest.mark.parametrize("status", [400, 403, 413, 422])
+def test_one_image_that_is_refused_is_not_sent_again(status: int, pauses: list[float]) -> None:
+    with openai_server(fault=except_probes(str(status))) as server:
+        one = captioner(server)
+        answer = ask(one, picture("red"))
+    assert answer == Answer("", error=f"{status} fault {status}")
+    assert [request.fault for request in server.requests] == [str(status), None]
+    assert server.requests[0].options == server.requests[1].options  # the probe is the same request
+    assert not pauses
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_request_that_is_refused_with_any_image_stops_the_run(status: int, pauses: list[float]) -> None:
+    with openai_server(fault=lambda *_: str(status)) as server, pytest.raises(EndpointError) as caught:
+        ask(captioner(server), picture("red"))
+    assert f"{status} fault {status}" in str(caught.value)
+    assert server.url in str(caught.value)
+    assert "'tiny'" in str(caught.value)
+    assert "What was done is kept" in str(caught.value)
+    assert len(server.requests) == 2
+    assert not pauses
+
+
+def test_an_option_that_the_server_refuses_stops_the_run(pauses: list[float]) -> None:
+    with openai_server() as server, pytest.raises(EndpointError, match="temperature must be from 0 to 2"):
+        ask(captioner(server, temperature=3.0), picture("red"))
+    assert len(server.malformed) == 2
+
+
+def test_a_model_that_there_is_not_stops_the_run_at_once(pauses: list[float]) -> None:
+    with openai_server() as server, pytest.raises(EndpointError, match="404 The model `huge` does not exist.*'huge'"):
+        ask(captioner(server, model="huge"), picture("red"))
+    assert not pauses
+
+
+def test_a_wrong_key_stops_the_run_and_is_not_shown(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with openai_server(api_key="sk-other") as server:
+        one = captioner(f"{server.url}?key=query-secret")
+        with pytest.raises(EndpointError, match="401 Incorrect API key provided: Bearer .*OPENAI_API_KEY") as caught:
+            ask(one, picture("red"))
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+    assert not pauses
+
+
+def test_what_an_address_holds_is_not_shown(pauses: list[float]) -> None:
+    with openai_server() as server:
+        address = server.url.replace("http://", "http://ada:secret@").replace("/v1", "/v2") + "?key=secret"
+        with pytest.raises(EndpointError, match="404 nothing at /v2") as caught:
+            ask(captioner(address), picture("red"))
+    assert "secret" not in str(caught.value)
+    assert "ada" not in str(caught.value)
+
+
+def test_an_endpoint_that_is_not_there_stops_the_run(free_port: int, pauses: list[float]) -> None:
+    one = captioner(f"http://127.0.0.1:{free_port}", max_retries=3)
+    with pytest.raises(EndpointError, match=f"127.0.0.1:{free_port} gives no captions: no connection"):
+        ask(one, picture("red"))
+    assert len(pauses) == 3  # no image can be the cause: nothing is sent to find out
+
+
+def test_an_endpoint_that_has_too_much_to_do_stops_the_run(pauses: list[float]) -> None:
+    with openai_server(fault=lambda *_: "429") as server, pytest.raises(EndpointError, match="429.*`concurrency`"):
+        ask(captioner(server, max_retries=3), picture("red"))
+    assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [("503", "503 fault 503"), ("html", "not in OpenAI's format"), ("reset", "broke")]
+)
+def test_an_endpoint_that_goes_down_stops_the_run(fault: str, said: str, pauses: list[float]) -> None:
+    with openai_server(fault=scripted(f"{fault}@3-")) as server:
+        one = captioner(server, max_retries=2)
+        for colour in COLOURS[:3]:
+            assert ask(one, picture(colour)) == expected(picture(colour))
+        with pytest.raises(EndpointError, match=said):
+            ask(one, picture("violet"))
+        assert (len(server.requests), probes(server)) == (3 + 3 + 3, 3)
+        server.fault = None  # it is up again
+        assert ask(one, picture("violet")) == expected(picture("violet"))
+
+
+def test_an_endpoint_that_dies_with_its_first_answer_stops_the_run(pauses: list[float]) -> None:
+    command = [sys.executable, TESTS / "openai_server.py", "--fault", "exit@1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        one = captioner(process.stdout.readline().strip(), max_retries=2)
+        assert ask(one, picture("red")) == expected(picture("red"))
+        with pytest.raises(EndpointError, match="no connection"):  # what the probe finds
+            ask(one, picture("blue"))
+        assert process.wait(timeout=60) == 137
+
+
+def test_an_image_that_ends_an_endpoint_is_at_fault_when_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as down, ExitStack() as up:
+        server = down.enter_context(openai_server(fault=except_probes("reset")))
+        port = server.server_address[1]
+        steps = iter([down.close, list, list, lambda: up.enter_context(openai_server(port=port))])
+        monkeypatch.setattr(EndpointCaptioner, "_pause", lambda self, seconds: next(steps)())
+        one = captioner(server, max_retries=2)  # reset, then twice no connection; the probe's third try is answered
+        assert ask(one, picture("red")) == Answer(
+            "", error="no answer, however often it was asked: the connection broke"
+        )
+        assert ask(one, picture("blue")) == expected(picture("blue"))
+        assert not list(steps)
+
+
+def test_an_endpoint_that_is_too_slow_for_all_stops_the_run(pauses: list[float]) -> None:
+    with (
+        openai_server(fault=lambda *_: "late:2") as server,
+        pytest.raises(EndpointError, match="no answer in time.*`timeout`"),
+    ):
+        ask(captioner(server, timeout=0.2, max_retries=1), picture("red"))
+    assert probes(server) == 3
+
+
+def test_an_endpoint_that_comes_back_is_forgiven(pauses: list[float]) -> None:
+    with openai_server(fault=scripted("503@0-5")) as server:  # the image's tries and two of the probe
+        one = captioner(server, max_retries=3)
+        assert ask(one, picture("red")).error == "no answer, however often it was asked: 503 fault 503"
+        assert ask(one, picture("blue")) == expected(picture("blue"))
+    assert probes(server) == 3
+
+
+# Many at once
+
+
+def test_as_many_requests_are_under_way_as_threads_ask() -> None:
+    images = [picture(colour, (40 + size, 32)) for size in range(4) for colour in COLOURS]
+    with openai_server(seconds=0.05) as server:
+        one = captioner(server, concurrency=6)
+        with ThreadPoolExecutor(one.concurrency) as pool:
+            answers = list(pool.map(lambda image: ask(one, image), images))
+        assert 2 <= server.highest_at_once <= 6
+    assert answers == [expected(image) for image in images]
+    assert set(server.per_image.values()) == {1}
+
+
+def test_threads_that_fail_at_the_same_time_share_a_probe(pauses: list[float]) -> None:
+    fault = lambda number, image, body: "late:1" if is_probe(image) else "500"  # noqa: E731
+    with openai_server(fault=fault) as server:
+        one = captioner(server, max_retries=0)
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda colour: ask(one, picture(colour)), COLOURS))
+    assert {answer.error for answer in answers} == {"no answer, however often it was asked: 500 fault 500"}
+    assert 1 <= probes(server) < len(COLOURS)  # a thread that was late to fail asks itself
+
+
+def test_a_probe_is_for_the_same_settings() -> None:
+    """That the first settings are fine says nothing of those of a retry, also while their probe is under way."""
+
+    def fault(number: int, image: Image.Image, body: dict[str, Any]) -> str:
+        return "late:1" if is_probe(image) and not body["temperature"] else "400"
+
+    with openai_server(fault=fault) as server, ThreadPoolExecutor(1) as pool:
+        one = captioner(server)
+        first = pool.submit(ask, one, picture("red"))
+        while not probes(server):
+            time.sleep(0.01)
+        with pytest.raises(EndpointError, match="400 fault 400"):
+            ask(one, picture("red"), attempt=1)
+        assert first.result().error == "400 fault 400"
+
+
+def finishes(thread: threading.Thread) -> bool:
+    thread.join(timeout=20)
+    return not thread.is_alive()
+
+
+@pytest.mark.parametrize("fault", ["429:600", "late:60"])
+def test_close_wakes_those_that_wait(fault: str) -> None:
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            ask(one, picture("red"))
+        except EndpointError as error:
+            raised.append(error)
+
+    with openai_server(fault=lambda *_: fault) as server:
+        one = captioner(server, timeout=600.0)
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while len(server.requests) < 3:
+            time.sleep(0.01)
+        one.close()
+        assert all(finishes(thread) for thread in threads)
+        with pytest.raises(EndpointError, match="were stopped"):
+            ask(one, picture("blue"))
+    assert [str(error).endswith("were stopped.") for error in raised] == [True] * 3
+    assert len(server.requests) == 3
+
+
+INTERRUPTED = """
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from PIL import Image
+from lotlip_hf.relabel.captioners.base import CaptionerConfig
+from lotlip_hf.relabel.captioners.endpoint import EndpointCaptioner
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+config = CaptionerConfig("tiny", endpoint=sys.argv[1], timeout=600.0)
+captioner = EndpointCaptioner(config)
+with ThreadPoolExecutor(2) as pool:
+    try:
+        futures = [pool.submit(captioner.answer, [Image.new("RGB", (8, 8))], config.settings(), [0]) for _ in range(2)]
+        print(futures[0].result())
+    finally:
+        captioner.close()
+"""
+
+
+def test_ctrl_c_ends_a_process_that_waits_for_answers() -> None:
+    with openai_server(fault=lambda *_: "late:120") as server:
+        environment = {**os.environ, "NO_PROXY": "*"}
+        with subprocess.Popen(
+            [sys.executable, "-c", INTERRUPTED, server.url], env=environment, stderr=subprocess.PIPE
+        ) as process:
+            while len(server.requests) < 2 and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=30)
+    assert process.returncode in (1, 130, -signal.SIGINT)
+    assert b"KeyboardInterrupt" in stderr
+
+
+# What is not for endpoints
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 4}, "`num_beams` must be 1"),
+        ({"min_new_tokens": 20}, "`min_new_tokens` must be 0"),
+        ({"retry": {"num_beams": 5}}, "`num_beams` must be 1"),
+        ({"max_image_size": 0}, "`max_image_size` must be at least 1"),
+        ({"max_answer_bytes": 0}, "`max_answer_bytes` must be at least 1"),
+        ({"request_fields": {"max_new_tokens": "n"}}, "`request_fields` renames"),
+        ({"request_fields": {"top_p": 1}}, "`request_fields` renames"),
+        ({"request_fields": "max_tokens=n"}, "`request_fields` must be"),
+        ({"extra_body": ["n"]}, "`extra_body` must be"),
+        ({"extra_body": {"n": {1, 2}}}, "`extra_body` must be"),
+        ({"endpoint": None}, "`endpoint` must be an address"),
+        ({"endpoint": "localhost:8000"}, "`endpoint` must be an address"),
+        ({"endpoint": "http://"}, "`endpoint` must be an address"),
+        ({"endpoint": "ftp://host/v1"}, "`endpoint` must be an address"),
+        ({"endpoint": "http://host:port/v1"}, "`endpoint` must be an address"),
+    ],
+)
+def test_options_that_are_not_for_endpoints_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        captioner("http://127.0.0.1:8000/v1", **options)
+
+
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-se\u010dret")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY") as caught:
+        captioner("http://127.0.0.1:8000/v1")
+    assert "sk-" not in str(caught.value)
+
+
+def test_the_hub_being_offline_is_no_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with openai_server() as server:
+        assert ask(captioner(server), picture("red")) == expected(picture("red"))
+
+
+# Keys
+
+
+def test_the_token_of_the_hub_is_not_sent_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    with openai_server() as server:
+        ask(captioner(server), picture("red"))
+        monkeypatch.setenv("OPENAI_API_KEY", " sk-key\n")
+        ask(captioner(server), picture("red"))
+    assert [request.authorization for request in server.requests] == ["Bearer EMPTY", "Bearer sk-key"]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "key"),
+    [
+        ("https://router.huggingface.co/v1", "hf_token"),
+        ("https://abc.us-east-1.aws.endpoints.huggingface.cloud/v1", "hf_token"),
+        ("http://router.huggingface.co/v1", "sk-key"),
+        ("https://nothuggingface.co/v1", "sk-key"),
+        ("https://huggingface.co.example/v1", "sk-key"),
+        ("https://api.example/v1", "sk-key"),
+    ],
+)
+def test_whom_the_token_of_the_hub_is_for(endpoint: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-key")
+    assert _api_key(endpoint) == key
+
+
+# A real one
+
+SERVE_NEEDS = ("fastapi", "openai", "pydantic", "uvicorn")
+MISSING = [name for name in SERVE_NEEDS if importlib.util.find_spec(name) is None]
+
+
+def is_up(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health"):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    bool(MISSING), reason=f"`transformers serve` needs {', '.join(MISSING)}: pip install {' '.join(MISSING)}"
+)
+def test_transformers_serve(tmp_path: Path, free_port: int, pauses: list[float]) -> None:
+    import tiny_captioners
+
+    folder, log = str(tmp_path / "llava"), tmp_path / "log.txt"
+    model = tiny_captioners.save_llava(folder)
+    images = [picture(colour) for colour in COLOURS[:4]]
+    prompt = "describe the picture in detail ."
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    processor = AutoProcessor.from_pretrained(folder)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    local = []
+    for image in images:
+        inputs = processor(text=text, images=as_sent(image), return_tensors="pt")
+        with torch.no_grad():
+            tokens = model.generate(**inputs, do_sample=False, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
+        local.append(Answer(processor.decode(tokens, skip_special_tokens=True).strip(), finished=len(tokens) < 24))
+
+    address = f"http://127.0.0.1:{free_port}"
+    options = {"model": folder, "prompt": prompt, "max_new_tokens": 24, "concurrency": 2}
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--device", "cpu"]
+    command += ["--host", "127.0.0.1", "--port", str(free_port)]
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
+        try:
+            while not is_up(address):
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.2)
+            one = captioner(address, **options)
+            with ThreadPoolExecutor(one.concurrency) as pool:
+                assert list(pool.map(lambda image: ask(one, image), images)) == local
+            with pytest.raises(EndpointError, match="400 Server is pinned to .*'another'"):
+                ask(captioner(address, **{**options, "model": "another"}), images[0])
+            with pytest.raises(EndpointError, match="422 Unexpected fields in the request: {'repetition_penalty'}"):
+                ask(captioner(address, **options, repetition_penalty=1.2), images[0])
+        finally:
+            process.kill()
+    assert len({answer.text for answer in local}) > 1
+    assert not pauses
+
+
+# The server of the tests itself
+
+
+def test_the_server_as_a_process_of_its_own() -> None:
+    command = [sys.executable, TESTS / "openai_server.py", "--fault", "say:Six birds.@first:1", "--fault", "400@64x48"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        one = captioner(address)
+        assert ask(one, picture("red")).text == "Six birds."
+        assert ask(one, picture("red")) == expected(picture("red"))
+        assert ask(one, picture("red", (64, 48))).text == "Six birds."
+        assert ask(one, picture("red", (64, 48))).error == "400 fault 400"
+        with urllib.request.urlopen(f"{address}/stats") as response:
+            stats = json.load(response)
+        with urllib.request.urlopen(f"{address}/models") as response:
+            assert [one["id"] for one in json.load(response)["data"]] == [MODEL]
+        process.kill()
+    assert stats["requests"] == 5  # with a probe
+    assert stats["faults"] == {"say:Six birds.": 3, "400": 1}
+    assert stats["highest_at_once"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "requests"),
+    [("500", [0, 1, 2, 3, 4, 5]), ("500@2", [2]), ("500@1-3", [1, 2, 3]), ("500@4-", [4, 5]), ("500@every:3", [0, 3])],
+)
+def test_faults_name_their_requests(fault: str, requests: list[int]) -> None:
+    choose = scripted(fault)
+    assert [number for number in range(6) if choose(number, picture("red"), {}) == "500"] == requests

@@ -1,0 +1,1317 @@
+"""The training loop in real processes: killed and resumed, stopped, shared by several, and fed with what is broken."""
+
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from threading import Timer
+from time import sleep
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPImageProcessorPil,
+    CLIPTokenizer,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+    get_scheduler,
+)
+
+import processes
+import tiny
+import tiny_clip
+from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPProcessor, LoTLIPTokenizer
+from lotlip_hf.data.collator import LoTLIPCollator
+from lotlip_hf.data.records import load_records
+from lotlip_hf.data.sampling import CaptionSampling
+from lotlip_hf.training import checkpoint, loop
+from lotlip_hf.training.checkpoint import list_checkpoints
+from lotlip_hf.training.config import TrainingConfig
+from lotlip_hf.training.log import RunLog, read_log
+from lotlip_hf.training.loop import NonFiniteLossError, evaluate, train
+from lotlip_hf.training.model import load_data, load_or_start_model, rate_factor
+from processes import TIME_LIMIT, Ended, Started
+from scripts import REPOSITORY, load_script
+
+TRAIN = "examples/train.py"
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+SLOW = pytest.mark.slow
+WORDS = "a . red green blue round square small large old new cup tree house road lamp bird river is of in".split()
+IMAGE_SIDE = 32
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """Each test as in a process of its own: accelerate keeps its state for all of one."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+# What a run starts from
+
+
+def make_checkpoint(folder: Path, dropout: float = 0.0, backbone: str = "vit", corners: int = 2) -> Path:
+    """A tiny random model with its processor."""
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]))
+    tokenizer = LoTLIPTokenizer.from_pretrained(folder, model_max_length=30)
+    side = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIDE}, crop_size=side)
+    torch.manual_seed(0)
+    text_config = tiny.text_config(num_corner_tokens=corners)
+    text_config.backbone_config.hidden_dropout_prob = dropout
+    config = LoTLIPConfig(text_config=text_config, vision_config=tiny.vision_config(backbone), projection_dim=24)
+    LoTLIPModel(config).save_pretrained(folder)
+    LoTLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def rows(number: int) -> list[dict[str, Any]]:
+    """Random pictures and captions that have nothing to do with each other."""
+    generator = random.Random(7)
+
+    def sentence(words: int) -> str:
+        return " ".join(generator.choices(WORDS[2:], k=words))
+
+    pixels = np.random.default_rng(7).integers(0, 256, (number, IMAGE_SIDE, IMAGE_SIDE, 3), dtype=np.uint8)
+    made = []
+    for index in range(number):
+        file = io.BytesIO()
+        Image.fromarray(pixels[index]).save(file, "png")
+        long_captions = [". ".join(sentence(generator.randint(2, 6)) for _ in range(5)) for _ in range(2)]
+        record = {"id": f"r{index:03}", "short_caption": sentence(3), "long_captions": long_captions}
+        made.append({"png": file.getvalue(), **record})
+    return made
+
+
+def make_folder(folder: Path, number: int = 24) -> Path:
+    """A folder of pictures with metadata."""
+    folder.mkdir(parents=True)
+    with open(folder / "metadata.jsonl", "w") as lines:
+        for row in rows(number):
+            (folder / f"{row['id']}.png").write_bytes(row.pop("png"))
+            lines.write(json.dumps({"file_name": f"{row['id']}.png", **row}) + "\n")
+    return folder
+
+
+def make_shards(folder: Path, sizes: Sequence[int] = (7, 5, 9, 6)) -> Path:
+    """WebDataset shards of unequal lengths."""
+    folder.mkdir(parents=True)
+    made = iter(rows(sum(sizes)))
+    for number, size in enumerate(sizes):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for _ in range(size):
+                row = next(made)
+                for extension, content in (("png", row.pop("png")), ("json", json.dumps(row).encode())):
+                    member = tarfile.TarInfo(f"{row['id']}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model`, with dropout, `plain`, without, `records` and `shards`. Nobody writes to it."""
+    folder = tmp_path_factory.mktemp("start")
+    make_checkpoint(folder / "model", dropout=0.2)
+    make_checkpoint(folder / "plain")
+    make_folder(folder / "records")
+    make_folder(folder / "few", 10)
+    make_folder(folder / "odd", 27)
+    make_shards(folder / "shards")
+    return folder
+
+
+def arguments(output: Path, **options: Any) -> list[str]:
+    """A command line of a short run; a list is several values, `None` leaves the option out."""
+    defaults = {
+        "num_workers": 0,
+        "batch_size": 4,
+        "max_steps": 8,
+        "learning_rate": 1e-3,
+        "log_steps": 1,
+        "trackers": "none",
+        "num_long_texts": 2,
+        "num_sentences": 2,
+    }
+    flags = []
+    for name, value in {"output": output, **defaults, **options}.items():
+        values = value if isinstance(value, list) else [value]
+        if value is not None:
+            flags += [f"--{name}", *(str(value) for value in values)]
+    return flags
+
+
+def config(output: Path, **options: Any) -> TrainingConfig:
+    """The same in Python."""
+    defaults = {"num_workers": 0, "batch_size": 4, "max_steps": 8, "learning_rate": 1e-3, "log_steps": 1}
+    return TrainingConfig(**{**defaults, "output": str(output), "trackers": [], "num_long_texts": 2, **options})
+
+
+# Real processes
+
+
+def some_slow(kinds: Iterable[str], quick: Sequence[str]) -> list[Any]:
+    """Parameters of a test: all of the kinds, slow but for some."""
+    return [kind if kind in quick else pytest.param(kind, marks=SLOW) for kind in kinds]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half_a_line(log: RunLog, entry: Any) -> None:
+    with open(log.path, "a") as file:
+        file.write(json.dumps(entry)[:20])
+    die()
+
+
+# name of a moment: the function whose n-th call is it, and what happens then in its place
+MOMENTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "step": (loop._Run, "_take_step", lambda *_: die()),
+    "log": (RunLog, "write", half_a_line),
+    "evaluation": (loop, "evaluate", lambda *_: die()),
+    "weights saved": (Accelerator, "save_state", lambda *_: die()),
+    "all but named": (checkpoint, "_sync", lambda *_: die()),
+    "removal": (checkpoint, "remove_checkpoint", lambda *_: die()),
+}
+
+
+class Moment(NamedTuple):
+    """The n-th time, from 1, that something is about to happen."""
+
+    name: str
+    n: int
+
+
+def at(moment: Moment) -> None:
+    """Has this process do at a moment what `MOMENTS` says."""
+    owner, name, action = MOMENTS[moment.name]
+    function, calls = getattr(owner, name), [0]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return (action if calls[0] == moment.n else function)(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def slow_step(seconds: float) -> None:
+    """Makes each step take longer."""
+    take_step = loop._Run._take_step
+
+    def slow(*args: Any) -> None:
+        sleep(seconds)
+        take_step(*args)
+
+    loop._Run._take_step = slow
+
+
+def slow_step_and_kill(seconds: float, after: float) -> None:
+    """Kills the process so many seconds after its first step began, wherever it is then."""
+    slow_step(seconds)
+    take_step = loop._Run._take_step
+    timer = Timer(after, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+
+    def timed(*args: Any) -> None:
+        if timer.ident is None:
+            timer.start()
+        take_step(*args)
+
+    loop._Run._take_step = timed
+
+
+class Training(Started):
+    """Processes of `examples/train.py`; `prepare(*args)` is called in the first of them."""
+
+    def __init__(
+        self,
+        argv: list[str],
+        folder: Path,
+        num_processes: int = 1,
+        prepare: Callable[..., None] | None = None,
+        *args: Any,
+    ) -> None:
+        super().__init__(TRAIN, argv, folder, num_processes, prepare, *args)
+
+    def wait_for_steps(self, output: Path, steps: int) -> None:
+        """Until the log holds so many steps."""
+        self.wait_until(lambda: (output / "log.jsonl").exists() and len(read_log(output)) >= steps)
+
+
+def run(
+    argv: list[str], folder: Path, num_processes: int = 1, prepare: Callable[..., None] | None = None, *args: Any
+) -> Ended:
+    return Training(argv, folder, num_processes, prepare, *args).wait()
+
+
+def finish(argv: list[str], folder: Path, num_processes: int = 1) -> str:
+    """Runs to the end, which must be a good one; what it wrote."""
+    return processes.finish(TRAIN, argv, folder, num_processes).text
+
+
+# What two runs have in common
+
+
+def log_of(output: Path) -> list[dict[str, Any]]:
+    """The log, less what no two runs share."""
+    return [{name: value for name, value in line.items() if name != "samples_per_second"} for line in read_log(output)]
+
+
+def assert_same(first: Any, second: Any, where: str) -> None:
+    """Bit for bit."""
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, np.ndarray):
+        assert np.array_equal(first, second), where
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for name in first:
+            assert_same(first[name], second[name], f"{where}/{name}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), where
+        for index, (one, other) in enumerate(zip(first, second, strict=True)):
+            assert_same(one, other, f"{where}/{index}")
+    else:
+        assert first == second, where
+
+
+def read_part(file: Path) -> Any:
+    """What a file of a checkpoint holds, less the time that the run took."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    if file.suffix in (".bin", ".pkl", ".pt"):
+        return torch.load(file, weights_only=False)
+    if file.name.endswith("progress.json"):
+        progress = json.loads(file.read_text())
+        progress["window"].pop("seconds")
+        return progress
+    return file.read_bytes()
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """The same last checkpoint, with all its state, and the same log."""
+    one, other = list_checkpoints(first)[-1], list_checkpoints(second)[-1]
+    files = sorted(str(file.relative_to(one)) for file in one.rglob("*") if file.is_file())
+    assert files == sorted(str(file.relative_to(other)) for file in other.rglob("*") if file.is_file())
+    assert any(name.endswith("optimizer.bin") for name in files)
+    for name in files:
+        if not name.endswith(".yaml"):  # names the output
+            assert_same(read_part(one / name), read_part(other / name), name)
+    assert log_of(first) == log_of(second)
+    assert not list(second.glob("*.partial"))
+
+
+# Killed and resumed
+
+KILLED = {
+    "everything": {
+        "data": "records",
+        "gradient_accumulation_steps": 2,
+        "grad_cache_chunk": 3,
+        "ema_decay": 0.9,
+        "eval_data": "few",
+        "eval_steps": 3,
+        "log_steps": 3,
+        "warmup_steps": 2,
+    },
+    "workers": {"data": "records", "num_workers": 2, "loss": "sigmoid", "drop_last": True},
+    "stream, workers": {"data": "shards", "shuffle_buffer": 5, "num_workers": 2, "log_steps": 5},
+}
+# One after the other; the first is before there is a checkpoint.
+KILLS = [
+    Moment("step", 2),
+    Moment("all but named", 1),
+    Moment("weights saved", 2),
+    Moment("step", 2),
+    Moment("removal", 1),
+    Moment("log", 1),
+]
+
+
+def options_of(start: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with their data where it is."""
+    return {
+        name: start / value if name in ("data", "eval_data") and value else value for name, value in options.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", some_slow(KILLED, quick=["stream, workers"]))
+def test_a_killed_run_resumes_bitwise(kind: str, start: Path, tmp_path: Path) -> None:
+    options = {"model": start / "model", "save_steps": 2, **options_of(start, KILLED[kind])}
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    finish(arguments(undisturbed, **options), tmp_path)
+    argv = arguments(killed, **options)
+    kills = [*KILLS, Moment("evaluation", 1), Moment("evaluation", 1)] if "eval_data" in options else KILLS
+    for number, moment in enumerate(kills):
+        is_anew = "--resume" in argv and not list_checkpoints(killed)
+        ended = run(argv, tmp_path, 1, at, moment)
+        assert ended.codes == [-signal.SIGKILL], (moment, ended.text)
+        if moment.name == "all but named":
+            assert list(killed.glob("*.partial"))
+        argv = ["--output", str(killed), "--resume"]
+        if number == 0:
+            assert not list_checkpoints(killed)
+        assert ("starting anew" in ended.text) == is_anew
+    assert "Going on from" in finish(argv, tmp_path)
+    assert_same_run(undisturbed, killed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW)], ids=["SIGTERM", "SIGINT"]
+)
+def test_a_stopped_run_saves_and_resumes_bitwise(number: signal.Signals, start: Path, tmp_path: Path) -> None:
+    """The signal goes to the whole group, the loader's workers too, and twice, as from a terminal and a launcher."""
+    options = {"model": start / "model", "data": start / "records", "num_workers": 2, "max_steps": 12, "log_steps": 5}
+    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    finish(arguments(undisturbed, **options), tmp_path)
+    started = Training(arguments(stopped, **options), tmp_path, 1, slow_step, 0.2)
+    started.wait_for_steps(stopped, 1)
+    for _ in range(2):
+        os.killpg(started.processes[0].pid, number)
+    ended = started.wait()
+    assert ended.codes == [-signal.SIGTERM if number == signal.SIGTERM else 130], ended.text
+    assert ended.text.count("Stopping after this step") == 1
+    assert "`--resume` goes on from there" in ended.text
+    assert "Traceback" not in ended.text
+    (saved,) = list_checkpoints(stopped)
+    assert 5 <= int(saved.name.split("-")[1]) < 12
+    finish(["--output", str(stopped), "--resume"], tmp_path)
+    assert_same_run(undisturbed, stopped)
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once(start: Path, tmp_path: Path) -> None:
+    options = {"model": start / "model", "data": start / "records", "max_steps": 1000}
+    started = Training(arguments(tmp_path / "run", **options), tmp_path, 1, slow_step_without_grace, 3.0)
+    started.wait_for_steps(tmp_path / "run", 1)
+    sleep(0.3)  # into the next step
+    for _ in range(2):
+        os.kill(started.processes[0].pid, signal.SIGTERM)
+        sleep(0.3)
+    ended = started.wait()
+    assert ended.codes == [-signal.SIGTERM]
+    assert not list_checkpoints(tmp_path / "run")
+
+
+def slow_step_without_grace(seconds: float) -> None:
+    loop.SAME_SIGNAL_SECONDS = 0.0
+    slow_step(seconds)
+
+
+# Several processes
+
+SHARED = {
+    "uneven last batch": {"num_epochs": 2, "max_steps": None, "eval_data": "few", "eval_steps": 4},
+    "cached, accumulated": {
+        "grad_cache_chunk": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "warmup_steps": 2,
+    },
+    "sigmoid": {"loss": "sigmoid", "learning_rate": 1e-2, "text_learning_rate": 1e-3},
+    "locked": {"lock_vision": True, "ema_decay": 0.8},
+    "short captions alone": {"num_long_texts": 0},
+    "dinov2": {"model": "dinov2", "max_steps": 4},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", some_slow(SHARED, quick=["cached, accumulated"]))
+def test_two_processes_train_as_one(kind: str, start: Path, tmp_path: Path) -> None:
+    """The same curve, weights and recalls as one process with the doubled batch."""
+    # With a small epsilon AdamW makes steps of one size of gradients that are rounding errors, and of doubled ones.
+    options = {"model": start / "plain", "data": start / "odd", "epsilon": 1e-3, **options_of(start, SHARED[kind])}
+    if options["model"] == "dinov2":
+        options["model"] = make_checkpoint(tmp_path / "dinov2", backbone="dinov2")
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    finish(arguments(alone, **{**options, "batch_size": 8}), tmp_path)
+    text = finish(arguments(shared, **options), tmp_path, num_processes=2)
+    assert text.count("The model is in") == 1
+    one, two = log_of(alone), log_of(shared)
+    assert len(one) == len(two)
+    for expected, line in zip(one, two, strict=True):
+        assert line == pytest.approx(expected, abs=1e-5, rel=0)
+    first, second = list_checkpoints(alone)[-1], list_checkpoints(shared)[-1]
+    for name in ("model.safetensors", "state/model.safetensors"):
+        weights, others = load_file(first / name), load_file(second / name)
+        assert weights.keys() == others.keys()
+        for key, tensor in weights.items():
+            torch.testing.assert_close(
+                others[key], tensor, atol=1e-5, rtol=0, msg=lambda text, key=key: f"{key} {text}"
+            )
+    if kind == "sigmoid":
+        biases = [torch.load(path / "state" / "objective.pt")["logit_bias"].item() for path in (first, second)]
+        assert biases[1] == pytest.approx(biases[0], abs=1e-6)
+        assert abs(biases[0] + 10) > 0.005  # it is trained
+
+
+@pytest.mark.slow
+def test_killed_processes_resume_bitwise(start: Path, tmp_path: Path) -> None:
+    options = {"model": start / "model", "save_steps": 2, **options_of(start, KILLED["everything"])}
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    finish(arguments(undisturbed, **options), tmp_path, 2)
+    argv = arguments(killed, **options)
+    for moment in (Moment("step", 4), Moment("all but named", 1)):
+        ended = run(argv, tmp_path, 2, at, moment)
+        assert ended.codes[0] == -signal.SIGKILL, ended.text
+        assert ended.codes[1] != 0
+        argv = ["--output", str(killed), "--resume"]
+    ended = run(argv, tmp_path, 1)
+    assert ended.codes == [2]
+    assert "was written by 2 processes, this run has 1" in ended.text
+    finish(argv, tmp_path, 2)
+    assert_same_run(undisturbed, killed)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all(start: Path, tmp_path: Path) -> None:
+    options = {"model": start / "model", "data": start / "records", "max_steps": 1000}
+    started = Training(arguments(tmp_path / "run", **options), tmp_path, 2, slow_step, 0.05)
+    started.wait_for_steps(tmp_path / "run", 1)
+    os.kill(started.processes[1].pid, signal.SIGTERM)
+    ended = started.wait()
+    assert ended.codes == [-signal.SIGTERM] * 2, ended.text
+    assert len(list_checkpoints(tmp_path / "run")) == 1
+
+
+# What is broken
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss and the gradient of the step that made them so may well have been finite."""
+
+    def ruin(model: LoTLIPModel) -> None:
+        with torch.no_grad():
+            model.text_projection.weight[0, 0] = torch.inf
+
+    monkeypatch.setattr(loop, "clamp_logit_scale", ruin)
+    with pytest.raises(NonFiniteLossError, match="Step 1: the weights are not finite and were not saved. There is no"):
+        run_here(tmp_path / "run", start, save_steps=1)
+    assert not list_checkpoints(tmp_path / "run")
+
+
+def said(ended: Ended) -> str:
+    """The one line that says what is wrong."""
+    (line,) = [line for line in ended.text.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in ended.text
+    return line
+
+
+def plant_nan(in_gradient: bool, at_step: int) -> None:
+    """Has a step of this process meet a value that is not a number, in the gradient alone or in the loss."""
+    take_step = loop._Run._take_step
+
+    def poisoned(self: Any, batches: Any) -> None:
+        if self.step + 1 == at_step and in_gradient:
+            parameter = next(p for p in self.model.parameters() if p.requires_grad)
+            parameter.register_hook(lambda gradient: gradient * float("nan"))
+        elif self.step + 1 == at_step:
+            batches[0]["pixel_values"].fill_(float("nan"))
+        take_step(self, batches)
+
+    loop._Run._take_step = poisoned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [pytest.param(1, marks=SLOW), 2])
+@pytest.mark.parametrize("in_gradient", [False, pytest.param(True, marks=SLOW)], ids=["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    in_gradient: bool, num_processes: int, start: Path, tmp_path: Path
+) -> None:
+    """In the first process alone, where there are two."""
+    output = tmp_path / "run"
+    options = {"model": start / "plain", "data": start / "records", "save_steps": 2, "ema_decay": 0.5}
+    ended = run(arguments(output, **options), tmp_path, num_processes, plant_nan, in_gradient, 4)
+    assert ended.codes == [2] * num_processes, ended.text
+    errors = {line for line in ended.text.splitlines() if line.startswith("error: ")}
+    (line,) = errors
+    assert ("gradient's norm is nan" if in_gradient else "the loss is nan") in line
+    assert "Step 4: " in line
+    assert f"The last checkpoint is {output / 'checkpoint-2'}" in line
+    listed = json.loads((output / "not-finite-4.json").read_text())
+    assert len(listed["ids"]) == len(set(listed["ids"])) == 4 * num_processes
+    assert all(record_id in line for record_id in listed["ids"])
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-2"]
+    assert not list(output.glob("*.partial"))
+    assert [line["step"] for line in read_log(output)] == [1, 2, 3]
+    # and the run can go on
+    finish(["--output", str(output), "--resume"], tmp_path, num_processes)
+    assert [line["step"] for line in read_log(output)] == list(range(1, 9))
+
+
+def fail_to_write(owner: str, name: str, calls: Sequence[int], error: str) -> None:
+    """The disk is full at these calls, counted from 1."""
+    module = {"accelerator": Accelerator, "model": LoTLIPModel, "log": RunLog}[owner]
+    function, count = getattr(module, name), [0]
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        if count[0] in calls:
+            raise {"torch": RuntimeError, "system": OSError}[error]("[Errno 28] No space left on device")
+        return function(*args, **kwargs)
+
+    setattr(module, name, failing)
+
+
+def train_here(output: Path, start: Path, **options: Any) -> int:
+    """`examples/train.py` in this process."""
+    return load_script(TRAIN).main(
+        arguments(output, **options_of(start, {"model": start / "plain", "data": "records", **options}))
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [("accelerator", "save_state", "torch"), ("model", "save_pretrained", "system")])
+def test_a_full_disk_in_the_middle_does_not_end_the_run(
+    what: tuple[str, str, str], start: Path, tmp_path: Path
+) -> None:
+    owner, name, error = what
+    output = tmp_path / "run"
+    argv = arguments(output, model=start / "plain", data=start / "records", save_steps=2)
+    ended = run(argv, tmp_path, 2, fail_to_write, owner, name, [2], error)
+    assert ended.codes == [0, 0], ended.text
+    complaints = [line for line in ended.text.splitlines() if "cannot be written" in line and "No space left" in line]
+    assert len(complaints) == 1
+    assert "checkpoint-4" in complaints[0]
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-6", "checkpoint-8"]
+    assert not list(output.glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_the_end_is_an_error(start: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    argv = arguments(output, model=start / "plain", data=start / "records", save_steps=3)
+    ended = run(argv, tmp_path, 1, fail_to_write, "accelerator", "save_state", [3], "torch")
+    assert ended.codes == [2]
+    assert "checkpoint-8 cannot be written: [Errno 28] No space left on device" in said(ended)
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-3", "checkpoint-6"]
+    finish(["--output", str(output), "--resume"], tmp_path)
+    finish(arguments(tmp_path / "undisturbed", model=start / "plain", data=start / "records", save_steps=3), tmp_path)
+    assert_same_run(tmp_path / "undisturbed", output)
+
+
+@pytest.mark.slow
+def test_a_log_that_cannot_be_written_does_not_end_the_run(start: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    argv = arguments(output, model=start / "plain", data=start / "records")
+    ended = run(argv, tmp_path, 1, fail_to_write, "log", "write", [2, 3], "system")
+    assert ended.codes == [0], ended.text
+    assert ended.text.count("The log cannot be written") == 1
+    assert [line["step"] for line in read_log(output)] == [1, 4, 5, 6, 7, 8]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB: a checkpoint takes 1."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = (
+        shutil.which("mount")
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+    )
+    if not mounted:
+        pytest.skip("mounting a small file system takes rights that this user has not")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills(small_disk: Path, start: Path, tmp_path: Path) -> None:
+    """Checkpoints until there is no room, with a log and TensorBoard on the same disk; those that fitted are whole."""
+    output = small_disk / "run"
+    options = {"model": start / "plain", "data": start / "records", "trackers": "tensorboard", "save_total_limit": 0}
+    ended = run(arguments(output, **options, save_steps=1), tmp_path)
+    assert ended.codes == [2]
+    assert "checkpoint-8 cannot be written: " in said(ended)
+    assert "The run goes on, and tries again after 1 steps." in ended.text
+    whole = list_checkpoints(output)
+    assert 1 <= len(whole) < 7
+    assert not list(output.glob("*.partial"))
+    assert read_log(output)[0]["step"] == 1
+    LoTLIPModel.from_pretrained(whole[-1])
+    ended = run(["--output", str(output), "--resume"], tmp_path)
+    assert ended.codes == [2]
+    assert "GB are free" in said(ended)
+    assert list_checkpoints(output) == whole
+    for path in whole[:-1]:
+        shutil.rmtree(path)
+    finish(["--output", str(output), "--resume", "--save-steps", "100"], tmp_path)
+    assert list_checkpoints(output)[-1].name == "checkpoint-8"
+
+
+@pytest.mark.slow
+def test_no_room_from_the_start(small_disk: Path, start: Path, tmp_path: Path) -> None:
+    (small_disk / "filler").write_bytes(bytes(2_500_000))
+    ended = run(arguments(small_disk / "run", model=start / "plain", data=start / "records"), tmp_path)
+    assert ended.codes == [2]
+    assert "a checkpoint takes about" in said(ended)
+    assert "Training" not in ended.text
+
+
+@pytest.mark.slow
+def test_a_broken_record_saves_what_was_trained(start: Path, tmp_path: Path) -> None:
+    """In a loader's worker of one process of two; the resumed run leaves the record out."""
+    data = make_folder(tmp_path / "records")
+    broken = data / "r005.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    options = {"model": start / "plain", "data": data, "num_workers": 1, "max_steps": None, "num_epochs": 2}
+    ended = run(arguments(tmp_path / "run", **options), tmp_path, 2)
+    assert ended.codes == [2, 2], ended.text
+    errors = [line for line in ended.text.splitlines() if line.startswith("error: ")]
+    assert sum("r005" in line for line in errors) == 1
+    assert sum("Another process" in line for line in errors) == 1
+    assert "Traceback" not in ended.text
+    steps = len(read_log(tmp_path / "run"))
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"checkpoint-{steps}"] * bool(steps)
+    finish(["--output", str(tmp_path / "run"), "--resume", "--on-error", "skip"], tmp_path, 2)
+    last = read_log(tmp_path / "run")[-1]
+    assert (last["step"], last["records"], last["broken_images"]) == (6, 48, 2)
+
+
+def test_a_truncated_shard_saves_what_was_trained(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data, output = make_shards(tmp_path / "shards"), tmp_path / "run"
+    shard = data / "3.tar"
+    shard.write_bytes(shard.read_bytes()[:8000])
+    assert train_here(output, start, data=data, shuffle_buffer=1) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "3.tar: damaged or truncated after 1 records" in line
+    steps = len(read_log(output))
+    assert steps > 0
+    assert [path.name for path in list_checkpoints(output)] == [f"checkpoint-{steps}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=SLOW)])
+def test_skipped_records_are_counted_once(num_workers: int, start: Path, tmp_path: Path) -> None:
+    """What a loader reads ahead is not counted, nor what a resumed run reads again."""
+    data = make_shards(tmp_path / "shards")
+    shard = data / "2.tar"
+    shard.write_bytes(shard.read_bytes()[:8000])
+    options = {"model": start / "plain", "data": data, "num_workers": num_workers, "on_error": "skip", "save_steps": 3}
+    options["shuffle_buffer"] = 1
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    finish(arguments(undisturbed, **options), tmp_path)
+    ended = run(arguments(killed, **options), tmp_path, 1, at, Moment("step", 6))
+    assert ended.codes == [-signal.SIGKILL]
+    finish(["--output", str(killed), "--resume"], tmp_path)
+    assert_same_run(undisturbed, killed)
+    lines = read_log(killed)
+    assert lines[-1]["broken_shards"] >= 1
+    assert all(later["records"] > line["records"] for line, later in zip(lines, lines[1:], strict=False))
+    assert all(line["records"] <= 4 * line["step"] for line in lines)
+
+
+def broken_checkpoint(folder: Path, name: str) -> None:
+    file = folder / name
+    file.write_bytes(file.read_bytes()[:50])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    some_slow(
+        [f"state/{name}" for name in ("model.safetensors", "optimizer.bin", "scheduler.pt", "0-progress.json")]
+        + ["state/random_states_0.pkl"],
+        quick=["state/random_states_0.pkl"],
+    ),
+)
+def test_a_damaged_checkpoint_is_named(name: str, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "run"
+    assert train_here(output, start, model=start / "model", save_steps=4) == 0
+    broken_checkpoint(output / "checkpoint-8", name)
+    capsys.readouterr()
+    assert load_script(TRAIN).main(["--output", str(output), "--resume"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {output / 'checkpoint-8'} cannot be read (")
+    assert error.endswith("Remove it to go on from the one before it.")
+    shutil.rmtree(output / "checkpoint-8")
+    assert load_script(TRAIN).main(["--output", str(output), "--resume"]) == 0
+    assert list_checkpoints(output)[-1].name == "checkpoint-8"
+
+
+WRONG = {
+    "no such data": ({"data": "nowhere"}, "nowhere: no such file or folder"),
+    "no such model": ({"model": "nowhere"}, "nowhere"),
+    "no model": ({"model": None}, "Say which model to train"),
+    "one encoder": ({"model": None, "text_model": "x"}, "Say which model to train"),
+    "no data": ({"data": None}, "Say what to train on"),
+    "no such column": ({"short_column": "shortt"}, "'shortt'"),
+    "too many layers": ({"lock_vision": True, "unlocked_vision_layers": 3}, "the image tower has 2"),
+    "too long": ({"max_text_length": 1000}, "`max_text_length` is 1000"),
+    "no batch": ({"drop_last": True, "batch_size": 25}, "do not make a batch"),
+    "no length": ({"data": "shards", "max_steps": None}, "set `max_steps`"),
+    "long warm-up": ({"max_steps": None, "warmup_steps": 7}, "`warmup_steps` (7) is more than the run's 6 steps"),
+    "unknown tracker": ({"trackers": "tensorbord"}, "tensorbord"),
+    "no such tracker": ({"trackers": "comet_ml"}, "comet_ml is not installed"),
+    "no such captioner": ({"captioners": 5}, "long caption 5"),
+    "other corners": ({"num_corner_tokens": 3}, "`num_corner_tokens` is for new models"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_wrong_is_said_in_one_line(
+    kind: str, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(start)  # where there is no `nowhere`
+    options, words = WRONG[kind]
+    assert train_here(tmp_path / "run", start, **options) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert not list_checkpoints(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("kept", "options", "words"),
+    [
+        ("short_caption", {"num_long_texts": 0}, None),
+        ("long_captions", {}, None),
+        ("long_captions", {"short_column": "none"}, None),
+        ("long_captions", {"short_column": "none", "num_long_texts": 0}, None),
+        ("short_caption", {}, "--long-columns"),
+        ("short_caption", {"long_columns": "captions"}, "--long-columns"),
+        ("long_captions", {"num_long_texts": 0}, "--short-column"),
+        ("long_captions", {"short_column": "caption"}, "--short-column"),
+        ("long_captions", {"image_column": "picture"}, "--image-column"),
+    ],
+)
+def test_one_kind_of_caption_is_enough(
+    kept: str,
+    options: dict[str, Any],
+    words: str | None,
+    start: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = make_folder(tmp_path / "data", 8)
+    own = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    (data / "metadata.jsonl").write_text(
+        "".join(json.dumps({name: row[name] for name in ("file_name", kept)}) + "\n" for row in own)
+    )
+    script = load_script(TRAIN)
+    flags = arguments(tmp_path / "run", model=start / "plain", data=data, **{"max_steps": 1, **options})
+    if words is None:
+        assert script.main(flags) == 0
+        assert list_checkpoints(tmp_path / "run")
+        return
+    monkeypatch.setattr(script, "load_or_start_model", lambda _: pytest.fail("a model was loaded"))
+    assert script.main(flags) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("broken", ["caption", "image", "line", "empty"])
+def test_data_is_looked_at_before_a_model_is_loaded(
+    broken: str,
+    streaming: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = make_folder(tmp_path / "data", 4)
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    if broken == "caption":
+        lines[0] = json.dumps({**first, "short_caption": None})
+    elif broken == "image":
+        (data / first["file_name"]).write_bytes(b"no image")
+    elif broken == "line":
+        lines[0 if streaming else 2] = '{"file_name": '
+    else:
+        lines = []
+    (data / "metadata.jsonl").write_text("\n".join(lines))
+    script = load_script(TRAIN)
+    monkeypatch.setattr(script, "load_or_start_model", lambda _: pytest.fail("a model was loaded"))
+    for name in ("data", "eval_data"):
+        other = {"data": make_folder(tmp_path / name / "good", 4), name: data}
+        flags = arguments(tmp_path / "run", model="m", **other)
+        assert script.main([*flags, *(["--streaming"] if streaming else [])]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+        assert not (tmp_path / "run").exists()
+
+
+def test_splits_of_a_folder_are_named(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        make_folder(tmp_path / "data" / split, 4)
+    data = tmp_path / "data"
+    for options, words in (
+        ({"data": data}, "--split"),
+        ({"data": data / "train", "eval_data": data}, "--eval-split"),
+        ({"data": data, "split": "train", "eval_data": data, "eval_split": "test"}, "--eval-split"),
+    ):
+        assert train_here(tmp_path / "run", start, **options) == 2
+        assert words in capsys.readouterr().err
+    made = config(tmp_path / "run", data=str(data), split="train", eval_data=str(data), eval_split="validation")
+    records, eval_records = load_data(made)
+    assert Path(next(iter(records))["image"]).parent.name == "train"
+    assert Path(next(iter(eval_records))["image"]).parent.name == "val"  # pyright: ignore[reportArgumentType]
+    # what is no split is the usual one
+    others = {"data": str(data / "val"), "eval_data": str(data / "train")}
+    made = config(tmp_path / "run", **others, split="train", eval_split="validation")
+    assert [len(records) for records in load_data(made)] == [4, 4]  # pyright: ignore[reportArgumentType]
+
+
+def test_no_records_at_all(start: Path, tmp_path: Path) -> None:
+    records = load_records(start / "few").select([])
+    with pytest.raises(ValueError, match="the data set is empty"):
+        train(*load_or_start_model(config(tmp_path, model=str(start / "plain"))), records, config(tmp_path / "run"))
+    assert not list_checkpoints(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_another_run_is_not_overwritten(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "run"
+    assert train_here(output, start, max_steps=2) == 0
+    before = log_of(output)
+    assert train_here(output, start, max_steps=2) == 2
+    assert "holds checkpoints of another run, up to checkpoint-2" in capsys.readouterr().err
+    assert log_of(output) == before
+    # resumed where nothing is left to do, from a folder that was moved
+    moved = output.rename(tmp_path / "moved")
+    assert load_script(TRAIN).main(["--output", str(moved), "--resume", "--log-steps", "5"]) == 0
+    assert log_of(moved) == before
+    for change, words in (
+        (["--learning-rate", "0.5"], "`learning_rate` was 0.001 and is 0.5"),
+        (["--data", str(start / "few")], "`data` was"),
+    ):
+        assert load_script(TRAIN).main(["--output", str(moved), "--resume", *change]) == 2
+        assert words in capsys.readouterr().err
+    with pytest.raises(ValueError, match="`batch_size` was 4 and is 5"):
+        changed = config(moved, resume=True, max_steps=2, batch_size=5)
+        train(*load_or_start_model(config(tmp_path, model=str(start / "plain"))), load_records(start / "few"), changed)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_wants_the_same_records_and_workers(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = make_folder(tmp_path / "records")
+    assert train_here(tmp_path / "run", start, data=data, max_steps=2) == 0
+    lines = (data / "metadata.jsonl").read_text().splitlines(keepends=True)
+    (data / "metadata.jsonl").write_text("".join(lines[:-1]))
+    assert load_script(TRAIN).main(["--output", str(tmp_path / "run"), "--resume"]) == 2
+    assert "`num_records` = 24, now it is 23" in capsys.readouterr().err
+    assert train_here(tmp_path / "stream", start, data="shards", max_steps=2) == 0
+    argv = ["--output", str(tmp_path / "stream"), "--resume", "--num-workers", "1"]
+    assert load_script(TRAIN).main(argv) == 2
+    assert "`num_workers` = 0, now it is 1" in capsys.readouterr().err
+
+
+# What a run computes
+
+
+def run_here(output: Path, start: Path, **options: Any) -> tuple[LoTLIPModel, Path]:
+    """The model after a run in this process, and the last checkpoint."""
+    options = {"model": str(start / "plain"), "data": str(start / "records"), **options}
+    made = config(output, **options)
+    model, processor = load_or_start_model(made)
+    records, eval_records = load_data(made)
+    return model, train(model, processor, records, made, eval_records)
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.slow
+def test_the_loop_is_a_plain_loop(start: Path, tmp_path: Path) -> None:
+    """Loss, decay, clipping, learning rates, averages: against a loop of a few lines, over two epochs."""
+    options = {
+        "learning_rate": 1e-2,
+        "text_learning_rate": 3e-3,
+        "image_learning_rate": 1e-3,
+        "weight_decay": 0.3,
+        "beta1": 0.8,
+        "beta2": 0.98,
+        "epsilon": 1e-6,
+        "warmup_steps": 2,
+        "max_grad_norm": 0.5,
+        "ema_decay": 0.7,
+        "max_steps": 9,
+        "gradient_accumulation_steps": 1,
+    }
+    model, checkpoint_folder = run_here(tmp_path / "run", start, **options)
+
+    plain, processor = load_or_start_model(config(tmp_path, model=str(start / "plain")))
+    records = load_records(start / "records")
+    collator = LoTLIPCollator(processor, CaptionSampling(num_long_texts=2))
+    peaks, decays, parameters = [], [], []
+    for name, parameter in plain.named_parameters():
+        if name.startswith(("text_model.", "text_projection.")):
+            peaks.append(3e-3)
+        elif name.startswith(("vision_model.", "visual_projection.")):
+            peaks.append(1e-3)
+        else:
+            assert name == "logit_scale"
+            peaks.append(1e-2)
+        decays.append(0.3 if parameter.ndim > 1 else 0.0)
+        parameters.append(parameter)
+    first = [torch.zeros_like(parameter) for parameter in parameters]
+    second = [torch.zeros_like(parameter) for parameter in parameters]
+    average: dict[str, torch.Tensor] = {}
+    plain.train()
+    for step in range(1, 10):
+        epoch, batch_number = divmod(step - 1, 6)
+        order = np.random.default_rng([0, epoch]).permutation(24)
+        collator.set_epoch(epoch)
+        batch = collator([records[int(i)] for i in order[4 * batch_number : 4 * batch_number + 4]])
+        plain.zero_grad()
+        loss = plain(**batch)
+        loss.loss.backward()
+        line = log_of(tmp_path / "run")[step - 1]
+        assert line["loss"] == pytest.approx(loss.loss.item(), abs=1e-5)
+        norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+        # linear, then the cosine, of the step that is taken
+        done = step - 1
+        factor = done / 2 if done < 2 else 0.5 * (1 + math.cos(math.pi * (done - 2) / 7))
+        after = step / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 7))
+        assert line["learning_rate"] == pytest.approx(1e-2 * after, abs=1e-12)
+        with torch.no_grad():
+            for index, parameter in enumerate(parameters):
+                if parameter.grad is None:
+                    continue
+                rate = peaks[index] * factor
+                gradient = parameter.grad * min(1.0, 0.5 / (norm.item() + 1e-6))
+                first[index].mul_(0.8).add_(gradient, alpha=0.2)
+                second[index].mul_(0.98).add_(gradient**2, alpha=0.02)
+                parameter.mul_(1 - rate * decays[index])
+                root = (second[index] / (1 - 0.98**step)).sqrt() + 1e-6
+                parameter.sub_(rate * first[index] / (1 - 0.8**step) / root)
+            plain.logit_scale.clamp_(max=math.log(100))
+            now = weights_of(plain)
+            average = {name: now[name] if not average else 0.7 * average[name] + 0.3 * now[name] for name in now}
+    for name, tensor in weights_of(plain).items():
+        torch.testing.assert_close(
+            model.state_dict()[name], tensor, atol=2e-5, rtol=0, msg=lambda t, n=name: f"{n}: {t}"
+        )
+    # the averaged weights are the model that is saved, the last ones are what a resumed run goes on with
+    saved = LoTLIPModel.from_pretrained(checkpoint_folder).state_dict()
+    for name, tensor in average.items():
+        torch.testing.assert_close(saved[name], tensor, atol=2e-5, rtol=0, msg=lambda t, n=name: f"{n}: {t}")
+    kept = load_file(checkpoint_folder / "state" / "model.safetensors")
+    for name, tensor in kept.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 3, 12])
+@pytest.mark.parametrize("name", get_args(get_type_hints(TrainingConfig)["lr_scheduler"]))
+def test_schedules_are_those_of_transformers(name: str, warmup_steps: int) -> None:
+    made = TrainingConfig(max_steps=12, lr_scheduler=name, warmup_steps=warmup_steps)  # pyright: ignore
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    theirs = get_scheduler(name, optimizer, warmup_steps, 12)
+    for step in range(14):
+        assert rate_factor(step, made, 12) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=SLOW)])
+def test_learning_rates_follow_the_schedule(num_processes: int, start: Path, tmp_path: Path) -> None:
+    """Also in several processes, where accelerate would step a scheduler once for each."""
+    options = {"model": start / "plain", "data": start / "records", "num_epochs": 2, "max_steps": None}
+    options |= {"batch_size": 4 // num_processes, "warmup_steps": 3, "lr_scheduler": "linear"}
+    finish(arguments(tmp_path / "run", **options), tmp_path, num_processes)
+    rates = [line["learning_rate"] for line in read_log(tmp_path / "run")]
+    expected = [1e-3 * (step / 3 if step < 3 else (12 - step) / 9) for step in range(1, 13)]
+    assert rates == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_logit_scale_stays_below_its_limit(start: Path, tmp_path: Path) -> None:
+    model, _ = load_or_start_model(config(tmp_path, model=str(start / "plain")))
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(100) + 1)
+    run_options = {"learning_rate": 1e-3, "max_steps": 2, "max_grad_norm": 0}
+    made = config(tmp_path / "run", model=str(start / "plain"), **run_options)
+    _, processor = load_or_start_model(made)
+    train(model, processor, load_records(start / "records"), made)
+    assert model.logit_scale.item() <= math.log(100) + 1e-6
+    assert read_log(tmp_path / "run")[0]["logit_scale"] == pytest.approx(100, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["vit", "dinov2", "siglip", "clip"])
+@pytest.mark.parametrize("unlocked", [0, 1])
+def test_a_locked_tower_stays_bit_for_bit(backbone: str, unlocked: int, start: Path, tmp_path: Path) -> None:
+    """But for its last layers, where these are unlocked, and what follows them."""
+    folder = make_checkpoint(tmp_path / "model", dropout=0.1, backbone=backbone)
+    before = load_file(folder / "model.safetensors")
+    model, saved = run_here(
+        tmp_path / "run", start, model=str(folder), lock_vision=True, unlocked_vision_layers=unlocked, max_steps=2
+    )
+    after = load_file(saved / "model.safetensors")
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    tower = {name for name in after if name.startswith("vision_model.")}
+    last = {name for name in tower if ".1." in name and ".0." not in name}
+    behind = {
+        name
+        for name in tower
+        if "post_layernorm" in name
+        or ".head." in name
+        or name.endswith(("backbone.layernorm.weight", "backbone.layernorm.bias"))
+    }
+    if backbone in ("vit", "dinov2", "clip"):
+        assert behind
+    assert "logit_scale" in moved
+    assert any(name.startswith("text_model.") for name in moved)
+    if not unlocked:
+        assert not moved & tower
+    else:
+        assert last
+        # a key's bias moves no softmax
+        assert {n for n in last | behind if "k_proj.bias" not in n and "key.bias" not in n} <= moved
+        assert moved & tower <= last | behind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["vit", "dinov2", "siglip", "clip"])
+@pytest.mark.parametrize("num_long_texts", [0, 2])
+def test_every_trained_parameter_has_a_gradient(
+    backbone: str, num_long_texts: int, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For one without stops `DistributedDataParallel`."""
+    folder = make_checkpoint(tmp_path / "model", backbone=backbone)
+    without: list[str] = []
+    step = torch.optim.AdamW.step
+
+    def checked(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        without.extend(str(p.shape) for group in self.param_groups for p in group["params"] if p.grad is None)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", checked)
+    run_here(tmp_path / "run", start, model=str(folder), num_long_texts=num_long_texts, max_steps=1)
+    assert not without
+
+
+def test_a_run_of_two_encoders(start: Path, tmp_path: Path) -> None:
+    """LiT: a text encoder and an image encoder from their own folders; the image encoder's weights stay."""
+    torch.manual_seed(3)
+    text, image = tmp_path / "text", tmp_path / "image"
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
+    BertModel(BertConfig(**small, vocab_size=len(SPECIAL + WORDS), max_position_embeddings=40)).save_pretrained(text)
+    (text / "vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]))
+    BertTokenizer.from_pretrained(text).save_pretrained(text)
+    ViTModel(ViTConfig(**small, image_size=32, patch_size=8), add_pooling_layer=False).save_pretrained(image)
+    side = {"height": 32, "width": 32}
+    ViTImageProcessorPil(size=side).save_pretrained(image)
+    model, saved = run_here(
+        tmp_path / "run",
+        start,
+        model=None,
+        text_model=str(text),
+        image_model=str(image),
+        num_corner_tokens=1,
+        max_text_length=20,
+        lock_vision=True,
+        max_steps=2,
+    )
+    assert model.config.text_config.num_corner_tokens == 1
+    before, after = load_file(image / "model.safetensors"), load_file(saved / "model.safetensors")
+    kept = {name.split("backbone.")[1]: tensor for name, tensor in after.items() if name.startswith("vision_model.")}
+    same = [name for name, tensor in before.items() if torch.equal(kept[name], tensor)]
+    assert sorted(same) == sorted(before)
+    assert AutoProcessor.from_pretrained(saved).tokenizer.model_max_length == 20
+
+
+@pytest.mark.slow
+def test_a_run_of_a_clips_two_encoders(start: Path, tmp_path: Path) -> None:
+    """CLIP's own tokenizer and [EOT] pooling; corner tokens are learnt behind [EOT]."""
+    tiny_clip.save_clip(tmp_path / "clip")
+    clip = str(tmp_path / "clip")
+    model, saved = run_here(
+        tmp_path / "run", start, model=None, text_model=clip, image_model=clip, num_corner_tokens=1, max_steps=2
+    )
+    assert model.config.text_config.pooling == "eos"
+    processor = AutoProcessor.from_pretrained(saved)
+    assert isinstance(processor.tokenizer, CLIPTokenizer)
+    assert processor.tokenizer.model_max_length == model.config.text_config.max_position_embeddings == 77
+    loaded = AutoModel.from_pretrained(saved)
+    inputs = processor(text=["a cat. a dog", "a photo of the red car " * 30], return_tensors="pt")
+    assert inputs["input_ids"].shape == (2, 77)
+    with torch.no_grad():
+        features = loaded.get_text_features(**inputs).pooler_output
+        expected = model.eval().get_text_features(**inputs).pooler_output
+        torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_loads_in_a_new_process(start: Path, tmp_path: Path) -> None:
+    """By `AutoModel` and `AutoProcessor`, with the outputs of the model that was trained."""
+    model, saved = run_here(tmp_path / "run", start, max_text_length=12, max_steps=3)
+    processor = AutoProcessor.from_pretrained(saved)
+    assert processor.tokenizer.model_max_length == 12
+    picture = start / "records" / "r000.png"
+    inputs = processor(
+        text=["a red cup. a blue tree is in a house", "road " * 30], images=[str(picture)], return_tensors="pt"
+    )
+    assert inputs["input_ids"].shape[1] <= 12
+    model.eval()
+    with torch.no_grad():
+        expected = model(**inputs)
+    script = (
+        "import sys, torch, lotlip_hf\n"
+        "from transformers import AutoModel, AutoProcessor\n"
+        "model = AutoModel.from_pretrained(sys.argv[1]).eval()\n"
+        "AutoProcessor.from_pretrained(sys.argv[1])\n"
+        "inputs = torch.load(sys.argv[2])\n"
+        "with torch.no_grad():\n"
+        "    outputs = model(**inputs)\n"
+        "torch.save([outputs.text_embeds, outputs.image_embeds], sys.argv[2])\n"
+    )
+    torch.save(dict(inputs), tmp_path / "inputs.pt")
+    subprocess.run([sys.executable, "-c", script, saved, tmp_path / "inputs.pt"], check=True, timeout=TIME_LIMIT)
+    text_embeds, image_embeds = torch.load(tmp_path / "inputs.pt")
+    torch.testing.assert_close(text_embeds, expected.text_embeds, atol=1e-6, rtol=0)
+    torch.testing.assert_close(image_embeds, expected.image_embeds, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_what_is_written_and_when(start: Path, tmp_path: Path) -> None:
+    options = {"eval_data": str(start / "few"), "eval_samples": 7, "eval_steps": 4, "log_steps": 3}
+    _, last = run_here(tmp_path / "run", start, **options, save_steps=2, save_total_limit=2, max_steps=10)
+    assert last == tmp_path / "run" / "checkpoint-10"
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-8", "checkpoint-10"]
+    lines = read_log(tmp_path / "run")
+    assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 10]
+    assert [line["step"] for line in lines if "long_image_to_text_r1" in line] == [4, 8, 10]
+    assert all(
+        line["loss"] == pytest.approx(line["loss_short"] + line["loss_long"]) for line in lines if "loss" in line
+    )
+    names = {
+        f"{kind}_{way}_r{k}"
+        for kind in ("long", "short")
+        for way in ("image_to_text", "text_to_image")
+        for k in (1, 5, 10)
+    }
+    assert {*lines[-1]} == names | {"step", "epoch"}
+    assert lines[-1]["long_image_to_text_r10"] == 1.0  # of 7
+    assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
+    assert (tmp_path / "run" / "training_config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_epochs_and_accumulation_make_the_steps(start: Path, tmp_path: Path) -> None:
+    """24 records in batches of 5: 5 batches an epoch, 4 with `drop_last`."""
+    for number, (options, steps) in enumerate(
+        [
+            ({"num_epochs": 1.5}, 7),
+            ({"num_epochs": 2, "gradient_accumulation_steps": 3}, 3),
+            ({"num_epochs": 0.01}, 1),
+            ({"num_epochs": 1, "drop_last": True}, 4),
+        ]
+    ):
+        _, last = run_here(tmp_path / f"{number}", start, batch_size=5, max_steps=None, **options)
+        assert last.name == f"checkpoint-{steps}"
+
+
+def test_an_evaluation_takes_records_without_long_captions(start: Path, tmp_path: Path) -> None:
+    made = config(tmp_path, model=str(start / "plain"), eval_samples=6)
+    model, processor = load_or_start_model(made)
+    records = [dict(record) for record in load_records(start / "few").select(range(6))]
+    whole = evaluate(model, processor, Dataset.from_list(records), made)
+    records[2]["long_captions"] = []
+    assert evaluate(model, processor, Dataset.from_list(records), made).keys() == whole.keys()
+
+
+@pytest.mark.slow
+def test_a_failed_evaluation_keeps_what_was_trained(start: Path, tmp_path: Path) -> None:
+    """The resumed run evaluates first."""
+    data = make_folder(tmp_path / "eval", 10)
+    content = (data / "r003.png").read_bytes()
+    (data / "r003.png").write_bytes(b"no picture")
+    output = tmp_path / "run"
+    options = {"model": start / "plain", "data": start / "records", "eval_data": data, "eval_steps": 3}
+    ended = run(arguments(output, **options), tmp_path, 2)
+    assert ended.codes == [2, 2]
+    assert "r003" in ended.text
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-3"]
+    (data / "r003.png").write_bytes(content)
+    finish(["--output", str(output), "--resume"], tmp_path, 2)
+    assert [line["step"] for line in read_log(output) if "long_image_to_text_r1" in line] == [3, 6, 8]
+
+
+# As users start it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+        ],
+        ["torch.distributed.run", "--nproc_per_node", "2"],
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_launchers(launcher: list[str], start: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flag = "--main_process_port" if "accelerate" in launcher[0] else "--master_port"
+    options = {"model": start / "plain", "data": start / "odd", "eval_data": start / "few", "epsilon": 1e-3}
+    argv = arguments(tmp_path / "launched", **options, num_epochs=1, max_steps=None)
+    command = [sys.executable, "-m", *launcher, flag, str(port), str(REPOSITORY / TRAIN), *argv]
+    done = subprocess.run(command, timeout=TIME_LIMIT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The model is in") == 1
+    finish(arguments(tmp_path / "alone", **options, num_epochs=1, max_steps=None, batch_size=8), tmp_path)
+    for expected, line in zip(log_of(tmp_path / "alone"), log_of(tmp_path / "launched"), strict=True):
+        assert line == pytest.approx(expected, abs=1e-5, rel=0)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_at_random(start: Path, tmp_path: Path) -> None:
+    options = {"model": start / "model", "save_steps": 3, "max_steps": 20, **options_of(start, KILLED["everything"])}
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    finish(arguments(undisturbed, **options), tmp_path)
+    argv, generator, kills = arguments(killed, **options), random.Random(0), 0
+    for _ in range(100):
+        # 20 steps take 2 seconds or more, so it is killed more than twice; later delays let a slow machine end, too.
+        after = generator.uniform(0.2, 0.6) * (1 + kills / 2)
+        if run(argv, tmp_path, 1, slow_step_and_kill, 0.1, after).codes == [0]:
+            break
+        kills += 1
+        argv = ["--output", str(killed), "--resume"]
+    assert kills > 2
+    assert_same_run(undisturbed, killed)
