@@ -41,13 +41,14 @@ from transformers.utils import logging as transformers_logging
 
 import peak
 import peers
-from lotlip_hf import LoTLIPModel, LoTLIPProcessor, encode_texts
+from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor
 from lotlip_hf.conversion.onnx import convert as export_onnx
 from lotlip_hf.conversion.stock import stock_model
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts, split_sentences
-from lotlip_hf.encoder import CPU_TOKENS, load_model
+from lotlip_hf.encoder import CPU_TOKENS
 from lotlip_hf.images import load_image
+from lotlip_hf.loading import load_model
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.scenes.dataset import scenes_dataset
@@ -164,7 +165,7 @@ class Bench:
 
     def encode(self, model: PreTrainedModel, texts: Sequence[str]) -> torch.Tensor:
         """[N, P], with this package."""
-        return encode_texts(model, self.processor, texts, progress=False)
+        return Encoder(model, self.processor).encode_texts(texts, progress=False)
 
     def batches(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
         """The ideal batches: tokenised, sorted by length, of as many tokens as a CPU computes fastest."""
@@ -259,7 +260,7 @@ def mixed(bench: Bench) -> list[Row]:
         sentences = split_sentences(bench.captions[index % len(bench.captions)])
         texts.append(". ".join(sentences[: choose.randint(1, len(sentences))]))
     calls = {
-        "ours": lambda: encode_texts(model, bench.processor, texts, progress=True),
+        "ours": lambda: Encoder(model, bench.processor).encode_texts(texts, progress=True),
         "ideal": partial(run_batches, stock, bench.batches(texts)),
     }
     seconds = bench.turns("mixed lengths", calls)

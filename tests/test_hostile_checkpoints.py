@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lotlip_hf import cli, search
+from lotlip_hf import Encoder, cli, search
 from lotlip_hf.cli import main
 from lotlip_hf.embed import embed_texts
-from lotlip_hf.encoder import load_model
 from lotlip_hf.evaluation import embeddings as cached
 from lotlip_hf.files import all_or_nothing, markdown_text, own_folder
 from lotlip_hf.hub.push import write_repository
+from lotlip_hf.loading import load_model
 from lotlip_hf.plots import figure, save
 from lotlip_hf.search import build_index
 from lotlip_hf.store import EmbeddingStore
@@ -56,7 +56,7 @@ def thesis(tmp_path: Path) -> Path:
 
 
 def index_of(pair: Pair, photos: Path) -> Any:
-    return build_index(*pair, photos, progress=False, dimension=WIDTH)
+    return build_index(Encoder(*pair), photos, progress=False)
 
 
 def store_of(photos: Path) -> Path:
@@ -207,7 +207,7 @@ def test_the_entries_rows_of_embed_are_its_own(pair: Pair, tmp_path: Path, thesi
     elsewhere.mkdir()
     (elsewhere / "complete.parquet").symlink_to(thesis)
     Path(f"{output}.partial").symlink_to(elsewhere)
-    assert embed_texts(*pair, tmp_path / "texts.txt", output, progress=False) == 2
+    assert embed_texts(Encoder(*pair), tmp_path / "texts.txt", output, progress=False) == 2
     assert thesis.read_bytes() == THESIS
     assert [path.name for path in elsewhere.iterdir()] == ["complete.parquet"]
 
@@ -216,13 +216,13 @@ def test_the_entries_rows_of_embed_are_its_own(pair: Pair, tmp_path: Path, thesi
 def test_partial_results_of_embed_are_a_folder(pair: Pair, tmp_path: Path, make: Callable[[Path], None]) -> None:
     (tmp_path / "texts.txt").write_text("a dog\n")
     make(tmp_path / "out.parquet.partial")
-    assert embed_texts(*pair, tmp_path / "texts.txt", tmp_path / "out.parquet", progress=False) == 1
+    assert embed_texts(Encoder(*pair), tmp_path / "texts.txt", tmp_path / "out.parquet", progress=False) == 1
     assert (tmp_path / "out.parquet").is_file()
 
 
 def test_the_cache_of_evaluations_takes_nothing_from_elsewhere(pair: Pair, tmp_path: Path, thesis: Path) -> None:
     cache = tmp_path / "cache"
-    expected = cached.embed_texts(*pair, ["a dog", "a cat"], cache=cache, progress=False)
+    expected = cached.embed_texts(Encoder(*pair), ["a dog", "a cat"], cache=cache, progress=False)
     (file,) = cache.rglob("*.safetensors")
     whole = file.read_bytes()
 
@@ -238,7 +238,7 @@ def test_the_cache_of_evaluations_takes_nothing_from_elsewhere(pair: Pair, tmp_p
     for change in other:
         file.unlink(missing_ok=True)
         change()
-        found = cached.embed_texts(*pair, ["a dog", "a cat"], cache=cache, progress=False)
+        found = cached.embed_texts(Encoder(*pair), ["a dog", "a cat"], cache=cache, progress=False)
         assert torch.equal(found.embeds, expected.embeds)
         assert file.read_bytes() == whole
     assert not file.parent.is_symlink()

@@ -18,11 +18,12 @@ from filelock import FileLock
 from PIL import Image
 from transformers import AutoProcessor
 
-from lotlip_hf import encode_images, encode_texts, search
-from lotlip_hf.encoder import load_model
+from lotlip_hf import Encoder, search
 from lotlip_hf.files import open_regular
-from lotlip_hf.search import ImageIndex, SearchResult, build_index, save_grid, search_folder
-from lotlip_hf.store import EmbeddingStore, fingerprint
+from lotlip_hf.grid import save_grid
+from lotlip_hf.loading import load_model
+from lotlip_hf.search import ImageIndex, SearchResult, build_index, search_folder
+from lotlip_hf.store import EmbeddingStore
 
 Pair = tuple[Any, Any]
 
@@ -60,7 +61,7 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def index_of(pair: Pair, photos: Path, **keywords: Any) -> ImageIndex:
-    return build_index(*pair, photos, progress=False, **keywords)
+    return build_index(Encoder(*pair), photos, progress=False, **keywords)
 
 
 def store_folder(photos: Path) -> Path:
@@ -72,7 +73,7 @@ def test_an_index_holds_the_images_embeddings(pair: Pair, photos: Path) -> None:
     index = index_of(pair, photos)
     assert index.files == ["a.png", "b.png", "e.png", "sub/c.png", "sub/deep/d.png"]
     assert index.skipped == {}
-    expected = encode_images(*pair, [photos / name for name in index.files], progress=False)
+    expected = Encoder(*pair).encode_images([photos / name for name in index.files], progress=False)
     np.testing.assert_allclose(index.embeddings[index.rows], expected.numpy(), atol=1e-6)
     assert isinstance(index.embeddings, np.memmap)
 
@@ -80,9 +81,9 @@ def test_an_index_holds_the_images_embeddings(pair: Pair, photos: Path) -> None:
 def test_search_ranks_as_the_naive_way(pair: Pair, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "A tram waits. Two passengers are getting on."
     index = index_of(pair, photos)
-    scores = encode_images(*pair, [photos / name for name in index.files], progress=False) @ encode_texts(
-        *pair, [text], progress=False
-    ).squeeze(0)
+    scores = Encoder(*pair).encode_images([photos / name for name in index.files], progress=False) @ Encoder(
+        *pair
+    ).encode_texts([text], progress=False).squeeze(0)
     expected = sorted(zip(scores.tolist(), index.files, strict=True), reverse=True)
     monkeypatch.setattr(search, "SEARCH_BLOCK", 2)
     for top in (1, 3, 5, 50):
@@ -123,7 +124,7 @@ def test_only_new_and_changed_files_are_embedded_again(pair: Pair, photos: Path,
     index = index_of(pair, photos)
     assert sorted(embedded) == ["b.png", "c.png", "new.png"]
     assert index.files == ["a.png", "b.png", "new.png", "sub/c.png", "sub/deep/d.png"]
-    expected = encode_images(*pair, [photos / name for name in index.files], progress=False)
+    expected = Encoder(*pair).encode_images([photos / name for name in index.files], progress=False)
     np.testing.assert_allclose(index.embeddings[index.rows], expected.numpy(), atol=1e-6)
     # A deleted file is not found; when it is back it is not embedded again.
     embedded.clear()
@@ -154,7 +155,7 @@ def test_the_index_is_of_the_model(
         other.vision_model.backbone.layernorm.bias[0] += 1e-3
     index = index_of((other, processor), photos)
     assert len(embedded) == 5
-    expected = encode_images(other, processor, [photos / name for name in index.files], progress=False)
+    expected = Encoder(other, processor).encode_images([photos / name for name in index.files], progress=False)
     np.testing.assert_allclose(index.embeddings[index.rows], expected.numpy(), atol=1e-6)
     # Both are kept.
     embedded.clear()
@@ -165,7 +166,7 @@ def test_the_index_is_of_the_model(
 @pytest.mark.slow
 def test_fingerprints(pair: Pair, official_checkpoint: Path) -> None:
     model, processor = pair
-    image, text = fingerprint(model, processor, "image"), fingerprint(model, processor, "text")
+    image, text = Encoder(model, processor).fingerprint("image"), Encoder(model, processor).fingerprint("text")
     assert len({image, text}) == 2
     assert len(image) == len(text) == 32
 
@@ -174,8 +175,8 @@ def test_fingerprints(pair: Pair, official_checkpoint: Path) -> None:
         with torch.no_grad():
             other_model = change(other_model, other_processor) or other_model
         return (
-            fingerprint(other_model, other_processor, "image") != image,
-            fingerprint(other_model, other_processor, "text") != text,
+            Encoder(other_model, other_processor).fingerprint("image") != image,
+            Encoder(other_model, other_processor).fingerprint("text") != text,
         )
 
     assert changed(lambda model, processor: None) == (False, False)
@@ -330,7 +331,7 @@ def test_an_index_is_compacted_when_most_of_it_is_out_of_date(
         (photos / name).unlink()
     index = index_of(pair, photos)
     assert index.files == ["sub/c.png", "sub/deep/d.png"]
-    expected = encode_images(*pair, [photos / name for name in index.files], progress=False)
+    expected = Encoder(*pair).encode_images([photos / name for name in index.files], progress=False)
     np.testing.assert_allclose(index.embeddings[index.rows], expected.numpy(), atol=1e-6)
     assert not embeddings.exists()
     assert (store_folder(photos) / "embeddings-1.f32").stat().st_size == 2 * 16 * 4
@@ -339,7 +340,7 @@ def test_an_index_is_compacted_when_most_of_it_is_out_of_date(
     assert embedded == []
     save_image(photos / "new.png", 40)
     index = index_of(pair, photos)
-    expected = encode_images(*pair, [photos / name for name in index.files], progress=False)
+    expected = Encoder(*pair).encode_images([photos / name for name in index.files], progress=False)
     np.testing.assert_allclose(index.embeddings[index.rows], expected.numpy(), atol=1e-6)
 
 
@@ -536,8 +537,8 @@ def test_another_background_makes_another_index(pair: Pair, photos: Path, embedd
     black.background = None
     index = index_of((model, black), photos)
     assert len(embedded) == len(index.files) == 6
-    assert fingerprint(model, black, "image") != fingerprint(model, processor, "image")
-    assert fingerprint(model, black, "text") == fingerprint(model, processor, "text")
+    assert Encoder(model, black).fingerprint("image") != Encoder(model, processor).fingerprint("image")
+    assert Encoder(model, black).fingerprint("text") == Encoder(model, processor).fingerprint("text")
     stock = processor.image_processor(images=[clip_art.convert("RGB")], return_tensors="pt")
     with torch.no_grad():
         expected = torch.nn.functional.normalize(model.get_image_features(**stock).pooler_output, dim=-1)[0]
