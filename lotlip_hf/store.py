@@ -122,8 +122,8 @@ class EmbeddingStore:
         remaining = iter(keys)
         while names := [os.fsencode(key) for key in itertools.islice(remaining, LOOKUP)]:
             query = (
-                "SELECT key, substr(stamp, 1, 1000), substr(error, 1, 1000), block, row FROM entries WHERE encoder = ? "
-                f"AND key IN ({', '.join('?' * len(names))})"
+                "SELECT key, substr(stamp, 1, 1000), substr(error, 1, 1000), block, row FROM entries "
+                f"WHERE encoder = ? AND key IN ({', '.join('?' * len(names))})"
             )
             for name, *values in self._connection.execute(query, (self._encoder, *names)):
                 entry = Entry(*values)
