@@ -61,7 +61,7 @@ def index_of(pair: Pair, photos: Path) -> Any:
 
 def vectors_of(index: ImageIndex) -> np.ndarray:
     with index.store as store:
-        return store.vectors(index.entries)
+        return store.vectors(index.places)
 
 
 def check_whole(pair: Pair, photos: Path, expected: np.ndarray) -> None:
@@ -113,9 +113,9 @@ def test_an_index_folder_that_is_none_is_set_aside(
 def test_scores_of_a_strangers_index_are_cosines(pair: Pair, photos: Path) -> None:
     index = index_of(pair, photos)
     with index.store as store:
-        vectors = store.vectors(index.entries)
-        stamps = [entry.stamp for entry in index.entries]
-        store.add(index.files, 100 * vectors, stamps)
+        vectors = store.vectors(index.places)
+        stamps = store.held(index.files).stamps
+        store.add(index.files, 100 * vectors, [stamps[name] for name in index.files])
     results = index_of(pair, photos).search(torch.from_numpy(vectors[0]))
     assert max(result.score for result in results) == 1
 

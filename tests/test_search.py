@@ -61,7 +61,7 @@ def index_of(pair: Pair, photos: Path, **keywords: Any) -> ImageIndex:
 
 def vectors_of(index: ImageIndex) -> np.ndarray:
     with index.store as store:
-        return store.vectors(index.entries)
+        return store.vectors(index.places)
 
 
 def search_folder(pair: Pair, photos: Path, text: str, *, top: int = 5, progress: bool = False) -> list[SearchResult]:
@@ -327,8 +327,8 @@ def test_large_indexes_are_searched_in_little_memory(tmp_path: Path) -> None:
             if start == 12_300:
                 query = torch.from_numpy(vectors[45].copy())
             store.add(names[start : start + 100], vectors)
-        entries = store.entries(names)
-    index = ImageIndex(tmp_path, names, [entries[name] for name in names], store)
+        places = store.held(names).places
+    index = ImageIndex(tmp_path, names, [places[name] for name in names], store)
     tracemalloc.start()
     try:
         results = index.search(query, 3)

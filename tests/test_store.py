@@ -49,23 +49,21 @@ def filled(folder: Path) -> EmbeddingStore:
 def all_of(store: EmbeddingStore) -> dict[str, list[float]]:
     """The embeddings by key; an assertion that they are read the same way block by block."""
     with store:
-        entries = {key: entry for key, entry in store.entries(["bad", "a", "b", "c"]).items() if entry.error is None}
-        vectors = store.vectors(list(entries.values()))
+        places = store.held(["bad", "a", "b", "c"]).places
+        vectors = store.vectors(list(places.values()))
         query = np.array([1, 10, 100], np.float32)
-        np.testing.assert_allclose(store.similarities(list(entries.values()), query), vectors @ query)
-    return dict(zip(entries, vectors.tolist(), strict=True))
+        np.testing.assert_allclose(store.similarities(list(places.values()), query), vectors @ query)
+    return dict(zip(places, vectors.tolist(), strict=True))
 
 
 def test_the_latest_entry_of_each_key(tmp_path: Path) -> None:
     store = filled(tmp_path)
     assert all_of(store) == {"a": [0, 1, 2], "b": [9, 9, 9], "c": [6, 7, 8]}
     with store:
-        entries = store.entries({"bad", "a", "b", "nothing"})
-        assert {key: (entry.stamp, entry.error) for key, entry in entries.items()} == {
-            "bad": ("7", "no image"),
-            "a": ("1", None),
-            "b": ("", None),
-        }
+        held = store.held({"bad", "a", "b", "nothing"})
+        assert held.errors == {"bad": "no image"}
+        assert held.stamps == {"bad": "7", "a": "1", "b": ""}
+        assert held.places.keys() == {"a", "b"}
         with pytest.raises(ValueError, match="vectors"):
             store.add(["wide"], np.zeros((1, 4)))
 
@@ -73,7 +71,7 @@ def test_the_latest_entry_of_each_key(tmp_path: Path) -> None:
 def test_several_encoders_in_one_file(tmp_path: Path) -> None:
     filled(tmp_path)
     with EmbeddingStore(tmp_path, "another", 2) as store:
-        assert store.entries(["a"]) == {}
+        assert store.held(["a"]) == ({}, {}, {})
         store.add(["a"], np.ones((1, 2)))
         assert store.contents() == [("encoder", 3, 3, 1), ("another", 2, 1, 0)]
     assert all_of(EmbeddingStore(tmp_path, "encoder", 3))["a"] == [0, 1, 2]
@@ -83,7 +81,7 @@ def test_what_is_not_kept_goes(tmp_path: Path) -> None:
     store = filled(tmp_path)
     with store:
         store.keep(["b"])
-        assert list(store.entries(["bad", "a", "b", "c"])) == ["b"]
+        assert list(store.held(["bad", "a", "b", "c"]).stamps) == ["b"]
         assert len(list(store.blocks())) == 1
     assert all_of(store) == {"b": [9, 9, 9]}
 
@@ -92,7 +90,8 @@ def test_any_name_is_a_key(tmp_path: Path) -> None:
     names = [os.fsdecode(b"no text \xff.png"), "two\nlines", "猫", ""]
     with EmbeddingStore(tmp_path, "encoder", 1) as store:
         store.add(names, np.arange(4).reshape(4, 1))
-        assert [entry.row for entry in map(store.entries(names).__getitem__, names)] == [0, 1, 2, 3]
+        places = store.held(names).places
+        assert store.vectors([places[name] for name in names])[:, 0].tolist() == [0, 1, 2, 3]
 
 
 def test_an_error_keeps_what_came_before(tmp_path: Path) -> None:
@@ -102,7 +101,7 @@ def test_an_error_keeps_what_came_before(tmp_path: Path) -> None:
             add(str(number), np.full(2, number), "")
         raise KeyboardInterrupt
     with store:
-        assert len(store.entries("012")) == 3
+        assert len(store.held("012").places) == 3
 
 
 @pytest.mark.slow
@@ -115,11 +114,11 @@ def test_a_killed_writer_leaves_whole_batches(tmp_path: Path) -> None:
         process.wait()
     numbers = range(5000)
     with EmbeddingStore(tmp_path, "encoder", 3) as store:
-        entries = store.entries(f"{number}{end}" for number in numbers for end in "ab")
-        found = [number for number in numbers if f"{number}a" in entries]
-        assert found == [number for number in numbers if f"{number}b" in entries]
+        places = store.held({f"{number}{end}" for number in numbers for end in "ab"}).places
+        found = [number for number in numbers if f"{number}a" in places]
+        assert found == [number for number in numbers if f"{number}b" in places]
         assert len(found) > 5
-        vectors = store.vectors([entries[f"{number}b"] for number in found])
+        vectors = store.vectors([places[f"{number}b"] for number in found])
     assert vectors.tolist() == [[number] * 3 for number in found]
 
 
@@ -129,8 +128,8 @@ def test_two_processes_add_at_once(tmp_path: Path) -> None:
     assert [process.wait(60) for process in processes] == [0, 0]
     with EmbeddingStore(tmp_path, "encoder", 3) as store:
         keys = [f"{number}a" for number in range(400)]
-        entries = store.entries(keys)
-        assert store.vectors([entries[key] for key in keys])[:, 0].tolist() == list(range(400))
+        places = store.held(keys).places
+        assert store.vectors([places[key] for key in keys])[:, 0].tolist() == list(range(400))
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
@@ -198,10 +197,8 @@ def test_other_files_are_set_aside(
         "UPDATE blocks SET vectors = x'0000c07f0000c07f0000c07f'",  # not a number
         "UPDATE entries SET row = 3 WHERE block = 1",
         "UPDATE entries SET row = -1 WHERE block = 1",
-        "UPDATE entries SET row = 'a' WHERE block = 1",
+        "UPDATE entries SET stamp = x'ff31'",
         "UPDATE entries SET block = 77 WHERE block = 1",
-        "UPDATE entries SET stamp = x'00'",
-        "UPDATE entries SET error = x'00' WHERE error IS NOT NULL",
     ],
 )
 def test_wrong_values_are_not_taken(sql: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -248,12 +248,12 @@ def _embed_units(
             total=sum(map(len, own)), desc=f"Encoding {modality}s", unit=modality, disable=not progress or rank() > 0
         ) as bar,
     ):
+        held = None if kept is None else kept.held(digests[i] for unit in own for i in unit)
         for unit in own:
             keys = [digests[i] for i in unit]
-            known = {} if kept is None else kept.entries(keys)
-            if kept is not None and all(key in known and known[key].error is None for key in keys):
-                parts.append(kept.vectors([known[key] for key in keys]))
-                stamps += [known[key].stamp for key in keys]
+            if kept is not None and held is not None and all(key in held.places for key in keys):
+                parts.append(kept.vectors([held.places[key] for key in keys]))
+                stamps += [held.stamps[key] for key in keys]
             elif (encoded := encode(unit)) is not None:
                 parts.append(encoded[0])
                 stamps += encoded[1]
