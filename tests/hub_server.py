@@ -19,9 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
-import hf_xet
 import pytest
 import transformers.utils.hub
 from huggingface_hub import constants, file_download, hf_api
@@ -29,7 +28,6 @@ from huggingface_hub.utils import _http
 
 WRITE_TOKEN = "hf_write"
 READ_TOKEN = "hf_read"  # nothing may be written with it
-USER = "ada"  # whose tokens these are
 
 
 class Commit(NamedTuple):
@@ -58,7 +56,7 @@ class Answer(Exception):
 class Corrupt(NamedTuple):
     """A fault: flip a bit of the byte at this offset of the file that is downloaded."""
 
-    offset: int = 0
+    offset: int
 
 
 @dataclass
@@ -73,17 +71,15 @@ class Fault:
 
 
 class Hub:
-    """The state of the server. Its methods in `ROUTES` carry requests out and return what is sent, as JSON if it is no
-    `Answer`."""
+    """The state of the server. Its methods in `ROUTES` return an `Answer`, or what is sent as JSON."""
 
     def __init__(self, folder: Path) -> None:
         self.url = ""  # `HF_ENDPOINT`
-        self.storage = folder / "xet"
+        self.storage = folder / "xet"  # what is uploaded
         self.repos: dict[tuple[str, str], Repo] = {}  # by kind ("model" or "dataset") and id
         self.faults: list[Fault] = []  # what goes wrong, in this order
         self.damaged: set[str] = set()  # paths of files that are stored otherwise than they were sent
         self.requests: list[tuple[str, str]] = []  # method and path
-        self.lock = threading.RLock()
 
     def add(self, repo_id: str, files: dict[str, bytes], *, kind: str = "model") -> str:
         """Commit files to `main` of a repository, which is created if need be; return the commit's id."""
@@ -91,7 +87,6 @@ class Hub:
         return self.commit(repo, "refs/heads/main", {**head(repo, "main").files, **files}, "Add files").id
 
     def files(self, repo_id: str, revision: str = "main", *, kind: str = "model") -> dict[str, bytes]:
-        """What a revision of a repository holds."""
         return head(self.repos[kind, repo_id], revision).files
 
     def matching(self, method: str, path: str) -> list[tuple[str, str]]:
@@ -104,38 +99,38 @@ class Hub:
         return repo
 
     def commit(self, repo: Repo, ref: str, files: dict[str, bytes], title: str) -> Commit:
-        names = sorted((path, git_oid(content)) for path, content in files.items())
-        identity = [len(repo.commits), repo.refs.get(ref), title, names]
-        commit = Commit(hashlib.sha1(to_json(identity)).hexdigest(), files)
-        repo.commits[commit.id] = commit
-        repo.refs[ref] = commit.id
-        return commit
+        commit_id = hashlib.sha1(f"{repo.id} {len(repo.commits)} {title}".encode()).hexdigest()
+        repo.commits[commit_id], repo.refs[ref] = Commit(commit_id, files), commit_id
+        return repo.commits[commit_id]
 
     def uploaded(self, sha256: str, size: int) -> bytes:
         """What Xet has stored: in its shards, Xet's own hash of a file stands beside the SHA-256."""
+        import hf_xet  # its first import opens the log that `use_in_process` names
+
+        wanted = struct.pack("<4Q", *struct.unpack(">4Q", bytes.fromhex(sha256)))
         for shard in self.storage.glob("xet/xorbs/shards/*.mdb"):
-            data, at = shard.read_bytes(), 48  # after the header, each file has several records of 48 bytes
-            while data[at : at + 32] != b"\xff" * 32:
-                own, flags, count = struct.unpack_from("<32sII", data, at)
-                at += 48 * (1 + count * (1 + (flags >> 31)) + (flags >> 30 & 1))
-                if swapped(data[at - 48 : at - 16]) == sha256:
+            data, start = shard.read_bytes(), 48  # after the header, each file has several records of 48 bytes
+            while data[start : start + 32] != b"\xff" * 32:
+                *own, flags, count = struct.unpack_from("<4QII", data, start)
+                start += 48 * (1 + count * (1 + (flags >> 31)) + (flags >> 30 & 1))
+                if data[start - 48 : start - 16] == wanted:
+                    file = hf_xet.XetFileInfo(struct.pack(">4Q", *own).hex(), size)
                     with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{self.storage}") as group:
-                        group.start_download_file(hf_xet.XetFileInfo(swapped(own), size), f"{self.storage}/{sha256}")
+                        group.start_download_file(file, f"{self.storage}/{sha256}")
                     return (self.storage / sha256).read_bytes()
         raise refusal(400, f"There is no LFS object {sha256}")
 
-    def create_repo(self, request: "Handler") -> Any:
-        asked = json.loads(request.body)
-        repo_id = f"{asked.get('organization') or USER}/{asked['name']}"
-        status = 409 if ("model", repo_id) in self.repos else 200
-        if status == 200:
-            self.create("model", repo_id, private=asked.get("visibility") == "private")
-        return Answer(status, to_json({"url": f"{self.url}/{repo_id}"}))
+    def create_repo(self, asked: dict[str, Any]) -> Answer:
+        repo_id = f"{asked.get('organization') or 'ada'}/{asked['name']}"
+        if ("model", repo_id) in self.repos:
+            return Answer(409, to_json({"url": f"{self.url}/{repo_id}"}))
+        self.create("model", repo_id, private=asked.get("visibility") == "private")
+        return Answer(200, to_json({"url": f"{self.url}/{repo_id}"}))
 
     def info(self, request: "Handler", repo: Repo, revision: str | None) -> Any:
         commit = head(repo, revision or "main")
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
-        return {"id": repo.id, "sha": commit.id, "private": repo.private, "tags": [], "siblings": siblings}
+        return {"id": repo.id, "sha": commit.id, "private": repo.private, "siblings": siblings}
 
     def tree(self, request: "Handler", repo: Repo, revision: str, folder: str | None) -> Any:
         commit = head(repo, revision)
@@ -148,11 +143,8 @@ class Hub:
                 size, lfs = len(content), {"oid": etag(path, content), "size": len(content), "pointerSize": 134}
                 entries[path] = {"type": "file", "path": path, "oid": git_oid(content), "size": size}
                 entries[path] |= {"lfs": lfs} if is_lfs(path) else {}
-        if folder and not entries:
-            raise refusal(404, f"{folder} does not exist", "EntryNotFound")
         below = {path.removeprefix(prefix): entry for path, entry in entries.items() if path.startswith(prefix)}
-        is_recursive = request.query.get("recursive") == "true"
-        return [entry for path, entry in below.items() if is_recursive or "/" not in path]
+        return [below[path] for path in below if request.query.get("recursive") == "true" or "/" not in path]
 
     def create_branch(self, request: "Handler", repo: Repo, name: str) -> Any:
         repo.refs.setdefault(f"refs/heads/{name}", repo.refs["refs/heads/main"])
@@ -164,17 +156,17 @@ class Hub:
         return {"num": number}
 
     def pull_request(self, request: "Handler", repo: Repo, number: str) -> Any:
-        known = {"title": "", "createdAt": "2026-01-01T00:00:00.000Z", "status": "draft", "isPullRequest": True}
-        base = {"changes": {"base": "refs/heads/main"}, "filesWithConflicts": [], "events": []}
-        return {**known, **base, "num": int(number), "repo": {"name": repo.id, "type": "model"}}
+        known = {"num": int(number), "title": "", "status": "draft", "createdAt": "2026-01-01T00:00:00.000Z"}
+        known |= {"isPullRequest": True, "changes": {"base": "main"}, "filesWithConflicts": [], "events": []}
+        return {**known, "repo": {"name": repo.id, "type": "model"}}
 
     def preupload(self, request: "Handler", repo: Repo, revision: str) -> Any:
         there = head(repo, revision).files
-        files = []
-        for path in (asked["path"] for asked in json.loads(request.body)["files"]):
-            oid = etag(path, there[path]) if path in there else None
-            mode = "lfs" if is_lfs(path) else "regular"
-            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        files = [{"path": asked["path"], "shouldIgnore": False} for asked in json.loads(request.body)["files"]]
+        for file in files:
+            path = file["path"]
+            file |= {"uploadMode": "lfs" if is_lfs(path) else "regular"}
+            file |= {"oid": etag(path, there[path])} if path in there else {}
         return {"files": files}
 
     def xet_token(self, request: "Handler", repo: Repo) -> Any:
@@ -191,8 +183,8 @@ class Hub:
             if kind == "deletedFile":
                 del files[path]
                 continue
-            is_text = kind == "file"
-            content = base64.b64decode(value["content"]) if is_text else self.uploaded(value["oid"], value["size"])
+            text = value.get("content")
+            content = self.uploaded(value["oid"], value["size"]) if text is None else base64.b64decode(text)
             files[path] = flip(content, 0) if path in self.damaged else content
         ref = revision if revision.startswith("refs/") else f"refs/heads/{revision}"
         commit = self.commit(repo, ref, files, header["value"]["summary"])
@@ -213,7 +205,7 @@ class Hub:
         if method == "POST" and request.token != WRITE_TOKEN:
             raise refusal(403 if request.token else 401, "You don't have the rights to write there")
         if request.target == "/api/repos/create":
-            return self.create_repo(request)
+            return self.create_repo(json.loads(request.body))
         if request.target == "/api/validate-yaml":
             return Answer(200, to_json({"errors": [], "warnings": []}))
         if target := re.fullmatch("/(?:api/)?(?:(model|dataset)s/)?([^/]+/[^/]+)(.*)", request.target):
@@ -246,7 +238,6 @@ def to_json(value: Any) -> bytes:
 
 
 def refusal(status: int, message: str, code: str = "", **headers: str) -> Answer:
-    """The client chooses its exception by `code`."""
     return Answer(status, b"{}", {"X-Error-Message": message, "X-Error-Code": code, **headers})
 
 
@@ -266,11 +257,6 @@ def flip(content: bytes, offset: int) -> bytes:
     return content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :]
 
 
-def swapped(digest: bytes) -> str:
-    """A hash in a shard, which is kept as four little-endian numbers, as text."""
-    return struct.pack(">4Q", *struct.unpack("<4Q", digest)).hex()
-
-
 def head(repo: Repo, revision: str) -> Commit:
     """The commit that a branch, a tag, a pull request or an id stands for."""
     names = (f"refs/heads/{revision}", f"refs/tags/{revision}", revision)
@@ -286,21 +272,20 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def handle_request(self) -> None:
-        url = urlsplit(self.path)
-        self.target, self.query = unquote(url.path), dict(parse_qsl(url.query))
+        path, _, query = self.path.partition("?")
+        self.target, self.query = unquote(path), dict(parse_qsl(query))
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        with self.hub.lock:
-            self.hub.requests.append((self.command, self.target))
-            due = (one for one in self.hub.faults if one.times > 0 and one.method == self.command)
-            fault = next((one for one in due if re.search(one.path, self.target)), None)
-            action = fault.action if fault else Answer()
-            try:
-                answer = action if fault and isinstance(action, Answer) else self.hub.carry_out(self)
-            except Answer as refused:
-                answer = refused
+        self.hub.requests.append((self.command, self.target))
+        due = (one for one in self.hub.faults if one.times > 0 and one.method == self.command)
+        fault = next((one for one in due if re.search(one.path, self.target)), None)
+        action = fault.action if fault else Corrupt
         if fault:
             fault.times -= 1
+        try:
+            answer = action if isinstance(action, Answer) else self.hub.carry_out(self)
+        except Answer as refused:
+            answer = refused
         if action is None:
             self.close_connection = True
             return
@@ -315,7 +300,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = handle_request
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Print nothing; `hub.requests` has it all."""
+        pass
 
 
 @contextmanager
@@ -341,11 +326,9 @@ def environment(hub: Hub, home: Path, token: str | None = None) -> dict[str, str
 
 
 def use_in_process(monkeypatch: pytest.MonkeyPatch, hub: Hub, home: Path, token: str | None = None) -> None:
-    """Point the huggingface_hub of this process to this Hub until the test ends; transformers follows. The client's
-    waits between two tries are left out.
+    """Point the huggingface_hub of this process to this Hub until the test ends, and leave its waits out.
 
-    huggingface_hub reads its environment once, at import, into `constants`. Not reached: remote code (transformers
-    keeps its folder of modules from the start) and datasets (which copies the endpoint).
+    Not reached: remote code (transformers keeps its folder of modules) and datasets (which copies the endpoint).
     """
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
@@ -358,6 +341,7 @@ def use_in_process(monkeypatch: pytest.MonkeyPatch, hub: Hub, home: Path, token:
         monkeypatch.delenv(name, raising=False)
     if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("HF_XET_LOG_DEST", f"{home}/")
     monkeypatch.setenv("NO_PROXY", "*")
     _http.close_session()  # the one that was opened before may go through a proxy
     for module in (_http, file_download):
