@@ -16,9 +16,9 @@ from huggingface_hub.utils import yaml_dump
 
 from ..embed import check_output
 from ..files import markdown_text, replacing
-from ..hub.push import read_results, result_file
 from ..plots import COLOURS, DIRECTIONS, check_plot, figure, save, wrapped
 from .benchmarks.registry import TASKS
+from .results import read_results, result_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

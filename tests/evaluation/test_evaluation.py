@@ -18,9 +18,9 @@ from lotlip_hf.evaluation import embeddings
 from lotlip_hf.evaluation.benchmarks.registry import TASKS
 from lotlip_hf.evaluation.embeddings import embed_images, embed_texts, image_digests
 from lotlip_hf.evaluation.evaluate import evaluate, results_table, study, write_results
+from lotlip_hf.evaluation.results import read_results
 from lotlip_hf.evaluation.retrieval import ranks
 from lotlip_hf.evaluation.tasks import ClassificationData, IncompleteDataError, RetrievalData
-from lotlip_hf.hub.push import read_results
 from lotlip_hf.loading import load_model
 from processes import finish
 
