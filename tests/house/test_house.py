@@ -12,6 +12,7 @@ from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 import lotlip_hf
@@ -244,6 +245,13 @@ def test_tests_reach_no_other_machine() -> None:
         socket.create_connection(("192.0.2.1", 80), timeout=1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         socket.create_connection(server.getsockname(), timeout=10).close()
+
+
+def test_shift_weights_moves_weights(request: pytest.FixtureRequest) -> None:
+    layer = torch.nn.Linear(8, 8)
+    before = layer.weight.data_ptr()
+    layer(torch.ones(2, 8))
+    assert (layer.weight.data_ptr() != before) == request.config.getoption("--shift-weights")
 
 
 def test_no_file_is_large() -> None:
