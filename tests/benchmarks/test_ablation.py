@@ -10,8 +10,9 @@ from PIL import Image
 
 from scripts import load_script
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_a_study_and_another_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,8 +7,9 @@ import pytest
 
 import peak
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_it_measures_and_keeps_the_result(tmp_path: Path) -> None:
     results = tmp_path / "results" / "peak.jsonl"
     arguments = ["--size", "tiny", "--batch-size", "4", "--repeats", "2", "--device", "cpu", "--results", str(results)]

@@ -9,11 +9,11 @@ import pytest
 
 from scripts import load_script
 
+pytestmark = pytest.mark.slow
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads the memory where Linux keeps it")
 
 
 @LINUX
-@pytest.mark.slow
 def test_it_measures_and_keeps_the_result(tmp_path: Path) -> None:
     module = load_script("benchmarks/retrieval.py")
     results = tmp_path / "results" / "retrieval.jsonl"
@@ -26,7 +26,6 @@ def test_it_measures_and_keeps_the_result(tmp_path: Path) -> None:
 
 
 @LINUX
-@pytest.mark.slow
 def test_a_large_search_holds_only_blocks() -> None:
     # all similarities would be 1.5 GiB, or 0.4 GiB as booleans
     script = Path(load_script("benchmarks/retrieval.py").__file__)

@@ -1,8 +1,7 @@
-"""The processor: the official pixels, nested texts, saving and loading, and transformers' own tests."""
+"""The processor: the official pixels, nested texts and saving and loading."""
 
 import copy
 import json
-import unittest
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from transformers import AutoProcessor, CLIPImageProcessorPil
 from lotlip_hf import LoTLIPConfig, LoTLIPProcessor, LoTLIPTokenizer
 from lotlip_hf.images import background_of, load_image
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
-from upstream import upstream
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 PIXELS = load_file(GOLDEN / "images" / "expected_pixels.safetensors")
@@ -260,19 +258,3 @@ def test_the_background_is_kept(
     # called by itself it is the official one
     official = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
     assert torch.equal(loaded(images=image, return_tensors="pt")["pixel_values"], official)
-
-
-# transformers' own tests
-
-
-@pytest.mark.slow
-class LoTLIPProcessorTest(upstream("test_processing_common").ProcessorTesterMixin, unittest.TestCase):
-    processor_class = LoTLIPProcessor
-
-    @classmethod
-    def _setup_tokenizer(cls) -> LoTLIPTokenizer:
-        return LoTLIPTokenizer.from_pretrained(GOLDEN / "tokenizer", model_max_length=126)
-
-    @classmethod
-    def _setup_image_processor(cls) -> CLIPImageProcessorPil:
-        return official_image_processor()

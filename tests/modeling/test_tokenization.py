@@ -1,21 +1,15 @@
-"""The tokenizer: the official ids, text that stays text, and transformers' own tests."""
+"""The tokenizer: the official ids, and text that stays text."""
 
 import copy
-import functools
-import html
 import itertools
 import pickle
 import random
 import re
 import shutil
-import tempfile
-import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import ftfy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,8 +20,7 @@ from lotlip_hf import LoTLIPConfig, LoTLIPTokenizer
 from lotlip_hf.modeling.sentences_lotlip import split_sentences
 from lotlip_hf.modeling.tokenization_lotlip import NEEDS_REPAIR, clean
 from stale import CALL_STATE, is_clean, make_stale
-from tiny_tokenizers import GOLDEN, PIECES, TEXTS, random_texts, toy_roberta, toy_xlm_roberta
-from upstream import upstream
+from tiny_tokenizers import GOLDEN, PIECES, TEXTS, official_clean, random_texts, toy_roberta, toy_xlm_roberta
 
 # The two texts in which the official code takes what is written for special tokens.
 LITERAL = {"[SEP] literal [CLS] tokens [MASK]", "[Corner0] literal corner. text"}
@@ -42,12 +35,6 @@ def tokenizer() -> LoTLIPTokenizer:
 @pytest.fixture(scope="module")
 def bert() -> BertTokenizer:
     return BertTokenizer(vocab=str(GOLDEN / "vocab.txt"))
-
-
-def official_clean(text: str) -> str:
-    """The official cleaning as it is written there: every step, for every text."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return re.sub(r"\s+", " ", text).strip()
 
 
 # The official ids
@@ -791,62 +778,3 @@ def test_sentences_end_by_the_rules_of_training(tmp_path: Path) -> None:
         assert tokenizer.tokenize(rest) == official.tokenize(rest)
     with pytest.raises(ValueError, match="cleaning"):
         LoTLIPTokenizer.from_pretrained(GOLDEN, cleaning="unofficial")
-
-
-# transformers' own tests
-
-common = upstream("test_tokenization_common")
-backend = upstream("test_tokenizers_backend_mixin")
-
-
-class SavedTokenizer:
-    """transformers' tests load their tokenizer from the Hub: here from a folder, made from the golden vocabulary."""
-
-    tokenizer_class = LoTLIPTokenizer
-    rust_tokenizer_class = LoTLIPTokenizer
-    from_pretrained_kwargs = {}
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.folder = tempfile.mkdtemp()
-        LoTLIPTokenizer.from_pretrained(GOLDEN).save_pretrained(cls.folder)
-        cls.from_pretrained_id = cls.folder
-        super().setUpClass()
-
-    @classmethod
-    def tearDownClass(cls) -> None:
-        super().tearDownClass()
-        shutil.rmtree(cls.folder)
-
-
-@pytest.mark.slow
-class LoTLIPTokenizationTest(SavedTokenizer, common.TokenizerTesterMixin, unittest.TestCase):
-    @classmethod
-    def setUpClass(cls) -> None:
-        super().setUpClass()
-        bert = BertTokenizer(vocab=str(GOLDEN / "vocab.txt"))
-        text = official_clean("[SEP]".join(cls.integration_test_input_string.split(". ")))
-        cls.integration_expected_tokens = bert.tokenize(text)
-        cls.integration_expected_token_ids = bert.encode(text, add_special_tokens=False)
-        cls.integration_expected_decoded_text = bert.decode(cls.integration_expected_token_ids)
-
-    def get_extracted_tokenizer(self, reference_tokenizer=None):
-        """From a vocabulary, which for this class is always WordPiece's: upstream asks the class for its model."""
-        vocab, *_ = common.TokenizersExtractor(str(Path(self.folder) / "tokenizer.json")).extract()
-        return LoTLIPTokenizer(vocab=vocab)
-
-    def test_tokenize_special_tokens(self) -> None:
-        """Upstream reads special tokens from a text, which this class does when told to."""
-        reading = functools.partial(self.get_tokenizer, split_special_tokens=False)
-        with mock.patch.object(type(self), "get_tokenizer", reading):
-            super().test_tokenize_special_tokens()
-
-    def test_conversion_reversible(self) -> None:
-        """Upstream marks it slow, for slow tokenizers."""
-        test = common.TokenizerTesterMixin.test_conversion_reversible
-        getattr(test, "__wrapped__", test)(self)
-
-
-@pytest.mark.slow
-class LoTLIPTokenizersBackendTest(SavedTokenizer, backend.TokenizersBackendTesterMixin, unittest.TestCase):
-    pass
