@@ -386,7 +386,7 @@ def test_a_broken_record_stops_the_run_or_is_counted(
         collator([good[0], *(record for record, *_ in rows)])
         assert collator.counts["broken_images"] + collator.counts["broken_records"] == len(rows)
         assert len(caplog.records) == 11  # ten, and that the others are counted only
-        with pytest.raises(RecordError, match="All 2 records of a batch are broken. The first: .*missing.jpg"):
+        with pytest.raises(RecordError, match="missing.jpg"):
             collator([rows[0][0], rows[1][0]])
 
 
@@ -404,13 +404,13 @@ def test_the_short_caption_stands_in_for_missing_long_ones(processor: LoTLIPProc
 
 
 def test_mistakes_in_the_set_up_are_never_skipped(processor: LoTLIPProcessor) -> None:
-    with pytest.raises(ValueError, match='must be "raise" or "skip", got \'ignore\''):
+    with pytest.raises(ValueError, match="on_error"):
         LoTLIPCollator(processor, on_error="ignore")  # pyright: ignore[reportArgumentType]
     collator = LoTLIPCollator(processor, on_error="skip")
-    with pytest.raises(KeyError, match="no long_captions, id; they have image, short_caption.*remove_unused_columns"):
+    with pytest.raises(KeyError, match="remove_unused_columns"):
         collator([{name: some_records(1)[0][name] for name in ("image", "short_caption")}])
     collator = LoTLIPCollator(processor, CaptionSampling(captioners=(5,)), on_error="skip")
-    with pytest.raises(ValueError, match="asks for long caption 5, but the record has 3"):
+    with pytest.raises(ValueError, match="captioners"):
         collator(some_records(1))
 
 
@@ -672,7 +672,7 @@ def test_a_truncated_shard_is_counted_or_stops_the_run(where: str, processor: Lo
     collator = LoTLIPCollator(processor, on_error="skip", return_ids=True)
     assert collator(rows)["ids"] == [*whole[:2], *whole[3:]]
     assert collator.counts == {"records": 6, **NOTHING_BROKEN, "broken_shards": 1}
-    with pytest.raises(ShardError, match="000.tar: damaged or truncated after 2 records"):
+    with pytest.raises(ShardError, match="000.tar"):
         LoTLIPCollator(processor, on_error="raise")(rows)
 
 
@@ -696,7 +696,7 @@ def test_a_damaged_table_is_one_clear_error(processor: LoTLIPProcessor, tmp_path
     arguments = parquet_with_images(tmp_path / "data")
     part = tmp_path / "data" / "part-1.parquet"
     part.write_bytes(part.read_bytes()[:-50])
-    with pytest.raises(ValueError, match="part-1.parquet.*cannot be read as parquet"):
+    with pytest.raises(ValueError, match="part-1.parquet"):
         load_records(**arguments)
     rows = list(load_records(**arguments, streaming=True))
     assert [row["id"] for row in rows] == ["picture 0", "picture 1", "picture 2", "part-1.parquet"]
@@ -714,7 +714,7 @@ def test_a_missing_image_file_is_counted_or_stops_the_run(processor: LoTLIPProce
     collator = LoTLIPCollator(processor, on_error="skip", return_ids=True)
     assert collator(rows)["ids"] == [f"sub/{index}.png" for index in (0, 1, 2, 3, 5)]
     assert collator.counts["broken_images"] == 1
-    with pytest.raises(ImageError, match="record sub/4.png: .*cannot be opened"):
+    with pytest.raises(ImageError, match="sub/4.png"):
         LoTLIPCollator(processor)(rows)
 
 
@@ -790,7 +790,7 @@ def test_a_data_set_on_the_hub(streaming: bool, tmp_path: Path, monkeypatch: pyt
     assert [row["id"] for row in rows] == [f"picture {index}" for index in range(6)]
     assert [row["long_captions"] for row in rows] == LONG
     assert Image.open(io.BytesIO(rows[2]["image"]["bytes"])).getpixel((0, 0)) == (80, 0, 90)
-    with pytest.raises(ValueError, match="somebody/pictures: there is no column 'image_file'"):
+    with pytest.raises(ValueError, match="image_file"):
         load_records("somebody/pictures", ColumnMapping("image_file", "long_captions"), streaming=streaming)
 
 
@@ -857,7 +857,7 @@ def test_splits_are_not_merged_unasked(names: tuple[str, str], streaming: bool, 
         for wanted, color in (("train", 50), (split, 200), (names[1], 200)):
             assert pairs(load_records(source, split=wanted, streaming=streaming)) == [(color, str(color))]
         assert len(pairs(load_records(source, split="all", streaming=streaming))) == 2
-        with pytest.raises(SplitError, match="holds no 'other'"):
+        with pytest.raises(SplitError, match="other"):
             load_records(source, split="other", streaming=streaming)
     # a list says so itself
     both = [tmp_path / "pictures" / name for name in names]
@@ -867,14 +867,14 @@ def test_splits_are_not_merged_unasked(names: tuple[str, str], streaming: bool, 
 def test_splits_of_files(tmp_path: Path) -> None:
     for name in ("cc3m-train-0000.tar", "cc3m-train-0001.tar", "cc3m-validation-0000.tar", "latest.tar"):
         write_tar(tmp_path / "shards" / name, range(1), lambda _: {"png": encoded(picture(0)), "txt": b"a"})
-    with pytest.raises(SplitError, match="train, validation.*--split"):
+    with pytest.raises(SplitError, match="--split"):
         find_files(tmp_path / "shards")
     assert [Path(one).name for one in find_files(tmp_path / "shards", "val")] == ["cc3m-validation-0000.tar"]
     # what are no splits is one
     (tmp_path / "plain").mkdir()
     write_lines(tmp_path / "plain" / "metadata.jsonl", [{"file_name": "a.png"}])
     assert len(find_files(tmp_path / "plain", "train")) == len(find_files(tmp_path / "plain")) == 1
-    with pytest.raises(SplitError, match="holds no 'test'"):
+    with pytest.raises(SplitError, match="test"):
         find_files(tmp_path / "plain", "test")
 
 
@@ -941,7 +941,7 @@ def test_a_broken_row_does_not_end_its_file(streaming: bool, processor: LoTLIPPr
     collator = LoTLIPCollator(processor, on_error="skip", return_ids=True)
     assert collator(records)["ids"] == names
     assert collator.counts == {"records": 10, **NOTHING_BROKEN, "broken_records": 4}
-    with pytest.raises(RecordError, match="rows.jsonl, line 2: .*JSON"):
+    with pytest.raises(RecordError, match="line 2"):
         LoTLIPCollator(processor)(records)
 
 
@@ -992,7 +992,7 @@ def test_one_of_several_pictures_is_named(tmp_path: Path) -> None:
     members = [("0.input.png", first), ("0.output.png", second), ("0.txt", b"a"), ("0.json", b'{"image": "x.png"}')]
     shard = write_members(tmp_path / "pairs.tar", members)
     mapping = ColumnMapping(short="txt", long="txt")
-    with pytest.raises(ColumnError, match="'input.png', 'output.png'"):
+    with pytest.raises(ColumnError, match="output.png"):
         load_records(shard, mapping)
     for name, content in (("input.png", first), ("output.png", second)):
         (row,) = load_records(shard, dataclasses.replace(mapping, image=name))

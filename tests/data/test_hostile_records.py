@@ -358,7 +358,7 @@ def test_a_hostile_line_is_listed_and_skipped(bad: str, streaming: bool, tmp_pat
     assert [row["error"] is None for row in rows] == [True, False, True]
     assert "line 2" in rows[1]["error"]
     if bad != "long":  # that it is long is no fault there
-        with pytest.raises(ValueError, match="rows.jsonl, line 2"):
+        with pytest.raises(ValueError, match="line 2"):
             list(read_texts(tmp_path / "rows.jsonl", "short_caption"))
 
 
@@ -392,7 +392,7 @@ def test_a_pipe_among_the_files_is_not_waited_for(folders: tuple[Path, Path]) ->
     os.mkfifo(given / "0.jsonl")
     write_rows(given, "jsonl", ["x.png"])
     assert [Path(file).name for file in find_files(given)] == ["rows.jsonl"]
-    with pytest.raises(ValueError, match="not a regular file"):
+    with pytest.raises(ValueError, match="regular"):
         list(read_rows(given / "0.jsonl"))
 
 

@@ -236,7 +236,7 @@ def test_flash_attention_refuses_corner_tokens_and_gets_a_padding_mask(monkeypat
         answer = model(ids)
     torch.testing.assert_close(answer.pooler_output, expected.pooler_output, **TOLERANCE)
     assert [mask.shape for mask in masks] == [ids.shape] * 2
-    with pytest.raises(ValueError, match="Flash attention cannot apply the corner tokens' mask.*'sdpa'"):
+    with pytest.raises(ValueError, match="sdpa"):
         model(ids, output_corner_embeds=True)
 
 
@@ -636,7 +636,7 @@ def test_inputs_embeds_positions_and_token_types(text_backbone: str, shape: tupl
 @pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
 def test_vision_is_the_stock_backbone(vision_backbone: str, pooling: str) -> None:
     if pooling == "cls" and vision_backbone in ("siglip", "clip"):
-        with pytest.raises(Exception, match="use 'pooler'"):
+        with pytest.raises(Exception, match="pooler"):
             tiny.vision_config(vision_backbone, pooling=pooling)
         return
     model = _spread(LoTLIPVisionModel(tiny.vision_config(vision_backbone, pooling=pooling)))
@@ -660,7 +660,7 @@ def test_other_image_sizes(vision_backbone: str) -> None:
         torch.testing.assert_close(same, model.get_image_features(images).pooler_output, **TOLERANCE)
         assert model.get_image_features(larger, interpolate_pos_encoding=True).pooler_output.shape == (3, 24)
         if vision_backbone != "dinov2":  # always interpolates
-            with pytest.raises(ValueError, match=r"\[48, 64\], the model is for \[32, 32\]"):
+            with pytest.raises(ValueError, match=r"\[48, 64\]"):
                 model.get_image_features(larger)
 
 
@@ -729,7 +729,7 @@ def test_loss_of_many_texts_is_the_mean_over_features(training: bool) -> None:
 
 
 def test_loss_wants_as_many_images_as_texts() -> None:
-    with pytest.raises(ValueError, match="2 images and 3 rows"):
+    with pytest.raises(ValueError, match="3 rows"):
         lotlip_loss(torch.eye(2, 4), torch.zeros(3, 1, 4), None, torch.tensor(1.0))
 
 
@@ -883,12 +883,12 @@ def test_from_backbones_refuses_other_encoders(tmp_path: Path) -> None:
 
     text, vision = stock_backbone(tiny.text_config()), stock_backbone(tiny.vision_config())
     gpt2 = GPT2Model(GPT2Config(n_embd=32, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match="'gpt2'; supported are bert, roberta, xlm-roberta"):
+    with pytest.raises(ValueError, match="gpt2"):
         LoTLIPModel.from_backbones(gpt2, vision)
-    with pytest.raises(ValueError, match="'bert'; supported are vit"):
+    with pytest.raises(ValueError, match="bert"):
         LoTLIPModel.from_backbones(text, text)
     with_head = AutoModelForSequenceClassification.from_config(text.config)
-    with pytest.raises(ValueError, match="`text` encoder BertForSequenceClassification does not fit its tower"):
+    with pytest.raises(ValueError, match="BertForSequenceClassification"):
         LoTLIPModel.from_backbones(with_head, vision)
 
 
@@ -972,11 +972,11 @@ def test_wrong_configurations_are_named(make, message: str) -> None:
 
 
 def test_a_model_without_texts_or_images_says_so() -> None:
-    with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
+    with pytest.raises(ValueError, match="inputs_embeds"):
         dual_model()(pixel_values=tiny.pixel_values(), return_loss=True)
-    with pytest.raises(ValueError, match="`pixel_values` is missing"):
+    with pytest.raises(ValueError, match="pixel_values"):
         dual_model()(tiny.input_ids(3, 8), return_loss=True)
-    with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
+    with pytest.raises(ValueError, match="inputs_embeds"):
         dual_model()()
 
 
@@ -1036,5 +1036,5 @@ def test_from_backbones_refuses_folders_that_lack_weights(tmp_path: Path) -> Non
     tensors = load_file(path)
     del tensors["encoder.layer.1.output.dense.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"text: the encoder lacks .*encoder\.layer\.1\.output\.dense\.weight"):
+    with pytest.raises(ValueError, match="encoder.layer.1.output.dense.weight"):
         LoTLIPModel.from_backbones(str(tmp_path / "text"), str(tmp_path / "vision"))

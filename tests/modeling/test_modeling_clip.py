@@ -240,9 +240,9 @@ def test_pooling_that_does_not_go_with_the_backbone(backbone: str, pooling: str,
 def test_wrong_input_is_named() -> None:
     model = spread(LoTLIPTextModel(clip_text_config()))
     ids, _ = texts(LENGTH + 1, length=LENGTH + 1)
-    with pytest.raises(ValueError, match=f"{LENGTH + 1} tokens; this model takes {LENGTH}, .*truncation=True"):
+    with pytest.raises(ValueError, match="truncation=True"):
         model(ids)
-    with pytest.raises(ValueError, match="`token_type_ids` must be 0 or left out"):
+    with pytest.raises(ValueError, match="token_type_ids"):
         model(ids[:, :5], token_type_ids=torch.ones(1, 5, dtype=torch.long))
 
 
@@ -330,9 +330,9 @@ def test_a_stock_text_model_out_of_ours() -> None:
         ours = model.get_text_features(ids, mask)
         torch.testing.assert_close(plain(ids, mask).last_hidden_state, ours.last_hidden_state, **TOLERANCE)
         torch.testing.assert_close(projected(ids, mask).text_embeds, ours.pooler_output, **TOLERANCE)
-    with pytest.raises(ValueError, match="LoTLIPTextModel has no text projection"):
+    with pytest.raises(ValueError, match="projection"):
         clip_text_model(model.text_model, with_projection=True)
-    with pytest.raises(ValueError, match="has no CLIP text tower: its text encoder is BertModel"):
+    with pytest.raises(ValueError, match="BertModel"):
         clip_text_model(LoTLIPTextModel(tiny.text_config()))
 
 
