@@ -4,7 +4,9 @@ import copy
 import inspect
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -636,9 +638,7 @@ def test_inputs_embeds_positions_and_token_types(text_backbone: str, shape: tupl
 @pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
 def test_vision_is_the_stock_backbone(vision_backbone: str, pooling: str) -> None:
     if pooling == "cls" and vision_backbone in ("siglip", "clip"):
-        with pytest.raises(Exception, match="pooler"):
-            tiny.vision_config(vision_backbone, pooling=pooling)
-        return
+        pytest.skip("has no [CLS]")
     model = _spread(LoTLIPVisionModel(tiny.vision_config(vision_backbone, pooling=pooling)))
     images = tiny.pixel_values()
     with torch.no_grad():
@@ -691,6 +691,7 @@ def test_outputs_are_clips() -> None:
     torch.testing.assert_close(outputs.text_embeds, nn.functional.normalize(text, dim=-1), **TOLERANCE)
     assert model.visual_projection.weight.shape == (24, 32)
     assert model.logit_scale.shape == ()
+    assert (model.projection_dim, model.text_embed_dim, model.vision_embed_dim) == (24, 32, 32)
 
 
 def test_logits_of_many_texts() -> None:
@@ -908,76 +909,67 @@ def test_from_backbones_makes_a_pooler_where_there_is_none(tmp_path: Path) -> No
 # Wrong input
 
 
+def ids_of(*shape: int, value: int = 1, dtype: torch.dtype = torch.long) -> torch.Tensor:
+    return torch.full(shape, value, dtype=dtype)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "word"),
     [
-        ({}, "exactly one of `input_ids` and `inputs_embeds`"),
-        ({"input_ids": torch.ones(8, dtype=torch.long)}, r"`input_ids` must have shape .* got \[8\]"),
-        ({"input_ids": torch.ones(1, 1, 1, 8, dtype=torch.long)}, r"`input_ids` must have shape"),
-        ({"input_ids": torch.ones(1, 8)}, "`input_ids` must be integers of 64 or 32 bits, got torch.float32"),
-        ({"input_ids": torch.ones(1, 8, dtype=torch.int16)}, "`input_ids` must be integers .* got torch.int16"),
-        ({"input_ids": torch.ones(0, 8, dtype=torch.long)}, r"`input_ids` must hold .* got shape \[0, 8\]"),
-        ({"input_ids": torch.ones(2, 0, dtype=torch.long)}, r"`input_ids` must hold .* got shape \[2, 0\]"),
-        ({"input_ids": torch.full((1, 8), 99)}, r"`input_ids` must lie in \[0, 99\)"),
-        ({"input_ids": torch.full((1, 8), -1)}, r"`input_ids` must lie in \[0, 99\)"),
-        ({"input_ids": torch.ones(1, 39, dtype=torch.long)}, "39 tokens; this model takes 38.*truncation=True"),
-        (
-            {"input_ids": torch.ones(1, 8, dtype=torch.long), "attention_mask": torch.ones(1, 7)},
-            r"`attention_mask` must have the texts' shape \[1, 8\], got \[1, 7\]",
-        ),
-        (
-            {"input_ids": torch.ones(1, 8, dtype=torch.long), "token_type_ids": torch.ones(8, dtype=torch.long)},
-            "`token_type_ids` must have",
-        ),
-        ({"inputs_embeds": torch.ones(8, 32)}, "`inputs_embeds` must have shape"),
-        (
-            {"input_ids": torch.ones(1, 8, dtype=torch.long), "position_ids": torch.arange(8) + 31},
-            "takes 38",
-        ),
+        ({}, "input_ids"),
+        ({"input_ids": ids_of(8)}, "input_ids"),
+        ({"input_ids": ids_of(1, 1, 1, 8)}, "input_ids"),
+        ({"input_ids": ids_of(1, 8, dtype=torch.float32)}, "float32"),
+        ({"input_ids": ids_of(1, 8, dtype=torch.int16)}, "int16"),
+        ({"input_ids": ids_of(0, 8)}, "input_ids"),
+        ({"input_ids": ids_of(2, 0)}, "input_ids"),
+        ({"input_ids": ids_of(1, 8, value=99)}, "99"),
+        ({"input_ids": ids_of(1, 8, value=-1)}, "99"),
+        ({"input_ids": ids_of(1, 39)}, "truncation=True"),
+        ({"input_ids": ids_of(1, 8), "attention_mask": torch.ones(1, 7)}, "attention_mask"),
+        ({"input_ids": ids_of(1, 8), "token_type_ids": ids_of(8)}, "token_type_ids"),
+        ({"input_ids": ids_of(1, 8), "position_ids": torch.arange(8) + 31}, "38"),
+        ({"inputs_embeds": torch.ones(8, 32)}, "inputs_embeds"),
     ],
 )
-def test_wrong_texts_are_named(arguments: dict[str, torch.Tensor], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_wrong_texts_are_named(arguments: dict[str, torch.Tensor], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
         text_model()(**arguments)
 
 
 @pytest.mark.parametrize(
-    ("images", "message"),
+    ("images", "word"),
     [
-        (None, "`pixel_values` is missing"),
-        (torch.zeros(3, 32, 32), r"`pixel_values` must have shape .* got \[3, 32, 32\]"),
-        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "`pixel_values` must be floating point, got torch.uint8"),
+        (None, "pixel_values"),
+        (torch.zeros(3, 32, 32), "pixel_values"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "uint8"),
         (torch.zeros(1, 3, 16, 32), "16"),
         (torch.zeros(1, 1, 32, 32), "channel"),
     ],
 )
-def test_wrong_images_are_named(images: torch.Tensor | None, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_wrong_images_are_named(images: torch.Tensor | None, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
         LoTLIPVisionModel(tiny.vision_config())(images)
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "word"),
     [
-        (lambda: LoTLIPTextConfig(backbone_config={"model_type": "gpt2"}), "'gpt2'; supported are bert"),
-        (lambda: LoTLIPVisionConfig(backbone_config={"model_type": "bert"}), "'bert'; supported are vit"),
-        (lambda: LoTLIPTextConfig(num_corner_tokens=-1), "`num_corner_tokens` must be 0 or more"),
-        (lambda: LoTLIPTextConfig(num_corner_tokens=511), "leaves no room for text"),
+        (lambda: LoTLIPTextConfig(backbone_config={"model_type": "gpt2"}), "gpt2"),
+        (lambda: LoTLIPVisionConfig(backbone_config={"model_type": "bert"}), "bert"),
+        (lambda: LoTLIPTextConfig(num_corner_tokens=-1), "num_corner_tokens"),
+        (lambda: LoTLIPTextConfig(num_corner_tokens=511), "room"),
         (lambda: LoTLIPTextConfig(pooling="max"), "pooling"),
+        (lambda: tiny.vision_config("siglip", pooling="cls"), "pooler"),
+        (lambda: tiny.vision_config("clip", pooling="cls"), "pooler"),
+        (lambda: dual_model()(pixel_values=tiny.pixel_values(), return_loss=True), "inputs_embeds"),
+        (lambda: dual_model()(tiny.input_ids(3, 8), return_loss=True), "pixel_values"),
+        (lambda: dual_model()(), "inputs_embeds"),
     ],
 )
-def test_wrong_configurations_are_named(make, message: str) -> None:
-    with pytest.raises(Exception, match=message):
+def test_wrong_configurations_and_calls_are_named(make: Callable[[], Any], word: str) -> None:
+    with pytest.raises(Exception, match=word):
         make()
-
-
-def test_a_model_without_texts_or_images_says_so() -> None:
-    with pytest.raises(ValueError, match="inputs_embeds"):
-        dual_model()(pixel_values=tiny.pixel_values(), return_loss=True)
-    with pytest.raises(ValueError, match="pixel_values"):
-        dual_model()(tiny.input_ids(3, 8), return_loss=True)
-    with pytest.raises(ValueError, match="inputs_embeds"):
-        dual_model()()
 
 
 @torch.no_grad()
@@ -1008,11 +1000,6 @@ def test_configuration_leaves_the_callers_alone() -> None:
     config = LoTLIPConfig(text_config=tiny.text_config(), vision_config=vision, projection_dim=16)
     assert vision.projection_dim is None
     assert config.vision_config.projection_dim == config.text_config.projection_dim == 16
-
-
-def test_sizes_are_where_clip_has_them() -> None:
-    model = dual_model()
-    assert (model.projection_dim, model.text_embed_dim, model.vision_embed_dim) == (24, 32, 32)
 
 
 @pytest.mark.parametrize("vision_backbone", tiny.VISION_BACKBONES)

