@@ -635,10 +635,12 @@ def test_inputs_embeds_positions_and_token_types(text_backbone: str, shape: tupl
 # Image towers
 
 
-@pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
+@pytest.mark.parametrize(
+    ("vision_backbone", "pooling"),
+    [(name, pooling) for name in tiny.VISION_BACKBONES for pooling in ("pooler", "mean")]
+    + [("vit", "cls"), ("dinov2", "cls")],
+)
 def test_vision_is_the_stock_backbone(vision_backbone: str, pooling: str) -> None:
-    if pooling == "cls" and vision_backbone in ("siglip", "clip"):
-        pytest.skip("has no [CLS]")
     model = _spread(LoTLIPVisionModel(tiny.vision_config(vision_backbone, pooling=pooling)))
     images = tiny.pixel_values()
     with torch.no_grad():
