@@ -90,8 +90,10 @@ def write_rows(folder: Path, kind: str, paths: list[str]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "structs.parquet"])
+@pytest.mark.parametrize(
+    ("kind", "streaming"),
+    [("jsonl", False), ("json", True), ("csv", False), ("parquet", False), ("structs.parquet", True)],
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_what_lies_outside_is_not_read(way: str, kind: str, streaming: bool, folders: tuple[Path, Path]) -> None:
     given, private = folders
@@ -452,6 +454,7 @@ def test_parquet_that_repeats_large_cells_is_read_in_small_batches(tmp_path: Pat
     assert [row["image"] for row in read_rows(tmp_path / "repeated.parquet", max_bytes=1 << 18)] == cells
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_a_caption_without_end_is_a_broken_record(suffix: str, streaming: bool, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def naive_split_sentences(text: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_sentences_are_those_of_the_plain_rules() -> None:
     pieces = [
         *("a", "b c", "Dr", "Mr", "J", "U.S", "p.m", "e.g", "etc", "Smith", "The", "the", "x.The", "ab.The", "3.5"),

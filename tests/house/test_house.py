@@ -1,6 +1,7 @@
 """The shape of the repository: which part may import which, what is in the package, what no file may hold."""
 
 import ast
+import itertools
 import re
 import shutil
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import requires, version
 from pathlib import Path
 
@@ -47,6 +49,11 @@ UPWARD = {
 }
 
 
+@cache
+def syntax_tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path, *, lazy: bool = True) -> Iterator[tuple[int, str]]:
     """Yield (line, dotted name) of each import of a file; a relative one keeps its dots.
 
@@ -62,7 +69,7 @@ def imports(path: Path, *, lazy: bool = True) -> Iterator[tuple[int, str]]:
             yield child
             yield from walk(child)
 
-    for node in walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in walk(syntax_tree(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
@@ -94,18 +101,19 @@ def test_modeling_imports_only_what_remote_code_may(path: Path) -> None:
             assert name.split(".")[0] in allowed, f"{path.name}:{line}: modeling/ may not import {name}"
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "lotlip_hf").rglob("*.py")), ids=lambda path: path.name)
-def test_lotlip_hf_does_not_look_up(path: Path) -> None:
-    for line, name in imports(path):
-        assert name.split(".")[0] not in {"benchmarks", "conversion", "examples", "modeling", "tests"}, (
-            f"{path.name}:{line}: imports {name}"
-        )
-    for line, name in imports(path, lazy=False):
-        assert "conversion" not in name.split("."), (
-            f"{path.name}:{line}: import {name} inside the function that needs it"
-        )
+def test_lotlip_hf_does_not_look_up() -> None:
+    for path in python_files("lotlip_hf"):
+        for line, name in imports(path):
+            assert name.split(".")[0] not in {"benchmarks", "conversion", "examples", "modeling", "tests"}, (
+                f"{path.name}:{line}: imports {name}"
+            )
+        for line, name in imports(path, lazy=False):
+            assert "conversion" not in name.split("."), (
+                f"{path.name}:{line}: import {name} inside the function that needs it"
+            )
 
 
+@cache
 def inner_imports() -> dict[str, set[str]]:
     """The files of `lotlip_hf` and its `modeling` by module name, and those that each imports, anywhere in it."""
     paths = {path.relative_to(REPOSITORY / "lotlip_hf"): path for path in python_files("lotlip_hf")}
@@ -114,7 +122,7 @@ def inner_imports() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for module, name in modules.items():
         found[module] = set()
-        for node in ast.walk(ast.parse(paths[name].read_text(encoding="utf-8"))):
+        for node in ast.walk(syntax_tree(paths[name])):
             if not isinstance(node, ast.ImportFrom):
                 continue
             base = [*(name.parts[: -node.level] if node.level else ()), *filter(None, (node.module or "").split("."))]
@@ -162,9 +170,8 @@ def test_no_import_runs_up() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", ["benchmarks", "conversion", "examples", "tests"])
-def test_modeling_is_imported_under_its_package_name(folder: str) -> None:
-    for path in sorted((REPOSITORY / folder).rglob("*.py")):
+def test_modeling_is_imported_under_its_package_name() -> None:
+    for path in itertools.chain.from_iterable(map(python_files, ["benchmarks", "conversion", "examples", "tests"])):
         for line, name in imports(path):
             # Under its bare name every class would exist twice, and `isinstance` would tell them apart.
             assert name.split(".")[0] not in {"conversion", "modeling"}, (
@@ -187,7 +194,7 @@ def test_nothing_that_is_read_runs() -> None:
     unsafe = re.compile(r"(\w*pickle|dill|joblib|marshal)\.loads?|torch\.jit\.load|yaml\.(unsafe_|full_)?load")
     for folder in ("lotlip_hf", "modeling", "conversion", "examples", "benchmarks"):
         for path in (REPOSITORY / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for node in ast.walk(syntax_tree(path)):
                 if not isinstance(node, ast.Call):
                     continue
                 name, said = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}

@@ -161,6 +161,7 @@ def test_zero_shot_pipeline(checkpoint: Path, images: list[Path], batch_size: in
         )
 
 
+@pytest.mark.slow
 def test_zero_shot_pipeline_of_labels_that_are_too_long(checkpoint: Path, images: list[Path]) -> None:
     # The pipeline pads and never truncates, and hands no argument for it on: a class of one's own does.
     class Truncating(ZeroShotImageClassificationPipeline):
@@ -255,6 +256,7 @@ def with_modules(checkpoint: Path, tmp_path: Path) -> Path:
     return write_repository(checkpoint, tmp_path / "with-modules", "me/mine")
 
 
+@pytest.mark.slow
 def test_sentence_transformers_encodes_texts_and_images(with_modules: Path, images: list[Path]) -> None:
     model, processor = load_model(with_modules, device="cpu")
     processor.background = None  # transparency is dropped there
@@ -361,6 +363,7 @@ def logged(text: str, name: str) -> list[float]:
     return [float(value) for value in re.findall(rf"'{name}': '?([\d.e-]+)", text)]
 
 
+@pytest.mark.slow
 def test_example_trains_on_the_loss_of_the_model(
     example: ModuleType, clip_checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -557,6 +560,7 @@ def test_quantized_loading(kind: str, library: str, tmp_path: Path) -> None:
     assert is_quantized == linear - {f"{name}.weight" for name in projections}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_by_bitsandbytes_saves_and_loads(bits: int, tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "start", "bert", width=64)

@@ -544,8 +544,9 @@ def test_compiled_texts_keep_their_padding() -> None:
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_the_mask_over_a_row_is_each_texts_own(is_causal: bool) -> None:
+def test_the_mask_over_a_row_is_each_texts_own(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`flex_attention` gets one block mask for texts without their padding."""
+    tiny.leave_flex_attention_uncompiled(monkeypatch)
     _, mask = texts_of_lengths(5, 2, 4, length=5)
     config, pooled_index = text_model().config.backbone_config, mask.sum(1) - 1 if is_causal else mask.argmax(1)
     row_index = nn.functional.pad(mask, (0, 2), value=1).flatten().nonzero().squeeze(1)
