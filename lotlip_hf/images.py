@@ -287,12 +287,7 @@ def read_image_bytes(path: str | os.PathLike, limit: int = MAX_FILE_BYTES) -> by
 
 
 def max_image_pixels() -> int | None:
-    """
-    The pixel limit, see [`set_max_image_pixels`].
-
-    Returns:
-        `int` or `None`: the most pixels that an image may have; `None` without a limit.
-    """
+    """The most pixels that an image may have, see [`set_max_image_pixels`]; `None` without a limit."""
     return None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
 
 
@@ -349,15 +344,7 @@ def checked_background(background: Background) -> tuple[int, int, int] | None:
 
 
 def background_of(processor: Any) -> Background:
-    """
-    The colour that a processor lays under transparent pixels.
-
-    Args:
-        processor (`Any`): a processor or an image processor.
-
-    Returns:
-        `str`, `Sequence[int]` or `None`: its `background`; white, if it has no such setting.
-    """
+    """The colour that a processor lays under transparent pixels; white, if it has no such setting."""
     return getattr(processor, "background", WHITE)
 
 

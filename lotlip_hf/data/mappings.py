@@ -91,17 +91,7 @@ def alternatives(columns: str | tuple[str | None, ...] | None) -> tuple[str, ...
 
 
 def resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> ColumnMapping:
-    """
-    The mapping with each alternative and pattern replaced by the columns that a data set has.
-
-    Args:
-        mapping (`ColumnMapping`): the columns wanted.
-        columns (`Sequence[str]`): the columns of the data set.
-        source (`str`): its name, for errors.
-
-    Raises:
-        ColumnError: if a column is missing.
-    """
+    """The mapping with each alternative and pattern replaced by the columns there are; `source` is for errors."""
     source = printable(source)
 
     def missing(field: str, wanted: tuple[str, ...]) -> ColumnError:

@@ -7,7 +7,6 @@ or not; of tables a copy for random access is kept in the cache of `datasets`.
 """
 
 import dataclasses
-import glob
 import hashlib
 import itertools
 import json
@@ -20,11 +19,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from datasets.utils import tqdm
 from filelock import FileLock
 from huggingface_hub import constants
@@ -33,7 +29,7 @@ from huggingface_hub.file_download import repo_folder_name
 from ..files import MAX_BYTES, MAX_CHARACTERS, printable, replacing
 from ..images import image_extensions, image_source
 from .mappings import MAPPINGS, ColumnError, ColumnMapping, alternatives, resolve
-from .readers import RowError, SizeError, parquet_batches, read_rows, value_of
+from .readers import RowError, SizeError, read_rows, value_of
 from .sampling import split_sentences
 from .sources import SplitError, find_files, is_hub_name, kind_of
 
@@ -140,10 +136,7 @@ def load_records(
     if kwargs:
         raise ValueError(f"{', '.join(kwargs)}: only a data set on the Hub takes more arguments, not {source}.")
     files = find_files(source, split)
-    kind = kind_of(files)
-    if kind == "parquet" and not streaming:
-        return _parquet_records(files, mapping, images, max_record_bytes)
-    if kind != "webdataset" and not streaming:
+    if kind_of(files) != "webdataset" and not streaming:
         return read_table(files, mapping, image_folder, image_root, max_record_bytes)
     # `datasets` divides the list of files among processes and workers.
     arguments = {
@@ -180,7 +173,7 @@ def _hub_records(
     roots = roots or hub_folders(name)
     if isinstance(dataset, Dataset):
         resolved = resolve(mapping, dataset.column_names, name)
-        transform = partial(_to_records, mapping=resolved, folders=((folder, roots),))
+        transform = partial(_to_records, mapping=resolved, folder=folder, roots=roots)
         return undecoded(dataset).with_transform(transform)
     dataset = undecoded(cast(IterableDataset, dataset))
     columns = dataset.column_names or list(next(iter(dataset)))
@@ -192,47 +185,9 @@ def _hub_records(
 
 
 def hub_folders(name: str) -> tuple[str, ...]:
-    """
-    The folders that files of a data set on the Hub are downloaded to.
-
-    Args:
-        name (`str`): its name, `owner/name`.
-
-    Returns:
-        `tuple[str, ...]`: its folder in the Hub's cache, and that of unpacked archives.
-    """
+    """The folders that a data set on the Hub is downloaded to, that of unpacked archives too."""
     kept = os.path.join(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset"))
     return kept, os.fspath(datasets.config.DOWNLOADED_DATASETS_PATH)
-
-
-def _parquet_records(files: list[str], mapping: ColumnMapping, images: _Images, max_bytes: int) -> Dataset:
-    for file in files:
-        try:
-            parquet_batches(pyarrow.parquet.read_metadata(file), max_bytes)
-        except (OSError, ValueError) as error:
-            raise _unreadable([file], "parquet", error) from error
-    try:
-        # `load_dataset` takes file names for patterns
-        dataset = cast(Dataset, load_dataset("parquet", data_files=[glob.escape(one) for one in files], split="train"))
-    except StopIteration as error:
-        raise ValueError(f"{', '.join(files)}: no row can be read.") from error
-    except DatasetGenerationError as error:
-        raise _unreadable(files, "parquet", error.__cause__ or error) from error
-    resolved = resolve(mapping, dataset.column_names, files[0])
-    folders = tuple(dict.fromkeys(map(images.of, files)))
-    dataset = undecoded(dataset)
-    if len(folders) > 1:
-        lengths = [pyarrow.parquet.read_metadata(file).num_rows for file in files]
-        numbers = np.repeat([folders.index(images.of(file)) for file in files], lengths)
-        dataset = dataset.add_column("__folder__", numbers)
-    return dataset.with_transform(partial(_to_records, mapping=resolved, folders=folders))
-
-
-def _unreadable(files: Sequence[str], kind: str, reason: BaseException) -> ValueError:
-    return ValueError(
-        f"{', '.join(files)}: cannot be read as {kind} ({type(reason).__name__}: {reason}). Mend or leave out the "
-        "file; `streaming=True` reads the others and lets the collator count it."
-    )
 
 
 def read_table(
@@ -273,15 +228,7 @@ def read_table(
 
 
 def first_error(records: Dataset | IterableDataset) -> str | None:
-    """
-    What is wrong with the first row that could not be read for a table.
-
-    Args:
-        records (`datasets.Dataset` or `datasets.IterableDataset`): what [`load_records`] returned.
-
-    Returns:
-        `str`, *optional*: the reason; `None` if there is no such row, or the records are no table of ours.
-    """
+    """What is wrong with the first row of a table that could not be read; `None` if there is none."""
     if not isinstance(records, Dataset) or records.features != FEATURES:
         return None
     errors = records.data.column("error").drop_null()
@@ -305,7 +252,10 @@ def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Ite
                     yield block
                     block, size = [], 0
         except Exception as error:  # libraries raise any kind on a damaged file
-            raise _unreadable([file], kind_of([file]), error) from error
+            raise ValueError(
+                f"{file}: cannot be read as {kind_of([file])} ({type(error).__name__}: {error}). Mend or leave out "
+                "the file; `streaming=True` reads the others and lets the collator count it."
+            ) from error
     if block:
         yield block
 
@@ -453,16 +403,7 @@ def _real(root: str) -> str:
 
 
 def check_inside(file: str, roots: Sequence[str]) -> None:
-    """
-    Finds out whether an image may be read.
-
-    Args:
-        file (`str`): its path.
-        roots (`Sequence[str]`): the folders of which it must lie in one, links followed.
-
-    Raises:
-        ValueError: if it lies elsewhere.
-    """
+    """Raises a `ValueError` if an image does not lie in one of the folders `roots`, links followed."""
     here = os.getcwd()  # not `abspath`, which would take `link/..` for the folder of the link
     real = os.path.realpath(os.path.join(here, file))
     if not any(f"{real}/".startswith(os.path.join(_real(os.path.join(here, root)), "")) for root in roots):
@@ -473,15 +414,11 @@ def check_inside(file: str, roots: Sequence[str]) -> None:
 
 
 def _to_records(
-    rows: dict[str, list[Any]], mapping: ColumnMapping, folders: Sequence[tuple[str, tuple[str, ...]]]
+    rows: dict[str, list[Any]], mapping: ColumnMapping, folder: str, roots: tuple[str, ...]
 ) -> dict[str, list[Any]]:
     """The records of a batch, column by column, as `Dataset.with_transform` asks for."""
-    number = len(next(iter(rows.values()), []))
-    numbers = rows.get("__folder__", [0] * number)
-    records = [
-        _to_record({name: column[row] for name, column in rows.items()}, mapping, *folders[numbers[row]])
-        for row in range(number)
-    ]
+    batch = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    records = [_to_record(row, mapping, folder, roots) for row in batch]
     return {name: [record[name] for record in records] for name in FIELDS}
 
 
@@ -526,15 +463,7 @@ def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, m
 
 
 def undecoded(dataset: Any) -> Any:
-    """
-    Leaves the decoding of images to the reader.
-
-    Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): a data set.
-
-    Returns:
-        The same rows, their images as they are stored.
-    """
+    """The same rows, their images as they are stored: the reader decodes them."""
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(name, Image(decode=False))

@@ -44,15 +44,7 @@ class SplitError(ValueError):
 
 
 def is_hub_name(source: object) -> bool:
-    """
-    Whether a source is the name of a data set on the Hub, not a folder or a file.
-
-    Args:
-        source (`object`): as in [`load_records`].
-
-    Returns:
-        `bool`: whether it has the form of such a name and there is no such folder.
-    """
+    """Whether a source has the form of a data set's name on the Hub, and there is no such folder or file."""
     if not isinstance(source, str) or os.path.exists(source) or not HUB_NAME.fullmatch(source):
         return False
     return os.path.splitext(source)[1].lower() not in KINDS  # "pictures/metadata.jsonl" has the form of a name too
@@ -158,15 +150,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def kind_of(files: Sequence[str]) -> str:
-    """
-    The kind of the files of a data set: `"csv"`, `"json"`, `"parquet"` or `"webdataset"`.
-
-    Args:
-        files (`Sequence[str]`): the files.
-
-    Raises:
-        ValueError: if they are of several kinds, or of one that is not read.
-    """
+    """The one kind of the files of a data set: `"csv"`, `"json"`, `"parquet"` or `"webdataset"`."""
     extensions = {os.path.splitext(file)[1].lower() for file in files}
     if unknown := sorted(extensions - KINDS.keys()):
         raise ValueError(f"{printable(files[0])}: {unknown[0] or 'no extension'} is not one of {', '.join(KINDS)}.")
