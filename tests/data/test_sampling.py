@@ -208,18 +208,18 @@ def test_the_callers_captions_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options",
     [
-        ({"num_long_texts": -1}, "0 or more, got -1"),
-        ({"num_sentences": 0}, "at least 1, or `None` for all, got 0"),
-        ({"captioners": ()}, "different positions"),
-        ({"captioners": (1, 1)}, "different positions"),
-        ({"captioners": (-1,)}, "different positions"),
-        ({"order": "random"}, '"written" or "shuffled", got \'random\''),
-        ({"splitter": "words"}, "one of sentences, full_stops, got 'words'"),
+        {"num_long_texts": -1},
+        {"num_sentences": 0},
+        {"captioners": ()},
+        {"captioners": (1, 1)},
+        {"captioners": (-1,)},
+        {"order": "random"},
+        {"splitter": "words"},
     ],
 )
-def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
         CaptionSampling(**options)
     assert CaptionSampling(captioners=[0, 1]).captioners == (0, 1)  # as a YAML file gives it

