@@ -29,6 +29,20 @@ class OutsideError(ValueError):
     """A path that leads out of the folder that it must lie in."""
 
 
+class FileError(ValueError):
+    """
+    A file that is not read.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+        reason (`str`): why.
+    """
+
+    def __init__(self, path: str | os.PathLike, reason: str) -> None:
+        super().__init__(f"{printable(os.fspath(path))}: {reason}.")
+        self.reason = reason
+
+
 def printable(value: object) -> str:
     """
     A text as one line that a terminal shows and does not act on.
@@ -131,7 +145,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
     Raises:
         OSError: if it cannot be opened, or is a folder.
-        ValueError: if it is a device or a pipe.
+        FileError: if it is a device or a pipe.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
@@ -139,7 +153,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
         if not stat.S_ISREG(mode):
-            raise ValueError(f"{printable(path)}: not a regular file.")
+            raise FileError(path, "not a regular file")
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -211,12 +225,12 @@ def read_regular(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is larger, or not a regular file.
+        FileError: if it is larger, or not a regular file.
     """
     with open_regular(path) as file:
         content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else b""
         if len(content) > limit or (not content and os.fstat(file.fileno()).st_size):
-            raise ValueError(f"{printable(path)}: larger than {limit:,} bytes.")
+            raise FileError(path, f"larger than {limit:,} bytes")
         return content
 
 
