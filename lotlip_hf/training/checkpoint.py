@@ -39,14 +39,16 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
+def checkpoint_step(name: str) -> int | None:
+    """The step that the name of a checkpoint's folder says, `checkpoint-N`; `None` for other names."""
+    match = re.fullmatch(r"checkpoint-(\d+)", name)
+    return int(match[1]) if match else None
+
+
 def list_checkpoints(output: str | os.PathLike) -> list[Path]:
     """The whole checkpoints in a run's folder, the oldest first."""
-    numbered = {
-        int(match[1]): path
-        for path in Path(output).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
-    return [numbered[step] for step in sorted(numbered)]
+    steps = {path: checkpoint_step(path.name) for path in Path(output).glob("checkpoint-*")}
+    return sorted((path for path, step in steps.items() if step is not None), key=lambda path: steps[path] or 0)
 
 
 def save_checkpoint(
