@@ -38,7 +38,7 @@ from lotlip_hf.data.sampling import CaptionSampling
 from lotlip_hf.evaluation.retrieval import recalls
 from lotlip_hf.terminal import printable_output
 from lotlip_hf.training.config import HelpFormatter, TrainingConfig
-from lotlip_hf.training.model import load_data
+from lotlip_hf.training.data import load_data
 from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale, embed
 
 

@@ -44,6 +44,25 @@ def batches_per_epoch(num_records: int, config: TrainingConfig, num_processes: i
     return number
 
 
+def num_steps(records: Dataset | IterableDataset, config: TrainingConfig, num_processes: int) -> int:
+    """
+    How many steps of the optimiser a run has: `max_steps`, or as many as `num_epochs` make.
+
+    Raises:
+        ValueError: of a stream without `max_steps`, without a batch, or if the warm-up is longer than the run.
+    """
+    if config.max_steps is not None:
+        return config.max_steps
+    if isinstance(records, IterableDataset):
+        raise ValueError("The records are a stream, whose length is not known: set `max_steps`.")
+    batches = batches_per_epoch(len(records), config, num_processes)
+    # 0.29 x 100 is a little less than 29
+    steps = max(1, int(round(config.num_epochs * batches, 6)) // config.gradient_accumulation_steps)
+    if config.warmup_steps > steps:
+        raise ValueError(f"`warmup_steps` ({config.warmup_steps}) is more than the run's {steps} steps.")
+    return steps
+
+
 class EpochBatches(Sampler[list[int]]):
     """
     One process's batches of one epoch: of each global batch, a run of the shuffled records, an even part. So what a

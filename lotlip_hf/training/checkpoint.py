@@ -16,8 +16,8 @@ import torch
 from accelerate import Accelerator
 from transformers.utils import logging
 
-from ..distributed import max_over_ranks
-from ..files import PARTIAL, parse_json, read_regular
+from ..distributed import any_rank
+from ..files import PARTIAL, parse_json, publish, read_regular
 
 logger = logging.get_logger(__name__)
 
@@ -47,8 +47,8 @@ def checkpoint_step(name: str) -> int | None:
 
 def list_checkpoints(output: str | os.PathLike) -> list[Path]:
     """The whole checkpoints in a run's folder, the oldest first."""
-    steps = {path: checkpoint_step(path.name) for path in Path(output).glob("checkpoint-*")}
-    return sorted((path for path, step in steps.items() if step is not None), key=lambda path: steps[path] or 0)
+    paths = [path for path in Path(output).glob("checkpoint-*") if checkpoint_step(path.name) is not None]
+    return sorted(paths, key=lambda path: checkpoint_step(path.name) or 0)
 
 
 def save_checkpoint(
@@ -99,20 +99,18 @@ def save_checkpoint(
         progress_file = partial / STATE / f"{accelerator.process_index}-{PROGRESS}"
         progress_file.write_text(json.dumps({**progress, RANDOM: _random_digest()}), encoding="utf-8")
 
-    def publish() -> None:
+    def name_folder() -> None:
         if accelerator.is_main_process:
-            _sync(partial)
-            partial.rename(final)
-            _sync_folder(final.parent)
+            publish(partial, final)
 
     # after each part all processes know whether it went well on all: in the next one they may wait for each other
-    for part in (make_folder, lambda: save_model(partial), write_state, publish):
+    for part in (make_folder, lambda: save_model(partial), write_state, name_folder):
         reason = ""
         try:
             part()
         except Exception as error:  # torch and safetensors raise their own kinds where the disk is full
             reason = " ".join(str(error).split()) or type(error).__name__
-        if not _is_ok_everywhere(not reason, accelerator):
+        if any_rank(bool(reason), accelerator.device):
             if accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(output).free
@@ -208,26 +206,3 @@ def _random_digest() -> str:
     """A digest of the random numbers to come, those of Python, NumPy and torch."""
     states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     return hashlib.blake2b(repr(states).encode(), digest_size=16).hexdigest()
-
-
-def _is_ok_everywhere(ok: bool, accelerator: Accelerator) -> bool:
-    return not max_over_ranks(torch.tensor(int(not ok), device=accelerator.device)).item()
-
-
-def _sync(folder: Path) -> None:
-    """Sees to it that a folder's files are on the disk, not only on their way."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _sync_folder(path)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

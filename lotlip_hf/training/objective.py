@@ -1,24 +1,20 @@
-"""The objective as a training run needs it: over all processes, in tiles, and in the memory of a few samples."""
+"""The objective as a training run needs it: over all processes, and in tiles of similarities."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+from torch.utils.checkpoint import checkpoint
 
 from ..distributed import all_sizes, average_gradient, gather, max_over_ranks, rank, sum_over_ranks, world_size
 from ..modeling.loss_lotlip import LoTLIPLoss, check_pairs, primary_components, stack_features, weighted_loss
 
-MAX_LOGIT_SCALE = math.log(100)
 # Images and texts of one tile of similarities: 64 MB in float32.
 TILE_SIZE = 4096
 
@@ -51,7 +47,7 @@ class Objective(nn.Module):
         tile_size: Images and texts in a tile of similarities.
 
     Raises:
-        ValueError: on an unknown `loss` and on numbers below 1.
+        ValueError: on an unknown `loss`.
 
     Example:
 
@@ -77,9 +73,6 @@ class Objective(nn.Module):
         super().__init__()
         if loss not in ("infonce", "sigmoid"):
             raise ValueError(f"`loss` must be 'infonce' or 'sigmoid', got {loss!r}.")
-        for name, value in (("num_primary_components", num_primary_components), ("tile_size", tile_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         self.short_loss_weight = short_loss_weight
         self.long_loss_weight = long_loss_weight
         self.num_primary_components = num_primary_components
@@ -222,16 +215,26 @@ def _softplus_sum(scaled_images: torch.Tensor, texts: torch.Tensor, logit_bias: 
 
 
 @torch.no_grad()
-def clamp_logit_scale(model: nn.Module, maximum: float = MAX_LOGIT_SCALE) -> None:
+def clamp_logit_scale(model: nn.Module) -> None:
     """
-    Keeps the model's `logit_scale`, a logarithm, at or below `maximum`, as CLIP does; to be called after each step of
-    the optimiser.
+    Keeps the model's `logit_scale`, a logarithm, at or below ln 100, as CLIP does; to be called after each step of the
+    optimiser.
 
     Args:
         model: A [`LoTLIPModel`], or what wraps one.
-        maximum: Logarithm of the largest factor on the cosine similarities.
     """
-    extract_model_from_parallel(model).logit_scale.clamp_(max=maximum)
+    extract_model_from_parallel(model).logit_scale.clamp_(max=math.log(100))
+
+
+def similarity_scale(model: nn.Module) -> torch.Tensor:
+    """
+    The factor on the cosine similarities. FSDP leaves scalars alone: there its gradient is averaged over the ranks.
+
+    Args:
+        model: A [`LoTLIPModel`], or what wraps one.
+    """
+    logit_scale = extract_model_from_parallel(model).logit_scale
+    return (average_gradient(logit_scale) if isinstance(model, FSDPModule) else logit_scale).exp()
 
 
 class Embeddings(NamedTuple):
@@ -282,111 +285,4 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Any], loss_function: LossFu
     Returns:
         [`LoTLIPLoss`]
     """
-    return loss_function(*embed(model, batch), _averaged(_logit_scale(model), model).exp())
-
-
-def _logit_scale(model: nn.Module) -> torch.Tensor:
-    return extract_model_from_parallel(model).logit_scale
-
-
-def _averaged(parameter: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """A scalar of the model, its gradient averaged over the ranks where the model's wrapper does not: FSDP leaves
-    scalars alone."""
-    return average_gradient(parameter) if isinstance(model, FSDPModule) else parameter
-
-
-def cached_backward(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    chunk_size: int,
-    loss_function: LossFunction,
-    accelerator: Accelerator | None = None,
-) -> LoTLIPLoss:
-    """
-    [`batch_loss`] and its `backward`, in the memory of `chunk_size` samples: gradient caching
-    (https://arxiv.org/abs/2101.06983). The whole batch is embedded in chunks without a graph; the loss of all
-    embeddings gives their gradients; then each chunk is embedded again, with the same dropout, and its part of the
-    gradients goes back through the model. The gradients are those of the whole batch and are added to the parameters'
-    `grad`.
-
-    Args:
-        model: A [`LoTLIPModel`], or what wraps one.
-        batch: See [`embed`]; the samples are in the first dimension of every tensor.
-        chunk_size: Samples in a chunk.
-        loss_function: An [`Objective`], or a function with its arguments and answer; if it is a module, its parameters
-            get gradients too.
-        accelerator: Used for autocast, for the backward passes (loss scaling, gradient accumulation) and to
-            synchronise the processes' gradients with the last chunk alone.
-
-    Returns:
-        [`LoTLIPLoss`] without gradients.
-
-    Raises:
-        ValueError: if the batch is empty or `chunk_size` below 1.
-    """
-    inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    num_samples = len(inputs["pixel_values"])
-    if num_samples == 0:
-        raise ValueError("The batch is empty.")
-    if chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
-    # As many chunks on every process, for a wrapper may communicate in each of them: some are then smaller.
-    num_chunks = -(-num_samples // chunk_size)
-    num_chunks = int(max_over_ranks(torch.tensor(num_chunks, device=inputs["pixel_values"].device)))
-    bounds = [num_samples * i // num_chunks for i in range(num_chunks + 1)]
-    chunks = list(zip(bounds[:-1], bounds[1:], strict=True))
-    autocast = accelerator.autocast if accelerator is not None else nullcontext
-
-    def embed_chunk(start: int, stop: int) -> Embeddings:
-        # a chunk without a sample runs on one and keeps nothing of it
-        first = min(start, num_samples - 1)
-        rows = {name: value[first : max(stop, first + 1)] for name, value in inputs.items()}
-        with autocast():
-            return _map(lambda embeds: embeds[: stop - start], embed(model, rows))
-
-    random_states, cached = [], []
-    with torch.no_grad():
-        for chunk in chunks:
-            random_states.append((torch.get_rng_state(), *get_device_states(*inputs.values())))
-            cached.append(embed_chunk(*chunk))
-    torch.clear_autocast_cache()  # older versions of torch keep weights without a graph in it
-
-    embeddings = _map(lambda *parts: torch.cat(parts).requires_grad_(), *cached)
-    logit_scale = _logit_scale(model)
-    parameters = [logit_scale, *(loss_function.parameters() if isinstance(loss_function, nn.Module) else ())]
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    loss = loss_function(*embeddings, _averaged(logit_scale, model).exp())
-    leaves = [embeds for embeds in embeddings if embeds is not None]
-    # a caller's autocast is for the forward passes alone
-    exact = partial(torch.autocast, logit_scale.device.type, enabled=False)
-    with exact():
-        gradients = torch.autograd.grad(loss.loss, [*leaves, *parameters])
-    embed_gradients, parameter_gradients = gradients[: len(leaves)], gradients[len(leaves) :]
-
-    for (start, stop), (cpu_state, *device_states) in zip(chunks, random_states, strict=True):
-        is_last = (start, stop) == chunks[-1]
-        torch.set_rng_state(cpu_state)
-        set_device_states(*device_states)
-        with nullcontext() if is_last else _no_sync(model, accelerator):
-            outputs = [embeds for embeds in embed_chunk(start, stop) if embeds is not None]
-            pairs = [(o, g[start:stop]) for o, g in zip(outputs, embed_gradients, strict=True)]
-            if is_last:
-                pairs += zip(parameters, parameter_gradients, strict=True)
-            with exact():
-                product = torch.stack([(value * gradient).sum() for value, gradient in pairs]).sum()
-                if accelerator is not None:
-                    accelerator.backward(product)
-                else:
-                    product.backward()
-    return LoTLIPLoss(*(value.detach() for value in loss))
-
-
-def _map(function: Callable[..., torch.Tensor], *embeddings: Embeddings) -> Embeddings:
-    """The function of each of the three tensors, or of several triples' first, second and third."""
-    return Embeddings(*(None if parts[0] is None else function(*parts) for parts in zip(*embeddings, strict=True)))
-
-
-def _no_sync(model: nn.Module, accelerator: Accelerator | None) -> AbstractContextManager:
-    if accelerator is not None:
-        return accelerator.no_sync(model)
-    return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
+    return loss_function(*embed(model, batch), similarity_scale(model))

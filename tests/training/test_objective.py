@@ -30,7 +30,8 @@ from lotlip_hf.modeling.loss_lotlip import (
     stack_features,
     weighted_loss,
 )
-from lotlip_hf.training.objective import Objective, batch_loss, cached_backward, clamp_logit_scale, embed
+from lotlip_hf.training.grad_cache import cached_backward
+from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale, embed
 from processes import run_processes
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -223,21 +224,13 @@ def test_tiles_are_not_kept_for_the_backward_pass(loss: str) -> None:
     assert most(lambda *args: plain_loss(*args, None)) >= num_sets * matrix
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"loss": "triplet"}, "'infonce' or 'sigmoid'"),
-        ({"tile_size": 0}, "tile_size"),
-        ({"num_primary_components": 0}, "num_primary_components"),
-    ],
-)
-def test_wrong_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Objective(**options)
+def test_an_unknown_loss() -> None:
+    with pytest.raises(ValueError, match="loss"):
+        Objective("triplet")  # pyright: ignore[reportArgumentType]
 
 
 def test_as_many_images_as_texts() -> None:
-    with pytest.raises(ValueError, match="2 images and 3 rows"):
+    with pytest.raises(ValueError, match="images"):
         Objective()(torch.eye(2, 4), torch.zeros(3, 1, 4), None, torch.tensor(1.0))
 
 
@@ -547,9 +540,3 @@ def test_the_memory_of_a_chunk_is_enough() -> None:
     growth = most(32, cached=True) - most(4, cached=True)
     assert growth <= 28 * 10 * 24 * 4 * 8 + 14 * len(torch.get_rng_state())
     assert most(32, cached=False) - most(4, cached=False) > 20 * growth
-
-
-@pytest.mark.parametrize(("batch_size", "chunk_size", "message"), [(0, 2, "empty"), (2, 0, "chunk_size")])
-def test_wrong_chunks(batch_size: int, chunk_size: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        cached_backward(tiny_model(), tiny_batch(batch_size), chunk_size, Objective())
