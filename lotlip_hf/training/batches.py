@@ -17,16 +17,8 @@ from .config import TrainingConfig
 
 def batches_per_epoch(num_records: int, config: TrainingConfig, num_processes: int) -> int:
     """
-    How many batches an epoch has.
-
-    Args:
-        num_records: Records of the data set.
-        config: `batch_size` (of a process) and `drop_last`.
-        num_processes: How many processes share a batch.
-
-    Returns:
-        The full batches, and the last one that is not full, unless `drop_last` says otherwise or it holds fewer
-        records than there are processes.
+    The full batches of an epoch, and the last one that is not full, unless `drop_last` says otherwise or it holds
+    fewer records than there are processes.
 
     Raises:
         ValueError: if there is none.
@@ -46,10 +38,10 @@ def batches_per_epoch(num_records: int, config: TrainingConfig, num_processes: i
 
 def num_steps(records: Dataset | IterableDataset, config: TrainingConfig, num_processes: int) -> int:
     """
-    How many steps of the optimiser a run has: `max_steps`, or as many as `num_epochs` make.
+    Steps of the optimiser: `max_steps`, or as many as `num_epochs` make.
 
     Raises:
-        ValueError: of a stream without `max_steps`, without a batch, or if the warm-up is longer than the run.
+        ValueError: if a stream has no `max_steps`, an epoch no batch, or the warm-up more steps than the run.
     """
     if config.max_steps is not None:
         return config.max_steps
@@ -67,14 +59,6 @@ class EpochBatches(Sampler[list[int]]):
     """
     One process's batches of one epoch: of each global batch, a run of the shuffled records, an even part. So what a
     step sees does not depend on the number of processes.
-
-    Args:
-        num_records: Records of the data set.
-        config: The options.
-        epoch: Number of the epoch.
-        start: The first batch to give.
-        rank: Number of this process.
-        num_processes: How many there are.
     """
 
     def __init__(
@@ -96,10 +80,8 @@ class EpochBatches(Sampler[list[int]]):
 
 class _Collator:
     """
-    The collator as a `DataLoader`'s workers call it. An error comes back as it is, for the loader would wrap it in its
-    own; and of a resumed stream, what is thrown away anyway is not decoded.
-
-    Workers take turns, so of the first `num_skipped` batches each makes at least `num_skipped // num_workers`.
+    The collator as a `DataLoader`'s workers call it. Errors are returned, for the loader would wrap them. The first
+    `num_skipped` batches of a resumed stream are not decoded: each worker makes `num_skipped // num_workers` or more.
     """
 
     def __init__(self, collator: LoTLIPCollator, num_skipped: int = 0) -> None:
@@ -137,21 +119,17 @@ def iterate_batches(
     The batches from a position on, epoch after epoch, without end.
 
     Args:
-        records: The data set. A stream is shuffled within `shuffle_buffer` records, and its shards (or, where there
-            are too few, its records) are divided between the processes.
+        records: The data set. A stream is shuffled within `shuffle_buffer` records, and its shards (or, if there are
+            too few, its records) are divided between the processes.
         collator: Makes a batch of records.
         config: The options.
         epoch: The first epoch.
-        start: The first batch of that epoch. Of a stream what lies before it is read and thrown away.
+        start: The first batch of that epoch. A stream is read from its beginning.
         rank: Number of this process.
-        num_processes: How many there are.
+        num_processes: Number of processes.
 
     Yields:
-        The position behind the batch, (epoch, number of the next batch), and the batch.
-
-    Raises:
-        ValueError: if the data set is empty.
-        ImageError, RecordError: see [`LoTLIPCollator`].
+        The position after the batch, (epoch, number of the next batch), and the batch.
     """
     for number in count(epoch):
         collator.set_epoch(number)

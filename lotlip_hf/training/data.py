@@ -1,5 +1,7 @@
 """The records that a run trains on and is evaluated on."""
 
+from functools import partial
+
 from datasets import Dataset, IterableDataset
 
 from ..data.collator import RecordError, read_record
@@ -18,14 +20,14 @@ COLUMN_HINTS = {
 
 def load_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """
-    The records that `config` names. Where a broken record stops the run, the first record is read, so that what is
-    wrong with all of them shows before a model is loaded.
+    The records that `config` names. With `on_error="raise"` the first record is read, so that an error in all of them
+    shows before a model is loaded.
 
     Args:
-        config: Its part "The data", and `eval_data`.
+        config (`TrainingConfig`): its part "The data", and `eval_data`.
 
     Returns:
-        The records to train on, and those to evaluate on, if any are named.
+        `tuple`: the records to train on, and those to evaluate on or `None`.
 
     Raises:
         ValueError: if `data` is not given, a column is missing, a file cannot be read, or there is no record.
@@ -35,7 +37,7 @@ def load_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, Datase
     if config.max_image_pixels is not None:
         set_max_image_pixels(config.max_image_pixels)
     if config.data is None:
-        raise ValueError(f"Say what to train on: `data` (a folder, files, a data set on the Hub, or {SCENES!r}).")
+        raise ValueError(f"Set `data` (a folder, files, a data set on the Hub, or {SCENES!r}).")
     records = _records(config, config.data, "split", "train", config.num_scenes)
     if config.eval_data is None:
         return records, None
@@ -50,14 +52,23 @@ def _records(
         split = split or usual_split
         # the same held-out scenes, whatever the seed
         return scenes_dataset(num_scenes, config.seed if split == "train" else 0, split)
+    load = partial(
+        load_records,
+        data,
+        config.column_mapping(),
+        image_folder=config.image_folder,
+        streaming=config.streaming,
+        image_root=config.image_root,
+        max_record_bytes=config.max_record_bytes,
+    )
     try:
-        records = _load_records(config, data, split or (usual_split if is_hub_name(data) else None))
+        records = load(split or (usual_split if is_hub_name(data) else None))
     except ColumnError as error:
         raise ColumnError(error.problem, error.field, COLUMN_HINTS[error.field]) from error
     except SplitError as error:
         if error.splits or split != usual_split:
             raise SplitError(error.problem, error.splits, option) from error
-        records = _load_records(config, data, None)  # files that are no splits are the usual one
+        records = load(None)  # files that are no splits are the usual one
     first = next(iter(records), None)
     if first is None:
         raise ValueError(f"{data}: holds no record.")
@@ -66,15 +77,3 @@ def _records(
             raise RecordError(error)
         read_record(first, config.sampling(), config.seed)
     return records
-
-
-def _load_records(config: TrainingConfig, data: str, split: str | None) -> Dataset | IterableDataset:
-    return load_records(
-        data,
-        config.column_mapping(),
-        split,
-        config.image_folder,
-        config.streaming,
-        image_root=config.image_root,
-        max_record_bytes=config.max_record_bytes,
-    )

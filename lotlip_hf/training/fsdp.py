@@ -15,26 +15,17 @@ from ..modeling.modeling_lotlip import LoTLIPModel
 
 def prepare_sharding(model: LoTLIPModel, objective: nn.Module, accelerator: Accelerator) -> None:
     """
-    Completes the settings of FSDP from the model, so that `accelerate launch --use_fsdp --fsdp_version 2` needs no
-    others. Without FSDP it does nothing.
+    Completes the settings of FSDP for `accelerate launch --use_fsdp --fsdp_version 2`; without FSDP it does nothing.
+    Call it after the optimiser is made and before `accelerator.prepare`.
 
-    - Every transformer layer of both towers is gathered by itself, unless other units were asked for.
-    - FSDP takes no scalar parameters: they stay whole on every process, and the objective averages their gradients.
-    - Gradients are averaged in float32, also where the layers compute in bfloat16.
-    - Each process has loaded the weights by itself; they are not sent around.
-    - A checkpoint's state is in whole files, which the first process writes and reads.
-
-    To be called before `accelerator.prepare`, and after the optimiser is made.
-
-    Args:
-        model: The model.
-        objective: If it has a parameter, the model holds it from now on too, for FSDP's checkpoints name the
-            optimiser's state by the model's parameters.
-        accelerator: Its `state.fsdp_plugin` is changed.
+    - Every transformer layer is a unit of its own, unless `accelerate` was given others.
+    - Scalar parameters stay whole on every process; the objective averages their gradients.
+    - The model holds the objective's parameters too, for checkpoints name the optimiser's state by the model's.
+    - Gradients are averaged in float32, also if the layers compute in bfloat16.
+    - Each process loads the weights by itself. The first one writes and reads the state, in whole files.
 
     Raises:
-        ValueError: on what does not work: DeepSpeed, whose checkpoints are unpickled, Megatron-LM, FSDP1, parameters
-            kept on the CPU, and older libraries.
+        ValueError: on DeepSpeed, whose checkpoints are unpickled, Megatron-LM, FSDP1, CPU offload and older libraries.
     """
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(

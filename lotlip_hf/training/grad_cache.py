@@ -24,23 +24,21 @@ def cached_backward(
     accelerator: Accelerator | None = None,
 ) -> LoTLIPLoss:
     """
-    [`batch_loss`] and its `backward`, in the memory of `chunk_size` samples: gradient caching
-    (https://arxiv.org/abs/2101.06983). The whole batch is embedded in chunks without a graph; the loss of all
-    embeddings gives their gradients; then each chunk is embedded again, with the same dropout, and its part of the
-    gradients goes back through the model. The gradients are those of the whole batch and are added to the parameters'
-    `grad`.
+    [`batch_loss`] and its `backward`, in the memory of `chunk_size` samples. The whole batch is embedded in chunks
+    without a graph; the loss of all embeddings gives their gradients; then each chunk is embedded again, with the same
+    dropout, and its gradients go back through the model. They are the whole batch's, added to the parameters' `grad`.
 
     Args:
-        model: A [`LoTLIPModel`], or what wraps one.
-        batch: See [`embed`]; the samples are in the first dimension of every tensor.
-        chunk_size: Samples in a chunk.
-        loss_function: An [`Objective`], or a function with its arguments and answer; if it is a module, its parameters
-            get gradients too.
-        accelerator: Used for autocast, for the backward passes (loss scaling, gradient accumulation) and to
-            synchronise the processes' gradients with the last chunk alone.
+        model (`nn.Module`): a [`LoTLIPModel`] or its wrapper.
+        batch (`Mapping[str, Any]`): see [`embed`]; the samples are in the first dimension of every tensor.
+        chunk_size (`int`): samples in a chunk.
+        loss_function (`Callable`): an [`Objective`], or a function with its arguments and result; the parameters of a
+            module get gradients too.
+        accelerator (`Accelerator`, *optional*): for autocast, loss scaling, gradient accumulation, and to synchronise
+            the gradients with the last chunk alone.
 
     Returns:
-        [`LoTLIPLoss`] without gradients.
+        `LoTLIPLoss`: the loss, without gradients.
     """
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     num_samples = len(inputs["pixel_values"])
@@ -98,5 +96,5 @@ def cached_backward(
 
 
 def _map(function: Callable[..., torch.Tensor], *embeddings: Embeddings) -> Embeddings:
-    """The function of each of the three tensors, or of several triples' first, second and third."""
+    """Applies a function to the images', the texts' and the corners' tensors of each argument."""
     return Embeddings(*(None if parts[0] is None else function(*parts) for parts in zip(*embeddings, strict=True)))

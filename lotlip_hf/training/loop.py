@@ -3,7 +3,8 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,23 +19,21 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data.collator import LoTLIPCollator
-from ..distributed import any_rank, gather_lists, is_distributed, max_over_ranks, raise_on_all_ranks
+from ..distributed import any_rank, gather_lists, max_over_ranks, raise_on_all_ranks
 from ..files import write_json
 from ..images import set_max_image_pixels
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from .batches import iterate_batches, num_steps
-from .checkpoint import CheckpointError, Stateful, load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointError, Stateful, check_room, load_checkpoint, prepare_folder, save_checkpoint
 from .config import TrainingConfig
-from .folder import check_room, prepare_folder
 from .fsdp import prepare_sharding
 from .grad_cache import cached_backward
-from .meter import Meter
 from .model import prepare_model
 from .objective import Objective, batch_loss, clamp_logit_scale
 from .optim import freeze, make_optimizer, set_training_mode
 from .signals import Interrupted, noted_signals
-from .tracking import Tracking
+from .tracking import Meter, Tracking
 from .validation import validate
 
 logger = logging.get_logger(__name__)
@@ -57,34 +56,34 @@ def train(
     """
     Trains a model with LoTLIP's objective (the paper's section 3.3) and writes a run's folder, `config.output`:
 
-    - `checkpoint-N`: after N steps, what `AutoModel` and `AutoProcessor` load (with `ema_decay` the averaged weights),
-      and in `state` what a resumed run needs;
+    - `checkpoint-N`: after N steps, a model for `AutoModel` and `AutoProcessor` (with `ema_decay` the averaged
+      weights), and in `state` what a resumed run needs;
     - `training_config.yaml`: the options;
-    - `log.jsonl` and `curve.png`: losses, learning rate, samples per second, and R@1 where it was measured.
+    - `log.jsonl` and `curve.png`: losses, learning rate, samples per second, and R@1 if it was measured.
 
     The same call under `accelerate launch` or `torchrun` trains in several processes. An interrupt (Ctrl-C, SIGTERM)
     writes a checkpoint and raises [`Interrupted`]. With `config.resume` the run goes on from the last checkpoint, in
     the middle of an epoch if need be, and computes what it would have computed undisturbed.
 
     Args:
-        model: The model; it is trained in place.
-        processor: Its processor.
-        records: Records to train on (`lotlip_hf.data.records.load_records`).
-        config: Every option.
-        eval_records: Records to measure retrieval on, at the end and every `eval_steps`.
+        model (`LoTLIPModel`): the model; it is trained in place.
+        processor (`LoTLIPProcessor`): its processor.
+        records (`Dataset` or `IterableDataset`): records to train on (`lotlip_hf.data.records.load_records`).
+        config (`TrainingConfig`): every option.
+        eval_records (`Dataset` or `IterableDataset`, *optional*): records to measure retrieval on, at the end and
+            every `eval_steps`.
 
     Returns:
-        The folder of the last checkpoint.
+        `Path`: the folder of the last checkpoint.
 
     Raises:
         FileExistsError: if `config.output` holds another run's checkpoints.
         NonFiniteLossError: if the loss is not finite; names the step, the records and the last checkpoint.
-        CheckpointError: if a checkpoint cannot be read, or the last one cannot be written, or there is no room for
+        CheckpointError: if a checkpoint cannot be read, the last one cannot be written, or the disk has no room for
             one from the start.
         ValueError: if options contradict the model or the data.
-        ImageError, RecordError: if a record is broken and `on_error` is `"raise"`. What was trained so far is saved
-            first, so that the run can be resumed.
-        OtherProcessError: if another process has met one of the last two.
+        ImageError, RecordError: if a record is broken and `on_error` is `"raise"`. The run is saved first;
+            [`OtherProcessError`] on the other processes.
         Interrupted: after SIGINT or SIGTERM, a `KeyboardInterrupt` with the signal's number.
 
     Example:
@@ -190,7 +189,6 @@ class _Run:
         )
         set_training_mode(self.model)
         signum = 0
-        description = f"Training ({accelerator.num_processes} processes)" if is_distributed() else "Training"
         try:
             with (
                 closing(batches),
@@ -198,7 +196,7 @@ class _Run:
                 tqdm(
                     total=self.max_steps,
                     initial=self.step,
-                    desc=description,
+                    desc="Training",
                     unit="step",
                     disable=not accelerator.is_main_process,
                 ) as bar,
@@ -291,21 +289,16 @@ class _Run:
 
     def _stop_at_nan(self, step: int, what: str) -> None:
         """Every process knows of it: the loss and the norm are those of all."""
-        all_ids = gather_lists(self.ids)
+        ids = gather_lists(self.ids)
         path = self.output / f"not-finite-{step}.json"
-        listed = f", listed in {path}"
         if self.accelerator.is_main_process:
-            try:
-                write_json(path, {"step": step, "reason": what, "ids": all_ids})
-            except OSError:
-                listed = ""
-        named = f"{', '.join(all_ids[:MAX_IDS])}{', ...' if len(all_ids) > MAX_IDS else ''}"
-        kept = (
-            "There is no checkpoint yet." if self.checkpoint is None else f"The last checkpoint is {self.checkpoint}."
-        )
+            with suppress(OSError):
+                write_json(path, {"step": step, "reason": what, "ids": ids})
+        kept = f"The last checkpoint is {self.checkpoint}" if self.checkpoint else "There is no checkpoint yet"
         raise NonFiniteLossError(
-            f"Step {step}: {what}. {kept} The step's {len(all_ids)} records{listed}: {named}. A smaller learning "
-            "rate, `mixed_precision` bf16 in place of fp16, or leaving out broken records are what helps."
+            f"Step {step}: {what}. {kept}. The step's {len(ids)} records (all in {path.name}): "
+            f"{', '.join(ids[:MAX_IDS])}. Try a smaller learning rate, `mixed_precision` bf16 in place of fp16, or "
+            "without broken records."
         )
 
     def _log_values(self) -> dict[str, Any]:
@@ -346,7 +339,7 @@ class _Run:
             "epoch": self.epoch,
             "next_batch": self.next_batch,
             "counts": dict(self.counts),
-            "window": self.meter.state(),
+            "window": asdict(self.meter),
             "data": self._data(),
         }
         try:

@@ -22,32 +22,33 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
     https://arxiv.org/abs/2111.07991) or, for Scenes, from random weights.
 
     Args:
-        config: Its part "The model".
+        config (`TrainingConfig`): its part "The model".
 
     Returns:
-        The model, on the CPU, in float32, and its processor.
+        `tuple[LoTLIPModel, LoTLIPProcessor]`: the model, on the CPU, in float32, and its processor.
 
     Raises:
-        ValueError: if options contradict each other or the checkpoint, or a checkpoint is not one of LoTLIP.
+        ValueError: if options contradict each other or the checkpoint, or the checkpoint is not a LoTLIP model.
         OSError: if there is no such checkpoint.
     """
     has_encoders = config.text_model is not None or config.image_model is not None
     if (config.model is None) != has_encoders or (config.text_model is None) != (config.image_model is None):
         raise ValueError(
-            "Say which model to train: `model` (a checkpoint to train further, or "
-            f"{SCENES!r} for a new small one), or both `text_model` and `image_model` (two encoders to start from)."
+            f"Set `model` (a checkpoint to train further, or {SCENES!r} for a new small one), or both `text_model` "
+            "and `image_model` (two encoders to start from)."
         )
+    for name in ("projection_dim", "text_pooling"):
+        if config.model is not None and getattr(config, name) is not None:
+            raise ValueError(f"`{name}` is for new models made of two encoders; {config.model} has its own.")
     if config.model is None:
         model, processor = _from_encoders(config)
     elif config.model == SCENES:
         from ..scenes.small import small_model
 
-        _refuse(config, "projection_dim", "text_pooling")
         num_corner_tokens = NUM_CORNER_TOKENS if config.num_corner_tokens is None else config.num_corner_tokens
         length = {} if config.max_text_length is None else {"max_text_length": config.max_text_length}
         return small_model(num_corner_tokens, seed=config.seed, cleaning=config.cleaning or "official", **length)
     else:
-        _refuse(config, "projection_dim", "text_pooling")
         model, processor = load_model(config.model, device="cpu", dtype="float32")
         if not isinstance(model, LoTLIPModel):
             raise ValueError(
@@ -65,12 +66,6 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
     fit_tokenizer(model, processor.tokenizer, config.max_text_length)
     max_text_length(model, processor.tokenizer)  # complains if there is no limit
     return model, processor
-
-
-def _refuse(config: TrainingConfig, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) is not None:
-            raise ValueError(f"`{name}` is for new models made of two encoders; {config.model} has its own.")
 
 
 def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor]:

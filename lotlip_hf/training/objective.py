@@ -26,25 +26,24 @@ class Objective(nn.Module):
     LoTLIP's loss over the whole batch of all processes.
 
     Every process gathers the images, with gradients, and compares them with its own texts, one tile of similarities at
-    a time. A text finds all its images here; what an image's texts add up to is summed over the processes. So the
-    texts, K times as many as the images, stay where they are, no similarity is computed twice, and no process holds
-    more than its embeddings, the images and a few tiles: the backward pass computes the tiles again. Similarities are
-    float32 also under autocast.
+    a time. Text-to-image terms are complete locally; image-to-text sums are all-reduced. So the texts, K times as many
+    as the images, are not gathered, no similarity is computed twice, and a process holds its embeddings, the images
+    and a few tiles: the backward pass computes the tiles again. Similarities are float32 also under autocast.
 
-    The mean over the processes of what they return is the loss, and the mean over the processes of their gradients,
-    which is what `DistributedDataParallel` makes, is the gradient of one process with the whole batch, also where the
-    last batch is not the same size on every process.
+    The mean of the returned values over the processes is the loss, and the mean of their gradients, as
+    `DistributedDataParallel` computes it, is that of one process with the whole batch, also if the last batch differs
+    in size between the processes.
 
     With `loss="sigmoid"` the objective has a parameter, `logit_bias`: give it to the optimiser and save it beside the
-    model. Its gradient is averaged here, so it needs no `DistributedDataParallel` around it.
+    model. The objective averages its gradient.
 
     Args:
-        loss: `"infonce"`, the paper's, or `"sigmoid"`, SigLIP's.
-        short_loss_weight: Weight of the short texts' share.
-        long_loss_weight: Weight of the long texts' share.
-        num_primary_components: Match the short texts with this many principal components of the images, as Long-CLIP
-            does (`loss_lotlip.primary_components`); by default with the images.
-        tile_size: Images and texts in a tile of similarities.
+        loss (`str`, *optional*, defaults to `"infonce"`): the paper's, or `"sigmoid"`, SigLIP's.
+        short_loss_weight (`float`, *optional*, defaults to 1.0): weight of the short texts' share.
+        long_loss_weight (`float`, *optional*, defaults to 1.0): weight of the long texts' share.
+        num_primary_components (`int`, *optional*): match the short texts with this many principal components of the
+            images, as Long-CLIP does (`loss_lotlip.primary_components`), in place of the images.
+        tile_size (`int`, *optional*, defaults to 4096): images and texts in a tile of similarities.
 
     Raises:
         ValueError: on an unknown `loss`.
@@ -88,16 +87,18 @@ class Objective(nn.Module):
     ) -> LoTLIPLoss:
         """
         Args:
-            image_embeds: [b, dim], this process's images, normalised; b may differ between the processes.
-            text_embeds: [b, T, dim], normalised [CLS] features, the short text first.
-            corner_embeds: [b, T - 1, m, dim], normalised, of the long texts, or `None` for m = 0.
-            logit_scale: scalar factor on the cosine similarities (not its logarithm).
+            image_embeds (`torch.Tensor` of shape `[b, dim]`): this process's images, normalised; b may differ between
+                the processes.
+            text_embeds (`torch.Tensor` of shape `[b, T, dim]`): normalised [CLS] features, the short text first.
+            corner_embeds (`torch.Tensor` of shape `[b, T - 1, m, dim]`, *optional*): those of the long texts'
+                corner tokens, normalised.
+            logit_scale (`torch.Tensor`): scalar factor on the cosine similarities, not its logarithm.
 
         Returns:
-            [`LoTLIPLoss`], this process's share: the mean over the processes is the loss.
+            `LoTLIPLoss`: this process's share; the mean over the processes is the loss.
 
         Raises:
-            ValueError: if there are not as many images as rows of texts.
+            ValueError: if the numbers of images and of rows of texts differ.
         """
         check_pairs(image_embeds, text_embeds)
         with torch.autocast(image_embeds.device.type, enabled=False):
@@ -155,18 +156,14 @@ def _sigmoid_sums(
     sums = []
     for images, texts in zip(image_sets, text_sets, strict=True):
         tiles = [
-            _recomputed(_softplus_sum, image_tile, text_tile, logit_bias)
+            # computed again in the backward pass, not kept
+            checkpoint(_softplus_sum, image_tile, text_tile, logit_bias, use_reentrant=False, preserve_rng_state=False)
             for image_tile in images.split(tile_size)
             for text_tile in texts.split(tile_size)
         ]
         matches = (images[own] * texts).sum() + len(texts) * logit_bias
         sums.append(torch.stack(tiles).sum() - matches)
     return torch.stack(sums)
-
-
-def _recomputed(function: Callable[..., Any], *tensors: torch.Tensor) -> Any:
-    """The function's value; what it computed on the way is computed again in the backward pass, not kept."""
-    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 class _LogSumExps(torch.autograd.Function):
@@ -216,31 +213,20 @@ def _softplus_sum(scaled_images: torch.Tensor, texts: torch.Tensor, logit_bias: 
 
 @torch.no_grad()
 def clamp_logit_scale(model: nn.Module) -> None:
-    """
-    Keeps the model's `logit_scale`, a logarithm, at or below ln 100, as CLIP does; to be called after each step of the
-    optimiser.
-
-    Args:
-        model: A [`LoTLIPModel`], or what wraps one.
-    """
+    """Keeps `logit_scale`, a logarithm, at or below ln 100, as CLIP does; call it after each step of the optimiser."""
     extract_model_from_parallel(model).logit_scale.clamp_(max=math.log(100))
 
 
 def similarity_scale(model: nn.Module) -> torch.Tensor:
-    """
-    The factor on the cosine similarities. FSDP leaves scalars alone: there its gradient is averaged over the ranks.
-
-    Args:
-        model: A [`LoTLIPModel`], or what wraps one.
-    """
+    """The factor on the similarities. FSDP leaves scalars alone: their gradient is averaged over the ranks here."""
     logit_scale = extract_model_from_parallel(model).logit_scale
     return (average_gradient(logit_scale) if isinstance(model, FSDPModule) else logit_scale).exp()
 
 
 class Embeddings(NamedTuple):
     """
-    What the objective compares, all normalised: `image_embeds` [B, dim], `text_embeds` [B, T, dim], the short text
-    first, and `corner_embeds` [B, T - 1, m, dim] of the long texts, or `None` for m = 0 or T = 1.
+    The normalised inputs of the objective: `image_embeds` [B, dim], `text_embeds` [B, T, dim], the short text first,
+    and `corner_embeds` [B, T - 1, m, dim] of the long texts, or `None` for m = 0 or T = 1.
     """
 
     image_embeds: torch.Tensor
@@ -253,12 +239,12 @@ def embed(model: nn.Module, batch: Mapping[str, Any]) -> Embeddings:
     The embeddings of a batch.
 
     Args:
-        model: A [`LoTLIPModel`], or what wraps one.
-        batch: The model's arguments: `input_ids` [B, T, L], or [B, L] of the short texts with `long_input_ids`
-            [B, T - 1, L'] or without long texts. What is no tensor is not for the model.
+        model (`nn.Module`): a [`LoTLIPModel`] or its wrapper.
+        batch (`Mapping[str, Any]`): the model's arguments: `input_ids` [B, T, L], or [B, L] of the short texts with or
+            without `long_input_ids` [B, T - 1, L']. Entries that are no tensors are left out.
 
     Returns:
-        [`Embeddings`]
+        `Embeddings`: of the images, the texts and the corner tokens.
     """
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     has_all_texts = inputs["input_ids"].dim() == 3
@@ -278,11 +264,11 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Any], loss_function: LossFu
     The loss of a batch, to call `backward` on.
 
     Args:
-        model: A [`LoTLIPModel`], or what wraps one.
-        batch: See [`embed`].
-        loss_function: An [`Objective`], or a function with its arguments and answer.
+        model (`nn.Module`): a [`LoTLIPModel`] or its wrapper.
+        batch (`Mapping[str, Any]`): see [`embed`].
+        loss_function (`Callable`): an [`Objective`], or a function with its arguments and result.
 
     Returns:
-        [`LoTLIPLoss`]
+        `LoTLIPLoss`: the loss and its shares.
     """
     return loss_function(*embed(model, batch), similarity_scale(model))

@@ -1,4 +1,4 @@
-"""What of a model is trained, and how: frozen parts, AdamW's groups, and the learning rates of a run."""
+"""Trained and frozen parameters, the optimiser and its schedule."""
 
 import torch
 from torch import nn
@@ -10,16 +10,11 @@ from .config import TrainingConfig
 
 def freeze(model: LoTLIPModel, config: TrainingConfig) -> None:
     """
-    Freezes what is not trained: with `lock_vision` the image tower, but for its last `unlocked_vision_layers` layers
-    and what follows them; without long texts the corner tokens; and what the forward pass never uses. The projections
-    stay trainable.
-
-    Args:
-        model: The model, changed in place.
-        config: The options.
+    Freezes the image tower if `lock_vision`, but for its last `unlocked_vision_layers` layers and what follows them;
+    the corner tokens if there are no long texts; and parameters that the forward pass does not use.
 
     Raises:
-        ValueError: if more layers are to be unlocked than there are.
+        ValueError: if the tower has fewer layers than are unlocked.
     """
     for name, parameter in model.named_parameters():
         unused = name.endswith("mask_token") or (name.endswith("corner_embeds") and not config.num_long_texts)
@@ -46,7 +41,7 @@ def freeze(model: LoTLIPModel, config: TrainingConfig) -> None:
 
 
 def set_training_mode(model: nn.Module) -> None:
-    """Training mode, but for modules whose parameters are all frozen: these run as in inference, without dropout."""
+    """Sets training mode, but for modules whose parameters are all frozen: they run without dropout."""
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
@@ -57,20 +52,7 @@ def set_training_mode(model: nn.Module) -> None:
 def make_optimizer(
     model: nn.Module, objective: nn.Module, config: TrainingConfig, max_steps: int, device: torch.device
 ) -> tuple[torch.optim.AdamW, LRScheduler]:
-    """
-    AdamW over what is trained, each tower with its own learning rate and without decay but of matrices, and the
-    schedule of the rates.
-
-    Args:
-        model: A [`LoTLIPModel`].
-        objective: Its parameters, if any, are trained too.
-        config: The options.
-        max_steps: Steps of the run.
-        device: Where the run computes.
-
-    Returns:
-        The optimiser and its scheduler.
-    """
+    """AdamW and its schedule: a learning rate for each tower, weight decay for matrices alone."""
     from transformers.optimization import get_scheduler  # imports PEFT and bitsandbytes, if installed
 
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -1,6 +1,8 @@
-"""What a run reports: lines of its log, accelerate's trackers, and the curve. Training goes on where these fail."""
+"""What a run reports: means of its losses, in its log and accelerate's trackers, and the curve."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,40 @@ from .log import CURVE_NAME, LOG_NAME, RECALLS, RunLog, draw_curve, read_log
 logger = logging.get_logger(__name__)
 
 
+@dataclass
+class Meter:
+    """Sums over the batches since the last line of the log: their losses, samples and seconds."""
+
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # loss, loss_short, loss_long
+    batches: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Leaves the time since the last batch out."""
+        self.start = time.perf_counter()
+
+    def add(self, losses: Sequence[float], samples: int) -> None:
+        """Adds a batch, and the time since the last one."""
+        self.sums = [total + loss for total, loss in zip(self.sums, losses, strict=True)]
+        self.batches += 1
+        self.samples += samples
+        self.seconds += time.perf_counter() - self.start
+        self.restart()
+
+    def values(self) -> dict[str, float]:
+        """The mean losses and the samples per second."""
+        names = ("loss", "loss_short", "loss_long")
+        means = {name: total / self.batches for name, total in zip(names, self.sums, strict=True)}
+        return {**means, "samples_per_second": self.samples / self.seconds}
+
+
 class Tracking:
     """
-    Opens the log, which the first process writes, and the trackers.
+    The log, which the first process writes, and the trackers. Training goes on where these fail.
 
     Args:
         config: The options.

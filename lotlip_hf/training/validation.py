@@ -30,23 +30,22 @@ def validate(
     accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
     """
-    Retrieval over the first `eval_samples` records, with each record's short caption and with its first long caption,
+    Retrieval over the first `eval_samples` records, by each record's short caption and by its first long caption,
     whole. The model is left in evaluation mode.
 
     Args:
-        model: A [`LoTLIPModel`] or what wraps one.
-        processor: Its processor.
-        records: Records.
-        config: `eval_samples`, `batch_size`, `captioners` (the first is evaluated), `on_error`.
-        accelerator: Of the run: the processes share the work, and each gets the answer.
+        model (`nn.Module`): a [`LoTLIPModel`] or its wrapper.
+        processor (`LoTLIPProcessor`): its processor.
+        records (`Dataset` or `IterableDataset`): the records.
+        config (`TrainingConfig`): `eval_samples`, `batch_size`, `captioners` (the first is evaluated), `on_error`.
+        accelerator (`Accelerator`, *optional*): the processes of the run share the work; each returns the result.
 
     Returns:
-        `long_image_to_text_r1`, `long_text_to_image_r1`, `short_...`, and the same at 5 and 10, from 0 to 1.
+        `dict[str, float]`: `long_image_to_text_r1`, `long_text_to_image_r1`, `short_...`, and the same at 5 and 10.
 
     Raises:
         ValueError: if there are fewer records than processes.
-        ImageError, RecordError: see [`LoTLIPCollator`].
-        OtherProcessError: if another process has met one of these.
+        ImageError, RecordError: if a record is broken; [`OtherProcessError`] on the other processes.
     """
     rank, num_processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     device = next(model.parameters()).device
@@ -92,6 +91,6 @@ def validate(
 
 
 def _with_one_caption(record: Mapping[str, Any], captioner: int | None) -> Mapping[str, Any]:
-    """The record with the first of its long captions, if it has any, unless `captioner` says which to take."""
+    """The record with its first long caption alone, unless a `captioner` is chosen."""
     captions = record["long_captions"]
     return {**record, "long_captions": captions[:1]} if captioner is None and isinstance(captions, list) else record
