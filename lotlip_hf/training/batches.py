@@ -23,8 +23,6 @@ def batches_per_epoch(num_records: int, config: TrainingConfig, num_processes: i
     Raises:
         ValueError: if there is none.
     """
-    if not num_records:
-        raise ValueError("There are no records: the data set is empty.")
     size = config.batch_size * num_processes
     full, rest = divmod(num_records, size)
     number = full + (not config.drop_last and rest >= num_processes)
