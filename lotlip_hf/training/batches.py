@@ -149,12 +149,12 @@ def iterate_batches(
                 collate_fn=_Collator(collator, start),
                 **arguments,
             )
-            skipped = start
+            first = 0  # read and thrown away up to `start`
         else:
             sampler = EpochBatches(len(records), config, number, start, rank, num_processes)
             loader = DataLoader(records, batch_sampler=sampler, collate_fn=_Collator(collator), **arguments)  # pyright: ignore[reportArgumentType]
-            skipped = 0
-        index = first = start - skipped
+            first = start
+        index = first
         for index, batch in enumerate(loader, first + 1):
             if isinstance(batch, Exception):
                 raise batch

@@ -7,9 +7,7 @@ import pickle
 import random
 import re
 import shutil
-import stat
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,11 +66,9 @@ def prepare_folder(config: TrainingConfig, accelerator: Accelerator) -> Path | N
     """
     output = Path(config.output)
     for name in os.listdir(output) if output.is_dir() else ():
-        path = inside(output, name)
-        with suppress(FileNotFoundError):  # another process of the run has removed it
-            mode = os.stat(path).st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                raise ValueError(f"{printable(path)}: neither a file nor a folder; choose another `output`.")
+        path = Path(inside(output, name))
+        if not (path.is_file() or path.is_dir() or not path.exists()):  # another process may have removed it
+            raise ValueError(f"{printable(path)}: neither a file nor a folder; choose another `output`.")
     checkpoints = list_checkpoints(output)
     is_resumed = config.resume and (output / CONFIG_NAME).exists()
     if is_resumed:

@@ -342,7 +342,7 @@ def test_bfloat16_trains_with_losses_in_float32(
 def test_float16_needs_a_gpu(official_checkpoint: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match="fp16.*bf16"):
+    with pytest.raises(ValueError, match="fp16"):
         run(official_checkpoint, tmp_path / "run", {"mixed_precision": "fp16"})
     assert not (tmp_path / "run").exists()
 
