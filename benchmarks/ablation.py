@@ -41,9 +41,10 @@ from lotlip_hf import LoTLIPModel
 from lotlip_hf.modeling import modeling_lotlip
 from lotlip_hf.scenes.dataset import GROUP_SIZE
 from lotlip_hf.training.config import TrainingConfig
+from lotlip_hf.training.data import load_data
 from lotlip_hf.training.log import LOG_NAME, read_log
 from lotlip_hf.training.loop import NonFiniteLossError, train
-from lotlip_hf.training.model import load_data, load_or_start_model
+from lotlip_hf.training.model import load_or_start_model
 from measure import RESULTS as FOLDER
 from measure import keep, machine
 

@@ -279,10 +279,26 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def publish(written: Path, target: Path) -> None:
+    """Gives a file or folder its name when all of it is on the disk; what there is must be an empty folder."""
+
+    def sync(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    for path in (*written.rglob("*"), written):
+        sync(path)
+    os.replace(written, target)
+    sync(target.parent)
+
+
 @contextlib.contextmanager
 def all_or_nothing(target: Path) -> Iterator[Path]:
     """
-    A path to write a folder or file to that becomes `target` when it is whole.
+    A path to write a folder or file to that becomes `target` when it is whole, by [`publish`].
 
     Args:
         target (`Path`): a name that is free, or an empty folder.
@@ -295,7 +311,7 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
         path = Path(temporary) / target.name
         try:
             yield path
-            path.replace(target)
+            publish(path, target)
         except Exception as error:
             # safetensors has an error of its own for what cannot be written, and tokenizers raises `Exception` itself
             if isinstance(error, SafetensorError) or type(error) is Exception:

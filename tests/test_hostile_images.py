@@ -26,7 +26,7 @@ from lotlip_hf.images import ImageError, find_images, load_image, read_image_byt
 from lotlip_hf.loading import load_model
 from lotlip_hf.modeling.processing_lotlip import check_image_sizes
 from lotlip_hf.training.config import TrainingConfig
-from lotlip_hf.training.model import load_data
+from lotlip_hf.training.data import load_data
 
 
 @pytest.fixture(autouse=True)

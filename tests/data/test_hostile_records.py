@@ -28,7 +28,7 @@ from lotlip_hf.relabel.captioners.base import CaptionerConfig
 from lotlip_hf.relabel.config import RelabelConfig
 from lotlip_hf.relabel.run import _open_records
 from lotlip_hf.training.config import TrainingConfig
-from lotlip_hf.training.model import load_data
+from lotlip_hf.training.data import load_data
 
 LIMIT = 1 << 16
 CAPTIONS = {"short_caption": "a", "long_captions": ["A."]}

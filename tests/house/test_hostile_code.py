@@ -29,7 +29,7 @@ from lotlip_hf.conversion.open_clip import read_open_clip
 from lotlip_hf.conversion.torchscript import read_torchscript
 from lotlip_hf.loading import load_model
 from lotlip_hf.training.checkpoint import STATE
-from lotlip_hf.training.model import prepare_sharding
+from lotlip_hf.training.fsdp import prepare_sharding
 from scripts import load_script
 
 TRAIN = "examples/train.py"
