@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 # transformers 5.17 exports it only where torchvision is installed
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from ..encoder import fit_tokenizer, load_model, max_text_length
+from ..loading import fit_tokenizer, load_model, max_text_length
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor, check_image_sizes
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
