@@ -17,9 +17,9 @@ from ..files import printable, replacing
 from ..store import fingerprint
 from .embeddings import embed_images, embed_texts, image_digests
 from .models import model_revision, model_versions
-from .report import metric_table, study_table, table
 from .retrieval import accuracies, retrieval_metrics, telling_metrics
 from .studies import length_study, sentence_ablation
+from .tables import metric_table, study_table, table
 from .tasks import ClassificationData, RetrievalData
 from .zero_shot import DEFAULT_TEMPLATES, class_embeddings
 

@@ -22,10 +22,10 @@ class RetrievalData:
         images: [I] paths, bytes of image files, or images; read one by one, so it may load them when asked.
         image_names: [I] what messages call the images, such as their file names.
         texts: [T] as they are encoded: normalised already, as the protocol wants them.
-        text_to_image: [T] the place in `images` of each text's image. Every image has a text.
+        text_to_image: [T] the index in `images` of each text's image. Every image has a text.
         split: Which part of the data set it is.
         revision: Of the data set on the Hub, if it comes from there.
-        protocol: How texts were normalised and images chosen: what somebody needs to do the same again.
+        protocol: How texts were normalised and images chosen: what is needed to do the same again.
     """
 
     id: str
@@ -46,7 +46,7 @@ class ClassificationData:
 
     Args:
         id, name, images, image_names, split, revision, protocol: As in [`RetrievalData`].
-        labels: [I] the place in `class_names` of each image's class.
+        labels: [I] the index in `class_names` of each image's class.
         class_names: [C] as they stand in a prompt.
     """
 
