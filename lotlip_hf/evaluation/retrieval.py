@@ -68,19 +68,6 @@ class Ranks(NamedTuple):
     text_to_image: torch.Tensor
 
 
-class Pairs(NamedTuple):
-    """Which query belongs to which candidate, each tensor [P]; every pair once, in the order of the candidates."""
-
-    queries: torch.Tensor
-    candidates: torch.Tensor
-
-    @classmethod
-    def sorted(cls, queries: torch.Tensor, candidates: torch.Tensor) -> "Pairs":
-        """Pairs in the order of the candidates."""
-        order = candidates.argsort(stable=True)
-        return cls(queries[order], candidates[order])
-
-
 def recalls(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
@@ -266,9 +253,8 @@ def find_ranks(
             )
         rows += [query] * len(distinct)
         columns += distinct
-    pairs = Pairs.sorted(*torch.tensor([rows, columns], device=query_embeds.device))
-    (found,) = _tied_ranks(query_embeds, candidate_embeds, pairs, block_size, both=False)
-    return found
+    pairs = torch.tensor([rows, columns], device=query_embeds.device)
+    return _tied_ranks(query_embeds, candidate_embeds, pairs, block_size)[0]
 
 
 def accuracies(
@@ -277,7 +263,6 @@ def accuracies(
     ks: Sequence[int] = (1, 5),
     *,
     tolerance: float = TIE_TOLERANCE,
-    block_size: int = BLOCK_SIZE,
 ) -> dict[str, float]:
     """
     Accuracy of classification: the share of rows whose label is among the k classes with the highest scores.
@@ -291,7 +276,6 @@ def accuracies(
         ks: Numbers of classes to look at.
         tolerance: Scores closer than this share of the label's or of the row's highest one, whichever is larger, are
             ties: what rounding leaves of equal classes. Take 0 for probabilities, whose small values are apart.
-        block_size: Rows that are looked at together.
 
     Returns:
         `accuracy_top1` and so on for each k, and `mean_per_class_recall`, the top-1 accuracy of each class that has
@@ -314,25 +298,16 @@ def accuracies(
     if scores.dim() != 2 or 0 in scores.shape:
         raise ValueError(f"`scores` must have shape [N, C], one row for each image; got {list(scores.shape)}.")
     check_positive("ks", *ks)
-    check_positive("block_size", block_size)
     if not tolerance >= 0:
         raise ValueError(f"`tolerance` must not be negative, got {tolerance}.")
     labels = _as_indices("labels", labels, len(scores), scores.shape[1], "class", scores.device)
-    _check_finite("scores", scores, block_size)
-
-    better, tied = torch.zeros(2, len(scores), dtype=torch.int64, device=scores.device)
-    first = 0
-    for part in scores.detach().split(block_size):
-        rows = slice(first, first + len(part))
-        own = labels[rows, None]  # [rows, 1]
-        block = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
-        label_scores = block.gather(1, own)
-        margin = tolerance * torch.maximum(label_scores.abs(), block.amax(1, keepdim=True).abs())
-        block.scatter_(1, own, -torch.inf)
-        scratch = torch.empty_like(block)
-        _count(block, label_scores - margin, label_scores + margin, 1, better[rows], tied[rows], scratch)
-        first = rows.stop
-    found = TiedRanks(better, tied + 1, torch.ones_like(tied))
+    _check_finite("scores", scores)
+    scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    own = scores.gather(1, labels[:, None])
+    margin = tolerance * torch.maximum(own.abs(), scores.amax(1, keepdim=True).abs())
+    better = (scores > own + margin).sum(1)
+    tied = (scores >= own - margin).sum(1) - better
+    found = TiedRanks(better, tied, torch.ones_like(tied))
     results = {f"accuracy_top{k}": found.hits(k).mean().item() for k in ks}
     classes = labels.cpu()
     number = classes.bincount()
@@ -392,100 +367,54 @@ def _both_ranks(
     image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor, block_size: int
 ) -> list[TiedRanks]:
     """The ranks of the images' texts among the texts, and of the texts' images among the images."""
-    pairs = Pairs(text_to_image, torch.arange(len(text_to_image), device=text_to_image.device))
-    return _tied_ranks(image_embeds, text_embeds, pairs, block_size, both=True)
+    pairs = torch.stack([text_to_image, torch.arange(len(text_to_image), device=text_to_image.device)])
+    return _tied_ranks(image_embeds, text_embeds, pairs, block_size)
 
 
 def _tied_ranks(
-    query_embeds: torch.Tensor, candidate_embeds: torch.Tensor, pairs: Pairs, block_size: int, both: bool
+    query_embeds: torch.Tensor, candidate_embeds: torch.Tensor, pairs: torch.Tensor, block_size: int
 ) -> list[TiedRanks]:
     """
-    The ranks of the queries' positives among the candidates and, with `both`, also those of the candidates' positives
-    among the queries: a block of similarities serves both directions.
+    The ranks of the queries' positives among the candidates, and those of the candidates' positives among the queries:
+    a block of similarities serves both directions. `pairs` [2, P] are the indices of queries and their positives.
 
     Positives are compared with each other by themselves, and left out of the blocks: a similarity from a product of
     blocks and one from a pair differ in their last digits.
     """
-    query_embeds, candidate_embeds = _normalized(query_embeds), _normalized(candidate_embeds)
-    device = query_embeds.device
-    ends = (pairs.queries, pairs.candidates) if both else (pairs.queries,)
-    sides = (query_embeds, candidate_embeds) if both else (query_embeds,)
-    with _full_precision(device.type):
-        similarities = _pair_similarities(query_embeds, candidate_embeds, pairs, block_size)
+    sides = _normalized(query_embeds), _normalized(candidate_embeds)
+    with _full_precision(query_embeds.device.type):
+        similarities = torch.cat(
+            [(sides[0][part[0]] * sides[1][part[1]]).sum(1) for part in pairs.split(block_size, dim=1)]
+        )
         best = [
             similarities.new_full((len(embeds),), -torch.inf).scatter_reduce_(0, end, similarities, "amax")
-            for end, embeds in zip(ends, sides, strict=True)
+            for end, embeds in zip(pairs, sides, strict=True)
         ]
-        counts = [torch.zeros(2, len(embeds), dtype=torch.int64, device=device) for embeds in sides]
+        counts = [torch.zeros(2, len(embeds), dtype=torch.int64, device=embeds.device) for embeds in sides]
         # One memory for all blocks: fetching new memory takes longer than what is done in it.
-        memory = similarities.new_empty(2, min(block_size, len(query_embeds)) * min(block_size, len(candidate_embeds)))
-        for rows, columns, block in _similarity_blocks(query_embeds, candidate_embeds, block_size, memory[0]):
-            scratch = memory[1, : block.numel()].view_as(block)
-            _leave_out(block, pairs, rows.start, columns.start)
-            for side, own in enumerate((rows, columns)[: len(sides)]):
-                matches = best[side][own].unsqueeze(1 - side)
-                low, high = matches - TIE_TOLERANCE, matches + TIE_TOLERANCE
-                _count(block, low, high, 1 - side, *counts[side][:, own], scratch)
+        memory = similarities.new_empty(2, *(min(block_size, len(embeds)) for embeds in sides)).flatten(1)
+        for row in range(0, len(sides[0]), block_size):
+            for column in range(0, len(sides[1]), block_size):
+                queries, candidates = sides[0][row : row + block_size], sides[1][column : column + block_size]
+                shape = (len(queries), len(candidates))
+                block, scratch = (part[: shape[0] * shape[1]].view(shape) for part in memory)
+                torch.mm(queries, candidates.t(), out=block)
+                local = pairs - pairs.new_tensor([[row], [column]])
+                local = local[:, ((local >= 0) & (local < pairs.new_tensor(shape)[:, None])).all(0)]
+                block[local[0], local[1]] = -torch.inf
+                for side, first in enumerate((row, column)):
+                    own = slice(first, first + shape[side])
+                    matches = best[side][own].unsqueeze(1 - side)
+                    # 0 and 1 as floating-point numbers, exact up to 2**24: torch adds them up far faster than booleans
+                    above = torch.gt(block, matches + TIE_TOLERANCE, out=scratch).sum(1 - side).long()
+                    at_least = torch.ge(block, matches - TIE_TOLERANCE, out=scratch).sum(1 - side).long()
+                    counts[side][:, own] += torch.stack([above, at_least - above])
     found = []
-    for end, matches, (better, tied) in zip(ends, best, counts, strict=True):
-        positives = end.new_zeros(len(matches)).index_add_(
-            0, end, (similarities >= matches[end] - TIE_TOLERANCE).to(end.dtype)
-        )
+    for end, matches, (better, tied) in zip(pairs, best, counts, strict=True):
+        is_tied = similarities >= matches[end] - TIE_TOLERANCE
+        positives = end.new_zeros(len(matches)).index_add_(0, end, is_tied.long())
         found.append(TiedRanks(better, tied + positives, positives))
     return found
-
-
-def _count(
-    similarities: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    dim: int,
-    better: torch.Tensor,
-    tied: torch.Tensor,
-    scratch: torch.Tensor,
-) -> None:
-    """
-    Adds to `better` how many similarities along `dim` are above `high`, and to `tied` how many are from `low` to
-    `high`. `scratch` is written over; it has the shape and dtype of `similarities`.
-    """
-    # 0 and 1 as floating-point numbers, exact up to 2**24: torch compares and adds these up far faster than booleans
-    above = torch.gt(similarities, high, out=scratch).sum(dim).long()
-    better += above
-    tied += torch.ge(similarities, low, out=scratch).sum(dim).long() - above
-
-
-def _similarity_blocks(
-    query_embeds: torch.Tensor, candidate_embeds: torch.Tensor, block_size: int, memory: torch.Tensor
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Which queries and which candidates, and their similarities [queries, candidates], which are in `memory`."""
-    for row in range(0, len(query_embeds), block_size):
-        queries = query_embeds[row : row + block_size]
-        for column in range(0, len(candidate_embeds), block_size):
-            candidates = candidate_embeds[column : column + block_size]
-            block = memory[: len(queries) * len(candidates)].view(len(queries), len(candidates))
-            torch.mm(queries, candidates.t(), out=block)
-            yield slice(row, row + len(queries)), slice(column, column + len(candidates)), block
-
-
-def _leave_out(block: torch.Tensor, pairs: Pairs, first_query: int, first_candidate: int) -> None:
-    """Puts the positives of a block [queries, candidates] of similarities behind everything, in place."""
-    ends = pairs.candidates.new_tensor([first_candidate, first_candidate + block.shape[1]])
-    own = slice(*torch.searchsorted(pairs.candidates, ends).tolist())
-    rows, columns = pairs.queries[own] - first_query, pairs.candidates[own] - first_candidate
-    inside = (rows >= 0) & (rows < len(block))
-    block[rows[inside], columns[inside]] = -torch.inf
-
-
-def _pair_similarities(
-    query_embeds: torch.Tensor, candidate_embeds: torch.Tensor, pairs: Pairs, block_size: int
-) -> torch.Tensor:
-    """The cosine of each pair, [P]."""
-    return torch.cat(
-        [
-            (query_embeds[queries] * candidate_embeds[candidates]).sum(1)
-            for queries, candidates in zip(*(end.split(block_size) for end in pairs), strict=True)
-        ]
-    )
 
 
 def _normalized(embeds: torch.Tensor) -> torch.Tensor:
@@ -551,7 +480,7 @@ def _check_embeddings(embeds: dict[str, torch.Tensor], block_size: int) -> None:
             f"{list(other.shape)}."
         )
     for own_name, own in embeds.items():
-        _check_finite(own_name, own, block_size)
+        _check_finite(own_name, own)
 
 
 def check_positive(name: str, *values: int) -> None:
@@ -561,13 +490,10 @@ def check_positive(name: str, *values: int) -> None:
             raise ValueError(f"`{name}` must be at least 1 and whole, got {value}.")
 
 
-def _check_finite(name: str, embeds: torch.Tensor, block_size: int) -> None:
-    first = 0
-    for block in embeds.split(block_size):
-        if not torch.stack(block.aminmax()).isfinite().all():
-            row = first + int(block.isfinite().all(1).int().argmin())
-            raise ValueError(f"`{name}` hold NaN or infinity, first in row {row} of {len(embeds)}.")
-        first += len(block)
+def _check_finite(name: str, embeds: torch.Tensor) -> None:
+    if not torch.stack(embeds.aminmax()).isfinite().all():
+        row = int(embeds.isfinite().all(1).int().argmin())
+        raise ValueError(f"`{name}` hold NaN or infinity, first in row {row} of {len(embeds)}.")
 
 
 @contextmanager

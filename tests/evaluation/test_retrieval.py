@@ -411,11 +411,10 @@ class TestAccuracies:
         scores = torch.cat(rows)
         return scores, torch.arange(len(scores)) % 4
 
-    @pytest.mark.parametrize("block_size", [7, 4096])
-    def test_agrees_with_sklearn_over_all_orders_of_the_classes(self, block_size):
+    def test_agrees_with_sklearn_over_all_orders_of_the_classes(self):
         scores, labels = self.adversarial()
         scores[-5:] = scores[-5:].round(decimals=6)  # sklearn knows no near ties
-        results = accuracies(scores, labels, ks=(1, 2, 3), block_size=block_size)
+        results = accuracies(scores, labels, ks=(1, 2, 3))
         orders = [list(order) for order in itertools.permutations(range(4))]
         for k in (1, 2, 3):
             expected = [
@@ -486,7 +485,6 @@ class TestAccuracies:
             (torch.tensor([[0.0, math.nan]]), [0], {}, "`scores` hold NaN or infinity, first in row 0 of 1"),
             (torch.ones(2, 3), [0, 1], {"ks": [0]}, "`ks` must be at least 1"),
             (torch.ones(2, 3), [0, 1], {"ks": [1.5]}, "`ks` must be at least 1 and whole"),
-            (torch.ones(2, 3), [0, 1], {"block_size": 0}, "`block_size` must be at least 1"),
             (torch.ones(2, 3), [0, 1], {"tolerance": -1}, "`tolerance` must not be negative"),
         ],
     )
