@@ -35,76 +35,6 @@ HATCHES = ("", "xx", "..", "\\\\", "++")
 PUBLISHED_HATCH = "//"
 
 
-def report(files: Sequence[str | os.PathLike], format: Format = "text") -> str:
-    """
-    The LoTLIP paper's table of long-text retrieval: its published rows, marked as such, and the models of these files;
-    a column more for each other benchmark. Beneath, what a reader has to know of the numbers, each run in full, and
-    each study.
-
-    Runs of a model that differ in anything that decides the numbers stand side by side: on other captions in columns
-    of their own, by other rules (a limit of tokens, a part of the images, ...) in rows of their own. Of several by the
-    same rules the newest counts. Numbers of a part and, in the paper's columns, by other rules are marked.
-
-    Args:
-        files: What `lotlip evaluate` wrote.
-        format: `"text"`, or `"markdown"` for a card or README.
-
-    Returns:
-        The tables, without a line end.
-
-    Raises:
-        ValueError: if a file holds no results; the message names it. If `format` is another.
-        OSError: if a file cannot be read.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf.evaluation.report import report
-
-    >>> print(report(["iiw.json", "urban1k.json"], format="markdown"))  # doctest: +SKIP
-    ```
-    """
-    return _report(summarise(files), format)
-
-
-def model_index(files: Sequence[str | os.PathLike]) -> str:
-    """
-    The results as `model-index`, which model cards on the Hub have in their metadata; see
-    https://huggingface.co/docs/hub/model-cards. Runs are chosen as in [`report`]; one that is marked there says why in
-    its `args`.
-
-    Args:
-        files: What `lotlip evaluate` wrote; studies among them are left out.
-
-    Returns:
-        YAML.
-
-    Raises:
-        ValueError: if a file holds no results, or none of them holds any but a study's.
-        OSError: if a file cannot be read.
-    """
-    return _model_index(summarise(files))
-
-
-def plot_report(files: Sequence[str | os.PathLike], output: str | os.PathLike) -> None:
-    """
-    Draws R@1 of the models in the files beside the published ones on the same data, and top-1 accuracies where there
-    are some. Runs are chosen and marked as in [`report`].
-
-    Args:
-        files: What `lotlip evaluate` wrote.
-        output: The picture; its extension says of which kind it is.
-
-    Raises:
-        ImportError: without matplotlib.
-        ValueError: if a file holds no results, or none of them holds any but a study's.
-        OSError: if a file cannot be read or written.
-        ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
-    """
-    check_plot(output)
-    save(_draw(summarise(files)), output)
-
-
 def write_report(
     files: Sequence[str | os.PathLike],
     format: Format = "text",
@@ -117,27 +47,36 @@ def write_report(
     What `lotlip report` does. Every file is read, and it is clear that all can be written, before anything is.
 
     Args:
-        files, format: As in [`report`].
-        model_index_file: Where to write [`model_index`], if anywhere.
-        plot_file: Where to draw [`plot_report`], if anywhere; in place of what there may be.
-        overwrite: Whether `model_index_file` may be there already.
+        files (`Sequence[str | os.PathLike]`): what `lotlip evaluate` wrote.
+        format (`str`, *optional*, defaults to `"text"`): `"text"`, or `"markdown"` for a card or README.
+        model_index_file (`str` or `os.PathLike`, *optional*): where to write [`model_index`].
+        plot_file (`str` or `os.PathLike`, *optional*): the picture to write [`draw_report`] to, in any case.
+        overwrite (`bool`, *optional*, defaults to `False`): whether `model_index_file` may be there already.
 
     Returns:
-        The tables.
+        `str`: the tables of [`report_tables`].
 
     Raises:
-        ImportError, ValueError, OSError: as the three; also if a file of results would be written over, or both
-            outputs are the same.
-        FileExistsError: if `model_index_file` is there already and not to be overwritten.
-        NotADirectoryError: if the folder of an output is not there.
+        ResultsError: if a file holds no results.
+        ValueError:
+            If a file of results would be written over, both outputs are the same, or an output needs other files.
+        ImportError: if a plot is asked for and matplotlib is not installed.
+        OSError: if a file cannot be read or written.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf.evaluation.report import write_report
+
+    >>> print(write_report(["iiw.json", "urban1k.json"], format="markdown"))  # doctest: +SKIP
+    ```
     """
     _check_outputs(files, model_index_file, plot_file, overwrite)
     summary = summarise(files)
-    tables = _report(summary, format)
-    metadata = "" if model_index_file is None else _model_index(summary)
-    picture = None if plot_file is None else _draw(summary)
-    if picture is not None and plot_file is not None:
-        save(picture, plot_file)
+    tables = report_tables(summary, format)
+    metadata = "" if model_index_file is None else model_index(summary)
+    if plot_file is not None:
+        save(draw_report(summary), plot_file)
     if model_index_file is not None:
         with replacing(Path(model_index_file)) as file:
             file.write(metadata.encode())
@@ -177,7 +116,19 @@ def _values(summary: Summary, column: Column, metric: str) -> dict[str, float]:
     return values
 
 
-def _report(summary: Summary, format: Format) -> str:
+def report_tables(summary: Summary, format: Format = "text") -> str:
+    """
+    The LoTLIP paper's table of long-text retrieval: its published rows, marked as such, and the models of the files; a
+    column more for each other benchmark. Beneath, what a reader has to know of the numbers, each run in full, and each
+    study. Numbers of a part and, in the paper's columns, by other rules are marked.
+
+    Args:
+        summary (`Summary`): what the files say.
+        format (`str`, *optional*, defaults to `"text"`): `"text"` or `"markdown"`.
+
+    Returns:
+        `str`: the tables, without a line end.
+    """
     if format not in get_args(Format):
         raise ValueError(f"`format` must be one of {', '.join(get_args(Format))}, got {format!r}.")
 
@@ -233,7 +184,17 @@ def _lines(lines: Sequence[str], format: Format) -> str:
     return "\n".join(f"- {line}" if format == "markdown" else line for line in lines)
 
 
-def _model_index(summary: Summary) -> str:
+def model_index(summary: Summary) -> str:
+    """
+    The results as `model-index`, which model cards on the Hub have in their metadata; see
+    https://huggingface.co/docs/hub/model-cards. A number that is marked in the tables says why in its `args`.
+
+    Args:
+        summary (`Summary`): what the files say; studies are left out.
+
+    Returns:
+        `str`: YAML.
+    """
     entries: dict[str, dict[str, Any]] = {}  # by name, without the path of a folder
     for run in summary.runs.values():
         marks = {"num_images": run.protocol["num_images"]} if run.part else {}
@@ -252,7 +213,16 @@ def _model_index(summary: Summary) -> str:
     return yaml_dump({"model-index": list(entries.values())}, sort_keys=False)
 
 
-def _draw(summary: Summary) -> "Figure":
+def draw_report(summary: Summary) -> "Figure":
+    """
+    R@1 of the models beside the published ones on the same data, and top-1 accuracies, as bars.
+
+    Args:
+        summary (`Summary`): what the files say; studies are left out.
+
+    Returns:
+        `matplotlib.figure.Figure`: the figure.
+    """
     if not summary.runs:
         raise ValueError(
             "The files hold studies alone, whose plots `lotlip evaluate` draws: add results of an evaluation."

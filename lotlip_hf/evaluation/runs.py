@@ -234,11 +234,15 @@ def summarise(files: Sequence[str | os.PathLike]) -> Summary:
     """
     Reads files of results and chooses those that count.
 
+    Runs of a model that differ in anything that decides the numbers stand side by side: on other captions in columns
+    of their own, by other rules (a limit of tokens, a part of the images, ...) in rows of their own. Of several by the
+    same rules the newest counts.
+
     Args:
-        files: What `lotlip evaluate` wrote.
+        files (`Sequence[str | os.PathLike]`): what `lotlip evaluate` wrote.
 
     Returns:
-        Models, columns and runs in the order of the files, and notes on what a table of them does not show.
+        `Summary`: models, columns and runs in the order of the files, and notes on what a table of them does not show.
 
     Raises:
         ValueError: if there are no files, or one holds no results.
