@@ -85,12 +85,13 @@ def recalls(
     that several images share.
 
     Args:
-        image_embeds: [I, dim], on any device.
-        text_embeds: [T, dim], on the same device.
-        text_to_image: [T] the index of each text's image, from 0 to I - 1; every image has a text. By default text i
+        image_embeds (`torch.Tensor`): [I, dim], on any device.
+        text_embeds (`torch.Tensor`): [T, dim], on the same device.
+        text_to_image (`Sequence[int]`, *optional*):
+            [T] the index of each text's image, from 0 to I - 1; every image has a text. By default text i
             belongs to image i.
-        ks: Numbers of candidates to look at.
-        block_size: Images and texts in a block of similarities, which is all that is held of them.
+        ks (`Sequence[int]`, *optional*, defaults to 1, 5 and 10): numbers of candidates to look at.
+        block_size (`int`, *optional*, defaults to 1024): images and texts in a block of similarities.
 
     Returns:
         `image_to_text_r1`, `text_to_image_r1` and so on for each k, from 0 to 1.
@@ -128,7 +129,7 @@ def ranks(
     are as similar as the best right one it is the expected rank, so it may lie between two.
 
     Args:
-        image_embeds, text_embeds, text_to_image, block_size: As in [`recalls`].
+        image_embeds, text_embeds, text_to_image, block_size: as in [`recalls`].
 
     Returns:
         `image_to_text` [I] and `text_to_image` [T], float64 on the CPU.
@@ -168,9 +169,9 @@ def retrieval_metrics(
     stay all those there are.
 
     Args:
-        image_embeds, text_embeds, text_to_image, ks, block_size: As in [`recalls`].
-        bootstrap: How often images are drawn; 0 for no interval.
-        seed: Of the draws. The same seed gives the same interval.
+        image_embeds, text_embeds, text_to_image, ks, block_size: as in [`recalls`].
+        bootstrap (`int`, *optional*, defaults to 1000): how often images are drawn; 0 for no interval.
+        seed (`int`, *optional*, defaults to 0): of the draws. The same seed gives the same interval.
 
     Returns:
         For each direction `image_to_text` and `text_to_image`: `..._r1` and so on for each k, from 0 to 1;
@@ -213,10 +214,11 @@ def find_ranks(
     One direction of retrieval, for any number of right candidates a query: the rank of the best of them.
 
     Args:
-        query_embeds: [N, dim], on any device.
-        candidate_embeds: [M, dim], on the same device.
-        positives: [N] the indices of each query's right candidates, one or more, from 0 to M - 1.
-        block_size: Queries and candidates in a block of similarities.
+        query_embeds (`torch.Tensor`): [N, dim], on any device.
+        candidate_embeds (`torch.Tensor`): [M, dim], on the same device.
+        positives (`Sequence[Sequence[int]]`):
+            [N] the indices of each query's right candidates, one or more, from 0 to M - 1.
+        block_size (`int`, *optional*, defaults to 1024): queries and candidates in a block of similarities.
 
     Returns:
         [`TiedRanks`]; its `hits(k)` [N] and `ranks()` [N] are what recall and median rank are made of.
@@ -271,10 +273,11 @@ def accuracies(
     random order. Constant scores give k/C.
 
     Args:
-        scores: [N, C], the higher, the more likely: similarities or logits, on any device.
-        labels: [N] the right class of each row, from 0 to C - 1.
-        ks: Numbers of classes to look at.
-        tolerance: Scores closer than this share of the label's or of the row's highest one, whichever is larger, are
+        scores (`torch.Tensor`): [N, C], the higher, the more likely: similarities or logits, on any device.
+        labels (`Sequence[int]`): [N] the right class of each row, from 0 to C - 1.
+        ks (`Sequence[int]`, *optional*, defaults to 1 and 5): numbers of classes to look at.
+        tolerance (`float`, *optional*, defaults to 1e-6):
+            Scores closer than this share of the label's or of the row's highest one, whichever is larger, are
             ties: what rounding leaves of equal classes. Take 0 for probabilities, whose small values are apart.
 
     Returns:
@@ -321,8 +324,8 @@ def telling_metrics(metrics: Mapping[str, float], protocol: Mapping[str, Any]) -
     Metrics without those that say nothing: a share of right ones among the first k, above 1, of no more than k.
 
     Args:
-        metrics: Numbers by name.
-        protocol: With `num_images`, and `num_texts` or `num_classes`.
+        metrics (`Mapping[str, float]`): numbers by name.
+        protocol (`Mapping[str, Any]`): with `num_images`, and `num_texts` or `num_classes`.
 
     Returns:
         The others.

@@ -299,33 +299,16 @@ def test_one_candidate():
     assert recalls(torch.ones(1, 3), torch.randn(4, 3), [0] * 4, ks=[1])["text_to_image_r1"] == 1.0
 
 
-@pytest.mark.parametrize(
-    ("text_to_image", "message"),
-    [
-        ([0, 1, 2], r"`text_to_image` must hold 4 whole numbers, the image of each; got torch.int64 of shape \[3\]"),
-        ([0, 1, 2, 3], r"`text_to_image\[3\]` is 3, which is no image: they are numbered from 0 to 2"),
-        ([0, -1, 2, 1], r"`text_to_image\[1\]` is -1, which is no image"),
-        ([0, 0, 2, 2], "`text_to_image` leaves 1 of 3 images without a text, first image 1"),
-        ([0.0, 1.0, 2.0, 2.0], "`text_to_image` must hold 4 whole numbers, the image of each; got torch.float32"),
-    ],
-)
+@pytest.mark.parametrize("text_to_image", [[0, 1, 2], [0, 1, 2, 3], [0, -1, 2, 1], [0, 0, 2, 2], [0.0, 1.0, 2.0, 2.0]])
 @pytest.mark.parametrize("function", [recalls, ranks, retrieval_metrics])
-def test_text_to_image_is_checked(function, text_to_image, message):
-    with pytest.raises(ValueError, match=message):
+def test_text_to_image_is_checked(function, text_to_image):
+    with pytest.raises(ValueError, match="text_to_image"):
         function(torch.randn(3, 2), torch.randn(4, 2), text_to_image)
 
 
-@pytest.mark.parametrize(
-    ("positives", "message"),
-    [
-        ([[0]], "`positives` must hold the right candidates of each of the 2 queries; it has 1"),
-        ([[0], []], r"`positives\[1\]` is empty"),
-        ([[0], [1, 3]], r"`positives\[1\]` holds 3: the 3 candidates are numbered from 0"),
-        ([[-1, 1], [1]], r"`positives\[0\]` holds -1"),
-    ],
-)
-def test_positives_are_checked(positives, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("positives", [[[0]], [[0], []], [[0], [1, 3]], [[-1, 1], [1]]])
+def test_positives_are_checked(positives):
+    with pytest.raises(ValueError, match="positives"):
         find_ranks(torch.randn(2, 2), torch.randn(3, 2), positives)
 
 
@@ -476,20 +459,20 @@ class TestAccuracies:
         assert torch.equal(scores, before)
 
     @pytest.mark.parametrize(
-        ("scores", "labels", "options", "message"),
+        ("scores", "labels", "options", "word"),
         [
-            (torch.ones(3), [0, 0, 0], {}, r"`scores` must have shape \[N, C\]"),
-            (torch.ones(0, 3), [], {}, r"`scores` must have shape \[N, C\]"),
-            (torch.ones(2, 3), [0], {}, "`labels` must hold 2 whole numbers, the class of each"),
-            (torch.ones(2, 3), [0, 3], {}, r"`labels\[1\]` is 3, which is no class: they are numbered from 0 to 2"),
-            (torch.tensor([[0.0, math.nan]]), [0], {}, "`scores` hold NaN or infinity, first in row 0 of 1"),
-            (torch.ones(2, 3), [0, 1], {"ks": [0]}, "`ks` must be at least 1"),
-            (torch.ones(2, 3), [0, 1], {"ks": [1.5]}, "`ks` must be at least 1 and whole"),
-            (torch.ones(2, 3), [0, 1], {"tolerance": -1}, "`tolerance` must not be negative"),
+            (torch.ones(3), [0, 0, 0], {}, "scores"),
+            (torch.ones(0, 3), [], {}, "scores"),
+            (torch.ones(2, 3), [0], {}, "labels"),
+            (torch.ones(2, 3), [0, 3], {}, "labels"),
+            (torch.tensor([[0.0, math.nan]]), [0], {}, "scores"),
+            (torch.ones(2, 3), [0, 1], {"ks": [0]}, "ks"),
+            (torch.ones(2, 3), [0, 1], {"ks": [1.5]}, "ks"),
+            (torch.ones(2, 3), [0, 1], {"tolerance": -1}, "tolerance"),
         ],
     )
-    def test_arguments_are_checked(self, scores, labels, options, message):
-        with pytest.raises(ValueError, match=message):
+    def test_arguments_are_checked(self, scores, labels, options, word):
+        with pytest.raises(ValueError, match=word):
             accuracies(scores, labels, **options)
 
 

@@ -93,8 +93,12 @@ def hub_commit(repo_id: str, revision: str | None) -> str:
 def hub_archive(repo_id: str, revision: str | None, commit: str) -> str:
     """The only zip archive of a data set on the Hub, downloaded or from the cache."""
     with from_hub(repo_id, revision):
-        folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=commit, allow_patterns="*.zip"))
-    archives = sorted(folder.rglob("*.zip"))
-    if len(archives) != 1:
-        raise ValueError(f"{repo_id}: expected one zip archive, found {shown(list(map(str, archives))) or 'none'}.")
-    return str(archives[0])
+        if constants.HF_HUB_OFFLINE:
+            folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=commit, allow_patterns="*.zip"))
+            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.zip")]
+        else:
+            names = HfApi().list_repo_files(repo_id, repo_type="dataset", revision=commit)
+        archives = [name for name in names if name.endswith(".zip")]
+        if len(archives) != 1:
+            raise ValueError(f"{repo_id}: expected one zip archive, found {shown(archives) or 'none'}.")
+        return hf_hub_download(repo_id, archives[0], repo_type="dataset", revision=commit)
