@@ -40,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 from lotlip_hf import LoTLIPTextEncoder, LoTLIPTextModel
 from lotlip_hf.diffusion.align import MEASURES, Alignment, Batch, Words, tokenize_words
 from lotlip_hf.diffusion.text_encoder import pipeline_target_layer
-from lotlip_hf.encoder import fit_tokenizer
+from lotlip_hf.loading import fit_tokenizer
 from lotlip_hf.modeling.tokenization_lotlip import clean
 from lotlip_hf.terminal import printable_output
 
