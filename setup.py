@@ -21,8 +21,8 @@ INSTALL_REQUIRES = [
     "tqdm>=4.66",
 ]
 
-# Metrics as `evaluate` modules, approximate search, plots of studies and reports (lotlip_hf/evaluation).
-EVALUATION_REQUIRES = ["evaluate>=0.4.5", "faiss-cpu>=1.11", "matplotlib>=3.9"]
+# Metrics as `evaluate` modules, plots of studies and reports (lotlip_hf/evaluation).
+EVALUATION_REQUIRES = ["evaluate>=0.4.5", "matplotlib>=3.9"]
 
 # Models of open_clip as they are (lotlip_hf/engines/open_clip.py). It needs a torchvision that fits torch.
 OPEN_CLIP_REQUIRES = ["open_clip_torch>=3.3"]
@@ -54,6 +54,7 @@ TEST_REQUIRES = [
     *HEIF_REQUIRES,
     *SPACE_REQUIRES,
     "bitsandbytes>=0.50",
+    "faiss-cpu>=1.11",
     # What `transformers serve` needs beside what the demo does.
     "openai>=1.98",
     "optimum-quanto>=0.2.7",

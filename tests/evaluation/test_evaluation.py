@@ -370,10 +370,9 @@ def test_the_command(
 
     assert main([*command, "--output", str(output)]) == 2
     assert "exists already" in capsys.readouterr().err
-    assert main([*command, "--output", str(output), "--overwrite", "--faiss-index", "Flat"]) == 0
+    assert main([*command, "--output", str(output), "--overwrite"]) == 0
     again = json.loads(output.read_text())
-    assert {**again["metrics"], **results["metrics"]} == results["metrics"]
-    assert again["protocol"]["search"] == "FAISS Flat"
+    assert again["metrics"] == results["metrics"]
     assert main(["report", str(output)]) == 0
     assert "Urban" in capsys.readouterr().out
 
@@ -391,9 +390,6 @@ def test_the_command(
         (["--split", "test"], "`split` is no option of urban1k"),
         (["--max-length", "1000"], "`max_length` must be from 3 to the 126 tokens"),
         (["--bootstrap", "-1"], "`bootstrap` must not be negative"),
-        (["--faiss-parameters", "nprobe=4"], "give `faiss_index` too"),
-        (["--faiss-index", "Nonsense"], "'Nonsense' cannot be made for 16 dimensions"),
-        (["--faiss-index", "IVF4,Flat", "--faiss-parameters", "no=1"], "do not fit the index"),
         (["--task", "length-study"], "--task length-study needs --benchmark"),
         (["--task", "length-study", "--benchmark", "urban1k", "--bootstrap", "3"], "--bootstrap is not for"),
         (["--task", "sentence-ablation", "--benchmark", "urban1k", "--limits", "3"], "--limits is not for"),
@@ -403,7 +399,6 @@ def test_the_command(
             "--plot and --output are both",
         ),
         (["--task", "classification", "--data", "classes", "--bootstrap", "3"], "--bootstrap is not for"),
-        (["--task", "classification", "--data", "classes", "--faiss-index", "Flat"], "--faiss-index is not for"),
         (["--revision", "main"], "`revision` 'main' is of models on the Hub"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
