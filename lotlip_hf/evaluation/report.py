@@ -11,9 +11,9 @@ from huggingface_hub.utils import yaml_dump
 
 from ..embed import check_output
 from ..files import markdown_text, replacing
-from ..hub.push import read_results
 from ..plots import COLOURS, check_plot, figure, save, wrapped
 from .published import PAPER, PAPER_COLUMNS, PUBLISHED
+from .results import read_results
 from .runs import METRICS, Column, Run, Summary, summarise
 from .tables import RETRIEVAL, Format, metric_table, study_table, table
 

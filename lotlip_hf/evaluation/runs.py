@@ -10,9 +10,9 @@ from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ..hub.push import result_file
 from .benchmarks.registry import TASKS
 from .published import PAPER_COLUMNS
+from .results import result_file
 from .retrieval import telling_metrics
 from .tables import RETRIEVAL, STUDIES, study_table
 
