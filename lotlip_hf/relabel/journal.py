@@ -1,14 +1,13 @@
 """Journals of a run, which survive its being killed."""
 
 import contextlib
-import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from ..files import MAX_BYTES, PARTIAL, open_regular, parse_json, read_regular
+from ..files import PARTIAL, LineError, append_json_line, parse_json, read_json_lines, read_regular
 
 NONE = type(None)
 # The forms of a journal's lines, for `fits`
@@ -83,17 +82,17 @@ def read_json(path: Path, form: Any) -> Any:
 
 class Journal:
     """
-    The captions of a chunk by one captioner, a line a group, in the order in which they were answered. It takes its
-    name when it is whole. What an interruption left half-written is cut off.
+    The captions of a chunk by one captioner, a line a group, in the order in which they were answered. The file takes
+    its name when it is whole. What an interruption left half-written is cut off.
 
     Args:
-        path: The file.
-        header: What the first line must say, or nobody will go on from here.
+        path (`Path`): the file.
+        header (`Mapping[str, Any]`): the expected first line; a mismatch restarts the journal.
 
     Attributes:
-        groups: The captions of each group that was answered, by its number.
-        header: The first line.
-        is_whole: Whether every group was answered.
+        groups (`dict[int, list[dict[str, Any]]]`): the captions of each group that was answered, by its number.
+        header (`dict[str, Any]`): the first line.
+        is_whole (`bool`): whether every group was answered.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
@@ -101,26 +100,28 @@ class Journal:
         self.is_whole = path.exists()
         self.header, self.groups = dict(header), {}
         self._lock = threading.Lock()
-        self._file: BinaryIO | None = None
-        self._error: OSError | None = None
         self._size = 0
-        for line, value in _whole_lines(path if self.is_whole else self.partial):
-            if not self._size:
-                self.header = value
-            else:
-                self.groups[value["group"]] = value["captions"]
-            self._size += len(line)
+        lines = read_json_lines(
+            path if self.is_whole else self.partial, lambda number, value: fits(value, GROUP if number > 1 else HEADER)
+        )
+        with contextlib.suppress(FileNotFoundError, LineError):
+            for line, value in lines:
+                if not self._size:
+                    self.header = value
+                else:
+                    self.groups[value["group"]] = value["captions"]
+                self._size += len(line)
 
     def begin(self, header: Mapping[str, Any]) -> None:
-        """Opens it for `add`. If its header says anything else, it begins anew."""
+        """Prepares it for `add`. If its header says anything else, it begins anew."""
         is_new = not self._size or any(self.header.get(name) != value for name, value in header.items())
         if is_new:
             self.header |= header
             self.groups, self._size = {}, 0
-        self._file = open(self.partial, "ab")
-        self._file.truncate(self._size)
+        with open(self.partial, "ab") as file:
+            file.truncate(self._size)
         if is_new:
-            self._append(self.header)
+            append_json_line(self.partial, self.header, sync=True)
 
     def add(self, group: int, captions: list[dict[str, Any]]) -> None:
         """
@@ -130,55 +131,14 @@ class Journal:
             OSError: if it cannot be written; the message names the file.
         """
         with self._lock:
-            self._append({"group": group, "captions": captions})
+            append_json_line(self.partial, {"group": group, "captions": captions}, sync=True)
             self.groups[group] = captions
 
     def complete(self) -> None:
         """Gives it its name."""
-        self.close()
         os.replace(self.partial, self.path)
         self.is_whole = True
-
-    def close(self) -> None:
-        """Ends writing."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def captions(self) -> list[dict[str, Any]]:
         """One of each record."""
         return [caption for group in sorted(self.groups) for caption in self.groups[group]]
-
-    def _append(self, value: Mapping[str, Any]) -> None:
-        if self._error is not None:
-            raise self._error
-        assert self._file is not None
-        try:
-            self._file.write(json.dumps(value, sort_keys=True).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self._error = _unwritten(self.partial, error)  # what is half-written must stay at the end
-            raise self._error from error
-
-
-def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a file and their values, up to the first that no run writes."""
-    form: Any = HEADER
-    with contextlib.suppress(FileNotFoundError), open_regular(path) as file:
-        while line := file.readline(MAX_BYTES):
-            try:
-                value = parse_json(line)
-            except ValueError:
-                return
-            if not line.endswith(b"\n") or not fits(value, form):
-                return
-            yield line, value
-            form = GROUP
-
-
-def _unwritten(path: Path, error: OSError) -> OSError:
-    reason = error.strerror or error
-    return OSError(
-        f"{path}: cannot be written ({reason}). What was done is kept; the same command goes on from there."
-    )

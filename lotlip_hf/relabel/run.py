@@ -387,8 +387,6 @@ class _Captioning:
         if self._captioner is not None:
             self._captioner.close()  # what waits for a server ends; then the threads do
         self._threads.close()
-        for opened in self._pending.values():
-            opened.journal.close()
 
     def caption(self, chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:
         """Leaves a whole journal of each chunk, and yields it then; a slow image holds up its own chunk alone."""

@@ -141,7 +141,7 @@ def test_nothing_to_report(ablation, results):
     with pytest.raises(ValueError, match="holds 0 runs"):
         ablation.main(["--report", "--results", str(results)])
     results.parent.mkdir()
-    results.write_text('{"options": {}}\n{"opt')
+    results.write_text('{"options": {}}\n{"opt\n')
     with pytest.raises(ValueError, match=r"ablation\.jsonl, line 2"):
         ablation.main(["--report", "--results", str(results)])
 
