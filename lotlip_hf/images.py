@@ -7,10 +7,10 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -119,6 +119,31 @@ class ImageError(ValueError):
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str, bool]]:
         return type(self), (self.name, self.reason, self.transient)  # it comes back from a DataLoader's worker
+
+
+class StoredImage(NamedTuple):
+    """An image of a data set: `source` is what [`load_image`] takes, `path` names it if it has a name."""
+
+    source: Any
+    path: str | None
+
+
+def image_source(value: Any) -> StoredImage:
+    """
+    What an image is that a data set stores.
+
+    Args:
+        value (`Any`): a path, the bytes of a file, a PIL image, an array, or a dictionary with `bytes` and `path` as
+            `datasets.Image(decode=False)` gives it.
+
+    Returns:
+        `StoredImage`: the image's source, the bytes before the path, and the path; `None` for what is missing.
+    """
+    if not isinstance(value, Mapping):
+        return StoredImage(value, value if isinstance(value, str) else None)
+    path, content = value.get("path"), value.get("bytes")
+    path = path if isinstance(path, str) else None
+    return StoredImage(content if isinstance(content, bytes) else path, path)
 
 
 @cache

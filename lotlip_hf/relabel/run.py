@@ -35,7 +35,7 @@ from ..data.collator import RecordError, read_image
 from ..data.records import ColumnError, load_records
 from ..data.sampling import split_sentences
 from ..files import PARTIAL, OutsideError, is_own_file, printable, replacing, write_json
-from ..images import ImageError, find_images, read_image_bytes
+from ..images import ImageError, find_images, image_source, read_image_bytes
 from ..plots import check_plot
 from .captioners.base import Answer, Captioner, CaptionerConfig, published_name
 from .captioners.endpoint import EndpointCaptioner, shrunk
@@ -575,13 +575,12 @@ def _digest(content: bytes) -> str:
 
 
 def _image_path(image: Any) -> str | None:
-    path = image.get("path") if isinstance(image, Mapping) else image
-    return path if isinstance(path, str) else None
+    return image_source(image).path
 
 
 def _image_bytes(image: Any) -> bytes | None:
-    content = image.get("bytes") if isinstance(image, Mapping) else image
-    return content if isinstance(content, bytes) else None
+    source = image_source(image).source
+    return source if isinstance(source, bytes) else None
 
 
 def _write_shard(config: RelabelConfig, chunk: _Chunk, storage: _Storage, tokenizer: PreTrainedTokenizerBase) -> None:

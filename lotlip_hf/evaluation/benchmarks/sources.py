@@ -40,7 +40,7 @@ from ...data.readers import KINDS, every_row
 from ...data.records import check_inside, hub_folders, is_hub_name, locate_image, undecoded
 from ...data.sampling import split_full_stops
 from ...files import parse_json, printable, read_regular
-from ...images import MAX_FILE_BYTES, ImageSource, image_extensions
+from ...images import MAX_FILE_BYTES, ImageSource, image_extensions, image_source
 from ..tasks import ClassificationData, IncompleteDataError, RetrievalData
 
 logger = logging.getLogger(__name__)
@@ -680,8 +680,7 @@ def find_column(table: Table, options: Options, option: str, usual: Sequence[str
 
 def stored_image(value: Any, name: str, locate: Callable[[str], str] = str) -> ImageSource | None:
     """The image in a cell: a path, of which `locate` makes that of a file, or the bytes of one. `None` if empty."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
+    value = image_source(value).source
     if isinstance(value, str) and value.startswith(("http://", "https://")):
         raise ValueError(f"{name}: an address, {value}. Download the images, and pass a folder of records as `data`.")
     if isinstance(value, str) and value:
