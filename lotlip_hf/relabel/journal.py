@@ -1,19 +1,24 @@
-"""Journals of a run, which survive its being killed."""
+"""What a run keeps in `<output>/.relabel`, so that it can go on: its options and the captions so far."""
 
 import contextlib
+import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import PARTIAL, LineError, append_json_line, parse_json, read_json_lines, read_regular
+from ..files import PARTIAL, LineError, append_json_line, parse_json, read_json_lines, read_regular, write_json
+from .config import RelabelConfig
+
+HIDDEN = ".relabel"
 
 NONE = type(None)
 # The forms of a journal's lines, for `fits`
 HEADER = {"records": str}
 CAPTION = ({"text": str, "attempts": int, "reasons": [str], "earlier_reasons": [str]}, {"skip": str})
 GROUP = {"group": int, "captions": [CAPTION]}
+IDENTITY = {"options": dict, "captioners": [{"model": str}]}
 
 
 class DamagedError(ValueError):
@@ -142,3 +147,57 @@ class Journal:
     def captions(self) -> list[dict[str, Any]]:
         """One of each record."""
         return [caption for group in sorted(self.groups) for caption in self.groups[group]]
+
+
+def keep_identity(config: RelabelConfig) -> None:
+    """
+    Compares the options with those that the output was begun with, as far as something was done with them: those of
+    a captioner that has not begun may change, and so may all while nothing has.
+    """
+    hidden = Path(config.output, HIDDEN)
+    path = hidden / "config.json"
+    identity = {"options": config.identity(), "captioners": config.captioner_identities()}
+    identity = json.loads(json.dumps(identity))
+    has_shards = any(Path(config.output, "data").glob("[!.]*"))
+    if path.exists():
+        begun = read_json(path, IDENTITY)
+        has_begun = [
+            has_shards or any(hidden.glob(f"*-captioner-{number}.*")) for number in range(len(begun["captioners"]))
+        ]
+        changed = []
+        if any(has_begun):
+            changed += _changes("", begun["options"], identity["options"])
+        for number, (before, is_kept) in enumerate(zip(begun["captioners"], has_begun, strict=True)):
+            after = identity["captioners"][number : number + 1]
+            if is_kept and not after:
+                changed.append(f"captioner {number} ({before['model']}) is left out")
+            elif is_kept:
+                changed += _changes(f"captioner {number}: ", before, after[0])
+        if has_shards and len(identity["captioners"]) > len(begun["captioners"]):
+            changed.append("there are more captioners")
+        if changed:
+            raise ValueError(
+                f"{config.output} was begun with other options: {'; '.join(changed)}. Give the same, or choose "
+                "another --output."
+            )
+        if begun == identity:
+            return
+        for part in hidden.glob("part-*.json") if not any(has_begun) else ():
+            part.unlink(missing_ok=True)
+    write_json(path, identity)
+
+
+def _changes(what: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The options that both have and that differ."""
+    changed = []
+    for name in sorted(before.keys() & after.keys()):
+        if name in ("policies", "rules") and isinstance(before[name], Mapping):
+            changed += _changes(f"{what}{name}: ", before[name], after[name])  # a newer version may have more of them
+        elif before[name] != after[name]:
+            changed.append(f"{what}`{name}` was {before[name]!r} and is {after[name]!r}")
+    return changed
+
+
+def changed(data: str, how: str) -> ValueError:
+    """The error for records that are others than the output was begun with."""
+    return ValueError(f"{data}: the records have changed since the output was begun: {how}. Choose another --output.")
