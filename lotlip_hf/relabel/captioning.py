@@ -92,7 +92,7 @@ class Captioning:
                 journal.complete()
                 yield chunk
             for n, group in missing.items():
-                images = readers.submit(self._read_images, group)
+                images = readers.submit(list, map(self._read_image, group))
                 asked = askers.submit(self._caption_group, captioner, journal, n, group, images)
                 self._pending[asked] = opened
                 if len(self._pending) > 2 * captioner.concurrency:
@@ -118,11 +118,7 @@ class Captioning:
                 opened.journal.complete()
                 yield opened.chunk
 
-    def _read_images(self, group: Sequence[Mapping[str, Any]]) -> list["_Read"]:
-        """The images of records, or why there is none."""
-        return [self._read_image(record) for record in group]
-
-    def _read_image(self, record: Mapping[str, Any]) -> "_Read":
+    def _read_image(self, record: Mapping[str, Any]) -> _Read:
         try:
             if record.get("error"):
                 raise RecordError(record["error"])

@@ -34,12 +34,18 @@ class Chunk(NamedTuple):
 
 class Share:
     """
-    What this process does. Chunks are numbered through a part: a stream's file, or all that is no stream. Each is
-    one process's, by its number alone.
+    The chunks of a process. They are numbered through a part: a file of a stream, or all records that are no stream.
+    Which process a chunk belongs to follows from its name alone.
+
+    Args:
+        config (`RelabelConfig`): the options of the run.
+        records (`Records`): the records of all processes.
+        rank (`int`): the process.
+        world_size (`int`): how many processes there are.
     """
 
     def __init__(self, config: RelabelConfig, records: Records, rank: int, world_size: int) -> None:
-        self.data, self.size, self.hidden = config.data, config.shard_size, Path(config.output, HIDDEN)
+        self.config, self.size = config, config.shard_size
         self.records, self.rank, self.world_size = records, rank, world_size
         self.parts = records.num_shards if isinstance(records, IterableDataset) else 1
         # with fewer files than processes, all read all of them
@@ -51,82 +57,81 @@ class Share:
         """The chunks of this process that are not done, in order."""
         for part in self._own_parts():
             bar.set_postfix_str(f"file {part + 1}/{self.parts}" if self.parts > 1 else "")
-            length = self._length(part)
-            if isinstance(self.records, IterableDataset):
-                if length is not None and all(is_done(name, None) for name, _ in self._own_chunks(part, length)):
-                    bar.update(sum(size for _, size in self._own_chunks(part, length)))
-                else:
-                    yield from self._stream(part, is_done, bar)
+            own = self._own_sizes(part)
+            if (
+                isinstance(self.records, IterableDataset)
+                and own is not None
+                and all(is_done(name, None) for name in own)
+            ):
+                bar.update(sum(own.values()))
                 continue
-            for name, size in self._own_chunks(part, len(self.records)):
-                start = int(name.split("-")[1]) * self.size
-                # a table's rows are not read, for images may be in them
-                at_hand = self.records[start : start + size] if isinstance(self.records, list) else None
-                if is_done(name, at_hand):
+            for start, size, rows in self._slices(part):
+                name = f"{part:05d}-{start // self.size:05d}"
+                if not self._is_own(name):
+                    continue
+                if is_done(name, rows):
                     bar.update(size)
                 else:
-                    yield Chunk(name, at_hand or _rows(self.records, start, start + size))
-
-    def _stream(
-        self, part: int, is_done: Callable[[str, list[dict[str, Any]] | None], bool], bar: tqdm
-    ) -> Iterator[Chunk]:
-        assert isinstance(self.records, IterableDataset)
-        stream, length = iter(self.records.shard(self.parts, part)), 0
-        while rows := list(itertools.islice(stream, self.size)):
-            name = _chunk_name(part, length // self.size)
-            length += len(rows)
-            if self._is_own(name) and is_done(name, rows):
-                bar.update(len(rows))
-            elif self._is_own(name):
-                yield Chunk(name, rows)
-        self._keep_length(part, length)
+                    yield Chunk(name, self._rows(start) if rows is None else rows)
 
     def names(self) -> list[str] | None:
-        """Of all processes' chunks; `None` if a part has not been read to its end."""
-        lengths = [self._length(part) for part in range(self.parts)]
-        if None in lengths:
-            return None
-        return [name for part, length in enumerate(lengths) for name, _ in self._chunks(part, length or 0)]
+        """The names of all processes' chunks; `None` if a part has not been read to its end."""
+        sizes = [self._sizes(part) for part in range(self.parts)]
+        return None if None in sizes else [name for part in sizes for name in part or ()]
 
     def total(self) -> int | None:
         """Records of this process; `None` if a part has not been read to its end."""
-        lengths = {part: self._length(part) for part in self._own_parts()}
-        if None in lengths.values():
-            return None
-        return sum(size for part, length in lengths.items() for _, size in self._own_chunks(part, length or 0))
+        sizes = [self._own_sizes(part) for part in self._own_parts()]
+        return None if None in sizes else sum(sum(part.values()) for part in sizes if part)
+
+    def _slices(self, part: int) -> Iterator[tuple[int, int, list[dict[str, Any]] | None]]:
+        """Start, size and rows of each chunk; a table's rows are not read, for images may be in them."""
+        if not isinstance(self.records, IterableDataset):
+            for start in range(0, len(self.records), self.size):
+                rows = self.records[start : start + self.size] if isinstance(self.records, list) else None
+                yield start, min(self.size, len(self.records) - start), rows
+            return
+        stream, length = iter(self.records.shard(self.parts, part)), 0
+        while rows := list(itertools.islice(stream, self.size)):
+            yield length, len(rows), rows
+            length += len(rows)
+        self._keep_length(part, length)
+
+    def _rows(self, start: int) -> list[dict[str, Any]]:
+        assert isinstance(self.records, Dataset)
+        columns = self.records[start : start + self.size]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def _own_parts(self) -> range:
         return range(self.parts) if self.is_shared else range(self.rank, self.parts, self.world_size)
 
-    def _chunks(self, part: int, length: int) -> list[tuple[str, int]]:
-        starts = range(0, length, self.size)
-        return [(_chunk_name(part, start // self.size), min(self.size, length - start)) for start in starts]
-
-    def _own_chunks(self, part: int, length: int) -> list[tuple[str, int]]:
-        return [(name, size) for name, size in self._chunks(part, length) if self._is_own(name)]
-
     def _is_own(self, name: str) -> bool:
         return not self.is_shared or sum(map(int, name.split("-"))) % self.world_size == self.rank
 
+    def _sizes(self, part: int) -> dict[str, int] | None:
+        """How many records are in each chunk of a part that has been read to its end."""
+        length = self._length(part)
+        starts = range(0, length or 0, self.size)
+        sizes = {f"{part:05d}-{n:05d}": min(self.size, (length or 0) - start) for n, start in enumerate(starts)}
+        return None if length is None else sizes
+
+    def _own_sizes(self, part: int) -> dict[str, int] | None:
+        sizes = self._sizes(part)
+        return sizes and {name: size for name, size in sizes.items() if self._is_own(name)}
+
+    def _length_file(self, part: int) -> Path:
+        return Path(self.config.output, HIDDEN, f"part-{part:05d}.json")
+
     def _length(self, part: int) -> int | None:
-        path = self.hidden / f"part-{part:05d}.json"
+        path = self._length_file(part)
         return read_json(path, PART)["records"] if path.exists() else None
 
     def _keep_length(self, part: int, length: int) -> None:
         kept = self._length(part)
         if kept is None:
-            write_json(self.hidden / f"part-{part:05d}.json", {"records": length})
+            write_json(self._length_file(part), {"records": length})
         elif kept != length:
-            raise changed(self.data, f"there were {kept} and are {length}")
-
-
-def _rows(records: Dataset, start: int, stop: int) -> list[dict[str, Any]]:
-    columns = records[start:stop]
-    return [{name: column[row] for name, column in columns.items()} for row in range(stop - start)]
-
-
-def _chunk_name(part: int, number: int) -> str:
-    return f"{part:05d}-{number:05d}"
+            raise changed(self.config.data, f"there were {kept} and are {length}")
 
 
 def shard_path(config: RelabelConfig, name: str) -> Path:

@@ -210,25 +210,12 @@ def test_a_password_in_a_wrong_address_is_not_shown(
         assert "hid" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        (
-            "A cat\x1b[31m sits\x00\x07 on a wide red mat in the warm sun.",
-            "A cat [31m sits  on a wide red mat in the warm sun.",
-        ),
-        (
-            "A cat sits on a wide mat.\r\n\r\nIt sleeps in\tthe sun.",
-            "A cat sits on a wide mat.\n\nIt sleeps in\tthe sun.",
-        ),
-        (
-            "A cat \u202egnp.exe\u202c sits on a wide red mat in the sun.",
-            "A cat  gnp.exe  sits on a wide red mat in the sun.",
-        ),
-    ],
-)
-def test_captions_hold_no_control_characters(text: str, kept: str, pictures: Path) -> None:
-    run(options(pictures), Speaker(text))
+def test_captions_hold_no_control_characters(pictures: Path) -> None:
+    run(
+        options(pictures),
+        Speaker("A \u202ecat\u202c\x1b[31m sits\x00\x07 on a wide mat.\r\n\r\nIt sleeps in\tthe sun."),
+    )
+    kept = "A  cat [31m sits  on a wide mat.\n\nIt sleeps in\tthe sun."
     assert {row["long_captions"][0] for row in rows(pictures.parent / "out")} == {kept}
 
 

@@ -1,7 +1,7 @@
 """
 Models that write long captions: those of transformers, run here, and endpoints that speak OpenAI's protocol.
 
-The first step of the LoTLIP paper relabels images with several of them; `relabel.py` is what calls these.
+The first step of the LoTLIP paper relabels images with several of them; `relabel/captioning.py` asks them.
 """
 
 import dataclasses
