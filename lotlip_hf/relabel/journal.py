@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,8 @@ class DamagedError(ValueError):
 
 def fits(value: Any, form: Any) -> bool:
     """
-    Whether a value of JSON has a form.
-
-    Args:
-        value (`Any`): the value.
-        form (`Any`):
-            A type; a list of one form, that of all items; a dictionary of forms, those of keys that must be there, or
-            of `str` to the form of all values; or a tuple of forms, of which one is to fit.
-
-    Returns:
-        `bool`: whether it does.
+    Whether a value of JSON has a form: a type; a list of one form, that of all items; a dictionary of forms, those of
+    keys that must be there, or of `str` to the form of all values; or a tuple of forms, of which one is to fit.
     """
     if isinstance(form, tuple):
         return any(fits(value, one) for one in form)
@@ -55,27 +47,14 @@ def fits(value: Any, form: Any) -> bool:
     if isinstance(form, dict):
         if not isinstance(value, dict):
             return False
-        pairs = ((one, form[str]) for one in value.values()) if str in form else _pairs(value, form)
-        return all(fits(one, wanted) for one, wanted in pairs)
+        if str in form:
+            return all(fits(one, form[str]) for one in value.values())
+        return all(key in value and fits(value[key], wanted) for key, wanted in form.items())
     return isinstance(value, form) and not (isinstance(value, bool) and form is int)
 
 
-def _pairs(value: Mapping[str, Any], form: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """The value and the form of each key of a form; no form fits a key that is missing."""
-    return ((value[key], form[key]) if key in value else (None, ()) for key in form)
-
-
 def read_json(path: Path, form: Any) -> Any:
-    """
-    Reads what [`~lotlip_hf.files.write_json`] wrote.
-
-    Args:
-        path (`Path`): the file.
-        form (`Any`): what the value must fit, as [`fits`] takes it.
-
-    Raises:
-        DamagedError: if it is no JSON of that form.
-    """
+    """Reads what `write_json` wrote; a `DamagedError` if it does not fit the form."""
     try:
         value = parse_json(read_regular(path))
     except (FileNotFoundError, ValueError) as error:

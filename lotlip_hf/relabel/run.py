@@ -44,15 +44,7 @@ HUB_TIMEOUT = 10.0  # seconds
 
 
 def load_captioner(config: CaptionerConfig) -> Captioner:
-    """
-    Loads a model of transformers, or prepares for an endpoint.
-
-    Args:
-        config: The captioner's options.
-
-    Raises:
-        ValueError, OSError: if there is no such model, or an option is not for it.
-    """
+    """Loads a model of transformers, or prepares for an endpoint, as the captioner's options say."""
     if config.endpoint is not None:
         return EndpointCaptioner(config)
     from .captioners.local import LocalCaptioner
@@ -160,11 +152,13 @@ def relabel(
 def _finish(config: RelabelConfig, share: Share) -> dict[str, Any] | None:
     """The card and what belongs to it, once every chunk is written."""
     names = share.names()
-    if names is not None:
-        written = {path.name for path in Path(config.output, "data").glob("[!.]*")}
-        if others := sorted(written - {shard_path(config, name).name for name in names}):
-            raise changed(config.data, f"there are none any more for {others[0]}")
-    if names is None or not all(shard_path(config, name).exists() for name in names):
+    if names is None:
+        return None
+    written = {path.name for path in Path(config.output, "data").glob("[!.]*")}
+    shards = {shard_path(config, name).name for name in names}
+    if others := sorted(written - shards):
+        raise changed(config.data, f"there are none any more for {others[0]}")
+    if written != shards:
         return None
     with FileLock(Path(config.output, HIDDEN, "lock-finish")):  # two processes may end at a time
         return _write_the_rest(config, names)

@@ -69,15 +69,7 @@ class Storage:
 
 
 def image_base(config: RelabelConfig) -> str | None:
-    """
-    The folder that the paths of images in the output start from: what the training takes as `--image-folder`.
-
-    Args:
-        config (`RelabelConfig`): the options of the run.
-
-    Returns:
-        `str` or `None`: `image_root`, `image_folder` or the folder of `data`; `None` for data on the Hub.
-    """
+    """The folder that paths of images in the output start from; `None` for data on the Hub."""
     data = config.data
     if not os.path.isdir(data):
         fixed = re.split(r"[*?\[{]", data, maxsplit=1)[0]

@@ -102,6 +102,7 @@ def ask(one: EndpointCaptioner) -> Answer:
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["huge:400000000", "gzip:200000000"])
 @pytest.mark.parametrize("limit", [{}, {"max_answer_bytes": 100_000}])
 def test_answers_are_read_up_to_a_limit(fault: str, limit: dict[str, int]) -> None:

@@ -350,6 +350,7 @@ class Refuser(Speaker):
         return answer
 
 
+@pytest.mark.slow
 def test_refusals_are_asked_again_with_other_settings_then_dropped(pictures: Path, tmp_path: Path) -> None:
     keys = [key_of(pictures, number) for number in range(5)]
     stubborn = {keys[0]: 1, keys[1]: 2, keys[2]: 99}
@@ -566,6 +567,7 @@ def stopping_at(model: str, images: int) -> type[Speaker]:
     return Stopping
 
 
+@pytest.mark.slow
 def test_changed_options_and_records_are_refused(pictures: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(pictures, data)
@@ -589,6 +591,7 @@ def test_changed_options_and_records_are_refused(pictures: Path, tmp_path: Path)
     assert files(output) == before
 
 
+@pytest.mark.slow
 def test_what_has_not_begun_may_change(pictures: Path, tmp_path: Path) -> None:
     """A misspelt name costs nothing that was done; nor do other addresses, batches and spellings of the folder."""
 
@@ -625,6 +628,7 @@ def test_all_models_are_looked_for_before_the_first_goes_to_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_smaller_batches_after_the_memory_did_not_suffice(pictures: Path, tmp_path: Path) -> None:
     class Smaller(Speaker):
         def __init__(self, config: CaptionerConfig) -> None:
@@ -698,6 +702,7 @@ def test_an_image_that_a_model_fails_on(pictures: Path, tmp_path: Path) -> None:
         run(config(pictures, tmp_path / "none", "one"), Failing)
 
 
+@pytest.mark.slow
 def test_records_that_changed_after_their_shard_was_written(pictures: Path, tmp_path: Path) -> None:
     data = some(pictures, tmp_path / "data", 12)
     run(config(data, tmp_path / "out", "one"))
@@ -760,6 +765,7 @@ def test_killed_at_nasty_moments(moment: str, pictures: Path, tmp_path: Path, mo
     assert files(tmp_path / "out") == files(tmp_path / "expected")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 

@@ -32,8 +32,9 @@ ADVICE = {
     401: "It wants a key: set OPENAI_API_KEY (for an endpoint of Hugging Face, `hf auth login`).",
     402: "Its account has nothing left to pay with.",
     403: "The key in OPENAI_API_KEY (for an endpoint of Hugging Face, the token) may not use this model.",
-    404: "Look at the address, such as http://host:8000/v1, and at the model's name, {model!r}.",
-    405: "Look at the address, such as http://host:8000/v1.",
+    **dict.fromkeys(
+        (404, 405), "Look at the address, such as http://host:8000/v1, and at the model's name, {model!r}."
+    ),
     429: "Have fewer requests under way at a time (`concurrency`), or more tries (`max_retries`).",
 }
 REFUSED = (
@@ -52,15 +53,7 @@ FINISHED = {"length": False, **dict.fromkeys(("stop", "eos_token", "stop_sequenc
 
 
 class _Failure(httpx.TransportError):
-    """
-    A request without an answer; the `openai` client retries one that `_Client` raises.
-
-    Args:
-        reason: what is recorded of the image, the same whenever the same happens.
-        details: what else is known.
-        may_be_image: whether the image may be the cause.
-        advice: what to do about it; may name `{model!r}`.
-    """
+    """A request without an answer, with what is recorded of the image (`reason`); `_Client` raises it for a retry."""
 
     def __init__(self, reason: str, details: object = "", *, may_be_image: bool = True, advice: str = DOWN) -> None:
         super().__init__(reason)
@@ -79,7 +72,7 @@ class _Client(httpx.AsyncClient):
         try:
             response = await asyncio.wait_for(self._read(request, **options), self._seconds)
             if response.is_success:
-                read_answer(response.content)
+                _read_answer(response.content)
             return response
         except _Failure:
             raise
@@ -111,21 +104,17 @@ class EndpointCaptioner:
     """
     Describes images by asking an endpoint that speaks OpenAI's protocol (`POST /v1/chat/completions`).
 
-    An image is sent as a JPEG file of quality 95, its longer side `config.max_image_size` at most. `answer` is for
-    many threads at once: as many requests are under way. The key is that in `OPENAI_API_KEY`; endpoints of Hugging
-    Face get the Hub's token (`HF_TOKEN` or `hf auth login`), and no other server does; an address with a user name
-    gets that and the password instead. Neither is shown or written. `config.revision` is not sent: the endpoint
-    decides what it runs. `transformers serve` draws tokens only for a checkpoint whose `generation_config.json` says
-    so (`do_sample`); for others its answers are the same at any temperature.
+    `answer` is for many threads at once: as many requests are under way. The key is that in `OPENAI_API_KEY`;
+    endpoints of Hugging Face get the Hub's token (`HF_TOKEN` or `hf auth login`), and no other server does; an address
+    with a user name gets that and the password instead. Neither is shown or written. `config.revision` is not sent:
+    the endpoint decides what it runs. `transformers serve` draws tokens only for a checkpoint whose
+    `generation_config.json` says so (`do_sample`).
 
     Of an answer `config.max_answer_bytes` are read at most, in `config.timeout` seconds. Redirects are not followed.
-
     The `openai` client sends a request again up to `config.max_retries` times, after waits that grow or that
-    `Retry-After` names: on 408, 409, 429, 5xx, timeouts, broken connections, and answers that are cut off or are not
-    in OpenAI's format. If there is no answer then, or the image was refused (400, 413, 422), the same request is sent
-    with a grey picture: answered, it shows that the image is the cause, and the image's `Answer.error` says so. Where
-    the endpoint itself refuses (401, 402, 404), is down, or has too much to do (429) after all the tries, the error is
-    an [`EndpointError`].
+    `Retry-After` names: on 408, 409, 429, 5xx, timeouts, broken connections, and answers that are not in OpenAI's
+    format. If there is no answer then, or the image was refused (400, 413, 422), a grey picture is sent: if that is
+    answered, the image is the cause, and its `Answer.error` says so.
 
     Args:
         config (`CaptionerConfig`): the captioner's options, with `endpoint`; its address may end in `/v1` or not.
@@ -178,7 +167,7 @@ class EndpointCaptioner:
         )
         # Requests run in an event loop, where `close` can end them.
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        threading.Thread(target=self._work, daemon=True).start()
         self._lock, self._is_closed = threading.Lock(), False
         self._probing = asyncio.Lock()
         # For settings: when the last probe ended, and what it failed with.
@@ -200,6 +189,10 @@ class EndpointCaptioner:
             if not self._is_closed:
                 self._is_closed = True
                 asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+
+    def _work(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
 
     async def _end(self) -> None:
         # more than once: before Python 3.12 `wait_for` may swallow it
@@ -285,7 +278,7 @@ class EndpointCaptioner:
         except APIConnectionError as error:
             failure = error.__cause__
             raise failure if isinstance(failure, _Failure) else _Failure("the connection broke", error) from None
-        text, finished = read_answer(reply.content)
+        text, finished = _read_answer(reply.content)
         return Answer(self._hide(text, shortest=LEAST_SECRET), finished)
 
     def _hide(self, text: str, shortest: int = 1) -> str:
@@ -355,16 +348,7 @@ def _api_key(endpoint: str) -> str:
 
 
 def shrunk(image: Image.Image, largest: int) -> Image.Image:
-    """
-    An image whose longer side has `largest` pixels at most.
-
-    Args:
-        image (`PIL.Image.Image`): of any size; left unchanged.
-        largest (`int`): pixels.
-
-    Returns:
-        `PIL.Image.Image`: the image itself if it is no larger.
-    """
+    """The image, shrunk to a longer side of `largest` pixels if it is larger; a copy then."""
     if max(image.size) <= largest:
         return image
     image = image.copy()
@@ -378,31 +362,17 @@ def _data_url(image: Image.Image, largest: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def read_answer(content: bytes) -> tuple[str, bool | None]:
-    """
-    Reads a chat completion, leniently: servers differ in what they put where.
-
-    Args:
-        content (`bytes`): the body of a response.
-
-    Returns:
-        `tuple[str, bool | None]`: the text without white space at either end and without reasoning, and whether the
-        model ended it; `None` if the server does not say.
-
-    Raises:
-        ValueError: if it is no chat completion.
-    """
-    body = parse_json(content)
-    choices = body.get("choices") if isinstance(body, dict) else None
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(choice, dict) or not isinstance(message, dict):
-        raise ValueError(f"no choice with a message: {_message(content)}")
-    reason = choice.get("finish_reason")
+def _read_answer(content: bytes) -> tuple[str, bool | None]:
+    """The text of a chat completion, without reasoning, and whether the model ended it, if the server says so."""
+    try:
+        choice = parse_json(content)["choices"][0]
+        message, reason = choice["message"].get("content"), choice.get("finish_reason")
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"no choice with a message: {_message(content)}") from error
     reason = reason if isinstance(reason, str) else ""
     if reason in ("error", "abort"):
         raise ValueError(f"the answer ended with {reason!r}")
-    return _without_reasoning(_text(message.get("content"))).strip(), FINISHED.get(reason)
+    return _without_reasoning(_text(message)).strip(), FINISHED.get(reason)
 
 
 def _text(content: Any) -> str:
