@@ -22,6 +22,7 @@ number of the request, from 0, the decoded image and the request's JSON, and ret
 | `body:{...}`, `content:...` | sends this JSON; this JSON is the content of the message, with the reason `stop` |
 | `redirect:308 http://...` | redirects to this address, with this status |
 | `huge:9000000`, `gzip:9000000` | sends an answer of as many bytes (`OpenAIServer.sent`: read so far); compressed |
+| `encoded:br` | sends an answer that is said to be compressed in this way |
 | `drip:0.1` | sends an answer, one byte each 0.1 seconds, that does not end |
 """
 
@@ -255,6 +256,8 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "gzip":
             data = gzip.compress(b" " * int(argument) + data, 1)
             self.send(200, data, {"Content-Encoding": "gzip"})
+        elif fault == "encoded":
+            self.send(200, data, {"Content-Encoding": argument})
         elif fault in ("huge", "drip"):
             self.close_connection = True
             pieces = itertools.repeat(b" ") if fault == "drip" else [b" " * 65_536] * (int(argument) // 65_536)

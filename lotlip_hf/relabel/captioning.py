@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..data.collator import RecordError, read_image
 from ..images import ImageError, image_source
-from .captioners.base import Answer, Captioner, CaptionerConfig
+from .captioners.base import IMAGE_ERRORS, Answer, Captioner, CaptionerConfig
 from .captioners.endpoint import shrunk
 from .chunks import Chunk, open_journal
 from .config import NO_ANSWER, RelabelConfig
@@ -21,8 +21,6 @@ from .journal import DamagedError, Journal
 from .quality import judge
 from .storage import Storage, as_text, digest, file_of, writable
 
-# What models raise of an image that does not suit them
-IMAGE_ERRORS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 READERS = 4  # threads that decode images ahead
 
 

@@ -125,6 +125,10 @@ def test_a_compressed_answer_is_read_and_a_bomb_is_not() -> None:
         server.fault = lambda *_: "gzip:10000"
         with pytest.raises(EndpointError, match="max_answer_bytes"):
             ask(captioner(server, max_answer_bytes=5_000, max_retries=0))
+        for encoding in ("br", "zstd", "gzip, gzip"):
+            server.fault = lambda *_, encoding=encoding: f"encoded:{encoding}"
+            with pytest.raises(EndpointError, match=encoding):
+                ask(captioner(server, max_retries=0))
 
 
 @pytest.mark.parametrize(

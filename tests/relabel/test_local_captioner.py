@@ -354,28 +354,6 @@ def test_dtype_and_device_map(folder: Callable[[str], Path], images: list[Image.
     assert asked.answer(images, config.settings(), [0, 1, 2]) == ask(shared(folder("llava")), images)
 
 
-def test_an_image_that_the_processor_refuses_is_told_and_the_others_are_answered(
-    folder: Callable[[str], Path], images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = captioner(folder("llava"))
-    process = type(asked._processor.image_processor).preprocess
-
-    def refuse_thin(self: Any, pictures: Any, *args: Any, **kwargs: Any) -> Any:
-        for picture in [picture for group in pictures for picture in (group if isinstance(group, list) else [group])]:
-            if picture.width > 200 * picture.height:
-                raise ValueError("absolute aspect ratio must be smaller than 200")
-        return process(self, pictures, *args, **kwargs)
-
-    monkeypatch.setattr(type(asked._processor.image_processor), "preprocess", refuse_thin)
-    settings = asked.config.settings()
-    first, thin, *rest = asked.answer([images[0], Image.new("RGB", (900, 2)), *images[1:]], settings, range(4))
-    assert [first, *rest] == ask(shared(folder("llava")), images)
-    assert (thin.text, thin.finished) == ("", None)
-    assert "aspect ratio" in str(thin.error)
-    [alone] = asked.answer([Image.new("RGB", (900, 2))], settings, [0])
-    assert alone == thin
-
-
 def test_transformers_does_not_warn(
     folder: Callable[[str], Path], images: list[Image.Image], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -49,6 +49,7 @@ DOWN = "Look at its log, and whether its address is right."
 HUB_DOMAINS = ("huggingface.co", "huggingface.cloud")
 NO_KEY = "EMPTY"  # what servers without keys are sent by custom
 LEAST_SECRET = 8  # characters of a secret that is taken out of captions: a shorter one may be a word
+ENCODINGS = ("identity", "gzip", "deflate")
 FINISHED = {"length": False, **dict.fromkeys(("stop", "eos_token", "stop_sequence", "end_turn"), True)}
 
 
@@ -87,8 +88,10 @@ class _Client(httpx.AsyncClient):
 
     async def _read(self, request: httpx.Request, **options: Any) -> httpx.Response:
         response = await super().send(request, stream=True, **options)
-        content = bytearray()
+        content, encoding = bytearray(), response.headers.get("Content-Encoding", "identity")
         try:
+            if encoding.lower() not in ENCODINGS:  # others, and two at a time, make gigabytes of a packet
+                raise _Failure(f"the answer is compressed ({encoding})", advice=DOWN)
             async for part in response.aiter_bytes():
                 content += part
                 if len(content) > self._limit:
