@@ -9,7 +9,7 @@ import re
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -325,3 +325,81 @@ def write_json(path: Path, value: Any) -> None:
     """Writes a value by [`replacing`]."""
     with replacing(path) as file:
         file.write(json.dumps(value, ensure_ascii=False, indent=1).encode())
+
+
+class LineError(ValueError):
+    """
+    A line of a file of JSON lines that is damaged, but for a last one that was written in part.
+
+    Args:
+        path (`Path`): the file.
+        number (`int`): the line, from 1.
+        line (`bytes`): what it holds.
+    """
+
+    def __init__(self, path: Path, number: int, line: bytes) -> None:
+        super().__init__(f"{path}, line {number}: damaged, got {line[:80]!r}.")
+        self.path, self.number, self.line = path, number, line
+
+
+def read_json_lines(
+    path: Path, fits: Callable[[int, Any], bool] = lambda number, value: True, limit: int = MAX_BYTES
+) -> Iterator[tuple[bytes, Any]]:
+    """
+    Reads JSON lines, also while [`append_json_line`] writes them: half a line at the end is left out.
+
+    Args:
+        path (`Path`): the file.
+        fits (`Callable[[int, Any], bool]`, *optional*): whether the value of a line, numbered from 1, is as expected.
+        limit (`int`, *optional*, defaults to 256 MiB): the most bytes of a line.
+
+    Returns:
+        `Iterator[tuple[bytes, Any]]`: each line with its end, and its value.
+
+    Raises:
+        OSError: if the file cannot be read.
+        LineError: at a line that is no JSON, does not fit, or is too long.
+    """
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(limit), b""), 1):
+            if not line.endswith(b"\n") and len(line) < limit:
+                return
+            try:
+                value = parse_json(line)
+            except ValueError as error:
+                raise LineError(path, number, line) from error
+            if not line.endswith(b"\n") or not fits(number, value):
+                raise LineError(path, number, line)
+            yield line, value
+
+
+def append_json_line(path: Path, value: Any, *, sync: bool = False) -> None:
+    """
+    Appends a value to a file of JSON lines. It replaces half a line at the end, which a killed process may have left.
+
+    Args:
+        path (`Path`): the file; made with the first line.
+        value (`Any`): the value.
+        sync (`bool`, *optional*, defaults to `False`): whether to wait until the disk holds it.
+
+    Raises:
+        OSError: if it cannot be written; the message names the file, and the lines before are intact.
+    """
+    line = json.dumps(value).encode() + b"\n"
+    try:
+        with open(path, "a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size and (file.seek(size - 1), file.read(1))[1] != b"\n":
+                file.seek(0)
+                size = file.read().rfind(b"\n") + 1
+                file.truncate(size)
+            try:
+                while line:
+                    line = line[file.write(line) :]
+                if sync:
+                    os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error}).") from error
