@@ -12,7 +12,7 @@ positions, and starts out as precisely that CLIP.
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -45,10 +45,11 @@ from lotlip_hf import (
 )
 from lotlip_hf.diffusion.stretch import KEPT_POSITIONS, Stretch, stretch_positions, stretch_text_model
 from lotlip_hf.encoder import fit_tokenizer
-from lotlip_hf.files import all_or_nothing, printable
+from lotlip_hf.files import all_or_nothing
+from lotlip_hf.loading import load_strict, load_tokenizer, quiet
 from lotlip_hf.terminal import run
 
-from .common import ConversionError, check_output, one_line, quiet, read_json, same_bits
+from .common import ConversionError, check_output, one_line, read_json, same_bits
 from .open_clip import LEGACY_EOS_TOKEN_ID, Activation, read_open_clip
 
 # Stock classes of CLIP -> what they become
@@ -102,12 +103,13 @@ def convert(
     activation: Activation | None = None,
     subfolder: str = "",
     seed: int = 0,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """
     Converts a CLIP into a LoTLIP folder for `AutoModel`, `AutoTokenizer` and `AutoProcessor`: a `CLIPModel` becomes a
     [`LoTLIPModel`], a text encoder, such as a diffusion pipeline's, a [`LoTLIPTextModel`] or
     [`LoTLIPTextModelWithProjection`]. Tokenizer and image processor stay the stock ones. After saving, the folder is
-    loaded again and compared with the CLIP: the weights bit for bit, the answers on random inputs to 1e-5 of
+    loaded again and compared with the CLIP: the weights bit for bit, the outputs on random inputs to 1e-5 of
     their norm (of texts, after knowledge-preserved stretching, the first 20 tokens; after linear stretching, none).
     The folder appears complete or not at all.
 
@@ -127,6 +129,7 @@ def convert(
         activation: For such a file without a configuration, `"gelu"` or `"quick_gelu"`.
         subfolder: Where the model lies in the folder or repository, such as `"text_encoder_2"`.
         seed: Seed of the corner tokens' random numbers.
+        report: Called with each line on what was written and compared.
 
     Returns:
         The folder.
@@ -142,34 +145,6 @@ def convert(
     >>> folder = convert("openai/clip-vit-large-patch14", "lotlip-clip", max_positions=248)  # doctest: +SKIP
     ```
     """
-    folder, _ = _convert(
-        clip=clip,
-        output=output,
-        num_corner_tokens=num_corner_tokens,
-        max_positions=max_positions,
-        stretch=stretch,
-        tokenizer=tokenizer,
-        open_clip_config=open_clip_config,
-        activation=activation,
-        subfolder=subfolder,
-        seed=seed,
-    )
-    return folder
-
-
-def _convert(
-    clip: str | Path,
-    output: str | Path,
-    num_corner_tokens: int,
-    max_positions: int | None,
-    stretch: Stretch | None,
-    tokenizer: str | Path | None,
-    open_clip_config: str | Path | None,
-    activation: Activation | None,
-    subfolder: str,
-    seed: int,
-) -> tuple[Path, str]:
-    """The folder, and what there is to say about it in two lines."""
     target = check_output(output)
     if num_corner_tokens < 0:
         raise ConversionError(f"--num-corner-tokens {num_corner_tokens}: expected 0 or more.")
@@ -181,17 +156,15 @@ def _convert(
     for option, value in (("--clip", clip), ("--tokenizer", tokenizer), ("--open-clip-config", open_clip_config)):
         if value == "":
             raise ConversionError(f"{option} is empty: name a file, a folder or a Hub repository.")
+    clip = str(clip)
     source = _read(
-        str(clip),
-        None if tokenizer is None else str(tokenizer),
-        None if open_clip_config is None else str(open_clip_config),
-        activation,
-        subfolder,
+        clip, tokenizer and str(tokenizer), open_clip_config and str(open_clip_config), activation, subfolder
     )
     for name, tensor in source.model.state_dict().items():
         if not tensor.isfinite().all():
-            place = _place(str(clip), subfolder)
-            raise ConversionError(f"{place}: {name} (its name in transformers) holds NaN or infinite numbers.")
+            raise ConversionError(
+                f"{_place(clip, subfolder)}: {name} (its name in transformers) holds NaN or infinite numbers."
+            )
     text_config = source.model.config.get_text_config()
     _check_tokenizer(source.tokenizer, text_config)
     old_positions = text_config.max_position_embeddings
@@ -207,6 +180,9 @@ def _convert(
         except ValueError as error:
             raise ConversionError(f"--max-positions {new_positions}: {one_line(error)}") from error
     fit_tokenizer(model, source.tokenizer, new_positions)
+    compared_tokens = old_positions
+    if new_positions > old_positions:
+        compared_tokens = KEPT_POSITIONS if stretch == "knowledge-preserved" else 0
 
     with all_or_nothing(target) as folder:
         with quiet():
@@ -216,17 +192,22 @@ def _convert(
         else:
             processor = LoTLIPProcessor(image_processor=source.image_processor, tokenizer=source.tokenizer)
             processor.save_pretrained(folder)
-        num_parameters, dtype = model.num_parameters(), str(model.dtype).removeprefix("torch.")
+        num_parameters, dtype = model.num_parameters(), model.dtype
         del model
-        checked = _check_saved(folder, source, new_positions, stretch)
+        difference = _check_saved(folder, source, new_positions, stretch, compared_tokens)
+    checked = f"outputs as CLIP's to {difference:.1e} of their norm"
+    if new_positions > old_positions:
+        limit = f", outputs for texts of up to {compared_tokens} tokens{checked.removeprefix('outputs')}"
+        checked = (
+            f"{old_positions} positions stretched to {new_positions} ({stretch}){limit if compared_tokens else ''}"
+        )
     pictures = ""
     if source.image_processor is not None:
         size = source.model.config.vision_config.image_size
         pictures = f", images of {size} x {size} pixels"
-    return Path(output), (
-        f"  {num_parameters:,} parameters in {dtype}; {checked}\n"
-        f"  {num_corner_tokens} corner tokens, texts of up to {new_positions} tokens{pictures}"
-    )
+    report(f"{num_parameters:,} parameters in {str(dtype).removeprefix('torch.')}; {checked}")
+    report(f"{num_corner_tokens} corner tokens, texts of up to {new_positions} tokens{pictures}")
+    return Path(output)
 
 
 # Reading
@@ -310,7 +291,10 @@ def _read_transformers(clip: str, config: Mapping[str, Any], tokenizer: str | No
             f"{place}: a checkpoint of {what}, which is another architecture; this converter takes "
             f"{', '.join(stock.__name__ for stock in MODELS)}, open_clip's and OpenAI's CLIP and Long-CLIP."
         )
-    model = _load(stock_class, clip, subfolder)
+    try:
+        model = load_strict(stock_class, clip, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        raise ConversionError(str(error)) from error
     image_processor = None
     if stock_class is CLIPModel:
         try:
@@ -357,30 +341,7 @@ def _read_open_clip(
     return _Source(model, _load_tokenizer(*tokenizer_place), image_processor)
 
 
-def _load(model_class: type[PreTrainedModel], source: str | Path, subfolder: str = "") -> PreTrainedModel:
-    """A checkpoint with no tensor missing or left over, in evaluation mode."""
-    place = _place(str(source), subfolder)
-    try:
-        with quiet():
-            loaded: Any = model_class.from_pretrained(
-                source, subfolder=subfolder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-            )
-    except MemoryError:
-        raise
-    except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
-        raise ConversionError(
-            f"{place}: no {model_class.__name__} can be loaded from it ({one_line(error)})."
-        ) from error
-    model, info = loaded
-    problems = [f"{kind}: {key}" for kind, keys in info.items() for key in sorted(map(str, keys))]
-    if problems:
-        listed = "\n  ".join(map(printable, problems))
-        raise ConversionError(f"{place}: not a complete {model_class.__name__}:\n  {listed}")
-    return model.eval()
-
-
 def _load_tokenizer(source: str, subfolder: str) -> PreTrainedTokenizerBase:
-    place = _place(source, subfolder)
     advice = "give one by --tokenizer, a folder or the Hub id of a CLIP"
     try:
         found = any(_find(source, name, subfolder) for name in TOKENIZER_FILES)
@@ -388,15 +349,16 @@ def _load_tokenizer(source: str, subfolder: str) -> PreTrainedTokenizerBase:
         raise ConversionError(f"{error} A tokenizer was looked for there: {advice}.") from error
     if not found:
         where = "" if Path(source).is_dir() else " on the Hub or, without a connection, in its cache"
-        raise ConversionError(f"{place}: no {' or '.join(TOKENIZER_FILES)} there{where}: {advice}.")
+        raise ConversionError(
+            f"{_place(source, subfolder)}: no {' or '.join(TOKENIZER_FILES)} there{where}: {advice}."
+        )
     described = _find(source, "tokenizer_config.json", subfolder)
     name = None if described is None else read_json(described).get("tokenizer_class")
     tokenizer_class = CLIPTokenizer if name is None or name in TOKENIZER_CLASSES else AutoTokenizer
     try:
-        with quiet():
-            return tokenizer_class.from_pretrained(source, subfolder=subfolder, trust_remote_code=False)
-    except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
-        raise ConversionError(f"{place}: no tokenizer in it can be loaded ({one_line(error)}): {advice}.") from error
+        return load_tokenizer(source, advice, tokenizer_class=tokenizer_class, subfolder=subfolder)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, text_config: Any) -> None:
@@ -481,15 +443,15 @@ def _to_lotlip(
 # Checking
 
 
-def _check_saved(folder: Path, source: _Source, max_positions: int, stretch: Stretch) -> str:
-    """Loads what was saved, compares it with the CLIP, and says what was seen."""
+def _check_saved(folder: Path, source: _Source, max_positions: int, stretch: Stretch, compared_tokens: int) -> float:
+    """Loads what was saved and compares it with the CLIP: the weights, the tokenizer's ids, and the outputs, whose
+    largest difference it returns."""
     stock_class, clip = type(source.model), source.model
-    model = _load(MODELS[stock_class], folder)
+    model = load_strict(MODELS[stock_class], folder)
     saved = model.state_dict()
     positions = "text_model.embeddings.position_embedding.weight"
     if stock_class is CLIPTextModel:
         positions = positions.removeprefix("text_model.")
-    old_positions = len(clip.state_dict()[positions])
     differing = []
     for name, tensor in clip.state_dict().items():
         if name == positions:
@@ -502,24 +464,13 @@ def _check_saved(folder: Path, source: _Source, max_positions: int, stretch: Str
     ids = [one(SAMPLE_TEXTS, truncation=True)["input_ids"] for one in (tokenizer, source.tokenizer)]
     if ids[0] != ids[1]:
         raise ConversionError("After saving and loading, the tokenizer gives other ids than the CLIP's.")
-
-    is_stretched = max_positions > old_positions
-    max_length = old_positions
-    if is_stretched:
-        max_length = KEPT_POSITIONS if stretch == "knowledge-preserved" else 0
-    difference = _largest_difference(model.float(), clip.float(), tokenizer, max_length)
+    difference = _largest_difference(model.float(), clip.float(), tokenizer, compared_tokens)
     if not difference <= TOLERANCE:  # nor NaN
         raise ConversionError(
             f"After saving and loading, the outputs differ from CLIP's by {difference:.1e} of their norm on random "
             f"inputs; expected {TOLERANCE} at most."
         )
-    said = f"outputs as CLIP's to {difference:.1e} of their norm"
-    if not is_stretched:
-        return said
-    said = f"{old_positions} positions stretched to {max_positions} ({stretch})"
-    if stretch == "knowledge-preserved":
-        said += f", outputs for texts of up to {max_length} tokens as CLIP's to {difference:.1e} of their norm"
-    return said
+    return difference
 
 
 @torch.inference_mode()
@@ -586,8 +537,10 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the corner tokens; by default %(default)s")
     parser.add_argument("--output", required=True, help="folder to make")
     arguments = parser.parse_args(argv)
-    written, summary = _convert(**vars(arguments))
-    print(f"Wrote {written}\n{summary}")
+    lines: list[str] = []
+    print(f"Wrote {convert(**vars(arguments), report=lines.append)}")
+    for line in lines:
+        print(f"  {line}")
 
 
 if __name__ == "__main__":

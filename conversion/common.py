@@ -1,14 +1,12 @@
-"""What the converters share: their error, reading configurations, loading strictly, and writing all or nothing."""
+"""What the converters share: their error, reading configurations, and loading LoTLIP checkpoints."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from lotlip_hf import (
     LoTLIPConfig,
@@ -20,8 +18,8 @@ from lotlip_hf import (
     LoTLIPVisionModel,
     LoTLIPVisionModelWithProjection,
 )
-from lotlip_hf.files import parse_json, printable, read_regular
-from lotlip_hf.loading import check_config, check_shards, naming_damage
+from lotlip_hf.files import parse_json, read_regular
+from lotlip_hf.loading import check_config, check_shards, load_strict, naming_damage
 from lotlip_hf.modeling.loading_lotlip import checked_download
 
 # By its configuration, what a checkpoint may be; the first where the configuration does not say which
@@ -39,20 +37,6 @@ class ConversionError(ValueError):
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks."""
     return " ".join(str(error).split())
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars and reports of transformers; what they report, the converters check."""
-    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -158,18 +142,9 @@ def load_checkpoint(folder: str | Path) -> PreTrainedModel:
                 raise ConversionError(f"{folder}: a {config.model_type!r} checkpoint, not a LoTLIP one.")
             check_config(config, folder)
             check_shards(folder)
-            named = [one for one in classes if one.__name__ in (config.architectures or ())]
-            with quiet():
-                loaded: Any = (named or classes)[0].from_pretrained(
-                    folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-                )
-    except (ConversionError, MemoryError):
+        named = [one for one in classes if one.__name__ in (config.architectures or ())]
+        return load_strict((named or classes)[0], folder, config=config)
+    except ConversionError:
         raise
-    except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
-        raise ConversionError(f"{folder}: not a LoTLIP checkpoint ({one_line(error)}).") from error
-    model, info = loaded
-    problems = [f"{kind}: {key}" for kind, keys in info.items() for key in sorted(map(str, keys))]
-    if problems:
-        listed = "\n  ".join(map(printable, problems))
-        raise ConversionError(f"{folder}: not a complete LoTLIP checkpoint:\n  {listed}")
-    return model
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"not a LoTLIP checkpoint: {error}") from error

@@ -29,6 +29,7 @@ from lotlip_hf import (
     LoTLIPVisionConfig,
 )
 from lotlip_hf.files import all_or_nothing, printable, replacing
+from lotlip_hf.loading import quiet
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.terminal import run
 
@@ -38,7 +39,6 @@ from .common import (
     load_checkpoint,
     one_line,
     option,
-    quiet,
     read_json,
     same_bits,
     section,

@@ -37,9 +37,10 @@ from lotlip_hf.encoder import fit_tokenizer
 from lotlip_hf.engines.onnx import FILES, LOGIT_SCALE, LoTLIPOnnxModel, missing_packages
 from lotlip_hf.files import all_or_nothing
 from lotlip_hf.images import load_pixels
+from lotlip_hf.loading import quiet
 from lotlip_hf.terminal import run
 
-from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line, quiet
+from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line
 
 # The largest difference from PyTorch's features, in units of a feature's norm
 TOLERANCE = 1e-4

@@ -62,11 +62,12 @@ from lotlip_hf import (
 from lotlip_hf.diffusion.stretch import clip_text_model
 from lotlip_hf.encoder import fit_tokenizer
 from lotlip_hf.files import all_or_nothing
+from lotlip_hf.loading import quiet
 from lotlip_hf.modeling.calls_lotlip import free_of_calls
 from lotlip_hf.modeling.tokenization_lotlip import CLOSE, OPEN
 from lotlip_hf.terminal import run
 
-from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line, quiet
+from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line
 
 # The largest difference between features of the checkpoint and of the export, in units of a feature's norm
 TOLERANCE = 1e-6

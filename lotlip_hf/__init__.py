@@ -64,9 +64,9 @@ _MODULES = {
     "encode_texts": ".encoder",
     "lora_targets": ".lora",
     # what a saved pipeline of diffusers names
-    "CLIPPromptTokenizer": ".diffusion.swap",
+    "CLIPPromptTokenizer": ".diffusion.tokenizers",
     "CLIPTextEncoder": ".diffusion.swap",
-    "LoTLIPPromptTokenizer": ".diffusion.swap",
+    "LoTLIPPromptTokenizer": ".diffusion.tokenizers",
 }
 
 

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
 
 from .files import parse_json, printable, read_regular
 from .images import background_of, checked_background
@@ -138,9 +146,88 @@ def _damaged_file(folder: Path) -> tuple[str, Exception] | None:
 
 def _damaged_part(name: str, revision: str | None) -> str:
     """The part of a checkpoint that does not load by itself."""
+    if not os.path.isdir(name) and name.count("/") > 1:  # a folder of a Hub repository
+        return "the checkpoint"
     for part, loader in (("config.json", AutoConfig), ("the processor (processor_config.json, ...)", AutoProcessor)):
         try:
             loader.from_pretrained(name, revision=revision, trust_remote_code=False)
         except Exception:  # of any kind, as above
             return part
     return "config.json, the weights or the files of the processor"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars and reports of transformers."""
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_strict(
+    model_class: Any, path: str | os.PathLike, *, allow_unexpected: bool = False, subfolder: str = "", **kwargs: Any
+) -> PreTrainedModel:
+    """
+    Loads a model whose weights are all in the checkpoint, with none left over.
+
+    Args:
+        model_class (`type[PreTrainedModel]`): the class.
+        path (`str` or `os.PathLike`): a checkpoint folder or a Hub id.
+        allow_unexpected (`bool`, *optional*, defaults to `False`):
+            Whether the checkpoint may hold more, as a whole model does of which one tower is loaded.
+        subfolder (`str`, *optional*): folder of the model in the checkpoint.
+        kwargs: passed to `from_pretrained`.
+
+    Returns:
+        `PreTrainedModel`: the model in evaluation mode, by default in the precision of the checkpoint.
+
+    Raises:
+        ValueError: if weights are missing, unexpected or of another shape, or a file is damaged; the message names
+            the checkpoint.
+        OSError: if the checkpoint is not found.
+    """
+    name = os.path.join(path, subfolder) if subfolder else os.fspath(path)
+    kwargs = {"dtype": "auto", "subfolder": subfolder, **kwargs}
+    with naming_damage(name, kwargs.get("revision")), quiet():
+        model, info = model_class.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    problems = [
+        f"{kind}: {printable(key)}"
+        for kind, keys in info.items()
+        for key in sorted(map(str, keys))
+        if not (allow_unexpected and kind == "unexpected_keys")
+    ]
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ValueError(f"{name}: not a complete {model_class.__name__}:\n  {listed}")
+    return model.eval()
+
+
+def load_tokenizer(
+    path: str | os.PathLike, advice: str, *, tokenizer_class: Any = AutoTokenizer, subfolder: str = ""
+) -> PreTrainedTokenizerBase:
+    """
+    Loads a tokenizer.
+
+    Args:
+        path (`str` or `os.PathLike`): a folder or a Hub id.
+        advice (`str`): what to do if there is none, for the error.
+        tokenizer_class (`type`, *optional*, defaults to `AutoTokenizer`): the class.
+        subfolder (`str`, *optional*): folder of the tokenizer in `path`.
+
+    Raises:
+        ValueError: if there is no tokenizer, or its files are damaged.
+    """
+    try:
+        with quiet():
+            return tokenizer_class.from_pretrained(path, subfolder=subfolder, trust_remote_code=False)
+    except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
+        name, reason = os.path.join(path, subfolder) if subfolder else os.fspath(path), " ".join(str(error).split())
+        raise ValueError(f"{name}: no tokenizer can be loaded ({printable(reason)}); {advice}.") from error
