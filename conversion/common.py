@@ -148,3 +148,37 @@ def load_checkpoint(folder: str | Path) -> PreTrainedModel:
         raise
     except (OSError, ValueError) as error:
         raise ConversionError(f"not a LoTLIP checkpoint: {error}") from error
+
+
+def random_texts(
+    config: LoTLIPTextConfig, shapes: Sequence[tuple[int, int]], padding_side: str = "right"
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Seeded batches of token ids and attention masks.
+
+    Args:
+        config: Configuration of the text tower.
+        shapes: Shape [texts, tokens] of each batch. Its first text has all tokens, as far as the tower has positions,
+            the others fewer, the last one.
+        padding_side: "right" or "left".
+    """
+    generator = torch.Generator().manual_seed(0)
+    end = None
+    if config.is_causal:
+        # CLIP reads a text's feature at its end; in configurations of old that is the highest id
+        end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
+    padding = 0 if config.pad_token_id is None else config.pad_token_id
+    words = torch.tensor([word for word in range(config.vocab_size) if word not in (padding, end)])
+    batches = []
+    for batch_size, length in shapes:
+        longest = min(length, config.max_position_embeddings)
+        lengths = torch.linspace(longest, 1, batch_size).long().unsqueeze(1)
+        positions = torch.arange(length).expand(batch_size, -1)
+        if padding_side == "left":
+            positions = positions - (length - lengths)
+        attention_mask = ((positions >= 0) & (positions < lengths)).long()
+        input_ids = words[torch.randint(len(words), (batch_size, length), generator=generator)]
+        if end is not None:
+            input_ids[positions == lengths - 1] = end
+        batches.append((input_ids.where(attention_mask.bool(), padding), attention_mask))
+    return batches
