@@ -538,9 +538,8 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--output", required=True, help="folder to make")
     arguments = parser.parse_args(argv)
     lines: list[str] = []
-    print(f"Wrote {convert(**vars(arguments), report=lines.append)}")
-    for line in lines:
-        print(f"  {line}")
+    written = convert(**vars(arguments), report=lines.append)
+    print("\n  ".join([f"Wrote {written}", *lines]))
 
 
 if __name__ == "__main__":

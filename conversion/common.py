@@ -1,6 +1,6 @@
-"""What the converters share: their error, reading configurations, and loading LoTLIP checkpoints."""
+"""What the converters share: their error, settings, tensors under other names, and loading LoTLIP checkpoints."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lotlip_hf import (
     LoTLIPVisionModel,
     LoTLIPVisionModelWithProjection,
 )
-from lotlip_hf.files import parse_json, read_regular
+from lotlip_hf.files import parse_json, printable, read_regular
 from lotlip_hf.loading import check_config, check_shards, load_strict, naming_damage
 from lotlip_hf.modeling.loading_lotlip import checked_download
 
@@ -86,6 +86,65 @@ def whole(options: Mapping[str, Any], key: str, default: int | None, source: str
     if type(value) is not int or value < least:
         raise ConversionError(f"{source}: {key} is {value!r}; expected a whole number from {least} up.")
     return value
+
+
+def size_of(state_dict: Mapping[str, torch.Tensor], name: str, dim: int, num_dims: int, source: str) -> int:
+    """A size that a checkpoint's tensor says; the tensor must be there, with `num_dims` dimensions."""
+    if name not in state_dict:
+        raise ConversionError(f"{source} is of another architecture than this converter takes: it lacks {name}.")
+    shape = list(state_dict[name].shape)
+    if len(shape) != num_dims or 0 in shape:
+        raise ConversionError(
+            f"{source} is misshapen: {name} has {shape}, expected {num_dims} dimensions and none of size 0."
+        )
+    return shape[dim]
+
+
+def rename_tensors(
+    state_dict: Mapping[str, torch.Tensor],
+    layout: Mapping[str, Sequence[str]],
+    own: Mapping[str, torch.Tensor],
+    source: str,
+    transposed: Container[str] = (),
+    problems: Sequence[str] = (),
+) -> dict[str, torch.Tensor]:
+    """
+    Tensors of another layout under a model's names. Every tensor is accounted for.
+
+    Args:
+        state_dict: The tensors of the checkpoint.
+        layout: Name in the checkpoint -> names in the model: one, or several whose tensors are stacked along the first
+            dimension, in this order.
+        own: The model's `state_dict()`, for the shapes.
+        source: What to call the checkpoint in errors.
+        transposed: Names in the checkpoint of matrices that are the transposed ones of the model's.
+        problems: What else is wrong with the checkpoint.
+
+    Raises:
+        ConversionError: if a tensor is unknown, missing or misshapen; each is named.
+    """
+    problems = [f"unknown: {name}" for name in state_dict if name not in layout] + list(problems)
+    converted: dict[str, torch.Tensor] = {}
+    for theirs, names in layout.items():
+        tensor = state_dict.get(theirs)
+        if tensor is None:
+            problems.append(f"missing: {theirs}")
+            continue
+        expected = list(own[names[0]].shape)
+        if len(names) > 1:
+            expected[0] = sum(len(own[name]) for name in names)
+        if theirs in transposed:
+            expected.reverse()
+        if list(tensor.shape) != expected:
+            problems.append(f"misshapen: {theirs} has {list(tensor.shape)}, expected {expected}")
+            continue
+        tensor = tensor.t() if theirs in transposed else tensor
+        parts = [tensor] if len(names) == 1 else tensor.split([len(own[name]) for name in names])
+        converted.update(zip(names, parts, strict=True))
+    if problems:
+        listed = "\n  ".join(map(printable, problems))
+        raise ConversionError(f"{source}: {len(problems)} tensors do not fit the configuration:\n  {listed}")
+    return converted
 
 
 def check_output(output: str | Path) -> Path:
