@@ -146,8 +146,6 @@ def _damaged_file(folder: Path) -> tuple[str, Exception] | None:
 
 def _damaged_part(name: str, revision: str | None) -> str:
     """The part of a checkpoint that does not load by itself."""
-    if not os.path.isdir(name) and name.count("/") > 1:  # a folder of a Hub repository
-        return "the checkpoint"
     for part, loader in (("config.json", AutoConfig), ("the processor (processor_config.json, ...)", AutoProcessor)):
         try:
             loader.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -194,19 +192,24 @@ def load_strict(
     """
     name = os.path.join(path, subfolder) if subfolder else os.fspath(path)
     kwargs = {"dtype": "auto", "subfolder": subfolder, **kwargs}
-    with naming_damage(name, kwargs.get("revision")), quiet():
-        model, info = model_class.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-    problems = [
-        f"{kind}: {printable(key)}"
-        for kind, keys in info.items()
-        for key in sorted(map(str, keys))
-        if not (allow_unexpected and kind == "unexpected_keys")
-    ]
+    try:
+        with quiet():
+            model, info = model_class.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
+        kind, reason = OSError if isinstance(error, OSError) else ValueError, printable(" ".join(str(error).split()))
+        raise kind(f"{name}: no {model_class.__name__} can be loaded ({reason}).") from error
+    problems = []
+    for kind, keys in info.items():
+        names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
+        if names and not (allow_unexpected and kind == "unexpected_keys"):
+            more = ", ..." if len(names) > 5 else ""
+            problems.append(f"{len(names)} {kind}: {', '.join(map(printable, names[:5]))}{more}")
     if problems:
-        listed = "\n  ".join(problems)
-        raise ValueError(f"{name}: not a complete {model_class.__name__}:\n  {listed}")
+        raise ValueError(f"{name}: not a complete {model_class.__name__} ({'; '.join(problems)}).")
     return model.eval()
 
 
@@ -227,7 +230,10 @@ def load_tokenizer(
     """
     try:
         with quiet():
-            return tokenizer_class.from_pretrained(path, subfolder=subfolder, trust_remote_code=False)
+            tokenizer = tokenizer_class.from_pretrained(path, subfolder=subfolder, trust_remote_code=False)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise ValueError("it has special tokens alone")  # what some classes make of no file
+        return tokenizer
     except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
         name, reason = os.path.join(path, subfolder) if subfolder else os.fspath(path), " ".join(str(error).split())
         raise ValueError(f"{name}: no tokenizer can be loaded ({printable(reason)}); {advice}.") from error

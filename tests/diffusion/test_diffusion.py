@@ -901,18 +901,16 @@ def test_the_example_with_a_pipeline_and_a_model(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--slot", "text_encoder_2"],
-            "`slot` 'text_encoder_2' of StableDiffusionPipeline: there is no such component",
-        ),
-        (["--slot", "vae"], "it holds AutoencoderKL, which is no CLIP text encoder"),
+        (["--slot", "text_encoder_2"], "text_encoder_2"),
+        (["--slot", "vae"], "AutoencoderKL"),
         (["--model", "nowhere/at all"], "nowhere/at all"),
         (["--pipeline", "nowhere/at all"], "nowhere/at all"),
-        (["--output", "picture"], "--output picture: not the name of a picture"),
-        (["--save", "."], "--save .: exists already"),
-        (["--num-steps", "0"], "--num-steps 0: expected 1 or more"),
-        (["--seed", "-1"], "--seed -1: expected 0 or more"),
-        (["--output", "file/picture.png"], "--output file/picture.png: its folder cannot be made"),
+        (["--pipeline", "damaged"], "model_index.json"),
+        (["--output", "picture"], "--output"),
+        (["--save", "."], "--save"),
+        (["--num-steps", "0"], "--num-steps"),
+        (["--seed", "-1"], "--seed"),
+        (["--output", "file/picture.png"], "--output"),
     ],
 )
 def test_the_example_checks_before_it_draws(
@@ -920,12 +918,13 @@ def test_the_example_checks_before_it_draws(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "model_index.json").write_text("[]")
     module = example()
     monkeypatch.setattr(module, "draw", lambda *_: pytest.fail("drawn"))
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(SystemExit, match=message) as error:
         module.main(arguments)
     assert str(error.value).startswith("error: ")
-    assert message in str(error.value)
 
 
 def test_the_example_with_fewer_tokens_than_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
