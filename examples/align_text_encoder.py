@@ -10,8 +10,7 @@ replaces on prompts that were held out, next to two answers that know nothing of
 early; what was learnt until then is reported on and saved.
 
 "linear" and "mlp" are matched word by word, "resampler", which gives as many states as the teacher, by position; it is
-the one for Stable Diffusion XL and 3 (`lotlip_hf.diffusion.align.Alignment` says why). Prompts longer than the
-teacher's last position are left out of the training.
+the one for Stable Diffusion XL and 3 (`lotlip_hf.diffusion.align.Alignment` says why).
 """
 
 import argparse
@@ -38,8 +37,7 @@ from lotlip_hf.diffusion.align import (
 from lotlip_hf.files import write_json
 from lotlip_hf.terminal import printable_output
 
-# Training prompts that the teacher's means and deviations are taken from.
-SAMPLE = 512
+SAMPLE = 512  # training prompts that the teacher's means and deviations are taken from
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
