@@ -58,10 +58,10 @@ MODELS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     CLIPTextModel: LoTLIPTextModel,
     CLIPTextModelWithProjection: LoTLIPTextModelWithProjection,
 }
-# By the name in a configuration. `lotlip_hf.diffusion.swap` puts CLIP's text encoders and tokenizers into pipelines as
-# subclasses, whose weights and files are the stock ones.
+# By the name in a configuration. `CLIPTextEncoder` is what `lotlip_hf.diffusion.swap` puts into pipelines, with the
+# weights of the stock class.
 STOCK_CLASSES = {**{stock_class.__name__: stock_class for stock_class in MODELS}, "CLIPTextEncoder": CLIPTextModel}
-TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "CLIPPromptTokenizer")
+TOKENIZER_CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast")
 # For configurations that do not name their class
 DEFAULT_CLASSES = {"clip": CLIPModel, "clip_text_model": CLIPTextModel}
 
@@ -354,7 +354,7 @@ def _load_tokenizer(source: str, subfolder: str) -> PreTrainedTokenizerBase:
         )
     described = _find(source, "tokenizer_config.json", subfolder)
     name = None if described is None else read_json(described).get("tokenizer_class")
-    tokenizer_class = CLIPTokenizer if name is None or name in TOKENIZER_CLASSES else AutoTokenizer
+    tokenizer_class = CLIPTokenizer if name in TOKENIZER_CLASSES else AutoTokenizer
     try:
         return load_tokenizer(source, advice, tokenizer_class=tokenizer_class, subfolder=subfolder)
     except ValueError as error:
