@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -163,7 +163,7 @@ def convert(
     for name, tensor in source.model.state_dict().items():
         if not tensor.isfinite().all():
             raise ConversionError(
-                f"{_place(clip, subfolder)}: {name} (its name in transformers) holds NaN or infinite numbers."
+                f"{_Place(clip, subfolder)}: {name} (its name in transformers) holds NaN or infinite numbers."
             )
     text_config = source.model.config.get_text_config()
     _check_tokenizer(source.tokenizer, text_config)
@@ -213,15 +213,47 @@ def convert(
 # Reading
 
 
+class _Place(NamedTuple):
+    """A folder or a Hub repository, or a folder in it."""
+
+    source: str
+    subfolder: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.source}/{self.subfolder}" if self.subfolder else self.source
+
+    def find(self, *names: str) -> Path | None:
+        """The first of some files that is there."""
+        for name in names:
+            if Path(self.source).is_dir():
+                path = Path(self.source, self.subfolder, name)
+                if path.is_file():
+                    return path
+                continue
+            try:
+                return Path(hf_hub_download(self.source, name, subfolder=self.subfolder or None))
+            except EntryNotFoundError:
+                continue
+            except (OSError, ValueError) as error:  # a repository that is not there or closed, an id that is none
+                raise ConversionError(
+                    f"{self.source}: no such folder, and it could not be fetched from the Hub ({one_line(error)})."
+                ) from error
+        return None
+
+    def missing(self, *names: str) -> str:
+        """What to say if none of some files is there."""
+        where = "in this folder" if Path(self.source).is_dir() else "on the Hub or, without a connection, in its cache"
+        return f"{self}: no {' or '.join(names)} {where}"
+
+
 def _read(
     clip: str, tokenizer: str | None, open_clip_config: str | None, activation: Activation | None, subfolder: str
 ) -> _Source:
-    path = Path(clip)
+    path, place = Path(clip), _Place(clip, subfolder)
     if path.is_file():
         if subfolder:
             raise ConversionError(f"--subfolder {subfolder}: {clip} is a file.")
-        return _read_open_clip(clip, path, open_clip_config, activation, tokenizer)
-    place = _place(clip, subfolder)
+        return _read_open_clip(None, path, open_clip_config, activation, tokenizer)
     for option, value in (("--open-clip-config", open_clip_config), ("--activation", activation)):
         if value is not None:
             raise ConversionError(f"{option} {value}: only for a single file of weights, which {clip} is not.")
@@ -236,47 +268,22 @@ def _read(
             f"--subfolder {subfolder}: no such folder in {clip}; with a config.json it has "
             f"{', '.join(models) or 'none'}."
         )
-    config = _find(clip, "config.json", subfolder)
-    if config is not None:
-        return _read_transformers(clip, read_json(config), tokenizer, subfolder)
-    if _find(clip, "model_index.json", subfolder) is not None:
+    config = place.find("config.json", "model_index.json", OPEN_CLIP_CONFIG)
+    if config is None:
+        raise ConversionError(f"{place.missing('config.json', OPEN_CLIP_CONFIG)}.")
+    if config.name == "config.json":
+        return _read_transformers(place, read_json(config), tokenizer)
+    if config.name == "model_index.json":
         raise ConversionError(
             f"{place}: a whole diffusion pipeline; give --subfolder text_encoder, or another of its text encoders."
         )
-    config = _find(clip, OPEN_CLIP_CONFIG, subfolder)
-    where = "in this folder" if path.is_dir() else "of it on the Hub or, without a connection, in its cache"
-    if config is None:
-        raise ConversionError(f"{place}: no config.json or {OPEN_CLIP_CONFIG} {where}.")
-    for name in OPEN_CLIP_WEIGHTS:
-        weights = _find(clip, name, subfolder)
-        if weights is not None:
-            return _read_open_clip(clip, weights, str(config), None, tokenizer, subfolder)
-    raise ConversionError(f"{place}: no {' or '.join(OPEN_CLIP_WEIGHTS)} {where}.")
+    weights = place.find(*OPEN_CLIP_WEIGHTS)
+    if weights is None:
+        raise ConversionError(f"{place.missing(*OPEN_CLIP_WEIGHTS)}.")
+    return _read_open_clip(place, weights, str(config), None, tokenizer)
 
 
-def _place(source: str, subfolder: str) -> str:
-    """What errors call it."""
-    return f"{source}/{subfolder}" if subfolder else source
-
-
-def _find(source: str, name: str, subfolder: str = "") -> Path | None:
-    """A file of a folder or of a Hub repository, or None if there is none of that name."""
-    if Path(source).is_dir():
-        path = Path(source) / subfolder / name
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(source, name, subfolder=subfolder or None))
-    except EntryNotFoundError:
-        return None
-    except (OSError, ValueError) as error:  # a repository that is not there or closed, an id that is none
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConversionError(
-            f"{source}: no such folder, and it could not be fetched from the Hub ({reason})."
-        ) from error
-
-
-def _read_transformers(clip: str, config: Mapping[str, Any], tokenizer: str | None, subfolder: str) -> _Source:
-    place = _place(clip, subfolder)
+def _read_transformers(place: _Place, config: Mapping[str, Any], tokenizer: str | None) -> _Source:
     model_type, names = config.get("model_type"), config.get("architectures") or []
     stock_class = STOCK_CLASSES.get(names[0]) if names else DEFAULT_CLASSES.get(str(model_type))
     what = f"{names[0]} ({model_type!r})" if names else repr(model_type)
@@ -292,7 +299,7 @@ def _read_transformers(clip: str, config: Mapping[str, Any], tokenizer: str | No
             f"{', '.join(stock.__name__ for stock in MODELS)}, open_clip's and OpenAI's CLIP and Long-CLIP."
         )
     try:
-        model = load_strict(stock_class, clip, subfolder=subfolder)
+        model = load_strict(stock_class, place.source, subfolder=place.subfolder)
     except (OSError, ValueError) as error:
         raise ConversionError(str(error)) from error
     image_processor = None
@@ -300,63 +307,55 @@ def _read_transformers(clip: str, config: Mapping[str, Any], tokenizer: str | No
         try:
             with quiet():
                 image_processor = AutoImageProcessor.from_pretrained(
-                    clip, subfolder=subfolder, trust_remote_code=False
+                    place.source, subfolder=place.subfolder, trust_remote_code=False
                 )
         except Exception as error:  # of a damaged file, whatever reading it raises
             raise ConversionError(
                 f"{place}: no image processor in it can be loaded ({one_line(error)}); put the "
                 "preprocessor_config.json of the CLIP that it was made from there."
             ) from error
-    return _Source(model, _load_tokenizer(*_tokenizer_place(clip, tokenizer, subfolder)), image_processor)
+    return _Source(model, _load_tokenizer(_tokenizer_place(place, tokenizer)), image_processor)
 
 
-def _tokenizer_place(clip: str, tokenizer: str | None, subfolder: str) -> tuple[str, str]:
-    """Folder or Hub id, and subfolder, of the tokenizer: the one given, the model's own, or in a pipeline the one that
-    belongs to it, such as `tokenizer_2` to `text_encoder_2`."""
+def _tokenizer_place(place: _Place, tokenizer: str | None) -> _Place:
+    """The tokenizer given, the model's own, or in a pipeline the one that belongs to it, such as `tokenizer_2` to
+    `text_encoder_2`."""
     if tokenizer is not None:
-        return tokenizer, ""
-    if any(_find(clip, name, subfolder) for name in TOKENIZER_FILES):
-        return clip, subfolder
-    *above, last = subfolder.split("/")
-    if subfolder:
-        return clip, "/".join([*above, last.replace("text_encoder", "tokenizer")])
-    folder = Path(clip).resolve()
+        return _Place(tokenizer)
+    if place.find(*TOKENIZER_FILES):
+        return place
+    if place.subfolder:
+        *above, last = place.subfolder.split("/")
+        return _Place(place.source, "/".join([*above, last.replace("text_encoder", "tokenizer")]))
+    folder = Path(place.source).resolve()
     beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
-    return str(beside if beside.is_dir() else clip), ""
+    return _Place(str(beside)) if beside.is_dir() else place
 
 
 def _read_open_clip(
-    clip: str,
-    weights: Path,
-    config: str | None,
-    activation: Activation | None,
-    tokenizer: str | None,
-    subfolder: str = "",
+    place: _Place | None, weights: Path, config: str | None, activation: Activation | None, tokenizer: str | None
 ) -> _Source:
+    """Of a file by itself, `place` is None."""
     model, image_processor, hf_tokenizer_name = read_open_clip(weights, config, activation)
-    tokenizer_place = tokenizer or hf_tokenizer_name or CLIP_TOKENIZER, ""
-    if tokenizer is None and not Path(clip).is_file():
-        if any(_find(clip, name, subfolder) for name in TOKENIZER_FILES):
-            tokenizer_place = clip, subfolder
-    return _Source(model, _load_tokenizer(*tokenizer_place), image_processor)
+    tokenizer_place = _Place(tokenizer or hf_tokenizer_name or CLIP_TOKENIZER)
+    if tokenizer is None and place is not None and place.find(*TOKENIZER_FILES):
+        tokenizer_place = place
+    return _Source(model, _load_tokenizer(tokenizer_place), image_processor)
 
 
-def _load_tokenizer(source: str, subfolder: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(place: _Place) -> PreTrainedTokenizerBase:
     advice = "give one by --tokenizer, a folder or the Hub id of a CLIP"
     try:
-        found = any(_find(source, name, subfolder) for name in TOKENIZER_FILES)
+        found = place.find(*TOKENIZER_FILES)
     except ConversionError as error:
         raise ConversionError(f"{error} A tokenizer was looked for there: {advice}.") from error
-    if not found:
-        where = "" if Path(source).is_dir() else " on the Hub or, without a connection, in its cache"
-        raise ConversionError(
-            f"{_place(source, subfolder)}: no {' or '.join(TOKENIZER_FILES)} there{where}: {advice}."
-        )
-    described = _find(source, "tokenizer_config.json", subfolder)
+    if found is None:
+        raise ConversionError(f"{place.missing(*TOKENIZER_FILES)}: {advice}.")
+    described = place.find("tokenizer_config.json")
     name = None if described is None else read_json(described).get("tokenizer_class")
     tokenizer_class = CLIPTokenizer if name in TOKENIZER_CLASSES else AutoTokenizer
     try:
-        return load_tokenizer(source, advice, tokenizer_class=tokenizer_class, subfolder=subfolder)
+        return load_tokenizer(place.source, advice, tokenizer_class=tokenizer_class, subfolder=place.subfolder)
     except ValueError as error:
         raise ConversionError(str(error)) from error
 
