@@ -41,13 +41,14 @@ from transformers.utils import logging as transformers_logging
 
 import peak
 import peers
-from lotlip_hf import LoTLIPModel, LoTLIPProcessor, encode_texts
+from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor
 from lotlip_hf.conversion.onnx import convert as export_onnx
 from lotlip_hf.conversion.stock import stock_model
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts, split_sentences
-from lotlip_hf.encoder import CPU_TOKENS, load_model
+from lotlip_hf.encoder import CPU_TOKENS
 from lotlip_hf.images import load_image
+from lotlip_hf.loading import load_model
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.scenes.dataset import scenes_dataset
@@ -164,7 +165,7 @@ class Bench:
 
     def encode(self, model: PreTrainedModel, texts: Sequence[str]) -> torch.Tensor:
         """[N, P], with this package."""
-        return encode_texts(model, self.processor, texts, progress=False)
+        return Encoder(model, self.processor).encode_texts(texts, progress=False)
 
     def batches(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
         """The ideal batches: tokenised, sorted by length, of as many tokens as a CPU computes fastest."""
@@ -259,7 +260,7 @@ def mixed(bench: Bench) -> list[Row]:
         sentences = split_sentences(bench.captions[index % len(bench.captions)])
         texts.append(". ".join(sentences[: choose.randint(1, len(sentences))]))
     calls = {
-        "ours": lambda: encode_texts(model, bench.processor, texts, progress=True),
+        "ours": lambda: Encoder(model, bench.processor).encode_texts(texts, progress=True),
         "ideal": partial(run_batches, stock, bench.batches(texts)),
     }
     seconds = bench.turns("mixed lengths", calls)
@@ -338,23 +339,6 @@ def loss(bench: Bench) -> list[Row]:
             profile=calls["tiles"],
         ),
     ]
-
-
-def import_(bench: Bench) -> list[Row]:
-    """`import lotlip_hf` behind `import transformers`, in fresh processes."""
-    code = (
-        "import time, transformers; start = time.perf_counter(); import lotlip_hf; print(time.perf_counter() - start)"
-    )
-
-    def once() -> float:
-        return float(
-            subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
-        )
-
-    seconds = sorted(once() for _ in range(bench.repeats))
-    milliseconds = 1e3 * seconds[len(seconds) // 2]
-    detail = f"up to {1e3 * seconds[-1]:.0f} ms"
-    return [Row("import lotlip_hf", "import transformers", milliseconds, 50, True, "ms more", detail)]
 
 
 def load(bench: Bench) -> list[Row]:
@@ -482,7 +466,6 @@ def device(bench: Bench) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[Bench], list[Row]]] = {
-    "import": import_,
     "load": load,
     "tokenise": tokenise,
     "images": images,

@@ -44,9 +44,8 @@ from lotlip_hf import (
     LoTLIPVisionConfig,
 )
 from lotlip_hf.diffusion.stretch import KEPT_POSITIONS, Stretch, stretch_positions, stretch_text_model
-from lotlip_hf.encoder import fit_tokenizer
 from lotlip_hf.files import all_or_nothing
-from lotlip_hf.loading import load_strict, load_tokenizer, quiet
+from lotlip_hf.loading import fit_tokenizer, load_strict, load_tokenizer, quiet
 from lotlip_hf.terminal import run
 
 from .common import ConversionError, check_output, one_line, read_json, same_bits

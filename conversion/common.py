@@ -20,7 +20,6 @@ from lotlip_hf import (
 )
 from lotlip_hf.files import parse_json, printable, read_regular
 from lotlip_hf.loading import check_config, check_shards, load_strict, naming_damage
-from lotlip_hf.modeling.loading_lotlip import checked_download
 
 # By its configuration, what a checkpoint may be; the first where the configuration does not say which
 MODEL_CLASSES: dict[type[PreTrainedConfig], list[type[PreTrainedModel]]] = {
@@ -176,8 +175,7 @@ def local_folder(model: str | Path) -> Path:
     if path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
         raise ConversionError(f"{model}: no such folder.")
     try:
-        with checked_download(model):
-            return Path(snapshot_download(str(model)))
+        return Path(snapshot_download(str(model)))
     except Exception as error:  # no id, no such repository, no connection: each client has its own
         raise ConversionError(
             f"{model}: no such folder, and not to be had from the Hub ({one_line(error)})."

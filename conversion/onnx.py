@@ -33,11 +33,10 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lotlip_hf import LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
-from lotlip_hf.encoder import fit_tokenizer
 from lotlip_hf.engines.onnx import FILES, LOGIT_SCALE, LoTLIPOnnxModel, missing_packages
 from lotlip_hf.files import all_or_nothing
 from lotlip_hf.images import load_pixels
-from lotlip_hf.loading import quiet
+from lotlip_hf.loading import fit_tokenizer, quiet
 from lotlip_hf.terminal import run
 
 from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line, random_texts

@@ -59,9 +59,8 @@ from lotlip_hf import (
     LoTLIPVisionModelWithProjection,
 )
 from lotlip_hf.diffusion.stretch import clip_text_model
-from lotlip_hf.encoder import fit_tokenizer
 from lotlip_hf.files import all_or_nothing
-from lotlip_hf.loading import load_strict, quiet
+from lotlip_hf.loading import fit_tokenizer, load_strict, quiet
 from lotlip_hf.modeling.calls_lotlip import free_of_calls
 from lotlip_hf.modeling.tokenization_lotlip import CLOSE, OPEN
 from lotlip_hf.terminal import run

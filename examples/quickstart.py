@@ -22,7 +22,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
-from lotlip_hf import encode_images, encode_texts
+from lotlip_hf import Encoder
 from lotlip_hf.cli import main as lotlip
 from lotlip_hf.evaluation.retrieval import recalls
 from lotlip_hf.scenes.dataset import GROUP_SIZE, scenes_dataset
@@ -67,13 +67,13 @@ def measure(checkpoint: Path, records: Dataset) -> dict[str, float]:
     """Retrieval over all records, by their first long caption and by their short one."""
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
-    image_embeds = encode_images(model, processor, [record["image"] for record in records])
+    image_embeds = Encoder(model, processor).encode_images([record["image"] for record in records])
     results = {}
     for kind, texts in (
         ("long", [captions[0] for captions in records["long_captions"]]),
         ("short", records["short_caption"]),
     ):
-        found = recalls(image_embeds, encode_texts(model, processor, list(texts)))
+        found = recalls(image_embeds, Encoder(model, processor).encode_texts(list(texts)))
         results |= {f"{kind}_{name}": value for name, value in found.items()}
     return results
 

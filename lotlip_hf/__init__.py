@@ -1,16 +1,13 @@
-"""
-LoTLIP, a dual encoder of images and long texts for transformers. After `import lotlip_hf` the Auto classes know it.
-Nothing else is imported until it is used.
-"""
+"""LoTLIP, a dual encoder of images and long texts for transformers. `import lotlip_hf` registers the Auto classes."""
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from .auto import register_when_used
 
 if TYPE_CHECKING:
     from .diffusion.text_encoder import LoTLIPTextEncoder, LoTLIPTextEncoderConfig
-    from .encoder import encode_images, encode_texts
+    from .encoder import Encoder, load_encoder
     from .lora import lora_targets
     from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
     from .modeling.modeling_lotlip import (
@@ -27,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Encoder",
     "LoTLIPConfig",
     "LoTLIPModel",
     "LoTLIPPreTrainedModel",
@@ -40,8 +38,7 @@ __all__ = [
     "LoTLIPVisionConfig",
     "LoTLIPVisionModel",
     "LoTLIPVisionModelWithProjection",
-    "encode_images",
-    "encode_texts",
+    "load_encoder",
     "lora_targets",
 ]
 
@@ -60,8 +57,8 @@ _MODULES = {
     "LoTLIPTokenizer": ".modeling.tokenization_lotlip",
     "LoTLIPTextEncoder": ".diffusion.text_encoder",
     "LoTLIPTextEncoderConfig": ".diffusion.text_encoder",
-    "encode_images": ".encoder",
-    "encode_texts": ".encoder",
+    "Encoder": ".encoder",
+    "load_encoder": ".encoder",
     "lora_targets": ".lora",
     # what a saved pipeline of diffusers names
     "CLIPPromptTokenizer": ".diffusion.tokenizers",
@@ -83,4 +80,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-register_when_used()
+# `lotlip --help` does not wait for PyTorch: for the command line, `loading` registers the Auto classes.
+if Path(sys.argv[0]).absolute() != Path(sys.executable).with_name("lotlip"):
+    from . import auto as auto
+
+    def _push_to_hub(model: "LoTLIPModel", repo_id: str, **kwargs: Any) -> Any:
+        """The whole checkpoint, with processor and model card; see [`~lotlip_hf.hub.push.push`]."""
+        from .hub.push import push
+
+        return push(model, repo_id, **kwargs)
+
+    auto.LoTLIPModel.push_to_hub = _push_to_hub  # the stock method publishes the weights alone

@@ -232,21 +232,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from .images import background_of
-    from .search import build_index, check_picture, encode_query, save_grid
+    from .grid import check_picture, save_grid
+    from .search import build_index, encode_query
 
     if arguments.save_grid:
         check_picture(arguments.save_grid)
-    model, processor = _load(arguments)
-    query = encode_query(model, processor, arguments.text)
+    encoder = _load(arguments)
+    query = encode_query(encoder, arguments.text)
     index = build_index(
-        model,
-        processor,
+        encoder,
         arguments.images,
         index_folder=arguments.index,
         image_root=arguments.image_root,
         batch_size=arguments.batch_size or 32,
-        dimension=len(query),
     )
     results = index.search(query, arguments.top)
     print("rank    score  file")
@@ -254,7 +252,7 @@ def _search(arguments: argparse.Namespace) -> int:
         print(f"{rank:4}  {result.score:7.4f}  {printable(result.path)}")
     _report_skipped(index.skipped)
     if arguments.save_grid:
-        save_grid(results, arguments.save_grid, arguments.text, background_of(processor))
+        save_grid(results, arguments.save_grid, arguments.text, encoder.engine.background)
         print(f"Drawn in {arguments.save_grid}.", file=sys.stderr)
     return 0
 
@@ -267,14 +265,12 @@ def _embed(arguments: argparse.Namespace) -> int:
         if arguments.image_root:
             raise ValueError("--image-root is of --images, not of --texts.")
         check_texts(arguments.texts, arguments.column)  # before the model is loaded
-    model, processor = _load(arguments)
+    encoder = _load(arguments)
     if arguments.images:
         count, skipped = embed_images(
-            model,
-            processor,
+            encoder,
             arguments.images,
             arguments.output,
-            model_name=arguments.model,
             image_root=arguments.image_root,
             batch_size=arguments.batch_size or 32,
             overwrite=arguments.overwrite,
@@ -282,12 +278,10 @@ def _embed(arguments: argparse.Namespace) -> int:
         _report_skipped(skipped)
     else:
         count = embed_texts(
-            model,
-            processor,
+            encoder,
             arguments.texts,
             arguments.output,
             column=arguments.column,
-            model_name=arguments.model,
             batch_size=arguments.batch_size or 64,
             overwrite=arguments.overwrite,
         )
@@ -430,11 +424,11 @@ def _evaluate_together(arguments: argparse.Namespace, is_main_process: bool) -> 
         max_record_bytes=arguments.max_record_bytes,
     )
     _refuse(arguments, ("templates",) if isinstance(data, RetrievalData) else search, f"--task {arguments.task}")
-    model, processor = _load(arguments)
+    encoder = _load(arguments)
     if kind is not None:
-        results = study(model, processor, data, kind, limits=arguments.limits, **settings)
+        results = study(encoder, data, kind, limits=arguments.limits, **settings)
     else:
-        results = evaluate(model, processor, data, **own, **settings)
+        results = evaluate(encoder, data, **own, **settings)
     if not is_main_process:
         return 0
     try:
@@ -495,13 +489,13 @@ def _load(arguments: argparse.Namespace):  # noqa: ANN202
 
     from transformers.utils import logging
 
-    from .encoder import load_model
+    from .encoder import load_encoder
 
     logging.disable_progress_bar()  # the loading of weights; ours stay
     # PIL's warnings are of images that it reads all the same, and do not name them. What it cannot read is reported.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     revision = getattr(arguments, "revision", None)
-    return load_model(arguments.model, device=arguments.device, dtype=arguments.dtype, revision=revision)
+    return load_encoder(arguments.model, device=arguments.device, dtype=arguments.dtype, revision=revision)
 
 
 def _report_skipped(skipped: dict[str, str]) -> None:

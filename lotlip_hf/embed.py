@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import PreTrainedModel
 
 from .data.readers import KINDS, column_of, every_row, value_of
-from .encoder import iterate_text_embeddings, max_text_length, warn_of_cut_texts
+from .encoder import Encoder, warn_of_cut_texts
 from .files import PARTIAL, printable, replacing, set_aside_no_folder
 from .search import build_index
-from .store import EmbeddingStore, fingerprint
+from .store import EmbeddingStore
 
 logger = logging.getLogger(__name__)
 
 # Rows of the Parquet file that are in memory at a time.
 WRITE_BLOCK = 1024
+# What is kept with a text's embedding
+CUT, WHOLE = "cut", ""
 TEXT_FILES = (".txt", *(extension for extension, kind in KINDS.items() if kind != "webdataset"))
 
 
@@ -51,12 +52,10 @@ def check_output(output: str | os.PathLike, *, overwrite: bool = False) -> None:
 
 
 def embed_images(
-    model: PreTrainedModel,
-    processor: Any,
+    encoder: Encoder,
     folder: str | os.PathLike,
     output: str | os.PathLike,
     *,
-    model_name: str = "",
     image_root: str | os.PathLike | None = None,
     batch_size: int = 32,
     overwrite: bool = False,
@@ -66,15 +65,12 @@ def embed_images(
     Writes the embeddings of a folder's images to a Parquet file with the columns `file` and `embedding`.
 
     `file` is relative to the folder. Until the file is complete, what is computed is kept in `<output>.partial/`, and
-    the same call goes on from there. The name of the model and the fingerprint of its weights (`store.fingerprint`)
-    are in the schema's metadata.
+    the same call goes on from there. The model's name and the encoder's fingerprint are in the schema's metadata.
 
     Args:
-        model (`PreTrainedModel`): LoTLIP, or any model with CLIP's `get_image_features`.
-        processor (`ProcessorMixin`): its processor.
+        encoder ([`Encoder`]): the dual encoder.
         folder (`str` or `os.PathLike`): the folder.
         output (`str` or `os.PathLike`): the Parquet file.
-        model_name (`str`, *optional*): what the metadata call the model.
         image_root (`str` or `os.PathLike`, *optional*, defaults to `folder`):
             The folder that links in `folder` must not lead out of.
         batch_size (`int`, *optional*, defaults to 32): images in a batch.
@@ -86,38 +82,33 @@ def embed_images(
         reasons.
 
     Raises:
-        ValueError, OSError: as `check_output` and `lotlip_hf.search.build_index`.
+        ValueError, OSError: as `check_output` and [`~lotlip_hf.search.build_index`].
     """
     check_output(output, overwrite=overwrite)
     partial = _partial_folder(output)
     index = build_index(
-        model,
-        processor,
-        folder,
-        index_folder=partial,
-        image_root=image_root,
-        batch_size=batch_size,
-        progress=progress,
+        encoder, folder, index_folder=partial, image_root=image_root, batch_size=batch_size, progress=progress
     )
+    with index.store as store:
 
-    def batches() -> Iterator[tuple[list[str], np.ndarray]]:
-        for start in range(0, len(index.files), WRITE_BLOCK):
-            names = [os.fsencode(name).decode(errors="backslashreplace") for name in index.files[start:][:WRITE_BLOCK]]
-            yield names, index.embeddings[index.rows[start : start + WRITE_BLOCK]]
+        def batches() -> Iterator[tuple[list[str], np.ndarray]]:
+            for start in range(0, len(index.files), WRITE_BLOCK):
+                names = [
+                    os.fsencode(name).decode(errors="backslashreplace") for name in index.files[start:][:WRITE_BLOCK]
+                ]
+                yield names, store.vectors(index.entries[start : start + WRITE_BLOCK])
 
-    metadata = {"model": model_name, "fingerprint": index.fingerprint}
-    _write_parquet(output, partial, "file", index.embeddings.shape[1], batches(), metadata)
+        _write_parquet(output, "file", batches(), encoder, store)
+    shutil.rmtree(partial)
     return len(index.files), index.skipped
 
 
 def embed_texts(
-    model: PreTrainedModel,
-    processor: Any,
+    encoder: Encoder,
     file: str | os.PathLike,
     output: str | os.PathLike,
     *,
     column: str = "text",
-    model_name: str = "",
     batch_size: int = 64,
     overwrite: bool = False,
     progress: bool = True,
@@ -128,13 +119,12 @@ def embed_texts(
     Interruptions and metadata as in `embed_images`. A text that is there more than once is encoded once.
 
     Args:
-        model (`PreTrainedModel`): LoTLIP, or any model with CLIP's `get_text_features`.
-        processor (`ProcessorMixin`): its processor.
+        encoder ([`Encoder`]): the dual encoder.
         file (`str` or `os.PathLike`): the texts, see `read_texts`.
         output (`str` or `os.PathLike`): the Parquet file.
         column (`str`, *optional*, defaults to `"text"`): the texts' column.
         batch_size (`int`, *optional*, defaults to 64): texts of full length in a batch.
-        model_name, overwrite, progress: as in `embed_images`.
+        overwrite, progress: as in `embed_images`.
 
     Returns:
         `int`: how many texts were written.
@@ -144,50 +134,54 @@ def embed_texts(
     """
     check_output(output, overwrite=overwrite)
     partial = _partial_folder(output)
-    made_by = fingerprint(model, processor, "text")
     # To the end: what is wrong with the file shows before the long work.
     digests = Counter(_digest(text) for text in read_texts(file, column))
     if not digests:
         raise _no_texts(file)
 
-    with EmbeddingStore(partial / made_by, root=partial.parent, fields={"cut": bool, "row": int}) as store:
+    made_by = encoder.fingerprint("text")
+    with EmbeddingStore(partial, made_by, encoder.dim) as store:
+        known = store.entries(digests)
         keys: list[str] = []
 
         def new_texts() -> Iterator[str]:
-            seen = set(store.entries)
+            seen = set(known)
             for text in read_texts(file, column):
                 if (key := _digest(text)) not in seen:
                     seen.add(key)
                     keys.append(key)
                     yield text
 
-        total = len(digests - store.entries.keys())
+        total = len(digests) - len(known)
         try:
-            for index, embedding, was_cut in iterate_text_embeddings(
-                model, processor, new_texts(), batch_size=batch_size, progress=progress and total > 0, total=total
-            ):
-                store.append(keys[index], embedding.numpy(), cut=was_cut)
+            with store.adding(batch_size) as add:
+                for index, embedding, was_cut in encoder.iterate_texts(
+                    new_texts(), batch_size=batch_size, progress=progress and total > 0, total=total
+                ):
+                    add(keys[index], embedding.numpy(), CUT if was_cut else WHOLE)
         except KeyboardInterrupt:
-            kept = len(store.entries)
+            kept = len(store.entries(digests))
             logger.warning(
-                "Interrupted: %d embeddings are kept in %s; the same command goes on from there.", kept, partial
+                "Interrupted: %d embeddings are kept in %s; the same command goes on from there.", kept, store.path
             )
             raise
+        entries = store.entries(digests)
         # Of the whole file, what an interrupted run encoded included.
-        cut = sum(digests[key] for key, entry in store.entries.items() if entry["cut"])
-        warn_of_cut_texts(cut, digests.total(), max_text_length(model, getattr(processor, "tokenizer", processor)))
-        rows, embeddings = {key: entry["row"] for key, entry in store.entries.items()}, store.embeddings()
+        cut = sum(digests[key] for key, entry in entries.items() if entry.stamp == CUT)
+        warn_of_cut_texts(cut, digests.total(), encoder.max_text_length)
 
-    def batches() -> Iterator[tuple[list[str], np.ndarray]]:
-        texts = read_texts(file, column)
-        while block := list(itertools.islice(texts, WRITE_BLOCK)):
-            missing = [text for text in block if _digest(text) not in rows]
-            if missing:
-                raise ValueError(f"{file}: changed while it was read, {missing[0][:50]!r} is new; run the same again.")
-            yield block, embeddings[[rows[_digest(text)] for text in block]]
+        def batches() -> Iterator[tuple[list[str], np.ndarray]]:
+            texts = read_texts(file, column)
+            while block := list(itertools.islice(texts, WRITE_BLOCK)):
+                missing = [text for text in block if _digest(text) not in entries]
+                if missing:
+                    raise ValueError(
+                        f"{file}: changed while it was read, {missing[0][:50]!r} is new; run the same again."
+                    )
+                yield block, store.vectors([entries[_digest(text)] for text in block])
 
-    metadata = {"model": model_name, "fingerprint": made_by}
-    _write_parquet(output, partial, "text", embeddings.shape[1], batches(), metadata)
+        _write_parquet(output, "text", batches(), encoder, store)
+    shutil.rmtree(partial)
     return digests.total()
 
 
@@ -273,19 +267,17 @@ def _partial_folder(output: str | os.PathLike) -> Path:
 
 def _write_parquet(
     output: str | os.PathLike,
-    partial: Path,
     column: str,
-    dimension: int,
     batches: Iterable[tuple[list[str], np.ndarray]],
-    metadata: dict[str, str],
+    encoder: Encoder,
+    store: EmbeddingStore,
 ) -> None:
-    """Writes the file, whole or not at all, and removes the partial results."""
+    """Writes the file, whole or not at all."""
     schema = pa.schema(
-        [(column, pa.string()), ("embedding", pa.list_(pa.float32(), dimension))],
-        metadata=metadata,
+        [(column, pa.string()), ("embedding", pa.list_(pa.float32(), store.dim))],
+        metadata={"model": encoder.name, "fingerprint": store.made_by},
     )
     with replacing(Path(output)) as file, pq.ParquetWriter(file, schema) as writer:
         for values, rows in batches:
-            embeddings = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), dimension)
+            embeddings = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), store.dim)
             writer.write_batch(pa.record_batch([pa.array(values, pa.string()), embeddings], schema=schema))
-    shutil.rmtree(partial)

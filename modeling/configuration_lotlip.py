@@ -6,10 +6,8 @@ import math
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
-
-from .loading_lotlip import checked_download
 
 logger = logging.get_logger(__name__)
 
@@ -29,13 +27,6 @@ class _LoTLIPBaseConfig(PreTrainedConfig):
 
     format_version: int = FORMAT_VERSION
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "_LoTLIPBaseConfig":
-        """As [`~transformers.PreTrainedConfig.from_dict`]; what `AutoConfig` had from the Hub is checked."""
-        # the other files are left to what loads them: transformers takes an error here for a missing configuration
-        with checked_download(kwargs.get("name_or_path"), file="config.json"):
-            return super().from_dict(config_dict, **kwargs)
-
     def _check_version(self) -> None:
         """Before anything else, which a newer version may have changed."""
         if self.format_version > FORMAT_VERSION:
@@ -51,21 +42,7 @@ class _LoTLIPBaseConfig(PreTrainedConfig):
         given = kwargs.pop("auto_map", None) or {}
         own = {name: ref for name, ref in given.items() if isinstance(ref, str) and "--" not in ref}
         self.auto_map = {**auto_map, **own}
-        unknown = sorted(name for name in kwargs if name not in _KNOWN_FIELDS and not name.startswith("_"))
-        if unknown:
-            logger.warning(
-                f"{type(self).__name__} has no field {', '.join(map(repr, unknown))}: kept, but nothing reads it."
-            )
         super().__post_init__(**kwargs)
-
-
-# That no configuration of transformers declares, and all take.
-_KNOWN_FIELDS = frozenset(
-    {"architectures", "attn_implementation", "experts_implementation", "model_type", "name_or_path", "num_labels"}
-    | {"output_attentions", "per_layer_config", "quantization_config", "torch_dtype", "transformers_version"}
-    | {"use_cache"}
-    | GenerationConfig._get_default_generation_params().keys()
-)
 
 
 class _LoTLIPTowerConfig(_LoTLIPBaseConfig):

@@ -24,7 +24,6 @@ from transformers.utils.generic import (
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
-from .loading_lotlip import checked_download, warn_of_other_code
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
 from .masking_lotlip import create_corner_mask, from_row, to_row
 from .pooling_lotlip import takes_pooled_places, with_pooled_layer
@@ -139,33 +138,12 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
     ) -> "LoTLIPPreTrainedModel":
         """
-        As [`~transformers.PreTrainedModel.from_pretrained`], and more careful: weights are read from safetensors only,
-        unless `use_safetensors` says otherwise; what came from the Hub is checked; and a checkpoint published with
-        other code than the installed is reported.
-
-        Raises:
-            OSError: if there is no such checkpoint, it has no weights in safetensors, or a file came damaged.
+        As [`~transformers.PreTrainedModel.from_pretrained`], but `use_safetensors` defaults to `True`: pickled weights
+        (`.bin`, `.pt`) can run code. Pass `use_safetensors=False` to load those of a source that you trust.
         """
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
-        warn_of_other_code(
-            pretrained_model_name_or_path,
-            kwargs.get("revision"),
-            kwargs.get("token"),
-            kwargs.get("subfolder") or "",
-            kwargs.get("local_files_only", False),
-        )
-        with checked_download(pretrained_model_name_or_path, kwargs.get("cache_dir")):
-            try:
-                return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-            except OSError as error:
-                if "file named model.safetensors" not in str(error):  # no connection, no access, ...
-                    raise
-                raise OSError(
-                    f"{pretrained_model_name_or_path}: no weights in safetensors there, and others are not read: "
-                    "pickled ones (.bin, .pt) can run code; if it has such, pass use_safetensors=False if you trust "
-                    "them."
-                ) from error
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def post_init(self) -> None:
         super().post_init()

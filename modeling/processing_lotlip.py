@@ -11,7 +11,6 @@ from transformers.image_utils import ImageInput, is_pil_image
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 
 from .calls_lotlip import for_one_call, free_of_calls
-from .loading_lotlip import checked_download
 
 # Where transformers' image processors have the resizing that most of them share
 BACKENDS = "transformers.image_processing_backends"
@@ -87,8 +86,7 @@ class LoTLIPProcessor(ProcessorMixin):
             ValueError: if the image processor's sizes are no sizes of images.
         """
         kwargs.setdefault("trust_remote_code", False)  # left out, transformers asks on the terminal
-        with checked_download(pretrained_model_name_or_path, kwargs.get("cache_dir")):
-            processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         loaded = processor[0] if isinstance(processor, tuple) else processor  # with `return_unused_kwargs`
         check_image_sizes(loaded.image_processor, str(pretrained_model_name_or_path))
         # transformers takes a file that the Hub did not give for one that is not there

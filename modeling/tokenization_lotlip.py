@@ -17,7 +17,6 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging
 
 from .calls_lotlip import for_one_call, free_of_calls, own_backend
-from .loading_lotlip import checked_download
 from .sentences_lotlip import ABBREVIATIONS, NUMBERED, STOP, find_sentences
 
 logger = logging.get_logger(__name__)
@@ -217,8 +216,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         """
         if kwargs.get("max_length") is not None:
             kwargs.setdefault("model_max_length", kwargs.pop("max_length"))
-        with checked_download(pretrained_model_name_or_path, kwargs.get("cache_dir")):
-            return super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
 
     @classmethod
     def from_backbone_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> "LoTLIPTokenizer":

@@ -20,10 +20,10 @@ from transformers import CLIPImageProcessorPil
 
 from lotlip_hf import images
 from lotlip_hf.cli import main as lotlip
-from lotlip_hf.encoder import load_model
 from lotlip_hf.evaluation.embeddings import image_digests
 from lotlip_hf.evaluation.tasks import IncompleteDataError
 from lotlip_hf.images import ImageError, find_images, load_image, read_image_bytes, set_max_image_pixels
+from lotlip_hf.loading import load_model
 from lotlip_hf.modeling.processing_lotlip import check_image_sizes
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.model import load_data

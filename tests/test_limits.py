@@ -25,11 +25,11 @@ from transformers import (
 
 import tiny
 import tiny_clip
-from lotlip_hf import LoTLIPModel, LoTLIPProcessor, LoTLIPTokenizer, encode_texts
+from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor, LoTLIPTokenizer
 from lotlip_hf.conversion import clip, official, onnx, stock
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.sampling import CaptionSampling
-from lotlip_hf.encoder import load_model, max_text_length
+from lotlip_hf.loading import load_model, max_text_length
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.model import load_or_start_model
@@ -140,7 +140,9 @@ def test_model_tokenizer_and_processor_agree(
         features = model.get_text_features(**batch)
     features = features if isinstance(features, torch.Tensor) else features.pooler_output
     expected = torch.nn.functional.normalize(features, dim=-1)
-    torch.testing.assert_close(encode_texts(model, own, [LONG, "a"], progress=False), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        Encoder(model, own).encode_texts([LONG, "a"], progress=False), expected, atol=1e-5, rtol=0
+    )
 
 
 # Training
@@ -277,6 +279,6 @@ def test_sentence_transformers(golden: Path, tmp_path: Path) -> None:
     assert sentences.max_seq_length == 30 < longest
     for limit in (30, 8):
         sentences.max_seq_length = limit
-        expected = encode_texts(model, own, [LONG], max_length=limit, progress=False)
+        expected = Encoder(model, own).encode_texts([LONG], max_length=limit, progress=False)
         found = torch.nn.functional.normalize(torch.tensor(sentences.encode([LONG])), dim=-1)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

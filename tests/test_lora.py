@@ -7,13 +7,7 @@ from torch import nn
 from transformers import BertModel
 
 import tiny
-from lotlip_hf import (
-    LoTLIPModel,
-    LoTLIPTextEncoder,
-    LoTLIPTextModel,
-    LoTLIPVisionModelWithProjection,
-    lora_targets,
-)
+from lotlip_hf import LoTLIPModel, LoTLIPTextEncoder, LoTLIPTextModel, LoTLIPVisionModelWithProjection, lora_targets
 from scripts import load_script
 
 TOWERS = ("text_model", "vision_model")

@@ -2,7 +2,7 @@
 
     python examples/space/app.py --model checkpoint --compare openai/clip-vit-base-patch16
 
-`--model` and `--compare` are folders or Hub ids of dual encoders: LoTLIP, CLIP, SigLIP. On a Space, where there is no
+`--model` and `--compare` are folders or Hub ids of dual models: LoTLIP, CLIP, SigLIP. On a Space, where there is no
 command line, the variables LOTLIP_MODEL and LOTLIP_COMPARE name them. Needs gradio: `pip install 'lotlip-hf[space]'`.
 """
 
@@ -22,10 +22,9 @@ from typing import Any
 import gradio as gr
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
 
 from lotlip_hf.data.sampling import split_sentences
-from lotlip_hf.encoder import iterate_image_embeddings, iterate_text_embeddings, load_model, max_text_length
+from lotlip_hf.encoder import Encoder, load_encoder
 from lotlip_hf.images import ImageError, load_image, read_image_bytes
 from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
 from lotlip_hf.terminal import printable_lines, printable_output
@@ -70,21 +69,19 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 
 
 @dataclass
-class Encoder:
+class Model:
     """
     A dual encoder, and the images that it has embedded.
 
     Args:
         name (`str`): what the page calls it.
-        model (`PreTrainedModel`): LoTLIP, or another dual encoder.
-        processor (`ProcessorMixin`): its processor.
+        encoder ([`Encoder`]): the dual encoder.
         embeddings (`dict[str, torch.Tensor]`, *optional*):
             By the digest of an image file's content, its normalised embedding [P]; the latest used come last.
     """
 
     name: str
-    model: PreTrainedModel
-    processor: Any
+    encoder: Encoder
     embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -112,14 +109,13 @@ class Ranking:
     num_cut_sentences: int
 
 
-def load_encoder(name: str) -> Encoder:
-    """Loads a folder or Hub id as [`load_model`] does; the page does not tell where a folder lies."""
-    model, processor = load_model(name)
-    return Encoder(Path(name).resolve().name if os.path.isdir(name) else name, model, processor)
+def load(name: str) -> Model:
+    """Loads a folder or Hub id; the page does not tell where a folder lies."""
+    return Model(Path(name).resolve().name if os.path.isdir(name) else name, load_encoder(name))
 
 
 def rank(
-    encoders: Sequence[Encoder],
+    models: Sequence[Model],
     images: Sequence[str],
     text: str,
     progress: Callable[..., Any] | None = None,
@@ -131,7 +127,7 @@ def rank(
     to encode it.
 
     Args:
-        encoders (`Sequence[Encoder]`): the models.
+        models (`Sequence[Model]`): the models.
         images (`Sequence[str]`): image files.
         text (`str`): the description.
         progress (`Callable`, *optional*): is told of each image, as `gradio.Progress` wants it.
@@ -156,37 +152,35 @@ def rank(
             digests[image] = hashlib.blake2b(read_image_bytes(image)).hexdigest()
         except ImageError as error:
             skipped[image] = error.reason
-    for encoder in encoders:
-        failed = embed_images(encoder, digests, progress)
+    for model in models:
+        failed = embed_images(Encoder(model, digests), progress)
         digests = {image: digest for image, digest in digests.items() if image not in failed}
         skipped |= failed
     if not digests:
         reasons = "; ".join(f"{Path(image).name}: {reason}" for image, reason in skipped.items())
         raise ValueError(f"None of these pictures can be read ({reasons}).")
-    return [rank_one(encoder, digests, text, sentences) for encoder in encoders], skipped
+    return [rank_one(model, digests, text, sentences) for model in models], skipped
 
 
-def embed_images(
-    encoder: Encoder, digests: dict[str, str], progress: Callable[..., Any] | None = None
-) -> dict[str, str]:
+def embed_images(model: Model, digests: dict[str, str], progress: Callable[..., Any] | None = None) -> dict[str, str]:
     """
     Embeds the images that a model has not seen.
 
     Args:
-        encoder (`Encoder`): the model; its `embeddings` are brought up to date.
+        model (`Model`): the model; its `embeddings` are brought up to date.
         digests (`dict[str, str]`): from file to the digest of its content.
         progress (`Callable`, *optional*): as in [`rank`].
 
     Returns:
         `dict[str, str]`: the files that cannot be read, and why.
     """
-    known = encoder.embeddings
+    known = model.embeddings
     new = {digest: image for image, digest in digests.items() if digest not in known}
     for digest in digests.values():
         if digest in known:
             known[digest] = known.pop(digest)  # to the end: used last
     reasons = {}
-    results = iterate_image_embeddings(encoder.model, encoder.processor, list(new.values()))
+    results = model.encoder.iterate_images(list(new.values()))
     for count, (index, result) in enumerate(results, 1):
         digest = list(new)[index]
         if isinstance(result, ImageError):
@@ -194,20 +188,20 @@ def embed_images(
         else:
             known[digest] = result
         if progress is not None:
-            progress((count, len(new)), desc=f"{encoder.name} looks at the pictures", unit="pictures")
+            progress((count, len(new)), desc=f"{model.name} looks at the pictures", unit="pictures")
     while len(known) > CACHE_SIZE:
         del known[next(iter(known))]
     return {image: reasons[digest] for image, digest in digests.items() if digest in reasons}
 
 
-def rank_one(encoder: Encoder, digests: dict[str, str], text: str, sentences: list[str]) -> Ranking:
+def rank_one(model: Model, digests: dict[str, str], text: str, sentences: list[str]) -> Ranking:
     """Ranks images that are embedded: [`rank`] for one model."""
     texts = [text, *sentences]
     rows: list[torch.Tensor] = [torch.empty(0)] * len(texts)
     was_cut = [False] * len(texts)
-    for index, embedding, cut in iterate_text_embeddings(encoder.model, encoder.processor, texts):
+    for index, embedding, cut in model.encoder.iterate_texts(texts):
         rows[index], was_cut[index] = embedding, cut
-    scores = torch.stack(rows) @ torch.stack([encoder.embeddings[digest] for digest in digests.values()]).T
+    scores = torch.stack(rows) @ torch.stack([model.embeddings[digest] for digest in digests.values()]).T
     # Copies of an image may differ in the last bits; they stay in the order in which they came.
     order = torch.sort(scores[0].mul(1e6).round(), descending=True, stable=True).indices
     files = list(digests)
@@ -216,7 +210,7 @@ def rank_one(encoder: Encoder, digests: dict[str, str], text: str, sentences: li
         scores=scores[0, order],
         sentences=sentences,
         sentence_scores=scores[1:, order],
-        max_length=max_text_length(encoder.model, encoder.processor.tokenizer),
+        max_length=model.encoder.max_text_length,
         text_was_cut=was_cut[0],
         num_cut_sentences=sum(was_cut[1:]),
     )
@@ -259,10 +253,9 @@ def gallery(ranking: Ranking) -> list[tuple[Image.Image, str]]:
     ]
 
 
-def summary(encoder: Encoder, ranking: Ranking) -> str:
+def summary(model: Model, ranking: Ranking) -> str:
     """The head of a model's column, in HTML: what it is, and what it did not read or the page does not show."""
-    kind = encoder.model.config.model_type
-    lines = [f"{html.escape(kind)}, reads up to {ranking.max_length} tokens"]
+    lines = [f"reads up to {ranking.max_length} tokens"]
     notes = []
     if ranking.text_was_cut:
         notes.append(f"The description is longer: it was cut at {ranking.max_length} tokens, the rest was not read.")
@@ -271,7 +264,7 @@ def summary(encoder: Encoder, ranking: Ranking) -> str:
         notes.append(f"{ranking.num_cut_sentences} {sentences} of it, taken alone, had to be cut there as well.")
     if len(ranking.images) > NUM_SHOWN:
         lines.append(f"the first {NUM_SHOWN} of {len(ranking.images)} pictures are shown")
-    return f'<div class="model"><h2>{html.escape(encoder.name)}</h2><p>{"; ".join(lines)}</p></div>{notice(notes)}'
+    return f'<div class="model"><h2>{html.escape(model.name)}</h2><p>{"; ".join(lines)}</p></div>{notice(notes)}'
 
 
 def notice(lines: Sequence[str]) -> str:
@@ -331,12 +324,12 @@ def draw_examples(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
     return files, [long_captions(scenes[0])[0], long_captions(scenes[6])[0], short_caption(scenes[0])]
 
 
-def build(encoders: Sequence[Encoder], examples: tuple[list[str], list[str]] = ([], [])) -> gr.Blocks:
+def build(models: Sequence[Model], examples: tuple[list[str], list[str]] = ([], [])) -> gr.Blocks:
     """
     The page.
 
     Args:
-        encoders (`Sequence[Encoder]`): one model, or several to compare side by side.
+        models (`Sequence[Model]`): one model, or several to compare side by side.
         examples (`tuple`, *optional*): image files that are there at the start, and descriptions to choose from.
 
     Returns:
@@ -346,13 +339,13 @@ def build(encoders: Sequence[Encoder], examples: tuple[list[str], list[str]] = (
 
     def show(images: list[tuple[str, str | None]] | None, text: str, progress: gr.Progress = gr.Progress()) -> list:  # noqa: B008
         try:
-            rankings, skipped = rank(encoders, [image for image, _ in images or []], text or "", progress)
+            rankings, skipped = rank(models, [image for image, _ in images or []], text or "", progress)
         except ValueError as error:
-            return [notice([str(error)]), *["", [], ""] * len(encoders)]
+            return [notice([str(error)]), *["", [], ""] * len(models)]
         left_out = [f"Left out, as it cannot be read: {Path(image).name} ({why})" for image, why in skipped.items()]
         columns = [
-            (summary(encoder, ranking), gallery(ranking), sentence_table(ranking))
-            for encoder, ranking in zip(encoders, rankings, strict=True)
+            (summary(model, ranking), gallery(ranking), sentence_table(ranking))
+            for model, ranking in zip(models, rankings, strict=True)
         ]
         return [notice(left_out), *(part for column in columns for part in column)]
 
@@ -400,7 +393,7 @@ def build(encoders: Sequence[Encoder], examples: tuple[list[str], list[str]] = (
             )
         outputs: list[Any] = [gr.HTML(elem_id="message")]
         with gr.Row():
-            for number in range(1, len(encoders) + 1):
+            for number in range(1, len(models) + 1):
                 with gr.Column(elem_id=f"model-{number}"):
                     outputs.append(gr.HTML())
                     outputs.append(
@@ -442,11 +435,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Loads the models and serves the page until it is interrupted."""
     arguments = parse_arguments(argv)
     try:
-        encoders = [load_encoder(name) for name in (arguments.model, arguments.compare) if name]
+        models = [load(name) for name in (arguments.model, arguments.compare) if name]
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {printable_lines(error)}") from error
     with tempfile.TemporaryDirectory() as folder:
-        page = build(encoders, draw_examples(folder))
+        page = build(models, draw_examples(folder))
         try:
             page.launch(server_port=arguments.port, share=arguments.share, ssr_mode=False, css=STYLE, theme=THEME)
         except OSError as error:

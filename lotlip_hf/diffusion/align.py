@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoConfig, CLIPTextModel, CLIPTextModelWithProjection, get_cosine_schedule_with_warmup
 
-from ..encoder import fit_tokenizer
 from ..files import parse_json, read_regular
-from ..loading import load_strict, load_tokenizer, naming_damage
+from ..loading import fit_tokenizer, load_strict, load_tokenizer, naming_damage
 from ..modeling.calls_lotlip import for_one_call
 from ..modeling.modeling_lotlip import LoTLIPTextModel
 from ..modeling.tokenization_lotlip import clean

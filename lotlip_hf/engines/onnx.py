@@ -1,4 +1,4 @@
-"""LoTLIP on ONNX Runtime: what `lotlip export onnx` wrote, with the feature functions of [`LoTLIPModel`]."""
+"""LoTLIP on ONNX Runtime: what `lotlip convert onnx` wrote, with the feature functions of [`LoTLIPModel`]."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,11 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..images import processed_size
+from ..loading import fit_tokenizer, load_processor, naming_damage
 from ..modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from ..modeling.modeling_lotlip import BaseModelOutputWithPoolingAndCorners, LoTLIPOutput
+from .torch import TorchEngine
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -29,7 +32,7 @@ SLOW_ON_CPU = ["SkipLayerNormFusion"]
 class LoTLIPOnnxModel(nn.Module):
     """
     A LoTLIP, or one of its towers, that ONNX Runtime runs. It has no weights in PyTorch and is for inference. What
-    encodes with a [`LoTLIPModel`], such as `encode_texts` and `encode_images`, takes it as well.
+    encodes with a [`LoTLIPModel`], such as [`~lotlip_hf.encoder.Encoder`], takes it as well.
 
     Made by [`LoTLIPOnnxModel.from_pretrained`].
 
@@ -56,7 +59,7 @@ class LoTLIPOnnxModel(nn.Module):
         session_options: "onnxruntime.SessionOptions | None" = None,
     ) -> "LoTLIPOnnxModel":
         """
-        Opens what `lotlip export onnx` wrote.
+        Opens what `lotlip convert onnx` wrote.
 
         Args:
             folder: The folder, with `text_model.onnx`, `vision_model.onnx` or both, and `config.json`.
@@ -74,12 +77,12 @@ class LoTLIPOnnxModel(nn.Module):
 
         ```python
         >>> from transformers import AutoProcessor
-        >>> from lotlip_hf import encode_texts
+        >>> from lotlip_hf import Encoder
         >>> from lotlip_hf.engines.onnx import LoTLIPOnnxModel
 
         >>> model = LoTLIPOnnxModel.from_pretrained("lotlip-onnx")  # doctest: +SKIP
         >>> processor = AutoProcessor.from_pretrained("lotlip-onnx")  # doctest: +SKIP
-        >>> encode_texts(model, processor, ["a dog", "a cat"]).shape  # doctest: +SKIP
+        >>> Encoder(model, processor).encode_texts(["a dog", "a cat"]).shape  # doctest: +SKIP
         torch.Size([2, 768])
         ```
         """
@@ -92,7 +95,7 @@ class LoTLIPOnnxModel(nn.Module):
         files = {tower: folder / name for tower, name in FILES.items() if (folder / name).is_file()}
         if not files:
             raise FileNotFoundError(
-                f"{folder}: no {' or '.join(FILES.values())} there; `lotlip export onnx` makes them of a checkpoint."
+                f"{folder}: no {' or '.join(FILES.values())} there; `lotlip convert onnx` makes them of a checkpoint."
             )
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if not isinstance(config, (LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig)):
@@ -187,39 +190,16 @@ class LoTLIPOnnxModel(nn.Module):
             `pooler_output` [B, (T,) projection_dim], projected and not normalised, float32; nothing else.
 
         Raises:
-            ValueError: on arguments of a wrong shape, type or range, on texts longer than the positions, and if the
-                text tower was not exported.
+            ValueError: on another segment than 0, and if the text tower was not exported.
         """
         session = self._session("text")
         config = getattr(self.config, "text_config", self.config)
-        if input_ids.dim() not in (2, 3) or 0 in input_ids.shape or input_ids.is_floating_point():
-            raise ValueError(
-                "`input_ids` must be integers [batch, length] or [batch, texts, length], got "
-                f"{input_ids.dtype} {list(input_ids.shape)}."
-            )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
             if not config.is_causal and config.pad_token_id is not None:
                 attention_mask = input_ids != config.pad_token_id
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` must have the texts' shape {list(input_ids.shape)}, got "
-                f"{list(attention_mask.shape)}."
-            )
         if token_type_ids is not None and token_type_ids.any():
             raise ValueError("`token_type_ids` must be 0 or left out: the exported model takes one segment.")
-        low, high = int(input_ids.min()), int(input_ids.max())
-        if low < 0 or high >= config.vocab_size:
-            raise ValueError(
-                f"`input_ids` must lie in [0, {config.vocab_size}), the model's vocabulary; got ids from {low} to "
-                f"{high}. Was the text tokenised with another model's tokenizer?"
-            )
-        longest = int(attention_mask.bool().sum(-1).max())
-        if longest > config.max_position_embeddings:
-            raise ValueError(
-                f"The longest text has {longest} tokens; this model takes {config.max_position_embeddings}, the first "
-                "and last token included. Tokenise with truncation=True."
-            )
         features = _run(
             session,
             input_ids=input_ids.reshape(-1, input_ids.shape[-1]).long(),
@@ -239,27 +219,9 @@ class LoTLIPOnnxModel(nn.Module):
             `pooler_output` [B, projection_dim], projected and not normalised, float32; nothing else.
 
         Raises:
-            ValueError: on pixel values of a wrong shape or type, and if the image tower was not exported.
+            ValueError: if the image tower was not exported.
         """
         session = self._session("vision")
-        expected = self.image_shape
-        patch = getattr(self.config, "vision_config", self.config).patch_size
-        if (
-            pixel_values.dim() != 4
-            or not len(pixel_values)
-            or any(
-                size != wanted if isinstance(wanted, int) else size < patch
-                for size, wanted in zip(pixel_values.shape[1:], expected, strict=True)
-            )
-        ):
-            raise ValueError(
-                f"`pixel_values` must have shape [batch, {', '.join(map(str, expected))}], got "
-                f"{list(pixel_values.shape)}: resize the images with the processor."
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"`pixel_values` must be floating point, got {pixel_values.dtype}: pass images through the processor."
-            )
         return BaseModelOutputWithPooling(pooler_output=_run(session, pixel_values=pixel_values.float()))
 
     def forward(
@@ -290,6 +252,57 @@ class LoTLIPOnnxModel(nn.Module):
         if tower not in self.sessions:
             raise ValueError(f"{self.folder} has no {FILES[tower]}: the {tower} tower was not exported.")
         return self.sessions[tower]
+
+
+class OnnxEngine(TorchEngine):
+    """Features by a [`LoTLIPOnnxModel`] and its processor."""
+
+    libraries = ("onnxruntime",)
+
+    @property
+    def name(self) -> str:
+        """The folder."""
+        return str(self.model.folder)
+
+
+def is_onnx(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds an exported tower."""
+    return any(os.path.isfile(os.path.join(folder, file)) for file in FILES.values())
+
+
+def load_onnx(folder: str, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto") -> OnnxEngine:
+    """
+    Opens what `lotlip convert onnx` wrote, on the CPU.
+
+    Args:
+        folder (`str`): the folder.
+        device (`str` or `torch.device`, *optional*): `"cpu"` or left out.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): `"float32"` or `"auto"`.
+
+    Returns:
+        [`OnnxEngine`]: the engine.
+
+    Raises:
+        ValueError: if a file is damaged, the processor makes other images than the tower takes, or on another
+            `device` or `dtype`.
+        ImportError: if ONNX Runtime is not installed.
+    """
+    with naming_damage(folder):
+        model, processor = LoTLIPOnnxModel.from_pretrained(folder), load_processor(folder)
+    try:
+        model.to(device=device or "cpu", dtype=None if dtype == "auto" else getattr(torch, str(dtype), dtype))
+    except RuntimeError as error:
+        raise ValueError(f"`device` {str(device)!r} cannot be used here ({str(error).splitlines()[0]}).") from error
+    if "vision" in model.sessions and hasattr(processor, "image_processor"):
+        made, taken = processed_size(processor.image_processor), tuple(model.image_shape[1:])
+        if made != taken and all(isinstance(side, int) for side in taken):
+            raise ValueError(
+                f"{folder}: the image tower takes {taken[0]} x {taken[1]} pixels, the processor makes {made[0]} x "
+                f"{made[1]}: export the checkpoint again with `lotlip convert onnx`."
+            )
+    if hasattr(processor, "tokenizer"):
+        fit_tokenizer(model, processor.tokenizer)
+    return OnnxEngine(model, processor)
 
 
 def missing_packages(*names: str) -> str | None:

@@ -1,216 +1,148 @@
-"""open_clip's models beside transformers': with their own tokenizers and image transforms, by the same functions."""
+"""Models of open_clip, with their own tokenizers and image transforms."""
 
 import difflib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from types import ModuleType, SimpleNamespace
-from typing import Any, cast
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BatchEncoding, CLIPImageProcessorPil, PreTrainedConfig
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil
 
-from ..encoder import OPEN_CLIP, cached_commit
-from ..modeling.loading_lotlip import checked_download
+from ..images import WHITE, ImageSource, load_image, load_pixels
+from ..loading import cached_commit, usable_device
 from ..modeling.processing_lotlip import is_thin, resized_middle
+from .torch import SIMILARITY_WEIGHTS, Modality
 
 logger = logging.getLogger(__name__)
 
+# Prefix of the names that `load_encoder` loads by open_clip
+OPEN_CLIP = "open_clip:"
 # How open_clip begins names that are not of its own architectures
 HUB, FOLDER = "hf-hub:", "local-dir:"
 
 
-class OpenClipConfig(PreTrainedConfig):
+class OpenClipEngine:
     """
-    What open_clip's configuration of a model says: `vision_config` and `text_config` hold its settings of the towers,
-    by open_clip's names, each beside those that are of both.
-    """
-
-    model_type = "open_clip"
-
-    def __init__(self, model_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        model_cfg = dict(model_cfg or {})
-        both = {name: value for name, value in model_cfg.items() if not isinstance(value, dict)}
-        self.vision_config = PreTrainedConfig(**both, **model_cfg.get("vision_cfg", {}))
-        self.text_config = PreTrainedConfig(**both, **model_cfg.get("text_cfg", {}))
-
-
-class OpenClipModel(nn.Module):
-    """
-    An open_clip model with the feature functions of transformers' dual encoders.
+    Features by a model of open_clip.
 
     Args:
-        model: open_clip's model, which is `self.open_clip`.
-        config: Its configuration.
+        model (`torch.nn.Module`): open_clip's model.
+        tokenizer (`Callable`): its tokenizer, from texts and `context_length` to padded rows [B, L].
+        image_processor ([`OpenClipImageProcessor`]): its image transform.
+        model_cfg (`Mapping`): open_clip's configuration of the model.
+        name (`str`): what the model was loaded by.
+        revision (`str`, *optional*): the commit on the Hub.
     """
 
-    def __init__(self, model: nn.Module, config: OpenClipConfig) -> None:
-        super().__init__()
-        self.open_clip = model
-        self.config = config
-        self.eval()
+    libraries = ("open_clip", "timm", "torchvision")
+    background = WHITE
+    pads_to_full_length = True  # open_clip's models add all their positions
 
-    @property
-    def name_or_path(self) -> str:
-        """What it was loaded by."""
-        return self.config._name_or_path
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return next(self.parameters()).dtype
-
-    @property
-    def logit_scale(self) -> torch.Tensor:
-        """The logarithm of the factor on the cosine similarities."""
-        return cast(torch.Tensor, self.open_clip.logit_scale)
-
-    def get_text_features(self, input_ids: torch.Tensor) -> BaseModelOutputWithPooling:
-        """
-        Features of texts.
-
-        Args:
-            input_ids: [B, L], padded to the full length, as [`OpenClipTokenizer.pad`] does.
-
-        Returns:
-            `pooler_output` [B, P], projected and not normalised; nothing else.
-        """
-        return BaseModelOutputWithPooling(pooler_output=self.open_clip.encode_text(input_ids, normalize=False))
-
-    def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
-        """
-        Features of images.
-
-        Args:
-            pixel_values: [B, 3, height, width], from [`OpenClipImageProcessor`].
-
-        Returns:
-            `pooler_output` [B, P], projected and not normalised; nothing else.
-        """
-        return BaseModelOutputWithPooling(pooler_output=self.open_clip.encode_image(pixel_values, normalize=False))
-
-
-class OpenClipTokenizer:
-    """
-    One of open_clip's tokenizers, called as transformers' are where texts are encoded.
-
-    open_clip's own give rows that are cut and padded. Here they come without the padding, and [`pad`] puts it back.
-
-    Args:
-        tokenizer: open_clip's tokenizer.
-
-    Attributes:
-        model_max_length: The tokens that the model takes, special ones included.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        image_processor: "OpenClipImageProcessor",
+        model_cfg: Mapping[str, Any],
+        name: str,
+        revision: str | None = None,
+    ) -> None:
+        self.model = model.eval()
         self.tokenizer = tokenizer
-        self.model_max_length: int = tokenizer.context_length
-        # transformers' tokenizer inside, where there is one
-        inner = getattr(tokenizer, "tokenizer", None)
+        self.image_processor = image_processor
+        self.model_cfg = dict(model_cfg)
+        self.name = name
+        self.revision = revision
+        self.max_text_length: int = tokenizer.context_length
+        inner = getattr(tokenizer, "tokenizer", None)  # transformers' tokenizer, if it wraps one
         if getattr(inner, "padding_side", "right") != "right":
             raise ValueError("the tokenizer pads on the left; expected one that pads on the right, as open_clip's do")
         self.pad_token_id: int = getattr(inner, "pad_token_id", None) or 0
-        # In this mode the last place is the class token's, behind the padding.
+        # In this mode the class token stands at the last position, behind the padding.
         self._ends_in_class_token = getattr(tokenizer, "tokenizer_mode", None) == "clips"
-        self.deprecation_warnings: dict[str, bool] = {}
 
-    def __call__(
-        self,
-        text: str | Sequence[str],
-        *,
-        truncation: bool = True,
-        max_length: int | None = None,
-        verbose: bool = True,
-    ) -> BatchEncoding:
-        """
-        Token ids of texts, without padding.
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
 
-        Args:
-            text: One text, or B.
-            truncation: Whether to cut texts that are too long.
-            max_length: At how many tokens, special ones included; by default at `model_max_length`.
-            verbose: As transformers' tokenizers take it. This one says nothing.
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return next(self.model.parameters()).dtype
 
-        Returns:
-            `input_ids`, B lists; and as `encodings`, B objects that hold as `overflowing` whether the text was cut.
-        """
-        texts = [text] if isinstance(text, str) else list(text)
-        length = max_length or self.model_max_length
-        input_ids, was_cut = self._cut(texts, length)
-        while not truncation and any(was_cut):
-            length *= 2
-            input_ids, was_cut = self._cut(texts, length)
-        encodings = [SimpleNamespace(overflowing=cut) for cut in was_cut]
-        return BatchEncoding({"input_ids": input_ids}, encoding=encodings, n_sequences=1)  # pyright: ignore[reportArgumentType]
-
-    def _cut(self, texts: list[str], length: int) -> tuple[list[list[int]], list[bool]]:
-        """Token ids of texts, and which were cut: those that have another token where there is room for one."""
-        input_ids = self._token_ids(texts, length)
+    def tokenize(self, texts: list[str], max_length: int) -> tuple[dict[str, list[list[int]]], list[bool]]:
+        """The tokens of each text, not padded, and whether the text was cut at `max_length`."""
+        input_ids = self._token_ids(texts, max_length)
         was_cut = [False] * len(texts)
-        # one less where the end is the token that pads
-        full = [place for place, ids in enumerate(input_ids) if len(ids) >= length - 1]
-        for place, longer in zip(full, self._token_ids([texts[place] for place in full], length + 1), strict=True):
-            was_cut[place] = longer != input_ids[place]
-        return input_ids, was_cut
+        # A text was cut if it has another token with room for one more; the end token may be the padding token.
+        full = [index for index, ids in enumerate(input_ids) if len(ids) >= max_length - 1]
+        longer = self._token_ids([texts[index] for index in full], max_length + 1)
+        for index, ids in zip(full, longer, strict=True):
+            was_cut[index] = ids != input_ids[index]
+        return {"input_ids": input_ids}, was_cut
 
     def _token_ids(self, texts: list[str], length: int) -> list[list[int]]:
-        if not texts:
-            return []
         token_ids = []
-        for row in self.tokenizer(texts, context_length=length).tolist():
+        for row in self.tokenizer(texts, context_length=length).tolist() if texts else []:
             end = [row.pop()] if self._ends_in_class_token else []
             while row and row[-1] == self.pad_token_id:
                 row.pop()
             token_ids.append(row + end)
         return token_ids
 
-    def pad(self, encoded_inputs: Mapping[str, Sequence[Sequence[int]]], **kwargs: Any) -> dict[str, torch.Tensor]:
-        """
-        Pads to `model_max_length`, whatever the keyword arguments of transformers' tokenizers say: open_clip's models
-        take no other length.
-
-        Args:
-            encoded_inputs: `input_ids`, B lists.
-
-        Returns:
-            `input_ids` [B, model_max_length].
-        """
-        input_ids = encoded_inputs["input_ids"]
-        rows = torch.full((len(input_ids), self.model_max_length), self.pad_token_id)
+    def pad(self, encoded: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, torch.Tensor]:
+        """Tokens of B texts as a tensor [B, max_text_length]."""
+        input_ids = encoded["input_ids"]
+        rows = torch.full((len(input_ids), self.max_text_length), self.pad_token_id)
         for row, ids in zip(rows, input_ids, strict=True):
             words = len(ids) - self._ends_in_class_token
             row[:words] = torch.tensor(ids[:words], dtype=row.dtype)
             if self._ends_in_class_token:
                 row[-1] = ids[-1]
-        return {"input_ids": rows}
+        return {"text": rows}
 
-    @property
-    def init_kwargs(self) -> dict[str, Any]:
-        """The settings that decide on the token ids."""
+    def open(self, image: ImageSource, name: str) -> Image.Image:
+        """An image in memory as RGB; an `ImageError` if it is damaged."""
+        return load_image(image, name, image_processor=self.image_processor, background=WHITE)
+
+    def pixels(self, image: ImageSource, name: str | None = None) -> dict[str, torch.Tensor]:
+        """The model's inputs [1, ...] for one image; an `ImageError` if it cannot be read."""
+        return load_pixels(image, name, image_processor=self.image_processor, background=WHITE)
+
+    def text_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Features [B, P] of texts, not normalised."""
+        with torch.inference_mode():
+            return self.model.encode_text(inputs["text"].to(self.device), normalize=False)
+
+    def image_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Features [B, P] of images, not normalised."""
+        with torch.inference_mode():
+            return self.model.encode_image(inputs["pixel_values"].to(self.device, self.dtype), normalize=False)
+
+    def settings(self, modality: Modality) -> dict[str, Any]:
+        """All that decides on a modality's features beside the weights."""
+        both = {name: value for name, value in self.model_cfg.items() if not isinstance(value, dict)}
+        if modality == "image":
+            preparation = {**self.image_processor.settings, "background": WHITE}
+            return {"config": {**both, **self.model_cfg.get("vision_cfg", {})}, "preparation": preparation}
         own = {name: value for name, value in vars(self.tokenizer).items() if isinstance(value, bool | int | str)}
         own["tokenizer_class"] = type(self.tokenizer).__name__
         own["cleaning"] = getattr(getattr(self.tokenizer, "clean_fn", None), "__name__", None)
-        return {**getattr(getattr(self.tokenizer, "tokenizer", None), "init_kwargs", {}), **own}
+        inner = getattr(self.tokenizer, "tokenizer", None)
+        own["vocabulary"] = self.tokenizer.encoder if inner is None else inner.get_vocab()
+        return {"config": {**both, **self.model_cfg.get("text_cfg", {})}, "preparation": own}
 
-    @property
-    def backend_tokenizer(self) -> Any:
-        """That of transformers' tokenizer inside; without one an `AttributeError`."""
-        return self.tokenizer.tokenizer.backend_tokenizer
-
-    def get_vocab(self) -> dict[str, int]:
-        """The ids of all tokens."""
-        return self.tokenizer.encoder if hasattr(self.tokenizer, "encoder") else self.tokenizer.tokenizer.get_vocab()
+    def weights(self, modality: Modality) -> Iterator[tuple[str, torch.Tensor]]:
+        """A tower's weights by name, sorted."""
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if name not in SIMILARITY_WEIGHTS and name.startswith("visual.") == (modality == "image"):
+                yield name, tensor
 
 
 class OpenClipImageProcessor:
@@ -257,44 +189,27 @@ class OpenClipImageProcessor:
             return image
         return resized_middle(image, self.shortest)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The settings."""
-        return {"image_processor_type": type(self).__name__, **self.settings}
-
-
-class OpenClipProcessor:
-    """
-    Prepares texts and images for an open_clip model.
-
-    Args:
-        image_processor: For images.
-        tokenizer: For texts.
-    """
-
-    def __init__(self, image_processor: OpenClipImageProcessor, tokenizer: OpenClipTokenizer) -> None:
-        self.image_processor = image_processor
-        self.tokenizer = tokenizer
-
 
 def load_open_clip(
-    name: str, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"
-) -> tuple[OpenClipModel, OpenClipProcessor]:
+    name: str, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
+) -> OpenClipEngine:
     """
     Loads a model by open_clip.
 
     Args:
-        name: One of
+        name (`str`): One of
 
             - `"open_clip:ViT-B-32/laion2b_s34b_b79k"`: an architecture and pretrained weights of open_clip's, which
-              need not be named where there are no others;
+              may be left out if there is one set;
             - `"open_clip:ViT-B-32/path/to/checkpoint.pt"`: an architecture and a file of weights;
             - `"open_clip:hf-hub:org/name"`: a repository on the Hub with `open_clip_config.json`;
             - `"open_clip:local-dir:path/to/folder"`: a folder with such files.
-        device: Where to put the model.
-        dtype: Of the weights; `"auto"` is float32, as open_clip loads them.
+        device (`str` or `torch.device`, *optional*): where to put the model; by default the accelerator, if any.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+            Of the weights; `"auto"` is float32, as open_clip loads them.
 
     Returns:
-        The model in evaluation mode and its processor, for what encodes by transformers' models.
+        [`OpenClipEngine`]: the model in evaluation mode.
 
     Raises:
         ImportError: if open_clip cannot be imported; the message says what to install.
@@ -311,26 +226,25 @@ def load_open_clip(
         tag = open_clip.get_pretrained_cfg(architecture, pretrained)  # empty for a file
         repository = "/".join(tag.get("hf_hub", "").split("/")[:2]) or None
     try:
-        download = checked_download(repository) if repository else nullcontext()
-        with download, _as_own_log():
+        with _as_own_log():
             model_cfg = open_clip.get_model_config(architecture)
             _refuse_code(model_cfg, architecture)
-            # without a text tower's own weights, which would be fetched where there are none of the model
+            # without a text tower's own weights, which would be fetched if the model has none
             model, transform = open_clip.create_model_from_pretrained(architecture, pretrained, pretrained_text=False)
-            tokenizer = OpenClipTokenizer(open_clip.get_tokenizer(architecture))
+            tokenizer = open_clip.get_tokenizer(architecture)
+            image_processor = OpenClipImageProcessor(transform, model.visual.preprocess_cfg)
+            revision = None if repository is None else cached_commit(repository)
+            engine = OpenClipEngine(model, tokenizer, image_processor, model_cfg, name, revision)
     except OSError as error:
         raise OSError(f"{name}: {error}") from error
     except Exception as error:  # open_clip raises every kind, on damaged and on missing files too
         message = " ".join(str(error).split())
         message = f"{message[:500]} ..." if len(message) > 500 else message
         raise ValueError(f"{name}: open_clip cannot load it ({message}).") from error
-    config = OpenClipConfig(model_cfg, name_or_path=name)
-    config._commit_hash = None if repository is None else cached_commit(repository)
-    processor = OpenClipProcessor(OpenClipImageProcessor(transform, model.visual.preprocess_cfg), tokenizer)
-    wrapped = OpenClipModel(model, config).to(device)
+    model.to(usable_device(device))
     if dtype != "auto":
-        wrapped = wrapped.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    return wrapped, processor
+        model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    return engine
 
 
 def _refuse_code(model_cfg: Mapping[str, Any], architecture: str) -> None:

@@ -11,13 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import PreTrainedModel
-
-from ..encoder import encode_texts, max_text_length
+from ..encoder import Encoder
 from ..files import printable, replacing
-from ..store import fingerprint
 from .embeddings import embed_images, embed_texts, image_digests
-from .models import model_revision, model_versions
 from .report import metric_table, study_table, table
 from .retrieval import accuracies, check_search, retrieval_metrics, telling_metrics
 from .studies import length_study, sentence_ablation
@@ -28,8 +24,7 @@ LIBRARIES = ("lotlip-hf", "torch", "transformers", "tokenizers", "pillow", "nump
 
 
 def evaluate(
-    model: PreTrainedModel,
-    processor: Any,
+    encoder: Encoder,
     data: RetrievalData | ClassificationData,
     *,
     benchmark: str | None = None,
@@ -48,8 +43,7 @@ def evaluate(
     where it has classes. Of several processes each encodes its share; all return the same.
 
     Args:
-        model: A dual encoder, as [`~lotlip_hf.encoder.load_model`] gives it.
-        processor: Its processor.
+        encoder: The dual encoder.
         data: What [`~lotlip_hf.evaluation.benchmarks.registry.load_benchmark`] reads, or data of one's own.
         benchmark: Name of the benchmark, such as `"iiw"`: the column of the report. By default the name of `data`.
         model_name: What the results call the model; by default the folder or Hub id that it was loaded from.
@@ -75,37 +69,36 @@ def evaluate(
     Example:
 
     ```python
-    >>> from lotlip_hf.encoder import load_model
+    >>> from lotlip_hf import load_encoder
     >>> from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
     >>> from lotlip_hf.evaluation.evaluate import evaluate
 
-    >>> model, processor = load_model("path/to/checkpoint")  # doctest: +SKIP
-    >>> results = evaluate(model, processor, load_benchmark("iiw", "path/to/iiw"))  # doctest: +SKIP
+    >>> encoder = load_encoder("path/to/checkpoint")  # doctest: +SKIP
+    >>> results = evaluate(encoder, load_benchmark("iiw", "path/to/iiw"))  # doctest: +SKIP
     >>> results["metrics"]["text_to_image_r1"]  # doctest: +SKIP
     ```
     """
     # what would end the long work is found out before it
-    width = encode_texts(model, processor, ["a"], max_length=max_length, progress=False).shape[1]
+    width = encoder.encode_texts(["a"], max_length=max_length, progress=False).shape[1]
     check_search(width, bootstrap, faiss_index, faiss_parameters)
     _check(data)
-    fingerprints = _fingerprints(model, processor)
+    fingerprints = _fingerprints(encoder)
     digests = image_digests(data.images, names=data.image_names, progress=progress)
     image_embeds = embed_images(
-        model,
-        processor,
+        encoder,
         data.images,
         names=data.image_names,
         digests=digests,
         cache=cache,
         batch_size=batch_size or 32,
-        model_fingerprint=fingerprints["image"],
+        fingerprint=fingerprints["image"],
         progress=progress,
     )
     settings = {
         "cache": cache,
         "batch_size": batch_size or 64,
         "max_length": max_length,
-        "model_fingerprint": fingerprints["text"],
+        "fingerprint": fingerprints["text"],
         "progress": progress,
     }
     protocol: dict[str, Any] = {"batch_size": batch_size}
@@ -113,7 +106,7 @@ def evaluate(
         protocol["max_length_asked"] = max_length
     if isinstance(data, RetrievalData):
         task = "image-text-retrieval"
-        text_embeds, was_cut = embed_texts(model, processor, data.texts, **settings)
+        text_embeds, was_cut = embed_texts(encoder, data.texts, **settings)
         metrics = retrieval_metrics(
             image_embeds,
             text_embeds,
@@ -130,18 +123,17 @@ def evaluate(
         }
     else:
         task = "zero-shot-image-classification"
-        class_embeds = class_embeddings(model, processor, data.class_names, templates, **settings)
+        class_embeds = class_embeddings(encoder, data.class_names, templates, **settings)
         metrics = accuracies(image_embeds @ class_embeds.T, data.labels)
         protocol |= {"templates": list(templates)}
-    record = _record(model, processor, data, fingerprints, digests, benchmark, model_name, protocol)
+    record = _record(encoder, data, fingerprints, digests, benchmark, model_name, protocol)
     if faiss_index is not None:
         record["versions"]["faiss-cpu"] = sys.modules["faiss"].__version__
     return {"task": task, "metrics": telling_metrics(metrics, record["protocol"]), **record}
 
 
 def study(
-    model: PreTrainedModel,
-    processor: Any,
+    encoder: Encoder,
     data: RetrievalData,
     kind: Literal["length", "sentences"],
     *,
@@ -156,7 +148,7 @@ def study(
     Studies what long texts are worth to a model.
 
     Args:
-        model, processor, benchmark, model_name, cache, batch_size, progress: As in [`evaluate`].
+        encoder, benchmark, model_name, cache, batch_size, progress: As in [`evaluate`].
         data: Images and texts.
         kind: `"length"`, for [`~lotlip_hf.evaluation.studies.length_study`], or `"sentences"`, for
             [`~lotlip_hf.evaluation.studies.sentence_ablation`].
@@ -171,37 +163,36 @@ def study(
     if not isinstance(data, RetrievalData):
         raise ValueError(f"{data.name} has classes and no texts: a study needs a retrieval task.")
     _check(data)
-    fingerprints = _fingerprints(model, processor)
+    fingerprints = _fingerprints(encoder)
     digests = image_digests(data.images, names=data.image_names, progress=progress)
     settings = {"digests": digests, "cache": cache, "batch_size": batch_size, "progress": progress}
     if kind == "length":
-        rows = length_study(model, processor, data, limits, **settings)
+        rows = length_study(encoder, data, limits, **settings)
     else:
-        rows = sentence_ablation(model, processor, data, **settings)
+        rows = sentence_ablation(encoder, data, **settings)
     protocol = {"batch_size": batch_size, "similarity": "cosine", "search": "exact"}
-    record = _record(model, processor, data, fingerprints, digests, benchmark, model_name, protocol)
+    record = _record(encoder, data, fingerprints, digests, benchmark, model_name, protocol)
     return {"task": "image-text-retrieval", "study": kind, "rows": rows, **record}
 
 
 def _check(data: RetrievalData | ClassificationData) -> None:
     """Raises a `ValueError` if the parts of the data do not fit."""
     if isinstance(data, RetrievalData):
-        name, places, count, number = "text_to_image", data.text_to_image, len(data.texts), len(data.images)
+        name, indices, count, number = "text_to_image", data.text_to_image, len(data.texts), len(data.images)
     else:
-        name, places, count, number = "labels", data.labels, len(data.images), len(data.class_names)
-    if len(places) != count or not all(0 <= int(place) < number for place in places):
-        raise ValueError(f"`data.{name}` must hold {count} places from 0 to {number - 1}, one for each.")
+        name, indices, count, number = "labels", data.labels, len(data.images), len(data.class_names)
+    if len(indices) != count or not all(0 <= int(index) < number for index in indices):
+        raise ValueError(f"`data.{name}` must have length {count} with values in [0, {number - 1}].")
     if len(data.image_names) != len(data.images):
         raise ValueError(f"`data.image_names` must name {len(data.images)} images, got {len(data.image_names)}.")
 
 
-def _fingerprints(model: PreTrainedModel, processor: Any) -> dict[str, str]:
-    return {modality: fingerprint(model, processor, modality) for modality in ("image", "text")}
+def _fingerprints(encoder: Encoder) -> dict[str, str]:
+    return {"image": encoder.fingerprint("image"), "text": encoder.fingerprint("text")}
 
 
 def _record(
-    model: PreTrainedModel,
-    processor: Any,
+    encoder: Encoder,
     data: RetrievalData | ClassificationData,
     fingerprints: dict[str, str],
     digests: Sequence[str],
@@ -212,13 +203,13 @@ def _record(
     """What was measured with what: everything that somebody needs to do it again."""
     if isinstance(data, RetrievalData):
         counts = {"num_images": len(data.images), "num_texts": len(data.texts)}
-        contents: Any = [list(data.texts), [int(place) for place in data.text_to_image]]
+        contents: Any = [list(data.texts), [int(index) for index in data.text_to_image]]
     else:
         counts = {"num_images": len(data.images), "num_classes": len(data.class_names)}
         contents = [list(data.class_names), [int(label) for label in data.labels]]
     return {
-        "model": str(model_name or getattr(model, "name_or_path", "") or type(model).__name__),
-        "model_revision": model_revision(model),
+        "model": model_name or encoder.name,
+        "model_revision": encoder.revision,
         "model_fingerprint": fingerprints,
         "benchmark": benchmark or data.name,
         "dataset": {"id": data.id, "name": data.name, "split": data.split, "revision": data.revision},
@@ -226,16 +217,16 @@ def _record(
         "protocol": {
             **counts,
             **data.protocol,
-            "max_length": protocol.get("max_length_asked", max_text_length(model, processor.tokenizer)),
+            "max_length": protocol.get("max_length_asked", encoder.max_text_length),
             **protocol,
         },
         "versions": {
             "python": platform.python_version(),
             **{library: version(library) for library in LIBRARIES},
-            **model_versions(model),
+            **encoder.versions,
         },
-        "device": model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": encoder.device.type,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -13,16 +14,8 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..distributed import rank, world_size
-from ..encoder import (
-    FULL_LENGTH_MODEL_TYPES,
-    TEXT_CHUNK,
-    _tokenize,
-    iterate_text_embeddings,
-    max_text_length,
-    warn_of_cut_texts,
-)
+from ..encoder import TEXT_CHUNK, Encoder, warn_of_cut_texts
 from ..plots import DIRECTION_COLOURS, DIRECTIONS, check_plot, figure, save, wrapped
-from ..store import fingerprint
 from .embeddings import UNIT_SIZE, embed_images, embed_texts
 from .retrieval import ranks, recalls
 from .tasks import RetrievalData
@@ -39,8 +32,7 @@ Row = dict[str, Any]
 
 
 def length_study(
-    model: PreTrainedModel,
-    processor: Any,
+    encoder: Encoder,
     data: RetrievalData,
     limits: Sequence[int] | None = None,
     *,
@@ -58,8 +50,7 @@ def length_study(
     every text to a fixed length is counted with that.
 
     Args:
-        model: A dual encoder, as [`~lotlip_hf.encoder.load_model`] gives it.
-        processor: Its processor.
+        encoder: The dual encoder.
         data: Images and texts.
         limits: Numbers of tokens, the special ones included; by default 16, 32, 48, 64, 96, 128, 192, 256, 384, 512 as
             far as the model takes them, and what it takes.
@@ -80,24 +71,23 @@ def length_study(
     Example:
 
     ```python
-    >>> from lotlip_hf.encoder import load_model
+    >>> from lotlip_hf import load_encoder
     >>> from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
     >>> from lotlip_hf.evaluation.studies import length_study, plot_length_study
 
-    >>> model, processor = load_model("path/to/checkpoint")  # doctest: +SKIP
-    >>> rows = length_study(model, processor, load_benchmark("iiw", "path/to/iiw"))  # doctest: +SKIP
+    >>> encoder = load_encoder("path/to/checkpoint")  # doctest: +SKIP
+    >>> rows = length_study(encoder, load_benchmark("iiw", "path/to/iiw"))  # doctest: +SKIP
     >>> plot_length_study(rows, "length.png")  # doctest: +SKIP
     ```
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
-    longest = max_text_length(model, tokenizer)
+    longest = encoder.max_text_length
     limits = sorted(set(limits or [*(limit for limit in LIMITS if limit < longest), longest]))
     if limits[0] < 3 or limits[-1] > longest:
         raise ValueError(f"`limits` must be from 3 to the {longest} tokens that the model takes, got {limits}.")
-    _check_attention(model)
+    _check_attention(encoder)
 
     texts = list(data.texts)
-    tokenized = [(len(ids), at_end) for ids, at_end in _tokens(tokenizer, texts, longest)]
+    tokenized = [(len(ids), at_end) for ids, at_end in _tokens(encoder, texts, longest)]
     lengths = [length for length, _ in tokenized]
     _warn(sum(at_end for _, at_end in tokenized), data, longest)
     # A text that is cut at neither this limit nor the next one above is what it was.
@@ -105,12 +95,12 @@ def length_study(
         limit: [place for place, length in enumerate(lengths) if limit == limits[-1] or length > limit]
         for limit in limits
     }
-    image_embeds = _embed_images(model, processor, data, digests, cache, batch_size, progress)
-    count_flops = _flop_counter(model, processor, texts, lengths)
+    image_embeds = _embed_images(encoder, data, digests, cache, batch_size, progress)
+    count_flops = _flop_counter(encoder, texts, lengths)
     text_embeds = torch.empty(len(texts), image_embeds.shape[1])
     rows: list[Row] = []
     with _progress_bar(sum(map(len, changed.values())), progress) as bar:
-        embed = _encoder(model, processor, cache, batch_size, bar)
+        embed = _embedder(encoder, cache, batch_size, bar)
         for limit in reversed(limits):
             places = changed[limit]
             if places:
@@ -128,8 +118,7 @@ def length_study(
 
 
 def sentence_ablation(
-    model: PreTrainedModel,
-    processor: Any,
+    encoder: Encoder,
     data: RetrievalData,
     max_sentences: int | None = None,
     *,
@@ -145,8 +134,7 @@ def sentence_ablation(
     than k sentences stays whole, and so does one that has no other sentence.
 
     Args:
-        model: A dual encoder, as [`~lotlip_hf.encoder.load_model`] gives it.
-        processor: Its processor.
+        encoder: The dual encoder.
         data: Images and texts.
         max_sentences: The last k; by default the number of sentences of the longest text.
         digests: What the images hold, if known from [`~lotlip_hf.evaluation.embeddings.image_digests`].
@@ -173,12 +161,12 @@ def sentence_ablation(
     Example:
 
     ```python
-    >>> from lotlip_hf.encoder import load_model
+    >>> from lotlip_hf import load_encoder
     >>> from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
     >>> from lotlip_hf.evaluation.studies import plot_sentence_ablation, sentence_ablation
 
-    >>> model, processor = load_model("path/to/checkpoint")  # doctest: +SKIP
-    >>> rows = sentence_ablation(model, processor, load_benchmark("iiw", "path/to/iiw"))  # doctest: +SKIP
+    >>> encoder = load_encoder("path/to/checkpoint")  # doctest: +SKIP
+    >>> rows = sentence_ablation(encoder, load_benchmark("iiw", "path/to/iiw"))  # doctest: +SKIP
     >>> plot_sentence_ablation(rows, "sentences.png")  # doctest: +SKIP
     ```
     """
@@ -190,14 +178,13 @@ def sentence_ablation(
     if most < 2:
         raise ValueError(f"No text of {data.name} has two sentences (they end in {JOINER!r}): none can be left out.")
 
-    tokenizer = getattr(processor, "tokenizer", processor)
-    longest = max_text_length(model, tokenizer)
+    longest = encoder.max_text_length
     most = min(most, max_sentences or most)
     having = {
         k: [place for place, parts in enumerate(sentences) if len(parts) >= max(k, 2)] for k in range(1, most + 1)
     }
-    _warn(sum(at_end for _, at_end in _tokens(tokenizer, texts, longest)), data, longest)
-    image_embeds = _embed_images(model, processor, data, digests, cache, batch_size, progress)
+    _warn(sum(at_end for _, at_end in _tokens(encoder, texts, longest)), data, longest)
+    image_embeds = _embed_images(encoder, data, digests, cache, batch_size, progress)
     text_to_image = torch.as_tensor(data.text_to_image)
 
     def score(text_embeds: torch.Tensor) -> dict[str, float]:
@@ -211,14 +198,14 @@ def sentence_ablation(
 
     total = len(texts) + sum(map(len, having.values()))
     with _progress_bar(total, progress) as bar:
-        embed = _encoder(model, processor, cache, batch_size, bar)
+        embed = _embedder(encoder, cache, batch_size, bar)
         whole_embeds = embed(texts, None)
         whole = score(whole_embeds)
         rows: list[Row] = [{"sentence": 0, "num_texts": 0, "num_read": 0, **whole, **_lost(whole, whole, {})}]
         for k, places in having.items():
             shorter = [JOINER.join(sentences[place][: k - 1] + sentences[place][k:]) for place in places]
-            before = _tokens(tokenizer, [texts[place] for place in places], longest)
-            after = _tokens(tokenizer, shorter, longest)
+            before = _tokens(encoder, [texts[place] for place in places], longest)
+            after = _tokens(encoder, shorter, longest)
             read = [index for index, ((old, _), (new, _)) in enumerate(zip(before, after, strict=True)) if old != new]
             text_embeds = whole_embeds.clone()
             if read:
@@ -323,8 +310,7 @@ def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.Pat
 
 
 def _embed_images(
-    model: PreTrainedModel,
-    processor: Any,
+    encoder: Encoder,
     data: RetrievalData,
     digests: Sequence[str] | None,
     cache: str | os.PathLike | None,
@@ -333,8 +319,7 @@ def _embed_images(
 ) -> torch.Tensor:
     """[I, P]."""
     return embed_images(
-        model,
-        processor,
+        encoder,
         data.images,
         names=data.image_names,
         digests=digests,
@@ -349,15 +334,14 @@ def _progress_bar(texts: int, progress: bool) -> "tqdm[Any]":
     return tqdm(total=texts, desc="Encoding texts", unit="text", disable=not progress or rank() > 0)
 
 
-def _encoder(
-    model: PreTrainedModel,
-    processor: Any,
+def _embedder(
+    encoder: Encoder,
     cache: str | os.PathLike | None,
     batch_size: int | None,
     bar: "tqdm[Any]",
 ) -> Callable[[list[str], int | None], torch.Tensor]:
     """What makes N texts embeddings [N, P], cut at a limit if one is given, and moves the bar on as it does."""
-    own = None if cache is None else fingerprint(model, processor, "text")  # takes seconds, and stays the same
+    own = None if cache is None else encoder.fingerprint("text")  # takes seconds, and stays the same
     at_once = UNIT_SIZE * world_size()
 
     def embed(texts: list[str], max_length: int | None) -> torch.Tensor:
@@ -366,13 +350,12 @@ def _encoder(
         parts = []
         for start in range(0, len(unique), at_once):
             part = embed_texts(
-                model,
-                processor,
+                encoder,
                 unique[start : start + at_once],
                 cache=cache,
                 batch_size=batch_size or 64,
                 max_length=max_length,
-                model_fingerprint=own,
+                fingerprint=own,
                 warn=False,
                 progress=False,
             ).embeds
@@ -385,10 +368,10 @@ def _encoder(
     return embed
 
 
-def _tokens(tokenizer: Any, texts: list[str], max_length: int) -> Iterator[tuple[list[int], bool]]:
+def _tokens(encoder: Encoder, texts: list[str], max_length: int) -> Iterator[tuple[list[int], bool]]:
     """Of each text its tokens, those beyond `max_length` left out, and whether there were such."""
     for start in range(0, len(texts), TEXT_CHUNK):
-        encoded, was_cut = _tokenize(tokenizer, texts[start : start + TEXT_CHUNK], max_length)
+        encoded, was_cut = encoder.engine.tokenize(texts[start : start + TEXT_CHUNK], max_length)
         yield from zip(encoded["input_ids"], was_cut, strict=True)
 
 
@@ -398,8 +381,9 @@ def _warn(cut: int, data: RetrievalData, max_length: int) -> None:
         warn_of_cut_texts(cut, len(data.texts), max_length)
 
 
-def _check_attention(model: PreTrainedModel) -> None:
-    for module in model.modules():
+def _check_attention(encoder: Encoder) -> None:
+    model = getattr(encoder.engine, "model", None)
+    for module in model.modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, PreTrainedModel) and is_flash_attention_requested(module.config):
             raise ValueError(
                 "The FLOPs of flash attention are not counted by PyTorch: load the model with "
@@ -407,12 +391,10 @@ def _check_attention(model: PreTrainedModel) -> None:
             )
 
 
-def _flop_counter(
-    model: PreTrainedModel, processor: Any, texts: list[str], lengths: list[int]
-) -> Callable[[int], float | None]:
+def _flop_counter(encoder: Encoder, texts: list[str], lengths: list[int]) -> Callable[[int], float | None]:
     """A function that gives the mean FLOPs of encoding one of the texts, cut at a limit."""
     # where every text is padded to the same length, the texts' own do not matter
-    is_padded = model.config.model_type in FULL_LENGTH_MODEL_TYPES
+    is_padded = encoder.engine.pads_to_full_length
     counted: dict[int, int] = {}
 
     def count(limit: int) -> float | None:
@@ -421,7 +403,7 @@ def _flop_counter(
             if key in counted:
                 continue
             with FlopCounterMode(display=False) as counter, _single_products():
-                list(iterate_text_embeddings(model, processor, [text], max_length=limit))
+                list(encoder.iterate_texts([text], max_length=limit))
             counted[key] = counter.get_total_flops()
         if not all(counted[key] for key in keys):  # as of ONNX Runtime, which PyTorch does not see
             return None

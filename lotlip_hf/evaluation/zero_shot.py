@@ -5,17 +5,16 @@ from collections.abc import Sequence
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
+from ..encoder import Encoder
 from .embeddings import embed_texts
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 # What stands for the class in a template.
-PLACES = ("{}", "{c}")
+PLACEHOLDERS = ("{}", "{c}")
 # open_clip's lists of templates, by the name they have here.
 OPEN_CLIP_TEMPLATES = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}
 
@@ -70,7 +69,7 @@ def read_templates(name_or_file: str | os.PathLike) -> tuple[str, ...]:
         if not template:
             continue
         try:
-            _place(template)
+            _placeholder(template)
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: {error}") from error
         templates.append(template)
@@ -121,32 +120,31 @@ def prompt(template: str, class_name: str) -> str:
     'a sketch of the tree frog.'
     ```
     """
-    return template.replace(_place(template), class_name)
+    return template.replace(_placeholder(template), class_name)
 
 
-def _place(template: str) -> str:
+def _placeholder(template: str) -> str:
     """What stands for the class in a template."""
-    places = [place for place in PLACES if place in template]
-    if not places:
+    found = [one for one in PLACEHOLDERS if one in template]
+    if not found:
         raise ValueError(f"template {template!r} has no place for the class: write {{}} where its name goes.")
-    if len(places) > 1:
+    if len(found) > 1:
         raise ValueError(
-            f"template {template!r} has {' and '.join(places)}, and only one of them can stand for the class: write "
+            f"template {template!r} has {' and '.join(found)}, and only one of them can stand for the class: write "
             "{} wherever its name goes."
         )
-    return places[0]
+    return found[0]
 
 
 def class_embeddings(
-    model: PreTrainedModel,
-    processor: Any,
+    encoder: Encoder,
     class_names: Sequence[str],
     templates: Sequence[str] = DEFAULT_TEMPLATES,
     *,
     cache: str | os.PathLike | None = None,
     batch_size: int = 64,
     max_length: int | None = None,
-    model_fingerprint: str | None = None,
+    fingerprint: str | None = None,
     progress: bool = True,
 ) -> torch.Tensor:
     """
@@ -157,11 +155,10 @@ def class_embeddings(
     at a prompt's end stays.
 
     Args:
-        model: A dual encoder, as `load_model` gives it.
-        processor: Its processor.
+        encoder: The dual encoder.
         class_names: C names, as they stand in a prompt.
         templates: As [`read_templates`] gives them.
-        cache, batch_size, max_length, model_fingerprint, progress: As in
+        cache, batch_size, max_length, fingerprint, progress: As in
             [`~lotlip_hf.evaluation.embeddings.embed_texts`].
 
     Returns:
@@ -174,13 +171,12 @@ def class_embeddings(
     Example:
 
     ```python
-    >>> from lotlip_hf import encode_images
-    >>> from lotlip_hf.encoder import load_model
+    >>> from lotlip_hf import load_encoder
     >>> from lotlip_hf.evaluation.zero_shot import class_embeddings
 
-    >>> model, processor = load_model("path/to/checkpoint")  # doctest: +SKIP
-    >>> classes = class_embeddings(model, processor, ["cat", "dog"])  # doctest: +SKIP
-    >>> (encode_images(model, processor, ["a.jpg"]) @ classes.T).argmax(1)  # doctest: +SKIP
+    >>> encoder = load_encoder("path/to/checkpoint")  # doctest: +SKIP
+    >>> classes = class_embeddings(encoder, ["cat", "dog"])  # doctest: +SKIP
+    >>> (encoder.encode_images(["a.jpg"]) @ classes.T).argmax(1)  # doctest: +SKIP
     ```
     """
     for name, values in (("class_names", class_names), ("templates", templates)):
@@ -188,18 +184,17 @@ def class_embeddings(
             raise TypeError(f"`{name}` must be a list of strings, got a single one: pass [{values!r}].")
         if not len(values):
             raise ValueError(f"`{name}` is empty: there is nothing to choose from.")
-    for place, class_name in enumerate(class_names):
+    for index, class_name in enumerate(class_names):
         if not class_name.strip():
-            raise ValueError(f"`class_names[{place}]` is empty: a class without a name cannot be asked for.")
+            raise ValueError(f"`class_names[{index}]` is empty: a class without a name cannot be asked for.")
     prompts = [prompt(template, class_name) for class_name in class_names for template in templates]
     embeds, _ = embed_texts(
-        model,
-        processor,
+        encoder,
         prompts,
         cache=cache,
         batch_size=batch_size,
         max_length=max_length,
-        model_fingerprint=model_fingerprint,
+        fingerprint=fingerprint,
         progress=progress,
     )
     means = embeds.unflatten(0, (len(class_names), len(templates))).mean(1)  # [C, P]

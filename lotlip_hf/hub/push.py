@@ -31,13 +31,12 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFound
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import AutoProcessor
 
-from ..encoder import load_model
+from ..encoder import Encoder
 from ..evaluation.retrieval import telling_metrics
 from ..files import all_or_nothing, markdown_text, parse_json, printable, read_regular
 from ..images import processed_size
-from ..modeling.loading_lotlip import checked_download
+from ..loading import load_model
 from ..modeling.modeling_lotlip import LoTLIPModel
-from ..store import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -396,13 +395,12 @@ def _loaded(
     else:
         source = folder = os.fspath(model_or_path)
         if token is not None and not os.path.exists(source):
-            with checked_download(source):
-                folder = snapshot_download(
-                    source,
-                    token=token,
-                    allow_patterns=["*.json", "*.safetensors", "*.txt", "*.py", "*.model"],
-                    ignore_patterns=["*/*"],
-                )
+            folder = snapshot_download(
+                source,
+                token=token,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.py", "*.model"],
+                ignore_patterns=["*/*"],
+            )
         model, own_processor = load_model(folder, device="cpu")
         processor = own_processor if processor is None else processor
     if not isinstance(model, LoTLIPModel):
@@ -471,7 +469,8 @@ def _check_evaluated(model: LoTLIPModel, processor: Any, file: str | os.PathLike
         return
     if dtype != model.dtype:
         model = copy.deepcopy(model).to(dtype)
-    if any(fingerprint(model, processor, modality) != digest for modality, digest in fingerprints.items()):
+    encoder = Encoder(model, processor)
+    if any(encoder.fingerprint(modality) != digest for modality, digest in fingerprints.items()):
         raise ValueError(
             f"{file}: these are results of {results.get('model')}, whose weights or preparation of images and texts "
             "are others than those to be published: evaluate these, or leave the file out."

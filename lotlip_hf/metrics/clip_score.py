@@ -6,17 +6,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
-from ..encoder import (
-    TEXT_CHUNK,
-    _check_text,
-    encode_images,
-    iterate_text_embeddings,
-    load_model,
-    max_text_length,
-    warn_of_cut_texts,
-)
+from ..encoder import Encoder, load_encoder, warn_of_cut_texts
 from ..images import ImageSource
 
 OnTruncation = Literal["warn", "raise"]
@@ -33,12 +24,10 @@ class CLIPScores(NamedTuple):
 def clip_score(
     images: Iterable[ImageSource],
     texts: Iterable[str],
-    model: PreTrainedModel | str | os.PathLike,
-    processor: Any | None = None,
+    encoder: Encoder | str | os.PathLike,
     *,
     on_truncation: OnTruncation = "warn",
     batch_size: int = 32,
-    device: str | torch.device | None = None,
     progress: bool = False,
 ) -> CLIPScores:
     """
@@ -53,22 +42,18 @@ def clip_score(
     Args:
         images: N images: paths, PIL images or arrays.
         texts: N texts; text i is about image i.
-        model: A [`LoTLIPModel`], a `CLIPModel` or another dual encoder with its feature functions, or the folder or
-            Hub id of one.
-        processor: The model's processor; read from the folder where `model` is one.
+        encoder: A dual encoder ([`~lotlip_hf.encoder.Encoder`]), or the folder or Hub id of one.
         on_truncation: What to do about texts longer than the model takes: `"warn"`, cut them, log how many and score
-            what is left of each; or `"raise"`, before anything is computed.
+            what is left of each; or `"raise"`.
         batch_size: Images, and texts of full length, in a batch.
-        device: Where to compute; by default where the model is, and for a folder the accelerator, if there is one.
         progress: Whether to show progress bars.
 
     Returns:
         The scores in the order of `images`, their mean, and the number of texts that were cut.
 
     Raises:
-        ValueError: if there are not as many texts as images or none, if the model has no feature functions, if a
-            processor is missing or lacks a part, on a text that is not valid Unicode, or on
-            texts too long with `on_truncation="raise"`.
+        ValueError: if there are not as many texts as images or none, on a text that is not valid Unicode, or on texts
+            too long with `on_truncation="raise"`.
         TypeError: if `images` or `texts` is no list, or a text is no string.
         ImageError: if an image cannot be read; the message names it.
 
@@ -89,37 +74,22 @@ def clip_score(
             f"`images` and `texts` must be lists of the same length, one or more; got {len(images)} images and "
             f"{len(texts)} texts."
         )
-    if isinstance(model, str | os.PathLike):
-        if processor is not None:
-            raise ValueError("`processor` is read from the folder that `model` names: leave it out.")
-        model, processor = load_model(model, device=device)
-    elif processor is None:
-        raise ValueError(f"`processor` is missing: give that of the {type(model).__name__}, or `model` as a folder.")
-    if not (hasattr(model, "get_text_features") and hasattr(model, "get_image_features")):
-        raise ValueError(
-            f"`model` is a {type(model).__name__}, without `get_text_features` and `get_image_features`: expected a "
-            "dual encoder, such as LoTLIPModel or CLIPModel, or the folder of one."
-        )
-    if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
-        raise ValueError(
-            f"`processor` is a {type(processor).__name__}: expected one with `tokenizer` and `image_processor`."
-        )
-    max_length = max_text_length(model, processor.tokenizer)
-    if on_truncation == "raise":
-        _refuse_long_texts(texts, model, processor.tokenizer, max_length)
-
-    rows: dict[int, torch.Tensor] = {}
-    num_truncated = 0
-    for index, embedding, was_cut in iterate_text_embeddings(
-        model, processor, texts, batch_size=batch_size, device=device, progress=progress
-    ):
-        rows[index] = embedding
-        num_truncated += was_cut
-    warn_of_cut_texts(num_truncated, len(texts), max_length)
-    text_embeds = torch.stack([rows[index] for index in range(len(texts))])
-    image_embeds = encode_images(model, processor, images, batch_size=batch_size, device=device, progress=progress)
+    if not isinstance(encoder, Encoder):
+        encoder = load_encoder(encoder)
+    max_length = encoder.max_text_length
+    text_embeds = torch.empty(len(texts), encoder.dim)
+    cut: list[int] = []
+    for index, embedding, was_cut in encoder.iterate_texts(texts, batch_size=batch_size, progress=progress):
+        if was_cut and on_truncation == "raise":
+            raise ValueError(
+                f"texts[{index}] is longer than the {max_length} tokens that the model takes: shorten it."
+            )
+        text_embeds[index] = embedding
+        cut += [index] if was_cut else []
+    warn_of_cut_texts(len(cut), len(texts), max_length)
+    image_embeds = encoder.encode_images(images, batch_size=batch_size, progress=progress)
     scores = 100 * (image_embeds * text_embeds).sum(1).clamp(min=0)
-    return CLIPScores(scores, scores.double().mean().item(), num_truncated)
+    return CLIPScores(scores, scores.double().mean().item(), len(cut))
 
 
 def _as_list(name: str, items: Iterable[Any]) -> list[Any]:
@@ -127,26 +97,3 @@ def _as_list(name: str, items: Iterable[Any]) -> list[Any]:
     if isinstance(items, not_lists) or not isinstance(items, Iterable):
         raise TypeError(f"`{name}` must be a list, one item for each pair; got one {type(items).__name__}.")
     return list(items)
-
-
-def _refuse_long_texts(texts: list[str], model: PreTrainedModel, tokenizer: Any, max_length: int) -> None:
-    """Raises a `ValueError` if a text has more than `max_length` tokens; says what sets that length."""
-    too_long = []
-    for start in range(0, len(texts), TEXT_CHUNK):
-        chunk = texts[start : start + TEXT_CHUNK]
-        for index, text in enumerate(chunk, start):
-            _check_text(text, index)
-        encoded = tokenizer(chunk, truncation=False, verbose=False)["input_ids"]
-        too_long += [index for index, input_ids in enumerate(encoded, start) if len(input_ids) > max_length]
-    if not too_long:
-        return
-    places = ", ".join(map(str, too_long[:5])) + (", ..." if len(too_long) > 5 else "")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions == max_length:
-        limit, remedy = "model's positions allow", "take a model with more positions"
-    else:
-        limit, remedy = "tokenizer's `model_max_length` allows", "raise that as far as the model takes it"
-    raise ValueError(
-        f"{len(too_long)} of {len(texts)} texts are longer than the {max_length} tokens that the {limit} (texts "
-        f"{places}): shorten them, or {remedy}."
-    )

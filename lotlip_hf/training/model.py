@@ -20,8 +20,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..data.collator import RecordError, read_record
 from ..data.records import ColumnError, SplitError, first_error, is_hub_name, load_records
-from ..encoder import fit_tokenizer, load_model, max_text_length
 from ..images import set_max_image_pixels
+from ..loading import fit_tokenizer, load_model, max_text_length
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor, check_image_sizes
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer

@@ -9,7 +9,7 @@ import torch
 
 import bench
 import peers
-from lotlip_hf import encode_texts
+from lotlip_hf import Encoder
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.sampling import CaptionSampling
 from lotlip_hf.training.objective import Objective, batch_loss
@@ -30,7 +30,7 @@ def model():
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 def test_the_official_recipe_gives_the_same_features(model, attn_implementation: str) -> None:
     recipe = peers.OfficialRecipe(model, attn_implementation)
-    expected = encode_texts(model, peers.make_processor(model), TEXTS, progress=False)
+    expected = Encoder(model, peers.make_processor(model)).encode_texts(TEXTS, progress=False)
     torch.testing.assert_close(recipe.encode(TEXTS), expected, atol=1e-5, rtol=0)
     assert (expected[0] - expected[1]).abs().max() > 1e-3  # what a swapped text would differ by
 
@@ -75,7 +75,7 @@ def test_the_official_recipe_trains_the_same(model) -> None:
 
 def test_the_stock_dual_encoder_gives_the_same_features_of_a_sentence(model) -> None:
     texts = ["a red star", "two dogs and a cat"]
-    expected = encode_texts(model, peers.make_processor(model), texts, progress=False)
+    expected = Encoder(model, peers.make_processor(model)).encode_texts(texts, progress=False)
     torch.testing.assert_close(peers.vision_text_dual_encoder(model).encode(texts), expected, atol=1e-5, rtol=0)
     assert peers.clip("tiny").encode(texts).shape == (2, 512)
 

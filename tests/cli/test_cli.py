@@ -18,12 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from lotlip_hf import cli, embed, encode_images, encode_texts
+from lotlip_hf import Encoder, cli, embed
 from lotlip_hf import encoder as encoding
 from lotlip_hf.cli import main
 from lotlip_hf.embed import embed_texts, read_texts
-from lotlip_hf.encoder import load_model
-from lotlip_hf.store import fingerprint
+from lotlip_hf.loading import load_model
 from processes import Started
 
 Pair = tuple[Any, Any]
@@ -70,9 +69,9 @@ def test_search_prints_a_ranked_table(pair: Pair, photos: Path, run: Callable[..
     status, out, err = run("search", "--images", photos, "--top", 2, LONG_TEXT)
     assert status == 0
     assert "Encoding images: 100%" in err
-    query = encode_texts(*pair, [LONG_TEXT], progress=False)[0]
+    query = Encoder(*pair).encode_texts([LONG_TEXT], progress=False)[0]
     names = ["a.png", "b.png", "sub/c.png"]
-    scores = encode_images(*pair, [photos / name for name in names], progress=False) @ query
+    scores = Encoder(*pair).encode_images([photos / name for name in names], progress=False) @ query
     best = sorted(zip(scores.tolist(), names, strict=True), reverse=True)[:2]
     header, *lines = out.splitlines()
     assert header.split() == ["rank", "score", "file"]
@@ -205,10 +204,10 @@ def test_embed_images(
     assert schema.names == ["file", "embedding"]
     assert schema.field("embedding").type == pa.list_(pa.float32(), 16)
     assert schema.metadata[b"model"] == str(official_checkpoint).encode()
-    assert schema.metadata[b"fingerprint"] == fingerprint(*pair, "image").encode()
+    assert schema.metadata[b"fingerprint"] == Encoder(*pair).fingerprint("image").encode()
     names, embeddings = rows(output)
     assert names == ["a.png", "b.png", "sub/c.png"]
-    expected = encode_images(*pair, [photos / name for name in names], progress=False)
+    expected = Encoder(*pair).encode_images([photos / name for name in names], progress=False)
     np.testing.assert_allclose(embeddings, expected.numpy(), atol=1e-6)
     assert not (tmp_path / "out.parquet.partial").exists()
     assert not (photos / ".lotlip").exists()
@@ -240,10 +239,10 @@ def test_embed_texts(pair: Pair, suffix: str, run: Callable[..., Any], tmp_path:
     assert "6/6" in err
     schema = pq.read_schema(output)
     assert schema.names == ["text", "embedding"]
-    assert schema.metadata[b"fingerprint"] == fingerprint(*pair, "text").encode()
+    assert schema.metadata[b"fingerprint"] == Encoder(*pair).fingerprint("text").encode()
     written, embeddings = rows(output)
     assert written == texts
-    np.testing.assert_allclose(embeddings, encode_texts(*pair, texts, progress=False).numpy(), atol=1e-5)
+    np.testing.assert_allclose(embeddings, Encoder(*pair).encode_texts(texts, progress=False).numpy(), atol=1e-5)
     assert not (tmp_path / "out.parquet.partial").exists()
 
 
@@ -298,7 +297,7 @@ def test_an_error_leaves_the_old_output_and_the_new_embeddings(
 def test_wrong_text_files_are_named(pair: Pair, name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}.*{message}"):
-        embed_texts(*pair, tmp_path / name, tmp_path / "out.parquet", progress=False)
+        embed_texts(Encoder(*pair), tmp_path / name, tmp_path / "out.parquet", progress=False)
     assert not (tmp_path / "out.parquet").exists()
 
 
@@ -326,7 +325,7 @@ def test_texts_are_resumed_by_what_they_say(
     with monkeypatch.context() as context:
         context.setattr(embed, "iterate_text_embeddings", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            embed_texts(*pair, file, output, progress=False)
+            embed_texts(Encoder(*pair), file, output, progress=False)
     assert "Interrupted: 4 embeddings are kept" in caplog.text
     assert not output.exists()
 
@@ -335,13 +334,13 @@ def test_texts_are_resumed_by_what_they_say(
 
     monkeypatch.setattr(embed, "iterate_text_embeddings", spy)
     write_texts(file, ["another", *texts[::-1]])  # lines moved: what is encoded is found again
-    assert embed_texts(*pair, file, output, progress=False) == 11
+    assert embed_texts(Encoder(*pair), file, output, progress=False) == 11
     assert len(encoded) == 7
     assert "word " * 300 not in encoded
     assert "1 of 11 texts were cut at 126 tokens." in caplog.text  # by the run before
     written, embeddings = rows(output)
     assert written == ["another", *texts[::-1]]
-    np.testing.assert_allclose(embeddings, encode_texts(*pair, written, progress=False).numpy(), atol=1e-5)
+    np.testing.assert_allclose(embeddings, Encoder(*pair).encode_texts(written, progress=False).numpy(), atol=1e-5)
 
 
 def test_text_files_that_change_meanwhile_are_named(
@@ -356,7 +355,7 @@ def test_text_files_that_change_meanwhile_are_named(
 
     monkeypatch.setattr(embed, "iterate_text_embeddings", change)
     with pytest.raises(ValueError, match=r"t\.txt: changed while it was read, 'new' is new"):
-        embed_texts(*pair, file, tmp_path / "out.parquet", progress=False)
+        embed_texts(Encoder(*pair), file, tmp_path / "out.parquet", progress=False)
 
 
 # Interruptions of the real command.

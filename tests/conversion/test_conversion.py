@@ -743,13 +743,13 @@ def test_reverse_of_what_is_no_checkpoint(
     state_dict = load_file(official_checkpoint / "model.safetensors")
     corners = state_dict.pop("text_model.corner_embeds")
     safetensors.torch.save_file(state_dict, weights, {"format": "pt"})
-    assert "missing_keys: text_model.corner_embeds" in back(folder)
+    assert "text_model.corner_embeds" in back(folder)
     safetensors.torch.save_file({**state_dict, "text_model.corner_embeds": corners[:1]}, weights, {"format": "pt"})
     assert "text_model.corner_embeds" in back(folder)
     for name in ("extra", "text_model.extra", "vision_model.backbone.extra", "visual_projection.weight"):
         extra = {**state_dict, "text_model.corner_embeds": corners, name: torch.ones(2)}
         safetensors.torch.save_file(extra, weights, {"format": "pt"})
-        assert f"unexpected_keys: {name}" in back(folder)
+        assert f"unexpected: {name}" in back(folder)
 
 
 @pytest.mark.parametrize(

@@ -39,11 +39,11 @@ from transformers import (
 import tiny
 import tiny_clip
 from lotlip_hf import (
+    Encoder,
     LoTLIPModel,
     LoTLIPProcessor,
     LoTLIPTextModel,
     LoTLIPTextModelWithProjection,
-    encode_texts,
     encoder,
 )
 from lotlip_hf.conversion import clip as conversion
@@ -500,7 +500,7 @@ def test_stretching_a_text_encoder(tmp_path: Path, with_projection: bool) -> Non
 def test_long_texts_are_cut_and_counted(converted: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, processor = encoder.load_model(converted, device="cpu")
     texts = tiny_clip.texts()
-    embeddings = encode_texts(model, processor, texts, progress=False)
+    embeddings = Encoder(model, processor).encode_texts(texts, progress=False)
     assert "2 of 10 texts were cut at 77 tokens." in caplog.text
     with torch.no_grad():
         expected = model.get_text_features(**processor(text=texts, return_tensors="pt")).pooler_output

@@ -22,14 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import BertConfig, Trainer, TrainerCallback, TrainerState, TrainingArguments, ViTConfig
 
-from lotlip_hf import (
-    LoTLIPConfig,
-    LoTLIPModel,
-    LoTLIPProcessor,
-    LoTLIPTextConfig,
-    LoTLIPTokenizer,
-    LoTLIPVisionConfig,
-)
+from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPProcessor, LoTLIPTextConfig, LoTLIPTokenizer, LoTLIPVisionConfig
 from lotlip_hf.data.collator import LoTLIPCollator, RecordError, ShardError
 from lotlip_hf.data.records import (
     MAPPINGS,

@@ -25,25 +25,23 @@ import lotlip_hf.engines.onnx
 import tiny
 import tiny_clip
 from lotlip_hf import (
+    Encoder,
     LoTLIPConfig,
     LoTLIPModel,
     LoTLIPProcessor,
     LoTLIPTextModel,
     LoTLIPTextModelWithProjection,
     LoTLIPVisionModelWithProjection,
-    encode_images,
-    encode_texts,
 )
 from lotlip_hf.cli import main as lotlip
 from lotlip_hf.conversion import clip as clip_conversion
 from lotlip_hf.conversion import onnx as onnx_conversion
 from lotlip_hf.conversion.common import ConversionError
 from lotlip_hf.conversion.onnx import convert, main
-from lotlip_hf.encoder import load_model
 from lotlip_hf.engines.onnx import LoTLIPOnnxModel
+from lotlip_hf.loading import load_model
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.search import build_index
-from lotlip_hf.store import fingerprint
 
 pytestmark = pytest.mark.slow
 
@@ -131,11 +129,11 @@ def test_texts_and_images_are_encoded_as_in_pytorch(pair: tuple[Path, Path], gol
     onnx_model, onnx_processor = LoTLIPOnnxModel.from_pretrained(pair[1]), AutoProcessor.from_pretrained(pair[1])
     for batch_size in (1, 3):
         options = {"batch_size": batch_size, "progress": False}
-        texts = encode_texts(onnx_model, onnx_processor, TEXTS, **options)
-        torch.testing.assert_close(texts, encode_texts(model, processor, TEXTS, **options), **TOLERANCE)
+        texts = Encoder(onnx_model, onnx_processor).encode_texts(TEXTS, **options)
+        torch.testing.assert_close(texts, Encoder(model, processor).encode_texts(TEXTS, **options), **TOLERANCE)
         pictures = sorted((golden / "images").glob("*.png"))
-        images = encode_images(onnx_model, onnx_processor, pictures, **options)
-        torch.testing.assert_close(images, encode_images(model, processor, pictures, **options), **TOLERANCE)
+        images = Encoder(onnx_model, onnx_processor).encode_images(pictures, **options)
+        torch.testing.assert_close(images, Encoder(model, processor).encode_images(pictures, **options), **TOLERANCE)
     # texts and images differ by far more than the tolerance
     assert (texts[1] - texts[2]).abs().max() > 1e-3
     assert (images[0] - images[1]).abs().max() > 1e-3
@@ -242,11 +240,11 @@ def test_int8_with_weights_beside_the_graph(
     images = [
         Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)) for seed in range(4)
     ]
-    given, expected = (encode_images(one, processor, images, progress=False) for one in (onnx_model, model))
+    given, expected = (Encoder(one, processor).encode_images(images, progress=False) for one in (onnx_model, model))
     assert ((given * expected).sum(-1) > 0.98).all()
     assert not torch.allclose(given, expected, **TOLERANCE)  # it is quantised
     with pytest.raises(ValueError, match=r"moved has no text_model\.onnx: the text tower was not exported"):
-        encode_texts(onnx_model, processor, TEXTS, progress=False)
+        Encoder(onnx_model, processor).encode_texts(TEXTS, progress=False)
 
     graph = onnx.load(files[0]).graph
     weights = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
@@ -260,12 +258,12 @@ def test_int8_with_weights_beside_the_graph(
         assert zero_point.shape == weight.shape[1:]  # for each channel its own
 
     # an index knows the weights, wherever they are
-    before = fingerprint(onnx_model, processor, "image")
+    before = Encoder(onnx_model, processor).fingerprint("image")
     data = bytearray(files[1].read_bytes())
     data[0] ^= 1
     files[1].write_bytes(data)
     assert set(onnx_model.state_dict()) == {file.name for file in files}
-    assert fingerprint(onnx_model, processor, "image") != before
+    assert Encoder(onnx_model, processor).fingerprint("image") != before
 
 
 def test_an_index_is_made_by_onnx(tmp_path: Path, exported: Path, official_checkpoint: Path) -> None:
@@ -274,14 +272,14 @@ def test_an_index_is_made_by_onnx(tmp_path: Path, exported: Path, official_check
         Image.fromarray(pixels).save(tmp_path / f"{seed}.png")
     model, processor = load_model(official_checkpoint, device="cpu")
     onnx_model = LoTLIPOnnxModel.from_pretrained(exported)
-    expected = build_index(model, processor, tmp_path, progress=False)
-    index = build_index(onnx_model, processor, tmp_path, progress=False)
+    expected = build_index(Encoder(model, processor), tmp_path, progress=False)
+    index = build_index(Encoder(onnx_model, processor), tmp_path, progress=False)
     assert index.fingerprint != expected.fingerprint
     np.testing.assert_allclose(index.embeddings[index.rows], expected.embeddings[expected.rows], **TOLERANCE)
     # another opening of the same files goes on with the same index
     again = LoTLIPOnnxModel.from_pretrained(exported)
-    assert fingerprint(again, processor, "image") == index.fingerprint
-    assert fingerprint(again, processor, "text") != index.fingerprint
+    assert Encoder(again, processor).fingerprint("image") == index.fingerprint
+    assert Encoder(again, processor).fingerprint("text") != index.fingerprint
 
 
 def test_a_tower_by_itself_in_half_precision(tmp_path: Path) -> None:
@@ -357,9 +355,11 @@ def test_a_dinov2_takes_what_its_processor_makes(
     model, processor = load_model(folder, device="cpu")
     exported, own_processor = load_model(tmp_path / "onnx0")
     images = sorted((golden / "images").glob("*.png"))[:3]
-    expected = encode_images(model, processor, images, progress=False)
-    torch.testing.assert_close(encode_images(exported, own_processor, images, progress=False), expected, **TOLERANCE)
-    quantised = encode_images(*load_model(tmp_path / "onnx2"), images, progress=False)
+    expected = Encoder(model, processor).encode_images(images, progress=False)
+    torch.testing.assert_close(
+        Encoder(exported, own_processor).encode_images(images, progress=False), expected, **TOLERANCE
+    )
+    quantised = Encoder(*load_model(tmp_path / "onnx2")).encode_images(images, progress=False)
     assert (quantised * expected).sum(-1).min() > 0.98
     for size in ((32, 32), (8, 16), (48, 24)):
         pixel_values = torch.randn(2, 3, *size)
@@ -584,7 +584,7 @@ def test_it_stays_where_it_is(exported: Path) -> None:
         model.to(torch.bfloat16)
     processor = AutoProcessor.from_pretrained(exported)
     with pytest.raises(ValueError, match="takes and gives CPU tensors, not cuda"):
-        encode_texts(model, processor, ["a cat"], device="cuda", progress=False)
+        Encoder(model, processor).encode_texts(["a cat"], progress=False)
 
 
 # torch.export

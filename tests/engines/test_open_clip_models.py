@@ -22,13 +22,12 @@ from transformers import BertConfig, BertTokenizer, CLIPImageProcessorPil
 
 import tiny_clip
 from hub_server import hub_server, use_in_process
-from lotlip_hf import encode_images, encode_texts
-from lotlip_hf.encoder import load_model, max_text_length
+from lotlip_hf import Encoder
 from lotlip_hf.engines.open_clip import OpenClipImageProcessor
 from lotlip_hf.evaluation.models import model_revision, model_versions
 from lotlip_hf.images import load_image, load_pixels
+from lotlip_hf.loading import load_model, max_text_length
 from lotlip_hf.metrics.clip_score import clip_score
-from lotlip_hf.store import fingerprint
 
 CONTEXT_LENGTH = 8
 TEXTS = ["a dog", "", "one two three four five six", "one two three four five six seven", "word " * 50, "!!! 猫 &amp;"]
@@ -290,7 +289,7 @@ def test_devices_and_dtypes(stand_in: Any) -> None:
     model, processor = load_model("open_clip:Tiny-32/laion", device="cpu", dtype="bfloat16")
     assert model.dtype == torch.bfloat16
     assert model.device == torch.device("cpu")
-    assert encode_texts(model, processor, TEXTS, progress=False).dtype == torch.float32
+    assert Encoder(model, processor).encode_texts(TEXTS, progress=False).dtype == torch.float32
     with pytest.raises(ValueError, match="`device` 'nowhere' cannot be used here"):
         load_model("open_clip:Tiny-32/laion", device="nowhere")
 
@@ -313,7 +312,9 @@ def test_rows_are_open_clips(stand_in: Any, tokenizer_class: type, max_length: i
     with torch.no_grad():
         features = model.open_clip.encode_text(expected, normalize=True)
     for batch_size in (1, 4):
-        given = encode_texts(model, processor, TEXTS, batch_size=batch_size, max_length=max_length, progress=False)
+        given = Encoder(model, processor).encode_texts(
+            TEXTS, batch_size=batch_size, max_length=max_length, progress=False
+        )
         torch.testing.assert_close(given, features, atol=1e-6, rtol=0)
 
 
@@ -328,7 +329,7 @@ def test_texts_that_are_cut_are_told_of(
     was_cut = [encoding.overflowing for encoding in encoded.encodings]
     assert was_cut == [count + special > CONTEXT_LENGTH for count in range(12)]
     with caplog.at_level(logging.WARNING):
-        encode_texts(*pair, texts, progress=False)
+        Encoder(*pair).encode_texts(texts, progress=False)
     assert f"{sum(was_cut)} of 12 texts were cut at 8 tokens." in caplog.text
     # all of them, where nothing is to be cut
     whole = pair[1].tokenizer(texts, truncation=False)["input_ids"]
@@ -358,10 +359,12 @@ def test_images_and_scores(stand_in: Any, golden: Path) -> None:
     with torch.no_grad():
         pixels = torch.stack([transform(load_image(path)) for path in pictures])
         expected = model.open_clip.encode_image(pixels, normalize=True)
-    torch.testing.assert_close(encode_images(model, processor, pictures, progress=False), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        Encoder(model, processor).encode_images(pictures, progress=False), expected, atol=1e-6, rtol=0
+    )
     texts = ["a dog"] * len(pictures)
-    scores = clip_score(pictures, texts, model, processor=processor, progress=False)
-    cosines = expected @ encode_texts(model, processor, ["a dog"], progress=False)[0]
+    scores = clip_score(pictures, texts, Encoder(model, processor), progress=False)
+    cosines = expected @ Encoder(model, processor).encode_texts(["a dog"], progress=False)[0]
     torch.testing.assert_close(scores.scores, 100 * cosines.clamp(min=0), atol=1e-4, rtol=0)
     assert torch.equal(model.logit_scale, torch.tensor(1.0))
 
@@ -386,7 +389,7 @@ def test_fingerprints(stand_in: Any) -> None:
         model, processor = load_model(f"open_clip:{name}", device="cpu")
         with torch.no_grad():
             change(model.open_clip, processor)
-        return fingerprint(model, processor, "image"), fingerprint(model, processor, "text")
+        return Encoder(model, processor).fingerprint("image"), Encoder(model, processor).fingerprint("text")
 
     image, text = fingerprints(lambda model, processor: None)
     assert image != text
@@ -508,8 +511,8 @@ def test_features_are_open_clips(open_clip: Any, folder: Path, golden: Path, cap
         images = torch.cat([model.encode_image(one[None], normalize=True) for one in pixels])
     for batch_size in (1, 3):
         options = {"batch_size": batch_size, "progress": False}
-        torch.testing.assert_close(encode_texts(*pair, LONG_TEXTS, **options), texts, atol=1e-6, rtol=0)
-        torch.testing.assert_close(encode_images(*pair, pictures, **options), images, atol=1e-6, rtol=0)
+        torch.testing.assert_close(Encoder(*pair).encode_texts(LONG_TEXTS, **options), texts, atol=1e-6, rtol=0)
+        torch.testing.assert_close(Encoder(*pair).encode_images(pictures, **options), images, atol=1e-6, rtol=0)
     assert (texts[0] - texts[2]).abs().max() > 1e-3
     assert (images[0] - images[1]).abs().max() > 1e-3
     # so many are cut, counted by hand: as long as the context are the last of these only if they are longer
@@ -517,11 +520,9 @@ def test_features_are_open_clips(open_clip: Any, folder: Path, golden: Path, cap
     rows = tokenizer(LONG_TEXTS, context_length=200)
     assert f"{sum(cut_at(rows, length))} of {len(LONG_TEXTS)} texts were cut at {length} tokens." in caplog.text
     # what cannot be seen in a shorter text
-    short = encode_texts(*pair, ["a dog", "a photo " * 9], max_length=6, progress=False)
+    short = Encoder(*pair).encode_texts(["a dog", "a photo " * 9], max_length=6, progress=False)
     torch.testing.assert_close(short[0], texts[0], atol=1e-6, rtol=0)
-    scores = clip_score(
-        pictures[:1], LONG_TEXTS[:1], pair[0], processor=pair[1], on_truncation="raise", progress=False
-    )
+    scores = clip_score(pictures[:1], LONG_TEXTS[:1], Encoder(pair[0], pair[1]), on_truncation="raise", progress=False)
     assert scores.scores.item() == pytest.approx(100 * max(0.0, (texts[0] @ images[0]).item()), abs=1e-4)
 
 
@@ -535,7 +536,7 @@ def test_fingerprints_of_open_clips_own(folder: Path, tmp_path: Path) -> None:
     pair = load_model(f"open_clip:local-dir:{folder}", device="cpu")
 
     def fingerprints(pair: Any) -> tuple[str, str]:
-        return fingerprint(*pair, "image"), fingerprint(*pair, "text")
+        return Encoder(*pair).fingerprint("image"), Encoder(*pair).fingerprint("text")
 
     before = fingerprints(pair)
     weights = dict(pair[0].open_clip.named_parameters())
@@ -579,11 +580,11 @@ def test_an_architecture_with_a_file(open_clip: Any, architecture: str, tmp_path
     pair = load_model(f"open_clip:{architecture}/{weights}", device="cpu")
     with torch.no_grad():
         expected = model.encode_text(open_clip.get_tokenizer(architecture)(LONG_TEXTS), normalize=True)
-    torch.testing.assert_close(encode_texts(*pair, LONG_TEXTS, progress=False), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(Encoder(*pair).encode_texts(LONG_TEXTS, progress=False), expected, atol=1e-6, rtol=0)
     half = load_model(f"open_clip:{architecture}/{weights}", device="cpu", dtype="bfloat16")
-    assert (encode_texts(*half, LONG_TEXTS, progress=False) * expected).sum(1).min() > 0.98
+    assert (Encoder(*half).encode_texts(LONG_TEXTS, progress=False) * expected).sum(1).min() > 0.98
     image = Image.new("RGB", (50, 40), "red")
-    assert (encode_images(*half, [image]) * encode_images(*pair, [image])).sum(1).min() > 0.98
+    assert (Encoder(*half).encode_images([image]) * Encoder(*pair).encode_images([image])).sum(1).min() > 0.98
 
     with pytest.raises(ValueError, match=rf"{architecture}: which weights\? .*open_clip has none for it"):
         load_model(f"open_clip:{architecture}")
@@ -611,8 +612,10 @@ def test_a_model_on_the_hub(open_clip: Any, tmp_path: Path, golden: Path, monkey
         with pytest.raises(ValueError, match="hf-hub:org/nothing: open_clip cannot load it .*org/nothing"):
             load_model("open_clip:hf-hub:org/nothing")
     local = load_model(f"open_clip:local-dir:{folder}", device="cpu")
-    torch.testing.assert_close(encode_texts(*pair, LONG_TEXTS), encode_texts(*local, LONG_TEXTS), atol=1e-6, rtol=0)
-    assert fingerprint(*pair, "image") == fingerprint(*local, "image")
+    torch.testing.assert_close(
+        Encoder(*pair).encode_texts(LONG_TEXTS), Encoder(*local).encode_texts(LONG_TEXTS), atol=1e-6, rtol=0
+    )
+    assert Encoder(*pair).fingerprint("image") == Encoder(*local).fingerprint("image")
     assert model_revision(pair[0]) == commit
     assert model_revision(local[0]) is None
     assert model_versions(pair[0]).keys() == {"open_clip", "timm", "torchvision"}

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from lotlip_hf import Encoder
 from lotlip_hf.cli import main
-from lotlip_hf.encoder import encode_images, encode_texts, load_model
 from lotlip_hf.evaluation import embeddings
 from lotlip_hf.evaluation.benchmarks.registry import TASKS
 from lotlip_hf.evaluation.embeddings import embed_images, embed_texts, image_digests
@@ -21,6 +21,7 @@ from lotlip_hf.evaluation.evaluate import evaluate, results_table, study, write_
 from lotlip_hf.evaluation.retrieval import ranks
 from lotlip_hf.evaluation.tasks import ClassificationData, IncompleteDataError, RetrievalData
 from lotlip_hf.hub.push import read_results
+from lotlip_hf.loading import load_model
 from processes import finish
 
 COLORS = ["red", "green", "blue", "white", "black", "gray"]
@@ -75,24 +76,24 @@ def test_texts_are_those_of_encode_texts(loaded: tuple[Any, Any], monkeypatch: p
     monkeypatch.setattr(embeddings, "UNIT_SIZE", 4)
     calls = Count(monkeypatch, "iterate_text_embeddings")
     texts = [*captions(9), *captions(3), "word " * 300]
-    embeds, was_cut = embed_texts(*loaded, texts, progress=False)
-    torch.testing.assert_close(embeds, encode_texts(*loaded, texts, progress=False), rtol=0, atol=1e-6)
+    embeds, was_cut = embed_texts(Encoder(*loaded), texts, progress=False)
+    torch.testing.assert_close(embeds, Encoder(*loaded).encode_texts(texts, progress=False), rtol=0, atol=1e-6)
     assert was_cut.tolist() == [False] * 12 + [True]
     assert calls.sizes == [4, 4, 2]  # each text once
 
 
 def test_texts_are_cut_where_asked(loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
-    embeds, was_cut = embed_texts(*loaded, captions(5), max_length=12, progress=False)
-    expected = encode_texts(*loaded, captions(5), max_length=12, progress=False)
+    embeds, was_cut = embed_texts(Encoder(*loaded), captions(5), max_length=12, progress=False)
+    expected = Encoder(*loaded).encode_texts(captions(5), max_length=12, progress=False)
     torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-6)
     assert was_cut.tolist() == [False, False, True, True, True]
     assert "3 of 5 texts were cut at 12 tokens" in caplog.text
-    whole = encode_texts(*loaded, captions(5), progress=False)
+    whole = Encoder(*loaded).encode_texts(captions(5), progress=False)
     assert torch.allclose(expected[:2], whole[:2], atol=1e-6)
     assert not torch.allclose(expected[2:], whole[2:], atol=1e-3)
     for length in (2, 1000):
         with pytest.raises(ValueError, match="`max_length` must be from 3 to the 126 tokens"):
-            embed_texts(*loaded, captions(1), max_length=length, progress=False)
+            embed_texts(Encoder(*loaded), captions(1), max_length=length, progress=False)
 
 
 def test_images_are_those_of_encode_images(
@@ -101,10 +102,10 @@ def test_images_are_those_of_encode_images(
     monkeypatch.setattr(embeddings, "UNIT_SIZE", 2)
     images: list[Any] = pictures(5)
     images[1].save(tmp_path / "1.png")
-    expected = encode_images(*loaded, images, progress=False)
+    expected = Encoder(*loaded).encode_images(images, progress=False)
     images[1], images[3] = tmp_path / "1.png", (tmp_path / "1.png").read_bytes()
     expected[3] = expected[1]
-    embeds = embed_images(*loaded, images, progress=False)
+    embeds = embed_images(Encoder(*loaded), images, progress=False)
     torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-6)
     digests = image_digests(images, progress=False)
     assert digests[1] == digests[3]
@@ -113,27 +114,27 @@ def test_images_are_those_of_encode_images(
 
 def test_nothing_to_embed_is_an_error(loaded: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="`texts` is empty"):
-        embed_texts(*loaded, [])
+        embed_texts(Encoder(*loaded), [])
     with pytest.raises(ValueError, match="`images` is empty"):
-        embed_images(*loaded, [])
+        embed_images(Encoder(*loaded), [])
 
 
 def test_what_was_computed_is_kept(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embeddings, "UNIT_SIZE", 3)
     texts, images = captions(8), pictures(5)
     settings = {"cache": tmp_path / "cache", "progress": False}
-    first = embed_texts(*loaded, texts, **settings), embed_images(*loaded, images, **settings)
+    first = embed_texts(Encoder(*loaded), texts, **settings), embed_images(Encoder(*loaded), images, **settings)
     text_calls, image_calls = (Count(monkeypatch, f"iterate_{kind}_embeddings") for kind in ("text", "image"))
-    again = embed_texts(*loaded, texts[::-1], **settings), embed_images(*loaded, images, **settings)
+    again = embed_texts(Encoder(*loaded), texts[::-1], **settings), embed_images(Encoder(*loaded), images, **settings)
     assert torch.equal(again[0].embeds, first[0].embeds.flip(0))
     assert torch.equal(again[0].was_cut, first[0].was_cut.flip(0))
     assert torch.equal(again[1], first[1])
     assert text_calls.sizes == image_calls.sizes == []
 
     # Other texts, another limit, another image, other weights: nothing of it is taken for the same.
-    embed_texts(*loaded, [*texts[:-1], "another"], **settings)
-    embed_texts(*loaded, texts, max_length=12, **settings)
-    embed_images(*loaded, [images[1], images[0], *images[2:]], **settings)
+    embed_texts(Encoder(*loaded), [*texts[:-1], "another"], **settings)
+    embed_texts(Encoder(*loaded), texts, max_length=12, **settings)
+    embed_images(Encoder(*loaded), [images[1], images[0], *images[2:]], **settings)
     assert sum(text_calls.sizes) > 8
     assert image_calls.sizes == [3]
     with torch.no_grad():
@@ -141,7 +142,7 @@ def test_what_was_computed_is_kept(loaded: tuple[Any, Any], tmp_path: Path, monk
         weight[0, 0] += 1
     try:
         before = len(text_calls.sizes)
-        changed = embed_texts(*loaded, texts, **settings)
+        changed = embed_texts(Encoder(*loaded), texts, **settings)
         assert len(text_calls.sizes) == before + 3
         assert not torch.allclose(changed.embeds, first[0].embeds)
     finally:
@@ -154,7 +155,7 @@ def test_an_interruption_keeps_what_is_whole(
 ) -> None:
     monkeypatch.setattr(embeddings, "UNIT_SIZE", 2)
     texts = captions(7)
-    undisturbed = embed_texts(*loaded, texts, progress=False).embeds
+    undisturbed = embed_texts(Encoder(*loaded), texts, progress=False).embeds
     real = embeddings.iterate_text_embeddings
     calls = []
 
@@ -166,9 +167,9 @@ def test_an_interruption_keeps_what_is_whole(
 
     monkeypatch.setattr(embeddings, "iterate_text_embeddings", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        embed_texts(*loaded, texts, cache=tmp_path, progress=False)
+        embed_texts(Encoder(*loaded), texts, cache=tmp_path, progress=False)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
-    again = embed_texts(*loaded, texts, cache=tmp_path, progress=False).embeds
+    again = embed_texts(Encoder(*loaded), texts, cache=tmp_path, progress=False).embeds
     assert len(calls) == 3 + 2
     torch.testing.assert_close(again, undisturbed, rtol=0, atol=1e-6)
 
@@ -178,10 +179,10 @@ def test_a_damaged_cache_is_computed_again(
     loaded: tuple[Any, Any], tmp_path: Path, damage: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts = captions(3)
-    first = embed_texts(*loaded, texts, cache=tmp_path, progress=False).embeds
+    first = embed_texts(Encoder(*loaded), texts, cache=tmp_path, progress=False).embeds
     (file,) = tmp_path.rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-4] if damage is None else damage)
-    again = embed_texts(*loaded, texts, cache=tmp_path, progress=False).embeds
+    again = embed_texts(Encoder(*loaded), texts, cache=tmp_path, progress=False).embeds
     torch.testing.assert_close(again, first, rtol=0, atol=1e-6)
     assert f"{file} is damaged" in caplog.text
     assert set(load_file(file)) == {"embeds", "was_cut"}
@@ -190,7 +191,7 @@ def test_a_damaged_cache_is_computed_again(
 def test_a_cache_that_cannot_be_written_is_named(loaded: tuple[Any, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match=r"file.*cannot keep embeddings there.*--cache DIR"):
-        embed_texts(*loaded, captions(2), cache=tmp_path / "file", progress=False)
+        embed_texts(Encoder(*loaded), captions(2), cache=tmp_path / "file", progress=False)
 
 
 def test_unreadable_images_are_all_named_and_nothing_is_scored(
@@ -206,13 +207,13 @@ def test_unreadable_images_are_all_named_and_nothing_is_scored(
     names = [f"houses/{place}" for place in range(6)]
     cache = tmp_path / "cache"
     with pytest.raises(IncompleteDataError, match="2 of 6 images cannot be read, and nothing is scored") as caught:
-        embed_images(*loaded, files, names=names, cache=cache, progress=False)
+        embed_images(Encoder(*loaded), files, names=names, cache=cache, progress=False)
     assert "houses/1: damaged" in str(caught.value)
     assert "houses/4: damaged" in str(caught.value)
     assert len(list(cache.rglob("*.safetensors"))) == 1
     files[2].unlink()
     with pytest.raises(IncompleteDataError, match=r"1 of 6 images.*\n  houses/2: cannot be opened \(No such file"):
-        embed_images(*loaded, files, names=names, cache=cache, progress=False)
+        embed_images(Encoder(*loaded), files, names=names, cache=cache, progress=False)
 
 
 # --- evaluations
@@ -249,15 +250,15 @@ def test_golden_ranks(loaded: tuple[Any, Any], golden: Path, kind: str) -> None:
         texts=texts,
         text_to_image=range(len(texts)),
     )
-    results = evaluate(model, stand_in, data, progress=False)
+    results = evaluate(Encoder(model, stand_in), data, progress=False)
     image_features = torch.nn.functional.normalize(expected["image_features"], dim=-1)
     similarities = image_features @ expected[f"{kind}_text_features_normalized"].T  # [images, texts]
     own = similarities.diagonal()
     image_ranks = 1 + (similarities > own[:, None]).sum(1)
     text_ranks = 1 + (similarities > own[None, :]).sum(0)
     ours = ranks(
-        embed_images(model, stand_in, images, progress=False),
-        embed_texts(model, stand_in, texts, progress=False).embeds,
+        embed_images(Encoder(model, stand_in), images, progress=False),
+        embed_texts(Encoder(model, stand_in), texts, progress=False).embeds,
     )
     assert ours.image_to_text.tolist() == image_ranks.tolist()
     assert ours.text_to_image.tolist() == text_ranks.tolist()
@@ -272,7 +273,7 @@ def test_golden_ranks(loaded: tuple[Any, Any], golden: Path, kind: str) -> None:
 
 def test_results_say_what_was_measured(loaded: tuple[Any, Any], tmp_path: Path, official_checkpoint: Path) -> None:
     data = dataset(7, texts_of_an_image=2)
-    results = evaluate(*loaded, data, benchmark="houses", progress=False, bootstrap=50)
+    results = evaluate(Encoder(*loaded), data, benchmark="houses", progress=False, bootstrap=50)
     assert results["model"] == str(official_checkpoint)
     assert results["model_revision"] is None
     assert set(results["model_fingerprint"]) == {"image", "text"}
@@ -293,13 +294,18 @@ def test_results_say_what_was_measured(loaded: tuple[Any, Any], tmp_path: Path, 
     assert f"{100 * results['metrics']['image_to_text_r1']:.2f}" in table
 
     # The same again is the same; one text, one pixel or one pairing more or less is another data set.
-    assert evaluate(*loaded, data, progress=False, bootstrap=50)["data_fingerprint"] == results["data_fingerprint"]
+    assert (
+        evaluate(Encoder(*loaded), data, progress=False, bootstrap=50)["data_fingerprint"]
+        == results["data_fingerprint"]
+    )
     others = [
         replace(data, texts=[*data.texts[:-1], "Another."]),
         replace(data, images=[*pictures(7)[:-1], Image.new("RGB", (8, 8))]),
         replace(data, text_to_image=[1, 0, *data.text_to_image[2:]]),
     ]
-    fingerprints = {evaluate(*loaded, other, progress=False, bootstrap=0)["data_fingerprint"] for other in others}
+    fingerprints = {
+        evaluate(Encoder(*loaded), other, progress=False, bootstrap=0)["data_fingerprint"] for other in others
+    }
     assert len(fingerprints | {results["data_fingerprint"]}) == 4
 
 
@@ -308,12 +314,13 @@ def test_classification_is_scored_against_the_prompts(loaded: tuple[Any, Any]) -
         "me/colors", "Colors", pictures(6), [str(i) for i in range(6)], [0, 1, 2, 0, 1, 2], COLORS
     )
     templates = ["a {} house.", "{}"]
-    results = evaluate(*loaded, data, templates=templates, progress=False)
+    results = evaluate(Encoder(*loaded), data, templates=templates, progress=False)
     texts = [
-        encode_texts(*loaded, [template.format(color) for color in COLORS], progress=False) for template in templates
+        Encoder(*loaded).encode_texts([template.format(color) for color in COLORS], progress=False)
+        for template in templates
     ]
     classes = torch.nn.functional.normalize(torch.stack(texts).mean(0), dim=-1)
-    scores = encode_images(*loaded, data.images, progress=False) @ classes.T
+    scores = Encoder(*loaded).encode_images(data.images, progress=False) @ classes.T
     for k in (1, 5):
         hits = [label in score.topk(k).indices for label, score in zip(data.labels, scores, strict=True)]
         assert results["metrics"][f"accuracy_top{k}"] == pytest.approx(sum(hits) / 6)
@@ -326,7 +333,7 @@ def test_classification_is_scored_against_the_prompts(loaded: tuple[Any, Any]) -
 def test_the_first_five_of_five_say_nothing(loaded: tuple[Any, Any], number: int) -> None:
     labels = [place % number for place in range(6)]
     data = ClassificationData("me/colors", "Colors", pictures(6), [str(i) for i in range(6)], labels, COLORS[:number])
-    results = evaluate(*loaded, data, progress=False)
+    results = evaluate(Encoder(*loaded), data, progress=False)
     assert ("accuracy_top5" in results["metrics"]) == (number > 5)
     assert {"accuracy_top1", "mean_per_class_recall"} <= results["metrics"].keys()
     cells = results_table(results).splitlines()[-1].split()
@@ -454,12 +461,12 @@ def test_data_that_does_not_fit_is_refused(loaded: tuple[Any, Any]) -> None:
     data = dataset(3)
     for wrong in ([0, 1], [0, 1, 3], [0, 1, -1]):
         with pytest.raises(ValueError, match="`data.text_to_image` must hold 3 places from 0 to 2"):
-            evaluate(*loaded, replace(data, text_to_image=wrong), progress=False)
+            evaluate(Encoder(*loaded), replace(data, text_to_image=wrong), progress=False)
     classes = ClassificationData("me/colors", "Colors", data.images, data.image_names, [0, 6, 1], COLORS)
     with pytest.raises(ValueError, match="`data.labels` must hold 3 places from 0 to 5"):
-        evaluate(*loaded, classes, progress=False)
+        evaluate(Encoder(*loaded), classes, progress=False)
     with pytest.raises(ValueError, match="a study needs a retrieval task"):
-        study(*loaded, replace(classes, labels=[0, 1, 2]), "length", progress=False)
+        study(Encoder(*loaded), replace(classes, labels=[0, 1, 2]), "length", progress=False)
 
 
 @pytest.mark.slow

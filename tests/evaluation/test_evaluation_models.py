@@ -39,13 +39,12 @@ from transformers import (
 
 import tiny_clip
 from hub_server import Hub, hub_server, use_in_process
-from lotlip_hf import LoTLIPModel, encode_images, encode_texts
+from lotlip_hf import Encoder, LoTLIPModel
 from lotlip_hf.conversion.clip import convert as convert_clip
 from lotlip_hf.conversion.onnx import convert as export_onnx
-from lotlip_hf.encoder import load_model, max_text_length
 from lotlip_hf.engines.onnx import LoTLIPOnnxModel
 from lotlip_hf.evaluation.models import model_revision, model_versions
-from lotlip_hf.store import fingerprint
+from lotlip_hf.loading import load_model, max_text_length
 
 TOWER = tiny_clip.SIZE
 POSITIONS = 24
@@ -205,8 +204,10 @@ def test_features_are_those_of_the_class(checkpoint: Path, pictures: list[Path])
     expected_texts, expected_images = naive(checkpoint, pictures)
     for batch_size in (1, 2, 50):
         options = {"batch_size": batch_size, "progress": False}
-        torch.testing.assert_close(encode_texts(model, processor, TEXTS, **options), expected_texts, atol=1e-5, rtol=0)
-        images = encode_images(model, processor, pictures, **options)
+        torch.testing.assert_close(
+            Encoder(model, processor).encode_texts(TEXTS, **options), expected_texts, atol=1e-5, rtol=0
+        )
+        images = Encoder(model, processor).encode_images(pictures, **options)
         torch.testing.assert_close(images, expected_images, atol=1e-5, rtol=0)
     # texts and images differ by far more than the tolerance
     assert (expected_texts[0] - expected_texts[2]).abs().max() > 1e-3
@@ -217,7 +218,7 @@ def test_texts_that_are_cut_are_told_of(checkpoint: Path, caplog: pytest.LogCapt
     model, processor = load_model(checkpoint, device="cpu")
     limit = int((checkpoint / "limit").read_text())
     lengths = [len(ids) for ids in processor.tokenizer(TEXTS, verbose=False)["input_ids"]]
-    encode_texts(model, processor, TEXTS, progress=False)
+    Encoder(model, processor).encode_texts(TEXTS, progress=False)
     count = sum(length > limit for length in lengths)
     assert (f"{count} of {len(TEXTS)} texts were cut at {limit} tokens." in caplog.text) == (count > 0)
     assert max(lengths) > min(limit, 80)
@@ -226,14 +227,14 @@ def test_texts_that_are_cut_are_told_of(checkpoint: Path, caplog: pytest.LogCapt
 @pytest.mark.slow
 def test_fingerprints(checkpoint: Path, tmp_path: Path) -> None:
     def fingerprints(pair: Any) -> tuple[str, str]:
-        return fingerprint(*pair, "image"), fingerprint(*pair, "text")
+        return Encoder(*pair).fingerprint("image"), Encoder(*pair).fingerprint("text")
 
     pair = load_model(checkpoint, device="cpu")
     before = fingerprints(pair)
     assert before[0] != before[1]
     elsewhere = load_model(shutil.copytree(checkpoint, tmp_path / "elsewhere"), device="cpu")
     assert fingerprints(elsewhere) == before
-    encode_texts(*elsewhere, TEXTS, progress=False)
+    Encoder(*elsewhere).encode_texts(TEXTS, progress=False)
     assert fingerprints(elsewhere) == before
     model, processor = elsewhere
 
@@ -290,14 +291,22 @@ def test_onnx_through_load_model(
     assert isinstance(pair[0], LoTLIPOnnxModel)
     options = {"atol": 1e-5, "rtol": 0}
     torch.testing.assert_close(
-        encode_texts(*pair, TEXTS, progress=False), encode_texts(*own, TEXTS, progress=False), **options
+        Encoder(*pair).encode_texts(TEXTS, progress=False),
+        Encoder(*own).encode_texts(TEXTS, progress=False),
+        **options,
     )
     torch.testing.assert_close(
-        encode_images(*pair, pictures, progress=False), encode_images(*own, pictures, progress=False), **options
+        Encoder(*pair).encode_images(pictures, progress=False),
+        Encoder(*own).encode_images(pictures, progress=False),
+        **options,
     )
     elsewhere = load_model(shutil.copytree(exported, tmp_path / "elsewhere"))
     for modality in ("image", "text"):
-        assert fingerprint(*elsewhere, modality) == fingerprint(*pair, modality) != fingerprint(*own, modality)
+        assert (
+            Encoder(*elsewhere).fingerprint(modality)
+            == Encoder(*pair).fingerprint(modality)
+            != Encoder(*own).fingerprint(modality)
+        )
     assert model_revision(pair[0]) is None
     assert model_versions(pair[0]) == {"onnxruntime": version("onnxruntime")}
     assert model_versions(own[0]) == {}

@@ -15,8 +15,7 @@ from tqdm import tqdm
 from transformers import BertTokenizer, SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 
 import tiny_clip
-from lotlip_hf import encode_images, encode_texts
-from lotlip_hf.encoder import load_model
+from lotlip_hf import Encoder
 from lotlip_hf.evaluation import embeddings, studies
 from lotlip_hf.evaluation.embeddings import TextEmbeddings, embed_texts, image_digests
 from lotlip_hf.evaluation.retrieval import recalls
@@ -27,7 +26,7 @@ from lotlip_hf.evaluation.studies import (
     sentence_ablation,
 )
 from lotlip_hf.evaluation.tasks import RetrievalData
-from lotlip_hf.store import fingerprint
+from lotlip_hf.loading import load_model
 
 WORDS = tiny_clip.WORDS
 
@@ -129,7 +128,7 @@ def test_flops_are_those_of_a_formula(kind: str, attention: str, request: pytest
     data = retrieval_data()
     model.set_attn_implementation(attention)
     try:
-        rows = length_study(model, processor, data, [5, 12, 40], progress=False)
+        rows = length_study(Encoder(model, processor), data, [5, 12, 40], progress=False)
     finally:
         model.set_attn_implementation(own)
     lengths = [len(ids) for ids in processor.tokenizer(list(data.texts), verbose=False)["input_ids"]]
@@ -154,7 +153,7 @@ def test_flops_of_a_model_that_pads(siglip: Pair, monkeypatch: pytest.MonkeyPatc
         return features(input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(model, "get_text_features", recorded)
-    rows = length_study(model, processor, retrieval_data(), [20], progress=False)
+    rows = length_study(Encoder(model, processor), retrieval_data(), [20], progress=False)
     assert set(widths) == {20}
     assert len(widths) == 2  # a batch, and once to count
     config = model.config.text_config
@@ -186,7 +185,9 @@ class FusedLayers(nn.Module):
 def test_flops_of_fused_layers(clip: Pair) -> None:
     model, processor = clip
     fused = FusedLayers(model.config)
-    rows = length_study(cast(Any, fused), processor, retrieval_data(["a cat a cat a cat"] * 3), [8], progress=False)
+    rows = length_study(
+        Encoder(cast(Any, fused), processor), retrieval_data(["a cat a cat a cat"] * 3), [8], progress=False
+    )
     assert rows[0]["text_flops"] == layers_flops(model.config.text_config, 8)
     assert torch.backends.mha.get_fastpath_enabled()
 
@@ -195,13 +196,13 @@ def test_flops_of_fused_layers(clip: Pair) -> None:
 def test_length_study_is_encoding_all_anew(kind: str, request: pytest.FixtureRequest) -> None:
     model, processor = request.getfixturevalue(kind)
     data = retrieval_data()
-    rows = length_study(model, processor, data, [30, 12, 18, 18], progress=False)
+    rows = length_study(Encoder(model, processor), data, [30, 12, 18, 18], progress=False)
     assert [row["max_length"] for row in rows] == [12, 18, 30]
-    images = encode_images(model, processor, data.images, progress=False)
+    images = Encoder(model, processor).encode_images(data.images, progress=False)
     lengths = [len(ids) for ids in processor.tokenizer(list(data.texts), verbose=False)["input_ids"]]
     for row in rows:
         limit = row["max_length"]
-        texts = encode_texts(model, processor, data.texts, max_length=limit, progress=False)
+        texts = Encoder(model, processor).encode_texts(data.texts, max_length=limit, progress=False)
         expected = recalls(images, texts, data.text_to_image, ks=[1])
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-12)
         assert row["texts_cut"] == sum(length > limit for length in lengths) / len(lengths)
@@ -213,7 +214,7 @@ def test_length_study_is_encoding_all_anew(kind: str, request: pytest.FixtureReq
 def test_default_limits_end_where_the_model_does(lotlip: Pair, clip: Pair) -> None:
     data = retrieval_data([*long_texts(3), "a cat. " * 300])
     for (model, processor), expected in ((lotlip, [16, 32, 48, 64, 96, 126]), (clip, [16, 32, 48, 64, 77])):
-        rows = length_study(model, processor, data, progress=False)
+        rows = length_study(Encoder(model, processor), data, progress=False)
         assert [row["max_length"] for row in rows] == expected
         assert rows[-1]["texts_cut"] == 0.25  # at the model's own end, too
 
@@ -227,10 +228,10 @@ def test_only_texts_that_change_are_encoded_again(lotlip: Pair, monkeypatch: pyt
 
     def counting(model: Any, processor: Any, texts: list[str], **kwargs: Any) -> TextEmbeddings:
         encoded.append((kwargs["max_length"], len(texts)))
-        return embed_texts(model, processor, texts, **kwargs)
+        return embed_texts(Encoder(model, processor), texts, **kwargs)
 
     monkeypatch.setattr(studies, "embed_texts", counting)
-    length_study(model, processor, data, [10, 50, 100, 126], progress=False)
+    length_study(Encoder(model, processor), data, [10, 50, 100, 126], progress=False)
     assert encoded[0] == (126, len(data.texts))
     longer = {limit: sum(length > limit for length in lengths) for limit in (100, 50, 10)}
     assert all(number for _, number in encoded)
@@ -240,7 +241,7 @@ def test_only_texts_that_change_are_encoded_again(lotlip: Pair, monkeypatch: pyt
 def test_a_model_without_flops(lotlip: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # as one on ONNX Runtime: PyTorch sees none of its products
     monkeypatch.setattr(studies, "iterate_text_embeddings", lambda *args, **kwargs: iter([]))
-    rows = length_study(*lotlip, retrieval_data(), [5, 20], progress=False)
+    rows = length_study(Encoder(*lotlip), retrieval_data(), [5, 20], progress=False)
     assert [row["text_flops"] for row in rows] == [None, None]
     plot_length_study(rows, tmp_path / "length.png")
     assert (tmp_path / "length.png").stat().st_size > 1000
@@ -249,10 +250,10 @@ def test_a_model_without_flops(lotlip: Pair, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.slow
 def test_length_study_keeps_embeddings(lotlip: Pair, tmp_path: Path) -> None:
     data = retrieval_data()
-    first = length_study(*lotlip, data, [5, 20], cache=tmp_path, batch_size=3, progress=False)
+    first = length_study(Encoder(*lotlip), data, [5, 20], cache=tmp_path, batch_size=3, progress=False)
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
     assert len(kept) == 3  # the images, and the texts at both limits
-    assert length_study(*lotlip, data, [5, 20], cache=tmp_path, batch_size=3, progress=False) == first
+    assert length_study(Encoder(*lotlip), data, [5, 20], cache=tmp_path, batch_size=3, progress=False) == first
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")} == kept
 
 
@@ -284,7 +285,7 @@ def test_one_bar_and_one_warning(
     monkeypatch.setattr(studies, "UNIT_SIZE", 4)
     monkeypatch.setattr(embeddings, "UNIT_SIZE", 4)
     texts = [*long_texts(13), "a cat. " * 40 + "a dog", "a cat. " * 50 + "a dog", long_texts(1)[0]]
-    study(*clip, retrieval_data(texts))
+    study(Encoder(*clip), retrieval_data(texts))
     (bar,) = bars.shown
     assert bar.n == bar.total > 2 * len(texts)
     assert {bar.desc for bar in own_bars.shown} == {"Reading images", "Encoding images"}
@@ -293,7 +294,7 @@ def test_one_bar_and_one_warning(
     assert [record.getMessage() for record in caplog.records if "cut" in record.getMessage()] == [
         "2 of 16 texts were cut at 77 tokens."
     ]
-    study(*clip, retrieval_data(texts), progress=False)
+    study(Encoder(*clip), retrieval_data(texts), progress=False)
     assert len(bars.shown) == 1
     assert len(own_bars.shown) == 2
 
@@ -307,22 +308,22 @@ def test_what_is_known_is_not_computed_again(
 
     def counted(model: Any, processor: Any, modality: Any) -> str:
         asked.append(modality)
-        return fingerprint(model, processor, modality)
+        return Encoder(model, processor).fingerprint(modality)
 
     monkeypatch.setattr(studies, "fingerprint", counted)
     monkeypatch.setattr(embeddings, "fingerprint", counted)
     monkeypatch.setattr(studies, "UNIT_SIZE", 4)
     monkeypatch.setattr(embeddings, "UNIT_SIZE", 4)
     data = retrieval_data()
-    rows = study(*lotlip, data, progress=False)
+    rows = study(Encoder(*lotlip), data, progress=False)
     assert asked == []
     digests = image_digests(data.images, progress=False)
     monkeypatch.setattr(embeddings, "image_digests", None)
-    assert study(*lotlip, data, digests=digests, cache=tmp_path, progress=False) == rows
+    assert study(Encoder(*lotlip), data, digests=digests, cache=tmp_path, progress=False) == rows
     assert sorted(asked) == ["image", "text"]
     # what is kept is what `embed_texts` keeps of all texts at once
     kept = sorted(tmp_path.rglob("*.safetensors"))
-    embed_texts(*lotlip, data.texts, cache=tmp_path, progress=False)
+    embed_texts(Encoder(*lotlip), data.texts, cache=tmp_path, progress=False)
     assert sorted(tmp_path.rglob("*.safetensors")) == kept
 
 
@@ -331,7 +332,7 @@ def test_limits_that_the_model_does_not_take(lotlip: Pair, limits: list[int]) ->
     with pytest.raises(
         ValueError, match=r"`limits` must be from 3 to the 126 tokens that the model takes, got \[.*\]"
     ):
-        length_study(*lotlip, retrieval_data(), limits, progress=False)
+        length_study(Encoder(*lotlip), retrieval_data(), limits, progress=False)
 
 
 def test_flash_attention_is_not_counted(lotlip: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +340,7 @@ def test_flash_attention_is_not_counted(lotlip: Pair, monkeypatch: pytest.Monkey
     backbone = model.text_model.backbone.config
     monkeypatch.setattr(backbone, "_attn_implementation_internal", "flash_attention_2")
     with pytest.raises(ValueError, match='flash attention are not counted.*attn_implementation="sdpa"'):
-        length_study(model, processor, retrieval_data(), progress=False)
+        length_study(Encoder(model, processor), retrieval_data(), progress=False)
 
 
 # The sentence ablation.
@@ -350,11 +351,11 @@ def test_sentence_ablation_is_encoding_all_anew(kind: str, request: pytest.Fixtu
     model, processor = request.getfixturevalue(kind)
     data = retrieval_data(long_texts(13))
     sentences = [text.split(". ") for text in data.texts]
-    images = encode_images(model, processor, data.images, progress=False).double()
+    images = Encoder(model, processor).encode_images(data.images, progress=False).double()
     owners = torch.tensor(data.text_to_image)
 
     def measured(texts: Sequence[str]) -> dict[str, float]:
-        scores = images @ encode_texts(model, processor, texts, progress=False).double().T
+        scores = images @ Encoder(model, processor).encode_texts(texts, progress=False).double().T
         own = scores[owners, torch.arange(len(texts))]
         text_ranks = 1 + (scores > own + 1e-6).sum(0).double()
         best = torch.stack([own[owners == image].max() for image in range(len(images))])
@@ -367,7 +368,7 @@ def test_sentence_ablation_is_encoding_all_anew(kind: str, request: pytest.Fixtu
             "score": own.mean().item(),
         }
 
-    rows = sentence_ablation(model, processor, data, progress=False)
+    rows = sentence_ablation(Encoder(model, processor), data, progress=False)
     assert [row["sentence"] for row in rows] == list(range(max(map(len, sentences)) + 1))
     whole = measured(data.texts)
     for k, row in enumerate(rows):
@@ -407,7 +408,7 @@ def test_what_a_sentence_is_worth(lotlip: Pair, monkeypatch: pytest.MonkeyPatch)
         "embed_texts",
         lambda model, processor, texts, **kwargs: TextEmbeddings(bag_of_words(texts), torch.zeros(len(texts))),
     )
-    whole, first, second, third = sentence_ablation(*lotlip, data, progress=False)
+    whole, first, second, third = sentence_ablation(Encoder(*lotlip), data, progress=False)
     assert whole["text_to_image_r1"] == whole["image_to_text_r1"] == 1
     assert whole["text_to_image_mean_rank"] == 1
     assert [row["num_texts"] for row in (whole, first, second, third)] == [0, 4, 4, 4]  # one sentence stays
@@ -430,18 +431,18 @@ def test_sentences_behind_the_models_end_are_not_read(clip: Pair) -> None:
     model, processor = clip
     beyond = ". ".join(["a cat " * 20, "the dog " * 20, "a red car", "a house"])  # the first two fill 77 tokens
     data = retrieval_data([beyond, "a cat. the dog. a red car. a house"])
-    rows = sentence_ablation(model, processor, data, progress=False)
+    rows = sentence_ablation(Encoder(model, processor), data, progress=False)
     assert [(row["num_texts"], row["num_read"]) for row in rows] == [(0, 0), (2, 2), (2, 2), (2, 1), (2, 1)]
 
 
 def test_fewer_sentences(lotlip: Pair) -> None:
     data = retrieval_data(long_texts(6))
-    everything = sentence_ablation(*lotlip, data, progress=False)
-    assert sentence_ablation(*lotlip, data, 2, progress=False) == everything[:3]
+    everything = sentence_ablation(Encoder(*lotlip), data, progress=False)
+    assert sentence_ablation(Encoder(*lotlip), data, 2, progress=False) == everything[:3]
     with pytest.raises(ValueError, match="`max_sentences` must be at least 1, got 0"):
-        sentence_ablation(*lotlip, data, 0, progress=False)
+        sentence_ablation(Encoder(*lotlip), data, 0, progress=False)
     with pytest.raises(ValueError, match="No text of Own has two sentences"):
-        sentence_ablation(*lotlip, retrieval_data(["a cat", "a dog."]), progress=False)
+        sentence_ablation(Encoder(*lotlip), retrieval_data(["a cat", "a dog."]), progress=False)
 
 
 # Plots.

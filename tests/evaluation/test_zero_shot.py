@@ -11,8 +11,7 @@ from PIL import Image
 from transformers import pipeline
 
 import tiny_clip
-from lotlip_hf import encode_images, encode_texts
-from lotlip_hf.encoder import load_model
+from lotlip_hf import Encoder
 from lotlip_hf.evaluation import zero_shot
 from lotlip_hf.evaluation.zero_shot import (
     DEFAULT_TEMPLATES,
@@ -21,6 +20,7 @@ from lotlip_hf.evaluation.zero_shot import (
     prompt,
     read_templates,
 )
+from lotlip_hf.loading import load_model
 
 CLASSES = ["cat", "red car", "house {of} 100 %", "the dog. of the house"]
 TEMPLATES = ["a photo of a {}.", "{c}", "A {}. And the same {} in a photo.", "{braces} {c}"]
@@ -132,7 +132,7 @@ def test_prompts() -> None:
 @pytest.mark.parametrize("kind", ["lotlip", "clip"])
 def test_classes_are_the_means_of_their_prompts(kind: str, lotlip: Pair, clip_checkpoint: Path) -> None:
     model, processor = lotlip if kind == "lotlip" else load_model(clip_checkpoint, device="cpu")
-    result = class_embeddings(model, processor, CLASSES, TEMPLATES, progress=False)
+    result = class_embeddings(Encoder(model, processor), CLASSES, TEMPLATES, progress=False)
     assert result.shape == (len(CLASSES), model.config.projection_dim)
     for name, embedding in zip(CLASSES, result, strict=True):
         total = torch.zeros(result.shape[1])
@@ -148,11 +148,11 @@ def test_classes_are_the_means_of_their_prompts(kind: str, lotlip: Pair, clip_ch
 
 def test_a_mean_is_not_the_embedding_of_one_prompt(lotlip: Pair) -> None:
     model, processor = lotlip
-    both = class_embeddings(model, processor, ["cat"], TEMPLATES[:2], progress=False)
+    both = class_embeddings(Encoder(model, processor), ["cat"], TEMPLATES[:2], progress=False)
     for template in TEMPLATES[:2]:
-        alone = class_embeddings(model, processor, ["cat"], [template], progress=False)
+        alone = class_embeddings(Encoder(model, processor), ["cat"], [template], progress=False)
         torch.testing.assert_close(
-            alone, encode_texts(model, processor, [prompt(template, "cat")], progress=False), atol=1e-6, rtol=0
+            alone, Encoder(model, processor).encode_texts([prompt(template, "cat")], progress=False), atol=1e-6, rtol=0
         )
         assert (both - alone).abs().max() > 1e-3
 
@@ -169,8 +169,8 @@ def test_the_labels_of_transformers_pipeline(clip_checkpoint: Path, golden: Path
         device="cpu",
     )
     answers = classify(images, candidate_labels=labels, hypothesis_template=DEFAULT_TEMPLATES[0])
-    classes = class_embeddings(model, processor, labels, progress=False)
-    scores = encode_images(model, processor, images, progress=False) @ classes.T
+    classes = class_embeddings(Encoder(model, processor), labels, progress=False)
+    scores = Encoder(model, processor).encode_images(images, progress=False) @ classes.T
     probabilities = (model.logit_scale.detach().exp() * scores).softmax(1)
     for answer, row in zip(answers, probabilities, strict=True):
         assert answer[0]["label"] == labels[int(row.argmax())]
@@ -181,11 +181,11 @@ def test_the_labels_of_transformers_pipeline(clip_checkpoint: Path, golden: Path
 def test_embeddings_are_kept_and_cut(lotlip: Pair, tmp_path: Path) -> None:
     model, processor = lotlip
     arguments = {"cache": tmp_path / "cache", "batch_size": 2, "progress": False}
-    first = class_embeddings(model, processor, CLASSES, TEMPLATES, **arguments)
+    first = class_embeddings(Encoder(model, processor), CLASSES, TEMPLATES, **arguments)
     assert any((tmp_path / "cache").rglob("*.safetensors"))
-    again = class_embeddings(model, processor, CLASSES, TEMPLATES, **arguments)
+    again = class_embeddings(Encoder(model, processor), CLASSES, TEMPLATES, **arguments)
     torch.testing.assert_close(again, first, atol=1e-6, rtol=0)
-    cut = class_embeddings(model, processor, CLASSES, TEMPLATES, max_length=5, **arguments)
+    cut = class_embeddings(Encoder(model, processor), CLASSES, TEMPLATES, max_length=5, **arguments)
     assert (cut - first).abs().max() > 1e-3
 
 
@@ -204,4 +204,4 @@ def test_wrong_arguments_are_named(
     lotlip: Pair, class_names: Any, templates: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        class_embeddings(*lotlip, class_names, templates, progress=False)
+        class_embeddings(Encoder(*lotlip), class_names, templates, progress=False)

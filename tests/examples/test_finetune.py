@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, EvalPrediction
 
 import tiny
-from lotlip_hf import LoTLIPModel, encode_images, encode_texts, lora_targets
+from lotlip_hf import Encoder, LoTLIPModel, lora_targets
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.records import ColumnError, load_records
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
@@ -145,10 +145,10 @@ def test_trainer_evaluates_retrieval_of_whole_captions(
     records = list(load_records(pictures))
     whole = CaptionSampling(1, num_sentences=None)
     drawn = [sample_texts(r["short_caption"], r["long_captions"], whole, 0, 0, r["id"]) for r in records]
-    images = encode_images(model, processor, [record["image"] for record in records])
+    images = Encoder(model, processor).encode_images([record["image"] for record in records])
     metrics, own = json.loads((saved / "eval_results.json").read_text()), torch.arange(NUM_RECORDS)
     for kind, texts in (("short", [d.short for d in drawn]), ("long", [d.long[0] for d in drawn])):
-        similarities = images @ encode_texts(model, processor, texts).T
+        similarities = images @ Encoder(model, processor).encode_texts(texts).T
         expected = float((similarities.argmax(1) == own).float().mean())
         assert metrics[f"eval_{kind}_image_to_text_r1"] == pytest.approx(expected)
         expected = float((similarities.argmax(0) == own).float().mean())

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import ModelCard
 from packaging.requirements import Requirement
 
-from lotlip_hf import encode_images, encode_texts
+from lotlip_hf import Encoder
 from lotlip_hf.data.sampling import split_sentences
 from lotlip_hf.scenes.dataset import long_captions, render, scene
 from scripts import REPOSITORY, load_script
@@ -86,9 +86,11 @@ def test_ranks_are_those_of_brute_force(app: ModuleType, encoders: list[Any], pi
     assert skipped == {}
     assert [encoder.name for encoder in encoders] == ["checkpoint", "tiny-clip"]  # of a folder, its name alone
     for encoder, ranking in zip(encoders, rankings, strict=True):
-        images = encode_images(encoder.model, encoder.processor, pictures, progress=False)
-        whole = (encode_texts(encoder.model, encoder.processor, [TEXT], progress=False) @ images.T)[0]
-        alone = encode_texts(encoder.model, encoder.processor, split_sentences(TEXT), progress=False) @ images.T
+        images = Encoder(encoder.model, encoder.processor).encode_images(pictures, progress=False)
+        whole = (Encoder(encoder.model, encoder.processor).encode_texts([TEXT], progress=False) @ images.T)[0]
+        alone = (
+            Encoder(encoder.model, encoder.processor).encode_texts(split_sentences(TEXT), progress=False) @ images.T
+        )
         order = sorted(range(len(pictures)), key=lambda index: -whole[index])
         assert ranking.images == [pictures[index] for index in order]
         assert ranking.sentences == split_sentences(TEXT)

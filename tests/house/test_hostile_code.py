@@ -27,7 +27,7 @@ from lotlip_hf import LoTLIPModel, LoTLIPProcessor, cli
 from lotlip_hf.conversion.common import ConversionError
 from lotlip_hf.conversion.open_clip import read_open_clip
 from lotlip_hf.conversion.torchscript import read_torchscript
-from lotlip_hf.encoder import load_model
+from lotlip_hf.loading import load_model
 from lotlip_hf.training.checkpoint import STATE
 from lotlip_hf.training.model import prepare_sharding
 from scripts import load_script

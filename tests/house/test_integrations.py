@@ -33,16 +33,15 @@ from transformers import (
 import tiny
 import tiny_clip
 from lotlip_hf import (
+    Encoder,
     LoTLIPConfig,
     LoTLIPModel,
     LoTLIPTextModelWithProjection,
     LoTLIPVisionModelWithProjection,
-    encode_images,
-    encode_texts,
 )
 from lotlip_hf.conversion.clip import convert as convert_clip
-from lotlip_hf.encoder import load_model
 from lotlip_hf.hub.push import write_repository
+from lotlip_hf.loading import load_model
 from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
 from processes import finish
 from scripts import load_script
@@ -151,8 +150,8 @@ def test_zero_shot_pipeline(checkpoint: Path, images: list[Path], batch_size: in
     answers = classify([str(image) for image in images], candidate_labels=TEXTS, hypothesis_template="{}")
     model, processor = load_model(checkpoint, device="cpu")
     processor.background = None  # transparency is dropped there
-    texts = encode_texts(model, processor, TEXTS, progress=False)
-    similarities = encode_images(model, processor, images, progress=False) @ texts.T
+    texts = Encoder(model, processor).encode_texts(TEXTS, progress=False)
+    similarities = Encoder(model, processor).encode_images(images, progress=False) @ texts.T
     expected = (similarities * model.logit_scale.detach().exp()).softmax(1)
     assert len(answers) == len(images)
     for answer, row in zip(answers, expected.tolist(), strict=True):
@@ -176,8 +175,8 @@ def test_zero_shot_pipeline_of_labels_that_are_too_long(checkpoint: Path, images
     )
     model, processor = load_model(checkpoint, device="cpu")
     similarities = (
-        encode_images(model, processor, images[:1], progress=False)
-        @ encode_texts(model, processor, labels, progress=False).T
+        Encoder(model, processor).encode_images(images[:1], progress=False)
+        @ Encoder(model, processor).encode_texts(labels, progress=False).T
     )
     expected = (similarities * model.logit_scale.detach().exp()).softmax(1)[0].tolist()
     assert {one["label"]: one["score"] for one in answer} == pytest.approx(
@@ -195,7 +194,7 @@ def test_feature_pipelines_of_a_tower(checkpoint: Path, images: list[Path]) -> N
         device="cpu",
     )
     found = torch.cat(extract([str(image) for image in images], return_tensors=True, batch_size=2))
-    expected = encode_images(model, processor, images, progress=False)
+    expected = Encoder(model, processor).encode_images(images, progress=False)
     torch.testing.assert_close(torch.nn.functional.normalize(found), expected, **TOLERANCE)
 
     extract = pipeline(
@@ -206,7 +205,7 @@ def test_feature_pipelines_of_a_tower(checkpoint: Path, images: list[Path]) -> N
     )
     texts = [*TEXTS, LONG_TEXT]
     found = torch.cat(extract(texts, return_tensors=True, truncation=True, batch_size=3))
-    expected = encode_texts(model, processor, texts, progress=False)
+    expected = Encoder(model, processor).encode_texts(texts, progress=False)
     torch.testing.assert_close(torch.nn.functional.normalize(found), expected, **TOLERANCE)
 
 
@@ -215,11 +214,11 @@ def test_feature_pipelines_of_a_whole_checkpoint(checkpoint: Path, images: list[
     processor.background = None  # transparency is dropped there
     extract = pipeline("image-feature-extraction", model=str(checkpoint), device="cpu")
     found = torch.cat(extract([str(image) for image in images], return_tensors=True, batch_size=2))
-    torch.testing.assert_close(found, encode_images(model, processor, images, progress=False), **TOLERANCE)
+    torch.testing.assert_close(found, Encoder(model, processor).encode_images(images, progress=False), **TOLERANCE)
     extract = pipeline("feature-extraction", model=str(checkpoint), device="cpu")
     texts = [*TEXTS, LONG_TEXT]
     found = torch.cat(extract(texts, return_tensors=True, truncation=True, batch_size=3))
-    torch.testing.assert_close(found, encode_texts(model, processor, texts, progress=False), **TOLERANCE)
+    torch.testing.assert_close(found, Encoder(model, processor).encode_texts(texts, progress=False), **TOLERANCE)
 
 
 def test_feature_pipelines_of_a_folder_with_one_tower(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
@@ -262,7 +261,7 @@ def test_sentence_transformers_encodes_texts_and_images(with_modules: Path, imag
     assert sentences.get_embedding_dimension() == model.config.projection_dim
     assert sentences.max_seq_length == processor.tokenizer.model_max_length
     texts = [*TEXTS, LONG_TEXT]
-    expected = encode_texts(model, processor, texts, progress=False)
+    expected = Encoder(model, processor).encode_texts(texts, progress=False)
     for embeddings in (
         sentences.encode(texts, batch_size=2),
         sentences.encode([{"text": text} for text in texts]),
@@ -276,7 +275,7 @@ def test_sentence_transformers_encodes_texts_and_images(with_modules: Path, imag
     exif[0x0112] = 6  # to be turned by 90 degrees
     rotated.save(with_modules / "rotated.jpg", exif=exif)
     files = [*images, with_modules / "rotated.jpg"]
-    expected_images = encode_images(model, processor, files, progress=False)
+    expected_images = Encoder(model, processor).encode_images(files, progress=False)
     np.testing.assert_allclose(sentences.encode([str(file) for file in files]), expected_images, **TOLERANCE)
     pictures = [Image.open(file) for file in images]
     for inputs in (pictures, [{"image": picture} for picture in pictures]):
@@ -290,7 +289,7 @@ def test_sentence_transformers_encodes_texts_and_images(with_modules: Path, imag
 def test_sentence_transformers_loads_a_bare_checkpoint(checkpoint: Path) -> None:
     model, processor = load_model(checkpoint, device="cpu")
     sentences = sentence_transformer(checkpoint)
-    expected = encode_texts(model, processor, TEXTS, progress=False)
+    expected = Encoder(model, processor).encode_texts(TEXTS, progress=False)
     np.testing.assert_allclose(sentences.encode(TEXTS, normalize_embeddings=True), expected, **TOLERANCE)
     lengths = np.linalg.norm(sentences.encode(TEXTS), axis=1)
     assert np.abs(lengths - 1).min() > 0.1  # the features as the model gives them
@@ -339,7 +338,7 @@ def test_sentence_transformers_trains(checkpoint: Path, tmp_path: Path, pairs: s
     assert type(model) is LoTLIPModel
     assert not any(info.values())
     processor = AutoProcessor.from_pretrained(tmp_path / "saved")
-    expected = encode_texts(model, processor, TEXTS, progress=False)
+    expected = Encoder(model, processor).encode_texts(TEXTS, progress=False)
     for one in (sentences, sentence_transformer(tmp_path / "saved")):
         np.testing.assert_allclose(one.encode(TEXTS, normalize_embeddings=True), expected, **TOLERANCE)
 
@@ -405,12 +404,12 @@ def test_example_leaves_a_checkpoint_for_both_libraries(
         assert torch.equal(model.state_dict()[name], tensor) == is_left_out, name
 
     rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
-    found = encode_images(model, processor, [pictures / row["file_name"] for row in rows], progress=False)
-    texts = encode_texts(model, processor, [row["short_caption"] for row in rows], progress=False)
+    found = Encoder(model, processor).encode_images([pictures / row["file_name"] for row in rows], progress=False)
+    texts = Encoder(model, processor).encode_texts([row["short_caption"] for row in rows], progress=False)
     first = (texts @ found.T).argmax(1) == torch.arange(NUM_PICTURES)
     assert f"short_cosine_accuracy@1: {0.125:.3f} before, {float(first.float().mean()):.3f} after" in printed
     np.testing.assert_allclose(
-        sentence_transformer(saved).encode(TEXTS), encode_texts(model, processor, TEXTS), **TOLERANCE
+        sentence_transformer(saved).encode(TEXTS), Encoder(model, processor).encode_texts(TEXTS), **TOLERANCE
     )
 
 
@@ -648,7 +647,7 @@ def test_datasets_maps_embeds_and_searches(checkpoint: Path, pictures: Path) -> 
         model, processor = load_model(checkpoint, device="cpu")
 
         def embed(batch: dict[str, Any]) -> dict[str, Any]:
-            found = encode_images(model, processor, batch["image"], progress=False)
+            found = Encoder(model, processor).encode_images(batch["image"], progress=False)
             return {"embedding": found.numpy(), "process": [os.getpid()] * len(found)}
 
         return embed
@@ -656,7 +655,7 @@ def test_datasets_maps_embeds_and_searches(checkpoint: Path, pictures: Path) -> 
     embed = embedder()
     embedded = dataset.map(embed, batched=True, batch_size=3)
     model, processor = load_model(checkpoint, device="cpu")
-    expected = encode_images(model, processor, list(dataset["image"]), progress=False).numpy()
+    expected = Encoder(model, processor).encode_images(list(dataset["image"]), progress=False).numpy()
     np.testing.assert_allclose(embedded["embedding"], expected, **TOLERANCE)
     # Another process would find it in the cache: the function is known by what it holds, used or not.
     assert Hasher.hash(embed) == Hasher.hash(embedder())
@@ -667,7 +666,7 @@ def test_datasets_maps_embeds_and_searches(checkpoint: Path, pictures: Path) -> 
     np.testing.assert_allclose(in_two["embedding"], expected, **TOLERANCE)
 
     embedded.add_faiss_index("embedding", metric_type=faiss.METRIC_INNER_PRODUCT)
-    for query in encode_texts(model, processor, TEXTS, progress=False).numpy():
+    for query in Encoder(model, processor).encode_texts(TEXTS, progress=False).numpy():
         scores, nearest = embedded.get_nearest_examples("embedding", query, k=3)
         best = np.argsort(-(expected @ query))[:3]
         np.testing.assert_allclose(scores, (expected @ query)[best], **TOLERANCE)

@@ -44,12 +44,11 @@ from hub_server import (
     hub_server,
     use_in_process,
 )
-from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
+from lotlip_hf import Encoder, LoTLIPConfig, LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
 from lotlip_hf.cli import main as lotlip
-from lotlip_hf.encoder import encode_texts, load_model
 from lotlip_hf.hub.push import CardFields, push, read_results, write_repository
+from lotlip_hf.loading import load_model
 from lotlip_hf.modeling import loading_lotlip
-from lotlip_hf.store import fingerprint
 
 REPO = "lotlip/tiny"
 CODE = {file.name for file in loading_lotlip.CODE_FILES}
@@ -362,7 +361,7 @@ def test_results_of_another_model_are_refused(official_checkpoint: Path, tmp_pat
     model, processor = load_model(official_checkpoint, device="cpu")
     half = copy.deepcopy(model).to(torch.bfloat16)
     for evaluated, dtype in ((model, "float32"), (half, "bfloat16")):
-        own = {modality: fingerprint(evaluated, processor, modality) for modality in ("image", "text")}
+        own = {modality: Encoder(evaluated, processor).fingerprint(modality) for modality in ("image", "text")}
         protocol = {"first_images": 50, "num_images": 50}
         file.write_text(json.dumps({**RESULTS, "model_fingerprint": own, "dtype": dtype, "protocol": protocol}))
         folder = write_repository(official_checkpoint, tmp_path / dtype, "me/mine", card=CardFields(results=[file]))
@@ -786,7 +785,7 @@ def test_loading_without_the_package(published: Hub, official_checkpoint: Path, 
     assert answers["sentences"].startswith("transformers_modules.")
     embeddings = torch.tensor(answers["embeddings"])
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2), rtol=0, atol=1e-5)
-    expected = encode_texts(model, processor, ["A cat. It sleeps.", "A dog."], progress=False)
+    expected = Encoder(model, processor).encode_texts(["A cat. It sleeps.", "A dog."], progress=False)
     torch.testing.assert_close(embeddings, expected, rtol=0, atol=1e-5)
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 from transformers import CLIPProcessor
 
 import tiny_clip
-from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
-from lotlip_hf.encoder import load_model
+from lotlip_hf import Encoder, LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
 from lotlip_hf.images import ImageError
+from lotlip_hf.loading import load_model
 from lotlip_hf.metrics import clip_score
 
 LONG = "a red car and the house of a dog " * 30
@@ -50,7 +50,7 @@ def test_the_scores_are_those_of_a_plain_loop(
     batch_size: int, pictures: list[Image.Image], official_checkpoint: Path
 ) -> None:
     model, processor = load_model(official_checkpoint, device="cpu")
-    result = clip_score(pictures, TEXTS, model, processor, batch_size=batch_size)
+    result = clip_score(pictures, TEXTS, Encoder(model, processor), batch_size=batch_size)
     expected = naive(pictures, TEXTS, model, processor)
     assert (expected > 0).any()
     assert (expected == 0).any()  # a pair below 0 is clipped by itself
@@ -62,10 +62,10 @@ def test_the_scores_are_those_of_a_plain_loop(
 def test_a_folder_gives_what_its_model_gives(pictures: list[Image.Image], official_checkpoint: Path) -> None:
     model, processor = load_model(official_checkpoint, device="cpu")
     by_folder = clip_score(iter(pictures), iter(TEXTS), official_checkpoint, device="cpu")
-    expected = clip_score(pictures, TEXTS, model, processor).scores
+    expected = clip_score(pictures, TEXTS, Encoder(model, processor)).scores
     torch.testing.assert_close(by_folder.scores, expected, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="`processor` is read from the folder"):
-        clip_score(pictures, TEXTS, official_checkpoint, processor)
+        clip_score(pictures, TEXTS, Encoder(official_checkpoint, processor))
 
 
 def test_clip_towers_score_as_the_stock_clip_does(pictures: list[Image.Image], processor: CLIPProcessor) -> None:
@@ -90,7 +90,7 @@ def test_clip_towers_score_as_the_stock_clip_does(pictures: list[Image.Image], p
     assert (expected > 0).any()
     for scored in (model, clip):
         torch.testing.assert_close(
-            clip_score(pictures, texts, scored, processor).scores, expected.detach(), atol=1e-4, rtol=0
+            clip_score(pictures, texts, Encoder(scored, processor)).scores, expected.detach(), atol=1e-4, rtol=0
         )
 
 
@@ -100,7 +100,7 @@ def test_texts_that_are_cut_are_counted(
     clip = tiny_clip.clip_model()
     texts = [LONG, "a cat", LONG, LONG + "cat"]
     with caplog.at_level(logging.WARNING):
-        result = clip_score(pictures[:4], texts, clip, processor)
+        result = clip_score(pictures[:4], texts, Encoder(clip, processor))
     assert result.num_truncated == 3
     assert "3 of 4 texts were cut at 77 tokens" in caplog.text
 
@@ -113,24 +113,24 @@ def test_texts_that_would_be_cut_raise_before_anything_is_computed(
     texts = [LONG, "a cat", LONG, LONG + "cat"]
     message = r"3 of 4 texts .* 77 tokens that the model's positions allow \(texts 0, 2, 3\).* more positions"
     with pytest.raises(ValueError, match=message):
-        clip_score(pictures[:4], texts, clip, processor, on_truncation="raise")
+        clip_score(pictures[:4], texts, Encoder(clip, processor), on_truncation="raise")
     short = CLIPProcessor(tiny_clip.image_processor(), tiny_clip.clip_tokenizer(12))
     message = (
         r"6 of 6 texts .* 12 tokens that the tokenizer's `model_max_length` allows \(texts 0, 1, 2, 3, 4, \.\.\.\)"
     )
     with pytest.raises(ValueError, match=message):
-        clip_score(pictures[:6], [LONG] * 6, clip, short, on_truncation="raise")
+        clip_score(pictures[:6], [LONG] * 6, Encoder(clip, short), on_truncation="raise")
     with pytest.raises(TypeError, match=r"texts\[1\] must be a string, got NoneType"):
-        clip_score(pictures[:2], ["a cat", None], clip, processor, on_truncation="raise")
+        clip_score(pictures[:2], ["a cat", None], Encoder(clip, processor), on_truncation="raise")
     with pytest.raises(ValueError, match=r"texts\[0\] is not valid Unicode"):
-        clip_score(pictures[:1], ["a \ud800"], clip, processor, on_truncation="raise")
+        clip_score(pictures[:1], ["a \ud800"], Encoder(clip, processor), on_truncation="raise")
     # a text of exactly the length is whole
     monkeypatch.undo()
     exact = " ".join(["cat"] * 75)
     assert len(processor.tokenizer(exact).input_ids) == 77
-    assert clip_score(pictures[:1], [exact], clip, processor, on_truncation="raise").num_truncated == 0
+    assert clip_score(pictures[:1], [exact], Encoder(clip, processor), on_truncation="raise").num_truncated == 0
     with pytest.raises(ValueError, match="1 of 1 texts"):
-        clip_score(pictures[:1], [exact + " cat"], clip, processor, on_truncation="raise")
+        clip_score(pictures[:1], [exact + " cat"], Encoder(clip, processor), on_truncation="raise")
 
 
 def test_a_model_with_more_positions_reads_the_whole_text(pictures: list[Image.Image]) -> None:
@@ -139,7 +139,7 @@ def test_a_model_with_more_positions_reads_the_whole_text(pictures: list[Image.I
     scores = []
     for text in (LONG, LONG + "cat"):
         texts = [text] * len(pictures)
-        scores.append(clip_score(pictures, texts, clip, processor, on_truncation="raise").scores)
+        scores.append(clip_score(pictures, texts, Encoder(clip, processor), on_truncation="raise").scores)
         torch.testing.assert_close(scores[-1], naive(pictures, texts, clip, processor), atol=1e-4, rtol=0)
     assert (scores[0] - scores[1]).abs().max() > 1e-3  # the last word counts
 
@@ -147,27 +147,27 @@ def test_a_model_with_more_positions_reads_the_whole_text(pictures: list[Image.I
 def test_errors(pictures: list[Image.Image], processor: CLIPProcessor) -> None:
     clip = tiny_clip.clip_model()
     with pytest.raises(ValueError, match="got 7 images and 6 texts"):
-        clip_score(pictures, TEXTS[:-1], clip, processor)
+        clip_score(pictures, TEXTS[:-1], Encoder(clip, processor))
     with pytest.raises(ValueError, match="got 0 images and 0 texts"):
-        clip_score([], [], clip, processor)
+        clip_score([], [], Encoder(clip, processor))
     with pytest.raises(ValueError, match="`processor` is missing: give that of the CLIPModel"):
         clip_score(pictures, TEXTS, clip)
     with pytest.raises(TypeError, match="`texts` must be a list"):
-        clip_score(pictures, "a cat", clip, processor)
+        clip_score(pictures, "a cat", Encoder(clip, processor))
     for one in (pictures[0], np.zeros((2, 8, 8, 3), np.uint8), torch.zeros(2, 3, 8, 8), {"a": 1}, b"png", Path("a")):
         with pytest.raises(TypeError, match=f"`images` must be a list, .* got one {type(one).__name__}"):
-            clip_score(one, ["a cat", "a dog"], clip, processor)
+            clip_score(one, ["a cat", "a dog"], Encoder(clip, processor))
     for one in ({"a cat": 1, "a dog": 2}, {"a cat", "a dog"}, np.array(["a cat", "a dog"]), None):
         with pytest.raises(TypeError, match=f"`texts` must be a list, .* got one {type(one).__name__}"):
-            clip_score(pictures[:2], one, clip, processor)
+            clip_score(pictures[:2], one, Encoder(clip, processor))
     message = (
         "`model` is a CLIPTextModel, without `get_text_features` and `get_image_features`: expected a dual encoder"
     )
     with pytest.raises(ValueError, match=message):
-        clip_score(pictures, TEXTS, tiny_clip.clip_text_model(), processor)
+        clip_score(pictures, TEXTS, Encoder(tiny_clip.clip_text_model(), processor))
     with pytest.raises(ValueError, match="`processor` is a CLIPTokenizer: expected one with `tokenizer` and"):
-        clip_score(pictures, TEXTS, clip, processor.tokenizer)
+        clip_score(pictures, TEXTS, Encoder(clip, processor.tokenizer))
     with pytest.raises(ValueError, match="`on_truncation` must be one of warn, raise"):
-        clip_score(pictures, TEXTS, clip, processor, on_truncation="ignore")
+        clip_score(pictures, TEXTS, Encoder(clip, processor), on_truncation="ignore")
     with pytest.raises(ImageError, match=r"nowhere\.png"):
-        clip_score(["nowhere.png"], ["a cat"], clip, processor)
+        clip_score(["nowhere.png"], ["a cat"], Encoder(clip, processor))

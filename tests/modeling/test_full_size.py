@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, ViTConfig, ViTModel
 
-from lotlip_hf import LoTLIPConfig, LoTLIPModel, encode_images, encode_texts
+from lotlip_hf import Encoder, LoTLIPConfig, LoTLIPModel
 from lotlip_hf.conversion.official import RELEASED, to_official
 
 pytestmark = pytest.mark.slow
@@ -63,8 +63,8 @@ def test_a_model_of_the_released_size(folder: Path) -> None:
         for seed, size in enumerate([(240, 320), (500, 224)])
     ]
 
-    text_embeds = encode_texts(model, processor, TEXTS, progress=False)
-    image_embeds = encode_images(model, processor, images, progress=False)
+    text_embeds = Encoder(model, processor).encode_texts(TEXTS, progress=False)
+    image_embeds = Encoder(model, processor).encode_images(images, progress=False)
     batch = processor(text=TEXTS, images=images, return_tensors="pt", verbose=False)
     assert batch.input_ids.shape == (len(TEXTS), MAX_LENGTH)
 

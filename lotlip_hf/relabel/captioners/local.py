@@ -34,8 +34,7 @@ from transformers import (
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
-from ...encoder import cached_commit
-from ...modeling.loading_lotlip import checked_download
+from ...loading import cached_commit
 from .base import Answer, CaptionerConfig, without_secrets
 
 # What is kept of a checkpoint's generation configuration: which tokens begin, end and fill an answer, and which may
@@ -93,9 +92,8 @@ class LocalCaptioner:
             raise ValueError(f"{name}: give `device` or `device_map` ({config.device_map!r}), not both.")
         self.config = config
         self.group_size = config.batch_size
-        with checked_download(name):
-            self.model, self.revision = _load_model(config, device)
-            self._processor, self._tokenizer = _load_processor(name, self.revision)
+        self.model, self.revision = _load_model(config, device)
+        self._processor, self._tokenizer = _load_processor(name, self.revision)
         if config.prompt and not isinstance(self._processor, ProcessorMixin):
             raise ValueError(
                 f"{name} has no processor for texts, only for images: it takes no prompt. Set an empty `prompt`."
@@ -281,10 +279,9 @@ def check_model(config: CaptionerConfig) -> None:
         ValueError, OSError, ImportError: as `LocalCaptioner`.
     """
     _check_name(config)
-    with checked_download(config.model):
-        model_config, revision = _load_config(config)
-        _model_class(config.model, model_config)
-        _load_processor(config.model, revision)
+    model_config, revision = _load_config(config)
+    _model_class(config.model, model_config)
+    _load_processor(config.model, revision)
 
 
 def _check_name(config: CaptionerConfig) -> None:

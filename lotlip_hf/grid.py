@@ -1,0 +1,100 @@
+"""Ranked images side by side, as one picture."""
+
+import io
+import math
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .files import printable, replacing
+from .images import WHITE, Background, ImageError, image_extensions, load_image
+from .search import SearchResult
+
+
+def check_picture(output: str | os.PathLike) -> None:
+    """
+    Finds out before the long work whether a picture can be written.
+
+    Args:
+        output (`str` or `os.PathLike`): the picture to be.
+
+    Raises:
+        ValueError: if its extension is not that of an image format that PIL writes.
+        NotADirectoryError: if its folder is not there.
+    """
+    output = Path(output)
+    image_extensions()  # fills PIL's registry
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"{output}: expected a picture that ends in .png, .jpg or another extension that PIL writes.")
+    if not output.parent.is_dir():
+        raise NotADirectoryError(f"{output.parent}: no such folder to write {output.name} in.")
+
+
+def save_grid(
+    results: Sequence[SearchResult], output: str | os.PathLike, title: str, background: Background = WHITE
+) -> None:
+    """
+    Draws ranked images side by side, each with its rank, score and name, under the description.
+
+    Args:
+        results (`Sequence[SearchResult]`): what to draw, at least one.
+        output (`str` or `os.PathLike`): the picture to write; its extension gives the format.
+        title (`str`): the description, wrapped; its end is left out if it takes more than eight lines.
+        background (`str` or `Sequence[int]`, *optional*, defaults to `"white"`):
+            What transparent pictures show; see [`~lotlip_hf.images.load_image`].
+
+    Raises:
+        ValueError, OSError: if there are no results; as `check_picture`.
+    """
+    if not results:
+        raise ValueError("`results` is empty: there is nothing to draw.")
+    check_picture(output)
+    side, margin, caption = 280, 20, 62  # pixels
+    columns = min(5, len(results)) if len(results) < 5 or len(results) % 4 else 4
+    width = max(3, columns) * (side + margin) + margin
+    names = [printable(result.path.name) for result in results]
+    title_font, rank_font, name_font = (_font(size) for size in (20, 22, 15))
+    # Lines differ a little in width from the text's average.
+    characters = int(0.94 * (width - 2 * margin) / (title_font.getlength(title or " ") / max(1, len(title))))
+    lines = textwrap.wrap(title, characters, max_lines=8, placeholder=" ...")
+    top = margin + 28 * len(lines) + (margin if lines else 0)
+    height = top + math.ceil(len(results) / columns) * (side + caption + margin)
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, line in enumerate(lines):
+        draw.text((margin, margin + 28 * number), line, "#202020", title_font)
+    for number, result in enumerate(results):
+        left = margin + number % columns * (side + margin)
+        upper = top + number // columns * (side + caption + margin)
+        draw.rectangle((left, upper, left + side - 1, upper + side - 1), "#f0f0f0")
+        try:
+            picture = load_image(result.path, background=background)
+            scale = side / max(picture.size)
+            size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+            picture = picture.resize(size, Image.Resampling.LANCZOS)
+            canvas.paste(picture, (left + (side - picture.width) // 2, upper + (side - picture.height) // 2))
+        except ImageError as error:
+            draw.text((left + 10, upper + 10), "\n".join(textwrap.wrap(error.reason, 34)), "#a02020", name_font)
+        draw.text((left, upper + side + 8), f"{number + 1}", "#202020", rank_font)
+        draw.text((left + side, upper + side + 10), f"{result.score:.4f}", "#606060", name_font, anchor="ra")
+        name = names[number]
+        kept = len(name) // 2
+        while name_font.getlength(name) > side:
+            kept -= 1
+            name = f"{names[number][:kept]}...{names[number][-kept:]}"
+        draw.text((left, upper + side + 37), name, "#606060", name_font)
+    picture = io.BytesIO()
+    canvas.save(picture, Image.registered_extensions()[Path(output).suffix.lower()])
+    with replacing(Path(output)) as file:
+        file.write(picture.getvalue())
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """DejaVu Sans, which has most alphabets, or PIL's own."""
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", size)
+    except OSError:
+        return ImageFont.load_default(size)
