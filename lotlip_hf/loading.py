@@ -145,7 +145,7 @@ def load_strict(
         raise
     except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
         kind, reason = OSError if isinstance(error, OSError) else LoadingError, printable(" ".join(str(error).split()))
-        raise kind(f"{name}: no {model_class.__name__} can be loaded ({reason}).") from error
+        raise kind(f"{name}: the weights cannot be read ({reason}).") from error
     problems = []
     for kind, keys in info.items():
         names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
