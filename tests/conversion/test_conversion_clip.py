@@ -38,14 +38,7 @@ from transformers import (
 
 import tiny
 import tiny_clip
-from lotlip_hf import (
-    Encoder,
-    LoTLIPModel,
-    LoTLIPProcessor,
-    LoTLIPTextModel,
-    LoTLIPTextModelWithProjection,
-    encoder,
-)
+from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor, LoTLIPTextModel, LoTLIPTextModelWithProjection, encoder
 from lotlip_hf.conversion import clip as conversion
 from lotlip_hf.conversion.clip import convert
 from lotlip_hf.diffusion.stretch import stretch_text_model
