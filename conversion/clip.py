@@ -2,17 +2,16 @@
 CLIP to LoTLIP: a checkpoint of transformers, open_clip, OpenAI or Long-CLIP gets corner tokens and, if asked, more
 positions, and starts out as precisely that CLIP.
 
-    python -m lotlip_hf.conversion.clip --clip openai/clip-vit-large-patch14 --num-corner-tokens 2 \
+    lotlip convert clip --clip openai/clip-vit-large-patch14 --num-corner-tokens 2 \
         --max-positions 248 --stretch knowledge-preserved --output lotlip-clip-vit-l-14
-    python -m lotlip_hf.conversion.clip --clip stable-diffusion/text_encoder --output lotlip-text-encoder
-    python -m lotlip_hf.conversion.clip --clip open_clip_model.safetensors --open-clip-config open_clip_config.json \
+    lotlip convert clip --clip stable-diffusion/text_encoder --output lotlip-text-encoder
+    lotlip convert clip --clip open_clip_model.safetensors --open-clip-config open_clip_config.json \
         --tokenizer clip-tokenizer --output lotlip-open-clip
-    python -m lotlip_hf.conversion.clip --clip longclip-L.pt --output lotlip-long-clip
+    lotlip convert clip --clip longclip-L.pt --output lotlip-long-clip
 """
 
-import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -46,6 +45,7 @@ from lotlip_hf import (
 from lotlip_hf.diffusion.stretch import KEPT_POSITIONS, Stretch, stretch_positions, stretch_text_model
 from lotlip_hf.encoder import fit_tokenizer
 from lotlip_hf.files import all_or_nothing, printable
+from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
 
 from .common import ConversionError, check_output, one_line, quiet, read_json, same_bits
@@ -102,6 +102,7 @@ def convert(
     activation: Activation | None = None,
     subfolder: str = "",
     seed: int = 0,
+    report: Callable[[str], None] = lambda lines: None,
 ) -> Path:
     """
     Converts a CLIP into a LoTLIP folder for `AutoModel`, `AutoTokenizer` and `AutoProcessor`: a `CLIPModel` becomes a
@@ -127,6 +128,7 @@ def convert(
         activation: For such a file without a configuration, `"gelu"` or `"quick_gelu"`.
         subfolder: Where the model lies in the folder or repository, such as `"text_encoder_2"`.
         seed: Seed of the corner tokens' random numbers.
+        report: Called with what there is to say about the folder.
 
     Returns:
         The folder.
@@ -142,34 +144,6 @@ def convert(
     >>> folder = convert("openai/clip-vit-large-patch14", "lotlip-clip", max_positions=248)  # doctest: +SKIP
     ```
     """
-    folder, _ = _convert(
-        clip=clip,
-        output=output,
-        num_corner_tokens=num_corner_tokens,
-        max_positions=max_positions,
-        stretch=stretch,
-        tokenizer=tokenizer,
-        open_clip_config=open_clip_config,
-        activation=activation,
-        subfolder=subfolder,
-        seed=seed,
-    )
-    return folder
-
-
-def _convert(
-    clip: str | Path,
-    output: str | Path,
-    num_corner_tokens: int,
-    max_positions: int | None,
-    stretch: Stretch | None,
-    tokenizer: str | Path | None,
-    open_clip_config: str | Path | None,
-    activation: Activation | None,
-    subfolder: str,
-    seed: int,
-) -> tuple[Path, str]:
-    """The folder, and what there is to say about it in two lines."""
     target = check_output(output)
     if num_corner_tokens < 0:
         raise ConversionError(f"--num-corner-tokens {num_corner_tokens}: expected 0 or more.")
@@ -223,10 +197,11 @@ def _convert(
     if source.image_processor is not None:
         size = source.model.config.vision_config.image_size
         pictures = f", images of {size} x {size} pixels"
-    return Path(output), (
-        f"  {num_parameters:,} parameters in {dtype}; {checked}\n"
+    report(
+        f"Wrote {output}\n  {num_parameters:,} parameters in {dtype}; {checked}\n"
         f"  {num_corner_tokens} corner tokens, texts of up to {new_positions} tokens{pictures}"
     )
+    return Path(output)
 
 
 # Reading
@@ -564,13 +539,11 @@ def _text_answers(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
-    return run("lotlip_hf.conversion.clip", lambda: _main(argv))
+    return run("lotlip convert clip", lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lotlip_hf.conversion.clip", description="CLIP, open_clip's and Long-CLIP included, to LoTLIP."
-    )
+    parser = Parser(prog="lotlip convert clip", description="CLIP, open_clip's and Long-CLIP included, to LoTLIP.")
     parser.add_argument("--clip", required=True, help="folder or Hub id of a CLIP or its text encoder, or a file")
     parser.add_argument("--subfolder", default="", help="where it lies in the folder, such as text_encoder")
     parser.add_argument("--num-corner-tokens", type=int, default=2, help="by default %(default)s")
@@ -585,9 +558,7 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--activation", choices=get_args(Activation), help="for a file without a configuration")
     parser.add_argument("--seed", type=int, default=0, help="of the corner tokens; by default %(default)s")
     parser.add_argument("--output", required=True, help="folder to make")
-    arguments = parser.parse_args(argv)
-    written, summary = _convert(**vars(arguments))
-    print(f"Wrote {written}\n{summary}")
+    convert(**vars(parser.parse_args(argv)), report=print)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python examples/swap_text_encoder.py --pipeline stable-diffusion-v1-5/stable-diffusion-v1-5 --model lotlip-clip \\
         --prompt "A long description ..." --output picture.png
 
-`--model` is what `python -m lotlip_hf.conversion.clip` or `examples/align_text_encoder.py` leave; without it, the
+`--model` is what `lotlip convert clip` or `examples/align_text_encoder.py` leave; without it, the
 pipeline's own text encoder is given more positions. `--save` keeps the pipeline, which any program that imports
 `lotlip_hf` loads with `DiffusionPipeline.from_pretrained`. Without `--pipeline` a tiny random one is made, to try it
 out (its pictures are noise).

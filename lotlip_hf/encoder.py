@@ -68,7 +68,7 @@ def load_model(
     Args:
         name_or_path (`str` or `os.PathLike`):
             A checkpoint folder or a Hub id: LoTLIP, or a stock dual encoder (CLIP, SigLIP, ...); or a folder that
-            `lotlip export onnx` wrote; or a model of open_clip's, such as
+            `lotlip convert onnx` wrote; or a model of open_clip's, such as
             `"open_clip:ViT-B-32-quickgelu/openai"` (names: [`~lotlip_hf.engines.open_clip.load_open_clip`]).
         device (`str` or `torch.device`, *optional*):
             Where to put the model; by default the accelerator, if there is one.
@@ -105,7 +105,7 @@ def load_model(
         raise ValueError(f"`revision` {revision!r} is of models on the Hub; {name} is a folder.")
     if os.path.isfile(name):
         raise ValueError(
-            f"{name} is a file, not a checkpoint folder; `lotlip convert` makes one of an official model.pt."
+            f"{name} is a file, not a checkpoint folder; `lotlip convert official` makes one of an official model.pt."
         )
     if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
         raise FileNotFoundError(f"{name}: no such checkpoint folder.")
@@ -125,7 +125,7 @@ def load_model(
             if made != taken and all(isinstance(side, int) for side in taken):
                 raise ValueError(
                     f"{name}: the image tower takes {taken[0]} x {taken[1]} pixels, the processor makes {made[0]} x "
-                    f"{made[1]}: export the checkpoint again with `lotlip export onnx`."
+                    f"{made[1]}: export the checkpoint again with `lotlip convert onnx`."
                 )
         # no PreTrainedModel, but with the methods that are called here
         model = cast(PreTrainedModel, model)

@@ -40,10 +40,10 @@ def test_kinds_that_are_not_written(tmp_path: Path, name: str) -> None:
 
 
 def test_folders(tmp_path: Path) -> None:
-    with pytest.raises(NotADirectoryError, match=r"missing: no such folder to write plot\.png in\."):
+    with pytest.raises(NotADirectoryError, match="missing"):
         check_plot(tmp_path / "missing" / "plot.png")
     (tmp_path / "plot.png").mkdir()
-    with pytest.raises(IsADirectoryError, match=r"plot\.png: a folder, not a picture to write\."):
+    with pytest.raises(FileExistsError, match="plot.png"):
         check_plot(str(tmp_path / "plot.png"))
 
 

@@ -1,4 +1,4 @@
-"""LoTLIP on ONNX Runtime: what `lotlip export onnx` wrote, with the feature functions of [`LoTLIPModel`]."""
+"""LoTLIP on ONNX Runtime: what `lotlip convert onnx` wrote, with the feature functions of [`LoTLIPModel`]."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -56,7 +56,7 @@ class LoTLIPOnnxModel(nn.Module):
         session_options: "onnxruntime.SessionOptions | None" = None,
     ) -> "LoTLIPOnnxModel":
         """
-        Opens what `lotlip export onnx` wrote.
+        Opens what `lotlip convert onnx` wrote.
 
         Args:
             folder: The folder, with `text_model.onnx`, `vision_model.onnx` or both, and `config.json`.
@@ -92,7 +92,7 @@ class LoTLIPOnnxModel(nn.Module):
         files = {tower: folder / name for tower, name in FILES.items() if (folder / name).is_file()}
         if not files:
             raise FileNotFoundError(
-                f"{folder}: no {' or '.join(FILES.values())} there; `lotlip export onnx` makes them of a checkpoint."
+                f"{folder}: no {' or '.join(FILES.values())} there; `lotlip convert onnx` makes them of a checkpoint."
             )
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if not isinstance(config, (LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig)):

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 
-from ..embed import check_output
-from ..files import markdown_text, replacing
+from ..files import check_output, markdown_text, replacing
 from ..hub.push import read_results, result_file
 from ..plots import COLOURS, DIRECTIONS, check_plot, figure, save, wrapped
 from .benchmarks.registry import TASKS

@@ -16,11 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 from lotlip_hf import cli, embed, encode_images, encode_texts
 from lotlip_hf import encoder as encoding
 from lotlip_hf.cli import main
+from lotlip_hf.cli.model import ModelOptions
 from lotlip_hf.embed import embed_texts, read_texts
 from lotlip_hf.encoder import load_model
 from lotlip_hf.store import fingerprint
@@ -121,72 +123,107 @@ def test_names_that_are_no_text_are_printed(photos: Path, run: Callable[..., Any
     assert "\\udcff.png" in out
 
 
-def test_errors_are_one_line_and_status_2(photos: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ("", "command"),
+        ("unheard-of", "unheard-of"),
+        ("export onnx", "convert"),
+        ("convert --checkpoint x", "lotlip convert official"),
+        ("convert gguf", "gguf"),
+        ("convert onnx --output x", "--model"),
+        ("search --images {photos} text", "--model"),
+        ("search --model x --images {photos} --top 0 text", "top"),
+        ("search --model x --images {photos} --dtype int8 text", "dtype"),
+        ("search --model x --imges {photos} text", "Did you mean --images"),
+        ("search --model {model} --images {tmp}/empty text", "empty"),
+        ("search --model {model} --images {tmp}/missing text", "missing"),
+        ("search --model {model} --images {photos} --device nowhere text", "nowhere"),
+        ("search --model {tmp}/no --images {photos} text", "no"),
+        ("search --model x --images {photos} --save-grid {tmp}/grid.xyz text", "grid.xyz"),
+        ("search --model x --images {photos} --save-grid {tmp}/no/grid.png text", "no"),
+        ("embed --model x --output x", "--texts"),
+        ("embed --model x --output x --images {photos} --texts x", "--texts"),
+        ("embed --model x --output x --image-root {photos} --texts x", "--image-root"),
+        ("embed --model x --images {photos} --output {tmp}/no/out.parquet", "out.parquet"),
+        ("embed --model x --images {photos} --output {tmp}", "a folder"),
+        ("embed --model x --texts {tmp}/no.txt --output {tmp}/out.parquet", "no.txt"),
+        ("evaluate --model x", "--task"),
+        ("evaluate --model x --task length-study", "--benchmark"),
+        ("evaluate --model x --task iiw --limits 3", "--limits"),
+        ("evaluate --model x --task iiw --overwrite", "--output"),
+        ("evaluate --model x --task iiw --cache x --no-cache", "--no-cache"),
+        ("evaluate --model x --task iiw --output {tmp}/no/results.json", "results.json"),
+        ("report", "FILE"),
+        ("push --private {photos}", "--repo-id"),
+        ("relabel --data {photos} --output x", "--captioner"),
+        ("train --batch-sise 3", "Did you mean --batch-size"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(
+    arguments: str,
+    word: str,
+    official_checkpoint: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "empty").mkdir()
-    for arguments, message in (
-        (("search", "--images", tmp_path / "empty", LONG_TEXT), "empty: no images in this folder or below it"),
-        (("search", "--images", tmp_path / "missing", LONG_TEXT), "missing: no such folder"),
-        (("search", "--images", photos, " "), "The description to search for is empty"),
-        (
-            ("search", "--images", photos, "--save-grid", tmp_path / "grid.xyz", LONG_TEXT),
-            "grid.xyz: expected a picture",
-        ),
-        (("embed", "--images", photos, "--output", tmp_path / "no" / "out.parquet"), "no such folder to write"),
-        (("embed", "--images", photos, "--output", tmp_path), "a folder, not a file to write"),
-        (("embed", "--texts", tmp_path / "no.txt", "--output", tmp_path / "out.parquet"), "no.txt: no such file"),
-        (("search", "--images", photos, "--model", tmp_path / "no", LONG_TEXT), "no: no such checkpoint folder"),
-        (("search", "--images", photos, "--device", "nowhere", LONG_TEXT), "nowhere"),
-    ):
-        status, out, err = run(*arguments)
-        assert (status, out) == (2, "")
-        assert err.startswith("lotlip: error: ")
-        assert message in err
-        assert err.count("\n") == 1
+    words = arguments.format(photos=photos, tmp=tmp_path, model=official_checkpoint).split()
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("lotlip")
+    assert "error: " in err
+    assert word in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "words"),
     [
-        ([], "command"),
-        (["unheard-of"], "invalid choice"),
-        (["search", "--images", "x", "text"], "--model"),
-        (["search", "--model", "x", "--images", "x", "--top", "0", "text"], "must be at least 1"),
-        (["search", "--model", "x", "--images", "x", "--dtype", "int8", "text"], "--dtype"),
-        (["embed", "--model", "x", "--output", "x"], "one of the arguments --images --texts is required"),
-        (["embed", "--model", "x", "--output", "x", "--images", "x", "--texts", "x"], "not allowed with"),
+        ("--help", [*cli.COMMANDS, "exit status"]),
+        ("--version", ["lotlip 0.1.0"]),
+        ("search --help", ["--images", "--top", "--save-grid", "--index", "--device", "--dtype"]),
+        ("embed --help", ["--images", "--texts", "--column", "--output"]),
+        ("evaluate --help", ["--config", "--task", "--no-normalize", "--faiss-index"]),
+        ("evaluate --list-tasks", ["iiw", "length-study"]),
+        ("train --help", ["--grad-cache-chunk", "torchrun"]),
+        ("relabel --help", ["--captioner", "--max-image-pixels"]),
+        ("push --help", ["--repo-id"]),
+        ("report --help", ["--model-index"]),
+        ("convert --help", ["official", "clip", "open-clip", "stock", "onnx"]),
+        ("convert official --help", ["--open-clip-config"]),
+        ("convert open-clip --help", ["--activation"]),
     ],
 )
-def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_version(arguments: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_status:
-        main(arguments)
-    assert exit_status.value.code == 2
-    assert message in capsys.readouterr().err
+        main(arguments.split())
+    assert exit_status.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in words)
 
 
-def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, words in (
-        (["--help"], ["convert", "search", "embed", "exit status"]),
-        (["search", "--help"], ["--images", "--top", "--save-grid", "--index", "--device", "--dtype"]),
-        (["embed", "--help"], ["--images", "--texts", "--column", "--output"]),
-        (["--version"], ["lotlip 0.1.0"]),
-    ):
-        with pytest.raises(SystemExit) as exit_status:
-            main(arguments)
-        assert exit_status.value.code == 0
-        shown = capsys.readouterr().out
-        assert all(word in shown for word in words)
-
-
-def test_convert_has_its_own_arguments(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert(golden: Path, tmp_path: Path) -> None:
     official = golden / "official-corners2"
     arguments = ["--checkpoint", official / "model.pt", "--open-clip-config", official / "open_clip_config.json"]
     arguments += ["--tokenizer", golden / "tokenizer", "--output", tmp_path / "converted"]
-    assert main(["convert", *map(str, arguments)]) == 0
+    assert main(["convert", "official", *map(str, arguments)]) == 0
     assert (tmp_path / "converted" / "model.safetensors").is_file()
-    with pytest.raises(SystemExit) as exit_status:
-        main(["convert", "--help"])
-    assert exit_status.value.code == 0
-    assert "--open-clip-config" in capsys.readouterr().out
+    assert main(["convert", "official", *map(str, arguments)]) == 2
+
+
+def test_options_of_a_file(official_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"model": str(official_checkpoint), "task": "scenes", "num_images": 3, "bootstrap": 0, "no_cache": True}
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump({**options, "captions": "long", "device": "cpu"}))
+    output = tmp_path / "results.json"
+    arguments = ["--config", str(tmp_path / "options.yaml"), "--captions=short", f"--output={output}"]
+    assert main(["evaluate", *arguments]) == 0
+    assert json.loads(output.read_text())["protocol"]["captions"] == "short"
+    assert "Scenes" in capsys.readouterr().out
+    assert main(["evaluate", *arguments]) == 2
+    assert "--overwrite" in capsys.readouterr().err
 
 
 # lotlip embed
@@ -468,11 +505,15 @@ def test_the_module_is_the_command(photos: Path, official_checkpoint: Path) -> N
 def test_an_interruption_before_the_work_is_no_traceback(
     run: Callable[..., Any], photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(arguments: Any) -> None:
-        raise KeyboardInterrupt
+    interruption: Any = KeyboardInterrupt()
 
-    monkeypatch.setattr(cli, "_load", interrupt)
+    def interrupt(options: Any) -> None:
+        raise interruption
+
+    monkeypatch.setattr(ModelOptions, "load", interrupt)
     assert run("search", "--images", photos, LONG_TEXT) == (130, "", "lotlip: interrupted.\n")
+    interruption.signum = signal.SIGTERM
+    assert run("search", "--images", photos, LONG_TEXT)[0] == 143
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"text": 1' + "0" * 5000 + "}"])
@@ -512,7 +553,7 @@ def test_texts_of_lists_and_ways(tmp_path: Path) -> None:
 def test_texts_are_looked_at_before_the_model_is_loaded(
     content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_load", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(ModelOptions, "load", lambda _: pytest.fail("the model was loaded"))
     (tmp_path / "t.csv").write_text(content)
     arguments = ["embed", "--model=m", f"--texts={tmp_path / 't.csv'}", f"--output={tmp_path / 'out.parquet'}"]
     assert cli.main(arguments) == 2

@@ -992,7 +992,7 @@ REFUSED: dict[str, tuple[str, Callable[[DiffusionPipeline], dict[str, Any]], str
     "length": (
         "sd",
         lambda pipe: {"max_length": 248},
-        "`max_length` is 248, more than the 77 positions of the model: .*conversion.clip --max-positions 248",
+        "`max_length` is 248, more than the 77 positions of the model: .*convert clip --max-positions 248",
     ),
     "length of BERT": (
         "sd",

@@ -522,7 +522,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 
 def said(ended: Ended) -> str:
     """The one line that says what is wrong."""
-    (line,) = [line for line in ended.text.splitlines() if line.startswith("error: ")]
+    (line,) = [line for line in ended.text.splitlines() if line.startswith("lotlip: error: ")]
     assert "Traceback" not in ended.text
     return line
 
@@ -689,7 +689,7 @@ def test_a_broken_record_saves_what_was_trained(start: Path, tmp_path: Path) -> 
     options = {"model": start / "plain", "data": data, "num_workers": 1, "max_steps": None, "num_epochs": 2}
     ended = run(arguments(tmp_path / "run", **options), tmp_path, 2)
     assert ended.codes == [2, 2], ended.text
-    errors = [line for line in ended.text.splitlines() if line.startswith("error: ")]
+    errors = [line for line in ended.text.splitlines() if line.startswith("lotlip: error: ")]
     assert sum("r005" in line for line in errors) == 1
     assert sum("Another process" in line for line in errors) == 1
     assert "Traceback" not in ended.text
@@ -705,7 +705,7 @@ def test_a_truncated_shard_saves_what_was_trained(start: Path, tmp_path: Path, c
     shard = data / "3.tar"
     shard.write_bytes(shard.read_bytes()[:8000])
     assert train_here(output, start, data=data, shuffle_buffer=1) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lotlip: error: ")]
     assert "3.tar: damaged or truncated after 1 records" in line
     steps = len(read_log(output))
     assert steps > 0
@@ -754,8 +754,7 @@ def test_a_damaged_checkpoint_is_named(name: str, start: Path, tmp_path: Path, c
     capsys.readouterr()
     assert load_script(TRAIN).main(["--output", str(output), "--resume"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: {output / 'checkpoint-8'} cannot be read (")
-    assert error.endswith("Remove it to go on from the one before it.")
+    assert error.startswith(f"lotlip: error: {output / 'checkpoint-8'} cannot be read (")
     shutil.rmtree(output / "checkpoint-8")
     assert load_script(TRAIN).main(["--output", str(output), "--resume"]) == 0
     assert list_checkpoints(output)[-1].name == "checkpoint-8"
@@ -787,7 +786,7 @@ def test_what_is_wrong_is_said_in_one_line(
     monkeypatch.chdir(start)  # where there is no `nowhere`
     options, words = WRONG[kind]
     assert train_here(tmp_path / "run", start, **options) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lotlip: error: ")]
     assert len(lines) == 1
     assert words in lines[0]
     assert not list_checkpoints(tmp_path / "run")
@@ -821,14 +820,13 @@ def test_one_kind_of_caption_is_enough(
     (data / "metadata.jsonl").write_text(
         "".join(json.dumps({name: row[name] for name in ("file_name", kept)}) + "\n" for row in own)
     )
-    script = load_script(TRAIN)
     flags = arguments(tmp_path / "run", model=start / "plain", data=data, **{"max_steps": 1, **options})
     if words is None:
-        assert script.main(flags) == 0
+        assert load_script(TRAIN).main(flags) == 0
         assert list_checkpoints(tmp_path / "run")
         return
-    monkeypatch.setattr(script, "load_or_start_model", lambda _: pytest.fail("a model was loaded"))
-    assert script.main(flags) == 2
+    monkeypatch.setattr("lotlip_hf.training.model.load_or_start_model", lambda _: pytest.fail("a model was loaded"))
+    assert load_script(TRAIN).main(flags) == 2
     assert words in capsys.readouterr().err
 
 
@@ -853,13 +851,12 @@ def test_data_is_looked_at_before_a_model_is_loaded(
     else:
         lines = []
     (data / "metadata.jsonl").write_text("\n".join(lines))
-    script = load_script(TRAIN)
-    monkeypatch.setattr(script, "load_or_start_model", lambda _: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lotlip_hf.training.model.load_or_start_model", lambda _: pytest.fail("a model was loaded"))
     for name in ("data", "eval_data"):
         other = {"data": make_folder(tmp_path / name / "good", 4), name: data}
         flags = arguments(tmp_path / "run", model="m", **other)
-        assert script.main([*flags, *(["--streaming"] if streaming else [])]) == 2
-        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+        assert load_script(TRAIN).main([*flags, *(["--streaming"] if streaming else [])]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("lotlip: error: ")
         assert not (tmp_path / "run").exists()
 
 
