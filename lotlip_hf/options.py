@@ -19,45 +19,29 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 from .files import printable
 
 T = TypeVar("T")
-BOUNDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def option(
-    help: str,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    metavar: str | None = None,
-    positional: bool = False,
-    **field: Any,
-) -> Any:
+def option(help: str, default: Any = dataclasses.MISSING, *, positional: bool = False, **settings: Any) -> Any:
     """
     A field of a dataclass that is a flag.
 
     Args:
         help (`str`): what `--help` says; the default is added, but for `None`, which the text explains.
-        at_least, above, at_most, below (`float`, *optional*): bounds of a number, or of each number of a list.
-        metavar (`str`, *optional*): what `--help` calls the value.
+        default: Its value by default; if there is none, the option must be set.
         positional (`bool`, *optional*, defaults to `False`): whether the value has no flag before it.
-        **field: as of `dataclasses.field`, such as `default`.
+        **settings: Bounds of a number, or of each of a list (`at_least`, `above`, `at_most`, `below`), and arguments
+            of `dataclasses.field`.
     """
-    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    bounds = {words: bound for words, bound in bounds.items() if bound is not None}
-    return dataclasses.field(
-        metadata={"help": help, "bounds": bounds, "metavar": metavar, "positional": positional}, **field
-    )
+    bounds = {name: settings.pop(name) for name in BOUNDS if name in settings}
+    metadata = {"help": help, "bounds": bounds, "positional": positional}
+    return dataclasses.field(default=default, metadata=metadata, **settings)
 
 
 def check(config: Any) -> None:
     """
     Gives the fields of a dataclass the types of their annotations, for its `__post_init__`.
-
-    Args:
-        config: The dataclass. Fields of other types than `bool`, `int`, `float`, `str`, `Literal`, lists and mappings
-            of these, and `None`, stay as they are.
 
     Raises:
         ValueError: if a value is of another type or out of bounds; the message names the field.
@@ -65,30 +49,30 @@ def check(config: Any) -> None:
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = convert(field.name, getattr(config, field.name), hints[field.name])
-        bounds = field.metadata.get("bounds") or {}
+        bounds = field.metadata.get("bounds", {})
         for number in value if isinstance(value, list) else [value]:
-            if number is not None and not all(BOUNDS[words](number, bound) for words, bound in bounds.items()):
-                expected = " and ".join(f"{words} {bound}" for words, bound in bounds.items())
+            if number is not None and not all(BOUNDS[name](number, bound) for name, bound in bounds.items()):
+                expected = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
                 raise ValueError(f"`{field.name}` must be {expected}, got {number}.")
         object.__setattr__(config, field.name, value)
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:
     """
-    The value of an option, from Python, a flag or a YAML file, in the type of an annotation.
+    The value of an option, from Python, a flag or a YAML file, in the type of an annotation: `bool`, `int`, `float`,
+    `str`, `Literal`, a list or mapping of these, another such dataclass, or `None`. Others stay as they are.
 
     Raises:
-        ValueError: if it has none; the message names the option.
+        ValueError: if it is none of that type; the message names the option.
     """
     kind, is_optional = _kind(hint)
+    origin, inner = get_origin(kind), get_args(kind)
     if value is None and is_optional:
         return None
-    origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
-        value = "no" if value is False and "no" in inner else value  # YAML reads a bare `no` as false
         expected = f"one of {', '.join(inner)}"
-        if value in inner:
-            return value
+        if value in inner or (value is False and "no" in inner):  # YAML reads a bare `no` as false
+            return value or "no"
     elif origin is list:
         expected = "one value or a list"
         if not isinstance(value, Mapping):
@@ -99,9 +83,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
             return {key: convert(f"{name}.{key}", one, inner[1]) for key, one in value.items()}
     elif kind is bool:
         expected = "true or false"
-        word = str(value).lower()
-        if word in WORDS:
-            return WORDS[word]
+        if str(value).lower() in WORDS:
+            return WORDS[str(value).lower()]
     elif kind in (int, float):
         expected = "a whole number" if kind is int else "a finite number"
         if not isinstance(value, bool) and not (kind is int and isinstance(value, float)):
@@ -115,9 +98,18 @@ def convert(name: str, value: Any, hint: Any) -> Any:
             return os.fspath(value)
         if isinstance(value, int | float):
             return str(value).lower() if isinstance(value, bool) else str(value)
+    elif dataclasses.is_dataclass(kind):
+        expected = "lines of `option: value`"
+        if isinstance(value, str):
+            return build(kind, {dataclasses.fields(kind)[0].name: value})
+        if isinstance(value, Mapping):
+            return build(kind, _of_lines(value, kind))
+        if isinstance(value, kind):
+            return value
     else:
         return value
-    raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
+    # of lines not what they say, which may be a password
+    raise ValueError(f"`{name}` must be {expected}, got {'lines' if isinstance(value, Mapping) else repr(value)}.")
 
 
 def choices(hint: Any) -> tuple[str, ...]:
@@ -132,9 +124,9 @@ def _kind(hint: Any) -> tuple[Any, bool]:
     return next(kind for kind in kinds if kind is not types.NoneType), types.NoneType in kinds
 
 
-def unknown(name: str, known: Iterable[str]) -> ValueError:
+def unknown(name: Any, known: Iterable[str]) -> ValueError:
     """The error of an option that does not exist, with the one that may be meant."""
-    close = difflib.get_close_matches(name, list(known), 1)
+    close = difflib.get_close_matches(str(name), list(known), 1)
     return ValueError(f"unknown option {printable(name)}. {f'Did you mean {close[0]}?' if close else 'See --help.'}")
 
 
@@ -142,7 +134,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are a `ValueError` of one line. Options may be spelt with underscores, but not in part."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # pyright: ignore
         """The options. Those of [`add_flags`] that are not given are left out."""
@@ -165,52 +157,34 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: Any, config_class: type, without: Collection[str] = ()) -> None:
-    """
-    Adds a flag for each [`option`] of a dataclass.
-
-    Args:
-        parser (`Parser`): the parser, or a group of it.
-        config_class (`type`): the dataclass.
-        without (`Collection[str]`, *optional*): names of fields that get none.
-    """
-    hints = get_type_hints(config_class)
+    """Adds a flag to a parser, or to a group of one, for each [`option`] of a dataclass."""
+    hints, fields = get_type_hints(config_class), dataclasses.fields(config_class)
     # which a flag with an optional value would swallow
-    has_positional = any(field.metadata.get("positional") for field in dataclasses.fields(config_class))
-    for field in dataclasses.fields(config_class):
+    has_positional = any(field.metadata.get("positional") for field in fields)
+    for field in fields:
         if "help" not in field.metadata or field.name in without:
             continue
         kind, is_optional = _kind(hints[field.name])
         words, is_list = choices(hints[field.name]), get_origin(kind) is list
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         help = field.metadata["help"]
-        if default not in (None, dataclasses.MISSING, False, "") and default != []:
-            help = f"{help} ({' '.join(map(str, default)) if is_list else default})"
-        metavar = (
-            "{" + ",".join(words) + "}" if words else field.metadata["metavar"] or {int: "N", float: "X"}.get(kind)
-        )
-        settings: dict[str, Any] = {
-            "help": help.replace("%", "%%"),
-            "metavar": metavar,
-            "nargs": "+" if is_list else None,
-        }
+        if kind is not bool and field.default not in (None, dataclasses.MISSING, ""):
+            help = f"{help} ({field.default})"
+        metavar = "{" + ",".join(words) + "}" if words else {int: "N", float: "X"}.get(kind)
+        settings: dict[str, Any] = {"help": help.replace("%", "%%")}
+        if kind is not bool:
+            settings |= {"metavar": metavar, "nargs": "+" if is_list else None}
+        elif has_positional:
+            settings["action"] = "store_true"
+        else:
+            settings |= {"nargs": "?", "const": True, "metavar": "false"}
+        flag = field.name.replace("_", "-")
         if field.metadata["positional"]:
             parser.add_argument(field.name, **settings)
             continue
-        if kind is bool and has_positional:
-            settings = {"help": settings["help"], "action": "store_true"}
-        elif kind is bool:
-            settings |= {"nargs": "?", "const": True, "metavar": "false"}
-        flag = field.name.replace("_", "-")
         parser.add_argument(f"--{flag}", default=argparse.SUPPRESS, **settings)
         if kind is bool and is_optional:
-            parser.add_argument(
-                f"--no-{flag}",
-                dest=field.name,
-                action="store_const",
-                const=False,
-                default=argparse.SUPPRESS,
-                help=f"the opposite of --{flag}",
-            )
+            settings = {"action": "store_const", "const": False, "default": argparse.SUPPRESS}
+            parser.add_argument(f"--no-{flag}", dest=field.name, help=f"the opposite of --{flag}", **settings)
 
 
 def add_options(parser: Any, config_class: type) -> None:
@@ -235,24 +209,20 @@ def build(config_class: type[T], options: Mapping[str, Any]) -> T:
     """The dataclass, whose `__post_init__` checks the options."""
     for field in dataclasses.fields(config_class):  # pyright: ignore[reportArgumentType]
         if field.name not in options and field.default is field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"--{field.name.replace('_', '-')} is missing. See --help.")
+            raise ValueError(f"`{field.name}` (--{field.name.replace('_', '-')}) is missing. See --help.")
     return config_class(**options)
 
 
-def parse(config_class: type[T], argv: Sequence[str] | None, prog: str, description: str) -> T:
-    """The options of a command that takes flags alone."""
-    parser = Parser(prog=prog, description=description)
-    add_flags(parser, config_class)
-    return build(config_class, flags_of(parser.parse_args(argv), config_class))
+def parse(config_class: type[T], argv: Sequence[str] | None, **parser: Any) -> T:
+    """The options of a command that takes flags alone; `parser` is what `argparse.ArgumentParser` takes."""
+    flags = Parser(**parser)
+    add_flags(flags, config_class)
+    return build(config_class, flags_of(flags.parse_args(argv), config_class))
 
 
 def read_yaml(file: str | os.PathLike, config_class: type) -> dict[str, Any]:
     """
-    Reads a file of options.
-
-    Args:
-        file (`str` or `os.PathLike`): lines of `option: value`.
-        config_class (`type`): the dataclass whose fields they are.
+    Reads a file of lines `option: value`, which are fields of a dataclass.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -271,12 +241,15 @@ def read_yaml(file: str | os.PathLike, config_class: type) -> dict[str, Any]:
         raise ValueError(f"{file}: not a YAML file ({printable(reason)}{line}).") from None
     if not isinstance(options, dict | None):
         raise ValueError(f"{file}: expected lines of `option: value`, got {type(options).__name__}.")
-    hints = get_type_hints(config_class)
     try:
-        for name, value in (options or {}).items():
-            if name not in hints:
-                raise unknown(str(name), hints)
-            options[name] = convert(name, value, hints[name])
+        return _of_lines(options or {}, config_class)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    return options or {}
+
+
+def _of_lines(lines: Mapping[Any, Any], config_class: type) -> dict[str, Any]:
+    """The fields of a dataclass that lines of a file set, in their types."""
+    hints = get_type_hints(config_class)
+    if others := [name for name in lines if name not in hints]:
+        raise unknown(others[0], hints)
+    return {name: convert(name, value, hints[name]) for name, value in lines.items()}

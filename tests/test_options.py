@@ -15,12 +15,12 @@ from lotlip_hf.options import Parser, add_options, build, check, option, options
 @dataclass
 class Options:
     name: str = option("its name")
-    count: int = option("how many", at_least=1, default=2)
-    share: float | None = option("of all", at_least=0, below=1, default=None)
-    precision: Literal["no", "half"] = option("of numbers", default="no")
-    fast: bool = option("whether to hurry", default=False)
+    count: int = option("how many", 2, at_least=1)
+    share: float | None = option("of all", None, at_least=0, below=1)
+    precision: Literal["no", "half"] = option("of numbers", "no")
+    fast: bool = option("whether to hurry", False)
     sizes: list[int] = option("of each", at_least=1, default_factory=list)
-    clean: bool | None = option("whether to clean", default=None)
+    clean: bool | None = option("whether to clean", None)
     more: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -16,16 +16,12 @@ the same command goes on from what is kept in OUTPUT.partial."""
 class EmbedOptions(ModelOptions):
     """Every option of `lotlip embed`."""
 
-    images: str | None = option("folder of images, with its subfolders", metavar="DIR", default=None)
-    image_root: str | None = option(
-        "the folder that pictures must lie in, links followed (--images)", metavar="DIR", default=None
-    )
-    texts: str | None = option(
-        ".txt (a text on each line), .jsonl, .json, .csv, .tsv or .parquet", metavar="FILE", default=None
-    )
-    column: str = option("column of the texts, or a way into one: `conversations[1].value`", default="text")
-    output: str = option("the Parquet file to write", metavar="FILE")
-    overwrite: bool = option("replace the output if it is there already", default=False)
+    images: str | None = option("folder of images, with its subfolders", None)
+    image_root: str | None = option("the folder that pictures must lie in, links followed (--images)", None)
+    texts: str | None = option(".txt (a text on each line), .jsonl, .json, .csv, .tsv or .parquet", None)
+    column: str = option("column of the texts, or a way into one: `conversations[1].value`", "text")
+    output: str = option("the Parquet file to write")
+    overwrite: bool = option("replace the output if it is there already", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,7 +33,7 @@ class EmbedOptions(ModelOptions):
 
 def run(argv: Sequence[str]) -> None:
     """Embeds, and says how many."""
-    options = parse(EmbedOptions, argv, "lotlip embed", DESCRIPTION)
+    options = parse(EmbedOptions, argv, prog="lotlip embed", description=DESCRIPTION)
     from ..embed import check_texts, embed_images, embed_texts
 
     check_output(options.output, overwrite=options.overwrite)

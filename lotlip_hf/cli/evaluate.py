@@ -19,63 +19,50 @@ data that was not asked for."""
 # The studies of a retrieval task, as `--task` and as results name them
 STUDIES: dict[str, Literal["length", "sentences"]] = {"length-study": "length", "sentence-ablation": "sentences"}
 SEARCH = ("bootstrap", "faiss_index", "faiss_parameters")
+DATA = (
+    "num_images split image_column text_column label_column class_names captions normalize image_root max_record_bytes"
+).split()
 
 
 @dataclass(kw_only=True)
 class EvaluationConfig(ModelOptions):
     """Every option of an evaluation, `lotlip evaluate --help` in Python."""
 
-    revision: str | None = option("of the model on the Hub", default=None)
-    task: str = option("what to measure: one of --list-tasks", metavar="T")
-    benchmark: str | None = option(
-        "for length-study and sentence-ablation: the retrieval task that is studied", metavar="T", default=None
-    )
+    revision: str | None = option("of the model on the Hub", None)
+    task: str = option("what to measure: one of --list-tasks")
+    benchmark: str | None = option("for length-study and sentence-ablation: the retrieval task that is studied", None)
 
     # The data
-    data: str | None = option("folder of the data set, or its Hub id", metavar="DIR", default=None)
-    data_revision: str | None = option("of the data set on the Hub", metavar="REVISION", default=None)
-    data_config: str | None = option(
-        "configuration of a data set on the Hub that has several", metavar="NAME", default=None
-    )
-    split: str | None = option("part of the data set, where the task or the data leaves a choice", default=None)
-    num_images: int | None = option("the first N images alone, for a quick look", at_least=1, default=None)
-    image_root: str | None = option(
-        "folder that images must lie in, links followed (the data's own)", metavar="DIR", default=None
-    )
-    max_record_bytes: int | None = option(
-        "largest line or sample of data of one's own (256 MiB)", at_least=1, default=None
-    )
-    image_column: str | None = option("column of the images, for data of one's own", metavar="NAME", default=None)
-    text_column: str | None = option("column of the texts, for data of one's own", metavar="NAME", default=None)
-    label_column: str | None = option("column of the classes, for data of one's own", metavar="NAME", default=None)
+    data: str | None = option("folder of the data set, or its Hub id", None)
+    data_revision: str | None = option("of the data set on the Hub", None)
+    data_config: str | None = option("configuration of a data set on the Hub that has several", None)
+    split: str | None = option("part of the data set, where the task or the data leaves a choice", None)
+    num_images: int | None = option("the first N images alone, for a quick look", None, at_least=1)
+    image_root: str | None = option("folder that images must lie in, links followed (the data's own)", None)
+    max_record_bytes: int | None = option("largest line or sample of data of one's own (256 MiB)", None, at_least=1)
+    image_column: str | None = option("column of the images, for data of one's own", None)
+    text_column: str | None = option("column of the texts, for data of one's own", None)
+    label_column: str | None = option("column of the classes, for data of one's own", None)
     captions: Literal["long", "all", "short"] | None = option(
-        "which captions, for scenes and data of one's own (long)", default=None
+        "which captions, for scenes and data of one's own (long)", None
     )
-    normalize: bool | None = option("clean captions as the paper does; by default all but short ones", default=None)
-    class_names: str | None = option("names of the classes, one a line; or `openai`", metavar="FILE", default=None)
+    normalize: bool | None = option("clean captions as the paper does; by default all but short ones", None)
+    class_names: str | None = option("names of the classes, one a line; or `openai`", None)
 
     # The scores
-    templates: str | None = option(
-        "prompts with {} in the place of the class; or `openai`", metavar="FILE", default=None
-    )
-    max_length: int | None = option(
-        "cut texts there, not at the model's end", metavar="TOKENS", at_least=1, default=None
-    )
-    limits: list[int] | None = option(
-        "for length-study: where texts are cut", metavar="TOKENS", at_least=1, default=None
-    )
-    bootstrap: int | None = option("samples for the intervals of R@1 (1000)", at_least=0, default=None)
-    faiss_index: str | None = option(
-        "search with this index (Flat, IVF256,Flat), not exactly", metavar="INDEX", default=None
-    )
-    faiss_parameters: str | None = option("of that index, such as nprobe=16", metavar="SETTINGS", default=None)
+    templates: str | None = option("prompts with {} in the place of the class; or `openai`", None)
+    max_length: int | None = option("cut texts there, not at the model's end", None, at_least=1)
+    limits: list[int] | None = option("for length-study: where texts are cut", None, at_least=1)
+    bootstrap: int | None = option("samples for the intervals of R@1 (1000)", None, at_least=0)
+    faiss_index: str | None = option("search with this index (Flat, IVF256,Flat), not exactly", None)
+    faiss_parameters: str | None = option("of that index, such as nprobe=16", None)
 
     # What is written
-    output: str | None = option("write the results to this JSON file", metavar="FILE", default=None)
-    overwrite: bool = option("replace the output if it is there already", default=False)
-    plot: str | None = option("draw a study's result in this picture", metavar="FILE", default=None)
-    cache: str | None = option("keep the embeddings in this folder ($HF_HOME/lotlip)", metavar="DIR", default=None)
-    no_cache: bool = option("keep no embeddings", default=False)
+    output: str | None = option("write the results to this JSON file", None)
+    overwrite: bool = option("replace the output if it is there already", False)
+    plot: str | None = option("draw a study's result in this picture", None)
+    cache: str | None = option("keep the embeddings in this folder ($HF_HOME/lotlip)", None)
+    no_cache: bool = option("keep no embeddings", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,22 +144,9 @@ def _evaluate(config: EvaluationConfig, is_main_process: bool) -> None:
     own = {name: getattr(config, name) for name in ("max_length", *SEARCH) if getattr(config, name) is not None}
     if config.templates is not None:
         own["templates"] = read_templates(config.templates)
-    data = load_benchmark(
-        settings["benchmark"],
-        config.data,
-        num_images=config.num_images,
-        split=config.split,
-        revision=config.data_revision,
-        config=config.data_config,
-        image_column=config.image_column,
-        text_column=config.text_column,
-        label_column=config.label_column,
-        class_names=config.class_names,
-        captions=config.captions,
-        normalize=config.normalize,
-        image_root=config.image_root,
-        max_record_bytes=config.max_record_bytes,
-    )
+    of_data = {name: getattr(config, name) for name in DATA}
+    of_data |= {"revision": config.data_revision, "config": config.data_config}
+    data = load_benchmark(settings["benchmark"], config.data, **of_data)
     config.refuse(("templates",) if isinstance(data, RetrievalData) else SEARCH)
     model, processor = config.load(config.revision)
     if kind is not None:

@@ -15,8 +15,8 @@ class ImageOptions:
 
     max_image_pixels: int | None = option(
         "skip images of more pixels, and decode no more at a time (178956970; each takes up to 12 bytes)",
+        None,
         at_least=1,
-        default=None,
     )
 
     def __post_init__(self) -> None:
@@ -37,13 +37,11 @@ class ModelOptions(ImageOptions):
     """A model and how it runs."""
 
     model: str = option("checkpoint folder or Hub id: LoTLIP, CLIP, SigLIP, ...")
-    device: str | None = option(
-        "cpu, cuda, cuda:1, mps, ...; by default the accelerator, if there is one", default=None
-    )
+    device: str | None = option("cpu, cuda, cuda:1, mps, ...; by default the accelerator, if there is one", None)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "of the weights; auto keeps the checkpoint's", default="auto"
+        "of the weights; auto keeps the checkpoint's", "auto"
     )
-    batch_size: int | None = option("images, or texts of full length, in a batch", at_least=1, default=None)
+    batch_size: int | None = option("images, or texts of full length, in a batch", None, at_least=1)
 
     def load(self, revision: str | None = None) -> Any:
         """The model and its processor."""

@@ -16,18 +16,18 @@ class PushOptions:
     """Every option of `lotlip push`."""
 
     checkpoint: str = option("checkpoint folder or Hub id of a LoTLIP", positional=True)
-    repo_id: str = option("repository, which is made if need be", metavar="ORG/NAME")
-    private: bool = option("make a new repository private", default=False)
-    revision: str | None = option("branch, which is made if need be (main)", default=None)
-    dry_run: str | None = option("write what would be published to this folder, and stop", metavar="DIR", default=None)
-    commit_message: str | None = option("of the commit (Upload LoTLIP)", default=None)
-    max_shard_size: str | None = option("largest file of weights (5GB)", default=None)
-    license: str | None = option("of the weights, such as apache-2.0; without one nobody may use them", default=None)
+    repo_id: str = option("repository, which is made if need be")
+    private: bool = option("make a new repository private", False)
+    revision: str | None = option("branch, which is made if need be (main)", None)
+    dry_run: str | None = option("write what would be published to this folder, and stop", None)
+    commit_message: str | None = option("of the commit (Upload LoTLIP)", None)
+    max_shard_size: str | None = option("largest file of weights (5GB)", None)
+    license: str | None = option("of the weights, such as apache-2.0; without one nobody may use them", None)
     base_model: list[str] = option("Hub ids of the models that it was made from", default_factory=list)
     dataset: list[str] = option("Hub ids of the data sets that it was trained on", default_factory=list)
     language: list[str] = option("languages that it reads (en)", default_factory=list)
     tag: list[str] = option("more tags", default_factory=list)
-    results: list[str] = option("results of evaluations, JSON files", metavar="FILE", default_factory=list)
+    results: list[str] = option("results of evaluations, JSON files", default_factory=list)
 
     def __post_init__(self) -> None:
         check(self)
@@ -35,7 +35,7 @@ class PushOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Publishes, and prints the address of the commit."""
-    options = parse(PushOptions, argv, "lotlip push", DESCRIPTION)
+    options = parse(PushOptions, argv, prog="lotlip push", description=DESCRIPTION)
     from ..hub.push import CardFields, push, write_repository
 
     card = CardFields(

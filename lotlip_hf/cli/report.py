@@ -13,13 +13,11 @@ DESCRIPTION = "Print the paper's table with the results of `lotlip evaluate` bes
 class ReportOptions:
     """Every option of `lotlip report`."""
 
-    results: list[str] = option("JSON files that `lotlip evaluate` wrote", metavar="FILE", positional=True)
-    format: Literal["text", "markdown"] = option("of the tables", default="text")
-    model_index: str | None = option(
-        "write the entries of a model card's model-index (YAML)", metavar="FILE", default=None
-    )
-    plot: str | None = option("draw the table in this picture", metavar="FILE", default=None)
-    overwrite: bool = option("replace the model-index file if it is there already", default=False)
+    results: list[str] = option("JSON files that `lotlip evaluate` wrote", positional=True)
+    format: Literal["text", "markdown"] = option("of the tables", "text")
+    model_index: str | None = option("write the entries of a model card's model-index (YAML)", None)
+    plot: str | None = option("draw the table in this picture", None)
+    overwrite: bool = option("replace the model-index file if it is there already", False)
 
     def __post_init__(self) -> None:
         check(self)
@@ -27,7 +25,7 @@ class ReportOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Prints the tables."""
-    options = parse(ReportOptions, argv, "lotlip report", DESCRIPTION)
+    options = parse(ReportOptions, argv, prog="lotlip report", description=DESCRIPTION)
     from ..evaluation.report import write_report
 
     print(

@@ -17,19 +17,17 @@ hidden .lotlip keeps that, and each search brings it up to date."""
 class SearchOptions(ModelOptions):
     """Every option of `lotlip search`."""
 
-    images: str = option("folder of images, with its subfolders", metavar="DIR")
-    image_root: str | None = option(
-        "the folder that pictures must lie in, links followed (--images)", metavar="DIR", default=None
-    )
-    top: int = option("how many images to show", at_least=1, default=5)
-    save_grid: str | None = option("draw the ranked images in this picture", metavar="FILE", default=None)
-    index: str | None = option("keep the index in this folder instead", metavar="DIR", default=None)
+    images: str = option("folder of images, with its subfolders")
+    image_root: str | None = option("the folder that pictures must lie in, links followed (--images)", None)
+    top: int = option("how many images to show", 5, at_least=1)
+    save_grid: str | None = option("draw the ranked images in this picture", None)
+    index: str | None = option("keep the index in this folder instead", None)
     text: str = option("the description", positional=True)
 
 
 def run(argv: Sequence[str]) -> None:
     """Searches, and prints the ranked images."""
-    options = parse(SearchOptions, argv, "lotlip search", DESCRIPTION)
+    options = parse(SearchOptions, argv, prog="lotlip search", description=DESCRIPTION)
     from ..images import background_of
     from ..search import build_index, check_picture, encode_query, save_grid
 

@@ -4,12 +4,12 @@ import argparse
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..files import MAX_BYTES
-from ..options import add_flags, add_options, build, check, convert, flags_of, option, options_of, unknown
+from ..options import add_flags, add_options, build, check, convert, flags_of, option, options_of
 from .captioners.base import REQUEST_FIELDS, CaptionerConfig
 from .quality import REASONS, QualityRules
 
@@ -55,43 +55,39 @@ class RelabelConfig:
     captioners: list[CaptionerConfig] = field(default_factory=list)
 
     # The records
-    mapping: str = option("names of the columns, as `lotlip train` has them", default="records")
-    image_column: str | None = option("column of the images, in place of the mapping's", default=None)
+    mapping: str = option("names of the columns, as `lotlip train` has them", "records")
+    image_column: str | None = option("column of the images, in place of the mapping's", None)
     short_column: str | None = option(
-        "column of the raw captions, in place of the mapping's; 'none': there are none", default=None
+        "column of the raw captions, in place of the mapping's; 'none': there are none", None
     )
-    id_column: str | None = option("column of the ids, in place of the mapping's", default=None)
-    image_folder: str | None = option("what relative paths of images start from", default=None)
-    image_root: str | None = option("folder that images must lie in; by default the image folder", default=None)
-    max_image_bytes: int = option("bytes of an image file that is read, at most", at_least=1, default=MAX_BYTES)
-    max_record_bytes: int = option(
-        "largest line of a table or sample of a shard that is read", at_least=1, default=MAX_BYTES
-    )
+    id_column: str | None = option("column of the ids, in place of the mapping's", None)
+    image_folder: str | None = option("what relative paths of images start from", None)
+    image_root: str | None = option("folder that images must lie in; by default the image folder", None)
+    max_image_bytes: int = option("bytes of an image file that is read, at most", MAX_BYTES, at_least=1)
+    max_record_bytes: int = option("largest line of a table or sample of a shard that is read", MAX_BYTES, at_least=1)
     split: str | None = option(
-        "split of a data set on the Hub (train), or of a folder that holds several; 'all': all", default=None
+        "split of a data set on the Hub (train), or of a folder that holds several; 'all': all", None
     )
-    streaming: bool = option("read in order, without a copy on disk", default=False)
+    streaming: bool = option("read in order, without a copy on disk", False)
 
     # The output
-    format: Literal["parquet", "webdataset"] = option("of the shards", default="parquet")
-    shard_size: int = option("records that a shard is made of", at_least=1, default=1000)
+    format: Literal["parquet", "webdataset"] = option("of the shards", "parquet")
+    shard_size: int = option("records that a shard is made of", 1000, at_least=1)
     embed_images: bool = option(
         "copy image files into Parquet shards, which otherwise hold their paths from the image folder on, for "
         "--image-folder of the training",
-        default=False,
+        False,
     )
     tokenizer: str = option(
         "checkpoint folder or Hub id of the tokenizer that counts tokens; one in the Hub's cache needs no network",
-        default="google-bert/bert-base-uncased",
+        "google-bert/bert-base-uncased",
     )
 
     # The captions
     policies: dict[str, Policy] = field(default_factory=dict)
-    max_attempts: int = option(
-        "how often a caption is asked for at most, where the policy is retry", at_least=1, default=3
-    )
+    max_attempts: int = option("how often a caption is asked for at most, where the policy is retry", 3, at_least=1)
     rules: QualityRules = field(default_factory=QualityRules)
-    seed: int = option("seed of the captions that are drawn (temperature above 0, and retries)", default=0)
+    seed: int = option("seed of the captions that are drawn (temperature above 0, and retries)", 0)
 
     def __post_init__(self) -> None:
         check(self)
@@ -194,31 +190,14 @@ def read_config(arguments: argparse.Namespace) -> RelabelConfig:
     """
     options = options_of(arguments, RelabelConfig)
     options["policies"] = {**options.get("policies", {}), **_pairs("--policy", arguments.policy)}
-    rules = {**options.get("rules", {}), **_pairs("--rule", arguments.rule)}
-    hints = get_type_hints(QualityRules)
-    for name, value in rules.items():
-        if name not in hints:
-            raise unknown(name, hints)
-        rules[name] = convert(name, value, hints[name])
-    options["rules"] = QualityRules(**rules)
+    rules = vars(options.get("rules", QualityRules())) | _pairs("--rule", arguments.rule)
+    options["rules"] = convert("rules", rules, QualityRules)
     flags = flags_of(arguments, CaptionerConfig)
     if pairs := _pairs("--request-field", arguments.request_field):
         flags["request_fields"] = {name: None if sent == "none" else sent for name, sent in pairs.items()}
-    captioners = arguments.captioner or options.get("captioners", [])
-    options["captioners"] = [_captioner(one, flags) for one in captioners]
+    captioners = list(map(CaptionerConfig, arguments.captioner or ())) or options.get("captioners", [])
+    options["captioners"] = [replace(one, **flags) for one in captioners]
     return build(RelabelConfig, options)
-
-
-def _captioner(written: Any, flags: Mapping[str, Any]) -> CaptionerConfig:
-    """A captioner as an entry of the file names it, or a flag: options, or the model alone."""
-    entry = {"model": written} if isinstance(written, str) else written
-    if not isinstance(entry, Mapping) or "model" not in entry:
-        raise ValueError("`captioners` must be a list of models, or of lines of `option: value` that name a `model`.")
-    hints = get_type_hints(CaptionerConfig)
-    for name in entry:
-        if name not in hints:
-            raise unknown(name, hints)
-    return CaptionerConfig(**{**entry, **flags})
 
 
 def _pairs(flag: str, given: Sequence[str] | None) -> dict[str, str]:

@@ -43,173 +43,134 @@ class TrainingConfig:
     """
 
     # The run
-    output: str = option(default="run", help="folder of the run: checkpoints, options, log, curve")
-    resume: bool = option(
-        default=False, help="go on from the last checkpoint in `output`, with the options kept there"
-    )
-    seed: int = option(
-        default=0, at_least=0, help="seed of new weights, of the order of the records, and of the texts drawn"
-    )
+    output: str = option("folder of the run: checkpoints, options, log, curve", "run")
+    resume: bool = option("go on from the last checkpoint in `output`, with the options kept there", False)
+    seed: int = option("seed of new weights, of the order of the records, and of the texts drawn", 0, at_least=0)
 
     # The model
     model: str | None = option(
-        default=None, help=f"checkpoint folder or Hub id to train further, or {SCENES!r}: a new small model for Scenes"
+        f"checkpoint folder or Hub id to train further, or {SCENES!r}: a new small model for Scenes", None
     )
-    text_model: str | None = option(default=None, help="pretrained text encoder of a new model (with `image_model`)")
-    image_model: str | None = option(default=None, help="pretrained image encoder of a new model (with `text_model`)")
-    num_corner_tokens: int | None = option(default=None, at_least=0, help="corner tokens of a new model (2)")
+    text_model: str | None = option("pretrained text encoder of a new model (with `image_model`)", None)
+    image_model: str | None = option("pretrained image encoder of a new model (with `text_model`)", None)
+    num_corner_tokens: int | None = option("corner tokens of a new model (2)", None, at_least=0)
     projection_dim: int | None = option(
-        default=None, at_least=1, help="width of the shared space of a new model (the image encoder's)"
+        "width of the shared space of a new model (the image encoder's)", None, at_least=1
     )
     text_pooling: Literal["pooler", "cls", "mean"] | None = option(
-        default=None, help="how a new model pools its text (pooler; CLIP's text encoder has its own way)"
+        "how a new model pools its text (pooler; CLIP's text encoder has its own way)", None
     )
     cleaning: Literal["official", "sentences"] | None = option(
-        default=None,
-        help="where a new model's tokenizer ends sentences (official): 'official', at each full stop with a space; "
+        "where a new model's tokenizer ends sentences (official): 'official', at each full stop with a space; "
         "'sentences', as `splitter` does, not at abbreviations",
+        None,
     )
     max_text_length: int | None = option(
-        default=None,
+        "tokens of a text, [CLS] and [SEP] included, that it is cut at (126 for a new model of two encoders)",
+        None,
         at_least=1,
-        help="tokens of a text, [CLS] and [SEP] included, that it is cut at (126 for a new model of two encoders)",
     )
-    lock_vision: bool = option(default=False, help="keep the image tower as it is, as LiT does")
+    lock_vision: bool = option("keep the image tower as it is, as LiT does", False)
     unlocked_vision_layers: int = option(
-        default=0,
-        at_least=0,
-        help="with `lock_vision`: train this many of the image tower's last layers, and what follows them",
+        "with `lock_vision`: train this many of the image tower's last layers, and what follows them", 0, at_least=0
     )
 
     # The data
-    data: str | None = option(
-        default=None, help=f"a folder or file of records, shards/*.tar, a data set on the Hub, or {SCENES!r}"
-    )
-    mapping: str = option(default="records", help=f"names of the columns: {', '.join(MAPPINGS)}")
-    image_column: str | None = option(default=None, help="column of the images, in place of the mapping's")
+    data: str | None = option(f"a folder or file of records, shards/*.tar, a data set on the Hub, or {SCENES!r}", None)
+    mapping: str = option(f"names of the columns: {', '.join(MAPPINGS)}", "records")
+    image_column: str | None = option("column of the images, in place of the mapping's", None)
     short_column: str | None = option(
-        default=None,
-        help="column of the short captions, in place of the mapping's; 'none': the first sentences of the long ones",
+        "column of the short captions, in place of the mapping's; 'none': the first sentences of the long ones", None
     )
-    long_columns: list[str] | None = option(
-        default=None, help="columns of the long captions, in place of the mapping's"
-    )
-    id_column: str | None = option(default=None, help="column of the ids, in place of the mapping's")
+    long_columns: list[str] | None = option("columns of the long captions, in place of the mapping's", None)
+    id_column: str | None = option("column of the ids, in place of the mapping's", None)
     image_folder: str | None = option(
-        default=None, help="what relative paths of images start from (the folder of the file that names them)"
+        "what relative paths of images start from (the folder of the file that names them)", None
     )
-    image_root: str | None = option(default=None, help="folder that images must lie in (the image folder)")
-    max_record_bytes: int = option(
-        default=MAX_BYTES, at_least=1, help="largest line of a table or sample of a shard that is read"
-    )
+    image_root: str | None = option("folder that images must lie in (the image folder)", None)
+    max_record_bytes: int = option("largest line of a table or sample of a shard that is read", MAX_BYTES, at_least=1)
     split: str | None = option(
-        default=None, help="split of a data set on the Hub (train), or of a folder that holds several; 'all': all"
+        "split of a data set on the Hub (train), or of a folder that holds several; 'all': all", None
     )
-    streaming: bool = option(default=False, help="read in order, without a copy on disk; needs `max_steps`")
-    shuffle_buffer: int = option(default=10_000, at_least=1, help="records that a stream is shuffled within")
-    num_scenes: int = option(default=5000, at_least=1, help=f"how many pictures `--data {SCENES}` draws")
+    streaming: bool = option("read in order, without a copy on disk; needs `max_steps`", False)
+    shuffle_buffer: int = option("records that a stream is shuffled within", 10_000, at_least=1)
+    num_scenes: int = option(f"how many pictures `--data {SCENES}` draws", 5000, at_least=1)
     on_error: Literal["raise", "skip"] = option(
-        default="raise", help="whether a broken image or record stops the run or is counted and left out"
+        "whether a broken image or record stops the run or is counted and left out", "raise"
     )
     max_image_pixels: int | None = option(
-        default=None, at_least=1, help="images of more pixels are broken; each takes up to 12 bytes (178956970)"
+        "images of more pixels are broken; each takes up to 12 bytes (178956970)", None, at_least=1
     )
-    num_workers: int = option(default=2, at_least=0, help="processes that read and prepare batches ahead; 0: none")
+    num_workers: int = option("processes that read and prepare batches ahead; 0: none", 2, at_least=0)
 
     # The texts of a step
-    num_long_texts: int = option(
-        default=3, at_least=0, help="long texts of an image in a step; 0: short captions alone"
-    )
-    num_sentences: int = option(
-        default=3, at_least=0, help="consecutive sentences of a long text; 0: the whole caption"
-    )
-    captioners: list[int] | None = option(default=None, help="which long captions of a record to draw from, from 0")
-    sentence_order: Literal["written", "shuffled"] = option(default="written", help="order of the drawn sentences")
+    num_long_texts: int = option("long texts of an image in a step; 0: short captions alone", 3, at_least=0)
+    num_sentences: int = option("consecutive sentences of a long text; 0: the whole caption", 3, at_least=0)
+    captioners: list[int] | None = option("which long captions of a record to draw from, from 0", None)
+    sentence_order: Literal["written", "shuffled"] = option("order of the drawn sentences", "written")
     splitter: Literal["sentences", "full_stops"] = option(
-        default="sentences", help="how captions are split; 'full_stops' as the official code does"
+        "how captions are split; 'full_stops' as the official code does", "sentences"
     )
 
     # The objective
-    loss: Literal["infonce", "sigmoid"] = option(default="infonce", help="the paper's, or SigLIP's")
-    short_loss_weight: float | None = option(
-        default=None, at_least=0, help="weight of the short texts' loss (the model's)"
-    )
-    long_loss_weight: float | None = option(
-        default=None, at_least=0, help="weight of the long texts' loss (the model's)"
-    )
+    loss: Literal["infonce", "sigmoid"] = option("the paper's, or SigLIP's", "infonce")
+    short_loss_weight: float | None = option("weight of the short texts' loss (the model's)", None, at_least=0)
+    long_loss_weight: float | None = option("weight of the long texts' loss (the model's)", None, at_least=0)
     num_primary_components: int | None = option(
-        default=None,
-        at_least=1,
-        help="match short texts with this many principal components of the images, as Long-CLIP does",
+        "match short texts with this many principal components of the images, as Long-CLIP does", None, at_least=1
     )
 
     # The batch
-    batch_size: int = option(default=64, at_least=1, help="images of a process in a batch")
+    batch_size: int = option("images of a process in a batch", 64, at_least=1)
     grad_cache_chunk: int | None = option(
-        default=None, at_least=1, help="embed this many samples at a time: the same gradient in less memory"
+        "embed this many samples at a time: the same gradient in less memory", None, at_least=1
     )
     gradient_accumulation_steps: int = option(
-        default=1,
+        "batches of a step, each compared within itself; to compare all, a larger batch with `grad_cache_chunk`",
+        1,
         at_least=1,
-        help="batches of a step, each compared within itself; to compare all, a larger batch with `grad_cache_chunk`",
     )
-    drop_last: bool = option(default=False, help="leave out an epoch's last batch if it is not full")
+    drop_last: bool = option("leave out an epoch's last batch if it is not full", False)
     mixed_precision: Literal["no", "bf16", "fp16"] | None = option(
-        default=None, help="type of the forward pass (float32, or what `accelerate launch` says)"
+        "type of the forward pass (float32, or what `accelerate launch` says)", None
     )
     gradient_checkpointing: bool = option(
-        default=False, help="compute activations again in the backward pass: less memory, more time"
+        "compute activations again in the backward pass: less memory, more time", False
     )
-    compile: bool = option(default=False, help="torch.compile the model")
+    compile: bool = option("torch.compile the model", False)
 
     # The optimiser
-    num_epochs: float = option(default=1.0, above=0, help="how often to see every record, unless `max_steps` is given")
-    max_steps: int | None = option(default=None, at_least=1, help="steps of the optimiser")
-    learning_rate: float = option(default=1e-4, at_least=0, help="highest learning rate of AdamW")
-    text_learning_rate: float | None = option(
-        default=None, at_least=0, help="that of the text tower (`learning_rate`)"
-    )
-    image_learning_rate: float | None = option(
-        default=None, at_least=0, help="that of the image tower (`learning_rate`)"
-    )
-    weight_decay: float = option(
-        default=0.05, at_least=0, help="of matrices; biases, norms and the logit scale have none"
-    )
-    beta1: float = option(default=0.9, at_least=0, below=1, help="of AdamW")
-    beta2: float = option(default=0.999, at_least=0, below=1, help="of AdamW")
-    epsilon: float = option(default=1e-8, at_least=0, help="of AdamW")
-    warmup_steps: int = option(default=0, at_least=0, help="steps in which the learning rate rises from 0")
-    lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = option(
-        default="cosine", help="how the learning rate falls"
-    )
-    max_grad_norm: float = option(default=1.0, at_least=0, help="norm that the gradient is cut to; 0: not cut")
+    num_epochs: float = option("how often to see every record, unless `max_steps` is given", 1.0, above=0)
+    max_steps: int | None = option("steps of the optimiser", None, at_least=1)
+    learning_rate: float = option("highest learning rate of AdamW", 1e-4, at_least=0)
+    text_learning_rate: float | None = option("that of the text tower (`learning_rate`)", None, at_least=0)
+    image_learning_rate: float | None = option("that of the image tower (`learning_rate`)", None, at_least=0)
+    weight_decay: float = option("of matrices; biases, norms and the logit scale have none", 0.05, at_least=0)
+    beta1: float = option("of AdamW", 0.9, at_least=0, below=1)
+    beta2: float = option("of AdamW", 0.999, at_least=0, below=1)
+    epsilon: float = option("of AdamW", 1e-8, at_least=0)
+    warmup_steps: int = option("steps in which the learning rate rises from 0", 0, at_least=0)
+    lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = option("how the learning rate falls", "cosine")
+    max_grad_norm: float = option("norm that the gradient is cut to; 0: not cut", 1.0, at_least=0)
     ema_decay: float | None = option(
-        default=None,
+        "keep a moving average of the weights with this decay, evaluate it, and save it as the model",
+        None,
         at_least=0,
         below=1,
-        help="keep a moving average of the weights with this decay, evaluate it, and save it as the model",
     )
 
     # Evaluation, log and checkpoints
-    eval_data: str | None = option(
-        default=None, help=f"records to measure retrieval on, as `data` ({SCENES!r}: held-out scenes)"
-    )
+    eval_data: str | None = option(f"records to measure retrieval on, as `data` ({SCENES!r}: held-out scenes)", None)
     eval_split: str | None = option(
-        default=None, help="split of `eval_data` on the Hub or of Scenes (validation), or of a folder, as `split`"
+        "split of `eval_data` on the Hub or of Scenes (validation), or of a folder, as `split`", None
     )
-    eval_samples: int = option(default=500, at_least=1, help="how many of them, from the first on")
-    eval_steps: int | None = option(
-        default=None, at_least=1, help="steps between evaluations; by default one at the end"
-    )
-    log_steps: int = option(default=10, at_least=1, help="steps between lines of the log")
-    save_steps: int | None = option(
-        default=None, at_least=1, help="steps between checkpoints; by default one at the end"
-    )
-    save_total_limit: int = option(
-        default=2, at_least=0, help="checkpoints to keep; older ones are removed; 0: keep all"
-    )
+    eval_samples: int = option("how many of them, from the first on", 500, at_least=1)
+    eval_steps: int | None = option("steps between evaluations; by default one at the end", None, at_least=1)
+    log_steps: int = option("steps between lines of the log", 10, at_least=1)
+    save_steps: int | None = option("steps between checkpoints; by default one at the end", None, at_least=1)
+    save_total_limit: int = option("checkpoints to keep; older ones are removed; 0: keep all", 2, at_least=0)
     trackers: list[str] = option(
-        default_factory=lambda: ["tensorboard"], help="trackers of accelerate (tensorboard, wandb, ...), or none"
+        "trackers of accelerate (tensorboard, wandb, ...), or none", default_factory=lambda: ["tensorboard"]
     )
 
     def __post_init__(self) -> None:

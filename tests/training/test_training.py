@@ -553,7 +553,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     options = {"model": start / "plain", "data": start / "records", "save_steps": 2, "ema_decay": 0.5}
     ended = run(arguments(output, **options), tmp_path, num_processes, plant_nan, in_gradient, 4)
     assert ended.codes == [2] * num_processes, ended.text
-    errors = {line for line in ended.text.splitlines() if line.startswith("error: ")}
+    errors = {line for line in ended.text.splitlines() if line.startswith("lotlip: error: ")}
     (line,) = errors
     assert ("gradient's norm is nan" if in_gradient else "the loss is nan") in line
     assert "Step 4: " in line

@@ -56,58 +56,53 @@ class CaptionerConfig:
     """
 
     model: str = option("checkpoint folder or Hub id; with `endpoint` the name that the endpoint knows the model by")
-    revision: str | None = option("revision of the model on the Hub", default=None)
+    revision: str | None = option("revision of the model on the Hub", None)
     endpoint: str | None = option(
         "address of a server with OpenAI's protocol (http://host:8000/v1: vLLM, TGI, `transformers serve`) that runs "
         "the model; `http://user:password@host/v1` signs in by user name and password",
-        default=None,
-        repr=False,  # it may hold a password
+        None,
+        repr=False,
     )
     prompt: str = option(
-        "what the model is asked, with the image; empty for models that caption without being asked", default=PROMPT
+        "what the model is asked, with the image; empty for models that caption without being asked", PROMPT
     )
-    max_new_tokens: int = option("tokens of an answer, at most", at_least=1, default=256)
-    min_new_tokens: int = option("at least; not for endpoints", at_least=0, default=0)
-    num_beams: int = option("beams of a beam search; not for endpoints", at_least=1, default=1)
-    temperature: float = option("0 takes the most probable token; above, tokens are drawn", at_least=0, default=0.0)
-    top_p: float = option("share of the probability that tokens are drawn from", above=0, at_most=1, default=1.0)
+    max_new_tokens: int = option("tokens of an answer, at most", 256, at_least=1)
+    min_new_tokens: int = option("at least; not for endpoints", 0, at_least=0)
+    num_beams: int = option("beams of a beam search; not for endpoints", 1, at_least=1)
+    temperature: float = option("0 takes the most probable token; above, tokens are drawn", 0.0, at_least=0)
+    top_p: float = option("share of the probability that tokens are drawn from", 1.0, above=0, at_most=1)
     repetition_penalty: float = option(
         "above 1 makes tokens that were there before less probable (with many models also the prompt's); an endpoint "
         "gets it only if it is not 1, for not every server takes it",
+        1.0,
         above=0,
-        default=1.0,
     )
     # Which of the six options above are others when an answer is asked for again.
     retry: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.7, "top_p": 0.9})
-    batch_size: int = option("images that the model gets at once; not for endpoints", at_least=1, default=8)
+    batch_size: int = option("images that the model gets at once; not for endpoints", 8, at_least=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "of the weights; auto keeps the checkpoint's", default="bfloat16"
+        "of the weights; auto keeps the checkpoint's", "bfloat16"
     )
     device_map: str | None = option(
-        "how transformers lays the model on devices, such as auto; by default it is on the process's device",
-        default=None,
+        "how transformers lays the model on devices, such as auto; by default it is on the process's device", None
     )
     max_image_size: int = option(
         "pixels of the longer side of an image that an endpoint is sent, at most; larger images are shrunk",
+        672,
         at_least=1,
-        default=672,
     )
-    max_answer_bytes: int = option(
-        "bytes that are read of an endpoint's answer, at most", at_least=1, default=4 * 1024 * 1024
-    )
+    max_answer_bytes: int = option("bytes that are read of an endpoint's answer, at most", 4 * 1024 * 1024, at_least=1)
     # What an endpoint calls the fields in `REQUEST_FIELDS`; those named `None` are not sent.
     request_fields: Mapping[str, str | None] = field(default_factory=dict)
     # More fields of each request, such as {"chat_template_kwargs": {"enable_thinking": False}}. They are published.
     extra_body: Mapping[str, Any] = field(default_factory=dict)
-    concurrency: int = option("requests to an endpoint that are under way at a time", at_least=1, default=16)
-    timeout: float = option(
-        "seconds that an endpoint has for an answer, until its last byte is read", above=0, default=120.0
-    )
+    concurrency: int = option("requests to an endpoint that are under way at a time", 16, at_least=1)
+    timeout: float = option("seconds that an endpoint has for an answer, until its last byte is read", 120.0, above=0)
     max_retries: int = option(
         "how often a request to an endpoint is sent again that was refused for the moment (429, 5xx), not answered in "
         "time, or answered with garbage",
+        8,
         at_least=0,
-        default=8,
     )
 
     def __post_init__(self) -> None:
