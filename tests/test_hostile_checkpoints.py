@@ -368,7 +368,7 @@ def commands(checkpoint: Path, photos: Path, tmp_path: Path) -> list[list[str]]:
     return [
         ["search", *model, "--images", str(photos), "a dog"],
         ["push", str(checkpoint), "--repo-id", "a/b", "--dry-run", str(tmp_path / "published")],
-        ["convert", "--reverse", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "model.pt")],
+        ["convert", "official", "--reverse", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "model.pt")],
     ]
 
 
@@ -489,9 +489,24 @@ def test_what_a_full_disk_ends_is_not_there(
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(f"text {number}\n" for number in range(40)))
     words = {
-        "convert": ["convert", "--checkpoint", str(official / "model.pt"), "--tokenizer", str(golden / "tokenizer")]
+        "convert": [
+            "convert",
+            "official",
+            "--checkpoint",
+            str(official / "model.pt"),
+            "--tokenizer",
+            str(golden / "tokenizer"),
+        ]
         + ["--open-clip-config", str(official / "open_clip_config.json"), "--output", str(output)],
-        "reverse": ["convert", "--reverse", "--checkpoint", str(official_checkpoint), "--output", str(output)],
+        "reverse": [
+            "convert",
+            "official",
+            "--reverse",
+            "--checkpoint",
+            str(official_checkpoint),
+            "--output",
+            str(output),
+        ],
         "push": ["push", str(official_checkpoint), "--repo-id", "a/b", "--dry-run", str(output)],
         "grid": ["search", "--model", str(official_checkpoint), "--device", "cpu", "--images", str(photos)]
         + ["--save-grid", str(output), "a dog"],

@@ -94,7 +94,7 @@ class Source:
         assert official.main(self.arguments() if arguments is None else arguments) == 2
         printed = self.capsys.readouterr()
         assert printed.out == ""
-        assert printed.err.startswith("lotlip convert: error: ")
+        assert printed.err.startswith("lotlip convert official: error: ")
         assert printed.err.count("error: ") == 1
         assert "Traceback" not in printed.err
         assert snapshot(self.folder.parent) == before
@@ -121,7 +121,9 @@ def source(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 # What a conversion gives
 
 
-@pytest.mark.parametrize("main", [official.main, lambda argv: cli.main(["convert", *argv])], ids=["module", "lotlip"])
+@pytest.mark.parametrize(
+    "main", [official.main, lambda argv: cli.main(["convert", "official", *argv])], ids=["module", "lotlip"]
+)
 @pytest.mark.parametrize(("corners", "max_length"), [(2, 126), (0, 77)])
 def test_command_line(
     main: Callable[[list[str]], int],
@@ -869,10 +871,8 @@ def test_reverse_does_not_overwrite(back: Callable[[Path], str], tmp_path: Path,
 
 @pytest.mark.parametrize("extra", [["--tokenizer", "t"], ["--open-clip-config", "c.json"]])
 def test_reverse_takes_no_more_arguments(extra: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        official.main(["--reverse", "--checkpoint", "folder", "--output", "model.pt", *extra])
-    assert stopped.value.code == 2
-    assert "--reverse takes --checkpoint and --output only" in capsys.readouterr().err
+    assert official.main(["--reverse", "--checkpoint", "folder", "--output", "model.pt", *extra]) == 2
+    assert "--reverse" in capsys.readouterr().err
 
 
 def test_function_raises_one_kind_of_error(source: Source) -> None:
