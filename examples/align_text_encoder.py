@@ -17,12 +17,12 @@ behind its last position, so prompts longer than that are left out; of a longer 
 tokens nevertheless, "resampler" reads all and gives a fixed number.
 """
 
-import argparse
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -41,10 +41,11 @@ from lotlip_hf import LoTLIPTextEncoder, LoTLIPTextModel
 from lotlip_hf.diffusion.align import MEASURES, Alignment, Batch, Words, tokenize_words
 from lotlip_hf.diffusion.text_encoder import pipeline_target_layer
 from lotlip_hf.encoder import fit_tokenizer
+from lotlip_hf.files import check_output
 from lotlip_hf.modeling.tokenization_lotlip import clean
+from lotlip_hf.options import check, option, parse
 from lotlip_hf.terminal import printable_output
 
-ADAPTERS = ("linear", "mlp", "resampler")
 SLOT = "text_encoder"
 # Training prompts that the teacher's means and deviations are taken from.
 SAMPLE = 512
@@ -61,52 +62,48 @@ class Teacher(NamedTuple):
     target_layer: int
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+@dataclass(kw_only=True)
+class Options:
     """The command line."""
-    device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+
+    student: str = option("LoTLIP checkpoint: a folder or a Hub id")
+    teacher: Path = option("folder of a pipeline, or of a CLIP text encoder")
+    slot: str = option("which text encoder of the pipeline", SLOT)
+    teacher_tokenizer: Path | None = option("folder of its tokenizer, where it lies elsewhere", None)
+    target_layer: int | None = option("state to match; by default the pipeline's", None, at_least=-2, at_most=-1)
+    prompts: Path = option("a text file, one prompt a line, or .jsonl")
+    field: str = option("field of a .jsonl file that holds the prompt", "prompt")
+    adapter: list[Literal["linear", "mlp", "resampler"]] = option(
+        "adapters to train: linear, mlp, resampler (mlp)", default_factory=lambda: ["mlp"]
     )
-    parser.add_argument("--student", required=True, help="LoTLIP checkpoint: a folder or a Hub id")
-    parser.add_argument("--teacher", type=Path, required=True, help="folder of a pipeline, or of a CLIP text encoder")
-    parser.add_argument("--slot", default=SLOT, help="which text encoder of the pipeline")
-    parser.add_argument("--teacher-tokenizer", type=Path, help="folder of its tokenizer, where it lies elsewhere")
-    parser.add_argument("--target-layer", type=int, choices=(-1, -2), help="state to match; by default the pipeline's")
-    parser.add_argument("--prompts", type=Path, required=True, help="a text file, one prompt a line, or .jsonl")
-    parser.add_argument("--field", default="prompt", help="field of a .jsonl file that holds the prompt")
-    parser.add_argument("--adapter", nargs="+", choices=ADAPTERS, default=["mlp"], help="adapters to train")
-    parser.add_argument("--output", type=Path, default=Path("aligned"), help="new folder, of adapters and report")
-    parser.add_argument("--max-length", type=int, help="tokens of the student's prompts; by default all it takes")
-    parser.add_argument("--held-out", type=float, default=0.1, help="share of the prompts to report on")
-    parser.add_argument("--batch-size", type=int, default=32, help="prompts in a batch")
-    parser.add_argument("--num-epochs", type=int, default=3, help="how often to see every prompt")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="highest learning rate of AdamW")
-    parser.add_argument("--device", default=device, help="where to compute")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the adapters, the order and the held-out prompts")
-    return parser.parse_args(argv)
+    output: Path = option("new folder, of adapters and report", Path("aligned"))
+    # the first token, the last, and one between them
+    max_length: int | None = option("tokens of the student's prompts; by default all it takes", None, at_least=3)
+    held_out: float = option("share of the prompts to report on", 0.1, above=0, below=1)
+    batch_size: int = option("prompts in a batch", 32, at_least=1)
+    num_epochs: int = option("how often to see every prompt", 3, at_least=1)
+    learning_rate: float = option("highest learning rate of AdamW", 1e-3, above=0)
+    device: str | None = option("where to compute; by default the accelerator, if there is one", None)
+    seed: int = option("seed of the adapters, the order and the held-out prompts", 0, at_least=0, below=2**32)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.device is None:
+            available = torch.accelerator.is_available()
+            self.device = str(torch.accelerator.current_accelerator()) if available else "cpu"
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {self.device}: cannot be used here ({first_line(error)}).") from error
+        check_output(self.output, folder=True)
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Stops at a number, a device or an output folder that cannot be."""
-    for option, value, least in (
-        ("--max-length", args.max_length, 3),  # a token between the first and the last
-        ("--batch-size", args.batch_size, 1),
-        ("--num-epochs", args.num_epochs, 1),
-    ):
-        if value is not None and value < least:
-            raise SystemExit(f"{option} {value}: expected {least} or more.")
-    if not 0 < args.held_out < 1:
-        raise SystemExit(f"--held-out {args.held_out}: expected a share between 0 and 1.")
-    if not 0 < args.learning_rate < float("inf"):
-        raise SystemExit(f"--learning-rate {args.learning_rate}: expected a number above 0.")
-    if not 0 <= args.seed < 2**32:
-        raise SystemExit(f"--seed {args.seed}: expected 0 to {2**32 - 1}.")
+def parse_arguments(argv: Sequence[str] | None) -> Options:
+    """The command line."""
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {args.device}: cannot be used here ({first_line(error)}).") from error
-    if args.output.exists() and not (args.output.is_dir() and not any(args.output.iterdir())):
-        raise SystemExit(f"--output {args.output}: exists already; name a new folder or an empty one.")
+        return parse(Options, argv, description=(__doc__ or "").split("\n")[0])
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def first_line(error: Exception) -> str:
@@ -114,7 +111,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def read_texts(args: argparse.Namespace) -> list[str]:
+def read_texts(args: Options) -> list[str]:
     """The prompts of the file, cleaned, each once."""
     try:
         lines = args.prompts.read_text(encoding="utf-8-sig").split("\n")
@@ -190,7 +187,7 @@ def has_projection(folder: Path, class_name: str) -> bool:
     return class_name == "CLIPTextModelWithProjection"
 
 
-def load_teacher(args: argparse.Namespace) -> Teacher:
+def load_teacher(args: Options) -> Teacher:
     """The encoder to be replaced, from the folder of a pipeline or its own."""
     folder, tokenizer_folder, target_layer = args.teacher, args.teacher, -1
     if (args.teacher / "model_index.json").is_file():
@@ -226,7 +223,7 @@ def load_teacher(args: argparse.Namespace) -> Teacher:
     return Teacher(encoder, tokenizer, args.target_layer or target_layer)
 
 
-def load_student(args: argparse.Namespace) -> tuple[LoTLIPTextModel, Any]:
+def load_student(args: Options) -> tuple[LoTLIPTextModel, Any]:
     """The text tower, frozen, and its tokenizer."""
     tower = load_model(LoTLIPTextModel, "--student", args.student, args.device)
     tokenizer = load_tokenizer(args.student, tower, "save the student's beside it")
@@ -266,7 +263,7 @@ def train(
     alignment: Alignment,
     prompts: list[Prompt],
     num_steps: int,
-    args: argparse.Namespace,
+    args: Options,
 ) -> int:
     """Trains the adapters of all encoders on the same batches; answers with the steps done, by Ctrl-C too few."""
     groups = [[p for p in encoder.parameters() if p.requires_grad] for encoder in encoders.values()]
@@ -325,7 +322,6 @@ def draw(report: Report, file: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> Report:
     """Trains, saves and reports as the command line says; answers with the report."""
     args = parse_arguments(argv)
-    check_arguments(args)
     texts = read_texts(args)
     set_seed(args.seed)
     teacher = load_teacher(args)
@@ -336,10 +332,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     if not 2 <= num_held_out < len(prompts):
         raise SystemExit(f"{args.prompts}: {num_held_out} of {len(prompts)} prompts held out; give more prompts.")
     held_out, prompts = prompts[:num_held_out], prompts[num_held_out:]
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"--output {args.output}: cannot be made ({error.strerror}).") from error
+    args.output.mkdir(parents=True, exist_ok=True)
 
     sample = batches(prompts[:SAMPLE], args.batch_size, args.device)
     alignment = Alignment(teacher.encoder, tower, teacher.target_layer, sample)

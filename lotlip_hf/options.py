@@ -60,7 +60,7 @@ def check(config: Any) -> None:
 def convert(name: str, value: Any, hint: Any) -> Any:
     """
     The value of an option, from Python, a flag or a YAML file, in the type of an annotation: `bool`, `int`, `float`,
-    `str`, `Literal`, a list or mapping of these, another such dataclass, or `None`. Others stay as they are.
+    `str`, `Path`, `Literal`, a list or mapping of these, another such dataclass, or `None`. Others stay as they are.
 
     Raises:
         ValueError: if it is none of that type; the message names the option.
@@ -92,12 +92,12 @@ def convert(name: str, value: Any, hint: Any) -> Any:
                 number = kind(value)
                 if kind is int or math.isfinite(number):
                     return number
-    elif kind is str:
+    elif kind in (str, Path):
         expected = "one value"
         if isinstance(value, str | os.PathLike):
-            return os.fspath(value)
+            return kind(os.fspath(value))
         if isinstance(value, int | float):
-            return str(value).lower() if isinstance(value, bool) else str(value)
+            return kind(str(value).lower() if isinstance(value, bool) else str(value))
     elif dataclasses.is_dataclass(kind):
         expected = "lines of `option: value`"
         if isinstance(value, str):

@@ -470,7 +470,7 @@ def test_missing_packages_are_named_in_one_line(
 
 
 def test_the_command_of_lotlip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["export", "onnx", "--model", str(tmp_path / "a"), "--output", str(tmp_path / "b")]
+    arguments = ["convert", "onnx", "--model", str(tmp_path / "a"), "--output", str(tmp_path / "b")]
     assert lotlip([*arguments, "--quantize", "int8"]) == 2
     assert "a: no such folder" in capsys.readouterr().err
     assert lotlip([*arguments, "--text-only", "--vision-only"]) == 2
