@@ -139,11 +139,7 @@ def test_names_that_are_no_text_are_printed(photos: Path, run: Callable[..., Any
         ("embed --model x --images {photos} --output {tmp}", "a folder"),
         ("embed --model x --texts {tmp}/no.txt --output {tmp}/out.parquet", "no.txt"),
         ("evaluate --model x", "--task"),
-        ("evaluate --model x --task length-study", "--benchmark"),
-        ("evaluate --model x --task iiw --limits 3", "--limits"),
-        ("evaluate --model x --task iiw --overwrite", "--output"),
         ("evaluate --model x --task iiw --cache x --no-cache", "--no-cache"),
-        ("evaluate --model x --task iiw --output {tmp}/no/results.json", "results.json"),
         ("report", "results"),
         ("push --private {photos}", "--repo-id"),
         ("relabel --data {photos} --output x", "--captioner"),
@@ -177,7 +173,6 @@ def test_errors_are_one_line_and_status_2(
         ("search --help", ["--images", "--top", "--save-grid", "--index", "--device", "--dtype"]),
         ("embed --help", ["--images", "--texts", "--column", "--output"]),
         ("evaluate --help", ["--config", "--task", "--no-normalize", "--faiss-index"]),
-        ("evaluate --list-tasks", ["iiw", "length-study"]),
         ("train --help", ["--grad-cache-chunk", "torchrun"]),
         ("relabel --help", ["--captioner", "--max-image-pixels"]),
         ("push --help", ["--repo-id"]),
@@ -193,15 +188,6 @@ def test_help_and_version(arguments: str, words: list[str], capsys: pytest.Captu
     assert exit_status.value.code == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in words)
-
-
-def test_convert(golden: Path, tmp_path: Path) -> None:
-    official = golden / "official-corners2"
-    arguments = ["--checkpoint", official / "model.pt", "--open-clip-config", official / "open_clip_config.json"]
-    arguments += ["--tokenizer", golden / "tokenizer", "--output", tmp_path / "converted"]
-    assert main(["convert", "official", *map(str, arguments)]) == 0
-    assert (tmp_path / "converted" / "model.safetensors").is_file()
-    assert main(["convert", "official", *map(str, arguments)]) == 2
 
 
 def test_options_of_a_file(official_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

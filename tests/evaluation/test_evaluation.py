@@ -383,7 +383,7 @@ def test_the_command(
         (["--output", ""], "a folder, not a file to write"),
         (["--split", "test"], "`split` is no option of urban1k"),
         (["--max-length", "1000"], "`max_length` must be from 3 to the 126 tokens"),
-        (["--bootstrap", "-1"], "`bootstrap` must not be negative"),
+        (["--bootstrap", "-1"], "`bootstrap`"),
         (["--faiss-parameters", "nprobe=4"], "give `faiss_index` too"),
         (["--faiss-index", "Nonsense"], "'Nonsense' cannot be made for 16 dimensions"),
         (["--faiss-index", "IVF4,Flat", "--faiss-parameters", "no=1"], "do not fit the index"),
