@@ -232,8 +232,6 @@ def read_yaml(file: str | os.PathLike, config_class: type) -> dict[str, Any]:
 
     try:
         options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file}: no such file of options.") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         # not the whole message, which quotes the line: a password may be in it
         reason, mark = getattr(error, "problem", None) or type(error).__name__, getattr(error, "problem_mark", None)

@@ -170,7 +170,7 @@ class TrainingConfig:
     save_steps: int | None = option("steps between checkpoints; by default one at the end", None, at_least=1)
     save_total_limit: int = option("checkpoints to keep; older ones are removed; 0: keep all", 2, at_least=0)
     trackers: list[str] = option(
-        "trackers of accelerate (tensorboard, wandb, ...), or none", default_factory=lambda: ["tensorboard"]
+        "trackers of accelerate, such as wandb, or none (tensorboard)", default_factory=lambda: ["tensorboard"]
     )
 
     def __post_init__(self) -> None:

@@ -1153,7 +1153,7 @@ def test_wrong_options_are_named(flags: list[str], word: str, capsys: pytest.Cap
     [
         ("captioner: a", "captioners"),
         ("captioners: [{prompt: p}]", "model"),
-        ("captioners: [3]", "model"),
+        ("captioners: [3]", "captioners"),
         ("captioners: [{model: m, promt: p}]", "prompt"),
         ("captioners: [{model: m}]\nrules: {min_words: 4.5}", "min_words"),
         ("captioners: [{model: m, retry: null}]", "retry"),
