@@ -1132,7 +1132,6 @@ def test_a_tokenizer_that_cannot_be_had_is_said_at_once(
         ([], "--captioner"),
         (["--captioner=a", "--request-field=max_tokens"], "--request-field"),
         (["--captioner=a", "--request-field=tokens=n"], "request_fields"),
-        (["--captioner=a", "--max-image-size=0"], "max_image_size"),
         (["--captioner=a", "--image-root=nowhere"], "--image-root"),
         (["--captioner=a", "--policy=loop"], "--policy"),
         (["--captioner=a", "--policy=lop=keep"], "policies.*lop"),
@@ -1159,7 +1158,6 @@ def test_wrong_options_are_named(flags: list[str], word: str, capsys: pytest.Cap
         ("captioners: [{model: m, retry: null}]", "retry"),
         ("captioners: [{model: m, retry: {words: 3}}]", "retry"),
         ("captioners: [{model: m, retry: {temperature: -1}}]", "temperature"),
-        ("captioners: [{model: m, dtype: half}]", "dtype"),
     ],
 )
 def test_wrong_files_of_options_are_named(
