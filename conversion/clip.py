@@ -2,15 +2,14 @@
 CLIP to LoTLIP: a checkpoint of transformers, open_clip, OpenAI or Long-CLIP gets corner tokens and, if asked, more
 positions, and starts out as precisely that CLIP.
 
-    python -m lotlip_hf.conversion.clip --clip openai/clip-vit-large-patch14 --num-corner-tokens 2 \
+    lotlip convert clip --clip openai/clip-vit-large-patch14 --num-corner-tokens 2 \
         --max-positions 248 --stretch knowledge-preserved --output lotlip-clip-vit-l-14
-    python -m lotlip_hf.conversion.clip --clip stable-diffusion/text_encoder --output lotlip-text-encoder
-    python -m lotlip_hf.conversion.clip --clip open_clip_model.safetensors --open-clip-config open_clip_config.json \
+    lotlip convert clip --clip stable-diffusion/text_encoder --output lotlip-text-encoder
+    lotlip convert clip --clip open_clip_model.safetensors --open-clip-config open_clip_config.json \
         --tokenizer clip-tokenizer --output lotlip-open-clip
-    python -m lotlip_hf.conversion.clip --clip longclip-L.pt --output lotlip-long-clip
+    lotlip convert clip --clip longclip-L.pt --output lotlip-long-clip
 """
 
-import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ from lotlip_hf import (
 from lotlip_hf.diffusion.stretch import KEPT_POSITIONS, Stretch, stretch_positions, stretch_text_model
 from lotlip_hf.files import all_or_nothing
 from lotlip_hf.loading import fit_tokenizer, load_strict, load_tokenizer, quiet
+from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
 
 from .common import ConversionError, check_output, one_line, read_json, same_bits
@@ -513,13 +513,11 @@ def _text_answers(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
-    return run("lotlip_hf.conversion.clip", lambda: _main(argv))
+    return run("lotlip convert clip", lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lotlip_hf.conversion.clip", description="CLIP, open_clip's and Long-CLIP included, to LoTLIP."
-    )
+    parser = Parser(prog="lotlip convert clip", description="CLIP, open_clip's and Long-CLIP included, to LoTLIP.")
     parser.add_argument("--clip", required=True, help="folder or Hub id of a CLIP or its text encoder, or a file")
     parser.add_argument("--subfolder", default="", help="where it lies in the folder, such as text_encoder")
     parser.add_argument("--num-corner-tokens", type=int, default=2, help="by default %(default)s")

@@ -17,6 +17,7 @@ from lotlip_hf import (
     LoTLIPVisionConfig,
     LoTLIPVisionModel,
     LoTLIPVisionModelWithProjection,
+    files,
 )
 from lotlip_hf.files import parse_json, printable, read_regular
 from lotlip_hf.loading import check_config, check_shards, load_strict, naming_damage
@@ -153,13 +154,11 @@ def check_output(output: str | Path) -> Path:
     Raises:
         ConversionError: if there is something already, or the path leads through a file.
     """
-    target = Path(output).resolve()
-    for above in target.parents:
-        if above.exists() and not above.is_dir():
-            raise ConversionError(f"--output {output}: {above} is a file; choose another folder.")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConversionError(f"--output {output}: exists already; choose another name or remove it.")
-    return target
+    try:
+        files.check_output(output, folder=True)
+    except OSError as error:
+        raise ConversionError(f"--output {error}") from error
+    return Path(output).resolve()
 
 
 def local_folder(model: str | Path) -> Path:

@@ -1,13 +1,12 @@
 """
 The official LoTLIP checkpoints (an open_clip fork, github.com/wuw2019/LoTLIP) to a transformers folder, and back.
 
-    python -m lotlip_hf.conversion.official --checkpoint model.pt --open-clip-config open_clip_config.json \
+    lotlip convert official --checkpoint model.pt --open-clip-config open_clip_config.json \
         --tokenizer bert-base-uncased --output lotlip-vit-b-16
-    python -m lotlip_hf.conversion.official --checkpoint weiwu-ww/LoTLIP-ViT-B-16-100M --output lotlip-vit-b-16
-    python -m lotlip_hf.conversion.official --reverse --checkpoint lotlip-vit-b-16 --output model.pt
+    lotlip convert official --checkpoint weiwu-ww/LoTLIP-ViT-B-16-100M --output lotlip-vit-b-16
+    lotlip convert official --reverse --checkpoint lotlip-vit-b-16 --output model.pt
 """
 
-import argparse
 import math
 import re
 from collections import Counter
@@ -31,6 +30,7 @@ from lotlip_hf import (
 from lotlip_hf.files import all_or_nothing, replacing
 from lotlip_hf.loading import load_tokenizer, quiet
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
+from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
 
 from .common import (
@@ -509,12 +509,12 @@ def reverse(checkpoint: str | Path, output: str | Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
-    return run("lotlip convert", lambda: _main(argv))
+    return run("lotlip convert official", lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="lotlip convert", description="Official LoTLIP checkpoints to transformers, and back."
+    parser = Parser(
+        prog="lotlip convert official", description="Official LoTLIP checkpoints to transformers, and back."
     )
     parser.add_argument(
         "--checkpoint", required=True, help="model.pt, the Hub id of a released model, or with --reverse a folder"

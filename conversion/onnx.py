@@ -1,8 +1,8 @@
 """
 A LoTLIP checkpoint to ONNX, for ONNX Runtime and whatever else reads it.
 
-    lotlip export onnx --model lotlip-vit-b-16 --output lotlip-onnx
-    lotlip export onnx --model lotlip-vit-b-16 --output lotlip-int8 --quantize int8
+    lotlip convert onnx --model lotlip-vit-b-16 --output lotlip-onnx
+    lotlip convert onnx --model lotlip-vit-b-16 --output lotlip-int8 --quantize int8
 
 The folder holds `text_model.onnx` (`input_ids` and `attention_mask`, [batch, length] int64, to `text_embeds`
 [batch, projection_dim]) and `vision_model.onnx` (`pixel_values` [batch, channels, height, width] to `image_embeds`
@@ -17,7 +17,6 @@ HTML entities, nor tell a text that is nothing but one special token from that t
 `lotlip_hf.modeling.tokenization_lotlip.clean` repairs texts beforehand.
 """
 
-import argparse
 import contextlib
 import json
 import logging
@@ -37,6 +36,7 @@ from lotlip_hf.engines.onnx import FILES, LOGIT_SCALE, LoTLIPOnnxModel, missing_
 from lotlip_hf.files import all_or_nothing
 from lotlip_hf.images import load_pixels
 from lotlip_hf.loading import fit_tokenizer, quiet
+from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
 
 from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line, random_texts
@@ -402,10 +402,16 @@ def _images(config: Any, processors: Sequence[Any]) -> list[tuple[torch.Tensor, 
     return batches
 
 
-DESCRIPTION = "Write both towers of a LoTLIP checkpoint in ONNX, with its tokenizer and image processor."
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
+    return run("lotlip convert onnx", lambda: _main(argv))
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
+def _main(argv: Sequence[str] | None) -> None:
+    parser = Parser(
+        prog="lotlip convert onnx",
+        description="Write both towers of a LoTLIP checkpoint in ONNX, with its tokenizer and image processor.",
+    )
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of a LoTLIP model, or of one tower")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--quantize", choices=("int8",), help="linear layers in 8 bits: a smaller and faster model")
@@ -414,16 +420,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     only.add_argument("--text-only", dest="towers", action="store_const", const=("text",), help="no image tower")
     only.add_argument("--vision-only", dest="towers", action="store_const", const=("vision",), help="no text tower")
     parser.set_defaults(towers=tuple(FILES))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
-    return run("lotlip export onnx", lambda: _main(argv))
-
-
-def _main(argv: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="lotlip export onnx", description=DESCRIPTION)
-    _add_arguments(parser)
     arguments = parser.parse_args(argv)
     written = convert(
         arguments.model,

@@ -1,8 +1,8 @@
 """
 A trained LoTLIP to a checkpoint of stock transformers classes, which needs neither this package nor remote code.
 
-    python -m lotlip_hf.conversion.stock --model lotlip-vit-b-16 --output stock
-    python -m lotlip_hf.conversion.stock --model lotlip-vit-b-16 --without-text-cleaning --output stock
+    lotlip convert stock --model lotlip-vit-b-16 --output stock
+    lotlip convert stock --model lotlip-vit-b-16 --without-text-cleaning --output stock
 
 Corner tokens are invisible to a text's own tokens, so that an encoder without them gives the same features; BERT's
 positions close up where they stood. With CLIP's text and image towers the result is a `CLIPModel`, otherwise a
@@ -18,7 +18,6 @@ What the stock classes leave to their callers, and LoTLIP's do not: to give the 
 cut texts with `truncation=True`, and to drop an image's transparency with `convert("RGB")`, or it is laid on white.
 """
 
-import argparse
 import copy
 import json
 from collections.abc import Mapping, Sequence
@@ -63,6 +62,7 @@ from lotlip_hf.files import all_or_nothing
 from lotlip_hf.loading import fit_tokenizer, load_strict, quiet
 from lotlip_hf.modeling.calls_lotlip import free_of_calls
 from lotlip_hf.modeling.tokenization_lotlip import CLOSE, OPEN
+from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
 
 from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line, random_texts
@@ -506,13 +506,11 @@ def _random_images(config: LoTLIPVisionConfig, model: PreTrainedModel) -> torch.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
-    return run("lotlip_hf.conversion.stock", lambda: _main(argv))
+    return run("lotlip convert stock", lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lotlip_hf.conversion.stock", description="A LoTLIP checkpoint to stock transformers classes."
-    )
+    parser = Parser(prog="lotlip convert stock", description="A LoTLIP checkpoint to stock transformers classes.")
     parser.add_argument("--model", required=True, help="folder of a LoTLIP model, or of one of its towers")
     parser.add_argument("--output", required=True, help="folder to make")
     parser.add_argument(

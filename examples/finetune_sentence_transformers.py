@@ -35,7 +35,6 @@ from lotlip_hf.data.records import MAPPINGS, load_records
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.terminal import printable_output
-from lotlip_hf.training.config import HelpFormatter
 
 WHOLE_CAPTIONS = CaptionSampling(num_long_texts=1, num_sentences=None)
 
@@ -110,7 +109,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser = HfArgumentParser(
         [Options, SentenceTransformerTrainingArguments],
         description=(__doc__ or "").split("\n")[0],
-        formatter_class=HelpFormatter,
     )
     parser.set_defaults(
         output_dir="tuned",

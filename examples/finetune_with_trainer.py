@@ -37,7 +37,7 @@ from lotlip_hf.data.records import MAPPINGS
 from lotlip_hf.data.sampling import CaptionSampling
 from lotlip_hf.evaluation.retrieval import recalls
 from lotlip_hf.terminal import printable_output
-from lotlip_hf.training.config import HelpFormatter, TrainingConfig
+from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.data import load_data
 from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale, embed
 
@@ -186,7 +186,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser = HfArgumentParser(
         [Options, TrainingArguments],
         description=(__doc__ or "").split("\n")[0],
-        formatter_class=HelpFormatter,
     )
     parser.set_defaults(
         output_dir="finetuned",

@@ -11,7 +11,7 @@ With your own images and captioners that have seen the world it is two commands,
 
     lotlip relabel --data "cc3m/*.tar" --captioner Salesforce/instructblip-vicuna-7b \\
         --captioner llava-hf/llava-1.5-7b-hf --output relabelled
-    python examples/train.py --data relabelled --text-model google-bert/bert-base-uncased \\
+    lotlip train --data relabelled --text-model google-bert/bert-base-uncased \\
         --image-model google/vit-base-patch16-224-in21k --output run
 """
 
@@ -262,7 +262,7 @@ def true_share(scenes: Sequence[Scene], captions: Sequence[str]) -> float:
 
 
 def train_lotlip(data: Path, pictures: Path, output: Path, num_steps: int, num_long_texts: int) -> dict[str, float]:
-    """Trains a small LoTLIP, as `examples/train.py` does, without a word about columns; R@1 over held-out scenes."""
+    """Trains a small LoTLIP, as `lotlip train` does, without a word about columns; R@1 over held-out scenes."""
     config = TrainingConfig(
         output=str(output),
         model="scenes",

@@ -3,15 +3,15 @@
     python examples/swap_text_encoder.py --pipeline stable-diffusion-v1-5/stable-diffusion-v1-5 --model lotlip-clip \\
         --prompt "A long description ..." --output picture.png
 
-`--model` is what `python -m lotlip_hf.conversion.clip` or `examples/align_text_encoder.py` leave; without it, the
+`--model` is what `lotlip convert clip` or `examples/align_text_encoder.py` leave; without it, the
 pipeline's own text encoder is given more positions. `--save` keeps the pipeline, which any program that imports
 `lotlip_hf` loads with `DiffusionPipeline.from_pretrained`. Without `--pipeline` a tiny random one is made, to try it
 out (its pictures are noise).
 """
 
-import argparse
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lotlip_hf.diffusion.stretch import stretch_text_model
 from lotlip_hf.diffusion.swap import TextEncoder, swap_text_encoder
+from lotlip_hf.files import check_output
+from lotlip_hf.grid import check_picture
 from lotlip_hf.loading import naming_damage
+from lotlip_hf.options import check, option, parse
 from lotlip_hf.terminal import printable_output
 
 PROMPT = (
@@ -34,22 +37,27 @@ PROMPT = (
 STRETCHED = 248  # positions, as in Long-CLIP
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+@dataclass
+class Options:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--pipeline", help="folder or Hub id of the pipeline; by default a tiny random one")
-    parser.add_argument("--model", help="folder or Hub id of the LoTLIP; by default the slot's own encoder, stretched")
-    parser.add_argument("--slot", default="text_encoder", help="text encoder to replace, such as 'text_encoder_2'")
-    parser.add_argument("--max-length", type=int, help="longest prompt in tokens; by default what the model takes")
-    parser.add_argument("--prompt", default=PROMPT, help="what to draw")
-    parser.add_argument("--negative-prompt", help="what not to draw")
-    parser.add_argument("--num-steps", type=int, default=30, help="denoising steps")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise that both pictures start from")
-    parser.add_argument("--output", type=Path, default=Path("picture.png"), help="both pictures, before and after")
-    parser.add_argument("--save", type=Path, help="folder to save the pipeline to")
-    return parser.parse_args(argv)
+
+    pipeline: str | None = option("folder or Hub id of the pipeline; by default a tiny random one", None)
+    model: str | None = option("folder or Hub id of the LoTLIP; by default the slot's own encoder, stretched", None)
+    slot: str = option("text encoder to replace, such as 'text_encoder_2'", "text_encoder")
+    max_length: int | None = option("longest prompt in tokens; by default what the model takes", None)
+    prompt: str = option("what to draw", PROMPT)
+    negative_prompt: str | None = option("what not to draw", None)
+    num_steps: int = option("denoising steps", 30, at_least=1)
+    seed: int = option("seed of the noise that both pictures start from", 0, at_least=0, below=2**63)
+    output: Path = option("both pictures, before and after", Path("picture.png"))
+    save: Path | None = option("folder to save the pipeline to", None)
+
+    def __post_init__(self) -> None:
+        check(self)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        check_picture(self.output)  # what would go wrong after hours of drawing
+        if self.save is not None:
+            check_output(self.save, folder=True)
 
 
 def tiny_pipeline() -> StableDiffusionPipeline:
@@ -95,7 +103,7 @@ def tiny_pipeline() -> StableDiffusionPipeline:
     )
 
 
-def draw(pipe: DiffusionPipeline, args: argparse.Namespace) -> Image.Image:
+def draw(pipe: DiffusionPipeline, args: Options) -> Image.Image:
     """The prompt's picture, from the same noise each time."""
     settings: dict[str, Any] = {"num_inference_steps": args.num_steps}
     if args.negative_prompt is not None:
@@ -103,7 +111,7 @@ def draw(pipe: DiffusionPipeline, args: argparse.Namespace) -> Image.Image:
     return pipe(args.prompt, generator=torch.Generator().manual_seed(args.seed), **settings).images[0]
 
 
-def load(args: argparse.Namespace) -> tuple[DiffusionPipeline, DiffusionPipeline]:
+def load(args: Options) -> tuple[DiffusionPipeline, DiffusionPipeline]:
     """The pipeline as it is, and one after the swap, which shares all other models with it."""
     if args.pipeline is None:
         pipe = tiny_pipeline()
@@ -126,27 +134,11 @@ def load(args: argparse.Namespace) -> tuple[DiffusionPipeline, DiffusionPipeline
     return pipe, swapped
 
 
-def check_files(args: argparse.Namespace) -> None:
-    """Before hours of drawing, what would go wrong at their end."""
-    for option, value, least in (("--num-steps", args.num_steps, 1), ("--seed", args.seed, 0)):
-        if not least <= value < 2**63:
-            raise ValueError(f"{option} {value}: expected {least} or more.")
-    if args.output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--output {args.output}: not the name of a picture; take one that ends in .png.")
-    if args.save is not None and args.save.exists() and (not args.save.is_dir() or any(args.save.iterdir())):
-        raise ValueError(f"--save {args.save}: exists already; choose another name or remove it.")
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output {args.output}: its folder cannot be made ({error}).") from error
-
-
 @printable_output()
 def main(argv: Sequence[str] | None = None) -> Path:
     """Draws before the swap and after it as the command line says; answers with the picture's path."""
-    args = parse_arguments(argv)
     try:
-        check_files(args)
+        args = parse(Options, argv, description=(__doc__ or "").split("\n")[0])
         pipe, swapped = load(args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from .data.readers import KINDS, column_of, every_row, value_of
 from .encoder import Encoder, warn_of_cut_texts
-from .files import PARTIAL, printable, replacing, set_aside_no_folder
+from .files import PARTIAL, check_output, printable, replacing, set_aside_no_folder
 from .search import build_index
 from .store import EmbeddingStore
 
@@ -27,28 +27,6 @@ WRITE_BLOCK = 1024
 # What is kept with a text's embedding
 CUT, WHOLE = "cut", ""
 TEXT_FILES = (".txt", *(extension for extension, kind in KINDS.items() if kind != "webdataset"))
-
-
-def check_output(output: str | os.PathLike, *, overwrite: bool = False) -> None:
-    """
-    Finds out before the long work whether its result can be written.
-
-    Args:
-        output (`str` or `os.PathLike`): the file to be.
-        overwrite (`bool`, *optional*, defaults to `False`): whether it may be there already.
-
-    Raises:
-        FileExistsError: if it is there already and not to be overwritten.
-        NotADirectoryError: if its folder is not there.
-    """
-    output = Path(output)
-    if output.exists() and not output.is_file():
-        kind = "a folder" if output.is_dir() else "a device or pipe"
-        raise FileExistsError(f"{output}: {kind}, not a file to write.")
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output}: exists already; choose another name, or --overwrite (`overwrite=True`).")
-    if not output.parent.is_dir():
-        raise NotADirectoryError(f"{output.parent}: no such folder to write {output.name} in.")
 
 
 def embed_images(

@@ -321,6 +321,36 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
             raise
 
 
+def check_output(output: str | os.PathLike, *, overwrite: bool = False, folder: bool = False) -> None:
+    """
+    Finds out before the long work whether its result can be written.
+
+    Args:
+        output (`str` or `os.PathLike`): the file to be.
+        overwrite (`bool`, *optional*, defaults to `False`): whether the file may be there already.
+        folder (`bool`, *optional*, defaults to `False`):
+            Whether it is a folder, made with those above it. It may be there if it is empty.
+
+    Raises:
+        FileExistsError: if something is there already that is not to be overwritten.
+        NotADirectoryError: if its folder is not there, or the path leads through a file.
+    """
+    path = Path(output).absolute()
+    above = next((one for one in path.parents if one.exists()), path)
+    if not above.is_dir():
+        raise NotADirectoryError(f"{output}: {above} is a file; choose another folder.")
+    if folder:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(f"{output}: exists already; choose another name or remove it.")
+        return
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{output}: {'a folder' if path.is_dir() else 'a device or pipe'}, not a file to write.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{output}: exists already; choose another name, or --overwrite (`overwrite=True`).")
+    if above != path.parent:
+        raise NotADirectoryError(f"{path.parent}: no such folder to write {path.name} in.")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a value by [`replacing`]."""
     with replacing(path) as file:

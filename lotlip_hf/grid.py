@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .files import printable, replacing
+from .files import check_output, printable, replacing
 from .images import WHITE, Background, ImageError, image_extensions, load_image
 from .search import SearchResult
 
@@ -23,14 +23,12 @@ def check_picture(output: str | os.PathLike) -> None:
 
     Raises:
         ValueError: if its extension is not that of an image format that PIL writes.
-        NotADirectoryError: if its folder is not there.
+        OSError: as [`~lotlip_hf.files.check_output`].
     """
-    output = Path(output)
     image_extensions()  # fills PIL's registry
-    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+    if Image.registered_extensions().get(Path(output).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{output}: expected a picture that ends in .png, .jpg or another extension that PIL writes.")
-    if not output.parent.is_dir():
-        raise NotADirectoryError(f"{output.parent}: no such folder to write {output.name} in.")
+    check_output(output, overwrite=True)
 
 
 def save_grid(

@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import printable, replacing
+from .files import check_output, printable, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,8 +28,7 @@ def check_plot(file: str | os.PathLike) -> None:
     Raises:
         ImportError: without matplotlib.
         ValueError: if the extension is not that of a kind of picture that matplotlib writes; the message names those.
-        NotADirectoryError: if its folder is not there.
-        IsADirectoryError: if it is a folder itself.
+        OSError: as [`~lotlip_hf.files.check_output`].
     """
     figure(1, 1)
     from matplotlib.backend_bases import FigureCanvasBase
@@ -39,10 +38,7 @@ def check_plot(file: str | os.PathLike) -> None:
     if file.suffix.lower().removeprefix(".") not in kinds:
         *most, last = (f".{kind}" for kind in kinds)
         raise ValueError(f"{file}: expected a picture that ends in {', '.join(most)} or {last}.")
-    if file.is_dir():
-        raise IsADirectoryError(f"{file}: a folder, not a picture to write.")
-    if not file.parent.is_dir():
-        raise NotADirectoryError(f"{file.parent}: no such folder to write {file.name} in.")
+    check_output(file, overwrite=True)
 
 
 def figure(width: float, height: float) -> "Figure":

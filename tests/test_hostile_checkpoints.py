@@ -262,7 +262,7 @@ def commands(checkpoint: Path, photos: Path, tmp_path: Path) -> list[list[str]]:
     return [
         ["search", *model, "--images", str(photos), "a dog"],
         ["push", str(checkpoint), "--repo-id", "a/b", "--dry-run", str(tmp_path / "published")],
-        ["convert", "--reverse", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "model.pt")],
+        ["convert", "official", "--reverse", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "model.pt")],
     ]
 
 
@@ -383,16 +383,14 @@ def test_what_a_full_disk_ends_is_not_there(
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(f"text {number}\n" for number in range(40)))
     words = {
-        "convert": ["convert", "--checkpoint", str(official / "model.pt"), "--tokenizer", str(golden / "tokenizer")]
-        + ["--open-clip-config", str(official / "open_clip_config.json"), "--output", str(output)],
-        "reverse": ["convert", "--reverse", "--checkpoint", str(official_checkpoint), "--output", str(output)],
-        "push": ["push", str(official_checkpoint), "--repo-id", "a/b", "--dry-run", str(output)],
-        "grid": ["search", "--model", str(official_checkpoint), "--device", "cpu", "--images", str(photos)]
-        + ["--save-grid", str(output), "a dog"],
-        "embed": ["embed", "--model", str(official_checkpoint), "--device", "cpu", "--texts", str(texts)]
-        + ["--output", str(output)],
+        "convert": f"convert official --checkpoint {official}/model.pt --tokenizer {golden}/tokenizer "
+        f"--open-clip-config {official}/open_clip_config.json --output {output}",
+        "reverse": f"convert official --reverse --checkpoint {official_checkpoint} --output {output}",
+        "push": f"push {official_checkpoint} --repo-id a/b --dry-run {output}",
+        "grid": f"search --model {official_checkpoint} --device cpu --images {photos} --save-grid {output} dog",
+        "embed": f"embed --model {official_checkpoint} --device cpu --texts {texts} --output {output}",
     }
-    assert main(words[command]) == 2
+    assert main(words[command].split()) == 2
     # the search ends at its index
     assert str(photos / ".lotlip" if command == "grid" else output) in capsys.readouterr().err
     left = [name for name in contents(output.parent) if not name.startswith("output.png.partial")]

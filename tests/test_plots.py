@@ -40,7 +40,7 @@ def test_folders(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match="missing"):
         check_plot(tmp_path / "missing" / "plot.png")
     (tmp_path / "plot.png").mkdir()
-    with pytest.raises(IsADirectoryError, match="plot.png"):
+    with pytest.raises(FileExistsError, match="plot.png"):
         check_plot(str(tmp_path / "plot.png"))
 
 

@@ -374,7 +374,7 @@ def _lengths(
         more = "a text tower other than CLIP's cannot get more"
         if isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection):
             more = (
-                f"convert the CLIP with `python -m lotlip_hf.conversion.clip --max-positions {length}`, or give a "
+                f"convert the CLIP with `lotlip convert clip --max-positions {length}`, or give a "
                 f"loaded model more with lotlip_hf.diffusion.stretch.stretch_text_model(model, {length})"
             )
         raise ValueError(f"`max_length` is {length}, more than the {positions} positions of the model: {more}.")

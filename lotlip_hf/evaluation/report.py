@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 
-from ..embed import check_output
-from ..files import markdown_text, replacing
+from ..files import check_output, markdown_text, replacing
 from ..plots import COLOURS, check_plot, figure, save, wrapped
 from .published import PAPER, PAPER_COLUMNS, PUBLISHED
 from .results import read_results

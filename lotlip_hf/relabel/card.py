@@ -252,7 +252,7 @@ Rules: {rules}. A caption that was cut off ends with its last whole sentence.
 ## Use
 
 ```bash
-python examples/train.py --data FOLDER --text-model google-bert/bert-base-uncased \\
+lotlip train --data FOLDER --text-model google-bert/bert-base-uncased \\
     --image-model google/vit-base-patch16-224-in21k --output run
 ```
 

@@ -4,16 +4,13 @@ import argparse
 import dataclasses
 import hashlib
 import os
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
-from ..files import MAX_BYTES, printable
-from .captioners.base import REQUEST_FIELDS, CaptionerConfig, check_options, option
+from ..files import MAX_BYTES
+from ..options import add_flags, add_options, build, check, convert, flags_of, option, options_of
+from .captioners.base import REQUEST_FIELDS, CaptionerConfig
 from .quality import REASONS, QualityRules
 
 if TYPE_CHECKING:
@@ -58,56 +55,50 @@ class RelabelConfig:
     captioners: list[CaptionerConfig] = field(default_factory=list)
 
     # The records
-    mapping: str = option("names of the columns, as `examples/train.py` has them", default="records")
-    image_column: str | None = option("column of the images, in place of the mapping's", default=None)
+    mapping: str = option("names of the columns, as `lotlip train` has them", "records")
+    image_column: str | None = option("column of the images, in place of the mapping's", None)
     short_column: str | None = option(
-        "column of the raw captions, in place of the mapping's; 'none': there are none", default=None
+        "column of the raw captions, in place of the mapping's; 'none': there are none", None
     )
-    id_column: str | None = option("column of the ids, in place of the mapping's", default=None)
-    image_folder: str | None = option("what relative paths of images start from", default=None)
-    image_root: str | None = option("folder that images must lie in; by default the image folder", default=None)
-    max_image_bytes: int = option("bytes of an image file that is read, at most", default=MAX_BYTES)
-    max_record_bytes: int = option("largest line of a table or sample of a shard that is read", default=MAX_BYTES)
+    id_column: str | None = option("column of the ids, in place of the mapping's", None)
+    image_folder: str | None = option("what relative paths of images start from", None)
+    image_root: str | None = option("folder that images must lie in; by default the image folder", None)
+    max_image_bytes: int = option("bytes of an image file that is read, at most", MAX_BYTES, at_least=1)
+    max_record_bytes: int = option("largest line of a table or sample of a shard that is read", MAX_BYTES, at_least=1)
     split: str | None = option(
-        "split of a data set on the Hub (train), or of a folder that holds several; 'all': all", default=None
+        "split of a data set on the Hub (train), or of a folder that holds several; 'all': all", None
     )
-    streaming: bool = option("read in order, without a copy on disk", default=False)
+    streaming: bool = option("read in order, without a copy on disk", False)
 
     # The output
-    format: Literal["parquet", "webdataset"] = option("of the shards", default="parquet")
-    shard_size: int = option("records that a shard is made of", default=1000)
+    format: Literal["parquet", "webdataset"] = option("of the shards", "parquet")
+    shard_size: int = option("records that a shard is made of", 1000, at_least=1)
     embed_images: bool = option(
         "copy image files into Parquet shards, which otherwise hold their paths from the image folder on, for "
         "--image-folder of the training",
-        default=False,
+        False,
     )
     tokenizer: str = option(
         "checkpoint folder or Hub id of the tokenizer that counts tokens; one in the Hub's cache needs no network",
-        default="google-bert/bert-base-uncased",
+        "google-bert/bert-base-uncased",
     )
 
     # The captions
     policies: dict[str, Policy] = field(default_factory=dict)
-    max_attempts: int = option("how often a caption is asked for at most, where the policy is retry", default=3)
+    max_attempts: int = option("how often a caption is asked for at most, where the policy is retry", 3, at_least=1)
     rules: QualityRules = field(default_factory=QualityRules)
-    seed: int = option("seed of the captions that are drawn (temperature above 0, and retries)", default=0)
+    seed: int = option("seed of the captions that are drawn (temperature above 0, and retries)", 0)
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check(self)
         if not self.captioners:
             raise ValueError("`captioners` is empty: name at least one model that writes captions (--captioner).")
         from ..data.records import MAPPINGS  # with `datasets`, which `--help` does not wait for
 
         if self.mapping not in MAPPINGS:
             raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
-        for name in ("shard_size", "max_attempts", "max_image_bytes", "max_record_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for reason, policy in self.policies.items():
-            if reason not in POLICIES:
-                raise ValueError(f"`policies` must be of {', '.join(POLICIES)}, got {reason!r}.")
-            if policy not in get_args(Policy):
-                raise ValueError(f"The policy of {reason} must be {', '.join(get_args(Policy))}, got {policy!r}.")
+        if others := sorted(self.policies.keys() - POLICIES.keys()):
+            raise ValueError(f"`policies` must be of {', '.join(POLICIES)}, got {others[0]!r}.")
         self.policies = {**POLICIES, **self.policies}
 
     @property
@@ -151,23 +142,15 @@ def _unplaced(value: Any) -> Any:
     return f"{os.path.basename(value)} ({hashlib.blake2b(os.fsencode(value), digest_size=4).hexdigest()})"
 
 
-# Options that a flag sets for a captioner; `retry`, `extra_body` and `model` are for the file of options.
-_CAPTIONER_FLAGS = [
-    one for one in dataclasses.fields(CaptionerConfig) if "help" in one.metadata and one.name != "model"
-]
-_FLAGS = [one for one in dataclasses.fields(RelabelConfig) if "help" in one.metadata]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `lotlip relabel`. Those that are not given are not in what the parser returns."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags count more")
+    """Adds the flags of `lotlip relabel`."""
+    add_options(parser, RelabelConfig)
     parser.add_argument(
         "--captioner",
         action="append",
         metavar="MODEL",
         help="checkpoint folder or Hub id of a model that writes captions; several, by several --captioner",
     )
-    _add_flags(parser, RelabelConfig, _FLAGS)
     parser.add_argument(
         "--policy",
         action="append",
@@ -184,7 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ", ".join(f"{one.name} ({one.default})" for one in dataclasses.fields(QualityRules)),
     )
     group = parser.add_argument_group("options of every captioner")
-    _add_flags(group, CaptionerConfig, _CAPTIONER_FLAGS)
+    add_flags(group, CaptionerConfig, without={"model"})
     group.add_argument(
         "--request-field",
         action="append",
@@ -205,55 +188,16 @@ def read_config(arguments: argparse.Namespace) -> RelabelConfig:
         ValueError: on an option that is unknown, missing, of a wrong type or out of range.
         FileNotFoundError: if there is no such file of options.
     """
-    given = vars(arguments)
-    options = _read_yaml(Path(given["config"])) if given.get("config") else {}
-    options.update({one.name: given[one.name] for one in _FLAGS if one.name in given})
-    options["policies"] = {**options.get("policies", {}), **_pairs("--policy", given.get("policy"))}
-    rules = {**options.get("rules", {}), **_pairs("--rule", given.get("rule"))}
-    hints = get_type_hints(QualityRules)
-    if unknown := sorted(rules.keys() - hints.keys()):
-        raise ValueError(f"--rule: {unknown[0]} is not one of {', '.join(hints)}.")
-    numbers = {name: _number(value, hints[name]) if isinstance(value, str) else value for name, value in rules.items()}
-    options["rules"] = QualityRules(**numbers)
-    captioners: list[dict[str, Any]] = [{"model": model} for model in given.get("captioner") or ()]
-    captioners = captioners or options.get("captioners", [])
-    flags = {one.name: given[one.name] for one in _CAPTIONER_FLAGS if one.name in given}
-    pairs = _pairs("--request-field", given.get("request_field"))
-    if pairs:
+    options = options_of(arguments, RelabelConfig)
+    options["policies"] = {**options.get("policies", {}), **_pairs("--policy", arguments.policy)}
+    rules = vars(options.get("rules", QualityRules())) | _pairs("--rule", arguments.rule)
+    options["rules"] = convert("rules", rules, QualityRules)
+    flags = flags_of(arguments, CaptionerConfig)
+    if pairs := _pairs("--request-field", arguments.request_field):
         flags["request_fields"] = {name: None if sent == "none" else sent for name, sent in pairs.items()}
-    options["captioners"] = [CaptionerConfig(**{**captioner, **flags}) for captioner in captioners]
-    for name in ("data", "output"):
-        if name not in options:
-            raise ValueError(f"--{name} is missing.")
-    return RelabelConfig(**options)
-
-
-def _add_flags(parser: Any, config_class: type, fields: Sequence[dataclasses.Field]) -> None:
-    hints = get_type_hints(config_class)
-    for one in fields:
-        flag, help = f"--{one.name.replace('_', '-')}", one.metadata["help"].replace("%", "%%")
-        if hints[one.name] is bool:
-            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=help)
-            continue
-        kind = _plain(hints[one.name])
-        choices = get_args(kind) if get_origin(kind) is Literal else None
-        if one.default not in (None, dataclasses.MISSING):
-            help = f"{help} ({one.default})"
-        parser.add_argument(
-            flag,
-            type=str if choices else kind,
-            choices=choices,
-            metavar=None if choices else {int: "N", float: "X"}.get(kind, "..."),
-            default=argparse.SUPPRESS,
-            help=help,
-        )
-
-
-def _plain(hint: Any) -> Any:
-    """The type of an option that may be `None`."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return next(one for one in get_args(hint) if one is not type(None))
-    return hint
+    captioners = list(map(CaptionerConfig, arguments.captioner or ())) or options.get("captioners", [])
+    options["captioners"] = [replace(one, **flags) for one in captioners]
+    return build(RelabelConfig, options)
 
 
 def _pairs(flag: str, given: Sequence[str] | None) -> dict[str, str]:
@@ -264,42 +208,3 @@ def _pairs(flag: str, given: Sequence[str] | None) -> dict[str, str]:
             raise ValueError(f"{flag} takes NAME=VALUE, got {one!r}.")
         pairs[name] = value
     return pairs
-
-
-def _number(text: str, kind: type) -> Any:
-    """The number, or the text as it is, which the rules refuse."""
-    try:
-        return kind(text)
-    except ValueError:
-        return text
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file of options.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        # not the whole message, which quotes the line: a password may be in it
-        reason, mark = getattr(error, "problem", None) or type(error).__name__, getattr(error, "problem_mark", None)
-        line = "" if mark is None else f" in line {mark.line + 1}"
-        raise ValueError(f"{path}: not a YAML file ({printable(reason)}{line}).") from None
-    if not isinstance(options, dict):
-        raise ValueError(f"{path}: expected lines of `option: value`, got {type(options).__name__}.")
-    known = [one.name for one in dataclasses.fields(RelabelConfig)]
-    if unknown := sorted(options.keys() - set(known)):
-        raise ValueError(f"{path}: unknown option {unknown[0]}. There are: {', '.join(known)}.")
-    for name in ("policies", "rules"):
-        if not isinstance(options.get(name, {}), Mapping):
-            raise ValueError(f"{path}: `{name}` must be lines of `name: value`, got {options[name]!r}.")
-    captioners = options.get("captioners", [])
-    if not isinstance(captioners, list):
-        raise ValueError(f"{path}: `captioners` must be a list, got {type(captioners).__name__}.")
-    allowed = [one.name for one in dataclasses.fields(CaptionerConfig)]
-    for number, one in enumerate(captioners):
-        if isinstance(one, str):
-            captioners[number] = {"model": one}
-        elif not isinstance(one, Mapping) or "model" not in one or one.keys() - set(allowed):
-            found = ", ".join(map(printable, one)) if isinstance(one, Mapping) else type(one).__name__
-            raise ValueError(f"{path}: a captioner has `model` and any of {', '.join(allowed)}, got {found}.")
-    return options

@@ -88,7 +88,7 @@ def error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
         assert conversion.main([*map(str, arguments), *output]) == 2
         printed = capsys.readouterr()
         assert printed.out == ""
-        assert printed.err.startswith("lotlip_hf.conversion.clip: error: ")
+        assert printed.err.startswith("lotlip convert clip: error: ")
         assert printed.err.count("error: ") == 1
         assert "Traceback" not in printed.err
         assert snapshot(tmp_path) == before

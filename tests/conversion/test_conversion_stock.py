@@ -724,7 +724,7 @@ def error(model: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> str:
     assert stock.main(["--model", str(model), "--output", str(output)]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("lotlip_hf.conversion.stock: error: ")
+    assert printed.err.startswith("lotlip convert stock: error: ")
     assert "Traceback" not in printed.err
     assert snapshot(output.parent) == before
     return printed.err

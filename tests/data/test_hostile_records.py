@@ -130,7 +130,7 @@ def test_commands_do_not_read_it_either(
     given, private = folders
     path = outside(given, private)[way]
     file = write_rows(given, "jsonl", ["x.png", path])
-    monkeypatch.setattr(cli, "_load", lambda _: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lotlip_hf.cli.model.ModelOptions.load", lambda *_: pytest.fail("a model was loaded"))
     arguments = ["evaluate", "--model=m", "--task=retrieval", f"--data={file}"]
     assert cli.main(arguments) == 2
     assert "--image-root" in capsys.readouterr().err

@@ -886,16 +886,16 @@ def test_the_example_with_a_pipeline_and_a_model(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--slot", "text_encoder_2"], "text_encoder_2"),
+        (["--slot", "text_encoder_2"], "`slot`"),
         (["--slot", "vae"], "AutoencoderKL"),
         (["--model", "nowhere/at all"], "nowhere/at all"),
         (["--pipeline", "nowhere/at all"], "nowhere/at all"),
         (["--pipeline", "damaged"], "model_index.json"),
-        (["--output", "picture"], "--output"),
-        (["--save", "."], "--save"),
-        (["--num-steps", "0"], "--num-steps"),
-        (["--seed", "-1"], "--seed"),
-        (["--output", "file/picture.png"], "--output"),
+        (["--output", "picture"], "picture"),
+        (["--save", "."], "exists already"),
+        (["--num-steps", "0"], "num_steps"),
+        (["--seed", "-1"], "seed"),
+        (["--output", "file/picture.png"], "file"),
     ],
 )
 def test_the_example_checks_before_it_draws(

@@ -284,18 +284,18 @@ COMMANDS = {
     "embed": "embed --model {evil} --images {pictures} --output {out}",
     "evaluate": "evaluate --model {evil} --task scenes --num-images 2",
     "push": "push {evil} --repo-id ada/evil --dry-run {out}",
-    "export": "export onnx --model {evil} --output {out}",
+    "train": "train --model {evil} --data scenes --output {out}",
+    "train, text": "train --text-model {evil} --image-model {good} --data scenes --output {out}",
+    "train, image": "train --text-model {bert} --image-model {evil} --data scenes --output {out}",
+    "convert onnx": "convert onnx --model {evil} --output {out}",
     "relabel": "relabel --captioner {evil} --tokenizer {good} --data {pictures} --short-column none --output {out}",
     "relabel, tokenizer": "relabel --captioner {good} --tokenizer {evil} --data {pictures} --short-column none "
     "--output {out}",
-    "convert": "convert --checkpoint {official}/model.pt --open-clip-config {official}/open_clip_config.json "
-    "--tokenizer {evil} --output {out}",
-    "convert --reverse": "convert --reverse --checkpoint {evil} --output {out}",
+    "convert official": "convert official --checkpoint {official}/model.pt --tokenizer {evil} --output {out} "
+    "--open-clip-config {official}/open_clip_config.json",
+    "convert --reverse": "convert official --reverse --checkpoint {evil} --output {out}",
 }
 PROGRAMS = {
-    "examples/train.py": "--model {evil} --data scenes --output {out}",
-    "examples/train.py, text": "--text-model {evil} --image-model {good} --data scenes --output {out}",
-    "examples/train.py, image": "--text-model {bert} --image-model {evil} --data scenes --output {out}",
     "examples/finetune_lora.py": "--model {evil} --data scenes --output {out}",
     "examples/finetune_with_trainer.py": "--model {evil} --data scenes --output_dir {out}",
     "examples/finetune_sentence_transformers.py": "--model {evil} --data scenes --output_dir {out}",

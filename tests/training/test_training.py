@@ -536,7 +536,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 
 def said(ended: Ended) -> str:
     """The one line that says what is wrong."""
-    (line,) = [line for line in ended.text.splitlines() if line.startswith("error: ")]
+    (line,) = [line for line in ended.text.splitlines() if line.startswith("lotlip: error: ")]
     assert "Traceback" not in ended.text
     return line
 
@@ -567,7 +567,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     options = {"model": start / "plain", "data": start / "records", "save_steps": 2, "ema_decay": 0.5}
     ended = run(arguments(output, **options), tmp_path, num_processes, plant_nan, in_gradient, 4)
     assert ended.codes == [2] * num_processes, ended.text
-    errors = {line for line in ended.text.splitlines() if line.startswith("error: ")}
+    errors = {line for line in ended.text.splitlines() if line.startswith("lotlip: error: ")}
     (line,) = errors
     assert ("gradient" if in_gradient else "loss") in line
     assert str(output / "checkpoint-2") in line
@@ -697,7 +697,7 @@ def test_a_broken_record_saves_what_was_trained(start: Path, tmp_path: Path) -> 
     options = {"model": start / "plain", "data": data, "num_workers": 1, "max_steps": None, "num_epochs": 2}
     ended = run(arguments(tmp_path / "run", **options), tmp_path, 2)
     assert ended.codes == [2, 2], ended.text
-    errors = [line for line in ended.text.splitlines() if line.startswith("error: ")]
+    errors = [line for line in ended.text.splitlines() if line.startswith("lotlip: error: ")]
     assert sum("r005" in line for line in errors) == 1
     assert sum("Another process" in line for line in errors) == 1
     assert "Traceback" not in ended.text
@@ -713,7 +713,7 @@ def test_a_truncated_shard_saves_what_was_trained(start: Path, tmp_path: Path, c
     shard = data / "3.tar"
     shard.write_bytes(shard.read_bytes()[:8000])
     assert train_here(output, start, data=data, shuffle_buffer=1) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lotlip: error: ")]
     assert "3.tar" in line
     steps = len(read_log(output))
     assert steps > 0
@@ -783,7 +783,7 @@ def test_what_is_wrong_is_said_in_one_line(
     monkeypatch.chdir(start)  # where there is no `nowhere`
     options, words = WRONG[kind]
     assert train_here(tmp_path / "run", start, **options) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lotlip: error: ")]
     assert len(lines) == 1
     assert words in lines[0]
     assert not list_checkpoints(tmp_path / "run")

@@ -18,47 +18,20 @@ def test_the_defaults_are_those_of_the_class() -> None:
     assert parse_arguments([]) == TrainingConfig()
 
 
-@pytest.mark.slow
-def test_flags_may_have_dashes_or_underscores() -> None:
-    config = parse_arguments(["--grad-cache-chunk", "8", "--batch_size=16", "--lock-vision", "--captioners", "0", "2"])
-    assert (config.grad_cache_chunk, config.batch_size, config.lock_vision, config.captioners) == (8, 16, True, [0, 2])
-    assert parse_arguments(["--batch-size", "16", "--batch_size", "4"]).batch_size == 4  # the last counts
-    assert parse_arguments(["--lock-vision", "false"]).lock_vision is False
-
-
-def test_a_flag_counts_more_than_the_file(tmp_path: Path) -> None:
-    file = write(tmp_path / "train.yaml", "batch_size: 8\nlearning_rate: 1e-3\nlock_vision: true\noutput: mine\n")
-    config = parse_arguments(["--config", file, "--batch-size", "4"])
-    assert (config.batch_size, config.learning_rate, config.lock_vision, config.output) == (4, 1e-3, True, "mine")
-
-
-def test_a_file_says_what_flags_say(tmp_path: Path) -> None:
-    """A bare `no` is false to YAML, `1e-3` a text; `null` leaves an option as it is."""
-    text = (
-        "mixed_precision: no\ntrackers: []\nlong_columns: [a b, c]\ncaptioners: [1]\neval_steps: null\nid_column: 7\n"
-    )
-    config = parse_arguments(["--config", write(tmp_path / "train.yaml", text)])
-    assert (config.mixed_precision, config.trackers, config.eval_steps) == ("no", [], None)
-    assert (config.long_columns, config.captioners, config.id_column) == (["a b", "c"], [1], "7")
-    assert parse_arguments(["--trackers", "none"]).trackers == []
-    assert parse_arguments(["--config", write(tmp_path / "empty.yaml", "")]) == TrainingConfig()
+def test_no_tracker_and_no_mixed_precision(tmp_path: Path) -> None:
+    file = write(tmp_path / "train.yaml", "mixed_precision: no\ntrackers: []\n")
+    for config in (
+        parse_arguments(["--config", file]),
+        parse_arguments("--mixed_precision no --trackers none".split()),
+    ):
+        assert (config.mixed_precision, config.trackers) == ("no", [])
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
-    config = parse_arguments(
-        ["--output", str(tmp_path), "--trackers", "none", "--mixed-precision", "no", "--long-columns", "a", "b"]
-        + [
-            "--ema-decay",
-            "0.99",
-            "--learning-rate",
-            "3e-5",
-            "--captioners",
-            "0",
-            "--lock-vision",
-            "--data",
-            "x: y # z",
-        ]
+    argv = (
+        "--trackers none --mixed-precision no --long-columns a b --ema-decay 0.99 --learning-rate 3e-5 --captioners 0"
     )
+    config = parse_arguments(["--output", str(tmp_path), *argv.split(), "--lock-vision", "--data", "x: y # z"])
     config.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [CONFIG_NAME]
     assert parse_arguments(["--config", str(tmp_path / CONFIG_NAME)]) == config
@@ -67,71 +40,36 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "name"),
     [
-        (["--batch-sise", "3"], "unknown option --batch-sise. Did you mean --batch-size?"),
-        (["--batch-size", "many"], "invalid int value: 'many'"),
-        (["--batch-size", "0"], "`batch_size` must be at least 1, got 0"),
-        (["--batch-size"], "expected one argument"),
-        (["--data", "0.tar", "1.tar"], "1.tar is one value too many. A pattern goes between quotes"),
-        (["--learning-rate", "nan"], "`learning_rate` must be a finite number, got nan"),
-        (["--weight-decay", "inf"], "`weight_decay` must be a finite number, got inf"),
-        (["--num-epochs", "0"], "`num_epochs` must be above 0"),
-        (["--beta1", "1"], "`beta1` must be at least 0 and below 1"),
-        (["--ema-decay", "1.5"], "`ema_decay` must be at least 0 and below 1"),
-        (["--short-loss-weight", "-1"], "`short_loss_weight` must be at least 0"),
-        (["--loss", "sigmod"], "invalid choice: 'sigmod' (choose from"),
-        (["--mapping", "nope"], "`mapping` must be one of records, dreamlip"),
-        (["--captioners", "1", "1"], "`captioners` must be different positions"),
-        (["--warmup-steps", "5", "--max-steps", "3"], "`warmup_steps` (5) is more than `max_steps` (3)"),
-        (["--eval-steps", "3"], "`eval_steps` needs `eval_data`"),
-        (["--streaming"], "`streaming` needs `max_steps`"),
-        (["--unlocked-vision-layers", "1"], "set `lock_vision` too"),
-        (["--resume", "maybe"], "Truthy value expected: got maybe"),
-        (["--resume", "--output", "nowhere"], "there is no run to resume. Start it without `--resume`."),
-        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file of options"),
+        (["--num-epochs", "0"], "num_epochs"),
+        (["--beta1", "1"], "beta1"),
+        (["--ema-decay", "1.5"], "ema_decay"),
+        (["--short-loss-weight", "-1"], "short_loss_weight"),
+        (["--mapping", "nope"], "mapping"),
+        (["--captioners", "1", "1"], "captioners"),
+        (["--warmup-steps", "5", "--max-steps", "3"], "warmup_steps"),
+        (["--eval-steps", "3"], "eval_data"),
+        (["--streaming"], "max_steps"),
+        (["--unlocked-vision-layers", "1"], "lock_vision"),
+        (["--resume", "--output", "nowhere"], "nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_wrong_flag_is_named_in_one_line(
-    argv: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    argv: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+    with pytest.raises((ValueError, FileNotFoundError), match=name) as caught:
         parse_arguments(argv)
-    assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("batch_sise: 3", "unknown option batch_sise. Did you mean batch_size?"),
-        ("resume: true", "unknown option resume"),
-        ("batch_size: many", "invalid int value: 'many'"),
-        ("batch_size: 2.5", "invalid int value: '2.5'"),
-        ("batch_size: [1, 2]", "`batch_size` must be one value, got [1, 2]"),
-        ("output: {a: 1}", "`output` must be one value, got {'a': 1}"),
-        ("captioners: {a: 1}", "`captioners` must be one value or a list, got {'a': 1}"),
-        ("lock_vision: 3", "got 3"),
-        ("batch_size: null", "`batch_size` has no value"),
-        ("- batch_size", "expected lines of `option: value`, got list"),
-        ("a: [", "not a YAML file"),
-    ],
-)
-def test_a_wrong_file_is_named_in_one_line(text: str, words: str, tmp_path: Path) -> None:
-    file = write(tmp_path / "train.yaml", text)
-    with pytest.raises(ValueError, match="train.yaml: ") as caught:
-        parse_arguments(["--config", file])
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("options", [{"mixed_precision": "bf17"}, {"loss": "l2"}, {"text_pooling": "max"}])
-def test_python_is_checked_as_flags_are(options: dict[str, str]) -> None:
-    (name,) = options
-    with pytest.raises(ValueError, match=f"`{name}` must be one of"):
-        TrainingConfig(**options)
+def test_python_is_checked_as_flags_are() -> None:
+    with pytest.raises(ValueError, match="mixed_precision"):
+        TrainingConfig(mixed_precision="bf17")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="batch_size"):
+        TrainingConfig(batch_size=0)
 
 
 def test_a_resumed_run_goes_on_with_its_own_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,15 +82,11 @@ def test_a_resumed_run_goes_on_with_its_own_options(tmp_path: Path, monkeypatch:
     # the same once more is no change, not even from a file that is not in the run's folder
     file = write(tmp_path / "train.yaml", "batch_size: 8\noutput: run\n")
     assert parse_arguments(["--config", file, "--resume"]).batch_size == 8
-    for argv, words in (
-        (["--batch-size", "9"], "`batch_size` was 8 and is 9"),
-        (["--seed", "1"], "`seed` was 0 and is 1"),
-        (["--ema-decay", "0.5"], "`ema_decay` was None and is 0.5"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            parse_arguments(["--resume", *argv])
+    for flag, value in (("--batch-size", "9"), ("--seed", "1"), ("--ema-decay", "0.5")):
+        with pytest.raises(ValueError, match=flag[2:].replace("-", "_")):
+            parse_arguments(["--resume", flag, value])
     first.resume, first.learning_rate = True, 1.0
-    with pytest.raises(ValueError, match="`learning_rate` was 0.0001 and is 1.0"):
+    with pytest.raises(ValueError, match="learning_rate"):
         check_resumed(first)
 
 
@@ -169,14 +103,12 @@ def test_the_folder_of_a_resumed_run_may_be_moved(tmp_path: Path, monkeypatch: p
     assert parse_arguments(["--resume", "--config", file]).batch_size == 8
 
 
-def test_help_names_every_option_once(capsys: pytest.CaptureFixture) -> None:
+def test_help_names_every_option(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_arguments(["--help"], description="What it does.")
     assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert "What it does." in text
-    usage, options = text.split("What it does.")
+    usage, options = capsys.readouterr().out.split("What it does.")
     for name in vars(TrainingConfig()):
-        for part in (usage, re.sub(r"(?<=[(`\"])--\w.*", "", options)):
-            assert len(re.findall(rf"--{name.replace('_', '-')}(?![\w-])", part)) == 1, name
-    assert not re.search(r"--\w+_", text)
+        for part in (usage, options):
+            assert f"--{name.replace('_', '-')}" in part, name
+    assert not re.search(r"--\w+_", usage + options)

@@ -6,14 +6,13 @@ The first step of the LoTLIP paper relabels images with several of them; `relabe
 
 import dataclasses
 import json
-import math
 import os
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ...files import printable
+from ...options import check, option
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,11 +27,6 @@ IMAGE_ERRORS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueErro
 FIELD_OF = {"max_new_tokens": "max_tokens"}
 
 
-def option(help: str, **options: Any) -> Any:
-    """A field of a config that is also a flag, with what its help says."""
-    return field(metadata={"help": help}, **options)
-
-
 def without_secrets(address: str) -> str:
     """An address as it may be shown: without user name, password, and query, which may hold a key."""
     scheme, mark, rest = address.partition("://")
@@ -44,32 +38,6 @@ def without_secrets(address: str) -> str:
 def published_name(model: str) -> str:
     """A model as data sets name it: a Hub id, or the name of a folder without the folders above."""
     return os.path.basename(os.path.normpath(model)) if os.path.isabs(model) or os.path.isdir(model) else model
-
-
-def check_options(config: Any) -> None:
-    """
-    Compares the values of a dataclass with its annotations, as far as these are plain types.
-
-    Args:
-        config: The dataclass.
-
-    Raises:
-        ValueError: if a value is of another type, not one of a `Literal`, or no finite number; the message names it.
-    """
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        if get_origin(hint) is Literal:
-            if value not in get_args(hint):
-                raise ValueError(f"`{name}` must be one of {', '.join(get_args(hint))}, got {value!r}.")
-        elif float in kinds and isinstance(value, int) and not isinstance(value, bool):
-            continue
-        elif all(isinstance(kind, type) and get_origin(kind) is None for kind in kinds):
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                expected = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
-                raise ValueError(f"`{name}` must be of type {expected}, got {value!r}.")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"`{name}` must be a finite number, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -90,90 +58,75 @@ class CaptionerConfig:
     """
 
     model: str = option("checkpoint folder or Hub id; with `endpoint` the name that the endpoint knows the model by")
-    revision: str | None = option("revision of the model on the Hub", default=None)
+    revision: str | None = option("revision of the model on the Hub", None)
     endpoint: str | None = option(
         "address of a server with OpenAI's protocol (http://host:8000/v1: vLLM, TGI, `transformers serve`) that runs "
         "the model; `http://user:password@host/v1` signs in by user name and password",
-        default=None,
-        repr=False,  # it may hold a password
+        None,
+        repr=False,
     )
     prompt: str = option(
-        "what the model is asked, with the image; empty for models that caption without being asked", default=PROMPT
+        "what the model is asked, with the image; empty for models that caption without being asked", PROMPT
     )
-    max_new_tokens: int = option("tokens of an answer, at most", default=256)
-    min_new_tokens: int = option("at least; not for endpoints", default=0)
-    num_beams: int = option("beams of a beam search; not for endpoints", default=1)
-    temperature: float = option("0 takes the most probable token; above, tokens are drawn", default=0.0)
-    top_p: float = option("share of the probability that tokens are drawn from", default=1.0)
+    max_new_tokens: int = option("tokens of an answer, at most", 256, at_least=1)
+    min_new_tokens: int = option("at least; not for endpoints", 0, at_least=0)
+    num_beams: int = option("beams of a beam search; not for endpoints", 1, at_least=1)
+    temperature: float = option("0 takes the most probable token; above, tokens are drawn", 0.0, at_least=0)
+    top_p: float = option("share of the probability that tokens are drawn from", 1.0, above=0, at_most=1)
     repetition_penalty: float = option(
         "above 1 makes tokens that were there before less probable (with many models also the prompt's); an endpoint "
         "gets it only if it is not 1, for not every server takes it",
-        default=1.0,
+        1.0,
+        above=0,
     )
     # Which of the six options above are others when an answer is asked for again.
-    retry: Mapping[str, float] = field(default_factory=lambda: {"temperature": 0.7, "top_p": 0.9})
-    batch_size: int = option("images that the model gets at once; not for endpoints", default=8)
+    retry: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.7, "top_p": 0.9})
+    batch_size: int = option("images that the model gets at once; not for endpoints", 8, at_least=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "of the weights; auto keeps the checkpoint's", default="bfloat16"
+        "of the weights; auto keeps the checkpoint's", "bfloat16"
     )
     device_map: str | None = option(
-        "how transformers lays the model on devices, such as auto; by default it is on the process's device",
-        default=None,
+        "how transformers lays the model on devices, such as auto; by default it is on the process's device", None
     )
     max_image_size: int = option(
         "pixels of the longer side of an image that an endpoint is sent, at most; larger images are shrunk",
-        default=672,
+        672,
+        at_least=1,
     )
-    max_answer_bytes: int = option("bytes that are read of an endpoint's answer, at most", default=4 * 1024 * 1024)
+    max_answer_bytes: int = option("bytes that are read of an endpoint's answer, at most", 4 * 1024 * 1024, at_least=1)
     # What an endpoint calls the fields in `REQUEST_FIELDS`; those named `None` are not sent.
     request_fields: Mapping[str, str | None] = field(default_factory=dict)
     # More fields of each request, such as {"chat_template_kwargs": {"enable_thinking": False}}. They are published.
     extra_body: Mapping[str, Any] = field(default_factory=dict)
-    concurrency: int = option("requests to an endpoint that are under way at a time", default=16)
-    timeout: float = option("seconds that an endpoint has for an answer, until its last byte is read", default=120.0)
+    concurrency: int = option("requests to an endpoint that are under way at a time", 16, at_least=1)
+    timeout: float = option("seconds that an endpoint has for an answer, until its last byte is read", 120.0, above=0)
     max_retries: int = option(
         "how often a request to an endpoint is sent again that was refused for the moment (429, 5xx), not answered in "
         "time, or answered with garbage",
-        default=8,
+        8,
+        at_least=0,
     )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.retry, Mapping):
-            raise ValueError(f"`retry` must be lines of `option: value`, got {self.retry!r}.")
+        check(self)
         if unknown := sorted(self.retry.keys() - set(SETTINGS)):
             raise ValueError(f"`retry` changes {', '.join(SETTINGS)}; it has {unknown[0]!r}.")
-        for name in ("request_fields", "extra_body"):
-            try:
-                is_fine = isinstance(getattr(self, name), Mapping) and json.dumps(getattr(self, name), allow_nan=False)
-            except (TypeError, ValueError):
-                is_fine = False
-            if not is_fine:
-                raise ValueError(f"`{name}` must be lines of `field: value` as JSON has them.")
+        try:
+            json.dumps(self.extra_body, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError("`extra_body` must be lines of `field: value` as JSON has them.") from error
         for name, sent in self.request_fields.items():
-            if name not in REQUEST_FIELDS or not (sent is None or (isinstance(sent, str) and sent)):
+            if name not in REQUEST_FIELDS or sent == "":
                 raise ValueError(
                     f"`request_fields` renames {', '.join(REQUEST_FIELDS)} (`none`: not sent), got {name!r}: {sent!r}."
                 )
-        check_options(self)
-        at_least = {
-            1: ("max_new_tokens", "num_beams", "batch_size", "max_image_size", "max_answer_bytes", "concurrency"),
-            0: ("min_new_tokens", "temperature", "max_retries"),
-        }
-        for least, names in at_least.items():
-            for name in names:
-                if getattr(self, name) < least:
-                    raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"`min_new_tokens` ({self.min_new_tokens}) is more than `max_new_tokens` ({self.max_new_tokens})."
             )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` must be above 0 and at most 1, got {self.top_p}.")
-        for name in ("repetition_penalty", "timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
         if self.retry:
-            dataclasses.replace(self, retry={}, **self.retry)  # which is checked, too
+            other = dataclasses.replace(self, retry={}, **self.retry)  # which is checked, too
+            object.__setattr__(self, "retry", {name: getattr(other, name) for name in self.retry})
 
     def settings(self, attempt: int = 0) -> dict[str, Any]:
         """The options of `SETTINGS` for the first answer (0), or for one that is asked for again."""

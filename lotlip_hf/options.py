@@ -1,0 +1,253 @@
+"""
+Options as dataclasses: a field made by [`option`] is a flag (`--batch-size 8`, `--batch_size 8`) and a line of a YAML
+file (`batch_size: 8`); [`check`] compares its value with its annotation and its bounds.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import math
+import operator
+import os
+import sys
+import types
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .files import printable
+
+T = TypeVar("T")
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def option(help: str, default: Any = dataclasses.MISSING, *, positional: bool = False, **settings: Any) -> Any:
+    """
+    A field of a dataclass that is a flag.
+
+    Args:
+        help (`str`): what `--help` says; the default is added, but for `None`, which the text explains.
+        default: Its value by default; if there is none, the option must be set.
+        positional (`bool`, *optional*, defaults to `False`): whether the value has no flag before it.
+        **settings: Bounds of a number, or of each of a list (`at_least`, `above`, `at_most`, `below`), and arguments
+            of `dataclasses.field`.
+    """
+    bounds = {name: settings.pop(name) for name in BOUNDS if name in settings}
+    metadata = {"help": help, "bounds": bounds, "positional": positional}
+    return dataclasses.field(default=default, metadata=metadata, **settings)
+
+
+def check(config: Any) -> None:
+    """
+    Gives the fields of a dataclass the types of their annotations, for its `__post_init__`.
+
+    Raises:
+        ValueError: if a value is of another type or out of bounds; the message names the field.
+    """
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = convert(field.name, getattr(config, field.name), hints[field.name])
+        bounds = field.metadata.get("bounds", {})
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not all(BOUNDS[name](number, bound) for name, bound in bounds.items()):
+                expected = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
+                raise ValueError(f"`{field.name}` must be {expected}, got {number}.")
+        object.__setattr__(config, field.name, value)
+
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """
+    The value of an option, from Python, a flag or a YAML file, in the type of an annotation: `bool`, `int`, `float`,
+    `str`, `Path`, `Literal`, a list or mapping of these, another such dataclass, or `None`. Others stay as they are.
+
+    Raises:
+        ValueError: if it is none of that type; the message names the option.
+    """
+    kind, is_optional = _kind(hint)
+    origin, inner = get_origin(kind), get_args(kind)
+    if value is None and is_optional:
+        return None
+    if origin is Literal:
+        expected = f"one of {', '.join(inner)}"
+        if value in inner or (value is False and "no" in inner):  # YAML reads a bare `no` as false
+            return value or "no"
+    elif origin is list:
+        expected = "one value or a list"
+        if not isinstance(value, Mapping):
+            return [convert(name, one, inner[0]) for one in (value if isinstance(value, list | tuple) else [value])]
+    elif origin in (dict, Mapping):
+        expected = "lines of `name: value`"
+        if isinstance(value, Mapping):
+            return {key: convert(f"{name}.{key}", one, inner[1]) for key, one in value.items()}
+    elif kind is bool:
+        expected = "true or false"
+        if str(value).lower() in WORDS:
+            return WORDS[str(value).lower()]
+    elif kind in (int, float):
+        expected = "a whole number" if kind is int else "a finite number"
+        if not isinstance(value, bool) and not (kind is int and isinstance(value, float)):
+            with contextlib.suppress(OverflowError, TypeError, ValueError):
+                number = kind(value)
+                if kind is int or math.isfinite(number):
+                    return number
+    elif kind in (str, Path):
+        expected = "one value"
+        if isinstance(value, str | os.PathLike):
+            return kind(os.fspath(value))
+        if isinstance(value, int | float):
+            return kind(str(value).lower() if isinstance(value, bool) else str(value))
+    elif dataclasses.is_dataclass(kind):
+        expected = "lines of `option: value`"
+        if isinstance(value, str):
+            return build(kind, {dataclasses.fields(kind)[0].name: value})
+        if isinstance(value, Mapping):
+            return build(kind, _of_lines(value, kind))
+        if isinstance(value, kind):
+            return value
+    else:
+        return value
+    # of lines not what they say, which may be a password
+    raise ValueError(f"`{name}` must be {expected}, got {'lines' if isinstance(value, Mapping) else repr(value)}.")
+
+
+def choices(hint: Any) -> tuple[str, ...]:
+    """The words that an annotation allows; empty if it is no `Literal`."""
+    kind, _ = _kind(hint)
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _kind(hint: Any) -> tuple[Any, bool]:
+    """An annotation without `None`, and whether it had one."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return next(kind for kind in kinds if kind is not types.NoneType), types.NoneType in kinds
+
+
+def unknown(name: Any, known: Iterable[str]) -> ValueError:
+    """The error of an option that does not exist, with the one that may be meant."""
+    close = difflib.get_close_matches(str(name), list(known), 1)
+    return ValueError(f"unknown option {printable(name)}. {f'Did you mean {close[0]}?' if close else 'See --help.'}")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are a `ValueError` of one line. Options may be spelt with underscores, but not in part."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # pyright: ignore
+        """The options. Those of [`add_flags`] that are not given are left out."""
+        words = list(sys.argv[1:] if args is None else args)
+        for index in range(words.index("--") if "--" in words else len(words)):
+            flag, mark, value = words[index].partition("=")
+            if flag.startswith("--"):
+                words[index] = flag.replace("_", "-") + mark + value
+        namespace, others = self.parse_known_args(words)
+        if others and others[0].startswith("-"):
+            raise unknown(others[0].partition("=")[0], self._option_string_actions)
+        if others:
+            raise ValueError(
+                f"{others[0]} is one value too many. A pattern goes between quotes, or the shell makes names of it."
+            )
+        return namespace
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.rstrip('.')}. See --help.")
+
+
+def add_flags(parser: Any, config_class: type, without: Collection[str] = ()) -> None:
+    """Adds a flag to a parser, or to a group of one, for each [`option`] of a dataclass."""
+    hints, fields = get_type_hints(config_class), dataclasses.fields(config_class)
+    # which a flag with an optional value would swallow
+    has_positional = any(field.metadata.get("positional") for field in fields)
+    for field in fields:
+        if "help" not in field.metadata or field.name in without:
+            continue
+        kind, is_optional = _kind(hints[field.name])
+        words, is_list = choices(hints[field.name]), get_origin(kind) is list
+        help = field.metadata["help"]
+        if kind is not bool and field.default not in (None, dataclasses.MISSING, ""):
+            help = f"{help} ({field.default})"
+        metavar = "{" + ",".join(words) + "}" if words else {int: "N", float: "X"}.get(kind)
+        settings: dict[str, Any] = {"help": help.replace("%", "%%")}
+        if kind is not bool:
+            settings |= {"metavar": metavar, "nargs": "+" if is_list else None}
+        elif has_positional:
+            settings["action"] = "store_true"
+        else:
+            settings |= {"nargs": "?", "const": True, "metavar": "false"}
+        flag = field.name.replace("_", "-")
+        if field.metadata["positional"]:
+            parser.add_argument(field.name, **settings)
+            continue
+        parser.add_argument(f"--{flag}", default=argparse.SUPPRESS, **settings)
+        if kind is bool and is_optional:
+            settings = {"action": "store_const", "const": False, "default": argparse.SUPPRESS}
+            parser.add_argument(f"--no-{flag}", dest=field.name, help=f"the opposite of --{flag}", **settings)
+
+
+def add_options(parser: Any, config_class: type) -> None:
+    """Adds `--config FILE`, and the flags of a dataclass."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags count more")
+    add_flags(parser, config_class)
+
+
+def flags_of(arguments: argparse.Namespace, config_class: type) -> dict[str, Any]:
+    """The fields of a dataclass that flags set, not yet checked."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def options_of(arguments: argparse.Namespace, config_class: type) -> dict[str, Any]:
+    """The fields that the file of `--config` and flags set, which count more; not yet checked."""
+    file = {} if arguments.config is None else read_yaml(arguments.config, config_class)
+    return {**file, **flags_of(arguments, config_class)}
+
+
+def build(config_class: type[T], options: Mapping[str, Any]) -> T:
+    """The dataclass, whose `__post_init__` checks the options."""
+    for field in dataclasses.fields(config_class):  # pyright: ignore[reportArgumentType]
+        if field.name not in options and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"`{field.name}` (--{field.name.replace('_', '-')}) is missing. See --help.")
+    return config_class(**options)
+
+
+def parse(config_class: type[T], argv: Sequence[str] | None, **parser: Any) -> T:
+    """The options of a command that takes flags alone; `parser` is what `argparse.ArgumentParser` takes."""
+    flags = Parser(**parser)
+    add_flags(flags, config_class)
+    return build(config_class, flags_of(flags.parse_args(argv), config_class))
+
+
+def read_yaml(file: str | os.PathLike, config_class: type) -> dict[str, Any]:
+    """
+    Reads a file of lines `option: value`, which are fields of a dataclass.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: on an option that is unknown or of a wrong type; the message names file and option.
+    """
+    import yaml
+
+    try:
+        options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        # not the whole message, which quotes the line: a password may be in it
+        reason, mark = getattr(error, "problem", None) or type(error).__name__, getattr(error, "problem_mark", None)
+        line = "" if mark is None else f" in line {mark.line + 1}"
+        raise ValueError(f"{file}: not a YAML file ({printable(reason)}{line}).") from None
+    if not isinstance(options, dict | None):
+        raise ValueError(f"{file}: expected lines of `option: value`, got {type(options).__name__}.")
+    try:
+        return _of_lines(options or {}, config_class)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _of_lines(lines: Mapping[Any, Any], config_class: type) -> dict[str, Any]:
+    """The fields of a dataclass that lines of a file set, in their types."""
+    hints = get_type_hints(config_class)
+    if others := [name for name in lines if name not in hints]:
+        raise unknown(others[0], hints)
+    return {name: convert(name, value, hints[name]) for name, value in lines.items()}

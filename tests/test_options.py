@@ -1,0 +1,116 @@
+"""Options: what a value becomes, which are refused, and what flags and a file of options say together."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from lotlip_hf.options import Parser, add_options, build, check, option, options_of
+
+
+@dataclass
+class Options:
+    name: str = option("its name")
+    count: int = option("how many", 2, at_least=1)
+    share: float | None = option("of all", None, at_least=0, below=1)
+    precision: Literal["no", "half"] = option("of numbers", "no")
+    fast: bool = option("whether to hurry", False)
+    sizes: list[int] = option("of each", at_least=1, default_factory=list)
+    clean: bool | None = option("whether to clean", None)
+    more: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def read(*argv: object) -> Options:
+    parser = Parser()
+    add_options(parser, Options)
+    return build(Options, options_of(parser.parse_args([str(one) for one in argv]), Options))
+
+
+def test_flags_and_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("name: 7\nshare: 1e-3\nprecision: no\nfast: true\nsizes: 3\nmore: {a: 1}\nclean: null\n")
+    assert read("--config", file) == Options("7", 2, 0.001, "no", True, [3], None, {"a": 1.0})
+    given = read("--config", file, "--name=a_b", "--fast", "no", "--sizes", 1, 2, "--no-clean")
+    assert (given.name, given.fast, given.sizes, given.clean) == ("a_b", False, [1, 2], False)
+    file.write_text("")
+    assert read("--config", file, "--name", tmp_path) == Options(tmp_path)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ([], "--name"),
+        (["--name"], "--name"),
+        (["--name=a", "b"], "b is one value too many"),
+        (["--name=a", "--cuont=3"], "Did you mean --count"),
+        (["--name=a", "--count=0"], "count"),
+        (["--name=a", "--count=2.0"], "count"),
+        (["--name=a", "--count=1e3"], "count"),
+        (["--name=a", "--share=1"], "share"),
+        (["--name=a", "--share=nan"], "share"),
+        (["--name=a", "--precision=full"], "no, half"),
+        (["--name=a", "--fast=perhaps"], "fast"),
+        (["--name=a", "--sizes", "1", "0"], "sizes"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_a_wrong_flag_is_named(flags: list[str], word: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=word) as caught:
+        read(*flags)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("nmae: a", "Did you mean name"),
+        ("1: a", "unknown option 1"),
+        ("name: [a, b]", "name"),
+        ("name: {a: b}", "name"),
+        ("count: many", "count"),
+        ("count: 2.5", "count"),
+        ("count: true", "count"),
+        ("count: null", "count"),
+        ("fast: 3", "fast"),
+        ("sizes: {a: 1}", "sizes"),
+        ("more: 3", "more"),
+        ("more: {a: b}", r"more\.a"),
+        ("- name", "list"),
+        ("name: [", "not a YAML file"),
+        ("[" * 10_000, "not a YAML file"),
+        ("endpoint: http://me:secret@host\n: : :", "not a YAML file"),
+    ],
+)
+def test_a_wrong_file_is_named(text: str, word: str, tmp_path: Path) -> None:
+    (tmp_path / "options.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"options.yaml: .*{word}") as caught:
+        read("--config", tmp_path / "options.yaml")
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [10**400, "9" * 400, float("inf"), [], object()])
+def test_what_is_no_number_is_named(value: Any) -> None:
+    with pytest.raises(ValueError, match="share"):
+        Options("a", share=value)
+
+
+def test_help_says_defaults_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read("--help")
+    shown = capsys.readouterr().out
+    for word in ("its name", "how many (2)", "{no,half}", "--no-clean"):
+        assert re.search(re.escape(word), shown)
+
+
+def test_nothing_large_is_imported() -> None:
+    code = "import sys, lotlip_hf.options, lotlip_hf.cli; print({'torch', 'transformers', 'numpy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
