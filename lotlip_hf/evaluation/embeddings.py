@@ -22,7 +22,7 @@ from .tasks import IncompleteDataError
 logger = logging.getLogger(__name__)
 
 # Texts or images that one process encodes, and keeps on disk, together. What is in a unit does not depend on the
-# number of processes nor on what is kept already, so neither do the last digits of an embedding.
+# number of processes, so neither do the last digits of an embedding.
 UNIT_SIZE = 256
 # What is kept with an embedding
 CUT, WHOLE = "cut", ""

@@ -3,7 +3,7 @@
 import json
 import signal
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -168,64 +168,15 @@ def test_an_interruption_keeps_what_is_whole(
     assert len(calls) == 3 + 2
 
 
-def sql(*statements: str) -> Callable[[Path], None]:
-    """Something that is done to a database."""
-
-    def execute(file: Path) -> None:
-        with closing(sqlite3.connect(file)) as connection, connection:
-            for statement in statements:
-                connection.execute(statement)
-
-    return execute
-
-
-def link(file: Path) -> None:
-    file.replace(file.with_name("elsewhere"))
-    file.symlink_to(file.with_name("elsewhere"))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda file: file.write_bytes(b"no database"),
-        lambda file: file.write_bytes(file.read_bytes()[:5000]),
-        sql("CREATE TRIGGER own AFTER INSERT ON entries BEGIN DELETE FROM entries; END"),
-        sql("DROP TABLE entries", "CREATE VIEW entries AS SELECT * FROM blocks"),
-        sql("UPDATE encoders SET dim = 3"),
-        link,
-    ],
-    ids=["text", "short", "trigger", "view", "dimensions", "link"],
-)
-def test_a_cache_that_others_wrote_is_set_aside(
-    encoder: Encoder, tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_cache_is_computed_again(encoder: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = {"cache": tmp_path, "progress": False}
     first = embed_texts(encoder, captions(3), **settings).embeds
     (file,) = tmp_path.glob("*.sqlite3")
-    damage(file)
-    damaged = file.read_bytes()
+    file.write_bytes(b"no database")
     assert torch.equal(embed_texts(encoder, captions(3), **settings).embeds, first)
     assert f"{file}: " in caplog.text
-    assert damaged in [path.read_bytes() for path in tmp_path.iterdir() if path != file]
-    assert not file.is_symlink()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "UPDATE blocks SET vectors = randomblob(7)",
-        "UPDATE blocks SET vectors = CAST(replace(hex(zeroblob(length(vectors) / 4)), '00', x'0000c07f') AS BLOB)",
-        "UPDATE entries SET row = 99",
-        "UPDATE entries SET block = 99",
-        "UPDATE entries SET stamp = 7, block = 'a'",
-    ],
-    ids=["length", "nan", "row", "block", "types"],
-)
-def test_damaged_embeddings_are_computed_again_by_the_next_call(encoder: Encoder, tmp_path: Path, damage: str) -> None:
-    settings = {"cache": tmp_path, "progress": False}
-    first = embed_texts(encoder, captions(3), **settings).embeds
-    (file,) = tmp_path.glob("*.sqlite3")
-    sql(damage)(file)
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("UPDATE blocks SET vectors = randomblob(7)")
     with pytest.raises(OSError, match="sqlite3"):
         embed_texts(encoder, captions(3), **settings)
     assert torch.equal(embed_texts(encoder, captions(3), **settings).embeds, first)
