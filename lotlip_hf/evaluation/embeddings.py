@@ -22,7 +22,7 @@ from .tasks import IncompleteDataError
 logger = logging.getLogger(__name__)
 
 # Texts or images that one process encodes, and keeps on disk, together. What is in a unit does not depend on the
-# number of processes, so neither do the last digits of an embedding.
+# number of processes nor on what is kept already, so neither do the last digits of an embedding.
 UNIT_SIZE = 256
 # What is kept with an embedding
 CUT, WHOLE = "cut", ""
@@ -249,7 +249,9 @@ def _embed_units(
         ) as bar,
     ):
         for unit in own:
-            keys = [digests[i] for i in unit]
+            # by the whole unit: the others in a batch decide on an embedding's last digits
+            name = hashlib.blake2b("".join(digests[i] for i in unit).encode(), digest_size=16).hexdigest()
+            keys = [f"{name}-{index}" for index in range(len(unit))]
             known = {} if kept is None else kept.entries(keys)
             if kept is not None and all(key in known and known[key].error is None for key in keys):
                 parts.append(kept.vectors([known[key] for key in keys]))
