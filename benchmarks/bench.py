@@ -341,23 +341,6 @@ def loss(bench: Bench) -> list[Row]:
     ]
 
 
-def import_(bench: Bench) -> list[Row]:
-    """`import lotlip_hf` behind `import transformers`, in fresh processes."""
-    code = (
-        "import time, transformers; start = time.perf_counter(); import lotlip_hf; print(time.perf_counter() - start)"
-    )
-
-    def once() -> float:
-        return float(
-            subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
-        )
-
-    seconds = sorted(once() for _ in range(bench.repeats))
-    milliseconds = 1e3 * seconds[len(seconds) // 2]
-    detail = f"up to {1e3 * seconds[-1]:.0f} ms"
-    return [Row("import lotlip_hf", "import transformers", milliseconds, 50, True, "ms more", detail)]
-
-
 def load(bench: Bench) -> list[Row]:
     """`from_pretrained` of the whole model and of the two stock encoders with the same weights."""
     stock = stock_model(bench.model)
@@ -483,7 +466,6 @@ def device(bench: Bench) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[Bench], list[Row]]] = {
-    "import": import_,
     "load": load,
     "tokenise": tokenise,
     "images": images,

@@ -96,7 +96,7 @@ def embed_images(
                 names = [
                     os.fsencode(name).decode(errors="backslashreplace") for name in index.files[start:][:WRITE_BLOCK]
                 ]
-                yield names, store.vectors(index.entries[start : start + WRITE_BLOCK])
+                yield names, store.vectors(index.places[start : start + WRITE_BLOCK])
 
         _write_parquet(output, "file", batches(), encoder, store)
     shutil.rmtree(partial)
@@ -141,7 +141,7 @@ def embed_texts(
 
     made_by = encoder.fingerprint("text")
     with EmbeddingStore(partial, made_by, encoder.dim) as store:
-        known = store.entries(digests)
+        known = store.held(digests).places
         keys: list[str] = []
 
         def new_texts() -> Iterator[str]:
@@ -160,25 +160,25 @@ def embed_texts(
                 ):
                     add(keys[index], embedding.numpy(), CUT if was_cut else WHOLE)
         except KeyboardInterrupt:
-            kept = len(store.entries(digests))
+            kept = len(store.held(digests).places)
             logger.warning(
                 "Interrupted: %d embeddings are kept in %s; the same command goes on from there.", kept, store.path
             )
             raise
-        entries = store.entries(digests)
+        held = store.held(digests)
         # Of the whole file, what an interrupted run encoded included.
-        cut = sum(digests[key] for key, entry in entries.items() if entry.stamp == CUT)
+        cut = sum(digests[key] for key, stamp in held.stamps.items() if stamp == CUT)
         warn_of_cut_texts(cut, digests.total(), encoder.max_text_length)
 
         def batches() -> Iterator[tuple[list[str], np.ndarray]]:
             texts = read_texts(file, column)
             while block := list(itertools.islice(texts, WRITE_BLOCK)):
-                missing = [text for text in block if _digest(text) not in entries]
+                missing = [text for text in block if _digest(text) not in held.places]
                 if missing:
                     raise ValueError(
                         f"{file}: changed while it was read, {missing[0][:50]!r} is new; run the same again."
                     )
-                yield block, store.vectors([entries[_digest(text)] for text in block])
+                yield block, store.vectors([held.places[_digest(text)] for text in block])
 
         _write_parquet(output, "text", batches(), encoder, store)
     shutil.rmtree(partial)

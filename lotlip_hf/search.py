@@ -11,7 +11,7 @@ import torch
 
 from .encoder import Encoder
 from .images import ImageError, find_images, image_extensions
-from .store import EmbeddingStore, Entry
+from .store import EmbeddingStore
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +40,14 @@ class ImageIndex:
     Args:
         folder (`Path`): the folder.
         files (`list[str]`): N images, relative to the folder, sorted.
-        entries (`list[Entry]`): N entries: where in the store each file's embedding is.
+        places (`list[int]`): N places: where in the store each file's embedding is.
         store (`EmbeddingStore`): the embeddings.
         skipped (`dict[str, str]`): images without an embedding, relative to the folder, and the reason.
     """
 
     folder: Path
     files: list[str]
-    entries: list[Entry]
+    places: list[int]
     store: EmbeddingStore
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -73,7 +73,7 @@ class ImageIndex:
                 f"{list(query_embedding.shape)}."
             )
         with self.store as store:
-            scores = store.similarities(self.entries, query_embedding.detach().cpu().float().numpy())
+            scores = store.similarities(self.places, query_embedding.detach().cpu().float().numpy())
         # Copies of an image may differ in the last bits of their scores.
         best = np.argsort(-scores.round(6), kind="stable")[:top]
         # Embeddings that came with the folder may be of any length.
@@ -130,8 +130,8 @@ def build_index(
         digest = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
         root, name = Path(index_folder), f"{folder.resolve().name or 'root'}-{digest}"
     with EmbeddingStore(root / name, encoder.fingerprint("image"), encoder.dim, root=root, advice=advice) as store:
-        entries = store.entries(stamps)
-        outdated = [name for name, stamp in stamps.items() if name not in entries or entries[name].stamp != stamp]
+        held = store.held(stamps)
+        outdated = [name for name, stamp in stamps.items() if held.stamps.get(name) != stamp]
         try:
             with store.adding(batch_size) as add:
                 for index, result in encoder.iterate_images(
@@ -145,18 +145,17 @@ def build_index(
                     else:
                         store.add_error(name, result.reason, stamps[name])
         except KeyboardInterrupt:
-            kept = sum(entry.error is None for entry in store.entries(stamps).values())
+            kept = len(store.held(stamps).places)
             logger.warning(
                 "Interrupted: %d embeddings are kept in %s; the same command goes on from there.", kept, store.path
             )
             raise
         if outdated:
             store.keep(stamps)
-            entries = store.entries(stamps)
-        entries = {name: entry for name, entry in entries.items() if name not in skipped}
-        skipped |= {name: entry.error for name, entry in entries.items() if entry.error is not None}
+            held = store.held(stamps)
+        skipped = {**held.errors, **skipped}
         found = [name for name in stamps if name not in skipped]
-        index = ImageIndex(folder, found, [entries[name] for name in found], store, dict(sorted(skipped.items())))
+        index = ImageIndex(folder, found, [held.places[name] for name in found], store, dict(sorted(skipped.items())))
     if not index.files:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(index.skipped.items())[:5])
         raise ValueError(f"{folder}: none of its {len(index.skipped)} images can be read ({reasons}).")

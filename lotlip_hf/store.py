@@ -1,10 +1,9 @@
 """The cache of embeddings on disk, known by the encoder that made them and by what they are of."""
 
-import itertools
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -25,26 +24,24 @@ TABLES = (
     "block INTEGER, row INTEGER, PRIMARY KEY (encoder, key)) WITHOUT ROWID",
 )
 PAGE_SIZE = 16384  # bytes: a block of 32 embeddings takes a few pages
-LOOKUP = 500  # keys of one query
 WAIT = 600  # seconds for another process's transaction
 MAX_BLOCK = 1 << 27  # bytes, far above what is written
+BLOCK_ROWS = 1 << 20  # the most rows of a block: a place is a block's number times this, and the row
 
 
-class Entry(NamedTuple):
+class Held(NamedTuple):
     """
-    What the store holds of a key.
+    What the store holds of some keys.
 
     Args:
-        stamp (`str`): said by whoever added it, such as the file's size and time.
-        error (`str`, *optional*): why there is no embedding.
-        block (`int`, *optional*): the block of the embedding.
-        row (`int`, *optional*): its row in the block.
+        places (`dict[str, int]`): by key, where its embedding is, for [`EmbeddingStore.vectors`].
+        errors (`dict[str, str]`): by key, why it has no embedding.
+        stamps (`dict[str, str]`): by key, the text that was added with either.
     """
 
-    stamp: str
-    error: str | None
-    block: int | None
-    row: int | None
+    places: dict[str, int]
+    errors: dict[str, str]
+    stamps: dict[str, str]
 
 
 class EmbeddingStore:
@@ -108,7 +105,7 @@ class EmbeddingStore:
             self._set_aside(error)
             raise OSError(f"{self.path}: was damaged; run the same again.") from error
 
-    def entries(self, keys: Iterable[str]) -> dict[str, Entry]:
+    def held(self, keys: Iterable[str]) -> Held:
         """
         What is held of these keys.
 
@@ -116,22 +113,27 @@ class EmbeddingStore:
             keys (`Iterable[str]`): the keys.
 
         Returns:
-            `dict[str, Entry]`: by key, those that are there.
+            [`Held`]: those that are there.
         """
-        found = {}
-        remaining = iter(keys)
-        while names := [os.fsencode(key) for key in itertools.islice(remaining, LOOKUP)]:
-            query = (
-                "SELECT key, stamp, error, block, row FROM entries WHERE encoder = ? "
-                f"AND key IN ({', '.join('?' * len(names))})"
-            )
-            for name, *values in self._connection.execute(query, (self._encoder, *names)):
-                entry = Entry(*values)
-                has_place = isinstance(entry.block, int) and isinstance(entry.row, int)
-                if not isinstance(entry.stamp, str) or not (has_place or isinstance(entry.error, str)):
-                    raise _ForeignError("an entry has other values than were written")
-                found[os.fsdecode(name)] = entry
-        return found
+        query = (
+            "SELECT key, CAST(substr(stamp, 1, 1000) AS TEXT), CAST(substr(error, 1, 1000) AS TEXT), "
+            f"CAST(block AS INTEGER) * {BLOCK_ROWS} + CAST(row AS INTEGER) FROM entries "
+            "WHERE encoder = ? AND typeof(key) = 'blob'"
+        )
+        wanted = set(keys)
+        held = Held({}, {}, {})
+        try:
+            for name, stamp, error, place in self._connection.execute(query, (self._encoder,)):
+                if (key := os.fsdecode(name)) not in wanted:
+                    continue
+                if error is not None:
+                    held.errors[key] = error
+                elif place is not None:
+                    held.places[key] = place
+                held.stamps[key] = stamp
+        except sqlite3.OperationalError as error:  # a text that is none
+            raise _ForeignError(str(error)) from error
+        return held
 
     def add(self, keys: Sequence[str], vectors: np.ndarray, stamps: Sequence[str] | None = None) -> None:
         """
@@ -144,6 +146,8 @@ class EmbeddingStore:
         """
         stamps = [""] * len(keys) if stamps is None else stamps
         vectors = np.ascontiguousarray(vectors, dtype="<f4")
+        if len(keys) > BLOCK_ROWS:
+            raise ValueError(f"`keys` are {len(keys)}; add at most {BLOCK_ROWS} at a time.")
         if vectors.shape != (len(keys), self.dim):
             raise ValueError(f"`vectors` must have the shape [{len(keys)}, {self.dim}], got {list(vectors.shape)}.")
         with self._transaction() as connection:
@@ -238,48 +242,53 @@ class EmbeddingStore:
                 raise _ForeignError("an embedding is not finite")
             yield number, block
 
-    def vectors(self, entries: Sequence[Entry]) -> np.ndarray:
+    def vectors(self, places: Sequence[int]) -> np.ndarray:
         """
-        The embeddings of entries that have one.
+        Embeddings by their places.
 
         Args:
-            entries (`Sequence[Entry]`): N entries, as [`entries`] gives them.
+            places (`Sequence[int]`): N places, as [`held`] gives them.
 
         Returns:
             `np.ndarray`: float32, of shape [N, P].
         """
-        indices: dict[int, list[int]] = {}
-        for index, entry in enumerate(entries):
-            indices.setdefault(entry.block, []).append(index)  # pyright: ignore[reportArgumentType]
-        result = np.empty((len(entries), self.dim), np.float32)
+        numbers, rows = np.divmod(np.asarray(places, np.int64), BLOCK_ROWS)
+        result = np.empty((len(places), self.dim), np.float32)
         found = 0
-        for number, block in self.blocks(indices):
-            own = indices[number]
-            result[own] = block[_rows([entries[index] for index in own], {number: (0, len(block))})]
+        for number, block in self.blocks(np.unique(numbers).tolist()):
+            own = np.flatnonzero(numbers == number)
+            if rows[own].max() >= len(block):
+                break
+            result[own] = block[rows[own]]
             found += len(own)
-        if found < len(entries):
-            raise _ForeignError("an entry names a block that is not there")
+        if found < len(places):
+            raise _ForeignError("an entry names a row that is not there")
         return result
 
-    def similarities(self, entries: Sequence[Entry], query: np.ndarray) -> np.ndarray:
+    def similarities(self, places: Sequence[int], query: np.ndarray) -> np.ndarray:
         """
-        The cosine similarities of entries that have an embedding, read block by block.
+        The cosine similarities of embeddings, read block by block.
 
         Args:
-            entries (`Sequence[Entry]`): N entries, as [`entries`] gives them.
+            places (`Sequence[int]`): N places, as [`held`] gives them.
             query (`np.ndarray`): a normalised embedding, float32, of shape [P].
 
         Returns:
             `np.ndarray`: float32, of shape [N].
         """
-        scores: list[np.ndarray] = []
-        spans: dict[int, tuple[int, int]] = {}
-        count = 0
+        numbers, rows = np.divmod(np.asarray(places, np.int64), BLOCK_ROWS)
+        order = np.argsort(numbers, kind="stable")
+        bounds = numbers[order]
+        result = np.full(len(places), np.nan, np.float32)
         for number, block in self.blocks():
-            spans[number] = (count, len(block))
-            scores.append(block @ query)
-            count += len(block)
-        return np.concatenate([np.empty(0, np.float32), *scores])[_rows(entries, spans)]
+            own = order[slice(*np.searchsorted(bounds, (number, number + 1)))]
+            scores = block @ query
+            if len(own) and rows[own].max() >= len(scores):
+                raise _ForeignError("an entry names a row that is not there")
+            result[own] = scores[rows[own]]
+        if np.isnan(result).any():
+            raise _ForeignError("an entry names a block that is not there")
+        return result
 
     def contents(self) -> list[tuple[str, int, int, int]]:
         """
@@ -353,16 +362,6 @@ class EmbeddingStore:
             if os.path.lexists(path):
                 set_aside(path)
         logger.warning("%s: %s. It is renamed, and its embeddings are computed again.", self.path, reason)
-
-
-def _rows(entries: Sequence[Entry], spans: Mapping[int, tuple[int, int]]) -> np.ndarray:
-    """Where the entries' rows are among blocks that lie one behind the other, each with its start and length."""
-    nothing = (0, 0)
-    starts, lengths = np.array([spans.get(entry.block, nothing) for entry in entries], np.int64).reshape(-1, 2).T
-    rows = np.array([entry.row for entry in entries], np.int64)
-    if not ((rows >= 0) & (rows < lengths)).all():
-        raise _ForeignError("an entry names a row that is not there")
-    return starts + rows
 
 
 class _ForeignError(Exception):
