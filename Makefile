@@ -13,7 +13,7 @@ OTHER_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 help:
 	@echo "make quickstart  train a small model and search with it, in a few minutes"
 	@echo "make test        lint, then every test, the quick ones also as on another CPU"
-	@echo "make quick       the tests that are not slow"
+	@echo "make quick       the tests that are not slow, without a network"
 	@echo "make bench       how fast this is beside its peers (CAPTIONS=file.jsonl: on your texts)"
 	@echo "make lint        ruff and pyright"
 	@echo "make format      ruff's formatter and its safe fixes"
@@ -28,7 +28,6 @@ test: lint
 	$(OTHER_CPU) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --shift-weights
 
 quick: $(INSTALLED)
-	$(BIN)/python tests/upstream.py
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 bench: $(INSTALLED)

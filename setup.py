@@ -21,8 +21,8 @@ INSTALL_REQUIRES = [
     "tqdm>=4.66",
 ]
 
-# Metrics as `evaluate` modules, approximate search, plots of studies and reports (lotlip_hf/evaluation).
-EVALUATION_REQUIRES = ["evaluate>=0.4.5", "faiss-cpu>=1.11", "matplotlib>=3.9"]
+# Metrics as `evaluate` modules, plots of studies and reports (lotlip_hf/evaluation).
+EVALUATION_REQUIRES = ["evaluate>=0.4.5", "matplotlib>=3.9"]
 
 # Models of open_clip as they are (lotlip_hf/engines/open_clip.py). It needs a torchvision that fits torch.
 OPEN_CLIP_REQUIRES = ["open_clip_torch>=3.3"]
@@ -39,6 +39,9 @@ DIFFUSION_REQUIRES = ["diffusers>=0.42"]
 # Both towers without PyTorch (lotlip_hf/engines/onnx.py).
 ONNX_REQUIRES = ["onnx>=1.18", "onnxruntime>=1.23", "onnxscript>=0.7"]
 
+# Captions from endpoints with OpenAI's protocol (lotlip_hf/relabel/captioners/endpoint.py).
+RELABEL_REQUIRES = ["openai>=1.98"]
+
 # HEIC and HEIF pictures (lotlip_hf/images.py).
 HEIF_REQUIRES = ["pillow-heif>=1.0"]
 
@@ -53,9 +56,8 @@ TEST_REQUIRES = [
     *ONNX_REQUIRES,
     *HEIF_REQUIRES,
     *SPACE_REQUIRES,
+    *RELABEL_REQUIRES,
     "bitsandbytes>=0.50",
-    # What `transformers serve` needs beside what the demo does.
-    "openai>=1.98",
     "optimum-quanto>=0.2.7",
     "parameterized>=0.9",
     "playwright>=1.50",
@@ -98,6 +100,7 @@ setup(
         "onnx": ONNX_REQUIRES,
         "heif": HEIF_REQUIRES,
         "open-clip": OPEN_CLIP_REQUIRES,
+        "relabel": RELABEL_REQUIRES,
         "space": SPACE_REQUIRES,
         "test": TEST_REQUIRES,
     },

@@ -38,12 +38,14 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 
 from lotlip_hf import LoTLIPModel
+from lotlip_hf.files import read_json_lines
 from lotlip_hf.modeling import modeling_lotlip
 from lotlip_hf.scenes.dataset import GROUP_SIZE
 from lotlip_hf.training.config import TrainingConfig
+from lotlip_hf.training.data import load_data
 from lotlip_hf.training.log import LOG_NAME, read_log
 from lotlip_hf.training.loop import NonFiniteLossError, train
-from lotlip_hf.training.model import load_data, load_or_start_model
+from lotlip_hf.training.model import load_or_start_model
 from measure import RESULTS as FOLDER
 from measure import keep, machine
 
@@ -281,17 +283,7 @@ def read_results(results: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: if a line is damaged; the message names it.
     """
-    if not results.exists():
-        return []
-    entries = []
-    for number, line in enumerate(results.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(
-                f"{results}, line {number}: expected a JSON object ({error}). Remove the line."
-            ) from error
-    return entries
+    return [entry for _, entry in read_json_lines(results)] if results.exists() else []
 
 
 def report(base: Mapping[str, Any], seeds: Sequence[int], results: Path) -> None:

@@ -1,6 +1,5 @@
 """What the benchmarks share: times taken in turns, the machine that they were taken on, results that are kept."""
 
-import json
 import os
 import platform
 import re
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from tqdm import trange
+
+from lotlip_hf.files import append_json_line
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("lotlip-hf", "torch", "transformers")
@@ -100,5 +101,4 @@ def _version(package: str) -> str | None:
 def keep(result: Mapping[str, Any], file: Path) -> None:
     """Adds a line of JSON to a file of results."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(result) + "\n")
+    append_json_line(file, result)

@@ -66,17 +66,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def add_lora(model: nn.Module, rank: int, vision: bool, target_modules: Sequence[str] | None = None) -> PeftModel:
     """
-    Freezes the model but for LoRA's matrices, the projections, the corner tokens and the logit scale.
-
-    Args:
-        model: A [`LoTLIPModel`].
-        rank: Rank of LoRA's matrices.
-        vision: Whether the image tower gets them too.
-        target_modules: Ends of the names of the layers that get them; by default the attention projections
-            ([`lora_targets`]).
-
-    Raises:
-        ValueError: if a tower that is to get them has no layer of these names.
+    Freezes the model but for LoRA's matrices, the projections, the corner tokens and the logit scale. The matrices go
+    onto the layers whose names end with `target_modules`, by default the attention projections ([`lora_targets`]).
     """
     if not vision:
         model.vision_model.requires_grad_(False)
@@ -116,17 +107,7 @@ def save_adapter(lora: PeftModel, folder: Path) -> None:
 
 
 def check(model: str, folder: Path, batch: dict[str, Any]) -> None:
-    """
-    Loads what was saved: the checkpoint with the adapter must embed a batch as the merged checkpoint does.
-
-    Args:
-        model: The checkpoint that was fine-tuned.
-        folder: Folder of `adapter` and `merged`.
-        batch: A batch of the collator's.
-
-    Raises:
-        AssertionError: if the embeddings differ by more than 1e-5.
-    """
+    """Checks that the checkpoint with the saved adapter embeds a batch as the merged checkpoint does."""
     adapted = PeftModel.from_pretrained(
         AutoModel.from_pretrained(model, dtype=torch.float32, trust_remote_code=False), folder / "adapter"
     )
@@ -139,12 +120,12 @@ def check(model: str, folder: Path, batch: dict[str, Any]) -> None:
 
 @printable_output()
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Fine-tunes and saves as the command line says; answers with the folder of the merged checkpoint."""
+    """Fine-tunes and saves as the command line says; returns the folder of the merged checkpoint."""
     args = parse_arguments(argv)
     set_seed(args.seed)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
-        # else accelerate takes no notice of torchrun's processes where there is no GPU
+        # without a GPU, accelerate ignores torchrun's processes unless it is told so
         cpu=not torch.accelerator.is_available(),
         # each process reads its own batches: each batch is padded to its own length
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),

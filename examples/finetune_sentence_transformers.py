@@ -42,7 +42,7 @@ WHOLE_CAPTIONS = CaptionSampling(num_long_texts=1, num_sentences=None)
 
 @dataclass
 class Options:
-    """What there is beside `SentenceTransformerTrainingArguments`."""
+    """Options beside those of `SentenceTransformerTrainingArguments`."""
 
     model: str = field(metadata={"help": "checkpoint to start from: a folder or a Hub id"})
     data: str = field(metadata={"help": "records to train on: a folder, files, a Hub id, or 'scenes'"})
@@ -71,20 +71,7 @@ def read_records(options: Options, source: str, num_scenes: int, split: str) -> 
 
 
 def draw_texts(records: Any, sampling: CaptionSampling, seed: int) -> Dataset:
-    """
-    The records as a table for sentence-transformers, which takes images and strings: the texts are drawn once.
-
-    Args:
-        records: What `load_records` or `scenes_dataset` returned.
-        sampling: How many long texts to draw for an image, of how many sentences.
-        seed: Seed of the draw.
-
-    Returns:
-        Columns `image`, `short`, and `long_1` to `long_T`.
-
-    Raises:
-        ValueError: if the records are a stream.
-    """
+    """Records as a table of images and strings, `image`, `short`, `long_1` to `long_T`: the texts are drawn once."""
     if not isinstance(records, Dataset):
         raise ValueError("The records are a stream, as shards are: give a folder of images, or Parquet or JSON files.")
     names = [f"long_{number}" for number in range(1, sampling.num_long_texts + 1)]
@@ -119,7 +106,7 @@ def retrieval(table: Dataset) -> SequentialEvaluator:
 
 @printable_output()
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Fine-tunes and saves as the command line says; answers with the folder of the checkpoint."""
+    """Fine-tunes and saves as the command line says; returns the folder of the checkpoint."""
     parser = HfArgumentParser(
         [Options, SentenceTransformerTrainingArguments],
         description=(__doc__ or "").split("\n")[0],
@@ -127,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     parser.set_defaults(
         output_dir="tuned",
-        # else accelerate takes no notice of torchrun's processes where there is no GPU
+        # without a GPU, accelerate ignores torchrun's processes unless it is told so
         use_cpu=not torch.accelerator.is_available(),
         # each tower runs by itself: to the other's call its parameters would look unused
         ddp_find_unused_parameters=False,

@@ -38,13 +38,13 @@ from lotlip_hf.data.sampling import CaptionSampling
 from lotlip_hf.evaluation.retrieval import recalls
 from lotlip_hf.terminal import printable_output
 from lotlip_hf.training.config import HelpFormatter, TrainingConfig
-from lotlip_hf.training.model import load_data
+from lotlip_hf.training.data import load_data
 from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale, embed
 
 
 @dataclass
 class Options:
-    """What there is beside `TrainingArguments`."""
+    """Options beside those of `TrainingArguments`."""
 
     model: str = field(metadata={"help": "checkpoint to start from: a folder or a Hub id"})
     data: str = field(metadata={"help": "records to train on: a folder, files, shards, a Hub id, or 'scenes'"})
@@ -83,7 +83,7 @@ class Options:
         records, eval_records = load_data(config)
         if eval_records is None:
             return records, None
-        # of a stream, processes would evaluate some records twice: its length is not known
+        # a stream has no length, and its processes would evaluate some records twice
         return records, eval_records if isinstance(eval_records, Dataset) else list(eval_records)
 
 
@@ -182,7 +182,7 @@ def retrieval(prediction: EvalPrediction) -> dict[str, float]:
 
 @printable_output()
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Fine-tunes and saves as the command line says; answers with the folder of the checkpoint."""
+    """Fine-tunes and saves as the command line says; returns the folder of the checkpoint."""
     parser = HfArgumentParser(
         [Options, TrainingArguments],
         description=(__doc__ or "").split("\n")[0],
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         output_dir="finetuned",
         # the collator takes the records' columns, not the model's
         remove_unused_columns=False,
-        # else accelerate takes no notice of torchrun's processes where there is no GPU
+        # without a GPU, accelerate ignores torchrun's processes unless it is told so
         use_cpu=not torch.accelerator.is_available(),
     )
     options, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)

@@ -27,9 +27,10 @@ from lotlip_hf.cli import main as lotlip
 from lotlip_hf.evaluation.retrieval import recalls
 from lotlip_hf.scenes.dataset import GROUP_SIZE, scenes_dataset
 from lotlip_hf.training.config import TrainingConfig
+from lotlip_hf.training.data import load_data
 from lotlip_hf.training.log import CURVE_NAME
 from lotlip_hf.training.loop import train
-from lotlip_hf.training.model import load_data, load_or_start_model
+from lotlip_hf.training.model import load_or_start_model
 
 NUM_HELD_OUT = 500
 

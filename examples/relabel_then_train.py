@@ -60,9 +60,10 @@ from lotlip_hf.scenes.dataset import (
 )
 from lotlip_hf.terminal import printable_output
 from lotlip_hf.training.config import TrainingConfig
+from lotlip_hf.training.data import load_data
 from lotlip_hf.training.log import read_log
 from lotlip_hf.training.loop import train
-from lotlip_hf.training.model import load_data, load_or_start_model
+from lotlip_hf.training.model import load_or_start_model
 
 NUM_HELD_OUT = 500
 IMAGE_SIZE = 64

@@ -15,6 +15,7 @@ Processes on CPUs are started by `torchrun --nproc_per_node 2`; `accelerate laun
 Options can come from a file too: `--config train.yaml`; each run keeps its own in `training_config.yaml`.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -22,13 +23,14 @@ from accelerate import PartialState
 
 from lotlip_hf.terminal import printable_lines, printable_output
 from lotlip_hf.training.config import parse_arguments
+from lotlip_hf.training.data import load_data
 from lotlip_hf.training.loop import train
-from lotlip_hf.training.model import load_data, load_or_start_model
+from lotlip_hf.training.model import load_or_start_model
 
 
 @printable_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train and say where the checkpoint is; 2 after an error, which is said in one line; 130 after Ctrl-C."""
+    """Train and say where the checkpoint is; 2 after an error, said in one line; 130 after Ctrl-C, 143 by SIGTERM."""
     try:
         config = parse_arguments(argv, description=__doc__)
         records, eval_records = load_data(config)  # what is wrong with them is said before models are loaded
@@ -37,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {printable_lines(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("Interrupted.", file=sys.stderr)
-        return 130
+        return 128 + getattr(error, "signum", signal.SIGINT)
     PartialState().print(f"The model is in {checkpoint}.")
     PartialState().destroy_process_group()
     return 0

@@ -196,10 +196,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--limits", type=_positive, nargs="+", metavar="TOKENS", help="for length-study: where texts are cut"
     )
     evaluate.add_argument("--bootstrap", type=int, help="samples for the intervals of R@1 (1000)")
-    evaluate.add_argument(
-        "--faiss-index", metavar="INDEX", help="search with this index (Flat, IVF256,Flat), not exactly"
-    )
-    evaluate.add_argument("--faiss-parameters", metavar="SETTINGS", help="of that index, such as nprobe=16")
     kept = evaluate.add_mutually_exclusive_group()
     kept.add_argument("--cache", metavar="DIR", help="keep the embeddings in this folder ($HF_HOME/lotlip)")
     kept.add_argument("--no-cache", action="store_true", help="keep no embeddings")
@@ -394,9 +390,8 @@ def _evaluate_together(arguments: argparse.Namespace, is_main_process: bool) -> 
         check_plot(arguments.plot)
         if arguments.output is not None and os.path.realpath(arguments.plot) == os.path.realpath(arguments.output):
             raise ValueError(f"--plot and --output are both {arguments.plot}: choose two files.")
-    search = ("bootstrap", "faiss_index", "faiss_parameters")
     if kind is not None:
-        _refuse(arguments, (*search, "templates", "max_length", "class_names"), f"--task {arguments.task}")
+        _refuse(arguments, ("bootstrap", "templates", "max_length", "class_names"), f"--task {arguments.task}")
     settings = {
         "benchmark": arguments.benchmark or arguments.task,
         "model_name": arguments.model,
@@ -404,7 +399,9 @@ def _evaluate_together(arguments: argparse.Namespace, is_main_process: bool) -> 
         "batch_size": arguments.batch_size,
         "progress": is_main_process,
     }
-    own = {name: getattr(arguments, name) for name in ("max_length", *search) if getattr(arguments, name) is not None}
+    own = {
+        name: getattr(arguments, name) for name in ("max_length", "bootstrap") if getattr(arguments, name) is not None
+    }
     if arguments.templates is not None:
         own["templates"] = read_templates(arguments.templates)
     data = load_benchmark(
@@ -423,7 +420,9 @@ def _evaluate_together(arguments: argparse.Namespace, is_main_process: bool) -> 
         image_root=arguments.image_root,
         max_record_bytes=arguments.max_record_bytes,
     )
-    _refuse(arguments, ("templates",) if isinstance(data, RetrievalData) else search, f"--task {arguments.task}")
+    _refuse(
+        arguments, ("templates",) if isinstance(data, RetrievalData) else ("bootstrap",), f"--task {arguments.task}"
+    )
     encoder = _load(arguments)
     if kind is not None:
         results = study(encoder, data, kind, limits=arguments.limits, **settings)

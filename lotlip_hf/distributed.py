@@ -101,6 +101,21 @@ def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+class OtherProcessError(RuntimeError):
+    """Another process of the run has met an error; its own message says which."""
+
+
+def any_rank(flag: bool, device: torch.device | None = None) -> bool:
+    """Whether `flag` is true on any rank."""
+    return bool(max_over_ranks(torch.tensor(int(flag), device=device)).item())
+
+
+def raise_on_all_ranks(error: Exception | None, device: torch.device | None = None) -> None:
+    """Raises `error`, and where another rank has one [`OtherProcessError`]; every rank calls it."""
+    if any_rank(error is not None, device):
+        raise error or OtherProcessError("Another process has stopped; its own message says why.")
+
+
 def average_gradient(parameter: torch.Tensor) -> torch.Tensor:
     """`parameter` itself, its gradient averaged over the ranks: for one that no `DistributedDataParallel` holds."""
     return _AverageGradient.apply(parameter) if is_distributed() else parameter  # pyright: ignore[reportReturnType]

@@ -9,7 +9,7 @@ import re
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,20 @@ DAMAGED = ".damaged"
 
 class OutsideError(ValueError):
     """A path that leads out of the folder that it must lie in."""
+
+
+class FileError(ValueError):
+    """
+    A file that is not read.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+        reason (`str`): why.
+    """
+
+    def __init__(self, path: str | os.PathLike, reason: str) -> None:
+        super().__init__(f"{printable(os.fspath(path))}: {reason}.")
+        self.reason = reason
 
 
 def printable(value: object) -> str:
@@ -131,7 +145,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
     Raises:
         OSError: if it cannot be opened, or is a folder.
-        ValueError: if it is a device or a pipe.
+        FileError: if it is a device or a pipe.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
@@ -139,7 +153,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
         if not stat.S_ISREG(mode):
-            raise ValueError(f"{printable(path)}: not a regular file.")
+            raise FileError(path, "not a regular file")
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -211,12 +225,12 @@ def read_regular(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is larger, or not a regular file.
+        FileError: if it is larger, or not a regular file.
     """
     with open_regular(path) as file:
         content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else b""
         if len(content) > limit or (not content and os.fstat(file.fileno()).st_size):
-            raise ValueError(f"{printable(path)}: larger than {limit:,} bytes.")
+            raise FileError(path, f"larger than {limit:,} bytes")
         return content
 
 
@@ -265,10 +279,26 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def publish(written: Path, target: Path) -> None:
+    """Gives a file or folder its name when all of it is on the disk; what there is must be an empty folder."""
+
+    def sync(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    for path in (*written.rglob("*"), written):
+        sync(path)
+    os.replace(written, target)
+    sync(target.parent)
+
+
 @contextlib.contextmanager
 def all_or_nothing(target: Path) -> Iterator[Path]:
     """
-    A path to write a folder or file to that becomes `target` when it is whole.
+    A path to write a folder or file to that becomes `target` when it is whole, by [`publish`].
 
     Args:
         target (`Path`): a name that is free, or an empty folder.
@@ -281,7 +311,7 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
         path = Path(temporary) / target.name
         try:
             yield path
-            path.replace(target)
+            publish(path, target)
         except Exception as error:
             # safetensors has an error of its own for what cannot be written, and tokenizers raises `Exception` itself
             if isinstance(error, SafetensorError) or type(error) is Exception:
@@ -295,3 +325,81 @@ def write_json(path: Path, value: Any) -> None:
     """Writes a value by [`replacing`]."""
     with replacing(path) as file:
         file.write(json.dumps(value, ensure_ascii=False, indent=1).encode())
+
+
+class LineError(ValueError):
+    """
+    A line of a file of JSON lines that is damaged, but for a last one that was written in part.
+
+    Args:
+        path (`Path`): the file.
+        number (`int`): the line, from 1.
+        line (`bytes`): what it holds.
+    """
+
+    def __init__(self, path: Path, number: int, line: bytes) -> None:
+        super().__init__(f"{path}, line {number}: damaged, got {line[:80]!r}.")
+        self.path, self.number, self.line = path, number, line
+
+
+def read_json_lines(
+    path: Path, fits: Callable[[int, Any], bool] = lambda number, value: True, limit: int = MAX_BYTES
+) -> Iterator[tuple[bytes, Any]]:
+    """
+    Reads JSON lines, also while [`append_json_line`] writes them: half a line at the end is left out.
+
+    Args:
+        path (`Path`): the file.
+        fits (`Callable[[int, Any], bool]`, *optional*): whether the value of a line, numbered from 1, is as expected.
+        limit (`int`, *optional*, defaults to 256 MiB): the most bytes of a line.
+
+    Returns:
+        `Iterator[tuple[bytes, Any]]`: each line with its end, and its value.
+
+    Raises:
+        OSError: if the file cannot be read.
+        LineError: at a line that is no JSON, does not fit, or is too long.
+    """
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(limit), b""), 1):
+            if not line.endswith(b"\n") and len(line) < limit:
+                return
+            try:
+                value = parse_json(line)
+            except ValueError as error:
+                raise LineError(path, number, line) from error
+            if not line.endswith(b"\n") or not fits(number, value):
+                raise LineError(path, number, line)
+            yield line, value
+
+
+def append_json_line(path: Path, value: Any, *, sync: bool = False) -> None:
+    """
+    Appends a value to a file of JSON lines. It replaces half a line at the end, which a killed process may have left.
+
+    Args:
+        path (`Path`): the file; made with the first line.
+        value (`Any`): the value.
+        sync (`bool`, *optional*, defaults to `False`): whether to wait until the disk holds it.
+
+    Raises:
+        OSError: if it cannot be written; the message names the file, and the lines before are intact.
+    """
+    line = json.dumps(value).encode() + b"\n"
+    try:
+        with open(path, "a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size and (file.seek(size - 1), file.read(1))[1] != b"\n":
+                file.seek(0)
+                size = file.read().rfind(b"\n") + 1
+                file.truncate(size)
+            try:
+                while line:
+                    line = line[file.write(line) :]
+                if sync:
+                    os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error}).") from error

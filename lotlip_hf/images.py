@@ -7,16 +7,16 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from .files import lies_in, open_regular
+from .files import FileError, lies_in, open_regular, read_regular
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 # The colour under transparency, as PIL takes it; `None` drops the alpha channel
@@ -42,6 +42,7 @@ TILE = 1024
 # Images of more pixels are resized here, where their image processor would copy them whole several times
 LARGE = 1 << 24
 
+EMPTY = "the file is empty"
 HEIF_HINT = "HEIC and HEIF are read once pillow-heif is installed (pip install pillow-heif)"
 AVIF_HINT = "AVIF needs a newer Pillow (pip install --upgrade pillow)"
 # How such files begin, after their first four bytes; a name may say something else
@@ -119,6 +120,31 @@ class ImageError(ValueError):
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str, bool]]:
         return type(self), (self.name, self.reason, self.transient)  # it comes back from a DataLoader's worker
+
+
+class StoredImage(NamedTuple):
+    """An image of a data set: `source` is what [`load_image`] takes, `path` names it if it has a name."""
+
+    source: Any
+    path: str | None
+
+
+def image_source(value: Any) -> StoredImage:
+    """
+    What an image is that a data set stores.
+
+    Args:
+        value (`Any`): a path, the bytes of a file, a PIL image, an array, or a dictionary with `bytes` and `path` as
+            `datasets.Image(decode=False)` gives it.
+
+    Returns:
+        `StoredImage`: the image's source, the bytes before the path, and the path; `None` for what is missing.
+    """
+    if not isinstance(value, Mapping):
+        return StoredImage(value, value if isinstance(value, str) else None)
+    path, content = value.get("path"), value.get("bytes")
+    path = path if isinstance(path, str) else None
+    return StoredImage(content if isinstance(content, bytes) else path, path)
 
 
 @cache
@@ -253,20 +279,15 @@ def read_image_bytes(path: str | os.PathLike, limit: int = MAX_FILE_BYTES) -> by
         ImageError: if it cannot be opened, is larger, empty, or no regular file.
     """
     name = os.fspath(path)
-    with _image_errors(name), _open_file(name, name, limit) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:  # it has grown since
-        raise _too_many_bytes(name, limit)
+    with _image_errors(name):
+        content = read_regular(name, limit)
+    if not content:
+        raise ImageError(name, EMPTY)
     return content
 
 
 def max_image_pixels() -> int | None:
-    """
-    The pixel limit, see [`set_max_image_pixels`].
-
-    Returns:
-        `int` or `None`: the most pixels that an image may have; `None` without a limit.
-    """
+    """The most pixels that an image may have, see [`set_max_image_pixels`]; `None` without a limit."""
     return None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
 
 
@@ -323,15 +344,7 @@ def checked_background(background: Background) -> tuple[int, int, int] | None:
 
 
 def background_of(processor: Any) -> Background:
-    """
-    The colour that a processor lays under transparent pixels.
-
-    Args:
-        processor (`Any`): a processor or an image processor.
-
-    Returns:
-        `str`, `Sequence[int]` or `None`: its `background`; white, if it has no such setting.
-    """
+    """The colour that a processor lays under transparent pixels; white, if it has no such setting."""
     return getattr(processor, "background", WHITE)
 
 
@@ -460,6 +473,10 @@ def _image_errors(name: str) -> Iterator[None]:
         ) from error
     except MemoryError as error:
         raise _no_memory(name) from error
+    except FileError as error:
+        raise ImageError(name, error.reason) from error
+    except IsADirectoryError as error:
+        raise ImageError(name, "a folder, not an image") from error
     except OSError as error:
         # PIL's own complaints about the contents are OSErrors without a number.
         if error.errno is None:
@@ -473,23 +490,14 @@ def _no_memory(name: str) -> ImageError:
     return ImageError(name, "too large for this machine's memory", transient=True)
 
 
-def _too_many_bytes(name: str, limit: int) -> ImageError:
-    return ImageError(name, f"larger than {limit:,} bytes; convert it to a smaller file")
-
-
-def _open_file(path: str, name: str, limit: int = MAX_FILE_BYTES) -> BinaryIO:
+def _open_file(path: str) -> BinaryIO:
     """The open file, whose size and contents come from one descriptor."""
-    try:
-        file = open_regular(path)
-    except IsADirectoryError as error:
-        raise ImageError(name, "a folder, not an image") from error
-    except ValueError as error:
-        raise ImageError(name, "not a regular file") from error
+    file = open_regular(path)
     size = os.fstat(file.fileno()).st_size
-    if 0 < size <= limit:
+    if 0 < size <= MAX_FILE_BYTES:
         return file
     file.close()
-    raise _too_many_bytes(name, limit) if size else ImageError(name, "the file is empty")
+    raise FileError(path, f"larger than {MAX_FILE_BYTES:,} bytes" if size else EMPTY)
 
 
 def _read(
@@ -511,8 +519,8 @@ def _read(
     if hint == RAW_HINT:  # of these PIL reads the small preview, if anything
         raise ImageError(name, hint)
     if source == b"":
-        raise ImageError(name, "the file is empty")
-    with io.BytesIO(source) if isinstance(source, bytes) else _open_file(os.fspath(source), name) as file:
+        raise ImageError(name, EMPTY)
+    with io.BytesIO(source) if isinstance(source, bytes) else _open_file(os.fspath(source)) as file:
         is_large = file.seek(0, os.SEEK_END) > LARGE_FILE_BYTES
         file.seek(0)
         if is_large:

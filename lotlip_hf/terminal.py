@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -114,17 +115,17 @@ def run(program: str, command: Callable[[], int | None]) -> int:
         command (`Callable`): what it does; returns the exit status, or nothing for 0.
 
     Returns:
-        `int`: the exit status: 2 after an error that it prints, 130 if it was interrupted, 141 if the output's reader
-        has stopped reading.
+        `int`: the exit status: 2 after an error that it prints, 130 if it was interrupted (143 by SIGTERM), 141 if the
+        output's reader has stopped reading.
     """
     with printable_output(f"{program}: %(message)s"):
         try:
             status = command() or 0
             sys.stdout.flush()  # here, where its errors are met
             return status
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             print(f"{program}: interrupted.", file=sys.stderr)
-            return 130
+            return 128 + getattr(error, "signum", signal.SIGINT)
         except BrokenPipeError:
             # The reader has stopped (`| head`). The rest of the buffer goes nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

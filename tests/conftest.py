@@ -43,10 +43,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `--shift-weights`, a file that names nothing that makes a model has nothing to show."""
-    if config.getoption("--shift-weights") and collection_path.match("test_*.py"):
-        return None if MAKES_MODELS.search(collection_path.read_text(encoding="utf-8")) else True
-    return None
+    """Leaves out, unread: with `-m "not slow"` files that are slow as a whole, with `--shift-weights` those that name
+    nothing that makes a model."""
+    if not collection_path.match("test_*.py"):
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    is_slow = config.option.markexpr == "not slow" and "\npytestmark = pytest.mark.slow" in text
+    is_still = config.getoption("--shift-weights") and not MAKES_MODELS.search(text)
+    return True if is_slow or is_still else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

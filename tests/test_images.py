@@ -5,6 +5,7 @@ import os
 import struct
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,14 @@ def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
     return soft.convert(mode)
 
 
-def jpeg(image: Image.Image, **settings: object) -> bytes:
+def encoded(image: Image.Image, format: str = "TIFF", **settings: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=90, **settings)
+    image.save(buffer, format=format, **settings)
     return buffer.getvalue()
+
+
+def jpeg(image: Image.Image, **settings: object) -> bytes:
+    return encoded(image, "JPEG", quality=90, **settings)
 
 
 def check_reduced(source: bytes, image_processor: Any) -> None:
@@ -205,28 +210,13 @@ def test_sixteen_bits_are_scaled_not_clipped(name: str, tmp_path: Path) -> None:
     else:
         Image.fromarray(eight_bits * 257).save(tmp_path / name)
     np.testing.assert_array_equal(pixels(tmp_path / name), np.repeat(eight_bits[..., None], 3, axis=2))
-
-
-def test_big_endian_sixteen_bits(tmp_path: Path) -> None:
-    image = Image.new("I;16B", (4, 4), 0x8080)
-    image.save(tmp_path / "image.tiff")
-    np.testing.assert_array_equal(pixels(tmp_path / "image.tiff"), 128)
+    np.testing.assert_array_equal(pixels(encoded(Image.new("I;16B", (4, 4), 0x8080))), 128)  # big-endian
 
 
 def test_floating_point_pixels_go_from_black_to_white(tmp_path: Path) -> None:
     values = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "image.tiff")
     assert pixels(tmp_path / "image.tiff")[..., 0].ravel().tolist() == list(range(256))
-    for bad in (values * 255, np.full((2, 2), np.nan, dtype=np.float32)):
-        Image.fromarray(bad).save(tmp_path / "bad.tiff")
-        with pytest.raises(ImageError, match=r"bad\.tiff: floating-point pixels must go from 0"):
-            load_image(tmp_path / "bad.tiff")
-
-
-def test_thirty_two_bit_integers_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.array([[0, 70000]], dtype=np.int32)).save(tmp_path / "image.tiff")
-    with pytest.raises(ImageError, match=r"image\.tiff: 32-bit integer pixels have no defined white"):
-        load_image(tmp_path / "image.tiff")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -267,11 +257,35 @@ def test_any_shape_is_read(size: tuple[int, int], tmp_path: Path) -> None:
     assert (result == (1, 2, 3)).all()
 
 
-def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
-    # 14,000 x 14,000 pixels of one bit: small on disk, 0.6 GB as RGB.
-    Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")
-    with pytest.raises(ImageError, match=r"bomb\.png: too large .*196000000 pixels.*--max-image-pixels"):
-        load_image(tmp_path / "bomb.png")
+def text_chunk() -> PngInfo:
+    chunk = PngInfo()
+    chunk.add_text("comment", "x" * (2 * 1024 * 1024), zip=True)
+    return chunk
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: encoded(Image.fromarray(np.full((2, 2), 2.0, dtype=np.float32))), "floating-point"),
+        (lambda: encoded(Image.fromarray(np.full((2, 2), np.nan, dtype=np.float32))), "floating-point"),
+        (lambda: encoded(Image.fromarray(np.array([[0, 70000]], dtype=np.int32))), "32-bit"),
+        # small as a file, 0.6 GB as RGB
+        (lambda: encoded(Image.new("1", (14000, 14000)), "PNG"), "--max-image-pixels"),
+        (lambda: encoded(Image.new("RGB", (4, 4)), "PNG", pnginfo=text_chunk()), "damaged"),
+        (lambda: b"", "empty"),
+        (lambda: b"no picture at all", "format"),
+        (lambda: np.zeros((4, 4, 3), dtype=np.float32), "float32"),
+        (lambda: np.zeros((2, 4, 4, 3), dtype=np.uint8), "shape"),
+        (lambda: np.zeros((5, 4, 7), dtype=np.uint8), "shape"),
+        (lambda: np.zeros(4, dtype=np.uint8), "shape"),
+        (lambda: np.zeros((0, 4, 3), dtype=np.uint8), "pixels"),
+        (lambda: 3, "int"),
+    ],
+)
+def test_what_is_refused(make: Callable[[], Any], word: str) -> None:
+    with pytest.raises((ImageError, TypeError), match=word) as error:
+        load_image(make(), "images[2]")
+    assert str(error.value).startswith("images[2]")
 
 
 def test_pil_only_warns_of_large_images_and_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,14 +293,6 @@ def test_pil_only_warns_of_large_images_and_they_are_read(tmp_path: Path, monkey
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 30 - 1)
     with pytest.warns(Image.DecompressionBombWarning):
         assert (pixels(tmp_path / "large.png") == (255, 0, 0)).all()
-
-
-def test_text_chunk_bombs_are_refused(tmp_path: Path) -> None:
-    chunk = PngInfo()
-    chunk.add_text("comment", "x" * (2 * 1024 * 1024), zip=True)
-    Image.new("RGB", (4, 4)).save(tmp_path / "image.png", pnginfo=chunk)
-    with pytest.raises(ImageError, match=r"image\.png: damaged"):
-        load_image(tmp_path / "image.png")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of damaged tags
@@ -298,7 +304,7 @@ def test_truncated_files_are_named(extension: str, tmp_path: Path) -> None:
     data = path.read_bytes()
     for kept in (10, 60, len(data) // 2):
         path.write_bytes(data[:kept])
-        with pytest.raises(ImageError, match=rf"image\.{extension}: ") as error:
+        with pytest.raises(ImageError, match=f"image.{extension}") as error:
             load_image(path)
         assert not error.value.transient
 
@@ -330,15 +336,15 @@ def test_what_is_no_image_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "script.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n%%EOF\n")
     os.mkfifo(tmp_path / "pipe.jpg")
-    for name, reason, transient in (
-        ("text.jpg", "not an image in a format that PIL reads", False),
-        ("empty.jpg", "the file is empty", False),
-        ("folder.jpg", "a folder, not an image", False),
-        ("script.jpg", "not an image in a format that PIL reads", False),  # and Ghostscript is not called
-        ("pipe.jpg", "not a regular file", False),
-        ("missing.jpg", r"cannot be opened \(No such file or directory\)", True),
+    for name, word, transient in (
+        ("text.jpg", "format", False),
+        ("empty.jpg", "empty", False),
+        ("folder.jpg", "folder", False),
+        ("script.jpg", "format", False),  # and Ghostscript is not called
+        ("pipe.jpg", "regular", False),
+        ("missing.jpg", "opened", True),
     ):
-        with pytest.raises(ImageError, match=f"{name}: {reason}") as error:
+        with pytest.raises(ImageError, match=f"{name}.*{word}") as error:
             load_image(tmp_path / name)
         assert error.value.transient is transient
 
@@ -354,7 +360,7 @@ def test_unreadable_now_is_not_unreadable_for_ever(tmp_path: Path, monkeypatch: 
 
     for failing, reason in ((no_memory, "memory"), (no_permission, "Permission denied")):
         monkeypatch.setattr(Image, "open", failing)
-        with pytest.raises(ImageError, match=rf"image\.png: .*{reason}") as error:
+        with pytest.raises(ImageError, match=reason) as error:
             load_image(tmp_path / "image.png")
         assert error.value.transient
 
@@ -376,21 +382,6 @@ def test_arrays_and_tensors() -> None:
     np.testing.assert_array_equal(pixels(np.dstack([array, opaque])), array)
 
 
-@pytest.mark.parametrize(
-    ("array", "found"),
-    [
-        (np.zeros((4, 4, 3), dtype=np.float32), r"float32 of shape \[4, 4, 3\]"),
-        (np.zeros((2, 4, 4, 3), dtype=np.uint8), r"uint8 of shape \[2, 4, 4, 3\]"),
-        (np.zeros((5, 4, 7), dtype=np.uint8), r"uint8 of shape \[5, 4, 7\]"),
-        (np.zeros(4, dtype=np.uint8), r"uint8 of shape \[4\]"),
-        (np.zeros((0, 4, 3), dtype=np.uint8), r"no pixels \(shape \[0, 4, 3\]\)"),
-    ],
-)
-def test_other_arrays_are_refused(array: np.ndarray, found: str) -> None:
-    with pytest.raises(ImageError, match=rf"photo 3: .*{found}"):
-        load_image(array, "photo 3")
-
-
 def test_a_callers_image_is_left_unchanged() -> None:
     image = Image.fromarray(random_pixels()).convert("RGBA")
     image.getexif()[0x0112] = 6
@@ -407,10 +398,6 @@ def test_a_callers_image_is_left_unchanged() -> None:
 def test_the_bytes_of_a_file(golden: Path) -> None:
     for file in sorted((golden / "images").glob("*.png")):
         assert load_image(file.read_bytes()).tobytes() == load_image(file).tobytes()
-    with pytest.raises(ImageError, match=r"images\[2\]: the file is empty"):
-        load_image(b"", "images[2]")
-    with pytest.raises(ImageError, match=r"images\[2\]: not an image"):
-        load_image(b"no picture at all", "images[2]")
 
 
 @pytest.mark.parametrize("image_processor", [LOTLIP, SIGLIP, VIT], ids=["lotlip", "siglip", "vit"])
@@ -442,9 +429,8 @@ def test_large_jpegs_of_every_kind(mode: str, settings: dict[str, object]) -> No
 
 
 def test_pictures_of_several_jpegs_are_reduced_too() -> None:
-    buffer = io.BytesIO()
-    picture(401, 303).save(buffer, format="MPO", save_all=True, append_images=[picture(401, 303).rotate(180)])
-    check_reduced(buffer.getvalue(), LOTLIP)
+    two = encoded(picture(401, 303), "MPO", save_all=True, append_images=[picture(401, 303).rotate(180)])
+    check_reduced(two, LOTLIP)
 
 
 @pytest.mark.parametrize("size", [(191, 500), (500, 191), (90, 64), (32, 32), (7, 9)])
@@ -511,7 +497,7 @@ def test_of_thin_images_the_middle_is_the_same(
     ids=["no crop", "its own resizing"],
 )
 def test_thin_images_for_a_processor_that_would_resize_them_whole_are_refused(image_processor: Any) -> None:
-    with pytest.raises(ImageError, match=r"images\[3\]: too thin"):
+    with pytest.raises(ImageError, match="thin"):
         load_image(Image.new("RGB", (1, 65)), "images[3]", image_processor=image_processor)
     assert load_image(Image.new("RGB", (1, 64)), image_processor=image_processor).size == (1, 64)
 
@@ -553,13 +539,8 @@ def test_damage_is_named_alike_in_a_reduced_jpeg(tmp_path: Path, monkeypatch: py
     assert refused > 10
     path.write_bytes(data)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400 * 300 // 2 - 1)
-    with pytest.raises(ImageError, match=r"image\.jpg: too large .*--max-image-pixels"):
+    with pytest.raises(ImageError, match="--max-image-pixels"):
         load_image(path, image_processor=LOTLIP)
-
-
-def test_other_sources_are_a_type_error() -> None:
-    with pytest.raises(TypeError, match=r"images\[2\] must be a path, the bytes of a file, .*, got int"):
-        load_image(3, "images[2]")  # pyright: ignore[reportArgumentType]
 
 
 def test_finding_images(tmp_path: Path) -> None:
@@ -615,9 +596,9 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="file: not a folder"):
+    with pytest.raises(NotADirectoryError, match="file"):
         find_images(tmp_path / "file")
-    with pytest.raises(NotADirectoryError, match="missing: no such folder"):
+    with pytest.raises(NotADirectoryError, match="missing"):
         find_images(tmp_path / "missing")
 
 

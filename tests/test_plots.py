@@ -1,5 +1,6 @@
 """Plots: what can be written is found out beforehand, and is written."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -29,28 +30,24 @@ def test_what_passes_is_written(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["plot.bmp", "plot.ppm", "plot", "png", "plot.raw", "plot.pgf", ".png", "plot."])
 def test_kinds_that_are_not_written(tmp_path: Path, name: str) -> None:
-    with pytest.raises(
-        ValueError, match=r": expected a picture that ends in \.eps, .*\.png, .* or \.webp\.$"
-    ) as error:
-        check_plot(tmp_path / name)
-    assert str(error.value).startswith(f"{tmp_path / name}: ")
-    with pytest.raises(ValueError, match="expected a picture"):
-        save(figure(1, 1), tmp_path / name)
+    for call in (lambda: check_plot(tmp_path / name), lambda: save(figure(1, 1), tmp_path / name)):
+        with pytest.raises(ValueError, match=re.escape(name)):
+            call()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_folders(tmp_path: Path) -> None:
-    with pytest.raises(NotADirectoryError, match=r"missing: no such folder to write plot\.png in\."):
+    with pytest.raises(NotADirectoryError, match="missing"):
         check_plot(tmp_path / "missing" / "plot.png")
     (tmp_path / "plot.png").mkdir()
-    with pytest.raises(IsADirectoryError, match=r"plot\.png: a folder, not a picture to write\."):
+    with pytest.raises(IsADirectoryError, match="plot.png"):
         check_plot(str(tmp_path / "plot.png"))
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for call in (lambda: check_plot(tmp_path / "plot.png"), lambda: figure(1, 1)):
-        with pytest.raises(ImportError, match=r"pip install 'lotlip-hf\[evaluation\]'"):
+        with pytest.raises(ImportError, match="evaluation"):
             call()
 
 

@@ -1,6 +1,8 @@
 """Tiny random captioning models of transformers' own classes, in folders with processors, shared by the tests."""
 
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AddedToken,
+    BertTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2Processor,
@@ -57,6 +60,7 @@ SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "in
 IMAGE_SIZE = {"image_size": 32, "patch_size": 8}
 SQUARE = {"height": IMAGE_SIZE["image_size"], "width": IMAGE_SIZE["image_size"]}
 POSITIONS = 512
+FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }} : {% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
@@ -285,3 +289,12 @@ BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
 }
 # Those that caption without a prompt alone
 NO_PROMPT = ("vit_gpt2",)
+
+
+@cache
+def counting_tokenizer() -> str:
+    """The folder of a tokenizer that counts the tokens of captions, that of the golden files."""
+    folder = tempfile.TemporaryDirectory()
+    FOLDERS.append(folder)  # kept until the process ends
+    BertTokenizer.from_pretrained(Path(__file__).parent / "golden" / "tokenizer").save_pretrained(folder.name)
+    return folder.name

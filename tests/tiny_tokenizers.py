@@ -1,9 +1,12 @@
 """Texts and tokenizers that several tests share."""
 
+import html
 import json
 import random
+import re
 from pathlib import Path
 
+import ftfy
 from tokenizers import normalizers, pre_tokenizers
 from transformers import RobertaTokenizer, XLMRobertaTokenizer
 
@@ -49,3 +52,9 @@ def toy_xlm_roberta() -> XLMRobertaTokenizer:
     stock = XLMRobertaTokenizer(vocab=[(token, -float(len(token) == 1)) for token in tokens])
     stock.backend_tokenizer.normalizer = normalizers.NFKC()
     return stock
+
+
+def official_clean(text: str) -> str:
+    """The official cleaning as it is written there: every step, for every text."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()

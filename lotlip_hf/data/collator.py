@@ -1,16 +1,16 @@
 """From records to a training batch: reads the images, draws the texts, and deals with what is broken."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch.utils.data import get_worker_info
 from transformers import ProcessorMixin
 
 from ..files import MAX_CHARACTERS
-from ..images import ImageError, background_of, load_image, load_pixels
+from ..images import ImageError, background_of, image_source, load_image, load_pixels
 from .sampling import CaptionSampling, SampledTexts, sample_texts
 
 logger = logging.getLogger(__name__)
@@ -137,6 +137,7 @@ class LoTLIPCollator:
         ids: list[str] = []
         errors: list[ValueError] = []
         before = self._own_counts.clone()
+        read = partial(read_image, processor=self.processor, load=load_pixels)
         for record in records:
             missing = [field for field in FIELDS if field not in record]
             if missing:
@@ -147,11 +148,8 @@ class LoTLIPCollator:
                 )
             self._count("records")
             try:
-                image, drawn, record_id = read_record(
-                    record, self.sampling, self.seed, int(self._epoch), self.processor
-                )
                 # one by one: a batch of large images would fill the memory
-                pixels = load_pixels(image, f"record {record_id}", image_processor=self.processor.image_processor)
+                pixels, drawn, record_id = read_record(record, self.sampling, self.seed, int(self._epoch), read)
             except (ImageError, RecordError) as error:
                 if self.on_error == "raise":
                     raise
@@ -204,63 +202,28 @@ def _counted_as(error: ImageError | RecordError) -> str:
     return "broken_shards" if isinstance(error, ShardError) else "broken_records"
 
 
-def read_record(
-    record: Mapping[str, Any],
-    sampling: CaptionSampling,
-    seed: int = 0,
-    epoch: int = 0,
-    processor: Any = None,
-) -> tuple[Image.Image, SampledTexts, str]:
-    """
-    Reads what of a record is trained on.
-
-    Args:
-        record (`Mapping[str, Any]`): the record.
-        sampling (`CaptionSampling`): how the long texts are drawn.
-        seed (`int`, *optional*, defaults to 0): seed of the draw.
-        epoch (`int`, *optional*, defaults to 0): epoch of the draw.
-        processor (`ProcessorMixin`, *optional*): as in [`read_image`].
-
-    Returns:
-        `tuple[Image.Image, SampledTexts, str]`: the image, the texts and the id.
-
-    Raises:
-        ImageError: if the image is broken.
-        RecordError: if the record or its shard (`ShardError`) is broken.
-        ValueError: if `sampling.captioners` asks for captions that the record does not have.
-    """
-    if record.get("error"):
-        raise (ShardError if record.get("is_shard") else RecordError)(record["error"])
-    record_id, short_caption, long_captions = _checked_captions(record)
-    image = read_image(record["image"], f"record {record_id}", processor)
-    return image, sample_texts(short_caption, long_captions, sampling, seed, epoch, record_id), record_id
-
-
-def read_image(source: Any, name: str, processor: Any = None) -> Image.Image:
+def read_image(value: Any, name: str, processor: Any = None, load: Callable[..., Any] = load_image) -> Any:
     """
     Reads a record's image.
 
     Args:
-        source (`Any`): a path, the bytes of a file, a PIL image, an array, or a dictionary with `bytes` and `path` as
-            `datasets.Image(decode=False)` gives it.
+        value (`Any`): the image as [`~lotlip_hf.images.image_source`] takes it.
         name (`str`): what errors call the record.
         processor (`ProcessorMixin` or `BaseImageProcessor`, *optional*):
-            The processor of the model, whose background is laid under transparency; see
-            [`~lotlip_hf.images.load_image`].
+            The processor of the model, whose background is laid under transparency.
+        load (`Callable`, *optional*, defaults to [`~lotlip_hf.images.load_image`]):
+            That, or [`~lotlip_hf.images.load_pixels`].
 
     Returns:
-        `PIL.Image.Image`: the image as RGB, upright.
+        `PIL.Image.Image`: the image as RGB, upright; or what `load` returns.
 
     Raises:
         ImageError: if it cannot be read.
         RecordError: if there is none, or it is something else.
     """
-    if isinstance(source, Mapping):
-        if source.get("path"):
-            name = f"{name}: {source['path']}"
-        source = source.get("path") if source.get("bytes") is None else source["bytes"]
-    elif isinstance(source, str):
-        name = f"{name}: {source}"
+    source, path = image_source(value)
+    if path:
+        name = f"{name}: {path}"
     if source is None:
         raise RecordError(f"{name}: has no image.")
     if isinstance(source, str) and source.startswith(("http://", "https://")):
@@ -271,9 +234,41 @@ def read_image(source: Any, name: str, processor: Any = None) -> Image.Image:
         )
     try:
         image_processor = getattr(processor, "image_processor", processor)
-        return load_image(source, name, image_processor=image_processor, background=background_of(processor))
+        return load(source, name, image_processor=image_processor, background=background_of(processor))
     except TypeError as error:
         raise RecordError(str(error)) from error
+
+
+def read_record(
+    record: Mapping[str, Any],
+    sampling: CaptionSampling,
+    seed: int = 0,
+    epoch: int = 0,
+    read: Callable[[Any, str], Any] = read_image,
+) -> tuple[Any, SampledTexts, str]:
+    """
+    Reads what of a record is trained on.
+
+    Args:
+        record (`Mapping[str, Any]`): the record.
+        sampling (`CaptionSampling`): how the long texts are drawn.
+        seed (`int`, *optional*, defaults to 0): seed of the draw.
+        epoch (`int`, *optional*, defaults to 0): epoch of the draw.
+        read (`Callable`, *optional*): reads the image, by its value and a name for errors; by default [`read_image`].
+
+    Returns:
+        `tuple[Any, SampledTexts, str]`: the image as `read` gives it, the texts and the id.
+
+    Raises:
+        ImageError: if the image is broken.
+        RecordError: if the record or its shard (`ShardError`) is broken.
+        ValueError: if `sampling.captioners` asks for captions that the record does not have.
+    """
+    if record.get("error"):
+        raise (ShardError if record.get("is_shard") else RecordError)(record["error"])
+    record_id, short_caption, long_captions = _checked_captions(record)
+    image = read(record["image"], f"record {record_id}")
+    return image, sample_texts(short_caption, long_captions, sampling, seed, epoch, record_id), record_id
 
 
 def _checked_captions(record: Mapping[str, Any]) -> tuple[str, str, list[str]]:

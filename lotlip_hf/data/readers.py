@@ -148,19 +148,7 @@ def parquet_batches(metadata: pyarrow.parquet.FileMetaData, max_bytes: int = MAX
 def every_row(
     file: str | os.PathLike, columns: Sequence[str] | None = None, texts: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """
-    Reads the rows of a file, none of which may be broken.
-
-    Args:
-        file, columns, texts: as in [`read_rows`].
-
-    Yields:
-        `dict[str, Any]`: the rows.
-
-    Raises:
-        ValueError: if one cannot be read; the message names the file.
-        OSError: if the file cannot be opened.
-    """
+    """The rows of a file, as [`read_rows`]; one that cannot be read is a `ValueError` that names the file."""
     try:
         for row in read_rows(file, columns, texts):
             if isinstance(row, RowError):
@@ -171,16 +159,7 @@ def every_row(
 
 
 def column_of(way: str, columns: Collection[str]) -> str | None:
-    """
-    The column that a way starts in: of several the one with the longest name, which may hold dots itself.
-
-    Args:
-        way (`str`): name of a column, or the way to a value in it, as `conversations[1].value`.
-        columns (`Collection[str]`): the columns.
-
-    Returns:
-        `str`, *optional*: its name, or `None` if there is no such column.
-    """
+    """The column that a way starts in: of several the one with the longest name, which may hold dots itself."""
     if way in columns:
         return way
     ends = [match.start() for match in re.finditer(r"[.\[]", way)]

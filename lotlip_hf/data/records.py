@@ -7,52 +7,44 @@ or not; of tables a copy for random access is kept in the cache of `datasets`.
 """
 
 import dataclasses
-import glob
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from datasets.utils import tqdm
 from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from ..files import MAX_BYTES, MAX_CHARACTERS, lies_in, printable, replacing
-from ..images import image_extensions
-from .readers import KINDS, RowError, SizeError, column_of, parquet_batches, read_rows, value_of
+from ..files import MAX_BYTES, MAX_CHARACTERS, printable, replacing
+from ..images import image_extensions, image_source
+from .mappings import MAPPINGS, ColumnError, ColumnMapping, alternatives, resolve
+from .readers import RowError, SizeError, read_rows, value_of
 from .sampling import split_sentences
+from .sources import SplitError, find_files, is_hub_name, kind_of
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "MAPPINGS",
+    "ColumnError",
+    "ColumnMapping",
+    "SplitError",
+    "find_files",
+    "is_hub_name",
+    "load_records",
+    "read_table",
+    "to_record",
+]
 
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-# Words for the splits of a data set in the names of files and folders, as `datasets` knows them.
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-SPLIT_WORDS = {word: split for split, words in SPLITS.items() for word in words}
-SPLIT_WORD = re.compile(rf"(?<![^-._ 0-9])({'|'.join(SPLIT_WORDS)})(?![^-._ 0-9])", re.IGNORECASE)
-ALL_SPLITS = "all"
-BRACES = re.compile(r"\{([^{}]*)\}")
-RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
 FIRST_ROWS = 20  # that are looked at for their columns
 # Rows that a table is written in; their bytes are bounded too.
 TABLE_ROWS, TABLE_BYTES = 1000, 1 << 26
@@ -68,98 +60,6 @@ FEATURES = Features(
         "error": Value("string"),
     }
 )
-
-
-class ColumnError(ValueError):
-    """
-    A data set lacks a column.
-
-    Args:
-        problem (`str`): what is missing, in a sentence.
-        field (`str`): what of a record it would be: `"image"`, `"short"` or `"long"`.
-        hint (`str`, *optional*): what to do about it; by default for `load_records`.
-    """
-
-    def __init__(self, problem: str, field: str, hint: str | None = None) -> None:
-        self.problem, self.field = problem, field
-        if hint is None:
-            hint = "Say which to read: `mapping`=ColumnMapping(image=..., long=..., short=...)."
-        super().__init__(f"{problem} {hint}")
-
-
-class SplitError(ValueError):
-    """
-    Files that are several splits, or not the one that was asked for.
-
-    Args:
-        problem (`str`): what is wrong, in a sentence.
-        splits (`Sequence[str]`): the splits that there are.
-        option (`str`, *optional*, defaults to `"split"`): the option that says which.
-    """
-
-    def __init__(self, problem: str, splits: Sequence[str], option: str = "split") -> None:
-        self.problem, self.splits = problem, splits
-        advice = (
-            f"say which (--{option.replace('_', '-')} {splits[0]}; {ALL_SPLITS}: all)" if splits else "leave it out"
-        )
-        super().__init__(f"`{option}`: {problem}; {advice}.")
-
-
-@dataclass(frozen=True)
-class ColumnMapping:
-    """
-    Which columns of a data set make up a record.
-
-    A column is given by its name, or by the way to a value in it: `conversations[1].value` is the field `value` of the
-    second element of the column `conversations`.
-
-    Args:
-        image (`str` or `tuple[str, ...]`):
-            Column of the images: paths, bytes of files, or images of `datasets`. Of several the first that there is.
-            In WebDataset shards it is the only image of a sample; where there are several, the extension of the one to
-            read (`input.jpg`).
-        long (`str` or `tuple[str, ...]`):
-            Columns of the long captions, texts or lists of texts; their order numbers the captioners. `*` and `?`
-            match parts of a name (`long*_captions`), the columns they match in the order of the data set. `()` reads
-            none.
-        short (`str` or `tuple[str, ...]`, *optional*):
-            Column of the short caption; of several the first that there is. Where `None`, or none of several among
-            which is `None`, the first sentence of the first long caption is the short one.
-        id (`str` or `tuple[str, ...]`, *optional*):
-            Column of the ids; of several the first that there is. Without one a record's id is the path of its image
-            as the data set gives it, in WebDataset shards the shard's name and the sample's key, and else a digest of
-            the record.
-    """
-
-    image: str | tuple[str, ...] = ("image", "file_name")
-    long: str | tuple[str, ...] = "long_captions"
-    short: str | tuple[str | None, ...] | None = ("short_caption", None)
-    id: str | tuple[str, ...] | None = "id"
-
-
-# Recaptioned LAION and COYO come as tables of addresses and captions under several names.
-_RECAP_LONG = ColumnMapping(
-    image=("image", "Image Path", "image_path", "url", "URL"),
-    long=("long*caption*", "*long*caption*"),
-    short=("raw_caption", "short_caption", "caption", "TEXT", "text", "alt_text"),
-    id=None,
-)
-MAPPINGS = {
-    # Our own names; `file_name` is what image folders with metadata call the image.
-    "records": ColumnMapping(),
-    # DreamLIP's long captions of CC3M, CC12M and YFCC15M: InstructBLIP, ShareGPT4V, LLaVA.
-    "dreamlip": ColumnMapping(
-        image=("image", "Image Path"),
-        long=("longIB_captions", "longSV_captions", "longLLA_captions"),
-        short="raw_caption",
-        id=None,
-    ),
-    "recap-long-laion": _RECAP_LONG,
-    "recap-long-coyo": _RECAP_LONG,
-    "sharegpt4v": ColumnMapping(image="image", long="conversations[1].value", short=None, id=None),
-    "docci": ColumnMapping(image=("image", "image_file"), long="description", short=None, id="example_id"),
-    "iiw": ColumnMapping(image=("image", "image/key"), long="IIW", short=None, id=None),
-}
 
 
 def load_records(
@@ -236,10 +136,7 @@ def load_records(
     if kwargs:
         raise ValueError(f"{', '.join(kwargs)}: only a data set on the Hub takes more arguments, not {source}.")
     files = find_files(source, split)
-    kind = _kind(files)
-    if kind == "parquet" and not streaming:
-        return _parquet_records(files, mapping, images, max_record_bytes)
-    if kind != "webdataset" and not streaming:
+    if kind_of(files) != "webdataset" and not streaming:
         return read_table(files, mapping, image_folder, image_root, max_record_bytes)
     # `datasets` divides the list of files among processes and workers.
     arguments = {
@@ -249,21 +146,6 @@ def load_records(
         "max_bytes": max_record_bytes,
     }
     return cast(IterableDataset, IterableDataset.from_generator(_stream, gen_kwargs=arguments))
-
-
-def is_hub_name(source: object) -> bool:
-    """
-    Whether a source is the name of a data set on the Hub, not a folder or a file.
-
-    Args:
-        source (`object`): as in [`load_records`].
-
-    Returns:
-        `bool`: whether it has the form of such a name and there is no such folder.
-    """
-    if not isinstance(source, str) or os.path.exists(source) or not HUB_NAME.fullmatch(source):
-        return False
-    return os.path.splitext(source)[1].lower() not in KINDS  # "pictures/metadata.jsonl" has the form of a name too
 
 
 @dataclass(frozen=True)
@@ -290,12 +172,12 @@ def _hub_records(
     folder, roots = images.below()
     roots = roots or hub_folders(name)
     if isinstance(dataset, Dataset):
-        resolved = _resolve(mapping, dataset.column_names, name)
-        transform = partial(_to_records, mapping=resolved, folders=((folder, roots),))
+        resolved = resolve(mapping, dataset.column_names, name)
+        transform = partial(_to_records, mapping=resolved, folder=folder, roots=roots)
         return undecoded(dataset).with_transform(transform)
     dataset = undecoded(cast(IterableDataset, dataset))
     columns = dataset.column_names or list(next(iter(dataset)))
-    resolved = _resolve(mapping, columns, name)
+    resolved = resolve(mapping, columns, name)
     return dataset.map(
         partial(_to_record, mapping=resolved, folder=folder, roots=roots),
         remove_columns=columns,
@@ -303,47 +185,9 @@ def _hub_records(
 
 
 def hub_folders(name: str) -> tuple[str, ...]:
-    """
-    The folders that files of a data set on the Hub are downloaded to.
-
-    Args:
-        name (`str`): its name, `owner/name`.
-
-    Returns:
-        `tuple[str, ...]`: its folder in the Hub's cache, and that of unpacked archives.
-    """
+    """The folders that a data set on the Hub is downloaded to, that of unpacked archives too."""
     kept = os.path.join(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset"))
     return kept, os.fspath(datasets.config.DOWNLOADED_DATASETS_PATH)
-
-
-def _parquet_records(files: list[str], mapping: ColumnMapping, images: _Images, max_bytes: int) -> Dataset:
-    for file in files:
-        try:
-            parquet_batches(pyarrow.parquet.read_metadata(file), max_bytes)
-        except (OSError, ValueError) as error:
-            raise _unreadable([file], "parquet", error) from error
-    try:
-        # `load_dataset` takes file names for patterns
-        dataset = cast(Dataset, load_dataset("parquet", data_files=[glob.escape(one) for one in files], split="train"))
-    except StopIteration as error:
-        raise ValueError(f"{', '.join(files)}: no row can be read.") from error
-    except DatasetGenerationError as error:
-        raise _unreadable(files, "parquet", error.__cause__ or error) from error
-    resolved = _resolve(mapping, dataset.column_names, files[0])
-    folders = tuple(dict.fromkeys(map(images.of, files)))
-    dataset = undecoded(dataset)
-    if len(folders) > 1:
-        lengths = [pyarrow.parquet.read_metadata(file).num_rows for file in files]
-        numbers = np.repeat([folders.index(images.of(file)) for file in files], lengths)
-        dataset = dataset.add_column("__folder__", numbers)
-    return dataset.with_transform(partial(_to_records, mapping=resolved, folders=folders))
-
-
-def _unreadable(files: Sequence[str], kind: str, reason: BaseException) -> ValueError:
-    return ValueError(
-        f"{', '.join(files)}: cannot be read as {kind} ({type(reason).__name__}: {reason}). Mend or leave out the "
-        "file; `streaming=True` reads the others and lets the collator count it."
-    )
 
 
 def read_table(
@@ -384,15 +228,7 @@ def read_table(
 
 
 def first_error(records: Dataset | IterableDataset) -> str | None:
-    """
-    What is wrong with the first row that could not be read for a table.
-
-    Args:
-        records (`datasets.Dataset` or `datasets.IterableDataset`): what [`load_records`] returned.
-
-    Returns:
-        `str`, *optional*: the reason; `None` if there is no such row, or the records are no table of ours.
-    """
+    """What is wrong with the first row of a table that could not be read; `None` if there is none."""
     if not isinstance(records, Dataset) or records.features != FEATURES:
         return None
     errors = records.data.column("error").drop_null()
@@ -406,16 +242,20 @@ def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Ite
     for number, file in enumerate(files):
         try:
             for record in tqdm(_read(file, mapping, max_bytes), os.path.basename(file), unit=" records", delay=2):
-                path, content = _parts(record["image"])
-                image = None if path is None and content is None else {"bytes": content, "path": path, "file": number}
-                block.append({**record, "image": image})
+                stored, path = image_source(record["image"])
+                content = stored if isinstance(stored, bytes) else None
+                image = {"bytes": content, "path": path, "file": number}
+                block.append({**record, "image": None if stored is None else image})
                 texts = (record["short_caption"], *record["long_captions"], record["id"], record["error"])
                 size += len(content or b"") + sum(len(text) for text in texts if text)
                 if len(block) == TABLE_ROWS or size > TABLE_BYTES:
                     yield block
                     block, size = [], 0
         except Exception as error:  # libraries raise any kind on a damaged file
-            raise _unreadable([file], _kind([file]), error) from error
+            raise ValueError(
+                f"{file}: cannot be read as {kind_of([file])} ({type(error).__name__}: {error}). Mend or leave out "
+                "the file; `streaming=True` reads the others and lets the collator count it."
+            ) from error
     if block:
         yield block
 
@@ -470,7 +310,7 @@ def _to_record(row: Mapping[str, Any], mapping: ColumnMapping, folder: str, root
 def _fields(row: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
     """The record of a row, its image as it is stored."""
     long_captions: list[Any] = []
-    for column in _alternatives(mapping.long):
+    for column in alternatives(mapping.long):
         value = value_of(row, column)
         values = value if isinstance(value, list) else ["" if value is None else value]
         long_captions += map(_whole, values)
@@ -478,11 +318,12 @@ def _fields(row: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
         first = next((caption for caption in long_captions if isinstance(caption, str) and caption.strip()), "")
         short_caption = next(iter(split_sentences(first)), None)
     else:
-        short_caption = _whole(_as_text(value_of(row, _alternatives(mapping.short)[0])))
+        short_caption = _whole(_as_text(value_of(row, alternatives(mapping.short)[0])))
 
-    image = value_of(row, _alternatives(mapping.image)[0])
-    path, content = _parts(image)
-    record_id = None if mapping.id is None else _as_text(value_of(row, _alternatives(mapping.id)[0]))
+    image = value_of(row, alternatives(mapping.image)[0])
+    source, path = image_source(image)
+    content = source if isinstance(source, bytes) else None
+    record_id = None if mapping.id is None else _as_text(value_of(row, alternatives(mapping.id)[0]))
     if record_id in (None, "") and content is None:
         record_id = path
     if record_id in (None, ""):
@@ -510,19 +351,10 @@ def _whole(caption: Any) -> Any:
     return caption.encode(errors="replace").decode() if isinstance(caption, str) and not caption.isascii() else caption
 
 
-def _parts(image: Any) -> tuple[str | None, bytes | None]:
-    """The path and the bytes of an image as it is stored."""
-    if isinstance(image, Mapping):
-        path, content = image.get("path"), image.get("bytes")
-    else:
-        path, content = image, image
-    return path if isinstance(path, str) else None, content if isinstance(content, bytes) else None
-
-
 def _locate(record: dict[str, Any], folder: str, roots: tuple[str, ...]) -> None:
     """Replaces the path of a record's image by that of its file, if that may be read."""
-    path, content = _parts(record["image"])
-    if path is None or content is not None:
+    path = image_source(record["image"]).source
+    if not isinstance(path, str):
         return
     try:
         record["image"] = locate_image(path, folder, roots)
@@ -565,18 +397,16 @@ def locate_image(path: str, folder: str, roots: Sequence[str]) -> str:
     return file
 
 
+@lru_cache  # it costs as much as reading the rest of a record
+def _real(root: str) -> str:
+    return os.path.realpath(root)
+
+
 def check_inside(file: str, roots: Sequence[str]) -> None:
-    """
-    Finds out whether an image may be read.
-
-    Args:
-        file (`str`): its path.
-        roots (`Sequence[str]`): the folders of which it must lie in one, links followed.
-
-    Raises:
-        ValueError: if it lies elsewhere.
-    """
-    if not lies_in(roots, file):
+    """Raises a `ValueError` if an image does not lie in one of the folders `roots`, links followed."""
+    here = os.getcwd()  # not `abspath`, which would take `link/..` for the folder of the link
+    real = os.path.realpath(os.path.join(here, file))
+    if not any(f"{real}/".startswith(os.path.join(_real(os.path.join(here, root)), "")) for root in roots):
         raise ValueError(
             f"the image {printable(file)} lies outside of {printable(roots[0])}; --image-root DIR (`image_root`) "
             "allows images below another folder"
@@ -584,20 +414,12 @@ def check_inside(file: str, roots: Sequence[str]) -> None:
 
 
 def _to_records(
-    rows: dict[str, list[Any]], mapping: ColumnMapping, folders: Sequence[tuple[str, tuple[str, ...]]]
+    rows: dict[str, list[Any]], mapping: ColumnMapping, folder: str, roots: tuple[str, ...]
 ) -> dict[str, list[Any]]:
     """The records of a batch, column by column, as `Dataset.with_transform` asks for."""
-    number = len(next(iter(rows.values()), []))
-    numbers = rows.get("__folder__", [0] * number)
-    records = [
-        _to_record({name: column[row] for name, column in rows.items()}, mapping, *folders[numbers[row]])
-        for row in range(number)
-    ]
+    batch = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    records = [_to_record(row, mapping, folder, roots) for row in batch]
     return {name: [record[name] for record in records] for name in FIELDS}
-
-
-def _alternatives(columns: str | tuple[str | None, ...] | None) -> tuple[str, ...]:
-    return (columns,) if isinstance(columns, str) else tuple(column for column in columns or () if column is not None)
 
 
 def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, max_bytes: int) -> ColumnMapping:
@@ -620,16 +442,16 @@ def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, m
         errors += [] if errors else [f"{printable(file)}: holds no row"]
     if not columns:
         raise ValueError(f"No row can be read. {'; '.join(errors[:3])}")
-    if _kind(files) != "webdataset":
-        return _resolve(mapping, list(columns), files[0])
-    named = _alternatives(mapping.image)
+    if kind_of(files) != "webdataset":
+        return resolve(mapping, list(columns), files[0])
+    named = alternatives(mapping.image)
     members = tuple(name for name in named if f".{name.rpartition('.')[2]}".lower() in image_extensions())
     paths = () if not images.of(files[0])[1] else named
     mapping = dataclasses.replace(
-        mapping, image=(*members, "image", *paths), id=(*_alternatives(mapping.id), "__key__")
+        mapping, image=(*members, "image", *paths), id=(*alternatives(mapping.id), "__key__")
     )
     try:
-        return _resolve(mapping, list(columns), files[0])
+        return resolve(mapping, list(columns), files[0])
     except ColumnError as error:
         if fields > 1:
             raise
@@ -640,179 +462,18 @@ def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, m
         ) from error
 
 
-def _resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> ColumnMapping:
-    """The mapping with each alternative and pattern replaced by what there is."""
-    source = printable(source)
-
-    def missing(field: str, wanted: tuple[str, ...]) -> ColumnError:
-        return ColumnError(
-            f"{source}: there is no column {' or '.join(map(repr, wanted))} for `{field}`. There are: "
-            f"{', '.join(map(repr, columns))}.",
-            field,
-        )
-
-    def first(wanted: tuple[str, ...]) -> str | None:
-        return next((way for way in wanted if column_of(way, columns)), None)
-
-    short = first(_alternatives(mapping.short))
-    if short is None and mapping.short is not None:
-        if not mapping.long or isinstance(mapping.short, str) or None not in mapping.short:
-            raise missing("short", _alternatives(mapping.short))
-    long: list[str] = []
-    for wanted in _alternatives(mapping.long):
-        if "*" in wanted or "?" in wanted:
-            matched = [column for column in columns if fnmatchcase(column, wanted) and column != short]
-            long += [column for column in matched if column not in long]
-        elif column_of(wanted, columns):
-            long.append(wanted)
-        else:
-            raise missing("long", (wanted,))
-    if not long and mapping.long:
-        raise missing("long", _alternatives(mapping.long))
-    image = first(_alternatives(mapping.image))
-    if image is None:
-        raise missing("image", _alternatives(mapping.image))
-    if short is None and mapping.short is not None:
-        logger.warning(
-            "%s: there is no column %s; the first sentence of a record's first long caption is its short caption "
-            "(--short-column names another column).",
-            source,
-            " or ".join(map(repr, _alternatives(mapping.short))),
-        )
-    return ColumnMapping(image=image, long=tuple(long), short=short, id=first(_alternatives(mapping.id)))
-
-
 def undecoded(dataset: Any) -> Any:
-    """
-    Leaves the decoding of images to the reader.
-
-    Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): a data set.
-
-    Returns:
-        The same rows, their images as they are stored.
-    """
+    """The same rows, their images as they are stored: the reader decodes them."""
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(name, Image(decode=False))
     return dataset
 
 
-def find_files(source: str | os.PathLike | Sequence[str | os.PathLike], split: str | None = None) -> list[str]:
-    """
-    The files that a source means.
-
-    Args:
-        source (`str`, `os.PathLike` or a sequence of them): folders, files and patterns, as in [`load_records`].
-        split (`str`, *optional*): the split, as in [`load_records`].
-
-    Returns:
-        `list[str]`: the files; those of each folder and pattern sorted by name.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        SplitError: if they are of several splits, or of none that was asked for.
-    """
-    sources = [source] if isinstance(source, str | os.PathLike) else list(source)
-    if not sources:
-        raise FileNotFoundError("`source` is an empty list of files.")
-    found: dict[str, str] = {}  # file to what its folder or pattern leaves of its path
-    splits: dict[str, None] = {}
-    for one in itertools.chain.from_iterable(map(_expanded, sources)):
-        files = _find(one)
-        own = dict.fromkeys(filter(None, map(_split_of, files.values())))
-        if split is None and len({SPLIT_WORDS[word] for word in own}) > 1:
-            raise SplitError(f"{printable(one)} holds {', '.join(sorted(own))}", sorted(own))
-        found |= files
-        splits |= own
-    if split is None or split == ALL_SPLITS:
-        return list(found)
-    wanted = SPLIT_WORDS.get(split.lower(), split)
-    chosen = [
-        file
-        for file, name in found.items()
-        if SPLIT_WORDS.get(_split_of(name) or "") == wanted or split in os.path.splitext(name)[0].split(os.sep)
-    ]
-    if not chosen and (splits or wanted != "train"):  # files that are no splits are to train on
-        there = f"it holds {', '.join(sorted(splits))}" if splits else "its files are one split"
-        raise SplitError(f"{printable(source)} holds no {split!r}: {there}", sorted(splits))
-    return chosen or list(found)
-
-
-def _split_of(name: str) -> str | None:
-    """The first word for a split in a path."""
-    for part in os.path.splitext(name)[0].split(os.sep):
-        if match := SPLIT_WORD.search(part):
-            return match[1].lower()
-    return None
-
-
-def _expanded(source: str | os.PathLike) -> Iterator[str]:
-    """A pattern with braces as all that it stands for, as shells expand it: `{00..10}`, `{a,b}`."""
-    pattern = os.fspath(source)
-    match = next((match for match in BRACES.finditer(pattern) if "," in match[1] or RANGE.fullmatch(match[1])), None)
-    if match is None or os.path.exists(pattern):
-        yield pattern
-        return
-    parts: Iterable[str] = match[1].split(",")
-    if numbers := RANGE.fullmatch(match[1]):
-        first, last, step = int(numbers[1]), int(numbers[2]), max(1, int(numbers[3] or 1))
-        is_padded = any(len(one) > 1 and one.startswith("0") for one in (numbers[1], numbers[2]))
-        width = max(len(numbers[1]), len(numbers[2])) if is_padded else 0
-        steps = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
-        parts = (f"{number:0{width}}" for number in steps)
-    for part in parts:
-        yield from _expanded(pattern[: match.start()] + part + pattern[match.end() :])
-
-
-def _find(source: str) -> dict[str, str]:
-    """The files of a folder or pattern, sorted by name, and what it leaves of their paths."""
-    path = Path(source)
-    if path.is_dir():
-        for name in METADATA_NAMES:
-            if (path / name).is_file():
-                return {str(path / name): name}
-        for extensions in ((".tar",), (".parquet",), (".jsonl", ".jsonlines"), (".json",), (".csv", ".tsv")):
-            files = (file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file())
-            names = {str(file): str(file.relative_to(path)) for file in files}
-            # what is hidden is not the user's data: `lotlip search` keeps its index so
-            if found := {file: name for file, name in sorted(names.items()) if not _is_hidden(name)}:
-                return found
-        raise FileNotFoundError(
-            f"{printable(path)}: holds neither {', '.join(METADATA_NAMES)} nor files that are read "
-            f"({', '.join(KINDS)})."
-        )
-    if path.is_file():
-        return {str(path): path.name}
-    files = sorted(file for file in glob.glob(source, recursive=True) if os.path.isfile(file))
-    if not files:
-        raise FileNotFoundError(
-            f"{printable(path)}: no such file or folder, and no data set's name on the Hub (owner/name)."
-        )
-    start = os.path.dirname(re.split(r"[*?\[]", source, maxsplit=1)[0])
-    return {file: os.path.relpath(file, start or ".") for file in files}
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split(os.sep))
-
-
-def _kind(files: Sequence[str]) -> str:
-    extensions = {os.path.splitext(file)[1].lower() for file in files}
-    if unknown := sorted(extensions - KINDS.keys()):
-        raise ValueError(f"{printable(files[0])}: {unknown[0] or 'no extension'} is not one of {', '.join(KINDS)}.")
-    kinds = sorted({KINDS[extension] for extension in extensions})
-    if len(kinds) > 1:
-        raise ValueError(
-            f"{printable(files[0])}: the files of one data set must be of one kind, got {' and '.join(kinds)}."
-        )
-    return kinds[0]
-
-
 def _read(file: str, mapping: ColumnMapping, max_bytes: int) -> Iterator[dict[str, Any]]:
     """The records of a file, their images as they are stored; one that cannot be used has only an `error`."""
-    texts = (*_alternatives(mapping.long), *_alternatives(mapping.short))
-    columns = (*texts, *_alternatives(mapping.image), *_alternatives(mapping.id))
+    texts = (*alternatives(mapping.long), *alternatives(mapping.short))
+    columns = (*texts, *alternatives(mapping.image), *alternatives(mapping.id))
     for number, row in enumerate(read_rows(file, columns, texts, max_bytes), 1):
         record_id = f"{os.path.basename(file)}, row {number}"
         if isinstance(row, RowError):
@@ -823,7 +484,7 @@ def _read(file: str, mapping: ColumnMapping, max_bytes: int) -> Iterator[dict[st
         if record["image"] is None and "__key__" in row:
             fields = ", ".join(name for name in row if name != "__key__")
             record["error"] = (
-                f"sample {printable(record['id'])}: has no {_alternatives(mapping.image)[0]}, but "
+                f"sample {printable(record['id'])}: has no {alternatives(mapping.image)[0]}, but "
                 f"{printable(fields)}. Name the image if it has several (--image-column); a sample's members must be "
                 "side by side."
             )
@@ -834,7 +495,8 @@ def _read(file: str, mapping: ColumnMapping, max_bytes: int) -> Iterator[dict[st
 def _problem(record: Mapping[str, Any]) -> str | None:
     """The part of a record that has a wrong type, if any."""
     image = record["image"]
-    if image is not None and _parts(image) == (None, None):
+    source, path = image_source(image)
+    if image is not None and not isinstance(source, str | bytes):
         return f"the image must be a path or the bytes of a file, got {printable(repr(image)[:50])}"
     if not isinstance(record["id"], str):
         return f"the id must be a text, got {printable(repr(record['id'])[:50])}"
@@ -844,7 +506,7 @@ def _problem(record: Mapping[str, Any]) -> str | None:
         if len(text or "") > MAX_CHARACTERS:
             return f"a caption has {len(text or ''):,} characters, more than {MAX_CHARACTERS:,}"
     try:
-        f"{record['id']}{_parts(image)[0]}".encode()
+        f"{record['id']}{path}".encode()
     except UnicodeEncodeError:
         return "its id or path is not valid Unicode"
     return None

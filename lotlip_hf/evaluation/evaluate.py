@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -14,9 +13,9 @@ from typing import Any, Literal
 from ..encoder import Encoder
 from ..files import printable, replacing
 from .embeddings import embed_images, embed_texts, image_digests
-from .report import metric_table, study_table, table
-from .retrieval import accuracies, check_search, retrieval_metrics, telling_metrics
+from .retrieval import accuracies, retrieval_metrics, telling_metrics
 from .studies import length_study, sentence_ablation
+from .tables import metric_table, study_table, table
 from .tasks import ClassificationData, RetrievalData
 from .zero_shot import DEFAULT_TEMPLATES, class_embeddings
 
@@ -32,8 +31,6 @@ def evaluate(
     templates: Sequence[str] = DEFAULT_TEMPLATES,
     max_length: int | None = None,
     bootstrap: int = 1000,
-    faiss_index: str | None = None,
-    faiss_parameters: str | None = None,
     cache: str | os.PathLike | None = None,
     batch_size: int | None = None,
     progress: bool = True,
@@ -50,8 +47,6 @@ def evaluate(
         templates: Prompts for classes, with `{}` in the place of the class.
         max_length: Tokens to cut texts at; by default as many as the model takes.
         bootstrap: Samples for the 95 % intervals of R@1; 0 for none.
-        faiss_index: Search with this FAISS index (`"Flat"`, `"IVF256,Flat"`, ...) instead of exactly.
-        faiss_parameters: Settings of the index, such as `"nprobe=16"`.
         cache: Folder that keeps the embeddings; see [`~lotlip_hf.evaluation.embeddings.embed_texts`].
         batch_size: Images, or texts of full length, in a batch; by default 32 and 64.
         progress: Whether to show progress bars.
@@ -79,8 +74,9 @@ def evaluate(
     ```
     """
     # what would end the long work is found out before it
-    width = encoder.encode_texts(["a"], max_length=max_length, progress=False).shape[1]
-    check_search(width, bootstrap, faiss_index, faiss_parameters)
+    if bootstrap < 0:
+        raise ValueError(f"`bootstrap` must not be negative, got {bootstrap}.")
+    encoder.encode_texts(["a"], max_length=max_length, progress=False)
     _check(data)
     fingerprints = _fingerprints(encoder)
     digests = image_digests(data.images, names=data.image_names, progress=progress)
@@ -107,18 +103,11 @@ def evaluate(
     if isinstance(data, RetrievalData):
         task = "image-text-retrieval"
         text_embeds, was_cut = embed_texts(encoder, data.texts, **settings)
-        metrics = retrieval_metrics(
-            image_embeds,
-            text_embeds,
-            data.text_to_image,
-            bootstrap=bootstrap,
-            faiss_index=faiss_index,
-            faiss_parameters=faiss_parameters,
-        )
+        metrics = retrieval_metrics(image_embeds, text_embeds, data.text_to_image, bootstrap=bootstrap)
         protocol |= {
             "num_texts_cut": int(was_cut.sum()),
             "similarity": "cosine",
-            "search": " ".join(["FAISS", faiss_index, faiss_parameters or ""]).strip() if faiss_index else "exact",
+            "search": "exact",
             "bootstrap": bootstrap,
         }
     else:
@@ -127,8 +116,6 @@ def evaluate(
         metrics = accuracies(image_embeds @ class_embeds.T, data.labels)
         protocol |= {"templates": list(templates)}
     record = _record(encoder, data, fingerprints, digests, benchmark, model_name, protocol)
-    if faiss_index is not None:
-        record["versions"]["faiss-cpu"] = sys.modules["faiss"].__version__
     return {"task": task, "metrics": telling_metrics(metrics, record["protocol"]), **record}
 
 

@@ -8,7 +8,6 @@ McSherry and Najork, "Computing Information Retrieval Performance Measures Effic
 images share are shared fairly.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,31 +16,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 # Images and texts of one block of similarities: 4 MB in float32, which a processor's caches hold.
 BLOCK_SIZE = 1024
-# Blocks of queries that are held normalised.
-QUERY_BLOCKS = 8
-# Cosine similarities closer than this are ties. Rounding in float32, which differs with the place in a batch and the
-# padding of a text, moves them by a few 1e-7.
+# Cosine similarities closer than this are ties. Rounding in float32, which differs with the batch and the padding of a
+# text, moves them by a few 1e-7.
 TIE_TOLERANCE = 1e-6
-# Candidates that a FAISS index is asked for beyond the largest k, so that a tie at k seldom reaches past the last one.
-FAISS_MARGIN = 32
-# Candidates that a FAISS index is trained on, at most.
-FAISS_TRAINING_ROWS = 2**18
-# Better candidates of a match that a FAISS index has not found: more than there are.
-NOT_FOUND = 2**40
-
 DIRECTIONS = ("image_to_text", "text_to_image")
 # Metrics of the first k candidates, and the protocol's name of the number of candidates
 TOP = re.compile(r"(image_to_text_r|text_to_image_r|accuracy_top)(\d+)")
 CANDIDATES = {"image_to_text_r": "num_texts", "text_to_image_r": "num_images", "accuracy_top": "num_classes"}
 
 
-class Places(NamedTuple):
+class TiedRanks(NamedTuple):
     """
-    Where each query's best positive stands among all candidates, each tensor [N] and int64: behind `better`
-    candidates, and somewhere among the `tied` ones that are as similar, itself included. `positives` of the tied are
+    The rank of each query's best positive, with its ties, each tensor [N] and int64: it comes after `better`
+    candidates, at random among the `tied` ones that are as similar, itself included. `positives` of the tied are
     positives too, itself included.
     """
 
@@ -77,23 +68,6 @@ class Ranks(NamedTuple):
     text_to_image: torch.Tensor
 
 
-class Pairs(NamedTuple):
-    """Which query belongs to which candidate, each tensor [P]; every pair once, in the order of the candidates."""
-
-    queries: torch.Tensor
-    candidates: torch.Tensor
-
-    def swapped(self) -> "Pairs":
-        """The same pairs for a search in the other direction."""
-        return Pairs.sorted(self.candidates, self.queries)
-
-    @classmethod
-    def sorted(cls, queries: torch.Tensor, candidates: torch.Tensor) -> "Pairs":
-        """Pairs from places in any order."""
-        order = candidates.argsort(stable=True)
-        return cls(queries[order], candidates[order])
-
-
 def recalls(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
@@ -111,12 +85,13 @@ def recalls(
     that several images share.
 
     Args:
-        image_embeds: [I, dim], on any device.
-        text_embeds: [T, dim], on the same device.
-        text_to_image: [T] the place of each text's image, from 0 to I - 1; every image has a text. By default text i
+        image_embeds (`torch.Tensor`): [I, dim], on any device.
+        text_embeds (`torch.Tensor`): [T, dim], on the same device.
+        text_to_image (`Sequence[int]`, *optional*):
+            [T] the index of each text's image, from 0 to I - 1; every image has a text. By default text i
             belongs to image i.
-        ks: Numbers of candidates to look at.
-        block_size: Images and texts in a block of similarities, which is all that is held of them.
+        ks (`Sequence[int]`, *optional*, defaults to 1, 5 and 10): numbers of candidates to look at.
+        block_size (`int`, *optional*, defaults to 1024): images and texts in a block of similarities.
 
     Returns:
         `image_to_text_r1`, `text_to_image_r1` and so on for each k, from 0 to 1.
@@ -140,8 +115,7 @@ def recalls(
     ```
     """
     owners = _check(image_embeds, text_embeds, text_to_image, ks, block_size)
-    places = _both_places(image_embeds, text_embeds, owners, block_size)
-    return _recalls(places, ks)
+    return _recalls(_both_ranks(image_embeds, text_embeds, owners, block_size), ks)
 
 
 def ranks(
@@ -151,11 +125,11 @@ def ranks(
     block_size: int = BLOCK_SIZE,
 ) -> Ranks:
     """
-    Where each image finds the first of its texts, and each text its image: 1 is the first place. Among candidates that
-    are as similar as the best right one it is the expected place, so it may lie between two.
+    The rank at which each image finds the first of its texts, and each text its image, from 1. Among candidates that
+    are as similar as the best right one it is the expected rank, so it may lie between two.
 
     Args:
-        image_embeds, text_embeds, text_to_image, block_size: As in [`recalls`].
+        image_embeds, text_embeds, text_to_image, block_size: as in [`recalls`].
 
     Returns:
         `image_to_text` [I] and `text_to_image` [T], float64 on the CPU.
@@ -174,8 +148,7 @@ def ranks(
     ```
     """
     owners = _check(image_embeds, text_embeds, text_to_image, (), block_size)
-    image_places, text_places = _both_places(image_embeds, text_embeds, owners, block_size)
-    return Ranks(image_places.ranks(), text_places.ranks())
+    return Ranks(*(found.ranks() for found in _both_ranks(image_embeds, text_embeds, owners, block_size)))
 
 
 def retrieval_metrics(
@@ -186,8 +159,6 @@ def retrieval_metrics(
     *,
     bootstrap: int = 1000,
     seed: int = 0,
-    faiss_index: str | None = None,
-    faiss_parameters: str | None = None,
     block_size: int = BLOCK_SIZE,
 ) -> dict[str, float]:
     """
@@ -197,29 +168,17 @@ def retrieval_metrics(
     with replacement, each with all its texts, since the texts of one image are no independent samples. The candidates
     stay all those there are.
 
-    With a FAISS index the result is what a search with this index finds, ranked by exact similarities: a match that
-    the index does not return is missed, and better candidates that it does not return are not counted, so that recall
-    may come out lower or higher than it is. `Flat` finds everything, and gives the exact result. Each query looks at a
-    few more candidates than the largest k; where ties reach past them, that query is compared with all. The median
-    rank is left out where it lies past them.
-
     Args:
-        image_embeds, text_embeds, text_to_image, ks, block_size: As in [`recalls`].
-        bootstrap: How often images are drawn; 0 for no interval.
-        seed: Of the draws. The same seed gives the same interval.
-        faiss_index: What FAISS's `index_factory` makes, such as `"Flat"`, `"IVF256,Flat"` or `"HNSW32"`, instead of
-            comparing everything with everything. Needs `pip install faiss-cpu`. The index holds a copy of the
-            candidates in memory.
-        faiss_parameters: Settings of the search in FAISS's own words, such as `"nprobe=16"` or `"efSearch=64"`.
+        image_embeds, text_embeds, text_to_image, ks, block_size: as in [`recalls`].
+        bootstrap (`int`, *optional*, defaults to 1000): how often images are drawn; 0 for no interval.
+        seed (`int`, *optional*, defaults to 0): of the draws. The same seed gives the same interval.
 
     Returns:
         For each direction `image_to_text` and `text_to_image`: `..._r1` and so on for each k, from 0 to 1;
         `..._median_rank`, 1 the first; and if `ks` holds 1, `..._r1_low` and `..._r1_high`.
 
     Raises:
-        ValueError: as in [`recalls`]; if FAISS does not know the index or its parameters, and if there is no index for
-            the parameters.
-        ImportError: if `faiss_index` is given and FAISS is not installed.
+        ValueError: as in [`recalls`].
 
     Example:
 
@@ -233,48 +192,36 @@ def retrieval_metrics(
     ```
     """
     owners = _check(image_embeds, text_embeds, text_to_image, ks, block_size)
-    check_search(image_embeds.shape[1], bootstrap, faiss_index, faiss_parameters)
-    if faiss_index is None:
-        places = _both_places(image_embeds, text_embeds, owners, block_size)
-    else:
-        pairs = _pairs_of_texts(owners)
-        looked_at = max(ks, default=1) + FAISS_MARGIN
-        places = (
-            _faiss_places(image_embeds, text_embeds, pairs, faiss_index, faiss_parameters, looked_at, block_size),
-            _faiss_places(
-                text_embeds, image_embeds, pairs.swapped(), faiss_index, faiss_parameters, looked_at, block_size
-            ),
-        )
-    results = _recalls(places, ks)
-    for direction, of_direction in zip(DIRECTIONS, places, strict=True):
-        median = float(np.median(of_direction.ranks().numpy()))
-        if faiss_index is None or median <= looked_at:
-            results[f"{direction}_median_rank"] = median
+    both = _both_ranks(image_embeds, text_embeds, owners, block_size)
+    results = _recalls(both, ks)
+    for direction, found in zip(DIRECTIONS, both, strict=True):
+        results[f"{direction}_median_rank"] = float(np.median(found.ranks().numpy()))
     if bootstrap and 1 in ks:
-        image_hits, text_hits = (of_direction.hits(1).numpy() for of_direction in places)
+        image_hits, text_hits = (found.hits(1).numpy() for found in both)
         intervals = _bootstrap_intervals(image_hits, text_hits, owners.cpu().numpy(), bootstrap, seed)
         for direction, (low, high) in zip(DIRECTIONS, intervals, strict=True):
             results[f"{direction}_r1_low"], results[f"{direction}_r1_high"] = low, high
     return results
 
 
-def find_places(
+def find_ranks(
     query_embeds: torch.Tensor,
     candidate_embeds: torch.Tensor,
     positives: Sequence[Sequence[int]],
     block_size: int = BLOCK_SIZE,
-) -> Places:
+) -> TiedRanks:
     """
-    One direction of retrieval, for any number of right candidates a query: where the best of them stands.
+    One direction of retrieval, for any number of right candidates a query: the rank of the best of them.
 
     Args:
-        query_embeds: [N, dim], on any device.
-        candidate_embeds: [M, dim], on the same device.
-        positives: [N] the places of each query's right candidates, one or more, from 0 to M - 1.
-        block_size: Queries and candidates in a block of similarities.
+        query_embeds (`torch.Tensor`): [N, dim], on any device.
+        candidate_embeds (`torch.Tensor`): [M, dim], on the same device.
+        positives (`Sequence[Sequence[int]]`):
+            [N] the indices of each query's right candidates, one or more, from 0 to M - 1.
+        block_size (`int`, *optional*, defaults to 1024): queries and candidates in a block of similarities.
 
     Returns:
-        [`Places`]; its `hits(k)` [N] and `ranks()` [N] are what recall and median rank are made of.
+        [`TiedRanks`]; its `hits(k)` [N] and `ranks()` [N] are what recall and median rank are made of.
 
     Raises:
         ValueError: if shapes do not fit or are empty, if an embedding holds NaN or infinity, if a query has no
@@ -284,9 +231,9 @@ def find_places(
 
     ```python
     >>> import torch
-    >>> from lotlip_hf.evaluation.retrieval import find_places
+    >>> from lotlip_hf.evaluation.retrieval import find_ranks
 
-    >>> find_places(torch.eye(2), torch.eye(2), [[0], [0, 1]]).hits(1)
+    >>> find_ranks(torch.eye(2), torch.eye(2), [[0], [0, 1]]).hits(1)
     tensor([1., 1.], dtype=torch.float64)
     ```
     """
@@ -308,9 +255,8 @@ def find_places(
             )
         rows += [query] * len(distinct)
         columns += distinct
-    pairs = Pairs.sorted(*torch.tensor([rows, columns], device=query_embeds.device))
-    (places,) = _places(query_embeds, candidate_embeds, pairs, block_size, both=False)
-    return places
+    pairs = torch.tensor([rows, columns], device=query_embeds.device)
+    return _tied_ranks(query_embeds, candidate_embeds, pairs, block_size)[0]
 
 
 def accuracies(
@@ -319,7 +265,6 @@ def accuracies(
     ks: Sequence[int] = (1, 5),
     *,
     tolerance: float = TIE_TOLERANCE,
-    block_size: int = BLOCK_SIZE,
 ) -> dict[str, float]:
     """
     Accuracy of classification: the share of rows whose label is among the k classes with the highest scores.
@@ -328,12 +273,12 @@ def accuracies(
     random order. Constant scores give k/C.
 
     Args:
-        scores: [N, C], the higher, the more likely: similarities or logits, on any device.
-        labels: [N] the right class of each row, from 0 to C - 1.
-        ks: Numbers of classes to look at.
-        tolerance: Scores closer than this share of the label's or of the row's highest one, whichever is larger, are
+        scores (`torch.Tensor`): [N, C], the higher, the more likely: similarities or logits, on any device.
+        labels (`Sequence[int]`): [N] the right class of each row, from 0 to C - 1.
+        ks (`Sequence[int]`, *optional*, defaults to 1 and 5): numbers of classes to look at.
+        tolerance (`float`, *optional*, defaults to 1e-6):
+            Scores closer than this share of the label's or of the row's highest one, whichever is larger, are
             ties: what rounding leaves of equal classes. Take 0 for probabilities, whose small values are apart.
-        block_size: Rows that are looked at together.
 
     Returns:
         `accuracy_top1` and so on for each k, and `mean_per_class_recall`, the top-1 accuracy of each class that has
@@ -355,30 +300,21 @@ def accuracies(
     """
     if scores.dim() != 2 or 0 in scores.shape:
         raise ValueError(f"`scores` must have shape [N, C], one row for each image; got {list(scores.shape)}.")
-    _check_positive("ks", *ks)
-    _check_positive("block_size", block_size)
+    check_positive("ks", *ks)
     if not tolerance >= 0:
         raise ValueError(f"`tolerance` must not be negative, got {tolerance}.")
-    labels = _as_places("labels", labels, len(scores), scores.shape[1], "class", scores.device)
-    _check_finite("scores", scores, block_size)
-
-    better, tied = torch.zeros(2, len(scores), dtype=torch.int64, device=scores.device)
-    first = 0
-    for part in scores.detach().split(block_size):
-        rows = slice(first, first + len(part))
-        own = labels[rows, None]  # [rows, 1]
-        block = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
-        label_scores = block.gather(1, own)
-        margin = tolerance * torch.maximum(label_scores.abs(), block.amax(1, keepdim=True).abs())
-        block.scatter_(1, own, -torch.inf)
-        scratch = torch.empty_like(block)
-        _count(block, label_scores - margin, label_scores + margin, 1, better[rows], tied[rows], scratch)
-        first = rows.stop
-    places = Places(better, tied + 1, torch.ones_like(tied))
-    results = {f"accuracy_top{k}": places.hits(k).mean().item() for k in ks}
+    labels = _as_indices("labels", labels, len(scores), scores.shape[1], "class", scores.device)
+    _check_finite("scores", scores)
+    scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    own = scores.gather(1, labels[:, None])
+    margin = tolerance * torch.maximum(own.abs(), scores.amax(1, keepdim=True).abs())
+    better = (scores > own + margin).sum(1)
+    tied = (scores >= own - margin).sum(1) - better
+    found = TiedRanks(better, tied, torch.ones_like(tied))
+    results = {f"accuracy_top{k}": found.hits(k).mean().item() for k in ks}
     classes = labels.cpu()
     number = classes.bincount()
-    per_class = classes.bincount(places.hits(1)) / number
+    per_class = classes.bincount(found.hits(1)) / number
     results["mean_per_class_recall"] = per_class[number > 0].mean().item()
     return results
 
@@ -388,8 +324,8 @@ def telling_metrics(metrics: Mapping[str, float], protocol: Mapping[str, Any]) -
     Metrics without those that say nothing: a share of right ones among the first k, above 1, of no more than k.
 
     Args:
-        metrics: Numbers by name.
-        protocol: With `num_images`, and `num_texts` or `num_classes`.
+        metrics (`Mapping[str, float]`): numbers by name.
+        protocol (`Mapping[str, Any]`): with `num_images`, and `num_texts` or `num_classes`.
 
     Returns:
         The others.
@@ -403,11 +339,11 @@ def telling_metrics(metrics: Mapping[str, float], protocol: Mapping[str, Any]) -
     return {name: value for name, value in metrics.items() if tells(name)}
 
 
-def _recalls(places: Sequence[Places], ks: Sequence[int]) -> dict[str, float]:
+def _recalls(both: Sequence[TiedRanks], ks: Sequence[int]) -> dict[str, float]:
     return {
-        f"{direction}_r{k}": of_direction.hits(k).mean().item()
+        f"{direction}_r{k}": found.hits(k).mean().item()
         for k in ks
-        for direction, of_direction in zip(DIRECTIONS, places, strict=True)
+        for direction, found in zip(DIRECTIONS, both, strict=True)
     }
 
 
@@ -430,259 +366,63 @@ def _bootstrap_intervals(
     return np.quantile(means, [0.025, 0.975], axis=1).T.tolist()
 
 
-def _both_places(
+def _both_ranks(
     image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor, block_size: int
-) -> list[Places]:
-    """The places of the images' texts among the texts, and of the texts' images among the images."""
-    return _places(image_embeds, text_embeds, _pairs_of_texts(text_to_image), block_size, both=True)
+) -> list[TiedRanks]:
+    """The ranks of the images' texts among the texts, and of the texts' images among the images."""
+    pairs = torch.stack([text_to_image, torch.arange(len(text_to_image), device=text_to_image.device)])
+    return _tied_ranks(image_embeds, text_embeds, pairs, block_size)
 
 
-def _pairs_of_texts(text_to_image: torch.Tensor) -> Pairs:
-    """Images as queries, texts as candidates."""
-    return Pairs(text_to_image, torch.arange(len(text_to_image), device=text_to_image.device))
-
-
-def _places(
-    query_embeds: torch.Tensor, candidate_embeds: torch.Tensor, pairs: Pairs, block_size: int, both: bool
-) -> list[Places]:
+def _tied_ranks(
+    query_embeds: torch.Tensor, candidate_embeds: torch.Tensor, pairs: torch.Tensor, block_size: int
+) -> list[TiedRanks]:
     """
-    The places of the queries' positives among the candidates and, with `both`, also those of the candidates' positives
-    among the queries: a block of similarities serves both directions.
+    The ranks of the queries' positives among the candidates, and those of the candidates' positives among the queries:
+    a block of similarities serves both directions. `pairs` [2, P] are the indices of queries and their positives.
 
     Positives are compared with each other by themselves, and left out of the blocks: a similarity from a product of
     blocks and one from a pair differ in their last digits.
     """
-    device = query_embeds.device
-    ends = (pairs.queries, pairs.candidates) if both else (pairs.queries,)
-    sides = (query_embeds, candidate_embeds) if both else (query_embeds,)
-    with _full_precision(device.type):
-        similarities = _pair_similarities(query_embeds, candidate_embeds, pairs, block_size)
-        best = [_best(similarities, end, len(embeds)) for end, embeds in zip(ends, sides, strict=True)]
-        counts = [torch.zeros(2, len(embeds), dtype=torch.int64, device=device) for embeds in sides]
-        # One memory for all blocks: fetching new memory takes longer than what is done in it.
-        memory = similarities.new_empty(2, min(block_size, len(query_embeds)) * min(block_size, len(candidate_embeds)))
-        for rows, columns, block in _similarity_blocks(query_embeds, candidate_embeds, block_size, memory[0]):
-            scratch = memory[1, : block.numel()].view_as(block)
-            _leave_out(block, pairs, rows.start, columns.start)
-            for side, own in enumerate((rows, columns)[: len(sides)]):
-                matches = best[side][own].unsqueeze(1 - side)
-                low, high = matches - TIE_TOLERANCE, matches + TIE_TOLERANCE
-                _count(block, low, high, 1 - side, *counts[side][:, own], scratch)
-    places = []
-    for end, matches, (better, tied) in zip(ends, best, counts, strict=True):
-        positives = end.new_zeros(len(matches)).index_add_(
-            0, end, (similarities >= matches[end] - TIE_TOLERANCE).to(end.dtype)
+    sides = _normalized(query_embeds), _normalized(candidate_embeds)
+    with _full_precision(query_embeds.device.type):
+        similarities = torch.cat(
+            [(sides[0][part[0]] * sides[1][part[1]]).sum(1) for part in pairs.split(block_size, dim=1)]
         )
-        places.append(Places(better, tied + positives, positives))
-    return places
-
-
-def _count(
-    similarities: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    dim: int,
-    better: torch.Tensor,
-    tied: torch.Tensor,
-    scratch: torch.Tensor,
-) -> None:
-    """
-    Adds to `better` how many similarities along `dim` are above `high`, and to `tied` how many are from `low` to
-    `high`. `scratch` is written over; it has the shape and dtype of `similarities`.
-    """
-    # 0 and 1 as floating-point numbers, exact up to 2**24: torch compares and adds these up far faster than booleans
-    above = torch.gt(similarities, high, out=scratch).sum(dim).long()
-    better += above
-    tied += torch.ge(similarities, low, out=scratch).sum(dim).long() - above
-
-
-def _similarity_blocks(
-    query_embeds: torch.Tensor, candidate_embeds: torch.Tensor, block_size: int, memory: torch.Tensor
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Which queries and which candidates, and their similarities [queries, candidates], which are in `memory`."""
-    first_query = 0
-    # several blocks of queries, for which a block of candidates is normalised once
-    for queries in _blocks(query_embeds, QUERY_BLOCKS * block_size):
-        first_candidate = 0
-        for candidates in _blocks(candidate_embeds, block_size):
-            columns = slice(first_candidate, first_candidate + len(candidates))
-            first_candidate = columns.stop
-            for start in range(0, len(queries), block_size):
-                of_block = queries[start : start + block_size]
-                rows = slice(first_query + start, first_query + start + len(of_block))
-                block = memory[: len(of_block) * len(candidates)].view(len(of_block), len(candidates))
-                yield rows, columns, torch.mm(of_block, candidates.t(), out=block)
-        first_query += len(queries)
-
-
-def _leave_out(block: torch.Tensor, pairs: Pairs, first_query: int, first_candidate: int) -> None:
-    """Puts the positives of a block [queries, candidates] of similarities behind everything, in place."""
-    ends = pairs.candidates.new_tensor([first_candidate, first_candidate + block.shape[1]])
-    own = slice(*torch.searchsorted(pairs.candidates, ends).tolist())
-    rows, columns = pairs.queries[own] - first_query, pairs.candidates[own] - first_candidate
-    inside = (rows >= 0) & (rows < len(block))
-    block[rows[inside], columns[inside]] = -torch.inf
-
-
-def _pair_similarities(
-    query_embeds: torch.Tensor, candidate_embeds: torch.Tensor, pairs: Pairs, block_size: int
-) -> torch.Tensor:
-    """The cosine of each pair, [P]."""
-    return torch.cat(
-        [
-            (_normalized(query_embeds[queries]) * _normalized(candidate_embeds[candidates])).sum(1)
-            for queries, candidates in zip(*(end.split(block_size) for end in pairs), strict=True)
+        best = [
+            similarities.new_full((len(embeds),), -torch.inf).scatter_reduce_(0, end, similarities, "amax")
+            for end, embeds in zip(pairs, sides, strict=True)
         ]
-    )
-
-
-def _best(similarities: torch.Tensor, ends: torch.Tensor, number: int) -> torch.Tensor:
-    """The highest of the pairs' similarities [P] of each of `number` items; `ends` [P] says whose each pair is."""
-    return similarities.new_full((number,), -torch.inf).scatter_reduce_(0, ends, similarities, "amax")
-
-
-def _faiss_places(
-    query_embeds: torch.Tensor,
-    candidate_embeds: torch.Tensor,
-    pairs: Pairs,
-    factory: str,
-    parameters: str | None,
-    looked_at: int,
-    block_size: int,
-) -> Places:
-    """
-    The places among the candidates that a FAISS index returns, `looked_at` for each query, their similarities computed
-    anew. A query that has `looked_at` candidates before its positives, or whose positives the index has not found, has
-    `NOT_FOUND` better ones.
-    """
-    number, device = len(query_embeds), query_embeds.device
-    looked_at = min(looked_at, len(candidate_embeds))
-    index = _faiss_index(candidate_embeds, factory, parameters, block_size)
-    best = _best(_pair_similarities(query_embeds, candidate_embeds, pairs, block_size), pairs.queries, number)
-    keys_of_pairs = (pairs.queries * len(candidate_embeds) + pairs.candidates).sort().values
-    better, tied, positives = torch.ones(3, number, dtype=torch.int64, device=device)
-    unclear = []
-    first = 0
-    for queries in _blocks(query_embeds, block_size):
-        rows = slice(first, first + len(queries))
-        first = rows.stop
-        found = torch.from_numpy(index.search(queries.float().cpu().numpy(), looked_at)[1]).to(device)
-        returned = _similarities_of_found(queries, candidate_embeds, found, block_size)  # [queries, looked_at]
-        keys = torch.arange(rows.start, rows.stop, device=device)[:, None] * len(candidate_embeds) + found
-        places_of_keys = torch.searchsorted(keys_of_pairs, keys).clamp(max=len(keys_of_pairs) - 1)
-        is_positive = (keys_of_pairs[places_of_keys] == keys) & (found >= 0)
-        others = returned.masked_fill(is_positive, -torch.inf)
-        own = returned.masked_fill(~is_positive, -torch.inf)
-        is_found = is_positive.any(1)
-        matches = torch.where(is_found, own.amax(1), best[rows])
-        low, high = (matches[:, None] + margin for margin in (-TIE_TOLERANCE, TIE_TOLERANCE))
-
-        last = returned.amin(1, keepdim=True)
-        # Ties may go on behind the last one. Twice the tolerance: FAISS orders by similarities of its own rounding.
-        is_unclear = ((last <= high) & (last >= low - TIE_TOLERANCE)).squeeze(1) & (looked_at < len(candidate_embeds))
-        unclear.append(is_unclear.nonzero().squeeze(1) + rows.start)
-        above = (others > high).sum(1)
-        better[rows] = torch.where(is_found, above, NOT_FOUND)
-        tied[rows] = torch.where(is_found, (returned >= low).sum(1) - above, 1)
-        positives[rows] = torch.where(is_found, (own >= low).sum(1), 1)
-
-    compared = torch.cat(unclear)
-    for start in range(0, len(compared), block_size):
-        rows = compared[start : start + block_size]
-        # the pairs of these queries, the queries numbered anew
-        place = torch.searchsorted(rows, pairs.queries).clamp(max=len(rows) - 1)
-        own = rows[place] == pairs.queries
-        of_rows = Pairs(place[own], pairs.candidates[own])
-        (places,) = _places(query_embeds[rows], candidate_embeds, of_rows, block_size, both=False)
-        better[rows], tied[rows], positives[rows] = places
-    return Places(better, tied, positives)
-
-
-def check_search(
-    dim: int, bootstrap: int = 0, faiss_index: str | None = None, faiss_parameters: str | None = None
-) -> None:
-    """
-    Finds out before the long work whether [`retrieval_metrics`] can search as it is asked to.
-
-    Args:
-        dim: Width of the embeddings.
-        bootstrap, faiss_index, faiss_parameters: As there.
-
-    Raises:
-        ImportError: if FAISS is asked for and not installed.
-        ValueError: if FAISS knows no such index or parameters, or `bootstrap` is negative.
-    """
-    if bootstrap < 0:
-        raise ValueError(f"`bootstrap` must not be negative, got {bootstrap}.")
-    if faiss_index is not None:
-        _empty_faiss_index(dim, faiss_index, faiss_parameters)
-    elif faiss_parameters is not None:
-        raise ValueError("`faiss_parameters` are those of an index: give `faiss_index` too, such as 'IVF256,Flat'.")
-
-
-def _empty_faiss_index(dim: int, factory: str, parameters: str | None) -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError("`faiss_index` needs FAISS: pip install faiss-cpu") from error
-    try:
-        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise ValueError(
-            f"`faiss_index` {factory!r} cannot be made for {dim} dimensions. FAISS says: {error}"
-        ) from error
-    if parameters is not None:
-        try:
-            faiss.ParameterSpace().set_index_parameters(index, parameters)
-        except RuntimeError as error:
-            raise ValueError(
-                f"`faiss_parameters` {parameters!r} do not fit the index {factory!r}. FAISS says: {error}"
-            ) from error
-    return index
-
-
-def _faiss_index(embeds: torch.Tensor, factory: str, parameters: str | None, block_size: int) -> Any:
-    """A FAISS index of the embeddings [M, dim], by inner product."""
-    index = _empty_faiss_index(embeds.shape[1], factory, parameters)
-    try:
-        if not index.is_trained:
-            sample = embeds[:: math.ceil(len(embeds) / FAISS_TRAINING_ROWS)]
-            index.train(torch.cat(list(_blocks(sample, block_size))).float().cpu().numpy())
-    except RuntimeError as error:
-        raise ValueError(
-            f"`faiss_index` {factory!r} cannot be made of {len(embeds)} embeddings of {embeds.shape[1]} dimensions. "
-            f"FAISS says: {error}"
-        ) from error
-    for block in _blocks(embeds, block_size):
-        index.add(block.float().cpu().numpy())
-    return index
-
-
-def _similarities_of_found(
-    queries: torch.Tensor, candidate_embeds: torch.Tensor, found: torch.Tensor, block_size: int
-) -> torch.Tensor:
-    """The cosines of normalised `queries` [Q, dim] with the candidates `found` [Q, K], -inf where that is below 0."""
-    parts = []
-    rows_at_once = max(1, block_size // found.shape[1])  # so that block_size candidates are held
-    for own_queries, own in zip(queries.split(rows_at_once), found.split(rows_at_once), strict=True):
-        candidates = _normalized(candidate_embeds[own.clamp(min=0).flatten()]).unflatten(0, own.shape)
-        parts.append((candidates * own_queries[:, None]).sum(2))
-    return torch.cat(parts).masked_fill(found < 0, -torch.inf)
-
-
-def _blocks(embeds: torch.Tensor, block_size: int) -> Iterator[torch.Tensor]:
-    """The embeddings [block_size, dim] at a time, normalised."""
-    return map(_normalized, embeds.split(block_size))
+        counts = [torch.zeros(2, len(embeds), dtype=torch.int64, device=embeds.device) for embeds in sides]
+        # One memory for all blocks: fetching new memory takes longer than what is done in it.
+        memory = similarities.new_empty(2, *(min(block_size, len(embeds)) for embeds in sides)).flatten(1)
+        for row in range(0, len(sides[0]), block_size):
+            for column in range(0, len(sides[1]), block_size):
+                queries, candidates = sides[0][row : row + block_size], sides[1][column : column + block_size]
+                shape = (len(queries), len(candidates))
+                block, scratch = (part[: shape[0] * shape[1]].view(shape) for part in memory)
+                torch.mm(queries, candidates.t(), out=block)
+                local = pairs - pairs.new_tensor([[row], [column]])
+                local = local[:, ((local >= 0) & (local < pairs.new_tensor(shape)[:, None])).all(0)]
+                block[local[0], local[1]] = -torch.inf
+                for side, first in enumerate((row, column)):
+                    own = slice(first, first + shape[side])
+                    matches = best[side][own].unsqueeze(1 - side)
+                    # 0 and 1 as floating-point numbers, exact up to 2**24: torch adds them up far faster than booleans
+                    above = torch.gt(block, matches + TIE_TOLERANCE, out=scratch).sum(1 - side).long()
+                    at_least = torch.ge(block, matches - TIE_TOLERANCE, out=scratch).sum(1 - side).long()
+                    counts[side][:, own] += torch.stack([above, at_least - above])
+    found = []
+    for end, matches, (better, tied) in zip(pairs, best, counts, strict=True):
+        is_tied = similarities >= matches[end] - TIE_TOLERANCE
+        positives = end.new_zeros(len(matches)).index_add_(0, end, is_tied.long())
+        found.append(TiedRanks(better, tied + positives, positives))
+    return found
 
 
 def _normalized(embeds: torch.Tensor) -> torch.Tensor:
     """Embeddings of length 1, in float32 or better; zeros stay zeros."""
-    embeds = embeds.detach().to(torch.promote_types(embeds.dtype, torch.float32))
-    smallest = torch.finfo(embeds.dtype).tiny
-    # Divided by the largest value first: the squares of very large or small ones do not fit into float32.
-    largest = torch.maximum(embeds.amax(1, keepdim=True), -embeds.amin(1, keepdim=True))
-    embeds = embeds / largest.clamp_(min=smallest)
-    return embeds.div_(torch.linalg.vector_norm(embeds, dim=1, keepdim=True).clamp_(min=smallest))
+    return F.normalize(embeds.detach().to(torch.promote_types(embeds.dtype, torch.float32)), dim=1)
 
 
 def _check(
@@ -692,8 +432,8 @@ def _check(
     ks: Sequence[int],
     block_size: int,
 ) -> torch.Tensor:
-    """Raises a `ValueError` that names the argument; returns the place of each text's image, [T]."""
-    _check_positive("ks", *ks)
+    """Raises a `ValueError` that names the argument; returns the index of each text's image, [T]."""
+    check_positive("ks", *ks)
     _check_embeddings({"image_embeds": image_embeds, "text_embeds": text_embeds}, block_size)
     number_of_images, number_of_texts = len(image_embeds), len(text_embeds)
     if text_to_image is None:
@@ -703,7 +443,7 @@ def _check(
                 f"belonging to image i; got {list(image_embeds.shape)} and {list(text_embeds.shape)}."
             )
         return torch.arange(number_of_texts, device=image_embeds.device)
-    owners = _as_places(
+    owners = _as_indices(
         "text_to_image", text_to_image, number_of_texts, number_of_images, "image", image_embeds.device
     )
     without = (owners.bincount(minlength=number_of_images) == 0).nonzero()
@@ -715,11 +455,11 @@ def _check(
     return owners
 
 
-def _as_places(
-    name: str, places: Sequence[int] | torch.Tensor, length: int, number: int, what: str, device: torch.device
+def _as_indices(
+    name: str, indices: Sequence[int] | torch.Tensor, length: int, number: int, what: str, device: torch.device
 ) -> torch.Tensor:
-    """`places` as int64 [length], each from 0 to `number` - 1."""
-    tensor = torch.as_tensor(places, device=device)
+    """`indices` as int64 [length], each from 0 to `number` - 1."""
+    tensor = torch.as_tensor(indices, device=device)
     if tensor.shape != (length,) or tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise ValueError(
             f"`{name}` must hold {length} whole numbers, the {what} of each; got {tensor.dtype} of shape "
@@ -735,35 +475,28 @@ def _as_places(
 
 
 def _check_embeddings(embeds: dict[str, torch.Tensor], block_size: int) -> None:
-    _check_positive("block_size", block_size)
+    check_positive("block_size", block_size)
     (name, one), (other_name, other) = embeds.items()
     if not (one.dim() == other.dim() == 2 and one.shape[1] == other.shape[1]) or 0 in (*one.shape, *other.shape):
         raise ValueError(
             f"`{name}` and `{other_name}` must have shape [N, dim] each, with the same dim; got {list(one.shape)} and "
             f"{list(other.shape)}."
         )
-    if one.device != other.device or (one.dtype == torch.float64) != (other.dtype == torch.float64):
-        raise ValueError(
-            f"`{name}` and `{other_name}` must be on one device and both or neither in float64; got {one.dtype} on "
-            f"{one.device} and {other.dtype} on {other.device}."
-        )
     for own_name, own in embeds.items():
-        _check_finite(own_name, own, block_size)
+        _check_finite(own_name, own)
 
 
-def _check_positive(name: str, *values: int) -> None:
+def check_positive(name: str, *values: int) -> None:
+    """Raises a `ValueError` that names the argument if one of the numbers is below 1 or not whole."""
     for value in values:
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"`{name}` must be at least 1 and whole, got {value}.")
 
 
-def _check_finite(name: str, embeds: torch.Tensor, block_size: int) -> None:
-    first = 0
-    for block in embeds.split(block_size):
-        if not torch.stack(block.aminmax()).isfinite().all():
-            row = first + int(block.isfinite().all(1).int().argmin())
-            raise ValueError(f"`{name}` hold NaN or infinity, first in row {row} of {len(embeds)}.")
-        first += len(block)
+def _check_finite(name: str, embeds: torch.Tensor) -> None:
+    if not torch.stack(embeds.aminmax()).isfinite().all():
+        row = int(embeds.isfinite().all(1).int().argmin())
+        raise ValueError(f"`{name}` hold NaN or infinity, first in row {row} of {len(embeds)}.")
 
 
 @contextmanager

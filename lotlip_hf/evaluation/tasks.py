@@ -17,15 +17,16 @@ class RetrievalData:
     Images and the texts that belong to them.
 
     Args:
-        id: What the data set is called on the Hub, such as `"google/imageinwords"`, or a name of its own.
-        name: What a table calls it, such as `"IIW"`.
-        images: [I] paths, bytes of image files, or images; read one by one, so it may load them when asked.
-        image_names: [I] what messages call the images, such as their file names.
-        texts: [T] as they are encoded: normalised already, as the protocol wants them.
-        text_to_image: [T] the place in `images` of each text's image. Every image has a text.
-        split: Which part of the data set it is.
-        revision: Of the data set on the Hub, if it comes from there.
-        protocol: How texts were normalised and images chosen: what somebody needs to do the same again.
+        id (`str`): what the data set is called on the Hub, such as `"google/imageinwords"`, or a name of its own.
+        name (`str`): what a table calls it, such as `"IIW"`.
+        images (`Sequence[ImageSource]`):
+            [I] paths, bytes of image files, or images; read one by one, so it may load them when asked.
+        image_names (`Sequence[str]`): [I] what messages call the images, such as their file names.
+        texts (`Sequence[str]`): [T] as they are encoded: normalised already, as the protocol wants them.
+        text_to_image (`Sequence[int]`): [T] the index in `images` of each text's image. Every image has a text.
+        split (`str`, *optional*): which part of the data set it is.
+        revision (`str`, *optional*): of the data set on the Hub, if it comes from there.
+        protocol (`Mapping[str, Any]`): how texts were normalised and images chosen.
     """
 
     id: str
@@ -45,9 +46,9 @@ class ClassificationData:
     Images and the class of each.
 
     Args:
-        id, name, images, image_names, split, revision, protocol: As in [`RetrievalData`].
-        labels: [I] the place in `class_names` of each image's class.
-        class_names: [C] as they stand in a prompt.
+        id, name, images, image_names, split, revision, protocol: as in [`RetrievalData`].
+        labels (`Sequence[int]`): [I] the index in `class_names` of each image's class.
+        class_names (`Sequence[str]`): [C] as they stand in a prompt.
     """
 
     id: str

@@ -14,15 +14,15 @@ from ..data.sampling import split_sentences
 from ..files import markdown_text, printable, replacing, write_json
 from ..plots import COLOURS, figure, save, wrapped
 from .captioners.base import published_name
+from .chunks import SUFFIXES
 from .config import NO_ANSWER, RelabelConfig
 from .quality import REASONS
-from .shards import SUFFIXES
 
 CARD = "README.md"
 HISTOGRAMS = "histograms.png"
 STATISTICS = "statistics.json"
 EXPLAINED = {**REASONS, NO_ANSWER: "The endpoint, or the model's processor, refused this image for good."}
-BOUNDS = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
+SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "n>1B")  # by digits
 COUNTED = ("tokens", "sub_captions")
 
 
@@ -158,15 +158,10 @@ def write_card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: 
 
 def _card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Sequence[Sequence[str]]) -> str:
     images = statistics["images"]
-    at_least = max((bound for bound in BOUNDS if bound <= images), default=None)
-    above = min((bound for bound in BOUNDS if bound > images), default=None)
-    size = f"n<{_short(BOUNDS[0])}" if at_least is None else f"n>{_short(at_least)}"
-    if at_least is not None and above is not None:
-        size = f"{_short(at_least)}<n<{_short(above)}"
     metadata = DatasetCardData(
         task_categories=["image-to-text", "zero-shot-image-classification"],
         tags=["lotlip", "long-captions", "synthetic"],
-        size_categories=[size],
+        size_categories=[SIZES[min(max(len(str(images)) - 3, 0), len(SIZES) - 1)]],
         configs=[{"config_name": "default", "data_files": f"data/*{SUFFIXES[config.format]}"}],
     )
     captioners = [
@@ -309,10 +304,3 @@ def _code(text: str) -> str:
     """A text as code in Markdown, in a table too."""
     text = printable(text).replace("`", "'").replace("|", "\\|")
     return f"`{text}`"
-
-
-def _short(number: int) -> str:
-    for bound, letter in ((1_000_000_000, "B"), (1_000_000, "M"), (1_000, "K")):
-        if number >= bound:
-            return f"{number // bound}{letter}"
-    return str(number)

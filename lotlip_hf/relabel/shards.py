@@ -1,10 +1,10 @@
-"""Shards of relabelled records, which `records.load_records` reads as they are."""
+"""Shards of relabelled records, which `records.load_records` reads as they are, and the statistics beside them."""
 
 import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -12,10 +12,18 @@ import pyarrow.parquet as pq
 from datasets import Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
-from ..images import image_extensions, readable_formats
+from ..data.sampling import split_sentences
+from ..files import replacing, write_json
+from ..images import ImageError, image_extensions, image_source, readable_formats
+from .captioners.base import CaptionerConfig, published_name
+from .card import COUNTED, shard_statistics
+from .chunks import Chunk, journal_path, open_journal, shard_path, sidecar_path
+from .config import RelabelConfig
+from .journal import NONE, DamagedError, changed, read_json
+from .storage import Storage, as_text, digest, file_of, writable
 
-SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 # Rows and bytes of images that are in memory at a time, here and in readers
 ROW_GROUP, ROW_GROUP_BYTES = 100, 1 << 27
 # Of kinds that have several, and of the JPEGs of some cameras; the others' are PIL's.
@@ -42,6 +50,151 @@ FEATURES = Features(
         ),
     }
 )
+
+
+# The form of a sidecar, for `fits`
+COUNTS = {str: int}
+SIDECAR = {
+    "records": str,
+    "skipped": [dict],
+    "statistics": {
+        "images": int,
+        "raw": {"tokens": COUNTS, "sub_captions": COUNTS},
+        "captioners": [
+            {
+                **dict.fromkeys(("dropped", "asked_again"), int),
+                **dict.fromkeys(("tokens", "sub_captions", "marked", "dropped_for", "mended"), COUNTS),
+            }
+        ],
+    },
+    "revisions": [(str, NONE)],
+}
+
+
+def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The chunk with its captions, in place of their journals."""
+    journals = [open_journal(config, chunk, number) for number in range(len(config.captioners))]
+    details: list[list[dict[str, Any]]] = []
+    raw: list[str] = []
+    skipped: list[dict[str, Any]] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for record, *captions in zip(chunk.records, *(journal.captions() for journal in journals), strict=True):
+            texts = [caption.get("text", "") for caption in captions]
+            raw_caption = _raw_caption(record["short_caption"])
+            sentences = (sentence for text in texts for sentence in split_sentences(text))
+            short_caption = raw_caption or next(sentences, "")
+            reason = next((caption["skip"] for caption in captions if "skip" in caption), None)
+            path = image_source(record["image"]).path
+            name = None if path is None else as_text(storage.name(path))
+            entry = {"id": as_text(storage.unplaced(str(record["id"]))), "image": name}
+            image: dict[str, Any] | str = reason or _image(record["image"], captions, config, storage)
+            if isinstance(image, str):
+                skipped.append({**entry, "reason": image})
+                continue
+            described = [
+                _describe(options, journal.header["revision"], caption, tokenizer)
+                for options, journal, caption in zip(config.captioners, journals, captions, strict=True)
+            ]
+            details.append(described)
+            if not short_caption:
+                reason = "no caption was kept, and it has no raw one"
+                what = [{name: one[name] for name in ("model", "reasons", "dropped")} for one in described]
+                skipped.append({**entry, "reason": reason, "captions": what})
+                continue
+            if raw_caption:
+                raw.append(raw_caption)
+            yield {
+                "id": entry["id"],
+                "image": image,
+                "short_caption": short_caption,
+                "long_captions": texts,
+                "captions": described,
+            }
+
+    with replacing(shard_path(config, chunk.name)) as file:
+        write_shard(file, rows(), config.format, chunk.name)
+        images = len(details) - sum("captions" in one for one in skipped)
+        sidecar = {
+            **chunk.header(),
+            "skipped": skipped,
+            "statistics": shard_statistics(details, images, raw, config, tokenizer),
+            "revisions": [journal.header["revision"] for journal in journals],
+        }
+        # what it says of the shard is there before the shard, whose being there ends the work on the chunk
+        write_json(sidecar_path(config, chunk.name), sidecar)
+    for journal in journals:
+        journal.path.unlink(missing_ok=True)  # the process that ends the run removes what is left
+
+
+def _describe(
+    options: CaptionerConfig, revision: str | None, caption: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """What the column `captions` says of a caption."""
+    return {
+        "model": published_name(options.model),
+        "revision": revision,
+        "prompt": options.prompt,
+        "settings": options.published_settings(caption["attempts"] - 1),
+        "attempts": caption["attempts"],
+        "tokens": len(tokenizer(caption["text"], add_special_tokens=False, verbose=False)["input_ids"]),
+        "sub_captions": len(split_sentences(caption["text"])),
+        "reasons": caption["reasons"],
+        "earlier_reasons": caption["earlier_reasons"],
+        "dropped": caption.get("dropped"),
+    }
+
+
+def _image(
+    image: Any, captions: Sequence[Mapping[str, Any]], config: RelabelConfig, storage: Storage
+) -> dict[str, Any] | str:
+    """As a shard has it, or why it cannot."""
+    path, stored = file_of(image), image_source(image)
+    if path is None:
+        name = None if stored.path is None else os.path.basename(stored.path)
+        return {"bytes": stored.source if isinstance(stored.source, bytes) else None, "path": name}
+    name = storage.name(path)
+    if not config.copies_images:
+        return {"bytes": None, "path": name}
+    try:
+        content = storage.read(image)["bytes"]
+    except ImageError as error:
+        storage.check(image, error)
+        return f"{as_text(name)}: cannot be read any more since it was captioned ({storage.unplaced(as_text(error))})"
+    if any(caption["image"] != digest(content) for caption in captions):
+        return f"{as_text(name)}: has changed since it was captioned"
+    return {"bytes": content, "path": os.path.basename(path)}
+
+
+def _raw_caption(caption: Any) -> str:
+    """The raw caption, as it can be written."""
+    return writable(caption) if isinstance(caption, str) and caption.strip() else ""
+
+
+def read_sidecar(config: RelabelConfig, name: str) -> dict[str, Any]:
+    """The statistics of a shard and what was skipped."""
+    path = sidecar_path(config, name)
+    sidecar = read_json(path, SIDECAR)
+    statistics = sidecar["statistics"]
+    numbers = [one[what] for one in (statistics["raw"], *statistics["captioners"]) for what in COUNTED]
+    if not all(key.isdecimal() for counts in numbers for key in counts) or not (
+        len(statistics["captioners"]) == len(sidecar["revisions"]) == len(config.captioners)
+    ):
+        raise DamagedError(path, "other fields or types than a run writes")
+    return sidecar
+
+
+def is_done(config: RelabelConfig, name: str, records: list[dict[str, Any]] | None, number: int) -> bool:
+    """
+    Whether a captioner has nothing left to do for a chunk; the last one also leaves its shard. Records that are at
+    hand are compared with those that the shard was made of, by their ids.
+    """
+    if shard_path(config, name).exists():
+        if records is not None:
+            if read_sidecar(config, name)["records"] != Chunk(name, records).header()["records"]:
+                raise changed(config.data, f"those of {name} are others")
+        return True
+    return number < len(config.captioners) - 1 and journal_path(config, name, number).exists()
 
 
 def write_shard(file: BinaryIO, rows: Iterable[Mapping[str, Any]], format: str, name: str) -> None:

@@ -17,22 +17,12 @@ from .config import TrainingConfig
 
 def batches_per_epoch(num_records: int, config: TrainingConfig, num_processes: int) -> int:
     """
-    How many batches an epoch has.
-
-    Args:
-        num_records: Records of the data set.
-        config: `batch_size` (of a process) and `drop_last`.
-        num_processes: How many processes share a batch.
-
-    Returns:
-        The full batches, and the last one that is not full, unless `drop_last` says otherwise or it holds fewer
-        records than there are processes.
+    The full batches of an epoch, and the last one that is not full, unless `drop_last` says otherwise or it holds
+    fewer records than there are processes.
 
     Raises:
         ValueError: if there is none.
     """
-    if not num_records:
-        raise ValueError("There are no records: the data set is empty.")
     size = config.batch_size * num_processes
     full, rest = divmod(num_records, size)
     number = full + (not config.drop_last and rest >= num_processes)
@@ -44,18 +34,29 @@ def batches_per_epoch(num_records: int, config: TrainingConfig, num_processes: i
     return number
 
 
+def num_steps(records: Dataset | IterableDataset, config: TrainingConfig, num_processes: int) -> int:
+    """
+    Steps of the optimiser: `max_steps`, or as many as `num_epochs` make.
+
+    Raises:
+        ValueError: if a stream has no `max_steps`, an epoch no batch, or the warm-up more steps than the run.
+    """
+    if config.max_steps is not None:
+        return config.max_steps
+    if isinstance(records, IterableDataset):
+        raise ValueError("The records are a stream, whose length is not known: set `max_steps`.")
+    batches = batches_per_epoch(len(records), config, num_processes)
+    # 0.29 x 100 is a little less than 29
+    steps = max(1, int(round(config.num_epochs * batches, 6)) // config.gradient_accumulation_steps)
+    if config.warmup_steps > steps:
+        raise ValueError(f"`warmup_steps` ({config.warmup_steps}) is more than the run's {steps} steps.")
+    return steps
+
+
 class EpochBatches(Sampler[list[int]]):
     """
     One process's batches of one epoch: of each global batch, a run of the shuffled records, an even part. So what a
     step sees does not depend on the number of processes.
-
-    Args:
-        num_records: Records of the data set.
-        config: The options.
-        epoch: Number of the epoch.
-        start: The first batch to give.
-        rank: Number of this process.
-        num_processes: How many there are.
     """
 
     def __init__(
@@ -77,10 +78,8 @@ class EpochBatches(Sampler[list[int]]):
 
 class _Collator:
     """
-    The collator as a `DataLoader`'s workers call it. An error comes back as it is, for the loader would wrap it in its
-    own; and of a resumed stream, what is thrown away anyway is not decoded.
-
-    Workers take turns, so of the first `num_skipped` batches each makes at least `num_skipped // num_workers`.
+    The collator as a `DataLoader`'s workers call it. Errors are returned, for the loader would wrap them. The first
+    `num_skipped` batches of a resumed stream are not decoded: each worker makes `num_skipped // num_workers` or more.
     """
 
     def __init__(self, collator: LoTLIPCollator, num_skipped: int = 0) -> None:
@@ -118,21 +117,17 @@ def iterate_batches(
     The batches from a position on, epoch after epoch, without end.
 
     Args:
-        records: The data set. A stream is shuffled within `shuffle_buffer` records, and its shards (or, where there
-            are too few, its records) are divided between the processes.
+        records: The data set. A stream is shuffled within `shuffle_buffer` records, and its shards (or, if there are
+            too few, its records) are divided between the processes.
         collator: Makes a batch of records.
         config: The options.
         epoch: The first epoch.
-        start: The first batch of that epoch. Of a stream what lies before it is read and thrown away.
+        start: The first batch of that epoch. A stream is read from its beginning.
         rank: Number of this process.
-        num_processes: How many there are.
+        num_processes: Number of processes.
 
     Yields:
-        The position behind the batch, (epoch, number of the next batch), and the batch.
-
-    Raises:
-        ValueError: if the data set is empty.
-        ImageError, RecordError: see [`LoTLIPCollator`].
+        The position after the batch, (epoch, number of the next batch), and the batch.
     """
     for number in count(epoch):
         collator.set_epoch(number)
@@ -154,12 +149,12 @@ def iterate_batches(
                 collate_fn=_Collator(collator, start),
                 **arguments,
             )
-            skipped = start
+            first = 0  # read and thrown away up to `start`
         else:
             sampler = EpochBatches(len(records), config, number, start, rank, num_processes)
             loader = DataLoader(records, batch_sampler=sampler, collate_fn=_Collator(collator), **arguments)  # pyright: ignore[reportArgumentType]
-            skipped = 0
-        index = first = start - skipped
+            first = start
+        index = first
         for index, batch in enumerate(loader, first + 1):
             if isinstance(batch, Exception):
                 raise batch

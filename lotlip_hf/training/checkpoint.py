@@ -1,4 +1,4 @@
-"""Checkpoints of a run, each whole or not there: a model for `AutoModel`, and in `state` what a resumed run needs."""
+"""A run's folder and its checkpoints: a model for `AutoModel`, and in `state` what a resumed run needs."""
 
 import hashlib
 import json
@@ -14,10 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers.utils import logging
 
-from ..distributed import max_over_ranks
-from ..files import PARTIAL, parse_json, read_regular
+from ..distributed import any_rank
+from ..files import PARTIAL, inside, parse_json, printable, publish, read_regular
+from .config import CONFIG_NAME, TrainingConfig, check_resumed
 
 logger = logging.get_logger(__name__)
 
@@ -32,21 +34,75 @@ class CheckpointError(RuntimeError):
 
 
 class Stateful(Protocol):
-    """An object that gives its state and goes on from it: a module, a scheduler."""
+    """A module, a scheduler."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
+def checkpoint_step(name: str) -> int | None:
+    """The step that the name of a checkpoint's folder says, `checkpoint-N`; `None` for other names."""
+    match = re.fullmatch(r"checkpoint-(\d+)", name)
+    return int(match[1]) if match else None
+
+
 def list_checkpoints(output: str | os.PathLike) -> list[Path]:
     """The whole checkpoints in a run's folder, the oldest first."""
-    numbered = {
-        int(match[1]): path
-        for path in Path(output).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
-    return [numbered[step] for step in sorted(numbered)]
+    paths = [path for path in Path(output).glob("checkpoint-*") if checkpoint_step(path.name) is not None]
+    return sorted(paths, key=lambda path: checkpoint_step(path.name) or 0)
+
+
+def prepare_folder(config: TrainingConfig, accelerator: Accelerator) -> Path | None:
+    """
+    Makes a run's folder, `config.output`, and writes the options to it.
+
+    Returns:
+        The checkpoint to go on from, if any.
+
+    Raises:
+        FileExistsError: if there are checkpoints of another run.
+        ValueError: if an entry leads out of the folder or is no file, or if options differ from the resumed run's.
+    """
+    output = Path(config.output)
+    for name in os.listdir(output) if output.is_dir() else ():
+        path = Path(inside(output, name))
+        if not (path.is_file() or path.is_dir() or not path.exists()):  # another process may have removed it
+            raise ValueError(f"{printable(path)}: neither a file nor a folder; choose another `output`.")
+    checkpoints = list_checkpoints(output)
+    is_resumed = config.resume and (output / CONFIG_NAME).exists()
+    if is_resumed:
+        check_resumed(config)
+    if checkpoints and not config.resume:
+        raise FileExistsError(
+            f"{output} holds checkpoints of another run, up to {checkpoints[-1].name}: go on with it (`resume`), or "
+            "choose another `output`."
+        )
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        for path in output.glob(f"checkpoint-*{PARTIAL}"):  # what an interrupted save left
+            shutil.rmtree(path, ignore_errors=True)
+        for path in output.glob(f".*{PARTIAL}"):
+            path.unlink()
+        if not is_resumed:
+            config.save(output)
+    accelerator.wait_for_everyone()
+    if config.resume and not checkpoints:
+        accelerator.print(f"{output} holds no checkpoint to go on from: starting anew.")
+    return checkpoints[-1] if checkpoints else None
+
+
+def check_room(output: Path, model: nn.Module, has_average: bool) -> None:
+    """Checks that the disk has room for the weights twice, AdamW's two moments and the averaged weights."""
+    parameters = list(model.parameters())
+    size = sum(parameter.nbytes for parameter in parameters)
+    trained = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
+    needed = size * (3 if has_average else 2) + 2 * trained
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        raise CheckpointError(
+            f"{output}: a checkpoint takes about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free."
+        )
 
 
 def save_checkpoint(
@@ -59,25 +115,20 @@ def save_checkpoint(
     save_total_limit: int = 0,
 ) -> Path:
     """
-    Writes `checkpoint-{step}`, and then removes the oldest ones. Every process calls it. It appears under its name
-    when all of it is on the disk; whatever happens before leaves the other checkpoints as they are. One of the same
-    step is left alone.
+    Writes `checkpoint-{step}` and removes the oldest ones. Every process calls it. The folder gets its name when it is
+    whole and on the disk; an existing one is left as it is.
 
     Args:
         output: The run's folder.
         step: Steps of the optimiser so far.
         accelerator: Saves the weights, the optimiser and the random numbers.
-        save_model: Writes what `AutoModel` loads into the folder it is given; every process calls it.
-        progress: What else the run has to know, different on every process.
-        states: By name, other objects with a state of tensors and numbers, the same on every process. They are not
-            registered with `accelerator`, which unpickles their files.
+        save_model: Writes the model into a folder; every process calls it.
+        progress: Numbers of the run, different on every process.
+        states: Further objects to save, by name. `accelerator` would unpickle their files.
         save_total_limit: Checkpoints to keep; 0 keeps all.
 
-    Returns:
-        The checkpoint's folder.
-
     Raises:
-        CheckpointError: if it cannot be written on one of the processes; raised on all.
+        CheckpointError: on all processes, if one of them cannot write.
     """
     final = Path(output, f"checkpoint-{step}")
     if final.exists():
@@ -97,20 +148,18 @@ def save_checkpoint(
         progress_file = partial / STATE / f"{accelerator.process_index}-{PROGRESS}"
         progress_file.write_text(json.dumps({**progress, RANDOM: _random_digest()}), encoding="utf-8")
 
-    def publish() -> None:
+    def name_folder() -> None:
         if accelerator.is_main_process:
-            _sync(partial)
-            partial.rename(final)
-            _sync_folder(final.parent)
+            publish(partial, final)
 
     # after each part all processes know whether it went well on all: in the next one they may wait for each other
-    for part in (make_folder, lambda: save_model(partial), write_state, publish):
+    for part in (make_folder, lambda: save_model(partial), write_state, name_folder):
         reason = ""
         try:
             part()
         except Exception as error:  # torch and safetensors raise their own kinds where the disk is full
             reason = " ".join(str(error).split()) or type(error).__name__
-        if not _is_ok_everywhere(not reason, accelerator):
+        if any_rank(bool(reason), accelerator.device):
             if accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(output).free
@@ -137,16 +186,8 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 def load_checkpoint(checkpoint: Path, accelerator: Accelerator, states: Mapping[str, Stateful]) -> dict[str, Any]:
     """
-    Loads what [`save_checkpoint`] saved into `states` and the objects that `accelerator` has prepared. Only tensors,
-    numbers and texts are read: no code in a checkpoint runs.
-
-    Args:
-        checkpoint: A checkpoint's folder.
-        accelerator: With the model and the optimiser of the same run.
-        states: As they were saved.
-
-    Returns:
-        `progress` of this process.
+    Loads a checkpoint into `states` and the objects that `accelerator` has prepared, and returns `progress` of this
+    process. Only tensors, numbers and texts are read: no code in a checkpoint runs.
 
     Raises:
         CheckpointError: if it cannot be read, or was written by another number of processes.
@@ -194,38 +235,7 @@ def _state_file(checkpoint: Path, name: str) -> Path:
     return checkpoint / STATE / f"{name}.pt"
 
 
-def remove_partial(output: str | os.PathLike) -> None:
-    """Removes what an interrupted save left."""
-    for path in Path(output).glob(f"checkpoint-*{PARTIAL}"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in Path(output).glob(f".*{PARTIAL}"):
-        path.unlink()
-
-
 def _random_digest() -> str:
     """A digest of the random numbers to come, those of Python, NumPy and torch."""
     states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     return hashlib.blake2b(repr(states).encode(), digest_size=16).hexdigest()
-
-
-def _is_ok_everywhere(ok: bool, accelerator: Accelerator) -> bool:
-    return not max_over_ranks(torch.tensor(int(not ok), device=accelerator.device)).item()
-
-
-def _sync(folder: Path) -> None:
-    """Sees to it that a folder's files are on the disk, not only on their way."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _sync_folder(path)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import parse_json, replacing
+from ..files import append_json_line, read_json_lines, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ class RunLog:
     """
     The log of a run: each line is on its way to the disk when `write` returns, so that a killed process loses none.
 
-    A last line that a killed process has written in part is cut off when the log is opened.
+    Half a line that a killed process has left at the end is replaced by the next one.
 
     Args:
         path: The file; made with the first line. An existing one is added to.
@@ -51,8 +51,6 @@ class RunLog:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        if self.path.exists():
-            self._cut_off_half_a_line()
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """
@@ -69,14 +67,7 @@ class RunLog:
         plain = _plain(entry)
         if not isinstance(plain.get("step"), int):
             raise ValueError(f"A line of the log must have a `step`, a whole number; got {dict(entry)}.")
-        line = json.dumps(plain, allow_nan=False) + "\n"
-        try:
-            with open(self.path, "ab") as file:
-                file.write(line.encode())
-        except OSError:
-            if self.path.exists():
-                self._cut_off_half_a_line()
-            raise
+        append_json_line(self.path, plain)
 
     def truncate(self, step: int) -> None:
         """
@@ -93,11 +84,6 @@ class RunLog:
         kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
         with replacing(self.path) as file:
             file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
-
-    def _cut_off_half_a_line(self) -> None:
-        with open(self.path, "r+b") as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
 
 
 def _plain(value: Any) -> Any:
@@ -124,26 +110,22 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no log.
-        ValueError: if another line is damaged.
+        LineError: if another line is damaged.
     """
     path = Path(path)
     if path.is_dir():
         path = path / LOG_NAME
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no log of a run.")
-    entries = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            entry = parse_json(line)
-        except ValueError:
-            entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            raise ValueError(f"{path}, line {number}: expected a JSON object with a `step`, got {line[:80]!r}.")
-        for name in ("loss", *LOSSES, *RECALLS):
-            if not isinstance(entry.get(name), int | float | None):
-                raise ValueError(f"{path}, line {number}: {name} is {entry[name]!r}, expected a number.")
-        entries.append(entry)
-    return entries
+    return [entry for _, entry in read_json_lines(path, _is_entry)]
+
+
+def _is_entry(_: int, value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("step"), int)
+        and all(isinstance(value.get(name), int | float | None) for name in ("loss", *LOSSES, *RECALLS))
+    )
 
 
 def draw_curve(log_path: str | os.PathLike, picture_path: str | os.PathLike) -> None:

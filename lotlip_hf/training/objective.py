@@ -1,24 +1,20 @@
-"""The objective as a training run needs it: over all processes, in tiles, and in the memory of a few samples."""
+"""The objective as a training run needs it: over all processes, and in tiles of similarities."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+from torch.utils.checkpoint import checkpoint
 
 from ..distributed import all_sizes, average_gradient, gather, max_over_ranks, rank, sum_over_ranks, world_size
 from ..modeling.loss_lotlip import LoTLIPLoss, check_pairs, primary_components, stack_features, weighted_loss
 
-MAX_LOGIT_SCALE = math.log(100)
 # Images and texts of one tile of similarities: 64 MB in float32.
 TILE_SIZE = 4096
 
@@ -30,28 +26,27 @@ class Objective(nn.Module):
     LoTLIP's loss over the whole batch of all processes.
 
     Every process gathers the images, with gradients, and compares them with its own texts, one tile of similarities at
-    a time. A text finds all its images here; what an image's texts add up to is summed over the processes. So the
-    texts, K times as many as the images, stay where they are, no similarity is computed twice, and no process holds
-    more than its embeddings, the images and a few tiles: the backward pass computes the tiles again. Similarities are
-    float32 also under autocast.
+    a time. Text-to-image terms are complete locally; image-to-text sums are all-reduced. So the texts, K times as many
+    as the images, are not gathered, no similarity is computed twice, and a process holds its embeddings, the images
+    and a few tiles: the backward pass computes the tiles again. Similarities are float32 also under autocast.
 
-    The mean over the processes of what they return is the loss, and the mean over the processes of their gradients,
-    which is what `DistributedDataParallel` makes, is the gradient of one process with the whole batch, also where the
-    last batch is not the same size on every process.
+    The mean of the returned values over the processes is the loss, and the mean of their gradients, as
+    `DistributedDataParallel` computes it, is that of one process with the whole batch, also if the last batch differs
+    in size between the processes.
 
     With `loss="sigmoid"` the objective has a parameter, `logit_bias`: give it to the optimiser and save it beside the
-    model. Its gradient is averaged here, so it needs no `DistributedDataParallel` around it.
+    model. The objective averages its gradient.
 
     Args:
-        loss: `"infonce"`, the paper's, or `"sigmoid"`, SigLIP's.
-        short_loss_weight: Weight of the short texts' share.
-        long_loss_weight: Weight of the long texts' share.
-        num_primary_components: Match the short texts with this many principal components of the images, as Long-CLIP
-            does (`loss_lotlip.primary_components`); by default with the images.
-        tile_size: Images and texts in a tile of similarities.
+        loss (`str`, *optional*, defaults to `"infonce"`): the paper's, or `"sigmoid"`, SigLIP's.
+        short_loss_weight (`float`, *optional*, defaults to 1.0): weight of the short texts' share.
+        long_loss_weight (`float`, *optional*, defaults to 1.0): weight of the long texts' share.
+        num_primary_components (`int`, *optional*): match the short texts with this many principal components of the
+            images, as Long-CLIP does (`loss_lotlip.primary_components`), in place of the images.
+        tile_size (`int`, *optional*, defaults to 4096): images and texts in a tile of similarities.
 
     Raises:
-        ValueError: on an unknown `loss` and on numbers below 1.
+        ValueError: on an unknown `loss`.
 
     Example:
 
@@ -77,9 +72,6 @@ class Objective(nn.Module):
         super().__init__()
         if loss not in ("infonce", "sigmoid"):
             raise ValueError(f"`loss` must be 'infonce' or 'sigmoid', got {loss!r}.")
-        for name, value in (("num_primary_components", num_primary_components), ("tile_size", tile_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         self.short_loss_weight = short_loss_weight
         self.long_loss_weight = long_loss_weight
         self.num_primary_components = num_primary_components
@@ -95,16 +87,18 @@ class Objective(nn.Module):
     ) -> LoTLIPLoss:
         """
         Args:
-            image_embeds: [b, dim], this process's images, normalised; b may differ between the processes.
-            text_embeds: [b, T, dim], normalised [CLS] features, the short text first.
-            corner_embeds: [b, T - 1, m, dim], normalised, of the long texts, or `None` for m = 0.
-            logit_scale: scalar factor on the cosine similarities (not its logarithm).
+            image_embeds (`torch.Tensor` of shape `[b, dim]`): this process's images, normalised; b may differ between
+                the processes.
+            text_embeds (`torch.Tensor` of shape `[b, T, dim]`): normalised [CLS] features, the short text first.
+            corner_embeds (`torch.Tensor` of shape `[b, T - 1, m, dim]`, *optional*): those of the long texts'
+                corner tokens, normalised.
+            logit_scale (`torch.Tensor`): scalar factor on the cosine similarities, not its logarithm.
 
         Returns:
-            [`LoTLIPLoss`], this process's share: the mean over the processes is the loss.
+            `LoTLIPLoss`: this process's share; the mean over the processes is the loss.
 
         Raises:
-            ValueError: if there are not as many images as rows of texts.
+            ValueError: if the numbers of images and of rows of texts differ.
         """
         check_pairs(image_embeds, text_embeds)
         with torch.autocast(image_embeds.device.type, enabled=False):
@@ -162,18 +156,14 @@ def _sigmoid_sums(
     sums = []
     for images, texts in zip(image_sets, text_sets, strict=True):
         tiles = [
-            _recomputed(_softplus_sum, image_tile, text_tile, logit_bias)
+            # computed again in the backward pass, not kept
+            checkpoint(_softplus_sum, image_tile, text_tile, logit_bias, use_reentrant=False, preserve_rng_state=False)
             for image_tile in images.split(tile_size)
             for text_tile in texts.split(tile_size)
         ]
         matches = (images[own] * texts).sum() + len(texts) * logit_bias
         sums.append(torch.stack(tiles).sum() - matches)
     return torch.stack(sums)
-
-
-def _recomputed(function: Callable[..., Any], *tensors: torch.Tensor) -> Any:
-    """The function's value; what it computed on the way is computed again in the backward pass, not kept."""
-    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 class _LogSumExps(torch.autograd.Function):
@@ -222,22 +212,21 @@ def _softplus_sum(scaled_images: torch.Tensor, texts: torch.Tensor, logit_bias: 
 
 
 @torch.no_grad()
-def clamp_logit_scale(model: nn.Module, maximum: float = MAX_LOGIT_SCALE) -> None:
-    """
-    Keeps the model's `logit_scale`, a logarithm, at or below `maximum`, as CLIP does; to be called after each step of
-    the optimiser.
+def clamp_logit_scale(model: nn.Module) -> None:
+    """Keeps `logit_scale`, a logarithm, at or below ln 100, as CLIP does; call it after each step of the optimiser."""
+    extract_model_from_parallel(model).logit_scale.clamp_(max=math.log(100))
 
-    Args:
-        model: A [`LoTLIPModel`], or what wraps one.
-        maximum: Logarithm of the largest factor on the cosine similarities.
-    """
-    extract_model_from_parallel(model).logit_scale.clamp_(max=maximum)
+
+def similarity_scale(model: nn.Module) -> torch.Tensor:
+    """The factor on the similarities. FSDP leaves scalars alone: their gradient is averaged over the ranks here."""
+    logit_scale = extract_model_from_parallel(model).logit_scale
+    return (average_gradient(logit_scale) if isinstance(model, FSDPModule) else logit_scale).exp()
 
 
 class Embeddings(NamedTuple):
     """
-    What the objective compares, all normalised: `image_embeds` [B, dim], `text_embeds` [B, T, dim], the short text
-    first, and `corner_embeds` [B, T - 1, m, dim] of the long texts, or `None` for m = 0 or T = 1.
+    The normalised inputs of the objective: `image_embeds` [B, dim], `text_embeds` [B, T, dim], the short text first,
+    and `corner_embeds` [B, T - 1, m, dim] of the long texts, or `None` for m = 0 or T = 1.
     """
 
     image_embeds: torch.Tensor
@@ -250,12 +239,12 @@ def embed(model: nn.Module, batch: Mapping[str, Any]) -> Embeddings:
     The embeddings of a batch.
 
     Args:
-        model: A [`LoTLIPModel`], or what wraps one.
-        batch: The model's arguments: `input_ids` [B, T, L], or [B, L] of the short texts with `long_input_ids`
-            [B, T - 1, L'] or without long texts. What is no tensor is not for the model.
+        model (`nn.Module`): a [`LoTLIPModel`] or its wrapper.
+        batch (`Mapping[str, Any]`): the model's arguments: `input_ids` [B, T, L], or [B, L] of the short texts with or
+            without `long_input_ids` [B, T - 1, L']. Entries that are no tensors are left out.
 
     Returns:
-        [`Embeddings`]
+        `Embeddings`: of the images, the texts and the corner tokens.
     """
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     has_all_texts = inputs["input_ids"].dim() == 3
@@ -275,118 +264,11 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Any], loss_function: LossFu
     The loss of a batch, to call `backward` on.
 
     Args:
-        model: A [`LoTLIPModel`], or what wraps one.
-        batch: See [`embed`].
-        loss_function: An [`Objective`], or a function with its arguments and answer.
+        model (`nn.Module`): a [`LoTLIPModel`] or its wrapper.
+        batch (`Mapping[str, Any]`): see [`embed`].
+        loss_function (`Callable`): an [`Objective`], or a function with its arguments and result.
 
     Returns:
-        [`LoTLIPLoss`]
+        `LoTLIPLoss`: the loss and its shares.
     """
-    return loss_function(*embed(model, batch), _averaged(_logit_scale(model), model).exp())
-
-
-def _logit_scale(model: nn.Module) -> torch.Tensor:
-    return extract_model_from_parallel(model).logit_scale
-
-
-def _averaged(parameter: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """A scalar of the model, its gradient averaged over the ranks where the model's wrapper does not: FSDP leaves
-    scalars alone."""
-    return average_gradient(parameter) if isinstance(model, FSDPModule) else parameter
-
-
-def cached_backward(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    chunk_size: int,
-    loss_function: LossFunction,
-    accelerator: Accelerator | None = None,
-) -> LoTLIPLoss:
-    """
-    [`batch_loss`] and its `backward`, in the memory of `chunk_size` samples: gradient caching
-    (https://arxiv.org/abs/2101.06983). The whole batch is embedded in chunks without a graph; the loss of all
-    embeddings gives their gradients; then each chunk is embedded again, with the same dropout, and its part of the
-    gradients goes back through the model. The gradients are those of the whole batch and are added to the parameters'
-    `grad`.
-
-    Args:
-        model: A [`LoTLIPModel`], or what wraps one.
-        batch: See [`embed`]; the samples are in the first dimension of every tensor.
-        chunk_size: Samples in a chunk.
-        loss_function: An [`Objective`], or a function with its arguments and answer; if it is a module, its parameters
-            get gradients too.
-        accelerator: Used for autocast, for the backward passes (loss scaling, gradient accumulation) and to
-            synchronise the processes' gradients with the last chunk alone.
-
-    Returns:
-        [`LoTLIPLoss`] without gradients.
-
-    Raises:
-        ValueError: if the batch is empty or `chunk_size` below 1.
-    """
-    inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    num_samples = len(inputs["pixel_values"])
-    if num_samples == 0:
-        raise ValueError("The batch is empty.")
-    if chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
-    # As many chunks on every process, for a wrapper may communicate in each of them: some are then smaller.
-    num_chunks = -(-num_samples // chunk_size)
-    num_chunks = int(max_over_ranks(torch.tensor(num_chunks, device=inputs["pixel_values"].device)))
-    bounds = [num_samples * i // num_chunks for i in range(num_chunks + 1)]
-    chunks = list(zip(bounds[:-1], bounds[1:], strict=True))
-    autocast = accelerator.autocast if accelerator is not None else nullcontext
-
-    def embed_chunk(start: int, stop: int) -> Embeddings:
-        # a chunk without a sample runs on one and keeps nothing of it
-        first = min(start, num_samples - 1)
-        rows = {name: value[first : max(stop, first + 1)] for name, value in inputs.items()}
-        with autocast():
-            return _map(lambda embeds: embeds[: stop - start], embed(model, rows))
-
-    random_states, cached = [], []
-    with torch.no_grad():
-        for chunk in chunks:
-            random_states.append((torch.get_rng_state(), *get_device_states(*inputs.values())))
-            cached.append(embed_chunk(*chunk))
-    torch.clear_autocast_cache()  # older versions of torch keep weights without a graph in it
-
-    embeddings = _map(lambda *parts: torch.cat(parts).requires_grad_(), *cached)
-    logit_scale = _logit_scale(model)
-    parameters = [logit_scale, *(loss_function.parameters() if isinstance(loss_function, nn.Module) else ())]
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    loss = loss_function(*embeddings, _averaged(logit_scale, model).exp())
-    leaves = [embeds for embeds in embeddings if embeds is not None]
-    # a caller's autocast is for the forward passes alone
-    exact = partial(torch.autocast, logit_scale.device.type, enabled=False)
-    with exact():
-        gradients = torch.autograd.grad(loss.loss, [*leaves, *parameters])
-    embed_gradients, parameter_gradients = gradients[: len(leaves)], gradients[len(leaves) :]
-
-    for (start, stop), (cpu_state, *device_states) in zip(chunks, random_states, strict=True):
-        is_last = (start, stop) == chunks[-1]
-        torch.set_rng_state(cpu_state)
-        set_device_states(*device_states)
-        with nullcontext() if is_last else _no_sync(model, accelerator):
-            outputs = [embeds for embeds in embed_chunk(start, stop) if embeds is not None]
-            pairs = [(o, g[start:stop]) for o, g in zip(outputs, embed_gradients, strict=True)]
-            if is_last:
-                pairs += zip(parameters, parameter_gradients, strict=True)
-            with exact():
-                product = torch.stack([(value * gradient).sum() for value, gradient in pairs]).sum()
-                if accelerator is not None:
-                    accelerator.backward(product)
-                else:
-                    product.backward()
-    return LoTLIPLoss(*(value.detach() for value in loss))
-
-
-def _map(function: Callable[..., torch.Tensor], *embeddings: Embeddings) -> Embeddings:
-    """The function of each of the three tensors, or of several triples' first, second and third."""
-    return Embeddings(*(None if parts[0] is None else function(*parts) for parts in zip(*embeddings, strict=True)))
-
-
-def _no_sync(model: nn.Module, accelerator: Accelerator | None) -> AbstractContextManager:
-    if accelerator is not None:
-        return accelerator.no_sync(model)
-    return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
+    return loss_function(*embed(model, batch), similarity_scale(model))

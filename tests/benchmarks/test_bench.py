@@ -111,39 +111,21 @@ def test_a_run_keeps_and_prints_every_target(
     assert capsys.readouterr().out.strip() in printed
 
 
-def test_the_table_says_what_is_missed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    slow, small = bench.Row("a", "b", 0.5, 1.0), bench.Row("c", "d", 0.1, 0.125, at_most=True, unit="of the memory")
-    assert (slow.holds, small.holds) == (False, True)
-    assert "MISSED by 50%" in str(slow)
-    results = tmp_path / "bench.jsonl"
-    old = {"part": "load", "rows": [bench.Row("old", "b", 1.0, 1.0).values()]}
-    new = {"part": "load", "rows": [slow.values(), small.values()]}
-    results.write_text("".join(json.dumps(entry) + "\n" for entry in (old, new)))
-    table = bench.tables(results)
-    assert "| old |" not in table
-    assert "| a | b | >= 1 x | 0.5 x | **missed** |" in table
-    assert "| c | d | <= 0.125 of the memory | 0.1 of the memory | holds |" in table
-
-
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "word"),
     [
-        ('{"text": "A cat."}\n{"caption": "A dog."}\n', "line 2: expected"),
-        ('{"text": "A cat."}\nnothing\n', "line 2: expected"),
-        ('{"text": "..."}\n', "line 1: `text` must be a caption"),
-        ("", "holds no captions"),
-        (None, "No such file"),
+        ('{"text": "A cat."}\n{"caption": "A dog."}\n', "line 2"),
+        ('{"text": "A cat."}\nnothing\n', "line 2"),
+        ('{"text": "..."}\n', "line 1"),
+        ("", "no captions"),
     ],
 )
-def test_wrong_captions_are_named(
-    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_captions_are_named(content: str, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captions, results = tmp_path / "captions.jsonl", tmp_path / "bench.jsonl"
-    if content is not None:
-        captions.write_text(content)
+    captions.write_text(content)
     assert bench.main(["--captions", str(captions), "--results", str(results)]) == 2
     error = capsys.readouterr().err
-    assert message in error
+    assert word in error
     assert str(captions) in error
     assert not results.exists()
 

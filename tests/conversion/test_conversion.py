@@ -121,6 +121,7 @@ def source(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 # What a conversion gives
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main", [official.main, lambda argv: cli.main(["convert", *argv])], ids=["module", "lotlip"])
 @pytest.mark.parametrize(("corners", "max_length"), [(2, 126), (0, 77)])
 def test_command_line(
@@ -161,6 +162,7 @@ def test_command_line_in_a_process_of_its_own(source: Source) -> None:
     assert {path.name for path in source.output.iterdir()} == FILES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corners", [2, 0])
 def test_every_class_loads_the_folder(corners: int, golden: Path, tmp_path: Path) -> None:
     official_folder = golden / f"official-corners{corners}"
@@ -239,6 +241,7 @@ def test_auto_image_processor(official_checkpoint: Path) -> None:
     assert image_processor.to_dict() == AutoProcessor.from_pretrained(official_checkpoint).image_processor.to_dict()
 
 
+@pytest.mark.slow
 def test_whole_tokenizer_folder(source: Source, official_checkpoint: Path, tmp_path: Path) -> None:
     stock = BertTokenizer.from_pretrained(source.tokenizer)
     stock.save_pretrained(tmp_path / "stock")
@@ -268,6 +271,7 @@ def test_configuration_as_open_clip_publishes_it(source: Source, official_checkp
     assert str(source.config) in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [True, False], ids=["named", "open_clip's default"])
 def test_linear_projection_of_the_images(source: Source, golden: Path, tmp_path: Path, named: bool) -> None:
     state_dict = source.state_dict()
@@ -315,6 +319,7 @@ def test_reverse_is_the_inverse(corners: int, nested: bool, dtype: torch.dtype, 
     assert snapshot(again) == snapshot(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prefix",
     [
@@ -366,6 +371,7 @@ def renamed(state_dict: dict[str, Any], old: str, new: str) -> None:
     state_dict[new] = state_dict.pop(old)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
@@ -449,6 +455,7 @@ def tiny_clip() -> CLIPConfig:
 # Configurations that do not fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "changes", "expected"),
     [
@@ -800,6 +807,7 @@ def back(source: Source, tmp_path: Path) -> Callable[[Path], str]:
     return error
 
 
+@pytest.mark.slow
 def test_reverse_of_what_is_no_checkpoint(
     back: Callable[[Path], str], tmp_path: Path, official_checkpoint: Path
 ) -> None:
@@ -826,6 +834,7 @@ def test_reverse_of_what_is_no_checkpoint(
         assert f"unexpected_keys: {name}" in back(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "expected"),
     [

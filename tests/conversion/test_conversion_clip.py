@@ -282,6 +282,7 @@ def pipeline(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ["", "_2"])
 @pytest.mark.parametrize("by_subfolder", [False, True])
 def test_text_encoders_of_a_pipeline(pipeline: Path, tmp_path: Path, number: str, by_subfolder: bool) -> None:
@@ -299,6 +300,7 @@ def test_text_encoders_of_a_pipeline(pipeline: Path, tmp_path: Path, number: str
     assert tokenizer.pad_token == ("!" if number else "<|endoftext|>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ["", "_2"])
 def test_text_encoders_of_a_swapped_pipeline(pipeline: Path, tmp_path: Path, number: str) -> None:
     # what `lotlip_hf.diffusion.swap.swap_text_encoder` puts into a pipeline says that it is of other classes
@@ -365,6 +367,7 @@ def test_legacy_ids_become_the_tokenizers(tmp_path: Path) -> None:
     assert not torch.allclose(theirs.pooler_output, theirs.last_hidden_state[:, -1], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_legacy_names_and_files(stock: Path, tmp_path: Path) -> None:
     # a pickle with position ids, as transformers saved before 4.31, and a tokenizer in its older files
     folder = tmp_path / "clip"
@@ -426,6 +429,7 @@ def test_corner_tokens_are_there_and_without_effect(stock: Path, converted: Path
     assert not torch.allclose(outputs.corner_embeds, others.corner_embeds, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_number_and_seed_of_the_corner_tokens(stock: Path, converted: Path, tmp_path: Path) -> None:
     def corners(folder: Path) -> torch.Tensor:
         return load_file(folder / "model.safetensors")["text_model.corner_embeds"]
@@ -740,6 +744,7 @@ def assert_equal_to_reference(folder: Path, reference: OpenAIClip, dtype: torch.
     torch.testing.assert_close(model.logit_scale, reference.logit_scale, **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "folder-bin", "files", "checkpoint", "custom-text"])
 def test_open_clip(files: Files, tmp_path: Path, kind: str) -> None:
     reference = OpenAIClip(quick_gelu=False)
@@ -811,6 +816,7 @@ def save_archive(model: OpenAIClip, path: Path) -> None:
     torch.jit.save(traced, path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_openai_archive(files: Files, run: Callable[..., str]) -> None:
     reference = OpenAIClip()
@@ -838,6 +844,7 @@ def test_mixed_precision_becomes_the_wider_one(files: Files) -> None:
     assert_equal_to_reference(files.output, OpenAIClip().half(), torch.float16)
 
 
+@pytest.mark.slow
 def test_long_clip(files: Files, tmp_path: Path, run: Callable[..., str]) -> None:
     reference = LongClip()
     files.save(reference)
@@ -1100,6 +1107,7 @@ def test_weights_that_are_not_finite(spoilt: Path, files: Files, error: Callable
     assert "model.pt: visual_projection.weight (its name in transformers) holds NaN or infinite" in message
 
 
+@pytest.mark.slow
 def test_a_difference_after_saving_is_found(
     stock: Path, tmp_path: Path, error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1187,6 +1195,7 @@ def test_other_towers(files: Files, error: Callable[..., str], name: str, expect
     assert expected in error(*files.arguments(config=SETTINGS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "expected"),
     [

@@ -195,6 +195,7 @@ def test_positions_close_up_behind_cls(backbone: str, first_word: int, corners: 
     assert model.config.backbone_config.max_position_embeddings == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("projection_dim", "vision", "vision_pooling"),
     [(None, "vit", "cls"), (32, "vit", "cls"), (24, "vit", "pooler"), (None, "dinov2", "pooler")],
@@ -213,6 +214,7 @@ def test_poolers_and_projections_that_are_not_there(
     assert_same_features(loaded, model, random_inputs(model.config.text_config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision", ["siglip", "vit"])
 @pytest.mark.parametrize("backbone", ["bert", "roberta", "xlm-roberta"])
 def test_text_pooling_cls(backbone: str, vision: str, tmp_path: Path) -> None:
@@ -301,6 +303,7 @@ def test_precision_is_kept(text: str, dtype: torch.dtype, tmp_path: Path) -> Non
 # Towers by themselves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "pooling", "model_class", "projection_dim", "expected"),
     [
@@ -345,6 +348,7 @@ def test_text_towers(
     torch.testing.assert_close(theirs.last_hidden_state[is_text], ours.last_hidden_state[is_text], **STATES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "model_class", "projection_dim", "expected"),
     [
@@ -402,6 +406,7 @@ def test_the_model_given_stays_as_it_is() -> None:
 # CLIP
 
 
+@pytest.mark.slow
 def test_a_converted_clip_comes_out_as_it_went_in(tmp_path: Path) -> None:
     clip = tiny_clip.save_clip(tmp_path / "clip")
     clip_conversion.convert(tmp_path / "clip", tmp_path / "lotlip")
@@ -655,6 +660,7 @@ def test_ids_are_lotlips_without_cleaning(
     assert differing == (set(special) if split_special_tokens else set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mark", ["\u2e3b\u2e3a0\u2e3a\u2e3b", "\u2e3b\u2e3a102\u2e3a\u2e3b", "\u2e3b \u2e3a"])
 def test_no_text_writes_a_special_token(mark: str) -> None:
     """Not even one that holds what stands for it inside the tokenizer."""
@@ -696,6 +702,7 @@ def test_a_tokenizer_that_cleans_is_left_out(checkpoint: Path, tmp_path: Path) -
     assert isinstance(AutoImageProcessor.from_pretrained(tmp_path / "stock"), type(official_image_processor()))
 
 
+@pytest.mark.slow
 def test_without_text_cleaning(checkpoint: Path, tmp_path: Path) -> None:
     written = convert(checkpoint, tmp_path / "stock", without_text_cleaning=True)
     assert written.processor == "VisionTextDualEncoderProcessor"
@@ -758,6 +765,7 @@ def test_ids_that_would_differ_are_said(tmp_path: Path) -> None:
     assert not (tmp_path / "stock" / "tokenizer.json").exists()
 
 
+@pytest.mark.slow
 def test_tokens_of_ones_own_stay_tokens(tmp_path: Path) -> None:
     ours = LoTLIPTokenizer.from_pretrained(GOLDEN, clean_text=False)
     ours.add_tokens([AddedToken("<thing>", normalized=False), "zebrafish"])
@@ -789,6 +797,7 @@ def error(model: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return printed.err
 
 
+@pytest.mark.slow
 def test_command_line(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "stock"
     before = snapshot(checkpoint)
@@ -875,6 +884,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capsys: pytest.
     assert "differs by nan" in error(tmp_path / "lotlip", tmp_path / "stock", capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", ["stock", "LoTLIP's"])
 def test_remote_code_of_the_checkpoint_stays_behind(tokenizer: str, tmp_path: Path) -> None:
     lotlip(LoTLIPModel(tiny.config("clip", "clip")), tmp_path / "lotlip")

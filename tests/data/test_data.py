@@ -20,9 +20,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import BertConfig, Trainer, TrainerCallback, TrainerState, TrainingArguments, ViTConfig
 
-from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPProcessor, LoTLIPTextConfig, LoTLIPTokenizer, LoTLIPVisionConfig
+from lotlip_hf import LoTLIPProcessor, LoTLIPTokenizer
 from lotlip_hf.data.collator import LoTLIPCollator, RecordError, ShardError
 from lotlip_hf.data.records import (
     MAPPINGS,
@@ -119,24 +118,6 @@ def test_short_texts_alone(processor: LoTLIPProcessor) -> None:
     assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "return_loss"}
 
 
-def test_the_model_takes_the_batch(processor: LoTLIPProcessor) -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    text = BertConfig(**sizes, max_position_embeddings=66)  # 64 word pieces and two corners
-    vision = ViTConfig(**sizes, image_size=32, patch_size=8)
-    model = LoTLIPModel(
-        LoTLIPConfig(
-            text_config=LoTLIPTextConfig(backbone_config=text, projection_dim=16, num_corner_tokens=2),
-            vision_config=LoTLIPVisionConfig(backbone_config=vision),
-            projection_dim=16,
-        )
-    )
-    output = model(**LoTLIPCollator(processor)(some_records(4)))
-    assert output.text_embeds.shape == (4, 4, 16)  # the short text and three long ones
-    output.loss.backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
-    assert model.text_model.corner_embeds.grad.abs().sum() > 0
-
-
 def test_every_kind_of_image_is_read(processor: LoTLIPProcessor, tmp_path: Path) -> None:
     record = some_records(1)[0]
     picture = record["image"]
@@ -166,25 +147,6 @@ def test_transparent_pictures_are_trained_on_with_the_background(processor: LoTL
         for source in (str(tmp_path / "art.png"), encoded(art), {"bytes": encoded(art), "path": "art.png"}, art):
             pixels = LoTLIPCollator(used)([{**record, "image": source}])["pixel_values"]
             assert pixels[0, :, 0, 0].tolist() == [corner] * 3
-
-
-@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (9000, 30)])
-def test_thin_pictures_are_trained_on_in_little_memory(
-    processor: LoTLIPProcessor, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record, sizes = some_records(1)[0], []
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    expected = processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
-    call = type(processor.image_processor).__call__
-
-    def spy(self: Any, images: list[Image.Image], **kwargs: Any) -> Any:
-        sizes.extend(image.size for image in images)
-        return call(self, images, **kwargs)
-
-    monkeypatch.setattr(type(processor.image_processor), "__call__", spy)
-    pixels = LoTLIPCollator(processor)([{**record, "image": encoded(image)}])["pixel_values"]
-    torch.testing.assert_close(pixels, expected, rtol=0, atol=1.01 / 255 / 0.5)
-    assert max(map(max, sizes)) <= 35
 
 
 def test_a_picture_that_does_not_fit_in_memory_is_left_out(
@@ -267,120 +229,64 @@ def test_workers_give_the_same_batches(processor: LoTLIPProcessor, num_workers: 
     assert collator.counts == alone.counts == {"records": 16, **NOTHING_BROKEN, "broken_images": 2}
 
 
-@pytest.mark.slow
-def test_trainer_takes_the_collator(processor: LoTLIPProcessor, tmp_path: Path) -> None:
-    records = some_records(4)
-    seen: list[dict[str, Any]] = []
-
-    class Model(torch.nn.Module):
-        """Takes what LoTLIPModel takes."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(()))
-
-        def forward(
-            self,
-            pixel_values: torch.Tensor,
-            input_ids: torch.Tensor,
-            attention_mask: torch.Tensor,
-            long_input_ids: torch.Tensor,
-            long_attention_mask: torch.Tensor,
-            return_loss: bool = False,
-        ) -> dict[str, torch.Tensor]:
-            seen.append({"long_input_ids": long_input_ids, "return_loss": return_loss})
-            return {"loss": self.weight**2 + 3}
-
-    class NextEpoch(TrainerCallback):
-        def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-            collator.set_epoch(round(state.epoch or 0))
-
-    collator = LoTLIPCollator(processor)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "out"),
-        num_train_epochs=2,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        remove_unused_columns=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    trainer = Trainer(
-        Model(),
-        arguments,
-        train_dataset=records,  # pyright: ignore[reportArgumentType]
-        eval_dataset=records,  # pyright: ignore[reportArgumentType]
-        data_collator=collator,  # pyright: ignore[reportArgumentType]
-        callbacks=[NextEpoch()],
-    )
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(3)
-    assert all(batch["return_loss"] for batch in seen)
-    # Two epochs, each with texts of its own, in whatever order Trainer has put the records.
-    first, second = ({tuple(row[row > 0].tolist()) for row in batch["long_input_ids"][:, 0]} for batch in seen[:2])
-    assert first != second
+HALF = encoded(Image.new("RGB", (32, 32)), "JPEG")[:300]
+BROKEN: list[tuple[dict[str, Any], type[ValueError], str, str]] = [  # what of a record, the error, a word, its count
+    *(
+        ({"image": image}, ImageError, word, "broken_images")
+        for image, word in [
+            ("missing.jpg", "missing.jpg"),
+            ("half.jpg", "half.jpg"),
+            ("empty.png", "empty.png"),
+            (b"no image", "record bad"),
+            (HALF, "record bad"),
+            ({"bytes": HALF, "path": "000.jpg"}, "000.jpg"),
+            ("https://example.com/a.jpg", "img2dataset"),
+        ]
+    ),
+    *(
+        (fields, RecordError, word, "broken_records")
+        for fields, word in [
+            ({"image": None}, "image"),
+            ({"image": {"bytes": None, "path": None}}, "image"),
+            ({"image": 3.5}, "float"),
+            ({"short_caption": None}, "short_caption"),
+            ({"short_caption": " "}, "short_caption"),
+            ({"long_captions": "text"}, "long_captions"),
+            ({"long_captions": ["text", 5]}, "long_captions"),
+            ({"id": ""}, "`id`"),
+            ({"id": None}, "`id`"),
+        ]
+    ),
+]
 
 
-def broken_records(folder: Path) -> list[tuple[dict[str, Any], type[ValueError], str, str]]:
-    """(record, error, what it says, what counts it) of every way in which a record may be broken."""
-    record = some_records(1)[0]
-    content = encoded(record["image"], "JPEG")
-    (folder / "cut.jpg").write_bytes(content[: len(content) // 2])
-    (folder / "empty.png").write_bytes(b"")
-    images = [
-        (str(folder / "missing.jpg"), "missing.jpg: cannot be opened"),
-        (str(folder / "cut.jpg"), "cut.jpg: damaged or truncated"),
-        (str(folder / "empty.png"), "empty.png: the file is empty"),
-        (b"no image", "record bad: not an image in a format"),
-        (content[: len(content) // 2], "record bad: damaged or truncated"),
-        ({"bytes": content[:300], "path": "000.jpg"}, "record bad: 000.jpg"),
-        ("https://example.com/a.jpg", "an address on the web. Download the images first"),
-    ]
-    rows: list[tuple[dict[str, Any], type[ValueError], str, str]] = [
-        ({**record, "id": "bad", "image": image}, ImageError, message, "broken_images") for image, message in images
-    ]
-    fields: list[tuple[dict[str, Any], str]] = [
-        ({"image": None}, "record bad: has no image"),
-        ({"image": {"bytes": None, "path": None}}, "record bad: has no image"),
-        ({"image": 3.5}, "must be a path, the bytes of a file, a PIL image or an array, got float"),
-        ({"short_caption": None}, "record bad: `short_caption` must be a text, got None"),
-        ({"short_caption": " "}, "record bad: `short_caption` must be a text, got ' '"),
-        ({"long_captions": "text"}, "record bad: `long_captions` must be a list, got str"),
-        ({"long_captions": ["text", 5]}, "record bad: `long_captions` must be texts, got 5"),
-        ({"id": ""}, "`id` must be a string that is not empty, got ''"),
-        ({"id": None}, "`id` must be a string that is not empty, got None"),
-    ]
-    rows += [({**record, "id": "bad", **field}, RecordError, message, "broken_records") for field, message in fields]
-    return rows
-
-
-@pytest.mark.slow
+@pytest.mark.parametrize(("fields", "error", "word", "counted"), BROKEN)
 def test_a_broken_record_stops_the_run_or_is_counted(
-    processor: LoTLIPProcessor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fields: dict[str, Any],
+    error: type[ValueError],
+    word: str,
+    counted: str,
+    processor: LoTLIPProcessor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    good = some_records(2)
-    rows = broken_records(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("half.jpg").write_bytes(HALF)
+    Path("empty.png").touch()
+    first, last, bad = some_records(3)
+    records = [first, {**bad, "id": "bad", **fields}, last]
+    with pytest.raises(error, match=word) as raised:
+        LoTLIPCollator(processor)(records)
+    collator = LoTLIPCollator(processor, on_error="skip")
     with caplog.at_level(logging.WARNING, logger="lotlip_hf"):
-        for record, error, message, counted in rows:
-            with pytest.raises(error) as raised:
-                LoTLIPCollator(processor, on_error="raise")([good[0], record, good[1]])
-            assert message in str(raised.value)
-            caplog.clear()
-            collator = LoTLIPCollator(processor, on_error="skip")
-            batch = collator([good[0], record, good[1]])
-            assert same(batch, LoTLIPCollator(processor)(good))
-            assert collator.counts == {"records": 3, **NOTHING_BROKEN, counted: 1}
-            assert [entry.getMessage() for entry in caplog.records] == [f"Left out: {raised.value}"]
-
-        caplog.clear()
-        collator = LoTLIPCollator(processor, on_error="skip")
-        collator([good[0], *(record for record, *_ in rows)])
-        assert collator.counts["broken_images"] + collator.counts["broken_records"] == len(rows)
-        assert len(caplog.records) == 11  # ten, and that the others are counted only
-        with pytest.raises(RecordError, match="All 2 records of a batch are broken. The first: .*missing.jpg"):
-            collator([rows[0][0], rows[1][0]])
+        assert same(collator(records), LoTLIPCollator(processor)([first, last]))
+        assert str(raised.value) in caplog.text
+        assert collator.counts == {"records": 3, **NOTHING_BROKEN, counted: 1}
+        collator([first, *records[1:2] * 20])
+    assert len(caplog.records) == 11  # ten, and that the others are counted only
+    with pytest.raises(RecordError, match=word):
+        collator(records[1:2])
 
 
 def test_the_short_caption_stands_in_for_missing_long_ones(processor: LoTLIPProcessor) -> None:
@@ -397,13 +303,13 @@ def test_the_short_caption_stands_in_for_missing_long_ones(processor: LoTLIPProc
 
 
 def test_mistakes_in_the_set_up_are_never_skipped(processor: LoTLIPProcessor) -> None:
-    with pytest.raises(ValueError, match='must be "raise" or "skip", got \'ignore\''):
+    with pytest.raises(ValueError, match="on_error"):
         LoTLIPCollator(processor, on_error="ignore")  # pyright: ignore[reportArgumentType]
     collator = LoTLIPCollator(processor, on_error="skip")
-    with pytest.raises(KeyError, match="no long_captions, id; they have image, short_caption.*remove_unused_columns"):
+    with pytest.raises(KeyError, match="remove_unused_columns"):
         collator([{name: some_records(1)[0][name] for name in ("image", "short_caption")}])
     collator = LoTLIPCollator(processor, CaptionSampling(captioners=(5,)), on_error="skip")
-    with pytest.raises(ValueError, match="asks for long caption 5, but the record has 3"):
+    with pytest.raises(ValueError, match="captioners"):
         collator(some_records(1))
 
 
@@ -665,7 +571,7 @@ def test_a_truncated_shard_is_counted_or_stops_the_run(where: str, processor: Lo
     collator = LoTLIPCollator(processor, on_error="skip", return_ids=True)
     assert collator(rows)["ids"] == [*whole[:2], *whole[3:]]
     assert collator.counts == {"records": 6, **NOTHING_BROKEN, "broken_shards": 1}
-    with pytest.raises(ShardError, match="000.tar: damaged or truncated after 2 records"):
+    with pytest.raises(ShardError, match="000.tar"):
         LoTLIPCollator(processor, on_error="raise")(rows)
 
 
@@ -689,15 +595,11 @@ def test_a_damaged_table_is_one_clear_error(processor: LoTLIPProcessor, tmp_path
     arguments = parquet_with_images(tmp_path / "data")
     part = tmp_path / "data" / "part-1.parquet"
     part.write_bytes(part.read_bytes()[:-50])
-    with pytest.raises(ValueError, match="part-1.parquet.*cannot be read as parquet"):
+    with pytest.raises(ValueError, match="part-1.parquet"):
         load_records(**arguments)
     rows = list(load_records(**arguments, streaming=True))
     assert [row["id"] for row in rows] == ["picture 0", "picture 1", "picture 2", "part-1.parquet"]
     assert "part-1.parquet: damaged or truncated after 0 records" in rows[-1]["error"]
-    (tmp_path / "lines.jsonl").write_text('{"image": "a.jpg", \n', encoding="utf-8")
-    for streaming in (False, True):
-        with pytest.raises(ValueError, match="lines.jsonl"):
-            load_records(tmp_path / "lines.jsonl", streaming=streaming)
 
 
 def test_a_missing_image_file_is_counted_or_stops_the_run(processor: LoTLIPProcessor, tmp_path: Path) -> None:
@@ -707,27 +609,29 @@ def test_a_missing_image_file_is_counted_or_stops_the_run(processor: LoTLIPProce
     collator = LoTLIPCollator(processor, on_error="skip", return_ids=True)
     assert collator(rows)["ids"] == [f"sub/{index}.png" for index in (0, 1, 2, 3, 5)]
     assert collator.counts["broken_images"] == 1
-    with pytest.raises(ImageError, match="record sub/4.png: .*cannot be opened"):
+    with pytest.raises(ImageError, match="sub/4.png"):
         LoTLIPCollator(processor)(rows)
 
 
-def test_a_missing_column_is_one_clear_error(tmp_path: Path) -> None:
-    arguments = metadata_csv(tmp_path / "data")
-    there = "There are: 'file_name', 'alt', 'one', 'two', 'three'"
-    wrong = [
-        (ColumnMapping("picture", "one", "alt"), "no column 'picture' for `image`"),
-        (ColumnMapping("file_name", ("one", "four"), "alt"), "no column 'four' for `long`"),
-        (ColumnMapping("file_name", "long*", "alt"), "no column 'long[*]' for `long`"),
-        (ColumnMapping("file_name", "one", ("text", "caption")), "no column 'text' or 'caption' for `short`"),
-        (MAPPINGS["dreamlip"], "no column 'raw_caption' for `short`"),
-    ]
-    for mapping, message in wrong:
-        for streaming in (False, True):
-            with pytest.raises(ValueError, match=f"metadata.csv: there is {message}. {there}"):
-                load_records(arguments["source"], mapping, streaming=streaming)
-    tar = web_dataset(tmp_path / "shards")
-    with pytest.raises(ValueError, match="there is no column 'description' for `long`. There are: .*'raw_caption'"):
-        load_records(tar["source"], ColumnMapping(long="description", short="txt"))
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("mapping", "field", "word"),
+    [
+        (ColumnMapping("picture", "one", "alt"), "image", "picture"),
+        (ColumnMapping("file_name", ("one", "four"), "alt"), "long", "four"),
+        (ColumnMapping("file_name", "long*", "alt"), "long", "long[*]"),
+        (ColumnMapping("file_name", "one", ("text", "caption")), "short", "caption"),
+        (MAPPINGS["dreamlip"], "short", "raw_caption"),
+    ],
+)
+def test_a_missing_column_is_named(
+    mapping: ColumnMapping, field: str, word: str, streaming: bool, tmp_path: Path
+) -> None:
+    source = metadata_csv(tmp_path / "data")["source"]
+    with pytest.raises(ColumnError, match=word) as raised:
+        load_records(source, mapping, streaming=streaming)
+    assert raised.value.field == field
+    assert "'three'" in raised.value.problem  # those that there are
 
 
 def test_patterns_and_ways_into_columns() -> None:
@@ -742,29 +646,37 @@ def test_patterns_and_ways_into_columns() -> None:
     assert url["image"] == url["id"] == "https://example.com/a.jpg"
 
 
-def test_what_is_not_there_is_said(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty: holds neither metadata.jsonl"):
-        load_records(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
-        load_records(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="pictures/metadata.jsonl: no such file"):
-        load_records("pictures/metadata.jsonl")
-    with pytest.raises(FileNotFoundError, match="empty list"):
-        load_records([])
-    with pytest.raises(ValueError, match="ColumnMapping or one of records, dreamlip.*got 'laion'"):
-        load_records(tmp_path, "laion")
-    (tmp_path / "notes.doc").write_text("x")
-    with pytest.raises(ValueError, match="notes.doc: .doc is not one of .csv"):
-        load_records(tmp_path / "notes.doc")
-    with pytest.raises(ValueError, match="only a data set on the Hub takes more arguments"):
-        load_records(**metadata_lines(tmp_path / "data"), revision="main")
-    (tmp_path / "table.json").write_text('{"image": ["a.jpg"]}')
-    with pytest.raises(ColumnError, match="table.json"):
-        load_records(tmp_path / "table.json", streaming=True)
-    (tmp_path / "none.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match="No row can be read. .*none.tar"):
-        load_records(tmp_path / "none.tar", "dreamlip")
+@pytest.mark.parametrize(
+    ("source", "options", "error", "word"),
+    [
+        ("empty", {}, FileNotFoundError, "metadata.jsonl"),
+        ("nowhere", {}, FileNotFoundError, "nowhere"),
+        ("pictures/metadata.jsonl", {}, FileNotFoundError, "metadata.jsonl"),
+        ([], {}, FileNotFoundError, "source"),
+        ("empty", {"mapping": "laion"}, ValueError, "laion"),
+        ("notes.doc", {}, ValueError, "notes.doc"),
+        ("table.json", {"revision": "main"}, ValueError, "revision"),
+        ("table.json", {"streaming": True}, ColumnError, "table.json"),
+        ("none.tar", {"mapping": "dreamlip"}, ValueError, "none.tar"),
+        ("half.jsonl", {}, ValueError, "half.jsonl"),
+        ("half.jsonl", {"streaming": True}, ValueError, "half.jsonl"),
+    ],
+)
+def test_what_is_not_there_is_said(
+    source: Any,
+    options: dict[str, Any],
+    error: type[Exception],
+    word: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    for name, content in {"notes.doc": "x", "table.json": '{"image": ["a.jpg"]}', "none.tar": ""}.items():
+        Path(name).write_text(content)
+    Path("half.jsonl").write_text('{"image": "a.jpg", \n')
+    with pytest.raises(error, match=word):
+        load_records(source, **options)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -783,7 +695,7 @@ def test_a_data_set_on_the_hub(streaming: bool, tmp_path: Path, monkeypatch: pyt
     assert [row["id"] for row in rows] == [f"picture {index}" for index in range(6)]
     assert [row["long_captions"] for row in rows] == LONG
     assert Image.open(io.BytesIO(rows[2]["image"]["bytes"])).getpixel((0, 0)) == (80, 0, 90)
-    with pytest.raises(ValueError, match="somebody/pictures: there is no column 'image_file'"):
+    with pytest.raises(ValueError, match="image_file"):
         load_records("somebody/pictures", ColumnMapping("image_file", "long_captions"), streaming=streaming)
 
 
@@ -850,7 +762,7 @@ def test_splits_are_not_merged_unasked(names: tuple[str, str], streaming: bool, 
         for wanted, color in (("train", 50), (split, 200), (names[1], 200)):
             assert pairs(load_records(source, split=wanted, streaming=streaming)) == [(color, str(color))]
         assert len(pairs(load_records(source, split="all", streaming=streaming))) == 2
-        with pytest.raises(SplitError, match="holds no 'other'"):
+        with pytest.raises(SplitError, match="other"):
             load_records(source, split="other", streaming=streaming)
     # a list says so itself
     both = [tmp_path / "pictures" / name for name in names]
@@ -860,14 +772,14 @@ def test_splits_are_not_merged_unasked(names: tuple[str, str], streaming: bool, 
 def test_splits_of_files(tmp_path: Path) -> None:
     for name in ("cc3m-train-0000.tar", "cc3m-train-0001.tar", "cc3m-validation-0000.tar", "latest.tar"):
         write_tar(tmp_path / "shards" / name, range(1), lambda _: {"png": encoded(picture(0)), "txt": b"a"})
-    with pytest.raises(SplitError, match="train, validation.*--split"):
+    with pytest.raises(SplitError, match="--split"):
         find_files(tmp_path / "shards")
     assert [Path(one).name for one in find_files(tmp_path / "shards", "val")] == ["cc3m-validation-0000.tar"]
     # what are no splits is one
     (tmp_path / "plain").mkdir()
     write_lines(tmp_path / "plain" / "metadata.jsonl", [{"file_name": "a.png"}])
     assert len(find_files(tmp_path / "plain", "train")) == len(find_files(tmp_path / "plain")) == 1
-    with pytest.raises(SplitError, match="holds no 'test'"):
+    with pytest.raises(SplitError, match="test"):
         find_files(tmp_path / "plain", "test")
 
 
@@ -899,52 +811,32 @@ def test_texts_and_ids_are_as_written(suffix: str, mark: str, streaming: bool, t
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_list_in_a_cell_is_a_list_or_refused(streaming: bool, tmp_path: Path) -> None:
+def test_a_list_in_a_cell_is_a_list(streaming: bool, tmp_path: Path) -> None:
     cells = {
         '["a", "b"]': ["a", "b"],
         ' ["a", null] ': ["a", ""],
         "[]": [],
-        "['a', 'b']": None,  # as pandas prints a list
-        "['a' \"it's\"]": None,  # as NumPy does
         "[a, b]": ["[a, b]"],
         "plain": ["plain"],
+        "A\nb.": ["A\nb."],
     }
     rows = [{"image": "0.png", "short_caption": "s", "long_captions": cell} for cell in cells]
     write_csv(tmp_path / "rows.csv", rows)
     records = list(load_records(tmp_path / "rows.csv", streaming=streaming))
-    for record, expected in zip(records, cells.values(), strict=True):
-        if expected is None:
-            assert "JSON" in record["error"]
-        else:
-            assert record["error"] is None
-            assert [caption or "" for caption in record["long_captions"]] == expected
+    assert [record["error"] for record in records] == [None] * len(cells)
+    assert [[text or "" for text in record["long_captions"]] for record in records] == list(cells.values())
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_broken_row_does_not_end_its_file(streaming: bool, processor: LoTLIPProcessor, tmp_path: Path) -> None:
-    names = write_pictures(tmp_path)
-    good = [
-        json.dumps({"image": name, "short_caption": short, "long_captions": long})
-        for name, short, long in zip(names, SHORT, LONG, strict=True)
-    ]
-    broken = ['{"image": ', "[1]", '{"image": "a.png", "short_caption": {}, "long_captions": ["x"]}', "\udcff"]
-    lines = [line for pair in zip(good, [*broken, "", ""], strict=True) for line in pair]
-    (tmp_path / "rows.jsonl").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
-    records = list(load_records(tmp_path / "rows.jsonl", streaming=streaming))
+def test_a_broken_row_is_counted_or_stops_the_run(processor: LoTLIPProcessor, tmp_path: Path) -> None:
+    (name, *_), row = write_pictures(tmp_path), {"short_caption": "a", "long_captions": ["A."]}
+    lines = [json.dumps({"image": name, **row}), "[1]", json.dumps({"image": name, **row, "short_caption": {}})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    records = list(load_records(tmp_path / "rows.jsonl"))
     collator = LoTLIPCollator(processor, on_error="skip", return_ids=True)
-    assert collator(records)["ids"] == names
-    assert collator.counts == {"records": 10, **NOTHING_BROKEN, "broken_records": 4}
-    with pytest.raises(RecordError, match="rows.jsonl, line 2: .*JSON"):
+    assert collator(records)["ids"] == [name]
+    assert collator.counts == {"records": 3, **NOTHING_BROKEN, "broken_records": 2}
+    with pytest.raises(RecordError, match="line 2"):
         LoTLIPCollator(processor)(records)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_broken_rows_of_csv(streaming: bool, tmp_path: Path) -> None:
-    rows = ['a.png,one,"A\nb."', "b.png,two,B, with a comma", "c.png,three,C.", 'd.png,"four']
-    (tmp_path / "rows.csv").write_text("\n".join(["image,short_caption,long_captions", *rows, ""]))
-    records = list(load_records(tmp_path / "rows.csv", streaming=streaming))
-    assert [record["long_captions"] for record in records if not record["error"]] == [["A\nb."], ["C."]]
-    assert ["line 4" in (records[1]["error"] or ""), "quotation" in (records[3]["error"] or "")] == [True, True]
 
 
 # Shards as other people write them.
@@ -985,7 +877,7 @@ def test_one_of_several_pictures_is_named(tmp_path: Path) -> None:
     members = [("0.input.png", first), ("0.output.png", second), ("0.txt", b"a"), ("0.json", b'{"image": "x.png"}')]
     shard = write_members(tmp_path / "pairs.tar", members)
     mapping = ColumnMapping(short="txt", long="txt")
-    with pytest.raises(ColumnError, match="'input.png', 'output.png'"):
+    with pytest.raises(ColumnError, match="output.png"):
         load_records(shard, mapping)
     for name, content in (("input.png", first), ("output.png", second)):
         (row,) = load_records(shard, dataclasses.replace(mapping, image=name))

@@ -118,6 +118,7 @@ def bert_tokenizer(max_length: int = 38) -> LoTLIPTokenizer:
 # What stays the same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "slot"), SLOTS)
 def test_clip_weights_and_77_tokens_give_the_same_picture(kind: str, slot: str) -> None:
     stock, pipe = pipeline(kind), swapped(kind, slot)
@@ -127,6 +128,7 @@ def test_clip_weights_and_77_tokens_give_the_same_picture(kind: str, slot: str) 
     assert not same(picture(pipe, PROMPT), picture(pipe, NEGATIVE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "slot"), SLOTS)
 def test_every_slot_gets_the_stock_class_of_its_kind(kind: str, slot: str) -> None:
     stock, pipe = pipeline(kind), swapped(kind, slot)
@@ -198,6 +200,7 @@ def test_a_folder_is_the_model_in_it(whole_lotlip: tuple[Path, LoTLIPModel], kin
         assert same(encoder(torch.tensor([ids])).text_embeds, pooled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text model", "with projection", "whole CLIP", "pipeline's own", "lotlip tower"])
 def test_every_kind_of_checkpoint_loads(tmp_path: Path, kind: str) -> None:
     tokenizer = tiny_clip.clip_tokenizer()
@@ -225,6 +228,7 @@ def test_every_kind_of_checkpoint_loads(tmp_path: Path, kind: str) -> None:
         assert same(pipe.text_encoder_2(ids).text_embeds, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "slot"), [("sd2", "text_encoder"), ("sdxl", "text_encoder_2")])
 def test_a_pipelines_own_encoder_there_and_back(tmp_path: Path, kind: str, slot: str) -> None:
     pipe = pipeline(kind)
@@ -310,6 +314,7 @@ def test_both_encoders_of_a_pipeline() -> None:
 # Length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "slot"), SLOTS)
 def test_long_prompts_reach_the_picture(kind: str, slot: str, caplog: pytest.LogCaptureFixture) -> None:
     pipe = swapped(kind, slot, LONG)
@@ -340,6 +345,7 @@ def positions(pipe: DiffusionPipeline, name: str) -> torch.Tensor:
     return tower.embeddings.position_embedding.weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "slot"), [case for case in SLOTS if case[0] in ("sdxl", "sd3")])
 def test_the_other_encoder_is_stretched_and_nothing_that_is_shared(kind: str, slot: str) -> None:
     other = "text_encoder" if slot == "text_encoder_2" else "text_encoder_2"
@@ -360,6 +366,7 @@ def test_the_other_encoder_is_stretched_and_nothing_that_is_shared(kind: str, sl
         assert pipe.tokenizer_max_length == LONG
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_shorter_length_than_the_positions(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     pipe = swapped(kind, max_length=20)
@@ -391,6 +398,7 @@ def test_swapping_again(whole_lotlip: tuple[Path, LoTLIPModel]) -> None:
 # What a pipeline can do
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip_skip", [1, 2])
 @pytest.mark.parametrize("kind", ["sd", "sd2"])
 def test_clip_skip_of_stable_diffusion(kind: str, clip_skip: int) -> None:
@@ -410,6 +418,7 @@ def test_clip_skip_of_the_others(kind: str) -> None:
     assert not same(picture(pipe, clip_skip=1), picture(pipe))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_encode_prompt_alone_and_prompt_embeds(kind: str) -> None:
     pipe = swapped(kind, length=LONG)
@@ -425,6 +434,7 @@ def test_encode_prompt_alone_and_prompt_embeds(kind: str) -> None:
     assert same(picture(pipe, None, **embeds), picture(pipe, prompt, **guided))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_images_of_a_prompt(kind: str) -> None:
     pipe = swapped(kind, length=LONG)
@@ -628,6 +638,7 @@ def test_a_pipeline_without_its_first_text_encoder() -> None:
 # What is cut off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_cut_off_is_said(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     pipe = swapped(kind)
@@ -733,6 +744,7 @@ def adapted(kind: str, slot: str, adapter: str, num_queries: int = 24) -> Diffus
     return swap_text_encoder(pipe, model.eval(), slot, tokenizer=bert_tokenizer())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "slot", "adapter"), ADAPTED)
 def test_a_bert_lotlip_behind_an_adapter(kind: str, slot: str, adapter: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
@@ -750,6 +762,7 @@ def test_a_bert_lotlip_behind_an_adapter(kind: str, slot: str, adapter: str, cap
         assert getattr(pipe, slot.replace("text_encoder", "tokenizer")).model_max_length == 38
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_queries", [12, 60])
 def test_a_resampler_reads_all_of_negative_prompts(num_queries: int) -> None:
     # diffusers cuts them to as many tokens as the prompt has states
@@ -1035,6 +1048,7 @@ def with_lora(model: CLIPTextModel) -> CLIPTextModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_refused_before_anything_is_changed(case: str) -> None:
     kind, arguments, message = REFUSED[case]

@@ -49,6 +49,7 @@ def padded_ids(backbone: str = "bert", length: int = 12) -> torch.Tensor:
     return ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection_dim", [None, 24])
 @pytest.mark.parametrize("adapter", [None, *ADAPTERS])
 @pytest.mark.parametrize("backbone", ["bert", "roberta", "clip"])
@@ -131,6 +132,7 @@ def test_a_prompt_does_not_depend_on_padding_or_its_neighbours(backbone: str, ad
             torch.testing.assert_close(answers.pooler_output[row], other.pooler_output[0], **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection_dim", [None, 24])
 @pytest.mark.parametrize("adapter", [None, *ADAPTERS])
 @pytest.mark.parametrize("backbone", ["bert", "roberta", "clip"])
@@ -187,6 +189,7 @@ def test_nothing_but_padding_is_finite(adapter: str | None) -> None:
     assert all(state.isfinite().all() for state in (*outputs[:2], *outputs.hidden_states))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, *ADAPTERS])
 def test_saving_and_loading(adapter: str | None, tmp_path: Path, golden: Path) -> None:
     encoder = text_encoder(adapter=adapter, projection_dim=24, target_layer=-2)

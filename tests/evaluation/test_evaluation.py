@@ -22,9 +22,9 @@ from lotlip_hf.evaluation import embeddings
 from lotlip_hf.evaluation.benchmarks.registry import TASKS
 from lotlip_hf.evaluation.embeddings import embed_images, embed_texts, image_digests
 from lotlip_hf.evaluation.evaluate import evaluate, results_table, study, write_results
+from lotlip_hf.evaluation.results import read_results
 from lotlip_hf.evaluation.retrieval import ranks
 from lotlip_hf.evaluation.tasks import ClassificationData, IncompleteDataError, RetrievalData
-from lotlip_hf.hub.push import read_results
 from processes import Started, finish
 
 COLORS = ["red", "green", "blue", "white", "black", "gray"]
@@ -351,10 +351,9 @@ def test_the_command(
 
     assert main([*command, "--output", str(output)]) == 2
     assert "exists already" in capsys.readouterr().err
-    assert main([*command, "--output", str(output), "--overwrite", "--faiss-index", "Flat"]) == 0
+    assert main([*command, "--output", str(output), "--overwrite"]) == 0
     again = json.loads(output.read_text())
-    assert {**again["metrics"], **results["metrics"]} == results["metrics"]
-    assert again["protocol"]["search"] == "FAISS Flat"
+    assert again["metrics"] == results["metrics"]
     assert main(["report", str(output)]) == 0
     assert "Urban" in capsys.readouterr().out
 
@@ -372,9 +371,6 @@ def test_the_command(
         (["--split", "test"], "`split`"),
         (["--max-length", "1000"], "`max_length`"),
         (["--bootstrap", "-1"], "`bootstrap`"),
-        (["--faiss-parameters", "nprobe=4"], "give `faiss_index` too"),
-        (["--faiss-index", "Nonsense"], "'Nonsense' cannot be made for 16 dimensions"),
-        (["--faiss-index", "IVF4,Flat", "--faiss-parameters", "no=1"], "do not fit the index"),
         (["--task", "length-study"], "--benchmark"),
         (["--task", "length-study", "--benchmark", "urban1k", "--bootstrap", "3"], "--bootstrap"),
         (["--task", "sentence-ablation", "--benchmark", "urban1k", "--limits", "3"], "--limits"),
@@ -384,7 +380,6 @@ def test_the_command(
             "--plot and --output",
         ),
         (["--task", "classification", "--data", "classes", "--bootstrap", "3"], "--bootstrap"),
-        (["--task", "classification", "--data", "classes", "--faiss-index", "Flat"], "--faiss-index is not for"),
         (["--revision", "main"], "`revision`"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -21,6 +21,7 @@ from lotlip_hf.scenes.dataset import render, scene, short_caption
 from lotlip_hf.training.log import read_log
 from scripts import load_script
 
+pytestmark = pytest.mark.slow
 NUM_PICTURES = 12
 
 
@@ -37,7 +38,6 @@ def example() -> ModuleType:
     return load_script("examples/relabel_then_train.py")
 
 
-@pytest.mark.slow
 def test_descriptions_are_true_and_name_everything(example: ModuleType) -> None:
     scenes = [scene(index) for index in range(6)]
     descriptions = [example.description(one, 0) for one in scenes]
@@ -67,7 +67,6 @@ def test_pictures_come_with_short_captions_alone(example: ModuleType, tmp_path: 
             assert picture.tobytes() == render(one, 64).tobytes()
 
 
-@pytest.mark.slow
 def test_the_captioner_learns_and_is_saved_as_it_was_trained(example: ModuleType, tmp_path: Path) -> None:
     scenes = [scene(index, seed=1) for index in range(8)]
     first = example.train_captioner(scenes, tmp_path / "first", num_steps=1)
@@ -91,7 +90,6 @@ def test_the_captioner_learns_and_is_saved_as_it_was_trained(example: ModuleType
     assert float(loss) < first - 0.5
 
 
-@pytest.mark.slow
 def test_it_relabels_trains_and_compares(
     example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

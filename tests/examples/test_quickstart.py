@@ -14,13 +14,14 @@ from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.training.log import read_log
 from scripts import load_script
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def quickstart() -> ModuleType:
     return load_script("examples/quickstart.py")
 
 
-@pytest.mark.slow
 def test_it_trains_measures_and_searches(
     quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,7 +59,6 @@ def test_shuffled_captions_are_those_of_other_pictures(quickstart: ModuleType) -
     assert same < 5
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_it_learns_what_long_captions_say(quickstart: ModuleType, tmp_path: Path) -> None:
     assert quickstart.main(["--output", str(tmp_path), "--max-steps", "150"]) == 0
@@ -69,7 +69,6 @@ def test_it_learns_what_long_captions_say(quickstart: ModuleType, tmp_path: Path
     assert len(evaluations) == 2
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_it_stays_at_chance_when_captions_are_shuffled(quickstart: ModuleType, tmp_path: Path) -> None:
     assert quickstart.main(["--output", str(tmp_path), "--shuffle-captions", "--max-steps", "60"]) == 0

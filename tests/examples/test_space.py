@@ -28,6 +28,7 @@ from tiny_clip import save_clip
 
 pytest.importorskip("gradio", reason="the Space needs gradio: pip install '.[space]'")
 
+pytestmark = pytest.mark.slow
 SPACE = REPOSITORY / "examples" / "space"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # No sandbox, as CI is root; none of Chromium's own calls home.
@@ -299,7 +300,6 @@ def browser_page() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.mark.slow
 def test_the_page_in_a_browser(
     browser_page: Any, address: str, app: ModuleType, models: list[Any], pictures: list[str], broken: str
 ) -> None:

@@ -29,7 +29,7 @@ from lotlip_hf.conversion.open_clip import read_open_clip
 from lotlip_hf.conversion.torchscript import read_torchscript
 from lotlip_hf.loading import load_model
 from lotlip_hf.training.checkpoint import STATE
-from lotlip_hf.training.model import prepare_sharding
+from lotlip_hf.training.fsdp import prepare_sharding
 from scripts import load_script
 
 TRAIN = "examples/train.py"
@@ -93,6 +93,7 @@ def state_files(run: Path) -> list[Path]:
     return [*there, *(state / name for name in others)]
 
 
+@pytest.mark.slow
 def test_a_state_holds_tensors_and_numbers(finished: Path) -> None:
     files = [file for file in state_files(finished) if file.exists()]
     assert len(files) == 5  # the optimiser, the random numbers, the scheduler, the objective, the averaged weights
@@ -102,6 +103,7 @@ def test_a_state_holds_tensors_and_numbers(finished: Path) -> None:
                 torch.load(file, weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [pickle.dump, torch.save], ids=["pickle", "zip"])
 def test_nothing_in_a_resumed_run_is_unpickled(
     write: object, finished: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -143,6 +145,7 @@ def test_a_state_of_an_older_version_is_said(run: Path, capsys: pytest.CaptureFi
     assert "--model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["log.jsonl", "curve.png", "training_config.yaml", "checkpoint-1", "lotlip", "new"])
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_run_writes_into_its_own_folder_alone(
@@ -165,6 +168,7 @@ def test_a_run_writes_into_its_own_folder_alone(
     assert before == {file: file.read_bytes() for file in outside.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
 @pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "scheduler.pt", "0-progress.json"])
 def test_a_state_is_files(name: str, make: Callable[[Path], None], run: Path, capsys: pytest.CaptureFixture) -> None:
@@ -176,6 +180,7 @@ def test_a_state_is_files(name: str, make: Callable[[Path], None], run: Path, ca
     assert "checkpoint-2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "5", ""], ids=range(4))
 def test_a_progress_that_is_none(content: str, run: Path, capsys: pytest.CaptureFixture) -> None:
     (run / "checkpoint-2" / STATE / "0-progress.json").write_text(content)
@@ -183,6 +188,7 @@ def test_a_progress_that_is_none(content: str, run: Path, capsys: pytest.Capture
     assert "checkpoint-2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["step", "epoch", "next_batch", "counts", "window", "data"])
 def test_a_progress_of_wrong_types(name: str, run: Path, capsys: pytest.CaptureFixture) -> None:
     file = run / "checkpoint-2" / STATE / "0-progress.json"
@@ -193,6 +199,7 @@ def test_a_progress_of_wrong_types(name: str, run: Path, capsys: pytest.CaptureF
         assert "checkpoint-2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line", ['{"step": 1, "loss": "x"}', '{"step": 1, "long_image_to_text_r1": [1]}', "[" * 100_000], ids=range(3)
 )
@@ -202,6 +209,7 @@ def test_a_log_of_wrong_types(line: str, run: Path, capsys: pytest.CaptureFixtur
     assert "log.jsonl" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_options_that_are_nested_deep(run: Path, capsys: pytest.CaptureFixture) -> None:
     (run / "training_config.yaml").write_text("[" * 100_000)
     assert train("--output", run, "--resume") == 2

@@ -1,32 +1,57 @@
 """The shape of the repository: which part may import which, what is in the package, what no file may hold."""
 
 import ast
-import io
-import os
+import itertools
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import tarfile
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 import lotlip_hf
 import lotlip_hf.conversion
 import lotlip_hf.modeling
-import upstream
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LARGEST_FILE = 5 * 1024 * 1024  # bytes
 
 # What a checkpoint's remote code may import: transformers, and what every installation of transformers has.
 MODELING_IMPORTS = {"huggingface_hub", "numpy", "safetensors", "tokenizers", "torch", "transformers"}
+
+# From the ground up: a package or file imports from its own floor and from those below. Only these names are listed; a
+# new file of a package has the package's floor.
+FLOORS = (
+    ("modeling",),
+    ("files", "terminal", "options"),
+    ("images", "plots", "distributed", "lora"),
+    ("data", "scenes", "loading", "engines"),
+    ("encoder",),
+    ("store",),
+    ("search", "grid", "embed"),
+    ("metrics", "diffusion", "training", "evaluation", "relabel"),
+    ("hub",),
+    ("auto", "__init__"),
+    ("cli", "__main__"),
+)
+# Imports that run up, until they are gone.
+UPWARD = {
+    ("engines.open_clip", "encoder"),
+    ("evaluation.report", "hub.push"),
+}
+
+
+@cache
+def syntax_tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imports(path: Path, *, lazy: bool = True) -> Iterator[tuple[int, str]]:
@@ -44,7 +69,7 @@ def imports(path: Path, *, lazy: bool = True) -> Iterator[tuple[int, str]]:
             yield child
             yield from walk(child)
 
-    for node in walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in walk(syntax_tree(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
@@ -76,22 +101,77 @@ def test_modeling_imports_only_what_remote_code_may(path: Path) -> None:
             assert name.split(".")[0] in allowed, f"{path.name}:{line}: modeling/ may not import {name}"
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "lotlip_hf").rglob("*.py")), ids=lambda path: path.name)
-def test_lotlip_hf_does_not_look_up(path: Path) -> None:
-    for line, name in imports(path):
-        assert name.split(".")[0] not in {"benchmarks", "conversion", "examples", "modeling", "tests"}, (
-            f"{path.name}:{line}: imports {name}"
-        )
-    for line, name in imports(path, lazy=False):
-        assert "conversion" not in name.split("."), (
-            f"{path.name}:{line}: import {name} inside the function that needs it"
-        )
+def test_lotlip_hf_does_not_look_up() -> None:
+    for path in python_files("lotlip_hf"):
+        for line, name in imports(path):
+            assert name.split(".")[0] not in {"benchmarks", "conversion", "examples", "modeling", "tests"}, (
+                f"{path.name}:{line}: imports {name}"
+            )
+        for line, name in imports(path, lazy=False):
+            assert "conversion" not in name.split("."), (
+                f"{path.name}:{line}: import {name} inside the function that needs it"
+            )
+
+
+@cache
+def inner_imports() -> dict[str, set[str]]:
+    """The files of `lotlip_hf` and its `modeling` by module name, and those that each imports, anywhere in it."""
+    paths = {path.relative_to(REPOSITORY / "lotlip_hf"): path for path in python_files("lotlip_hf")}
+    paths |= {path.relative_to(REPOSITORY): path for path in python_files("modeling")}
+    modules = {".".join(name.with_suffix("").parts).removesuffix(".__init__"): name for name in paths}
+    found: dict[str, set[str]] = {}
+    for module, name in modules.items():
+        found[module] = set()
+        for node in ast.walk(syntax_tree(paths[name])):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            base = [*(name.parts[: -node.level] if node.level else ()), *filter(None, (node.module or "").split("."))]
+            if not node.level and base.pop(0) != "lotlip_hf":
+                continue
+            for alias in node.names:
+                imported = ".".join((*base, alias.name))
+                found[module].add(imported if imported in modules else ".".join(base) or "__init__")
+        found[module] &= modules.keys() - {module}
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A way along the arrows of a graph that ends where it began; empty if there is none."""
+    left = {node: set(targets) - {node} for node, targets in graph.items()}
+    while leaves := {node for node, targets in left.items() if not targets}:
+        left = {node: targets - leaves for node, targets in left.items() if node not in leaves}
+    way: list[str] = [min(left)] if left else []
+    while way and way[-1] not in way[:-1]:
+        way.append(min(left[way[-1]]))
+    return way[way.index(way[-1]) :] if way else []
+
+
+def test_no_file_imports_in_a_circle() -> None:
+    graph = {module: {one for one in used if (module, one) not in UPWARD} for module, used in inner_imports().items()}
+    assert not circle(graph)
+    packages: dict[str, set[str]] = {}
+    for module, used in graph.items():
+        packages.setdefault(module.split(".")[0], set()).update(one.split(".")[0] for one in used)
+    assert not circle(packages)
+
+
+def test_no_import_runs_up() -> None:
+    floors = {name: number for number, names in enumerate(FLOORS) for name in names}
+    graph = inner_imports()
+    unknown = {module.split(".")[0] for module in graph} - floors.keys()
+    assert not unknown, "give them a floor in FLOORS"
+    upward = {
+        (module, one)
+        for module, used in graph.items()
+        for one in used
+        if floors[one.split(".")[0]] > floors[module.split(".")[0]]
+    }
+    assert upward <= UPWARD
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", ["benchmarks", "conversion", "examples", "tests"])
-def test_modeling_is_imported_under_its_package_name(folder: str) -> None:
-    for path in sorted((REPOSITORY / folder).rglob("*.py")):
+def test_modeling_is_imported_under_its_package_name() -> None:
+    for path in itertools.chain.from_iterable(map(python_files, ["benchmarks", "conversion", "examples", "tests"])):
         for line, name in imports(path):
             # Under its bare name every class would exist twice, and `isinstance` would tell them apart.
             assert name.split(".")[0] not in {"conversion", "modeling"}, (
@@ -114,7 +194,7 @@ def test_nothing_that_is_read_runs() -> None:
     unsafe = re.compile(r"(\w*pickle|dill|joblib|marshal)\.loads?|torch\.jit\.load|yaml\.(unsafe_|full_)?load")
     for folder in ("lotlip_hf", "modeling", "conversion", "examples", "benchmarks"):
         for path in (REPOSITORY / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for node in ast.walk(syntax_tree(path)):
                 if not isinstance(node, ast.Call):
                     continue
                 name, said = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
@@ -174,6 +254,13 @@ def test_tests_reach_no_other_machine() -> None:
         socket.create_connection(server.getsockname(), timeout=10).close()
 
 
+def test_shift_weights_moves_weights(request: pytest.FixtureRequest) -> None:
+    layer = torch.nn.Linear(8, 8)
+    before = layer.weight.data_ptr()
+    layer(torch.ones(2, 8))
+    assert (layer.weight.data_ptr() != before) == request.config.getoption("--shift-weights")
+
+
 def test_no_file_is_large() -> None:
     for path in project_files():
         assert path.stat().st_size < LARGEST_FILE, f"{path.relative_to(REPOSITORY)} is over 5 MB"
@@ -198,42 +285,6 @@ def test_the_wheel_holds_everything(tmp_path: Path) -> None:
     expected |= {f"lotlip_hf/conversion/{path.name}" for path in python_files("conversion")}
     assert {name for name in names if name.endswith(".py")} == expected
     assert any(name.endswith("/LICENSE") for name in names)
-
-
-def test_the_shared_tests_that_cannot_be_fetched_say_what_to_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(upstream, "cache_folder", lambda: tmp_path / "cache" / "version")
-    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(RuntimeError, match="tests/upstream.py"):
-        upstream.upstream("test_modeling_common")
-    left = [path.name for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".lock")]
-    assert left == []
-
-
-def test_the_shared_tests_appear_with_their_stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, theirs = "class GenerationTesterMixin: pass", "class ExportTesterMixin: theirs = True"
-    files = {
-        "tests/test_modeling_common.py": own,
-        "tests/exporters/test_export.py": theirs,
-        "src/other.py": "",
-    }
-    archive = tmp_path / "transformers.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"transformers-5.99.0/{name}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content.encode()))
-    monkeypatch.setattr(upstream, "cache_folder", lambda: tmp_path / "cache" / "version")
-    monkeypatch.setattr(upstream, "_download", lambda folder: archive)
-    package = upstream.fetch() / upstream.PACKAGE
-    assert (package / "test_modeling_common.py").read_text() == own
-    assert (package / "exporters" / "test_export.py").read_text() == theirs  # a stand-in replaces nothing
-    assert "GenerationTesterMixin" in (package / "generation" / "test_utils.py").read_text()
-    assert not list(package.rglob("other.py"))
-    monkeypatch.setattr(upstream, "_download", lambda folder: pytest.fail("downloaded twice"))
-    assert upstream.fetch() == package.parent
 
 
 def python_files(folder: str) -> list[Path]:

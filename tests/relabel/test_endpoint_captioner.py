@@ -13,9 +13,6 @@ import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from datetime import datetime, timedelta, timezone
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from PIL import Image, ImageDraw
 from transformers import AutoProcessor
 
 from lotlip_hf.relabel.captioners.base import Answer, CaptionerConfig, EndpointError
-from lotlip_hf.relabel.captioners.endpoint import EndpointCaptioner, _api_key, _data_url, _retry_after
+from lotlip_hf.relabel.captioners.endpoint import EndpointCaptioner, _api_key
 from openai_server import (
     MODEL,
     OpenAIServer,
@@ -35,25 +32,15 @@ from openai_server import (
     each_image_first,
     is_probe,
     openai_server,
-    scripted,
     use_in_process,
 )
 
-TESTS = Path(__file__).resolve().parents[1]
 COLOURS = ("red", "green", "blue", "yellow", "brown", "violet", "white", "black")
 
 
 @pytest.fixture(autouse=True)
 def _online(monkeypatch: pytest.MonkeyPatch) -> None:
     use_in_process(monkeypatch)
-
-
-@pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Leaves out the waits between tries; the list gets each, in seconds."""
-    seconds: list[float] = []
-    monkeypatch.setattr(EndpointCaptioner, "_pause", lambda self, wait: seconds.append(wait))
-    return seconds
 
 
 def picture(colour: str, size: tuple[int, int] = (48, 32)) -> Image.Image:
@@ -114,16 +101,11 @@ def test_an_image_is_described() -> None:
     assert not server.malformed
 
 
-@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
+@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/?key=word", "/v1/chat/completions"])
 def test_the_address_may_end_as_people_write_it(ending: str) -> None:
     with openai_server() as server:
-        one = captioner(server.url.removesuffix("/v1") + ending)
-        assert ask(one, picture("red")) == expected(picture("red"))
-
-
-def test_without_a_prompt_the_image_is_sent_alone() -> None:
-    with openai_server() as server:
-        assert ask(captioner(server, prompt=""), picture("red")) == expected(picture("red"), "")
+        one = captioner(server.url.removesuffix("/v1") + ending, prompt="")
+        assert ask(one, picture("red")) == expected(picture("red"), "")
     assert server.requests[0].parts == ("image_url",)
 
 
@@ -136,22 +118,13 @@ def test_seeds_are_sent_where_tokens_are_drawn() -> None:
     assert server.requests[0].options == {"model": MODEL, "max_tokens": 256, **drawn}
 
 
-def test_images_of_all_modes_are_sent_as_the_same_bytes_each_time() -> None:
-    for mode in ("RGB", "RGBA", "L", "P", "CMYK"):
-        assert _data_url(picture("red").convert(mode), 99) == _data_url(picture("red").convert(mode), 99)
-    with openai_server() as server:
-        ask(captioner(server), picture("red").convert("RGBA"))
-    assert server.requests[0].image == digest(as_sent(picture("red")))
-
-
 def test_an_image_that_is_no_jpeg_is_an_error_of_its_own() -> None:
     with openai_server() as server:
         one = captioner(server, max_image_size=70_000)
         wide = ask(one, Image.new("RGB", (70_000, 1)))
         assert ask(one, picture("red")) == expected(picture("red"))
     assert wide.text == ""
-    assert wide.error is not None
-    assert wide.error.startswith("cannot be written as JPEG")
+    assert "JPEG" in str(wide.error)
     assert len(server.requests) == 1
 
 
@@ -245,8 +218,7 @@ def test_an_answer_that_reaches_max_new_tokens_is_not_finished() -> None:
 # What fails for the moment
 
 PASSING = [
-    *("408", "425", "429", "429:1", "500", "502", "503:2", "504", "529"),
-    *("cut", "cut-json", "html", "garbage", "reset"),
+    *("408", "429", "500", "503:0.01", "529", "cut", "cut-json", "html", "garbage", "reset", "late:8", "drip:0.05"),
     *("body:", "body:[]", "body:null", 'body:"busy"', "body:{}", 'body:{"choices": []}', 'body:{"choices": {}}'),
     *('body:{"choices": [null]}', 'body:{"choices": [{"message": "A cat."}]}', 'body:{"error": {"message": "busy"}}'),
     'body:{"choices": [{"message": {"content": "A"}, "finish_reason": "abort"}]}',
@@ -256,21 +228,15 @@ PASSING = [
 
 
 @pytest.mark.parametrize("fault", PASSING, ids=lambda fault: fault[:40])
-def test_a_request_that_fails_is_sent_again(fault: str, pauses: list[float]) -> None:
-    with openai_server(fault=each_image_first(fault, times=2)) as server:
-        assert ask(captioner(server), picture("red")) == expected(picture("red"))
-    assert [request.fault for request in server.requests] == [fault, fault, None]
-    assert len(pauses) == 2
-
-
-def test_an_answer_that_is_late_is_asked_for_again(pauses: list[float]) -> None:
-    with openai_server(fault=each_image_first("late:8")) as server:
-        assert ask(captioner(server, timeout=1.5), picture("red")) == expected(picture("red"))
-    assert len(pauses) == 1
+def test_a_request_that_fails_is_sent_again(fault: str) -> None:
+    with openai_server(fault=each_image_first(fault)) as server:
+        one = captioner(server, timeout=1.5 if fault.startswith(("late", "drip")) else 30.0)
+        assert ask(one, picture("red")) == expected(picture("red"))
+    assert [request.fault for request in server.requests] == [fault, None]
 
 
 @pytest.mark.parametrize("body", ["[]", '"busy"', '{"errors": [1]}', '{"error": 5}', "<html>", "\\xff"])
-def test_an_error_may_come_with_any_body(body: str, pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_may_come_with_any_body(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = b"\xff\x80" if body == "\\xff" else body.encode()
     monkeypatch.setattr("openai_server.Handler.send_problem", lambda self, status, *_: self.send(status, data))
     with openai_server(fault=each_image_first("500")) as server:
@@ -278,51 +244,13 @@ def test_an_error_may_come_with_any_body(body: str, pauses: list[float], monkeyp
     with openai_server(fault=lambda *_: "400") as server, pytest.raises(EndpointError, match="400"):
         ask(captioner(server), picture("red"))
     assert len(server.requests) == 2  # the image and the grey picture
-    assert len(pauses) == 1
-
-
-def test_waits_double_up_to_a_minute(pauses: list[float]) -> None:
-    with openai_server(fault=each_image_first("503", times=10)) as server:
-        assert ask(captioner(server, max_retries=10), picture("red")) == expected(picture("red"))
-    longest = [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
-    assert len(pauses) == len(longest)
-    for seconds, most in zip(pauses, longest, strict=True):
-        assert most / 2 <= seconds <= most
-    assert any(seconds != most for seconds, most in zip(pauses, longest, strict=True))
-
-
-@pytest.mark.parametrize(("asked", "least", "most"), [("7", 7, 7.7), ("0.9", 0.9, 0.99), ("86400", 600, 660)])
-@pytest.mark.parametrize("status", [429, 503])
-def test_retry_after_is_honoured(status: int, asked: str, least: float, most: float, pauses: list[float]) -> None:
-    with openai_server(fault=each_image_first(f"{status}:{asked}")) as server:
-        assert ask(captioner(server), picture("red")) == expected(picture("red"))
-    assert len(pauses) == 1
-    assert least <= pauses[0] <= most
-
-
-def test_retry_after_is_honoured_as_a_date(pauses: list[float]) -> None:
-    later = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=60), usegmt=True)
-    with openai_server(fault=each_image_first(f"429:{later}")) as server:
-        assert ask(captioner(server), picture("red")) == expected(picture("red"))
-    assert len(pauses) == 1
-    assert 40 <= pauses[0] <= 70
-
-
-@pytest.mark.parametrize("value", ["", "soon", "-3", "nan", "Wed, 99 Foo 2026 00:00:00 GMT"])
-def test_retry_after_that_cannot_be_read_is_none(value: str) -> None:
-    assert _retry_after({"retry-after": value}) is None
-
-
-def test_retry_after_counts_by_the_clock_of_the_server() -> None:
-    headers = {"retry-after": "Wed, 21 Oct 2015 07:28:30 GMT", "date": "Wed, 21 Oct 2015 07:28:00 GMT"}
-    assert _retry_after(headers) == 30
 
 
 # Whose fault it is
 
 
 @pytest.mark.parametrize("fault", ["500", "reset", "cut", "html", "content:5"])
-def test_one_image_that_is_never_answered_is_an_error_of_its_own(fault: str, pauses: list[float]) -> None:
+def test_one_image_that_is_never_answered_is_an_error_of_its_own(fault: str) -> None:
     images = [picture(colour) for colour in COLOURS]
     bad = digest(as_sent(images[2]))
     with openai_server(fault=lambda number, image, body: fault if digest(image) == bad else None) as server:
@@ -333,135 +261,74 @@ def test_one_image_that_is_never_answered_is_an_error_of_its_own(fault: str, pau
     assert probes(server) == 1
     error = answers.pop(2)
     assert (error.text, error.finished) == ("", None)
-    assert error.error is not None
-    assert error.error.startswith("no answer, however often it was asked: ")
+    assert error.error
     assert server.url not in error.error  # what is written does not depend on the address
     del images[2]
     assert answers == [expected(image) for image in images]
 
 
 @pytest.mark.parametrize("status", [400, 403, 413, 422])
-def test_one_image_that_is_refused_is_not_sent_again(status: int, pauses: list[float]) -> None:
-    with openai_server(fault=except_probes(str(status))) as server:
-        one = captioner(server)
-        answer = ask(one, picture("red"))
-    assert answer == Answer("", error=f"{status} fault {status}")
+def test_one_image_that_is_refused_is_not_sent_again(status: int) -> None:
+    with openai_server(fault=lambda number, image, body: None if is_probe(image) else str(status)) as server:
+        answer = ask(captioner(server), picture("red"))
+    assert f"{status} fault {status}" in str(answer.error)
     assert [request.fault for request in server.requests] == [str(status), None]
     assert server.requests[0].options == server.requests[1].options  # the probe is the same request
-    assert not pauses
-
-
-@pytest.mark.parametrize("status", [400, 413, 422])
-def test_a_request_that_is_refused_with_any_image_stops_the_run(status: int, pauses: list[float]) -> None:
-    with openai_server(fault=lambda *_: str(status)) as server, pytest.raises(EndpointError) as caught:
-        ask(captioner(server), picture("red"))
-    assert f"{status} fault {status}" in str(caught.value)
-    assert server.url in str(caught.value)
-    assert "'tiny'" in str(caught.value)
-    assert "What was done is kept" in str(caught.value)
-    assert len(server.requests) == 2
-    assert not pauses
-
-
-def test_an_option_that_the_server_refuses_stops_the_run(pauses: list[float]) -> None:
-    with openai_server() as server, pytest.raises(EndpointError, match="temperature must be from 0 to 2"):
-        ask(captioner(server, temperature=3.0), picture("red"))
-    assert len(server.malformed) == 2
-
-
-def test_a_model_that_there_is_not_stops_the_run_at_once(pauses: list[float]) -> None:
-    with openai_server() as server, pytest.raises(EndpointError, match="404 The model `huge` does not exist.*'huge'"):
-        ask(captioner(server, model="huge"), picture("red"))
-    assert not pauses
-
-
-def test_a_wrong_key_stops_the_run_and_is_not_shown(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    with openai_server(api_key="sk-other") as server:
-        one = captioner(f"{server.url}?key=query-secret")
-        with pytest.raises(EndpointError, match="401 Incorrect API key provided: Bearer .*OPENAI_API_KEY") as caught:
-            ask(one, picture("red"))
-    assert "secret" not in str(caught.value)
-    assert caught.value.__cause__ is None
-    assert caught.value.__suppress_context__ or caught.value.__context__ is None
-    assert not pauses
-
-
-def test_what_an_address_holds_is_not_shown(pauses: list[float]) -> None:
-    with openai_server() as server:
-        address = server.url.replace("http://", "http://ada:secret@").replace("/v1", "/v2") + "?key=secret"
-        with pytest.raises(EndpointError, match="404 nothing at /v2") as caught:
-            ask(captioner(address), picture("red"))
-    assert "secret" not in str(caught.value)
-    assert "ada" not in str(caught.value)
-
-
-def test_an_endpoint_that_is_not_there_stops_the_run(free_port: int, pauses: list[float]) -> None:
-    one = captioner(f"http://127.0.0.1:{free_port}", max_retries=3)
-    with pytest.raises(EndpointError, match=f"127.0.0.1:{free_port} gives no captions: no connection"):
-        ask(one, picture("red"))
-    assert len(pauses) == 3  # no image can be the cause: nothing is sent to find out
-
-
-def test_an_endpoint_that_has_too_much_to_do_stops_the_run(pauses: list[float]) -> None:
-    with openai_server(fault=lambda *_: "429") as server, pytest.raises(EndpointError, match="429.*`concurrency`"):
-        ask(captioner(server, max_retries=3), picture("red"))
-    assert len(server.requests) == 4
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"), [("503", "503 fault 503"), ("html", "not in OpenAI's format"), ("reset", "broke")]
+    ("fault", "options", "word", "requests"),
+    [
+        *((str(status), {}, "'tiny'", 2) for status in (400, 413, 422)),  # the image and the grey picture
+        ("429", {"max_retries": 3}, "`concurrency`", 4),  # no image can be the cause: no grey one is sent
+        ("402", {}, "402", 1),
+        ("503", {"max_retries": 2}, "503", 3 + 3),
+        ("html", {"max_retries": 2}, "OpenAI's format", 3 + 3),
+        ("reset", {"max_retries": 2}, "connection", 3 + 3),
+        ("late:2", {"timeout": 0.2, "max_retries": 1}, "`timeout`", 2 + 3),
+        (None, {"temperature": 3.0}, "temperature", 0),  # both are malformed
+        (None, {"model": "huge"}, "'huge'", 0),
+    ],
 )
-def test_an_endpoint_that_goes_down_stops_the_run(fault: str, said: str, pauses: list[float]) -> None:
-    with openai_server(fault=scripted(f"{fault}@3-")) as server:
-        one = captioner(server, max_retries=2)
-        for colour in COLOURS[:3]:
-            assert ask(one, picture(colour)) == expected(picture(colour))
-        with pytest.raises(EndpointError, match=said):
-            ask(one, picture("violet"))
-        assert (len(server.requests), probes(server)) == (3 + 3 + 3, 3)
-        server.fault = None  # it is up again
-        assert ask(one, picture("violet")) == expected(picture("violet"))
+def test_an_endpoint_that_answers_nothing_stops_the_run(
+    fault: str | None, options: dict[str, Any], word: str, requests: int
+) -> None:
+    with openai_server(fault=lambda *_: fault) as server:
+        one = captioner(server, **options)
+        with pytest.raises(EndpointError, match=word) as caught:
+            ask(one, picture("red"))
+        assert server.url in str(caught.value)
+        assert len(server.requests) == requests
+        if fault:
+            server.fault = None  # it is up again
+            server.requests.clear()
+            assert ask(captioner(server), picture("red")) == expected(picture("red"))
 
 
-def test_an_endpoint_that_dies_with_its_first_answer_stops_the_run(pauses: list[float]) -> None:
-    command = [sys.executable, TESTS / "openai_server.py", "--fault", "exit@1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        one = captioner(process.stdout.readline().strip(), max_retries=2)
-        assert ask(one, picture("red")) == expected(picture("red"))
-        with pytest.raises(EndpointError, match="no connection"):  # what the probe finds
-            ask(one, picture("blue"))
-        assert process.wait(timeout=60) == 137
+def test_what_is_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with openai_server(api_key="sk-other") as server:
+        with pytest.raises(EndpointError, match="401.*OPENAI_API_KEY") as caught:
+            ask(captioner(f"{server.url}?key=query-secret"), picture("red"))
+        address = server.url.replace("http://", "http://ada:secret@").replace("/v1", "/v2") + "?key=secret"
+        with pytest.raises(EndpointError, match="404") as other:
+            ask(captioner(address), picture("red"))
+    for error in (caught.value, other.value):
+        assert not any(one in str(error) for one in ("secret", "ada"))
+        assert error.__cause__ is None
+        assert error.__suppress_context__ or error.__context__ is None
 
 
-def test_an_image_that_ends_an_endpoint_is_at_fault_when_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    with ExitStack() as down, ExitStack() as up:
-        server = down.enter_context(openai_server(fault=except_probes("reset")))
-        port = server.server_address[1]
-        steps = iter([down.close, list, list, lambda: up.enter_context(openai_server(port=port))])
-        monkeypatch.setattr(EndpointCaptioner, "_pause", lambda self, seconds: next(steps)())
-        one = captioner(server, max_retries=2)  # reset, then twice no connection; the probe's third try is answered
-        assert ask(one, picture("red")) == Answer(
-            "", error="no answer, however often it was asked: the connection broke"
-        )
-        assert ask(one, picture("blue")) == expected(picture("blue"))
-        assert not list(steps)
+def test_an_endpoint_that_is_not_there_stops_the_run(free_port: int) -> None:
+    with pytest.raises(EndpointError, match=f"127.0.0.1:{free_port} .*no connection"):
+        ask(captioner(f"http://127.0.0.1:{free_port}", max_retries=3), picture("red"))
 
 
-def test_an_endpoint_that_is_too_slow_for_all_stops_the_run(pauses: list[float]) -> None:
-    with (
-        openai_server(fault=lambda *_: "late:2") as server,
-        pytest.raises(EndpointError, match="no answer in time.*`timeout`"),
-    ):
-        ask(captioner(server, timeout=0.2, max_retries=1), picture("red"))
-    assert probes(server) == 3
-
-
-def test_an_endpoint_that_comes_back_is_forgiven(pauses: list[float]) -> None:
-    with openai_server(fault=scripted("503@0-5")) as server:  # the image's tries and two of the probe
+def test_an_endpoint_that_comes_back_is_forgiven() -> None:
+    down = lambda number, image, body: "503" if number < 6 else None  # noqa: E731
+    with openai_server(fault=down) as server:  # the image's tries and two of the probe
         one = captioner(server, max_retries=3)
-        assert ask(one, picture("red")).error == "no answer, however often it was asked: 503 fault 503"
+        assert "503" in str(ask(one, picture("red")).error)
         assert ask(one, picture("blue")) == expected(picture("blue"))
     assert probes(server) == 3
 
@@ -480,13 +347,13 @@ def test_as_many_requests_are_under_way_as_threads_ask() -> None:
     assert set(server.per_image.values()) == {1}
 
 
-def test_threads_that_fail_at_the_same_time_share_a_probe(pauses: list[float]) -> None:
+def test_threads_that_fail_at_the_same_time_share_a_probe() -> None:
     fault = lambda number, image, body: "late:1" if is_probe(image) else "500"  # noqa: E731
     with openai_server(fault=fault) as server:
         one = captioner(server, max_retries=0)
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda colour: ask(one, picture(colour)), COLOURS))
-    assert {answer.error for answer in answers} == {"no answer, however often it was asked: 500 fault 500"}
+    assert len({answer.error for answer in answers}) == 1
     assert 1 <= probes(server) < len(COLOURS)  # a thread that was late to fail asks itself
 
 
@@ -501,9 +368,9 @@ def test_a_probe_is_for_the_same_settings() -> None:
         first = pool.submit(ask, one, picture("red"))
         while not probes(server):
             time.sleep(0.01)
-        with pytest.raises(EndpointError, match="400 fault 400"):
+        with pytest.raises(EndpointError, match="400"):
             ask(one, picture("red"), attempt=1)
-        assert first.result().error == "400 fault 400"
+        assert "400" in str(first.result().error)
 
 
 def finishes(thread: threading.Thread) -> bool:
@@ -511,7 +378,7 @@ def finishes(thread: threading.Thread) -> bool:
     return not thread.is_alive()
 
 
-@pytest.mark.parametrize("fault", ["429:600", "late:60"])
+@pytest.mark.parametrize("fault", ["429:60", "late:60"])
 def test_close_wakes_those_that_wait(fault: str) -> None:
     raised: list[BaseException] = []
 
@@ -530,9 +397,9 @@ def test_close_wakes_those_that_wait(fault: str) -> None:
             time.sleep(0.01)
         one.close()
         assert all(finishes(thread) for thread in threads)
-        with pytest.raises(EndpointError, match="were stopped"):
+        with pytest.raises(EndpointError, match="stopped"):
             ask(one, picture("blue"))
-    assert [str(error).endswith("were stopped.") for error in raised] == [True] * 3
+    assert len(raised) == 3
     assert len(server.requests) == 3
 
 
@@ -576,21 +443,21 @@ def test_ctrl_c_ends_a_process_that_waits_for_answers() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_beams": 4}, "`num_beams` must be 1"),
-        ({"min_new_tokens": 20}, "`min_new_tokens` must be 0"),
-        ({"retry": {"num_beams": 5}}, "`num_beams` must be 1"),
-        ({"max_image_size": 0}, "`max_image_size` must be at least 1"),
-        ({"max_answer_bytes": 0}, "`max_answer_bytes` must be at least 1"),
-        ({"request_fields": {"max_new_tokens": "n"}}, "`request_fields` renames"),
-        ({"request_fields": {"top_p": 1}}, "`request_fields` renames"),
-        ({"request_fields": "max_tokens=n"}, "`request_fields` must be"),
-        ({"extra_body": ["n"]}, "`extra_body` must be"),
-        ({"extra_body": {"n": {1, 2}}}, "`extra_body` must be"),
-        ({"endpoint": None}, "`endpoint` must be an address"),
-        ({"endpoint": "localhost:8000"}, "`endpoint` must be an address"),
-        ({"endpoint": "http://"}, "`endpoint` must be an address"),
-        ({"endpoint": "ftp://host/v1"}, "`endpoint` must be an address"),
-        ({"endpoint": "http://host:port/v1"}, "`endpoint` must be an address"),
+        ({"num_beams": 4}, "num_beams"),
+        ({"min_new_tokens": 20}, "min_new_tokens"),
+        ({"retry": {"num_beams": 5}}, "num_beams"),
+        ({"max_image_size": 0}, "max_image_size"),
+        ({"max_answer_bytes": 0}, "max_answer_bytes"),
+        ({"request_fields": {"max_new_tokens": "n"}}, "request_fields"),
+        ({"request_fields": {"top_p": 1}}, "request_fields"),
+        ({"request_fields": "max_tokens=n"}, "request_fields"),
+        ({"extra_body": ["n"]}, "extra_body"),
+        ({"extra_body": {"n": {1, 2}}}, "extra_body"),
+        ({"endpoint": None}, "endpoint"),
+        ({"endpoint": "localhost:8000"}, "endpoint"),
+        ({"endpoint": "http://"}, "endpoint"),
+        ({"endpoint": "ftp://host/v1"}, "endpoint"),
+        ({"endpoint": "http://host:port/v1"}, "endpoint"),
     ],
 )
 def test_options_that_are_not_for_endpoints_are_refused(options: dict[str, Any], message: str) -> None:
@@ -658,7 +525,7 @@ def is_up(address: str) -> bool:
 @pytest.mark.skipif(
     bool(MISSING), reason=f"`transformers serve` needs {', '.join(MISSING)}: pip install {' '.join(MISSING)}"
 )
-def test_transformers_serve(tmp_path: Path, free_port: int, pauses: list[float]) -> None:
+def test_transformers_serve(tmp_path: Path, free_port: int) -> None:
     import tiny_captioners
 
     folder, log = str(tmp_path / "llava"), tmp_path / "log.txt"
@@ -687,43 +554,10 @@ def test_transformers_serve(tmp_path: Path, free_port: int, pauses: list[float])
             one = captioner(address, **options)
             with ThreadPoolExecutor(one.concurrency) as pool:
                 assert list(pool.map(lambda image: ask(one, image), images)) == local
-            with pytest.raises(EndpointError, match="400 Server is pinned to .*'another'"):
+            with pytest.raises(EndpointError, match="400.*'another'"):
                 ask(captioner(address, **{**options, "model": "another"}), images[0])
-            with pytest.raises(EndpointError, match="422 Unexpected fields in the request: {'repetition_penalty'}"):
+            with pytest.raises(EndpointError, match="422.*repetition_penalty"):
                 ask(captioner(address, **options, repetition_penalty=1.2), images[0])
         finally:
             process.kill()
     assert len({answer.text for answer in local}) > 1
-    assert not pauses
-
-
-# The server of the tests itself
-
-
-def test_the_server_as_a_process_of_its_own() -> None:
-    command = [sys.executable, TESTS / "openai_server.py", "--fault", "say:Six birds.@first:1", "--fault", "400@64x48"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        address = process.stdout.readline().strip()
-        one = captioner(address)
-        assert ask(one, picture("red")).text == "Six birds."
-        assert ask(one, picture("red")) == expected(picture("red"))
-        assert ask(one, picture("red", (64, 48))).text == "Six birds."
-        assert ask(one, picture("red", (64, 48))).error == "400 fault 400"
-        with urllib.request.urlopen(f"{address}/stats") as response:
-            stats = json.load(response)
-        with urllib.request.urlopen(f"{address}/models") as response:
-            assert [one["id"] for one in json.load(response)["data"]] == [MODEL]
-        process.kill()
-    assert stats["requests"] == 5  # with a probe
-    assert stats["faults"] == {"say:Six birds.": 3, "400": 1}
-    assert stats["highest_at_once"] == 1
-
-
-@pytest.mark.parametrize(
-    ("fault", "requests"),
-    [("500", [0, 1, 2, 3, 4, 5]), ("500@2", [2]), ("500@1-3", [1, 2, 3]), ("500@4-", [4, 5]), ("500@every:3", [0, 3])],
-)
-def test_faults_name_their_requests(fault: str, requests: list[int]) -> None:
-    choose = scripted(fault)
-    assert [number for number in range(6) if choose(number, picture("red"), {}) == "500"] == requests

@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from transformers import BertTokenizer
 
 from lotlip_hf import plots
 from lotlip_hf.cli import main
@@ -23,6 +22,7 @@ from lotlip_hf.relabel.config import RelabelConfig
 from lotlip_hf.relabel.quality import QualityRules
 from lotlip_hf.relabel.run import relabel
 from openai_server import MODEL, OpenAIServer, each_image_first, openai_server, use_in_process
+from tiny_captioners import counting_tokenizer
 
 COLOURS = ("red", "green", "blue", "yellow")
 SECRET = "pa:ss/w@rd"
@@ -30,19 +30,8 @@ SPELT = "pa%3Ass%2Fw%40rd"
 
 
 @pytest.fixture(autouse=True)
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Loopback may be asked; the list gets the waits between tries, which are left out."""
+def _online(monkeypatch: pytest.MonkeyPatch) -> None:
     use_in_process(monkeypatch)
-    seconds: list[float] = []
-    monkeypatch.setattr(EndpointCaptioner, "_pause", lambda self, wait: seconds.append(wait))
-    return seconds
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory, golden: Path) -> str:
-    folder = tmp_path_factory.mktemp("words") / "tokenizer"
-    BertTokenizer.from_pretrained(golden / "tokenizer").save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -72,11 +61,17 @@ class Speaker:
         pass
 
 
-def options(data: Path, tokenizer: str, model: str = "one", **more: Any) -> RelabelConfig:
+def options(data: Path, model: str = "one", **more: Any) -> RelabelConfig:
     output = more.pop("output", data.parent / "out")
     captioners = [CaptionerConfig(model)]
     return RelabelConfig(
-        **{"data": str(data), "output": str(output), "tokenizer": tokenizer, "captioners": captioners, **more}
+        **{
+            "data": str(data),
+            "output": str(output),
+            "tokenizer": counting_tokenizer(),
+            "captioners": captioners,
+            **more,
+        }
     )
 
 
@@ -107,37 +102,33 @@ def ask(one: EndpointCaptioner) -> Answer:
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["huge:400000000", "gzip:200000000"])
-@pytest.mark.parametrize("limit", [None, 100_000])
-def test_answers_are_read_up_to_a_limit(fault: str, limit: int | None, pauses: list[float]) -> None:
+@pytest.mark.parametrize("limit", [{}, {"max_answer_bytes": 100_000}])
+def test_answers_are_read_up_to_a_limit(fault: str, limit: dict[str, int]) -> None:
     with openai_server(fault=each_image_first(fault)) as server:
-        one = captioner(server, **({} if limit is None else {"max_answer_bytes": limit}))
         tracemalloc.start()
         try:
-            assert ask(one).text
+            assert ask(captioner(server, **limit)).text
             peak = tracemalloc.get_traced_memory()[1] if fault.startswith("huge") else 0
         finally:
             tracemalloc.stop()
-    assert len(pauses) == 1
+    assert len(server.requests) == 2
     assert peak < 50_000_000
     assert server.sent < 50_000_000  # what the sockets hold
 
 
-def test_a_compressed_answer_is_read_and_a_bomb_is_not(pauses: list[float]) -> None:
+def test_a_compressed_answer_is_read_and_a_bomb_is_not() -> None:
     with openai_server(fault=each_image_first("gzip:1000")) as server:
         assert ask(captioner(server)).text
-    assert not pauses
-    with (
-        openai_server(fault=lambda *_: "gzip:10000") as server,
-        pytest.raises(EndpointError, match="max_answer_bytes"),
-    ):
-        ask(captioner(server, max_answer_bytes=5_000, max_retries=0))
-
-
-def test_an_answer_that_does_not_end_is_given_up(pauses: list[float]) -> None:
-    with openai_server(fault=each_image_first("drip:0.05")) as server:
-        assert ask(captioner(server, timeout=0.6)).text
-    assert len(pauses) == 1
+        assert len(server.requests) == 1
+        server.fault = lambda *_: "gzip:10000"
+        with pytest.raises(EndpointError, match="max_answer_bytes"):
+            ask(captioner(server, max_answer_bytes=5_000, max_retries=0))
+        for encoding in ("br", "zstd", "gzip, gzip"):
+            server.fault = lambda *_, encoding=encoding: f"encoded:{encoding}"
+            with pytest.raises(EndpointError, match=encoding):
+                ask(captioner(server, max_retries=0))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +139,7 @@ def test_an_answer_that_does_not_end_is_given_up(pauses: list[float]) -> None:
         (307, "http://ada:hidden@elsewhere/v1"),
     ],
 )
-def test_redirects_are_refused(status: int, to: str, pauses: list[float]) -> None:
+def test_redirects_are_refused(status: int, to: str) -> None:
     with openai_server() as other, openai_server(fault=lambda *_: f"redirect:{status} {to}") as server:
         to = to.format(url=other.url)
         with pytest.raises(EndpointError, match="`endpoint`") as caught:
@@ -162,16 +153,12 @@ def test_redirects_are_refused(status: int, to: str, pauses: list[float]) -> Non
 
 @pytest.mark.parametrize("status", [200, 400, 500])
 @pytest.mark.parametrize("body", ["[" * 100_000, '{"error": ' * 20_000, "\x1b[2J\x07", "9" * 5_000, "\0"])
-def test_messages_of_a_server_are_shown_on_one_line(
-    status: int, body: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_messages_of_a_server_are_shown_on_one_line(status: int, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openai_server.Handler.send_problem", lambda self, *_: self.send(status, body.encode()))
-    caplog.set_level("INFO", "lotlip_hf")
     with openai_server(fault=lambda *_: "400") as server, pytest.raises(EndpointError) as caught:
         ask(captioner(server, max_retries=1))
-    for text in (str(caught.value), *caplog.messages):
-        assert text.isprintable()
-        assert len(text) < 1000
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -182,7 +169,6 @@ def test_a_password_in_an_address_signs_in_and_is_not_shown(
     user: str,
     hidden: tuple[str, ...],
     pictures: Path,
-    tokenizer: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -195,7 +181,7 @@ def test_a_password_in_an_address_signs_in_and_is_not_shown(
     with openai_server(fault=fault) as server:
         address = server.url.replace("http://", f"http://{user}@")
         assert not any(one in repr(CaptionerConfig(MODEL, endpoint=address)) for one in hidden)
-        arguments = [f"--data={pictures}", f"--output={tmp_path / 'out'}", f"--tokenizer={tokenizer}"]
+        arguments = [f"--data={pictures}", f"--output={tmp_path / 'out'}", f"--tokenizer={counting_tokenizer()}"]
         arguments += [f"--captioner={MODEL}", f"--endpoint={address}", "--max-retries=0", "--concurrency=1"]
         assert main(["relabel", *arguments]) == 2
     assert server.requests[0].authorization is not None
@@ -229,31 +215,18 @@ def test_a_password_in_a_wrong_address_is_not_shown(
         assert "hid" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        (
-            "A cat\x1b[31m sits\x00\x07 on a wide red mat in the warm sun.",
-            "A cat [31m sits  on a wide red mat in the warm sun.",
-        ),
-        (
-            "A cat sits on a wide mat.\r\n\r\nIt sleeps in\tthe sun.",
-            "A cat sits on a wide mat.\n\nIt sleeps in\tthe sun.",
-        ),
-        (
-            "A cat \u202egnp.exe\u202c sits on a wide red mat in the sun.",
-            "A cat  gnp.exe  sits on a wide red mat in the sun.",
-        ),
-    ],
-)
-def test_captions_hold_no_control_characters(text: str, kept: str, pictures: Path, tokenizer: str) -> None:
-    run(options(pictures, tokenizer), Speaker(text))
+def test_captions_hold_no_control_characters(pictures: Path) -> None:
+    run(
+        options(pictures),
+        Speaker("A \u202ecat\u202c\x1b[31m sits\x00\x07 on a wide mat.\r\n\r\nIt sleeps in\tthe sun."),
+    )
+    kept = "A  cat [31m sits  on a wide mat.\n\nIt sleeps in\tthe sun."
     assert {row["long_captions"][0] for row in rows(pictures.parent / "out")} == {kept}
 
 
 @pytest.mark.parametrize("most", [200, 10_000])
-def test_captions_that_are_too_long_are_dropped(most: int, pictures: Path, tokenizer: str) -> None:
-    config = options(pictures, tokenizer, rules=QualityRules(max_characters=most))
+def test_captions_that_are_too_long_are_dropped(most: int, pictures: Path) -> None:
+    config = options(pictures, rules=QualityRules(max_characters=most))
     statistics = run(config, Speaker("A cat sits on a mat. " * (most // 10)))
     assert statistics["captions"][1]["dropped_for"] == {"too_long": len(COLOURS)}
     for entry in lines(pictures.parent / "out" / "skipped.jsonl"):
@@ -266,7 +239,7 @@ def test_captions_that_are_too_long_are_dropped(most: int, pictures: Path, token
 
 
 @pytest.mark.parametrize("form", [{"format": "webdataset"}, {"embed_images": True}, {}])
-def test_what_is_no_picture_is_listed_and_not_read(form: dict[str, Any], pictures: Path, tokenizer: str) -> None:
+def test_what_is_no_picture_is_listed_and_not_read(form: dict[str, Any], pictures: Path) -> None:
     os.mkfifo(pictures / "pipe.png")
     (pictures / "zero.png").symlink_to("/dev/zero")
     (pictures / "folder.png").mkdir()
@@ -276,47 +249,43 @@ def test_what_is_no_picture_is_listed_and_not_read(form: dict[str, Any], picture
     bad = ["pipe.png", "zero.png", "folder.png", "giant.png", "none.png"]
     table = [{"file_name": name, "short_caption": "a"} for name in [*bad, *names]]
     (pictures / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in table))
-    statistics = run(options(pictures, tokenizer, **form))
+    statistics = run(options(pictures, **form))
     assert (statistics["images"], statistics["skipped"]) == (len(names), len(bad))
     skipped = lines(pictures.parent / "out" / "skipped.jsonl")
     assert [entry["id"] for entry in skipped] == bad
     (pictures / "metadata.jsonl").unlink()
-    statistics = run(options(pictures, tokenizer, output=pictures.parent / "folder", **form))
+    statistics = run(options(pictures, output=pictures.parent / "folder", **form))
     assert statistics["images"] == len(names)
     assert {entry["id"] for entry in lines(pictures.parent / "folder" / "skipped.jsonl")} >= {"pipe.png", "giant.png"}
 
 
 @pytest.mark.parametrize("is_allowed", [False, True])
-def test_links_out_of_the_folder_are_read_if_that_is_allowed(
-    is_allowed: bool, pictures: Path, tokenizer: str, tmp_path: Path
-) -> None:
+def test_links_out_of_the_folder_are_read_if_that_is_allowed(is_allowed: bool, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "private").mkdir()
     (pictures / "3.png").rename(tmp_path / "private" / "3.png")
     (pictures / "3.png").symlink_to(tmp_path / "private" / "3.png")
     more = {"image_root": str(tmp_path)} if is_allowed else {}
     seen: list[Image.Image] = []
-    statistics = run(options(pictures, tokenizer, embed_images=True, **more), Speaker(before=seen.append))
+    statistics = run(options(pictures, embed_images=True, **more), Speaker(before=seen.append))
     assert statistics["images"] == len(seen) == len(COLOURS) - 1 + is_allowed
     assert [entry["id"] for entry in lines(tmp_path / "out" / "skipped.jsonl")] == ([] if is_allowed else ["3.png"])
 
 
 @pytest.mark.parametrize("limit", [50, 1_000_000])
-def test_the_size_of_files_has_a_limit(limit: int, pictures: Path, tokenizer: str) -> None:
-    statistics = run(options(pictures, tokenizer, max_image_bytes=limit))
+def test_the_size_of_files_has_a_limit(limit: int, pictures: Path) -> None:
+    statistics = run(options(pictures, max_image_bytes=limit))
     assert statistics["images"] == (0 if limit == 50 else len(COLOURS))
 
 
 @pytest.mark.parametrize("form", [{"format": "webdataset"}, {"embed_images": True}])
-def test_the_bytes_that_were_captioned_are_those_that_are_kept(
-    form: dict[str, Any], pictures: Path, tokenizer: str
-) -> None:
+def test_the_bytes_that_were_captioned_are_those_that_are_kept(form: dict[str, Any], pictures: Path) -> None:
     def change(image: Image.Image) -> None:
         Image.new("RGB", (9, 9)).save(pictures / "0.png")
         (pictures / "1.png").write_bytes(b"private")
         (pictures / "2.png").unlink(missing_ok=True)
         (pictures / "2.png").symlink_to("/dev/zero")
 
-    statistics = run(options(pictures, tokenizer, **form), Speaker(before=change))
+    statistics = run(options(pictures, **form), Speaker(before=change))
     output = pictures.parent / "out"
     assert statistics["images"] == 1
     assert [entry["id"] for entry in lines(output / "skipped.jsonl")] == ["0.png", "1.png", "2.png"]
@@ -335,7 +304,7 @@ def test_the_bytes_that_were_captioned_are_those_that_are_kept(
         ("table", {"embed_images": True}),
     ],
 )
-def test_nothing_says_where_the_data_lie(source: str, form: dict[str, Any], pictures: Path, tokenizer: str) -> None:
+def test_nothing_says_where_the_data_lie(source: str, form: dict[str, Any], pictures: Path) -> None:
     place = pictures.parent
     (pictures / "broken.png").write_bytes(b"no image")
     data, more = str(pictures), {}
@@ -350,7 +319,7 @@ def test_nothing_says_where_the_data_lie(source: str, form: dict[str, Any], pict
         more = {"image_folder": str(pictures)} if source == "image folder" else {}
     model = place / "models" / "captioner"
     model.mkdir(parents=True)
-    config = options(Path(data), tokenizer, str(model), output=place / "out", **more, **form)
+    config = options(Path(data), str(model), output=place / "out", **more, **form)
     statistics = run(config)
     output = place / "out"
     assert (statistics["images"], statistics["captions"][1]["name"]) == (len(COLOURS), "captioner")
@@ -379,10 +348,10 @@ NASTY = (
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_the_card_shows_names_and_does_not_act_on_them(text: str, pictures: Path, tokenizer: str) -> None:
+def test_the_card_shows_names_and_does_not_act_on_them(text: str, pictures: Path) -> None:
     captioners = [CaptionerConfig(text, prompt=f"\n# {text}\n", extra_body={"name": text})]
     output = pictures.parent / "out"
-    run(options(pictures, tokenizer, captioners=captioners, embed_images=True))
+    run(options(pictures, captioners=captioners, embed_images=True))
     card = (output / "README.md").read_text()
     assert "histograms.png" in card
     assert "<img" not in re.sub("`[^`]*`", "", card)
@@ -403,11 +372,11 @@ DEEP = "[" * 100_000
 
 @pytest.mark.parametrize("content", [DEEP, "", "[]", '{"records": true, "options": 1}'])
 @pytest.mark.parametrize("name", ["config.json", "part-00000.json", "00000-00000.json"])
-def test_damaged_files_of_a_run_are_named(name: str, content: str, pictures: Path, tokenizer: str) -> None:
-    run(options(pictures, tokenizer))
+def test_damaged_files_of_a_run_are_named(name: str, content: str, pictures: Path) -> None:
+    run(options(pictures))
     (pictures.parent / "out" / ".relabel" / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name}.*--output"):
-        run(options(pictures, tokenizer))
+        run(options(pictures))
 
 
 @pytest.mark.parametrize(
@@ -422,8 +391,8 @@ def test_damaged_files_of_a_run_are_named(name: str, content: str, pictures: Pat
         (("skipped",), ["a"]),
     ],
 )
-def test_damaged_statistics_are_named(keys: tuple[Any, ...], value: Any, pictures: Path, tokenizer: str) -> None:
-    run(options(pictures, tokenizer))
+def test_damaged_statistics_are_named(keys: tuple[Any, ...], value: Any, pictures: Path) -> None:
+    run(options(pictures))
     file = pictures.parent / "out" / ".relabel" / "00000-00000.json"
     sidecar = json.loads(file.read_text())
     inner = sidecar
@@ -432,14 +401,14 @@ def test_damaged_statistics_are_named(keys: tuple[Any, ...], value: Any, picture
     inner[keys[-1]] = value
     file.write_text(json.dumps(sidecar))
     with pytest.raises(ValueError, match="00000-00000.json.*--output"):
-        run(options(pictures, tokenizer))
+        run(options(pictures))
 
 
 class Stop(Exception):
     """Ends a run in the middle."""
 
 
-def interrupted(pictures: Path, tokenizer: str) -> Path:
+def interrupted(pictures: Path) -> Path:
     """The journal of a run that was stopped after two of four pictures."""
     seen: list[Image.Image] = []
 
@@ -449,7 +418,7 @@ def interrupted(pictures: Path, tokenizer: str) -> Path:
             raise Stop
 
     with pytest.raises(Stop):
-        run(options(pictures, tokenizer), Speaker(before=stop))
+        run(options(pictures), Speaker(before=stop))
     (journal,) = (pictures.parent / "out" / ".relabel").glob("*.partial")
     return journal
 
@@ -473,28 +442,26 @@ CAPTION = {"text": "a", "attempts": 1, "reasons": [], "earlier_reasons": []}
     ],
     ids=lambda line: line[:40],
 )
-def test_a_damaged_line_of_a_journal_ends_what_is_kept(line: str, pictures: Path, tokenizer: str) -> None:
-    journal = interrupted(pictures, tokenizer)
+def test_a_damaged_line_of_a_journal_ends_what_is_kept(line: str, pictures: Path) -> None:
+    journal = interrupted(pictures)
     kept = journal.read_text().splitlines()
     kept[0 if line == "[]" else 1] = line
     journal.write_text("\n".join(kept) + "\n")
-    assert run(options(pictures, tokenizer))["images"] == len(COLOURS)
+    assert run(options(pictures))["images"] == len(COLOURS)
     assert len({row["long_captions"][0] for row in rows(pictures.parent / "out")}) == 1
 
 
 @pytest.mark.parametrize("groups", [[(0, 1), (1, 1), (9, 1)], [(0, 1), (1, 2)], [(0, 0)], [(-1, 1)]])
 @pytest.mark.parametrize("is_whole", [False, True])
-def test_a_journal_of_other_groups_is_refused(
-    is_whole: bool, groups: list[tuple[int, int]], pictures: Path, tokenizer: str
-) -> None:
-    journal = interrupted(pictures, tokenizer)
+def test_a_journal_of_other_groups_is_refused(is_whole: bool, groups: list[tuple[int, int]], pictures: Path) -> None:
+    journal = interrupted(pictures)
     header = journal.read_text().splitlines()[0]
     written = [json.dumps({"group": number, "captions": [CAPTION] * size}) for number, size in groups]
     journal.write_text("\n".join([header, *written]) + "\n")
     if is_whole:
         journal.rename(journal.with_suffix(".jsonl"))
     with pytest.raises(ValueError, match="captioner-0.*--output"):
-        run(options(pictures, tokenizer))
+        run(options(pictures))
 
 
 @pytest.mark.parametrize(
@@ -504,10 +471,8 @@ def test_a_journal_of_other_groups_is_refused(
         *(("{journal}", kind) for kind in ("link", "hard link", "dangling")),
     ],
 )
-def test_links_in_an_output_folder_are_refused(
-    name: str, kind: str, pictures: Path, tokenizer: str, tmp_path: Path
-) -> None:
-    journal = interrupted(pictures, tokenizer)
+def test_links_in_an_output_folder_are_refused(name: str, kind: str, pictures: Path, tmp_path: Path) -> None:
+    journal = interrupted(pictures)
     thesis = tmp_path / "thesis.txt"
     if kind != "dangling":
         thesis.write_bytes(journal.read_bytes())
@@ -519,14 +484,12 @@ def test_links_in_an_output_folder_are_refused(
     else:
         path.symlink_to(thesis)
     with pytest.raises(ValueError, match="--output"):
-        run(options(pictures, tokenizer))
+        run(options(pictures))
     assert (thesis.exists() and thesis.read_bytes()) == before
 
 
 @pytest.mark.parametrize("name", [".relabel", "data"])
-def test_folders_that_lead_out_of_an_output_folder_are_refused(
-    name: str, pictures: Path, tokenizer: str, tmp_path: Path
-) -> None:
+def test_folders_that_lead_out_of_an_output_folder_are_refused(name: str, pictures: Path, tmp_path: Path) -> None:
     output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     (output / ".relabel").mkdir(parents=True)
     elsewhere.mkdir()
@@ -534,29 +497,29 @@ def test_folders_that_lead_out_of_an_output_folder_are_refused(
         (output / name).rmdir()
     (output / name).symlink_to(elsewhere)
     with pytest.raises(ValueError, match="--output"):
-        run(options(pictures, tokenizer))
+        run(options(pictures))
     assert not list(elsewhere.iterdir())
 
 
 @pytest.mark.parametrize(
     "name", ["README.md", "histograms.png", "statistics.json", "skipped.jsonl", "data/00000-00000.parquet"]
 )
-def test_links_in_place_of_results_are_replaced(name: str, pictures: Path, tokenizer: str, tmp_path: Path) -> None:
-    interrupted(pictures, tokenizer)
+def test_links_in_place_of_results_are_replaced(name: str, pictures: Path, tmp_path: Path) -> None:
+    interrupted(pictures)
     (tmp_path / "thesis.txt").write_text("Chapter 1")
     path = tmp_path / "out" / name
     path.symlink_to(tmp_path / "thesis.txt")
     if name.startswith("data"):  # it would stand for work that is done
         with pytest.raises(ValueError, match="--output"):
-            run(options(pictures, tokenizer))
+            run(options(pictures))
     else:
-        run(options(pictures, tokenizer))
+        run(options(pictures))
         assert not path.is_symlink()
     assert (tmp_path / "thesis.txt").read_text() == "Chapter 1"
 
 
-def test_names_of_locks_are_a_fixed_form(pictures: Path, tokenizer: str) -> None:
-    journal = interrupted(pictures, tokenizer)
+def test_names_of_locks_are_a_fixed_form(pictures: Path) -> None:
+    journal = interrupted(pictures)
     for name in ("lock-0x1", "lock-99999999999999", "lock-1 2"):
         journal.with_name(name).touch()
-    run(options(pictures, tokenizer))
+    run(options(pictures))

@@ -31,33 +31,23 @@ from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.hf_api import api as hf_api
 from PIL import Image
-from tqdm import tqdm
 from transformers import BertTokenizer
 
 from lotlip_hf.cli import main
 from lotlip_hf.data.records import load_records
 from lotlip_hf.data.sampling import split_sentences
-from lotlip_hf.relabel import run as relabel_module
 from lotlip_hf.relabel.captioners.base import PROMPT, Answer, CaptionerConfig
-from lotlip_hf.relabel.captioners.endpoint import EndpointCaptioner
 from lotlip_hf.relabel.captioners.local import LocalCaptioner
 from lotlip_hf.relabel.config import RelabelConfig, add_arguments, read_config
 from lotlip_hf.relabel.quality import judge
 from lotlip_hf.relabel.run import relabel
 from lotlip_hf.scenes.dataset import scenes_dataset
-from openai_server import openai_server, scripted, use_in_process
+from openai_server import each_image_first, openai_server, use_in_process
 from processes import Started, finish
 from scripts import load_script
-from tiny_captioners import save_instructblip, save_llava
+from tiny_captioners import counting_tokenizer, save_instructblip, save_llava
 
 NUMBER = 23
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory, golden: Path) -> str:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    BertTokenizer.from_pretrained(golden / "tokenizer").save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +90,17 @@ class Speaker:
         self.is_closed = True
 
 
+def key_of(pictures: Path, number: int) -> str:
+    return digest(Image.open(pictures / f"{number}.png").convert("RGB"))
+
+
 def digest(image: Image.Image) -> str:
     return hashlib.sha256(image.tobytes()).hexdigest()[:8]
 
 
-def config(data: Path, output: Path, tokenizer: str, *models: str, **options: Any) -> RelabelConfig:
+def config(data: Path, output: Path, *models: str, **options: Any) -> RelabelConfig:
     captioners = [CaptionerConfig(model) for model in models or ("first", "second")]
-    defaults = {"tokenizer": tokenizer, "shard_size": 10, "captioners": captioners}
+    defaults = {"tokenizer": counting_tokenizer(), "shard_size": 10, "captioners": captioners}
     return RelabelConfig(data=str(data), output=str(output), **{**defaults, **options})
 
 
@@ -133,14 +127,36 @@ def rows(output: Path) -> list[dict[str, Any]]:
     return [row for path in sorted((output / "data").iterdir()) for row in pq.read_table(path).to_pylist()]
 
 
+def skipped(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+
+
+def some(pictures: Path, folder: Path, number: int) -> Path:
+    """A folder with the first pictures alone."""
+    folder.mkdir()
+    for name in (f"{one}.png" for one in range(number)):
+        shutil.copy(pictures / name, folder)
+    return folder
+
+
+def tars(pictures: Path, folder: Path, *shards: range) -> Path:
+    """A folder of WebDataset shards with these pictures."""
+    folder.mkdir()
+    for number, shard in enumerate(shards):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for one in shard:
+                tar.add(pictures / f"{one}.png", f"{one}.png")
+    return folder
+
+
 # What is written
 
 
-def test_shards_hold_a_caption_of_each_captioner(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
-    statistics, (first, second) = run(config(pictures, tmp_path / "out", tokenizer))
+def test_shards_hold_a_caption_of_each_captioner(pictures: Path, tmp_path: Path) -> None:
+    statistics, (first, second) = run(config(pictures, tmp_path / "out"))
     assert first.is_closed
     assert second.is_closed
-    count = BertTokenizer.from_pretrained(tokenizer)
+    count = BertTokenizer.from_pretrained(counting_tokenizer())
     written = rows(tmp_path / "out")
     assert [row["id"] for row in written] == [f"{number}.png" for number in range(NUMBER) if number != 7]
     raw = [json.loads(line)["short_caption"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
@@ -166,10 +182,9 @@ def test_shards_hold_a_caption_of_each_captioner(pictures: Path, tokenizer: str,
                 "reasons": [],
                 "dropped": None,
             }
-    (skipped,) = map(json.loads, (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
-    assert skipped["id"] == "7.png"
-    assert skipped["image"].endswith("7.png")
-    assert "not an image" in skipped["reason"]
+    (entry,) = skipped(tmp_path / "out")
+    assert (entry["id"], entry["image"]) == ("7.png", "7.png")
+    assert "not an image" in entry["reason"]
     assert statistics == json.loads((tmp_path / "out" / "statistics.json").read_text(), object_hook=numbers)
     assert (statistics["images"], statistics["skipped"]) == (NUMBER - 1, 1)
 
@@ -179,10 +194,10 @@ def numbers(pairs: dict[str, Any]) -> dict[Any, Any]:
     return {int(key) if key.isdigit() else key: value for key, value in pairs.items()}
 
 
-def test_the_statistics_are_those_of_the_texts(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
+def test_the_statistics_are_those_of_the_texts(pictures: Path, tmp_path: Path) -> None:
     """As the LoTLIP paper's table 6 has them."""
-    statistics, _ = run(config(pictures, tmp_path / "out", tokenizer, shard_size=4))
-    count, written = BertTokenizer.from_pretrained(tokenizer), rows(tmp_path / "out")
+    statistics, _ = run(config(pictures, tmp_path / "out", shard_size=4))
+    count, written = BertTokenizer.from_pretrained(counting_tokenizer()), rows(tmp_path / "out")
     texts = {
         "raw captions": [row["short_caption"] for row in written],
         "first": [row["long_captions"][0] for row in written],
@@ -214,11 +229,11 @@ def test_the_statistics_are_those_of_the_texts(pictures: Path, tokenizer: str, t
 @pytest.mark.slow
 @pytest.mark.parametrize("embed_images", [False, True])
 def test_datasets_reads_the_folder_as_it_is(
-    embed_images: bool, pictures: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    embed_images: bool, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not embed_images:
         monkeypatch.chdir(pictures)  # where `datasets` looks for relative paths
-    run(config(pictures, tmp_path / "first", tokenizer, embed_images=embed_images))
+    run(config(pictures, tmp_path / "first", embed_images=embed_images))
     (tmp_path / "first").rename(tmp_path / "out")  # wherever it lies
     dataset = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(dataset) == NUMBER - 1
@@ -228,8 +243,8 @@ def test_datasets_reads_the_folder_as_it_is(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["parquet", "webdataset"])
-def test_bytes_of_images_are_the_files(format: str, pictures: Path, tokenizer: str, tmp_path: Path) -> None:
-    run(config(pictures, tmp_path / "out", tokenizer, embed_images=True, format=format))
+def test_bytes_of_images_are_the_files(format: str, pictures: Path, tmp_path: Path) -> None:
+    run(config(pictures, tmp_path / "out", embed_images=True, format=format))
     records = list(load_records(tmp_path / "out"))
     assert len(records) == NUMBER - 1
     for record in records:
@@ -242,9 +257,9 @@ def test_bytes_of_images_are_the_files(format: str, pictures: Path, tokenizer: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["folder of pictures", "parquet", "webdataset", "stream"])
-def test_sources(source: str, pictures: Path, tokenizer: str, tmp_path: Path) -> None:
+def test_sources(source: str, pictures: Path, tmp_path: Path) -> None:
     """All give the same captions; where there is no raw one, the long one's first sentence is the short one."""
-    run(config(pictures, tmp_path / "expected", tokenizer))
+    run(config(pictures, tmp_path / "expected"))
     expected = {row["id"]: row for row in rows(tmp_path / "expected")}
     options: dict[str, Any] = {}
     raw = [json.loads(line)["short_caption"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
@@ -271,7 +286,7 @@ def test_sources(source: str, pictures: Path, tokenizer: str, tmp_path: Path) ->
     else:
         data = pictures
         options = {"streaming": True}
-    statistics, _ = run(config(data, tmp_path / "out", tokenizer, **options))
+    statistics, _ = run(config(data, tmp_path / "out", **options))
     assert (statistics["images"], statistics["skipped"]) == (NUMBER - 1, 1)
     for row in rows(tmp_path / "out"):
         name = re.search(r"(\d+)(\.png)?$", row["id"])[1] + ".png"
@@ -281,28 +296,23 @@ def test_sources(source: str, pictures: Path, tokenizer: str, tmp_path: Path) ->
             short = row["long_captions"][0].split(".")[0]
         assert row["short_caption"] == short
         assert (row["image"]["bytes"] is None) == (source in ("folder of pictures", "stream"))
-    (skipped,) = map(json.loads, (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
-    assert "7" in skipped["id"]
+    (entry,) = skipped(tmp_path / "out")
+    assert "7" in entry["id"]
 
 
-def test_a_damaged_shard_is_listed_and_the_others_are_done(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for shard in range(2):
-        with tarfile.open(data / f"{shard}.tar", "w") as tar:
-            for number in range(10 * shard, 10 * shard + 6):
-                tar.add(pictures / f"{number}.png", f"{number}.png")
+def test_a_damaged_shard_is_listed_and_the_others_are_done(pictures: Path, tmp_path: Path) -> None:
+    data = tars(pictures, tmp_path / "data", range(6), range(10, 16))
     whole = (data / "0.tar").read_bytes()
     (data / "0.tar").write_bytes(whole[: whole.rindex(b"5.png") + 700])
-    statistics, _ = run(config(data, tmp_path / "out", tokenizer, short_column="none"))
+    statistics, _ = run(config(data, tmp_path / "out", short_column="none"))
     assert statistics["images"] == 11
-    (skipped,) = map(json.loads, (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
-    assert skipped["id"] == "0.tar"
-    assert "damaged or truncated" in skipped["reason"]
+    (entry,) = skipped(tmp_path / "out")
+    assert entry["id"] == "0.tar"
+    assert "truncated" in entry["reason"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are no text are Linux's")
-def test_names_and_answers_that_are_no_text(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
+def test_names_and_answers_that_are_no_text(pictures: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     shutil.copy(pictures / "1.png", os.fsencode(data) + b"/caf\xe9.png")
@@ -315,13 +325,11 @@ def test_names_and_answers_that_are_no_text(pictures: Path, tokenizer: str, tmp_
             return Answer("A picture of a thing with half a sign \ud83d in the middle of it.", True)
 
     for format in ("parquet", "webdataset"):
-        run(config(data, tmp_path / format, tokenizer, format=format), Half)
+        run(config(data, tmp_path / format, format=format), Half)
         records = list(load_records(tmp_path / format))
         assert [record["id"] for record in records] == [f"picture \u00e9 {number}.png" for number in range(3)]
         assert records[0]["long_captions"] == 2 * ["A picture of a thing with half a sign ? in the middle of it."]
-        skipped = [json.loads(line) for line in (tmp_path / format / "skipped.jsonl").read_text().splitlines()]
-        assert [one["id"] for one in skipped] == ["broken.png", "caf\\xe9.png"]
-        assert "no text in UTF-8" in skipped[1]["reason"]
+        assert [one["id"] for one in skipped(tmp_path / format)] == ["broken.png", "caf\\xe9.png"]
 
 
 # Poor captions
@@ -342,13 +350,12 @@ class Refuser(Speaker):
         return answer
 
 
-def test_refusals_are_asked_again_with_other_settings_then_dropped(
-    pictures: Path, tokenizer: str, tmp_path: Path
-) -> None:
-    keys = [digest(Image.open(pictures / f"{number}.png").convert("RGB")) for number in range(5)]
+@pytest.mark.slow
+def test_refusals_are_asked_again_with_other_settings_then_dropped(pictures: Path, tmp_path: Path) -> None:
+    keys = [key_of(pictures, number) for number in range(5)]
     stubborn = {keys[0]: 1, keys[1]: 2, keys[2]: 99}
     statistics, (captioner,) = run(
-        config(pictures, tmp_path / "out", tokenizer, "one"), lambda options: Refuser(options, stubborn)
+        config(pictures, tmp_path / "out", "one"), lambda options: Refuser(options, stubborn)
     )
     for number, asked in enumerate((2, 3, 3, 1, 1)):
         assert [temperature for key, temperature in captioner.asked if key == keys[number]] == [0, 0.7, 0.7][:asked]
@@ -369,10 +376,10 @@ def test_refusals_are_asked_again_with_other_settings_then_dropped(
 
 
 @pytest.mark.parametrize("policy", ["drop", "keep"])
-def test_policies(policy: str, pictures: Path, tokenizer: str, tmp_path: Path) -> None:
-    key = digest(Image.open(pictures / "2.png").convert("RGB"))
+def test_policies(policy: str, pictures: Path, tmp_path: Path) -> None:
+    key = key_of(pictures, 2)
     statistics, (captioner,) = run(
-        config(pictures, tmp_path / "out", tokenizer, "one", policies={"refusal": policy}),
+        config(pictures, tmp_path / "out", "one", policies={"refusal": policy}),
         lambda options: Refuser(options, {key: 1}),
     )
     assert max(Counter(key for key, _ in captioner.asked).values()) == 1
@@ -388,59 +395,51 @@ def test_policies(policy: str, pictures: Path, tokenizer: str, tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize(("retry", "asked"), [({}, 1), ({"repetition_penalty": 1.2}, 2), ({"temperature": 0.1}, 3)])
 def test_greedy_captions_are_not_asked_for_again_in_vain(
-    retry: dict[str, float], asked: int, pictures: Path, tokenizer: str, tmp_path: Path
+    retry: dict[str, float], asked: int, pictures: Path, tmp_path: Path
 ) -> None:
-    key = digest(Image.open(pictures / "2.png").convert("RGB"))
-    options = config(pictures, tmp_path / "out", tokenizer, captioners=[CaptionerConfig("one", retry=retry)])
+    key = key_of(pictures, 2)
+    options = config(pictures, tmp_path / "out", captioners=[CaptionerConfig("one", retry=retry)])
     _, (captioner,) = run(options, lambda options: Refuser(options, {key: 99}))
     assert max(Counter(key for key, _ in captioner.asked).values()) == asked
 
 
-def test_what_was_wrong_is_counted_and_listed_without_raw_captions_too(
-    pictures: Path, tokenizer: str, tmp_path: Path
-) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for number in range(4):
-        shutil.copy(pictures / f"{number}.png", data)
+def test_what_was_wrong_is_counted_and_listed_without_raw_captions_too(pictures: Path, tmp_path: Path) -> None:
+    data = some(pictures, tmp_path / "data", 4)
 
     class Short(Speaker):
         def one(self, image: Image.Image, settings: Mapping[str, Any], seed: int) -> Answer:
             return Answer("A red ball here. A red ball here.", True)
 
-    statistics, _ = run(config(data, tmp_path / "out", tokenizer, "one"), Short)
+    statistics, _ = run(config(data, tmp_path / "out", "one"), Short)
     counts = statistics["captions"][1]
     assert (statistics["images"], counts["dropped"], counts["asked_again"]) == (0, 4, 4)
     assert counts["dropped_for"] == {"too_short": 4}  # the repetition alone would have been kept
     assert "Nothing was found wrong" not in (tmp_path / "out" / "README.md").read_text()
-    for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines():
-        (details,) = json.loads(line)["captions"]
+    for entry in skipped(tmp_path / "out"):
+        (details,) = entry["captions"]
         assert details["reasons"] == ["repeated_sentence", "too_short"]
         assert details["dropped"] == "A red ball here. A red ball here."
 
 
-def test_captions_without_a_sentence_and_images_that_go_away(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for number in range(3):
-        shutil.copy(pictures / f"{number}.png", data)
+def test_captions_without_a_sentence_and_images_that_go_away(pictures: Path, tmp_path: Path) -> None:
+    data = some(pictures, tmp_path / "data", 3)
 
     class Odd(Speaker):
         def one(self, image: Image.Image, settings: Mapping[str, Any], seed: int) -> Answer:
-            if digest(image) == digest(Image.open(pictures / "1.png").convert("RGB")):
+            if digest(image) == key_of(pictures, 1):
                 (data / "1.png").unlink()
                 return super().one(image, settings, seed)
             return Answer("</s> **", True)
 
-    options = config(data, tmp_path / "out", tokenizer, "one", policies={"too_short": "keep"}, embed_images=True)
+    options = config(data, tmp_path / "out", "one", policies={"too_short": "keep"}, embed_images=True)
     statistics, _ = run(options, Odd)
     assert (statistics["images"], statistics["skipped"]) == (0, 3)
-    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
-    assert "cannot be read any more since it was captioned" in reasons[1]
-    assert "no caption was kept" in reasons[0]
+    reasons = [entry["reason"] for entry in skipped(tmp_path / "out")]
+    assert "read" in reasons[1]
+    assert "no caption" in reasons[0]
 
 
-def test_raw_captions_that_are_odd(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
+def test_raw_captions_that_are_odd(pictures: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     captions = ["half a sign \ud83d", 1984, None, " ", float("nan")]
@@ -448,38 +447,39 @@ def test_raw_captions_that_are_odd(pictures: Path, tokenizer: str, tmp_path: Pat
         for number, caption in enumerate(captions):
             line = {"image": str(pictures / f"{number}.png"), "short_caption": caption}
             table.write(json.dumps(line) + "\n")
-    run(config(data, tmp_path / "out", tokenizer, "one", streaming=True, image_root=str(pictures)))
+    run(config(data, tmp_path / "out", "one", streaming=True, image_root=str(pictures)))
     shorts = [row["short_caption"] for row in rows(tmp_path / "out")]
     assert shorts[:2] == ["half a sign ?", "1984"]
     assert all(short.startswith("one sees a picture") for short in shorts[2:])
 
 
-def test_captions_that_were_cut_off_end_with_a_whole_sentence(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
-    class Babbler(Speaker):
-        def one(self, image: Image.Image, settings: Mapping[str, Any], seed: int) -> Answer:
-            return Answer("A drawing with a plain ground and some shapes. It shows a red squ", False)
-
-    statistics, _ = run(config(pictures, tmp_path / "out", tokenizer, "one", policies={"too_short": "keep"}), Babbler)
-    for row in rows(tmp_path / "out"):
-        assert row["long_captions"] == ["A drawing with a plain ground and some shapes."]
-        assert "cut_off" in row["captions"][0]["reasons"]
-    assert statistics["captions"][1]["marked"]["cut_off"] == NUMBER - 1
-
-
-def test_images_that_an_endpoint_refuses_keep_their_raw_caption(
-    pictures: Path, tokenizer: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("answer", "kept", "reason", "dropped"),
+    [
+        (
+            Answer("A drawing has a plain ground. It shows a red squ", False),
+            "A drawing has a plain ground.",
+            "cut_off",
+            None,
+        ),
+        (Answer("", error="400: too colourful"), "", "no_answer", "400: too colourful"),
+    ],
+)
+def test_poor_answers(
+    answer: Answer, kept: str, reason: str, dropped: str | None, pictures: Path, tmp_path: Path
 ) -> None:
-    class Picky(Speaker):
+    class Same(Speaker):
         def one(self, image: Image.Image, settings: Mapping[str, Any], seed: int) -> Answer:
-            return Answer("", error="400: too colourful")
+            return answer
 
-    statistics, _ = run(config(pictures, tmp_path / "out", tokenizer, "one"), Picky)
+    statistics, _ = run(config(pictures, tmp_path / "out", "one", policies={"too_short": "keep"}), Same)
     assert statistics["images"] == NUMBER - 1
+    assert statistics["captions"][1]["dropped_for" if dropped else "marked"][reason] == NUMBER - 1
     for row in rows(tmp_path / "out"):
-        assert row["long_captions"] == [""]
+        assert row["long_captions"] == [kept]
         assert row["short_caption"]
-        assert row["captions"][0]["reasons"] == ["no_answer"]
-        assert row["captions"][0]["dropped"] == "400: too colourful"
+        assert reason in row["captions"][0]["reasons"]
+        assert row["captions"][0]["dropped"] == dropped
 
 
 # Interruptions
@@ -491,11 +491,9 @@ class Interrupted(Exception):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["parquet", "webdataset"])
-def test_stopped_anywhere_it_ends_in_the_same_bytes(
-    format: str, pictures: Path, tokenizer: str, tmp_path: Path
-) -> None:
+def test_stopped_anywhere_it_ends_in_the_same_bytes(format: str, pictures: Path, tmp_path: Path) -> None:
     """Stopped at every third group, some lines half-written; no group that was answered is asked again."""
-    run(config(pictures, tmp_path / "expected", tokenizer, format=format))
+    run(config(pictures, tmp_path / "expected", format=format))
     asked: Counter[str] = Counter()
     shuffled = random.Random(0)
 
@@ -512,7 +510,7 @@ def test_stopped_anywhere_it_ends_in_the_same_bytes(
 
     for _ in range(100):
         try:
-            run(config(pictures, tmp_path / "out", tokenizer, format=format), Stopping)
+            run(config(pictures, tmp_path / "out", format=format), Stopping)
             break
         except Interrupted:
             for journal in (tmp_path / "out" / ".relabel").glob("*.partial"):
@@ -526,24 +524,19 @@ def test_stopped_anywhere_it_ends_in_the_same_bytes(
     assert len(asked) == 2 * (NUMBER - 1)
     assert set(asked.values()) == {1}
     # there is nothing left to do
-    _, made = run(config(pictures, tmp_path / "out", tokenizer, format=format))
+    _, made = run(config(pictures, tmp_path / "out", format=format))
     assert made == []
     assert files(tmp_path / "out") == found
 
 
 @pytest.mark.slow
 def test_any_number_of_processes_writes_the_same(
-    pictures: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process's share after the other; `test_two_processes` has real ones."""
     from accelerate import PartialState
 
-    data = tmp_path / "data"
-    data.mkdir()
-    for shard in range(3):
-        with tarfile.open(data / f"{shard}.tar", "w") as tar:
-            for number in range(7 * shard, 7 * shard + 7):
-                tar.add(pictures / f"{number}.png", f"{number}.png")
+    data = tars(pictures, tmp_path / "data", range(7), range(7, 14), range(14, 21))
     for source, options, sizes in ((pictures, {}, (1, 3)), (data, {"short_column": "none"}, (1, 2, 4))):
         outputs = []
         for world_size in sizes:
@@ -553,7 +546,7 @@ def test_any_number_of_processes_writes_the_same(
                 state = PartialState()
                 monkeypatch.setitem(state.__dict__, "process_index", rank)
                 monkeypatch.setitem(state.__dict__, "num_processes", world_size)
-                statistics, made = run(config(source, output, tokenizer, shard_size=3, **options))
+                statistics, made = run(config(source, output, shard_size=3, **options))
                 assert (statistics is None) == (rank < world_size - 1)
                 assert made
             monkeypatch.undo()
@@ -574,30 +567,32 @@ def stopping_at(model: str, images: int) -> type[Speaker]:
     return Stopping
 
 
-def test_changed_options_and_records_are_refused(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_changed_options_and_records_are_refused(pictures: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(pictures, data)
     output = tmp_path / "out"
     with pytest.raises(Interrupted):
-        run(config(data, output, tokenizer), stopping_at("second", 4))
+        run(config(data, output), stopping_at("second", 4))
     before = files(output)
-    with pytest.raises(ValueError, match="begun with other options: `seed` was 0 and is 1. Give the same"):
-        run(config(data, output, tokenizer, seed=1))
-    with pytest.raises(ValueError, match="options: captioner 1: `model` was 'second' and is 'third'"):
-        run(config(data, output, tokenizer, "first", "third"))
+    with pytest.raises(ValueError, match="`seed`"):
+        run(config(data, output, seed=1))
+    with pytest.raises(ValueError, match="captioner 1.*'third'"):
+        run(config(data, output, "first", "third"))
     with pytest.raises(ValueError, match=r"captioner 1 \(second\) is left out"):
-        run(config(data, output, tokenizer, "first"))
+        run(config(data, output, "first"))
     lines = (data / "metadata.jsonl").read_text().splitlines()
     (data / "metadata.jsonl").write_text("\n".join(lines[:-1]))
-    with pytest.raises(ValueError, match="there were 23 and are 22. Choose another --output"):
-        run(config(data, output, tokenizer))
+    with pytest.raises(ValueError, match="--output"):
+        run(config(data, output))
     (data / "metadata.jsonl").write_text("\n".join([*lines[1:], lines[0]]))
-    with pytest.raises(ValueError, match="those of 00000-0000. are others"):
-        run(config(data, output, tokenizer))
+    with pytest.raises(ValueError, match="00000-0000."):
+        run(config(data, output))
     assert files(output) == before
 
 
-def test_what_has_not_begun_may_change(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_what_has_not_begun_may_change(pictures: Path, tmp_path: Path) -> None:
     """A misspelt name costs nothing that was done; nor do other addresses, batches and spellings of the folder."""
 
     class Missing(Speaker):
@@ -607,33 +602,34 @@ def test_what_has_not_begun_may_change(pictures: Path, tokenizer: str, tmp_path:
                 raise OSError("typo: no such model")
 
     with pytest.raises(OSError, match="no such model"):
-        run(config(pictures, tmp_path / "out", tokenizer, "typo", seed=5), Missing)
+        run(config(pictures, tmp_path / "out", "typo", seed=5), Missing)
     with pytest.raises(OSError, match="no such model"):
-        run(config(pictures, tmp_path / "out", tokenizer, "first", "typo"), Missing)
+        run(config(pictures, tmp_path / "out", "first", "typo"), Missing)
     captioners = [
         CaptionerConfig("first", batch_size=3, max_retries=0),
         CaptionerConfig("second"),
         CaptionerConfig("x"),
     ]
-    _, made = run(config(Path(f"{pictures}/"), tmp_path / "out", tokenizer, captioners=captioners))
+    _, made = run(config(Path(f"{pictures}/"), tmp_path / "out", captioners=captioners))
     assert [captioner.config.model for captioner in made] == ["second", "x"]  # the first had done its part
-    run(config(pictures, tmp_path / "expected", tokenizer, "first", "second", "x"))
+    run(config(pictures, tmp_path / "expected", "first", "second", "x"))
     assert files(tmp_path / "out") == files(tmp_path / "expected")
 
 
 def test_all_models_are_looked_for_before_the_first_goes_to_work(
-    checkpoints: dict[str, str], pictures: Path, tokenizer: str, tmp_path: Path, golden: Path
+    checkpoints: dict[str, str], pictures: Path, tmp_path: Path, golden: Path
 ) -> None:
     captioners = [local(checkpoints["llava"]), local(str(tmp_path / "missing"))]
-    with pytest.raises(FileNotFoundError, match="missing: no such checkpoint folder"):
-        relabel(config(pictures, tmp_path / "out", tokenizer, captioners=captioners), progress=False)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        relabel(config(pictures, tmp_path / "out", captioners=captioners), progress=False)
     captioners = [local(checkpoints["llava"]), CaptionerConfig("tiny", endpoint="http://localhost:1", num_beams=2)]
-    with pytest.raises(ValueError, match="`num_beams` must be 1 with an endpoint"):
-        relabel(config(pictures, tmp_path / "out", tokenizer, captioners=captioners), progress=False)
+    with pytest.raises(ValueError, match="num_beams"):
+        relabel(config(pictures, tmp_path / "out", captioners=captioners), progress=False)
     assert not (tmp_path / "out").exists()
 
 
-def test_smaller_batches_after_the_memory_did_not_suffice(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_smaller_batches_after_the_memory_did_not_suffice(pictures: Path, tmp_path: Path) -> None:
     class Smaller(Speaker):
         def __init__(self, config: CaptionerConfig) -> None:
             super().__init__(config)
@@ -647,20 +643,17 @@ def test_smaller_batches_after_the_memory_did_not_suffice(pictures: Path, tokeni
 
     captioners = [CaptionerConfig("first", batch_size=4)]
     with pytest.raises(torch.OutOfMemoryError):
-        run(config(pictures, tmp_path / "out", tokenizer, captioners=captioners), Large)
+        run(config(pictures, tmp_path / "out", captioners=captioners), Large)
     captioners = [CaptionerConfig("first", batch_size=1)]
-    _, (captioner,) = run(config(pictures, tmp_path / "out", tokenizer, captioners=captioners), Smaller)
+    _, (captioner,) = run(config(pictures, tmp_path / "out", captioners=captioners), Smaller)
     assert len(captioner.asked) == 13  # the first shard was written; the second is begun anew
-    run(config(pictures, tmp_path / "expected", tokenizer, "first"))
+    run(config(pictures, tmp_path / "expected", "first"))
     assert files(tmp_path / "out") == files(tmp_path / "expected")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["parquet", "webdataset"])
-@pytest.mark.parametrize("source", ["folder", "table elsewhere"])
-def test_storage_that_goes_away_stops_the_run(
-    source: str, format: str, pictures: Path, tokenizer: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("source", "format"), [("folder", "parquet"), ("table elsewhere", "webdataset")])
+def test_storage_that_goes_away_stops_the_run(source: str, format: str, pictures: Path, tmp_path: Path) -> None:
     """What is skipped is skipped for good: images that will be there again in a minute are not."""
     volume = tmp_path / "volume"
     shutil.copytree(pictures, volume)
@@ -678,17 +671,17 @@ def test_storage_that_goes_away_stops_the_run(
                 volume.rename(tmp_path / "away")
             return super().answer(images, settings, seeds)
 
-    options = config(data, tmp_path / "out", tokenizer, "one", format=format)
-    with pytest.raises(OSError, match="images cannot be read any more .* the same command goes on from there"):
+    options = config(data, tmp_path / "out", "one", format=format)
+    with pytest.raises(OSError, match="volume|table"):
         run(options, Unplugging)
     (tmp_path / "away").rename(volume)
     statistics, _ = run(options)
     assert (statistics["images"], statistics["skipped"]) == (NUMBER - 1, expected)
 
 
-def test_an_image_that_a_model_fails_on(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
+def test_an_image_that_a_model_fails_on(pictures: Path, tmp_path: Path) -> None:
     """It alone is left out; where each image fails, the model does."""
-    odd = digest(Image.open(pictures / "5.png").convert("RGB"))
+    odd = key_of(pictures, 5)
 
     class Failing(Speaker):
         fails_on: tuple[str, ...] = (odd,)
@@ -698,63 +691,44 @@ def test_an_image_that_a_model_fails_on(pictures: Path, tokenizer: str, tmp_path
                 raise RuntimeError("image features and tokens do not match")
             return super().one(image, settings, seed)
 
-    run(config(pictures, tmp_path / "out", tokenizer, "one"), Failing)
+    run(config(pictures, tmp_path / "out", "one"), Failing)
     for row in rows(tmp_path / "out"):
         (details,) = row["captions"]
         assert (row["id"] == "5.png") == (details["reasons"] == ["no_answer"]) == (row["long_captions"] == [""])
         if row["id"] == "5.png":
             assert details["dropped"].endswith("(RuntimeError: image features and tokens do not match)")
     Failing.fails_on = ()
-    with pytest.raises(ValueError, match="^one: fails on every image .*tokens do not match.* What was done is kept"):
-        run(config(pictures, tmp_path / "none", tokenizer, "one"), Failing)
+    with pytest.raises(ValueError, match="tokens do not match"):
+        run(config(pictures, tmp_path / "none", "one"), Failing)
 
 
-def test_records_that_changed_after_their_shard_was_written(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for number in range(12):
-        shutil.copy(pictures / f"{number}.png", data / f"{number:02d}.png")
-    run(config(data, tmp_path / "out", tokenizer, "one"))
-    (data / "05.png").rename(data / "055.png")
-    with pytest.raises(ValueError, match="those of 00000-00000 are others"):
-        run(config(data, tmp_path / "out", tokenizer, "one"))
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    for shard in range(2):
-        with tarfile.open(shards / f"{shard}.tar", "w") as tar:
-            tar.add(pictures / f"{shard}.png", f"{shard}.png")
-    options = config(shards, tmp_path / "streamed", tokenizer, "one", short_column="none")
+@pytest.mark.slow
+def test_records_that_changed_after_their_shard_was_written(pictures: Path, tmp_path: Path) -> None:
+    data = some(pictures, tmp_path / "data", 12)
+    run(config(data, tmp_path / "out", "one"))
+    (data / "5.png").rename(data / "55.png")
+    with pytest.raises(ValueError, match="00000-00000"):
+        run(config(data, tmp_path / "out", "one"))
+    shards = tars(pictures, tmp_path / "shards", range(1), range(1, 2))
+    options = config(shards, tmp_path / "streamed", "one", short_column="none")
     run(options)
     (shards / "1.tar").unlink()
-    with pytest.raises(ValueError, match="there are none any more for 00001-00000.parquet"):
+    with pytest.raises(ValueError, match="00001-00000.parquet"):
         run(options)
 
 
-def test_another_run_beside_one_of_several_processes(
-    pictures: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = config(pictures, tmp_path / "out", tokenizer, "one")
+@pytest.mark.parametrize("process", [0, 1])
+def test_two_runs_at_a_time(process: int, pictures: Path, tmp_path: Path) -> None:
+    """A process of another run, or the second of two is still at work."""
+    options = config(pictures, tmp_path / "out", "one")
     (tmp_path / "out" / ".relabel").mkdir(parents=True)
-    with (
-        FileLock(tmp_path / "out" / ".relabel" / "lock-1"),  # the second process of two is still at work
-        pytest.raises(OSError, match="out: another run is writing there"),
-    ):
+    with FileLock(tmp_path / "out" / ".relabel" / f"lock-{process}"), pytest.raises(OSError, match="another run"):
         run(options)
     run(options)
 
 
-def test_what_was_done_before_does_not_count_for_the_speed() -> None:
-    with tqdm(total=100_000, file=io.StringIO(), mininterval=0) as bar:
-        relabel_module._skip(bar, 50_000)
-        for _ in range(5):
-            time.sleep(0.02)
-            bar.update(1)
-        assert (bar.n, bar.format_dict["initial"]) == (50_005, 50_000)
-        assert bar.format_dict["rate"] < 1000
-
-
-def test_one_slow_image_holds_up_nothing_but_its_own_chunk(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
-    slow, done = digest(Image.open(pictures / "1.png").convert("RGB")), threading.Event()
+def test_one_slow_image_holds_up_nothing_but_its_own_chunk(pictures: Path, tmp_path: Path) -> None:
+    slow, done = key_of(pictures, 1), threading.Event()
 
     class Waiting(Speaker):
         group_size, concurrency = 1, 2
@@ -766,46 +740,33 @@ def test_one_slow_image_holds_up_nothing_but_its_own_chunk(pictures: Path, token
                 done.set()
             return super().one(image, settings, seed)
 
-    run(config(pictures, tmp_path / "out", tokenizer, "one"), Waiting)
+    run(config(pictures, tmp_path / "out", "one"), Waiting)
     assert len(rows(tmp_path / "out")) == NUMBER - 1
     assert done.is_set()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["in a shard", "behind a shard"])
-def test_killed_at_nasty_moments(
-    moment: str, pictures: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(config(pictures, tmp_path / "expected", tokenizer))
+def test_killed_at_nasty_moments(moment: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(config(pictures, tmp_path / "expected"))
     child = os.fork()
     if not child:
         if moment == "in a shard":  # its temporary file is there
-            monkeypatch.setattr("lotlip_hf.relabel.run.shard_statistics", lambda *_: os._exit(9))
+            monkeypatch.setattr("lotlip_hf.relabel.shards.shard_statistics", lambda *_: os._exit(9))
         else:
             monkeypatch.setattr(Path, "unlink", lambda *_, **__: os._exit(9))
-        run(config(pictures, tmp_path / "out", tokenizer))
+        run(config(pictures, tmp_path / "out"))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     left = files(tmp_path / "out")
     assert any("captioner" in name for name in left)
     assert any(name.startswith("data/.") for name in left) == (moment == "in a shard")
-    run(config(pictures, tmp_path / "out", tokenizer))
+    run(config(pictures, tmp_path / "out"))
     assert files(tmp_path / "out") == files(tmp_path / "expected")
 
 
-def test_a_damaged_journal_goes_on_where_it_is_whole(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        run(config(pictures, tmp_path / "out", tokenizer), stopping_at("second", 10))
-    journal = tmp_path / "out" / ".relabel" / "00000-00001-captioner-1.partial"  # chunk 0's may be one still
-    lines = journal.read_bytes().splitlines(keepends=True)
-    assert len(lines) >= 2
-    journal.write_bytes(b"".join([lines[0], b"\0\0\0\n", *lines[1:]]))
-    run(config(pictures, tmp_path / "out", tokenizer))
-    run(config(pictures, tmp_path / "expected", tokenizer))
-    assert files(tmp_path / "out") == files(tmp_path / "expected")
-
-
-def test_a_full_disk_is_named(pictures: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_a_full_disk_is_named(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
     def full(descriptor: int) -> None:
@@ -816,50 +777,27 @@ def test_a_full_disk_is_named(pictures: Path, tokenizer: str, tmp_path: Path, mo
     class Several(Speaker):
         concurrency = 4
 
-    message = r"\.relabel/.*: cannot be written \(No space left on device\). What was done is kept"
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=message):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"\.relabel/.*No space left on device"):
         patch.setattr(os, "fsync", full)
-        run(config(pictures, tmp_path / "out", tokenizer), Several)
-    run(config(pictures, tmp_path / "out", tokenizer))
-    run(config(pictures, tmp_path / "expected", tokenizer))
+        run(config(pictures, tmp_path / "out"), Several)
+    run(config(pictures, tmp_path / "out"))
+    run(config(pictures, tmp_path / "expected"))
     assert files(tmp_path / "out") == files(tmp_path / "expected")
 
 
-def test_outputs_that_are_somebody_elses(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
+def test_outputs_that_are_somebody_elses(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("Dear")
-    with pytest.raises(FileExistsError, match="full: holds something else already; choose another --output"):
-        run(config(pictures, tmp_path / "full", tokenizer))
-    with pytest.raises(FileExistsError, match="a file, not a folder"):
-        run(config(pictures, tmp_path / "full" / "letter.txt", tokenizer))
-    with pytest.raises(ValueError, match="lies in .*, whose images it would be read with"):
-        run(config(pictures, pictures / "out", tokenizer))
-    with pytest.raises(ValueError, match=r"--tokenizer .*missing: cannot be loaded"):
-        run(config(pictures, tmp_path / "out", str(tmp_path / "missing")))
+    with pytest.raises(FileExistsError, match="full.*--output"):
+        run(config(pictures, tmp_path / "full"))
+    with pytest.raises(FileExistsError, match="letter.txt"):
+        run(config(pictures, tmp_path / "full" / "letter.txt"))
+    with pytest.raises(ValueError, match="--output"):
+        run(config(pictures, pictures / "out"))
+    with pytest.raises(ValueError, match="--tokenizer"):
+        run(config(pictures, tmp_path / "out", tokenizer=str(tmp_path / "missing")))
     assert not (tmp_path / "out").exists()
     assert not (pictures / "out").exists()
-
-
-def test_two_runs_at_a_time(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
-    inside, go_on = threading.Event(), threading.Event()
-
-    class Slow(Speaker):
-        def answer(self, images: Any, settings: Any, seeds: Any) -> list[Answer]:
-            inside.set()
-            assert go_on.wait(60)
-            return super().answer(images, settings, seeds)
-
-    options = config(pictures, tmp_path / "out", tokenizer, "one")
-    thread = threading.Thread(target=run, args=(options, Slow))
-    thread.start()
-    try:
-        assert inside.wait(60)
-        with pytest.raises(OSError, match="out: another run is writing there"):
-            run(options)
-    finally:
-        go_on.set()
-        thread.join()
-    assert len(rows(tmp_path / "out")) == NUMBER - 1
 
 
 # Real models, endpoints and processes
@@ -868,7 +806,7 @@ def test_two_runs_at_a_time(pictures: Path, tokenizer: str, tmp_path: Path) -> N
 KEEP = dict.fromkeys(
     ("empty", "refusal", "copied_prompt", "loop", "repeated_sentence", "cut_off", "too_short"), "keep"
 )
-FAULTS = ("late:0.05@every:3", "429:0@0-1", "500@first:1", "cut@4", "cut-json@6", "garbage@8", "html@9", "reset@11")
+FAULTS = {**dict.fromkeys((0, 1), "429"), 4: "cut", 6: "cut-json", 8: "garbage", 9: "html", 11: "reset"}
 
 
 @pytest.fixture(scope="module")
@@ -882,9 +820,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets this process ask loopback, without waiting between tries."""
     use_in_process(monkeypatch)
-    monkeypatch.setattr(EndpointCaptioner, "_pause", lambda self, wait: None)
 
 
 def local(folder: str, **options: Any) -> CaptionerConfig:
@@ -893,11 +829,9 @@ def local(folder: str, **options: Any) -> CaptionerConfig:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["instructblip", "llava"])
-def test_models_of_transformers(
-    kind: str, checkpoints: dict[str, str], pictures: Path, tokenizer: str, tmp_path: Path
-) -> None:
+def test_models_of_transformers(kind: str, checkpoints: dict[str, str], pictures: Path, tmp_path: Path) -> None:
     captioner = local(checkpoints[kind], prompt="what is it")
-    options = config(pictures, tmp_path / "out", tokenizer, captioners=[captioner], policies=KEEP)
+    options = config(pictures, tmp_path / "out", captioners=[captioner], policies=KEEP)
     assert relabel(options, progress=False)["images"] == NUMBER - 1
     model = LocalCaptioner(captioner)
     written = {row["id"]: row for row in rows(tmp_path / "out")}
@@ -917,16 +851,17 @@ def test_models_of_transformers(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("endpoint")
-def test_an_endpoint_that_stumbles(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
+def test_an_endpoint_that_stumbles(pictures: Path, tmp_path: Path) -> None:
     """Late answers, 429, 500, connections cut and reset, half a JSON and garbage: nothing is lost, nothing differs."""
     with openai_server() as server:
         captioner = CaptionerConfig("tiny", endpoint=server.url, concurrency=4)
-        relabel(config(pictures, tmp_path / "expected", tokenizer, captioners=[captioner]), progress=False)
+        relabel(config(pictures, tmp_path / "expected", captioners=[captioner]), progress=False)
         assert set(server.per_image.values()) == {1}
         assert len(server.per_image) == NUMBER - 1
-    with openai_server(scripted(*FAULTS)) as server:
+    first = each_image_first("500")
+    with openai_server(lambda number, *asked: first(number, *asked) or FAULTS.get(number)) as server:
         captioner = CaptionerConfig("tiny", endpoint=server.url, concurrency=4)
-        relabel(config(pictures, tmp_path / "out", tokenizer, captioners=[captioner]), progress=False)
+        relabel(config(pictures, tmp_path / "out", captioners=[captioner]), progress=False)
         assert 1 < server.highest_at_once <= 4
         assert len(server.requests) > NUMBER - 1
     expected, found = files(tmp_path / "expected"), files(tmp_path / "out")
@@ -939,16 +874,14 @@ def test_an_endpoint_that_stumbles(pictures: Path, tokenizer: str, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("endpoint")
-def test_an_endpoint_that_stays_down(
-    pictures: Path, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_endpoint_that_stays_down(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It stops the run; what was done is kept, and is not asked for again when the endpoint is back."""
-    arguments = ["relabel", f"--data={pictures}", "--captioner=tiny", f"--tokenizer={tokenizer}", "--shard-size=10"]
-    arguments += ["--concurrency=3", "--max-retries=2"]
+    arguments = ["relabel", f"--data={pictures}", "--captioner=tiny", f"--tokenizer={counting_tokenizer()}"]
+    arguments += ["--shard-size=10", "--concurrency=3", "--max-retries=2"]
     with openai_server() as server:
         assert main([*arguments, f"--output={tmp_path / 'expected'}", f"--endpoint={server.url}"]) == 0
     capsys.readouterr()
-    with openai_server(scripted("503@14-")) as server:
+    with openai_server(lambda number, *_: "503" if number >= 14 else None) as server:
         assert main([*arguments, f"--output={tmp_path / 'out'}", f"--endpoint={server.url}"]) == 2
         answered = {request.image for request in server.requests if request.fault is None}
     message = capsys.readouterr().err
@@ -969,24 +902,8 @@ def test_an_endpoint_that_stays_down(
     assert "skipped.jsonl" in error
 
 
-@pytest.mark.usefixtures("endpoint")
-def test_one_poisonous_image(pictures: Path, tokenizer: str, tmp_path: Path) -> None:
-    """The endpoint falls over one image, whatever is tried: the others are captioned."""
-    poison = Image.open(pictures / "4.png").convert("RGB")
-    data = tmp_path / "data"
-    shutil.copytree(pictures, data)
-    poison.resize((50, 31)).save(data / "4.png")
-    with openai_server(scripted("500@50x31")) as server:
-        captioner = CaptionerConfig("tiny", endpoint=server.url, max_retries=2)
-        statistics = relabel(config(data, tmp_path / "out", tokenizer, captioners=[captioner]), progress=False)
-    assert statistics["captions"][1]["dropped_for"] == {"no_answer": 1}
-    (row,) = (row for row in rows(tmp_path / "out") if row["long_captions"] == [""])
-    assert row["id"] == "4.png"
-    assert "500" in row["captions"][0]["dropped"]
-
-
-def write_options(file: Path, pictures: Path, tokenizer: str, captioners: list[dict[str, Any]]) -> list[str]:
-    options = {"data": str(pictures), "tokenizer": tokenizer, "captioners": captioners, "policies": KEEP}
+def write_options(file: Path, pictures: Path, captioners: list[dict[str, Any]]) -> list[str]:
+    options = {"data": str(pictures), "tokenizer": counting_tokenizer(), "captioners": captioners, "policies": KEEP}
     file.write_text(yaml.safe_dump(options))
     return [f"--config={file}", "--shard-size=5", "--dtype=float32", "--max-new-tokens=12", "--batch-size=2"]
 
@@ -994,13 +911,13 @@ def write_options(file: Path, pictures: Path, tokenizer: str, captioners: list[d
 @pytest.mark.slow
 @pytest.mark.usefixtures("endpoint")
 def test_killed_at_a_random_moment_it_ends_in_the_same_bytes(
-    checkpoints: dict[str, str], pictures: Path, tokenizer: str, tmp_path: Path
+    checkpoints: dict[str, str], pictures: Path, tmp_path: Path
 ) -> None:
     """`kill -9` with a model that runs here and an endpoint."""
     moments = random.Random(1)
     with openai_server(seconds=0.1) as server:
         captioners = [{"model": checkpoints["llava"]}, {"model": "tiny", "endpoint": server.url, "concurrency": 2}]
-        arguments = write_options(tmp_path / "options.yaml", pictures, tokenizer, captioners)
+        arguments = write_options(tmp_path / "options.yaml", pictures, captioners)
         assert main(["relabel", *arguments, f"--output={tmp_path / 'expected'}"]) == 0
         asked = server.per_image
         output = tmp_path / "out"
@@ -1036,11 +953,9 @@ def count_groups(output: Path) -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(
-    checkpoints: dict[str, str], pictures: Path, tokenizer: str, tmp_path: Path
-) -> None:
+def test_two_processes_write_what_one_writes(checkpoints: dict[str, str], pictures: Path, tmp_path: Path) -> None:
     captioners = [{"model": checkpoints["llava"]}]
-    arguments = write_options(tmp_path / "options.yaml", pictures, tokenizer, captioners)
+    arguments = write_options(tmp_path / "options.yaml", pictures, captioners)
     one = [*arguments, f"--output={tmp_path / 'one'}"]
     assert main(["relabel", *one]) == 0
     argv = ["relabel", *arguments, f"--output={tmp_path / 'two'}"]
@@ -1051,8 +966,8 @@ def test_two_processes_write_what_one_writes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["parquet", "webdataset"])
-def test_training_reads_the_output_as_it_is(format: str, pictures: Path, tokenizer: str, tmp_path: Path) -> None:
-    run(config(pictures, tmp_path / "out", tokenizer, format=format))
+def test_training_reads_the_output_as_it_is(format: str, pictures: Path, tmp_path: Path) -> None:
+    run(config(pictures, tmp_path / "out", format=format))
     arguments = ["--model=scenes", f"--data={tmp_path / 'out'}", f"--output={tmp_path / 'run'}", "--max-steps=2"]
     arguments += ["--batch-size=8", "--num-workers=0", "--trackers=none", "--on-error=raise"]
     arguments += [f"--image-folder={pictures}"] if format == "parquet" else []
@@ -1079,6 +994,7 @@ def test_options_of_a_file_and_of_flags(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     flags = ["--output=out", "--seed=4", "--policy=refusal=drop", "--rule=loop_repeats=5", "--max-new-tokens=9"]
+    flags += ["--request-field=max_tokens=max_completion_tokens", "--request-field=temperature=none"]
     options = read_config(parser.parse_args([f"--config={file}", *flags]))
     assert (options.data, options.output, options.seed) == ("pictures", "out", 4)
     assert (options.policies["loop"], options.policies["refusal"], options.policies["empty"]) == (
@@ -1089,22 +1005,12 @@ def test_options_of_a_file_and_of_flags(tmp_path: Path) -> None:
     assert (options.rules.min_words, options.rules.loop_repeats) == (4, 5)
     first, second = options.captioners
     assert (first.model, first.prompt, first.max_new_tokens) == ("a", PROMPT, 9)
+    assert first.request_fields == {"max_tokens": "max_completion_tokens", "temperature": None}
     assert (second.prompt, second.temperature, second.max_new_tokens) == ("Say.", 1, 9)
     assert second.settings(1) == {**second.settings(0), "top_p": 0.5}
     # models that are named by flags stand in for the file's
     options = read_config(parser.parse_args([f"--config={file}", "--output=o", "--captioner=c", "--captioner=d"]))
     assert [captioner.model for captioner in options.captioners] == ["c", "d"]
-
-
-def test_flags_name_the_fields_of_requests() -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    flags = ["--data=d", "--output=o", "--captioner=a", "--max-image-size=336", "--image-root=r"]
-    flags += ["--request-field=max_tokens=max_completion_tokens", "--request-field=temperature=none"]
-    options = read_config(parser.parse_args(flags))
-    (one,) = options.captioners
-    assert one.request_fields == {"max_tokens": "max_completion_tokens", "temperature": None}
-    assert (one.max_image_size, options.image_root) == (336, "r")
 
 
 def test_a_tokenizer_that_cannot_be_had_is_said_at_once(
@@ -1121,7 +1027,7 @@ def test_a_tokenizer_that_cannot_be_had_is_said_at_once(
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setattr("lotlip_hf.relabel.run.load_records", lambda *_, **__: pytest.fail("records were read"))
     with pytest.raises(ValueError, match="--tokenizer org/none"):
-        run(config(pictures, tmp_path / "out", "org/none"))
+        run(config(pictures, tmp_path / "out", tokenizer="org/none"))
     assert sum(slept) < 1
     assert not (tmp_path / "out").exists()
 
@@ -1129,23 +1035,23 @@ def test_a_tokenizer_that_cannot_be_had_is_said_at_once(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "`captioners` is empty"),
-        (["--captioner=a", "--request-field=max_tokens"], "--request-field takes NAME=VALUE"),
-        (["--captioner=a", "--request-field=tokens=n"], "`request_fields` renames"),
-        (["--captioner=a", "--max-image-size=0"], "`max_image_size`"),
-        (["--captioner=a", "--max-image-bytes=0"], "`max_image_bytes`"),
-        (["--captioner=a", "--image-root=nowhere"], "--image-root nowhere: no such folder"),
-        (["--captioner=a", "--policy=loop"], "--policy takes NAME=VALUE, got 'loop'"),
-        (["--captioner=a", "--policy=lop=keep"], "`policies` must be of empty, .* got 'lop'"),
-        (["--captioner=a", "--policy=loop=kepp"], "policy of loop must be retry, drop, keep, got 'kepp'"),
-        (["--captioner=a", "--rule=words=3"], "--rule: words is not one of"),
-        (["--captioner=a", "--rule=min_words=few"], "`min_words` must be a whole number from 0, got 'few'"),
-        (["--captioner=a", "--max-new-tokens=0"], "`max_new_tokens` must be at least 1, got 0"),
-        (["--captioner=a", "--top-p=1.5"], "`top_p` must be above 0 and at most 1, got 1.5"),
-        (["--captioner=a", "--temperature=nan"], "`temperature` must be a finite number"),
-        (["--captioner=a", "--shard-size=0"], "`shard_size` must be at least 1, got 0"),
-        (["--captioner=a", "--mapping=nothing"], "`mapping` must be one of"),
-        (["--captioner=a", "--config=missing.yaml"], "missing.yaml: no such file of options"),
+        ([], "captioners"),
+        (["--captioner=a", "--request-field=max_tokens"], "request-field"),
+        (["--captioner=a", "--request-field=tokens=n"], "request_fields"),
+        (["--captioner=a", "--max-image-size=0"], "max_image_size"),
+        (["--captioner=a", "--max-image-bytes=0"], "max_image_bytes"),
+        (["--captioner=a", "--image-root=nowhere"], "image-root"),
+        (["--captioner=a", "--policy=loop"], "policy"),
+        (["--captioner=a", "--policy=lop=keep"], "policies.*'lop'"),
+        (["--captioner=a", "--policy=loop=kepp"], "policy.*'kepp'"),
+        (["--captioner=a", "--rule=words=3"], "rule"),
+        (["--captioner=a", "--rule=min_words=few"], "min_words"),
+        (["--captioner=a", "--max-new-tokens=0"], "max_new_tokens"),
+        (["--captioner=a", "--top-p=1.5"], "top_p"),
+        (["--captioner=a", "--temperature=nan"], "temperature"),
+        (["--captioner=a", "--shard-size=0"], "shard_size"),
+        (["--captioner=a", "--mapping=nothing"], "mapping"),
+        (["--captioner=a", "--config=missing.yaml"], "missing.yaml"),
     ],
 )
 def test_wrong_options_are_named(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1156,19 +1062,19 @@ def test_wrong_options_are_named(flags: list[str], message: str, capsys: pytest.
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("captioner: a", "unknown option captioner. There are: data, output, captioners"),
-        ("captioners: a", "`captioners` must be a list, got str"),
-        ("captioners: [{prompt: p}]", "a captioner has `model` and any of .*prompt"),
-        ("captioners: [{model: m, promt: p}]", "a captioner has `model` and any of"),
-        ("policies: keep", "`policies` must be lines of `name: value`, got 'keep'"),
-        ("captioners: [{model: m, max_new_tokens: many}]", "`max_new_tokens` must be of type int, got 'many'"),
-        ("captioners: [{model: m}]\nrules: {min_words: 4.5}", "`min_words` must be a whole number from 0, got 4.5"),
-        ("captioners: [{model: m, retry: null}]", "`retry` must be lines of `option: value`, got None"),
-        ("captioners: [{model: m, retry: {words: 3}}]", "`retry` changes .*; it has 'words'"),
-        ("captioners: [{model: m, retry: {temperature: -1}}]", "`temperature` must be at least 0, got -1"),
-        ("captioners: [{model: m, dtype: half}]", "`dtype` must be one of auto, float32, bfloat16, float16, got"),
-        ("- data", "expected lines of `option: value`, got list"),
-        ("data: [", "not a YAML file"),
+        ("captioner: a", "captioner"),
+        ("captioners: a", "captioners"),
+        ("captioners: [{prompt: p}]", "model"),
+        ("captioners: [{model: m, promt: p}]", "model"),
+        ("policies: keep", "policies"),
+        ("captioners: [{model: m, max_new_tokens: many}]", "max_new_tokens"),
+        ("captioners: [{model: m}]\nrules: {min_words: 4.5}", "min_words"),
+        ("captioners: [{model: m, retry: null}]", "retry"),
+        ("captioners: [{model: m, retry: {words: 3}}]", "retry.*'words'"),
+        ("captioners: [{model: m, retry: {temperature: -1}}]", "temperature"),
+        ("captioners: [{model: m, dtype: half}]", "dtype"),
+        ("- data", "options.yaml"),
+        ("data: [", "options.yaml"),
     ],
 )
 def test_wrong_files_of_options_are_named(
@@ -1180,21 +1086,23 @@ def test_wrong_files_of_options_are_named(
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_data_that_are_not_there(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["relabel", "--captioner=a", f"--output={tmp_path / 'out'}", f"--tokenizer={tokenizer}"]
-    assert main([*arguments, f"--data={tmp_path / 'missing'}"]) == 2
-    assert "missing: no such file or folder" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("data", "word", "more"),
+    [
+        ("missing", "missing", []),
+        ("empty", "empty", []),
+        ("table.jsonl", "--short-column", []),
+        ("none.jsonl", "none.jsonl", []),
+        ("table.jsonl", "gone", ["--image-folder=gone"]),
+    ],
+)
+def test_data_that_are_not_there(
+    data: str, word: str, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
-    assert main([*arguments, f"--data={tmp_path / 'empty'}"]) == 2
-    assert "empty: holds neither" in capsys.readouterr().err
     (tmp_path / "table.jsonl").write_text('{"image": "a.png", "words": "a cat"}\n')
-    assert main([*arguments, f"--data={tmp_path / 'table.jsonl'}"]) == 2
-    error = capsys.readouterr().err
-    assert "there is no column 'short_caption' for `short`" in error
-    assert "--short-column (`none` if there are no raw captions)" in error
     (tmp_path / "none.jsonl").write_text("")
-    assert main([*arguments, f"--data={tmp_path / 'none.jsonl'}"]) == 2
-    assert "none.jsonl" in capsys.readouterr().err
-    assert main([*arguments, f"--data={tmp_path / 'table.jsonl'}", f"--image-folder={tmp_path / 'gone'}"]) == 2
-    assert "gone: no such folder" in capsys.readouterr().err
+    arguments = ["relabel", "--captioner=a", f"--output={tmp_path / 'out'}", f"--tokenizer={counting_tokenizer()}"]
+    assert main([*arguments, f"--data={tmp_path / data}", *more]) == 2
+    assert word in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -65,7 +65,7 @@ def test_the_limit_holds(num_corner_tokens, max_text_length):
     outputs = model.get_text_features(input_ids, output_corner_embeds=True)
     assert outputs.pooler_output.isfinite().all()
     longer = torch.cat([input_ids, input_ids[:, -1:]], dim=1)
-    with pytest.raises(ValueError, match=f"this model takes {max_text_length}"):
+    with pytest.raises(ValueError, match=str(max_text_length)):
         model.get_text_features(longer)
 
 
@@ -156,5 +156,5 @@ def test_learns_the_scenes_of_one_batch():
     ],
 )
 def test_arguments_out_of_range_are_named(arguments, name):
-    with pytest.raises(ValueError, match=f"`{name}` must be"):
+    with pytest.raises(ValueError, match=name):
         small_model(**arguments)

@@ -30,6 +30,7 @@ from lotlip_hf.distributed import rank, world_size
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.training import loop
 from lotlip_hf.training.config import TrainingConfig, parse_arguments
+from lotlip_hf.training.log import LOG_NAME
 from lotlip_hf.training.loop import train
 from lotlip_hf.training.model import load_or_start_model
 from processes import run_processes
@@ -92,7 +93,7 @@ def run(checkpoint: Path, output: Path, options: dict[str, Any]) -> None:
 
 
 def log(output: Path) -> list[dict[str, Any]]:
-    lines = (output / loop.LOG_NAME).read_text(encoding="utf-8").splitlines()
+    lines = (output / LOG_NAME).read_text(encoding="utf-8").splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "samples_per_second"} for line in lines]
 
 
@@ -341,7 +342,7 @@ def test_bfloat16_trains_with_losses_in_float32(
 def test_float16_needs_a_gpu(official_checkpoint: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match="fp16.*bf16"):
+    with pytest.raises(ValueError, match="fp16"):
         run(official_checkpoint, tmp_path / "run", {"mixed_precision": "fp16"})
     assert not (tmp_path / "run").exists()
 

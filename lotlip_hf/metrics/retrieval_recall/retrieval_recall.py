@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 # not relative: `evaluate.load` runs a copy of this file
-from lotlip_hf.evaluation.retrieval import _check_positive, find_places
+from lotlip_hf.evaluation.retrieval import check_positive, find_ranks
 
 _DESCRIPTION = """\
 Recall at k of retrieval by embeddings: the share of queries that have a right candidate among the k candidates most
@@ -73,7 +73,7 @@ class RetrievalRecall(evaluate.Metric):
         candidates = torch.as_tensor(np.asarray(candidates, dtype=np.float32))
         if candidates.dim() != 2 or not candidates.isfinite().all():
             raise ValueError(f"`candidates` must be finite, of shape [M, dim]; got shape {list(candidates.shape)}.")
-        _check_positive("ks", *ks)
+        check_positive("ks", *ks)
         return super().compute(candidates=candidates, ks=ks, **kwargs)
 
     def _compute(
@@ -84,7 +84,7 @@ class RetrievalRecall(evaluate.Metric):
         ks: Sequence[int],
     ) -> dict[str, float]:
         queries = torch.as_tensor(np.asarray(predictions, dtype=np.float32))
-        places = find_places(queries, candidates, references)
-        results = {f"r{k}": places.hits(k).mean().item() for k in ks}
-        results["median_rank"] = float(np.median(places.ranks().numpy()))
+        found = find_ranks(queries, candidates, references)
+        results = {f"r{k}": found.hits(k).mean().item() for k in ks}
+        results["median_rank"] = float(np.median(found.ranks().numpy()))
         return results

@@ -1,7 +1,7 @@
 """
 Models that write long captions: those of transformers, run here, and endpoints that speak OpenAI's protocol.
 
-The first step of the LoTLIP paper relabels images with several of them; `relabel.py` is what calls these.
+The first step of the LoTLIP paper relabels images with several of them; `relabel/captioning.py` asks them.
 """
 
 import dataclasses
@@ -23,6 +23,8 @@ PROMPT = "Describe the image in detail."
 SETTINGS = ("max_new_tokens", "min_new_tokens", "num_beams", "temperature", "top_p", "repetition_penalty")
 # The fields of a request that these become, by OpenAI's names.
 REQUEST_FIELDS = ("max_tokens", "temperature", "top_p", "seed", "repetition_penalty")
+# What models and processors raise of an image that does not suit them, such as one too long and thin
+IMAGE_ERRORS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 FIELD_OF = {"max_new_tokens": "max_tokens"}
 
 
@@ -236,5 +238,7 @@ class Captioner(Protocol):
 
         Raises:
             EndpointError: if an endpoint gives no answers.
+            ArithmeticError, LookupError, RuntimeError, TypeError, ValueError:
+                If an image does not suit the model: each is then asked about alone.
         """
         ...

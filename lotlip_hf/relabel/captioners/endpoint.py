@@ -1,26 +1,22 @@
 """
 Captions from an endpoint that speaks OpenAI's protocol: vLLM, TGI, `transformers serve`, or one that is paid for.
 
-A request that fails for the moment is sent again, with waits that grow. What fails for good is told apart by the same
-request with a grey picture: if that is answered, the image is at fault and the run goes on without it; if not, the
-endpoint is, and the run stops.
+The `openai` client sends the requests and retries those that fail for the moment. A failure that remains is tested
+with the same request and a grey picture: if that is answered, the image is at fault and the run goes on without it; if
+not, the endpoint is, and the run stops.
 """
 
+import asyncio
 import base64
 import io
-import json
-import logging
 import math
 import os
-import random
 import threading
 import time
-import zlib
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, wait
-from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple
-from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError
+from typing import Any
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urljoin, urlsplit
 
 import httpx
 from huggingface_hub import get_token
@@ -29,21 +25,16 @@ from PIL import Image
 from ...files import parse_json, printable
 from .base import Answer, CaptionerConfig, EndpointError, without_secrets
 
-logger = logging.getLogger(__name__)
-
-FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds between two tries; each wait is twice the one before
-LONGEST_RETRY_AFTER = 600.0  # seconds that a server can ask for
-PROBE_TRIES = 3
-# Statuses after which the same request may succeed later; so it may after any of 5xx.
-PASSING = (408, 409, 425, 429)
-# The endpoint as such says no.
-FATAL = (401, 402, 404, 405)
+PROBE_RETRIES = 2
+# Statuses that no image causes
+FATAL = (401, 402, 404, 405, 429)
 ADVICE = {
     401: "It wants a key: set OPENAI_API_KEY (for an endpoint of Hugging Face, `hf auth login`).",
     402: "Its account has nothing left to pay with.",
     403: "The key in OPENAI_API_KEY (for an endpoint of Hugging Face, the token) may not use this model.",
-    404: "Look at the address, such as http://host:8000/v1, and at the model's name, {model!r}.",
-    405: "Look at the address, such as http://host:8000/v1.",
+    **dict.fromkeys(
+        (404, 405), "Look at the address, such as http://host:8000/v1, and at the model's name, {model!r}."
+    ),
     429: "Have fewer requests under way at a time (`concurrency`), or more tries (`max_retries`).",
 }
 REFUSED = (
@@ -54,67 +45,85 @@ MOVED = "Redirects are not followed: if you trust that address, give it as `endp
 TOO_LATE = "Have fewer requests under way at a time (`concurrency`), or more time (`timeout`)."
 TOO_LONG = "Look at its log; raise `max_answer_bytes` if its answers are so long."
 DOWN = "Look at its log, and whether its address is right."
-# Hosts that the Hub's token is for; nobody else gets it.
+# Hosts that get the Hub's token
 HUB_DOMAINS = ("huggingface.co", "huggingface.cloud")
 NO_KEY = "EMPTY"  # what servers without keys are sent by custom
 LEAST_SECRET = 8  # characters of a secret that is taken out of captions: a shorter one may be a word
+ENCODINGS = ("identity", "gzip", "deflate")
 FINISHED = {"length": False, **dict.fromkeys(("stop", "eos_token", "stop_sequence", "end_turn"), True)}
 
 
-class _Failure(Exception):
-    """
-    A request without an answer.
+class _Failure(httpx.TransportError):
+    """A request without an answer, with what is recorded of the image (`reason`); `_Client` raises it for a retry."""
 
-    Args:
-        reason: what a reader is told, the same whenever the same happens.
-        status: of the answer; `None` without one.
-        details: what else is known.
-        retry_after: seconds that the server asks to be left alone.
-        passes: whether the same request may succeed later.
-        may_be_image: whether the image may be the cause.
-        advice: what to do about it; may name `{model!r}`.
-    """
-
-    def __init__(
-        self,
-        reason: str,
-        *,
-        status: int | None = None,
-        details: str = "",
-        retry_after: float | None = None,
-        passes: bool = True,
-        may_be_image: bool = True,
-        advice: str = DOWN,
-    ) -> None:
+    def __init__(self, reason: str, details: object = "", *, may_be_image: bool = True, advice: str = DOWN) -> None:
         super().__init__(reason)
-        self.reason, self.status, self.details, self.retry_after = reason, status, details, retry_after
-        self.passes, self.may_be_image, self.advice = passes, may_be_image, advice
+        self.reason, self.details = reason, f" ({details})" if str(details) else ""
+        self.may_be_image, self.advice = may_be_image, advice
+
+
+class _Client(httpx.AsyncClient):
+    """Reads at most `limit` bytes of a response in `seconds`; a response without an answer is a failure."""
+
+    def __init__(self, limit: int, seconds: float) -> None:
+        super().__init__(timeout=seconds, follow_redirects=False, limits=httpx.Limits(max_connections=None))
+        self._limit, self._seconds = limit, seconds
+
+    async def send(self, request: httpx.Request, *, stream: bool = False, **options: Any) -> httpx.Response:
+        try:
+            response = await asyncio.wait_for(self._read(request, **options), self._seconds)
+            if response.is_success:
+                _read_answer(response.content)
+            return response
+        except _Failure:
+            raise
+        except (asyncio.TimeoutError, httpx.TimeoutException):
+            raise _Failure("no answer in time", f"{self._seconds:g} s", advice=TOO_LATE) from None
+        except httpx.ConnectError as error:
+            raise _Failure("no connection", error, may_be_image=False) from None
+        except (httpx.HTTPError, OSError) as error:
+            raise _Failure("the connection broke", error) from None
+        except ValueError as error:
+            raise _Failure("the answer is not in OpenAI's format", error) from None
+
+    async def _read(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        response = await super().send(request, stream=True, **options)
+        content, encoding = bytearray(), response.headers.get("Content-Encoding", "identity")
+        try:
+            if encoding.lower() not in ENCODINGS:  # others, and two at a time, make gigabytes of a packet
+                raise _Failure(f"the answer is compressed ({encoding})", advice=DOWN)
+            async for part in response.aiter_bytes():
+                content += part
+                if len(content) > self._limit:
+                    raise _Failure("the answer is too long", f"more than {self._limit:,} bytes", advice=TOO_LONG)
+        finally:
+            await response.aclose()
+        headers = response.headers.copy()
+        headers.pop("Content-Encoding", None)  # `content` is decoded
+        return httpx.Response(response.status_code, headers=headers, content=bytes(content), request=request)
 
 
 class EndpointCaptioner:
     """
     Describes images by asking an endpoint that speaks OpenAI's protocol (`POST /v1/chat/completions`).
 
-    An image is sent as a JPEG file of quality 95, its longer side `config.max_image_size` at most. `answer` is for
-    many threads at once: as many requests are under way. The key is that in `OPENAI_API_KEY`; endpoints of Hugging
-    Face get the Hub's token (`HF_TOKEN` or `hf auth login`), and no other server does; an address with a user name
-    gets that and the password instead. Neither is shown or written. `config.revision` is not sent: the endpoint
-    decides what it runs. `transformers serve` draws tokens only for a checkpoint whose `generation_config.json` says
-    so (`do_sample`); for others its answers are the same at any temperature.
+    `answer` is for many threads at once: as many requests are under way. The key is that in `OPENAI_API_KEY`;
+    endpoints of Hugging Face get the Hub's token (`HF_TOKEN` or `hf auth login`), and no other server does; an address
+    with a user name gets that and the password instead. Neither is shown or written. `config.revision` is not sent:
+    the endpoint decides what it runs. `transformers serve` draws tokens only for a checkpoint whose
+    `generation_config.json` says so (`do_sample`).
 
     Of an answer `config.max_answer_bytes` are read at most, in `config.timeout` seconds. Redirects are not followed.
-
-    A request is sent again up to `config.max_retries` times, after waits that double from half a second to a minute,
-    on 429, 5xx, 408, timeouts, broken connections, and answers that are cut off or are no JSON; `Retry-After` is
-    honoured up to ten minutes. If there is no answer then, or the image was refused (400, 413, 422), the same request
-    is sent with a grey picture: answered, it shows that the image is the cause, and the image's `Answer.error` says
-    so. Where the endpoint itself refuses (401, 402, 404), is down, or has too much to do (429) after all the tries,
-    the error is an [`EndpointError`].
+    The `openai` client sends a request again up to `config.max_retries` times, after waits that grow or that
+    `Retry-After` names: on 408, 409, 429, 5xx, timeouts, broken connections, and answers that are not in OpenAI's
+    format. If there is no answer then, or the image was refused (400, 413, 422), a grey picture is sent: if that is
+    answered, the image is the cause, and its `Answer.error` says so.
 
     Args:
         config (`CaptionerConfig`): the captioner's options, with `endpoint`; its address may end in `/v1` or not.
 
     Raises:
+        ImportError: without the `openai` client.
         ValueError: if an option is not for endpoints, the address is none, or the key cannot be one.
 
     Example:
@@ -135,28 +144,35 @@ class EndpointCaptioner:
     group_size = 1
 
     def __init__(self, config: CaptionerConfig) -> None:
+        try:
+            from openai import AsyncOpenAI
+        except ImportError as error:
+            raise ImportError("Endpoints are asked by the openai client: pip install lotlip-hf[relabel]") from error
+
         address = _address(config)
-        self.config = config
-        self.revision = config.revision
-        self.concurrency = config.concurrency
+        self.config, self.revision, self.concurrency = config, config.revision, config.concurrency
         self._name = without_secrets(str(config.endpoint))
-        signs_in = bool(address.username)
         user, password = unquote(address.username or ""), unquote(address.password or "")
-        key = NO_KEY if signs_in else _api_key(str(config.endpoint))
-        pair = base64.b64encode(f"{user}:{password}".encode()).decode() if signs_in else ""
+        key = NO_KEY if user else _api_key(str(config.endpoint))
+        pair = base64.b64encode(f"{user}:{password}".encode()).decode() if user else ""
         self._secrets = _spellings("" if key == NO_KEY else key, password or user, pair, address.query)
-        self._url = address._replace(netloc=address.netloc.rpartition("@")[2], path=_path(address.path)).geturl()
-        self._client = httpx.Client(
+        self._client = AsyncOpenAI(
+            api_key=key,
+            base_url=address._replace(
+                netloc=address.netloc.rpartition("@")[2], path=_path(address.path), query=""
+            ).geturl(),
+            default_query=dict(parse_qsl(address.query, keep_blank_values=True)),
             # a few sentences need no compression
-            headers={"Accept-Encoding": "identity", **({} if signs_in else {"Authorization": f"Bearer {key}"})},
-            auth=(user, password) if signs_in else None,
+            default_headers={"Accept-Encoding": "identity", **({"Authorization": f"Basic {pair}"} if user else {})},
             timeout=config.timeout,
-            follow_redirects=False,  # they would make a GET of the request
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
+            max_retries=config.max_retries,
+            http_client=_Client(config.max_answer_bytes, config.timeout),
         )
-        self._closed = threading.Event()
-        self._jitter = random.Random()  # its own: what is drawn for waits changes nothing elsewhere
-        self._probe_lock = threading.Lock()
+        # Requests run in an event loop, where `close` can end them.
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._work, daemon=True).start()
+        self._lock, self._is_closed = threading.Lock(), False
+        self._probing = asyncio.Lock()
         # For settings: when the last probe ended, and what it failed with.
         self._probes: dict[tuple[Any, ...], tuple[float, _Failure | None]] = {}
 
@@ -172,60 +188,78 @@ class EndpointCaptioner:
 
     def close(self) -> None:
         """Lets all threads that wait in `answer` end at once, with an [`EndpointError`]."""
-        self._closed.set()
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+
+    def _work(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        # more than once: before Python 3.12 `wait_for` may swallow it
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=0.1)
+        await self._client.close()
+        self._loop.stop()
+
+    def _run(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        try:
+            with self._lock:
+                if self._is_closed:
+                    work.close()
+                    raise CancelledError
+                future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            return future.result()
+        except CancelledError:
+            raise EndpointError(f"The captions of the endpoint {self._name} were stopped.") from None
 
     def _caption(self, image: Image.Image, settings: Mapping[str, Any], seed: int) -> Answer:
         try:
             url = _data_url(image, self.config.max_image_size)
         except (OSError, ValueError) as error:  # a side of more than 65535 pixels, or of none
             return Answer("", error=f"cannot be written as JPEG: {error}")
-        tries = self.config.max_retries + 1
+        return self._run(self._describe(url, settings, seed))
+
+    async def _describe(self, url: str, settings: Mapping[str, Any], seed: int) -> Answer:
+        """The answer, or whose fault it is that there is none."""
         try:
-            return self._ask(url, settings, seed, tries)
+            return await self._ask(self._client, url, settings, seed)
         except _Failure as failure:
             cause = failure
-        if not cause.may_be_image:
-            raise self._error(cause)
-        failure = self._probe(settings)
-        if failure is not None:
-            raise self._error(failure)
-        return Answer(
-            "", error=f"no answer, however often it was asked: {cause.reason}" if cause.passes else cause.reason
-        )
-
-    def _ask(self, url: str, settings: Mapping[str, Any], seed: int, tries: int) -> Answer:
-        """One answer. Raises the last `_Failure` that may be the image's fault, if any, after all tries."""
-        failures: list[_Failure] = []
-        while True:
-            try:
-                return self._request(url, settings, seed)
-            except _Failure as failure:
-                failures.append(failure)
-            last = failures[-1]
-            if not last.passes:
-                raise last
-            if len(failures) == tries:
-                raise next((one for one in reversed(failures) if one.may_be_image), last)
-            seconds = min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (len(failures) - 1)) * self._jitter.uniform(0.5, 1.0)
-            if last.retry_after is not None:
-                asked = min(last.retry_after, LONGEST_RETRY_AFTER)
-                seconds = max(seconds, asked * self._jitter.uniform(1.0, 1.1))
-            logger.log(
-                logging.WARNING if seconds > 5 else logging.INFO,
-                f"{self._name}: {last.reason}{last.details}; try {len(failures) + 1} of {tries} in {seconds:.1f} s.",
+        if blamed := await self._probe(settings) if cause.may_be_image else cause:
+            advice = blamed.advice.format(model=self.config.model)
+            raise EndpointError(
+                f"The endpoint {self._name} gives no captions: {self._safe(blamed.reason + blamed.details)}. {advice} "
+                "What was done is kept; the same command goes on from there."
             )
-            self._pause(seconds)
+        return Answer("", error=f"no answer: {self._safe(cause.reason)}")
 
-    def _pause(self, seconds: float) -> None:
-        if self._closed.wait(seconds):
-            raise self._stopped()
+    async def _probe(self, settings: Mapping[str, Any]) -> _Failure | None:
+        """What the request fails with, with a grey picture. Tasks that ask at the same time share an answer."""
+        asked, key = time.monotonic(), tuple(settings.items())
+        async with self._probing:
+            ended, failure = self._probes.get(key, (-math.inf, None))
+            if ended < asked:
+                failure = None
+                client = self._client.with_options(max_retries=PROBE_RETRIES)
+                try:
+                    await self._ask(client, _data_url(Image.new("RGB", (224, 224), "grey"), 224), settings, 0)
+                except _Failure as error:
+                    failure = error
+                self._probes[key] = time.monotonic(), failure
+            return failure
 
-    def _request(self, url: str, settings: Mapping[str, Any], seed: int) -> Answer:
+    async def _ask(self, client: Any, url: str, settings: Mapping[str, Any], seed: int) -> Answer:
+        from openai import APIConnectionError, APIStatusError
+
         content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}}]
         if self.config.prompt:
             content.append({"type": "text", "text": self.config.prompt})
-        draws = settings["temperature"] > 0
-        penalty = settings["repetition_penalty"]
+        draws, penalty = settings["temperature"] > 0, settings["repetition_penalty"]
         fields = {
             "max_tokens": settings["max_new_tokens"],
             "temperature": settings["temperature"],
@@ -234,115 +268,21 @@ class EndpointCaptioner:
             "repetition_penalty": None if penalty == 1 else penalty,
         }
         names = {name: self.config.request_fields.get(name, name) for name in fields}
-        body = {"model": self.config.model, "messages": [{"role": "user", "content": content}], "stream": False}
-        body |= {sent: fields[name] for name, sent in names.items() if sent and fields[name] is not None}
-        reply = self._send(json.dumps(body | dict(self.config.extra_body)).encode())
-        if not 200 <= reply.status < 300:
-            raise self._refused(reply)
+        body = {sent: fields[name] for name, sent in names.items() if sent and fields[name] is not None}
         try:
-            text, finished = _read_answer(reply)
-        except ValueError as error:
-            details = f" ({self._safe(str(error))})"
-            raise _Failure("the answer is not in OpenAI's format", details=details) from None
-        return Answer(self._hide(text, shortest=LEAST_SECRET), finished)
-
-    def _send(self, body: bytes) -> "_Reply":
-        """Sends a request from a thread that can be left behind: nothing wakes it until the server says something."""
-        if self._closed.is_set():
-            raise self._stopped()
-        outcome: Future[_Reply] = Future()
-        deadline = time.monotonic() + self.config.timeout
-
-        def send() -> None:
-            try:
-                outcome.set_result(self._post(body, deadline))
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        threading.Thread(target=send, daemon=True).start()
-        while not wait([outcome], timeout=max(0.0, min(0.1, deadline - time.monotonic()))).done:
-            if self._closed.is_set():
-                raise self._stopped()
-            if time.monotonic() > deadline:
-                raise self._late()
-        try:
-            return outcome.result()
-        except httpx.TimeoutException:
-            raise self._late() from None
-        except (httpx.HTTPError, OSError) as error:
-            details = f" ({self._safe(str(error) or type(error).__name__)})"
-            if isinstance(error, httpx.ConnectError):
-                raise _Failure("no connection", details=details, may_be_image=False) from None
-            raise _Failure("the connection broke", details=details) from None
-
-    def _post(self, body: bytes, deadline: float) -> "_Reply":
-        """Sends a request, and reads at most `max_answer_bytes` of the reply."""
-        limit = self.config.max_answer_bytes
-        headers = {"Content-Type": "application/json"}
-        content = bytearray()
-        with self._client.stream("POST", self._url, content=body, headers=headers) as response:
-            for part in response.iter_raw():
-                content += part
-                if len(content) > limit:
-                    raise _too_long(limit)
-                if time.monotonic() > deadline:
-                    raise self._late()
-            content = _decoded(bytes(content), response.headers.get("Content-Encoding", ""), limit)
-            return _Reply(response.status_code, response.reason_phrase, response.headers, content)
-
-    def _late(self) -> _Failure:
-        return _Failure("no answer in time", details=f" ({self.config.timeout:g} s)", advice=TOO_LATE)
-
-    def _refused(self, reply: "_Reply") -> _Failure:
-        """The failure that a reply without an answer stands for."""
-        status = reply.status
-        reason = f"{status} {self._safe(_message(reply))}".strip()
-        if status < 400:
-            new = without_secrets(urljoin(self._url, reply.headers.get("Location", "")))
-            reason = f"{status} redirects to {self._safe(new)}"
-            return _Failure(reason, status=status, passes=False, may_be_image=False, advice=MOVED)
-        if status in PASSING or status >= 500:
-            return _Failure(
-                reason,
-                status=status,
-                retry_after=_retry_after(reply.headers),
-                may_be_image=status != 429,
-                advice=ADVICE.get(status, DOWN),
+            reply = await client.chat.completions.with_raw_response.create(
+                model=self.config.model,
+                messages=[{"role": "user", "content": content}],
+                stream=False,
+                extra_body=body | dict(self.config.extra_body),
             )
-        return _Failure(
-            reason,
-            status=status,
-            passes=False,
-            may_be_image=status not in FATAL,
-            advice=ADVICE.get(status, REFUSED),
-        )
-
-    def _probe(self, settings: Mapping[str, Any]) -> _Failure | None:
-        """What the request fails with, with a grey picture. Threads that ask at the same time share an answer."""
-        asked = time.monotonic()
-        key = tuple(settings.items())
-        with self._probe_lock:
-            if self._closed.is_set():
-                raise self._stopped()
-            ended, failure = self._probes.get(key, (-math.inf, None))
-            if ended < asked:
-                failure = None
-                try:
-                    self._ask(_data_url(Image.new("RGB", (224, 224), "grey"), 224), settings, 0, PROBE_TRIES)
-                except _Failure as error:
-                    failure = error
-                self._probes[key] = time.monotonic(), failure
-            return failure
-
-    def _error(self, failure: _Failure) -> EndpointError:
-        advice = failure.advice.format(model=self.config.model)
-        return EndpointError(
-            f"The endpoint {self._name} gives no captions: {failure.reason}{failure.details}. {advice} What was done"
-            " is kept; the same command goes on from there."
-        )
-
-    def _stopped(self) -> EndpointError:
-        return EndpointError(f"The captions of the endpoint {self._name} were stopped.")
+        except APIStatusError as error:
+            raise _refused(error.response) from None
+        except APIConnectionError as error:
+            failure = error.__cause__
+            raise failure if isinstance(failure, _Failure) else _Failure("the connection broke", error) from None
+        text, finished = _read_answer(reply.content)
+        return Answer(self._hide(text, shortest=LEAST_SECRET), finished)
 
     def _hide(self, text: str, shortest: int = 1) -> str:
         """A server's text without the key and the password, which it knows."""
@@ -357,13 +297,14 @@ class EndpointCaptioner:
         return text.rstrip(".") if len(text) <= 300 else f"{text[:300]} ..."
 
 
-class _Reply(NamedTuple):
-    """A server's reply to a request."""
-
-    status: int
-    phrase: str
-    headers: Mapping[str, str]
-    content: bytes
+def _refused(response: httpx.Response) -> _Failure:
+    """The failure that a response without an answer stands for."""
+    status = response.status_code
+    if status < 400:
+        new = without_secrets(urljoin(str(response.url), response.headers.get("Location", "")))
+        return _Failure(f"{status} redirects to {new}", may_be_image=False, advice=MOVED)
+    advice = ADVICE.get(status, DOWN if status >= 500 else REFUSED)
+    return _Failure(f"{status} {_message(response.content)}", may_be_image=status not in FATAL, advice=advice)
 
 
 def _address(config: CaptionerConfig) -> SplitResult:
@@ -387,14 +328,13 @@ def _address(config: CaptionerConfig) -> SplitResult:
 
 
 def _path(path: str) -> str:
-    """The path of chat completions, for an address with or without `/v1`."""
+    """The path that `/chat/completions` is below, for an address with or without it or `/v1`."""
     path = path.rstrip("/")
-    if path.endswith("/chat/completions"):
-        return path
-    return f"{path}{'' if path.endswith('/v1') else '/v1'}/chat/completions"
+    base = path.removesuffix("/chat/completions")
+    return base if base != path or path.endswith("/v1") else f"{path}/v1"
 
 
-def _spellings(*secrets: str | None) -> list[str]:
+def _spellings(*secrets: str) -> list[str]:
     """Secrets plain and quoted for addresses, the longest first."""
     ways = (str, quote, unquote, lambda one: quote(one, safe=""))
     return sorted({way(one) for one in secrets if one for way in ways}, key=len, reverse=True)
@@ -411,16 +351,7 @@ def _api_key(endpoint: str) -> str:
 
 
 def shrunk(image: Image.Image, largest: int) -> Image.Image:
-    """
-    An image whose longer side has `largest` pixels at most.
-
-    Args:
-        image (`PIL.Image.Image`): of any size; left unchanged.
-        largest (`int`): pixels.
-
-    Returns:
-        `PIL.Image.Image`: the image itself if it is no larger.
-    """
+    """The image, shrunk to a longer side of `largest` pixels if it is larger; a copy then."""
     if max(image.size) <= largest:
         return image
     image = image.copy()
@@ -434,44 +365,23 @@ def _data_url(image: Image.Image, largest: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _too_long(limit: int) -> _Failure:
-    return _Failure("the answer is too long", details=f" (more than {limit:,} bytes)", advice=TOO_LONG)
-
-
-def _decoded(content: bytes, encoding: str, limit: int) -> bytes:
-    """The body of a reply, decompressed: some servers compress unasked."""
-    if encoding.strip().lower() not in ("gzip", "x-gzip", "deflate"):
-        return content  # which no JSON parser takes
+def _read_answer(content: bytes) -> tuple[str, bool | None]:
+    """The text of a chat completion, without reasoning, and whether the model ended it, if the server says so."""
     try:
-        content = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(content, limit + 1)
-    except zlib.error as error:
-        raise _Failure("the answer is not in OpenAI's format", details=f" ({error})") from None
-    if len(content) > limit:
-        raise _too_long(limit)
-    return content
-
-
-def _read_answer(reply: _Reply) -> tuple[str, bool | None]:
-    """The text of a chat completion, whose fields are what the server wrote, and whether the model ended it."""
-    body = parse_json(reply.content)
-    choices = body.get("choices") if isinstance(body, dict) else None
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(choice, dict) or not isinstance(message, dict):
-        raise ValueError(f"no choice with a message: {_message(reply)}")
-    reason = choice.get("finish_reason")
+        choice = parse_json(content)["choices"][0]
+        message, reason = choice["message"].get("content"), choice.get("finish_reason")
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"no choice with a message: {_message(content)}") from error
     reason = reason if isinstance(reason, str) else ""
     if reason in ("error", "abort"):
         raise ValueError(f"the answer ended with {reason!r}")
-    return _without_reasoning(_text(message.get("content"))).strip(), FINISHED.get(reason)
+    return _without_reasoning(_text(message)).strip(), FINISHED.get(reason)
 
 
 def _text(content: Any) -> str:
     """The text of a message: none, a string, or parts of which some are text."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
+    if content is None or isinstance(content, str):
+        return content or ""
     if not isinstance(content, list):
         raise ValueError(f"the content is a {type(content).__name__}")
     texts = []
@@ -492,11 +402,11 @@ def _without_reasoning(text: str) -> str:
     return "" if text.lstrip().startswith("<think>") else text
 
 
-def _message(reply: _Reply) -> str:
+def _message(content: bytes) -> str:
     """What a server says of an error: OpenAI's `error.message`, FastAPI's `detail`, or the text if it is no page."""
-    text = reply.content.decode(errors="replace").strip()
+    text = content.decode(errors="replace").strip()
     try:
-        body = parse_json(reply.content)
+        body = parse_json(content)
     except ValueError:
         body = None
     for name in ("error", "detail", "message"):
@@ -504,19 +414,4 @@ def _message(reply: _Reply) -> str:
             body = body[name]
     if isinstance(body, str):
         return body
-    return text if text and not text.startswith("<") else reply.phrase
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds in a `Retry-After` header, which has seconds or a date; `None` without one that can be read."""
-    value = headers.get("retry-after", "").strip()
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            now = headers.get("date")  # by the server's clock, if it tells
-            start = parsedate_to_datetime(now).timestamp() if now else time.time()
-            seconds = parsedate_to_datetime(value).timestamp() - start
-        except (OSError, OverflowError, TypeError, ValueError):
-            return None
-    return seconds if seconds >= 0 else None  # nan is neither
+    return "" if text.startswith("<") else text

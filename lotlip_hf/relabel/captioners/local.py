@@ -34,8 +34,9 @@ from transformers import (
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
-from ...loading import cached_commit
-from .base import Answer, CaptionerConfig, without_secrets
+from ...encoder import cached_commit
+from ...modeling.loading_lotlip import checked_download
+from .base import IMAGE_ERRORS, Answer, CaptionerConfig, without_secrets
 
 # What is kept of a checkpoint's generation configuration: which tokens begin, end and fill an answer, and which may
 # not be in it. All else are settings.
@@ -43,8 +44,6 @@ TOKENS = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id"),
     *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
 )
-# What processors raise of an image that they cannot take, such as one too long and thin
-IMAGE_ERRORS = (ArithmeticError, LookupError, TypeError, ValueError)
 
 
 class LocalCaptioner:
@@ -115,26 +114,13 @@ class LocalCaptioner:
             `list[Answer]`: one of each image; `finished` is `False` where no end was generated in `max_new_tokens`.
 
         Raises:
-            ValueError: if the model does not generate as others do, token by token.
+            ArithmeticError, LookupError, TypeError, ValueError:
+                If the processor does not take an image, or the model does not generate as others do, token by token.
             torch.OutOfMemoryError: if the images do not fit in the memory; the message says what to do.
         """
         if self.model is None:
             raise RuntimeError(f"{self.config.model}: this captioner has been closed.")
-        answers: list[Answer | None] = [None] * len(images)
-        try:
-            inputs = self._inputs(images)
-        except IMAGE_ERRORS:
-            for place, image in enumerate(images):
-                try:
-                    self._inputs([image])
-                except IMAGE_ERRORS as error:
-                    answers[place] = Answer("", error=f"the model's processor refuses it ({_line(error)})")
-            images = [image for image, answer in zip(images, answers, strict=True) if answer is None]
-            if not images:
-                return [answer for answer in answers if answer is not None]
-            inputs = self._inputs(images)
-        texts = iter(self._generate(inputs, settings, seeds))
-        return [next(texts) if answer is None else answer for answer in answers]
+        return self._generate(self._inputs(images), settings, seeds)
 
     def close(self) -> None:
         """Frees the memory that the model takes."""

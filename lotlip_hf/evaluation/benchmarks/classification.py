@@ -1,0 +1,48 @@
+"""Classification of one's own images: a folder of one folder a class, or a table."""
+
+import os
+from collections.abc import Iterator
+
+from .classes import class_folders, evenly, images_by_class, name_classes
+from .collect import TABLE_OPTIONS, Row, Source, Task
+from .tables import is_table, table_classes
+
+SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
+
+
+def rows(source: Source) -> Iterator[Row]:
+    """The images by class."""
+    data = source.data or ""
+    if is_table(source):
+        yield from table_classes(source)
+        source.name = source.data
+        source.id = source.id or os.path.basename(os.path.normpath(data))
+        return
+    folder, split = source.folder(), source.options.split
+    if split is not None:
+        if not (folder / split).is_dir():
+            raise ValueError(f"`split`: {folder} holds no folder {split!r}.")
+        folder = folder / split
+    source.id = source.name = os.path.basename(os.path.normpath(data))
+    classes = class_folders(folder)
+    if (
+        classes
+        and {one.lower() for one in classes} <= SPLIT_NAMES
+        and any(class_folders(folder / one) for one in classes)
+    ):
+        raise ValueError(f"`split`: {folder} holds {', '.join(classes)}; say which (--split).")
+    found = images_by_class(source, folder, classes)
+    own = [one.replace("_", " ") for one in classes]
+    name_classes(source, own, "folder names, _ as space", len(classes))
+    yield from evenly(source, found)
+
+
+TASK = Task(
+    key="classification",
+    name="classification",
+    id="classification",
+    description="any folder of one folder a class, or data set with classes",
+    source="it is your own. Pass a folder of one folder a class, or the name of a data set on the Hub.",
+    rows=rows,
+    options=("num_images", "split", *TABLE_OPTIONS, "label_column", "class_names"),
+)

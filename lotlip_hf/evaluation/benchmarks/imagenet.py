@@ -1,0 +1,103 @@
+"""ImageNet's validation images, in folders by class or all in one, as Kaggle ships them."""
+
+import csv
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from .classes import WNID, class_folders, images_by_class, name_classes
+from .collect import TABLE_OPTIONS, Row, Source, Task
+from .files import read_text, shown
+from .tables import is_table, table_classes
+
+NUM_CLASSES = 1000
+
+
+def rows(source: Source) -> Iterator[Row]:
+    """The images in the order of their numbers."""
+    if is_table(source):
+        yield from table_classes(source, synonyms=True)
+        return
+    folder = source.folder()
+    source.check_split(["validation"])
+    folders = (folder / one for one in ("val", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", ""))
+    root = next((one for one in folders if _is_imagenet(one)), None)
+    if root is None:
+        raise source.incomplete(f"{folder} holds neither val/ with folders n01440764, ... nor ILSVRC2012_val_*.JPEG")
+    beside = [folder, *folder.parents[:1], root.parent]
+    mapping_file = next((file for one in beside if (file := one / "LOC_synset_mapping.txt").is_file()), None)
+    mapping = {} if mapping_file is None else _read_synsets(mapping_file)
+    by_stem: dict[str, Path] = {}
+    if wnids := [name for name in class_folders(root) if WNID.fullmatch(name)]:
+        found = images_by_class(source, root, wnids)
+        by_stem = {row.images[0].stem: row.images[0] for row in found}
+        answers = {row.images[0].stem: wnids[row.label or 0] for row in found}
+    else:
+        solution = next((file for one in beside if (file := one / "LOC_val_solution.csv").is_file()), None)
+        if solution is None:
+            raise source.incomplete(f"{folder} holds no LOC_val_solution.csv, which tells the class of each image")
+        answers = _read_solution(solution)
+        source.known = [f"{stem}.JPEG" for stem in answers]
+    classes = list(mapping) or wnids or sorted(set(answers.values()))
+    if unknown := sorted(set(answers.values()) - set(classes)):
+        raise ValueError(f"{mapping_file}: does not name {shown(unknown)}.")
+    if source.is_whole and len(classes) < NUM_CLASSES:
+        raise source.incomplete(f"{root} has {len(classes)} classes of {NUM_CLASSES}")
+    own = [mapping[wnid] for wnid in classes] if mapping else None
+    name_classes(source, own, "the first synonyms of LOC_synset_mapping.txt", len(classes))
+    numbers = range(1, (source.task.num_images or 0) + 1) if source.is_whole else ()
+    labels = {wnid: label for label, wnid in enumerate(classes)}
+    for stem in sorted(answers.keys() | {f"ILSVRC2012_val_{number:08d}" for number in numbers}):
+        path = by_stem.get(stem, root / f"{stem}.JPEG")
+        yield Row("/".join(path.parts[-2:]), (path,), label=labels.get(answers.get(stem, ""), 0))
+
+
+def _is_imagenet(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    return any(WNID.fullmatch(name) or name.startswith("ILSVRC2012_val_") for name in os.listdir(folder))
+
+
+def _read_synsets(file: Path) -> dict[str, str]:
+    """The first synonym of each class of ImageNet, in the order of the classes."""
+    synsets = {}
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
+        wnid, _, synonyms = line.strip().partition(" ")
+        if not line.strip():
+            continue
+        if not WNID.fullmatch(wnid) or not synonyms.strip():
+            raise ValueError(
+                f"{file}, line {number}: expected a class and its names, as in n01440764 tench, Tinca tinca."
+            )
+        synsets[wnid] = synonyms.split(",")[0].strip()
+    return synsets
+
+
+def _read_solution(file: Path) -> dict[str, str]:
+    """The class of each validation image of ImageNet."""
+    answers = {}
+    for number, row in enumerate(csv.DictReader(read_text(file).splitlines()), start=2):
+        wnid = (row.get("PredictionString") or "").split(" ")[0]
+        if not row.get("ImageId") or not WNID.fullmatch(wnid):
+            raise ValueError(
+                f"{file}, line {number}: expected ImageId,PredictionString, the latter starting with a class."
+            )
+        answers[row["ImageId"]] = wnid
+    return answers
+
+
+TASK = Task(
+    key="imagenet-1k",
+    name="ImageNet-1k",
+    id="ILSVRC/imagenet-1k",
+    description="1000 classes, the validation images",
+    source=(
+        "image-net.org or Kaggle's imagenet-object-localization-challenge, with val/ in folders by class or with "
+        "LOC_val_solution.csv; or ILSVRC/imagenet-1k on the Hub, which asks for an account."
+    ),
+    rows=rows,
+    options=("num_images", "split", *TABLE_OPTIONS, "label_column", "class_names"),
+    num_images=50_000,
+    split="validation",
+    hub_id="ILSVRC/imagenet-1k",
+)

@@ -1,0 +1,158 @@
+"""Files of results, as `lotlip evaluate` writes them: read, and as the entries and table rows of a model card."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from ..files import markdown_text, parse_json, printable, read_regular
+from .retrieval import telling_metrics
+
+# Kinds of captions, for data that have several
+CAPTIONS = ("all", "long", "short")
+# Metrics of `lotlip evaluate` that are shares
+SHARE = re.compile(r"(image_to_text|text_to_image)_r\d+(_low|_high)?|accuracy_top\d+|mean_per_class_recall")
+# Fields of a file of results, and of its `dataset`, that are texts
+TEXTS = (
+    *("task", "study", "model", "model_revision", "data_fingerprint", "dtype"),
+    *("id", "name", "split", "revision"),
+)
+
+
+@dataclass(frozen=True)
+class Results:
+    """
+    A file of results.
+
+    Args:
+        file (`str` or `os.PathLike`): the file.
+        content (`dict`): what it holds.
+        entries (`list` of `EvalResult`): its metrics, as a card's metadata (`model-index`) has them.
+    """
+
+    file: str | os.PathLike
+    content: dict[str, Any]
+    entries: list[EvalResult]
+
+    def rows(self) -> list[list[str]]:
+        """The rows of a card's table: data, captions, images, metric and value, as Markdown."""
+        protocol = self.content.get("protocol", {})
+        values = {entry.metric_type: entry.metric_value for entry in self.entries}
+        shares = [value for name, value in values.items() if SHARE.fullmatch(name)]
+        factor = 100 if all(value <= 1 for value in shares) else 1  # some files have percentages already
+        texts = protocol.get("captions")
+        texts = f"{texts} captions" if texts in CAPTIONS else "-" if texts is None else markdown_text(texts)
+        count = protocol.get("num_images")
+        images = f"{'the first ' if 'first_images' in protocol else ''}{count}" if isinstance(count, int) else "-"
+        rows = []
+        for entry in self.entries:
+            name, value = entry.metric_type, entry.metric_value
+            data = f"{entry.dataset_name} ({entry.dataset_split})" if entry.dataset_split else entry.dataset_name
+            if name.endswith(("_low", "_high")):
+                continue
+            title = re.sub(r"^(image_to_text|text_to_image)_r(\d+)$", r"\1_R@\2", name)
+            title = re.sub(r"^(image_to_text|text_to_image)_", r"\1, ", title)
+            title = re.sub(r"^accuracy_top(\d+)$", r"top-\1 accuracy", title)
+            shown = f"{value:g}"
+            if SHARE.fullmatch(name):
+                title, shown = f"{title} (%)", f"{factor * value:.2f}"
+                if {f"{name}_low", f"{name}_high"} <= values.keys():
+                    low, high = (factor * values[f"{name}_{end}"] for end in ("low", "high"))
+                    shown += f" ({low:.2f} to {high:.2f})"
+            rows.append([markdown_text(data), texts, images, markdown_text(title.replace("_", " ")), shown])
+        return rows
+
+
+def load_results(file: str | os.PathLike) -> Results:
+    """
+    Reads a file of results of an evaluation.
+
+    Args:
+        file (`str` or `os.PathLike`):
+            What `lotlip evaluate` wrote, or any JSON object with `task` (such as `"image-text-retrieval"`), `dataset`
+            (`id`, `name`, and maybe `split` and `revision`) and `metrics`, numbers by name. If its `protocol` has
+            `first_images`, the entries say that they are of so many images.
+
+    Returns:
+        `Results`: one entry for each metric, but for a share of right ones among the first k of k candidates, which
+        is 1.
+
+    Raises:
+        ValueError: if the file is no such file; the message names it.
+        OSError: if it cannot be read.
+    """
+    try:
+        content = result_file(file)
+        return Results(file, content, _entries(content))
+    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
+        raise ValueError(
+            f"{file}: no results of an evaluation ({type(error).__name__}: {error}); expected a JSON object with "
+            "`task`, `dataset` (`id`, `name`) and `metrics` (numbers by name)."
+        ) from error
+
+
+def read_results(file: str | os.PathLike) -> list[EvalResult]:
+    """The entries of [`load_results`]."""
+    return load_results(file).entries
+
+
+def result_file(file: str | os.PathLike) -> dict[str, Any]:
+    """
+    What a file of results holds, its texts as one line each, for they are names.
+
+    Args:
+        file (`str` or `os.PathLike`): the JSON file, of an evaluation or a study.
+
+    Raises:
+        ValueError: if it holds no JSON object, or something else where a text is expected.
+        OSError: if it cannot be read.
+    """
+    data = read_regular(file)
+    try:
+        content = _one_line(parse_json(data))
+    except ValueError as error:
+        raise ValueError(f"not a JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object, got a {type(content).__name__}")
+    dataset = content.get("dataset")
+    for where, part in (("", content), ("dataset.", dataset if isinstance(dataset, dict) else {})):
+        for name in TEXTS:
+            if not isinstance(part.get(name), str | None):
+                raise ValueError(f"`{where}{name}` is {part[name]!r}, expected a text")
+    return content
+
+
+def _one_line(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {printable(key): _one_line(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_one_line(part) for part in value]
+    return printable(value) if isinstance(value, str) else value
+
+
+def _entries(content: Mapping[str, Any]) -> list[EvalResult]:
+    protocol = content.get("protocol", {})
+    task, dataset, metrics = content["task"], content["dataset"], telling_metrics(content["metrics"], protocol)
+    first_images, captions, limit = (protocol.get(name) for name in ("first_images", "captions", "max_length_asked"))
+    # entries of one data set and `config` are one entry of a model-index
+    config = [f"{captions} captions"] if captions in CAPTIONS else []
+    config += [f"texts cut at {limit} tokens"] if limit else []
+    config += [f"first {first_images} images"] if first_images else []
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset["id"],
+            dataset_name=dataset["name"],
+            dataset_config=", ".join(config) or None,
+            dataset_split=dataset.get("split"),
+            dataset_revision=dataset.get("revision"),
+            dataset_args=None if first_images is None else {"num_images": first_images},
+            metric_type=name,
+            metric_name=name.replace("_", " "),
+            metric_value=float(value),
+        )
+        for name, value in metrics.items()
+    ]

@@ -1,0 +1,133 @@
+"""Results as tables of text or Markdown."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from ..files import markdown_text
+from ..plots import DIRECTIONS
+
+Format = Literal["text", "markdown"]
+RETRIEVAL = "image-text-retrieval"
+# The columns of runs in full; numbers are in percent, ranks apart.
+RETRIEVAL_HEAD = ("direction", "R@1 (%)", "95 % interval", "R@5 (%)", "R@10 (%)", "median rank")
+ACCURACIES = {
+    "accuracy_top1": "top-1 (%)",
+    "accuracy_top5": "top-5 (%)",
+    "mean_per_class_recall": "mean per class (%)",
+}
+# Titles, factors and formats of a study's columns.
+STUDIES: dict[str, dict[str, tuple[str, float, str]]] = {
+    "length": {
+        "max_length": ("tokens", 1, "d"),
+        "image_to_text_r1": ("I2T R@1 (%)", 100, ".2f"),
+        "text_to_image_r1": ("T2I R@1 (%)", 100, ".2f"),
+        "texts_cut": ("texts cut (%)", 100, ".1f"),
+        "mean_tokens": ("mean tokens", 1, ".1f"),
+        "text_flops": ("GFLOPs a text", 1e-9, ".3g"),
+    },
+    "sentences": {
+        "sentence": ("sentence left out", 1, "d"),
+        "num_texts": ("texts", 1, "d"),
+        "num_read": ("read", 1, "d"),
+        "image_to_text_r1": ("I2T R@1 (%)", 100, ".2f"),
+        "text_to_image_r1": ("T2I R@1 (%)", 100, ".2f"),
+        "image_to_text_r1_lost": ("I2T lost (%)", 100, ".2f"),
+        "text_to_image_r1_lost": ("T2I lost (%)", 100, ".2f"),
+        "image_to_text_mean_rank_lost": ("I2T ranks lost", 1, ".2f"),
+        "text_to_image_mean_rank_lost": ("T2I ranks lost", 1, ".2f"),
+        "score_lost": ("score lost", 1, ".4f"),
+    },
+}
+
+
+def study_table(study: str, rows: Sequence[Mapping[str, Any]], format: Format = "text") -> str:
+    """
+    The rows of a study as a table.
+
+    Args:
+        study (`str`): `"length"` or `"sentences"`.
+        rows (`Sequence[Mapping[str, Any]]`):
+            What [`~lotlip_hf.evaluation.studies.length_study`] or
+            [`~lotlip_hf.evaluation.studies.sentence_ablation`] returned.
+        format (`str`, *optional*, defaults to `"text"`): `"text"` or `"markdown"`.
+
+    Returns:
+        `str`: the table.
+    """
+    columns = STUDIES[study]
+    cells = [
+        ["-" if row[name] is None else f"{factor * row[name]:{spec}}" for name, (_, factor, spec) in columns.items()]
+        for row in rows
+    ]
+    return table([[title for title, _, _ in columns.values()]], cells, format, left=0)
+
+
+def metric_table(task: str, metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+    """
+    Metrics as the head and the rows of a [`table`]: a row for each direction of a retrieval, one for accuracies.
+
+    Args:
+        task (`str`): `"image-text-retrieval"` or `"zero-shot-image-classification"`.
+        metrics (`Mapping[str, float]`):
+            Shares from 0 to 1, which the table has in percent, and ranks, by name; those that are not there are left
+            open.
+
+    Returns:
+        `tuple[list[str], list[list[str]]]`: the titles of the columns, and the rows.
+    """
+
+    def percent(name: str) -> str:
+        return f"{100 * metrics[name]:.2f}" if name in metrics else "-"
+
+    if task != RETRIEVAL:
+        return list(ACCURACIES.values()), [[percent(name) for name in ACCURACIES]]
+    rows = []
+    for direction, name in DIRECTIONS.items():
+        low, high = percent(f"{direction}_r1_low"), percent(f"{direction}_r1_high")
+        interval = "-" if "-" in (low, high) else f"{low} - {high}"
+        first, *others = (percent(f"{direction}_r{k}") for k in (1, 5, 10))
+        rank = metrics.get(f"{direction}_median_rank")
+        rows.append([name, first, interval, *others, "-" if rank is None else f"{rank:g}"])
+    return list(RETRIEVAL_HEAD), rows
+
+
+def table(head: Sequence[Sequence[str]], body: Sequence[Sequence[str]], format: Format, left: int = 1) -> str:
+    """
+    Rows as a table.
+
+    Args:
+        head (`Sequence[Sequence[str]]`):
+            Its rows; of two the first gives groups of columns, which stand together.
+        body (`Sequence[Sequence[str]]`): the cells.
+        format (`str`): `"text"` or `"markdown"`.
+        left (`int`, *optional*, defaults to 1): how many columns are flush left; the others are flush right.
+
+    Returns:
+        `str`: the table.
+    """
+    if format == "markdown":
+        # one row of the head is all that Markdown has
+        titles = [" ".join(filter(None, parts)) for parts in zip(*head, strict=True)]
+        rules = ["---" if column < left else "---:" for column in range(len(titles))]
+        rows = [[cell if cell == "-" else markdown_text(cell) for cell in row] for row in (titles, *body)]
+        rows.insert(1, rules)
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [*head[-1:], *body]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    groups = []
+    for title, items in itertools.groupby(enumerate(head[0]), key=lambda item: item[1]) if len(head) > 1 else ():
+        # in the middle over its columns, which are as wide together as it is
+        columns = [column for column, _ in items]
+        span = sum(widths[column] for column in columns) + 2 * (len(columns) - 1)
+        widths[columns[-1]] += max(0, len(title) - span)
+        groups.append(title.center(max(span, len(title))))
+    lines = ["  ".join(groups).rstrip()] if groups else []
+    for row in rows:
+        aligned = (
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(aligned).rstrip())
+    lines.insert(len(head), "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

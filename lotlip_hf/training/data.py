@@ -1,0 +1,79 @@
+"""The records that a run trains on and is evaluated on."""
+
+from functools import partial
+
+from datasets import Dataset, IterableDataset
+
+from ..data.collator import RecordError, read_record
+from ..data.records import ColumnError, SplitError, first_error, is_hub_name, load_records
+from ..images import set_max_image_pixels
+from ..scenes.dataset import scenes_dataset
+from .config import SCENES, TrainingConfig
+
+# How to say which columns to read.
+COLUMN_HINTS = {
+    "image": "Say which to read: --image-column.",
+    "short": "Say which to read: --short-column (`none` takes the first sentence of each long caption).",
+    "long": "Say which to read: --long-columns; --num-long-texts 0 trains on short captions alone.",
+}
+
+
+def load_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """
+    The records that `config` names. With `on_error="raise"` the first record is read, so that an error in all of them
+    shows before a model is loaded.
+
+    Args:
+        config (`TrainingConfig`): its part "The data", and `eval_data`.
+
+    Returns:
+        `tuple`: the records to train on, and those to evaluate on or `None`.
+
+    Raises:
+        ValueError: if `data` is not given, a column is missing, a file cannot be read, or there is no record.
+        ImageError, RecordError: if the first record is broken and `on_error` is `"raise"`.
+        FileNotFoundError: if there is no such file or folder.
+    """
+    if config.max_image_pixels is not None:
+        set_max_image_pixels(config.max_image_pixels)
+    if config.data is None:
+        raise ValueError(f"Set `data` (a folder, files, a data set on the Hub, or {SCENES!r}).")
+    records = _records(config, config.data, "split", "train", config.num_scenes)
+    if config.eval_data is None:
+        return records, None
+    return records, _records(config, config.eval_data, "eval_split", "validation", config.eval_samples)
+
+
+def _records(
+    config: TrainingConfig, data: str, option: str, usual_split: str, num_scenes: int
+) -> Dataset | IterableDataset:
+    split = getattr(config, option)
+    if data == SCENES:
+        split = split or usual_split
+        # the same held-out scenes, whatever the seed
+        return scenes_dataset(num_scenes, config.seed if split == "train" else 0, split)
+    load = partial(
+        load_records,
+        data,
+        config.column_mapping(),
+        image_folder=config.image_folder,
+        streaming=config.streaming,
+        image_root=config.image_root,
+        max_record_bytes=config.max_record_bytes,
+    )
+    try:
+        records = load(split or (usual_split if is_hub_name(data) else None))
+    except ColumnError as error:
+        raise ColumnError(error.problem, error.field, COLUMN_HINTS[error.field]) from error
+    except SplitError as error:
+        if error.splits or split != usual_split:
+            raise SplitError(error.problem, error.splits, option) from error
+        records = load(None)  # files that are no splits are the usual one
+    first = next(iter(records), None)
+    if first is None:
+        raise ValueError(f"{data}: holds no record.")
+    if config.on_error == "raise":
+        if error := first_error(records):
+            raise RecordError(error)
+        read_record(first, config.sampling(), config.seed)
+    return records

@@ -1,0 +1,76 @@
+"""Trained and frozen parameters, the optimiser and its schedule."""
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..modeling.modeling_lotlip import LoTLIPModel
+from .config import TrainingConfig
+
+
+def freeze(model: LoTLIPModel, config: TrainingConfig) -> None:
+    """
+    Freezes the image tower if `lock_vision`, but for its last `unlocked_vision_layers` layers and what follows them;
+    the corner tokens if there are no long texts; and parameters that the forward pass does not use.
+
+    Raises:
+        ValueError: if the tower has fewer layers than are unlocked.
+    """
+    for name, parameter in model.named_parameters():
+        unused = name.endswith("mask_token") or (name.endswith("corner_embeds") and not config.num_long_texts)
+        parameter.requires_grad_(not unused)
+    if not config.lock_vision:
+        return
+    tower = model.vision_model
+    num_layers = tower.backbone.config.num_hidden_layers
+    if config.unlocked_vision_layers > num_layers:
+        raise ValueError(
+            f"`unlocked_vision_layers` is {config.unlocked_vision_layers}, but the image tower has {num_layers}."
+        )
+    tower.requires_grad_(False)
+    if config.unlocked_vision_layers:
+        (layers,) = [
+            module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers
+        ]
+        first = next(iter(layers[num_layers - config.unlocked_vision_layers].parameters()))
+        # parameters come in the order of the forward pass
+        parameters = list(tower.parameters())
+        start = next(index for index, parameter in enumerate(parameters) if parameter is first)
+        for parameter in parameters[start:]:
+            parameter.requires_grad_(True)
+
+
+def set_training_mode(model: nn.Module) -> None:
+    """Sets training mode, but for modules whose parameters are all frozen: they run without dropout."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def make_optimizer(
+    model: nn.Module, objective: nn.Module, config: TrainingConfig, max_steps: int, device: torch.device
+) -> tuple[torch.optim.AdamW, LRScheduler]:
+    """AdamW and its schedule: a learning rate for each tower, weight decay for matrices alone."""
+    from transformers.optimization import get_scheduler  # imports PEFT and bitsandbytes, if installed
+
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in (*model.named_parameters(), *objective.named_parameters()):
+        if not parameter.requires_grad:
+            continue
+        rate = None
+        if name.startswith(("text_model.", "text_projection.")):
+            rate = config.text_learning_rate
+        elif name.startswith(("vision_model.", "visual_projection.")):
+            rate = config.image_learning_rate
+        rate = config.learning_rate if rate is None else rate
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=device.type in ("cpu", "cuda"),  # one pass over the memory
+    )
+    return optimizer, get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, max_steps)

@@ -1,0 +1,104 @@
+"""What a run reports: means of its losses, in its log and accelerate's trackers, and the curve."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from transformers.utils import logging
+
+from .config import TrainingConfig
+from .log import CURVE_NAME, LOG_NAME, RECALLS, RunLog, draw_curve, read_log
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Meter:
+    """Sums over the batches since the last line of the log: their losses, samples and seconds."""
+
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # loss, loss_short, loss_long
+    batches: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Leaves the time since the last batch out."""
+        self.start = time.perf_counter()
+
+    def add(self, losses: Sequence[float], samples: int) -> None:
+        """Adds a batch, and the time since the last one."""
+        self.sums = [total + loss for total, loss in zip(self.sums, losses, strict=True)]
+        self.batches += 1
+        self.samples += samples
+        self.seconds += time.perf_counter() - self.start
+        self.restart()
+
+    def values(self) -> dict[str, float]:
+        """The mean losses and the samples per second."""
+        names = ("loss", "loss_short", "loss_long")
+        means = {name: total / self.batches for name, total in zip(names, self.sums, strict=True)}
+        return {**means, "samples_per_second": self.samples / self.seconds}
+
+
+class Tracking:
+    """
+    The log, which the first process writes, and the trackers. Training goes on where these fail.
+
+    Args:
+        config: The options.
+        accelerator: Of the run.
+        step: The step to go on from; later lines of the log are dropped.
+    """
+
+    def __init__(self, config: TrainingConfig, accelerator: Accelerator, step: int) -> None:
+        self.accelerator = accelerator
+        self.output = Path(config.output)
+        self.is_broken = False
+        self.log = None
+        if accelerator.is_main_process:
+            self.log = RunLog(self.output / LOG_NAME)
+            self.log.truncate(step)
+        plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in vars(config).items()}
+        accelerator.init_trackers("lotlip", config=plain)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether this process's log holds the evaluation after a step."""
+        if self.log is None or not self.log.path.exists():
+            return False
+        lines = read_log(self.log.path)
+        return any(line["step"] == step and not RECALLS.keys().isdisjoint(line) for line in lines)
+
+    def write(self, step: int, epoch: int, values: Mapping[str, Any]) -> None:
+        """A line of the log and of the trackers; the first that cannot be written is said."""
+        error = None
+        try:
+            if self.log is not None:
+                self.log.write({"step": step, "epoch": epoch, **values})
+        except OSError as caught:
+            error = caught
+        try:
+            self.accelerator.log(dict(values), step=step)
+        except Exception as caught:  # every tracker raises its own kinds
+            error = error or caught
+        if error is not None and not self.is_broken:
+            self.is_broken = True
+            logger.error(f"The log cannot be written ({error}). The run goes on; lines will be missing.")
+
+    def close(self) -> None:
+        """Lets the trackers write what they hold, and draws the curve."""
+        for tracker in self.accelerator.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:  # every tracker raises its own kinds
+                logger.error(f"{tracker.name}: what it still holds cannot be written ({error}).")
+        if self.log is not None and self.log.path.exists():
+            try:
+                draw_curve(self.log.path, self.output / CURVE_NAME)
+            except (ImportError, OSError, ValueError) as error:
+                logger.warning(f"{CURVE_NAME} was not drawn: {error}")

@@ -1,0 +1,96 @@
+"""Retrieval on held-out records, measured while a model is trained."""
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from datasets import Dataset, IterableDataset
+from torch import nn
+
+from ..data.collator import LoTLIPCollator
+from ..data.sampling import CaptionSampling
+from ..distributed import gather, raise_on_all_ranks
+from ..evaluation.retrieval import recalls
+from ..modeling.processing_lotlip import LoTLIPProcessor
+from .config import TrainingConfig
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    processor: LoTLIPProcessor,
+    records: Dataset | IterableDataset,
+    config: TrainingConfig,
+    accelerator: Accelerator | None = None,
+) -> dict[str, float]:
+    """
+    Retrieval over the first `eval_samples` records, by each record's short caption and by its first long caption,
+    whole. The model is left in evaluation mode.
+
+    Args:
+        model (`nn.Module`): a [`LoTLIPModel`] or its wrapper.
+        processor (`LoTLIPProcessor`): its processor.
+        records (`Dataset` or `IterableDataset`): the records.
+        config (`TrainingConfig`): `eval_samples`, `batch_size`, `captioners` (the first is evaluated), `on_error`.
+        accelerator (`Accelerator`, *optional*): the processes of the run share the work; each returns the result.
+
+    Returns:
+        `dict[str, float]`: `long_image_to_text_r1`, `long_text_to_image_r1`, `short_...`, and the same at 5 and 10.
+
+    Raises:
+        ValueError: if there are fewer records than processes.
+        ImageError, RecordError: if a record is broken; [`OtherProcessError`] on the other processes.
+    """
+    rank, num_processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    device = next(model.parameters()).device
+    if isinstance(records, IterableDataset):
+        chosen: Any = list(islice(records, config.eval_samples))
+    else:
+        chosen = records.select(range(min(config.eval_samples, len(records))))
+    if len(chosen) < num_processes:
+        raise ValueError(f"{len(chosen)} records to evaluate on are fewer than the {num_processes} processes.")
+    captioner = config.captioners[0] if config.captioners else None
+    sampling = CaptionSampling(
+        num_long_texts=1,
+        num_sentences=None,
+        captioners=None if captioner is None else (captioner,),
+        splitter=config.splitter,
+    )
+    collator = LoTLIPCollator(processor, sampling, on_error=config.on_error)
+    # as many batches on every process, for a wrapper may communicate in each
+    part = np.array_split(np.arange(len(chosen)), num_processes)[rank]
+    num_batches = min(
+        math.ceil(math.ceil(len(chosen) / num_processes) / config.batch_size), len(chosen) // num_processes
+    )
+    images, texts = [], []
+    model.eval()
+    for rows in np.array_split(part, num_batches):
+        batch, error = {}, None
+        try:
+            batch = collator([_with_one_caption(chosen[int(row)], captioner) for row in rows])
+        except Exception as caught:  # the other processes wait in the forward pass
+            error = caught
+        raise_on_all_ranks(error, device)
+        batch = {**send_to_device(batch, device), "return_loss": False}
+        with nullcontext() if accelerator is None else accelerator.autocast():
+            outputs = model(**batch)
+        images.append(outputs.image_embeds.float())
+        texts.append(outputs.text_embeds.float())  # [B, 2, dim], the short text first
+    image_embeds, text_embeds = gather(torch.cat(images)), gather(torch.cat(texts))
+    values = {}
+    for number, kind in ((1, "long"), (0, "short")):
+        found = recalls(image_embeds, text_embeds[:, number])
+        values |= {f"{kind}_{name}": value for name, value in found.items()}
+    return values
+
+
+def _with_one_caption(record: Mapping[str, Any], captioner: int | None) -> Mapping[str, Any]:
+    """The record with its first long caption alone, unless a `captioner` is chosen."""
+    captions = record["long_captions"]
+    return {**record, "long_captions": captions[:1]} if captioner is None and isinstance(captions, list) else record
