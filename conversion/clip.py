@@ -12,10 +12,10 @@ positions, and starts out as precisely that CLIP.
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -44,11 +44,11 @@ from lotlip_hf import (
     LoTLIPVisionConfig,
 )
 from lotlip_hf.diffusion.stretch import KEPT_POSITIONS, Stretch, stretch_positions, stretch_text_model
-from lotlip_hf.files import all_or_nothing, printable
-from lotlip_hf.loading import fit_tokenizer
+from lotlip_hf.files import all_or_nothing
+from lotlip_hf.loading import fit_tokenizer, load_strict, load_tokenizer, quiet
 from lotlip_hf.terminal import run
 
-from .common import ConversionError, check_output, one_line, quiet, read_json, same_bits
+from .common import ConversionError, check_output, one_line, read_json, same_bits
 from .open_clip import LEGACY_EOS_TOKEN_ID, Activation, read_open_clip
 
 # Stock classes of CLIP -> what they become
@@ -57,10 +57,10 @@ MODELS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     CLIPTextModel: LoTLIPTextModel,
     CLIPTextModelWithProjection: LoTLIPTextModelWithProjection,
 }
-# By the name in a configuration. `lotlip_hf.diffusion.swap` puts CLIP's text encoders and tokenizers into pipelines as
-# subclasses, whose weights and files are the stock ones.
+# By the name in a configuration. `CLIPTextEncoder` is what `lotlip_hf.diffusion.swap` puts into pipelines, with the
+# weights of the stock class.
 STOCK_CLASSES = {**{stock_class.__name__: stock_class for stock_class in MODELS}, "CLIPTextEncoder": CLIPTextModel}
-TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "CLIPPromptTokenizer")
+TOKENIZER_CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast")
 # For configurations that do not name their class
 DEFAULT_CLASSES = {"clip": CLIPModel, "clip_text_model": CLIPTextModel}
 
@@ -102,12 +102,13 @@ def convert(
     activation: Activation | None = None,
     subfolder: str = "",
     seed: int = 0,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """
     Converts a CLIP into a LoTLIP folder for `AutoModel`, `AutoTokenizer` and `AutoProcessor`: a `CLIPModel` becomes a
     [`LoTLIPModel`], a text encoder, such as a diffusion pipeline's, a [`LoTLIPTextModel`] or
     [`LoTLIPTextModelWithProjection`]. Tokenizer and image processor stay the stock ones. After saving, the folder is
-    loaded again and compared with the CLIP: the weights bit for bit, the answers on random inputs to 1e-5 of
+    loaded again and compared with the CLIP: the weights bit for bit, the outputs on random inputs to 1e-5 of
     their norm (of texts, after knowledge-preserved stretching, the first 20 tokens; after linear stretching, none).
     The folder appears complete or not at all.
 
@@ -127,6 +128,7 @@ def convert(
         activation: For such a file without a configuration, `"gelu"` or `"quick_gelu"`.
         subfolder: Where the model lies in the folder or repository, such as `"text_encoder_2"`.
         seed: Seed of the corner tokens' random numbers.
+        report: Called with each line on what was written and compared.
 
     Returns:
         The folder.
@@ -142,34 +144,6 @@ def convert(
     >>> folder = convert("openai/clip-vit-large-patch14", "lotlip-clip", max_positions=248)  # doctest: +SKIP
     ```
     """
-    folder, _ = _convert(
-        clip=clip,
-        output=output,
-        num_corner_tokens=num_corner_tokens,
-        max_positions=max_positions,
-        stretch=stretch,
-        tokenizer=tokenizer,
-        open_clip_config=open_clip_config,
-        activation=activation,
-        subfolder=subfolder,
-        seed=seed,
-    )
-    return folder
-
-
-def _convert(
-    clip: str | Path,
-    output: str | Path,
-    num_corner_tokens: int,
-    max_positions: int | None,
-    stretch: Stretch | None,
-    tokenizer: str | Path | None,
-    open_clip_config: str | Path | None,
-    activation: Activation | None,
-    subfolder: str,
-    seed: int,
-) -> tuple[Path, str]:
-    """The folder, and what there is to say about it in two lines."""
     target = check_output(output)
     if num_corner_tokens < 0:
         raise ConversionError(f"--num-corner-tokens {num_corner_tokens}: expected 0 or more.")
@@ -181,17 +155,15 @@ def _convert(
     for option, value in (("--clip", clip), ("--tokenizer", tokenizer), ("--open-clip-config", open_clip_config)):
         if value == "":
             raise ConversionError(f"{option} is empty: name a file, a folder or a Hub repository.")
+    clip = str(clip)
     source = _read(
-        str(clip),
-        None if tokenizer is None else str(tokenizer),
-        None if open_clip_config is None else str(open_clip_config),
-        activation,
-        subfolder,
+        clip, tokenizer and str(tokenizer), open_clip_config and str(open_clip_config), activation, subfolder
     )
     for name, tensor in source.model.state_dict().items():
         if not tensor.isfinite().all():
-            place = _place(str(clip), subfolder)
-            raise ConversionError(f"{place}: {name} (its name in transformers) holds NaN or infinite numbers.")
+            raise ConversionError(
+                f"{_Place(clip, subfolder)}: {name} (its name in transformers) holds NaN or infinite numbers."
+            )
     text_config = source.model.config.get_text_config()
     _check_tokenizer(source.tokenizer, text_config)
     old_positions = text_config.max_position_embeddings
@@ -207,6 +179,9 @@ def _convert(
         except ValueError as error:
             raise ConversionError(f"--max-positions {new_positions}: {one_line(error)}") from error
     fit_tokenizer(model, source.tokenizer, new_positions)
+    compared_tokens = old_positions
+    if new_positions > old_positions:
+        compared_tokens = KEPT_POSITIONS if stretch == "knowledge-preserved" else 0
 
     with all_or_nothing(target) as folder:
         with quiet():
@@ -216,31 +191,68 @@ def _convert(
         else:
             processor = LoTLIPProcessor(image_processor=source.image_processor, tokenizer=source.tokenizer)
             processor.save_pretrained(folder)
-        num_parameters, dtype = model.num_parameters(), str(model.dtype).removeprefix("torch.")
+        num_parameters, dtype = model.num_parameters(), model.dtype
         del model
-        checked = _check_saved(folder, source, new_positions, stretch)
+        difference = _check_saved(folder, source, new_positions, stretch, compared_tokens)
+    checked = f"outputs as CLIP's to {difference:.1e} of their norm"
+    if new_positions > old_positions:
+        limit = f", outputs for texts of up to {compared_tokens} tokens{checked.removeprefix('outputs')}"
+        checked = (
+            f"{old_positions} positions stretched to {new_positions} ({stretch}){limit if compared_tokens else ''}"
+        )
     pictures = ""
     if source.image_processor is not None:
         size = source.model.config.vision_config.image_size
         pictures = f", images of {size} x {size} pixels"
-    return Path(output), (
-        f"  {num_parameters:,} parameters in {dtype}; {checked}\n"
-        f"  {num_corner_tokens} corner tokens, texts of up to {new_positions} tokens{pictures}"
-    )
+    report(f"{num_parameters:,} parameters in {str(dtype).removeprefix('torch.')}; {checked}")
+    report(f"{num_corner_tokens} corner tokens, texts of up to {new_positions} tokens{pictures}")
+    return Path(output)
 
 
 # Reading
 
 
+class _Place(NamedTuple):
+    """A folder or a Hub repository, or a folder in it."""
+
+    source: str
+    subfolder: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.source}/{self.subfolder}" if self.subfolder else self.source
+
+    def find(self, *names: str) -> Path | None:
+        """The first of some files that is there."""
+        for name in names:
+            if Path(self.source).is_dir():
+                path = Path(self.source, self.subfolder, name)
+                if path.is_file():
+                    return path
+                continue
+            try:
+                return Path(hf_hub_download(self.source, name, subfolder=self.subfolder or None))
+            except EntryNotFoundError:
+                continue
+            except (OSError, ValueError) as error:  # a repository that is not there or closed, an id that is none
+                raise ConversionError(
+                    f"{self.source}: no such folder, and it could not be fetched from the Hub ({one_line(error)})."
+                ) from error
+        return None
+
+    def missing(self, *names: str) -> str:
+        """What to say if none of some files is there."""
+        where = "in this folder" if Path(self.source).is_dir() else "on the Hub or, without a connection, in its cache"
+        return f"{self}: no {' or '.join(names)} {where}"
+
+
 def _read(
     clip: str, tokenizer: str | None, open_clip_config: str | None, activation: Activation | None, subfolder: str
 ) -> _Source:
-    path = Path(clip)
+    path, place = Path(clip), _Place(clip, subfolder)
     if path.is_file():
         if subfolder:
             raise ConversionError(f"--subfolder {subfolder}: {clip} is a file.")
-        return _read_open_clip(clip, path, open_clip_config, activation, tokenizer)
-    place = _place(clip, subfolder)
+        return _read_open_clip(None, path, open_clip_config, activation, tokenizer)
     for option, value in (("--open-clip-config", open_clip_config), ("--activation", activation)):
         if value is not None:
             raise ConversionError(f"{option} {value}: only for a single file of weights, which {clip} is not.")
@@ -255,47 +267,22 @@ def _read(
             f"--subfolder {subfolder}: no such folder in {clip}; with a config.json it has "
             f"{', '.join(models) or 'none'}."
         )
-    config = _find(clip, "config.json", subfolder)
-    if config is not None:
-        return _read_transformers(clip, read_json(config), tokenizer, subfolder)
-    if _find(clip, "model_index.json", subfolder) is not None:
+    config = place.find("config.json", "model_index.json", OPEN_CLIP_CONFIG)
+    if config is None:
+        raise ConversionError(f"{place.missing('config.json', OPEN_CLIP_CONFIG)}.")
+    if config.name == "config.json":
+        return _read_transformers(place, read_json(config), tokenizer)
+    if config.name == "model_index.json":
         raise ConversionError(
             f"{place}: a whole diffusion pipeline; give --subfolder text_encoder, or another of its text encoders."
         )
-    config = _find(clip, OPEN_CLIP_CONFIG, subfolder)
-    where = "in this folder" if path.is_dir() else "of it on the Hub or, without a connection, in its cache"
-    if config is None:
-        raise ConversionError(f"{place}: no config.json or {OPEN_CLIP_CONFIG} {where}.")
-    for name in OPEN_CLIP_WEIGHTS:
-        weights = _find(clip, name, subfolder)
-        if weights is not None:
-            return _read_open_clip(clip, weights, str(config), None, tokenizer, subfolder)
-    raise ConversionError(f"{place}: no {' or '.join(OPEN_CLIP_WEIGHTS)} {where}.")
+    weights = place.find(*OPEN_CLIP_WEIGHTS)
+    if weights is None:
+        raise ConversionError(f"{place.missing(*OPEN_CLIP_WEIGHTS)}.")
+    return _read_open_clip(place, weights, str(config), None, tokenizer)
 
 
-def _place(source: str, subfolder: str) -> str:
-    """What errors call it."""
-    return f"{source}/{subfolder}" if subfolder else source
-
-
-def _find(source: str, name: str, subfolder: str = "") -> Path | None:
-    """A file of a folder or of a Hub repository, or None if there is none of that name."""
-    if Path(source).is_dir():
-        path = Path(source) / subfolder / name
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(source, name, subfolder=subfolder or None))
-    except EntryNotFoundError:
-        return None
-    except (OSError, ValueError) as error:  # a repository that is not there or closed, an id that is none
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConversionError(
-            f"{source}: no such folder, and it could not be fetched from the Hub ({reason})."
-        ) from error
-
-
-def _read_transformers(clip: str, config: Mapping[str, Any], tokenizer: str | None, subfolder: str) -> _Source:
-    place = _place(clip, subfolder)
+def _read_transformers(place: _Place, config: Mapping[str, Any], tokenizer: str | None) -> _Source:
     model_type, names = config.get("model_type"), config.get("architectures") or []
     stock_class = STOCK_CLASSES.get(names[0]) if names else DEFAULT_CLASSES.get(str(model_type))
     what = f"{names[0]} ({model_type!r})" if names else repr(model_type)
@@ -310,93 +297,66 @@ def _read_transformers(clip: str, config: Mapping[str, Any], tokenizer: str | No
             f"{place}: a checkpoint of {what}, which is another architecture; this converter takes "
             f"{', '.join(stock.__name__ for stock in MODELS)}, open_clip's and OpenAI's CLIP and Long-CLIP."
         )
-    model = _load(stock_class, clip, subfolder)
+    try:
+        model = load_strict(stock_class, place.source, subfolder=place.subfolder)
+    except (OSError, ValueError) as error:
+        raise ConversionError(str(error)) from error
     image_processor = None
     if stock_class is CLIPModel:
         try:
             with quiet():
                 image_processor = AutoImageProcessor.from_pretrained(
-                    clip, subfolder=subfolder, trust_remote_code=False
+                    place.source, subfolder=place.subfolder, trust_remote_code=False
                 )
         except Exception as error:  # of a damaged file, whatever reading it raises
             raise ConversionError(
                 f"{place}: no image processor in it can be loaded ({one_line(error)}); put the "
                 "preprocessor_config.json of the CLIP that it was made from there."
             ) from error
-    return _Source(model, _load_tokenizer(*_tokenizer_place(clip, tokenizer, subfolder)), image_processor)
+    return _Source(model, _load_tokenizer(_tokenizer_place(place, tokenizer)), image_processor)
 
 
-def _tokenizer_place(clip: str, tokenizer: str | None, subfolder: str) -> tuple[str, str]:
-    """Folder or Hub id, and subfolder, of the tokenizer: the one given, the model's own, or in a pipeline the one that
-    belongs to it, such as `tokenizer_2` to `text_encoder_2`."""
+def _tokenizer_place(place: _Place, tokenizer: str | None) -> _Place:
+    """The tokenizer given, the model's own, or in a pipeline the one that belongs to it, such as `tokenizer_2` to
+    `text_encoder_2`."""
     if tokenizer is not None:
-        return tokenizer, ""
-    if any(_find(clip, name, subfolder) for name in TOKENIZER_FILES):
-        return clip, subfolder
-    *above, last = subfolder.split("/")
-    if subfolder:
-        return clip, "/".join([*above, last.replace("text_encoder", "tokenizer")])
-    folder = Path(clip).resolve()
+        return _Place(tokenizer)
+    if place.find(*TOKENIZER_FILES):
+        return place
+    if place.subfolder:
+        *above, last = place.subfolder.split("/")
+        return _Place(place.source, "/".join([*above, last.replace("text_encoder", "tokenizer")]))
+    folder = Path(place.source).resolve()
     beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
-    return str(beside if beside.is_dir() else clip), ""
+    return _Place(str(beside)) if beside.is_dir() else place
 
 
 def _read_open_clip(
-    clip: str,
-    weights: Path,
-    config: str | None,
-    activation: Activation | None,
-    tokenizer: str | None,
-    subfolder: str = "",
+    place: _Place | None, weights: Path, config: str | None, activation: Activation | None, tokenizer: str | None
 ) -> _Source:
+    """Of a file by itself, `place` is None."""
     model, image_processor, hf_tokenizer_name = read_open_clip(weights, config, activation)
-    tokenizer_place = tokenizer or hf_tokenizer_name or CLIP_TOKENIZER, ""
-    if tokenizer is None and not Path(clip).is_file():
-        if any(_find(clip, name, subfolder) for name in TOKENIZER_FILES):
-            tokenizer_place = clip, subfolder
-    return _Source(model, _load_tokenizer(*tokenizer_place), image_processor)
+    tokenizer_place = _Place(tokenizer or hf_tokenizer_name or CLIP_TOKENIZER)
+    if tokenizer is None and place is not None and place.find(*TOKENIZER_FILES):
+        tokenizer_place = place
+    return _Source(model, _load_tokenizer(tokenizer_place), image_processor)
 
 
-def _load(model_class: type[PreTrainedModel], source: str | Path, subfolder: str = "") -> PreTrainedModel:
-    """A checkpoint with no tensor missing or left over, in evaluation mode."""
-    place = _place(str(source), subfolder)
-    try:
-        with quiet():
-            loaded: Any = model_class.from_pretrained(
-                source, subfolder=subfolder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-            )
-    except MemoryError:
-        raise
-    except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
-        raise ConversionError(
-            f"{place}: no {model_class.__name__} can be loaded from it ({one_line(error)})."
-        ) from error
-    model, info = loaded
-    problems = [f"{kind}: {key}" for kind, keys in info.items() for key in sorted(map(str, keys))]
-    if problems:
-        listed = "\n  ".join(map(printable, problems))
-        raise ConversionError(f"{place}: not a complete {model_class.__name__}:\n  {listed}")
-    return model.eval()
-
-
-def _load_tokenizer(source: str, subfolder: str) -> PreTrainedTokenizerBase:
-    place = _place(source, subfolder)
+def _load_tokenizer(place: _Place) -> PreTrainedTokenizerBase:
     advice = "give one by --tokenizer, a folder or the Hub id of a CLIP"
     try:
-        found = any(_find(source, name, subfolder) for name in TOKENIZER_FILES)
+        found = place.find(*TOKENIZER_FILES)
     except ConversionError as error:
         raise ConversionError(f"{error} A tokenizer was looked for there: {advice}.") from error
-    if not found:
-        where = "" if Path(source).is_dir() else " on the Hub or, without a connection, in its cache"
-        raise ConversionError(f"{place}: no {' or '.join(TOKENIZER_FILES)} there{where}: {advice}.")
-    described = _find(source, "tokenizer_config.json", subfolder)
+    if found is None:
+        raise ConversionError(f"{place.missing(*TOKENIZER_FILES)}: {advice}.")
+    described = place.find("tokenizer_config.json")
     name = None if described is None else read_json(described).get("tokenizer_class")
-    tokenizer_class = CLIPTokenizer if name is None or name in TOKENIZER_CLASSES else AutoTokenizer
+    tokenizer_class = CLIPTokenizer if name in TOKENIZER_CLASSES else AutoTokenizer
     try:
-        with quiet():
-            return tokenizer_class.from_pretrained(source, subfolder=subfolder, trust_remote_code=False)
-    except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
-        raise ConversionError(f"{place}: no tokenizer in it can be loaded ({one_line(error)}): {advice}.") from error
+        return load_tokenizer(place.source, advice, tokenizer_class=tokenizer_class, subfolder=place.subfolder)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, text_config: Any) -> None:
@@ -481,15 +441,15 @@ def _to_lotlip(
 # Checking
 
 
-def _check_saved(folder: Path, source: _Source, max_positions: int, stretch: Stretch) -> str:
-    """Loads what was saved, compares it with the CLIP, and says what was seen."""
+def _check_saved(folder: Path, source: _Source, max_positions: int, stretch: Stretch, compared_tokens: int) -> float:
+    """Loads what was saved and compares it with the CLIP: the weights, the tokenizer's ids, and the outputs, whose
+    largest difference it returns."""
     stock_class, clip = type(source.model), source.model
-    model = _load(MODELS[stock_class], folder)
+    model = load_strict(MODELS[stock_class], folder)
     saved = model.state_dict()
     positions = "text_model.embeddings.position_embedding.weight"
     if stock_class is CLIPTextModel:
         positions = positions.removeprefix("text_model.")
-    old_positions = len(clip.state_dict()[positions])
     differing = []
     for name, tensor in clip.state_dict().items():
         if name == positions:
@@ -502,24 +462,13 @@ def _check_saved(folder: Path, source: _Source, max_positions: int, stretch: Str
     ids = [one(SAMPLE_TEXTS, truncation=True)["input_ids"] for one in (tokenizer, source.tokenizer)]
     if ids[0] != ids[1]:
         raise ConversionError("After saving and loading, the tokenizer gives other ids than the CLIP's.")
-
-    is_stretched = max_positions > old_positions
-    max_length = old_positions
-    if is_stretched:
-        max_length = KEPT_POSITIONS if stretch == "knowledge-preserved" else 0
-    difference = _largest_difference(model.float(), clip.float(), tokenizer, max_length)
+    difference = _largest_difference(model.float(), clip.float(), tokenizer, compared_tokens)
     if not difference <= TOLERANCE:  # nor NaN
         raise ConversionError(
             f"After saving and loading, the outputs differ from CLIP's by {difference:.1e} of their norm on random "
             f"inputs; expected {TOLERANCE} at most."
         )
-    said = f"outputs as CLIP's to {difference:.1e} of their norm"
-    if not is_stretched:
-        return said
-    said = f"{old_positions} positions stretched to {max_positions} ({stretch})"
-    if stretch == "knowledge-preserved":
-        said += f", outputs for texts of up to {max_length} tokens as CLIP's to {difference:.1e} of their norm"
-    return said
+    return difference
 
 
 @torch.inference_mode()
@@ -586,8 +535,9 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the corner tokens; by default %(default)s")
     parser.add_argument("--output", required=True, help="folder to make")
     arguments = parser.parse_args(argv)
-    written, summary = _convert(**vars(arguments))
-    print(f"Wrote {written}\n{summary}")
+    lines: list[str] = []
+    written = convert(**vars(arguments), report=lines.append)
+    print("\n  ".join([f"Wrote {written}", *lines]))
 
 
 if __name__ == "__main__":

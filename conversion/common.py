@@ -1,14 +1,12 @@
-"""What the converters share: their error, reading configurations, loading strictly, and writing all or nothing."""
+"""What the converters share: their error, settings, tensors under other names, and loading LoTLIP checkpoints."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from lotlip_hf import (
     LoTLIPConfig,
@@ -21,7 +19,7 @@ from lotlip_hf import (
     LoTLIPVisionModelWithProjection,
 )
 from lotlip_hf.files import parse_json, printable, read_regular
-from lotlip_hf.loading import check_config, check_shards, naming_damage
+from lotlip_hf.loading import check_config, check_shards, load_strict, naming_damage
 
 # By its configuration, what a checkpoint may be; the first where the configuration does not say which
 MODEL_CLASSES: dict[type[PreTrainedConfig], list[type[PreTrainedModel]]] = {
@@ -38,20 +36,6 @@ class ConversionError(ValueError):
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks."""
     return " ".join(str(error).split())
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars and reports of transformers; what they report, the converters check."""
-    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -101,6 +85,65 @@ def whole(options: Mapping[str, Any], key: str, default: int | None, source: str
     if type(value) is not int or value < least:
         raise ConversionError(f"{source}: {key} is {value!r}; expected a whole number from {least} up.")
     return value
+
+
+def size_of(state_dict: Mapping[str, torch.Tensor], name: str, dim: int, num_dims: int, source: str) -> int:
+    """A size that a checkpoint's tensor says; the tensor must be there, with `num_dims` dimensions."""
+    if name not in state_dict:
+        raise ConversionError(f"{source} is of another architecture than this converter takes: it lacks {name}.")
+    shape = list(state_dict[name].shape)
+    if len(shape) != num_dims or 0 in shape:
+        raise ConversionError(
+            f"{source} is misshapen: {name} has {shape}, expected {num_dims} dimensions and none of size 0."
+        )
+    return shape[dim]
+
+
+def rename_tensors(
+    state_dict: Mapping[str, torch.Tensor],
+    layout: Mapping[str, Sequence[str]],
+    own: Mapping[str, torch.Tensor],
+    source: str,
+    transposed: Container[str] = (),
+    problems: Sequence[str] = (),
+) -> dict[str, torch.Tensor]:
+    """
+    Tensors of another layout under a model's names. Every tensor is accounted for.
+
+    Args:
+        state_dict: The tensors of the checkpoint.
+        layout: Name in the checkpoint -> names in the model: one, or several whose tensors are stacked along the first
+            dimension, in this order.
+        own: The model's `state_dict()`, for the shapes.
+        source: What to call the checkpoint in errors.
+        transposed: Names in the checkpoint of matrices that are the transposed ones of the model's.
+        problems: What else is wrong with the checkpoint.
+
+    Raises:
+        ConversionError: if a tensor is unknown, missing or misshapen; each is named.
+    """
+    problems = [f"unknown: {name}" for name in state_dict if name not in layout] + list(problems)
+    converted: dict[str, torch.Tensor] = {}
+    for theirs, names in layout.items():
+        tensor = state_dict.get(theirs)
+        if tensor is None:
+            problems.append(f"missing: {theirs}")
+            continue
+        expected = list(own[names[0]].shape)
+        if len(names) > 1:
+            expected[0] = sum(len(own[name]) for name in names)
+        if theirs in transposed:
+            expected.reverse()
+        if list(tensor.shape) != expected:
+            problems.append(f"misshapen: {theirs} has {list(tensor.shape)}, expected {expected}")
+            continue
+        tensor = tensor.t() if theirs in transposed else tensor
+        parts = [tensor] if len(names) == 1 else tensor.split([len(own[name]) for name in names])
+        converted.update(zip(names, parts, strict=True))
+    if problems:
+        listed = "\n  ".join(map(printable, problems))
+        raise ConversionError(f"{source}: {len(problems)} tensors do not fit the configuration:\n  {listed}")
+    return converted
 
 
 def check_output(output: str | Path) -> Path:
@@ -156,18 +199,43 @@ def load_checkpoint(folder: str | Path) -> PreTrainedModel:
                 raise ConversionError(f"{folder}: a {config.model_type!r} checkpoint, not a LoTLIP one.")
             check_config(config, folder)
             check_shards(folder)
-            named = [one for one in classes if one.__name__ in (config.architectures or ())]
-            with quiet():
-                loaded: Any = (named or classes)[0].from_pretrained(
-                    folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-                )
-    except (ConversionError, MemoryError):
+        named = [one for one in classes if one.__name__ in (config.architectures or ())]
+        return load_strict((named or classes)[0], folder, config=config)
+    except ConversionError:
         raise
-    except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
-        raise ConversionError(f"{folder}: not a LoTLIP checkpoint ({one_line(error)}).") from error
-    model, info = loaded
-    problems = [f"{kind}: {key}" for kind, keys in info.items() for key in sorted(map(str, keys))]
-    if problems:
-        listed = "\n  ".join(map(printable, problems))
-        raise ConversionError(f"{folder}: not a complete LoTLIP checkpoint:\n  {listed}")
-    return model
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"not a LoTLIP checkpoint: {error}") from error
+
+
+def random_texts(
+    config: LoTLIPTextConfig, shapes: Sequence[tuple[int, int]], padding_side: str = "right"
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Seeded batches of token ids and attention masks.
+
+    Args:
+        config: Configuration of the text tower.
+        shapes: Shape [texts, tokens] of each batch. Its first text has all tokens, as far as the tower has positions,
+            the others fewer, the last one.
+        padding_side: "right" or "left".
+    """
+    generator = torch.Generator().manual_seed(0)
+    end = None
+    if config.is_causal:
+        # CLIP reads a text's feature at its end; in configurations of old that is the highest id
+        end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
+    padding = 0 if config.pad_token_id is None else config.pad_token_id
+    words = torch.tensor([word for word in range(config.vocab_size) if word not in (padding, end)])
+    batches = []
+    for batch_size, length in shapes:
+        longest = min(length, config.max_position_embeddings)
+        lengths = torch.linspace(longest, 1, batch_size).long().unsqueeze(1)
+        positions = torch.arange(length).expand(batch_size, -1)
+        if padding_side == "left":
+            positions = positions - (length - lengths)
+        attention_mask = ((positions >= 0) & (positions < lengths)).long()
+        input_ids = words[torch.randint(len(words), (batch_size, length), generator=generator)]
+        if end is not None:
+            input_ids[positions == lengths - 1] = end
+        batches.append((input_ids.where(attention_mask.bool(), padding), attention_mask))
+    return batches

@@ -11,7 +11,7 @@ import argparse
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from lotlip_hf import (
     LoTLIPTokenizer,
     LoTLIPVisionConfig,
 )
-from lotlip_hf.files import all_or_nothing, printable, replacing
+from lotlip_hf.files import all_or_nothing, replacing
+from lotlip_hf.loading import load_tokenizer, quiet
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.terminal import run
 
@@ -38,10 +39,11 @@ from .common import (
     load_checkpoint,
     one_line,
     option,
-    quiet,
     read_json,
+    rename_tensors,
     same_bits,
     section,
+    size_of,
     whole,
 )
 
@@ -151,9 +153,9 @@ def read_official_state_dict(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it asks to run {code[1]}" if code else "it is damaged or of another kind"
-        raise ConversionError(f"{path}: not a PyTorch pickle of tensors alone, as a model.pt is: {reason}.") from error
+        raise ConversionError(
+            f"{path}: not a PyTorch pickle of tensors alone, as a model.pt is; it is damaged or of another kind."
+        ) from error
     state_dict = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state_dict, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
@@ -190,15 +192,6 @@ def without_wrappers(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[st
     return dict(zip(names, tensors.values(), strict=True))
 
 
-def _size(state_dict: Mapping[str, torch.Tensor], name: str, dim: int, num_dims: int) -> int:
-    if name not in state_dict:
-        raise ConversionError(f"The checkpoint is not an official LoTLIP one with BERT and ViT: it lacks {name}.")
-    shape = list(state_dict[name].shape)
-    if len(shape) != num_dims or 0 in shape:
-        raise ConversionError(f"misshapen: {name} has {shape}, expected {num_dims} dimensions and none of size 0.")
-    return shape[dim]
-
-
 def config_from_official(
     open_clip_config: Mapping[str, Any],
     bert_config: PreTrainedConfig,
@@ -218,6 +211,10 @@ def config_from_official(
     Raises:
         ConversionError: if the configuration asks for something that this package does not reproduce exactly.
     """
+
+    def size(name: str, dim: int, num_dims: int) -> int:
+        return size_of(state_dict, name, dim, num_dims, "The checkpoint")
+
     vision, text = section(open_clip_config, "vision_cfg", source), section(open_clip_config, "text_cfg", source)
     embed_dim = whole(open_clip_config, "embed_dim", None, source)
     num_corner_tokens = whole(text, "num_corner_token", 0, source, least=0)
@@ -229,9 +226,9 @@ def config_from_official(
     option(text, "hf_proj_type", "mlp", ["linear"], source)
     option(text, "tokenizer_kwargs", None, [None, {}], source)
 
-    width = _size(state_dict, "visual.trunk.cls_token", 2, 3)
-    patch_size = _size(state_dict, "visual.trunk.patch_embed.proj.weight", 2, 4)
-    grid = math.isqrt(_size(state_dict, "visual.trunk.pos_embed", 1, 3) - 1)
+    width = size("visual.trunk.cls_token", 2, 3)
+    patch_size = size("visual.trunk.patch_embed.proj.weight", 2, 4)
+    grid = math.isqrt(size("visual.trunk.pos_embed", 1, 3) - 1)
     image_size = whole(vision, "image_size", grid * patch_size, source)
     if image_size != grid * patch_size:
         raise ConversionError(
@@ -251,7 +248,7 @@ def config_from_official(
     heads = whole(vision, "heads", max(1, width // 64), source)
     if width % heads:
         raise ConversionError(f"{source}: heads is {heads}, which does not divide the ViT's width of {width}.")
-    max_positions = _size(state_dict, "text.transformer.embeddings.position_embeddings.weight", 0, 2)
+    max_positions = size("text.transformer.embeddings.position_embeddings.weight", 0, 2)
     if context_length > max_positions:
         raise ConversionError(
             f"{source}: context_length is {context_length}, but the text tower has {max_positions} positions."
@@ -268,10 +265,10 @@ def config_from_official(
                 hidden_size=width,
                 num_hidden_layers=len({name.split(".")[3] for name in state_dict if ".trunk.blocks." in name}),
                 num_attention_heads=heads,
-                intermediate_size=_size(state_dict, "visual.trunk.blocks.0.mlp.fc1.weight", 0, 2),
+                intermediate_size=size("visual.trunk.blocks.0.mlp.fc1.weight", 0, 2),
                 image_size=image_size,
                 patch_size=patch_size,
-                num_channels=_size(state_dict, "visual.trunk.patch_embed.proj.weight", 1, 4),
+                num_channels=size("visual.trunk.patch_embed.proj.weight", 1, 4),
                 **TIMM_VIT,
             ),
             pooling="cls",
@@ -293,34 +290,18 @@ def from_official(state_dict: Mapping[str, torch.Tensor], model: LoTLIPModel) ->
         ConversionError: if a tensor is unknown, missing, of another shape or of another precision than the rest; each
             is named.
     """
-    own = model.state_dict()
-    layout = official_layout(model)
-    problems = [f"unknown: {name}" for name in state_dict if name not in layout]
-    converted: dict[str, torch.Tensor] = {}
-    for official, names in layout.items():
-        tensor = state_dict.get(official)
-        if tensor is None:
-            problems.append(f"missing: {official}")
-            continue
-        sizes = [own[name].shape[0] for name in names] if len(names) > 1 else None
-        expected = own[names[0]].shape if sizes is None else (sum(sizes), *own[names[0]].shape[1:])
-        if tensor.shape != expected:
-            problems.append(f"misshapen: {official} has {list(tensor.shape)}, expected {list(expected)}")
-            continue
-        parts = [tensor] if sizes is None else tensor.split(sizes)
-        converted.update({name: part.clone() for name, part in zip(names, parts, strict=True)})
     dtypes = Counter(tensor.dtype for tensor in state_dict.values())
     # A transformers checkpoint has one precision, and loading would cast the others to it.
     common = max((dtype for dtype in dtypes if dtype in DTYPES), key=dtypes.__getitem__, default=torch.float32)
-    problems += [
+    problems = [
         f"of another precision: {name} is {tensor.dtype}, expected {common}"
         for name, tensor in state_dict.items()
         if tensor.dtype != common
     ]
-    if problems:
-        listed = "\n  ".join(map(printable, problems))
-        raise ConversionError(f"{len(problems)} tensors do not fit the configuration:\n  {listed}")
-    return converted
+    converted = rename_tensors(
+        state_dict, official_layout(model), model.state_dict(), "The checkpoint", problems=problems
+    )
+    return {name: tensor.clone() for name, tensor in converted.items()}
 
 
 def to_official(model: LoTLIPModel) -> dict[str, torch.Tensor]:
@@ -363,18 +344,17 @@ def _load_bert_config(open_clip_config: Path | None, text_cfg: Mapping[str, Any]
 
 
 def _load_tokenizer(source: str | Path, config: LoTLIPTextConfig, context_length: int) -> LoTLIPTokenizer:
-    model_max_length = context_length - config.num_corner_tokens
     folder = Path(source)
+    is_bare = (folder / "vocab.txt").is_file() and not (folder / "tokenizer_config.json").is_file()
     try:
-        if (folder / "vocab.txt").is_file() and not (folder / "tokenizer_config.json").is_file():
-            tokenizer = LoTLIPTokenizer.from_pretrained(source, model_max_length=model_max_length)
-        else:
-            stock = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(stock, model_max_length=model_max_length)
-    except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
-        raise ConversionError(
-            f"--tokenizer {source}: no tokenizer in it can be loaded ({one_line(error)})."
-        ) from error
+        tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
+            load_tokenizer(
+                source, "give another --tokenizer", tokenizer_class=LoTLIPTokenizer if is_bare else AutoTokenizer
+            ),
+            model_max_length=context_length - config.num_corner_tokens,
+        )
+    except ValueError as error:
+        raise ConversionError(f"--tokenizer: {one_line(error)}") from error
     # The official code counts its corner tokens' ids on from the tokenizer's last.
     fits = len(tokenizer) == config.vocab_size or (len(tokenizer) < config.vocab_size and not config.num_corner_tokens)
     if not fits or tokenizer.pad_token_id != config.pad_token_id:
@@ -401,6 +381,7 @@ def convert(
     open_clip_config: str | Path | None = None,
     tokenizer: str | Path | None = None,
     output: str | Path = "lotlip",
+    report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """
     Converts an official checkpoint into a folder for `AutoModel`, `AutoTokenizer` and `AutoProcessor`. After saving,
@@ -413,6 +394,7 @@ def convert(
         tokenizer: Folder (of just a `vocab.txt`, or a whole tokenizer) or Hub id; by default the configuration's
             `hf_tokenizer_name`.
         output: The folder to make; it must not exist or be empty.
+        report: Called with each line on what was written.
 
     Returns:
         The folder.
@@ -463,6 +445,12 @@ def convert(
             model.save_pretrained(folder)
         processor.save_pretrained(folder)
         _check_saved(folder, state_dict)
+    dtype, size = str(model.dtype).removeprefix("torch."), config.vision_config.image_size
+    report(f"{model.num_parameters():,} parameters in {dtype}, bit for bit the checkpoint's")
+    report(
+        f"{config.text_config.num_corner_tokens} corner tokens, texts of up to {text_tokenizer.model_max_length} "
+        f"tokens, images of {size} x {size} pixels"
+    )
     return Path(output)
 
 
@@ -519,20 +507,6 @@ def reverse(checkpoint: str | Path, output: str | Path) -> Path:
     return Path(output)
 
 
-def _summary(folder: Path) -> str:
-    """What a converted folder holds, in two lines."""
-    config = LoTLIPConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        num_parameters = LoTLIPModel(config).num_parameters()
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    dtype, size = str(config.dtype).removeprefix("torch."), config.vision_config.image_size
-    return (
-        f"  {num_parameters:,} parameters in {dtype}, bit for bit the checkpoint's\n"
-        f"  {config.text_config.num_corner_tokens} corner tokens, texts of up to {tokenizer.model_max_length} tokens, "
-        f"images of {size} x {size} pixels"
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
     return run("lotlip convert", lambda: _main(argv))
@@ -558,8 +532,11 @@ def _main(argv: Sequence[str] | None) -> None:
         written = reverse(arguments.checkpoint, arguments.output)
         print(f"Wrote {written}")
     else:
-        written = convert(arguments.checkpoint, arguments.open_clip_config, arguments.tokenizer, arguments.output)
-        print(f"Wrote {written}\n{_summary(written)}")
+        lines: list[str] = []
+        written = convert(
+            arguments.checkpoint, arguments.open_clip_config, arguments.tokenizer, arguments.output, lines.append
+        )
+        print("\n  ".join([f"Wrote {written}", *lines]))
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ from lotlip_hf import LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
 from lotlip_hf.engines.onnx import FILES, LOGIT_SCALE, LoTLIPOnnxModel, missing_packages
 from lotlip_hf.files import all_or_nothing
 from lotlip_hf.images import load_pixels
-from lotlip_hf.loading import fit_tokenizer
+from lotlip_hf.loading import fit_tokenizer, quiet
 from lotlip_hf.terminal import run
 
-from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line, quiet
+from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line, random_texts
 
 # The largest difference from PyTorch's features, in units of a feature's norm
 TOLERANCE = 1e-4
@@ -234,7 +234,7 @@ def _write_tower(
     file = folder / FILES[tower]
     module = _Tower(lotlip, tower)
     config = _tower_configs(lotlip)[tower]
-    batches = list(_random_texts(config)) if tower == "text" else _images(config, processors)
+    batches = _texts(config) if tower == "text" else _images(config, processors)
     try:
         with torch.inference_mode():
             expected = [module(*batch) for batch in batches]
@@ -376,35 +376,11 @@ def _least_cosine(given: Sequence[torch.Tensor], expected: Sequence[torch.Tensor
     return nn.functional.cosine_similarity(torch.cat(list(given)), torch.cat(list(expected))).min().item()
 
 
-def _random_texts(config: Any) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Seeded batches of ids and masks."""
-    generator = torch.Generator().manual_seed(0)
+def _texts(config: LoTLIPTextConfig) -> list[tuple[torch.Tensor, ...]]:
+    """Batches of ids and masks, padded on either side; the longest beyond the positions."""
     limit = config.max_position_embeddings
-    # CLIP reads a text's feature off its end; in configurations of old it is the highest id
-    end = None
-    if config.is_causal:
-        end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
-    # the last is padded beyond the positions
-    for batch_size, length in (
-        (1, 1),
-        (1, 2),
-        (3, 2),
-        (3, min(7, limit)),
-        (5, limit // 2),
-        (2, limit),
-        (2, limit + 3),
-    ):
-        for padding_side in ("right", "left"):
-            # texts of all tokens, of fewer, ..., of one
-            lengths = torch.linspace(min(length, limit), 1, batch_size).long().unsqueeze(1)
-            places = torch.arange(length).expand(batch_size, -1)
-            if padding_side == "left":
-                places = places - (length - lengths)
-            attention_mask = ((places >= 0) & (places < lengths)).long()
-            input_ids = torch.randint(config.vocab_size, (batch_size, length), generator=generator)
-            if end is not None:
-                input_ids[places == lengths - 1] = end
-            yield input_ids, attention_mask
+    shapes = [(1, 1), (1, 2), (3, 2), (3, min(7, limit)), (5, limit // 2), (2, limit), (2, limit + 3)]
+    return [batch for side in ("right", "left") for batch in random_texts(config, shapes, side)]
 
 
 def _images(config: Any, processors: Sequence[Any]) -> list[tuple[torch.Tensor, ...]]:

@@ -18,9 +18,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 from transformers.initialization import no_init_weights
 
 from lotlip_hf.diffusion.stretch import KEPT_POSITIONS
-from lotlip_hf.files import printable
 
-from .common import ConversionError, one_line, option, read_json, section, whole
+from .common import ConversionError, one_line, option, read_json, rename_tensors, section, size_of, whole
 from .official import DTYPES, read_official_state_dict, without_wrappers
 from .torchscript import is_torchscript, read_torchscript
 
@@ -288,14 +287,7 @@ def _settings_from_tensors(
         )
 
     def size(name: str, dim: int, num_dims: int) -> int:
-        if name not in state_dict:
-            raise ConversionError(f"{path}: not a CLIP in open_clip's or OpenAI's layout: it lacks {name}.")
-        shape = list(state_dict[name].shape)
-        if len(shape) != num_dims or 0 in shape:
-            raise ConversionError(
-                f"{path}: misshapen: {name} has {shape}, expected {num_dims} dimensions and none of size 0."
-            )
-        return shape[dim]
+        return size_of(state_dict, name, dim, num_dims, str(path))
 
     def tower(prefix: str, width: int) -> dict[str, Any]:
         if width % 64:
@@ -436,33 +428,13 @@ def from_open_clip(
     Raises:
         ConversionError: if a tensor is unknown, missing, misshapen or of integers; each is named.
     """
-    own, layout = model.state_dict(), open_clip_layout(model.config)
-    problems = [f"unknown: {name}" for name in state_dict if name not in layout]
-    problems += [
+    problems = [
         f"of another kind: {name} is {tensor.dtype}, expected floating point"
         for name, tensor in state_dict.items()
         if tensor.dtype not in DTYPES
     ]
-    converted: dict[str, torch.Tensor] = {}
-    for theirs, names in layout.items():
-        tensor = state_dict.get(theirs)
-        if tensor is None:
-            problems.append(f"missing: {theirs}")
-            continue
-        expected = list(own[names[0]].shape)
-        if len(names) > 1:
-            expected[0] *= len(names)
-        if theirs in TRANSPOSED:
-            expected.reverse()
-        if list(tensor.shape) != expected:
-            problems.append(f"misshapen: {theirs} has {list(tensor.shape)}, expected {expected}")
-            continue
-        if theirs in TRANSPOSED:
-            tensor = tensor.t()
-        converted.update(zip(names, [tensor] if len(names) == 1 else tensor.chunk(len(names)), strict=True))
-    if problems:
-        listed = "\n  ".join(map(printable, problems))
-        raise ConversionError(f"{source}: {len(problems)} tensors do not fit the configuration:\n  {listed}")
+    layout, own = open_clip_layout(model.config), model.state_dict()
+    converted = rename_tensors(state_dict, layout, own, str(source), TRANSPOSED, problems)
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in converted.values()})
     return {name: tensor.to(dtype).clone(memory_format=torch.contiguous_format) for name, tensor in converted.items()}
 

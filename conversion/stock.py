@@ -21,7 +21,7 @@ cut texts with `truncation=True`, and to drop an image's transparency with `conv
 import argparse
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPProcessor,
-    CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
     PreTrainedConfig,
     PreTrainedModel,
@@ -61,21 +60,16 @@ from lotlip_hf import (
 )
 from lotlip_hf.diffusion.stretch import clip_text_model
 from lotlip_hf.files import all_or_nothing
-from lotlip_hf.loading import fit_tokenizer
+from lotlip_hf.loading import fit_tokenizer, load_strict, quiet
 from lotlip_hf.modeling.calls_lotlip import free_of_calls
 from lotlip_hf.modeling.tokenization_lotlip import CLOSE, OPEN
 from lotlip_hf.terminal import run
 
-from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line, quiet
+from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line, random_texts
 
 # The largest difference between features of the checkpoint and of the export, in units of a feature's norm
 TOLERANCE = 1e-6
-# So small that tanh is the identity for what is multiplied by it, to float32's rounding up to absolute values of 16;
-# a power of 2, which a division takes back exactly; and large enough for float16 to hold the products
-SMALL = 2.0**-15
 POSITIONS = "embeddings.position_embeddings.weight"
-# How the name of a class or model type begins that is not stock
-OWN_NAME = "lotlip"
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,6 @@ class StockCheckpoint:
         dtype: Their precision.
         difference: The largest difference of its features from the LoTLIP's, in units of a feature's norm.
         processor: What it holds for texts and images, or lacks and why.
-        remarks: What else there is to know before it is used.
     """
 
     folder: Path
@@ -99,7 +92,6 @@ class StockCheckpoint:
     dtype: torch.dtype
     difference: float
     processor: str
-    remarks: tuple[str, ...] = ()
 
 
 def stock_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -140,16 +132,10 @@ def stock_model(model: PreTrainedModel) -> PreTrainedModel:
 def _stock_dual_encoder(model: LoTLIPModel) -> PreTrainedModel:
     text_config, text_state = _text_encoder(model.text_model)
     vision_config, vision_state = _vision_encoder(model.vision_model)
-    text_projection = _projection_weight(model.text_projection, model.text_model)
-    if model.config.text_config.pooling == "cls":
-        # The stock classes have a dense layer and tanh on [CLS], with which the feature's way is there and back.
-        text_state["pooler.dense.weight"] = SMALL * _identity(model.text_model)
-        text_state["pooler.dense.bias"] = torch.zeros_like(text_projection[0])
-        text_projection = text_projection / SMALL
     state = {
         **{f"text_model.{name}": tensor for name, tensor in text_state.items()},
         **{f"vision_model.{name}": tensor for name, tensor in vision_state.items()},
-        "text_projection.weight": text_projection,
+        "text_projection.weight": _projection_weight(model.text_projection, model.text_model),
         "visual_projection.weight": _projection_weight(model.visual_projection, model.vision_model),
         "logit_scale": model.logit_scale.detach(),
     }
@@ -171,59 +157,32 @@ def _stock_dual_encoder(model: LoTLIPModel) -> PreTrainedModel:
 
 def _stock_text_encoder(model: LoTLIPTextModel | LoTLIPTextModelWithProjection) -> PreTrainedModel:
     tower = model if isinstance(model, LoTLIPTextModel) else model.text_model
-    projection = getattr(model, "text_projection", None)
-    if tower.config.is_causal and not isinstance(projection, nn.Identity):
-        return clip_text_model(model, with_projection=projection is not None)
-    if isinstance(projection, nn.Linear):
-        raise ConversionError(
-            f"No stock class has {_described(tower)} with a projection behind it: export the whole LoTLIPModel, or "
-            "the LoTLIPTextModel without the projection."
-        )
-    config, state = _text_encoder(tower)
+    has_projection = isinstance(getattr(model, "text_projection", None), nn.Linear)
     if tower.config.is_causal:
-        config.projection_dim = config.hidden_size
-        state = {f"text_model.{name}": tensor for name, tensor in state.items()}
-        return _build(
-            CLIPTextModelWithProjection, config, {**state, "text_projection.weight": _identity(tower)}, model
-        )
-    if tower.config.pooling == "cls":
-        raise ConversionError(
-            f"Text pooling 'cls' cannot be had of a stock {type(tower.backbone).__name__} by itself, which puts a "
-            "dense layer and tanh on [CLS]: export the whole LoTLIPModel, whose projection takes both back, or train "
-            "with pooling='pooler'."
-        )
-    return _build(type(tower.backbone), config, state, model)
+        return clip_text_model(model, with_projection=has_projection)
+    if has_projection:
+        raise _no_stock_class(tower, "with a projection", "the whole LoTLIPModel or the tower without the projection")
+    return _build(type(tower.backbone), *_text_encoder(tower), model)
 
 
 def _stock_vision_encoder(model: LoTLIPVisionModel | LoTLIPVisionModelWithProjection) -> PreTrainedModel:
     tower = model if isinstance(model, LoTLIPVisionModel) else model.vision_model
     projection = getattr(model, "visual_projection", None)
     config, state = _vision_encoder(tower)
-    if projection is not None and config.model_type == "clip_vision_model":
-        weight = _projection_weight(projection, tower)
-        config.projection_dim = len(weight)
-        state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
-        return _build(CLIPVisionModelWithProjection, config, {**state, "visual_projection.weight": weight}, model)
-    if isinstance(projection, nn.Linear):
-        if (config.model_type, tower.config.pooling) != ("vit", "cls"):
-            raise ConversionError(
-                f"No stock class has {_described(tower)} with a projection behind it: export the whole LoTLIPModel, "
-                "or the LoTLIPVisionModel without the projection."
-            )
-        # ViT's pooler, which is linear then, is the projection.
-        weight = projection.weight.detach()
-        config.pooler_output_size = len(weight)
-        state = {**state, "pooler.dense.weight": weight, "pooler.dense.bias": torch.zeros_like(weight[:, 0])}
-    return _build(type(tower.backbone), config, state, model)
+    if not isinstance(projection, nn.Linear):
+        return _build(type(tower.backbone), config, state, model)
+    if config.model_type != "clip_vision_model":
+        raise _no_stock_class(tower, "with a projection", "the whole LoTLIPModel or the tower without the projection")
+    config.projection_dim = projection.out_features
+    state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
+    state["visual_projection.weight"] = projection.weight.detach()
+    return _build(CLIPVisionModelWithProjection, config, state, model)
 
 
 def _text_encoder(tower: LoTLIPTextModel) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
     """Configuration and tensors of the stock text encoder; the positions behind [CLS] close up."""
-    if tower.config.pooling == "mean":
-        raise ConversionError(
-            f"Text pooling 'mean' has no place in the stock {type(tower.backbone).__name__}, which pools [CLS]: train "
-            "with pooling='pooler' or 'cls', or go on using this package."
-        )
+    if tower.config.pooling not in ("pooler", "eos"):
+        raise _no_stock_class(tower, f"with pooling {tower.config.pooling!r}", "a model with pooling='pooler'")
     config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
     corners = tower.config.num_corner_positions
     if corners:
@@ -237,38 +196,21 @@ def _vision_encoder(tower: LoTLIPVisionModel) -> tuple[PreTrainedConfig, dict[st
     """Configuration and tensors of the stock image encoder whose `pooler_output` is the tower's."""
     config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
     if tower.config.pooling == "mean":
-        if config.model_type != "siglip_vision_model":
-            instead = "pooler" if config.model_type == "clip_vision_model" else "cls"
-            raise ConversionError(
-                f"Vision pooling 'mean' has no place in the stock {type(tower.backbone).__name__}, which pools its "
-                f"class token: train with pooling={instead!r}, or go on using this package."
-            )
-        config.vision_use_head = True
-        state.update(_mean_head(tower))
-    elif config.model_type == "vit" and tower.config.pooling == "cls":
+        instead = "cls" if config.model_type in ("vit", "dinov2") else "pooler"
+        raise _no_stock_class(tower, "with pooling 'mean'", f"a model with pooling={instead!r}")
+    if config.model_type == "vit" and tower.config.pooling == "cls":
+        # the stock ViT gives its class token through a dense layer
         config.pooler_act, config.pooler_output_size = "linear", config.hidden_size
         weight = _identity(tower)
         state.update({"pooler.dense.weight": weight, "pooler.dense.bias": torch.zeros_like(weight[0])})
     return config, state
 
 
-def _mean_head(tower: LoTLIPVisionModel) -> dict[str, torch.Tensor]:
-    """SigLIP's attention head that takes the mean of the patches: a query of zeros attends to all of them alike."""
-    identity = _identity(tower)
-    width, inner, zeros = len(identity), tower.config.intermediate_size, identity.new_zeros
-    return {
-        "head.probe": zeros(1, 1, width),
-        "head.attention.in_proj_weight": torch.cat([zeros(2 * width, width), identity]),
-        "head.attention.in_proj_bias": zeros(3 * width),
-        "head.attention.out_proj.weight": identity,
-        "head.attention.out_proj.bias": zeros(width),
-        "head.layernorm.weight": identity.new_ones(width),
-        "head.layernorm.bias": zeros(width),
-        "head.mlp.fc1.weight": zeros(inner, width),
-        "head.mlp.fc1.bias": zeros(inner),
-        "head.mlp.fc2.weight": zeros(width, inner),
-        "head.mlp.fc2.bias": zeros(width),
-    }
+def _no_stock_class(tower: LoTLIPTextModel | LoTLIPVisionModel, what: str, instead: str) -> ConversionError:
+    return ConversionError(
+        f"No stock class is a {type(tower.backbone).__name__} {what}: export {instead}, or to ONNX, by "
+        "lotlip_hf.conversion.onnx."
+    )
 
 
 def _identity(tower: LoTLIPTextModel | LoTLIPVisionModel) -> torch.Tensor:
@@ -279,10 +221,6 @@ def _projection_weight(projection: nn.Module, tower: LoTLIPTextModel | LoTLIPVis
     return projection.weight.detach() if isinstance(projection, nn.Linear) else _identity(tower)
 
 
-def _described(tower: LoTLIPTextModel | LoTLIPVisionModel) -> str:
-    return f"{tower.config.backbone_config.model_type} (pooling {tower.config.pooling!r})"
-
-
 def _build(
     stock_class: type[PreTrainedModel],
     config: PreTrainedConfig,
@@ -291,6 +229,7 @@ def _build(
 ) -> PreTrainedModel:
     for one in (config, *(getattr(config, name) for name in config.sub_configs)):
         one.architectures, one.dtype = None, model.dtype
+        vars(one).pop("auto_map", None)  # of remote code
     with init.no_init_weights():
         stock = stock_class(config)
     stock.load_state_dict(dict(state), assign=True)
@@ -368,11 +307,6 @@ def convert(model: str | Path, output: str | Path, without_text_cleaning: bool =
     except ConversionError as error:
         raise ConversionError(f"{model}: {error}") from error
     processor, processor_summary = _stock_processors(model, lotlip, stock, without_text_cleaning)
-    remarks = []
-    if isinstance(lotlip, LoTLIPModel) and lotlip.config.text_config.pooling == "cls":
-        remarks.append(
-            "the text encoder's pooler holds [CLS] times 2^-15, where tanh is the identity: do not train it"
-        )
 
     with all_or_nothing(target) as folder:
         with quiet():
@@ -380,7 +314,6 @@ def convert(model: str | Path, output: str | Path, without_text_cleaning: bool =
         if processor is not None:
             processor.save_pretrained(folder)
         _name_tokenizer_class(folder)
-        _check_names(folder)
         checkpoint = StockCheckpoint(
             folder=Path(output),
             model_class=type(stock).__name__,
@@ -388,7 +321,6 @@ def convert(model: str | Path, output: str | Path, without_text_cleaning: bool =
             dtype=stock.dtype,
             difference=_check_features(folder, lotlip, type(stock)),
             processor=processor_summary,
-            remarks=tuple(remarks),
         )
     return checkpoint
 
@@ -493,34 +425,11 @@ def _name_tokenizer_class(folder: Path) -> None:
             path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_names(folder: Path) -> None:
-    """Nothing that was written asks for this package or for remote code."""
-    for path in sorted(folder.glob("*.json")):
-        if path.name != "tokenizer.json":  # a vocabulary may hold any word
-            for key, value in _entries(json.loads(path.read_text(encoding="utf-8"))):
-                if key == "auto_map" or (isinstance(value, str) and value.lower().startswith(OWN_NAME)):
-                    raise ConversionError(f"{path.name} would not be stock: it holds {key}={value!r}.")
-
-
-def _entries(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a JSON value with what it holds, at any depth; what a list holds, under the list's key."""
-    yield key, content
-    if isinstance(content, dict):
-        for name, value in content.items():
-            yield from _entries(value, name)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _entries(value, key)
-
-
 def _check_features(folder: Path, lotlip: PreTrainedModel, stock_class: type[PreTrainedModel]) -> float:
     """The largest difference, as in [`StockCheckpoint`], after saving and loading."""
-    with quiet():
-        loaded: Any = stock_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    stock, info = loaded
-    problems = [f"{kind}: {key}" for kind, keys in info.items() for key in sorted(map(str, keys))]
-    if problems or stock.dtype != lotlip.dtype:
-        raise ConversionError(f"After saving and loading, the stock model differs: {problems or stock.dtype}.")
+    stock: Any = load_strict(stock_class, folder)
+    if stock.dtype != lotlip.dtype:
+        raise ConversionError(f"After saving and loading, the stock model differs: {stock.dtype}.")
     # What rounds to half precision depends on the order of operations: the weights are compared in a full one.
     dtype = torch.float64 if lotlip.dtype == torch.float64 else torch.float32
     with torch.no_grad():
@@ -558,7 +467,11 @@ def _features(model: PreTrainedModel, config: PreTrainedConfig | None = None) ->
     text_config = getattr(config, "text_config", config if isinstance(config, LoTLIPTextConfig) else None)
     vision_config = getattr(config, "vision_config", config if isinstance(config, LoTLIPVisionConfig) else None)
     is_dual = isinstance(config, LoTLIPConfig)
-    text_batches = [] if text_config is None else _random_texts(text_config)
+    text_batches: list[dict[str, torch.Tensor]] = []
+    if text_config is not None:
+        limit = text_config.max_position_embeddings
+        padded, whole = random_texts(text_config, [(4, limit), (1, min(7, limit))])
+        text_batches = [dict(zip(("input_ids", "attention_mask"), padded, strict=True)), {"input_ids": whole[0]}]
     pixel_values = None if vision_config is None else _random_images(vision_config, model)
     for name, batch in zip(("texts", "texts without padding"), text_batches, strict=False):
         if is_dual:
@@ -581,27 +494,6 @@ def _features(model: PreTrainedModel, config: PreTrainedConfig | None = None) ->
 
 def _pooled(outputs: Any, name: str) -> torch.Tensor:
     return outputs[name] if name in outputs else outputs.pooler_output
-
-
-def _random_texts(config: LoTLIPTextConfig) -> list[dict[str, torch.Tensor]]:
-    """Texts of up to 7, up to all tokens, padded on the right, with their mask; and one without padding or mask."""
-    generator = torch.Generator().manual_seed(0)
-    limit = config.max_position_embeddings
-    lengths = sorted({2, min(7, limit), max(2, limit // 2), limit})
-    # CLIP's text ends with the only [EOT] before padding; in configurations of old it is the highest id
-    end = None
-    if config.is_causal:
-        end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
-    padding = 0 if config.pad_token_id is None else config.pad_token_id
-    words = torch.tensor([word for word in range(config.vocab_size) if word not in (padding, end)])
-    drawn = words[torch.randint(len(words), (len(lengths), limit), generator=generator)]
-    places = torch.arange(limit)
-    for row, length in enumerate(lengths):
-        if end is not None:
-            drawn[row, length - 1] = end
-        drawn[row, length:] = padding
-    attention_mask = (places < torch.tensor(lengths).unsqueeze(1)).long()
-    return [{"input_ids": drawn, "attention_mask": attention_mask}, {"input_ids": drawn[1:2, : lengths[1]]}]
 
 
 def _random_images(config: LoTLIPVisionConfig, model: PreTrainedModel) -> torch.Tensor:
@@ -637,8 +529,6 @@ def _main(argv: Sequence[str] | None) -> None:
         f"{written.difference:.1e}\n"
         f"  {written.processor}"
     )
-    for remark in written.remarks:
-        print(f"  {remark}")
 
 
 if __name__ == "__main__":

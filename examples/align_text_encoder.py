@@ -9,56 +9,35 @@ Neither the denoiser nor the student is trained. Leaves a folder for each adapte
 replaces on prompts that were held out, next to two answers that know nothing of the prompt. Ctrl-C ends the training
 early; what was learnt until then is reported on and saved.
 
-"linear" and "mlp" map each token by itself and are matched word by word, "resampler" gives as many states as the
-teacher and is matched by position; `lotlip_hf.diffusion.align.Alignment` says why, and why it is the one for Stable
-Diffusion XL and 3. It is built like ELLA's connector (https://arxiv.org/abs/2403.05135), without the timestep. All
-learn the pooled output too, which Stable Diffusion XL and 3 and Flux read. The teacher says nothing of what lies
-behind its last position, so prompts longer than that are left out; of a longer one "linear" and "mlp" give out all
-tokens nevertheless, "resampler" reads all and gives a fixed number.
+"linear" and "mlp" are matched word by word, "resampler", which gives as many states as the teacher, by position; it is
+the one for Stable Diffusion XL and 3 (`lotlip_hf.diffusion.align.Alignment` says why).
 """
 
 import argparse
-import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    get_cosine_schedule_with_warmup,
-    set_seed,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import set_seed
 
-from lotlip_hf import LoTLIPTextEncoder, LoTLIPTextModel
-from lotlip_hf.diffusion.align import MEASURES, Alignment, Batch, Words, tokenize_words
-from lotlip_hf.diffusion.text_encoder import pipeline_target_layer
-from lotlip_hf.loading import fit_tokenizer
-from lotlip_hf.modeling.tokenization_lotlip import clean
+from lotlip_hf import LoTLIPTextEncoder
+from lotlip_hf.diffusion.align import (
+    Alignment,
+    Report,
+    batches,
+    draw_report,
+    load_student,
+    load_teacher,
+    read_prompts,
+    report_table,
+    tokenize_prompts,
+    train,
+)
+from lotlip_hf.files import write_json
 from lotlip_hf.terminal import printable_output
 
-ADAPTERS = ("linear", "mlp", "resampler")
-SLOT = "text_encoder"
-# Training prompts that the teacher's means and deviations are taken from.
-SAMPLE = 512
-
-Prompt = tuple[Words, Words]  # as the teacher's and as the student's tokenizer read it
-Report = dict[str, dict[str, dict[str, float]]]
-
-
-class Teacher(NamedTuple):
-    """A CLIP text encoder, its tokenizer, and the hidden state that its pipeline reads (-1: the last, normalised)."""
-
-    encoder: CLIPTextModel | CLIPTextModelWithProjection
-    tokenizer: Any
-    target_layer: int
+SAMPLE = 512  # training prompts that the teacher's means and deviations are taken from
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,12 +48,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--student", required=True, help="LoTLIP checkpoint: a folder or a Hub id")
     parser.add_argument("--teacher", type=Path, required=True, help="folder of a pipeline, or of a CLIP text encoder")
-    parser.add_argument("--slot", default=SLOT, help="which text encoder of the pipeline")
+    parser.add_argument("--slot", default="text_encoder", help="which text encoder of the pipeline")
     parser.add_argument("--teacher-tokenizer", type=Path, help="folder of its tokenizer, where it lies elsewhere")
     parser.add_argument("--target-layer", type=int, choices=(-1, -2), help="state to match; by default the pipeline's")
     parser.add_argument("--prompts", type=Path, required=True, help="a text file, one prompt a line, or .jsonl")
     parser.add_argument("--field", default="prompt", help="field of a .jsonl file that holds the prompt")
-    parser.add_argument("--adapter", nargs="+", choices=ADAPTERS, default=["mlp"], help="adapters to train")
+    parser.add_argument(
+        "--adapter", nargs="+", choices=("linear", "mlp", "resampler"), default=["mlp"], help="adapters to train"
+    )
     parser.add_argument("--output", type=Path, default=Path("aligned"), help="new folder, of adapters and report")
     parser.add_argument("--max-length", type=int, help="tokens of the student's prompts; by default all it takes")
     parser.add_argument("--held-out", type=float, default=0.1, help="share of the prompts to report on")
@@ -87,259 +68,50 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Stops at a number, a device or an output folder that cannot be."""
-    for option, value, least in (
-        ("--max-length", args.max_length, 3),  # a token between the first and the last
-        ("--batch-size", args.batch_size, 1),
-        ("--num-epochs", args.num_epochs, 1),
+    """Before the models are loaded, what cannot be."""
+    for option, value, fits, expected in (
+        ("--max-length", args.max_length, args.max_length is None or args.max_length >= 3, "3 or more"),
+        ("--batch-size", args.batch_size, args.batch_size >= 1, "1 or more"),
+        ("--num-epochs", args.num_epochs, args.num_epochs >= 1, "1 or more"),
+        ("--held-out", args.held_out, 0 < args.held_out < 1, "a share between 0 and 1"),
+        ("--learning-rate", args.learning_rate, 0 < args.learning_rate < float("inf"), "a number above 0"),
+        ("--seed", args.seed, 0 <= args.seed < 2**32, f"0 to {2**32 - 1}"),
     ):
-        if value is not None and value < least:
-            raise SystemExit(f"{option} {value}: expected {least} or more.")
-    if not 0 < args.held_out < 1:
-        raise SystemExit(f"--held-out {args.held_out}: expected a share between 0 and 1.")
-    if not 0 < args.learning_rate < float("inf"):
-        raise SystemExit(f"--learning-rate {args.learning_rate}: expected a number above 0.")
-    if not 0 <= args.seed < 2**32:
-        raise SystemExit(f"--seed {args.seed}: expected 0 to {2**32 - 1}.")
+        if not fits:
+            raise ValueError(f"{option} {value}: expected {expected}.")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {args.device}: cannot be used here ({first_line(error)}).") from error
+        raise ValueError(f"--device {args.device}: cannot be used here ({error}).") from error
     if args.output.exists() and not (args.output.is_dir() and not any(args.output.iterdir())):
-        raise SystemExit(f"--output {args.output}: exists already; name a new folder or an empty one.")
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in short."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def read_texts(args: argparse.Namespace) -> list[str]:
-    """The prompts of the file, cleaned, each once."""
-    try:
-        lines = args.prompts.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise SystemExit(f"--prompts {args.prompts}: cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"--prompts {args.prompts}: not UTF-8 (byte {error.start}); save it as UTF-8.") from error
-    texts = []
-    for number, line in enumerate(lines, start=1):
-        if args.prompts.suffix == ".jsonl" and line.strip():
-            try:
-                line = json.loads(line)[args.field]
-                line.encode("utf-8")
-            except (ValueError, TypeError, KeyError, AttributeError) as error:  # no JSON, object, field, text
-                raise SystemExit(
-                    f"{args.prompts}, line {number}: no text in the field {args.field!r}; see --field."
-                ) from error
-        texts.append(clean(line))
-    texts = [text for text in dict.fromkeys(texts) if text]
-    if not texts:
-        raise SystemExit(f"--prompts {args.prompts}: holds no prompts.")
-    return texts
-
-
-def load_model(model_class: Any, option: str, source: str | Path, device: str) -> Any:
-    """A model with all its weights, frozen, in evaluation mode."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # else it lists all of a whole model's image tower as unexpected
-    try:
-        model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
-        raise SystemExit(f"{option} {source}: no {model_class.__name__} found ({first_line(error)}).") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    if missing := sorted(info["missing_keys"]):
-        raise SystemExit(
-            f"{option} {source}: {len(missing)} weights of a {model_class.__name__} are missing, {missing[0]} first."
-        )
-    return model.to(device).eval().requires_grad_(False)
-
-
-def load_tokenizer(source: str | Path, model: Any, advice: str) -> Any:
-    """A model's tokenizer, which cuts at as many tokens as both take."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise SystemExit(f"{source}: no tokenizer found ({reason}); {advice}.") from error
-    # some come up with their special tokens alone where there is no file
-    if not len(set(tokenizer.all_special_ids)) < len(tokenizer) <= model.config.vocab_size:
-        raise SystemExit(
-            f"{source}: no tokenizer of the model's found (it has {len(tokenizer)} tokens, the model "
-            f"{model.config.vocab_size}); {advice}."
-        )
-    fit_tokenizer(model, tokenizer)
-    return tokenizer
-
-
-def text_encoders(pipeline: Path) -> dict[str, str]:
-    """The slots of a pipeline's folder and the classes of the text encoders in them."""
-    try:
-        index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
-        classes = {name: value[1] for name, value in index.items() if name.startswith("text_encoder")}
-    except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
-        raise SystemExit(f"--teacher {pipeline}: its model_index.json is damaged ({first_line(error)}).") from error
-    return {name: class_name for name, class_name in classes.items() if class_name is not None}
-
-
-def has_projection(folder: Path, class_name: str) -> bool:
-    """Whether a text encoder of a pipeline has a projection; one that took a CLIP's place says so in its settings."""
-    if class_name == "LoTLIPTextEncoder":
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False).projection_dim is not None
-    return class_name == "CLIPTextModelWithProjection"
-
-
-def load_teacher(args: argparse.Namespace) -> Teacher:
-    """The encoder to be replaced, from the folder of a pipeline or its own."""
-    folder, tokenizer_folder, target_layer = args.teacher, args.teacher, -1
-    if (args.teacher / "model_index.json").is_file():
-        slots = text_encoders(args.teacher)
-        if args.slot not in slots:
-            raise SystemExit(f"--slot {args.slot}: {args.teacher} has {', '.join(slots) or 'no text encoder'}.")
-        folder, tokenizer_folder = folder / args.slot, folder / args.slot.replace("text_encoder", "tokenizer")
-        read_together = [name for name, class_name in slots.items() if class_name.startswith(("CLIP", "LoTLIP"))]
-        target_layer = pipeline_target_layer(
-            has_projection(args.teacher / name, slots[name]) for name in read_together
-        )
-        if len(read_together) > 1 and set(args.adapter) != {"resampler"}:
-            print(
-                f"Warning: this pipeline joins token i of {' and '.join(read_together)}, where linear and mlp, which "
-                "keep the student's tokens, put different words together; the adapter for it is the resampler."
-            )
-    elif args.slot != SLOT:
-        raise SystemExit(f"--slot {args.slot}: {args.teacher} is no pipeline (it has no model_index.json).")
-    try:
-        config = (
-            AutoConfig.from_pretrained(folder, trust_remote_code=False) if (folder / "config.json").is_file() else None
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise SystemExit(f"--teacher {folder}: its config.json cannot be read ({reason}).") from error
-    if config is None or config.model_type not in ("clip", "clip_text_model"):
-        raise SystemExit(f"{folder}: no CLIP text encoder, which --teacher (and --slot, of a pipeline) must name.")
-    is_projected = "CLIPTextModelWithProjection" in (config.architectures or [])
-    encoder_class = CLIPTextModelWithProjection if is_projected else CLIPTextModel
-    encoder = load_model(encoder_class, "--teacher", folder, args.device)
-    tokenizer_folder = args.teacher_tokenizer or tokenizer_folder
-    tokenizer = load_tokenizer(tokenizer_folder, encoder, "name the folder of the teacher's by --teacher-tokenizer")
-    return Teacher(encoder, tokenizer, args.target_layer or target_layer)
-
-
-def load_student(args: argparse.Namespace) -> tuple[LoTLIPTextModel, Any]:
-    """The text tower, frozen, and its tokenizer."""
-    tower = load_model(LoTLIPTextModel, "--student", args.student, args.device)
-    tokenizer = load_tokenizer(args.student, tower, "save the student's beside it")
-    if args.max_length and args.max_length > tokenizer.model_max_length:
-        raise SystemExit(f"--max-length {args.max_length}: {args.student} takes {tokenizer.model_max_length} tokens.")
-    tokenizer.model_max_length = args.max_length or tokenizer.model_max_length
-    return tower, tokenizer
-
-
-def tokenize(texts: Sequence[str], teacher_tokenizer: Any, student_tokenizer: Any) -> list[Prompt]:
-    """The texts as prompts, those of the same tokens once: trained on and held out, they would flatter the report."""
-    prompts = {}
-    num_left_out = 0
-    for text in texts:
-        teacher, student = tokenize_words(teacher_tokenizer, text), tokenize_words(student_tokenizer, text)
-        if teacher is None or student is None:
-            num_left_out += 1
-        else:
-            prompts[tuple(teacher.input_ids + student.input_ids)] = teacher, student
-    print(
-        f"{len(prompts)} prompts; {num_left_out} left out: longer than the teacher's "
-        f"{teacher_tokenizer.model_max_length} or the student's {student_tokenizer.model_max_length} tokens, or read "
-        "as other words."
-    )
-    return list(prompts.values())
-
-
-def batches(prompts: Sequence[Prompt], size: int, device: str) -> Iterator[Batch]:
-    """All prompts in their order."""
-    for start in range(0, len(prompts), size):
-        columns = zip(*((*teacher, *student) for teacher, student in prompts[start : start + size]), strict=True)
-        yield Batch(*(torch.tensor(column, device=device) for column in columns))
-
-
-def train(
-    encoders: dict[str, LoTLIPTextEncoder],
-    alignment: Alignment,
-    prompts: list[Prompt],
-    num_steps: int,
-    args: argparse.Namespace,
-) -> int:
-    """Trains the adapters of all encoders on the same batches; answers with the steps done, by Ctrl-C too few."""
-    groups = [[p for p in encoder.parameters() if p.requires_grad] for encoder in encoders.values()]
-    optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=args.learning_rate)
-    schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 20, num_steps)
-    done = 0
-    try:
-        with tqdm(total=num_steps, desc="Training", unit="step") as bar:
-            for _ in range(args.num_epochs):
-                random.shuffle(prompts)
-                for batch in batches(prompts, args.batch_size, args.device):
-                    tower, teacher = alignment.tower_states(batch), alignment.teacher_states(batch)
-                    losses = {name: alignment.loss(encoder, tower, teacher) for name, encoder in encoders.items()}
-                    optimizer.zero_grad()
-                    torch.stack(list(losses.values())).sum().backward()
-                    for group in groups:
-                        nn.utils.clip_grad_norm_(group, 1.0)
-                    optimizer.step()
-                    schedule.step()
-                    done += 1
-                    bar.set_postfix({name: f"{loss.item():.3f}" for name, loss in losses.items()}, refresh=False)
-                    bar.update()
-    except KeyboardInterrupt:
-        print(f"Interrupted after {done} of {num_steps} steps; what was learnt until then is reported on and saved.")
-    return done
-
-
-def table(report: Report) -> str:
-    """The report as text."""
-    lines = [" " * 16 + "".join(f"{name:>18}" for name in MEASURES), " " * 16 + "     error  cosine" * len(MEASURES)]
-    for name, row in report.items():
-        numbers = "".join(f"{row[measure]['error']:>10.3f}{row[measure]['cosine']:>8.3f}" for measure in MEASURES)
-        lines.append(f"{name:<16}{numbers}")
-    return "\n".join(lines)
-
-
-def draw(report: Report, file: Path) -> None:
-    """The errors as bars, where there is matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"{file} is left out: drawing it needs matplotlib, of `pip install lotlip-hf[train]`.")
-        return
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for index, (name, row) in enumerate(report.items()):
-        places = [place + index / (len(report) + 1) for place in range(len(MEASURES))]
-        axes.bar(places, [row[measure]["error"] for measure in MEASURES], 0.9 / (len(report) + 1), label=name)
-    axes.set_xticks([place + 0.4 for place in range(len(MEASURES))], MEASURES)
-    axes.set_ylabel("squared error on held-out prompts, mean = 1")
-    axes.legend()
-    figure.savefig(file, dpi=120)
+        raise ValueError(f"--output {args.output}: exists already; name a new folder or an empty one.")
 
 
 @printable_output()
 def main(argv: Sequence[str] | None = None) -> Report:
-    """Trains, saves and reports as the command line says; answers with the report."""
+    """Trains, saves and reports as the command line says; returns the report."""
     args = parse_arguments(argv)
-    check_arguments(args)
-    texts = read_texts(args)
-    set_seed(args.seed)
-    teacher = load_teacher(args)
-    tower, tokenizer = load_student(args)
-    prompts = tokenize(texts, teacher.tokenizer, tokenizer)
-    random.shuffle(prompts)
-    num_held_out = round(args.held_out * len(prompts))
-    if not 2 <= num_held_out < len(prompts):
-        raise SystemExit(f"{args.prompts}: {num_held_out} of {len(prompts)} prompts held out; give more prompts.")
-    held_out, prompts = prompts[:num_held_out], prompts[num_held_out:]
     try:
+        check_arguments(args)
+        set_seed(args.seed)
+        texts = read_prompts(args.prompts, args.field)
+        teacher = load_teacher(args.teacher, args.slot, args.teacher_tokenizer, args.target_layer, args.device)
+        tower, tokenizer = load_student(args.student, args.max_length, args.device)
+        prompts = tokenize_prompts(texts, teacher.tokenizer, tokenizer)
+        num_held_out = round(args.held_out * len(prompts))
+        if not 2 <= num_held_out < len(prompts):
+            raise ValueError(f"{args.prompts}: {num_held_out} of {len(prompts)} prompts held out; give more prompts.")
         args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"--output {args.output}: cannot be made ({error.strerror}).") from error
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"{len(prompts)} of {len(texts)} prompts; the others are too long, or a tokenizer reads other words.")
+    if teacher.read_together and set(args.adapter) != {"resampler"}:
+        print(
+            f"Warning: this pipeline joins token i of {' and '.join(teacher.read_together)}, where linear and mlp, "
+            "which keep the student's tokens, put different words together; the adapter for it is the resampler."
+        )
+    random.shuffle(prompts)
+    held_out, prompts = prompts[:num_held_out], prompts[num_held_out:]
 
     sample = batches(prompts[:SAMPLE], args.batch_size, args.device)
     alignment = Alignment(teacher.encoder, tower, teacher.target_layer, sample)
@@ -354,8 +126,9 @@ def main(argv: Sequence[str] | None = None) -> Report:
         )
         for kind in args.adapter
     }
-    num_steps = args.num_epochs * -(-len(prompts) // args.batch_size)
-    steps = train(encoders, alignment, prompts, num_steps, args)
+    steps, num_steps = train(encoders, alignment, prompts, args.batch_size, args.num_epochs, args.learning_rate)
+    if steps < num_steps:
+        print(f"Interrupted after {steps} of {num_steps} steps; what was learnt until then is reported on and saved.")
 
     in_order, moved = (batches(some, args.batch_size, args.device) for some in (held_out, held_out[1:] + held_out[:1]))
     report = alignment.report(encoders, in_order, moved)
@@ -364,10 +137,12 @@ def main(argv: Sequence[str] | None = None) -> Report:
         encoder.save_pretrained(args.output / kind)
         tokenizer.save_pretrained(args.output / kind)
     counts = {"prompts": len(prompts), "held_out": len(held_out), "steps": steps, "interrupted": steps < num_steps}
-    text = json.dumps({**counts, "report": report}, indent=2)
-    (args.output / "report.json").write_text(f"{text}\n", encoding="utf-8")
-    print(f"On {len(held_out)} held-out prompts:\n{table(report)}")
-    draw(report, args.output / "report.png")
+    write_json(args.output / "report.json", {**counts, "report": report})
+    print(f"On {len(held_out)} held-out prompts:\n{report_table(report)}")
+    try:
+        draw_report(report, args.output / "report.png")
+    except ImportError as error:
+        print(f"report.png is left out: {error}")
     return report
 
 

@@ -23,6 +23,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lotlip_hf.diffusion.stretch import stretch_text_model
 from lotlip_hf.diffusion.swap import TextEncoder, swap_text_encoder
+from lotlip_hf.loading import naming_damage
 from lotlip_hf.terminal import printable_output
 
 PROMPT = (
@@ -109,7 +110,8 @@ def load(args: argparse.Namespace) -> tuple[DiffusionPipeline, DiffusionPipeline
     else:
         has_accelerator = torch.accelerator.is_available()
         dtype = torch.float16 if has_accelerator else torch.float32
-        pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype)
+        with naming_damage(args.pipeline):
+            pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype)
         pipe.to(torch.accelerator.current_accelerator() if has_accelerator else "cpu")
     swapped = type(pipe).from_pipe(pipe, dtype=pipe.dtype)
 

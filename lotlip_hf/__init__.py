@@ -61,9 +61,9 @@ _MODULES = {
     "load_encoder": ".encoder",
     "lora_targets": ".lora",
     # what a saved pipeline of diffusers names
-    "CLIPPromptTokenizer": ".diffusion.swap",
+    "CLIPPromptTokenizer": ".diffusion.tokenizers",
     "CLIPTextEncoder": ".diffusion.swap",
-    "LoTLIPPromptTokenizer": ".diffusion.swap",
+    "LoTLIPPromptTokenizer": ".diffusion.tokenizers",
 }
 
 

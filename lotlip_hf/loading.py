@@ -13,7 +13,15 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from . import auto as auto  # registers LoTLIP's classes
@@ -34,6 +42,10 @@ POSITIONS_AFTER_PADDING = (
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "mpnet"),
     "altclip_text_model",
 )
+
+
+# Of transformers' loading info, in messages
+PROBLEMS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
 
 
 class LoadingError(ValueError):
@@ -86,28 +98,7 @@ def load_model(
                 f"{name} is a {config.model_type!r} checkpoint, which does not encode both images and texts; expected "
                 "LoTLIP or another dual encoder such as CLIP or SigLIP."
             )
-        # Weights that do not fit are reported once, by the error below.
-        with quiet_transformers():
-            model, info = AutoModel.from_pretrained(
-                name,
-                config=config,
-                revision=revision,
-                trust_remote_code=False,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-        problems = [
-            f"{len(keys)} {kind}: {', '.join(sorted(keys)[:5])}{', ...' if len(keys) > 5 else ''}"
-            for kind, keys in {
-                "missing": info["missing_keys"],
-                "unexpected": info["unexpected_keys"],
-                "of another shape": [key for key, *_ in info["mismatched_keys"]],
-            }.items()
-            if keys
-        ]
-        if problems:
-            raise LoadingError(f"{name}: the weights do not fit a {type(model).__name__} ({'; '.join(problems)}).")
+        model = load_strict(AutoModel, name, config=config, revision=revision, trust_remote_code=False, dtype=dtype)
         model.config._commit_hash = commit  # where older transformers kept it
         processor = load_processor(name, revision)
         for part in ("tokenizer", "image_processor"):
@@ -117,7 +108,79 @@ def load_model(
                     "`processor.save_pretrained(folder)`."
                 )
     fit_tokenizer(model, processor.tokenizer)
-    return model.to(device).eval(), processor
+    model.to(device=device)
+    return model, processor
+
+
+def load_strict(
+    model_class: Any, path: str | os.PathLike, *, allow_unexpected: bool = False, subfolder: str = "", **kwargs: Any
+) -> PreTrainedModel:
+    """
+    Loads a model whose weights are all in the checkpoint, with none left over.
+
+    Args:
+        model_class (`type[PreTrainedModel]`): the class.
+        path (`str` or `os.PathLike`): a checkpoint folder or a Hub id.
+        allow_unexpected (`bool`, *optional*, defaults to `False`):
+            Whether the checkpoint may hold more, as a whole model does of which one tower is loaded.
+        subfolder (`str`, *optional*): folder of the model in the checkpoint.
+        kwargs: passed to `from_pretrained`.
+
+    Returns:
+        `PreTrainedModel`: the model in evaluation mode, by default in the precision of the checkpoint.
+
+    Raises:
+        LoadingError: if weights are missing, unexpected or of another shape, or a file is damaged; the message names
+            the checkpoint.
+        OSError: if the checkpoint is not found.
+    """
+    name = os.path.join(path, subfolder) if subfolder else os.fspath(path)
+    kwargs = {"dtype": "auto", "subfolder": subfolder, **kwargs}
+    try:
+        with quiet():
+            model, info = model_class.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
+        kind, reason = OSError if isinstance(error, OSError) else LoadingError, printable(" ".join(str(error).split()))
+        raise kind(f"{name}: the weights cannot be read ({reason}).") from error
+    problems = []
+    for kind, keys in info.items():
+        names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
+        if names and not (allow_unexpected and kind == "unexpected_keys"):
+            more = ", ..." if len(names) > 5 else ""
+            problems.append(f"{len(names)} {PROBLEMS.get(kind, kind)}: {', '.join(map(printable, names[:5]))}{more}")
+    if problems:
+        raise LoadingError(f"{name}: the weights do not fit a {type(model).__name__} ({'; '.join(problems)}).")
+    return model.eval()
+
+
+def load_tokenizer(
+    path: str | os.PathLike, advice: str, *, tokenizer_class: Any = AutoTokenizer, subfolder: str = ""
+) -> PreTrainedTokenizerBase:
+    """
+    Loads a tokenizer.
+
+    Args:
+        path (`str` or `os.PathLike`): a folder or a Hub id.
+        advice (`str`): what to do if there is none, for the error.
+        tokenizer_class (`type`, *optional*, defaults to `AutoTokenizer`): the class.
+        subfolder (`str`, *optional*): folder of the tokenizer in `path`.
+
+    Raises:
+        LoadingError: if there is no tokenizer, or its files are damaged.
+    """
+    try:
+        with quiet():
+            tokenizer = tokenizer_class.from_pretrained(path, subfolder=subfolder, trust_remote_code=False)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise LoadingError("it has special tokens alone")  # what some classes make of no file
+        return tokenizer
+    except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
+        name, reason = os.path.join(path, subfolder) if subfolder else os.fspath(path), " ".join(str(error).split())
+        raise LoadingError(f"{name}: no tokenizer can be loaded ({printable(reason)}); {advice}.") from error
 
 
 def load_processor(name: str, revision: str | None = None) -> Any:
@@ -276,14 +339,17 @@ def _damaged_part(name: str, revision: str | None) -> str:
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """transformers logs errors alone in this context."""
-    verbosity = transformers_logging.get_verbosity()
+def quiet() -> Iterator[None]:
+    """Without the progress bars and reports of transformers."""
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def cached_commit(repo_id: str, revision: str | None = None) -> str | None:

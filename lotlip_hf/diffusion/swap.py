@@ -1,19 +1,15 @@
 """A LoTLIP text encoder in a diffusers pipeline: longer prompts, and everything else as the pipeline has it."""
 
 import copy
-import json
 import logging
 import os
 import sys
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     CLIPConfig,
     CLIPModel,
     CLIPTextModel,
@@ -23,14 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
-from transformers.tokenization_utils_base import BatchEncoding
-from transformers.utils import logging as transformers_logging
 
-from ..modeling.calls_lotlip import for_one_call, free_of_calls
+from ..loading import load_strict, load_tokenizer, naming_damage
 from ..modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
 from .stretch import clip_text_model, stretch_text_model
 from .text_encoder import LoTLIPTextEncoder, pipeline_target_layer
+from .tokenizers import prompt_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -131,13 +126,13 @@ def swap_text_encoder(
         encoder.set_attn_implementation(replaced.config._attn_implementation)
     components: dict[str, Any] = {
         slot: encoder.to(device=replaced.device, dtype=replaced.dtype).eval(),
-        tokenizer_name: _prompt_tokenizer(
+        tokenizer_name: prompt_tokenizer(
             tokenizer, length, isinstance(encoder, LoTLIPTextEncoder) and encoder.config.output_length is not None
         ),
     }
     for name, other in others.items():
         components[name] = _with_length(other, others_length, name)
-        components[_tokenizer_name(name)] = _prompt_tokenizer(getattr(pipe, _tokenizer_name(name)), others_length)
+        components[_tokenizer_name(name)] = prompt_tokenizer(getattr(pipe, _tokenizer_name(name)), others_length)
 
     if isinstance(encoder, LoTLIPTextEncoder) and encoder.config.adapter is None:
         logger.warning(
@@ -185,102 +180,8 @@ class CLIPTextEncoder(CLIPTextModel):
         return encoder
 
 
-class _PromptTokenizer(PreTrainedTokenizerBase):
-    """
-    Logs the words that truncation cuts off, in every call: diffusers does so for positive prompts alone, in the words
-    of the tokens. Where it tokenises a prompt a second time to find them, it finds none.
-
-    Args:
-        fixed_length: Whether every text has `model_max_length` tokens at most, whatever `max_length` a call gives.
-            Diffusers cuts a negative prompt to as many tokens as the prompt has states, and a resampler gives out
-            another number than it reads.
-    """
-
-    saved_class: ClassVar[str]
-
-    def __init__(self, *args: Any, fixed_length: bool = False, **kwargs: Any) -> None:
-        if fixed_length:
-            kwargs["fixed_length"] = True
-        super().__init__(*args, **kwargs)
-        self.fixed_length = fixed_length
-
-    def __call__(self, *args: Any, **kwargs: Any) -> BatchEncoding:
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.startswith("diffusers.") and "truncation" not in kwargs and kwargs.get("padding") == "longest":
-            kwargs.update(truncation=True, verbose=False)  # what it compares with the prompt that was cut
-        return super().__call__(*args, **kwargs)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> tuple[str, ...]:  # pyright: ignore
-        """As the class that it adds its warnings to, which `AutoTokenizer` knows."""
-        free_of_calls(self)
-        files = super().save_pretrained(save_directory, **kwargs)
-        path = Path(files[0])
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        settings["tokenizer_class"] = self.saved_class
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return files
-
-    def _encode_plus(
-        self, text: Any, *args: Any, verbose: bool = True, return_overflowing_tokens: bool = False, **kwargs: Any
-    ) -> BatchEncoding:
-        # What the other classes would say is said here, and better.
-        kwargs.update(verbose=False, return_overflowing_tokens=return_overflowing_tokens)
-        if self.fixed_length and kwargs.get("max_length") is not None:
-            kwargs["max_length"] = self.model_max_length
-        call: Any = super(_PromptTokenizer, for_one_call(self))
-        encoding = call._encode_plus(text, *args, **kwargs)
-        if verbose and not return_overflowing_tokens and encoding.encodings is not None:
-            texts = [text] if isinstance(text, str) else text
-            lost = [
-                self._lost_words(text, prompt)
-                for text, prompt in zip(texts, encoding.encodings, strict=True)
-                if prompt.overflowing
-            ]
-            if lost:
-                logger.warning(
-                    f"{len(lost)} of {len(encoding.encodings)} prompts cut off at {kwargs.get('max_length')} tokens. "
-                    f"Lost words: {'; '.join(map(repr, lost))}"
-                )
-        return encoding
-
-    def _lost_words(self, text: Any, prompt: Any) -> str:
-        """What of `text` lies beyond the tokens that were kept, from the beginning of its first word."""
-        read = self._as_read(text)
-        spans = [span for span, special in zip(prompt.offsets, prompt.special_tokens_mask, strict=True) if not special]
-        if read is None or self.truncation_side != "right":
-            ids = [token_id for part in prompt.overflowing for token_id in part.ids]
-            return str(self.decode(ids, skip_special_tokens=True)).replace("</w>", " ").strip()
-        start = max((end for _, end in spans), default=0)
-        while 0 < start < len(read) and read[start - 1].isalnum() and read[start].isalnum():
-            start -= 1
-        return read[start:].strip()
-
-    def _as_read(self, text: Any) -> str | None:
-        """The text that offsets count in, where it can be told."""
-        return text if isinstance(text, str) else None
-
-
-class CLIPPromptTokenizer(_PromptTokenizer, CLIPTokenizer):
-    """`CLIPTokenizer` that logs a warning with the words that it cuts off."""
-
-    saved_class = "CLIPTokenizer"
-
-
-class LoTLIPPromptTokenizer(_PromptTokenizer, LoTLIPTokenizer):
-    """[`LoTLIPTokenizer`] that logs a warning with the words that it cuts off."""
-
-    saved_class = "LoTLIPTokenizer"
-    _auto_class = None  # it is of this package, and not saved with its code
-
-    def _as_read(self, text: Any) -> str | None:
-        if not isinstance(text, str) or any(token in text for token in self.all_special_tokens):
-            return None
-        return str(self.sep_token or "").join(self._sentences(text))
-
-
 # Saved pipelines name a component's package and class; diffusers looks both up in `lotlip_hf` itself.
-for _class in (CLIPTextEncoder, CLIPPromptTokenizer, LoTLIPPromptTokenizer):
-    _class.__module__ = "lotlip_hf"
+CLIPTextEncoder.__module__ = "lotlip_hf"
 
 
 def _text_encoders(pipe: "DiffusionPipeline", slot: str) -> dict[str, TextEncoder]:
@@ -346,30 +247,16 @@ def _load_model(path: str | os.PathLike) -> PreTrainedModel:
         raise ValueError(
             f"{path} is a whole pipeline: give the folder of its text encoder, such as text_encoder in it."
         )
-    try:
+    with naming_damage(os.fspath(path)):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except OSError as error:
-        raise OSError(
-            f"{path}: no such folder, and not to be had from the Hub ({str(error).splitlines()[0]})"
-        ) from error
     architecture = (config.architectures or [type(config).__name__.replace("Config", "Model")])[0]
     if architecture not in TEXT_CLASSES:
         raise ValueError(f"{path} holds a {architecture}: expected one of {', '.join(TEXT_CLASSES)}.")
     if isinstance(config, CLIPConfig):
         config.text_config.projection_dim = config.projection_dim  # the one that counts in a whole CLIP
     config = getattr(config, "text_config", config) if architecture != "LoTLIPTextEncoder" else config
-    model_class: Any = TEXT_CLASSES[architecture]
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # else it lists all of a whole model's image tower as unexpected
-    try:
-        model, info = model_class.from_pretrained(path, config=config, output_loading_info=True)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: its weights are damaged ({error}).") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    if info["missing_keys"]:
-        raise ValueError(f"{path} lacks weights of its text encoder: {', '.join(sorted(info['missing_keys']))}.")
-    return model
+    # what is left over is the image tower of a whole model
+    return load_strict(TEXT_CLASSES[architecture], path, allow_unexpected=True, config=config)
 
 
 def _load_tokenizer(
@@ -379,11 +266,7 @@ def _load_tokenizer(
     if not (folder / "tokenizer_config.json").is_file() and folder.name.startswith("text_encoder"):
         beside = folder.with_name(_tokenizer_name(folder.name))  # as pipelines have it
         path = beside if beside.is_dir() else path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: no tokenizer found ({reason}). Give `tokenizer`.") from error
+    tokenizer = load_tokenizer(path, "give `tokenizer`")
     # the pipeline was trained on texts padded as the slot's tokenizer does it, and looks at the padding
     if isinstance(tokenizer, CLIPTokenizer) and isinstance(padding_of, CLIPTokenizer):
         if tokenizer.convert_tokens_to_ids(padding_of.pad_token) == padding_of.pad_token_id:
@@ -516,16 +399,3 @@ def _with_length(encoder: TextEncoder, length: int, name: str) -> TextEncoder:
     longer = copy.deepcopy(encoder, {id(parameter): parameter for parameter in encoder.parameters()})
     stretch_text_model(longer, length)
     return longer
-
-
-def _prompt_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, max_length: int, fixed_length: bool = False
-) -> PreTrainedTokenizerBase:
-    """A copy that reports what it cuts off."""
-    prompt_class = CLIPPromptTokenizer if isinstance(tokenizer, CLIPTokenizer) else LoTLIPPromptTokenizer
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        prompt_tokenizer = prompt_class.from_pretrained(folder, model_max_length=max_length, fixed_length=fixed_length)
-    free_of_calls(prompt_tokenizer)
-    prompt_tokenizer.name_or_path = tokenizer.name_or_path
-    return prompt_tokenizer

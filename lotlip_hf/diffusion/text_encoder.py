@@ -223,7 +223,6 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
     config: LoTLIPTextEncoderConfig
     _auto_class = None  # it is of this package, and not saved with its code
     base_model_prefix = "text_model"
-    _auto_class = None  # its code is not saved beside the weights, as that of LoTLIP's own models is
     input_modalities = ["text"]
     _no_split_modules = ["LoTLIPResamplerLayer"]
 
@@ -409,7 +408,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
             )
         tower = model if isinstance(model, LoTLIPTextModel) else model.text_model
         text_config = copy.deepcopy(tower.config)
-        # where the tower lay is nobody's business who reads the encoder's configuration
+        # not the folder of the tower on this machine
         text_config._name_or_path = text_config.backbone_config._name_or_path = ""
         config = LoTLIPTextEncoderConfig(text_config=text_config, **config_kwargs)
         projection = getattr(model, "text_projection", None)

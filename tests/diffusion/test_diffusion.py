@@ -43,8 +43,9 @@ import tiny_diffusion
 from lotlip_hf import LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection, LoTLIPTokenizer
 from lotlip_hf.conversion.clip import convert
 from lotlip_hf.diffusion.stretch import stretch_positions, stretch_text_model
-from lotlip_hf.diffusion.swap import CLIPPromptTokenizer, CLIPTextEncoder, LoTLIPPromptTokenizer, swap_text_encoder
+from lotlip_hf.diffusion.swap import CLIPTextEncoder, swap_text_encoder
 from lotlip_hf.diffusion.text_encoder import LoTLIPTextEncoder
+from lotlip_hf.diffusion.tokenizers import CLIPPromptTokenizer, LoTLIPPromptTokenizer
 from scripts import load_script
 from tiny_diffusion import picture, pipeline, same
 
@@ -301,16 +302,6 @@ def test_what_is_frozen_stays_so() -> None:
     assert all(parameter.requires_grad for parameter in pipe.text_encoder.embeddings.parameters())
 
 
-def test_both_encoders_of_a_pipeline() -> None:
-    pipe = swapped("sdxl", length=LONG)
-    second = tiny_diffusion.lotlip(pipeline("sdxl").text_encoder_2)
-    stretch_text_model(second, LONG)
-    swap_text_encoder(pipe, second, "text_encoder_2")
-    assert pipe.tokenizer.model_max_length == pipe.tokenizer_2.model_max_length == LONG
-    assert same(picture(pipe, words(110)), picture(swapped("sdxl", length=LONG), words(110)))
-    assert not same(picture(pipe, words(110, "cat")), picture(pipe, words(110, "dog")))
-
-
 # Length
 
 
@@ -460,7 +451,7 @@ def test_offloading(kind: str, offload: str) -> None:
     else:
         pipe.enable_group_offload(onload_device=device, offload_device=device, offload_type="leaf_level")
     assert same(picture(pipe, words(100), **clip_skip), expected)
-    with pytest.raises(ValueError, match="offloaded.*swap first"):
+    with pytest.raises(ValueError, match="offloaded"):
         swap_text_encoder(pipe, tiny_clip.clip_text_model())
     if offload == "model" and kind == "sd":
         pipe.remove_all_hooks()
@@ -562,16 +553,6 @@ def test_textual_inversion(kind: str, slot: str, caplog: pytest.LogCaptureFixtur
     assert "Lost words: 'red car'" in caplog.text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
-def test_textual_inversion_of_a_long_prompt(kind: str) -> None:
-    pipe = swapped(kind, length=LONG)
-    if kind == "sdxl":
-        pipe.load_textual_inversion(inversion(1), text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
-    pipe.load_textual_inversion(inversion())
-    assert not same(picture(pipe, words(100, "<toy>")), picture(pipe, words(100, "cat")))
-
-
 def test_a_pipeline_loaded_from_another_one() -> None:
     stock, pipe = pipeline("sd"), swapped("sd", length=LONG)
     start = Image.new("RGB", (tiny_diffusion.SIZE,) * 2, "red")
@@ -640,38 +621,30 @@ def test_a_pipeline_without_its_first_text_encoder() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_cut_off_is_said(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    pipe = swapped(kind)
-    number = len(clip_encoders(pipe))
-    with caplog.at_level(logging.WARNING):
-        picture(pipe, words(75, "Red HOUSE, photo"))
-    expected = "1 of 1 prompts cut off at 77 tokens. Lost words: 'Red HOUSE, photo'"
-    assert [record.getMessage() for record in caplog.records] == [expected] * number
-    caplog.clear()
-    if kind == "flux":
-        return
-    with caplog.at_level(logging.WARNING):
-        picture(pipe, [PROMPT] * 3, negative_prompt=["", words(75, "red house"), words(75, "car")])
-    expected = "2 of 3 prompts cut off at 77 tokens. Lost words: 'red house'; 'car'"
-    assert [record.getMessage() for record in caplog.records] == [expected] * number
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_cut_off_is_said_once(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """diffusers logs by a logger of its own, which does not hand on to the root."""
+    """By each tokenizer; diffusers, which has a logger of its own, finds nothing more to say."""
     pipe = swapped(kind)
+    calls = [([words(75, "Red HOUSE, photo"), "a cat"], {}, ["Red HOUSE, photo"])]
+    if kind != "flux":
+        negative = ["", words(75, "red house"), words(75, "car")]
+        calls.append(([PROMPT] * 3, {"negative_prompt": negative}, ["red house", "car"]))
     theirs = logging.getLogger("diffusers")
     theirs.addHandler(caplog.handler)
     try:
-        with caplog.at_level(logging.WARNING), caplog.at_level(logging.WARNING, "diffusers"):
-            picture(pipe, [words(75, "Red HOUSE, photo"), "a cat"])
+        for prompt, guided, lost in calls:
+            caplog.clear()
+            with caplog.at_level(logging.WARNING), caplog.at_level(logging.WARNING, "diffusers"):
+                picture(pipe, prompt, **guided)
+            told = [record.getMessage() for record in caplog.records]
+            told = [message for message in told if "max_sequence_length" not in message]  # T5's own
+            assert len(told) == len(clip_encoders(pipe))
+            for message in told:
+                assert message.startswith(f"{len(lost)} of {len(prompt)} prompts cut off at 77 tokens")
+                assert all(repr(one) in message for one in lost)
     finally:
         theirs.removeHandler(caplog.handler)
-    told = [record for record in caplog.records if "max_sequence_length" not in record.getMessage()]  # T5's own
-    assert all("Red HOUSE" in record.getMessage() for record in told)
-    assert len(told) == len(clip_encoders(pipe))
     # who asks for the whole prompt gets it
-    assert len(pipe.tokenizer(words(75, "Red HOUSE, photo"), padding="longest")["input_ids"]) > 77
+    assert len(pipe.tokenizer(words(75, "Red HOUSE, photo"), padding="longest", truncation=False)["input_ids"]) > 77
 
 
 def test_what_is_cut_off_is_said_every_time_and_only_then(caplog: pytest.LogCaptureFixture) -> None:
@@ -775,11 +748,11 @@ def test_a_resampler_reads_all_of_negative_prompts(num_queries: int) -> None:
 
 
 def test_lengths_that_adapters_cannot_agree_on() -> None:
-    with pytest.raises(ValueError, match="resampler gives out 50 tokens: `max_length` must be 50"):
+    with pytest.raises(ValueError, match="`max_length` must be 50"):
         adapted("sd3", "text_encoder", "resampler", num_queries=50)
     pipe = adapted("sdxl", "text_encoder", "resampler")
     model = tiny_diffusion.lotlip(pipe.text_encoder_2)
-    with pytest.raises(ValueError, match="`text_encoder` gives out 24 tokens, not 77: pass max_length=24"):
+    with pytest.raises(ValueError, match="max_length=24"):
         swap_text_encoder(pipe, model, "text_encoder_2")
     swap_text_encoder(pipe, model, "text_encoder_2", max_length=24)
     assert picture(pipe, words(60)).isfinite().all()
@@ -913,18 +886,16 @@ def test_the_example_with_a_pipeline_and_a_model(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--slot", "text_encoder_2"],
-            "`slot` 'text_encoder_2' of StableDiffusionPipeline: there is no such component",
-        ),
-        (["--slot", "vae"], "it holds AutoencoderKL, which is no CLIP text encoder"),
+        (["--slot", "text_encoder_2"], "text_encoder_2"),
+        (["--slot", "vae"], "AutoencoderKL"),
         (["--model", "nowhere/at all"], "nowhere/at all"),
         (["--pipeline", "nowhere/at all"], "nowhere/at all"),
-        (["--output", "picture"], "--output picture: not the name of a picture"),
-        (["--save", "."], "--save .: exists already"),
-        (["--num-steps", "0"], "--num-steps 0: expected 1 or more"),
-        (["--seed", "-1"], "--seed -1: expected 0 or more"),
-        (["--output", "file/picture.png"], "--output file/picture.png: its folder cannot be made"),
+        (["--pipeline", "damaged"], "model_index.json"),
+        (["--output", "picture"], "--output"),
+        (["--save", "."], "--save"),
+        (["--num-steps", "0"], "--num-steps"),
+        (["--seed", "-1"], "--seed"),
+        (["--output", "file/picture.png"], "--output"),
     ],
 )
 def test_the_example_checks_before_it_draws(
@@ -932,18 +903,13 @@ def test_the_example_checks_before_it_draws(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "model_index.json").write_text("[]")
     module = example()
     monkeypatch.setattr(module, "draw", lambda *_: pytest.fail("drawn"))
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(SystemExit, match=message) as error:
         module.main(arguments)
     assert str(error.value).startswith("error: ")
-    assert message in str(error.value)
-
-
-def test_the_example_with_fewer_tokens_than_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--max-length", "40", "--num-steps", "1", "--output", str(tmp_path / "picture.png")]
-    example().main(arguments)
-    assert "The prompt has 270 tokens, and `text_encoder` now reads 40." in capsys.readouterr().out
 
 
 # What is refused
@@ -960,87 +926,65 @@ def adapter_for(pipe: DiffusionPipeline, **kwargs: Any) -> LoTLIPTextEncoder:
 
 
 REFUSED: dict[str, tuple[str, Callable[[DiffusionPipeline], dict[str, Any]], str]] = {
-    "T5 of SD3": (
-        "sd3",
-        lambda pipe: {"slot": "text_encoder_3"},
-        "`slot` 'text_encoder_3'.*T5EncoderModel.*can be swapped here: 'text_encoder', 'text_encoder_2'",
-    ),
-    "T5 of Flux": ("flux", lambda pipe: {"slot": "text_encoder_2"}, "T5EncoderModel.*can be swapped here: 'text_enc"),
-    "no such slot": (
-        "sd",
-        lambda pipe: {"slot": "text_encoder_2"},
-        "there is no such component.*here: 'text_encoder'",
-    ),
-    "not a text encoder": ("sd", lambda pipe: {"slot": "unet"}, "it holds UNet2DConditionModel, which is no CLIP"),
-    "width": (
-        "sd",
-        lambda pipe: {"model_or_path": tiny_clip.clip_text_model(hidden_size=48)},
-        "states of width 48, and the pipeline reads 32 from `text_encoder`: .*align_text_encoder.py",
-    ),
-    "width of BERT": (
-        "sdxl",
-        lambda pipe: {"model_or_path": bert(width=20), "tokenizer": bert_tokenizer()},
-        "LoTLIPTextModel gives states of width 20, and the pipeline reads 32",
-    ),
+    "T5 of SD3": ("sd3", lambda pipe: {"slot": "text_encoder_3"}, "T5EncoderModel"),
+    "T5 of Flux": ("flux", lambda pipe: {"slot": "text_encoder_2"}, "T5EncoderModel"),
+    "no such slot": ("sd", lambda pipe: {"slot": "text_encoder_2"}, "text_encoder_2"),
+    "not a text encoder": ("sd", lambda pipe: {"slot": "unet"}, "UNet2DConditionModel"),
+    "width": ("sd", lambda pipe: {"model_or_path": tiny_clip.clip_text_model(hidden_size=48)}, "48"),
+    "width of BERT": ("sdxl", lambda pipe: {"model_or_path": bert(width=20), "tokenizer": bert_tokenizer()}, "20"),
     "no projection": (
         "sdxl",
         lambda pipe: {"model_or_path": tiny_diffusion.lotlip(pipe.text_encoder), "slot": "text_encoder_2"},
-        "LoTLIPTextModel has no text projection, and the pipeline reads pooled features of width 24",
+        "projection",
     ),
     "width of the projection": (
         "sd3",
         lambda pipe: {"model_or_path": tiny_clip.clip_text_model(with_projection=True, projection_dim=40)},
-        "CLIPTextModelWithProjection projects to width 40, and .* width 24 from `text_encoder`",
+        "40",
     ),
-    "projection without a place": (
+    "projection too many": (
         "sd",
         lambda pipe: {"model_or_path": adapter_for(pipe, projection_dim=24), "tokenizer": bert_tokenizer()},
-        "has a projection, for which `text_encoder` has no place",
+        "projection",
     ),
     "adapter for another layer": (
         "sdxl",
         lambda pipe: {"model_or_path": adapter_for(pipe), "tokenizer": bert_tokenizer()},
-        "stand for layer -1 of a text encoder, and this pipeline reads layer -2",
+        "layer -2",
     ),
-    "length": (
-        "sd",
-        lambda pipe: {"max_length": 248},
-        "`max_length` is 248, more than the 77 positions of the model: .*conversion.clip --max-positions 248",
-    ),
+    "length": ("sd", lambda pipe: {"max_length": 248}, "max_length.*--max-positions 248"),
     "length of BERT": (
         "sd",
         lambda pipe: {"model_or_path": bert(), "tokenizer": bert_tokenizer(), "max_length": 77},
-        "`max_length` is 77, more than the 38 positions of the model: a text tower other than CLIP's cannot get more",
+        "max_length",
     ),
-    "no length": ("sd", lambda pipe: {"max_length": 2}, "`max_length` must be 3 or more .*got 2"),
-    "too many tokens": (
-        "sd",
-        lambda pipe: {"tokenizer": stretched_tokenizer()},
-        "tokenizer does not fit the model: it has 536 tokens and the model 534. Give the model's as `tokenizer`",
-    ),
-    "BERT's tokenizer": (
-        "sd",
-        lambda pipe: {"tokenizer": bert_tokenizer()},
-        "does not fit the model: its end-of-text id is None and the model's 533",
-    ),
-    "CLIP's tokenizer": (
-        "sd",
-        lambda pipe: {"model_or_path": adapter_for(pipe)},
-        "does not fit the model: it has 534 tokens and the model 60",
-    ),
+    "no length": ("sd", lambda pipe: {"max_length": 2}, "max_length"),
+    "no whole length": ("sd", lambda pipe: {"max_length": 77.0}, "max_length"),
+    "too many tokens": ("sd", lambda pipe: {"tokenizer": stretched_tokenizer()}, "tokenizer"),
+    "BERT's tokenizer": ("sd", lambda pipe: {"tokenizer": bert_tokenizer()}, "tokenizer"),
+    "CLIP's tokenizer": ("sd", lambda pipe: {"model_or_path": adapter_for(pipe)}, "tokenizer"),
     "not a model": (
         "sd",
         lambda pipe: {
             "model_or_path": ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
         },
-        "`model_or_path` is a ViTModel: expected a LoTLIP model",
+        "ViTModel",
     ),
-    "LoRA in the model": (
+    "a state dict": ("sd", lambda pipe: {"model_or_path": pipe.text_encoder.state_dict()}, "OrderedDict"),
+    "LoRA in the model": ("sd", lambda pipe: {"model_or_path": with_lora(tiny_clip.clip_text_model())}, "LoRA"),
+    "LoRA in the pipeline": (
         "sd",
-        lambda pipe: {"model_or_path": with_lora(tiny_clip.clip_text_model())},
-        "holds LoRA weights: merge them first",
+        lambda pipe: {"model_or_path": tiny_clip.clip_text_model(), "slot": lora_slot(pipe)},
+        "unload_lora_weights",
     ),
 }
+
+
+def lora_slot(pipe: DiffusionPipeline) -> str:
+    """The slot of a pipeline, which gets LoRA weights."""
+    weights = lora_weights(tiny_clip.clip_text_model())
+    pipe.load_lora_weights({f"text_encoder.{name}": tensor for name, tensor in weights.items()})
+    return "text_encoder"
 
 
 def with_lora(model: CLIPTextModel) -> CLIPTextModel:
@@ -1055,59 +999,51 @@ def test_what_does_not_fit_is_refused_before_anything_is_changed(case: str) -> N
     pipe = pipeline(kind)
     parts, config = dict(pipe.components), dict(pipe.config)
     given = arguments(pipe)
-    given.setdefault("model_or_path", tiny_diffusion.lotlip(pipe.text_encoder))
+    if "model_or_path" not in given:
+        given["model_or_path"] = tiny_diffusion.lotlip(pipe.text_encoder)
     with pytest.raises(ValueError, match=message):
         swap_text_encoder(pipe, **given)
     assert all(pipe.components[name] is part for name, part in parts.items())
     assert dict(pipe.config) == config
 
 
-def test_more_that_is_refused(tmp_path: Path) -> None:
+def test_pipelines_that_are_refused() -> None:
     model = tiny_clip.clip_text_model()
-    with pytest.raises(ValueError, match="`pipe` must be a diffusers pipeline, got Linear"):
+    with pytest.raises(ValueError, match="Linear"):
         swap_text_encoder(torch.nn.Linear(2, 2), model)  # pyright: ignore[reportArgumentType]
-    pipe = pipeline("sd")
-    pipe.load_lora_weights({f"text_encoder.{name}": weights for name, weights in lora_weights(model).items()})
-    with pytest.raises(ValueError, match="`text_encoder` holds LoRA weights: call pipe.unload_lora_weights"):
-        swap_text_encoder(pipe, model)
     empty = StableDiffusionXLPipeline(**{**pipeline("sdxl").components, "text_encoder": None, "tokenizer": None})
-    with pytest.raises(ValueError, match="'text_encoder' .*it is empty: load .*swapped here: 'text_encoder_2'"):
+    with pytest.raises(ValueError, match="'text_encoder_2'"):  # the slot that there is
         swap_text_encoder(empty, model)
-
     pipe = pipeline("sd")
-    with pytest.raises(OSError, match="nowhere: no such folder"):
-        swap_text_encoder(pipe, tmp_path / "nowhere")
-    model.save_pretrained(tmp_path / "bare")
-    with pytest.raises(ValueError, match="bare: no tokenizer found .* Give `tokenizer`"):
-        swap_text_encoder(pipe, tmp_path / "bare")
-    vit = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
-    vit.save_pretrained(tmp_path / "vit")
-    with pytest.raises(ValueError, match="vit holds a ViTModel: expected one of LoTLIPModel"):
-        swap_text_encoder(pipe, tmp_path / "vit")
-    weights = {name: tensor for name, tensor in model.state_dict().items() if "final_layer_norm" not in name}
-    tiny_diffusion.save(tmp_path / "cut", model, tiny_clip.clip_tokenizer())
-    save_file(weights, tmp_path / "cut" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="cut lacks weights of its text encoder: .*final_layer_norm"):
-        swap_text_encoder(pipe, tmp_path / "cut")
-    (tmp_path / "cut" / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="cut: its weights are damaged"):
-        swap_text_encoder(pipe, tmp_path / "cut")
-    (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is a whole pipeline: give the folder of its text encoder"):
-        swap_text_encoder(pipe, tmp_path)
-    with pytest.raises(ValueError, match="`model_or_path` is a OrderedDict: expected a model"):
-        swap_text_encoder(pipe, model.state_dict())  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="`max_length` must be a whole number, got 77.0"):
-        swap_text_encoder(pipe, model, max_length=77.0)  # pyright: ignore[reportArgumentType]
     pipe.load_textual_inversion(inversion())
-    with pytest.raises(ValueError, match="`text_encoder` has learnt tokens .*<toy>, <toy>_1. Call pipe.unload"):
+    with pytest.raises(ValueError, match="<toy>"):
         swap_text_encoder(pipe, model, tokenizer=tiny_clip.clip_tokenizer())
     pipe.unload_textual_inversion()
     assert type(pipe.text_encoder) is CLIPTextModel
     swap_text_encoder(pipe, pipe.text_encoder)  # whose configuration counts the token that went
     pipe.tokenizer = None
-    with pytest.raises(ValueError, match="`tokenizer` must be a CLIPTokenizer or a LoTLIPTokenizer, got NoneType"):
+    with pytest.raises(ValueError, match="`tokenizer`"):
         swap_text_encoder(pipe, model)
+
+
+@pytest.mark.parametrize("case", ["nowhere", "no tokenizer", "ViTModel", "final_layer_norm", "damaged", "pipeline"])
+def test_checkpoints_that_are_refused(case: str, tmp_path: Path) -> None:
+    model, folder = tiny_clip.clip_text_model(), tmp_path / case
+    if case == "no tokenizer":
+        model.save_pretrained(folder)
+    elif case == "ViTModel":
+        ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(folder)
+    elif case != "nowhere":
+        tiny_diffusion.save(folder, model, tiny_clip.clip_tokenizer())
+    if case == "final_layer_norm":
+        weights = {name: tensor for name, tensor in model.state_dict().items() if case not in name}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    elif case == "damaged":
+        (folder / "model.safetensors").write_bytes(b"damaged")
+    elif case == "pipeline":
+        (folder / "model_index.json").write_text("{}")
+    with pytest.raises(OSError if case == "nowhere" else ValueError, match=case):
+        swap_text_encoder(pipeline("sd"), folder)
 
 
 def test_lotlip_with_projection_goes_where_none_is_asked_for() -> None:

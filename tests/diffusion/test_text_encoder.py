@@ -10,7 +10,6 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
 
 import tiny
@@ -23,7 +22,6 @@ from lotlip_hf import (
     LoTLIPTextModelWithProjection,
     LoTLIPTokenizer,
 )
-from lotlip_hf.diffusion.text_encoder import LoTLIPResampler, pipeline_target_layer
 
 ADAPTERS = ("linear", "mlp", "resampler")
 NUM_QUERIES = 9
@@ -277,18 +275,6 @@ def test_where_the_model_lay_is_not_saved(tmp_path: Path) -> None:
     assert model.config._name_or_path == str(tmp_path / "private")  # the model's own stays
 
 
-def test_a_model_of_another_class() -> None:
-    for other in (None, "a folder", tiny_clip.clip_text_model(), text_encoder()):
-        with pytest.raises(TypeError, match=f"`model` must be a LoTLIPModel, .* got {type(other).__name__}"):
-            LoTLIPTextEncoder.from_text_model(other, adapter="linear")
-
-
-def test_the_layer_that_a_pipeline_reads() -> None:
-    assert pipeline_target_layer([False]) == -1
-    assert pipeline_target_layer(iter([False, True])) == -2
-    assert pipeline_target_layer([True, True]) == -2
-
-
 @pytest.mark.parametrize("model_class", [LoTLIPModel, LoTLIPTextModelWithProjection])
 def test_from_a_model_without_adapter_it_answers_as_the_model(model_class: type) -> None:
     model = model_class(tiny.config() if model_class is LoTLIPModel else tiny.text_config()).eval()
@@ -303,42 +289,36 @@ def test_from_a_model_without_adapter_it_answers_as_the_model(model_class: type)
     assert not encoder.training
 
 
-def test_a_projection_that_is_not_there() -> None:
-    model = LoTLIPTextModel(tiny.text_config())
-    with pytest.raises(ValueError, match="`projection_dim`=24 needs an adapter: .* LoTLIPTextModel does not exist"):
-        LoTLIPTextEncoder.from_text_model(model, projection_dim=24)
-    model = LoTLIPTextModelWithProjection(tiny.text_config())
-    with pytest.raises(ValueError, match="`projection_dim`=16 needs an adapter: .* is 24 wide"):
-        LoTLIPTextEncoder.from_text_model(model, projection_dim=16)
-
-
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "name"),
     [
-        ({"hidden_size": 48}, "`hidden_size`=48 needs an adapter: the text tower's states are 32 wide"),
-        (
-            {"adapter": "resampler", "adapter_size": 30},
-            "`adapter_size`=30 must be a multiple of `num_adapter_heads`=8",
-        ),
-        ({"adapter": "mlp", "adapter_size": 0}, "`adapter_size` must be 1 or more, got 0"),
-        ({"adapter": "resampler", "num_queries": 0}, "`num_queries` must be 1 or more, got 0"),
-        ({"adapter": "resampler", "num_adapter_layers": 0}, "`num_adapter_layers` must be 1 or more, got 0"),
-        ({"adapter": "resampler", "num_adapter_heads": 0}, "`num_adapter_heads` must be 1 or more, got 0"),
-        ({"adapter": "resampler", "num_adapter_heads": -2}, "`num_adapter_heads` must be 1 or more, got -2"),
-        ({"projection_dim": 0}, "`projection_dim` must be 1 or more, got 0"),
+        ({"hidden_size": 48}, "hidden_size"),
+        ({"adapter": "resampler", "adapter_size": 30}, "adapter_size"),
+        ({"adapter": "mlp", "adapter_size": 0}, "adapter_size"),
+        ({"adapter": "resampler", "num_queries": 0}, "num_queries"),
+        ({"adapter": "resampler", "num_adapter_layers": 0}, "num_adapter_layers"),
+        ({"adapter": "resampler", "num_adapter_heads": -2}, "num_adapter_heads"),
+        ({"projection_dim": 0}, "projection_dim"),
     ],
 )
-def test_configurations_that_do_not_fit(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(StrictDataclassClassValidationError) as error:
+def test_configurations_that_do_not_fit(fields: dict[str, Any], name: str) -> None:
+    with pytest.raises(StrictDataclassClassValidationError, match=name):
         LoTLIPTextEncoderConfig(text_config=tiny.text_config(), **fields)
-    assert message in str(error.value)
 
 
 def test_arguments_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"`input_ids` must have shape \[batch, length\], got \[1, 2, 3\]"):
+    with pytest.raises(ValueError, match="input_ids"):
         text_encoder()(tiny.input_ids(1, 2, 3))
-    with pytest.raises(ValueError, match="The longest text has 39 tokens; this model takes 38"):
+    with pytest.raises(ValueError, match="attention_mask"):
+        text_encoder()(tiny.input_ids(1, 5), attention_mask=torch.ones(1, 4))
+    with pytest.raises(ValueError, match="39"):
         text_encoder()(tiny.input_ids(1, 39))
+    for other in (None, "a folder", tiny_clip.clip_text_model(), text_encoder()):
+        with pytest.raises(TypeError, match=type(other).__name__):
+            LoTLIPTextEncoder.from_text_model(other, adapter="linear")
+    for model, width in ((LoTLIPTextModel, 24), (LoTLIPTextModelWithProjection, 16)):
+        with pytest.raises(ValueError, match="projection_dim"):
+            LoTLIPTextEncoder.from_text_model(model(tiny.text_config()), projection_dim=width)
 
 
 @pytest.mark.parametrize("adapter", [None, *ADAPTERS])
@@ -421,10 +401,3 @@ def test_weights_that_are_elsewhere_until_used(adapter: str | None) -> None:
         assert all(p.device.type == "meta" for p in encoder.parameters())
         torch.testing.assert_close(encoder(ids).to_tuple(), expected, **CLOSE)
         remove_hook_from_submodules(encoder)
-
-
-def test_a_resampler_is_not_split_inside_a_layer() -> None:
-    encoder = text_encoder(adapter="resampler")
-    layers = {type(module).__name__ for module in encoder.modules() if isinstance(module, nn.Module)}
-    assert {"LoTLIPResamplerLayer", "BertLayer"} <= encoder._no_split_modules & layers
-    assert isinstance(encoder.adapter, LoTLIPResampler)

@@ -35,7 +35,6 @@ from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
 from ...encoder import cached_commit
-from ...modeling.loading_lotlip import checked_download
 from .base import IMAGE_ERRORS, Answer, CaptionerConfig, without_secrets
 
 # What is kept of a checkpoint's generation configuration: which tokens begin, end and fill an answer, and which may
