@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil
 from ..images import WHITE, ImageSource, load_image, load_pixels
 from ..loading import cached_commit, usable_device
 from ..modeling.processing_lotlip import is_thin, resized_middle
-from .torch import SIMILARITY_WEIGHTS, Modality
+from .torch import SIMILARITY_WEIGHTS, Modality, tokenizer_settings
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class OpenClipEngine:
         own["tokenizer_class"] = type(self.tokenizer).__name__
         own["cleaning"] = getattr(getattr(self.tokenizer, "clean_fn", None), "__name__", None)
         inner = getattr(self.tokenizer, "tokenizer", None)
-        own["vocabulary"] = self.tokenizer.encoder if inner is None else inner.get_vocab()
+        own["vocabulary"] = self.tokenizer.encoder if inner is None else tokenizer_settings(inner)
         return {"config": {**both, **self.model_cfg.get("text_cfg", {})}, "preparation": own}
 
     def weights(self, modality: Modality) -> Iterator[tuple[str, torch.Tensor]]:

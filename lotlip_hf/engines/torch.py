@@ -142,7 +142,7 @@ class TorchEngine:
         if modality == "image":
             preparation = {**self.image_processor.to_dict(), "background": checked_background(self.background)}
         else:
-            preparation = {**_tokenizer_settings(self.tokenizer), "max_length": self.max_text_length}
+            preparation = {**tokenizer_settings(self.tokenizer), "max_length": self.max_text_length}
         return {
             "config": _architecture(config.to_dict()),
             "preparation": {name: value for name, value in preparation.items() if value is not None},
@@ -157,7 +157,7 @@ class TorchEngine:
                 yield name, weights[name]
 
 
-def _tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
+def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
     """Everything that decides on the token ids of a text."""
     origin = {"name_or_path", "is_local", "local_files_only", "processor_class", "backend"}
     settings = {

@@ -4,8 +4,6 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from lotlip_hf import (
     LoTLIPTextModel,
     LoTLIPTextModelWithProjection,
     LoTLIPVisionModelWithProjection,
+    load_encoder,
 )
 from lotlip_hf.cli import main as lotlip
 from lotlip_hf.conversion import clip as clip_conversion
@@ -39,14 +38,13 @@ from lotlip_hf.conversion import onnx as onnx_conversion
 from lotlip_hf.conversion.common import ConversionError
 from lotlip_hf.conversion.onnx import convert, main
 from lotlip_hf.engines.onnx import LoTLIPOnnxModel
-from lotlip_hf.loading import load_model
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
-from lotlip_hf.search import build_index
 
 pytestmark = pytest.mark.slow
 
-# Of normalised embeddings, which is what the wrapper promises; what the towers give is a hundred times closer.
+# Of normalised embeddings, which is what the engine promises; what the towers give is a hundred times closer.
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
+FEATURES = {"atol": 1e-5, "rtol": 1e-5}
 TEXTS = [
     "",
     "A cat.",
@@ -55,18 +53,13 @@ TEXTS = [
 ]
 
 
-@contextmanager
-def made_once(folder: Path) -> Iterator[bool]:
-    """For what takes seconds to make: of the processes that run the tests one makes it, and the others wait."""
+def exported_once(checkpoint: Path, name: str, base: Path) -> Path:
+    """An export of a checkpoint, which takes seconds; of the processes that run the tests one makes it."""
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with FileLock(f"{folder}.lock"):
-        yield not folder.exists()
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all processes of this run of tests share."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        if not folder.exists():
+            convert(checkpoint, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -79,29 +72,17 @@ def clip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(shared: Path, official_checkpoint: Path) -> Path:
+def exported(tmp_path_factory: pytest.TempPathFactory, official_checkpoint: Path) -> Path:
     """BERT and ViT in ONNX."""
-    with made_once(shared / "onnx-official") as to_make:
-        if to_make:
-            convert(official_checkpoint, shared / "onnx-official")
-    return shared / "onnx-official"
+    return exported_once(official_checkpoint, "onnx-official", tmp_path_factory.getbasetemp())
 
 
-@pytest.fixture(scope="module")
-def clip_exported(shared: Path, clip_checkpoint: Path) -> Path:
-    """CLIP's towers in ONNX."""
-    with made_once(shared / "onnx-clip") as to_make:
-        if to_make:
-            convert(clip_checkpoint, shared / "onnx-clip")
-    return shared / "onnx-clip"
-
-
-@pytest.fixture(scope="module", params=["official", pytest.param("clip", marks=pytest.mark.slow)])
-def pair(request: pytest.FixtureRequest) -> tuple[Path, Path]:
-    """A checkpoint, and what was made of it."""
-    if request.param == "official":
-        return request.getfixturevalue("official_checkpoint"), request.getfixturevalue("exported")
-    return request.getfixturevalue("clip_checkpoint"), request.getfixturevalue("clip_exported")
+@pytest.fixture(scope="module", params=["official", "clip"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Encoder, Encoder]:
+    """The same in PyTorch and in ONNX."""
+    checkpoint = request.getfixturevalue(f"{request.param}_checkpoint")
+    folder = exported_once(checkpoint, f"onnx-{request.param}", tmp_path_factory.getbasetemp())
+    return load_encoder(checkpoint, device="cpu"), load_encoder(folder)
 
 
 def saved(model: PreTrainedModel, folder: Path) -> Path:
@@ -116,80 +97,71 @@ def padded_texts(config: Any, lengths: list[int], width: int, side: str) -> dict
     input_ids = torch.randint(7, config.vocab_size - 2, (len(lengths), width))
     mask = torch.zeros_like(input_ids)
     for row, length in enumerate(lengths):
-        place = slice(0, length) if side == "right" else slice(width - length, width)
-        mask[row, place] = 1
+        span = slice(0, length) if side == "right" else slice(width - length, width)
+        mask[row, span] = 1
         if config.is_causal:
-            input_ids[row, place.stop - 1] = config.eos_token_id
+            input_ids[row, span.stop - 1] = config.eos_token_id
     return {"input_ids": input_ids, "attention_mask": mask}
 
 
-def test_texts_and_images_are_encoded_as_in_pytorch(pair: tuple[Path, Path], golden: Path) -> None:
-    model, processor = load_model(pair[0], device="cpu")
-    # the folder alone is enough
-    onnx_model, onnx_processor = LoTLIPOnnxModel.from_pretrained(pair[1]), AutoProcessor.from_pretrained(pair[1])
+def test_texts_and_images_are_encoded_as_in_pytorch(pair: tuple[Encoder, Encoder], golden: Path) -> None:
+    encoder, exported = pair
+    pictures = sorted((golden / "images").glob("*.png"))
     for batch_size in (1, 3):
         options = {"batch_size": batch_size, "progress": False}
-        texts = Encoder(onnx_model, onnx_processor).encode_texts(TEXTS, **options)
-        torch.testing.assert_close(texts, Encoder(model, processor).encode_texts(TEXTS, **options), **TOLERANCE)
-        pictures = sorted((golden / "images").glob("*.png"))
-        images = Encoder(onnx_model, onnx_processor).encode_images(pictures, **options)
-        torch.testing.assert_close(images, Encoder(model, processor).encode_images(pictures, **options), **TOLERANCE)
+        texts, images = exported.encode_texts(TEXTS, **options), exported.encode_images(pictures, **options)
+        torch.testing.assert_close(texts, encoder.encode_texts(TEXTS, **options), **TOLERANCE)
+        torch.testing.assert_close(images, encoder.encode_images(pictures, **options), **TOLERANCE)
     # texts and images differ by far more than the tolerance
     assert (texts[1] - texts[2]).abs().max() > 1e-3
     assert (images[0] - images[1]).abs().max() > 1e-3
 
 
-def test_features_are_pytorchs_for_any_batch_length_and_padding(pair: tuple[Path, Path]) -> None:
-    model, onnx_model = load_model(pair[0], device="cpu")[0], LoTLIPOnnxModel.from_pretrained(pair[1])
+@torch.no_grad()
+def test_features_are_pytorchs_for_any_batch_length_and_padding(pair: tuple[Encoder, Encoder]) -> None:
+    model, onnx_model = (encoder.engine.model for encoder in pair)
     config = model.config.text_config
     limit = config.max_position_embeddings
     sizes = [([1], 1), ([2], 2), ([2, 1], 2), ([limit, 1, 2, 30], limit), ([limit, 5], limit + 4), ([9] * 6, 9)]
     for (lengths, width), side in itertools.product(sizes, ("right", "left")):
         batch = padded_texts(config, lengths, width, side)
-        with torch.no_grad():
-            expected = model.get_text_features(**batch).pooler_output
-        torch.testing.assert_close(onnx_model.get_text_features(**batch).pooler_output, expected, atol=1e-5, rtol=1e-5)
+        expected = model.get_text_features(**batch).pooler_output
+        torch.testing.assert_close(onnx_model.get_text_features(**batch).pooler_output, expected, **FEATURES)
     size = model.config.vision_config.image_size
     for count in (1, 4):
         pixel_values = torch.randn(count, 3, size, size)
-        with torch.no_grad():
-            expected = model.get_image_features(pixel_values).pooler_output
-        answer = onnx_model.get_image_features(pixel_values)
-        assert answer.last_hidden_state is None
-        torch.testing.assert_close(answer.pooler_output, expected, atol=1e-5, rtol=1e-5)
+        expected = model.get_image_features(pixel_values).pooler_output
+        torch.testing.assert_close(onnx_model.get_image_features(pixel_values).pooler_output, expected, **FEATURES)
 
 
-def test_texts_and_images_are_compared_as_in_pytorch(pair: tuple[Path, Path]) -> None:
-    model, processor = load_model(pair[0], device="cpu")
-    onnx_model = LoTLIPOnnxModel.from_pretrained(pair[1])
+@torch.no_grad()
+def test_texts_and_images_are_compared_as_in_pytorch(pair: tuple[Encoder, Encoder]) -> None:
+    model, onnx_model = (encoder.engine.model for encoder in pair)
     images = [Image.new("RGB", (40, 50), color) for color in ("red", "white", "navy")]
-    batch = processor(text=TEXTS, images=images, padding=True, truncation=True, return_tensors="pt")
-    with torch.no_grad():
-        expected = model(**batch)
-    answer = onnx_model(**batch)
+    batch = pair[1].engine.processor(text=TEXTS, images=images, padding=True, truncation=True, return_tensors="pt")
+    expected, answer = model(**batch), onnx_model(**batch)
     assert answer.keys() == {"logits_per_image", "logits_per_text", "text_embeds", "image_embeds"}
     scale = model.logit_scale.exp().item()
     for name, value in answer.items():
         # logits are cosines times a factor
         tolerance = 1e-5 * (scale if name.startswith("logits") else 1)
         torch.testing.assert_close(value, expected[name], atol=tolerance, rtol=0)
-    torch.testing.assert_close(onnx_model.logit_scale, model.logit_scale.detach(), atol=0, rtol=0)
+    assert torch.equal(onnx_model.logit_scale, model.logit_scale)
 
 
-def test_nested_texts_and_the_mask_that_is_left_out(pair: tuple[Path, Path]) -> None:
-    model, onnx_model = load_model(pair[0], device="cpu")[0], LoTLIPOnnxModel.from_pretrained(pair[1])
+@torch.no_grad()
+def test_nested_texts_and_the_mask_that_is_left_out(pair: tuple[Encoder, Encoder]) -> None:
+    model, onnx_model = (encoder.engine.model for encoder in pair)
     config = model.config.text_config
     batch = padded_texts(config, [4, 11, 7, 11, 2, 3], 11, "right")
-    batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, config.pad_token_id)
-    nested = {name: tensor.unflatten(0, (2, 3)) for name, tensor in batch.items()}
-    with torch.no_grad():
-        expected = model.get_text_features(**nested).pooler_output
-        without_mask = model.get_text_features(batch["input_ids"]).pooler_output
-    answer = onnx_model.get_text_features(**nested).pooler_output
-    assert answer.shape[:2] == (2, 3)
-    torch.testing.assert_close(answer, expected, atol=1e-5, rtol=1e-5)
-    answer = onnx_model.get_text_features(batch["input_ids"].int()).pooler_output
-    torch.testing.assert_close(answer, without_mask, atol=1e-5, rtol=1e-5)
+    input_ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, config.pad_token_id)
+    nested = {"input_ids": input_ids, "attention_mask": batch["attention_mask"]}
+    nested = {name: tensor.unflatten(0, (2, 3)) for name, tensor in nested.items()}
+    for inputs in (nested, {"input_ids": input_ids}):
+        expected = model.get_text_features(**inputs).pooler_output
+        torch.testing.assert_close(onnx_model.get_text_features(**inputs).pooler_output, expected, **FEATURES)
+    with pytest.raises(ValueError, match="`token_type_ids`"):
+        onnx_model.get_text_features(input_ids, token_type_ids=torch.ones_like(input_ids))
 
 
 def test_the_files_say_what_they_are(exported: Path, official_checkpoint: Path, repository: Path) -> None:
@@ -207,9 +179,8 @@ def test_the_files_say_what_they_are(exported: Path, official_checkpoint: Path, 
         assert output.shape == ["batch", config.projection_dim]
         graph = onnx.load(exported / name)
         onnx.checker.check_model(graph, full_check=True)
-        assert {one.domain: one.version for one in graph.opset_import} == {
-            "": 23
-        }  # no operators of ONNX Runtime's own
+        operators = {one.domain: one.version for one in graph.opset_import}
+        assert operators == {"": 23}  # none of ONNX Runtime's own
         assert str(repository).encode() not in (exported / name).read_bytes()
         # neither corner tokens nor the other tower
         other = "vision" if name.startswith("text") else "text"
@@ -226,25 +197,21 @@ def test_int8_with_weights_beside_the_graph(
     arguments = ["--model", str(official_checkpoint), "--output", str(tmp_path / "made"), "--vision-only"]
     assert main([*arguments, "--quantize", "int8"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("Exporting vision_model.onnx ...\n  features as PyTorch's to ")
-    assert out.count("int8, cosines to float32 from ") == 1
-    assert "LoTLIPProcessor" in out
+    assert all(word in out for word in ("vision_model.onnx", "int8", "LoTLIPProcessor"))
     assert err == ""
 
     folder = tmp_path / "moved"
     (tmp_path / "made").rename(folder)
     files = [folder / "vision_model.onnx", folder / "vision_model.onnx.data"]
     assert sorted(folder.glob("*.onnx*")) == files
-    onnx_model = LoTLIPOnnxModel.from_pretrained(folder)
-    model, processor = load_model(official_checkpoint, device="cpu")
-    images = [
-        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)) for seed in range(4)
-    ]
-    given, expected = (Encoder(one, processor).encode_images(images, progress=False) for one in (onnx_model, model))
+    encoder, own = load_encoder(folder), load_encoder(official_checkpoint, device="cpu")
+    random = np.random.default_rng(0)
+    images = [Image.fromarray(random.integers(0, 256, (40, 40, 3), np.uint8)) for _ in range(4)]
+    given, expected = (one.encode_images(images, progress=False) for one in (encoder, own))
     assert ((given * expected).sum(-1) > 0.98).all()
     assert not torch.allclose(given, expected, **TOLERANCE)  # it is quantised
-    with pytest.raises(ValueError, match=r"moved has no text_model\.onnx: the text tower was not exported"):
-        Encoder(onnx_model, processor).encode_texts(TEXTS, progress=False)
+    with pytest.raises(ValueError, match=r"text_model\.onnx"):
+        encoder.encode_texts(TEXTS, progress=False)
 
     graph = onnx.load(files[0]).graph
     weights = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
@@ -257,29 +224,24 @@ def test_int8_with_weights_beside_the_graph(
         assert abs(weight.astype(int)).max() <= 64  # 7 bits
         assert zero_point.shape == weight.shape[1:]  # for each channel its own
 
-    # an index knows the weights, wherever they are
-    before = Encoder(onnx_model, processor).fingerprint("image")
+    # a fingerprint knows the weights, wherever they are
+    before = encoder.fingerprint("image")
     data = bytearray(files[1].read_bytes())
     data[0] ^= 1
     files[1].write_bytes(data)
-    assert set(onnx_model.state_dict()) == {file.name for file in files}
-    assert Encoder(onnx_model, processor).fingerprint("image") != before
+    assert encoder.fingerprint("image") != before
 
 
-def test_an_index_is_made_by_onnx(tmp_path: Path, exported: Path, official_checkpoint: Path) -> None:
-    for seed in range(3):
-        pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{seed}.png")
-    model, processor = load_model(official_checkpoint, device="cpu")
-    onnx_model = LoTLIPOnnxModel.from_pretrained(exported)
-    expected = build_index(Encoder(model, processor), tmp_path, progress=False)
-    index = build_index(Encoder(onnx_model, processor), tmp_path, progress=False)
-    assert index.fingerprint != expected.fingerprint
-    np.testing.assert_allclose(index.embeddings[index.rows], expected.embeddings[expected.rows], **TOLERANCE)
-    # another opening of the same files goes on with the same index
-    again = LoTLIPOnnxModel.from_pretrained(exported)
-    assert Encoder(again, processor).fingerprint("image") == index.fingerprint
-    assert Encoder(again, processor).fingerprint("text") != index.fingerprint
+def test_what_an_index_knows_an_export_by(tmp_path: Path, exported: Path, official_checkpoint: Path) -> None:
+    encoder, own = load_encoder(exported), load_encoder(official_checkpoint, device="cpu")
+    elsewhere = load_encoder(shutil.copytree(exported, tmp_path / "elsewhere"))
+    names = [[one.fingerprint(modality) for modality in ("image", "text")] for one in (encoder, elsewhere, own)]
+    assert names[0] == names[1]
+    assert len({*names[0], *names[2]}) == 4
+    assert (encoder.name, encoder.revision) == (str(exported), None)
+    assert encoder.versions == {"onnxruntime": onnxruntime.__version__}
+    with pytest.raises(ValueError, match="`revision`"):
+        load_encoder(exported, revision="main")
 
 
 def test_a_tower_by_itself_in_half_precision(tmp_path: Path) -> None:
@@ -297,19 +259,15 @@ def test_a_tower_by_itself_in_half_precision(tmp_path: Path) -> None:
         batch = padded_texts(model.config, lengths, width, side)
         with torch.no_grad():
             expected = model(**batch).text_embeds
-        torch.testing.assert_close(onnx_model.get_text_features(**batch).pooler_output, expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ConversionError, match="a LoTLIPTextModelWithProjection, which has no vision tower"):
+        torch.testing.assert_close(onnx_model.get_text_features(**batch).pooler_output, expected, **FEATURES)
+    with pytest.raises(ConversionError, match="vision"):
         convert(tmp_path / "tower", tmp_path / "other", towers=("vision",))
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "vision", "opset"),
-    [("roberta", "siglip", 18), ("xlm-roberta", "dinov2", 25)],
-)
+@pytest.mark.parametrize(("text", "vision", "opset"), [("roberta", "siglip", 18), ("xlm-roberta", "dinov2", 25)])
 def test_every_backbone(tmp_path: Path, text: str, vision: str, opset: int) -> None:
-    pooling = {"pooling": "mean"} if text == "bert" else {}
-    folder = saved(LoTLIPModel(tiny.config(text, vision, **pooling)), tmp_path / "checkpoint")
+    folder = saved(LoTLIPModel(tiny.config(text, vision)), tmp_path / "checkpoint")
     written = convert(folder, tmp_path / "onnx", quantize="int8", opset=opset)
     assert [tower.file for tower in written.towers] == ["text_model.onnx", "vision_model.onnx"]
     for tower in written.towers:
@@ -330,7 +288,7 @@ def test_every_class_of_tower(tmp_path: Path, model_class: type[PreTrainedModel]
         outputs = model(**batch)
     expected = next(outputs[name] for name in ("text_embeds", "image_embeds", "pooler_output") if name in outputs)
     function = onnx_model.get_text_features if is_text else onnx_model.get_image_features
-    torch.testing.assert_close(function(**batch).pooler_output, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(function(**batch).pooler_output, expected, **FEATURES)
 
 
 def with_processor(model: LoTLIPModel, folder: Path, official_checkpoint: Path, side: int) -> Path:
@@ -349,28 +307,20 @@ def test_a_dinov2_takes_what_its_processor_makes(
     text_config = LoTLIPModel.from_pretrained(official_checkpoint).config.text_config
     config = LoTLIPConfig(text_config=text_config, vision_config=tiny.vision_config("dinov2"))
     folder = with_processor(LoTLIPModel(config), tmp_path / "checkpoint", official_checkpoint, side)
-    for quantize in ([], ["--quantize", "int8"]):
-        output = tmp_path / f"onnx{len(quantize)}"
-        assert lotlip(["convert", "onnx", "--model", str(folder), "--output", str(output), *quantize]) == 0
-    model, processor = load_model(folder, device="cpu")
-    exported, own_processor = load_model(tmp_path / "onnx0")
+    convert(folder, tmp_path / "onnx", towers=("vision",))
+    convert(folder, tmp_path / "int8", towers=("vision",), quantize="int8")
+    encoder, exported = load_encoder(folder, device="cpu"), load_encoder(tmp_path / "onnx")
     images = sorted((golden / "images").glob("*.png"))[:3]
-    expected = Encoder(model, processor).encode_images(images, progress=False)
-    torch.testing.assert_close(
-        Encoder(exported, own_processor).encode_images(images, progress=False), expected, **TOLERANCE
-    )
-    quantised = Encoder(*load_model(tmp_path / "onnx2")).encode_images(images, progress=False)
+    expected = encoder.encode_images(images, progress=False)
+    torch.testing.assert_close(exported.encode_images(images, progress=False), expected, **TOLERANCE)
+    quantised = load_encoder(tmp_path / "int8").encode_images(images, progress=False)
     assert (quantised * expected).sum(-1).min() > 0.98
     for size in ((32, 32), (8, 16), (48, 24)):
         pixel_values = torch.randn(2, 3, *size)
         with torch.no_grad():
-            features = model.get_image_features(pixel_values).pooler_output
-        torch.testing.assert_close(
-            exported.get_image_features(pixel_values).pooler_output, features, atol=1e-5, rtol=1e-5
-        )
-    for size in ((3, 7, 32), (4, 32, 32)):
-        with pytest.raises(ValueError, match="`pixel_values` must have shape"):
-            exported.get_image_features(torch.randn(1, *size))
+            features = encoder.engine.model.get_image_features(pixel_values).pooler_output
+        answer = exported.engine.model.get_image_features(pixel_values).pooler_output
+        torch.testing.assert_close(answer, features, **FEATURES)
 
 
 # Refused: nothing is written
@@ -385,7 +335,7 @@ def test_images_that_the_tower_does_not_take(tmp_path: Path, official_checkpoint
     shutil.copytree(exported, tmp_path / "old")
     shutil.copy(folder / "processor_config.json", tmp_path / "old")
     with pytest.raises(ValueError, match="old: .*32 x 32 .*24 x 24"):
-        load_model(tmp_path / "old")
+        load_encoder(tmp_path / "old")
 
 
 @pytest.mark.parametrize("other", ["one percent more", "not a number"])
@@ -399,13 +349,12 @@ def test_a_graph_that_differs_is_refused(
     model.save_pretrained(tmp_path / "checkpoint")
     # the exporter writes the graph of the model as it was before
     monkeypatch.setattr(onnx_conversion, "_export", lambda *_: shutil.copy(exported / _[-1].name, _[-1]))
-    message = r"vision_model\.onnx: .*differ from PyTorch's by .*more than 1e-04.* Are all weights finite"
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(ConversionError, match=r"vision_model\.onnx"):
         convert(tmp_path / "checkpoint", tmp_path / "onnx", towers=("vision",))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_int8_that_is_too_coarse_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_int8_that_is_too_coarse_is_refused(tmp_path: Path) -> None:
     model = LoTLIPVisionModelWithProjection(tiny.vision_config(projection_dim=24))
     tiny_clip.random_weights(model)
     # One state outshines the others, and is not read by the projection: of the others, 8 bits keep nothing.
@@ -413,44 +362,29 @@ def test_int8_that_is_too_coarse_is_refused(tmp_path: Path, capsys: pytest.Captu
         model.vision_model.backbone.layernorm.bias[0] = 1e4
         model.visual_projection.weight[:, 0] = 0
     model.save_pretrained(tmp_path / "tower")
-    capsys.readouterr()
-    arguments = ["--model", str(tmp_path / "tower"), "--output", str(tmp_path / "onnx"), "--quantize", "int8"]
-    assert main(arguments) == 2
-    err = capsys.readouterr().err
-    assert "vision_model.onnx: in int8 a feature has a cosine of" in err
-    assert err.endswith("less than 0.98: nothing was written. Export without --quantize.\n")
-    assert err.count("\n") == 1
+    with pytest.raises(ConversionError, match=r"vision_model\.onnx: .*--quantize"):
+        convert(tmp_path / "tower", tmp_path / "onnx", quantize="int8")
     assert [path.name for path in tmp_path.iterdir()] == ["tower"]
 
 
-def test_a_version_that_the_exporter_does_not_write(
-    tmp_path: Path, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onnx_conversion, "LEAST_OPSET", 1)
-    with pytest.raises(ConversionError, match="--opset 5: PyTorch's exporter wrote version 18 instead"):
-        convert(official_checkpoint, tmp_path / "onnx", opset=5, towers=("vision",))
-    assert not (tmp_path / "onnx").exists()
-
-
 def test_wrong_arguments(tmp_path: Path, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = tmp_path / "onnx"
-    with pytest.raises(ConversionError, match="--opset 17: expected 18 to"):
-        convert(official_checkpoint, output, opset=17)
-    with pytest.raises(ConversionError, match="--quantize int4: only int8"):
-        convert(official_checkpoint, output, quantize="int4")
-    with pytest.raises(ConversionError, match="no such folder"):
-        convert(tmp_path / "nowhere", output)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(ConversionError, match="exists already"):
-        convert(official_checkpoint, tmp_path / "full")
     broken = shutil.copytree(official_checkpoint, tmp_path / "broken")
     (broken / "tokenizer.json").write_text("{")
-    with pytest.raises(ConversionError, match="broken: its tokenizer or image processor cannot be loaded"):
-        convert(broken, output)
+    output = tmp_path / "onnx"
+    for arguments, options, message in (
+        ((official_checkpoint, output), {"opset": 17}, "--opset"),
+        ((official_checkpoint, output), {"quantize": "int4"}, "--quantize"),
+        ((tmp_path / "nowhere", output), {}, "nowhere"),
+        ((official_checkpoint, tmp_path / "full"), {}, "full"),
+        ((broken, output), {}, "broken"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            convert(*arguments, **options)
     export = torch.onnx.export
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: export(torch.nn.Linear(2, 2), (), dynamo=True))
-    with pytest.raises(ConversionError, match=r"vision_model\.onnx: PyTorch's ONNX exporter failed \(.+\)\.$"):
+    with pytest.raises(ConversionError, match=r"vision_model\.onnx"):
         convert(official_checkpoint, output, towers=("vision",))
     assert not output.exists()
 
@@ -463,17 +397,16 @@ def test_missing_packages_are_named_in_one_line(
         lotlip_hf.engines.onnx, "find_spec", lambda name: None if name in ("onnxscript", "onnxruntime") else find(name)
     )
     assert main(["--model", str(official_checkpoint), "--output", str(tmp_path / "onnx")]) == 2
-    expected = "ONNX needs onnxscript, onnxruntime: pip install 'lotlip-hf[onnx]'"
-    assert capsys.readouterr().err == f"lotlip convert onnx: error: {expected}\n"
-    with pytest.raises(ImportError, match=r"ONNX needs onnxruntime: pip install 'lotlip-hf\[onnx\]'"):
+    assert "onnxscript, onnxruntime: pip install 'lotlip-hf[onnx]'" in capsys.readouterr().err
+    with pytest.raises(ImportError, match=r"onnxruntime: pip install 'lotlip-hf\[onnx\]'"):
         LoTLIPOnnxModel.from_pretrained(tmp_path)
 
 
-def test_the_command_of_lotlip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["convert", "onnx", "--model", str(tmp_path / "a"), "--output", str(tmp_path / "b")]
-    assert lotlip([*arguments, "--quantize", "int8"]) == 2
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", str(tmp_path / "a"), "--output", str(tmp_path / "b")]
+    assert main([*arguments, "--quantize", "int8"]) == 2
     assert "a: no such folder" in capsys.readouterr().err
-    assert lotlip([*arguments, "--text-only", "--vision-only"]) == 2
+    assert main([*arguments, "--text-only", "--vision-only"]) == 2
     assert "not allowed with" in capsys.readouterr().err
 
 
@@ -493,97 +426,44 @@ def test_commands_take_an_export(
     assert "cuda" in capsys.readouterr().err
 
 
-# The wrapper
+# The engine
 
 
 def test_folders_that_cannot_be_opened(tmp_path: Path, exported: Path, official_checkpoint: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="lotlip convert onnx"):
+    with pytest.raises(FileNotFoundError, match=r"text_model\.onnx"):
         LoTLIPOnnxModel.from_pretrained(official_checkpoint)
-    with pytest.raises(ValueError, match="`providers`: NoExecutionProvider is not in this onnxruntime"):
+    with pytest.raises(ValueError, match="`providers`: NoExecutionProvider"):
         LoTLIPOnnxModel.from_pretrained(exported, providers=[("NoExecutionProvider", {}), "CPUExecutionProvider"])
     broken = shutil.copytree(exported, tmp_path / "broken")
     (broken / "vision_model.onnx").write_bytes((exported / "vision_model.onnx").read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"vision_model\.onnx: ONNX Runtime cannot open it \(.+\)\.$"):
-        LoTLIPOnnxModel.from_pretrained(broken)
+    with pytest.raises(ValueError, match=r"vision_model\.onnx"):
+        load_encoder(broken)
     (broken / "config.json").write_text(json.dumps({"model_type": "clip"}))
-    with pytest.raises(ValueError, match="config.json is of a 'clip' model, not of a LoTLIP one"):
-        LoTLIPOnnxModel.from_pretrained(broken)
+    with pytest.raises(ValueError, match=r"config\.json .*'clip'"):
+        load_encoder(broken)
 
 
 def test_session_options_are_used(exported: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 3
-    opened = LoTLIPOnnxModel.from_pretrained(exported, ["CPUExecutionProvider"], options)
-    assert {one.get_session_options().intra_op_num_threads for one in opened.sessions.values()} == {3}
-    assert {one.get_providers()[0] for one in opened.sessions.values()} == {"CPUExecutionProvider"}
-    opened = LoTLIPOnnxModel.from_pretrained(exported)
-    threads = torch.get_num_threads()
-    assert {one.get_session_options().intra_op_num_threads for one in opened.sessions.values()} == {threads}
-
-
-@pytest.mark.parametrize("tower", ["text", "vision"])
-def test_norms_are_not_fused_with_residuals_on_cpus(tmp_path: Path, exported: Path, tower: str) -> None:
-    name = lotlip_hf.engines.onnx.FILES[tower]
-    for file in ("config.json", name):
-        shutil.copy(exported / file, tmp_path)
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "ours")
-    onnx_model = LoTLIPOnnxModel.from_pretrained(tmp_path, session_options=options)
-    options.optimized_model_filepath = str(tmp_path / "plain")
-    plain = onnxruntime.InferenceSession(tmp_path / name, options, providers=["CPUExecutionProvider"])
-    if tower == "text":
-        inputs = padded_texts(onnx_model.config.text_config, [30, 1, 2, 17, 29], 30, "right")
-        given = onnx_model.get_text_features(**inputs).pooler_output
-    else:
-        size = onnx_model.config.vision_config.image_size
-        inputs = {"pixel_values": torch.randn(4, 3, size, size)}
-        given = onnx_model.get_image_features(**inputs).pooler_output
-    (expected,) = plain.run(None, {key: tensor.numpy() for key, tensor in inputs.items()})
-    torch.testing.assert_close(given, torch.from_numpy(expected), atol=1e-6, rtol=1e-5)
-    for graph, is_fused in (("plain", True), ("ours", False)):
-        operators = {node.op_type for node in onnx.load(tmp_path / graph).graph.node}
-        assert ("SkipLayerNormalization" in operators) == is_fused
-
-
-def wrong_inputs() -> Iterator[Any]:
-    ids = torch.full((2, 6), 9)
-    for name, arguments, message in (
-        ("shape", (ids[0],), r"\[batch, length\] or \[batch, texts, length\], got torch.int64 \[6\]"),
-        ("dtype", (ids.float(),), "must be integers"),
-        ("empty", (ids[:0],), r"got torch.int64 \[0, 6\]"),
-        ("mask", (ids, ids[:, 1:]), r"`attention_mask` must have the texts' shape \[2, 6\], got \[2, 5\]"),
-        ("segments", (ids, None, ids), "`token_type_ids` must be 0"),
-        ("vocabulary", (ids + 10**6,), r"must lie in \[0, .*Was the text tokenised with another"),
-        ("negative", (ids - 10,), r"must lie in \[0, .*got ids from -1 to -1"),
-        ("long", (ids[:, :1].expand(2, 200),), "The longest text has 200 tokens; this model takes .*truncation=True"),
+    for opened, threads in (
+        (LoTLIPOnnxModel.from_pretrained(exported, ["CPUExecutionProvider"], options), 3),
+        (LoTLIPOnnxModel.from_pretrained(exported), torch.get_num_threads()),
     ):
-        yield pytest.param("get_text_features", arguments, message, id=name)
-    for name, pixels, message in (
-        ("size", torch.zeros(1, 3, 7, 9), r"`pixel_values` must have shape \[batch, 3, .*got \[1, 3, 7, 9\]"),
-        ("one image", torch.zeros(3, 7, 9), r"got \[3, 7, 9\]"),
-    ):
-        yield pytest.param("get_image_features", (pixels,), message, id=name)
-
-
-@pytest.mark.parametrize(("function", "arguments", "message"), list(wrong_inputs()))
-def test_wrong_inputs_are_named(exported: Path, function: str, arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        getattr(LoTLIPOnnxModel.from_pretrained(exported), function)(*arguments)
+        sessions = opened.sessions.values()
+        assert {one.get_session_options().intra_op_num_threads for one in sessions} == {threads}
+        assert {one.get_providers()[0] for one in sessions} == {"CPUExecutionProvider"}
 
 
 def test_it_stays_where_it_is(exported: Path) -> None:
     model = LoTLIPOnnxModel.from_pretrained(exported)
-    size = model.config.vision_config.image_size
-    with pytest.raises(ValueError, match="floating point"):
-        model.get_image_features(torch.zeros(1, 3, size, size, dtype=torch.uint8))
     assert model.to("cpu") is model.to(torch.float32) is model
-    with pytest.raises(ValueError, match="takes and gives CPU tensors, not cuda.*CUDAExecutionProvider"):
+    with pytest.raises(ValueError, match="cuda.*CUDAExecutionProvider"):
         model.to("cuda")
-    with pytest.raises(ValueError, match=r"chosen when it is exported; it cannot become torch\.bfloat16"):
-        model.to(torch.bfloat16)
-    processor = AutoProcessor.from_pretrained(exported)
-    with pytest.raises(ValueError, match="takes and gives CPU tensors, not cuda"):
-        Encoder(model, processor).encode_texts(["a cat"], progress=False)
+    with pytest.raises(ValueError, match=r"torch\.bfloat16"):
+        load_encoder(exported, dtype="bfloat16")
+    with pytest.raises(ValueError, match="`device` 'nowhere'"):
+        load_encoder(exported, device="nowhere")
 
 
 # torch.export

@@ -1,9 +1,13 @@
 """From a model and a data set to results: embeddings kept and shared out, the golden ranks, the command."""
 
 import json
+import signal
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lotlip_hf import Encoder
+from lotlip_hf import Encoder, load_encoder
 from lotlip_hf.cli import main
 from lotlip_hf.evaluation import embeddings
 from lotlip_hf.evaluation.benchmarks.registry import TASKS
@@ -21,15 +25,16 @@ from lotlip_hf.evaluation.evaluate import evaluate, results_table, study, write_
 from lotlip_hf.evaluation.results import read_results
 from lotlip_hf.evaluation.retrieval import ranks
 from lotlip_hf.evaluation.tasks import ClassificationData, IncompleteDataError, RetrievalData
-from lotlip_hf.loading import load_model
-from processes import finish
+from processes import Started, finish
 
 COLORS = ["red", "green", "blue", "white", "black", "gray"]
 
 
 @pytest.fixture(scope="module")
-def loaded(official_checkpoint: Path) -> tuple[Any, Any]:
-    return load_model(official_checkpoint, device="cpu")
+def encoder(official_checkpoint: Path) -> Encoder:
+    encoder = load_encoder(official_checkpoint, device="cpu")
+    assert encoder.dim == 16  # and is not computed when texts are counted
+    return encoder
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -55,165 +60,156 @@ def dataset(count: int = 7, texts_of_an_image: int = 1) -> RetrievalData:
     )
 
 
-class Count:
-    """How often a function was called."""
+def count(monkeypatch: pytest.MonkeyPatch, encoder: Encoder, name: str) -> list[int]:
+    """How many items each call of a method gets from now on."""
+    sizes: list[int] = []
+    method = getattr(encoder, name)
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        self.sizes: list[int] = []
-        real = getattr(embeddings, name)
+    def counted(items: Sequence[Any], **kwargs: Any) -> Any:
+        sizes.append(len(items))
+        return method(items, **kwargs)
 
-        def counted(model: Any, processor: Any, items: Sequence[Any], **kwargs: Any) -> Any:
-            self.sizes.append(len(items))
-            return real(model, processor, items, **kwargs)
-
-        monkeypatch.setattr(embeddings, name, counted)
+    monkeypatch.setattr(encoder, name, counted)
+    return sizes
 
 
 # --- embeddings
 
 
-def test_texts_are_those_of_encode_texts(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_those_of_encode_texts(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embeddings, "UNIT_SIZE", 4)
-    calls = Count(monkeypatch, "iterate_text_embeddings")
     texts = [*captions(9), *captions(3), "word " * 300]
-    embeds, was_cut = embed_texts(Encoder(*loaded), texts, progress=False)
-    torch.testing.assert_close(embeds, Encoder(*loaded).encode_texts(texts, progress=False), rtol=0, atol=1e-6)
+    expected = encoder.encode_texts(texts, progress=False)
+    sizes = count(monkeypatch, encoder, "iterate_texts")
+    embeds, was_cut = embed_texts(encoder, texts, progress=False)
+    torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-6)
     assert was_cut.tolist() == [False] * 12 + [True]
-    assert calls.sizes == [4, 4, 2]  # each text once
+    assert sizes == [4, 4, 2]  # each text once
 
 
-def test_texts_are_cut_where_asked(loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
-    embeds, was_cut = embed_texts(Encoder(*loaded), captions(5), max_length=12, progress=False)
-    expected = Encoder(*loaded).encode_texts(captions(5), max_length=12, progress=False)
+def test_texts_are_cut_where_asked(encoder: Encoder, caplog: pytest.LogCaptureFixture) -> None:
+    embeds, was_cut = embed_texts(encoder, captions(5), max_length=12, progress=False)
+    expected = encoder.encode_texts(captions(5), max_length=12, progress=False)
     torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-6)
     assert was_cut.tolist() == [False, False, True, True, True]
     assert "3 of 5 texts were cut at 12 tokens" in caplog.text
-    whole = Encoder(*loaded).encode_texts(captions(5), progress=False)
+    whole = encoder.encode_texts(captions(5), progress=False)
     assert torch.allclose(expected[:2], whole[:2], atol=1e-6)
     assert not torch.allclose(expected[2:], whole[2:], atol=1e-3)
     for length in (2, 1000):
-        with pytest.raises(ValueError, match="`max_length` must be from 3 to the 126 tokens"):
-            embed_texts(Encoder(*loaded), captions(1), max_length=length, progress=False)
+        with pytest.raises(ValueError, match="`max_length`"):
+            embed_texts(encoder, captions(1), max_length=length, progress=False)
 
 
-def test_images_are_those_of_encode_images(
-    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_those_of_encode_images(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embeddings, "UNIT_SIZE", 2)
     images: list[Any] = pictures(5)
     images[1].save(tmp_path / "1.png")
-    expected = Encoder(*loaded).encode_images(images, progress=False)
+    expected = encoder.encode_images(images, progress=False)
     images[1], images[3] = tmp_path / "1.png", (tmp_path / "1.png").read_bytes()
     expected[3] = expected[1]
-    embeds = embed_images(Encoder(*loaded), images, progress=False)
-    torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(embed_images(encoder, images, progress=False), expected, rtol=0, atol=1e-6)
     digests = image_digests(images, progress=False)
     assert digests[1] == digests[3]
     assert len(set(digests)) == 4
 
 
-def test_nothing_to_embed_is_an_error(loaded: tuple[Any, Any]) -> None:
-    with pytest.raises(ValueError, match="`texts` is empty"):
-        embed_texts(Encoder(*loaded), [])
-    with pytest.raises(ValueError, match="`images` is empty"):
-        embed_images(Encoder(*loaded), [])
+def test_nothing_to_embed_is_an_error(encoder: Encoder) -> None:
+    with pytest.raises(ValueError, match="`texts`"):
+        embed_texts(encoder, [])
+    with pytest.raises(ValueError, match="`images`"):
+        embed_images(encoder, [])
 
 
-def test_what_was_computed_is_kept(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_computed_is_kept(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embeddings, "UNIT_SIZE", 3)
     texts, images = captions(8), pictures(5)
     settings = {"cache": tmp_path / "cache", "progress": False}
-    first = embed_texts(Encoder(*loaded), texts, **settings), embed_images(Encoder(*loaded), images, **settings)
-    text_calls, image_calls = (Count(monkeypatch, f"iterate_{kind}_embeddings") for kind in ("text", "image"))
-    again = embed_texts(Encoder(*loaded), texts[::-1], **settings), embed_images(Encoder(*loaded), images, **settings)
+    first = embed_texts(encoder, texts, **settings), embed_images(encoder, images, **settings)
+    of_texts, of_images = (count(monkeypatch, encoder, f"iterate_{kind}s") for kind in ("text", "image"))
+    again = embed_texts(encoder, texts[::-1], **settings), embed_images(encoder, images, **settings)
     assert torch.equal(again[0].embeds, first[0].embeds.flip(0))
     assert torch.equal(again[0].was_cut, first[0].was_cut.flip(0))
     assert torch.equal(again[1], first[1])
-    assert text_calls.sizes == image_calls.sizes == []
+    assert of_texts == of_images == []
 
-    # Other texts, another limit, another image, other weights: nothing of it is taken for the same.
-    embed_texts(Encoder(*loaded), [*texts[:-1], "another"], **settings)
-    embed_texts(Encoder(*loaded), texts, max_length=12, **settings)
-    embed_images(Encoder(*loaded), [images[1], images[0], *images[2:]], **settings)
-    assert sum(text_calls.sizes) > 8
-    assert image_calls.sizes == [3]
+    # Another text or image, another limit, other weights: nothing is taken for the same.
+    embed_texts(encoder, [*texts[:-1], "another"], **settings)
+    embed_images(encoder, [*images, *pictures(6)[5:]], **settings)
+    assert of_texts
+    assert of_images == [3]
+    of_texts.clear()
+    embed_texts(encoder, texts, max_length=12, **settings)
+    assert of_texts == [3, 3, 2]
+    other = load_encoder(encoder.name, device="cpu")
     with torch.no_grad():
-        weight = loaded[0].text_model.get_parameter("backbone.encoder.layer.0.attention.self.query.weight")
-        weight[0, 0] += 1
-    try:
-        before = len(text_calls.sizes)
-        changed = embed_texts(Encoder(*loaded), texts, **settings)
-        assert len(text_calls.sizes) == before + 3
-        assert not torch.allclose(changed.embeds, first[0].embeds)
-    finally:
-        with torch.no_grad():
-            weight[0, 0] -= 1
+        other.engine.model.text_projection.weight[0, 0] += 1
+    assert not torch.allclose(embed_texts(Encoder(other, texts), **settings).embeds, first[0].embeds)
 
 
 def test_an_interruption_keeps_what_is_whole(
-    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embeddings, "UNIT_SIZE", 2)
     texts = captions(7)
-    undisturbed = embed_texts(Encoder(*loaded), texts, progress=False).embeds
-    real = embeddings.iterate_text_embeddings
-    calls = []
+    undisturbed = embed_texts(encoder, texts, progress=False).embeds
+    iterate, calls = encoder.iterate_texts, []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)
+        return iterate(*args, **kwargs)
 
-    monkeypatch.setattr(embeddings, "iterate_text_embeddings", interrupted)
+    monkeypatch.setattr(encoder, "iterate_texts", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        embed_texts(Encoder(*loaded), texts, cache=tmp_path, progress=False)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
-    again = embed_texts(Encoder(*loaded), texts, cache=tmp_path, progress=False).embeds
+        embed_texts(encoder, texts, cache=tmp_path, progress=False)
+    assert torch.equal(embed_texts(encoder, texts, cache=tmp_path, progress=False).embeds, undisturbed)
     assert len(calls) == 3 + 2
-    torch.testing.assert_close(again, undisturbed, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a safetensors file", None])
-def test_a_damaged_cache_is_computed_again(
-    loaded: tuple[Any, Any], tmp_path: Path, damage: bytes | None, caplog: pytest.LogCaptureFixture
-) -> None:
-    texts = captions(3)
-    first = embed_texts(Encoder(*loaded), texts, cache=tmp_path, progress=False).embeds
-    (file,) = tmp_path.rglob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:-4] if damage is None else damage)
-    again = embed_texts(Encoder(*loaded), texts, cache=tmp_path, progress=False).embeds
-    torch.testing.assert_close(again, first, rtol=0, atol=1e-6)
-    assert f"{file} is damaged" in caplog.text
-    assert set(load_file(file)) == {"embeds", "was_cut"}
+def test_a_damaged_cache_is_computed_again(encoder: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"cache": tmp_path, "progress": False}
+    first = embed_texts(encoder, captions(3), **settings).embeds
+    (file,) = tmp_path.glob("*.sqlite3")
+    file.write_bytes(b"no database")
+    assert torch.equal(embed_texts(encoder, captions(3), **settings).embeds, first)
+    assert f"{file}: " in caplog.text
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("UPDATE blocks SET vectors = randomblob(7)")
+    with pytest.raises(OSError, match="sqlite3"):
+        embed_texts(encoder, captions(3), **settings)
+    assert torch.equal(embed_texts(encoder, captions(3), **settings).embeds, first)
 
 
-def test_a_cache_that_cannot_be_written_is_named(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_named(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match=r"file.*cannot keep embeddings there.*--cache DIR"):
-        embed_texts(Encoder(*loaded), captions(2), cache=tmp_path / "file", progress=False)
+    with pytest.raises(OSError, match=r"file.*--cache"):
+        embed_texts(encoder, captions(2), cache=tmp_path / "file", progress=False)
 
 
 def test_unreadable_images_are_all_named_and_nothing_is_scored(
-    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embeddings, "UNIT_SIZE", 2)
-    for place, picture in enumerate(pictures(6)):
-        picture.save(tmp_path / f"{place}.png")
-    for place in (1, 4):
-        file = tmp_path / f"{place}.png"
-        file.write_bytes(file.read_bytes()[:100])
-    files = [tmp_path / f"{place}.png" for place in range(6)]
-    names = [f"houses/{place}" for place in range(6)]
-    cache = tmp_path / "cache"
-    with pytest.raises(IncompleteDataError, match="2 of 6 images cannot be read, and nothing is scored") as caught:
-        embed_images(Encoder(*loaded), files, names=names, cache=cache, progress=False)
-    assert "houses/1: damaged" in str(caught.value)
-    assert "houses/4: damaged" in str(caught.value)
-    assert len(list(cache.rglob("*.safetensors"))) == 1
+    files = [tmp_path / f"{index}.png" for index in range(6)]
+    for file, picture in zip(files, pictures(6), strict=True):
+        picture.save(file)
+    whole = {index: files[index].read_bytes() for index in (1, 4)}
+    for index, content in whole.items():
+        files[index].write_bytes(content[:100])
+    settings: dict[str, Any] = {"names": [f"houses/{index}" for index in range(6)], "progress": False}
+    settings["cache"] = tmp_path / "cache"
+    with pytest.raises(IncompleteDataError, match=r"2 of 6 images(.|\n)*houses/1: (.|\n)*houses/4: "):
+        embed_images(encoder, files, **settings)
+    for index, content in whole.items():
+        files[index].write_bytes(content)
+    sizes = count(monkeypatch, encoder, "iterate_images")
+    embed_images(encoder, files, **settings)
+    assert sizes == [2, 2]  # the others were kept
     files[2].unlink()
-    with pytest.raises(IncompleteDataError, match=r"1 of 6 images.*\n  houses/2: cannot be opened \(No such file"):
-        embed_images(Encoder(*loaded), files, names=names, cache=cache, progress=False)
+    with pytest.raises(IncompleteDataError, match=r"1 of 6 images(.|\n)*houses/2: .*No such file"):
+        embed_images(encoder, files, **settings)
 
 
 # --- evaluations
@@ -234,32 +230,23 @@ class GoldenImages:
 
 
 @pytest.mark.parametrize("kind", ["short", "long"])
-def test_golden_ranks(loaded: tuple[Any, Any], golden: Path, kind: str) -> None:
-    model, processor = loaded
+def test_golden_ranks(encoder: Encoder, golden: Path, kind: str) -> None:
     expected = load_file(golden / "official-corners2" / "expected.safetensors")
     texts = json.loads((golden / "official-corners2" / "texts.json").read_text())[kind]
-    images = [Image.new("RGB", (4, 4), (place, 0, 0)) for place in range(len(texts))]
-    stand_in = type("Processor", (), {})()
-    stand_in.tokenizer = processor.tokenizer
-    stand_in.image_processor = GoldenImages(expected["pixel_values"])
-    data = RetrievalData(
-        id="golden",
-        name="Golden",
-        images=images,
-        image_names=[f"{place}" for place in range(len(images))],
-        texts=texts,
-        text_to_image=range(len(texts)),
+    images = [Image.new("RGB", (4, 4), (index, 0, 0)) for index in range(len(texts))]
+    image_processor = GoldenImages(expected["pixel_values"])
+    processor = SimpleNamespace(tokenizer=encoder.engine.tokenizer, image_processor=image_processor)
+    encoder = Encoder(encoder.engine.model, processor)
+    names = [str(index) for index in range(len(images))]
+    results = evaluate(
+        encoder, RetrievalData("golden", "Golden", images, names, texts, range(len(texts))), progress=False
     )
-    results = evaluate(Encoder(model, stand_in), data, progress=False)
     image_features = torch.nn.functional.normalize(expected["image_features"], dim=-1)
     similarities = image_features @ expected[f"{kind}_text_features_normalized"].T  # [images, texts]
     own = similarities.diagonal()
     image_ranks = 1 + (similarities > own[:, None]).sum(1)
     text_ranks = 1 + (similarities > own[None, :]).sum(0)
-    ours = ranks(
-        embed_images(Encoder(model, stand_in), images, progress=False),
-        embed_texts(Encoder(model, stand_in), texts, progress=False).embeds,
-    )
+    ours = ranks(embed_images(encoder, images, progress=False), embed_texts(encoder, texts, progress=False).embeds)
     assert ours.image_to_text.tolist() == image_ranks.tolist()
     assert ours.text_to_image.tolist() == text_ranks.tolist()
     assert len(set(text_ranks.tolist())) > 2
@@ -271,9 +258,9 @@ def test_golden_ranks(loaded: tuple[Any, Any], golden: Path, kind: str) -> None:
         assert results["metrics"][f"{direction}_median_rank"] == expected_ranks.double().quantile(0.5).item()
 
 
-def test_results_say_what_was_measured(loaded: tuple[Any, Any], tmp_path: Path, official_checkpoint: Path) -> None:
+def test_results_say_what_was_measured(encoder: Encoder, tmp_path: Path, official_checkpoint: Path) -> None:
     data = dataset(7, texts_of_an_image=2)
-    results = evaluate(Encoder(*loaded), data, benchmark="houses", progress=False, bootstrap=50)
+    results = evaluate(encoder, data, benchmark="houses", progress=False, bootstrap=50)
     assert results["model"] == str(official_checkpoint)
     assert results["model_revision"] is None
     assert set(results["model_fingerprint"]) == {"image", "text"}
@@ -294,33 +281,27 @@ def test_results_say_what_was_measured(loaded: tuple[Any, Any], tmp_path: Path, 
     assert f"{100 * results['metrics']['image_to_text_r1']:.2f}" in table
 
     # The same again is the same; one text, one pixel or one pairing more or less is another data set.
-    assert (
-        evaluate(Encoder(*loaded), data, progress=False, bootstrap=50)["data_fingerprint"]
-        == results["data_fingerprint"]
-    )
+    assert evaluate(encoder, data, progress=False, bootstrap=50)["data_fingerprint"] == results["data_fingerprint"]
     others = [
         replace(data, texts=[*data.texts[:-1], "Another."]),
         replace(data, images=[*pictures(7)[:-1], Image.new("RGB", (8, 8))]),
         replace(data, text_to_image=[1, 0, *data.text_to_image[2:]]),
     ]
-    fingerprints = {
-        evaluate(Encoder(*loaded), other, progress=False, bootstrap=0)["data_fingerprint"] for other in others
-    }
+    fingerprints = {evaluate(encoder, other, progress=False, bootstrap=0)["data_fingerprint"] for other in others}
     assert len(fingerprints | {results["data_fingerprint"]}) == 4
 
 
-def test_classification_is_scored_against_the_prompts(loaded: tuple[Any, Any]) -> None:
+def test_classification_is_scored_against_the_prompts(encoder: Encoder) -> None:
     data = ClassificationData(
         "me/colors", "Colors", pictures(6), [str(i) for i in range(6)], [0, 1, 2, 0, 1, 2], COLORS
     )
     templates = ["a {} house.", "{}"]
-    results = evaluate(Encoder(*loaded), data, templates=templates, progress=False)
+    results = evaluate(encoder, data, templates=templates, progress=False)
     texts = [
-        Encoder(*loaded).encode_texts([template.format(color) for color in COLORS], progress=False)
-        for template in templates
+        encoder.encode_texts([template.format(color) for color in COLORS], progress=False) for template in templates
     ]
     classes = torch.nn.functional.normalize(torch.stack(texts).mean(0), dim=-1)
-    scores = Encoder(*loaded).encode_images(data.images, progress=False) @ classes.T
+    scores = encoder.encode_images(data.images, progress=False) @ classes.T
     for k in (1, 5):
         hits = [label in score.topk(k).indices for label, score in zip(data.labels, scores, strict=True)]
         assert results["metrics"][f"accuracy_top{k}"] == pytest.approx(sum(hits) / 6)
@@ -330,10 +311,10 @@ def test_classification_is_scored_against_the_prompts(loaded: tuple[Any, Any]) -
 
 
 @pytest.mark.parametrize("number", [2, 5, 6])
-def test_the_first_five_of_five_say_nothing(loaded: tuple[Any, Any], number: int) -> None:
+def test_the_first_five_of_five_say_nothing(encoder: Encoder, number: int) -> None:
     labels = [place % number for place in range(6)]
     data = ClassificationData("me/colors", "Colors", pictures(6), [str(i) for i in range(6)], labels, COLORS[:number])
-    results = evaluate(Encoder(*loaded), data, progress=False)
+    results = evaluate(encoder, data, progress=False)
     assert ("accuracy_top5" in results["metrics"]) == (number > 5)
     assert {"accuracy_top1", "mean_per_class_recall"} <= results["metrics"].keys()
     cells = results_table(results).splitlines()[-1].split()
@@ -354,7 +335,7 @@ def urban(folder: Path, count: int = 6) -> Path:
 
 
 def test_the_command(
-    official_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], loaded: tuple[Any, Any]
+    official_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], encoder: Encoder
 ) -> None:
     command = ["evaluate", "--model", str(official_checkpoint), "--task", "urban1k"]
     command += ["--data", str(urban(tmp_path / "u"))]
@@ -366,7 +347,7 @@ def test_the_command(
     results = json.loads(output.read_text())
     assert results["benchmark"] == "urban1k"
     assert results["protocol"]["bootstrap"] == 20
-    assert list((tmp_path / "cache").rglob("*.safetensors"))
+    assert list((tmp_path / "cache").glob("*.sqlite3"))
 
     assert main([*command, "--output", str(output)]) == 2
     assert "exists already" in capsys.readouterr().err
@@ -380,26 +361,26 @@ def test_the_command(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--benchmark", "iiw"], "--benchmark is not for --task urban1k"),
-        (["--plot", "p.png"], "--plot is not for --task urban1k"),
-        (["--limits", "16"], "--limits is not for --task urban1k"),
-        (["--templates", "default"], "--templates is not for --task urban1k"),
-        (["--overwrite"], "--overwrite is of --output"),
-        (["--output", "missing/r.json"], "no such folder to write r.json in"),
-        (["--output", ""], "a folder, not a file to write"),
-        (["--split", "test"], "`split` is no option of urban1k"),
-        (["--max-length", "1000"], "`max_length` must be from 3 to the 126 tokens"),
-        (["--bootstrap", "-1"], "`bootstrap` must not be negative"),
-        (["--task", "length-study"], "--task length-study needs --benchmark"),
-        (["--task", "length-study", "--benchmark", "urban1k", "--bootstrap", "3"], "--bootstrap is not for"),
-        (["--task", "sentence-ablation", "--benchmark", "urban1k", "--limits", "3"], "--limits is not for"),
+        (["--benchmark", "iiw"], "--benchmark"),
+        (["--plot", "p.png"], "--plot"),
+        (["--limits", "16"], "--limits"),
+        (["--templates", "default"], "--templates"),
+        (["--overwrite"], "--overwrite"),
+        (["--output", "missing/r.json"], "r.json"),
+        (["--output", ""], "folder"),
+        (["--split", "test"], "`split`"),
+        (["--max-length", "1000"], "`max_length`"),
+        (["--bootstrap", "-1"], "`bootstrap`"),
+        (["--task", "length-study"], "--benchmark"),
+        (["--task", "length-study", "--benchmark", "urban1k", "--bootstrap", "3"], "--bootstrap"),
+        (["--task", "sentence-ablation", "--benchmark", "urban1k", "--limits", "3"], "--limits"),
         (["--task", "length-study", "--benchmark", "urban1k", "--plot", "p.xyz"], "p.xyz"),
         (
             ["--task", "length-study", "--benchmark", "urban1k", "--plot", "p.png", "--output", "./p.png"],
-            "--plot and --output are both",
+            "--plot and --output",
         ),
-        (["--task", "classification", "--data", "classes", "--bootstrap", "3"], "--bootstrap is not for"),
-        (["--revision", "main"], "`revision` 'main' is of models on the Hub"),
+        (["--task", "classification", "--data", "classes", "--bootstrap", "3"], "--bootstrap"),
+        (["--revision", "main"], "`revision`"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -435,7 +416,7 @@ def test_what_can_be_measured_is_listed(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_results_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     (tmp_path / "results.json").mkdir()
-    with pytest.raises(OSError, match=r"results\.json: .*\(Is a directory\)"):
+    with pytest.raises(OSError, match=r"results\.json"):
         write_results({"task": "none"}, tmp_path / "results.json")
 
 
@@ -448,35 +429,50 @@ def test_images_that_look_different_have_different_digests() -> None:
     turned.getexif()[0x0112] = 6
     digests = image_digests([red, blue, upright, turned], progress=False)
     assert len(set(digests)) == 4
-    with pytest.raises(TypeError, match=r"images\[1\] must be a path"):
+    with pytest.raises(TypeError, match=r"images\[1\]"):
         image_digests([red, None], progress=False)  # pyright: ignore[reportArgumentType]
 
 
-def test_data_that_does_not_fit_is_refused(loaded: tuple[Any, Any]) -> None:
+def test_data_that_does_not_fit_is_refused(encoder: Encoder) -> None:
     data = dataset(3)
     for wrong in ([0, 1], [0, 1, 3], [0, 1, -1]):
-        with pytest.raises(ValueError, match="`data.text_to_image` must hold 3 places from 0 to 2"):
-            evaluate(Encoder(*loaded), replace(data, text_to_image=wrong), progress=False)
+        with pytest.raises(ValueError, match="`data.text_to_image`"):
+            evaluate(encoder, replace(data, text_to_image=wrong), progress=False)
     classes = ClassificationData("me/colors", "Colors", data.images, data.image_names, [0, 6, 1], COLORS)
-    with pytest.raises(ValueError, match="`data.labels` must hold 3 places from 0 to 5"):
-        evaluate(Encoder(*loaded), classes, progress=False)
-    with pytest.raises(ValueError, match="a study needs a retrieval task"):
-        study(Encoder(*loaded), replace(classes, labels=[0, 1, 2]), "length", progress=False)
+    with pytest.raises(ValueError, match="`data.labels`"):
+        evaluate(encoder, classes, progress=False)
+    with pytest.raises(ValueError, match="study"):
+        study(encoder, replace(classes, labels=[0, 1, 2]), "length", progress=False)
+
+
+def num_kept(cache: Path) -> int:
+    """How many embeddings are kept, as another process sees it."""
+    try:
+        with closing(sqlite3.connect(f"file:{cache}/embeddings.sqlite3?mode=ro", uri=True)) as connection:
+            return connection.execute("SELECT count(*) FROM entries").fetchone()[0]
+    except sqlite3.OperationalError:  # not there yet
+        return 0
 
 
 @pytest.mark.slow
-def test_processes_agree_to_the_last_digit(
+def test_killed_and_resumed_processes_agree_with_one_to_the_last_digit(
     official_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = urban(tmp_path / "u", count=600)  # three units for two processes
+    data, cache = urban(tmp_path / "u", count=600), tmp_path / "cache"  # three units for two processes
 
-    def command(output: Path) -> list[str]:
-        words = ["evaluate", "--model", str(official_checkpoint), "--task", "urban1k", "--data", str(data)]
-        return [*words, "--num-images", "600", "--output", str(output), "--no-cache"]
+    def command(output: str, *words: str) -> list[str]:
+        words = ("--data", str(data), "--num-images", "600", "--output", str(tmp_path / output), *words)
+        return ["evaluate", "--model", str(official_checkpoint), "--task", "urban1k", *words]
 
-    assert main(command(tmp_path / "one.json")) == 0
+    assert main(command("one.json", "--no-cache")) == 0
     printed = capsys.readouterr().out
-    ran = finish("lotlip_hf.cli", command(tmp_path / "two.json"), tmp_path, num_processes=2)
+    together = command("two.json", "--cache", str(cache))
+    started = Started("lotlip_hf.cli", together, tmp_path, num_processes=2)
+    started.wait_until(lambda: num_kept(cache) > 0)
+    started.send_signal(signal.SIGKILL)
+    assert started.wait().codes == [-signal.SIGKILL] * 2
+    assert 0 < num_kept(cache) < 1200
+    ran = finish("lotlip_hf.cli", together, tmp_path, num_processes=2)
     assert ran.stdout == printed  # once
-    alone, together = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert {**together, "date": ""} == {**alone, "date": ""}
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert {**first, "date": ""} == {**second, "date": ""}

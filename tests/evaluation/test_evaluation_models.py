@@ -1,16 +1,13 @@
-"""Dual encoders of every kind through loading, encoding and fingerprints: as each class encodes by itself."""
+"""Dual encoders of every kind through `load_encoder`: features, fingerprints and revisions are those of each class."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -39,12 +36,8 @@ from transformers import (
 
 import tiny_clip
 from hub_server import Hub, hub_server, use_in_process
-from lotlip_hf import Encoder, LoTLIPModel
+from lotlip_hf import Encoder, LoTLIPModel, load_encoder
 from lotlip_hf.conversion.clip import convert as convert_clip
-from lotlip_hf.conversion.onnx import convert as export_onnx
-from lotlip_hf.engines.onnx import LoTLIPOnnxModel
-from lotlip_hf.evaluation.models import model_revision, model_versions
-from lotlip_hf.loading import load_model, max_text_length
 
 TOWER = tiny_clip.SIZE
 POSITIONS = 24
@@ -59,19 +52,8 @@ TEXTS = [
 ]
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-VOCABULARY = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    ",",
-    ".",
-    "dog",
-    "word",
-    *LETTERS,
-    *(f"##{x}" for x in LETTERS),
-]
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+VOCABULARY = [*SPECIAL, *",.", "dog", "word", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
 
 # Writes a checkpoint into a folder and returns how many tokens its texts may have.
 Make = Callable[[Path, Path], int]
@@ -85,7 +67,7 @@ def save(model: PreTrainedModel, processor: Any, folder: Path) -> None:
 
 def bert_tokenizer() -> BertTokenizer:
     """From a bare vocabulary: without a `model_max_length`."""
-    return BertTokenizer(vocab={token: place for place, token in enumerate(VOCABULARY)})
+    return BertTokenizer(vocab={token: index for index, token in enumerate(VOCABULARY)})
 
 
 def make_clip(folder: Path, golden: Path) -> int:
@@ -105,7 +87,7 @@ def make_siglip(folder: Path, golden: Path) -> int:
 def make_siglip2(folder: Path, golden: Path) -> int:
     """NaFlex: images of any aspect ratio, as patches."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    vocabulary = {token: place for place, token in enumerate([*special, "▁", *LETTERS, "do", "dog"])}
+    vocabulary = {token: index for index, token in enumerate([*special, "▁", *LETTERS, "do", "dog"])}
     tokenizer = Siglip2Tokenizer(vocab=vocabulary, merges=[("d", "o"), ("do", "g")], padding_side="right")
     text = {**TOWER, "vocab_size": len(vocabulary), "max_position_embeddings": POSITIONS, "pad_token_id": 0}
     vision = {**TOWER, "patch_size": 16, "num_patches": 256}
@@ -198,53 +180,45 @@ def naive(folder: Path, pictures: list[Path]) -> tuple[torch.Tensor, torch.Tenso
 
 
 @pytest.mark.slow
-def test_features_are_those_of_the_class(checkpoint: Path, pictures: list[Path]) -> None:
-    model, processor = load_model(checkpoint, device="cpu")
-    assert max_text_length(model, processor.tokenizer) == int((checkpoint / "limit").read_text())
-    expected_texts, expected_images = naive(checkpoint, pictures)
+def test_features_are_those_of_the_class(checkpoint: Path, pictures: list[Path], caplog: Any) -> None:
+    encoder = load_encoder(checkpoint, device="cpu")
+    limit = int((checkpoint / "limit").read_text())
+    assert encoder.max_text_length == limit
+    texts, images = naive(checkpoint, pictures)
     for batch_size in (1, 2, 50):
         options = {"batch_size": batch_size, "progress": False}
-        torch.testing.assert_close(
-            Encoder(model, processor).encode_texts(TEXTS, **options), expected_texts, atol=1e-5, rtol=0
-        )
-        images = Encoder(model, processor).encode_images(pictures, **options)
-        torch.testing.assert_close(images, expected_images, atol=1e-5, rtol=0)
+        torch.testing.assert_close(encoder.encode_texts(TEXTS, **options), texts, atol=1e-5, rtol=0)
+        torch.testing.assert_close(encoder.encode_images(pictures, **options), images, atol=1e-5, rtol=0)
     # texts and images differ by far more than the tolerance
-    assert (expected_texts[0] - expected_texts[2]).abs().max() > 1e-3
-    assert (expected_images[0] - expected_images[1]).abs().max() > 1e-3
-
-
-def test_texts_that_are_cut_are_told_of(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, processor = load_model(checkpoint, device="cpu")
-    limit = int((checkpoint / "limit").read_text())
-    lengths = [len(ids) for ids in processor.tokenizer(TEXTS, verbose=False)["input_ids"]]
-    Encoder(model, processor).encode_texts(TEXTS, progress=False)
+    assert (texts[0] - texts[2]).abs().max() > 1e-3
+    assert (images[0] - images[1]).abs().max() > 1e-3
+    lengths = [len(ids) for ids in encoder.engine.tokenizer(TEXTS, verbose=False)["input_ids"]]
     count = sum(length > limit for length in lengths)
     assert (f"{count} of {len(TEXTS)} texts were cut at {limit} tokens." in caplog.text) == (count > 0)
     assert max(lengths) > min(limit, 80)
 
 
+def fingerprints(encoder: Encoder) -> tuple[str, str]:
+    return encoder.fingerprint("image"), encoder.fingerprint("text")
+
+
 @pytest.mark.slow
 def test_fingerprints(checkpoint: Path, tmp_path: Path) -> None:
-    def fingerprints(pair: Any) -> tuple[str, str]:
-        return Encoder(*pair).fingerprint("image"), Encoder(*pair).fingerprint("text")
-
-    pair = load_model(checkpoint, device="cpu")
-    before = fingerprints(pair)
+    before = fingerprints(load_encoder(checkpoint, device="cpu"))
     assert before[0] != before[1]
-    elsewhere = load_model(shutil.copytree(checkpoint, tmp_path / "elsewhere"), device="cpu")
-    assert fingerprints(elsewhere) == before
-    Encoder(*elsewhere).encode_texts(TEXTS, progress=False)
-    assert fingerprints(elsewhere) == before
-    model, processor = elsewhere
+    encoder = load_encoder(shutil.copytree(checkpoint, tmp_path / "elsewhere"), device="cpu")
+    assert fingerprints(encoder) == before
+    encoder.encode_texts(TEXTS, progress=False)
+    assert fingerprints(encoder) == before
 
     def differ() -> tuple[bool, bool]:
-        now = fingerprints(elsewhere)
+        now = fingerprints(encoder)
         return now[0] != before[0], now[1] != before[1]
 
-    weights = model.state_dict()
+    weights = encoder.engine.model.state_dict()
     of_images = [name for name in weights if name.startswith(("vision_model.", "visual_projection."))]
     of_texts = [name for name in weights if name not in (*of_images, "logit_scale", "logit_bias")]
+    assert all(name.startswith(("text_model.", "text_projection.")) for name in of_texts)
     expected = {of_images[0]: (True, False), of_images[-1]: (True, False), "logit_scale": (False, False)}
     expected |= {of_texts[0]: (False, True), of_texts[-1]: (False, True)}
     for name, changes in expected.items():
@@ -252,66 +226,31 @@ def test_fingerprints(checkpoint: Path, tmp_path: Path) -> None:
         weights[name].view(-1)[-1] += 1
         assert differ() == changes, name
         weights[name].copy_(own)
-    assert all(name.startswith(("text_model.", "text_projection.")) for name in of_texts)
 
-    image_mean = processor.image_processor.image_mean
-    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
-    assert differ() == (True, False)
-    processor.image_processor.image_mean = image_mean
-    processor.tokenizer.model_max_length = 5
-    assert differ() == (False, True)
-    processor.tokenizer.model_max_length = pair[1].tokenizer.model_max_length
+    tokenizer, image_processor = encoder.engine.tokenizer, encoder.engine.image_processor
+    for part, name, value, changes in (
+        (image_processor, "image_mean", [0.1, 0.2, 0.3], (True, False)),
+        (encoder.engine, "background", (0, 0, 0), (True, False)),
+        (tokenizer, "model_max_length", 5, (False, True)),
+    ):
+        own = getattr(part, name)
+        setattr(part, name, value)
+        assert differ() == changes, name
+        setattr(part, name, own)
     assert differ() == (False, False)
-    processor.tokenizer.add_tokens(["lotlip"])
+    tokenizer.add_tokens(["lotlip"])
     assert differ() == (False, True)
 
 
 def test_a_longer_limit_of_the_tokenizer_is_not_the_models(tmp_path: Path, golden: Path) -> None:
     KINDS["bert-vit"](tmp_path / "model", golden)
-    model, processor = load_model(tmp_path / "model", device="cpu")
+    encoder = load_encoder(tmp_path / "model", device="cpu")
+    tokenizer = encoder.engine.tokenizer
     assert AutoProcessor.from_pretrained(tmp_path / "model").tokenizer.model_max_length > 10**6
-    assert processor.tokenizer.model_max_length == max_text_length(model, processor.tokenizer) == POSITIONS
-    processor.tokenizer.model_max_length = 10**9
-    assert max_text_length(model, processor.tokenizer) == POSITIONS
-    processor.tokenizer.model_max_length = 10
-    assert max_text_length(model, processor.tokenizer) == 10
-
-
-@pytest.mark.slow  # the export
-def test_onnx_through_load_model(
-    tmp_path_factory: pytest.TempPathFactory, official_checkpoint: Path, pictures: list[Path], tmp_path: Path
-) -> None:
-    base = tmp_path_factory.getbasetemp()
-    # the folder that tests/engines/test_onnx.py makes, as well
-    exported = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "onnx-official"
-    with FileLock(f"{exported}.lock"):
-        if not exported.exists():
-            export_onnx(official_checkpoint, exported)
-    pair, own = load_model(exported), load_model(official_checkpoint, device="cpu")
-    assert isinstance(pair[0], LoTLIPOnnxModel)
-    options = {"atol": 1e-5, "rtol": 0}
-    torch.testing.assert_close(
-        Encoder(*pair).encode_texts(TEXTS, progress=False),
-        Encoder(*own).encode_texts(TEXTS, progress=False),
-        **options,
-    )
-    torch.testing.assert_close(
-        Encoder(*pair).encode_images(pictures, progress=False),
-        Encoder(*own).encode_images(pictures, progress=False),
-        **options,
-    )
-    elsewhere = load_model(shutil.copytree(exported, tmp_path / "elsewhere"))
-    for modality in ("image", "text"):
-        assert (
-            Encoder(*elsewhere).fingerprint(modality)
-            == Encoder(*pair).fingerprint(modality)
-            != Encoder(*own).fingerprint(modality)
-        )
-    assert model_revision(pair[0]) is None
-    assert model_versions(pair[0]) == {"onnxruntime": version("onnxruntime")}
-    assert model_versions(own[0]) == {}
-    with pytest.raises(ValueError, match="`revision` 'main' is of models on the Hub; .*onnx-official is a folder"):
-        load_model(exported, revision="main")
+    assert tokenizer.model_max_length == encoder.max_text_length == POSITIONS
+    for limit, expected in ((10**9, POSITIONS), (10, 10)):
+        tokenizer.model_max_length = limit
+        assert encoder.max_text_length == expected
 
 
 # From the Hub.
@@ -335,15 +274,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_revisions(hub: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
     """Two commits that differ in configuration, weights, tokenizer and image processor."""
     older = hub.add(REPO, contents(official_checkpoint))
-    model, processor = load_model(official_checkpoint, device="cpu")
+    engine = load_encoder(official_checkpoint, device="cpu").engine
     with torch.no_grad():
-        model.text_projection.weight.add_(1)
-        model.logit_scale.fill_(2.0)
-    model.config.logit_scale_init_value = 2.0
-    processor.tokenizer.model_max_length = 9
-    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
-    model.save_pretrained(tmp_path / "newer")
-    processor.save_pretrained(tmp_path / "newer")
+        engine.model.logit_scale.fill_(2.0)
+    engine.model.config.logit_scale_init_value = 2.0
+    engine.tokenizer.model_max_length = 9
+    engine.image_processor.image_mean = [0.1, 0.2, 0.3]
+    engine.model.save_pretrained(tmp_path / "newer")
+    engine.processor.save_pretrained(tmp_path / "newer")
     newer = hub.add(REPO, contents(tmp_path / "newer"))
     assert older != newer
 
@@ -353,20 +291,21 @@ def test_revisions(hub: Hub, official_checkpoint: Path, tmp_path: Path) -> None:
         (older, older, 2.659, 126, 0.5),
         (newer, newer, 2.0, 9, 0.1),
     ):
-        model, processor = load_model(REPO, device="cpu", revision=revision)
+        encoder = load_encoder(REPO, device="cpu", revision=revision)
+        model = encoder.engine.model
         assert model.logit_scale.item() == pytest.approx(scale, abs=0.02)
         assert model.config.logit_scale_init_value == pytest.approx(scale, abs=0.02)
-        assert processor.tokenizer.model_max_length == length
-        assert processor.image_processor.image_mean[0] == mean
-        assert model_revision(model) == commit
-    with pytest.raises(OSError, match=r"nothing is not a valid git identifier .*lotlip/tiny"):
-        load_model(REPO, revision="nothing")
+        assert encoder.max_text_length == length
+        assert encoder.engine.image_processor.image_mean[0] == mean
+        assert encoder.revision == commit
+    with pytest.raises(OSError, match="nothing"):
+        load_encoder(REPO, revision="nothing")
     # saved and loaded again it comes from no commit
     model.save_pretrained(tmp_path / "saved")
-    processor.save_pretrained(tmp_path / "saved")
-    assert model_revision(load_model(tmp_path / "saved", device="cpu")[0]) is None
-    with pytest.raises(ValueError, match="`revision` 'main' is of models on the Hub; .*saved is a folder"):
-        load_model(tmp_path / "saved", revision="main")
+    encoder.engine.processor.save_pretrained(tmp_path / "saved")
+    assert load_encoder(tmp_path / "saved", device="cpu").revision is None
+    with pytest.raises(ValueError, match="`revision`"):
+        load_encoder(tmp_path / "saved", revision="main")
 
 
 @pytest.mark.slow
@@ -375,8 +314,7 @@ def test_a_push_while_loading_changes_nothing(hub: Hub, tmp_path: Path, monkeypa
     first = hub.add(REPO, contents(tmp_path / "clip"))
     with torch.no_grad():
         model.logit_scale.fill_(1.0)
-    tokenizer = tiny_clip.clip_tokenizer(9)
-    tiny_clip.save_clip(tmp_path / "other", model, tokenizer)
+    tiny_clip.save_clip(tmp_path / "other", model, tiny_clip.clip_tokenizer(9))
     from_pretrained = AutoConfig.from_pretrained
     commits = []
 
@@ -387,29 +325,27 @@ def test_a_push_while_loading_changes_nothing(hub: Hub, tmp_path: Path, monkeypa
         return config
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", push_after)
-    loaded, processor = load_model(REPO, device="cpu")
-    assert loaded.logit_scale.item() == 3.0
-    assert processor.tokenizer.model_max_length == 77
-    assert model_revision(loaded) == first
-    loaded, processor = load_model(REPO, device="cpu")
-    assert loaded.logit_scale.item() == 1.0
-    assert processor.tokenizer.model_max_length == 9
-    assert [model_revision(loaded)] == commits
+    loaded = [load_encoder(REPO, device="cpu") for _ in range(2)]
+    assert [encoder.engine.model.logit_scale.item() for encoder in loaded] == [3.0, 1.0]
+    assert [encoder.max_text_length for encoder in loaded] == [77, 9]
+    assert [encoder.revision for encoder in loaded] == [first, *commits]
 
 
 def test_the_revision_without_a_network(hub: Hub, official_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     commit = hub.add(REPO, contents(official_checkpoint))
-    load_model(REPO, device="cpu")
+    load_encoder(REPO, device="cpu")
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert model_revision(load_model(REPO, device="cpu")[0]) == commit
-    assert model_revision(load_model(REPO, device="cpu", revision=commit)[0]) == commit
+    for revision in (None, commit):
+        assert load_encoder(REPO, device="cpu", revision=revision).revision == commit
     assert not hub.requests
 
 
 def test_a_model_that_was_made_here_has_no_revision(official_checkpoint: Path) -> None:
-    model = LoTLIPModel.from_pretrained(official_checkpoint)
-    assert model_revision(model) is None
-    assert model_revision(tiny_clip.clip_model()) is None
+    processor = AutoProcessor.from_pretrained(official_checkpoint)
+    for model in (LoTLIPModel.from_pretrained(official_checkpoint), tiny_clip.clip_model()):
+        encoder = Encoder(model, processor)
+        assert encoder.revision is None
+        assert encoder.versions == {}

@@ -1,36 +1,27 @@
 """Studies: rows are what encoding every text anew gives, FLOPs are those of a formula, and plots draw the rows."""
 
-import io
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 from transformers import BertTokenizer, SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 
 import tiny_clip
-from lotlip_hf import Encoder
+from lotlip_hf import Encoder, load_encoder
 from lotlip_hf.evaluation import embeddings, studies
-from lotlip_hf.evaluation.embeddings import TextEmbeddings, embed_texts, image_digests
+from lotlip_hf.evaluation.embeddings import TextEmbeddings, image_digests
 from lotlip_hf.evaluation.retrieval import recalls
-from lotlip_hf.evaluation.studies import (
-    length_study,
-    plot_length_study,
-    plot_sentence_ablation,
-    sentence_ablation,
-)
+from lotlip_hf.evaluation.studies import length_study, plot_length_study, plot_sentence_ablation, sentence_ablation
 from lotlip_hf.evaluation.tasks import RetrievalData
-from lotlip_hf.loading import load_model
 
 WORDS = tiny_clip.WORDS
-
-Pair = tuple[Any, Any]
 
 
 def long_texts(count: int) -> list[str]:
@@ -55,26 +46,29 @@ def pictures(count: int) -> list[Image.Image]:
 def retrieval_data(texts: Sequence[str] | None = None) -> RetrievalData:
     """Ten images, two of which have several texts."""
     texts = [*long_texts(13), "a cat. " * 40 + "a dog"] if texts is None else texts
-    owners = [min(place, 9) if place < 12 else 3 for place in range(len(texts))]
+    owners = [min(index, 9) if index < 12 else 3 for index in range(len(texts))]
     images = pictures(max(owners) + 1)
-    return RetrievalData("own", "Own", images, [str(place) for place in range(len(images))], texts, owners)
+    return RetrievalData("own", "Own", images, [str(index) for index in range(len(images))], texts, owners)
+
+
+def token_counts(encoder: Encoder, texts: Sequence[str]) -> list[int]:
+    return [len(ids) for ids in encoder.engine.tokenizer(list(texts), verbose=False)["input_ids"]]
 
 
 @pytest.fixture(scope="module")
-def lotlip(official_checkpoint: Path) -> Pair:
-    return load_model(official_checkpoint, device="cpu")
+def lotlip(official_checkpoint: Path) -> Encoder:
+    return load_encoder(official_checkpoint, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     folder = tmp_path_factory.mktemp("clip")
     tiny_clip.save_clip(folder)
-    return load_model(folder, device="cpu")
+    return load_encoder(folder, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def siglip(golden: Path) -> Pair:
-    torch.manual_seed(0)
+@pytest.fixture
+def siglip(golden: Path) -> Encoder:
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
     config = SiglipConfig(
         text_config=SiglipTextConfig(**size, vocab_size=30522, max_position_embeddings=20, pad_token_id=0),
@@ -82,12 +76,8 @@ def siglip(golden: Path) -> Pair:
     )
     tokenizer = BertTokenizer.from_pretrained(golden / "tokenizer", model_max_length=20)
     tokenizer.model_input_names = ["input_ids"]
-
-    class Processor:
-        def __init__(self) -> None:
-            self.tokenizer, self.image_processor = tokenizer, tiny_clip.image_processor()
-
-    return SiglipModel(config).eval(), Processor()
+    processor = SimpleNamespace(tokenizer=tokenizer, image_processor=tiny_clip.image_processor())
+    return Encoder(SiglipModel(config), processor)
 
 
 def layers_flops(config: Any, tokens: int) -> int:
@@ -123,43 +113,31 @@ def clip_flops(model: Any, tokens: int) -> int:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["lotlip", "clip"])
 def test_flops_are_those_of_a_formula(kind: str, attention: str, request: pytest.FixtureRequest) -> None:
-    model, processor = request.getfixturevalue(kind)
+    encoder = request.getfixturevalue(kind)
+    model, data = encoder.engine.model, retrieval_data()
     own = model.config._attn_implementation
-    data = retrieval_data()
     model.set_attn_implementation(attention)
     try:
-        rows = length_study(Encoder(model, processor), data, [5, 12, 40], progress=False)
+        rows = length_study(encoder, data, [5, 12, 40], progress=False)
     finally:
         model.set_attn_implementation(own)
-    lengths = [len(ids) for ids in processor.tokenizer(list(data.texts), verbose=False)["input_ids"]]
+    lengths = token_counts(encoder, data.texts)
     assert len(set(lengths)) > 5
     for row in rows:
         kept = [min(length, row["max_length"]) for length in lengths]
-        pooled_only = attention == "sdpa"
-        expected = [
-            lotlip_flops(model, tokens, pooled_only) if kind == "lotlip" else clip_flops(model, tokens)
-            for tokens in kept
-        ]
+        if kind == "lotlip":
+            expected = [lotlip_flops(model, tokens, pooled_only=attention == "sdpa") for tokens in kept]
+        else:
+            expected = [clip_flops(model, tokens) for tokens in kept]
         assert row["text_flops"] == sum(expected) / len(expected)
 
 
-def test_flops_of_a_model_that_pads(siglip: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, processor = siglip
-    widths: list[int] = []
-    features = model.get_text_features
-
-    def recorded(input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        widths.append(input_ids.shape[1])
-        return features(input_ids=input_ids, **kwargs)
-
-    monkeypatch.setattr(model, "get_text_features", recorded)
-    rows = length_study(Encoder(model, processor), retrieval_data(), [20], progress=False)
-    assert set(widths) == {20}
-    assert len(widths) == 2  # a batch, and once to count
-    config = model.config.text_config
+def test_flops_of_a_model_that_pads(siglip: Encoder) -> None:
+    (row,) = length_study(Encoder(siglip, retrieval_data()), [20], progress=False)
+    config = siglip.engine.model.config.text_config
     head = 2 * config.hidden_size * config.projection_size
-    assert [row["text_flops"] for row in rows] == [layers_flops(config, 20) + head]  # whatever the texts' own lengths
-    assert rows[0]["mean_tokens"] < 20
+    assert row["text_flops"] == layers_flops(config, 20) + head  # whatever the texts' own lengths
+    assert row["mean_tokens"] < 20
 
 
 class FusedLayers(nn.Module):
@@ -182,27 +160,31 @@ class FusedLayers(nn.Module):
         return pixel_values.mean((2, 3)).repeat(1, self.config.text_config.hidden_size)[:, ::3]
 
 
-def test_flops_of_fused_layers(clip: Pair) -> None:
-    model, processor = clip
-    fused = FusedLayers(model.config)
-    rows = length_study(
-        Encoder(cast(Any, fused), processor), retrieval_data(["a cat a cat a cat"] * 3), [8], progress=False
-    )
-    assert rows[0]["text_flops"] == layers_flops(model.config.text_config, 8)
+def test_flops_of_fused_layers(clip: Encoder) -> None:
+    config = clip.engine.model.config
+    fused = Encoder(cast(Any, FusedLayers(config)), clip.engine.processor)
+    rows = length_study(Encoder(fused, retrieval_data(["a cat a cat a cat"] * 3)), [8], progress=False)
+    assert rows[0]["text_flops"] == layers_flops(config.text_config, 8)
     assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize("kind", ["lotlip", "clip"])
-def test_length_study_is_encoding_all_anew(kind: str, request: pytest.FixtureRequest) -> None:
-    model, processor = request.getfixturevalue(kind)
-    data = retrieval_data()
-    rows = length_study(Encoder(model, processor), data, [30, 12, 18, 18], progress=False)
-    assert [row["max_length"] for row in rows] == [12, 18, 30]
-    images = Encoder(model, processor).encode_images(data.images, progress=False)
-    lengths = [len(ids) for ids in processor.tokenizer(list(data.texts), verbose=False)["input_ids"]]
+def test_length_study_is_encoding_all_anew(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, data = request.getfixturevalue(kind), retrieval_data()
+    lengths = token_counts(encoder, data.texts)
+    longest = encoder.max_text_length
+    with monkeypatch.context() as patch:
+        encoded = count_texts(patch, encoder)
+        rows = length_study(encoder, data, [30, 12, 18, 18, longest], progress=False)
+    # only texts that change are encoded again
+    assert encoded == [sum(length > limit for length in lengths) or len(lengths) for limit in (200, 30, 18, 12)]
+    assert [row["max_length"] for row in rows] == [12, 18, 30, longest]
+    images = encoder.encode_images(data.images, progress=False)
     for row in rows:
         limit = row["max_length"]
-        texts = Encoder(model, processor).encode_texts(data.texts, max_length=limit, progress=False)
+        texts = encoder.encode_texts(data.texts, max_length=limit, progress=False)
         expected = recalls(images, texts, data.text_to_image, ks=[1])
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-12)
         assert row["texts_cut"] == sum(length > limit for length in lengths) / len(lengths)
@@ -211,136 +193,79 @@ def test_length_study_is_encoding_all_anew(kind: str, request: pytest.FixtureReq
     assert json.loads(json.dumps(rows)) == rows
 
 
-def test_default_limits_end_where_the_model_does(lotlip: Pair, clip: Pair) -> None:
+def count_texts(monkeypatch: pytest.MonkeyPatch, encoder: Encoder) -> list[int]:
+    """How many texts each call encodes from now on, where it is more than one, as to count FLOPs."""
+    sizes: list[int] = []
+    iterate = encoder.iterate_texts
+
+    def counted(texts: Sequence[str], **kwargs: Any) -> Any:
+        sizes.extend([len(texts)] if len(texts) > 1 else [])
+        return iterate(texts, **kwargs)
+
+    monkeypatch.setattr(encoder, "iterate_texts", counted)
+    return sizes
+
+
+def test_default_limits_end_where_the_model_does(lotlip: Encoder, clip: Encoder) -> None:
     data = retrieval_data([*long_texts(3), "a cat. " * 300])
-    for (model, processor), expected in ((lotlip, [16, 32, 48, 64, 96, 126]), (clip, [16, 32, 48, 64, 77])):
-        rows = length_study(Encoder(model, processor), data, progress=False)
+    for encoder, expected in ((lotlip, [16, 32, 48, 64, 96, 126]), (clip, [16, 32, 48, 64, 77])):
+        rows = length_study(encoder, data, progress=False)
         assert [row["max_length"] for row in rows] == expected
         assert rows[-1]["texts_cut"] == 0.25  # at the model's own end, too
 
 
-def test_only_texts_that_change_are_encoded_again(lotlip: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, processor = lotlip
-    data = retrieval_data()
-    lengths = [len(ids) for ids in processor.tokenizer(list(data.texts), verbose=False)["input_ids"]]
-    encoded: list[tuple[int | None, int]] = []
-    embed_texts = studies.embed_texts
-
-    def counting(model: Any, processor: Any, texts: list[str], **kwargs: Any) -> TextEmbeddings:
-        encoded.append((kwargs["max_length"], len(texts)))
-        return embed_texts(Encoder(model, processor), texts, **kwargs)
-
-    monkeypatch.setattr(studies, "embed_texts", counting)
-    length_study(Encoder(model, processor), data, [10, 50, 100, 126], progress=False)
-    assert encoded[0] == (126, len(data.texts))
-    longer = {limit: sum(length > limit for length in lengths) for limit in (100, 50, 10)}
-    assert all(number for _, number in encoded)
-    assert encoded[1:] == [(limit, number) for limit, number in longer.items() if number]
-
-
-def test_a_model_without_flops(lotlip: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # as one on ONNX Runtime: PyTorch sees none of its products
-    monkeypatch.setattr(studies, "iterate_text_embeddings", lambda *args, **kwargs: iter([]))
-    rows = length_study(Encoder(*lotlip), retrieval_data(), [5, 20], progress=False)
+def test_a_model_without_flops(lotlip: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as one on ONNX Runtime: PyTorch sees no products
+    rows_of_unit_matrix = torch.eye(lotlip.dim)
+    monkeypatch.setattr(
+        lotlip.engine, "text_features", lambda inputs: rows_of_unit_matrix[inputs["input_ids"][:, 1] % lotlip.dim]
+    )
+    rows = length_study(Encoder(lotlip, retrieval_data()), [5, 20], progress=False)
     assert [row["text_flops"] for row in rows] == [None, None]
     plot_length_study(rows, tmp_path / "length.png")
     assert (tmp_path / "length.png").stat().st_size > 1000
 
 
-@pytest.mark.slow
-def test_length_study_keeps_embeddings(lotlip: Pair, tmp_path: Path) -> None:
-    data = retrieval_data()
-    first = length_study(Encoder(*lotlip), data, [5, 20], cache=tmp_path, batch_size=3, progress=False)
-    kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
-    assert len(kept) == 3  # the images, and the texts at both limits
-    assert length_study(Encoder(*lotlip), data, [5, 20], cache=tmp_path, batch_size=3, progress=False) == first
-    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")} == kept
-
-
-class Bars:
-    """Bars that are shown, and how many others were asked for."""
-
-    def __init__(self) -> None:
-        self.shown: list[Any] = []
-        self.hidden = 0
-
-    def __call__(self, *args: Any, disable: bool, **kwargs: Any) -> Any:
-        bar = tqdm(*args, **kwargs, disable=disable, file=io.StringIO())
-        if disable:
-            self.hidden += 1
-        else:
-            self.shown.append(bar)
-        return bar
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("study", [length_study, sentence_ablation])
-def test_one_bar_and_one_warning(
-    study: Any, clip: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of two units at a time, with texts that stand twice, and some that are read as before."""
-    bars, own_bars = Bars(), Bars()
-    monkeypatch.setattr(studies, "tqdm", bars)
-    monkeypatch.setattr(embeddings, "tqdm", own_bars)
-    monkeypatch.setattr(studies, "UNIT_SIZE", 4)
-    monkeypatch.setattr(embeddings, "UNIT_SIZE", 4)
+def test_one_warning_of_cut_texts(study: Any, clip: Encoder, caplog: pytest.LogCaptureFixture) -> None:
     texts = [*long_texts(13), "a cat. " * 40 + "a dog", "a cat. " * 50 + "a dog", long_texts(1)[0]]
-    study(Encoder(*clip), retrieval_data(texts))
-    (bar,) = bars.shown
-    assert bar.n == bar.total > 2 * len(texts)
-    assert {bar.desc for bar in own_bars.shown} == {"Reading images", "Encoding images"}
-    assert len(own_bars.shown) == 2
-    assert own_bars.hidden > 4
-    assert [record.getMessage() for record in caplog.records if "cut" in record.getMessage()] == [
-        "2 of 16 texts were cut at 77 tokens."
-    ]
-    study(Encoder(*clip), retrieval_data(texts), progress=False)
-    assert len(bars.shown) == 1
-    assert len(own_bars.shown) == 2
+    study(Encoder(clip, retrieval_data(texts)), progress=False)
+    cut = [message for message in caplog.messages if "cut" in message]
+    assert cut == ["2 of 16 texts were cut at 77 tokens."]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("study", [length_study, sentence_ablation])
-def test_what_is_known_is_not_computed_again(
-    study: Any, lotlip: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-
-    def counted(model: Any, processor: Any, modality: Any) -> str:
-        asked.append(modality)
-        return Encoder(model, processor).fingerprint(modality)
-
-    monkeypatch.setattr(studies, "fingerprint", counted)
-    monkeypatch.setattr(embeddings, "fingerprint", counted)
-    monkeypatch.setattr(studies, "UNIT_SIZE", 4)
+def test_embeddings_are_kept(study: Any, lotlip: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that an evaluation of the same data keeps, too, in units of four."""
     monkeypatch.setattr(embeddings, "UNIT_SIZE", 4)
-    data = retrieval_data()
-    rows = study(Encoder(*lotlip), data, progress=False)
-    assert asked == []
-    digests = image_digests(data.images, progress=False)
-    monkeypatch.setattr(embeddings, "image_digests", None)
-    assert study(Encoder(*lotlip), data, digests=digests, cache=tmp_path, progress=False) == rows
-    assert sorted(asked) == ["image", "text"]
-    # what is kept is what `embed_texts` keeps of all texts at once
-    kept = sorted(tmp_path.rglob("*.safetensors"))
-    embed_texts(Encoder(*lotlip), data.texts, cache=tmp_path, progress=False)
-    assert sorted(tmp_path.rglob("*.safetensors")) == kept
+    monkeypatch.setattr(studies, "UNIT_SIZE", 4)
+    data, fingerprints = retrieval_data(), []
+    rows = study(Encoder(lotlip, data), progress=False)
+    options = {"digests": image_digests(data.images, progress=False), "cache": tmp_path, "progress": False}
+    embeddings.embed_texts(Encoder(lotlip, data.texts), cache=tmp_path, progress=False)
+    fingerprint = lotlip.fingerprint
+    monkeypatch.setattr(lotlip, "fingerprint", lambda modality: fingerprints.append(modality) or fingerprint(modality))
+    encoded = count_texts(monkeypatch, lotlip)
+    assert study(Encoder(lotlip, data), **options) == rows
+    assert len(data.texts) not in encoded
+    assert sorted(fingerprints) == ["image", "text"]  # once, as they take seconds
+    encoded.clear()
+    assert study(Encoder(lotlip, data), **options) == rows
+    assert encoded == []
 
 
 @pytest.mark.parametrize("limits", [[2, 10], [10, 127]])
-def test_limits_that_the_model_does_not_take(lotlip: Pair, limits: list[int]) -> None:
-    with pytest.raises(
-        ValueError, match=r"`limits` must be from 3 to the 126 tokens that the model takes, got \[.*\]"
-    ):
-        length_study(Encoder(*lotlip), retrieval_data(), limits, progress=False)
+def test_limits_that_the_model_does_not_take(lotlip: Encoder, limits: list[int]) -> None:
+    with pytest.raises(ValueError, match="`limits`"):
+        length_study(Encoder(lotlip, retrieval_data()), limits, progress=False)
 
 
-def test_flash_attention_is_not_counted(lotlip: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, processor = lotlip
-    backbone = model.text_model.backbone.config
+def test_flash_attention_is_not_counted(lotlip: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = lotlip.engine.model.text_model.backbone.config
     monkeypatch.setattr(backbone, "_attn_implementation_internal", "flash_attention_2")
-    with pytest.raises(ValueError, match='flash attention are not counted.*attn_implementation="sdpa"'):
-        length_study(Encoder(model, processor), retrieval_data(), progress=False)
+    with pytest.raises(ValueError, match="attn_implementation"):
+        length_study(Encoder(lotlip, retrieval_data()), progress=False)
 
 
 # The sentence ablation.
@@ -348,14 +273,13 @@ def test_flash_attention_is_not_counted(lotlip: Pair, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("kind", ["lotlip", "clip"])
 def test_sentence_ablation_is_encoding_all_anew(kind: str, request: pytest.FixtureRequest) -> None:
-    model, processor = request.getfixturevalue(kind)
-    data = retrieval_data(long_texts(13))
+    encoder, data = request.getfixturevalue(kind), retrieval_data(long_texts(13))
     sentences = [text.split(". ") for text in data.texts]
-    images = Encoder(model, processor).encode_images(data.images, progress=False).double()
+    images = encoder.encode_images(data.images, progress=False).double()
     owners = torch.tensor(data.text_to_image)
 
     def measured(texts: Sequence[str]) -> dict[str, float]:
-        scores = images @ Encoder(model, processor).encode_texts(texts, progress=False).double().T
+        scores = images @ encoder.encode_texts(texts, progress=False).double().T
         own = scores[owners, torch.arange(len(texts))]
         text_ranks = 1 + (scores > own + 1e-6).sum(0).double()
         best = torch.stack([own[owners == image].max() for image in range(len(images))])
@@ -368,20 +292,20 @@ def test_sentence_ablation_is_encoding_all_anew(kind: str, request: pytest.Fixtu
             "score": own.mean().item(),
         }
 
-    rows = sentence_ablation(Encoder(model, processor), data, progress=False)
+    rows = sentence_ablation(encoder, data, progress=False)
     assert [row["sentence"] for row in rows] == list(range(max(map(len, sentences)) + 1))
     whole = measured(data.texts)
     for k, row in enumerate(rows):
         shorter = [
-            ". ".join(part for place, part in enumerate(parts, 1) if place != k) if len(parts) > 1 else parts[0]
+            ". ".join(part for number, part in enumerate(parts, 1) if number != k) if len(parts) > 1 else parts[0]
             for parts in sentences
         ]
-        changed = [place for place, parts in enumerate(sentences) if 1 <= k <= len(parts) > 1]
+        changed = [index for index, parts in enumerate(sentences) if 1 <= k <= len(parts) > 1]
         now = measured(shorter)
         assert row["num_texts"] == row["num_read"] == len(changed)
         for name, value in now.items():
             assert row[name] == pytest.approx(value, abs=1e-5), name
-            scale = len(images) / len({data.text_to_image[place] for place in changed} or "1")
+            scale = len(images) / len({data.text_to_image[index] for index in changed} or "1")
             if not name.startswith("image"):
                 scale = len(sentences) / max(1, len(changed))
             lost = (value - whole[name]) * (1 if name.endswith("rank") else -1) * scale
@@ -397,7 +321,7 @@ def bag_of_words(texts: Sequence[str]) -> torch.Tensor:
     return torch.nn.functional.normalize(counts, dim=1)
 
 
-def test_what_a_sentence_is_worth(lotlip: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_sentence_is_worth(lotlip: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     # Every text's second sentence alone tells its image: the others are the same in all texts.
     own = WORDS[:4]
     texts = [f"red house. {word} {word}. car and" for word in own] + ["the"]
@@ -406,9 +330,9 @@ def test_what_a_sentence_is_worth(lotlip: Pair, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         studies,
         "embed_texts",
-        lambda model, processor, texts, **kwargs: TextEmbeddings(bag_of_words(texts), torch.zeros(len(texts))),
+        lambda encoder, texts, **kwargs: TextEmbeddings(bag_of_words(texts), torch.zeros(len(texts))),
     )
-    whole, first, second, third = sentence_ablation(Encoder(*lotlip), data, progress=False)
+    whole, first, second, third = sentence_ablation(Encoder(lotlip, data), progress=False)
     assert whole["text_to_image_r1"] == whole["image_to_text_r1"] == 1
     assert whole["text_to_image_mean_rank"] == 1
     assert [row["num_texts"] for row in (whole, first, second, third)] == [0, 4, 4, 4]  # one sentence stays
@@ -427,22 +351,21 @@ def test_what_a_sentence_is_worth(lotlip: Pair, monkeypatch: pytest.MonkeyPatch)
     assert second["score_lost"] == pytest.approx(whole_score, abs=1e-6)
 
 
-def test_sentences_behind_the_models_end_are_not_read(clip: Pair) -> None:
-    model, processor = clip
+def test_sentences_behind_the_models_end_are_not_read(clip: Encoder) -> None:
     beyond = ". ".join(["a cat " * 20, "the dog " * 20, "a red car", "a house"])  # the first two fill 77 tokens
     data = retrieval_data([beyond, "a cat. the dog. a red car. a house"])
-    rows = sentence_ablation(Encoder(model, processor), data, progress=False)
+    rows = sentence_ablation(Encoder(clip, data), progress=False)
     assert [(row["num_texts"], row["num_read"]) for row in rows] == [(0, 0), (2, 2), (2, 2), (2, 1), (2, 1)]
 
 
-def test_fewer_sentences(lotlip: Pair) -> None:
+def test_fewer_sentences(lotlip: Encoder) -> None:
     data = retrieval_data(long_texts(6))
-    everything = sentence_ablation(Encoder(*lotlip), data, progress=False)
-    assert sentence_ablation(Encoder(*lotlip), data, 2, progress=False) == everything[:3]
-    with pytest.raises(ValueError, match="`max_sentences` must be at least 1, got 0"):
-        sentence_ablation(Encoder(*lotlip), data, 0, progress=False)
-    with pytest.raises(ValueError, match="No text of Own has two sentences"):
-        sentence_ablation(Encoder(*lotlip), retrieval_data(["a cat", "a dog."]), progress=False)
+    everything = sentence_ablation(Encoder(lotlip, data), progress=False)
+    assert sentence_ablation(Encoder(lotlip, data), 2, progress=False) == everything[:3]
+    with pytest.raises(ValueError, match="`max_sentences`"):
+        sentence_ablation(Encoder(lotlip, data), 0, progress=False)
+    with pytest.raises(ValueError, match="Own"):
+        sentence_ablation(Encoder(lotlip, retrieval_data(["a cat", "a dog."])), progress=False)
 
 
 # Plots.
@@ -457,7 +380,7 @@ SENTENCE_ROWS = [
         "sentence": k,
         "num_texts": 10 - k,
         "num_read": 9 - k,
-        **{f"{name}_lost": 0.01 * (k + place) for place, name in enumerate(LOST)},
+        **{f"{name}_lost": 0.01 * (k + index) for index, name in enumerate(LOST)},
     }
     for k in range(4)
 ]
@@ -507,9 +430,9 @@ def test_sentence_plot_draws_the_rows(drawn: list[Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("plot", "rows"), [(plot_length_study, LENGTH_ROWS), (plot_sentence_ablation, SENTENCE_ROWS)])
 def test_plots_that_cannot_be_drawn(plot: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="`rows` is empty"):
+    with pytest.raises(ValueError, match="`rows`"):
         plot([], tmp_path / "plot.png")
-    with pytest.raises(ValueError, match="plot.doc: expected a picture that ends in .*png"):
+    with pytest.raises(ValueError, match=r"plot\.doc"):
         plot(rows, tmp_path / "plot.doc")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'lotlip-hf\[evaluation\]'"):

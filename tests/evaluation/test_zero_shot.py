@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import pipeline
 
 import tiny_clip
-from lotlip_hf import Encoder
+from lotlip_hf import Encoder, load_encoder
 from lotlip_hf.evaluation import zero_shot
 from lotlip_hf.evaluation.zero_shot import (
     DEFAULT_TEMPLATES,
@@ -20,7 +20,6 @@ from lotlip_hf.evaluation.zero_shot import (
     prompt,
     read_templates,
 )
-from lotlip_hf.loading import load_model
 
 CLASSES = ["cat", "red car", "house {of} 100 %", "the dog. of the house"]
 TEMPLATES = ["a photo of a {}.", "{c}", "A {}. And the same {} in a photo.", "{braces} {c}"]
@@ -29,19 +28,17 @@ PROMPTS = [
     *("a photo of a red car.", "red car", "A red car. And the same red car in a photo.", "{braces} red car"),
 ]
 
-Pair = tuple[Any, Any]
+
+@pytest.fixture(scope="module")
+def lotlip(official_checkpoint: Path) -> Encoder:
+    return load_encoder(official_checkpoint, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def lotlip(official_checkpoint: Path) -> Pair:
-    return load_model(official_checkpoint, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def clip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     folder = tmp_path_factory.mktemp("clip")
     tiny_clip.save_clip(folder)
-    return folder
+    return load_encoder(folder, device="cpu")
 
 
 def templates_file(folder: Path, content: bytes) -> Path:
@@ -59,30 +56,23 @@ def test_templates_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            b"a photo of a {}.\n\na photo of a cat.\n",
-            "line 3: template 'a photo of a cat.' has no place for the class",
-        ),
-        (b"a {class}\n", "line 1: template 'a {class}' has no place"),
-        (b"a {}.\na {} in {c}\n", "line 2: template 'a {} in {c}' has {} and {c}, and only one of them can stand for"),
-        (b"\n  \n", "there is no template in it"),
-        (b"", "there is no template in it"),
-        (b"ein B\xe4r {}\n", "not a text file in UTF-8"),
+        (b"a photo of a {}.\n\na photo of a cat.\n", "line 3: .*'a photo of a cat.'"),
+        (b"a {class}\n", "line 1: .*'a {class}'"),
+        (b"a {}.\na {} in {c}\n", "line 2: .*{} and {c}"),
+        (b"\n  \n", "no template"),
+        (b"", "no template"),
+        (b"ein B\xe4r {}\n", "UTF-8"),
     ],
 )
 def test_files_that_are_no_templates_are_named(tmp_path: Path, content: bytes, message: str) -> None:
-    file = templates_file(tmp_path, content)
-    with pytest.raises(ValueError, match="templates.txt") as error:
-        read_templates(file)
-    assert str(error.value).startswith(str(file))
-    assert message in str(error.value)
+    with pytest.raises(ValueError, match=rf"templates\.txt.*{message}"):
+        read_templates(templates_file(tmp_path, content))
 
 
 def test_no_list_and_no_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="openia: no such file of templates; expected one of default, openai"):
-        read_templates("openia")
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        read_templates(tmp_path)
+    for name in ("openia", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"{name}: .*openai"):
+            read_templates(name)
 
 
 def test_default_templates() -> None:
@@ -123,42 +113,33 @@ def test_lists_of_open_clip() -> None:
 def test_prompts() -> None:
     assert [prompt(template, name) for name in CLASSES[:2] for template in TEMPLATES] == PROMPTS
     assert prompt("a {}.", "{c} {}") == "a {c} {}."  # a class's own braces are text
-    with pytest.raises(ValueError, match="template 'a cat' has no place for the class"):
-        prompt("a cat", "dog")
-    with pytest.raises(ValueError, match="template 'a {} in {c}' has {} and {c}, and only one"):
-        prompt("a {} in {c}", "dog")
+    for template in ("a cat", "a {} in {c}"):
+        with pytest.raises(ValueError, match=f"'{template}'"):
+            prompt(template, "dog")
 
 
 @pytest.mark.parametrize("kind", ["lotlip", "clip"])
-def test_classes_are_the_means_of_their_prompts(kind: str, lotlip: Pair, clip_checkpoint: Path) -> None:
-    model, processor = lotlip if kind == "lotlip" else load_model(clip_checkpoint, device="cpu")
-    result = class_embeddings(Encoder(model, processor), CLASSES, TEMPLATES, progress=False)
+def test_classes_are_the_means_of_their_prompts(kind: str, request: pytest.FixtureRequest) -> None:
+    encoder = request.getfixturevalue(kind)
+    model, tokenizer = encoder.engine.model, encoder.engine.tokenizer
+    result = class_embeddings(encoder, CLASSES, TEMPLATES, progress=False)
     assert result.shape == (len(CLASSES), model.config.projection_dim)
     for name, embedding in zip(CLASSES, result, strict=True):
         total = torch.zeros(result.shape[1])
         for template in TEMPLATES:
             text = template.replace("{c}", name) if "{c}" in template else template.replace("{}", name)
-            inputs = processor.tokenizer([text], truncation=True, verbose=False, return_tensors="pt")
+            inputs = tokenizer([text], truncation=True, verbose=False, return_tensors="pt")
             with torch.no_grad():
                 features = model.get_text_features(**inputs).pooler_output[0]
             total += features / features.norm()
         torch.testing.assert_close(embedding, total / total.norm(), atol=1e-6, rtol=0)
     assert torch.pdist(result).min() > 1e-3
+    alone = class_embeddings(encoder, ["cat"], TEMPLATES[:1], progress=False)
+    assert (class_embeddings(encoder, ["cat"], TEMPLATES[:2], progress=False) - alone).abs().max() > 1e-3
 
 
-def test_a_mean_is_not_the_embedding_of_one_prompt(lotlip: Pair) -> None:
-    model, processor = lotlip
-    both = class_embeddings(Encoder(model, processor), ["cat"], TEMPLATES[:2], progress=False)
-    for template in TEMPLATES[:2]:
-        alone = class_embeddings(Encoder(model, processor), ["cat"], [template], progress=False)
-        torch.testing.assert_close(
-            alone, Encoder(model, processor).encode_texts([prompt(template, "cat")], progress=False), atol=1e-6, rtol=0
-        )
-        assert (both - alone).abs().max() > 1e-3
-
-
-def test_the_labels_of_transformers_pipeline(clip_checkpoint: Path, golden: Path) -> None:
-    model, processor = load_model(clip_checkpoint, device="cpu")
+def test_the_labels_of_transformers_pipeline(clip: Encoder, golden: Path) -> None:
+    model, processor = clip.engine.model, clip.engine.processor
     labels = ["cat", "red car", "house", "dog and the house"]
     images = [Image.open(file).convert("RGB") for file in sorted((golden / "images").glob("*.png"))]
     classify = pipeline(
@@ -169,8 +150,7 @@ def test_the_labels_of_transformers_pipeline(clip_checkpoint: Path, golden: Path
         device="cpu",
     )
     answers = classify(images, candidate_labels=labels, hypothesis_template=DEFAULT_TEMPLATES[0])
-    classes = class_embeddings(Encoder(model, processor), labels, progress=False)
-    scores = Encoder(model, processor).encode_images(images, progress=False) @ classes.T
+    scores = clip.encode_images(images, progress=False) @ class_embeddings(Encoder(clip, labels), progress=False).T
     probabilities = (model.logit_scale.detach().exp() * scores).softmax(1)
     for answer, row in zip(answers, probabilities, strict=True):
         assert answer[0]["label"] == labels[int(row.argmax())]
@@ -178,30 +158,29 @@ def test_the_labels_of_transformers_pipeline(clip_checkpoint: Path, golden: Path
         assert by_label == pytest.approx(dict(zip(labels, row.tolist(), strict=True)), abs=1e-5)
 
 
-def test_embeddings_are_kept_and_cut(lotlip: Pair, tmp_path: Path) -> None:
-    model, processor = lotlip
+def test_embeddings_are_kept_and_cut(lotlip: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = {"cache": tmp_path / "cache", "batch_size": 2, "progress": False}
-    first = class_embeddings(Encoder(model, processor), CLASSES, TEMPLATES, **arguments)
-    assert any((tmp_path / "cache").rglob("*.safetensors"))
-    again = class_embeddings(Encoder(model, processor), CLASSES, TEMPLATES, **arguments)
-    torch.testing.assert_close(again, first, atol=1e-6, rtol=0)
-    cut = class_embeddings(Encoder(model, processor), CLASSES, TEMPLATES, max_length=5, **arguments)
+    first = class_embeddings(Encoder(lotlip, CLASSES), TEMPLATES, **arguments)
+    cut = class_embeddings(Encoder(lotlip, CLASSES), TEMPLATES, max_length=5, **arguments)
     assert (cut - first).abs().max() > 1e-3
+    assert lotlip.dim == first.shape[1]
+    monkeypatch.setattr(lotlip, "iterate_texts", None)
+    assert torch.equal(class_embeddings(Encoder(lotlip, CLASSES), TEMPLATES, **arguments), first)
 
 
 @pytest.mark.parametrize(
     ("class_names", "templates", "error", "message"),
     [
-        ("cat", TEMPLATES, TypeError, r"`class_names` must be a list of strings, got a single one: pass \['cat'\]"),
-        (CLASSES, TEMPLATES[0], TypeError, "`templates` must be a list"),
-        ([], TEMPLATES, ValueError, "`class_names` is empty"),
-        (CLASSES, [], ValueError, "`templates` is empty"),
-        (["cat", " "], TEMPLATES, ValueError, r"`class_names\[1\]` is empty"),
-        (CLASSES, ["{}", "a cat"], ValueError, "template 'a cat' has no place"),
+        ("cat", TEMPLATES, TypeError, "`class_names`"),
+        (CLASSES, TEMPLATES[0], TypeError, "`templates`"),
+        ([], TEMPLATES, ValueError, "`class_names`"),
+        (CLASSES, [], ValueError, "`templates`"),
+        (["cat", " "], TEMPLATES, ValueError, r"`class_names\[1\]`"),
+        (CLASSES, ["{}", "a cat"], ValueError, "'a cat'"),
     ],
 )
 def test_wrong_arguments_are_named(
-    lotlip: Pair, class_names: Any, templates: Any, error: type[Exception], message: str
+    lotlip: Encoder, class_names: Any, templates: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        class_embeddings(Encoder(*lotlip), class_names, templates, progress=False)
+        class_embeddings(Encoder(lotlip, class_names), templates, progress=False)
