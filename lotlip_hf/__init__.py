@@ -83,6 +83,7 @@ def __dir__() -> list[str]:
 # `lotlip --help` does not wait for PyTorch: for the command line, `loading` registers the Auto classes.
 if Path(sys.argv[0]).absolute() != Path(sys.executable).with_name("lotlip"):
     from . import auto as auto
+    from .diffusion import text_encoder as text_encoder
 
     def _push_to_hub(model: "LoTLIPModel", repo_id: str, **kwargs: Any) -> Any:
         """The whole checkpoint, with processor and model card; see [`~lotlip_hf.hub.push.push`]."""

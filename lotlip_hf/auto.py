@@ -2,7 +2,6 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, AutoTokenizer
 
-from .diffusion.text_encoder import LoTLIPTextEncoder, LoTLIPTextEncoderConfig
 from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from .modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
 from .modeling.processing_lotlip import LoTLIPProcessor
@@ -12,11 +11,10 @@ for config, model in (
     (LoTLIPConfig, LoTLIPModel),
     (LoTLIPTextConfig, LoTLIPTextModel),
     (LoTLIPVisionConfig, LoTLIPVisionModel),
-    (LoTLIPTextEncoderConfig, LoTLIPTextEncoder),
 ):
     AutoConfig.register(config.model_type, config)
     AutoModel.register(config, model)
 AutoModelForZeroShotImageClassification.register(LoTLIPConfig, LoTLIPModel)
-for config in (LoTLIPConfig, LoTLIPTextConfig, LoTLIPTextEncoderConfig):
+for config in (LoTLIPConfig, LoTLIPTextConfig):
     AutoTokenizer.register(config, fast_tokenizer_class=LoTLIPTokenizer)
 AutoProcessor.register(LoTLIPConfig, LoTLIPProcessor)

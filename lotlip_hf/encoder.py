@@ -9,7 +9,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -96,12 +95,14 @@ class Encoder:
     def __init__(self, model: PreTrainedModel | LoTLIPOnnxModel, processor: Any) -> None:
         engine = OnnxEngine if isinstance(model, LoTLIPOnnxModel) else TorchEngine
         self.engine: Engine = engine(model, processor)
+        self._dim: int | None = None
 
     @classmethod
     def from_engine(cls, engine: Engine) -> "Encoder":
         """An encoder on any [`Engine`]."""
         encoder = cls.__new__(cls)
         encoder.engine = engine
+        encoder._dim = None
         return encoder
 
     @property
@@ -134,10 +135,12 @@ class Encoder:
         """The longest text that is not cut, in tokens, special ones included."""
         return self.engine.max_text_length
 
-    @cached_property
+    @property
     def dim(self) -> int:
-        """The number of dimensions P of the embeddings."""
-        return self.encode_texts(["a"], progress=False).shape[1]
+        """The number of dimensions P of the embeddings; of an encoder that is new, by encoding a text."""
+        if self._dim is None:
+            self._dim = self.encode_texts(["a"], progress=False).shape[1]
+        return self._dim
 
     def encode_texts(
         self, texts: Iterable[str], *, batch_size: int = 64, max_length: int | None = None, progress: bool = True
@@ -375,6 +378,7 @@ class Encoder:
     def _fetch(self, embeddings: torch.Tensor) -> torch.Tensor:
         """The embeddings on the CPU, as an ordinary tensor, which autograd takes."""
         embeddings = embeddings.cpu()
+        self._dim = embeddings.shape[-1]
         if not torch.isfinite(embeddings).all():
             raise ValueError(f"The model's features are not finite (its dtype is {self.dtype}): try another dtype.")
         return embeddings.clone()

@@ -111,6 +111,8 @@ def test_help_says_defaults_and_choices(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_nothing_large_is_imported() -> None:
-    code = "import sys, lotlip_hf.options, lotlip_hf.cli; print({'torch', 'transformers', 'numpy'} & {*sys.modules})"
+    command = str(Path(sys.executable).with_name("lotlip"))
+    code = "import lotlip_hf.options, lotlip_hf.cli; print({'torch', 'transformers', 'numpy'} & {*sys.modules})"
+    code = f"import sys; sys.argv = [{command!r}]; {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -22,6 +22,7 @@ from ..modeling.modeling_lotlip import (
     LoTLIPTextModel,
     LoTLIPTextModelWithProjection,
 )
+from ..modeling.tokenization_lotlip import LoTLIPTokenizer
 
 
 def pipeline_target_layer(have_projections: Iterable[bool]) -> Literal[-1, -2]:
@@ -436,6 +437,10 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         encoder.set_attn_implementation(tower.config.backbone_config._attn_implementation)
         return encoder.train(model.training)
 
+
+AutoConfig.register(LoTLIPTextEncoderConfig.model_type, LoTLIPTextEncoderConfig)
+AutoModel.register(LoTLIPTextEncoderConfig, LoTLIPTextEncoder)
+AutoTokenizer.register(LoTLIPTextEncoderConfig, fast_tokenizer_class=LoTLIPTokenizer)
 
 # Saved pipelines name a component's package and class; diffusers looks both up in `lotlip_hf` itself.
 LoTLIPTextEncoderConfig.__module__ = LoTLIPTextEncoder.__module__ = "lotlip_hf"

@@ -402,7 +402,7 @@ def _check_numbers(where: str, numbers: Mapping[str, Any]) -> None:
     for name, value in numbers.items():
         if value is None:  # of a study: not known
             continue
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:
             raise ValueError(f"`{where}.{name}` is {value}, expected a number")
         if SHARE.fullmatch(name) and not 0 <= value <= 1:
             raise ValueError(f"`{where}.{name}` is {value}, expected a share from 0 to 1")

@@ -1,10 +1,12 @@
 """The command `lotlip`, from its arguments to its output, its exit status, and what an interruption leaves."""
 
+import contextlib
 import csv
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -19,12 +21,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from lotlip_hf import Encoder, cli, embed
-from lotlip_hf import encoder as encoding
+from lotlip_hf import Encoder, cli
 from lotlip_hf.cli import main
 from lotlip_hf.cli.model import ModelOptions
 from lotlip_hf.embed import check_texts, embed_texts, read_texts
 from lotlip_hf.loading import load_model
+from lotlip_hf.store import FILE
 from processes import Started
 
 Pair = tuple[Any, Any]
@@ -169,7 +171,7 @@ def test_errors_are_one_line_and_status_2(
         ("--help", [*cli.COMMANDS, "exit status"]),
         ("--version", ["lotlip 0.1.0"]),
         ("search --help", ["--images", "--top", "--save-grid", "--index", "--device", "--dtype"]),
-        ("evaluate --help", ["--config", "--task", "--no-normalize", "--faiss-index"]),
+        ("evaluate --help", ["--config", "--task", "--no-normalize"]),
         ("train --help", ["--grad-cache-chunk", "torchrun"]),
         ("relabel --help", ["--captioner", "--max-image-pixels"]),
         ("convert --help", ["official", "clip", "open-clip", "stock", "onnx"]),
@@ -236,7 +238,7 @@ def write_texts(path: Path, texts: list[str]) -> Path:
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
 def test_embed_texts(pair: Pair, suffix: str, run: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(embed, "WRITE_BLOCK", 2)
+    monkeypatch.setattr("lotlip_hf.embed.WRITE_BLOCK", 2)
     texts = ["a dog", "", "naïve, café \u2028 猫", 'quoted "words"', LONG_TEXT, "a dog", "word " * 30_000]
     output = tmp_path / "out.parquet"
     file = write_texts(tmp_path / f"texts{suffix}", texts)
@@ -325,27 +327,29 @@ def test_texts_are_resumed_by_what_they_say(
     texts = [*(f"text number {number}" for number in range(9)), "word " * 300]
     file, output = write_texts(tmp_path / "t.txt", texts), tmp_path / "out.parquet"
     encoded: list[str] = []
-    iterate = embed.iterate_text_embeddings
+    iterate = Encoder.iterate_texts
 
-    def interrupt(model: Any, processor: Any, texts: Iterator[str], **keywords: Any) -> Iterator[Any]:
-        for number, item in enumerate(iterate(model, processor, texts, **keywords)):
+    def interrupt(encoder: Encoder, texts: Iterator[str], **keywords: Any) -> Iterator[Any]:
+        for number, item in enumerate(iterate(encoder, texts, **keywords)):
             if number == 4:
                 raise KeyboardInterrupt
             yield item
 
     with monkeypatch.context() as context:
-        context.setattr(embed, "iterate_text_embeddings", interrupt)
+        encoder = Encoder(*pair)
+        assert encoder.dim == 16
+        context.setattr(Encoder, "iterate_texts", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            embed_texts(Encoder(*pair), file, output, progress=False)
+            embed_texts(encoder, file, output, progress=False)
     assert "Interrupted: 4 embeddings are kept" in caplog.text
     assert not output.exists()
 
-    def spy(model: Any, processor: Any, texts: Iterator[str], **keywords: Any) -> Iterator[Any]:
-        return iterate(model, processor, (encoded.append(text) or text for text in texts), **keywords)
+    def spy(encoder: Encoder, texts: Iterator[str], **keywords: Any) -> Iterator[Any]:
+        return iterate(encoder, (encoded.append(text) or text for text in texts), **keywords)
 
-    monkeypatch.setattr(embed, "iterate_text_embeddings", spy)
+    monkeypatch.setattr(Encoder, "iterate_texts", spy)
     write_texts(file, ["another", *texts[::-1]])  # lines moved: what is encoded is found again
-    assert embed_texts(Encoder(*pair), file, output, progress=False) == 11
+    assert embed_texts(encoder, file, output, progress=False) == 11
     assert len(encoded) == 7
     assert "word " * 300 not in encoded
     assert "1 of 11 texts were cut at 126 tokens." in caplog.text  # by the run before
@@ -358,15 +362,17 @@ def test_text_files_that_change_meanwhile_are_named(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_texts(tmp_path / "t.txt", ["a", "b"])
-    iterate = embed.iterate_text_embeddings
+    iterate = Encoder.iterate_texts
 
     def change(*arguments: Any, **keywords: Any) -> Iterator[Any]:
         yield from iterate(*arguments, **keywords)
         write_texts(file, ["a", "b", "new"])
 
-    monkeypatch.setattr(embed, "iterate_text_embeddings", change)
+    encoder = Encoder(*pair)
+    assert encoder.dim == 16
+    monkeypatch.setattr(Encoder, "iterate_texts", change)
     with pytest.raises(ValueError, match="t.txt: changed"):
-        embed_texts(Encoder(*pair), file, tmp_path / "out.parquet", progress=False)
+        embed_texts(encoder, file, tmp_path / "out.parquet", progress=False)
 
 
 # Interruptions of the real command.
@@ -374,20 +380,29 @@ def test_text_files_that_change_meanwhile_are_named(
 
 def slow_down() -> None:
     """Makes each batch take longer."""
-    embed = encoding._embed
+    fetch = Encoder._fetch
 
-    def slow_embed(*arguments: Any) -> Any:
+    def slow_fetch(*arguments: Any) -> Any:
         time.sleep(0.1)
-        return embed(*arguments)
+        return fetch(*arguments)
 
-    encoding._embed = slow_embed
+    Encoder._fetch = slow_fetch
+
+
+def count_of(file: Path) -> int:
+    with contextlib.closing(sqlite3.connect(file, timeout=60)) as connection:
+        try:
+            return connection.execute("SELECT count(block) FROM entries").fetchone()[0]
+        except sqlite3.OperationalError:  # its tables are not there yet
+            return 0
 
 
 def interrupt_lotlip(arguments: list[object], folder: Path, signal_number: int, at_least: int) -> tuple[int, str, int]:
     """Starts `lotlip`, slowed down, and stops it when so many embeddings are kept: status, error output, kept."""
 
     def kept() -> int:
-        return sum(path.read_text().count('"row"') for path in folder.rglob("entries.jsonl"))
+        files = [path for path in folder.rglob(FILE) if path.stat().st_size]
+        return sum(count_of(file) for file in files)
 
     started = Started("lotlip_hf.cli", [str(one) for one in arguments], folder, 1, slow_down)
     started.wait_until(lambda: kept() >= at_least)
@@ -444,18 +459,17 @@ def test_an_interrupted_command_loses_nothing(
         assert status == -signal.SIGKILL
 
     encoded = 0
-    embed_batch = encoding._embed
+    fetch = Encoder._fetch
 
-    def counting_embed(model: Any, function: str, inputs: dict[str, Any]) -> Any:
+    def counting_fetch(encoder: Encoder, embeddings: Any) -> Any:
         nonlocal encoded
-        embeddings = embed_batch(model, function, inputs)
         encoded += len(embeddings)
-        return embeddings
+        return fetch(encoder, embeddings)
 
-    monkeypatch.setattr(encoding, "_embed", counting_embed)
+    monkeypatch.setattr(Encoder, "_fetch", counting_fetch)
     result = run(*arguments)
     assert result[0] == 0
-    assert encoded == total - kept + (command == "search")  # and the description
+    assert encoded == total - kept + 1  # a text, for the number of dimensions
     if command == "search":
         assert result[1] == expected[1]
     else:

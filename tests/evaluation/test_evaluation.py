@@ -144,7 +144,7 @@ def test_what_was_computed_is_kept(encoder: Encoder, tmp_path: Path, monkeypatch
     other = load_encoder(encoder.name, device="cpu")
     with torch.no_grad():
         other.engine.model.text_projection.weight[0, 0] += 1
-    assert not torch.allclose(embed_texts(Encoder(other, texts), **settings).embeds, first[0].embeds)
+    assert not torch.allclose(embed_texts(other, texts, **settings).embeds, first[0].embeds)
 
 
 def test_an_interruption_keeps_what_is_whole(

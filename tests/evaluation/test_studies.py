@@ -133,7 +133,7 @@ def test_flops_are_those_of_a_formula(kind: str, attention: str, request: pytest
 
 
 def test_flops_of_a_model_that_pads(siglip: Encoder) -> None:
-    (row,) = length_study(Encoder(siglip, retrieval_data()), [20], progress=False)
+    (row,) = length_study(siglip, retrieval_data(), [20], progress=False)
     config = siglip.engine.model.config.text_config
     head = 2 * config.hidden_size * config.projection_size
     assert row["text_flops"] == layers_flops(config, 20) + head  # whatever the texts' own lengths
@@ -163,7 +163,7 @@ class FusedLayers(nn.Module):
 def test_flops_of_fused_layers(clip: Encoder) -> None:
     config = clip.engine.model.config
     fused = Encoder(cast(Any, FusedLayers(config)), clip.engine.processor)
-    rows = length_study(Encoder(fused, retrieval_data(["a cat a cat a cat"] * 3)), [8], progress=False)
+    rows = length_study(fused, retrieval_data(["a cat a cat a cat"] * 3), [8], progress=False)
     assert rows[0]["text_flops"] == layers_flops(config.text_config, 8)
     assert torch.backends.mha.get_fastpath_enabled()
 
@@ -220,7 +220,7 @@ def test_a_model_without_flops(lotlip: Encoder, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(
         lotlip.engine, "text_features", lambda inputs: rows_of_unit_matrix[inputs["input_ids"][:, 1] % lotlip.dim]
     )
-    rows = length_study(Encoder(lotlip, retrieval_data()), [5, 20], progress=False)
+    rows = length_study(lotlip, retrieval_data(), [5, 20], progress=False)
     assert [row["text_flops"] for row in rows] == [None, None]
     plot_length_study(rows, tmp_path / "length.png")
     assert (tmp_path / "length.png").stat().st_size > 1000
@@ -229,7 +229,7 @@ def test_a_model_without_flops(lotlip: Encoder, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("study", [length_study, sentence_ablation])
 def test_one_warning_of_cut_texts(study: Any, clip: Encoder, caplog: pytest.LogCaptureFixture) -> None:
     texts = [*long_texts(13), "a cat. " * 40 + "a dog", "a cat. " * 50 + "a dog", long_texts(1)[0]]
-    study(Encoder(clip, retrieval_data(texts)), progress=False)
+    study(clip, retrieval_data(texts), progress=False)
     cut = [message for message in caplog.messages if "cut" in message]
     assert cut == ["2 of 16 texts were cut at 77 tokens."]
 
@@ -241,31 +241,31 @@ def test_embeddings_are_kept(study: Any, lotlip: Encoder, tmp_path: Path, monkey
     monkeypatch.setattr(embeddings, "UNIT_SIZE", 4)
     monkeypatch.setattr(studies, "UNIT_SIZE", 4)
     data, fingerprints = retrieval_data(), []
-    rows = study(Encoder(lotlip, data), progress=False)
+    rows = study(lotlip, data, progress=False)
     options = {"digests": image_digests(data.images, progress=False), "cache": tmp_path, "progress": False}
-    embeddings.embed_texts(Encoder(lotlip, data.texts), cache=tmp_path, progress=False)
+    embeddings.embed_texts(lotlip, data.texts, cache=tmp_path, progress=False)
     fingerprint = lotlip.fingerprint
     monkeypatch.setattr(lotlip, "fingerprint", lambda modality: fingerprints.append(modality) or fingerprint(modality))
     encoded = count_texts(monkeypatch, lotlip)
-    assert study(Encoder(lotlip, data), **options) == rows
+    assert study(lotlip, data, **options) == rows
     assert len(data.texts) not in encoded
     assert sorted(fingerprints) == ["image", "text"]  # once, as they take seconds
     encoded.clear()
-    assert study(Encoder(lotlip, data), **options) == rows
+    assert study(lotlip, data, **options) == rows
     assert encoded == []
 
 
 @pytest.mark.parametrize("limits", [[2, 10], [10, 127]])
 def test_limits_that_the_model_does_not_take(lotlip: Encoder, limits: list[int]) -> None:
     with pytest.raises(ValueError, match="`limits`"):
-        length_study(Encoder(lotlip, retrieval_data()), limits, progress=False)
+        length_study(lotlip, retrieval_data(), limits, progress=False)
 
 
 def test_flash_attention_is_not_counted(lotlip: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = lotlip.engine.model.text_model.backbone.config
     monkeypatch.setattr(backbone, "_attn_implementation_internal", "flash_attention_2")
     with pytest.raises(ValueError, match="attn_implementation"):
-        length_study(Encoder(lotlip, retrieval_data()), progress=False)
+        length_study(lotlip, retrieval_data(), progress=False)
 
 
 # The sentence ablation.
@@ -332,7 +332,7 @@ def test_what_a_sentence_is_worth(lotlip: Encoder, monkeypatch: pytest.MonkeyPat
         "embed_texts",
         lambda encoder, texts, **kwargs: TextEmbeddings(bag_of_words(texts), torch.zeros(len(texts))),
     )
-    whole, first, second, third = sentence_ablation(Encoder(lotlip, data), progress=False)
+    whole, first, second, third = sentence_ablation(lotlip, data, progress=False)
     assert whole["text_to_image_r1"] == whole["image_to_text_r1"] == 1
     assert whole["text_to_image_mean_rank"] == 1
     assert [row["num_texts"] for row in (whole, first, second, third)] == [0, 4, 4, 4]  # one sentence stays
@@ -354,18 +354,18 @@ def test_what_a_sentence_is_worth(lotlip: Encoder, monkeypatch: pytest.MonkeyPat
 def test_sentences_behind_the_models_end_are_not_read(clip: Encoder) -> None:
     beyond = ". ".join(["a cat " * 20, "the dog " * 20, "a red car", "a house"])  # the first two fill 77 tokens
     data = retrieval_data([beyond, "a cat. the dog. a red car. a house"])
-    rows = sentence_ablation(Encoder(clip, data), progress=False)
+    rows = sentence_ablation(clip, data, progress=False)
     assert [(row["num_texts"], row["num_read"]) for row in rows] == [(0, 0), (2, 2), (2, 2), (2, 1), (2, 1)]
 
 
 def test_fewer_sentences(lotlip: Encoder) -> None:
     data = retrieval_data(long_texts(6))
-    everything = sentence_ablation(Encoder(lotlip, data), progress=False)
-    assert sentence_ablation(Encoder(lotlip, data), 2, progress=False) == everything[:3]
+    everything = sentence_ablation(lotlip, data, progress=False)
+    assert sentence_ablation(lotlip, data, 2, progress=False) == everything[:3]
     with pytest.raises(ValueError, match="`max_sentences`"):
-        sentence_ablation(Encoder(lotlip, data), 0, progress=False)
+        sentence_ablation(lotlip, data, 0, progress=False)
     with pytest.raises(ValueError, match="Own"):
-        sentence_ablation(Encoder(lotlip, retrieval_data(["a cat", "a dog."])), progress=False)
+        sentence_ablation(lotlip, retrieval_data(["a cat", "a dog."]), progress=False)
 
 
 # Plots.

@@ -150,7 +150,7 @@ def test_the_labels_of_transformers_pipeline(clip: Encoder, golden: Path) -> Non
         device="cpu",
     )
     answers = classify(images, candidate_labels=labels, hypothesis_template=DEFAULT_TEMPLATES[0])
-    scores = clip.encode_images(images, progress=False) @ class_embeddings(Encoder(clip, labels), progress=False).T
+    scores = clip.encode_images(images, progress=False) @ class_embeddings(clip, labels, progress=False).T
     probabilities = (model.logit_scale.detach().exp() * scores).softmax(1)
     for answer, row in zip(answers, probabilities, strict=True):
         assert answer[0]["label"] == labels[int(row.argmax())]
@@ -160,12 +160,12 @@ def test_the_labels_of_transformers_pipeline(clip: Encoder, golden: Path) -> Non
 
 def test_embeddings_are_kept_and_cut(lotlip: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = {"cache": tmp_path / "cache", "batch_size": 2, "progress": False}
-    first = class_embeddings(Encoder(lotlip, CLASSES), TEMPLATES, **arguments)
-    cut = class_embeddings(Encoder(lotlip, CLASSES), TEMPLATES, max_length=5, **arguments)
+    first = class_embeddings(lotlip, CLASSES, TEMPLATES, **arguments)
+    cut = class_embeddings(lotlip, CLASSES, TEMPLATES, max_length=5, **arguments)
     assert (cut - first).abs().max() > 1e-3
     assert lotlip.dim == first.shape[1]
     monkeypatch.setattr(lotlip, "iterate_texts", None)
-    assert torch.equal(class_embeddings(Encoder(lotlip, CLASSES), TEMPLATES, **arguments), first)
+    assert torch.equal(class_embeddings(lotlip, CLASSES, TEMPLATES, **arguments), first)
 
 
 @pytest.mark.parametrize(
@@ -183,4 +183,4 @@ def test_wrong_arguments_are_named(
     lotlip: Encoder, class_names: Any, templates: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        class_embeddings(Encoder(lotlip, class_names), templates, progress=False)
+        class_embeddings(lotlip, class_names, templates, progress=False)

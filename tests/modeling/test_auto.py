@@ -47,13 +47,6 @@ def test_auto_classes_in_a_fresh_process(first: str, official_checkpoint: Path) 
 
 
 @pytest.mark.slow
-def test_the_help_of_the_command_waits_for_no_torch() -> None:
-    command = str(Path(sys.executable).with_name("lotlip"))
-    code = "import lotlip_hf.cli; print({'torch', 'transformers'} & sys.modules.keys())"
-    assert run(f"import sys; sys.argv = [{command!r}]; {code}") == "set()\n"
-
-
-@pytest.mark.slow
 def test_only_those_who_use_peft_import_it() -> None:
     """And with it bitsandbytes, which prints at its import that it lacks a kernel."""
     modules = "lotlip_hf.search, lotlip_hf.embed, lotlip_hf.training.loop, lotlip_hf.evaluation.evaluate"

@@ -34,7 +34,7 @@ from transformers import (
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
-from ...encoder import cached_commit
+from ...loading import cached_commit
 from .base import IMAGE_ERRORS, Answer, CaptionerConfig, without_secrets
 
 # What is kept of a checkpoint's generation configuration: which tokens begin, end and fill an answer, and which may
