@@ -153,7 +153,7 @@ def rank(
         except ImageError as error:
             skipped[image] = error.reason
     for model in models:
-        failed = embed_images(Encoder(model, digests), progress)
+        failed = embed_images(model, digests, progress)
         digests = {image: digest for image, digest in digests.items() if image not in failed}
         skipped |= failed
     if not digests:

@@ -89,11 +89,11 @@ def test_a_run_keeps_and_prints_every_target(
     captions = tmp_path / "captions.jsonl"
     captions.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS if text))
     arguments = [*TINY, "--repeats", "1", "--captions", str(captions), "--results", str(results)]
-    assert bench.main([*arguments, "--only", "import"]) == 0
+    assert bench.main([*arguments, "--only", "tokenise"]) == 0
     assert bench.main(arguments) == 0
     printed = capsys.readouterr().out
     entries = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [entry["part"] for entry in entries] == ["import", *bench.PARTS]
+    assert [entry["part"] for entry in entries] == ["tokenise", *bench.PARTS]
     for entry in entries:
         assert entry["captions"] == {"file": "captions.jsonl", "count": 4}
         assert entry["versions"]["torch"] == torch.__version__

@@ -100,6 +100,7 @@ def answers(folder: Path) -> dict[str, torch.Tensor]:
 def run(*arguments: str | Path) -> str:
     """Run the interpreter that has the oldest transformers, outside of this run of pytest."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(TESTS)  # as pytest imports what the tests share
     command = [str(oldest.python()), *map(str, arguments)]
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent)
     assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-5000:]
