@@ -47,6 +47,7 @@ from lotlip_hf.conversion.stock import stock_model
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts, split_sentences
 from lotlip_hf.encoder import CPU_TOKENS
+from lotlip_hf.engines.onnx import LoTLIPOnnxModel
 from lotlip_hf.images import load_image
 from lotlip_hf.loading import load_model
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
@@ -163,7 +164,7 @@ class Bench:
         """Median seconds of each call."""
         return in_turns(calls, self.repeats, description)
 
-    def encode(self, model: PreTrainedModel, texts: Sequence[str]) -> torch.Tensor:
+    def encode(self, model: PreTrainedModel | LoTLIPOnnxModel, texts: Sequence[str]) -> torch.Tensor:
         """[N, P], with this package."""
         return Encoder(model, self.processor).encode_texts(texts, progress=False)
 
@@ -192,7 +193,7 @@ def encode(bench: Bench) -> list[Row]:
     kinds = {"long texts": long, "first sentences": [split_sentences(text)[0] + "." for text in long]}
     bf16, _ = load_model(bench.checkpoint, dtype="bfloat16")
     export_onnx(bench.checkpoint, bench.folder / "int8", quantize="int8", towers=["text"])
-    int8, _ = load_model(bench.folder / "int8")
+    int8 = LoTLIPOnnxModel.from_pretrained(bench.folder / "int8")
     encoders: dict[str, Callable[[Sequence[str]], Any]] = {
         "lotlip-hf": partial(bench.encode, bench.model),
         "lotlip-hf, bfloat16": partial(bench.encode, bf16),
