@@ -4,14 +4,13 @@ makes LoTLIP models of them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import safetensors.torch
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
@@ -19,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from lotlip_hf.diffusion.stretch import KEPT_POSITIONS
 
-from .common import ConversionError, one_line, option, read_json, rename_tensors, section, size_of, whole
+from .common import ConversionError, building, one_line, option, read_json, rename_tensors, section, size_of, whole
 from .official import DTYPES, read_official_state_dict, without_wrappers
 from .torchscript import is_torchscript, read_torchscript
 
@@ -35,14 +34,6 @@ TEXT_PREFIX = "text."
 # Long-CLIP trains the positions that it does not keep in a table of its own.
 LONG_CLIP_POSITIONS = "positional_embedding_res"
 
-# Tensors of what the text and image towers are not -> what they are
-OTHER_TOWERS = {
-    "visual.trunk.": "its image tower is one of timm's",
-    "visual.layer1.": "its image tower is a ResNet",
-    "text.transformer.embeddings.": "its text tower is one of transformers' encoders",
-    "text.transformer.encoder.": "its text tower is one of transformers' encoders",
-    "text_decoder.": "it is a CoCa, with a text decoder",
-}
 # How names begin in checkpoints of transformers, of a whole CLIP and of text encoders
 TRANSFORMERS_NAMES = ("text_model.", "vision_model.", "embeddings.", "encoder.layers.")
 
@@ -205,20 +196,17 @@ def read_open_clip(
         raise ConversionError(
             f"{path}: its tensors have the names of transformers; give not this file but its folder, with config.json."
         )
-    for prefix, reason in OTHER_TOWERS.items():
-        if any(name.startswith(prefix) for name in state_dict):
-            raise ConversionError(f"{path}: {reason}; this converter takes CLIP's own two transformers.")
-    state_dict = _without_text_prefix(state_dict, path)
+    # one of two with the same name keeps the prefix, and is an unknown tensor
+    short = {name: name.removeprefix(TEXT_PREFIX) for name in state_dict}
+    state_dict = {name if short[name] in state_dict else short[name]: one for name, one in state_dict.items()}
     for name in IGNORED:
         state_dict.pop(name, None)
     is_long_clip = LONG_CLIP_POSITIONS in state_dict
     if is_long_clip:
-        _join_long_clip_positions(state_dict, path)
+        _join_long_clip_positions(state_dict)
     known = "quick_gelu" if is_archive or is_long_clip else None
     if config is None:
         model_cfg, preprocess_cfg, source = _settings_from_tensors(state_dict, known or activation, path), {}, path
-        if known and activation not in (None, known):
-            raise ConversionError(f"{path}: --activation is {activation}, but files of this kind are {known}.")
     else:
         if activation is not None:
             raise ConversionError(f"--activation {activation}: {config} says which; leave --activation out.")
@@ -229,14 +217,9 @@ def read_open_clip(
                 f"{config}: quick_gelu is not set, but the code that files like {path} belong to always uses it: set "
                 "it to true, or leave --open-clip-config out."
             )
-    try:
+    with building(source), no_init_weights():
         clip_config = config_from_open_clip(model_cfg, str(source))
-        with no_init_weights():
-            model = CLIPModel(clip_config)
-    except (StrictDataclassError, ValueError) as error:
-        if isinstance(error, ConversionError):
-            raise
-        raise ConversionError(f"{source}: no model can be built from it ({one_line(error)}).") from error
+        model = CLIPModel(clip_config)
     model.load_state_dict(from_open_clip(state_dict, model, path), assign=True)
     image_size = clip_config.vision_config.image_size
     image_processor = image_processor_from_open_clip(preprocess_cfg, image_size, str(source))
@@ -253,27 +236,15 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
         tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise ConversionError(f"{path}: not a safetensors file ({one_line(error)}).") from error
-    return without_wrappers(tensors, path), False
+    return without_wrappers(tensors), False
 
 
-def _without_text_prefix(state_dict: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    names = {name: name.removeprefix(TEXT_PREFIX) for name in state_dict}
-    twice = sorted(name for name, short in names.items() if name != short and short in state_dict)
-    if twice:
-        raise ConversionError(f"{path}: some tensors are there with and without {TEXT_PREFIX!r}: {', '.join(twice)}.")
-    return {names[name]: tensor for name, tensor in state_dict.items()}
-
-
-def _join_long_clip_positions(state_dict: dict[str, torch.Tensor], path: Path) -> None:
+def _join_long_clip_positions(state_dict: dict[str, torch.Tensor]) -> None:
     """One table of Long-CLIP's two, as its code adds them: the first 20 rows of the one, the others of the other."""
-    trained = state_dict.pop(LONG_CLIP_POSITIONS)
     kept = state_dict.get("positional_embedding")
-    if kept is None or kept.shape != trained.shape or kept.dim() != 2:
-        raise ConversionError(
-            f"{path}: {LONG_CLIP_POSITIONS} has {list(trained.shape)}, positional_embedding "
-            f"{None if kept is None else list(kept.shape)}; expected two tables of the same size, as in Long-CLIP."
-        )
-    state_dict["positional_embedding"] = torch.cat([kept[:KEPT_POSITIONS], trained[KEPT_POSITIONS:]])
+    if kept is not None and kept.shape == state_dict[LONG_CLIP_POSITIONS].shape:  # else it stays, an unknown tensor
+        trained = state_dict.pop(LONG_CLIP_POSITIONS)
+        state_dict["positional_embedding"] = torch.cat([kept[:KEPT_POSITIONS], trained[KEPT_POSITIONS:]])
 
 
 def _settings_from_tensors(
@@ -347,36 +318,25 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
         (vision, VISION_SETTINGS, VISION_VALUES, VISION_UNUSED),
         (text, TEXT_SETTINGS, TEXT_VALUES, TEXT_UNUSED),
     ):
-        unknown = sorted(options.keys() - {*read, *values, *unused})
-        if unknown:
-            raise ConversionError(f"{source}: {', '.join(unknown)}: this converter does not know these settings.")
+        _check_known(options, (*read, *values, *unused), source)
         for key in values.keys() & options.keys():
             option(options, key, None, values[key], source)
     embed_dim = whole(model_cfg, "embed_dim", None, source)
     quick_gelu = option(model_cfg, "quick_gelu", False, [False, True], source)
-    if isinstance(vision.get("layers"), list):
-        raise ConversionError(
-            f"{source}: vision_cfg.layers is a list: its image tower is a ResNet, not a transformer."
-        )
     vision_width = whole(vision, "width", 768, source)
     towers = {}
     for name, options, width, heads in (
         ("vision", vision, vision_width, max(1, vision_width // whole(vision, "head_width", 64, source))),
         ("text", text, whole(text, "width", 512, source), whole(text, "heads", 8, source)),
     ):
-        if width % heads:
-            raise ConversionError(f"{source}: {heads} heads do not divide the {name} tower's width of {width}.")
-        ratio, norm = options.get("mlp_ratio", 4.0), options.get("norm_kwargs") or {}
-        if type(ratio) not in (int, float) or int(width * ratio) < 1:
-            raise ConversionError(f"{source}: {name}_cfg.mlp_ratio is {ratio!r}; expected a positive number.")
-        if not isinstance(norm, dict) or norm.keys() - {"eps"}:
-            raise ConversionError(f"{source}: {name}_cfg.norm_kwargs is {norm!r}; this converter knows eps alone.")
+        norm = dict(options.get("norm_kwargs") or {})
+        _check_known(norm, ("eps",), source)
         towers[name] = {
             "hidden_size": width,
             "num_hidden_layers": whole(options, "layers", 12, source),
             "num_attention_heads": heads,
             # as open_clip rounds; a ratio that was itself divided may fall short of the whole number by a hair
-            "intermediate_size": int(width * ratio + 1e-6),
+            "intermediate_size": int(width * float(options.get("mlp_ratio", 4.0)) + 1e-6),
             "hidden_act": "quick_gelu" if quick_gelu else "gelu",
             "layer_norm_eps": norm.get("eps", 1e-5),
             "projection_dim": embed_dim,
@@ -391,8 +351,6 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
                 "this id for the highest one in the text. MetaCLIP 2 has it; that is another architecture."
             )
     image_size, patch_size = _side(vision, "image_size", 224, source), _side(vision, "patch_size", 16, source)
-    if image_size < patch_size:
-        raise ConversionError(f"{source}: image_size is {image_size}, less than a patch of {patch_size}.")
     return CLIPConfig(
         text_config={
             **towers["text"],
@@ -403,6 +361,12 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
         vision_config={**towers["vision"], "image_size": image_size, "patch_size": patch_size},
         projection_dim=embed_dim,
     )
+
+
+def _check_known(options: Mapping[str, Any], known: Sequence[str], source: str) -> None:
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise ConversionError(f"{source}: {', '.join(unknown)}: this converter does not know these settings.")
 
 
 def _side(options: Mapping[str, Any], key: str, default: int, source: str) -> int:
@@ -447,7 +411,7 @@ def image_processor_from_open_clip(
     a plain `CLIPImageProcessor`, which loads with whichever backend is installed.
 
     Args:
-        preprocess_cfg: `mean`, `std`, `interpolation`, `resize_mode`, `size`.
+        preprocess_cfg: `mean`, `std`, `interpolation`, `resize_mode`; the size is the image tower's.
         image_size: Side of the image tower's images in pixels.
         source: What to call the settings in errors.
 
@@ -455,28 +419,20 @@ def image_processor_from_open_clip(
         ConversionError: if a setting asks for what the image processor does not do.
     """
     read = ("mean", "std", "interpolation", "resize_mode", "size", "mode", "fill_color")
-    unknown = sorted(preprocess_cfg.keys() - set(read))
-    if unknown:
-        raise ConversionError(f"{source}: {', '.join(unknown)}: this converter does not know these settings.")
+    _check_known(preprocess_cfg, read, source)
     option(preprocess_cfg, "mode", "RGB", ["RGB"], source)
     interpolation = option(preprocess_cfg, "interpolation", "bicubic", [*RESAMPLING], source)
     resize_mode = option(preprocess_cfg, "resize_mode", "shortest", ["shortest", "squash"], source)
-    size = _side(preprocess_cfg, "size", image_size, source)
-    if size != image_size:
-        raise ConversionError(f"{source}: preprocess_cfg.size is {size}, the image tower's image_size {image_size}.")
     settings: dict[str, Any] = {"resample": RESAMPLING[interpolation]}
     for key, name in (("mean", "image_mean"), ("std", "image_std")):
         if key in preprocess_cfg:
-            settings[name] = _three_numbers(preprocess_cfg[key], key, source)
-    square = {"height": size, "width": size}
+            given = preprocess_cfg[key]
+            settings[name] = given if isinstance(given, list) else [given] * 3
+    square = {"height": image_size, "width": image_size}
     squash = resize_mode == "squash"
     return CLIPImageProcessorPil(
-        size=square if squash else {"shortest_edge": size}, do_center_crop=not squash, crop_size=square, **settings
+        size=square if squash else {"shortest_edge": image_size},
+        do_center_crop=not squash,
+        crop_size=square,
+        **settings,
     )
-
-
-def _three_numbers(value: Any, key: str, source: str) -> list[float]:
-    numbers = value if isinstance(value, list) else [value] * 3
-    if len(numbers) != 3 or not all(type(number) in (int, float) for number in numbers):
-        raise ConversionError(f"{source}: {key} is {value!r}; expected three numbers.")
-    return [float(number) for number in numbers]

@@ -101,14 +101,14 @@ def load_teacher(
     """
     slots = _text_encoders(folder)
     encoder_folder, tokenizer_folder, layer, read_together = folder, folder, -1, []
-    if slots is not None:
-        if slot not in slots:
-            raise ValueError(f"{folder} has no text encoder {slot!r}, but {', '.join(slots) or 'none'}.")
+    if slots is None and slot == "text_encoder":  # the encoder's own folder
+        slots = {}
+    elif slot not in (slots or {}):
+        raise ValueError(f"{folder} has no text encoder {slot!r}, but {', '.join(slots or {}) or 'none'}.")
+    if slots:
         encoder_folder, tokenizer_folder = folder / slot, folder / slot.replace("text_encoder", "tokenizer")
         read_together = [name for name, class_name in slots.items() if class_name.startswith(("CLIP", "LoTLIP"))]
         layer = pipeline_target_layer(_has_projection(folder / name, slots[name]) for name in read_together)
-    elif slot != "text_encoder":
-        raise ValueError(f"{folder} is no pipeline, which would have a {slot!r}: it has no model_index.json.")
     config = None
     if (encoder_folder / "config.json").is_file():
         with naming_damage(str(encoder_folder)):
@@ -186,14 +186,10 @@ def read_prompts(file: Path, field: str = "prompt") -> list[str]:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is not UTF-8, a line has no prompt, or there are none; the message names the line.
+        ValueError: if it is not UTF-8, or a line has no prompt; the message names the line.
     """
     texts = []
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 (byte {error.start}).") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if file.suffix == ".jsonl" and line.strip():
             try:
                 line = json.loads(line)[field]
@@ -201,10 +197,7 @@ def read_prompts(file: Path, field: str = "prompt") -> list[str]:
             except (ValueError, TypeError, KeyError, AttributeError) as error:  # no JSON, object, field, text
                 raise ValueError(f"{file}, line {number}: no text in the field {field!r}.") from error
         texts.append(clean(line))
-    texts = [text for text in dict.fromkeys(texts) if text]
-    if not texts:
-        raise ValueError(f"{file}: holds no prompts.")
-    return texts
+    return [text for text in dict.fromkeys(texts) if text]
 
 
 def tokenize_prompts(texts: Iterable[str], teacher_tokenizer: Any, student_tokenizer: Any) -> list[Prompt]:

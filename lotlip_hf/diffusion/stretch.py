@@ -112,7 +112,7 @@ def clip_text_model(
             `get_text_features(...).pooler_output`.
 
     Raises:
-        ValueError: if the text tower is not CLIP's, or a projection is asked for that the model has not.
+        ValueError: if the text tower is not CLIP's.
 
     Example:
 
@@ -129,9 +129,7 @@ def clip_text_model(
     stock_class = CLIPTextModel
     config = type(tower.config).from_dict(tower.config.to_dict())
     if with_projection:
-        projection = getattr(model, "text_projection", None)
-        if not isinstance(projection, nn.Linear):
-            raise ValueError(f"`with_projection=True`: {type(model).__name__} has no text projection.")
+        projection: nn.Linear = model.text_projection  # pyright: ignore
         stock_class = CLIPTextModelWithProjection
         state_dict = {f"text_model.{name}": tensor for name, tensor in state_dict.items()}
         state_dict["text_projection.weight"] = projection.weight.detach()
