@@ -135,14 +135,6 @@ def convert(
 
     Raises:
         ConversionError: with what is wrong, naming the file, tensor or argument.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf.conversion.clip import convert
-
-    >>> folder = convert("openai/clip-vit-large-patch14", "lotlip-clip", max_positions=248)  # doctest: +SKIP
-    ```
     """
     target = check_output(output)
     if stretch is not None and max_positions is None:
@@ -163,12 +155,11 @@ def convert(
     new_positions = old_positions if max_positions is None else max_positions
     with building(clip):
         model = _to_lotlip(source.model, source.tokenizer, num_corner_tokens, seed)
+    compared_tokens = old_positions
     if new_positions != old_positions:
         stretch_text_model(model, new_positions, stretch)
-    fit_tokenizer(model, source.tokenizer, new_positions)
-    compared_tokens = old_positions
-    if new_positions > old_positions:
         compared_tokens = KEPT_POSITIONS if stretch == "knowledge-preserved" else 0
+    fit_tokenizer(model, source.tokenizer, new_positions)
 
     with all_or_nothing(target) as folder:
         with quiet():
@@ -222,11 +213,6 @@ class _Place(NamedTuple):
                 continue
         return None
 
-    def missing(self, *names: str) -> str:
-        """What to say if none of some files is there."""
-        where = "in this folder" if Path(self.source).is_dir() else "on the Hub or, without a connection, in its cache"
-        return f"{self}: no {' or '.join(names)} {where}"
-
 
 def _read(
     clip: str, tokenizer: str | None, open_clip_config: str | None, activation: Activation | None, subfolder: str
@@ -241,7 +227,9 @@ def _read(
     checkpoint_name(clip)
     config = place.find("config.json", "model_index.json", OPEN_CLIP_CONFIG)
     if config is None:
-        raise ConversionError(f"{place.missing('config.json', OPEN_CLIP_CONFIG)}.")
+        raise ConversionError(
+            f"{place}: no config.json or {OPEN_CLIP_CONFIG} there (without a connection, in the cache)."
+        )
     if config.name == "config.json":
         return _read_transformers(place, read_json(config), tokenizer)
     if config.name == "model_index.json":
@@ -250,7 +238,7 @@ def _read(
         )
     weights = place.find(*OPEN_CLIP_WEIGHTS)
     if weights is None:
-        raise ConversionError(f"{place.missing(*OPEN_CLIP_WEIGHTS)}.")
+        raise ConversionError(f"{place}: no {' or '.join(OPEN_CLIP_WEIGHTS)} there.")
     return _read_open_clip(place, weights, str(config), None, tokenizer)
 
 

@@ -113,19 +113,15 @@ def rename_tensors(
     problems: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """
-    Tensors of another layout under a model's names. Every tensor is accounted for.
+    Tensors of another layout under a model's names. Each unknown, missing or misshapen one is named in an error.
 
     Args:
         state_dict: The tensors of the checkpoint.
-        layout: Name in the checkpoint -> names in the model: one, or several whose tensors are stacked along the first
-            dimension, in this order.
+        layout: Name in the checkpoint -> names in the model: one, or several stacked along the first dimension.
         own: The model's `state_dict()`, for the shapes.
         source: What to call the checkpoint in errors.
         transposed: Names in the checkpoint of matrices that are the transposed ones of the model's.
         problems: What else is wrong with the checkpoint.
-
-    Raises:
-        ConversionError: if a tensor is unknown, missing or misshapen; each is named.
     """
     problems = [f"unknown: {name}" for name in state_dict if name not in layout] + list(problems)
     converted: dict[str, torch.Tensor] = {}
@@ -164,12 +160,7 @@ def local_folder(model: str | Path) -> Path:
 
 
 def load_checkpoint(folder: str | Path) -> PreTrainedModel:
-    """
-    A LoTLIP model, or one of its towers, with no tensor missing or left over, in the precision it was saved in.
-
-    Raises:
-        ConversionError: if the folder holds another model.
-    """
+    """A LoTLIP model, or one of its towers, with no tensor missing or left over, in the precision it was saved in."""
     with naming_damage(checkpoint_name(folder)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         check_config(config, folder)
@@ -184,15 +175,7 @@ def load_checkpoint(folder: str | Path) -> PreTrainedModel:
 def random_texts(
     config: LoTLIPTextConfig, shapes: Sequence[tuple[int, int]], padding_side: str = "right"
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """
-    Seeded batches of token ids and attention masks.
-
-    Args:
-        config: Configuration of the text tower.
-        shapes: Shape [texts, tokens] of each batch. Its first text has all tokens, as far as the tower has positions,
-            the others fewer, the last one.
-        padding_side: "right" or "left".
-    """
+    """Seeded ids and masks of each shape [texts, tokens]: a first text as long as fits, the others shorter."""
     generator = torch.Generator().manual_seed(0)
     end = None
     if config.is_causal:

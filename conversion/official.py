@@ -102,12 +102,6 @@ def official_layout(model: LoTLIPModel) -> dict[str, list[str]]:
     """
     The official name of every tensor, in the official order, with the names of this model's tensors that it is made
     of: one, or several stacked along the first dimension (query, key and value; words and corner tokens).
-
-    Args:
-        model: A model with BERT and ViT backbones.
-
-    Returns:
-        Official name -> names in `model.state_dict()`.
     """
     layout = {"logit_scale": ["logit_scale"]}
     vision = {}
@@ -133,14 +127,8 @@ def official_layout(model: LoTLIPModel) -> dict[str, list[str]]:
 def read_official_state_dict(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     """
     The tensors of an official checkpoint, without the prefixes of `WRAPPERS` and without the buffer of position ids
-    that old versions of transformers saved and the official code ignores.
-
-    Args:
-        checkpoint: A `model.pt`: a pickle of a state dict or of `{"state_dict": ...}`. Read with `weights_only=True`,
-            so that no code in it can run.
-
-    Raises:
-        ConversionError: if the file is not such a pickle, or holds something else than tensors.
+    that old versions of transformers saved and the official code ignores. The pickle, of a state dict or of
+    `{"state_dict": ...}`, is read with `weights_only=True`, so that no code in it can run.
     """
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -179,16 +167,7 @@ def config_from_official(
 ) -> LoTLIPConfig:
     """
     The configuration of an official model. What the open_clip configuration leaves to a timm name (width, depth, patch
-    and image size) is read off the shapes of the tensors.
-
-    Args:
-        open_clip_config: The official model configuration (`embed_dim`, `vision_cfg`, `text_cfg`).
-        bert_config: Configuration of the text backbone, without corner tokens in its vocabulary.
-        state_dict: The official tensors.
-        source: What to call the configuration in errors.
-
-    Raises:
-        ConversionError: if the configuration asks for something that this package does not reproduce exactly.
+    and image size) is read off the shapes of the tensors; what this package does not reproduce exactly is refused.
     """
 
     def size(name: str, dim: int, num_dims: int) -> int:
@@ -239,17 +218,7 @@ def config_from_official(
 
 
 def from_official(state_dict: Mapping[str, torch.Tensor], model: LoTLIPModel) -> dict[str, torch.Tensor]:
-    """
-    The official tensors under this model's names. Every tensor is accounted for.
-
-    Args:
-        state_dict: The official tensors.
-        model: The model that they are for; its own weights are not changed.
-
-    Raises:
-        ConversionError: if a tensor is unknown, missing, of another shape or of another precision than the rest; each
-            is named.
-    """
+    """The official tensors, which must all have one precision, under this model's names."""
     dtypes = Counter(tensor.dtype for tensor in state_dict.values())
     # A transformers checkpoint has one precision, and loading would cast the others to it.
     common = max((dtype for dtype in dtypes if dtype in DTYPES), key=dtypes.__getitem__, default=torch.float32)
@@ -345,14 +314,6 @@ def convert(
 
     Raises:
         ConversionError: with what is wrong, naming the file, tensor or argument.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf.conversion.official import convert
-
-    >>> folder = convert("weiwu-ww/LoTLIP-ViT-B-16-100M", output="lotlip-vit-b-16")  # doctest: +SKIP
-    ```
     """
     target = check_output(output)
     released = RELEASED.get(str(checkpoint))

@@ -139,15 +139,6 @@ def convert(
         ConversionError: if a package is missing, the folder holds no complete LoTLIP checkpoint, the exporter fails,
             or ONNX Runtime's features differ from PyTorch's by more than 1e-4 of a feature's norm; quantised, if a
             cosine to PyTorch's is below 0.98.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf.conversion.onnx import convert
-
-    >>> [tower.file for tower in convert("lotlip-vit-b-16", "lotlip-onnx").towers]  # doctest: +SKIP
-    ['text_model.onnx', 'vision_model.onnx']
-    ```
     """
     missing = missing_packages("onnx", "onnxscript", "onnxruntime")
     if missing:
@@ -240,7 +231,8 @@ def _write_tower(
         cosine = None
         if quantize is not None:
             _quantize(full, file)
-            cosine = _least_cosine(_run(file, lotlip, tower, batches), expected)
+            features = torch.cat(_run(file, lotlip, tower, batches))
+            cosine = nn.functional.cosine_similarity(features, torch.cat(expected)).min().item()
             report(f"  int8: cosines to PyTorch's features from {cosine:.4f} up")
             if not cosine >= LEAST_COSINE:
                 raise ConversionError(
@@ -350,10 +342,6 @@ def _largest_difference(given: Sequence[torch.Tensor], expected: Sequence[torch.
     """In units of a feature's norm; NaN if a feature is not finite."""
     one, other = torch.cat(list(given)), torch.cat(list(expected))
     return ((one - other) / other.norm(dim=-1, keepdim=True)).abs().max().item()
-
-
-def _least_cosine(given: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    return nn.functional.cosine_similarity(torch.cat(list(given)), torch.cat(list(expected))).min().item()
 
 
 def _texts(config: LoTLIPTextConfig) -> list[tuple[torch.Tensor, ...]]:

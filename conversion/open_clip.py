@@ -39,76 +39,42 @@ TRANSFORMERS_NAMES = ("text_model.", "vision_model.", "embeddings.", "encoder.la
 
 # open_clip's settings of a tower: those that are read here, those that only some values are known of, and those that
 # change no output
-VISION_SETTINGS = ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "norm_kwargs")
-TEXT_SETTINGS = (
-    "layers",
-    "width",
-    "heads",
-    "mlp_ratio",
-    "context_length",
-    "vocab_size",
-    "norm_kwargs",
-    "eos_id",
-    "hf_tokenizer_name",
-)
+VISION_SETTINGS = "layers width head_width mlp_ratio patch_size image_size norm_kwargs".split()
+TEXT_SETTINGS = "layers width heads mlp_ratio context_length vocab_size norm_kwargs eos_id hf_tokenizer_name".split()
 BLOCK_VALUES: dict[str, list[Any]] = {
     "ls_init_value": [None],
     "act_kwargs": [None, {}],
     "block_type": [None, "default"],
-    "qk_norm": [False],
-    "scaled_cosine_attn": [False],
-    "scale_heads": [False],
-    "scale_attn_inner": [False],
-    "scale_attn": [False],
-    "scale_fc": [False],
+    **dict.fromkeys(
+        "qk_norm scaled_cosine_attn scale_heads scale_attn_inner scale_attn scale_fc".split(),
+        [False],
+    ),
 }
 VISION_VALUES = {
     **BLOCK_VALUES,
-    "attentional_pool": [False],
-    "no_ln_pre": [False],
+    **dict.fromkeys(("attentional_pool", "no_ln_pre"), [False]),
     "pool_type": ["tok"],
     "timm_model_name": [None],
 }
 TEXT_VALUES = {
     **BLOCK_VALUES,
-    "embed_cls": [False],
-    "no_causal_mask": [False],
+    **dict.fromkeys(("embed_cls", "no_causal_mask", "proj_bias"), [False]),
     "pool_type": ["argmax", "eos"],
     "proj_type": ["linear"],
-    "proj_bias": [False],
-    "tokenizer_mode": [None],
+    **dict.fromkeys(("tokenizer_mode", "hf_model_name"), [None]),
     "tokenizer_kwargs": [None, {}],
-    "hf_model_name": [None],
 }
 MODEL_VALUES: dict[str, list[Any]] = {
-    "init_logit_bias": [None],
+    **dict.fromkeys(("init_logit_bias", "multimodal_cfg"), [None]),
     "nonscalar_logit_scale": [False],
-    "multimodal_cfg": [None],
 }
 # Dropout while training, what is returned beside the features, how a table was made that is in the file anyhow, and
 # settings of what the values above rule out
 VISION_UNUSED = (
-    "patch_dropout",
-    "output_tokens",
-    "pos_embed_type",
-    "final_ln_after_pool",
-    "attn_pooler_queries",
-    "attn_pooler_heads",
-    "timm_model_pretrained",
-    "timm_pool",
-    "timm_proj",
-    "timm_proj_bias",
-    "timm_drop",
-    "timm_drop_path",
-)
-TEXT_UNUSED = (
-    "pad_id",
-    "output_tokens",
-    "final_ln_after_pool",
-    "hf_model_pretrained",
-    "hf_proj_type",
-    "hf_pooler_type",
-)
+    "patch_dropout output_tokens pos_embed_type final_ln_after_pool attn_pooler_queries attn_pooler_heads "
+    "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path"
+).split()
+TEXT_UNUSED = "pad_id output_tokens final_ln_after_pool hf_model_pretrained hf_proj_type hf_pooler_type".split()
 MODEL_UNUSED = ("init_logit_scale", "custom_text", "output_dict", "cast_dtype")
 
 # open_clip's name -> transformers'; more than one stand stacked in open_clip's tensor, in this order
@@ -145,12 +111,6 @@ def open_clip_layout(config: CLIPConfig) -> dict[str, list[str]]:
     """
     The name in open_clip's layout of every tensor, with the names of a `CLIPModel`'s tensors that it is made of: one,
     or query, key and value stacked along the first dimension. Those in `TRANSPOSED` are transposed besides.
-
-    Args:
-        config: Configuration of the `CLIPModel`.
-
-    Returns:
-        open_clip's name -> names in `CLIPModel.state_dict()`.
     """
     layout = {"logit_scale": ["logit_scale"], **{theirs: [own] for theirs, own in TRANSPOSED.items()}}
     towers = (
@@ -210,7 +170,11 @@ def read_open_clip(
     else:
         if activation is not None:
             raise ConversionError(f"--activation {activation}: {config} says which; leave --activation out.")
-        model_cfg, preprocess_cfg = _read_settings(Path(config))
+        content = read_json(Path(config))
+        model_cfg, preprocess_cfg = content, {}
+        if "model_cfg" in content:
+            model_cfg = section(content, "model_cfg", str(config))
+            preprocess_cfg = content.get("preprocess_cfg") or {}
         source = config
         if known and not model_cfg.get("quick_gelu", False):
             raise ConversionError(
@@ -291,25 +255,11 @@ def _settings_from_tensors(
     }
 
 
-def _read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of the model and of the preprocessing; the latter may be left out."""
-    content = read_json(path)
-    if "model_cfg" not in content:
-        return content, {}
-    return section(content, "model_cfg", str(path)), content.get("preprocess_cfg") or {}
-
-
 def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip_config") -> CLIPConfig:
     """
     The configuration of a `CLIPModel` for open_clip's settings of a model; what is left out has open_clip's defaults.
-    Its [EOT] id is the settings' `eos_id` or, for `pool_type: argmax`, `LEGACY_EOS_TOKEN_ID`.
-
-    Args:
-        model_cfg: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`.
-        source: What to call the settings in errors.
-
-    Raises:
-        ConversionError: if a setting is unknown, or asks for something that a `CLIPModel` does not compute.
+    Its [EOT] id is the settings' `eos_id` or, for `pool_type: argmax`, `LEGACY_EOS_TOKEN_ID`. Settings that are
+    unknown, or ask for something that a `CLIPModel` does not compute, are refused.
     """
     vision, text = section(model_cfg, "vision_cfg", source), section(model_cfg, "text_cfg", source)
     model_settings = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
@@ -383,14 +333,6 @@ def from_open_clip(
     """
     Tensors in open_clip's layout under a `CLIPModel`'s names, all in one precision: where the file mixes several, as
     OpenAI's do, the one that holds each of them exactly.
-
-    Args:
-        state_dict: open_clip's tensors.
-        model: The model that they are for; its own weights are not changed.
-        source: What to call the checkpoint in errors.
-
-    Raises:
-        ConversionError: if a tensor is unknown, missing, misshapen or of integers; each is named.
     """
     problems = [
         f"of another kind: {name} is {tensor.dtype}, expected floating point"
@@ -409,14 +351,6 @@ def image_processor_from_open_clip(
     """
     The stock image processor for open_clip's settings of the preprocessing; what is left out is OpenAI's. Saved, it is
     a plain `CLIPImageProcessor`, which loads with whichever backend is installed.
-
-    Args:
-        preprocess_cfg: `mean`, `std`, `interpolation`, `resize_mode`; the size is the image tower's.
-        image_size: Side of the image tower's images in pixels.
-        source: What to call the settings in errors.
-
-    Raises:
-        ConversionError: if a setting asks for what the image processor does not do.
     """
     read = ("mean", "std", "interpolation", "resize_mode", "size", "mode", "fill_color")
     _check_known(preprocess_cfg, read, source)

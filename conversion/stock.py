@@ -249,17 +249,6 @@ def stock_tokenizer(tokenizer: LoTLIPTokenizer) -> PreTrainedTokenizerFast:
 
     Raises:
         ConversionError: if it cleans texts, which no stock tokenizer does.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf import LoTLIPTokenizer
-    >>> from lotlip_hf.conversion.stock import stock_tokenizer
-
-    >>> tokenizer = LoTLIPTokenizer.from_pretrained("lotlip-vit-b-16", clean_text=False)  # doctest: +SKIP
-    >>> stock_tokenizer(tokenizer).tokenize("A cat sleeps. A dog barks.")  # doctest: +SKIP
-    ['a', 'cat', 'sleeps', '[SEP]', 'a', 'dog', 'barks', '.']
-    ```
     """
     if tokenizer.clean_text:
         raise ConversionError("A stock tokenizer cannot clean texts: load the tokenizer with clean_text=False.")
@@ -287,15 +276,6 @@ def convert(model: str | Path, output: str | Path, without_text_cleaning: bool =
 
     Raises:
         ConversionError: if the folder holds no complete LoTLIP checkpoint, or no stock class gives the same features.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf.conversion.stock import convert
-
-    >>> convert("lotlip-vit-b-16", "stock").difference  # doctest: +SKIP
-    0.0
-    ```
     """
     target = check_output(output)
     model = local_folder(model)
@@ -441,16 +421,7 @@ def _check_features(folder: Path, lotlip: PreTrainedModel, stock_class: type[Pre
 
 
 def _features(model: PreTrainedModel, config: PreTrainedConfig | None = None) -> dict[str, torch.Tensor]:
-    """
-    What a LoTLIP model or its stock counterpart answers to seeded random texts and images.
-
-    Args:
-        model: Any of the classes that [`stock_model`] takes or returns.
-        config: The LoTLIP configuration; by default the model's own.
-
-    Returns:
-        Features by name, [N, width] each.
-    """
+    """What a LoTLIP model or its stock counterpart answers to seeded random texts and images: [N, width] by name."""
     config = config or model.config
     features = {}
     text_config = getattr(config, "text_config", config if isinstance(config, LoTLIPTextConfig) else None)

@@ -132,14 +132,8 @@ class StoredImage(NamedTuple):
 
 def image_source(value: Any) -> StoredImage:
     """
-    What an image is that a data set stores.
-
-    Args:
-        value (`Any`): a path, the bytes of a file, a PIL image, an array, or a dictionary with `bytes` and `path` as
-            `datasets.Image(decode=False)` gives it.
-
-    Returns:
-        `StoredImage`: the image's source, the bytes before the path, and the path; `None` for what is missing.
+    What an image is that a data set stores: a path, the bytes of a file, a PIL image, an array, or a dictionary with
+    `bytes`, which go first, and `path` as `datasets.Image(decode=False)` gives it. `None` is for what is missing.
     """
     if not isinstance(value, Mapping):
         return StoredImage(value, value if isinstance(value, str) else None)
@@ -168,24 +162,7 @@ def image_extensions() -> frozenset[str]:
 
 
 def unreadable_hint(name: str | os.PathLike) -> str | None:
-    """
-    Why a file that people take for a picture is not read, by its extension.
-
-    Args:
-        name (`str` or `os.PathLike`): the file's name.
-
-    Returns:
-        `str` or `None`: the reason and what to do; `None` for files that PIL decodes and for no pictures.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf.images import unreadable_hint
-
-    >>> unreadable_hint("drawing.svg")
-    'SVG is drawing instructions, not pixels; convert it, to PNG for example'
-    ```
-    """
+    """Why a file that people take for a picture is not read, by its name; `None` for files that PIL decodes."""
     extension = os.path.splitext(name)[1].lower()
     if extension in RAW_EXTENSIONS:
         return RAW_HINT
@@ -319,18 +296,7 @@ if _given := os.environ.get(MAX_PIXELS_VARIABLE):
 
 
 def checked_background(background: Background) -> tuple[int, int, int] | None:
-    """
-    Checks a background.
-
-    Args:
-        background (`str`, `Sequence[int]` or `None`): see [`load_image`].
-
-    Returns:
-        `tuple[int, int, int]` or `None`: its red, green and blue, from 0 to 255.
-
-    Raises:
-        ValueError: if it is no colour.
-    """
+    """A background's red, green and blue, from 0 to 255; a `ValueError` if it is no colour."""
     if background is None:
         return None
     with contextlib.suppress(ValueError, TypeError):
@@ -422,15 +388,7 @@ def load_pixels(
 
 
 def processed_size(image_processor: Any) -> tuple[int, int]:
-    """
-    The size of what an image processor makes.
-
-    Args:
-        image_processor (`BaseImageProcessor`): the image processor.
-
-    Returns:
-        `tuple[int, int]`: height and width of `pixel_values`, for a picture of 96 x 64 pixels if that matters.
-    """
+    """Height and width of the `pixel_values` that a processor makes of a picture of 96 x 64 pixels."""
     height, width = load_pixels(Image.new("RGB", (96, 64)), image_processor=image_processor)["pixel_values"].shape[-2:]
     return height, width
 

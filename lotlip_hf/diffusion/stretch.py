@@ -113,16 +113,6 @@ def clip_text_model(
 
     Raises:
         ValueError: if the text tower is not CLIP's.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf import LoTLIPModel
-    >>> from lotlip_hf.diffusion.stretch import clip_text_model
-
-    >>> model = LoTLIPModel.from_pretrained("lotlip-clip")  # doctest: +SKIP
-    >>> text_encoder = clip_text_model(model)  # doctest: +SKIP
-    ```
     """
     tower = _clip_tower(model)
     state_dict = dict(tower.state_dict())

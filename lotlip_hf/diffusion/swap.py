@@ -63,9 +63,7 @@ def swap_text_encoder(
     pipeline's other CLIP encoders are made to agree on the length; one with too few positions gets more
     ([`~lotlip_hf.diffusion.stretch.stretch_positions`], knowledge preserved) and keeps them: to go back, load the
     pipeline again. T5 encoders stay as they are. Device, dtype and attention implementation of the replaced encoder
-    are taken over. From then on the words that are cut off a prompt are logged as a warning; diffusers by itself tells
-    of positive
-    prompts alone.
+    are taken over. From then on the words that are cut off a prompt are logged as a warning.
 
     Swap first; then load LoRA weights and textual inversions, turn on offloading, compile. `pipe.save_pretrained`
     saves the swapped pipeline; `DiffusionPipeline.from_pretrained` loads it wherever `lotlip_hf` has been imported.
@@ -118,7 +116,7 @@ def swap_text_encoder(
     _check_inversions(getattr(pipe, tokenizer_name), tokenizer, slot)
     length, others_length = _lengths(pipe, encoder, max_length, bool(others))
 
-    if type(encoder) is CLIPTextModel and _has_one_text_encoder(pipe):
+    if type(encoder) is CLIPTextModel and sum(name.startswith("text_encoder") for name in pipe.components) == 1:
         encoder = CLIPTextEncoder.from_clip(encoder)
     elif is_model:
         encoder = copy.deepcopy(encoder)
@@ -211,10 +209,6 @@ def _text_encoders(pipe: "DiffusionPipeline", slot: str) -> dict[str, TextEncode
 
 def _tokenizer_name(slot: str) -> str:
     return slot.replace("text_encoder", "tokenizer")
-
-
-def _has_one_text_encoder(pipe: "DiffusionPipeline") -> bool:
-    return sum(name.startswith("text_encoder") for name in pipe.components) == 1
 
 
 def _projection_dim(model: PreTrainedModel) -> int | None:

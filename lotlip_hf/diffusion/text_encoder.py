@@ -27,22 +27,8 @@ from ..modeling.tokenization_lotlip import LoTLIPTokenizer
 
 def pipeline_target_layer(have_projections: Iterable[bool]) -> Literal[-1, -2]:
     """
-    Which hidden state a diffusion pipeline reads of its CLIP text encoders, counted from the end.
-
-    Args:
-        have_projections: Of each of its CLIP text encoders, whether it has a text projection.
-
-    Returns:
-        -2 if one has, as in Stable Diffusion XL and 3; else -1 (1.x, 2.x and Flux).
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf.diffusion.text_encoder import pipeline_target_layer
-
-    >>> pipeline_target_layer([False, True])
-    -2
-    ```
+    Which hidden state a diffusion pipeline reads of its CLIP text encoders: -2 if one of them has a text projection,
+    as in Stable Diffusion XL and 3; else -1 (1.x, 2.x and Flux).
     """
     return -2 if any(have_projections) else -1
 

@@ -84,5 +84,5 @@ def test_converters_take_hub_ids(hub: Hub, tmp_path: Path, official_checkpoint: 
     assert load_checkpoint(local_folder(REPO)).config.to_dict().keys() >= {"text_config", "vision_config"}
     assert local_folder(official_checkpoint) == official_checkpoint
     for name in (tmp_path / "a", "lotlip/nothing"):
-        with pytest.raises(OSError):
+        with pytest.raises(FileNotFoundError):
             local_folder(name)
