@@ -307,22 +307,29 @@ def test_truncated_files_are_named(extension: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of damaged tags
 def test_corrupt_files_are_read_or_named(tmp_path: Path) -> None:
-    """Random damage: a decoder may read past it, raise any exception, but only `ImageError` comes out."""
+    """Random damage: a decoder may read past it, raise any exception, but only `ImageError` comes out, the same one
+    where a JPEG file is decoded at a fraction of its size."""
     generator = np.random.default_rng(0)
     refused = 0
     for extension in ("jpg", "png", "gif", "webp", "bmp", "tiff"):
         path = tmp_path / f"image.{extension}"
-        Image.fromarray(random_pixels(64, 64)).save(path)
+        picture(400, 300).save(path)
         original = np.frombuffer(path.read_bytes(), dtype=np.uint8)
         for _ in range(15):
             data = original.copy()
             places = generator.integers(0, min(len(data), 400), 12)
             data[places] = generator.integers(0, 256, 12)
             path.write_bytes(data.tobytes())
-            try:
-                assert load_image(path).mode == "RGB"
-            except ImageError as error:
-                refused += str(error).startswith(f"{path}: ")
+            messages = []
+            for image_processor in (None, LOTLIP):
+                try:
+                    assert load_image(path, image_processor=image_processor).mode == "RGB"
+                except ImageError as error:
+                    messages.append((str(error), error.transient))
+            assert len(set(messages)) < 2
+            assert all(message.startswith(f"{path}: ") for message, _ in messages)
+            assert len(messages) in (0, 2)
+            refused += bool(messages)
     assert refused > 10
 
 
@@ -504,32 +511,10 @@ def test_large_images_are_resized_as_the_processor_does(tmp_path: Path) -> None:
         torch.testing.assert_close(given, expected, rtol=0, atol=0)
 
 
-def test_damage_is_named_alike_in_a_reduced_jpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut anywhere, or with wrong bytes: the same error, or none."""
-    data = jpeg(picture(400, 300))
-    damaged = [data[:length] for length in (0, 1, 10, 100, 300, 700, len(data) // 2, len(data) - 60, len(data) - 1)]
-    generator = np.random.default_rng(0)
-    for _ in range(40):
-        changed = np.frombuffer(data, dtype=np.uint8).copy()
-        changed[generator.integers(0, 800, 8)] = generator.integers(0, 256, 8)
-        damaged.append(changed.tobytes())
-    path, refused = tmp_path / "image.jpg", 0
-    for content in damaged:
-        path.write_bytes(content)
-        messages = []
-        for image_processor in (None, LOTLIP):
-            try:
-                load_image(path, image_processor=image_processor)
-            except ImageError as error:
-                messages.append((str(error), error.transient))
-        assert len(set(messages)) < 2
-        assert len(messages) in (0, 2)
-        refused += bool(messages)
-    assert refused > 10
-    path.write_bytes(data)
+def test_the_pixel_limit_holds_for_a_reduced_jpeg(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400 * 300 // 2 - 1)
     with pytest.raises(ImageError, match="--max-image-pixels"):
-        load_image(path, image_processor=LOTLIP)
+        load_image(jpeg(picture(400, 300)), image_processor=LOTLIP)
 
 
 def test_finding_images(tmp_path: Path) -> None:

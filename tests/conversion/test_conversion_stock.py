@@ -761,12 +761,10 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokenizer", ["stock", "LoTLIP's"])
-def test_remote_code_of_the_checkpoint_stays_behind(tokenizer: str, tmp_path: Path) -> None:
+def test_remote_code_of_the_checkpoint_stays_behind(tmp_path: Path) -> None:
     lotlip(LoTLIPModel(tiny.config("clip", "clip")), tmp_path / "lotlip")
     stock_backend = tiny_clip.clip_tokenizer()
-    if tokenizer != "stock":
-        stock_backend = LoTLIPTokenizer.from_backbone_tokenizer(stock_backend, clean_text=False, split_sentences=False)
+    stock_backend = LoTLIPTokenizer.from_backbone_tokenizer(stock_backend, clean_text=False, split_sentences=False)
     LoTLIPProcessor(official_image_processor(32), stock_backend).save_pretrained(tmp_path / "lotlip")
     code = {"AutoModel": "modeling_lotlip.LoTLIPModel", "AutoProcessor": "processing_lotlip.LoTLIPProcessor"}
     for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
