@@ -45,10 +45,7 @@ BLOCK_VALUES: dict[str, list[Any]] = {
     "ls_init_value": [None],
     "act_kwargs": [None, {}],
     "block_type": [None, "default"],
-    **dict.fromkeys(
-        "qk_norm scaled_cosine_attn scale_heads scale_attn_inner scale_attn scale_fc".split(),
-        [False],
-    ),
+    **dict.fromkeys("qk_norm scaled_cosine_attn scale_heads scale_attn_inner scale_attn scale_fc".split(), [False]),
 }
 VISION_VALUES = {
     **BLOCK_VALUES,
