@@ -129,12 +129,6 @@ def convert(
         subfolder: Where the model lies in the folder or repository, such as `"text_encoder_2"`.
         seed: Seed of the corner tokens' random numbers.
         report: Called with each line on what was written and compared.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConversionError: with what is wrong, naming the file, tensor or argument.
     """
     target = check_output(output)
     if stretch is not None and max_positions is None:

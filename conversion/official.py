@@ -308,12 +308,6 @@ def convert(
             `hf_tokenizer_name`.
         output: The folder to make; it must not exist or be empty.
         report: Called with each line on what was written.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConversionError: with what is wrong, naming the file, tensor or argument.
     """
     target = check_output(output)
     released = RELEASED.get(str(checkpoint))
@@ -370,9 +364,6 @@ def reverse(checkpoint: str | Path, output: str | Path) -> Path:
     Args:
         checkpoint: A folder of this package, with BERT and ViT backbones.
         output: The `model.pt` to write; it must not exist.
-
-    Returns:
-        The file.
 
     Raises:
         ConversionError: if the model has no official counterpart.
