@@ -10,6 +10,7 @@ positions, and starts out as precisely that CLIP.
     lotlip convert clip --clip longclip-L.pt --output lotlip-long-clip
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,11 +45,11 @@ from lotlip_hf import (
 )
 from lotlip_hf.diffusion.stretch import KEPT_POSITIONS, Stretch, stretch_positions, stretch_text_model
 from lotlip_hf.files import all_or_nothing
-from lotlip_hf.loading import fit_tokenizer, load_strict, load_tokenizer, quiet
+from lotlip_hf.loading import checkpoint_name, fit_tokenizer, load_strict, load_tokenizer, naming_damage, quiet
 from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
 
-from .common import ConversionError, check_output, one_line, read_json, same_bits
+from .common import ConversionError, building, check_output, read_json, same_bits
 from .open_clip import LEGACY_EOS_TOKEN_ID, Activation, read_open_clip
 
 # Stock classes of CLIP -> what they become
@@ -67,7 +68,6 @@ DEFAULT_CLASSES = {"clip": CLIPModel, "clip_text_model": CLIPTextModel}
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 # Files of open_clip and OpenAI carry no tokenizer; all of CLIP's have the same one.
 CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
 
@@ -129,32 +129,11 @@ def convert(
         subfolder: Where the model lies in the folder or repository, such as `"text_encoder_2"`.
         seed: Seed of the corner tokens' random numbers.
         report: Called with each line on what was written and compared.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConversionError: with what is wrong, naming the file, tensor or argument.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf.conversion.clip import convert
-
-    >>> folder = convert("openai/clip-vit-large-patch14", "lotlip-clip", max_positions=248)  # doctest: +SKIP
-    ```
     """
     target = check_output(output)
-    if num_corner_tokens < 0:
-        raise ConversionError(f"--num-corner-tokens {num_corner_tokens}: expected 0 or more.")
-    if not 0 <= seed < 2**63:
-        raise ConversionError(f"--seed {seed}: expected 0 to 2**63 - 1.")
     if stretch is not None and max_positions is None:
         raise ConversionError(f"--stretch {stretch}: there is nothing to stretch to without --max-positions.")
     stretch = stretch or "knowledge-preserved"
-    for option, value in (("--clip", clip), ("--tokenizer", tokenizer), ("--open-clip-config", open_clip_config)):
-        if value == "":
-            raise ConversionError(f"{option} is empty: name a file, a folder or a Hub repository.")
     clip = str(clip)
     source = _read(
         clip, tokenizer and str(tokenizer), open_clip_config and str(open_clip_config), activation, subfolder
@@ -168,20 +147,13 @@ def convert(
     _check_tokenizer(source.tokenizer, text_config)
     old_positions = text_config.max_position_embeddings
     new_positions = old_positions if max_positions is None else max_positions
-    if new_positions < old_positions:
-        raise ConversionError(
-            f"--max-positions {new_positions}: the checkpoint has {old_positions}; give more, or leave it out."
-        )
-    model = _to_lotlip(source.model, source.tokenizer, num_corner_tokens, seed)
-    if new_positions > old_positions:
-        try:
-            stretch_text_model(model, new_positions, stretch)
-        except ValueError as error:
-            raise ConversionError(f"--max-positions {new_positions}: {one_line(error)}") from error
-    fit_tokenizer(model, source.tokenizer, new_positions)
+    with building(clip):
+        model = _to_lotlip(source.model, source.tokenizer, num_corner_tokens, seed)
     compared_tokens = old_positions
-    if new_positions > old_positions:
+    if new_positions != old_positions:
+        stretch_text_model(model, new_positions, stretch)
         compared_tokens = KEPT_POSITIONS if stretch == "knowledge-preserved" else 0
+    fit_tokenizer(model, source.tokenizer, new_positions)
 
     with all_or_nothing(target) as folder:
         with quiet():
@@ -233,43 +205,25 @@ class _Place(NamedTuple):
                 return Path(hf_hub_download(self.source, name, subfolder=self.subfolder or None))
             except EntryNotFoundError:
                 continue
-            except (OSError, ValueError) as error:  # a repository that is not there or closed, an id that is none
-                raise ConversionError(
-                    f"{self.source}: no such folder, and it could not be fetched from the Hub ({one_line(error)})."
-                ) from error
         return None
-
-    def missing(self, *names: str) -> str:
-        """What to say if none of some files is there."""
-        where = "in this folder" if Path(self.source).is_dir() else "on the Hub or, without a connection, in its cache"
-        return f"{self}: no {' or '.join(names)} {where}"
 
 
 def _read(
     clip: str, tokenizer: str | None, open_clip_config: str | None, activation: Activation | None, subfolder: str
 ) -> _Source:
     path, place = Path(clip), _Place(clip, subfolder)
+    unused = {"--open-clip-config": open_clip_config, "--activation": activation}
+    for option, value in ({"--subfolder": subfolder} if path.is_file() else unused).items():
+        if value:
+            raise ConversionError(f"{option} {value}: {clip} is {'a' if path.is_file() else 'no'} file of weights.")
     if path.is_file():
-        if subfolder:
-            raise ConversionError(f"--subfolder {subfolder}: {clip} is a file.")
         return _read_open_clip(None, path, open_clip_config, activation, tokenizer)
-    for option, value in (("--open-clip-config", open_clip_config), ("--activation", activation)):
-        if value is not None:
-            raise ConversionError(f"{option} {value}: only for a single file of weights, which {clip} is not.")
-    looks_like_a_path = (
-        path.is_absolute() or clip.startswith(".") or clip.count("/") > 1 or path.suffix in WEIGHTS_SUFFIXES
-    )
-    if not path.is_dir() and looks_like_a_path:
-        raise ConversionError(f"{clip}: no such file or folder.")
-    if path.is_dir() and not (path / subfolder).is_dir():
-        models = sorted(config.parent.name for config in path.glob("*/config.json"))
-        raise ConversionError(
-            f"--subfolder {subfolder}: no such folder in {clip}; with a config.json it has "
-            f"{', '.join(models) or 'none'}."
-        )
+    checkpoint_name(clip)
     config = place.find("config.json", "model_index.json", OPEN_CLIP_CONFIG)
     if config is None:
-        raise ConversionError(f"{place.missing('config.json', OPEN_CLIP_CONFIG)}.")
+        raise ConversionError(
+            f"{place}: no config.json or {OPEN_CLIP_CONFIG} there (without a connection, in the cache)."
+        )
     if config.name == "config.json":
         return _read_transformers(place, read_json(config), tokenizer)
     if config.name == "model_index.json":
@@ -278,7 +232,7 @@ def _read(
         )
     weights = place.find(*OPEN_CLIP_WEIGHTS)
     if weights is None:
-        raise ConversionError(f"{place.missing(*OPEN_CLIP_WEIGHTS)}.")
+        raise ConversionError(f"{place}: no {' or '.join(OPEN_CLIP_WEIGHTS)} there.")
     return _read_open_clip(place, weights, str(config), None, tokenizer)
 
 
@@ -286,33 +240,19 @@ def _read_transformers(place: _Place, config: Mapping[str, Any], tokenizer: str 
     model_type, names = config.get("model_type"), config.get("architectures") or []
     stock_class = STOCK_CLASSES.get(names[0]) if names else DEFAULT_CLASSES.get(str(model_type))
     what = f"{names[0]} ({model_type!r})" if names else repr(model_type)
-    if str(model_type).startswith("lotlip"):
-        raise ConversionError(
-            f"{place}: a checkpoint of {what}, which is a LoTLIP already. In Python, over CLIP's text tower, "
-            "lotlip_hf.diffusion.stretch.stretch_text_model(model, N) gives it N positions; its tokenizer's "
-            "model_max_length is then to be N, too."
-        )
     if stock_class is None or model_type not in DEFAULT_CLASSES:
         raise ConversionError(
-            f"{place}: a checkpoint of {what}, which is another architecture; this converter takes "
-            f"{', '.join(stock.__name__ for stock in MODELS)}, open_clip's and OpenAI's CLIP and Long-CLIP."
+            f"{place}: a checkpoint of {what}; this converter takes {', '.join(stock.__name__ for stock in MODELS)}, "
+            "open_clip's and OpenAI's CLIP and Long-CLIP. (For more positions of a LoTLIP over CLIP's text tower: "
+            "lotlip_hf.diffusion.stretch.stretch_text_model.)"
         )
-    try:
-        model = load_strict(stock_class, place.source, subfolder=place.subfolder)
-    except (OSError, ValueError) as error:
-        raise ConversionError(str(error)) from error
+    model = load_strict(stock_class, place.source, subfolder=place.subfolder)
     image_processor = None
     if stock_class is CLIPModel:
-        try:
-            with quiet():
-                image_processor = AutoImageProcessor.from_pretrained(
-                    place.source, subfolder=place.subfolder, trust_remote_code=False
-                )
-        except Exception as error:  # of a damaged file, whatever reading it raises
-            raise ConversionError(
-                f"{place}: no image processor in it can be loaded ({one_line(error)}); put the "
-                "preprocessor_config.json of the CLIP that it was made from there."
-            ) from error
+        with naming_damage(str(place)), quiet():
+            image_processor = AutoImageProcessor.from_pretrained(
+                place.source, subfolder=place.subfolder, trust_remote_code=False
+            )
     return _Source(model, _load_tokenizer(_tokenizer_place(place, tokenizer)), image_processor)
 
 
@@ -344,40 +284,30 @@ def _read_open_clip(
 
 def _load_tokenizer(place: _Place) -> PreTrainedTokenizerBase:
     advice = "give one by --tokenizer, a folder or the Hub id of a CLIP"
-    try:
-        found = place.find(*TOKENIZER_FILES)
-    except ConversionError as error:
-        raise ConversionError(f"{error} A tokenizer was looked for there: {advice}.") from error
-    if found is None:
-        raise ConversionError(f"{place.missing(*TOKENIZER_FILES)}: {advice}.")
-    described = place.find("tokenizer_config.json")
+    described = None
+    with contextlib.suppress(OSError):  # loading says so
+        described = place.find("tokenizer_config.json")
     name = None if described is None else read_json(described).get("tokenizer_class")
     tokenizer_class = CLIPTokenizer if name in TOKENIZER_CLASSES else AutoTokenizer
-    try:
-        return load_tokenizer(place.source, advice, tokenizer_class=tokenizer_class, subfolder=place.subfolder)
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
+    return load_tokenizer(place.source, advice, tokenizer_class=tokenizer_class, subfolder=place.subfolder)
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, text_config: Any) -> None:
     """That its ids are the model's, and a text's last one that at which the model reads its feature."""
     ids, name = tokenizer("a")["input_ids"], tokenizer.name_or_path
     first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if first is None or last is None or (ids[0], ids[-1]) != (first, last) or tokenizer.pad_token_id is None:
-        raise ConversionError(
-            f"--tokenizer {name}: it does not put its texts between [SOT] and [EOT] as CLIP's does, or cannot pad."
-        )
-    if len(tokenizer) > text_config.vocab_size:
-        raise ConversionError(
-            f"--tokenizer {name}: {len(tokenizer)} tokens do not fit a text tower of {text_config.vocab_size}."
-        )
     read_at = text_config.eos_token_id
     if read_at == LEGACY_EOS_TOKEN_ID:
         read_at = tokenizer.vocab_size - 1  # the highest id but for added tokens
-    if last != read_at:
-        raise ConversionError(
-            f"--tokenizer {name}: its texts end with id {last}, but the model reads a text's feature at id {read_at}."
-        )
+    problem = None
+    if first is None or last is None or (ids[0], ids[-1]) != (first, last) or tokenizer.pad_token_id is None:
+        problem = "it does not put its texts between [SOT] and [EOT] as CLIP's does, or cannot pad"
+    elif len(tokenizer) > text_config.vocab_size:
+        problem = f"{len(tokenizer)} tokens do not fit a text tower of {text_config.vocab_size}"
+    elif last != read_at:
+        problem = f"its texts end with id {last}, but the model reads a text's feature at id {read_at}"
+    if problem is not None:
+        raise ConversionError(f"--tokenizer {name}: {problem}.")
 
 
 # Building

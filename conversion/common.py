@@ -1,11 +1,13 @@
 """What the converters share: their error, settings, tensors under other names, and loading LoTLIP checkpoints."""
 
-from collections.abc import Container, Mapping, Sequence
+import contextlib
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from lotlip_hf import (
@@ -20,7 +22,7 @@ from lotlip_hf import (
     files,
 )
 from lotlip_hf.files import parse_json, printable, read_regular
-from lotlip_hf.loading import check_config, check_shards, load_strict, naming_damage
+from lotlip_hf.loading import check_config, check_shards, checkpoint_name, load_strict, naming_damage
 
 # By its configuration, what a checkpoint may be; the first where the configuration does not say which
 MODEL_CLASSES: dict[type[PreTrainedConfig], list[type[PreTrainedModel]]] = {
@@ -39,6 +41,17 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+@contextlib.contextmanager
+def building(source: str | Path) -> Iterator[None]:
+    """Names the configuration that transformers cannot build a model from."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ConversionError(f"{source}: no model can be built from it ({one_line(error)}).") from error
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are the same in type, shape and every bit, NaNs included."""
     as_bytes = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
@@ -46,14 +59,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
-    A JSON file's object.
-
-    Raises:
-        ConversionError: if the file is missing or holds something else.
-    """
-    if not path.is_file():
-        raise ConversionError(f"{path}: no such file.")
+    """A JSON file's object."""
     try:
         content = parse_json(read_regular(path))
     except ValueError as error:
@@ -90,12 +96,10 @@ def whole(options: Mapping[str, Any], key: str, default: int | None, source: str
 
 def size_of(state_dict: Mapping[str, torch.Tensor], name: str, dim: int, num_dims: int, source: str) -> int:
     """A size that a checkpoint's tensor says; the tensor must be there, with `num_dims` dimensions."""
-    if name not in state_dict:
-        raise ConversionError(f"{source} is of another architecture than this converter takes: it lacks {name}.")
-    shape = list(state_dict[name].shape)
+    shape = list(state_dict[name].shape) if name in state_dict else []
     if len(shape) != num_dims or 0 in shape:
         raise ConversionError(
-            f"{source} is misshapen: {name} has {shape}, expected {num_dims} dimensions and none of size 0."
+            f"{source} is of another architecture than this converter takes: {name} is missing or misshapen ({shape})."
         )
     return shape[dim]
 
@@ -109,19 +113,15 @@ def rename_tensors(
     problems: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """
-    Tensors of another layout under a model's names. Every tensor is accounted for.
+    Tensors of another layout under a model's names. Each unknown, missing or misshapen one is named in an error.
 
     Args:
         state_dict: The tensors of the checkpoint.
-        layout: Name in the checkpoint -> names in the model: one, or several whose tensors are stacked along the first
-            dimension, in this order.
+        layout: Name in the checkpoint -> names in the model: one, or several stacked along the first dimension.
         own: The model's `state_dict()`, for the shapes.
         source: What to call the checkpoint in errors.
         transposed: Names in the checkpoint of matrices that are the transposed ones of the model's.
         problems: What else is wrong with the checkpoint.
-
-    Raises:
-        ConversionError: if a tensor is unknown, missing or misshapen; each is named.
     """
     problems = [f"unknown: {name}" for name in state_dict if name not in layout] + list(problems)
     converted: dict[str, torch.Tensor] = {}
@@ -148,76 +148,34 @@ def rename_tensors(
 
 
 def check_output(output: str | Path) -> Path:
-    """
-    The whole path of the folder to make.
-
-    Raises:
-        ConversionError: if there is something already, or the path leads through a file.
-    """
-    try:
-        files.check_output(output, folder=True)
-    except OSError as error:
-        raise ConversionError(f"--output {error}") from error
+    """The whole path of the folder or file to make, where nothing is yet."""
+    files.check_output(output, folder=True)
     return Path(output).resolve()
 
 
 def local_folder(model: str | Path) -> Path:
-    """
-    The folder of a checkpoint: itself, or of a Hub id what has been fetched.
-
-    Raises:
-        ConversionError: if there is no such folder or repository.
-    """
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
-        raise ConversionError(f"{model}: no such folder.")
-    try:
-        return Path(snapshot_download(str(model)))
-    except Exception as error:  # no id, no such repository, no connection: each client has its own
-        raise ConversionError(
-            f"{model}: no such folder, and not to be had from the Hub ({one_line(error)})."
-        ) from error
+    """The folder of a checkpoint: itself, or of a Hub id what has been fetched."""
+    name = checkpoint_name(model)
+    return Path(name if Path(name).is_dir() else snapshot_download(name))
 
 
 def load_checkpoint(folder: str | Path) -> PreTrainedModel:
-    """
-    A LoTLIP model, or one of its towers, with no tensor missing or left over, in the precision it was saved in.
-
-    Raises:
-        ConversionError: if the folder does not hold one.
-    """
-    if not Path(folder).is_dir():
-        raise ConversionError(f"{folder}: no such folder.")
-    try:
-        with naming_damage(str(folder)):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            classes = MODEL_CLASSES.get(type(config))
-            if classes is None:
-                raise ConversionError(f"{folder}: a {config.model_type!r} checkpoint, not a LoTLIP one.")
-            check_config(config, folder)
-            check_shards(folder)
-        named = [one for one in classes if one.__name__ in (config.architectures or ())]
-        return load_strict((named or classes)[0], folder, config=config)
-    except ConversionError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"not a LoTLIP checkpoint: {error}") from error
+    """A LoTLIP model, or one of its towers, with no tensor missing or left over, in the precision it was saved in."""
+    with naming_damage(checkpoint_name(folder)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_config(config, folder)
+        check_shards(folder)
+    classes = MODEL_CLASSES.get(type(config))
+    if classes is None:
+        raise ConversionError(f"{folder}: a {config.model_type!r} checkpoint, not a LoTLIP one.")
+    named = [one for one in classes if one.__name__ in (config.architectures or ())]
+    return load_strict((named or classes)[0], folder, config=config)
 
 
 def random_texts(
     config: LoTLIPTextConfig, shapes: Sequence[tuple[int, int]], padding_side: str = "right"
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """
-    Seeded batches of token ids and attention masks.
-
-    Args:
-        config: Configuration of the text tower.
-        shapes: Shape [texts, tokens] of each batch. Its first text has all tokens, as far as the tower has positions,
-            the others fewer, the last one.
-        padding_side: "right" or "left".
-    """
+    """Seeded ids and masks of each shape [texts, tokens]: a first text as long as fits, the others shorter."""
     generator = torch.Generator().manual_seed(0)
     end = None
     if config.is_causal:

@@ -8,7 +8,6 @@ The official LoTLIP checkpoints (an open_clip fork, github.com/wuw2019/LoTLIP) t
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from transformers import AutoTokenizer, BertConfig, PreTrainedConfig, ViTConfig
 
 from lotlip_hf import (
@@ -35,6 +33,7 @@ from lotlip_hf.terminal import run
 
 from .common import (
     ConversionError,
+    building,
     check_output,
     load_checkpoint,
     one_line,
@@ -103,12 +102,6 @@ def official_layout(model: LoTLIPModel) -> dict[str, list[str]]:
     """
     The official name of every tensor, in the official order, with the names of this model's tensors that it is made
     of: one, or several stacked along the first dimension (query, key and value; words and corner tokens).
-
-    Args:
-        model: A model with BERT and ViT backbones.
-
-    Returns:
-        Official name -> names in `model.state_dict()`.
     """
     layout = {"logit_scale": ["logit_scale"]}
     vision = {}
@@ -134,60 +127,34 @@ def official_layout(model: LoTLIPModel) -> dict[str, list[str]]:
 def read_official_state_dict(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     """
     The tensors of an official checkpoint, without the prefixes of `WRAPPERS` and without the buffer of position ids
-    that old versions of transformers saved and the official code ignores.
-
-    Args:
-        checkpoint: A `model.pt`: a pickle of a state dict or of `{"state_dict": ...}`. Read with `weights_only=True`,
-            so that no code in it can run.
-
-    Raises:
-        ConversionError: if the file is missing, not such a pickle, or holds something else than tensors.
+    that old versions of transformers saved and the official code ignores. The pickle, of a state dict or of
+    `{"state_dict": ...}`, is read with `weights_only=True`, so that no code in it can run.
     """
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise ConversionError(
-            f"{checkpoint}: no such file. Give a model.pt or one of the released models {', '.join(RELEASED)}."
-        )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise ConversionError(
-            f"{path}: not a PyTorch pickle of tensors alone, as a model.pt is; it is damaged or of another kind."
+            f"{checkpoint}: not a PyTorch pickle of tensors alone, as a model.pt is; it is damaged or of another kind."
         ) from error
     state_dict = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state_dict, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
         for name, tensor in state_dict.items()
     ):
-        raise ConversionError(f"{path}: expected a state dict of dense tensors, or one under 'state_dict'.")
-    tensors = without_wrappers({name: tensor.detach() for name, tensor in state_dict.items()}, path)
+        raise ConversionError(f"{checkpoint}: expected a state dict of dense tensors, or one under 'state_dict'.")
+    tensors = without_wrappers({name: tensor.detach() for name, tensor in state_dict.items()})
     position_ids = tensors.get(POSITION_IDS)
     if position_ids is not None and same_bits(position_ids.flatten(), torch.arange(position_ids.numel())):
         del tensors[POSITION_IDS]
     return tensors
 
 
-def without_wrappers(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    """
-    The tensors under the names that they have in the model itself: without the prefixes of `WRAPPERS` that all names
-    have, however many and in any order.
-
-    Args:
-        tensors: The tensors by their names.
-        path: The file that they are from, for errors.
-
-    Raises:
-        ConversionError: if some names have such a prefix and others do not.
-    """
+def without_wrappers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors without the prefixes of `WRAPPERS` that all names have, however many and in any order."""
     names = list(tensors)
-    while prefix := next((prefix for prefix in WRAPPERS if any(name.startswith(prefix) for name in names)), None):
-        without = [name for name in names if not name.startswith(prefix)]
-        if without:
-            raise ConversionError(
-                f"{path}: some tensors are there with and without {prefix!r}: {', '.join(without[:5])}."
-            )
+    while prefix := next((one for one in WRAPPERS if names and all(name.startswith(one) for name in names)), None):
         names = [name.removeprefix(prefix) for name in names]
     return dict(zip(names, tensors.values(), strict=True))
 
@@ -200,16 +167,7 @@ def config_from_official(
 ) -> LoTLIPConfig:
     """
     The configuration of an official model. What the open_clip configuration leaves to a timm name (width, depth, patch
-    and image size) is read off the shapes of the tensors.
-
-    Args:
-        open_clip_config: The official model configuration (`embed_dim`, `vision_cfg`, `text_cfg`).
-        bert_config: Configuration of the text backbone, without corner tokens in its vocabulary.
-        state_dict: The official tensors.
-        source: What to call the configuration in errors.
-
-    Raises:
-        ConversionError: if the configuration asks for something that this package does not reproduce exactly.
+    and image size) is read off the shapes of the tensors; what this package does not reproduce exactly is refused.
     """
 
     def size(name: str, dim: int, num_dims: int) -> int:
@@ -219,7 +177,7 @@ def config_from_official(
     embed_dim = whole(open_clip_config, "embed_dim", None, source)
     num_corner_tokens = whole(text, "num_corner_token", 0, source, least=0)
     # [CLS], a word and [SEP] beside the corner tokens
-    context_length = whole(text, "context_length", 77, source, least=num_corner_tokens + 3)
+    whole(text, "context_length", 77, source, least=num_corner_tokens + 3)
     option(vision, "timm_pool", "avg", ["token"], source)
     projection = option(vision, "timm_proj", "linear", ["linear", "none"], source)
     option(text, "hf_pooler_type", "mean_pooler", ["cls_pooler"], source)
@@ -229,29 +187,10 @@ def config_from_official(
     width = size("visual.trunk.cls_token", 2, 3)
     patch_size = size("visual.trunk.patch_embed.proj.weight", 2, 4)
     grid = math.isqrt(size("visual.trunk.pos_embed", 1, 3) - 1)
-    image_size = whole(vision, "image_size", grid * patch_size, source)
-    if image_size != grid * patch_size:
-        raise ConversionError(
-            f"{source}: image_size is {image_size}, the position embeddings are for {grid * patch_size} "
-            f"({grid} x {grid} patches of {patch_size})."
-        )
     timm_name = str(vision.get("timm_model_name"))
-    named_patch_size = re.search(r"_patch(\d+)_", timm_name)
-    if named_patch_size and int(named_patch_size[1]) != patch_size:
-        raise ConversionError(
-            f"{source}: timm_model_name is {timm_name!r}, the tensors are for patches of {patch_size}."
-        )
     if "heads" not in vision and not timm_name.startswith(("vit_tiny", "vit_small", "vit_base", "vit_large")):
         raise ConversionError(
             f"{source}: the number of attention heads of {timm_name!r} is not known: write it as vision_cfg.heads."
-        )
-    heads = whole(vision, "heads", max(1, width // 64), source)
-    if width % heads:
-        raise ConversionError(f"{source}: heads is {heads}, which does not divide the ViT's width of {width}.")
-    max_positions = size("text.transformer.embeddings.position_embeddings.weight", 0, 2)
-    if context_length > max_positions:
-        raise ConversionError(
-            f"{source}: context_length is {context_length}, but the text tower has {max_positions} positions."
         )
     return LoTLIPConfig(
         text_config=LoTLIPTextConfig(
@@ -264,9 +203,9 @@ def config_from_official(
             backbone_config=ViTConfig(
                 hidden_size=width,
                 num_hidden_layers=len({name.split(".")[3] for name in state_dict if ".trunk.blocks." in name}),
-                num_attention_heads=heads,
+                num_attention_heads=whole(vision, "heads", max(1, width // 64), source),
                 intermediate_size=size("visual.trunk.blocks.0.mlp.fc1.weight", 0, 2),
-                image_size=image_size,
+                image_size=whole(vision, "image_size", grid * patch_size, source),
                 patch_size=patch_size,
                 num_channels=size("visual.trunk.patch_embed.proj.weight", 1, 4),
                 **TIMM_VIT,
@@ -279,17 +218,7 @@ def config_from_official(
 
 
 def from_official(state_dict: Mapping[str, torch.Tensor], model: LoTLIPModel) -> dict[str, torch.Tensor]:
-    """
-    The official tensors under this model's names. Every tensor is accounted for.
-
-    Args:
-        state_dict: The official tensors.
-        model: The model that they are for; its own weights are not changed.
-
-    Raises:
-        ConversionError: if a tensor is unknown, missing, of another shape or of another precision than the rest; each
-            is named.
-    """
+    """The official tensors, which must all have one precision, under this model's names."""
     dtypes = Counter(tensor.dtype for tensor in state_dict.values())
     # A transformers checkpoint has one precision, and loading would cast the others to it.
     common = max((dtype for dtype in dtypes if dtype in DTYPES), key=dtypes.__getitem__, default=torch.float32)
@@ -337,24 +266,19 @@ def _load_bert_config(open_clip_config: Path | None, text_cfg: Mapping[str, Any]
     only = {"model_type": "bert", "is_decoder": False, "position_embedding_type": "absolute"}
     for key, value in only.items():
         option(settings, key, value, [value], str(beside))
-    try:
+    with building(beside):
         return BertConfig(**settings)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ConversionError(f"{beside}: not a BERT configuration ({one_line(error)}).") from error
 
 
 def _load_tokenizer(source: str | Path, config: LoTLIPTextConfig, context_length: int) -> LoTLIPTokenizer:
     folder = Path(source)
     is_bare = (folder / "vocab.txt").is_file() and not (folder / "tokenizer_config.json").is_file()
-    try:
-        tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
-            load_tokenizer(
-                source, "give another --tokenizer", tokenizer_class=LoTLIPTokenizer if is_bare else AutoTokenizer
-            ),
-            model_max_length=context_length - config.num_corner_tokens,
-        )
-    except ValueError as error:
-        raise ConversionError(f"--tokenizer: {one_line(error)}") from error
+    backbone_tokenizer = load_tokenizer(
+        source, "give another --tokenizer", tokenizer_class=LoTLIPTokenizer if is_bare else AutoTokenizer
+    )
+    tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
+        backbone_tokenizer, model_max_length=context_length - config.num_corner_tokens
+    )
     # The official code counts its corner tokens' ids on from the tokenizer's last.
     fits = len(tokenizer) == config.vocab_size or (len(tokenizer) < config.vocab_size and not config.num_corner_tokens)
     if not fits or tokenizer.pad_token_id != config.pad_token_id:
@@ -363,17 +287,6 @@ def _load_tokenizer(source: str | Path, config: LoTLIPTextConfig, context_length
             f"text tower of {config.vocab_size} with padding id {config.pad_token_id}, corner tokens not counted."
         )
     return tokenizer
-
-
-def _download(repo_id: str) -> str:
-    """The `model.pt` of a released repository, from the Hub or its local cache."""
-    try:
-        return hf_hub_download(repo_id, "model.pt")
-    except (OSError, HfHubHTTPError) as error:
-        raise ConversionError(
-            f"{repo_id}: its model.pt could not be fetched from the Hub ({str(error).strip().splitlines()[0]}). "
-            "With a copy on disk, give --checkpoint model.pt and --open-clip-config."
-        ) from error
 
 
 def convert(
@@ -395,20 +308,6 @@ def convert(
             `hf_tokenizer_name`.
         output: The folder to make; it must not exist or be empty.
         report: Called with each line on what was written.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConversionError: with what is wrong, naming the file, tensor or argument.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf.conversion.official import convert
-
-    >>> folder = convert("weiwu-ww/LoTLIP-ViT-B-16-100M", output="lotlip-vit-b-16")  # doctest: +SKIP
-    ```
     """
     target = check_output(output)
     released = RELEASED.get(str(checkpoint))
@@ -426,15 +325,12 @@ def convert(
     tokenizer = tokenizer or text_cfg.get("hf_tokenizer_name")
     if not tokenizer:
         raise ConversionError(f"{source}: no hf_tokenizer_name in it, so --tokenizer is needed.")
-    state_dict = read_official_state_dict(_download(str(checkpoint)) if released is not None else checkpoint)
-    try:
+    weights = hf_hub_download(str(checkpoint), "model.pt") if released is not None else checkpoint
+    state_dict = read_official_state_dict(weights)
+    with building(source):
         config = config_from_official(official_config, bert_config, state_dict, source)
         with torch.device("meta"):
             model = LoTLIPModel(config)
-    except (StrictDataclassError, ValueError) as error:
-        if isinstance(error, ConversionError):
-            raise
-        raise ConversionError(f"{source}: no model can be built from it ({one_line(error)}).") from error
     text_tokenizer = _load_tokenizer(tokenizer, config.text_config, text_cfg.get("context_length", 77))
     model.load_state_dict(from_official(state_dict, model), assign=True)
     image_processor = official_image_processor(config.vision_config.image_size)
@@ -469,31 +365,21 @@ def reverse(checkpoint: str | Path, output: str | Path) -> Path:
         checkpoint: A folder of this package, with BERT and ViT backbones.
         output: The `model.pt` to write; it must not exist.
 
-    Returns:
-        The file.
-
     Raises:
-        ConversionError: if the model has no official counterpart, or the file exists.
+        ConversionError: if the model has no official counterpart.
     """
-    target = Path(output).resolve()
-    if target.exists():
-        raise ConversionError(f"--output {output}: exists already; choose another name or remove it.")
+    target = check_output(output)
     model = load_checkpoint(checkpoint)
     if not isinstance(model, LoTLIPModel):
         raise ConversionError(f"{checkpoint}: a {type(model).__name__}, not a whole LoTLIPModel.")
     text, vision = model.config.text_config, model.config.vision_config
-    kinds = (text.backbone_config.model_type, text.pooling, vision.backbone_config.model_type, vision.pooling)
-    if kinds != ("bert", "pooler", "vit", "cls") or text.projection_dim is None:
-        raise ConversionError(
-            f"{checkpoint}: the official layout holds BERT with its pooler and a projection, and a ViT's class token; "
-            f"this model has {kinds[0]} ({kinds[1]}, projection {text.projection_dim}) and {kinds[2]} ({kinds[3]})."
-        )
-    for name, value in TIMM_VIT.items():
-        if getattr(vision.backbone_config, name) != value:
-            raise ConversionError(
-                f"{checkpoint}: its ViT has {name} {getattr(vision.backbone_config, name)!r}; the official code would "
-                f"use {value!r}."
-            )
+    vit = vision.backbone_config
+    wanted = {"text tower": "bert", "text pooling": "pooler", "image tower": "vit", "image pooling": "cls", **TIMM_VIT}
+    own = (text.backbone_config.model_type, text.pooling, vit.model_type, vision.pooling)
+    own += tuple(getattr(vit, name, None) for name in TIMM_VIT)
+    for (name, value), given in zip(wanted.items(), own, strict=True):
+        if given != value:
+            raise ConversionError(f"{checkpoint}: its {name} is {given!r}; the official code has {value!r} alone.")
     placed = {name for names in official_layout(model).values() for name in names}
     unplaced = sorted(placed ^ model.state_dict().keys())
     if unplaced:

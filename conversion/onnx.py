@@ -35,7 +35,7 @@ from lotlip_hf import LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
 from lotlip_hf.engines.onnx import FILES, LOGIT_SCALE, LoTLIPOnnxModel, missing_packages
 from lotlip_hf.files import all_or_nothing
 from lotlip_hf.images import load_pixels
-from lotlip_hf.loading import fit_tokenizer, quiet
+from lotlip_hf.loading import fit_tokenizer, naming_damage, quiet
 from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
 
@@ -47,8 +47,6 @@ TOLERANCE = 1e-4
 LEAST_COSINE = 0.98
 # The first version whose attention is one operator, which ONNX Runtime runs without writing the attention weights
 OPSET = 23
-# The first that PyTorch's exporter writes
-LEAST_OPSET = 18
 INPUTS = {"text": ("input_ids", "attention_mask"), "vision": ("pixel_values",)}
 # Image towers that fit their position embeddings to the size of the images
 INTERPOLATING = ("dinov2",)
@@ -141,22 +139,12 @@ def convert(
         ConversionError: if a package is missing, the folder holds no complete LoTLIP checkpoint, the exporter fails,
             or ONNX Runtime's features differ from PyTorch's by more than 1e-4 of a feature's norm; quantised, if a
             cosine to PyTorch's is below 0.98.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf.conversion.onnx import convert
-
-    >>> [tower.file for tower in convert("lotlip-vit-b-16", "lotlip-onnx").towers]  # doctest: +SKIP
-    ['text_model.onnx', 'vision_model.onnx']
-    ```
     """
     missing = missing_packages("onnx", "onnxscript", "onnxruntime")
     if missing:
         raise ConversionError(missing)
     if quantize not in (None, "int8"):
         raise ConversionError(f"--quantize {quantize}: only int8 is known.")
-    _check_opset(opset)
     target = check_output(output)
     model = local_folder(model)
     lotlip = load_checkpoint(model).float().eval()
@@ -191,14 +179,6 @@ def _name_no_model_code(file: Path) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _check_opset(opset: int) -> None:
-    import onnx
-
-    latest = onnx.defs.onnx_opset_version()
-    if not LEAST_OPSET <= opset <= latest:
-        raise ConversionError(f"--opset {opset}: expected {LEAST_OPSET} to {latest}, what the installed onnx knows.")
-
-
 def _tower_configs(lotlip: PreTrainedModel) -> dict[str, Any]:
     """The configurations of the towers that a model has."""
     config = lotlip.config
@@ -214,12 +194,8 @@ def _load_processors(folder: Path) -> list[Any]:
     classes = {"processor_config.json": AutoProcessor}
     if not (folder / "processor_config.json").is_file():
         classes = {"tokenizer_config.json": AutoTokenizer, "preprocessor_config.json": AutoImageProcessor}
-    try:
+    with naming_damage(str(folder)):
         return [one.from_pretrained(folder) for name, one in classes.items() if (folder / name).is_file()]
-    except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
-        raise ConversionError(
-            f"{folder}: its tokenizer or image processor cannot be loaded ({one_line(error)})."
-        ) from error
 
 
 def _write_tower(
@@ -255,7 +231,8 @@ def _write_tower(
         cosine = None
         if quantize is not None:
             _quantize(full, file)
-            cosine = _least_cosine(_run(file, lotlip, tower, batches), expected)
+            features = torch.cat(_run(file, lotlip, tower, batches))
+            cosine = nn.functional.cosine_similarity(features, torch.cat(expected)).min().item()
             report(f"  int8: cosines to PyTorch's features from {cosine:.4f} up")
             if not cosine >= LEAST_COSINE:
                 raise ConversionError(
@@ -312,25 +289,20 @@ def _quantize(full: Path, file: Path) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    try:
-        # The quantiser transposes weights, and then stumbles over the shapes that are noted: it infers them anew.
-        graph = onnx.load(full, load_external_data=False)
-        graph.graph.ClearField("value_info")
-        onnx.save(graph, full)
-        with _quiet():
-            quantize_dynamic(
-                full,
-                file,
-                op_types_to_quantize=["MatMul", "Gemm"],
-                per_channel=True,
-                reduce_range=True,
-                weight_type=QuantType.QInt8,
-                use_external_data_format=_data_file(full).is_file(),
-            )
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # of onnx and onnxruntime, each its own
-        raise ConversionError(f"{file.name}: ONNX Runtime's quantiser failed ({one_line(error)}).") from error
+    # The quantiser transposes weights, and then stumbles over the shapes that are noted: it infers them anew.
+    graph = onnx.load(full, load_external_data=False)
+    graph.graph.ClearField("value_info")
+    onnx.save(graph, full)
+    with _quiet():
+        quantize_dynamic(
+            full,
+            file,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=_data_file(full).is_file(),
+        )
 
 
 def _data_file(file: Path) -> Path:
@@ -370,10 +342,6 @@ def _largest_difference(given: Sequence[torch.Tensor], expected: Sequence[torch.
     """In units of a feature's norm; NaN if a feature is not finite."""
     one, other = torch.cat(list(given)), torch.cat(list(expected))
     return ((one - other) / other.norm(dim=-1, keepdim=True)).abs().max().item()
-
-
-def _least_cosine(given: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    return nn.functional.cosine_similarity(torch.cat(list(given)), torch.cat(list(expected))).min().item()
 
 
 def _texts(config: LoTLIPTextConfig) -> list[tuple[torch.Tensor, ...]]:

@@ -4,14 +4,13 @@ makes LoTLIP models of them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import safetensors.torch
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
@@ -19,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from lotlip_hf.diffusion.stretch import KEPT_POSITIONS
 
-from .common import ConversionError, one_line, option, read_json, rename_tensors, section, size_of, whole
+from .common import ConversionError, building, one_line, option, read_json, rename_tensors, section, size_of, whole
 from .official import DTYPES, read_official_state_dict, without_wrappers
 from .torchscript import is_torchscript, read_torchscript
 
@@ -35,89 +34,44 @@ TEXT_PREFIX = "text."
 # Long-CLIP trains the positions that it does not keep in a table of its own.
 LONG_CLIP_POSITIONS = "positional_embedding_res"
 
-# Tensors of what the text and image towers are not -> what they are
-OTHER_TOWERS = {
-    "visual.trunk.": "its image tower is one of timm's",
-    "visual.layer1.": "its image tower is a ResNet",
-    "text.transformer.embeddings.": "its text tower is one of transformers' encoders",
-    "text.transformer.encoder.": "its text tower is one of transformers' encoders",
-    "text_decoder.": "it is a CoCa, with a text decoder",
-}
 # How names begin in checkpoints of transformers, of a whole CLIP and of text encoders
 TRANSFORMERS_NAMES = ("text_model.", "vision_model.", "embeddings.", "encoder.layers.")
 
 # open_clip's settings of a tower: those that are read here, those that only some values are known of, and those that
 # change no output
-VISION_SETTINGS = ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "norm_kwargs")
-TEXT_SETTINGS = (
-    "layers",
-    "width",
-    "heads",
-    "mlp_ratio",
-    "context_length",
-    "vocab_size",
-    "norm_kwargs",
-    "eos_id",
-    "hf_tokenizer_name",
-)
+VISION_SETTINGS = "layers width head_width mlp_ratio patch_size image_size norm_kwargs".split()
+TEXT_SETTINGS = "layers width heads mlp_ratio context_length vocab_size norm_kwargs eos_id hf_tokenizer_name".split()
 BLOCK_VALUES: dict[str, list[Any]] = {
     "ls_init_value": [None],
     "act_kwargs": [None, {}],
     "block_type": [None, "default"],
-    "qk_norm": [False],
-    "scaled_cosine_attn": [False],
-    "scale_heads": [False],
-    "scale_attn_inner": [False],
-    "scale_attn": [False],
-    "scale_fc": [False],
+    **dict.fromkeys("qk_norm scaled_cosine_attn scale_heads scale_attn_inner scale_attn scale_fc".split(), [False]),
 }
 VISION_VALUES = {
     **BLOCK_VALUES,
-    "attentional_pool": [False],
-    "no_ln_pre": [False],
+    **dict.fromkeys(("attentional_pool", "no_ln_pre"), [False]),
     "pool_type": ["tok"],
     "timm_model_name": [None],
 }
 TEXT_VALUES = {
     **BLOCK_VALUES,
-    "embed_cls": [False],
-    "no_causal_mask": [False],
+    **dict.fromkeys(("embed_cls", "no_causal_mask", "proj_bias"), [False]),
     "pool_type": ["argmax", "eos"],
     "proj_type": ["linear"],
-    "proj_bias": [False],
-    "tokenizer_mode": [None],
+    **dict.fromkeys(("tokenizer_mode", "hf_model_name"), [None]),
     "tokenizer_kwargs": [None, {}],
-    "hf_model_name": [None],
 }
 MODEL_VALUES: dict[str, list[Any]] = {
-    "init_logit_bias": [None],
+    **dict.fromkeys(("init_logit_bias", "multimodal_cfg"), [None]),
     "nonscalar_logit_scale": [False],
-    "multimodal_cfg": [None],
 }
 # Dropout while training, what is returned beside the features, how a table was made that is in the file anyhow, and
 # settings of what the values above rule out
 VISION_UNUSED = (
-    "patch_dropout",
-    "output_tokens",
-    "pos_embed_type",
-    "final_ln_after_pool",
-    "attn_pooler_queries",
-    "attn_pooler_heads",
-    "timm_model_pretrained",
-    "timm_pool",
-    "timm_proj",
-    "timm_proj_bias",
-    "timm_drop",
-    "timm_drop_path",
-)
-TEXT_UNUSED = (
-    "pad_id",
-    "output_tokens",
-    "final_ln_after_pool",
-    "hf_model_pretrained",
-    "hf_proj_type",
-    "hf_pooler_type",
-)
+    "patch_dropout output_tokens pos_embed_type final_ln_after_pool attn_pooler_queries attn_pooler_heads "
+    "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path"
+).split()
+TEXT_UNUSED = "pad_id output_tokens final_ln_after_pool hf_model_pretrained hf_proj_type hf_pooler_type".split()
 MODEL_UNUSED = ("init_logit_scale", "custom_text", "output_dict", "cast_dtype")
 
 # open_clip's name -> transformers'; more than one stand stacked in open_clip's tensor, in this order
@@ -154,12 +108,6 @@ def open_clip_layout(config: CLIPConfig) -> dict[str, list[str]]:
     """
     The name in open_clip's layout of every tensor, with the names of a `CLIPModel`'s tensors that it is made of: one,
     or query, key and value stacked along the first dimension. Those in `TRANSPOSED` are transposed besides.
-
-    Args:
-        config: Configuration of the `CLIPModel`.
-
-    Returns:
-        open_clip's name -> names in `CLIPModel.state_dict()`.
     """
     layout = {"logit_scale": ["logit_scale"], **{theirs: [own] for theirs, own in TRANSPOSED.items()}}
     towers = (
@@ -205,38 +153,34 @@ def read_open_clip(
         raise ConversionError(
             f"{path}: its tensors have the names of transformers; give not this file but its folder, with config.json."
         )
-    for prefix, reason in OTHER_TOWERS.items():
-        if any(name.startswith(prefix) for name in state_dict):
-            raise ConversionError(f"{path}: {reason}; this converter takes CLIP's own two transformers.")
-    state_dict = _without_text_prefix(state_dict, path)
+    # one of two with the same name keeps the prefix, and is an unknown tensor
+    short = {name: name.removeprefix(TEXT_PREFIX) for name in state_dict}
+    state_dict = {name if short[name] in state_dict else short[name]: one for name, one in state_dict.items()}
     for name in IGNORED:
         state_dict.pop(name, None)
     is_long_clip = LONG_CLIP_POSITIONS in state_dict
     if is_long_clip:
-        _join_long_clip_positions(state_dict, path)
+        _join_long_clip_positions(state_dict)
     known = "quick_gelu" if is_archive or is_long_clip else None
     if config is None:
         model_cfg, preprocess_cfg, source = _settings_from_tensors(state_dict, known or activation, path), {}, path
-        if known and activation not in (None, known):
-            raise ConversionError(f"{path}: --activation is {activation}, but files of this kind are {known}.")
     else:
         if activation is not None:
             raise ConversionError(f"--activation {activation}: {config} says which; leave --activation out.")
-        model_cfg, preprocess_cfg = _read_settings(Path(config))
+        content = read_json(Path(config))
+        model_cfg, preprocess_cfg = content, {}
+        if "model_cfg" in content:
+            model_cfg = section(content, "model_cfg", str(config))
+            preprocess_cfg = content.get("preprocess_cfg") or {}
         source = config
         if known and not model_cfg.get("quick_gelu", False):
             raise ConversionError(
                 f"{config}: quick_gelu is not set, but the code that files like {path} belong to always uses it: set "
                 "it to true, or leave --open-clip-config out."
             )
-    try:
+    with building(source), no_init_weights():
         clip_config = config_from_open_clip(model_cfg, str(source))
-        with no_init_weights():
-            model = CLIPModel(clip_config)
-    except (StrictDataclassError, ValueError) as error:
-        if isinstance(error, ConversionError):
-            raise
-        raise ConversionError(f"{source}: no model can be built from it ({one_line(error)}).") from error
+        model = CLIPModel(clip_config)
     model.load_state_dict(from_open_clip(state_dict, model, path), assign=True)
     image_size = clip_config.vision_config.image_size
     image_processor = image_processor_from_open_clip(preprocess_cfg, image_size, str(source))
@@ -253,27 +197,15 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
         tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise ConversionError(f"{path}: not a safetensors file ({one_line(error)}).") from error
-    return without_wrappers(tensors, path), False
+    return without_wrappers(tensors), False
 
 
-def _without_text_prefix(state_dict: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    names = {name: name.removeprefix(TEXT_PREFIX) for name in state_dict}
-    twice = sorted(name for name, short in names.items() if name != short and short in state_dict)
-    if twice:
-        raise ConversionError(f"{path}: some tensors are there with and without {TEXT_PREFIX!r}: {', '.join(twice)}.")
-    return {names[name]: tensor for name, tensor in state_dict.items()}
-
-
-def _join_long_clip_positions(state_dict: dict[str, torch.Tensor], path: Path) -> None:
+def _join_long_clip_positions(state_dict: dict[str, torch.Tensor]) -> None:
     """One table of Long-CLIP's two, as its code adds them: the first 20 rows of the one, the others of the other."""
-    trained = state_dict.pop(LONG_CLIP_POSITIONS)
     kept = state_dict.get("positional_embedding")
-    if kept is None or kept.shape != trained.shape or kept.dim() != 2:
-        raise ConversionError(
-            f"{path}: {LONG_CLIP_POSITIONS} has {list(trained.shape)}, positional_embedding "
-            f"{None if kept is None else list(kept.shape)}; expected two tables of the same size, as in Long-CLIP."
-        )
-    state_dict["positional_embedding"] = torch.cat([kept[:KEPT_POSITIONS], trained[KEPT_POSITIONS:]])
+    if kept is not None and kept.shape == state_dict[LONG_CLIP_POSITIONS].shape:  # else it stays, an unknown tensor
+        trained = state_dict.pop(LONG_CLIP_POSITIONS)
+        state_dict["positional_embedding"] = torch.cat([kept[:KEPT_POSITIONS], trained[KEPT_POSITIONS:]])
 
 
 def _settings_from_tensors(
@@ -320,25 +252,11 @@ def _settings_from_tensors(
     }
 
 
-def _read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of the model and of the preprocessing; the latter may be left out."""
-    content = read_json(path)
-    if "model_cfg" not in content:
-        return content, {}
-    return section(content, "model_cfg", str(path)), content.get("preprocess_cfg") or {}
-
-
 def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip_config") -> CLIPConfig:
     """
     The configuration of a `CLIPModel` for open_clip's settings of a model; what is left out has open_clip's defaults.
-    Its [EOT] id is the settings' `eos_id` or, for `pool_type: argmax`, `LEGACY_EOS_TOKEN_ID`.
-
-    Args:
-        model_cfg: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`.
-        source: What to call the settings in errors.
-
-    Raises:
-        ConversionError: if a setting is unknown, or asks for something that a `CLIPModel` does not compute.
+    Its [EOT] id is the settings' `eos_id` or, for `pool_type: argmax`, `LEGACY_EOS_TOKEN_ID`. Settings that are
+    unknown, or ask for something that a `CLIPModel` does not compute, are refused.
     """
     vision, text = section(model_cfg, "vision_cfg", source), section(model_cfg, "text_cfg", source)
     model_settings = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
@@ -347,36 +265,25 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
         (vision, VISION_SETTINGS, VISION_VALUES, VISION_UNUSED),
         (text, TEXT_SETTINGS, TEXT_VALUES, TEXT_UNUSED),
     ):
-        unknown = sorted(options.keys() - {*read, *values, *unused})
-        if unknown:
-            raise ConversionError(f"{source}: {', '.join(unknown)}: this converter does not know these settings.")
+        _check_known(options, (*read, *values, *unused), source)
         for key in values.keys() & options.keys():
             option(options, key, None, values[key], source)
     embed_dim = whole(model_cfg, "embed_dim", None, source)
     quick_gelu = option(model_cfg, "quick_gelu", False, [False, True], source)
-    if isinstance(vision.get("layers"), list):
-        raise ConversionError(
-            f"{source}: vision_cfg.layers is a list: its image tower is a ResNet, not a transformer."
-        )
     vision_width = whole(vision, "width", 768, source)
     towers = {}
     for name, options, width, heads in (
         ("vision", vision, vision_width, max(1, vision_width // whole(vision, "head_width", 64, source))),
         ("text", text, whole(text, "width", 512, source), whole(text, "heads", 8, source)),
     ):
-        if width % heads:
-            raise ConversionError(f"{source}: {heads} heads do not divide the {name} tower's width of {width}.")
-        ratio, norm = options.get("mlp_ratio", 4.0), options.get("norm_kwargs") or {}
-        if type(ratio) not in (int, float) or int(width * ratio) < 1:
-            raise ConversionError(f"{source}: {name}_cfg.mlp_ratio is {ratio!r}; expected a positive number.")
-        if not isinstance(norm, dict) or norm.keys() - {"eps"}:
-            raise ConversionError(f"{source}: {name}_cfg.norm_kwargs is {norm!r}; this converter knows eps alone.")
+        norm = dict(options.get("norm_kwargs") or {})
+        _check_known(norm, ("eps",), source)
         towers[name] = {
             "hidden_size": width,
             "num_hidden_layers": whole(options, "layers", 12, source),
             "num_attention_heads": heads,
             # as open_clip rounds; a ratio that was itself divided may fall short of the whole number by a hair
-            "intermediate_size": int(width * ratio + 1e-6),
+            "intermediate_size": int(width * float(options.get("mlp_ratio", 4.0)) + 1e-6),
             "hidden_act": "quick_gelu" if quick_gelu else "gelu",
             "layer_norm_eps": norm.get("eps", 1e-5),
             "projection_dim": embed_dim,
@@ -391,8 +298,6 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
                 "this id for the highest one in the text. MetaCLIP 2 has it; that is another architecture."
             )
     image_size, patch_size = _side(vision, "image_size", 224, source), _side(vision, "patch_size", 16, source)
-    if image_size < patch_size:
-        raise ConversionError(f"{source}: image_size is {image_size}, less than a patch of {patch_size}.")
     return CLIPConfig(
         text_config={
             **towers["text"],
@@ -403,6 +308,12 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
         vision_config={**towers["vision"], "image_size": image_size, "patch_size": patch_size},
         projection_dim=embed_dim,
     )
+
+
+def _check_known(options: Mapping[str, Any], known: Sequence[str], source: str) -> None:
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise ConversionError(f"{source}: {', '.join(unknown)}: this converter does not know these settings.")
 
 
 def _side(options: Mapping[str, Any], key: str, default: int, source: str) -> int:
@@ -419,14 +330,6 @@ def from_open_clip(
     """
     Tensors in open_clip's layout under a `CLIPModel`'s names, all in one precision: where the file mixes several, as
     OpenAI's do, the one that holds each of them exactly.
-
-    Args:
-        state_dict: open_clip's tensors.
-        model: The model that they are for; its own weights are not changed.
-        source: What to call the checkpoint in errors.
-
-    Raises:
-        ConversionError: if a tensor is unknown, missing, misshapen or of integers; each is named.
     """
     problems = [
         f"of another kind: {name} is {tensor.dtype}, expected floating point"
@@ -445,38 +348,22 @@ def image_processor_from_open_clip(
     """
     The stock image processor for open_clip's settings of the preprocessing; what is left out is OpenAI's. Saved, it is
     a plain `CLIPImageProcessor`, which loads with whichever backend is installed.
-
-    Args:
-        preprocess_cfg: `mean`, `std`, `interpolation`, `resize_mode`, `size`.
-        image_size: Side of the image tower's images in pixels.
-        source: What to call the settings in errors.
-
-    Raises:
-        ConversionError: if a setting asks for what the image processor does not do.
     """
     read = ("mean", "std", "interpolation", "resize_mode", "size", "mode", "fill_color")
-    unknown = sorted(preprocess_cfg.keys() - set(read))
-    if unknown:
-        raise ConversionError(f"{source}: {', '.join(unknown)}: this converter does not know these settings.")
+    _check_known(preprocess_cfg, read, source)
     option(preprocess_cfg, "mode", "RGB", ["RGB"], source)
     interpolation = option(preprocess_cfg, "interpolation", "bicubic", [*RESAMPLING], source)
     resize_mode = option(preprocess_cfg, "resize_mode", "shortest", ["shortest", "squash"], source)
-    size = _side(preprocess_cfg, "size", image_size, source)
-    if size != image_size:
-        raise ConversionError(f"{source}: preprocess_cfg.size is {size}, the image tower's image_size {image_size}.")
     settings: dict[str, Any] = {"resample": RESAMPLING[interpolation]}
     for key, name in (("mean", "image_mean"), ("std", "image_std")):
         if key in preprocess_cfg:
-            settings[name] = _three_numbers(preprocess_cfg[key], key, source)
-    square = {"height": size, "width": size}
+            given = preprocess_cfg[key]
+            settings[name] = given if isinstance(given, list) else [given] * 3
+    square = {"height": image_size, "width": image_size}
     squash = resize_mode == "squash"
     return CLIPImageProcessorPil(
-        size=square if squash else {"shortest_edge": size}, do_center_crop=not squash, crop_size=square, **settings
+        size=square if squash else {"shortest_edge": image_size},
+        do_center_crop=not squash,
+        crop_size=square,
+        **settings,
     )
-
-
-def _three_numbers(value: Any, key: str, source: str) -> list[float]:
-    numbers = value if isinstance(value, list) else [value] * 3
-    if len(numbers) != 3 or not all(type(number) in (int, float) for number in numbers):
-        raise ConversionError(f"{source}: {key} is {value!r}; expected three numbers.")
-    return [float(number) for number in numbers]

@@ -59,13 +59,13 @@ from lotlip_hf import (
 )
 from lotlip_hf.diffusion.stretch import clip_text_model
 from lotlip_hf.files import all_or_nothing
-from lotlip_hf.loading import fit_tokenizer, load_strict, quiet
+from lotlip_hf.loading import fit_tokenizer, load_strict, naming_damage, quiet
 from lotlip_hf.modeling.calls_lotlip import free_of_calls
 from lotlip_hf.modeling.tokenization_lotlip import CLOSE, OPEN
 from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
 
-from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line, random_texts
+from .common import ConversionError, check_output, load_checkpoint, local_folder, random_texts
 
 # The largest difference between features of the checkpoint and of the export, in units of a feature's norm
 TOLERANCE = 1e-6
@@ -124,9 +124,7 @@ def stock_model(model: PreTrainedModel) -> PreTrainedModel:
         return _stock_dual_encoder(model)
     if isinstance(model, (LoTLIPTextModel, LoTLIPTextModelWithProjection)):
         return _stock_text_encoder(model)
-    if isinstance(model, (LoTLIPVisionModel, LoTLIPVisionModelWithProjection)):
-        return _stock_vision_encoder(model)
-    raise ConversionError(f"{type(model).__name__} is not a LoTLIP model.")
+    return _stock_vision_encoder(model)
 
 
 def _stock_dual_encoder(model: LoTLIPModel) -> PreTrainedModel:
@@ -251,17 +249,6 @@ def stock_tokenizer(tokenizer: LoTLIPTokenizer) -> PreTrainedTokenizerFast:
 
     Raises:
         ConversionError: if it cleans texts, which no stock tokenizer does.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf import LoTLIPTokenizer
-    >>> from lotlip_hf.conversion.stock import stock_tokenizer
-
-    >>> tokenizer = LoTLIPTokenizer.from_pretrained("lotlip-vit-b-16", clean_text=False)  # doctest: +SKIP
-    >>> stock_tokenizer(tokenizer).tokenize("A cat sleeps. A dog barks.")  # doctest: +SKIP
-    ['a', 'cat', 'sleeps', '[SEP]', 'a', 'dog', 'barks', '.']
-    ```
     """
     if tokenizer.clean_text:
         raise ConversionError("A stock tokenizer cannot clean texts: load the tokenizer with clean_text=False.")
@@ -289,23 +276,11 @@ def convert(model: str | Path, output: str | Path, without_text_cleaning: bool =
 
     Raises:
         ConversionError: if the folder holds no complete LoTLIP checkpoint, or no stock class gives the same features.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf.conversion.stock import convert
-
-    >>> convert("lotlip-vit-b-16", "stock").difference  # doctest: +SKIP
-    0.0
-    ```
     """
     target = check_output(output)
     model = local_folder(model)
     lotlip = load_checkpoint(model)
-    try:
-        stock = stock_model(lotlip)
-    except ConversionError as error:
-        raise ConversionError(f"{model}: {error}") from error
+    stock = stock_model(lotlip)
     processor, processor_summary = _stock_processors(model, lotlip, stock, without_text_cleaning)
 
     with all_or_nothing(target) as folder:
@@ -330,19 +305,13 @@ def _stock_processors(
 ) -> tuple[Any, str]:
     """What to save beside the model for its texts and images, if anything, and one line on it."""
     tokenizer, image_processor, missing = None, None, []
-    try:
+    with naming_damage(str(folder)):
         if isinstance(lotlip, (LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection)):
             tokenizer, reason = _stock_tokenizer_of(folder, lotlip, without_text_cleaning)
             missing += [] if tokenizer is not None else [f"no tokenizer: {reason}"]
         if isinstance(lotlip, (LoTLIPModel, LoTLIPVisionModel, LoTLIPVisionModelWithProjection)):
             image_processor = _image_processor_of(folder)
             missing += [] if image_processor is not None else [f"no image processor: {folder} has none"]
-    except ConversionError:
-        raise
-    except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
-        raise ConversionError(
-            f"{folder}: its tokenizer or image processor cannot be loaded ({one_line(error)})."
-        ) from error
     for part in (tokenizer, image_processor):
         for settings in (getattr(part, "init_kwargs", {}), vars(part) if part is not None else {}):
             settings.pop("auto_map", None)  # of the LoTLIP's remote code
@@ -452,16 +421,7 @@ def _check_features(folder: Path, lotlip: PreTrainedModel, stock_class: type[Pre
 
 
 def _features(model: PreTrainedModel, config: PreTrainedConfig | None = None) -> dict[str, torch.Tensor]:
-    """
-    What a LoTLIP model or its stock counterpart answers to seeded random texts and images.
-
-    Args:
-        model: Any of the classes that [`stock_model`] takes or returns.
-        config: The LoTLIP configuration; by default the model's own.
-
-    Returns:
-        Features by name, [N, width] each.
-    """
+    """What a LoTLIP model or its stock counterpart answers to seeded random texts and images: [N, width] by name."""
     config = config or model.config
     features = {}
     text_config = getattr(config, "text_config", config if isinstance(config, LoTLIPTextConfig) else None)

@@ -38,18 +38,7 @@ def is_torchscript(path: Path) -> bool:
 
 
 def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
-    """
-    Reads a TorchScript archive's parameters and buffers.
-
-    Args:
-        path: The archive.
-
-    Returns:
-        Its state dict, as `torch.jit.load(path).state_dict()` gives it.
-
-    Raises:
-        ConversionError: if it is damaged, or its modules hold something else than tensors, numbers and lists.
-    """
+    """An archive's state dict, as `torch.jit.load(path).state_dict()` gives it."""
     try:
         with zipfile.ZipFile(path) as archive:
             (constants,) = (name for name in archive.namelist() if name.endswith(CONSTANTS))

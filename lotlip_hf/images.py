@@ -43,6 +43,7 @@ TILE = 1024
 LARGE = 1 << 24
 
 EMPTY = "the file is empty"
+NO_MEMORY = "too large for this machine's memory"
 HEIF_HINT = "HEIC and HEIF are read once pillow-heif is installed (pip install pillow-heif)"
 AVIF_HINT = "AVIF needs a newer Pillow (pip install --upgrade pillow)"
 # How such files begin, after their first four bytes; a name may say something else
@@ -131,14 +132,8 @@ class StoredImage(NamedTuple):
 
 def image_source(value: Any) -> StoredImage:
     """
-    What an image is that a data set stores.
-
-    Args:
-        value (`Any`): a path, the bytes of a file, a PIL image, an array, or a dictionary with `bytes` and `path` as
-            `datasets.Image(decode=False)` gives it.
-
-    Returns:
-        `StoredImage`: the image's source, the bytes before the path, and the path; `None` for what is missing.
+    What an image is that a data set stores: a path, the bytes of a file, a PIL image, an array, or a dictionary with
+    `bytes`, which go first, and `path` as `datasets.Image(decode=False)` gives it. `None` is for what is missing.
     """
     if not isinstance(value, Mapping):
         return StoredImage(value, value if isinstance(value, str) else None)
@@ -167,24 +162,7 @@ def image_extensions() -> frozenset[str]:
 
 
 def unreadable_hint(name: str | os.PathLike) -> str | None:
-    """
-    Why a file that people take for a picture is not read, by its extension.
-
-    Args:
-        name (`str` or `os.PathLike`): the file's name.
-
-    Returns:
-        `str` or `None`: the reason and what to do; `None` for files that PIL decodes and for no pictures.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf.images import unreadable_hint
-
-    >>> unreadable_hint("drawing.svg")
-    'SVG is drawing instructions, not pixels; convert it, to PNG for example'
-    ```
-    """
+    """Why a file that people take for a picture is not read, by its name; `None` for files that PIL decodes."""
     extension = os.path.splitext(name)[1].lower()
     if extension in RAW_EXTENSIONS:
         return RAW_HINT
@@ -314,24 +292,11 @@ def set_max_image_pixels(pixels: int) -> None:
 
 
 if _given := os.environ.get(MAX_PIXELS_VARIABLE):
-    if not _given.isdecimal():
-        raise ValueError(f"{MAX_PIXELS_VARIABLE} must be a whole number of pixels, got {_given!r}.")
     set_max_image_pixels(int(_given))
 
 
 def checked_background(background: Background) -> tuple[int, int, int] | None:
-    """
-    Checks a background.
-
-    Args:
-        background (`str`, `Sequence[int]` or `None`): see [`load_image`].
-
-    Returns:
-        `tuple[int, int, int]` or `None`: its red, green and blue, from 0 to 255.
-
-    Raises:
-        ValueError: if it is no colour.
-    """
+    """A background's red, green and blue, from 0 to 255; a `ValueError` if it is no colour."""
     if background is None:
         return None
     with contextlib.suppress(ValueError, TypeError):
@@ -423,15 +388,7 @@ def load_pixels(
 
 
 def processed_size(image_processor: Any) -> tuple[int, int]:
-    """
-    The size of what an image processor makes.
-
-    Args:
-        image_processor (`BaseImageProcessor`): the image processor.
-
-    Returns:
-        `tuple[int, int]`: height and width of `pixel_values`, for a picture of 96 x 64 pixels if that matters.
-    """
+    """Height and width of the `pixel_values` that a processor makes of a picture of 96 x 64 pixels."""
     height, width = load_pixels(Image.new("RGB", (96, 64)), image_processor=image_processor)["pixel_values"].shape[-2:]
     return height, width
 
@@ -454,7 +411,7 @@ def _loaded(
         try:
             yield image
         except MemoryError as error:
-            raise _no_memory(name) from error
+            raise ImageError(name, NO_MEMORY, transient=True) from error
 
 
 @contextlib.contextmanager
@@ -464,30 +421,26 @@ def _image_errors(name: str) -> Iterator[None]:
         yield
     except ImageError:
         raise
-    except Image.DecompressionBombError as error:
-        raise ImageError(
-            name,
-            f"too large ({str(error).rstrip('.')}); if you trust the file, allow more with --max-image-pixels N or "
-            "lotlip_hf.images.set_max_image_pixels(N)",
-            transient=True,
-        ) from error
-    except MemoryError as error:
-        raise _no_memory(name) from error
-    except FileError as error:
-        raise ImageError(name, error.reason) from error
-    except IsADirectoryError as error:
-        raise ImageError(name, "a folder, not an image") from error
-    except OSError as error:
-        # PIL's own complaints about the contents are OSErrors without a number.
-        if error.errno is None:
-            raise ImageError(name, f"damaged or truncated ({error})") from error
-        raise ImageError(name, f"cannot be opened ({error.strerror})", transient=True) from error
-    except Exception as error:  # decoders raise anything on damaged files: SyntaxError, struct.error, zlib.error, ...
-        raise ImageError(name, f"damaged ({type(error).__name__}: {error})") from error
+    except Exception as error:
+        reason, transient = _reason(error)
+        raise ImageError(name, reason, transient) from error
 
 
-def _no_memory(name: str) -> ImageError:
-    return ImageError(name, "too large for this machine's memory", transient=True)
+def _reason(error: Exception) -> tuple[str, bool]:
+    """What is wrong with an image by the error that reading it raised, and whether it may be readable later."""
+    if isinstance(error, Image.DecompressionBombError):
+        advice = "allow more with --max-image-pixels N or lotlip_hf.images.set_max_image_pixels(N)"
+        return f"too large ({str(error).rstrip('.')}); if you trust the file, {advice}", True
+    if isinstance(error, MemoryError):
+        return NO_MEMORY, True
+    if isinstance(error, FileError):
+        return error.reason, False
+    if isinstance(error, IsADirectoryError):
+        return "a folder, not an image", False
+    if isinstance(error, OSError) and error.errno is not None:  # PIL's own, on the contents, have no number
+        return f"cannot be opened ({error.strerror})", True
+    # decoders raise anything on damaged files: SyntaxError, struct.error, zlib.error, ...
+    return f"damaged or truncated ({type(error).__name__}: {error})", False
 
 
 def _open_file(path: str) -> BinaryIO:
@@ -518,8 +471,6 @@ def _read(
     hint = unreadable_hint(name)
     if hint == RAW_HINT:  # of these PIL reads the small preview, if anything
         raise ImageError(name, hint)
-    if source == b"":
-        raise ImageError(name, EMPTY)
     with io.BytesIO(source) if isinstance(source, bytes) else _open_file(os.fspath(source)) as file:
         is_large = file.seek(0, os.SEEK_END) > LARGE_FILE_BYTES
         file.seek(0)
@@ -694,8 +645,6 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
             f"an array must be uint8 or uint16, of shape [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels; "
             f"got {array.dtype} of shape {list(array.shape)}",
         )
-    if array.size == 0:
-        raise ImageError(name, f"has no pixels (shape {list(array.shape)})")
     if array.dtype == np.uint16:
         array = _to_8_bits(array)
     if array.ndim == 3 and array.shape[-1] == 1:

@@ -339,12 +339,9 @@ def test_heif_is_read_with_the_plugin(tmp_path: Path) -> None:
         ("crop_size", {"height": 60_000, "width": 60_000}),
         ("size", {"shortest_edge": 60_000}),
         ("size", {"shortest_edge": -3}),
-        ("size", {"shortest_edge": 0}),
         ("size", {"shortest_edge": 1e300}),
-        ("size", {"shortest_edge": "224"}),
         ("crop_size", {"height": 32, "width": [32]}),
         ("crop_size", {"sides": 3}),
-        ("size", "large"),
         ("size", [[[[]]]]),
     ],
 )
@@ -371,7 +368,7 @@ def test_sizes_that_are_none(
     assert lotlip(["search", *arguments, "a cat"]) == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err
-    if value not in ("large", [[[[]]]]) and "sides" not in value:
+    if value != [[[[]]]] and "sides" not in value:
         assert setting in err
         assert "processor_config.json" in err
 

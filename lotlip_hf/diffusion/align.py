@@ -95,20 +95,17 @@ def load_teacher(
         tokenizer: Folder of its tokenizer; by default the pipeline's, or the encoder's own folder.
         target_layer: The state to match; by default the one that the pipeline reads, or -1.
         device: Where to put the encoder.
-
-    Raises:
-        ValueError: if there is no CLIP text encoder, or its weights or its tokenizer cannot be loaded.
     """
     slots = _text_encoders(folder)
     encoder_folder, tokenizer_folder, layer, read_together = folder, folder, -1, []
-    if slots is not None:
-        if slot not in slots:
-            raise ValueError(f"{folder} has no text encoder {slot!r}, but {', '.join(slots) or 'none'}.")
+    if slots is None and slot == "text_encoder":  # the encoder's own folder
+        slots = {}
+    elif slot not in (slots or {}):
+        raise ValueError(f"{folder} has no text encoder {slot!r}, but {', '.join(slots or {}) or 'none'}.")
+    if slots:
         encoder_folder, tokenizer_folder = folder / slot, folder / slot.replace("text_encoder", "tokenizer")
         read_together = [name for name, class_name in slots.items() if class_name.startswith(("CLIP", "LoTLIP"))]
         layer = pipeline_target_layer(_has_projection(folder / name, slots[name]) for name in read_together)
-    elif slot != "text_encoder":
-        raise ValueError(f"{folder} is no pipeline, which would have a {slot!r}: it has no model_index.json.")
     config = None
     if (encoder_folder / "config.json").is_file():
         with naming_damage(str(encoder_folder)):
@@ -123,17 +120,7 @@ def load_teacher(
 
 
 def load_student(path: str | Path, max_length: int | None = None, device: str = "cpu") -> tuple[LoTLIPTextModel, Any]:
-    """
-    Loads the text tower, frozen, and its tokenizer.
-
-    Args:
-        path: Folder or Hub id of a LoTLIP, whole or a tower.
-        max_length: Longest prompt in tokens; by default what the tower takes.
-        device: Where to put the tower.
-
-    Raises:
-        ValueError: if one of them cannot be loaded, or takes fewer tokens.
-    """
+    """The text tower of a LoTLIP, frozen, and its tokenizer for prompts of up to `max_length` tokens."""
     tower = _load_frozen(LoTLIPTextModel, path, device)
     tokenizer = _load_tokenizer(path, tower)
     if max_length is not None and max_length > tokenizer.model_max_length:
@@ -177,23 +164,9 @@ def _has_projection(folder: Path, class_name: str) -> bool:
 
 
 def read_prompts(file: Path, field: str = "prompt") -> list[str]:
-    """
-    Reads prompts, cleaned, each once.
-
-    Args:
-        file: A text file with one prompt a line, or a `.jsonl` file.
-        field: Name of the prompt in an object of a `.jsonl` file.
-
-    Raises:
-        OSError: if the file cannot be read.
-        ValueError: if it is not UTF-8, a line has no prompt, or there are none; the message names the line.
-    """
+    """Prompts, cleaned, each once: of a text file the lines, of a `.jsonl` file a field of each line's object."""
     texts = []
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 (byte {error.start}).") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if file.suffix == ".jsonl" and line.strip():
             try:
                 line = json.loads(line)[field]
@@ -201,24 +174,13 @@ def read_prompts(file: Path, field: str = "prompt") -> list[str]:
             except (ValueError, TypeError, KeyError, AttributeError) as error:  # no JSON, object, field, text
                 raise ValueError(f"{file}, line {number}: no text in the field {field!r}.") from error
         texts.append(clean(line))
-    texts = [text for text in dict.fromkeys(texts) if text]
-    if not texts:
-        raise ValueError(f"{file}: holds no prompts.")
-    return texts
+    return [text for text in dict.fromkeys(texts) if text]
 
 
 def tokenize_prompts(texts: Iterable[str], teacher_tokenizer: Any, student_tokenizer: Any) -> list[Prompt]:
     """
-    Tokenises prompts with both tokenizers.
-
-    Args:
-        texts: Prompts as [`lotlip_hf.modeling.tokenization_lotlip.clean`] leaves them.
-        teacher_tokenizer: The teacher's.
-        student_tokenizer: The student's.
-
-    Returns:
-        The prompts without those that [`tokenize_words`] cannot read with one of the two. Those of the same tokens are
-        there once: trained on and held out, they would flatter the report.
+    Cleaned prompts by both tokenizers, without those that [`tokenize_words`] cannot read with one of the two. Those of
+    the same tokens are there once: trained on and held out, they would flatter the report.
     """
     prompts = {}
     for text in texts:
@@ -291,19 +253,10 @@ def tokenize_words(tokenizer: Any, text: str) -> Words | None:
 
 def word_means(states: torch.Tensor, word_ids: torch.Tensor, num_word_ids: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The mean state of each word of a text.
-
-    Args:
-        states: [B, L, D].
-        word_ids: [B, L], what [`tokenize_words`] says of each token.
-        num_word_ids: Number W of word ids; those from W on are left out.
-
-    Returns:
-        Means [B, W, D], 0 for a word without tokens, and which words have tokens [B, W].
+    The mean state of each of W words, of states [B, L, D] and their tokens' word ids [B, L]: [B, W, D], 0 for a word
+    without tokens; and which words have tokens [B, W].
     """
-    members = (word_ids.unsqueeze(-1) == torch.arange(num_word_ids, device=word_ids.device)).to(
-        states.dtype
-    )  # [B, L, W]
+    members = (word_ids.unsqueeze(-1) == torch.arange(num_word_ids, device=word_ids.device)).to(states.dtype)
     counts = members.sum(1)
     means = members.transpose(1, 2) @ states / counts.clamp(min=1).unsqueeze(-1)
     return means, counts > 0
@@ -311,15 +264,8 @@ def word_means(states: torch.Tensor, word_ids: torch.Tensor, num_word_ids: int) 
 
 def attention_readouts(states: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """
-    What each query reads off a sequence by attention, as a denoiser reads its prompt: the order of the states does not
-    count, and each of them does, those of the padding too.
-
-    Args:
-        states: [B, L, D].
-        queries: [Q, D].
-
-    Returns:
-        [B, Q, D]
+    What each query [Q, D] reads off states [B, L, D] by attention, as a denoiser reads its prompt: [B, Q, D].
+    The order of the states does not count, and each of them does, those of the padding too.
     """
     return F.scaled_dot_product_attention(queries.to(states).expand(len(states), -1, -1), states, states)
 
@@ -426,17 +372,7 @@ class Alignment:
         return States(sequence, word_ids, encoder.pooled_adapter(tower.pooled))
 
     def loss(self, encoder: LoTLIPTextEncoder, tower: States, teacher: States) -> torch.Tensor:
-        """
-        How far an encoder is from the teacher: [`distance`] of the words or positions, and of the pooled outputs.
-
-        Args:
-            encoder: One without projection.
-            tower: What `tower_states` says of some prompts.
-            teacher: What `teacher_states` says of them.
-
-        Returns:
-            A scalar.
-        """
+        """How far an encoder is from the teacher: [`distance`] of words or positions, and of the pooled outputs."""
         states = self.student_states(encoder, tower, teacher)
         answers, expected = states.sequence, teacher.sequence
         if states.word_ids is not teacher.word_ids:
@@ -503,15 +439,8 @@ class Alignment:
 
 def closeness(answers: torch.Tensor, targets: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """
-    Sums over N answers, which add up over batches. The mean target is what knows nothing of the text.
-
-    Args:
-        answers: [..., D].
-        targets: [..., D].
-        mean: [D], or [Q, D] where each of the Q answers of a text has its own.
-
-    Returns:
-        [4], float64: the answers' squared errors, those of the mean, cosines around the mean, and N.
+    Sums over N answers [..., D], which add up over batches: squared errors, those of the mean target, which knows
+    nothing of the text, cosines around the mean, and N. `mean` is [D], or [Q, D] of each of a text's Q answers.
     """
     answers, targets = answers.double() - mean, targets.double() - mean
     squares = (answers - targets).square().sum(), targets.square().sum()
@@ -578,12 +507,7 @@ def report_table(report: Report) -> str:
 
 
 def draw_report(report: Report, file: Path) -> None:
-    """
-    Draws the errors of a report as bars.
-
-    Raises:
-        ImportError: without matplotlib.
-    """
+    """Draws the errors of a report as bars; an `ImportError` without matplotlib."""
     picture = figure(7, 3.5)
     axes, width = picture.subplots(), 1 / (len(report) + 1)
     for index, (name, row) in enumerate(report.items()):

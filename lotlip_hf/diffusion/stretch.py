@@ -112,26 +112,14 @@ def clip_text_model(
             `get_text_features(...).pooler_output`.
 
     Raises:
-        ValueError: if the text tower is not CLIP's, or a projection is asked for that the model has not.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf import LoTLIPModel
-    >>> from lotlip_hf.diffusion.stretch import clip_text_model
-
-    >>> model = LoTLIPModel.from_pretrained("lotlip-clip")  # doctest: +SKIP
-    >>> text_encoder = clip_text_model(model)  # doctest: +SKIP
-    ```
+        ValueError: if the text tower is not CLIP's.
     """
     tower = _clip_tower(model)
     state_dict = dict(tower.state_dict())
     stock_class = CLIPTextModel
     config = type(tower.config).from_dict(tower.config.to_dict())
     if with_projection:
-        projection = getattr(model, "text_projection", None)
-        if not isinstance(projection, nn.Linear):
-            raise ValueError(f"`with_projection=True`: {type(model).__name__} has no text projection.")
+        projection: nn.Linear = model.text_projection  # pyright: ignore
         stock_class = CLIPTextModelWithProjection
         state_dict = {f"text_model.{name}": tensor for name, tensor in state_dict.items()}
         state_dict["text_projection.weight"] = projection.weight.detach()

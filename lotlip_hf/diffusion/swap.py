@@ -63,9 +63,7 @@ def swap_text_encoder(
     pipeline's other CLIP encoders are made to agree on the length; one with too few positions gets more
     ([`~lotlip_hf.diffusion.stretch.stretch_positions`], knowledge preserved) and keeps them: to go back, load the
     pipeline again. T5 encoders stay as they are. Device, dtype and attention implementation of the replaced encoder
-    are taken over. From then on the words that are cut off a prompt are logged as a warning; diffusers by itself tells
-    of positive
-    prompts alone.
+    are taken over. From then on the words that are cut off a prompt are logged as a warning.
 
     Swap first; then load LoRA weights and textual inversions, turn on offloading, compile. `pipe.save_pretrained`
     saves the swapped pipeline; `DiffusionPipeline.from_pretrained` loads it wherever `lotlip_hf` has been imported.
@@ -118,7 +116,7 @@ def swap_text_encoder(
     _check_inversions(getattr(pipe, tokenizer_name), tokenizer, slot)
     length, others_length = _lengths(pipe, encoder, max_length, bool(others))
 
-    if type(encoder) is CLIPTextModel and _has_one_text_encoder(pipe):
+    if type(encoder) is CLIPTextModel and sum(name.startswith("text_encoder") for name in pipe.components) == 1:
         encoder = CLIPTextEncoder.from_clip(encoder)
     elif is_model:
         encoder = copy.deepcopy(encoder)
@@ -186,10 +184,6 @@ CLIPTextEncoder.__module__ = "lotlip_hf"
 
 def _text_encoders(pipe: "DiffusionPipeline", slot: str) -> dict[str, TextEncoder]:
     """The pipeline's text encoders that can be swapped, checked, `slot` among them."""
-    from diffusers import DiffusionPipeline
-
-    if not isinstance(pipe, DiffusionPipeline):
-        raise ValueError(f"`pipe` must be a diffusers pipeline, got {type(pipe).__name__}.")
     components = pipe.components
     encoders = {
         name: component
@@ -197,23 +191,11 @@ def _text_encoders(pipe: "DiffusionPipeline", slot: str) -> dict[str, TextEncode
         if name.startswith("text_encoder") and isinstance(component, TextEncoder)
     }
     if slot not in encoders:
-        if slot not in components:
-            what = "there is no such component"
-        elif components[slot] is None:
-            what = "it is empty: load the pipeline with the text encoder that is to be replaced"
-        else:
-            what = f"it holds {type(components[slot]).__name__}, which is no CLIP text encoder"
-        swappable = ", ".join(map(repr, encoders)) or "none"
         raise ValueError(
-            f"`slot` {slot!r} of {type(pipe).__name__}: {what}. Slots that can be swapped here: {swappable}."
+            f"`slot` {slot!r} of {type(pipe).__name__} holds {type(components.get(slot)).__name__}, which is no CLIP "
+            f"text encoder. Slots that can be swapped here: {', '.join(map(repr, encoders)) or 'none'}."
         )
     for name, encoder in encoders.items():
-        tokenizer = components.get(_tokenizer_name(name))
-        if not isinstance(tokenizer, CLIPTokenizer | LoTLIPTokenizer):
-            raise ValueError(
-                f"`{_tokenizer_name(name)}` must be a CLIPTokenizer or a LoTLIPTokenizer, got "
-                f"{type(tokenizer).__name__}."
-            )
         if getattr(encoder, "peft_config", None):
             raise ValueError(
                 f"`{name}` holds LoRA weights: call pipe.unload_lora_weights(), swap, then load them again."
@@ -229,24 +211,11 @@ def _tokenizer_name(slot: str) -> str:
     return slot.replace("text_encoder", "tokenizer")
 
 
-def _has_one_text_encoder(pipe: "DiffusionPipeline") -> bool:
-    return sum(name.startswith("text_encoder") for name in pipe.components) == 1
-
-
 def _projection_dim(model: PreTrainedModel) -> int | None:
     return getattr(getattr(model, "text_projection", None), "out_features", None)
 
 
 def _load_model(path: str | os.PathLike) -> PreTrainedModel:
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(
-            f"`model_or_path` is a {type(path).__name__}: expected a model of transformers (of PEFT's, what "
-            "merge_and_unload() returns), or a folder or Hub id."
-        )
-    if (Path(path) / "model_index.json").is_file():
-        raise ValueError(
-            f"{path} is a whole pipeline: give the folder of its text encoder, such as text_encoder in it."
-        )
     with naming_damage(os.fspath(path)):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     architecture = (config.architectures or [type(config).__name__.replace("Config", "Model")])[0]
@@ -285,36 +254,28 @@ def _encoder(model: Any, replaced: TextEncoder, slot: str, target_layer: int) ->
             text_side = CLIPTextModelWithProjection(config)
         text_side.text_model, text_side.text_projection = model.text_model, model.text_projection
         model = text_side
-    if not is_lotlip and not isinstance(model, TextEncoder):
+    if not (is_lotlip or isinstance(model, TextEncoder)) or getattr(model, "peft_config", None):
         raise ValueError(
-            f"`model_or_path` is a {name}: expected a LoTLIP model, LoTLIPTextEncoder, CLIPModel, CLIPTextModel or "
-            "CLIPTextModelWithProjection."
+            f"`model_or_path` is a {name}, or holds LoRA weights; expected one of {', '.join(TEXT_CLASSES)}."
         )
-    if getattr(model, "peft_config", None):
-        raise ValueError(f"`model_or_path` ({name}) holds LoRA weights: merge them first.")
-    align = "train an adapter to it with examples/align_text_encoder.py"
     config = model.config.text_config if isinstance(model, LoTLIPModel) else model.config
-    width = replaced.config.hidden_size
+    width, projection_dim, own_projection_dim = replaced.config.hidden_size, *map(_projection_dim, (replaced, model))
+    is_adapted = isinstance(model, LoTLIPTextEncoder)
+    problem = None
     if config.hidden_size != width:
-        raise ValueError(
-            f"{name} gives states of width {config.hidden_size}, and the pipeline reads {width} from `{slot}`: take a "
-            f"model of that width, or {align}."
+        problem = f"gives states of width {config.hidden_size}, and the pipeline reads {width}"
+    elif (projection_dim is not None or is_adapted) and own_projection_dim != projection_dim:
+        problem = f"has a projection to width {own_projection_dim}, and the pipeline reads {projection_dim}"
+    elif is_adapted and config.target_layer != target_layer:
+        problem = (
+            f"stands for layer {config.target_layer} of a text encoder, and the pipeline reads layer {target_layer}"
         )
-    projection_dim, own_projection_dim = _projection_dim(replaced), _projection_dim(model)
-    if projection_dim is not None and own_projection_dim != projection_dim:
-        has = "has no text projection" if own_projection_dim is None else f"projects to width {own_projection_dim}"
+    if problem is not None:
         raise ValueError(
-            f"{name} {has}, and the pipeline reads pooled features of width {projection_dim} from `{slot}`: take a "
-            f"model with that projection, or {align}."
+            f"{name} {problem} from `{slot}`: take a model that fits, or train an adapter for this slot "
+            "with examples/align_text_encoder.py."
         )
-    if isinstance(model, LoTLIPTextEncoder):
-        if projection_dim is None and own_projection_dim is not None:
-            raise ValueError(f"{name} has a projection, for which `{slot}` has no place: {align} for this slot.")
-        if model.config.target_layer != target_layer:
-            raise ValueError(
-                f"{name} was made to stand for layer {model.config.target_layer} of a text encoder, and this pipeline "
-                f"reads layer {target_layer}: {align} for this pipeline."
-            )
+    if is_adapted:
         return model
     if is_lotlip and config.is_causal:
         return clip_text_model(model, with_projection=projection_dim is not None)
@@ -324,14 +285,11 @@ def _encoder(model: Any, replaced: TextEncoder, slot: str, target_layer: int) ->
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, encoder: TextEncoder) -> None:
-    if not isinstance(tokenizer, CLIPTokenizer | LoTLIPTokenizer):
-        raise ValueError(
-            f"The tokenizer must be a CLIPTokenizer or a LoTLIPTokenizer, got {type(tokenizer).__name__}: give the "
-            "model's as `tokenizer`."
-        )
     config = encoder.config.get_text_config() if isinstance(encoder, LoTLIPTextEncoder) else encoder.config
     problem = None
-    if len(tokenizer) > config.vocab_size:
+    if not isinstance(tokenizer, CLIPTokenizer | LoTLIPTokenizer):
+        problem = f"it is a {type(tokenizer).__name__}, neither a CLIPTokenizer nor a LoTLIPTokenizer"
+    elif len(tokenizer) > config.vocab_size:
         problem = f"it has {len(tokenizer)} tokens and the model {config.vocab_size}"
     elif isinstance(encoder, LoTLIPTextEncoder) and not config.is_causal:
         if tokenizer.pad_token_id != config.pad_token_id:
@@ -368,18 +326,14 @@ def _lengths(
             )
         return output_length, output_length
     length = positions if max_length is None else max_length
-    if not isinstance(length, int):
-        raise ValueError(f"`max_length` must be a whole number, got {length!r}.")
-    if length > positions:
+    if not 3 <= length <= positions:
         more = "a text tower other than CLIP's cannot get more"
         if isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection):
             more = (
                 f"convert the CLIP with `lotlip convert clip --max-positions {length}`, or give a "
                 f"loaded model more with lotlip_hf.diffusion.stretch.stretch_text_model(model, {length})"
             )
-        raise ValueError(f"`max_length` is {length}, more than the {positions} positions of the model: {more}.")
-    if length < 3:
-        raise ValueError(f"`max_length` must be 3 or more (a token between the first and the last), got {length}.")
+        raise ValueError(f"`max_length` is {length}; the model has positions for 3 to {positions} tokens: {more}.")
     return length, output_length or length
 
 

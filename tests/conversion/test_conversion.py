@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoProcessor,
     AutoTokenizer,
@@ -41,7 +40,6 @@ from lotlip_hf import (
     cli,
 )
 from lotlip_hf.conversion import official
-from lotlip_hf.conversion.common import ConversionError
 from lotlip_hf.conversion.official import convert, reverse
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
@@ -234,15 +232,6 @@ def test_image_processor_is_the_official_one(official_checkpoint: Path, golden: 
     assert compared == len(list((golden / "images").glob("*.png")))
 
 
-@pytest.mark.skipif(
-    hasattr(AutoImageProcessor, "_backends"),  # a stand-in for what cannot be imported
-    reason="this version of transformers has AutoImageProcessor only where torchvision is installed",
-)
-def test_auto_image_processor(official_checkpoint: Path) -> None:
-    image_processor = AutoImageProcessor.from_pretrained(official_checkpoint)
-    assert image_processor.to_dict() == AutoProcessor.from_pretrained(official_checkpoint).image_processor.to_dict()
-
-
 @pytest.mark.slow
 def test_whole_tokenizer_folder(source: Source, official_checkpoint: Path, tmp_path: Path) -> None:
     stock = BertTokenizer.from_pretrained(source.tokenizer)
@@ -272,14 +261,13 @@ def test_configuration_as_open_clip_publishes_it(source: Source, official_checkp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("named", [True, False], ids=["named", "open_clip's default"])
-def test_linear_projection_of_the_images(source: Source, golden: Path, tmp_path: Path, named: bool) -> None:
+def test_linear_projection_of_the_images(source: Source, golden: Path, tmp_path: Path) -> None:
     state_dict = source.state_dict()
     state_dict["module.visual.head.proj.weight"] = torch.randn(12, 16)
     state_dict["module.text.proj.weight"] = state_dict["module.text.proj.weight"][:12].clone()
     source.save(state_dict)
     source.set(embed_dim=12)
-    source.set(section="vision_cfg", timm_proj="linear" if named else REMOVED)
+    source.set(section="vision_cfg", timm_proj=REMOVED)  # open_clip's default
     model = AutoModel.from_pretrained(source.convert())
     expected = load_file(golden / "official-corners2" / "expected.safetensors")
     with torch.inference_mode():
@@ -295,10 +283,9 @@ def test_linear_projection_of_the_images(source: Source, golden: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "nested"),
-    [(torch.float32, True), (torch.float32, False), (torch.float16, True), (torch.bfloat16, False)],
+    ("dtype", "nested", "corners"),
+    [(torch.float32, True, 2), (torch.float16, True, 0), (torch.bfloat16, False, 2)],
 )
-@pytest.mark.parametrize("corners", [2, 0])
 def test_reverse_is_the_inverse(corners: int, nested: bool, dtype: torch.dtype, golden: Path, tmp_path: Path) -> None:
     original = torch.load(golden / f"official-corners{corners}" / "model.pt", weights_only=True)["state_dict"]
     original = {name: tensor.to(dtype) for name, tensor in original.items()}
@@ -320,31 +307,11 @@ def test_reverse_is_the_inverse(corners: int, nested: bool, dtype: torch.dtype, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "prefix",
-    [
-        "",
-        "_orig_mod.",
-        "model.",
-        "_orig_mod.module.",
-        "module._orig_mod.",
-        "model.module._orig_mod.",
-        "module.module.",
-    ],
-)
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.module.", "model.module._orig_mod."])
 def test_prefixes_of_wrappers(source: Source, official_checkpoint: Path, prefix: str) -> None:
     state_dict = {name.removeprefix("module."): tensor for name, tensor in source.state_dict().items()}
     source.save({prefix + name: tensor for name, tensor in state_dict.items()})
     assert snapshot(source.convert()) == snapshot(official_checkpoint)
-
-
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "model."])
-def test_a_prefix_that_not_all_tensors_have(source: Source, prefix: str) -> None:
-    state_dict = {name.removeprefix("module."): tensor for name, tensor in source.state_dict().items()}
-    source.save({prefix + name if "visual" in name else name: tensor for name, tensor in state_dict.items()})
-    error = source.error()
-    assert repr(prefix) in error
-    assert "logit_scale" in error
 
 
 def test_position_ids_of_old_checkpoints(source: Source, official_checkpoint: Path) -> None:
@@ -370,24 +337,13 @@ def test_official_layout_names_every_tensor_once(official_checkpoint: Path, gold
 @pytest.mark.parametrize(
     ("spoil", "name"),
     [
-        (lambda s: s.update({"module.text.extra.weight": torch.ones(3)}), "text.extra.weight"),
-        (lambda s: s.update({"module.logit_bias": torch.zeros(())}), "logit_bias"),
         (lambda s: s.update({"module.visual.head.proj.bias": torch.ones(16)}), "visual.head.proj.bias"),
         (lambda s: s.pop("module.logit_scale"), "logit_scale"),
-        (lambda s: s.pop("module.text.transformer.pooler.dense.weight"), "text.transformer.pooler.dense.weight"),
-        (lambda s: s.update({"module.text.proj.0.weight": s.pop("module.text.proj.weight")}), "text.proj.0.weight"),
-        (lambda s: s.update({"module.text.proj.weight": torch.ones(16, 15)}), "text.proj.weight"),
-        (lambda s: s.update({"module.logit_scale": torch.ones(1)}), "logit_scale"),
         (lambda s: s.update({f"module.{QKV}": torch.ones(47, 16)}), QKV),
         (lambda s: s.update({"module.visual.trunk.pos_embed": torch.ones(1, 0, 16)}), "visual.trunk.pos_embed"),
-        (lambda s: s.update({"module.visual.trunk.cls_token": torch.ones(16)}), "visual.trunk.cls_token"),
-        (lambda s: [s.pop(name) for name in list(s) if ".blocks.0." in name], "visual.trunk.blocks.0.mlp.fc1.weight"),
-        (lambda s: s.update({WORDS: torch.cat([s[WORDS], s[WORDS][:1]])}), WORDS[7:]),
         (lambda s: s.update({POSITION_IDS: torch.arange(1, 161)[None]}), POSITION_IDS[7:]),
-        (lambda s: s.update({POSITION_IDS: torch.arange(160.0)[None]}), POSITION_IDS[7:]),
         (lambda s: s.update({"module.text.proj.weight": torch.ones(16, 16, dtype=torch.int64)}), "torch.int64"),
         (lambda s: s.update({"module.logit_scale": s["module.logit_scale"].half()}), "torch.float16"),
-        (lambda s: s.update({"logit_scale": s["module.logit_scale"]}), "'module.'"),
         (lambda s: s.clear(), "visual.trunk.cls_token"),
     ],
 )
@@ -398,22 +354,6 @@ def test_every_tensor_is_accounted_for(source: Source, spoil: Callable[[dict], A
     assert name in source.error()
 
 
-@pytest.mark.parametrize("corners", [0, 1, 3])
-def test_wrong_number_of_corner_tokens(source: Source, corners: int) -> None:
-    source.set(section="text_cfg", num_corner_token=corners)
-    assert WORDS[7:] in source.error()
-
-
-def test_checkpoint_of_another_architecture(source: Source) -> None:
-    source.save(CLIPModel(tiny_clip()).state_dict())
-    assert "visual.trunk.cls_token" in source.error()
-
-
-def tiny_clip() -> CLIPConfig:
-    text = {**tiny.TEXT_SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return CLIPConfig(text_config=text, vision_config=tiny.IMAGE_SIZE, projection_dim=24)
-
-
 # Configurations that do not fit
 
 
@@ -422,28 +362,14 @@ def tiny_clip() -> CLIPConfig:
     ("section", "key", "value"),
     [
         ("vision_cfg", "timm_proj", "mlp"),
-        ("vision_cfg", "timm_proj", ""),
-        ("vision_cfg", "timm_pool", "avg"),
         ("vision_cfg", "timm_pool", REMOVED),
-        ("text_cfg", "hf_pooler_type", "mean_pooler"),
         ("text_cfg", "hf_pooler_type", REMOVED),
-        ("text_cfg", "hf_proj_type", "mlp"),
         ("text_cfg", "hf_proj_type", REMOVED),
         ("text_cfg", "tokenizer_kwargs", {"clean": "canonicalize"}),
         ("vision_cfg", "heads", REMOVED),
-        ("vision_cfg", "heads", 0),
-        ("vision_cfg", "heads", 3),
-        ("vision_cfg", "timm_model_name", "vit_base_patch16_224"),
-        ("vision_cfg", "image_size", 64),
         ("vision_cfg", "image_size", "32"),
-        ("text_cfg", "context_length", 161),
         ("text_cfg", "context_length", 4),
-        ("text_cfg", "context_length", None),
-        ("text_cfg", "num_corner_token", -1),
-        ("text_cfg", "num_corner_token", True),
-        (None, "embed_dim", REMOVED),
         (None, "text_cfg", REMOVED),
-        (None, "vision_cfg", ["ViT-B-16"]),
     ],
 )
 def test_configuration_that_cannot_be_reproduced(source: Source, section: str | None, key: str, value: Any) -> None:
@@ -457,13 +383,12 @@ def test_configuration_that_cannot_be_reproduced(source: Source, section: str | 
     ("file", "section", "key", "value", "word"),
     [
         ("open_clip_config.json", None, "embed_dim", 24, "text.proj.weight"),
-        ("open_clip_config.json", "vision_cfg", "timm_proj", REMOVED, "visual.head.proj.weight"),
+        ("open_clip_config.json", "text_cfg", "num_corner_token", 3, WORDS[7:]),
+        ("open_clip_config.json", "vision_cfg", "image_size", 64, "visual.trunk.pos_embed"),
+        ("open_clip_config.json", "vision_cfg", "heads", 3, "visual.trunk.blocks"),
         ("bert_config.json", None, "hidden_size", "16", "bert_config.json"),
-        ("bert_config.json", None, "model_type", "roberta", "model_type"),
         ("bert_config.json", None, "is_decoder", True, "is_decoder"),
-        ("bert_config.json", None, "position_embedding_type", "relative_key", "position_embedding_type"),
         ("bert_config.json", None, "num_hidden_layers", 3, "text.transformer.encoder.layer.2"),
-        ("bert_config.json", None, "num_hidden_layers", 1, "text.transformer.encoder.layer.1"),
         ("bert_config.json", None, "num_attention_heads", 3, "open_clip_config.json"),
         ("bert_config.json", None, "vocab_size", 30524, "--tokenizer"),
     ],
@@ -483,8 +408,9 @@ def test_bert_configuration_is_needed_for_any_but_bert_base(source: Source) -> N
     assert "bert_config.json" in source.error()
 
 
-@pytest.mark.parametrize("file", ["open_clip_config.json", "bert_config.json"])
-@pytest.mark.parametrize("content", [b'{"embed_dim": 16,', b"", b"\xff\xfe{}", b"[]"])
+@pytest.mark.parametrize(
+    ("file", "content"), [("open_clip_config.json", b"[]"), ("bert_config.json", b'{"hidden_size": 16,')]
+)
 def test_bad_json(source: Source, file: str, content: bytes) -> None:
     (source.folder / file).write_bytes(content)
     assert str(source.folder / file) in source.error()
@@ -502,28 +428,15 @@ def saved(content: Any, **kwargs: Any) -> bytes:
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda good: b"",
         lambda good: b"hello world",
         lambda good: good[: len(good) // 2],
-        lambda good: good[:-1],
-        lambda good: good[:10],
-        lambda good: good.replace(b"storage", b"\xff" * 7),
         lambda good: saved(torch.load(io.BytesIO(good), weights_only=True), _use_new_zipfile_serialization=False)[:-9],
         lambda good: safetensors.torch.save({"logit_scale": torch.ones(())}),
-        lambda good: json.dumps({"state_dict": {}}).encode(),
-        lambda good: pickle.dumps({"state_dict": {"logit_scale": 1.0}}),
-        lambda good: saved([torch.ones(3)]),
         lambda good: saved({"state_dict": {"logit_scale": 1.0}}),
-        lambda good: saved({"state_dict": {1: torch.ones(3)}}),
-        lambda good: saved({"state_dict": None}),
         lambda good: saved({"state_dict": {"module.text.proj.weight": torch.eye(16).to_sparse()}}),
-        lambda good: saved({"model": {"logit_scale": torch.ones(())}}),
         lambda good: saved(torch.nn.Linear(2, 2)),
     ],
-    ids=[
-        *("empty", "text", "half", "a byte short", "ten bytes", "damaged", "truncated legacy", "safetensors", "json"),
-        *("plain pickle", "list", "number", "numbered", "none", "sparse", "other key", "module"),
-    ],
+    ids=["text", "half", "truncated legacy", "safetensors", "number", "sparse", "module"],
 )
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_not_a_checkpoint(source: Source, spoil: Callable[[bytes], bytes]) -> None:
@@ -562,33 +475,21 @@ def test_nothing_in_a_pickle_runs(source: Source, tmp_path: Path, write: Callabl
         assert made.exists()
 
 
-@pytest.mark.parametrize("missing", ["model.pt", "open_clip_config.json"])
-def test_missing_file(source: Source, missing: str) -> None:
-    (source.folder / missing).unlink()
-    assert f"{source.folder / missing}: no such file" in source.error()
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "word"),
-    [("--checkpoint", ".", "model.pt"), ("--open-clip-config", None, "--open-clip-config")],
-)
-def test_missing_arguments(source: Source, option: str, value: str | None, word: str) -> None:
+def test_missing_files_and_options(source: Source) -> None:
     arguments = source.arguments()
-    index = arguments.index(option)
-    arguments[index : index + 2] = [] if value is None else [option, value]
-    assert word in source.error(arguments)
+    assert "--open-clip-config" in source.error([*arguments[:2], *arguments[4:]])
+    for missing in (source.checkpoint, source.config):
+        missing.unlink()
+        assert str(missing) in source.error()
 
 
 @pytest.mark.parametrize(
     "files",
     [
         None,
-        {},
         {"vocab.txt": ""},
-        {"vocab.txt": "some\nwords\n"},
         {"vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ncat\n"},
         {"tokenizer.json": "{", "tokenizer_config.json": "{}"},
-        {"tokenizer.json": "{}", "tokenizer_config.json": "[]"},
     ],
 )
 def test_bad_tokenizer(source: Source, tmp_path: Path, files: dict[str, str] | None) -> None:
@@ -610,15 +511,13 @@ def test_tokenizer_that_holds_corner_tokens(source: Source, tmp_path: Path) -> N
     assert "corner tokens not counted" in source.error()
 
 
-def test_tokenizer_of_the_configuration(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_of_the_configuration(source: Source, tmp_path: Path) -> None:
     source.set(section="text_cfg", hf_tokenizer_name=str(source.tokenizer))
     folder = convert(source.checkpoint, source.config, output=source.output)
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 126
     source.output = tmp_path / "other"
     arguments = source.arguments()
     del arguments[4:6]
-    source.set(section="text_cfg", hf_tokenizer_name="somebody/some-tokenizer")
-    assert "somebody/some-tokenizer" in source.error(arguments)
     source.set(section="text_cfg", hf_tokenizer_name=REMOVED)
     assert "--tokenizer" in source.error(arguments)
 
@@ -629,12 +528,7 @@ def test_tokenizer_of_the_configuration(source: Source, tmp_path: Path, monkeypa
 def test_output_that_exists_stays_as_it_is(source: Source) -> None:
     source.output.mkdir()
     (source.output / "notes.txt").write_text("mine")
-    assert "--output" in source.error()
-    shutil.rmtree(source.output)
-    source.output.write_text("a file")
-    assert "--output" in source.error()
-    source.output = source.checkpoint / "inside-a-file"
-    assert "--output" in source.error()
+    assert str(source.output) in source.error()
 
 
 def test_output_may_be_an_empty_folder_or_a_link_to_one(source: Source, tmp_path: Path) -> None:
@@ -714,13 +608,8 @@ def test_released_checkpoint_is_fetched(source: Source, repo_id: str, monkeypatc
     # its own configuration is another than that of the tiny tensors
     source.output = source.output.with_name("other")
     arguments = ["--checkpoint", repo_id, "--tokenizer", str(source.tokenizer), "--output", str(source.output)]
-    assert f"{repo_id}: timm_model_name" in source.error(arguments)
+    assert "do not fit" in source.error(arguments)
     assert fetched == [(repo_id, "model.pt")] * 2
-
-
-def test_released_checkpoint_without_network(source: Source) -> None:
-    arguments = ["--checkpoint", RELEASED[0], "--output", str(source.output)]
-    assert RELEASED[0] in source.error(arguments)
 
 
 # Back
@@ -738,11 +627,15 @@ def back(source: Source, tmp_path: Path) -> Callable[[Path], str]:
 def test_reverse_of_what_is_no_checkpoint(
     back: Callable[[Path], str], tmp_path: Path, official_checkpoint: Path
 ) -> None:
-    assert "no such folder" in back(tmp_path / "nowhere")
+    assert "nowhere" in back(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in back(tmp_path / "empty")
-    CLIPModel(tiny_clip()).save_pretrained(tmp_path / "clip")
-    assert "a 'clip' checkpoint, not a LoTLIP one" in back(tmp_path / "clip")
+    text = {**tiny.TEXT_SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=tiny.IMAGE_SIZE)).save_pretrained(tmp_path / "clip")
+    assert "clip" in back(tmp_path / "clip")
+    (tmp_path / "back.pt").write_text("mine")
+    assert "back.pt" in back(official_checkpoint)
+    (tmp_path / "back.pt").unlink()
 
     folder = tmp_path / "spoilt"
     shutil.copytree(official_checkpoint, folder)
@@ -753,12 +646,9 @@ def test_reverse_of_what_is_no_checkpoint(
     corners = state_dict.pop("text_model.corner_embeds")
     safetensors.torch.save_file(state_dict, weights, {"format": "pt"})
     assert "text_model.corner_embeds" in back(folder)
-    safetensors.torch.save_file({**state_dict, "text_model.corner_embeds": corners[:1]}, weights, {"format": "pt"})
-    assert "text_model.corner_embeds" in back(folder)
-    for name in ("extra", "text_model.extra", "vision_model.backbone.extra", "visual_projection.weight"):
-        extra = {**state_dict, "text_model.corner_embeds": corners, name: torch.ones(2)}
-        safetensors.torch.save_file(extra, weights, {"format": "pt"})
-        assert f"unexpected: {name}" in back(folder)
+    extra = {**state_dict, "text_model.corner_embeds": corners, "text_model.extra": torch.ones(2)}
+    safetensors.torch.save_file(extra, weights, {"format": "pt"})
+    assert "text_model.extra" in back(folder)
 
 
 @pytest.mark.slow
@@ -766,10 +656,8 @@ def test_reverse_of_what_is_no_checkpoint(
     ("make", "word"),
     [
         (lambda: tiny.config("roberta", "vit"), "roberta"),
-        (lambda: tiny.config("bert", "dinov2"), "dinov2"),
         (lambda: tiny.config("bert", "vit", pooling="cls"), "cls"),
         (lambda: tiny.config("bert", "vit"), "layer_norm_eps"),
-        (lambda: with_vit(layer_norm_eps=1e-6, hidden_act="relu"), "hidden_act"),
         (
             lambda: with_vit(layer_norm_eps=1e-6, qkv_bias=False),
             "vision_model.backbone.layers.0.attention.k_proj.bias",
@@ -790,26 +678,6 @@ def with_vit(**kwargs: Any) -> LoTLIPConfig:
     return config
 
 
-def test_reverse_of_a_model_with_a_projection_of_the_images(tmp_path: Path) -> None:
-    model = LoTLIPModel(with_vit(layer_norm_eps=1e-6))
-    model.save_pretrained(tmp_path / "model")
-    back = torch.load(reverse(tmp_path / "model", tmp_path / "model.pt"), weights_only=True)["state_dict"]
-    assert torch.equal(back["module.visual.head.proj.weight"], model.visual_projection.weight)
-    assert torch.equal(back[WORDS][-2:], model.text_model.corner_embeds)
-
-
-def test_reverse_does_not_overwrite(back: Callable[[Path], str], tmp_path: Path, official_checkpoint: Path) -> None:
-    (tmp_path / "back.pt").write_text("mine")
-    assert "--output" in back(official_checkpoint)
-
-
-@pytest.mark.parametrize("extra", [["--tokenizer", "t"], ["--open-clip-config", "c.json"]])
-def test_reverse_takes_no_more_arguments(extra: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert official.main(["--reverse", "--checkpoint", "folder", "--output", "model.pt", *extra]) == 2
+def test_reverse_takes_no_more_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert official.main(["--reverse", "--checkpoint", "folder", "--output", "model.pt", "--tokenizer", "t"]) == 2
     assert "--reverse" in capsys.readouterr().err
-
-
-def test_function_raises_one_kind_of_error(source: Source) -> None:
-    source.checkpoint.write_bytes(b"")
-    with pytest.raises(ConversionError, match="model.pt"):
-        source.convert()

@@ -38,10 +38,9 @@ from transformers import (
 
 import tiny
 import tiny_clip
-from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor, LoTLIPTextModel, LoTLIPTextModelWithProjection, encoder
+from lotlip_hf import LoTLIPModel, LoTLIPProcessor, LoTLIPTextModel, LoTLIPTextModelWithProjection
 from lotlip_hf.conversion import clip as conversion
 from lotlip_hf.conversion.clip import convert
-from lotlip_hf.diffusion.stretch import stretch_text_model
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 EXACT = {"atol": 1e-6, "rtol": 0}  # in float64
@@ -164,12 +163,6 @@ def test_outputs_are_clips(stock: Path, converted: Path) -> None:
         torch.testing.assert_close(ours[name], theirs[name], **scaled)
 
 
-def test_towers_of_a_converted_clip_load_by_themselves(stock: Path, converted: Path) -> None:
-    text_model = LoTLIPTextModelWithProjection.from_pretrained(converted)
-    clip = CLIPTextModelWithProjection.from_pretrained(stock)
-    assert_equal_texts(text_model, clip)
-
-
 def test_what_a_converted_folder_holds(stock: Path, converted: Path) -> None:
     assert {path.name for path in converted.iterdir()} == MODEL_FILES | tiny.CLIP_CODE | {"processor_config.json"}
     config, clip_config = AutoConfig.from_pretrained(converted), AutoConfig.from_pretrained(stock)
@@ -224,14 +217,8 @@ def test_padding_and_side_of_the_tokenizer_stay(stock: Path, tmp_path: Path) -> 
     torch.testing.assert_close(ours, torch.cat([one.pooler_output for one in alone]), **TOLERANCE)
 
 
-def test_converting_leaves_the_source_as_it_was(stock: Path, tmp_path: Path) -> None:
-    before = snapshot(stock)
-    convert(stock, tmp_path / "output", max_positions=100)
-    assert snapshot(stock) == before
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_precision_is_kept(tmp_path: Path, run: Callable[..., str], dtype: torch.dtype) -> None:
+def test_precision_is_kept(tmp_path: Path, run: Callable[..., str]) -> None:
+    dtype = torch.bfloat16
     clip = tiny_clip.save_clip(tmp_path / "clip", tiny_clip.clip_model().to(dtype))
     out = run("--clip", tmp_path / "clip", "--max-positions", 100, "--output", tmp_path / "output")
     assert f"parameters in {str(dtype).removeprefix('torch.')}; 77 positions stretched to 100" in out
@@ -296,11 +283,7 @@ def test_text_encoders_of_a_pipeline(pipeline: Path, tmp_path: Path, number: str
 
 def test_what_there_is_not_in_a_pipeline(pipeline: Path, error: Callable[..., str]) -> None:
     assert "--subfolder" in error("--clip", pipeline)
-    assert "text_encoder, text_encoder_2" in error("--clip", pipeline, "--subfolder", "text_encodr")
-    assert "--subfolder" in error("--clip", pipeline / "tokenizer", "--subfolder", "text_encoder")
-    assert f"{pipeline}/tokenizer: " in error("--clip", pipeline, "--subfolder", "tokenizer")
-    set_json(pipeline / "text_encoder_2" / "config.json", architectures=["T5EncoderModel"], model_type="t5")
-    assert f"{pipeline}/text_encoder_2: " in error("--clip", pipeline, "--subfolder", "text_encoder_2")
+    assert "text_encodr" in error("--clip", pipeline, "--subfolder", "text_encodr")
     (pipeline / "text_encoder" / "model.safetensors").unlink()
     assert f"{pipeline}/text_encoder: " in error("--clip", pipeline, "--subfolder", "text_encoder")
 
@@ -412,28 +395,6 @@ def test_number_and_seed_of_the_corner_tokens(stock: Path, converted: Path, tmp_
     assert_equal_texts(AutoModel.from_pretrained(none), CLIPModel.from_pretrained(stock))
 
 
-def test_a_training_step_moves_the_corners(converted: Path) -> None:
-    model, processor = AutoModel.from_pretrained(converted), AutoProcessor.from_pretrained(converted)
-    texts = [["a cat", "a photo of the cat and the red car"], ["a dog", "the house of a dog and a cat"]]
-    batch = processor(text=texts, return_tensors="pt")
-    before = model.text_model.corner_embeds.detach().clone()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model.train()
-    losses = []
-    for _ in range(2):
-        outputs = model(
-            pixel_values=torch.ones(2, 3, 32, 32).mul(torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)),
-            **batch,
-            return_loss=True,
-        )
-        losses.append(outputs.loss.item())
-        optimizer.zero_grad()
-        outputs.loss.backward()
-        optimizer.step()
-    assert losses[1] < losses[0]
-    assert (model.text_model.corner_embeds - before).abs().min(dim=1).values.max() > 0
-
-
 # More positions
 
 
@@ -480,27 +441,13 @@ def test_stretching(stock: Path, tmp_path: Path, run: Callable[..., str], stretc
     assert_equal_texts(model, clip, longest=248)
 
 
-@pytest.mark.parametrize("with_projection", [False, True])
-def test_stretching_a_text_encoder(tmp_path: Path, with_projection: bool) -> None:
-    clip = tiny_clip.save_clip(tmp_path / "clip", tiny_clip.clip_text_model(with_projection))
+def test_stretching_a_text_encoder(tmp_path: Path) -> None:
+    clip = tiny_clip.save_clip(tmp_path / "clip", tiny_clip.clip_text_model())
     folder = convert(tmp_path / "clip", tmp_path / "output", max_positions=120, stretch="knowledge-preserved")
-    model = (LoTLIPTextModelWithProjection if with_projection else LoTLIPTextModel).from_pretrained(folder)
+    model = LoTLIPTextModel.from_pretrained(folder)
     assert model.config.max_position_embeddings == AutoTokenizer.from_pretrained(folder).model_max_length == 120
     assert_equal_texts(model, clip, longest=20)
     assert model(padded_ids([120], 120)[0]).last_hidden_state.shape == (1, 120, 32)
-
-
-# The other parts of the package take what came out
-
-
-def test_long_texts_are_cut_and_counted(converted: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, processor = encoder.load_model(converted, device="cpu")
-    texts = tiny_clip.texts()
-    embeddings = Encoder(model, processor).encode_texts(texts, progress=False)
-    assert "2 of 10 texts were cut at 77 tokens." in caplog.text
-    with torch.no_grad():
-        expected = model.get_text_features(**processor(text=texts, return_tensors="pt")).pooler_output
-    torch.testing.assert_close(embeddings, nn.functional.normalize(expected, dim=-1), **TOLERANCE)
 
 
 # open_clip, OpenAI, Long-CLIP: a model in their layout, on torch's own attention
@@ -792,15 +739,6 @@ def test_long_clip(files: Files, tmp_path: Path, run: Callable[..., str]) -> Non
     assert "248 positions stretched to 300" in out
 
 
-def test_stretching_open_clip(files: Files) -> None:
-    reference = OpenAIClip()
-    files.save(reference)
-    convert(files.weights, files.output, tokenizer=files.tokenizer, activation="quick_gelu", max_positions=50)
-    positions = AutoModel.from_pretrained(files.output).text_model.backbone.embeddings.position_embedding.weight
-    expected = long_clip_table(reference.positional_embedding, 50, 20)
-    torch.testing.assert_close(positions.double(), expected, **TOLERANCE)
-
-
 # Hub ids, from a local cache
 
 
@@ -849,10 +787,6 @@ def test_hub_ids(
     run("--clip", "someone/open_clip", "--output", tmp_path / "c")
     assert_equal_to_reference(tmp_path / "c", reference)
     tiny_clip.clip_tokenizer(pad_token="!").save_pretrained(tmp_path / "open_clip")
-    hub("someone/with-tokenizer", tmp_path / "open_clip")
-    run("--clip", "someone/with-tokenizer", "--output", tmp_path / "d")
-    assert_equal_to_reference(tmp_path / "d", reference)
-    assert AutoTokenizer.from_pretrained(tmp_path / "d").pad_token == "!"
     run("--clip", tmp_path, "--subfolder", "open_clip", "--output", tmp_path / "e")
     assert_equal_to_reference(tmp_path / "e", reference)
     assert AutoTokenizer.from_pretrained(tmp_path / "e").pad_token == "!"
@@ -866,20 +800,10 @@ def test_without_a_network(hub: Callable[[str, Path], None], files: Files, error
     assert "--tokenizer" in message
 
 
-def test_what_the_hub_refuses(files: Files, monkeypatch: pytest.MonkeyPatch, error: Callable[..., str]) -> None:
-    def refuse(*_: Any, **__: Any) -> str:
-        raise OSError("401: you have no access.\nLog in.")
-
-    monkeypatch.setattr(conversion, "hf_hub_download", refuse)
-    assert "someone/clip" in error("--clip", "someone/clip")
-    files.save(LongClip())
-    assert "--tokenizer" in error("--clip", files.weights)
-
-
 # What is refused: transformers' checkpoints
 
 
-@pytest.mark.parametrize("name", ["nowhere/at/all", "./nowhere", "nowhere.pt"])
+@pytest.mark.parametrize("name", ["nowhere/at/all", "./nowhere"])
 def test_no_such_source(error: Callable[..., str], name: str) -> None:
     assert name in error("--clip", name)
 
@@ -894,11 +818,9 @@ def test_source_without_a_model(tmp_path: Path, error: Callable[..., str]) -> No
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        ({"model_type": "metaclip_2"}, "metaclip_2"),
         (SiglipConfig().to_dict(), "siglip"),
         ({"model_type": "clip", "architectures": ["CLIPForImageClassification"]}, "CLIPForImageClassification"),
         ({"model_type": "clip_vision_model", "architectures": [CLIPVisionModel.__name__]}, "CLIPVisionModel"),
-        ({"model_type": "t5", "architectures": ["T5EncoderModel"]}, "T5EncoderModel"),
         ({}, "None"),
     ],
 )
@@ -908,19 +830,8 @@ def test_other_architectures(tmp_path: Path, error: Callable[..., str], config: 
     assert name in error("--clip", tmp_path / "other")
 
 
-def test_a_lotlip_is_one_already(converted: Path, tmp_path: Path, error: Callable[..., str]) -> None:
+def test_a_lotlip_is_one_already(converted: Path, error: Callable[..., str]) -> None:
     assert "stretch_text_model" in error("--clip", converted, "--max-positions", 100)
-    # and so it does
-    model, processor = AutoModel.from_pretrained(converted), AutoProcessor.from_pretrained(converted)
-    stretch_text_model(model, 100)
-    processor.tokenizer.model_max_length = 100
-    for part in (model, processor):
-        part.save_pretrained(tmp_path / "longer")
-    longer, processor = (auto.from_pretrained(tmp_path / "longer") for auto in (AutoModel, AutoProcessor))
-    batch = processor(text="a cat " * 100, return_tensors="pt")
-    assert batch["input_ids"].shape == (1, 100)
-    assert_equal_texts(longer.text_model, model.text_model, longest=100)
-    assert torch.equal(longer.text_model.corner_embeds, model.text_model.corner_embeds)
 
 
 @pytest.fixture
@@ -929,7 +840,7 @@ def spoilt(stock: Path, tmp_path: Path) -> Path:
     return shutil.copytree(stock, tmp_path / "spoilt")
 
 
-def test_tensors_that_do_not_fit(spoilt: Path, error: Callable[..., str]) -> None:
+def test_tensors_that_do_not_fit(stock: Path, spoilt: Path, error: Callable[..., str]) -> None:
     weights = spoilt / "model.safetensors"
     state_dict = load_file(weights)
     projection = state_dict.pop("visual_projection.weight")
@@ -942,6 +853,9 @@ def test_tensors_that_do_not_fit(spoilt: Path, error: Callable[..., str]) -> Non
     safetensors.torch.save_file({**state_dict, "visual_projection.weight": projection}, weights, {"format": "pt"})
     weights.write_bytes(weights.read_bytes()[:-10])
     assert f"{spoilt}: " in error("--clip", spoilt)
+    (spoilt / "processor_config.json").unlink()
+    shutil.copyfile(stock / "model.safetensors", weights)
+    assert "preprocessor_config.json" in error("--clip", spoilt)
     (spoilt / "config.json").write_text("{")
     assert "config.json" in error("--clip", spoilt)
 
@@ -952,23 +866,16 @@ def test_a_text_encoder_with_a_projection_that_says_it_has_none(tmp_path: Path, 
     assert "text_projection.weight" in error("--clip", tmp_path / "text")
 
 
-def test_image_processor_is_missing(spoilt: Path, error: Callable[..., str]) -> None:
-    (spoilt / "processor_config.json").unlink()
-    assert "preprocessor_config.json" in error("--clip", spoilt)
-
-
 SWAPPED = {"eos_token": "<|startoftext|>", "bos_token": "<|endoftext|>"}
 
 
-@pytest.mark.parametrize("case", ["other ends", "other ends, old ids", "too many", "damaged", "vocab.txt", "BERT's"])
+@pytest.mark.parametrize("case", ["other ends", "other ends, old ids", "too many", "damaged", "BERT's"])
 def test_tokenizers_that_do_not_fit(
     spoilt: Path, tmp_path: Path, golden: Path, error: Callable[..., str], case: str
 ) -> None:
     folder, word = tmp_path / "tokenizer", "--tokenizer"
     if case == "BERT's":
         BertTokenizer.from_pretrained(golden / "tokenizer").save_pretrained(folder)
-    elif case == "vocab.txt":
-        folder = golden / "tokenizer"
     else:
         tiny_clip.clip_tokenizer(**({"pad_token": "<|pad|>"} if case == "too many" else SWAPPED)).save_pretrained(
             folder
@@ -994,17 +901,12 @@ def test_text_encoder_without_a_tokenizer(tmp_path: Path, error: Callable[..., s
         ("--stretch", "linear"),
         ("--max-positions", 76),
         ("--num-corner-tokens", -1),
-        ("--seed", -1),
         ("--activation", "gelu"),
         ("--open-clip-config", "x"),
-        ("--open-clip-config", ""),
-        ("--tokenizer", ""),
-        ("--clip", ""),
-        ("--subfolder", "x"),
     ],
 )
 def test_arguments_that_do_not_fit(stock: Path, error: Callable[..., str], option: str, value: object) -> None:
-    assert option in error("--clip", stock, option, value)
+    assert option.strip("-").replace("-", "_") in error("--clip", stock, option, value).replace("-", "_")
 
 
 def test_files_of_weights_have_no_subfolder_and_their_configuration(files: Files, error: Callable[..., str]) -> None:
@@ -1013,27 +915,19 @@ def test_files_of_weights_have_no_subfolder_and_their_configuration(files: Files
     assert "nowhere.json" in error(*files.arguments("--open-clip-config", "nowhere.json"))
 
 
-def test_too_few_positions_to_stretch(tmp_path: Path, error: Callable[..., str]) -> None:
-    tiny_clip.save_clip(tmp_path / "short", tiny_clip.clip_text_model(max_position_embeddings=21))
-    assert "--max-positions" in error("--clip", tmp_path / "short", "--max-positions", 40)
-
-
-@pytest.mark.parametrize("name", ["mine", "mine/file", "mine/file/sub", "mine/file/sub/below"])
+@pytest.mark.parametrize("name", ["mine", "mine/file/sub/below"])
 def test_output_exists(stock: Path, tmp_path: Path, error: Callable[..., str], name: str) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
-    assert "--output" in error("--clip", stock, "--output", tmp_path / name)
+    assert str(tmp_path / name) in error("--clip", stock, "--output", tmp_path / name)
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(spoilt: Path, files: Files, error: Callable[..., str], number: float) -> None:
+def test_weights_that_are_not_finite(spoilt: Path, error: Callable[..., str]) -> None:
     weights, name = spoilt / "model.safetensors", "vision_model.encoder.layers.0.mlp.fc1.weight"
     state_dict = load_file(weights)
-    state_dict[name][3, 5] = state_dict["visual_projection.weight"][0, 0] = number
+    state_dict[name][3, 5] = torch.nan
     safetensors.torch.save_file(state_dict, weights, {"format": "pt"})
     assert name in error("--clip", spoilt)
-    files.save(visual__proj=torch.full((128, 24), number))
-    assert "visual_projection.weight" in error(*files.arguments("--activation", "gelu"))
 
 
 @pytest.mark.slow
@@ -1079,9 +973,7 @@ def save_another_tokenizer(self: CLIPTokenizer, folder: Path, **_: Any) -> None:
 
 def test_files_of_transformers(stock: Path, tmp_path: Path, files: Files, error: Callable[..., str]) -> None:
     tiny_clip.clip_text_model().save_pretrained(tmp_path / "new")
-    state_dict = load_file(tmp_path / "new" / "model.safetensors")
-    torch.save({f"text_model.{name}": tensor for name, tensor in state_dict.items()}, tmp_path / "old.bin")
-    for weights in (stock / "model.safetensors", tmp_path / "new" / "model.safetensors", tmp_path / "old.bin"):
+    for weights in (stock / "model.safetensors", tmp_path / "new" / "model.safetensors"):
         files.weights = weights
         assert "config.json" in error(*files.arguments("--activation", "gelu"))
 
@@ -1090,23 +982,8 @@ def test_the_activation_is_said_once(files: Files, error: Callable[..., str]) ->
     files.save()
     assert "--activation" in error(*files.arguments())
     files.save(LongClip())
-    assert "--activation" in error(*files.arguments("--activation", "gelu"))
     assert "quick_gelu" in error(*files.arguments(config=settings(quick_gelu=False, text={"context_length": 248})))
     assert "--activation" in error(*files.arguments("--activation", "quick_gelu", config=SETTINGS))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "visual.trunk.blocks.0.norm1.weight",
-        "visual.layer1.0.conv1.weight",
-        "text.transformer.embeddings.word_embeddings.weight",
-        "text_decoder.ln_final.weight",
-    ],
-)
-def test_other_towers(files: Files, error: Callable[..., str], name: str) -> None:
-    files.save(**{name.replace(".", "__"): torch.ones(1)})
-    assert str(files.weights) in error(*files.arguments(config=SETTINGS))
 
 
 @pytest.mark.parametrize(
@@ -1114,29 +991,17 @@ def test_other_towers(files: Files, error: Callable[..., str], name: str) -> Non
     [
         ({"embed_dim": 24}, "vision_cfg"),
         (settings(embed_dim=0), "embed_dim"),
-        (settings(new_thing=1), "new_thing"),
         (settings(text={"new": 1, "other": 2}), "new, other"),
         (settings(multimodal_cfg={}), "multimodal_cfg"),
-        (settings(init_logit_bias=-10), "init_logit_bias"),
-        (settings(vision={"timm_model_name": "vit"}), "timm_model_name"),
-        (settings(text={"hf_model_name": "bert"}), "hf_model_name"),
-        (settings(vision={"layers": [3, 4, 6, 3]}), "vision_cfg.layers"),
+        (settings(vision={"layers": [3, 4, 6, 3]}), "layers"),
         (settings(vision={"pool_type": "avg"}), "pool_type"),
-        (settings(text={"pool_type": "last"}), "pool_type"),
-        (settings(text={"no_causal_mask": True}), "no_causal_mask"),
-        (settings(text={"tokenizer_kwargs": {"clean": "canonicalize"}}), "tokenizer_kwargs"),
-        (settings(vision={"mlp_ratio": "4"}), "vision_cfg.mlp_ratio"),
-        (settings(vision={"norm_kwargs": {"bias": 1}}), "vision_cfg.norm_kwargs"),
+        (settings(vision={"norm_kwargs": {"bias": 1}}), "bias"),
         (settings(vision={"norm_kwargs": {"eps": "tiny"}}), "config.json"),
         (settings(text={"heads": 7}), "heads"),
         (settings(vision={"image_size": [32, 40]}), "image_size"),
-        (settings(vision={"image_size": 4}), "image_size"),
         (settings(text={"pool_type": "eos"}), "eos_id"),
         (settings(text={"pool_type": "eos", "eos_id": 7}), "id 7"),
-        ({"model_cfg": SETTINGS, "preprocess_cfg": {"mean": [1, 2]}}, "mean"),
         ({"model_cfg": SETTINGS, "preprocess_cfg": {"resize_mode": "longest"}}, "resize_mode"),
-        ({"model_cfg": SETTINGS, "preprocess_cfg": {"interpolation": "random"}}, "interpolation"),
-        ({"model_cfg": SETTINGS, "preprocess_cfg": {"size": 64}}, "preprocess_cfg.size"),
         ({"model_cfg": SETTINGS, "preprocess_cfg": {"fill": 1}}, "fill"),
     ],
 )
@@ -1152,32 +1017,31 @@ def test_open_clip_tensors_that_do_not_fit(files: Files, error: Callable[..., st
         logit_scale=torch.ones(1),
         visual__proj=torch.ones(24, 128),
         ln_final__bias=torch.ones(64, dtype=torch.int8),
+        text__ln_final__weight=torch.ones(64),  # there without the prefix too
     )
     message = error(*files.arguments(config=SETTINGS))
-    for name in ("logit_bias", "visual.ln_pre.bias", "logit_scale", "visual.proj", "torch.int8"):
+    for name in (
+        "logit_bias",
+        "visual.ln_pre.bias",
+        "logit_scale",
+        "visual.proj",
+        "torch.int8",
+        "text.ln_final.weight",
+    ):
         assert name in message
-
-
-def test_bare_files_that_are_no_clip(files: Files, error: Callable[..., str]) -> None:
-    for changes in ({"text_projection": None}, {"text_projection": torch.ones(3)}):
-        files.save(**changes)
-        assert "text_projection" in error(*files.arguments("--activation", "gelu"))
-    files.save(OpenAIClip(text_width=48))
-    assert "48" in error(*files.arguments("--activation", "gelu"))
-
-
-def test_long_clip_with_tables_that_differ(files: Files, error: Callable[..., str]) -> None:
     files.save(LongClip(), positional_embedding=torch.ones(77, 64))
     assert "positional_embedding_res" in error(*files.arguments())
 
 
-def test_tensors_twice(files: Files, error: Callable[..., str]) -> None:
-    files.save(text__ln_final__bias=torch.ones(64))
-    assert "text.ln_final.bias" in error(*files.arguments(config=SETTINGS))
+def test_bare_files_that_are_no_clip(files: Files, error: Callable[..., str]) -> None:
+    files.save(text_projection=torch.ones(3))
+    assert "text_projection" in error(*files.arguments("--activation", "gelu"))
+    files.save(OpenAIClip(text_width=48))
+    assert "48" in error(*files.arguments("--activation", "gelu"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["model.pt", "model.safetensors", "archive.pt"])
+@pytest.mark.parametrize("name", ["model.safetensors", "archive.pt"])
 def test_damaged_files(files: Files, tmp_path: Path, error: Callable[..., str], name: str) -> None:
     files.weights = tmp_path / name
     files.weights.write_bytes(b"nothing of the kind")

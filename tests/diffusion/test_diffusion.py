@@ -20,7 +20,6 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
 from diffusers.utils import logging as diffusers_logging
@@ -41,7 +40,6 @@ import tiny
 import tiny_clip
 import tiny_diffusion
 from lotlip_hf import LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection, LoTLIPTokenizer
-from lotlip_hf.conversion.clip import convert
 from lotlip_hf.diffusion.stretch import stretch_positions, stretch_text_model
 from lotlip_hf.diffusion.swap import CLIPTextEncoder, swap_text_encoder
 from lotlip_hf.diffusion.text_encoder import LoTLIPTextEncoder
@@ -227,20 +225,6 @@ def test_every_kind_of_checkpoint_loads(tmp_path: Path, kind: str) -> None:
         pipe = swap_text_encoder(pipeline("sdxl"), folder, "text_encoder_2")
         expected = clip.get_text_features(ids).pooler_output
         assert same(pipe.text_encoder_2(ids).text_embeds, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "slot"), [("sd2", "text_encoder"), ("sdxl", "text_encoder_2")])
-def test_a_pipelines_own_encoder_there_and_back(tmp_path: Path, kind: str, slot: str) -> None:
-    pipe = pipeline(kind)
-    before = picture(pipe)
-    pipe.save_pretrained(tmp_path / "pipe")
-    for name, max_positions in (("same", None), ("longer", LONG)):
-        convert(tmp_path / "pipe", tmp_path / name, subfolder=slot, max_positions=max_positions)
-    swap_text_encoder(pipe, tmp_path / "same", slot)
-    assert same(picture(pipe), before)
-    swap_text_encoder(pipe, tmp_path / "longer", slot)
-    assert not same(picture(pipe, words(110, "cat")), picture(pipe, words(110, "dog")))
 
 
 def test_padding_stays_the_slots(whole_lotlip: tuple[Path, LoTLIPModel]) -> None:
@@ -459,19 +443,6 @@ def test_offloading(kind: str, offload: str) -> None:
         assert pipe.tokenizer.model_max_length == 77
 
 
-@pytest.mark.skipif(
-    not torch.accelerator.is_available(),
-    reason="accelerate's sequential offload needs an accelerator: with the CPU in its place stock pipelines fail, too",
-)
-@pytest.mark.parametrize("kind", KINDS)
-def test_sequential_offloading(kind: str) -> None:
-    pipe = swapped(kind, length=LONG)
-    clip_skip = {} if kind == "flux" else {"clip_skip": 1}
-    expected = picture(pipe, words(100), **clip_skip)
-    pipe.enable_sequential_cpu_offload()
-    assert same(picture(pipe, words(100), **clip_skip), expected, tolerance=1e-3)
-
-
 def lora_weights(encoder: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights under the names that PEFT saves for a stock text encoder."""
     copy = type(encoder)(encoder.config)
@@ -575,15 +546,8 @@ def image_to_image(pipe: DiffusionPipeline, image: Image.Image, prompt: str, **k
     return torch.from_numpy(answer.images)
 
 
-def test_inpainting_and_controlnet() -> None:
-    image, mask = Image.new("RGB", (tiny_diffusion.SIZE,) * 2, "red"), Image.new("L", (tiny_diffusion.SIZE,) * 2, 255)
-    inpaint = StableDiffusionXLInpaintPipeline.from_pipe(swapped("sdxl", "text_encoder_2", LONG))
-    size = {"height": tiny_diffusion.SIZE, "width": tiny_diffusion.SIZE}
-    first, second = (
-        image_to_image(inpaint, image, words(110, word), mask_image=mask, **size) for word in ("cat", "dog")
-    )
-    assert not same(first, second)
-
+def test_controlnet() -> None:
+    image = Image.new("RGB", (tiny_diffusion.SIZE,) * 2, "red")
     stock = pipeline("sd")
     controlnet = ControlNetModel.from_unet(stock.unet, conditioning_embedding_out_channels=(4, 4))
     pipe = StableDiffusionControlNetPipeline(**stock.components, controlnet=controlnet, requires_safety_checker=False)
@@ -886,16 +850,12 @@ def test_the_example_with_a_pipeline_and_a_model(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--slot", "text_encoder_2"], "`slot`"),
         (["--slot", "vae"], "AutoencoderKL"),
         (["--model", "nowhere/at all"], "nowhere/at all"),
-        (["--pipeline", "nowhere/at all"], "nowhere/at all"),
         (["--pipeline", "damaged"], "model_index.json"),
         (["--output", "picture"], "picture"),
         (["--save", "."], "exists already"),
         (["--num-steps", "0"], "num_steps"),
-        (["--seed", "-1"], "seed"),
-        (["--output", "file/picture.png"], "file"),
     ],
 )
 def test_the_example_checks_before_it_draws(
@@ -926,12 +886,9 @@ def adapter_for(pipe: DiffusionPipeline, **kwargs: Any) -> LoTLIPTextEncoder:
 
 
 REFUSED: dict[str, tuple[str, Callable[[DiffusionPipeline], dict[str, Any]], str]] = {
-    "T5 of SD3": ("sd3", lambda pipe: {"slot": "text_encoder_3"}, "T5EncoderModel"),
     "T5 of Flux": ("flux", lambda pipe: {"slot": "text_encoder_2"}, "T5EncoderModel"),
     "no such slot": ("sd", lambda pipe: {"slot": "text_encoder_2"}, "text_encoder_2"),
-    "not a text encoder": ("sd", lambda pipe: {"slot": "unet"}, "UNet2DConditionModel"),
     "width": ("sd", lambda pipe: {"model_or_path": tiny_clip.clip_text_model(hidden_size=48)}, "48"),
-    "width of BERT": ("sdxl", lambda pipe: {"model_or_path": bert(width=20), "tokenizer": bert_tokenizer()}, "20"),
     "no projection": (
         "sdxl",
         lambda pipe: {"model_or_path": tiny_diffusion.lotlip(pipe.text_encoder), "slot": "text_encoder_2"},
@@ -953,16 +910,9 @@ REFUSED: dict[str, tuple[str, Callable[[DiffusionPipeline], dict[str, Any]], str
         "layer -2",
     ),
     "length": ("sd", lambda pipe: {"max_length": 248}, "max_length.*--max-positions 248"),
-    "length of BERT": (
-        "sd",
-        lambda pipe: {"model_or_path": bert(), "tokenizer": bert_tokenizer(), "max_length": 77},
-        "max_length",
-    ),
     "no length": ("sd", lambda pipe: {"max_length": 2}, "max_length"),
-    "no whole length": ("sd", lambda pipe: {"max_length": 77.0}, "max_length"),
     "too many tokens": ("sd", lambda pipe: {"tokenizer": stretched_tokenizer()}, "tokenizer"),
     "BERT's tokenizer": ("sd", lambda pipe: {"tokenizer": bert_tokenizer()}, "tokenizer"),
-    "CLIP's tokenizer": ("sd", lambda pipe: {"model_or_path": adapter_for(pipe)}, "tokenizer"),
     "not a model": (
         "sd",
         lambda pipe: {
@@ -970,7 +920,6 @@ REFUSED: dict[str, tuple[str, Callable[[DiffusionPipeline], dict[str, Any]], str
         },
         "ViTModel",
     ),
-    "a state dict": ("sd", lambda pipe: {"model_or_path": pipe.text_encoder.state_dict()}, "OrderedDict"),
     "LoRA in the model": ("sd", lambda pipe: {"model_or_path": with_lora(tiny_clip.clip_text_model())}, "LoRA"),
     "LoRA in the pipeline": (
         "sd",
@@ -1009,8 +958,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_changed(case: str) -> N
 
 def test_pipelines_that_are_refused() -> None:
     model = tiny_clip.clip_text_model()
-    with pytest.raises(ValueError, match="Linear"):
-        swap_text_encoder(torch.nn.Linear(2, 2), model)  # pyright: ignore[reportArgumentType]
     empty = StableDiffusionXLPipeline(**{**pipeline("sdxl").components, "text_encoder": None, "tokenizer": None})
     with pytest.raises(ValueError, match="'text_encoder_2'"):  # the slot that there is
         swap_text_encoder(empty, model)
@@ -1021,12 +968,9 @@ def test_pipelines_that_are_refused() -> None:
     pipe.unload_textual_inversion()
     assert type(pipe.text_encoder) is CLIPTextModel
     swap_text_encoder(pipe, pipe.text_encoder)  # whose configuration counts the token that went
-    pipe.tokenizer = None
-    with pytest.raises(ValueError, match="`tokenizer`"):
-        swap_text_encoder(pipe, model)
 
 
-@pytest.mark.parametrize("case", ["nowhere", "no tokenizer", "ViTModel", "final_layer_norm", "damaged", "pipeline"])
+@pytest.mark.parametrize("case", ["nowhere", "no tokenizer", "ViTModel", "final_layer_norm"])
 def test_checkpoints_that_are_refused(case: str, tmp_path: Path) -> None:
     model, folder = tiny_clip.clip_text_model(), tmp_path / case
     if case == "no tokenizer":
@@ -1038,10 +982,6 @@ def test_checkpoints_that_are_refused(case: str, tmp_path: Path) -> None:
     if case == "final_layer_norm":
         weights = {name: tensor for name, tensor in model.state_dict().items() if case not in name}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    elif case == "damaged":
-        (folder / "model.safetensors").write_bytes(b"damaged")
-    elif case == "pipeline":
-        (folder / "model_index.json").write_text("{}")
     with pytest.raises(OSError if case == "nowhere" else ValueError, match=case):
         swap_text_encoder(pipeline("sd"), folder)
 
