@@ -46,7 +46,10 @@ def shard_statistics(
     Returns:
         `images`; `raw`, counts of the raw captions; and `captioners`, one's counts each.
     """
-    raw = Counter(_length(tokenizer, text) for text in raw_captions), Counter(map(_sentences, raw_captions))
+    raw = {
+        "tokens": Counter(num_tokens(tokenizer, text) for text in raw_captions),
+        "sub_captions": Counter(len(split_sentences(text)) for text in raw_captions),
+    }
     captioners = []
     for number in range(len(config.captioners)):
         captions = [one[number] for one in details]
@@ -72,7 +75,7 @@ def shard_statistics(
                 ),
             }
         )
-    return {"images": images, "raw": dict(zip(COUNTED, raw, strict=True)), "captioners": captioners}
+    return {"images": images, "raw": raw, "captioners": captioners}
 
 
 def merge_statistics(config: RelabelConfig, shards: Sequence[Mapping[str, Any]], num_skipped: int) -> dict[str, Any]:
@@ -287,12 +290,9 @@ def _draw_histograms(statistics: Mapping[str, Any], file: Path) -> None:
     save(picture, file)
 
 
-def _length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+def num_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Tokens of a text, without special ones."""
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _sentences(text: str) -> int:
-    return len(split_sentences(text))
 
 
 def _cell(text: str) -> str:
@@ -302,5 +302,4 @@ def _cell(text: str) -> str:
 
 def _code(text: str) -> str:
     """A text as code in Markdown, in a table too."""
-    text = printable(text).replace("`", "'").replace("|", "\\|")
-    return f"`{text}`"
+    return "`{}`".format(printable(text).replace("`", "'").replace("|", "\\|"))

@@ -396,7 +396,6 @@ def test_ctrl_c_ends_a_process_that_waits_for_answers() -> None:
         ({"min_new_tokens": 20}, "min_new_tokens"),
         ({"retry": {"num_beams": 5}}, "num_beams"),
         ({"request_fields": {"max_new_tokens": "n"}}, "request_fields"),
-        ({"extra_body": {"n": {1, 2}}}, "extra_body"),
         ({"endpoint": None}, "endpoint"),
         ({"endpoint": "localhost:8000"}, "endpoint"),
         ({"endpoint": "http://host:port/v1"}, "endpoint"),

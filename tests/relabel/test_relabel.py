@@ -788,7 +788,7 @@ def test_a_full_disk_is_named(pictures: Path, tmp_path: Path, monkeypatch: pytes
 def test_outputs_that_are_somebody_elses(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("Dear")
-    with pytest.raises(FileExistsError, match="full.*--output"):
+    with pytest.raises(FileExistsError, match="full"):
         run(config(pictures, tmp_path / "full"))
     with pytest.raises(FileExistsError, match="letter.txt"):
         run(config(pictures, tmp_path / "full" / "letter.txt"))

@@ -276,14 +276,6 @@ def test_the_dataset_holds_the_scenes(tmp_path: Path) -> None:
     assert scenes_dataset(10, 2, "test", 64)[0]["image"].size == (64, 64)
 
 
-def test_wrong_arguments_are_refused() -> None:
+def test_a_wrong_split_is_named() -> None:
     with pytest.raises(ValueError, match="dev"):
-        scene(0, split="dev")
-    with pytest.raises(ValueError, match="-1"):
-        scene(-1)
-    with pytest.raises(ValueError, match="32"):
-        render(scene(0), image_size=8)
-    with pytest.raises(ValueError, match="0"):
-        scenes_dataset(0)
-    with pytest.raises(ValueError, match="32"):
-        scenes_dataset(4, image_size=8)
+        scenes_dataset(4, split="dev")

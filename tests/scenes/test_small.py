@@ -143,18 +143,3 @@ def test_learns_the_scenes_of_one_batch():
     assert outputs.loss < 1.2  # ln 8 = 2.1 without having learnt anything
     long_texts = outputs.logits_per_image[:, :, 1]
     assert (long_texts.argmax(1) == torch.arange(8)).sum() >= 5
-
-
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ({"num_corner_tokens": -1}, "num_corner_tokens"),
-        ({"max_text_length": 2}, "max_text_length"),
-        ({"hidden_size": 30}, "hidden_size"),
-        ({"hidden_size": 0}, "hidden_size"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers"),
-    ],
-)
-def test_arguments_out_of_range_are_named(arguments, name):
-    with pytest.raises(ValueError, match=name):
-        small_model(**arguments)
