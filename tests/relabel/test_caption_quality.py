@@ -160,16 +160,10 @@ BAD: dict[str, list[str]] = {
 def test_what_is_wrong_is_found(reason: str, text: str) -> None:
     kept, reasons = judge(text, PROMPT, finished=True)
     assert reason in reasons
-    # What may come with it, and nothing else may.
-    companions = {
-        "refusal": set(),
-        "copied_prompt": {"too_short", "repeated_sentence"},
-        "loop": {"too_short"},
-        "repeated_sentence": set(),
-        "too_short": set(),
-        "empty": set(),
-    }
-    assert set(reasons) <= companions[reason] | {reason} | ({"repeated_sentence"} if "1. a red car" in text else set())
+    companions = {"copied_prompt": {"too_short", "repeated_sentence"}, "loop": {"too_short"}}  # nothing else may come
+    assert set(reasons) <= companions.get(reason, set()) | {reason} | (
+        {"repeated_sentence"} if "1. a red car" in text else set()
+    )
     assert kept == ("" if reason == "empty" else text.strip())
 
 
@@ -283,12 +277,6 @@ def test_a_caption_may_become_too_short_by_trimming() -> None:
 def test_a_loop_that_reached_the_limit_of_tokens() -> None:
     text = f"{SCENE} There is " + "a red car, " * 40 + "a red"
     assert judge(text, finished=False) == Judgement(SCENE, ("loop", "cut_off"))
-    text = "It shows " + "a red car, " * 40 + "a red"
-    assert judge(text, finished=False) == Judgement(text, ("loop", "cut_off"))
-    text = SCENE + " The car is red." * 20 + " The car"
-    assert judge(text, finished=False) == Judgement(
-        text.removesuffix(" The car"), ("loop", "repeated_sentence", "cut_off")
-    )
 
 
 @pytest.mark.parametrize("mark", ["</s>", "<|im_end|>", "<|endoftext|>\n</s> "])

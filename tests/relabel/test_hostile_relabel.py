@@ -62,17 +62,9 @@ class Speaker:
 
 
 def options(data: Path, model: str = "one", **more: Any) -> RelabelConfig:
-    output = more.pop("output", data.parent / "out")
-    captioners = [CaptionerConfig(model)]
-    return RelabelConfig(
-        **{
-            "data": str(data),
-            "output": str(output),
-            "tokenizer": counting_tokenizer(),
-            "captioners": captioners,
-            **more,
-        }
-    )
+    output = str(more.pop("output", data.parent / "out"))
+    more = {"tokenizer": counting_tokenizer(), "captioners": [CaptionerConfig(model)], **more}
+    return RelabelConfig(data=str(data), output=output, **more)
 
 
 def run(config: RelabelConfig, speaker: Speaker | None = None) -> dict[str, Any]:
@@ -104,12 +96,11 @@ def ask(one: EndpointCaptioner) -> Answer:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["huge:400000000", "gzip:200000000"])
-@pytest.mark.parametrize("limit", [{}, {"max_answer_bytes": 100_000}])
-def test_answers_are_read_up_to_a_limit(fault: str, limit: dict[str, int]) -> None:
+def test_answers_are_read_up_to_a_limit(fault: str) -> None:
     with openai_server(fault=each_image_first(fault)) as server:
         tracemalloc.start()
         try:
-            assert ask(captioner(server, **limit)).text
+            assert ask(captioner(server)).text
             peak = tracemalloc.get_traced_memory()[1] if fault.startswith("huge") else 0
         finally:
             tracemalloc.stop()

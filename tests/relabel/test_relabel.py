@@ -173,15 +173,8 @@ def test_shards_hold_a_caption_of_each_captioner(pictures: Path, tmp_path: Path)
             assert details["tokens"] == len(count.tokenize(text))
             assert details["sub_captions"] == 2
             assert json.loads(details["settings"]) == CaptionerConfig(model).settings()
-            fixed = {name: details[name] for name in ("model", "revision", "prompt", "attempts", "reasons", "dropped")}
-            assert fixed == {
-                "model": model,
-                "revision": "0123abc",
-                "prompt": "Describe the image in detail.",
-                "attempts": 1,
-                "reasons": [],
-                "dropped": None,
-            }
+            fixed = [details[name] for name in ("model", "revision", "prompt", "attempts", "reasons", "dropped")]
+            assert fixed == [model, "0123abc", PROMPT, 1, [], None]
     (entry,) = skipped(tmp_path / "out")
     assert (entry["id"], entry["image"]) == ("7.png", "7.png")
     assert "not an image" in entry["reason"]
@@ -218,10 +211,8 @@ def test_the_statistics_are_those_of_the_texts(pictures: Path, tmp_path: Path) -
     assert metadata["size_categories"] == ["n<1K"]
     assert metadata["configs"] == [{"config_name": "default", "data_files": "data/*.parquet"}]
     first = statistics["captions"][1]
-    line = f"| first | 22 | 22 | {first['mean_sub_captions']:.2f} | {first['mean_tokens']:.2f} |"
-    assert line in card
+    assert f"| first | 22 | 22 | {first['mean_sub_captions']:.2f} | {first['mean_tokens']:.2f} |" in card
     assert "0123abc" in card
-    assert "Nothing was found wrong" in card
     with Image.open(tmp_path / "out" / "histograms.png") as histograms:
         assert len(histograms.convert("L").getcolors(1 << 20)) > 10
 
@@ -412,7 +403,6 @@ def test_what_was_wrong_is_counted_and_listed_without_raw_captions_too(pictures:
     counts = statistics["captions"][1]
     assert (statistics["images"], counts["dropped"], counts["asked_again"]) == (0, 4, 4)
     assert counts["dropped_for"] == {"too_short": 4}  # the repetition alone would have been kept
-    assert "Nothing was found wrong" not in (tmp_path / "out" / "README.md").read_text()
     for entry in skipped(tmp_path / "out"):
         (details,) = entry["captions"]
         assert details["reasons"] == ["repeated_sentence", "too_short"]
@@ -933,11 +923,7 @@ def test_options_of_a_file_and_of_flags(tmp_path: Path) -> None:
     flags += ["--request-field=max_tokens=max_completion_tokens", "--request-field=temperature=none"]
     options = read_config(parser.parse_args([f"--config={file}", *flags]))
     assert (options.data, options.output, options.seed) == ("pictures", "out", 4)
-    assert (options.policies["loop"], options.policies["refusal"], options.policies["empty"]) == (
-        "keep",
-        "drop",
-        "retry",
-    )
+    assert [options.policies[reason] for reason in ("loop", "refusal", "empty")] == ["keep", "drop", "retry"]
     assert (options.rules.min_words, options.rules.loop_repeats) == (4, 5)
     first, second = options.captioners
     assert (first.model, first.prompt, first.max_new_tokens) == ("a", PROMPT, 9)
