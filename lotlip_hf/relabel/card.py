@@ -34,17 +34,8 @@ def shard_statistics(
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
     """
-    Counts of a shard, which add up over shards.
-
-    Args:
-        details: Of each image that was read, what the column `captions` says (`shards.FEATURES`).
-        images: How many of these are in the shard: some may have no caption at all.
-        raw_captions: Those of the images in the shard that have one.
-        config: The options of the run.
-        tokenizer: What counts the tokens of the raw captions.
-
-    Returns:
-        `images`; `raw`, counts of the raw captions; and `captioners`, one's counts each.
+    Counts of a shard, which add up over shards: `images`, `raw`, and `captioners`. `details` is what the column
+    `captions` says of each image that was read; `images` of them are in the shard, the others have no caption at all.
     """
     raw = {
         "tokens": Counter(num_tokens(tokenizer, text) for text in raw_captions),
@@ -80,17 +71,8 @@ def shard_statistics(
 
 def merge_statistics(config: RelabelConfig, shards: Sequence[Mapping[str, Any]], num_skipped: int) -> dict[str, Any]:
     """
-    The counts of all shards as one, with what they come to.
-
-    Args:
-        config: The options of the run.
-        shards: What [`shard_statistics`] returned, or the same read back from JSON.
-        num_skipped: Records that are in no shard.
-
-    Returns:
-        `images`, `skipped`; and `captions`, a list with the raw captions, those of each captioner and all long ones
-        together: `name`, `texts`, `mean_sub_captions`, `mean_tokens`, and the histograms `sub_captions` and `tokens`;
-        of a captioner also `dropped`, `asked_again`, and by reason `marked`, `dropped_for` and `mended`.
+    The counts of all shards as one, with what they come to: `images`, `skipped`; and `captions`, a list with the raw
+    captions, those of each captioner and all long ones together.
     """
     images = sum(shard["images"] for shard in shards)
     rows = [_merged("raw captions", [shard["raw"] for shard in shards])]
@@ -126,12 +108,7 @@ def _mean(counts: Mapping[int, int]) -> float | None:
 
 
 def statistics_table(statistics: Mapping[str, Any]) -> str:
-    """
-    The LoTLIP paper's table 6 of a data set, in Markdown.
-
-    Args:
-        statistics: What [`merge_statistics`] returned.
-    """
+    """The LoTLIP paper's table 6 of a data set, in Markdown, of what [`merge_statistics`] returned."""
     lines = ["| captions | images | texts | mean sub-captions | mean tokens |", "| --- | --- | --- | --- | --- |"]
     for row in statistics["captions"]:
         means = ("-" if row[f"mean_{what}"] is None else f"{row[f'mean_{what}']:.2f}" for what in COUNTED[::-1])
@@ -140,18 +117,7 @@ def statistics_table(statistics: Mapping[str, Any]) -> str:
 
 
 def write_card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Sequence[Sequence[str]]) -> None:
-    """
-    Writes `README.md`, `histograms.png` and `statistics.json` in the folder of the data set.
-
-    Args:
-        config: The options of the run.
-        statistics: What [`merge_statistics`] returned.
-        revisions: Those of each captioner, as far as they are known.
-
-    Raises:
-        ImportError: without matplotlib.
-        OSError: if they cannot be written.
-    """
+    """Writes `README.md`, `histograms.png` and `statistics.json` in the folder of the data set."""
     folder = Path(config.output)
     write_json(folder / STATISTICS, statistics)
     _draw_histograms(statistics, folder / HISTOGRAMS)

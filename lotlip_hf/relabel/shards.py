@@ -195,16 +195,8 @@ def is_done(config: RelabelConfig, name: str, records: list[dict[str, Any]] | No
 
 def write_shard(file: BinaryIO, rows: Iterable[Mapping[str, Any]], format: str, name: str) -> None:
     """
-    Writes a shard; the same rows make the same bytes.
-
-    Args:
-        file: What to write to.
-        rows: Records with the columns of `FEATURES`; `image` is a dictionary of `bytes` and `path`.
-        format: `"parquet"`, or `"webdataset"`: a tar of image files, each with a JSON of the other columns.
-        name: What the samples' keys in a tar begin with.
-
-    Raises:
-        OSError: if it cannot be written.
+    Writes records with the columns of `FEATURES` as Parquet or as a tar of image files, each with a JSON of the other
+    columns; the same rows make the same bytes.
     """
     if format == "parquet":
         with pq.ParquetWriter(file, FEATURES.arrow_schema) as writer:

@@ -218,7 +218,6 @@ class EndpointCaptioner:
         return Answer("", error=f"no answer: {self._safe(cause.reason)}")
 
     async def _probe(self, settings: Mapping[str, Any]) -> _Failure | None:
-        """What the request fails with, with a grey picture."""
         client = self._client.with_options(max_retries=PROBE_RETRIES)
         try:
             await self._ask(client, _data_url(Image.new("RGB", (224, 224), "grey"), 224), settings, 0)
@@ -269,7 +268,6 @@ class EndpointCaptioner:
 
 
 def _refused(response: httpx.Response) -> _Failure:
-    """The failure that a response without an answer stands for."""
     status = response.status_code
     if status < 400:
         new = without_secrets(urljoin(str(response.url), response.headers.get("Location", "")))

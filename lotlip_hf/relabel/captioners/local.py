@@ -89,15 +89,7 @@ class LocalCaptioner:
 
     def answer(self, images: Sequence[Image.Image], settings: Mapping[str, Any], seeds: Sequence[int]) -> list[Answer]:
         """
-        Describes images, all at once. The same arguments get the same answers, whatever was asked before.
-
-        Args:
-            images (`Sequence[Image.Image]`): RGB images.
-            settings (`Mapping[str, Any]`): as `CaptionerConfig.settings` gives them.
-            seeds (`Sequence[int]`): one of each image; what is drawn for an image depends on all of them.
-
-        Returns:
-            `list[Answer]`: one of each image; `finished` is `False` where no end was generated in `max_new_tokens`.
+        Describes images, all at once, as [`Captioner`] says; what is drawn for an image depends on all the seeds.
 
         Raises:
             ArithmeticError, LookupError, TypeError, ValueError:
