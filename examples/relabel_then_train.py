@@ -314,9 +314,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--captioner-steps", type=int, default=1500, help="steps of the captioner's training")
     parser.add_argument("--train-steps", type=int, default=500, help="steps of either training of LoTLIP")
     arguments = parser.parse_args(argv)
-    for name, value in vars(arguments).items():
-        if name != "output" and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
     logging.disable_progress_bar()  # of loading and saving weights; ours stay
     torch.set_num_threads(1)  # models so small gain little from more, and lose much where cores are busy
     folders = [arguments.output / name for name in ("pictures", "captioner", "data", "run-long", "run-short")]

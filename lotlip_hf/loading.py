@@ -113,7 +113,13 @@ def load_model(
 
 
 def load_strict(
-    model_class: Any, path: str | os.PathLike, *, allow_unexpected: bool = False, subfolder: str = "", **kwargs: Any
+    model_class: Any,
+    path: str | os.PathLike,
+    *,
+    allow_unexpected: bool = False,
+    allow_missing: str | None = None,
+    subfolder: str = "",
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """
     Loads a model whose weights are all in the checkpoint, with none left over.
@@ -123,6 +129,7 @@ def load_strict(
         path (`str` or `os.PathLike`): a checkpoint folder or a Hub id.
         allow_unexpected (`bool`, *optional*, defaults to `False`):
             Whether the checkpoint may hold more, as a whole model does of which one tower is loaded.
+        allow_missing (`str`, *optional*): weights with this in their names may be missing.
         subfolder (`str`, *optional*): folder of the model in the checkpoint.
         kwargs: passed to `from_pretrained`.
 
@@ -149,6 +156,8 @@ def load_strict(
     problems = []
     for kind, keys in info.items():
         names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
+        if kind == "missing_keys" and allow_missing:
+            names = [name for name in names if allow_missing not in name]
         if names and not (allow_unexpected and kind == "unexpected_keys"):
             more = ", ..." if len(names) > 5 else ""
             problems.append(f"{len(names)} {PROBLEMS.get(kind, kind)}: {', '.join(map(printable, names[:5]))}{more}")

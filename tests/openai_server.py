@@ -40,7 +40,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -117,29 +117,20 @@ def read_request(body: Any) -> tuple[Image.Image, str]:
         **{"seed": int, "repetition_penalty": (int, float), "stream": bool, "max_completion_tokens": int},
         **{"chat_template_kwargs": dict, "top_k": int},
     }
-    if not isinstance(body, dict):
-        raise Malformed("the body is no object")
     for name, value in body.items():
-        if name not in options:
-            raise Malformed(f"unknown option {name}")
-        if not isinstance(value, options[name]):
-            raise Malformed(f"{name} is of a wrong type")
-    if body.get("max_tokens", 1) < 1:
-        raise Malformed("max_tokens must be at least 1")
+        if name not in options or not isinstance(value, options[name]):
+            raise Malformed(f"{name} is unknown or of a wrong type")
     if not 0 <= body.get("temperature", 1) <= 2:
         raise Malformed("temperature must be from 0 to 2")
     try:
         [message] = body["messages"]
-        [*images] = [part["image_url"]["url"] for part in message["content"] if part["type"] == "image_url"]
-        [*texts] = [part["text"] for part in message["content"] if part["type"] == "text"]
-        if message["role"] != "user" or len(images) != 1 or len(texts) > 1 or len(message["content"]) > 2:
-            raise Malformed("expected one message of the user, with one image and one text at most")
-        kind, _, data = images[0].partition(",")
-        if kind != "data:image/jpeg;base64":
-            raise Malformed(f"expected a JPEG file as data: URL, got {kind}")
+        first, *texts = message["content"]
+        data = first["image_url"]["url"].removeprefix("data:image/jpeg;base64,")
+        assert message["role"] == "user"
+        assert len(texts) <= 1
         image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=["JPEG"])
-        return image.convert("RGB"), texts[0] if texts else ""
-    except (KeyError, TypeError, ValueError, OSError) as error:
+        return image.convert("RGB"), texts[0]["text"] if texts else ""
+    except (AssertionError, KeyError, TypeError, ValueError, OSError) as error:
         raise Malformed(f"{type(error).__name__}: {error}") from error
 
 
@@ -149,9 +140,9 @@ class OpenAIServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, fault: Fault | None, models: Sequence[str], api_key: str | None, seconds: float) -> None:
+    def __init__(self, fault: Fault | None, api_key: str | None, seconds: float) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.fault, self.models, self.api_key, self.seconds = fault, tuple(models), api_key, seconds
+        self.fault, self.api_key, self.seconds = fault, api_key, seconds
         self.lock = threading.Lock()
         self.requests: list[Request] = []
         self.malformed: list[str] = []
@@ -194,8 +185,6 @@ class OpenAIServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection; it is kept for further requests."""
-
     server: OpenAIServer
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # headers and body are two packets
@@ -214,7 +203,7 @@ class Handler(BaseHTTPRequestHandler):
             except (ValueError, Malformed) as error:
                 self.server.malformed.append(str(error))
                 return self.send_problem(400, str(error))
-            if body.get("model") not in self.server.models:
+            if body.get("model") != MODEL:
                 return self.send_problem(404, f"The model `{body.get('model')}` does not exist.")
             request = self.server.record(image, prompt, body, authorization)
             time.sleep(self.server.seconds)
@@ -300,7 +289,6 @@ class Handler(BaseHTTPRequestHandler):
 def openai_server(
     fault: Fault | None = None,
     *,
-    models: Sequence[str] = (MODEL,),
     api_key: str | None = None,
     seconds: float = 0.0,
 ) -> Iterator[OpenAIServer]:
@@ -308,14 +296,13 @@ def openai_server(
 
     Args:
         fault: what it does wrong, see above; called with the server's lock held, by one thread at a time.
-        models: the names of its models.
         api_key: what it wants as `Authorization: Bearer ...`; None for no matter what.
         seconds: how long it takes for each answer.
 
     Raises:
         AssertionError: at the end, if a request could not be carried out because of a defect of this server.
     """
-    server = OpenAIServer(fault, models, api_key, seconds)
+    server = OpenAIServer(fault, api_key, seconds)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:

@@ -1,7 +1,6 @@
 """Tiny random captioning models of transformers' own classes, in folders with processors, shared by the tests."""
 
 import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -91,12 +90,7 @@ def tokenizer(template: str = f"{BEGIN} $A", extra: tuple[str, ...] = (), **kwar
 
 def language_model(kind: str, vocabulary: PreTrainedTokenizerFast, positions: int = POSITIONS) -> PreTrainedConfig:
     """Configuration of OPT, T5 or Llama over a vocabulary of `tokenizer`."""
-    tokens = {
-        "vocab_size": len(vocabulary),
-        "pad_token_id": vocabulary.pad_token_id,
-        "bos_token_id": vocabulary.bos_token_id,
-        "eos_token_id": vocabulary.eos_token_id,
-    }
+    tokens: Any = token_ids(vocabulary)
     if kind == "opt":
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 37}
         return OPTConfig(
@@ -108,6 +102,16 @@ def language_model(kind: str, vocabulary: PreTrainedTokenizerFast, positions: in
     return LlamaConfig(
         **tokens, **SIZE, num_key_value_heads=4, max_position_embeddings=positions, tie_word_embeddings=False
     )
+
+
+def qformer(words: PreTrainedTokenizerFast) -> dict[str, int]:
+    size = {"encoder_hidden_size": SIZE["hidden_size"], "max_position_embeddings": POSITIONS}
+    return {**SIZE, **size, "vocab_size": len(words), "cross_attention_frequency": 1}
+
+
+def token_ids(words: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {"vocab_size": len(words), **{name: getattr(words, name) for name in names}}
 
 
 def _save(
@@ -135,14 +139,12 @@ def save_blip(folder: str | Path, seed: int = 0) -> PreTrainedModel:
     config = BlipConfig(
         text_config={
             **SIZE,
-            "vocab_size": len(words),
+            **token_ids(words),
             "encoder_hidden_size": SIZE["hidden_size"],
             "projection_dim": 32,
             "max_position_embeddings": POSITIONS,
-            "bos_token_id": words.bos_token_id,
             "eos_token_id": words.pad_token_id,  # of no use: BLIP ends with the next one
             "sep_token_id": words.eos_token_id,
-            "pad_token_id": words.pad_token_id,
             "tie_word_embeddings": False,
         },
         vision_config={**SIZE, **IMAGE_SIZE, "projection_dim": 32},
@@ -159,13 +161,7 @@ def save_blip2(folder: str | Path, seed: int = 0, kind: str = "opt", positions: 
     words = tokenizer(f"{BEGIN} $A" if kind == "opt" else f"$A {END}", extra=(IMAGE,))
     config = Blip2Config(
         vision_config={**SIZE, **IMAGE_SIZE},
-        qformer_config={
-            **SIZE,
-            "vocab_size": len(words),
-            "encoder_hidden_size": SIZE["hidden_size"],
-            "max_position_embeddings": POSITIONS,
-            "cross_attention_frequency": 1,
-        },
+        qformer_config=qformer(words),
         text_config=language_model(kind, words, positions).to_dict(),
         num_query_tokens=4,
         image_token_index=words.convert_tokens_to_ids(IMAGE),
@@ -181,13 +177,7 @@ def save_instructblip(folder: str | Path, seed: int = 0, kind: str = "llama") ->
     qformer_words = tokenizer(f"{BEGIN} $A {END}")
     config = InstructBlipConfig(
         vision_config={**SIZE, **IMAGE_SIZE},
-        qformer_config={
-            **SIZE,
-            "vocab_size": len(qformer_words),
-            "encoder_hidden_size": SIZE["hidden_size"],
-            "max_position_embeddings": POSITIONS,
-            "cross_attention_frequency": 1,
-        },
+        qformer_config=qformer(qformer_words),
         text_config=language_model(kind, words).to_dict(),
         num_query_tokens=4,
         image_token_index=words.convert_tokens_to_ids(IMAGE),
@@ -243,13 +233,7 @@ def save_git(folder: str | Path, seed: int = 0) -> PreTrainedModel:
     """GIT: its tokenizer ends a prompt with the token that also ends an answer."""
     words = tokenizer(f"{BEGIN} $A {END}")
     config = GitConfig(
-        **SIZE,
-        vision_config={**SIZE, **IMAGE_SIZE},
-        vocab_size=len(words),
-        max_position_embeddings=POSITIONS,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
+        **SIZE, **token_ids(words), vision_config={**SIZE, **IMAGE_SIZE}, max_position_embeddings=POSITIONS
     )
     processor = GitProcessor(CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SQUARE), words)
     return _save(GitForCausalLM(config), processor, words, folder, seed)
@@ -278,15 +262,6 @@ def save_vit_gpt2(folder: str | Path, seed: int = 0, positions: int = POSITIONS)
     return _save(model, words, words, folder, seed)
 
 
-BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
-    "blip": save_blip,
-    "blip2": save_blip2,
-    "instructblip": save_instructblip,
-    "llava": save_llava,
-    "idefics3": save_idefics3,
-    "git": save_git,
-    "vit_gpt2": save_vit_gpt2,
-}
 # Those that caption without a prompt alone
 NO_PROMPT = ("vit_gpt2",)
 

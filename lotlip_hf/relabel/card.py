@@ -34,19 +34,13 @@ def shard_statistics(
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
     """
-    Counts of a shard, which add up over shards.
-
-    Args:
-        details: Of each image that was read, what the column `captions` says (`shards.FEATURES`).
-        images: How many of these are in the shard: some may have no caption at all.
-        raw_captions: Those of the images in the shard that have one.
-        config: The options of the run.
-        tokenizer: What counts the tokens of the raw captions.
-
-    Returns:
-        `images`; `raw`, counts of the raw captions; and `captioners`, one's counts each.
+    Counts of a shard, which add up over shards: `images`, `raw`, and `captioners`. `details` is what the column
+    `captions` says of each image that was read; `images` of them are in the shard, the others have no caption at all.
     """
-    raw = Counter(_length(tokenizer, text) for text in raw_captions), Counter(map(_sentences, raw_captions))
+    raw = {
+        "tokens": Counter(num_tokens(tokenizer, text) for text in raw_captions),
+        "sub_captions": Counter(len(split_sentences(text)) for text in raw_captions),
+    }
     captioners = []
     for number in range(len(config.captioners)):
         captions = [one[number] for one in details]
@@ -72,22 +66,13 @@ def shard_statistics(
                 ),
             }
         )
-    return {"images": images, "raw": dict(zip(COUNTED, raw, strict=True)), "captioners": captioners}
+    return {"images": images, "raw": raw, "captioners": captioners}
 
 
 def merge_statistics(config: RelabelConfig, shards: Sequence[Mapping[str, Any]], num_skipped: int) -> dict[str, Any]:
     """
-    The counts of all shards as one, with what they come to.
-
-    Args:
-        config: The options of the run.
-        shards: What [`shard_statistics`] returned, or the same read back from JSON.
-        num_skipped: Records that are in no shard.
-
-    Returns:
-        `images`, `skipped`; and `captions`, a list with the raw captions, those of each captioner and all long ones
-        together: `name`, `texts`, `mean_sub_captions`, `mean_tokens`, and the histograms `sub_captions` and `tokens`;
-        of a captioner also `dropped`, `asked_again`, and by reason `marked`, `dropped_for` and `mended`.
+    The counts of all shards as one, with what they come to: `images`, `skipped`; and `captions`, a list with the raw
+    captions, those of each captioner and all long ones together.
     """
     images = sum(shard["images"] for shard in shards)
     rows = [_merged("raw captions", [shard["raw"] for shard in shards])]
@@ -123,12 +108,7 @@ def _mean(counts: Mapping[int, int]) -> float | None:
 
 
 def statistics_table(statistics: Mapping[str, Any]) -> str:
-    """
-    The LoTLIP paper's table 6 of a data set, in Markdown.
-
-    Args:
-        statistics: What [`merge_statistics`] returned.
-    """
+    """The LoTLIP paper's table 6 of a data set, in Markdown, of what [`merge_statistics`] returned."""
     lines = ["| captions | images | texts | mean sub-captions | mean tokens |", "| --- | --- | --- | --- | --- |"]
     for row in statistics["captions"]:
         means = ("-" if row[f"mean_{what}"] is None else f"{row[f'mean_{what}']:.2f}" for what in COUNTED[::-1])
@@ -137,18 +117,7 @@ def statistics_table(statistics: Mapping[str, Any]) -> str:
 
 
 def write_card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Sequence[Sequence[str]]) -> None:
-    """
-    Writes `README.md`, `histograms.png` and `statistics.json` in the folder of the data set.
-
-    Args:
-        config: The options of the run.
-        statistics: What [`merge_statistics`] returned.
-        revisions: Those of each captioner, as far as they are known.
-
-    Raises:
-        ImportError: without matplotlib.
-        OSError: if they cannot be written.
-    """
+    """Writes `README.md`, `histograms.png` and `statistics.json` in the folder of the data set."""
     folder = Path(config.output)
     write_json(folder / STATISTICS, statistics)
     _draw_histograms(statistics, folder / HISTOGRAMS)
@@ -287,12 +256,9 @@ def _draw_histograms(statistics: Mapping[str, Any], file: Path) -> None:
     save(picture, file)
 
 
-def _length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+def num_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Tokens of a text, without special ones."""
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _sentences(text: str) -> int:
-    return len(split_sentences(text))
 
 
 def _cell(text: str) -> str:
@@ -302,5 +268,4 @@ def _cell(text: str) -> str:
 
 def _code(text: str) -> str:
     """A text as code in Markdown, in a table too."""
-    text = printable(text).replace("`", "'").replace("|", "\\|")
-    return f"`{text}`"
+    return "`{}`".format(printable(text).replace("`", "'").replace("|", "\\|"))

@@ -8,7 +8,7 @@ and a sentence that broke off.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..modeling.sentences_lotlip import (
@@ -19,6 +19,7 @@ from ..modeling.sentences_lotlip import (
     find_sentences,
     next_character,
 )
+from ..options import check, option
 
 # In the order in which they are reported; with each what a data set card says of it.
 REASONS = {
@@ -110,40 +111,21 @@ class QualityRules:
     A word is a word between spaces or punctuation; of scripts without spaces (Chinese, Thai) two characters count as
     one.
 
-    Args:
-        min_words (`int`, *optional*, defaults to 10): a caption with fewer is too short; 0 for none.
-        loop_repeats (`int`, *optional*, defaults to 3): how often, one right after the other, makes a loop ...
-        loop_words (`int`, *optional*, defaults to 8):
-            ... of as many words in all, at least: one word eight times, two words four times, three words three
-            times. As many of the same character in a row are a loop, too.
-        repeat_words (`int`, *optional*, defaults to 3): sentences with fewer words may stand in a caption twice.
-        prompt_share (`float`, *optional*, defaults to 0.5):
-            The share of the caption's words, above 0, that the prompt may not make up. Only three words or more in
-            the prompt's order count.
-        max_characters (`int`, *optional*, defaults to 10000):
-            An answer with more is too long, and is not looked at any further.
-
     Raises:
         ValueError: if an option is out of range.
     """
 
-    min_words: int = 10
-    loop_repeats: int = 3
-    loop_words: int = 8
-    repeat_words: int = 3
-    prompt_share: float = 0.5
-    max_characters: int = 10_000
+    min_words: int = option("a caption with fewer is too short; 0 for none", 10, at_least=0)
+    loop_repeats: int = option("how often, one right after the other, makes a loop", 3, at_least=2)
+    # One word eight times, two words four times, three words three times; the same character as often, too.
+    loop_words: int = option("of as many words in all, at least", 8, at_least=2)
+    repeat_words: int = option("sentences with fewer words may stand in a caption twice", 3, at_least=1)
+    # Only three words or more in the prompt's order count.
+    prompt_share: float = option("share of a caption's words that the prompt may not make up", 0.5, above=0, at_most=1)
+    max_characters: int = option("an answer with more is too long, and not looked at further", 10_000, at_least=1)
 
     def __post_init__(self) -> None:
-        smallest = {"min_words": 0, "loop_repeats": 2, "loop_words": 2, "repeat_words": 1, "max_characters": 1}
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name in smallest:
-                if type(value) is not int or value < smallest[option.name]:
-                    least = smallest[option.name]
-                    raise ValueError(f"`{option.name}` must be a whole number from {least}, got {value!r}.")
-            elif type(value) not in (int, float) or not 0 < value <= 1:
-                raise ValueError(f"`{option.name}` must be above 0 and at most 1, got {value!r}.")
+        check(self)
 
 
 class Judgement(NamedTuple):
@@ -187,20 +169,17 @@ def judge(
     if not HAS_WORD.search(text):
         return Judgement("", ("empty",))
     words = _split_words(text)
-    found = set()
-    if _is_refusal(text):
-        found.add("refusal")
-    if _is_copied(text, words, prompt, rules):
-        found.add("copied_prompt")
-    if _has_loop(text, words, rules):
-        found.add("loop")
-    if _has_repeated_sentence(text, rules):
-        found.add("repeated_sentence")
+    checks = {
+        "refusal": _is_refusal(text),
+        "copied_prompt": _is_copied(text, words, prompt, rules),
+        "loop": _has_loop(text, words, rules),
+        "repeated_sentence": _has_repeated_sentence(text, rules),
+    }
+    found = {reason for reason, is_so in checks.items() if is_so}
     if finished is False or (finished is None and _breaks_off(text)):
         found.add("cut_off")
         text = _trim(text)
-        words = _split_words(text)
-    if _count_words(words) < rules.min_words:
+    if _count_words(_split_words(text)) < rules.min_words:
         found.add("too_short")
     return Judgement(text, tuple(reason for reason in REASONS if reason in found))
 
@@ -270,12 +249,8 @@ def _breaks_off(text: str) -> bool:
 
 def _ending(text: str) -> tuple[str, str]:
     """The last word, and what stands behind it."""
-    end = len(text)
-    while end and not text[end - 1].isalnum():
-        end -= 1
-    start = end
-    while start and text[start - 1].isalnum():
-        start -= 1
+    end = next((end for end in range(len(text), 0, -1) if text[end - 1].isalnum()), 0)
+    start = next((start for start in range(end, 0, -1) if not text[start - 1].isalnum()), 0)
     return text[start:end], text[end:]
 
 
@@ -304,23 +279,17 @@ def _has_loop(text: str, words: Sequence[str], rules: QualityRules) -> bool:
     if re.search(rf"(\S)(?:\s*\1){{{rules.loop_words - 1}}}", text):
         return True
     length = 4 * rules.loop_words
-    for run in re.finditer(rf"\S{{{length},}}", text):
-        if _repeats(run[0], rules.loop_repeats, length, LONGEST_CHARACTER_GROUP):
-            return True
-    return _repeats(words, rules.loop_repeats, rules.loop_words)
+    return _repeats(words, rules.loop_repeats, rules.loop_words) or any(
+        _repeats(run[0], rules.loop_repeats, length, LONGEST_CHARACTER_GROUP)
+        for run in re.finditer(rf"\S{{{length},}}", text)
+    )
 
 
 def _has_repeated_sentence(text: str, rules: QualityRules) -> bool:
     """Whether a sentence stands in the text twice, whatever its case, white space and punctuation."""
-    seen = set()
-    for sentence in find_sentences(text):
-        words = tuple(_split_words(text[sentence.start : sentence.end]))
-        if _count_words(words) < rules.repeat_words:
-            continue
-        if words in seen:
-            return True
-        seen.add(words)
-    return False
+    sentences = (tuple(_split_words(text[sentence.start : sentence.end])) for sentence in find_sentences(text))
+    long = [words for words in sentences if _count_words(words) >= rules.repeat_words]
+    return len(set(long)) < len(long)
 
 
 def _is_refusal(text: str) -> bool:
@@ -347,12 +316,7 @@ def _is_copied(text: str, words: Sequence[str], prompt: str, rules: QualityRules
 
 
 def _starts_with(text: str, prompt: str) -> bool:
-    """
-    Whether the text starts with the prompt's words as a sentence of its own.
-
-    A prompt without an end mark may be the beginning of the caption ("a photo of"): it is copied only where the text
-    does not go on in the same sentence.
-    """
+    """Whether the text starts with the prompt's words as a sentence of its own; "a photo of" may just be its start."""
     asked = WORDS.findall(prompt.casefold())
     words = list(zip(range(len(asked)), WORDS.finditer(text), strict=False))
     if len(words) < len(asked) or any(word[0].casefold() != asked[index] for index, word in words):

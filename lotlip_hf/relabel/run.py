@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data.mappings import ColumnError
 from ..data.records import load_records
-from ..files import PARTIAL, OutsideError, is_own_file, printable, replacing
+from ..files import PARTIAL, OutsideError, check_output, is_own_file, printable, replacing
 from ..images import find_images
 from ..plots import check_plot
 from .captioners.base import Captioner, CaptionerConfig
@@ -191,9 +191,8 @@ def _open_records(config: RelabelConfig) -> Records:
             max_record_bytes=config.max_record_bytes,
         )
     except FileNotFoundError:
-        if not os.path.isdir(config.data):
-            raise
-        images, unreadable = find_images(config.data, root=config.image_root)
+        is_folder = os.path.isdir(config.data)
+        images, unreadable = find_images(config.data, root=config.image_root) if is_folder else ([], {})
         if not images and not unreadable:
             raise
         empty = {"short_caption": None, "long_captions": []}
@@ -230,10 +229,8 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def _check_folders(config: RelabelConfig) -> None:
     output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"{output}: a file, not a folder to write.")
-    if output.is_dir() and any(output.iterdir()) and not (output / HIDDEN).is_dir():
-        raise FileExistsError(f"{output}: holds something else already; choose another --output.")
+    if not (output / HIDDEN).is_dir():
+        check_output(output, folder=True)
     if os.path.isdir(config.data) and output.resolve().is_relative_to(Path(config.data).resolve()):
         raise ValueError(
             f"{output}: lies in {config.data}, whose images it would be read with; choose another --output."
@@ -241,16 +238,14 @@ def _check_folders(config: RelabelConfig) -> None:
     for option, folder in (("--image-folder", config.image_folder), ("--image-root", config.image_root)):
         if folder is not None and not os.path.isdir(folder):
             raise NotADirectoryError(f"{option} {folder}: no such folder.")
-    _check_links(output)
-
-
-def _check_links(output: Path) -> None:
-    """Refuses an output folder that leads elsewhere: journals and locks are opened for writing as they are found."""
-    for folder in (output / HIDDEN, output / "data"):
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise OutsideError(f"{folder}: not a folder of its own, as a run makes it; choose another --output.")
-        for path in folder.glob("*"):
-            if path.is_symlink() or not path.is_file() or (folder.name == HIDDEN and not is_own_file(path)):
-                raise OutsideError(
-                    f"{printable(path)}: a link or no regular file, as no run leaves it; choose another --output."
-                )
+    # Journals and locks are opened for writing as they are found.
+    folders = [path for path in (output / HIDDEN, output / "data") if path.exists() or path.is_symlink()]
+    strange = [path for path in folders if path.is_symlink() or not path.is_dir()]
+    strange += [
+        path
+        for folder in folders
+        for path in folder.glob("*")
+        if path.is_symlink() or not path.is_file() or (folder.name == HIDDEN and not is_own_file(path))
+    ]
+    if strange:
+        raise OutsideError(f"{printable(strange[0])}: a link, or not as a run leaves it; choose another --output.")

@@ -18,7 +18,7 @@ from ..data.sampling import split_sentences
 from ..files import replacing, write_json
 from ..images import ImageError, image_extensions, image_source, readable_formats
 from .captioners.base import CaptionerConfig, published_name
-from .card import COUNTED, shard_statistics
+from .card import COUNTED, num_tokens, shard_statistics
 from .chunks import Chunk, journal_path, open_journal, shard_path, sidecar_path
 from .config import RelabelConfig
 from .journal import NONE, DamagedError, changed, read_json
@@ -81,7 +81,8 @@ def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer
     def rows() -> Iterator[dict[str, Any]]:
         for record, *captions in zip(chunk.records, *(journal.captions() for journal in journals), strict=True):
             texts = [caption.get("text", "") for caption in captions]
-            raw_caption = _raw_caption(record["short_caption"])
+            raw_caption = record["short_caption"]
+            raw_caption = writable(raw_caption) if isinstance(raw_caption, str) and raw_caption.strip() else ""
             sentences = (sentence for text in texts for sentence in split_sentences(text))
             short_caption = raw_caption or next(sentences, "")
             reason = next((caption["skip"] for caption in captions if "skip" in caption), None)
@@ -137,7 +138,7 @@ def _describe(
         "prompt": options.prompt,
         "settings": options.published_settings(caption["attempts"] - 1),
         "attempts": caption["attempts"],
-        "tokens": len(tokenizer(caption["text"], add_special_tokens=False, verbose=False)["input_ids"]),
+        "tokens": num_tokens(tokenizer, caption["text"]),
         "sub_captions": len(split_sentences(caption["text"])),
         "reasons": caption["reasons"],
         "earlier_reasons": caption["earlier_reasons"],
@@ -164,11 +165,6 @@ def _image(
     if any(caption["image"] != digest(content) for caption in captions):
         return f"{as_text(name)}: has changed since it was captioned"
     return {"bytes": content, "path": os.path.basename(path)}
-
-
-def _raw_caption(caption: Any) -> str:
-    """The raw caption, as it can be written."""
-    return writable(caption) if isinstance(caption, str) and caption.strip() else ""
 
 
 def read_sidecar(config: RelabelConfig, name: str) -> dict[str, Any]:
@@ -199,16 +195,8 @@ def is_done(config: RelabelConfig, name: str, records: list[dict[str, Any]] | No
 
 def write_shard(file: BinaryIO, rows: Iterable[Mapping[str, Any]], format: str, name: str) -> None:
     """
-    Writes a shard; the same rows make the same bytes.
-
-    Args:
-        file: What to write to.
-        rows: Records with the columns of `FEATURES`; `image` is a dictionary of `bytes` and `path`.
-        format: `"parquet"`, or `"webdataset"`: a tar of image files, each with a JSON of the other columns.
-        name: What the samples' keys in a tar begin with.
-
-    Raises:
-        OSError: if it cannot be written.
+    Writes records with the columns of `FEATURES` as Parquet or as a tar of image files, each with a JSON of the other
+    columns; the same rows make the same bytes.
     """
     if format == "parquet":
         with pq.ParquetWriter(file, FEATURES.arrow_schema) as writer:

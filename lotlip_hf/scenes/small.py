@@ -63,9 +63,6 @@ def small_model(
     Returns:
         The model, in evaluation mode, and its processor.
 
-    Raises:
-        ValueError: if an argument is out of range.
-
     Example:
 
     ```python
@@ -76,14 +73,6 @@ def small_model(
     ['a', 'large', 'red', 'star']
     ```
     """
-    if num_corner_tokens < 0:
-        raise ValueError(f"`num_corner_tokens` must be 0 or more, got {num_corner_tokens}.")
-    if max_text_length < 3:
-        raise ValueError(f"`max_text_length` must be at least 3, for [CLS], a word and [SEP], got {max_text_length}.")
-    if hidden_size < 4 or hidden_size % 4:
-        raise ValueError(f"`hidden_size` must be a multiple of 4, the number of heads, got {hidden_size}.")
-    if num_hidden_layers < 1:
-        raise ValueError(f"`num_hidden_layers` must be at least 1, got {num_hidden_layers}.")
     tokenizer = LoTLIPTokenizer(
         vocab={token: number for number, token in enumerate(_vocabulary())},
         model_max_length=max_text_length,

@@ -11,7 +11,6 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from lotlip_hf import LoTLIPModel
@@ -55,16 +54,6 @@ def test_descriptions_are_true_and_name_everything(example: ModuleType) -> None:
     half = [f"{text} {other}" for text, other in zip(descriptions, others, strict=True)]
     assert 0.4 < example.true_share(scenes, half) < 0.6
     assert any(example.description(one, 1) != text for one, text in zip(scenes, descriptions, strict=True))
-
-
-def test_pictures_come_with_short_captions_alone(example: ModuleType, tmp_path: Path) -> None:
-    scenes = [scene(index) for index in range(3)]
-    example.save_pictures(scenes, tmp_path / "pictures")
-    rows = [json.loads(line) for line in (tmp_path / "pictures" / "metadata.jsonl").read_text().splitlines()]
-    for one, row in zip(scenes, rows, strict=True):
-        assert row == {"file_name": f"{one.id}.png", "id": one.id, "short_caption": short_caption(one)}
-        with Image.open(tmp_path / "pictures" / row["file_name"]) as picture:
-            assert picture.tobytes() == render(one, 64).tobytes()
 
 
 def test_the_captioner_learns_and_is_saved_as_it_was_trained(example: ModuleType, tmp_path: Path) -> None:
@@ -127,9 +116,3 @@ def test_it_relabels_trains_and_compares(
     assert losses["run-long"]["loss_long"] > 0
     assert not losses["run-short"].get("loss_long")
     assert all(math.isfinite(line["loss"]) for line in losses.values())
-
-
-def test_sizes_are_checked(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        example.main(["--output", str(tmp_path), "--captioner-steps", "0"])
-    assert "--captioner-steps must be at least 1, got 0." in capsys.readouterr().err

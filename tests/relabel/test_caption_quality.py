@@ -14,15 +14,10 @@ SCENE = "A woman in a red coat walks her dog along a quiet street."
 
 GOOD = {
     "plain": "A brown dog runs across a green lawn. A red ball lies in front of it. The sky above is blue.",
-    "one sentence without a full stop": "a man riding a wave on top of a surfboard in the ocean on a sunny day",
     "small letters": "a cat sleeps on the sofa. a lamp stands next to it. the wall behind it is painted green.",
     "instructblip list": (
         "The image features a kitchen with several objects:\n\n1. A white refrigerator\n2. A wooden table\n"
         "3. A bowl of fruit\n4. Two chairs"
-    ),
-    "list of sentences": (
-        "1. A red car is parked at the kerb.\n2. A blue bicycle leans against a lamp post.\n"
-        "3. Two people wait at the crossing."
     ),
     "list in one line": "1. A cup of coffee. 2. A croissant on a plate. 3. A folded newspaper. 4. A pair of glasses.",
     "list with repeated items": (
@@ -61,7 +56,6 @@ GOOD = {
         'A street sign says "Stop!" and a second one "No entry." Below them somebody wrote “Why?” in white paint. '
         "Nobody is around."
     ),
-    "names and addresses": "A van with www.example.com on its side is parked at No. 7. Its number is AB 1000000.",
     "repeated words": (
         "The tunnel is very, very long, and red, green, red, blue and red lamps hang from its ceiling. "
         "The sign reads Location, location, location!"
@@ -72,23 +66,13 @@ GOOD = {
     ),
     "song": "A banner reads ROW, ROW, ROW YOUR BOAT in green letters. Four children hold it up above their heads.",
     "scores": "The scoreboard shows 0 0 0 1 0 0 2 0 0 for the guests. The stands behind it are almost empty.",
-    "markdown": (
-        "**Setting:** a beach at dusk, with long shadows.\n\n**People:** two surfers carry their boards.\n\n"
-        "**Mood:** calm and warm."
-    ),
-    "dashes and dots": (
-        "A menu is pinned to the wall... It lists tea --- two kinds of it --- and cakes; the rest is torn off."
-    ),
     "french": (
         "Une femme âgée est assise sur un banc, à l'ombre d'un platane. À côté d'elle, un chien noir dort. "
         "Le ciel est d'un bleu profond."
     ),
-    "german": "Ein gelbes Haus steht am Fluss. Davor liegt ein Boot mit der Nr. 12. Am Ufer sitzen zwei Angler.",
     "chinese": "这张图片展示了一只橘色的猫坐在窗台上。窗外下着雨，街道上有几辆汽车。房间里的灯光很温暖。",
-    "japanese": "白い猫が赤いソファの上で眠っています。窓の外には山が見えます。机の上には本が三冊あります。",
     "korean": "갈색 개 한 마리가 푸른 잔디밭을 가로질러 뛰고 있다. 그 앞에는 빨간 공이 놓여 있다. 하늘은 맑고 푸르다.",
     "hindi": "एक भूरा कुत्ता हरे मैदान में दौड़ रहा है। उसके सामने एक लाल गेंद पड़ी है। आसमान नीला है।",
-    "russian": "Рыжая кошка сидит на подоконнике. За окном идёт дождь, и по улице едут машины. В комнате горит лампа.",
     "thai": "แมวสีส้มนั่งอยู่บนขอบหน้าต่าง ข้างนอกฝนกำลังตกและมีรถหลายคันจอดอยู่บนถนน",
     "arabic": "قطة برتقالية تجلس على حافة النافذة. في الخارج تمطر السماء، وهناك سيارات كثيرة في الشارع.",
 }
@@ -103,7 +87,7 @@ def test_good_captions_stay_as_they_are(name: str, finished: bool | None) -> Non
 def test_good_captions_end_where_they_are_cut_off_after_a_sentence() -> None:
     # Only that nobody ended the answer is held against these: their last sentence is whole, and ends with a word.
     whole = [caption for caption in GOOD.values() if re.search(r"\w\w[.!。]$", caption) and "000." not in caption]
-    assert len(whole) > 20
+    assert len(whole) > 10
     for caption in whole:
         assert judge(caption, PROMPT, finished=False) == Judgement(caption, ("cut_off",))
 
@@ -111,31 +95,21 @@ def test_good_captions_end_where_they_are_cut_off_after_a_sentence() -> None:
 BAD: dict[str, list[str]] = {
     "empty": [
         "",
-        " \n",
         "...",
-        "</s>",
         " </s></s>\n",
-        "<|im_end|>",
-        "!!!!!!!!!!!!!!!!!!!!",
-        "。",
-        "__",
         "- - -",
         "😀😀",
     ],
     "refusal": [
         "I'm sorry, but I can't help with that request, because it asks for people in the picture.",
         "I’m sorry, but I can’t assist with identifying the people who are shown in this photograph.",
-        "Sorry, I cannot describe this picture, for it goes against the rules that I was given.",
-        "I am very sorry. I am unable to view images, but I would gladly talk about something else.",
         "I apologize, but I do not have the ability to see the image that you are talking about.",
         "My apologies, but I must decline to describe this image of a person in any more detail than this.",
         "I cannot see the image, so there is nothing that I could tell you about what it may show.",
         "I don't see any image attached to your message, so please send it once more and I will look.",
-        "I can't actually see or view images, being a program that reads and writes nothing but text.",
         "As an AI language model, I can only read text and have no way to look at pictures like this one.",
         "As an artificial intelligence, I do not look at pictures the way that people do when they see.",
         "Hello! I'm an AI assistant and have no eyes to look at the picture that you are asking about.",
-        "I'm just a language model, and looking at things is none of the few skills that I have.",
         "Unfortunately, I am not able to process this image at the moment for reasons that are not known.",
         "Unable to view the image at this time, so there is no description that could be given of it.",
         "It seems that there is no image attached. Could you please upload the image again so that I can help?",
@@ -144,33 +118,26 @@ BAD: dict[str, list[str]] = {
         "I'm sorry, but I can't identify people. However, the image shows a man in a suit on a stage.",
         "Sorry for any confusion, but there is no image here that I could tell you anything at all about.",
         "I'm afraid I won't be able to describe this image, since it may show something that is private.",
-        "My apologies, but no image was attached to your request, so there is nothing to be described.",
         "Since I am an AI language model, I cannot look at pictures, but I would like to hear about it.",
         "很抱歉，我无法查看图片，因此不能为您描述其中的内容。请您用文字告诉我图片里有什么。",
     ],
     "copied_prompt": [
         "Describe the image in detail.",
-        "describe the image in detail",
         "Describe the image in detail. " + GOOD["plain"],
         "Describe the image in detail: a brown dog runs across a green lawn, and a ball lies in front of it.",
         "Describe the image in detail\nA brown dog runs across a green lawn, and a ball lies in front of it.",
-        "USER: Describe the image in detail. ASSISTANT: describe the image in detail, please.",
-        "Please describe the image in detail.",
         "Q: Describe this image in detail. A: Describe the image in detail. Q: Describe the image in detail.",
     ],
     "loop": [
         "The street is full of cars. There is a red car, a red car, a red car, a red car, a red car, a red car.",
-        "a red car, a red car, a red car",
         f"{SCENE} The sky is blue blue blue blue blue blue blue blue blue blue blue blue",
         f"{SCENE}" + "!" * 40,
-        f"{SCENE} " + "z" * 40,
         f"{SCENE} " + ". " * 30 + "end",
         f"{SCENE} " + "ha" * 30,
         "On a table lie a fork and a knife and a fork and a knife and a fork and a knife and then a spoon.",
         "1. a red car\n2. a red car\n3. a red car\n4. a red car\n5. a red car\n6. a red car",
         "Red, blue, red, blue, red, blue, red, blue, red, blue flags hang over the square in front of the church.",
         "图片中有一辆红色的车，一辆红色的车，一辆红色的车，一辆红色的车，停在路边，旁边站着三个人。",
-        " ".join(["the cat sat on the mat and looked at the dog that lay there"] * 5),
     ],
     "repeated_sentence": [
         "A dog runs on the lawn. The sky is blue. A dog runs on the lawn.",
@@ -182,8 +149,6 @@ BAD: dict[str, list[str]] = {
     ],
     "too_short": [
         "A cat.",
-        "a photo of a dog",
-        "Two people on a bench. It rains.",
         "1. A cat",
         "一只猫坐在窗台上。",
         "zzzz",
@@ -195,16 +160,10 @@ BAD: dict[str, list[str]] = {
 def test_what_is_wrong_is_found(reason: str, text: str) -> None:
     kept, reasons = judge(text, PROMPT, finished=True)
     assert reason in reasons
-    # What may come with it, and nothing else may.
-    companions = {
-        "refusal": set(),
-        "copied_prompt": {"too_short", "repeated_sentence"},
-        "loop": {"too_short"},
-        "repeated_sentence": set(),
-        "too_short": set(),
-        "empty": set(),
-    }
-    assert set(reasons) <= companions[reason] | {reason} | ({"repeated_sentence"} if "1. a red car" in text else set())
+    companions = {"copied_prompt": {"too_short", "repeated_sentence"}, "loop": {"too_short"}}  # nothing else may come
+    assert set(reasons) <= companions.get(reason, set()) | {reason} | (
+        {"repeated_sentence"} if "1. a red car" in text else set()
+    )
     assert kept == ("" if reason == "empty" else text.strip())
 
 
@@ -215,18 +174,13 @@ def test_what_is_wrong_is_found(reason: str, text: str) -> None:
         "A sign reads: I'm sorry, but I can't open before nine.",
         "I cannot see the face of the man, but he seems to wear a hat.",
         "I don't see any people in this picture.",
-        "I am an artist, says the shirt of the woman.",
         "I won't create waste is printed on the bag.",
-        "I don't have any access card, reads the note.",
         "There is no image on the television screen.",
         "It appears that no picture hangs on the wall.",
-        "It looks like you are at the beach.",
         "Please share the road, says the picture on the board.",
-        "Please do not feed the animals, reads a sign.",
         "As an assistant coach looks on, I see the players run.",
         "Unable to see over the wall, a boy in the picture stands on a box.",
         "Hello Kitty is in the picture: a pink bag.",
-        "Apologies is the title of the book.",
     ],
 )
 def test_what_reads_like_a_refusal_but_describes(text: str) -> None:
@@ -240,21 +194,16 @@ def test_what_reads_like_a_refusal_but_describes(text: str) -> None:
     ("text", "kept"),
     [
         (f"{SCENE} The leaves are yel", SCENE),
-        (f"{SCENE} The leaves are yellow", SCENE),
         (f"{SCENE} A sign names Dr. Miller and Mr", SCENE),
         (f"{SCENE} A sign names Dr.", SCENE),
         (f"{SCENE} The dog is about 3.5 feet away and 2.2", SCENE),
-        (f"{SCENE} The U.S. flag and the E.U. flag hang from", SCENE),
         (f'{SCENE} A sign says "Stop!" and the', SCENE),
-        (f"{SCENE} The poster names J. Smith and the", SCENE),
         (f"{SCENE} She lives at No. 12 in a house that", SCENE),
         (f'{SCENE} A sign says "Stop." The', f'{SCENE} A sign says "Stop."'),
         (f"{SCENE} It rains... The dog", f"{SCENE} It rains..."),
         (f"{SCENE} What is it? Nobody", f"{SCENE} What is it?"),
-        (f"{SCENE}\n\nThe le", SCENE),
         (f"{SCENE}\n\n1. The dog is brown.\n2.", f"{SCENE}\n\n1. The dog is brown."),
         (f"{SCENE}\n\n1. The dog is brown.\n2. The coat", f"{SCENE}\n\n1. The dog is brown."),
-        (f"{SCENE} It shows: 1. A dog. 2. A coat. 3.", f"{SCENE} It shows: 1. A dog. 2. A coat."),
         (f"{SCENE} It shows: 1. A dog. 2. A coat. 3. A", f"{SCENE} It shows: 1. A dog. 2. A coat."),
         ("一只橘色的猫坐在窗台上，看着窗外的大雨和行人。街上有", "一只橘色的猫坐在窗台上，看着窗外的大雨和行人。"),
         (
@@ -280,7 +229,6 @@ def test_cut_off_captions_end_with_their_last_whole_sentence(text: str, kept: st
         ),
         # What only announces the items that were lost goes with them.
         (f"{SCENE}\n\nObjects in the picture:\n1. A do", SCENE),
-        (f"{SCENE}\n\n**Objects in the picture:**\n- A do", SCENE),
         (f"{SCENE}\n## Objects\nA do", SCENE),
         # Lines that were only wrapped.
         (f"{SCENE} The dog is brown and\nlooks at the\ncame", SCENE),
@@ -309,11 +257,9 @@ def test_answers_that_reached_the_limit_of_tokens(text: str, kept: str) -> None:
     [
         SCENE,
         SCENE.removesuffix("."),
-        f"{SCENE} She wears a cap with the letter C.",
         f"{SCENE} She smiles…",
         f'{SCENE} The sign says "Mind the gap."',
         f"{SCENE} **It is a sunny day.**",
-        f"{SCENE} What a lovely day! 😀",
         f"{SCENE}\n- a red coat\n- a brown dog\n- a quiet street",
         'She says "Stop!" and walks on along the quiet street with her dog',
     ],
@@ -331,15 +277,9 @@ def test_a_caption_may_become_too_short_by_trimming() -> None:
 def test_a_loop_that_reached_the_limit_of_tokens() -> None:
     text = f"{SCENE} There is " + "a red car, " * 40 + "a red"
     assert judge(text, finished=False) == Judgement(SCENE, ("loop", "cut_off"))
-    text = "It shows " + "a red car, " * 40 + "a red"
-    assert judge(text, finished=False) == Judgement(text, ("loop", "cut_off"))
-    text = SCENE + " The car is red." * 20 + " The car"
-    assert judge(text, finished=False) == Judgement(
-        text.removesuffix(" The car"), ("loop", "repeated_sentence", "cut_off")
-    )
 
 
-@pytest.mark.parametrize("mark", ["</s>", "<|im_end|>", "<eos>", "<end_of_turn>", "<|endoftext|>\n</s> "])
+@pytest.mark.parametrize("mark", ["</s>", "<|im_end|>", "<|endoftext|>\n</s> "])
 def test_end_marks_are_dropped(mark: str) -> None:
     assert judge(f" {SCENE}{mark}", finished=True) == Judgement(SCENE, ())
     assert judge(f"{SCENE} {mark}\n{mark}{mark}") == Judgement(SCENE, ())
@@ -354,7 +294,6 @@ def test_end_marks_are_dropped(mark: str) -> None:
         ("...", GOOD["plain"]),
         # A prompt that the caption goes on from.
         ("a photo of", "a photo of a brown dog that runs across a green lawn towards a ball"),
-        ("The image shows", "The image shows a brown dog that runs across a green lawn towards a ball."),
         ("This picture shows a", "This picture shows a brown dog that runs across a green lawn towards a ball."),
         # Long prompts share words with any caption.
         (
@@ -409,12 +348,9 @@ def test_rules(text: str, reason: str, strict: dict[str, Any], lenient: dict[str
 @pytest.mark.parametrize(
     ("option", "values"),
     [
-        ("min_words", (-1, 2.5, "10")),
+        ("min_words", (-1, 2.5)),
         ("loop_repeats", (1,)),
-        ("loop_words", (True,)),
-        ("max_characters", (0,)),
-        ("repeat_words", (0,)),
-        ("prompt_share", (0, 1.5, float("nan"))),
+        ("prompt_share", (0, 1.5)),
     ],
 )
 def test_wrong_rules_are_refused(option: str, values: tuple[Any, ...]) -> None:

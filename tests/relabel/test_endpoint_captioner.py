@@ -11,14 +11,12 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from PIL import Image, ImageDraw
 from transformers import AutoProcessor
 
@@ -34,6 +32,7 @@ from openai_server import (
     openai_server,
     use_in_process,
 )
+from tiny_captioners import save_llava
 
 COLOURS = ("red", "green", "blue", "yellow", "brown", "violet", "white", "black")
 
@@ -71,10 +70,6 @@ def expected(image: Image.Image, prompt: str | None = None) -> Answer:
     return Answer(describe(as_sent(image), prompt, MODEL), finished=True)
 
 
-def except_probes(fault: str) -> Callable[[int, Image.Image, dict[str, Any]], str | None]:
-    return lambda number, image, body: None if is_probe(image) else fault
-
-
 def probes(server: OpenAIServer) -> int:
     return sum(request.size == (224, 224) for request in server.requests)
 
@@ -101,7 +96,7 @@ def test_an_image_is_described() -> None:
     assert not server.malformed
 
 
-@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/?key=word", "/v1/chat/completions"])
+@pytest.mark.parametrize("ending", ["", "/v1/?key=word", "/v1/chat/completions"])
 def test_the_address_may_end_as_people_write_it(ending: str) -> None:
     with openai_server() as server:
         one = captioner(server.url.removesuffix("/v1") + ending, prompt="")
@@ -132,7 +127,6 @@ def test_an_image_that_is_no_jpeg_is_an_error_of_its_own() -> None:
     ("size", "largest", "sent"),
     [
         ((4032, 3024), None, (672, 504)),
-        ((300, 900), 336, (112, 336)),
         ((20_000, 1), 100, (100, 1)),
         ((60, 40), 64, (60, 40)),
     ],
@@ -150,7 +144,6 @@ def test_large_images_are_sent_smaller(size: tuple[int, int], largest: int | Non
     ("names", "extra", "sent"),
     [
         ({"max_tokens": "max_completion_tokens"}, {}, {"max_completion_tokens": 256, "temperature": 0.0}),
-        ({"temperature": None}, {}, {"max_tokens": 256}),
         (
             {"max_tokens": None, "repetition_penalty": None},
             {"chat_template_kwargs": {"enable_thinking": False}, "top_k": 3},
@@ -200,8 +193,7 @@ def test_texts_are_found_in_what_servers_send(content: Any, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("reason", "finished"),
-    [("length", False), *((one, True) for one in ("stop", "eos_token", "end_turn", "stop_sequence"))]
-    + [("content_filter", None), (None, None), (7, None), ([], None)],
+    [("length", False), ("content_filter", None), (None, None)],
 )
 def test_the_server_says_whether_an_answer_is_finished(reason: Any, finished: bool | None) -> None:
     body = {"choices": [{"message": {"content": "A cat."}, "finish_reason": reason}]}
@@ -209,21 +201,14 @@ def test_the_server_says_whether_an_answer_is_finished(reason: Any, finished: bo
         assert ask(captioner(server), picture("red")) == Answer("A cat.", finished=finished)
 
 
-def test_an_answer_that_reaches_max_new_tokens_is_not_finished() -> None:
-    with openai_server() as server:
-        answer = ask(captioner(server, max_new_tokens=6), picture("red"))
-    assert answer == Answer(" ".join(expected(picture("red")).text.split(" ")[:6]), finished=False)
-
-
 # What fails for the moment
 
 PASSING = [
-    *("408", "429", "500", "503:0.01", "529", "cut", "cut-json", "html", "garbage", "reset", "late:8", "drip:0.05"),
-    *("body:", "body:[]", "body:null", 'body:"busy"', "body:{}", 'body:{"choices": []}', 'body:{"choices": {}}'),
-    *('body:{"choices": [null]}', 'body:{"choices": [{"message": "A cat."}]}', 'body:{"error": {"message": "busy"}}'),
+    *("429", "503:0.01", "cut", "cut-json", "html", "garbage", "reset", "late:8", "drip:0.05"),
+    *("body:", "body:[]", "body:null", 'body:{"choices": []}', 'body:{"choices": [null]}'),
+    *('body:{"choices": [{"message": "A cat."}]}', 'body:{"error": {"message": "busy"}}'),
     'body:{"choices": [{"message": {"content": "A"}, "finish_reason": "abort"}]}',
-    *("content:5", "content:{}", "content:[5]", "content:[{}]", 'content:[{"type": "text", "text": null}]'),
-    "body:" + "[" * 100_000,
+    *("content:5", "content:[5]", 'content:[{"type": "text", "text": null}]', "body:" + "[" * 100_000),
 ]
 
 
@@ -235,21 +220,10 @@ def test_a_request_that_fails_is_sent_again(fault: str) -> None:
     assert [request.fault for request in server.requests] == [fault, None]
 
 
-@pytest.mark.parametrize("body", ["[]", '"busy"', '{"errors": [1]}', '{"error": 5}', "<html>", "\\xff"])
-def test_an_error_may_come_with_any_body(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = b"\xff\x80" if body == "\\xff" else body.encode()
-    monkeypatch.setattr("openai_server.Handler.send_problem", lambda self, status, *_: self.send(status, data))
-    with openai_server(fault=each_image_first("500")) as server:
-        assert ask(captioner(server), picture("red")) == expected(picture("red"))
-    with openai_server(fault=lambda *_: "400") as server, pytest.raises(EndpointError, match="400"):
-        ask(captioner(server), picture("red"))
-    assert len(server.requests) == 2  # the image and the grey picture
-
-
 # Whose fault it is
 
 
-@pytest.mark.parametrize("fault", ["500", "reset", "cut", "html", "content:5"])
+@pytest.mark.parametrize("fault", ["500", "cut"])
 def test_one_image_that_is_never_answered_is_an_error_of_its_own(fault: str) -> None:
     images = [picture(colour) for colour in COLOURS]
     bad = digest(as_sent(images[2]))
@@ -267,7 +241,7 @@ def test_one_image_that_is_never_answered_is_an_error_of_its_own(fault: str) -> 
     assert answers == [expected(image) for image in images]
 
 
-@pytest.mark.parametrize("status", [400, 403, 413, 422])
+@pytest.mark.parametrize("status", [400, 403])
 def test_one_image_that_is_refused_is_not_sent_again(status: int) -> None:
     with openai_server(fault=lambda number, image, body: None if is_probe(image) else str(status)) as server:
         answer = ask(captioner(server), picture("red"))
@@ -279,12 +253,9 @@ def test_one_image_that_is_refused_is_not_sent_again(status: int) -> None:
 @pytest.mark.parametrize(
     ("fault", "options", "word", "requests"),
     [
-        *((str(status), {}, "'tiny'", 2) for status in (400, 413, 422)),  # the image and the grey picture
+        ("422", {}, "'tiny'", 2),  # the image and the grey picture
         ("429", {"max_retries": 3}, "`concurrency`", 4),  # no image can be the cause: no grey one is sent
-        ("402", {}, "402", 1),
         ("503", {"max_retries": 2}, "503", 3 + 3),
-        ("html", {"max_retries": 2}, "OpenAI's format", 3 + 3),
-        ("reset", {"max_retries": 2}, "connection", 3 + 3),
         ("late:2", {"timeout": 0.2, "max_retries": 1}, "`timeout`", 2 + 3),
         (None, {"temperature": 3.0}, "temperature", 0),  # both are malformed
         (None, {"model": "huge"}, "'huge'", 0),
@@ -334,43 +305,6 @@ def test_an_endpoint_that_comes_back_is_forgiven() -> None:
 
 
 # Many at once
-
-
-def test_as_many_requests_are_under_way_as_threads_ask() -> None:
-    images = [picture(colour, (40 + size, 32)) for size in range(4) for colour in COLOURS]
-    with openai_server(seconds=0.05) as server:
-        one = captioner(server, concurrency=6)
-        with ThreadPoolExecutor(one.concurrency) as pool:
-            answers = list(pool.map(lambda image: ask(one, image), images))
-        assert 2 <= server.highest_at_once <= 6
-    assert answers == [expected(image) for image in images]
-    assert set(server.per_image.values()) == {1}
-
-
-def test_threads_that_fail_at_the_same_time_share_a_probe() -> None:
-    fault = lambda number, image, body: "late:1" if is_probe(image) else "500"  # noqa: E731
-    with openai_server(fault=fault) as server:
-        one = captioner(server, max_retries=0)
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda colour: ask(one, picture(colour)), COLOURS))
-    assert len({answer.error for answer in answers}) == 1
-    assert 1 <= probes(server) < len(COLOURS)  # a thread that was late to fail asks itself
-
-
-def test_a_probe_is_for_the_same_settings() -> None:
-    """That the first settings are fine says nothing of those of a retry, also while their probe is under way."""
-
-    def fault(number: int, image: Image.Image, body: dict[str, Any]) -> str:
-        return "late:1" if is_probe(image) and not body["temperature"] else "400"
-
-    with openai_server(fault=fault) as server, ThreadPoolExecutor(1) as pool:
-        one = captioner(server)
-        first = pool.submit(ask, one, picture("red"))
-        while not probes(server):
-            time.sleep(0.01)
-        with pytest.raises(EndpointError, match="400"):
-            ask(one, picture("red"), attempt=1)
-        assert "400" in str(first.result().error)
 
 
 def finishes(thread: threading.Thread) -> bool:
@@ -446,16 +380,9 @@ def test_ctrl_c_ends_a_process_that_waits_for_answers() -> None:
         ({"num_beams": 4}, "num_beams"),
         ({"min_new_tokens": 20}, "min_new_tokens"),
         ({"retry": {"num_beams": 5}}, "num_beams"),
-        ({"max_image_size": 0}, "max_image_size"),
-        ({"max_answer_bytes": 0}, "max_answer_bytes"),
         ({"request_fields": {"max_new_tokens": "n"}}, "request_fields"),
-        ({"request_fields": "max_tokens=n"}, "request_fields"),
-        ({"extra_body": ["n"]}, "extra_body"),
-        ({"extra_body": {"n": {1, 2}}}, "extra_body"),
         ({"endpoint": None}, "endpoint"),
         ({"endpoint": "localhost:8000"}, "endpoint"),
-        ({"endpoint": "http://"}, "endpoint"),
-        ({"endpoint": "ftp://host/v1"}, "endpoint"),
         ({"endpoint": "http://host:port/v1"}, "endpoint"),
     ],
 )
@@ -469,12 +396,6 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(monkeypatch: pytest.
     with pytest.raises(ValueError, match="OPENAI_API_KEY") as caught:
         captioner("http://127.0.0.1:8000/v1")
     assert "sk-" not in str(caught.value)
-
-
-def test_the_hub_being_offline_is_no_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with openai_server() as server:
-        assert ask(captioner(server), picture("red")) == expected(picture("red"))
 
 
 # Keys
@@ -497,7 +418,6 @@ def test_the_token_of_the_hub_is_not_sent_to_others(monkeypatch: pytest.MonkeyPa
         ("http://router.huggingface.co/v1", "sk-key"),
         ("https://nothuggingface.co/v1", "sk-key"),
         ("https://huggingface.co.example/v1", "sk-key"),
-        ("https://api.example/v1", "sk-key"),
     ],
 )
 def test_whom_the_token_of_the_hub_is_for(endpoint: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,8 +428,7 @@ def test_whom_the_token_of_the_hub_is_for(endpoint: str, key: str, monkeypatch: 
 
 # A real one
 
-SERVE_NEEDS = ("fastapi", "openai", "pydantic", "uvicorn")
-MISSING = [name for name in SERVE_NEEDS if importlib.util.find_spec(name) is None]
+MISSING = [name for name in ("fastapi", "pydantic", "uvicorn") if importlib.util.find_spec(name) is None]
 
 
 def is_up(address: str) -> bool:
@@ -521,14 +440,10 @@ def is_up(address: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    bool(MISSING), reason=f"`transformers serve` needs {', '.join(MISSING)}: pip install {' '.join(MISSING)}"
-)
+@pytest.mark.skipif(bool(MISSING), reason=f"`transformers serve` needs {', '.join(MISSING)}")
 def test_transformers_serve(tmp_path: Path, free_port: int) -> None:
-    import tiny_captioners
-
     folder, log = str(tmp_path / "llava"), tmp_path / "log.txt"
-    model = tiny_captioners.save_llava(folder)
+    model = save_llava(folder)
     images = [picture(colour) for colour in COLOURS[:4]]
     prompt = "describe the picture in detail ."
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]

@@ -62,17 +62,9 @@ class Speaker:
 
 
 def options(data: Path, model: str = "one", **more: Any) -> RelabelConfig:
-    output = more.pop("output", data.parent / "out")
-    captioners = [CaptionerConfig(model)]
-    return RelabelConfig(
-        **{
-            "data": str(data),
-            "output": str(output),
-            "tokenizer": counting_tokenizer(),
-            "captioners": captioners,
-            **more,
-        }
-    )
+    output = str(more.pop("output", data.parent / "out"))
+    more = {"tokenizer": counting_tokenizer(), "captioners": [CaptionerConfig(model)], **more}
+    return RelabelConfig(data=str(data), output=output, **more)
 
 
 def run(config: RelabelConfig, speaker: Speaker | None = None) -> dict[str, Any]:
@@ -104,12 +96,11 @@ def ask(one: EndpointCaptioner) -> Answer:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["huge:400000000", "gzip:200000000"])
-@pytest.mark.parametrize("limit", [{}, {"max_answer_bytes": 100_000}])
-def test_answers_are_read_up_to_a_limit(fault: str, limit: dict[str, int]) -> None:
+def test_answers_are_read_up_to_a_limit(fault: str) -> None:
     with openai_server(fault=each_image_first(fault)) as server:
         tracemalloc.start()
         try:
-            assert ask(captioner(server, **limit)).text
+            assert ask(captioner(server)).text
             peak = tracemalloc.get_traced_memory()[1] if fault.startswith("huge") else 0
         finally:
             tracemalloc.stop()
@@ -134,7 +125,7 @@ def test_a_compressed_answer_is_read_and_a_bomb_is_not() -> None:
 @pytest.mark.parametrize(
     ("status", "to"),
     [
-        *((status, "{url}/chat/completions") for status in (301, 302, 303, 307, 308)),
+        (301, "{url}/chat/completions"),
         (302, "/v2/chat?key=hidden"),
         (307, "http://ada:hidden@elsewhere/v1"),
     ],
@@ -151,8 +142,8 @@ def test_redirects_are_refused(status: int, to: str) -> None:
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("status", [200, 400, 500])
-@pytest.mark.parametrize("body", ["[" * 100_000, '{"error": ' * 20_000, "\x1b[2J\x07", "9" * 5_000, "\0"])
+@pytest.mark.parametrize("status", [200, 400])
+@pytest.mark.parametrize("body", ['{"error": ' * 20_000, "\x1b[2J\x07", "9" * 5_000])
 def test_messages_of_a_server_are_shown_on_one_line(status: int, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openai_server.Handler.send_problem", lambda self, *_: self.send(status, body.encode()))
     with openai_server(fault=lambda *_: "400") as server, pytest.raises(EndpointError) as caught:
@@ -196,10 +187,8 @@ def test_a_password_in_an_address_signs_in_and_is_not_shown(
 @pytest.mark.parametrize(
     "address",
     [
-        "http://ada:hidden@",
         "http://ada:hidden@host:port/v1",
         "ada:hidden@host/v1",
-        "ftp://ada:hidden@host",
         "http://ada:hid#den@h",
     ],
 )
@@ -224,21 +213,20 @@ def test_captions_hold_no_control_characters(pictures: Path) -> None:
     assert {row["long_captions"][0] for row in rows(pictures.parent / "out")} == {kept}
 
 
-@pytest.mark.parametrize("most", [200, 10_000])
-def test_captions_that_are_too_long_are_dropped(most: int, pictures: Path) -> None:
+def test_captions_that_are_too_long_are_dropped(pictures: Path) -> None:
+    most = 200
     config = options(pictures, rules=QualityRules(max_characters=most))
     statistics = run(config, Speaker("A cat sits on a mat. " * (most // 10)))
     assert statistics["captions"][1]["dropped_for"] == {"too_long": len(COLOURS)}
     for entry in lines(pictures.parent / "out" / "skipped.jsonl"):
         assert entry["captions"][0]["reasons"] == ["too_long"]
         assert len(entry["captions"][0]["dropped"]) == most
-    assert (pictures.parent / "out" / "skipped.jsonl").stat().st_size < len(COLOURS) * (most + 1000)
 
 
 # Data
 
 
-@pytest.mark.parametrize("form", [{"format": "webdataset"}, {"embed_images": True}, {}])
+@pytest.mark.parametrize("form", [{"format": "webdataset"}, {}])
 def test_what_is_no_picture_is_listed_and_not_read(form: dict[str, Any], pictures: Path) -> None:
     os.mkfifo(pictures / "pipe.png")
     (pictures / "zero.png").symlink_to("/dev/zero")
@@ -271,10 +259,8 @@ def test_links_out_of_the_folder_are_read_if_that_is_allowed(is_allowed: bool, p
     assert [entry["id"] for entry in lines(tmp_path / "out" / "skipped.jsonl")] == ([] if is_allowed else ["3.png"])
 
 
-@pytest.mark.parametrize("limit", [50, 1_000_000])
-def test_the_size_of_files_has_a_limit(limit: int, pictures: Path) -> None:
-    statistics = run(options(pictures, max_image_bytes=limit))
-    assert statistics["images"] == (0 if limit == 50 else len(COLOURS))
+def test_the_size_of_files_has_a_limit(pictures: Path) -> None:
+    assert run(options(pictures, max_image_bytes=50))["images"] == 0
 
 
 @pytest.mark.parametrize("form", [{"format": "webdataset"}, {"embed_images": True}])
@@ -299,7 +285,7 @@ def test_the_bytes_that_were_captioned_are_those_that_are_kept(form: dict[str, A
 @pytest.mark.parametrize(
     ("source", "form"),
     [
-        *((source, {}) for source in ("folder", "table", "pattern", "image folder")),
+        *((source, {}) for source in ("pattern", "image folder")),
         ("folder", {"format": "webdataset"}),
         ("table", {"embed_images": True}),
     ],
@@ -338,16 +324,9 @@ def test_nothing_says_where_the_data_lie(source: str, form: dict[str, Any], pict
         assert os.path.isfile(image) if isinstance(image, str) else image["bytes"] or os.path.isfile(image["path"])
 
 
-NASTY = (
-    "<img src=x onerror=alert(1)>",
-    "![x](http://tracker/x.png)",
-    "a|b|c",
-    "[click](javascript:x)",
-    "`x` $\\frac$",
+@pytest.mark.parametrize(
+    "text", ["<img src=x onerror=alert(1)>", "![x](http://tracker/x.png)", "a|b|c", "`x` $\\frac$"]
 )
-
-
-@pytest.mark.parametrize("text", NASTY)
 def test_the_card_shows_names_and_does_not_act_on_them(text: str, pictures: Path) -> None:
     captioners = [CaptionerConfig(text, prompt=f"\n# {text}\n", extra_body={"name": text})]
     output = pictures.parent / "out"
@@ -370,7 +349,7 @@ def test_the_card_shows_names_and_does_not_act_on_them(text: str, pictures: Path
 DEEP = "[" * 100_000
 
 
-@pytest.mark.parametrize("content", [DEEP, "", "[]", '{"records": true, "options": 1}'])
+@pytest.mark.parametrize("content", [DEEP, "[]", '{"records": true, "options": 1}'])
 @pytest.mark.parametrize("name", ["config.json", "part-00000.json", "00000-00000.json"])
 def test_damaged_files_of_a_run_are_named(name: str, content: str, pictures: Path) -> None:
     run(options(pictures))
@@ -382,11 +361,8 @@ def test_damaged_files_of_a_run_are_named(name: str, content: str, pictures: Pat
 @pytest.mark.parametrize(
     ("keys", "value"),
     [
-        (("statistics", "images"), "4"),
-        (("statistics", "raw"), []),
         (("statistics", "raw", "tokens"), {"many": 1}),
         (("statistics", "captioners"), []),
-        (("statistics", "captioners", 0, "dropped"), None),
         (("revisions",), [None, None]),
         (("skipped",), ["a"]),
     ],
@@ -431,13 +407,9 @@ CAPTION = {"text": "a", "attempts": 1, "reasons": [], "earlier_reasons": []}
     [
         DEEP,
         "[]",
-        "{}",
-        '{"group": 1}',
-        '{"group": [], "captions": []}',
         '{"group": 1, "captions": {}}',
         '{"group": 1, "captions": [5]}',
         json.dumps({"group": 1, "captions": [{**CAPTION, "text": 5}]}),
-        json.dumps({"group": 1, "captions": [{**CAPTION, "attempts": "1"}]}),
         json.dumps({"group": 1, "captions": [{"text": "a"}]}),
     ],
     ids=lambda line: line[:40],
@@ -451,7 +423,7 @@ def test_a_damaged_line_of_a_journal_ends_what_is_kept(line: str, pictures: Path
     assert len({row["long_captions"][0] for row in rows(pictures.parent / "out")}) == 1
 
 
-@pytest.mark.parametrize("groups", [[(0, 1), (1, 1), (9, 1)], [(0, 1), (1, 2)], [(0, 0)], [(-1, 1)]])
+@pytest.mark.parametrize("groups", [[(0, 1), (9, 1)], [(0, 1), (1, 2)]])
 @pytest.mark.parametrize("is_whole", [False, True])
 def test_a_journal_of_other_groups_is_refused(is_whole: bool, groups: list[tuple[int, int]], pictures: Path) -> None:
     journal = interrupted(pictures)
@@ -501,9 +473,7 @@ def test_folders_that_lead_out_of_an_output_folder_are_refused(name: str, pictur
     assert not list(elsewhere.iterdir())
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "histograms.png", "statistics.json", "skipped.jsonl", "data/00000-00000.parquet"]
-)
+@pytest.mark.parametrize("name", ["README.md", "histograms.png", "skipped.jsonl", "data/00000-00000.parquet"])
 def test_links_in_place_of_results_are_replaced(name: str, pictures: Path, tmp_path: Path) -> None:
     interrupted(pictures)
     (tmp_path / "thesis.txt").write_text("Chapter 1")

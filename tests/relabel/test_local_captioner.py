@@ -1,10 +1,11 @@
 """Captions from models of transformers: what `generate` answers to each image alone, in batches, by the settings."""
 
+import dataclasses
 import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    CLIPConfig,
     LlamaConfig,
     Phi4MultimodalConfig,
     Phi4MultimodalForCausalLM,
@@ -26,7 +28,6 @@ from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
 import tiny_captioners
-import tiny_clip
 from hub_server import WRITE_TOKEN, hub_server, use_in_process
 from lotlip_hf.relabel.captioners.base import Answer, CaptionerConfig
 from lotlip_hf.relabel.captioners.local import LocalCaptioner, _model_class
@@ -74,13 +75,6 @@ def copy(folder: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]
         return Path(shutil.copytree(folder(kind), tmp_path / kind))
 
     return copied
-
-
-@pytest.fixture(autouse=True)
-def _quiet_bars() -> Iterator[None]:
-    transformers_logging.disable_progress_bar()
-    yield
-    transformers_logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
@@ -202,18 +196,8 @@ def test_settings_are_those_of_generate(
     assert answers == [plain(kind, folder(kind), image, SHORT, **{**GREEDY, **options}) for image in images]
 
 
-def test_min_new_tokens_put_the_end_off(folder: Callable[[str], Path], images: list[Image.Image]) -> None:
-    short = [len(answer.text.split()) for answer in ask(shared(folder("instructblip")), images)]
-    long = [len(answer.text.split()) for answer in ask(shared(folder("instructblip")), images, min_new_tokens=10)]
-    assert min(short) < 8
-    assert min(long) >= 8  # punctuation is written without a space before it
-
-
-@pytest.mark.parametrize("kind", ["blip2", "idefics3"])
-def test_what_is_drawn_depends_on_the_seeds_alone(
-    kind: str, folder: Callable[[str], Path], images: list[Image.Image]
-) -> None:
-    asked = captioner(folder(kind), temperature=1.0)
+def test_what_is_drawn_depends_on_the_seeds_alone(folder: Callable[[str], Path], images: list[Image.Image]) -> None:
+    asked = captioner(folder("idefics3"), temperature=1.0)
     settings = asked.config.settings()
     first = asked.answer(images, settings, [1, 2, 3])
     torch.manual_seed(7)
@@ -224,7 +208,6 @@ def test_what_is_drawn_depends_on_the_seeds_alone(
     assert asked.answer(images, settings, [3, 2, 1]) != first
     asked.answer(images[:1], asked.config.settings(1), [5])
     assert asked.answer(images, settings, [1, 2, 3]) == first
-    assert captioner(folder(kind), temperature=1.0).answer(images, settings, [1, 2, 3]) == first
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1e-4}, {"temperature": 1.0, "top_p": 1e-6}])
@@ -251,28 +234,22 @@ RECOMMENDED = {
     "num_beams": 4,
     "repetition_penalty": 5.0,
     "no_repeat_ngram_size": 1,
-    "length_penalty": -5.0,
-    "max_length": 30,
     "min_length": 6,
     "forced_eos_token_id": 2,
-    "eos_token_id": 2,
-    "bos_token_id": 1,
-    "pad_token_id": 0,
 }
 
 
-@pytest.mark.parametrize("kind", ["blip", "blip2", "llava", "vit_gpt2"])
+@pytest.mark.parametrize("kind", ["blip", "llava"])
 def test_what_a_checkpoint_recommends_is_not_used(
     kind: str, copy: Callable[[str], Path], images: list[Image.Image]
 ) -> None:
-    prompt = "" if kind == "vit_gpt2" else SHORT
     changed = copy(kind)
-    expected = ask(captioner(changed, prompt), images)
+    expected = ask(captioner(changed), images)
     file = changed / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **RECOMMENDED}))
-    if kind in ("llava", "vit_gpt2"):  # where a language model within generates, transformers does not read the file
-        assert plain(kind, changed, images[0], prompt, **GREEDY) != expected[0]
-    assert ask(captioner(changed, prompt), images) == expected
+    if kind == "llava":  # where a language model within generates, transformers does not read the file
+        assert plain(kind, changed, images[0], SHORT, **GREEDY) != expected[0]
+    assert ask(captioner(changed), images) == expected
 
 
 def test_several_tokens_may_end_an_answer(copy: Callable[[str], Path], images: list[Image.Image]) -> None:
@@ -293,11 +270,8 @@ def test_several_tokens_may_end_an_answer(copy: Callable[[str], Path], images: l
     assert expected[1] == before[1]
 
 
-@pytest.mark.parametrize("kind", ["llava", "blip2"])
-def test_padding_with_the_end_token_is_no_end(
-    kind: str, copy: Callable[[str], Path], images: list[Image.Image]
-) -> None:
-    changed = copy(kind)
+def test_padding_with_the_end_token_is_no_end(copy: Callable[[str], Path], images: list[Image.Image]) -> None:
+    changed = copy("llava")
     expected = ask(captioner(changed), images)
     for name in ("generation_config.json", "config.json"):
         content = json.loads((changed / name).read_text())
@@ -305,9 +279,7 @@ def test_padding_with_the_end_token_is_no_end(
             if "pad_token_id" in part:
                 part["pad_token_id"] = part["eos_token_id"]
         (changed / name).write_text(json.dumps(content))
-    asked = captioner(changed)
-    assert asked._generator.generation_config.pad_token_id == 2
-    assert asked.answer(images, asked.config.settings(), [0, 1, 2]) == expected
+    assert ask(captioner(changed), images) == expected
 
 
 def test_a_tokenizer_without_padding(copy: Callable[[str], Path], images: list[Image.Image]) -> None:
@@ -323,35 +295,21 @@ def test_a_tokenizer_without_padding(copy: Callable[[str], Path], images: list[I
 def test_groups_do_not_change_answers_in_float32(folder: Callable[[str], Path], images: list[Image.Image]) -> None:
     """Idefics 3's inputs are padded to the longest on the left."""
     asked = captioner(folder("idefics3"))
-    lengths = [asked._inputs([image])["input_ids"].shape[1] for image in images]
-    assert len(set(lengths)) > 1
-    mask = asked._inputs(images)["attention_mask"]
-    assert mask[:, -1].all()
-    assert mask.sum(1).tolist() == lengths
     settings = asked.config.settings()
     together = asked.answer(images, settings, [0, 1, 2])
     assert [asked.answer([image], settings, [0])[0] for image in images] == together
     assert asked.answer(images[::-1], settings, [2, 1, 0]) == together[::-1]
 
 
-@pytest.mark.parametrize("kind", ["blip2", "llava"])
-def test_bfloat16_is_the_default(kind: str, folder: Callable[[str], Path], images: list[Image.Image]) -> None:
-    config = CaptionerConfig(str(folder(kind)), prompt=SHORT, max_new_tokens=4)
+def test_dtype_and_device_map(folder: Callable[[str], Path], images: list[Image.Image]) -> None:
+    config = CaptionerConfig(str(folder("llava")), prompt=SHORT, max_new_tokens=16)
     asked = LocalCaptioner(config)
     assert {parameter.dtype for parameter in asked.model.parameters()} == {torch.bfloat16}
-    assert asked.model.device == torch.device("cpu")
-    assert not asked.model.training
     assert (asked.group_size, asked.concurrency, asked.revision) == (8, 1, None)
-    answers = asked.answer(images, config.settings(), [0, 1, 2])
-    assert all(answer.text for answer in answers)
-    assert LocalCaptioner(config, "cpu").answer(images, config.settings(), [0, 1, 2]) == answers
-
-
-def test_dtype_and_device_map(folder: Callable[[str], Path], images: list[Image.Image]) -> None:
-    config = CaptionerConfig(str(folder("llava")), prompt=SHORT, max_new_tokens=16, dtype="auto", device_map="auto")
-    asked = LocalCaptioner(config)
+    assert all(answer.text for answer in ask(asked, images))
+    asked = LocalCaptioner(dataclasses.replace(config, dtype="auto", device_map="auto"))
     assert asked.model.dtype == torch.float32
-    assert asked.answer(images, config.settings(), [0, 1, 2]) == ask(shared(folder("llava")), images)
+    assert ask(asked, images) == ask(shared(folder("llava")), images)
 
 
 def test_transformers_does_not_warn(
@@ -361,22 +319,17 @@ def test_transformers_does_not_warn(
     try:
         with caplog.at_level(logging.WARNING):
             for kind in ("vit_gpt2", "git", "llava"):
-                asked = captioner(folder(kind), "", max_new_tokens=4)
-                for options in ({}, {"temperature": 0.7, "top_p": 0.9}, {"num_beams": 2}):
-                    ask(asked, images, **options)
+                ask(captioner(folder(kind), "", max_new_tokens=4), images, temperature=0.7, top_p=0.9)
     finally:
         transformers_logging.disable_propagation()
     assert not caplog.records
     assert transformers_logging.get_verbosity() == logging.WARNING
 
 
-def test_closing_frees_the_model(folder: Callable[[str], Path], images: list[Image.Image]) -> None:
+def test_closing_frees_the_model(folder: Callable[[str], Path]) -> None:
     asked = captioner(folder("blip2"))
     asked.close()
-    asked.close()
     assert not [value for value in vars(asked).values() if isinstance(value, torch.nn.Module)]
-    with pytest.raises(RuntimeError, match="closed"):
-        asked.answer(images, asked.config.settings(), [0, 1, 2])
 
 
 def test_too_little_memory_says_what_to_do(
@@ -425,17 +378,13 @@ def test_revisions_on_the_hub(
     ("change", "message"),
     [
         ({"revision": "v1"}, "`revision`"),
-        ({"endpoint": "http://localhost:1/v1"}, "`endpoint`"),
-        ({"device_map": "auto"}, "`device` or `device_map`"),
         ({"max_new_tokens": 600}, "512 positions.* 489 .*600"),
-        ({"kind": "instructblip", "max_new_tokens": 506}, " 505 "),
         ({"retry": {"max_new_tokens": 490}}, " 489 .*`max_new_tokens`"),
     ],
 )
 def test_options_that_do_not_fit(change: dict[str, Any], message: str, folder: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match=message):
-        kind = change.get("kind", "llava")
-        captioner(folder(kind), **{name: value for name, value in change.items() if name != "kind"})
+        captioner(folder("llava"), **change)
 
 
 def test_as_many_tokens_as_there_are_positions(images: list[Image.Image], tmp_path: Path) -> None:
@@ -473,17 +422,12 @@ def test_a_processor_that_leaves_the_image_out(copy: Callable[[str], Path]) -> N
         captioner(changed)
 
 
-def test_models_that_do_not_describe_images(tmp_path: Path) -> None:
-    tiny_clip.save_clip(tmp_path / "other")
-    with pytest.raises(ValueError, match="'clip'"):
-        captioner(tmp_path / "other")
-
-
-def test_models_that_are_in_no_list_say_their_class() -> None:
-    config = Phi4MultimodalConfig(architectures=["Phi4MultimodalForCausalLM"])
+def test_models_that_describe_images_and_others() -> None:
+    config = Phi4MultimodalConfig(architectures=["Phi4MultimodalForCausalLM"])  # of a class that is in no list
     assert _model_class("phi", config) is Phi4MultimodalForCausalLM
-    with pytest.raises(ValueError, match="'llama'"):
-        _model_class("llama", LlamaConfig(architectures=["LlamaForCausalLM"]))
+    for other in (CLIPConfig(), LlamaConfig(architectures=["LlamaForCausalLM"])):
+        with pytest.raises(ValueError, match=f"'{other.model_type}'"):
+            _model_class("name", other)
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="needs a machine without torchvision")
@@ -511,7 +455,7 @@ def test_damaged_and_missing_files(copy: Callable[[str], Path], tmp_path: Path) 
     with pytest.raises(ValueError, match="llava.*processor"):
         captioner(changed)
     (changed / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="llava: the model"):
+    with pytest.raises(ValueError, match="llava.*weights"):
         captioner(changed)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         captioner(tmp_path / "nowhere")

@@ -45,7 +45,7 @@ from lotlip_hf.scenes.dataset import scenes_dataset
 from openai_server import each_image_first, openai_server, use_in_process
 from processes import Started, finish
 from scripts import load_script
-from tiny_captioners import counting_tokenizer, save_instructblip, save_llava
+from tiny_captioners import counting_tokenizer, save_llava
 
 NUMBER = 23
 
@@ -173,15 +173,8 @@ def test_shards_hold_a_caption_of_each_captioner(pictures: Path, tmp_path: Path)
             assert details["tokens"] == len(count.tokenize(text))
             assert details["sub_captions"] == 2
             assert json.loads(details["settings"]) == CaptionerConfig(model).settings()
-            fixed = {name: details[name] for name in ("model", "revision", "prompt", "attempts", "reasons", "dropped")}
-            assert fixed == {
-                "model": model,
-                "revision": "0123abc",
-                "prompt": "Describe the image in detail.",
-                "attempts": 1,
-                "reasons": [],
-                "dropped": None,
-            }
+            fixed = [details[name] for name in ("model", "revision", "prompt", "attempts", "reasons", "dropped")]
+            assert fixed == [model, "0123abc", PROMPT, 1, [], None]
     (entry,) = skipped(tmp_path / "out")
     assert (entry["id"], entry["image"]) == ("7.png", "7.png")
     assert "not an image" in entry["reason"]
@@ -218,10 +211,8 @@ def test_the_statistics_are_those_of_the_texts(pictures: Path, tmp_path: Path) -
     assert metadata["size_categories"] == ["n<1K"]
     assert metadata["configs"] == [{"config_name": "default", "data_files": "data/*.parquet"}]
     first = statistics["captions"][1]
-    line = f"| first | 22 | 22 | {first['mean_sub_captions']:.2f} | {first['mean_tokens']:.2f} |"
-    assert line in card
+    assert f"| first | 22 | 22 | {first['mean_sub_captions']:.2f} | {first['mean_tokens']:.2f} |" in card
     assert "0123abc" in card
-    assert "Nothing was found wrong" in card
     with Image.open(tmp_path / "out" / "histograms.png") as histograms:
         assert len(histograms.convert("L").getcolors(1 << 20)) > 10
 
@@ -392,14 +383,12 @@ def test_policies(policy: str, pictures: Path, tmp_path: Path) -> None:
     assert statistics["captions"][1][kind] == {"refusal": 1}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("retry", "asked"), [({}, 1), ({"repetition_penalty": 1.2}, 2), ({"temperature": 0.1}, 3)])
 def test_greedy_captions_are_not_asked_for_again_in_vain(
     retry: dict[str, float], asked: int, pictures: Path, tmp_path: Path
 ) -> None:
-    key = key_of(pictures, 2)
     options = config(pictures, tmp_path / "out", captioners=[CaptionerConfig("one", retry=retry)])
-    _, (captioner,) = run(options, lambda options: Refuser(options, {key: 99}))
+    _, (captioner,) = run(options, lambda options: Refuser(options, {key_of(pictures, 2): 99}))
     assert max(Counter(key for key, _ in captioner.asked).values()) == asked
 
 
@@ -414,29 +403,10 @@ def test_what_was_wrong_is_counted_and_listed_without_raw_captions_too(pictures:
     counts = statistics["captions"][1]
     assert (statistics["images"], counts["dropped"], counts["asked_again"]) == (0, 4, 4)
     assert counts["dropped_for"] == {"too_short": 4}  # the repetition alone would have been kept
-    assert "Nothing was found wrong" not in (tmp_path / "out" / "README.md").read_text()
     for entry in skipped(tmp_path / "out"):
         (details,) = entry["captions"]
         assert details["reasons"] == ["repeated_sentence", "too_short"]
         assert details["dropped"] == "A red ball here. A red ball here."
-
-
-def test_captions_without_a_sentence_and_images_that_go_away(pictures: Path, tmp_path: Path) -> None:
-    data = some(pictures, tmp_path / "data", 3)
-
-    class Odd(Speaker):
-        def one(self, image: Image.Image, settings: Mapping[str, Any], seed: int) -> Answer:
-            if digest(image) == key_of(pictures, 1):
-                (data / "1.png").unlink()
-                return super().one(image, settings, seed)
-            return Answer("</s> **", True)
-
-    options = config(data, tmp_path / "out", "one", policies={"too_short": "keep"}, embed_images=True)
-    statistics, _ = run(options, Odd)
-    assert (statistics["images"], statistics["skipped"]) == (0, 3)
-    reasons = [entry["reason"] for entry in skipped(tmp_path / "out")]
-    assert "read" in reasons[1]
-    assert "no caption" in reasons[0]
 
 
 def test_raw_captions_that_are_odd(pictures: Path, tmp_path: Path) -> None:
@@ -451,35 +421,6 @@ def test_raw_captions_that_are_odd(pictures: Path, tmp_path: Path) -> None:
     shorts = [row["short_caption"] for row in rows(tmp_path / "out")]
     assert shorts[:2] == ["half a sign ?", "1984"]
     assert all(short.startswith("one sees a picture") for short in shorts[2:])
-
-
-@pytest.mark.parametrize(
-    ("answer", "kept", "reason", "dropped"),
-    [
-        (
-            Answer("A drawing has a plain ground. It shows a red squ", False),
-            "A drawing has a plain ground.",
-            "cut_off",
-            None,
-        ),
-        (Answer("", error="400: too colourful"), "", "no_answer", "400: too colourful"),
-    ],
-)
-def test_poor_answers(
-    answer: Answer, kept: str, reason: str, dropped: str | None, pictures: Path, tmp_path: Path
-) -> None:
-    class Same(Speaker):
-        def one(self, image: Image.Image, settings: Mapping[str, Any], seed: int) -> Answer:
-            return answer
-
-    statistics, _ = run(config(pictures, tmp_path / "out", "one", policies={"too_short": "keep"}), Same)
-    assert statistics["images"] == NUMBER - 1
-    assert statistics["captions"][1]["dropped_for" if dropped else "marked"][reason] == NUMBER - 1
-    for row in rows(tmp_path / "out"):
-        assert row["long_captions"] == [kept]
-        assert row["short_caption"]
-        assert reason in row["captions"][0]["reasons"]
-        assert row["captions"][0]["dropped"] == dropped
 
 
 # Interruptions
@@ -517,10 +458,8 @@ def test_stopped_anywhere_it_ends_in_the_same_bytes(format: str, pictures: Path,
                 content = journal.read_bytes()
                 if shuffled.random() < 0.7:  # as if the machine had stopped in the middle of a line
                     journal.write_bytes(content + b'{"group": 3, "captions": [{"text": "A dr')
-    expected, found = files(tmp_path / "expected"), files(tmp_path / "out")
-    assert found.keys() == expected.keys()
-    for name, content in expected.items():
-        assert found[name] == content, name
+    found = files(tmp_path / "out")
+    assert found == files(tmp_path / "expected")
     assert len(asked) == 2 * (NUMBER - 1)
     assert set(asked.values()) == {1}
     # there is nothing left to do
@@ -551,8 +490,7 @@ def test_any_number_of_processes_writes_the_same(
                 assert made
             monkeypatch.undo()
         for output in outputs[1:]:
-            found, expected = files(output), files(outputs[0])
-            assert found == expected
+            assert files(output) == files(outputs[0])
 
 
 def stopping_at(model: str, images: int) -> type[Speaker]:
@@ -616,13 +554,11 @@ def test_what_has_not_begun_may_change(pictures: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "out") == files(tmp_path / "expected")
 
 
-def test_all_models_are_looked_for_before_the_first_goes_to_work(
-    checkpoints: dict[str, str], pictures: Path, tmp_path: Path, golden: Path
-) -> None:
-    captioners = [local(checkpoints["llava"]), local(str(tmp_path / "missing"))]
+def test_all_models_are_looked_for_before_the_first_goes_to_work(llava: str, pictures: Path, tmp_path: Path) -> None:
+    captioners = [local(llava), local(str(tmp_path / "missing"))]
     with pytest.raises(FileNotFoundError, match="missing"):
         relabel(config(pictures, tmp_path / "out", captioners=captioners), progress=False)
-    captioners = [local(checkpoints["llava"]), CaptionerConfig("tiny", endpoint="http://localhost:1", num_beams=2)]
+    captioners = [local(llava), CaptionerConfig("tiny", endpoint="http://localhost:1", num_beams=2)]
     with pytest.raises(ValueError, match="num_beams"):
         relabel(config(pictures, tmp_path / "out", captioners=captioners), progress=False)
     assert not (tmp_path / "out").exists()
@@ -788,7 +724,7 @@ def test_a_full_disk_is_named(pictures: Path, tmp_path: Path, monkeypatch: pytes
 def test_outputs_that_are_somebody_elses(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("Dear")
-    with pytest.raises(FileExistsError, match="full.*--output"):
+    with pytest.raises(FileExistsError, match="full"):
         run(config(pictures, tmp_path / "full"))
     with pytest.raises(FileExistsError, match="letter.txt"):
         run(config(pictures, tmp_path / "full" / "letter.txt"))
@@ -810,12 +746,11 @@ FAULTS = {**dict.fromkeys((0, 1), "429"), 4: "cut", 6: "cut-json", 8: "garbage",
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Small random captioners."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("instructblip", "llava")}
-    save_instructblip(folders["instructblip"])
-    save_llava(folders["llava"])
-    return {name: str(folder) for name, folder in folders.items()}
+def llava(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small random captioner."""
+    folder = tmp_path_factory.mktemp("llava")
+    save_llava(folder)
+    return str(folder)
 
 
 @pytest.fixture
@@ -828,9 +763,8 @@ def local(folder: str, **options: Any) -> CaptionerConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["instructblip", "llava"])
-def test_models_of_transformers(kind: str, checkpoints: dict[str, str], pictures: Path, tmp_path: Path) -> None:
-    captioner = local(checkpoints[kind], prompt="what is it")
+def test_models_of_transformers(llava: str, pictures: Path, tmp_path: Path) -> None:
+    captioner = local(llava, prompt="what is it")
     options = config(pictures, tmp_path / "out", captioners=[captioner], policies=KEEP)
     assert relabel(options, progress=False)["images"] == NUMBER - 1
     model = LocalCaptioner(captioner)
@@ -864,12 +798,7 @@ def test_an_endpoint_that_stumbles(pictures: Path, tmp_path: Path) -> None:
         relabel(config(pictures, tmp_path / "out", captioners=[captioner]), progress=False)
         assert 1 < server.highest_at_once <= 4
         assert len(server.requests) > NUMBER - 1
-    expected, found = files(tmp_path / "expected"), files(tmp_path / "out")
-    assert found == expected
-    for row in rows(tmp_path / "out"):
-        (text,) = row["long_captions"]
-        assert len(split_sentences(text)) == 4
-        assert row["captions"][0]["reasons"] == []
+    assert files(tmp_path / "out") == files(tmp_path / "expected")
 
 
 @pytest.mark.slow
@@ -910,13 +839,11 @@ def write_options(file: Path, pictures: Path, captioners: list[dict[str, Any]]) 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("endpoint")
-def test_killed_at_a_random_moment_it_ends_in_the_same_bytes(
-    checkpoints: dict[str, str], pictures: Path, tmp_path: Path
-) -> None:
+def test_killed_at_a_random_moment_it_ends_in_the_same_bytes(llava: str, pictures: Path, tmp_path: Path) -> None:
     """`kill -9` with a model that runs here and an endpoint."""
     moments = random.Random(1)
     with openai_server(seconds=0.1) as server:
-        captioners = [{"model": checkpoints["llava"]}, {"model": "tiny", "endpoint": server.url, "concurrency": 2}]
+        captioners = [{"model": llava}, {"model": "tiny", "endpoint": server.url, "concurrency": 2}]
         arguments = write_options(tmp_path / "options.yaml", pictures, captioners)
         assert main(["relabel", *arguments, f"--output={tmp_path / 'expected'}"]) == 0
         asked = server.per_image
@@ -932,8 +859,7 @@ def test_killed_at_a_random_moment_it_ends_in_the_same_bytes(
         ended = Started("lotlip_hf.cli", argv, tmp_path, 1, ask_loopback).wait()
         assert ended.codes == [0], ended.text
         again = {image: number - asked[image] for image, number in server.per_image.items()}
-    expected, found = files(tmp_path / "expected"), files(output)
-    assert found == expected
+    assert files(output) == files(tmp_path / "expected")
     # asked again at most what was under way when the process was killed
     assert sum(again.values()) <= NUMBER - 1 + 2
     assert min(again.values()) >= 1
@@ -953,8 +879,8 @@ def count_groups(output: Path) -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(checkpoints: dict[str, str], pictures: Path, tmp_path: Path) -> None:
-    captioners = [{"model": checkpoints["llava"]}]
+def test_two_processes_write_what_one_writes(llava: str, pictures: Path, tmp_path: Path) -> None:
+    captioners = [{"model": llava}]
     arguments = write_options(tmp_path / "options.yaml", pictures, captioners)
     one = [*arguments, f"--output={tmp_path / 'one'}"]
     assert main(["relabel", *one]) == 0
@@ -997,11 +923,7 @@ def test_options_of_a_file_and_of_flags(tmp_path: Path) -> None:
     flags += ["--request-field=max_tokens=max_completion_tokens", "--request-field=temperature=none"]
     options = read_config(parser.parse_args([f"--config={file}", *flags]))
     assert (options.data, options.output, options.seed) == ("pictures", "out", 4)
-    assert (options.policies["loop"], options.policies["refusal"], options.policies["empty"]) == (
-        "keep",
-        "drop",
-        "retry",
-    )
+    assert [options.policies[reason] for reason in ("loop", "refusal", "empty")] == ["keep", "drop", "retry"]
     assert (options.rules.min_words, options.rules.loop_repeats) == (4, 5)
     first, second = options.captioners
     assert (first.model, first.prompt, first.max_new_tokens) == ("a", PROMPT, 9)
@@ -1037,14 +959,9 @@ def test_a_tokenizer_that_cannot_be_had_is_said_at_once(
     [
         ([], "--captioner"),
         (["--captioner=a", "--request-field=max_tokens"], "--request-field"),
-        (["--captioner=a", "--request-field=tokens=n"], "request_fields"),
         (["--captioner=a", "--image-root=nowhere"], "--image-root"),
-        (["--captioner=a", "--policy=loop"], "--policy"),
         (["--captioner=a", "--policy=lop=keep"], "policies.*lop"),
-        (["--captioner=a", "--policy=loop=kepp"], "policies.loop"),
         (["--captioner=a", "--rule=words=3"], "min_words"),
-        (["--captioner=a", "--rule=min_words=few"], "min_words"),
-        (["--captioner=a", "--top-p=1.5"], "top_p"),
         (["--captioner=a", "--mapping=nothing"], "mapping"),
     ],
 )
@@ -1057,11 +974,7 @@ def test_wrong_options_are_named(flags: list[str], word: str, capsys: pytest.Cap
     ("options", "word"),
     [
         ("captioner: a", "captioners"),
-        ("captioners: [{prompt: p}]", "model"),
-        ("captioners: [3]", "captioners"),
         ("captioners: [{model: m, promt: p}]", "prompt"),
-        ("captioners: [{model: m}]\nrules: {min_words: 4.5}", "min_words"),
-        ("captioners: [{model: m, retry: null}]", "retry"),
         ("captioners: [{model: m, retry: {words: 3}}]", "retry"),
         ("captioners: [{model: m, retry: {temperature: -1}}]", "temperature"),
     ],
@@ -1078,7 +991,6 @@ def test_wrong_files_of_options_are_named(
 @pytest.mark.parametrize(
     ("data", "word", "more"),
     [
-        ("missing", "missing", []),
         ("empty", "empty", []),
         ("table.jsonl", "--short-column", []),
         ("none.jsonl", "none.jsonl", []),

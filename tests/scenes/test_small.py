@@ -3,9 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
 
-from lotlip_hf import LoTLIPModel, LoTLIPProcessor
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.sampling import CaptionSampling
 from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
@@ -53,8 +51,7 @@ def test_every_token_has_one_number():
     assert sorted(tokens.values()) == list(range(model.config.text_config.vocab_size))
 
 
-@pytest.mark.parametrize("num_corner_tokens", [0, 1, 4])
-@pytest.mark.parametrize("max_text_length", [32, 192])
+@pytest.mark.parametrize(("num_corner_tokens", "max_text_length"), [(0, 192), (4, 32)])
 def test_the_limit_holds(num_corner_tokens, max_text_length):
     model, processor = small_model(num_corner_tokens, max_text_length)
     text = "a red star " * 200
@@ -109,22 +106,6 @@ def test_colours_and_words_show_from_the_first_step():
     assert first @ second < 0.99
 
 
-def test_saves_and_loads(tmp_path):
-    model, processor = small_model(num_corner_tokens=1)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    loaded, loaded_processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
-    assert isinstance(loaded, LoTLIPModel)
-    assert isinstance(loaded_processor, LoTLIPProcessor)
-    pictures, texts = [render(scene(0)), render(scene(1))], captions(2)[:2]
-    inputs = processor(text=texts, images=pictures, return_tensors="pt")
-    again = loaded_processor(text=texts, images=pictures, return_tensors="pt")
-    assert torch.equal(inputs["input_ids"], again["input_ids"])
-    assert torch.equal(inputs["pixel_values"], again["pixel_values"])
-    with torch.inference_mode():
-        torch.testing.assert_close(loaded(**again).logits_per_image, model(**inputs).logits_per_image)
-
-
 @pytest.mark.slow
 def test_learns_the_scenes_of_one_batch():
     model, processor = small_model()
@@ -143,18 +124,3 @@ def test_learns_the_scenes_of_one_batch():
     assert outputs.loss < 1.2  # ln 8 = 2.1 without having learnt anything
     long_texts = outputs.logits_per_image[:, :, 1]
     assert (long_texts.argmax(1) == torch.arange(8)).sum() >= 5
-
-
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ({"num_corner_tokens": -1}, "num_corner_tokens"),
-        ({"max_text_length": 2}, "max_text_length"),
-        ({"hidden_size": 30}, "hidden_size"),
-        ({"hidden_size": 0}, "hidden_size"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers"),
-    ],
-)
-def test_arguments_out_of_range_are_named(arguments, name):
-    with pytest.raises(ValueError, match=name):
-        small_model(**arguments)

@@ -111,19 +111,11 @@ class CaptionerConfig:
         check(self)
         if unknown := sorted(self.retry.keys() - set(SETTINGS)):
             raise ValueError(f"`retry` changes {', '.join(SETTINGS)}; it has {unknown[0]!r}.")
-        try:
-            json.dumps(self.extra_body, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError("`extra_body` must be lines of `field: value` as JSON has them.") from error
         for name, sent in self.request_fields.items():
             if name not in REQUEST_FIELDS or sent == "":
                 raise ValueError(
                     f"`request_fields` renames {', '.join(REQUEST_FIELDS)} (`none`: not sent), got {name!r}: {sent!r}."
                 )
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"`min_new_tokens` ({self.min_new_tokens}) is more than `max_new_tokens` ({self.max_new_tokens})."
-            )
         if self.retry:
             other = dataclasses.replace(self, retry={}, **self.retry)  # which is checked, too
             object.__setattr__(self, "retry", {name: getattr(other, name) for name in self.retry})

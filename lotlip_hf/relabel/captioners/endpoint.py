@@ -9,11 +9,9 @@ not, the endpoint is, and the run stops.
 import asyncio
 import base64
 import io
-import math
 import os
 import threading
-import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urljoin, urlsplit
@@ -29,9 +27,7 @@ PROBE_RETRIES = 2
 # Statuses that no image causes
 FATAL = (401, 402, 404, 405, 429)
 ADVICE = {
-    401: "It wants a key: set OPENAI_API_KEY (for an endpoint of Hugging Face, `hf auth login`).",
-    402: "Its account has nothing left to pay with.",
-    403: "The key in OPENAI_API_KEY (for an endpoint of Hugging Face, the token) may not use this model.",
+    **dict.fromkeys((401, 403), "Set OPENAI_API_KEY (for an endpoint of Hugging Face, `hf auth login`)."),
     **dict.fromkeys(
         (404, 405), "Look at the address, such as http://host:8000/v1, and at the model's name, {model!r}."
     ),
@@ -42,8 +38,6 @@ REFUSED = (
     "(`request_fields` renames a field or leaves it out)."
 )
 MOVED = "Redirects are not followed: if you trust that address, give it as `endpoint`."
-TOO_LATE = "Have fewer requests under way at a time (`concurrency`), or more time (`timeout`)."
-TOO_LONG = "Look at its log; raise `max_answer_bytes` if its answers are so long."
 DOWN = "Look at its log, and whether its address is right."
 # Hosts that get the Hub's token
 HUB_DOMAINS = ("huggingface.co", "huggingface.cloud")
@@ -58,8 +52,7 @@ class _Failure(httpx.TransportError):
 
     def __init__(self, reason: str, details: object = "", *, may_be_image: bool = True, advice: str = DOWN) -> None:
         super().__init__(reason)
-        self.reason, self.details = reason, f" ({details})" if str(details) else ""
-        self.may_be_image, self.advice = may_be_image, advice
+        self.reason, self.details, self.may_be_image, self.advice = reason, details, may_be_image, advice
 
 
 class _Client(httpx.AsyncClient):
@@ -78,28 +71,28 @@ class _Client(httpx.AsyncClient):
         except _Failure:
             raise
         except (asyncio.TimeoutError, httpx.TimeoutException):
-            raise _Failure("no answer in time", f"{self._seconds:g} s", advice=TOO_LATE) from None
+            failure = _Failure("no answer in time", f"(`timeout` {self._seconds:g} s)")
         except httpx.ConnectError as error:
-            raise _Failure("no connection", error, may_be_image=False) from None
+            failure = _Failure("no connection", f"({error})", may_be_image=False)
         except (httpx.HTTPError, OSError) as error:
-            raise _Failure("the connection broke", error) from None
+            failure = _Failure("the connection broke", f"({error})")
         except ValueError as error:
-            raise _Failure("the answer is not in OpenAI's format", error) from None
+            failure = _Failure("the answer is not in OpenAI's format", f"({error})")
+        raise failure
 
     async def _read(self, request: httpx.Request, **options: Any) -> httpx.Response:
         response = await super().send(request, stream=True, **options)
-        content, encoding = bytearray(), response.headers.get("Content-Encoding", "identity")
+        content, headers = bytearray(), response.headers.copy()
+        encoding = headers.pop("Content-Encoding", "identity")  # `content` is decoded
         try:
             if encoding.lower() not in ENCODINGS:  # others, and two at a time, make gigabytes of a packet
-                raise _Failure(f"the answer is compressed ({encoding})", advice=DOWN)
+                raise _Failure(f"the answer is compressed ({encoding})")
             async for part in response.aiter_bytes():
                 content += part
                 if len(content) > self._limit:
-                    raise _Failure("the answer is too long", f"more than {self._limit:,} bytes", advice=TOO_LONG)
+                    raise _Failure("the answer is too long", f"(`max_answer_bytes` {self._limit:,})")
         finally:
             await response.aclose()
-        headers = response.headers.copy()
-        headers.pop("Content-Encoding", None)  # `content` is decoded
         return httpx.Response(response.status_code, headers=headers, content=bytes(content), request=request)
 
 
@@ -113,14 +106,11 @@ class EndpointCaptioner:
     the endpoint decides what it runs. `transformers serve` draws tokens only for a checkpoint whose
     `generation_config.json` says so (`do_sample`).
 
-    Of an answer `config.max_answer_bytes` are read at most, in `config.timeout` seconds. Redirects are not followed.
-    The `openai` client sends a request again up to `config.max_retries` times, after waits that grow or that
-    `Retry-After` names: on 408, 409, 429, 5xx, timeouts, broken connections, and answers that are not in OpenAI's
-    format. If there is no answer then, or the image was refused (400, 413, 422), a grey picture is sent: if that is
-    answered, the image is the cause, and its `Answer.error` says so.
+    A request is sent again up to `config.max_retries` times, after waits that grow or that `Retry-After` names: on
+    408, 409, 429, 5xx, timeouts, broken connections, and answers that are not in OpenAI's format.
 
     Args:
-        config (`CaptionerConfig`): the captioner's options, with `endpoint`; its address may end in `/v1` or not.
+        config (`CaptionerConfig`): the captioner's options, with `endpoint`.
 
     Raises:
         ImportError: without the `openai` client.
@@ -170,16 +160,12 @@ class EndpointCaptioner:
         )
         # Requests run in an event loop, where `close` can end them.
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._work, daemon=True).start()
+        threading.Thread(target=lambda: (self._loop.run_forever(), self._loop.close()), daemon=True).start()
         self._lock, self._is_closed = threading.Lock(), False
-        self._probing = asyncio.Lock()
-        # For settings: when the last probe ended, and what it failed with.
-        self._probes: dict[tuple[Any, ...], tuple[float, _Failure | None]] = {}
 
     def answer(self, images: Sequence[Image.Image], settings: Mapping[str, Any], seeds: Sequence[int]) -> list[Answer]:
         """
-        Describes images, one request each. Settings and seeds are as in [`Captioner`]; seeds are sent only where
-        tokens are drawn.
+        Describes images, one request each, as [`Captioner`] says; seeds are sent only where tokens are drawn.
 
         Raises:
             EndpointError: if the endpoint gives no answers, or `close` was called.
@@ -193,10 +179,6 @@ class EndpointCaptioner:
                 self._is_closed = True
                 asyncio.run_coroutine_threadsafe(self._end(), self._loop)
 
-    def _work(self) -> None:
-        self._loop.run_forever()
-        self._loop.close()
-
     async def _end(self) -> None:
         # more than once: before Python 3.12 `wait_for` may swallow it
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
@@ -206,23 +188,19 @@ class EndpointCaptioner:
         await self._client.close()
         self._loop.stop()
 
-    def _run(self, work: Coroutine[Any, Any, Answer]) -> Answer:
-        try:
-            with self._lock:
-                if self._is_closed:
-                    work.close()
-                    raise CancelledError
-                future = asyncio.run_coroutine_threadsafe(work, self._loop)
-            return future.result()
-        except CancelledError:
-            raise EndpointError(f"The captions of the endpoint {self._name} were stopped.") from None
-
     def _caption(self, image: Image.Image, settings: Mapping[str, Any], seed: int) -> Answer:
         try:
             url = _data_url(image, self.config.max_image_size)
         except (OSError, ValueError) as error:  # a side of more than 65535 pixels, or of none
             return Answer("", error=f"cannot be written as JPEG: {error}")
-        return self._run(self._describe(url, settings, seed))
+        try:
+            with self._lock:
+                if self._is_closed:
+                    raise CancelledError
+                future = asyncio.run_coroutine_threadsafe(self._describe(url, settings, seed), self._loop)
+            return future.result()
+        except CancelledError:
+            raise EndpointError(f"The captions of the endpoint {self._name} were stopped.") from None
 
     async def _describe(self, url: str, settings: Mapping[str, Any], seed: int) -> Answer:
         """The answer, or whose fault it is that there is none."""
@@ -231,27 +209,21 @@ class EndpointCaptioner:
         except _Failure as failure:
             cause = failure
         if blamed := await self._probe(settings) if cause.may_be_image else cause:
+            reason = self._safe(f"{blamed.reason} {blamed.details}")
             advice = blamed.advice.format(model=self.config.model)
             raise EndpointError(
-                f"The endpoint {self._name} gives no captions: {self._safe(blamed.reason + blamed.details)}. {advice} "
+                f"The endpoint {self._name} gives no captions: {reason}. {advice} "
                 "What was done is kept; the same command goes on from there."
             )
         return Answer("", error=f"no answer: {self._safe(cause.reason)}")
 
     async def _probe(self, settings: Mapping[str, Any]) -> _Failure | None:
-        """What the request fails with, with a grey picture. Tasks that ask at the same time share an answer."""
-        asked, key = time.monotonic(), tuple(settings.items())
-        async with self._probing:
-            ended, failure = self._probes.get(key, (-math.inf, None))
-            if ended < asked:
-                failure = None
-                client = self._client.with_options(max_retries=PROBE_RETRIES)
-                try:
-                    await self._ask(client, _data_url(Image.new("RGB", (224, 224), "grey"), 224), settings, 0)
-                except _Failure as error:
-                    failure = error
-                self._probes[key] = time.monotonic(), failure
+        client = self._client.with_options(max_retries=PROBE_RETRIES)
+        try:
+            await self._ask(client, _data_url(Image.new("RGB", (224, 224), "grey"), 224), settings, 0)
+        except _Failure as failure:
             return failure
+        return None
 
     async def _ask(self, client: Any, url: str, settings: Mapping[str, Any], seed: int) -> Answer:
         from openai import APIConnectionError, APIStatusError
@@ -285,7 +257,6 @@ class EndpointCaptioner:
         return Answer(self._hide(text, shortest=LEAST_SECRET), finished)
 
     def _hide(self, text: str, shortest: int = 1) -> str:
-        """A server's text without the key and the password, which it knows."""
         for secret in self._secrets:
             if len(secret) >= shortest:
                 text = text.replace(secret, "***")
@@ -293,12 +264,10 @@ class EndpointCaptioner:
 
     def _safe(self, text: str) -> str:
         """A server's message on one line, not too long, without secrets."""
-        text = printable(" ".join(self._hide(text).split()))
-        return text.rstrip(".") if len(text) <= 300 else f"{text[:300]} ..."
+        return printable(" ".join(self._hide(text).split()))[:300].rstrip(".")
 
 
 def _refused(response: httpx.Response) -> _Failure:
-    """The failure that a response without an answer stands for."""
     status = response.status_code
     if status < 400:
         new = without_secrets(urljoin(str(response.url), response.headers.get("Location", "")))
@@ -316,14 +285,10 @@ def _address(config: CaptionerConfig) -> SplitResult:
     except (ValueError, httpx.InvalidURL):
         is_address = False
     if not is_address:
-        got = config.endpoint and without_secrets(config.endpoint)
-        raise ValueError(f"`endpoint` must be an address such as http://host:8000/v1, got {got!r}.")
-    for settings in (config.settings(0), config.settings(1)):
-        for name, only in (("num_beams", 1), ("min_new_tokens", 0)):
-            if settings[name] != only:
-                raise ValueError(
-                    f"`{name}` must be {only} with an endpoint, which takes no other; got {settings[name]}."
-                )
+        raise ValueError("`endpoint` must be an address such as http://host:8000/v1.")
+    for name, only in (("num_beams", 1), ("min_new_tokens", 0)):
+        if {config.settings(attempt)[name] for attempt in (0, 1)} != {only}:
+            raise ValueError(f"`{name}` must be {only} with an endpoint, which takes no other.")
     return parts
 
 
@@ -369,29 +334,16 @@ def _read_answer(content: bytes) -> tuple[str, bool | None]:
     """The text of a chat completion, without reasoning, and whether the model ended it, if the server says so."""
     try:
         choice = parse_json(content)["choices"][0]
-        message, reason = choice["message"].get("content"), choice.get("finish_reason")
+        text, reason = choice["message"].get("content") or "", choice.get("finish_reason")
+        if isinstance(text, list):
+            kinds = ("text", "output_text")
+            parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in text]
+            text = "".join(part["text"] for part in parts if part.get("type") in kinds)
+        if reason in ("error", "abort"):
+            raise ValueError(f"the answer ended with {reason!r}")
+        return _without_reasoning(text).strip(), FINISHED.get(reason)
     except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"no choice with a message: {_message(content)}") from error
-    reason = reason if isinstance(reason, str) else ""
-    if reason in ("error", "abort"):
-        raise ValueError(f"the answer ended with {reason!r}")
-    return _without_reasoning(_text(message)).strip(), FINISHED.get(reason)
-
-
-def _text(content: Any) -> str:
-    """The text of a message: none, a string, or parts of which some are text."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise ValueError(f"the content is a {type(content).__name__}")
-    texts = []
-    for part in content:
-        if isinstance(part, dict):
-            part = part.get("text") if part.get("type") in ("text", "output_text") else "" if "type" in part else None
-        if not isinstance(part, str):
-            raise ValueError(f"a text of the content is a {type(part).__name__}")
-        texts.append(part)
-    return "".join(texts)
 
 
 def _without_reasoning(text: str) -> str:
@@ -410,8 +362,6 @@ def _message(content: bytes) -> str:
     except ValueError:
         body = None
     for name in ("error", "detail", "message"):
-        if isinstance(body, dict) and body.get(name):
-            body = body[name]
-    if isinstance(body, str):
-        return body
-    return "" if text.startswith("<") else text
+        if isinstance(body, dict):
+            body = body.get(name) or body
+    return body if isinstance(body, str) else "" if text.startswith("<") else text

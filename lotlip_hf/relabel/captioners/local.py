@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -29,13 +28,10 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedConfig,
-    ProcessorMixin,
 )
-from transformers.utils import is_torchvision_available
-from transformers.utils import logging as transformers_logging
 
-from ...loading import cached_commit
-from .base import IMAGE_ERRORS, Answer, CaptionerConfig, without_secrets
+from ...loading import cached_commit, checkpoint_name, load_strict, naming_damage, quiet, usable_device
+from .base import IMAGE_ERRORS, Answer, CaptionerConfig
 
 # What is kept of a checkpoint's generation configuration: which tokens begin, end and fill an answer, and which may
 # not be in it. All else are settings.
@@ -51,9 +47,9 @@ class LocalCaptioner:
     need an empty one. BLIP's prompt is the beginning of a caption, which its answers are without.
 
     Args:
-        config (`CaptionerConfig`): which model, its prompt and settings. `endpoint` must be `None`.
+        config (`CaptionerConfig`): which model, its prompt and settings.
         device (`str` or `torch.device`, *optional*):
-            Where the model runs; by default on the device of this process, or as `config.device_map` lays it.
+            Where the model runs unless `config.device_map` says so; by default on the device of this process.
 
     Attributes:
         revision (`str` or `None`):
@@ -66,7 +62,6 @@ class LocalCaptioner:
             prompt, if prompt and new tokens exceed its positions, or if `device` is not to be had; the message names
             the checkpoint.
         OSError: if the checkpoint is not found.
-        ImportError: if its processor needs a package that is not there.
 
     Example:
 
@@ -84,52 +79,31 @@ class LocalCaptioner:
     concurrency = 1
 
     def __init__(self, config: CaptionerConfig, device: str | torch.device | None = None) -> None:
-        name = config.model
-        _check_name(config)
-        if device is not None and config.device_map is not None:
-            raise ValueError(f"{name}: give `device` or `device_map` ({config.device_map!r}), not both.")
         self.config = config
         self.group_size = config.batch_size
         self.model, self.revision = _load_model(config, device)
-        self._processor, self._tokenizer = _load_processor(name, self.revision)
-        if config.prompt and not isinstance(self._processor, ProcessorMixin):
-            raise ValueError(
-                f"{name} has no processor for texts, only for images: it takes no prompt. Set an empty `prompt`."
-            )
+        self._processor, self._tokenizer = _load_processor(config.model, self.revision)
         self._generator = _generator(self.model)
         self._end_tokens = self._set_tokens()
         self._check_prompt()
 
     def answer(self, images: Sequence[Image.Image], settings: Mapping[str, Any], seeds: Sequence[int]) -> list[Answer]:
         """
-        Describes images, all at once. The same arguments get the same answers, whatever was asked before.
-
-        Args:
-            images (`Sequence[Image.Image]`): RGB images.
-            settings (`Mapping[str, Any]`): as `CaptionerConfig.settings` gives them.
-            seeds (`Sequence[int]`): one of each image; what is drawn for an image depends on all of them.
-
-        Returns:
-            `list[Answer]`: one of each image; `finished` is `False` where no end was generated in `max_new_tokens`.
+        Describes images, all at once, as [`Captioner`] says; what is drawn for an image depends on all the seeds.
 
         Raises:
             ArithmeticError, LookupError, TypeError, ValueError:
                 If the processor does not take an image, or the model does not generate as others do, token by token.
             torch.OutOfMemoryError: if the images do not fit in the memory; the message says what to do.
         """
-        if self.model is None:
-            raise RuntimeError(f"{self.config.model}: this captioner has been closed.")
         return self._generate(self._inputs(images), settings, seeds)
 
     def close(self) -> None:
         """Frees the memory that the model takes."""
-        if self.model is None:
-            return
-        device = self.model.device.type
         self.model = self._generator = None
         gc.collect()
-        if device != "cpu":
-            torch.get_device_module(device).empty_cache()
+        if torch.accelerator.is_available():
+            torch.get_device_module().empty_cache()
 
     def _inputs(self, images: Sequence[Image.Image]) -> BatchFeature:
         """What the model's `generate` takes, on its device."""
@@ -177,17 +151,16 @@ class LocalCaptioner:
         }
         if options["do_sample"]:
             # without `top_k` transformers draws from the 50 most probable tokens
-            drawn = {"temperature": float(settings["temperature"]), "top_p": float(settings["top_p"]), "top_k": 0}
-            options.update(drawn)
+            options |= {"temperature": float(settings["temperature"]), "top_p": float(settings["top_p"]), "top_k": 0}
         prompt = _PromptLength()
         try:
             # quiet, for it warns of what is no matter here, such as answers without a prompt that are padded
-            with torch.inference_mode(), _seeded(seeds), _quiet():
+            with torch.inference_mode(), _seeded(seeds), quiet():
                 tokens = self.model.generate(**inputs, **options, logits_processor=LogitsProcessorList([prompt]))
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(
                 f"{self.config.model}: the memory does not suffice for {self.group_size} images at once: set a "
-                f"smaller `batch_size` ({_line(error)})."
+                f"smaller `batch_size` ({error})."
             ) from error
         if prompt.length is None:
             raise ValueError(
@@ -227,11 +200,10 @@ class LocalCaptioner:
         try:
             inputs = self._inputs([Image.new("RGB", (224, 224))])
         except IMAGE_ERRORS as error:
-            has_template = getattr(self._processor, "chat_template", None)
             raise ValueError(
-                f"{name}: its {type(self._processor).__name__}{'' if has_template else ', without a chat template,'} "
-                f"does not take an image with the prompt {prompt!r}: write it as the model was trained on it, with "
-                f"its image token where the image goes if it needs one ({_line(error)})."
+                f"{name}: its {type(self._processor).__name__} does not take an image with the prompt {prompt!r} "
+                f"({error}). Write `prompt` as the model was trained on it, with its image token where the image goes "
+                "if it has no chat template, or set an empty one."
             ) from error
         if prompt and not {"input_ids", "decoder_input_ids"} & inputs.keys():
             raise ValueError(f"{name} takes no prompt, as a {type(self.model).__name__}: set an empty `prompt`.")
@@ -257,27 +229,10 @@ def check_model(config: CaptionerConfig) -> None:
     """
     Finds out before the long work whether there is such a model, with a processor; its weights are not loaded.
 
-    Args:
-        config: As `LocalCaptioner` takes it.
-
     Raises:
-        ValueError, OSError, ImportError: as `LocalCaptioner`.
+        ValueError, OSError: as `LocalCaptioner`.
     """
-    _check_name(config)
-    model_config, revision = _load_config(config)
-    _model_class(config.model, model_config)
-    _load_processor(config.model, revision)
-
-
-def _check_name(config: CaptionerConfig) -> None:
-    name = config.model
-    if config.endpoint is not None:
-        raise ValueError(f"{name}: `endpoint` {without_secrets(config.endpoint)} is asked by an EndpointCaptioner.")
-    is_folder = os.path.isdir(name)
-    if config.revision is not None and is_folder:
-        raise ValueError(f"`revision` {config.revision!r} is of models on the Hub; {name} is a folder.")
-    if not is_folder and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
-        raise FileNotFoundError(f"{name}: no such checkpoint folder.")
+    _load_processor(config.model, _load_config(config)[-1])
 
 
 class _PromptLength(LogitsProcessor):
@@ -302,70 +257,31 @@ def _seeded(seeds: Sequence[int]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _load_config(config: CaptionerConfig) -> tuple[PreTrainedConfig, str | None]:
-    """The model's configuration, and the revision that it is of."""
-    name, revision = config.model, config.revision
-    try:
+def _load_config(config: CaptionerConfig) -> tuple[PreTrainedConfig, Any, str | None]:
+    """The model's configuration and class, and the revision that they are of."""
+    name, revision = checkpoint_name(config.model, config.revision), config.revision
+    with naming_damage(name, revision):
         model_config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except OSError as error:
-        raise OSError(f"{name}: no such checkpoint folder, and not to be had from the Hub ({error})") from error
-    except (ValueError, StrictDataclassError) as error:
-        raise ValueError(f"{name}: {error}") from error
     # Weights and processor are of the same commit, even if somebody pushes in between.
-    return model_config, None if os.path.isdir(name) else cached_commit(name, revision) or revision
+    revision = None if os.path.isdir(name) else cached_commit(name, revision) or revision
+    return model_config, _model_class(name, model_config), revision
 
 
 def _load_model(config: CaptionerConfig, device: str | torch.device | None) -> tuple[Any, str | None]:
     """The model in evaluation mode, on its device, and the revision that it is of."""
-    name = config.model
-    model_config, revision = _load_config(config)
-    device = PartialState().device if device is None else device
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"`device` {str(device)!r} cannot be used here ({_line(error)}).") from error
-    model_class = _model_class(name, model_config)
-    try:
-        with _quiet():  # what does not fit is said once, by the error below
-            model, info = model_class.from_pretrained(
-                name,
-                config=model_config,
-                revision=revision,
-                dtype=config.dtype,
-                device_map=config.device_map,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-    except (ImportError, OSError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # safetensors and torch raise their own kinds on a damaged file
-        raise ValueError(f"{name}: the model cannot be loaded ({error}).") from error
-    # A pooler, which some image towers have, has no part in captions.
-    missing = {key for key in info["missing_keys"] if ".pooler." not in key}
-    missing |= {key for key, *_ in info["mismatched_keys"]}
-    if missing:
-        raise ValueError(
-            f"{name}: {len(missing)} weights of a {model_class.__name__} are missing or of another shape "
-            f"({', '.join(sorted(missing)[:5])}{', ...' if len(missing) > 5 else ''})."
-        )
-    if config.device_map is None:
-        model = model.to(device)
-    return model.eval(), revision
+    model_config, model_class, revision = _load_config(config)
+    device = usable_device(PartialState().device if device is None else device)
+    model: Any = load_strict(
+        model_class,
+        config.model,
+        allow_unexpected=True,
+        allow_missing=".pooler.",  # some image towers have one, which has no part in captions
+        config=model_config,
+        revision=revision,
+        dtype=config.dtype,
+        device_map=config.device_map,
+    )
+    return model if config.device_map else model.to(device), revision
 
 
 def _model_class(name: str, config: PreTrainedConfig) -> Any:
@@ -383,24 +299,18 @@ def _model_class(name: str, config: PreTrainedConfig) -> Any:
 
 
 def _load_processor(name: str, revision: str | None) -> tuple[Any, Any]:
-    """
-    The processor and its tokenizer. Where a checkpoint has tokenizer and image processor apart, as ViT with GPT-2, the
-    latter is what makes the inputs.
-    """
+    """The processor and its tokenizer. ViT with GPT-2 has an image processor alone, which makes the inputs then."""
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
         if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
             return processor, processor.tokenizer
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
         return image_processor, AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except ImportError as error:
-        raise ImportError(f"{name}: its processor cannot be loaded ({error}).") from error
     except Exception as error:  # of a tokenizer, an image processor or both; each says it in another way
-        needs = "" if is_torchvision_available() else "; those for videos too, as Qwen2-VL's, need torchvision"
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{name} has no processor that can be loaded here ({reason}). Save the model's beside it "
-            f"(`processor.save_pretrained(folder)`){needs}."
+            "(`processor.save_pretrained(folder)`); those for videos too, as Qwen2-VL's, need torchvision."
         ) from error
 
 
