@@ -12,7 +12,6 @@ from huggingface_hub.utils import yaml_dump
 from ..files import check_output, markdown_text, replacing
 from ..plots import COLOURS, check_plot, figure, save, wrapped
 from .published import PAPER, PAPER_COLUMNS, PUBLISHED
-from .results import read_results
 from .runs import METRICS, Column, Run, Summary, summarise
 from .tables import RETRIEVAL, Format, metric_table, study_table, table
 
@@ -201,8 +200,7 @@ def model_index(summary: Summary) -> str:
         marks |= {name: apart[name] for name in apart if name in run.protocol and apart[name] is not None}
         marks |= run.other_rules
         results = [
-            replace(result, dataset_args={**(result.dataset_args or {}), **marks} or None)
-            for result in read_results(run.file)
+            replace(result, dataset_args={**(result.dataset_args or {}), **marks} or None) for result in run.entries
         ]
         # each run by itself: huggingface_hub would join those of one data set
         (entry,) = eval_results_to_model_index(run.name, results)

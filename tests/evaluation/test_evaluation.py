@@ -22,7 +22,7 @@ from lotlip_hf.evaluation import embeddings
 from lotlip_hf.evaluation.benchmarks.registry import TASKS
 from lotlip_hf.evaluation.embeddings import embed_images, embed_texts, image_digests
 from lotlip_hf.evaluation.evaluate import evaluate, results_table, study, write_results
-from lotlip_hf.evaluation.results import read_results
+from lotlip_hf.evaluation.results import load_results
 from lotlip_hf.evaluation.retrieval import ranks
 from lotlip_hf.evaluation.tasks import ClassificationData, IncompleteDataError, RetrievalData
 from processes import Started, finish
@@ -274,7 +274,7 @@ def test_results_say_what_was_measured(encoder: Encoder, tmp_path: Path, officia
 
     write_results(results, tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    recorded = {result.metric_type: result.metric_value for result in read_results(tmp_path / "results.json")}
+    recorded = {result.metric_type: result.metric_value for result in load_results(tmp_path / "results.json").entries}
     assert recorded == results["metrics"]
     table = results_table(results)
     assert "Houses (test): 7 images, 14 texts (0 cut at 126 tokens)" in table

