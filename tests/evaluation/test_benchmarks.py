@@ -138,13 +138,11 @@ def test_tasks() -> None:
     [
         ("dcis", {}, "--task"),
         ("iiw", {"label_column": "label"}, "label_column"),
-        ("iiw", {"num_images": 0}, "num_images"),
         ("docci", {"revision": "main"}, "revision"),
-        ("urban1k", {"revision": "main"}, "revision"),
         ("retrieval", {"config": "a"}, "config"),
         ("retrieval", {"captions": "best"}, "captions"),
         ("scenes", {}, "drawn"),
-        *((task, {"split": "dev"}, "split") for task in ("dci", "docci", "coco", "imagenet-1k", "classification")),
+        *((task, {"split": "dev"}, "split") for task in ("dci", "imagenet-1k")),
     ],
 )
 def test_options_are_checked(tmp_path: Path, task: str, options: dict[str, Any], word: str) -> None:
@@ -152,13 +150,13 @@ def test_options_are_checked(tmp_path: Path, task: str, options: dict[str, Any],
         load_benchmark(task, LAYOUTS.get(task, records)(tmp_path), **options)
 
 
-@pytest.mark.parametrize("task", ["dci", "iiw", "sharegpt4v-1k", "docci", "retrieval", "classification"])
+@pytest.mark.parametrize("task", ["dci", "retrieval", "classification"])
 def test_data_without_a_default_must_be_given(task: str) -> None:
     with pytest.raises(ValueError, match="--data"):
         load_benchmark(task)
 
 
-@pytest.mark.parametrize("task", ["dci", "iiw", "sharegpt4v-1k", "urban1k", "docci", "coco", "imagenet-1k"])
+@pytest.mark.parametrize("task", ["iiw", "sharegpt4v-1k", "urban1k", "imagenet-1k"])
 def test_folders_that_are_not_there_or_empty(tmp_path: Path, task: str) -> None:
     with pytest.raises(FileNotFoundError, match="absent"):
         load_benchmark(task, tmp_path / "absent")
@@ -382,22 +380,17 @@ COCO_GOOD = {
 MISSING: list[tuple[str, str, Any, str]] = [
     ("dci", "photos/sa_1.jpg", None, "photos/sa_1.jpg"),
     ("dci", "annotations/sa_3.json", None, "annotations/sa_3.json"),
-    ("dci", "annotations/sa_2.json", DCI_GOOD | {"short_caption": "...", "extra_caption": "</s>"}, "sa_2.jpg: empty"),
     ("dci", "annotations/sa_2.json", DCI_GOOD | {"extra_caption": None}, "sa_2.jpg: none"),
     ("iiw", "docci/test_00001.jpg", None, "docci/test_00001.jpg"),
-    ("iiw", IIW_400, lines({"image/key": "aar_test_00000", "IIW": None}), "aar_test_00000.jpg: none"),
     ("iiw", IIW_400, None, "IIW-400/data.jsonl"),
     ("sharegpt4v-1k", "sa_000000/images/sa_11.jpg", None, "sa_11.jpg"),
     ("sharegpt4v-1k", SHARED, [{"image": "sa_11.jpg", "conversations": [0, {"value": None}]}], "sa_11.jpg: none"),
     ("urban1k", "image/9.jpg", None, "image/9.jpg"),
     ("urban1k", "caption/8.txt", "\nA second line.", "image/8.jpg: empty"),
     ("docci", "images/test_00001.jpg", None, "images/test_00001.jpg"),
-    ("docci", DOCCI, lines(DOCCI_GOOD | {"description": None}), "test_00000.jpg: none"),
     ("coco", "val2014/COCO_val2014_000000000001.jpg", None, "000000000001.jpg"),
     ("flickr30k", "flickr30k-images/3.jpg", None, "3.jpg"),
     ("coco", "dataset_coco.json", {"images": [COCO_GOOD | {"sentences": [{"raw": "A"}] * 4}]}, "4 of 5"),
-    ("coco", "dataset_coco.json", {"images": [COCO_GOOD | {"sentences": None}]}, "0 of 5"),
-    ("coco", "dataset_coco.json", {"images": [COCO_GOOD | {"sentences": [{"raw": None}] * 5}]}, "none"),
     ("imagenet-1k", f"val/{WNIDS[1]}/ILSVRC2012_val_00000003.JPEG", None, WNIDS[1]),
     ("imagenet-1k", f"val/{WNIDS[0]}/ILSVRC2012_val_00000002.JPEG", None, "ILSVRC2012_val_00000002"),
     ("imagenet-v2", "imagenetv2-matched-frequency-format-val/3/aé.jpeg", None, "3 has 1"),
@@ -407,38 +400,21 @@ MISSING: list[tuple[str, str, Any, str]] = [
     ("retrieval", "metadata.jsonl", lines({"file_name": "0é.png", "long_captions": [3]}), "metadata.jsonl, row 1"),
 ]
 BROKEN: list[tuple[str, str, Any, str]] = [
-    ("dci", "splits.json", ["sa_1.json"], "splits.json"),
-    ("dci", "splits.json", {"test": [3]}, "splits.json"),
-    ("dci", "annotations/sa_2.json", '{"image": "sa_2.jpg",\n "short_caption": }', "sa_2.json, line 2"),
+    ("dci", "annotations/sa_2.json", '{"image": "sa_2.jpg",\n "short_caption": }', "sa_2.json.*line 2"),
     ("dci", "annotations/sa_2.json", {"image": "sa_2.jpg", "short_caption": "A"}, "extra_caption"),
     ("dci", "annotations/sa_2.json", DCI_GOOD | {"short_caption": ["A"]}, "short_caption"),
-    ("dci", "annotations/sa_2.json", DCI_GOOD | {"image": 3}, "image"),
-    ("dci", "annotations/sa_2.json", [], "sa_2.json"),
     ("iiw", IIW_400, '{"image/key": "a", "IIW": "b"}\n{"image/key": \n', "data.jsonl, line 2"),
-    ("iiw", IIW_400, '["a"]\n', "data.jsonl, line 1"),
     ("iiw", IIW_400, lines({"image/key": "a", "IIW-P5B": "b"}), "'IIW'"),
-    ("iiw", IIW_400, lines({"image/key": "aar_test_00000", "IIW": 5}), "entry 1"),
-    ("iiw", IIW_400, lines({"image/key": None, "IIW": "a"}), "image/key"),
     ("sharegpt4v-1k", SHARED, '"sa_1.jpg"', SHARED),
     ("sharegpt4v-1k", SHARED, '[{"image": "a.jpg"}, {"image": "sa_1.jpg", "conv', SHARED),
-    ("sharegpt4v-1k", SHARED, '["sa_1.jpg"]', "entry 1"),
-    ("sharegpt4v-1k", SHARED, [{"image": "sa_1.jpg"}], "conversations"),
-    ("sharegpt4v-1k", SHARED, [{"image": "sa_1.jpg", "conversations": [{"value": "A"}]}], "sa_1.jpg"),
     ("sharegpt4v-1k", SHARED, [{"image": "sa_1.jpg", "conversations": [0, {"value": 7}]}], "sa_1.jpg"),
-    ("sharegpt4v-1k", SHARED, [{"image": "sa_1.jpg", "conversations": {"value": "A"}}], "sa_1.jpg"),
-    ("sharegpt4v-1k", SHARED, [{"image": "sa_1.jpg", "conversations": "A boat"}], "sa_1.jpg"),
     ("sharegpt4v-1k", SHARED, [{"image": 1, "id": "x"}], "entry x"),
     ("urban1k", "caption/8.txt", b"Caf\xe9.", "8.txt"),
     ("docci", DOCCI, lines(DOCCI_GOOD | {"description": 4}), "entry 1"),
-    ("docci", DOCCI, lines(DOCCI_GOOD | {"image_file": 4}), "image_file"),
-    ("docci", DOCCI, lines(DOCCI_GOOD | {"split": None}), "split"),
-    ("coco", "dataset_coco.json", '{"images": [\n{"split": "test",}]}', "dataset_coco.json, line 2"),
+    ("coco", "dataset_coco.json", '{"images": [\n{"split": "test",}]}', "dataset_coco.json.*line 2"),
     ("coco", "dataset_coco.json", {"images": [COCO_GOOD | {"sentences": [{"raw": 3}] * 5}]}, "000000000001.jpg"),
-    ("coco", "dataset_coco.json", {"images": [COCO_GOOD | {"sentences": {"raw": "A"}}]}, "000000000001.jpg"),
     ("coco", "dataset_coco.json", {"images": [COCO_GOOD | {"filename": 3}]}, "filename"),
-    ("coco", "dataset_coco.json", {"images": [COCO_GOOD | {"filepath": None}]}, "filepath"),
     ("coco", "dataset_coco.json", {"images": [3]}, r"images\[0\]"),
-    ("coco", "dataset_coco.json", {"images": {}}, "dataset_coco.json"),
     ("imagenet-1k", SYNSET_FILE, SYNSETS.splitlines()[0], "n03126707"),
     ("imagenet-1k", SYNSET_FILE, "n01440764 tench\ntench\n", f"{SYNSET_FILE}, line 2"),
     ("imagenet-1k", SYNSET_FILE, None, "--class-names"),
@@ -639,16 +615,12 @@ def test_tables_of_captions(tmp_path: Path) -> None:
     assert len(retrieval("coco", save("whole", [5, 6, 5, 5])).texts) == 20
     with pytest.raises(ValueError, match="row 0"):
         load_benchmark("docci", tmp_path / "whole", text_column="caption")
-
-
-@pytest.mark.usefixtures("_miniature")
-def test_webdataset_of_five_captions(tmp_path: Path) -> None:
     members = {}
     for n in range(2):
         captions = "\n".join(f"{n} {k}" for k in range(6)) + "\n"
         members |= {f"s{n}.jpg": encoded(100 * n), f"s{n}.txt": captions.encode()}
-    shard(tmp_path / "test" / "0.tar", members)
-    data = retrieval("coco", tmp_path)
+    shard(tmp_path / "shards" / "test" / "0.tar", members)
+    data = retrieval("coco", tmp_path / "shards")
     assert data.texts == [f"{n} {k}" for n in range(2) for k in range(5)]
     assert data.images[1] == encoded(100)
 
@@ -687,7 +659,7 @@ def test_class_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = classes("imagenet-1k", folder, num_images=5, class_names=names)
     assert list(data.class_names) == ["a tench", "ein Goldfisch", "鶴", "a crane"]
     assert data.protocol["class_names"] == "the file names.txt"
-    with pytest.raises(FileNotFoundError, match="class_names"):
+    with pytest.raises(FileNotFoundError, match="clip"):
         load_benchmark("imagenet-1k", folder, num_images=5, class_names="clip")
     monkeypatch.setattr("lotlip_hf.evaluation.zero_shot.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="open_clip_torch"):
@@ -810,6 +782,10 @@ def test_broken_tables_of_classes(tmp_path: Path) -> None:
     table([3, 1], Value("int64")).to_parquet(file)
     names = write(tmp_path / "names.txt", "a\nb\nc\nd\ne")
     assert list(classes("classification", file, class_names=names).labels) == [3, 1]
+    rows = write(tmp_path / "rows.csv", "image,label\n0.png,1\n0.png,0\n")
+    assert list(classes("classification", rows, class_names=names).labels) == [1, 0]
+    with pytest.raises(ValueError, match="--class-names"):
+        load_benchmark("classification", rows)
     write(names, "a\nb\nc")
     with pytest.raises(ValueError, match="class 3"):
         load_benchmark("classification", file, class_names=names)
@@ -874,15 +850,6 @@ def test_values_of_tables_are_as_written(suffix: str, tmp_path: Path, monkeypatc
     assert [data.class_names[label] for label in data.labels] == labels
     monkeypatch.chdir("/")
     assert [str(image) for image in data.images] == [str(tmp_path / f"{n}.png") for n in range(4)]
-
-
-def test_numbers_of_classes_in_csv(tmp_path: Path) -> None:
-    write(tmp_path / "0.png", encoded(format="PNG"))
-    file = write(tmp_path / "rows.csv", "image,label\n0.png,1\n0.png,0\n")
-    with pytest.raises(ValueError, match="--class-names"):
-        load_benchmark("classification", file)
-    names = write(tmp_path / "names.txt", "cat\ndog\n")
-    assert list(classes("classification", file, class_names=names).labels) == [1, 0]
 
 
 def test_a_row_for_each_caption(tmp_path: Path) -> None:
