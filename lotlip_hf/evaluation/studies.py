@@ -92,7 +92,7 @@ def length_study(
     _warn(sum(at_end for _, at_end in tokenized), data, longest)
     # A text that is cut at neither this limit nor the next one above is what it was.
     changed = {
-        limit: [place for place, length in enumerate(lengths) if limit == limits[-1] or length > limit]
+        limit: [index for index, length in enumerate(lengths) if limit == limits[-1] or length > limit]
         for limit in limits
     }
     image_embeds = _embed_images(encoder, data, digests, cache, batch_size, progress)
@@ -102,9 +102,8 @@ def length_study(
     with _progress_bar(sum(map(len, changed.values())), progress) as bar:
         embed = _embedder(encoder, cache, batch_size, bar)
         for limit in reversed(limits):
-            places = changed[limit]
-            if places:
-                text_embeds[places] = embed([texts[place] for place in places], limit)
+            if indices := changed[limit]:
+                text_embeds[indices] = embed([texts[index] for index in indices], limit)
             rows.append(
                 {
                     "max_length": limit,
@@ -149,13 +148,13 @@ def sentence_ablation(
         - `num_texts`: how many texts lack a sentence, and `num_read`: how many of them the model reads otherwise for
           it; of the others it stood behind the tokens that the model takes;
         - `image_to_text_r1`, `text_to_image_r1` (from 0 to 1), `image_to_text_mean_rank`, `text_to_image_mean_rank` (1
-          is the first place) and `score` (mean cosine of a text and its image), of all images and texts;
+          is the first) and `score` (mean cosine of a text and its image), of all images and texts;
         - the same names with `_lost`: by how much that is worse than with the whole texts, for each of the `num_texts`
           texts (from image to text: for each image of theirs). More is worse, of ranks, too. What a changed text does
           to the ranks of others is in it.
 
     Raises:
-        ValueError: if `max_sentences` is below 1, or no text has two sentences.
+        ValueError: if no text has two sentences.
         IncompleteDataError: if images cannot be read; it names them.
 
     Example:
@@ -170,8 +169,6 @@ def sentence_ablation(
     >>> plot_sentence_ablation(rows, "sentences.png")  # doctest: +SKIP
     ```
     """
-    if max_sentences is not None and max_sentences < 1:
-        raise ValueError(f"`max_sentences` must be at least 1, got {max_sentences}.")
     texts = list(data.texts)
     sentences = [text.split(JOINER) for text in texts]
     most = max(map(len, sentences))
@@ -181,7 +178,7 @@ def sentence_ablation(
     longest = encoder.max_text_length
     most = min(most, max_sentences or most)
     having = {
-        k: [place for place, parts in enumerate(sentences) if len(parts) >= max(k, 2)] for k in range(1, most + 1)
+        k: [index for index, parts in enumerate(sentences) if len(parts) >= max(k, 2)] for k in range(1, most + 1)
     }
     _warn(sum(at_end for _, at_end in _tokens(encoder, texts, longest)), data, longest)
     image_embeds = _embed_images(encoder, data, digests, cache, batch_size, progress)
@@ -202,23 +199,33 @@ def sentence_ablation(
         whole_embeds = embed(texts, None)
         whole = score(whole_embeds)
         rows: list[Row] = [{"sentence": 0, "num_texts": 0, "num_read": 0, **whole, **_lost(whole, whole, {})}]
-        for k, places in having.items():
-            shorter = [JOINER.join(sentences[place][: k - 1] + sentences[place][k:]) for place in places]
-            before = _tokens(encoder, [texts[place] for place in places], longest)
+        for k, indices in having.items():
+            shorter = [JOINER.join(sentences[index][: k - 1] + sentences[index][k:]) for index in indices]
+            before = _tokens(encoder, [texts[index] for index in indices], longest)
             after = _tokens(encoder, shorter, longest)
-            read = [index for index, ((old, _), (new, _)) in enumerate(zip(before, after, strict=True)) if old != new]
+            read = {
+                index: text
+                for index, text, (old, _), (new, _) in zip(indices, shorter, before, after, strict=True)
+                if old != new
+            }
             text_embeds = whole_embeds.clone()
             if read:
-                text_embeds[[places[index] for index in read]] = embed([shorter[index] for index in read], None)
-            bar.update(len(places) - len(read))
+                text_embeds[list(read)] = embed(list(read.values()), None)
+            bar.update(len(indices) - len(read))
             now = score(text_embeds)
             concerned = {
-                "image_to_text": len(image_embeds) / len(text_to_image[places].unique()),
-                "text_to_image": len(texts) / len(places),
-                "score": len(texts) / len(places),
+                "image_to_text": len(image_embeds) / len(text_to_image[indices].unique()),
+                "text_to_image": len(texts) / len(indices),
+                "score": len(texts) / len(indices),
             }
             rows.append(
-                {"sentence": k, "num_texts": len(places), "num_read": len(read), **now, **_lost(whole, now, concerned)}
+                {
+                    "sentence": k,
+                    "num_texts": len(indices),
+                    "num_read": len(read),
+                    **now,
+                    **_lost(whole, now, concerned),
+                }
             )
     return rows
 
@@ -234,10 +241,8 @@ def plot_length_study(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: without rows.
         ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
     """
-    _check_rows(rows)
     check_plot(file)
     picture = figure(7, 4.5)
     axes = picture.subplots()
@@ -274,32 +279,34 @@ def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.Pat
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: without rows.
         ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
     """
-    _check_rows(rows[1:])
     check_plot(file)
     width = max(6, 2 + 0.45 * len(rows))
     picture = figure(width, 7)
     panels = picture.subplots(3, 1, sharex=True)
     panels[0].set_title(wrapped(title, int(9 * width)), fontsize=10)
     rows = rows[1:]
-    places = range(len(rows))
+    positions = range(len(rows))
 
     def draw(axes: "Axes", metric: str, factor: float, title: str) -> None:
         for shift, name in ((-0.2, "image_to_text"), (0.2, "text_to_image")):
             values = [factor * row[f"{name}_{metric}_lost"] for row in rows]
             axes.bar(
-                [place + shift for place in places], values, 0.4, color=DIRECTION_COLOURS[name], label=DIRECTIONS[name]
+                [position + shift for position in positions],
+                values,
+                0.4,
+                color=DIRECTION_COLOURS[name],
+                label=DIRECTIONS[name],
             )
         axes.set_ylabel(title)
 
     draw(panels[0], "r1", 100, "R@1 lost (points)")
-    draw(panels[1], "mean_rank", 1, "places lost\n(mean rank)")
-    panels[2].bar(places, [row["score_lost"] for row in rows], 0.4, color="0.45")
+    draw(panels[1], "mean_rank", 1, "ranks lost\n(mean rank)")
+    panels[2].bar(positions, [row["score_lost"] for row in rows], 0.4, color="0.45")
     panels[2].set_ylabel("score lost\n(cosine)")
     panels[2].set_xlabel("sentence left out; texts that have it; texts of which the model reads it")
-    panels[2].set_xticks(places, [f"{row['sentence']}\n{row['num_texts']}\n{row['num_read']}" for row in rows])
+    panels[2].set_xticks(positions, [f"{row['sentence']}\n{row['num_texts']}\n{row['num_read']}" for row in rows])
     for axes in panels:
         axes.axhline(0, color="0.3", linewidth=0.8)
         axes.grid(axis="y", alpha=0.3)
@@ -362,8 +369,8 @@ def _embedder(
             parts.append(part)
             bar.update(len(part))
         bar.update(len(texts) - len(unique))
-        places = {text: place for place, text in enumerate(unique)}
-        return torch.cat(parts)[[places[text] for text in texts]]
+        indices = {text: index for index, text in enumerate(unique)}
+        return torch.cat(parts)[[indices[text] for text in texts]]
 
     return embed
 
@@ -432,8 +439,3 @@ def _lost(whole: Mapping[str, float], now: Mapping[str, float], concerned: Mappi
         better = now[name] - value if name.endswith("rank") else value - now[name]
         lost[f"{name}_lost"] = factor * better
     return lost
-
-
-def _check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    if not rows:
-        raise ValueError("`rows` is empty: there is nothing to draw.")

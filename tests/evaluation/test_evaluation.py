@@ -114,13 +114,6 @@ def test_images_are_those_of_encode_images(encoder: Encoder, tmp_path: Path, mon
     assert len(set(digests)) == 4
 
 
-def test_nothing_to_embed_is_an_error(encoder: Encoder) -> None:
-    with pytest.raises(ValueError, match="`texts`"):
-        embed_texts(encoder, [])
-    with pytest.raises(ValueError, match="`images`"):
-        embed_images(encoder, [])
-
-
 def test_what_was_computed_is_kept(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embeddings, "UNIT_SIZE", 3)
     texts, images = captions(8), pictures(5)

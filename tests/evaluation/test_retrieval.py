@@ -267,18 +267,15 @@ def test_broken_embeddings_are_refused(name, value):
         recalls(**embeds, block_size=4)
 
 
-@pytest.mark.parametrize(
-    ("images", "texts"), [((4, 3), (5, 3)), ((4, 3), (4, 2)), ((4, 2, 3), (4, 2, 3)), ((0, 3), (0, 3))]
-)
+@pytest.mark.parametrize(("images", "texts"), [((4, 3), (4, 2)), ((4, 2, 3), (4, 2, 3)), ((0, 3), (0, 3))])
 def test_shapes_are_checked(images, texts):
     with pytest.raises(ValueError, match=r"\[N, dim\]"):
         recalls(torch.ones(images), torch.ones(texts))
 
 
-@pytest.mark.parametrize("arguments", [{"ks": [1, 0]}, {"block_size": 0}])
-def test_numbers_are_checked(arguments):
-    with pytest.raises(ValueError, match=next(iter(arguments))):
-        recalls(torch.eye(3), torch.eye(3), **arguments)
+def test_numbers_are_checked():
+    with pytest.raises(ValueError, match="ks"):
+        recalls(torch.eye(3), torch.eye(3), ks=[1, 0])
 
 
 def test_near_ties_are_ties():
@@ -299,14 +296,16 @@ def test_one_candidate():
     assert recalls(torch.ones(1, 3), torch.randn(4, 3), [0] * 4, ks=[1])["text_to_image_r1"] == 1.0
 
 
-@pytest.mark.parametrize("text_to_image", [[0, 1, 2], [0, 1, 2, 3], [0, -1, 2, 1], [0, 0, 2, 2], [0.0, 1.0, 2.0, 2.0]])
+@pytest.mark.parametrize(
+    "text_to_image", [None, [0, 1, 2], [0, 1, 2, 3], [0, -1, 2, 1], [0, 0, 2, 2], [0.0, 1.0, 2.0, 2.0]]
+)
 @pytest.mark.parametrize("function", [recalls, ranks, retrieval_metrics])
 def test_text_to_image_is_checked(function, text_to_image):
     with pytest.raises(ValueError, match="text_to_image"):
         function(torch.randn(3, 2), torch.randn(4, 2), text_to_image)
 
 
-@pytest.mark.parametrize("positives", [[[0]], [[0], []], [[0], [1, 3]], [[-1, 1], [1]]])
+@pytest.mark.parametrize("positives", [[[0], []], [[0], [1, 3]], [[-1, 1], [1]]])
 def test_positives_are_checked(positives):
     with pytest.raises(ValueError, match="positives"):
         find_ranks(torch.randn(2, 2), torch.randn(3, 2), positives)

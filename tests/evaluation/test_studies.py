@@ -362,8 +362,6 @@ def test_fewer_sentences(lotlip: Encoder) -> None:
     data = retrieval_data(long_texts(6))
     everything = sentence_ablation(lotlip, data, progress=False)
     assert sentence_ablation(lotlip, data, 2, progress=False) == everything[:3]
-    with pytest.raises(ValueError, match="`max_sentences`"):
-        sentence_ablation(lotlip, data, 0, progress=False)
     with pytest.raises(ValueError, match="Own"):
         sentence_ablation(lotlip, retrieval_data(["a cat", "a dog."]), progress=False)
 
@@ -430,8 +428,6 @@ def test_sentence_plot_draws_the_rows(drawn: list[Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("plot", "rows"), [(plot_length_study, LENGTH_ROWS), (plot_sentence_ablation, SENTENCE_ROWS)])
 def test_plots_that_cannot_be_drawn(plot: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="`rows`"):
-        plot([], tmp_path / "plot.png")
     with pytest.raises(ValueError, match=r"plot\.doc"):
         plot(rows, tmp_path / "plot.doc")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
