@@ -224,8 +224,6 @@ def read_image(value: Any, name: str, processor: Any = None, load: Callable[...,
     source, path = image_source(value)
     if path:
         name = f"{name}: {path}"
-    if source is None:
-        raise RecordError(f"{name}: has no image.")
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise ImageError(
             name,

@@ -66,8 +66,6 @@ def find_files(source: str | os.PathLike | Sequence[str | os.PathLike], split: s
         SplitError: if they are of several splits, or of none that was asked for.
     """
     sources = [source] if isinstance(source, str | os.PathLike) else list(source)
-    if not sources:
-        raise FileNotFoundError("`source` is an empty list of files.")
     found: dict[str, str] = {}  # file to what its folder or pattern leaves of its path
     splits: dict[str, None] = {}
     for one in itertools.chain.from_iterable(map(_expanded, sources)):

@@ -386,12 +386,6 @@ def test_other_texts_are_other_columns(tmp_path: Path, swapped: bool) -> None:
     assert {"captions": "short"} in arguments
 
 
-def test_columns_of_texts_are_told_apart(tmp_path: Path) -> None:
-    protocols = [{"captions": "long", "text_column": column} for column in ("alt", "caption")]
-    text = report(save(tmp_path, *(results("scenes", protocol=protocol) for protocol in protocols)))
-    assert cells(text.splitlines()[2])[4:] == ["scenes (alt)", "scenes (caption)"]
-
-
 def test_one_data_set_of_two_tasks(tmp_path: Path) -> None:
     own = {"id": "o", "name": "Own", "split": None}
     classes = {**results("imagenet-1k", dataset=own), "benchmark": "classification"}

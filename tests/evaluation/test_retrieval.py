@@ -138,12 +138,6 @@ def test_directions_are_told_apart():
     assert recalls(texts, images, ks=[1]) == pytest.approx(swapped, abs=1e-12)
 
 
-def test_length_does_not_count():
-    images, texts = noisy_pairs(50, 8, 1.0)
-    scaled = recalls(images * torch.rand(50, 1).exp(), 1e-3 * texts)
-    assert scaled == pytest.approx(recalls(images, texts), abs=1e-12)
-
-
 @pytest.mark.parametrize("constant", ["images", "texts", "both"])
 @pytest.mark.parametrize(("captions", "block_size"), [(1, 30), (5, 30), (5, 4096)])
 def test_constant_embeddings_score_chance(constant, captions, block_size):
@@ -163,10 +157,6 @@ def test_constant_embeddings_score_chance(constant, captions, block_size):
         else:  # k texts at random
             expected = 1 - math.comb(len(texts) - captions, drawn) / math.comb(len(texts), drawn)
         assert results[f"image_to_text_r{k}"] == pytest.approx(expected, abs=1e-12)
-
-
-def test_zeros_score_chance():
-    assert recalls(torch.zeros(8, 4), torch.randn(8, 4), ks=[2])["image_to_text_r2"] == pytest.approx(0.25, abs=1e-12)
 
 
 def test_shared_captions_are_shared_fairly():
@@ -221,6 +211,10 @@ def test_other_dtypes(dtype):
     images, texts = images.to(dtype), texts.to(dtype)
     expected = {**brute_force(images, texts, 1), **brute_force(images, texts, 5)}
     assert recalls(images, texts, ks=(1, 5)) == pytest.approx(expected, abs=1e-12)
+    scaled = recalls(images.float() * torch.rand(60, 1).exp(), 1e-3 * texts.float(), ks=(1, 5))  # lengths count not
+    assert scaled == pytest.approx(expected, abs=1e-12)
+    mixed = recalls(images.float(), texts.bfloat16(), ks=(1, 5))
+    assert mixed == recalls(images.float(), texts.bfloat16().float(), ks=(1, 5))
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
@@ -247,15 +241,6 @@ def test_precision_is_not_the_callers():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(precision)
-
-
-def test_inputs_are_left_alone():
-    images, texts = noisy_pairs(10, 4, 0.5)
-    images.requires_grad_()
-    before = images.detach().clone(), texts.clone()
-    recalls(images, texts, block_size=3)
-    assert torch.equal(images.detach(), before[0])
-    assert torch.equal(texts, before[1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -451,12 +436,6 @@ class TestAccuracies:
         results = accuracies(scores, [0, 0, 0, 2], ks=[1])
         assert results == pytest.approx({"accuracy_top1": 1 / 2, "mean_per_class_recall": 1 / 3}, abs=1e-12)
 
-    def test_inputs_are_left_alone(self):
-        scores = torch.randn(6, 4)
-        before = scores.clone()
-        accuracies(scores, [0, 1, 2, 3, 0, 1])
-        assert torch.equal(scores, before)
-
     @pytest.mark.parametrize(
         ("scores", "labels", "options", "word"),
         [
@@ -466,19 +445,12 @@ class TestAccuracies:
             (torch.ones(2, 3), [0, 3], {}, "labels"),
             (torch.tensor([[0.0, math.nan]]), [0], {}, "scores"),
             (torch.ones(2, 3), [0, 1], {"ks": [0]}, "ks"),
-            (torch.ones(2, 3), [0, 1], {"ks": [1.5]}, "ks"),
             (torch.ones(2, 3), [0, 1], {"tolerance": -1}, "tolerance"),
         ],
     )
     def test_arguments_are_checked(self, scores, labels, options, word):
         with pytest.raises(ValueError, match=word):
             accuracies(scores, labels, **options)
-
-
-def test_mixed_precisions():
-    images, texts = noisy_pairs(20, 8, 1.0)
-    mixed = recalls(images, texts.bfloat16())
-    assert mixed == recalls(images, texts.bfloat16().float())
 
 
 @pytest.mark.parametrize("function", [recalls, ranks, retrieval_metrics, find_ranks, accuracies])

@@ -1,7 +1,6 @@
 """Studies: rows are what encoding every text anew gives, FLOPs are those of a formula, and plots draw the rows."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -424,13 +423,3 @@ def test_sentence_plot_draws_the_rows(drawn: list[Any], tmp_path: Path) -> None:
     assert heights[2] == pytest.approx([0.05, 0.06, 0.07])
     assert [label.get_text() for label in drawn[0].axes[-1].get_xticklabels()] == ["1\n9\n8", "2\n8\n7", "3\n7\n6"]
     assert (tmp_path / "sentences.svg").read_text().startswith("<?xml")
-
-
-@pytest.mark.parametrize(("plot", "rows"), [(plot_length_study, LENGTH_ROWS), (plot_sentence_ablation, SENTENCE_ROWS)])
-def test_plots_that_cannot_be_drawn(plot: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"plot\.doc"):
-        plot(rows, tmp_path / "plot.doc")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'lotlip-hf\[evaluation\]'"):
-        plot(rows, tmp_path / "plot.png")
-    assert list(tmp_path.iterdir()) == []
