@@ -153,7 +153,14 @@ class LoTLIPCollator:
             except (ImageError, RecordError) as error:
                 if self.on_error == "raise":
                     raise
-                self._count(_counted_as(error))
+                kind = (
+                    "images"
+                    if isinstance(error, ImageError)
+                    else "shards"
+                    if isinstance(error, ShardError)
+                    else "records"
+                )
+                self._count(f"broken_{kind}")
                 self._warn(error)
                 errors.append(error)
                 continue
@@ -194,12 +201,6 @@ class LoTLIPCollator:
             logger.warning(f"Left out: {error}")
         if self._warnings == MAX_WARNINGS:
             logger.warning("Further broken images and records are counted (`LoTLIPCollator.counts`), not named.")
-
-
-def _counted_as(error: ImageError | RecordError) -> str:
-    if isinstance(error, ImageError):
-        return "broken_images"
-    return "broken_shards" if isinstance(error, ShardError) else "broken_records"
 
 
 def read_image(value: Any, name: str, processor: Any = None, load: Callable[..., Any] = load_image) -> Any:

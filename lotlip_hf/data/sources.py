@@ -126,7 +126,7 @@ def _find(source: str) -> dict[str, str]:
             files = (file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file())
             names = {str(file): str(file.relative_to(path)) for file in files}
             # what is hidden is not the user's data: `lotlip search` keeps its index so
-            if found := {file: name for file, name in sorted(names.items()) if not _is_hidden(name)}:
+            if found := {file: name for file, name in sorted(names.items()) if f"{os.sep}." not in f"{os.sep}{name}"}:
                 return found
         raise FileNotFoundError(
             f"{printable(path)}: holds neither {', '.join(METADATA_NAMES)} nor files that are read "
@@ -141,10 +141,6 @@ def _find(source: str) -> dict[str, str]:
         )
     start = os.path.dirname(re.split(r"[*?\[]", source, maxsplit=1)[0])
     return {file: os.path.relpath(file, start or ".") for file in files}
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split(os.sep))
 
 
 def kind_of(files: Sequence[str]) -> str:

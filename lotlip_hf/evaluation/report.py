@@ -69,7 +69,15 @@ def write_report(
     >>> print(write_report(["iiw.json", "urban1k.json"], format="markdown"))  # doctest: +SKIP
     ```
     """
-    _check_outputs(files, model_index_file, plot_file, overwrite)
+    taken = [Path(file).resolve() for file in files]
+    for output in (Path(output) for output in (model_index_file, plot_file) if output is not None):
+        if output.resolve() in taken:
+            raise ValueError(f"{output} is a file of results, or the other output: choose another to write to.")
+        taken.append(output.resolve())
+    if plot_file is not None:
+        check_plot(plot_file)
+    if model_index_file is not None:
+        check_output(model_index_file, overwrite=overwrite)
     summary = summarise(files)
     tables = report_tables(summary, format)
     metadata = "" if model_index_file is None else model_index(summary)
@@ -79,26 +87,6 @@ def write_report(
         with replacing(Path(model_index_file)) as file:
             file.write(metadata.encode())
     return tables
-
-
-def _check_outputs(
-    files: Sequence[str | os.PathLike],
-    model_index_file: str | os.PathLike | None,
-    plot_file: str | os.PathLike | None,
-    overwrite: bool,
-) -> None:
-    taken = {Path(file).resolve(): "one of the files of results" for file in files}
-    for output in (model_index_file, plot_file):
-        if output is None:
-            continue
-        own = Path(output).resolve()
-        if own in taken:
-            raise ValueError(f"{output} is {taken[own]}: choose another to write to.")
-        taken[own] = "where the model-index goes"
-    if plot_file is not None:
-        check_plot(plot_file)
-    if model_index_file is not None:
-        check_output(model_index_file, overwrite=overwrite)
 
 
 def _values(summary: Summary, column: Column, metric: str) -> dict[str, float]:

@@ -157,24 +157,8 @@ class Summary:
     notes: Sequence[str]
 
 
-def read_run(file: str | os.PathLike) -> Run:
-    """
-    Reads a file that `lotlip evaluate` wrote.
-
-    Args:
-        file (`str` or `os.PathLike`): the JSON file.
-
-    Returns:
-        `Run`: what it says.
-
-    Raises:
-        ResultsError: if it is no such file, or lacks something.
-        OSError: if it cannot be read.
-    """
-    return parsed(file, partial(_run, file))
-
-
 def _run(file: str | os.PathLike, content: Mapping[str, Any]) -> Run:
+    """What a file of `lotlip evaluate` says; a table or a plot that comes later finds no value of a wrong type."""
     dataset, protocol, metrics, study = content["dataset"], content["protocol"], {}, content.get("study")
     kind, known = ("task", METRICS) if study is None else ("study", STUDIES)
     if content[kind] not in known:
@@ -229,7 +213,7 @@ def summarise(files: Sequence[str | os.PathLike]) -> Summary:
         OSError: if one cannot be read.
     """
     unique = {Path(file).resolve(): file for file in files}
-    runs = _named([read_run(file) for file in unique.values()])
+    runs = _named([parsed(file, partial(_run, file)) for file in unique.values()])
     evaluations = _apart([run for run in runs if run.study is None])
     notes: list[str] = []
     candidates: dict[tuple[str, Column], list[Run]] = {}

@@ -15,7 +15,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from ..distributed import rank, world_size
 from ..encoder import TEXT_CHUNK, Encoder, warn_of_cut_texts
-from ..plots import DIRECTION_COLOURS, DIRECTIONS, check_plot, figure, save, wrapped
+from ..plots import DIRECTION_COLOURS, DIRECTIONS, figure, save, wrapped
 from .embeddings import UNIT_SIZE, embed_images, embed_texts
 from .retrieval import ranks, recalls
 from .tasks import RetrievalData
@@ -95,7 +95,8 @@ def length_study(
         limit: [index for index, length in enumerate(lengths) if limit == limits[-1] or length > limit]
         for limit in limits
     }
-    image_embeds = _embed_images(encoder, data, digests, cache, batch_size, progress)
+    settings = {"cache": cache, "batch_size": batch_size or 32, "progress": progress}
+    image_embeds = embed_images(encoder, data.images, names=data.image_names, digests=digests, **settings)
     count_flops = _flop_counter(encoder, texts, lengths)
     text_embeds = torch.empty(len(texts), image_embeds.shape[1])
     rows: list[Row] = []
@@ -133,13 +134,8 @@ def sentence_ablation(
     than k sentences stays whole, and so does one that has no other sentence.
 
     Args:
-        encoder: The dual encoder.
-        data: Images and texts.
+        encoder, data, digests, cache, batch_size, progress: As in [`length_study`].
         max_sentences: The last k; by default the number of sentences of the longest text.
-        digests: What the images hold, if known from [`~lotlip_hf.evaluation.embeddings.image_digests`].
-        cache: Folder that keeps the embeddings; see [`~lotlip_hf.evaluation.embeddings.embed_texts`].
-        batch_size: Images, or texts of full length, in a batch; by default 32 and 64.
-        progress: Whether to show progress bars: one for the images, one for all texts of the study.
 
     Returns:
         A row for each k, after one with the `sentence` 0 for the whole texts:
@@ -181,7 +177,8 @@ def sentence_ablation(
         k: [index for index, parts in enumerate(sentences) if len(parts) >= max(k, 2)] for k in range(1, most + 1)
     }
     _warn(sum(at_end for _, at_end in _tokens(encoder, texts, longest)), data, longest)
-    image_embeds = _embed_images(encoder, data, digests, cache, batch_size, progress)
+    settings = {"cache": cache, "batch_size": batch_size or 32, "progress": progress}
+    image_embeds = embed_images(encoder, data.images, names=data.image_names, digests=digests, **settings)
     text_to_image = torch.as_tensor(data.text_to_image)
 
     def score(text_embeds: torch.Tensor) -> dict[str, float]:
@@ -240,10 +237,8 @@ def plot_length_study(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike
         title: What stands over it, such as `"model on data"`.
 
     Raises:
-        ImportError: without matplotlib.
-        ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
+        ImportError, ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
     """
-    check_plot(file)
     picture = figure(7, 4.5)
     axes = picture.subplots()
     axes.set_title(wrapped(title, 60), fontsize=10)
@@ -274,14 +269,11 @@ def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.Pat
 
     Args:
         rows: What [`sentence_ablation`] returned.
-        file: The picture; its extension says of which kind it is.
-        title: What stands over it, such as `"model on data"`.
+        file, title: As in [`plot_length_study`].
 
     Raises:
-        ImportError: without matplotlib.
-        ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
+        ImportError, ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
     """
-    check_plot(file)
     width = max(6, 2 + 0.45 * len(rows))
     picture = figure(width, 7)
     panels = picture.subplots(3, 1, sharex=True)
@@ -314,26 +306,6 @@ def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.Pat
     handles, labels = panels[0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside upper center", ncols=2)
     save(picture, file)
-
-
-def _embed_images(
-    encoder: Encoder,
-    data: RetrievalData,
-    digests: Sequence[str] | None,
-    cache: str | os.PathLike | None,
-    batch_size: int | None,
-    progress: bool,
-) -> torch.Tensor:
-    """[I, P]."""
-    return embed_images(
-        encoder,
-        data.images,
-        names=data.image_names,
-        digests=digests,
-        cache=cache,
-        batch_size=batch_size or 32,
-        progress=progress,
-    )
 
 
 def _progress_bar(texts: int, progress: bool) -> "tqdm[Any]":

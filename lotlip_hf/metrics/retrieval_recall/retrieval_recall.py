@@ -37,14 +37,10 @@ Examples:
     {'r1': 0.6666666666666666, 'r3': 1.0, 'median_rank': 1.0}
 """
 
-# Frank McSherry, Marc Najork: ties of scores, expected over all orders
+# Ties of scores, expected over all orders
 _CITATION = """\
-@inproceedings{mcsherry2008computing,
-  title={Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied Scores},
-  author={McSherry, Frank and Najork, Marc},
-  booktitle={Advances in Information Retrieval (ECIR)},
-  year={2008}
-}
+Frank McSherry and Marc Najork: Computing Information Retrieval Performance Measures Efficiently in the Presence of
+Tied Scores. ECIR 2008.
 """
 
 
