@@ -30,14 +30,6 @@ def test_kinds_that_are_not_written(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders(tmp_path: Path) -> None:
-    with pytest.raises(NotADirectoryError, match="missing"):
-        check_plot(tmp_path / "missing" / "plot.png")
-    (tmp_path / "plot.png").mkdir()
-    with pytest.raises(FileExistsError, match="plot.png"):
-        check_plot(str(tmp_path / "plot.png"))
-
-
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for call in (lambda: check_plot(tmp_path / "plot.png"), lambda: figure(1, 1)):

@@ -119,10 +119,6 @@ def test_captions_are_normalized(text: str, normalized: str) -> None:
 
 
 def test_tasks() -> None:
-    assert list(TASKS) == [
-        *("dci", "iiw", "sharegpt4v-1k", "sharegpt4v-10k", "urban1k", "docci", "coco", "flickr30k"),
-        *("imagenet-1k", "imagenet-v2", "classification", "retrieval", "scenes"),
-    ]
     for task in TASKS.values():
         assert set(task.options) <= {field.name for field in dataclasses.fields(Options)}
         assert task.source.endswith(".")
@@ -656,10 +652,6 @@ def test_class_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert data.protocol["class_names"] == "the file names.txt"
     with pytest.raises(FileNotFoundError, match="clip"):
         load_benchmark("imagenet-1k", folder, num_images=5, class_names="clip")
-    monkeypatch.setattr("lotlip_hf.evaluation.zero_shot.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="open_clip_torch"):
-        load_benchmark("imagenet-1k", folder, num_images=5, class_names="openai")
-    monkeypatch.undo()
     # open_clip's own file is read, and open_clip, which may not import here, is not
     package = tmp_path / "site" / "open_clip"
     write(package / "__init__.py", "raise ImportError('no torchvision')")
