@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
@@ -79,6 +79,8 @@ def write_report(
     if model_index_file is not None:
         check_output(model_index_file, overwrite=overwrite)
     summary = summarise(files)
+    if not summary.runs and (model_index_file or plot_file):
+        raise ValueError("The files hold studies alone: add results of an evaluation for a model-index or a plot.")
     tables = report_tables(summary, format)
     metadata = "" if model_index_file is None else model_index(summary)
     if plot_file is not None:
@@ -115,8 +117,6 @@ def report_tables(summary: Summary, format: Format = "text") -> str:
     Returns:
         `str`: the tables, without a line end.
     """
-    if format not in get_args(Format):
-        raise ValueError(f"`format` must be one of {', '.join(get_args(Format))}, got {format!r}.")
 
     def title(text: str) -> str:
         return f"**{markdown_text(text)}**" if format == "markdown" else text
@@ -193,8 +193,6 @@ def model_index(summary: Summary) -> str:
         # each run by itself: huggingface_hub would join those of one data set
         (entry,) = eval_results_to_model_index(run.name, results)
         entries.setdefault(run.name, {"name": run.name, "results": []})["results"] += entry["results"]
-    if not entries:
-        raise ValueError("The files hold studies alone, which no model-index takes: add results of an evaluation.")
     return yaml_dump({"model-index": list(entries.values())}, sort_keys=False)
 
 
@@ -208,10 +206,6 @@ def draw_report(summary: Summary) -> "Figure":
     Returns:
         `matplotlib.figure.Figure`: the figure.
     """
-    if not summary.runs:
-        raise ValueError(
-            "The files hold studies alone, whose plots `lotlip evaluate` draws: add results of an evaluation."
-        )
     panels: dict[str, list[Column]] = {}
     own_columns = {column for _, column in summary.runs}
     for column in (column for column in summary.columns if column in own_columns):

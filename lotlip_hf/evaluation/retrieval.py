@@ -294,8 +294,6 @@ def accuracies(
     if scores.dim() != 2 or 0 in scores.shape:
         raise ValueError(f"`scores` must have shape [N, C], one row for each image; got {list(scores.shape)}.")
     check_positive("ks", *ks)
-    if not tolerance >= 0:
-        raise ValueError(f"`tolerance` must not be negative, got {tolerance}.")
     labels = _as_indices("labels", labels, len(scores), scores.shape[1], "class", scores.device)
     _check_finite("scores", scores)
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))

@@ -1,9 +1,9 @@
 """Files of results: what each says, which of them count, and what tells them apart."""
 
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -165,9 +165,7 @@ def _run(file: str | os.PathLike, content: Mapping[str, Any]) -> Run:
         raise ValueError(f"`{kind}` is {content[kind]!r}, expected one of {', '.join(known)}")
     if study is None:
         metrics = telling_metrics(content["metrics"], protocol)
-        if lacking := METRICS[content["task"]].keys() - metrics.keys():
-            raise ValueError(f"`metrics` lacks {', '.join(sorted(lacking))}")
-        _check_numbers("metrics", metrics)
+        _check_numbers("metrics", {**{name: metrics[name] for name in METRICS[content["task"]]}, **metrics})
     else:
         study_table(study, content["rows"])
         for number, row in enumerate(content["rows"]):
@@ -364,12 +362,9 @@ def _check_numbers(where: str, numbers: Mapping[str, Any]) -> None:
     for name, value in numbers.items():
         if value is None:  # of a study: not known
             continue
-        if not -math.inf < value < math.inf:
-            raise ValueError(f"`{where}.{name}` is {value}, expected a number")
-        if SHARE.fullmatch(name) and not 0 <= value <= 1:
-            raise ValueError(f"`{where}.{name}` is {value}, expected a share from 0 to 1")
-        if name.endswith("_rank") and value < 1:
-            raise ValueError(f"`{where}.{name}` is {value}, expected a rank of at least 1")
+        low, high = (0, 1) if SHARE.fullmatch(name) else (1 if name.endswith("_rank") else -sys.float_info.max, None)
+        if not low <= value <= (high or sys.float_info.max):
+            raise ValueError(f"`{where}.{name}` is {value}, expected a number (shares from 0 to 1, ranks from 1)")
 
 
 def _short(text: str, most: int = 60) -> str:

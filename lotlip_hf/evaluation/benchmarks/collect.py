@@ -317,12 +317,8 @@ def collect(source: Source) -> RetrievalData | ClassificationData:
 
 def _check_count(source: Source, count: int) -> None:
     wanted, expected = source.options.num_images, source.task.num_images if source.is_whole else None
-    if wanted is not None and count < wanted:
-        raise source.incomplete(f"{source.where} has {count} images, and `num_images` asks for {wanted}")
-    if not count:
-        raise source.incomplete(f"{source.where} has no images")
-    if expected is not None and count < expected:
-        raise source.incomplete(f"{source.where} has {count} images of {expected}", first_alone=True)
+    if count < (least := wanted or expected or 1):
+        raise source.incomplete(f"{source.where} has {count} images of {least}", first_alone=True)
     if expected is not None and count > expected:
         logger.warning("%s has %d images, not the %d that are reported on.", source.where, count, expected)
 
