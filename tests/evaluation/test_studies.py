@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BertTokenizer, SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 
 import tiny_clip
-from lotlip_hf import Encoder, load_encoder
+from lotlip_hf import Encoder
 from lotlip_hf.evaluation import embeddings, studies
 from lotlip_hf.evaluation.embeddings import TextEmbeddings, image_digests
 from lotlip_hf.evaluation.retrieval import recalls
@@ -52,18 +52,6 @@ def retrieval_data(texts: Sequence[str] | None = None) -> RetrievalData:
 
 def token_counts(encoder: Encoder, texts: Sequence[str]) -> list[int]:
     return [len(ids) for ids in encoder.engine.tokenizer(list(texts), verbose=False)["input_ids"]]
-
-
-@pytest.fixture(scope="module")
-def lotlip(official_checkpoint: Path) -> Encoder:
-    return load_encoder(official_checkpoint, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    folder = tmp_path_factory.mktemp("clip")
-    tiny_clip.save_clip(folder)
-    return load_encoder(folder, device="cpu")
 
 
 @pytest.fixture

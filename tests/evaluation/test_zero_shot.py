@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
-import tiny_clip
-from lotlip_hf import Encoder, load_encoder
+from lotlip_hf import Encoder
 from lotlip_hf.evaluation import zero_shot
 from lotlip_hf.evaluation.zero_shot import (
     DEFAULT_TEMPLATES,
@@ -27,18 +26,6 @@ PROMPTS = [
     *("a photo of a cat.", "cat", "A cat. And the same cat in a photo.", "{braces} cat"),
     *("a photo of a red car.", "red car", "A red car. And the same red car in a photo.", "{braces} red car"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lotlip(official_checkpoint: Path) -> Encoder:
-    return load_encoder(official_checkpoint, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    folder = tmp_path_factory.mktemp("clip")
-    tiny_clip.save_clip(folder)
-    return load_encoder(folder, device="cpu")
 
 
 def templates_file(folder: Path, content: bytes) -> Path:
