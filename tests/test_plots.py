@@ -5,14 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from lotlip_hf.plots import check_plot, figure, save, wrapped
 
 
-@pytest.mark.parametrize(
-    "kind", ["png", "PNG", "jpg", "jpeg", "gif", "webp", "tif", "tiff", "svg", "svgz", "pdf", "eps", "ps"]
-)
+@pytest.mark.parametrize("kind", ["PNG", "jpg", "svg", "pdf"])
 def test_what_passes_is_written(tmp_path: Path, kind: str) -> None:
     file = tmp_path / f"a.b.{kind}"
     check_plot(file)
@@ -21,27 +18,16 @@ def test_what_passes_is_written(tmp_path: Path, kind: str) -> None:
     picture.subplots().plot([1, 2])
     save(picture, file)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
-    if kind.lower() not in ("svg", "svgz", "pdf", "eps", "ps"):
-        assert Image.open(file).size == (240, 120)
-    else:
-        signs = {"svg": b"<?xml", "svgz": b"\x1f\x8b", "pdf": b"%PDF", "eps": b"%!PS", "ps": b"%!PS"}
-        assert file.read_bytes().startswith(signs[kind])
+    signs = {"PNG": b"\x89PNG", "jpg": b"\xff\xd8", "svg": b"<?xml", "pdf": b"%PDF"}
+    assert file.read_bytes().startswith(signs[kind])
 
 
-@pytest.mark.parametrize("name", ["plot.bmp", "plot.ppm", "plot", "png", "plot.raw", "plot.pgf", ".png", "plot."])
+@pytest.mark.parametrize("name", ["plot.bmp", "plot", "plot.raw", ".png"])
 def test_kinds_that_are_not_written(tmp_path: Path, name: str) -> None:
     for call in (lambda: check_plot(tmp_path / name), lambda: save(figure(1, 1), tmp_path / name)):
         with pytest.raises(ValueError, match=re.escape(name)):
             call()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_folders(tmp_path: Path) -> None:
-    with pytest.raises(NotADirectoryError, match="missing"):
-        check_plot(tmp_path / "missing" / "plot.png")
-    (tmp_path / "plot.png").mkdir()
-    with pytest.raises(FileExistsError, match="plot.png"):
-        check_plot(str(tmp_path / "plot.png"))
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,14 @@ class LoTLIPCollator:
             except (ImageError, RecordError) as error:
                 if self.on_error == "raise":
                     raise
-                self._count(_counted_as(error))
+                kind = (
+                    "images"
+                    if isinstance(error, ImageError)
+                    else "shards"
+                    if isinstance(error, ShardError)
+                    else "records"
+                )
+                self._count(f"broken_{kind}")
                 self._warn(error)
                 errors.append(error)
                 continue
@@ -196,12 +203,6 @@ class LoTLIPCollator:
             logger.warning("Further broken images and records are counted (`LoTLIPCollator.counts`), not named.")
 
 
-def _counted_as(error: ImageError | RecordError) -> str:
-    if isinstance(error, ImageError):
-        return "broken_images"
-    return "broken_shards" if isinstance(error, ShardError) else "broken_records"
-
-
 def read_image(value: Any, name: str, processor: Any = None, load: Callable[..., Any] = load_image) -> Any:
     """
     Reads a record's image.
@@ -224,8 +225,6 @@ def read_image(value: Any, name: str, processor: Any = None, load: Callable[...,
     source, path = image_source(value)
     if path:
         name = f"{name}: {path}"
-    if source is None:
-        raise RecordError(f"{name}: has no image.")
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise ImageError(
             name,
@@ -280,11 +279,10 @@ def _checked_captions(record: Mapping[str, Any]) -> tuple[str, str, list[str]]:
         raise RecordError(f"a record's `id` must be a string that is not empty, got {record_id!r}.")
     if not isinstance(short_caption, str) or not short_caption.strip():
         raise RecordError(f"record {record_id}: `short_caption` must be a text, got {short_caption!r}.")
-    if not isinstance(long_captions, list | tuple):
-        raise RecordError(f"record {record_id}: `long_captions` must be a list, got {type(long_captions).__name__}.")
-    captions = ["" if caption is None else caption for caption in long_captions]
-    if wrong := [caption for caption in captions if not isinstance(caption, str)]:
-        raise RecordError(f"record {record_id}: `long_captions` must be texts, got {wrong[0]!r}.")
+    is_list = isinstance(long_captions, list | tuple)
+    if not is_list or not all(isinstance(caption, str | None) for caption in long_captions):
+        raise RecordError(f"record {record_id}: `long_captions` must be a list of texts, got {long_captions!r:.80}.")
+    captions = [caption or "" for caption in long_captions]
     if (longest := max(map(len, (short_caption, *captions)))) > MAX_CHARACTERS:
         raise RecordError(f"record {record_id}: a caption has {longest:,} characters, more than {MAX_CHARACTERS:,}.")
     return record_id, short_caption, captions

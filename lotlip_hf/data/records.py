@@ -179,7 +179,7 @@ def _hub_records(
     columns = dataset.column_names or list(next(iter(dataset)))
     resolved = resolve(mapping, columns, name)
     return dataset.map(
-        partial(_to_record, mapping=resolved, folder=folder, roots=roots),
+        partial(to_record, mapping=resolved, folder=folder, roots=roots),
         remove_columns=columns,
     )
 
@@ -272,10 +272,7 @@ def _from_table(rows: dict[str, list[Any]], folders: Sequence[tuple[str, tuple[s
 
 
 def to_record(
-    row: Mapping[str, Any],
-    mapping: ColumnMapping,
-    image_folder: str | None = None,
-    image_root: str | None = None,
+    row: Mapping[str, Any], mapping: ColumnMapping, folder: str = "", roots: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """
     Makes a record of a row. What is missing or of a wrong type stays so: the collator counts it or stops at it.
@@ -283,25 +280,11 @@ def to_record(
     Args:
         row (`Mapping[str, Any]`): column name to value.
         mapping (`ColumnMapping`): one column or way for each field, no patterns.
-        image_folder (`str`, *optional*): what a relative path of an image starts from.
-        image_root (`str`, *optional*): the folder that images must lie in; by default `image_folder`.
+        folder, roots: as [`locate_image`] takes them.
 
     Returns:
         `dict[str, Any]`: `image`, `short_caption`, `long_captions`, `id`, and `error`.
-
-    Example:
-
-    ```python
-    >>> row = {"image": "a.jpg", "conversations": [{"value": "Describe."}, {"value": "A cat. It sleeps."}]}
-    >>> record = to_record(row, MAPPINGS["sharegpt4v"], image_folder="pictures")
-    >>> record["image"], record["short_caption"], record["long_captions"], record["id"]
-    ('pictures/a.jpg', 'A cat', ['A cat. It sleeps.'], 'a.jpg')
-    ```
     """
-    return _to_record(row, mapping, *_Images(image_folder, image_root).below())
-
-
-def _to_record(row: Mapping[str, Any], mapping: ColumnMapping, folder: str, roots: tuple[str, ...]) -> dict[str, Any]:
     record = _fields(row, mapping)
     _locate(record, folder, roots)
     return record
@@ -418,7 +401,7 @@ def _to_records(
 ) -> dict[str, list[Any]]:
     """The records of a batch, column by column, as `Dataset.with_transform` asks for."""
     batch = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-    records = [_to_record(row, mapping, folder, roots) for row in batch]
+    records = [to_record(row, mapping, folder, roots) for row in batch]
     return {name: [record[name] for record in records] for name in FIELDS}
 
 

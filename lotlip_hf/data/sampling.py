@@ -68,20 +68,17 @@ class CaptionSampling:
     splitter: Literal["sentences", "full_stops"] = "sentences"
 
     def __post_init__(self) -> None:
-        if self.num_long_texts < 0:
-            raise ValueError(f"`num_long_texts` must be 0 or more, got {self.num_long_texts}.")
-        if self.num_sentences is not None and self.num_sentences < 1:
-            raise ValueError(f"`num_sentences` must be at least 1, or `None` for all, got {self.num_sentences}.")
+        for name, least in (("num_long_texts", 0), ("num_sentences", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
         if self.captioners is not None:
             object.__setattr__(self, "captioners", tuple(self.captioners))
-            if not self.captioners or min(self.captioners) < 0 or len(set(self.captioners)) < len(self.captioners):
+            if min(self.captioners, default=-1) < 0 or len(set(self.captioners)) < len(self.captioners):
                 raise ValueError(
                     f"`captioners` must be different positions in the long captions, from 0, got {self.captioners}."
                 )
         if self.order not in ("written", "shuffled"):
             raise ValueError(f'`order` must be "written" or "shuffled", got {self.order!r}.')
-        if self.splitter not in SPLITTERS:
-            raise ValueError(f"`splitter` must be one of {', '.join(SPLITTERS)}, got {self.splitter!r}.")
 
 
 class SampledTexts(NamedTuple):

@@ -66,8 +66,6 @@ def find_files(source: str | os.PathLike | Sequence[str | os.PathLike], split: s
         SplitError: if they are of several splits, or of none that was asked for.
     """
     sources = [source] if isinstance(source, str | os.PathLike) else list(source)
-    if not sources:
-        raise FileNotFoundError("`source` is an empty list of files.")
     found: dict[str, str] = {}  # file to what its folder or pattern leaves of its path
     splits: dict[str, None] = {}
     for one in itertools.chain.from_iterable(map(_expanded, sources)):
@@ -128,7 +126,7 @@ def _find(source: str) -> dict[str, str]:
             files = (file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file())
             names = {str(file): str(file.relative_to(path)) for file in files}
             # what is hidden is not the user's data: `lotlip search` keeps its index so
-            if found := {file: name for file, name in sorted(names.items()) if not _is_hidden(name)}:
+            if found := {file: name for file, name in sorted(names.items()) if f"{os.sep}." not in f"{os.sep}{name}"}:
                 return found
         raise FileNotFoundError(
             f"{printable(path)}: holds neither {', '.join(METADATA_NAMES)} nor files that are read "
@@ -143,10 +141,6 @@ def _find(source: str) -> dict[str, str]:
         )
     start = os.path.dirname(re.split(r"[*?\[]", source, maxsplit=1)[0])
     return {file: os.path.relpath(file, start or ".") for file in files}
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split(os.sep))
 
 
 def kind_of(files: Sequence[str]) -> str:

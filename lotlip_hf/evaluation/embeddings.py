@@ -70,11 +70,9 @@ def embed_texts(
         [`TextEmbeddings`]: in the order of `texts`.
 
     Raises:
-        TypeError, ValueError: as `encode_texts`; also if there are no texts.
+        TypeError, ValueError: as `encode_texts`.
         OSError: if the cache cannot be written.
     """
-    if not texts:
-        raise ValueError("`texts` is empty: there is nothing to encode.")
     unique = sorted(set(texts), key=lambda text: (-len(text), text))  # texts of a unit are of about the same length
     length = max_length or encoder.max_text_length
 
@@ -129,12 +127,9 @@ def embed_images(
         `torch.Tensor`: [N, P] in the order of `images`, normalised, float32 on the CPU.
 
     Raises:
-        ValueError: if there are no images.
         IncompleteDataError: if images cannot be read, after all others are computed and kept; it names them.
         OSError: if the cache cannot be written.
     """
-    if not len(images):
-        raise ValueError("`images` is empty: there is nothing to encode.")
     names = image_names(images) if names is None else names
     digests = image_digests(images, names=names, progress=progress) if digests is None else digests
     unreadable: list[str] = []
@@ -188,8 +183,8 @@ def image_digests(
     own = range(rank(), len(images), world_size())
     digests: list[str] = []
     errors: list[str] = []
-    for place in tqdm(own, desc="Reading images", unit="image", disable=not progress or rank() > 0):
-        image = images[place]
+    for index in tqdm(own, desc="Reading images", unit="image", disable=not progress or rank() > 0):
+        image = images[index]
         digest = hashlib.blake2b(digest_size=16)
         try:
             if isinstance(image, str | os.PathLike):
@@ -198,17 +193,17 @@ def image_digests(
                 digest.update(image)
             else:
                 for background in (WHITE, None):  # processors have either
-                    upright = load_image(image, names[place], background=background)
+                    upright = load_image(image, names[index], background=background)
                     digest.update(f"{upright.size}".encode() + upright.tobytes())
         except ImageError as error:
-            errors.append(f"{names[place]}: {error.reason}")
+            errors.append(f"{names[index]}: {error.reason}")
         digests.append(digest.hexdigest())
     _refuse(gather_lists(errors), len(images))
     shares = iter(gather_lists(digests))
     ordered = [""] * len(images)
     for first in range(world_size()):
-        for place in range(first, len(images), world_size()):
-            ordered[place] = next(shares)
+        for index in range(first, len(images), world_size()):
+            ordered[index] = next(shares)
     return ordered
 
 

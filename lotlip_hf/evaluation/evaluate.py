@@ -170,8 +170,6 @@ def _check(data: RetrievalData | ClassificationData) -> None:
         name, indices, count, number = "labels", data.labels, len(data.images), len(data.class_names)
     if len(indices) != count or not all(0 <= int(index) < number for index in indices):
         raise ValueError(f"`data.{name}` must have length {count} with values in [0, {number - 1}].")
-    if len(data.image_names) != len(data.images):
-        raise ValueError(f"`data.image_names` must name {len(data.images)} images, got {len(data.image_names)}.")
 
 
 def _fingerprints(encoder: Encoder) -> dict[str, str]:

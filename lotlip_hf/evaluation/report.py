@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
@@ -12,7 +12,6 @@ from huggingface_hub.utils import yaml_dump
 from ..files import check_output, markdown_text, replacing
 from ..plots import COLOURS, check_plot, figure, save, wrapped
 from .published import PAPER, PAPER_COLUMNS, PUBLISHED
-from .results import read_results
 from .runs import METRICS, Column, Run, Summary, summarise
 from .tables import RETRIEVAL, Format, metric_table, study_table, table
 
@@ -70,8 +69,18 @@ def write_report(
     >>> print(write_report(["iiw.json", "urban1k.json"], format="markdown"))  # doctest: +SKIP
     ```
     """
-    _check_outputs(files, model_index_file, plot_file, overwrite)
+    taken = [Path(file).resolve() for file in files]
+    for output in (Path(output) for output in (model_index_file, plot_file) if output is not None):
+        if output.resolve() in taken:
+            raise ValueError(f"{output} is a file of results, or the other output: choose another to write to.")
+        taken.append(output.resolve())
+    if plot_file is not None:
+        check_plot(plot_file)
+    if model_index_file is not None:
+        check_output(model_index_file, overwrite=overwrite)
     summary = summarise(files)
+    if not summary.runs and (model_index_file or plot_file):
+        raise ValueError("The files hold studies alone: add results of an evaluation for a model-index or a plot.")
     tables = report_tables(summary, format)
     metadata = "" if model_index_file is None else model_index(summary)
     if plot_file is not None:
@@ -80,26 +89,6 @@ def write_report(
         with replacing(Path(model_index_file)) as file:
             file.write(metadata.encode())
     return tables
-
-
-def _check_outputs(
-    files: Sequence[str | os.PathLike],
-    model_index_file: str | os.PathLike | None,
-    plot_file: str | os.PathLike | None,
-    overwrite: bool,
-) -> None:
-    taken = {Path(file).resolve(): "one of the files of results" for file in files}
-    for output in (model_index_file, plot_file):
-        if output is None:
-            continue
-        own = Path(output).resolve()
-        if own in taken:
-            raise ValueError(f"{output} is {taken[own]}: choose another to write to.")
-        taken[own] = "where the model-index goes"
-    if plot_file is not None:
-        check_plot(plot_file)
-    if model_index_file is not None:
-        check_output(model_index_file, overwrite=overwrite)
 
 
 def _values(summary: Summary, column: Column, metric: str) -> dict[str, float]:
@@ -128,8 +117,6 @@ def report_tables(summary: Summary, format: Format = "text") -> str:
     Returns:
         `str`: the tables, without a line end.
     """
-    if format not in get_args(Format):
-        raise ValueError(f"`format` must be one of {', '.join(get_args(Format))}, got {format!r}.")
 
     def title(text: str) -> str:
         return f"**{markdown_text(text)}**" if format == "markdown" else text
@@ -201,14 +188,11 @@ def model_index(summary: Summary) -> str:
         marks |= {name: apart[name] for name in apart if name in run.protocol and apart[name] is not None}
         marks |= run.other_rules
         results = [
-            replace(result, dataset_args={**(result.dataset_args or {}), **marks} or None)
-            for result in read_results(run.file)
+            replace(result, dataset_args={**(result.dataset_args or {}), **marks} or None) for result in run.entries
         ]
         # each run by itself: huggingface_hub would join those of one data set
         (entry,) = eval_results_to_model_index(run.name, results)
         entries.setdefault(run.name, {"name": run.name, "results": []})["results"] += entry["results"]
-    if not entries:
-        raise ValueError("The files hold studies alone, which no model-index takes: add results of an evaluation.")
     return yaml_dump({"model-index": list(entries.values())}, sort_keys=False)
 
 
@@ -222,10 +206,6 @@ def draw_report(summary: Summary) -> "Figure":
     Returns:
         `matplotlib.figure.Figure`: the figure.
     """
-    if not summary.runs:
-        raise ValueError(
-            "The files hold studies alone, whose plots `lotlip evaluate` draws: add results of an evaluation."
-        )
     panels: dict[str, list[Column]] = {}
     own_columns = {column for _, column in summary.runs}
     for column in (column for column in summary.columns if column in own_columns):

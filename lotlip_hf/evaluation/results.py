@@ -2,9 +2,9 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import EvalResult
 
@@ -13,13 +13,15 @@ from .retrieval import telling_metrics
 
 # Kinds of captions, for data that have several
 CAPTIONS = ("all", "long", "short")
-# Metrics of `lotlip evaluate` that are shares
-SHARE = re.compile(r"(image_to_text|text_to_image)_r\d+(_low|_high)?|accuracy_top\d+|mean_per_class_recall")
+# Shares, of evaluations and in the rows of studies
+SHARE = re.compile(r"(image_to_text|text_to_image)_r\d+(_low|_high)?|accuracy_top\d+|mean_per_class_recall|texts_cut")
 # Fields of a file of results, and of its `dataset`, that are texts
 TEXTS = (
     *("task", "study", "model", "model_revision", "data_fingerprint", "dtype"),
     *("id", "name", "split", "revision"),
 )
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,20 @@ class Results:
         return rows
 
 
+class ResultsError(ValueError):
+    """
+    A file holds no results of `lotlip evaluate`.
+
+    Args:
+        file (`str` or `os.PathLike`): the file.
+        problem (`str`): what is wrong with it.
+    """
+
+    def __init__(self, file: str | os.PathLike, problem: str) -> None:
+        self.file, self.problem = file, problem
+        super().__init__(f"{file}: no results of an evaluation, which are a JSON object ({problem}).")
+
+
 def load_results(file: str | os.PathLike) -> Results:
     """
     Reads a file of results of an evaluation.
@@ -81,48 +97,27 @@ def load_results(file: str | os.PathLike) -> Results:
         is 1.
 
     Raises:
-        ValueError: if the file is no such file; the message names it.
+        ResultsError: if the file is no such file.
         OSError: if it cannot be read.
     """
-    try:
-        content = result_file(file)
-        return Results(file, content, _entries(content))
-    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
-        raise ValueError(
-            f"{file}: no results of an evaluation ({type(error).__name__}: {error}); expected a JSON object with "
-            "`task`, `dataset` (`id`, `name`) and `metrics` (numbers by name)."
-        ) from error
+    return parsed(file, lambda content: Results(file, content, entries_of(content)))
 
 
-def read_results(file: str | os.PathLike) -> list[EvalResult]:
-    """The entries of [`load_results`]."""
-    return load_results(file).entries
-
-
-def result_file(file: str | os.PathLike) -> dict[str, Any]:
-    """
-    What a file of results holds, its texts as one line each, for they are names.
-
-    Args:
-        file (`str` or `os.PathLike`): the JSON file, of an evaluation or a study.
-
-    Raises:
-        ValueError: if it holds no JSON object, or something else where a text is expected.
-        OSError: if it cannot be read.
-    """
+def parsed(file: str | os.PathLike, make: Callable[[dict[str, Any]], T]) -> T:
+    """What `make` makes of a JSON object, of an evaluation or a study; whatever it lacks is a [`ResultsError`]."""
     data = read_regular(file)
     try:
         content = _one_line(parse_json(data))
-    except ValueError as error:
-        raise ValueError(f"not a JSON file ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"expected a JSON object, got a {type(content).__name__}")
-    dataset = content.get("dataset")
-    for where, part in (("", content), ("dataset.", dataset if isinstance(dataset, dict) else {})):
-        for name in TEXTS:
-            if not isinstance(part.get(name), str | None):
-                raise ValueError(f"`{where}{name}` is {part[name]!r}, expected a text")
-    return content
+        dataset = content.get("dataset")
+        for where, part in (("", content), ("dataset.", dataset if isinstance(dataset, dict) else {})):
+            for name in TEXTS:
+                if not isinstance(part.get(name), str | None):
+                    raise ValueError(f"`{where}{name}` is {part[name]!r}, expected a text")
+        return make(content)
+    except KeyError as error:
+        raise ResultsError(file, f"it has no {error}") from error
+    except (TypeError, AttributeError, OverflowError, ValueError) as error:
+        raise ResultsError(file, str(error)) from error
 
 
 def _one_line(value: Any) -> Any:
@@ -133,7 +128,8 @@ def _one_line(value: Any) -> Any:
     return printable(value) if isinstance(value, str) else value
 
 
-def _entries(content: Mapping[str, Any]) -> list[EvalResult]:
+def entries_of(content: Mapping[str, Any]) -> list[EvalResult]:
+    """The metrics of an evaluation as a card's metadata has them."""
     protocol = content.get("protocol", {})
     task, dataset, metrics = content["task"], content["dataset"], telling_metrics(content["metrics"], protocol)
     first_images, captions, limit = (protocol.get(name) for name in ("first_images", "captions", "max_length_asked"))

@@ -114,7 +114,7 @@ def recalls(
     {'image_to_text_r1': 1.0, 'text_to_image_r1': 1.0}
     ```
     """
-    owners = _check(image_embeds, text_embeds, text_to_image, ks, block_size)
+    owners = _check(image_embeds, text_embeds, text_to_image, ks)
     return _recalls(_both_ranks(image_embeds, text_embeds, owners, block_size), ks)
 
 
@@ -147,7 +147,7 @@ def ranks(
     tensor([2., 2., 2.], dtype=torch.float64)
     ```
     """
-    owners = _check(image_embeds, text_embeds, text_to_image, (), block_size)
+    owners = _check(image_embeds, text_embeds, text_to_image, ())
     return Ranks(*(found.ranks() for found in _both_ranks(image_embeds, text_embeds, owners, block_size)))
 
 
@@ -191,7 +191,7 @@ def retrieval_metrics(
     (0.6666666666666666, 1.0)
     ```
     """
-    owners = _check(image_embeds, text_embeds, text_to_image, ks, block_size)
+    owners = _check(image_embeds, text_embeds, text_to_image, ks)
     both = _both_ranks(image_embeds, text_embeds, owners, block_size)
     results = _recalls(both, ks)
     for direction, found in zip(DIRECTIONS, both, strict=True):
@@ -225,7 +225,7 @@ def find_ranks(
 
     Raises:
         ValueError: if shapes do not fit or are empty, if an embedding holds NaN or infinity, if a query has no
-            positive or one that is no candidate, and if `block_size` is below 1.
+            positive or one that is no candidate.
 
     Example:
 
@@ -237,21 +237,14 @@ def find_ranks(
     tensor([1., 1.], dtype=torch.float64)
     ```
     """
-    _check_embeddings({"query_embeds": query_embeds, "candidate_embeds": candidate_embeds}, block_size)
-    if len(positives) != len(query_embeds):
-        raise ValueError(
-            f"`positives` must hold the right candidates of each of the {len(query_embeds)} queries; it has "
-            f"{len(positives)} items."
-        )
+    _check_embeddings({"query_embeds": query_embeds, "candidate_embeds": candidate_embeds})
     rows, columns = [], []
-    for query, own in enumerate(positives):
+    for query, (own, _) in enumerate(zip(positives, query_embeds, strict=True)):
         distinct = sorted({int(candidate) for candidate in own})
-        if not distinct:
-            raise ValueError(f"`positives[{query}]` is empty: every query needs a right candidate.")
-        if distinct[0] < 0 or distinct[-1] >= len(candidate_embeds):
-            wrong = distinct[0] if distinct[0] < 0 else distinct[-1]
+        if not distinct or distinct[0] < 0 or distinct[-1] >= len(candidate_embeds):
             raise ValueError(
-                f"`positives[{query}]` holds {wrong}: the {len(candidate_embeds)} candidates are numbered from 0."
+                f"`positives[{query}]` must hold one or more of the {len(candidate_embeds)} candidates, numbered from "
+                f"0; got {distinct}."
             )
         rows += [query] * len(distinct)
         columns += distinct
@@ -301,8 +294,6 @@ def accuracies(
     if scores.dim() != 2 or 0 in scores.shape:
         raise ValueError(f"`scores` must have shape [N, C], one row for each image; got {list(scores.shape)}.")
     check_positive("ks", *ks)
-    if not tolerance >= 0:
-        raise ValueError(f"`tolerance` must not be negative, got {tolerance}.")
     labels = _as_indices("labels", labels, len(scores), scores.shape[1], "class", scores.device)
     _check_finite("scores", scores)
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
@@ -430,22 +421,13 @@ def _check(
     text_embeds: torch.Tensor,
     text_to_image: Sequence[int] | torch.Tensor | None,
     ks: Sequence[int],
-    block_size: int,
 ) -> torch.Tensor:
     """Raises a `ValueError` that names the argument; returns the index of each text's image, [T]."""
     check_positive("ks", *ks)
-    _check_embeddings({"image_embeds": image_embeds, "text_embeds": text_embeds}, block_size)
+    _check_embeddings({"image_embeds": image_embeds, "text_embeds": text_embeds})
     number_of_images, number_of_texts = len(image_embeds), len(text_embeds)
-    if text_to_image is None:
-        if number_of_images != number_of_texts:
-            raise ValueError(
-                "Without `text_to_image`, `image_embeds` and `text_embeds` must both have shape [N, dim], text i "
-                f"belonging to image i; got {list(image_embeds.shape)} and {list(text_embeds.shape)}."
-            )
-        return torch.arange(number_of_texts, device=image_embeds.device)
-    owners = _as_indices(
-        "text_to_image", text_to_image, number_of_texts, number_of_images, "image", image_embeds.device
-    )
+    given = range(number_of_texts) if text_to_image is None else text_to_image
+    owners = _as_indices("text_to_image", given, number_of_texts, number_of_images, "image", image_embeds.device)
     without = (owners.bincount(minlength=number_of_images) == 0).nonzero()
     if len(without):
         raise ValueError(
@@ -465,17 +447,16 @@ def _as_indices(
             f"`{name}` must hold {length} whole numbers, the {what} of each; got {tensor.dtype} of shape "
             f"{list(tensor.shape)}."
         )
-    wrong = (tensor < 0) | (tensor >= number)
-    if wrong.any():
-        item = int(wrong.int().argmax())
+    wrong = ((tensor < 0) | (tensor >= number)).nonzero()
+    if len(wrong):
+        item = int(wrong[0])
         raise ValueError(
             f"`{name}[{item}]` is {int(tensor[item])}, which is no {what}: they are numbered from 0 to {number - 1}."
         )
     return tensor.long()
 
 
-def _check_embeddings(embeds: dict[str, torch.Tensor], block_size: int) -> None:
-    check_positive("block_size", block_size)
+def _check_embeddings(embeds: dict[str, torch.Tensor]) -> None:
     (name, one), (other_name, other) = embeds.items()
     if not (one.dim() == other.dim() == 2 and one.shape[1] == other.shape[1]) or 0 in (*one.shape, *other.shape):
         raise ValueError(

@@ -1,18 +1,21 @@
 """Files of results: what each says, which of them count, and what tells them apart."""
 
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from huggingface_hub import EvalResult
+
 from .benchmarks.registry import TASKS
 from .published import PAPER_COLUMNS
-from .results import result_file
+from .results import CAPTIONS, SHARE, entries_of, parsed
 from .retrieval import telling_metrics
 from .tables import RETRIEVAL, STUDIES, study_table
 
@@ -21,8 +24,6 @@ METRICS = {
     RETRIEVAL: {"image_to_text_r1": "I2T", "text_to_image_r1": "T2I"},
     "zero-shot-image-classification": {"accuracy_top1": "top-1"},
 }
-# Names of shares, of runs and in the rows of studies.
-SHARE = re.compile(r"(image_to_text|text_to_image)_r\d+(_low|_high)?|accuracy_top\d+|mean_per_class_recall|texts_cut")
 # What a protocol says of the outcome rather than of the rules, and what changes no number of the table.
 NO_RULES = {
     *("num_images", "first_images", "num_texts", "num_texts_cut", "num_duplicate_texts", "num_classes"),
@@ -56,6 +57,7 @@ class Run:
         date: When.
         study: `"length"` or `"sentences"` where the file holds a study.
         rows: The study's.
+        entries: The metrics as a card's metadata has them.
         name: What a table calls the model.
         texts: Of `TEXT_RULES`, what tells its column from others of the same data.
         rules: What tells it from the model's other runs on the same data.
@@ -74,6 +76,7 @@ class Run:
     date: datetime
     study: str | None = None
     rows: Sequence[Mapping[str, Any]] = ()
+    entries: Sequence[EvalResult] = ()
     dtype: str | None = None
     name: str = ""
     texts: Mapping[str, Any] = field(default_factory=dict)
@@ -154,61 +157,19 @@ class Summary:
     notes: Sequence[str]
 
 
-class ResultsError(ValueError):
-    """
-    A file holds no results of `lotlip evaluate`.
-
-    Args:
-        file (`str` or `os.PathLike`): the file.
-        problem (`str`): what is wrong with it.
-    """
-
-    def __init__(self, file: str | os.PathLike, problem: str) -> None:
-        self.file, self.problem = file, problem
-        super().__init__(f"{file}: no results of `lotlip evaluate` ({problem}).")
-
-
-def read_run(file: str | os.PathLike) -> Run:
-    """
-    Reads a file that `lotlip evaluate` wrote.
-
-    Args:
-        file (`str` or `os.PathLike`): the JSON file.
-
-    Returns:
-        `Run`: what it says.
-
-    Raises:
-        ResultsError: if it is no such file, or lacks something.
-        OSError: if it cannot be read.
-    """
-    try:
-        return _run(file, result_file(file))
-    except KeyError as error:
-        raise ResultsError(file, f"it has no {error}") from error
-    except (TypeError, AttributeError, ValueError) as error:
-        raise ResultsError(file, str(error)) from error
-
-
 def _run(file: str | os.PathLike, content: Mapping[str, Any]) -> Run:
-    study, dataset, protocol, metrics = content.get("study"), content["dataset"], content["protocol"], {}
+    """What a file of `lotlip evaluate` says; a table or a plot that comes later finds no value of a wrong type."""
+    dataset, protocol, metrics, study = content["dataset"], content["protocol"], {}, content.get("study")
+    kind, known = ("task", METRICS) if study is None else ("study", STUDIES)
+    if content[kind] not in known:
+        raise ValueError(f"`{kind}` is {content[kind]!r}, expected one of {', '.join(known)}")
     if study is None:
-        task = content["task"]
-        if task not in METRICS:
-            raise ValueError(f"`task` is {task!r}, expected one of {', '.join(METRICS)}")
         metrics = telling_metrics(content["metrics"], protocol)
-        if lacking := [f"`{name}`" for name in METRICS[task] if name not in metrics]:
-            raise ValueError(f"`metrics` lacks {', '.join(lacking)}")
-        _check_numbers("metrics", metrics)
-    elif study not in STUDIES:
-        raise ValueError(f"`study` is {study!r}, expected one of {', '.join(STUDIES)}")
+        _check_numbers("metrics", {**{name: metrics[name] for name in METRICS[content["task"]]}, **metrics})
     else:
         study_table(study, content["rows"])
         for number, row in enumerate(content["rows"]):
             _check_numbers(f"rows[{number}]", row)
-    for where, name in ((content, "model"), (content, "benchmark"), (dataset, "name"), (dataset, "id")):
-        if not where[name]:
-            raise ValueError(f"`{name}` is {where[name]!r}, expected a name")
     if not isinstance(protocol["num_images"], int):
         raise ValueError(f"`protocol.num_images` is {protocol['num_images']!r}, expected a whole number")
     date = datetime.fromisoformat(content["date"])
@@ -226,6 +187,7 @@ def _run(file: str | os.PathLike, content: Mapping[str, Any]) -> Run:
         date=date if date.tzinfo else date.replace(tzinfo=timezone.utc),
         study=study,
         rows=content.get("rows", ()),
+        entries=entries_of(content) if study is None else (),
         dtype=content.get("dtype"),
     )
 
@@ -245,13 +207,11 @@ def summarise(files: Sequence[str | os.PathLike]) -> Summary:
         `Summary`: models, columns and runs in the order of the files, and notes on what a table of them does not show.
 
     Raises:
-        ValueError: if there are no files, or one holds no results.
+        ResultsError: if one holds no results.
         OSError: if one cannot be read.
     """
-    if not files:
-        raise ValueError("`files` is empty: there is nothing to report.")
     unique = {Path(file).resolve(): file for file in files}
-    runs = _named([read_run(file) for file in unique.values()])
+    runs = _named([parsed(file, partial(_run, file)) for file in unique.values()])
     evaluations = _apart([run for run in runs if run.study is None])
     notes: list[str] = []
     candidates: dict[tuple[str, Column], list[Run]] = {}
@@ -323,7 +283,7 @@ def _words(rule: str, value: Any) -> str:
         return "" if value else "captions not normalised"
     if value is None or rule == "data":  # a checksum tells a reader nothing
         return ""
-    if rule == "captions" and value in ("all", "long", "short"):
+    if rule == "captions" and value in CAPTIONS:
         return f"{value} captions"
     if rule == "max_length":
         return f"{value} tokens"
@@ -402,12 +362,9 @@ def _check_numbers(where: str, numbers: Mapping[str, Any]) -> None:
     for name, value in numbers.items():
         if value is None:  # of a study: not known
             continue
-        if not -math.inf < value < math.inf:
-            raise ValueError(f"`{where}.{name}` is {value}, expected a number")
-        if SHARE.fullmatch(name) and not 0 <= value <= 1:
-            raise ValueError(f"`{where}.{name}` is {value}, expected a share from 0 to 1")
-        if name.endswith("_rank") and value < 1:
-            raise ValueError(f"`{where}.{name}` is {value}, expected a rank of at least 1")
+        low, high = (0, 1) if SHARE.fullmatch(name) else (1 if name.endswith("_rank") else -sys.float_info.max, None)
+        if not low <= value <= (high or sys.float_info.max):
+            raise ValueError(f"`{where}.{name}` is {value}, expected a number (shares from 0 to 1, ranks from 1)")
 
 
 def _short(text: str, most: int = 60) -> str:

@@ -15,7 +15,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from ..distributed import rank, world_size
 from ..encoder import TEXT_CHUNK, Encoder, warn_of_cut_texts
-from ..plots import DIRECTION_COLOURS, DIRECTIONS, check_plot, figure, save, wrapped
+from ..plots import DIRECTION_COLOURS, DIRECTIONS, figure, save, wrapped
 from .embeddings import UNIT_SIZE, embed_images, embed_texts
 from .retrieval import ranks, recalls
 from .tasks import RetrievalData
@@ -92,19 +92,19 @@ def length_study(
     _warn(sum(at_end for _, at_end in tokenized), data, longest)
     # A text that is cut at neither this limit nor the next one above is what it was.
     changed = {
-        limit: [place for place, length in enumerate(lengths) if limit == limits[-1] or length > limit]
+        limit: [index for index, length in enumerate(lengths) if limit == limits[-1] or length > limit]
         for limit in limits
     }
-    image_embeds = _embed_images(encoder, data, digests, cache, batch_size, progress)
+    settings = {"cache": cache, "batch_size": batch_size or 32, "progress": progress}
+    image_embeds = embed_images(encoder, data.images, names=data.image_names, digests=digests, **settings)
     count_flops = _flop_counter(encoder, texts, lengths)
     text_embeds = torch.empty(len(texts), image_embeds.shape[1])
     rows: list[Row] = []
     with _progress_bar(sum(map(len, changed.values())), progress) as bar:
         embed = _embedder(encoder, cache, batch_size, bar)
         for limit in reversed(limits):
-            places = changed[limit]
-            if places:
-                text_embeds[places] = embed([texts[place] for place in places], limit)
+            if indices := changed[limit]:
+                text_embeds[indices] = embed([texts[index] for index in indices], limit)
             rows.append(
                 {
                     "max_length": limit,
@@ -134,13 +134,8 @@ def sentence_ablation(
     than k sentences stays whole, and so does one that has no other sentence.
 
     Args:
-        encoder: The dual encoder.
-        data: Images and texts.
+        encoder, data, digests, cache, batch_size, progress: As in [`length_study`].
         max_sentences: The last k; by default the number of sentences of the longest text.
-        digests: What the images hold, if known from [`~lotlip_hf.evaluation.embeddings.image_digests`].
-        cache: Folder that keeps the embeddings; see [`~lotlip_hf.evaluation.embeddings.embed_texts`].
-        batch_size: Images, or texts of full length, in a batch; by default 32 and 64.
-        progress: Whether to show progress bars: one for the images, one for all texts of the study.
 
     Returns:
         A row for each k, after one with the `sentence` 0 for the whole texts:
@@ -149,13 +144,13 @@ def sentence_ablation(
         - `num_texts`: how many texts lack a sentence, and `num_read`: how many of them the model reads otherwise for
           it; of the others it stood behind the tokens that the model takes;
         - `image_to_text_r1`, `text_to_image_r1` (from 0 to 1), `image_to_text_mean_rank`, `text_to_image_mean_rank` (1
-          is the first place) and `score` (mean cosine of a text and its image), of all images and texts;
+          is the first) and `score` (mean cosine of a text and its image), of all images and texts;
         - the same names with `_lost`: by how much that is worse than with the whole texts, for each of the `num_texts`
           texts (from image to text: for each image of theirs). More is worse, of ranks, too. What a changed text does
           to the ranks of others is in it.
 
     Raises:
-        ValueError: if `max_sentences` is below 1, or no text has two sentences.
+        ValueError: if no text has two sentences.
         IncompleteDataError: if images cannot be read; it names them.
 
     Example:
@@ -170,8 +165,6 @@ def sentence_ablation(
     >>> plot_sentence_ablation(rows, "sentences.png")  # doctest: +SKIP
     ```
     """
-    if max_sentences is not None and max_sentences < 1:
-        raise ValueError(f"`max_sentences` must be at least 1, got {max_sentences}.")
     texts = list(data.texts)
     sentences = [text.split(JOINER) for text in texts]
     most = max(map(len, sentences))
@@ -181,10 +174,11 @@ def sentence_ablation(
     longest = encoder.max_text_length
     most = min(most, max_sentences or most)
     having = {
-        k: [place for place, parts in enumerate(sentences) if len(parts) >= max(k, 2)] for k in range(1, most + 1)
+        k: [index for index, parts in enumerate(sentences) if len(parts) >= max(k, 2)] for k in range(1, most + 1)
     }
     _warn(sum(at_end for _, at_end in _tokens(encoder, texts, longest)), data, longest)
-    image_embeds = _embed_images(encoder, data, digests, cache, batch_size, progress)
+    settings = {"cache": cache, "batch_size": batch_size or 32, "progress": progress}
+    image_embeds = embed_images(encoder, data.images, names=data.image_names, digests=digests, **settings)
     text_to_image = torch.as_tensor(data.text_to_image)
 
     def score(text_embeds: torch.Tensor) -> dict[str, float]:
@@ -202,23 +196,33 @@ def sentence_ablation(
         whole_embeds = embed(texts, None)
         whole = score(whole_embeds)
         rows: list[Row] = [{"sentence": 0, "num_texts": 0, "num_read": 0, **whole, **_lost(whole, whole, {})}]
-        for k, places in having.items():
-            shorter = [JOINER.join(sentences[place][: k - 1] + sentences[place][k:]) for place in places]
-            before = _tokens(encoder, [texts[place] for place in places], longest)
+        for k, indices in having.items():
+            shorter = [JOINER.join(sentences[index][: k - 1] + sentences[index][k:]) for index in indices]
+            before = _tokens(encoder, [texts[index] for index in indices], longest)
             after = _tokens(encoder, shorter, longest)
-            read = [index for index, ((old, _), (new, _)) in enumerate(zip(before, after, strict=True)) if old != new]
+            read = {
+                index: text
+                for index, text, (old, _), (new, _) in zip(indices, shorter, before, after, strict=True)
+                if old != new
+            }
             text_embeds = whole_embeds.clone()
             if read:
-                text_embeds[[places[index] for index in read]] = embed([shorter[index] for index in read], None)
-            bar.update(len(places) - len(read))
+                text_embeds[list(read)] = embed(list(read.values()), None)
+            bar.update(len(indices) - len(read))
             now = score(text_embeds)
             concerned = {
-                "image_to_text": len(image_embeds) / len(text_to_image[places].unique()),
-                "text_to_image": len(texts) / len(places),
-                "score": len(texts) / len(places),
+                "image_to_text": len(image_embeds) / len(text_to_image[indices].unique()),
+                "text_to_image": len(texts) / len(indices),
+                "score": len(texts) / len(indices),
             }
             rows.append(
-                {"sentence": k, "num_texts": len(places), "num_read": len(read), **now, **_lost(whole, now, concerned)}
+                {
+                    "sentence": k,
+                    "num_texts": len(indices),
+                    "num_read": len(read),
+                    **now,
+                    **_lost(whole, now, concerned),
+                }
             )
     return rows
 
@@ -233,12 +237,8 @@ def plot_length_study(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike
         title: What stands over it, such as `"model on data"`.
 
     Raises:
-        ImportError: without matplotlib.
-        ValueError: without rows.
-        ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
+        ImportError, ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
     """
-    _check_rows(rows)
-    check_plot(file)
     picture = figure(7, 4.5)
     axes = picture.subplots()
     axes.set_title(wrapped(title, 60), fontsize=10)
@@ -269,37 +269,36 @@ def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.Pat
 
     Args:
         rows: What [`sentence_ablation`] returned.
-        file: The picture; its extension says of which kind it is.
-        title: What stands over it, such as `"model on data"`.
+        file, title: As in [`plot_length_study`].
 
     Raises:
-        ImportError: without matplotlib.
-        ValueError: without rows.
-        ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
+        ImportError, ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
     """
-    _check_rows(rows[1:])
-    check_plot(file)
     width = max(6, 2 + 0.45 * len(rows))
     picture = figure(width, 7)
     panels = picture.subplots(3, 1, sharex=True)
     panels[0].set_title(wrapped(title, int(9 * width)), fontsize=10)
     rows = rows[1:]
-    places = range(len(rows))
+    positions = range(len(rows))
 
     def draw(axes: "Axes", metric: str, factor: float, title: str) -> None:
         for shift, name in ((-0.2, "image_to_text"), (0.2, "text_to_image")):
             values = [factor * row[f"{name}_{metric}_lost"] for row in rows]
             axes.bar(
-                [place + shift for place in places], values, 0.4, color=DIRECTION_COLOURS[name], label=DIRECTIONS[name]
+                [position + shift for position in positions],
+                values,
+                0.4,
+                color=DIRECTION_COLOURS[name],
+                label=DIRECTIONS[name],
             )
         axes.set_ylabel(title)
 
     draw(panels[0], "r1", 100, "R@1 lost (points)")
-    draw(panels[1], "mean_rank", 1, "places lost\n(mean rank)")
-    panels[2].bar(places, [row["score_lost"] for row in rows], 0.4, color="0.45")
+    draw(panels[1], "mean_rank", 1, "ranks lost\n(mean rank)")
+    panels[2].bar(positions, [row["score_lost"] for row in rows], 0.4, color="0.45")
     panels[2].set_ylabel("score lost\n(cosine)")
     panels[2].set_xlabel("sentence left out; texts that have it; texts of which the model reads it")
-    panels[2].set_xticks(places, [f"{row['sentence']}\n{row['num_texts']}\n{row['num_read']}" for row in rows])
+    panels[2].set_xticks(positions, [f"{row['sentence']}\n{row['num_texts']}\n{row['num_read']}" for row in rows])
     for axes in panels:
         axes.axhline(0, color="0.3", linewidth=0.8)
         axes.grid(axis="y", alpha=0.3)
@@ -307,26 +306,6 @@ def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.Pat
     handles, labels = panels[0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside upper center", ncols=2)
     save(picture, file)
-
-
-def _embed_images(
-    encoder: Encoder,
-    data: RetrievalData,
-    digests: Sequence[str] | None,
-    cache: str | os.PathLike | None,
-    batch_size: int | None,
-    progress: bool,
-) -> torch.Tensor:
-    """[I, P]."""
-    return embed_images(
-        encoder,
-        data.images,
-        names=data.image_names,
-        digests=digests,
-        cache=cache,
-        batch_size=batch_size or 32,
-        progress=progress,
-    )
 
 
 def _progress_bar(texts: int, progress: bool) -> "tqdm[Any]":
@@ -362,8 +341,8 @@ def _embedder(
             parts.append(part)
             bar.update(len(part))
         bar.update(len(texts) - len(unique))
-        places = {text: place for place, text in enumerate(unique)}
-        return torch.cat(parts)[[places[text] for text in texts]]
+        indices = {text: index for index, text in enumerate(unique)}
+        return torch.cat(parts)[[indices[text] for text in texts]]
 
     return embed
 
@@ -432,8 +411,3 @@ def _lost(whole: Mapping[str, float], now: Mapping[str, float], concerned: Mappi
         better = now[name] - value if name.endswith("rank") else value - now[name]
         lost[f"{name}_lost"] = factor * better
     return lost
-
-
-def _check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    if not rows:
-        raise ValueError("`rows` is empty: there is nothing to draw.")

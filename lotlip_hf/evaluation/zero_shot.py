@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.machinery import SourceFileLoader
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -36,7 +37,7 @@ def read_templates(name_or_file: str | os.PathLike) -> tuple[str, ...]:
         FileNotFoundError: if there is neither such a list nor such a file.
         ImportError: if open_clip is asked for and not installed.
         ValueError: if a line has no place for the class or both kinds of it, or the file has no template or is no
-            text; the message names file and line.
+            text.
 
     Example:
 
@@ -59,23 +60,13 @@ def read_templates(name_or_file: str | os.PathLike) -> tuple[str, ...]:
         raise FileNotFoundError(
             f"{file}: no such file of templates; expected one of {names}, or a text file with a template on each line."
         )
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not a text file in UTF-8 ({error.reason} at byte {error.start}).") from error
-    templates = []
-    for number, line in enumerate(lines, 1):
-        template = line.strip()
-        if not template:
-            continue
-        try:
-            _placeholder(template)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: {error}") from error
-        templates.append(template)
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    templates = tuple(line.strip() for line in lines if line.strip())
+    for template in templates:
+        prompt(template, "")
     if not templates:
         raise ValueError(f"{file}: there is no template in it; expected one on each line.")
-    return tuple(templates)
+    return templates
 
 
 def open_clip_metadata() -> ModuleType:
@@ -94,11 +85,9 @@ def open_clip_metadata() -> ModuleType:
             "CLIP's prompt templates and class names are in open_clip: pip install open_clip_torch. Or pass a file "
             "with one on each line."
         )
-    spec = spec_from_file_location("open_clip_zero_shot_metadata", files[0])
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{files[0]}: cannot be loaded.")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader = SourceFileLoader("open_clip_zero_shot_metadata", str(files[0]))
+    module = ModuleType(loader.name)
+    loader.exec_module(module)
     return module
 
 
@@ -120,20 +109,10 @@ def prompt(template: str, class_name: str) -> str:
     'a sketch of the tree frog.'
     ```
     """
-    return template.replace(_placeholder(template), class_name)
-
-
-def _placeholder(template: str) -> str:
-    """What stands for the class in a template."""
     found = [one for one in PLACEHOLDERS if one in template]
-    if not found:
-        raise ValueError(f"template {template!r} has no place for the class: write {{}} where its name goes.")
-    if len(found) > 1:
-        raise ValueError(
-            f"template {template!r} has {' and '.join(found)}, and only one of them can stand for the class: write "
-            "{} wherever its name goes."
-        )
-    return found[0]
+    if len(found) != 1:
+        raise ValueError(f"template {template!r} must have either {' or '.join(PLACEHOLDERS)} where the class goes.")
+    return template.replace(found[0], class_name)
 
 
 def class_embeddings(
@@ -166,7 +145,7 @@ def class_embeddings(
 
     Raises:
         TypeError: if a list is given as a single string.
-        ValueError: if a list is empty, a class has no name, or a template has no place for the class.
+        ValueError: if a list is empty, or a template has no place for the class.
 
     Example:
 
@@ -182,11 +161,6 @@ def class_embeddings(
     for name, values in (("class_names", class_names), ("templates", templates)):
         if isinstance(values, str):
             raise TypeError(f"`{name}` must be a list of strings, got a single one: pass [{values!r}].")
-        if not len(values):
-            raise ValueError(f"`{name}` is empty: there is nothing to choose from.")
-    for index, class_name in enumerate(class_names):
-        if not class_name.strip():
-            raise ValueError(f"`class_names[{index}]` is empty: a class without a name cannot be asked for.")
     prompts = [prompt(template, class_name) for class_name in class_names for template in templates]
     embeds, _ = embed_texts(
         encoder,

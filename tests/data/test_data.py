@@ -111,10 +111,7 @@ def test_a_batch_holds_what_the_model_takes(processor: LoTLIPProcessor) -> None:
     for mask in (batch["attention_mask"], batch["long_attention_mask"]):
         assert mask.flatten(0, -2).sum(-1).max() == mask.shape[-1]
     assert collator.counts == {"records": 6, **NOTHING_BROKEN}
-
-
-def test_short_texts_alone(processor: LoTLIPProcessor) -> None:
-    batch = LoTLIPCollator(processor, CaptionSampling(num_long_texts=0))(some_records(2))
+    batch = LoTLIPCollator(processor, CaptionSampling(num_long_texts=0))(records)
     assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "return_loss"}
 
 
@@ -247,13 +244,10 @@ BROKEN: list[tuple[dict[str, Any], type[ValueError], str, str]] = [  # what of a
         (fields, RecordError, word, "broken_records")
         for fields, word in [
             ({"image": None}, "image"),
-            ({"image": {"bytes": None, "path": None}}, "image"),
             ({"image": 3.5}, "float"),
-            ({"short_caption": None}, "short_caption"),
             ({"short_caption": " "}, "short_caption"),
             ({"long_captions": "text"}, "long_captions"),
             ({"long_captions": ["text", 5]}, "long_captions"),
-            ({"id": ""}, "`id`"),
             ({"id": None}, "`id`"),
         ]
     ),
@@ -351,14 +345,18 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def write_tar(path: Path, indices: range, fields: Callable[[int], dict[str, bytes]]) -> None:
-    path.parent.mkdir(exist_ok=True)
+def write_members(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for index in indices:
-            for extension, content in fields(index).items():
-                member = tarfile.TarInfo(f"{index:05}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_tar(path: Path, indices: range, fields: Callable[[int], dict[str, bytes]]) -> None:
+    write_members(path, [(f"{index:05}.{name}", one) for index in indices for name, one in fields(index).items()])
 
 
 def metadata_lines(folder: Path) -> dict[str, Any]:
@@ -372,23 +370,17 @@ def metadata_lines(folder: Path) -> dict[str, Any]:
 
 def metadata_csv(folder: Path) -> dict[str, Any]:
     names = write_pictures(folder)
-    rows = [
-        {"file_name": n, "alt": s, "one": g[0], "two": g[1], "three": g[2]}
-        for n, s, g in zip(names, SHORT, LONG, strict=True)
-    ]
+    columns = ("file_name", "alt", "one", "two", "three")
+    rows = [dict(zip(columns, (n, s, *g), strict=True)) for n, s, g in zip(names, SHORT, LONG, strict=True)]
     write_csv(folder / "metadata.csv", rows)
     return {"source": folder, "mapping": ColumnMapping("file_name", ("one", "two", "three"), "alt")}
 
 
 def parquet_with_images(folder: Path) -> dict[str, Any]:
     folder.mkdir()
+    text = datasets.Value("string")
     features = datasets.Features(
-        {
-            "id": datasets.Value("string"),
-            "image": datasets.Image(),
-            "short_caption": datasets.Value("string"),
-            "long_captions": datasets.List(datasets.Value("string")),
-        }
+        {"id": text, "image": datasets.Image(), "short_caption": text, "long_captions": datasets.List(text)}
     )
     for part in range(2):
         indices = range(3 * part, 3 * part + 3)
@@ -423,29 +415,23 @@ def web_dataset(folder: Path) -> dict[str, Any]:
 
 def dreamlip(folder: Path) -> dict[str, Any]:
     names = write_pictures(folder / "pictures")
-    rows = [
-        {
-            "Image Path": name,
-            "raw_caption": short,
-            "shortIB_captions": "a",
-            "longIB_captions": long[0],
-            "shortSV_captions": "b",
-            "longSV_captions": long[1],
-            "shortLLA_captions": "c",
-            "longLLA_captions": long[2],
-        }
-        for name, short, long in zip(names, SHORT, LONG, strict=True)
-    ]
+    columns = (
+        "Image Path",
+        "raw_caption",
+        "longIB_captions",
+        "longSV_captions",
+        "longLLA_captions",
+        "shortIB_captions",
+    )
+    rows = [dict(zip(columns, (n, s, *g, "a"), strict=True)) for n, s, g in zip(names, SHORT, LONG, strict=True)]
     write_csv(folder / "cc3m.csv", rows)
     return {"source": folder / "cc3m.csv", "mapping": "dreamlip", "image_folder": folder / "pictures"}
 
 
 def recap_long(folder: Path) -> dict[str, Any]:
     names = write_pictures(folder)
-    rows = [
-        {"url": name, "caption": short, "longA_caption": long[0], "longB_caption": long[1], "longC_caption": long[2]}
-        for name, short, long in zip(names, SHORT, LONG, strict=True)
-    ]
+    columns = ("url", "caption", "longA_caption", "longB_caption", "longC_caption")
+    rows = [dict(zip(columns, (n, s, *g), strict=True)) for n, s, g in zip(names, SHORT, LONG, strict=True)]
     write_csv(folder / "laion.csv", rows)
     return {"source": folder, "mapping": "recap-long-laion"}
 
@@ -602,17 +588,6 @@ def test_a_damaged_table_is_one_clear_error(processor: LoTLIPProcessor, tmp_path
     assert "part-1.parquet: damaged or truncated after 0 records" in rows[-1]["error"]
 
 
-def test_a_missing_image_file_is_counted_or_stops_the_run(processor: LoTLIPProcessor, tmp_path: Path) -> None:
-    records = load_records(**metadata_lines(tmp_path / "data"))
-    (tmp_path / "data" / "sub" / "4.png").unlink()
-    rows = list(records)
-    collator = LoTLIPCollator(processor, on_error="skip", return_ids=True)
-    assert collator(rows)["ids"] == [f"sub/{index}.png" for index in (0, 1, 2, 3, 5)]
-    assert collator.counts["broken_images"] == 1
-    with pytest.raises(ImageError, match="sub/4.png"):
-        LoTLIPCollator(processor)(rows)
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("mapping", "field", "word"),
@@ -651,15 +626,12 @@ def test_patterns_and_ways_into_columns() -> None:
     [
         ("empty", {}, FileNotFoundError, "metadata.jsonl"),
         ("nowhere", {}, FileNotFoundError, "nowhere"),
-        ("pictures/metadata.jsonl", {}, FileNotFoundError, "metadata.jsonl"),
-        ([], {}, FileNotFoundError, "source"),
         ("empty", {"mapping": "laion"}, ValueError, "laion"),
         ("notes.doc", {}, ValueError, "notes.doc"),
         ("table.json", {"revision": "main"}, ValueError, "revision"),
         ("table.json", {"streaming": True}, ColumnError, "table.json"),
         ("none.tar", {"mapping": "dreamlip"}, ValueError, "none.tar"),
         ("half.jsonl", {}, ValueError, "half.jsonl"),
-        ("half.jsonl", {"streaming": True}, ValueError, "half.jsonl"),
     ],
 )
 def test_what_is_not_there_is_said(
@@ -842,16 +814,6 @@ def test_a_broken_row_is_counted_or_stops_the_run(processor: LoTLIPProcessor, tm
 # Shards as other people write them.
 
 
-def write_members(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
 def test_fields_under_their_full_extension(tmp_path: Path) -> None:
     members = []
     for index in range(3):
@@ -940,18 +902,17 @@ def test_long_captions_alone(streaming: bool, tmp_path: Path, caplog: pytest.Log
     assert (row["short_caption"], row["long_captions"]) == ("A cat.", [])
 
 
-@pytest.mark.parametrize("format", ["jsonl", "csv"])
-def test_other_commands_read_the_same(format: str, tmp_path: Path) -> None:
+def test_other_commands_read_the_same(tmp_path: Path) -> None:
     data = tmp_path / "pictures"
     for folder, color in (("train", 50), ("test", 200)):
-        caption_rows(data / folder, 2, color, f"metadata.{format}")
+        caption_rows(data / folder, 2, color, "metadata.csv")
 
     def relabelled(split: str | None) -> list[tuple[int, str]]:
         return pairs(_open_records(RelabelConfig(str(data), "out", [CaptionerConfig("m")], split=split)))
 
     def evaluated(split: str | None) -> list[tuple[int, str]]:
         found = load_benchmark("retrieval", data, captions="short", split=split)
-        images = [found.images[place] for place in found.text_to_image]  # pyright: ignore[reportAttributeAccessIssue]
+        images = [found.images[index] for index in found.text_to_image]  # pyright: ignore[reportAttributeAccessIssue]
         return [
             (load_image(image).getpixel((0, 0))[0], text)  # pyright: ignore[reportIndexIssue]
             for image, text in zip(images, found.texts, strict=True)  # pyright: ignore[reportAttributeAccessIssue]

@@ -20,7 +20,7 @@ from lotlip_hf.data.sampling import (
 )
 from lotlip_hf.modeling.sentences_lotlip import ABBREVIATIONS, NUMBERED, OPENING, find_sentences
 
-# "0a. 0b. ... 0h." and so on: every sentence tells its captioner and its place.
+# "0a. 0b. ... 0h." and so on: every sentence tells its captioner and its number.
 CAPTIONS = [" ".join(f"{captioner}{letter}." for letter in "abcdefgh") for captioner in range(3)]
 
 
@@ -110,7 +110,8 @@ def test_a_row_of_marks_is_read_in_one_go() -> None:
 
 def test_full_stops_as_in_the_official_code() -> None:
     assert split_full_stops("A 3.5 m boat.\nIt is</s> red.. ") == ["A 3", "5 m boat", "It is", "red"]
-    assert split_full_stops(" . \n") == []
+    assert sample(["A 3.5 m boat."], num_long_texts=1).long == ["A 3.5 m boat"]
+    assert sample(["A 3.5 m boat."], num_long_texts=1, splitter="full_stops").long == ["A 3. 5 m boat"]
 
 
 def test_consecutive_sentences_of_each_captioner() -> None:
@@ -166,12 +167,6 @@ def test_order() -> None:
     assert all(text.split(". ") == sorted(text.split(". ")) for text in sample(order="written").long)
 
 
-def test_splitter() -> None:
-    captions = ["A 3.5 m boat."]
-    assert sample(captions, num_long_texts=1).long == ["A 3.5 m boat"]
-    assert sample(captions, num_long_texts=1, splitter="full_stops").long == ["A 3. 5 m boat"]
-
-
 def test_the_short_caption_stands_in_and_says_so() -> None:
     for captions in ([], [""], ["...", "\n"]):
         assert sample(captions) == SampledTexts("short", ["short"] * 3, stand_in=True)
@@ -201,23 +196,9 @@ def test_a_draw_depends_on_seed_epoch_and_record_alone() -> None:
         assert result.stdout.strip() == str(list(drawn[2, 1, "b"]))
 
 
-def test_the_callers_captions_stay_as_they_are() -> None:
-    captions = list(CAPTIONS)
-    sample(captions, order="shuffled")
-    assert captions == CAPTIONS
-
-
 @pytest.mark.parametrize(
     "options",
-    [
-        {"num_long_texts": -1},
-        {"num_sentences": 0},
-        {"captioners": ()},
-        {"captioners": (1, 1)},
-        {"captioners": (-1,)},
-        {"order": "random"},
-        {"splitter": "words"},
-    ],
+    [{"num_long_texts": -1}, {"num_sentences": 0}, {"captioners": (1, 1)}, {"captioners": (-1,)}, {"order": "random"}],
 )
 def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -109,8 +109,6 @@ def classes(task: str, data: Any = None, **options: Any) -> ClassificationData:
         ("One...  Two.\n\nThree</s>Four</s>", "One. Two. Three. Four"),
         ("  spaces \t inside  stay ", "spaces \t inside  stay"),
         ("Wide 。and Ünïcode. 猫！", "Wide 。and Ünïcode. 猫！"),
-        ("What? Yes! So; it", "What? Yes! So; it"),
-        ("", ""),
         (" ...\n</s>. ", ""),
         ("\u00a0. A. \u00a0\n", "A"),
     ],
@@ -121,10 +119,6 @@ def test_captions_are_normalized(text: str, normalized: str) -> None:
 
 
 def test_tasks() -> None:
-    assert list(TASKS) == [
-        *("dci", "iiw", "sharegpt4v-1k", "sharegpt4v-10k", "urban1k", "docci", "coco", "flickr30k"),
-        *("imagenet-1k", "imagenet-v2", "classification", "retrieval", "scenes"),
-    ]
     for task in TASKS.values():
         assert set(task.options) <= {field.name for field in dataclasses.fields(Options)}
         assert task.source.endswith(".")
@@ -138,13 +132,11 @@ def test_tasks() -> None:
     [
         ("dcis", {}, "--task"),
         ("iiw", {"label_column": "label"}, "label_column"),
-        ("iiw", {"num_images": 0}, "num_images"),
         ("docci", {"revision": "main"}, "revision"),
-        ("urban1k", {"revision": "main"}, "revision"),
         ("retrieval", {"config": "a"}, "config"),
         ("retrieval", {"captions": "best"}, "captions"),
         ("scenes", {}, "drawn"),
-        *((task, {"split": "dev"}, "split") for task in ("dci", "docci", "coco", "imagenet-1k", "classification")),
+        *((task, {"split": "dev"}, "split") for task in ("dci", "imagenet-1k")),
     ],
 )
 def test_options_are_checked(tmp_path: Path, task: str, options: dict[str, Any], word: str) -> None:
@@ -152,13 +144,13 @@ def test_options_are_checked(tmp_path: Path, task: str, options: dict[str, Any],
         load_benchmark(task, LAYOUTS.get(task, records)(tmp_path), **options)
 
 
-@pytest.mark.parametrize("task", ["dci", "iiw", "sharegpt4v-1k", "docci", "retrieval", "classification"])
+@pytest.mark.parametrize("task", ["dci", "retrieval", "classification"])
 def test_data_without_a_default_must_be_given(task: str) -> None:
     with pytest.raises(ValueError, match="--data"):
         load_benchmark(task)
 
 
-@pytest.mark.parametrize("task", ["dci", "iiw", "sharegpt4v-1k", "urban1k", "docci", "coco", "imagenet-1k"])
+@pytest.mark.parametrize("task", ["iiw", "sharegpt4v-1k", "urban1k", "imagenet-1k"])
 def test_folders_that_are_not_there_or_empty(tmp_path: Path, task: str) -> None:
     with pytest.raises(FileNotFoundError, match="absent"):
         load_benchmark(task, tmp_path / "absent")
@@ -382,22 +374,17 @@ COCO_GOOD = {
 MISSING: list[tuple[str, str, Any, str]] = [
     ("dci", "photos/sa_1.jpg", None, "photos/sa_1.jpg"),
     ("dci", "annotations/sa_3.json", None, "annotations/sa_3.json"),
-    ("dci", "annotations/sa_2.json", DCI_GOOD | {"short_caption": "...", "extra_caption": "</s>"}, "sa_2.jpg: empty"),
     ("dci", "annotations/sa_2.json", DCI_GOOD | {"extra_caption": None}, "sa_2.jpg: none"),
     ("iiw", "docci/test_00001.jpg", None, "docci/test_00001.jpg"),
-    ("iiw", IIW_400, lines({"image/key": "aar_test_00000", "IIW": None}), "aar_test_00000.jpg: none"),
     ("iiw", IIW_400, None, "IIW-400/data.jsonl"),
     ("sharegpt4v-1k", "sa_000000/images/sa_11.jpg", None, "sa_11.jpg"),
     ("sharegpt4v-1k", SHARED, [{"image": "sa_11.jpg", "conversations": [0, {"value": None}]}], "sa_11.jpg: none"),
     ("urban1k", "image/9.jpg", None, "image/9.jpg"),
     ("urban1k", "caption/8.txt", "\nA second line.", "image/8.jpg: empty"),
     ("docci", "images/test_00001.jpg", None, "images/test_00001.jpg"),
-    ("docci", DOCCI, lines(DOCCI_GOOD | {"description": None}), "test_00000.jpg: none"),
     ("coco", "val2014/COCO_val2014_000000000001.jpg", None, "000000000001.jpg"),
     ("flickr30k", "flickr30k-images/3.jpg", None, "3.jpg"),
     ("coco", "dataset_coco.json", {"images": [COCO_GOOD | {"sentences": [{"raw": "A"}] * 4}]}, "4 of 5"),
-    ("coco", "dataset_coco.json", {"images": [COCO_GOOD | {"sentences": None}]}, "0 of 5"),
-    ("coco", "dataset_coco.json", {"images": [COCO_GOOD | {"sentences": [{"raw": None}] * 5}]}, "none"),
     ("imagenet-1k", f"val/{WNIDS[1]}/ILSVRC2012_val_00000003.JPEG", None, WNIDS[1]),
     ("imagenet-1k", f"val/{WNIDS[0]}/ILSVRC2012_val_00000002.JPEG", None, "ILSVRC2012_val_00000002"),
     ("imagenet-v2", "imagenetv2-matched-frequency-format-val/3/aé.jpeg", None, "3 has 1"),
@@ -407,38 +394,21 @@ MISSING: list[tuple[str, str, Any, str]] = [
     ("retrieval", "metadata.jsonl", lines({"file_name": "0é.png", "long_captions": [3]}), "metadata.jsonl, row 1"),
 ]
 BROKEN: list[tuple[str, str, Any, str]] = [
-    ("dci", "splits.json", ["sa_1.json"], "splits.json"),
-    ("dci", "splits.json", {"test": [3]}, "splits.json"),
-    ("dci", "annotations/sa_2.json", '{"image": "sa_2.jpg",\n "short_caption": }', "sa_2.json, line 2"),
+    ("dci", "annotations/sa_2.json", '{"image": "sa_2.jpg",\n "short_caption": }', "sa_2.json.*line 2"),
     ("dci", "annotations/sa_2.json", {"image": "sa_2.jpg", "short_caption": "A"}, "extra_caption"),
     ("dci", "annotations/sa_2.json", DCI_GOOD | {"short_caption": ["A"]}, "short_caption"),
-    ("dci", "annotations/sa_2.json", DCI_GOOD | {"image": 3}, "image"),
-    ("dci", "annotations/sa_2.json", [], "sa_2.json"),
     ("iiw", IIW_400, '{"image/key": "a", "IIW": "b"}\n{"image/key": \n', "data.jsonl, line 2"),
-    ("iiw", IIW_400, '["a"]\n', "data.jsonl, line 1"),
     ("iiw", IIW_400, lines({"image/key": "a", "IIW-P5B": "b"}), "'IIW'"),
-    ("iiw", IIW_400, lines({"image/key": "aar_test_00000", "IIW": 5}), "entry 1"),
-    ("iiw", IIW_400, lines({"image/key": None, "IIW": "a"}), "image/key"),
     ("sharegpt4v-1k", SHARED, '"sa_1.jpg"', SHARED),
     ("sharegpt4v-1k", SHARED, '[{"image": "a.jpg"}, {"image": "sa_1.jpg", "conv', SHARED),
-    ("sharegpt4v-1k", SHARED, '["sa_1.jpg"]', "entry 1"),
-    ("sharegpt4v-1k", SHARED, [{"image": "sa_1.jpg"}], "conversations"),
-    ("sharegpt4v-1k", SHARED, [{"image": "sa_1.jpg", "conversations": [{"value": "A"}]}], "sa_1.jpg"),
     ("sharegpt4v-1k", SHARED, [{"image": "sa_1.jpg", "conversations": [0, {"value": 7}]}], "sa_1.jpg"),
-    ("sharegpt4v-1k", SHARED, [{"image": "sa_1.jpg", "conversations": {"value": "A"}}], "sa_1.jpg"),
-    ("sharegpt4v-1k", SHARED, [{"image": "sa_1.jpg", "conversations": "A boat"}], "sa_1.jpg"),
     ("sharegpt4v-1k", SHARED, [{"image": 1, "id": "x"}], "entry x"),
     ("urban1k", "caption/8.txt", b"Caf\xe9.", "8.txt"),
     ("docci", DOCCI, lines(DOCCI_GOOD | {"description": 4}), "entry 1"),
-    ("docci", DOCCI, lines(DOCCI_GOOD | {"image_file": 4}), "image_file"),
-    ("docci", DOCCI, lines(DOCCI_GOOD | {"split": None}), "split"),
-    ("coco", "dataset_coco.json", '{"images": [\n{"split": "test",}]}', "dataset_coco.json, line 2"),
+    ("coco", "dataset_coco.json", '{"images": [\n{"split": "test",}]}', "dataset_coco.json.*line 2"),
     ("coco", "dataset_coco.json", {"images": [COCO_GOOD | {"sentences": [{"raw": 3}] * 5}]}, "000000000001.jpg"),
-    ("coco", "dataset_coco.json", {"images": [COCO_GOOD | {"sentences": {"raw": "A"}}]}, "000000000001.jpg"),
     ("coco", "dataset_coco.json", {"images": [COCO_GOOD | {"filename": 3}]}, "filename"),
-    ("coco", "dataset_coco.json", {"images": [COCO_GOOD | {"filepath": None}]}, "filepath"),
     ("coco", "dataset_coco.json", {"images": [3]}, r"images\[0\]"),
-    ("coco", "dataset_coco.json", {"images": {}}, "dataset_coco.json"),
     ("imagenet-1k", SYNSET_FILE, SYNSETS.splitlines()[0], "n03126707"),
     ("imagenet-1k", SYNSET_FILE, "n01440764 tench\ntench\n", f"{SYNSET_FILE}, line 2"),
     ("imagenet-1k", SYNSET_FILE, None, "--class-names"),
@@ -500,16 +470,14 @@ def test_dci(tmp_path: Path, caplog: pytest.LogCaptureFixture, inside: str) -> N
     assert retrieval("dci", tmp_path, num_images=1).texts == ["Same. Words"]  # what is missing is not among the first
 
 
-def test_iiw_is_whole(tmp_path: Path) -> None:
-    data = retrieval("iiw", iiw(tmp_path, (100, 400, 112)))
+def test_iiw(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = retrieval("iiw", iiw(tmp_path / "whole", (100, 400, 112)))
     assert len(data.texts) == 612
     assert (data.texts[0], data.texts[100], data.texts[500]) == ("Docci 0", "AAR 0", "DCI 0. U. S")
     assert data.image_names[100] == "IIW-400/aar_test_00000.jpg"
-    assert data.images[611] == str(tmp_path / "dci" / "sa_111.jpg")
+    assert data.images[611] == str(tmp_path / "whole" / "dci" / "sa_111.jpg")
     assert (data.id, data.name, data.protocol["num_duplicate_texts"]) == ("google/imageinwords", "IIW", 0)
-
-
-def test_iiw_beside_what_its_publishers_ship(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # beside what its publishers ship
     images = ("images", "images_aar", "densely_captioned_images/photos")
     data = retrieval("iiw", iiw(tmp_path, (2, 2, 2), images, aar="train"), num_images=6)
     assert data.texts == ["Docci 0", "Docci 1", "AAR 0", "AAR 1", "DCI 0. U. S", "DCI 1. U. S"]
@@ -519,9 +487,8 @@ def test_iiw_beside_what_its_publishers_ship(tmp_path: Path, caplog: pytest.LogC
     assert "IIW-400" in caplog.text
 
 
-@pytest.mark.parametrize("chunk", [16, 1 << 20])
-def test_sharegpt4v(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(readers, "JSON_CHUNK", chunk)
+def test_sharegpt4v(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "JSON_CHUNK", 16)
     data = retrieval("sharegpt4v-1k", sharegpt4v(tmp_path), num_images=2)
     assert data.texts == ["First “é”. Sea", "Second [1, {2}]"]
     assert reds(data) == [20, 70]
@@ -639,16 +606,12 @@ def test_tables_of_captions(tmp_path: Path) -> None:
     assert len(retrieval("coco", save("whole", [5, 6, 5, 5])).texts) == 20
     with pytest.raises(ValueError, match="row 0"):
         load_benchmark("docci", tmp_path / "whole", text_column="caption")
-
-
-@pytest.mark.usefixtures("_miniature")
-def test_webdataset_of_five_captions(tmp_path: Path) -> None:
     members = {}
     for n in range(2):
         captions = "\n".join(f"{n} {k}" for k in range(6)) + "\n"
         members |= {f"s{n}.jpg": encoded(100 * n), f"s{n}.txt": captions.encode()}
-    shard(tmp_path / "test" / "0.tar", members)
-    data = retrieval("coco", tmp_path)
+    shard(tmp_path / "shards" / "test" / "0.tar", members)
+    data = retrieval("coco", tmp_path / "shards")
     assert data.texts == [f"{n} {k}" for n in range(2) for k in range(5)]
     assert data.images[1] == encoded(100)
 
@@ -687,12 +650,8 @@ def test_class_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = classes("imagenet-1k", folder, num_images=5, class_names=names)
     assert list(data.class_names) == ["a tench", "ein Goldfisch", "鶴", "a crane"]
     assert data.protocol["class_names"] == "the file names.txt"
-    with pytest.raises(FileNotFoundError, match="class_names"):
+    with pytest.raises(FileNotFoundError, match="clip"):
         load_benchmark("imagenet-1k", folder, num_images=5, class_names="clip")
-    monkeypatch.setattr("lotlip_hf.evaluation.zero_shot.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="open_clip_torch"):
-        load_benchmark("imagenet-1k", folder, num_images=5, class_names="openai")
-    monkeypatch.undo()
     # open_clip's own file is read, and open_clip, which may not import here, is not
     package = tmp_path / "site" / "open_clip"
     write(package / "__init__.py", "raise ImportError('no torchvision')")
@@ -801,8 +760,6 @@ def test_tables_of_classes(tmp_path: Path, labels: list[Any], feature: Any, expe
         ]
         assert list(data.class_names) == expected
         assert data.images[1] == encoded(50)
-        first = classes("classification", source, num_images=2)
-        assert (len(first.images), list(first.class_names)) == (2, expected)
 
 
 def test_broken_tables_of_classes(tmp_path: Path) -> None:
@@ -810,6 +767,10 @@ def test_broken_tables_of_classes(tmp_path: Path) -> None:
     table([3, 1], Value("int64")).to_parquet(file)
     names = write(tmp_path / "names.txt", "a\nb\nc\nd\ne")
     assert list(classes("classification", file, class_names=names).labels) == [3, 1]
+    rows = write(tmp_path / "rows.csv", "image,label\n0.png,1\n0.png,0\n")
+    assert list(classes("classification", rows, class_names=names).labels) == [1, 0]
+    with pytest.raises(ValueError, match="--class-names"):
+        load_benchmark("classification", rows)
     write(names, "a\nb\nc")
     with pytest.raises(ValueError, match="class 3"):
         load_benchmark("classification", file, class_names=names)
@@ -853,36 +814,17 @@ def test_records(tmp_path: Path) -> None:
         load_benchmark("retrieval", folder, split="test")
 
 
-@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json"])
-def test_values_of_tables_are_as_written(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    captions = ["NA", "None", "2023", "2023-01-01"]
-    labels = ["007", "NA", "null", "1e5"]
-    rows = [
-        {"image": f"{n}.png", "caption": caption, "label": label}
-        for n, (caption, label) in enumerate(zip(captions, labels, strict=True))
-    ]
+def test_values_of_tables_are_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions, labels = ["NA", "None", "2023", "2023-01-01"], ["007", "NA", "null", "1e5"]
+    rows = [f"{n}.png,{caption},{label}" for n, (caption, label) in enumerate(zip(captions, labels, strict=True))]
     for n in range(4):
         write(tmp_path / f"{n}.png", encoded(90 * n, format="PNG"))
-    if suffix in ("csv", "tsv"):
-        mark = "," if suffix == "csv" else "\t"
-        text = "".join(mark.join(row) + "\n" for row in [rows[0].keys(), *(row.values() for row in rows)])
-    else:
-        text = lines(*rows) if suffix == "jsonl" else json.dumps(rows)
-    file = write(tmp_path / f"rows.{suffix}", "\ufeff" + text)
+    file = write(tmp_path / "rows.csv", "\n".join(["\ufeffimage,caption,label", *rows]))
     assert retrieval("retrieval", file, text_column="caption", normalize=False).texts == captions
     data = classes("classification", file)
     assert [data.class_names[label] for label in data.labels] == labels
     monkeypatch.chdir("/")
     assert [str(image) for image in data.images] == [str(tmp_path / f"{n}.png") for n in range(4)]
-
-
-def test_numbers_of_classes_in_csv(tmp_path: Path) -> None:
-    write(tmp_path / "0.png", encoded(format="PNG"))
-    file = write(tmp_path / "rows.csv", "image,label\n0.png,1\n0.png,0\n")
-    with pytest.raises(ValueError, match="--class-names"):
-        load_benchmark("classification", file)
-    names = write(tmp_path / "names.txt", "cat\ndog\n")
-    assert list(classes("classification", file, class_names=names).labels) == [1, 0]
 
 
 def test_a_row_for_each_caption(tmp_path: Path) -> None:
@@ -1000,6 +942,8 @@ def test_captions_on_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         load_benchmark("coco", repo_id)
     with pytest.raises(ValueError, match="'v9'"):
         load_benchmark("coco", repo_id, revision="v9")
+    own = retrieval("retrieval", repo_id, captions="all", text_column="caption", revision="refs/convert/parquet")
+    assert (len(own.texts), own.id, own.name, own.revision) == (18, repo_id, repo_id, convert)
     go_offline(hub, monkeypatch)
     kept = retrieval("coco")
     assert (kept.texts, list(kept.images), kept.revision) == (data.texts, list(data.images), convert)
@@ -1062,16 +1006,6 @@ def test_urban1k_on_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monkey
     assert not hub.requests
 
 
-def test_records_on_the_hub(hub: Hub) -> None:
-    features = Features({"image": ImageFeature(), "long_captions": List(Value("string"))})
-    rows = [{"image": {"bytes": encoded(n)}, "long_captions": [f"A {n}.", f"B {n}."]} for n in range(2)]
-    content = parquet(Dataset.from_list(rows, features=features))
-    commit = hub.add("ada/long", {"data/train-00000-of-00001.parquet": content}, kind="dataset")
-    data = retrieval("retrieval", "ada/long", captions="all")
-    assert data.texts == ["A 0", "B 0", "A 1", "B 1"]
-    assert (data.id, data.name, data.revision, data.split) == ("ada/long", "ada/long", commit, "train")
-
-
 def test_what_the_hub_does_not_give(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="ada/absent"):
         load_benchmark("classification", "ada/absent")
@@ -1129,8 +1063,6 @@ def test_configurations_in_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) 
         for one, labels in (("small", [1]), ("large", [0, 1])):
             assert list(classes("classification", "ada/sizes", config=one).labels) == labels
         go_offline(hub, monkeypatch)
-    with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
-        load_benchmark("classification", "ada/sizes")
     assert not hub.requests
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from lotlip_hf.evaluation import report as reports
 from lotlip_hf.evaluation.published import PAPER_COLUMNS, PUBLISHED
 from lotlip_hf.evaluation.report import write_report
-from lotlip_hf.evaluation.runs import ResultsError, summarise
+from lotlip_hf.evaluation.results import ResultsError
+from lotlip_hf.evaluation.runs import summarise
 from lotlip_hf.evaluation.tables import study_table
 
 # The table of the paper, read anew: I2T and T2I of DCI, IIW, SV-10k and Urban-1k.
@@ -190,8 +191,6 @@ def test_markdown(tmp_path: Path) -> None:
     for line in table[2:8]:
         assert len(re.findall(r"(?<!\\)\|", line)) == 11
     assert "- Published: LoTLIP" in "\n".join(lines)
-    with pytest.raises(ValueError, match="format"):
-        report(files, format="html")
 
 
 def test_runs_in_full(tmp_path: Path) -> None:
@@ -385,12 +384,6 @@ def test_other_texts_are_other_columns(tmp_path: Path, swapped: bool) -> None:
     assert {"captions": "short"} in arguments
 
 
-def test_columns_of_texts_are_told_apart(tmp_path: Path) -> None:
-    protocols = [{"captions": "long", "text_column": column} for column in ("alt", "caption")]
-    text = report(save(tmp_path, *(results("scenes", protocol=protocol) for protocol in protocols)))
-    assert cells(text.splitlines()[2])[4:] == ["scenes (alt)", "scenes (caption)"]
-
-
 def test_one_data_set_of_two_tasks(tmp_path: Path) -> None:
     own = {"id": "o", "name": "Own", "split": None}
     classes = {**results("imagenet-1k", dataset=own), "benchmark": "classification"}
@@ -485,10 +478,9 @@ def test_studies_are_tables_of_their_own(tmp_path: Path) -> None:
     ]
     assert report([*files, *save(tmp_path / "more", results())]).endswith(text)
     assert study_table("length", LENGTH_ROWS, "markdown").splitlines()[2].startswith("| 16 | 25.00 |")
-    with pytest.raises(ValueError, match="studies alone"):
-        model_index(files)
-    with pytest.raises(ValueError, match="studies alone"):
-        write_report(files, plot_file=tmp_path / "plot.png")
+    for output in ("model_index_file", "plot_file"):
+        with pytest.raises(ValueError, match="studies alone"):
+            write_report(files, **{output: tmp_path / "plot.png"})
 
 
 def test_model_index_is_the_hubs(tmp_path: Path) -> None:
@@ -515,12 +507,8 @@ BROKEN = [
     (results(metrics={**METRICS, "text_to_image_r1": float("nan")}), "text_to_image_r1"),
     (results(metrics={**METRICS, "image_to_text_median_rank": float("inf")}), "image_to_text_median_rank"),
     (results(metrics={**METRICS, "image_to_text_median_rank": 0.5}), "image_to_text_median_rank"),
-    (results(metrics={**METRICS, "text_to_image_r1_low": -0.1}), "text_to_image_r1_low"),
-    (results("imagenet-1k", metrics={**ACCURACIES, "mean_per_class_recall": 60}), "mean_per_class_recall"),
     (results(task="text-generation"), "task"),
-    (results(model=""), "model"),
     (results(date="yesterday"), "yesterday"),
-    (results(date=None), "fromisoformat"),
     (results(protocol={"num_images": None}), "protocol.num_images"),
     (results(dataset={"id": "a"}), "name"),
     (results(study="width", rows=[]), "study"),
@@ -551,8 +539,6 @@ def test_missing_files(tmp_path: Path) -> None:
         report([tmp_path / "nowhere.json"])
     with pytest.raises(OSError, match=re.escape(str(tmp_path))):
         report([tmp_path])
-    with pytest.raises(ValueError, match="`files` is empty"):
-        report([])
 
 
 def test_what_the_command_writes(tmp_path: Path) -> None:
@@ -574,9 +560,7 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     missing, own = tmp_path / "missing", tmp_path / "own.png"
     for outputs, error, word in (
         ((files[0], None), ValueError, "0.json"),
-        ((None, picture), ValueError, "results.png"),
         ((own, tmp_path / "." / own.name), ValueError, "own.png"),
-        ((missing / "i.yaml", own), NotADirectoryError, "i.yaml"),
         ((tmp_path / "i.yaml", missing / "p.png"), NotADirectoryError, "p.png"),
         ((tmp_path, own), FileExistsError, tmp_path.name),
         ((tmp_path / "i.yaml", tmp_path / "plot.doc"), ValueError, "plot.doc"),

@@ -1,4 +1,4 @@
-"""Zero-shot classification: templates are read or refused by file and line; classes are the means of their prompts."""
+"""Zero-shot classification: templates are read or refused; classes are the means of their prompts."""
 
 import sys
 from importlib.util import find_spec
@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
-import tiny_clip
-from lotlip_hf import Encoder, load_encoder
+from lotlip_hf import Encoder
 from lotlip_hf.evaluation import zero_shot
 from lotlip_hf.evaluation.zero_shot import (
     DEFAULT_TEMPLATES,
@@ -29,18 +28,6 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def lotlip(official_checkpoint: Path) -> Encoder:
-    return load_encoder(official_checkpoint, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    folder = tmp_path_factory.mktemp("clip")
-    tiny_clip.save_clip(folder)
-    return load_encoder(folder, device="cpu")
-
-
 def templates_file(folder: Path, content: bytes) -> Path:
     (folder / "templates.txt").write_bytes(content)
     return folder / "templates.txt"
@@ -54,29 +41,24 @@ def test_templates_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "word"),
     [
-        (b"a photo of a {}.\n\na photo of a cat.\n", "line 3: .*'a photo of a cat.'"),
-        (b"a {class}\n", "line 1: .*'a {class}'"),
-        (b"a {}.\na {} in {c}\n", "line 2: .*{} and {c}"),
-        (b"\n  \n", "no template"),
-        (b"", "no template"),
-        (b"ein B\xe4r {}\n", "UTF-8"),
+        (b"a photo of a {}.\n\na photo of a cat.\n", "'a photo of a cat.'"),
+        (b"a {}.\na {} in {c}\n", "'a {} in {c}'"),
+        (b"\n  \n", r"templates\.txt"),
+        (b"ein B\xe4r {}\n", "utf-8"),
     ],
 )
-def test_files_that_are_no_templates_are_named(tmp_path: Path, content: bytes, message: str) -> None:
-    with pytest.raises(ValueError, match=rf"templates\.txt.*{message}"):
+def test_files_that_are_no_templates(tmp_path: Path, content: bytes, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
         read_templates(templates_file(tmp_path, content))
 
 
 def test_no_list_and_no_file(tmp_path: Path) -> None:
+    assert read_templates("default") == DEFAULT_TEMPLATES == ("a photo of a {}.",)
     for name in ("openia", tmp_path):
         with pytest.raises(FileNotFoundError, match=f"{name}: .*openai"):
             read_templates(name)
-
-
-def test_default_templates() -> None:
-    assert read_templates("default") == DEFAULT_TEMPLATES == ("a photo of a {}.",)
 
 
 def test_templates_of_open_clip_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +95,6 @@ def test_lists_of_open_clip() -> None:
 def test_prompts() -> None:
     assert [prompt(template, name) for name in CLASSES[:2] for template in TEMPLATES] == PROMPTS
     assert prompt("a {}.", "{c} {}") == "a {c} {}."  # a class's own braces are text
-    for template in ("a cat", "a {} in {c}"):
-        with pytest.raises(ValueError, match=f"'{template}'"):
-            prompt(template, "dog")
 
 
 @pytest.mark.parametrize("kind", ["lotlip", "clip"])
@@ -173,9 +152,6 @@ def test_embeddings_are_kept_and_cut(lotlip: Encoder, tmp_path: Path, monkeypatc
     [
         ("cat", TEMPLATES, TypeError, "`class_names`"),
         (CLASSES, TEMPLATES[0], TypeError, "`templates`"),
-        ([], TEMPLATES, ValueError, "`class_names`"),
-        (CLASSES, [], ValueError, "`templates`"),
-        (["cat", " "], TEMPLATES, ValueError, r"`class_names\[1\]`"),
         (CLASSES, ["{}", "a cat"], ValueError, "'a cat'"),
     ],
 )

@@ -32,7 +32,7 @@ import tiny_clip
 from hub_server import READ_TOKEN, WRITE_TOKEN, Answer, Fault, Hub, environment, hub_server, use_in_process
 from lotlip_hf import Encoder, LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
 from lotlip_hf.cli import main as lotlip
-from lotlip_hf.evaluation.results import read_results
+from lotlip_hf.evaluation.results import load_results
 from lotlip_hf.hub.card import TAGS, CardFields, card_bytes
 from lotlip_hf.hub.push import SENTENCE_TRANSFORMERS, PushError, push, write_repository
 from lotlip_hf.loading import load_model
@@ -263,7 +263,7 @@ def test_results_and_training_reach_the_card(official_checkpoint: Path, tmp_path
     assert card.data.base_model == ["google-bert/bert-base-uncased"]
     assert card.data.datasets == ["someone/captions"]
     assert card.data.eval_results is not None
-    assert card.data.eval_results[0].is_equal_except_value(read_results(tmp_path / "results.json")[0])
+    assert card.data.eval_results[0].is_equal_except_value(load_results(tmp_path / "results.json").entries[0])
     assert [result.metric_value for result in card.data.eval_results] == [81.25, 79.5]
     assert "Trained with lotlip-hf from google-bert/bert-base-uncased on someone/captions." in card.text
     assert "| Urban1k (test) | - | - | image to text, R@1 (%) | 81.25 |" in card.text

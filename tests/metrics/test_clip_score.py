@@ -83,6 +83,8 @@ def test_a_stock_clip_and_lotlip_over_its_towers(pictures: list[Image.Image], cl
 def test_texts_that_are_cut_are_counted(
     pictures: list[Image.Image], clip: Encoder, caplog: pytest.LogCaptureFixture
 ) -> None:
+    with pytest.raises(ValueError, match="`on_truncation`"):
+        clip_score([PICTURE], ["a cat"], clip, on_truncation="ignore")  # pyright: ignore[reportArgumentType]
     texts = [LONG, "a cat", LONG, LONG + "cat"]
     assert clip_score(pictures[:4], texts, clip).num_truncated == 3
     assert "3 of 4 texts were cut at 77 tokens" in caplog.text
@@ -112,21 +114,8 @@ PICTURE = Image.new("RGB", (8, 8))
     [
         ([PICTURE] * 7, TEXTS[:-1], ValueError, "7 images and 6 texts"),
         ([], [], ValueError, "0 images"),
-        *(
-            (one, ["a cat", "a dog"], TypeError, "`images`")
-            for one in (
-                PICTURE,
-                np.zeros((2, 8, 8, 3), np.uint8),
-                torch.zeros(2, 3, 8, 8),
-                {"a": 1},
-                b"png",
-                Path("a"),
-            )
-        ),
-        *(
-            ([PICTURE] * 2, one, TypeError, "`texts`")
-            for one in ("a cat", {"a cat": 1, "a dog": 2}, {"a cat", "a dog"}, np.array(["a cat", "a dog"]), None)
-        ),
+        *((one, ["a cat", "a dog"], TypeError, "`images`") for one in (PICTURE, torch.zeros(2, 3, 8, 8), Path("a"))),
+        *(([PICTURE] * 2, one, TypeError, "`texts`") for one in ("a cat", {"a cat", "a dog"}, None)),
         ([PICTURE] * 2, ["a cat", None], TypeError, r"texts\[1\]"),
         ([PICTURE], ["a \ud800"], ValueError, r"texts\[0\] .*Unicode"),
         (["nowhere.png"], ["a cat"], ImageError, r"nowhere\.png"),
@@ -135,8 +124,3 @@ PICTURE = Image.new("RGB", (8, 8))
 def test_wrong_arguments(clip: Encoder, images: Any, texts: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         clip_score(images, texts, clip)
-
-
-def test_wrong_on_truncation(clip: Encoder) -> None:
-    with pytest.raises(ValueError, match="`on_truncation`"):
-        clip_score([PICTURE], ["a cat"], clip, on_truncation="ignore")

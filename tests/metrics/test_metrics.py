@@ -60,13 +60,6 @@ def test_recall_is_that_of_the_functions(retrieval_recall, as_list):
     }
 
 
-def test_a_constant_embedding_scores_chance(retrieval_recall):
-    results = retrieval_recall.compute(
-        predictions=np.random.randn(8, 4), references=[[i] for i in range(8)], candidates=np.ones((8, 4)), ks=[1, 2]
-    )
-    assert results == pytest.approx({"r1": 1 / 8, "r2": 2 / 8, "median_rank": 4.5}, abs=1e-12)
-
-
 def test_accuracy_is_that_of_the_functions(zero_shot_accuracy):
     scores, labels = classified()
     expected = accuracies(scores, labels)
@@ -104,12 +97,10 @@ def test_a_wrong_call_keeps_what_was_added(tmp_path):
     recall.add_batch(predictions=[[1.0, 0.0], [0.0, 1.0]], references=[[0], [1]])
     accuracy.add_batch(predictions=[[1.0, 0.0]], references=[0])
     for metric, arguments, name in (
-        (recall, {}, "`candidates`"),
         (recall, {"candidates": [1.0, 0.0]}, "`candidates`"),
         (recall, {"candidates": [[1.0, float("nan")]]}, "`candidates`"),
         (recall, {"candidates": np.eye(2), "ks": [0]}, "`ks`"),
         (accuracy, {"ks": [0]}, "`ks`"),
-        (accuracy, {"tolerance": -1}, "`tolerance`"),
     ):
         with pytest.raises(ValueError, match=name):
             metric.compute(**arguments)
@@ -119,7 +110,7 @@ def test_a_wrong_call_keeps_what_was_added(tmp_path):
 
 @pytest.mark.parametrize(
     ("references", "candidates", "message"),
-    [([[0], [5]], np.eye(2), r"\[1\].* 5"), ([[0], [1]], np.eye(3), "candidate_embeds")],
+    [([[0], [5]], np.eye(2), r"\[1\].*\[5\]"), ([[0], [1]], np.eye(3), "candidate_embeds")],
 )
 def test_wrong_inputs_are_named(retrieval_recall, references, candidates, message):
     with pytest.raises(ValueError, match=message):

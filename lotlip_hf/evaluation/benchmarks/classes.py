@@ -40,8 +40,6 @@ def name_classes(source: Source, own: list[str] | None, own_source: str, count: 
         chosen = ClassNames(own, own_source)
     elif given == "openai":
         chosen = _openai_class_names()
-    elif not os.path.isfile(given):
-        raise FileNotFoundError(f"`class_names`: {given} is no file; pass openai, or a file with a name in each line.")
     else:
         chosen = ClassNames(read_class_names(Path(given)), f"the file {os.path.basename(given)}")
     if count is not None and len(chosen.names) != count:
@@ -76,8 +74,6 @@ def class_folders(folder: Path) -> list[str]:
 
 def images_by_class(source: Source, folder: Path, classes: Sequence[str]) -> list[Row]:
     """The images below the folders of the classes; a class without any is an error."""
-    if not classes:
-        raise source.incomplete(f"{folder} holds no folders of classes")
     found, unreadable = find_images(folder, source.options.image_root)
     if unreadable:
         raise source.incomplete(f"{folder}: {shown([f'{name} {why}' for name, why in unreadable.items()])}")

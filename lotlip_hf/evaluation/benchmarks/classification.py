@@ -20,8 +20,6 @@ def rows(source: Source) -> Iterator[Row]:
         return
     folder, split = source.folder(), source.options.split
     if split is not None:
-        if not (folder / split).is_dir():
-            raise ValueError(f"`split`: {folder} holds no folder {split!r}.")
         folder = folder / split
     source.id = source.name = os.path.basename(os.path.normpath(data))
     classes = class_folders(folder)

@@ -165,17 +165,15 @@ class Source:
 
     def folder(self) -> Path:
         """The folder that was given."""
-        if self.data is None:
-            raise ValueError(f"`data`: {self.task.key} needs its folder (--data DIR). {self.where_to_get_it}")
-        if not os.path.isdir(self.data):
-            reason = "not a folder" if os.path.exists(self.data) else "no such folder"
-            raise FileNotFoundError(f"{self.data}: {reason}. {self.task.name}: {self.where_to_get_it}")
+        if not os.path.isdir(self.data or ""):
+            raise FileNotFoundError(f"{self.data}: no such folder. {self.task.name}: {self.where_to_get_it}")
         for option in (*TABLE_OPTIONS, "text_column", "label_column"):
             if getattr(self.options, option) is not None:
                 raise ValueError(f"`{option}` is for data sets on the Hub and tables, and {self.data} is neither.")
-        self.where, self.roots = self.data, (os.fspath(self.options.image_root or self.data),)
+        self.where = self.data or ""
+        self.roots = (os.fspath(self.options.image_root or self.where),)
         self.split = self.options.split or self.task.split
-        return Path(self.data)
+        return Path(self.where)
 
     def file(self, *names: str) -> Path:
         """The first of these files in the folder that is there."""
@@ -319,12 +317,8 @@ def collect(source: Source) -> RetrievalData | ClassificationData:
 
 def _check_count(source: Source, count: int) -> None:
     wanted, expected = source.options.num_images, source.task.num_images if source.is_whole else None
-    if wanted is not None and count < wanted:
-        raise source.incomplete(f"{source.where} has {count} images, and `num_images` asks for {wanted}")
-    if not count:
-        raise source.incomplete(f"{source.where} has no images")
-    if expected is not None and count < expected:
-        raise source.incomplete(f"{source.where} has {count} images of {expected}", first_alone=True)
+    if count < (least := wanted or expected or 1):
+        raise source.incomplete(f"{source.where} has {count} images of {least}", first_alone=True)
     if expected is not None and count > expected:
         logger.warning("%s has %d images, not the %d that are reported on.", source.where, count, expected)
 

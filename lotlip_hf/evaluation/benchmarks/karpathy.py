@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from .collect import TABLE_OPTIONS, Row, Source, Task
@@ -17,16 +16,12 @@ def rows(source: Source) -> Iterator[Row]:
     source.protocol["captions"] = f"the first {CAPTIONS_PER_IMAGE} of each image"
     if is_table(source):
         columns = ("caption", "captions", "sentences", "txt", "text")
-        yield from table_texts(
-            source, columns, partial(_five_captions, str(source.data or source.task.hub_id)), split_column=True
-        )
+        yield from table_texts(source, columns, _five_captions, split_column=True)
         return
     folders = ("", "caption_datasets/", "annotations/", "karpathy/")
     file = source.file(*(f"{folder}dataset_{source.task.key}.json" for folder in folders))
     source.where = str(file)
     listed = field_of(read_json(file), "images", file)
-    if not isinstance(listed, list):
-        raise ValueError(f"{file}: expected a list of images, got {type(listed).__name__}.")
     for number, row in enumerate(listed):
         for key in ("split", "filename", *(["filepath"] if isinstance(row, Mapping) and "filepath" in row else [])):
             string_of(row, key, f"{file}, images[{number}]")
@@ -37,18 +32,15 @@ def rows(source: Source) -> Iterator[Row]:
             continue
         name = os.path.join(row.get("filepath", ""), row["filename"])
         folders = ("", "images") if "filepath" in row else ("flickr30k-images", "flickr30k_images", "images", "")
-        captions = _five_captions(f"{file}, {name}", field_of(row, "sentences", f"{file}, {name}"))
+        captions = _five_captions(field_of(row, "sentences", f"{file}, {name}"))
         paths = [source.folder() / folder / name for folder in folders]
         yield Row(name, paths, texts=[caption_of(caption, f"{file}, {name}") for caption in captions])
 
 
-def _five_captions(where: str, value: Any) -> list[Any]:
+def _five_captions(value: Any) -> list[Any]:
     """The first five captions in a cell: a list of texts or of Karpathy's sentences, or lines of a text."""
     captions = [line for line in value.split("\n") if line.strip()] if isinstance(value, str) else value
-    captions = [] if captions is None else captions
-    if not isinstance(captions, list):
-        raise ValueError(f"{where}: expected a list of captions, got {type(value).__name__}.")
-    captions = [caption.get("raw") if isinstance(caption, Mapping) else caption for caption in captions]
+    captions = [caption.get("raw") if isinstance(caption, Mapping) else caption for caption in captions or ()]
     return captions[:CAPTIONS_PER_IMAGE]
 
 

@@ -8,6 +8,7 @@ the results say so.
 import os
 from typing import Any
 
+from ...data.records import is_hub_name
 from ..tasks import ClassificationData, RetrievalData
 from . import (
     classification,
@@ -94,10 +95,14 @@ def load_benchmark(
     for option, value in vars(given).items():
         if value is not None and option not in has:
             raise ValueError(f"`{option}` is no option of {task}; it has {', '.join(has)}.")
-    if given.num_images is not None and given.num_images < 1:
-        raise ValueError(f"`num_images` must be at least 1, got {given.num_images}.")
     if given.captions not in (None, "long", "all", "short"):
         raise ValueError(f'`captions` must be "long", "all" or "short", got {given.captions!r}.')
+    if data is None and TASKS[task].hub_id is None and task != "scenes":
+        raise ValueError(
+            f"`data` (--data): {task} needs its folder, or what else it is in. Where to get it: {TASKS[task].source}"
+        )
+    if given.revision is not None and data is not None and not is_hub_name(data):
+        raise ValueError(f"`revision` is for data sets on the Hub, and {data} is none.")
     return collect(Source(TASKS[task], None if data is None else os.fspath(data), given))
 
 

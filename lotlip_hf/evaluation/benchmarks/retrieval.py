@@ -17,27 +17,21 @@ from .tables import is_saved_dataset, stored_image, table_texts
 
 def rows(source: Source) -> Iterator[Row]:
     """The images with all of their captions; several rows may name the same image."""
-    data, options = source.data, source.options
+    data, options = source.data or "", source.options
     captions = options.captions or "long"
     column = "short_caption" if captions == "short" else "long_captions"
     source.protocol["captions"] = captions
-    if data is None:
-        raise ValueError(
-            f"`data`: {source.task.key} needs a folder, files, or a data set on the Hub (--data). "
-            f"{source.where_to_get_it}"
-        )
     if is_hub_name(data) or is_saved_dataset(data):
         yield from table_texts(source, (column,), partial(_pick, captions=captions))
         source.name = data
         return
-    for option in ("revision", "config"):
-        if getattr(options, option) is not None:
-            raise ValueError(f"`{option}` is for data sets on the Hub, and {data} is none.")
+    if options.config is not None:
+        raise ValueError(f"`config` is for data sets on the Hub, and {data} is none.")
     source.where, source.split = data, options.split
     source.id = source.name = os.path.basename(os.path.normpath(data))
     source.protocol["text_column"] = options.text_column or column
-    mapping = ColumnMapping(image=options.image_column or ColumnMapping.image, long=options.text_column or column)
-    records = _records(source, ColumnMapping(image=mapping.image, long=mapping.long, short=None))
+    image_column = options.image_column or ColumnMapping.image
+    records = _records(source, ColumnMapping(image=image_column, long=options.text_column or column, short=None))
     found: dict[str | int, Row] = {}
     for number, record in enumerate(records):
         if record["error"]:

@@ -4,9 +4,9 @@ import os
 import re
 from collections.abc import Iterator
 
-from ...data.readers import every_row
+from ...data.readers import every_row, value_of
 from .collect import Row, Source, Task
-from .files import caption_of, field_of, string_of
+from .files import caption_of, string_of
 
 FILES = ("share4v_sam_10k.json", "share-captioner_coco_lcs_sam_1246k_1107.json")
 
@@ -28,13 +28,9 @@ def rows(source: Source) -> Iterator[Row]:
         base = os.path.basename(name)
         if not re.fullmatch(r"sa_\d+\.jpg", base):
             continue  # of COCO and LAION
-        conversation = field_of(entry, "conversations", f"{file}, {name}")
-        try:
-            text = conversation[1]["value"]
-        except (IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, {name}: there is no conversations[1].value.") from error
+        text = caption_of(value_of(entry, "conversations[1].value"), f"{file}, {name}")
         paths = (folder / name, folder / "data" / name, *(one / base for one in folders))
-        yield Row(name, paths, texts=[caption_of(text, f"{file}, {name}")])
+        yield Row(name, paths, texts=[text])
         found += 1
         if found == wanted:
             return

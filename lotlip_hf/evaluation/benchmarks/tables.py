@@ -17,6 +17,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from ...data.readers import KINDS, every_row
 from ...data.records import hub_folders, is_hub_name, locate_image, undecoded
+from ...data.sources import kind_of
 from ...images import ImageSource
 from .classes import name_classes, read_class_names
 from .collect import Row, Source
@@ -63,19 +64,10 @@ def open_table(source: Source) -> Table:
     task, options, data = source.task, source.options, source.data
     revision, commit = options.revision, None
     if data is None:
-        data, revision = task.hub_id, revision or task.hub_revision
-        if data is None:
-            raise ValueError(
-                f"`data`: {task.key} needs its folder or the name of a data set on the Hub (--data). "
-                f"{source.where_to_get_it}"
-            )
+        data, revision = task.hub_id or "", revision or task.hub_revision
     on_hub = is_hub_name(data)
     if on_hub:
         commit = hub_commit(data, revision)
-    elif revision is not None:
-        raise ValueError(f"`revision` {revision!r}: {data} is not on the Hub.")
-    elif not os.path.exists(data):
-        raise FileNotFoundError(f"{data}: no such folder, and no name of a data set on the Hub (owner/name).")
     if commit is not None and constants.HF_HUB_OFFLINE:
         dataset, chosen = _kept_split(source, data, commit)
     else:
@@ -135,10 +127,7 @@ def _load_split(source: Source, data: str, commit: str | None) -> tuple[Dataset,
         chosen = _choose_split(source, list(map(str, splits)), data)
         return splits[chosen], chosen
     if os.path.isfile(data):
-        kind = KINDS.get(os.path.splitext(data)[1].lower())
-        if kind is None:
-            raise ValueError(f"{data}: expected a folder, or a file of one of {', '.join(KINDS)}.")
-        chosen = _split_of(source, None)
+        kind, chosen = kind_of([data]), _split_of(source, None)
         with _opening(data):
             if kind in ("csv", "json"):
                 return _read_table(data), chosen
@@ -175,11 +164,10 @@ def _read_table(file: str) -> Dataset:
 
 def _choose_split(source: Source, splits: Sequence[str], where: str) -> str:
     split, default = source.options.split, source.task.split
-    if split is not None and split not in splits:
-        raise ValueError(f"`split`: {where} has no {split!r}; it has {', '.join(splits) or 'none'}.")
     chosen = split or (default if default in splits else splits[0] if len(splits) == 1 else None)
-    if chosen is None:
-        raise ValueError(f"`split`: {where} has {', '.join(splits)}; say which (--split).")
+    if chosen is None or chosen not in splits:
+        other = f", not {split!r}" if split else ""
+        raise ValueError(f"`split`: {where} has {', '.join(splits) or 'none'}{other}; say which (--split).")
     return chosen
 
 
@@ -187,13 +175,10 @@ def _find_column(source: Source, table: Table, option: str, usual: Sequence[str]
     """The column to read: the one that is given, or the first of the usual names, or the only one of this feature."""
     given = getattr(source.options, option)
     columns = table.dataset.column_names
-    if given is not None:
-        if given not in columns:
-            raise ValueError(f"`{option}`: {source.where} has no column {given!r}; it has {', '.join(columns)}.")
-        return given
+    usual = usual if given is None else (given,)
     of_feature = [name for name in columns if feature and isinstance(table.dataset.features[name], feature)]
     found = next((name for name in usual if name in columns), None)
-    if found is None and len(of_feature) == 1:
+    if found is None and given is None and len(of_feature) == 1:
         found = of_feature[0]
     if found is None:
         raise ValueError(
@@ -209,12 +194,7 @@ def stored_image(value: Any, name: str, locate: Callable[[str], str] = str) -> I
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value.startswith(("http://", "https://")):
         raise ValueError(f"{name}: an address, {value}. Download the images, and pass a folder of records as `data`.")
-    if isinstance(value, str) and value:
-        try:
-            return locate(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}.") from error
-    return value or None
+    return locate(value) if isinstance(value, str) and value else value or None
 
 
 def _image_loader(source: Source, table: Table) -> Callable[[int], ImageSource]:

@@ -21,8 +21,6 @@ def rows(source: Source) -> Iterator[Row]:
         source.id = data or source.task.hub_id or ""
         source.revision = hub_commit(source.id, source.options.revision)
         data = hub_archive(source.id, source.options.revision, source.revision)
-    elif source.options.revision is not None:
-        raise ValueError(f"`revision` is for data sets on the Hub, and {data} is none.")
     is_archive = os.path.isfile(data) and zipfile.is_zipfile(data)
     folder: Path | zipfile.Path = zipfile.Path(data) if is_archive else source.folder()
     inside = (folder, *(folder / name for name in ("Urban1k", "Urban-1k", "urban1k")))

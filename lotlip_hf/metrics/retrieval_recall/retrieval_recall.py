@@ -22,7 +22,7 @@ model that gives everything the same embedding scores as guessing does, not 1.
 _KWARGS_DESCRIPTION = """
 Args:
     predictions: [N, dim] the embeddings of the queries.
-    references: [N] lists of the right candidates of each query, one or more, as places in `candidates`, from 0.
+    references: [N] lists of the right candidates of each query, one or more, as indices in `candidates`, from 0.
     candidates: [M, dim] the embeddings of all candidates, given to `compute`.
     ks: numbers of candidates to look at; by default 1, 5 and 10.
 Returns:
@@ -37,14 +37,10 @@ Examples:
     {'r1': 0.6666666666666666, 'r3': 1.0, 'median_rank': 1.0}
 """
 
-# Frank McSherry, Marc Najork: ties of scores, expected over all orders
+# Ties of scores, expected over all orders
 _CITATION = """\
-@inproceedings{mcsherry2008computing,
-  title={Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied Scores},
-  author={McSherry, Frank and Najork, Marc},
-  booktitle={Advances in Information Retrieval (ECIR)},
-  year={2008}
-}
+Frank McSherry and Marc Najork: Computing Information Retrieval Performance Measures Efficiently in the Presence of
+Tied Scores. ECIR 2008.
 """
 
 
@@ -65,11 +61,9 @@ class RetrievalRecall(evaluate.Metric):
             ),
         )
 
-    def compute(self, *, candidates: Any = None, ks: Sequence[int] = (1, 5, 10), **kwargs: Any) -> dict | None:
+    def compute(self, *, candidates: Any, ks: Sequence[int] = (1, 5, 10), **kwargs: Any) -> dict | None:
         """Recall at each of `ks` and the median rank; see the class."""
         # before anything else: a `compute` that fails later has lost the batches that were added
-        if candidates is None:
-            raise ValueError("`candidates` is missing: give `compute` the embeddings [M, dim] of all candidates.")
         candidates = torch.as_tensor(np.asarray(candidates, dtype=np.float32))
         if candidates.dim() != 2 or not candidates.isfinite().all():
             raise ValueError(f"`candidates` must be finite, of shape [M, dim]; got shape {list(candidates.shape)}.")

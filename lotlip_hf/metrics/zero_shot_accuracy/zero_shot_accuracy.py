@@ -36,14 +36,10 @@ Examples:
     {'accuracy_top1': 0.5, 'accuracy_top2': 0.75, 'mean_per_class_recall': 0.5}
 """
 
-# Frank McSherry, Marc Najork: ties of scores, expected over all orders
+# Ties of scores, expected over all orders
 _CITATION = """\
-@inproceedings{mcsherry2008computing,
-  title={Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied Scores},
-  author={McSherry, Frank and Najork, Marc},
-  booktitle={Advances in Information Retrieval (ECIR)},
-  year={2008}
-}
+Frank McSherry and Marc Najork: Computing Information Retrieval Performance Measures Efficiently in the Presence of
+Tied Scores. ECIR 2008.
 """
 
 
