@@ -11,7 +11,7 @@ from .readers import column_of
 logger = logging.getLogger(__name__)
 
 
-class ColumnError(ValueError):
+class MissingColumn(ValueError):
     """
     A data set lacks a column.
 
@@ -94,8 +94,8 @@ def resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Colu
     """The mapping with each alternative and pattern replaced by the columns there are; `source` is for errors."""
     source = printable(source)
 
-    def missing(field: str, wanted: tuple[str, ...]) -> ColumnError:
-        return ColumnError(
+    def missing(field: str, wanted: tuple[str, ...]) -> MissingColumn:
+        return MissingColumn(
             f"{source}: there is no column {' or '.join(map(repr, wanted))} for `{field}`. There are: "
             f"{', '.join(map(repr, columns))}.",
             field,

@@ -28,14 +28,14 @@ from huggingface_hub.file_download import repo_folder_name
 
 from ..files import MAX_BYTES, MAX_CHARACTERS, printable, replacing
 from ..images import image_extensions, image_source
-from .mappings import MAPPINGS, ColumnError, ColumnMapping, alternatives, resolve
+from .mappings import MAPPINGS, ColumnMapping, MissingColumn, alternatives, resolve
 from .readers import RowError, SizeError, read_rows, value_of
 from .sampling import split_sentences
 from .sources import SplitError, find_files, is_hub_name, kind_of
 
 __all__ = [
     "MAPPINGS",
-    "ColumnError",
+    "MissingColumn",
     "ColumnMapping",
     "SplitError",
     "find_files",
@@ -113,7 +113,7 @@ def load_records(
 
     Raises:
         FileNotFoundError: if there is no such file or folder, or nothing in it that is read.
-        ColumnError: if a column is missing.
+        MissingColumn: if a column is missing.
         SplitError: if the files are of several splits, or of none that was asked for.
         ValueError: if `mapping` is unknown, or a file cannot be read.
 
@@ -435,10 +435,10 @@ def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, m
     )
     try:
         return resolve(mapping, list(columns), files[0])
-    except ColumnError as error:
+    except MissingColumn as error:
         if fields > 1:
             raise
-        raise ColumnError(
+        raise MissingColumn(
             f"{error.problem} Each of the first samples has one member: those of a sample must be side by side in the "
             "archive, as `tar --sort=name` writes them.",
             error.field,

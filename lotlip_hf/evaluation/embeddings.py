@@ -22,7 +22,7 @@ from .tasks import IncompleteDataError
 logger = logging.getLogger(__name__)
 
 # Texts or images that one process encodes, and keeps on disk, together. What is in a unit does not depend on the
-# number of processes nor on what is kept already, so neither do the last digits of an embedding.
+# number of processes, so neither do the last digits of what is encoded.
 UNIT_SIZE = 256
 # What is kept with an embedding
 CUT, WHOLE = "cut", ""
@@ -243,9 +243,9 @@ def _embed_units(
             total=sum(map(len, own)), desc=f"Encoding {modality}s", unit=modality, disable=not progress or rank() > 0
         ) as bar,
     ):
-        keys_of_units = [_unit_keys([digests[i] for i in unit]) for unit in own]
-        held = None if kept is None else kept.held(key for keys in keys_of_units for key in keys)
-        for unit, keys in zip(own, keys_of_units, strict=True):
+        held = None if kept is None else kept.held(digests)
+        for unit in own:
+            keys = [digests[i] for i in unit]
             if kept is not None and held is not None and all(key in held.places for key in keys):
                 parts.append(kept.vectors([held.places[key] for key in keys]))
                 stamps += [held.stamps[key] for key in keys]
@@ -262,9 +262,3 @@ def _embed_units(
     stamps = gather_lists(stamps)
     embeds = torch.from_numpy(np.concatenate(gather_lists(parts))[indices])
     return embeds, [stamps[index] for index in indices]
-
-
-def _unit_keys(digests: Sequence[str]) -> list[str]:
-    """What a unit's embeddings are kept by: all its items, for the others in a batch decide on the last digits."""
-    unit = hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
-    return [f"{unit}-{index}" for index in range(len(digests))]

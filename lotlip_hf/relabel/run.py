@@ -24,7 +24,7 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..data.mappings import ColumnError
+from ..data.mappings import MissingColumn
 from ..data.records import load_records
 from ..files import PARTIAL, OutsideError, check_output, is_own_file, printable, replacing
 from ..images import find_images
@@ -199,8 +199,8 @@ def _open_records(config: RelabelConfig) -> Records:
         found = {name: {"image": os.path.join(config.data, name), "id": name, **empty} for name in images}
         broken = {name: {"image": None, "id": name, "error": reason} | empty for name, reason in unreadable.items()}
         records = [record for _, record in sorted({**found, **broken}.items())]
-    except ColumnError as error:
-        raise ColumnError(
+    except MissingColumn as error:
+        raise MissingColumn(
             error.problem,
             error.field,
             "Say which to read: --image-column, --short-column (`none` if there are no raw captions), --id-column. A "

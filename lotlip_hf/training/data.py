@@ -5,7 +5,7 @@ from functools import partial
 from datasets import Dataset, IterableDataset
 
 from ..data.collator import RecordError, read_record
-from ..data.records import ColumnError, SplitError, first_error, is_hub_name, load_records
+from ..data.records import MissingColumn, SplitError, first_error, is_hub_name, load_records
 from ..images import set_max_image_pixels
 from ..scenes.dataset import scenes_dataset
 from .config import SCENES, TrainingConfig
@@ -63,8 +63,8 @@ def _records(
     )
     try:
         records = load(split or (usual_split if is_hub_name(data) else None))
-    except ColumnError as error:
-        raise ColumnError(error.problem, error.field, COLUMN_HINTS[error.field]) from error
+    except MissingColumn as error:
+        raise MissingColumn(error.problem, error.field, COLUMN_HINTS[error.field]) from error
     except SplitError as error:
         if error.splits or split != usual_split:
             raise SplitError(error.problem, error.splits, option) from error

@@ -25,8 +25,8 @@ from lotlip_hf import LoTLIPProcessor, LoTLIPTokenizer
 from lotlip_hf.data.collator import LoTLIPCollator, RecordError, ShardError
 from lotlip_hf.data.records import (
     MAPPINGS,
-    ColumnError,
     ColumnMapping,
+    MissingColumn,
     SplitError,
     find_files,
     load_records,
@@ -603,7 +603,7 @@ def test_a_missing_column_is_named(
     mapping: ColumnMapping, field: str, word: str, streaming: bool, tmp_path: Path
 ) -> None:
     source = metadata_csv(tmp_path / "data")["source"]
-    with pytest.raises(ColumnError, match=word) as raised:
+    with pytest.raises(MissingColumn, match=word) as raised:
         load_records(source, mapping, streaming=streaming)
     assert raised.value.field == field
     assert "'three'" in raised.value.problem  # those that there are
@@ -629,7 +629,7 @@ def test_patterns_and_ways_into_columns() -> None:
         ("empty", {"mapping": "laion"}, ValueError, "laion"),
         ("notes.doc", {}, ValueError, "notes.doc"),
         ("table.json", {"revision": "main"}, ValueError, "revision"),
-        ("table.json", {"streaming": True}, ColumnError, "table.json"),
+        ("table.json", {"streaming": True}, MissingColumn, "table.json"),
         ("none.tar", {"mapping": "dreamlip"}, ValueError, "none.tar"),
         ("half.jsonl", {}, ValueError, "half.jsonl"),
     ],
@@ -839,7 +839,7 @@ def test_one_of_several_pictures_is_named(tmp_path: Path) -> None:
     members = [("0.input.png", first), ("0.output.png", second), ("0.txt", b"a"), ("0.json", b'{"image": "x.png"}')]
     shard = write_members(tmp_path / "pairs.tar", members)
     mapping = ColumnMapping(short="txt", long="txt")
-    with pytest.raises(ColumnError, match="output.png"):
+    with pytest.raises(MissingColumn, match="output.png"):
         load_records(shard, mapping)
     for name, content in (("input.png", first), ("output.png", second)):
         (row,) = load_records(shard, dataclasses.replace(mapping, image=name))
@@ -856,7 +856,7 @@ def test_members_that_are_not_side_by_side_are_said(tmp_path: Path) -> None:
     texts = [(f"{index}.txt", b"a caption") for index in range(3)]
     mapping = ColumnMapping(short="txt", long="txt")
     for members in (images + texts, texts + images):
-        with pytest.raises(ColumnError, match="side by side"):
+        with pytest.raises(MissingColumn, match="side by side"):
             load_records(write_members(tmp_path / "all.tar", members), mapping)
     # a member that was appended later
     write_members(tmp_path / "all.tar", [images[0], texts[0], images[1], images[2], texts[2], texts[1]])
@@ -895,7 +895,7 @@ def test_long_captions_alone(streaming: bool, tmp_path: Path, caplog: pytest.Log
     assert (row["short_caption"], row["long_captions"]) == ("A cat", ["A cat. It sleeps."])
     assert "--short-column" in caplog.text
     write_lines(tmp_path / "rows.jsonl", [{"image": "a.png", "short_caption": "A cat."}])
-    with pytest.raises(ColumnError) as raised:
+    with pytest.raises(MissingColumn) as raised:
         load_records(tmp_path / "rows.jsonl", streaming=streaming)
     assert raised.value.field == "long"
     (row,) = load_records(tmp_path / "rows.jsonl", ColumnMapping(long=()), streaming=streaming)

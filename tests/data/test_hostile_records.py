@@ -20,7 +20,7 @@ from PIL import Image
 from lotlip_hf import cli
 from lotlip_hf.data.collator import RecordError, read_record
 from lotlip_hf.data.readers import parquet_batches, read_rows
-from lotlip_hf.data.records import ColumnError, ColumnMapping, find_files, load_records, read_table
+from lotlip_hf.data.records import ColumnMapping, MissingColumn, find_files, load_records, read_table
 from lotlip_hf.data.sampling import CaptionSampling
 from lotlip_hf.embed import read_texts
 from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
@@ -219,7 +219,7 @@ def test_a_path_in_a_shard_is_not_opened(column: str, folders: tuple[Path, Path]
             assert row["image"] is None
             assert "--image-folder" in row["error"]
         else:
-            with pytest.raises(ColumnError, match="`image`"):
+            with pytest.raises(MissingColumn, match="`image`"):
                 load_records(shard, mapping)
         (row,) = load_records(shard, mapping, image_folder=given)
         assert (row["error"] is None) == ("private" not in path)

@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoProcessor
 import tiny
 from lotlip_hf import Encoder, LoTLIPModel, lora_targets
 from lotlip_hf.data.collator import LoTLIPCollator
-from lotlip_hf.data.records import ColumnError, load_records
+from lotlip_hf.data.records import MissingColumn, load_records
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts
 from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
 from processes import finish
@@ -350,6 +350,6 @@ def test_one_kind_of_caption_trains(trainer_example: ModuleType, checkpoint: Pat
         rows.append(json.dumps({"file_name": name, "long_captions": long_captions(one)}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
     arguments = ["--data", str(tmp_path), "--output_dir", str(tmp_path / "saved"), "--max_steps", "1"]
-    with pytest.raises(ColumnError, match="--image-column"):  # before the model is looked for
+    with pytest.raises(MissingColumn, match="--image-column"):  # before the model is looked for
         trainer_example.main(["--model", str(tmp_path / "missing"), *arguments, "--image_column", "picture"])
     assert trainer_example.main(["--model", str(checkpoint), *arguments, "--short_column", "none"]).is_dir()

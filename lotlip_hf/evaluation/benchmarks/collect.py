@@ -260,7 +260,10 @@ def collect(source: Source) -> RetrievalData | ClassificationData:
         IncompleteDataError: if images, captions or classes are missing; it names the first of each.
     """
     task, options = source.task, source.options
-    rows = list(islice(task.rows(source), options.num_images))
+    try:
+        rows = list(islice(task.rows(source), options.num_images))
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # of another form than the reader takes
+        raise source.incomplete(f"its files are not as published ({type(error).__name__}: {error})") from error
     _check_count(source, len(rows))
     missing: dict[str, list[str]] = {}
     finder = ImageFinder(source.roots)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from datasets import IterableDataset
 
-from ...data.records import ColumnError, ColumnMapping, find_files, is_hub_name, load_records, read_table
+from ...data.records import ColumnMapping, MissingColumn, find_files, is_hub_name, load_records, read_table
 from ...files import MAX_BYTES
 from ...images import ImageSource
 from .collect import TABLE_OPTIONS, Row, Source, Task
@@ -59,12 +59,12 @@ def _records(source: Source, mapping: ColumnMapping) -> Any:
         records = load_records(data, mapping, options.split, **limits)
         if isinstance(records, IterableDataset):  # shards, whose images are kept on disk where any of them can be read
             records = read_table(find_files(data, options.split), mapping, **limits)
-    except ColumnError as error:
+    except MissingColumn as error:
         hint = (
             "Say which to read: `image_column` (--image-column) and `text_column` (--text-column); `captions` "
             "(--captions long, short or all) says which kind."
         )
-        raise ColumnError(error.problem, error.field, hint) from error
+        raise MissingColumn(error.problem, error.field, hint) from error
     return records
 
 
