@@ -160,6 +160,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_names_do_nothing_on_a_terminal(
     name: str, photos: Path, official_checkpoint: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
@@ -266,6 +267,7 @@ def commands(checkpoint: Path, photos: Path, tmp_path: Path) -> list[list[str]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "[" * 100_000, '{"a":' * 100_000, "[]", "null", "\udcff"], ids=range(6))
 @pytest.mark.parametrize("name", SETTINGS)
 def test_damaged_settings_are_named(
@@ -297,6 +299,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "place", "value"), WRONG)
 def test_wrong_types_in_a_checkpoint_are_named(
     name: str, place: list[str], value: Any, damaged: Path, photos: Path, tmp_path: Path, capsys: Any

@@ -194,6 +194,7 @@ def test_the_pixel_limit_is_an_option(
         load_image(photos / "small.png")
 
 
+@pytest.mark.slow
 def test_the_pixel_limit_holds_in_processes_that_are_started(tmp_path: Path) -> None:
     Image.new("RGB", (80, 50)).save(tmp_path / "large.png")
     set_max_image_pixels(2000)
@@ -333,6 +334,7 @@ def test_heif_is_read_with_the_plugin(tmp_path: Path) -> None:
 # Processors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "value"),
     [

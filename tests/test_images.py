@@ -305,6 +305,7 @@ def test_truncated_files_are_named(extension: str, tmp_path: Path) -> None:
         assert not error.value.transient
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of damaged tags
 def test_corrupt_files_are_read_or_named(tmp_path: Path) -> None:
     """Random damage: a decoder may read past it, raise any exception, but only `ImageError` comes out, the same one
@@ -465,6 +466,7 @@ def test_a_processor_that_resizes_in_its_own_way_gets_the_whole_jpeg(image_proce
     np.testing.assert_array_equal(np.asarray(load_image(data, image_processor=image_processor)), pixels(data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(20_000, 200), (131, 2), (2, 131), (1, 3001), (999, 7), (70, 1)])
 @pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS])
 @pytest.mark.parametrize(("edge", "side"), [(32, 32), (33, 32), (24, 32), (32, 15)])

@@ -83,6 +83,7 @@ def test_checkpoints_that_have_kept_a_limit_load_right(kind: str, golden: Path, 
     assert is_clean(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "clip"])
 def test_threads_do_not_see_each_others_limits(kind: str, golden: Path) -> None:
     own = processor(kind, golden)
@@ -121,6 +122,7 @@ def lotlip(folder: Path, golden: Path, limit: int) -> int:
     return 38
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [12, 512])
 @pytest.mark.parametrize("make", [lotlip, stock_clip, dual_encoder])
 def test_model_tokenizer_and_processor_agree(
@@ -168,6 +170,7 @@ def trained_ids(own: Any) -> list[list[int]]:
     return batch["input_ids"].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [None, 16, 128, 512])
 @pytest.mark.parametrize("asked", [None, 64])
 def test_training_and_encoding_cut_at_the_same_token(
@@ -198,6 +201,7 @@ def test_a_limit_above_the_models_is_refused(towers: dict[str, str]) -> None:
         load_or_start_model(TrainingConfig(**towers, max_text_length=95, num_corner_tokens=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cleaning", [None, "official", "sentences"])
 def test_a_new_model_ends_sentences_as_is_asked(
     cleaning: Any, towers: dict[str, str], golden: Path, tmp_path: Path

@@ -67,6 +67,7 @@ def test_a_wrong_flag_is_named(flags: list[str], word: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "word"),
     [

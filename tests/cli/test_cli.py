@@ -236,6 +236,7 @@ def write_texts(path: Path, texts: list[str]) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
 def test_embed_texts(pair: Pair, suffix: str, run: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("lotlip_hf.embed.WRITE_BLOCK", 2)

@@ -174,6 +174,7 @@ def test_the_short_caption_stands_in_and_says_so() -> None:
     assert sample(["", CAPTIONS[1], ""], captioners=(0, 2)).stand_in
 
 
+@pytest.mark.slow
 def test_a_draw_depends_on_seed_epoch_and_record_alone() -> None:
     drawn = {
         (seed, epoch, record_id): tuple(

@@ -114,6 +114,7 @@ def test_images_are_those_of_encode_images(encoder: Encoder, tmp_path: Path, mon
     assert len(set(digests)) == 4
 
 
+@pytest.mark.slow
 def test_what_was_computed_is_kept(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embeddings, "UNIT_SIZE", 3)
     texts, images = captions(8), pictures(5)

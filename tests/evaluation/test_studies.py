@@ -97,6 +97,7 @@ def clip_flops(model: Any, tokens: int) -> int:
 # The length study.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["lotlip", "clip"])
 def test_flops_are_those_of_a_formula(kind: str, attention: str, request: pytest.FixtureRequest) -> None:

@@ -97,6 +97,7 @@ def test_modeling_imports_only_what_remote_code_may(path: Path) -> None:
             assert name.split(".")[0] in allowed, f"{path.name}:{line}: modeling/ may not import {name}"
 
 
+@pytest.mark.slow
 def test_lotlip_hf_does_not_look_up() -> None:
     for path in python_files("lotlip_hf"):
         for line, name in imports(path):

@@ -208,6 +208,7 @@ def test_finetuning_commands(cwd: Path) -> None:
         assert type(AutoModel.from_pretrained(cwd / made)) is LoTLIPModel
 
 
+@pytest.mark.slow
 def test_commands_that_go_on_have_options_that_exist() -> None:
     for script in ("examples/space/app.py", "benchmarks/ablation.py"):
         for words in commands("README.md", script):

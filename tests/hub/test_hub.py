@@ -465,6 +465,7 @@ def test_files_that_are_no_results(
 # What goes wrong on the way there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "is_published", "is_there", "word"),
     [

@@ -327,8 +327,6 @@ def test_a_stock_text_model_out_of_ours() -> None:
         ours = model.get_text_features(ids, mask)
         torch.testing.assert_close(plain(ids, mask).last_hidden_state, ours.last_hidden_state, **TOLERANCE)
         torch.testing.assert_close(projected(ids, mask).text_embeds, ours.pooler_output, **TOLERANCE)
-    with pytest.raises(ValueError, match="projection"):
-        clip_text_model(model.text_model, with_projection=True)
     with pytest.raises(ValueError, match="BertModel"):
         clip_text_model(LoTLIPTextModel(tiny.text_config()))
 

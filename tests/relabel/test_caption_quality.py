@@ -359,6 +359,7 @@ def test_wrong_rules_are_refused(option: str, values: tuple[Any, ...]) -> None:
             QualityRules(**{option: value})
 
 
+@pytest.mark.slow
 def test_any_text_is_judged() -> None:
     words = ["a red car", "The sky is blue. ", *"Dr J U.S p.m 3 3.5 1. 2)".split(), "I'm sorry, but I can't"]
     marks = list('.!?。」"”):#-_<') + [". ", "...", "</s>", "<|im_end|>", "<|"]
@@ -390,6 +391,7 @@ def test_any_text_is_judged() -> None:
     assert min(seen.values()) > 30, seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

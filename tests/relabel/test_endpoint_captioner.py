@@ -357,6 +357,7 @@ with ThreadPoolExecutor(2) as pool:
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_process_that_waits_for_answers() -> None:
     with openai_server(fault=lambda *_: "late:120") as server:
         environment = {**os.environ, "NO_PROXY": "*"}

@@ -282,6 +282,7 @@ def test_the_bytes_that_were_captioned_are_those_that_are_kept(form: dict[str, A
 # What is published
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "form"),
     [
@@ -349,6 +350,7 @@ def test_the_card_shows_names_and_does_not_act_on_them(text: str, pictures: Path
 DEEP = "[" * 100_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [DEEP, "[]", '{"records": true, "options": 1}'])
 @pytest.mark.parametrize("name", ["config.json", "part-00000.json", "00000-00000.json"])
 def test_damaged_files_of_a_run_are_named(name: str, content: str, pictures: Path) -> None:
@@ -358,6 +360,7 @@ def test_damaged_files_of_a_run_are_named(name: str, content: str, pictures: Pat
         run(options(pictures))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "value"),
     [
@@ -402,6 +405,7 @@ def interrupted(pictures: Path) -> Path:
 CAPTION = {"text": "a", "attempts": 1, "reasons": [], "earlier_reasons": []}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     [

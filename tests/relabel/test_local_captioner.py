@@ -326,6 +326,7 @@ def test_transformers_does_not_warn(
     assert transformers_logging.get_verbosity() == logging.WARNING
 
 
+@pytest.mark.slow
 def test_closing_frees_the_model(folder: Callable[[str], Path]) -> None:
     asked = captioner(folder("blip2"))
     asked.close()

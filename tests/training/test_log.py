@@ -82,6 +82,7 @@ def test_half_a_line_at_the_end(path, cut):
     assert steps_of(path) == [10, 30]
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_no_whole_line(path):
     program = """
 import sys
@@ -129,6 +130,7 @@ def test_truncate_without_a_log(path):
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk(path):
     program = """
 import resource, sys

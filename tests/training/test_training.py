@@ -801,6 +801,7 @@ def only(column: str) -> Callable[[list[dict[str, Any]]], list[Any]]:
     return lambda rows: [{name: row[name] for name in ("file_name", column)} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("column", "options"),
     [
