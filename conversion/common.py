@@ -22,7 +22,7 @@ from lotlip_hf import (
     files,
 )
 from lotlip_hf.files import parse_json, printable, read_regular
-from lotlip_hf.loading import check_config, check_shards, checkpoint_name, load_strict, naming_damage
+from lotlip_hf.loading import checkpoint_name, load_strict, naming_damage
 
 # By its configuration, what a checkpoint may be; the first where the configuration does not say which
 MODEL_CLASSES: dict[type[PreTrainedConfig], list[type[PreTrainedModel]]] = {
@@ -163,8 +163,6 @@ def load_checkpoint(folder: str | Path) -> PreTrainedModel:
     """A LoTLIP model, or one of its towers, with no tensor missing or left over, in the precision it was saved in."""
     with naming_damage(checkpoint_name(folder)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        check_config(config, folder)
-        check_shards(folder)
     classes = MODEL_CLASSES.get(type(config))
     if classes is None:
         raise ConversionError(f"{folder}: a {config.model_type!r} checkpoint, not a LoTLIP one.")

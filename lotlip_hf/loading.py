@@ -87,8 +87,6 @@ def load_model(
     device = usable_device(device)
     with naming_damage(name, revision):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        check_config(config, name)
-        check_shards(name)
         # Weights and processor are of the same commit, even if the branch moves in between.
         commit = None if os.path.isdir(name) else cached_commit(name, revision)
         revision = commit or revision
@@ -142,6 +140,9 @@ def load_strict(
         OSError: if the checkpoint is not found.
     """
     name = os.path.join(path, subfolder) if subfolder else os.fspath(path)
+    check_shards(name)
+    if "config" in kwargs:
+        check_config(kwargs["config"], name)
     kwargs = {"dtype": "auto", "subfolder": subfolder, **kwargs}
     try:
         with quiet():
