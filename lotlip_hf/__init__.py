@@ -1,8 +1,8 @@
 """LoTLIP, a dual encoder of images and long texts for transformers. `import lotlip_hf` registers the Auto classes."""
 
+import os
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def __dir__() -> list[str]:
 
 
 # `lotlip --help` does not wait for PyTorch: for the command line, `loading` registers the Auto classes.
-if Path(sys.argv[0]).absolute() != Path(sys.executable).with_name("lotlip"):
+if [os.path.abspath(path) for path in sys.argv[:1]] != [os.path.join(os.path.dirname(sys.executable or ""), "lotlip")]:
     from . import auto as auto
     from .diffusion import text_encoder as text_encoder
 
