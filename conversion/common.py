@@ -156,7 +156,8 @@ def check_output(output: str | Path) -> Path:
 def local_folder(model: str | Path) -> Path:
     """The folder of a checkpoint: itself, or of a Hub id what has been fetched."""
     name = checkpoint_name(model)
-    return Path(name if Path(name).is_dir() else snapshot_download(name))
+    with naming_damage(name):
+        return Path(name if Path(name).is_dir() else snapshot_download(name))
 
 
 def load_checkpoint(folder: str | Path) -> PreTrainedModel:

@@ -26,7 +26,7 @@ from lotlip_hf import (
     LoTLIPVisionConfig,
 )
 from lotlip_hf.files import all_or_nothing, replacing
-from lotlip_hf.loading import load_tokenizer, quiet
+from lotlip_hf.loading import load_tokenizer, naming_damage, quiet
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
@@ -325,7 +325,8 @@ def convert(
     tokenizer = tokenizer or text_cfg.get("hf_tokenizer_name")
     if not tokenizer:
         raise ConversionError(f"{source}: no hf_tokenizer_name in it, so --tokenizer is needed.")
-    weights = hf_hub_download(str(checkpoint), "model.pt") if released is not None else checkpoint
+    with naming_damage(str(checkpoint)):
+        weights = checkpoint if released is None else hf_hub_download(str(checkpoint), "model.pt")
     state_dict = read_official_state_dict(weights)
     with building(source):
         config = config_from_official(official_config, bert_config, state_dict, source)

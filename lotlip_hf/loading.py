@@ -317,7 +317,7 @@ def naming_damage(name: str, revision: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, MemoryError, torch.OutOfMemoryError, LoadingError, FileNotFoundError):
+    except (ImportError, MemoryError, torch.OutOfMemoryError, LoadingError):
         raise
     except Exception as error:
         if isinstance(error, OSError):

@@ -404,7 +404,7 @@ def test_missing_packages_are_named_in_one_line(
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", str(tmp_path / "a"), "--output", str(tmp_path / "b")]
     assert main([*arguments, "--quantize", "int8"]) == 2
-    assert "a: no such folder" in capsys.readouterr().err
+    assert str(tmp_path / "a") in capsys.readouterr().err
     assert main([*arguments, "--text-only", "--vision-only"]) == 2
     assert "not allowed with" in capsys.readouterr().err
 
