@@ -158,5 +158,5 @@ def _evaluate(config: EvaluationConfig, is_main_process: bool) -> None:
         if config.plot is not None:
             plot = plot_length_study if kind == "length" else plot_sentence_ablation
             plot(results["rows"], config.plot, title=f"{results['model']} on {results['dataset']['name']}")
-    finally:  # the numbers are seen even if they cannot be kept, and kept even if nobody reads them
+    finally:  # print the numbers even if the file cannot be written
         print(results_table(results))

@@ -22,7 +22,9 @@ class PushOptions:
     dry_run: str | None = option("write what would be published to this folder, and stop", None)
     commit_message: str | None = option("of the commit (Upload LoTLIP)", None)
     max_shard_size: str | None = option("largest file of weights (5GB)", None)
-    license: str | None = option("of the weights, such as apache-2.0; without one nobody may use them", None)
+    license: str | None = option(
+        "of the weights, such as apache-2.0; without one others have no right to use them", None
+    )
     base_model: list[str] = option("Hub ids of the models that it was made from", default_factory=list)
     dataset: list[str] = option("Hub ids of the data sets that it was trained on", default_factory=list)
     language: list[str] = option("languages that it reads (en)", default_factory=list)

@@ -275,7 +275,7 @@ def _load_model(config: CaptionerConfig, device: str | torch.device | None) -> t
         model_class,
         config.model,
         allow_unexpected=True,
-        allow_missing=".pooler.",  # some image towers have one, which has no part in captions
+        allow_missing=".pooler.",  # some image towers have a pooler, which captions do not use
         config=model_config,
         revision=revision,
         dtype=config.dtype,
