@@ -53,7 +53,7 @@ class CardFields:
     What a model card says that cannot be read off the model; see https://huggingface.co/docs/hub/model-cards.
 
     Args:
-        license (`str`, *optional*): The weights' licence, such as `"apache-2.0"`. Without one, others have no right to use them.
+        license (`str`, *optional*): The weights' licence, such as `"apache-2.0"`; without one others may not use them.
         base_model (`Sequence[str]`, *optional*):
             Hub ids of the models that it was made from. By default those that the training was given.
         datasets (`Sequence[str]`, *optional*):

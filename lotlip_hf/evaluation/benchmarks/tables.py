@@ -88,7 +88,7 @@ def open_table(source: Source) -> Table:
 
 @contextmanager
 def _opening(data: str) -> Iterator[None]:
-    """Names the data set in whatever reads its files."""
+    """Errors in this context name the data set."""
     try:
         yield
     except Exception as error:
