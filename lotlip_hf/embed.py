@@ -18,14 +18,12 @@ from .data.readers import KINDS, column_of, every_row, value_of
 from .encoder import Encoder, warn_of_cut_texts
 from .files import PARTIAL, check_output, printable, replacing, set_aside_no_folder
 from .search import build_index
-from .store import EmbeddingStore
+from .store import CUT, WHOLE, EmbeddingStore
 
 logger = logging.getLogger(__name__)
 
 # Rows of the Parquet file that are in memory at a time.
 WRITE_BLOCK = 1024
-# What is kept with a text's embedding
-CUT, WHOLE = "cut", ""
 TEXT_FILES = (".txt", *(extension for extension, kind in KINDS.items() if kind != "webdataset"))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,11 @@ TABLES = (
     "CREATE TABLE entries (encoder INTEGER NOT NULL, key BLOB NOT NULL, stamp TEXT NOT NULL, error TEXT, "
     "block INTEGER, row INTEGER, PRIMARY KEY (encoder, key)) WITHOUT ROWID",
 )
+# Stamps of the embeddings of texts: whether the text was cut
+CUT, WHOLE = "cut", ""
 PAGE_SIZE = 16384  # bytes: a block of 32 embeddings takes a few pages
 WAIT = 600  # seconds for another process's transaction
+LOOKED_UP = 500  # keys of one query, at most; SQLite takes 999 values
 MAX_BLOCK = 1 << 27  # bytes, far above what is written
 BLOCK_ROWS = 1 << 20  # the most rows of a block: a place is a block's number times this, and the row
 
@@ -121,9 +124,13 @@ class EmbeddingStore:
             "WHERE encoder = ? AND typeof(key) = 'blob'"
         )
         wanted = set(keys)
+        values: list[Any] = [self._encoder]
+        if len(wanted) <= LOOKED_UP:  # more are found sooner by reading all
+            query += f" AND key IN ({', '.join('?' * len(wanted))})"
+            values += map(os.fsencode, wanted)
         held = Held({}, {}, {})
         try:
-            for name, stamp, error, place in self._connection.execute(query, (self._encoder,)):
+            for name, stamp, error, place in self._connection.execute(query, values):
                 if (key := os.fsdecode(name)) not in wanted:
                     continue
                 if error is not None:
@@ -319,7 +326,7 @@ class EmbeddingStore:
                 if not tables:
                     for sql in TABLES:
                         connection.execute(sql)
-                elif tables != TABLES:  # a view or a trigger would run what somebody else wrote
+                elif tables != TABLES:  # a view or a trigger would run the SQL of its author
                     raise _ForeignError("it has other tables")
                 insert = "INSERT OR IGNORE INTO encoders (made_by, dim) VALUES (?, ?)"
                 connection.execute(insert, (self.made_by, self.dim))

@@ -16,7 +16,7 @@ from ..distributed import gather_lists, rank, world_size
 from ..encoder import Encoder, warn_of_cut_texts
 from ..files import printable
 from ..images import WHITE, ImageError, ImageSource, load_image, read_image_bytes
-from ..store import EmbeddingStore
+from ..store import CUT, WHOLE, EmbeddingStore
 from .tasks import IncompleteDataError
 
 logger = logging.getLogger(__name__)
@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 # Texts or images that one process encodes, and keeps on disk, together. What is in a unit does not depend on the
 # number of processes, so neither do the last digits of what is encoded.
 UNIT_SIZE = 256
-# What is kept with an embedding
-CUT, WHOLE = "cut", ""
 
 
 class TextEmbeddings(NamedTuple):
@@ -243,7 +241,7 @@ def _embed_units(
             total=sum(map(len, own)), desc=f"Encoding {modality}s", unit=modality, disable=not progress or rank() > 0
         ) as bar,
     ):
-        held = None if kept is None else kept.held(digests)
+        held = None if kept is None else kept.held(digests[i] for unit in own for i in unit)
         for unit in own:
             keys = [digests[i] for i in unit]
             if kept is not None and held is not None and all(key in held.places for key in keys):
