@@ -21,7 +21,7 @@ from lotlip_hf import (
     LoTLIPVisionModelWithProjection,
     files,
 )
-from lotlip_hf.files import parse_json, printable, read_regular
+from lotlip_hf.files import one_line, parse_json, printable, read_regular
 from lotlip_hf.loading import checkpoint_name, load_strict, naming_damage
 
 # By its configuration, what a checkpoint may be; the first where the configuration does not say which
@@ -34,11 +34,6 @@ MODEL_CLASSES: dict[type[PreTrainedConfig], list[type[PreTrainedModel]]] = {
 
 class ConversionError(ValueError):
     """A checkpoint or configuration that cannot be converted exactly. The message says what is wrong and where."""
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split())
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from lotlip_hf import (
     LoTLIPTokenizer,
     LoTLIPVisionConfig,
 )
-from lotlip_hf.files import all_or_nothing, replacing
+from lotlip_hf.files import all_or_nothing, one_line, replacing
 from lotlip_hf.loading import load_tokenizer, naming_damage, quiet
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.options import Parser
@@ -36,7 +36,6 @@ from .common import (
     building,
     check_output,
     load_checkpoint,
-    one_line,
     option,
     read_json,
     rename_tensors,

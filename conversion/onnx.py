@@ -33,13 +33,13 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTr
 
 from lotlip_hf import LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
 from lotlip_hf.engines.onnx import FILES, LOGIT_SCALE, LoTLIPOnnxModel, missing_packages
-from lotlip_hf.files import all_or_nothing
+from lotlip_hf.files import all_or_nothing, one_line
 from lotlip_hf.images import load_pixels
 from lotlip_hf.loading import fit_tokenizer, naming_damage, quiet
 from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
 
-from .common import ConversionError, check_output, load_checkpoint, local_folder, one_line, random_texts
+from .common import ConversionError, check_output, load_checkpoint, local_folder, random_texts
 
 # The largest difference from PyTorch's features, in units of a feature's norm
 TOLERANCE = 1e-4

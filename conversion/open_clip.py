@@ -17,8 +17,9 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 from transformers.initialization import no_init_weights
 
 from lotlip_hf.diffusion.stretch import KEPT_POSITIONS
+from lotlip_hf.files import one_line
 
-from .common import ConversionError, building, one_line, option, read_json, rename_tensors, section, size_of, whole
+from .common import ConversionError, building, option, read_json, rename_tensors, section, size_of, whole
 from .official import DTYPES, read_official_state_dict, without_wrappers
 from .torchscript import is_torchscript, read_torchscript
 

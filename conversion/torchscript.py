@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from .common import ConversionError, one_line
+from lotlip_hf.files import one_line
+
+from .common import ConversionError
 
 STORAGES = {
     "BFloat16Storage": torch.bfloat16,

@@ -92,6 +92,11 @@ def markdown_text(value: object) -> str:
     return re.sub(r"^(\d*)([-+=#](?!\d)|[.)](?!\S))", r"\1\\\2", text)  # a list, a heading or a rule
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split())
+
+
 def inside(folder: str | os.PathLike, path: str | os.PathLike) -> str:
     """
     The path of a file that must lie in a folder, links followed.
@@ -158,12 +163,6 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
-
-
-def open_no_link(path: str, flags: int) -> int:
-    """An `opener` of `open` for files to write to: a link is refused (`OSError`), a pipe is not waited for."""
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    return os.open(path, flags, 0o666)
 
 
 def is_own_file(path: Path) -> bool:

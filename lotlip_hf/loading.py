@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from . import auto as auto  # registers LoTLIP's classes
-from .files import parse_json, printable, read_regular
+from .files import one_line, parse_json, printable, read_regular
 from .images import background_of, checked_background
 from .modeling.calls_lotlip import free_of_calls
 from .modeling.processing_lotlip import check_image_sizes
@@ -152,7 +152,7 @@ def load_strict(
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
-        kind, reason = OSError if isinstance(error, OSError) else LoadingError, printable(" ".join(str(error).split()))
+        kind, reason = OSError if isinstance(error, OSError) else LoadingError, printable(one_line(error))
         raise kind(f"{name}: the weights cannot be read ({reason}).") from error
     problems = []
     for kind, keys in info.items():
@@ -189,7 +189,7 @@ def load_tokenizer(
             raise LoadingError("it has special tokens alone")  # what some classes make of no file
         return tokenizer
     except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
-        name, reason = os.path.join(path, subfolder) if subfolder else os.fspath(path), " ".join(str(error).split())
+        name, reason = os.path.join(path, subfolder) if subfolder else os.fspath(path), one_line(error)
         raise LoadingError(f"{name}: no tokenizer can be loaded ({printable(reason)}); {advice}.") from error
 
 

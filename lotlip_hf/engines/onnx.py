@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..files import one_line
 from ..images import processed_size
 from ..loading import fit_tokenizer, load_processor, naming_damage
 from ..modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
@@ -117,7 +118,7 @@ class LoTLIPOnnxModel(nn.Module):
                     str(file), session_options, providers=providers, disabled_optimizers=disabled
                 )
             except Exception as error:  # ONNX Runtime's own kinds, which share no class
-                message = " ".join(str(error).split())
+                message = one_line(error)
                 raise ValueError(f"{file}: ONNX Runtime cannot open it ({message}).") from error
         return cls(config, sessions, folder)
 

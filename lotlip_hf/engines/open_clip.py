@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil
 
+from ..files import one_line
 from ..images import WHITE, ImageSource, load_image, load_pixels
 from ..loading import cached_commit, usable_device
 from ..modeling.processing_lotlip import is_thin, resized_middle
@@ -238,7 +239,7 @@ def load_open_clip(
     except OSError as error:
         raise OSError(f"{name}: {error}") from error
     except Exception as error:  # open_clip raises every kind, on damaged and on missing files too
-        message = " ".join(str(error).split())
+        message = one_line(error)
         message = f"{message[:500]} ..." if len(message) > 500 else message
         raise ValueError(f"{name}: open_clip cannot load it ({message}).") from error
     model.to(usable_device(device))

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..encoder import Encoder
 from ..evaluation.results import Results, load_results
-from ..files import markdown_text
+from ..files import markdown_text, one_line
 from ..images import processed_size
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..training.checkpoint import checkpoint_step
@@ -120,7 +120,7 @@ def card_bytes(
         try:
             card = ModelCard(content.decode("utf-8-sig"))
         except (yaml.YAMLError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise ValueError(f"{name}: its metadata, the YAML at its top, cannot be read ({reason}).") from error
         if not (_is_generated(card) or (file is there and _is_ours(card))):
             if file is there:

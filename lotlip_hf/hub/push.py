@@ -17,7 +17,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import AutoProcessor
 
 from ..evaluation.results import Results
-from ..files import all_or_nothing
+from ..files import all_or_nothing, check_output
 from ..loading import load_model
 from ..modeling.modeling_lotlip import LoTLIPModel
 from .card import CardFields, card_bytes, checked_results
@@ -176,9 +176,8 @@ def write_repository(
         ValueError: as [`push`].
         FileExistsError: if there is something in `output`.
     """
+    check_output(output, folder=True)
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists already: choose another name or remove it.")
     loaded = _loaded(model_or_path, processor)
     with all_or_nothing(output.resolve()) as folder:
         _write(folder, loaded, repo_id, card or CardFields(), max_shard_size)

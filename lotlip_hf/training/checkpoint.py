@@ -18,7 +18,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..distributed import any_rank
-from ..files import PARTIAL, inside, parse_json, printable, publish, read_regular
+from ..files import PARTIAL, inside, one_line, parse_json, printable, publish, read_regular
 from .config import CONFIG_NAME, TrainingConfig, check_resumed
 
 logger = logging.get_logger(__name__)
@@ -158,7 +158,7 @@ def save_checkpoint(
         try:
             part()
         except Exception as error:  # torch and safetensors raise their own kinds where the disk is full
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
         if any_rank(bool(reason), accelerator.device):
             if accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -223,7 +223,7 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator, states: Mapping[
             raise ValueError("the random numbers' state is damaged")
         return progress
     except Exception as error:  # torch and safetensors raise their own kinds on a damaged file
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if isinstance(error, pickle.UnpicklingError):  # torch advises to trust the file
             reason = "a file in it is damaged, or holds a pickle of more than tensors, which could run code"
         raise CheckpointError(

@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from ...files import one_line
 from ...loading import cached_commit, checkpoint_name, load_strict, naming_damage, quiet, usable_device
 from .base import IMAGE_ERRORS, Answer, CaptionerConfig
 
@@ -307,7 +308,7 @@ def _load_processor(name: str, revision: str | None) -> tuple[Any, Any]:
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
         return image_processor, AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # of a tokenizer, an image processor or both; each says it in another way
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(
             f"{name} has no processor that can be loaded here ({reason}). Save the model's beside it "
             "(`processor.save_pretrained(folder)`); those for videos too, as Qwen2-VL's, need torchvision."
