@@ -45,7 +45,7 @@ from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor
 from lotlip_hf.conversion.onnx import convert as export_onnx
 from lotlip_hf.conversion.stock import stock_model
 from lotlip_hf.data.collator import LoTLIPCollator
-from lotlip_hf.data.sampling import CaptionSampling, sample_texts, split_sentences
+from lotlip_hf.data.sampling import SubCaptions, record_rng, split_sentences
 from lotlip_hf.encoder import CPU_TOKENS
 from lotlip_hf.engines.onnx import LoTLIPOnnxModel
 from lotlip_hf.images import load_image
@@ -417,9 +417,9 @@ def step(bench: Bench) -> list[Row]:
         }
         for index, caption in enumerate(bench.captions[: bench.batch_size])
     ]
-    collator = LoTLIPCollator(bench.processor, CaptionSampling(num_long_texts=1))
+    collator = LoTLIPCollator(bench.processor, SubCaptions(num_long_texts=1))
     batch = collator(records)
-    drawn = [sample_texts(r["short_caption"], r["long_captions"], collator.sampling, 0, 0, r["id"]) for r in records]
+    drawn = collator.draw(records, [record_rng(0, 0, record["id"]) for record in records])
 
     model = peers.make_model(bench.size).train()
     model.text_model.set_attn_implementation("unpadded")  # as `lotlip_hf.training.loop` does

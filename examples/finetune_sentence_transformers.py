@@ -31,12 +31,13 @@ from transformers import HfArgumentParser
 
 import lotlip_hf  # noqa: F401  (registers LoTLIP with the Auto classes)
 from lotlip_hf import LoTLIPModel
+from lotlip_hf.data.record import check_record
 from lotlip_hf.data.records import MAPPINGS, load_records
-from lotlip_hf.data.sampling import CaptionSampling, sample_texts
+from lotlip_hf.data.sampling import SubCaptions, record_rng
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.terminal import printable_output
 
-WHOLE_CAPTIONS = CaptionSampling(num_long_texts=1, num_sentences=None)
+WHOLE_CAPTIONS = SubCaptions(num_long_texts=1, num_sentences=None)
 
 
 @dataclass
@@ -69,14 +70,14 @@ def read_records(options: Options, source: str, num_scenes: int, split: str) -> 
     return load_records(source, options.mapping, image_root=options.image_root)
 
 
-def draw_texts(records: Any, sampling: CaptionSampling, seed: int) -> Dataset:
+def draw_texts(records: Any, sampling: SubCaptions, seed: int) -> Dataset:
     """Records as a table of images and strings, `image`, `short`, `long_1` to `long_T`: the texts are drawn once."""
     if not isinstance(records, Dataset):
         raise ValueError("The records are a stream, as shards are: give a folder of images, or Parquet or JSON files.")
     names = [f"long_{number}" for number in range(1, sampling.num_long_texts + 1)]
 
     def draw(record: dict[str, Any]) -> dict[str, Any]:
-        texts = sample_texts(record["short_caption"], record["long_captions"], sampling, seed, 0, record["id"])
+        (texts,) = sampling([check_record(record)], [record_rng(seed, 0, record["id"])])
         return {"image": record["image"], "short": texts.short, **dict(zip(names, texts.long, strict=True))}
 
     features = Features({"image": Image(), **{name: Value("string") for name in ("short", *names)}})
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     output = Path(args.output_dir)
     if output.is_dir() and any(output.iterdir()) and not args.resume_from_checkpoint:
         raise ValueError(f"--output_dir {output}: not empty; choose another, or give --resume_from_checkpoint.")
-    sampling = CaptionSampling(options.num_long_texts, options.num_sentences or None)
+    sampling = SubCaptions(options.num_long_texts, options.num_sentences)
     records = read_records(options, options.data, options.num_scenes, "train")
     table = draw_texts(records, sampling, args.seed)
     # One table a kind of text: in a batch no image comes twice, which would make it its own negative.

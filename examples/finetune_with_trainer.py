@@ -34,7 +34,7 @@ from transformers import (
 import lotlip_hf  # noqa: F401  (registers LoTLIP with the Auto classes)
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.records import MAPPINGS
-from lotlip_hf.data.sampling import CaptionSampling
+from lotlip_hf.data.sampling import SubCaptions
 from lotlip_hf.evaluation.retrieval import recalls
 from lotlip_hf.terminal import printable_output
 from lotlip_hf.training.config import TrainingConfig
@@ -102,7 +102,7 @@ class LoTLIPTrainer(Trainer):
             callbacks=[LoTLIPCallback(collator)],
             **kwargs,
         )
-        whole_captions = CaptionSampling(num_long_texts=1, num_sentences=None)
+        whole_captions = SubCaptions(num_long_texts=1, num_sentences=None)
         self.eval_collator = LoTLIPCollator(collator.processor, whole_captions)
         self.objective = Objective(
             short_loss_weight=model.config.short_loss_weight, long_loss_weight=model.config.long_loss_weight
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     # float32, whatever the checkpoint was saved in: small steps are lost in 16 bits. `--bf16` is for the activations.
     model = AutoModel.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=False)
-    sampling = CaptionSampling(options.num_long_texts, options.num_sentences or None)
+    sampling = SubCaptions(options.num_long_texts, options.num_sentences)
     trainer = LoTLIPTrainer(
         model,
         LoTLIPCollator(processor, sampling, seed=args.seed),

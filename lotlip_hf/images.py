@@ -18,7 +18,8 @@ from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from .files import FileError, lies_in, open_regular, read_regular
 
-ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
+# What an image may be; a mapping is what `datasets.Image(decode=False)` gives
+ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor | Mapping
 # The colour under transparency, as PIL takes it; `None` drops the alpha channel
 Background = str | Sequence[int] | None
 WHITE = "white"
@@ -124,7 +125,7 @@ class ImageError(ValueError):
 
 
 class StoredImage(NamedTuple):
-    """An image of a data set: `source` is what [`load_image`] takes, `path` names it if it has a name."""
+    """An image out of its dictionary, if it is in one; `path` names it if it has a name."""
 
     source: Any
     path: str | None
@@ -132,11 +133,11 @@ class StoredImage(NamedTuple):
 
 def image_source(value: Any) -> StoredImage:
     """
-    What an image is that a data set stores: a path, the bytes of a file, a PIL image, an array, or a dictionary with
-    `bytes`, which go first, and `path` as `datasets.Image(decode=False)` gives it. `None` is for what is missing.
+    Takes an image out of the dictionary that `datasets.Image(decode=False)` gives, with `bytes`, which go first, and
+    `path`. Other values stay as they are; `None` is for what is missing.
     """
     if not isinstance(value, Mapping):
-        return StoredImage(value, value if isinstance(value, str) else None)
+        return StoredImage(value, os.fspath(value) if isinstance(value, str | os.PathLike) else None)
     path, content = value.get("path"), value.get("bytes")
     path = path if isinstance(path, str) else None
     return StoredImage(content if isinstance(content, bytes) else path, path)
@@ -335,10 +336,11 @@ def load_image(
     images, and those for a processor that resizes in its own way, are what they are without it.
 
     Args:
-        source (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            Path of a file, the bytes of one, a PIL image (left unchanged), or an array of 8- or 16-bit unsigned
-            integers, of shape [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels.
-        name (`str`, *optional*): what errors call the image; by default its path.
+        source (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `Mapping`):
+            Path of a file, the bytes of one, a PIL image (left unchanged), an array of 8- or 16-bit unsigned integers,
+            of shape [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, or a dictionary of `bytes` and `path`, as
+            `datasets.Image(decode=False)` gives it.
+        name (`str`, *optional*): what errors call the image, before its path.
         image_processor (`BaseImageProcessor`, *optional*): what the image is for, if only for that.
         background (`str` or `Sequence[int]`, *optional*, defaults to `"white"`):
             The colour laid under transparency, as PIL takes it: a name, `"#rrggbb"`, or three numbers. `None` drops
@@ -398,11 +400,17 @@ def _loaded(
     source: ImageSource, name: str | None, image_processor: Any, background: Background
 ) -> Iterator[Image.Image]:
     """The image, while its pixels count among those that are decoded."""
-    if name is None:
-        name = os.fspath(source) if isinstance(source, str | os.PathLike) else "image"
+    source, path = image_source(source)
+    name = ": ".join(filter(None, (name, path))) or "image"
     if not isinstance(source, ImageSource):
         raise TypeError(
             f"{name} must be a path, the bytes of a file, a PIL image or an array, got {type(source).__name__}."
+        )
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise ImageError(
+            name,
+            "the image is an address on the web. Download the images first, for example with img2dataset, and read "
+            "its shards or its folder",
         )
     colour = checked_background(background)
     with contextlib.ExitStack() as held:

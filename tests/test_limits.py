@@ -28,7 +28,7 @@ import tiny_clip
 from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor, LoTLIPTokenizer
 from lotlip_hf.conversion import clip, official, onnx, stock
 from lotlip_hf.data.collator import LoTLIPCollator
-from lotlip_hf.data.sampling import CaptionSampling
+from lotlip_hf.data.sampling import SubCaptions
 from lotlip_hf.loading import load_model, max_text_length
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.training.config import TrainingConfig
@@ -165,7 +165,7 @@ def towers(tmp_path: Path, golden: Path) -> dict[str, str]:
 def trained_ids(own: Any) -> list[list[int]]:
     """Of a batch as training makes it."""
     record = {"image": Image.new("RGB", (32, 32)), "short_caption": LONG, "long_captions": [LONG], "id": "1"}
-    batch = LoTLIPCollator(own, CaptionSampling(num_long_texts=1, num_sentences=None))([record])
+    batch = LoTLIPCollator(own, SubCaptions(num_long_texts=1, num_sentences=None))([record])
     assert batch["long_input_ids"][0].tolist() == batch["input_ids"].tolist()
     return batch["input_ids"].tolist()
 

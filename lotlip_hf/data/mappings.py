@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from ..files import printable
 from .readers import column_of
+from .record import OPTIONAL
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +53,25 @@ class ColumnMapping:
             Column of the ids; of several the first that there is. Without one a record's id is the path of its image
             as the data set gives it, in WebDataset shards the shard's name and the sample's key, and else a digest of
             the record.
+        negatives, rewrites, tags, regions, group (`str`, *optional*):
+            Columns of a record's optional fields, see [`~lotlip_hf.data.record.Record`]. Data sets and rows may lack
+            them.
     """
 
     image: str | tuple[str, ...] = ("image", "file_name")
     long: str | tuple[str, ...] = "long_captions"
     short: str | tuple[str | None, ...] | None = ("short_caption", None)
     id: str | tuple[str, ...] | None = "id"
+    negatives: str | None = None
+    rewrites: str | None = None
+    tags: str | None = None
+    regions: str | None = None
+    group: str | None = None
+
+    @property
+    def optional(self) -> dict[str, str]:
+        """The optional fields that are read, and their columns."""
+        return {name: column for name in OPTIONAL if (column := getattr(self, name)) is not None}
 
 
 # Recaptioned LAION and COYO come as tables of addresses and captions under several names.
@@ -69,7 +83,7 @@ _RECAP_LONG = ColumnMapping(
 )
 MAPPINGS = {
     # Our own names; `file_name` is what image folders with metadata call the image.
-    "records": ColumnMapping(),
+    "records": ColumnMapping(**{name: name for name in OPTIONAL}),
     # DreamLIP's long captions of CC3M, CC12M and YFCC15M: InstructBLIP, ShareGPT4V, LLaVA.
     "dreamlip": ColumnMapping(
         image=("image", "Image Path"),
@@ -129,4 +143,4 @@ def resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Colu
             source,
             " or ".join(map(repr, alternatives(mapping.short))),
         )
-    return ColumnMapping(image=image, long=tuple(long), short=short, id=first(alternatives(mapping.id)))
+    return replace(mapping, image=image, long=tuple(long), short=short, id=first(alternatives(mapping.id)))

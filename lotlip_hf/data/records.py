@@ -1,5 +1,5 @@
 """
-Reading data sets as records: an image, a short caption, long captions and an id.
+Reading data sets as records ([`~lotlip_hf.data.record.Record`]).
 
 A `ColumnMapping` says which columns of a data set are what; `MAPPINGS` holds those of public data sets of long
 captions. `readers.read_rows` reads the rows of local files, so that a value is the same whether a data set is streamed
@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,11 +26,12 @@ from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from ..files import MAX_BYTES, MAX_CHARACTERS, printable, replacing
+from ..files import MAX_BYTES, printable, replacing
 from ..images import image_extensions, image_source
+from ..modeling.sentences_lotlip import split_sentences
 from .mappings import MAPPINGS, ColumnMapping, MissingColumn, alternatives, resolve
-from .readers import RowError, SizeError, read_rows, value_of
-from .sampling import split_sentences
+from .readers import RowError, SizeError, column_of, read_rows, value_of
+from .record import FIELDS, OPTIONAL, REGIONS, TEXT, TEXTS, Kind, RequiredFields, problem_of
 from .sources import SplitError, find_files, is_hub_name, kind_of
 
 __all__ = [
@@ -48,14 +49,17 @@ __all__ = [
 FIRST_ROWS = 20  # that are looked at for their columns
 # Rows that a table is written in; their bytes are bounded too.
 TABLE_ROWS, TABLE_BYTES = 1000, 1 << 26
-TABLE_VERSION = 1  # of the tables in the cache
-FIELDS = ("image", "short_caption", "long_captions", "id", "error")
+TABLE_VERSION = 2  # of the tables in the cache
+COLUMNS: dict[Kind, Any] = {
+    TEXT: Value("string"),
+    TEXTS: List(Value("string")),
+    REGIONS: List({"box": List(Value("float64")), "text": Value("string")}),
+}
 FEATURES = Features(
     {
         # `file` is the index of the file that names the path; the path starts from that file's folder
         "image": {"bytes": Value("large_binary"), "path": Value("string"), "file": Value("int32")},
-        "short_caption": Value("string"),
-        "long_captions": List(Value("string")),
+        **{name: COLUMNS[kind] for name, kind in FIELDS.items()},
         "id": Value("string"),
         "error": Value("string"),
     }
@@ -76,10 +80,10 @@ def load_records(
     """
     Opens a data set whose rows are records, for `LoTLIPCollator`.
 
-    A row is read when it is asked for, as a dictionary with `image`, `short_caption`, `long_captions`, `id`, and
-    `error`, which is `None` or says why the record is broken. Texts and ids are as they are written. Images are not
-    decoded here, so that the collator can count a broken one or stop at it. So it is with a file of a local stream
-    that ends too soon: its last record says so, with `is_shard` beside `error`.
+    A row is read when it is asked for, as a dictionary with `image`, `short_caption`, `long_captions`, `id`, the
+    optional fields that the data set has, and `error`, which is `None` or says why the record is broken. Texts and ids
+    are as they are written. Images are not decoded here, so that the collator can count a broken one or stop at it.
+    So it is with a file of a local stream that ends too soon: its last record says so, with `is_shard` beside `error`.
 
     An image is read if it lies in the image folder, links followed. One that lies elsewhere makes a broken record,
     unless `image_root` allows it. A file that a WebDataset shard or a data set on the Hub names is not opened without
@@ -224,12 +228,14 @@ def read_table(
                 for block in _blocks(files, mapping, max_record_bytes):
                     writer.write_batch(pa.RecordBatch.from_pylist(block, schema=FEATURES.arrow_schema))
     folders = tuple(map(images.of, files))
-    return Dataset.from_file(str(path)).with_transform(partial(_from_table, folders=folders))
+    table = Dataset.from_file(str(path))
+    absent = [name for name in OPTIONAL if table.data.column(name).null_count == len(table)]
+    return table.remove_columns(absent).with_transform(partial(_from_table, folders=folders))
 
 
 def first_error(records: Dataset | IterableDataset) -> str | None:
     """What is wrong with the first row of a table that could not be read; `None` if there is none."""
-    if not isinstance(records, Dataset) or records.features != FEATURES:
+    if not isinstance(records, Dataset) or records.features.get("image") != FEATURES["image"]:
         return None
     errors = records.data.column("error").drop_null()
     return errors[0].as_py() if len(errors) else None
@@ -246,7 +252,9 @@ def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Ite
                 content = stored if isinstance(stored, bytes) else None
                 image = {"bytes": content, "path": path, "file": number}
                 block.append({**record, "image": None if stored is None else image})
-                texts = (record["short_caption"], *record["long_captions"], record["id"], record["error"])
+                texts = [record["id"], record["error"]]
+                for name, kind in FIELDS.items():
+                    texts += [] if record.get(name) is None else kind.texts(record[name])
                 size += len(content or b"") + sum(len(text) for text in texts if text)
                 if len(block) == TABLE_ROWS or size > TABLE_BYTES:
                     yield block
@@ -283,7 +291,8 @@ def to_record(
         folder, roots: as [`locate_image`] takes them.
 
     Returns:
-        `dict[str, Any]`: `image`, `short_caption`, `long_captions`, `id`, and `error`.
+        `dict[str, Any]`: `image`, `short_caption`, `long_captions`, `id`, the optional fields that the row has, and
+        `error`.
     """
     record = _fields(row, mapping)
     _locate(record, folder, roots)
@@ -313,13 +322,17 @@ def _fields(row: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
         digest = hashlib.blake2b(content or b"", digest_size=16)
         digest.update(repr((short_caption, long_captions)).encode(errors="surrogatepass"))
         record_id = digest.hexdigest()
-    return {
+    record = {
         "image": None if image == "" else image,
         "short_caption": short_caption,
         "long_captions": long_captions,
         "id": record_id,
         "error": None,
     }
+    for name, column in mapping.optional.items():
+        if (value := value_of(row, column)) is not None:
+            record[name] = OPTIONAL_READERS[OPTIONAL[name]](value)
+    return record
 
 
 def _as_text(value: Any) -> Any:
@@ -332,6 +345,20 @@ def _as_text(value: Any) -> Any:
 def _whole(caption: Any) -> Any:
     """A caption without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
     return caption.encode(errors="replace").decode() if isinstance(caption, str) and not caption.isascii() else caption
+
+
+def _regions(value: Any) -> Any:
+    """Regions with their own fields alone."""
+    if not isinstance(value, list) or not all(isinstance(region, Mapping) for region in value):
+        return value
+    return [{"box": region.get("box"), "text": _whole(region.get("text"))} for region in value]
+
+
+OPTIONAL_READERS: dict[Kind, Callable[[Any], Any]] = {
+    TEXT: lambda value: _whole(_as_text(value)),
+    TEXTS: lambda value: list(map(_whole, value if isinstance(value, list) else [value])),
+    REGIONS: _regions,
+}
 
 
 def _locate(record: dict[str, Any], folder: str, roots: tuple[str, ...]) -> None:
@@ -402,7 +429,10 @@ def _to_records(
     """The records of a batch, column by column, as `Dataset.with_transform` asks for."""
     batch = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
     records = [to_record(row, mapping, folder, roots) for row in batch]
-    return {name: [record[name] for record in records] for name in FIELDS}
+    present = [name for name, column in mapping.optional.items() if column_of(column, rows)]
+    return {
+        name: [record.get(name) for record in records] for name in (*RequiredFields.__annotations__, "error", *present)
+    }
 
 
 def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, max_bytes: int) -> ColumnMapping:
@@ -455,8 +485,9 @@ def undecoded(dataset: Any) -> Any:
 
 def _read(file: str, mapping: ColumnMapping, max_bytes: int) -> Iterator[dict[str, Any]]:
     """The records of a file, their images as they are stored; one that cannot be used has only an `error`."""
-    texts = (*alternatives(mapping.long), *alternatives(mapping.short))
-    columns = (*texts, *alternatives(mapping.image), *alternatives(mapping.id))
+    texts = [*alternatives(mapping.long), *alternatives(mapping.short)]
+    texts += [column for name, column in mapping.optional.items() if OPTIONAL[name] is TEXTS]
+    columns = (*texts, *alternatives(mapping.image), *alternatives(mapping.id), *mapping.optional.values())
     for number, row in enumerate(read_rows(file, columns, texts, max_bytes), 1):
         record_id = f"{os.path.basename(file)}, row {number}"
         if isinstance(row, RowError):
@@ -483,16 +514,11 @@ def _problem(record: Mapping[str, Any]) -> str | None:
         return f"the image must be a path or the bytes of a file, got {printable(repr(image)[:50])}"
     if not isinstance(record["id"], str):
         return f"the id must be a text, got {printable(repr(record['id'])[:50])}"
-    for text in (record["short_caption"], *record["long_captions"]):
-        if not isinstance(text, str | None):
-            return f"a caption must be a text, got {printable(repr(text)[:50])}"
-        if len(text or "") > MAX_CHARACTERS:
-            return f"a caption has {len(text or ''):,} characters, more than {MAX_CHARACTERS:,}"
     try:
         f"{record['id']}{path}".encode()
     except UnicodeEncodeError:
         return "its id or path is not valid Unicode"
-    return None
+    return problem_of(record)
 
 
 def _broken(record_id: str, error: str) -> dict[str, Any]:

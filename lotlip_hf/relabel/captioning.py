@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..data.collator import RecordError, read_image
-from ..images import ImageError, image_source
+from ..data.record import RecordError
+from ..images import ImageError, image_source, load_image
 from .captioners.base import IMAGE_ERRORS, Answer, Captioner, CaptionerConfig
 from .captioners.endpoint import shrunk
 from .chunks import Chunk, open_journal
@@ -122,9 +122,9 @@ class Captioning:
                 raise RecordError(record["error"])
             str(image_source(record["image"]).path).encode()  # a name that is no text cannot be written
             source = self.storage.read(record["image"])
-            image = read_image(source, "image")
+            image = load_image(source, "image")
             self.storage.was_read(record["image"])
-        except (ImageError, RecordError) as error:
+        except (ImageError, RecordError, TypeError) as error:
             self.storage.check(record["image"], error)
             return _Read(skip=self.storage.unplaced(as_text(error)).removeprefix("image: "))
         except UnicodeEncodeError:

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
-from ..data.collator import LoTLIPCollator
+from ..data.collator import Batch, LoTLIPCollator
 from .config import TrainingConfig
 
 
@@ -87,7 +87,7 @@ class _Collator:
         self.num_skipped = num_skipped
         self.num_made = 0
 
-    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Exception | None:
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> Batch | Exception | None:
         worker = get_worker_info()
         self.num_made += 1
         if self.num_made <= self.num_skipped // (1 if worker is None else worker.num_workers):
@@ -112,7 +112,7 @@ def iterate_batches(
     start: int,
     rank: int,
     num_processes: int,
-) -> Iterator[tuple[int, int, dict[str, Any]]]:
+) -> Iterator[tuple[int, int, Batch]]:
     """
     The batches from a position on, epoch after epoch, without end.
 

@@ -11,12 +11,14 @@ import yaml
 
 from .. import options
 from ..data.records import MAPPINGS, ColumnMapping
-from ..data.sampling import CaptionSampling
+from ..data.sampling import STRATEGIES, Draw
 from ..files import MAX_BYTES, replacing
 from ..options import option
 
 CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
+# Options of strategies of `captions`: each takes those that are its fields.
+TEXT_OPTIONS = ("num_long_texts", "num_sentences", "captioners", "sentence_order", "splitter")
 # What may differ from the first run's options when a run is resumed: none changes what is computed.
 RESUMABLE = frozenset(
     "output resume on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
@@ -103,13 +105,17 @@ class TrainingConfig:
     )
     num_workers: int = option("processes that read and prepare batches ahead; 0: none", 2, at_least=0)
 
-    # The texts of a step
+    # The texts and the patches of a step
+    captions: str = option(f"strategy that draws the texts: {', '.join(STRATEGIES)}", "sub_captions")
     num_long_texts: int = option("long texts of an image in a step; 0: short captions alone", 3, at_least=0)
     num_sentences: int = option("consecutive sentences of a long text; 0: the whole caption", 3, at_least=0)
     captioners: list[int] | None = option("which long captions of a record to draw from, from 0", None)
     sentence_order: Literal["written", "shuffled"] = option("order of the drawn sentences", "written")
     splitter: Literal["sentences", "full_stops"] = option(
         "how captions are split; 'full_stops' as the official code does", "sentences"
+    )
+    patch_dropout: float = option(
+        "share of an image's patches to leave out, drawn at random", 0.0, at_least=0, below=1
     )
 
     # The objective
@@ -187,17 +193,18 @@ class TrainingConfig:
             raise ValueError("`eval_steps` needs `eval_data`, the records to evaluate on.")
         if self.trackers == ["none"]:
             self.trackers = []
-        self.sampling()
+        self.draw()
 
-    def sampling(self) -> CaptionSampling:
-        """How the long texts are drawn."""
-        return CaptionSampling(
-            num_long_texts=self.num_long_texts,
-            num_sentences=self.num_sentences or None,
-            captioners=None if self.captioners is None else tuple(self.captioners),
-            order=self.sentence_order,
-            splitter=self.splitter,
-        )
+    def draw(self) -> Draw:
+        """The strategy that draws the texts of a step, with those of the options that it has."""
+        if self.captions not in STRATEGIES:
+            raise ValueError(f"`captions` must be one of {', '.join(STRATEGIES)}, got {self.captions!r}.")
+        strategy = STRATEGIES[self.captions]
+        taken = {field.name for field in dataclasses.fields(strategy)}
+        for field in dataclasses.fields(self):
+            if field.name in TEXT_OPTIONS and field.name not in taken and getattr(self, field.name) != field.default:
+                raise ValueError(f"`{field.name}` is not an option of `captions` {self.captions}.")
+        return strategy(**{name: getattr(self, name) for name in TEXT_OPTIONS if name in taken})
 
     def column_mapping(self) -> ColumnMapping:
         """The mapping's columns, those that options name in their place; without long texts, no long captions."""

@@ -1,10 +1,12 @@
 """The records that a run trains on and is evaluated on."""
 
 from functools import partial
+from random import Random
 
 from datasets import Dataset, IterableDataset
 
-from ..data.collator import RecordError, read_record
+from ..data.collator import read_record
+from ..data.record import RecordError
 from ..data.records import MissingColumn, SplitError, first_error, is_hub_name, load_records
 from ..images import set_max_image_pixels
 from ..scenes.dataset import scenes_dataset
@@ -75,5 +77,5 @@ def _records(
     if config.on_error == "raise":
         if error := first_error(records):
             raise RecordError(error)
-        read_record(first, config.sampling(), config.seed)
+        config.draw()([read_record(first)[0]], [Random(0)])
     return records

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data.collator import LoTLIPCollator
+from ..data.collator import Batch, LoTLIPCollator
 from ..distributed import any_rank, gather_lists, max_over_ranks, raise_on_all_ranks
 from ..files import write_json
 from ..images import set_max_image_pixels
@@ -167,8 +167,15 @@ class _Run:
         prepare_sharding(model, self.objective, accelerator)
         prepared = accelerator.prepare(model, optimizer)
         self.model, self.optimizer = cast(tuple[nn.Module, AcceleratedOptimizer], prepared)
+        backbone = model.config.vision_config.backbone_config
         self.collator = LoTLIPCollator(
-            processor, config.sampling(), seed=config.seed, on_error=config.on_error, return_ids=True
+            processor,
+            config.draw(),
+            seed=config.seed,
+            on_error=config.on_error,
+            return_ids=True,
+            patch_dropout=config.patch_dropout,
+            num_patches=(backbone.image_size // backbone.patch_size) ** 2,
         )
         if self.checkpoint is not None:
             self._load(self.checkpoint)
@@ -230,7 +237,7 @@ class _Run:
         assert self.checkpoint is not None
         return self.checkpoint
 
-    def _next_batches(self, batches: Iterator[tuple[int, int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    def _next_batches(self, batches: Iterator[tuple[int, int, Batch]]) -> list[Batch]:
         """
         A step's batches, all of them before the first is used: if one cannot be had, on this process or another, the
         state is still that after the last step, and is saved.
@@ -250,13 +257,13 @@ class _Run:
         self.epoch, self.next_batch = position
         return taken
 
-    def _take_step(self, batches: list[dict[str, Any]]) -> None:
+    def _take_step(self, batches: list[Batch]) -> None:
         config, accelerator = self.config, self.accelerator
         self.ids = []
         for batch in batches:
-            ids: list[str] = batch.pop("ids")
+            ids = batch["ids"]
             self.ids += ids
-            self.counts.update(batch.pop("counts"))
+            self.counts.update(batch["counts"])
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
             with accelerator.accumulate(self.model):
                 if config.grad_cache_chunk is not None:

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from torch import nn
 
-from ..data.collator import LoTLIPCollator
-from ..data.sampling import CaptionSampling
+from ..data.collator import MODEL_INPUTS, LoTLIPCollator
+from ..data.sampling import SubCaptions
 from ..distributed import gather, raise_on_all_ranks
 from ..evaluation.retrieval import recalls
 from ..modeling.processing_lotlip import LoTLIPProcessor
@@ -56,13 +55,9 @@ def validate(
     if len(chosen) < num_processes:
         raise ValueError(f"{len(chosen)} records to evaluate on are fewer than the {num_processes} processes.")
     captioner = config.captioners[0] if config.captioners else None
-    sampling = CaptionSampling(
-        num_long_texts=1,
-        num_sentences=None,
-        captioners=None if captioner is None else (captioner,),
-        splitter=config.splitter,
-    )
-    collator = LoTLIPCollator(processor, sampling, on_error=config.on_error)
+    captioners = None if captioner is None else (captioner,)
+    whole = SubCaptions(num_long_texts=1, num_sentences=None, captioners=captioners, splitter=config.splitter)
+    collator = LoTLIPCollator(processor, whole, on_error=config.on_error)
     # as many batches on every process, for a wrapper may communicate in each
     part = np.array_split(np.arange(len(chosen)), num_processes)[rank]
     num_batches = min(
@@ -77,9 +72,9 @@ def validate(
         except Exception as caught:  # the other processes wait in the forward pass
             error = caught
         raise_on_all_ranks(error, device)
-        batch = {**send_to_device(batch, device), "return_loss": False}
+        inputs = {name: batch[name].to(device) for name in MODEL_INPUTS if name in batch}
         with nullcontext() if accelerator is None else accelerator.autocast():
-            outputs = model(**batch)
+            outputs = model(**inputs, pooled_only=True)
         images.append(outputs.image_embeds.float())
         texts.append(outputs.text_embeds.float())  # [B, 2, dim], the short text first
     image_embeds, text_embeds = gather(torch.cat(images)), gather(torch.cat(texts))

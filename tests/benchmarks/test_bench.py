@@ -11,7 +11,7 @@ import bench
 import peers
 from lotlip_hf import Encoder
 from lotlip_hf.data.collator import LoTLIPCollator
-from lotlip_hf.data.sampling import CaptionSampling
+from lotlip_hf.data.sampling import SubCaptions
 from lotlip_hf.training.objective import Objective, batch_loss
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ def test_the_official_recipe_trains_the_same(model) -> None:
         for short, long in (("a star", "A red star. It is big"), ("dogs", "Two dogs. A tail. One more sentence"))
     ]
     processor = peers.make_processor(model)
-    batch = LoTLIPCollator(processor, CaptionSampling(num_long_texts=1, num_sentences=None))(records)
+    batch = LoTLIPCollator(processor, SubCaptions(num_long_texts=1, num_sentences=None))(records)
     ours = batch_loss(model, batch, Objective()).loss
     ours.backward()
 

@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from lotlip_hf.data.records import (
     load_records,
     to_record,
 )
-from lotlip_hf.data.sampling import CaptionSampling, sample_texts
+from lotlip_hf.data.sampling import SubCaptions, record_rng
 from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
 from lotlip_hf.images import ImageError, load_image
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
@@ -84,7 +85,7 @@ def same(batch: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def test_a_batch_holds_what_the_model_takes(processor: LoTLIPProcessor) -> None:
     records = some_records()
-    collator = LoTLIPCollator(processor, CaptionSampling(num_long_texts=2), seed=4, return_ids=True)
+    collator = LoTLIPCollator(processor, SubCaptions(num_long_texts=2), seed=4, return_ids=True)
     collator.set_epoch(3)
     batch = collator(records)
     assert batch["return_loss"] is True
@@ -93,12 +94,8 @@ def test_a_batch_holds_what_the_model_takes(processor: LoTLIPProcessor) -> None:
     assert torch.equal(batch["pixel_values"], expected)
     assert batch["pixel_values"].shape == (6, 3, 32, 32)
 
-    texts = [
-        sample_texts(
-            record["short_caption"], record["long_captions"], CaptionSampling(num_long_texts=2), 4, 3, record["id"]
-        )
-        for record in records
-    ]
+    rngs = [record_rng(4, 3, record["id"]) for record in records]
+    texts = SubCaptions(num_long_texts=2)(records, rngs)  # pyright: ignore[reportArgumentType]
     short = processor(text=[text.short for text in texts], return_tensors="pt")
     long = processor(text=[text.long for text in texts], return_tensors="pt")
     assert torch.equal(batch["input_ids"], short["input_ids"])
@@ -110,8 +107,8 @@ def test_a_batch_holds_what_the_model_takes(processor: LoTLIPProcessor) -> None:
     assert batch["input_ids"].shape[1] < batch["long_input_ids"].shape[2] <= 64
     for mask in (batch["attention_mask"], batch["long_attention_mask"]):
         assert mask.flatten(0, -2).sum(-1).max() == mask.shape[-1]
-    assert collator.counts == {"records": 6, **NOTHING_BROKEN}
-    batch = LoTLIPCollator(processor, CaptionSampling(num_long_texts=0))(records)
+    assert batch["counts"] == {"records": 6, **NOTHING_BROKEN}
+    batch = LoTLIPCollator(processor, SubCaptions(num_long_texts=0))(records)
     assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "return_loss"}
 
 
@@ -159,9 +156,9 @@ def test_a_picture_that_does_not_fit_in_memory_is_left_out(
         return call(self, images, **kwargs)
 
     monkeypatch.setattr(type(processor.image_processor), "__call__", short_of_memory)
-    collator = LoTLIPCollator(processor, on_error="skip")
-    assert len(collator(records)["pixel_values"]) == 2
-    assert collator.counts["broken_images"] == 1
+    batch = LoTLIPCollator(processor, on_error="skip", return_ids=True)(records)
+    assert len(batch["pixel_values"]) == 2
+    assert batch["counts"]["broken_images"] == 1
     with pytest.raises(ImageError, match=f"{records[1]['id']}.*memory"):
         LoTLIPCollator(processor)(records)
 
@@ -223,7 +220,8 @@ def test_workers_give_the_same_batches(processor: LoTLIPProcessor, num_workers: 
         assert [len(batch["ids"]) for batch in batches] == [2, 2, 1, 2]
         for number, batch in enumerate(batches):
             assert same(batch, alone(records[2 * number : 2 * number + 2]))
-    assert collator.counts == alone.counts == {"records": 16, **NOTHING_BROKEN, "broken_images": 2}
+        counts = sum((Counter(batch["counts"]) for batch in batches), Counter())
+        assert counts == {"records": 8, "broken_images": 1}
 
 
 HALF = encoded(Image.new("RGB", (32, 32)), "JPEG")[:300]
@@ -272,11 +270,13 @@ def test_a_broken_record_stops_the_run_or_is_counted(
     records = [first, {**bad, "id": "bad", **fields}, last]
     with pytest.raises(error, match=word) as raised:
         LoTLIPCollator(processor)(records)
-    collator = LoTLIPCollator(processor, on_error="skip")
+    collator = LoTLIPCollator(processor, on_error="skip", return_ids=True)
     with caplog.at_level(logging.WARNING, logger="lotlip_hf"):
-        assert same(collator(records), LoTLIPCollator(processor)([first, last]))
+        batch = collator(records)
+        assert batch.pop("counts") == {"records": 3, **NOTHING_BROKEN, counted: 1}
+        assert batch.pop("ids") == [first["id"], last["id"]]
+        assert same(batch, LoTLIPCollator(processor)([first, last]))
         assert str(raised.value) in caplog.text
-        assert collator.counts == {"records": 3, **NOTHING_BROKEN, counted: 1}
         collator([first, *records[1:2] * 20])
     assert len(caplog.records) == 11  # ten, and that the others are counted only
     with pytest.raises(RecordError, match=word):
@@ -286,9 +286,8 @@ def test_a_broken_record_stops_the_run_or_is_counted(
 def test_the_short_caption_stands_in_for_missing_long_ones(processor: LoTLIPProcessor) -> None:
     records = some_records(2)
     records[1]["long_captions"] = [None, ""]
-    collator = LoTLIPCollator(processor)
-    batch = collator(records)
-    assert collator.counts == {"records": 2, **NOTHING_BROKEN, "stand_ins": 1}
+    batch = LoTLIPCollator(processor, return_ids=True)(records)
+    assert batch["counts"] == {"records": 2, **NOTHING_BROKEN, "stand_ins": 1}
     width = batch["input_ids"].shape[1]
     short_ids = batch["input_ids"][1][batch["attention_mask"][1].bool()]
     for row, mask in zip(batch["long_input_ids"][1], batch["long_attention_mask"][1], strict=True):
@@ -302,7 +301,7 @@ def test_mistakes_in_the_set_up_are_never_skipped(processor: LoTLIPProcessor) ->
     collator = LoTLIPCollator(processor, on_error="skip")
     with pytest.raises(KeyError, match="remove_unused_columns"):
         collator([{name: some_records(1)[0][name] for name in ("image", "short_caption")}])
-    collator = LoTLIPCollator(processor, CaptionSampling(captioners=(5,)), on_error="skip")
+    collator = LoTLIPCollator(processor, SubCaptions(captioners=(5,)), on_error="skip")
     with pytest.raises(ValueError, match="captioners"):
         collator(some_records(1))
 
@@ -555,8 +554,9 @@ def test_a_truncated_shard_is_counted_or_stops_the_run(where: str, processor: Lo
     assert [row["id"] for row in rows] == [*whole[:2], "000.tar", *whole[3:]]
     assert "000.tar: damaged or truncated after 2 records" in rows[2]["error"]
     collator = LoTLIPCollator(processor, on_error="skip", return_ids=True)
-    assert collator(rows)["ids"] == [*whole[:2], *whole[3:]]
-    assert collator.counts == {"records": 6, **NOTHING_BROKEN, "broken_shards": 1}
+    batch = collator(rows)
+    assert batch["ids"] == [*whole[:2], *whole[3:]]
+    assert batch["counts"] == {"records": 6, **NOTHING_BROKEN, "broken_shards": 1}
     with pytest.raises(ShardError, match="000.tar"):
         LoTLIPCollator(processor, on_error="raise")(rows)
 
@@ -573,8 +573,9 @@ def test_samples_of_a_shard_may_differ_in_their_files(processor: LoTLIPProcessor
     assert [row["short_caption"] for row in rows] == ["one", "two", "three", "vier ü"]
     assert [row["long_captions"] for row in rows] == [["Long one."], [""], ["Long three."], ["Four."]]
     collator = LoTLIPCollator(processor, on_error="skip", return_ids=True)
-    assert collator(rows)["ids"] == [f"all.tar/{index:05}" for index in (0, 1, 3)]
-    assert collator.counts == {"records": 4, **NOTHING_BROKEN, "broken_records": 1, "stand_ins": 1}
+    batch = collator(rows)
+    assert batch["ids"] == [f"all.tar/{index:05}" for index in (0, 1, 3)]
+    assert batch["counts"] == {"records": 4, **NOTHING_BROKEN, "broken_records": 1, "stand_ins": 1}
 
 
 def test_a_damaged_table_is_one_clear_error(processor: LoTLIPProcessor, tmp_path: Path) -> None:
@@ -805,8 +806,9 @@ def test_a_broken_row_is_counted_or_stops_the_run(processor: LoTLIPProcessor, tm
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     records = list(load_records(tmp_path / "rows.jsonl"))
     collator = LoTLIPCollator(processor, on_error="skip", return_ids=True)
-    assert collator(records)["ids"] == [name]
-    assert collator.counts == {"records": 3, **NOTHING_BROKEN, "broken_records": 2}
+    batch = collator(records)
+    assert batch["ids"] == [name]
+    assert batch["counts"] == {"records": 3, **NOTHING_BROKEN, "broken_records": 2}
     with pytest.raises(RecordError, match="line 2"):
         LoTLIPCollator(processor)(records)
 

@@ -21,7 +21,6 @@ from lotlip_hf import cli
 from lotlip_hf.data.collator import RecordError, read_record
 from lotlip_hf.data.readers import parquet_batches, read_rows
 from lotlip_hf.data.records import ColumnMapping, MissingColumn, find_files, load_records, read_table
-from lotlip_hf.data.sampling import CaptionSampling
 from lotlip_hf.embed import read_texts
 from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
 from lotlip_hf.relabel.captioners.base import CaptionerConfig
@@ -104,7 +103,7 @@ def test_what_lies_outside_is_not_read(way: str, kind: str, streaming: bool, fol
     assert "--image-root" in first["error"]
     assert (second["error"], third["error"]) == (None, None)
     with pytest.raises(RecordError, match="--image-root"):
-        read_record(first, CaptionSampling())
+        read_record(first)
     for root in (given.parent, private):
         allowed = next(iter(load_records(file, streaming=streaming, image_root=root)))
         assert allowed["error"] is None
@@ -460,6 +459,6 @@ def test_a_caption_without_end_is_a_broken_record(suffix: str, streaming: bool, 
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     whole, broken = load_records(file, streaming=streaming)
-    read_record(whole, CaptionSampling())
+    read_record(whole)
     with pytest.raises(RecordError, match="characters"):
-        read_record(broken, CaptionSampling())
+        read_record(broken)

@@ -11,21 +11,19 @@ from typing import Any
 
 import pytest
 
-from lotlip_hf.data.sampling import (
-    CaptionSampling,
-    SampledTexts,
-    sample_texts,
-    split_full_stops,
-    split_sentences,
-)
+from lotlip_hf.data.sampling import SubCaptions, Texts, record_rng, split_full_stops, split_sentences
 from lotlip_hf.modeling.sentences_lotlip import ABBREVIATIONS, NUMBERED, OPENING, find_sentences
 
 # "0a. 0b. ... 0h." and so on: every sentence tells its captioner and its number.
 CAPTIONS = [" ".join(f"{captioner}{letter}." for letter in "abcdefgh") for captioner in range(3)]
 
 
-def sample(captions: list[str] = CAPTIONS, epoch: int = 0, record_id: str = "r", **options: Any) -> SampledTexts:
-    return sample_texts("short", captions, CaptionSampling(**options), seed=7, epoch=epoch, record_id=record_id)
+def sample(
+    captions: list[str] = CAPTIONS, seed: int = 7, epoch: int = 0, record_id: str = "r", **options: Any
+) -> Texts:
+    record: Any = {"short_caption": "short", "long_captions": captions, "id": record_id}
+    (texts,) = SubCaptions(**options)([record], [record_rng(seed, epoch, record_id)])
+    return texts
 
 
 @pytest.mark.parametrize(
@@ -137,7 +135,7 @@ def test_number_of_sentences_and_of_texts() -> None:
     assert sorted(sample(num_sentences=None).long) == [text.removesuffix(".") for text in CAPTIONS]
     assert all(text.count(". ") == 0 for text in sample(num_sentences=1).long)
     assert sorted(sample(num_sentences=50).long) == sorted(sample(num_sentences=None).long)
-    assert sample(num_long_texts=0) == SampledTexts("short", [], stand_in=False)
+    assert sample(num_long_texts=0) == Texts("short", [], stand_in=False)
     assert len(sample(num_long_texts=1).long) == 1
 
 
@@ -159,17 +157,17 @@ def test_captioners() -> None:
 
 
 def test_order() -> None:
-    orders = {tuple(text.split(". ")) for epoch in range(60) for text in sample(epoch=epoch, order="shuffled").long}
+    orders = {tuple(text.split(". ")) for epoch in range(60) for text in sample(epoch=epoch, sentence_order="shuffled").long}
     assert any(list(order) != sorted(order) for order in orders)
     for order in orders:
         letters = sorted(sentence[1] for sentence in order)
         assert all(ord(second) - ord(first) == 1 for first, second in pairwise(letters))
-    assert all(text.split(". ") == sorted(text.split(". ")) for text in sample(order="written").long)
+    assert all(text.split(". ") == sorted(text.split(". ")) for text in sample(sentence_order="written").long)
 
 
 def test_the_short_caption_stands_in_and_says_so() -> None:
     for captions in ([], [""], ["...", "\n"]):
-        assert sample(captions) == SampledTexts("short", ["short"] * 3, stand_in=True)
+        assert sample(captions) == Texts("short", ["short"] * 3, stand_in=True)
     assert not sample([], num_long_texts=0).stand_in
     assert sample(["", CAPTIONS[1], ""], captioners=(0, 2)).stand_in
 
@@ -177,9 +175,7 @@ def test_the_short_caption_stands_in_and_says_so() -> None:
 @pytest.mark.slow
 def test_a_draw_depends_on_seed_epoch_and_record_alone() -> None:
     drawn = {
-        (seed, epoch, record_id): tuple(
-            sample_texts("short", CAPTIONS, CaptionSampling(), seed=seed, epoch=epoch, record_id=record_id).long
-        )
+        (seed, epoch, record_id): tuple(sample(seed=seed, epoch=epoch, record_id=record_id).long)
         for seed in range(3)
         for epoch in range(3)
         for record_id in ("a", "b", "1", "11")
@@ -187,8 +183,9 @@ def test_a_draw_depends_on_seed_epoch_and_record_alone() -> None:
     assert len(set(drawn.values())) > 30  # of 36, with 6^3 * 3! possible
     # In another process, whose strings hash otherwise.
     program = (
-        "from lotlip_hf.data.sampling import CaptionSampling, sample_texts\n"
-        f"print(sample_texts('short', {CAPTIONS!r}, CaptionSampling(), seed=2, epoch=1, record_id='b').long)"
+        "from lotlip_hf.data.sampling import SubCaptions, record_rng\n"
+        f"record = {{'id': 'b', 'short_caption': 'short', 'long_captions': {CAPTIONS!r}}}\n"
+        "print(SubCaptions()([record], [record_rng(2, 1, 'b')])[0].long)"
     )
     for hash_seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
@@ -199,9 +196,16 @@ def test_a_draw_depends_on_seed_epoch_and_record_alone() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_long_texts": -1}, {"num_sentences": 0}, {"captioners": (1, 1)}, {"captioners": (-1,)}, {"order": "random"}],
+    [
+        {"num_long_texts": -1},
+        {"num_sentences": -1},
+        {"captioners": (1, 1)},
+        {"captioners": (-1,)},
+        {"sentence_order": "random"},
+        {"splitter": "words"},
+    ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
-        CaptionSampling(**options)
-    assert CaptionSampling(captioners=[0, 1]).captioners == (0, 1)  # as a YAML file gives it
+        SubCaptions(**options)
+    assert SubCaptions(captioners=[0, 1]).captioners == (0, 1)  # as a YAML file gives it

@@ -22,7 +22,7 @@ import tiny
 from lotlip_hf import Encoder, LoTLIPModel, lora_targets
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.records import MissingColumn, load_records
-from lotlip_hf.data.sampling import CaptionSampling, sample_texts
+from lotlip_hf.data.sampling import SubCaptions, record_rng
 from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
 from processes import finish
 from scripts import load_script
@@ -93,7 +93,7 @@ def log(folder: Path, name: str) -> list[float]:
     return [line[name] for line in history if name in line]
 
 
-def losses_of_epochs(checkpoint: Path, pictures: Path, sampling: CaptionSampling, seed: int) -> list[float]:
+def losses_of_epochs(checkpoint: Path, pictures: Path, sampling: SubCaptions, seed: int) -> list[float]:
     """What a model makes of the texts of three epochs, by the loss that it has itself."""
     model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
     collator = LoTLIPCollator(processor, sampling, seed)
@@ -125,7 +125,7 @@ def test_trainer_trains_on_the_objective_with_other_texts_each_epoch(
     )
     _, info = AutoModel.from_pretrained(saved, output_loading_info=True)
     assert not any(info.values())
-    expected = losses_of_epochs(saved, pictures, CaptionSampling(2, num_sentences=1), seed=5)
+    expected = losses_of_epochs(saved, pictures, SubCaptions(2, num_sentences=1), seed=5)
     assert log(saved, "loss") == pytest.approx(expected, abs=1e-4)  # Trainer may round
     assert largest_difference(saved, checkpoint) == 0
 
@@ -141,8 +141,8 @@ def test_trainer_evaluates_retrieval_of_whole_captions(
 
     model, processor = AutoModel.from_pretrained(saved), AutoProcessor.from_pretrained(saved)
     records = list(load_records(pictures))
-    whole = CaptionSampling(1, num_sentences=None)
-    drawn = [sample_texts(r["short_caption"], r["long_captions"], whole, 0, 0, r["id"]) for r in records]
+    whole = SubCaptions(1, num_sentences=None)
+    drawn = whole(records, [record_rng(0, 0, record["id"]) for record in records])
     images = Encoder(model, processor).encode_images([record["image"] for record in records])
     metrics, own = json.loads((saved / "eval_results.json").read_text()), torch.arange(NUM_RECORDS)
     for kind, texts in (("short", [d.short for d in drawn]), ("long", [d.long[0] for d in drawn])):
@@ -172,7 +172,7 @@ def test_trainer_chooses_by_what_it_measures(
 
     # the loss of short captions and whole long ones, of the model that was chosen
     model, processor = AutoModel.from_pretrained(saved), AutoProcessor.from_pretrained(saved)
-    whole = LoTLIPCollator(processor, CaptionSampling(1, num_sentences=None))
+    whole = LoTLIPCollator(processor, SubCaptions(1, num_sentences=None))
     with torch.no_grad():
         expected = float(model(**whole(list(load_records(pictures)))).loss)
     assert measured["eval_loss"] == pytest.approx(expected, abs=1e-4)
@@ -226,7 +226,7 @@ def test_lora_trains_on_the_objective_with_other_texts_each_epoch(
     options = f"--batch-size {NUM_RECORDS} --num-epochs 3 --learning-rate 0 --seed 5"
     arguments = ["--model", str(checkpoint), "--data", str(pictures), "--output", str(tmp_path), *options.split()]
     assert largest_difference(lora_example.main(arguments), checkpoint) == 0
-    expected = losses_of_epochs(checkpoint, pictures, CaptionSampling(), seed=5)
+    expected = losses_of_epochs(checkpoint, pictures, SubCaptions(), seed=5)
     assert printed_losses(capsys.readouterr().out) == pytest.approx(expected, abs=1e-4)  # as printed
 
 

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from lotlip_hf.data.collator import LoTLIPCollator
-from lotlip_hf.data.sampling import CaptionSampling
+from lotlip_hf.data.sampling import SubCaptions
 from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
 from lotlip_hf.scenes.small import small_model
 
@@ -109,7 +109,7 @@ def test_colours_and_words_show_from_the_first_step():
 @pytest.mark.slow
 def test_learns_the_scenes_of_one_batch():
     model, processor = small_model()
-    batch = LoTLIPCollator(processor, CaptionSampling(num_long_texts=1))(records(8))
+    batch = LoTLIPCollator(processor, SubCaptions(num_long_texts=1))(records(8))
     assert batch["pixel_values"].shape[-2:] == (64, 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model.train()

@@ -46,7 +46,7 @@ import tiny_clip
 from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPProcessor, LoTLIPTokenizer
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.records import load_records
-from lotlip_hf.data.sampling import CaptionSampling
+from lotlip_hf.data.sampling import SubCaptions
 from lotlip_hf.training import checkpoint, loop, signals
 from lotlip_hf.training.batches import num_steps
 from lotlip_hf.training.checkpoint import checkpoint_step, list_checkpoints
@@ -938,7 +938,7 @@ def test_the_loop_is_a_plain_loop(start: Path, tmp_path: Path) -> None:
 
     plain, processor = load_or_start_model(config(tmp_path, model=str(start / "plain")))
     records = load_records(start / "records")
-    collator = LoTLIPCollator(processor, CaptionSampling(num_long_texts=2))
+    collator = LoTLIPCollator(processor, SubCaptions(num_long_texts=2))
     groups = []
     for name, parameter in plain.named_parameters():
         rate = {"text": 3e-3, "vision": 1e-3, "visual": 1e-3}.get(name.split("_")[0], 1e-2)

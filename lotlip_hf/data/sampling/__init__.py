@@ -1,0 +1,17 @@
+"""
+How the texts of a training step are drawn: one file and one line in `STRATEGIES` for each strategy.
+
+A strategy is a frozen dataclass whose fields are options of `TrainingConfig`, by name. Called with the records of a
+batch and a random generator for each, it draws the texts of each. A generator is seeded by (seed, epoch, record id)
+alone, so draws are the same for any number of processes and workers and in a resumed run.
+"""
+
+from typing import Any
+
+from ...modeling.sentences_lotlip import split_sentences
+from ..record import Draw, Texts, record_rng
+from .sub_captions import SubCaptions, split_full_stops
+
+__all__ = ["STRATEGIES", "Draw", "SubCaptions", "Texts", "record_rng", "split_full_stops", "split_sentences"]
+
+STRATEGIES: dict[str, type[Any]] = {"sub_captions": SubCaptions}
