@@ -81,7 +81,7 @@ def _is_texts(value: Any) -> bool:
 def _is_region(value: Any) -> bool:
     match value:
         case {"box": [x0, y0, x1, y1] as box, "text": str()}:
-            if all(isinstance(one, int | float) for one in box):
+            if all(type(one) in (int, float) for one in box):
                 return 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1
     return False
 

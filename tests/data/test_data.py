@@ -23,7 +23,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lotlip_hf import LoTLIPProcessor, LoTLIPTokenizer
-from lotlip_hf.data.collator import LoTLIPCollator, RecordError, ShardError
+from lotlip_hf.data.collator import LoTLIPCollator
+from lotlip_hf.data.record import RecordError, ShardError, check_record
 from lotlip_hf.data.records import (
     MAPPINGS,
     ColumnMapping,
@@ -304,6 +305,27 @@ def test_mistakes_in_the_set_up_are_never_skipped(processor: LoTLIPProcessor) ->
     collator = LoTLIPCollator(processor, SubCaptions(captioners=(5,)), on_error="skip")
     with pytest.raises(ValueError, match="captioners"):
         collator(some_records(1))
+
+
+def test_patch_dropout(processor: LoTLIPProcessor) -> None:
+    records = some_records(4)
+    plain = LoTLIPCollator(processor)(records)
+    assert "kept_patches" not in plain
+    collator = LoTLIPCollator(processor, patch_dropout=0.7, num_patches=16)
+    batch = collator(records)
+    kept = batch.pop("kept_patches")
+    assert same(batch, plain)  # the texts are drawn before
+    assert (kept.shape, kept.dtype) == ((4, 5), torch.int64)  # round(0.3 * 16)
+    assert all(row == sorted(set(row)) and 0 <= row[0] and row[-1] < 16 for row in kept.tolist())
+    assert len({tuple(row) for row in kept.tolist()}) == 4
+    # by record and epoch, wherever the record stands
+    assert torch.equal(collator(records[:0:-1])["kept_patches"], kept[1:].flip(0))
+    collator.set_epoch(1)
+    assert not torch.equal(collator(records)["kept_patches"], kept)
+    assert LoTLIPCollator(processor, patch_dropout=0.99, num_patches=16)(records)["kept_patches"].shape == (4, 1)
+    for wrong in ({"patch_dropout": 1.0, "num_patches": 16}, {"patch_dropout": 0.5}):
+        with pytest.raises(ValueError, match="patch_dropout"):
+            LoTLIPCollator(processor, **wrong)
 
 
 @pytest.mark.slow
@@ -608,6 +630,84 @@ def test_a_missing_column_is_named(
         load_records(source, mapping, streaming=streaming)
     assert raised.value.field == field
     assert "'three'" in raised.value.problem  # those that there are
+
+
+# Optional fields
+
+OWN = {
+    "negatives": ["A dog.", "No cat."],
+    "rewrites": ["The cat \ud800."],
+    "tags": ["cat", None, ""],
+    "regions": [{"box": [0, 0.25, 0.5, 1], "text": "an ear"}],
+    "group": 7,
+}
+READ = {**OWN, "rewrites": ["The cat ?."], "tags": ["cat"], "group": "7"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "tar", "tar, own names"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_optional_fields_are_carried(kind: str, streaming: bool, tmp_path: Path) -> None:
+    own, read, mapping = dict(OWN), dict(READ), "records"
+    if kind == "csv":
+        own, read = ({name: value for name, value in one.items() if name != "regions"} for one in (OWN, READ))
+    if kind == "parquet":
+        own["rewrites"] = read["rewrites"]
+    texts = {"short_caption": "a", "long_captions": ["A."]}
+    rows = [{"image": f"{index}.png", **texts} for index in range(30)]
+    rows[25] |= own  # behind those that are looked at for their columns
+    data = tmp_path / f"rows.{kind[:3]}"
+    if kind == "jsonl":
+        write_lines(data := tmp_path / "rows.jsonl", rows)
+    elif kind == "csv":
+        cells = [{name: json.dumps(one) if isinstance(one, list) else one for name, one in r.items()} for r in rows]
+        write_csv(data, [dict.fromkeys(cells[25], "") | row for row in cells])
+    elif kind == "parquet":
+        table = pyarrow.Table.from_pylist([rows[25], *rows[:25], *rows[26:]])
+        pyarrow.parquet.write_table(table.take([*range(1, 26), 0, *range(26, 30)]), data := tmp_path / "rows.parquet")
+    else:
+        if kind == "tar, own names":
+            mapping = ColumnMapping(negatives="mine.negatives", group="mine.group")
+            rows[25] = {"image": "25.png", **texts, "mine": own, "tags": ["not asked for"]}
+            read = {name: READ[name] for name in ("negatives", "group")}
+        fields = [{name: one for name, one in row.items() if name != "image"} for row in rows]
+        content = encoded(picture(0))
+        write_tar(data, range(30), lambda index: {"png": content, "json": json.dumps(fields[index]).encode()})
+    records = list(load_records(data, mapping, streaming=streaming))
+    assert {record["error"] for record in records} == {None}
+    checked = check_record(records[25])
+    assert {name: checked.get(name) for name in OWN if name in checked} == read
+    others = [check_record(record) for record in records[:25]]
+    assert not any(name in other for other in others for name in OWN)
+    assert not any("rewrites" in record for record in load_records(**metadata_lines(tmp_path / "plain")))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("negatives", [5]),
+        ("rewrites", {"a": "b"}),
+        ("tags", [["cat"]]),
+        ("regions", "an ear"),
+        ("regions", [{"text": "an ear"}]),
+        ("regions", [{"box": [0, 0, 0.5], "text": "an ear"}]),
+        ("regions", [{"box": [0, 0, 10, 20], "text": "an ear"}]),
+        ("regions", [{"box": [0.5, 0, 0.4, 1], "text": "an ear"}]),
+        ("regions", [{"box": [0, 0, 1, 1], "text": None}]),
+        ("regions", [{"box": [0, 0, 1, True], "text": "an ear"}]),
+        ("group", ["a"]),
+    ],
+)
+def test_an_optional_field_of_another_type_breaks_its_record(
+    field: str, value: Any, streaming: bool, tmp_path: Path
+) -> None:
+    row = {"image": "0.png", "short_caption": "a", "long_captions": ["A."]}
+    write_lines(tmp_path / "rows.jsonl", [{**row, field: value}, row])
+    broken, whole = load_records(tmp_path / "rows.jsonl", streaming=streaming)
+    assert f"`{field}`" in broken["error"]
+    assert whole["error"] is None
+    with pytest.raises(RecordError, match=f"`{field}`"):
+        check_record({**row, "id": "x", field: value})
 
 
 def test_patterns_and_ways_into_columns() -> None:

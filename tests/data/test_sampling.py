@@ -157,7 +157,9 @@ def test_captioners() -> None:
 
 
 def test_order() -> None:
-    orders = {tuple(text.split(". ")) for epoch in range(60) for text in sample(epoch=epoch, sentence_order="shuffled").long}
+    orders = {
+        tuple(text.split(". ")) for epoch in range(60) for text in sample(epoch=epoch, sentence_order="shuffled").long
+    }
     assert any(list(order) != sorted(order) for order in orders)
     for order in orders:
         letters = sorted(sentence[1] for sentence in order)

@@ -1,5 +1,6 @@
 """The training loop in real processes: killed and resumed, stopped, shared by several, and fed with what is broken."""
 
+import inspect
 import io
 import json
 import math
@@ -972,6 +973,29 @@ def test_the_loop_is_a_plain_loop(start: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(saved[name], average[name], atol=2e-5, rtol=0)
     for name, tensor in kept.items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.slow
+@pytest.mark.same_bits
+@pytest.mark.skipif(
+    "kept_patches" not in inspect.signature(LoTLIPModel.forward).parameters, reason="the model keeps all patches"
+)
+def test_patch_dropout_is_the_same_when_resumed_and_for_two_processes(start: Path, tmp_path: Path) -> None:
+    options = {"model": start / "plain", "data": start / "odd", "patch_dropout": 0.5, "epsilon": 1e-3, "save_steps": 3}
+    options |= {"max_steps": 6, "batch_size": 8}  # an epoch has 4 batches
+    whole, resumed, shared = tmp_path / "whole", tmp_path / "resumed", tmp_path / "shared"
+    finish(arguments(whole, **options, save_total_limit=0), tmp_path)
+    resumed.mkdir()
+    for name in ("checkpoint-3", "training_config.yaml"):
+        (shutil.copytree if name == "checkpoint-3" else shutil.copy)(whole / name, resumed / name)
+    finish(["--output", str(resumed), "--resume"], tmp_path)
+    ours, again = (load_file(run / "checkpoint-6" / "model.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+    finish(arguments(shared, **{**options, "batch_size": 4}), tmp_path, num_processes=2)
+    finish(arguments(tmp_path / "all", **{**options, "patch_dropout": 0}), tmp_path)
+    losses = [[line["loss"] for line in log_of(run)] for run in (whole, shared, tmp_path / "all")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0] != pytest.approx(losses[2], abs=1e-3)
 
 
 def test_the_logit_scale_stays_below_its_limit(start: Path, tmp_path: Path) -> None:
