@@ -20,26 +20,25 @@ COUNTED = ("records", "broken_images", "broken_records", "broken_shards", "stand
 MAX_WARNINGS = 10  # of each process
 
 
-class ModelInputs(TypedDict):
-    """The tensors of a batch, by the names of the model's arguments."""
+# The arguments of the model that a batch may hold.
+MODEL_INPUTS = (
+    *("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds"),
+    *("pixel_values", "kept_patches", "long_input_ids", "long_attention_mask"),
+)
+
+
+class Batch(TypedDict):
+    """What a step takes: arguments of the model, `return_loss` for a plain call of it, and `ids` and `counts`."""
 
     pixel_values: torch.Tensor  # [B, 3, H, W]
     input_ids: torch.Tensor  # [B, L], the short texts
     attention_mask: torch.Tensor  # [B, L]
     long_input_ids: torch.Tensor  # [B, T - 1, L'], the long texts, if there are any
     long_attention_mask: torch.Tensor  # [B, T - 1, L']
-    kept_patches: torch.Tensor  # [B, K], indices of the image patches that the model sees; without it all
-
-
-class Batch(ModelInputs):
-    """A batch: the model's arguments, `return_loss` with them, and for the caller `ids` and `counts`."""
-
+    kept_patches: torch.Tensor  # [B, K], indices of the image patches that the model sees, with `patch_dropout`
     return_loss: bool
-    ids: list[str]
+    ids: list[str]  # with `return_ids`, as are the counts
     counts: dict[str, int]
-
-
-MODEL_INPUTS = tuple(ModelInputs.__annotations__)
 
 
 class LoTLIPCollator:

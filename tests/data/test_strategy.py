@@ -74,7 +74,7 @@ def test_a_strategy_mixes_within_a_batch(processor: LoTLIPProcessor, tmp_path: P
     assert long.shape[:2] == (5, 2)
     assert torch.equal(long[:, 1], long[:, 0].roll(-1, 0))
     assert len({tuple(ids) for ids in long[:, 0].tolist()}) == 5
-    assert {name for name in batch if name in MODEL_INPUTS} == set(MODEL_INPUTS) - {"kept_patches"}
+    assert set(batch) - set(MODEL_INPUTS) == {"return_loss", "ids", "counts"}
 
 
 def test_optional_fields_are_drawn_from(tmp_path: Path) -> None:
