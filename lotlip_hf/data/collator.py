@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
 import torch
 from transformers import ProcessorMixin
@@ -182,7 +182,7 @@ class LoTLIPCollator:
         batch["return_loss"] = True
         if self.return_ids:
             batch |= {"ids": [record["id"] for record in checked], "counts": dict(counts)}
-        return batch  # pyright: ignore[reportReturnType]
+        return cast(Batch, batch)
 
     def _warn(self, error: ValueError) -> None:
         self._warnings += 1

@@ -50,7 +50,7 @@ class Record(RequiredFields, total=False):
 
 
 class Texts(NamedTuple):
-    """The texts of an image in a step; with `stand_in` each long one is the short caption, for want of another."""
+    """The texts of an image in a step; with `stand_in` there was no long caption and the short one is repeated."""
 
     short: str
     long: list[str]

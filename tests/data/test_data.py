@@ -22,7 +22,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lotlip_hf import LoTLIPProcessor, LoTLIPTokenizer
+from lotlip_hf import LoTLIPProcessor
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.record import RecordError, ShardError, check_record
 from lotlip_hf.data.records import (
@@ -37,25 +37,12 @@ from lotlip_hf.data.records import (
 from lotlip_hf.data.sampling import SubCaptions, record_rng
 from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
 from lotlip_hf.images import ImageError, load_image
-from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.relabel.captioners.base import CaptionerConfig
 from lotlip_hf.relabel.config import RelabelConfig
 from lotlip_hf.relabel.run import _open_records
 from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
 
 NOTHING_BROKEN = {"broken_images": 0, "broken_records": 0, "broken_shards": 0, "stand_ins": 0}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def processor() -> LoTLIPProcessor:
-    folder = Path(__file__).resolve().parents[1] / "golden" / "tokenizer"
-    tokenizer = LoTLIPTokenizer.from_pretrained(folder, model_max_length=64)
-    return LoTLIPProcessor(official_image_processor(image_size=32), tokenizer)
 
 
 def some_records(number: int = 6) -> list[dict[str, Any]]:
@@ -768,6 +755,11 @@ def test_a_data_set_on_the_hub(streaming: bool, tmp_path: Path, monkeypatch: pyt
     assert [row["id"] for row in rows] == [f"picture {index}" for index in range(6)]
     assert [row["long_captions"] for row in rows] == LONG
     assert Image.open(io.BytesIO(rows[2]["image"]["bytes"])).getpixel((0, 0)) == (80, 0, 90)
+    rows = list(
+        load_records("somebody/pictures", ColumnMapping(tags="long_captions", group="no"), streaming=streaming)
+    )
+    assert [row["tags"] for row in rows] == LONG
+    assert "group" not in rows[0]
     with pytest.raises(ValueError, match="image_file"):
         load_records("somebody/pictures", ColumnMapping("image_file", "long_captions"), streaming=streaming)
 

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -31,11 +30,6 @@ from lotlip_hf.training.data import load_data
 
 LIMIT = 1 << 16
 CAPTIONS = {"short_caption": "a", "long_captions": ["A."]}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def encoded(color: int = 0) -> bytes:

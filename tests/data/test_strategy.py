@@ -8,17 +8,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from PIL import Image
 
-from lotlip_hf import LoTLIPProcessor, LoTLIPTokenizer
+from lotlip_hf import LoTLIPProcessor
 from lotlip_hf.data.collator import MODEL_INPUTS, LoTLIPCollator
 from lotlip_hf.data.record import Record
 from lotlip_hf.data.records import load_records
 from lotlip_hf.data.sampling import STRATEGIES, SubCaptions, Texts, record_rng
-from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.training.config import TrainingConfig, parse_arguments
 
 
@@ -40,15 +38,8 @@ class NeighbourTexts:
 
 
 @pytest.fixture(autouse=True)
-def _registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STRATEGIES, "neighbours", NeighbourTexts)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def processor(golden: Path) -> LoTLIPProcessor:
-    tokenizer = LoTLIPTokenizer.from_pretrained(golden / "tokenizer", model_max_length=64)
-    return LoTLIPProcessor(official_image_processor(image_size=32), tokenizer)
 
 
 def some_records(folder: Path, number: int = 6) -> Any:
