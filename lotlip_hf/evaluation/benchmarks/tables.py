@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from ...data.readers import KINDS, every_row
 from ...data.records import hub_folders, is_hub_name, locate_image, undecoded
 from ...data.sources import kind_of
-from ...images import ImageSource
+from ...images import ImageSource, image_source
 from .classes import name_classes, read_class_names
 from .collect import Row, Source
 from .files import caption_of, is_image_name
@@ -190,8 +190,7 @@ def _find_column(source: Source, table: Table, option: str, usual: Sequence[str]
 
 def stored_image(value: Any, name: str, locate: Callable[[str], str] = str) -> ImageSource | None:
     """The image in a cell: a path, of which `locate` makes that of a file, or the bytes of one. `None` if empty."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
+    value = image_source(value).source
     if isinstance(value, str) and value.startswith(("http://", "https://")):
         raise ValueError(f"{name}: an address, {value}. Download the images, and pass a folder of records as `data`.")
     return locate(value) if isinstance(value, str) and value else value or None
