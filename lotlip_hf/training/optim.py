@@ -1,5 +1,7 @@
 """Trained and frozen parameters, the optimiser and its schedule."""
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -8,16 +10,18 @@ from ..modeling.modeling_lotlip import LoTLIPModel
 from .config import TrainingConfig
 
 
-def freeze(model: LoTLIPModel, config: TrainingConfig) -> None:
+def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -> None:
     """
     Freezes the image tower if `lock_vision`, but for its last `unlocked_vision_layers` layers and what follows them;
-    the corner tokens if there are no long texts; and parameters that the forward pass does not use.
+    the corner tokens if there are no long texts or the objective does not need them ([`Objective.needs`]); and
+    parameters that the forward pass does not use.
 
     Raises:
         ValueError: if the tower has fewer layers than are unlocked.
     """
+    has_corners = config.num_long_texts and "corner_embeds" in needs
     for name, parameter in model.named_parameters():
-        unused = name.endswith("mask_token") or (name.endswith("corner_embeds") and not config.num_long_texts)
+        unused = name.endswith("mask_token") or (name.endswith("corner_embeds") and not has_corners)
         parameter.requires_grad_(not unused)
     if not config.lock_vision:
         return

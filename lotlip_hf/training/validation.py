@@ -79,7 +79,7 @@ def validate(
         raise_on_all_ranks(error, device)
         batch = {**send_to_device(batch, device), "return_loss": False}
         with nullcontext() if accelerator is None else accelerator.autocast():
-            outputs = model(**batch)
+            outputs = model(**batch, pooled_only=True)
         images.append(outputs.image_embeds.float())
         texts.append(outputs.text_embeds.float())  # [B, 2, dim], the short text first
     image_embeds, text_embeds = gather(torch.cat(images)), gather(torch.cat(texts))
