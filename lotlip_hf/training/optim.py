@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..modeling.modeling_lotlip import LoTLIPModel
 from .config import TrainingConfig
+from .fsdp import OBJECTIVE
 
 
 def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -> None:
@@ -59,8 +60,8 @@ def make_optimizer(
     """AdamW and its schedule: a learning rate for each tower, weight decay for matrices alone."""
     from transformers.optimization import get_scheduler  # imports PEFT and bitsandbytes, if installed
 
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in (*model.named_parameters(), *objective.named_parameters()):
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in (*model.named_parameters(), *objective.named_parameters(prefix=OBJECTIVE)):
         if not parameter.requires_grad:
             continue
         rate = None
@@ -70,9 +71,10 @@ def make_optimizer(
             rate = config.image_learning_rate
         rate = config.learning_rate if rate is None else rate
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
+        # under FSDP no step takes matrices that are sharded together with the objective's, which are not
+        groups.setdefault((rate, decay, name.startswith(f"{OBJECTIVE}.")), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
+        [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay, _), params in groups.items()],
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
         fused=device.type in ("cpu", "cuda"),  # one pass over the memory
