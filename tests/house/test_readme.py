@@ -113,7 +113,11 @@ def test_there_is_something_to_run(file: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "snippet",
-    [*blocks("README.md", "python"), *blocks("MODEL_CARD.md", "python"), "".join(blocks("docs/objective.md", "python"))],
+    [
+        *blocks("README.md", "python"),
+        *blocks("MODEL_CARD.md", "python"),
+        "".join(blocks("docs/objective.md", "python")),
+    ],
     ids=first_words,
 )
 def test_snippet(snippet: str, cwd: Path) -> None:

@@ -10,18 +10,16 @@ from ...distributed import all_sizes, gather, rank
 
 class Views(Mapping[str, torch.Tensor]):
     """
-    The tensors of a batch by name, samples first: those of this process as items, those of all processes by
-    [`~Views.all`]. Floating point tensors are at least float32.
+    This process's tensors of a batch by name, samples first. Floating point tensors are at least float32.
 
     Args:
-        tensors (`Mapping[str, torch.Tensor]`): this process's tensors; their length may differ between the processes.
+        tensors (`Mapping[str, torch.Tensor]`): the tensors; their length may differ between the processes.
         logit_scale (`torch.Tensor`): scalar factor on the cosine similarities, not its logarithm.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], logit_scale: torch.Tensor) -> None:
         self.logit_scale = logit_scale
-        self._tensors = dict(tensors)
-        self._all: dict[str, torch.Tensor] = {}
+        self._tensors, self._all = tensors, dict[str, torch.Tensor]()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name].to(_exact(self._tensors[name]))
@@ -33,13 +31,9 @@ class Views(Mapping[str, torch.Tensor]):
         return len(self._tensors)
 
     def all(self, name: str) -> torch.Tensor:
-        """
-        The tensors of all processes, one behind the other. Gradients go back to the processes that they come from.
-        Every process has to call it, with the same names in the same order. A second call gathers nothing.
-        """
+        """The tensors of all processes, gathered once, with gradients. Every process has to ask for the same names."""
         if name not in self._all:
-            own = self._tensors[name]
-            self._all[name] = gather(own, self.sizes, _exact(own))
+            self._all[name] = gather(self._tensors[name], self.sizes, _exact(self._tensors[name]))
         return self._all[name]
 
     @cached_property
@@ -49,12 +43,10 @@ class Views(Mapping[str, torch.Tensor]):
 
     @property
     def own(self) -> slice:
-        """Where the samples of this process are among those of [`~Views.all`]."""
+        """Where the samples of this process are among those of all."""
         start = sum(self.sizes[: rank()])
         return slice(start, start + self.sizes[rank()])
 
 
 def _exact(tensor: torch.Tensor) -> torch.dtype:
-    """The type that a term computes in, also under autocast."""
-    is_float = tensor.is_floating_point()
-    return torch.promote_types(tensor.dtype, torch.float32) if is_float else tensor.dtype
+    return torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
