@@ -1,13 +1,12 @@
 """The paper's term: symmetric InfoNCE of the images with the short and the long texts."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from ...distributed import max_over_ranks, sum_over_ranks
-from .pairs import TILE_SIZE, Pairs
+from .pairs import TILE_SIZE, Pairs, Sets
 
 
 class InfoNCE(Pairs):
@@ -32,7 +31,7 @@ class InfoNCE(Pairs):
             raise ValueError(f"`label_smoothing` must be at least 0 and below 1, got {label_smoothing}.")
         self.label_smoothing = label_smoothing
 
-    def sums(self, image_sets: Sequence[torch.Tensor], text_sets: Sequence[torch.Tensor], own: slice) -> torch.Tensor:
+    def sums(self, image_sets: Sets, text_sets: Sets, own: slice) -> torch.Tensor:
         """See [`Pairs.sums`]."""
         per_image, per_text, matches = [], [], []
         for images, texts in zip(image_sets, text_sets, strict=True):

@@ -11,6 +11,7 @@ from .views import Views
 
 # Images and texts of one tile of similarities: 64 MB in float32.
 TILE_SIZE = 4096
+Sets = Sequence[torch.Tensor]
 
 
 class Pairs(nn.Module):
@@ -54,7 +55,7 @@ class Pairs(nn.Module):
         """[N, dim]: what the short texts are compared with in place of the images [N, dim]."""
         return images
 
-    def sums(self, image_sets: Sequence[torch.Tensor], text_sets: Sequence[torch.Tensor], own: slice) -> torch.Tensor:
+    def sums(self, image_sets: Sets, text_sets: Sets, own: slice) -> torch.Tensor:
         """
         [K]: the losses summed over this process's images and texts.
 

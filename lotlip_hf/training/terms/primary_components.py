@@ -36,8 +36,8 @@ class PrimaryComponents(InfoNCE):
 
 def primary_components(image_embeds: torch.Tensor, num_components: int) -> torch.Tensor:
     """
-    The mean of the images [N, dim], and what of the difference to it lies in the first components. As in Long-CLIP, the
-    result is not normalised again.
+    The mean of the images [N, dim], and what of the difference to it lies in the first components. The result is not
+    normalised again, as in Long-CLIP.
 
     The gradient passes through the projection; the components themselves are constants, for the derivative of a
     component has no bound where two singular values meet, as all those of a small batch do at zero.

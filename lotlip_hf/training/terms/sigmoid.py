@@ -1,13 +1,11 @@
 """SigLIP's term: every pair of an image and a text is a yes-or-no question of its own."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .pairs import TILE_SIZE, Pairs
+from .pairs import TILE_SIZE, Pairs, Sets
 
 
 class Sigmoid(Pairs):
@@ -25,7 +23,7 @@ class Sigmoid(Pairs):
         super().__init__(short_loss_weight, long_loss_weight, tile_size)
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # SigLIP's first value
 
-    def sums(self, image_sets: Sequence[torch.Tensor], text_sets: Sequence[torch.Tensor], own: slice) -> torch.Tensor:
+    def sums(self, image_sets: Sets, text_sets: Sets, own: slice) -> torch.Tensor:
         """See [`Pairs.sums`]. -logsigmoid(-x) = softplus(x) for the pairs that do not match, else softplus(x) - x."""
         sums = []
         bias = self.logit_bias.to(image_sets[0].dtype)
