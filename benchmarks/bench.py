@@ -54,6 +54,7 @@ from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.training.objective import Objective, batch_loss
+from lotlip_hf.training.terms.infonce import InfoNCE
 from measure import RESULTS as FOLDER
 from measure import in_turns, keep, machine, memory
 
@@ -305,8 +306,13 @@ def loss_inputs(batch_size: int) -> list[torch.Tensor]:
 
 def run_loss(name: str, inputs: Sequence[torch.Tensor]) -> None:
     """Forward and backward of the tiled objective or of whole logits."""
-    function = Objective() if name == "tiles" else lotlip_loss
-    function(*inputs, torch.tensor(50.0)).loss.backward()
+    scale = torch.tensor(50.0)
+    if name == "tiles":
+        names = ("image_embeds", "text_embeds", "corner_embeds")
+        loss = Objective({"infonce": InfoNCE()})(dict(zip(names, inputs, strict=True)), scale)["loss"]
+    else:
+        loss = lotlip_loss(*inputs, scale).loss
+    loss.backward()
     for embeds in inputs:
         embeds.grad = None
 
@@ -423,10 +429,11 @@ def step(bench: Bench) -> list[Row]:
 
     model = peers.make_model(bench.size).train()
     model.text_model.set_attn_implementation("unpadded")  # as `lotlip_hf.training.loop` does
+    objective = Objective({"infonce": InfoNCE()})
     recipe = peers.OfficialTraining(peers.make_model(bench.size).train())
     short, long = (recipe.text.tokenize(texts) for texts in ([d.short for d in drawn], [d.long[0] for d in drawn]))
     calls = {
-        "ours": training_step(model, lambda: batch_loss(model, batch, Objective()).loss),
+        "ours": training_step(model, lambda: batch_loss(model, batch, objective)["loss"]),
         "official": training_step(recipe, lambda: recipe(batch["pixel_values"], short, long)),
     }
     seconds = bench.turns("training step", calls)

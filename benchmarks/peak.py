@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import peers
 from lotlip_hf import LoTLIPModel
 from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale
+from lotlip_hf.training.terms.infonce import InfoNCE
 from measure import RESULTS as FOLDER
 from measure import in_turns, keep, machine
 
@@ -52,14 +53,14 @@ def make_batch(model: LoTLIPModel, batch_size: int, num_long_texts: int, device:
 def make_works(model: LoTLIPModel, batch_size: int, num_long_texts: int, device: str) -> dict[str, Callable[[], Any]]:
     """What is measured, each on `batch_size` samples; the model is left in training mode by the step alone."""
     batch = make_batch(model, batch_size, num_long_texts, device)
-    objective = Objective()
+    objective = Objective({"infonce": InfoNCE()})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
         model.train()
         with torch.autocast(device, torch.bfloat16):
             loss = batch_loss(model, batch, objective)
-        loss.loss.backward()
+        loss["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
         clamp_logit_scale(model)

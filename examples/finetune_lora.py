@@ -28,6 +28,7 @@ from lotlip_hf.data.records import MAPPINGS, load_records
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.terminal import printable_output
 from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale
+from lotlip_hf.training.terms.infonce import InfoNCE
 
 PROJECTIONS = ("text_projection", "visual_projection")
 # Parameters that belong to no layer that PEFT could wrap.
@@ -130,15 +131,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     loader = DataLoader(records, args.batch_size, shuffle=isinstance(records, Dataset), collate_fn=collator)
     optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=args.learning_rate)
     model, optimizer, loader = accelerator.prepare(lora, optimizer, loader)
-    objective = Objective(
-        short_loss_weight=base.config.short_loss_weight, long_loss_weight=base.config.long_loss_weight
-    )
+    objective = Objective({"infonce": InfoNCE(base.config.short_loss_weight, base.config.long_loss_weight)})
     model.train()
     for epoch in range(args.num_epochs):
         collator.set_epoch(epoch)
         losses = []
         for batch in loader:
-            loss = batch_loss(model, batch, objective).loss
+            loss = batch_loss(model, batch, objective)["loss"]
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()

@@ -40,6 +40,7 @@ from lotlip_hf.terminal import printable_output
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.data import load_data
 from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale, embed
+from lotlip_hf.training.terms.infonce import InfoNCE
 
 
 @dataclass
@@ -104,9 +105,7 @@ class LoTLIPTrainer(Trainer):
         )
         whole_captions = SubCaptions(num_long_texts=1, num_sentences=None)
         self.eval_collator = LoTLIPCollator(collator.processor, whole_captions)
-        self.objective = Objective(
-            short_loss_weight=model.config.short_loss_weight, long_loss_weight=model.config.long_loss_weight
-        )
+        self.objective = Objective({"infonce": InfoNCE(model.config.short_loss_weight, model.config.long_loss_weight)})
 
     def compute_loss(
         self,
@@ -115,7 +114,7 @@ class LoTLIPTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        loss = batch_loss(model, inputs, self.objective).loss
+        loss = batch_loss(model, inputs, self.objective)["loss"]
         return (loss, None) if return_outputs else loss
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -138,12 +137,12 @@ class LoTLIPTrainer(Trainer):
         # The loss compares a batch with itself: `eval_loss` is of `--per_device_eval_batch_size` on every device.
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            embeddings = embed(model, inputs)
-            loss = self.objective(*embeddings, self.accelerator.unwrap_model(model).logit_scale.exp()).loss
+            embeds = embed(model, inputs, self.objective.needs)
+            loss = self.objective(embeds, self.accelerator.unwrap_model(model).logit_scale.exp())["loss"]
         if prediction_loss_only:
             return loss, None, None
         # the texts are the predictions, the images the labels
-        return loss, embeddings.text_embeds, embeddings.image_embeds
+        return loss, embeds["text_embeds"], embeds["image_embeds"]
 
 
 class LoTLIPCallback(TrainerCallback):

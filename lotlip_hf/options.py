@@ -22,6 +22,14 @@ T = TypeVar("T")
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
+# Options of the past, and what is written in their place.
+REPLACED = {
+    "loss": "write `--terms sigmoid`",
+    "num_primary_components": "write `--terms primary_components --term-options primary_components.num_components=32`",
+    "short_loss_weight": "write `--term-options infonce.short_loss_weight=2`",
+    "long_loss_weight": "write `--term-options infonce.long_loss_weight=2`",
+}
+
 
 def option(help: str, default: Any = dataclasses.MISSING, *, positional: bool = False, **settings: Any) -> Any:
     """
@@ -126,6 +134,9 @@ def _kind(hint: Any) -> tuple[Any, bool]:
 
 def unknown(name: Any, known: Iterable[str]) -> ValueError:
     """The error of an option that does not exist, with the one that may be meant."""
+    plain = str(name).removeprefix("--").replace("-", "_")
+    if plain in REPLACED:
+        return ValueError(f"unknown option {printable(name)}: {REPLACED[plain]}.")
     close = difflib.get_close_matches(str(name), list(known), 1)
     return ValueError(f"unknown option {printable(name)}. {f'Did you mean {close[0]}?' if close else 'See --help.'}")
 

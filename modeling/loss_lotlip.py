@@ -1,5 +1,4 @@
-"""The objective of LoTLIP, symmetric InfoNCE between one image and several texts, and what it is compared with. Pure
-functions on embeddings."""
+"""LoTLIP's loss, symmetric InfoNCE between one image and several texts, as pure functions on embeddings."""
 
 from typing import NamedTuple
 
@@ -38,70 +37,6 @@ def contrastive_losses(
     return (per_image + per_text) / 2
 
 
-def sigmoid_losses(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor, logit_bias: torch.Tensor
-) -> torch.Tensor:
-    """
-    SigLIP's loss (https://arxiv.org/abs/2303.15343, algorithm 1) of the images with each of K sets of text features:
-    every pair of an image and a text is a yes-or-no question of its own. The sum over the pairs is divided by the
-    number of images.
-
-    Args:
-        image_embeds: [batch_size, dim], normalised.
-        text_embeds: [batch_size, K, dim], normalised; row i belongs to image i.
-        logit_scale: scalar factor on the cosine similarities (not its logarithm). SigLIP starts with 10.
-        logit_bias: scalar added to the scaled similarities, for the many pairs that do not match. SigLIP starts with
-            -10.
-
-    Returns:
-        [K], one loss for each set.
-    """
-    logits = logit_scale * torch.einsum("id,jkd->kij", image_embeds, text_embeds) + logit_bias  # [K, images, texts]
-    labels = 2 * torch.eye(len(image_embeds), device=logits.device, dtype=logits.dtype) - 1
-    return -F.logsigmoid(labels * logits).sum((1, 2)) / len(image_embeds)
-
-
-def primary_components(image_embeds: torch.Tensor, num_components: int) -> torch.Tensor:
-    """
-    The images as their batch's first principal components tell them: Long-CLIP's "primary component matching"
-    (https://arxiv.org/abs/2403.15378), which matches short texts with these in place of the images. As
-    there, the result is not normalised again.
-
-    The gradient passes through the projection; the components themselves are constants, for the derivative of a
-    component has no bound where two singular values meet, as all those of a small batch do at zero.
-
-    Args:
-        image_embeds: [batch_size, dim]; across processes the gathered ones.
-        num_components: How many components to keep; 32 in Long-CLIP.
-
-    Returns:
-        [batch_size, dim]: the mean, and what of the difference to it lies in the components.
-
-    Raises:
-        ValueError: if `num_components` is below 1.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from lotlip_hf.modeling.loss_lotlip import primary_components
-
-    >>> images = torch.tensor([[2.0, 0.1], [-2.0, 0.1], [0.0, -0.2]])
-    >>> primary_components(images, 1).allclose(torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 0.0]]))
-    True
-    ```
-    """
-    if num_components < 1:
-        raise ValueError(f"`num_components` must be at least 1, got {num_components}.")
-    mean = image_embeds.mean(0, keepdim=True)
-    centred = image_embeds - mean
-    with torch.no_grad():
-        # half precision has no SVD
-        full = centred.to(torch.promote_types(centred.dtype, torch.float32))
-        components = torch.linalg.svd(full, full_matrices=False).Vh[:num_components].to(centred)  # [q, dim]
-    return mean + centred @ components.t() @ components
-
-
 def stack_features(text_embeds: torch.Tensor, corner_embeds: torch.Tensor | None) -> torch.Tensor:
     """
     The K = 1 + (T - 1)(m + 1) features that LoTLIP's loss is the mean over: the [CLS] features of the short and of the
@@ -120,29 +55,10 @@ def stack_features(text_embeds: torch.Tensor, corner_embeds: torch.Tensor | None
 
 
 def weighted_loss(losses: torch.Tensor, short_loss_weight: float = 1.0, long_loss_weight: float = 1.0) -> LoTLIPLoss:
-    """
-    The weighted mean of the features' losses.
-
-    Args:
-        losses: [K], the short text's first.
-        short_loss_weight: Weight of the first.
-        long_loss_weight: Weight of the others.
-
-    Returns:
-        [`LoTLIPLoss`]
-    """
+    """The weighted mean of the features' losses [K]: the first is the short text's, the others are the long ones'."""
     loss_short = short_loss_weight * losses[0] / len(losses)
     loss_long = long_loss_weight * losses[1:].sum() / len(losses)
     return LoTLIPLoss(loss_short + loss_long, loss_short, loss_long)
-
-
-def check_pairs(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> None:
-    """Raises a `ValueError` if there are not as many images as rows of texts."""
-    if len(image_embeds) != len(text_embeds):
-        raise ValueError(
-            f"The loss pairs image i with the texts of row i: got {len(image_embeds)} images and {len(text_embeds)} "
-            "rows of texts."
-        )
 
 
 def lotlip_loss(
@@ -184,7 +100,11 @@ def lotlip_loss(
     0.0
     ```
     """
-    check_pairs(image_embeds, text_embeds)
+    if len(image_embeds) != len(text_embeds):
+        raise ValueError(
+            f"The loss pairs image i with the texts of row i: got {len(image_embeds)} images and {len(text_embeds)} "
+            "rows of texts."
+        )
     features = stack_features(text_embeds, corner_embeds)
     losses = contrastive_losses(image_embeds, features, logit_scale)
     return weighted_loss(losses, short_loss_weight, long_loss_weight)

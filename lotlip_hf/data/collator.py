@@ -59,7 +59,7 @@ class LoTLIPCollator:
         on_error (`str`, *optional*, defaults to `"raise"`):
             `"raise"` stops at the first broken image or record; `"skip"` leaves it out of its batch and counts it.
         return_ids (`bool`, *optional*, defaults to `False`):
-            Whether batches carry `ids` and `counts`. A model does not take them: pop both first.
+            Whether batches carry `ids` and `counts`, which a plain call of a model does not take.
         patch_dropout (`float`, *optional*, defaults to 0.0):
             Share of an image's patches that are left out, drawn at random, as FLIP does.
         num_patches (`int`, *optional*): patches of an image; required with `patch_dropout`.

@@ -288,7 +288,8 @@ def _told_options(options: Mapping[str, Any]) -> list[tuple[str, str]]:
         elif isinstance(value, int | float):
             shown = f"{value:g}" if isinstance(value, float) else str(value)
         elif isinstance(value, list):
-            shown = ", ".join(map(str, value)) if all(isinstance(one, int) for one in value) else ""
+            words = name in ("terms", "term_options") and re.fullmatch(r"[\w.:=+-]+", "".join(map(str, value)))
+            shown = ", ".join(map(str, value)) if words or all(isinstance(one, int) for one in value) else ""
         else:
             shown = value if value in (SCENES, *choices(name)) or _is_hub_id(value) else ""
         if shown:

@@ -14,6 +14,7 @@ from ..data.records import MAPPINGS, ColumnMapping
 from ..data.sampling import STRATEGIES, Draw
 from ..files import MAX_BYTES, replacing
 from ..options import option
+from .terms import TERMS, make_terms
 
 CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
@@ -119,11 +120,13 @@ class TrainingConfig:
     )
 
     # The objective
-    loss: Literal["infonce", "sigmoid"] = option("the paper's, or SigLIP's", "infonce")
-    short_loss_weight: float | None = option("weight of the short texts' loss (the model's)", None, at_least=0)
-    long_loss_weight: float | None = option("weight of the long texts' loss (the model's)", None, at_least=0)
-    num_primary_components: int | None = option(
-        "match short texts with this many principal components of the images, as Long-CLIP does", None, at_least=1
+    terms: list[str] = option(
+        f"terms of the loss, each with a weight if it is not 1, as in infonce:0.5 (infonce): {', '.join(TERMS)}",
+        default_factory=lambda: ["infonce"],
+    )
+    term_options: list[str] = option(
+        "options of the terms, such as infonce.label_smoothing=0.1 or infonce.short_loss_weight=2 (the model's)",
+        default_factory=list,
     )
 
     # The batch
@@ -194,6 +197,7 @@ class TrainingConfig:
         if self.trackers == ["none"]:
             self.trackers = []
         self.draw()
+        make_terms(self.terms, self.term_options)
 
     def draw(self) -> Draw:
         """The strategy that draws the texts of a step, with those of the options that it has."""

@@ -12,6 +12,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..modeling.modeling_lotlip import LoTLIPModel
 
+OBJECTIVE = "objective"  # where the model holds it
+
 
 def prepare_sharding(model: LoTLIPModel, objective: nn.Module, accelerator: Accelerator) -> None:
     """
@@ -19,8 +21,8 @@ def prepare_sharding(model: LoTLIPModel, objective: nn.Module, accelerator: Acce
     Call it after the optimiser is made and before `accelerator.prepare`.
 
     - Every transformer layer is a unit of its own, unless `accelerate` was given others.
-    - Scalar parameters stay whole on every process; the objective averages their gradients.
-    - The model holds the objective's parameters too, for checkpoints name the optimiser's state by the model's.
+    - Scalar parameters stay whole on every process, and those of the objective, which averages their gradients.
+    - The model holds the objective too, for checkpoints name the optimiser's state by the model's parameters.
     - Gradients are averaged in float32, also if the layers compute in bfloat16.
     - Each process loads the weights by itself. The first one writes and reads the state, in whole files.
 
@@ -48,10 +50,9 @@ def prepare_sharding(model: LoTLIPModel, objective: nn.Module, accelerator: Acce
         plugin.auto_wrap_policy = transformer_auto_wrap_policy
         layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
         plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
-    for name, parameter in objective.named_parameters():
-        model.register_parameter(name, parameter)
+    model.add_module(OBJECTIVE, objective)
     scalars = nn.ParameterList(parameter for parameter in model.parameters() if parameter.dim() == 0)
-    plugin.ignored_modules = [scalars.to(accelerator.device)]
+    plugin.ignored_modules = [scalars.to(accelerator.device), objective]
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(
             plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None

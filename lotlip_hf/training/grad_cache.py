@@ -1,6 +1,6 @@
 """A large batch in the memory of a few samples: gradient caching (https://arxiv.org/abs/2101.06983)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -12,17 +12,16 @@ from torch import nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..distributed import max_over_ranks
-from ..modeling.loss_lotlip import LoTLIPLoss
-from .objective import Embeddings, LossFunction, embed, similarity_scale
+from .objective import Objective, embed, similarity_scale
 
 
 def cached_backward(
     model: nn.Module,
     batch: Mapping[str, Any],
     chunk_size: int,
-    loss_function: LossFunction,
+    objective: Objective,
     accelerator: Accelerator | None = None,
-) -> LoTLIPLoss:
+) -> dict[str, torch.Tensor]:
     """
     [`batch_loss`] and its `backward`, in the memory of `chunk_size` samples. The whole batch is embedded in chunks
     without a graph; the loss of all embeddings gives their gradients; then each chunk is embedded again, with the same
@@ -32,13 +31,12 @@ def cached_backward(
         model (`nn.Module`): a [`LoTLIPModel`] or its wrapper.
         batch (`Mapping[str, Any]`): see [`embed`]; the samples are in the first dimension of every tensor.
         chunk_size (`int`): samples in a chunk.
-        loss_function (`Callable`): an [`Objective`], or a function with its arguments and result; the parameters of a
-            module get gradients too.
+        objective ([`Objective`]): the objective; its parameters get gradients too.
         accelerator (`Accelerator`, *optional*): for autocast, loss scaling, gradient accumulation, and to synchronise
             the gradients with the last chunk alone.
 
     Returns:
-        `LoTLIPLoss`: the loss, without gradients.
+        `dict[str, torch.Tensor]`: the losses, without gradients.
     """
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     num_samples = len(inputs["pixel_values"])
@@ -54,12 +52,12 @@ def cached_backward(
         autocast, backward = nullcontext, torch.Tensor.backward
         no_sync = getattr(model, "no_sync", nullcontext)
 
-    def embed_chunk(start: int, stop: int) -> Embeddings:
+    def embed_chunk(start: int, stop: int) -> dict[str, torch.Tensor]:
         # a chunk without a sample runs on one and keeps nothing of it
         first = min(start, num_samples - 1)
         rows = {name: value[first : max(stop, first + 1)] for name, value in inputs.items()}
         with autocast():
-            return _map(lambda embeds: embeds[: stop - start], embed(model, rows))
+            return {name: value[: stop - start] for name, value in embed(model, rows, objective.needs).items()}
 
     random_states, cached = [], []
     with torch.no_grad():
@@ -68,16 +66,18 @@ def cached_backward(
             cached.append(embed_chunk(*chunk))
     torch.clear_autocast_cache()  # older versions of torch keep weights without a graph in it
 
-    embeddings = _map(lambda *parts: torch.cat(parts).requires_grad_(), *cached)
+    embeds = {name: torch.cat([chunk[name] for chunk in cached]) for name in cached[0]}
+    # what the batch holds, such as labels, rides along without gradients
+    leaves = {name: value.requires_grad_() for name, value in embeds.items() if name not in inputs}
     logit_scale = extract_model_from_parallel(model).logit_scale
-    parameters = [logit_scale, *(loss_function.parameters() if isinstance(loss_function, nn.Module) else ())]
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    loss = loss_function(*embeddings, similarity_scale(model))
-    leaves = [embeds for embeds in embeddings if embeds is not None]
+    parameters = [each for each in (logit_scale, *objective.parameters()) if each.requires_grad]
+    losses = objective(embeds, similarity_scale(model))
     # a caller's autocast is for the forward passes alone
     exact = partial(torch.autocast, logit_scale.device.type, enabled=False)
     with exact():
-        gradients = torch.autograd.grad(loss.loss, [*leaves, *parameters])
+        gradients = torch.autograd.grad(
+            losses["loss"], [*leaves.values(), *parameters], allow_unused=True, materialize_grads=True
+        )
     embed_gradients, parameter_gradients = gradients[: len(leaves)], gradients[len(leaves) :]
 
     for (start, stop), (cpu_state, *device_states) in zip(chunks, random_states, strict=True):
@@ -85,16 +85,11 @@ def cached_backward(
         torch.set_rng_state(cpu_state)
         set_device_states(*device_states)
         with nullcontext() if is_last else no_sync():
-            outputs = [embeds for embeds in embed_chunk(start, stop) if embeds is not None]
-            pairs = [(o, g[start:stop]) for o, g in zip(outputs, embed_gradients, strict=True)]
+            outputs = embed_chunk(start, stop)
+            pairs = [(outputs[name], g[start:stop]) for name, g in zip(leaves, embed_gradients, strict=True)]
             if is_last:
                 pairs += zip(parameters, parameter_gradients, strict=True)
             with exact():
                 product = torch.stack([(value * gradient).sum() for value, gradient in pairs]).sum()
                 backward(product)
-    return LoTLIPLoss(*(value.detach() for value in loss))
-
-
-def _map(function: Callable[..., torch.Tensor], *embeddings: Embeddings) -> Embeddings:
-    """Applies a function to the images', the texts' and the corners' tensors of each argument."""
-    return Embeddings(*(None if parts[0] is None else function(*parts) for parts in zip(*embeddings, strict=True)))
+    return {name: value.detach() for name, value in losses.items()}

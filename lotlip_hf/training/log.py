@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 LOG_NAME = "log.jsonl"
 CURVE_NAME = "curve.png"
-LOSSES = {"loss_short": ("short captions' share", "C1"), "loss_long": ("long captions' share", "C0")}
 RECALLS = {
     "long_image_to_text_r1": ("long, image to text", "C0", "-"),
     "long_text_to_image_r1": ("long, text to image", "C0", "--"),
@@ -124,14 +123,21 @@ def _is_entry(_: int, value: Any) -> bool:
     return (
         isinstance(value, dict)
         and isinstance(value.get("step"), int)
-        and all(isinstance(value.get(name), int | float | None) for name in ("loss", *LOSSES, *RECALLS))
+        and all(
+            isinstance(each, int | float | None) for name, each in value.items() if is_loss(name) or name in RECALLS
+        )
     )
+
+
+def is_loss(name: str) -> bool:
+    """Whether a name is that of the loss, or of a share of it."""
+    return name == "loss" or name.startswith("loss_")
 
 
 def draw_curve(log_path: str | os.PathLike, picture_path: str | os.PathLike) -> None:
     """
-    Draws the training curve: the loss, smoothed and as it was, and where the run was evaluated R@1 of long and of
-    short captions in both directions.
+    Draws the training curve: the loss and its shares, smoothed and as they were, and where the run was evaluated R@1
+    of long and of short captions in both directions.
 
     Args:
         log_path: The run's log, or its folder.
@@ -164,16 +170,20 @@ def draw_curve(log_path: str | os.PathLike, picture_path: str | os.PathLike) -> 
 
 
 def _draw_losses(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
-    has_long = any(entry.get("loss_long") for entry in entries)
-    shown = {"loss": ("loss", "0.3"), **LOSSES} if has_long else {"loss": ("loss, short captions alone", "C1")}
-    for name, (label, colour) in shown.items():
+    # shares that are not 0 throughout; one alone is the loss
+    shares = sorted({name for entry in entries for name in entry if name.startswith("loss_") and entry[name]})
+    lowest = 0.0
+    for number, name in enumerate(["loss", *(shares if len(shares) > 1 else ())]):
+        colour = f"C{number - 1}" if number else "0.3"
+        label = name.removeprefix("loss_").replace("_", " ")
         points = [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
         if points:
             at, values = zip(*points, strict=True)
+            lowest = min(lowest, *values)
             axes.plot(at, values, color=colour, alpha=0.25, linewidth=1)
             # a single point has no line
             axes.plot(at, _smoothed(values), color=colour, label=label, marker="o" if len(points) == 1 else None)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=1.05 * lowest)
     axes.set_ylabel("loss")
     axes.set_title("Training loss (smoothed; pale: as it was)")
 

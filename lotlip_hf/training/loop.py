@@ -27,10 +27,11 @@ from ..modeling.processing_lotlip import LoTLIPProcessor
 from .batches import iterate_batches, num_steps
 from .checkpoint import CheckpointError, Stateful, check_room, load_checkpoint, prepare_folder, save_checkpoint
 from .config import TrainingConfig
-from .fsdp import prepare_sharding
+from .fsdp import OBJECTIVE, prepare_sharding
 from .grad_cache import cached_backward
+from .log import is_loss
 from .model import prepare_model
-from .objective import Objective, batch_loss, clamp_logit_scale
+from .objective import batch_loss, clamp_logit_scale, make_objective
 from .optim import freeze, make_optimizer, set_training_mode
 from .signals import Interrupted, noted_signals
 from .tracking import Meter, Tracking
@@ -148,15 +149,9 @@ class _Run:
         self.checkpoint = prepare_folder(config, accelerator)
 
         set_seed(config.seed, device_specific=True)
-        freeze(model, config)
+        self.objective = make_objective(config, model.config).to(accelerator.device)
+        freeze(model, config, self.objective.needs)
         prepare_model(model, config)
-        short, long = config.short_loss_weight, config.long_loss_weight
-        self.objective = Objective(
-            config.loss,
-            short_loss_weight=model.config.short_loss_weight if short is None else short,
-            long_loss_weight=model.config.long_loss_weight if long is None else long,
-            num_primary_components=config.num_primary_components,
-        ).to(accelerator.device)
         self.states: dict[str, Stateful] = {"objective": self.objective}
         self.averaged = None
         if config.ema_decay is not None:
@@ -267,19 +262,19 @@ class _Run:
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
             with accelerator.accumulate(self.model):
                 if config.grad_cache_chunk is not None:
-                    loss = cached_backward(
+                    losses = cached_backward(
                         self.model, batch, config.grad_cache_chunk, self.objective, accelerator=accelerator
                     )
                 else:
                     with accelerator.autocast():
-                        loss = batch_loss(self.model, batch, self.objective)
-                    accelerator.backward(loss.loss)
-            losses = accelerator.reduce(torch.stack([*loss]).detach(), "mean")
-            values = cast(torch.Tensor, losses).tolist()
-            if not math.isfinite(values[0]):
-                self._stop_at_nan(self.step + 1, f"the loss is {values[0]}; the step was not taken")
+                        losses = batch_loss(self.model, batch, self.objective)
+                    accelerator.backward(losses["loss"])
+            means = accelerator.reduce(torch.stack([*losses.values()]).detach(), "mean")
+            values = dict(zip(losses, cast(torch.Tensor, means).tolist(), strict=True))
+            if not math.isfinite(values["loss"]):
+                self._stop_at_nan(self.step + 1, f"the loss is {values['loss']}; the step was not taken")
             self.meter.add(values, len(ids) * accelerator.num_processes)
-        # each once: under FSDP the model holds the objective's parameter, too
+        # each once: under FSDP the model holds the objective's parameters, too
         trained = list(dict.fromkeys([*self.model.parameters(), *self.objective.parameters()]))
         norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
         # a scaler skips the step itself, and tries again with a smaller scale
@@ -386,8 +381,8 @@ class _Run:
             model, weights = self.averaged.module, None
         else:
             weights = self.accelerator.get_state_dict(self.model)
-            for name, _ in self.objective.named_parameters():
-                weights.pop(name, None)  # see `prepare_sharding`
+            # see `prepare_sharding`
+            weights = {name: weight for name, weight in weights.items() if not name.startswith(f"{OBJECTIVE}.")}
         if self.accelerator.is_main_process:
             cast(LoTLIPModel, model).save_pretrained(folder, state_dict=weights)
             self.processor.save_pretrained(folder)
@@ -421,7 +416,7 @@ def _is_progress(progress: Any) -> bool:
             "next_batch": int(),
             "counts": dict(counts),
             "window": {
-                "sums": [int() | float(), int() | float(), int() | float()],
+                "sums": dict(sums),
                 "batches": int(batches),
                 "samples": int(samples),
                 "seconds": int() | float(),
@@ -430,5 +425,9 @@ def _is_progress(progress: Any) -> bool:
             "data": dict(),
         }:
             numbers = [progress["step"], progress["epoch"], progress["next_batch"], batches, samples, *counts.values()]
-            return not others and all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers)
+            return (
+                not others
+                and all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers)
+                and all(is_loss(name) and isinstance(total, int | float) for name, total in sums.items())
+            )
     return False

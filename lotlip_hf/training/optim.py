@@ -1,23 +1,28 @@
 """Trained and frozen parameters, the optimiser and its schedule."""
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..modeling.modeling_lotlip import LoTLIPModel
 from .config import TrainingConfig
+from .fsdp import OBJECTIVE
 
 
-def freeze(model: LoTLIPModel, config: TrainingConfig) -> None:
+def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -> None:
     """
     Freezes the image tower if `lock_vision`, but for its last `unlocked_vision_layers` layers and what follows them;
-    the corner tokens if there are no long texts; and parameters that the forward pass does not use.
+    the corner tokens if there are no long texts or the objective does not need them ([`Objective.needs`]); and
+    parameters that the forward pass does not use.
 
     Raises:
         ValueError: if the tower has fewer layers than are unlocked.
     """
+    has_corners = config.num_long_texts and "corner_embeds" in needs
     for name, parameter in model.named_parameters():
-        unused = name.endswith("mask_token") or (name.endswith("corner_embeds") and not config.num_long_texts)
+        unused = name.endswith("mask_token") or (name.endswith("corner_embeds") and not has_corners)
         parameter.requires_grad_(not unused)
     if not config.lock_vision:
         return
@@ -55,8 +60,8 @@ def make_optimizer(
     """AdamW and its schedule: a learning rate for each tower, weight decay for matrices alone."""
     from transformers.optimization import get_scheduler  # imports PEFT and bitsandbytes, if installed
 
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in (*model.named_parameters(), *objective.named_parameters()):
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in (*model.named_parameters(), *objective.named_parameters(prefix=OBJECTIVE)):
         if not parameter.requires_grad:
             continue
         rate = None
@@ -66,9 +71,10 @@ def make_optimizer(
             rate = config.image_learning_rate
         rate = config.learning_rate if rate is None else rate
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
+        # under FSDP no step takes matrices that are sharded together with the objective's, which are not
+        groups.setdefault((rate, decay, name.startswith(f"{OBJECTIVE}.")), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
+        [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay, _), params in groups.items()],
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
         fused=device.type in ("cpu", "cuda"),  # one pass over the memory

@@ -1,7 +1,7 @@
 """What a run reports: means of its losses, in its log and accelerate's trackers, and the curve."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 class Meter:
     """Sums over the batches since the last line of the log: their losses, samples and seconds."""
 
-    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # loss, loss_short, loss_long
+    sums: dict[str, float] = field(default_factory=dict)
     batches: int = 0
     samples: int = 0
     seconds: float = 0.0
@@ -31,9 +31,9 @@ class Meter:
         """Leaves the time since the last batch out."""
         self.start = time.perf_counter()
 
-    def add(self, losses: Sequence[float], samples: int) -> None:
+    def add(self, losses: Mapping[str, float], samples: int) -> None:
         """Adds a batch, and the time since the last one."""
-        self.sums = [total + loss for total, loss in zip(self.sums, losses, strict=True)]
+        self.sums = {name: self.sums.get(name, 0.0) + loss for name, loss in losses.items()}
         self.batches += 1
         self.samples += samples
         self.seconds += time.perf_counter() - self.start
@@ -41,8 +41,7 @@ class Meter:
 
     def values(self) -> dict[str, float]:
         """The mean losses and the samples per second."""
-        names = ("loss", "loss_short", "loss_long")
-        means = {name: total / self.batches for name, total in zip(names, self.sums, strict=True)}
+        means = {name: total / self.batches for name, total in self.sums.items()}
         return {**means, "samples_per_second": self.samples / self.seconds}
 
 

@@ -13,6 +13,7 @@ from lotlip_hf import Encoder
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.sampling import SubCaptions
 from lotlip_hf.training.objective import Objective, batch_loss
+from lotlip_hf.training.terms.infonce import InfoNCE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXTS = ["A red star. It is big.", "two dogs &amp; a cat’s tail", "", "word. " * 90, "a sentence that is cut " * 40]
@@ -55,7 +56,7 @@ def test_the_official_recipe_trains_the_same(model) -> None:
     ]
     processor = peers.make_processor(model)
     batch = LoTLIPCollator(processor, SubCaptions(num_long_texts=1, num_sentences=None))(records)
-    ours = batch_loss(model, batch, Objective()).loss
+    ours = batch_loss(model, batch, Objective({"infonce": InfoNCE()}))["loss"]
     ours.backward()
 
     short, long = (recipe.text.tokenize([record[name] for record in records]) for name in ("short_caption", "id"))

@@ -113,6 +113,6 @@ def test_it_relabels_trains_and_compares(
             assert 0 <= values[direction] <= 1
             assert float(number) == pytest.approx(100 * values[direction], abs=0.051)
     losses = {folder: read_log(output / folder)[0] for folder in ("run-long", "run-short")}
-    assert losses["run-long"]["loss_long"] > 0
-    assert not losses["run-short"].get("loss_long")
+    assert losses["run-long"]["loss_infonce_long"] > 0
+    assert not losses["run-short"].get("loss_infonce_long")
     assert all(math.isfinite(line["loss"]) for line in losses.values())

@@ -277,8 +277,8 @@ def test_lora_leaves_no_parameter_idle(lora_example: ModuleType, text_backbone: 
     model = lora_example.add_lora(base, rank=2, vision=True).train()
     batch = {"input_ids": tiny.input_ids(3, 7), "long_input_ids": tiny.input_ids(3, 2, 9)}
     batch["pixel_values"] = tiny.pixel_values(3)
-    objective = lora_example.Objective()
-    lora_example.batch_loss(model, batch, objective).loss.backward()
+    objective = lora_example.Objective({"infonce": lora_example.InfoNCE()})
+    lora_example.batch_loss(model, batch, objective)["loss"].backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(p.grad is not None for p in trained.values())
     others = {name.removeprefix("base_model.model.") for name in trained if ".lora_" not in name}

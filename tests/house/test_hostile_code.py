@@ -35,7 +35,7 @@ from scripts import load_script
 TRAIN = "examples/train.py"
 RUN = (
     *("--data", "scenes", "--max-steps", "2", "--save-steps", "1", "--batch-size", "2", "--num-workers", "0"),
-    *("--num-long-texts", "1", "--trackers", "none", "--log-steps", "1", "--loss", "sigmoid", "--ema-decay", "0.9"),
+    *("--num-long-texts", "1", "--trackers", "none", "--log-steps", "1", "--terms", "sigmoid", "--ema-decay", "0.9"),
 )
 
 

@@ -117,6 +117,7 @@ def test_there_is_something_to_run(file: str) -> None:
         *blocks("README.md", "python"),
         *blocks("MODEL_CARD.md", "python"),
         *blocks("docs/captions.md", "python"),
+        "".join(blocks("docs/objective.md", "python")),
     ],
     ids=first_words,
 )
@@ -167,7 +168,7 @@ def test_commands(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_training_commands_have_options_that_exist() -> None:
     found = [words[1:] for words in commands("README.md") if words[0] == "train"]
-    found += [words[1:] for words in commands("README.md", "lotlip_hf")]
+    found += [words[1:] for words in commands("README.md", "lotlip_hf") + commands("docs/objective.md")]
     assert len(found) > 2
     for words in found:
         if "--resume" in words:
@@ -231,7 +232,7 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("file", ["README.md", "MODEL_CARD.md"])
+@pytest.mark.parametrize("file", ["README.md", "MODEL_CARD.md", "docs/objective.md"])
 def test_links_lead_somewhere(file: str) -> None:
     text = (REPOSITORY / file).read_text(encoding="utf-8")
     headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.split("\n")}

@@ -290,9 +290,21 @@ def test_the_card_says_what_is_known(official_checkpoint: Path, tmp_path: Path) 
     settings = json.loads((folder / "processor_config.json").read_text())
     settings["image_processor"] |= {"size": {"shortest_edge": 112}, "crop_size": {"height": 112, "width": 112}}
     (folder / "processor_config.json").write_text(json.dumps(settings))
-    options = {"learning_rate": 0.001, "data": "/home/me/pictures", "loss": "sigmoid", "batch_size": 16, "seed": 3}
+    options = {
+        "learning_rate": 0.001,
+        "data": "/home/me/pictures",
+        "terms": ["sigmoid", "infonce:2"],
+        "batch_size": 16,
+        "seed": 3,
+    }
     options |= {"lock_vision": True, "max_steps": 9, "num_epochs": 1.0, "output": "/home/me", "num_workers": 4}
-    options |= {"splitter": "<script>", "captioners": [0, 2], "<b>": "<b>", "short_column": "<i>"}
+    options |= {
+        "splitter": "<script>",
+        "term_options": ["<b>"],
+        "captioners": [0, 2],
+        "<b>": "<b>",
+        "short_column": "<i>",
+    }
     options |= {"image_folder": "my/pictures", "image_root": "my/root", "max_record_bytes": 1 << 28}
     (tmp_path / "run" / "training_config.yaml").write_text(yaml.safe_dump(options))
     text = card_of(folder, tmp_path / "small").text
@@ -300,7 +312,7 @@ def test_the_card_says_what_is_known(official_checkpoint: Path, tmp_path: Path) 
     table = text.split("## Training")[1].split("## What")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, flags=re.MULTILINE))
     assert rows == {
-        **{"seed": "3", "lock_vision": "yes", "captioners": "0, 2", "loss": "sigmoid", "max_steps": "9"},
+        **{"seed": "3", "lock_vision": "yes", "captioners": "0, 2", "terms": "sigmoid, infonce:2", "max_steps": "9"},
         **{"batch_size": "16, of each process", "learning_rate": "0.001"},
     }
     assert "step 7" in table

@@ -1,4 +1,4 @@
-"""The losses against naive formulations, pair by pair."""
+"""The loss against naive formulations, pair by pair."""
 
 import math
 
@@ -8,14 +8,7 @@ from torch.nn import functional as F
 
 import tiny
 from lotlip_hf import LoTLIPModel
-from lotlip_hf.modeling.loss_lotlip import (
-    contrastive_losses,
-    lotlip_loss,
-    primary_components,
-    sigmoid_losses,
-    stack_features,
-    weighted_loss,
-)
+from lotlip_hf.modeling.loss_lotlip import contrastive_losses, lotlip_loss, stack_features, weighted_loss
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 
@@ -34,18 +27,6 @@ def test_contrastive_losses_pair_by_pair() -> None:
             total -= similarity[i][i] - math.log(sum(math.exp(similarity[i][j]) for j in range(5)))
             total -= similarity[i][i] - math.log(sum(math.exp(similarity[j][i]) for j in range(5)))
         assert losses[k].item() == pytest.approx(total / 10, abs=1e-5)
-
-
-def test_sigmoid_losses_pair_by_pair() -> None:
-    images, texts = embeddings(5, 8), embeddings(5, 3, 8)
-    losses = sigmoid_losses(images, texts, torch.tensor(7.0), torch.tensor(-3.0))
-    for k in range(3):
-        total = 0.0
-        for i in range(5):
-            for j in range(5):
-                logit = (7 * images[i] @ texts[j, k]).item() - 3
-                total += math.log1p(math.exp(-logit if i == j else logit))
-        assert losses[k].item() == pytest.approx(total / 5, abs=1e-5)
 
 
 def test_only_the_long_texts_corners_are_features() -> None:
@@ -72,56 +53,6 @@ def test_loss_without_long_texts_is_clips() -> None:
     clip = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.t(), targets)) / 2
     torch.testing.assert_close(loss.loss, clip, **TOLERANCE)
     assert loss.loss_long == 0
-
-
-# Primary components
-
-
-def long_clips(images: torch.Tensor, num_components: int) -> torch.Tensor:
-    """Long-CLIP's way: the eigenvectors of the covariance with the largest eigenvalues."""
-    mean = images.mean(0)
-    centred = images - mean
-    vectors = torch.linalg.eigh(centred.t() @ centred).eigenvectors[:, -num_components:]
-    return centred @ vectors @ vectors.t() + mean
-
-
-@pytest.mark.parametrize("batch_size", [4, 20])  # fewer and more than dimensions
-def test_primary_components_are_long_clips(batch_size: int) -> None:
-    images = embeddings(batch_size, 8).double()
-    torch.testing.assert_close(primary_components(images, 2), long_clips(images, 2), **TOLERANCE)
-
-
-def test_all_components_are_the_images() -> None:
-    images = embeddings(6, 8)
-    torch.testing.assert_close(primary_components(images, 6), images, **TOLERANCE)
-    torch.testing.assert_close(primary_components(images, 32), images, **TOLERANCE)
-
-
-def test_the_gradient_through_components_is_their_projection() -> None:
-    images = embeddings(4, 8).requires_grad_()
-    weights = torch.randn(4, 8)
-    (primary_components(images, 2) * weights).sum().backward()
-    components = torch.linalg.svd((images - images.mean(0)).detach(), full_matrices=False).Vh[:2]
-    mean = weights.mean(0)
-    torch.testing.assert_close(images.grad, mean + (weights - mean) @ components.t() @ components, **TOLERANCE)
-
-
-def test_components_of_equal_images_have_a_gradient() -> None:
-    images = torch.ones(4, 8, requires_grad=True)
-    primary_components(images, 2).sum().backward()
-    assert images.grad.isfinite().all()
-
-
-def test_components_in_half_precision() -> None:
-    images = embeddings(6, 8)
-    answer = primary_components(images.bfloat16(), 3)
-    assert answer.dtype == torch.bfloat16
-    torch.testing.assert_close(answer.float(), primary_components(images, 3), rtol=0.0, atol=0.03)
-
-
-def test_at_least_one_component() -> None:
-    with pytest.raises(ValueError, match="num_components"):
-        primary_components(torch.eye(3), 0)
 
 
 # Short and long texts each at their own length, through the model

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,14 @@ def steps_of(path: Path) -> list[int]:
     return [entry["step"] for entry in read_log(path)]
 
 
-def a_run(path: Path, num_evaluations: int = 4, with_long: bool = True) -> None:
+def a_run(path: Path, num_evaluations: int = 4, shares: Sequence[str] = ("infonce_short", "infonce_long")) -> None:
     """The log of a run as the trainer writes it."""
     log = RunLog(path)
     noise = np.random.default_rng(0)
     for step in range(10, 1010, 10):
-        short, long = (level * (0.2 + np.exp(-step / 300)) + 0.05 * noise.standard_normal() for level in (1, 3))
-        losses = {"loss": short + long, "loss_short": short, "loss_long": long}
-        log.write({"step": step, "epoch": 0.1, **(losses if with_long else {"loss": short, "loss_short": short})})
+        levels = [(1 + i) * (0.2 + np.exp(-step / 300)) + 0.05 * noise.standard_normal() for i in range(len(shares))]
+        losses = {f"loss_{name}": level for name, level in zip(shares, levels, strict=True)}
+        log.write({"step": step, "epoch": 0.1, "loss": sum(levels), **losses})
         if num_evaluations and step % (1000 // num_evaluations) == 0:
             recalls = zip(RECALLS, (0.6, 0.58, 0.2, 0.19), strict=True)
             log.write({"step": step, "epoch": 0.1, **{name: value * step / 1000 for name, value in recalls}})
@@ -194,25 +195,31 @@ def colours_of(picture: Path) -> set[tuple[int, int, int]]:
         return {colour for number, colour in image.convert("RGB").getcolors(1 << 24) if number > 40}
 
 
-BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # long and short
+BLUE, ORANGE, GREEN = (31, 119, 180), (255, 127, 14), (44, 160, 44)
 
 
-def test_curve(path, tmp_path):
+@pytest.mark.parametrize(
+    ("shares", "shown"),
+    [
+        (["infonce_short", "infonce_long"], {BLUE, ORANGE}),
+        (["short", "long"], {BLUE, ORANGE}),  # an older log
+        (["infonce_short", "infonce_long", "of_my_own"], {BLUE, ORANGE, GREEN}),
+        (["infonce_short"], set()),  # it is the loss
+    ],
+)
+def test_curve(path: Path, tmp_path: Path, shares: list[str], shown: set[tuple[int, int, int]]) -> None:
+    a_run(path, num_evaluations=0, shares=shares)
+    draw_curve(path.parent, tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.size == (720, 480)
+    assert colours_of(tmp_path / "curve.png") & {BLUE, ORANGE, GREEN} == shown
+
+
+def test_curve_with_evaluations(path, tmp_path):
     a_run(path)
     draw_curve(path, tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as image:
         assert image.size == (1440, 480)
-    assert {BLUE, ORANGE} <= colours_of(tmp_path / "curve.png")
-
-
-def test_curve_of_a_run_without_long_captions_or_evaluation(path, tmp_path):
-    a_run(path, num_evaluations=0, with_long=False)
-    draw_curve(path.parent, tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as image:
-        assert image.size == (720, 480)
-    colours = colours_of(tmp_path / "curve.png")
-    assert ORANGE in colours
-    assert BLUE not in colours
 
 
 @pytest.mark.parametrize(

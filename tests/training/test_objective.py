@@ -3,6 +3,7 @@
 import math
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +22,38 @@ from transformers import BertConfig, ViTConfig
 import tiny
 from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
 from lotlip_hf.distributed import rank
-from lotlip_hf.modeling.loss_lotlip import (
-    LoTLIPLoss,
-    contrastive_losses,
-    primary_components,
-    sigmoid_losses,
-    stack_features,
-    weighted_loss,
-)
 from lotlip_hf.training.grad_cache import cached_backward
 from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale, embed
+from lotlip_hf.training.terms import TERMS
+from lotlip_hf.training.terms.infonce import InfoNCE
+from lotlip_hf.training.terms.primary_components import primary_components
+from lotlip_hf.training.terms.sigmoid import Sigmoid
 from processes import run_processes
+from tiny_terms import Guess
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 WEIGHTS = {"short_loss_weight": 0.5, "long_loss_weight": 2.0}
 
-# What an objective is made with. Tiles of 3 divide no batch here, tiles of 100 hold each of them.
-OBJECTIVES = [
-    {"loss": "infonce", "tile_size": 3},
-    {"loss": "infonce", "tile_size": 100},
-    {"loss": "infonce", "tile_size": 3, "num_primary_components": 2},
-    {"loss": "sigmoid", "tile_size": 3},
-    {"loss": "sigmoid", "tile_size": 100, "num_primary_components": 2},
+# Terms and their options. Tiles of 3 divide no batch here, tiles of 100 hold each of them.
+OBJECTIVES: list[dict[str, dict[str, Any]]] = [
+    {"infonce": {"tile_size": 3}},
+    {"infonce": {"tile_size": 100}},
+    {"infonce": {"tile_size": 3, "label_smoothing": 0.1}},
+    {"primary_components": {"tile_size": 3, "num_components": 2}},
+    {"primary_components": {"tile_size": 100, "num_components": 2, "label_smoothing": 0.2}},
+    {"sigmoid": {"tile_size": 3}},
+    {"sigmoid": {"tile_size": 100}},
+    {"guess": {}},
+    {"infonce": {"tile_size": 3}, "guess": {}, "sigmoid": {}},
 ]
+FACTORS = {"guess": 0.5}  # of the terms
+
+
+def make(terms: dict[str, dict[str, Any]]) -> Objective:
+    torch.manual_seed(5)
+    known = {**TERMS, "guess": Guess}
+    made = {name: known[name](**({} if name == "guess" else WEIGHTS), **options) for name, options in terms.items()}
+    return Objective(made, {name: FACTORS.get(name, 1.0) for name in terms})
 
 
 class Towers(nn.Module):
@@ -59,51 +69,64 @@ class Towers(nn.Module):
         self.image_map, self.text_map = nn.Parameter(random(6, 5)), nn.Parameter(random(7, 5))
         self.logit_scale = nn.Parameter(torch.tensor(2.0))
         self.images, self.texts, self.corners = random(13, 6), random(13, 3, 7), random(13, 2, 2, 7)
+        self.tags = torch.arange(13) % 4
 
-    def forward(self, samples: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        image_embeds = F.normalize(self.images[samples] @ self.image_map, dim=-1)
-        text_embeds = F.normalize(self.texts[samples] @ self.text_map, dim=-1)
-        corner_embeds = F.normalize(self.corners[samples] @ self.text_map, dim=-1)
-        return image_embeds, text_embeds, corner_embeds, self.logit_scale.exp()
+    def forward(self, samples: slice = slice(None)) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        embeds = {
+            "image_embeds": F.normalize(self.images[samples] @ self.image_map, dim=-1),
+            "text_embeds": F.normalize(self.texts[samples] @ self.text_map, dim=-1),
+            "corner_embeds": F.normalize(self.corners[samples] @ self.text_map, dim=-1),
+            "tags": self.tags[samples],
+        }
+        return embeds, self.logit_scale.exp()
+
+
+def sigmoid_loss(logits: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """SigLIP's, as its paper writes it."""
+    labels = 2 * torch.eye(len(logits)) - 1
+    return -F.logsigmoid(labels * (logits + bias)).sum() / len(logits)
 
 
 def plain_loss(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    corners: torch.Tensor | None,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    num_primary_components: int | None = None,
-) -> LoTLIPLoss:
+    objective: Objective, embeds: dict[str, torch.Tensor], logit_scale: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """The whole matrices, in one process."""
-    features = stack_features(texts, corners)
+    texts, images = embeds["text_embeds"], logit_scale * embeds["image_embeds"]
+    features = [texts, embeds["corner_embeds"].flatten(1, 2)] if "corner_embeds" in embeds else [texts]
+    losses = {}
+    for name, term in objective.terms.items():
+        if isinstance(term, Guess):
+            guesses = term.map(embeds["image_embeds"] - embeds["image_embeds"].mean(0))
+            distances = (guesses - texts[:, 0]).square().sum(1)
+            losses["loss_guess"] = FACTORS["guess"] * (embeds["tags"] * distances).mean()
+            continue
+        each = []
+        for number, text in enumerate(torch.cat(features, dim=1).unbind(1)):
+            is_components = name == "primary_components" and number == 0
+            logits = (primary_components(images, term.num_components) if is_components else images) @ text.t()
+            if isinstance(term, Sigmoid):
+                each.append(sigmoid_loss(logits, term.logit_bias))
+            else:
+                targets, smoothing = torch.arange(len(logits)), term.label_smoothing
+                both = (F.cross_entropy(one, targets, label_smoothing=smoothing) for one in (logits, logits.t()))
+                each.append(sum(both) / 2)
+        losses[f"loss_{name}_short"] = WEIGHTS["short_loss_weight"] * each[0] / len(each)
+        losses[f"loss_{name}_long"] = WEIGHTS["long_loss_weight"] * sum(each[1:], torch.tensor(0.0)) / len(each)
+    return {"loss": sum(losses.values()), **losses}
 
-    def losses(images: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        if bias is None:
-            return contrastive_losses(images, features, scale)
-        return sigmoid_losses(images, features, scale, bias)
 
-    if num_primary_components is None:
-        answer = losses(images, features)
-    else:
-        short = losses(primary_components(images, num_primary_components), features[:, :1])
-        answer = torch.cat([short, losses(images, features[:, 1:])])
-    return weighted_loss(answer, **WEIGHTS)
-
-
-def expected(options: dict[str, Any]) -> dict[str, torch.Tensor]:
+def expected(terms: dict[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Losses and gradients of the whole batch."""
-    towers = Towers()
-    bias = nn.Parameter(torch.tensor(-10.0)) if options["loss"] == "sigmoid" else None
-    loss = plain_loss(*towers(slice(None)), bias, options.get("num_primary_components"))
-    loss.loss.backward()
-    return results(loss, towers, bias)
+    towers, objective = Towers(), make(terms)
+    losses = plain_loss(objective, *towers())
+    losses["loss"].backward()
+    return results(losses, towers, objective)
 
 
-def results(loss: LoTLIPLoss, module: nn.Module, bias: nn.Parameter | None = None) -> dict[str, torch.Tensor]:
-    answers = {name: value.detach() for name, value in loss._asdict().items()}
-    answers |= {f"{name}.grad": p.grad for name, p in module.named_parameters()}
-    return answers if bias is None else {**answers, "bias.grad": bias.grad}
+def results(losses: dict[str, torch.Tensor], *modules: nn.Module) -> dict[str, torch.Tensor]:
+    answers = {name: value.detach() for name, value in losses.items()}
+    parameters = [pair for module in modules for pair in module.named_parameters()]
+    return answers | {f"{name}.grad": torch.zeros(()) if p.grad is None else p.grad for name, p in parameters}
 
 
 def assert_equal(answers: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -115,43 +138,56 @@ def assert_equal(answers: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 # One process
 
 
-@pytest.mark.parametrize("options", OBJECTIVES, ids=str)
-def test_tiles_are_the_plain_loss(options: dict[str, Any]) -> None:
-    towers, objective = Towers(), Objective(**options, **WEIGHTS)
-    loss = objective(*towers(slice(None)))
-    loss.loss.backward()
-    assert_equal(results(loss, towers, objective.logit_bias), expected(options))
+@pytest.mark.parametrize("terms", OBJECTIVES, ids=str)
+def test_tiles_are_the_plain_loss(terms: dict[str, dict[str, Any]]) -> None:
+    towers, objective = Towers(), make(terms)
+    losses = objective(*towers())
+    losses["loss"].backward()
+    assert next(iter(losses)) == "loss"
+    assert_equal(results(losses, towers, objective), expected(terms))
 
 
-@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
-def test_gradients_are_those_of_finite_differences(loss: str) -> None:
-    objective = Objective(loss, tile_size=2).double()
-    embeds = [torch.randn(shape, dtype=torch.double) for shape in ((3, 4), (3, 2, 4), (3, 1, 2, 4))]
-    inputs = [e.requires_grad_() for e in (*embeds, torch.tensor(1.5, dtype=torch.double))]
-    assert torch.autograd.gradcheck(lambda *args: objective(*args).loss, inputs)
+@pytest.mark.parametrize("term", [InfoNCE(tile_size=2), InfoNCE(tile_size=2, label_smoothing=0.1), Sigmoid()])
+def test_gradients_are_those_of_finite_differences(term: nn.Module) -> None:
+    objective = Objective({"one": term}).double()
+    names, shapes = ("image_embeds", "text_embeds", "corner_embeds"), ((3, 4), (3, 2, 4), (3, 1, 2, 4))
+    embeds = [torch.randn(shape, dtype=torch.double) for shape in shapes]
+    inputs = [e.requires_grad_() for e in (torch.tensor(1.5, dtype=torch.double), *embeds)]
+    function = lambda scale, *embeds: objective(dict(zip(names, embeds, strict=True)), scale)["loss"]  # noqa: E731
+    assert torch.autograd.gradcheck(function, inputs)
 
 
 def test_without_long_texts_or_corners() -> None:
-    images, texts, corners, scale = Towers()(slice(None))
-    for args in ((images, texts[:, :1], None), (images, texts, None), (images, texts, corners)):
-        loss = Objective(**WEIGHTS, tile_size=4)(*args, scale)
-        torch.testing.assert_close(loss.loss, plain_loss(*args, scale, None).loss, **TOLERANCE)
+    embeds, scale = Towers()()
+    objective = make({"infonce": {"tile_size": 4}})
+    images, texts = embeds["image_embeds"], embeds["text_embeds"]
+    for given in (
+        {"image_embeds": images, "text_embeds": texts[:, :1]},
+        {"image_embeds": images, "text_embeds": texts},
+    ):
+        assert_equal(objective(given, scale), plain_loss(objective, given, scale))
 
 
-@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
-def test_similarities_are_float32_under_autocast(loss: str) -> None:
-    objective = Objective(loss, tile_size=3)
-    exact = [embeds.detach().requires_grad_() for embeds in Towers()(slice(None))]
-    inputs = [embeds.detach().clone().requires_grad_() for embeds in exact]
-    expected = objective(*exact).loss
+@pytest.mark.parametrize("terms", [OBJECTIVES[2], OBJECTIVES[5], OBJECTIVES[7]], ids=str)
+def test_terms_are_float32_under_autocast(terms: dict[str, dict[str, Any]]) -> None:
+    """Also where a term takes what is half as long."""
+    objective = make(terms)
+    embeds, scale = Towers()()
+    exact = {
+        name: (value.detach().bfloat16() if value.is_floating_point() else value) for name, value in embeds.items()
+    }
+    half = {name: value.clone().requires_grad_(value.is_floating_point()) for name, value in exact.items()}
+    exact = {name: (value.float() if value.is_floating_point() else value) for name, value in exact.items()}
+    exact = {name: value.requires_grad_(value.is_floating_point()) for name, value in exact.items()}
+    expected = objective(exact, scale.detach())["loss"]
     expected.backward()
     with torch.autocast("cpu", torch.bfloat16):
-        answer = objective(*inputs).loss
+        answer = objective(half, scale.detach())["loss"]
     answer.backward()
     assert answer.dtype == torch.float32
-    torch.testing.assert_close(answer, expected, **TOLERANCE)
-    for autocast, without in zip(inputs, exact, strict=True):
-        torch.testing.assert_close(autocast.grad, without.grad, **TOLERANCE)
+    assert torch.equal(answer, expected)
+    for name in objective.needs - {"tags"}:
+        torch.testing.assert_close(half[name].grad.float(), exact[name].grad, rtol=0.01, atol=0.01)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -177,30 +213,29 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self.known.pop(key)
 
 
-@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
-def test_tiles_hold_no_matrix_of_the_batch(loss: str) -> None:
-    """Neither forward nor backward."""
+@pytest.mark.parametrize("options", [{"infonce": {"label_smoothing": 0.1}}, {"sigmoid": {}}], ids=str)
+def test_tiles_hold_no_matrix_of_the_batch(options: dict[str, dict[str, Any]]) -> None:
+    """Neither forward nor backward, nor with smoothed labels."""
     batch_size, num_sets, width = 192, 5, 4
-    args = (torch.randn(batch_size, width, requires_grad=True), torch.randn(batch_size, num_sets, width))
+    images, texts = torch.randn(batch_size, width, requires_grad=True), torch.randn(batch_size, num_sets, width)
+    embeds = {"image_embeds": images, "text_embeds": texts}
 
     def most(function: Any) -> int:
-        with LiveBytes(*args) as mode:
-            function(*args, None, torch.tensor(2.0)).loss.backward()
+        with LiveBytes(images, texts) as mode:
+            function(embeds, torch.tensor(2.0))["loss"].backward()
         return mode.most
 
     matrix = 4 * batch_size**2  # bytes
-    assert most(Objective(loss, tile_size=16)) < matrix
-    assert most(lambda *args: plain_loss(*args, None)) >= num_sets * matrix
-
-
-def test_an_unknown_loss() -> None:
-    with pytest.raises(ValueError, match="loss"):
-        Objective("triplet")  # pyright: ignore[reportArgumentType]
+    (name,) = options
+    assert most(make({name: {"tile_size": 16, **options[name]}})) < matrix
+    assert most(partial(plain_loss, make(options))) >= num_sets * matrix
 
 
 def test_as_many_images_as_texts() -> None:
-    with pytest.raises(ValueError, match="images"):
-        Objective()(torch.eye(2, 4), torch.zeros(3, 1, 4), None, torch.tensor(1.0))
+    with pytest.raises(ValueError, match="image_embeds"):
+        make({"infonce": {}})(
+            {"image_embeds": torch.eye(2, 4), "text_embeds": torch.zeros(3, 1, 4)}, torch.tensor(1.0)
+        )
 
 
 def test_logit_scale_is_clamped_at_ln_100() -> None:
@@ -217,30 +252,31 @@ def test_logit_scale_is_clamped_at_ln_100() -> None:
 SPLITS = {2: [8, 5], 4: [5, 0, 1, 7]}  # of the 13 samples: the last batch is seldom even
 
 
-def own_share(split: list[int], options: dict[str, Any]) -> dict[str, torch.Tensor]:
-    towers, objective = Towers(), Objective(**options, **WEIGHTS)
+def own_share(split: list[int], terms: dict[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
+    towers, objective = Towers(), make(terms)
     start = sum(split[: rank()])
-    loss = objective(*towers(slice(start, start + split[rank()])))
-    loss.loss.backward()
-    return results(loss, towers, objective.logit_bias)
+    losses = objective(*towers(slice(start, start + split[rank()])))
+    losses["loss"].backward()
+    return results(losses, towers, objective)
 
 
 def shares(split: list[int]) -> list[dict[str, torch.Tensor]]:
     """A process's answers with each of the objectives."""
-    return [own_share(split, options) for options in OBJECTIVES]
+    return [own_share(split, terms) for terms in OBJECTIVES]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_the_mean_over_processes_is_the_plain_loss(num_processes: int, tmp_path: Path) -> None:
     answers = run_processes(shares, num_processes, tmp_path, SPLITS[num_processes])
-    for i, options in enumerate(OBJECTIVES):
+    for i, terms in enumerate(OBJECTIVES):
         of_processes = [answer[i] for answer in answers]
         mean = {name: torch.stack([a[name] for a in of_processes]).mean(0) for name in of_processes[0]}
-        if "bias.grad" in mean:  # averaged by the objective: every process has the mean
-            for answer in of_processes:
-                torch.testing.assert_close(answer["bias.grad"], mean["bias.grad"])
-        assert_equal(mean, expected(options))
+        for name in mean:
+            if name.startswith("terms."):  # averaged by the objective: every process has the mean
+                for answer in of_processes:
+                    torch.testing.assert_close(answer[name], mean[name])
+        assert_equal(mean, expected(terms))
 
 
 def order_of_a_step(dtype: torch.dtype) -> list[str]:
@@ -267,10 +303,10 @@ def order_of_a_step(dtype: torch.dtype) -> list[str]:
         for parameter in tower.parameters():
             parameter.register_hook(lambda gradient, name=name: events.append(name))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss = batch_loss(model, batch, Objective())
+        losses = batch_loss(model, batch, make({"infonce": {}}))
     dist.all_reduce = recorded
     try:
-        loss.loss.backward()
+        losses["loss"].backward()
     finally:
         dist.all_reduce = all_reduce
     return events
@@ -310,41 +346,51 @@ def tiny_batch(batch_size: int) -> dict[str, Any]:
     batch = {"input_ids": tiny.input_ids(batch_size, 5), "long_input_ids": tiny.input_ids(batch_size, 2, 8)}
     masks = {name.replace("input_ids", "attention_mask"): torch.ones_like(ids) for name, ids in batch.items()}
     batch |= masks | {"pixel_values": tiny.pixel_values(batch_size)}
-    return {**batch, "ids": [str(i) for i in range(batch_size)], "return_loss": True}
+    tags = torch.arange(batch_size) % 3 + 1  # which no model takes
+    return {**batch, "tags": tags, "ids": [str(i) for i in range(batch_size)], "return_loss": True}
 
 
 def part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     return {name: value if name == "return_loss" else value[start:stop] for name, value in batch.items()}
 
 
-def chunked_plain(model: LoTLIPModel, batch: dict[str, Any], bounds: list[int], objective: Objective) -> LoTLIPLoss:
+CACHED = [{"infonce": {"label_smoothing": 0.1}}, {"sigmoid": {}}, {"infonce": {}, "guess": {"projection_dim": 24}}]
+
+
+def chunked_plain(
+    model: LoTLIPModel, batch: dict[str, Any], bounds: list[int], objective: Objective
+) -> dict[str, torch.Tensor]:
     """The loss of all chunks' embeddings with the graphs of all chunks kept: dropout draws as with the cache."""
     torch.manual_seed(4)
-    chunks = [embed(model, part(batch, *chunk)) for chunk in zip(bounds[:-1], bounds[1:], strict=True)]
-    return objective(*(torch.cat(parts) for parts in zip(*chunks, strict=True)), model.logit_scale.exp())
+    chunks = [
+        embed(model, part(batch, *chunk), objective.needs) for chunk in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+    return objective(
+        {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}, model.logit_scale.exp()
+    )
 
 
 @pytest.mark.parametrize("with_accelerator", [False, True])
-@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("terms", CACHED, ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_cached_gradients_are_the_plain_ones(dropout: float, loss: str, with_accelerator: bool) -> None:
-    batch, objective = tiny_batch(7), Objective(loss, **WEIGHTS)
+def test_cached_gradients_are_the_plain_ones(
+    dropout: float, terms: dict[str, dict[str, Any]], with_accelerator: bool
+) -> None:
+    batch, objective = tiny_batch(7), make(terms)
     model = tiny_model(dropout)
     plain = chunked_plain(model, batch, [0, 1, 3, 5, 7], objective)
-    plain.loss.backward()
-    answer = results(plain, model, objective.logit_bias)
+    plain["loss"].backward()
+    answer = results(plain, model, objective)
     if not dropout:
-        assert_equal(
-            {k: v for k, v in answer.items() if "grad" not in k}, batch_loss(model, batch, objective)._asdict()
-        )
+        assert_equal(batch_loss(model, batch, objective), plain)
 
-    model, objective = tiny_model(dropout), Objective(loss, **WEIGHTS)
+    model, objective = tiny_model(dropout), make(terms)
     accelerator = Accelerator(cpu=True) if with_accelerator else None
     prepared = model if accelerator is None else accelerator.prepare(model)
     torch.manual_seed(4)
     cached = cached_backward(prepared, batch, 2, objective, accelerator)
-    assert not cached.loss.requires_grad
-    assert_equal(results(cached, model, objective.logit_bias), answer)
+    assert not cached["loss"].requires_grad
+    assert_equal(results(cached, model, objective), answer)
     after = torch.get_rng_state()
     chunked_plain(tiny_model(dropout), batch, [0, 1, 3, 5, 7], objective)
     assert torch.equal(torch.get_rng_state(), after)  # it drew what one pass draws
@@ -352,23 +398,37 @@ def test_cached_gradients_are_the_plain_ones(dropout: float, loss: str, with_acc
 
 def test_every_form_of_a_batch() -> None:
     model, batch = tiny_model(), tiny_batch(3)
-    short, long = embed(model, {**batch, "long_input_ids": None, "long_attention_mask": None}), embed(model, batch)
-    assert short.text_embeds.shape == (3, 1, 24)
-    assert short.corner_embeds is None
-    assert long.text_embeds.shape == (3, 3, 24)
-    assert long.corner_embeds.shape == (3, 2, 2, 24)
-    torch.testing.assert_close(long.text_embeds[:, :1], short.text_embeds, **TOLERANCE)
+    names = {"image_embeds", "text_embeds", "corner_embeds"}
+    short = embed(model, {**batch, "long_input_ids": None, "long_attention_mask": None}, names)
+    long = embed(model, batch, names)
+    assert short["text_embeds"].shape == (3, 1, 24)
+    assert short.keys() == names - {"corner_embeds"}
+    assert long["text_embeds"].shape == (3, 3, 24)
+    assert long["corner_embeds"].shape == (3, 2, 2, 24)
+    torch.testing.assert_close(long["text_embeds"][:, :1], short["text_embeds"], **TOLERANCE)
     together = {"input_ids": batch["long_input_ids"], "pixel_values": batch["pixel_values"]}
-    all_texts = embed(model, together)
-    torch.testing.assert_close(all_texts.text_embeds, long.text_embeds[:, 1:], **TOLERANCE)
-    torch.testing.assert_close(all_texts.corner_embeds, long.corner_embeds[:, 1:], **TOLERANCE)
+    all_texts = embed(model, together, names)
+    torch.testing.assert_close(all_texts["text_embeds"], long["text_embeds"][:, 1:], **TOLERANCE)
+    torch.testing.assert_close(all_texts["corner_embeds"], long["corner_embeds"][:, 1:], **TOLERANCE)
     for form in (batch, together):
-        loss = model(**{name: value for name, value in form.items() if name != "ids"} | {"return_loss": True}).loss
-        torch.testing.assert_close(batch_loss(model, form, Objective()).loss, loss, **TOLERANCE)
+        loss = model(**{name: form[name] for name in form if name not in ("ids", "tags")} | {"return_loss": True}).loss
+        answer = batch_loss(model, form, Objective({"infonce": InfoNCE()}))["loss"]
+        torch.testing.assert_close(answer, loss, **TOLERANCE)
+
+
+def test_the_model_computes_what_is_needed() -> None:
+    model, batch = tiny_model(), tiny_batch(3)
+    asked: list[dict[str, Any]] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs), with_kwargs=True)
+    embeds = embed(model, batch, {"text_embeds", "tags", "corner_embeds"})
+    assert embeds.keys() == {"text_embeds", "tags", "corner_embeds"}
+    assert embed(model, batch, {"image_embeds"}).keys() == {"image_embeds"}
+    assert [each["output_corner_embeds"] for each in asked] == [True, False]
+    assert all(each["pooled_only"] and "tags" not in each and not each["return_loss"] for each in asked)
 
 
 def test_cached_gradients_are_added() -> None:
-    model, batch, objective = tiny_model(), tiny_batch(4), Objective()
+    model, batch, objective = tiny_model(), tiny_batch(4), make({"infonce": {}})
     cached_backward(model, batch, 3, objective)
     once = {name: p.grad.clone() for name, p in model.named_parameters()}
     cached_backward(model, batch, 3, objective)
@@ -380,16 +440,16 @@ def test_cached_gradients_of_locked_parameters() -> None:
     model, batch = tiny_model(), tiny_batch(4)
     model.vision_model.requires_grad_(False)
     model.logit_scale.requires_grad_(False)
-    cached_backward(model, batch, 2, Objective())
+    cached_backward(model, batch, 2, make({"infonce": {}}))
     answers = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert model.logit_scale.grad is None
     model.zero_grad()
-    batch_loss(model, batch, Objective()).loss.backward()
+    batch_loss(model, batch, make({"infonce": {}}))["loss"].backward()
     assert_equal(answers, {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
 
 
 def test_cached_gradients_under_autocast() -> None:
-    batch, objective = tiny_batch(4), Objective()
+    batch, objective = tiny_batch(4), make({"infonce": {}})
     answers = []
     for cached in (False, True):
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
@@ -397,12 +457,12 @@ def test_cached_gradients_under_autocast() -> None:
         # within a caller's autocast, which caches the weights' casts, too
         with accelerator.autocast():
             if cached:
-                loss = cached_backward(model, batch, 2, objective, accelerator)
+                losses = cached_backward(model, batch, 2, objective, accelerator)
             else:
-                loss = batch_loss(model, batch, objective)
+                losses = batch_loss(model, batch, objective)
         if not cached:
-            accelerator.backward(loss.loss)
-        answers.append(results(loss, accelerator.unwrap_model(model)))
+            accelerator.backward(losses["loss"])
+        answers.append(results(losses, accelerator.unwrap_model(model)))
     plain, cached = (torch.cat([value.flatten() for value in answer.values()]) for answer in answers)
     assert (cached - plain).norm() <= 0.03 * plain.norm()  # bfloat16 has 8 bits
 
@@ -411,22 +471,25 @@ def test_a_callers_autocast_is_not_for_the_loss() -> None:
     """The gradients that the embeddings get are float32's."""
     seen, gradients = [], {}
 
-    def loss_function(*embeds: torch.Tensor) -> LoTLIPLoss:
-        for i, value in enumerate(embeds[:3]):
-            value.register_hook(lambda gradient, i=i: gradients.__setitem__(i, gradient))
-        seen.extend(embeds)
-        return Objective()(*embeds)
+    class Seen(Objective):
+        def forward(self, embeds: Any, logit_scale: torch.Tensor) -> dict[str, torch.Tensor]:
+            for name, value in embeds.items():
+                value.register_hook(lambda gradient, name=name: gradients.__setitem__(name, gradient))
+            seen.append((embeds, logit_scale))
+            return super().forward(embeds, logit_scale)
 
     with torch.autocast("cpu", torch.bfloat16):
-        cached_backward(tiny_model(), tiny_batch(4), 2, loss_function)
-    leaves = [value.detach().requires_grad_() for value in seen]
-    Objective()(*leaves).loss.backward()
-    for i, leaf in enumerate(leaves[:3]):
-        torch.testing.assert_close(gradients[i], leaf.grad, **TOLERANCE)
+        cached_backward(tiny_model(), tiny_batch(4), 2, Seen({"infonce": InfoNCE()}))
+    embeds, scale = seen[0]
+    leaves = {name: value.detach().requires_grad_() for name, value in embeds.items()}
+    Objective({"infonce": InfoNCE()})(leaves, scale.detach())["loss"].backward()
+    assert gradients.keys() == leaves.keys()
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(gradients[name], leaf.grad, **TOLERANCE)
 
 
 def test_accumulated_steps_are_a_mean() -> None:
-    batch, objective = tiny_batch(4), Objective()
+    batch, objective = tiny_batch(4), make({"infonce": {}})
     model = tiny_model()
     cached_backward(model, batch, 2, objective)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -443,11 +506,14 @@ def _fresh_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+CACHED_TOGETHER = {"sigmoid": {}, "guess": {"projection_dim": 24}}
+
+
 def of_processes(split: list[int], chunk_size: int, batch_size: int) -> dict[str, torch.Tensor]:
     """A process's cached gradients; `DistributedDataParallel` has averaged them."""
     start = sum(split[: rank()])
     batch = part(tiny_batch(batch_size), start, start + split[rank()])
-    objective = Objective("sigmoid", **WEIGHTS)
+    objective = make(CACHED_TOGETHER)
     wrapped = DistributedDataParallel(tiny_model())
     synchronised, forwards = [], []
     wrapped.register_forward_hook(lambda *_: forwards.append(1))
@@ -455,21 +521,21 @@ def of_processes(split: list[int], chunk_size: int, batch_size: int) -> dict[str
     for step in range(2):  # the second step finds what the first left
         wrapped.zero_grad()
         objective.zero_grad()
-        loss = cached_backward(wrapped, batch, chunk_size, objective)
+        losses = cached_backward(wrapped, batch, chunk_size, objective)
         assert len(synchronised) == step + 1  # once, not with every chunk
         assert len(forwards) == (step + 1) * 2 * max(split)  # as often on every process, whatever its share
-    return results(loss, wrapped.module, objective.logit_bias)
+    return results(losses, wrapped.module, objective)
 
 
 @pytest.mark.slow
 def test_cached_gradients_of_two_processes(tmp_path: Path) -> None:
     """In chunks of 1 the second process has one sample for the first one's four chunks."""
-    model, objective = tiny_model(), Objective("sigmoid", **WEIGHTS)
+    model, objective = tiny_model(), make(CACHED_TOGETHER)
     plain = batch_loss(model, tiny_batch(5), objective)
-    plain.loss.backward()
+    plain["loss"].backward()
     answers = run_processes(of_processes, 2, tmp_path, [4, 1], 1, 5)
     mean = {name: (answers[0][name] + answers[1][name]) / 2 for name in answers[0]}
-    assert_equal(mean, results(plain, model, objective.logit_bias))
+    assert_equal(mean, results(plain, model, objective))
     for name in mean:
         if "grad" in name:
             torch.testing.assert_close(answers[0][name], answers[1][name])
@@ -477,7 +543,7 @@ def test_cached_gradients_of_two_processes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_memory_of_a_chunk_is_enough() -> None:
-    model, objective = tiny_model(), Objective()
+    model, objective = tiny_model(), make({"infonce": {}})
     cached_backward(model, tiny_batch(2), 2, objective)  # the parameters' gradients are there already
 
     def most(batch_size: int, cached: bool) -> int:
@@ -486,7 +552,7 @@ def test_the_memory_of_a_chunk_is_enough() -> None:
             if cached:
                 cached_backward(model, batch, 2, objective)
             else:
-                batch_loss(model, batch, objective).loss.backward()
+                batch_loss(model, batch, objective)["loss"].backward()
         return mode.most
 
     # a batch of 32 costs what one of 4 does, its embeddings (10 features of 24 floats, with gradients and copies) and

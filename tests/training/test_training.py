@@ -58,6 +58,7 @@ from lotlip_hf.training.loop import Interrupted, NonFiniteLossError, train
 from lotlip_hf.training.model import load_or_start_model
 from lotlip_hf.training.objective import Objective, batch_loss
 from lotlip_hf.training.optim import freeze
+from lotlip_hf.training.terms.infonce import InfoNCE
 from lotlip_hf.training.validation import validate
 from processes import TIME_LIMIT, Ended, Started
 from scripts import REPOSITORY, load_script
@@ -341,7 +342,7 @@ KILLED = {
         "log_steps": 3,
         "warmup_steps": 2,
     },
-    "workers": {"data": "records", "num_workers": 2, "loss": "sigmoid", "drop_last": True},
+    "workers": {"data": "records", "num_workers": 2, "terms": "sigmoid", "drop_last": True},
     "stream, workers": {"data": "shards", "shuffle_buffer": 5, "num_workers": 2, "log_steps": 5},
 }
 # One after the other; the first is before there is a checkpoint.
@@ -451,7 +452,7 @@ SHARED = {
         "max_steps": 4,
         "warmup_steps": 2,
     },
-    "sigmoid": {"loss": "sigmoid", "learning_rate": 1e-2, "text_learning_rate": 1e-3},
+    "sigmoid": {"terms": "sigmoid", "learning_rate": 1e-2, "text_learning_rate": 1e-3},
     "locked": {"lock_vision": True, "ema_decay": 0.8},
     "short captions alone": {"num_long_texts": 0},
     "dinov2": {"model": "dinov2", "max_steps": 4},
@@ -483,7 +484,9 @@ def test_two_processes_train_as_one(kind: str, start: Path, tmp_path: Path) -> N
                 others[key], tensor, atol=1e-5, rtol=0, msg=lambda text, key=key: f"{key} {text}"
             )
     if kind == "sigmoid":
-        biases = [torch.load(path / "state" / "objective.pt")["logit_bias"].item() for path in (first, second)]
+        biases = [
+            torch.load(path / "state" / "objective.pt")["terms.sigmoid.logit_bias"].item() for path in (first, second)
+        ]
         assert biases[1] == pytest.approx(biases[0], abs=1e-6)
         assert abs(biases[0] + 10) > 0.005  # it is trained
 
@@ -1044,15 +1047,17 @@ def test_a_locked_tower_stays_bit_for_bit(backbone: str, unlocked: int, start: P
 
 
 @pytest.mark.parametrize("backbone", tiny.VISION_BACKBONES)
-@pytest.mark.parametrize("num_long_texts", [0, 2])
-def test_every_trained_parameter_has_a_gradient(backbone: str, num_long_texts: int) -> None:
+@pytest.mark.parametrize(("num_long_texts", "without"), [(0, set()), (2, set()), (2, {"corner_embeds"})])
+def test_every_trained_parameter_has_a_gradient(backbone: str, num_long_texts: int, without: set[str]) -> None:
     """One without a gradient stops `DistributedDataParallel`."""
     model = LoTLIPModel(tiny.config("bert", backbone))
-    freeze(model, TrainingConfig(num_long_texts=num_long_texts))
+    objective = Objective({"infonce": InfoNCE()})
+    objective.needs -= without
+    freeze(model, TrainingConfig(num_long_texts=num_long_texts), objective.needs)
     batch = {"input_ids": tiny.input_ids(3, 5), "pixel_values": tiny.pixel_values(3)}
     if num_long_texts:
         batch["long_input_ids"] = tiny.input_ids(3, num_long_texts, 8)
-    batch_loss(model, batch, Objective()).loss.backward()
+    batch_loss(model, batch, objective)["loss"].backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -1129,7 +1134,9 @@ def test_what_is_written_and_when(start: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 10]
     assert [line["step"] for line in lines if "long_image_to_text_r1" in line] == [4, 8, 10]
     assert all(
-        line["loss"] == pytest.approx(line["loss_short"] + line["loss_long"]) for line in lines if "loss" in line
+        line["loss"] == pytest.approx(line["loss_infonce_short"] + line["loss_infonce_long"])
+        for line in lines
+        if "loss" in line
     )
     names = {
         f"{kind}_{way}_r{k}"

@@ -45,7 +45,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
         (["--num-epochs", "0"], "num_epochs"),
         (["--beta1", "1"], "beta1"),
         (["--ema-decay", "1.5"], "ema_decay"),
-        (["--short-loss-weight", "-1"], "short_loss_weight"),
+        (["--term-options", "infonce.short_loss_weight=-1"], "short_loss_weight"),
         (["--mapping", "nope"], "mapping"),
         (["--captioners", "1", "1"], "captioners"),
         (["--warmup-steps", "5", "--max-steps", "3"], "warmup_steps"),
@@ -82,7 +82,7 @@ def test_a_resumed_run_goes_on_with_its_own_options(tmp_path: Path, monkeypatch:
     # the same once more is no change, not even from a file that is not in the run's folder
     file = write(tmp_path / "train.yaml", "batch_size: 8\noutput: run\n")
     assert parse_arguments(["--config", file, "--resume"]).batch_size == 8
-    for flag, value in (("--batch-size", "9"), ("--seed", "1"), ("--ema-decay", "0.5")):
+    for flag, value in (("--batch-size", "9"), ("--seed", "1"), ("--ema-decay", "0.5"), ("--terms", "sigmoid")):
         with pytest.raises(ValueError, match=flag[2:].replace("-", "_")):
             parse_arguments(["--resume", flag, value])
     first.resume, first.learning_rate = True, 1.0

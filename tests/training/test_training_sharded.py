@@ -28,12 +28,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.distributed import rank, world_size
 from lotlip_hf.scenes.dataset import scenes_dataset
-from lotlip_hf.training import loop
 from lotlip_hf.training.config import TrainingConfig, parse_arguments
 from lotlip_hf.training.log import LOG_NAME
 from lotlip_hf.training.loop import train
 from lotlip_hf.training.model import load_or_start_model
+from lotlip_hf.training.objective import Objective
+from lotlip_hf.training.terms import TERMS
 from processes import run_processes
+from tiny_terms import Guess
 
 pytestmark = pytest.mark.slow
 
@@ -56,9 +58,15 @@ RUN = {
 }
 # Each is trained by one process and by two.
 RUNS: dict[str, dict[str, Any]] = {
-    "plain": {"save_steps": 2},
-    "cached": {"loss": "sigmoid", "grad_cache_chunk": 3, "gradient_accumulation_steps": 2, "max_steps": 2},
+    "plain": {"save_steps": 2, "terms": ["infonce", "guess:0.5"]},
+    "cached": {
+        "terms": ["sigmoid", "guess:0.5"],
+        "grad_cache_chunk": 3,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+    },
     "locked": {
+        "terms": ["guess", "infonce"],
         "lock_vision": True,
         "unlocked_vision_layers": 1,
         "text_learning_rate": 1e-4,
@@ -75,6 +83,7 @@ NOT_SUPPORTED = {
 }
 
 
+@mock.patch.dict(TERMS, {"guess": Guess})
 def run(checkpoint: Path, output: Path, options: dict[str, Any]) -> None:
     """A run without dropout, so that it does not depend on how many processes share it."""
     config = TrainingConfig(
@@ -174,6 +183,7 @@ class Payload:
         return os.makedirs, (str(self.marker), 0o777, True)
 
 
+@mock.patch.dict(TERMS, {"guess": Guess})
 def resumed(folder: str) -> None:
     with (
         mock.patch.dict(os.environ, {**launched(), **FSDP}),
@@ -205,7 +215,7 @@ def sharded(checkpoint: str, folder: str) -> dict[str, Any]:
         for name, options in RUNS.items():
             run(source, output / name, options)
             answers[f"{name} whole"] = answers["whole"]
-        run(source, output / "bf16", {"mixed_precision": "bf16", "max_steps": 2})
+        run(source, output / "bf16", {**RUNS["plain"], "mixed_precision": "bf16", "max_steps": 2})
 
         # the last checkpoint is lost
         if rank() == 0:
@@ -240,8 +250,9 @@ def test_a_sharded_run_is_that_of_one_process(
 
 def test_all_but_scalars_is_sharded_layer_by_layer(two_processes: tuple[Path, dict[str, Any]]) -> None:
     answers = two_processes[1]
-    assert answers["plain whole"] == ["logit_scale"]
-    assert answers["cached whole"] == ["logit_scale", "logit_bias"]
+    guess, bias = "objective.terms.guess.map.weight", "objective.terms.sigmoid.logit_bias"
+    assert answers["plain whole"] == ["logit_scale", guess]
+    assert answers["cached whole"] == ["logit_scale", bias, guess]
     assert len(answers["units"]) > 2
     assert all(answers["units"])
 
@@ -321,15 +332,16 @@ def test_bfloat16_trains_with_losses_in_float32(
     cached: dict[str, Any], one_process: Path, official_checkpoint: Path, tmp_path: Path
 ) -> None:
     dtypes: set[torch.dtype] = set()
-    forward = loop.Objective.forward
+    forward = Objective.forward
 
     def look(*args: Any) -> Any:
         answer = forward(*args)
-        dtypes.add(answer.loss.dtype)
+        dtypes.update(value.dtype for value in answer.values())
         return answer
 
-    with mock.patch.object(loop.Objective, "forward", look):
-        run(official_checkpoint, tmp_path / "run", {"mixed_precision": "bf16", "max_steps": 2, **cached})
+    with mock.patch.object(Objective, "forward", look):
+        options = {"mixed_precision": "bf16", "max_steps": 2, "terms": RUNS["plain"]["terms"], **cached}
+        run(official_checkpoint, tmp_path / "run", options)
     assert dtypes == {torch.float32}
     exact, near = (
         [line["loss"] for line in log(folder) if "loss" in line][:2]

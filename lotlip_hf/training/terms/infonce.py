@@ -1,0 +1,91 @@
+"""The paper's term: symmetric InfoNCE of the images with the short and the long texts."""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ...distributed import max_over_ranks, sum_over_ranks
+from .pairs import TILE_SIZE, Pairs, Sets
+
+
+class InfoNCE(Pairs):
+    """
+    LoTLIP's loss. Text-to-image sums are complete on a process; image-to-text sums are all-reduced.
+
+    Args:
+        short_loss_weight, long_loss_weight, tile_size: see [`Pairs`].
+        label_smoothing (`float`, *optional*, defaults to 0.0): share of the target that is spread evenly over the
+            batch, as in `torch.nn.functional.cross_entropy`. Long-CLIP trains with 0.1.
+    """
+
+    def __init__(
+        self,
+        short_loss_weight: float = 1.0,
+        long_loss_weight: float = 1.0,
+        tile_size: int = TILE_SIZE,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(short_loss_weight, long_loss_weight, tile_size)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"`label_smoothing` must be at least 0 and below 1, got {label_smoothing}.")
+        self.label_smoothing = label_smoothing
+
+    def sums(self, image_sets: Sets, text_sets: Sets, own: slice) -> torch.Tensor:
+        """See [`Pairs.sums`]."""
+        per_image, per_text, matches = [], [], []
+        for images, texts in zip(image_sets, text_sets, strict=True):
+            image_sums, text_sums = _LogSumExps.apply(images, texts, self.tile_size)  # pyright: ignore[reportGeneralTypeIssues]
+            per_image.append(image_sums)
+            per_text.append(text_sums)
+            match = (images[own] * texts).sum()
+            if self.label_smoothing:  # the sum of all similarities needs no tile
+                spread = (images.sum(0) * texts.sum(0)).sum() / len(images)
+                match = (1 - self.label_smoothing) * match + self.label_smoothing * spread
+            matches.append(match)
+        # what the images make of the texts of the other processes
+        own_sums = torch.stack(per_image)  # [K, N]
+        largest = max_over_ranks(own_sums)
+        image_sums = largest + sum_over_ranks((own_sums - largest).exp()).log()
+        return (image_sums[:, own].sum(1) + torch.stack(per_text).sum(1)) / 2 - torch.stack(matches)
+
+
+class _LogSumExps(torch.autograd.Function):
+    """[N], [b]: the logarithms of the sums over the rows and over the columns of exp(images @ texts.t()), in tiles."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, images: torch.Tensor, texts: torch.Tensor, tile_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.tile_size = tile_size
+        per_image, per_text = [], []
+        for image_tile in images.split(tile_size):
+            # one tile serves both directions: its rows are a part of the images' sums, its columns of the texts'
+            sums = [_log_sum_exps(image_tile @ text_tile.t()) for text_tile in texts.split(tile_size)]
+            per_image.append(torch.stack([rows for rows, _ in sums]).logsumexp(0))
+            per_text.append(torch.cat([columns for _, columns in sums]))
+        answers = torch.cat(per_image), torch.stack(per_text).logsumexp(0)
+        ctx.save_for_backward(images, texts, *answers)
+        return answers
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        images, texts, *sums = ctx.saved_tensors
+        image_grads, text_grads = torch.zeros_like(images), torch.zeros_like(texts)
+        with torch.autocast(images.device.type, enabled=False):
+            of_images = [part.split(ctx.tile_size) for part in (images, image_grads, sums[0], grads[0])]
+            of_texts = [part.split(ctx.tile_size) for part in (texts, text_grads, sums[1], grads[1])]
+            for image_tile, image_grad, image_sums, image_weights in zip(*of_images, strict=True):
+                for text_tile, text_grad, text_sums, text_weights in zip(*of_texts, strict=True):
+                    tile = image_tile @ text_tile.t()
+                    # the derivative of a sum's logarithm is the softmax
+                    grad = (tile - image_sums.unsqueeze(1)).exp_().mul_(image_weights.unsqueeze(1))
+                    grad += tile.sub_(text_sums).exp_().mul_(text_weights)
+                    image_grad.addmm_(grad, text_tile)
+                    text_grad.addmm_(grad.t(), image_tile)
+        return image_grads, text_grads, None
+
+
+def _log_sum_exps(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return logits.logsumexp(1), logits.logsumexp(0)
