@@ -1,10 +1,11 @@
 """Retrieval on held-out records, measured while a model is trained."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -55,14 +56,7 @@ def validate(
         chosen = records.select(range(min(config.eval_samples, len(records))))
     if len(chosen) < num_processes:
         raise ValueError(f"{len(chosen)} records to evaluate on are fewer than the {num_processes} processes.")
-    captioner = config.captioners[0] if config.captioners else None
-    sampling = CaptionSampling(
-        num_long_texts=1,
-        num_sentences=None,
-        captioners=None if captioner is None else (captioner,),
-        splitter=config.splitter,
-    )
-    collator = LoTLIPCollator(processor, sampling, on_error=config.on_error)
+    collate = whole_captions(processor, config.sampling(), config.on_error)
     # as many batches on every process, for a wrapper may communicate in each
     part = np.array_split(np.arange(len(chosen)), num_processes)[rank]
     num_batches = min(
@@ -73,7 +67,7 @@ def validate(
     for rows in np.array_split(part, num_batches):
         batch, error = {}, None
         try:
-            batch = collator([_with_one_caption(chosen[int(row)], captioner) for row in rows])
+            batch = collate([chosen[int(row)] for row in rows])
         except Exception as caught:  # the other processes wait in the forward pass
             error = caught
         raise_on_all_ranks(error, device)
@@ -82,15 +76,33 @@ def validate(
             outputs = model(**batch)
         images.append(outputs.image_embeds.float())
         texts.append(outputs.text_embeds.float())  # [B, 2, dim], the short text first
-    image_embeds, text_embeds = gather(torch.cat(images)), gather(torch.cat(texts))
-    values = {}
-    for number, kind in ((1, "long"), (0, "short")):
-        found = recalls(image_embeds, text_embeds[:, number])
-        values |= {f"{kind}_{name}": value for name, value in found.items()}
-    return values
+    return short_and_long_recalls(gather(torch.cat(images)), gather(torch.cat(texts)))
+
+
+def whole_captions(
+    processor: LoTLIPProcessor, sampling: CaptionSampling, on_error: Literal["raise", "skip"] = "raise"
+) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+    """A collator for evaluation: each record's short caption, and its first long caption, whole."""
+    captioner = sampling.captioners[0] if sampling.captioners else None
+    captioners = None if captioner is None else (captioner,)
+    whole = CaptionSampling(num_long_texts=1, num_sentences=None, captioners=captioners, splitter=sampling.splitter)
+    return partial(_collate, LoTLIPCollator(processor, whole, on_error=on_error), captioner)
+
+
+def _collate(collator: LoTLIPCollator, captioner: int | None, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return collator([_with_one_caption(record, captioner) for record in records])
 
 
 def _with_one_caption(record: Mapping[str, Any], captioner: int | None) -> Mapping[str, Any]:
     """The record with its first long caption alone, unless a `captioner` is chosen."""
     captions = record["long_captions"]
     return {**record, "long_captions": captions[:1]} if captioner is None and isinstance(captions, list) else record
+
+
+def short_and_long_recalls(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> dict[str, float]:
+    """Recalls of images [N, dim] by their short and long texts [N, 2, dim]: `short_image_to_text_r1` and so on."""
+    return {
+        f"{kind}_{name}": value
+        for number, kind in ((1, "long"), (0, "short"))
+        for name, value in recalls(image_embeds, text_embeds[:, number]).items()
+    }
