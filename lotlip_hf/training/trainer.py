@@ -89,6 +89,7 @@ class LoTLIPTrainer(Trainer):
         )
         self.objective.to(self.args.device)
         self.grad_cache_chunk = grad_cache_chunk
+        self._weights = set(self.model.state_dict())
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
         collator = self.data_collator
@@ -146,6 +147,8 @@ class LoTLIPTrainer(Trainer):
         return super()._clip_grad_norm(self._with_objective(model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:  # under FSDP the model holds the objective's parameters too
+            state_dict = {name: weight for name, weight in state_dict.items() if name in self._weights}
         super()._save(output_dir, state_dict)
         if self.args.should_save and (state := self.objective.state_dict()):
             save_file(state, Path(output_dir or self.args.output_dir or "", OBJECTIVE_NAME))

@@ -1,27 +1,26 @@
 """`LoTLIPTrainer` against the training loop, the model's own loss and itself: cached, resumed, in two processes."""
 
-import json
 import math
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
-from torch import nn
+from test_training_sharded import FSDP, launched, start_state
 from transformers import AutoModel, AutoProcessor, TrainingArguments
 
 from lotlip_hf import LoTLIPModel, LoTLIPTrainer
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.sampling import CaptionSampling
-from lotlip_hf.distributed import rank, world_size
+from lotlip_hf.distributed import world_size
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.training.batches import EpochBatches
 from lotlip_hf.training.config import TrainingConfig
@@ -52,17 +51,7 @@ def records() -> Dataset:
 
 
 def load_model(checkpoint: Path | str) -> LoTLIPModel:
-    """Without dropout, so that a loss in training is that of the same weights in evaluation."""
-    model = AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    # of BERT's fused attention, which has no such module
-    model.text_model.backbone.config.attention_probs_dropout_prob = 0.0
-    for module in model.text_model.modules():
-        if hasattr(module, "dropout") and isinstance(module.dropout, float):
-            module.dropout = 0.0
-    return model
+    return AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
 
 
 def make(
@@ -121,11 +110,11 @@ def whole_loss(model: LoTLIPModel, checkpoint: Path, records: Dataset) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(("loss", "chunk"), [("infonce", None), ("sigmoid", None), ("infonce", 3)])
 def test_the_same_batches_give_the_numbers_of_the_loop(
-    loss: Any, chunk: int | None, official_checkpoint: Path, tmp_path: Path
+    loss: Any, chunk: int | None, still_checkpoint: Path, tmp_path: Path
 ) -> None:
     records = scenes_dataset(24)
     config = TrainingConfig(
-        model=str(official_checkpoint),
+        model=str(still_checkpoint),
         output=str(tmp_path / "loop"),
         loss=loss,
         grad_cache_chunk=chunk,
@@ -143,12 +132,12 @@ def test_the_same_batches_give_the_numbers_of_the_loop(
         trackers=["none"],
     )
     _, processor = load_or_start_model(config)
-    saved = train(load_model(official_checkpoint), processor, records, config)
+    saved = train(load_model(still_checkpoint), processor, records, config)
     AcceleratorState._reset_state(reset_partial_state=True)
 
     order = [index for batch in EpochBatches(len(records), config, 0, 0, 0, 1) for index in batch]
     trainer = make(
-        official_checkpoint,
+        still_checkpoint,
         tmp_path / "trainer",
         records.select(order),
         objective=Objective(loss),
@@ -170,7 +159,7 @@ def test_the_same_batches_give_the_numbers_of_the_loop(
     found, expected = weights(trainer), AutoModel.from_pretrained(saved).state_dict()
     bias = found.pop("logit_bias", None)
     assert largest_difference(found, expected) < 1e-6
-    assert largest_difference(found, load_model(official_checkpoint).state_dict()) > 1e-3
+    assert largest_difference(found, load_model(still_checkpoint).state_dict()) > 1e-3
     if bias is not None:
         states = torch.load(saved / "state" / "objective.pt", weights_only=True)
         torch.testing.assert_close(bias, states["logit_bias"], rtol=0.0, atol=1e-6)
@@ -178,13 +167,13 @@ def test_the_same_batches_give_the_numbers_of_the_loop(
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_cached_gradients_are_those_of_the_whole_batch(
-    bf16: bool, official_checkpoint: Path, records: Dataset, tmp_path: Path
+    bf16: bool, still_checkpoint: Path, records: Dataset, tmp_path: Path
 ) -> None:
     """Of two accumulated batches: one step of plain gradient descent subtracts their mean."""
     steps = []
     for chunk in (None, 3):
         trainer = make(
-            official_checkpoint,
+            still_checkpoint,
             tmp_path,
             records,
             objective=Objective("sigmoid"),
@@ -213,11 +202,11 @@ def test_cached_gradients_are_those_of_the_whole_batch(
 
 
 def test_texts_change_with_the_epoch_and_the_logit_scale_is_limited(
-    official_checkpoint: Path, records: Dataset, tmp_path: Path
+    still_checkpoint: Path, records: Dataset, tmp_path: Path
 ) -> None:
     # A batch is the whole of the data and nothing is learnt, so that the losses are known.
     trainer = make(
-        official_checkpoint,
+        still_checkpoint,
         tmp_path,
         records,
         per_device_train_batch_size=NUM_RECORDS,
@@ -225,7 +214,7 @@ def test_texts_change_with_the_epoch_and_the_logit_scale_is_limited(
         learning_rate=0.0,
         remove_unused_columns=True,  # which is not meant for records
     )
-    collator = LoTLIPCollator(AutoProcessor.from_pretrained(official_checkpoint), SAMPLING, seed=5)
+    collator = LoTLIPCollator(AutoProcessor.from_pretrained(still_checkpoint), SAMPLING, seed=5)
     expected = []
     for epoch in range(3):
         collator.set_epoch(epoch)
@@ -240,13 +229,13 @@ def test_texts_change_with_the_epoch_and_the_logit_scale_is_limited(
     assert float(trainer.model.logit_scale) == pytest.approx(math.log(100))
 
 
-def test_evaluation_is_that_of_the_loop(official_checkpoint: Path, records: Dataset, tmp_path: Path) -> None:
+def test_evaluation_is_that_of_the_loop(still_checkpoint: Path, records: Dataset, tmp_path: Path) -> None:
     several = [{**record, "long_captions": [*record["long_captions"], "Another."]} for record in records]
-    trainer = make(official_checkpoint, tmp_path, eval_dataset=several)
+    trainer = make(still_checkpoint, tmp_path, eval_dataset=several)
     config = TrainingConfig(data="scenes", batch_size=3)
-    processor = AutoProcessor.from_pretrained(official_checkpoint)
-    expected = validate(load_model(official_checkpoint), processor, Dataset.from_list(several), config)
-    expected["loss"] = whole_loss(load_model(official_checkpoint), official_checkpoint, records)
+    processor = AutoProcessor.from_pretrained(still_checkpoint)
+    expected = validate(load_model(still_checkpoint), processor, Dataset.from_list(several), config)
+    expected["loss"] = whole_loss(load_model(still_checkpoint), still_checkpoint, records)
     assert len(expected) == 13
     for prefix, found in (("eval", trainer.evaluate()), ("test", trainer.predict(several).metrics or {})):
         assert {name: found[f"{prefix}_{name}"] for name in expected} == pytest.approx(expected, abs=1e-5)
@@ -257,10 +246,10 @@ def test_evaluation_is_that_of_the_loop(official_checkpoint: Path, records: Data
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", ["eval_loss", "long_image_to_text_r1"])
 def test_the_best_model_is_loaded_with_its_objective(
-    metric: str, official_checkpoint: Path, records: Dataset, tmp_path: Path
+    metric: str, still_checkpoint: Path, records: Dataset, tmp_path: Path
 ) -> None:
     trainer = make(
-        official_checkpoint,
+        still_checkpoint,
         tmp_path,
         records,
         eval_dataset=records,
@@ -286,9 +275,9 @@ def test_the_best_model_is_loaded_with_its_objective(
     assert float(trainer.objective.logit_bias) != -10.0
 
 
-def test_a_plateau_lowers_the_learning_rate(official_checkpoint: Path, records: Dataset, tmp_path: Path) -> None:
+def test_a_plateau_lowers_the_learning_rate(still_checkpoint: Path, records: Dataset, tmp_path: Path) -> None:
     trainer = make(
-        official_checkpoint,
+        still_checkpoint,
         tmp_path,
         records,
         eval_dataset=records,
@@ -309,13 +298,13 @@ def test_a_plateau_lowers_the_learning_rate(official_checkpoint: Path, records: 
 @pytest.mark.parametrize("interrupted_at", [2, 4])  # within the first epoch, and at its end
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_resumed_run_ends_as_the_undisturbed_one(
-    stream: bool, interrupted_at: int, official_checkpoint: Path, records: Dataset, tmp_path: Path
+    stream: bool, interrupted_at: int, still_checkpoint: Path, records: Dataset, tmp_path: Path
 ) -> None:
     source: Dataset | IterableDataset = records.to_iterable_dataset() if stream else records
     ends = {}
     for name in ("undisturbed", "resumed"):
         trainer = make(
-            official_checkpoint,
+            still_checkpoint,
             tmp_path / name,
             source,
             objective=Objective("sigmoid"),
@@ -339,18 +328,18 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(
 # Two processes
 
 
-def run(checkpoint: str, output: str) -> dict[str, Any]:
+def run(checkpoint: str, output: str, settings: dict[str, str]) -> dict[str, Any]:
     """What a run ends with, whole and cached, by this number of processes."""
-    number = str(rank())
-    launched = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": str(world_size())}
-    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     answers: dict[str, Any] = {}
     records = scenes_dataset(NUM_RECORDS)
-    with mock.patch.dict(os.environ, launched if world_size() > 1 else {}):
+    with (
+        mock.patch.dict(os.environ, {**(launched() if world_size() > 1 else {}), **settings}),
+        mock.patch.object(AcceleratorState, "__init__", start_state) if settings else nullcontext(),
+    ):
         for chunk in (None, 2):
             trainer = make(
                 checkpoint,
-                output,
+                f"{output}/{chunk}",
                 records,
                 eval_dataset=scenes_dataset(7),  # an odd number
                 objective=Objective("sigmoid"),
@@ -366,15 +355,28 @@ def run(checkpoint: str, output: str) -> dict[str, Any]:
             values = trainer.evaluate()
             names = [name for name in sorted(values) if "_to_" in name]
             answers[f"{chunk} recalls"] = torch.tensor([values[name] for name in names])
-            answers |= {f"{chunk} {name}": weight for name, weight in weights(trainer).items()}
+            trainer.save_model()
             AcceleratorState._reset_state(reset_partial_state=False)
     return answers
 
 
+def saved_weights(output: Path) -> dict[str, torch.Tensor]:
+    answers = {}
+    for chunk in (None, 2):
+        model, info = AutoModel.from_pretrained(output / f"{chunk}", output_loading_info=True)
+        assert not any(info.values())
+        both = {**model.state_dict(), **load_file(output / f"{chunk}" / OBJECTIVE_NAME)}
+        answers |= {f"{chunk} {name}": weight for name, weight in both.items()}
+    return answers
+
+
 @pytest.mark.slow
-def test_two_processes_are_one(official_checkpoint: Path, tmp_path: Path) -> None:
-    expected = run(str(official_checkpoint), str(tmp_path / "one"))
-    start = load_model(official_checkpoint).state_dict()
-    assert largest_difference({name: expected[f"None {name}"] for name in start}, start) > 1e-3
-    for found in run_processes(run, 2, tmp_path, str(official_checkpoint), str(tmp_path / "two")):
+@pytest.mark.parametrize("settings", [{}, FSDP], ids=["DDP", "FSDP"])
+def test_two_processes_are_one(settings: dict[str, str], still_checkpoint: Path, tmp_path: Path) -> None:
+    expected = run(str(still_checkpoint), str(tmp_path / "one"), {})
+    for found in run_processes(run, 2, tmp_path, str(still_checkpoint), str(tmp_path / "two"), settings):
         assert largest_difference(found, expected) < 1e-5
+    ends = saved_weights(tmp_path / "one")
+    assert largest_difference(saved_weights(tmp_path / "two"), ends) < 1e-5
+    start = load_model(still_checkpoint).state_dict()
+    assert largest_difference({name: ends[f"None {name}"] for name in start}, start) > 1e-3
