@@ -31,9 +31,6 @@ class Options:
     model: str = field(metadata={"help": "checkpoint to start from: a folder or a Hub id"})
     data: str = field(metadata={"help": "records to train on: a folder, files, shards, a Hub id, or 'scenes'"})
     eval_data: str | None = field(default=None, metadata={"help": "records to measure loss and retrieval on"})
-    short_column: str | None = field(
-        default=None, metadata={"help": "column of the short captions; 'none': first sentences of the long ones"}
-    )
     num_long_texts: int = field(default=3, metadata={"help": "long texts per image and step; 0: short captions alone"})
     num_sentences: int = field(default=3, metadata={"help": "sentences of a long text; 0: the whole caption"})
     grad_cache_chunk: int | None = field(
@@ -51,9 +48,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     options, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     set_seed(args.seed)
 
-    # `TrainingConfig` names the columns of other data sets, too
-    data = TrainingConfig(data=options.data, eval_data=options.eval_data, short_column=options.short_column)
-    records, eval_records = load_data(data)
+    # the other options of `TrainingConfig` name columns and splits
+    records, eval_records = load_data(TrainingConfig(data=options.data, eval_data=options.eval_data))
     if eval_records is not None and not isinstance(eval_records, Dataset):
         eval_records = list(eval_records)  # of a stream, several processes would evaluate some records twice
 

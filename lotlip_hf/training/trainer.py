@@ -21,19 +21,15 @@ OBJECTIVE_NAME = "objective.safetensors"
 
 class LoTLIPTrainer(Trainer):
     """
-    [`~transformers.Trainer`] with the objective of `lotlip train`: every image is compared with the texts of all
-    processes, each epoch draws other texts, and the logit scale stays at or below ln 100. The records' columns are
-    kept, whatever `remove_unused_columns` says.
-
-    Held-out records are evaluated by their short caption and by their first long caption, whole: `eval_loss`, of
-    batches of `per_device_eval_batch_size` on every process, and `eval_short_image_to_text_r1`,
-    `eval_long_text_to_image_r10` and so on, over all records. Either is a `metric_for_best_model`.
+    [`~transformers.Trainer`] on the objective of `lotlip train`: images are compared with the texts of all processes,
+    each epoch draws other texts, and the logit scale stays at or below ln 100. Each held-out record is evaluated by
+    its short caption and by its first long caption, whole: `eval_loss`, of batches of `per_device_eval_batch_size` on
+    every process, and over all records `eval_short_image_to_text_r1`, `eval_long_text_to_image_r10` and so on.
 
     Args:
         model (`LoTLIPModel`, *optional*): the model, in float32 (`bf16=True` is for the activations).
-        args (`TrainingArguments`, *optional*): the options.
-        data_collator (`LoTLIPCollator`, *optional*): says which texts of a record are trained on; by default three
-            sub-captions, drawn by `args.seed`, for the `processing_class`.
+        args (`TrainingArguments`, *optional*): the options; records keep their columns, whatever they say.
+        data_collator (`LoTLIPCollator`, *optional*): draws the texts; by default one for the `processing_class`.
         objective (`Objective`, *optional*): by default the paper's, with the weights of the model's configuration.
             Its own parameters are trained too, and saved as `objective.safetensors` beside the model.
         grad_cache_chunk (`int`, *optional*): computes each batch in the memory of so many samples (gradient caching).
@@ -42,16 +38,13 @@ class LoTLIPTrainer(Trainer):
     Example:
 
     ```python
-    >>> from transformers import TrainingArguments
     >>> from lotlip_hf import LoTLIPTrainer
     >>> from lotlip_hf.data.collator import LoTLIPCollator
     >>> from lotlip_hf.scenes.dataset import scenes_dataset
 
     >>> args = TrainingArguments("finetuned", per_device_train_batch_size=64, learning_rate=1e-5, bf16=True)
-    >>> trainer = LoTLIPTrainer(
-    ...     model, args, data_collator=LoTLIPCollator(processor), train_dataset=scenes_dataset(512)
-    ... )
-    >>> trainer.train()
+    >>> collator = LoTLIPCollator(processor, seed=args.seed)
+    >>> LoTLIPTrainer(model, args, data_collator=collator, train_dataset=scenes_dataset(512)).train()
     ```
     """
 
@@ -82,7 +75,6 @@ class LoTLIPTrainer(Trainer):
                 "callbacks": [*(kwargs.get("callbacks") or ()), _StepCallback(self)],
             },
         )
-        freeze_unused(self.model, has_long_texts=bool(collator.sampling.num_long_texts))
         config = self.model.config
         self.objective = objective or Objective(
             short_loss_weight=config.short_loss_weight, long_loss_weight=config.long_loss_weight
@@ -104,6 +96,7 @@ class LoTLIPTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        freeze_unused(self.model, has_long_texts=bool(self.data_collator.sampling.num_long_texts))
         prepare_sharding(self.model, self.objective, self.accelerator)
         return super().create_optimizer(self._with_objective(self.model if model is None else model))
 

@@ -1,4 +1,4 @@
-"""Every Python snippet and every `lotlip` command of the README and of the model card, run as written."""
+"""Every Python snippet and every `lotlip` command of the README and of the pages beside it, run as written."""
 
 import argparse
 import dataclasses
@@ -111,7 +111,11 @@ def test_there_is_something_to_run(file: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("snippet", blocks("README.md", "python") + blocks("MODEL_CARD.md", "python"), ids=first_words)
+@pytest.mark.parametrize(
+    "snippet",
+    [code for file in ("README.md", "MODEL_CARD.md", "docs/trainer.md") for code in blocks(file, "python")],
+    ids=first_words,
+)
 def test_snippet(snippet: str, cwd: Path) -> None:
     if "OnnxModel" in snippet:
         (export,) = [words for words in commands("README.md") if words[:2] == ["convert", "onnx"]]
