@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from .modeling.processing_lotlip import LoTLIPProcessor
     from .modeling.tokenization_lotlip import LoTLIPTokenizer
+    from .training.trainer import LoTLIPTrainer
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "LoTLIPTextModel",
     "LoTLIPTextModelWithProjection",
     "LoTLIPTokenizer",
+    "LoTLIPTrainer",
     "LoTLIPVisionConfig",
     "LoTLIPVisionModel",
     "LoTLIPVisionModelWithProjection",
@@ -55,6 +57,7 @@ _MODULES = {
     "LoTLIPVisionModelWithProjection": ".modeling.modeling_lotlip",
     "LoTLIPProcessor": ".modeling.processing_lotlip",
     "LoTLIPTokenizer": ".modeling.tokenization_lotlip",
+    "LoTLIPTrainer": ".training.trainer",
     "LoTLIPTextEncoder": ".diffusion.text_encoder",
     "LoTLIPTextEncoderConfig": ".diffusion.text_encoder",
     "Encoder": ".encoder",

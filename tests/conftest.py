@@ -15,8 +15,10 @@ if "ATEN_CPU_CAPABILITY" in os.environ:
     folder = f"torchinductor-{os.getuid()}-{os.environ['ATEN_CPU_CAPABILITY']}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), folder))
 
+import json
 import random
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,3 +120,15 @@ def official_checkpoint(tmp_path_factory: pytest.TempPathFactory, golden: Path) 
         output=output,
     )
     return output
+
+
+@pytest.fixture(scope="session")
+def still_checkpoint(tmp_path_factory: pytest.TempPathFactory, official_checkpoint: Path) -> Path:
+    """The same without dropout, so that a loss in training is that of the same weights in evaluation."""
+    folder = tmp_path_factory.mktemp("still") / "checkpoint"
+    shutil.copytree(official_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        config["text_config"]["backbone_config"][name] = 0.0
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

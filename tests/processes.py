@@ -33,7 +33,7 @@ multiprocessing.set_forkserver_preload(
         "transformers.models.bert.modeling_bert",
         "transformers.models.clip.image_processing_pil_clip",
         "transformers.models.vit.modeling_vit",
-        "transformers.trainer",
+        "lotlip_hf.training.trainer",
     ]
 )
 

@@ -20,10 +20,8 @@ def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -
     Raises:
         ValueError: if the tower has fewer layers than are unlocked.
     """
-    has_corners = config.num_long_texts and "corner_embeds" in needs
-    for name, parameter in model.named_parameters():
-        unused = name.endswith("mask_token") or (name.endswith("corner_embeds") and not has_corners)
-        parameter.requires_grad_(not unused)
+    model.requires_grad_(True)
+    freeze_unused(model, has_corners=bool(config.num_long_texts) and "corner_embeds" in needs)
     if not config.lock_vision:
         return
     tower = model.vision_model
@@ -43,6 +41,13 @@ def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -
         start = next(index for index, parameter in enumerate(parameters) if parameter is first)
         for parameter in parameters[start:]:
             parameter.requires_grad_(True)
+
+
+def freeze_unused(model: nn.Module, has_corners: bool) -> None:
+    """Freezes the parameters that the forward pass does not use: `DistributedDataParallel` would wait for them."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("mask_token") or (name.endswith("corner_embeds") and not has_corners):
+            parameter.requires_grad_(False)
 
 
 def set_training_mode(model: nn.Module) -> None:

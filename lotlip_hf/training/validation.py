@@ -1,7 +1,6 @@
 """Retrieval on held-out records, measured while a model is trained."""
 
 import math
-from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -9,15 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from torch import nn
 
-from ..data.collator import MODEL_INPUTS, LoTLIPCollator
-from ..data.sampling import SubCaptions
+from ..data.collator import LoTLIPCollator
+from ..data.sampling import WholeCaptions
 from ..distributed import gather, raise_on_all_ranks
 from ..evaluation.retrieval import recalls
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from .config import TrainingConfig
+from .objective import embed
 
 
 @torch.no_grad()
@@ -54,10 +55,8 @@ def validate(
         chosen = records.select(range(min(config.eval_samples, len(records))))
     if len(chosen) < num_processes:
         raise ValueError(f"{len(chosen)} records to evaluate on are fewer than the {num_processes} processes.")
-    captioner = config.captioners[0] if config.captioners else None
-    captioners = None if captioner is None else (captioner,)
-    whole = SubCaptions(num_long_texts=1, num_sentences=None, captioners=captioners, splitter=config.splitter)
-    collator = LoTLIPCollator(processor, whole, on_error=config.on_error)
+    captioners = None if config.captioners is None else tuple(config.captioners)
+    collator = LoTLIPCollator(processor, WholeCaptions(captioners, config.splitter), on_error=config.on_error)
     # as many batches on every process, for a wrapper may communicate in each
     part = np.array_split(np.arange(len(chosen)), num_processes)[rank]
     num_batches = min(
@@ -68,24 +67,21 @@ def validate(
     for rows in np.array_split(part, num_batches):
         batch, error = {}, None
         try:
-            batch = collator([_with_one_caption(chosen[int(row)], captioner) for row in rows])
+            batch = collator([chosen[int(row)] for row in rows])
         except Exception as caught:  # the other processes wait in the forward pass
             error = caught
         raise_on_all_ranks(error, device)
-        inputs = {name: batch[name].to(device) for name in MODEL_INPUTS if name in batch}
         with nullcontext() if accelerator is None else accelerator.autocast():
-            outputs = model(**inputs, pooled_only=True)
-        images.append(outputs.image_embeds.float())
-        texts.append(outputs.text_embeds.float())  # [B, 2, dim], the short text first
-    image_embeds, text_embeds = gather(torch.cat(images)), gather(torch.cat(texts))
-    values = {}
-    for number, kind in ((1, "long"), (0, "short")):
-        found = recalls(image_embeds, text_embeds[:, number])
-        values |= {f"{kind}_{name}": value for name, value in found.items()}
-    return values
+            embeds = embed(model, send_to_device(batch, device), ("image_embeds", "text_embeds"))
+        images.append(embeds["image_embeds"].float())
+        texts.append(embeds["text_embeds"].float())  # [B, 2, dim], the short text first
+    return short_and_long_recalls(gather(torch.cat(images)), gather(torch.cat(texts)))
 
 
-def _with_one_caption(record: Mapping[str, Any], captioner: int | None) -> Mapping[str, Any]:
-    """The record with its first long caption alone, unless a `captioner` is chosen."""
-    captions = record["long_captions"]
-    return {**record, "long_captions": captions[:1]} if captioner is None and isinstance(captions, list) else record
+def short_and_long_recalls(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> dict[str, float]:
+    """Recalls of images [N, dim] by their short and long texts [N, 2, dim]: `short_image_to_text_r1` and so on."""
+    return {
+        f"{kind}_{name}": value
+        for number, kind in ((1, "long"), (0, "short"))
+        for name, value in recalls(image_embeds, text_embeds[:, number]).items()
+    }

@@ -1,4 +1,4 @@
-"""Every Python snippet and every `lotlip` command of the README, the model card and the docs, run as written."""
+"""Every Python snippet and every `lotlip` command of the README and of the pages beside it, run as written."""
 
 import argparse
 import dataclasses
@@ -34,6 +34,7 @@ from tiny_captioners import save_instructblip, save_llava
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = ("docs/captions.md", "docs/objective.md", "docs/trainer.md")
 
 
 def blocks(file: str, language: str) -> list[str]:
@@ -114,10 +115,8 @@ def test_there_is_something_to_run(file: str) -> None:
 @pytest.mark.parametrize(
     "snippet",
     [
-        *blocks("README.md", "python"),
-        *blocks("MODEL_CARD.md", "python"),
-        *blocks("docs/captions.md", "python"),
-        "".join(blocks("docs/objective.md", "python")),
+        *(code for file in ("README.md", "MODEL_CARD.md") for code in blocks(file, "python")),
+        *(code for file in PAGES if (code := "".join(blocks(file, "python")))),  # a page is one script
     ],
     ids=first_words,
 )

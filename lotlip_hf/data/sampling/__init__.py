@@ -11,7 +11,17 @@ from typing import Any
 from ...modeling.sentences_lotlip import split_sentences
 from ..record import Draw, Texts, record_rng
 from .sub_captions import SubCaptions, split_full_stops
+from .whole_captions import WholeCaptions
 
-__all__ = ["STRATEGIES", "Draw", "SubCaptions", "Texts", "record_rng", "split_full_stops", "split_sentences"]
+__all__ = [
+    "STRATEGIES",
+    "Draw",
+    "SubCaptions",
+    "Texts",
+    "WholeCaptions",
+    "record_rng",
+    "split_full_stops",
+    "split_sentences",
+]
 
-STRATEGIES: dict[str, type[Any]] = {"sub_captions": SubCaptions}
+STRATEGIES: dict[str, type[Any]] = {"sub_captions": SubCaptions, "whole_captions": WholeCaptions}
