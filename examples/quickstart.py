@@ -50,9 +50,8 @@ def options(output: Path) -> TrainingConfig:
         warmup_steps=100,
         num_long_texts=1,
         num_sentences=0,  # whole captions: a model this small learns them sooner than their parts
-        term_options=[
-            "infonce.short_loss_weight=2"
-        ],  # a short caption is one of the four features that the loss is the mean of
+        # a short caption is one of the four features that the loss is the mean of
+        term_options=["infonce.short_loss_weight=2"],
         num_workers=1,
     )
 

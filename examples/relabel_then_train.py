@@ -277,9 +277,8 @@ def train_lotlip(data: Path, pictures: Path, output: Path, num_steps: int, num_l
         warmup_steps=min(100, num_steps),
         num_long_texts=num_long_texts,
         num_sentences=0,  # whole captions: a model this small learns them sooner than their parts
-        term_options=[
-            "infonce.short_loss_weight=2"
-        ],  # a short caption is one of the four features that the loss is the mean of
+        # a short caption is one of the four features that the loss is the mean of
+        term_options=["infonce.short_loss_weight=2"],
         num_workers=1,
     )
     records, eval_records = load_data(config)
