@@ -356,6 +356,9 @@ def run(checkpoint: str, output: str, settings: dict[str, str]) -> dict[str, Any
             answers |= {f"{chunk} images": torch.as_tensor(found.label_ids)}
             trainer.save_model()
             AcceleratorState._reset_state(reset_partial_state=False)
+        if settings:
+            with mock.patch.dict(os.environ, FSDP), pytest.raises(ValueError, match="FSDP_CPU_RAM_EFFICIENT_LOADING"):
+                make(checkpoint, output, records).create_optimizer()
     return answers
 
 
@@ -370,7 +373,7 @@ def saved_weights(output: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, FSDP], ids=["DDP", "FSDP"])
+@pytest.mark.parametrize("settings", [{}, {**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}], ids=["DDP", "FSDP"])
 def test_two_processes_are_one(settings: dict[str, str], still_checkpoint: Path, tmp_path: Path) -> None:
     expected = run(str(still_checkpoint), str(tmp_path / "one"), {})
     for found in run_processes(run, 2, tmp_path, str(still_checkpoint), str(tmp_path / "two"), settings):
