@@ -103,6 +103,9 @@ class LoTLIPTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         has_long_texts = getattr(self.data_collator.draw, "num_long_texts", True)
         freeze_unused(self.model, has_corners=bool(has_long_texts) and "corner_embeds" in self.objective.needs)
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+            # `from_pretrained` may then have loaded the weights in the first process alone
+            raise ValueError("FSDP: set FSDP_CPU_RAM_EFFICIENT_LOADING=false before the model is loaded.")
         prepare_sharding(self.model, self.objective, self.accelerator)
         return super().create_optimizer(self._with_objective(self.model if model is None else model))
 

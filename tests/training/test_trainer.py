@@ -35,6 +35,7 @@ from lotlip_hf.training.validation import validate
 from processes import run_processes
 
 NUM_RECORDS = 8
+BIAS = "terms.sigmoid.logit_bias"
 SAMPLING = SubCaptions(num_long_texts=2, num_sentences=1)
 WHOLE = SubCaptions(num_long_texts=1, num_sentences=None, captioners=(0,))
 
@@ -118,7 +119,7 @@ def test_the_same_batches_give_the_numbers_of_the_loop(
     config = TrainingConfig(
         model=str(still_checkpoint),
         output=str(tmp_path / "loop"),
-        loss=loss,
+        terms=[loss],
         grad_cache_chunk=chunk,
         num_long_texts=2,
         num_sentences=1,
@@ -159,12 +160,12 @@ def test_the_same_batches_give_the_numbers_of_the_loop(
     assert len(losses) == 6
     assert logged(trainer, "loss") == pytest.approx(losses, abs=1e-6)
     found, expected = weights(trainer), AutoModel.from_pretrained(saved).state_dict()
-    bias = found.pop("logit_bias", None)
+    bias = found.pop(BIAS, None)
     assert largest_difference(found, expected) < 1e-6
     assert largest_difference(found, load_model(still_checkpoint).state_dict()) > 1e-3
     if bias is not None:
         states = torch.load(saved / "state" / "objective.pt", weights_only=True)
-        torch.testing.assert_close(bias, states["logit_bias"], rtol=0.0, atol=1e-6)
+        torch.testing.assert_close(bias, states[BIAS], rtol=0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -197,7 +198,7 @@ def test_cached_gradients_are_those_of_the_whole_batch(
     (whole, loss), (cached, cached_loss) = steps
     largest = {name: float(value.abs().max()) for name, value in whole.items()}
     assert max(largest.values()) > 0.1
-    assert largest["logit_bias"] > 0.1
+    assert largest[BIAS] > 0.1
     tolerance = 1e-2 if bf16 else 1e-6
     assert largest_difference(whole, cached) < tolerance * max(largest.values())
     assert cached_loss == pytest.approx(loss, rel=tolerance)
@@ -273,8 +274,8 @@ def test_the_best_model_is_loaded_with_its_objective(
     folder = Path(trainer.state.best_model_checkpoint or "")
     assert folder.name == f"checkpoint-{2 * (values.index(best) + 1)}"
     assert trainer.evaluate()[name] == pytest.approx(best, abs=1e-5)
-    assert torch.equal(trainer.objective.logit_bias, load_file(folder / OBJECTIVE_NAME)["logit_bias"])
-    assert trainer.objective.logit_bias != -10.0
+    assert torch.equal(trainer.objective.terms["sigmoid"].logit_bias, load_file(folder / OBJECTIVE_NAME)[BIAS])
+    assert trainer.objective.terms["sigmoid"].logit_bias != -10.0
 
 
 def test_a_plateau_lowers_the_learning_rate(still_checkpoint: Path, records: Dataset, tmp_path: Path) -> None:
@@ -358,6 +359,9 @@ def run(checkpoint: str, output: str, settings: dict[str, str]) -> dict[str, Any
             answers |= {f"{chunk} images": torch.as_tensor(found.label_ids)}
             trainer.save_model()
             AcceleratorState._reset_state(reset_partial_state=False)
+        if settings:
+            with mock.patch.dict(os.environ, FSDP), pytest.raises(ValueError, match="FSDP_CPU_RAM_EFFICIENT_LOADING"):
+                make(checkpoint, output, records).create_optimizer()
     return answers
 
 
@@ -372,7 +376,7 @@ def saved_weights(output: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, FSDP], ids=["DDP", "FSDP"])
+@pytest.mark.parametrize("settings", [{}, {**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}], ids=["DDP", "FSDP"])
 def test_two_processes_are_one(settings: dict[str, str], still_checkpoint: Path, tmp_path: Path) -> None:
     expected = run(str(still_checkpoint), str(tmp_path / "one"), {})
     for found in run_processes(run, 2, tmp_path, str(still_checkpoint), str(tmp_path / "two"), settings):
