@@ -76,6 +76,7 @@ def peak_memory(make_call: Callable[..., Callable[[], Any]], *args: Any) -> floa
         make_call: `make_call(*args)` gives the call in that process. It is a function of a module.
         args: What it takes.
     """
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")  # of glibc: what is freed goes back at once
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(_peak_memory, make_call, args).result()
 
