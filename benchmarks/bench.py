@@ -21,7 +21,6 @@ import logging
 import pstats
 import random
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch import nn
 from torch.nn import functional as F
 from transformers import BertModel, PreTrainedModel, ViTModel
 from transformers.utils import logging as transformers_logging
@@ -44,19 +44,18 @@ import peers
 from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor
 from lotlip_hf.conversion.onnx import convert as export_onnx
 from lotlip_hf.conversion.stock import stock_model
-from lotlip_hf.data.collator import LoTLIPCollator
-from lotlip_hf.data.sampling import SubCaptions, record_rng, split_sentences
 from lotlip_hf.encoder import CPU_TOKENS
 from lotlip_hf.engines.onnx import LoTLIPOnnxModel
 from lotlip_hf.images import load_image
 from lotlip_hf.loading import load_model
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
+from lotlip_hf.modeling.sentences_lotlip import split_sentences
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.training.objective import Objective, batch_loss
 from lotlip_hf.training.terms.infonce import InfoNCE
 from measure import RESULTS as FOLDER
-from measure import in_turns, keep, machine, memory
+from measure import in_turns, keep, machine, peak_memory
 
 RESULTS = FOLDER / "bench.jsonl"
 NUM_SCENES = 600
@@ -317,30 +316,24 @@ def run_loss(name: str, inputs: Sequence[torch.Tensor]) -> None:
         embeds.grad = None
 
 
-def memory_of_loss(name: str, batch_size: int) -> float:
-    """MiB that a loss needs at its peak beyond the embeddings; right only in a fresh process."""
-    run_loss(name, loss_inputs(16))  # what is allocated once
-    inputs = loss_inputs(batch_size)
-    before = memory("VmRSS")
-    run_loss(name, inputs)
-    return (memory("VmHWM") - before) / 2**20
+def make_loss(name: str, batch_size: int) -> Call:
+    """`run_loss`, after a small one: what is allocated once is there already."""
+    run_loss(name, loss_inputs(16))
+    return partial(run_loss, name, loss_inputs(batch_size))
 
 
 def loss(bench: Bench) -> list[Row]:
     """The loss of a large batch, in tiles and with whole logits."""
-    held = {}
-    for name in ("tiles", "whole"):
-        command = [sys.executable, __file__, "--memory-of-loss", name, "--loss-batch-size", str(bench.loss_batch_size)]
-        held[name] = float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    held = {name: peak_memory(make_loss, name, bench.loss_batch_size) for name in ("tiles", "whole")}
     inputs = loss_inputs(bench.loss_batch_size)
     calls = {name: partial(run_loss, name, inputs) for name in ("tiles", "whole")}
     seconds = bench.turns("loss", calls)
     work = f"loss at B = {bench.loss_batch_size}, K = 4"
-    memory, time = (
+    mebibytes, time = (
         f"{each['tiles']:.{digits}f} and {each['whole']:.{digits}f}" for each, digits in ((held, 0), (seconds, 1))
     )
     return [
-        Row(work, "whole logits", held["tiles"] / held["whole"], 1 / 8, True, "of the memory", f"{memory} MiB"),
+        Row(work, "whole logits", held["tiles"] / held["whole"], 1 / 8, True, "of the memory", f"{mebibytes} MiB"),
         Row(
             *(work, "whole logits", seconds["tiles"] / seconds["whole"], 1.3, True, "of the time", f"{time} s"),
             profile=calls["tiles"],
@@ -411,48 +404,78 @@ def images(bench: Bench) -> list[Row]:
     ]
 
 
+def loss_of_batch(
+    name: str, size: str, captions: Sequence[str], num_long_texts: int = 1
+) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    """
+    A model in training mode, and what computes its loss of a batch: a random image, the first sentence and
+    `num_long_texts` runs of three sentences of each caption.
+    """
+    model = peers.make_model(size).train()
+    processor = peers.make_processor(model)
+    sentences = [split_sentences(caption) for caption in captions]
+    choose = random.Random(0)
+    starts = [[choose.randrange(max(1, len(one) - 2)) for _ in range(num_long_texts)] for one in sentences]
+    short = [one[0] + "." for one in sentences]
+    long = [[". ".join(one[i : i + 3]) for i in own] for one, own in zip(sentences, starts, strict=True)]
+    side = model.config.vision_config.image_size
+    pixel_values = torch.randn(len(captions), 3, side, side)
+    if name == OFFICIAL:
+        recipe = peers.OfficialTraining(model)
+        ids = recipe.text.tokenize(short), torch.stack([recipe.text.tokenize(texts) for texts in long])
+        return recipe, lambda: recipe(pixel_values, *ids)
+    model.text_model.set_attn_implementation("unpadded")  # as `lotlip_hf.training.loop` does
+    of_long = {f"long_{name}": ids for name, ids in processor(text=long, return_tensors="pt").items()}
+    batch = {"pixel_values": pixel_values, **processor(text=short, return_tensors="pt"), **of_long}
+    objective = Objective({"infonce": InfoNCE()})
+    return model, lambda: batch_loss(model, batch, objective)["loss"]
+
+
 def step(bench: Bench) -> list[Row]:
     """A training step with one short and one long text an image: forward, loss, backward, AdamW, in float32."""
-    size = bench.processor.image_processor.size["shortest_edge"]
-    records = [
-        {
-            "image": np.random.default_rng(index).integers(0, 256, (size, size, 3), dtype=np.uint8),
-            "short_caption": split_sentences(caption)[0] + ".",
-            "long_captions": [caption],
-            "id": str(index),
-        }
-        for index, caption in enumerate(bench.captions[: bench.batch_size])
-    ]
-    collator = LoTLIPCollator(bench.processor, SubCaptions(num_long_texts=1))
-    batch = collator(records)
-    drawn = collator.draw(records, [record_rng(0, 0, record["id"]) for record in records])
-
-    model = peers.make_model(bench.size).train()
-    model.text_model.set_attn_implementation("unpadded")  # as `lotlip_hf.training.loop` does
-    objective = Objective({"infonce": InfoNCE()})
-    recipe = peers.OfficialTraining(peers.make_model(bench.size).train())
-    short, long = (recipe.text.tokenize(texts) for texts in ([d.short for d in drawn], [d.long[0] for d in drawn]))
-    calls = {
-        "ours": training_step(model, lambda: batch_loss(model, batch, objective)["loss"]),
-        "official": training_step(recipe, lambda: recipe(batch["pixel_values"], short, long)),
-    }
+    captions = bench.captions[: bench.batch_size]
+    calls = {name: training_step(*loss_of_batch(name, bench.size, captions)) for name in ("ours", OFFICIAL)}
     seconds = bench.turns("training step", calls)
     detail = " and ".join(f"{bench.batch_size / each:.2f}" for each in seconds.values()) + " images/s"
-    ratio = seconds["official"] / seconds["ours"]
+    ratio = seconds[OFFICIAL] / seconds["ours"]
     work = f"training step, 1 short + 1 long text, batch {bench.batch_size}"
     return [Row(work, OFFICIAL, ratio, 1.5, detail=detail, profile=calls["ours"])]
 
 
-def training_step(model: torch.nn.Module, loss_of_batch: Callable[[], torch.Tensor]) -> Call:
+def training_step(model: nn.Module, compute_loss: Callable[[], torch.Tensor]) -> Call:
     """A step with a new optimiser."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
-        loss_of_batch().backward()
+        compute_loss().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def make_step(name: str, size: str, captions: Sequence[str], num_long_texts: int) -> Call:
+    """Forward, loss and backward without an optimiser; after those of a small model, as in `make_loss`."""
+    _, of_small = loss_of_batch(name, "one layer", captions[:2], num_long_texts)
+    of_small().backward()
+    _, compute_loss = loss_of_batch(name, size, captions, num_long_texts)
+    return lambda: compute_loss().backward()
+
+
+def memory(bench: Bench) -> list[Row]:
+    """What a training step holds at its peak beyond weights and batch: activations, similarities and gradients."""
+    wide = bench.loss_batch_size // 4
+    rows = []
+    for size, batch_size, texts, target, towers in (
+        (bench.size, bench.batch_size, "1 long text", 0.8, ""),
+        ("one layer", wide, "3 long texts", 0.5, ", towers of one layer"),
+    ):
+        captions = list(itertools.islice(itertools.cycle(bench.captions), batch_size))
+        held = {name: peak_memory(make_step, name, size, captions, int(texts[0])) for name in ("ours", OFFICIAL)}
+        work = f"training step, 1 short + {texts}, batch {batch_size}{towers}"
+        detail = " and ".join(f"{each:.0f}" for each in held.values()) + " MiB"
+        rows.append(Row(work, OFFICIAL, held["ours"] / held[OFFICIAL], target, True, "of the memory", detail))
+    return rows
 
 
 def device(bench: Bench) -> list[Row]:
@@ -482,6 +505,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "mixed": mixed,
     "step": step,
     "loss": loss,
+    "memory": memory,
     "device": device,
 }
 
@@ -553,12 +577,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=RESULTS, help="file that results are added to")
     parser.add_argument("--table", action="store_true", help="print the last results and measure nothing")
-    parser.add_argument("--memory-of-loss", choices=("tiles", "whole"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    if arguments.memory_of_loss:
-        print(memory_of_loss(arguments.memory_of_loss, arguments.loss_batch_size))
-        return 0
     if arguments.table:
         print(tables(arguments.results))
         return 0

@@ -7,8 +7,10 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,26 @@ def memory(name: str) -> int:
     found = re.search(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)
     assert found is not None, f"Linux says nothing about {name}"
     return int(found[1]) * 1024
+
+
+def peak_memory(make_call: Callable[..., Callable[[], Any]], *args: Any) -> float:
+    """
+    MiB that a call needs at its peak beyond what was held before it, in a new process.
+
+    Args:
+        make_call: `make_call(*args)` gives the call in that process. It is a function of a module.
+        args: What it takes.
+    """
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")  # of glibc: what is freed goes back at once
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(_peak_memory, make_call, args).result()
+
+
+def _peak_memory(make_call: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> float:
+    call = make_call(*args)
+    before = memory("VmRSS")
+    call()
+    return (memory("VmHWM") - before) / 2**20
 
 
 def machine(*packages: str) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def make_official_step(model: LoTLIPModel, batch_size: int, device: str) -> Call
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16):
-            loss = recipe(pixel_values, short, long)
+            loss = recipe(pixel_values, short, long[:, None])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

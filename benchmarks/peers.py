@@ -34,12 +34,13 @@ from lotlip_hf.modeling.processing_lotlip import official_image_processor
 VOCABULARY = Path(__file__).resolve().parent.parent / "tests" / "golden" / "tokenizer" / "vocab.txt"  # BERT's
 CONTEXT_LENGTH, NUM_CORNER_TOKENS = 128, 2  # of the released models
 BATCH_SIZE = 32  # sentence-transformers' default, and what examples of transformers use
-# What is measured: the released model's shape; a BERT whose layers cost little beside what surrounds them; and nearly
-# nothing, for tests.
+# What is measured: the released model's shape; a BERT whose layers cost little beside what surrounds them; nearly
+# nothing, for tests; and towers whose activations leave room for the similarities of a large batch.
 SIZES: dict[str, dict[str, int]] = {
     "base": {},
     "mini": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
+    "one layer": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 64},
 }
 
 
@@ -47,7 +48,7 @@ def make_model(size: str = "base") -> LoTLIPModel:
     """A model with random weights: ViT-B/16 and BERT-base as the released one has them, or smaller."""
     torch.manual_seed(0)
     text = BertConfig(**SIZES[size])
-    vision = ViTConfig(**SIZES[size], layer_norm_eps=1e-6, image_size=32 if size == "tiny" else 224)
+    vision = ViTConfig(**SIZES[size], layer_norm_eps=1e-6, image_size=32 if size in ("tiny", "one layer") else 224)
     config = LoTLIPConfig(
         text_config=LoTLIPTextConfig(
             backbone_config=text, num_corner_tokens=NUM_CORNER_TOKENS, projection_dim=text.hidden_size
@@ -145,11 +146,13 @@ class OfficialTraining(nn.Module):
         self.logit_scale = model.logit_scale
 
     def forward(self, pixel_values: torch.Tensor, short: torch.Tensor, long: torch.Tensor) -> torch.Tensor:
-        """The loss of images [B, 3, H, W], short and long texts [B, 128]."""
+        """The loss of images [B, 3, H, W], short texts [B, 128] and long ones [B, T - 1, 128]."""
         images = self.visual_projection(self.vision_model(pixel_values).pooler_output)
-        images, short, long = (F.normalize(one, dim=-1) for one in (images, self.text(short), self.text(long)))
-        texts = torch.stack([short[:, 0], long[:, 0]], dim=1)
-        return lotlip_loss(images, texts, long[:, None, 1:], self.logit_scale.exp()).loss
+        features = torch.cat(
+            [self.text(short)[:, None], self.text(long.flatten(0, 1)).unflatten(0, long.shape[:2])], 1
+        )
+        images, features = F.normalize(images, dim=-1), F.normalize(features, dim=-1)  # [B, P], [B, T, m + 1, P]
+        return lotlip_loss(images, features[:, :, 0], features[:, 1:, 1:], self.logit_scale.exp()).loss
 
 
 def batched(items: Sequence[Any], size: int = BATCH_SIZE) -> Iterator[list[Any]]:

@@ -9,11 +9,9 @@ Adds a line to `benchmarks/results/retrieval.jsonl`.
 """
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from torch.nn import functional as F
 
 from lotlip_hf.evaluation.retrieval import BLOCK_SIZE, recalls, retrieval_metrics
 from measure import RESULTS as FOLDER
-from measure import in_turns, keep, machine, memory
+from measure import in_turns, keep, machine, peak_memory
 
 RESULTS = FOLDER / "retrieval.jsonl"
 # Of the texts' noise beside their image, so that a part of the matches is found.
@@ -52,15 +50,9 @@ def product(image_embeds: torch.Tensor, text_embeds: torch.Tensor, block_size: i
             torch.mm(images, texts.t(), out=block)
 
 
-def memory_of_retrieval(images: int, texts: int, dim: int, block_size: int) -> dict[str, float]:
-    """MiB of the embeddings, and what `retrieval_metrics` needs beyond at its peak; right only in a fresh process."""
-    embeddings = make_embeddings(images, texts, dim)
-    before = memory("VmRSS")
-    retrieval_metrics(*embeddings, block_size=block_size)
-    return {
-        "embeddings_mib": round(sum(embeds.nbytes for embeds in embeddings[:2]) / 2**20, 1),
-        "peak_beyond_embeddings_mib": round((memory("VmHWM") - before) / 2**20, 1),
-    }
+def make_retrieval(images: int, texts: int, dim: int, block_size: int) -> Callable[[], Any]:
+    """The work whose memory is measured."""
+    return partial(retrieval_metrics, *make_embeddings(images, texts, dim), block_size=block_size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,18 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--block-size", type=int, default=BLOCK_SIZE)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory", action="store_true", help="measure the memory alone, and print it as JSON")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file that the result is added to")
     arguments = parser.parse_args(argv)
     sizes = {name: getattr(arguments, name) for name in ("images", "texts", "dim", "block_size")}
     torch.set_num_threads(arguments.threads)
-    if arguments.memory:
-        print(json.dumps(memory_of_retrieval(**sizes)))
-        return 0
-
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
-    command = [sys.executable, __file__, "--memory", f"--threads={arguments.threads}", *options]
-    held = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    held = peak_memory(make_retrieval, *sizes.values())
 
     load = os.getloadavg()[0]  # of others: above 0 the times are not the machine's best
     images, texts, owners = make_embeddings(arguments.images, arguments.texts, arguments.dim)
@@ -101,15 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "times_the_product": {
             name: round(value / medians["product"], 3) for name, value in medians.items() if name != "product"
         },
-        **held,
+        "embeddings_mib": round((images.nbytes + texts.nbytes) / 2**20, 1),
+        "peak_beyond_embeddings_mib": round(held, 1),
         "load": round(load, 2),
         **machine(),
     }
     keep(result, arguments.results)
     print(
         f"product {medians['product']:.2f} s, recalls {medians['recalls']:.2f} s, retrieval_metrics "
-        f"{medians['retrieval_metrics']:.2f} s; {held['peak_beyond_embeddings_mib']:.0f} MiB beyond the embeddings' "
-        f"{held['embeddings_mib']:.0f} MiB"
+        f"{medians['retrieval_metrics']:.2f} s; {held:.0f} MiB beyond the embeddings' "
+        f"{result['embeddings_mib']:.0f} MiB"
     )
     print(f"added to {arguments.results}")
     return 0

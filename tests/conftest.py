@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from shifted import ShiftWeights
@@ -104,6 +105,25 @@ def repository() -> Path:
 def golden() -> Path:
     """The folder of golden files: what the official code answered."""
     return Path(__file__).resolve().parent / "golden"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of three pictures, one of them in a folder below."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for name in ("a.png", "b.png", "sub/c.png"):
+        Image.fromarray(generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(official_checkpoint: Path) -> tuple[Any, Any]:
+    """The model and the processor of `official_checkpoint`."""
+    from lotlip_hf.loading import load_model
+
+    return load_model(official_checkpoint, device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -49,11 +49,6 @@ TEXTS = [
 Pair = tuple[Any, Any]
 
 
-@pytest.fixture(scope="module")
-def pair(official_checkpoint: Path) -> Pair:
-    return load_model(official_checkpoint, device="cpu")
-
-
 @pytest.fixture
 def image_files(tmp_path: Path) -> list[Path]:
     generator = np.random.default_rng(0)

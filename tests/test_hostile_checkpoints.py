@@ -16,14 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from lotlip_hf import Encoder
 from lotlip_hf.cli import main
 from lotlip_hf.embed import embed_texts
 from lotlip_hf.files import all_or_nothing, markdown_text, own_folder
 from lotlip_hf.hub.push import write_repository
-from lotlip_hf.loading import load_model
 from lotlip_hf.plots import figure, save
 from lotlip_hf.search import ImageIndex, build_index
 from lotlip_hf.store import FILE, EmbeddingStore
@@ -31,21 +29,6 @@ from lotlip_hf.terminal import PrintableFormatter, PrintableStream, printable_li
 
 Pair = tuple[Any, Any]
 THESIS = b"four years of work\n" * 100
-
-
-@pytest.fixture(scope="module")
-def pair(official_checkpoint: Path) -> Pair:
-    return load_model(official_checkpoint, device="cpu")
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for name in ("a.png", "b.png"):
-        Image.fromarray(generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / name)
-    return folder
 
 
 @pytest.fixture
@@ -105,7 +88,7 @@ def test_an_index_folder_that_is_none_is_set_aside(
     pair: Pair, photos: Path, make: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     make(photos / ".lotlip")
-    assert len(index_of(pair, photos).files) == 2
+    assert len(index_of(pair, photos).files) == 3
     assert (photos / ".lotlip").is_dir()
     assert ".lotlip" in caplog.text
 

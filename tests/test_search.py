@@ -23,11 +23,6 @@ from lotlip_hf.store import EmbeddingStore
 Pair = tuple[Any, Any]
 
 
-@pytest.fixture(scope="module")
-def pair(official_checkpoint: Path) -> Pair:
-    return load_model(official_checkpoint, device="cpu")
-
-
 def save_image(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)

@@ -278,8 +278,8 @@ def accuracies(
         rows, averaged over these classes. All from 0 to 1.
 
     Raises:
-        ValueError: if shapes do not fit or are empty, if scores hold NaN or infinity, if a label is no class, and on
-            numbers below 1.
+        ValueError: if shapes do not fit or are empty, if scores hold NaN or infinity, if a label is no class, on
+            numbers below 1, and on a negative tolerance.
 
     Example:
 
@@ -293,6 +293,8 @@ def accuracies(
     """
     if scores.dim() != 2 or 0 in scores.shape:
         raise ValueError(f"`scores` must have shape [N, C], one row for each image; got {list(scores.shape)}.")
+    if tolerance < 0:
+        raise ValueError(f"`tolerance` must be at least 0, got {tolerance}.")
     check_positive("ks", *ks)
     labels = _as_indices("labels", labels, len(scores), scores.shape[1], "class", scores.device)
     _check_finite("scores", scores)

@@ -60,7 +60,7 @@ def test_the_official_recipe_trains_the_same(model) -> None:
     ours.backward()
 
     short, long = (recipe.text.tokenize([record[name] for record in records]) for name in ("short_caption", "id"))
-    loss = recipe(batch["pixel_values"], short, long)
+    loss = recipe(batch["pixel_values"], short, long[:, None])
     loss.backward()
     torch.testing.assert_close(loss, ours, atol=1e-5, rtol=0)
     words = recipe.text.bert.embeddings.word_embeddings.weight.grad

@@ -1,13 +1,13 @@
 """`benchmarks/retrieval.py`, small: what it measures, and how little memory a large search needs."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from scripts import load_script
+import retrieval
+from measure import peak_memory
 
 pytestmark = pytest.mark.slow
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads the memory where Linux keeps it")
@@ -15,10 +15,9 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads the memory whe
 
 @LINUX
 def test_it_measures_and_keeps_the_result(tmp_path: Path) -> None:
-    module = load_script("benchmarks/retrieval.py")
     results = tmp_path / "results" / "retrieval.jsonl"
     sizes = ["--images", "40", "--texts", "90", "--dim", "8", "--block-size", "32"]
-    assert module.main([*sizes, "--repeats", "2", "--threads", "1", "--results", str(results)]) == 0
+    assert retrieval.main([*sizes, "--repeats", "2", "--threads", "1", "--results", str(results)]) == 0
     (result,) = (json.loads(line) for line in results.read_text().splitlines())
     assert (result["images"], result["texts"], result["dim"], result["block_size"]) == (40, 90, 8, 32)
     assert 0 < result["peak_beyond_embeddings_mib"] < 1024
@@ -28,10 +27,4 @@ def test_it_measures_and_keeps_the_result(tmp_path: Path) -> None:
 @LINUX
 def test_a_large_search_holds_only_blocks() -> None:
     # all similarities would be 1.5 GiB, or 0.4 GiB as booleans
-    script = Path(load_script("benchmarks/retrieval.py").__file__)
-    sizes = ["--images", "20000", "--texts", "20000", "--dim", "16", "--threads", "1"]
-    command = [sys.executable, str(script), "--memory", *sizes]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    held = json.loads(finished.stdout)
-    assert held["embeddings_mib"] == pytest.approx(2 * 20000 * 16 * 4 / 2**20, abs=0.1)
-    assert held["peak_beyond_embeddings_mib"] < 256
+    assert peak_memory(retrieval.make_retrieval, 20_000, 20_000, 16, retrieval.BLOCK_SIZE) < 256

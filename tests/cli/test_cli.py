@@ -25,28 +25,12 @@ from lotlip_hf import Encoder, cli
 from lotlip_hf.cli import main
 from lotlip_hf.cli.model import ModelOptions
 from lotlip_hf.embed import check_texts, embed_texts, read_texts
-from lotlip_hf.loading import load_model
 from lotlip_hf.store import FILE
 from processes import Started
 
 Pair = tuple[Any, Any]
 
 LONG_TEXT = "A tram, painted cream above, waits at a stop. Two passengers are getting on."
-
-
-@pytest.fixture(scope="module")
-def pair(official_checkpoint: Path) -> Pair:
-    return load_model(official_checkpoint, device="cpu")
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    (folder / "sub").mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for name in ("a.png", "b.png", "sub/c.png"):
-        Image.fromarray(generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / name)
-    return folder
 
 
 @pytest.fixture

@@ -431,6 +431,7 @@ class TestAccuracies:
             (torch.ones(2, 3), [0, 3], {}, "labels"),
             (torch.tensor([[0.0, math.nan]]), [0], {}, "scores"),
             (torch.ones(2, 3), [0, 1], {"ks": [0]}, "ks"),
+            (torch.ones(2, 3), [0, 1], {"tolerance": -1e-6}, "tolerance"),
         ],
     )
     def test_arguments_are_checked(self, scores, labels, options, word):

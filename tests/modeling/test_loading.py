@@ -36,7 +36,7 @@ def test_a_clip_tokenizer_without_words(hub: Hub, tmp_path: Path) -> None:
     folder = convert_clip(tmp_path / "clip", tmp_path / "lotlip")
     hub.add("lotlip/clip", {file.name: file.read_bytes() for file in folder.iterdir()})
     hub.faults.append(Fault("HEAD", r"/tokenizer.json", Answer(503), times=99))
-    with pytest.raises(OSError, match="its tokenizer has no words; its tokenizer.json is missing, or the Hub did not"):
+    with pytest.raises(OSError, match="tokenizer.json"):
         AutoProcessor.from_pretrained("lotlip/clip")
 
 
@@ -57,16 +57,16 @@ def test_pickles_are_read_only_where_that_is_said(
 def test_fields_from_elsewhere(official_checkpoint: Path, tmp_path: Path) -> None:
     config = json.loads((official_checkpoint / "config.json").read_text())
     newer = {**config, "format_version": 2, "text_config": {"backbone_config": {"model_type": "modernbert"}}}
-    with pytest.raises(ValueError, match="written by a newer lotlip-hf"):
+    with pytest.raises(ValueError, match="format_version"):
         LoTLIPConfig.from_dict(newer)
     newer = {**config, "text_config": {"format_version": 2, "backbone_config": {"model_type": "modernbert"}}}
-    with pytest.raises(ValueError, match="LoTLIPTextConfig: written by a newer lotlip-hf"):
+    with pytest.raises(ValueError, match="LoTLIPTextConfig"):
         LoTLIPConfig.from_dict(newer)
     own = {"AutoModel": None, "AutoTokenizer": ["x/evil--t.T", None], "AutoModelForCausalLM": "x/evil--m.M"}
     assert LoTLIPConfig.from_dict({**config, "auto_map": own}).auto_map == config["auto_map"]
     shutil.copytree(official_checkpoint, tmp_path / "typed")
     (tmp_path / "typed" / "config.json").write_text(json.dumps({**config, "projection_dim": "big"}))
-    with pytest.raises(ValueError, match="typed: .*projection_dim"):
+    with pytest.raises(ValueError, match="projection_dim"):
         load_model(tmp_path / "typed")
 
 
