@@ -98,15 +98,7 @@ FIELDS = {"short_caption": TEXT, "long_captions": TEXTS, **OPTIONAL}
 
 
 def problem_of(record: Mapping[str, Any]) -> str | None:
-    """
-    What is wrong with the types of a record's texts.
-
-    Args:
-        record (`Mapping[str, Any]`): the record; what is missing or `None` is not looked at.
-
-    Returns:
-        `str`, *optional*: a sentence that names the field, or `None`.
-    """
+    """The first field of a record's texts with a wrong type, as errors say it; `None` for missing fields is right."""
     for name, kind in FIELDS.items():
         value = record.get(name)
         if value is None:
