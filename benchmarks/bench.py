@@ -48,10 +48,10 @@ from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.sampling import CaptionSampling, sample_texts, split_sentences
 from lotlip_hf.encoder import CPU_TOKENS
 from lotlip_hf.engines.onnx import LoTLIPOnnxModel
-from lotlip_hf.images import load_image
+from lotlip_hf.engines.texts import encode_unpadded
+from lotlip_hf.images import load_image, official_image_processor
 from lotlip_hf.loading import load_model
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
-from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.training.objective import Objective, batch_loss
 from measure import RESULTS as FOLDER
@@ -283,7 +283,7 @@ def tokenise(bench: Bench) -> list[Row]:
             function(bench.captions, **arguments)
 
     calls = {
-        "tokenise, as encode_texts does": partial(parallel, tokenizer.encode_unpadded),
+        "tokenise, as encode_texts does": partial(parallel, partial(encode_unpadded, tokenizer)),
         "tokenise, by a call of the tokenizer": partial(parallel, tokenizer, truncation=True, verbose=False),
         "official": lambda: recipe.tokenize(bench.captions),
     }
