@@ -123,18 +123,16 @@ def clean(text: str) -> str:
 
 class LoTLIPTokenizer(TokenizersBackend):
     """
-    A tokenizer for long captions: it cleans the text, marks where sentences end, and hands it to a fast tokenizer.
-
-    It takes any `tokenizer.json` (BERT's WordPiece, RoBERTa's BPE, XLM-R's Unigram) or a folder that holds just BERT's
-    `vocab.txt`, and gives `[CLS] words [SEP]`. The model adds LoTLIP's corner tokens, so `model_max_length` is the
-    model's number of positions less its corner tokens (126 for the released models).
+    A tokenizer for long captions: it cleans the text, marks where sentences end, and hands it to a fast tokenizer of
+    any kind (BERT's WordPiece, RoBERTa's BPE, XLM-R's Unigram). It takes a `tokenizer.json` or BERT's `vocab.txt`.
 
     The steps are those of the official code, in its order: every `". "` becomes the separator token, the text is
     cleaned, then tokenized. One thing differs: `"[SEP]"` or `"[MASK]"` written out in a caption, or spelt as
     `"&#91;SEP&#93;"`, is three or more ordinary tokens, never the special one.
 
-    No call changes the tokenizer, so threads can share one. Words given with `is_split_into_words=True` are neither
-    cleaned nor split into sentences. Offsets (`return_offsets_mapping`, ...) count characters of the cleaned text.
+    The model adds the corner tokens, so `model_max_length` is its number of positions less those (126 for the released
+    models). No call changes the tokenizer, so threads can share one. Words given with `is_split_into_words=True` are
+    neither cleaned nor split into sentences. Offsets count characters of the cleaned text.
 
     Args:
         vocab (`str` or `dict[str, int]`, *optional*):
@@ -145,12 +143,11 @@ class LoTLIPTokenizer(TokenizersBackend):
         split_sentences (`bool`, *optional*, defaults to `True`):
             Whether the separator token takes the place of the full stop between two sentences.
         split_special_tokens (`bool`, *optional*, defaults to `True`):
-            Whether special tokens written out in a text are text. `False`, here or in a call, reads them as special
-            tokens, as the official code does.
+            Whether special tokens written out in a text are text. The official code reads them as special tokens.
         cleaning (`str`, *optional*, defaults to `"official"`):
-            Where sentences end: `"official"`, at every `". "`, those of "Dr. X" and "z. B." included, as the released
-            models were trained; or `"sentences"`, by the rules that captions are split by for training (`!`, `?` and
-            line ends end sentences too; abbreviations, initials and numbers do not).
+            Where sentences end: `"official"`, at every `". "`, that of "Dr. X" included, as the released models were
+            trained; or `"sentences"`, by the rules that captions are split by for training (at `!`, `?` and line ends
+            too; at no abbreviation, initial or number).
 
     Raises:
         ValueError: if `vocab` lacks one of BERT's special tokens, or there is nothing to build a tokenizer from.
@@ -259,9 +256,10 @@ class LoTLIPTokenizer(TokenizersBackend):
         Raises:
             ValueError: if `encoding` does not come from a tokenizer call, or keeps the overflowing tokens.
         """
-        if getattr(encoding, "encodings", None) is None or "overflow_to_sample_mapping" in encoding:
+        texts = getattr(encoding, "encodings", None)
+        if texts is None or "overflow_to_sample_mapping" in encoding:
             raise ValueError("`encoding` must be what a call without `return_overflowing_tokens` returned.")
-        return sum(bool(text.overflowing) for text in encoding.encodings)
+        return sum(bool(text.overflowing) for text in texts)
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
         """All of `__call__`, `encode` and `tokenize` come through here."""
@@ -379,13 +377,10 @@ class LoTLIPTokenizer(TokenizersBackend):
 
     def bare_tokenizer(self) -> Tokenizer:
         """
-        What `tokenizer.json` holds: a backend that by itself gives the ids of this class to ordinary texts. Its
-        normaliser makes the separator token of a sentence's end, collapses white space, straightens quotation marks,
-        and composes characters (NFC).
-
-        The format cannot express repairs of broken encodings, HTML entities, ligatures and fullwidth letters (ftfy's
-        part of [`clean`]), nor all the rules of `cleaning="sentences"`, nor tell a text that is nothing but one
-        special token from that token.
+        What `tokenizer.json` holds: a backend that by itself gives the ids of this class to ordinary texts. The format
+        cannot express repairs of broken encodings, HTML entities, ligatures and fullwidth letters (ftfy's part of
+        [`clean`]), nor all the rules of `cleaning="sentences"`, nor tell a text that is nothing but one special token
+        from that token.
         """
         if not (self.clean_text or self.split_sentences or self.split_special_tokens):
             return own_backend(self._tokenizer)
