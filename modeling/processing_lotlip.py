@@ -29,10 +29,9 @@ class LoTLIPProcessor(ProcessorMixin):
     number for each), which gives `input_ids` and `attention_mask` of shape [B, T, L]. Texts are padded to the longest
     and cut at `tokenizer.model_max_length`; `padding`, `truncation` and `max_length` in a call win, for that call.
 
-    `images` is what any image processor of transformers takes: PIL images, arrays, tensors, or paths and URLs. A path
-    or URL is opened as `transformers.image_utils.load_image` does, with its EXIF orientation applied; a PIL image is
-    taken as it lies. Either way transparency is dropped, as `Image.convert("RGB")` does and as in the official code;
-    where `lotlip_hf` itself reads image files, it shows the `background`.
+    `images` is what any image processor of transformers takes. The EXIF orientation of a path or URL is applied, that
+    of a PIL image is not. Transparency is dropped, as by `Image.convert("RGB")` and in the official code; where
+    `lotlip_hf` itself reads image files, it shows the `background`.
 
     Args:
         image_processor (`CLIPImageProcessor` or `CLIPImageProcessorPil`):
@@ -91,16 +90,12 @@ class LoTLIPProcessor(ProcessorMixin):
     ) -> list[str]:
         """As [`~transformers.ProcessorMixin.save_pretrained`], with the code that `auto_map` names."""
         free_of_calls(self.tokenizer)
+        # not by `_auto_class`, which would write `auto_map` into the stock image processor's configuration as well
         files = super().save_pretrained(save_directory)
         files += map(str, custom_object_save(self, save_directory))
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", None) or os.path.basename(save_directory), **kwargs)
         return files
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
-        """Does nothing: the code is saved in any case, and the stock way writes `auto_map` into the stock image
-        processor's configuration as well."""
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import ftfy
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import BatchEncoding, TruncationStrategy
+from transformers.tokenization_utils_base import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging
 
@@ -24,7 +24,6 @@ logger = logging.get_logger(__name__)
 # Where two sentences meet while a text is cleaned. ftfy looks at a character's neighbours, so this is the official
 # code's own "[SEP]", whatever the tokenizer calls its separator.
 JOINER = "[SEP]"
-DO_NOT_TRUNCATE = TruncationStrategy.DO_NOT_TRUNCATE
 # A character that makes a text need ftfy and `html.unescape`. Of one without any they change white space and quotes
 # alone: "&" and control characters apart, ftfy takes for broken (`ftfy.badness`) only what has a control character,
 # one of ÂÃŒœ or two neighbours beyond ASCII, and of the neighbours below none.
@@ -189,23 +188,13 @@ class LoTLIPTokenizer(TokenizersBackend):
                 f"{kwargs.get('name_or_path') or 'LoTLIPTokenizer'}: no tokenizer.json, vocab.txt or `vocab` given. "
                 "`LoTLIPTokenizer.from_backbone_tokenizer` takes a tokenizer kept in other files."
             )
-        super().__init__(
-            clean_text=clean_text,
-            split_sentences=split_sentences,
-            split_special_tokens=split_special_tokens,
-            cleaning=cleaning,
-            **kwargs,
-        )
+        settings = {"clean_text": clean_text, "split_sentences": split_sentences, "cleaning": cleaning}
+        super().__init__(split_special_tokens=split_special_tokens, **settings, **kwargs)
         # The file's cleaning is for other readers: this class cleans by itself.
         _remove_cleaning(self._tokenizer)
         # A special token is looked for in the text before it is normalised, so that no normaliser can write one.
-        self._tokenizer.add_special_tokens(
-            [
-                AddedToken(t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip, normalized=False)
-                for t in self.added_tokens_decoder.values()
-                if t.special and t.normalized
-            ]
-        )
+        special = [t.__getstate__() for t in self.added_tokens_decoder.values() if t.special and t.normalized]
+        self._tokenizer.add_special_tokens([AddedToken(**{**token, "normalized": False}) for token in special])
         # anew, for a backend goes on calling a token by what an earlier normaliser made of its name
         self._tokenizer = own_backend(self._tokenizer)
         self._tokenizer.encode_special_tokens = split_special_tokens
@@ -275,7 +264,7 @@ class LoTLIPTokenizer(TokenizersBackend):
             # A Unigram model spells a special token that it finds in the normalised text: its vocabulary holds them.
             is_unigram = isinstance(backend.model, models.Unigram)
             normalize = backend.normalizer.normalize_str if is_unigram and backend.normalizer else str
-            is_cut = kwargs.get("truncation_strategy", DO_NOT_TRUNCATE) != DO_NOT_TRUNCATE and not keeps_all
+            is_cut = kwargs.get("truncation_strategy", "do_not_truncate") != "do_not_truncate" and not keeps_all
             limit = kwargs.get("max_length") if is_cut and not is_words and self.is_local_to_words() else None
             prepared: dict[str, str] = {}
 
@@ -322,8 +311,7 @@ class LoTLIPTokenizer(TokenizersBackend):
             return cleaned.split(JOINER)
         # The text holds the joiner as well, or cleaning makes one of something else ("&#91;SEP&#93;") or a terminal's
         # escape sequence of it ("\x1b[S"): no text holds its own digest.
-        digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
-        joiner = f"(SEP{digest[:16]})"
+        joiner = f"(SEP{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]})"
         return clean(joiner.join(sentences)).split(joiner)
 
     def is_local_to_words(self) -> bool:
@@ -445,12 +433,11 @@ def _written(tokens: list[str], prefix: str, stop: re.Pattern[str]) -> str:
 
 def _remove_cleaning(backend: Tokenizer) -> None:
     """Takes the steps that [`LoTLIPTokenizer.bare_tokenizer`] adds out of a backend."""
-    if not isinstance(backend.normalizer, normalizers.Sequence):
+    state = {} if backend.normalizer is None else json.loads(backend.normalizer.__getstate__())
+    before, *own = state.get("normalizers") or [{}]
+    if before.get("normalizers", [None])[0] != GUARD:
         return
-    steps = json.loads(backend.normalizer.__getstate__())["normalizers"]
-    if not steps or steps[0].get("normalizers", [None])[0] != GUARD:
-        return
-    backend.normalizer = _part(normalizers.Sequence([]), steps[1]["normalizers"])
+    backend.normalizer = _part(normalizers.Sequence([]), own[0]["normalizers"])
     if (
         backend.pre_tokenizer is not None
         and json.dumps(f"|{SIGN}")[1:-1].encode() in backend.pre_tokenizer.__getstate__()
@@ -471,7 +458,6 @@ def _part(empty: Any, states: list[dict[str, Any]]) -> Any:
 
 def _word_piece(vocab: str | dict[str, int], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `TokenizersBackend` for BERT's vocabulary."""
-    source = vocab if isinstance(vocab, str) else "`vocab`"
     if isinstance(vocab, str) and not os.path.isfile(vocab):
         raise ValueError(f"`vocab` must be the path of BERT's vocab.txt or a dictionary, got {vocab}.")
     names = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -481,7 +467,7 @@ def _word_piece(vocab: str | dict[str, int], kwargs: dict[str, Any]) -> dict[str
     tokens = bert.backend_tokenizer.get_vocab(with_added_tokens=False)
     missing = [str(getattr(bert, name)) for name in names if str(getattr(bert, name)) not in tokens]
     if missing:
-        raise ValueError(f"{source} holds no {', '.join(missing)}: expected the vocabulary of a BERT model.")
+        raise ValueError(f"`vocab` (vocab.txt) holds no {', '.join(missing)}: it must be that of a BERT model.")
     special_tokens = {name: getattr(bert, name) for name in names}
     return {**special_tokens, **kwargs, "tokenizer_object": bert.backend_tokenizer}
 
