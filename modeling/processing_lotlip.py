@@ -66,13 +66,13 @@ class LoTLIPProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> "LoTLIPProcessor":
         """
-        As [`~transformers.ProcessorMixin.from_pretrained`]; what came from the Hub is checked, and a tokenizer's or an
-        image processor's own code does not run without `trust_remote_code=True`.
+        As [`~transformers.ProcessorMixin.from_pretrained`], without a question on the terminal: a tokenizer's or an
+        image processor's own code does not run unless `trust_remote_code=True`.
 
         Raises:
             OSError: if there is no such checkpoint, or a file is missing or came damaged.
         """
-        kwargs.setdefault("trust_remote_code", False)  # left out, transformers asks on the terminal
+        kwargs.setdefault("trust_remote_code", False)
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         loaded = processor[0] if isinstance(processor, tuple) else processor  # with `return_unused_kwargs`
         # transformers takes a file that the Hub did not give for one that is not there
@@ -129,10 +129,9 @@ class LoTLIPProcessor(ProcessorMixin):
             return call(images=images, text=rows if isinstance(text, tuple) else text, **kwargs)
 
         for index, row in enumerate(rows):
-            if not isinstance(row, (list, tuple)) or not row or not all(isinstance(one, str) for one in row):
-                raise ValueError(f"`text[{index}]` must be a list of one or more strings, as others are.")
-            if len(row) != len(rows[0]):
-                raise ValueError(f"`text[{index}]` holds {len(row)} texts and `text[0]` {len(rows[0])}.")
+            is_texts = isinstance(row, (list, tuple)) and all(isinstance(one, str) for one in row)
+            if not is_texts or not row or len(row) != len(rows[0]):
+                raise ValueError(f"`text[{index}]` must be a list of one or more strings, as many as every other.")
         encoding = call(images=images, text=[one for row in rows for one in row], **kwargs)
         if "overflow_to_sample_mapping" in encoding:
             raise ValueError("Lists of texts do not go with `return_overflowing_tokens`: their number would differ.")

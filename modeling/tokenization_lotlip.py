@@ -60,10 +60,6 @@ def _escaped(content: str) -> str:
     return re.sub(r"[][\\^$.|?*+(){}/]", r"\\\g<0>", content)
 
 
-def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "Sequence", "normalizers": list(steps)}
-
-
 def _replace(pattern: str, content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
 
@@ -74,7 +70,6 @@ def _replace(pattern: str, content: str) -> dict[str, Any]:
 OPEN, CLOSE = "\u2e3b\u2e3a", "\u2e3a\u2e3b"
 GUARD = {"type": "Replace", "pattern": {"String": OPEN}, "content": " ".join(OPEN)}
 # Regular expressions that the tokenizers library and JavaScript read alike
-BERT = {"type": "BertPreTokenizer"}
 SIGN = r"[!-/:-@\[-`{-~\p{P}]"  # what BERT takes for one
 WHOLE = r"(?<![\s\S]){}(?![\s\S])"
 END_OF_LINE = r"(?<=[^.!?…。．｡।॥۔\s])[^\S\n]*\n\s*(?=\S)"
@@ -377,7 +372,8 @@ class LoTLIPTokenizer(TokenizersBackend):
         marks = {content: f"{OPEN}{index}{CLOSE}" for index, content in enumerate(special)}
         separator = marks[str(self.sep_token)] if self.split_sentences else ""
         unigram = isinstance(self._tokenizer.model, models.Unigram)
-        by_words = state["pre_tokenizer"] == BERT and all(content[0] in string.punctuation for content in special)
+        is_bert = state["pre_tokenizer"] == {"type": "BertPreTokenizer"}
+        by_words = is_bert and all(content[0] in string.punctuation for content in special)
         own = [] if state["normalizer"] is None else [state["normalizer"]]
         # Looked for in the normalised text, in which its own name is a mark that nothing else becomes.
         for token in state["added_tokens"]:
@@ -405,7 +401,8 @@ class LoTLIPTokenizer(TokenizersBackend):
             steps = [{"type": "Replace", "pattern": {"String": name}, "content": ""} for name in names]
             state["decoder"] = {"type": "Sequence", "decoders": [*steps, *filter(None, [state["decoder"]])]}
         last = [_replace(mark, content) for mark, content in after.items()]
-        state["normalizer"] = _sequence(_sequence(*before), _sequence(*own), _sequence(*last))
+        steps = [{"type": "Sequence", "normalizers": part} for part in (before, own, last)]
+        state["normalizer"] = {"type": "Sequence", "normalizers": steps}
         return Tokenizer.from_str(json.dumps(state))
 
 
@@ -450,10 +447,9 @@ def _remove_cleaning(backend: Tokenizer) -> None:
 
 def _part(empty: Any, states: list[dict[str, Any]]) -> Any:
     """The one part of a pipeline that a state describes, or `None`."""
-    if not states:
-        return None
-    empty.__setstate__(json.dumps(states[0]).encode())
-    return empty
+    for state in states:
+        empty.__setstate__(json.dumps(state).encode())
+    return empty if states else None
 
 
 def _word_piece(vocab: str | dict[str, int], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -468,8 +464,7 @@ def _word_piece(vocab: str | dict[str, int], kwargs: dict[str, Any]) -> dict[str
     missing = [str(getattr(bert, name)) for name in names if str(getattr(bert, name)) not in tokens]
     if missing:
         raise ValueError(f"`vocab` (vocab.txt) holds no {', '.join(missing)}: it must be that of a BERT model.")
-    special_tokens = {name: getattr(bert, name) for name in names}
-    return {**special_tokens, **kwargs, "tokenizer_object": bert.backend_tokenizer}
+    return {**{name: getattr(bert, name) for name in names}, **kwargs, "tokenizer_object": bert.backend_tokenizer}
 
 
 def _hidden(name: re.Match[str]) -> str:
