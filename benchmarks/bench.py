@@ -44,13 +44,13 @@ import peers
 from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor
 from lotlip_hf.conversion.onnx import convert as export_onnx
 from lotlip_hf.conversion.stock import stock_model
+from lotlip_hf.data.sampling import split_sentences
 from lotlip_hf.encoder import CPU_TOKENS
 from lotlip_hf.engines.onnx import LoTLIPOnnxModel
-from lotlip_hf.images import load_image
+from lotlip_hf.engines.texts import encode_unpadded
+from lotlip_hf.images import load_image, official_image_processor
 from lotlip_hf.loading import load_model
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
-from lotlip_hf.modeling.processing_lotlip import official_image_processor
-from lotlip_hf.modeling.sentences_lotlip import split_sentences
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.training.objective import Objective, batch_loss
 from lotlip_hf.training.terms.infonce import InfoNCE
@@ -283,7 +283,7 @@ def tokenise(bench: Bench) -> list[Row]:
             function(bench.captions, **arguments)
 
     calls = {
-        "tokenise, as encode_texts does": partial(parallel, tokenizer.encode_unpadded),
+        "tokenise, as encode_texts does": partial(parallel, partial(encode_unpadded, tokenizer)),
         "tokenise, by a call of the tokenizer": partial(parallel, tokenizer, truncation=True, verbose=False),
         "official": lambda: recipe.tokenize(bench.captions),
     }

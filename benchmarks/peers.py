@@ -28,8 +28,8 @@ from transformers import (
 
 from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPProcessor, LoTLIPTextConfig, LoTLIPTokenizer, LoTLIPVisionConfig
 from lotlip_hf.conversion.stock import stock_model
+from lotlip_hf.images import official_image_processor
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
-from lotlip_hf.modeling.processing_lotlip import official_image_processor
 
 VOCABULARY = Path(__file__).resolve().parent.parent / "tests" / "golden" / "tokenizer" / "vocab.txt"  # BERT's
 CONTEXT_LENGTH, NUM_CORNER_TOKENS = 128, 2  # of the released models

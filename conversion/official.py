@@ -26,8 +26,8 @@ from lotlip_hf import (
     LoTLIPVisionConfig,
 )
 from lotlip_hf.files import all_or_nothing, one_line, replacing
+from lotlip_hf.images import official_image_processor
 from lotlip_hf.loading import load_tokenizer, naming_damage, quiet
-from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import models
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -253,7 +253,7 @@ def stock_tokenizer(tokenizer: LoTLIPTokenizer) -> PreTrainedTokenizerFast:
     if tokenizer.clean_text:
         raise ConversionError("A stock tokenizer cannot clean texts: load the tokenizer with clean_text=False.")
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer.bare_tokenizer())),
+        tokenizer_object=tokenizer.bare_tokenizer(),
         model_max_length=tokenizer.model_max_length,
         model_input_names=tokenizer.model_input_names,
         padding_side="right",

@@ -40,6 +40,11 @@ NESTED_FORMATS = ("BLP", "ICNS", "ICO")
 TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF's tags
 # Side in pixels of the tiles in which conversions work that need more memory than their result
 TILE = 1024
+# Where transformers' image processors have the resizing that most of them share
+RESIZING_MODULE = "transformers.image_processing_backends"
+# Longest side over shortest, beyond which an image is thin. Resized to a shortest edge of 224 one of this ratio has
+# 224 x 14,336 pixels.
+MAX_ASPECT_RATIO = 64
 # Images of more pixels are resized here, where their image processor would copy them whole several times
 LARGE = 1 << 24
 
@@ -389,6 +394,27 @@ def load_pixels(
         return dict(image_processor(images=[image], return_tensors="pt"))
 
 
+def official_image_processor(image_size: int = 224) -> Any:
+    """
+    The preprocessing of the released LoTLIP models: bicubic to `image_size`, centre crop, mean and deviation 0.5.
+
+    Args:
+        image_size (`int`, *optional*, defaults to 224): the shortest edge and the side of the crop, in pixels.
+
+    Returns:
+        `CLIPImageProcessorPil`: gives `pixel_values` [B, 3, image_size, image_size]. Saved, it is a plain
+        `CLIPImageProcessor`, which loads with whichever backend is installed.
+    """
+    from transformers import CLIPImageProcessorPil  # here: transformers takes seconds to import
+
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+
+
 def processed_size(image_processor: Any) -> tuple[int, int]:
     """Height and width of the `pixel_values` that a processor makes of a picture of 96 x 64 pixels."""
     height, width = load_pixels(Image.new("RGB", (96, 64)), image_processor=image_processor)["pixel_values"].shape[-2:]
@@ -524,6 +550,93 @@ def _in_8_bits(transparency: Any, raw_mode: str) -> Any:
     return tuple(value >> 8 for value in transparency) if raw_mode == "RGB;16B" else transparency
 
 
+def resized_size(size: tuple[int, int], image_processor: Any) -> tuple[int, int] | None:
+    """
+    The size that an image has after an image processor's resizing.
+
+    Args:
+        size (`tuple[int, int]`): width and height of the image.
+        image_processor (`BaseImageProcessor`): the image processor.
+
+    Returns:
+        `tuple[int, int]`: width and height; `None` if the processor does not resize, or not in the way that most of
+        transformers' do, or if the size depends on which side is up.
+    """
+    if 0 in size:
+        return None
+    methods = (getattr(type(image_processor), name, None) for name in ("resize", "_preprocess"))
+    if not all(getattr(method, "__module__", None) == RESIZING_MODULE for method in methods):
+        return None
+    if not image_processor.do_resize or not isinstance(image_processor.resample, int):
+        return None
+    wanted = {name: value for name, value in dict(image_processor.size or {}).items() if value is not None}
+    if wanted.keys() == {"shortest_edge"}:
+        short, long = wanted["shortest_edge"], int(wanted["shortest_edge"] * max(size) / min(size))
+        return (short, long) if size[0] <= size[1] else (long, short)
+    if wanted.keys() == {"height", "width"} and wanted["height"] == wanted["width"]:
+        return wanted["width"], wanted["height"]
+    return None
+
+
+def is_thin(size: tuple[int, int], image_processor: Any) -> bool:
+    """
+    Whether an image grows out of bounds as its shortest edge is resized.
+
+    Args:
+        size (`tuple[int, int]`): width and height of the image.
+        image_processor (`BaseImageProcessor`): the image processor.
+
+    Returns:
+        `bool`: whether one side is more than 64 times the other and the processor resizes by the shortest edge alone.
+    """
+    wanted = dict(getattr(image_processor, "size", None) or {})
+    return bool(
+        max(size) > MAX_ASPECT_RATIO * min(size)
+        and getattr(image_processor, "do_resize", False)
+        and wanted.get("shortest_edge")
+        and not wanted.get("longest_edge")
+    )
+
+
+def resized_middle(image: Any, image_processor: Any) -> Any:
+    """
+    What an image processor's resizing makes of the middle of a thin image, which its centre crop leaves. The processor
+    gives the same `pixel_values` for the result as for the whole image, but for one step of 255 in less than a
+    hundredth of them.
+
+    Args:
+        image (`PIL.Image.Image`): an image for which [`is_thin`] is true.
+        image_processor (`BaseImageProcessor`): the image processor.
+
+    Returns:
+        `PIL.Image.Image`: a smaller image, which the resizing leaves as it is; `None` if the processor does
+        not crop, or resizes in its own way.
+    """
+    resized = resized_size(image.size, image_processor)
+    crop = getattr(image_processor, "crop_size", None)
+    if resized is None or crop is None or not getattr(image_processor, "do_center_crop", False):
+        return None
+    if image.mode not in ("RGB", "L") and not image_processor.do_convert_rgb:
+        return None
+    axis = 0 if image.width > image.height else 1
+    length, kept = resized[axis], max(min(resized), crop["width" if axis == 0 else "height"])
+    # the centre stays where it is, for those too that round half a pixel to even
+    kept = min(length, kept + (length - kept) % 4)
+    scale = image.size[axis] / length
+    start, end = scale * (length - kept) / 2, scale * (length + kept) / 2
+    # cut out first, with what a filter sees around it: `resize` reads its box in single precision
+    margin = 4 * max(1.0, scale)
+    first, last = max(0, int(start - margin)), min(image.size[axis], int(end + margin) + 1)
+    cut, box, size = [0, 0, *image.size], [0.0, 0.0, *image.size], list(resized)
+    cut[axis], cut[axis + 2] = first, last
+    box[axis], box[axis + 2] = start - first, end - first
+    size[axis] = kept
+    image = image.crop(cut)
+    if image_processor.do_convert_rgb:
+        image = image.convert("RGB")
+    return image.resize(tuple(size), image_processor.resample, box=tuple(box))
+
+
 def _draft(
     image: Image.Image, image_processor: Any
 ) -> tuple[tuple[int, int], tuple[float, float, float, float]] | None:
@@ -531,7 +644,9 @@ def _draft(
     Has a JPEG file that was opened decoded at a fraction of its size, and returns the size to resize it to and which
     part of it; `None` for others.
     """
-    size = _resized_size(image.size, image_processor)
+    if image_processor is None or is_thin(image.size, image_processor):
+        return None
+    size = resized_size(image.size, image_processor)
     if size is None or image_processor.resample == Image.Resampling.NEAREST:
         return None
     if min(image.width // size[0], image.height // size[1]) < 2 * DRAFT_MARGIN:
@@ -541,27 +656,16 @@ def _draft(
     return None if draft is None else (size, draft[1])
 
 
-def _resized_size(size: tuple[int, int], image_processor: Any) -> tuple[int, int] | None:
-    """The size that the processor's resizing gives; `None` for a thin image, which is cut as well."""
-    if image_processor is None or 0 in size:
-        return None
-    from .modeling.processing_lotlip import is_thin, resized_size  # here: transformers takes seconds to import
-
-    return None if is_thin(size, image_processor) else resized_size(size, image_processor)
-
-
 def _prepared(image: Image.Image, name: str, image_processor: Any) -> Image.Image:
     """Resized, if the processor would copy it whole several times, or enlarge it beyond bounds; others as given."""
     if image_processor is None:
         return image
-    from .modeling.processing_lotlip import is_thin, resized_middle
-
     if is_thin(image.size, image_processor):
         middle = resized_middle(image, image_processor)
         if middle is None:
             raise ImageError(name, f"too thin ({image.width}x{image.height} pixels) for this image processor")
         return middle
-    size = _resized_size(image.size, image_processor)
+    size = resized_size(image.size, image_processor)
     # The PIL backend's own resizing gives the same.
     if size is None or image.width * image.height <= LARGE or getattr(image_processor, "backend", "") != "pil":
         return image

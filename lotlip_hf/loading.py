@@ -28,7 +28,6 @@ from . import auto as auto  # registers LoTLIP's classes
 from .files import one_line, parse_json, printable, read_regular
 from .images import background_of, checked_background
 from .modeling.calls_lotlip import free_of_calls
-from .modeling.processing_lotlip import check_image_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +35,8 @@ MAX_LAYERS = 1024
 MAX_SIZE = 1 << 24
 SWITCHES = ("output_attentions", "output_hidden_states", "return_dict")
 SIZES = ("_size", "_dim", "_dims", "_embeddings", "_length")
+# No image tower takes more pixels a side; larger settings are an error, or fill the memory on purpose.
+MAX_IMAGE_SIDE = 4096
 NOT_SET = 1_000_000  # transformers has 1e30 for a limit that is not set
 # Positions of these start at `pad_token_id + 1`, so the usable length is shorter.
 POSITIONS_AFTER_PADDING = (
@@ -274,6 +275,26 @@ def check_config(config: PreTrainedConfig, name: str | os.PathLike) -> None:
                     raise LoadingError(f"{name}: config.json has {key} {value!r}; expected a number from 0 up.")
 
     check(config.to_dict())
+
+
+def check_image_sizes(image_processor: Any, name: str) -> None:
+    """
+    Refuses an image processor that would make images of absurd sizes.
+
+    Args:
+        image_processor (`BaseImageProcessor`): the image processor.
+        name (`str`): the checkpoint, for the error.
+
+    Raises:
+        ValueError: if a side of `size` or `crop_size` is not a whole number from 1 to 4096; names it and the value.
+    """
+    for setting in ("size", "crop_size"):
+        for side, value in dict(getattr(image_processor, setting, None) or {}).items():
+            if value is not None and not (type(value) is int and 1 <= value <= MAX_IMAGE_SIDE):
+                raise ValueError(
+                    f"{name}: `{setting}` in its processor_config.json or preprocessor_config.json has "
+                    f"{side}={value!r}, which is no whole number of pixels from 1 to {MAX_IMAGE_SIDE}."
+                )
 
 
 def check_processor(processor: Any, name: str | os.PathLike) -> None:

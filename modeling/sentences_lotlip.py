@@ -50,12 +50,6 @@ def find_sentences(text: str) -> Iterator[Sentence]:
 
     They end at line ends, `</s>`, and the punctuation that ends a sentence; not at the full stop of an abbreviation
     (Dr., e.g., No. 5), an initial (J. Smith), a number (3.5), a name (example.com), or the marker of a list ("2.").
-
-    Args:
-        text (`str`): a caption.
-
-    Returns:
-        `Iterator[Sentence]`: where each stands, and its end mark.
     """
     start = 0
     for end in SENTENCE_END.finditer(text):
@@ -81,27 +75,3 @@ def next_character(text: str, position: int) -> str:
     """The first character from `position` on that is not white space."""
     match = NEXT_CHARACTER.match(text, position)
     return match[1] if match else ""
-
-
-def split_sentences(text: str) -> list[str]:
-    """
-    Splits a caption into its sentences, as [`find_sentences`] finds them.
-
-    Unlike `split_full_stops` it leaves whole what a full stop does not end: numbers, abbreviations, initials, names.
-
-    Args:
-        text (`str`): a caption.
-
-    Returns:
-        `list[str]`: the sentences that hold a word, without white space at either end and without their full stop;
-        `!` and `?` stay.
-
-    Example:
-
-    ```python
-    >>> split_sentences("A 3.5 m boat. Is it Dr. Li's? Nobody knows.")
-    ['A 3.5 m boat', "Is it Dr. Li's?", 'Nobody knows']
-    ```
-    """
-    # The full stop goes; a quotation mark behind it stays.
-    return [(text[start : end - len(mark)] + STOP.sub("", mark)).strip() for start, end, mark in find_sentences(text)]

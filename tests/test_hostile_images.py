@@ -23,8 +23,7 @@ from lotlip_hf.cli import main as lotlip
 from lotlip_hf.evaluation.embeddings import image_digests
 from lotlip_hf.evaluation.tasks import IncompleteDataError
 from lotlip_hf.images import ImageError, find_images, load_image, read_image_bytes, set_max_image_pixels
-from lotlip_hf.loading import load_model
-from lotlip_hf.modeling.processing_lotlip import check_image_sizes
+from lotlip_hf.loading import check_image_sizes, load_model
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.data import load_data
 

@@ -23,8 +23,7 @@ from transformers import (
 )
 from transformers.image_utils import load_image as transformers_load_image
 
-from lotlip_hf.images import ImageError, find_images, image_extensions, load_image
-from lotlip_hf.modeling.processing_lotlip import official_image_processor
+from lotlip_hf.images import ImageError, find_images, image_extensions, load_image, official_image_processor
 
 
 def random_pixels(height: int = 24, width: int = 32, channels: int = 3) -> np.ndarray:

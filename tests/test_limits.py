@@ -29,8 +29,9 @@ from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor, LoTLIPTokenizer
 from lotlip_hf.conversion import clip, official, onnx, stock
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.sampling import SubCaptions
+from lotlip_hf.engines.texts import encode_unpadded
+from lotlip_hf.images import official_image_processor
 from lotlip_hf.loading import load_model, max_text_length
-from lotlip_hf.modeling.processing_lotlip import official_image_processor
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.model import load_or_start_model
 from stale import CALL_STATE, is_clean, make_stale
@@ -182,7 +183,7 @@ def test_training_and_encoding_cut_at_the_same_token(
     longest = asked or 94
     assert own.tokenizer.model_max_length == longest
     ids = trained_ids(own)
-    assert ids == own.tokenizer.encode_unpadded([LONG], max_text_length(model, own.tokenizer))[0]
+    assert ids == encode_unpadded(own.tokenizer, [LONG], max_text_length(model, own.tokenizer))[0]
     assert len(ids[0]) == longest
     model.get_text_features(torch.tensor(ids))
     model.save_pretrained(tmp_path / "run")

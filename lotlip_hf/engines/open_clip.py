@@ -14,9 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil
 
 from ..files import one_line
-from ..images import WHITE, ImageSource, load_image, load_pixels
+from ..images import WHITE, ImageSource, is_thin, load_image, load_pixels, resized_middle
 from ..loading import cached_commit, usable_device
-from ..modeling.processing_lotlip import is_thin, resized_middle
 from .torch import SIMILARITY_WEIGHTS, Modality, tokenizer_settings
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from ..loading import max_text_length
 from ..modeling.calls_lotlip import for_one_call
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
+from .texts import encode_unpadded
 
 Modality = Literal["image", "text"]
 
@@ -71,7 +72,7 @@ class TorchEngine:
     def tokenize(self, texts: list[str], max_length: int) -> tuple[dict[str, list[list[int]]], list[bool]]:
         """The tokens of each text, not padded, and whether the text was cut at `max_length`."""
         if isinstance(self.tokenizer, LoTLIPTokenizer) and "token_type_ids" not in self.tokenizer.model_input_names:
-            input_ids, was_cut = self.tokenizer.encode_unpadded(texts, max_length)
+            input_ids, was_cut = encode_unpadded(self.tokenizer, texts, max_length)
             return {"input_ids": input_ids}, was_cut  # `pad` adds the masks
         encoded = for_one_call(self.tokenizer)(texts, truncation=True, max_length=max_length, verbose=False)
         if encoded.encodings is not None:

@@ -6,9 +6,10 @@ from typing import Literal
 
 import torch
 
+from ..images import official_image_processor
 from ..modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from ..modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
-from ..modeling.processing_lotlip import LoTLIPProcessor, official_image_processor
+from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
 from .dataset import BACKGROUNDS, COLOURS, GRID, PLACES, SHAPES, WORDS
 

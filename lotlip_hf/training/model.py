@@ -5,9 +5,9 @@ from transformers import AutoTokenizer
 # transformers 5.17 exports it only where torchvision is installed
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from ..loading import fit_tokenizer, load_model, max_text_length
+from ..loading import check_image_sizes, fit_tokenizer, load_model, max_text_length
 from ..modeling.modeling_lotlip import LoTLIPModel
-from ..modeling.processing_lotlip import LoTLIPProcessor, check_image_sizes
+from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
 from .config import SCENES, TrainingConfig
 

@@ -48,7 +48,7 @@ from lotlip_hf.conversion import clip as clip_conversion
 from lotlip_hf.conversion import stock
 from lotlip_hf.conversion.common import ConversionError
 from lotlip_hf.conversion.stock import convert, stock_model, stock_tokenizer
-from lotlip_hf.modeling.processing_lotlip import official_image_processor
+from lotlip_hf.images import official_image_processor
 from tiny_tokenizers import GOLDEN, PIECES, TEXTS, random_texts, toy_roberta, toy_xlm_roberta
 
 PAIRS = list(itertools.product(tiny.TEXT_BACKBONES, tiny.VISION_BACKBONES))

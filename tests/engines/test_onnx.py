@@ -38,7 +38,7 @@ from lotlip_hf.conversion import onnx as onnx_conversion
 from lotlip_hf.conversion.common import ConversionError
 from lotlip_hf.conversion.onnx import convert, main
 from lotlip_hf.engines.onnx import LoTLIPOnnxModel
-from lotlip_hf.modeling.processing_lotlip import official_image_processor
+from lotlip_hf.images import official_image_processor
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoProcessor
 import oldest
 import tiny
 from lotlip_hf import LoTLIPModel, LoTLIPProcessor, LoTLIPTokenizer
-from lotlip_hf.modeling.processing_lotlip import official_image_processor
+from lotlip_hf.images import official_image_processor
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).resolve().parents[1]

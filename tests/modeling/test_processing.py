@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, CLIPImageProcessorPil
 
 from lotlip_hf import LoTLIPConfig, LoTLIPProcessor, LoTLIPTokenizer
-from lotlip_hf.images import background_of, load_image
-from lotlip_hf.modeling.processing_lotlip import official_image_processor
+from lotlip_hf.images import background_of, load_image, official_image_processor
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 PIXELS = load_file(GOLDEN / "images" / "expected_pixels.safetensors")
@@ -93,32 +92,6 @@ def test_another_image_size(processor: LoTLIPProcessor) -> None:
     processor = LoTLIPProcessor(official_image_processor(image_size=32), processor.tokenizer)
     images = [Image.new("RGB", size) for size in ((1, 1), (300, 20), (20, 300))]
     assert processor(images=images, return_tensors="pt")["pixel_values"].shape == (3, 3, 32, 32)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-@pytest.mark.parametrize("size", [(2, 131), (2001, 31), (1, 66)])
-def test_of_a_thin_picture_only_the_middle_is_resized(
-    processor: LoTLIPProcessor, mode: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    array = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(array).convert(mode)
-    small = LoTLIPProcessor(official_image_processor(32), processor.tokenizer)
-    expected = small.image_processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
-    # a call's own settings win: then the picture is taken whole
-    whole = small(images=image, size={"shortest_edge": 16}, return_tensors="pt")["pixel_values"]
-    like = small.image_processor(images=image.convert("RGB"), size={"shortest_edge": 16}, return_tensors="pt")
-    assert torch.equal(whole, like["pixel_values"])
-    sizes, call = [], type(small.image_processor).__call__
-
-    def spy(self: Any, images: Any, **kwargs: Any) -> Any:
-        sizes.extend(image.size for image in images)
-        return call(self, images, **kwargs)
-
-    monkeypatch.setattr(type(small.image_processor), "__call__", spy)
-    given = small(images=[image], return_tensors="pt")["pixel_values"]
-    assert max(sizes[0]) <= 35
-    torch.testing.assert_close(given, expected, rtol=0, atol=1.01 / 255 / 0.5)
-    assert (given != expected).float().mean() < 0.01
 
 
 # Texts

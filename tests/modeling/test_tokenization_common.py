@@ -11,7 +11,7 @@ import pytest
 from transformers import BertTokenizer, CLIPImageProcessorPil
 
 from lotlip_hf import LoTLIPProcessor, LoTLIPTokenizer
-from lotlip_hf.modeling.processing_lotlip import official_image_processor
+from lotlip_hf.images import official_image_processor
 from tiny_tokenizers import GOLDEN, official_clean
 from upstream import upstream
 

@@ -9,9 +9,8 @@ processes.
 
 from typing import Any
 
-from ...modeling.sentences_lotlip import split_sentences
 from ..record import Draw, Texts, record_rng
-from .sub_captions import SubCaptions, split_full_stops
+from .sub_captions import SubCaptions, split_full_stops, split_sentences
 from .whole_captions import WholeCaptions
 
 __all__ = [

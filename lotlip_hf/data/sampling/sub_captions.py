@@ -6,8 +6,32 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from ...modeling.sentences_lotlip import split_sentences
+from ...modeling.sentences_lotlip import STOP, find_sentences
 from ..record import Record, Texts
+
+
+def split_sentences(text: str) -> list[str]:
+    """
+    Splits a caption into its sentences, as [`~lotlip_hf.modeling.sentences_lotlip.find_sentences`] finds them.
+
+    Unlike `split_full_stops` it leaves whole what a full stop does not end: numbers, abbreviations, initials, names.
+
+    Args:
+        text (`str`): a caption.
+
+    Returns:
+        `list[str]`: the sentences that hold a word, without white space at either end and without their full stop;
+        `!` and `?` stay.
+
+    Example:
+
+    ```python
+    >>> split_sentences("A 3.5 m boat. Is it Dr. Li's? Nobody knows.")
+    ['A 3.5 m boat', "Is it Dr. Li's?", 'Nobody knows']
+    ```
+    """
+    # The full stop goes; a quotation mark behind it stays.
+    return [(text[start : end - len(mark)] + STOP.sub("", mark)).strip() for start, end, mark in find_sentences(text)]
 
 
 def split_full_stops(text: str) -> list[str]:
