@@ -1,6 +1,7 @@
 """PyTorch LoTLIP: two stock transformers backbones, and what LoTLIP adds to them: corner tokens, pooling, projection,
 loss."""
 
+import copy
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,31 +10,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, CLIPTextModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPOutput, CLIPTextModelOutput, CLIPVisionModelOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.generic import (
-    can_return_tuple,
-    is_flash_attention_requested,
-    merge_with_config_defaults,
-)
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
 
+from .backbones_lotlip import POOLINGS, is_eager_on_cpu, one_token
 from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
+from .fast_paths_lotlip import PooledLayer, TextPath
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
-from .masking_lotlip import create_corner_mask, from_row, to_row
-from .pooling_lotlip import takes_pooled_places, with_pooled_layer
+from .masking_lotlip import create_corner_mask
+
+# In the shapes below, B is the batch size, I the number of images, T (if the ids have it) the number of texts an
+# image, N = B T, L the length, m the number of corner tokens.
 
 
 @dataclass
 class BaseModelOutputWithPoolingAndCorners(BaseModelOutputWithPooling):
     """
-    Output of a text tower. B is the batch size, T (where `input_ids` had it) the number of texts an image, L the
-    length.
+    Output of a text tower.
 
     Args:
         last_hidden_state: [B, (T,) L, hidden_size], lined up with `input_ids`: the corner tokens are not in it.
@@ -48,47 +47,19 @@ class BaseModelOutputWithPoolingAndCorners(BaseModelOutputWithPooling):
 
 
 @dataclass
-class LoTLIPTextModelOutput(ModelOutput):
+class LoTLIPTextModelOutput(CLIPTextModelOutput):
     """
-    Output of [`LoTLIPTextModelWithProjection`]: as CLIP's, and `corner_embeds`.
-
-    Args:
-        text_embeds: [B, (T,) projection_dim], not normalised.
-        last_hidden_state: [B, (T,) L, hidden_size].
-        hidden_states: as `last_hidden_state`, with `output_hidden_states=True`.
-        attentions: [B, (T,) heads, L, L], with `output_attentions=True`.
-        corner_embeds: [B, (T,) m, projection_dim], not normalised, where they were computed.
+    Output of [`LoTLIPTextModelWithProjection`]: CLIP's, and `corner_embeds` [B, (T,) m, projection_dim], not
+    normalised, where they were computed.
     """
 
-    text_embeds: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     corner_embeds: torch.Tensor | None = None
 
 
 @dataclass
-class LoTLIPVisionModelOutput(ModelOutput):
+class LoTLIPOutput(CLIPOutput):
     """
-    Output of [`LoTLIPVisionModelWithProjection`], as CLIP's.
-
-    Args:
-        image_embeds: [B, projection_dim], not normalised.
-        last_hidden_state: [B, 1 + patches, hidden_size] (without the 1 where the backbone has no class token).
-        hidden_states: as `last_hidden_state`, with `output_hidden_states=True`.
-        attentions: [B, heads, tokens, tokens], with `output_attentions=True`.
-    """
-
-    image_embeds: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class LoTLIPOutput(ModelOutput):
-    """
-    Output of [`LoTLIPModel`]: CLIP's fields in CLIP's order, then LoTLIP's own. I is the number of images.
+    Output of [`LoTLIPModel`]: CLIP's fields in CLIP's order, then LoTLIP's own.
 
     Args:
         loss: scalar, with `return_loss=True`.
@@ -105,19 +76,9 @@ class LoTLIPOutput(ModelOutput):
         loss_long: scalar, the long texts' share of the loss.
     """
 
-    loss: torch.Tensor | None = None
-    logits_per_image: torch.Tensor | None = None
-    logits_per_text: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    text_model_output: BaseModelOutputWithPoolingAndCorners | None = None
-    vision_model_output: BaseModelOutputWithPooling | None = None
     corner_embeds: torch.Tensor | None = None
     loss_short: torch.Tensor | None = None
     loss_long: torch.Tensor | None = None
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
 
 
 class LoTLIPPreTrainedModel(PreTrainedModel):
@@ -132,6 +93,8 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # The module that holds the input embeddings.
+    _embedding_module = "text_model"
 
     @classmethod
     def from_pretrained(
@@ -151,6 +114,12 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
         # hide tensors of a whole model's text tower that have no place in it.
         self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
 
+    def get_input_embeddings(self) -> nn.Module:
+        return getattr(self, self._embedding_module).get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        getattr(self, self._embedding_module).set_input_embeddings(value)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -165,111 +134,11 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
         older names than the module has, and `Trainer` resumes from its file by this function.
         """
         names = list(self.state_dict())
-        saved = revert_weight_conversion(self, {name: torch.tensor(place) for place, name in enumerate(names)})
-        own = {name: names[int(place)] for name, place in saved.items()}
+        saved = revert_weight_conversion(self, {name: torch.tensor(index) for index, name in enumerate(names)})
+        own = {name: names[int(index)] for name, index in saved.items()}
         own.update({name: name for name in names})
         renamed = {own.get(name, name): tensor for name, tensor in state_dict.items()}
         return super().load_state_dict(renamed, strict=strict, assign=assign)
-
-
-class CLIPTextBackbone(CLIPTextModel):
-    """
-    CLIP's text tower for sequences that are embedded already: its own embeddings give a text its positions, the corner
-    tokens that follow have none. Weights and hidden states are those of `CLIPTextModel`.
-    """
-
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling:
-        """
-        Args:
-            inputs_embeds: [N, L, hidden_size], what `embeddings` returned.
-            attention_mask: [N, L], 1 for text and 0 for padding, or a mask as [`create_corner_mask`] makes it.
-
-        Returns:
-            `last_hidden_state` [N, L, hidden_size], nothing pooled.
-        """
-        attention_mask = create_causal_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=None
-        )
-        outputs = self.encoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, is_causal=True, **kwargs)
-        return BaseModelOutputWithPooling(last_hidden_state=self.final_layer_norm(outputs.last_hidden_state))
-
-
-def _backbone_from_config(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> PreTrainedModel:
-    if config.backbone_config.model_type == "clip_text_model":
-        return CLIPTextBackbone._from_config(config.backbone_config)
-    backbone = AutoModel.from_config(
-        config.backbone_config,
-        trust_remote_code=False,
-        **_pooling_layer_argument(config.backbone_config, config.pooling),
-    )
-    return with_pooled_layer(backbone)
-
-
-def _pooling_layer_argument(backbone_config: PreTrainedConfig, pooling: str) -> dict[str, bool]:
-    """Backbones whose pooler is optional get one only if it is used: an idle layer would never be trained."""
-    has_optional_pooler = backbone_config.model_type in ("bert", "roberta", "xlm-roberta", "vit")
-    return {"add_pooling_layer": pooling == "pooler"} if has_optional_pooler else {}
-
-
-def _projection(in_features: int, out_features: int | None) -> nn.Module:
-    return nn.Identity() if out_features is None else nn.Linear(in_features, out_features, bias=False)
-
-
-def _with_config_defaults(config: PreTrainedConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Passes the tower's settings of what to return on to its backbone, which has a configuration of its own."""
-    defaults = {"output_attentions": config.output_attentions, "output_hidden_states": config.output_hidden_states}
-    return {**defaults, **kwargs, "return_dict": True}
-
-
-def _takes_pooled_places(tower: "LoTLIPTextModel | LoTLIPVisionModel", kwargs: dict[str, Any]) -> bool:
-    """Whether a tower can leave out what is not pooled: not where every layer's states or attentions are asked for."""
-    names = ("output_attentions", "output_hidden_states")
-    asks_for_more = any(kwargs.get(name, getattr(tower.config, name)) for name in names)
-    return tower.config.pooling != "mean" and not asks_for_more and takes_pooled_places(tower.backbone)
-
-
-def _is_eager_on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether looking at values is cheap and allowed: not while compiling, exporting or tracing, and not on a
-    device."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-
-
-def _check_input_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    if input_ids.dim() not in (2, 3):
-        raise ValueError(
-            f"`input_ids` must have shape [batch, length] or [batch, texts, length], got {list(input_ids.shape)}."
-        )
-    if input_ids.dtype not in (torch.int64, torch.int32):  # what an embedding takes
-        raise ValueError(f"`input_ids` must be integers of 64 or 32 bits, got {input_ids.dtype}.")
-    if 0 in input_ids.shape:
-        raise ValueError(f"`input_ids` must hold at least one text of one token, got shape {list(input_ids.shape)}.")
-    if _is_eager_on_cpu(input_ids):
-        low, high = input_ids.min().item(), input_ids.max().item()
-        if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"`input_ids` must lie in [0, {vocab_size}), the model's vocabulary; got ids from {low} to {high}. "
-                "Was the text tokenised with another model's tokenizer?"
-            )
-
-
-def _check_long_input_ids(long_input_ids: torch.Tensor, short_texts: torch.Tensor | None) -> None:
-    if short_texts is None or short_texts.dim() != 2:
-        raise ValueError(
-            "With `long_input_ids`, `input_ids` must be the short texts [batch, length], got "
-            f"{None if short_texts is None else list(short_texts.shape)}."
-        )
-    if long_input_ids.dim() != 3 or len(long_input_ids) != len(short_texts):
-        raise ValueError(
-            f"`long_input_ids` must have shape [{len(short_texts)}, texts, length], a row of long texts for each "
-            f"short text, got {list(long_input_ids.shape)}."
-        )
 
 
 class _LoTLIPTower(LoTLIPPreTrainedModel):
@@ -279,6 +148,8 @@ class _LoTLIPTower(LoTLIPPreTrainedModel):
     backbone's all the same.
     """
 
+    _embedding_module = "backbone"
+
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
         backbone = modules.get("backbone")
@@ -286,11 +157,21 @@ class _LoTLIPTower(LoTLIPPreTrainedModel):
             return backbone._modules[name]
         return super().__getattr__(name)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_input_embeddings(value)
+    def _options(self, kwargs: dict[str, Any], pooled_only: bool) -> tuple[dict[str, Any], bool]:
+        """
+        The backbone's options, which has a configuration of its own; and whether it computes the last layer for pooled
+        tokens alone: not if all states or attentions are returned, or the pooling reads them.
+        """
+        defaults = {name: getattr(self.config, name) for name in ("output_attentions", "output_hidden_states")}
+        options = {**defaults, **kwargs, "return_dict": True}
+        pooled_only = (
+            pooled_only
+            and not any(options[name] for name in defaults)
+            and POOLINGS[self.config.pooling] is one_token
+            and self.backbone.config._attn_implementation in ("sdpa", "unpadded")
+            and isinstance(self.config.family.last_layer(self.backbone), PooledLayer)
+        )
+        return options, pooled_only
 
 
 class LoTLIPTextModel(_LoTLIPTower):
@@ -310,7 +191,7 @@ class LoTLIPTextModel(_LoTLIPTower):
 
     def __init__(self, config: LoTLIPTextConfig) -> None:
         super().__init__(config)
-        self.backbone = _backbone_from_config(config)
+        self.backbone = config.family.build(config.backbone_config, config.pooling)
         self.corner_embeds = None
         if config.num_corner_tokens:
             self.corner_embeds = nn.Parameter(torch.empty(config.num_corner_tokens, config.hidden_size))
@@ -333,17 +214,17 @@ class LoTLIPTextModel(_LoTLIPTower):
             input_ids: [B, L] or [B, T, L], plain [CLS] words [SEP] without corner tokens, padded on either side.
             attention_mask: shape of `input_ids`, 1 for text and 0 for padding. By default what is not `pad_token_id`;
                 over CLIP, which pads with its [EOT] and sees nothing behind it, everything.
-            position_ids: [L] or shape of `input_ids`, the tokens' places in their text, 0 for [CLS]; the places of the
-                corner tokens and the backbone's own offset are added here. By default counted along `attention_mask`.
+            position_ids: [L] or shape of `input_ids`, positions in the text, 0 for [CLS]; those of the corner tokens
+                and the backbone's own offset are added here. By default counted along `attention_mask`.
             inputs_embeds: [B, L, hidden_size] or [B, T, L, hidden_size], word embeddings in place of `input_ids`.
             token_type_ids: shape of `input_ids`; by default zeros.
             output_corner_embeds: Whether to compute the corner tokens. By default in training mode only.
-            pooled_only: Whether the pooled states are all that is asked for: where that saves time (BERT, RoBERTa and
+            pooled_only: Whether only the pooled states are needed: where that saves time (BERT, RoBERTa and
                 XLM-RoBERTa, not pooled by the mean, with `sdpa` or `unpadded`), `last_hidden_state` is `None`.
 
         Raises:
-            ValueError: on arguments of a wrong shape, type or range, on texts longer than the positions, and on corner
-                tokens under flash attention, which cannot mask them.
+            ValueError: on ids beyond the vocabulary and on texts longer than the positions (both where looking is
+                cheap), on shapes that do not fit, and on corner tokens under flash attention, which cannot mask them.
 
         Example:
 
@@ -359,224 +240,112 @@ class LoTLIPTextModel(_LoTLIPTower):
         ```"""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        is_causal = self.config.is_causal
-        if input_ids is not None:
-            _check_input_ids(input_ids, self.config.vocab_size)
-            shape = input_ids.shape
-            if attention_mask is None and not is_causal and self.config.pad_token_id is not None:
-                attention_mask = input_ids != self.config.pad_token_id
-            input_ids = input_ids.reshape(-1, shape[-1])
-        else:
-            if inputs_embeds.dim() not in (3, 4):
-                raise ValueError(
-                    "`inputs_embeds` must have shape [batch, length, hidden] or [batch, texts, length, hidden], got "
-                    f"{list(inputs_embeds.shape)}."
-                )
-            shape = inputs_embeds.shape[:-1]
-            inputs_embeds = inputs_embeds.reshape(-1, *inputs_embeds.shape[-2:])
-        device = input_ids.device if input_ids is not None else inputs_embeds.device
-        if attention_mask is None and not is_causal:
-            attention_mask = torch.ones(shape, dtype=torch.bool, device=device)
-        for name, value in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
-            if value is not None and value.shape != shape:
-                raise ValueError(f"`{name}` must have the texts' shape {list(shape)}, got {list(value.shape)}.")
-        if attention_mask is not None:
-            attention_mask = attention_mask.reshape(-1, shape[-1])
-        if token_type_ids is not None:
-            token_type_ids = token_type_ids.reshape(-1, shape[-1])
-
-        if output_corner_embeds is None:
-            output_corner_embeds = self.training
-        num_corner_tokens = self.config.num_corner_tokens if output_corner_embeds else 0
-        num_texts = (input_ids if input_ids is not None else inputs_embeds).shape[0]
-        pooled_index = self._pooled_index(input_ids, attention_mask, num_texts, shape[-1], device)
-        position_ids = self._backbone_position_ids(position_ids, attention_mask, num_texts, shape[-1], device)
-        backbone_mask = attention_mask
-        if is_causal:
-            if token_type_ids is not None and _is_eager_on_cpu(token_type_ids) and token_type_ids.any():
-                raise ValueError("`token_type_ids` must be 0 or left out: CLIP's text tower has no segments.")
-            if inputs_embeds is None:
-                inputs_embeds = self.get_input_embeddings()(input_ids)
-                input_ids = None
-            inputs_embeds = inputs_embeds + self.backbone.embeddings.position_embedding(position_ids)
-
-        row_index = self._row_index(attention_mask, num_corner_tokens)
-        if num_corner_tokens or row_index is not None:
-            if is_flash_attention_requested(self.config.backbone_config):
-                raise ValueError(
-                    "Flash attention cannot apply the corner tokens' mask. Load the model with "
-                    "attn_implementation='sdpa' or 'flex_attention' for training, or pass output_corner_embeds=False "
-                    "to leave the corner tokens out."
-                )
-            if inputs_embeds is None:
-                inputs_embeds = self.get_input_embeddings()(input_ids)
-                input_ids = None
-            if num_corner_tokens:
-                corner_embeds = self.corner_embeds.to(inputs_embeds).expand(num_texts, -1, -1)
-                inputs_embeds = torch.cat([inputs_embeds, corner_embeds], dim=1)  # [N, L + m, hidden_size]
-                corner_positions = torch.arange(1, num_corner_tokens + 1, device=device) + self.config.position_offset
-                position_ids = torch.cat([position_ids, corner_positions.expand(num_texts, -1)], dim=1)
-                if token_type_ids is not None:
-                    token_type_ids = nn.functional.pad(token_type_ids, (0, num_corner_tokens))
-            if attention_mask is None:
-                attention_mask = torch.ones(num_texts, shape[-1], dtype=torch.bool, device=device)
-            backbone_mask = create_corner_mask(
-                self.config.backbone_config,
-                inputs_embeds,
-                attention_mask,
-                num_corner_tokens,
-                pooled_index,
-                is_causal,
-                row_index,
-            )
-        if row_index is not None:
-            kwargs["row_index"] = row_index  # for the attention layers
-            inputs_embeds, position_ids = to_row(inputs_embeds, row_index), to_row(position_ids, row_index)
-            if token_type_ids is not None:
-                token_type_ids = to_row(token_type_ids, row_index)
-
-        pooled_only = pooled_only and _takes_pooled_places(self, kwargs)
-        if pooled_only:
-            places = pooled_index.unsqueeze(1)
-            if num_corner_tokens:
-                corners = torch.arange(shape[-1], shape[-1] + num_corner_tokens, device=device)
-                places = torch.cat([places, corners.expand(num_texts, -1)], dim=1)
-            kwargs["pooled_places"] = places  # [N, 1 + m]
-
-        if is_causal:
-            outputs = self.backbone(inputs_embeds, backbone_mask, **_with_config_defaults(self.config, kwargs))
-        else:
-            outputs = self.backbone(
-                input_ids=input_ids,
-                inputs_embeds=inputs_embeds,
-                attention_mask=backbone_mask,
-                position_ids=position_ids,
-                token_type_ids=token_type_ids,
-                **_with_config_defaults(self.config, kwargs),
-            )
-
-        length = shape[-1]
-        last_hidden_state, hidden_states, attentions = (
-            outputs.last_hidden_state,
-            outputs.hidden_states,
-            outputs.attentions,
+        if inputs_embeds is None:
+            inputs_embeds = self._embed_words(input_ids)
+        shape, family, config = inputs_embeds.shape[:-1], self.config.family, self.config.backbone_config
+        _check_shapes(shape, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        # from here on, texts are [N, L]
+        inputs_embeds = inputs_embeds.reshape(-1, shape[-1], inputs_embeds.shape[-1])
+        input_ids, attention_mask, token_type_ids = (
+            None if value is None else value.reshape(-1, shape[-1])
+            for value in (input_ids, attention_mask, token_type_ids)
         )
-        if pooled_only:
-            last_hidden_state = None
-        elif row_index is not None:
-            grid = (row_index, num_texts, length + num_corner_tokens)
-            last_hidden_state = from_row(last_hidden_state, *grid)
-            if hidden_states is not None:
-                hidden_states = tuple(from_row(states, *grid) for states in hidden_states)
+        if attention_mask is None and input_ids is not None:
+            attention_mask = family.text_mask(config, input_ids)
+        is_text = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.bool)
+        is_text = is_text if attention_mask is None else attention_mask
+        corners = (
+            self.corner_embeds if (self.training if output_corner_embeds is None else output_corner_embeds) else None
+        )
+        num_corner_tokens = 0 if corners is None else len(corners)
 
-        def line_up(states: torch.Tensor | None, *length_dims: int) -> torch.Tensor | None:
-            """Drops the corner tokens and restores the texts' shape; where neither is needed, nothing changes."""
-            if states is None:
-                return None
-            for dim in length_dims if num_corner_tokens else ():
-                states = states.narrow(dim, 0, length)
-            return states.unflatten(0, shape[:-1]) if len(shape) == 3 else states
+        position_ids = self._position_ids(position_ids, is_text)
+        inputs = family.embed(self.backbone, inputs_embeds, position_ids, self.config.num_corner_tokens, corners)
+        inputs.update(self._segments(token_type_ids, num_corner_tokens))
+        pooled_index = family.pooled_index(config, is_text, input_ids)
+        options, pooled_only = self._options(kwargs, pooled_only)
+        path = TextPath.choose(config, is_text, num_corner_tokens, pooled_index, pooled_only)
+        if num_corner_tokens or path.row_index is not None:
+            attention_mask = self._corner_mask(inputs["inputs_embeds"], is_text, num_corner_tokens, pooled_index, path)
+        outputs = path.run(self.backbone, attention_mask, inputs, **options)
 
         if pooled_only:
-            states = self._pool_corners(outputs.last_hidden_state)  # [N, 1 + m, hidden_size]
-            pooled, corner_states = states[:, 0], states[:, 1:] if num_corner_tokens else None
+            text, is_text, pooled_index = outputs.last_hidden_state[:, :1], None, None
         else:
-            pooled = self._pool(last_hidden_state[:, :length], attention_mask, pooled_index)
-            corner_states = self._pool_corners(last_hidden_state[:, length:]) if num_corner_tokens else None
+            text = outputs.last_hidden_state[:, : shape[-1]]
+        corner_embeds = None
+        if num_corner_tokens:
+            states = outputs.last_hidden_state[:, -num_corner_tokens:].flatten(0, 1).unsqueeze(1)
+            corner_embeds = self._pool(states).unflatten(0, (-1, num_corner_tokens))
         return BaseModelOutputWithPoolingAndCorners(
-            last_hidden_state=line_up(last_hidden_state, 1),
-            pooler_output=line_up(pooled),
-            hidden_states=None if hidden_states is None else tuple(line_up(h, 1) for h in hidden_states),
-            attentions=None if attentions is None else tuple(line_up(a, 2, 3) for a in attentions),
-            corner_embeds=line_up(corner_states),
+            last_hidden_state=None if pooled_only else _line_up(outputs.last_hidden_state, shape, 1),
+            pooler_output=_line_up(self._pool(text, is_text, pooled_index), shape),
+            hidden_states=_line_up(outputs.hidden_states, shape, 1),
+            attentions=_line_up(outputs.attentions, shape, 2, 3),
+            corner_embeds=_line_up(corner_embeds, shape),
         )
 
-    def _row_index(self, attention_mask: torch.Tensor | None, num_corner_tokens: int) -> torch.Tensor | None:
-        """[total]: the places of [N, L + m] that are no padding, where the backbone is to compute these alone."""
-        attention = self.config.backbone_config._attn_implementation
-        if (
-            attention_mask is None
-            or attention not in ("unpadded", "flex_attention")
-            # torch's code for CPUs does not compile with as many changing sizes as a row has
-            or (attention == "flex_attention" and attention_mask.device.type == "cpu")
-            or torch.compiler.is_compiling()  # their number is another in each batch
-            or torch.jit.is_tracing()
-        ):
-            return None
-        kept = nn.functional.pad(attention_mask.bool(), (0, num_corner_tokens), value=True).flatten()
-        row_index = kept.nonzero().squeeze(1)
-        return row_index if len(row_index) < len(kept) else None
+    def _embed_words(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[..., L] -> [..., L, hidden_size]"""
+        if is_eager_on_cpu(input_ids):
+            low, high = input_ids.min().item(), input_ids.max().item()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"`input_ids` must lie in [0, {self.config.vocab_size}), the model's vocabulary; got ids from "
+                    f"{low} to {high}. Was the text tokenised with another model's tokenizer?"
+                )
+        return self.get_input_embeddings()(input_ids)
 
-    def _pooled_index(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        num_texts: int,
-        length: int,
-        device: torch.device,
-    ) -> torch.Tensor:
-        """[N]: where the token stands that a text's feature is read off: [CLS], or CLIP's [EOT]."""
-        if not self.config.is_causal:
-            return attention_mask.int().argmax(-1)
-        if input_ids is not None:
-            if attention_mask is not None:  # [EOT] may be the padding, too
-                input_ids = input_ids.masked_fill(~attention_mask.bool(), -1)
-            if self.config.eos_token_id == 2:
-                # Configurations from before transformers 4.31 hold a wrong id: as in CLIPTextModel, [EOT] has the
-                # highest.
-                return input_ids.int().argmax(-1)
-            return (input_ids == self.config.eos_token_id).int().argmax(-1)
-        if attention_mask is not None:  # the last token of the text
-            return length - 1 - attention_mask.int().flip(-1).argmax(-1)
-        return torch.full((num_texts,), length - 1, device=device)
-
-    def _backbone_position_ids(
-        self,
-        position_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        num_texts: int,
-        length: int,
-        device: torch.device,
-    ) -> torch.Tensor:
-        """[N, L]: places in the text, behind [CLS] moved on by the corner tokens' places, in the backbone's own
-        counting."""
+    def _position_ids(self, position_ids: torch.Tensor | None, is_text: torch.Tensor) -> torch.Tensor:
+        """[N, L]: positions in the text"""
         limit = self.config.max_position_embeddings
         # padding may reach beyond the positions, text may not
-        may_exceed = position_ids is not None or length > limit
-        if position_ids is not None:
-            position_ids = position_ids.reshape(-1, length).expand(num_texts, -1)
-        elif self.config.is_causal:
-            # padding behind the text counts on, as in CLIPTextModel, and padding before it does not
-            position_ids = torch.arange(length, device=device).expand(num_texts, -1)
-            if attention_mask is not None:
-                position_ids = (position_ids - attention_mask.int().argmax(-1, keepdim=True)).clamp(min=0)
-                position_ids = torch.where(attention_mask.bool(), position_ids, position_ids.clamp(max=limit - 1))
+        may_exceed = position_ids is not None or is_text.shape[-1] > limit
+        if position_ids is None:
+            position_ids = self.config.family.count_positions(self.config.backbone_config, is_text)
         else:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        if may_exceed and _is_eager_on_cpu(position_ids) and position_ids.max() >= limit:
+            position_ids = position_ids.reshape(-1, is_text.shape[-1]).expand(len(is_text), -1)
+        if may_exceed and is_eager_on_cpu(position_ids) and position_ids.max() >= limit:
             raise ValueError(
                 f"The longest text has {int(position_ids.max()) + 1} tokens; this model takes {limit}, the first and "
                 "last token included. Tokenise with truncation=True."
             )
-        behind_cls = (position_ids > 0).long() * self.config.num_corner_positions
-        return position_ids + behind_cls + self.config.position_offset
+        return position_ids
+
+    def _segments(self, token_type_ids: torch.Tensor | None, num_corner_tokens: int) -> dict[str, torch.Tensor]:
+        """The backbone's `token_type_ids` [N, L + m], if it takes such."""
+        if token_type_ids is None:
+            return {}
+        if self.config.family.has_segments:
+            return {"token_type_ids": nn.functional.pad(token_type_ids, (0, num_corner_tokens))}
+        if is_eager_on_cpu(token_type_ids) and token_type_ids.any():
+            raise ValueError("`token_type_ids` must be 0 or left out: this text encoder has no segments.")
+        return {}
+
+    def _corner_mask(
+        self,
+        inputs_embeds: torch.Tensor,
+        is_text: torch.Tensor,
+        num_corner_tokens: int,
+        pooled_index: torch.Tensor,
+        path: TextPath,
+    ) -> Any:
+        family, config = self.config.family, self.config.backbone_config
+        if is_flash_attention_requested(config):
+            raise ValueError(
+                "Flash attention cannot apply the corner tokens' mask. Load the model with attn_implementation='sdpa' "
+                "or 'flex_attention' for training, or pass output_corner_embeds=False to leave the corner tokens out."
+            )
+        return create_corner_mask(
+            family, config, inputs_embeds, is_text, num_corner_tokens, pooled_index, path.row_index
+        )
 
     def _pool(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooled_index: torch.Tensor
+        self, states: torch.Tensor, is_text: torch.Tensor | None = None, index: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[N, L, hidden_size] -> [N, hidden_size]"""
-        if self.config.pooling == "mean":
-            weights = attention_mask.to(hidden_states.dtype).unsqueeze(-1)
-            return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)
-        state = hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), pooled_index]
-        return self._pool_corners(state.unsqueeze(1)).squeeze(1)
-
-    def _pool_corners(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[N, m, hidden_size] -> [N, m, hidden_size], each state by itself (a backbone's pooler takes a text's
-        first)"""
-        if self.config.pooling != "pooler":
-            return hidden_states
-        return self.backbone.pooler(hidden_states.flatten(0, 1).unsqueeze(1)).unflatten(0, hidden_states.shape[:2])
+        """[N, L, hidden_size], by default of texts of one token -> [N, hidden_size]"""
+        pooled = POOLINGS[self.config.pooling](states, is_text, index)
+        return self.backbone.pooler(pooled.unsqueeze(1)) if self.config.pooling == "pooler" else pooled
 
 
 class LoTLIPVisionModel(_LoTLIPTower):
@@ -590,7 +359,7 @@ class LoTLIPVisionModel(_LoTLIPTower):
 
     def __init__(self, config: LoTLIPVisionConfig) -> None:
         super().__init__(config)
-        self.backbone = _backbone_from_config(config)
+        self.backbone = config.family.build(config.backbone_config, config.pooling)
         self.post_init()
 
     @can_return_tuple
@@ -599,6 +368,7 @@ class LoTLIPVisionModel(_LoTLIPTower):
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         pooled_only: bool = False,
+        kept_patches: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
@@ -606,11 +376,14 @@ class LoTLIPVisionModel(_LoTLIPTower):
             pixel_values: [B, channels, height, width], normalised by the image processor.
             interpolate_pos_encoding: Whether to interpolate the position encodings for images of another size than the
                 model's (DINOv2 always does).
-            pooled_only: Whether the pooled states are all that is asked for: where that saves time (ViT, not pooled by
-                the mean, with `sdpa`), `last_hidden_state` is `None`.
+            pooled_only: Whether only the pooled states are needed: where that saves time (ViT, not pooled by the mean,
+                with `sdpa`), `last_hidden_state` is `None`.
+            kept_patches: [B, K], indices in [0, P) of the patches that the tower computes; by default all. They have
+                their positions in the whole image, and prefix tokens such as [CLS] always stay.
 
         Raises:
-            ValueError: on pixel values of a wrong shape or type.
+            ValueError: on images that are missing, or of another size or type than the model takes, and on indices
+                beyond the patches (where looking is cheap).
 
         Example:
 
@@ -627,42 +400,38 @@ class LoTLIPVisionModel(_LoTLIPTower):
         ```"""
         if pixel_values is None:
             raise ValueError("`pixel_values` is missing.")
-        if pixel_values.dim() != 4:
+        if pixel_values.dim() != 4 or not pixel_values.is_floating_point():
             raise ValueError(
-                f"`pixel_values` must have shape [batch, channels, height, width], got {list(pixel_values.shape)}."
+                "`pixel_values` must be floating point [batch, channels, height, width], got "
+                f"{list(pixel_values.shape)} of {pixel_values.dtype}: pass images through the processor."
             )
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"`pixel_values` must be floating point, got {pixel_values.dtype}: pass images through the processor."
-            )
-        if self.config.backbone_config.model_type != "dinov2":
-            kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
-            size = self.config.image_size
+        family, backbone, size = self.config.family, self.backbone, self.config.image_size
+        options, pooled_only = self._options(kwargs, pooled_only)
+        embedding_options = {}
+        if family.takes_interpolation:
+            embedding_options = {"interpolate_pos_encoding": interpolate_pos_encoding}
             size = (size, size) if isinstance(size, int) else tuple(size)
             if not interpolate_pos_encoding and pixel_values.shape[-2:] != size:
                 raise ValueError(
                     f"`pixel_values` are {list(pixel_values.shape[-2:])}, the model is for {list(size)}: resize the "
                     "images with the processor, or pass interpolate_pos_encoding=True."
                 )
-        pooled_only = pooled_only and _takes_pooled_places(self, kwargs)
+        if kept_patches is not None:
+            pixel_values = family.keep(backbone, pixel_values, kept_patches, **embedding_options)
         if pooled_only:
-            kwargs["pooled_places"] = pixel_values.new_zeros(pixel_values.shape[0], 1, dtype=torch.int64)  # [CLS]
-        outputs = self.backbone(pixel_values, **_with_config_defaults(self.config, kwargs))
+            options["pooled_tokens"] = pixel_values.new_zeros(len(pixel_values), 1, dtype=torch.int64)  # [CLS]
+        outputs = backbone(pixel_values, **embedding_options, **options)
+        states, pooling = outputs.last_hidden_state, POOLINGS[self.config.pooling]
+        if self.config.pooling == "pooler":
+            pooled = outputs.pooler_output
+        else:
+            pooled = pooling(states if pooling is one_token else states[:, family.num_prefix_tokens :], None, None)
         return BaseModelOutputWithPooling(
-            last_hidden_state=None if pooled_only else outputs.last_hidden_state,
-            pooler_output=self._pool(outputs),
+            last_hidden_state=None if pooled_only else states,
+            pooler_output=pooled,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _pool(self, outputs: BaseModelOutputWithPooling) -> torch.Tensor:
-        """[B, hidden_size]"""
-        if self.config.pooling == "pooler":
-            return outputs.pooler_output  # pyright: ignore[reportReturnType]
-        if self.config.pooling == "cls":
-            return outputs.last_hidden_state[:, 0]
-        has_class_token = self.config.backbone_config.model_type != "siglip_vision_model"
-        return outputs.last_hidden_state[:, int(has_class_token) :].mean(1)
 
 
 class LoTLIPTextModelWithProjection(LoTLIPPreTrainedModel):
@@ -676,14 +445,8 @@ class LoTLIPTextModelWithProjection(LoTLIPPreTrainedModel):
     def __init__(self, config: LoTLIPTextConfig) -> None:
         super().__init__(config)
         self.text_model = LoTLIPTextModel._from_config(config)
-        self.text_projection = _projection(config.hidden_size, config.projection_dim)
+        self.text_projection = _projection(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(
@@ -696,28 +459,14 @@ class LoTLIPTextModelWithProjection(LoTLIPPreTrainedModel):
         output_corner_embeds: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoTLIPTextModelOutput:
-        r"""
-        Arguments and errors are those of [`LoTLIPTextModel`].
-
-        Example:
-
-        ```python
-        >>> from transformers import AutoTokenizer
-        >>> from lotlip_hf import LoTLIPTextModelWithProjection
-
-        >>> model = LoTLIPTextModelWithProjection.from_pretrained("checkpoint")
-        >>> tokenizer = AutoTokenizer.from_pretrained("checkpoint")
-
-        >>> inputs = tokenizer(["a photo of a cat", "a dog"], padding=True, return_tensors="pt")
-        >>> text_embeds = model(**inputs).text_embeds
-        ```"""
+        r"""Arguments and errors are those of [`LoTLIPTextModel`]."""
         outputs = self.text_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            token_type_ids=token_type_ids,
-            output_corner_embeds=output_corner_embeds,
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            token_type_ids,
+            output_corner_embeds,
             **{**kwargs, "return_dict": True},
         )
         corner_embeds = outputs.corner_embeds
@@ -737,19 +486,14 @@ class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ["image"]
+    _embedding_module = "vision_model"
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
 
     def __init__(self, config: LoTLIPVisionConfig) -> None:
         super().__init__(config)
         self.vision_model = LoTLIPVisionModel._from_config(config)
-        self.visual_projection = _projection(config.hidden_size, config.projection_dim)
+        self.visual_projection = _projection(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vision_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.vision_model.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(
@@ -757,29 +501,10 @@ class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> LoTLIPVisionModelOutput:
-        r"""
-        Arguments and errors are those of [`LoTLIPVisionModel`].
-
-        Example:
-
-        ```python
-        >>> from PIL import Image
-        >>> from transformers import AutoProcessor
-        >>> from lotlip_hf import LoTLIPVisionModelWithProjection
-
-        >>> model = LoTLIPVisionModelWithProjection.from_pretrained("checkpoint")
-        >>> processor = AutoProcessor.from_pretrained("checkpoint")
-
-        >>> inputs = processor(images=Image.new("RGB", (640, 480)), return_tensors="pt")
-        >>> image_embeds = model(**inputs).image_embeds
-        ```"""
-        outputs = self.vision_model(
-            pixel_values=pixel_values,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            **{**kwargs, "return_dict": True},
-        )
-        return LoTLIPVisionModelOutput(
+    ) -> CLIPVisionModelOutput:
+        r"""Arguments and errors are those of [`LoTLIPVisionModel`]; `image_embeds` are not normalised."""
+        outputs = self.vision_model(pixel_values, interpolate_pos_encoding, **{**kwargs, "return_dict": True})
+        return CLIPVisionModelOutput(
             image_embeds=self.visual_projection(outputs.pooler_output),
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
@@ -801,16 +526,10 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         self.vision_embed_dim = config.vision_config.hidden_size
         self.text_model = LoTLIPTextModel._from_config(config.text_config)
         self.vision_model = LoTLIPVisionModel._from_config(config.vision_config)
-        self.text_projection = _projection(config.text_config.hidden_size, config.text_config.projection_dim)
-        self.visual_projection = _projection(config.vision_config.hidden_size, config.vision_config.projection_dim)
+        self.text_projection = _projection(config.text_config)
+        self.visual_projection = _projection(config.vision_config)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
     def get_text_features(
@@ -842,12 +561,12 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         ...     text_features = model.get_text_features(**inputs).pooler_output
         ```"""
         outputs = self.text_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            token_type_ids=token_type_ids,
-            output_corner_embeds=output_corner_embeds,
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            token_type_ids,
+            output_corner_embeds,
             **{**kwargs, "return_dict": True},
         )
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
@@ -860,6 +579,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool = False,
+        kept_patches: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
@@ -882,9 +602,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         ...     image_features = model.get_image_features(**inputs).pooler_output
         ```"""
         outputs = self.vision_model(
-            pixel_values=pixel_values,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            **{**kwargs, "return_dict": True},
+            pixel_values, interpolate_pos_encoding, kept_patches=kept_patches, **{**kwargs, "return_dict": True}
         )
         outputs.pooler_output = self.visual_projection(outputs.pooler_output)
         return outputs
@@ -903,6 +621,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         output_corner_embeds: bool | None = None,
         long_input_ids: torch.Tensor | None = None,
         long_attention_mask: torch.Tensor | None = None,
+        kept_patches: torch.Tensor | None = None,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoTLIPOutput:
         r"""
@@ -919,9 +639,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
                 its own length, and the short texts, whose corner tokens the loss does not use, run without them. The
                 answers have T texts, the short one first, as for [B, T, L].
             long_attention_mask: shape of `long_input_ids`; by default what is not `pad_token_id`.
-
-        Raises:
-            ValueError: if `long_input_ids` do not fit `input_ids`.
+            pooled_only: Whether only the embeddings and the loss are needed: `logits_per_image` and `logits_per_text`
+                are `None`, and the towers' `last_hidden_state` may be.
 
         Example:
 
@@ -939,88 +658,47 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         ...     outputs = model(**inputs)
         >>> probabilities = outputs.logits_per_image.softmax(dim=1)
         ```"""
-        has_all_texts = (input_ids is not None and input_ids.dim() == 3) or (
-            inputs_embeds is not None and inputs_embeds.dim() == 4
-        )
+        kwargs.update({"return_dict": True, "pooled_only": pooled_only})
         has_long_texts = long_input_ids is not None
-        if not return_loss and not has_long_texts:
-            if pixel_values is None:
-                outputs = self.get_text_features(
-                    input_ids,
-                    attention_mask,
-                    position_ids,
-                    inputs_embeds,
-                    token_type_ids,
-                    output_corner_embeds,
-                    **{**kwargs, "return_dict": True},
-                )
-                embeds, corners = outputs.pooler_output, outputs.corner_embeds
-                return LoTLIPOutput(
-                    text_embeds=nn.functional.normalize(embeds, dim=-1),
-                    text_model_output=outputs,
-                    corner_embeds=None if corners is None else nn.functional.normalize(corners, dim=-1),
-                )
-            if input_ids is None and inputs_embeds is None:
-                outputs = self.get_image_features(
-                    pixel_values, interpolate_pos_encoding, **{**kwargs, "return_dict": True}
-                )
-                embeds = nn.functional.normalize(outputs.pooler_output, dim=-1)
-                return LoTLIPOutput(image_embeds=embeds, vision_model_output=outputs)
-        if has_long_texts:
-            _check_long_input_ids(long_input_ids, input_ids if inputs_embeds is None else inputs_embeds[..., 0])
-        elif long_attention_mask is not None:
-            raise ValueError("`long_attention_mask` is given without `long_input_ids`.")
-        if output_corner_embeds is None:
-            output_corner_embeds = self.training or (bool(return_loss) and (has_all_texts or has_long_texts))
-        vision_outputs = self.get_image_features(
-            pixel_values, interpolate_pos_encoding, **{**kwargs, "return_dict": True}
-        )
-        # before the texts: its backward pass then comes after theirs, and what the images' gradients wait for has time
-        image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
-        text_outputs = self.get_text_features(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            token_type_ids=token_type_ids,
-            output_corner_embeds=output_corner_embeds and not has_long_texts,
-            **{**kwargs, "return_dict": True},
-        )
-        text_embeds, corner_embeds = text_outputs.pooler_output, text_outputs.corner_embeds
-        if has_long_texts:
-            long_outputs = self.get_text_features(
-                input_ids=long_input_ids,
-                attention_mask=long_attention_mask,
-                output_corner_embeds=output_corner_embeds,
-                **{**kwargs, "return_dict": True},
-            )
-            text_embeds = torch.cat([text_embeds.unsqueeze(1), long_outputs.pooler_output], dim=1)
-            corner_embeds = long_outputs.corner_embeds
-        text_embeds = nn.functional.normalize(text_embeds, dim=-1)
-        image_embeds = image_embeds.to(text_embeds.device)
-        if corner_embeds is not None:
-            corner_embeds = nn.functional.normalize(corner_embeds, dim=-1)
-
-        logit_scale = self.logit_scale.exp().to(text_embeds.device)
-        logits_per_text = logit_scale * text_embeds @ image_embeds.t()  # [B, (T,) I]
-        logits_per_image = logits_per_text.movedim(-1, 0)
-
+        has_texts = has_long_texts or input_ids is not None or inputs_embeds is not None
+        vision_outputs = text_outputs = image_embeds = text_embeds = corner_embeds = logits_per_text = None
         loss = LoTLIPLoss(None, None, None)
-        if return_loss:
-            long_corner_embeds = corner_embeds if has_long_texts else None
-            if has_all_texts and corner_embeds is not None:
-                long_corner_embeds = corner_embeds[:, 1:]
-            loss = lotlip_loss(
-                image_embeds,
-                text_embeds if text_embeds.dim() == 3 else text_embeds.unsqueeze(1),
-                long_corner_embeds,
-                logit_scale,
-                self.config.short_loss_weight,
-                self.config.long_loss_weight,
+
+        # images come first: their backward pass then comes last, and what waits for their gradients has time
+        if pixel_values is not None or return_loss:
+            vision_outputs = self.get_image_features(pixel_values, interpolate_pos_encoding, kept_patches, **kwargs)
+            image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
+        if has_texts or image_embeds is None or return_loss:
+            has_many = has_long_texts or 3 in (getattr(input_ids, "ndim", 0), getattr(inputs_embeds, "ndim", 0) - 1)
+            if output_corner_embeds is None:
+                output_corner_embeds = self.training or bool(return_loss and has_many)
+            of_short = output_corner_embeds and not has_long_texts
+            text_outputs = self.get_text_features(
+                input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, of_short, **kwargs
             )
+            text_embeds, corner_embeds = text_outputs.pooler_output, text_outputs.corner_embeds
+            if has_long_texts:
+                long_outputs = self.get_text_features(
+                    long_input_ids, long_attention_mask, output_corner_embeds=output_corner_embeds, **kwargs
+                )
+                text_embeds = torch.cat([text_embeds.unsqueeze(1), long_outputs.pooler_output], dim=1)
+                corner_embeds = long_outputs.corner_embeds
+            text_embeds = nn.functional.normalize(text_embeds, dim=-1)
+            if corner_embeds is not None:
+                corner_embeds = nn.functional.normalize(corner_embeds, dim=-1)
+
+        if image_embeds is not None and text_embeds is not None:
+            image_embeds, logit_scale = (
+                image_embeds.to(text_embeds.device),
+                self.logit_scale.exp().to(text_embeds.device),
+            )
+            if not pooled_only:
+                logits_per_text = logit_scale * text_embeds @ image_embeds.t()  # [B, (T,) I]
+            if return_loss:
+                loss = self._loss(image_embeds, text_embeds, corner_embeds, logit_scale)
         return LoTLIPOutput(
             loss=loss.loss,
-            logits_per_image=logits_per_image,
+            logits_per_image=None if logits_per_text is None else logits_per_text.movedim(-1, 0),
             logits_per_text=logits_per_text,
             text_embeds=text_embeds,
             image_embeds=image_embeds,
@@ -1030,6 +708,20 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             loss_short=loss.loss_short,
             loss_long=loss.loss_long,
         )
+
+    def _loss(
+        self,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        corner_embeds: torch.Tensor | None,
+        logit_scale: torch.Tensor,
+    ) -> LoTLIPLoss:
+        if text_embeds.dim() == 2:
+            text_embeds, corner_embeds = text_embeds.unsqueeze(1), None
+        elif corner_embeds is not None:  # of the long texts
+            corner_embeds = corner_embeds[:, corner_embeds.shape[1] - text_embeds.shape[1] + 1 :]
+        weights = self.config.short_loss_weight, self.config.long_loss_weight
+        return lotlip_loss(image_embeds, text_embeds, corner_embeds, logit_scale, *weights)
 
     @classmethod
     def from_backbones(
@@ -1055,8 +747,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
                 image tower.
             num_corner_tokens: Number of corner tokens.
             text_pooling: See [`LoTLIPTextConfig`].
-            vision_pooling: See [`LoTLIPVisionConfig`]; by default `"cls"` for ViT and DINOv2, `"pooler"` for CLIP and
-                SigLIP.
+            vision_pooling: See [`LoTLIPVisionConfig`].
             projection_dim: Width of the shared space; by default the image encoder's, which then has no projection.
             config_kwargs: More fields of [`LoTLIPConfig`].
 
@@ -1076,40 +767,52 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         32
         ```
         """
-        text_config = _backbone_config(text, "text")
-        text_pooling = LoTLIPTextConfig(backbone_config=text_config.to_dict(), pooling=text_pooling).pooling
-        text_encoder = _load_backbone(text, "text", text_pooling)
-        vision_config = _backbone_config(vision, "vision")
-        if vision_pooling is None:
-            vision_pooling = "cls" if vision_config.model_type in ("vit", "dinov2") else "pooler"
-        vision_encoder = _load_backbone(vision, "vision", vision_pooling)
-        projection_dim = projection_dim or vision_encoder.config.hidden_size
-        config = LoTLIPConfig(
-            text_config=LoTLIPTextConfig(
-                backbone_config=_without_path(text_encoder.config),
-                num_corner_tokens=num_corner_tokens,
-                pooling=text_pooling,
-                projection_dim=projection_dim,
-            ),
-            vision_config=LoTLIPVisionConfig(
-                backbone_config=_without_path(vision_encoder.config), pooling=vision_pooling, projection_dim=None
-            ),
-            projection_dim=projection_dim,
-            **config_kwargs,
+        text_config = LoTLIPTextConfig(
+            backbone_config=_backbone_config(text, "text"), num_corner_tokens=num_corner_tokens, pooling=text_pooling
         )
-        model = cls(config)
-        for name, backbone, encoder in (
-            ("text", model.text_model.backbone, text_encoder),
-            ("vision", model.vision_model.backbone, vision_encoder),
-        ):
-            keys = backbone.load_state_dict(encoder.state_dict(), strict=False)
+        vision_config = LoTLIPVisionConfig(backbone_config=_backbone_config(vision, "vision"), pooling=vision_pooling)
+        text_encoder = _load_backbone(text, "text", text_config)
+        vision_encoder = _load_backbone(vision, "vision", vision_config)
+        text_config.projection_dim = projection_dim or vision_config.hidden_size
+        towers = {"text_config": text_config, "vision_config": vision_config}
+        model = cls(LoTLIPConfig(**towers, projection_dim=text_config.projection_dim, **config_kwargs))
+        for tower, encoder in ((model.text_model, text_encoder), (model.vision_model, vision_encoder)):
+            keys = tower.backbone.load_state_dict(encoder.state_dict(), strict=False)
             missing, unexpected = _without_pooler(keys.missing_keys), _without_pooler(keys.unexpected_keys)
             if missing or unexpected:
                 raise ValueError(
-                    f"The `{name}` encoder {type(encoder).__name__} does not fit its tower: missing {missing}, "
-                    f"unexpected {unexpected}."
+                    f"The encoder {type(encoder).__name__} does not fit the {tower.base_model_prefix}: missing "
+                    f"{missing}, unexpected {unexpected}."
                 )
         return model
+
+
+def _projection(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> nn.Module:
+    if config.projection_dim is None:
+        return nn.Identity()
+    return nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+
+
+def _check_shapes(shape: torch.Size, **values: torch.Tensor | None) -> None:
+    """Of arguments that `reshape` would take in silence."""
+    if len(shape) not in (2, 3):
+        raise ValueError(
+            f"`input_ids` must have shape [batch, length] or [batch, texts, length] (`inputs_embeds` one dimension "
+            f"more), got {list(shape)}."
+        )
+    for name, value in values.items():
+        if value is not None and value.shape != shape:
+            raise ValueError(f"`{name}` must have the texts' shape {list(shape)}, got {list(value.shape)}.")
+
+
+def _line_up(states: Any, shape: torch.Size, *length_dims: int) -> Any:
+    """Drops the corner tokens and restores the texts' shape [B, (T,) L]; where neither is needed, nothing changes."""
+    if states is None or isinstance(states, tuple):
+        return states and tuple(_line_up(one, shape, *length_dims) for one in states)
+    for dim in length_dims:
+        if states.shape[dim] != shape[-1]:
+            states = states.narrow(dim, 0, shape[-1])
+    return states.unflatten(0, shape[:-1]) if len(shape) == 3 else states
 
 
 def _without_pooler(names: Iterable[str]) -> list[str]:
@@ -1117,31 +820,30 @@ def _without_pooler(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not name.startswith("pooler."))
 
 
-def _without_path(config: PreTrainedConfig) -> dict[str, Any]:
-    """Where a backbone once lay is nothing to publish."""
-    return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
-
-
 def _backbone_config(source: str | Path | PreTrainedModel, tower: str) -> PreTrainedConfig:
+    """Of an encoder, or of one tower of a whole CLIP; without the folder it lay in, which is nothing to publish."""
     config = (
-        source.config
+        copy.deepcopy(source.config)
         if isinstance(source, PreTrainedModel)
         else AutoConfig.from_pretrained(source, trust_remote_code=False)
     )
-    return getattr(config, f"{tower}_config") if config.model_type in ("clip", "siglip") else config
+    config = getattr(config, f"{tower}_config", config)
+    config._name_or_path = ""
+    return config
 
 
-def _load_backbone(source: str | Path | PreTrainedModel, tower: str, pooling: str) -> PreTrainedModel:
+def _load_backbone(
+    source: str | Path | PreTrainedModel, tower: str, config: LoTLIPTextConfig | LoTLIPVisionConfig
+) -> PreTrainedModel:
     if isinstance(source, PreTrainedModel):
         # the classes with a projection hold the encoder under the tower's name, too
         return getattr(source, f"{tower}_model", source)
-    config = _backbone_config(source, tower)
     encoder, info = AutoModel.from_pretrained(
         source,
-        config=config,
+        config=copy.deepcopy(config.backbone_config),
         trust_remote_code=False,
         output_loading_info=True,
-        **_pooling_layer_argument(config, pooling),
+        **config.family.pooling_layer(config.pooling),
     )
     missing = _without_pooler(info["missing_keys"])
     if missing:
@@ -1158,6 +860,5 @@ __all__ = [
     "LoTLIPTextModelOutput",
     "LoTLIPTextModelWithProjection",
     "LoTLIPVisionModel",
-    "LoTLIPVisionModelOutput",
     "LoTLIPVisionModelWithProjection",
 ]
