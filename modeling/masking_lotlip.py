@@ -1,11 +1,14 @@
-"""Who sees a corner token: nobody but itself. And whom a corner token sees: the words."""
+"""Who sees a corner token: itself alone. Whom a corner token sees: itself and the words."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 from transformers.masking_utils import and_masks, packed_sequence_mask_function, padding_mask_function
+from transformers.utils.generic import is_flash_attention_requested
 
 from .fast_paths_lotlip import to_row
 
@@ -15,21 +18,13 @@ if TYPE_CHECKING:
 CORNER, POOLED, WORD = 0, 1, 2
 
 
-def corner_mask_function(kinds: torch.Tensor) -> Callable:
+def corner_mask_function(kinds: Tensor) -> Callable[..., Tensor]:
     """
-    The rule of the LoTLIP paper's corner tokens: text tokens see every text token and no corner; a corner sees itself
-    and every word, but no other corner and not the pooled token. Padding and other texts are for other rules to hide.
-
-    Args:
-        kinds: [N, length], `WORD` for the tokens that corners see, `POOLED` for text that they do not, and `CORNER`.
-
-    Returns:
-        A function (batch, head, query, key) -> bool for transformers' `and_mask_function`.
+    The rule of the LoTLIP paper's corner tokens, for `kinds` [N, length]: text tokens (`WORD` and `POOLED`) see every
+    text token and no corner; a `CORNER` sees itself and every word, but no other corner and not the pooled token.
     """
 
-    def allowed(
-        batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
-    ) -> torch.Tensor:
+    def allowed(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         lowest_seen = torch.where(kinds[batch_idx, q_idx] == CORNER, WORD, POOLED)
         return (kinds[batch_idx, kv_idx] >= lowest_seen) | (q_idx == kv_idx)
 
@@ -39,45 +34,44 @@ def corner_mask_function(kinds: torch.Tensor) -> Callable:
 def create_corner_mask(
     family: "TextBackbone",
     config: PreTrainedConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor,
-    num_corner_tokens: int,
-    pooled_index: torch.Tensor,
-    row_index: torch.Tensor | None = None,
+    inputs_embeds: Tensor,
+    is_text: Tensor,
+    pooled_index: Tensor,
+    row_index: Tensor | None = None,
 ) -> Any:
     """
-    The masks in the form that the backbone's attention implementation takes: additive for `eager`, boolean for `sdpa`
-    and `unpadded`, a block mask for `flex_attention`.
+    The mask in the form that the backbone's attention implementation takes.
 
     Args:
-        family: The family of the backbone, which makes the masks of the rule.
-        config: Configuration of the backbone, which names the attention implementation.
-        inputs_embeds: [N, L + m, hidden_size], text tokens followed by the m corner tokens; only its shape, dtype and
-            device count.
-        attention_mask: [N, L], 1 for text and 0 for padding.
-        num_corner_tokens: m.
-        pooled_index: [N], the index of the token that is pooled.
-        row_index: [total], the tokens of [N, L + m] that are no padding, if the backbone gets these alone, in one row.
+        family: Family of the backbone.
+        config: Configuration of the backbone.
+        inputs_embeds: [N, L + m, hidden_size], texts and behind them m corner tokens; the values do not matter.
+        is_text: [N, L], 0 for padding.
+        pooled_index: [N], index of the pooled token.
+        row_index: [total], the tokens that are no padding, if the backbone gets these alone, in one row.
 
     Returns:
-        A mask over [N, 1, L + m, L + m]; over [1, 1, total, total] for `flex_attention` with `row_index`; a
-        dictionary of masks for a family whose layers are of several types.
+        [N, 1, L + m, L + m]; [1, 1, total, total] for `flex_attention` with `row_index`; or a dictionary of such masks
+        by the type of the layers.
     """
-    seen = torch.nn.functional.pad(attention_mask.bool(), (0, num_corner_tokens), value=True)
-    index, pooled = torch.arange(attention_mask.shape[-1], device=attention_mask.device), pooled_index.unsqueeze(-1)
+    if is_flash_attention_requested(config):
+        raise ValueError(
+            "Flash attention cannot apply the corner tokens' mask. Load the model with attn_implementation='sdpa' or "
+            "'flex_attention' for training, or pass output_corner_embeds=False to leave the corner tokens out."
+        )
+    corners = (0, inputs_embeds.shape[1] - is_text.shape[1])
+    index, pooled = torch.arange(is_text.shape[1], device=is_text.device), pooled_index.unsqueeze(-1)
     # what stands behind a causal text's last token is padding, whether or not the attention mask says so
     words = index < pooled if family.is_causal else index != pooled
-    kinds = torch.nn.functional.pad(torch.where(words, WORD, POOLED), (0, num_corner_tokens), value=CORNER)
+    kinds = pad(torch.where(words, WORD, POOLED), corners, value=CORNER)
     if row_index is not None and config._attn_implementation == "flex_attention":
         texts = torch.arange(len(kinds), device=kinds.device).unsqueeze(-1).expand_as(kinds)
         texts, kinds, inputs_embeds = (to_row(states, row_index) for states in (texts, kinds, inputs_embeds))
-        same_text = packed_sequence_mask_function(texts)
+        seen = packed_sequence_mask_function(texts)
     else:
-        same_text = padding_mask_function(seen)
+        seen = padding_mask_function(pad(is_text.bool(), corners, value=True))
 
-    def is_corner(
-        batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
-    ) -> torch.Tensor:
+    def is_corner(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return kinds[batch_idx, q_idx] == CORNER
 
-    return family.create_masks(config, inputs_embeds, and_masks(same_text, corner_mask_function(kinds)), is_corner)
+    return family.create_masks(config, inputs_embeds, and_masks(seen, corner_mask_function(kinds)), is_corner)

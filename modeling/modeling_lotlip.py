@@ -1,59 +1,48 @@
 """PyTorch LoTLIP: two stock transformers backbones, and what LoTLIP adds to them: corner tokens, pooling, projection,
 loss."""
 
-import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput, CLIPTextModelOutput, CLIPVisionModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
+from transformers.utils.generic import can_return_tuple
 
 from .backbones_lotlip import POOLINGS, is_eager_on_cpu, one_token
 from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
-from .fast_paths_lotlip import PooledLayer, TextPath
+from .fast_paths_lotlip import PooledLayer, run_texts
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
 from .masking_lotlip import create_corner_mask
 
-# In the shapes below, B is the batch size, I the number of images, T (if the ids have it) the number of texts an
-# image, N = B T, L the length, m the number of corner tokens.
+# Shapes: batch size B, number of images I, of texts an image T (if the ids have it), N = B T, length L, number of corner
+# tokens m, of patches P.
 
 
 @dataclass
 class BaseModelOutputWithPoolingAndCorners(BaseModelOutputWithPooling):
     """
-    Output of a text tower.
-
-    Args:
-        last_hidden_state: [B, (T,) L, hidden_size], lined up with `input_ids`: the corner tokens are not in it.
-        pooler_output: [B, (T,) hidden_size], the pooled state (projected by `get_text_features`).
-        hidden_states: as `last_hidden_state`, one for the embeddings and one a layer, with
-            `output_hidden_states=True`.
-        attentions: [B, (T,) heads, L, L], one a layer, with `output_attentions=True`.
-        corner_embeds: [B, (T,) m, hidden_size], the pooled states of the corner tokens, where they were computed.
+    Output of a text tower: `last_hidden_state` [B, (T,) L, hidden_size], `pooler_output` [B, (T,) hidden_size],
+    `hidden_states` and `attentions` [B, (T,) heads, L, L], lined up with `input_ids`, without corner tokens; and the
+    pooled states of the corner tokens if they are computed, `corner_embeds` [B, (T,) m, hidden_size].
     """
 
-    corner_embeds: torch.Tensor | None = None
+    corner_embeds: Tensor | None = None
 
 
 @dataclass
 class LoTLIPTextModelOutput(CLIPTextModelOutput):
-    """
-    Output of [`LoTLIPTextModelWithProjection`]: CLIP's, and `corner_embeds` [B, (T,) m, projection_dim], not
-    normalised, where they were computed.
-    """
+    """CLIP's output and, if they are computed, `corner_embeds` [B, (T,) m, projection_dim], not normalised."""
 
-    corner_embeds: torch.Tensor | None = None
+    corner_embeds: Tensor | None = None
 
 
 @dataclass
@@ -67,18 +56,17 @@ class LoTLIPOutput(CLIPOutput):
         logits_per_text: [B, I] or [B, T, I].
         text_embeds: [B, (T,) projection_dim], normalised.
         image_embeds: [I, projection_dim], normalised.
-        text_model_output: [`BaseModelOutputWithPoolingAndCorners`] of the text tower, for `input_ids` (without
-            `long_input_ids`).
-        vision_model_output: `BaseModelOutputWithPooling` of the image tower.
-        corner_embeds: [B, (T,) m, projection_dim], normalised, where they were computed; with `long_input_ids`
+        text_model_output: of the text tower, for `input_ids` (without `long_input_ids`).
+        vision_model_output: of the image tower.
+        corner_embeds: [B, (T,) m, projection_dim], normalised, if they are computed; with `long_input_ids`
             [B, T - 1, m, projection_dim], of the long texts alone.
         loss_short: scalar, the short texts' share of the loss.
         loss_long: scalar, the long texts' share of the loss.
     """
 
-    corner_embeds: torch.Tensor | None = None
-    loss_short: torch.Tensor | None = None
-    loss_long: torch.Tensor | None = None
+    corner_embeds: Tensor | None = None
+    loss_short: Tensor | None = None
+    loss_long: Tensor | None = None
 
 
 class LoTLIPPreTrainedModel(PreTrainedModel):
@@ -143,35 +131,31 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
 
 class _LoTLIPTower(LoTLIPPreTrainedModel):
     """
-    What both towers share: the backbone's modules are found under its own names too, such as
-    `vision_model.encoder.layers` over CLIP's image tower. In `named_modules` and in what is saved they are the
-    backbone's all the same.
+    What both towers share. A backbone's modules are found under its own names too, such as
+    `vision_model.encoder.layers` over CLIP; in `named_modules` and in files they are the backbone's all the same.
     """
 
     _embedding_module = "backbone"
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
-        backbone = modules.get("backbone")
-        if backbone is not None and name not in modules and name in backbone._modules:
-            return backbone._modules[name]
+        if name not in modules and name in getattr(modules.get("backbone"), "_modules", ()):
+            return modules["backbone"]._modules[name]
         return super().__getattr__(name)
 
-    def _options(self, kwargs: dict[str, Any], pooled_only: bool) -> tuple[dict[str, Any], bool]:
-        """
-        The backbone's options, which has a configuration of its own; and whether it computes the last layer for pooled
-        tokens alone: not if all states or attentions are returned, or the pooling reads them.
-        """
-        defaults = {name: getattr(self.config, name) for name in ("output_attentions", "output_hidden_states")}
-        options = {**defaults, **kwargs, "return_dict": True}
-        pooled_only = (
-            pooled_only
-            and not any(options[name] for name in defaults)
+    def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The tower's settings of what to return, for the backbone, which has a configuration of its own."""
+        names = ("output_attentions", "output_hidden_states")
+        return {**{name: getattr(self.config, name) for name in names}, **kwargs, "return_dict": True}
+
+    def _pools_alone(self, options: dict[str, Any]) -> bool:
+        """Whether the last layer can be computed for the pooled tokens alone."""
+        return (
+            not (options["output_attentions"] or options["output_hidden_states"])
             and POOLINGS[self.config.pooling] is one_token
             and self.backbone.config._attn_implementation in ("sdpa", "unpadded")
             and isinstance(self.config.family.last_layer(self.backbone), PooledLayer)
         )
-        return options, pooled_only
 
 
 class LoTLIPTextModel(_LoTLIPTower):
@@ -179,9 +163,8 @@ class LoTLIPTextModel(_LoTLIPTower):
     LoTLIP's text tower, without projection: a stock encoder and m learnable corner tokens.
 
     The corner tokens stand between [CLS] and the words as far as positions go, and behind the text in memory; no text
-    token sees them. They are therefore left out where they are not asked for, and every other output stays the same.
-    Over CLIP's causal text tower they have no positions, [EOT] has the role of [CLS], and what they do not change is
-    `CLIPTextModel`'s.
+    token sees them. They are therefore left out unless they are needed, and every other output stays the same. Over
+    CLIP's causal text tower they have no positions, [EOT] has the role of [CLS], and all else is `CLIPTextModel`'s.
     """
 
     config: LoTLIPTextConfig
@@ -200,11 +183,11 @@ class LoTLIPTextModel(_LoTLIPTower):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         output_corner_embeds: bool | None = None,
         pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -219,92 +202,85 @@ class LoTLIPTextModel(_LoTLIPTower):
             inputs_embeds: [B, L, hidden_size] or [B, T, L, hidden_size], word embeddings in place of `input_ids`.
             token_type_ids: shape of `input_ids`; by default zeros.
             output_corner_embeds: Whether to compute the corner tokens. By default in training mode only.
-            pooled_only: Whether only the pooled states are needed: where that saves time (BERT, RoBERTa and
-                XLM-RoBERTa, not pooled by the mean, with `sdpa` or `unpadded`), `last_hidden_state` is `None`.
+            pooled_only: Whether only the pooled states are needed: `last_hidden_state` is `None` if that saves time
+                (BERT and RoBERTa, not pooled by the mean, with `sdpa` or `unpadded`).
 
         Raises:
-            ValueError: on ids beyond the vocabulary and on texts longer than the positions (both where looking is
-                cheap), on shapes that do not fit, and on corner tokens under flash attention, which cannot mask them.
-
-        Example:
-
-        ```python
-        >>> from transformers import AutoTokenizer
-        >>> from lotlip_hf import LoTLIPTextModel
-
-        >>> model = LoTLIPTextModel.from_pretrained("checkpoint")
-        >>> tokenizer = AutoTokenizer.from_pretrained("checkpoint")
-
-        >>> inputs = tokenizer(["a photo of a cat", "a dog"], padding=True, return_tensors="pt")
-        >>> pooled = model(**inputs).pooler_output
-        ```"""
+            ValueError: on ids beyond the vocabulary and texts longer than the positions (if looking is cheap), on
+                shapes that do not fit, and on corner tokens under flash attention, which cannot mask them.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        if inputs_embeds is None:
-            inputs_embeds = self._embed_words(input_ids)
-        shape, family, config = inputs_embeds.shape[:-1], self.config.family, self.config.backbone_config
-        _check_shapes(shape, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        # from here on, texts are [N, L]
-        inputs_embeds = inputs_embeds.reshape(-1, shape[-1], inputs_embeds.shape[-1])
-        input_ids, attention_mask, token_type_ids = (
-            None if value is None else value.reshape(-1, shape[-1])
-            for value in (input_ids, attention_mask, token_type_ids)
-        )
+        family, config = self.config.family, self.config.backbone_config
+        words = self._embed_words(input_ids) if inputs_embeds is None else inputs_embeds
+        shape = words.shape[:-1]
+        if len(shape) not in (2, 3):
+            raise ValueError(
+                f"`input_ids` or `inputs_embeds` are not of shape [B, L] or [B, T, L], but {list(shape)}."
+            )
+        # texts are [N, L] from here on, and [N, L + m] with the corner tokens
+        words, input_ids = words.reshape(-1, *words.shape[-2:]), _flatten("input_ids", input_ids, shape)
+        attention_mask = _flatten("attention_mask", attention_mask, shape)
+        token_type_ids = _flatten("token_type_ids", token_type_ids, shape)
         if attention_mask is None and input_ids is not None:
             attention_mask = family.text_mask(config, input_ids)
-        is_text = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.bool)
-        is_text = is_text if attention_mask is None else attention_mask
-        corners = (
-            self.corner_embeds if (self.training if output_corner_embeds is None else output_corner_embeds) else None
-        )
-        num_corner_tokens = 0 if corners is None else len(corners)
-
-        position_ids = self._position_ids(position_ids, is_text)
-        inputs = family.embed(self.backbone, inputs_embeds, position_ids, self.config.num_corner_tokens, corners)
-        inputs.update(self._segments(token_type_ids, num_corner_tokens))
+        is_text = words.new_ones(words.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask
         pooled_index = family.pooled_index(config, is_text, input_ids)
-        options, pooled_only = self._options(kwargs, pooled_only)
-        path = TextPath.choose(config, is_text, num_corner_tokens, pooled_index, pooled_only)
-        if num_corner_tokens or path.row_index is not None:
-            attention_mask = self._corner_mask(inputs["inputs_embeds"], is_text, num_corner_tokens, pooled_index, path)
-        outputs = path.run(self.backbone, attention_mask, inputs, **options)
+        position_ids = self._position_ids(position_ids, is_text)
+        output_corner_embeds = self.training if output_corner_embeds is None else output_corner_embeds
+        corners = self.corner_embeds if output_corner_embeds and self.corner_embeds is not None else words[0, :0]
+        inputs = family.embed(self.backbone, words, position_ids, self.config.num_corner_tokens, corners)
+        if token_type_ids is not None and family.has_segments:
+            inputs["token_type_ids"] = nn.functional.pad(token_type_ids, (0, len(corners)))
+        elif token_type_ids is not None and is_eager_on_cpu(token_type_ids) and token_type_ids.any():
+            raise ValueError("`token_type_ids` must be 0 or left out: this text encoder has no segments.")
 
+        def make_mask(row_index: Tensor | None) -> Any:
+            if row_index is None and not len(corners):
+                return attention_mask
+            return create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row_index)
+
+        options = self._options(kwargs)
+        kept = nn.functional.pad(is_text.bool(), (0, len(corners)), value=True)
+        pooled_only = pooled_only and self._pools_alone(options)
         if pooled_only:
-            text, is_text, pooled_index = outputs.last_hidden_state[:, :1], None, None
+            corner_index = torch.arange(shape[-1], kept.shape[1], device=kept.device).expand(len(kept), -1)
+            options["pooled_tokens"] = torch.cat([pooled_index.unsqueeze(1), corner_index], dim=1)
+        outputs = run_texts(self.backbone, inputs, kept, make_mask, **options)
+
+        states, corner_embeds = outputs.last_hidden_state, None
+        if pooled_only:
+            pooled = self._pool(states[:, :1])
         else:
-            text = outputs.last_hidden_state[:, : shape[-1]]
-        corner_embeds = None
-        if num_corner_tokens:
-            states = outputs.last_hidden_state[:, -num_corner_tokens:].flatten(0, 1).unsqueeze(1)
-            corner_embeds = self._pool(states).unflatten(0, (-1, num_corner_tokens))
+            pooled = self._pool(states[:, : shape[-1]], is_text, pooled_index)
+        if len(corners):
+            corner_embeds = self._pool(states[:, -len(corners) :].flatten(0, 1).unsqueeze(1))
+            corner_embeds = _line_up(corner_embeds.unflatten(0, (-1, len(corners))), shape)
         return BaseModelOutputWithPoolingAndCorners(
-            last_hidden_state=None if pooled_only else _line_up(outputs.last_hidden_state, shape, 1),
-            pooler_output=_line_up(self._pool(text, is_text, pooled_index), shape),
+            last_hidden_state=None if pooled_only else _line_up(states, shape, 1),
+            pooler_output=_line_up(pooled, shape),
             hidden_states=_line_up(outputs.hidden_states, shape, 1),
             attentions=_line_up(outputs.attentions, shape, 2, 3),
-            corner_embeds=_line_up(corner_embeds, shape),
+            corner_embeds=corner_embeds,
         )
 
-    def _embed_words(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def _embed_words(self, input_ids: Tensor) -> Tensor:
         """[..., L] -> [..., L, hidden_size]"""
-        if is_eager_on_cpu(input_ids):
-            low, high = input_ids.min().item(), input_ids.max().item()
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"`input_ids` must lie in [0, {self.config.vocab_size}), the model's vocabulary; got ids from "
-                    f"{low} to {high}. Was the text tokenised with another model's tokenizer?"
-                )
+        size = self.config.vocab_size
+        if is_eager_on_cpu(input_ids) and not ((input_ids >= 0) & (input_ids < size)).all():
+            raise ValueError(
+                f"`input_ids` must lie in [0, {size}), the model's vocabulary; got ids from {input_ids.min()} to "
+                f"{input_ids.max()}. Was the text tokenised with another model's tokenizer?"
+            )
         return self.get_input_embeddings()(input_ids)
 
-    def _position_ids(self, position_ids: torch.Tensor | None, is_text: torch.Tensor) -> torch.Tensor:
-        """[N, L]: positions in the text"""
-        limit = self.config.max_position_embeddings
-        # padding may reach beyond the positions, text may not
-        may_exceed = position_ids is not None or is_text.shape[-1] > limit
+    def _position_ids(self, position_ids: Tensor | None, is_text: Tensor) -> Tensor:
+        """[N, L]: positions in the text, checked where padding by itself does not reach beyond them."""
+        limit, length = self.config.max_position_embeddings, is_text.shape[-1]
+        may_exceed = position_ids is not None or length > limit
         if position_ids is None:
             position_ids = self.config.family.count_positions(self.config.backbone_config, is_text)
-        else:
-            position_ids = position_ids.reshape(-1, is_text.shape[-1]).expand(len(is_text), -1)
+        position_ids = position_ids.reshape(-1, length).expand(len(is_text), -1)
         if may_exceed and is_eager_on_cpu(position_ids) and position_ids.max() >= limit:
             raise ValueError(
                 f"The longest text has {int(position_ids.max()) + 1} tokens; this model takes {limit}, the first and "
@@ -312,37 +288,7 @@ class LoTLIPTextModel(_LoTLIPTower):
             )
         return position_ids
 
-    def _segments(self, token_type_ids: torch.Tensor | None, num_corner_tokens: int) -> dict[str, torch.Tensor]:
-        """The backbone's `token_type_ids` [N, L + m], if it takes such."""
-        if token_type_ids is None:
-            return {}
-        if self.config.family.has_segments:
-            return {"token_type_ids": nn.functional.pad(token_type_ids, (0, num_corner_tokens))}
-        if is_eager_on_cpu(token_type_ids) and token_type_ids.any():
-            raise ValueError("`token_type_ids` must be 0 or left out: this text encoder has no segments.")
-        return {}
-
-    def _corner_mask(
-        self,
-        inputs_embeds: torch.Tensor,
-        is_text: torch.Tensor,
-        num_corner_tokens: int,
-        pooled_index: torch.Tensor,
-        path: TextPath,
-    ) -> Any:
-        family, config = self.config.family, self.config.backbone_config
-        if is_flash_attention_requested(config):
-            raise ValueError(
-                "Flash attention cannot apply the corner tokens' mask. Load the model with attn_implementation='sdpa' "
-                "or 'flex_attention' for training, or pass output_corner_embeds=False to leave the corner tokens out."
-            )
-        return create_corner_mask(
-            family, config, inputs_embeds, is_text, num_corner_tokens, pooled_index, path.row_index
-        )
-
-    def _pool(
-        self, states: torch.Tensor, is_text: torch.Tensor | None = None, index: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _pool(self, states: Tensor, is_text: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """[N, L, hidden_size], by default of texts of one token -> [N, hidden_size]"""
         pooled = POOLINGS[self.config.pooling](states, is_text, index)
         return self.backbone.pooler(pooled.unsqueeze(1)) if self.config.pooling == "pooler" else pooled
@@ -365,10 +311,10 @@ class LoTLIPVisionModel(_LoTLIPTower):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor | None = None,
+        pixel_values: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         pooled_only: bool = False,
-        kept_patches: torch.Tensor | None = None,
+        kept_patches: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
@@ -376,28 +322,15 @@ class LoTLIPVisionModel(_LoTLIPTower):
             pixel_values: [B, channels, height, width], normalised by the image processor.
             interpolate_pos_encoding: Whether to interpolate the position encodings for images of another size than the
                 model's (DINOv2 always does).
-            pooled_only: Whether only the pooled states are needed: where that saves time (ViT, not pooled by the mean,
-                with `sdpa`), `last_hidden_state` is `None`.
+            pooled_only: Whether only the pooled states are needed: `last_hidden_state` is `None` if that saves time
+                (ViT, not pooled by the mean, with `sdpa`).
             kept_patches: [B, K], indices in [0, P) of the patches that the tower computes; by default all. They have
-                their positions in the whole image, and prefix tokens such as [CLS] always stay.
+                their positions in the whole image. Prefix tokens, such as a class token, always stay.
 
         Raises:
-            ValueError: on images that are missing, or of another size or type than the model takes, and on indices
-                beyond the patches (where looking is cheap).
-
-        Example:
-
-        ```python
-        >>> from PIL import Image
-        >>> from transformers import AutoProcessor
-        >>> from lotlip_hf import LoTLIPVisionModel
-
-        >>> model = LoTLIPVisionModel.from_pretrained("checkpoint")
-        >>> processor = AutoProcessor.from_pretrained("checkpoint")
-
-        >>> inputs = processor(images=Image.new("RGB", (640, 480)), return_tensors="pt")
-        >>> pooled = model(**inputs).pooler_output
-        ```"""
+            ValueError: on images of another size or type than the model takes, and on indices beyond the patches (if
+                looking is cheap).
+        """
         if pixel_values is None:
             raise ValueError("`pixel_values` is missing.")
         if pixel_values.dim() != 4 or not pixel_values.is_floating_point():
@@ -405,27 +338,27 @@ class LoTLIPVisionModel(_LoTLIPTower):
                 "`pixel_values` must be floating point [batch, channels, height, width], got "
                 f"{list(pixel_values.shape)} of {pixel_values.dtype}: pass images through the processor."
             )
-        family, backbone, size = self.config.family, self.backbone, self.config.image_size
-        options, pooled_only = self._options(kwargs, pooled_only)
-        embedding_options = {}
+        family, size, embedding_options = self.config.family, self.config.image_size, {}
         if family.takes_interpolation:
-            embedding_options = {"interpolate_pos_encoding": interpolate_pos_encoding}
-            size = (size, size) if isinstance(size, int) else tuple(size)
-            if not interpolate_pos_encoding and pixel_values.shape[-2:] != size:
+            embedding_options["interpolate_pos_encoding"] = interpolate_pos_encoding
+            size = [size, size] if isinstance(size, int) else list(size)
+            if not interpolate_pos_encoding and list(pixel_values.shape[-2:]) != size:
                 raise ValueError(
-                    f"`pixel_values` are {list(pixel_values.shape[-2:])}, the model is for {list(size)}: resize the "
-                    "images with the processor, or pass interpolate_pos_encoding=True."
+                    f"`pixel_values` are {list(pixel_values.shape[-2:])}, the model is for {size}: resize the images "
+                    "with the processor, or pass interpolate_pos_encoding=True."
                 )
-        if kept_patches is not None:
-            pixel_values = family.keep(backbone, pixel_values, kept_patches, **embedding_options)
+        options = self._options(kwargs)
+        pooled_only = pooled_only and self._pools_alone(options)
         if pooled_only:
             options["pooled_tokens"] = pixel_values.new_zeros(len(pixel_values), 1, dtype=torch.int64)  # [CLS]
-        outputs = backbone(pixel_values, **embedding_options, **options)
-        states, pooling = outputs.last_hidden_state, POOLINGS[self.config.pooling]
+        if kept_patches is not None:
+            pixel_values = family.keep(self.backbone, pixel_values, kept_patches, **embedding_options)
+        outputs = self.backbone(pixel_values, **embedding_options, **options)
+        states, pool = outputs.last_hidden_state, POOLINGS[self.config.pooling]
         if self.config.pooling == "pooler":
             pooled = outputs.pooler_output
         else:
-            pooled = pooling(states if pooling is one_token else states[:, family.num_prefix_tokens :], None, None)
+            pooled = pool(states if pool is one_token else states[:, family.num_prefix_tokens :], None, None)
         return BaseModelOutputWithPooling(
             last_hidden_state=None if pooled_only else states,
             pooler_output=pooled,
@@ -450,25 +383,10 @@ class LoTLIPTextModelWithProjection(LoTLIPPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        output_corner_embeds: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> LoTLIPTextModelOutput:
-        r"""Arguments and errors are those of [`LoTLIPTextModel`]."""
-        outputs = self.text_model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds,
-            token_type_ids,
-            output_corner_embeds,
-            **{**kwargs, "return_dict": True},
-        )
+        r"""Arguments and errors are those of [`LoTLIPTextModel`]; `text_embeds` are not normalised."""
+        outputs = self.text_model(input_ids, attention_mask, **{**kwargs, "return_dict": True})
         corner_embeds = outputs.corner_embeds
         return LoTLIPTextModelOutput(
             text_embeds=self.text_projection(outputs.pooler_output),
@@ -497,10 +415,7 @@ class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> CLIPVisionModelOutput:
         r"""Arguments and errors are those of [`LoTLIPVisionModel`]; `image_embeds` are not normalised."""
         outputs = self.vision_model(pixel_values, interpolate_pos_encoding, **{**kwargs, "return_dict": True})
@@ -534,11 +449,11 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
     @can_return_tuple
     def get_text_features(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         output_corner_embeds: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCorners:
@@ -546,19 +461,9 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         The text tower's output with `pooler_output` [B, (T,) projection_dim] and `corner_embeds` projected, not
         normalised. Arguments and errors are those of [`LoTLIPTextModel`].
 
-        Example:
-
         ```python
-        >>> import torch
-        >>> from transformers import AutoModel, AutoTokenizer
-        >>> import lotlip_hf
-
-        >>> model = AutoModel.from_pretrained("checkpoint")
-        >>> tokenizer = AutoTokenizer.from_pretrained("checkpoint")
-
-        >>> inputs = tokenizer(["a photo of a cat", "a dog"], padding=True, return_tensors="pt")
-        >>> with torch.inference_mode():
-        ...     text_features = model.get_text_features(**inputs).pooler_output
+        >>> inputs = tokenizer(["a photo of a cat", "a dog"], padding=True, return_tensors="pt")  # doctest: +SKIP
+        >>> text_features = model.get_text_features(**inputs).pooler_output  # doctest: +SKIP
         ```"""
         outputs = self.text_model(
             input_ids,
@@ -577,30 +482,15 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: Tensor,
         interpolate_pos_encoding: bool = False,
-        kept_patches: torch.Tensor | None = None,
+        kept_patches: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
         The image tower's output with `pooler_output` [B, projection_dim] projected, not normalised. Arguments and
         errors are those of [`LoTLIPVisionModel`].
-
-        Example:
-
-        ```python
-        >>> import torch
-        >>> from PIL import Image
-        >>> from transformers import AutoModel, AutoProcessor
-        >>> import lotlip_hf
-
-        >>> model = AutoModel.from_pretrained("checkpoint")
-        >>> processor = AutoProcessor.from_pretrained("checkpoint")
-
-        >>> inputs = processor(images=Image.new("RGB", (640, 480)), return_tensors="pt")
-        >>> with torch.inference_mode():
-        ...     image_features = model.get_image_features(**inputs).pooler_output
-        ```"""
+        """
         outputs = self.vision_model(
             pixel_values, interpolate_pos_encoding, kept_patches=kept_patches, **{**kwargs, "return_dict": True}
         )
@@ -610,18 +500,18 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        inputs_embeds: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         output_corner_embeds: bool | None = None,
-        long_input_ids: torch.Tensor | None = None,
-        long_attention_mask: torch.Tensor | None = None,
-        kept_patches: torch.Tensor | None = None,
+        long_input_ids: Tensor | None = None,
+        long_attention_mask: Tensor | None = None,
+        kept_patches: Tensor | None = None,
         pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoTLIPOutput:
@@ -711,10 +601,10 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
 
     def _loss(
         self,
-        image_embeds: torch.Tensor,
-        text_embeds: torch.Tensor,
-        corner_embeds: torch.Tensor | None,
-        logit_scale: torch.Tensor,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        corner_embeds: Tensor | None,
+        logit_scale: Tensor,
     ) -> LoTLIPLoss:
         if text_embeds.dim() == 2:
             text_embeds, corner_embeds = text_embeds.unsqueeze(1), None
@@ -723,69 +613,6 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         weights = self.config.short_loss_weight, self.config.long_loss_weight
         return lotlip_loss(image_embeds, text_embeds, corner_embeds, logit_scale, *weights)
 
-    @classmethod
-    def from_backbones(
-        cls,
-        text: str | Path | PreTrainedModel,
-        vision: str | Path | PreTrainedModel,
-        num_corner_tokens: int = 2,
-        *,
-        text_pooling: str | None = None,
-        vision_pooling: str | None = None,
-        projection_dim: int | None = None,
-        **config_kwargs: Any,
-    ) -> "LoTLIPModel":
-        r"""
-        A model whose towers start from two pretrained encoders, as in LiT (https://arxiv.org/abs/2111.07991). The
-        corner tokens, the projections, the logit scale, and a pooler that an encoder comes without, are new and must
-        be trained.
-
-        Args:
-            text: Folder, Hub id or model of a BERT, RoBERTa, XLM-RoBERTa or CLIP text encoder; of a whole CLIP its
-                text tower, without the projection (a whole CLIP turned into LoTLIP is what `conversion.clip` makes).
-            vision: Folder, Hub id or model of a ViT, DINOv2, CLIP or SigLIP encoder; of a whole CLIP or SigLIP its
-                image tower.
-            num_corner_tokens: Number of corner tokens.
-            text_pooling: See [`LoTLIPTextConfig`].
-            vision_pooling: See [`LoTLIPVisionConfig`].
-            projection_dim: Width of the shared space; by default the image encoder's, which then has no projection.
-            config_kwargs: More fields of [`LoTLIPConfig`].
-
-        Raises:
-            ValueError: if an encoder is of a type that is not supported, or lacks other weights that its tower needs.
-
-        Example:
-
-        ```python
-        >>> from transformers import BertConfig, BertModel, ViTConfig, ViTModel
-        >>> from lotlip_hf import LoTLIPModel
-
-        >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-        >>> text, vision = BertModel(BertConfig(**size)), ViTModel(ViTConfig(**size))
-        >>> model = LoTLIPModel.from_backbones(text, vision, num_corner_tokens=2)
-        >>> model.config.projection_dim
-        32
-        ```
-        """
-        text_config = LoTLIPTextConfig(
-            backbone_config=_backbone_config(text, "text"), num_corner_tokens=num_corner_tokens, pooling=text_pooling
-        )
-        vision_config = LoTLIPVisionConfig(backbone_config=_backbone_config(vision, "vision"), pooling=vision_pooling)
-        text_encoder = _load_backbone(text, "text", text_config)
-        vision_encoder = _load_backbone(vision, "vision", vision_config)
-        text_config.projection_dim = projection_dim or vision_config.hidden_size
-        towers = {"text_config": text_config, "vision_config": vision_config}
-        model = cls(LoTLIPConfig(**towers, projection_dim=text_config.projection_dim, **config_kwargs))
-        for tower, encoder in ((model.text_model, text_encoder), (model.vision_model, vision_encoder)):
-            keys = tower.backbone.load_state_dict(encoder.state_dict(), strict=False)
-            missing, unexpected = _without_pooler(keys.missing_keys), _without_pooler(keys.unexpected_keys)
-            if missing or unexpected:
-                raise ValueError(
-                    f"The encoder {type(encoder).__name__} does not fit the {tower.base_model_prefix}: missing "
-                    f"{missing}, unexpected {unexpected}."
-                )
-        return model
-
 
 def _projection(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> nn.Module:
     if config.projection_dim is None:
@@ -793,16 +620,11 @@ def _projection(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> nn.Module:
     return nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
 
-def _check_shapes(shape: torch.Size, **values: torch.Tensor | None) -> None:
-    """Of arguments that `reshape` would take in silence."""
-    if len(shape) not in (2, 3):
-        raise ValueError(
-            f"`input_ids` must have shape [batch, length] or [batch, texts, length] (`inputs_embeds` one dimension "
-            f"more), got {list(shape)}."
-        )
-    for name, value in values.items():
-        if value is not None and value.shape != shape:
-            raise ValueError(f"`{name}` must have the texts' shape {list(shape)}, got {list(value.shape)}.")
+def _flatten(name: str, value: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """[B, (T,) L] -> [N, L]"""
+    if value is None or value.shape == shape:
+        return None if value is None else value.reshape(-1, shape[-1])
+    raise ValueError(f"`{name}` must have the texts' shape {list(shape)}, got {list(value.shape)}.")
 
 
 def _line_up(states: Any, shape: torch.Size, *length_dims: int) -> Any:
@@ -813,42 +635,6 @@ def _line_up(states: Any, shape: torch.Size, *length_dims: int) -> Any:
         if states.shape[dim] != shape[-1]:
             states = states.narrow(dim, 0, shape[-1])
     return states.unflatten(0, shape[:-1]) if len(shape) == 3 else states
-
-
-def _without_pooler(names: Iterable[str]) -> list[str]:
-    """Masked language models come without a pooler: where a tower needs one it is new, as the corner tokens are."""
-    return sorted(name for name in names if not name.startswith("pooler."))
-
-
-def _backbone_config(source: str | Path | PreTrainedModel, tower: str) -> PreTrainedConfig:
-    """Of an encoder, or of one tower of a whole CLIP; without the folder it lay in, which is nothing to publish."""
-    config = (
-        copy.deepcopy(source.config)
-        if isinstance(source, PreTrainedModel)
-        else AutoConfig.from_pretrained(source, trust_remote_code=False)
-    )
-    config = getattr(config, f"{tower}_config", config)
-    config._name_or_path = ""
-    return config
-
-
-def _load_backbone(
-    source: str | Path | PreTrainedModel, tower: str, config: LoTLIPTextConfig | LoTLIPVisionConfig
-) -> PreTrainedModel:
-    if isinstance(source, PreTrainedModel):
-        # the classes with a projection hold the encoder under the tower's name, too
-        return getattr(source, f"{tower}_model", source)
-    encoder, info = AutoModel.from_pretrained(
-        source,
-        config=copy.deepcopy(config.backbone_config),
-        trust_remote_code=False,
-        output_loading_info=True,
-        **config.family.pooling_layer(config.pooling),
-    )
-    missing = _without_pooler(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{source}: the encoder lacks weights that its tower needs: {', '.join(missing)}.")
-    return encoder
 
 
 __all__ = [

@@ -97,7 +97,6 @@ def test_attention_mask(official: Official, name: str) -> None:
         config,
         torch.zeros(*official.expected[f"{name}_input_ids"].shape, 1),
         ids != 0,
-        m,
         (ids != 0).int().argmax(-1),
     )
     # from text, corners to [CLS], corners, words

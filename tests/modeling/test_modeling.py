@@ -89,7 +89,6 @@ def test_mask_is_the_papers_rule(side: str) -> None:
         config,
         torch.zeros(1, length + num_corners, 1),
         ids != 0,
-        num_corners,
         (ids != 0).int().argmax(-1),
     )[0, 0]
     text = (ids[0] != 0).nonzero().flatten().tolist()
@@ -205,8 +204,8 @@ def test_flex_attention_over_a_row(
 ) -> None:
     """As on a GPU; here without compiling, which fails on CPUs for a row."""
 
-    def row_index(attention_mask: torch.Tensor, num_corner_tokens: int, attention: str) -> torch.Tensor:
-        return nn.functional.pad(attention_mask, (0, num_corner_tokens), value=1).flatten().nonzero().squeeze(1)
+    def row_index(kept: torch.Tensor, attention: str) -> torch.Tensor:
+        return kept.flatten().nonzero().squeeze(1)
 
     model = text_model(text_backbone)
     texts = [tiny.input_ids(1, n) for n in (12, 7, 4)]
@@ -566,7 +565,7 @@ def test_the_mask_over_a_row_is_each_texts_own(is_causal: bool, monkeypatch: pyt
     for attention in ("sdpa", "flex_attention"):
         config._attn_implementation = attention
         family = TEXT_BACKBONES["clip_text_model" if is_causal else "bert"]
-        arguments = (family, config, torch.zeros(3, 7, 8), mask, 2, pooled_index, row_index)
+        arguments = (family, config, torch.zeros(3, 7, 8), mask, pooled_index, row_index)
         masks[attention] = create_corner_mask(*arguments)
     block_mask = masks["flex_attention"]
     assert block_mask.shape == (1, 1, 17, 17)
