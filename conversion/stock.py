@@ -183,7 +183,7 @@ def _text_encoder(tower: LoTLIPTextModel) -> tuple[PreTrainedConfig, dict[str, t
         raise _no_stock_class(tower, f"with pooling {tower.config.pooling!r}", "a model with pooling='pooler'")
     config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
     family = tower.config.family
-    corners = family.num_corner_positions(tower.config.num_corner_tokens)
+    corners = tower.config.num_corner_tokens if family.corners_have_positions else 0
     if corners:
         table, words = state[POSITIONS], family.position_offset(config) + 1
         state[POSITIONS] = torch.cat([table[:words], table[words + corners :]])

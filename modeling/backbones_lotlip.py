@@ -3,6 +3,7 @@ The families of encoders: all that depends on a `model_type`. A new family is a 
 `TEXT_BACKBONES["its model_type"] = ItsClass()`; a new pooling is a function and a line in `POOLINGS`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,8 @@ def mean(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
 
 
 # (states [N, L, hidden_size], mask [N, L] or None for all tokens, index [N] of the pooled token or None for the first)
-# -> [N, hidden_size]. A corner token is pooled as a text of one token. "pooler" stands for the backbone's own: a layer on
-# a text's pooled token, or whatever it pools of an image.
+# -> [N, hidden_size]. A corner token is pooled as a text of one token. "pooler" stands for the backbone's own: a layer
+# on a text's pooled token, or whatever it pools of an image.
 POOLINGS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = {
     "pooler": one_token,
     "cls": one_token,
@@ -49,10 +50,11 @@ class _Backbone:
     """What text and image families share. `config` is the backbone's own configuration, here and below."""
 
     default_pooling: str
-    # Of `POOLINGS`, those that make no sense here.
-    excluded_poolings: tuple[str, ...] = ()
-    # An optional pooler is built if it is used: an idle layer would never be trained.
-    has_optional_pooler = False
+    excluded_poolings: tuple[str, ...] = ()  # of `POOLINGS`, those that make no sense
+    has_optional_pooler = False  # it is built if it is used: an idle layer would never be trained
+
+    def __init__(self, **settings: Any) -> None:
+        vars(self).update(settings)
 
     def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
         """Raises a `ValueError` for a pooling that the backbone does not take."""
@@ -68,10 +70,13 @@ class _Backbone:
         """The encoder with new weights."""
         backbone = AutoModel.from_config(config, trust_remote_code=False, **self.pooling_layer(pooling))
         extend(backbone, self.last_layer(backbone), POOLED_LAYERS)
+        extend(backbone, getattr(backbone, "embeddings", None), PASSING_EMBEDDINGS)
         return backbone
 
     def last_layer(self, backbone: PreTrainedModel) -> nn.Module | None:
-        """The last layer, if `POOLED_LAYERS` extend it to compute the pooled tokens alone."""
+        """The last layer, which computes the pooled tokens alone if `POOLED_LAYERS` extend it."""
+        layers = getattr(backbone, "layers", None) or getattr(getattr(backbone, "encoder", None), "layer", None)
+        return layers[-1] if layers else None
 
 
 class TextBackbone(_Backbone):
@@ -85,19 +90,17 @@ class TextBackbone(_Backbone):
     excluded_poolings = ("pooler", "eos")
     is_causal = False  # whether a token sees only those before it
     has_segments = False  # whether the encoder takes `token_type_ids`
+    corners_have_positions = True
+    starts_after_padding = False  # whether the first position is `pad_token_id + 1`
 
     def position_offset(self, config: PreTrainedConfig) -> int:
         """Position of the first token."""
-        return 0
-
-    def num_corner_positions(self, num_corner_tokens: int) -> int:
-        """How many positions the corner tokens take."""
-        return num_corner_tokens
+        return config.pad_token_id + 1 if self.starts_after_padding else 0
 
     def max_length(self, config: PreTrainedConfig, num_corner_tokens: int) -> int:
         """Longest text in tokens."""
-        taken = self.position_offset(config) + self.num_corner_positions(num_corner_tokens)
-        return config.max_position_embeddings - taken
+        taken = num_corner_tokens if self.corners_have_positions else 0
+        return config.max_position_embeddings - self.position_offset(config) - taken
 
     def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
         """[N, L]: what is text, if no mask is given; `None` for everything."""
@@ -126,11 +129,11 @@ class TextBackbone(_Backbone):
             num_corner_tokens: m; words leave the corner tokens their positions whether or not they are computed.
             corners: [c, hidden_size], embeddings of the corner tokens; c is m, or 0 to leave them out.
         """
-        behind = position_ids.amax(-1, keepdim=True) if self.is_causal else torch.zeros_like(position_ids[:, :1])
+        first = position_ids.amax(-1, keepdim=True) + 1 if self.is_causal else torch.ones_like(position_ids[:, :1])
         if not self.is_causal:
-            position_ids = position_ids + (position_ids > 0).long() * self.num_corner_positions(num_corner_tokens)
+            position_ids = position_ids + (position_ids > 0).long() * num_corner_tokens
         if len(corners):
-            corner_ids = behind + torch.arange(1, len(corners) + 1, device=words.device)
+            corner_ids = first + torch.arange(len(corners), device=words.device)
             position_ids = torch.cat([position_ids, corner_ids], dim=1)
         position_ids = position_ids + self.position_offset(backbone.config)
         return {"inputs_embeds": _join(words, corners), "position_ids": position_ids}
@@ -149,21 +152,11 @@ class TextBackbone(_Backbone):
 
 
 class BertBackbone(TextBackbone):
-    """BERT."""
+    """BERT and RoBERTa."""
 
     default_pooling = "pooler"
     excluded_poolings = ("eos",)
     has_optional_pooler = has_segments = True
-
-    def last_layer(self, backbone: PreTrainedModel) -> nn.Module | None:
-        return backbone.encoder.layer[-1]
-
-
-class RobertaBackbone(BertBackbone):
-    """RoBERTa and XLM-RoBERTa."""
-
-    def position_offset(self, config: PreTrainedConfig) -> int:
-        return config.pad_token_id + 1
 
 
 class CLIPTextBackbone(TextBackbone):
@@ -172,12 +165,10 @@ class CLIPTextBackbone(TextBackbone):
     default_pooling = "eos"
     excluded_poolings = ("pooler", "cls", "mean")
     is_causal = True
+    corners_have_positions = False
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
         return CLIPTextEncoder._from_config(config)
-
-    def num_corner_positions(self, num_corner_tokens: int) -> int:
-        return 0
 
     def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
         return None  # CLIP pads with its [EOT] and sees nothing behind it
@@ -227,14 +218,15 @@ class VisionBackbone(_Backbone):
 
     def num_patches(self, config: PreTrainedConfig) -> int:
         """Number of patches of an image of the configured size."""
-        sides = zip(_pair(config.image_size), _pair(config.patch_size), strict=True)
-        height, width = (size // patch_size for size, patch_size in sides)
-        return height * width
+        sides = zip(pair(config.image_size), pair(config.patch_size), strict=True)
+        return math.prod(size // patch_size for size, patch_size in sides)
 
-    def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
-        backbone = super().build(config, pooling)
-        extend(backbone, getattr(backbone, "embeddings", None), PASSING_EMBEDDINGS)
-        return backbone
+    def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
+        super().check_pooling(config, pooling)
+        if pooling == "pooler" and getattr(config, "pooler_output_size", config.hidden_size) != config.hidden_size:
+            raise ValueError(f"`pooler_output_size` must be the hidden size {config.hidden_size}.")
+        if pooling == "pooler" and not getattr(config, "vision_use_head", True):
+            raise ValueError("`pooling='pooler'` needs SigLIP's head, which `vision_use_head=False` leaves out.")
 
     def keep(self, backbone: PreTrainedModel, pixel_values: Tensor, kept_patches: Tensor, **options: Any) -> Tensor:
         """What the backbone takes in place of images: embeddings [B, prefix + K, hidden_size] of [B, K] patches."""
@@ -245,55 +237,19 @@ class VisionBackbone(_Backbone):
         return torch.cat([prefix, take(patches, kept_patches)], dim=1)
 
 
-class ViTBackbone(VisionBackbone):
-    """ViT."""
-
-    has_optional_pooler = True
-
-    def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
-        super().check_pooling(config, pooling)
-        if pooling == "pooler" and config.pooler_output_size != config.hidden_size:
-            raise ValueError(f"`pooler_output_size` must be the hidden size {config.hidden_size}.")
-
-    def last_layer(self, backbone: PreTrainedModel) -> nn.Module | None:
-        return (getattr(backbone, "layers", None) or backbone.encoder.layer)[-1]
-
-
-class Dinov2Backbone(VisionBackbone):
-    """DINOv2."""
-
-    takes_interpolation = False
-
-
-class CLIPVisionBackbone(VisionBackbone):
-    """CLIP, whose pooler is a norm of the class token."""
-
-    default_pooling = "pooler"
-    excluded_poolings = ("eos", "cls")
-
-
-class SiglipVisionBackbone(CLIPVisionBackbone):
-    """SigLIP, which has no class token; its pooler is a layer of attention."""
-
-    num_prefix_tokens = 0
-
-    def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
-        super().check_pooling(config, pooling)
-        if pooling == "pooler" and not config.vision_use_head:
-            raise ValueError("`pooling='pooler'` needs SigLIP's head, which `vision_use_head=False` leaves out.")
-
-
 TEXT_BACKBONES: dict[str, TextBackbone] = {
     "bert": BertBackbone(),
-    "roberta": RobertaBackbone(),
-    "xlm-roberta": RobertaBackbone(),
+    "roberta": BertBackbone(starts_after_padding=True),
+    "xlm-roberta": BertBackbone(starts_after_padding=True),
     "clip_text_model": CLIPTextBackbone(),
 }
+# the poolers: a norm of CLIP's class token; a layer of attention over SigLIP's patches, which have no class token
+OWN_POOLER: dict[str, Any] = {"default_pooling": "pooler", "excluded_poolings": ("eos", "cls")}
 VISION_BACKBONES: dict[str, VisionBackbone] = {
-    "vit": ViTBackbone(),
-    "dinov2": Dinov2Backbone(),
-    "siglip_vision_model": SiglipVisionBackbone(),
-    "clip_vision_model": CLIPVisionBackbone(),
+    "vit": VisionBackbone(has_optional_pooler=True),
+    "dinov2": VisionBackbone(takes_interpolation=False),
+    "siglip_vision_model": VisionBackbone(**OWN_POOLER, num_prefix_tokens=0),
+    "clip_vision_model": VisionBackbone(**OWN_POOLER),
 }
 
 
@@ -309,10 +265,7 @@ PassingViTEmbeddings = type("PassingViTEmbeddings", (PassingEmbeddings, ViTEmbed
 PassingDinov2Embeddings = type("PassingDinov2Embeddings", (PassingEmbeddings, Dinov2Embeddings), {})
 PassingSiglipEmbeddings = type("PassingSiglipEmbeddings", (PassingEmbeddings, SiglipVisionEmbeddings), {})
 PassingCLIPEmbeddings = type("PassingCLIPEmbeddings", (PassingEmbeddings, CLIPVisionEmbeddings), {})
-PASSING_EMBEDDINGS = (
-    *(PassingViTEmbeddings, PassingDinov2Embeddings),
-    *(PassingSiglipEmbeddings, PassingCLIPEmbeddings),
-)
+PASSING_EMBEDDINGS = (PassingViTEmbeddings, PassingDinov2Embeddings, PassingSiglipEmbeddings, PassingCLIPEmbeddings)
 
 
 def is_eager_on_cpu(tensor: Tensor) -> bool:
@@ -325,5 +278,6 @@ def _join(words: Tensor, corners: Tensor) -> Tensor:
     return torch.cat([words, corners.to(words).expand(len(words), -1, -1)], dim=1) if len(corners) else words
 
 
-def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """Height and width."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

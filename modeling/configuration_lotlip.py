@@ -19,8 +19,7 @@ class _LoTLIPBaseConfig(PreTrainedConfig):
     """What all three share: the code that a checkpoint is published with, and the version of the format."""
 
     _auto_class = "AutoConfig"
-    # Auto class -> class; the configuration's own comes with it.
-    auto_classes: ClassVar[dict[str, str]] = {}
+    auto_classes: ClassVar[dict[str, str]] = {}  # Auto class -> class, beside the configuration's own
 
     format_version: int = FORMAT_VERSION
 
@@ -44,9 +43,8 @@ class _LoTLIPBaseConfig(PreTrainedConfig):
 
 class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
     """
-    What both towers share: a backbone's configuration, how it is pooled, and the width it is projected to. The other
-    fields are the backbone's, so `LoTLIPTextConfig(vocab_size=100)` does what it says, and so do
-    `config.layer_norm_eps` and `config.layer_norm_eps = 1e-6`: each value has one home.
+    What both towers share. All other fields are the backbone's, so that `LoTLIPTextConfig(vocab_size=100)`,
+    `config.layer_norm_eps` and `config.layer_norm_eps = 1e-6` do what they say: each value has one home.
     """
 
     sub_configs: ClassVar[dict[str, type]] = {"backbone_config": AutoConfig}
@@ -58,12 +56,14 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
         backbone = self.default_backbone if self.backbone_config is None else self.backbone_config
         if isinstance(backbone, dict):
             backbone = {"model_type": self.default_backbone["model_type"], **backbone}
-            self._check_backbone(backbone["model_type"])
-            backbone = AutoConfig.for_model(**backbone)
-        else:
-            # The caller's own stays as it is: it may be a live model's, whose attention would be reset.
-            backbone = copy.deepcopy(backbone)
-        self._check_backbone(backbone.model_type)
+        model_type = backbone["model_type"] if isinstance(backbone, dict) else backbone.model_type
+        if model_type not in self.families:
+            raise ValueError(
+                f"`backbone_config` of {type(self).__name__} has model_type {model_type!r}; supported are "
+                f"{', '.join(self.families)}."
+            )
+        # The caller's own stays as it is: it may be a live model's, whose attention would be reset.
+        backbone = AutoConfig.for_model(**backbone) if isinstance(backbone, dict) else copy.deepcopy(backbone)
         for name in {field.name for field in dataclasses.fields(backbone)} & kwargs.keys():
             setattr(backbone, name, kwargs.pop(name))
         self.backbone_config = backbone
@@ -91,14 +91,6 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
         else:
             super().__setattr__(name, value)
 
-    @classmethod
-    def _check_backbone(cls, model_type: str) -> None:
-        if model_type not in cls.families:
-            raise ValueError(
-                f"`backbone_config` of {cls.__name__} has model_type {model_type!r}; supported are "
-                f"{', '.join(cls.families)}."
-            )
-
     @property
     def family(self) -> Any:
         """What the tower knows of its backbone's kind, see `backbones_lotlip`."""
@@ -121,21 +113,10 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
         num_corner_tokens (`int`, *optional*, defaults to 2):
             Number m of corner tokens. They take m of the backbone's positions, and none of CLIP's.
         pooling (`str`, *optional*):
-            How a feature is read off the states: `"pooler"`, the backbone's own pooler (dense and tanh) of [CLS], as
-            in the released models; `"cls"`, the state of [CLS]; `"mean"`, the mean over the text; `"eos"`, CLIP's own,
-            the state of [EOT]. A corner token is pooled as a text of one token. By default the backbone's own way.
+            How the states are pooled: `"pooler"`, by a layer of the backbone on [CLS] (the default, as in the released
+            models); `"cls"`, the state of [CLS]; `"mean"`; `"eos"`, CLIP's own, the state of [EOT].
         projection_dim (`int`, *optional*, defaults to 768):
             Width of the linear projection (without bias) of the pooled state; `None` for no projection.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf import LoTLIPTextConfig
-
-    >>> config = LoTLIPTextConfig(num_corner_tokens=2)
-    >>> config.backbone_config.model_type, config.hidden_size
-    ('bert', 768)
-    ```
     """
 
     model_type = "lotlip_text_model"
@@ -174,9 +155,8 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
             Configuration of the encoder: ViT, DINOv2, CLIP's or SigLIP's image tower. By default ViT-B/16 at 224
             pixels with timm's LayerNorm epsilon of 1e-6, as in the released model.
         pooling (`str`, *optional*):
-            `"cls"`, the class token after the final norm; `"pooler"`, the backbone's own pooled output (CLIP's
-            normalised class token, SigLIP's attention head, ViT's dense and tanh); `"mean"`, the mean of the patch
-            tokens. By default `"cls"` for ViT and DINOv2, `"pooler"` for CLIP and SigLIP.
+            `"cls"`, the class token after the final norm (the default of ViT and DINOv2); `"pooler"`, the backbone's
+            own pooled output (the default of CLIP and SigLIP); `"mean"`, the mean of the patch tokens.
         projection_dim (`int`, *optional*):
             Width of the linear projection (without bias); `None`, the default, for no projection.
     """

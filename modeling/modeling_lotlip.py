@@ -17,14 +17,14 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .backbones_lotlip import POOLINGS, is_eager_on_cpu, one_token
+from .backbones_lotlip import POOLINGS, is_eager_on_cpu, one_token, pair
 from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from .fast_paths_lotlip import PooledLayer, run_texts
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
 from .masking_lotlip import create_corner_mask
 
-# Shapes: batch size B, number of images I, of texts an image T (if the ids have it), N = B T, length L, number of corner
-# tokens m, of patches P.
+# Shapes: B is the batch size, I the number of images, T that of texts an image (if the ids have it), N = B T, L the
+# length, m the number of corner tokens, P that of patches.
 
 
 @dataclass
@@ -48,20 +48,11 @@ class LoTLIPTextModelOutput(CLIPTextModelOutput):
 @dataclass
 class LoTLIPOutput(CLIPOutput):
     """
-    Output of [`LoTLIPModel`]: CLIP's fields in CLIP's order, then LoTLIP's own.
-
-    Args:
-        loss: scalar, with `return_loss=True`.
-        logits_per_image: [I, B] or [I, B, T], scaled cosine similarities.
-        logits_per_text: [B, I] or [B, T, I].
-        text_embeds: [B, (T,) projection_dim], normalised.
-        image_embeds: [I, projection_dim], normalised.
-        text_model_output: of the text tower, for `input_ids` (without `long_input_ids`).
-        vision_model_output: of the image tower.
-        corner_embeds: [B, (T,) m, projection_dim], normalised, if they are computed; with `long_input_ids`
-            [B, T - 1, m, projection_dim], of the long texts alone.
-        loss_short: scalar, the short texts' share of the loss.
-        loss_long: scalar, the long texts' share of the loss.
+    Output of [`LoTLIPModel`]: CLIP's fields in CLIP's order (`logits_per_image` [I, B] or [I, B, T], `logits_per_text`
+    [B, I] or [B, T, I], `text_embeds` [B, (T,) projection_dim] and `image_embeds` [I, projection_dim] normalised,
+    `text_model_output` of `input_ids`), then the corner tokens' normalised `corner_embeds` [B, (T,) m, projection_dim]
+    if they are computed (with `long_input_ids` [B, T - 1, m, projection_dim], of the long texts alone), and the short
+    and the long texts' shares of the loss.
     """
 
     corner_embeds: Tensor | None = None
@@ -77,12 +68,8 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
     base_model_prefix = "lotlip"
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    # The module that holds the input embeddings.
-    _embedding_module = "text_model"
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _embedding_module = "text_model"  # which holds the input embeddings
 
     @classmethod
     def from_pretrained(
@@ -213,22 +200,18 @@ class LoTLIPTextModel(_LoTLIPTower):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         family, config = self.config.family, self.config.backbone_config
         words = self._embed_words(input_ids) if inputs_embeds is None else inputs_embeds
-        shape = words.shape[:-1]
-        if len(shape) not in (2, 3):
-            raise ValueError(
-                f"`input_ids` or `inputs_embeds` are not of shape [B, L] or [B, T, L], but {list(shape)}."
-            )
-        # texts are [N, L] from here on, and [N, L + m] with the corner tokens
-        words, input_ids = words.reshape(-1, *words.shape[-2:]), _flatten("input_ids", input_ids, shape)
-        attention_mask = _flatten("attention_mask", attention_mask, shape)
-        token_type_ids = _flatten("token_type_ids", token_type_ids, shape)
+        # texts are [N, L] from here on, with the corner tokens behind them [N, L + m]
+        shape, words = words.shape[:-1], words.reshape(-1, *words.shape[-2:])
+        input_ids, attention_mask, token_type_ids = _flatten(
+            shape, input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
+        )
         if attention_mask is None and input_ids is not None:
             attention_mask = family.text_mask(config, input_ids)
         is_text = words.new_ones(words.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask
         pooled_index = family.pooled_index(config, is_text, input_ids)
-        position_ids = self._position_ids(position_ids, is_text)
         output_corner_embeds = self.training if output_corner_embeds is None else output_corner_embeds
         corners = self.corner_embeds if output_corner_embeds and self.corner_embeds is not None else words[0, :0]
+        position_ids = self._position_ids(position_ids, is_text)
         inputs = family.embed(self.backbone, words, position_ids, self.config.num_corner_tokens, corners)
         if token_type_ids is not None and family.has_segments:
             inputs["token_type_ids"] = nn.functional.pad(token_type_ids, (0, len(corners)))
@@ -240,28 +223,26 @@ class LoTLIPTextModel(_LoTLIPTower):
                 return attention_mask
             return create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row_index)
 
-        options = self._options(kwargs)
-        kept = nn.functional.pad(is_text.bool(), (0, len(corners)), value=True)
+        options, is_computed = self._options(kwargs), nn.functional.pad(is_text.bool(), (0, len(corners)), value=True)
         pooled_only = pooled_only and self._pools_alone(options)
         if pooled_only:
-            corner_index = torch.arange(shape[-1], kept.shape[1], device=kept.device).expand(len(kept), -1)
+            corner_index = torch.arange(shape[-1], is_computed.shape[1], device=words.device).expand(len(words), -1)
             options["pooled_tokens"] = torch.cat([pooled_index.unsqueeze(1), corner_index], dim=1)
-        outputs = run_texts(self.backbone, inputs, kept, make_mask, **options)
+        outputs = run_texts(self.backbone, inputs, is_computed, make_mask, **options)
 
-        states, corner_embeds = outputs.last_hidden_state, None
+        states = outputs.last_hidden_state
         if pooled_only:
-            pooled = self._pool(states[:, :1])
+            pooled_states = self._pool_each(states)  # [N, 1 + m, hidden_size]
+            pooled, corner_embeds = pooled_states[:, 0], pooled_states[:, 1:]
         else:
             pooled = self._pool(states[:, : shape[-1]], is_text, pooled_index)
-        if len(corners):
-            corner_embeds = self._pool(states[:, -len(corners) :].flatten(0, 1).unsqueeze(1))
-            corner_embeds = _line_up(corner_embeds.unflatten(0, (-1, len(corners))), shape)
+            corner_embeds = self._pool_each(states[:, shape[-1] :])
         return BaseModelOutputWithPoolingAndCorners(
             last_hidden_state=None if pooled_only else _line_up(states, shape, 1),
             pooler_output=_line_up(pooled, shape),
             hidden_states=_line_up(outputs.hidden_states, shape, 1),
             attentions=_line_up(outputs.attentions, shape, 2, 3),
-            corner_embeds=corner_embeds,
+            corner_embeds=_line_up(corner_embeds, shape) if len(corners) else None,
         )
 
     def _embed_words(self, input_ids: Tensor) -> Tensor:
@@ -289,9 +270,13 @@ class LoTLIPTextModel(_LoTLIPTower):
         return position_ids
 
     def _pool(self, states: Tensor, is_text: Tensor | None = None, index: Tensor | None = None) -> Tensor:
-        """[N, L, hidden_size], by default of texts of one token -> [N, hidden_size]"""
+        """[N, L, hidden_size] -> [N, hidden_size]"""
         pooled = POOLINGS[self.config.pooling](states, is_text, index)
         return self.backbone.pooler(pooled.unsqueeze(1)) if self.config.pooling == "pooler" else pooled
+
+    def _pool_each(self, states: Tensor) -> Tensor:
+        """[N, Q, hidden_size] -> [N, Q, hidden_size], each token as a text by itself"""
+        return self._pool(states.flatten(0, 1).unsqueeze(1)).unflatten(0, states.shape[:2])
 
 
 class LoTLIPVisionModel(_LoTLIPTower):
@@ -338,14 +323,13 @@ class LoTLIPVisionModel(_LoTLIPTower):
                 "`pixel_values` must be floating point [batch, channels, height, width], got "
                 f"{list(pixel_values.shape)} of {pixel_values.dtype}: pass images through the processor."
             )
-        family, size, embedding_options = self.config.family, self.config.image_size, {}
+        family, size, embedding_options = self.config.family, pair(self.config.image_size), {}
         if family.takes_interpolation:
             embedding_options["interpolate_pos_encoding"] = interpolate_pos_encoding
-            size = [size, size] if isinstance(size, int) else list(size)
-            if not interpolate_pos_encoding and list(pixel_values.shape[-2:]) != size:
+            if not interpolate_pos_encoding and pixel_values.shape[-2:] != size:
                 raise ValueError(
-                    f"`pixel_values` are {list(pixel_values.shape[-2:])}, the model is for {size}: resize the images "
-                    "with the processor, or pass interpolate_pos_encoding=True."
+                    f"`pixel_values` are {list(pixel_values.shape[-2:])}, the model is for {list(size)}: resize the "
+                    "images with the processor, or pass interpolate_pos_encoding=True."
                 )
         options = self._options(kwargs)
         pooled_only = pooled_only and self._pools_alone(options)
@@ -460,19 +444,10 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         r"""
         The text tower's output with `pooler_output` [B, (T,) projection_dim] and `corner_embeds` projected, not
         normalised. Arguments and errors are those of [`LoTLIPTextModel`].
-
-        ```python
-        >>> inputs = tokenizer(["a photo of a cat", "a dog"], padding=True, return_tensors="pt")  # doctest: +SKIP
-        >>> text_features = model.get_text_features(**inputs).pooler_output  # doctest: +SKIP
-        ```"""
+        """
+        kwargs["return_dict"] = True
         outputs = self.text_model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds,
-            token_type_ids,
-            output_corner_embeds,
-            **{**kwargs, "return_dict": True},
+            input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, output_corner_embeds, **kwargs
         )
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
         if outputs.corner_embeds is not None:
@@ -491,9 +466,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         The image tower's output with `pooler_output` [B, projection_dim] projected, not normalised. Arguments and
         errors are those of [`LoTLIPVisionModel`].
         """
-        outputs = self.vision_model(
-            pixel_values, interpolate_pos_encoding, kept_patches=kept_patches, **{**kwargs, "return_dict": True}
-        )
+        kwargs.update(kept_patches=kept_patches, return_dict=True)
+        outputs = self.vision_model(pixel_values, interpolate_pos_encoding, **kwargs)
         outputs.pooler_output = self.visual_projection(outputs.pooler_output)
         return outputs
 
@@ -520,11 +494,9 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         images alone, as transformers' pipelines for feature extraction give them, are answered with their embeddings.
 
         Args:
-            return_loss: Whether to return the loss; text i belongs to image i. For `input_ids` [B, T, L], and with
-                `long_input_ids`, it is LoTLIP's (`loss_lotlip.lotlip_loss`), for [B, L] alone CLIP's, which no corner
-                token takes part in.
-            output_corner_embeds: Whether to compute the corner tokens. By default in training mode and where the loss
-                needs them, so that it does not depend on the mode.
+            return_loss: Whether to return the loss; text i belongs to image i. For [B, T, L] and with `long_input_ids`
+                it is LoTLIP's (`loss_lotlip.lotlip_loss`), for [B, L] CLIP's.
+            output_corner_embeds: Whether to compute the corner tokens. By default in training, and for LoTLIP's loss.
             long_input_ids: [B, T - 1, L'], the long texts, where `input_ids` [B, L] are the short ones: each padded to
                 its own length, and the short texts, whose corner tokens the loss does not use, run without them. The
                 answers have T texts, the short one first, as for [B, T, L].
@@ -532,60 +504,52 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             pooled_only: Whether only the embeddings and the loss are needed: `logits_per_image` and `logits_per_text`
                 are `None`, and the towers' `last_hidden_state` may be.
 
-        Example:
-
         ```python
-        >>> import torch
+        >>> import lotlip_hf
         >>> from PIL import Image
         >>> from transformers import AutoModel, AutoProcessor
-        >>> import lotlip_hf
 
-        >>> model = AutoModel.from_pretrained("checkpoint")
-        >>> processor = AutoProcessor.from_pretrained("checkpoint")
-
+        >>> model, processor = AutoModel.from_pretrained("checkpoint"), AutoProcessor.from_pretrained("checkpoint")
         >>> inputs = processor(text=["a cat", "a dog"], images=Image.new("RGB", (640, 480)), return_tensors="pt")
-        >>> with torch.inference_mode():
-        ...     outputs = model(**inputs)
-        >>> probabilities = outputs.logits_per_image.softmax(dim=1)
+        >>> probabilities = model(**inputs).logits_per_image.softmax(dim=1)
         ```"""
-        kwargs.update({"return_dict": True, "pooled_only": pooled_only})
-        has_long_texts = long_input_ids is not None
-        has_texts = has_long_texts or input_ids is not None or inputs_embeds is not None
+        kwargs.update(return_dict=True, pooled_only=pooled_only)
         vision_outputs = text_outputs = image_embeds = text_embeds = corner_embeds = logits_per_text = None
         loss = LoTLIPLoss(None, None, None)
-
         # images come first: their backward pass then comes last, and what waits for their gradients has time
         if pixel_values is not None or return_loss:
             vision_outputs = self.get_image_features(pixel_values, interpolate_pos_encoding, kept_patches, **kwargs)
             image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
-        if has_texts or image_embeds is None or return_loss:
-            has_many = has_long_texts or 3 in (getattr(input_ids, "ndim", 0), getattr(inputs_embeds, "ndim", 0) - 1)
+        has_long_texts, several = long_input_ids is not None, input_ids is not None and input_ids.dim() == 3
+        if image_embeds is None or return_loss or input_ids is not None or inputs_embeds is not None or has_long_texts:
             if output_corner_embeds is None:
-                output_corner_embeds = self.training or bool(return_loss and has_many)
-            of_short = output_corner_embeds and not has_long_texts
+                several = has_long_texts or several or (inputs_embeds is not None and inputs_embeds.dim() == 4)
+                output_corner_embeds = self.training or bool(return_loss and several)
+            of_inputs = output_corner_embeds and not has_long_texts
             text_outputs = self.get_text_features(
-                input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, of_short, **kwargs
+                input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, of_inputs, **kwargs
             )
             text_embeds, corner_embeds = text_outputs.pooler_output, text_outputs.corner_embeds
             if has_long_texts:
-                long_outputs = self.get_text_features(
-                    long_input_ids, long_attention_mask, output_corner_embeds=output_corner_embeds, **kwargs
-                )
+                kwargs["output_corner_embeds"] = output_corner_embeds
+                long_outputs = self.get_text_features(long_input_ids, long_attention_mask, **kwargs)
                 text_embeds = torch.cat([text_embeds.unsqueeze(1), long_outputs.pooler_output], dim=1)
                 corner_embeds = long_outputs.corner_embeds
             text_embeds = nn.functional.normalize(text_embeds, dim=-1)
-            if corner_embeds is not None:
-                corner_embeds = nn.functional.normalize(corner_embeds, dim=-1)
+            corner_embeds = None if corner_embeds is None else nn.functional.normalize(corner_embeds, dim=-1)
 
         if image_embeds is not None and text_embeds is not None:
-            image_embeds, logit_scale = (
-                image_embeds.to(text_embeds.device),
-                self.logit_scale.exp().to(text_embeds.device),
-            )
+            image_embeds = image_embeds.to(text_embeds.device)
+            logit_scale = self.logit_scale.exp().to(text_embeds.device)
             if not pooled_only:
                 logits_per_text = logit_scale * text_embeds @ image_embeds.t()  # [B, (T,) I]
             if return_loss:
-                loss = self._loss(image_embeds, text_embeds, corner_embeds, logit_scale)
+                texts = text_embeds if text_embeds.dim() == 3 else text_embeds.unsqueeze(1)
+                long_corners = corner_embeds if text_embeds.dim() == 3 else None
+                if long_corners is not None and not has_long_texts:
+                    long_corners = long_corners[:, 1:]
+                weights = (self.config.short_loss_weight, self.config.long_loss_weight)
+                loss = lotlip_loss(image_embeds, texts, long_corners, logit_scale, *weights)
         return LoTLIPOutput(
             loss=loss.loss,
             logits_per_image=None if logits_per_text is None else logits_per_text.movedim(-1, 0),
@@ -599,20 +563,6 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             loss_long=loss.loss_long,
         )
 
-    def _loss(
-        self,
-        image_embeds: Tensor,
-        text_embeds: Tensor,
-        corner_embeds: Tensor | None,
-        logit_scale: Tensor,
-    ) -> LoTLIPLoss:
-        if text_embeds.dim() == 2:
-            text_embeds, corner_embeds = text_embeds.unsqueeze(1), None
-        elif corner_embeds is not None:  # of the long texts
-            corner_embeds = corner_embeds[:, corner_embeds.shape[1] - text_embeds.shape[1] + 1 :]
-        weights = self.config.short_loss_weight, self.config.long_loss_weight
-        return lotlip_loss(image_embeds, text_embeds, corner_embeds, logit_scale, *weights)
-
 
 def _projection(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> nn.Module:
     if config.projection_dim is None:
@@ -620,11 +570,16 @@ def _projection(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> nn.Module:
     return nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
 
-def _flatten(name: str, value: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """[B, (T,) L] -> [N, L]"""
-    if value is None or value.shape == shape:
-        return None if value is None else value.reshape(-1, shape[-1])
-    raise ValueError(f"`{name}` must have the texts' shape {list(shape)}, got {list(value.shape)}.")
+def _flatten(shape: torch.Size, **arguments: Tensor | None) -> list[Tensor | None]:
+    """Each [B, (T,) L] -> [N, L]"""
+    for name, value in arguments.items():
+        if len(shape) not in (2, 3) or (value is not None and value.shape != shape):
+            got = shape if value is None else value.shape
+            raise ValueError(
+                f"`{name}` is of shape {list(got)}, `input_ids` or `inputs_embeds` of {list(shape)}: both must be "
+                "[batch, length] or [batch, texts, length]."
+            )
+    return [None if value is None else value.reshape(-1, shape[-1]) for value in arguments.values()]
 
 
 def _line_up(states: Any, shape: torch.Size, *length_dims: int) -> Any:

@@ -27,9 +27,9 @@ from lotlip_hf import (
     LoTLIPVisionModel,
     LoTLIPVisionModelWithProjection,
 )
-from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 from lotlip_hf.modeling import fast_paths_lotlip
 from lotlip_hf.modeling.backbones_lotlip import TEXT_BACKBONES
+from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 from lotlip_hf.modeling.masking_lotlip import create_corner_mask
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -870,7 +870,7 @@ def test_from_backbones(text_backbone: str, vision_backbone: str, from_folder: b
         image = vision(images)
         pooled = image.last_hidden_state[:, 0] if vision_backbone in ("vit", "dinov2") else image.pooler_output
         torch.testing.assert_close(model.get_image_features(images).pooler_output, pooled, **TOLERANCE)
-        moved = model.config.text_config.family.num_corner_positions(3)
+        moved = 3 if model.config.text_config.family.corners_have_positions else 0
         positions = torch.tensor([0, *range(1 + moved, 8 + moved)]) + offset(model.config.text_config)
         stock = text(ids, position_ids=positions.expand(3, -1)).pooler_output
         torch.testing.assert_close(model.text_model(ids).pooler_output, stock, **TOLERANCE)
