@@ -24,7 +24,7 @@ from .fast_paths_lotlip import POOLED_LAYERS, extend, take
 
 def one_token(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
     """The state at the index."""
-    return states[:, 0] if index is None else states[torch.arange(len(states), device=states.device), index]
+    return states[:, 0] if index is None else states[torch.arange(states.shape[0], device=states.device), index]
 
 
 def mean(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
@@ -275,7 +275,7 @@ def is_eager_on_cpu(tensor: Tensor) -> bool:
 
 def _join(words: Tensor, corners: Tensor) -> Tensor:
     """[N, L, hidden_size] and [c, hidden_size] -> [N, L + c, hidden_size]"""
-    return torch.cat([words, corners.to(words).expand(len(words), -1, -1)], dim=1) if len(corners) else words
+    return torch.cat([words, corners.to(words).expand(words.shape[0], -1, -1)], dim=1) if len(corners) else words
 
 
 def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:

@@ -65,7 +65,7 @@ def create_corner_mask(
     words = index < pooled if family.is_causal else index != pooled
     kinds = pad(torch.where(words, WORD, POOLED), corners, value=CORNER)
     if row_index is not None and config._attn_implementation == "flex_attention":
-        texts = torch.arange(len(kinds), device=kinds.device).unsqueeze(-1).expand_as(kinds)
+        texts = torch.arange(kinds.shape[0], device=kinds.device).unsqueeze(-1).expand_as(kinds)
         texts, kinds, inputs_embeds = (to_row(states, row_index) for states in (texts, kinds, inputs_embeds))
         seen = packed_sequence_mask_function(texts)
     else:

@@ -226,7 +226,9 @@ class LoTLIPTextModel(_LoTLIPTower):
         options, is_computed = self._options(kwargs), nn.functional.pad(is_text.bool(), (0, len(corners)), value=True)
         pooled_only = pooled_only and self._pools_alone(options)
         if pooled_only:
-            corner_index = torch.arange(shape[-1], is_computed.shape[1], device=words.device).expand(len(words), -1)
+            corner_index = torch.arange(shape[-1], is_computed.shape[1], device=words.device).expand(
+                words.shape[0], -1
+            )
             options["pooled_tokens"] = torch.cat([pooled_index.unsqueeze(1), corner_index], dim=1)
         outputs = run_texts(self.backbone, inputs, is_computed, make_mask, **options)
 
@@ -261,7 +263,7 @@ class LoTLIPTextModel(_LoTLIPTower):
         may_exceed = position_ids is not None or length > limit
         if position_ids is None:
             position_ids = self.config.family.count_positions(self.config.backbone_config, is_text)
-        position_ids = position_ids.reshape(-1, length).expand(len(is_text), -1)
+        position_ids = position_ids.reshape(-1, length).expand(is_text.shape[0], -1)
         if may_exceed and is_eager_on_cpu(position_ids) and position_ids.max() >= limit:
             raise ValueError(
                 f"The longest text has {int(position_ids.max()) + 1} tokens; this model takes {limit}, the first and "
@@ -334,7 +336,7 @@ class LoTLIPVisionModel(_LoTLIPTower):
         options = self._options(kwargs)
         pooled_only = pooled_only and self._pools_alone(options)
         if pooled_only:
-            options["pooled_tokens"] = pixel_values.new_zeros(len(pixel_values), 1, dtype=torch.int64)  # [CLS]
+            options["pooled_tokens"] = pixel_values.new_zeros(pixel_values.shape[0], 1, dtype=torch.int64)  # [CLS]
         if kept_patches is not None:
             pixel_values = family.keep(self.backbone, pixel_values, kept_patches, **embedding_options)
         outputs = self.backbone(pixel_values, **embedding_options, **options)

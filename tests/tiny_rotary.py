@@ -1,4 +1,4 @@
-"""A text encoder of a user's own, as small as can be: rotary positions, and layers of full and of sliding attention."""
+"""A text encoder of a user's own: rotary positions, and layers of full and of sliding attention."""
 
 from typing import Any
 
