@@ -39,14 +39,8 @@ def run_texts(
     backbone: PreTrainedModel, inputs: dict[str, Tensor], kept: Tensor, make_mask: Callable[..., Any], **options: Any
 ) -> Any:
     """
-    The backbone's outputs, computed in one row if its attention implementation is made for that.
-
-    Args:
-        backbone: The text encoder.
-        inputs: Its arguments, [N, length, ...] each.
-        kept: [N, length], what is no padding.
-        make_mask: Makes the attention mask, of the row index or `None`.
-        options: Further arguments of the backbone.
+    The outputs of a backbone for `inputs`, [N, length, ...] each, of which `kept` [N, length] are no padding; computed
+    in one row if its attention implementation is made for that. `make_mask` gets the row index, or `None`.
     """
     row_index = find_row_index(kept, backbone.config._attn_implementation)
     mask = make_mask(row_index)

@@ -40,7 +40,8 @@ def create_corner_mask(
     row_index: Tensor | None = None,
 ) -> Any:
     """
-    The mask in the form that the backbone's attention implementation takes.
+    The mask in the form that the backbone's attention implementation takes: [N, 1, L + m, L + m]; for `flex_attention`
+    over a row [1, 1, total, total]; or a dictionary of such masks by the type of the layers.
 
     Args:
         family: Family of the backbone.
@@ -49,10 +50,6 @@ def create_corner_mask(
         is_text: [N, L], 0 for padding.
         pooled_index: [N], index of the pooled token.
         row_index: [total], the tokens that are no padding, if the backbone gets these alone, in one row.
-
-    Returns:
-        [N, 1, L + m, L + m]; [1, 1, total, total] for `flex_attention` with `row_index`; or a dictionary of such masks
-        by the type of the layers.
     """
     if is_flash_attention_requested(config):
         raise ValueError(

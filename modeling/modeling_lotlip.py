@@ -1,5 +1,4 @@
-"""PyTorch LoTLIP: two stock transformers backbones, and what LoTLIP adds to them: corner tokens, pooling, projection,
-loss."""
+"""PyTorch LoTLIP: two stock transformers backbones, and corner tokens, pooling, projections and loss."""
 
 import os
 from collections.abc import Mapping
@@ -194,7 +193,7 @@ class LoTLIPTextModel(_LoTLIPTower):
 
         Raises:
             ValueError: on ids beyond the vocabulary and texts longer than the positions (if looking is cheap), on
-                shapes that do not fit, and on corner tokens under flash attention, which cannot mask them.
+                other shapes, and on corner tokens under flash attention, which cannot mask them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -226,10 +225,9 @@ class LoTLIPTextModel(_LoTLIPTower):
         options, is_computed = self._options(kwargs), nn.functional.pad(is_text.bool(), (0, len(corners)), value=True)
         pooled_only = pooled_only and self._pools_alone(options)
         if pooled_only:
-            corner_index = torch.arange(shape[-1], is_computed.shape[1], device=words.device).expand(
-                words.shape[0], -1
-            )
-            options["pooled_tokens"] = torch.cat([pooled_index.unsqueeze(1), corner_index], dim=1)
+            corner_index = torch.arange(shape[-1], is_computed.shape[1], device=words.device)
+            tokens = [pooled_index.unsqueeze(1), corner_index.expand(words.shape[0], -1)]
+            options["pooled_tokens"] = torch.cat(tokens, dim=1)
         outputs = run_texts(self.backbone, inputs, is_computed, make_mask, **options)
 
         states = outputs.last_hidden_state
@@ -315,15 +313,12 @@ class LoTLIPVisionModel(_LoTLIPTower):
                 their positions in the whole image. Prefix tokens, such as a class token, always stay.
 
         Raises:
-            ValueError: on images of another size or type than the model takes, and on indices beyond the patches (if
-                looking is cheap).
+            ValueError: on images of another size or type, and on indices beyond the patches (if looking is cheap).
         """
-        if pixel_values is None:
-            raise ValueError("`pixel_values` is missing.")
-        if pixel_values.dim() != 4 or not pixel_values.is_floating_point():
+        if pixel_values is None or pixel_values.dim() != 4 or not pixel_values.is_floating_point():
+            got = None if pixel_values is None else (list(pixel_values.shape), pixel_values.dtype)
             raise ValueError(
-                "`pixel_values` must be floating point [batch, channels, height, width], got "
-                f"{list(pixel_values.shape)} of {pixel_values.dtype}: pass images through the processor."
+                f"`pixel_values` must be float point [batch, channels, height, width], not {got}: use the processor."
             )
         family, size, embedding_options = self.config.family, pair(self.config.image_size), {}
         if family.takes_interpolation:
@@ -414,17 +409,12 @@ class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
 
 
 class LoTLIPModel(LoTLIPPreTrainedModel):
-    """
-    LoTLIP, a dual encoder of images and of short and long texts (https://arxiv.org/abs/2410.05249), with the interface
-    of `CLIPModel`.
-    """
+    """LoTLIP (https://arxiv.org/abs/2410.05249), a dual encoder of images, short and long texts, as `CLIPModel`."""
 
     def __init__(self, config: LoTLIPConfig) -> None:
         super().__init__(config)
-        # as CLIPModel has them
         self.projection_dim = config.projection_dim
-        self.text_embed_dim = config.text_config.hidden_size
-        self.vision_embed_dim = config.vision_config.hidden_size
+        self.text_embed_dim, self.vision_embed_dim = config.text_config.hidden_size, config.vision_config.hidden_size
         self.text_model = LoTLIPTextModel._from_config(config.text_config)
         self.vision_model = LoTLIPVisionModel._from_config(config.vision_config)
         self.text_projection = _projection(config.text_config)
