@@ -234,7 +234,7 @@ class VisionBackbone(_Backbone):
         prefix, patches = states[:, : self.num_prefix_tokens], states[:, self.num_prefix_tokens :]
         if is_eager_on_cpu(kept_patches) and not ((kept_patches >= 0) & (kept_patches < patches.shape[1])).all():
             raise ValueError(f"`kept_patches` must lie in [0, {patches.shape[1]}), the number of patches.")
-        return torch.cat([prefix, take(patches, kept_patches)], dim=1)
+        return torch.cat([prefix, take(patches, kept_patches.to(patches.device))], dim=1)
 
 
 TEXT_BACKBONES: dict[str, TextBackbone] = {
