@@ -172,7 +172,7 @@ def random_texts(
     """Seeded ids and masks of each shape [texts, tokens]: a first text as long as fits, the others shorter."""
     generator = torch.Generator().manual_seed(0)
     end = None
-    if config.is_causal:
+    if config.pooling == "eos":
         # CLIP reads a text's feature at its end; in configurations of old that is the highest id
         end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
     padding = 0 if config.pad_token_id is None else config.pad_token_id

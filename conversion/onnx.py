@@ -48,8 +48,6 @@ LEAST_COSINE = 0.98
 # The first version whose attention is one operator, which ONNX Runtime runs without writing the attention weights
 OPSET = 23
 INPUTS = {"text": ("input_ids", "attention_mask"), "vision": ("pixel_values",)}
-# Image towers that fit their position embeddings to the size of the images
-INTERPOLATING = ("dinov2",)
 OUTPUTS = {"text": "text_embeds", "vision": "image_embeds"}
 
 
@@ -252,7 +250,7 @@ def _export(module: _Tower, tower: str, batch: Sequence[torch.Tensor], opset: in
     if tower == "text":
         example = tuple(torch.ones(2, 3, dtype=torch.long) for _ in INPUTS[tower])
         sizes: Any = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    elif config.backbone_config.model_type in INTERPOLATING:
+    elif not config.family.takes_interpolation:
         example = (torch.zeros(2, config.num_channels, 5 * config.patch_size, 6 * config.patch_size),)
         sizes = {axis: torch.export.Dim(name) for axis, name in ((0, "batch"), (2, "height"), (3, "width"))}
     else:
@@ -363,7 +361,7 @@ def _images(config: Any, processors: Sequence[Any]) -> list[tuple[torch.Tensor, 
             batches.append((load_pixels(noise, image_processor=image_processor)["pixel_values"],))
             height, width = batches[-1][0].shape[-2:]
     sizes = [(1, height, width), (5, height, width)]
-    if config.backbone_config.model_type in INTERPOLATING:
+    if not config.family.takes_interpolation:
         sizes.append((2, height + config.patch_size, 3 * config.patch_size))
     for batch_size, height, width in sizes:
         batches.append((torch.randn(batch_size, config.num_channels, height, width, generator=generator),))

@@ -156,7 +156,7 @@ def _stock_dual_encoder(model: LoTLIPModel) -> PreTrainedModel:
 def _stock_text_encoder(model: LoTLIPTextModel | LoTLIPTextModelWithProjection) -> PreTrainedModel:
     tower = model if isinstance(model, LoTLIPTextModel) else model.text_model
     has_projection = isinstance(getattr(model, "text_projection", None), nn.Linear)
-    if tower.config.is_causal:
+    if tower.config.pooling == "eos":
         return clip_text_model(model, with_projection=has_projection)
     if has_projection:
         raise _no_stock_class(tower, "with a projection", "the whole LoTLIPModel or the tower without the projection")
@@ -182,9 +182,10 @@ def _text_encoder(tower: LoTLIPTextModel) -> tuple[PreTrainedConfig, dict[str, t
     if tower.config.pooling not in ("pooler", "eos"):
         raise _no_stock_class(tower, f"with pooling {tower.config.pooling!r}", "a model with pooling='pooler'")
     config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
-    corners = tower.config.num_corner_positions
+    family = tower.config.family
+    corners = tower.config.num_corner_tokens if family.corners_have_positions else 0
     if corners:
-        table, words = state[POSITIONS], tower.config.position_offset + 1
+        table, words = state[POSITIONS], family.position_offset(config) + 1
         state[POSITIONS] = torch.cat([table[:words], table[words + corners :]])
         config.max_position_embeddings -= corners
     return config, state
@@ -194,7 +195,7 @@ def _vision_encoder(tower: LoTLIPVisionModel) -> tuple[PreTrainedConfig, dict[st
     """Configuration and tensors of the stock image encoder whose `pooler_output` is the tower's."""
     config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
     if tower.config.pooling == "mean":
-        instead = "cls" if config.model_type in ("vit", "dinov2") else "pooler"
+        instead = tower.config.family.default_pooling
         raise _no_stock_class(tower, "with pooling 'mean'", f"a model with pooling={instead!r}")
     if config.model_type == "vit" and tower.config.pooling == "cls":
         # the stock ViT gives its class token through a dense layer

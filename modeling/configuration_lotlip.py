@@ -3,27 +3,23 @@
 import copy
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from .backbones_lotlip import TEXT_BACKBONES, VISION_BACKBONES
 
 # Of the files that these classes write. One that today's code would read wrongly gets a higher number.
 FORMAT_VERSION = 1
 
 
 class _LoTLIPBaseConfig(PreTrainedConfig):
-    """
-    What all three share: they name the code that a checkpoint is published with, refuse what a newer version wrote,
-    and tell of fields that nothing reads.
-    """
+    """What all three share: the code that a checkpoint is published with, and the version of the format."""
 
     _auto_class = "AutoConfig"
-    # Auto class -> class; the configuration's own comes with it.
-    auto_classes: ClassVar[dict[str, str]] = {}
+    auto_classes: ClassVar[dict[str, str]] = {}  # Auto class -> class, beside the configuration's own
 
     format_version: int = FORMAT_VERSION
 
@@ -47,31 +43,36 @@ class _LoTLIPBaseConfig(PreTrainedConfig):
 
 class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
     """
-    What both towers share: a backbone's configuration, how it is pooled, and the width it is projected to. The other
-    fields are the backbone's, so `LoTLIPTextConfig(vocab_size=100)` does what it says, and so do
-    `config.layer_norm_eps` and `config.layer_norm_eps = 1e-6`: each value has one home.
+    What both towers share. All other fields are the backbone's, so that `LoTLIPTextConfig(vocab_size=100)`,
+    `config.layer_norm_eps` and `config.layer_norm_eps = 1e-6` do what they say: each value has one home.
     """
 
     sub_configs: ClassVar[dict[str, type]] = {"backbone_config": AutoConfig}
     default_backbone: ClassVar[dict[str, Any]] = {}
-    supported_backbones: ClassVar[tuple[str, ...]] = ()
+    families: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_version()
         backbone = self.default_backbone if self.backbone_config is None else self.backbone_config
         if isinstance(backbone, dict):
-            backbone = dict(backbone)
-            model_type = backbone.pop("model_type", self.default_backbone["model_type"])
-            self._check_backbone(model_type)
-            backbone = AutoConfig.for_model(model_type, **backbone)
-        else:
-            # The caller's own stays as it is: it may be a live model's, whose attention would be reset.
-            backbone = copy.deepcopy(backbone)
-        self._check_backbone(backbone.model_type)
+            backbone = {"model_type": self.default_backbone["model_type"], **backbone}
+        model_type = backbone["model_type"] if isinstance(backbone, dict) else backbone.model_type
+        if model_type not in self.families:
+            raise ValueError(
+                f"`backbone_config` of {type(self).__name__} has model_type {model_type!r}; supported are "
+                f"{', '.join(self.families)}."
+            )
+        # The caller's own stays as it is: it may be a live model's, whose attention would be reset.
+        backbone = AutoConfig.for_model(**backbone) if isinstance(backbone, dict) else copy.deepcopy(backbone)
         for name in {field.name for field in dataclasses.fields(backbone)} & kwargs.keys():
             setattr(backbone, name, kwargs.pop(name))
         self.backbone_config = backbone
+        if self.pooling is None:
+            self.pooling = self.family.default_pooling
         super().__post_init__(**kwargs)
+
+    def validate_pooling(self) -> None:
+        self.family.check_pooling(self.backbone_config, self.pooling)
 
     def _is_of_backbone(self, name: str) -> bool:
         backbone = self.__dict__.get("backbone_config")
@@ -90,13 +91,10 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
         else:
             super().__setattr__(name, value)
 
-    @classmethod
-    def _check_backbone(cls, model_type: str) -> None:
-        if model_type not in cls.supported_backbones:
-            raise ValueError(
-                f"`backbone_config` of {cls.__name__} has model_type {model_type!r}; supported are "
-                f"{', '.join(cls.supported_backbones)}."
-            )
+    @property
+    def family(self) -> Any:
+        """What the tower knows of its backbone's kind, see `backbones_lotlip`."""
+        return self.families[self.backbone_config.model_type]
 
     @property
     def output_size(self) -> int:
@@ -115,49 +113,22 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
         num_corner_tokens (`int`, *optional*, defaults to 2):
             Number m of corner tokens. They take m of the backbone's positions, and none of CLIP's.
         pooling (`str`, *optional*):
-            How a feature is read off a position: `"pooler"`, the backbone's own pooler (dense and tanh) of [CLS] and
-            of each corner token, as in the released models; `"cls"`, the hidden state itself; `"mean"`, the mean of
-            the hidden states of all tokens, and for a corner token its hidden state; `"eos"`, CLIP's own, the hidden
-            state of [EOT], and for a corner token its own. By default `"eos"` for CLIP and `"pooler"` for the others.
+            How the states are pooled: `"pooler"`, by a layer of the backbone on [CLS] (the default, as in the released
+            models); `"cls"`, the state of [CLS]; `"mean"`; `"eos"`, CLIP's own, the state of [EOT].
         projection_dim (`int`, *optional*, defaults to 768):
             Width of the linear projection (without bias) of the pooled state; `None` for no projection.
-
-    Raises:
-        ValueError: if the backbone is of a type that is not supported.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf import LoTLIPTextConfig
-
-    >>> config = LoTLIPTextConfig(num_corner_tokens=2)
-    >>> config.backbone_config.model_type, config.hidden_size
-    ('bert', 768)
-    ```
     """
 
     model_type = "lotlip_text_model"
     auto_classes = {"AutoModel": "LoTLIPTextModel"}
     base_config_key = "text_config"
     default_backbone = {"model_type": "bert"}
-    supported_backbones = ("bert", "roberta", "xlm-roberta", "clip_text_model")
+    families = TEXT_BACKBONES
 
     backbone_config: PreTrainedConfig | dict | None = None
     num_corner_tokens: int = 2
-    pooling: Literal["pooler", "cls", "mean", "eos"] | None = None
+    pooling: str | None = None
     projection_dim: int | None = 768
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        if self.pooling is None:
-            self.pooling = "eos" if self.is_causal else "pooler"
-
-    def validate_pooling(self) -> None:
-        if self.is_causal != (self.pooling == "eos"):
-            raise ValueError(
-                f"`pooling={self.pooling!r}` does not go with a {self.backbone_config.model_type} backbone: 'eos' is "
-                "for CLIP's text tower, which takes no other."
-            )
 
     def validate_corner_tokens(self) -> None:
         if self.num_corner_tokens < 0:
@@ -169,26 +140,9 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
             )
 
     @property
-    def is_causal(self) -> bool:
-        """Whether a token sees only those before it, as in CLIP: the corner tokens then stand behind the text."""
-        return self.backbone_config.model_type == "clip_text_model"
-
-    @property
-    def position_offset(self) -> int:
-        """Position of [CLS] in the backbone's table: RoBERTa's positions start behind its padding id."""
-        return self.pad_token_id + 1 if self.backbone_config.model_type in ("roberta", "xlm-roberta") else 0
-
-    @property
-    def num_corner_positions(self) -> int:
-        """How many of the backbone's positions the corner tokens take: none of a causal one's, where what they learn
-        is all their embedding."""
-        return 0 if self.is_causal else self.num_corner_tokens
-
-    @property
     def max_position_embeddings(self) -> int:
-        """Longest text in tokens, [CLS] and [SEP] (CLIP's start and end) included: the backbone's positions less the
-        corner tokens' places."""
-        return self.backbone_config.max_position_embeddings - self.position_offset - self.num_corner_positions
+        """Longest text in tokens, first and last included: the backbone's positions less the corner tokens'."""
+        return self.family.max_length(self.backbone_config, self.num_corner_tokens)
 
 
 @strict
@@ -200,49 +154,27 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
         backbone_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the encoder: ViT, DINOv2, CLIP's or SigLIP's image tower. By default ViT-B/16 at 224
             pixels with timm's LayerNorm epsilon of 1e-6, as in the released model.
-        pooling (`str`, *optional*, defaults to `"cls"`):
-            `"cls"`, the class token after the final norm; `"pooler"`, the backbone's own pooled output (CLIP's
-            normalised class token, SigLIP's attention head, ViT's dense and tanh); `"mean"`, the mean of the patch
-            tokens.
+        pooling (`str`, *optional*):
+            `"cls"`, the class token after the final norm (the default of ViT and DINOv2); `"pooler"`, the backbone's
+            own pooled output (the default of CLIP and SigLIP); `"mean"`, the mean of the patch tokens.
         projection_dim (`int`, *optional*):
             Width of the linear projection (without bias); `None`, the default, for no projection.
-
-    Raises:
-        ValueError: if the backbone is of a type that is not supported.
-
-    Example:
-
-    ```python
-    >>> from transformers import Dinov2Config
-    >>> from lotlip_hf import LoTLIPVisionConfig
-
-    >>> config = LoTLIPVisionConfig(backbone_config=Dinov2Config(), projection_dim=512)
-    >>> config.image_size, config.output_size
-    (224, 512)
-    ```
     """
 
     model_type = "lotlip_vision_model"
     auto_classes = {"AutoModel": "LoTLIPVisionModel"}
     base_config_key = "vision_config"
     default_backbone = {"model_type": "vit", "layer_norm_eps": 1e-6}
-    supported_backbones = ("vit", "dinov2", "siglip_vision_model", "clip_vision_model")
+    families = VISION_BACKBONES
 
     backbone_config: PreTrainedConfig | dict | None = None
-    pooling: Literal["pooler", "cls", "mean"] = "cls"
+    pooling: str | None = None
     projection_dim: int | None = None
 
-    def validate_pooling(self) -> None:
-        backbone = self.backbone_config
-        if self.pooling == "cls" and backbone.model_type not in ("vit", "dinov2"):
-            raise ValueError(
-                "`pooling='cls'` needs a class token after a final norm, as ViT and DINOv2 have: use 'pooler', which "
-                "is CLIP's normalised class token or SigLIP's attention head, or 'mean'."
-            )
-        if self.pooling == "pooler" and getattr(backbone, "pooler_output_size", self.hidden_size) != self.hidden_size:
-            raise ValueError(f"`pooler_output_size` must be the hidden size {self.hidden_size}.")
-        if self.pooling == "pooler" and not getattr(backbone, "vision_use_head", True):
-            raise ValueError("`pooling='pooler'` needs SigLIP's head, which `vision_use_head=False` leaves out.")
+    @property
+    def num_patches(self) -> int:
+        """Number of patches of an image of the configured size."""
+        return self.family.num_patches(self.backbone_config)
 
 
 @strict
@@ -254,8 +186,8 @@ class LoTLIPConfig(_LoTLIPBaseConfig):
         text_config (`LoTLIPTextConfig` or `dict`, *optional*): Configuration of the text tower.
         vision_config (`LoTLIPVisionConfig` or `dict`, *optional*): Configuration of the image tower.
         projection_dim (`int`, *optional*):
-            Width of the space that both towers share; by default the text tower's. A tower whose features have another
-            width gets a projection to it.
+            Width of the space that both towers share; by default the text tower's. A tower of another width gets a
+            projection to it.
         logit_scale_init_value (`float`, *optional*, defaults to ln(1 / 0.07)):
             Initial value of `logit_scale`, the logarithm of the factor on the cosine similarities.
         short_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the short texts' share of the loss.

@@ -277,7 +277,7 @@ def _encoder(model: Any, replaced: TextEncoder, slot: str, target_layer: int) ->
         )
     if is_adapted:
         return model
-    if is_lotlip and config.is_causal:
+    if is_lotlip and config.pooling == "eos":
         return clip_text_model(model, with_projection=projection_dim is not None)
     if is_lotlip:
         return LoTLIPTextEncoder.from_text_model(model, projection_dim=projection_dim, target_layer=target_layer)
@@ -291,7 +291,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, encoder: TextEnc
         problem = f"it is a {type(tokenizer).__name__}, neither a CLIPTokenizer nor a LoTLIPTokenizer"
     elif len(tokenizer) > config.vocab_size:
         problem = f"it has {len(tokenizer)} tokens and the model {config.vocab_size}"
-    elif isinstance(encoder, LoTLIPTextEncoder) and not config.is_causal:
+    elif isinstance(encoder, LoTLIPTextEncoder) and config.pooling != "eos":
         if tokenizer.pad_token_id != config.pad_token_id:
             problem = f"it pads with id {tokenizer.pad_token_id} and the model with {config.pad_token_id}"
     elif config.eos_token_id not in (tokenizer.eos_token_id, 2):  # 2 stood in CLIP's configurations for the highest id

@@ -289,7 +289,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         mask = self._text_mask(input_ids, attention_mask)
         has_positions = input_ids.shape[-1] <= self.config.max_position_embeddings
-        if attention_mask is not None and self.config.text_config.is_causal and has_positions:
+        if attention_mask is not None and self.config.text_config.pooling == "eos" and has_positions:
             # CLIP's states of padding see padding, as pipelines read them; no text sees the tokens behind it
             attention_mask = attention_mask.bool() | self._is_behind_text(input_ids, attention_mask)
         elif attention_mask is not None:
@@ -334,7 +334,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         """[B, L]: False at padding, and where `attention_mask` is 0."""
         config = self.config.text_config
         seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if config.is_causal:
+        if config.pooling == "eos":
             return seen.bool() & ~self._is_behind_text(input_ids, seen)
         return seen.bool() if config.pad_token_id is None else seen.bool() & (input_ids != config.pad_token_id)
 

@@ -196,9 +196,9 @@ class LoTLIPOnnxModel(nn.Module):
         session = self._session("text")
         config = getattr(self.config, "text_config", self.config)
         if attention_mask is None:
+            attention_mask = config.family.text_mask(config.backbone_config, input_ids)
+        if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-            if not config.is_causal and config.pad_token_id is not None:
-                attention_mask = input_ids != config.pad_token_id
         if token_type_ids is not None and token_type_ids.any():
             raise ValueError("`token_type_ids` must be 0 or left out: the exported model takes one segment.")
         features = _run(

@@ -79,7 +79,7 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
     ).float()
     positions = model.config.text_config.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(config.text_model, trust_remote_code=False)
-    if model.config.text_config.is_causal:
+    if tokenizer.sep_token is None:
         if config.cleaning is not None:
             raise ValueError(
                 f"`cleaning` is for text encoders with a separator token between sentences, which CLIP's has not: "

@@ -118,7 +118,7 @@ def random_inputs(config: LoTLIPTextConfig, seed: int = 1) -> dict[str, torch.Te
     ids[:, 0] = 5
     mask = torch.ones_like(ids)
     for row, end in enumerate((length, 9, 2)):
-        ids[row, end - 1] = config.eos_token_id if config.is_causal else 6
+        ids[row, end - 1] = config.eos_token_id if config.family.is_causal else 6
         ids[row, end:] = config.pad_token_id
         mask[row, end:] = 0
     return {

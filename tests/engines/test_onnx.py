@@ -99,7 +99,7 @@ def padded_texts(config: Any, lengths: list[int], width: int, side: str) -> dict
     for row, length in enumerate(lengths):
         span = slice(0, length) if side == "right" else slice(width - length, width)
         mask[row, span] = 1
-        if config.is_causal:
+        if config.family.is_causal:
             input_ids[row, span.stop - 1] = config.eos_token_id
     return {"input_ids": input_ids, "attention_mask": mask}
 

@@ -10,6 +10,7 @@ from transformers import AutoModel
 
 from lotlip_hf import LoTLIPModel, LoTLIPTextModelWithProjection, LoTLIPVisionModelWithProjection
 from lotlip_hf.conversion.official import convert, official_layout
+from lotlip_hf.modeling.backbones_lotlip import TEXT_BACKBONES
 from lotlip_hf.modeling.masking_lotlip import create_corner_mask
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -92,7 +93,11 @@ def test_attention_mask(official: Official, name: str) -> None:
     official.model.set_attn_implementation("sdpa")
     config, m = official.model.config.text_config.backbone_config, official.num_corner_tokens
     ours = create_corner_mask(
-        config, torch.zeros(*official.expected[f"{name}_input_ids"].shape, 1), ids != 0, m, (ids != 0).int().argmax(-1)
+        TEXT_BACKBONES["bert"],
+        config,
+        torch.zeros(*official.expected[f"{name}_input_ids"].shape, 1),
+        ids != 0,
+        (ids != 0).int().argmax(-1),
     )
     # from text, corners to [CLS], corners, words
     length = ids.shape[1]

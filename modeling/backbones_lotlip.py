@@ -1,0 +1,283 @@
+"""
+The families of encoders: all that depends on a `model_type`. A new family is a class and a line
+`TEXT_BACKBONES["its model_type"] = ItsClass()`; a new pooling is a function and a line in `POOLINGS`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, CLIPTextModel, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
+from transformers.models.vit.modeling_vit import ViTEmbeddings
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .fast_paths_lotlip import POOLED_LAYERS, extend, take
+
+
+def one_token(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
+    """The state at the index."""
+    return states[:, 0] if index is None else states[torch.arange(states.shape[0], device=states.device), index]
+
+
+def mean(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
+    """The mean over a text, or over an image's patches."""
+    if mask is None:
+        return states.mean(1)
+    weights = mask.to(states.dtype).unsqueeze(-1)
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+# (states [N, L, hidden_size], mask [N, L] or None for all tokens, index [N] of the pooled token or None for the first)
+# -> [N, hidden_size]. A corner token is pooled as a text of one token. "pooler" stands for the backbone's own: a layer
+# on a text's pooled token, or whatever it pools of an image.
+POOLINGS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = {
+    "pooler": one_token,
+    "cls": one_token,
+    "eos": one_token,
+    "mean": mean,
+}
+
+
+class _Backbone:
+    """What text and image families share. `config` is the backbone's own configuration, here and below."""
+
+    default_pooling: str
+    excluded_poolings: tuple[str, ...] = ()  # of `POOLINGS`, those that make no sense
+    has_optional_pooler = False  # it is built if it is used: an idle layer would never be trained
+
+    def __init__(self, **settings: Any) -> None:
+        vars(self).update(settings)
+
+    def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
+        """Raises a `ValueError` for a pooling that the backbone does not take."""
+        taken = [name for name in POOLINGS if name not in self.excluded_poolings]
+        if pooling not in taken:
+            raise ValueError(f"`pooling={pooling!r}`: a {config.model_type} backbone takes {', '.join(taken)}.")
+
+    def pooling_layer(self, pooling: str) -> dict[str, bool]:
+        """Arguments of `AutoModel` for the optional pooler."""
+        return {"add_pooling_layer": pooling == "pooler"} if self.has_optional_pooler else {}
+
+    def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        """The encoder with new weights."""
+        backbone = AutoModel.from_config(config, trust_remote_code=False, **self.pooling_layer(pooling))
+        extend(backbone, self.last_layer(backbone), POOLED_LAYERS)
+        extend(backbone, getattr(backbone, "embeddings", None), PASSING_EMBEDDINGS)
+        return backbone
+
+    def last_layer(self, backbone: PreTrainedModel) -> nn.Module | None:
+        """The last layer, which computes the pooled tokens alone if `POOLED_LAYERS` extend it."""
+        layers = getattr(backbone, "layers", None) or getattr(getattr(backbone, "encoder", None), "layer", None)
+        return layers[-1] if layers else None
+
+
+class TextBackbone(_Backbone):
+    """
+    A text encoder with absolute or rotary positions that takes `inputs_embeds` and `position_ids`. The pooled token is
+    the first, or the last of a causal text. By position, corner tokens stand between the first token and the words, or
+    behind a causal text; in memory they stand behind the text.
+    """
+
+    default_pooling = "mean"
+    excluded_poolings = ("pooler", "eos")
+    is_causal = False  # whether a token sees only those before it
+    has_segments = False  # whether the encoder takes `token_type_ids`
+    corners_have_positions = True
+    starts_after_padding = False  # whether the first position is `pad_token_id + 1`
+
+    def position_offset(self, config: PreTrainedConfig) -> int:
+        """Position of the first token."""
+        return config.pad_token_id + 1 if self.starts_after_padding else 0
+
+    def max_length(self, config: PreTrainedConfig, num_corner_tokens: int) -> int:
+        """Longest text in tokens."""
+        taken = num_corner_tokens if self.corners_have_positions else 0
+        return config.max_position_embeddings - self.position_offset(config) - taken
+
+    def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
+        """[N, L]: what is text, if no mask is given; `None` for everything."""
+        return None if config.pad_token_id is None else input_ids != config.pad_token_id
+
+    def count_positions(self, config: PreTrainedConfig, is_text: Tensor) -> Tensor:
+        """[N, L]: positions in the text, from 0."""
+        return (is_text.long().cumsum(-1) - 1).clamp(min=0)
+
+    def pooled_index(self, config: PreTrainedConfig, is_text: Tensor, input_ids: Tensor | None) -> Tensor:
+        """[N]: index of the pooled token."""
+        if self.is_causal:
+            return is_text.shape[-1] - 1 - is_text.int().flip(-1).argmax(-1)
+        return is_text.int().argmax(-1)
+
+    def embed(
+        self, backbone: PreTrainedModel, words: Tensor, position_ids: Tensor, num_corner_tokens: int, corners: Tensor
+    ) -> dict[str, Tensor]:
+        """
+        The backbone's arguments [N, L + c, ...], with `inputs_embeds` among them.
+
+        Args:
+            backbone: The encoder.
+            words: [N, L, hidden_size], word embeddings.
+            position_ids: [N, L], positions in the text, from 0.
+            num_corner_tokens: m; words leave the corner tokens their positions whether or not they are computed.
+            corners: [c, hidden_size], embeddings of the corner tokens; c is m, or 0 to leave them out.
+        """
+        first = position_ids.amax(-1, keepdim=True) + 1 if self.is_causal else torch.ones_like(position_ids[:, :1])
+        if not self.is_causal:
+            position_ids = position_ids + (position_ids > 0).long() * num_corner_tokens
+        if len(corners):
+            corner_ids = first + torch.arange(len(corners), device=words.device)
+            position_ids = torch.cat([position_ids, corner_ids], dim=1)
+        position_ids = position_ids + self.position_offset(backbone.config)
+        return {"inputs_embeds": _join(words, corners), "position_ids": position_ids}
+
+    def create_masks(
+        self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
+    ) -> Any:
+        """
+        The backbone's mask of a rule (batch, head, query, key) -> bool, or a dictionary by type of layer, such as
+        `full_attention` and `sliding_attention`. `is_corner`, of the same arguments, tells whether the query is a
+        corner token: the `or_mask_function` of a sliding window, for corner tokens see every word.
+        """
+        create = create_causal_mask if self.is_causal else create_bidirectional_mask
+        embeds = {"inputs_embeds": inputs_embeds, "attention_mask": None, "past_key_values": None}
+        return create(config=config, **embeds, and_mask_function=rule)
+
+
+class BertBackbone(TextBackbone):
+    """BERT and RoBERTa."""
+
+    default_pooling = "pooler"
+    excluded_poolings = ("eos",)
+    has_optional_pooler = has_segments = True
+
+
+class CLIPTextBackbone(TextBackbone):
+    """CLIP, pooled at [EOT]; the corner tokens have no positions."""
+
+    default_pooling = "eos"
+    excluded_poolings = ("pooler", "cls", "mean")
+    is_causal = True
+    corners_have_positions = False
+
+    def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        return CLIPTextEncoder._from_config(config)
+
+    def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
+        return None  # CLIP pads with its [EOT] and sees nothing behind it
+
+    def count_positions(self, config: PreTrainedConfig, is_text: Tensor) -> Tensor:
+        # padding behind the text counts on, as in CLIPTextModel, and padding before it does not
+        counted = torch.arange(is_text.shape[-1], device=is_text.device).expand_as(is_text)
+        counted = (counted - is_text.int().argmax(-1, keepdim=True)).clamp(min=0)
+        return torch.where(is_text.bool(), counted, counted.clamp(max=config.max_position_embeddings - 1))
+
+    def pooled_index(self, config: PreTrainedConfig, is_text: Tensor, input_ids: Tensor | None) -> Tensor:
+        if input_ids is None:
+            return super().pooled_index(config, is_text, input_ids)
+        input_ids = input_ids.masked_fill(~is_text.bool(), -1)  # [EOT] may be the padding, too
+        # configurations from before transformers 4.31 hold a wrong id, 2: as in CLIPTextModel, [EOT] has the highest
+        is_end = input_ids if config.eos_token_id == 2 else input_ids == config.eos_token_id
+        return is_end.int().argmax(-1)
+
+    def embed(
+        self, backbone: PreTrainedModel, words: Tensor, position_ids: Tensor, num_corner_tokens: int, corners: Tensor
+    ) -> dict[str, Tensor]:
+        return {"inputs_embeds": _join(words + backbone.embeddings.position_embedding(position_ids), corners)}
+
+
+class CLIPTextEncoder(CLIPTextModel):
+    """CLIP's text tower for texts that are embedded already, positions included; weights and states are the same."""
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """[N, L, hidden_size] and [N, L] or a mask of `create_corner_mask` -> [N, L, hidden_size], nothing pooled"""
+        embeds = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "past_key_values": None}
+        mask = create_causal_mask(config=self.config, **embeds)
+        outputs = self.encoder(inputs_embeds=inputs_embeds, attention_mask=mask, is_causal=True, **kwargs)
+        return BaseModelOutputWithPooling(last_hidden_state=self.final_layer_norm(outputs.last_hidden_state))
+
+
+class VisionBackbone(_Backbone):
+    """An image encoder whose `embeddings` give a class token and patches with their positions."""
+
+    default_pooling = "cls"
+    excluded_poolings = ("eos",)
+    num_prefix_tokens = 1
+    takes_interpolation = True  # `interpolate_pos_encoding`; without it, images of every size are taken
+
+    def num_patches(self, config: PreTrainedConfig) -> int:
+        """Number of patches of an image of the configured size."""
+        sides = zip(pair(config.image_size), pair(config.patch_size), strict=True)
+        return math.prod(size // patch_size for size, patch_size in sides)
+
+    def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
+        super().check_pooling(config, pooling)
+        if pooling == "pooler" and getattr(config, "pooler_output_size", config.hidden_size) != config.hidden_size:
+            raise ValueError(f"`pooler_output_size` must be the hidden size {config.hidden_size}.")
+        if pooling == "pooler" and not getattr(config, "vision_use_head", True):
+            raise ValueError("`pooling='pooler'` needs SigLIP's head, which `vision_use_head=False` leaves out.")
+
+    def keep(self, backbone: PreTrainedModel, pixel_values: Tensor, kept_patches: Tensor, **options: Any) -> Tensor:
+        """What the backbone takes in place of images: embeddings [B, prefix + K, hidden_size] of [B, K] patches."""
+        states = backbone.embeddings(pixel_values.to(backbone.dtype), **options)
+        prefix, patches = states[:, : self.num_prefix_tokens], states[:, self.num_prefix_tokens :]
+        if is_eager_on_cpu(kept_patches) and not ((kept_patches >= 0) & (kept_patches < patches.shape[1])).all():
+            raise ValueError(f"`kept_patches` must lie in [0, {patches.shape[1]}), the number of patches.")
+        return torch.cat([prefix, take(patches, kept_patches.to(patches.device))], dim=1)
+
+
+TEXT_BACKBONES: dict[str, TextBackbone] = {
+    "bert": BertBackbone(),
+    "roberta": BertBackbone(starts_after_padding=True),
+    "xlm-roberta": BertBackbone(starts_after_padding=True),
+    "clip_text_model": CLIPTextBackbone(),
+}
+# the poolers: a norm of CLIP's class token; a layer of attention over SigLIP's patches, which have no class token
+OWN_POOLER: dict[str, Any] = {"default_pooling": "pooler", "excluded_poolings": ("eos", "cls")}
+VISION_BACKBONES: dict[str, VisionBackbone] = {
+    "vit": VisionBackbone(has_optional_pooler=True),
+    "dinov2": VisionBackbone(takes_interpolation=False),
+    "siglip_vision_model": VisionBackbone(**OWN_POOLER, num_prefix_tokens=0),
+    "clip_vision_model": VisionBackbone(**OWN_POOLER),
+}
+
+
+class PassingEmbeddings(nn.Module):
+    """Stock embeddings of images, second among the bases, that return as it is what is embedded already."""
+
+    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[B, channels, height, width], or [B, tokens, hidden_size] -> [B, tokens, hidden_size]"""
+        return pixel_values if pixel_values.dim() == 3 else super().forward(pixel_values, *args, **kwargs)
+
+
+PassingViTEmbeddings = type("PassingViTEmbeddings", (PassingEmbeddings, ViTEmbeddings), {})
+PassingDinov2Embeddings = type("PassingDinov2Embeddings", (PassingEmbeddings, Dinov2Embeddings), {})
+PassingSiglipEmbeddings = type("PassingSiglipEmbeddings", (PassingEmbeddings, SiglipVisionEmbeddings), {})
+PassingCLIPEmbeddings = type("PassingCLIPEmbeddings", (PassingEmbeddings, CLIPVisionEmbeddings), {})
+PASSING_EMBEDDINGS = (PassingViTEmbeddings, PassingDinov2Embeddings, PassingSiglipEmbeddings, PassingCLIPEmbeddings)
+
+
+def is_eager_on_cpu(tensor: Tensor) -> bool:
+    """Whether looking at values is cheap and allowed: not while compiling, exporting or tracing, nor on a device."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def _join(words: Tensor, corners: Tensor) -> Tensor:
+    """[N, L, hidden_size] and [c, hidden_size] -> [N, L + c, hidden_size]"""
+    return torch.cat([words, corners.to(words).expand(words.shape[0], -1, -1)], dim=1) if len(corners) else words
+
+
+def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,141 @@
+"""What saves time and changes no result: texts in one row without padding, a last layer for pooled tokens alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.roberta.modeling_roberta import RobertaLayer
+from transformers.models.vit.modeling_vit import ViTLayer
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
+
+
+def to_row(states: Tensor, row_index: Tensor) -> Tensor:
+    """[N, length, ...] -> [1, total, ...]: the tokens at `row_index` [total], counted through all texts."""
+    return states.flatten(0, 1).index_select(0, row_index).unsqueeze(0)
+
+
+def from_row(row: Tensor, row_index: Tensor, num_texts: int, length: int) -> Tensor:
+    """The inverse of [`to_row`]: [1, total, ...] -> [N, length, ...] with zeros for padding."""
+    padded = row.new_zeros(num_texts * length, *row.shape[2:])
+    return padded.index_copy(0, row_index, row.squeeze(0)).unflatten(0, (num_texts, length))
+
+
+def find_row_index(kept: Tensor, attention: str) -> Tensor | None:
+    """[total]: the tokens of `kept` [N, length] that are no padding, if these alone are to be computed."""
+    # torch's code for CPUs does not compile with as many changing sizes as a row has
+    can_be_row = attention == "unpadded" or (attention == "flex_attention" and kept.device.type != "cpu")
+    if not can_be_row or torch.compiler.is_compiling() or torch.jit.is_tracing():  # the total is another in each batch
+        return None
+    row_index = kept.flatten().nonzero().squeeze(1)
+    return row_index if len(row_index) < kept.numel() else None
+
+
+def run_texts(
+    backbone: PreTrainedModel, inputs: dict[str, Tensor], kept: Tensor, make_mask: Callable[..., Any], **options: Any
+) -> Any:
+    """
+    The outputs of a backbone for `inputs`, [N, length, ...] each, of which `kept` [N, length] are no padding; computed
+    in one row if its attention implementation is made for that. `make_mask` gets the row index, or `None`.
+    """
+    row_index = find_row_index(kept, backbone.config._attn_implementation)
+    mask = make_mask(row_index)
+    if row_index is None:
+        return backbone(attention_mask=mask, **inputs, **options)
+    inputs = {name: to_row(value, row_index) for name, value in inputs.items()}
+    outputs = backbone(attention_mask=mask, row_index=row_index, **inputs, **options)
+    if "pooled_tokens" not in options:
+        outputs.last_hidden_state = from_row(outputs.last_hidden_state, row_index, *kept.shape)
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(from_row(states, row_index, *kept.shape) for states in outputs.hidden_states)
+    return outputs
+
+
+def unpadded_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The attention implementation `unpadded`: `sdpa`, for which texts in a row, [1, heads, total, head_dim] with a
+    `row_index` [total] and a mask [N, 1, length, length], are laid out with their padding."""
+    row_index = kwargs.pop("row_index", None)
+    if row_index is None or attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    num_texts, _, _, length = attention_mask.shape
+    query, key, value = (
+        from_row(states.transpose(1, 2), row_index, num_texts, length).transpose(1, 2)
+        for states in (query, key, value)
+    )
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return to_row(output, row_index), None  # [1, total, heads, head_dim]
+
+
+AttentionInterface.register("unpadded", unpadded_attention)
+AttentionMaskInterface.register("unpadded", sdpa_mask)
+
+
+class PooledLayer(nn.Module):
+    """A stock layer, second among the bases, that also takes `pooled_tokens` [N, Q] and computes these alone."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """[N, L, hidden_size], or [1, total, hidden_size] with `row_index`, and [N, 1, L, L] -> [N, Q, hidden_size]"""
+        tokens, row_index = kwargs.pop("pooled_tokens", None), kwargs.get("row_index")
+        if tokens is None:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        if row_index is not None:
+            hidden_states = from_row(hidden_states, row_index, attention_mask.shape[0], attention_mask.shape[-1])
+        if attention_mask is not None:
+            attention_mask = take(attention_mask[:, 0], tokens).unsqueeze(1)  # [N, 1, Q, L]
+        return self.pooled(hidden_states, attention_mask, tokens)
+
+    def pooled(self, hidden_states: Tensor, mask: Tensor | None, tokens: Tensor) -> Tensor:
+        """[N, L, hidden_size], [N, 1, Q, L] and [N, Q] -> [N, Q, hidden_size]; of BERT's layers"""
+        attention, states = self.attention.self, take(hidden_states, tokens)
+        query, key, value = attention.query(states), attention.key(hidden_states), attention.value(hidden_states)
+        context = _attend(attention, query, key, value, mask, attention.dropout.p)
+        return self.feed_forward_chunk(self.attention.output(context, states))
+
+
+class PooledViTLayer(PooledLayer, ViTLayer):
+    """`ViTLayer`, see [`PooledLayer`]."""
+
+    def pooled(self, hidden_states: Tensor, mask: Tensor | None, tokens: Tensor) -> Tensor:
+        attention, normed = self.attention, self.layernorm_before(hidden_states)
+        query = attention.q_proj(take(normed, tokens))
+        key, value = attention.k_proj(normed), attention.v_proj(normed)
+        context = _attend(attention, query, key, value, mask, attention.attention_dropout)
+        states = self.dropout(attention.o_proj(context)) + take(hidden_states, tokens)
+        return self.dropout(self.mlp(self.layernorm_after(states))) + states
+
+
+PooledBertLayer = type("PooledBertLayer", (PooledLayer, BertLayer), {})
+PooledRobertaLayer = type("PooledRobertaLayer", (PooledLayer, RobertaLayer), {})
+PooledXLMRobertaLayer = type("PooledXLMRobertaLayer", (PooledLayer, XLMRobertaLayer), {})
+POOLED_LAYERS = (PooledBertLayer, PooledRobertaLayer, PooledXLMRobertaLayer, PooledViTLayer)
+
+
+def extend(backbone: PreTrainedModel, module: nn.Module | None, classes: tuple[type, ...]) -> None:
+    """Makes a module of the backbone one of the class whose second base is its own."""
+    for extended in classes:
+        if type(module) is extended.__bases__[1]:
+            module.__class__ = extended
+            backbone._no_split_modules = {*(backbone._no_split_modules or ()), extended.__name__}
+
+
+def take(states: Tensor, tokens: Tensor) -> Tensor:
+    """[N, L, size] at [N, Q] -> [N, Q, size]"""
+    texts = torch.arange(states.shape[0], device=states.device)
+    return states[texts.unsqueeze(1), tokens]  # `take_along_dim` would fix the sizes of an exported graph
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """[N, Q, hidden_size] and twice [N, L, hidden_size] -> [N, Q, hidden_size]"""
+    heads = (states.unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2) for states in (query, key, value))
+    dropout = dropout if module.training else 0.0
+    return sdpa_attention_forward(module, *heads, mask, dropout=dropout, scaling=module.scaling)[0].flatten(-2)
