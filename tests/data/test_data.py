@@ -36,7 +36,7 @@ from lotlip_hf.data.records import (
 )
 from lotlip_hf.data.sampling import SubCaptions, record_rng
 from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
-from lotlip_hf.images import ImageError, load_image, official_image_processor
+from lotlip_hf.images import ImageError, load_image
 from lotlip_hf.relabel.captioners.base import CaptionerConfig
 from lotlip_hf.relabel.config import RelabelConfig
 from lotlip_hf.relabel.run import _open_records
