@@ -28,10 +28,10 @@ from huggingface_hub.file_download import repo_folder_name
 
 from ..files import MAX_BYTES, printable, replacing
 from ..images import image_extensions, image_source
-from ..modeling.sentences_lotlip import split_sentences
 from .mappings import MAPPINGS, ColumnMapping, MissingColumn, alternatives, resolve
 from .readers import RowError, SizeError, column_of, read_rows, value_of
 from .record import FIELDS, OPTIONAL, REGIONS, TEXT, TEXTS, Kind, RequiredFields, problem_of
+from .sentences import split_sentences
 from .sources import SplitError, find_files, is_hub_name, kind_of
 
 __all__ = [

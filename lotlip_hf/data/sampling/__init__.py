@@ -9,9 +9,9 @@ processes.
 
 from typing import Any
 
-from ...modeling.sentences_lotlip import split_sentences
 from ..record import Draw, Texts, record_rng
-from .sub_captions import SubCaptions, split_full_stops
+from ..sentences import split_full_stops, split_sentences
+from .sub_captions import SubCaptions
 
 __all__ = ["STRATEGIES", "Draw", "SubCaptions", "Texts", "record_rng", "split_full_stops", "split_sentences"]
 
