@@ -31,7 +31,7 @@ from ..images import image_extensions, image_source
 from .mappings import MAPPINGS, ColumnMapping, MissingColumn, alternatives, resolve
 from .readers import RowError, SizeError, column_of, read_rows, value_of
 from .record import FIELDS, OPTIONAL, REGIONS, TEXT, TEXTS, Kind, RequiredFields, problem_of
-from .sampling import split_sentences
+from .sentences import split_sentences
 from .sources import SplitError, find_files, is_hub_name, kind_of
 
 __all__ = [

@@ -162,7 +162,6 @@ class _Run:
         prepare_sharding(model, self.objective, accelerator)
         prepared = accelerator.prepare(model, optimizer)
         self.model, self.optimizer = cast(tuple[nn.Module, AcceleratedOptimizer], prepared)
-        backbone = model.config.vision_config.backbone_config
         self.collator = LoTLIPCollator(
             processor,
             config.draw(),
@@ -170,7 +169,7 @@ class _Run:
             on_error=config.on_error,
             return_ids=True,
             patch_dropout=config.patch_dropout,
-            num_patches=(backbone.image_size // backbone.patch_size) ** 2,
+            num_patches=model.config.vision_config.num_patches,
         )
         if self.checkpoint is not None:
             self._load(self.checkpoint)

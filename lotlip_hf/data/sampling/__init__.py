@@ -10,7 +10,8 @@ processes.
 from typing import Any
 
 from ..record import Draw, Texts, record_rng
-from .sub_captions import SubCaptions, split_full_stops, split_sentences
+from ..sentences import split_full_stops, split_sentences
+from .sub_captions import SubCaptions
 from .whole_captions import WholeCaptions
 
 __all__ = [
