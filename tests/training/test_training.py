@@ -1,6 +1,5 @@
 """The training loop in real processes: killed and resumed, stopped, shared by several, and fed with what is broken."""
 
-import inspect
 import io
 import json
 import math
@@ -980,9 +979,6 @@ def test_the_loop_is_a_plain_loop(start: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.same_bits
-@pytest.mark.skipif(
-    "kept_patches" not in inspect.signature(LoTLIPModel.forward).parameters, reason="the model keeps all patches"
-)
 def test_patch_dropout_is_the_same_when_resumed_and_for_two_processes(start: Path, tmp_path: Path) -> None:
     options = {"model": start / "plain", "data": start / "odd", "patch_dropout": 0.5, "epsilon": 1e-3, "save_steps": 3}
     options |= {"max_steps": 6, "batch_size": 8}  # an epoch has 4 batches
