@@ -44,13 +44,13 @@ import peers
 from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor
 from lotlip_hf.conversion.onnx import convert as export_onnx
 from lotlip_hf.conversion.stock import stock_model
+from lotlip_hf.data.sampling import split_sentences
 from lotlip_hf.encoder import CPU_TOKENS
 from lotlip_hf.engines.onnx import LoTLIPOnnxModel
 from lotlip_hf.images import load_image
 from lotlip_hf.loading import load_model
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 from lotlip_hf.modeling.processing_lotlip import official_image_processor
-from lotlip_hf.modeling.sentences_lotlip import split_sentences
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.training.objective import Objective, batch_loss
 from measure import RESULTS as FOLDER
