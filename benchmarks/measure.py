@@ -77,7 +77,7 @@ def peak_memory(make_call: Callable[..., Callable[[], Any]], *args: Any) -> floa
         args: What it takes.
     """
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")  # of glibc: what is freed goes back at once
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, get_context("forkserver")) as process:
         return process.submit(_peak_memory, make_call, args).result()
 
 

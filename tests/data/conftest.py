@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from lotlip_hf import LoTLIPProcessor, LoTLIPTokenizer
-from lotlip_hf.modeling.processing_lotlip import official_image_processor
+from lotlip_hf.images import official_image_processor
 
 
 @pytest.fixture(autouse=True)
