@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, compare_versions
 from torch import nn
-from torch.distributed.fsdp import OffloadPolicy
+from torch.distributed.fsdp import FSDPModule, OffloadPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -61,3 +61,9 @@ def prepare_sharding(model: LoTLIPModel, objective: nn.Module, accelerator: Acce
     # torch reads the shards of a checkpoint by unpickling them
     plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
+def keep_class_name(model: nn.Module) -> None:
+    """Names the class that FSDP2 made of the model's as before: `save_pretrained` copies the code of its module."""
+    if isinstance(model, FSDPModule):
+        type(model).__module__, type(model).__name__ = LoTLIPModel.__module__, LoTLIPModel.__name__

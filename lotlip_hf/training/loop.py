@@ -27,7 +27,7 @@ from ..modeling.processing_lotlip import LoTLIPProcessor
 from .batches import iterate_batches, num_steps
 from .checkpoint import CheckpointError, Stateful, check_room, load_checkpoint, prepare_folder, save_checkpoint
 from .config import TrainingConfig
-from .fsdp import OBJECTIVE, prepare_sharding
+from .fsdp import OBJECTIVE, keep_class_name, prepare_sharding
 from .grad_cache import cached_backward
 from .log import is_loss
 from .model import prepare_model
@@ -383,6 +383,7 @@ class _Run:
             # see `prepare_sharding`
             weights = {name: weight for name, weight in weights.items() if not name.startswith(f"{OBJECTIVE}.")}
         if self.accelerator.is_main_process:
+            keep_class_name(model)
             cast(LoTLIPModel, model).save_pretrained(folder, state_dict=weights)
             self.processor.save_pretrained(folder)
             self.config.save(folder)

@@ -11,7 +11,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 
 from ..data.collator import LoTLIPCollator
 from ..data.sampling import WholeCaptions
-from .fsdp import prepare_sharding
+from .fsdp import keep_class_name, prepare_sharding
 from .grad_cache import cached_backward
 from .objective import Objective, clamp_logit_scale, embed, similarity_scale
 from .optim import freeze_unused
@@ -151,6 +151,7 @@ class LoTLIPTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is not None:  # under FSDP the model holds the objective's parameters too
             state_dict = {name: weight for name, weight in state_dict.items() if name in self._weights}
+        keep_class_name(self.model)
         super()._save(output_dir, state_dict)
         if self.args.should_save and (state := self.objective.state_dict()):
             save_file(state, Path(output_dir or self.args.output_dir or "", OBJECTIVE_NAME))

@@ -229,7 +229,7 @@ def test_texts_change_with_the_epoch_and_the_logit_scale_is_limited(
 
     trainer.model.logit_scale.data.fill_(5.0)
     trainer.train()
-    assert float(trainer.model.logit_scale) == pytest.approx(math.log(100))
+    assert trainer.model.logit_scale.item() == pytest.approx(math.log(100))
 
 
 def test_evaluation_is_that_of_the_loop(still_checkpoint: Path, records: Dataset, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_the_best_model_is_loaded_with_its_objective(
     assert folder.name == f"checkpoint-{2 * (values.index(best) + 1)}"
     assert trainer.evaluate()[name] == pytest.approx(best, abs=1e-5)
     assert torch.equal(trainer.objective.terms["sigmoid"].logit_bias, load_file(folder / OBJECTIVE_NAME)[BIAS])
-    assert trainer.objective.terms["sigmoid"].logit_bias != -10.0
+    assert trainer.objective.terms["sigmoid"].logit_bias.item() != -10.0
 
 
 def test_a_plateau_lowers_the_learning_rate(still_checkpoint: Path, records: Dataset, tmp_path: Path) -> None:
@@ -370,6 +370,7 @@ def saved_weights(output: Path) -> dict[str, torch.Tensor]:
     for chunk in (None, 2):
         model, info = AutoModel.from_pretrained(output / f"{chunk}", output_loading_info=True)
         assert not any(info.values())
+        assert (output / f"{chunk}" / "modeling_lotlip.py").is_file()
         both = {**model.state_dict(), **load_file(output / f"{chunk}" / OBJECTIVE_NAME)}
         answers |= {f"{chunk} {name}": weight for name, weight in both.items()}
     return answers

@@ -262,6 +262,8 @@ def test_a_sharded_checkpoint_is_a_plain_one(two_processes: tuple[Path, dict[str
     model, info = AutoModel.from_pretrained(checkpoint, output_loading_info=True)
     assert not any(info.values())
     assert model.config.architectures == ["LoTLIPModel"]
+    assert model.config.auto_map["AutoModel"] == "modeling_lotlip.LoTLIPModel"
+    assert (checkpoint / "modeling_lotlip.py").is_file()
 
 
 @pytest.mark.parametrize("name", STATES)
