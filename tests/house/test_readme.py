@@ -34,7 +34,7 @@ from tiny_captioners import save_instructblip, save_llava
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-PAGES = ("docs/captions.md", "docs/objective.md", "docs/trainer.md")
+PAGES = ("docs/backbones.md", "docs/captions.md", "docs/objective.md", "docs/trainer.md")
 
 
 def blocks(file: str, language: str) -> list[str]:
