@@ -164,6 +164,12 @@ class LoTLIPCollator:
 
         rngs = [record_rng(self.seed, int(self._epoch), record["id"]) for record in checked]
         texts = self.draw(checked, rngs)
+        numbers = [len(one.long) for one in texts]
+        if len(texts) != len(checked) or len(set(numbers)) > 1:
+            raise ValueError(
+                f"{self.draw} must draw texts for each of {len(checked)} records, as many long ones for each; got "
+                f"{len(texts)}, with {numbers} long ones."
+            )
         counts["stand_ins"] = sum(one.stand_in for one in texts)
         short = self.processor(text=[one.short for one in texts], return_tensors="pt")
         # Tensors first: accelerate takes the batch's size from its first entry.
@@ -172,7 +178,7 @@ class LoTLIPCollator:
             "input_ids": short["input_ids"],
             "attention_mask": short["attention_mask"],
         }
-        if any(one.long for one in texts):
+        if any(numbers):
             long = self.processor(text=[one.long for one in texts], return_tensors="pt")
             batch |= {"long_input_ids": long["input_ids"], "long_attention_mask": long["attention_mask"]}
         if self.patch_dropout and self.num_patches:

@@ -60,8 +60,8 @@ class TrainingConfig:
     projection_dim: int | None = option(
         "width of the shared space of a new model (the image encoder's)", None, at_least=1
     )
-    text_pooling: Literal["pooler", "cls", "mean"] | None = option(
-        "how a new model pools its text (pooler; CLIP's text encoder has its own way)", None
+    text_pooling: str | None = option(
+        "how a new model pools its text, such as pooler, cls or mean (by default as its encoder does)", None
     )
     cleaning: Literal["official", "sentences"] | None = option(
         "where a new model's tokenizer ends sentences (official): 'official', at each full stop with a space; "
