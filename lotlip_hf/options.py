@@ -24,7 +24,7 @@ WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0":
 
 # Options of the past, and what is written in their place.
 REPLACED = {
-    "loss": "write `--terms sigmoid`",
+    "loss": "write `--terms sigmoid` for sigmoid, nothing for infonce",
     "num_primary_components": "write `--terms primary_components --term-options primary_components.num_components=32`",
     "short_loss_weight": "write `--term-options infonce.short_loss_weight=2`",
     "long_loss_weight": "write `--term-options infonce.long_loss_weight=2`",

@@ -149,7 +149,7 @@ def test_terms_have_weights_options_and_the_models_defaults(monkeypatch: pytest.
             ["--terms", "primary_components", "--term-options", "primary_components.num_components=0"],
             ["num_components"],
         ),
-        (["--loss", "sigmoid"], ["--loss", "--terms sigmoid"]),
+        (["--loss", "infonce"], ["--loss", "--terms sigmoid", "infonce"]),
         (["--num-primary-components", "32"], ["--terms primary_components"]),
     ],
     ids=lambda value: " ".join(value),
