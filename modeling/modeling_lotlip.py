@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .backbones_lotlip import POOLINGS, is_eager_on_cpu, one_token, pair
 from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
-from .fast_paths_lotlip import PooledLayer, run_texts
+from .fast_paths_lotlip import PooledLayer, find_row_index, run_texts
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
 from .masking_lotlip import create_corner_mask
 
@@ -185,22 +185,18 @@ class LoTLIPTextModel(_LoTLIPTower):
                 over CLIP, which pads with its [EOT] and sees nothing behind it, everything.
             position_ids: [L] or shape of `input_ids`, positions in the text, 0 for [CLS]; those of the corner tokens
                 and the backbone's own offset are added here. By default counted along `attention_mask`.
-            inputs_embeds: [B, L, hidden_size] or [B, T, L, hidden_size], word embeddings in place of `input_ids`.
+            inputs_embeds: [B, (T,) L, hidden_size], word embeddings in place of `input_ids`.
             token_type_ids: shape of `input_ids`; by default zeros.
-            output_corner_embeds: Whether to compute the corner tokens. By default in training mode only.
+            output_corner_embeds: Whether to compute the corner tokens. By default in training mode only. Flash
+                attention cannot mask them.
             pooled_only: Whether only the pooled states are needed: `last_hidden_state` is `None` if that saves time
                 (BERT and RoBERTa, not pooled by the mean, with `sdpa` or `unpadded`).
-
-        Raises:
-            ValueError: on ids beyond the vocabulary and texts longer than the positions (if looking is cheap), on
-                other shapes, and on corner tokens under flash attention, which cannot mask them.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         family, config = self.config.family, self.config.backbone_config
+        shape = _text_shape(input_ids, inputs_embeds)
         words = self._embed_words(input_ids) if inputs_embeds is None else inputs_embeds
         # texts are [N, L] from here on, with the corner tokens behind them [N, L + m]
-        shape, words = words.shape[:-1], words.reshape(-1, *words.shape[-2:])
+        words = words.flatten(0, -3)
         input_ids, attention_mask, token_type_ids = _flatten(
             shape, input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
         )
@@ -208,19 +204,16 @@ class LoTLIPTextModel(_LoTLIPTower):
             attention_mask = family.text_mask(config, input_ids)
         is_text = words.new_ones(words.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask
         pooled_index = family.pooled_index(config, is_text, input_ids)
-        output_corner_embeds = self.training if output_corner_embeds is None else output_corner_embeds
-        corners = self.corner_embeds if output_corner_embeds and self.corner_embeds is not None else words[0, :0]
         position_ids = self._position_ids(position_ids, is_text)
+
+        if output_corner_embeds is None:
+            output_corner_embeds = self.training
+        corners = self.corner_embeds if output_corner_embeds and self.corner_embeds is not None else words[0, :0]
         inputs = family.embed(self.backbone, words, position_ids, self.config.num_corner_tokens, corners)
         if token_type_ids is not None and family.has_segments:
             inputs["token_type_ids"] = nn.functional.pad(token_type_ids, (0, len(corners)))
         elif token_type_ids is not None and is_eager_on_cpu(token_type_ids) and token_type_ids.any():
             raise ValueError("`token_type_ids` must be 0 or left out: this text encoder has no segments.")
-
-        def make_mask(row_index: Tensor | None) -> Any:
-            if row_index is None and not len(corners):
-                return attention_mask
-            return create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row_index)
 
         options, is_computed = self._options(kwargs), nn.functional.pad(is_text.bool(), (0, len(corners)), value=True)
         pooled_only = pooled_only and self._pools_alone(options)
@@ -228,7 +221,11 @@ class LoTLIPTextModel(_LoTLIPTower):
             corner_index = torch.arange(shape[-1], is_computed.shape[1], device=words.device)
             tokens = [pooled_index.unsqueeze(1), corner_index.expand(words.shape[0], -1)]
             options["pooled_tokens"] = torch.cat(tokens, dim=1)
-        outputs = run_texts(self.backbone, inputs, is_computed, make_mask, **options)
+        row_index = find_row_index(is_computed, self.backbone.config._attn_implementation)
+        mask = attention_mask
+        if len(corners) or row_index is not None:
+            mask = create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row_index)
+        outputs = run_texts(self.backbone, inputs, mask, row_index, is_computed.shape, **options)
 
         states = outputs.last_hidden_state
         if pooled_only:
@@ -311,9 +308,6 @@ class LoTLIPVisionModel(_LoTLIPTower):
                 (ViT, not pooled by the mean, with `sdpa`).
             kept_patches: [B, K], indices in [0, P) of the patches that the tower computes; by default all. They have
                 their positions in the whole image. Prefix tokens, such as a class token, always stay.
-
-        Raises:
-            ValueError: on images of another size or type, and on indices beyond the patches (if looking is cheap).
         """
         if pixel_values is None or pixel_values.dim() != 4 or not pixel_values.is_floating_point():
             got = None if pixel_values is None else (list(pixel_values.shape), pixel_values.dtype)
@@ -366,16 +360,10 @@ class LoTLIPTextModelWithProjection(LoTLIPPreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> LoTLIPTextModelOutput:
-        r"""Arguments and errors are those of [`LoTLIPTextModel`]; `text_embeds` are not normalised."""
+        r"""Arguments are those of [`LoTLIPTextModel`]; `text_embeds` are not normalised."""
         outputs = self.text_model(input_ids, attention_mask, **{**kwargs, "return_dict": True})
-        corner_embeds = outputs.corner_embeds
-        return LoTLIPTextModelOutput(
-            text_embeds=self.text_projection(outputs.pooler_output),
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            corner_embeds=None if corner_embeds is None else self.text_projection(corner_embeds),
-        )
+        outputs = _project(outputs, self.text_projection)
+        return LoTLIPTextModelOutput(text_embeds=outputs.pop("pooler_output"), **outputs)
 
 
 class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
@@ -398,14 +386,10 @@ class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
     def forward(
         self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> CLIPVisionModelOutput:
-        r"""Arguments and errors are those of [`LoTLIPVisionModel`]; `image_embeds` are not normalised."""
+        r"""Arguments are those of [`LoTLIPVisionModel`]; `image_embeds` are not normalised."""
         outputs = self.vision_model(pixel_values, interpolate_pos_encoding, **{**kwargs, "return_dict": True})
-        return CLIPVisionModelOutput(
-            image_embeds=self.visual_projection(outputs.pooler_output),
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        outputs = _project(outputs, self.visual_projection)
+        return CLIPVisionModelOutput(image_embeds=outputs.pop("pooler_output"), **outputs)
 
 
 class LoTLIPModel(LoTLIPPreTrainedModel):
@@ -433,18 +417,12 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         output_corner_embeds: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCorners:
-        r"""
-        The text tower's output with `pooler_output` [B, (T,) projection_dim] and `corner_embeds` projected, not
-        normalised. Arguments and errors are those of [`LoTLIPTextModel`].
-        """
+        r"""The output of [`LoTLIPTextModel`], `pooler_output` and `corner_embeds` projected and not normalised."""
         kwargs["return_dict"] = True
         outputs = self.text_model(
             input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, output_corner_embeds, **kwargs
         )
-        outputs.pooler_output = self.text_projection(outputs.pooler_output)
-        if outputs.corner_embeds is not None:
-            outputs.corner_embeds = self.text_projection(outputs.corner_embeds)
-        return outputs
+        return _project(outputs, self.text_projection)
 
     @can_return_tuple
     def get_image_features(
@@ -454,14 +432,10 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         kept_patches: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        r"""
-        The image tower's output with `pooler_output` [B, projection_dim] projected, not normalised. Arguments and
-        errors are those of [`LoTLIPVisionModel`].
-        """
+        r"""The output of [`LoTLIPVisionModel`], `pooler_output` projected and not normalised."""
         kwargs.update(kept_patches=kept_patches, return_dict=True)
         outputs = self.vision_model(pixel_values, interpolate_pos_encoding, **kwargs)
-        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
-        return outputs
+        return _project(outputs, self.visual_projection)
 
     @can_return_tuple
     def forward(
@@ -482,8 +456,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoTLIPOutput:
         r"""
-        Arguments and errors are those of [`LoTLIPTextModel`] and [`LoTLIPVisionModel`], and those below. Texts or
-        images alone, as transformers' pipelines for feature extraction give them, are answered with their embeddings.
+        Arguments are those of [`LoTLIPTextModel`] and [`LoTLIPVisionModel`], and those below. Texts or images alone,
+        as transformers' pipelines for feature extraction give them, are answered with their embeddings.
 
         Args:
             return_loss: Whether to return the loss; text i belongs to image i. For [B, T, L] and with `long_input_ids`
@@ -506,29 +480,29 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         >>> probabilities = model(**inputs).logits_per_image.softmax(dim=1)
         ```"""
         kwargs.update(return_dict=True, pooled_only=pooled_only)
+        texts = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "token_type_ids": token_type_ids,
+        }
+        long_texts = {"input_ids": long_input_ids, "attention_mask": long_attention_mask}
+        has_texts = any(one is not None for one in (input_ids, inputs_embeds, *long_texts.values()))
         vision_outputs = text_outputs = image_embeds = text_embeds = corner_embeds = logits_per_text = None
         loss = LoTLIPLoss(None, None, None)
+
         # images come first: their backward pass then comes last, and what waits for their gradients has time
         if pixel_values is not None or return_loss:
             vision_outputs = self.get_image_features(pixel_values, interpolate_pos_encoding, kept_patches, **kwargs)
             image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
-        has_long_texts, several = long_input_ids is not None, input_ids is not None and input_ids.dim() == 3
-        if image_embeds is None or return_loss or input_ids is not None or inputs_embeds is not None or has_long_texts:
+        if has_texts or return_loss or pixel_values is None:
             if output_corner_embeds is None:
-                several = has_long_texts or several or (inputs_embeds is not None and inputs_embeds.dim() == 4)
-                output_corner_embeds = self.training or bool(return_loss and several)
-            of_inputs = output_corner_embeds and not has_long_texts
-            text_outputs = self.get_text_features(
-                input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, of_inputs, **kwargs
+                is_several = long_input_ids is not None or len(_text_shape(input_ids, inputs_embeds)) == 3
+                output_corner_embeds = self.training or bool(return_loss and is_several)
+            text_outputs, text_embeds, corner_embeds = self._embed_texts(
+                texts, long_texts, output_corner_embeds, **kwargs
             )
-            text_embeds, corner_embeds = text_outputs.pooler_output, text_outputs.corner_embeds
-            if has_long_texts:
-                kwargs["output_corner_embeds"] = output_corner_embeds
-                long_outputs = self.get_text_features(long_input_ids, long_attention_mask, **kwargs)
-                text_embeds = torch.cat([text_embeds.unsqueeze(1), long_outputs.pooler_output], dim=1)
-                corner_embeds = long_outputs.corner_embeds
-            text_embeds = nn.functional.normalize(text_embeds, dim=-1)
-            corner_embeds = None if corner_embeds is None else nn.functional.normalize(corner_embeds, dim=-1)
 
         if image_embeds is not None and text_embeds is not None:
             image_embeds = image_embeds.to(text_embeds.device)
@@ -536,12 +510,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             if not pooled_only:
                 logits_per_text = logit_scale * text_embeds @ image_embeds.t()  # [B, (T,) I]
             if return_loss:
-                texts = text_embeds if text_embeds.dim() == 3 else text_embeds.unsqueeze(1)
-                long_corners = corner_embeds if text_embeds.dim() == 3 else None
-                if long_corners is not None and not has_long_texts:
-                    long_corners = long_corners[:, 1:]
-                weights = (self.config.short_loss_weight, self.config.long_loss_weight)
-                loss = lotlip_loss(image_embeds, texts, long_corners, logit_scale, *weights)
+                loss = self._loss(image_embeds, text_embeds, corner_embeds, logit_scale)
         return LoTLIPOutput(
             loss=loss.loss,
             logits_per_image=None if logits_per_text is None else logits_per_text.movedim(-1, 0),
@@ -555,6 +524,33 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             loss_long=loss.loss_long,
         )
 
+    def _embed_texts(
+        self, texts: dict[str, Any], long_texts: dict[str, Any], output_corner_embeds: bool, **kwargs: Any
+    ) -> tuple[BaseModelOutputWithPoolingAndCorners, Tensor, Tensor | None]:
+        """The output of `texts`; normalised, the embeddings of all and those of the corner tokens, if long alone."""
+        if all(value is None for value in long_texts.values()):
+            outputs = self.get_text_features(**texts, output_corner_embeds=output_corner_embeds, **kwargs)
+            text_embeds, corner_embeds = outputs.pooler_output, outputs.corner_embeds
+        else:
+            _check_long_texts(texts["input_ids"], long_texts["input_ids"])
+            outputs = self.get_text_features(**texts, output_corner_embeds=False, **kwargs)
+            long_outputs = self.get_text_features(**long_texts, output_corner_embeds=output_corner_embeds, **kwargs)
+            text_embeds = torch.cat([outputs.pooler_output.unsqueeze(1), long_outputs.pooler_output], dim=1)
+            corner_embeds = long_outputs.corner_embeds
+        if corner_embeds is not None:
+            corner_embeds = nn.functional.normalize(corner_embeds, dim=-1)
+        return outputs, nn.functional.normalize(text_embeds, dim=-1), corner_embeds
+
+    def _loss(
+        self, image_embeds: Tensor, text_embeds: Tensor, corner_embeds: Tensor | None, logit_scale: Tensor
+    ) -> LoTLIPLoss:
+        if text_embeds.dim() == 2:
+            text_embeds, corner_embeds = text_embeds.unsqueeze(1), None
+        elif corner_embeds is not None:  # of T texts, or without the short one's
+            corner_embeds = corner_embeds[:, corner_embeds.shape[1] - text_embeds.shape[1] + 1 :]
+        weights = (self.config.short_loss_weight, self.config.long_loss_weight)
+        return lotlip_loss(image_embeds, text_embeds, corner_embeds, logit_scale, *weights)
+
 
 def _projection(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> nn.Module:
     if config.projection_dim is None:
@@ -562,15 +558,41 @@ def _projection(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> nn.Module:
     return nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
 
+def _project(outputs: Any, projection: nn.Module) -> Any:
+    """A tower's output in the shared space."""
+    outputs.pooler_output = projection(outputs.pooler_output)
+    if outputs.get("corner_embeds") is not None:
+        outputs.corner_embeds = projection(outputs.corner_embeds)
+    return outputs
+
+
+def _text_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> torch.Size:
+    """[B, (T,) L]"""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+    shape = inputs_embeds.shape[:-1] if input_ids is None else input_ids.shape
+    if len(shape) not in (2, 3):
+        raise ValueError(
+            "`input_ids` must be [batch, length] or [batch, texts, length], and `inputs_embeds` have one dimension "
+            f"more; got texts of shape {list(shape)}."
+        )
+    return shape
+
+
+def _check_long_texts(input_ids: Tensor | None, long_input_ids: Tensor | None) -> None:
+    short, long = (None if ids is None else list(ids.shape) for ids in (input_ids, long_input_ids))
+    if short is None or long is None or (len(short), len(long)) != (2, 3) or short[0] != long[0]:
+        raise ValueError(
+            f"`long_input_ids` must be [batch, long texts, length], and `input_ids` the short texts [batch, length]; "
+            f"got {long} and {short}."
+        )
+
+
 def _flatten(shape: torch.Size, **arguments: Tensor | None) -> list[Tensor | None]:
     """Each [B, (T,) L] -> [N, L]"""
     for name, value in arguments.items():
-        if len(shape) not in (2, 3) or (value is not None and value.shape != shape):
-            got = shape if value is None else value.shape
-            raise ValueError(
-                f"`{name}` is of shape {list(got)}, `input_ids` or `inputs_embeds` of {list(shape)}: both must be "
-                "[batch, length] or [batch, texts, length]."
-            )
+        if value is not None and value.shape != shape:
+            raise ValueError(f"`{name}` is of shape {list(value.shape)}, the texts are of {list(shape)}.")
     return [None if value is None else value.reshape(-1, shape[-1]) for value in arguments.values()]
 
 

@@ -28,7 +28,7 @@ from lotlip_hf import (
     LoTLIPVisionModelWithProjection,
     from_backbones,
 )
-from lotlip_hf.modeling import fast_paths_lotlip
+from lotlip_hf.modeling import modeling_lotlip
 from lotlip_hf.modeling.backbones_lotlip import TEXT_BACKBONES
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 from lotlip_hf.modeling.masking_lotlip import create_corner_mask
@@ -216,7 +216,7 @@ def test_flex_attention_over_a_row(
         expected = model(ids, mask, output_corner_embeds=with_corners)
         model.set_attn_implementation("flex_attention")
         tiny.leave_flex_attention_uncompiled(monkeypatch)
-        monkeypatch.setattr(fast_paths_lotlip, "find_row_index", row_index)
+        monkeypatch.setattr(modeling_lotlip, "find_row_index", row_index)
         rows = []
         model.backbone.register_forward_hook(lambda *call: rows.append(call[-1].last_hidden_state.shape[:2]))
         answer = model(ids, mask, output_corner_embeds=with_corners)
@@ -457,7 +457,7 @@ def test_the_last_layer_stays_one_for_those_who_look_for_its_class() -> None:
     model = copy.deepcopy(LoTLIPModel(tiny.config()))
     layer = pickle.loads(pickle.dumps(model.text_model.backbone.encoder.layer[-1]))
     assert isinstance(layer, BertLayer)
-    assert {type(layer).__name__, "BertLayer", "PooledViTLayer"} <= set(model._no_split_modules)
+    assert {type(layer).__name__, "BertLayer", "LoTLIPViTLayer"} <= set(model._no_split_modules)
 
 
 @pytest.mark.slow
