@@ -117,14 +117,9 @@ class TextBackbone(_Backbone):
         self, backbone: PreTrainedModel, words: Tensor, position_ids: Tensor, num_corner_tokens: int, corners: Tensor
     ) -> dict[str, Tensor]:
         """
-        The backbone's arguments [N, L + c, ...], with `inputs_embeds` among them.
-
-        Args:
-            backbone: The encoder.
-            words: [N, L, hidden_size], word embeddings.
-            position_ids: [N, L], positions in the text, from 0.
-            num_corner_tokens: m; words leave the corner tokens their positions whether or not they are computed.
-            corners: [c, hidden_size], embeddings of the corner tokens; c is m, or 0 to leave them out.
+        The backbone's arguments [N, L + c, ...], with `inputs_embeds` among them, of `words` [N, L, hidden_size],
+        their `position_ids` [N, L] from 0, and `corners` [c, hidden_size]; c is m, or 0 to leave the corner tokens
+        out. The words leave them their m positions all the same.
         """
         first = position_ids.amax(-1, keepdim=True) + 1 if self.is_causal else torch.ones_like(position_ids[:, :1])
         if not self.is_causal:

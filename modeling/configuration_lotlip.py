@@ -43,8 +43,8 @@ class _LoTLIPBaseConfig(PreTrainedConfig):
 
 class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
     """
-    What both towers share. All other fields are the backbone's, so that `LoTLIPTextConfig(vocab_size=100)`,
-    `config.layer_norm_eps` and `config.layer_norm_eps = 1e-6` do what they say: each value has one home.
+    What both towers share. Fields that they lack are the backbone's, as in `LoTLIPTextConfig(vocab_size=100)`,
+    `config.layer_norm_eps` and `config.layer_norm_eps = 1e-6`: each value has one home.
     """
 
     sub_configs: ClassVar[dict[str, type]] = {"backbone_config": AutoConfig}
@@ -58,10 +58,8 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
             backbone = {"model_type": self.default_backbone["model_type"], **backbone}
         model_type = backbone["model_type"] if isinstance(backbone, dict) else backbone.model_type
         if model_type not in self.families:
-            raise ValueError(
-                f"`backbone_config` of {type(self).__name__} has model_type {model_type!r}; supported are "
-                f"{', '.join(self.families)}."
-            )
+            supported = ", ".join(self.families)
+            raise ValueError(f"`backbone_config` of {type(self).__name__}: {model_type!r} is none of {supported}.")
         # The caller's own stays as it is: it may be a live model's, whose attention would be reset.
         backbone = AutoConfig.for_model(**backbone) if isinstance(backbone, dict) else copy.deepcopy(backbone)
         for name in {field.name for field in dataclasses.fields(backbone)} & kwargs.keys():
@@ -109,14 +107,13 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of the encoder: BERT, RoBERTa, XLM-RoBERTa or CLIP's text tower. BERT-base by default.
+            Of the encoder: BERT (BERT-base by default), RoBERTa, XLM-RoBERTa or CLIP's text tower.
         num_corner_tokens (`int`, *optional*, defaults to 2):
             Number m of corner tokens. They take m of the backbone's positions, and none of CLIP's.
         pooling (`str`, *optional*):
-            How the states are pooled: `"pooler"`, by a layer of the backbone on [CLS] (the default, as in the released
-            models); `"cls"`, the state of [CLS]; `"mean"`; `"eos"`, CLIP's own, the state of [EOT].
-        projection_dim (`int`, *optional*, defaults to 768):
-            Width of the linear projection (without bias) of the pooled state; `None` for no projection.
+            `"pooler"`, a layer of the backbone on [CLS] (the default, as in the released models); `"cls"`, the state of
+            [CLS]; `"mean"`; `"eos"`, CLIP's own, the state of [EOT].
+        projection_dim (`int`, *optional*, defaults to 768): Width of the linear projection; `None` for none.
     """
 
     model_type = "lotlip_text_model"
@@ -134,10 +131,7 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
         if self.num_corner_tokens < 0:
             raise ValueError(f"`num_corner_tokens` must be 0 or more, got {self.num_corner_tokens}.")
         if self.max_position_embeddings < 2:
-            raise ValueError(
-                f"`num_corner_tokens`={self.num_corner_tokens} leaves no room for text in the "
-                f"{self.backbone_config.max_position_embeddings} positions of the backbone."
-            )
+            raise ValueError(f"`num_corner_tokens`={self.num_corner_tokens} leaves no room for text in the positions.")
 
     @property
     def max_position_embeddings(self) -> int:
@@ -152,13 +146,12 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of the encoder: ViT, DINOv2, CLIP's or SigLIP's image tower. By default ViT-B/16 at 224
-            pixels with timm's LayerNorm epsilon of 1e-6, as in the released model.
+            Of the encoder: ViT (by default ViT-B/16 at 224 pixels with timm's LayerNorm epsilon of 1e-6, as in the
+            released model), DINOv2, CLIP's or SigLIP's image tower.
         pooling (`str`, *optional*):
             `"cls"`, the class token after the final norm (the default of ViT and DINOv2); `"pooler"`, the backbone's
             own pooled output (the default of CLIP and SigLIP); `"mean"`, the mean of the patch tokens.
-        projection_dim (`int`, *optional*):
-            Width of the linear projection (without bias); `None`, the default, for no projection.
+        projection_dim (`int`, *optional*): Width of the linear projection; `None`, the default, for none.
     """
 
     model_type = "lotlip_vision_model"
@@ -190,10 +183,8 @@ class LoTLIPConfig(_LoTLIPBaseConfig):
             projection to it.
         logit_scale_init_value (`float`, *optional*, defaults to ln(1 / 0.07)):
             Initial value of `logit_scale`, the logarithm of the factor on the cosine similarities.
-        short_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the short texts' share of the loss.
-        long_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the long texts' share of the loss.
-
-    Example:
+        short_loss_weight, long_loss_weight (`float`, *optional*, defaults to 1.0):
+            Weights of the short and of the long texts' share of the loss.
 
     ```python
     >>> from lotlip_hf import LoTLIPConfig

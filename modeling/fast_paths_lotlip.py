@@ -32,16 +32,12 @@ def find_row_index(kept: Tensor, attention: str) -> Tensor | None:
 
 
 def run_texts(
-    backbone: PreTrainedModel,
-    inputs: dict[str, Tensor],
-    mask: Any,
-    row_index: Tensor | None,
-    size: torch.Size,
-    **options: Any,
+    backbone: PreTrainedModel, inputs: dict[str, Tensor], mask: Any, row_index: Tensor | None, **options: Any
 ) -> Any:
-    """The outputs of a backbone for `inputs` of `size`, [N, length, ...] each; with a row index, computed in one row."""
+    """The outputs of a backbone for `inputs` [N, length, ...], computed in one row if there is a row index."""
     if row_index is None:
         return backbone(attention_mask=mask, **inputs, **options)
+    size = inputs["inputs_embeds"].shape[:2]
     inputs = {name: to_row(value, row_index) for name, value in inputs.items()}
     outputs = backbone(attention_mask=mask, row_index=row_index, **inputs, **options)
     if "pooled_tokens" not in options:

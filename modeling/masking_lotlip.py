@@ -40,16 +40,10 @@ def create_corner_mask(
     row_index: Tensor | None = None,
 ) -> Any:
     """
-    The mask in the form that the backbone's attention implementation takes: [N, 1, L + m, L + m]; for `flex_attention`
-    over a row [1, 1, total, total]; or a dictionary of such masks by the type of the layers.
-
-    Args:
-        family: Family of the backbone.
-        config: Configuration of the backbone.
-        inputs_embeds: [N, L + m, hidden_size], texts and behind them m corner tokens; the values do not matter.
-        is_text: [N, L], 0 for padding.
-        pooled_index: [N], index of the pooled token.
-        row_index: [total], the tokens that are no padding, if the backbone gets these alone, in one row.
+    The mask of `inputs_embeds` [N, L + m, hidden_size], texts and behind them m corner tokens, in the form that the
+    backbone's attention implementation takes: [N, 1, L + m, L + m]; for `flex_attention` over a row, that of the
+    tokens `row_index` [total], [1, 1, total, total]; or a dictionary of such masks by the type of the layers.
+    `is_text` [N, L] is 0 for padding, and `pooled_index` [N] that of the pooled token.
     """
     if is_flash_attention_requested(config):
         raise ValueError(

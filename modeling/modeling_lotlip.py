@@ -1,6 +1,5 @@
 """PyTorch LoTLIP: two stock transformers backbones, and corner tokens, pooling, projections and loss."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +22,14 @@ from .loss_lotlip import LoTLIPLoss, lotlip_loss
 from .masking_lotlip import create_corner_mask
 
 # Shapes: B is the batch size, I the number of images, T that of texts an image (if the ids have it), N = B T, L the
-# length, m the number of corner tokens, P that of patches.
+# length, m the number of corner tokens, P that of patches, D the width of the shared space.
 
 
 @dataclass
 class BaseModelOutputWithPoolingAndCorners(BaseModelOutputWithPooling):
     """
-    Output of a text tower: `last_hidden_state` [B, (T,) L, hidden_size], `pooler_output` [B, (T,) hidden_size],
-    `hidden_states` and `attentions` [B, (T,) heads, L, L], lined up with `input_ids`, without corner tokens; and the
-    pooled states of the corner tokens if they are computed, `corner_embeds` [B, (T,) m, hidden_size].
+    Output of a text tower, lined up with `input_ids` [B, (T,) L] and without corner tokens; and, if they are computed,
+    the corner tokens' pooled states `corner_embeds` [B, (T,) m, hidden_size].
     """
 
     corner_embeds: Tensor | None = None
@@ -47,11 +45,10 @@ class LoTLIPTextModelOutput(CLIPTextModelOutput):
 @dataclass
 class LoTLIPOutput(CLIPOutput):
     """
-    Output of [`LoTLIPModel`]: CLIP's fields in CLIP's order (`logits_per_image` [I, B] or [I, B, T], `logits_per_text`
-    [B, I] or [B, T, I], `text_embeds` [B, (T,) projection_dim] and `image_embeds` [I, projection_dim] normalised,
-    `text_model_output` of `input_ids`), then the corner tokens' normalised `corner_embeds` [B, (T,) m, projection_dim]
-    if they are computed (with `long_input_ids` [B, T - 1, m, projection_dim], of the long texts alone), and the short
-    and the long texts' shares of the loss.
+    CLIP's output (`logits_per_image` [I, B (, T)], `logits_per_text` [B, (T,) I], `text_embeds` [B, (T,) D] and
+    `image_embeds` [I, D] normalised, `text_model_output` of `input_ids`); then the corner tokens' normalised
+    `corner_embeds` [B, (T,) m, D] if they are computed (with `long_input_ids` of the long texts alone, [B, T - 1, m,
+    D]), and the short and the long texts' shares of the loss.
     """
 
     corner_embeds: Tensor | None = None
@@ -71,21 +68,18 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
     _embedding_module = "text_model"  # which holds the input embeddings
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
-    ) -> "LoTLIPPreTrainedModel":
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "LoTLIPPreTrainedModel":
         """
         As [`~transformers.PreTrainedModel.from_pretrained`], but `use_safetensors` defaults to `True`: pickled weights
         (`.bin`, `.pt`) can run code. Pass `use_safetensors=False` to load those of a source that you trust.
         """
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        return super().from_pretrained(*args, **kwargs)
 
     def post_init(self) -> None:
         super().post_init()
-        # transformers adds what the submodules ignore, without their prefix: the image tower's "^text_model" would
-        # hide tensors of a whole model's text tower that have no place in it.
+        # transformers adds those of submodules without a prefix: the image tower's would hide a whole model's tensors
         self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
 
     def get_input_embeddings(self) -> nn.Module:
@@ -103,10 +97,7 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
             init.constant_(module.logit_scale, module.config.logit_scale_init_value)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """
-        As `torch.nn.Module.load_state_dict`, and takes the names of `save_pretrained` as well: it writes a ViT's under
-        older names than the module has, and `Trainer` resumes from its file by this function.
-        """
+        """Takes the names of `save_pretrained`, older ones for a ViT, as well: `Trainer` resumes from its file so."""
         names = list(self.state_dict())
         saved = revert_weight_conversion(self, {name: torch.tensor(index) for index, name in enumerate(names)})
         own = {name: names[int(index)] for name, index in saved.items()}
@@ -116,10 +107,7 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
 
 
 class _LoTLIPTower(LoTLIPPreTrainedModel):
-    """
-    What both towers share. A backbone's modules are found under its own names too, such as
-    `vision_model.encoder.layers` over CLIP; in `named_modules` and in files they are the backbone's all the same.
-    """
+    """What both towers share. A backbone's modules are found as the tower's too: `vision_model.encoder` over CLIP."""
 
     _embedding_module = "backbone"
 
@@ -180,15 +168,15 @@ class LoTLIPTextModel(_LoTLIPTower):
     ) -> BaseModelOutputWithPoolingAndCorners:
         r"""
         Args:
-            input_ids: [B, L] or [B, T, L], plain [CLS] words [SEP] without corner tokens, padded on either side.
-            attention_mask: shape of `input_ids`, 1 for text and 0 for padding. By default what is not `pad_token_id`;
-                over CLIP, which pads with its [EOT] and sees nothing behind it, everything.
-            position_ids: [L] or shape of `input_ids`, positions in the text, 0 for [CLS]; those of the corner tokens
-                and the backbone's own offset are added here. By default counted along `attention_mask`.
+            input_ids: [B, (T,) L], plain [CLS] words [SEP] without corner tokens, padded on either side.
+            attention_mask: shape of `input_ids`, 1 for text. By default what is not `pad_token_id`; everything over
+                CLIP, which pads with its [EOT] and sees nothing behind it.
+            position_ids: [L] or shape of `input_ids`, 0 for [CLS], without the offsets of the corner tokens and of the
+                backbone. By default counted along `attention_mask`.
             inputs_embeds: [B, (T,) L, hidden_size], word embeddings in place of `input_ids`.
             token_type_ids: shape of `input_ids`; by default zeros.
-            output_corner_embeds: Whether to compute the corner tokens. By default in training mode only. Flash
-                attention cannot mask them.
+            output_corner_embeds: Whether to compute the corner tokens (not with flash attention). By default in
+                training mode only.
             pooled_only: Whether only the pooled states are needed: `last_hidden_state` is `None` if that saves time
                 (BERT and RoBERTa, not pooled by the mean, with `sdpa` or `unpadded`).
         """
@@ -225,7 +213,7 @@ class LoTLIPTextModel(_LoTLIPTower):
         mask = attention_mask
         if len(corners) or row_index is not None:
             mask = create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row_index)
-        outputs = run_texts(self.backbone, inputs, mask, row_index, is_computed.shape, **options)
+        outputs = run_texts(self.backbone, inputs, mask, row_index, **options)
 
         states = outputs.last_hidden_state
         if pooled_only:
@@ -302,18 +290,14 @@ class LoTLIPVisionModel(_LoTLIPTower):
         r"""
         Args:
             pixel_values: [B, channels, height, width], normalised by the image processor.
-            interpolate_pos_encoding: Whether to interpolate the position encodings for images of another size than the
-                model's (DINOv2 always does).
-            pooled_only: Whether only the pooled states are needed: `last_hidden_state` is `None` if that saves time
-                (ViT, not pooled by the mean, with `sdpa`).
-            kept_patches: [B, K], indices in [0, P) of the patches that the tower computes; by default all. They have
-                their positions in the whole image. Prefix tokens, such as a class token, always stay.
+            interpolate_pos_encoding: Whether to take images of another size than the model's (DINOv2 always does).
+            pooled_only: As for the text tower (ViT, not pooled by the mean, with `sdpa`).
+            kept_patches: [B, K], indices in [0, P) of the patches that the tower computes, with their positions in the
+                whole image; by default all. Prefix tokens, such as a class token, always stay.
         """
         if pixel_values is None or pixel_values.dim() != 4 or not pixel_values.is_floating_point():
             got = None if pixel_values is None else (list(pixel_values.shape), pixel_values.dtype)
-            raise ValueError(
-                f"`pixel_values` must be float point [batch, channels, height, width], not {got}: use the processor."
-            )
+            raise ValueError(f"`pixel_values` must be floats [B, channels, height, width], not {got}.")
         family, size, embedding_options = self.config.family, pair(self.config.image_size), {}
         if family.takes_interpolation:
             embedding_options["interpolate_pos_encoding"] = interpolate_pos_encoding
@@ -362,7 +346,7 @@ class LoTLIPTextModelWithProjection(LoTLIPPreTrainedModel):
     ) -> LoTLIPTextModelOutput:
         r"""Arguments are those of [`LoTLIPTextModel`]; `text_embeds` are not normalised."""
         outputs = self.text_model(input_ids, attention_mask, **{**kwargs, "return_dict": True})
-        outputs = _project(outputs, self.text_projection)
+        outputs = dict(_project(outputs, self.text_projection))
         return LoTLIPTextModelOutput(text_embeds=outputs.pop("pooler_output"), **outputs)
 
 
@@ -388,7 +372,7 @@ class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
     ) -> CLIPVisionModelOutput:
         r"""Arguments are those of [`LoTLIPVisionModel`]; `image_embeds` are not normalised."""
         outputs = self.vision_model(pixel_values, interpolate_pos_encoding, **{**kwargs, "return_dict": True})
-        outputs = _project(outputs, self.visual_projection)
+        outputs = dict(_project(outputs, self.visual_projection))
         return CLIPVisionModelOutput(image_embeds=outputs.pop("pooler_output"), **outputs)
 
 
@@ -463,12 +447,11 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             return_loss: Whether to return the loss; text i belongs to image i. For [B, T, L] and with `long_input_ids`
                 it is LoTLIP's (`loss_lotlip.lotlip_loss`), for [B, L] CLIP's.
             output_corner_embeds: Whether to compute the corner tokens. By default in training, and for LoTLIP's loss.
-            long_input_ids: [B, T - 1, L'], the long texts, where `input_ids` [B, L] are the short ones: each padded to
-                its own length, and the short texts, whose corner tokens the loss does not use, run without them. The
-                answers have T texts, the short one first, as for [B, T, L].
+            long_input_ids: [B, T - 1, L'], the long texts, with `input_ids` [B, L] the short ones, which run without
+                corner tokens. The answers have T texts, the short one first, as for [B, T, L].
             long_attention_mask: shape of `long_input_ids`; by default what is not `pad_token_id`.
-            pooled_only: Whether only the embeddings and the loss are needed: `logits_per_image` and `logits_per_text`
-                are `None`, and the towers' `last_hidden_state` may be.
+            pooled_only: Whether only the embeddings and the loss are needed: the logits are `None`, and the towers'
+                `last_hidden_state` may be.
 
         ```python
         >>> import lotlip_hf
@@ -480,15 +463,9 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         >>> probabilities = model(**inputs).logits_per_image.softmax(dim=1)
         ```"""
         kwargs.update(return_dict=True, pooled_only=pooled_only)
-        texts = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            "token_type_ids": token_type_ids,
-        }
-        long_texts = {"input_ids": long_input_ids, "attention_mask": long_attention_mask}
-        has_texts = any(one is not None for one in (input_ids, inputs_embeds, *long_texts.values()))
+        texts = (input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids)
+        long_texts = (long_input_ids, long_attention_mask)
+        has_texts = any(one is not None for one in texts + long_texts)
         vision_outputs = text_outputs = image_embeds = text_embeds = corner_embeds = logits_per_text = None
         loss = LoTLIPLoss(None, None, None)
 
@@ -500,9 +477,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             if output_corner_embeds is None:
                 is_several = long_input_ids is not None or len(_text_shape(input_ids, inputs_embeds)) == 3
                 output_corner_embeds = self.training or bool(return_loss and is_several)
-            text_outputs, text_embeds, corner_embeds = self._embed_texts(
-                texts, long_texts, output_corner_embeds, **kwargs
-            )
+            answers = self._embed_texts(texts, long_texts, output_corner_embeds, **kwargs)
+            text_outputs, text_embeds, corner_embeds = answers
 
         if image_embeds is not None and text_embeds is not None:
             image_embeds = image_embeds.to(text_embeds.device)
@@ -512,7 +488,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             if return_loss:
                 loss = self._loss(image_embeds, text_embeds, corner_embeds, logit_scale)
         return LoTLIPOutput(
-            loss=loss.loss,
+            **loss._asdict(),
             logits_per_image=None if logits_per_text is None else logits_per_text.movedim(-1, 0),
             logits_per_text=logits_per_text,
             text_embeds=text_embeds,
@@ -520,21 +496,24 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             text_model_output=text_outputs,
             vision_model_output=vision_outputs,
             corner_embeds=corner_embeds,
-            loss_short=loss.loss_short,
-            loss_long=loss.loss_long,
         )
 
     def _embed_texts(
-        self, texts: dict[str, Any], long_texts: dict[str, Any], output_corner_embeds: bool, **kwargs: Any
+        self, texts: tuple, long_texts: tuple, output_corner_embeds: bool, **kwargs: Any
     ) -> tuple[BaseModelOutputWithPoolingAndCorners, Tensor, Tensor | None]:
-        """The output of `texts`; normalised, the embeddings of all and those of the corner tokens, if long alone."""
-        if all(value is None for value in long_texts.values()):
-            outputs = self.get_text_features(**texts, output_corner_embeds=output_corner_embeds, **kwargs)
+        """The output of `texts`, and normalised `text_embeds` and `corner_embeds`, the latter of long texts alone."""
+        if all(one is None for one in long_texts):
+            outputs = self.get_text_features(*texts, output_corner_embeds, **kwargs)
             text_embeds, corner_embeds = outputs.pooler_output, outputs.corner_embeds
         else:
-            _check_long_texts(texts["input_ids"], long_texts["input_ids"])
-            outputs = self.get_text_features(**texts, output_corner_embeds=False, **kwargs)
-            long_outputs = self.get_text_features(**long_texts, output_corner_embeds=output_corner_embeds, **kwargs)
+            short, long = (None if ids is None else list(ids.shape) for ids in (texts[0], long_texts[0]))
+            if not short or not long or (len(short), len(long)) != (2, 3) or short[0] != long[0]:
+                raise ValueError(
+                    "`long_input_ids` must be long texts [B, T - 1, L'] for short ones in `input_ids` [B, L]; got "
+                    f"{long} and {short}."
+                )
+            outputs = self.get_text_features(*texts, output_corner_embeds=False, **kwargs)
+            long_outputs = self.get_text_features(*long_texts, output_corner_embeds=output_corner_embeds, **kwargs)
             text_embeds = torch.cat([outputs.pooler_output.unsqueeze(1), long_outputs.pooler_output], dim=1)
             corner_embeds = long_outputs.corner_embeds
         if corner_embeds is not None:
@@ -572,20 +551,8 @@ def _text_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> torch
         raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
     shape = inputs_embeds.shape[:-1] if input_ids is None else input_ids.shape
     if len(shape) not in (2, 3):
-        raise ValueError(
-            "`input_ids` must be [batch, length] or [batch, texts, length], and `inputs_embeds` have one dimension "
-            f"more; got texts of shape {list(shape)}."
-        )
+        raise ValueError(f"`input_ids` or `inputs_embeds` must be texts [B, L] or [B, T, L]; got {list(shape)}.")
     return shape
-
-
-def _check_long_texts(input_ids: Tensor | None, long_input_ids: Tensor | None) -> None:
-    short, long = (None if ids is None else list(ids.shape) for ids in (input_ids, long_input_ids))
-    if short is None or long is None or (len(short), len(long)) != (2, 3) or short[0] != long[0]:
-        raise ValueError(
-            f"`long_input_ids` must be [batch, long texts, length], and `input_ids` the short texts [batch, length]; "
-            f"got {long} and {short}."
-        )
 
 
 def _flatten(shape: torch.Size, **arguments: Tensor | None) -> list[Tensor | None]:
@@ -604,16 +571,3 @@ def _line_up(states: Any, shape: torch.Size, *length_dims: int) -> Any:
         if states.shape[dim] != shape[-1]:
             states = states.narrow(dim, 0, shape[-1])
     return states.unflatten(0, shape[:-1]) if len(shape) == 3 else states
-
-
-__all__ = [
-    "BaseModelOutputWithPoolingAndCorners",
-    "LoTLIPModel",
-    "LoTLIPOutput",
-    "LoTLIPPreTrainedModel",
-    "LoTLIPTextModel",
-    "LoTLIPTextModelOutput",
-    "LoTLIPTextModelWithProjection",
-    "LoTLIPVisionModel",
-    "LoTLIPVisionModelWithProjection",
-]
