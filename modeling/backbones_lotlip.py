@@ -78,9 +78,8 @@ class _Backbone:
 
 class TextBackbone(_Backbone):
     """
-    A text encoder with absolute or rotary positions that takes `inputs_embeds` and `position_ids`. The pooled token is
-    the first, or the last of a causal text. By position, corner tokens stand between the first token and the words, or
-    behind a causal text; in memory they stand behind the text.
+    A text encoder that takes `inputs_embeds` and `position_ids`. The pooled token is the first, or a causal text's
+    last. By position, corner tokens stand between the first token and the words, or behind a causal text.
     """
 
     default_pooling = "mean"
@@ -135,8 +134,7 @@ class TextBackbone(_Backbone):
     ) -> Any:
         """
         The backbone's mask of a rule (batch, head, query, key) -> bool, or a dictionary by type of layer, such as
-        `full_attention` and `sliding_attention`. `is_corner`, of the same arguments, tells whether the query is a
-        corner token: the `or_mask_function` of a sliding window, for corner tokens see every word.
+        `sliding_attention`, whose `or_mask_function` is `is_corner`: corner tokens see every word.
         """
         create = create_causal_mask if self.is_causal else create_bidirectional_mask
         embeds = {"inputs_embeds": inputs_embeds, "attention_mask": None, "past_key_values": None}
@@ -221,8 +219,6 @@ class VisionBackbone(_Backbone):
 
     def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
         super().check_pooling(config, pooling)
-        if pooling == "pooler" and getattr(config, "pooler_output_size", config.hidden_size) != config.hidden_size:
-            raise ValueError(f"`pooler_output_size` must be the hidden size {config.hidden_size}.")
         if pooling == "pooler" and not getattr(config, "vision_use_head", True):
             raise ValueError("`pooling='pooler'` needs SigLIP's head, which `vision_use_head=False` leaves out.")
 

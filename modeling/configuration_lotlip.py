@@ -27,8 +27,8 @@ class _LoTLIPBaseConfig(PreTrainedConfig):
         """Before anything else, which a newer version may have changed."""
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
-                f"{type(self).__name__}: written by a newer lotlip-hf (`format_version` {self.format_version}; this "
-                f"one reads {FORMAT_VERSION}). Upgrade lotlip-hf, or without it pass trust_remote_code=True."
+                f"{type(self).__name__} has `format_version` {self.format_version}, of a newer lotlip-hf: upgrade, or "
+                "pass trust_remote_code=True without lotlip-hf."
             )
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -50,6 +50,10 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
     sub_configs: ClassVar[dict[str, type]] = {"backbone_config": AutoConfig}
     default_backbone: ClassVar[dict[str, Any]] = {}
     families: ClassVar[Mapping[str, Any]] = {}
+
+    backbone_config: PreTrainedConfig | dict | None = None
+    pooling: str | None = None
+    projection_dim: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_version()
@@ -111,7 +115,7 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
         num_corner_tokens (`int`, *optional*, defaults to 2):
             Number m of corner tokens. They take m of the backbone's positions, and none of CLIP's.
         pooling (`str`, *optional*):
-            `"pooler"`, a layer of the backbone on [CLS] (the default, as in the released models); `"cls"`, the state of
+            `"pooler"`, a layer of the backbone on [CLS] (by default, as in the released models); `"cls"`, the state of
             [CLS]; `"mean"`; `"eos"`, CLIP's own, the state of [EOT].
         projection_dim (`int`, *optional*, defaults to 768): Width of the linear projection; `None` for none.
     """
@@ -122,16 +126,12 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     default_backbone = {"model_type": "bert"}
     families = TEXT_BACKBONES
 
-    backbone_config: PreTrainedConfig | dict | None = None
     num_corner_tokens: int = 2
-    pooling: str | None = None
     projection_dim: int | None = 768
 
     def validate_corner_tokens(self) -> None:
-        if self.num_corner_tokens < 0:
-            raise ValueError(f"`num_corner_tokens` must be 0 or more, got {self.num_corner_tokens}.")
-        if self.max_position_embeddings < 2:
-            raise ValueError(f"`num_corner_tokens`={self.num_corner_tokens} leaves no room for text in the positions.")
+        if self.num_corner_tokens < 0 or self.max_position_embeddings < 2:
+            raise ValueError(f"`num_corner_tokens`={self.num_corner_tokens}: negative, or the positions have no room.")
 
     @property
     def max_position_embeddings(self) -> int:
@@ -159,10 +159,6 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
     base_config_key = "vision_config"
     default_backbone = {"model_type": "vit", "layer_norm_eps": 1e-6}
     families = VISION_BACKBONES
-
-    backbone_config: PreTrainedConfig | dict | None = None
-    pooling: str | None = None
-    projection_dim: int | None = None
 
     @property
     def num_patches(self) -> int:
@@ -209,17 +205,12 @@ class LoTLIPConfig(_LoTLIPBaseConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_version()
         for key, config_class in self.sub_configs.items():
-            sub_config = getattr(self, key)
-            if isinstance(sub_config, config_class):
-                setattr(self, key, copy.deepcopy(sub_config))  # the caller's own stays as it is
-            else:
-                setattr(self, key, config_class(**(sub_config or {})))
+            given = getattr(self, key)  # the caller's own stays as it is
+            is_config = isinstance(given, config_class)
+            setattr(self, key, copy.deepcopy(given) if is_config else config_class(**(given or {})))
         if self.projection_dim is None:
             self.projection_dim = self.text_config.output_size
         for key in self.sub_configs:
             if getattr(self, key).output_size != self.projection_dim:
                 getattr(self, key).projection_dim = self.projection_dim
         super().__post_init__(**kwargs)
-
-
-__all__ = ["LoTLIPConfig", "LoTLIPTextConfig", "LoTLIPVisionConfig"]

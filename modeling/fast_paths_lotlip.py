@@ -50,8 +50,7 @@ def run_texts(
 def unpadded_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The attention implementation `unpadded`: `sdpa`, for which texts in a row, [1, heads, total, head_dim] with a
-    `row_index` [total] and a mask [N, 1, length, length], are laid out with their padding."""
+    """`sdpa` that lays texts in a row, [1, heads, total, head_dim], out with padding for [N, 1, length, length]."""
     row_index = kwargs.pop("row_index", None)
     if row_index is None or attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

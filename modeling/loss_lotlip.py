@@ -63,8 +63,7 @@ def lotlip_loss(
         text_embeds: [B, T, D], normalised, the short text first.
         corner_embeds: [B, T - 1, m, D], normalised, of the long texts, or `None` for m = 0.
         logit_scale: Factor on the cosine similarities (not its logarithm).
-        short_loss_weight: Weight of the short texts' share.
-        long_loss_weight: Weight of the long texts' share.
+        short_loss_weight, long_loss_weight: Weights of the short and of the long texts' share.
 
     ```python
     >>> import torch

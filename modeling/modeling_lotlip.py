@@ -100,8 +100,7 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
         """Takes the names of `save_pretrained`, older ones for a ViT, as well: `Trainer` resumes from its file so."""
         names = list(self.state_dict())
         saved = revert_weight_conversion(self, {name: torch.tensor(index) for index, name in enumerate(names)})
-        own = {name: names[int(index)] for name, index in saved.items()}
-        own.update({name: name for name in names})
+        own = {name: names[int(index)] for name, index in saved.items()} | {name: name for name in names}
         renamed = {own.get(name, name): tensor for name, tensor in state_dict.items()}
         return super().load_state_dict(renamed, strict=strict, assign=assign)
 
@@ -136,9 +135,9 @@ class LoTLIPTextModel(_LoTLIPTower):
     """
     LoTLIP's text tower, without projection: a stock encoder and m learnable corner tokens.
 
-    The corner tokens stand between [CLS] and the words as far as positions go, and behind the text in memory; no text
-    token sees them. They are therefore left out unless they are needed, and every other output stays the same. Over
-    CLIP's causal text tower they have no positions, [EOT] has the role of [CLS], and all else is `CLIPTextModel`'s.
+    By position, the corner tokens stand between [CLS] and the words; in memory, behind the text. No text token sees
+    them, so they are left out unless they are needed. Over CLIP's causal text tower they have no positions, [EOT] has
+    the role of [CLS], and all else is `CLIPTextModel`'s.
     """
 
     config: LoTLIPTextConfig
@@ -183,8 +182,7 @@ class LoTLIPTextModel(_LoTLIPTower):
         family, config = self.config.family, self.config.backbone_config
         shape = _text_shape(input_ids, inputs_embeds)
         words = self._embed_words(input_ids) if inputs_embeds is None else inputs_embeds
-        # texts are [N, L] from here on, with the corner tokens behind them [N, L + m]
-        words = words.flatten(0, -3)
+        words = words.flatten(0, -3)  # texts are [N, L] from here on, with the corner tokens behind them [N, L + m]
         input_ids, attention_mask, token_type_ids = _flatten(
             shape, input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
         )
@@ -215,13 +213,10 @@ class LoTLIPTextModel(_LoTLIPTower):
             mask = create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row_index)
         outputs = run_texts(self.backbone, inputs, mask, row_index, **options)
 
-        states = outputs.last_hidden_state
-        if pooled_only:
-            pooled_states = self._pool_each(states)  # [N, 1 + m, hidden_size]
-            pooled, corner_embeds = pooled_states[:, 0], pooled_states[:, 1:]
-        else:
-            pooled = self._pool(states[:, : shape[-1]], is_text, pooled_index)
-            corner_embeds = self._pool_each(states[:, shape[-1] :])
+        states = outputs.last_hidden_state  # [N, L + m, hidden_size], or [N, 1 + m, hidden_size] of pooled tokens
+        length, pooled_index = (1, None) if pooled_only else (shape[-1], pooled_index)
+        pooled = self._pool(states[:, :length], is_text, pooled_index)
+        corner_embeds = self._pool_each(states[:, length:])
         return BaseModelOutputWithPoolingAndCorners(
             last_hidden_state=None if pooled_only else _line_up(states, shape, 1),
             pooler_output=_line_up(pooled, shape),
@@ -234,10 +229,7 @@ class LoTLIPTextModel(_LoTLIPTower):
         """[..., L] -> [..., L, hidden_size]"""
         size = self.config.vocab_size
         if is_eager_on_cpu(input_ids) and not ((input_ids >= 0) & (input_ids < size)).all():
-            raise ValueError(
-                f"`input_ids` must lie in [0, {size}), the model's vocabulary; got ids from {input_ids.min()} to "
-                f"{input_ids.max()}. Was the text tokenised with another model's tokenizer?"
-            )
+            raise ValueError(f"`input_ids` must lie in [0, {size}), as those of the model's tokenizer do.")
         return self.get_input_embeddings()(input_ids)
 
     def _position_ids(self, position_ids: Tensor | None, is_text: Tensor) -> Tensor:
@@ -248,10 +240,8 @@ class LoTLIPTextModel(_LoTLIPTower):
             position_ids = self.config.family.count_positions(self.config.backbone_config, is_text)
         position_ids = position_ids.reshape(-1, length).expand(is_text.shape[0], -1)
         if may_exceed and is_eager_on_cpu(position_ids) and position_ids.max() >= limit:
-            raise ValueError(
-                f"The longest text has {int(position_ids.max()) + 1} tokens; this model takes {limit}, the first and "
-                "last token included. Tokenise with truncation=True."
-            )
+            longest = int(position_ids.max()) + 1
+            raise ValueError(f"A text has {longest} tokens, the model takes {limit}: tokenise with truncation=True.")
         return position_ids
 
     def _pool(self, states: Tensor, is_text: Tensor | None = None, index: Tensor | None = None) -> Tensor:
@@ -298,14 +288,12 @@ class LoTLIPVisionModel(_LoTLIPTower):
         if pixel_values is None or pixel_values.dim() != 4 or not pixel_values.is_floating_point():
             got = None if pixel_values is None else (list(pixel_values.shape), pixel_values.dtype)
             raise ValueError(f"`pixel_values` must be floats [B, channels, height, width], not {got}.")
-        family, size, embedding_options = self.config.family, pair(self.config.image_size), {}
+        family, embedding_options = self.config.family, {}
         if family.takes_interpolation:
             embedding_options["interpolate_pos_encoding"] = interpolate_pos_encoding
-            if not interpolate_pos_encoding and pixel_values.shape[-2:] != size:
-                raise ValueError(
-                    f"`pixel_values` are {list(pixel_values.shape[-2:])}, the model is for {list(size)}: resize the "
-                    "images with the processor, or pass interpolate_pos_encoding=True."
-                )
+            size, expected = list(pixel_values.shape[-2:]), list(pair(self.config.image_size))
+            if not interpolate_pos_encoding and size != expected:
+                raise ValueError(f"`pixel_values` are {size}, not {expected}: pass interpolate_pos_encoding=True.")
         options = self._options(kwargs)
         pooled_only = pooled_only and self._pools_alone(options)
         if pooled_only:
@@ -345,8 +333,7 @@ class LoTLIPTextModelWithProjection(LoTLIPPreTrainedModel):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> LoTLIPTextModelOutput:
         r"""Arguments are those of [`LoTLIPTextModel`]; `text_embeds` are not normalised."""
-        outputs = self.text_model(input_ids, attention_mask, **{**kwargs, "return_dict": True})
-        outputs = dict(_project(outputs, self.text_projection))
+        outputs = dict(_project(self.text_model, self.text_projection, input_ids, attention_mask, **kwargs))
         return LoTLIPTextModelOutput(text_embeds=outputs.pop("pooler_output"), **outputs)
 
 
@@ -367,12 +354,9 @@ class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(
-        self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool = False, **kwargs: Any
-    ) -> CLIPVisionModelOutput:
+    def forward(self, pixel_values: Tensor | None = None, *args: Any, **kwargs: Any) -> CLIPVisionModelOutput:
         r"""Arguments are those of [`LoTLIPVisionModel`]; `image_embeds` are not normalised."""
-        outputs = self.vision_model(pixel_values, interpolate_pos_encoding, **{**kwargs, "return_dict": True})
-        outputs = dict(_project(outputs, self.visual_projection))
+        outputs = dict(_project(self.vision_model, self.visual_projection, pixel_values, *args, **kwargs))
         return CLIPVisionModelOutput(image_embeds=outputs.pop("pooler_output"), **outputs)
 
 
@@ -402,24 +386,15 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCorners:
         r"""The output of [`LoTLIPTextModel`], `pooler_output` and `corner_embeds` projected and not normalised."""
-        kwargs["return_dict"] = True
-        outputs = self.text_model(
-            input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, output_corner_embeds, **kwargs
-        )
-        return _project(outputs, self.text_projection)
+        inputs = (input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, output_corner_embeds)
+        return _project(self.text_model, self.text_projection, *inputs, **kwargs)
 
     @can_return_tuple
     def get_image_features(
-        self,
-        pixel_values: Tensor,
-        interpolate_pos_encoding: bool = False,
-        kept_patches: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         r"""The output of [`LoTLIPVisionModel`], `pooler_output` projected and not normalised."""
-        kwargs.update(kept_patches=kept_patches, return_dict=True)
-        outputs = self.vision_model(pixel_values, interpolate_pos_encoding, **kwargs)
-        return _project(outputs, self.visual_projection)
+        return _project(self.vision_model, self.visual_projection, pixel_values, interpolate_pos_encoding, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -462,7 +437,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         >>> inputs = processor(text=["a cat", "a dog"], images=Image.new("RGB", (640, 480)), return_tensors="pt")
         >>> probabilities = model(**inputs).logits_per_image.softmax(dim=1)
         ```"""
-        kwargs.update(return_dict=True, pooled_only=pooled_only)
+        kwargs.update(pooled_only=pooled_only, return_dict=True)
         texts = (input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids)
         long_texts = (long_input_ids, long_attention_mask)
         has_texts = any(one is not None for one in texts + long_texts)
@@ -471,7 +446,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
 
         # images come first: their backward pass then comes last, and what waits for their gradients has time
         if pixel_values is not None or return_loss:
-            vision_outputs = self.get_image_features(pixel_values, interpolate_pos_encoding, kept_patches, **kwargs)
+            options = {"interpolate_pos_encoding": interpolate_pos_encoding, "kept_patches": kept_patches, **kwargs}
+            vision_outputs = self.get_image_features(pixel_values, **options)
             image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
         if has_texts or return_loss or pixel_values is None:
             if output_corner_embeds is None:
@@ -537,8 +513,9 @@ def _projection(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> nn.Module:
     return nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
 
-def _project(outputs: Any, projection: nn.Module) -> Any:
-    """A tower's output in the shared space."""
+def _project(tower: nn.Module, projection: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A tower's output, with what is pooled in the shared space."""
+    outputs = tower(*args, **{**kwargs, "return_dict": True})
     outputs.pooler_output = projection(outputs.pooler_output)
     if outputs.get("corner_embeds") is not None:
         outputs.corner_embeds = projection(outputs.corner_embeds)

@@ -17,7 +17,8 @@ TEXT_DEFAULTS: TextKwargs = {"padding": True, "truncation": True}
 
 
 class LoTLIPProcessorKwargs(ProcessingKwargs, total=False):
-    # For transformers 5.17; later versions read `LoTLIPProcessor.text_kwargs`.
+    """Defaults for transformers 5.17; later versions read `LoTLIPProcessor.text_kwargs`."""
+
     _defaults = {"text_kwargs": TEXT_DEFAULTS}  # pyright: ignore[reportGeneralTypeIssues]
 
 
@@ -33,8 +34,7 @@ class LoTLIPProcessor(ProcessorMixin):
     Args:
         image_processor (`CLIPImageProcessor` or `CLIPImageProcessorPil`):
             The image processor, with either backend; see `lotlip_hf.images.official_image_processor`.
-        tokenizer (`LoTLIPTokenizer` or `CLIPTokenizer`):
-            The tokenizer; CLIP's own for a model over CLIP's text tower.
+        tokenizer (`LoTLIPTokenizer` or `CLIPTokenizer`): The tokenizer; CLIP's own over CLIP's text tower.
         background (`str` or `list[int]`, *optional*, defaults to `"white"`):
             Colour, as PIL takes it, that `lotlip_hf` lays under transparent pictures in files, for training, search
             and evaluation alike. `None` drops transparency there too.
@@ -116,28 +116,19 @@ class LoTLIPProcessor(ProcessorMixin):
         if "overflow_to_sample_mapping" in encoding:
             raise ValueError("Lists of texts do not go with `return_overflowing_tokens`: their number would differ.")
         for name in encoding.keys() - set(self.image_processor.model_input_names):
-            encoding[name] = _in_rows(encoding[name], len(rows[0]))
+            values, columns = encoding[name], len(rows[0])
+            if isinstance(values, list):
+                encoding[name] = [values[start : start + columns] for start in range(0, len(values), columns)]
+            else:
+                encoding[name] = values.reshape(-1, columns, *values.shape[1:])
         return encoding
 
 
 def _opaque(images: Any) -> Any:
-    """
-    The pictures with the colours that lie under what is transparent, as in the official code. Newer versions of
-    transformers lay a PIL image with an alpha channel, or with one colour declared transparent, on white.
-    """
+    """Without transparency, as in the official code; newer versions of transformers lay it on white."""
     if isinstance(images, (list, tuple)):
         return [_opaque(image) for image in images]
     if is_pil_image(images) and ("A" in images.getbands() or "transparency" in images.info):
         images = images.convert("RGB")
         images.info.pop("transparency", None)  # which `convert` keeps
     return images
-
-
-def _in_rows(values: Any, columns: int) -> Any:
-    """[rows * columns, ...] -> [rows, columns, ...], for a tensor, an array or a list."""
-    if isinstance(values, list):
-        return [values[start : start + columns] for start in range(0, len(values), columns)]
-    return values.reshape(-1, columns, *values.shape[1:])
-
-
-__all__ = ["LoTLIPProcessor"]

@@ -21,31 +21,19 @@ from .sentences_lotlip import ABBREVIATIONS, NUMBERED, STOP, find_sentences
 
 logger = logging.get_logger(__name__)
 
-# Where two sentences meet while a text is cleaned. ftfy looks at a character's neighbours, so this is the official
-# code's own "[SEP]", whatever the tokenizer calls its separator.
+# Where two sentences meet while a text is cleaned: the official code's own, for ftfy looks at neighbours.
 JOINER = "[SEP]"
 # A character that makes a text need ftfy and `html.unescape`: of one without any they change white space and quotes
-# alone. ftfy takes for broken (`ftfy.badness`) only what has a control character, one of ÂÃŒœ, or two neighbours beyond
-# ASCII that are none of those below.
-NEEDS_REPAIR = re.compile(
-    r"""
-    [^ -%'-~\t\n\r\xa0–—‘’“”…]
-    (?:
-        (?<=[^¡-ÁÄ-ÿ])  # none of the letters and signs that are in order where they stand by themselves
-        | (?<=[^\x00-\x7f].)
-        | (?=[^\x00-\x7f])
-    )
-    """,
-    re.VERBOSE,
-)
+# alone, for what is broken (`ftfy.badness`) has a control character, one of ÂÃŒœ, or two neighbours beyond ASCII. The
+# first lookbehind lets letters and signs pass that are in order where they stand by themselves.
+NEEDS_REPAIR = re.compile(r"[^ -%'-~\t\n\r\xa0–—‘’“”…](?:(?<=[^¡-ÁÄ-ÿ])|(?<=[^\x00-\x7f].)|(?=[^\x00-\x7f]))")
 # ftfy undoes one level of "&amp;amp;..." with each pass over the text: a million characters of it would take hours.
 DEEP_AMPERSAND = re.compile(r"&(?:amp;){16,}")
-# What hides special tokens that are written out in a text, and what stands for its first character in a text with it.
-# Unicode keeps these code points free for a program's own use.
+# What stands behind each character of a special token that is written out in a text, and what stands for a text's own
+# `MARK`. Unicode keeps these code points free for a program's own use.
 MARK, HIDING, ITSELF = "\ufdd0", "\ufdd0\ufdd1", "\ufdd0\ufdd2"
 FULL_STOP = ". "
-# Signs that are written right behind a word
-CLOSING = frozenset(".,!?;:%)]'’-")
+CLOSING = frozenset(".,!?;:%)]'’-")  # signs that are written right behind a word
 # A text after which a space would make the end of a sentence, by `cleaning`
 STOPS = {"official": re.compile(r"\.\Z"), "sentences": re.compile(r"""[.!?…]["'”’)\]]*\Z""")}
 
@@ -127,9 +115,8 @@ class LoTLIPTokenizer(TokenizersBackend):
         split_special_tokens (`bool`, *optional*, defaults to `True`):
             Whether special tokens written out in a text are text. The official code reads them as special tokens.
         cleaning (`str`, *optional*, defaults to `"official"`):
-            Where sentences end: `"official"`, at every `". "`, that of "Dr. X" included, as the released models were
-            trained; or `"sentences"`, by the rules that captions are split by for training (at `!`, `?` and line ends
-            too; at no abbreviation, initial or number).
+            Where sentences end: `"official"`, at every `". "`, as the released models were trained; or `"sentences"`,
+            as captions are split for training (at `!`, `?` and line ends too, not at "Dr. X", "J. Smith", "No. 5").
 
     ```python
     >>> tokenizer = LoTLIPTokenizer.from_pretrained("folder-with-vocab.txt", model_max_length=126)
@@ -231,7 +218,8 @@ class LoTLIPTokenizer(TokenizersBackend):
                 if one not in prepared:
                     sentences = [one] if is_words else self.sentences(one)
                     if special:
-                        sentences = [names.sub(_hidden, normalize(part).replace(MARK, ITSELF)) for part in sentences]
+                        parts = [normalize(part).replace(MARK, ITSELF) for part in sentences]
+                        sentences = [names.sub(lambda name: HIDING.join(name[0]) + HIDING, part) for part in parts]
                     joined = (self.sep_token or "").join(sentences)
                     joined.encode()  # an error that says where, if half of a character that was cut in two is left
                     prepared[one] = joined if limit is None else _beginning(joined, limit)
@@ -268,8 +256,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         cleaned = clean(JOINER.join(sentences))
         if "\x1b" not in text and cleaned.count(JOINER) == len(sentences) - 1:
             return cleaned.split(JOINER)
-        # The text holds the joiner, spelt otherwise ("&#91;SEP&#93;") or as a terminal's escape sequence ("\x1b[S") too:
-        # no text holds its own digest.
+        # The text itself holds "[SEP]", "&#91;SEP&#93;" or the start of an escape sequence: none holds its own digest.
         joiner = f"(SEP{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]})"
         return clean(joiner.join(sentences)).split(joiner)
 
@@ -352,7 +339,6 @@ class LoTLIPTokenizer(TokenizersBackend):
             split = {"type": "Split", "pattern": {"Regex": f"{names}|{SIGN}"}, "behavior": "Isolated", "invert": False}
             state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, split]}
         elif unigram:
-            # It would spell a special token that it finds in the normalised text, for its vocabulary holds them.
             before += [*own, *(_replace(_escaped(content), " ".join(content) + " ") for content in special)]
         else:
             # Such readers take this for a full stop; no other tab is left.
@@ -425,11 +411,6 @@ def _word_piece(vocab: str | dict[str, int], kwargs: dict[str, Any]) -> dict[str
     return {**{name: getattr(bert, name) for name in names}, **kwargs, "tokenizer_object": bert.backend_tokenizer}
 
 
-def _hidden(name: re.Match[str]) -> str:
-    """The name of a special token with marks behind its characters."""
-    return HIDING.join(name[0]) + HIDING
-
-
 def _beginning(text: str, count: int) -> str:
     """A text up to the space behind `count` words that hold a letter or sign of ASCII: each is a token at least."""
     if len(text) <= count:
@@ -446,6 +427,3 @@ def _mapped(value: Any, function: Callable[[str], str], name: str) -> Any:
         raise ValueError(f"`{name}` must be a string or a list of strings, got {type(value).__name__}.")
     items = [_mapped(item, function, name) for item in value]
     return tuple(items) if isinstance(value, tuple) else items
-
-
-__all__ = ["LoTLIPTokenizer"]
