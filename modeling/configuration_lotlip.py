@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -26,10 +25,8 @@ class _LoTLIPBaseConfig(PreTrainedConfig):
     def _check_version(self) -> None:
         """Before anything else, which a newer version may have changed."""
         if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"{type(self).__name__} has `format_version` {self.format_version}, of a newer lotlip-hf: upgrade, or "
-                "pass trust_remote_code=True without lotlip-hf."
-            )
+            advice = "upgrade lotlip-hf, or without it pass trust_remote_code=True"
+            raise ValueError(f"{type(self).__name__} has `format_version` {self.format_version}: {advice}.")
 
     def __post_init__(self, **kwargs: Any) -> None:
         auto_map = {name: f"modeling_lotlip.{class_name}" for name, class_name in self.auto_classes.items()}
@@ -49,7 +46,7 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
 
     sub_configs: ClassVar[dict[str, type]] = {"backbone_config": AutoConfig}
     default_backbone: ClassVar[dict[str, Any]] = {}
-    families: ClassVar[Mapping[str, Any]] = {}
+    families: ClassVar[dict[str, Any]] = {}
 
     backbone_config: PreTrainedConfig | dict | None = None
     pooling: str | None = None
@@ -172,8 +169,7 @@ class LoTLIPConfig(_LoTLIPBaseConfig):
     Configuration of a [`LoTLIPModel`]. The defaults are those of the released LoTLIP ViT-B/16.
 
     Args:
-        text_config (`LoTLIPTextConfig` or `dict`, *optional*): Configuration of the text tower.
-        vision_config (`LoTLIPVisionConfig` or `dict`, *optional*): Configuration of the image tower.
+        text_config, vision_config (`LoTLIPTextConfig`, `LoTLIPVisionConfig` or `dict`, *optional*): Of the towers.
         projection_dim (`int`, *optional*):
             Width of the space that both towers share; by default the text tower's. A tower of another width gets a
             projection to it.

@@ -215,8 +215,9 @@ class LoTLIPTextModel(_LoTLIPTower):
 
         states = outputs.last_hidden_state  # [N, L + m, hidden_size], or [N, 1 + m, hidden_size] of pooled tokens
         length, pooled_index = (1, None) if pooled_only else (shape[-1], pooled_index)
-        pooled = self._pool(states[:, :length], is_text, pooled_index)
-        corner_embeds = self._pool_each(states[:, length:])
+        pooled, corner_states = self._pool(states[:, :length], is_text, pooled_index), states[:, length:]
+        corner_embeds = self._pool(corner_states.flatten(0, 1).unsqueeze(1))  # each as a text of its own
+        corner_embeds = corner_embeds.unflatten(0, corner_states.shape[:2])
         return BaseModelOutputWithPoolingAndCorners(
             last_hidden_state=None if pooled_only else _line_up(states, shape, 1),
             pooler_output=_line_up(pooled, shape),
@@ -248,10 +249,6 @@ class LoTLIPTextModel(_LoTLIPTower):
         """[N, L, hidden_size] -> [N, hidden_size]"""
         pooled = POOLINGS[self.config.pooling](states, is_text, index)
         return self.backbone.pooler(pooled.unsqueeze(1)) if self.config.pooling == "pooler" else pooled
-
-    def _pool_each(self, states: Tensor) -> Tensor:
-        """[N, Q, hidden_size] -> [N, Q, hidden_size], each token as a text by itself"""
-        return self._pool(states.flatten(0, 1).unsqueeze(1)).unflatten(0, states.shape[:2])
 
 
 class LoTLIPVisionModel(_LoTLIPTower):
@@ -415,8 +412,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoTLIPOutput:
         r"""
-        Arguments are those of [`LoTLIPTextModel`] and [`LoTLIPVisionModel`], and those below. Texts or images alone,
-        as transformers' pipelines for feature extraction give them, are answered with their embeddings.
+        Arguments are those of both towers, and those below. Texts or images alone, as transformers' pipelines for
+        feature extraction give them, are answered with their embeddings.
 
         Args:
             return_loss: Whether to return the loss; text i belongs to image i. For [B, T, L] and with `long_input_ids`
@@ -451,8 +448,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
         if has_texts or return_loss or pixel_values is None:
             if output_corner_embeds is None:
-                is_several = long_input_ids is not None or len(_text_shape(input_ids, inputs_embeds)) == 3
-                output_corner_embeds = self.training or bool(return_loss and is_several)
+                has_long = long_input_ids is not None or len(_text_shape(input_ids, inputs_embeds)) == 3
+                output_corner_embeds = self.training or bool(return_loss and has_long)
             answers = self._embed_texts(texts, long_texts, output_corner_embeds, **kwargs)
             text_outputs, text_embeds, corner_embeds = answers
 
@@ -477,17 +474,14 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
     def _embed_texts(
         self, texts: tuple, long_texts: tuple, output_corner_embeds: bool, **kwargs: Any
     ) -> tuple[BaseModelOutputWithPoolingAndCorners, Tensor, Tensor | None]:
-        """The output of `texts`, and normalised `text_embeds` and `corner_embeds`, the latter of long texts alone."""
+        """The output for `texts`, and normalised: `text_embeds` of all, `corner_embeds` of the long ones if given."""
         if all(one is None for one in long_texts):
             outputs = self.get_text_features(*texts, output_corner_embeds, **kwargs)
             text_embeds, corner_embeds = outputs.pooler_output, outputs.corner_embeds
         else:
-            short, long = (None if ids is None else list(ids.shape) for ids in (texts[0], long_texts[0]))
-            if not short or not long or (len(short), len(long)) != (2, 3) or short[0] != long[0]:
-                raise ValueError(
-                    "`long_input_ids` must be long texts [B, T - 1, L'] for short ones in `input_ids` [B, L]; got "
-                    f"{long} and {short}."
-                )
+            short, long = ([] if ids is None else list(ids.shape) for ids in (texts[0], long_texts[0]))
+            if len(short) != 2 or len(long) != 3 or short[0] != long[0]:
+                raise ValueError(f"`long_input_ids` {long} must be [B, T - 1, L'], `input_ids` {short} be [B, L].")
             outputs = self.get_text_features(*texts, output_corner_embeds=False, **kwargs)
             long_outputs = self.get_text_features(*long_texts, output_corner_embeds=output_corner_embeds, **kwargs)
             text_embeds = torch.cat([outputs.pooler_output.unsqueeze(1), long_outputs.pooler_output], dim=1)
