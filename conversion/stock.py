@@ -111,11 +111,11 @@ def stock_model(model: PreTrainedModel) -> PreTrainedModel:
 
     ```python
     >>> from transformers import BertConfig, BertModel, ViTConfig, ViTModel
-    >>> from lotlip_hf import LoTLIPModel
+    >>> from lotlip_hf import from_backbones
     >>> from lotlip_hf.conversion.stock import stock_model
 
     >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    >>> model = LoTLIPModel.from_backbones(BertModel(BertConfig(**size)), ViTModel(ViTConfig(**size)))
+    >>> model = from_backbones(BertModel(BertConfig(**size)), ViTModel(ViTConfig(**size)))
     >>> type(stock_model(model)).__name__
     'VisionTextDualEncoderModel'
     ```

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .backbones import from_backbones
     from .diffusion.text_encoder import LoTLIPTextEncoder, LoTLIPTextEncoderConfig
     from .encoder import Encoder, load_encoder
     from .lora import lora_targets
@@ -40,6 +41,7 @@ __all__ = [
     "LoTLIPVisionConfig",
     "LoTLIPVisionModel",
     "LoTLIPVisionModelWithProjection",
+    "from_backbones",
     "load_encoder",
     "lora_targets",
 ]
@@ -61,6 +63,7 @@ _MODULES = {
     "LoTLIPTextEncoder": ".diffusion.text_encoder",
     "LoTLIPTextEncoderConfig": ".diffusion.text_encoder",
     "Encoder": ".encoder",
+    "from_backbones": ".backbones",
     "load_encoder": ".encoder",
     "lora_targets": ".lora",
     # what a saved pipeline of diffusers names

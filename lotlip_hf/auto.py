@@ -2,7 +2,6 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, AutoTokenizer
 
-from .backbones import from_backbones
 from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from .modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
 from .modeling.processing_lotlip import LoTLIPProcessor
@@ -19,5 +18,3 @@ AutoModelForZeroShotImageClassification.register(LoTLIPConfig, LoTLIPModel)
 for config in (LoTLIPConfig, LoTLIPTextConfig):
     AutoTokenizer.register(config, fast_tokenizer_class=LoTLIPTokenizer)
 AutoProcessor.register(LoTLIPConfig, LoTLIPProcessor)
-
-LoTLIPModel.from_backbones = staticmethod(from_backbones)  # no part of a checkpoint's code

@@ -1,4 +1,4 @@
-"""A new LoTLIP model of two pretrained encoders: [`LoTLIPModel.from_backbones`]."""
+"""A new LoTLIP model of two pretrained encoders: [`from_backbones`]."""
 
 import copy
 from collections.abc import Iterable
@@ -44,11 +44,11 @@ def from_backbones(
 
     ```python
     >>> from transformers import BertConfig, BertModel, ViTConfig, ViTModel
-    >>> from lotlip_hf import LoTLIPModel
+    >>> from lotlip_hf import from_backbones
 
     >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     >>> text, vision = BertModel(BertConfig(**size)), ViTModel(ViTConfig(**size))
-    >>> model = LoTLIPModel.from_backbones(text, vision, num_corner_tokens=2)
+    >>> model = from_backbones(text, vision, num_corner_tokens=2)
     >>> model.config.projection_dim
     32
     ```

@@ -12,14 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, CLIPTextModel, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
-from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
-from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
-from transformers.models.vit.modeling_vit import ViTEmbeddings
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .fast_paths_lotlip import POOLED_LAYERS, extend, take
+from .fast_paths_lotlip import Extension, PooledLayer, PooledViTLayer, extend, take
 
 
 def one_token(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
@@ -52,6 +48,7 @@ class _Backbone:
     default_pooling: str
     excluded_poolings: tuple[str, ...] = ()  # of `POOLINGS`, those that make no sense
     has_optional_pooler = False  # it is built if it is used: an idle layer would never be trained
+    pooled_layer: type[PooledLayer] | None = None  # extends the last layer so that it computes pooled tokens alone
 
     def __init__(self, **settings: Any) -> None:
         vars(self).update(settings)
@@ -69,21 +66,20 @@ class _Backbone:
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
         """The encoder with new weights."""
         backbone = AutoModel.from_config(config, trust_remote_code=False, **self.pooling_layer(pooling))
-        extend(backbone, self.last_layer(backbone), POOLED_LAYERS)
-        extend(backbone, getattr(backbone, "embeddings", None), PASSING_EMBEDDINGS)
+        last_layer = self.last_layer(backbone)
+        if self.pooled_layer is not None and last_layer is not None:
+            extend(backbone, last_layer, self.pooled_layer)
         return backbone
 
     def last_layer(self, backbone: PreTrainedModel) -> nn.Module | None:
-        """The last layer, which computes the pooled tokens alone if `POOLED_LAYERS` extend it."""
         layers = getattr(backbone, "layers", None) or getattr(getattr(backbone, "encoder", None), "layer", None)
         return layers[-1] if layers else None
 
 
 class TextBackbone(_Backbone):
     """
-    A text encoder with absolute or rotary positions that takes `inputs_embeds` and `position_ids`. The pooled token is
-    the first, or the last of a causal text. By position, corner tokens stand between the first token and the words, or
-    behind a causal text; in memory they stand behind the text.
+    A text encoder that takes `inputs_embeds` and `position_ids`. The pooled token is the first, or a causal text's
+    last. By position, corner tokens stand between the first token and the words, or behind a causal text.
     """
 
     default_pooling = "mean"
@@ -120,14 +116,9 @@ class TextBackbone(_Backbone):
         self, backbone: PreTrainedModel, words: Tensor, position_ids: Tensor, num_corner_tokens: int, corners: Tensor
     ) -> dict[str, Tensor]:
         """
-        The backbone's arguments [N, L + c, ...], with `inputs_embeds` among them.
-
-        Args:
-            backbone: The encoder.
-            words: [N, L, hidden_size], word embeddings.
-            position_ids: [N, L], positions in the text, from 0.
-            num_corner_tokens: m; words leave the corner tokens their positions whether or not they are computed.
-            corners: [c, hidden_size], embeddings of the corner tokens; c is m, or 0 to leave them out.
+        The backbone's arguments [N, L + c, ...], with `inputs_embeds` among them, of `words` [N, L, hidden_size],
+        their `position_ids` [N, L] from 0, and `corners` [c, hidden_size]; c is m, or 0 to leave the corner tokens
+        out. The words leave them their m positions all the same.
         """
         first = position_ids.amax(-1, keepdim=True) + 1 if self.is_causal else torch.ones_like(position_ids[:, :1])
         if not self.is_causal:
@@ -143,8 +134,7 @@ class TextBackbone(_Backbone):
     ) -> Any:
         """
         The backbone's mask of a rule (batch, head, query, key) -> bool, or a dictionary by type of layer, such as
-        `full_attention` and `sliding_attention`. `is_corner`, of the same arguments, tells whether the query is a
-        corner token: the `or_mask_function` of a sliding window, for corner tokens see every word.
+        `sliding_attention`, whose `or_mask_function` is `is_corner`: corner tokens see every word.
         """
         create = create_causal_mask if self.is_causal else create_bidirectional_mask
         embeds = {"inputs_embeds": inputs_embeds, "attention_mask": None, "past_key_values": None}
@@ -157,6 +147,7 @@ class BertBackbone(TextBackbone):
     default_pooling = "pooler"
     excluded_poolings = ("eos",)
     has_optional_pooler = has_segments = True
+    pooled_layer = PooledLayer
 
 
 class CLIPTextBackbone(TextBackbone):
@@ -216,6 +207,11 @@ class VisionBackbone(_Backbone):
     num_prefix_tokens = 1
     takes_interpolation = True  # `interpolate_pos_encoding`; without it, images of every size are taken
 
+    def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        backbone = super().build(config, pooling)
+        extend(backbone, backbone.embeddings, PassingEmbeddings)
+        return backbone
+
     def num_patches(self, config: PreTrainedConfig) -> int:
         """Number of patches of an image of the configured size."""
         sides = zip(pair(config.image_size), pair(config.patch_size), strict=True)
@@ -223,8 +219,6 @@ class VisionBackbone(_Backbone):
 
     def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
         super().check_pooling(config, pooling)
-        if pooling == "pooler" and getattr(config, "pooler_output_size", config.hidden_size) != config.hidden_size:
-            raise ValueError(f"`pooler_output_size` must be the hidden size {config.hidden_size}.")
         if pooling == "pooler" and not getattr(config, "vision_use_head", True):
             raise ValueError("`pooling='pooler'` needs SigLIP's head, which `vision_use_head=False` leaves out.")
 
@@ -246,26 +240,19 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
 # the poolers: a norm of CLIP's class token; a layer of attention over SigLIP's patches, which have no class token
 OWN_POOLER: dict[str, Any] = {"default_pooling": "pooler", "excluded_poolings": ("eos", "cls")}
 VISION_BACKBONES: dict[str, VisionBackbone] = {
-    "vit": VisionBackbone(has_optional_pooler=True),
+    "vit": VisionBackbone(has_optional_pooler=True, pooled_layer=PooledViTLayer),
     "dinov2": VisionBackbone(takes_interpolation=False),
     "siglip_vision_model": VisionBackbone(**OWN_POOLER, num_prefix_tokens=0),
     "clip_vision_model": VisionBackbone(**OWN_POOLER),
 }
 
 
-class PassingEmbeddings(nn.Module):
-    """Stock embeddings of images, second among the bases, that return as it is what is embedded already."""
+class PassingEmbeddings(Extension):
+    """Embeddings of images that return as it is what is embedded already."""
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[B, channels, height, width], or [B, tokens, hidden_size] -> [B, tokens, hidden_size]"""
         return pixel_values if pixel_values.dim() == 3 else super().forward(pixel_values, *args, **kwargs)
-
-
-PassingViTEmbeddings = type("PassingViTEmbeddings", (PassingEmbeddings, ViTEmbeddings), {})
-PassingDinov2Embeddings = type("PassingDinov2Embeddings", (PassingEmbeddings, Dinov2Embeddings), {})
-PassingSiglipEmbeddings = type("PassingSiglipEmbeddings", (PassingEmbeddings, SiglipVisionEmbeddings), {})
-PassingCLIPEmbeddings = type("PassingCLIPEmbeddings", (PassingEmbeddings, CLIPVisionEmbeddings), {})
-PASSING_EMBEDDINGS = (PassingViTEmbeddings, PassingDinov2Embeddings, PassingSiglipEmbeddings, PassingCLIPEmbeddings)
 
 
 def is_eager_on_cpu(tensor: Tensor) -> bool:

@@ -36,10 +36,7 @@ def own_backend(shared: Tokenizer) -> Tokenizer:
 
 
 def for_one_call(tokenizer: AnyTokenizer) -> AnyTokenizer:
-    """
-    A copy of a tokenizer for one call. transformers sets the call's truncation and padding on the tokenizer's backend,
-    which threads share and `save_pretrained` saves; the copy has a backend of its own.
-    """
+    """A copy with a backend of its own, on which transformers sets a call's truncation and padding."""
     if not isinstance(tokenizer, TokenizersBackend):
         return tokenizer
     copy = object.__new__(type(tokenizer))

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -26,10 +25,8 @@ class _LoTLIPBaseConfig(PreTrainedConfig):
     def _check_version(self) -> None:
         """Before anything else, which a newer version may have changed."""
         if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"{type(self).__name__}: written by a newer lotlip-hf (`format_version` {self.format_version}; this "
-                f"one reads {FORMAT_VERSION}). Upgrade lotlip-hf, or without it pass trust_remote_code=True."
-            )
+            advice = "upgrade lotlip-hf, or without it pass trust_remote_code=True"
+            raise ValueError(f"{type(self).__name__} has `format_version` {self.format_version}: {advice}.")
 
     def __post_init__(self, **kwargs: Any) -> None:
         auto_map = {name: f"modeling_lotlip.{class_name}" for name, class_name in self.auto_classes.items()}
@@ -43,13 +40,17 @@ class _LoTLIPBaseConfig(PreTrainedConfig):
 
 class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
     """
-    What both towers share. All other fields are the backbone's, so that `LoTLIPTextConfig(vocab_size=100)`,
-    `config.layer_norm_eps` and `config.layer_norm_eps = 1e-6` do what they say: each value has one home.
+    What both towers share. Fields that they lack are the backbone's, as in `LoTLIPTextConfig(vocab_size=100)`,
+    `config.layer_norm_eps` and `config.layer_norm_eps = 1e-6`: each value has one home.
     """
 
     sub_configs: ClassVar[dict[str, type]] = {"backbone_config": AutoConfig}
     default_backbone: ClassVar[dict[str, Any]] = {}
-    families: ClassVar[Mapping[str, Any]] = {}
+    families: ClassVar[dict[str, Any]] = {}
+
+    backbone_config: PreTrainedConfig | dict | None = None
+    pooling: str | None = None
+    projection_dim: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_version()
@@ -58,10 +59,8 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
             backbone = {"model_type": self.default_backbone["model_type"], **backbone}
         model_type = backbone["model_type"] if isinstance(backbone, dict) else backbone.model_type
         if model_type not in self.families:
-            raise ValueError(
-                f"`backbone_config` of {type(self).__name__} has model_type {model_type!r}; supported are "
-                f"{', '.join(self.families)}."
-            )
+            supported = ", ".join(self.families)
+            raise ValueError(f"`backbone_config` of {type(self).__name__}: {model_type!r} is none of {supported}.")
         # The caller's own stays as it is: it may be a live model's, whose attention would be reset.
         backbone = AutoConfig.for_model(**backbone) if isinstance(backbone, dict) else copy.deepcopy(backbone)
         for name in {field.name for field in dataclasses.fields(backbone)} & kwargs.keys():
@@ -109,14 +108,13 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of the encoder: BERT, RoBERTa, XLM-RoBERTa or CLIP's text tower. BERT-base by default.
+            Of the encoder: BERT (BERT-base by default), RoBERTa, XLM-RoBERTa or CLIP's text tower.
         num_corner_tokens (`int`, *optional*, defaults to 2):
             Number m of corner tokens. They take m of the backbone's positions, and none of CLIP's.
         pooling (`str`, *optional*):
-            How the states are pooled: `"pooler"`, by a layer of the backbone on [CLS] (the default, as in the released
-            models); `"cls"`, the state of [CLS]; `"mean"`; `"eos"`, CLIP's own, the state of [EOT].
-        projection_dim (`int`, *optional*, defaults to 768):
-            Width of the linear projection (without bias) of the pooled state; `None` for no projection.
+            `"pooler"`, a layer of the backbone on [CLS] (by default, as in the released models); `"cls"`, the state of
+            [CLS]; `"mean"`; `"eos"`, CLIP's own, the state of [EOT].
+        projection_dim (`int`, *optional*, defaults to 768): Width of the linear projection; `None` for none.
     """
 
     model_type = "lotlip_text_model"
@@ -125,19 +123,12 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     default_backbone = {"model_type": "bert"}
     families = TEXT_BACKBONES
 
-    backbone_config: PreTrainedConfig | dict | None = None
     num_corner_tokens: int = 2
-    pooling: str | None = None
     projection_dim: int | None = 768
 
     def validate_corner_tokens(self) -> None:
-        if self.num_corner_tokens < 0:
-            raise ValueError(f"`num_corner_tokens` must be 0 or more, got {self.num_corner_tokens}.")
-        if self.max_position_embeddings < 2:
-            raise ValueError(
-                f"`num_corner_tokens`={self.num_corner_tokens} leaves no room for text in the "
-                f"{self.backbone_config.max_position_embeddings} positions of the backbone."
-            )
+        if self.num_corner_tokens < 0 or self.max_position_embeddings < 2:
+            raise ValueError(f"`num_corner_tokens`={self.num_corner_tokens}: negative, or the positions have no room.")
 
     @property
     def max_position_embeddings(self) -> int:
@@ -152,13 +143,12 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of the encoder: ViT, DINOv2, CLIP's or SigLIP's image tower. By default ViT-B/16 at 224
-            pixels with timm's LayerNorm epsilon of 1e-6, as in the released model.
+            Of the encoder: ViT (by default ViT-B/16 at 224 pixels with timm's LayerNorm epsilon of 1e-6, as in the
+            released model), DINOv2, CLIP's or SigLIP's image tower.
         pooling (`str`, *optional*):
             `"cls"`, the class token after the final norm (the default of ViT and DINOv2); `"pooler"`, the backbone's
             own pooled output (the default of CLIP and SigLIP); `"mean"`, the mean of the patch tokens.
-        projection_dim (`int`, *optional*):
-            Width of the linear projection (without bias); `None`, the default, for no projection.
+        projection_dim (`int`, *optional*): Width of the linear projection; `None`, the default, for none.
     """
 
     model_type = "lotlip_vision_model"
@@ -166,10 +156,6 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
     base_config_key = "vision_config"
     default_backbone = {"model_type": "vit", "layer_norm_eps": 1e-6}
     families = VISION_BACKBONES
-
-    backbone_config: PreTrainedConfig | dict | None = None
-    pooling: str | None = None
-    projection_dim: int | None = None
 
     @property
     def num_patches(self) -> int:
@@ -183,17 +169,14 @@ class LoTLIPConfig(_LoTLIPBaseConfig):
     Configuration of a [`LoTLIPModel`]. The defaults are those of the released LoTLIP ViT-B/16.
 
     Args:
-        text_config (`LoTLIPTextConfig` or `dict`, *optional*): Configuration of the text tower.
-        vision_config (`LoTLIPVisionConfig` or `dict`, *optional*): Configuration of the image tower.
+        text_config, vision_config (`LoTLIPTextConfig`, `LoTLIPVisionConfig` or `dict`, *optional*): Of the towers.
         projection_dim (`int`, *optional*):
             Width of the space that both towers share; by default the text tower's. A tower of another width gets a
             projection to it.
         logit_scale_init_value (`float`, *optional*, defaults to ln(1 / 0.07)):
             Initial value of `logit_scale`, the logarithm of the factor on the cosine similarities.
-        short_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the short texts' share of the loss.
-        long_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the long texts' share of the loss.
-
-    Example:
+        short_loss_weight, long_loss_weight (`float`, *optional*, defaults to 1.0):
+            Weights of the short and of the long texts' share of the loss.
 
     ```python
     >>> from lotlip_hf import LoTLIPConfig
@@ -218,17 +201,12 @@ class LoTLIPConfig(_LoTLIPBaseConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_version()
         for key, config_class in self.sub_configs.items():
-            sub_config = getattr(self, key)
-            if isinstance(sub_config, config_class):
-                setattr(self, key, copy.deepcopy(sub_config))  # the caller's own stays as it is
-            else:
-                setattr(self, key, config_class(**(sub_config or {})))
+            given = getattr(self, key)  # the caller's own stays as it is
+            is_config = isinstance(given, config_class)
+            setattr(self, key, copy.deepcopy(given) if is_config else config_class(**(given or {})))
         if self.projection_dim is None:
             self.projection_dim = self.text_config.output_size
         for key in self.sub_configs:
             if getattr(self, key).output_size != self.projection_dim:
                 getattr(self, key).projection_dim = self.projection_dim
         super().__post_init__(**kwargs)
-
-
-__all__ = ["LoTLIPConfig", "LoTLIPTextConfig", "LoTLIPVisionConfig"]

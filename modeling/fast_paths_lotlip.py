@@ -1,6 +1,6 @@
 """What saves time and changes no result: texts in one row without padding, a last layer for pooled tokens alone."""
 
-from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -8,10 +8,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.bert.modeling_bert import BertLayer
-from transformers.models.roberta.modeling_roberta import RobertaLayer
-from transformers.models.vit.modeling_vit import ViTLayer
-from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
 
 
 def to_row(states: Tensor, row_index: Tensor) -> Tensor:
@@ -36,30 +32,25 @@ def find_row_index(kept: Tensor, attention: str) -> Tensor | None:
 
 
 def run_texts(
-    backbone: PreTrainedModel, inputs: dict[str, Tensor], kept: Tensor, make_mask: Callable[..., Any], **options: Any
+    backbone: PreTrainedModel, inputs: dict[str, Tensor], mask: Any, row_index: Tensor | None, **options: Any
 ) -> Any:
-    """
-    The outputs of a backbone for `inputs`, [N, length, ...] each, of which `kept` [N, length] are no padding; computed
-    in one row if its attention implementation is made for that. `make_mask` gets the row index, or `None`.
-    """
-    row_index = find_row_index(kept, backbone.config._attn_implementation)
-    mask = make_mask(row_index)
+    """The outputs of a backbone for `inputs` [N, length, ...], computed in one row if there is a row index."""
     if row_index is None:
         return backbone(attention_mask=mask, **inputs, **options)
+    size = inputs["inputs_embeds"].shape[:2]
     inputs = {name: to_row(value, row_index) for name, value in inputs.items()}
     outputs = backbone(attention_mask=mask, row_index=row_index, **inputs, **options)
     if "pooled_tokens" not in options:
-        outputs.last_hidden_state = from_row(outputs.last_hidden_state, row_index, *kept.shape)
+        outputs.last_hidden_state = from_row(outputs.last_hidden_state, row_index, *size)
     if outputs.hidden_states is not None:
-        outputs.hidden_states = tuple(from_row(states, row_index, *kept.shape) for states in outputs.hidden_states)
+        outputs.hidden_states = tuple(from_row(states, row_index, *size) for states in outputs.hidden_states)
     return outputs
 
 
 def unpadded_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The attention implementation `unpadded`: `sdpa`, for which texts in a row, [1, heads, total, head_dim] with a
-    `row_index` [total] and a mask [N, 1, length, length], are laid out with their padding."""
+    """`sdpa` that lays texts in a row, [1, heads, total, head_dim], out with padding for [N, 1, length, length]."""
     row_index = kwargs.pop("row_index", None)
     if row_index is None or attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -76,8 +67,30 @@ AttentionInterface.register("unpadded", unpadded_attention)
 AttentionMaskInterface.register("unpadded", sdpa_mask)
 
 
-class PooledLayer(nn.Module):
-    """A stock layer, second among the bases, that also takes `pooled_tokens` [N, Q] and computes these alone."""
+class Extension(nn.Module):
+    """What [`extend`] puts before the class of a stock module."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new, type(self).__bases__, self.__dict__  # as the class is not found by its name
+
+
+def extend(backbone: PreTrainedModel, module: nn.Module, extension: type[Extension]) -> None:
+    """Gives a module of the backbone the methods of an extension before those of its class."""
+    module.__class__ = _extended(extension, type(module))
+    backbone._no_split_modules = {*(backbone._no_split_modules or ()), type(module).__name__}
+
+
+@cache
+def _extended(extension: type, stock: type) -> type:
+    return type(f"LoTLIP{stock.__name__}", (extension, stock), {})
+
+
+def _new(extension: type, stock: type) -> nn.Module:
+    return object.__new__(_extended(extension, stock))
+
+
+class PooledLayer(Extension):
+    """A layer, as BERT's, that also takes `pooled_tokens` [N, Q] and computes these alone."""
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
@@ -93,15 +106,15 @@ class PooledLayer(nn.Module):
         return self.pooled(hidden_states, attention_mask, tokens)
 
     def pooled(self, hidden_states: Tensor, mask: Tensor | None, tokens: Tensor) -> Tensor:
-        """[N, L, hidden_size], [N, 1, Q, L] and [N, Q] -> [N, Q, hidden_size]; of BERT's layers"""
+        """[N, L, hidden_size], [N, 1, Q, L] and [N, Q] -> [N, Q, hidden_size]"""
         attention, states = self.attention.self, take(hidden_states, tokens)
         query, key, value = attention.query(states), attention.key(hidden_states), attention.value(hidden_states)
         context = _attend(attention, query, key, value, mask, attention.dropout.p)
         return self.feed_forward_chunk(self.attention.output(context, states))
 
 
-class PooledViTLayer(PooledLayer, ViTLayer):
-    """`ViTLayer`, see [`PooledLayer`]."""
+class PooledViTLayer(PooledLayer):
+    """A layer as ViT's, see [`PooledLayer`]."""
 
     def pooled(self, hidden_states: Tensor, mask: Tensor | None, tokens: Tensor) -> Tensor:
         attention, normed = self.attention, self.layernorm_before(hidden_states)
@@ -110,20 +123,6 @@ class PooledViTLayer(PooledLayer, ViTLayer):
         context = _attend(attention, query, key, value, mask, attention.attention_dropout)
         states = self.dropout(attention.o_proj(context)) + take(hidden_states, tokens)
         return self.dropout(self.mlp(self.layernorm_after(states))) + states
-
-
-PooledBertLayer = type("PooledBertLayer", (PooledLayer, BertLayer), {})
-PooledRobertaLayer = type("PooledRobertaLayer", (PooledLayer, RobertaLayer), {})
-PooledXLMRobertaLayer = type("PooledXLMRobertaLayer", (PooledLayer, XLMRobertaLayer), {})
-POOLED_LAYERS = (PooledBertLayer, PooledRobertaLayer, PooledXLMRobertaLayer, PooledViTLayer)
-
-
-def extend(backbone: PreTrainedModel, module: nn.Module | None, classes: tuple[type, ...]) -> None:
-    """Makes a module of the backbone one of the class whose second base is its own."""
-    for extended in classes:
-        if type(module) is extended.__bases__[1]:
-            module.__class__ = extended
-            backbone._no_split_modules = {*(backbone._no_split_modules or ()), extended.__name__}
 
 
 def take(states: Tensor, tokens: Tensor) -> Tensor:

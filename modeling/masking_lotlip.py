@@ -1,7 +1,9 @@
-"""Who sees a corner token: itself alone. Whom a corner token sees: itself and the words."""
+"""
+The rule of the LoTLIP paper's corner tokens: text tokens see every text token and no corner token; a corner token sees
+itself and every word, but no other corner token and not the pooled token.
+"""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,29 +12,14 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import and_masks, packed_sequence_mask_function, padding_mask_function
 from transformers.utils.generic import is_flash_attention_requested
 
+from .backbones_lotlip import TextBackbone
 from .fast_paths_lotlip import to_row
-
-if TYPE_CHECKING:
-    from .backbones_lotlip import TextBackbone
 
 CORNER, POOLED, WORD = 0, 1, 2
 
 
-def corner_mask_function(kinds: Tensor) -> Callable[..., Tensor]:
-    """
-    The rule of the LoTLIP paper's corner tokens, for `kinds` [N, length]: text tokens (`WORD` and `POOLED`) see every
-    text token and no corner; a `CORNER` sees itself and every word, but no other corner and not the pooled token.
-    """
-
-    def allowed(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        lowest_seen = torch.where(kinds[batch_idx, q_idx] == CORNER, WORD, POOLED)
-        return (kinds[batch_idx, kv_idx] >= lowest_seen) | (q_idx == kv_idx)
-
-    return allowed
-
-
 def create_corner_mask(
-    family: "TextBackbone",
+    family: TextBackbone,
     config: PreTrainedConfig,
     inputs_embeds: Tensor,
     is_text: Tensor,
@@ -40,21 +27,15 @@ def create_corner_mask(
     row_index: Tensor | None = None,
 ) -> Any:
     """
-    The mask in the form that the backbone's attention implementation takes: [N, 1, L + m, L + m]; for `flex_attention`
-    over a row [1, 1, total, total]; or a dictionary of such masks by the type of the layers.
-
-    Args:
-        family: Family of the backbone.
-        config: Configuration of the backbone.
-        inputs_embeds: [N, L + m, hidden_size], texts and behind them m corner tokens; the values do not matter.
-        is_text: [N, L], 0 for padding.
-        pooled_index: [N], index of the pooled token.
-        row_index: [total], the tokens that are no padding, if the backbone gets these alone, in one row.
+    The mask of `inputs_embeds` [N, L + m, hidden_size], texts and behind them m corner tokens, in the form that the
+    backbone's attention implementation takes: [N, 1, L + m, L + m]; for `flex_attention` over a row, that of the
+    tokens `row_index` [total], [1, 1, total, total]; or a dictionary of such masks by the type of the layers.
+    `is_text` [N, L] is 0 for padding, and `pooled_index` [N] that of the pooled token.
     """
     if is_flash_attention_requested(config):
         raise ValueError(
-            "Flash attention cannot apply the corner tokens' mask. Load the model with attn_implementation='sdpa' or "
-            "'flex_attention' for training, or pass output_corner_embeds=False to leave the corner tokens out."
+            "Flash attention cannot mask corner tokens: load the model with attn_implementation='sdpa' or "
+            "'flex_attention', or pass output_corner_embeds=False."
         )
     corners = (0, inputs_embeds.shape[1] - is_text.shape[1])
     index, pooled = torch.arange(is_text.shape[1], device=is_text.device), pooled_index.unsqueeze(-1)
@@ -68,7 +49,11 @@ def create_corner_mask(
     else:
         seen = padding_mask_function(pad(is_text.bool(), corners, value=True))
 
+    def rule(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        lowest_seen = torch.where(kinds[batch_idx, q_idx] == CORNER, WORD, POOLED)
+        return (kinds[batch_idx, kv_idx] >= lowest_seen) | (q_idx == kv_idx)
+
     def is_corner(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return kinds[batch_idx, q_idx] == CORNER
 
-    return family.create_masks(config, inputs_embeds, and_masks(seen, corner_mask_function(kinds)), is_corner)
+    return family.create_masks(config, inputs_embeds, and_masks(seen, rule), is_corner)

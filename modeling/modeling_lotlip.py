@@ -1,6 +1,5 @@
 """PyTorch LoTLIP: two stock transformers backbones, and corner tokens, pooling, projections and loss."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,20 +17,19 @@ from transformers.utils.generic import can_return_tuple
 
 from .backbones_lotlip import POOLINGS, is_eager_on_cpu, one_token, pair
 from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
-from .fast_paths_lotlip import PooledLayer, run_texts
+from .fast_paths_lotlip import PooledLayer, find_row_index, run_texts
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
 from .masking_lotlip import create_corner_mask
 
 # Shapes: B is the batch size, I the number of images, T that of texts an image (if the ids have it), N = B T, L the
-# length, m the number of corner tokens, P that of patches.
+# length, m the number of corner tokens, P that of patches, D the width of the shared space.
 
 
 @dataclass
 class BaseModelOutputWithPoolingAndCorners(BaseModelOutputWithPooling):
     """
-    Output of a text tower: `last_hidden_state` [B, (T,) L, hidden_size], `pooler_output` [B, (T,) hidden_size],
-    `hidden_states` and `attentions` [B, (T,) heads, L, L], lined up with `input_ids`, without corner tokens; and the
-    pooled states of the corner tokens if they are computed, `corner_embeds` [B, (T,) m, hidden_size].
+    Output of a text tower, lined up with `input_ids` [B, (T,) L] and without corner tokens; and, if they are computed,
+    the corner tokens' pooled states `corner_embeds` [B, (T,) m, hidden_size].
     """
 
     corner_embeds: Tensor | None = None
@@ -47,11 +45,10 @@ class LoTLIPTextModelOutput(CLIPTextModelOutput):
 @dataclass
 class LoTLIPOutput(CLIPOutput):
     """
-    Output of [`LoTLIPModel`]: CLIP's fields in CLIP's order (`logits_per_image` [I, B] or [I, B, T], `logits_per_text`
-    [B, I] or [B, T, I], `text_embeds` [B, (T,) projection_dim] and `image_embeds` [I, projection_dim] normalised,
-    `text_model_output` of `input_ids`), then the corner tokens' normalised `corner_embeds` [B, (T,) m, projection_dim]
-    if they are computed (with `long_input_ids` [B, T - 1, m, projection_dim], of the long texts alone), and the short
-    and the long texts' shares of the loss.
+    CLIP's output (`logits_per_image` [I, B (, T)], `logits_per_text` [B, (T,) I], `text_embeds` [B, (T,) D] and
+    `image_embeds` [I, D] normalised, `text_model_output` of `input_ids`); then the corner tokens' normalised
+    `corner_embeds` [B, (T,) m, D] if they are computed (with `long_input_ids` of the long texts alone, [B, T - 1, m,
+    D]), and the short and the long texts' shares of the loss.
     """
 
     corner_embeds: Tensor | None = None
@@ -71,21 +68,18 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
     _embedding_module = "text_model"  # which holds the input embeddings
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
-    ) -> "LoTLIPPreTrainedModel":
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "LoTLIPPreTrainedModel":
         """
         As [`~transformers.PreTrainedModel.from_pretrained`], but `use_safetensors` defaults to `True`: pickled weights
         (`.bin`, `.pt`) can run code. Pass `use_safetensors=False` to load those of a source that you trust.
         """
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        return super().from_pretrained(*args, **kwargs)
 
     def post_init(self) -> None:
         super().post_init()
-        # transformers adds what the submodules ignore, without their prefix: the image tower's "^text_model" would
-        # hide tensors of a whole model's text tower that have no place in it.
+        # transformers adds those of submodules without a prefix: the image tower's would hide a whole model's tensors
         self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
 
     def get_input_embeddings(self) -> nn.Module:
@@ -103,23 +97,16 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
             init.constant_(module.logit_scale, module.config.logit_scale_init_value)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """
-        As `torch.nn.Module.load_state_dict`, and takes the names of `save_pretrained` as well: it writes a ViT's under
-        older names than the module has, and `Trainer` resumes from its file by this function.
-        """
+        """Takes the names of `save_pretrained`, older ones for a ViT, as well: `Trainer` resumes from its file so."""
         names = list(self.state_dict())
         saved = revert_weight_conversion(self, {name: torch.tensor(index) for index, name in enumerate(names)})
-        own = {name: names[int(index)] for name, index in saved.items()}
-        own.update({name: name for name in names})
+        own = {name: names[int(index)] for name, index in saved.items()} | {name: name for name in names}
         renamed = {own.get(name, name): tensor for name, tensor in state_dict.items()}
         return super().load_state_dict(renamed, strict=strict, assign=assign)
 
 
 class _LoTLIPTower(LoTLIPPreTrainedModel):
-    """
-    What both towers share. A backbone's modules are found under its own names too, such as
-    `vision_model.encoder.layers` over CLIP; in `named_modules` and in files they are the backbone's all the same.
-    """
+    """What both towers share. A backbone's modules are found as the tower's too: `vision_model.encoder` over CLIP."""
 
     _embedding_module = "backbone"
 
@@ -148,9 +135,9 @@ class LoTLIPTextModel(_LoTLIPTower):
     """
     LoTLIP's text tower, without projection: a stock encoder and m learnable corner tokens.
 
-    The corner tokens stand between [CLS] and the words as far as positions go, and behind the text in memory; no text
-    token sees them. They are therefore left out unless they are needed, and every other output stays the same. Over
-    CLIP's causal text tower they have no positions, [EOT] has the role of [CLS], and all else is `CLIPTextModel`'s.
+    By position, the corner tokens stand between [CLS] and the words; in memory, behind the text. No text token sees
+    them, so they are left out unless they are needed. Over CLIP's causal text tower they have no positions, [EOT] has
+    the role of [CLS], and all else is `CLIPTextModel`'s.
     """
 
     config: LoTLIPTextConfig
@@ -180,27 +167,22 @@ class LoTLIPTextModel(_LoTLIPTower):
     ) -> BaseModelOutputWithPoolingAndCorners:
         r"""
         Args:
-            input_ids: [B, L] or [B, T, L], plain [CLS] words [SEP] without corner tokens, padded on either side.
-            attention_mask: shape of `input_ids`, 1 for text and 0 for padding. By default what is not `pad_token_id`;
-                over CLIP, which pads with its [EOT] and sees nothing behind it, everything.
-            position_ids: [L] or shape of `input_ids`, positions in the text, 0 for [CLS]; those of the corner tokens
-                and the backbone's own offset are added here. By default counted along `attention_mask`.
-            inputs_embeds: [B, L, hidden_size] or [B, T, L, hidden_size], word embeddings in place of `input_ids`.
+            input_ids: [B, (T,) L], plain [CLS] words [SEP] without corner tokens, padded on either side.
+            attention_mask: shape of `input_ids`, 1 for text. By default what is not `pad_token_id`; everything over
+                CLIP, which pads with its [EOT] and sees nothing behind it.
+            position_ids: [L] or shape of `input_ids`, 0 for [CLS], without the offsets of the corner tokens and of the
+                backbone. By default counted along `attention_mask`.
+            inputs_embeds: [B, (T,) L, hidden_size], word embeddings in place of `input_ids`.
             token_type_ids: shape of `input_ids`; by default zeros.
-            output_corner_embeds: Whether to compute the corner tokens. By default in training mode only.
+            output_corner_embeds: Whether to compute the corner tokens (not with flash attention). By default in
+                training mode only.
             pooled_only: Whether only the pooled states are needed: `last_hidden_state` is `None` if that saves time
                 (BERT and RoBERTa, not pooled by the mean, with `sdpa` or `unpadded`).
-
-        Raises:
-            ValueError: on ids beyond the vocabulary and texts longer than the positions (if looking is cheap), on
-                other shapes, and on corner tokens under flash attention, which cannot mask them.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         family, config = self.config.family, self.config.backbone_config
+        shape = _text_shape(input_ids, inputs_embeds)
         words = self._embed_words(input_ids) if inputs_embeds is None else inputs_embeds
-        # texts are [N, L] from here on, with the corner tokens behind them [N, L + m]
-        shape, words = words.shape[:-1], words.reshape(-1, *words.shape[-2:])
+        words = words.flatten(0, -3)  # texts are [N, L] from here on, with the corner tokens behind them [N, L + m]
         input_ids, attention_mask, token_type_ids = _flatten(
             shape, input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
         )
@@ -208,19 +190,16 @@ class LoTLIPTextModel(_LoTLIPTower):
             attention_mask = family.text_mask(config, input_ids)
         is_text = words.new_ones(words.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask
         pooled_index = family.pooled_index(config, is_text, input_ids)
-        output_corner_embeds = self.training if output_corner_embeds is None else output_corner_embeds
-        corners = self.corner_embeds if output_corner_embeds and self.corner_embeds is not None else words[0, :0]
         position_ids = self._position_ids(position_ids, is_text)
+
+        if output_corner_embeds is None:
+            output_corner_embeds = self.training
+        corners = self.corner_embeds if output_corner_embeds and self.corner_embeds is not None else words[0, :0]
         inputs = family.embed(self.backbone, words, position_ids, self.config.num_corner_tokens, corners)
         if token_type_ids is not None and family.has_segments:
             inputs["token_type_ids"] = nn.functional.pad(token_type_ids, (0, len(corners)))
         elif token_type_ids is not None and is_eager_on_cpu(token_type_ids) and token_type_ids.any():
             raise ValueError("`token_type_ids` must be 0 or left out: this text encoder has no segments.")
-
-        def make_mask(row_index: Tensor | None) -> Any:
-            if row_index is None and not len(corners):
-                return attention_mask
-            return create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row_index)
 
         options, is_computed = self._options(kwargs), nn.functional.pad(is_text.bool(), (0, len(corners)), value=True)
         pooled_only = pooled_only and self._pools_alone(options)
@@ -228,15 +207,17 @@ class LoTLIPTextModel(_LoTLIPTower):
             corner_index = torch.arange(shape[-1], is_computed.shape[1], device=words.device)
             tokens = [pooled_index.unsqueeze(1), corner_index.expand(words.shape[0], -1)]
             options["pooled_tokens"] = torch.cat(tokens, dim=1)
-        outputs = run_texts(self.backbone, inputs, is_computed, make_mask, **options)
+        row_index = find_row_index(is_computed, self.backbone.config._attn_implementation)
+        mask = attention_mask
+        if len(corners) or row_index is not None:
+            mask = create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row_index)
+        outputs = run_texts(self.backbone, inputs, mask, row_index, **options)
 
-        states = outputs.last_hidden_state
-        if pooled_only:
-            pooled_states = self._pool_each(states)  # [N, 1 + m, hidden_size]
-            pooled, corner_embeds = pooled_states[:, 0], pooled_states[:, 1:]
-        else:
-            pooled = self._pool(states[:, : shape[-1]], is_text, pooled_index)
-            corner_embeds = self._pool_each(states[:, shape[-1] :])
+        states = outputs.last_hidden_state  # [N, L + m, hidden_size], or [N, 1 + m, hidden_size] of pooled tokens
+        length, pooled_index = (1, None) if pooled_only else (shape[-1], pooled_index)
+        pooled, corner_states = self._pool(states[:, :length], is_text, pooled_index), states[:, length:]
+        corner_embeds = self._pool(corner_states.flatten(0, 1).unsqueeze(1))  # each as a text of its own
+        corner_embeds = corner_embeds.unflatten(0, corner_states.shape[:2])
         return BaseModelOutputWithPoolingAndCorners(
             last_hidden_state=None if pooled_only else _line_up(states, shape, 1),
             pooler_output=_line_up(pooled, shape),
@@ -249,10 +230,7 @@ class LoTLIPTextModel(_LoTLIPTower):
         """[..., L] -> [..., L, hidden_size]"""
         size = self.config.vocab_size
         if is_eager_on_cpu(input_ids) and not ((input_ids >= 0) & (input_ids < size)).all():
-            raise ValueError(
-                f"`input_ids` must lie in [0, {size}), the model's vocabulary; got ids from {input_ids.min()} to "
-                f"{input_ids.max()}. Was the text tokenised with another model's tokenizer?"
-            )
+            raise ValueError(f"`input_ids` must lie in [0, {size}), as those of the model's tokenizer do.")
         return self.get_input_embeddings()(input_ids)
 
     def _position_ids(self, position_ids: Tensor | None, is_text: Tensor) -> Tensor:
@@ -263,20 +241,14 @@ class LoTLIPTextModel(_LoTLIPTower):
             position_ids = self.config.family.count_positions(self.config.backbone_config, is_text)
         position_ids = position_ids.reshape(-1, length).expand(is_text.shape[0], -1)
         if may_exceed and is_eager_on_cpu(position_ids) and position_ids.max() >= limit:
-            raise ValueError(
-                f"The longest text has {int(position_ids.max()) + 1} tokens; this model takes {limit}, the first and "
-                "last token included. Tokenise with truncation=True."
-            )
+            longest = int(position_ids.max()) + 1
+            raise ValueError(f"A text has {longest} tokens, the model takes {limit}: tokenise with truncation=True.")
         return position_ids
 
     def _pool(self, states: Tensor, is_text: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """[N, L, hidden_size] -> [N, hidden_size]"""
         pooled = POOLINGS[self.config.pooling](states, is_text, index)
         return self.backbone.pooler(pooled.unsqueeze(1)) if self.config.pooling == "pooler" else pooled
-
-    def _pool_each(self, states: Tensor) -> Tensor:
-        """[N, Q, hidden_size] -> [N, Q, hidden_size], each token as a text by itself"""
-        return self._pool(states.flatten(0, 1).unsqueeze(1)).unflatten(0, states.shape[:2])
 
 
 class LoTLIPVisionModel(_LoTLIPTower):
@@ -305,29 +277,20 @@ class LoTLIPVisionModel(_LoTLIPTower):
         r"""
         Args:
             pixel_values: [B, channels, height, width], normalised by the image processor.
-            interpolate_pos_encoding: Whether to interpolate the position encodings for images of another size than the
-                model's (DINOv2 always does).
-            pooled_only: Whether only the pooled states are needed: `last_hidden_state` is `None` if that saves time
-                (ViT, not pooled by the mean, with `sdpa`).
-            kept_patches: [B, K], indices in [0, P) of the patches that the tower computes; by default all. They have
-                their positions in the whole image. Prefix tokens, such as a class token, always stay.
-
-        Raises:
-            ValueError: on images of another size or type, and on indices beyond the patches (if looking is cheap).
+            interpolate_pos_encoding: Whether to take images of another size than the model's (DINOv2 always does).
+            pooled_only: As for the text tower (ViT, not pooled by the mean, with `sdpa`).
+            kept_patches: [B, K], indices in [0, P) of the patches that the tower computes, with their positions in the
+                whole image; by default all. Prefix tokens, such as a class token, always stay.
         """
         if pixel_values is None or pixel_values.dim() != 4 or not pixel_values.is_floating_point():
             got = None if pixel_values is None else (list(pixel_values.shape), pixel_values.dtype)
-            raise ValueError(
-                f"`pixel_values` must be float point [batch, channels, height, width], not {got}: use the processor."
-            )
-        family, size, embedding_options = self.config.family, pair(self.config.image_size), {}
+            raise ValueError(f"`pixel_values` must be floats [B, channels, height, width], not {got}.")
+        family, embedding_options = self.config.family, {}
         if family.takes_interpolation:
             embedding_options["interpolate_pos_encoding"] = interpolate_pos_encoding
-            if not interpolate_pos_encoding and pixel_values.shape[-2:] != size:
-                raise ValueError(
-                    f"`pixel_values` are {list(pixel_values.shape[-2:])}, the model is for {list(size)}: resize the "
-                    "images with the processor, or pass interpolate_pos_encoding=True."
-                )
+            size, expected = list(pixel_values.shape[-2:]), list(pair(self.config.image_size))
+            if not interpolate_pos_encoding and size != expected:
+                raise ValueError(f"`pixel_values` are {size}, not {expected}: pass interpolate_pos_encoding=True.")
         options = self._options(kwargs)
         pooled_only = pooled_only and self._pools_alone(options)
         if pooled_only:
@@ -366,16 +329,9 @@ class LoTLIPTextModelWithProjection(LoTLIPPreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> LoTLIPTextModelOutput:
-        r"""Arguments and errors are those of [`LoTLIPTextModel`]; `text_embeds` are not normalised."""
-        outputs = self.text_model(input_ids, attention_mask, **{**kwargs, "return_dict": True})
-        corner_embeds = outputs.corner_embeds
-        return LoTLIPTextModelOutput(
-            text_embeds=self.text_projection(outputs.pooler_output),
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            corner_embeds=None if corner_embeds is None else self.text_projection(corner_embeds),
-        )
+        r"""Arguments are those of [`LoTLIPTextModel`]; `text_embeds` are not normalised."""
+        outputs = dict(_project(self.text_model, self.text_projection, input_ids, attention_mask, **kwargs))
+        return LoTLIPTextModelOutput(text_embeds=outputs.pop("pooler_output"), **outputs)
 
 
 class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
@@ -395,17 +351,10 @@ class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(
-        self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool = False, **kwargs: Any
-    ) -> CLIPVisionModelOutput:
-        r"""Arguments and errors are those of [`LoTLIPVisionModel`]; `image_embeds` are not normalised."""
-        outputs = self.vision_model(pixel_values, interpolate_pos_encoding, **{**kwargs, "return_dict": True})
-        return CLIPVisionModelOutput(
-            image_embeds=self.visual_projection(outputs.pooler_output),
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    def forward(self, pixel_values: Tensor | None = None, *args: Any, **kwargs: Any) -> CLIPVisionModelOutput:
+        r"""Arguments are those of [`LoTLIPVisionModel`]; `image_embeds` are not normalised."""
+        outputs = dict(_project(self.vision_model, self.visual_projection, pixel_values, *args, **kwargs))
+        return CLIPVisionModelOutput(image_embeds=outputs.pop("pooler_output"), **outputs)
 
 
 class LoTLIPModel(LoTLIPPreTrainedModel):
@@ -433,35 +382,16 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         output_corner_embeds: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCorners:
-        r"""
-        The text tower's output with `pooler_output` [B, (T,) projection_dim] and `corner_embeds` projected, not
-        normalised. Arguments and errors are those of [`LoTLIPTextModel`].
-        """
-        kwargs["return_dict"] = True
-        outputs = self.text_model(
-            input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, output_corner_embeds, **kwargs
-        )
-        outputs.pooler_output = self.text_projection(outputs.pooler_output)
-        if outputs.corner_embeds is not None:
-            outputs.corner_embeds = self.text_projection(outputs.corner_embeds)
-        return outputs
+        r"""The output of [`LoTLIPTextModel`], `pooler_output` and `corner_embeds` projected and not normalised."""
+        inputs = (input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, output_corner_embeds)
+        return _project(self.text_model, self.text_projection, *inputs, **kwargs)
 
     @can_return_tuple
     def get_image_features(
-        self,
-        pixel_values: Tensor,
-        interpolate_pos_encoding: bool = False,
-        kept_patches: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        r"""
-        The image tower's output with `pooler_output` [B, projection_dim] projected, not normalised. Arguments and
-        errors are those of [`LoTLIPVisionModel`].
-        """
-        kwargs.update(kept_patches=kept_patches, return_dict=True)
-        outputs = self.vision_model(pixel_values, interpolate_pos_encoding, **kwargs)
-        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
-        return outputs
+        r"""The output of [`LoTLIPVisionModel`], `pooler_output` projected and not normalised."""
+        return _project(self.vision_model, self.visual_projection, pixel_values, interpolate_pos_encoding, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -482,19 +412,18 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoTLIPOutput:
         r"""
-        Arguments and errors are those of [`LoTLIPTextModel`] and [`LoTLIPVisionModel`], and those below. Texts or
-        images alone, as transformers' pipelines for feature extraction give them, are answered with their embeddings.
+        Arguments are those of both towers, and those below. Texts or images alone, as transformers' pipelines for
+        feature extraction give them, are answered with their embeddings.
 
         Args:
             return_loss: Whether to return the loss; text i belongs to image i. For [B, T, L] and with `long_input_ids`
                 it is LoTLIP's (`loss_lotlip.lotlip_loss`), for [B, L] CLIP's.
             output_corner_embeds: Whether to compute the corner tokens. By default in training, and for LoTLIP's loss.
-            long_input_ids: [B, T - 1, L'], the long texts, where `input_ids` [B, L] are the short ones: each padded to
-                its own length, and the short texts, whose corner tokens the loss does not use, run without them. The
-                answers have T texts, the short one first, as for [B, T, L].
+            long_input_ids: [B, T - 1, L'], the long texts, with `input_ids` [B, L] the short ones, which run without
+                corner tokens. The answers have T texts, the short one first, as for [B, T, L].
             long_attention_mask: shape of `long_input_ids`; by default what is not `pad_token_id`.
-            pooled_only: Whether only the embeddings and the loss are needed: `logits_per_image` and `logits_per_text`
-                are `None`, and the towers' `last_hidden_state` may be.
+            pooled_only: Whether only the embeddings and the loss are needed: the logits are `None`, and the towers'
+                `last_hidden_state` may be.
 
         ```python
         >>> import lotlip_hf
@@ -505,30 +434,24 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         >>> inputs = processor(text=["a cat", "a dog"], images=Image.new("RGB", (640, 480)), return_tensors="pt")
         >>> probabilities = model(**inputs).logits_per_image.softmax(dim=1)
         ```"""
-        kwargs.update(return_dict=True, pooled_only=pooled_only)
+        kwargs.update(pooled_only=pooled_only, return_dict=True)
+        texts = (input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids)
+        long_texts = (long_input_ids, long_attention_mask)
+        has_texts = any(one is not None for one in texts + long_texts)
         vision_outputs = text_outputs = image_embeds = text_embeds = corner_embeds = logits_per_text = None
         loss = LoTLIPLoss(None, None, None)
+
         # images come first: their backward pass then comes last, and what waits for their gradients has time
         if pixel_values is not None or return_loss:
-            vision_outputs = self.get_image_features(pixel_values, interpolate_pos_encoding, kept_patches, **kwargs)
+            options = {"interpolate_pos_encoding": interpolate_pos_encoding, "kept_patches": kept_patches, **kwargs}
+            vision_outputs = self.get_image_features(pixel_values, **options)
             image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
-        has_long_texts, several = long_input_ids is not None, input_ids is not None and input_ids.dim() == 3
-        if image_embeds is None or return_loss or input_ids is not None or inputs_embeds is not None or has_long_texts:
+        if has_texts or return_loss or pixel_values is None:
             if output_corner_embeds is None:
-                several = has_long_texts or several or (inputs_embeds is not None and inputs_embeds.dim() == 4)
-                output_corner_embeds = self.training or bool(return_loss and several)
-            of_inputs = output_corner_embeds and not has_long_texts
-            text_outputs = self.get_text_features(
-                input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, of_inputs, **kwargs
-            )
-            text_embeds, corner_embeds = text_outputs.pooler_output, text_outputs.corner_embeds
-            if has_long_texts:
-                kwargs["output_corner_embeds"] = output_corner_embeds
-                long_outputs = self.get_text_features(long_input_ids, long_attention_mask, **kwargs)
-                text_embeds = torch.cat([text_embeds.unsqueeze(1), long_outputs.pooler_output], dim=1)
-                corner_embeds = long_outputs.corner_embeds
-            text_embeds = nn.functional.normalize(text_embeds, dim=-1)
-            corner_embeds = None if corner_embeds is None else nn.functional.normalize(corner_embeds, dim=-1)
+                has_long = long_input_ids is not None or len(_text_shape(input_ids, inputs_embeds)) == 3
+                output_corner_embeds = self.training or bool(return_loss and has_long)
+            answers = self._embed_texts(texts, long_texts, output_corner_embeds, **kwargs)
+            text_outputs, text_embeds, corner_embeds = answers
 
         if image_embeds is not None and text_embeds is not None:
             image_embeds = image_embeds.to(text_embeds.device)
@@ -536,14 +459,9 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             if not pooled_only:
                 logits_per_text = logit_scale * text_embeds @ image_embeds.t()  # [B, (T,) I]
             if return_loss:
-                texts = text_embeds if text_embeds.dim() == 3 else text_embeds.unsqueeze(1)
-                long_corners = corner_embeds if text_embeds.dim() == 3 else None
-                if long_corners is not None and not has_long_texts:
-                    long_corners = long_corners[:, 1:]
-                weights = (self.config.short_loss_weight, self.config.long_loss_weight)
-                loss = lotlip_loss(image_embeds, texts, long_corners, logit_scale, *weights)
+                loss = self._loss(image_embeds, text_embeds, corner_embeds, logit_scale)
         return LoTLIPOutput(
-            loss=loss.loss,
+            **loss._asdict(),
             logits_per_image=None if logits_per_text is None else logits_per_text.movedim(-1, 0),
             logits_per_text=logits_per_text,
             text_embeds=text_embeds,
@@ -551,9 +469,36 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             text_model_output=text_outputs,
             vision_model_output=vision_outputs,
             corner_embeds=corner_embeds,
-            loss_short=loss.loss_short,
-            loss_long=loss.loss_long,
         )
+
+    def _embed_texts(
+        self, texts: tuple, long_texts: tuple, output_corner_embeds: bool, **kwargs: Any
+    ) -> tuple[BaseModelOutputWithPoolingAndCorners, Tensor, Tensor | None]:
+        """The output for `texts`, and normalised: `text_embeds` of all, `corner_embeds` of the long ones if given."""
+        if all(one is None for one in long_texts):
+            outputs = self.get_text_features(*texts, output_corner_embeds, **kwargs)
+            text_embeds, corner_embeds = outputs.pooler_output, outputs.corner_embeds
+        else:
+            short, long = ([] if ids is None else list(ids.shape) for ids in (texts[0], long_texts[0]))
+            if len(short) != 2 or len(long) != 3 or short[0] != long[0]:
+                raise ValueError(f"`long_input_ids` {long} must be [B, T - 1, L'], `input_ids` {short} be [B, L].")
+            outputs = self.get_text_features(*texts, output_corner_embeds=False, **kwargs)
+            long_outputs = self.get_text_features(*long_texts, output_corner_embeds=output_corner_embeds, **kwargs)
+            text_embeds = torch.cat([outputs.pooler_output.unsqueeze(1), long_outputs.pooler_output], dim=1)
+            corner_embeds = long_outputs.corner_embeds
+        if corner_embeds is not None:
+            corner_embeds = nn.functional.normalize(corner_embeds, dim=-1)
+        return outputs, nn.functional.normalize(text_embeds, dim=-1), corner_embeds
+
+    def _loss(
+        self, image_embeds: Tensor, text_embeds: Tensor, corner_embeds: Tensor | None, logit_scale: Tensor
+    ) -> LoTLIPLoss:
+        if text_embeds.dim() == 2:
+            text_embeds, corner_embeds = text_embeds.unsqueeze(1), None
+        elif corner_embeds is not None:  # of T texts, or without the short one's
+            corner_embeds = corner_embeds[:, corner_embeds.shape[1] - text_embeds.shape[1] + 1 :]
+        weights = (self.config.short_loss_weight, self.config.long_loss_weight)
+        return lotlip_loss(image_embeds, text_embeds, corner_embeds, logit_scale, *weights)
 
 
 def _projection(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> nn.Module:
@@ -562,15 +507,30 @@ def _projection(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> nn.Module:
     return nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
 
+def _project(tower: nn.Module, projection: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A tower's output, with what is pooled in the shared space."""
+    outputs = tower(*args, **{**kwargs, "return_dict": True})
+    outputs.pooler_output = projection(outputs.pooler_output)
+    if outputs.get("corner_embeds") is not None:
+        outputs.corner_embeds = projection(outputs.corner_embeds)
+    return outputs
+
+
+def _text_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> torch.Size:
+    """[B, (T,) L]"""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+    shape = inputs_embeds.shape[:-1] if input_ids is None else input_ids.shape
+    if len(shape) not in (2, 3):
+        raise ValueError(f"`input_ids` or `inputs_embeds` must be texts [B, L] or [B, T, L]; got {list(shape)}.")
+    return shape
+
+
 def _flatten(shape: torch.Size, **arguments: Tensor | None) -> list[Tensor | None]:
     """Each [B, (T,) L] -> [N, L]"""
     for name, value in arguments.items():
-        if len(shape) not in (2, 3) or (value is not None and value.shape != shape):
-            got = shape if value is None else value.shape
-            raise ValueError(
-                f"`{name}` is of shape {list(got)}, `input_ids` or `inputs_embeds` of {list(shape)}: both must be "
-                "[batch, length] or [batch, texts, length]."
-            )
+        if value is not None and value.shape != shape:
+            raise ValueError(f"`{name}` is of shape {list(value.shape)}, the texts are of {list(shape)}.")
     return [None if value is None else value.reshape(-1, shape[-1]) for value in arguments.values()]
 
 
@@ -582,16 +542,3 @@ def _line_up(states: Any, shape: torch.Size, *length_dims: int) -> Any:
         if states.shape[dim] != shape[-1]:
             states = states.narrow(dim, 0, shape[-1])
     return states.unflatten(0, shape[:-1]) if len(shape) == 3 else states
-
-
-__all__ = [
-    "BaseModelOutputWithPoolingAndCorners",
-    "LoTLIPModel",
-    "LoTLIPOutput",
-    "LoTLIPPreTrainedModel",
-    "LoTLIPTextModel",
-    "LoTLIPTextModelOutput",
-    "LoTLIPTextModelWithProjection",
-    "LoTLIPVisionModel",
-    "LoTLIPVisionModelWithProjection",
-]

@@ -17,7 +17,8 @@ TEXT_DEFAULTS: TextKwargs = {"padding": True, "truncation": True}
 
 
 class LoTLIPProcessorKwargs(ProcessingKwargs, total=False):
-    # For transformers 5.17; later versions read `LoTLIPProcessor.text_kwargs`.
+    """Defaults for transformers 5.17; later versions read `LoTLIPProcessor.text_kwargs`."""
+
     _defaults = {"text_kwargs": TEXT_DEFAULTS}  # pyright: ignore[reportGeneralTypeIssues]
 
 
@@ -25,24 +26,18 @@ class LoTLIPProcessor(ProcessorMixin):
     """
     A LoTLIP tokenizer and a stock CLIP image processor as one, used like `CLIPProcessor`.
 
-    `text` is a string, a list of strings, or one list of strings for each image (`[[short, long, ...], ...]`, the same
-    number for each), which gives `input_ids` and `attention_mask` of shape [B, T, L]. Texts are padded to the longest
-    and cut at `tokenizer.model_max_length`; `padding`, `truncation` and `max_length` in a call win, for that call.
-
-    `images` is what any image processor of transformers takes. The EXIF orientation of a path or URL is applied, that
-    of a PIL image is not. Transparency is dropped, as by `Image.convert("RGB")` and in the official code; where
-    `lotlip_hf` itself reads image files, it shows the `background`.
+    Texts are padded to the longest and cut at `tokenizer.model_max_length`; `padding`, `truncation` and `max_length`
+    in a call win, for that call. The EXIF orientation of a path or URL is applied, that of a PIL image is not.
+    Transparency is dropped, as by `Image.convert("RGB")` and in the official code; where `lotlip_hf` itself reads
+    image files, it shows the `background`.
 
     Args:
         image_processor (`CLIPImageProcessor` or `CLIPImageProcessorPil`):
             The image processor, with either backend; see `lotlip_hf.images.official_image_processor`.
-        tokenizer (`LoTLIPTokenizer` or `CLIPTokenizer`):
-            The tokenizer; CLIP's own for a model over CLIP's text tower.
+        tokenizer (`LoTLIPTokenizer` or `CLIPTokenizer`): The tokenizer; CLIP's own over CLIP's text tower.
         background (`str` or `list[int]`, *optional*, defaults to `"white"`):
-            What `lotlip_hf` lays under transparent pictures in files, for training, search and evaluation alike: a
-            colour as PIL takes it. `None` drops transparency there too.
-
-    Example:
+            Colour, as PIL takes it, that `lotlip_hf` lays under transparent pictures in files, for training, search
+            and evaluation alike. `None` drops transparency there too.
 
     ```python
     >>> processor = LoTLIPProcessor(official_image_processor(), tokenizer)
@@ -62,27 +57,18 @@ class LoTLIPProcessor(ProcessorMixin):
         self.auto_map = {"AutoProcessor": "processing_lotlip.LoTLIPProcessor"}
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
-    ) -> "LoTLIPProcessor":
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "LoTLIPProcessor":
         """
         As [`~transformers.ProcessorMixin.from_pretrained`], without a question on the terminal: a tokenizer's or an
         image processor's own code does not run unless `trust_remote_code=True`.
-
-        Raises:
-            OSError: if there is no such checkpoint, or a file is missing or came damaged.
         """
-        kwargs.setdefault("trust_remote_code", False)
-        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        loaded = processor[0] if isinstance(processor, tuple) else processor  # with `return_unused_kwargs`
+        processor = super().from_pretrained(*args, **{"trust_remote_code": False, **kwargs})
+        # with `return_unused_kwargs` there are two
+        tokenizer = (processor[0] if isinstance(processor, tuple) else processor).tokenizer
         # transformers takes a file that the Hub did not give for one that is not there
-        missing = None
-        if loaded.tokenizer.pad_token is None:
-            missing = "its tokenizer has no padding token; its tokenizer_config.json"
-        elif len(loaded.tokenizer) <= len(loaded.tokenizer.all_special_tokens):
-            missing = "its tokenizer has no words; its tokenizer.json"
-        if missing is not None:
-            raise OSError(f"{pretrained_model_name_or_path}: {missing} is missing, or the Hub did not give it.")
+        if tokenizer.pad_token is None or len(tokenizer) <= len(tokenizer.all_special_tokens):
+            missing = "tokenizer_config.json" if tokenizer.pad_token is None else "tokenizer.json"
+            raise OSError(f"{tokenizer.name_or_path}: {missing} is missing or incomplete, or the Hub did not give it.")
         return processor
 
     def save_pretrained(
@@ -104,19 +90,13 @@ class LoTLIPProcessor(ProcessorMixin):
         **kwargs: Unpack[LoTLIPProcessorKwargs],
     ) -> BatchFeature:
         """
-        Prepares texts, images, or both.
+        Prepares texts, images, or both, with arguments of the tokenizer and of the image processor.
 
         Args:
-            images (`ImageInput`, *optional*): an image or a list of B images.
-            text (`str`, `list[str]` or `list[list[str]]`, *optional*): texts, or for each of B images a list of T.
-            kwargs: arguments of the tokenizer and of the image processor, as for every processor of transformers.
-
-        Returns:
-            [`BatchFeature`]: `input_ids` and `attention_mask` ([N, L] for N texts, [B, T, L] for nested ones; one text
-            gives [L], with `return_tensors` [1, L]) and `pixel_values` [B, 3, H, W], each where its input was given.
-
-        Raises:
-            ValueError: if neither texts nor images were given, or the lists of texts differ in length.
+            images (`ImageInput`, *optional*): one or B images; gives `pixel_values` [B, 3, H, W].
+            text (`str`, `list[str]` or `list[list[str]]`, *optional*):
+                One or N texts, or for each of B images a list of T (`[[short, long, ...], ...]`); gives `input_ids`
+                and `attention_mask` [N, L] or [B, T, L].
         """
         if images is not None:
             images = _opaque(self.image_processor.fetch_images(images))
@@ -136,28 +116,19 @@ class LoTLIPProcessor(ProcessorMixin):
         if "overflow_to_sample_mapping" in encoding:
             raise ValueError("Lists of texts do not go with `return_overflowing_tokens`: their number would differ.")
         for name in encoding.keys() - set(self.image_processor.model_input_names):
-            encoding[name] = _in_rows(encoding[name], len(rows[0]))
+            values, columns = encoding[name], len(rows[0])
+            if isinstance(values, list):
+                encoding[name] = [values[start : start + columns] for start in range(0, len(values), columns)]
+            else:
+                encoding[name] = values.reshape(-1, columns, *values.shape[1:])
         return encoding
 
 
 def _opaque(images: Any) -> Any:
-    """
-    The pictures with the colours that lie under what is transparent, as in the official code. Newer versions of
-    transformers lay a PIL image with an alpha channel, or with one colour declared transparent, on white.
-    """
+    """Without transparency, as in the official code; newer versions of transformers lay it on white."""
     if isinstance(images, (list, tuple)):
         return [_opaque(image) for image in images]
     if is_pil_image(images) and ("A" in images.getbands() or "transparency" in images.info):
         images = images.convert("RGB")
         images.info.pop("transparency", None)  # which `convert` keeps
     return images
-
-
-def _in_rows(values: Any, columns: int) -> Any:
-    """[rows * columns, ...] -> [rows, columns, ...], for a tensor, an array or a list."""
-    if isinstance(values, list):
-        return [values[start : start + columns] for start in range(0, len(values), columns)]
-    return values.reshape(-1, columns, *values.shape[1:])
-
-
-__all__ = ["LoTLIPProcessor"]

@@ -11,9 +11,8 @@ ABBREVIATIONS = frozenset(
 NUMBERED = frozenset("no nos nr vol pp".split())  # with a full stop, in front of a number
 LONGEST_ABBREVIATION = 40  # characters before a full stop that are looked at
 # Where a sentence may end: at a line's end, at the end mark of some captioners, and at . ! ? or … with what closes a
-# quotation, if white space, the end, or (for a forgotten space) a capital letter after a small one follows; and at
-# the marks of Chinese, Japanese, Hindi, Arabic and Urdu. Every one begins with a character of one set, which is quick
-# to search for.
+# quotation, if white space, the end, or (for a forgotten space) a capital letter after a small one follows; and at the
+# marks of Chinese, Japanese, Hindi, Arabic and Urdu. All begin with one set of characters, which is quick to find.
 SENTENCE_END = re.compile(
     r"""
     [\n<.!?…。！？．｡।॥؟۔]

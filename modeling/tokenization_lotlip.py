@@ -21,31 +21,19 @@ from .sentences_lotlip import ABBREVIATIONS, NUMBERED, STOP, find_sentences
 
 logger = logging.get_logger(__name__)
 
-# Where two sentences meet while a text is cleaned. ftfy looks at a character's neighbours, so this is the official
-# code's own "[SEP]", whatever the tokenizer calls its separator.
+# Where two sentences meet while a text is cleaned: the official code's own, for ftfy looks at neighbours.
 JOINER = "[SEP]"
-# A character that makes a text need ftfy and `html.unescape`. Of one without any they change white space and quotes
-# alone: "&" and control characters apart, ftfy takes for broken (`ftfy.badness`) only what has a control character,
-# one of ÂÃŒœ or two neighbours beyond ASCII, and of the neighbours below none.
-NEEDS_REPAIR = re.compile(
-    r"""
-    [^ -%'-~\t\n\r\xa0–—‘’“”…]
-    (?:
-        (?<=[^¡-ÁÄ-ÿ])  # none of the letters and signs that are in order where they stand by themselves
-        | (?<=[^\x00-\x7f].)
-        | (?=[^\x00-\x7f])
-    )
-    """,
-    re.VERBOSE,
-)
+# A character that makes a text need ftfy and `html.unescape`: of one without any they change white space and quotes
+# alone, for what is broken (`ftfy.badness`) has a control character, one of ÂÃŒœ, or two neighbours beyond ASCII. The
+# first lookbehind lets letters and signs pass that are in order where they stand by themselves.
+NEEDS_REPAIR = re.compile(r"[^ -%'-~\t\n\r\xa0–—‘’“”…](?:(?<=[^¡-ÁÄ-ÿ])|(?<=[^\x00-\x7f].)|(?=[^\x00-\x7f]))")
 # ftfy undoes one level of "&amp;amp;..." with each pass over the text: a million characters of it would take hours.
 DEEP_AMPERSAND = re.compile(r"&(?:amp;){16,}")
-# What hides special tokens that are written out in a text, and what stands for its first character in a text with it.
-# Unicode keeps these code points free for a program's own use.
+# What stands behind each character of a special token that is written out in a text, and what stands for a text's own
+# `MARK`. Unicode keeps these code points free for a program's own use.
 MARK, HIDING, ITSELF = "\ufdd0", "\ufdd0\ufdd1", "\ufdd0\ufdd2"
 FULL_STOP = ". "
-# Signs that are written right behind a word
-CLOSING = frozenset(".,!?;:%)]'’-")
+CLOSING = frozenset(".,!?;:%)]'’-")  # signs that are written right behind a word
 # A text after which a space would make the end of a sentence, by `cleaning`
 STOPS = {"official": re.compile(r"\.\Z"), "sentences": re.compile(r"""[.!?…]["'”’)\]]*\Z""")}
 
@@ -65,8 +53,8 @@ def _replace(pattern: str, content: str) -> dict[str, Any]:
 
 
 # In a tokenizer.json, around the number of a special token: what stands for it in a normalised text. Dashes of two and
-# three em, which any normaliser leaves as they are, and BERT splits from each other whether or not a space stands
-# between them. The first step, by which the class knows its own normaliser again, parts those of a text.
+# three em, which any normaliser leaves as they are, and BERT splits. The first step, by which the class knows its own
+# normaliser again, parts those of a text.
 OPEN, CLOSE = "\u2e3b\u2e3a", "\u2e3a\u2e3b"
 GUARD = {"type": "Replace", "pattern": {"String": OPEN}, "content": " ".join(OPEN)}
 # Regular expressions that the tokenizers library and JavaScript read alike
@@ -97,16 +85,7 @@ CLEANING = [
 
 
 def clean(text: str) -> str:
-    """
-    Repairs a text as the official code does: `ftfy.fix_text`, `html.unescape` twice, white space collapsed.
-
-    Example:
-
-    ```python
-    >>> clean("schÃ¶n &amp;amp;  neu")
-    'schön & neu'
-    ```
-    """
+    """Repairs a text as the official code does: `ftfy.fix_text`, `html.unescape` twice, white space collapsed."""
     if NEEDS_REPAIR.search(text):
         text = DEEP_AMPERSAND.sub("&" + 16 * "amp;", text)
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -120,33 +99,24 @@ class LoTLIPTokenizer(TokenizersBackend):
     A tokenizer for long captions: it cleans the text, marks where sentences end, and hands it to a fast tokenizer of
     any kind (BERT's WordPiece, RoBERTa's BPE, XLM-R's Unigram). It takes a `tokenizer.json` or BERT's `vocab.txt`.
 
-    The steps are those of the official code, in its order: every `". "` becomes the separator token, the text is
-    cleaned, then tokenized. One thing differs: `"[SEP]"` or `"[MASK]"` written out in a caption, or spelt as
-    `"&#91;SEP&#93;"`, is three or more ordinary tokens, never the special one.
-
-    The model adds the corner tokens, so `model_max_length` is its number of positions less those (126 for the released
-    models). No call changes the tokenizer, so threads can share one. Words given with `is_split_into_words=True` are
-    neither cleaned nor split into sentences. Offsets count characters of the cleaned text.
+    As in the official code, every `". "` becomes the separator token, the text is cleaned, then tokenized. One thing
+    differs: `"[SEP]"` written out in a caption, or spelt as `"&#91;SEP&#93;"`, is ordinary tokens, never the special
+    one. `model_max_length` is the model's number of positions less the corner tokens, which the model adds. Threads
+    can share a tokenizer. Words given with `is_split_into_words=True` are neither cleaned nor split into sentences.
+    Offsets count characters of the cleaned text.
 
     Args:
         vocab (`str` or `dict[str, int]`, *optional*):
-            BERT's `vocab.txt` (a path) or its content, in place of a `tokenizer.json`. `do_lower_case`,
-            `strip_accents` and `tokenize_chinese_chars` are then those of `BertTokenizer`.
-        clean_text (`bool`, *optional*, defaults to `True`):
-            Whether to repair broken encodings and HTML entities and to collapse white space (see [`clean`]).
+            BERT's `vocab.txt` (a path) or its content, in place of a `tokenizer.json`, with `BertTokenizer`'s
+            `do_lower_case`, `strip_accents` and `tokenize_chinese_chars`.
+        clean_text (`bool`, *optional*, defaults to `True`): Whether to repair broken text, see [`clean`].
         split_sentences (`bool`, *optional*, defaults to `True`):
             Whether the separator token takes the place of the full stop between two sentences.
         split_special_tokens (`bool`, *optional*, defaults to `True`):
             Whether special tokens written out in a text are text. The official code reads them as special tokens.
         cleaning (`str`, *optional*, defaults to `"official"`):
-            Where sentences end: `"official"`, at every `". "`, that of "Dr. X" included, as the released models were
-            trained; or `"sentences"`, by the rules that captions are split by for training (at `!`, `?` and line ends
-            too; at no abbreviation, initial or number).
-
-    Raises:
-        ValueError: if `vocab` lacks one of BERT's special tokens, or there is nothing to build a tokenizer from.
-
-    Example:
+            Where sentences end: `"official"`, at every `". "`, as the released models were trained; or `"sentences"`,
+            as captions are split for training (at `!`, `?` and line ends too, not at "Dr. X", "J. Smith", "No. 5").
 
     ```python
     >>> tokenizer = LoTLIPTokenizer.from_pretrained("folder-with-vocab.txt", model_max_length=126)
@@ -179,10 +149,8 @@ class LoTLIPTokenizer(TokenizersBackend):
         if vocab is not None:
             kwargs = _word_piece(vocab, kwargs)
         elif kwargs.get("tokenizer_object") is None and kwargs.get("tokenizer_file") is None:
-            raise ValueError(
-                f"{kwargs.get('name_or_path') or 'LoTLIPTokenizer'}: no tokenizer.json, vocab.txt or `vocab` given. "
-                "`LoTLIPTokenizer.from_backbone_tokenizer` takes a tokenizer kept in other files."
-            )
+            name = kwargs.get("name_or_path") or type(self).__name__
+            raise ValueError(f"{name}: no tokenizer.json or vocab.txt; see `LoTLIPTokenizer.from_backbone_tokenizer`.")
         settings = {"clean_text": clean_text, "split_sentences": split_sentences, "cleaning": cleaning}
         super().__init__(split_special_tokens=split_special_tokens, **settings, **kwargs)
         # The file's cleaning is for other readers: this class cleans by itself.
@@ -205,20 +173,11 @@ class LoTLIPTokenizer(TokenizersBackend):
     @classmethod
     def from_backbone_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> "LoTLIPTokenizer":
         """
-        Puts LoTLIP's cleaning and sentence splitting around a copy of a pretrained text encoder's tokenizer.
-
-        Args:
-            tokenizer (`PreTrainedTokenizerFast`): as `AutoTokenizer.from_pretrained` gives it.
-            kwargs: arguments of this class. `model_max_length` should be the encoder's number of usable positions less
-                the corner tokens.
-
-        Raises:
-            ValueError: if `tokenizer` is not a fast tokenizer.
+        Puts LoTLIP's cleaning and sentence splitting around a copy of a text encoder's fast tokenizer. `kwargs` are
+        arguments of this class, such as a `model_max_length` that leaves the corner tokens their positions.
         """
         if not isinstance(tokenizer, TokenizersBackend):
-            raise ValueError(
-                f"`tokenizer` must be a fast tokenizer (one with a tokenizer.json), got {type(tokenizer).__name__}."
-            )
+            raise ValueError(f"`tokenizer` must be a fast one, with a tokenizer.json, got {type(tokenizer).__name__}.")
         names = ("model_max_length", "padding_side", "truncation_side")
         settings = {**{name: getattr(tokenizer, name) for name in names}, **tokenizer.special_tokens_map, **kwargs}
         return cls(tokenizer_object=tokenizer.backend_tokenizer, **settings)
@@ -231,15 +190,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
 
     def count_truncated(self, encoding: BatchEncoding) -> int:
-        """
-        Counts the texts (or text pairs) of a call that were cut at its length limit.
-
-        Args:
-            encoding (`BatchEncoding`): what a call of this tokenizer returned, before any `pad`.
-
-        Raises:
-            ValueError: if `encoding` does not come from a tokenizer call, or keeps the overflowing tokens.
-        """
+        """Counts the texts (or text pairs) that were cut in a call, of which `encoding` is the result before `pad`."""
         texts = getattr(encoding, "encodings", None)
         if texts is None or "overflow_to_sample_mapping" in encoding:
             raise ValueError("`encoding` must be what a call without `return_overflowing_tokens` returned.")
@@ -267,7 +218,8 @@ class LoTLIPTokenizer(TokenizersBackend):
                 if one not in prepared:
                     sentences = [one] if is_words else self.sentences(one)
                     if special:
-                        sentences = [names.sub(_hidden, normalize(part).replace(MARK, ITSELF)) for part in sentences]
+                        parts = [normalize(part).replace(MARK, ITSELF) for part in sentences]
+                        sentences = [names.sub(lambda name: HIDING.join(name[0]) + HIDING, part) for part in parts]
                     joined = (self.sep_token or "").join(sentences)
                     joined.encode()  # an error that says where, if half of a character that was cut in two is left
                     prepared[one] = joined if limit is None else _beginning(joined, limit)
@@ -304,8 +256,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         cleaned = clean(JOINER.join(sentences))
         if "\x1b" not in text and cleaned.count(JOINER) == len(sentences) - 1:
             return cleaned.split(JOINER)
-        # The text holds the joiner as well, or cleaning makes one of something else ("&#91;SEP&#93;") or a terminal's
-        # escape sequence of it ("\x1b[S"): no text holds its own digest.
+        # The text itself holds "[SEP]", "&#91;SEP&#93;" or the start of an escape sequence: none holds its own digest.
         joiner = f"(SEP{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]})"
         return clean(joiner.join(sentences)).split(joiner)
 
@@ -326,10 +277,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         return sorted(special, key=len, reverse=True)
 
     def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
-        """
-        Without special tokens, the text that gives the same ids again: what a separator stands for between two
-        sentences is written, and a full stop that ended none is not taken for one.
-        """
+        """Without special tokens, the text that gives the same ids again, with full stops for separators."""
         separator = self.sep_token_id
         if not skip_special_tokens or not self.split_sentences or separator is None:
             return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
@@ -360,10 +308,9 @@ class LoTLIPTokenizer(TokenizersBackend):
 
     def bare_tokenizer(self) -> Tokenizer:
         """
-        What `tokenizer.json` holds: a backend that by itself gives the ids of this class to ordinary texts. The format
-        cannot express repairs of broken encodings, HTML entities, ligatures and fullwidth letters (ftfy's part of
-        [`clean`]), nor all the rules of `cleaning="sentences"`, nor tell a text that is nothing but one special token
-        from that token.
+        What `tokenizer.json` holds: a backend that by itself gives the ids of this class to ordinary texts. It lacks
+        ftfy's part of [`clean`] and some rules of `cleaning="sentences"`, and takes a text that is nothing but one
+        special token for that token.
         """
         if not (self.clean_text or self.split_sentences or self.split_special_tokens):
             return own_backend(self._tokenizer)
@@ -392,7 +339,6 @@ class LoTLIPTokenizer(TokenizersBackend):
             split = {"type": "Split", "pattern": {"Regex": f"{names}|{SIGN}"}, "behavior": "Isolated", "invert": False}
             state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, split]}
         elif unigram:
-            # It would spell a special token that it finds in the normalised text, for its vocabulary holds them.
             before += [*own, *(_replace(_escaped(content), " ".join(content) + " ") for content in special)]
         else:
             # Such readers take this for a full stop; no other tab is left.
@@ -435,10 +381,8 @@ def _remove_cleaning(backend: Tokenizer) -> None:
     if before.get("normalizers", [None])[0] != GUARD:
         return
     backend.normalizer = _part(normalizers.Sequence([]), own[0]["normalizers"])
-    if (
-        backend.pre_tokenizer is not None
-        and json.dumps(f"|{SIGN}")[1:-1].encode() in backend.pre_tokenizer.__getstate__()
-    ):
+    split = b"" if backend.pre_tokenizer is None else backend.pre_tokenizer.__getstate__()
+    if json.dumps(f"|{SIGN}")[1:-1].encode() in split:
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     elif isinstance(backend.decoder, decoders.Sequence) and not isinstance(backend.model, models.Unigram):
         steps = json.loads(backend.decoder.__getstate__())["decoders"]
@@ -467,11 +411,6 @@ def _word_piece(vocab: str | dict[str, int], kwargs: dict[str, Any]) -> dict[str
     return {**{name: getattr(bert, name) for name in names}, **kwargs, "tokenizer_object": bert.backend_tokenizer}
 
 
-def _hidden(name: re.Match[str]) -> str:
-    """The name of a special token with marks behind its characters."""
-    return HIDING.join(name[0]) + HIDING
-
-
 def _beginning(text: str, count: int) -> str:
     """A text up to the space behind `count` words that hold a letter or sign of ASCII: each is a token at least."""
     if len(text) <= count:
@@ -488,6 +427,3 @@ def _mapped(value: Any, function: Callable[[str], str], name: str) -> Any:
         raise ValueError(f"`{name}` must be a string or a list of strings, got {type(value).__name__}.")
     items = [_mapped(item, function, name) for item in value]
     return tuple(items) if isinstance(value, tuple) else items
-
-
-__all__ = ["LoTLIPTokenizer"]

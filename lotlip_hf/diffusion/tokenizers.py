@@ -107,7 +107,7 @@ class LoTLIPPromptTokenizer(_PromptTokenizer, LoTLIPTokenizer):
     def _as_read(self, text: Any) -> str | None:
         if not isinstance(text, str) or any(token in text for token in self.all_special_tokens):
             return None
-        return str(self.sep_token or "").join(self._sentences(text))
+        return str(self.sep_token or "").join(self.sentences(text))
 
 
 def prompt_tokenizer(

@@ -5,6 +5,7 @@ from transformers import AutoTokenizer
 # transformers 5.17 exports it only where torchvision is installed
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from ..backbones import from_backbones
 from ..loading import check_image_sizes, fit_tokenizer, load_model, max_text_length
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
@@ -70,7 +71,7 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
 
 def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor]:
     number = NUM_CORNER_TOKENS if config.num_corner_tokens is None else config.num_corner_tokens
-    model = LoTLIPModel.from_backbones(
+    model = from_backbones(
         config.text_model,
         config.image_model,
         number,

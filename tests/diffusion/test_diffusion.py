@@ -39,7 +39,7 @@ from transformers import (
 import tiny
 import tiny_clip
 import tiny_diffusion
-from lotlip_hf import LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection, LoTLIPTokenizer
+from lotlip_hf import LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection, LoTLIPTokenizer, from_backbones
 from lotlip_hf.diffusion.stretch import stretch_positions, stretch_text_model
 from lotlip_hf.diffusion.swap import CLIPTextEncoder, swap_text_encoder
 from lotlip_hf.diffusion.text_encoder import LoTLIPTextEncoder
@@ -174,7 +174,7 @@ def test_the_model_given_is_copied() -> None:
 def whole_lotlip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LoTLIPModel]:
     """A whole LoTLIP over CLIP's towers, whose tokenizer pads with [EOT]."""
     clip = tiny_clip.clip_model(seed=5)
-    model = LoTLIPModel.from_backbones(clip.text_model, clip.vision_model, projection_dim=tiny_clip.PROJECTION_DIM)
+    model = from_backbones(clip.text_model, clip.vision_model, projection_dim=tiny_clip.PROJECTION_DIM)
     tiny_clip.random_weights(model, seed=6)
     folder = tmp_path_factory.mktemp("whole") / "lotlip"
     return tiny_diffusion.save(folder, model, tiny_clip.clip_tokenizer()), model

@@ -14,7 +14,7 @@ from transformers import AutoModel
 
 import tiny
 import tiny_rotary
-from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig, LoTLIPTextModel, LoTLIPVisionModel
+from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig, LoTLIPTextModel, LoTLIPVisionModel, from_backbones
 from lotlip_hf.modeling.backbones_lotlip import POOLINGS, TEXT_BACKBONES
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -145,7 +145,7 @@ def test_from_backbones(tmp_path: Path) -> None:
     text.save_pretrained(tmp_path)
     vision = AutoModel.from_config(tiny.vision_config().backbone_config)
     for source in (text, tmp_path):
-        model = LoTLIPModel.from_backbones(source, vision, num_corner_tokens=0).eval()
+        model = from_backbones(source, vision, num_corner_tokens=0).eval()
         assert model.config.text_config.pooling == "mean"
         ids = tiny.input_ids(2, 9)
         with torch.no_grad():

@@ -120,16 +120,16 @@ def test_no_corner_of_a_short_text_is_computed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"),
+    "arguments",
     [
-        ({"input_ids": (3, 2, 5), "long_input_ids": (3, 2, 5)}, "short texts"),
-        ({"input_ids": (3, 5), "long_input_ids": (3, 5)}, r"\[3, 5\]"),
-        ({"input_ids": (3, 5), "long_input_ids": (2, 2, 5)}, r"\[2, 2, 5\]"),
-        ({"long_input_ids": (3, 2, 5)}, "None"),
-        ({"input_ids": (3, 5), "long_attention_mask": (3, 2, 5)}, "long_input_ids"),
+        {"input_ids": (3, 2, 5), "long_input_ids": (3, 2, 5)},
+        {"input_ids": (3, 5), "long_input_ids": (3, 5)},
+        {"input_ids": (3, 5), "long_input_ids": (2, 2, 5)},
+        {"long_input_ids": (3, 2, 5)},
+        {"input_ids": (3, 5), "long_attention_mask": (3, 2, 5)},
     ],
 )
-def test_long_texts_that_do_not_fit(arguments: dict[str, tuple[int, ...]], word: str) -> None:
+def test_long_texts_that_do_not_fit(arguments: dict[str, tuple[int, ...]]) -> None:
     model, _, _ = model_and_texts(2)
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(ValueError, match="long_input_ids"):
         model(pixel_values=tiny.pixel_values(), **{name: tiny.input_ids(*shape) for name, shape in arguments.items()})

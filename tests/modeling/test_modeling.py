@@ -26,8 +26,9 @@ from lotlip_hf import (
     LoTLIPVisionConfig,
     LoTLIPVisionModel,
     LoTLIPVisionModelWithProjection,
+    from_backbones,
 )
-from lotlip_hf.modeling import fast_paths_lotlip
+from lotlip_hf.modeling import modeling_lotlip
 from lotlip_hf.modeling.backbones_lotlip import TEXT_BACKBONES
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 from lotlip_hf.modeling.masking_lotlip import create_corner_mask
@@ -215,7 +216,7 @@ def test_flex_attention_over_a_row(
         expected = model(ids, mask, output_corner_embeds=with_corners)
         model.set_attn_implementation("flex_attention")
         tiny.leave_flex_attention_uncompiled(monkeypatch)
-        monkeypatch.setattr(fast_paths_lotlip, "find_row_index", row_index)
+        monkeypatch.setattr(modeling_lotlip, "find_row_index", row_index)
         rows = []
         model.backbone.register_forward_hook(lambda *call: rows.append(call[-1].last_hidden_state.shape[:2]))
         answer = model(ids, mask, output_corner_embeds=with_corners)
@@ -456,7 +457,7 @@ def test_the_last_layer_stays_one_for_those_who_look_for_its_class() -> None:
     model = copy.deepcopy(LoTLIPModel(tiny.config()))
     layer = pickle.loads(pickle.dumps(model.text_model.backbone.encoder.layer[-1]))
     assert isinstance(layer, BertLayer)
-    assert {type(layer).__name__, "BertLayer", "PooledViTLayer"} <= set(model._no_split_modules)
+    assert {type(layer).__name__, "BertLayer", "LoTLIPViTLayer"} <= set(model._no_split_modules)
 
 
 @pytest.mark.slow
@@ -859,9 +860,9 @@ def test_from_backbones(text_backbone: str, vision_backbone: str, from_folder: b
     if from_folder:
         text.save_pretrained(tmp_path / "text")
         vision.save_pretrained(tmp_path / "vision")
-        model = LoTLIPModel.from_backbones(tmp_path / "text", tmp_path / "vision", num_corner_tokens=3).eval()
+        model = from_backbones(tmp_path / "text", tmp_path / "vision", num_corner_tokens=3).eval()
     else:
-        model = LoTLIPModel.from_backbones(text, vision, num_corner_tokens=3).eval()
+        model = from_backbones(text, vision, num_corner_tokens=3).eval()
     assert model.text_model.corner_embeds.shape == (3, 32)
     assert model.config.projection_dim == 32
     assert isinstance(model.visual_projection, nn.Identity)
@@ -887,7 +888,7 @@ def test_from_backbones_takes_a_clips_image_tower(tmp_path: Path) -> None:
     clip.save_pretrained(tmp_path)
     images = tiny.pixel_values()
     for source in (clip, tmp_path):
-        model = LoTLIPModel.from_backbones(stock_backbone(tiny.text_config()), source, projection_dim=24).eval()
+        model = from_backbones(stock_backbone(tiny.text_config()), source, projection_dim=24).eval()
         with torch.no_grad():
             expected = clip.vision_model(images).pooler_output
             torch.testing.assert_close(model.vision_model(images).pooler_output, expected, **TOLERANCE)
@@ -900,12 +901,12 @@ def test_from_backbones_refuses_other_encoders(tmp_path: Path) -> None:
     text, vision = stock_backbone(tiny.text_config()), stock_backbone(tiny.vision_config())
     gpt2 = GPT2Model(GPT2Config(n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="gpt2"):
-        LoTLIPModel.from_backbones(gpt2, vision)
+        from_backbones(gpt2, vision)
     with pytest.raises(ValueError, match="bert"):
-        LoTLIPModel.from_backbones(text, text)
+        from_backbones(text, text)
     with_head = AutoModelForSequenceClassification.from_config(text.config)
     with pytest.raises(ValueError, match="BertForSequenceClassification"):
-        LoTLIPModel.from_backbones(with_head, vision)
+        from_backbones(with_head, vision)
 
 
 def test_from_backbones_makes_a_pooler_where_there_is_none(tmp_path: Path) -> None:
@@ -913,12 +914,12 @@ def test_from_backbones_makes_a_pooler_where_there_is_none(tmp_path: Path) -> No
     text = _spread(AutoModel.from_config(tiny.text_config().backbone_config, add_pooling_layer=False))
     text.save_pretrained(tmp_path)
     for source in (text, tmp_path):
-        backbone = LoTLIPModel.from_backbones(source, vision).text_model.backbone
+        backbone = from_backbones(source, vision).text_model.backbone
         new = set(backbone.state_dict()) - set(text.state_dict())
         assert new == {"pooler.dense.weight", "pooler.dense.bias"}
         for name, tensor in text.state_dict().items():
             assert torch.equal(backbone.state_dict()[name], tensor), name
-        assert LoTLIPModel.from_backbones(source, vision, text_pooling="cls").text_model.backbone.pooler is None
+        assert from_backbones(source, vision, text_pooling="cls").text_model.backbone.pooler is None
 
 
 # Wrong input
@@ -1035,4 +1036,4 @@ def test_from_backbones_refuses_folders_that_lack_weights(tmp_path: Path) -> Non
     del tensors["encoder.layer.1.output.dense.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="encoder.layer.1.output.dense.weight"):
-        LoTLIPModel.from_backbones(str(tmp_path / "text"), str(tmp_path / "vision"))
+        from_backbones(str(tmp_path / "text"), str(tmp_path / "vision"))

@@ -18,6 +18,7 @@ from lotlip_hf import (
     LoTLIPTextModel,
     LoTLIPTextModelWithProjection,
     LoTLIPVisionConfig,
+    from_backbones,
 )
 from lotlip_hf.diffusion.stretch import clip_text_model, stretch_positions, stretch_text_model
 
@@ -206,7 +207,7 @@ def test_from_backbones_takes_clips_towers(tmp_path: Any) -> None:
     clip.save_pretrained(tmp_path)
     ids, mask = texts(9)
     for source in (clip, tmp_path):
-        model = LoTLIPModel.from_backbones(source, source, num_corner_tokens=3).eval()
+        model = from_backbones(source, source, num_corner_tokens=3).eval()
         assert model.config.text_config.pooling == "eos"
         assert model.config.text_config.max_position_embeddings == LENGTH
         with torch.no_grad():
