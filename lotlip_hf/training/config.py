@@ -10,8 +10,9 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from .. import options
+from ..data.record import Draw
 from ..data.records import MAPPINGS, ColumnMapping
-from ..data.sampling import STRATEGIES, Draw
+from ..data.sampling import STRATEGIES
 from ..files import MAX_BYTES, replacing
 from ..options import option
 from .terms import TERMS, make_terms

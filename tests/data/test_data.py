@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lotlip_hf import LoTLIPProcessor
 from lotlip_hf.data.collator import LoTLIPCollator
-from lotlip_hf.data.record import RecordError, ShardError, check_record
+from lotlip_hf.data.record import RecordError, ShardError, check_record, record_rng
 from lotlip_hf.data.records import (
     MAPPINGS,
     ColumnMapping,
@@ -34,7 +34,7 @@ from lotlip_hf.data.records import (
     load_records,
     to_record,
 )
-from lotlip_hf.data.sampling import SubCaptions, record_rng
+from lotlip_hf.data.sampling import SubCaptions
 from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
 from lotlip_hf.images import ImageError, load_image
 from lotlip_hf.relabel.captioners.base import CaptionerConfig

@@ -8,8 +8,8 @@ from random import Random
 import pytest
 
 from lotlip_hf import cli
-from lotlip_hf.data.record import Record
-from lotlip_hf.data.sampling import STRATEGIES, SubCaptions, Texts
+from lotlip_hf.data.record import Record, Texts
+from lotlip_hf.data.sampling import STRATEGIES, SubCaptions
 from seams import train_alone_and_together
 
 
