@@ -262,16 +262,7 @@ def parse_arguments(argv: Sequence[str] | None = None, **parser: str) -> Trainin
 
 
 def check_resumed(config: TrainingConfig) -> None:
-    """
-    Compares the options with those that the run in `config.output` was started with.
-
-    Args:
-        config: The options of the resumed run.
-
-    Raises:
-        ValueError: if one differs that changes what is computed; the message names it.
-        FileNotFoundError: if there is no run in `config.output`.
-    """
+    """A `ValueError` if an option that changes what is computed is not that of the run in `config.output`."""
     first = TrainingConfig(**_kept(config.output))
     changed = [
         f"`{field.name}` was {getattr(first, field.name)!r} and is {getattr(config, field.name)!r}"
