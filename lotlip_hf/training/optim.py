@@ -21,12 +21,12 @@ def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -
     """
     model.requires_grad_(True)
     if config.lock_vision:
-        _lock(model.vision_model, config)
+        _lock_vision(model, config)
     freeze_unused(model, needs, bool(config.num_long_texts))
 
 
-def _lock(tower: nn.Module, config: TrainingConfig) -> None:
-    """Freezes a tower but for its last layers."""
+def _lock_vision(model: LoTLIPModel, config: TrainingConfig) -> None:
+    tower = model.vision_model
     num_layers = tower.backbone.config.num_hidden_layers
     if config.unlocked_vision_layers > num_layers:
         raise ValueError(

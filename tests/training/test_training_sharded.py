@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from test_new_term import Guess
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule
@@ -35,7 +36,6 @@ from lotlip_hf.training.model import load_or_start_model
 from lotlip_hf.training.objective import Objective
 from lotlip_hf.training.terms import TERMS
 from processes import run_processes
-from tiny_terms import Guess
 
 pytestmark = pytest.mark.slow
 
