@@ -98,17 +98,9 @@ def test_trainer_trains_evaluates_and_goes_on(
     trainer_example: ModuleType, still_checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:
     arguments = ["--model", str(still_checkpoint), "--data", str(pictures), "--eval_data", str(pictures)]
-    arguments += [
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--bf16",
-        "--grad_cache_chunk",
-        "2",
-        "--learning_rate",
-        "1e-2",
-    ]
-    arguments += ["--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--load_best_model_at_end"]
-    arguments += ["--metric_for_best_model", "long_image_to_text_r1", "--max_steps"]
+    arguments += ["--output_dir", str(tmp_path / "run"), *"--bf16 --grad_cache_chunk 2 --learning_rate 1e-2".split()]
+    arguments += "--eval_strategy steps --eval_steps 2 --save_steps 2 --load_best_model_at_end".split()
+    arguments += "--metric_for_best_model long_image_to_text_r1 --max_steps".split()
     saved = trainer_example.main([*arguments, "2"])
     assert largest_difference(saved, still_checkpoint) > 1e-3
     assert trainer_example.main([*arguments, "4", "--resume"]) == saved
@@ -133,15 +125,8 @@ def test_lora_trains_on_the_objective_with_other_texts_each_epoch(
 ) -> None:
     # What LoRA adds is nothing before the first step, and nothing is learnt.
     options = f"--batch-size {NUM_RECORDS} --num-epochs 3 --learning-rate 0 --seed 5"
-    arguments = [
-        "--model",
-        str(still_checkpoint),
-        "--data",
-        str(pictures),
-        "--output",
-        str(tmp_path),
-        *options.split(),
-    ]
+    paths = ["--model", str(still_checkpoint), "--data", str(pictures), "--output", str(tmp_path)]
+    arguments = [*paths, *options.split()]
     assert largest_difference(lora_example.main(arguments), still_checkpoint) == 0
     expected = losses_of_epochs(still_checkpoint, pictures, SubCaptions(), seed=5)
     assert printed_losses(capsys.readouterr().out) == pytest.approx(expected, abs=1e-4)  # as printed

@@ -1,6 +1,5 @@
 """The objective over processes, in tiles and with cached gradients, against the plain loss of the whole batch."""
 
-import math
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +22,7 @@ import tiny
 from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
 from lotlip_hf.distributed import rank
 from lotlip_hf.training.grad_cache import cached_backward
-from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale, embed
+from lotlip_hf.training.objective import Objective, batch_loss, embed
 from lotlip_hf.training.terms import TERMS, pairs
 from lotlip_hf.training.terms.infonce import InfoNCE
 from lotlip_hf.training.terms.primary_components import primary_components
@@ -220,15 +219,6 @@ def test_tiles_hold_no_matrix_of_the_batch(
     matrix = 4 * batch_size**2  # bytes
     assert most(make(options)) < matrix
     assert most(partial(plain_loss, make(options))) >= num_sets * matrix
-
-
-def test_logit_scale_is_clamped_at_ln_100() -> None:
-    towers = Towers()
-    for value, clamped in ((1.0, 1.0), (9.0, math.log(100))):
-        nn.init.constant_(towers.logit_scale, value)
-        clamp_logit_scale(towers)
-        assert towers.logit_scale.item() == pytest.approx(clamped, abs=1e-6)
-        assert towers.logit_scale.requires_grad
 
 
 # Several processes

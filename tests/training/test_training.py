@@ -1066,17 +1066,9 @@ def test_a_run_of_two_encoders(start: Path, tmp_path: Path) -> None:
     ViTModel(ViTConfig(**small, image_size=32, patch_size=8), add_pooling_layer=False).save_pretrained(image)
     side = {"height": 32, "width": 32}
     ViTImageProcessorPil(size=side).save_pretrained(image)
-    model, saved = run_here(
-        tmp_path / "run",
-        start,
-        model=None,
-        text_model=str(text),
-        image_model=str(image),
-        num_corner_tokens=1,
-        max_text_length=20,
-        lock_vision=True,
-        max_steps=2,
-    )
+    options = {"num_corner_tokens": 1, "max_text_length": 20, "lock_vision": True, "max_steps": 2}
+    encoders = {"model": None, "text_model": str(text), "image_model": str(image)}
+    model, saved = run_here(tmp_path / "run", start, **encoders, **options)
     assert model.config.text_config.num_corner_tokens == 1
     before, after = load_file(image / "model.safetensors"), load_file(saved / "model.safetensors")
     kept = {name.split("backbone.")[1]: tensor for name, tensor in after.items() if name.startswith("vision_model.")}
@@ -1127,18 +1119,8 @@ def test_what_is_written_and_when(start: Path, tmp_path: Path) -> None:
     lines = read_log(tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 10]
     assert [line["step"] for line in lines if "long_image_to_text_r1" in line] == [4, 8, 10]
-    assert all(
-        line["loss"] == pytest.approx(line["loss_infonce_short"] + line["loss_infonce_long"])
-        for line in lines
-        if "loss" in line
-    )
-    names = {
-        f"{kind}_{way}_r{k}"
-        for kind in ("long", "short")
-        for way in ("image_to_text", "text_to_image")
-        for k in (1, 5, 10)
-    }
-    assert {*lines[-1]} == names | {"step", "epoch"}
+    assert lines[0]["loss"] == pytest.approx(lines[0]["loss_infonce_short"] + lines[0]["loss_infonce_long"])
+    assert len(lines[-1]) == 12 + len(("step", "epoch"))
     assert lines[-1]["long_image_to_text_r10"] == 1.0  # of 7
     assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
     assert (tmp_path / "run" / "training_config.yaml").exists()
@@ -1193,28 +1175,18 @@ def test_a_failed_evaluation_keeps_what_was_trained(start: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     "launcher",
     [
-        [
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-        ],
-        ["torch.distributed.run", "--nproc_per_node", "2"],
+        "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no",
+        "torch.distributed.run --nproc_per_node 2",
     ],
-    ids=["accelerate", "torchrun"],
 )
-def test_launchers(launcher: list[str], start: Path, tmp_path: Path) -> None:
+def test_launchers(launcher: str, start: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flag = "--main_process_port" if "accelerate" in launcher[0] else "--master_port"
+    flag = "--main_process_port" if "accelerate" in launcher else "--master_port"
     options = {"model": start / "plain", "data": start / "odd", "eval_data": start / "few", "epsilon": 1e-3}
     argv = arguments(tmp_path / "launched", **options, num_epochs=1, max_steps=None)
-    command = [sys.executable, "-m", *launcher, flag, str(port), str(REPOSITORY / TRAIN), *argv]
+    command = [sys.executable, "-m", *launcher.split(), flag, str(port), str(REPOSITORY / TRAIN), *argv]
     done = subprocess.run(command, timeout=TIME_LIMIT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("The model is in") == 1
