@@ -167,13 +167,6 @@ def test_curve(path: Path, tmp_path: Path, shares: list[str], shown: set[tuple[i
     assert colours_of(tmp_path / "curve.png") & {BLUE, ORANGE, GREEN} == shown
 
 
-def test_curve_with_evaluations(path, tmp_path):
-    a_run(path)
-    draw_curve(path, tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as image:
-        assert image.size == (1440, 480)
-
-
 @pytest.mark.parametrize(
     "entry",
     [
