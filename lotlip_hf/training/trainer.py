@@ -85,7 +85,7 @@ class LoTLIPTrainer(Trainer):
         self.objective.to(self.args.device)
         self.grad_cache_chunk = grad_cache_chunk
         self._weights = set(self.model.state_dict())
-        self._shares: list[dict[str, torch.Tensor]] = []  # of the loss, since the last log
+        self._restart_log()
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
         collator = self.data_collator
@@ -123,16 +123,20 @@ class LoTLIPTrainer(Trainer):
         return (losses["loss"], embeds) if return_outputs else self._noted(losses)
 
     def _noted(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss, after its shares are kept for the next log."""
-        self._shares.append({name: value.detach() for name, value in losses.items() if name != "loss"})
+        """The loss, after its shares are added up for the next log."""
+        self._sums = {name: self._sums.get(name, 0) + value.detach() for name, value in losses.items()}
+        self._num_batches += 1
         return losses["loss"]
 
+    def _restart_log(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._num_batches = 0
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._shares:
-            shares = torch.stack([torch.stack([*each.values()]) for each in self._shares])
-            means = self.accelerator.reduce(shares.mean(0), "mean").tolist()
-            logs = {**logs, **dict(zip(self._shares[0], means, strict=True))}
-            self._shares.clear()
+        if "loss" in logs and self._sums:
+            means = self.accelerator.reduce(torch.stack([*self._sums.values()]) / self._num_batches, "mean")
+            logs = {**dict(zip(self._sums, means.tolist(), strict=True)), **logs}  # Trainer's own `loss`
+            self._restart_log()
         super().log(logs, start_time)
 
     def training_step(
@@ -196,7 +200,7 @@ class _StepCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.epoch = int(state.epoch or 0)  # above 0 in a resumed run
-        self.trainer._shares.clear()  # of a run that stopped
+        self.trainer._restart_log()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.data_collator.set_epoch(self.epoch)
