@@ -44,7 +44,7 @@ import peers
 from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor
 from lotlip_hf.conversion.onnx import convert as export_onnx
 from lotlip_hf.conversion.stock import stock_model
-from lotlip_hf.data.sampling import split_sentences
+from lotlip_hf.data.sentences import split_sentences
 from lotlip_hf.encoder import CPU_TOKENS
 from lotlip_hf.engines.onnx import LoTLIPOnnxModel
 from lotlip_hf.engines.texts import encode_unpadded

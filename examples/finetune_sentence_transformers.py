@@ -31,9 +31,9 @@ from transformers import HfArgumentParser
 
 import lotlip_hf  # noqa: F401  (registers LoTLIP with the Auto classes)
 from lotlip_hf import LoTLIPModel
-from lotlip_hf.data.record import check_record
+from lotlip_hf.data.record import check_record, record_rng
 from lotlip_hf.data.records import MAPPINGS, load_records
-from lotlip_hf.data.sampling import SubCaptions, record_rng
+from lotlip_hf.data.sampling import SubCaptions
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.terminal import printable_output
 

@@ -41,7 +41,7 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.utils import logging
 
 from lotlip_hf.data.records import load_records
-from lotlip_hf.data.sampling import split_sentences
+from lotlip_hf.data.sentences import split_sentences
 from lotlip_hf.images import official_image_processor
 from lotlip_hf.relabel.captioners.base import CaptionerConfig
 from lotlip_hf.relabel.config import RelabelConfig

@@ -23,7 +23,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from lotlip_hf.data.sampling import split_sentences
+from lotlip_hf.data.sentences import split_sentences
 from lotlip_hf.encoder import Encoder, load_encoder
 from lotlip_hf.images import ImageError, load_image, read_image_bytes
 from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption

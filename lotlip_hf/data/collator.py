@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, TypedDict, TypeVar, cast
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from transformers import ProcessorMixin
@@ -15,20 +15,12 @@ from .sampling import SubCaptions
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 COUNTED = ("records", "broken_images", "broken_records", "broken_shards", "stand_ins")
 MAX_WARNINGS = 10  # of each process
 
 
-# The arguments of the model that a batch may hold.
-MODEL_INPUTS = (
-    *("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds"),
-    *("pixel_values", "kept_patches", "long_input_ids", "long_attention_mask"),
-)
-
-
-class Batch(TypedDict):
-    """What a step takes: arguments of the model, `return_loss` for a plain call of it, and `ids` and `counts`."""
+class ModelInputs(TypedDict):
+    """The arguments of the model in a batch."""
 
     pixel_values: torch.Tensor  # [B, 3, H, W]
     input_ids: torch.Tensor  # [B, L], the short texts
@@ -36,7 +28,12 @@ class Batch(TypedDict):
     long_input_ids: torch.Tensor  # [B, T - 1, L'], the long texts, if there are any
     long_attention_mask: torch.Tensor  # [B, T - 1, L']
     kept_patches: torch.Tensor  # [B, K], indices of the image patches that the model sees, with `patch_dropout`
-    return_loss: bool
+
+
+class Batch(ModelInputs):
+    """What a step takes."""
+
+    return_loss: bool  # for a plain call of the model
     ids: list[str]  # with `return_ids`, as are the counts
     counts: dict[str, int]
 
@@ -198,22 +195,8 @@ class LoTLIPCollator:
             logger.warning("Further broken images and records are counted (`counts` of a batch), not named.")
 
 
-def read_record(record: Mapping[str, Any], load: Callable[[Any, str], T] = load_image) -> tuple[Record, T]:
-    """
-    Checks a record and reads its image.
-
-    Args:
-        record (`Mapping[str, Any]`): the record.
-        load (`Callable`, *optional*): reads the image, by its value and a name for errors.
-
-    Returns:
-        `tuple[Record, Any]`: the record as [`~lotlip_hf.data.record.check_record`] gives it, and the image.
-
-    Raises:
-        ImageError: if the image is broken.
-        RecordError: if the record or its shard (`ShardError`) is broken.
-        KeyError: if it lacks a required field.
-    """
+def read_record(record: Mapping[str, Any], load: Callable[[Any, str], Any] = load_image) -> tuple[Record, Any]:
+    """The record as [`~lotlip_hf.data.record.check_record`] gives it, and its image, with the errors of both."""
     checked = check_record(record)
     try:
         return checked, load(checked["image"], f"record {checked['id']}")

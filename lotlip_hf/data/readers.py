@@ -113,20 +113,11 @@ def read_rows(
 
 def parquet_batches(metadata: pyarrow.parquet.FileMetaData, max_bytes: int = MAX_BYTES) -> list[int]:
     """
-    How many rows of a Parquet file may be read at a time.
+    How many rows of each row group may be read at a time, so that none has more than `max_bytes`; a `ValueError` if a
+    column is packed so well that it is made to fill the memory.
 
     A cell takes up to as many bytes as its column's part of a row group has unpacked; a dictionary stores it once for
     many rows.
-
-    Args:
-        metadata (`pyarrow.parquet.FileMetaData`): the file's own description.
-        max_bytes (`int`, *optional*): the most bytes that a row may have.
-
-    Returns:
-        `list[int]`: a number for each row group, from 1 to 64.
-
-    Raises:
-        ValueError: if a column is packed so well that it is made to fill the memory.
     """
     batches = []
     for index in range(metadata.num_row_groups):
@@ -167,25 +158,7 @@ def column_of(way: str, columns: Collection[str]) -> str | None:
 
 
 def value_of(row: Mapping[str, Any], way: str) -> Any:
-    """
-    What a column, or a way into one, holds.
-
-    Args:
-        row (`Mapping[str, Any]`): column name to value.
-        way (`str`): as in [`column_of`].
-
-    Returns:
-        `Any`: the value; `None` where the way ends early.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf.data.readers import value_of
-
-    >>> value_of({"conversations": [{"value": "Describe."}, {"value": "A cat."}]}, "conversations[1].value")
-    'A cat.'
-    ```
-    """
+    """The value in a column or a way into one, such as `conversations[1].value`; `None` if the way ends early."""
     column = column_of(way, row)
     if column is None:
         return None

@@ -112,14 +112,8 @@ def problem_of(record: Mapping[str, Any]) -> str | None:
 
 def check_record(record: Mapping[str, Any]) -> Record:
     """
-    Checks a record before it is trained on.
-
-    Args:
-        record (`Mapping[str, Any]`): the record.
-
-    Returns:
-        `Record`: the same with its id as a text, `""` for a long caption that is `None`, and without optional fields
-        and texts that are `None` or empty.
+    The record to train on: its id is a text, a long caption that is `None` is `""`, and optional fields and texts that
+    are `None` or empty are left out.
 
     Raises:
         KeyError: if it lacks a required field.

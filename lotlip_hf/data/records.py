@@ -182,10 +182,7 @@ def _hub_records(
     dataset = undecoded(cast(IterableDataset, dataset))
     columns = dataset.column_names or list(next(iter(dataset)))
     resolved = resolve(mapping, columns, name)
-    return dataset.map(
-        partial(to_record, mapping=resolved, folder=folder, roots=roots),
-        remove_columns=columns,
-    )
+    return dataset.map(partial(to_record, mapping=resolved, folder=folder, roots=roots), remove_columns=columns)
 
 
 def hub_folders(name: str) -> tuple[str, ...]:
@@ -283,16 +280,8 @@ def to_record(
     row: Mapping[str, Any], mapping: ColumnMapping, folder: str = "", roots: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """
-    Makes a record of a row. What is missing or of a wrong type stays so: the collator counts it or stops at it.
-
-    Args:
-        row (`Mapping[str, Any]`): column name to value.
-        mapping (`ColumnMapping`): one column or way for each field, no patterns.
-        folder, roots: as [`locate_image`] takes them.
-
-    Returns:
-        `dict[str, Any]`: `image`, `short_caption`, `long_captions`, `id`, the optional fields that the row has, and
-        `error`.
+    The record of a row, by a mapping without patterns. What is missing or of a wrong type stays so: the collator
+    counts it or stops at it.
     """
     record = _fields(row, mapping)
     _locate(record, folder, roots)
@@ -376,18 +365,8 @@ def _locate(record: dict[str, Any], folder: str, roots: tuple[str, ...]) -> None
 
 def locate_image(path: str, folder: str, roots: Sequence[str]) -> str:
     """
-    The file that the path of an image in a data set stands for.
-
-    Args:
-        path (`str`): as the data set has it; an address on the web is left as it is.
-        folder (`str`): what a relative path starts from.
-        roots (`Sequence[str]`): the folders that images must lie in, links followed; of none nothing is opened.
-
-    Returns:
-        `str`: the path of the file. It need not be there.
-
-    Raises:
-        ValueError: if it lies outside of `roots`.
+    The file, which need not be there, that the path of an image in a data set stands for: from `folder` on, if it is
+    relative. A `ValueError` if it lies outside of all `roots`, links followed. An address on the web stays as it is.
     """
     if path.startswith(("http://", "https://")):
         return path

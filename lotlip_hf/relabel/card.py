@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import DatasetCardData
 from transformers import PreTrainedTokenizerBase
 
-from ..data.sampling import split_sentences
+from ..data.sentences import split_sentences
 from ..files import markdown_text, printable, replacing, write_json
 from ..plots import COLOURS, figure, save, wrapped
 from .captioners.base import published_name

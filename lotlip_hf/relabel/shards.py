@@ -14,7 +14,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from ..data.sampling import split_sentences
+from ..data.sentences import split_sentences
 from ..files import replacing, write_json
 from ..images import ImageError, image_extensions, image_source, readable_formats
 from .captioners.base import CaptionerConfig, published_name

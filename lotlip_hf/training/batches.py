@@ -18,10 +18,7 @@ from .config import TrainingConfig
 def batches_per_epoch(num_records: int, config: TrainingConfig, num_processes: int) -> int:
     """
     The full batches of an epoch, and the last one that is not full, unless `drop_last` says otherwise or it holds
-    fewer records than there are processes.
-
-    Raises:
-        ValueError: if there is none.
+    fewer records than there are processes; `ValueError` if there is none.
     """
     size = config.batch_size * num_processes
     full, rest = divmod(num_records, size)
@@ -114,20 +111,9 @@ def iterate_batches(
     num_processes: int,
 ) -> Iterator[tuple[int, int, Batch]]:
     """
-    The batches from a position on, epoch after epoch, without end.
-
-    Args:
-        records: The data set. A stream is shuffled within `shuffle_buffer` records, and its shards (or, if there are
-            too few, its records) are divided between the processes.
-        collator: Makes a batch of records.
-        config: The options.
-        epoch: The first epoch.
-        start: The first batch of that epoch. A stream is read from its beginning.
-        rank: Number of this process.
-        num_processes: Number of processes.
-
-    Yields:
-        The position after the batch, (epoch, number of the next batch), and the batch.
+    A process's batches from a position on, epoch after epoch, without end, each behind the position after it: epoch
+    and number of the next batch. A stream is read from its beginning and shuffled within `shuffle_buffer` records; its
+    shards (or, if there are too few, its records) are divided between the processes.
     """
     for number in count(epoch):
         collator.set_epoch(number)

@@ -115,17 +115,11 @@ def save_checkpoint(
     save_total_limit: int = 0,
 ) -> Path:
     """
-    Writes `checkpoint-{step}` and removes the oldest ones. Every process calls it. The folder gets its name when it is
-    whole and on the disk; an existing one is left as it is.
+    Writes `checkpoint-{step}` and removes the oldest ones but for `save_total_limit`; 0 keeps all. Every process calls
+    it. The folder gets its name when it is whole and on the disk; an existing one is left as it is.
 
-    Args:
-        output: The run's folder.
-        step: Steps of the optimiser so far.
-        accelerator: Saves the weights, the optimiser and the random numbers.
-        save_model: Writes the model into a folder; every process calls it.
-        progress: Numbers of the run, different on every process.
-        states: Further objects to save, by name. `accelerator` would unpickle their files.
-        save_total_limit: Checkpoints to keep; 0 keeps all.
+    `save_model` writes the model into a folder, `accelerator` its weights, the optimiser and the random numbers.
+    `progress` are numbers of each process, `states` further objects, whose files `accelerator` would unpickle.
 
     Raises:
         CheckpointError: on all processes, if one of them cannot write.

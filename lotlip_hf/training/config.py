@@ -10,8 +10,9 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from .. import options
+from ..data.record import Draw
 from ..data.records import MAPPINGS, ColumnMapping
-from ..data.sampling import STRATEGIES, Draw
+from ..data.sampling import STRATEGIES
 from ..files import MAX_BYTES, replacing
 from ..options import option
 from .terms import TERMS, make_terms
@@ -261,16 +262,7 @@ def parse_arguments(argv: Sequence[str] | None = None, **parser: str) -> Trainin
 
 
 def check_resumed(config: TrainingConfig) -> None:
-    """
-    Compares the options with those that the run in `config.output` was started with.
-
-    Args:
-        config: The options of the resumed run.
-
-    Raises:
-        ValueError: if one differs that changes what is computed; the message names it.
-        FileNotFoundError: if there is no run in `config.output`.
-    """
+    """A `ValueError` if an option that changes what is computed is not that of the run in `config.output`."""
     first = TrainingConfig(**_kept(config.output))
     changed = [
         f"`{field.name}` was {getattr(first, field.name)!r} and is {getattr(config, field.name)!r}"

@@ -52,48 +52,20 @@ class RunLog:
         self.path = Path(path)
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """
-        Adds a line.
-
-        Args:
-            entry: `step` and what is known of it: numbers, scalar tensors among them, texts, `None`, and lists and
-                mappings of these. NaN and infinity, which JSON has not, are written as null.
-
-        Raises:
-            ValueError: if there is no `step`.
-            OSError: if it cannot be written; the lines before are intact.
-        """
-        plain = _plain(entry)
-        if not isinstance(plain.get("step"), int):
-            raise ValueError(f"A line of the log must have a `step`, a whole number; got {dict(entry)}.")
-        append_json_line(self.path, plain)
+        """Adds a line: a `step` and its numbers; JSON has no NaN and no infinity, which become null."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in entry.items()
+        }
+        append_json_line(self.path, finite)
 
     def truncate(self, step: int) -> None:
-        """
-        Drops the lines of later steps, which a resumed run writes again.
-
-        Args:
-            step: The last step to keep; 0 keeps what was logged before the first step, -1 nothing.
-
-        Raises:
-            ValueError: if the log is damaged; the message names the line.
-        """
+        """Drops the lines after a step, which a resumed run writes again; `ValueError` if the log is damaged."""
         if not self.path.exists():
             return
         kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
         with replacing(self.path) as file:
             file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON has it: a scalar tensor or a NumPy number as the number it holds."""
-    if isinstance(value, Mapping):
-        return {name: _plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -10,15 +10,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
-from ..data.collator import MODEL_INPUTS
+from ..data.collator import ModelInputs
 from ..distributed import average_gradient
 from ..modeling.configuration_lotlip import LoTLIPConfig
 from .config import TrainingConfig
 from .terms import make_terms
 from .terms.views import Views
-
-# Fields of the model's configuration that are defaults of the terms' options of the same name.
-MODEL_DEFAULTS = ("projection_dim", "short_loss_weight", "long_loss_weight")
 
 
 class Objective(nn.Module):
@@ -71,13 +68,7 @@ class Objective(nn.Module):
         Returns:
             `dict[str, torch.Tensor]`: this process's share of `loss`, and of the weighted terms that add up to it:
             `loss_<term>`, or `loss_<term>_<part>` of a term in parts.
-
-        Raises:
-            ValueError: if the tensors differ in their number of samples.
         """
-        lengths = {name: len(tensor) for name, tensor in embeds.items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"The objective needs as many samples of each kind, got {lengths}.")
         losses: dict[str, torch.Tensor] = {}
         with torch.autocast(logit_scale.device.type, enabled=False):
             views = Views(embeds, logit_scale)
@@ -87,26 +78,19 @@ class Objective(nn.Module):
                 shares = shares if isinstance(shares, dict) else {"": shares}
                 for part, share in shares.items():
                     losses[f"loss_{name}_{part}" if part else f"loss_{name}"] = self.weights[name] * share
-            return {"loss": torch.stack([*losses.values()]).sum(), **losses}
+            # `DistributedDataParallel` waits for the gradient of the logit scale, which no term may use
+            return {"loss": torch.stack([*losses.values()]).sum() + 0 * logit_scale, **losses}
 
 
 def make_objective(config: TrainingConfig, model_config: LoTLIPConfig) -> Objective:
     """
-    The objective that options choose.
+    The objective that options choose, on the CPU.
 
     Args:
-        config (`TrainingConfig`): `terms` and `term_options`, and the `seed` of weights of terms.
-        model_config (`LoTLIPConfig`): gives the defaults of a term's `projection_dim`, `short_loss_weight` and
-            `long_loss_weight`.
-
-    Returns:
-        `Objective`: the objective, on the CPU.
-
-    Raises:
-        ValueError: if an option of a term is out of range.
+        config (`TrainingConfig`): `terms` and `term_options`, and the `seed` of the terms' own weights.
+        model_config (`LoTLIPConfig`): the model's, for defaults of the terms' options, see [`make_terms`].
     """
-    defaults = {name: getattr(model_config, name) for name in MODEL_DEFAULTS}
-    return Objective(*make_terms(config.terms, config.term_options, config.seed, defaults))
+    return Objective(*make_terms(config.terms, config.term_options, config.seed, model_config))
 
 
 @torch.no_grad()
@@ -127,8 +111,8 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
 
     Args:
         model (`nn.Module`): a [`LoTLIPModel`] or its wrapper.
-        batch (`Mapping[str, Any]`): the model's arguments: `input_ids` [B, T, L], or [B, L] of the short texts with or
-            without `long_input_ids` [B, T - 1, L']. Other entries are passed on if they are needed.
+        batch (`Mapping[str, Any]`): a [`~lotlip_hf.data.collator.Batch`]: `input_ids` [B, L] of the short texts, with
+            or without `long_input_ids` [B, T - 1, L']. Other tensors are passed on if they are needed.
         needs (`Collection[str]`): names, [`Objective.needs`].
 
     Returns:
@@ -137,17 +121,15 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
         texts, left out for m = 0 or T = 1.
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    inputs = {name: tensors[name] for name in MODEL_INPUTS if name in tensors}
-    has_all_texts = inputs["input_ids"].dim() == 3
+    inputs = {name: tensors[name] for name in ModelInputs.__annotations__ if name in tensors}
     # a short text alone needs no corner tokens, not even in training mode
-    has_corners = "corner_embeds" in needs and (has_all_texts or "long_input_ids" in inputs)
+    has_corners = "corner_embeds" in needs and "long_input_ids" in inputs
     outputs = model(**inputs, return_loss=False, output_corner_embeds=has_corners, pooled_only=True)
-    text_embeds, corner_embeds = outputs.text_embeds, outputs.corner_embeds
-    if text_embeds.dim() == 2:
-        text_embeds = text_embeds.unsqueeze(1)
-    if has_all_texts and corner_embeds is not None:
-        corner_embeds = corner_embeds[:, 1:]
-    embeds = {"image_embeds": outputs.image_embeds, "text_embeds": text_embeds, "corner_embeds": corner_embeds}
+    embeds = {
+        "image_embeds": outputs.image_embeds,
+        "text_embeds": outputs.text_embeds if outputs.text_embeds.dim() == 3 else outputs.text_embeds.unsqueeze(1),
+        "corner_embeds": outputs.corner_embeds,
+    }
     return {name: value for name, value in {**embeds, **tensors}.items() if name in needs and value is not None}
 
 

@@ -13,17 +13,19 @@ from .fsdp import OBJECTIVE
 
 def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -> None:
     """
-    Freezes the image tower if `lock_vision`, but for its last `unlocked_vision_layers` layers and what follows them;
-    the corner tokens if there are no long texts or the objective does not need them ([`Objective.needs`]); and
-    parameters that the forward pass does not use.
+    Freezes the image tower if `lock_vision`, but for its last `unlocked_vision_layers` layers and what follows them,
+    and what `needs`, those of the objective, do not use.
 
     Raises:
         ValueError: if the tower has fewer layers than are unlocked.
     """
     model.requires_grad_(True)
-    freeze_unused(model, has_corners=bool(config.num_long_texts) and "corner_embeds" in needs)
-    if not config.lock_vision:
-        return
+    if config.lock_vision:
+        _lock_vision(model, config)
+    freeze_unused(model, needs, bool(config.num_long_texts))
+
+
+def _lock_vision(model: LoTLIPModel, config: TrainingConfig) -> None:
     tower = model.vision_model
     num_layers = tower.backbone.config.num_hidden_layers
     if config.unlocked_vision_layers > num_layers:
@@ -43,10 +45,17 @@ def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -
             parameter.requires_grad_(True)
 
 
-def freeze_unused(model: nn.Module, has_corners: bool) -> None:
-    """Freezes the parameters that the forward pass does not use: `DistributedDataParallel` would wait for them."""
+def freeze_unused(model: nn.Module, needs: Collection[str], has_long_texts: bool) -> None:
+    """Freezes the parameters that give none of `needs`: `DistributedDataParallel` would wait for their gradients."""
+    unused = ["mask_token"]
+    if "image_embeds" not in needs:
+        unused += ["vision_model.", "visual_projection."]
+    if "text_embeds" not in needs and "corner_embeds" not in needs:
+        unused += ["text_model.", "text_projection."]
+    if "corner_embeds" not in needs or not has_long_texts:
+        unused += ["text_model.corner_embeds"]
     for name, parameter in model.named_parameters():
-        if name.endswith("mask_token") or (name.endswith("corner_embeds") and not has_corners):
+        if any(part in name for part in unused):  # PEFT puts its own names around them
             parameter.requires_grad_(False)
 
 

@@ -46,14 +46,7 @@ class Meter:
 
 
 class Tracking:
-    """
-    The log, which the first process writes, and the trackers. Training goes on where these fail.
-
-    Args:
-        config: The options.
-        accelerator: Of the run.
-        step: The step to go on from; later lines of the log are dropped.
-    """
+    """The log, which the first process writes, without lines after `step`, and the trackers. Either may fail."""
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator, step: int) -> None:
         self.accelerator = accelerator

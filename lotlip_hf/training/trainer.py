@@ -14,13 +14,11 @@ from ..data.sampling import WholeCaptions
 from .fsdp import keep_class_name, prepare_sharding
 from .grad_cache import cached_backward
 from .objective import Objective, clamp_logit_scale, embed, similarity_scale
-from .optim import freeze_unused
+from .optim import freeze_unused, set_training_mode
 from .terms.infonce import InfoNCE
 from .validation import short_and_long_recalls
 
 OBJECTIVE_NAME = "objective.safetensors"
-# Options of the training captions that the evaluated ones share.
-EVALUATED = ("captioners", "splitter")
 
 
 class LoTLIPTrainer(Trainer):
@@ -28,7 +26,8 @@ class LoTLIPTrainer(Trainer):
     [`~transformers.Trainer`] on the objective of `lotlip train`: images are compared with the texts of all processes,
     each epoch draws other texts, and the logit scale stays at or below ln 100. Each held-out record is evaluated by
     its short caption and by its first long caption, whole: `eval_loss`, of batches of `per_device_eval_batch_size` on
-    every process, and over all records `eval_short_image_to_text_r1`, `eval_long_text_to_image_r10` and so on.
+    every process, and over all records `eval_short_image_to_text_r1`, `eval_long_text_to_image_r10` and so on. The log
+    shows each term's share of the loss: `loss_infonce_short` and so on.
 
     Args:
         model (`LoTLIPModel`, *optional*): the model, in float32 (`bf16=True` is for the activations).
@@ -86,12 +85,14 @@ class LoTLIPTrainer(Trainer):
         self.objective.to(self.args.device)
         self.grad_cache_chunk = grad_cache_chunk
         self._weights = set(self.model.state_dict())
+        self._restart_log()
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
         collator = self.data_collator
         if not is_training:
-            own = {name: getattr(collator.draw, name) for name in EVALUATED if hasattr(collator.draw, name)}
-            self.data_collator = LoTLIPCollator(collator.processor, WholeCaptions(**own))
+            captioners = getattr(collator.draw, "captioners", None)
+            whole = WholeCaptions(captioners, getattr(collator.draw, "splitter", "sentences"))
+            self.data_collator = LoTLIPCollator(collator.processor, whole)
         try:
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
@@ -101,8 +102,7 @@ class LoTLIPTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        has_long_texts = getattr(self.data_collator.draw, "num_long_texts", True)
-        freeze_unused(self.model, has_corners=bool(has_long_texts) and "corner_embeds" in self.objective.needs)
+        freeze_unused(self.model, self.objective.needs, getattr(self.data_collator.draw, "num_long_texts", 1) > 0)
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
             # `from_pretrained` may then have loaded the weights in the first process alone
             raise ValueError("FSDP: set FSDP_CPU_RAM_EFFICIENT_LOADING=false before the model is loaded.")
@@ -116,22 +116,41 @@ class LoTLIPTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
+        if model.training:
+            set_training_mode(model)
         embeds = embed(model, inputs, self.objective.needs | {"image_embeds", "text_embeds"})
-        loss = self.objective(embeds, similarity_scale(model))["loss"]
-        return (loss, embeds) if return_outputs else loss
+        losses = self.objective(embeds, similarity_scale(model))
+        return (losses["loss"], embeds) if return_outputs else self._noted(losses)
+
+    def _noted(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss, after its shares are added up for the next log."""
+        self._sums = {name: self._sums.get(name, 0) + value.detach() for name, value in losses.items()}
+        self._num_batches += 1
+        return losses["loss"]
+
+    def _restart_log(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._num_batches = 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._sums:
+            means = self.accelerator.reduce(torch.stack([*self._sums.values()]) / self._num_batches, "mean")
+            logs = {**dict(zip(self._sums, means.tolist(), strict=True)), **logs}  # Trainer's own `loss`
+            self._restart_log()
+        super().log(logs, start_time)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         if self.grad_cache_chunk is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
+        set_training_mode(model)
         self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         # Trainer divides the loss by it, here `accelerator.backward` does
         self.accelerator.gradient_accumulation_steps = self.current_gradient_accumulation_steps
-        loss = cached_backward(model, inputs, self.grad_cache_chunk, self.objective, self.accelerator)["loss"]
-        return loss / self.current_gradient_accumulation_steps
+        losses = cached_backward(model, inputs, self.grad_cache_chunk, self.objective, self.accelerator)
+        return self._noted(losses) / self.current_gradient_accumulation_steps
 
     def prediction_step(
         self,
@@ -181,6 +200,7 @@ class _StepCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.epoch = int(state.epoch or 0)  # above 0 in a resumed run
+        self.trainer._restart_log()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.data_collator.set_epoch(self.epoch)

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lotlip_hf import LoTLIPProcessor
 from lotlip_hf.data.collator import LoTLIPCollator
-from lotlip_hf.data.record import RecordError, ShardError, check_record
+from lotlip_hf.data.record import RecordError, ShardError, check_record, record_rng
 from lotlip_hf.data.records import (
     MAPPINGS,
     ColumnMapping,
@@ -34,7 +34,7 @@ from lotlip_hf.data.records import (
     load_records,
     to_record,
 )
-from lotlip_hf.data.sampling import SubCaptions, record_rng
+from lotlip_hf.data.sampling import SubCaptions
 from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
 from lotlip_hf.images import ImageError, load_image
 from lotlip_hf.relabel.captioners.base import CaptionerConfig
@@ -102,7 +102,8 @@ def test_a_batch_holds_what_the_model_takes(processor: LoTLIPProcessor) -> None:
 
 def test_every_kind_of_image_is_read(processor: LoTLIPProcessor, tmp_path: Path) -> None:
     record = some_records(1)[0]
-    picture = record["image"]
+    picture = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    picture.paste((200, 0, 0, 255), (8, 8, 24, 24))
     picture.save(tmp_path / "picture.png")
     content = encoded(picture)
     sources = [
@@ -114,21 +115,11 @@ def test_every_kind_of_image_is_read(processor: LoTLIPProcessor, tmp_path: Path)
         {"bytes": None, "path": str(tmp_path / "picture.png")},
         np.asarray(picture),
     ]
-    pixels = LoTLIPCollator(processor)([{**record, "image": source} for source in sources])["pixel_values"]
-    assert pixels.shape[0] == len(sources)
-    assert all(torch.equal(one, pixels[0]) for one in pixels)
-
-
-def test_transparent_pictures_are_trained_on_with_the_background(processor: LoTLIPProcessor, tmp_path: Path) -> None:
-    record = some_records(1)[0]
-    art = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
-    art.paste((200, 0, 0, 255), (8, 8, 24, 24))
-    art.save(tmp_path / "art.png")
     own = LoTLIPProcessor(processor.image_processor, processor.tokenizer, background=None)
     for used, corner in ((processor, 1.0), (own, -1.0)):
-        for source in (str(tmp_path / "art.png"), encoded(art), {"bytes": encoded(art), "path": "art.png"}, art):
-            pixels = LoTLIPCollator(used)([{**record, "image": source}])["pixel_values"]
-            assert pixels[0, :, 0, 0].tolist() == [corner] * 3
+        pixels = LoTLIPCollator(used)([{**record, "image": source} for source in sources])["pixel_values"]
+        assert pixels[:, :, 0, 0].tolist() == [[corner] * 3] * len(sources)
+        assert all(torch.equal(one, pixels[0]) for one in pixels)
 
 
 def test_a_picture_that_does_not_fit_in_memory_is_left_out(
@@ -151,41 +142,19 @@ def test_a_picture_that_does_not_fit_in_memory_is_left_out(
         LoTLIPCollator(processor)(records)
 
 
-def test_large_jpegs_are_read_for_the_image_processor(processor: LoTLIPProcessor, tmp_path: Path) -> None:
-    record = some_records(1)[0]
-    content = encoded(record["image"].resize((402, 301), Image.Resampling.BICUBIC), "JPEG")
-    (tmp_path / "large.jpg").write_bytes(content)
-    whole = load_image(content)
-    sources = [content, str(tmp_path / "large.jpg"), {"bytes": content, "path": None}, whole]
-    pixels = LoTLIPCollator(processor)([{**record, "image": source} for source in sources])["pixel_values"]
-    reduced = load_image(content, image_processor=processor.image_processor)
-    assert reduced.size == (42, 32)
-    assert all(
-        torch.equal(one, processor(images=reduced, return_tensors="pt")["pixel_values"][0]) for one in pixels[:3]
-    )
-    assert torch.equal(pixels[3], processor(images=whole, return_tensors="pt")["pixel_values"][0])
-    assert 0 < (pixels[0] - pixels[3]).abs().mean() < 0.02
-
-
 def test_texts_differ_between_epochs_and_not_between_runs(processor: LoTLIPProcessor) -> None:
     records = some_records()
-    first, again = LoTLIPCollator(processor, seed=1), LoTLIPCollator(processor, seed=1)
-    other_seed = LoTLIPCollator(processor, seed=2)
-    batches = []
-    for epoch in range(2):
-        first.set_epoch(epoch)
-        again.set_epoch(epoch)
-        batches.append(first(records))
-        assert same(batches[-1], again(records))
-    assert not same(*batches)
-    assert not same(first(records), other_seed(records))
-    # Neither the order nor the rest of the batch matters.
-    backwards = first(records[::-1])
-    for row in range(6):
-        width = min(backwards["long_input_ids"].shape[2], batches[1]["long_input_ids"].shape[2])
-        assert torch.equal(
-            backwards["long_input_ids"][5 - row, :, :width], batches[1]["long_input_ids"][row, :, :width]
-        )
+    collators = LoTLIPCollator(processor, seed=1), LoTLIPCollator(processor, seed=1), LoTLIPCollator(processor, seed=2)
+    before = collators[0](records)
+    for collator in collators:
+        collator.set_epoch(1)
+    first, again, other_seed = (collator(records) for collator in collators)
+    assert same(first, again)
+    assert not same(first, before)
+    assert not same(first, other_seed)
+    # neither the order nor the rest of the batch matters
+    backwards = collators[0](records[::-1])
+    assert torch.equal(backwards["long_input_ids"], first["long_input_ids"].flip(0))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -673,10 +642,8 @@ def test_optional_fields_are_carried(kind: str, streaming: bool, tmp_path: Path)
     ("field", "value"),
     [
         ("negatives", [5]),
-        ("rewrites", {"a": "b"}),
         ("tags", [["cat"]]),
         ("regions", "an ear"),
-        ("regions", [{"text": "an ear"}]),
         ("regions", [{"box": [0, 0, 0.5], "text": "an ear"}]),
         ("regions", [{"box": [0, 0, 10, 20], "text": "an ear"}]),
         ("regions", [{"box": [0.5, 0, 0.4, 1], "text": "an ear"}]),

@@ -8,8 +8,9 @@ from random import Random
 import pytest
 
 from lotlip_hf import cli
-from lotlip_hf.data.record import Record
-from lotlip_hf.data.sampling import STRATEGIES, SubCaptions, Texts
+from lotlip_hf.data.record import Record, Texts
+from lotlip_hf.data.sampling import STRATEGIES, SubCaptions
+from lotlip_hf.training.config import TrainingConfig, parse_arguments
 from seams import train_alone_and_together
 
 
@@ -29,6 +30,15 @@ def main(argv: list[str]) -> int:
     """The command, as a process runs it that knows the strategy."""
     STRATEGIES["pairs"] = Pairs
     return cli.main(argv)
+
+
+def test_a_strategy_takes_the_options_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STRATEGIES, "pairs", Pairs)
+    assert parse_arguments("--captions pairs --num-long-texts 2".split()).draw() == Pairs(2)
+    assert TrainingConfig(num_sentences=1, captioners=[1]).draw() == SubCaptions(num_sentences=1, captioners=(1,))
+    for flags, word in (("pairs --captioners 0", "captioners"), ("words", "captions")):
+        with pytest.raises(ValueError, match=word):
+            parse_arguments(["--captions", *flags.split()])
 
 
 @pytest.mark.slow

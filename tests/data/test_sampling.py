@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from lotlip_hf.data.sampling import SubCaptions, Texts, record_rng, split_full_stops, split_sentences
+from lotlip_hf.data.record import Texts, record_rng
+from lotlip_hf.data.sampling import SubCaptions
+from lotlip_hf.data.sentences import split_full_stops, split_sentences
 from lotlip_hf.modeling.sentences_lotlip import ABBREVIATIONS, NUMBERED, OPENING, find_sentences
 
 # "0a. 0b. ... 0h." and so on: every sentence tells its captioner and its number.
@@ -185,7 +187,8 @@ def test_a_draw_depends_on_seed_epoch_and_record_alone() -> None:
     assert len(set(drawn.values())) > 30  # of 36, with 6^3 * 3! possible
     # In another process, whose strings hash otherwise.
     program = (
-        "from lotlip_hf.data.sampling import SubCaptions, record_rng\n"
+        "from lotlip_hf.data.record import record_rng\n"
+        "from lotlip_hf.data.sampling import SubCaptions\n"
         f"record = {{'id': 'b', 'short_caption': 'short', 'long_captions': {CAPTIONS!r}}}\n"
         "print(SubCaptions()([record], [record_rng(2, 1, 'b')])[0].long)"
     )

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from lotlip_hf import LoTLIPModel
 from lotlip_hf.data.records import load_records
-from lotlip_hf.data.sampling import split_sentences
+from lotlip_hf.data.sentences import split_sentences
 from lotlip_hf.scenes.dataset import render, scene, short_caption
 from lotlip_hf.training.log import read_log
 from scripts import load_script

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import ModelCard
 from packaging.requirements import Requirement
 
-from lotlip_hf.data.sampling import split_sentences
+from lotlip_hf.data.sentences import split_sentences
 from lotlip_hf.scenes.dataset import long_captions, render, scene
 from scripts import REPOSITORY, load_script
 from tiny_clip import save_clip

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from lotlip_hf import LoTLIPConfig, LoTLIPTokenizer
-from lotlip_hf.data.sampling import split_sentences
+from lotlip_hf.data.sentences import split_sentences
 from lotlip_hf.engines.texts import encode_unpadded
 from lotlip_hf.modeling.tokenization_lotlip import NEEDS_REPAIR, clean
 from stale import CALL_STATE, is_clean, make_stale

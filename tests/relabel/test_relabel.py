@@ -34,7 +34,7 @@ from transformers import BertTokenizer
 
 from lotlip_hf.cli import main
 from lotlip_hf.data.records import load_records
-from lotlip_hf.data.sampling import split_sentences
+from lotlip_hf.data.sentences import split_sentences
 from lotlip_hf.options import Parser
 from lotlip_hf.relabel.captioners.base import PROMPT, Answer, CaptionerConfig
 from lotlip_hf.relabel.captioners.local import LocalCaptioner

@@ -7,12 +7,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 from lotlip_hf.training.log import LOG_NAME, RECALLS, RunLog, draw_curve, read_log
@@ -49,28 +46,15 @@ def a_run(path: Path, num_evaluations: int = 4, shares: Sequence[str] = ("infonc
 
 def test_lines_are_read_as_written(path):
     log = RunLog(path)
-    log.write({"step": np.int64(10), "loss": torch.tensor(0.5, requires_grad=True), "name": "ä\n", "none": None})
-    log.write({"step": 20, "loss": float("nan"), "rate": np.float32(0.25), "counts": {"records": 3}, "ids": ("a", 1)})
+    log.write({"step": 10, "loss": 0.5, "name": "ä\n", "none": None})
+    log.write({"step": 20, "loss": float("nan"), "rate": float("inf")})
     assert read_log(path) == [
         {"step": 10, "loss": 0.5, "name": "ä\n", "none": None},
-        {"step": 20, "loss": None, "rate": 0.25, "counts": {"records": 3}, "ids": ["a", 1]},
+        {"step": 20, "loss": None, "rate": None},
     ]
     assert read_log(path.parent) == read_log(path)
     for line in path.read_text().splitlines():  # JSON as others read it, without NaN
         json.loads(line, parse_constant=pytest.fail)
-
-
-def test_a_line_is_there_at_once(path):
-    log = written(path, 10)
-    assert steps_of(path) == [10]
-    log.write({"step": 20})
-    assert steps_of(path) == [10, 20]
-
-
-def test_an_old_log_is_added_to(path):
-    written(path, 10, 20)
-    written(path, 30)
-    assert steps_of(path) == [10, 20, 30]
 
 
 @pytest.mark.parametrize("cut", [1, 2, 9, 23])
@@ -119,18 +103,6 @@ def test_truncate(path, step, left):
     assert [file.name for file in path.parent.iterdir()] == [LOG_NAME]
 
 
-def test_truncate_keeps_the_lines_as_they_were(path):
-    a_run(path)
-    before = read_log(path)
-    RunLog(path).truncate(500)
-    assert read_log(path) == [entry for entry in before if entry["step"] <= 500]
-
-
-def test_truncate_without_a_log(path):
-    RunLog(path).truncate(10)
-    assert not path.exists()
-
-
 @pytest.mark.slow
 def test_a_full_disk(path):
     program = """
@@ -148,26 +120,6 @@ log.write({"step": 3})
     run = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
     assert run.stdout == "refused\n", run.stderr
     assert steps_of(path) == [1, 3]
-
-
-@pytest.mark.parametrize(("highest", "top"), [(0.0, 1), (0.002, 0.24), (0.05, 6), (0.5, 60), (0.9, 100), (1.0, 100)])
-def test_small_recalls_are_seen(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, highest: float, top: float
-):
-    figures: list[Any] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    log = RunLog(path)
-    for step in (1, 2):
-        log.write({"step": step, **dict.fromkeys(RECALLS, highest * step / 2)})
-    draw_curve(path, tmp_path / "curve.png")
-    assert figures[0].axes[-1].get_ylim() == pytest.approx((0, top))
-
-
-def test_a_line_needs_a_step(path):
-    log = written(path, 10)
-    with pytest.raises(ValueError, match="must have a `step`"):
-        log.write({"loss": 1.0})
-    assert steps_of(path) == [10]
 
 
 @pytest.mark.parametrize("damage", ['{"step": 15, "lo', "[1]", '{"loss": 2}', '{"step": "x"}', ""])
@@ -213,13 +165,6 @@ def test_curve(path: Path, tmp_path: Path, shares: list[str], shown: set[tuple[i
     with Image.open(tmp_path / "curve.png") as image:
         assert image.size == (720, 480)
     assert colours_of(tmp_path / "curve.png") & {BLUE, ORANGE, GREEN} == shown
-
-
-def test_curve_with_evaluations(path, tmp_path):
-    a_run(path)
-    draw_curve(path, tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as image:
-        assert image.size == (1440, 480)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The objective over processes, in tiles and with cached gradients, against the plain loss of the whole batch."""
 
-import math
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -9,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from test_new_term import Guess
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional as F
@@ -23,29 +22,25 @@ import tiny
 from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
 from lotlip_hf.distributed import rank
 from lotlip_hf.training.grad_cache import cached_backward
-from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scale, embed
-from lotlip_hf.training.terms import TERMS
+from lotlip_hf.training.objective import Objective, batch_loss, embed
+from lotlip_hf.training.terms import TERMS, pairs
 from lotlip_hf.training.terms.infonce import InfoNCE
 from lotlip_hf.training.terms.primary_components import primary_components
 from lotlip_hf.training.terms.sigmoid import Sigmoid
 from processes import run_processes
-from tiny_terms import Guess
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 WEIGHTS = {"short_loss_weight": 0.5, "long_loss_weight": 2.0}
 
-# Terms and their options. Tiles of 3 divide no batch here, tiles of 100 hold each of them.
+# Terms and their options.
 OBJECTIVES: list[dict[str, dict[str, Any]]] = [
-    {"infonce": {"tile_size": 3}},
-    {"infonce": {"tile_size": 100}},
-    {"infonce": {"tile_size": 3, "label_smoothing": 0.1}},
-    {"primary_components": {"tile_size": 3, "num_components": 2}},
-    {"primary_components": {"tile_size": 100, "num_components": 2, "label_smoothing": 0.2}},
-    {"sigmoid": {"tile_size": 3}},
-    {"sigmoid": {"tile_size": 100}},
-    {"guess": {}},
-    {"infonce": {"tile_size": 3}, "guess": {}, "sigmoid": {}},
+    {"infonce": {}},
+    {"infonce": {"label_smoothing": 0.1}},
+    {"primary_components": {"num_components": 2, "label_smoothing": 0.2}},
+    {"sigmoid": {}},
+    {"infonce": {}, "guess": {}, "sigmoid": {}},
 ]
+TILE_SIZES = (3, 100)  # the one divides no batch here, the other holds each of them
 FACTORS = {"guess": 0.5}  # of the terms
 
 
@@ -138,8 +133,12 @@ def assert_equal(answers: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 # One process
 
 
+@pytest.mark.parametrize("tile_size", TILE_SIZES)
 @pytest.mark.parametrize("terms", OBJECTIVES, ids=str)
-def test_tiles_are_the_plain_loss(terms: dict[str, dict[str, Any]]) -> None:
+def test_tiles_are_the_plain_loss(
+    terms: dict[str, dict[str, Any]], tile_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "TILE_SIZE", tile_size)
     towers, objective = Towers(), make(terms)
     losses = objective(*towers())
     losses["loss"].backward()
@@ -147,19 +146,9 @@ def test_tiles_are_the_plain_loss(terms: dict[str, dict[str, Any]]) -> None:
     assert_equal(results(losses, towers, objective), expected(terms))
 
 
-@pytest.mark.parametrize("term", [InfoNCE(tile_size=2), InfoNCE(tile_size=2, label_smoothing=0.1), Sigmoid()])
-def test_gradients_are_those_of_finite_differences(term: nn.Module) -> None:
-    objective = Objective({"one": term}).double()
-    names, shapes = ("image_embeds", "text_embeds", "corner_embeds"), ((3, 4), (3, 2, 4), (3, 1, 2, 4))
-    embeds = [torch.randn(shape, dtype=torch.double) for shape in shapes]
-    inputs = [e.requires_grad_() for e in (torch.tensor(1.5, dtype=torch.double), *embeds)]
-    function = lambda scale, *embeds: objective(dict(zip(names, embeds, strict=True)), scale)["loss"]  # noqa: E731
-    assert torch.autograd.gradcheck(function, inputs)
-
-
 def test_without_long_texts_or_corners() -> None:
     embeds, scale = Towers()()
-    objective = make({"infonce": {"tile_size": 4}})
+    objective = make({"infonce": {}})
     images, texts = embeds["image_embeds"], embeds["text_embeds"]
     for given in (
         {"image_embeds": images, "text_embeds": texts[:, :1]},
@@ -168,10 +157,9 @@ def test_without_long_texts_or_corners() -> None:
         assert_equal(objective(given, scale), plain_loss(objective, given, scale))
 
 
-@pytest.mark.parametrize("terms", [OBJECTIVES[2], OBJECTIVES[5], OBJECTIVES[7]], ids=str)
-def test_terms_are_float32_under_autocast(terms: dict[str, dict[str, Any]]) -> None:
+def test_terms_are_float32_under_autocast() -> None:
     """Also where a term takes what is half as long."""
-    objective = make(terms)
+    objective = make(OBJECTIVES[-1])
     embeds, scale = Towers()()
     exact = {
         name: (value.detach().bfloat16() if value.is_floating_point() else value) for name, value in embeds.items()
@@ -214,8 +202,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", [{"infonce": {"label_smoothing": 0.1}}, {"sigmoid": {}}], ids=str)
-def test_tiles_hold_no_matrix_of_the_batch(options: dict[str, dict[str, Any]]) -> None:
+def test_tiles_hold_no_matrix_of_the_batch(
+    options: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither forward nor backward, nor with smoothed labels."""
+    monkeypatch.setattr(pairs, "TILE_SIZE", 16)
     batch_size, num_sets, width = 192, 5, 4
     images, texts = torch.randn(batch_size, width, requires_grad=True), torch.randn(batch_size, num_sets, width)
     embeds = {"image_embeds": images, "text_embeds": texts}
@@ -226,25 +217,8 @@ def test_tiles_hold_no_matrix_of_the_batch(options: dict[str, dict[str, Any]]) -
         return mode.most
 
     matrix = 4 * batch_size**2  # bytes
-    (name,) = options
-    assert most(make({name: {"tile_size": 16, **options[name]}})) < matrix
+    assert most(make(options)) < matrix
     assert most(partial(plain_loss, make(options))) >= num_sets * matrix
-
-
-def test_as_many_images_as_texts() -> None:
-    with pytest.raises(ValueError, match="image_embeds"):
-        make({"infonce": {}})(
-            {"image_embeds": torch.eye(2, 4), "text_embeds": torch.zeros(3, 1, 4)}, torch.tensor(1.0)
-        )
-
-
-def test_logit_scale_is_clamped_at_ln_100() -> None:
-    towers = Towers()
-    for value, clamped in ((1.0, 1.0), (9.0, math.log(100))):
-        nn.init.constant_(towers.logit_scale, value)
-        clamp_logit_scale(towers)
-        assert towers.logit_scale.item() == pytest.approx(clamped, abs=1e-6)
-        assert towers.logit_scale.requires_grad
 
 
 # Several processes
@@ -262,6 +236,7 @@ def own_share(split: list[int], terms: dict[str, dict[str, Any]]) -> dict[str, t
 
 def shares(split: list[int]) -> list[dict[str, torch.Tensor]]:
     """A process's answers with each of the objectives."""
+    pairs.TILE_SIZE = 3  # in a process of its own
     return [own_share(split, terms) for terms in OBJECTIVES]
 
 
@@ -277,49 +252,6 @@ def test_the_mean_over_processes_is_the_plain_loss(num_processes: int, tmp_path:
                 for answer in of_processes:
                     torch.testing.assert_close(answer[name], mean[name])
         assert_equal(mean, expected(terms))
-
-
-def order_of_a_step(dtype: torch.dtype) -> list[str]:
-    """What a process's backward pass does, in its order: parts of the towers, and the sum of the images' gradients."""
-    events: list[str] = []
-    all_reduce = dist.all_reduce
-
-    class Work:
-        def __init__(self, work: dist.Work) -> None:
-            self.work = work
-
-        def wait(self) -> None:
-            events.append("wait")
-            self.work.wait()
-
-    def recorded(tensor: torch.Tensor, *args: Any, async_op: bool = False, **kwargs: Any) -> Any:
-        if not async_op:
-            return all_reduce(tensor, *args, **kwargs)
-        events.append("start")
-        return Work(all_reduce(tensor, *args, async_op=True, **kwargs))
-
-    model, batch = tiny_model(), part(tiny_batch(5), 3 * rank(), 3 + 2 * rank())
-    for name, tower in (("image", model.vision_model), ("text", model.text_model)):
-        for parameter in tower.parameters():
-            parameter.register_hook(lambda gradient, name=name: events.append(name))
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        losses = batch_loss(model, batch, make({"infonce": {}}))
-    dist.all_reduce = recorded
-    try:
-        losses["loss"].backward()
-    finally:
-        dist.all_reduce = all_reduce
-    return events
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_images_gradients_are_added_up_while_the_text_tower_works(dtype: torch.dtype, tmp_path: Path) -> None:
-    for events in run_processes(order_of_a_step, 2, tmp_path, dtype):
-        texts = [place for place, event in enumerate(events) if event == "text"]
-        assert events.count("start") == events.count("wait") == 1
-        assert events.index("start") < min(texts)
-        assert max(texts) < events.index("wait") < events.index("image")
 
 
 # Gradient cache
@@ -396,7 +328,7 @@ def test_cached_gradients_are_the_plain_ones(
     assert torch.equal(torch.get_rng_state(), after)  # it drew what one pass draws
 
 
-def test_every_form_of_a_batch() -> None:
+def test_a_batch_with_and_without_long_texts() -> None:
     model, batch = tiny_model(), tiny_batch(3)
     names = {"image_embeds", "text_embeds", "corner_embeds"}
     short = embed(model, {**batch, "long_input_ids": None, "long_attention_mask": None}, names)
@@ -406,14 +338,9 @@ def test_every_form_of_a_batch() -> None:
     assert long["text_embeds"].shape == (3, 3, 24)
     assert long["corner_embeds"].shape == (3, 2, 2, 24)
     torch.testing.assert_close(long["text_embeds"][:, :1], short["text_embeds"], **TOLERANCE)
-    together = {"input_ids": batch["long_input_ids"], "pixel_values": batch["pixel_values"]}
-    all_texts = embed(model, together, names)
-    torch.testing.assert_close(all_texts["text_embeds"], long["text_embeds"][:, 1:], **TOLERANCE)
-    torch.testing.assert_close(all_texts["corner_embeds"], long["corner_embeds"][:, 1:], **TOLERANCE)
-    for form in (batch, together):
-        loss = model(**{name: form[name] for name in form if name not in ("ids", "tags")} | {"return_loss": True}).loss
-        answer = batch_loss(model, form, Objective({"infonce": InfoNCE()}))["loss"]
-        torch.testing.assert_close(answer, loss, **TOLERANCE)
+    loss = model(**{name: value for name, value in batch.items() if name not in ("ids", "tags")}).loss
+    answer = batch_loss(model, batch, Objective({"infonce": InfoNCE()}))["loss"]
+    torch.testing.assert_close(answer, loss, **TOLERANCE)
 
 
 def test_the_model_computes_what_is_needed() -> None:
@@ -425,15 +352,6 @@ def test_the_model_computes_what_is_needed() -> None:
     assert embed(model, batch, {"image_embeds"}).keys() == {"image_embeds"}
     assert [each["output_corner_embeds"] for each in asked] == [True, False]
     assert all(each["pooled_only"] and "tags" not in each and not each["return_loss"] for each in asked)
-
-
-def test_cached_gradients_are_added() -> None:
-    model, batch, objective = tiny_model(), tiny_batch(4), make({"infonce": {}})
-    cached_backward(model, batch, 3, objective)
-    once = {name: p.grad.clone() for name, p in model.named_parameters()}
-    cached_backward(model, batch, 3, objective)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, 2 * once[name], rtol=1e-5, atol=1e-5)
 
 
 def test_cached_gradients_of_locked_parameters() -> None:
@@ -465,38 +383,6 @@ def test_cached_gradients_under_autocast() -> None:
         answers.append(results(losses, accelerator.unwrap_model(model)))
     plain, cached = (torch.cat([value.flatten() for value in answer.values()]) for answer in answers)
     assert (cached - plain).norm() <= 0.03 * plain.norm()  # bfloat16 has 8 bits
-
-
-def test_a_callers_autocast_is_not_for_the_loss() -> None:
-    """The gradients that the embeddings get are float32's."""
-    seen, gradients = [], {}
-
-    class Seen(Objective):
-        def forward(self, embeds: Any, logit_scale: torch.Tensor) -> dict[str, torch.Tensor]:
-            for name, value in embeds.items():
-                value.register_hook(lambda gradient, name=name: gradients.__setitem__(name, gradient))
-            seen.append((embeds, logit_scale))
-            return super().forward(embeds, logit_scale)
-
-    with torch.autocast("cpu", torch.bfloat16):
-        cached_backward(tiny_model(), tiny_batch(4), 2, Seen({"infonce": InfoNCE()}))
-    embeds, scale = seen[0]
-    leaves = {name: value.detach().requires_grad_() for name, value in embeds.items()}
-    Objective({"infonce": InfoNCE()})(leaves, scale.detach())["loss"].backward()
-    assert gradients.keys() == leaves.keys()
-    for name, leaf in leaves.items():
-        torch.testing.assert_close(gradients[name], leaf.grad, **TOLERANCE)
-
-
-def test_accumulated_steps_are_a_mean() -> None:
-    batch, objective = tiny_batch(4), make({"infonce": {}})
-    model = tiny_model()
-    cached_backward(model, batch, 2, objective)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    accumulated = accelerator.prepare(tiny_model())
-    cached_backward(accumulated, batch, 2, objective, accelerator)
-    for (name, p), q in zip(model.named_parameters(), accumulated.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad / 2, **TOLERANCE, msg=name)
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -58,6 +59,7 @@ from lotlip_hf.training.model import load_or_start_model
 from lotlip_hf.training.objective import Objective, batch_loss
 from lotlip_hf.training.optim import freeze
 from lotlip_hf.training.terms.infonce import InfoNCE
+from lotlip_hf.training.terms.views import Views
 from lotlip_hf.training.validation import validate
 from processes import TIME_LIMIT, Ended, Started
 from scripts import REPOSITORY, load_script
@@ -341,7 +343,7 @@ KILLED = {
         "log_steps": 3,
         "warmup_steps": 2,
     },
-    "workers": {"data": "records", "num_workers": 2, "terms": "sigmoid", "drop_last": True},
+    "workers": {"data": "records", "num_workers": 2, "terms": "sigmoid", "patch_dropout": 0.5, "drop_last": True},
     "stream, workers": {"data": "shards", "shuffle_buffer": 5, "num_workers": 2, "log_steps": 5},
 }
 # One after the other; the first is before there is a checkpoint.
@@ -452,7 +454,7 @@ SHARED = {
         "warmup_steps": 2,
     },
     "sigmoid": {"terms": "sigmoid", "learning_rate": 1e-2, "text_learning_rate": 1e-3},
-    "locked": {"lock_vision": True, "ema_decay": 0.8},
+    "locked": {"lock_vision": True, "ema_decay": 0.8, "patch_dropout": 0.5},
     "short captions alone": {"num_long_texts": 0},
     "dinov2": {"model": "dinov2", "max_steps": 4},
 }
@@ -977,26 +979,6 @@ def test_the_loop_is_a_plain_loop(start: Path, tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
-@pytest.mark.slow
-@pytest.mark.same_bits
-def test_patch_dropout_is_the_same_when_resumed_and_for_two_processes(start: Path, tmp_path: Path) -> None:
-    options = {"model": start / "plain", "data": start / "odd", "patch_dropout": 0.5, "epsilon": 1e-3, "save_steps": 3}
-    options |= {"max_steps": 6, "batch_size": 8}  # an epoch has 4 batches
-    whole, resumed, shared = tmp_path / "whole", tmp_path / "resumed", tmp_path / "shared"
-    finish(arguments(whole, **options, save_total_limit=0), tmp_path)
-    resumed.mkdir()
-    for name in ("checkpoint-3", "training_config.yaml"):
-        (shutil.copytree if name == "checkpoint-3" else shutil.copy)(whole / name, resumed / name)
-    finish(["--output", str(resumed), "--resume"], tmp_path)
-    ours, again = (load_file(run / "checkpoint-6" / "model.safetensors") for run in (whole, resumed))
-    assert all(torch.equal(ours[name], again[name]) for name in ours)
-    finish(arguments(shared, **{**options, "batch_size": 4}), tmp_path, num_processes=2)
-    finish(arguments(tmp_path / "all", **{**options, "patch_dropout": 0}), tmp_path)
-    losses = [[line["loss"] for line in log_of(run)] for run in (whole, shared, tmp_path / "all")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    assert losses[0] != pytest.approx(losses[2], abs=1e-3)
-
-
 def test_the_logit_scale_stays_below_its_limit(start: Path, tmp_path: Path) -> None:
     model, _ = load_or_start_model(config(tmp_path, model=str(start / "plain")))
     with torch.no_grad():
@@ -1043,13 +1025,29 @@ def test_a_locked_tower_stays_bit_for_bit(backbone: str, unlocked: int, start: P
 
 
 @pytest.mark.parametrize("backbone", tiny.VISION_BACKBONES)
-@pytest.mark.parametrize(("num_long_texts", "without"), [(0, set()), (2, set()), (2, {"corner_embeds"})])
-def test_every_trained_parameter_has_a_gradient(backbone: str, num_long_texts: int, without: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("num_long_texts", "needs"),
+    [
+        (0, InfoNCE.needs),
+        (2, InfoNCE.needs),
+        (2, {"image_embeds"}),
+        (2, {"text_embeds"}),
+        (2, {"corner_embeds", "text_embeds"}),
+    ],
+)
+def test_every_trained_parameter_has_a_gradient(backbone: str, num_long_texts: int, needs: set[str]) -> None:
     """One without a gradient stops `DistributedDataParallel`."""
+
+    class Sums(nn.Module):
+        def forward(self, views: Views) -> torch.Tensor:
+            return torch.stack([each.sum() for each in views.values()]).sum()
+
+    Sums.needs = frozenset(needs)
     model = LoTLIPModel(tiny.config("bert", backbone))
-    objective = Objective({"infonce": InfoNCE()})
-    objective.needs -= without
+    objective = Objective({"sums": Sums()})
     freeze(model, TrainingConfig(num_long_texts=num_long_texts), objective.needs)
+    for tower, embeds in (("vision_model", "image_embeds"), ("text_model", "text_embeds")):
+        assert any(p.requires_grad for p in model.get_submodule(tower).parameters()) == (embeds in needs)
     batch = {"input_ids": tiny.input_ids(3, 5), "pixel_values": tiny.pixel_values(3)}
     if num_long_texts:
         batch["long_input_ids"] = tiny.input_ids(3, num_long_texts, 8)
@@ -1068,17 +1066,9 @@ def test_a_run_of_two_encoders(start: Path, tmp_path: Path) -> None:
     ViTModel(ViTConfig(**small, image_size=32, patch_size=8), add_pooling_layer=False).save_pretrained(image)
     side = {"height": 32, "width": 32}
     ViTImageProcessorPil(size=side).save_pretrained(image)
-    model, saved = run_here(
-        tmp_path / "run",
-        start,
-        model=None,
-        text_model=str(text),
-        image_model=str(image),
-        num_corner_tokens=1,
-        max_text_length=20,
-        lock_vision=True,
-        max_steps=2,
-    )
+    options = {"num_corner_tokens": 1, "max_text_length": 20, "lock_vision": True, "max_steps": 2}
+    encoders = {"model": None, "text_model": str(text), "image_model": str(image)}
+    model, saved = run_here(tmp_path / "run", start, **encoders, **options)
     assert model.config.text_config.num_corner_tokens == 1
     before, after = load_file(image / "model.safetensors"), load_file(saved / "model.safetensors")
     kept = {name.split("backbone.")[1]: tensor for name, tensor in after.items() if name.startswith("vision_model.")}
@@ -1129,18 +1119,8 @@ def test_what_is_written_and_when(start: Path, tmp_path: Path) -> None:
     lines = read_log(tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 10]
     assert [line["step"] for line in lines if "long_image_to_text_r1" in line] == [4, 8, 10]
-    assert all(
-        line["loss"] == pytest.approx(line["loss_infonce_short"] + line["loss_infonce_long"])
-        for line in lines
-        if "loss" in line
-    )
-    names = {
-        f"{kind}_{way}_r{k}"
-        for kind in ("long", "short")
-        for way in ("image_to_text", "text_to_image")
-        for k in (1, 5, 10)
-    }
-    assert {*lines[-1]} == names | {"step", "epoch"}
+    assert lines[0]["loss"] == pytest.approx(lines[0]["loss_infonce_short"] + lines[0]["loss_infonce_long"])
+    assert len(lines[-1]) == 12 + len(("step", "epoch"))
     assert lines[-1]["long_image_to_text_r10"] == 1.0  # of 7
     assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
     assert (tmp_path / "run" / "training_config.yaml").exists()
@@ -1195,28 +1175,18 @@ def test_a_failed_evaluation_keeps_what_was_trained(start: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     "launcher",
     [
-        [
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-        ],
-        ["torch.distributed.run", "--nproc_per_node", "2"],
+        "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no",
+        "torch.distributed.run --nproc_per_node 2",
     ],
-    ids=["accelerate", "torchrun"],
 )
-def test_launchers(launcher: list[str], start: Path, tmp_path: Path) -> None:
+def test_launchers(launcher: str, start: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flag = "--main_process_port" if "accelerate" in launcher[0] else "--master_port"
+    flag = "--main_process_port" if "accelerate" in launcher else "--master_port"
     options = {"model": start / "plain", "data": start / "odd", "eval_data": start / "few", "epsilon": 1e-3}
     argv = arguments(tmp_path / "launched", **options, num_epochs=1, max_steps=None)
-    command = [sys.executable, "-m", *launcher, flag, str(port), str(REPOSITORY / TRAIN), *argv]
+    command = [sys.executable, "-m", *launcher.split(), flag, str(port), str(REPOSITORY / TRAIN), *argv]
     done = subprocess.run(command, timeout=TIME_LIMIT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("The model is in") == 1

@@ -65,13 +65,6 @@ def test_a_wrong_flag_is_named_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_python_is_checked_as_flags_are() -> None:
-    with pytest.raises(ValueError, match="mixed_precision"):
-        TrainingConfig(mixed_precision="bf17")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="batch_size"):
-        TrainingConfig(batch_size=0)
-
-
 def test_a_resumed_run_goes_on_with_its_own_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
@@ -88,19 +81,6 @@ def test_a_resumed_run_goes_on_with_its_own_options(tmp_path: Path, monkeypatch:
     first.resume, first.learning_rate = True, 1.0
     with pytest.raises(ValueError, match="learning_rate"):
         check_resumed(first)
-
-
-def test_the_folder_of_a_resumed_run_may_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is resumed is the folder that is named, not the one that it was."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "first").mkdir()
-    parse_arguments(["--output", "first", "--batch-size", "8"]).save("first")
-    (tmp_path / "first").rename(tmp_path / "second")
-    assert parse_arguments(["--resume", "--output", "second"]).output == "second"
-    (tmp_path / "second").rename(tmp_path / "run")
-    assert parse_arguments(["--resume"]).output == "run"
-    file = write(tmp_path / "train.yaml", "output: run\n")
-    assert parse_arguments(["--resume", "--config", file]).batch_size == 8
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture) -> None:

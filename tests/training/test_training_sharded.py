@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from test_new_term import Guess
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule
@@ -32,10 +33,8 @@ from lotlip_hf.training.config import TrainingConfig, parse_arguments
 from lotlip_hf.training.log import LOG_NAME
 from lotlip_hf.training.loop import train
 from lotlip_hf.training.model import load_or_start_model
-from lotlip_hf.training.objective import Objective
 from lotlip_hf.training.terms import TERMS
 from processes import run_processes
-from tiny_terms import Guess
 
 pytestmark = pytest.mark.slow
 
@@ -327,30 +326,6 @@ def test_gradient_checkpointing_changes_nothing(
     assert any(name.startswith("vision_model") for name in plain) == (locked != {"lock_vision": True})
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, rtol=0.0, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("cached", [{}, {"grad_cache_chunk": 3}])
-def test_bfloat16_trains_with_losses_in_float32(
-    cached: dict[str, Any], one_process: Path, official_checkpoint: Path, tmp_path: Path
-) -> None:
-    dtypes: set[torch.dtype] = set()
-    forward = Objective.forward
-
-    def look(*args: Any) -> Any:
-        answer = forward(*args)
-        dtypes.update(value.dtype for value in answer.values())
-        return answer
-
-    with mock.patch.object(Objective, "forward", look):
-        options = {"mixed_precision": "bf16", "max_steps": 2, "terms": RUNS["plain"]["terms"], **cached}
-        run(official_checkpoint, tmp_path / "run", options)
-    assert dtypes == {torch.float32}
-    exact, near = (
-        [line["loss"] for line in log(folder) if "loss" in line][:2]
-        for folder in (one_process / "plain", tmp_path / "run")
-    )
-    assert near == pytest.approx(exact, rel=0.01)
-    assert near != exact
 
 
 def test_float16_needs_a_gpu(official_checkpoint: Path, tmp_path: Path) -> None:

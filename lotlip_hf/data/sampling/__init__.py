@@ -9,20 +9,7 @@ processes.
 
 from typing import Any
 
-from ..record import Draw, Texts, record_rng
-from ..sentences import split_full_stops, split_sentences
 from .sub_captions import SubCaptions
 from .whole_captions import WholeCaptions
-
-__all__ = [
-    "STRATEGIES",
-    "Draw",
-    "SubCaptions",
-    "Texts",
-    "WholeCaptions",
-    "record_rng",
-    "split_full_stops",
-    "split_sentences",
-]
 
 STRATEGIES: dict[str, type[Any]] = {"sub_captions": SubCaptions, "whole_captions": WholeCaptions}

@@ -27,14 +27,10 @@ class WholeCaptions:
     splitter: Literal["sentences", "full_stops"] = "sentences"
 
     def __post_init__(self) -> None:
-        self._whole()
+        SubCaptions(1, None, self.captioners, splitter=self.splitter)  # checks them
 
     def __call__(self, records: Sequence[Record], rngs: Sequence[Random]) -> list[Texts]:
         """The texts of each record; nothing is drawn."""
         if self.captioners is None:
             records = [{**record, "long_captions": record["long_captions"][:1]} for record in records]
-        return self._whole()(records, rngs)
-
-    def _whole(self) -> SubCaptions:
-        captioners = None if self.captioners is None else self.captioners[:1]
-        return SubCaptions(num_long_texts=1, num_sentences=None, captioners=captioners, splitter=self.splitter)
+        return SubCaptions(1, None, self.captioners and self.captioners[:1], splitter=self.splitter)(records, rngs)

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from ...data.sampling import split_full_stops
+from ...data.sentences import split_full_stops
 from ...images import ImageSource
 from ..tasks import ClassificationData, IncompleteDataError, RetrievalData
 from .files import ImageFinder, shown

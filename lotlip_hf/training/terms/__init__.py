@@ -1,13 +1,13 @@
 """The terms of the objective, by the names that `--terms` takes. A new term is a file here and a line in `TERMS`."""
 
-import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, get_type_hints
+from collections.abc import Sequence
+from typing import get_type_hints
 
 import torch
 from torch import nn
 
 from ... import options
+from ...modeling.configuration_lotlip import LoTLIPConfig
 from .infonce import InfoNCE
 from .primary_components import PrimaryComponents
 from .sigmoid import Sigmoid
@@ -17,10 +17,12 @@ TERMS: dict[str, type[nn.Module]] = {
     "sigmoid": Sigmoid,
     "primary_components": PrimaryComponents,
 }
+# Options whose default is the field of that name of the model's configuration.
+MODEL_DEFAULTS = ("projection_dim", "short_loss_weight", "long_loss_weight")
 
 
 def make_terms(
-    terms: Sequence[str], term_options: Sequence[str], seed: int = 0, defaults: Mapping[str, Any] | None = None
+    terms: Sequence[str], term_options: Sequence[str], seed: int = 0, model_config: LoTLIPConfig | None = None
 ) -> tuple[dict[str, nn.Module], dict[str, float]]:
     """
     The terms that options name, and their weights, by name.
@@ -29,7 +31,7 @@ def make_terms(
         terms (`Sequence[str]`): `name` or `name:weight`; a term of weight 0 is left out.
         term_options (`Sequence[str]`): `name.option=value`, arguments of the terms' constructors.
         seed (`int`, *optional*, defaults to 0): of the terms' own weights; no other random number depends on them.
-        defaults (`Mapping[str, Any]`, *optional*): values of the constructors' arguments of these names.
+        model_config (`LoTLIPConfig`, *optional*): for the defaults of the options in `MODEL_DEFAULTS`.
 
     Raises:
         ValueError: on a term or an option that does not exist, or a wrong value; the message names the option.
@@ -42,8 +44,11 @@ def make_terms(
         weights[name] = options.convert(f"terms: {name}", weight, float) if mark else 1.0
     if min(weights.values(), default=0) < 0 or not any(weights.values()):
         raise ValueError(f"`terms` must have weights of at least 0, one of them above, got {' '.join(terms)}.")
-    hints = {name: _options(TERMS[name]) for name in weights}
-    given = {name: {k: v for k, v in (defaults or {}).items() if k in hints[name]} for name in weights}
+    hints = {name: get_type_hints(TERMS[name].__init__) for name in weights}
+    for types in hints.values():
+        types.pop("return", None)
+    defaults = {name: getattr(model_config, name) for name in MODEL_DEFAULTS} if model_config else {}
+    given = {name: {k: v for k, v in defaults.items() if k in hints[name]} for name in weights}
     for text in term_options:
         key, mark, value = text.partition("=")
         name, _, option = key.partition(".")
@@ -60,9 +65,3 @@ def make_terms(
             except ValueError as error:
                 raise ValueError(f"`term_options`: {name}: {error}") from error
     return made, {name: weights[name] for name in made}
-
-
-def _options(term: type[nn.Module]) -> dict[str, Any]:
-    """The types of a term's options, by name."""
-    hints, parameters = get_type_hints(term.__init__), inspect.signature(term).parameters
-    return {name: hints[name] for name, each in parameters.items() if name in hints and each.kind != each.VAR_KEYWORD}

@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ...distributed import max_over_ranks, sum_over_ranks
-from .pairs import TILE_SIZE, Pairs, Sets
+from .pairs import Pairs, Sets, tiles_of
 
 
 class InfoNCE(Pairs):
@@ -14,19 +14,15 @@ class InfoNCE(Pairs):
     LoTLIP's loss. Text-to-image sums are complete on a process; image-to-text sums are all-reduced.
 
     Args:
-        short_loss_weight, long_loss_weight, tile_size: see [`Pairs`].
+        short_loss_weight, long_loss_weight: see [`Pairs`].
         label_smoothing (`float`, *optional*, defaults to 0.0): share of the target that is spread evenly over the
             batch, as in `torch.nn.functional.cross_entropy`. Long-CLIP trains with 0.1.
     """
 
     def __init__(
-        self,
-        short_loss_weight: float = 1.0,
-        long_loss_weight: float = 1.0,
-        tile_size: int = TILE_SIZE,
-        label_smoothing: float = 0.0,
+        self, short_loss_weight: float = 1.0, long_loss_weight: float = 1.0, label_smoothing: float = 0.0
     ) -> None:
-        super().__init__(short_loss_weight, long_loss_weight, tile_size)
+        super().__init__(short_loss_weight, long_loss_weight)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"`label_smoothing` must be at least 0 and below 1, got {label_smoothing}.")
         self.label_smoothing = label_smoothing
@@ -35,7 +31,7 @@ class InfoNCE(Pairs):
         """See [`Pairs.sums`]."""
         per_image, per_text, matches = [], [], []
         for images, texts in zip(image_sets, text_sets, strict=True):
-            image_sums, text_sums = _LogSumExps.apply(images, texts, self.tile_size)  # pyright: ignore[reportGeneralTypeIssues]
+            image_sums, text_sums = _LogSumExps.apply(images, texts)  # pyright: ignore[reportGeneralTypeIssues]
             per_image.append(image_sums)
             per_text.append(text_sums)
             match = (images[own] * texts).sum()
@@ -54,28 +50,26 @@ class _LogSumExps(torch.autograd.Function):
     """[N], [b]: the logarithms of the sums over the rows and over the columns of exp(images @ texts.t()), in tiles."""
 
     @staticmethod
-    def forward(
-        ctx: Any, images: torch.Tensor, texts: torch.Tensor, tile_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.tile_size = tile_size
+    def forward(ctx: Any, images: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         per_image, per_text = [], []
-        for image_tile in images.split(tile_size):
+        for image_tile in tiles_of(images):
             # one tile serves both directions: its rows are a part of the images' sums, its columns of the texts'
-            sums = [_log_sum_exps(image_tile @ text_tile.t()) for text_tile in texts.split(tile_size)]
-            per_image.append(torch.stack([rows for rows, _ in sums]).logsumexp(0))
-            per_text.append(torch.cat([columns for _, columns in sums]))
+            tiles = (image_tile @ text_tile.t() for text_tile in tiles_of(texts))
+            rows, columns = zip(*((tile.logsumexp(1), tile.logsumexp(0)) for tile in tiles), strict=True)
+            per_image.append(torch.stack(rows).logsumexp(0))
+            per_text.append(torch.cat(columns))
         answers = torch.cat(per_image), torch.stack(per_text).logsumexp(0)
         ctx.save_for_backward(images, texts, *answers)
         return answers
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         images, texts, *sums = ctx.saved_tensors
         image_grads, text_grads = torch.zeros_like(images), torch.zeros_like(texts)
         with torch.autocast(images.device.type, enabled=False):
-            of_images = [part.split(ctx.tile_size) for part in (images, image_grads, sums[0], grads[0])]
-            of_texts = [part.split(ctx.tile_size) for part in (texts, text_grads, sums[1], grads[1])]
+            of_images = map(tiles_of, (images, image_grads, sums[0], grads[0]))
+            of_texts = list(map(tiles_of, (texts, text_grads, sums[1], grads[1])))
             for image_tile, image_grad, image_sums, image_weights in zip(*of_images, strict=True):
                 for text_tile, text_grad, text_sums, text_weights in zip(*of_texts, strict=True):
                     tile = image_tile @ text_tile.t()
@@ -84,8 +78,4 @@ class _LogSumExps(torch.autograd.Function):
                     grad += tile.sub_(text_sums).exp_().mul_(text_weights)
                     image_grad.addmm_(grad, text_tile)
                     text_grad.addmm_(grad.t(), image_tile)
-        return image_grads, text_grads, None
-
-
-def _log_sum_exps(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return logits.logsumexp(1), logits.logsumexp(0)
+        return image_grads, text_grads

@@ -9,8 +9,7 @@ from ...distributed import world_size
 from ...modeling.loss_lotlip import stack_features, weighted_loss
 from .views import Views
 
-# Images and texts of one tile of similarities: 64 MB in float32.
-TILE_SIZE = 4096
+TILE_SIZE = 4096  # images and texts of a tile of similarities: 64 MB in float32
 Sets = Sequence[torch.Tensor]
 
 
@@ -25,22 +24,18 @@ class Pairs(nn.Module):
     Args:
         short_loss_weight (`float`, *optional*, defaults to 1.0): weight of the short texts' share.
         long_loss_weight (`float`, *optional*, defaults to 1.0): weight of the long texts' share.
-        tile_size (`int`, *optional*, defaults to 4096): images and texts in a tile of similarities.
 
     Raises:
-        ValueError: if an option is out of range.
+        ValueError: if a weight is below 0.
     """
 
     needs = frozenset({"image_embeds", "text_embeds", "corner_embeds"})
 
-    def __init__(
-        self, short_loss_weight: float = 1.0, long_loss_weight: float = 1.0, tile_size: int = TILE_SIZE
-    ) -> None:
+    def __init__(self, short_loss_weight: float = 1.0, long_loss_weight: float = 1.0) -> None:
         super().__init__()
-        if short_loss_weight < 0 or long_loss_weight < 0 or tile_size < 1:
-            raise ValueError("`short_loss_weight` and `long_loss_weight` must be at least 0, `tile_size` at least 1.")
+        if short_loss_weight < 0 or long_loss_weight < 0:
+            raise ValueError("`short_loss_weight` and `long_loss_weight` must be at least 0.")
         self.short_loss_weight, self.long_loss_weight = short_loss_weight, long_loss_weight
-        self.tile_size = tile_size
 
     def forward(self, views: Views) -> dict[str, torch.Tensor]:
         """This process's shares, `short` and `long`."""
@@ -63,3 +58,8 @@ class Pairs(nn.Module):
         K of [b, dim], this process's.
         """
         raise NotImplementedError
+
+
+def tiles_of(vectors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The rows of the tiles."""
+    return vectors.split(TILE_SIZE)

@@ -3,7 +3,6 @@
 import torch
 
 from .infonce import InfoNCE
-from .pairs import TILE_SIZE
 
 
 class PrimaryComponents(InfoNCE):
@@ -13,7 +12,7 @@ class PrimaryComponents(InfoNCE):
 
     Args:
         num_components (`int`, *optional*, defaults to 32): components to keep, as many as in Long-CLIP.
-        short_loss_weight, long_loss_weight, tile_size, label_smoothing: see [`InfoNCE`].
+        short_loss_weight, long_loss_weight, label_smoothing: see [`InfoNCE`].
     """
 
     def __init__(
@@ -21,10 +20,9 @@ class PrimaryComponents(InfoNCE):
         num_components: int = 32,
         short_loss_weight: float = 1.0,
         long_loss_weight: float = 1.0,
-        tile_size: int = TILE_SIZE,
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(short_loss_weight, long_loss_weight, tile_size, label_smoothing)
+        super().__init__(short_loss_weight, long_loss_weight, label_smoothing)
         if num_components < 1:
             raise ValueError(f"`num_components` must be at least 1, got {num_components}.")
         self.num_components = num_components
@@ -45,7 +43,5 @@ def primary_components(image_embeds: torch.Tensor, num_components: int) -> torch
     mean = image_embeds.mean(0, keepdim=True)
     centred = image_embeds - mean
     with torch.no_grad():
-        # half precision has no SVD
-        full = centred.to(torch.promote_types(centred.dtype, torch.float32))
-        components = torch.linalg.svd(full, full_matrices=False).Vh[:num_components].to(centred)  # [q, dim]
+        components = torch.linalg.svd(centred, full_matrices=False).Vh[:num_components]  # [q, dim]
     return mean + centred @ components.t() @ components

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .pairs import TILE_SIZE, Pairs, Sets
+from .pairs import Pairs, Sets, tiles_of
 
 
 class Sigmoid(Pairs):
@@ -14,13 +14,11 @@ class Sigmoid(Pairs):
     not match.
 
     Args:
-        short_loss_weight, long_loss_weight, tile_size: see [`Pairs`].
+        short_loss_weight, long_loss_weight: see [`Pairs`].
     """
 
-    def __init__(
-        self, short_loss_weight: float = 1.0, long_loss_weight: float = 1.0, tile_size: int = TILE_SIZE
-    ) -> None:
-        super().__init__(short_loss_weight, long_loss_weight, tile_size)
+    def __init__(self, short_loss_weight: float = 1.0, long_loss_weight: float = 1.0) -> None:
+        super().__init__(short_loss_weight, long_loss_weight)
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # SigLIP's first value
 
     def sums(self, image_sets: Sets, text_sets: Sets, own: slice) -> torch.Tensor:
@@ -31,8 +29,8 @@ class Sigmoid(Pairs):
             tiles = [
                 # computed again in the backward pass, not kept
                 checkpoint(_softplus_sum, image_tile, text_tile, bias, use_reentrant=False, preserve_rng_state=False)
-                for image_tile in images.split(self.tile_size)
-                for text_tile in texts.split(self.tile_size)
+                for image_tile in tiles_of(images)
+                for text_tile in tiles_of(texts)
             ]
             sums.append(torch.stack(tiles).sum() - ((images[own] * texts).sum() + len(texts) * bias))
         return torch.stack(sums)
