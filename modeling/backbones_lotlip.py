@@ -85,6 +85,7 @@ class TextBackbone(_Backbone):
     default_pooling = "mean"
     excluded_poolings = ("pooler", "eos")
     is_causal = False  # whether a token sees only those before it
+    takes_rows = False  # whether it passes `row_index` on to the attention functions: texts can be in one row
     has_segments = False  # whether the encoder takes `token_type_ids`
     corners_have_positions = True
     starts_after_padding = False  # whether the first position is `pad_token_id + 1`
@@ -146,7 +147,7 @@ class BertBackbone(TextBackbone):
 
     default_pooling = "pooler"
     excluded_poolings = ("eos",)
-    has_optional_pooler = has_segments = True
+    has_optional_pooler = has_segments = takes_rows = True
     pooled_layer = PooledLayer
 
 
@@ -155,7 +156,7 @@ class CLIPTextBackbone(TextBackbone):
 
     default_pooling = "eos"
     excluded_poolings = ("pooler", "cls", "mean")
-    is_causal = True
+    is_causal = takes_rows = True
     corners_have_positions = False
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
@@ -226,8 +227,11 @@ class VisionBackbone(_Backbone):
         """What the backbone takes in place of images: embeddings [B, prefix + K, hidden_size] of [B, K] patches."""
         states = backbone.embeddings(pixel_values.to(backbone.dtype), **options)
         prefix, patches = states[:, : self.num_prefix_tokens], states[:, self.num_prefix_tokens :]
-        if is_eager_on_cpu(kept_patches) and not ((kept_patches >= 0) & (kept_patches < patches.shape[1])).all():
-            raise ValueError(f"`kept_patches` must lie in [0, {patches.shape[1]}), the number of patches.")
+        is_index = kept_patches.dim() == 2 and kept_patches.dtype == torch.int64 and 0 not in kept_patches.shape
+        if is_index and is_eager_on_cpu(kept_patches):
+            is_index = bool(((kept_patches >= 0) & (kept_patches < patches.shape[1])).all())
+        if not is_index or len(kept_patches) != len(states):
+            raise ValueError(f"`kept_patches` must be int64 [B, K], indices in [0, {patches.shape[1]}).")
         return torch.cat([prefix, take(patches, kept_patches.to(patches.device))], dim=1)
 
 

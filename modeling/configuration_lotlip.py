@@ -58,7 +58,7 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
         if isinstance(backbone, dict):
             backbone = {"model_type": self.default_backbone["model_type"], **backbone}
         model_type = backbone["model_type"] if isinstance(backbone, dict) else backbone.model_type
-        if model_type not in self.families:
+        if str(model_type) not in self.families:
             supported = ", ".join(self.families)
             raise ValueError(f"`backbone_config` of {type(self).__name__}: {model_type!r} is none of {supported}.")
         # The caller's own stays as it is: it may be a live model's, whose attention would be reset.

@@ -38,7 +38,8 @@ def run_texts(
     if row_index is None:
         return backbone(attention_mask=mask, **inputs, **options)
     size = inputs["inputs_embeds"].shape[:2]
-    inputs = {name: to_row(value, row_index) for name, value in inputs.items()}
+    for name in inputs:  # in place, so that no padded copy lives on in the caller
+        inputs[name] = to_row(inputs[name], row_index)
     outputs = backbone(attention_mask=mask, row_index=row_index, **inputs, **options)
     if "pooled_tokens" not in options:
         outputs.last_hidden_state = from_row(outputs.last_hidden_state, row_index, *size)

@@ -194,8 +194,10 @@ class LoTLIPTextModel(_LoTLIPTower):
 
         if output_corner_embeds is None:
             output_corner_embeds = self.training
-        corners = self.corner_embeds if output_corner_embeds and self.corner_embeds is not None else words[0, :0]
+        has_corners = output_corner_embeds and self.corner_embeds is not None
+        corners = self.corner_embeds if has_corners else words.new_empty(0, words.shape[-1])
         inputs = family.embed(self.backbone, words, position_ids, self.config.num_corner_tokens, corners)
+        del words  # as large as what the backbone gets
         if token_type_ids is not None and family.has_segments:
             inputs["token_type_ids"] = nn.functional.pad(token_type_ids, (0, len(corners)))
         elif token_type_ids is not None and is_eager_on_cpu(token_type_ids) and token_type_ids.any():
@@ -204,8 +206,8 @@ class LoTLIPTextModel(_LoTLIPTower):
         options, is_computed = self._options(kwargs), nn.functional.pad(is_text.bool(), (0, len(corners)), value=True)
         pooled_only = pooled_only and self._pools_alone(options)
         if pooled_only:
-            corner_index = torch.arange(shape[-1], is_computed.shape[1], device=words.device)
-            tokens = [pooled_index.unsqueeze(1), corner_index.expand(words.shape[0], -1)]
+            corner_index = torch.arange(shape[-1], is_computed.shape[1], device=is_computed.device)
+            tokens = [pooled_index.unsqueeze(1), corner_index.expand(is_computed.shape[0], -1)]
             options["pooled_tokens"] = torch.cat(tokens, dim=1)
         row_index = find_row_index(is_computed, self.backbone.config._attn_implementation)
         mask = attention_mask

@@ -1,6 +1,7 @@
 """From records to a batch: checks the records, reads their images, draws their texts, and counts what is broken."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -59,7 +60,7 @@ class LoTLIPCollator:
             Whether batches carry `ids` and `counts`, which a plain call of a model does not take.
         patch_dropout (`float`, *optional*, defaults to 0.0):
             Share of an image's patches that are left out, drawn at random, as FLIP does.
-        num_patches (`int`, *optional*): patches of an image; required with `patch_dropout`.
+        patch_size (`int`, *optional*): side of the model's patches in pixels; required with `patch_dropout`.
 
     Raises:
         ValueError: if an option is out of range.
@@ -87,19 +88,19 @@ class LoTLIPCollator:
         on_error: Literal["raise", "skip"] = "raise",
         return_ids: bool = False,
         patch_dropout: float = 0.0,
-        num_patches: int | None = None,
+        patch_size: int | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f'`on_error` must be "raise" or "skip", got {on_error!r}.')
-        if not 0 <= patch_dropout < 1 or (patch_dropout and num_patches is None):
-            raise ValueError(f"`patch_dropout` must be in [0, 1) and needs `num_patches`, got {patch_dropout}.")
+        if not 0 <= patch_dropout < 1 or (patch_dropout and not patch_size):
+            raise ValueError(f"`patch_dropout` must be in [0, 1) and needs `patch_size`, got {patch_dropout}.")
         self.processor = processor
         self.draw = draw or SubCaptions()
         self.seed = seed
         self.on_error = on_error
         self.return_ids = return_ids
         self.patch_dropout = patch_dropout
-        self.num_patches = num_patches
+        self.patch_size = patch_size
         # In memory that a DataLoader's workers share, persistent ones too.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._warnings = 0
@@ -178,9 +179,10 @@ class LoTLIPCollator:
         if any(numbers):
             long = self.processor(text=[one.long for one in texts], return_tensors="pt")
             batch |= {"long_input_ids": long["input_ids"], "long_attention_mask": long["attention_mask"]}
-        if self.patch_dropout and self.num_patches:
-            num_kept = max(1, round((1 - self.patch_dropout) * self.num_patches))
-            kept = [sorted(rng.sample(range(self.num_patches), num_kept)) for rng in rngs]
+        if self.patch_dropout and self.patch_size:
+            num_patches = math.prod(side // self.patch_size for side in batch["pixel_values"].shape[-2:])
+            num_kept = max(1, round((1 - self.patch_dropout) * num_patches))
+            kept = [sorted(rng.sample(range(num_patches), num_kept)) for rng in rngs]
             batch["kept_patches"] = torch.tensor(kept)
         batch["return_loss"] = True
         if self.return_ids:

@@ -25,6 +25,7 @@ from datasets.utils import tqdm
 from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
+from transformers.utils import logging
 
 from ..files import MAX_BYTES, printable, replacing
 from ..images import image_extensions, image_source
@@ -33,6 +34,8 @@ from .readers import RowError, SizeError, column_of, read_rows, value_of
 from .record import FIELDS, OPTIONAL, REGIONS, TEXT, TEXTS, Kind, RequiredFields, problem_of
 from .sentences import split_sentences
 from .sources import SplitError, find_files, is_hub_name, kind_of
+
+logger = logging.get_logger(__name__)
 
 __all__ = [
     "MAPPINGS",
@@ -319,8 +322,17 @@ def _fields(row: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
         "error": None,
     }
     for name, column in mapping.optional.items():
-        if (value := value_of(row, column)) is not None:
-            record[name] = OPTIONAL_READERS[OPTIONAL[name]](value)
+        value = value_of(row, column)
+        if value is None or value == "":
+            continue
+        value = OPTIONAL_READERS[OPTIONAL[name]](value)
+        if OPTIONAL[name].is_valid(value):
+            record[name] = value
+        else:  # a column that happens to have this name
+            logger.warning_once(
+                f"Column {column!r} is left out where it is not `{name}`, {OPTIONAL[name].expected}; for example "
+                f"{printable(repr(value)[:80])}."
+            )
     return record
 
 

@@ -169,7 +169,7 @@ class _Run:
             on_error=config.on_error,
             return_ids=True,
             patch_dropout=config.patch_dropout,
-            num_patches=model.config.vision_config.num_patches,
+            patch_size=model.config.vision_config.patch_size,
         )
         if self.checkpoint is not None:
             self._load(self.checkpoint)

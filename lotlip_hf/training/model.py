@@ -109,5 +109,7 @@ def prepare_model(model: LoTLIPModel, config: TrainingConfig) -> None:
         parts = (model.text_model, model.vision_model) if config.gradient_checkpointing else (model,)
         for part in parts:
             part.compile(dynamic=True)  # texts of every length
-    elif model.text_model.backbone.config._attn_implementation == "sdpa":
+    elif (
+        model.text_model.backbone.config._attn_implementation == "sdpa" and model.config.text_config.family.takes_rows
+    ):
         model.text_model.set_attn_implementation("unpadded")

@@ -1,5 +1,6 @@
 """`transformers.Trainer` on LoTLIP's objective, for those who use Trainer."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ class LoTLIPTrainer(Trainer):
         args.accelerator_config.dispatch_batches = False  # each process pads its own batches
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # the logit scale is used outside of the model's forward
+        if args.label_smoothing_factor:
+            raise ValueError(
+                "`label_smoothing_factor`: give `objective=Objective({'infonce': InfoNCE(label_smoothing=...)})`."
+            )
+        if data_collator is None and kwargs.get("processing_class") is None:
+            raise ValueError("`data_collator` must be a LoTLIPCollator, or `processing_class` the processor of one.")
         collator = data_collator or LoTLIPCollator(kwargs["processing_class"], seed=args.seed)
         super().__init__(
             model,
@@ -78,6 +85,7 @@ class LoTLIPTrainer(Trainer):
                 "callbacks": [*(kwargs.get("callbacks") or ()), _StepCallback(self)],
             },
         )
+        self.model_accepts_loss_kwargs = False  # `labels` of a batch do not count as the loss's items
         config = self.model.config
         self.objective = objective or Objective(
             {"infonce": InfoNCE(config.short_loss_weight, config.long_loss_weight)}
@@ -92,7 +100,8 @@ class LoTLIPTrainer(Trainer):
         if not is_training:
             captioners = getattr(collator.draw, "captioners", None)
             whole = WholeCaptions(captioners, getattr(collator.draw, "splitter", "sentences"))
-            self.data_collator = LoTLIPCollator(collator.processor, whole)
+            self.data_collator = copy.copy(collator)
+            self.data_collator.draw, self.data_collator.patch_dropout = whole, 0.0
         try:
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
@@ -116,6 +125,7 @@ class LoTLIPTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
+        self.objective.train(model.training)
         if model.training:
             set_training_mode(model)
         embeds = embed(model, inputs, self.objective.needs | {"image_embeds", "text_embeds"})
@@ -184,8 +194,11 @@ class LoTLIPTrainer(Trainer):
         self._load_objective(self.state.best_model_checkpoint or "")
 
     def _load_objective(self, folder: str) -> None:
-        if self.objective.state_dict():
-            self.objective.load_state_dict(load_file(Path(folder, OBJECTIVE_NAME)))
+        path = Path(folder, OBJECTIVE_NAME)
+        state = load_file(path) if path.exists() else {}
+        if state.keys() != self.objective.state_dict().keys():
+            raise ValueError(f"{path} holds the weights of another `objective`: {', '.join(state) or 'none'}.")
+        self.objective.load_state_dict(state)
 
     def _with_objective(self, model: nn.Module) -> nn.Module:
         """Both as one module, for what Trainer does with all parameters."""

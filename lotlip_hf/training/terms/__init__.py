@@ -62,6 +62,6 @@ def make_terms(
         for name in (name for name, weight in weights.items() if weight):
             try:
                 made[name] = TERMS[name](**given[name])
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"`term_options`: {name}: {error}") from error
     return made, {name: weights[name] for name in made}

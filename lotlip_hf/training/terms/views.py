@@ -27,10 +27,14 @@ class Views(dict[str, torch.Tensor]):
         start = sum(self._sizes[: rank()])
         self.own = slice(start, start + self._sizes[rank()])
 
+    def __missing__(self, name: str) -> torch.Tensor:
+        raise KeyError(f"{name}: a term names what it looks at in `needs`, and the model or the batch must have it")
+
     def all(self, name: str) -> torch.Tensor:
         """The tensors of all processes, gathered once, with gradients. Every process must ask for the same names."""
         if name not in self._all:
-            self._all[name] = gather(self._tensors[name], self._sizes, _exact(self._tensors[name]))
+            tensor = self._tensors[name] if name in self else self[name]
+            self._all[name] = gather(tensor, self._sizes, _exact(tensor))
         return self._all[name]
 
 
