@@ -253,13 +253,10 @@ def corner_mask_off(model: LoTLIPModel) -> Iterator[None]:
         return args, {**kwargs, "output_corner_embeds": True}
 
     def padding_mask(
-        config: PreTrainedConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor,
-        num_corner_tokens: int,
-        *of_the_rule: Any,
+        family: Any, config: PreTrainedConfig, inputs_embeds: torch.Tensor, is_text: torch.Tensor, *of_the_rule: Any
     ) -> Any:
-        text_mask = torch.nn.functional.pad(attention_mask.bool(), (0, num_corner_tokens), value=True)
+        num_corner_tokens = inputs_embeds.shape[1] - is_text.shape[1]
+        text_mask = torch.nn.functional.pad(is_text.bool(), (0, num_corner_tokens), value=True)
         return create_bidirectional_mask(config=config, inputs_embeds=inputs_embeds, attention_mask=text_mask)
 
     handle = model.text_model.register_forward_pre_hook(with_corners, with_kwargs=True)

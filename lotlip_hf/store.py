@@ -3,6 +3,7 @@
 import logging
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -309,6 +310,17 @@ class EmbeddingStore:
             "GROUP BY id ORDER BY id"
         ).fetchall()
 
+    def _use_wal(self) -> None:
+        """Sets the journal's mode; SQLite does not wait if several processes do so with a new file at once."""
+        for tries_left in range(40, -1, -1):
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError:
+                if not tries_left:
+                    raise
+                time.sleep(0.05)
+
     def _connect(self) -> None:
         for end in ("", "-wal", "-shm", "-journal"):
             if not is_own_file(self.folder / f"{FILE}{end}"):
@@ -318,7 +330,7 @@ class EmbeddingStore:
         try:
             self._connection.execute("PRAGMA trusted_schema = OFF")
             self._connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
-            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._use_wal()
             self._connection.execute("PRAGMA synchronous = NORMAL")
             with self._transaction() as connection:
                 schema = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")

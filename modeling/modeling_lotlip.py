@@ -385,8 +385,9 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCorners:
         r"""The output of [`LoTLIPTextModel`], `pooler_output` and `corner_embeds` projected and not normalised."""
-        inputs = (input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, output_corner_embeds)
-        return _project(self.text_model, self.text_projection, *inputs, **kwargs)
+        kwargs.update(position_ids=position_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids)
+        kwargs["output_corner_embeds"] = output_corner_embeds
+        return _project(self.text_model, self.text_projection, input_ids, attention_mask, **kwargs)
 
     @can_return_tuple
     def get_image_features(

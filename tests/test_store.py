@@ -7,8 +7,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +132,19 @@ def test_two_processes_add_at_once(tmp_path: Path) -> None:
         keys = [f"{number}a" for number in range(400)]
         places = store.held(keys).places
         assert store.vectors([places[key] for key in keys])[:, 0].tolist() == list(range(400))
+
+
+def test_several_open_a_new_file_at_once(tmp_path: Path) -> None:
+    start = threading.Barrier(4)
+
+    def open_all(_: int) -> None:
+        for number in range(20):
+            start.wait()
+            with EmbeddingStore(tmp_path / str(number), "encoder", 3):
+                pass
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(open_all, range(4)))
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:

@@ -282,7 +282,7 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(
     assert ends["resumed"]["losses"] == ends["undisturbed"]["losses"]
     assert largest_difference(ends["resumed"]["weights"], ends["undisturbed"]["weights"]) == 0
     (tmp_path / "resumed" / kept / OBJECTIVE_NAME).unlink()
-    with pytest.raises(FileNotFoundError, match=OBJECTIVE_NAME):
+    with pytest.raises(ValueError, match=OBJECTIVE_NAME):
         trainer.train(resume_from_checkpoint=str(tmp_path / "resumed" / kept))
 
 
