@@ -21,26 +21,31 @@ def from_row(row: Tensor, row_index: Tensor, num_texts: int, length: int) -> Ten
     return padded.index_copy(0, row_index, row.squeeze(0)).unflatten(0, (num_texts, length))
 
 
-def find_row_index(kept: Tensor, attention: str) -> Tensor | None:
-    """[total]: the tokens of `kept` [N, length] that are no padding, if these alone are to be computed."""
+def fast_options(config: Any, is_text: Tensor, num_corners: int, pooled_index: Tensor | None) -> dict[str, Tensor]:
+    """What saves a backbone time: `row_index` [total] of the tokens that are no padding, if its attention takes these
+    alone; and for a `pooled_index` [N] the `pooled_tokens` [N, 1 + c], with c corner tokens behind each text."""
+    options, attention = {}, config._attn_implementation
     # torch's code for CPUs does not compile with as many changing sizes as a row has
-    can_be_row = attention == "unpadded" or (attention == "flex_attention" and kept.device.type != "cpu")
-    if not can_be_row or torch.compiler.is_compiling() or torch.jit.is_tracing():  # the total is another in each batch
-        return None
-    row_index = kept.flatten().nonzero().squeeze(1)
-    return row_index if len(row_index) < kept.numel() else None
+    can_be_row = attention == "unpadded" or (attention == "flex_attention" and is_text.device.type != "cpu")
+    if can_be_row and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # each batch has another total
+        is_computed = nn.functional.pad(is_text.bool(), (0, num_corners), value=True).flatten()
+        if not is_computed.all():
+            options["row_index"] = is_computed.nonzero().squeeze(1)
+    if pooled_index is not None:
+        corners = torch.arange(is_text.shape[1], is_text.shape[1] + num_corners, device=is_text.device)
+        tokens = [pooled_index.unsqueeze(1), corners.expand(is_text.shape[0], -1)]
+        options["pooled_tokens"] = torch.cat(tokens, dim=1)
+    return options
 
 
-def run_texts(
-    backbone: PreTrainedModel, inputs: dict[str, Tensor], mask: Any, row_index: Tensor | None, **options: Any
-) -> Any:
-    """The outputs of a backbone for `inputs` [N, length, ...], computed in one row if there is a row index."""
+def run_texts(backbone: PreTrainedModel, inputs: dict[str, Tensor], mask: Any, **options: Any) -> Any:
+    """The outputs of a backbone for `inputs` [N, length, ...], computed in one row if there is a `row_index`."""
+    row_index, size = options.get("row_index"), inputs["inputs_embeds"].shape[:2]
     if row_index is None:
         return backbone(attention_mask=mask, **inputs, **options)
-    size = inputs["inputs_embeds"].shape[:2]
     for name in inputs:  # in place, so that no padded copy lives on in the caller
         inputs[name] = to_row(inputs[name], row_index)
-    outputs = backbone(attention_mask=mask, row_index=row_index, **inputs, **options)
+    outputs = backbone(attention_mask=mask, **inputs, **options)
     if "pooled_tokens" not in options:
         outputs.last_hidden_state = from_row(outputs.last_hidden_state, row_index, *size)
     if outputs.hidden_states is not None:

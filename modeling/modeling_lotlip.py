@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .backbones_lotlip import POOLINGS, is_eager_on_cpu, one_token, pair
 from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
-from .fast_paths_lotlip import PooledLayer, find_row_index, run_texts
+from .fast_paths_lotlip import PooledLayer, fast_options, run_texts
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
 from .masking_lotlip import create_corner_mask
 
@@ -203,17 +203,13 @@ class LoTLIPTextModel(_LoTLIPTower):
         elif token_type_ids is not None and is_eager_on_cpu(token_type_ids) and token_type_ids.any():
             raise ValueError("`token_type_ids` must be 0 or left out: this text encoder has no segments.")
 
-        options, is_computed = self._options(kwargs), nn.functional.pad(is_text.bool(), (0, len(corners)), value=True)
+        options = self._options(kwargs)
         pooled_only = pooled_only and self._pools_alone(options)
-        if pooled_only:
-            corner_index = torch.arange(shape[-1], is_computed.shape[1], device=is_computed.device)
-            tokens = [pooled_index.unsqueeze(1), corner_index.expand(is_computed.shape[0], -1)]
-            options["pooled_tokens"] = torch.cat(tokens, dim=1)
-        row_index = find_row_index(is_computed, self.backbone.config._attn_implementation)
-        mask = attention_mask
+        options |= fast_options(config, is_text, len(corners), pooled_index if pooled_only else None)
+        mask, row_index = attention_mask, options.get("row_index")
         if len(corners) or row_index is not None:
             mask = create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row_index)
-        outputs = run_texts(self.backbone, inputs, mask, row_index, **options)
+        outputs = run_texts(self.backbone, inputs, mask, **options)
 
         states = outputs.last_hidden_state  # [N, L + m, hidden_size], or [N, 1 + m, hidden_size] of pooled tokens
         length, pooled_index = (1, None) if pooled_only else (shape[-1], pooled_index)

@@ -6,6 +6,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from lotlip_hf import (
 )
 from lotlip_hf.modeling import modeling_lotlip
 from lotlip_hf.modeling.backbones_lotlip import TEXT_BACKBONES
+from lotlip_hf.modeling.fast_paths_lotlip import fast_options
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 from lotlip_hf.modeling.masking_lotlip import create_corner_mask
 
@@ -205,8 +207,8 @@ def test_flex_attention_over_a_row(
 ) -> None:
     """As on a GPU; here without compiling, which fails on CPUs for a row."""
 
-    def row_index(kept: torch.Tensor, attention: str) -> torch.Tensor:
-        return kept.flatten().nonzero().squeeze(1)
+    def in_a_row(config: Any, *texts: Any) -> dict[str, torch.Tensor]:
+        return fast_options(SimpleNamespace(_attn_implementation="unpadded"), *texts)
 
     model = text_model(text_backbone)
     texts = [tiny.input_ids(1, n) for n in (12, 7, 4)]
@@ -216,7 +218,7 @@ def test_flex_attention_over_a_row(
         expected = model(ids, mask, output_corner_embeds=with_corners)
         model.set_attn_implementation("flex_attention")
         tiny.leave_flex_attention_uncompiled(monkeypatch)
-        monkeypatch.setattr(modeling_lotlip, "find_row_index", row_index)
+        monkeypatch.setattr(modeling_lotlip, "fast_options", in_a_row)
         rows = []
         model.backbone.register_forward_hook(lambda *call: rows.append(call[-1].last_hidden_state.shape[:2]))
         answer = model(ids, mask, output_corner_embeds=with_corners)
