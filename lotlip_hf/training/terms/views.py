@@ -33,8 +33,8 @@ class Views(dict[str, torch.Tensor]):
     def all(self, name: str) -> torch.Tensor:
         """The tensors of all processes, gathered once, with gradients. Every process must ask for the same names."""
         if name not in self._all:
-            tensor = self._tensors[name] if name in self else self[name]
-            self._all[name] = gather(tensor, self._sizes, _exact(tensor))
+            dtype = self[name].dtype
+            self._all[name] = gather(self._tensors[name], self._sizes, dtype)
         return self._all[name]
 
 
