@@ -7,11 +7,14 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from .files import check_output, printable, replacing
 from .images import WHITE, Background, ImageError, image_extensions, load_image
 from .search import SearchResult
+
+# Key in a PNG file's metadata of the description that the images are ranked by
+DESCRIPTION = "lotlip search"
 
 
 def check_picture(output: str | os.PathLike) -> None:
@@ -85,7 +88,9 @@ def save_grid(
             name = f"{names[number][:kept]}...{names[number][-kept:]}"
         draw.text((left, upper + side + 37), name, "#606060", name_font)
     picture = io.BytesIO()
-    canvas.save(picture, Image.registered_extensions()[Path(output).suffix.lower()])
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_itxt(DESCRIPTION, title)
+    canvas.save(picture, Image.registered_extensions()[Path(output).suffix.lower()], pnginfo=metadata)
     with replacing(Path(output)) as file:
         file.write(picture.getvalue())
 

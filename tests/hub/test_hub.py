@@ -33,10 +33,12 @@ from hub_server import READ_TOKEN, WRITE_TOKEN, Answer, Fault, Hub, environment,
 from lotlip_hf import Encoder, LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
 from lotlip_hf.cli import main as lotlip
 from lotlip_hf.evaluation.results import load_results
+from lotlip_hf.grid import save_grid
 from lotlip_hf.hub.card import TAGS, CardFields, card_bytes
 from lotlip_hf.hub.push import SENTENCE_TRANSFORMERS, PushError, push, write_repository
 from lotlip_hf.loading import load_model
 from lotlip_hf.modeling import modeling_lotlip
+from lotlip_hf.search import SearchResult
 
 REPO = "lotlip/tiny"
 CODE = {file.name for file in Path(modeling_lotlip.__file__).parent.glob("*_lotlip.py")}
@@ -266,7 +268,8 @@ def test_results_and_training_reach_the_card(official_checkpoint: Path, tmp_path
     assert card.data.eval_results[0].is_equal_except_value(load_results(tmp_path / "results.json").entries[0])
     assert [result.metric_value for result in card.data.eval_results] == [81.25, 79.5]
     assert "Trained with lotlip-hf from google-bert/bert-base-uncased on someone/captions." in card.text
-    assert "| Urban1k (test) | - | - | image to text, R@1 (%) | 81.25 |" in card.text
+    assert "**Urban1k (test)**" in card.text
+    assert "| image to text | 81.25 |" in card.text
     assert "/home/me" not in card.content
     given = CardFields(base_model=["a/b"], datasets=["c/d", "e/f"], origin="From nowhere.")
     folder = write_repository(trained, tmp_path / "given", "me/mine", card=given)
@@ -283,10 +286,7 @@ def card_of(checkpoint: Path, folder: Path, **fields: Any) -> ModelCard:
 def test_the_card_says_what_is_known(official_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoint-7"
     shutil.copytree(official_checkpoint, folder)
-    text = card_of(folder, tmp_path / "plain").text
-    for claim in ("captioning models", "from the web", "Image.new", "## Training", "## Results"):
-        assert claim not in text
-    assert 'Image.open("photos/cat.png")' in text
+    assert "All options" not in card_of(folder, tmp_path / "plain").text
     settings = json.loads((folder / "processor_config.json").read_text())
     settings["image_processor"] |= {"size": {"shortest_edge": 112}, "crop_size": {"height": 112, "width": 112}}
     (folder / "processor_config.json").write_text(json.dumps(settings))
@@ -308,15 +308,123 @@ def test_the_card_says_what_is_known(official_checkpoint: Path, tmp_path: Path) 
     options |= {"image_folder": "my/pictures", "image_root": "my/root", "max_record_bytes": 1 << 28}
     (tmp_path / "run" / "training_config.yaml").write_text(yaml.safe_dump(options))
     text = card_of(folder, tmp_path / "small").text
-    assert "images of 112 x 112 pixels" in text
-    table = text.split("## Training")[1].split("## What")[0]
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, flags=re.MULTILINE))
+    assert "112 x 112 pixels" in text
+    trained = text.split("## How it was trained")[1].split("## Intended")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", trained, flags=re.MULTILINE))
     assert rows == {
         **{"seed": "3", "lock_vision": "yes", "captioners": "0, 2", "terms": "sigmoid, infonce:2", "max_steps": "9"},
         **{"batch_size": "16, of each process", "learning_rate": "0.001"},
     }
-    assert "step 7" in table
-    assert not re.search("home|my/|<", table)
+    facts = dict(re.findall(r"^- \*\*(.+)\*\*: (.*)$", trained, flags=re.MULTILINE))
+    assert facts["Objective"] == "`sigmoid`, `infonce:2`"
+    assert facts["Batch"] == "16 images of each process"
+    assert facts["Length"] == "7 steps of 9"
+    assert facts["Image tower"] == "frozen"
+    assert "--dataset" in facts["Data"]  # a path is not published
+    assert not re.search("home|my/|script|<[bi]>", trained)
+
+
+def test_the_card_of_a_run(official_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoint-20"
+    shutil.copytree(official_checkpoint, folder)
+    options = {
+        "data": "scenes",
+        "num_scenes": 200,
+        "captions": "sub_captions",
+        "num_long_texts": 3,
+        "num_sentences": 1,
+    }
+    options |= {"batch_size": 16, "max_steps": 20, "eval_data": "scenes", "eval_samples": 50, "model": "a/b"}
+    (folder / "training_config.yaml").write_text(yaml.safe_dump(options))
+    (folder / "state").mkdir()
+    for process in range(2):
+        progress = {"counts": {"records": 320}, "data": {"num_records": 200}}
+        (folder / "state" / f"{process}-progress.json").write_text(json.dumps(progress))
+    recalls = {"long_image_to_text_r1": 0.5, "long_text_to_image_r1": 0.25, "short_image_to_text_r1": 0.125}
+    lines = [{"step": 10, "long_image_to_text_r1": 0.75}, {"step": 20, "loss": 2.5}, {"step": 20, **recalls}]
+    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = card_of(folder, tmp_path / "out").text
+    facts = dict(re.findall(r"^- \*\*(.+)\*\*: (.*)$", text, flags=re.MULTILINE))
+    assert "[a/b](https://huggingface.co/a/b)" in facts["Initial weights"]
+    assert "200 drawn pictures" in facts["Data"]
+    assert "3 sub-captions of 1 sentence " in facts["Captions"]
+    assert facts["Batch"] == "32 images"
+    assert facts["Length"] == "20 steps, 640 images seen, 3.2 epochs of 200 records"
+    assert "step 20" in text
+    assert "50 held-out scenes" in text
+    assert "| long captions | image to text | 50.00 |\n| long captions | text to image | 25.00 |" in text
+    assert "75.00" not in text
+    (folder / "state" / "1-progress.json").write_text('{"counts": {"records": "<b>"}}')
+    text = card_of(folder, tmp_path / "damaged").text
+    assert "20 steps\n" in text
+    assert "16 images of each process" in text
+    (tmp_path / "run" / "log.jsonl").write_text("[]\n{}\n")
+    with pytest.raises(ValueError, match=r"log\.jsonl"):
+        card_of(folder, tmp_path / "no")
+
+
+# What the card asks for
+
+
+def test_the_card_asks_for_what_is_not_known(
+    official_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "mine.jpg")
+    given = {"--license": "mit", "--dataset": "a/b", "--results": tmp_path / "results.json"}
+    given["--picture"] = tmp_path / "mine.jpg"
+    arguments: list[Any] = ["push", official_checkpoint, "--repo-id", REPO]
+    for number in range(len(given) + 1):
+        options = [each for pair in list(given.items())[:number] for each in pair]
+        assert lotlip([str(each) for each in (*arguments, *options, "--dry-run", tmp_path / str(number))]) == 0
+        printed = capsys.readouterr().err
+        text = (tmp_path / str(number) / "README.md").read_text()
+        for index, option in enumerate(given):
+            assert (f"({option})" in printed) == (f"`{option}`" in text) == (index >= number)
+    shutil.copytree(official_checkpoint, tmp_path / "own")
+    (tmp_path / "own" / "README.md").write_text(text.replace("# tiny", "# Mine") + "*Not stated. Pass `--license`")
+    capsys.readouterr()
+    assert lotlip(["push", str(tmp_path / "own"), "--repo-id", REPO, "--dry-run", str(tmp_path / "kept")]) == 0
+    assert "--license" not in capsys.readouterr().err
+
+
+def test_the_picture_of_ranked_examples(
+    hub: Hub, official_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    save_grid([SearchResult(tmp_path / "red.png", 0.5)], tmp_path / "drawn.png", "A red]\n<b> picture")
+    push(official_checkpoint, REPO, card=CardFields(picture=tmp_path / "drawn.png"))
+    line = "![A red\\] &lt;b&gt; picture](ranked_examples.png)"
+    assert content(hub, "ranked_examples.png") == (tmp_path / "drawn.png").read_bytes()
+    assert line in content(hub, "README.md").decode()
+    assert "--picture" not in caplog.text
+    assert "--license" in caplog.text
+
+    push(official_checkpoint, REPO)  # keeps it
+    assert content(hub, "ranked_examples.png")
+    assert line in content(hub, "README.md").decode()
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "[x](y).webp")
+    push(official_checkpoint, REPO, card=CardFields(picture=tmp_path / "[x](y).webp"))
+    assert "ranked_examples.png" not in hub.files(REPO)
+    assert "![Ranked examples](ranked_examples.webp)" in content(hub, "README.md").decode()
+
+    again = tmp_path / "again"
+    shutil.copytree(official_checkpoint, again)
+    shutil.copyfile(tmp_path / "drawn.png", again / "ranked_examples.png")
+    folder = write_repository(again, tmp_path / "copied", REPO)
+    assert (folder / "ranked_examples.png").read_bytes() == (tmp_path / "drawn.png").read_bytes()
+    assert line in (folder / "README.md").read_text()
+
+
+def test_pictures_that_are_refused(official_checkpoint: Path, tmp_path: Path, error: Callable[..., str]) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (40, 30)).save(tmp_path / "other.bmp")
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate((10 << 20) + 1)
+    arguments = ["push", official_checkpoint, "--repo-id", REPO, "--dry-run", tmp_path / "dry"]
+    for name in ("text.png", "other.bmp", "large.png", "missing.png"):
+        assert name in error(*arguments, "--picture", tmp_path / name)
+    assert not (tmp_path / "dry").exists()
 
 
 def test_results_are_in_percent_with_their_intervals(official_checkpoint: Path, tmp_path: Path) -> None:
@@ -329,20 +437,24 @@ def test_results_are_in_percent_with_their_intervals(official_checkpoint: Path, 
         file.write_text(json.dumps({**RESULTS, "dataset": dataset, "metrics": metrics, "protocol": protocol}))
         return file
 
-    files = [result("long", 1000), result("short", 20, first_images=20), result("the first | line", 9)]
-    card = card_of(official_checkpoint, tmp_path / "out", results=files)
-    rows = [line.replace("\\|", "/")[2:-2].split(" | ") for line in card.text.splitlines() if line.startswith("| A")]
-    data = "A/B &lt;b&gt;"
-    assert rows == [
-        [data, "long captions", "1000", "image to text, R@1 (%)", "6.25 (1.25 to 10.00)"],
-        [data, "long captions", "1000", "image to text, R@10 (%)", "100.00"],
-        [data, "long captions", "1000", "image to text, median rank", "6.5"],
-        [data, "short captions", "the first 20", "image to text, R@1 (%)", "6.25 (1.25 to 10.00)"],
-        [data, "short captions", "the first 20", "image to text, R@10 (%)", "100.00"],
-        [data, "short captions", "the first 20", "image to text, median rank", "6.5"],
-        [data, "the first / line", "9", "image to text, R@1 (%)", "6.25 (1.25 to 10.00)"],
-        [data, "the first / line", "9", "image to text, median rank", "6.5"],  # R@10 of 9 says nothing
+    cut = {"normalization": "stripped", "num_texts_cut": 3, "max_length": 64}
+    files = [
+        result("long", 1000, **cut),
+        result("short", 20, first_images=20, num_texts=100, normalization=None),
+        result("the first | line", 9),
     ]
+    card = card_of(official_checkpoint, tmp_path / "out", results=files)
+    shown = card.text.split("## Results")[1].split("## How")[0].replace("\\|", "/")
+    about = re.findall(r"^\*\*A/B &lt;b&gt;\*\*: (.*)\. 95 % intervals in parentheses\.$", shown, flags=re.MULTILINE)
+    assert about == [
+        "1,000 images; 1 text per image; long captions; captions normalised; 3 texts cut at 64 tokens",
+        "the first 20 images; 5 texts per image; short captions; captions not normalised",
+        "9 images; 1 text per image; captions: the first / line",
+    ]
+    head, values = ["R@1 (%)", "R@10 (%)", "median rank"], ["6.25 (1.25 to 10.00)", "100.00", "6.5"]
+    rows = [line[2:-2].split(" | ") for line in shown.splitlines() if line.startswith(("| direction", "| image"))]
+    without = [head[::2], values[::2]]  # R@10 of 9 candidates is always 100
+    assert [row[1:] for row in rows] == [head, values, head, values, *without]
     entries = card.data.to_dict()["model-index"][0]["results"]
     assert [entry["dataset"].get("config") for entry in entries] == [
         *("long captions", "short captions, first 20 images", None)
@@ -413,11 +525,11 @@ def test_the_card_in_the_repository(published: Hub, official_checkpoint: Path, t
     longer = shutil.copytree(official_checkpoint, tmp_path / "longer")
     settings = json.loads((longer / "tokenizer_config.json").read_text())
     (longer / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 100}))
-    push(longer, REPO, card=CardFields(language="de"))  # nobody changed the text: it is written anew
+    push(longer, REPO, card=CardFields(language="de"))  # the text was not edited: it is replaced
     card = ModelCard(content(published, "README.md").decode())
     assert "100 tokens" in card.text
     assert "126 tokens" not in card.text
-    assert "The text encoder reads German." in card.text
+    assert "German" in card.text
     assert (card.data.license, card.data.language) == ("apache-2.0", ["de"])
 
     for theirs in (OWN_CARD, ours.replace(b"# tiny", b"# Our tiny model")):
