@@ -1,4 +1,4 @@
-"""Files of results, as `lotlip evaluate` writes them: read, and as the entries and table rows of a model card."""
+"""Files of results, as `lotlip evaluate` writes them: read, and as the entries of a model card."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub import EvalResult
 
-from ..files import markdown_text, parse_json, printable, read_regular
+from ..files import parse_json, printable, read_regular
 from .retrieval import telling_metrics
 
 # Kinds of captions, for data that have several
@@ -38,34 +38,6 @@ class Results:
     file: str | os.PathLike
     content: dict[str, Any]
     entries: list[EvalResult]
-
-    def rows(self) -> list[list[str]]:
-        """The rows of a card's table: data, captions, images, metric and value, as Markdown."""
-        protocol = self.content.get("protocol", {})
-        values = {entry.metric_type: entry.metric_value for entry in self.entries}
-        shares = [value for name, value in values.items() if SHARE.fullmatch(name)]
-        factor = 100 if all(value <= 1 for value in shares) else 1  # some files have percentages already
-        texts = protocol.get("captions")
-        texts = f"{texts} captions" if texts in CAPTIONS else "-" if texts is None else markdown_text(texts)
-        count = protocol.get("num_images")
-        images = f"{'the first ' if 'first_images' in protocol else ''}{count}" if isinstance(count, int) else "-"
-        rows = []
-        for entry in self.entries:
-            name, value = entry.metric_type, entry.metric_value
-            data = f"{entry.dataset_name} ({entry.dataset_split})" if entry.dataset_split else entry.dataset_name
-            if name.endswith(("_low", "_high")):
-                continue
-            title = re.sub(r"^(image_to_text|text_to_image)_r(\d+)$", r"\1_R@\2", name)
-            title = re.sub(r"^(image_to_text|text_to_image)_", r"\1, ", title)
-            title = re.sub(r"^accuracy_top(\d+)$", r"top-\1 accuracy", title)
-            shown = f"{value:g}"
-            if SHARE.fullmatch(name):
-                title, shown = f"{title} (%)", f"{factor * value:.2f}"
-                if {f"{name}_low", f"{name}_high"} <= values.keys():
-                    low, high = (factor * values[f"{name}_{end}"] for end in ("low", "high"))
-                    shown += f" ({low:.2f} to {high:.2f})"
-            rows.append([markdown_text(data), texts, images, markdown_text(title.replace("_", " ")), shown])
-        return rows
 
 
 class ResultsError(ValueError):

@@ -1,4 +1,4 @@
-"""Model cards: rendered from `MODEL_CARD.md`, or a user's own card with updated metadata."""
+"""Model cards. A card is rendered from `MODEL_CARD.md`, or is a user's own card with updated metadata."""
 
 import copy
 import hashlib
@@ -47,7 +47,7 @@ GENERATED = [
     *("has been generated automatically", "has been automatically generated"),
     "This is a [sentence-transformers](https://www.SBERT.net) model",
 ]
-# Facts that a card asks for, by the option of `lotlip push` that states them
+# Facts that a card asks for, by option of `lotlip push`
 REQUESTS = {
     "--license": "the license",
     "--dataset": "the training data",
@@ -65,24 +65,24 @@ DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"
 @dataclass(frozen=True)
 class CardFields:
     """
-    Facts for a model card that neither the model nor its training run states; see
-    https://huggingface.co/docs/hub/model-cards. A string where a list is expected is a list of one.
+    Facts for a model card that the model and its training run do not state; see
+    https://huggingface.co/docs/hub/model-cards. Instead of a list, a single string is accepted.
 
     Args:
-        license (`str`, *optional*):
-            License of the weights, such as `"apache-2.0"`. Without one, other people have no right to use them.
-        base_model (`Sequence[str]`, *optional*):
-            Hub ids of the models that the weights were trained from. Defaults to those of the training run.
-        datasets (`Sequence[str]`, *optional*):
-            Hub ids of the training data sets. Defaults to the one of the training run.
+        license (`str`, *optional*): License of the weights, such as `"apache-2.0"`. Without one, other people have no
+            right to use them.
+        base_model (`Sequence[str]`, *optional*): Hub ids of the models that the weights were trained from. Defaults to
+            those of the training run.
+        datasets (`Sequence[str]`, *optional*): Hub ids of the training data sets. Defaults to that of the
+            training run.
         language (`Sequence[str]`, *optional*, defaults to `"en"`): Languages of the texts, as ISO 639 codes.
         tags (`Sequence[str]`, *optional*): Tags in addition to the usual ones.
-        results (`Sequence[str | os.PathLike]`, *optional*):
-            Files of results; see [`~lotlip_hf.evaluation.results.load_results`].
-        origin (`str`, *optional*): One or two sentences on the origin of the weights. Defaults to the training run's.
-        picture (`str` or `os.PathLike`, *optional*):
-            A PNG, JPEG or WebP picture of ranked examples, such as `lotlip search --save-grid` draws. Defaults to the
-            `ranked_examples` picture beside the checkpoint.
+        results (`Sequence[str | os.PathLike]`, *optional*): Files of results; see
+            [`~lotlip_hf.evaluation.results.load_results`].
+        origin (`str`, *optional*): One or two sentences on the origin of the weights. Defaults to one about
+            the training run.
+        picture (`str` or `os.PathLike`, *optional*): A PNG, JPEG or WebP picture of ranked examples, such as
+            `lotlip search --save-grid` draws. Defaults to the `ranked_examples` picture beside the checkpoint.
     """
 
     license: str | None = None
@@ -108,7 +108,7 @@ class Picture:
 
     Args:
         name (`str`): File name in the repository.
-        description (`str`): Text that the examples are ranked by, in Markdown; empty if the file does not state it.
+        description (`str`): Query of the ranking, in Markdown; empty if the file does not contain it.
         content (`bytes`): The image file.
     """
 
@@ -123,14 +123,14 @@ def load_picture(source: Path | None, fields: CardFields) -> Picture | None:
 
     Args:
         source (`Path`, *optional*): The checkpoint's folder.
-        fields ([`CardFields`]): Their `picture` takes precedence over one in the folder.
+        fields (`CardFields`): Their `picture` takes precedence over one in the folder.
 
     Returns:
         `Picture`: The picture, or `None` if there is none.
 
     Raises:
         `ValueError`: If the file is not an image, has another format, or is too large. The message names the file.
-        `OSError`: If it cannot be read.
+        `OSError`: If the file cannot be read.
     """
     names = [f"{PICTURE}{extension}" for extension in PICTURE_FORMATS.values()] if source is not None else []
     beside = next((source / name for name in names if source is not None and (source / name).is_file()), None)
@@ -157,17 +157,17 @@ def card_bytes(
     there: Path | None = None,
 ) -> bytes:
     """
-    Returns the card to publish: the one beside the checkpoint, else the one in the repository, if a user wrote it.
-    Otherwise it is rendered from `MODEL_CARD.md`.
+    Returns the model card to publish. A card that a user wrote is kept: the one beside the checkpoint, or else the one
+    in the repository. Without one, the card is rendered from `MODEL_CARD.md`.
 
     Args:
-        model ([`LoTLIPModel`]): The model.
-        processor ([`LoTLIPProcessor`]): The processor.
+        model (`LoTLIPModel`): The model.
+        processor (`LoTLIPProcessor`): The processor.
         source (`Path`, *optional*): The checkpoint's folder.
         repo_id (`str`): Repository id, which the card's examples load.
-        fields ([`CardFields`]): Facts to state. Their `results` and `picture` are not read.
+        fields (`CardFields`): Facts to state. Their `results` and `picture` are not read.
         results (`Sequence[Results]`, *optional*): Results to show.
-        picture ([`Picture`], *optional*): Picture to show. Defaults to the one that the card in the repository shows.
+        picture (`Picture`, *optional*): Picture to show. Defaults to the one that the card in the repository shows.
         there (`Path`, *optional*): The card in the repository.
 
     Returns:
@@ -204,8 +204,8 @@ def checked_results(model: LoTLIPModel, processor: Any, files: Sequence[str | os
     Reads files of results.
 
     Args:
-        model ([`LoTLIPModel`]): The model.
-        processor ([`LoTLIPProcessor`]): The processor.
+        model (`LoTLIPModel`): The model.
+        processor (`LoTLIPProcessor`): The processor.
         files (`Sequence[str | os.PathLike]`): Files of results.
 
     Returns:
@@ -226,8 +226,8 @@ def checked_results(model: LoTLIPModel, processor: Any, files: Sequence[str | os
             Encoder(evaluated, processor).fingerprint(modality) != digest for modality, digest in fingerprints.items()
         ):
             raise ValueError(
-                f"{one.file} contains results of {one.content.get('model')}, which has other weights or preprocessing "
-                "than this checkpoint. Evaluate this checkpoint, or leave the file out."
+                f"{one.file} contains results of {one.content.get('model')}, whose weights or preprocessing differ "
+                "from this checkpoint's. Evaluate this checkpoint, or leave the file out."
             )
     return results
 
@@ -245,12 +245,12 @@ def model_card(
     Renders `MODEL_CARD.md` for a model.
 
     Args:
-        model ([`LoTLIPModel`]): The model.
-        processor ([`LoTLIPProcessor`]): The processor.
+        model (`LoTLIPModel`): The model.
+        processor (`LoTLIPProcessor`): The processor.
         repo_id (`str`): Repository id, which the card's examples load.
-        fields ([`CardFields`], *optional*): Facts to state. Their `results` and `picture` are not read.
+        fields (`CardFields`, *optional*): Facts to state. Their `results` and `picture` are not read.
         results (`Sequence[Results]`, *optional*): Results to show.
-        run ([`Run`], *optional*): The training run. Paths among its options are left out.
+        run (`Run`, *optional*): The training run. Paths among its options are left out.
         picture (`tuple[str, str]`, *optional*): File name and description, in Markdown, of a picture to show.
 
     Returns:
@@ -331,7 +331,7 @@ def _data(fields: CardFields, run: Run) -> str:
 
 
 def _links(names: Sequence[str], kind: str) -> str:
-    """Hub ids as links; other names as text."""
+    """Joins names. Hub ids become links."""
     return ", ".join(
         f"[{markdown_text(name)}](https://huggingface.co/{kind}{name})" if is_hub_id(name) else markdown_text(name)
         for name in names
@@ -339,17 +339,18 @@ def _links(names: Sequence[str], kind: str) -> str:
 
 
 def _shown(results: Results) -> dict[str, Any]:
-    """Title, description and tables of results, in Markdown and percent."""
+    """Formats results in Markdown: title, description and tables, in percent."""
     protocol, entries = results.content.get("protocol", {}), results.entries
     values = {entry.metric_type: entry.metric_value for entry in entries}
     factor = 100 if all(value <= 1 for name, value in values.items() if SHARE.fullmatch(name)) else 1
     shown = {name: _value(name, values, factor) for name in values if not name.endswith(("_low", "_high"))}
     tables = []
-    columns = list(dict.fromkeys(name[len(way) + 1 :] for name in shown for way in DIRECTIONS if name.startswith(way)))
+    columns = list(
+        dict.fromkeys(name[len(way) + 1 :] for name in shown for way in DIRECTIONS if name.startswith(f"{way}_"))
+    )
     if columns:
-        rows = [
-            [title, *(shown.pop(f"{way}_{column}", "-") for column in columns)] for way, title in DIRECTIONS.items()
-        ]
+        found = {way: [shown.pop(f"{way}_{column}", "-") for column in columns] for way in DIRECTIONS}
+        rows = [[DIRECTIONS[way], *cells] for way, cells in found.items() if set(cells) != {"-"}]
         head = [re.sub(r"^r(\d+)$", r"R@\1 (%)", column).replace("_", " ") for column in columns]
         tables.append((["direction", *map(markdown_text, head)], rows))
     if shown:
@@ -383,7 +384,7 @@ def _metric(name: str) -> str:
 
 
 def _about(protocol: dict[str, Any]) -> str:
-    """Images and texts of an evaluation: how many, which captions, and whether they were normalised or cut."""
+    """Describes an evaluation: numbers of images and texts, kind of captions, normalisation, cut texts."""
     images, texts, captions = (protocol.get(name) for name in ("num_images", "num_texts", "captions"))
     parts = []
     if isinstance(images, int):
@@ -391,6 +392,8 @@ def _about(protocol: dict[str, Any]) -> str:
     if isinstance(texts, int):
         per_image = isinstance(images, int) and images > 0 and texts % images == 0 and texts // images
         parts.append(f"{per_image} text{'s' * (per_image != 1)} per image" if per_image else f"{texts:,} texts")
+    if isinstance(classes := protocol.get("num_classes"), int):
+        parts.append(f"{classes:,} classes")
     if captions is not None:
         parts.append(f"{captions} captions" if captions in CAPTIONS else f"captions: {markdown_text(captions)}")
     if "normalization" in protocol:
@@ -407,16 +410,15 @@ def _backbone(config: Any) -> str:
 
 
 def _signature(text: str) -> str:
-    """A last line that tells a rendered text from one that a user has changed since."""
+    """Last line of a rendered text. Its digest shows whether a user changed the text."""
     digest = hashlib.sha256(text.strip().encode()).hexdigest()[:16]
     return f"<!-- Written by lotlip-hf ({digest}). Publishing replaces this text unless it was edited. -->"
 
 
 def _is_ours(card: ModelCard) -> bool:
-    """Whether the text was rendered by any version of this package and not changed since."""
+    """Whether this package rendered the text and no user changed it."""
     text, _, last = card.text.replace("\r\n", "\n").rstrip().rpartition("\n")
-    signature = re.match(r"<!-- Written by lotlip-hf \(\w{16}\)", _signature(text))
-    return signature is not None and last.startswith(signature[0])
+    return last.startswith(_signature(text).partition(". ")[0])
 
 
 def _is_generated(card: ModelCard) -> bool:
@@ -425,14 +427,14 @@ def _is_generated(card: ModelCard) -> bool:
 
 
 def _with_metadata(fields: CardFields, card: ModelCard) -> CardFields:
-    """The fields, completed by the metadata of a card whose text is not kept."""
+    """Fills empty fields from the metadata of a card whose text is not kept."""
     names = ["license", *(("base_model", "datasets", "language", "tags") if _is_ours(card) else ())]
     found = {name: value for name in names if not getattr(fields, name) and (value := getattr(card.data, name))}
     return replace(fields, **found)
 
 
 def _updated(content: bytes, card: ModelCard, repo_id: str, fields: CardFields, results: Sequence[Results]) -> bytes:
-    """A user's card, with the metadata that the fields give; unchanged if they give none."""
+    """Updates the metadata of a user's card. Without new metadata, the card is unchanged."""
     tags = list(card.data.tags or [])
     entries = [entry for file in results for entry in file.entries]
     given = {
@@ -451,7 +453,7 @@ def _updated(content: bytes, card: ModelCard, repo_id: str, fields: CardFields, 
 
 
 def _with_run(fields: CardFields, run: Run) -> CardFields:
-    """The fields, completed by the options of the training run."""
+    """Fills empty fields from the options of the training run."""
     if not run.options:
         return fields
     base_model = pretrained_models(run.options)

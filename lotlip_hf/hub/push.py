@@ -39,8 +39,8 @@ SENTENCE_TRANSFORMERS: dict[str, Any] = {
     },
     "1_Normalize/config.json": {"module_input_name": "sentence_embedding"},
 }
-# Files of earlier commits that loading would read beside the new ones: weights in other shards, an adapter, older
-# code, settings of the processor in other files. Files in subfolders belong to the user.
+# Outdated files, which loading would read beside the new ones: weights in other shards, an adapter, older code,
+# settings of the processor in other files. Files in subfolders belong to the user.
 STALE = [
     *("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),
     *("adapter_config.json", "adapter_model.*", "*_lotlip.py"),
@@ -88,23 +88,23 @@ def push(
     tags: str | Sequence[str] | None = None,
 ) -> CommitInfo:
     """
-    Publishes the folder of [`write_repository`] in one commit, so that no half of it can be loaded. The commit removes
-    files of earlier commits that loading would read, too. The stored files are compared with those that were sent.
-    After an error, the same call sends the missing files.
+    Publishes a checkpoint on the Hub. All files of [`write_repository`] are in one commit, so an incomplete
+    checkpoint is never visible. The commit also removes outdated files, such as other shards of weights. After the
+    upload, the stored files are compared with the local ones. After an error, the same call sends the missing files.
 
-    The model card is the one beside the checkpoint, else the one in the repository, if a user wrote it. Otherwise it
-    is rendered from the model, its training run and `card`.
+    A model card that a user wrote is kept: the one beside the checkpoint, or else the one in the repository. Without
+    one, the card is rendered from the model, its training run and `card`.
 
     Args:
-        model_or_path (`LoTLIPModel`, `str` or `os.PathLike`): A model, a checkpoint folder or a Hub id.
+        model_or_path (`LoTLIPModel` or `str` or `os.PathLike`): A model, a checkpoint folder or a Hub id.
         repo_id (`str`): `"organisation/name"`, or `"name"` for your own account. The repository is created if needed.
-        processor (`LoTLIPProcessor`, *optional*):
-            Processor of the model. Defaults to the one beside the checkpoint that the model was loaded from. On the
-            Hub that is the one on `main`, because a model does not remember its `revision`.
-        card ([`CardFields`], *optional*): Facts for the model card.
+        processor (`LoTLIPProcessor`, *optional*): Processor of the model. Defaults to the one beside the checkpoint
+            that the model was loaded from. On the Hub that is the one on `main`, because a model does not remember its
+            `revision`.
+        card (`CardFields`, *optional*): Facts for the model card.
         private (`bool`, *optional*): Whether a new repository is private. Defaults to the organisation's setting.
-        revision (`str`, *optional*, defaults to `"main"`):
-            Branch, which is created if needed, or pull request (`"refs/pr/1"`).
+        revision (`str`, *optional*, defaults to `"main"`): Branch, which is created if needed, or pull request
+            (`"refs/pr/1"`).
         token (`str` or `bool`, *optional*): Token of the Hub. Defaults to that of `hf auth login` or `HF_TOKEN`.
         commit_message (`str`, *optional*, defaults to `"Upload LoTLIP"`): Title of the commit.
         commit_description (`str`, *optional*): Description of the commit.
@@ -120,7 +120,7 @@ def push(
             If `repo_id` is not valid, the checkpoint is not a LoTLIP, has no processor or has an adapter, or a file
             for the model card cannot be read.
         `PushError`:
-            If the Hub refuses, the connection breaks, another commit came in between, or the stored files differ from
+            If the Hub refuses, the connection breaks, another commit intervenes, or the stored files differ from
             those that were sent. Its `published` states whether there is a new commit.
     """
     validate_repo_id(repo_id)
@@ -176,16 +176,16 @@ def write_repository(
 ) -> Path:
     """
     Writes the folder that [`push`] publishes: weights in safetensors, configuration, tokenizer, processor, the code
-    for `trust_remote_code=True`, the settings of sentence-transformers, and `README.md`, the model card. A card beside
-    the checkpoint is kept, unless a trainer generated it, and its metadata is updated by `card`. A checkpoint folder
-    needs no network; a card in the repository is not read.
+    for `trust_remote_code=True`, the settings of sentence-transformers, and `README.md`, the model card. A card
+    beside the checkpoint is kept, with the metadata of `card`, unless a trainer generated it. Nothing is read from the
+    repository.
 
     Args:
-        model_or_path (`LoTLIPModel`, `str` or `os.PathLike`): A model, a checkpoint folder or a Hub id.
+        model_or_path (`LoTLIPModel` or `str` or `os.PathLike`): A model, a checkpoint folder or a Hub id.
         output (`str` or `os.PathLike`): Folder to make. An empty folder may exist.
         repo_id (`str`): Repository id, which the card's examples load.
         processor (`LoTLIPProcessor`, *optional*): Processor of the model; see [`push`].
-        card ([`CardFields`], *optional*): Facts for the model card.
+        card (`CardFields`, *optional*): Facts for the model card.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Maximum size of a file of weights.
 
     Returns:
@@ -229,7 +229,7 @@ def _shown(loaded: Loaded, card: CardFields) -> Shown:
 
 
 def _loaded(model_or_path: Any, processor: Any, token: str | bool | None = None) -> Loaded:
-    """Loads the model and the processor; the third value is the checkpoint's folder, if there is one."""
+    """Loads the model and the processor, and returns them with the checkpoint's folder, if there is one."""
     if isinstance(model_or_path, torch.nn.Module):
         model, source = model_or_path, str(getattr(model_or_path, "name_or_path", ""))
     else:
@@ -249,7 +249,9 @@ def _loaded(model_or_path: Any, processor: Any, token: str | bool | None = None)
         try:
             processor = AutoProcessor.from_pretrained(source, token=token, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ValueError("The model has no checkpoint with a processor. Pass `processor`.") from error
+            raise ValueError(
+                "The model was not loaded from a checkpoint with a processor. Pass `processor`."
+            ) from error
     return model, processor, Path(source) if source and Path(source).is_dir() else None
 
 

@@ -20,7 +20,7 @@ from ..training.log import LOG_NAME, read_log
 
 # Options that the card leaves out, besides those that do not change the weights
 HOUSEKEEPING = {"image_folder", "streaming", "shuffle_buffer", "eval_data", "eval_split", "eval_samples", "eval_steps"}
-# Options that only count under a condition on the others
+# Options that have an effect only under a condition on others
 NEEDS = {
     "num_scenes": lambda options: options.get("data") == SCENES,
     "num_epochs": lambda options: not options.get("max_steps"),
@@ -32,15 +32,15 @@ DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|tar|parquet|ya?ml|zip|pt)$")
 @dataclass(frozen=True)
 class Run:
     """
-    A training run, as far as the files beside a checkpoint tell.
+    A training run, as described by the files beside a checkpoint.
 
     Args:
-        options (`Mapping[str, Any]`): Options of the run by name. They come from a file and are not checked.
+        options (`Mapping[str, Any]`): Options of the run by name, as in the file; not validated.
         step (`int`, *optional*): Step after which the checkpoint was saved.
         num_processes (`int`, *optional*): Number of processes.
-        num_records (`int`, *optional*): Number of records of the training data; a stream has none.
+        num_records (`int`, *optional*): Number of records of the training data; `None` for a stream.
         num_seen (`int`, *optional*): Number of images seen up to the checkpoint, by all processes.
-        recalls (`Mapping[str, float]`): Recalls on the validation data at this step, as the run's log names them.
+        recalls (`Mapping[str, float]`): Recalls on the validation data at this step, by their names in the run's log.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -53,13 +53,13 @@ class Run:
 
 def load_run(checkpoint: Path | None) -> Run:
     """
-    Reads the files that a training run wrote in a checkpoint and in the folder around it.
+    Reads the files of a training run in a checkpoint and in its parent folder.
 
     Args:
         checkpoint (`Path`, *optional*): The checkpoint's folder.
 
     Returns:
-        `Run`: The facts. Those that no file states are `None` or empty.
+        `Run`: The run. Unknown facts are `None` or empty.
 
     Raises:
         `ValueError`: If the options or the log cannot be read. The message names the file.
@@ -98,10 +98,10 @@ def _progress(state: Path) -> dict[str, int]:
 
 def stated_options(options: Mapping[str, Any]) -> dict[str, str]:
     """
-    Options that are set and change the weights, as text. Paths and free text are left out.
+    Selects the options that are set and change the weights. Paths and free text are left out.
 
     Args:
-        options (`Mapping[str, Any]`): Options by name, unchecked.
+        options (`Mapping[str, Any]`): Options by name, not validated.
 
     Returns:
         `dict[str, str]`: Values by name, safe in Markdown.
@@ -132,7 +132,7 @@ def training_rows(run: Run) -> list[tuple[str, str]]:
     Summarises how a model was trained.
 
     Args:
-        run ([`Run`]): The run.
+        run (`Run`): The run.
 
     Returns:
         `list[tuple[str, str]]`: Subject and text, in Markdown. Subjects that are not known are left out.
@@ -217,7 +217,7 @@ def pretrained_models(options: Mapping[str, Any]) -> list[str]:
 
 
 def validation_texts(options: Mapping[str, Any]) -> str:
-    """Returns a phrase for the validation data: how many images, and which texts."""
+    """Describes the validation data: number of images and kind of texts."""
     number, data = options.get("eval_samples"), options.get("eval_data")
     images = "held-out images"
     if isinstance(number, int):
@@ -237,7 +237,7 @@ def is_hub_id(name: Any) -> TypeGuard[str]:
 
 
 def recall_table(recalls: Mapping[str, float]) -> tuple[Sequence[str], list[list[str]]]:
-    """Returns head and rows of a table of a log's recalls, in percent."""
+    """Returns the head and the rows of a table of recalls, in percent."""
     parts = {name: re.fullmatch(r"(long|short)_(image_to_text|text_to_image)_r(\d+)", name) for name in recalls}
     ks = sorted({int(match[3]) for match in parts.values() if match})
     rows = []

@@ -461,6 +461,15 @@ def test_results_are_in_percent_with_their_intervals(official_checkpoint: Path, 
     ]
 
 
+def test_results_of_a_classification(official_checkpoint: Path, tmp_path: Path) -> None:
+    metrics = {"accuracy_top1": 0.5, "accuracy_top1_low": 0.25, "accuracy_top1_high": 0.75, "other|<b>": 1.5}
+    content = {**RESULTS, "metrics": metrics, "protocol": {"num_images": 40, "num_classes": 10}}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    text = card_of(official_checkpoint, tmp_path / "out", results=tmp_path / "results.json").text
+    assert "40 images; 10 classes" in text
+    assert "| top-1 accuracy (%) | 50.00 (25.00 to 75.00) |\n| other\\|&lt;b&gt; | 1.5 |" in text
+
+
 @pytest.mark.slow
 def test_results_of_another_model_are_refused(official_checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
