@@ -56,7 +56,7 @@ REQUESTS = {
 }
 PICTURE = "ranked_examples"  # file name without extension
 PICTURE_FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
-PICTURE_LINE = re.compile(rf"^!\[(.*)\]\(({PICTURE}\.\w+)\)$", re.MULTILINE)
+PICTURE_LINE = re.compile(rf"^!\[.*\]\({PICTURE}\.\w+\)$", re.MULTILINE)
 MAX_PICTURE_BYTES = 10 << 20
 MAX_DESCRIPTION = 2000  # characters
 DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
@@ -178,7 +178,7 @@ def card_bytes(
     """
     run = load_run(source)
     fields_of_run = _with_run(fields, run)
-    shown = None if picture is None else (picture.name, picture.description)
+    shown = "" if picture is None else f"![{picture.description or 'Ranked examples'}]({picture.name})"
     beside = source / "README.md" if source is not None else None
     for file, name in ((beside, str(beside)), (there, f"README.md of {repo_id}")):
         if file is None or not file.is_file():
@@ -194,8 +194,8 @@ def card_bytes(
                 logger.warning(f"{repo_id}: a user wrote its README.md. Its text is kept.")
             return _updated(content, card, repo_id, fields, results)
         fields_of_run = _with_metadata(fields_of_run, card)
-        if file is there and shown is None and (match := PICTURE_LINE.search(card.text)):
-            shown = match[2], match[1]
+        if file is there and not shown and (match := PICTURE_LINE.search(card.text)):
+            shown = match[0]
     return str(model_card(model, processor, repo_id, fields_of_run, results, run, shown)).encode()
 
 
@@ -239,7 +239,7 @@ def model_card(
     fields: CardFields | None = None,
     results: Sequence[Results] = (),
     run: Run | None = None,
-    picture: tuple[str, str] | None = None,
+    picture: str = "",
 ) -> ModelCard:
     """
     Renders `MODEL_CARD.md` for a model.
@@ -251,7 +251,7 @@ def model_card(
         fields (`CardFields`, *optional*): Facts to state. Their `results` and `picture` are not read.
         results (`Sequence[Results]`, *optional*): Results to show.
         run (`Run`, *optional*): The training run. Paths among its options are left out.
-        picture (`tuple[str, str]`, *optional*): File name and description, in Markdown, of a picture to show.
+        picture (`str`, *optional*): Picture to show, in Markdown.
 
     Returns:
         `ModelCard`: The card.
