@@ -47,7 +47,7 @@ GENERATED = [
     *("has been generated automatically", "has been automatically generated"),
     "This is a [sentence-transformers](https://www.SBERT.net) model",
 ]
-# Facts that a card asks for, by option of `lotlip push`
+# Facts that a card may lack, by the option of `lotlip push` that states them
 REQUESTS = {
     "--license": "the license",
     "--dataset": "the training data",
@@ -164,7 +164,7 @@ def card_bytes(
         model (`LoTLIPModel`): The model.
         processor (`LoTLIPProcessor`): The processor.
         source (`Path`, *optional*): The checkpoint's folder.
-        repo_id (`str`): Repository id, which the card's examples load.
+        repo_id (`str`): Repository id for the card's examples.
         fields (`CardFields`): Facts to state. Their `results` and `picture` are not read.
         results (`Sequence[Results]`, *optional*): Results to show.
         picture (`Picture`, *optional*): Picture to show. Defaults to the one that the card in the repository shows.
@@ -188,7 +188,7 @@ def card_bytes(
             card = ModelCard(content.decode("utf-8-sig"))
         except (yaml.YAMLError, ValueError, TypeError) as error:
             reason = one_line(error)
-            raise ValueError(f"{name}: its metadata, the YAML at its top, cannot be read ({reason}).") from error
+            raise ValueError(f"{name}: the YAML metadata cannot be read ({reason}).") from error
         if not (_is_generated(card) or (file is there and _is_ours(card))):
             if file is there:
                 logger.warning(f"{repo_id}: a user wrote its README.md. Its text is kept.")
@@ -247,7 +247,7 @@ def model_card(
     Args:
         model (`LoTLIPModel`): The model.
         processor (`LoTLIPProcessor`): The processor.
-        repo_id (`str`): Repository id, which the card's examples load.
+        repo_id (`str`): Repository id for the card's examples.
         fields (`CardFields`, *optional*): Facts to state. Their `results` and `picture` are not read.
         results (`Sequence[Results]`, *optional*): Results to show.
         run (`Run`, *optional*): The training run. Paths among its options are left out.

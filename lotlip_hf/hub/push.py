@@ -131,7 +131,7 @@ def push(
     shown = _shown(loaded, card)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "repository")
-        _write(folder, loaded, repo_id, card, shown, max_shard_size)  # before anything is created
+        _write(folder, loaded, repo_id, card, shown, max_shard_size)  # fails before the repository is created
         with _explained(repo_id):
             repo_id = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
             if revision is not None and not revision.startswith("refs/pr/"):
@@ -160,7 +160,7 @@ def push(
         with _explained(repo_id, commit.commit_url, published=True):
             seen = api.verify_repo_checksums(repo_id, revision=commit.oid, local_dir=folder)
     if damaged := sorted([*(mismatch["path"] for mismatch in seen.mismatches), *seen.extra_paths]):
-        raise PushError(f"{commit.commit_url}: {', '.join(damaged)} did not arrive whole. Push again.", True)
+        raise PushError(f"{commit.commit_url}: {', '.join(damaged)} differ from the local files. Push again.", True)
     warn_unstated(text)
     return commit
 
@@ -183,7 +183,7 @@ def write_repository(
     Args:
         model_or_path (`LoTLIPModel` or `str` or `os.PathLike`): A model, a checkpoint folder or a Hub id.
         output (`str` or `os.PathLike`): Folder to make. An empty folder may exist.
-        repo_id (`str`): Repository id, which the card's examples load.
+        repo_id (`str`): Repository id for the card's examples.
         processor (`LoTLIPProcessor`, *optional*): Processor of the model; see [`push`].
         card (`CardFields`, *optional*): Facts for the model card.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Maximum size of a file of weights.
@@ -210,7 +210,7 @@ def _write(
 ) -> None:
     """Writes the folder."""
     model, processor, _ = loaded
-    text = card_bytes(*loaded, repo_id, card, *shown)  # before anything is written
+    text = card_bytes(*loaded, repo_id, card, *shown)  # fails before a file is written
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output, max_shard_size=max_shard_size or MAX_SHARD_SIZE)
     processor.save_pretrained(output)
@@ -263,7 +263,7 @@ def _explained(repo_id: str, url: str = "", published: bool | None = False) -> I
     except (HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:
         response = error.response if isinstance(error, HfHubHTTPError) else None
         status = response.status_code if response else None
-        with suppress(AttributeError, RuntimeError):  # errors without a request
+        with suppress(AttributeError, RuntimeError):  # some errors have no request
             if "/commit/" in (response or error).request.url.path and status not in ADVICE:
                 published = None
         reason = (getattr(error, "server_message", None) or str(error) or type(error).__name__).splitlines()[0]

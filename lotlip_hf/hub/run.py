@@ -39,7 +39,7 @@ class Run:
         step (`int`, *optional*): Step after which the checkpoint was saved.
         num_processes (`int`, *optional*): Number of processes.
         num_records (`int`, *optional*): Number of records of the training data; `None` for a stream.
-        num_seen (`int`, *optional*): Number of images seen up to the checkpoint, by all processes.
+        num_seen (`int`, *optional*): Number of images that all processes have seen.
         recalls (`Mapping[str, float]`): Recalls on the validation data at this step, by their names in the run's log.
     """
 
@@ -135,7 +135,7 @@ def training_rows(run: Run) -> list[tuple[str, str]]:
         run (`Run`): The run.
 
     Returns:
-        `list[tuple[str, str]]`: Subject and text, in Markdown. Subjects that are not known are left out.
+        `list[tuple[str, str]]`: Subject and text, in Markdown. Unknown subjects are left out.
     """
     options = stated_options(run.options)
     rows = {
@@ -226,7 +226,7 @@ def validation_texts(options: Mapping[str, Any]) -> str:
 
 
 def is_hub_id(name: Any) -> TypeGuard[str]:
-    """Returns whether an option is a Hub id and not a path, which is not published."""
+    """Returns whether an option is a Hub id. Paths are not published."""
     try:
         validate_repo_id(name)
     except ValueError:

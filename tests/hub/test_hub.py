@@ -1,4 +1,4 @@
-"""Publishing to a Hub and loading back, with the real client: what is sent, cards, errors, hostile repositories."""
+"""Publishing to a Hub and loading from it, with the real client: files, cards, errors, hostile repositories."""
 
 import copy
 import importlib.util
@@ -62,14 +62,14 @@ def published(hub: Hub, official_checkpoint: Path) -> Hub:
 
 @pytest.fixture
 def error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What the command prints when it fails: one line."""
+    """Runs a command that must fail, and returns its error message, which is one line."""
 
     def run(*arguments: Any) -> str:
         capsys.readouterr()
         assert lotlip([str(argument) for argument in arguments]) == 2
         printed = capsys.readouterr().err
         assert "Traceback" not in printed
-        message = re.search(r"lotlip: error: .*\Z", printed.rstrip())  # maybe after a progress bar
+        message = re.search(r"lotlip: error: .*\Z", printed.rstrip())  # a progress bar may precede it
         assert message is not None, printed
         return message[0]
 
@@ -85,14 +85,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def changed(folder: Path, target: Path, **fields: Any) -> Path:
-    """A copy of a checkpoint whose configuration says something else."""
+    """Copies a checkpoint and changes its configuration."""
     shutil.copytree(folder, target)
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**config, **fields}))
     return target
 
 
-# What is published
+# Published files
 
 
 def test_a_dry_run_writes_what_is_published(
@@ -112,7 +112,7 @@ def test_a_dry_run_writes_what_is_published(
     assert hub.repos["model", REPO].private
     assert hub.files(REPO) == dry
     assert len(hub.matching("POST", "/commit/")) == 1
-    assert hub.matching("GET", "/xet-write-token/")  # uploads go the way that they go for users
+    assert hub.matching("GET", "/xet-write-token/")  # the upload uses Xet, as on the real Hub
     for name in CODE:
         assert dry[name] == (Path(modeling_lotlip.__file__).parent / name).read_bytes()
     auto_map = json.loads(dry["config.json"])["auto_map"]
@@ -201,7 +201,7 @@ def test_what_an_earlier_commit_left_is_not_read(hub: Hub, official_checkpoint: 
         api.upload_file(repo_id=REPO, path_in_repo=name, path_or_fileobj=b"{}")
     neighbours = {"notes.txt", "images/cat.png", "training_args.bin", "onnx/x.bin", "embeddings/coco.safetensors"}
     neighbours |= {"adapters/adapter_model.safetensors", "adapters/adapter_config.json", "older/model.safetensors"}
-    hub.add(REPO, dict.fromkeys(neighbours, b"somebody's"))
+    hub.add(REPO, dict.fromkeys(neighbours, b"theirs"))
     push(official_checkpoint, REPO)
     assert hub.files(REPO).keys() == FILES | neighbours
 
@@ -242,7 +242,7 @@ def hub_commit(hub: Hub) -> str:
     return hub.repos["model", REPO].refs["refs/heads/main"]
 
 
-# The card
+# The model card
 
 
 RESULTS = {
@@ -279,11 +279,11 @@ def test_results_and_training_reach_the_card(official_checkpoint: Path, tmp_path
 
 
 def card_of(checkpoint: Path, folder: Path, **fields: Any) -> ModelCard:
-    """The card that is published with a checkpoint."""
+    """Returns the card that is published with a checkpoint."""
     return ModelCard.load(write_repository(checkpoint, folder, "me/mine", card=CardFields(**fields)) / "README.md")
 
 
-def test_the_card_says_what_is_known(official_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_card_leaves_out_paths_and_free_text(official_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoint-7"
     shutil.copytree(official_checkpoint, folder)
     assert "All options" not in card_of(folder, tmp_path / "plain").text
@@ -363,10 +363,10 @@ def test_the_card_of_a_run(official_checkpoint: Path, tmp_path: Path) -> None:
         card_of(folder, tmp_path / "no")
 
 
-# What the card asks for
+# Facts that the card lacks
 
 
-def test_the_card_asks_for_what_is_not_known(
+def test_the_card_asks_for_unknown_facts(
     official_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
@@ -400,7 +400,7 @@ def test_the_picture_of_ranked_examples(
     assert "--picture" not in caplog.text
     assert "--license" in caplog.text
 
-    push(official_checkpoint, REPO)  # keeps it
+    push(official_checkpoint, REPO)  # the picture is kept
     assert content(hub, "ranked_examples.png")
     assert line in content(hub, "README.md").decode()
     Image.new("RGB", (40, 30), "red").save(tmp_path / "[x](y).webp")
@@ -595,7 +595,7 @@ def test_files_that_are_no_results(
     assert not (tmp_path / "dry").exists()
 
 
-# What goes wrong on the way there
+# Errors of publishing
 
 
 @pytest.mark.slow
@@ -694,7 +694,7 @@ def test_every_auto_class_and_revisions(published: Hub, official_checkpoint: Pat
     config = AutoConfig.from_pretrained(REPO)
     assert type(AutoModel.from_pretrained(REPO, config=config.text_config)) is LoTLIPTextModel
     assert type(AutoModel.from_pretrained(REPO, config=config.vision_config)) is LoTLIPVisionModel
-    # the installed code runs, also where the repository's is asked for
+    # the installed code runs, despite trust_remote_code=True
     assert type(AutoModel.from_pretrained(REPO, trust_remote_code=True)) is LoTLIPModel
 
 
@@ -782,7 +782,7 @@ def test_loading_without_the_package(published: Hub, official_checkpoint: Path, 
     assert answers["again"] == answers["logit"]
     whole = {name for name in contents(tmp_path / "whole") if "__pycache__" not in name}
     assert whole == FILES - {"README.md", *SENTENCE_TRANSFORMERS}
-    # and the installed package gives the same number
+    # the installed package gives the same logit
     model, processor = load_model(tmp_path / "whole")
     inputs = processor(text=["A cat. It sleeps."], images=Image.new("RGB", (50, 40), "red"), return_tensors="pt")
     with torch.no_grad():
@@ -796,13 +796,13 @@ def test_loading_without_the_package(published: Hub, official_checkpoint: Path, 
     torch.testing.assert_close(embeddings, expected, rtol=0, atol=1e-5)
 
 
-# What goes wrong on the way back
+# Errors of loading
 
 
 @pytest.mark.parametrize("status", [401, 500])
 def test_a_hub_that_does_not_give(published: Hub, status: int) -> None:
     published.faults.append(Fault("GET", r"\.safetensors$", Answer(status), times=99))
-    with pytest.raises(OSError) as caught:  # noqa: PT011  (whatever the client says of it)
+    with pytest.raises(OSError) as caught:  # noqa: PT011  (the message is the client's)
         AutoModel.from_pretrained(REPO)
     assert "safetensors there" not in str(caught.value)
     published.faults.clear()
