@@ -107,7 +107,7 @@ def load_teacher(
     """
     slots = _text_encoders(folder)
     encoder_folder, tokenizer_folder, layer, read_together = folder, folder, -1, []
-    if slots is None and slot == "text_encoder":  # the encoder's own folder
+    if slots is None and slot == "text_encoder":  # `folder` is that of an encoder
         slots = {}
     elif slot not in (slots or {}):
         raise ValueError(
@@ -136,7 +136,7 @@ def load_student(path: str | Path, max_length: int | None = None, device: str = 
     tokenizer = _load_tokenizer(path, tower)
     if max_length is not None and max_length > tokenizer.model_max_length:
         raise ValueError(
-            f"`max_length` is {max_length}, but {path} accepts at most {tokenizer.model_max_length} tokens. Pass less."
+            f"`max_length` is {max_length}. Pass at most {tokenizer.model_max_length}, the limit of {path}."
         )
     tokenizer.model_max_length = max_length or tokenizer.model_max_length
     return tower, tokenizer
@@ -152,8 +152,7 @@ def _load_tokenizer(path: str | Path, model: Any) -> Any:
     tokenizer = load_tokenizer(path, "save the model's tokenizer there or pass the folder of the teacher's tokenizer")
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens, but the model has {model.config.vocab_size}. Use the "
-            "tokenizer of the model."
+            f"The tokenizer in {path} has {len(tokenizer)} tokens. Use that of the model, with {model.config.vocab_size}."
         )
     fit_tokenizer(model, tokenizer)
     return tokenizer
@@ -180,10 +179,7 @@ def _has_projection(folder: Path, class_name: str) -> bool:
 
 
 def read_prompts(file: Path, field: str = "prompt") -> list[str]:
-    """
-    Reads prompts from the lines of a text file, or from one field of each line of a `.jsonl` file. Returns them
-    cleaned and without duplicates.
-    """
+    """Reads cleaned, distinct prompts from the lines of a text file, or from a field of a `.jsonl` file."""
     texts = []
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if file.suffix == ".jsonl" and line.strip():
@@ -191,9 +187,7 @@ def read_prompts(file: Path, field: str = "prompt") -> list[str]:
                 line = json.loads(line)[field]
                 line.encode("utf-8")
             except (ValueError, TypeError, KeyError, AttributeError) as error:  # invalid JSON, object, field or text
-                raise ValueError(
-                    f"{file}, line {number}: the field {field!r} is not a text. Correct it or pass another field."
-                ) from error
+                raise ValueError(f"{file}, line {number}: {field!r} is not a text. Pass another field.") from error
         texts.append(clean(line))
     return [text for text in dict.fromkeys(texts) if text]
 
@@ -230,7 +224,7 @@ def tokenize_words(tokenizer: Any, text: str) -> Words | None:
 
     Returns:
         `Words` or `None`: Token ids and word ids: 0 for the first token, 1 for the last, 2 for padding, 3 and more for
-        words. `None` if the text is longer than `model_max_length` or a token does not lie in one of its words.
+        words. `None` if the text is longer than `model_max_length` or a token does not belong to a word.
 
     Raises:
         `ValueError`: If the tokenizer splits sentences with another cleaning than `"official"`.
@@ -252,8 +246,8 @@ def tokenize_words(tokenizer: Any, text: str) -> Words | None:
     if getattr(tokenizer, "split_sentences", False):
         if tokenizer.cleaning != "official":
             raise ValueError(
-                f"`tokenizer` has cleaning={tokenizer.cleaning!r}, with which its words cannot be matched to those of "
-                'the replaced encoder. Use a tokenizer with cleaning="official".'
+                f"The words of a tokenizer with cleaning={tokenizer.cleaning!r} cannot be matched to those of another "
+                'tokenizer. Use a tokenizer with cleaning="official".'
             )
         read, word = text.replace(full_stop, tokenizer.sep_token), f"{re.escape(tokenizer.sep_token)}|{WORD}"
     inputs = for_one_call(tokenizer)(
@@ -295,10 +289,7 @@ def attention_readouts(states: torch.Tensor, queries: torch.Tensor) -> torch.Ten
 
 
 class Scale(NamedTuple):
-    """
-    Mean and standard deviation [D] of states. A few dimensions of CLIP's states are a hundred times larger than the
-    others and would dominate a distance.
-    """
+    """Mean and deviation [D] of states. Unscaled, a few dimensions of CLIP's states would dominate a distance."""
 
     mean: torch.Tensor
     deviation: torch.Tensor
@@ -315,7 +306,7 @@ class Scale(NamedTuple):
 
     @torch.no_grad()
     def undo(self, adapter: nn.Module) -> None:
-        """Rescales the last layer of an adapter so that it returns original states instead of standardised ones."""
+        """Rescales the last layer of an adapter so that it returns states that are not standardised."""
         last = getattr(adapter, "output_projection", adapter)  # a linear adapter is its own last layer
         last.weight.mul_(self.deviation.unsqueeze(1))
         last.bias.mul_(self.deviation).add_(self.mean)
@@ -398,7 +389,7 @@ class Alignment:
         return States(sequence, word_ids, encoder.pooled_adapter(tower.pooled))
 
     def loss(self, encoder: LoTLIPTextEncoder, tower: States, teacher: States) -> torch.Tensor:
-        """Returns the [`distance`] of the words or positions from the teacher's plus that of the pooled states."""
+        """Returns the [`distance`] to the teacher's word means or positions, plus that to its pooled states."""
         states = self.student_states(encoder, tower, teacher)
         outputs, targets = states.sequence, teacher.sequence
         if states.word_ids is not teacher.word_ids:
@@ -438,8 +429,8 @@ class Alignment:
         Returns:
             `dict`: Rows `"mean"` (the mean of the training prompts), `"another prompt"` and the encoders. Each has the
             measures `"words"` (word means), `"read_outs"` (attention over the sequence, as in a denoiser) and
-            `"pooled"` (before the projection). Each measure has an `error` (squared error divided by that of the mean)
-            and a `cosine` (after subtraction of the mean).
+            `"pooled"` (before the projection). Each measure has an `error` (squared error divided by that of
+            `"mean"`) and a `cosine` (after subtraction of the mean).
         """
         sums: dict[str, dict[str, torch.Tensor]] = {name: {} for name in ("mean", "another prompt", *encoders)}
         for batch, other in zip(batches, others, strict=True):

@@ -23,7 +23,7 @@ def stretch_positions(
 
     Args:
         positions (`torch.Tensor`): [N, hidden_size], the old table.
-        max_positions (`int`): Number of new positions M, at least N. Long-CLIP uses 248.
+        max_positions (`int`): Number M of positions in the new table, at least N. Long-CLIP uses 248.
         stretch (`str`, *optional*, defaults to `"knowledge-preserved"`): `"knowledge-preserved"` keeps the first 20
             positions and interpolates the rest, as in Long-CLIP; `"linear"` interpolates all positions.
 
@@ -48,10 +48,7 @@ def stretch_positions(
     num_positions = len(positions)
     kept = KEPT_POSITIONS if stretch == "knowledge-preserved" else 0
     if max_positions < num_positions:
-        raise ValueError(
-            f"`max_positions` is {max_positions}, but the table has {num_positions} positions. Pass {num_positions} "
-            "or more."
-        )
+        raise ValueError(f"`max_positions` is {max_positions}. Pass at least {num_positions}, the old number.")
     if max_positions == num_positions:
         return positions.clone()
     if num_positions < kept + 2:
@@ -88,7 +85,7 @@ def stretch_text_model(
         stretch (`str`, *optional*, defaults to `"knowledge-preserved"`): As in [`stretch_positions`].
 
     Raises:
-        `ValueError`: If the text tower is not CLIP's, or [`stretch_positions`] raises it.
+        `ValueError`: If the text tower is not CLIP's, or an argument is invalid in [`stretch_positions`].
     """
     tower = _clip_tower(model)
     embeddings = tower.embeddings
@@ -97,7 +94,7 @@ def stretch_text_model(
     embeddings.position_embedding = nn.Embedding.from_pretrained(table, freeze=not old.requires_grad)
     embeddings.position_ids = torch.arange(max_positions, device=old.device).unsqueeze(0)
     for config in (tower.config, model.config, getattr(model, "text_model", model).config):
-        # LoTLIP stores the number in the backbone's configuration, a stock class in its own
+        # LoTLIP configurations store the number in `backbone_config`
         config = getattr(config, "text_config", config)
         getattr(config, "backbone_config", config).max_position_embeddings = max_positions
 
@@ -136,7 +133,7 @@ def clip_text_model(
         stock = stock_class(config)
     stock.load_state_dict(state_dict, assign=True)
     stock_tower = _clip_tower(stock)
-    stock_tower.embeddings.position_ids = tower.embeddings.position_ids  # not in the state dict
+    stock_tower.embeddings.position_ids = tower.embeddings.position_ids  # missing in state dicts
     for parameter, own in zip(stock_tower.parameters(), tower.parameters(), strict=True):
         parameter.requires_grad_(own.requires_grad)
     if with_projection:
@@ -150,7 +147,5 @@ def _clip_tower(model: nn.Module) -> CLIPTextModel:
     for name in ("text_model", "backbone"):
         tower = getattr(tower, name, tower)
     if not isinstance(tower, CLIPTextModel):
-        raise ValueError(
-            f"The text tower of {type(model).__name__} is a {type(tower).__name__}. Pass a model with CLIP's tower."
-        )
+        raise ValueError(f"{type(model).__name__} has a {type(tower).__name__}. Pass a model with CLIP's text tower.")
     return tower

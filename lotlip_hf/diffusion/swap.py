@@ -150,14 +150,14 @@ def swap_text_encoder(
 
 class CLIPTextEncoder(CLIPTextModel):
     """
-    `CLIPTextModel` with an attribute `text_model`. The `clip_skip` of Stable Diffusion 1.x and 2.x reads it, but
-    transformers removed it. Weights and outputs are those of `CLIPTextModel`, which loads the same checkpoints.
+    `CLIPTextModel` with the attribute `text_model`, which transformers removed but the `clip_skip` of Stable Diffusion
+    1.x and 2.x needs. Weights and outputs are those of `CLIPTextModel`, which loads the same checkpoints.
     """
 
     @property
     def text_model(self) -> "CLIPTextEncoder":
         """The model itself."""
-        # With this attribute, diffusers expects LoRA weights with the old names; without it, it converts old and new.
+        # If this attribute exists, diffusers expects the old names of LoRA weights; otherwise it accepts old and new.
         if sys._getframe(1).f_code.co_name == "_load_lora_into_text_encoder":
             raise AttributeError("text_model")
         return self
@@ -173,9 +173,9 @@ class CLIPTextEncoder(CLIPTextModel):
         Returns:
             `CLIPTextEncoder`: The copy.
         """
-        # changing `__class__` of a copy is not enough: `__init__` registers what records the hidden states
+        # a copy with another `__class__` would return no hidden states, because only `__init__` registers a class
         config = copy.deepcopy(model.config)
-        config.vocab_size = model.get_input_embeddings().num_embeddings  # unloading an inversion leaves a wrong size
+        config.vocab_size = model.get_input_embeddings().num_embeddings  # unloading an inversion leaves it wrong
         with init.no_init_weights():  # leaves the pipeline's random state unchanged
             encoder = cls._from_config(config, attn_implementation=config._attn_implementation, dtype=model.dtype)
         encoder.load_state_dict(model.state_dict())
@@ -227,9 +227,9 @@ def _load_model(path: str | os.PathLike) -> PreTrainedModel:
     if architecture not in TEXT_CLASSES:
         raise ValueError(f"{path} contains a {architecture}. Pass one of {', '.join(TEXT_CLASSES)}.")
     if isinstance(config, CLIPConfig):
-        config.text_config.projection_dim = config.projection_dim  # a CLIPModel ignores the one of its text_config
+        config.text_config.projection_dim = config.projection_dim  # `CLIPModel` ignores `text_config.projection_dim`
     config = getattr(config, "text_config", config) if architecture != "LoTLIPTextEncoder" else config
-    # weights of an image tower are unexpected here
+    # the weights of an image tower are ignored
     return load_strict(TEXT_CLASSES[architecture], path, allow_unexpected=True, config=config)
 
 
@@ -254,7 +254,7 @@ def _encoder(model: Any, replaced: TextEncoder, slot: str, target_layer: int) ->
     is_lotlip = isinstance(model, LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection)
     if isinstance(model, CLIPModel):
         config = copy.deepcopy(model.config.text_config)
-        config.projection_dim = model.config.projection_dim  # a CLIPModel ignores the one of its text_config
+        config.projection_dim = model.config.projection_dim  # `CLIPModel` ignores `text_config.projection_dim`
         with torch.device("meta"):
             text_side = CLIPTextModelWithProjection(config)
         text_side.text_model, text_side.text_projection = model.text_model, model.text_projection

@@ -47,8 +47,8 @@ class LoTLIPTextEncoderConfig(PreTrainedConfig):
             Defaults to the width of the tower.
         projection_dim (`int`, *optional*): Width of the pooled `text_embeds`. Set it to replace a
             `CLIPTextModelWithProjection`; leave it at `None` to replace a `CLIPTextModel`.
-        target_layer (`int`, *optional*, defaults to -1): State of the replaced encoder that the adapted last state
-            replaces: -1 for `last_hidden_state` (Stable Diffusion 1.x and 2.x) or -2 for `hidden_states[-2]` (Stable
+        target_layer (`int`, *optional*, defaults to -1): Hidden state of the replaced encoder that the adapter
+            imitates: -1 for `last_hidden_state` (Stable Diffusion 1.x and 2.x) or -2 for `hidden_states[-2]` (Stable
             Diffusion XL and 3).
         adapter_size (`int`, *optional*): Inner width of the MLP and the resampler. Defaults to `hidden_size`.
         num_queries (`int`, *optional*, defaults to 77): Number of queries in the resampler.
@@ -167,8 +167,8 @@ class LoTLIPResamplerLayer(GradientCheckpointingLayer):
 class LoTLIPResampler(nn.Module):
     """
     A perceiver resampler as in Flamingo (https://arxiv.org/abs/2204.14198, section 3.1.1): a fixed number of learnable
-    queries attend to a text of any length. ELLA (https://arxiv.org/abs/2403.05135) uses one for diffusion models.
-    Unlike ELLA's, this one does not depend on the timestep.
+    queries attend to a text of any length. ELLA (https://arxiv.org/abs/2403.05135) uses a resampler for diffusion
+    models that, unlike this one, depends on the timestep.
     """
 
     def __init__(self, config: LoTLIPTextEncoderConfig) -> None:
@@ -218,7 +218,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
     """
 
     config: LoTLIPTextEncoderConfig
-    _auto_class = None  # checkpoints load this package's class and are saved without code
+    _auto_class = None  # save checkpoints without code, because this package provides the class
     base_model_prefix = "text_model"
     input_modalities = ["text"]
     _no_split_modules = ["LoTLIPResamplerLayer"]
@@ -294,7 +294,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         mask = self._text_mask(input_ids, attention_mask)
         has_positions = input_ids.shape[-1] <= self.config.max_position_embeddings
         if attention_mask is not None and self.config.text_config.pooling == "eos" and has_positions:
-            # pipelines read the states of padding, so padding attends to padding as in CLIP; text is causal
+            # pipelines read the states of padding, which attends to earlier padding as in CLIP; no text attends to it
             attention_mask = attention_mask.bool() | self._is_behind_text(input_ids, attention_mask)
         elif attention_mask is not None:
             attention_mask = mask
@@ -345,7 +345,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
     def _is_behind_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Returns [B, L]: True after the first unmasked [EOT], which is also CLIP's padding token."""
         config = self.config.text_config
-        # old configurations have the wrong id 2: [EOT] is the highest id, as in CLIPTextModel
+        # old configurations have the wrong [EOT] id 2; for these, CLIPTextModel uses the highest id, too
         eos_token_id = input_ids.amax(-1, keepdim=True) if config.eos_token_id == 2 else config.eos_token_id
         ends = ((input_ids == eos_token_id) & attention_mask.bool()).int()
         return ends.cumsum(-1) - ends > 0
@@ -355,8 +355,8 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         cls, model: LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection, **config_kwargs: Any
     ) -> "LoTLIPTextEncoder":
         r"""
-        Makes an encoder from the text tower of a LoTLIP model. It shares the tower's weights with `model` and freezes
-        those that are frozen there. An adapter is new and must be trained. Without an adapter, `projection_dim` uses
+        Makes an encoder from the text tower of a LoTLIP model. The encoder shares the tower's weights with `model`;
+        frozen weights stay frozen. An adapter is new and must be trained. Without an adapter, `projection_dim` uses
         the model's own text projection.
 
         Args:

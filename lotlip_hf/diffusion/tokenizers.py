@@ -22,8 +22,8 @@ class _PromptTokenizer(PreTrainedTokenizerBase):
     diffusers tokenizes a prompt a second time with `padding="longest"` and no `truncation`. This class truncates that
     call too, so that nothing is logged twice. Pass `truncation=False` to get all tokens of a long text.
 
-    With `fixed_length`, a call's `max_length` is replaced by `model_max_length`. A resampler needs this: diffusers
-    truncates a negative prompt to the number of states of the prompt, which is not its number of tokens here.
+    With `fixed_length`, a call's `max_length` is replaced by `model_max_length`. A resampler needs this, because
+    diffusers truncates a negative prompt to the number of states of the prompt, which is not its number of tokens.
     """
 
     saved_class: ClassVar[str]
@@ -99,7 +99,7 @@ class LoTLIPPromptTokenizer(_PromptTokenizer, LoTLIPTokenizer):
     """[`LoTLIPTokenizer`] that logs a warning with the words that it truncates."""
 
     saved_class = "LoTLIPTokenizer"
-    _auto_class = None  # checkpoints load this package's class and are saved without code
+    _auto_class = None  # save checkpoints without code, because this package provides the class
 
     def _as_read(self, text: Any) -> str | None:
         if not isinstance(text, str) or any(token in text for token in self.all_special_tokens):

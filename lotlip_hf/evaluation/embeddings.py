@@ -49,16 +49,16 @@ def embed_texts(
     progress: bool = True,
 ) -> TextEmbeddings:
     """
-    Encodes texts like [`Encoder.encode_texts`], duplicates only once. Each of several processes (`accelerate launch`)
-    encodes its share. All get all embeddings, identical to those of one process.
+    Encodes texts like [`Encoder.encode_texts`], but duplicates only once. With several processes (`accelerate
+    launch`), each one encodes a share of the texts and returns all embeddings, identical to those of one process.
 
     Args:
         encoder (`Encoder`): The dual encoder.
         texts (`Sequence[str]`): N texts.
         cache (`str` or `os.PathLike`, *optional*): Folder for the cache. Embeddings are written as they are computed,
-            so the same call continues after an interruption. Keys are the encoder's fingerprint and the texts.
+            so the same call continues after an interruption. The cache is specific to the encoder's fingerprint.
         batch_size (`int`, *optional*, defaults to 64): Number of texts of maximum length in a batch.
-        max_length (`int`, *optional*): Truncate texts at this number of tokens. Defaults to the model's maximum.
+        max_length (`int`, *optional*): Maximum length of a text in tokens. Defaults to the model's maximum.
         fingerprint (`str`, *optional*): Fingerprint of the encoder for texts, if known.
         warn (`bool`, *optional*, defaults to `True`): Whether to log the number of truncated texts.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
@@ -114,8 +114,8 @@ def embed_images(
     Args:
         encoder (`Encoder`): The dual encoder.
         images (`Sequence[ImageSource]`): N images.
-        names (`Sequence[str]`, *optional*): N names for messages. Defaults to paths or indices.
-        digests (`Sequence[str]`, *optional*): N digests of the images, if known from [`image_digests`].
+        names (`Sequence[str]`, *optional*): Names of the images for messages. Defaults to paths or indices.
+        digests (`Sequence[str]`, *optional*): Digests of the images, if known from [`image_digests`].
         cache (`str` or `os.PathLike`, *optional*): Folder for the cache, as in [`embed_texts`].
         batch_size (`int`, *optional*, defaults to 32): Number of images in a batch.
         fingerprint (`str`, *optional*): Fingerprint of the encoder for images, if known.
@@ -125,7 +125,7 @@ def embed_images(
         `torch.Tensor`: [N, P] in the order of `images`, normalised, float32 on the CPU.
 
     Raises:
-        `IncompleteDataError`: If images cannot be read; the message names them. The others are in the cache by then.
+        `IncompleteDataError`: If images cannot be read; the message names them. All others are encoded and cached.
         `OSError`: If the cache cannot be written.
     """
     names = image_names(images) if names is None else names
@@ -162,12 +162,12 @@ def image_digests(
     images: Sequence[ImageSource], *, names: Sequence[str] | None = None, progress: bool = True
 ) -> list[str]:
     """
-    Computes digests of the contents of images: of the bytes of a file, or of the pixels of an image object. Each of
-    several processes reads its share.
+    Computes digests of the contents of images: of the bytes of a file, or of the pixels of an image object. With
+    several processes, each one reads a share of the images.
 
     Args:
         images (`Sequence[ImageSource]`): N images.
-        names (`Sequence[str]`, *optional*): N names for messages. Defaults to paths or indices.
+        names (`Sequence[str]`, *optional*): Names of the images for messages. Defaults to paths or indices.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Returns:
@@ -190,7 +190,7 @@ def image_digests(
             elif isinstance(image, bytes):
                 digest.update(image)
             else:
-                for background in (WHITE, None):  # processors use one or the other
+                for background in (WHITE, None):  # image processors use either background
                     upright = load_image(image, names[index], background=background)
                     digest.update(f"{upright.size}".encode() + upright.tobytes())
         except ImageError as error:

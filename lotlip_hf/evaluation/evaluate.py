@@ -37,7 +37,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """
     Evaluates a dual encoder on a data set: retrieval in both directions for images with texts, zero-shot
-    classification for images with classes. Each of several processes encodes its share; all return the same results.
+    classification for images with classes. With several processes (`accelerate launch`), each one encodes a share of
+    the data, and all return the same results.
 
     Args:
         encoder (`Encoder`): The dual encoder.
@@ -47,7 +48,7 @@ def evaluate(
             Defaults to the name of `data`.
         model_name (`str`, *optional*): Name of the model in the results. Defaults to its folder or Hub id.
         templates (`Sequence[str]`, *optional*, defaults to `("a photo of a {}.",)`): Prompt templates for classes.
-        max_length (`int`, *optional*): Truncate texts at this number of tokens. Defaults to the model's maximum.
+        max_length (`int`, *optional*): Maximum length of a text in tokens. Defaults to the model's maximum.
         bootstrap (`int`, *optional*, defaults to 1000): Number of bootstrap samples for the 95 % intervals of R@1; 0
             for no intervals.
         cache (`str` or `os.PathLike`, *optional*): Folder for the cache of embeddings; see
@@ -80,7 +81,7 @@ def evaluate(
     """
     # find invalid options before the long computation
     if bootstrap < 0:
-        raise ValueError(f"`bootstrap` must not be negative, got {bootstrap}.")
+        raise ValueError(f"`bootstrap` is {bootstrap}. Pass 0 or more.")
     encoder.encode_texts(["a"], max_length=max_length, progress=False)
     _check(data)
     fingerprints = _fingerprints(encoder)
@@ -143,13 +144,13 @@ def study(
         data (`RetrievalData`): Images and texts.
         kind (`str`): `"length"` for [`~lotlip_hf.evaluation.studies.length_study`] or `"sentences"` for
             [`~lotlip_hf.evaluation.studies.sentence_ablation`].
-        limits (`Sequence[int]`, *optional*): Numbers of tokens at which `"length"` truncates texts.
+        limits (`Sequence[int]`, *optional*): Maximum lengths of a text in tokens, for `"length"`.
 
     Returns:
         `dict[str, Any]`: Results as from [`evaluate`], with `study` and `rows` instead of `metrics`.
 
     Raises:
-        `ValueError`: If `data` has classes instead of texts, or if the study raises it.
+        `ValueError`: If `data` has classes instead of texts, or `limits` is invalid.
     """
     if not isinstance(data, RetrievalData):
         raise ValueError(f"{data.name} has classes instead of texts. A study needs a retrieval task.")
@@ -173,7 +174,7 @@ def _check(data: RetrievalData | ClassificationData) -> None:
     else:
         name, indices, count, number = "labels", data.labels, len(data.images), len(data.class_names)
     if len(indices) != count or not all(0 <= int(index) < number for index in indices):
-        raise ValueError(f"`data.{name}` must have length {count} with values in [0, {number - 1}].")
+        raise ValueError(f"`data.{name}` is invalid. Pass {count} indices from 0 to {number - 1}.")
 
 
 def _fingerprints(encoder: Encoder) -> dict[str, str]:

@@ -28,7 +28,7 @@ DETAILS = {
     "zero-shot-image-classification": "Classification runs in full",
 }
 STUDY_TITLES = {"length": "Texts cut at several lengths", "sentences": "One sentence removed"}
-# Hatches of the models' bars, one for each pass through the colours; hatch of published bars.
+# Hatches of bars. If there are more models than colours, the colours repeat with the next hatch.
 HATCHES = ("", "xx", "..", "\\\\", "++")
 PUBLISHED_HATCH = "//"
 
@@ -80,9 +80,7 @@ def write_report(
         check_output(model_index_file, overwrite=overwrite)
     summary = summarise(files)
     if not summary.runs and (model_index_file or plot_file):
-        raise ValueError(
-            "The files contain only studies. Pass results of an evaluation to write a model-index or a plot."
-        )
+        raise ValueError("A model-index or a plot needs results of an evaluation. Pass files other than studies.")
     tables = report_tables(summary, format)
     metadata = "" if model_index_file is None else model_index(summary)
     if plot_file is not None:
@@ -153,7 +151,7 @@ def report_tables(summary: Summary, format: Format = "text") -> str:
 
 
 def _details(task: str, runs: Sequence[Run], format: Format) -> str:
-    """Formats a table with all metrics of runs."""
+    """Formats a table with all metrics of the runs of a task."""
     counts = {"num_images": "images", "num_texts": "texts", "num_texts_cut": "texts cut", "max_length": "max tokens"}
     if task != RETRIEVAL:
         counts = {"num_images": "images", "num_classes": "classes"}
@@ -183,7 +181,7 @@ def model_index(summary: Summary) -> str:
     Returns:
         `str`: YAML.
     """
-    entries: dict[str, dict[str, Any]] = {}  # by name of the model
+    entries: dict[str, dict[str, Any]] = {}  # model name -> entry
     for run in summary.runs.values():
         marks = {"num_images": run.protocol["num_images"]} if run.part else {}
         apart = {**run.texts, **run.rules}

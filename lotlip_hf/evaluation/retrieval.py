@@ -34,7 +34,7 @@ class TiedRanks(NamedTuple):
 
     Args:
         better (`torch.Tensor`): Number of candidates more similar to the query than its best positive.
-        tied (`torch.Tensor`): Number of candidates as similar as the best positive, including it.
+        tied (`torch.Tensor`): Number of candidates as similar as the best positive, including the positive itself.
         positives (`torch.Tensor`): Number of positives among the tied candidates, including the best one.
     """
 
@@ -156,7 +156,7 @@ def retrieval_metrics(
     block_size: int = BLOCK_SIZE,
 ) -> dict[str, float]:
     """
-    Computes recall at k as [`recalls`], the median rank, and a confidence interval of R@1.
+    Computes recall at k like [`recalls`], the median rank, and a confidence interval of R@1.
 
     The interval is a 95 % percentile bootstrap (Efron and Tibshirani, 1993, section 13.3). Images are drawn with
     replacement, each with all its texts, because the texts of one image are not independent samples. The set of
@@ -251,7 +251,7 @@ def accuracies(
 ) -> dict[str, float]:
     """
     Computes the top-k accuracy: the share of rows whose label is among the k classes with the highest scores. Classes
-    with tied scores are ordered at random, and the result is the expected accuracy. Constant scores give k/C.
+    with tied scores are ordered at random, and the result is the expected accuracy: k/C for constant scores.
 
     Args:
         scores (`torch.Tensor`): [N, C] similarities or logits, on any device. Higher means more likely.
@@ -302,7 +302,7 @@ def accuracies(
 
 def telling_metrics(metrics: Mapping[str, float], protocol: Mapping[str, Any]) -> dict[str, float]:
     """
-    Drops uninformative metrics: recall or accuracy at k > 1 among k or fewer candidates is always 1.
+    Drops recall and accuracy at k > 1 if there are at most k candidates, because the value is always 1.
 
     Args:
         metrics (`Mapping[str, float]`): Metrics by name.

@@ -1,4 +1,4 @@
-"""Runs in results files, and the choice and the names of those that a report shows."""
+"""Runs from results files: which of them a report shows, and under which titles."""
 
 import json
 import os
@@ -27,11 +27,11 @@ METRICS = {
 # Fields of a protocol that are counts, or settings that do not change a number of the report.
 NO_RULES = {
     *("num_images", "first_images", "num_texts", "num_texts_cut", "num_duplicate_texts", "num_classes"),
-    *("bootstrap", "batch_size", "max_length_asked"),  # `max_length` contains the last one
+    *("bootstrap", "batch_size", "max_length_asked"),  # `max_length` includes `max_length_asked`
 }
 # Fields of a protocol that choose the texts of a data set. Runs on different texts get different columns.
 TEXT_RULES = ("captions", "text_column")
-# Rules that concern the data: the evaluated part, the revision and the contents.
+# Settings of the data: the evaluated part, the revision and the contents.
 DATA_RULES = ("part", "revision", "data")
 
 
@@ -55,8 +55,8 @@ class Run:
         rows (`Sequence[Mapping[str, Any]]`, *optional*): Rows of the study.
         entries (`Sequence[EvalResult]`, *optional*): Metrics as entries of a model card's `model-index`.
         name (`str`, *optional*): Name of the model in the report.
-        texts (`Mapping[str, Any]`, *optional*): Text rules that distinguish its column from others on the same data.
-        rules (`Mapping[str, Any]`, *optional*): Rules that distinguish it from other runs of the model on the data.
+        texts (`Mapping[str, Any]`, *optional*): Choice of texts, if it differs from that of other runs on the data.
+        rules (`Mapping[str, Any]`, *optional*): Settings that differ from those of other runs of the same model.
     """
 
     file: str
@@ -80,12 +80,12 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Title of its row in the report. Runs of a model with different rules get different rows."""
+        """Title of its row in the report. Runs of a model with different settings get different rows."""
         return _with_words(self.name, self.rules)
 
     @property
     def column(self) -> Column:
-        """Its column in the report. Other texts, and splits other than the benchmark's own, get other columns."""
+        """Its column in the report. Runs on other splits or other texts of a benchmark get separate columns."""
         task = TASKS.get(self.benchmark)
         split = self.dataset.get("split")
         title = PAPER_COLUMNS.get(self.benchmark) or str(self.dataset["name"])
@@ -105,14 +105,14 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything besides the model and the column that determines its numbers."""
+        """All settings that affect its metrics, except for the model and the column."""
         protocol = {name: value for name, value in self.protocol.items() if name not in {*NO_RULES, *TEXT_RULES}}
         own = (self.part, self.dataset.get("revision"), self.data_fingerprint)
         return {**protocol, **dict(zip(DATA_RULES, own, strict=True))}
 
     @property
     def other_rules(self) -> dict[str, Any]:
-        """Settings that differ from those of the paper, for a run in a column of the paper."""
+        """Settings that differ from the paper; empty unless the run is in a column of the paper."""
         if self.task != RETRIEVAL or self.benchmark not in PAPER_COLUMNS:
             return {}
         others: dict[str, Any] = {}
@@ -124,7 +124,7 @@ class Run:
 
     @property
     def remark(self) -> str | None:
-        """Why its numbers are not those of the whole benchmark with the paper's settings, or `None` if they are."""
+        """Note if the run used only a part of the benchmark or other settings than the paper, else `None`."""
         words = {
             "normalization": "captions not normalised",
             "max_length": f"texts cut at {self.other_rules.get('max_length')} tokens",
@@ -192,8 +192,8 @@ def summarise(files: Sequence[str | os.PathLike]) -> Summary:
     """
     Reads results files and chooses the run for each cell of a report.
 
-    Runs of a model on different captions get different columns. Runs with other rules (a limit in tokens, a part of
-    the images, ...) get different rows. Of several runs with the same rules, the newest is shown.
+    Runs of a model on different captions get different columns. Runs with other settings (a limit in tokens, a part of
+    the images, ...) get different rows. Of several runs with the same settings, the newest is shown.
 
     Args:
         files (`Sequence[str | os.PathLike]`): Results files of `lotlip evaluate`.
@@ -228,7 +228,7 @@ def summarise(files: Sequence[str | os.PathLike]) -> Summary:
 
 
 def _distinguish(runs: Sequence[Run]) -> list[Run]:
-    """Adds the text rules that distinguish columns and the other rules that distinguish rows to each run."""
+    """Adds to each run the choice of texts that distinguishes its column and the settings that distinguish its row."""
     for rule in TEXT_RULES:
         columns = _values_of(runs, lambda run: run.column, lambda run, rule=rule: run.protocol.get(rule))
         runs = [
@@ -241,7 +241,7 @@ def _distinguish(runs: Sequence[Run]) -> list[Run]:
         values = _values_of(runs, lambda run: (run.name, run.column), lambda run, name=name: run.identity.get(name))
         for (model, column), own in values.items():
             if len(own) > 1:
-                # data rules only distinguish runs in one column, other rules all runs of the model
+                # settings of the data only concern this column; other settings concern all runs of the model
                 differing.add((model, column if name in DATA_RULES else None, name))
     rules = [
         [name for name in names if {(run.name, None, name), (run.name, run.column, name)} & differing] for run in runs
@@ -272,7 +272,7 @@ def _with_words(name: str, rules: Mapping[str, Any]) -> str:
 
 
 def _words(rule: str, value: Any) -> str:
-    """Describes a rule for a title; the result is empty for a default."""
+    """Describes a setting for a title; returns an empty string for a default."""
     if rule == "normalization":
         return "" if value else "captions not normalised"
     if value is None or rule == "data":  # a checksum is not readable
@@ -340,7 +340,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
         notes.append(f"{runs[0].column.title}: the models were evaluated on different images or texts.")
     for name in dict.fromkeys(name for run in runs for name in run.protocol if name not in NO_RULES):
         if name == "normalization" and any(run.other_rules for run in runs):
-            continue  # already in the remark of each run
+            continue  # the remark of each run already says this
         models: dict[str, list[str]] = {}
         for run in runs:
             value = json.dumps(run.protocol.get(name), ensure_ascii=False, sort_keys=True)

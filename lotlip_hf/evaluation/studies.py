@@ -95,7 +95,7 @@ def length_study(
     tokenized = [(len(ids), at_end) for ids, at_end in _tokens(encoder, texts, longest)]
     lengths = [length for length, _ in tokenized]
     _warn(sum(at_end for _, at_end in tokenized), data, longest)
-    # limits run downwards; only a text longer than the limit differs from its version at the previous one
+    # limits are processed downwards, and each one only changes the texts that are longer
     changed = {
         limit: [index for index, length in enumerate(lengths) if limit == limits[-1] or length > limit]
         for limit in limits
@@ -149,9 +149,9 @@ def sentence_ablation(
         - `num_read`: Number of these texts in which the sentence lies within the model's maximum length.
         - `image_to_text_r1`, `text_to_image_r1` (from 0 to 1), `image_to_text_mean_rank`, `text_to_image_mean_rank`
           (from 1) and `score` (mean cosine of a text and its image), over all images and texts.
-        - The same names with `_lost`: The loss against the unchanged texts, per changed text, or per image of a
-          changed text for image to text. Positive values are worse, also for ranks. The loss includes the effect of
-          changed texts on the ranks of other texts.
+        - The same names with `_lost`: Total loss against the unchanged texts, divided by the number of changed texts,
+          or for image to text by the number of their images. Positive values are worse, also for ranks. The loss
+          includes the effect of changed texts on the ranks of other texts.
 
     Raises:
         `ValueError`: If no text has two sentences.

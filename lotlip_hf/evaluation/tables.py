@@ -1,4 +1,4 @@
-"""Results as tables of text or Markdown."""
+"""Text and Markdown tables of results."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from ..plots import DIRECTIONS
 
 Format = Literal["text", "markdown"]
 RETRIEVAL = "image-text-retrieval"
-# Columns of a table of metrics.
+# Titles of the columns of retrieval metrics.
 RETRIEVAL_HEAD = ("direction", "R@1 (%)", "95 % interval", "R@5 (%)", "R@10 (%)", "median rank")
 ACCURACIES = {
     "accuracy_top1": "top-1 (%)",
@@ -95,7 +95,7 @@ def table(head: Sequence[Sequence[str]], body: Sequence[Sequence[str]], format: 
     Formats rows as a table.
 
     Args:
-        head (`Sequence[Sequence[str]]`): One row of titles, or a row of titles of column groups and a row of titles.
+        head (`Sequence[Sequence[str]]`): A row of column titles, optionally preceded by a row of group titles.
         body (`Sequence[Sequence[str]]`): Rows of cells.
         format (`str`): `"text"` or `"markdown"`.
         left (`int`, *optional*, defaults to 1): Number of left-aligned columns; the others are right-aligned.
@@ -104,7 +104,7 @@ def table(head: Sequence[Sequence[str]], body: Sequence[Sequence[str]], format: 
         `str`: The table.
     """
     if format == "markdown":
-        # Markdown tables have only one row of titles
+        # a Markdown table has only one row of titles
         titles = [" ".join(filter(None, parts)) for parts in zip(*head, strict=True)]
         rules = ["---" if column < left else "---:" for column in range(len(titles))]
         rows = [[cell if cell == "-" else markdown_text(cell) for cell in row] for row in (titles, *body)]

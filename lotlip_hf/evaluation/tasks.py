@@ -8,7 +8,7 @@ from ..images import ImageSource
 
 
 class IncompleteDataError(ValueError):
-    """A data set is incomplete, so nothing is scored. The message names the missing parts and their source."""
+    """Raised for an incomplete data set, which is not scored. The message names the missing parts and their source."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class RetrievalData:
     Args:
         id (`str`): Hub id of the data set, such as `"google/imageinwords"`, or another identifier.
         name (`str`): Name for tables, such as `"IIW"`.
-        images (`Sequence[ImageSource]`): I images as paths, bytes of image files, or image objects. Items are accessed
-            one at a time, so the sequence may load them lazily.
-        image_names (`Sequence[str]`): I names for messages, such as file names.
-        texts (`Sequence[str]`): T texts, already normalised.
+        images (`Sequence[ImageSource]`): Images, [I], as paths, bytes of image files, or image objects. Items are
+            accessed one at a time, so the sequence may load them lazily.
+        image_names (`Sequence[str]`): Names of the images for messages, [I], such as file names.
+        texts (`Sequence[str]`): Texts, [T], already normalised.
         text_to_image (`Sequence[int]`): Index of the image of each text, [T]. Every image needs a text.
         split (`str`, *optional*): Split of the data set.
         revision (`str`, *optional*): Revision of the data set on the Hub.
@@ -48,7 +48,7 @@ class ClassificationData:
 
     Args:
         labels (`Sequence[int]`): Index in `class_names` of the class of each image, [I].
-        class_names (`Sequence[str]`): C class names for prompts.
+        class_names (`Sequence[str]`): Names of the classes for prompts, [C].
     """
 
     id: str

@@ -70,11 +70,9 @@ def read_templates(name_or_file: str | os.PathLike) -> tuple[str, ...]:
 
 def open_clip_metadata() -> ModuleType:
     """
-    Loads open_clip's module with CLIP's templates and names of the ImageNet classes (`IMAGENET_CLASSNAMES`). It is
-    loaded separately because `import open_clip` needs torchvision.
+    Loads open_clip's module with CLIP's templates and names of the ImageNet classes (`IMAGENET_CLASSNAMES`). The
+    module is loaded without its package, because `import open_clip` needs torchvision.
 
-    Returns:
-        `ModuleType`: The module `zero_shot_metadata`.
 
     Raises:
         `ImportError`: If open_clip is not installed.
@@ -84,8 +82,8 @@ def open_clip_metadata() -> ModuleType:
     files = [file for folder in folders if (file := Path(folder) / "zero_shot_metadata.py").is_file()]
     if not files:
         raise ImportError(
-            "CLIP's prompt templates and class names need open_clip: pip install open_clip_torch. Or pass a text file "
-            "with one on each line."
+            "CLIP's prompt templates and class names need open_clip: pip install open_clip_torch. Or pass your own in "
+            "a text file with one on each line."
         )
     loader = SourceFileLoader("open_clip_zero_shot_metadata", str(files[0]))
     module = ModuleType(loader.name)
@@ -116,9 +114,7 @@ def prompt(template: str, class_name: str) -> str:
     """
     found = [one for one in PLACEHOLDERS if one in template]
     if len(found) != 1:
-        raise ValueError(
-            f"Template {template!r} needs a placeholder for the class. Use {' or '.join(PLACEHOLDERS)}, not both."
-        )
+        raise ValueError(f"Template {template!r} needs exactly one of the placeholders {' and '.join(PLACEHOLDERS)}.")
     return template.replace(found[0], class_name)
 
 

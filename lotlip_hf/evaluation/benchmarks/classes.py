@@ -44,8 +44,7 @@ def name_classes(source: Source, own: list[str] | None, own_source: str, count: 
         chosen = ClassNames(read_class_names(Path(given)), f"the file {os.path.basename(given)}")
     if count is not None and len(chosen.names) != count:
         raise ValueError(
-            f"{where} has {count} classes, but {chosen.source} has {len(chosen.names)} names. Pass `class_names` "
-            f"(--class-names) with {count} names."
+            f"{where} has {count} classes. Pass as many `class_names` (--class-names), not {len(chosen.names)}."
         )
     if shared := [name for name, times in Counter(chosen.names).items() if times > 1]:
         logger.warning("%d names are shared by several classes: %s.", len(shared), shown(shared))
@@ -83,9 +82,7 @@ def images_by_class(source: Source, folder: Path, classes: Sequence[str]) -> lis
     labels = {name: label for label, name in enumerate(classes)}
     of_class = {name: labels.get(name.split("/")[0]) if "/" in name else None for name in found}
     if others := [name for name, label in of_class.items() if label is None]:
-        logger.warning(
-            "%s: %d images do not belong to the benchmark and are ignored: %s.", folder, len(others), shown(others)
-        )
+        logger.warning("%s: %d images without a class are ignored: %s.", folder, len(others), shown(others))
     if empty := [name for name, label in labels.items() if label not in of_class.values()]:
         raise source.incomplete(f"{folder} has no images for {len(empty)} of {len(classes)} classes: {shown(empty)}")
     rows = [(name, label) for name, label in of_class.items() if label is not None]

@@ -23,7 +23,7 @@ TABLE_OPTIONS = ("revision", "config", "image_column")
 @dataclass(frozen=True)
 class Options:
     """
-    Options of [`~lotlip_hf.evaluation.benchmarks.registry.load_benchmark`]. `None` uses the default of the task.
+    Options of [`~lotlip_hf.evaluation.benchmarks.registry.load_benchmark`]. `None` selects the default of the task.
 
     Args:
         num_images (`int`, *optional*): Use only the first images of the benchmark; the results record this number.
@@ -44,7 +44,8 @@ class Options:
             for long captions and `False` for short ones.
         image_root (`str` or `os.PathLike`, *optional*): Folder that must contain the images, after links are resolved.
             Defaults to the folder of the data.
-        max_record_bytes (`int`, *optional*): For `retrieval`: as in [`~lotlip_hf.data.records.load_records`].
+        max_record_bytes (`int`, *optional*): Maximum size of a record for `retrieval`, as in
+            [`~lotlip_hf.data.records.load_records`].
     """
 
     num_images: int | None = None
@@ -165,9 +166,7 @@ class Source:
             raise FileNotFoundError(f"{self.data}: no such folder. Pass the folder of {self.task.name}. {self.advice}")
         for option in (*TABLE_OPTIONS, "text_column", "label_column"):
             if getattr(self.options, option) is not None:
-                raise ValueError(
-                    f"`{option}` is only for data sets on the Hub and tables, but {self.data} is a folder. Omit it."
-                )
+                raise ValueError(f"`{option}` is only for data sets on the Hub and tables. Omit it for {self.data}.")
         self.where = self.data or ""
         self.roots = (os.fspath(self.options.image_root or self.where),)
         self.split = self.options.split or self.task.split
@@ -190,11 +189,11 @@ class Source:
 
     @property
     def advice(self) -> str:
-        """Sentence for messages about where to download the data."""
+        """Sentence that says where to download the data."""
         return f"Where to get it: {self.task.source}"
 
     def incomplete(self, problem: str, *, suggest_part: bool = False) -> IncompleteDataError:
-        """Makes the error for incomplete data; with `suggest_part`, it mentions `num_images`."""
+        """Makes the error for incomplete data; with `suggest_part`, its message suggests `num_images`."""
         part = " To score only the first N images, pass num_images=N (--num-images N)." if suggest_part else ""
         return IncompleteDataError(
             f"{self.task.name} is incomplete, so nothing is scored: {problem}. {self.advice}{part}"
@@ -203,7 +202,7 @@ class Source:
 
 class LazyImages(Sequence[ImageSource]):
     """
-    A sequence of images that calls a function to load an image on access.
+    A sequence of images. An item that is a function is called on access and returns the image.
 
     Args:
         images (`Sequence`): Paths, and functions that return an image.
@@ -261,9 +260,7 @@ def collect(source: Source) -> RetrievalData | ClassificationData:
     try:
         rows = list(islice(task.rows(source), options.num_images))
     except (AttributeError, IndexError, KeyError, TypeError) as error:  # JSON of an unexpected structure
-        raise source.incomplete(
-            f"a file does not have the published format ({type(error).__name__}: {error})"
-        ) from error
+        raise source.incomplete(f"a file is not in the published format ({type(error).__name__}: {error})") from error
     _check_count(source, len(rows))
     missing: dict[str, list[str]] = {}
     finder = ImageFinder(source.roots)
@@ -309,8 +306,8 @@ def collect(source: Source) -> RetrievalData | ClassificationData:
         labels = [cast(int, row.label) for row in rows]
         if wrong := sorted({label for label in labels if not 0 <= label < len(source.classes.names)}):
             raise ValueError(
-                f"{source.where} contains class {wrong[0]}, but there are only {len(source.classes.names)} names. "
-                "Correct the label or pass `class_names` (--class-names)."
+                f"{source.where} has class {wrong[0]}, but only {len(source.classes.names)} names. Pass `class_names` "
+                "(--class-names)."
             )
         source.protocol["class_names"] = source.classes.source
         return ClassificationData(labels=labels, class_names=source.classes.names, **common)

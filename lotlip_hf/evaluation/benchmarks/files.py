@@ -26,14 +26,9 @@ class ImageFinder:
 
     def find(self, *paths: Path) -> str | None:
         """
-        Returns the first of these files that exists. Unicode normalisation and the case of the extension may differ,
-        because some systems change them when they unpack archives. A name without extension matches any image.
-
-        Args:
-            *paths (`Path`): Candidate files.
-
-        Returns:
-            `str` or `None`: The file, or `None` if none exists.
+        Returns the first of these files that exists, or `None`. Unicode normalisation and the case of the extension
+        may differ, because some systems change them when they unpack archives. A name without extension matches an
+        image with any extension.
 
         Raises:
             `ValueError`: If the file is outside of the roots.

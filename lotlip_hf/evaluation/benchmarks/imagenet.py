@@ -23,9 +23,7 @@ def rows(source: Source) -> Iterator[Row]:
     folders = (folder / one for one in ("val", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", ""))
     root = next((one for one in folders if _is_imagenet(one)), None)
     if root is None:
-        raise source.incomplete(
-            f"{folder} contains neither val/ with folders n01440764, ... nor files ILSVRC2012_val_*.JPEG"
-        )
+        raise source.incomplete(f"{folder} has neither folders val/n01440764, ... nor files ILSVRC2012_val_*.JPEG")
     beside = [folder, *folder.parents[:1], root.parent]
     mapping_file = next((file for one in beside if (file := one / "LOC_synset_mapping.txt").is_file()), None)
     mapping = {} if mapping_file is None else _read_synsets(mapping_file)
@@ -82,7 +80,7 @@ def _read_solution(file: Path) -> dict[str, str]:
         wnid = (row.get("PredictionString") or "").split(" ")[0]
         if not row.get("ImageId") or not WNID.fullmatch(wnid):
             raise ValueError(
-                f"{file}, line {number} is not ImageId,PredictionString with a class at the start of the latter. "
+                f"{file}, line {number} is not ImageId,PredictionString, where PredictionString starts with a class. "
                 "Download the file again."
             )
         answers[row["ImageId"]] = wnid

@@ -1,8 +1,8 @@
 """
 Benchmarks by name. To add one, write a file with a `TASK` and its `rows`, and add it to the tuple below.
 
-An incomplete data set is an error that lists the missing parts. `num_images` selects a smaller part, which the results
-record.
+An incomplete data set raises an error that lists the missing parts. To evaluate only a part, pass `num_images`, which
+the results record.
 """
 
 import os

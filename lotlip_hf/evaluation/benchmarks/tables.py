@@ -32,12 +32,8 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 
 class Table(NamedTuple):
     """
-    A split of a data set.
-
-    Args:
-        dataset (`Dataset`): The split, with undecoded images.
-        folder (`str`): Folder that paths of images are relative to.
-        is_text (`bool`): Whether all values are strings, as in CSV.
+    A split of a data set, with undecoded images. Paths of images are relative to `folder`. `is_text` is true if all
+    values are strings, as in CSV.
     """
 
     dataset: Dataset
@@ -46,7 +42,7 @@ class Table(NamedTuple):
 
 
 def is_table(source: Source) -> bool:
-    """Whether the data are on the Hub, a file, or a folder with files for `datasets` and without images."""
+    """Whether the data set is on the Hub, in a file, or in a folder of Parquet, Arrow or tar files without images."""
     data = source.data
     if data is None or is_hub_name(data) or os.path.isfile(data) or is_saved_dataset(data):
         return True
@@ -99,7 +95,7 @@ def _opening(data: str) -> Iterator[None]:
         reason = error.__cause__ or error
         hint = ""
         if is_hub_name(data) and isinstance(reason, RuntimeError | ValueError):
-            # a loading script, or the cache of another revision that `datasets` uses as a fallback
+            # the data set has a loading script, or `datasets` fell back to a cached revision
             hint = (
                 " If the data set has a loading script, which `datasets` does not run, try "
                 "revision='refs/convert/parquet' (--data-revision)."
@@ -171,14 +167,12 @@ def _choose_split(source: Source, splits: Sequence[str], where: str) -> str:
     chosen = split or (default if default in splits else splits[0] if len(splits) == 1 else None)
     if chosen is None or chosen not in splits:
         other = f", but not {split!r}" if split else ""
-        raise ValueError(
-            f"{where} has the splits {', '.join(splits) or '(none)'}{other}. Pass one as `split` (--split)."
-        )
+        raise ValueError(f"{where} has the splits {', '.join(splits) or '-'}{other}. Pass one as `split` (--split).")
     return chosen
 
 
 def _find_column(source: Source, table: Table, option: str, usual: Sequence[str], feature: type | None = None) -> str:
-    """Returns the column of the option, else the first usual name that exists, else the only column of a feature."""
+    """Returns the column in the option, or the first usual column that exists, or the only column of this feature."""
     given = getattr(source.options, option)
     columns = table.dataset.column_names
     usual = usual if given is None else (given,)
@@ -228,9 +222,6 @@ def table_texts(
         usual_columns (`Sequence[str]`): Usual names of the column of the texts.
         texts_of (`Callable`): Function that returns the texts in a cell.
         split_column (`bool`, *optional*, defaults to `False`): Whether to filter rows by a column `split`, if any.
-
-    Yields:
-        `Row`: An image and its texts.
     """
     table = open_table(source)
     if split_column and "split" in table.dataset.column_names:
@@ -245,7 +236,7 @@ def table_texts(
 
 
 def table_classes(source: Source, synonyms: bool = False) -> Iterator[Row]:
-    """Yields the rows of a table with an image and its class; with `synonyms`, a class name is the first synonym."""
+    """Yields the images of a table with their classes; `synonyms` reduces a class name to its first synonym."""
     table = open_table(source)
     load = _image_loader(source, table)
     column = _find_column(source, table, "label_column", ("label", "cls"), ClassLabel)

@@ -1,4 +1,4 @@
-"""Recall at k of retrieval as an `evaluate` module, with one or more right candidates per query and expected ties."""
+"""Recall at k of retrieval as an `evaluate` module. A query may have several right candidates."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +37,7 @@ Examples:
     {'r1': 0.6666666666666666, 'r3': 1.0, 'median_rank': 1.0}
 """
 
-# Source of the expected values over all orders of tied scores
+# Reference for the treatment of ties
 _CITATION = """\
 Frank McSherry and Marc Najork: Computing Information Retrieval Performance Measures Efficiently in the Presence of
 Tied Scores. ECIR 2008.
@@ -66,9 +66,7 @@ class RetrievalRecall(evaluate.Metric):
         # check first: if `super().compute` fails, the added batches are lost
         candidates = torch.as_tensor(np.asarray(candidates, dtype=np.float32))
         if candidates.dim() != 2 or not candidates.isfinite().all():
-            raise ValueError(
-                f"`candidates` has shape {list(candidates.shape)} or infinite values. Pass finite values [M, dim]."
-            )
+            raise ValueError(f"`candidates` has shape {list(candidates.shape)}. Pass finite values of shape [M, dim].")
         check_positive("ks", *ks)
         return super().compute(candidates=candidates, ks=ks, **kwargs)
 

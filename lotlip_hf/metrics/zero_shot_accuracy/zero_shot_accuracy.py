@@ -1,4 +1,4 @@
-"""Accuracy of zero-shot classification as an `evaluate` module, from class scores and with expected ties."""
+"""Accuracy of zero-shot classification as an `evaluate` module, computed from class scores."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +36,7 @@ Examples:
     {'accuracy_top1': 0.5, 'accuracy_top2': 0.75, 'mean_per_class_recall': 0.5}
 """
 
-# Source of the expected values over all orders of tied scores
+# Reference for the treatment of ties
 _CITATION = """\
 Frank McSherry and Marc Najork: Computing Information Retrieval Performance Measures Efficiently in the Presence of
 Tied Scores. ECIR 2008.
