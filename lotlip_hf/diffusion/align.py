@@ -152,7 +152,7 @@ def _load_tokenizer(path: str | Path, model: Any) -> Any:
     tokenizer = load_tokenizer(path, "save the model's tokenizer there or pass the folder of the teacher's tokenizer")
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"The tokenizer in {path} has {len(tokenizer)} tokens. Use that of the model, with {model.config.vocab_size}."
+            f"The tokenizer in {path} has {len(tokenizer)} tokens, the model {model.config.vocab_size}. Use another."
         )
     fit_tokenizer(model, tokenizer)
     return tokenizer
