@@ -107,7 +107,7 @@ def load_teacher(
     """
     slots = _text_encoders(folder)
     encoder_folder, tokenizer_folder, layer, read_together = folder, folder, -1, []
-    if slots is None and slot == "text_encoder":  # `folder` is that of an encoder
+    if slots is None and slot == "text_encoder":  # `folder` contains only an encoder
         slots = {}
     elif slot not in (slots or {}):
         raise ValueError(
@@ -131,7 +131,7 @@ def load_teacher(
 
 
 def load_student(path: str | Path, max_length: int | None = None, device: str = "cpu") -> tuple[LoTLIPTextModel, Any]:
-    """Loads and freezes the text tower of a checkpoint; returns it and its tokenizer, limited to `max_length`."""
+    """Loads the text tower of a checkpoint, frozen, and its tokenizer for texts of up to `max_length` tokens."""
     tower = _load_frozen(LoTLIPTextModel, path, device)
     tokenizer = _load_tokenizer(path, tower)
     if max_length is not None and max_length > tokenizer.model_max_length:

@@ -74,9 +74,9 @@ def evaluate(
     >>> from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
     >>> from lotlip_hf.evaluation.evaluate import evaluate
 
-    >>> encoder = load_encoder("path/to/checkpoint")  # doctest: +SKIP
-    >>> results = evaluate(encoder, load_benchmark("iiw", "path/to/iiw"))  # doctest: +SKIP
-    >>> results["metrics"]["text_to_image_r1"]  # doctest: +SKIP
+    >>> results = evaluate(load_encoder("checkpoint"), load_benchmark("scenes", num_images=8))
+    >>> 0 <= results["metrics"]["text_to_image_r1"] <= 1
+    True
     ```
     """
     # find invalid options before the long computation

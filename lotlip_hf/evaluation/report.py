@@ -72,7 +72,7 @@ def write_report(
     taken = [Path(file).resolve() for file in files]
     for output in (Path(output) for output in (model_index_file, plot_file) if output is not None):
         if output.resolve() in taken:
-            raise ValueError(f"{output} is a results file or the other output. Pass another file name.")
+            raise ValueError(f"{output} is already a results file or the other output. Pass another file name.")
         taken.append(output.resolve())
     if plot_file is not None:
         check_plot(plot_file)

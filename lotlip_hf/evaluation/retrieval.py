@@ -86,8 +86,8 @@ def recalls(
     text per image, a model with constant embeddings scores k/N, the chance level.
 
     Args:
-        image_embeds (`torch.Tensor`): [I, dim], on any device.
-        text_embeds (`torch.Tensor`): [T, dim], on the same device.
+        image_embeds (`torch.Tensor`): Embeddings of the images, [I, dim], on any device.
+        text_embeds (`torch.Tensor`): Embeddings of the texts, [T, dim], on the same device.
         text_to_image (`Sequence[int]`, *optional*): Index of the image of each text, [T]. Every image needs a text.
             By default, text i belongs to image i.
         ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Values of k.
@@ -206,8 +206,8 @@ def find_ranks(
     Finds the rank of the best right candidate of each query. A query may have several right candidates.
 
     Args:
-        query_embeds (`torch.Tensor`): [N, dim], on any device.
-        candidate_embeds (`torch.Tensor`): [M, dim], on the same device.
+        query_embeds (`torch.Tensor`): Embeddings of the queries, [N, dim], on any device.
+        candidate_embeds (`torch.Tensor`): Embeddings of the candidates, [M, dim], on the same device.
         positives (`Sequence[Sequence[int]]`): Indices of the right candidates of each query, one or more.
         block_size (`int`, *optional*, defaults to 1024): Number of queries and candidates in a block of similarities.
 
@@ -390,7 +390,7 @@ def _tied_ranks(
                 for side, first in enumerate((row, column)):
                     own = slice(first, first + shape[side])
                     matches = best[side][own].unsqueeze(1 - side)
-                    # floats are exact up to 2**24, and torch sums them much faster than booleans
+                    # float32 counts exactly up to 2**24, and torch sums it much faster than booleans
                     above = torch.gt(block, matches + TIE_TOLERANCE, out=scratch).sum(1 - side).long()
                     at_least = torch.ge(block, matches - TIE_TOLERANCE, out=scratch).sum(1 - side).long()
                     counts[side][:, own] += torch.stack([above, at_least - above])

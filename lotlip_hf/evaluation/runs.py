@@ -346,8 +346,8 @@ def _differences(runs: Sequence[Run]) -> list[str]:
             value = json.dumps(run.protocol.get(name), ensure_ascii=False, sort_keys=True)
             models.setdefault(value, []).append(run.label)
         if len(models) > 1:
-            said = "; ".join(f"{_short(value)} for {', '.join(labels)}" for value, labels in models.items())
-            notes.append(f"{runs[0].column.title}: `{name}` differs: {said}.")
+            values = "; ".join(f"{_short(value)} for {', '.join(labels)}" for value, labels in models.items())
+            notes.append(f"{runs[0].column.title}: `{name}` differs: {values}.")
     return notes
 
 

@@ -80,9 +80,10 @@ def length_study(
     >>> from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
     >>> from lotlip_hf.evaluation.studies import length_study, plot_length_study
 
-    >>> encoder = load_encoder("path/to/checkpoint")  # doctest: +SKIP
-    >>> rows = length_study(encoder, load_benchmark("iiw", "path/to/iiw"))  # doctest: +SKIP
-    >>> plot_length_study(rows, "length.png")  # doctest: +SKIP
+    >>> rows = length_study(load_encoder("checkpoint"), load_benchmark("scenes", num_images=8), limits=[16, 32])
+    >>> [row["max_length"] for row in rows]
+    [16, 32]
+    >>> plot_length_study(rows, "length.png")
     ```
     """
     longest = encoder.max_text_length
@@ -164,9 +165,10 @@ def sentence_ablation(
     >>> from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
     >>> from lotlip_hf.evaluation.studies import plot_sentence_ablation, sentence_ablation
 
-    >>> encoder = load_encoder("path/to/checkpoint")  # doctest: +SKIP
-    >>> rows = sentence_ablation(encoder, load_benchmark("iiw", "path/to/iiw"))  # doctest: +SKIP
-    >>> plot_sentence_ablation(rows, "sentences.png")  # doctest: +SKIP
+    >>> rows = sentence_ablation(load_encoder("checkpoint"), load_benchmark("scenes", num_images=8), max_sentences=2)
+    >>> [row["sentence"] for row in rows]
+    [0, 1, 2]
+    >>> plot_sentence_ablation(rows, "sentences.png")
     ```
     """
     texts = list(data.texts)

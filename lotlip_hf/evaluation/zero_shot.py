@@ -155,9 +155,11 @@ def class_embeddings(
     >>> from lotlip_hf import load_encoder
     >>> from lotlip_hf.evaluation.zero_shot import class_embeddings
 
-    >>> encoder = load_encoder("path/to/checkpoint")  # doctest: +SKIP
-    >>> classes = class_embeddings(encoder, ["cat", "dog"])  # doctest: +SKIP
-    >>> (encoder.encode_images(["a.jpg"]) @ classes.T).argmax(1)  # doctest: +SKIP
+    >>> encoder = load_encoder("checkpoint")
+    >>> classes = class_embeddings(encoder, ["cat", "dog"])
+    >>> scores = encoder.encode_images(["photos/cat.png"]) @ classes.T
+    >>> scores.shape
+    torch.Size([1, 2])
     ```
     """
     for name, values in (("class_names", class_names), ("templates", templates)):

@@ -64,8 +64,9 @@ def clip_score(
     ```python
     >>> from lotlip_hf.metrics import clip_score
 
-    >>> result = clip_score(["dog.png"], ["A dog runs. " * 20], "path/to/checkpoint")  # doctest: +SKIP
-    >>> print(f"{result.mean:.2f}")  # doctest: +SKIP
+    >>> result = clip_score(["photos/dog.png"], ["A dog runs. " * 20], "checkpoint")
+    >>> 0 <= result.mean <= 100
+    True
     ```
     """
     if on_truncation not in get_args(OnTruncation):
