@@ -44,7 +44,8 @@ def name_classes(source: Source, own: list[str] | None, own_source: str, count: 
         chosen = ClassNames(read_class_names(Path(given)), f"the file {os.path.basename(given)}")
     if count is not None and len(chosen.names) != count:
         raise ValueError(
-            f"{where} has {count} classes. Pass as many `class_names` (--class-names), not {len(chosen.names)}."
+            f"{where} has {count} classes, but {len(chosen.names)} names ({chosen.source}). Pass `class_names` "
+            "(--class-names) with one name for each class."
         )
     if shared := [name for name, times in Counter(chosen.names).items() if times > 1]:
         logger.warning("%d names are shared by several classes: %s.", len(shared), shown(shared))
