@@ -48,7 +48,7 @@ def stretch_positions(
     num_positions = len(positions)
     kept = KEPT_POSITIONS if stretch == "knowledge-preserved" else 0
     if max_positions < num_positions:
-        raise ValueError(f"`max_positions` is {max_positions}. Pass at least {num_positions}, the old number.")
+        raise ValueError(f"`max_positions` is {max_positions}. Pass {num_positions} (the old table) or more.")
     if max_positions == num_positions:
         return positions.clone()
     if num_positions < kept + 2:
