@@ -1,4 +1,4 @@
-"""Files of results, as `lotlip evaluate` writes them: read, and as the entries of a model card."""
+"""Results files of `lotlip evaluate`, and their entries for a model card."""
 
 import os
 import re
@@ -11,11 +11,11 @@ from huggingface_hub import EvalResult
 from ..files import parse_json, printable, read_regular
 from .retrieval import telling_metrics
 
-# Kinds of captions, for data that have several
+# Kinds of captions of a data set
 CAPTIONS = ("all", "long", "short")
-# Shares, of evaluations and in the rows of studies
+# Names of metrics and study columns that are shares from 0 to 1
 SHARE = re.compile(r"(image_to_text|text_to_image)_r\d+(_low|_high)?|accuracy_top\d+|mean_per_class_recall|texts_cut")
-# Fields of a file of results, and of its `dataset`, that are texts
+# String fields of a results file and of its `dataset`
 TEXTS = (
     *("task", "study", "model", "model_revision", "data_fingerprint", "dtype"),
     *("id", "name", "split", "revision"),
@@ -27,12 +27,12 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Results:
     """
-    A file of results.
+    A results file.
 
     Args:
-        file (`str` or `os.PathLike`): the file.
-        content (`dict`): what it holds.
-        entries (`list` of `EvalResult`): its metrics, as a card's metadata (`model-index`) has them.
+        file (`str` or `os.PathLike`): Path of the file.
+        content (`dict`): The JSON object in the file.
+        entries (`list[EvalResult]`): The metrics as entries of a model card's `model-index`.
     """
 
     file: str | os.PathLike
@@ -42,41 +42,39 @@ class Results:
 
 class ResultsError(ValueError):
     """
-    A file holds no results of `lotlip evaluate`.
+    A file does not contain results of `lotlip evaluate`.
 
     Args:
-        file (`str` or `os.PathLike`): the file.
-        problem (`str`): what is wrong with it.
+        file (`str` or `os.PathLike`): Path of the file.
+        problem (`str`): Description of the error.
     """
 
     def __init__(self, file: str | os.PathLike, problem: str) -> None:
         self.file, self.problem = file, problem
-        super().__init__(f"{file}: no results of an evaluation, which are a JSON object ({problem}).")
+        super().__init__(f"{file} contains no results ({problem}). Pass a JSON file written by `lotlip evaluate`.")
 
 
 def load_results(file: str | os.PathLike) -> Results:
     """
-    Reads a file of results of an evaluation.
+    Reads a results file of an evaluation.
 
     Args:
-        file (`str` or `os.PathLike`):
-            What `lotlip evaluate` wrote, or any JSON object with `task` (such as `"image-text-retrieval"`), `dataset`
-            (`id`, `name`, and maybe `split` and `revision`) and `metrics`, numbers by name. If its `protocol` has
-            `first_images`, the entries say that they are of so many images.
+        file (`str` or `os.PathLike`): File from `lotlip evaluate`, or any JSON object with `task` (such as
+            `"image-text-retrieval"`), `dataset` (with `id`, `name` and optionally `split` and `revision`) and
+            `metrics`. If its `protocol` has `first_images`, the entries state that number of images.
 
     Returns:
-        `Results`: one entry for each metric, but for a share of right ones among the first k of k candidates, which
-        is 1.
+        `Results`: The results, with an entry for each metric except recall or accuracy at k of at most k candidates.
 
     Raises:
-        ResultsError: if the file is no such file.
-        OSError: if it cannot be read.
+        `ResultsError`: If the file does not contain results.
+        `OSError`: If the file cannot be read.
     """
     return parsed(file, lambda content: Results(file, content, entries_of(content)))
 
 
 def parsed(file: str | os.PathLike, make: Callable[[dict[str, Any]], T]) -> T:
-    """What `make` makes of a JSON object, of an evaluation or a study; whatever it lacks is a [`ResultsError`]."""
+    """Calls `make` with the JSON object in a results file. Invalid contents raise a [`ResultsError`]."""
     data = read_regular(file)
     try:
         content = _one_line(parse_json(data))
@@ -84,10 +82,10 @@ def parsed(file: str | os.PathLike, make: Callable[[dict[str, Any]], T]) -> T:
         for where, part in (("", content), ("dataset.", dataset if isinstance(dataset, dict) else {})):
             for name in TEXTS:
                 if not isinstance(part.get(name), str | None):
-                    raise ValueError(f"`{where}{name}` is {part[name]!r}, expected a text")
+                    raise ValueError(f"`{where}{name}` is {part[name]!r} instead of a string")
         return make(content)
     except KeyError as error:
-        raise ResultsError(file, f"it has no {error}") from error
+        raise ResultsError(file, f"{error} is missing") from error
     except (TypeError, AttributeError, OverflowError, ValueError) as error:
         raise ResultsError(file, str(error)) from error
 
@@ -101,11 +99,11 @@ def _one_line(value: Any) -> Any:
 
 
 def entries_of(content: Mapping[str, Any]) -> list[EvalResult]:
-    """The metrics of an evaluation as a card's metadata has them."""
+    """Converts the metrics of an evaluation to entries of a model card's `model-index`."""
     protocol = content.get("protocol", {})
     task, dataset, metrics = content["task"], content["dataset"], telling_metrics(content["metrics"], protocol)
     first_images, captions, limit = (protocol.get(name) for name in ("first_images", "captions", "max_length_asked"))
-    # entries of one data set and `config` are one entry of a model-index
+    # a model-index merges entries with the same data set and `config`
     config = [f"{captions} captions"] if captions in CAPTIONS else []
     config += [f"texts cut at {limit} tokens"] if limit else []
     config += [f"first {first_images} images"] if first_images else []

@@ -1,6 +1,6 @@
 """
-Metrics of images and texts. `RetrievalRecall` and `ZeroShotAccuracy` are `evaluate` modules, imported when asked for:
-they need `pip install evaluate`. `evaluate.load` takes their folders too.
+Metrics of images and texts. `RetrievalRecall` and `ZeroShotAccuracy` are `evaluate` modules, imported on first use
+(`pip install evaluate`). `evaluate.load` also accepts their folders.
 """
 
 from importlib import import_module
