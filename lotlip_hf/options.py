@@ -7,18 +7,22 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import math
 import operator
 import os
 import sys
+import textwrap
 import types
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .files import printable
+from .terminal import print_headed
 
 T = TypeVar("T")
+SWITCHES = "An option without a value is switched on. To switch it off, write false after it: --resume false."
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -31,19 +35,29 @@ REPLACED = {
 }
 
 
-def option(help: str, default: Any = dataclasses.MISSING, *, positional: bool = False, **settings: Any) -> Any:
+def option(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    group: str = "",
+    metavar: str = "",
+    positional: bool = False,
+    **settings: Any,
+) -> Any:
     """
-    A field of a dataclass that is a flag.
+    Makes a field of a dataclass that is a flag.
 
     Args:
-        help (`str`): what `--help` says; the default is added, but for `None`, which the text explains.
-        default: Its value by default; if there is none, the option must be set.
-        positional (`bool`, *optional*, defaults to `False`): whether the value has no flag before it.
-        **settings: Bounds of a number, or of each of a list (`at_least`, `above`, `at_most`, `below`), and arguments
-            of `dataclasses.field`.
+        help (`str`): Text of `--help`, to which the default is added. It explains a default of `None` itself.
+        default (`Any`, *optional*): Default value. An option without one is required.
+        group (`str`, *optional*, defaults to that of the field before): Title under which `--help` lists the option.
+        metavar (`str`, *optional*): Name of the value in `--help`, such as `FILE`.
+        positional (`bool`, *optional*, defaults to `False`): Whether the option is a positional argument.
+        **settings: Bounds of a number or of each number of a list (`at_least`, `above`, `at_most`, `below`), and
+            arguments of `dataclasses.field`.
     """
     bounds = {name: settings.pop(name) for name in BOUNDS if name in settings}
-    metadata = {"help": help, "bounds": bounds, "positional": positional}
+    metadata = {"help": help, "bounds": bounds, "group": group, "metavar": metavar, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata, **settings)
 
 
@@ -141,14 +155,58 @@ def unknown(name: Any, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown option {printable(name)}. {f'Did you mean {close[0]}?' if close else 'See --help.'}")
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Help that is as wide as the terminal, with each option once and indented lines as written."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, max_help_position=32, **settings)
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        words = [self._format_action_invocation(action) for action in actions if not action.option_strings]
+        super().add_usage(usage or " ".join(["%(prog)s [options]", *words]), actions, groups, "Usage: ")
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip("\n").split("\n\n")
+        return "\n\n".join(one if "\n " in f"\n{one}" else textwrap.fill(one, width) for one in paragraphs)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """An option as help shows it: `--batch-size N`, `--resume`, `-h, --help`, `TEXT`."""
+        value = action.metavar or "{" + ",".join(map(str, action.choices or ())) + "}"
+        value = f"{value} ..." if action.nargs == "+" else value
+        if not action.option_strings:
+            return str(value)
+        return ", ".join(action.option_strings) + ("" if action.nargs == 0 or action.const is True else f" {value}")
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are a `ValueError` of one line. Options may be spelt with underscores, but not in part."""
+    """
+    A parser whose errors are a `ValueError` of one line. Options may be written with underscores, but not abbreviated.
+    """
+
+    color = False  # Python 3.14 colours help by itself
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, add_help=False, formatter_class=_Formatter, **options)
+        self._optionals.title = "General"
+        self.add_argument("-h", "--help", action="help", help="Show this help and exit")
+
+    def add_argument_group(self, title: str | None = None, *arguments: Any, **settings: Any) -> Any:
+        """Returns the group of a title, which is added if it is new, before the general options."""
+        for group in self._action_groups:
+            if group.title == title:
+                return group
+        group = super().add_argument_group(title, *arguments, **settings)
+        self._action_groups.sort(key=lambda one: one is getattr(self, "_optionals", None))
+        return group
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print_headed(message, file)
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # pyright: ignore
-        """The options. Those of [`add_flags`] that are not given are left out."""
+        """Returns the options. Those of [`add_flags`] that are not given are left out."""
         words = list(sys.argv[1:] if args is None else args)
         for index in range(words.index("--") if "--" in words else len(words)):
             flag, mark, value = words[index].partition("=")
@@ -158,50 +216,70 @@ class Parser(argparse.ArgumentParser):
         if others and others[0].startswith("-"):
             raise unknown(others[0].partition("=")[0], self._option_string_actions)
         if others:
-            raise ValueError(
-                f"{others[0]} is one value too many. A pattern goes between quotes, or the shell makes names of it."
-            )
+            raise ValueError(f"Unexpected argument {others[0]!r}. Quote glob patterns.")
         return namespace
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message.rstrip('.')}. See --help.")
 
 
-def add_flags(parser: Any, config_class: type, without: Collection[str] = ()) -> None:
-    """Adds a flag to a parser, or to a group of one, for each [`option`] of a dataclass."""
-    hints, fields = get_type_hints(config_class), dataclasses.fields(config_class)
-    # which a flag with an optional value would swallow
-    has_positional = any(field.metadata.get("positional") for field in fields)
-    for field in fields:
-        if "help" not in field.metadata or field.name in without:
-            continue
-        kind, is_optional = _kind(hints[field.name])
-        words, is_list = choices(hints[field.name]), get_origin(kind) is list
-        help = field.metadata["help"]
-        if kind is not bool and field.default not in (None, dataclasses.MISSING, ""):
-            help = f"{help} ({field.default})"
-        metavar = "{" + ",".join(words) + "}" if words else {int: "N", float: "X"}.get(kind)
-        settings: dict[str, Any] = {"help": help.replace("%", "%%")}
-        if kind is not bool:
-            settings |= {"metavar": metavar, "nargs": "+" if is_list else None}
-        elif has_positional:
-            settings["action"] = "store_true"
-        else:
-            settings |= {"nargs": "?", "const": True, "metavar": "false"}
-        flag = field.name.replace("_", "-")
-        if field.metadata["positional"]:
-            parser.add_argument(field.name, **settings)
-            continue
-        parser.add_argument(f"--{flag}", default=argparse.SUPPRESS, **settings)
-        if kind is bool and is_optional:
-            settings = {"action": "store_const", "const": False, "default": argparse.SUPPRESS}
-            parser.add_argument(f"--no-{flag}", dest=field.name, help=f"the opposite of --{flag}", **settings)
+def add_flags(parser: Parser, config_class: type, without: Collection[str] = ()) -> None:
+    """Adds a flag for each [`option`] of a dataclass, in groups: its own before those of the classes it extends."""
+    hints = get_type_hints(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class) if "help" in field.metadata}
+    groups: dict[str, list[dataclasses.Field]] = {}
+    title = "Options"
+    for owner in config_class.__mro__:
+        for field in [fields[name] for name in inspect.get_annotations(owner) if name in fields]:
+            title = field.metadata["group"] or title
+            groups.setdefault(title, []).extend([] if field.name in without else [field])
+    # a flag with an optional value would take the positional argument for its value
+    has_positional = any(field.metadata["positional"] for field in fields.values())
+    for title, members in groups.items():
+        group = parser.add_argument_group(title)
+        for field in sorted(members, key=lambda one: not _is_required(one)):
+            _add_flag(group, field, hints[field.name], has_positional)
+    if not has_positional and any(_kind(hint)[0] is bool for hint in hints.values()):
+        parser.epilog = SWITCHES
 
 
-def add_options(parser: Any, config_class: type) -> None:
-    """Adds `--config FILE`, and the flags of a dataclass."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags count more")
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def _add_flag(group: Any, field: dataclasses.Field, hint: Any, has_positional: bool) -> None:
+    """Adds the flag of an [`option`] to a group."""
+    kind, is_optional = _kind(hint)
+    words, is_list = choices(hint), get_origin(kind) is list
+    help = field.metadata["help"]
+    default = field.default if field.default_factory is dataclasses.MISSING else " ".join(field.default_factory())
+    if _is_required(field):
+        help = f"{help} (required)"
+    elif kind is not bool and default not in (None, ""):
+        help = f"{help} (default: {default})"
+    one = get_args(kind)[0] if is_list else kind
+    metavar = "{" + ",".join(words) + "}" if words else {int: "N", float: "NUMBER"}.get(one, "NAME")
+    settings: dict[str, Any] = {"help": help.replace("%", "%%")}
+    if kind is not bool:
+        settings |= {"metavar": field.metadata["metavar"] or metavar, "nargs": "+" if is_list else None}
+    elif has_positional:
+        settings["action"] = "store_true"
+    else:
+        settings |= {"nargs": "?", "const": True, "metavar": "false"}
+    if field.metadata["positional"]:
+        group.add_argument(field.name, **settings)
+        return
+    flag = field.name.replace("_", "-")
+    group.add_argument(f"--{flag}", default=argparse.SUPPRESS, **settings)
+    if kind is bool and is_optional:
+        settings = {"action": "store_const", "const": False, "default": argparse.SUPPRESS}
+        group.add_argument(f"--no-{flag}", dest=field.name, help=f"The opposite of --{flag}", **settings)
+
+
+def add_options(parser: Parser, config_class: type) -> None:
+    """Adds the flags of a dataclass and `--config FILE`."""
     add_flags(parser, config_class)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
 
 
 def flags_of(arguments: argparse.Namespace, config_class: type) -> dict[str, Any]:
@@ -219,16 +297,21 @@ def options_of(arguments: argparse.Namespace, config_class: type) -> dict[str, A
 def build(config_class: type[T], options: Mapping[str, Any]) -> T:
     """The dataclass, whose `__post_init__` checks the options."""
     for field in dataclasses.fields(config_class):  # pyright: ignore[reportArgumentType]
-        if field.name not in options and field.default is field.default_factory is dataclasses.MISSING:
+        if field.name not in options and _is_required(field):
             raise ValueError(f"`{field.name}` (--{field.name.replace('_', '-')}) is missing. See --help.")
     return config_class(**options)
 
 
-def parse(config_class: type[T], argv: Sequence[str] | None, **parser: Any) -> T:
-    """The options of a command that takes flags alone; `parser` is what `argparse.ArgumentParser` takes."""
-    flags = Parser(**parser)
-    add_flags(flags, config_class)
-    return build(config_class, flags_of(flags.parse_args(argv), config_class))
+def make_parser(config_class: type, **settings: Any) -> Parser:
+    """Returns a parser of the flags of a dataclass; `settings` are those of `argparse.ArgumentParser`."""
+    parser = Parser(**settings)
+    add_flags(parser, config_class)
+    return parser
+
+
+def parse(config_class: type[T], argv: Sequence[str] | None, parser: Parser) -> T:
+    """Returns the options of a command that has flags only."""
+    return build(config_class, flags_of(parser.parse_args(argv), config_class))
 
 
 def read_yaml(file: str | os.PathLike, config_class: type) -> dict[str, Any]:

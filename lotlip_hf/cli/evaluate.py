@@ -93,12 +93,17 @@ class _ListTasks(argparse.Action):
         parser.exit()
 
 
+def parser() -> Parser:
+    """Returns the parser of the command."""
+    flags = Parser(prog="lotlip evaluate", description=DESCRIPTION)
+    add_options(flags, EvaluationConfig)
+    flags.add_argument("--list-tasks", action=_ListTasks, nargs=0, help="List the tasks and exit")
+    return flags
+
+
 def run(argv: Sequence[str]) -> None:
-    """Scores; the main process writes and prints."""
-    parser = Parser(prog="lotlip evaluate", description=DESCRIPTION)
-    add_options(parser, EvaluationConfig)
-    parser.add_argument("--list-tasks", action=_ListTasks, nargs=0, help="say what can be measured, and stop")
-    config = build(EvaluationConfig, options_of(parser.parse_args(argv), EvaluationConfig))
+    """Evaluates a model. The main process writes and prints the results."""
+    config = build(EvaluationConfig, options_of(parser().parse_args(argv), EvaluationConfig))
 
     import torch
     from accelerate import PartialState

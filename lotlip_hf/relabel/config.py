@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..files import MAX_BYTES
-from ..options import add_flags, add_options, build, check, convert, flags_of, option, options_of
+from ..options import Parser, add_flags, add_options, build, check, convert, flags_of, option, options_of
 from .captioners.base import REQUEST_FIELDS, CaptionerConfig
 from .quality import REASONS, QualityRules
 
@@ -142,7 +142,7 @@ def _unplaced(value: Any) -> Any:
     return f"{os.path.basename(value)} ({hashlib.blake2b(os.fsencode(value), digest_size=4).hexdigest()})"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Adds the flags of `lotlip relabel`."""
     add_options(parser, RelabelConfig)
     parser.add_argument(
@@ -166,8 +166,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a limit of what is wrong: "
         + ", ".join(f"{one.name} ({one.default})" for one in dataclasses.fields(QualityRules)),
     )
-    group = parser.add_argument_group("options of every captioner")
-    add_flags(group, CaptionerConfig, without={"model"})
+    group = parser.add_argument_group("Endpoint")
+    add_flags(parser, CaptionerConfig, without={"model"})
     group.add_argument(
         "--request-field",
         action="append",

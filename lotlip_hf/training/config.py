@@ -234,6 +234,13 @@ class TrainingConfig:
             file.write(yaml.safe_dump(values, sort_keys=False).encode())
 
 
+def make_parser(**settings: str) -> options.Parser:
+    """Returns a parser of all options; `settings` are those of `argparse.ArgumentParser`."""
+    flags = options.Parser(**settings)
+    options.add_options(flags, TrainingConfig)
+    return flags
+
+
 def parse_arguments(argv: Sequence[str] | None = None, **parser: str) -> TrainingConfig:
     """
     The options of a command line: flags (`--batch-size 8` or `--batch_size 8`), `--config FILE` for a YAML file of
@@ -250,9 +257,7 @@ def parse_arguments(argv: Sequence[str] | None = None, **parser: str) -> Trainin
         ValueError: on an option that is unknown (with the one that was meant), of a wrong type or out of range.
         FileNotFoundError: if there is no such file, or with `--resume` no run in `output`.
     """
-    flags = options.Parser(**parser)
-    options.add_options(flags, TrainingConfig)
-    given = options.options_of(flags.parse_args(argv), TrainingConfig)
+    given = options.options_of(make_parser(**parser).parse_args(argv), TrainingConfig)
     if not options.convert("resume", given.get("resume", False), bool):
         return TrainingConfig(**given)
     output = given.get("output", TrainingConfig.output)  # the folder may have been moved
