@@ -396,8 +396,8 @@ def reverse(checkpoint: str | Path, output: str | Path) -> Path:
 DESCRIPTION = """\
 Convert an official LoTLIP checkpoint to a checkpoint folder, or with --reverse back to an official file.
 
-  lotlip convert official --checkpoint weiwu-ww/LoTLIP-ViT-B-16-100M --output lotlip-vit-b-16
-  lotlip convert official --reverse --checkpoint lotlip-vit-b-16 --output model.pt
+  lotlip convert official --checkpoint weiwu-ww/LoTLIP-ViT-B-16-100M --output checkpoint
+  lotlip convert official --reverse --checkpoint checkpoint --output model.pt
 """
 
 

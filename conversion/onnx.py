@@ -371,8 +371,8 @@ def _images(config: Any, processors: Sequence[Any]) -> list[tuple[torch.Tensor, 
 DESCRIPTION = """\
 Convert both towers of a LoTLIP to ONNX, with the tokenizer and the image processor.
 
-  lotlip convert onnx --model lotlip-vit-b-16 --output lotlip-onnx
-  lotlip convert onnx --model lotlip-vit-b-16 --output lotlip-int8 --quantize int8
+  lotlip convert onnx --model checkpoint --output lotlip-onnx
+  lotlip convert onnx --model checkpoint --output lotlip-int8 --quantize int8
 """
 
 

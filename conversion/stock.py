@@ -468,7 +468,7 @@ def _random_images(config: LoTLIPVisionConfig, model: PreTrainedModel) -> torch.
 DESCRIPTION = """\
 Convert a LoTLIP to classes that transformers includes, which load without this package.
 
-  lotlip convert stock --model lotlip-vit-b-16 --output stock
+  lotlip convert stock --model checkpoint --output stock
 """
 
 

@@ -1,6 +1,6 @@
 """
-Options as dataclasses: a field made by [`option`] is a flag (`--batch-size 8`, `--batch_size 8`) and a line of a YAML
-file (`batch_size: 8`); [`check`] compares its value with its annotation and its bounds.
+Options as dataclasses: a field made by [`option`] is a flag (`--batch-size 8`, `--batch_size 8`) and an entry of a
+YAML file (`batch_size: 8`). [`check`] checks its type and its bounds.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from .files import printable
 from .terminal import print_headed
 
 T = TypeVar("T")
-SWITCHES = "An option without a value is switched on. To switch it off, write false after it: --resume false."
+SWITCHES = "To turn off an option that the file of --config turns on, write false after it: {} false"
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
-# Options of the past, and what is written in their place.
+# Removed options, with their replacements
 REPLACED = {
-    "loss": "write `--terms sigmoid` for sigmoid, nothing for infonce",
-    "num_primary_components": "write `--terms primary_components --term-options primary_components.num_components=32`",
-    "short_loss_weight": "write `--term-options infonce.short_loss_weight=2`",
-    "long_loss_weight": "write `--term-options infonce.long_loss_weight=2`",
+    "loss": "use `--terms sigmoid` for sigmoid; infonce is the default",
+    "num_primary_components": "use `--terms primary_components --term-options primary_components.num_components=32`",
+    "short_loss_weight": "use `--term-options infonce.short_loss_weight=2`",
+    "long_loss_weight": "use `--term-options infonce.long_loss_weight=2`",
 }
 
 
@@ -63,10 +63,13 @@ def option(
 
 def check(config: Any) -> None:
     """
-    Gives the fields of a dataclass the types of their annotations, for its `__post_init__`.
+    Converts the fields of a dataclass to the types of their annotations. Call it in `__post_init__`.
+
+    Args:
+        config (`Any`): Instance of a dataclass.
 
     Raises:
-        ValueError: if a value is of another type or out of bounds; the message names the field.
+        `ValueError`: If a value is of another type or out of bounds. The message names the field.
     """
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -81,11 +84,20 @@ def check(config: Any) -> None:
 
 def convert(name: str, value: Any, hint: Any) -> Any:
     """
-    The value of an option, from Python, a flag or a YAML file, in the type of an annotation: `bool`, `int`, `float`,
-    `str`, `Path`, `Literal`, a list or mapping of these, another such dataclass, or `None`. Others stay as they are.
+    Converts the value of an option, from Python, a flag or a YAML file, to the type of an annotation: `bool`, `int`,
+    `float`, `str`, `Path`, `Literal`, a list or mapping of these, a dataclass of options, or `None`. Values of other
+    types are returned unchanged.
+
+    Args:
+        name (`str`): Name of the option, for messages.
+        value (`Any`): Value.
+        hint (`Any`): Annotation.
+
+    Returns:
+        `Any`: The converted value.
 
     Raises:
-        ValueError: if it is none of that type; the message names the option.
+        `ValueError`: If the value does not fit the annotation. The message names the option.
     """
     kind, is_optional = _kind(hint)
     origin, inner = get_origin(kind), get_args(kind)
@@ -96,11 +108,11 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         if value in inner or (value is False and "no" in inner):  # YAML reads a bare `no` as false
             return value or "no"
     elif origin is list:
-        expected = "one value or a list"
+        expected = "one value or a list such as [a, b]"
         if not isinstance(value, Mapping):
             return [convert(name, one, inner[0]) for one in (value if isinstance(value, list | tuple) else [value])]
     elif origin in (dict, Mapping):
-        expected = "lines of `name: value`"
+        expected = "a mapping with entries `name: value`"
         if isinstance(value, Mapping):
             return {key: convert(f"{name}.{key}", one, inner[1]) for key, one in value.items()}
     elif kind is bool:
@@ -121,33 +133,35 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, int | float):
             return kind(str(value).lower() if isinstance(value, bool) else str(value))
     elif dataclasses.is_dataclass(kind):
-        expected = "lines of `option: value`"
+        expected = "a mapping with entries `option: value`"
         if isinstance(value, str):
             return build(kind, {dataclasses.fields(kind)[0].name: value})
         if isinstance(value, Mapping):
-            return build(kind, _of_lines(value, kind))
+            return build(kind, _of_entries(value, kind))
         if isinstance(value, kind):
             return value
     else:
         return value
-    # of lines not what they say, which may be a password
-    raise ValueError(f"`{name}` must be {expected}, got {'lines' if isinstance(value, Mapping) else repr(value)}.")
+    if isinstance(value, Mapping):  # whose values are not shown: one may be a password
+        advice = "If a value contains a colon, leave out the space after it or quote the value."
+        raise ValueError(f"`{name}` must be {expected}, got a mapping. {advice}")
+    raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
 
 
 def choices(hint: Any) -> tuple[str, ...]:
-    """The words that an annotation allows; empty if it is no `Literal`."""
+    """Returns the values of a `Literal` annotation; empty for other annotations."""
     kind, _ = _kind(hint)
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def _kind(hint: Any) -> tuple[Any, bool]:
-    """An annotation without `None`, and whether it had one."""
+    """Returns an annotation without `None`, and whether it had one."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return next(kind for kind in kinds if kind is not types.NoneType), types.NoneType in kinds
 
 
 def unknown(name: Any, known: Iterable[str]) -> ValueError:
-    """The error of an option that does not exist, with the one that may be meant."""
+    """Returns the error of an unknown option, which suggests the nearest one."""
     plain = str(name).removeprefix("--").replace("-", "_")
     if plain in REPLACED:
         return ValueError(f"unknown option {printable(name)}: {REPLACED[plain]}.")
@@ -239,8 +253,6 @@ def add_flags(parser: Parser, config_class: type, without: Collection[str] = ())
         group = parser.add_argument_group(title)
         for field in sorted(members, key=lambda one: not _is_required(one)):
             _add_flag(group, field, hints[field.name], has_positional)
-    if not has_positional and any(_kind(hint)[0] is bool for hint in hints.values()):
-        parser.epilog = SWITCHES
 
 
 def _is_required(field: dataclasses.Field) -> bool:
@@ -279,23 +291,25 @@ def _add_flag(group: Any, field: dataclasses.Field, hint: Any, has_positional: b
 def add_options(parser: Parser, config_class: type) -> None:
     """Adds the flags of a dataclass and `--config FILE`."""
     add_flags(parser, config_class)
+    if switches := [action.option_strings[0] for action in parser._actions if action.const is True]:
+        parser.epilog = SWITCHES.format(switches[-1])
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
 
 
 def flags_of(arguments: argparse.Namespace, config_class: type) -> dict[str, Any]:
-    """The fields of a dataclass that flags set, not yet checked."""
+    """Returns the fields of a dataclass that flags set, unchecked."""
     names = {field.name for field in dataclasses.fields(config_class)}
     return {name: value for name, value in vars(arguments).items() if name in names}
 
 
 def options_of(arguments: argparse.Namespace, config_class: type) -> dict[str, Any]:
-    """The fields that the file of `--config` and flags set, which count more; not yet checked."""
+    """Returns the fields that flags or the file of `--config` set, unchecked. Flags override the file."""
     file = {} if arguments.config is None else read_yaml(arguments.config, config_class)
     return {**file, **flags_of(arguments, config_class)}
 
 
 def build(config_class: type[T], options: Mapping[str, Any]) -> T:
-    """The dataclass, whose `__post_init__` checks the options."""
+    """Returns the dataclass, whose `__post_init__` checks the options."""
     for field in dataclasses.fields(config_class):  # pyright: ignore[reportArgumentType]
         if field.name not in options and _is_required(field):
             raise ValueError(f"`{field.name}` (--{field.name.replace('_', '-')}) is missing. See --help.")
@@ -316,32 +330,39 @@ def parse(config_class: type[T], argv: Sequence[str] | None, parser: Parser) -> 
 
 def read_yaml(file: str | os.PathLike, config_class: type) -> dict[str, Any]:
     """
-    Reads a file of lines `option: value`, which are fields of a dataclass.
+    Reads a YAML file with entries `option: value`, which are fields of a dataclass.
+
+    Args:
+        file (`str` or `os.PathLike`): File.
+        config_class (`type`): Dataclass.
+
+    Returns:
+        `dict[str, Any]`: Values by option.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: on an option that is unknown or of a wrong type; the message names file and option.
+        `FileNotFoundError`: If the file does not exist.
+        `ValueError`: If an option is unknown or of a wrong type. The message names file and option.
     """
     import yaml
 
     try:
         options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        # not the whole message, which quotes the line: a password may be in it
+        # the whole message quotes the line, which may contain a password
         reason, mark = getattr(error, "problem", None) or type(error).__name__, getattr(error, "problem_mark", None)
         line = "" if mark is None else f" in line {mark.line + 1}"
         raise ValueError(f"{file}: not a YAML file ({printable(reason)}{line}).") from None
     if not isinstance(options, dict | None):
-        raise ValueError(f"{file}: expected lines of `option: value`, got {type(options).__name__}.")
+        raise ValueError(f"{file}: expected entries `option: value`, got a {type(options).__name__}.")
     try:
-        return _of_lines(options or {}, config_class)
+        return _of_entries(options or {}, config_class)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _of_lines(lines: Mapping[Any, Any], config_class: type) -> dict[str, Any]:
-    """The fields of a dataclass that lines of a file set, in their types."""
+def _of_entries(entries: Mapping[Any, Any], config_class: type) -> dict[str, Any]:
+    """Converts the entries of a file to the types of a dataclass's fields."""
     hints = get_type_hints(config_class)
-    if others := [name for name in lines if name not in hints]:
+    if others := [name for name in entries if name not in hints]:
         raise unknown(others[0], hints)
-    return {name: convert(name, value, hints[name]) for name, value in lines.items()}
+    return {name: convert(name, value, hints[name]) for name, value in entries.items()}

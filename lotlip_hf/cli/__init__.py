@@ -12,27 +12,28 @@ from ..terminal import print_headed, run
 
 COMMANDS = ("search", "embed", "train", "relabel", "evaluate", "report", "convert", "push")
 OVERVIEW = """\
-LoTLIP finds images by descriptions, short or a paragraph long.
+LoTLIP finds images by descriptions, short or a paragraph long. In these commands,
+`checkpoint` is a folder made by `lotlip convert` or `lotlip train`, or a Hub id.
 
 Search a folder of photos:
-  lotlip search --model lotlip-vit-b-16 --images photos "A ginger cat lies on a sofa."
+  lotlip search --model checkpoint --images photos "A ginger cat on a sofa."
 
 Write embeddings to a file:
-  lotlip embed --model lotlip-vit-b-16 --images photos --output embeddings.parquet
+  lotlip embed --model checkpoint --images photos --output images.parquet
 
 Train or fine-tune a model:
-  lotlip train --model lotlip-vit-b-16 --data "shards/*.tar" --output run
+  lotlip train --model checkpoint --data "shards/*.tar" --output run
 
 Write long captions for images:
   lotlip relabel --data photos --captioner llava-hf/llava-1.5-7b-hf --output captions
 
 Evaluate a model and compare results:
-  lotlip evaluate --model lotlip-vit-b-16 --task urban1k --data Urban1k --output results.json
+  lotlip evaluate --model checkpoint --task scenes --output results.json
   lotlip report results.json
 
 Convert a checkpoint and publish it:
-  lotlip convert official --checkpoint weiwu-ww/LoTLIP-ViT-B-16-100M --output lotlip-vit-b-16
-  lotlip push lotlip-vit-b-16 --repo-id name/lotlip-vit-b-16
+  lotlip convert official --checkpoint weiwu-ww/LoTLIP-ViT-B-16-100M --output checkpoint
+  lotlip push checkpoint --repo-id name/my-lotlip
 
 Get help:
   lotlip COMMAND --help

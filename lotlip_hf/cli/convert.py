@@ -41,7 +41,9 @@ def _parser() -> Parser:
     parser = Parser(
         prog="lotlip convert",
         usage="lotlip convert KIND [options]",
-        description=f"Convert a checkpoint. Options of a kind: lotlip convert KIND --help\n\n{kinds}",
+        description=f"Convert a checkpoint. Each kind has its own options: lotlip convert KIND --help\n\n{kinds}",
     )
-    parser.add_argument_group("Conversion").add_argument("kind", choices=KINDS, help="Kind of conversion")
+    parser.add_argument_group("Conversion").add_argument(
+        "kind", choices=KINDS, metavar="KIND", help="Kind of conversion"
+    )
     return parser

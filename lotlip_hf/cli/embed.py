@@ -11,8 +11,8 @@ DESCRIPTION = """\
 Write normalised embeddings of images or texts to a Parquet file with the columns `file` or `text`, and `embedding`. An
 interrupted command keeps its embeddings in OUTPUT.partial; run it again to continue.
 
-  lotlip embed --model lotlip-vit-b-16 --images photos --output images.parquet
-  lotlip embed --model lotlip-vit-b-16 --texts captions.txt --output texts.parquet
+  lotlip embed --model checkpoint --images photos --output images.parquet
+  lotlip embed --model checkpoint --texts captions.txt --output texts.parquet
 """
 
 

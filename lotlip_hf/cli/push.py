@@ -10,8 +10,8 @@ DESCRIPTION = """\
 Publish a checkpoint on the Hub: weights, configuration, tokenizer, processor, code and model card, in one commit. Sign
 in first with `hf auth login`. If the upload is interrupted, run the command again.
 
-  lotlip push lotlip-vit-b-16 --repo-id name/lotlip-vit-b-16 --license apache-2.0 --dry-run preview
-  lotlip push lotlip-vit-b-16 --repo-id name/lotlip-vit-b-16 --license apache-2.0
+  lotlip push checkpoint --repo-id name/my-lotlip --license apache-2.0 --dry-run preview
+  lotlip push checkpoint --repo-id name/my-lotlip --license apache-2.0
 """
 
 
@@ -26,7 +26,9 @@ class PushOptions:
     private: bool = option("Make a new repository private", False)
     revision: str | None = option("Branch to write to; a missing one is created (default: main)", None)
     commit_message: str | None = option("Message of the commit (default: Upload LoTLIP)", None, metavar="TEXT")
-    max_shard_size: str | None = option("Largest file of weights, such as 500MB (default: 5GB)", None, metavar="SIZE")
+    max_shard_size: str | None = option(
+        "Maximum size of a weights file, such as 500MB (default: 5GB)", None, metavar="SIZE"
+    )
     dry_run: str | None = option("Write the files to this folder and publish nothing", None, metavar="FOLDER")
     license: str | None = option(
         "License of the weights, such as apache-2.0; without a license, the weights may not be used by other people",

@@ -12,8 +12,8 @@ DESCRIPTION = """\
 Rank the images of a folder by how well a description fits them. The first search embeds all images and keeps an index
 in the hidden folder .lotlip; later searches embed only new and changed images.
 
-  lotlip search --model lotlip-vit-b-16 --images photos "A ginger cat lies on a sofa."
-  lotlip search --model lotlip-vit-b-16 --images photos --top 9 --save-grid grid.png "A cat."
+  lotlip search --model checkpoint --images photos "A ginger cat on a sofa."
+  lotlip search --model checkpoint --images photos --save-grid grid.png "A cat."
 """
 
 
