@@ -1,12 +1,13 @@
 """Output of commands: text without control characters, and errors as messages and exit statuses."""
 
 import contextlib
+import itertools
 import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from typing import Any, Literal
 
 from .files import printable
@@ -14,6 +15,9 @@ from .files import printable
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 STYLES = {"bold": "\x1b[1m", "red": "\x1b[31m", "yellow": "\x1b[33m"}
 RESET = "\x1b[0m"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+# Line below the header of a table
+RULE = re.compile(r"^-+(?:  -+)*$", re.MULTILINE)
 # tqdm moves the cursor by these, in separate writes
 CURSOR = re.compile(r"(\n|\x1b\[A)+")
 
@@ -73,6 +77,71 @@ def print_headed(text: str, stream: Any = None) -> None:
             write_styled(line, "bold", stream)
         else:
             stream.write(line)
+
+
+def text_table(
+    head: Sequence[Sequence[str]], body: Sequence[Sequence[str]], left: Collection[int] = (0,), rule: bool = True
+) -> str:
+    """
+    Returns a table with aligned columns.
+
+    Args:
+        head (`Sequence[Sequence[str]]`): Header rows. The first of two groups columns with the same title.
+        body (`Sequence[Sequence[str]]`): Rows of cells.
+        left (`Collection[int]`, *optional*, defaults to `(0,)`): Columns that are aligned left; others are aligned
+            right, as numbers are.
+        rule (`bool`, *optional*, defaults to `True`): Whether to add a line below the header.
+
+    Returns:
+        `str`: The table.
+    """
+    rows = [[printable(cell) for cell in row] for row in (*head[-1:], *body)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    groups = []
+    for title, items in itertools.groupby(enumerate(head[0]), key=lambda item: item[1]) if len(head) > 1 else ():
+        columns = [column for column, _ in items]
+        span = sum(widths[column] for column in columns) + 2 * (len(columns) - 1)
+        title = printable(title)
+        widths[columns[-1]] += max(0, len(title) - span)
+        groups.append(title.center(max(span, len(title))))
+    lines = ["  ".join(groups).rstrip()] if groups else []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        aligned = (cell.ljust(width) if column in left else cell.rjust(width) for column, (cell, width) in cells)
+        lines.append("  ".join(aligned).rstrip())
+    if rule:
+        lines.insert(len(head), "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def print_tables(text: str) -> None:
+    """Prints tables that blank lines separate, on a terminal with their headers in bold."""
+    for number, block in enumerate(text.split("\n\n")):
+        rule = RULE.search(block)
+        start = rule.start() if rule else 0
+        sys.stdout.write("\n" if number else "")
+        write_styled(block[:start], "bold", sys.stdout)
+        sys.stdout.write(f"{block[start:]}\n")
+
+
+def progress_bar(iterable: Iterable[Any] | None = None, *, unit: str, shown: bool = True, **settings: Any) -> Any:
+    """
+    Returns a progress bar on standard error with a description, a count, the rate and the remaining time.
+
+    Args:
+        iterable (`Iterable`, *optional*): Items to count. Without it, call `update`.
+        unit (`str`): Singular of what is counted, such as `"image"`.
+        shown (`bool`, *optional*, defaults to `True`): Whether to show the bar.
+        **settings: Arguments of `tqdm`, such as `desc` and `total`.
+
+    Returns:
+        `tqdm`: The progress bar.
+    """
+    from tqdm.auto import tqdm
+
+    total = len(iterable) if isinstance(iterable, Sized) else settings.get("total")
+    style = {"unit": f" {unit}s", "bar_format": BAR if total else None, "dynamic_ncols": True}
+    return tqdm(iterable, disable=not shown, **style, **settings)
 
 
 class PrintableFormatter(logging.Formatter):

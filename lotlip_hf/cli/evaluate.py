@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..files import check_output
 from ..options import Parser, add_options, build, option, options_of
+from ..terminal import print_tables
 from .model import ModelOptions
 
 DESCRIPTION = """\
@@ -181,4 +182,4 @@ def _evaluate(config: EvaluationConfig, is_main_process: bool) -> None:
             plot = plot_length_study if kind == "length" else plot_sentence_ablation
             plot(results["rows"], config.plot, title=f"{results['model']} on {results['dataset']['name']}")
     finally:  # print the numbers even if the file cannot be written
-        print(results_table(results))
+        print_tables(results_table(results))

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..files import printable
 from ..options import Parser, check, make_parser, option, parse
+from ..terminal import print_tables, text_table
 
 DESCRIPTION = """\
 Publish a checkpoint on the Hub: weights, configuration, tokenizer, processor, code and model card, in one commit. Sign
@@ -70,8 +70,9 @@ def run(argv: Sequence[str]) -> None:
     settings = {"card": card, "max_shard_size": options.max_shard_size}
     if options.dry_run:
         folder = write_repository(options.checkpoint, options.dry_run, options.repo_id, **settings)
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            print(f"{file.stat().st_size:>13,}  {printable(file.relative_to(folder))}")
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        rows = [[f"{file.stat().st_size:,}", str(file.relative_to(folder))] for file in files]
+        print_tables(text_table([["bytes", "file"]], rows, left=[1]))
         print(f"Dry run: {folder} contains the files of {options.repo_id}. Nothing was published.")
         return
     commit = push(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..options import Parser, add_flags, build, flags_of
 from ..relabel.config import add_arguments, read_config
+from ..terminal import print_tables, text_table
 from .model import ImageOptions
 
 DESCRIPTION = """\
@@ -38,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     import torch
     from accelerate import PartialState
 
-    from ..relabel.card import CARD, statistics_table
+    from ..relabel.card import CARD, statistics_rows
     from ..relabel.run import SKIPPED, relabel
 
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -51,7 +52,8 @@ def run(argv: Sequence[str]) -> None:
     if statistics is None:
         print(f"This process's share of {config.output} is done. The last process writes the card.")
         return
-    print(statistics_table(statistics))
+    head, *rows = statistics_rows(statistics)
+    print_tables(text_table([head], rows))
     print(f"The shards are in {config.output}, described in {CARD}.")
     if statistics["skipped"]:
         what = "1 record was" if statistics["skipped"] == 1 else f"{statistics['skipped']} records were"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..options import Parser, check, make_parser, option, parse
+from ..terminal import print_tables
 
 DESCRIPTION = """\
 Print the table of the LoTLIP paper, with its published rows and your results.
@@ -41,6 +42,6 @@ def run(argv: Sequence[str]) -> None:
     options = parse(ReportOptions, argv, parser())
     from ..evaluation.report import write_report
 
-    print(
+    print_tables(
         write_report(options.results, options.format, options.model_index, options.plot, overwrite=options.overwrite)
     )

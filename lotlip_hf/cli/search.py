@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..files import printable
 from ..options import Parser, make_parser, option, parse
+from ..terminal import text_table, write_styled
 from .model import IMAGE_ROOT, ModelOptions, report_skipped
 
 DESCRIPTION = """\
@@ -52,9 +52,10 @@ def run(argv: Sequence[str]) -> None:
         batch_size=options.batch_size or 32,
     )
     results = index.search(query, options.top)
-    print("rank    score  file")
-    for rank, result in enumerate(results, 1):
-        print(f"{rank:4}  {result.score:7.4f}  {printable(result.path)}")
+    rows = [[str(rank), f"{result.score:.4f}", str(result.path)] for rank, result in enumerate(results, 1)]
+    header, *lines = text_table([["rank", "score", "file"]], rows, left=[2], rule=False).splitlines(keepends=True)
+    write_styled(header, "bold", sys.stdout)
+    print("".join(lines))
     report_skipped(index.skipped)
     if options.save_grid:
         save_grid(results, options.save_grid, options.text, encoder.engine.background)
