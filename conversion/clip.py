@@ -470,7 +470,9 @@ def parser(prog: str = "lotlip convert clip") -> Parser:
     group.add_argument(
         "--num-corner-tokens", type=int, default=2, metavar="N", help="Corner tokens to add (default: %(default)s)"
     )
-    group.add_argument("--max-positions", type=int, metavar="N", help="New number of text positions (default: as is)")
+    group.add_argument(
+        "--max-positions", type=int, metavar="N", help="New number of text positions (default: unchanged)"
+    )
     group.add_argument(
         "--stretch",
         choices=get_args(Stretch),

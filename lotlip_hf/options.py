@@ -48,7 +48,7 @@ def option(
     Makes a field of a dataclass that is a flag.
 
     Args:
-        help (`str`): Text of `--help`, to which the default is added. It explains a default of `None` itself.
+        help (`str`): Text of `--help`. Defaults are added to it, except `None`, which the text must explain.
         default (`Any`, *optional*): Default value. An option without one is required.
         group (`str`, *optional*, defaults to that of the field before): Title under which `--help` lists the option.
         metavar (`str`, *optional*): Name of the value in `--help`, such as `FILE`.
@@ -142,7 +142,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
             return value
     else:
         return value
-    if isinstance(value, Mapping):  # whose values are not shown: one may be a password
+    if isinstance(value, Mapping):  # its values are not shown: one may be a password
         advice = "If a value contains a colon, leave out the space after it or quote the value."
         raise ValueError(f"`{name}` must be {expected}, got a mapping. {advice}")
     raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
@@ -170,7 +170,7 @@ def unknown(name: Any, known: Iterable[str]) -> ValueError:
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Help that is as wide as the terminal, with each option once and indented lines as written."""
+    """Wraps help to the width of the terminal. Indented lines of a description are not wrapped."""
 
     def __init__(self, prog: str, **settings: Any) -> None:
         super().__init__(prog, max_help_position=32, **settings)
@@ -187,7 +187,7 @@ class _Formatter(argparse.HelpFormatter):
         return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        """An option as help shows it: `--batch-size N`, `--resume`, `-h, --help`, `TEXT`."""
+        """Returns an option as help shows it: `--batch-size N`, `--resume`, `-h, --help`, `TEXT`."""
         value = action.metavar or "{" + ",".join(map(str, action.choices or ())) + "}"
         value = f"{value} ..." if action.nargs == "+" else value
         if not action.option_strings:
@@ -200,7 +200,7 @@ class Parser(argparse.ArgumentParser):
     A parser whose errors are a `ValueError` of one line. Options may be written with underscores, but not abbreviated.
     """
 
-    color = False  # Python 3.14 colours help by itself
+    color = False  # of Python 3.14, which has its own colours
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, add_help=False, formatter_class=_Formatter, **options)
@@ -208,7 +208,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="help", help="Show this help and exit")
 
     def add_argument_group(self, title: str | None = None, *arguments: Any, **settings: Any) -> Any:
-        """Returns the group of a title, which is added if it is new, before the general options."""
+        """Returns the group with a title. A new group is added before the general options."""
         for group in self._action_groups:
             if group.title == title:
                 return group
@@ -220,7 +220,7 @@ class Parser(argparse.ArgumentParser):
         print_headed(message, file)
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # pyright: ignore
-        """Returns the options. Those of [`add_flags`] that are not given are left out."""
+        """Returns the options. Flags of [`add_flags`] that are not given are missing in the result."""
         words = list(sys.argv[1:] if args is None else args)
         for index in range(words.index("--") if "--" in words else len(words)):
             flag, mark, value = words[index].partition("=")
@@ -238,7 +238,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: Parser, config_class: type, without: Collection[str] = ()) -> None:
-    """Adds a flag for each [`option`] of a dataclass, in groups: its own before those of the classes it extends."""
+    """Adds a flag for each [`option`] of a dataclass, in groups. Its own options come before inherited ones."""
     hints = get_type_hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class) if "help" in field.metadata}
     groups: dict[str, list[dataclasses.Field]] = {}
@@ -247,7 +247,7 @@ def add_flags(parser: Parser, config_class: type, without: Collection[str] = ())
         for field in [fields[name] for name in inspect.get_annotations(owner) if name in fields]:
             title = field.metadata["group"] or title
             groups.setdefault(title, []).extend([] if field.name in without else [field])
-    # a flag with an optional value would take the positional argument for its value
+    # a flag with an optional value would consume the positional argument
     has_positional = any(field.metadata["positional"] for field in fields.values())
     for title, members in groups.items():
         group = parser.add_argument_group(title)

@@ -1,4 +1,4 @@
-"""Output of commands: text without control characters, and errors as messages and exit statuses."""
+"""Output of commands: text without control characters, styles, tables, progress bars, errors and exit statuses."""
 
 import contextlib
 import itertools
@@ -18,24 +18,24 @@ RESET = "\x1b[0m"
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 # Line below the header of a table
 RULE = re.compile(r"^-+(?:  -+)*$", re.MULTILINE)
-# tqdm moves the cursor by these, in separate writes
+# Cursor movements of tqdm, which writes them separately
 CURSOR = re.compile(r"(\n|\x1b\[A)+")
 
 
 class PrintableStream:
     """
-    A text stream on which control characters do nothing: they are spelt as escapes ([`~lotlip_hf.files.printable`]).
-    Line ends, tabs, and what progress bars move the cursor by go through; colours are left out.
+    A text stream that writes control characters as escapes ([`~lotlip_hf.files.printable`]) and removes colours. Line
+    ends, tabs and the cursor movements of progress bars are kept.
 
     Args:
-        stream (`TextIO`): the stream to write to, which has all other attributes.
+        stream (`TextIO`): Stream to write to. It provides all other attributes.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes the text; returns its length."""
+        """Writes a text and returns its length."""
         shown = text
         if not CURSOR.fullmatch(text):
             start = "\r" if text.startswith("\r") else ""
@@ -70,7 +70,7 @@ def write_styled(text: str, style: Literal["bold", "red", "yellow"], stream: Any
 
 
 def print_headed(text: str, stream: Any = None) -> None:
-    """Prints a text whose headings, which are lines without indent that end in a colon, are bold on a terminal."""
+    """Prints a text. On a terminal, headings are bold: lines without indent that end in a colon."""
     stream = stream or sys.stdout
     for line in text.splitlines(keepends=True):
         if line.rstrip().endswith(":") and not line.startswith(" "):
@@ -115,7 +115,7 @@ def text_table(
 
 
 def print_tables(text: str) -> None:
-    """Prints tables that blank lines separate, on a terminal with their headers in bold."""
+    """Prints tables, which blank lines separate. On a terminal, headers are bold."""
     for number, block in enumerate(text.split("\n\n")):
         rule = RULE.search(block)
         start = rule.start() if rule else 0
@@ -145,7 +145,7 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, unit: str, shown: boo
 
 
 class PrintableFormatter(logging.Formatter):
-    """A log's lines: texts and paths among the arguments are one line each, and further lines are set in."""
+    """Formats log records: each text or path among the arguments is one line, and further lines are indented."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the record as text."""
@@ -157,13 +157,13 @@ class PrintableFormatter(logging.Formatter):
 
 def printable_lines(value: object) -> str:
     """
-    A message of several lines, of which all but the first are set in: no part of it can pass for another message.
+    Returns a message with all lines but the first indented, so that no line looks like another message.
 
     Args:
-        value (`object`): a text or an error.
+        value (`object`): Text or error.
 
     Returns:
-        `str`: its lines, each [`~lotlip_hf.files.printable`].
+        `str`: The lines, each [`~lotlip_hf.files.printable`].
     """
     first, *others = map(printable, str(value).split("\n"))
     return "\n".join([first, *(line if line.startswith(" ") else f"  {line}" for line in others)])
@@ -186,11 +186,11 @@ class _LogHandler(logging.StreamHandler):
 @contextlib.contextmanager
 def printable_output(log_format: str = "%(message)s") -> Iterator[None]:
     """
-    What is printed in this context goes through [`PrintableStream`], also by libraries, and this package's log is
-    printed by [`PrintableFormatter`].
+    Prints all output of this context through [`PrintableStream`], that of libraries included, and the log of this
+    package with [`PrintableFormatter`].
 
     Args:
-        log_format (`str`, *optional*, defaults to `"%(message)s"`): of the log's lines.
+        log_format (`str`, *optional*, defaults to `"%(message)s"`): Format of log records.
     """
     if isinstance(sys.stderr, PrintableStream):  # a command within a command
         yield
@@ -222,23 +222,23 @@ def run(program: str, command: Callable[[], int | None]) -> int:
     Runs a command.
 
     Args:
-        program (`str`): its name, which messages begin with.
-        command (`Callable`): what it does; returns the exit status, or nothing for 0.
+        program (`str`): Name of the command, which starts each message.
+        command (`Callable`): Function of the command. It returns the exit status, or `None` for 0.
 
     Returns:
-        `int`: the exit status: 2 after an error that it prints; 128 and the signal's number if it was interrupted, 130
-        for Ctrl-C; 141 if the output's reader has stopped reading.
+        `int`: The exit status: 2 after an error, which is printed; 128 plus the signal's number after an interruption,
+        130 for Ctrl-C; 141 if the output pipe was closed.
     """
     with printable_output(f"{program}: %(message)s"):
         try:
             status = command() or 0
-            sys.stdout.flush()  # here, where its errors are met
+            sys.stdout.flush()  # raises here if the pipe is closed
             return status
         except KeyboardInterrupt as interrupt:
             print(f"{program}: interrupted.", file=sys.stderr)
-            return 128 + getattr(interrupt, "signum", signal.SIGINT)  # as an interrupted training names it
+            return 128 + getattr(interrupt, "signum", signal.SIGINT)  # `signum` is set by the training
         except BrokenPipeError:
-            # The reader has stopped (`| head`). The rest of the buffer goes nowhere.
+            # the pipe was closed (`| head`): discard the rest of the buffer
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except (ImportError, OSError, ValueError) as error:

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Runs a command.
 
     Args:
-        argv (`Sequence[str]`, *optional*): Arguments. Those of the process by default.
+        argv (`Sequence[str]`, *optional*): Arguments. By default `sys.argv[1:]`.
 
     Returns:
         `int`: The exit status, as in `lotlip --help`.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..data.records import ColumnMapping
 
 NO_ANSWER = "no_answer"
-# A bad caption is requested again (and dropped if it stays bad), dropped, or kept and marked.
+# For a bad caption: request it again and drop it if it stays bad, drop it, or keep and mark it
 Policy = Literal["retry", "drop", "keep"]
 POLICIES: dict[str, Policy] = {
     **dict.fromkeys(REASONS, "retry"),
@@ -55,11 +55,11 @@ class RelabelConfig:
     output: str = option("Folder to write", group="Output", metavar="FOLDER")
     captioners: list[CaptionerConfig] = field(default_factory=list)
     mapping: str = option("Column names, as in `lotlip train --help`", "records", group="Data")
-    image_column: str | None = option("Column of the images (default: as --mapping)", None)
+    image_column: str | None = option("Column of the images (default: from --mapping)", None)
     short_column: str | None = option(
-        "Column of the raw captions; 'none' if there are none (default: as --mapping)", None
+        "Column of the raw captions; 'none' if there are none (default: from --mapping)", None
     )
-    id_column: str | None = option("Column of the ids (default: as --mapping)", None)
+    id_column: str | None = option("Column of the ids (default: from --mapping)", None)
     split: str | None = option(
         "Split to read; 'all' reads all (default: train on the Hub; required for a folder with several)", None
     )
@@ -88,7 +88,10 @@ class RelabelConfig:
     )
 
     image_folder: str | None = option(
-        "Folder that relative image paths start from", None, group="Images", metavar="FOLDER"
+        "Folder that relative image paths start from (default: the folder of the file that contains them)",
+        None,
+        group="Images",
+        metavar="FOLDER",
     )
     image_root: str | None = option(
         "Folder that images must be in, after links are followed (default: --image-folder)", None, metavar="FOLDER"
@@ -129,7 +132,7 @@ class RelabelConfig:
         return {name: _unplaced(value) for name, value in options.items()}
 
     def captioner_identities(self) -> list[dict[str, Any]]:
-        """Returns the options of each captioner that determine its captions. The address of an endpoint does not."""
+        """Returns the options of each captioner that determine its captions. The address of an endpoint is left out."""
         return [
             {
                 name: _unplaced(value) if name == "model" else value

@@ -64,16 +64,16 @@ class TrainingConfig:
         "Embedding size of a new model (default: width of the image encoder)", None, at_least=1
     )
     text_pooling: str | None = option(
-        "Pooling of a new model's text tower, such as pooler, cls or mean (default: as its encoder does)", None
+        "Pooling of a new model's text tower, such as pooler, cls or mean (default: that of its encoder)", None
     )
     cleaning: Literal["official", "sentences"] | None = option(
-        "Where a new model's tokenizer ends sentences: 'official' at each full stop before a space, 'sentences' as "
-        "--splitter does, not at abbreviations (default: official)",
+        "How a new model's tokenizer splits sentences: 'official' at each full stop before a space, 'sentences' not "
+        "at abbreviations, like --splitter (default: official)",
         None,
     )
     max_text_length: int | None = option(
         "Length in tokens at which texts are cut, [CLS] and [SEP] included (default: 126 for a new model of two "
-        "encoders, else as is)",
+        "encoders, else unchanged)",
         None,
         at_least=1,
     )
@@ -88,12 +88,13 @@ class TrainingConfig:
         group="Data",
     )
     mapping: str = option(f"Column names, by data set: {', '.join(MAPPINGS)}", "records")
-    image_column: str | None = option("Column of the images (default: as --mapping)", None)
+    image_column: str | None = option("Column of the images (default: from --mapping)", None)
     short_column: str | None = option(
-        "Column of the short captions; 'none' takes the first sentences of the long ones (default: as --mapping)", None
+        "Column of the short captions; 'none' takes the first sentences of the long ones (default: from --mapping)",
+        None,
     )
-    long_columns: list[str] | None = option("Columns of the long captions (default: as --mapping)", None)
-    id_column: str | None = option("Column of the ids (default: as --mapping)", None)
+    long_columns: list[str] | None = option("Columns of the long captions (default: from --mapping)", None)
+    id_column: str | None = option("Column of the ids (default: from --mapping)", None)
     image_folder: str | None = option(
         "Folder that relative image paths start from (default: the folder of the file that contains them)",
         None,
@@ -136,8 +137,8 @@ class TrainingConfig:
         metavar="TERM",
     )
     term_options: list[str] = option(
-        "Options of the terms, such as infonce.label_smoothing=0.1 or infonce.short_loss_weight=2 (default: as the "
-        "model's configuration)",
+        "Options of the terms, such as infonce.label_smoothing=0.1 or infonce.short_loss_weight=2 (default: from "
+        "the model's configuration)",
         default_factory=list,
         metavar="NAME=VALUE",
     )
@@ -159,7 +160,7 @@ class TrainingConfig:
     compile: bool = option("Compile the model with torch.compile", False)
 
     num_epochs: float = option("Passes over the records, unless --max-steps is given", 1.0, above=0, group="Optimiser")
-    max_steps: int | None = option("Steps of the optimiser (default: as --num-epochs)", None, at_least=1)
+    max_steps: int | None = option("Steps of the optimiser (default: from --num-epochs)", None, at_least=1)
     learning_rate: float = option("Highest learning rate of AdamW", 1e-4, at_least=0)
     text_learning_rate: float | None = option(
         "Learning rate of the text tower (default: --learning-rate)", None, at_least=0
@@ -188,7 +189,7 @@ class TrainingConfig:
         None,
         group="Evaluation and log",
     )
-    eval_split: str | None = option("Split of --eval-data, as --split (default: validation)", None)
+    eval_split: str | None = option("Split of --eval-data, with the values of --split (default: validation)", None)
     eval_samples: int = option("Number of records to evaluate on, from the first", 500, at_least=1)
     eval_steps: int | None = option("Steps between evaluations (default: evaluate at the end)", None, at_least=1)
     log_steps: int = option("Steps between entries of the log", 10, at_least=1)
@@ -262,7 +263,7 @@ def parse_arguments(argv: Sequence[str] | None = None, **parser: str) -> Trainin
     or both. A flag overrides the file. `--resume` adds the options of the run in `output`.
 
     Args:
-        argv (`Sequence[str]`, *optional*): Arguments. Those of the process by default.
+        argv (`Sequence[str]`, *optional*): Arguments. By default `sys.argv[1:]`.
         **parser: Arguments of `argparse.ArgumentParser`, such as `description`.
 
     Returns:
