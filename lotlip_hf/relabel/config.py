@@ -132,7 +132,7 @@ class RelabelConfig:
         return {name: _unplaced(value) for name, value in options.items()}
 
     def captioner_identities(self) -> list[dict[str, Any]]:
-        """Returns the options of each captioner that determine its captions. The address of an endpoint is left out."""
+        """Returns the options of each captioner that determine its captions. An endpoint's address does not."""
         return [
             {
                 name: _unplaced(value) if name == "model" else value
