@@ -10,12 +10,11 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from .. import options
+from ..data.mappings import MAPPINGS, ColumnMapping
 from ..data.record import Draw
-from ..data.records import MAPPINGS, ColumnMapping
 from ..data.sampling import STRATEGIES
 from ..files import MAX_BYTES, replacing
 from ..options import option
-from .terms import TERMS, make_terms
 
 CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
@@ -131,7 +130,7 @@ class TrainingConfig:
     patch_dropout: float = option("Share of image patches to drop at random", 0.0, at_least=0, below=1)
 
     terms: list[str] = option(
-        f"Terms of the loss, with weights other than 1 as in infonce:0.5. Terms: {', '.join(TERMS)}",
+        "Terms of the loss: infonce, sigmoid, primary_components. Write a weight other than 1 as in infonce:0.5",
         default_factory=lambda: ["infonce"],
         group="Objective",
         metavar="TERM",
@@ -214,6 +213,8 @@ class TrainingConfig:
         if self.trackers == ["none"]:
             self.trackers = []
         self.draw()
+        from .terms import make_terms  # slow: imports torch
+
         make_terms(self.terms, self.term_options)
 
     def draw(self) -> Draw:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from lotlip_hf.training.config import CONFIG_NAME, TrainingConfig, check_resumed, parse_arguments
+from lotlip_hf.training.terms import TERMS
 
 
 def write(path: Path, text: str) -> str:
@@ -91,4 +92,5 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture) -> None:
     assert "What it does." in shown
     for name in vars(TrainingConfig()):
         assert f"--{name.replace('_', '-')}" in shown, name
+    assert all(term in shown for term in TERMS)
     assert not re.search(r"--\w+_", shown)
