@@ -164,9 +164,9 @@ def unknown(name: Any, known: Iterable[str]) -> ValueError:
     """Returns the error of an unknown option, which suggests the nearest one."""
     plain = str(name).removeprefix("--").replace("-", "_")
     if plain in REPLACED:
-        return ValueError(f"unknown option {printable(name)}: {REPLACED[plain]}.")
+        return ValueError(f"Unknown option {printable(name)}: {REPLACED[plain]}.")
     close = difflib.get_close_matches(str(name), list(known), 1)
-    return ValueError(f"unknown option {printable(name)}. {f'Did you mean {close[0]}?' if close else 'See --help.'}")
+    return ValueError(f"Unknown option {printable(name)}. {f'Did you mean {close[0]}?' if close else 'See --help.'}")
 
 
 class _Formatter(argparse.HelpFormatter):

@@ -72,7 +72,7 @@ def test_a_wrong_flag_is_named(flags: list[str], word: str) -> None:
     ("text", "word"),
     [
         ("nmae: a", "Did you mean name"),
-        ("1: a", "unknown option 1"),
+        ("1: a", "option 1"),
         ("name: [a, b]", "name"),
         ("name: {a: b}", "name"),
         ("count: many", "count"),

@@ -74,7 +74,7 @@ def unknown_command(name: str, known: Sequence[str]) -> ValueError:
     """Returns the error of a command that does not exist, which suggests the nearest one."""
     close = difflib.get_close_matches(name, known, 1)
     suggestion = f" Did you mean {close[0]!r}?" if close else ""
-    return ValueError(f"unknown command {name!r}.{suggestion} Commands: {', '.join(known)}.")
+    return ValueError(f"Unknown command {name!r}.{suggestion} Commands: {', '.join(known)}.")
 
 
 def _dispatch(argv: list[str]) -> int | None:

@@ -25,9 +25,9 @@ class EmbedOptions(ModelOptions):
         "File of texts: .txt (one text per line), .jsonl, .json, .csv, .tsv or .parquet", None, metavar="FILE"
     )
     column: str = option("Column of the texts, or a path inside one: `conversations[1].value`", "text")
+    image_root: str | None = option(IMAGE_ROOT, None, metavar="FOLDER")
     output: str = option("Parquet file to write", group="Output", metavar="FILE")
     overwrite: bool = option("Replace an existing output", False)
-    image_root: str | None = option(IMAGE_ROOT, None, group="Images", metavar="FOLDER")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,7 +19,7 @@ interrupted command continues when it is run again.
   lotlip evaluate --list-tasks
   lotlip evaluate --model checkpoint --task urban1k --data Urban1k --output urban1k.json
 
-Several processes share the work:
+Several processes can share the work.
 
   torchrun --nproc-per-node 2 -m lotlip_hf evaluate --model checkpoint --task coco
 """
@@ -65,6 +65,11 @@ class EvaluationConfig(ModelOptions):
     max_record_bytes: int | None = option(
         "Maximum size of a line or sample of your own data, in bytes (default: 268435456)", None, at_least=1
     )
+    image_root: str | None = option(
+        "Folder that images must be in, after links are followed (default: the folder of the data)",
+        None,
+        metavar="FOLDER",
+    )
 
     output: str | None = option("Write the results to this JSON file", None, group="Output", metavar="FILE")
     overwrite: bool = option("Replace an existing output", False)
@@ -72,12 +77,6 @@ class EvaluationConfig(ModelOptions):
     cache: str | None = option("Folder that keeps embeddings (default: $HF_HOME/lotlip)", None, metavar="FOLDER")
     no_cache: bool = option("Keep no embeddings", False)
 
-    image_root: str | None = option(
-        "Folder that images must be in, after links are followed (default: the folder of the data)",
-        None,
-        group="Images",
-        metavar="FOLDER",
-    )
     revision: str | None = option("Revision of the model on the Hub (default: main)", None, group="Model")
 
     def __post_init__(self) -> None:

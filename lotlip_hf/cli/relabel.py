@@ -15,7 +15,7 @@ Write long captions for images with one or several captioning models. The output
 
   lotlip relabel --data photos --captioner llava-hf/llava-1.5-7b-hf --output captions
 
-Several processes share the work:
+Several processes can share the work.
 
   torchrun --nproc-per-node 2 -m lotlip_hf relabel --data photos --captioner llava-hf/llava-1.5-7b-hf \\
       --output captions

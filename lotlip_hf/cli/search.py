@@ -26,7 +26,7 @@ class SearchOptions(ModelOptions):
     top: int = option("Number of images to show", 5, at_least=1)
     save_grid: str | None = option("Draw the ranked images in this picture file", None, metavar="FILE")
     index: str | None = option("Folder of the index (default: .lotlip in --images)", None, metavar="FOLDER")
-    image_root: str | None = option(IMAGE_ROOT, None, group="Images", metavar="FOLDER")
+    image_root: str | None = option(IMAGE_ROOT, None, metavar="FOLDER")
 
 
 def parser() -> Parser:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from ..options import Parser
 
 DESCRIPTION = """\
-Train or fine-tune LoTLIP on images with short and long captions. A small model on drawn pictures, in minutes:
+Train or fine-tune LoTLIP on images with short and long captions. This trains a small model on drawn pictures in
+minutes.
 
   lotlip train --model scenes --data scenes --eval-data scenes --max-steps 1000 --learning-rate 1e-3
 
-Two pretrained encoders on your own records, with two GPUs, and the same run continued:
+This trains two pretrained encoders on your own records with two GPUs, and continues the run.
 
   accelerate launch --num_processes 2 -m lotlip_hf train --text-model google-bert/bert-base-uncased \\
       --image-model google/vit-base-patch16-224-in21k --data "shards/*.tar" --mapping dreamlip --output run
