@@ -10,7 +10,7 @@ minutes.
 
   lotlip train --model scenes --data scenes --eval-data scenes --max-steps 1000 --learning-rate 1e-3
 
-This trains two pretrained encoders on your own records with two GPUs, and continues the run.
+This trains two pretrained encoders on your own records with two GPUs. The second command continues the run.
 
   accelerate launch --num_processes 2 -m lotlip_hf train --text-model google-bert/bert-base-uncased \\
       --image-model google/vit-base-patch16-224-in21k --data "shards/*.tar" --mapping dreamlip --output run
