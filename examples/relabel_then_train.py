@@ -28,7 +28,6 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.trainers import WordLevelTrainer
-from tqdm.auto import tqdm
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -58,7 +57,7 @@ from lotlip_hf.scenes.dataset import (
     scene,
     short_caption,
 )
-from lotlip_hf.terminal import printable_output
+from lotlip_hf.terminal import printable_output, progress_bar
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.data import load_data
 from lotlip_hf.training.log import read_log
@@ -190,7 +189,7 @@ def optimize(
         optimizer, lambda step: min((step + 1) / warmup, (1 + math.cos(math.pi * step / num_steps)) / 2)
     )
     losses = []
-    with tqdm(range(num_steps), desc=name, unit="step") as steps:
+    with progress_bar(range(num_steps), desc=name, unit="step") as steps:
         for _ in steps:
             loss = loss_of_step()
             loss.backward()

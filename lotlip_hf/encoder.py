@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .engines.onnx import LoTLIPOnnxModel, OnnxEngine, is_onnx, load_onnx
@@ -22,6 +21,7 @@ from .engines.torch import Modality, TorchEngine
 from .files import MAX_CHARACTERS
 from .images import Background, ImageError, ImageSource
 from .loading import load_model
+from .terminal import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -237,9 +237,8 @@ class Encoder:
                 f"`max_length` must be from {MIN_LENGTH} to the {longest} tokens that the model takes, "
                 f"got {max_length}."
             )
-        with tqdm(
-            total=_length(texts) if total is None else total, desc="Encoding texts", unit="text", disable=not progress
-        ) as bar:
+        total = _length(texts) if total is None else total
+        with progress_bar(total=total, desc="Encoding texts", unit="text", shown=progress) as bar:
             batches = self._text_batches(texts, batch_size, max_length)
             for batch, embeddings in self._embed_batches(self.engine.text_features, batches):
                 bar.update(len(batch))
@@ -318,7 +317,7 @@ class Encoder:
                 bar.update()
                 yield index, embedding
 
-        with tqdm(total=_length(images), desc="Encoding images", unit="image", disable=not progress) as bar:
+        with progress_bar(total=_length(images), desc="Encoding images", unit="image", shown=progress) as bar:
             for index, result in _map_ahead(read, opened(), ahead=2 * batch_size):
                 if isinstance(result, ImageError):
                     bar.update()

@@ -19,7 +19,6 @@ import pyarrow
 import pyarrow.parquet
 
 from ..files import MAX_BYTES, open_regular, parse_json, printable
-from ..images import image_extensions
 
 # Extensions of the files that are read, and the kind of file.
 KINDS = {
@@ -375,6 +374,8 @@ def _is_json(field: str) -> bool:
 
 
 def _is_image(field: str) -> bool:
+    from ..images import image_extensions  # slow: imports torch
+
     return f".{field.rpartition('.')[2]}" in image_extensions()
 
 

@@ -21,7 +21,7 @@ from typing import Any, cast
 import datasets
 import pyarrow as pa
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
-from datasets.utils import tqdm
+from datasets.utils import are_progress_bars_disabled
 from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from ..files import MAX_BYTES, printable, replacing
 from ..images import image_extensions, image_source
+from ..terminal import progress_bar
 from .mappings import MAPPINGS, ColumnMapping, MissingColumn, alternatives, resolve
 from .readers import RowError, SizeError, column_of, read_rows, value_of
 from .record import FIELDS, OPTIONAL, REGIONS, TEXT, TEXTS, Kind, RequiredFields, problem_of
@@ -247,7 +248,10 @@ def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Ite
     size = 0
     for number, file in enumerate(files):
         try:
-            for record in tqdm(_read(file, mapping, max_bytes), os.path.basename(file), unit=" records", delay=2):
+            name, shown = os.path.basename(file), not are_progress_bars_disabled()
+            for record in progress_bar(
+                _read(file, mapping, max_bytes), desc=name, unit="record", shown=shown, delay=2
+            ):
                 stored, path = image_source(record["image"])
                 content = stored if isinstance(stored, bytes) else None
                 image = {"bytes": content, "path": path, "file": number}

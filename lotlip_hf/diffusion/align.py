@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import AutoConfig, CLIPTextModel, CLIPTextModelWithProjection, get_cosine_schedule_with_warmup
 
 from ..files import parse_json, read_regular
@@ -22,6 +21,7 @@ from ..modeling.calls_lotlip import for_one_call
 from ..modeling.modeling_lotlip import LoTLIPTextModel
 from ..modeling.tokenization_lotlip import clean
 from ..plots import figure, save
+from ..terminal import progress_bar
 from .text_encoder import LoTLIPTextEncoder, pipeline_target_layer
 
 # Word ids of the first token, the last token and padding; the words of the text are numbered from 3 on.
@@ -495,7 +495,7 @@ def train(
     schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 20, num_steps)
     done = 0
     try:
-        with tqdm(total=num_steps, desc="Training", unit="step") as bar:
+        with progress_bar(total=num_steps, desc="Training", unit="step") as bar:
             for _ in range(num_epochs):
                 random.shuffle(prompts)
                 for batch in batches(prompts, batch_size, alignment.tower.device):

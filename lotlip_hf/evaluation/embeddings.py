@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ..distributed import gather_lists, rank, world_size
 from ..encoder import Encoder, warn_of_cut_texts
 from ..files import printable
 from ..images import WHITE, ImageError, ImageSource, load_image, read_image_bytes
 from ..store import CUT, WHOLE, EmbeddingStore
+from ..terminal import progress_bar
 from .tasks import IncompleteDataError
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def image_digests(
     own = range(rank(), len(images), world_size())
     digests: list[str] = []
     errors: list[str] = []
-    for index in tqdm(own, desc="Reading images", unit="image", disable=not progress or rank() > 0):
+    for index in progress_bar(own, desc="Reading images", unit="image", shown=progress and rank() == 0):
         image = images[index]
         digest = hashlib.blake2b(digest_size=16)
         try:
@@ -238,8 +238,8 @@ def _embed_units(
     store = nullcontext() if cache is None else EmbeddingStore(Path(cache), made_by, dim, advice=advice)
     with (
         store as kept,
-        tqdm(
-            total=sum(map(len, own)), desc=f"Encoding {modality}s", unit=modality, disable=not progress or rank() > 0
+        progress_bar(
+            total=sum(map(len, own)), desc=f"Encoding {modality}s", unit=modality, shown=progress and rank() == 0
         ) as bar,
     ):
         held = None if kept is None else kept.held(digests[i] for unit in own for i in unit)

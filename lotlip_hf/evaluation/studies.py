@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..distributed import rank, world_size
 from ..encoder import TEXT_CHUNK, Encoder, warn_of_cut_texts
 from ..plots import DIRECTION_COLOURS, DIRECTIONS, figure, save, wrapped
+from ..terminal import progress_bar
 from .embeddings import UNIT_SIZE, embed_images, embed_texts
 from .retrieval import ranks, recalls
 from .tasks import RetrievalData
@@ -313,16 +313,16 @@ def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.Pat
     save(picture, file)
 
 
-def _progress_bar(texts: int, progress: bool) -> "tqdm[Any]":
-    """Makes one bar for all texts of a study."""
-    return tqdm(total=texts, desc="Encoding texts", unit="text", disable=not progress or rank() > 0)
+def _progress_bar(texts: int, progress: bool) -> Any:
+    """One bar for all texts of a study."""
+    return progress_bar(total=texts, desc="Encoding texts", unit="text", shown=progress and rank() == 0)
 
 
 def _embedder(
     encoder: Encoder,
     cache: str | os.PathLike | None,
     batch_size: int | None,
-    bar: "tqdm[Any]",
+    bar: Any,
 ) -> Callable[[list[str], int | None], torch.Tensor]:
     """Returns a function that embeds N texts as [N, P], truncated at an optional limit, and advances the bar."""
     own = None if cache is None else encoder.fingerprint("text")  # takes seconds, so compute it once

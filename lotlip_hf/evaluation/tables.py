@@ -1,11 +1,11 @@
 """Text and Markdown tables of results."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..files import markdown_text
 from ..plots import DIRECTIONS
+from ..terminal import text_table
 
 Format = Literal["text", "markdown"]
 RETRIEVAL = "image-text-retrieval"
@@ -110,21 +110,4 @@ def table(head: Sequence[Sequence[str]], body: Sequence[Sequence[str]], format: 
         rows = [[cell if cell == "-" else markdown_text(cell) for cell in row] for row in (titles, *body)]
         rows.insert(1, rules)
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    rows = [*head[-1:], *body]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    groups = []
-    for title, items in itertools.groupby(enumerate(head[0]), key=lambda item: item[1]) if len(head) > 1 else ():
-        # center the title of a group over its columns, and widen the last one if the title is too long
-        columns = [column for column, _ in items]
-        span = sum(widths[column] for column in columns) + 2 * (len(columns) - 1)
-        widths[columns[-1]] += max(0, len(title) - span)
-        groups.append(title.center(max(span, len(title))))
-    lines = ["  ".join(groups).rstrip()] if groups else []
-    for row in rows:
-        aligned = (
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(aligned).rstrip())
-    lines.insert(len(head), "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return text_table(head, body, range(left))

@@ -107,13 +107,19 @@ def _mean(counts: Mapping[int, int]) -> float | None:
     return sum(value * count for value, count in counts.items()) / total if total else None
 
 
-def statistics_table(statistics: Mapping[str, Any]) -> str:
-    """The LoTLIP paper's table 6 of a data set, in Markdown, of what [`merge_statistics`] returned."""
-    lines = ["| captions | images | texts | mean sub-captions | mean tokens |", "| --- | --- | --- | --- | --- |"]
+def statistics_rows(statistics: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the rows of [`statistics_table`], the first with the titles of the columns."""
+    rows = [["captions", "images", "texts", "mean sub-captions", "mean tokens"]]
     for row in statistics["captions"]:
-        means = ("-" if row[f"mean_{what}"] is None else f"{row[f'mean_{what}']:.2f}" for what in COUNTED[::-1])
-        lines.append(f"| {_cell(row['name'])} | {statistics['images']:,} | {row['texts']:,} | {' | '.join(means)} |")
-    return "\n".join(lines)
+        means = ["-" if row[f"mean_{what}"] is None else f"{row[f'mean_{what}']:.2f}" for what in COUNTED[::-1]]
+        rows.append([row["name"], f"{statistics['images']:,}", f"{row['texts']:,}", *means])
+    return rows
+
+
+def statistics_table(statistics: Mapping[str, Any]) -> str:
+    """Returns table 6 of the LoTLIP paper for a data set, in Markdown."""
+    rows = [[_cell(name), *numbers] for name, *numbers in statistics_rows(statistics)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
 def write_card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Sequence[Sequence[str]]) -> None:

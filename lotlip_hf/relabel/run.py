@@ -21,7 +21,6 @@ from datasets import IterableDataset
 from filelock import FileLock, Timeout
 from huggingface_hub import model_info
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data.mappings import MissingColumn
@@ -29,6 +28,7 @@ from ..data.records import load_records
 from ..files import PARTIAL, OutsideError, check_output, is_own_file, printable, replacing
 from ..images import find_images
 from ..plots import check_plot
+from ..terminal import progress_bar
 from .captioners.base import Captioner, CaptionerConfig
 from .captioners.endpoint import EndpointCaptioner
 from .captioning import Captioning
@@ -139,7 +139,7 @@ def relabel(
             title = f"{captioner.model} ({number + 1}/{len(config.captioners)})"
             is_shown = progress and state.is_main_process
             with (
-                tqdm(total=share.total(), desc=title, unit="image", disable=not is_shown) as bar,
+                progress_bar(total=share.total(), desc=title, unit="image", shown=is_shown) as bar,
                 Captioning(config, number, make_captioner, storage, bar) as captioning,
             ):
                 done = partial(is_done, config, number=number)

@@ -15,7 +15,6 @@ from accelerate.utils import DistributedType, extract_model_from_parallel, send_
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data.collator import Batch, LoTLIPCollator
@@ -24,6 +23,7 @@ from ..files import write_json
 from ..images import set_max_image_pixels
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
+from ..terminal import progress_bar
 from .batches import iterate_batches, num_steps
 from .checkpoint import CheckpointError, Stateful, check_room, load_checkpoint, prepare_folder, save_checkpoint
 from .config import TrainingConfig
@@ -194,12 +194,12 @@ class _Run:
             with (
                 closing(batches),
                 noted_signals() as received,
-                tqdm(
+                progress_bar(
                     total=self.max_steps,
                     initial=self.step,
                     desc="Training",
                     unit="step",
-                    disable=not accelerator.is_main_process,
+                    shown=accelerator.is_main_process,
                 ) as bar,
             ):
                 if not is_evaluated:
