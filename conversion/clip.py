@@ -441,28 +441,55 @@ def _text_answers(
     return outputs.last_hidden_state, features
 
 
+DESCRIPTION = """\
+Convert a CLIP of transformers, open_clip, OpenAI or Long-CLIP, or its text encoder, to LoTLIP.
+
+  lotlip convert clip --clip openai/clip-vit-base-patch32 --max-positions 248 --output lotlip-clip
+  lotlip convert open-clip --clip longclip-L.pt --output lotlip-long-clip
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
     return run("lotlip convert clip", lambda: _main(argv))
 
 
-def _main(argv: Sequence[str] | None) -> None:
-    parser = Parser(prog="lotlip convert clip", description="CLIP, open_clip's and Long-CLIP included, to LoTLIP.")
-    parser.add_argument("--clip", required=True, help="folder or Hub id of a CLIP or its text encoder, or a file")
-    parser.add_argument("--subfolder", default="", help="where it lies in the folder, such as text_encoder")
-    parser.add_argument("--num-corner-tokens", type=int, default=2, help="by default %(default)s")
-    parser.add_argument("--max-positions", type=int, help="new number of text positions; by default as many as before")
-    parser.add_argument(
+def parser(prog: str = "lotlip convert clip") -> Parser:
+    """Returns the parser of the command."""
+    flags = Parser(prog=prog, description=DESCRIPTION)
+    group = flags.add_argument_group("Conversion")
+    group.add_argument(
+        "--clip", required=True, metavar="NAME", help="Folder, Hub id or file of a CLIP or its text encoder (required)"
+    )
+    group.add_argument("--output", required=True, metavar="FOLDER", help="Folder to write (required)")
+    group.add_argument("--subfolder", default="", metavar="NAME", help="Subfolder of --clip, such as text_encoder")
+    group.add_argument(
+        "--tokenizer", metavar="NAME", help=f"Folder or Hub id (default: the CLIP's own; for files {CLIP_TOKENIZER})"
+    )
+    group = flags.add_argument_group("New weights")
+    group.add_argument(
+        "--num-corner-tokens", type=int, default=2, metavar="N", help="Corner tokens to add (default: %(default)s)"
+    )
+    group.add_argument("--max-positions", type=int, metavar="N", help="New number of text positions (default: as is)")
+    group.add_argument(
         "--stretch",
         choices=get_args(Stretch),
-        help="how positions are added: knowledge-preserved (the default) keeps the first 20, linear keeps none",
+        help="How positions are added: knowledge-preserved keeps the first 20 and interpolates the others, linear "
+        "interpolates all (default: knowledge-preserved)",
     )
-    parser.add_argument("--tokenizer", help=f"folder or Hub id; by default the CLIP's own, for files {CLIP_TOKENIZER}")
-    parser.add_argument("--open-clip-config", help="for a file, its open_clip configuration")
-    parser.add_argument("--activation", choices=get_args(Activation), help="for a file without a configuration")
-    parser.add_argument("--seed", type=int, default=0, help="of the corner tokens; by default %(default)s")
-    parser.add_argument("--output", required=True, help="folder to make")
-    arguments = parser.parse_args(argv)
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="Seed of the corner tokens (default: %(default)s)"
+    )
+    group = flags.add_argument_group("Files of open_clip, OpenAI and Long-CLIP")
+    group.add_argument("--open-clip-config", metavar="FILE", help="Configuration of the file, as open_clip writes it")
+    group.add_argument(
+        "--activation", choices=get_args(Activation), help="Activation of a file without a configuration"
+    )
+    return flags
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    arguments = parser().parse_args(argv)
     lines: list[str] = []
     written = convert(**vars(arguments), report=lines.append)
     print("\n  ".join([f"Wrote {written}", *lines]))

@@ -393,27 +393,49 @@ def reverse(checkpoint: str | Path, output: str | Path) -> Path:
     return Path(output)
 
 
+DESCRIPTION = """\
+Convert an official LoTLIP checkpoint to a checkpoint folder, or with --reverse back to an official file.
+
+  lotlip convert official --checkpoint weiwu-ww/LoTLIP-ViT-B-16-100M --output checkpoint
+  lotlip convert official --reverse --checkpoint checkpoint --output model.pt
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
     return run("lotlip convert official", lambda: _main(argv))
 
 
+def parser(prog: str = "lotlip convert official") -> Parser:
+    """Returns the parser of the command."""
+    flags = Parser(prog=prog, description=DESCRIPTION)
+    group = flags.add_argument_group("Conversion")
+    group.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="NAME",
+        help="File model.pt or Hub id of a released model; with --reverse, a checkpoint folder (required)",
+    )
+    group.add_argument(
+        "--output", required=True, metavar="PATH", help="Folder to write; with --reverse, the file (required)"
+    )
+    group.add_argument("--reverse", action="store_true", help="Convert a checkpoint folder to an official file")
+    group = flags.add_argument_group("Files of a model.pt")
+    group.add_argument(
+        "--open-clip-config",
+        metavar="FILE",
+        help="Official model configuration; bert_config.json next to it is read too, if there is one",
+    )
+    group.add_argument(
+        "--tokenizer", metavar="NAME", help="Folder or Hub id (default: hf_tokenizer_name of the configuration)"
+    )
+    return flags
+
+
 def _main(argv: Sequence[str] | None) -> None:
-    parser = Parser(
-        prog="lotlip convert official", description="Official LoTLIP checkpoints to transformers, and back."
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, help="model.pt, the Hub id of a released model, or with --reverse a folder"
-    )
-    parser.add_argument(
-        "--open-clip-config", help="the official model configuration; bert_config.json beside it is used if there"
-    )
-    parser.add_argument("--tokenizer", help="folder or Hub id; by default the configuration's hf_tokenizer_name")
-    parser.add_argument("--output", required=True, help="folder to make, or with --reverse the file")
-    parser.add_argument("--reverse", action="store_true", help="write the official layout")
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     if arguments.reverse and (arguments.open_clip_config or arguments.tokenizer):
-        parser.error("--reverse takes --checkpoint and --output only")
+        raise ValueError("--reverse works with --checkpoint and --output only. Leave the other options out.")
     if arguments.reverse:
         written = reverse(arguments.checkpoint, arguments.output)
         print(f"Wrote {written}")

@@ -368,25 +368,46 @@ def _images(config: Any, processors: Sequence[Any]) -> list[tuple[torch.Tensor, 
     return batches
 
 
+DESCRIPTION = """\
+Convert both towers of a LoTLIP to ONNX, with the tokenizer and the image processor.
+
+  lotlip convert onnx --model checkpoint --output lotlip-onnx
+  lotlip convert onnx --model checkpoint --output lotlip-int8 --quantize int8
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
     return run("lotlip convert onnx", lambda: _main(argv))
 
 
-def _main(argv: Sequence[str] | None) -> None:
-    parser = Parser(
-        prog="lotlip convert onnx",
-        description="Write both towers of a LoTLIP checkpoint in ONNX, with its tokenizer and image processor.",
+def parser(prog: str = "lotlip convert onnx") -> Parser:
+    """Returns the parser of the command."""
+    flags = Parser(prog=prog, description=DESCRIPTION)
+    group = flags.add_argument_group("Conversion")
+    group.add_argument(
+        "--model", required=True, metavar="FOLDER", help="Folder of a LoTLIP or of one of its towers (required)"
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a LoTLIP model, or of one tower")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to make")
-    parser.add_argument("--quantize", choices=("int8",), help="linear layers in 8 bits: a smaller and faster model")
-    parser.add_argument("--opset", type=int, default=OPSET, metavar="N", help=f"version of the operators ({OPSET})")
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--text-only", dest="towers", action="store_const", const=("text",), help="no image tower")
-    only.add_argument("--vision-only", dest="towers", action="store_const", const=("vision",), help="no text tower")
-    parser.set_defaults(towers=tuple(FILES))
-    arguments = parser.parse_args(argv)
+    group.add_argument("--output", required=True, metavar="FOLDER", help="Folder to write (required)")
+    group.add_argument(
+        "--quantize", choices=("int8",), help="Store linear layers in 8 bits: a smaller and faster model"
+    )
+    group.add_argument(
+        "--opset", type=int, default=OPSET, metavar="N", help="ONNX operator set version (default: %(default)s)"
+    )
+    only = group.add_mutually_exclusive_group()
+    only.add_argument(
+        "--text-only", dest="towers", action="store_const", const=("text",), help="Convert only the text tower"
+    )
+    only.add_argument(
+        "--vision-only", dest="towers", action="store_const", const=("vision",), help="Convert only the image tower"
+    )
+    flags.set_defaults(towers=tuple(FILES))
+    return flags
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    arguments = parser().parse_args(argv)
     written = convert(
         arguments.model,
         arguments.output,

@@ -465,21 +465,36 @@ def _random_images(config: LoTLIPVisionConfig, model: PreTrainedModel) -> torch.
     return torch.randn(2, config.num_channels, height, width, generator=generator).to(model.dtype)
 
 
+DESCRIPTION = """\
+Convert a LoTLIP to classes that transformers includes, which load without this package.
+
+  lotlip convert stock --model checkpoint --output stock
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
     return run("lotlip convert stock", lambda: _main(argv))
 
 
-def _main(argv: Sequence[str] | None) -> None:
-    parser = Parser(prog="lotlip convert stock", description="A LoTLIP checkpoint to stock transformers classes.")
-    parser.add_argument("--model", required=True, help="folder of a LoTLIP model, or of one of its towers")
-    parser.add_argument("--output", required=True, help="folder to make")
-    parser.add_argument(
+def parser(prog: str = "lotlip convert stock") -> Parser:
+    """Returns the parser of the command."""
+    flags = Parser(prog=prog, description=DESCRIPTION)
+    group = flags.add_argument_group("Conversion")
+    group.add_argument(
+        "--model", required=True, metavar="FOLDER", help="Folder of a LoTLIP or of one of its towers (required)"
+    )
+    group.add_argument("--output", required=True, metavar="FOLDER", help="Folder to write (required)")
+    group.add_argument(
         "--without-text-cleaning",
         action="store_true",
-        help="write a stock tokenizer even if LoTLIP's cleans texts, which it then does not",
+        help="Leave out the cleaning of texts that a stock tokenizer cannot express; clean texts yourself",
     )
-    arguments = parser.parse_args(argv)
+    return flags
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    arguments = parser().parse_args(argv)
     written = convert(arguments.model, arguments.output, arguments.without_text_cleaning)
     dtype = str(written.dtype).removeprefix("torch.")
     print(

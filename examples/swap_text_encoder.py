@@ -26,7 +26,7 @@ from lotlip_hf.diffusion.swap import TextEncoder, swap_text_encoder
 from lotlip_hf.files import check_output
 from lotlip_hf.grid import check_picture
 from lotlip_hf.loading import naming_damage
-from lotlip_hf.options import check, option, parse
+from lotlip_hf.options import check, make_parser, option, parse
 from lotlip_hf.terminal import printable_output
 
 PROMPT = (
@@ -138,7 +138,7 @@ def load(args: Options) -> tuple[DiffusionPipeline, DiffusionPipeline]:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Draws before the swap and after it as the command line says; answers with the picture's path."""
     try:
-        args = parse(Options, argv, description=(__doc__ or "").split("\n")[0])
+        args = parse(Options, argv, make_parser(Options, description=(__doc__ or "").split("\n")[0]))
         pipe, swapped = load(args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error

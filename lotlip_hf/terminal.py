@@ -7,11 +7,13 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from .files import printable
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+STYLES = {"bold": "\x1b[1m", "red": "\x1b[31m", "yellow": "\x1b[33m"}
+RESET = "\x1b[0m"
 # tqdm moves the cursor by these, in separate writes
 CURSOR = re.compile(r"(\n|\x1b\[A)+")
 
@@ -47,6 +49,32 @@ class PrintableStream:
         return getattr(self._stream, name)
 
 
+def write_styled(text: str, style: Literal["bold", "red", "yellow"], stream: Any) -> None:
+    """
+    Writes a text, in a style if the stream is a terminal and neither `NO_COLOR` nor `TERM=dumb` is set.
+
+    Args:
+        text (`str`): Text to write. A [`PrintableStream`] removes colours and control characters from it.
+        style (`str`): `"bold"`, `"red"` or `"yellow"`.
+        stream (`TextIO`): Stream to write to.
+    """
+    terminal = stream._stream if isinstance(stream, PrintableStream) else stream
+    is_styled = terminal.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    terminal.write(STYLES[style] if is_styled else "")
+    stream.write(text)
+    terminal.write(RESET if is_styled else "")
+
+
+def print_headed(text: str, stream: Any = None) -> None:
+    """Prints a text whose headings, which are lines without indent that end in a colon, are bold on a terminal."""
+    stream = stream or sys.stdout
+    for line in text.splitlines(keepends=True):
+        if line.rstrip().endswith(":") and not line.startswith(" "):
+            write_styled(line, "bold", stream)
+        else:
+            stream.write(line)
+
+
 class PrintableFormatter(logging.Formatter):
     """A log's lines: texts and paths among the arguments are one line each, and further lines are set in."""
 
@@ -72,6 +100,20 @@ def printable_lines(value: object) -> str:
     return "\n".join([first, *(line if line.startswith(" ") else f"  {line}" for line in others)])
 
 
+class _LogHandler(logging.StreamHandler):
+    """Prints warnings in yellow."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING:
+            super().emit(record)
+            return
+        try:
+            write_styled(self.format(record) + self.terminator, "yellow", self.stream)
+            self.flush()
+        except Exception:
+            self.handleError(record)
+
+
 @contextlib.contextmanager
 def printable_output(log_format: str = "%(message)s") -> Iterator[None]:
     """
@@ -94,7 +136,7 @@ def printable_output(log_format: str = "%(message)s") -> Iterator[None]:
     there = [handler for handler in handlers if getattr(handler, "stream", None) in before]
     for handler in there:
         handler.stream = PrintableStream(handler.stream)  # pyright: ignore[reportAttributeAccessIssue]
-    logger, handler = logging.getLogger("lotlip_hf"), logging.StreamHandler()
+    logger, handler = logging.getLogger("lotlip_hf"), _LogHandler()
     handler.setFormatter(PrintableFormatter(log_format))
     logger.addHandler(handler)
     try:
@@ -131,5 +173,7 @@ def run(program: str, command: Callable[[], int | None]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except (ImportError, OSError, ValueError) as error:
-            print(f"{program}: error: {printable_lines(error)}", file=sys.stderr)
+            sys.stderr.write(f"{program}: ")
+            write_styled("error:", "red", sys.stderr)
+            print(f" {printable_lines(error)}", file=sys.stderr)
             return 2

@@ -115,14 +115,14 @@ class QualityRules:
         ValueError: if an option is out of range.
     """
 
-    min_words: int = option("a caption with fewer is too short; 0 for none", 10, at_least=0)
-    loop_repeats: int = option("how often, one right after the other, makes a loop", 3, at_least=2)
+    min_words: int = option("Minimum length of a caption, in words; 0 for no limit", 10, at_least=0)
+    loop_repeats: int = option("Consecutive repeats of a group of words that make a loop", 3, at_least=2)
     # One word eight times, two words four times, three words three times; the same character as often, too.
-    loop_words: int = option("of as many words in all, at least", 8, at_least=2)
-    repeat_words: int = option("sentences with fewer words may stand in a caption twice", 3, at_least=1)
+    loop_words: int = option("Fewest words of a loop, all repeats together", 8, at_least=2)
+    repeat_words: int = option("Fewest words of a sentence that must not be repeated", 3, at_least=1)
     # Only three words or more in the prompt's order count.
-    prompt_share: float = option("share of a caption's words that the prompt may not make up", 0.5, above=0, at_most=1)
-    max_characters: int = option("an answer with more is too long, and not looked at further", 10_000, at_least=1)
+    prompt_share: float = option("Share of words from the prompt that makes a caption a copy", 0.5, above=0, at_most=1)
+    max_characters: int = option("Maximum length of an answer, in characters", 10_000, at_least=1)
 
     def __post_init__(self) -> None:
         check(self)

@@ -57,55 +57,51 @@ class CaptionerConfig:
     ```
     """
 
-    model: str = option("checkpoint folder or Hub id; with `endpoint` the name that the endpoint knows the model by")
-    revision: str | None = option("revision of the model on the Hub", None)
-    endpoint: str | None = option(
-        "address of a server with OpenAI's protocol (http://host:8000/v1: vLLM, TGI, `transformers serve`) that runs "
-        "the model; `http://user:password@host/v1` signs in by user name and password",
-        None,
-        repr=False,
+    model: str = option("Checkpoint folder or Hub id; with --endpoint, the model's name there", group="Captioners")
+    revision: str | None = option("Revision of the model on the Hub (default: main)", None)
+    prompt: str = option("Prompt of each image; empty for models without a prompt", PROMPT, metavar="TEXT")
+    batch_size: int = option("Images per batch; not for endpoints", 8, at_least=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "Type of the weights; auto keeps the checkpoint's", "bfloat16"
     )
-    prompt: str = option(
-        "what the model is asked, with the image; empty for models that caption without being asked", PROMPT
+    device_map: str | None = option(
+        "Device map of transformers, such as auto (default: all on the device of the process)", None
     )
-    max_new_tokens: int = option("tokens of an answer, at most", 256, at_least=1)
-    min_new_tokens: int = option("at least; not for endpoints", 0, at_least=0)
-    num_beams: int = option("beams of a beam search; not for endpoints", 1, at_least=1)
-    temperature: float = option("0 takes the most probable token; above, tokens are drawn", 0.0, at_least=0)
-    top_p: float = option("share of the probability that tokens are drawn from", 1.0, above=0, at_most=1)
+
+    max_new_tokens: int = option("Maximum length of a caption, in tokens", 256, at_least=1, group="Generation")
+    min_new_tokens: int = option("Minimum length of a caption, in tokens; not for endpoints", 0, at_least=0)
+    num_beams: int = option("Beams of a beam search; not for endpoints", 1, at_least=1)
+    temperature: float = option("Temperature of sampling; 0 takes the most probable token", 0.0, at_least=0)
+    top_p: float = option("Probability mass that tokens are sampled from", 1.0, above=0, at_most=1)
     repetition_penalty: float = option(
-        "above 1 makes tokens that were there before less probable (with many models also the prompt's); an endpoint "
-        "gets it only if it is not 1, for not every server takes it",
+        "Penalty of repeated tokens, with many models also of the prompt's; sent to an endpoint only if it is not 1",
         1.0,
         above=0,
     )
-    # Which of the six options above are others when an answer is asked for again.
+    # Options of `SETTINGS` that change when a caption is requested again
     retry: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.7, "top_p": 0.9})
-    batch_size: int = option("images that the model gets at once; not for endpoints", 8, at_least=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "of the weights; auto keeps the checkpoint's", "bfloat16"
+
+    endpoint: str | None = option(
+        "Address of a server with the OpenAI API that runs the model (vLLM, TGI, `transformers serve`), such as "
+        "http://host:8000/v1, or http://user:password@host/v1 to sign in",
+        None,
+        repr=False,
+        group="Endpoint",
+        metavar="URL",
     )
-    device_map: str | None = option(
-        "how transformers lays the model on devices, such as auto; by default it is on the process's device", None
+    concurrency: int = option("Simultaneous requests", 16, at_least=1)
+    timeout: float = option("Time limit of a request, in seconds", 120.0, above=0)
+    max_retries: int = option(
+        "Retries of a request that was refused for now (429, 5xx), timed out or got an invalid answer", 8, at_least=0
     )
     max_image_size: int = option(
-        "pixels of the longer side of an image that an endpoint is sent, at most; larger images are shrunk",
-        672,
-        at_least=1,
+        "Maximum width and height of a sent image, in pixels; larger images are resized", 672, at_least=1
     )
-    max_answer_bytes: int = option("bytes that are read of an endpoint's answer, at most", 4 * 1024 * 1024, at_least=1)
-    # What an endpoint calls the fields in `REQUEST_FIELDS`; those named `None` are not sent.
+    max_answer_bytes: int = option("Maximum size of an answer, in bytes", 4 * 1024 * 1024, at_least=1)
+    # Names of `REQUEST_FIELDS` at the endpoint; a field named `None` is not sent
     request_fields: Mapping[str, str | None] = field(default_factory=dict)
-    # More fields of each request, such as {"chat_template_kwargs": {"enable_thinking": False}}. They are published.
+    # Further fields of each request, such as {"chat_template_kwargs": {"enable_thinking": False}}, which are published
     extra_body: Mapping[str, Any] = field(default_factory=dict)
-    concurrency: int = option("requests to an endpoint that are under way at a time", 16, at_least=1)
-    timeout: float = option("seconds that an endpoint has for an answer, until its last byte is read", 120.0, above=0)
-    max_retries: int = option(
-        "how often a request to an endpoint is sent again that was refused for the moment (429, 5xx), not answered in "
-        "time, or answered with garbage",
-        8,
-        at_least=0,
-    )
 
     def __post_init__(self) -> None:
         check(self)
