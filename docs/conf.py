@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -189,9 +190,9 @@ def as_markdown(text: str) -> str:
 def paragraphs(text: str) -> str:
     """A description of a parser as Markdown: indented lines are commands or tables."""
     parts = []
-    for block in re.split(r"\n{2,}", inspect.cleandoc(text)):
+    for block in re.split(r"\n{2,}", text.strip("\n")):
         is_code = any(line.startswith("  ") for line in block.split("\n"))
-        parts.append(f"```text\n{inspect.cleandoc(block)}\n```" if is_code else as_markdown(block))
+        parts.append(f"```text\n{textwrap.dedent(block).strip()}\n```" if is_code else as_markdown(block))
     return "\n\n".join(parts)
 
 
@@ -250,6 +251,12 @@ def write_commands(app: Sphinx) -> None:
             file.write_text(text, encoding="utf-8")
 
 
+def link_files(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Links to Markdown files outside `docs/` become links to the pages that include them, or downloads."""
+    source[0] = re.sub(r"\]\(\.\./(CHANGELOG|CONTRIBUTING)\.md", lambda match: f"]({match[1].lower()}.md", source[0])
+    source[0] = re.sub(r"\]\((\.\./[^)\s]+\.md)\)", r"](path:\1)", source[0])
+
+
 class Site(StandaloneHTMLBuilder):
     """The HTML builder. Sphinx's page of search results is `find.html`: `search.md` is a page of these docs."""
 
@@ -264,6 +271,7 @@ def setup(app: Sphinx) -> None:
     StandardDomain._virtual_doc_names.pop("search", None)  # pyright: ignore
     app.add_builder(Site, override=True)
     app.connect("builder-inited", write_commands)
+    app.connect("source-read", link_files)
     app.connect("autodoc-process-docstring", process_docstring, priority=400)
     app.connect("autodoc-process-signature", process_signature)
     app.connect("missing-reference", resolve)
