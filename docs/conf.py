@@ -181,6 +181,13 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: nodes.
     return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, text, chosen[0])
 
 
+def typeset_dashes(app: Sphinx, doctree: nodes.document) -> None:
+    """Sets the dashes between arguments and descriptions; smartquotes would set those of `--options` too."""
+    for text in doctree.findall(nodes.Text):
+        if text == " -- ":
+            text.parent.replace(text, nodes.Text(" – "))
+
+
 def as_markdown(text: str) -> str:
     """Plain text as Markdown: only code between backticks keeps its meaning."""
     pieces = re.split(r"(`[^`\n]+`)", text)
@@ -274,4 +281,5 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", link_files)
     app.connect("autodoc-process-docstring", process_docstring, priority=400)
     app.connect("autodoc-process-signature", process_signature)
+    app.connect("doctree-read", typeset_dashes)
     app.connect("missing-reference", resolve)
