@@ -183,9 +183,9 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: nodes.
 
 def typeset_dashes(app: Sphinx, doctree: nodes.document) -> None:
     """Sets the dashes between arguments and descriptions; smartquotes would set those of `--options` too."""
-    for text in doctree.findall(nodes.Text):
-        if text == " -- ":
-            text.parent.replace(text, nodes.Text(" – "))
+    for text in list(doctree.findall(nodes.Text)):
+        if " -- " in text and not isinstance(text.parent, nodes.literal | nodes.literal_block):
+            text.parent.replace(text, nodes.Text(text.replace(" -- ", " – ")))
 
 
 def as_markdown(text: str) -> str:
