@@ -57,8 +57,9 @@ napoleon_use_rtype = False
 toc_object_entries_show_parents = "hide"
 maximum_signature_line_length = 80
 
-# Fenced code, which runs to the end if it is not closed. Then one of: a reference; code; a link; emphasis; a character that reST reads as markup.
+# Code that is not closed runs to the end.
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)(?:^\1```$|\Z)", re.MULTILINE | re.DOTALL)
+# One of: a reference; code; a link; emphasis; a character that reST reads as markup.
 INLINE = re.compile(
     r"(?P<before>\w?)(?:"
     r"\[`(?P<ref>~?[\w.]+)(?:\(\))?`\](?:\([^)]*\))?|(?P<ticks>``?)(?P<code>[^`]+?)(?P=ticks)|"
