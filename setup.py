@@ -21,7 +21,7 @@ INSTALL_REQUIRES = [
     "tqdm>=4.66",
 ]
 
-# An extra for each part that needs more; `lotlip-hf[all]` is all of them.
+# Each extra belongs to one part of the package. `lotlip-hf[all]` is all of them except open-clip, docs and test.
 # Metrics as `evaluate` modules, plots of studies and reports (lotlip_hf/evaluation).
 EVALUATION_REQUIRES = ["evaluate>=0.4.5", "matplotlib>=3.9"]
 

@@ -70,7 +70,7 @@ CLASS_NAME = re.compile(r"(?:\w+\.)*[A-Z]\w*[a-z]\w*")
 
 
 def inline_markup(match: re.Match[str]) -> str:
-    """A piece of Markdown in a line as reST."""
+    """Converts one piece of inline Markdown to reST."""
     groups = match.groupdict()
     if groups["ref"]:
         name = groups["ref"]
@@ -89,7 +89,7 @@ def inline_markup(match: re.Match[str]) -> str:
 
 
 def prose(text: str) -> str:
-    """Markdown without fenced code as reST, with an empty line before and after each list."""
+    """Converts Markdown without fenced code to reST, with an empty line before and after each list."""
     lines: list[str] = []
     item = None  # indent of the list item above
     for line in INLINE.sub(inline_markup, text).split("\n"):
@@ -104,7 +104,7 @@ def prose(text: str) -> str:
 
 
 def to_rest(text: str) -> str:
-    """A docstring in Markdown as reST with Google's sections."""
+    """Converts a docstring in Markdown to reST with Google's sections."""
     pieces, end = [], 0
     for fence in FENCE.finditer(text):
         indent, language, code = fence.groups()
@@ -127,7 +127,7 @@ def _bare_names(match: re.Match[str]) -> str:
 
 
 def option_lines(config_class: type) -> Iterator[str]:
-    """The `Args:` of a dataclass whose fields are made by `lotlip_hf.options.option`."""
+    """Returns the `Args:` of a dataclass whose fields are made by `lotlip_hf.options.option`."""
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         if "help" in field.metadata:
@@ -140,13 +140,13 @@ def option_lines(config_class: type) -> Iterator[str]:
 
 
 def has_options(value: Any) -> bool:
-    """Whether a value is such a dataclass."""
+    """Returns whether a value is a dataclass with such fields."""
     fields = dataclasses.fields(value) if inspect.isclass(value) and dataclasses.is_dataclass(value) else ()
     return any("help" in field.metadata for field in fields)
 
 
 def process_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    """Transformers' docstrings, in Markdown, to reST; before napoleon, which reads the sections."""
+    """Converts a docstring, before napoleon reads its sections."""
     if has_options(value) and "Args:" not in lines:
         heads = [index for index, line in enumerate(lines) if re.fullmatch(r"(Raises|Examples?):", line)]
         first = heads[0] if heads else len(lines)
@@ -157,7 +157,7 @@ def process_docstring(app: Sphinx, what: str, name: str, value: Any, options: An
 def process_signature(
     app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str | None, returned: str | None
 ) -> tuple[str | None, str | None] | None:
-    """No signature of dozens of options: they are listed below it."""
+    """Shortens the signatures of configurations, whose options are listed below them."""
     from transformers import PreTrainedConfig
 
     if has_options(value) or inspect.isclass(value) and issubclass(value, PreTrainedConfig):
@@ -166,13 +166,13 @@ def process_signature(
 
 
 def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: nodes.Element) -> nodes.Element | None:
-    """A Python name as a link to its entry, by the end of its path; as code if no page documents it."""
+    """Links a Python name to the entry whose path ends with it. A name without an entry stays code."""
     if node.get("refdomain") != "py":
         return None
     objects = env.get_domain("py").data["objects"]  # pyright: ignore
     target = node["reftarget"].lstrip("~.")
     names = [name for name in objects if name == target or name.endswith(f".{target}")]
-    if not names and target.startswith("lotlip_hf."):  # of a module that a shorter name is imported from
+    if not names and target.startswith("lotlip_hf."):  # the entry has the short name
         names = [name for name in objects if name == f"lotlip_hf.{target.rpartition('.')[2]}"]
     own = [name for name in names if name.startswith(f"{node.get('py:module') or ''}.")]
     chosen = names if len(names) == 1 else own
@@ -190,13 +190,13 @@ def typeset_dashes(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def as_markdown(text: str) -> str:
-    """Plain text as Markdown: only code between backticks keeps its meaning."""
+    """Escapes plain text for Markdown, except for code between backticks."""
     pieces = re.split(r"(`[^`\n]+`)", text)
     return "".join(p if i % 2 else re.sub(r"([\\*_\[\]<>#|`$])", r"\\\1", p) for i, p in enumerate(pieces))
 
 
 def paragraphs(text: str) -> str:
-    """A description of a parser as Markdown: indented lines are commands or tables."""
+    """Converts a description of a parser to Markdown: indented lines are commands or tables."""
     parts = []
     for block in re.split(r"\n{2,}", text.strip("\n")):
         is_code = any(line.startswith("  ") for line in block.split("\n"))
@@ -205,7 +205,7 @@ def paragraphs(text: str) -> str:
 
 
 def command_page(name: str, parser: argparse.ArgumentParser) -> str:
-    """A page of a command, from its parser."""
+    """Returns the page of a command."""
     formatter = parser._get_formatter()
     usage = parser.format_usage().strip()
     if usage.count("\n") > 8:
@@ -260,7 +260,7 @@ def write_commands(app: Sphinx) -> None:
 
 
 def link_files(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Links to Markdown files outside `docs/` become links to the pages that include them, or downloads."""
+    """Turns links to Markdown files outside `docs/` into links to the pages that include them, or downloads."""
     source[0] = re.sub(r"\]\(\.\./(CHANGELOG|CONTRIBUTING)\.md", lambda match: f"]({match[1].lower()}.md", source[0])
     source[0] = re.sub(r"\]\((\.\./[^)\s]+\.md)\)", r"](path:\1)", source[0])
 
