@@ -190,9 +190,11 @@ def typeset_dashes(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def as_markdown(text: str) -> str:
-    """Escapes plain text for Markdown, except for code between backticks."""
-    pieces = re.split(r"(`[^`\n]+`)", text)
-    return "".join(p if i % 2 else re.sub(r"([\\*_\[\]<>#|`$])", r"\\\1", p) for i, p in enumerate(pieces))
+    """Escapes plain text for Markdown, except for code between backticks. Options become code."""
+    pieces = re.split(r"(`[^`\n]+`|(?<![\w-])--[a-z][\w-]*)", text)
+    pieces[::2] = [re.sub(r"([\\*_\[\]<>#|`$])", r"\\\1", piece) for piece in pieces[::2]]
+    pieces[1::2] = [f"`{piece.strip('`')}`" for piece in pieces[1::2]]
+    return "".join(pieces)
 
 
 def paragraphs(text: str) -> str:
