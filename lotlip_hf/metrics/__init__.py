@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "evaluate":
             raise
-        raise ImportError(f"{name} needs evaluate: pip install evaluate") from error
+        raise ImportError(f"{name} needs evaluate: pip install 'lotlip-hf[evaluation]'") from error
 
 
 __all__ = ["CLIPScores", "clip_score"]
