@@ -141,7 +141,7 @@ def convert(
     for name, tensor in source.model.state_dict().items():
         if not tensor.isfinite().all():
             raise ConversionError(
-                f"{_Place(clip, subfolder)}: {name} (its name in transformers) holds NaN or infinite numbers."
+                f"{_Location(clip, subfolder)}: {name} (its name in transformers) holds NaN or infinite numbers."
             )
     text_config = source.model.config.get_text_config()
     _check_tokenizer(source.tokenizer, text_config)
@@ -184,7 +184,7 @@ def convert(
 # Reading
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
     """A folder or a Hub repository, or a folder in it."""
 
     source: str
@@ -211,7 +211,7 @@ class _Place(NamedTuple):
 def _read(
     clip: str, tokenizer: str | None, open_clip_config: str | None, activation: Activation | None, subfolder: str
 ) -> _Source:
-    path, place = Path(clip), _Place(clip, subfolder)
+    path, location = Path(clip), _Location(clip, subfolder)
     unused = {"--open-clip-config": open_clip_config, "--activation": activation}
     for option, value in ({"--subfolder": subfolder} if path.is_file() else unused).items():
         if value:
@@ -219,77 +219,77 @@ def _read(
     if path.is_file():
         return _read_open_clip(None, path, open_clip_config, activation, tokenizer)
     checkpoint_name(clip)
-    config = place.find("config.json", "model_index.json", OPEN_CLIP_CONFIG)
+    config = location.find("config.json", "model_index.json", OPEN_CLIP_CONFIG)
     if config is None:
         raise ConversionError(
-            f"{place}: no config.json or {OPEN_CLIP_CONFIG} there (without a connection, in the cache)."
+            f"{location}: no config.json or {OPEN_CLIP_CONFIG} there (without a connection, in the cache)."
         )
     if config.name == "config.json":
-        return _read_transformers(place, read_json(config), tokenizer)
+        return _read_transformers(location, read_json(config), tokenizer)
     if config.name == "model_index.json":
         raise ConversionError(
-            f"{place}: a whole diffusion pipeline; give --subfolder text_encoder, or another of its text encoders."
+            f"{location}: a whole diffusion pipeline; give --subfolder text_encoder, or another of its text encoders."
         )
-    weights = place.find(*OPEN_CLIP_WEIGHTS)
+    weights = location.find(*OPEN_CLIP_WEIGHTS)
     if weights is None:
-        raise ConversionError(f"{place}: no {' or '.join(OPEN_CLIP_WEIGHTS)} there.")
-    return _read_open_clip(place, weights, str(config), None, tokenizer)
+        raise ConversionError(f"{location}: no {' or '.join(OPEN_CLIP_WEIGHTS)} there.")
+    return _read_open_clip(location, weights, str(config), None, tokenizer)
 
 
-def _read_transformers(place: _Place, config: Mapping[str, Any], tokenizer: str | None) -> _Source:
+def _read_transformers(location: _Location, config: Mapping[str, Any], tokenizer: str | None) -> _Source:
     model_type, names = config.get("model_type"), config.get("architectures") or []
     stock_class = STOCK_CLASSES.get(names[0]) if names else DEFAULT_CLASSES.get(str(model_type))
     what = f"{names[0]} ({model_type!r})" if names else repr(model_type)
     if stock_class is None or model_type not in DEFAULT_CLASSES:
         raise ConversionError(
-            f"{place}: a checkpoint of {what}; this converter takes {', '.join(stock.__name__ for stock in MODELS)}, "
+            f"{location}: a checkpoint of {what}; this converter takes {', '.join(stock.__name__ for stock in MODELS)}, "
             "open_clip's and OpenAI's CLIP and Long-CLIP. (For more positions of a LoTLIP over CLIP's text tower: "
             "lotlip_hf.diffusion.stretch.stretch_text_model.)"
         )
-    model = load_strict(stock_class, place.source, subfolder=place.subfolder)
+    model = load_strict(stock_class, location.source, subfolder=location.subfolder)
     image_processor = None
     if stock_class is CLIPModel:
-        with naming_damage(str(place)), quiet():
+        with naming_damage(str(location)), quiet():
             image_processor = AutoImageProcessor.from_pretrained(
-                place.source, subfolder=place.subfolder, trust_remote_code=False
+                location.source, subfolder=location.subfolder, trust_remote_code=False
             )
-    return _Source(model, _load_tokenizer(_tokenizer_place(place, tokenizer)), image_processor)
+    return _Source(model, _load_tokenizer(_tokenizer_location(location, tokenizer)), image_processor)
 
 
-def _tokenizer_place(place: _Place, tokenizer: str | None) -> _Place:
+def _tokenizer_location(location: _Location, tokenizer: str | None) -> _Location:
     """The tokenizer given, the model's own, or in a pipeline the one that belongs to it, such as `tokenizer_2` to
     `text_encoder_2`."""
     if tokenizer is not None:
-        return _Place(tokenizer)
-    if place.find(*TOKENIZER_FILES):
-        return place
-    if place.subfolder:
-        *above, last = place.subfolder.split("/")
-        return _Place(place.source, "/".join([*above, last.replace("text_encoder", "tokenizer")]))
-    folder = Path(place.source).resolve()
+        return _Location(tokenizer)
+    if location.find(*TOKENIZER_FILES):
+        return location
+    if location.subfolder:
+        *above, last = location.subfolder.split("/")
+        return _Location(location.source, "/".join([*above, last.replace("text_encoder", "tokenizer")]))
+    folder = Path(location.source).resolve()
     beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
-    return _Place(str(beside)) if beside.is_dir() else place
+    return _Location(str(beside)) if beside.is_dir() else location
 
 
 def _read_open_clip(
-    place: _Place | None, weights: Path, config: str | None, activation: Activation | None, tokenizer: str | None
+    location: _Location | None, weights: Path, config: str | None, activation: Activation | None, tokenizer: str | None
 ) -> _Source:
-    """Of a file by itself, `place` is None."""
+    """Of a file by itself, `location` is None."""
     model, image_processor, hf_tokenizer_name = read_open_clip(weights, config, activation)
-    tokenizer_place = _Place(tokenizer or hf_tokenizer_name or CLIP_TOKENIZER)
-    if tokenizer is None and place is not None and place.find(*TOKENIZER_FILES):
-        tokenizer_place = place
-    return _Source(model, _load_tokenizer(tokenizer_place), image_processor)
+    tokenizer_location = _Location(tokenizer or hf_tokenizer_name or CLIP_TOKENIZER)
+    if tokenizer is None and location is not None and location.find(*TOKENIZER_FILES):
+        tokenizer_location = location
+    return _Source(model, _load_tokenizer(tokenizer_location), image_processor)
 
 
-def _load_tokenizer(place: _Place) -> PreTrainedTokenizerBase:
+def _load_tokenizer(location: _Location) -> PreTrainedTokenizerBase:
     advice = "give one by --tokenizer, a folder or the Hub id of a CLIP"
     described = None
     with contextlib.suppress(OSError):  # loading says so
-        described = place.find("tokenizer_config.json")
+        described = location.find("tokenizer_config.json")
     name = None if described is None else read_json(described).get("tokenizer_class")
     tokenizer_class = CLIPTokenizer if name in TOKENIZER_CLASSES else AutoTokenizer
-    return load_tokenizer(place.source, advice, tokenizer_class=tokenizer_class, subfolder=place.subfolder)
+    return load_tokenizer(location.source, advice, tokenizer_class=tokenizer_class, subfolder=location.subfolder)
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, text_config: Any) -> None:

@@ -380,10 +380,10 @@ def reverse(checkpoint: str | Path, output: str | Path) -> Path:
     for (name, value), given in zip(wanted.items(), own, strict=True):
         if given != value:
             raise ConversionError(f"{checkpoint}: its {name} is {given!r}; the official code has {value!r} alone.")
-    placed = {name for names in official_layout(model).values() for name in names}
-    unplaced = sorted(placed ^ model.state_dict().keys())
-    if unplaced:
-        raise ConversionError(f"{checkpoint}: not as in the official layout: {', '.join(unplaced)}.")
+    mapped = {name for names in official_layout(model).values() for name in names}
+    unmapped = sorted(mapped ^ model.state_dict().keys())
+    if unmapped:
+        raise ConversionError(f"{checkpoint}: not as in the official layout: {', '.join(unmapped)}.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as file:
         try:
