@@ -181,7 +181,7 @@ def random_texts(
     generator = torch.Generator().manual_seed(0)
     end = None
     if config.pooling == "eos":
-        # CLIP pools at this id. Old configurations mean the highest id.
+        # CLIP pools at this id. In old configurations the id is wrong, and CLIP pools at the highest id.
         end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
     padding = 0 if config.pad_token_id is None else config.pad_token_id
     words = torch.tensor([word for word in range(config.vocab_size) if word not in (padding, end)])

@@ -350,7 +350,7 @@ def convert(
         processor.save_pretrained(folder)
         _check_saved(folder, state_dict)
     dtype, size = str(model.dtype).removeprefix("torch."), config.vision_config.image_size
-    report(f"{model.num_parameters():,} parameters in {dtype}, bit for bit the checkpoint's")
+    report(f"{model.num_parameters():,} parameters in {dtype}, equal to the checkpoint's bit by bit")
     report(
         f"{config.text_config.num_corner_tokens} corner tokens, texts of up to {text_tokenizer.model_max_length} "
         f"tokens, images of {size} x {size} pixels"

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Number of texts that are tokenised and sorted by length together.
 TEXT_CHUNK = 4096
-# Batches with this many tokens use the processor fully. Larger ones contain only texts of similar length.
+# Batches with this many tokens use the processor fully. Larger batches contain only texts of similar length.
 ENOUGH_TOKENS = 1024
 # Activations of a BERT-base layer for more tokens (32 MB) are allocated from the system each time, which is slower.
 CPU_TOKENS = 2048

@@ -19,10 +19,12 @@ from .fast_paths_lotlip import Extension, PooledLayer, PooledViTLayer, extend, t
 
 
 def one_token(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
+    """The state at `index`."""
     return states[:, 0] if index is None else states[torch.arange(states.shape[0], device=states.device), index]
 
 
 def mean(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
+    """The mean over a text or over the patches of an image."""
     if mask is None:
         return states.mean(1)
     weights = mask.to(states.dtype).unsqueeze(-1)
@@ -57,7 +59,6 @@ class _Backbone:
             raise ValueError(f"`pooling={pooling!r}` does not fit {config.model_type}. Use one of {', '.join(taken)}.")
 
     def pooling_layer(self, pooling: str) -> dict[str, bool]:
-        """Arguments of `AutoModel` that add or leave out the optional pooler."""
         return {"add_pooling_layer": pooling == "pooler"} if self.has_optional_pooler else {}
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
@@ -133,6 +134,8 @@ class TextBackbone(_Backbone):
 
 
 class BertBackbone(TextBackbone):
+    """BERT and RoBERTa."""
+
     default_pooling = "pooler"
     excluded_poolings = ("eos",)
     has_optional_pooler = has_segments = takes_rows = True
@@ -140,6 +143,8 @@ class BertBackbone(TextBackbone):
 
 
 class CLIPTextBackbone(TextBackbone):
+    """CLIP's text tower. The pooled token is [EOT]. Corner tokens have no positions."""
+
     default_pooling = "eos"
     excluded_poolings = ("pooler", "cls", "mean")
     is_causal = takes_rows = True
@@ -237,10 +242,9 @@ VISION_BACKBONES: dict[str, VisionBackbone] = {
 
 
 class PassingEmbeddings(Extension):
-    """Image embeddings that return inputs unchanged if they are embedded already."""
+    """Embeds images. Returns inputs that are embedded already, [B, tokens, hidden_size], unchanged."""
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[B, channels, height, width], or embeddings [B, tokens, hidden_size] -> [B, tokens, hidden_size]"""
         return pixel_values if pixel_values.dim() == 3 else super().forward(pixel_values, *args, **kwargs)
 
 
@@ -255,4 +259,5 @@ def _join(words: Tensor, corners: Tensor) -> Tensor:
 
 
 def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """Height and width."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

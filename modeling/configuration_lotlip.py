@@ -149,9 +149,8 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
     Configuration of a LoTLIP image tower.
 
     Args:
-        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the image encoder: ViT, DINOv2, or
-            the image tower of CLIP or SigLIP. Defaults to ViT-B/16 at 224 pixels with a `layer_norm_eps` of 1e-6, as
-            in the released model. Its fields can also be passed and read here.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the image encoder: ViT, DINOv2,
+            CLIP or SigLIP. Defaults to ViT-B/16 as in timm. Its fields can also be passed and read here.
         pooling (`str`, *optional*): `"cls"`: the class token after the final norm, the default of ViT and DINOv2;
             `"pooler"`: the backbone's own pooled output, the default of CLIP and SigLIP; `"mean"`: the mean of the
             patch tokens.
@@ -186,8 +185,7 @@ class LoTLIPConfig(_LoTLIPBaseConfig):
         vision_config (`LoTLIPVisionConfig` or `dict`, *optional*): Configuration of the image tower.
         projection_dim (`int`, *optional*): Width D of the shared embedding space. Defaults to the text tower's width.
             A tower of another width gets a projection to D.
-        logit_scale_init_value (`float`, *optional*, defaults to `ln(1 / 0.07)`): Initial value of `logit_scale`, the
-            logarithm of the factor on the cosine similarities.
+        logit_scale_init_value (`float`, *optional*, defaults to `ln(1 / 0.07)`): Initial value of `logit_scale`.
         short_loss_weight, long_loss_weight (`float`, *optional*, defaults to 1.0): Weights of the loss's two parts.
 
     ```python

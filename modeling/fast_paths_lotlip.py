@@ -119,6 +119,8 @@ class PooledLayer(Extension):
 
 
 class PooledViTLayer(PooledLayer):
+    """[`PooledLayer`] for the layers of a ViT."""
+
     def pooled(self, hidden_states: Tensor, mask: Tensor | None, tokens: Tensor) -> Tensor:
         attention, normed = self.attention, self.layernorm_before(hidden_states)
         query = attention.q_proj(take(normed, tokens))

@@ -23,7 +23,6 @@ def contrastive_losses(image_embeds: Tensor, text_embeds: Tensor, logit_scale: T
     logits = logit_scale * torch.einsum("id,jkd->kij", image_embeds, text_embeds)  # [K, images, texts]
     num_sets, batch_size, _ = logits.shape
     targets = torch.arange(batch_size, device=logits.device).expand(num_sets, -1)
-    # cross_entropy expects the classes in dimension 1: the texts of an image, then the images of a text
     per_image = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(-1)
     per_text = F.cross_entropy(logits, targets, reduction="none").mean(-1)
     return (per_image + per_text) / 2

@@ -120,7 +120,6 @@ class _LoTLIPTower(LoTLIPPreTrainedModel):
         return {**{name: getattr(self.config, name) for name in names}, **kwargs, "return_dict": True}
 
     def _can_pool_only(self, options: dict[str, Any]) -> bool:
-        """Whether the last layer can compute the pooled tokens only."""
         return (
             not (options["output_attentions"] or options["output_hidden_states"])
             and POOLINGS[self.config.pooling] is one_token
@@ -179,9 +178,8 @@ class LoTLIPTextModel(_LoTLIPTower):
             token_type_ids (`torch.Tensor`, *optional*): Segment ids, in the shape of `input_ids`. Defaults to zeros.
             output_corner_embeds (`bool`, *optional*): Whether to compute the corner tokens. Defaults to
                 `model.training`. Not supported by flash attention.
-            pooled_only (`bool`, *optional*, defaults to `False`): Whether only the pooled states are needed. BERT and
-                RoBERTa with `sdpa` or `unpadded` attention and no mean pooling then compute only the pooled tokens
-                in the last layer, and `last_hidden_state` is `None`.
+            pooled_only (`bool`, *optional*, defaults to `False`): Whether only the pooled states are needed. With
+                `sdpa` or `unpadded`, BERT and RoBERTa then return `None` for `last_hidden_state` to save time.
         """
         family, config = self.config.family, self.config.backbone_config
         shape = _text_shape(input_ids, inputs_embeds)
@@ -547,7 +545,6 @@ def _project(tower: nn.Module, projection: nn.Module, *args: Any, **kwargs: Any)
 
 
 def _text_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> torch.Size:
-    """Shape [B, (T,) L] of the texts."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
     shape = inputs_embeds.shape[:-1] if input_ids is None else input_ids.shape

@@ -30,8 +30,7 @@ class LoTLIPProcessor(ProcessorMixin):
     URLs are rotated by their EXIF orientation, PIL images are not. As in the official code, transparency is dropped.
 
     Args:
-        image_processor (`CLIPImageProcessor` or `CLIPImageProcessorPil`): Image processor, see
-            `lotlip_hf.images.official_image_processor`.
+        image_processor (`CLIPImageProcessor` or `CLIPImageProcessorPil`): Image processor.
         tokenizer (`LoTLIPTokenizer` or `CLIPTokenizer`): Tokenizer of the text tower.
         background (`str` or `list[int]`, *optional*, defaults to `"white"`): Colour, as for PIL, that `lotlip_hf` puts
             under transparent image files. `None` drops their transparency instead.
@@ -56,7 +55,6 @@ class LoTLIPProcessor(ProcessorMixin):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "LoTLIPProcessor":
         """Same as the stock method, but `trust_remote_code` defaults to `False`, without a question to the user."""
         processor = super().from_pretrained(*args, **{"trust_remote_code": False, **kwargs})
-        # `return_unused_kwargs` returns a tuple.
         tokenizer = (processor[0] if isinstance(processor, tuple) else processor).tokenizer
         # transformers treats a file that the Hub failed to send as a missing file.
         if tokenizer.pad_token is None or len(tokenizer) <= len(tokenizer.all_special_tokens):

@@ -119,8 +119,8 @@ class LoTLIPTokenizer(TokenizersBackend):
     ```python
     >>> from lotlip_hf import LoTLIPTokenizer
     >>> tokenizer = LoTLIPTokenizer.from_pretrained("checkpoint")
-    >>> tokenizer.tokenize("A cat sleeps. A dog barks.")
-    ['a', 'cat', 'sleeps', '[SEP]', 'a', 'dog', 'barks', '.']
+    >>> tokenizer.tokenize("A cat sleeps. A dog sleeps.")
+    ['a', 'cat', 'sleeps', '[SEP]', 'a', 'dog', 'sleeps', '.']
     """
 
     _auto_class = "AutoTokenizer"

@@ -142,7 +142,7 @@ class LoTLIPOnnxModel(nn.Module):
 
     @property
     def image_shape(self) -> list[int | str]:
-        """Channels, height and width of the image tower's inputs. A variable size is given by its name."""
+        """Channels, height and width of the image tower's inputs. A variable size is a string."""
         return self._session("vision").get_inputs()[0].shape[1:]
 
     def to(self, *args: Any, **kwargs: Any) -> "LoTLIPOnnxModel":

@@ -102,7 +102,7 @@ class TorchEngine:
         return {key: torch.from_numpy(np.asarray(rows, dtype=np.int64)) for key, rows in padded.items()}
 
     def open(self, image: ImageSource, name: str) -> Image.Image:
-        """Loads an image in memory as RGB, not larger than its pixels need. Raises an `ImageError` if damaged."""
+        """Loads an image in memory as RGB, in the size that `pixels` needs, or raises an `ImageError`."""
         return load_image(image, name, image_processor=self.image_processor, background=self.background)
 
     def pixels(self, image: ImageSource, name: str | None = None) -> dict[str, torch.Tensor]:
