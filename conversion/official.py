@@ -218,7 +218,7 @@ def config_from_official(
 
 
 def from_official(state_dict: Mapping[str, torch.Tensor], model: LoTLIPModel) -> dict[str, torch.Tensor]:
-    """Renames the official tensors to this model's names. They must all have the same precision."""
+    """Renames the official tensors to this model's names. All must have the same precision."""
     dtypes = Counter(tensor.dtype for tensor in state_dict.values())
     # A transformers checkpoint has one precision. Loading would cast other tensors to it.
     common = max((dtype for dtype in dtypes if dtype in DTYPES), key=dtypes.__getitem__, default=torch.float32)
@@ -424,7 +424,7 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--reverse", action="store_true", help="write the official layout")
     arguments = parser.parse_args(argv)
     if arguments.reverse and (arguments.open_clip_config or arguments.tokenizer):
-        parser.error("--reverse takes --checkpoint and --output only")
+        parser.error("--reverse accepts only --checkpoint and --output")
     if arguments.reverse:
         written = reverse(arguments.checkpoint, arguments.output)
         print(f"Wrote {written}")

@@ -193,7 +193,7 @@ def _tower_configs(lotlip: PreTrainedModel) -> dict[str, Any]:
 
 
 def _load_processors(folder: Path) -> list[Any]:
-    """Processor of the checkpoint, or its tokenizer and image processor."""
+    """Loads the checkpoint's processor, or its tokenizer and image processor."""
     classes = {"processor_config.json": AutoProcessor}
     if not (folder / "processor_config.json").is_file():
         classes = {"tokenizer_config.json": AutoTokenizer, "preprocessor_config.json": AutoImageProcessor}

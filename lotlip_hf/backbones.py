@@ -77,7 +77,7 @@ def from_backbones(
 
 
 def _without_pooler(names: Iterable[str]) -> list[str]:
-    """Drops the names of the pooler, which masked language models lack. A tower that needs it gets a new one."""
+    """Drops the names of the pooler, which masked language models lack. A tower that needs a pooler gets a new one."""
     return sorted(name for name in names if not name.startswith("pooler."))
 
 

@@ -127,7 +127,7 @@ class TextBackbone(_Backbone):
     def create_masks(
         self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
     ) -> Any:
-        """The mask for `rule`, or a dictionary of masks. `sliding_attention` needs `or_mask_function=is_corner`."""
+        """The mask of an attention rule, or a dictionary. `sliding_attention` needs `or_mask_function=is_corner`."""
         create = create_causal_mask if self.is_causal else create_bidirectional_mask
         embeds = {"inputs_embeds": inputs_embeds, "attention_mask": None, "past_key_values": None}
         return create(config=config, **embeds, and_mask_function=rule)

@@ -173,7 +173,7 @@ class LoTLIPTextModel(_LoTLIPTower):
             attention_mask (`torch.Tensor`, *optional*): 1 for text and 0 for padding, in the shape of `input_ids`.
                 Defaults to `input_ids != pad_token_id`, and to ones for CLIP, which pads with its [EOT].
             position_ids (`torch.Tensor`, *optional*): Positions in the text, [L] or in the shape of `input_ids`,
-                without the offsets of the backbone and of the corner tokens. Defaults to a count along the mask.
+                without the offsets of backbone and corner tokens. Defaults to a count of the text tokens.
             inputs_embeds (`torch.Tensor`, *optional*): Word embeddings [B, (T,) L, hidden_size] without `input_ids`.
             token_type_ids (`torch.Tensor`, *optional*): Segment ids, in the shape of `input_ids`. Defaults to zeros.
             output_corner_embeds (`bool`, *optional*): Whether to compute the corner tokens. Defaults to
@@ -300,7 +300,7 @@ class LoTLIPVisionModel(_LoTLIPTower):
             embedding_options["interpolate_pos_encoding"] = interpolate_pos_encoding
             size, expected = list(pixel_values.shape[-2:]), list(pair(self.config.image_size))
             if not interpolate_pos_encoding and size != expected:
-                raise ValueError(f"Images are {size}, not {expected}. Resize or pass `interpolate_pos_encoding=True`.")
+                raise ValueError(f"`pixel_values` are {size}, not {expected}. Pass interpolate_pos_encoding=True.")
         options = self._options(kwargs)
         pooled_only = pooled_only and self._can_pool_only(options)
         if pooled_only:
@@ -502,7 +502,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
     def _embed_texts(
         self, texts: tuple, long_texts: tuple, output_corner_embeds: bool, **kwargs: Any
     ) -> tuple[BaseModelOutputWithPoolingAndCorners, Tensor, Tensor | None]:
-        """The output for `input_ids`, and embeddings of all texts and of the corner tokens."""
+        """Returns the output for `input_ids`, the embeddings of all texts, and those of the corner tokens."""
         if all(one is None for one in long_texts):
             outputs = self.get_text_features(*texts, output_corner_embeds, **kwargs)
             text_embeds, corner_embeds = outputs.pooler_output, outputs.corner_embeds

@@ -187,7 +187,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
 
     def count_truncated(self, encoding: BatchEncoding) -> int:
-        """Counts the truncated texts (or text pairs) of a call. `encoding` is its result, before `pad`."""
+        """Counts the truncated texts (or text pairs) of a call. `encoding` is the call's result, before `pad`."""
         texts = getattr(encoding, "encodings", None)
         if texts is None or "overflow_to_sample_mapping" in encoding:
             raise ValueError("`encoding` must be the result of a call without `return_overflowing_tokens`.")

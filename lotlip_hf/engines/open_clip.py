@@ -221,7 +221,7 @@ def load_open_clip(
         with _as_own_log():
             model_cfg = open_clip.get_model_config(architecture)
             _refuse_code(model_cfg, architecture)
-            # `pretrained_text=False`: do not download weights of the text tower alone.
+            # `pretrained_text=False`: do not download separate weights of the text tower.
             model, transform = open_clip.create_model_from_pretrained(architecture, pretrained, pretrained_text=False)
             tokenizer = open_clip.get_tokenizer(architecture)
             image_processor = OpenClipImageProcessor(transform, model.visual.preprocess_cfg)
