@@ -109,22 +109,9 @@ def rename_tensors(
     problems: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """
-    Renames tensors of another layout to the names of a model. The error lists all unknown, missing and misshapen ones.
-
-    Args:
-        state_dict (`Mapping[str, torch.Tensor]`): Tensors of the checkpoint.
-        layout (`Mapping[str, Sequence[str]]`): Name in the checkpoint -> names in the model. Several are stacked along
-            the first dimension.
-        own (`Mapping[str, torch.Tensor]`): The model's `state_dict()`, for the shapes.
-        source (`str`): Name of the checkpoint in errors.
-        transposed (`Container[str]`, *optional*): Names in the checkpoint of matrices to transpose.
-        problems (`Sequence[str]`, *optional*): Other problems of the checkpoint, to list in the error.
-
-    Returns:
-        `dict[str, torch.Tensor]`: The tensors under the model's names.
-
-    Raises:
-        `ConversionError`: If a tensor does not fit, or if there are other problems.
+    Renames tensors of another layout to the names of a model, whose `state_dict()` is `own`. `layout` maps each name
+    in the checkpoint to one name in the model, or to several that are stacked along the first dimension. The matrices
+    in `transposed` are transposed. The error lists unknown, missing and misshapen tensors and other `problems`.
     """
     problems = [f"unknown: {name}" for name in state_dict if name not in layout] + list(problems)
     converted: dict[str, torch.Tensor] = {}
@@ -151,7 +138,7 @@ def rename_tensors(
 
 
 def check_output(output: str | Path) -> Path:
-    """Returns the absolute path of a new folder or file. Raises an error if it exists and is not empty."""
+    """Returns the absolute path of a new folder or file, or raises an error if it exists and is not empty."""
     files.check_output(output, folder=True)
     return Path(output).resolve()
 
