@@ -133,9 +133,7 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
 
     def validate_corner_tokens(self) -> None:
         if self.num_corner_tokens < 0 or self.max_position_embeddings < 2:
-            raise ValueError(
-                f"`num_corner_tokens` is {self.num_corner_tokens}. Use 0 or more and leave room for text."
-            )
+            raise ValueError(f"`num_corner_tokens`={self.num_corner_tokens}: use 0 or more, and leave room for text.")
 
     @property
     def max_position_embeddings(self) -> int:
@@ -150,7 +148,7 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the image encoder: ViT, DINOv2,
-            CLIP or SigLIP. Defaults to ViT-B/16 as in timm. Its fields can also be passed and read here.
+            CLIP or SigLIP. Defaults to ViT-B/16 with timm's `layer_norm_eps`. Its fields can be passed and read here.
         pooling (`str`, *optional*): `"cls"`: the class token after the final norm, the default of ViT and DINOv2;
             `"pooler"`: the backbone's own pooled output, the default of CLIP and SigLIP; `"mean"`: the mean of the
             patch tokens.

@@ -174,12 +174,14 @@ class LoTLIPTextModel(_LoTLIPTower):
                 Defaults to `input_ids != pad_token_id`, and to ones for CLIP, which pads with its [EOT].
             position_ids (`torch.Tensor`, *optional*): Positions in the text, [L] or in the shape of `input_ids`,
                 without the offsets of backbone and corner tokens. Defaults to a count of the text tokens.
-            inputs_embeds (`torch.Tensor`, *optional*): Word embeddings [B, (T,) L, hidden_size] without `input_ids`.
+            inputs_embeds (`torch.Tensor`, *optional*): Word embeddings [B, (T,) L, hidden_size], to replace
+                `input_ids`.
             token_type_ids (`torch.Tensor`, *optional*): Segment ids, in the shape of `input_ids`. Defaults to zeros.
             output_corner_embeds (`bool`, *optional*): Whether to compute the corner tokens. Defaults to
                 `model.training`. Not supported by flash attention.
-            pooled_only (`bool`, *optional*, defaults to `False`): Whether only the pooled states are needed. With
-                `sdpa` or `unpadded`, BERT and RoBERTa then return `None` for `last_hidden_state` to save time.
+            pooled_only (`bool`, *optional*, defaults to `False`): Whether only the pooled states are needed. BERT and
+                RoBERTa with `sdpa` or `unpadded` attention and no mean pooling then save time and return `None` for
+                `last_hidden_state`.
         """
         family, config = self.config.family, self.config.backbone_config
         shape = _text_shape(input_ids, inputs_embeds)
@@ -460,7 +462,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
                 are then the short texts and get no corner tokens. `text_embeds` has the short text first.
             long_attention_mask (`torch.Tensor`, *optional*): Mask of `long_input_ids`, like `attention_mask`.
             pooled_only (`bool`, *optional*, defaults to `False`): Whether only the embeddings and the loss are needed.
-                The logits are then `None`, and the towers' `last_hidden_state` may be.
+                The logits are then `None`, and `last_hidden_state` of the towers may be `None`, too.
         """
         kwargs.update(pooled_only=pooled_only, return_dict=True)
         texts = (input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids)

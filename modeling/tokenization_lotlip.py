@@ -251,7 +251,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         cleaned = clean(JOINER.join(sentences))
         if "\x1b" not in text and cleaned.count(JOINER) == len(sentences) - 1:
             return cleaned.split(JOINER)
-        # The text contains "[SEP]", "&#91;SEP&#93;" or an escape sequence. Its digest cannot occur in it.
+        # The text contains "[SEP]", "&#91;SEP&#93;" or an escape sequence, but not its own digest.
         joiner = f"(SEP{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]})"
         return clean(joiner.join(sentences)).split(joiner)
 

@@ -51,7 +51,7 @@ POSITIONS = 77
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stock CLIP checkpoint. Nobody writes to it."""
+    """A stock CLIP checkpoint. Tests must not write to it."""
     folder = tmp_path_factory.mktemp("stock") / "clip"
     tiny_clip.save_clip(folder)
     return folder
@@ -59,7 +59,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def converted(stock: Path) -> Path:
-    """The same as LoTLIP with two corner tokens. Nobody writes to it."""
+    """The same as LoTLIP with two corner tokens. Tests must not write to it."""
     return convert(stock, stock.with_name("lotlip"))
 
 
@@ -407,9 +407,9 @@ def long_clip_table(table: torch.Tensor, length: int, kept: int) -> torch.Tensor
         if row < kept:
             new[row] = table[row]
             continue
-        place = (row - kept) * (len(table) - kept) / (length - kept)
-        left = min(int(place), len(table) - kept - 2)
-        part = place - left
+        exact = (row - kept) * (len(table) - kept) / (length - kept)
+        left = min(int(exact), len(table) - kept - 2)
+        part = exact - left
         new[row] = (1 - part) * table[kept + left] + part * table[kept + left + 1]
     return new
 

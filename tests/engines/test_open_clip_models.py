@@ -478,7 +478,7 @@ def write_model(folder: Path, kind: str, golden: Path, open_clip: Any) -> Path:
 def folder(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, golden: Path, open_clip: Any
 ) -> Path:
-    """A model of each kind. Nobody writes to it."""
+    """A model of each kind. Tests must not write to it."""
     return write_model(tmp_path_factory.mktemp("open_clip") / request.param, request.param, golden, open_clip)
 
 
