@@ -5,12 +5,12 @@
     python examples/swap_text_encoder.py --pipeline stable-diffusion --model aligned/mlp --prompt "a red house"
 
 Only the adapter is trained, not the pipeline or LoTLIP. The example writes one folder per adapter, for `--model` of
-`swap_text_encoder.py`. `report.json` and `report.png` (which needs `pip install lotlip-hf[train]`) show how close each
-adapter comes to the text encoder of the pipeline on held-out prompts, next to two baselines that do not use the prompt.
-Ctrl-C ends the training early, but the adapters and the report are still written.
+`swap_text_encoder.py`. `report.json` and `report.png` (with `pip install lotlip-hf[train]`) compare each adapter
+with the text encoder of the pipeline on held-out prompts, next to two baselines that do not use the prompt. Ctrl-C
+ends the training early, but the adapters and the report are still written.
 
-"linear" and "mlp" match hidden states word by word. "resampler" matches them by position and returns as many as the
-teacher. Stable Diffusion XL and 3 need it, as `lotlip_hf.diffusion.align.Alignment` explains.
+"linear" and "mlp" match hidden states word by word. "resampler" matches them by position and returns as many states as
+the teacher. Stable Diffusion XL and 3 need "resampler", as `lotlip_hf.diffusion.align.Alignment` explains.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--student", required=True, help="LoTLIP checkpoint: a folder or a Hub id")
     parser.add_argument("--teacher", type=Path, required=True, help="folder of a pipeline or of a CLIP text encoder")
     parser.add_argument("--slot", default="text_encoder", help="slot of the text encoder in the pipeline")
-    parser.add_argument("--teacher-tokenizer", type=Path, help="folder of the teacher's tokenizer, if it is another")
+    parser.add_argument(
+        "--teacher-tokenizer", type=Path, help="folder of the teacher's tokenizer; by default that of the pipeline"
+    )
     parser.add_argument(
         "--target-layer", type=int, choices=(-1, -2), help="hidden state to match; by default that of the pipeline"
     )
@@ -75,7 +77,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         ("--max-length", args.max_length, args.max_length is None or args.max_length >= 3, "3 or more"),
         ("--batch-size", args.batch_size, args.batch_size >= 1, "1 or more"),
         ("--num-epochs", args.num_epochs, args.num_epochs >= 1, "1 or more"),
-        ("--held-out", args.held_out, 0 < args.held_out < 1, "a share between 0 and 1"),
+        ("--held-out", args.held_out, 0 < args.held_out < 1, "a fraction between 0 and 1"),
         ("--learning-rate", args.learning_rate, 0 < args.learning_rate < float("inf"), "a number above 0"),
         ("--seed", args.seed, 0 <= args.seed < 2**32, f"0 to {2**32 - 1}"),
     ):

@@ -3,9 +3,9 @@
     python examples/finetune_sentence_transformers.py --model checkpoint --data pictures --output_dir tuned \\
         --per_device_train_batch_size 64 --learning_rate 1e-5 --num_train_epochs 1 --bf16
 
-Each image is paired with its short caption and with sub-captions of its long captions. A batch has one kind of pair.
-The loss is that of CLIP, with the logit scale of the checkpoint. Logit scale and corner tokens are not trained,
-because sentence-transformers supports one embedding per text. `train.py` and the other examples train them too.
+Each image is paired with its short caption and with sub-captions of its long captions. Each batch has one kind of
+pair. The loss is that of CLIP, with the logit scale of the checkpoint. Logit scale and corner tokens are not trained,
+because sentence-transformers supports one embedding per text. `train.py` and the other examples train all parameters.
 
 `tuned` is both a `SentenceTransformer` and a LoTLIP checkpoint. The example has all options of
 `SentenceTransformerTrainingArguments`. `pictures` is a folder of images with `metadata.jsonl`, or any other source of
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         output_dir="tuned",
         # Without `use_cpu`, accelerate does not connect processes that run on CPUs.
         use_cpu=not torch.accelerator.is_available(),
-        # The two towers run in separate calls, and each call uses only the parameters of one tower.
+        # The two towers run in separate calls, so that each call leaves the parameters of the other tower unused.
         ddp_find_unused_parameters=False,
     )
     options, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)

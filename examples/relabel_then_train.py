@@ -2,11 +2,13 @@
 
     python examples/relabel_then_train.py --output relabelled
 
-The example draws pictures with short captions, as on the web. It trains a small LLaVA on other pictures with long
-descriptions, and `relabel` writes its captions of the first pictures into shards. LoTLIP is trained once on these
-shards and, for comparison, once on short captions only. Both are evaluated with long captions of held-out pictures.
+The example draws pictures with short captions, as on the web. A small LLaVA is trained on other pictures with long
+descriptions. With this LLaVA, `relabel` writes long captions of the first pictures into shards. LoTLIP is trained once
+on these shards and, for comparison, once on short captions only. Both runs are evaluated with long captions of
+held-out pictures.
 
-With your own images and pretrained captioners, it takes two commands. These are for the data and models of the paper:
+With your own images and pretrained captioners, the method takes two commands, here with the data and models of the
+paper:
 
     lotlip relabel --data "cc3m/*.tar" --captioner Salesforce/instructblip-vicuna-7b \\
         --captioner llava-hf/llava-1.5-7b-hf --output relabelled
@@ -75,7 +77,7 @@ CHAT_TEMPLATE += "{% endfor %}{% endfor %}"
 LEARNING_RATE = 1e-3
 IGNORED = -100  # label of tokens that the loss ignores
 NUM_CHECKED = 100  # captions whose sentences are checked
-NUM_DRAWS = 200  # draws of the long captions of a scene, to collect all true sentences
+NUM_DRAWS = 200  # redrawn captions of a scene, to collect all true sentences
 TOP_P = 0.9
 
 

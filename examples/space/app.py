@@ -74,7 +74,7 @@ class Model:
         name (`str`): Name on the page.
         encoder (`Encoder`): The dual encoder.
         embeddings (`dict[str, torch.Tensor]`, *optional*): Embeddings [P] by the digest of the image file. The most
-            recently used is the last.
+            recently used one is the last.
     """
 
     name: str
@@ -124,10 +124,10 @@ def rank(
         models (`Sequence[Model]`): The models.
         images (`Sequence[str]`): Image files.
         text (`str`): The description.
-        progress (`Callable`, *optional*): Called for each image like `gradio.Progress`.
+        progress (`Callable`, *optional*): A `gradio.Progress`, called for each image.
 
     Returns:
-        `tuple`: A list with one [`Ranking`] per model, and a dictionary from each unreadable image file to the reason.
+        `tuple`: A list with one [`Ranking`] per model, and the reason for each image file that cannot be read.
 
     Raises:
         `ValueError`: If there is no text, no readable image, or more than `MAX_IMAGES` images.
@@ -162,11 +162,11 @@ def embed_images(model: Model, digests: dict[str, str], progress: Callable[..., 
 
     Args:
         model (`Model`): The model. Its `embeddings` are updated.
-        digests (`dict[str, str]`): From an image file to the digest of its content.
+        digests (`dict[str, str]`): The digest of each image file.
         progress (`Callable`, *optional*): See [`rank`].
 
     Returns:
-        `dict[str, str]`: From each unreadable file to the reason.
+        `dict[str, str]`: The reason for each file that cannot be read.
     """
     known = model.embeddings
     new = {digest: image for image, digest in digests.items() if digest not in known}
@@ -225,7 +225,7 @@ def sentence_evidence(ranking: Ranking) -> torch.Tensor:
 
 @lru_cache(maxsize=256)
 def thumbnail(image: str, side: int) -> Image.Image:
-    """Loads an image that fits into `side` x `side` pixels. Gradio's file names depend on the content of uploads."""
+    """Loads an image, at most `side` pixels long and wide. Caching is safe: Gradio names uploads by their content."""
     picture = load_image(image)
     picture.thumbnail((side, side))
     return picture
@@ -297,7 +297,7 @@ def sentence_table(ranking: Ranking) -> str:
         rows.append(f"<tr><th>{html.escape(ranking.sentences[index])}</th>{scores}</tr>")
     legend = (
         "Each cell shows the score of a sentence and a picture, and below it the difference from the sentence's mean "
-        "over all pictures. Blue cells fit better than this mean, orange cells worse. The first column sorts the table."
+        "over all pictures: blue if better, orange if worse. The rows are sorted by the first picture."
     )
     if len(ranking.sentences) == MAX_SENTENCES:
         legend += f" The table shows only the first {MAX_SENTENCES} sentences; the whole description uses all."

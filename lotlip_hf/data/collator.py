@@ -1,4 +1,4 @@
-"""The collator makes a batch from records: it checks them, loads images, draws texts and counts broken records."""
+"""The collator: checks records, loads their images, draws their texts, counts broken records and makes a batch."""
 
 import logging
 import math
@@ -53,9 +53,9 @@ class LoTLIPCollator:
         seed (`int`, *optional*, defaults to 0): Seed for drawing texts, combined with the epoch and the id of a
             record.
         on_error (`str`, *optional*, defaults to `"raise"`): `"raise"` stops at the first broken image or record.
-            `"skip"` leaves it out of its batch and counts it.
-        return_ids (`bool`, *optional*, defaults to `False`): Whether to add `ids` and `counts` to batches.
-            `model(**batch)` does not accept them.
+            `"skip"` leaves broken ones out of the batch and counts them.
+        return_ids (`bool`, *optional*, defaults to `False`): Whether to add `ids` and `counts` to batches, which
+            `model(**batch)` does not accept.
         patch_dropout (`float`, *optional*, defaults to 0.0): Fraction of the patches of an image to leave out, drawn
             at random as in FLIP.
         patch_size (`int`, *optional*): Side of the model's patches in pixels. Required with `patch_dropout`.
@@ -123,7 +123,8 @@ class LoTLIPCollator:
             records (`Sequence[Mapping[str, Any]]`): The records.
 
         Returns:
-            `Batch`: The batch. Short texts and long texts are each padded to the longest one. `counts` has the number
+            `Batch`: The batch. Short texts are padded to the longest short text, and long texts to the longest long
+                text. `counts` has the number
             of given `records`, of records left out (`broken_images`, `broken_records`), of shards that ended too
             early (`broken_shards`), and of records whose long texts are the short caption (`stand_ins`).
 

@@ -35,22 +35,22 @@ class ColumnMapping:
     The columns of a data set that become the fields of a record.
 
     A column is given by its name, or by a path to a value in it: `conversations[1].value` is the field `value` of the
-    second element of the column `conversations`. If a field has a tuple of columns, the first that exists is used,
-    except for `long`, which uses all.
+    second element of the column `conversations`. A tuple means the first of its columns that exists. Only `long` uses
+    all of its columns.
 
     Args:
         image (`str` or `tuple[str, ...]`, *optional*, defaults to `("image", "file_name")`): Column of the images:
-            paths, bytes of files, or images of `datasets`. In WebDataset shards, the only image of a sample is used.
-            If samples have several images, name the extension of one (`input.jpg`).
-        long (`str` or `tuple[str, ...]`, *optional*, defaults to `"long_captions"`): Columns of the long captions,
-            each a text or a list of texts. Their order numbers the captioners. `*` and `?` match parts of a name
-            (`long*_captions`), and the matches keep the order of the data set. `()` reads no long captions.
+            paths, bytes of files, or images of `datasets`. Samples of WebDataset shards need no column if they have
+            one image. If they have several, name the extension of one (`input.jpg`).
+        long (`str` or `tuple[str, ...]`, *optional*, defaults to `"long_captions"`): Columns of the long captions. A
+            value is a text or a list of texts. The captioners are numbered in this order. `*` and `?` match parts of a
+            name (`long*_captions`), and the matches keep the order of the data set. `()` reads no long captions.
         short (`str` or `tuple[str, ...]`, *optional*, defaults to `("short_caption", None)`): Column of the short
-            caption. With `None`, the first sentence of the first long caption is used. A tuple that has `None` falls
-            back to this sentence.
+            caption. `None` means the first sentence of the first long caption. A tuple with `None` uses this sentence
+            if no column exists.
         id (`str` or `tuple[str, ...]`, *optional*, defaults to `"id"`): Column of the ids. Without such a column, the
-            id is the path of the image as written in the data set, or in WebDataset shards the name of the shard and
-            the key of the sample, or else a digest of the record.
+            id is the path of the image, or in WebDataset shards the shard and the key of the sample. Otherwise it is a
+            digest of the record.
         negatives, rewrites, tags, regions, group (`str`, *optional*): Columns of the optional fields of a
             [`~lotlip_hf.data.record.Record`]. Data sets and rows may lack them.
     """

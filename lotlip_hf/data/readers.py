@@ -1,8 +1,8 @@
 """
 Readers of CSV, TSV, JSON, JSON lines, Parquet and WebDataset files, row by row.
 
-Training, evaluation, relabelling and `lotlip embed` use these readers, also for streams. They do not guess types,
-limit the memory of a row to `max_bytes`, and continue after a row that cannot be read.
+Training, evaluation, relabelling and `lotlip embed` use these readers, also for streams. No types are guessed, the
+size of a row is limited to `max_bytes`, and reading continues after a row that cannot be read.
 """
 
 import csv
@@ -43,7 +43,7 @@ JSON_FIELDS = frozenset(("json", "jsn"))
 
 
 class RowError(ValueError):
-    """A row cannot be read. The message gives its position and the reason. Later rows can still be read."""
+    """A row cannot be read. The message gives the position of the row and the reason. Later rows can still be read."""
 
 
 class SizeError(RowError):
@@ -65,8 +65,8 @@ def read_rows(
 
     Values of CSV and TSV files are strings. A `.json` file contains a list of objects, or one object per line. A row
     of a WebDataset shard is a sample: successive members whose names are equal up to the first dot. The extension of a
-    member is its column (`jpg`, `txt`, `input.jpg`). If a sample has one JSON member, its fields become columns too.
-    If it has one image, the column `image` is this image. `__key__` is the name of the shard and of the sample.
+    member is its column (`jpg`, `txt`, `input.jpg`). The fields of a sample's only JSON member are columns too. The
+    only image of a sample is also the column `image`. `__key__` is the name of the shard and of the sample.
 
     Args:
         file (`str` or `os.PathLike`): The file. Its extension decides its kind.
@@ -156,7 +156,7 @@ def column_of(path: str, columns: Collection[str]) -> str | None:
 
 
 def value_of(row: Mapping[str, Any], path: str) -> Any:
-    """Returns the value of a column, or at a path such as `conversations[1].value`. `None` if it does not exist."""
+    """Returns the value of a column or at a path such as `conversations[1].value`, or `None` if it does not exist."""
     column = column_of(path, row)
     if column is None:
         return None
@@ -313,7 +313,7 @@ def _csv_rows(
 
 
 def _texts(cell: str | None) -> str | list[str | None] | None:
-    """Returns a value, or the list if it is a JSON list of texts. A list printed by Python or NumPy is an error."""
+    """Parses a JSON list of texts and returns other values unchanged. Lists printed by Python or NumPy are errors."""
     text = (cell or "").strip()
     if not (text.startswith("[") and text.endswith("]")):
         return cell
@@ -329,7 +329,7 @@ def _texts(cell: str | None) -> str | list[str | None] | None:
 
 
 class _Bounded:
-    """A file that limits the size of each read, because the headers of an archive may contain any size."""
+    """Limits the size of each read from a file, because the headers of an archive may contain any size."""
 
     def __init__(self, file: BinaryIO, max_bytes: int) -> None:
         self._file, self._max_bytes = file, max_bytes

@@ -8,15 +8,15 @@ from ..files import MAX_CHARACTERS, printable
 
 
 class RecordError(ValueError):
-    """A record is broken. The message gives its id."""
+    """A record is broken. The message gives the id of the record."""
 
 
 class ShardError(RecordError):
-    """A shard is damaged or truncated. The message gives its name and the number of records before the damage."""
+    """A shard is damaged or truncated. The message gives the name of the shard and the number of intact records."""
 
 
 class Region(TypedDict):
-    """A region of an image and its text. `box` is [x0, y0, x1, y1] from the top left corner, in fractions of 1."""
+    """A region of an image and its text. `box` is [x0, y0, x1, y1] from the top left corner, with values in [0, 1]."""
 
     box: list[float]
     text: str

@@ -87,9 +87,9 @@ def load_records(
     are not decoded, so that the collator decides whether a broken image stops the run. If a file of a local stream is
     damaged, the last record of the file has an `error` and `is_shard`.
 
-    Images must be in the image folder or in `image_root`, after resolving links. Otherwise their record is broken.
-    WebDataset shards and data sets on the Hub may refer to local image files only if `image_folder` or `image_root` is
-    set.
+    Images must be in the image folder or in `image_root`, after resolving links. A record with another image is
+    broken. WebDataset shards and data sets on the Hub can name local image files only if `image_folder` or
+    `image_root` is set.
 
     Args:
         source (`str` or `os.PathLike` or `Sequence`): A folder of images with `metadata.jsonl`, `metadata.csv` or
@@ -107,14 +107,14 @@ def load_records(
             `datasets`. WebDataset shards are always streamed.
         image_root (`str` or `os.PathLike`, *optional*): Folder that must contain the images. Defaults to the image
             folder.
-        max_record_bytes (`int`, *optional*, defaults to `MAX_BYTES`): Maximum size of a line, an entry or a sample. A
-            larger one is not read and becomes a broken record.
+        max_record_bytes (`int`, *optional*, defaults to `MAX_BYTES`): Maximum size of a line, an entry or a sample.
+            Larger ones are not read and become broken records.
         **kwargs (`Any`): Further arguments of `datasets.load_dataset` for a data set on the Hub, such as `name` or
             `revision`.
 
     Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`: The records, as an `IterableDataset` when streaming. Its
-        shards are divided between workers.
+        `datasets.Dataset` or `datasets.IterableDataset`: The records, as an `IterableDataset` when streaming. Workers
+        divide its files.
 
     Raises:
         `FileNotFoundError`: If a file or folder does not exist, or a folder has no data files.
@@ -164,7 +164,7 @@ class _Images:
 
     def of(self, file: str) -> tuple[str, tuple[str, ...]]:
         """Returns the base folder of image paths in a data file, and the folders that may contain the images."""
-        # A shard contains its images. By default its paths to other files are not opened.
+        # A shard contains its images. By default, the files that it names are not opened.
         return self.below(None if file.lower().endswith(".tar") else os.path.dirname(file) or ".")
 
     def below(self, own: str | None = None) -> tuple[str, tuple[str, ...]]:
@@ -366,7 +366,7 @@ OPTIONAL_READERS: dict[Kind, Callable[[Any], Any]] = {
 
 
 def _locate(record: dict[str, Any], folder: str, roots: tuple[str, ...]) -> None:
-    """Replaces the path of an image by that of its file, or sets `error` if the file may not be read."""
+    """Replaces the path of an image by the path of its file, or sets `error` if the file may not be read."""
     path = image_source(record["image"]).source
     if not isinstance(path, str):
         return
@@ -401,14 +401,14 @@ def locate_image(path: str, folder: str, roots: Sequence[str]) -> str:
     return file
 
 
-@lru_cache  # resolving links takes as long as reading a record
+@lru_cache  # resolving links takes about as long as reading a record
 def _real(root: str) -> str:
     return os.path.realpath(root)
 
 
 def check_inside(file: str, roots: Sequence[str]) -> None:
     """Raises `ValueError` if an image is not in one of the folders `roots`, after resolving links."""
-    here = os.getcwd()  # not `abspath`, which shortens `link/..` before the link is resolved
+    here = os.getcwd()  # `abspath` would shorten `link/..` before the link is resolved
     real = os.path.realpath(os.path.join(here, file))
     if not any(f"{real}/".startswith(os.path.join(_real(os.path.join(here, root)), "")) for root in roots):
         raise ValueError(

@@ -10,7 +10,8 @@ def split_sentences(text: str) -> list[str]:
     """
     Splits a caption into sentences ([`~lotlip_hf.modeling.sentences_lotlip.find_sentences`]).
 
-    Unlike `split_full_stops`, it does not split at the full stops in numbers, abbreviations, initials and names.
+    Unlike `split_full_stops`, this function does not split at full stops in numbers, abbreviations, initials and
+    names.
 
     Args:
         text (`str`): A caption.

@@ -38,7 +38,11 @@ class SplitError(ValueError):
     def __init__(self, problem: str, splits: Sequence[str], option: str = "split") -> None:
         self.problem, self.splits = problem, splits
         flag = f"--{option.replace('_', '-')}"
-        advice = f"Choose one, for example `{flag} {splits[0]}`, or `{flag} {ALL_SPLITS}`." if splits else "Remove it."
+        advice = (
+            f"Choose one, for example `{flag} {splits[0]}`, or `{flag} {ALL_SPLITS}`."
+            if splits
+            else "Remove the option."
+        )
         super().__init__(f"`{option}`: {problem}. {advice}")
 
 
@@ -83,7 +87,7 @@ def find_files(source: str | os.PathLike | Sequence[str | os.PathLike], split: s
         if SPLIT_WORDS.get(_split_of(name) or "") == wanted or split in os.path.splitext(name)[0].split(os.sep)
     ]
     if not chosen and (splits or wanted != "train"):  # files without a split in their names are the split "train"
-        existing = f"only {', '.join(sorted(splits))}" if splits else "and no other split in its file names"
+        existing = f"only {', '.join(sorted(splits))}" if splits else "and its file names contain no split"
         raise SplitError(f"{printable(source)} has no split {split!r}, {existing}", sorted(splits))
     return chosen or list(found)
 
@@ -124,7 +128,7 @@ def _find(source: str) -> dict[str, str]:
         for extensions in ((".tar",), (".parquet",), (".jsonl", ".jsonlines"), (".json",), (".csv", ".tsv")):
             files = (file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file())
             names = {str(file): str(file.relative_to(path)) for file in files}
-            # Hidden files are not data. `lotlip search`, for example, stores its index in one.
+            # Skip hidden files, such as the index of `lotlip search`.
             if found := {file: name for file, name in sorted(names.items()) if f"{os.sep}." not in f"{os.sep}{name}"}:
                 return found
         raise FileNotFoundError(
@@ -135,7 +139,7 @@ def _find(source: str) -> dict[str, str]:
     files = sorted(file for file in glob.glob(source, recursive=True) if os.path.isfile(file))
     if not files:
         raise FileNotFoundError(
-            f"{printable(path)} is neither a file, a folder nor a pattern with matches, and not a Hub id (owner/name)."
+            f"{printable(path)} does not exist, matches no file, and is not a Hub id (owner/name)."
         )
     start = os.path.dirname(re.split(r"[*?\[]", source, maxsplit=1)[0])
     return {file: os.path.relpath(file, start or ".") for file in files}

@@ -1,14 +1,14 @@
 """
 Scenes: a data set of drawn pictures with short and long captions, for training a small model in minutes.
 
-A picture shows three to five objects of different colours on a 3 x 3 grid. One object is large. The others are
-smaller: one shape, a group of two or three, or a shape inside the large object. The short caption describes only the
-large object. The long captions describe the background, the size, pattern, colour, number and cell of every object,
-and the relations between objects.
+A picture shows three to five objects of different colours on a 3 x 3 grid. One object is large. The other objects are
+smaller: one shape, a group of two or three shapes, or a shape inside the large object. The short caption describes
+only the large object. The long captions describe the background, the size, pattern, colour, number and cell of every
+object, and the relations between objects.
 
 In the held-out splits `validation` and `test`, groups of `GROUP_SIZE` pictures share background, large object and
-short caption. They differ in the other objects, so that only a long caption distinguishes them. Splits have no
-pictures in common, for any seeds.
+short caption. The pictures of a group differ in the other objects, so that only a long caption distinguishes them. No
+picture occurs in two splits, for any seeds.
 """
 
 import hashlib
@@ -126,13 +126,13 @@ class Scene:
 
     @property
     def contents(self) -> tuple[str, tuple[SceneObject, ...]]:
-        """The background and the objects. They decide the picture, except for small displacements."""
+        """The background and the objects, which decide the picture except for small displacements."""
         return self.background, self.objects
 
 
 def scene(index: int, seed: int = 0, split: str = "train") -> Scene:
     """
-    Returns the scene with an index. The same arguments give the same scene.
+    Returns a scene by its index. The same arguments give the same scene.
 
     Args:
         index (`int`): Index of the scene, from 0. In the held-out splits, `GROUP_SIZE` successive scenes are a group.
@@ -170,8 +170,7 @@ def scene(index: int, seed: int = 0, split: str = "train") -> Scene:
 
 @lru_cache(maxsize=1024)
 def _held_out_group(number: int, seed: int, split: str) -> tuple[Scene, ...]:
-    # Each kind of large object is used once before any is used again, in another cell or on another background.
-    # Therefore the first 5,184 groups have no two equal pictures.
+    # All kinds of large objects are used before one is repeated in another cell or on another background.
     kinds = _large_kinds()
     Random(f"{split}-{seed}").shuffle(kinds)
     kind = kinds[number % len(kinds)]
@@ -229,7 +228,8 @@ def render(scene: Scene, image_size: int = 64) -> PILImage.Image:
 
     Args:
         scene (`Scene`): The scene.
-        image_size (`int`, *optional*, defaults to 64): Width and height in pixels. Below 32, shapes look the same.
+        image_size (`int`, *optional*, defaults to 64): Width and height in pixels. Below 32 pixels, shapes are hard to
+            distinguish.
 
     Returns:
         `PIL.Image.Image`: An RGB picture.
@@ -279,7 +279,7 @@ def _stamp(shape: str, pattern: str, side: int) -> PILImage.Image:
             draw.ellipse([large * value for value in (x - radius, y - radius, x + radius, y + radius)], fill=0)
     elif pattern == "hollow":
         hole = _outline(shape, round(large * 0.56))
-        # The centre of a triangle or star is below the centre of its bounding box.
+        # The centre of a triangle or a star is below the centre of its bounding box.
         down = 0.08 if shape == "triangle" else 0.02 if shape == "star" else 0.0
         corner = ((large - hole.width) // 2, round((large - hole.height) / 2 + large * down))
         mask.paste(0, corner, hole)
@@ -405,7 +405,7 @@ def _number(total: int) -> str:
 
 
 def _relations(scene: Scene, random: Random) -> Iterator[tuple[str, tuple[SceneObject, ...]]]:
-    """Yields relations between two or three objects that have their own cells, such as above or between."""
+    """Yields relations ("above", "between") and their two or three objects, among the objects in their own cells."""
     placed = [item for item in scene.objects if not item.inside]
     for pair in combinations(placed, 2):
         first, second = random.sample(pair, 2)

@@ -1,4 +1,4 @@
-"""A small model for Scenes with random weights, and its processor. It needs no downloads."""
+"""A small model for Scenes with random weights, and its processor, made without downloads."""
 
 import re
 import string
@@ -38,17 +38,18 @@ def small_model(
 ) -> tuple[LoTLIPModel, LoTLIPProcessor]:
     """
     Creates a model with random weights that learns Scenes (`lotlip_hf.scenes.dataset`) in minutes on a CPU: a BERT and
-    a ViT with a few hundred thousand parameters. Its vocabulary is the words of Scenes. Other words are split into
-    letters. After 700 steps of 64 on whole captions (`num_sentences=0`) of 5,000 scenes, it reached a long-text R@1 of
-    69 % in both directions over 500 held-out scenes.
+    a ViT with a few hundred thousand parameters. The vocabulary has the words of Scenes, and other words are split
+    into letters. After 700 steps of 64 on whole captions (`num_sentences=0`) of 5,000 scenes, the model reached a
+    long-text R@1 of 69 % in both directions over 500 held-out scenes.
 
     With the usual initialisation, towers of this size learn nothing for hundreds of steps, depending on the seed. With
-    this one, different pictures and texts have different embeddings from the first step. All weights are trainable.
+    the initialisation below, the embeddings of different pictures and texts differ from the first step. All weights
+    are trained.
 
     - The standard deviation of weights is one over the square root of the width, which preserves the scale of hidden
-      states. It is larger in the attention of the text tower.
-    - The position embeddings of the text tower are the sinusoids of Vaswani et al. (2017, section 3.5). They relate
-      neighbouring words, also at positions that training never reaches.
+      states. The attention weights of the text tower are larger.
+    - The position embeddings of the text tower are the sinusoids of Vaswani et al. (2017, section 3.5). Sinusoids
+      relate neighbouring words, also at positions that training never reaches.
     - The patch filters respond to colours and not to brightness, which depends mostly on the background. The position
       embeddings of the image tower have the same scale as the patch embeddings.
 
@@ -56,7 +57,7 @@ def small_model(
         num_corner_tokens (`int`, *optional*, defaults to 2): Number of corner tokens.
         max_text_length (`int`, *optional*, defaults to 192): Maximum length of a text in tokens, with [CLS] and [SEP].
             The captions of Scenes have at most about 160.
-        seed (`int`, *optional*, defaults to 0): Seed of the weights. The global random generator keeps its state.
+        seed (`int`, *optional*, defaults to 0): Seed of the weights. The global random generator is not changed.
         hidden_size (`int`, *optional*, defaults to 96): Width of both towers and of the embeddings, a multiple of 4.
         num_hidden_layers (`int`, *optional*, defaults to 2): Number of layers of each tower.
         cleaning (`str`, *optional*, defaults to `"official"`): How the tokenizer ends sentences (see
@@ -114,7 +115,7 @@ def small_model(
 
 
 def _vocabulary() -> list[str]:
-    """Returns the special tokens, the words of Scenes, and all characters, at the start of and inside a word."""
+    """Returns the special tokens, the words of Scenes, and all characters, both at the start of and inside words."""
     names = [*COLOURS, *BACKGROUNDS, *SHAPES, *(name for names in (*WORDS.values(), *CELL_NAMES) for name in names)]
     words = {word for phrase in (*names, OTHER_WORDS) for word in re.findall("[a-z]+", phrase)}
     characters = string.ascii_lowercase + string.digits + string.punctuation
@@ -126,7 +127,7 @@ def _start_text(tower: LoTLIPTextModel) -> None:
         layer.attention.self.value.weight.mul_(ATTENTION_GAIN)
         layer.attention.output.dense.weight.mul_(ATTENTION_GAIN)
     positions = tower.backbone.embeddings.position_embeddings.weight
-    # The standard deviation is that of the word embeddings.
+    # Position embeddings get the standard deviation of the word embeddings.
     positions.copy_(tower.config.initializer_range * 2**0.5 * _sinusoids(*positions.shape))
 
 

@@ -17,7 +17,7 @@ from .config import TrainingConfig
 
 def batches_per_epoch(num_records: int, config: TrainingConfig, num_processes: int) -> int:
     """
-    Returns the number of batches of an epoch. A last batch that is not full counts unless `drop_last` is set or it
+    Returns the number of batches in an epoch. An incomplete last batch counts, unless `drop_last` is set or the batch
     has fewer records than there are processes. Raises `ValueError` if the records are too few for one batch.
     """
     size = config.batch_size * num_processes
@@ -53,7 +53,7 @@ def num_steps(records: Dataset | IterableDataset, config: TrainingConfig, num_pr
 
 class EpochBatches(Sampler[list[int]]):
     """
-    The batches of one process in one epoch, as record indices.
+    The batches of one process in one epoch, as lists of record indices.
 
     Each global batch is a slice of the shuffled records and is split evenly over the processes. A step therefore uses
     the same records for any number of processes.
@@ -80,8 +80,8 @@ class _Collator:
     """
     Calls the collator in the workers of a `DataLoader`.
 
-    It returns errors because the loader would wrap a raised one. It does not decode the first `num_skipped` batches of
-    a resumed stream, of which each worker makes at least `num_skipped // num_workers`.
+    Errors are returned instead of raised, because the loader would wrap them. The first `num_skipped` batches of a
+    resumed stream are not decoded. Each worker makes at least `num_skipped // num_workers` of them.
     """
 
     def __init__(self, collator: LoTLIPCollator, num_skipped: int = 0) -> None:
@@ -101,7 +101,7 @@ class _Collator:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Makes a worker ignore Ctrl-C, which the terminal sends to it too. The main process stops its workers."""
+    """Makes a worker ignore Ctrl-C. The main process stops its workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

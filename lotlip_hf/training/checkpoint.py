@@ -62,8 +62,8 @@ def prepare_folder(config: TrainingConfig, accelerator: Accelerator) -> Path | N
 
     Raises:
         `FileExistsError`: If the folder contains checkpoints of another run.
-        `ValueError`: If an entry of the folder is a link to the outside or neither a file nor a folder, or if the
-            options differ from those of the resumed run.
+        `ValueError`: If the folder contains a link to the outside, a pipe or a device, or if the options differ from
+            those of the resumed run.
     """
     output = Path(config.output)
     for name in os.listdir(output) if output.is_dir() else ():
@@ -118,10 +118,10 @@ def save_checkpoint(
 ) -> Path:
     """
     Writes `checkpoint-{step}`, then keeps only the last `save_total_limit` checkpoints (0 keeps all). Every process
-    must call it. The folder gets its name when it is complete. An existing checkpoint is not written again.
+    must call it. The folder gets its name when all files are written. An existing checkpoint is not written again.
 
     `save_model` writes the model into a folder. `accelerator` saves the weights, the optimiser and the states of the
-    random generators, `progress` has the counters of each process, and `states` are further objects to save.
+    random generators. `progress` has the counters of this process, and `states` has further objects to save.
 
     Raises:
         `CheckpointError`: On all processes, if one of them cannot write.
@@ -148,7 +148,7 @@ def save_checkpoint(
         if accelerator.is_main_process:
             publish(partial, final)
 
-    # Compare errors after each part: in the next one, processes may wait for each other.
+    # If a part fails on one process, all must stop: in the next part, processes may wait for each other.
     for part in (make_folder, lambda: save_model(partial), write_state, name_folder):
         reason = ""
         try:
@@ -170,7 +170,7 @@ def save_checkpoint(
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Removes a checkpoint. It is renamed first, so that an interrupted removal leaves no incomplete checkpoint."""
+    """Removes a checkpoint. Renaming it first ensures that an interrupted removal leaves no incomplete checkpoint."""
     partial = checkpoint.with_name(f"{checkpoint.name}{PARTIAL}")
     try:
         checkpoint.rename(partial)
@@ -186,7 +186,7 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator, states: Mapping[
     Only tensors, numbers and strings are loaded, so that a checkpoint cannot run code.
 
     Raises:
-        `CheckpointError`: If it cannot be read, or was written by a different number of processes.
+        `CheckpointError`: If the checkpoint cannot be read, or was written by a different number of processes.
     """
     number = len(list((checkpoint / STATE).glob(f"*-{PROGRESS}")))
     if not number:

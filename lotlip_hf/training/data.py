@@ -70,7 +70,7 @@ def _records(
     except SplitError as error:
         if error.splits or split != usual_split:
             raise SplitError(error.problem, error.splits, option) from error
-        records = load(None)  # files without a split in their names are the default split
+        records = load(None)  # files without a split in their names belong to the default split
     first = next(iter(records), None)
     if first is None:
         raise ValueError(f"{data} has no records.")

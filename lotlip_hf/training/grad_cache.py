@@ -42,7 +42,7 @@ def cached_backward(
     """
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     num_samples = len(inputs["pixel_values"])
-    # The processes need the same number of chunks, since a wrapper may communicate in each. Some are then smaller.
+    # Every process needs the same number of chunks, since a wrapper may communicate in each chunk.
     num_chunks = -(-num_samples // chunk_size)
     num_chunks = int(max_over_ranks(torch.tensor(num_chunks, device=inputs["pixel_values"].device)))
     bounds = [num_samples * i // num_chunks for i in range(num_chunks + 1)]
@@ -66,7 +66,7 @@ def cached_backward(
         for chunk in chunks:
             random_states.append((torch.get_rng_state(), *get_device_states(*inputs.values())))
             cached.append(embed_chunk(*chunk))
-    torch.clear_autocast_cache()  # in older versions of torch it keeps weights without a graph
+    torch.clear_autocast_cache()  # older versions of torch cache weights without a graph
 
     embeds = {name: torch.cat([chunk[name] for chunk in cached]) for name in cached[0]}
     # Tensors of the batch itself, such as labels, get no gradients.
@@ -74,7 +74,7 @@ def cached_backward(
     logit_scale = extract_model_from_parallel(model).logit_scale
     parameters = [each for each in (logit_scale, *objective.parameters()) if each.requires_grad]
     losses = objective(embeds, similarity_scale(model))
-    # Autocast of the caller is only for the forward passes.
+    # Gradients are computed without the caller's autocast.
     exact = partial(torch.autocast, logit_scale.device.type, enabled=False)
     with exact():
         gradients = torch.autograd.grad(

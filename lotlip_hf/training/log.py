@@ -20,13 +20,13 @@ RECALLS = {
     "short_image_to_text_r1": ("short, image to text", "C1", "-"),
     "short_text_to_image_r1": ("short, text to image", "C1", "--"),
 }
-# Width of the smoothing window on either side, as a fraction of the points.
+# The smoothing window reaches this fraction of the points to either side.
 SMOOTHING = 0.03
 
 
 class RunLog:
     """
-    The log of a run. `write` flushes each line, so that a killed process loses none.
+    The log of a run. Each line is flushed, so that a killed process loses none.
 
     The next line replaces an incomplete last line, which a killed process can leave.
 

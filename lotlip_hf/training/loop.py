@@ -204,7 +204,7 @@ class _Run:
                 ) as bar,
             ):
                 if not is_evaluated:
-                    self._evaluate_if_due()  # the run may have been stopped during this evaluation
+                    self._evaluate_if_due()  # a resumed run may have been stopped during this evaluation
                 self.meter.restart()
                 while self.step < self.max_steps and not signum:
                     self._take_step(self._next_batches(batches))
@@ -232,8 +232,8 @@ class _Run:
 
     def _next_batches(self, batches: Iterator[tuple[int, int, Batch]]) -> list[Batch]:
         """
-        Reads all batches of a step before the first is used. If one fails, on any process, the state is still the
-        state after the last step and can be saved.
+        Reads all batches of a step before the first is used. If a batch fails on any process, the state is still that
+        of the last step and can be saved.
         """
         taken, error = [], None
         epoch, next_batch = self.epoch, self.next_batch
@@ -289,7 +289,7 @@ class _Run:
             self.averaged.update_parameters(extract_model_from_parallel(self.model))
 
     def _stop_at_nan(self, step: int, reason: str) -> None:
-        """Raises `NonFiniteLossError`, on all processes, as loss and norm are the same on all."""
+        """Raises `NonFiniteLossError`. All processes call it together, because they have the same loss and norm."""
         ids = gather_lists(self.ids)
         path = self.output / f"not-finite-{step}.json"
         if self.accelerator.is_main_process:
@@ -331,7 +331,7 @@ class _Run:
         self.meter.restart()
 
     def _save(self, required: bool) -> None:
-        """Writes a checkpoint. If it cannot be written, the run stops only if the checkpoint is `required`."""
+        """Writes a checkpoint. If writing fails, the run stops only if the checkpoint is `required`."""
         tensors = (*self.model.parameters(), *self.objective.parameters())
         if any_rank(not all(bool(tensor.isfinite().all()) for tensor in tensors), self.accelerator.device):
             self._stop_at_nan(self.step, "the weights are not finite and were not saved")
@@ -409,7 +409,7 @@ class _Run:
 
 
 def _is_progress(progress: Any) -> bool:
-    """Returns whether it has the form that `_Run._save` writes. The file may come from an untrusted source."""
+    """Returns whether `progress` has the form that `_Run._save` writes. The file may come from an untrusted source."""
     match progress:
         case {
             "step": int(),

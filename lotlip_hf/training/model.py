@@ -1,4 +1,4 @@
-"""The model of a run: a checkpoint, two pretrained encoders or a new small model; and its settings for training."""
+"""The model of a run, from a checkpoint, two pretrained encoders or random weights, and its settings for training."""
 
 from transformers import AutoTokenizer
 

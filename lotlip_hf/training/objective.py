@@ -20,19 +20,19 @@ from .terms.views import Views
 
 class Objective(nn.Module):
     """
-    A weighted sum of terms (`lotlip_hf.training.terms`) over the batch of all processes. It computes in float32, also
+    A weighted sum of terms (`lotlip_hf.training.terms`) over the batch of all processes, computed in float32 also
     under autocast.
 
-    Each process returns its share. The mean of the shares over the processes is the loss. The mean of their gradients,
-    which `DistributedDataParallel` computes, equals the gradient in one process with the whole batch. Both hold also
-    if the processes have batches of different size.
+    Each process returns its share of the loss. The mean of the shares is the loss, and the mean of their gradients,
+    which `DistributedDataParallel` computes, equals the gradient in one process with the whole batch. The sizes of the
+    batches may differ between processes.
 
-    Terms may have parameters: pass them to the optimiser and save them with the model. The objective averages their
-    gradients over the processes.
+    Terms may have parameters: pass them to the optimiser and save them with the model. The objective averages the
+    gradients of these parameters over the processes.
 
     Args:
         terms (`Mapping[str, nn.Module]`): The terms by name.
-        weights (`Mapping[str, float]`, *optional*): Weights of the terms. A term without a weight has 1.
+        weights (`Mapping[str, float]`, *optional*): Weights of the terms. The default weight is 1.
 
     Attributes:
         needs (`frozenset[str]`): Names of the tensors that the terms use.
@@ -91,9 +91,6 @@ def make_objective(config: TrainingConfig, model_config: LoTLIPConfig) -> Object
     Args:
         config (`TrainingConfig`): Options of the run. This function uses `terms`, `term_options` and `seed`.
         model_config (`LoTLIPConfig`): Configuration of the model, for the defaults of the terms (see [`make_terms`]).
-
-    Returns:
-        `Objective`: The objective.
     """
     return Objective(*make_terms(config.terms, config.term_options, config.seed, model_config))
 
@@ -105,7 +102,7 @@ def clamp_logit_scale(model: nn.Module) -> None:
 
 
 def similarity_scale(model: nn.Module) -> torch.Tensor:
-    """Returns the factor of the similarities. FSDP does not average the gradients of scalars, so it is done here."""
+    """Returns the factor of the similarities. Its gradient is averaged here under FSDP, which skips scalars."""
     logit_scale = extract_model_from_parallel(model).logit_scale
     return (average_gradient(logit_scale) if isinstance(model, FSDPModule) else logit_scale).exp()
 

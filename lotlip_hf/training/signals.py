@@ -40,7 +40,7 @@ def noted_signals() -> Iterator[list[int]]:
         if not received:
             received.append(number)
             first_at = time.monotonic()
-            # Not the logger: its stream may be in the middle of a line.
+            # Do not use the logger here, as its stream may be in the middle of a line.
             os.write(2, b"\nStopping after this step and saving a checkpoint. Press Ctrl-C again to stop at once.\n")
         elif time.monotonic() - first_at > SAME_SIGNAL_SECONDS:
             raise Interrupted(number)

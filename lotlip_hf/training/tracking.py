@@ -46,7 +46,7 @@ class Meter:
 
 
 class Tracking:
-    """Writes to the log (main process only) and the trackers, whose errors do not stop the run."""
+    """The log and the trackers of a run. Errors in writing them do not stop the run."""
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator, step: int) -> None:
         self.accelerator = accelerator
@@ -67,7 +67,7 @@ class Tracking:
         return any(line["step"] == step and not RECALLS.keys().isdisjoint(line) for line in lines)
 
     def write(self, step: int, epoch: int, values: Mapping[str, Any]) -> None:
-        """Writes values to the log and the trackers. Only the first error is reported."""
+        """Writes values to the log (on the main process) and to the trackers. Only the first error is reported."""
         error = None
         try:
             if self.log is not None:

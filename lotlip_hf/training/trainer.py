@@ -28,8 +28,8 @@ class LoTLIPTrainer(Trainer):
     processes, each epoch draws new texts, and the logit scale is limited to ln 100. The log shows the terms of the
     loss, such as `loss_infonce_short`.
 
-    Evaluation uses the short caption and the first long caption of each record. It reports `eval_loss` over batches
-    of `per_device_eval_batch_size` on every process, and recalls over all records, such as
+    Evaluation uses the short caption and the first long caption of each record. The metrics are `eval_loss` over
+    batches of `per_device_eval_batch_size` per process, and recalls over all records, such as
     `eval_short_image_to_text_r1` and `eval_long_text_to_image_r10`.
 
     Args:
@@ -37,8 +37,9 @@ class LoTLIPTrainer(Trainer):
         args (`TrainingArguments`, *optional*): The options. `remove_unused_columns` is always set to `False`.
         data_collator (`LoTLIPCollator`, *optional*): Draws the texts. Defaults to a `LoTLIPCollator` for
             `processing_class`.
-        objective (`Objective`, *optional*): Defaults to the paper's, with the weights in the model's configuration.
-            Its parameters are trained and saved as `objective.safetensors` in the folder of the model.
+        objective (`Objective`, *optional*): The objective. Defaults to the objective of the paper, with the weights in
+            the configuration of the model. Parameters of the objective are trained, and saved as
+            `objective.safetensors` in the folder of the model.
         grad_cache_chunk (`int`, *optional*): Computes each batch in chunks of this many samples, which saves memory
             (gradient caching).
         **kwargs (`Any`): Further arguments of [`~transformers.Trainer`], such as `train_dataset` and `eval_dataset`.
@@ -77,7 +78,9 @@ class LoTLIPTrainer(Trainer):
         args.remove_unused_columns = False  # the collator reads the columns of records, not the model's arguments
         args.accelerator_config.dispatch_batches = False  # each process pads its own batches
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # DDP would look for the logit scale in the model's forward
+            args.ddp_find_unused_parameters = (
+                False  # otherwise DDP ignores the logit scale, which the model's forward does not use
+            )
         if args.label_smoothing_factor:
             raise ValueError(
                 "`label_smoothing_factor` is not supported. Pass "
@@ -218,7 +221,7 @@ class LoTLIPTrainer(Trainer):
         self.objective.load_state_dict(state)
 
     def _with_objective(self, model: nn.Module) -> nn.Module:
-        """Joins the model and the objective in one module, because Trainer takes the parameters of a single module."""
+        """Joins the model and the objective in one module, for methods of Trainer that accept a single module."""
         return nn.ModuleList([model, self.objective])
 
 

@@ -39,7 +39,7 @@ def validate(
         records (`Dataset` or `IterableDataset`): The records.
         config (`TrainingConfig`): Options of the run. This function uses `eval_samples`, `batch_size`, `captioners`
             (the first one is evaluated), `splitter` and `on_error`.
-        accelerator (`Accelerator`, *optional*): The processes share the work. Each returns the result.
+        accelerator (`Accelerator`, *optional*): The processes of the run share the work and return the same result.
 
     Returns:
         `dict[str, float]`: `long_image_to_text_r1`, `long_text_to_image_r1`, `short_...`, and the same at 5 and 10.

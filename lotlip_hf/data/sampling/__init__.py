@@ -1,10 +1,10 @@
 """
-Strategies that draw the texts of a step. To add one, write a file in this folder and name it in `STRATEGIES`.
+Strategies that draw the texts of a step. To add a strategy, write a file in this folder and list it in `STRATEGIES`.
 
-A strategy is a frozen dataclass whose fields have the names of options of `TrainingConfig`. It is called with the
-records of a batch and one random generator per record, and returns the texts of each record. (seed, epoch, record id)
-seed a generator, so that a resumed run draws the same texts. Unless a strategy mixes texts of different records, the
-number of processes does not change the texts either.
+A strategy is a frozen dataclass whose fields have the names of options of `TrainingConfig`. A strategy is called with
+the records of a batch and one random generator per record, and returns the texts of each record. The seed of a
+generator is (seed, epoch, record id), so that a resumed run draws the same texts. Unless a strategy mixes texts of
+different records, the number of processes does not change the texts.
 """
 
 from typing import Any

@@ -12,16 +12,16 @@ from ..sentences import SPLITTERS
 @dataclass(frozen=True)
 class SubCaptions:
     """
-    Draws sub-captions of the long captions of a record as its long texts. The short caption is the short text.
+    Draws the long texts of a record: sub-captions of its long captions. The short caption is the short text.
 
-    The long captions take turns, and no sub-caption is drawn again before all others of its caption. Captions without
-    a sentence are skipped. If all are skipped, the short caption is repeated as the long texts.
+    The long captions are used in turn, and no sub-caption is drawn again before all others of its caption. Captions
+    without a sentence are skipped. If all captions are skipped, the long texts are copies of the short caption.
 
     Args:
         num_long_texts (`int`, *optional*, defaults to 3): Number of long texts per image and step. 0 trains only on
             short captions.
         num_sentences (`int`, *optional*, defaults to 3): Number of sentences in a long text. `None` or 0 uses whole
-            captions. A shorter caption is used whole.
+            captions. A caption with fewer sentences is used whole.
         captioners (`tuple[int, ...]`, *optional*): Indices of the long captions in `long_captions` to draw from.
             Defaults to all.
         sentence_order (`str`, *optional*, defaults to `"written"`): `"written"` keeps the order of the sentences,

@@ -1,4 +1,4 @@
-"""The terms of the objective. To add one, write a file in this folder and name it in `TERMS`, for `--terms`."""
+"""The terms of the objective, for `--terms`. To add a term, write a file in this folder and list it in `TERMS`."""
 
 from collections.abc import Sequence
 from typing import get_type_hints
@@ -30,8 +30,8 @@ def make_terms(
     Args:
         terms (`Sequence[str]`): Entries `name` or `name:weight`. A term with weight 0 is left out.
         term_options (`Sequence[str]`): Entries `name.option=value`, arguments of the constructors of the terms.
-        seed (`int`, *optional*, defaults to 0): Seed of the parameters of terms. The global random generator keeps its
-            state.
+        seed (`int`, *optional*, defaults to 0): Seed for the parameters of terms. The global random generator is not
+            changed.
         model_config (`LoTLIPConfig`, *optional*): Configuration of the model, for the defaults of the options in
             `MODEL_DEFAULTS`.
 

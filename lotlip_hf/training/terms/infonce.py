@@ -14,13 +14,9 @@ class InfoNCE(Pairs):
     The loss of LoTLIP. Text-to-image sums are complete on each process; image-to-text sums are all-reduced.
 
     Args:
-        short_loss_weight (`float`, *optional*, defaults to 1.0): See [`Pairs`].
-        long_loss_weight (`float`, *optional*, defaults to 1.0): See [`Pairs`].
+        short_loss_weight, long_loss_weight (`float`, *optional*, defaults to 1.0): See [`Pairs`].
         label_smoothing (`float`, *optional*, defaults to 0.0): Fraction of the target that is spread evenly over the
             batch, as in `torch.nn.functional.cross_entropy`. Long-CLIP trains with 0.1.
-
-    Raises:
-        `ValueError`: If a weight or `label_smoothing` is out of range.
     """
 
     def __init__(
@@ -38,11 +34,11 @@ class InfoNCE(Pairs):
             per_image.append(image_sums)
             per_text.append(text_sums)
             match = (images[own] * texts).sum()
-            if self.label_smoothing:  # the sum of all similarities needs no tile
+            if self.label_smoothing:  # the sum of all similarities does not need tiles
                 spread = (images.sum(0) * texts.sum(0)).sum() / len(images)
                 match = (1 - self.label_smoothing) * match + self.label_smoothing * spread
             matches.append(match)
-        # Each image also sums over the texts of the other processes.
+        # Combine the sums of each image over the texts of all processes.
         own_sums = torch.stack(per_image)  # [K, N]
         largest = max_over_ranks(own_sums)
         image_sums = largest + sum_over_ranks((own_sums - largest).exp()).log()

@@ -15,7 +15,7 @@ Sets = Sequence[torch.Tensor]
 
 class Pairs(nn.Module):
     """
-    The base class of terms over all pairs of an image and a text of all processes.
+    The base class of terms that compare every image with every text, over all processes.
 
     Every process gathers the images, with gradients, and compares them with its own texts in tiles of similarities.
     The texts, K times as many as the images, are not gathered. The backward pass computes the tiles again, so that a

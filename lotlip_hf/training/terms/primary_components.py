@@ -1,4 +1,4 @@
-"""The term of Long-CLIP: InfoNCE of short texts with the principal components of the images."""
+"""The term of Long-CLIP: InfoNCE that compares short texts with principal components of the images."""
 
 import torch
 
@@ -7,17 +7,12 @@ from .infonce import InfoNCE
 
 class PrimaryComponents(InfoNCE):
     """
-    The "primary component matching" of Long-CLIP (https://arxiv.org/abs/2403.15378). It is [`InfoNCE`], except that
-    the short texts are compared with images reduced to the first principal components of the batch.
+    The "primary component matching" of Long-CLIP (https://arxiv.org/abs/2403.15378). Like [`InfoNCE`], but short texts
+    are compared with images that are reduced to the first principal components of the batch.
 
     Args:
         num_components (`int`, *optional*, defaults to 32): Number of components. Long-CLIP uses 32.
-        short_loss_weight (`float`, *optional*, defaults to 1.0): See [`InfoNCE`].
-        long_loss_weight (`float`, *optional*, defaults to 1.0): See [`InfoNCE`].
-        label_smoothing (`float`, *optional*, defaults to 0.0): See [`InfoNCE`].
-
-    Raises:
-        `ValueError`: If an option is out of range.
+        short_loss_weight, long_loss_weight, label_smoothing (`float`, *optional*): See [`InfoNCE`].
     """
 
     def __init__(
@@ -41,8 +36,8 @@ def primary_components(image_embeds: torch.Tensor, num_components: int) -> torch
     Projects images [N, dim] onto their mean plus their first principal components. As in Long-CLIP, the result is not
     normalised again.
 
-    The gradient passes through the projection only, and the components are constants. Their derivative is unbounded
-    when two singular values are equal, as the zeros of a small batch are.
+    Gradients flow through the projection, but the components are constants. The derivative of a component is unbounded
+    if two singular values are equal, and in a small batch several are 0.
     """
     mean = image_embeds.mean(0, keepdim=True)
     centred = image_embeds - mean

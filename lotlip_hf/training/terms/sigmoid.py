@@ -14,8 +14,7 @@ class Sigmoid(Pairs):
     offsets the many pairs that do not match.
 
     Args:
-        short_loss_weight (`float`, *optional*, defaults to 1.0): See [`Pairs`].
-        long_loss_weight (`float`, *optional*, defaults to 1.0): See [`Pairs`].
+        short_loss_weight, long_loss_weight (`float`, *optional*, defaults to 1.0): See [`Pairs`].
     """
 
     def __init__(self, short_loss_weight: float = 1.0, long_loss_weight: float = 1.0) -> None:

@@ -9,11 +9,11 @@ from ...distributed import all_sizes, gather, rank
 
 class Views(dict[str, torch.Tensor]):
     """
-    The tensors of a batch on this process, by name. Floating point tensors are at least float32.
+    The tensors of a batch on this process, by name. Floating point tensors are converted to at least float32.
 
     Args:
-        tensors (`Mapping[str, torch.Tensor]`): The tensors. Their first dimension is the sample and may differ in size
-            between the processes.
+        tensors (`Mapping[str, torch.Tensor]`): The tensors. The first dimension is the sample, and its size may differ
+            between processes.
         logit_scale (`torch.Tensor`): Scalar factor of the cosine similarities, not its logarithm.
 
     Attributes:
