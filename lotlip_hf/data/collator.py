@@ -123,10 +123,9 @@ class LoTLIPCollator:
             records (`Sequence[Mapping[str, Any]]`): The records.
 
         Returns:
-            `Batch`: The batch. Short texts are padded to the longest short text, and long texts to the longest long
-                text. `counts` has the number
-            of given `records`, of records left out (`broken_images`, `broken_records`), of shards that ended too
-            early (`broken_shards`), and of records whose long texts are the short caption (`stand_ins`).
+            `Batch`: The batch. Short texts are padded to the longest short text, long texts to the longest long text.
+            `counts` has the number of given `records`, of records left out (`broken_images`, `broken_records`), of
+            damaged shards (`broken_shards`), and of records whose long texts are the short caption (`stand_ins`).
 
         Raises:
             `ImageError`: If an image is broken and `on_error` is `"raise"`.

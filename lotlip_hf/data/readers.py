@@ -82,14 +82,6 @@ def read_rows(
 
     Raises:
         `ValueError`, `OSError`: If the rest of the file cannot be read.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf.data.readers import read_rows
-
-    >>> rows = list(read_rows("captions.csv"))  # doctest: +SKIP
-    ```
     """
     extension = os.path.splitext(file)[1].lower()
     with open_regular(file) as opened:

@@ -87,7 +87,7 @@ def load_records(
     are not decoded, so that the collator decides whether a broken image stops the run. If a file of a local stream is
     damaged, the last record of the file has an `error` and `is_shard`.
 
-    Images must be in the image folder or in `image_root`, after resolving links. A record with another image is
+    Images must be in the image folder or in `image_root`, after resolving links. A record whose image is elsewhere is
     broken. WebDataset shards and data sets on the Hub can name local image files only if `image_folder` or
     `image_root` is set.
 

@@ -1,4 +1,4 @@
-"""The batches of a run. (seed, epoch) decide which records are in which batch, in which order, on which process."""
+"""The batches of a run. Seed and epoch decide which records are in which batch, in which order, on which process."""
 
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,8 +36,7 @@ def num_steps(records: Dataset | IterableDataset, config: TrainingConfig, num_pr
     Returns the number of optimiser steps of a run: `max_steps`, or the steps in `num_epochs` epochs.
 
     Raises:
-        `ValueError`: If `max_steps` is missing for a stream, an epoch has no batch, or the warm-up is longer than the
-            run.
+        `ValueError`: If a stream has no `max_steps`, an epoch has no batch, or the warm-up is longer than the run.
     """
     if config.max_steps is not None:
         return config.max_steps

@@ -117,7 +117,7 @@ def save_checkpoint(
     save_total_limit: int = 0,
 ) -> Path:
     """
-    Writes `checkpoint-{step}`, then keeps only the last `save_total_limit` checkpoints (0 keeps all). Every process
+    Writes `checkpoint-{step}` and removes all but the last `save_total_limit` checkpoints (0 keeps all). Every process
     must call it. The folder gets its name when all files are written. An existing checkpoint is not written again.
 
     `save_model` writes the model into a folder. `accelerator` saves the weights, the optimiser and the states of the

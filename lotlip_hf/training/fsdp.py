@@ -28,7 +28,8 @@ def prepare_sharding(model: LoTLIPModel, objective: nn.Module, accelerator: Acce
     - Every process loads the weights. The first process writes and reads the state in unsharded files.
 
     Raises:
-        `ValueError`: With DeepSpeed (it unpickles checkpoints), Megatron-LM, FSDP1, CPU offload or older libraries.
+        `ValueError`: If the run uses DeepSpeed (which unpickles checkpoints), Megatron-LM, FSDP1, CPU offload or old
+            libraries.
     """
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(

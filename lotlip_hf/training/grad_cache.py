@@ -31,7 +31,7 @@ def cached_backward(
 
     Args:
         model (`nn.Module`): A [`LoTLIPModel`] or its wrapper.
-        batch (`Mapping[str, Any]`): See [`embed`]. The first dimension of every tensor is the sample.
+        batch (`Mapping[str, Any]`): See [`embed`]. The first dimension of every tensor is the batch dimension.
         chunk_size (`int`): Number of samples in a chunk.
         objective (`Objective`): The objective. Its parameters get gradients too.
         accelerator (`Accelerator`, *optional*): Applies autocast, loss scaling and gradient accumulation. Gradients

@@ -80,7 +80,7 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises:
         `FileNotFoundError`: If there is no log.
-        `LineError`: If another line is damaged.
+        `LineError`: If a line other than an incomplete last line is damaged.
     """
     path = Path(path)
     if path.is_dir():

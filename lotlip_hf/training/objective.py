@@ -64,7 +64,7 @@ class Objective(nn.Module):
 
         Args:
             embeds (`Mapping[str, torch.Tensor]`): Tensors of this process with the names in `needs`, as returned by
-                [`embed`]. The first dimension is the sample.
+                [`embed`]. The first dimension is the batch dimension.
             logit_scale (`torch.Tensor`): Scalar factor of the cosine similarities, not its logarithm.
 
         Returns:

@@ -25,7 +25,7 @@ def make_terms(
     terms: Sequence[str], term_options: Sequence[str], seed: int = 0, model_config: LoTLIPConfig | None = None
 ) -> tuple[dict[str, nn.Module], dict[str, float]]:
     """
-    Creates the terms of an objective.
+    Creates the terms of an objective. Returns the terms and their weights, both by name.
 
     Args:
         terms (`Sequence[str]`): Entries `name` or `name:weight`. A term with weight 0 is left out.
@@ -34,9 +34,6 @@ def make_terms(
             changed.
         model_config (`LoTLIPConfig`, *optional*): Configuration of the model, for the defaults of the options in
             `MODEL_DEFAULTS`.
-
-    Returns:
-        `tuple[dict[str, nn.Module], dict[str, float]]`: The terms and their weights, by name.
 
     Raises:
         `ValueError`: If a term or an option does not exist, or a value is wrong.

@@ -43,7 +43,7 @@ class Pairs(nn.Module):
     def forward(self, views: Views) -> dict[str, torch.Tensor]:
         """Returns the shares of this process in the parts `short` and `long`."""
         images = views.logit_scale * views.all("image_embeds")  # [N, dim]
-        text_sets = stack_features(views["text_embeds"], views.get("corner_embeds")).unbind(1)  # K of [b, dim]
+        text_sets = stack_features(views["text_embeds"], views.get("corner_embeds")).unbind(1)  # K tensors [b, dim]
         image_sets = [self.for_short_texts(images), *[images] * (len(text_sets) - 1)]
         losses = self.sums(image_sets, text_sets, views.own) * world_size() / len(images)
         loss = weighted_loss(losses, self.short_loss_weight, self.long_loss_weight)

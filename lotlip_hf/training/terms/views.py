@@ -12,8 +12,8 @@ class Views(dict[str, torch.Tensor]):
     The tensors of a batch on this process, by name. Floating point tensors are converted to at least float32.
 
     Args:
-        tensors (`Mapping[str, torch.Tensor]`): The tensors. The first dimension is the sample, and its size may differ
-            between processes.
+        tensors (`Mapping[str, torch.Tensor]`): The tensors. The size of the first dimension, the batch dimension, may
+            differ between processes.
         logit_scale (`torch.Tensor`): Scalar factor of the cosine similarities, not its logarithm.
 
     Attributes:
