@@ -405,7 +405,7 @@ def _number(total: int) -> str:
 
 
 def _relations(scene: Scene, random: Random) -> Iterator[tuple[str, tuple[SceneObject, ...]]]:
-    """Yields relations ("above", "between") and their two or three objects, among the objects in their own cells."""
+    """Yields relations such as "above" with their two or three objects. Shapes inside the large object have none."""
     placed = [item for item in scene.objects if not item.inside]
     for pair in combinations(placed, 2):
         first, second = random.sample(pair, 2)

@@ -177,7 +177,7 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     reach = round(SMOOTHING * len(values))
     smoothed = []
     for index in range(len(values)):
-        own = min(reach, index, len(values) - 1 - index)
-        window = values[index - own : index + own + 1]
+        half = min(reach, index, len(values) - 1 - index)
+        window = values[index - half : index + half + 1]
         smoothed.append(sum(window) / len(window))
     return smoothed

@@ -57,9 +57,9 @@ class _LogSumExps(torch.autograd.Function):
             rows, columns = zip(*((tile.logsumexp(1), tile.logsumexp(0)) for tile in tiles), strict=True)
             per_image.append(torch.stack(rows).logsumexp(0))
             per_text.append(torch.cat(columns))
-        answers = torch.cat(per_image), torch.stack(per_text).logsumexp(0)
-        ctx.save_for_backward(images, texts, *answers)
-        return answers
+        outputs = torch.cat(per_image), torch.stack(per_text).logsumexp(0)
+        ctx.save_for_backward(images, texts, *outputs)
+        return outputs
 
     @staticmethod
     @once_differentiable
