@@ -61,7 +61,7 @@ class EmbeddingStore:
         dim (`int`): Number of dimensions P of the embeddings.
         root (`Path`, *optional*, defaults to `folder`): Folder given by the user. Links between `root` and `folder`
             are renamed, not followed.
-        advice (`str`, *optional*, defaults to `"pass a writable folder"`): Last words of the error if the folder is
+        advice (`str`, *optional*, defaults to `"pass a writable folder"`): Advice in the error if the folder is
             not writable.
 
     Raises:

@@ -347,7 +347,7 @@ def _read_answer(content: bytes) -> tuple[str, bool | None]:
 
 
 def _without_reasoning(text: str) -> str:
-    """Removes `<think>...</think>` at the start. The first tag is missing if the template adds it, the last if it is cut."""
+    """Removes `<think>...</think>` at the start. Either tag may be missing: the template adds it, or it is cut off."""
     reasoning, end, rest = text.partition("</think>")
     if end and (reasoning.lstrip().startswith("<think>") or "<think>" not in reasoning):
         return rest
