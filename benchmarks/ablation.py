@@ -11,8 +11,9 @@ Each setting changes one option of `corners-2`. `corners-2` uses sub-captions of
 is a member of every group, but is trained only once.
 
 Without the corner mask (`mask-off`), all tokens attend to each other. With the mask, the feature of [CLS] does not
-depend on the corner tokens, so these can be omitted at inference. Without the mask it does, so `mask-off` has corner
-tokens in every text, short and long, in training and in evaluation. All settings compare the feature of [CLS].
+depend on the corner tokens, so these can be omitted at inference. Without the mask it depends on them, so `mask-off`
+has corner tokens in every text, short and long, in training and in evaluation. All settings compare the feature of
+[CLS].
 
 Four held-out scenes share each short caption, so no model has an R@1 above 25 % by short captions.
 """
@@ -100,8 +101,8 @@ TITLES = {
     "sentences": "Sentences of a sub-caption",
     "tokens": "Token limit",
 }
-# Two settings, and the paper's results for the first one by long and by short captions. Long captions without corner
-# tokens make retrieval by short captions worse; corner tokens make up for this.
+# Two settings, and the paper's result for the first one by long and by short captions. In the paper, long captions
+# without corner tokens make retrieval by short captions worse, and corner tokens make up for this.
 COMPARISONS = [
     ("long", "short", "better", "worse"),
     ("corners-1", "long", "better", "better"),

@@ -5,7 +5,7 @@
     python benchmarks/bench.py --only tokenise images      # only these parts
     python benchmarks/bench.py --table                     # print the last results, as in README
 
-Every number is the ratio of the median times of two calls that took turns in one run. The model has random weights and
+A speed is the ratio of the median times of two calls that took turns in one run. The model has random weights and
 the shape of the released one (BERT-base and ViT-B/16). The *official recipe* works as the official code: texts padded
 to 128 positions, a dense mask, corner tokens also at inference, and eager attention, the only one in its version of
 transformers. Each part appends a line to `benchmarks/results/bench.jsonl`. For a missed target, a profile is saved in
@@ -292,7 +292,7 @@ def tokenise(bench: Bench) -> list[Row]:
     official = seconds.pop("official")
     rows = []
     for name, each in seconds.items():
-        detail = f"{1e3 * each / len(bench.captions):.2f} and {1e3 * official / len(bench.captions):.2f} ms a text"
+        detail = f"{1e3 * each / len(bench.captions):.2f} and {1e3 * official / len(bench.captions):.2f} ms per text"
         rows.append(Row(name, "official loop", official / each, 3, detail=detail, profile=calls[name]))
     return rows
 
@@ -546,7 +546,7 @@ def tables(results: Path) -> str:
     for line in results.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         latest[entry["part"]] = entry
-    lines = ["| work | compared with | target | measured | |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| work | beside | target | measured | |", "| --- | --- | --- | --- | --- |"]
     for part in PARTS:
         for values in latest.get(part, {"rows": []})["rows"]:
             row = Row(**values)
@@ -558,7 +558,7 @@ def tables(results: Path) -> str:
             )
     rates = latest.get("encode", {}).get("rates", {})
     if rates:
-        lines += ["", f"| texts per second | {' | '.join(rates)} |", f"| --- |{' --- |' * len(rates)}"]
+        lines += ["", f"| texts a second | {' | '.join(rates)} |", f"| --- |{' --- |' * len(rates)}"]
         for name in next(iter(rates.values())):
             lines.append(f"| {name} | {' | '.join(f'{kind[name]:.1f}' for kind in rates.values())} |")
     return "\n".join(lines)
