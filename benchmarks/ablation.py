@@ -87,7 +87,7 @@ def _numbered(name: str, option: str, labels: Mapping[int, str]) -> list[Setting
 GROUPS: dict[str, list[Setting]] = {
     "captions": [
         Setting("short", "short\nonly", {"num_long_texts": 0, "num_corner_tokens": 0}),
-        Setting("long", "and long", {"num_corner_tokens": 0}),
+        Setting("long", "short\nand long", {"num_corner_tokens": 0}),
         Setting("corners-1", "1 corner", {"num_corner_tokens": 1}),
         Setting("corners-2", "2 corners", {}),
         Setting("corners-4", "4 corners", {"num_corner_tokens": 4}),
