@@ -28,7 +28,7 @@ NOISE = 5.0
 
 
 def make_embeddings(images: int, texts: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Creates images [I, dim], texts [T, dim] near their image, and the index of each text's image [T], without copies."""
+    """Creates images [I, dim], texts [T, dim] near their images, and the image index of each text [T]."""
     generator = torch.Generator().manual_seed(0)
     text_to_image = torch.arange(texts) % images
     image_embeds = torch.randn(images, dim, generator=generator)
