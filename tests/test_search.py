@@ -318,8 +318,8 @@ def test_large_indexes_are_searched_in_little_memory(tmp_path: Path) -> None:
             if start == 12_300:
                 query = torch.from_numpy(vectors[45].copy())
             store.add(names[start : start + 100], vectors)
-        places = store.held(names).locations
-    index = ImageIndex(tmp_path, names, [places[name] for name in names], store)
+        locations = store.held(names).locations
+    index = ImageIndex(tmp_path, names, [locations[name] for name in names], store)
     tracemalloc.start()
     try:
         results = index.search(query, 3)
