@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from .data.readers import KINDS, column_of, every_row, value_of
 from .encoder import Encoder, warn_of_cut_texts
-from .files import PARTIAL, check_output, printable, replacing, set_aside_no_folder
+from .files import PARTIAL, check_output, printable, replacing, set_aside_unless_folder
 from .search import build_index
 from .store import CUT, WHOLE, EmbeddingStore
 
@@ -164,7 +164,7 @@ def embed_texts(
         except KeyboardInterrupt:
             kept = len(store.held(digests).locations)
             logger.warning(
-                "Interrupted. %d embeddings are saved in %s. Run the same command to resume.", kept, store.path
+                "Interrupted: %d embeddings are kept in %s. Run the same command to resume.", kept, store.path
             )
             raise
         held = store.held(digests)
@@ -266,7 +266,7 @@ def _digest(text: str) -> str:
 
 def _partial_folder(output: str | os.PathLike) -> Path:
     folder = Path(f"{os.fspath(output)}{PARTIAL}")
-    set_aside_no_folder(folder)
+    set_aside_unless_folder(folder)
     return folder
 
 

@@ -118,7 +118,7 @@ def inside(folder: str | os.PathLike, path: str | os.PathLike) -> str:
     return joined
 
 
-def lies_in(folders: Iterable[str | os.PathLike], path: str | os.PathLike) -> bool:
+def is_inside(folders: Iterable[str | os.PathLike], path: str | os.PathLike) -> bool:
     """
     Tells whether a file is in one of several folders after links are resolved.
 
@@ -199,12 +199,12 @@ def own_folder(root: Path, *names: str) -> Path:
     folder = root
     for name in names:
         folder = folder / name
-        set_aside_no_folder(folder)
+        set_aside_unless_folder(folder)
         folder.mkdir(exist_ok=True)
     return folder
 
 
-def set_aside_no_folder(path: Path) -> None:
+def set_aside_unless_folder(path: Path) -> None:
     """Renames a file or link (also a link to a folder) at the path of a new folder, and logs a warning."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         reason = "is a link, which is not followed" if path.is_symlink() else "is not a folder"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from .files import FileError, lies_in, open_regular, read_regular
+from .files import FileError, is_inside, open_regular, read_regular
 
 # All accepted image types; a mapping is the output of `datasets.Image(decode=False)`
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor | Mapping
@@ -231,7 +231,7 @@ def find_images(
             is_folder = stat.S_ISDIR(status.st_mode)
             if not is_folder and not is_image_name:
                 continue
-            if is_link and not lies_in({folder, root}, folder / path):
+            if is_link and not is_inside({folder, root}, folder / path):
                 unreadable[path] = "a link out of the folder; pass a folder that contains both with --image-root DIR"
                 continue
             if is_folder:

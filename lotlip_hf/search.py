@@ -171,7 +171,7 @@ def build_index(
         except KeyboardInterrupt:
             kept = len(store.held(stamps).locations)
             logger.warning(
-                "Interrupted. %d embeddings are saved in %s. Run the same command to resume.", kept, store.path
+                "Interrupted: %d embeddings are kept in %s. Run the same command to resume.", kept, store.path
             )
             raise
         if outdated:
