@@ -229,7 +229,7 @@ def read_texts(file: str | os.PathLike, column: str = "text") -> Iterator[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     if path.suffix.lower() not in TEXT_FILES:
-        raise ValueError(f"{path}: unknown extension. Use one of {', '.join(TEXT_FILES)}.")
+        raise ValueError(f"{path}: not a file of texts. Pass a file that ends in {', '.join(TEXT_FILES)}.")
     row = 0
     try:
         for row, value in enumerate(_values(path, column), 1):
@@ -237,7 +237,7 @@ def read_texts(file: str | os.PathLike, column: str = "text") -> Iterator[str]:
                 if not isinstance(text, str):
                     found = "nothing" if text is None else printable(repr(text)[:50])
                     raise ValueError(
-                        f"{path}, row {row}: {column!r} must be a text, got {found}. Pass another --column."
+                        f"{path}, row {row}: expected a text in {column!r}, got {found}. Pass another --column."
                     )
                 text.encode()  # fails on lone surrogates, which JSON allows
                 yield text
