@@ -245,8 +245,8 @@ def _embed_units(
         held = None if kept is None else kept.held(digests[i] for unit in own for i in unit)
         for unit in own:
             keys = [digests[i] for i in unit]
-            if kept is not None and held is not None and all(key in held.places for key in keys):
-                parts.append(kept.vectors([held.places[key] for key in keys]))
+            if kept is not None and held is not None and all(key in held.locations for key in keys):
+                parts.append(kept.vectors([held.locations[key] for key in keys]))
                 stamps += [held.stamps[key] for key in keys]
             elif (encoded := encode(unit)) is not None:
                 parts.append(encoded[0])
