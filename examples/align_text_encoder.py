@@ -5,7 +5,7 @@
     python examples/swap_text_encoder.py --pipeline stable-diffusion --model aligned/mlp --prompt "a red house"
 
 Only the adapter is trained, not the pipeline or LoTLIP. The example writes one folder per adapter, for `--model` of
-`swap_text_encoder.py`. `report.json` and `report.png` (with `pip install lotlip-hf[train]`) compare each adapter
+`swap_text_encoder.py`. `report.json` and `report.png` (with `pip install 'lotlip-hf[train]'`) compare each adapter
 with the text encoder of the pipeline on held-out prompts, next to two baselines that do not use the prompt. Ctrl-C
 ends the training early, but the adapters and the report are still written.
 

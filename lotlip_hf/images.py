@@ -49,7 +49,7 @@ LARGE = 1 << 24
 
 EMPTY = "the file is empty"
 NO_MEMORY = "too large for this machine's memory"
-HEIF_HINT = "HEIC and HEIF need pillow-heif (pip install pillow-heif)"
+HEIF_HINT = "HEIC and HEIF need pillow-heif (pip install 'lotlip-hf[heif]')"
 AVIF_HINT = "AVIF needs a newer Pillow (pip install --upgrade pillow)"
 # Bytes 4 to 12 of HEIF and AVIF files, which may have any extension
 BRANDS = {

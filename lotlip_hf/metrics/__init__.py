@@ -1,6 +1,6 @@
 """
 Metrics of images and texts. `RetrievalRecall` and `ZeroShotAccuracy` are `evaluate` modules, imported on first use
-(`pip install evaluate`). `evaluate.load` also accepts their folders.
+(`pip install 'lotlip-hf[evaluation]'`). `evaluate.load` also accepts their folders.
 """
 
 from importlib import import_module

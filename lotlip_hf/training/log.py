@@ -122,7 +122,7 @@ def draw_curve(log_path: str | os.PathLike, picture_path: str | os.PathLike) -> 
     try:
         from matplotlib.figure import Figure  # unlike pyplot, it opens no window
     except ImportError as error:
-        raise ImportError("The training curve needs matplotlib: pip install lotlip-hf[train]") from error
+        raise ImportError("The training curve needs matplotlib: pip install 'lotlip-hf[train]'") from error
 
     entries = read_log(log_path)
     steps = [entry for entry in entries if entry.get("loss") is not None]
