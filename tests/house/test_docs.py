@@ -139,18 +139,18 @@ def runs(words: list[str]) -> bool:
 def run(words: list[str], parse: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs a command, or only parses its options."""
     script = next((word for word in words if word.endswith(".py")), None)
-    program = "lotlip_hf" if "lotlip_hf" in words else "lotlip"
-    arguments = words[words.index(script or program) + 1 :] if script or program in words else []
-    if script:
-        main, is_run = load_script(script).main, Path(script).stem in QUICK
-    else:
-        main, is_run = lotlip, bool(arguments) and runs(words)
-    if not is_run:
-        return parse(main, arguments) if arguments else None
+    program = script or ("lotlip_hf" if "lotlip_hf" in words else "lotlip")
+    if program not in words:
+        return
+    main = load_script(script).main if script else lotlip
+    arguments = words[words.index(program) + 1 :]
+    if not (Path(script).stem in QUICK if script else runs(words)):
+        parse(main, arguments)
+        return
     if words[:3] == ["lotlip", "convert", "clip"]:
         shutil.rmtree(words[-1], ignore_errors=True)  # made for the other pages
     status = main(arguments)
-    assert not status, f"{shlex.join(words)}\n{capsys.readouterr().err}"
+    assert script or status == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"
     for option in set(OUTPUTS) & set(words):
         assert Path(words[words.index(option) + 1]).exists(), shlex.join(words)
 
