@@ -1,9 +1,11 @@
 """Code, commands, links and tables of the README, the model card, `docs/` and the examples in docstrings."""
 
 import argparse
+import contextlib
 import doctest
 import importlib
 import inspect
+import io
 import json
 import re
 import shlex
@@ -20,7 +22,9 @@ from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTMod
 import lotlip_hf
 import tiny_clip
 import tiny_diffusion
+from lotlip_hf.cli import COMMANDS
 from lotlip_hf.cli import main as lotlip
+from lotlip_hf.cli.convert import KINDS
 from lotlip_hf.conversion.clip import convert as convert_clip
 from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
 from lotlip_hf.training.config import parse_arguments
@@ -127,13 +131,9 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable, list[str]], No
 
 def runs(words: list[str]) -> bool:
     """Whether a `lotlip` command finishes in seconds on one process, without a network."""
-    if (
-        {"train", "lotlip_hf", "--endpoint", "--quantize"} & set(words)
-        or words[1] == "push"
-        and "--dry-run" not in words
-    ):
-        return False
-    return not any(word.startswith("weiwu-ww/") for word in words)
+    is_long = {"train", "lotlip_hf", "--endpoint", "--quantize"} & set(words)
+    is_online = any(word.startswith("weiwu-ww/") for word in words) or "push" in words and "--dry-run" not in words
+    return not is_long and not is_online
 
 
 def run(words: list[str], parse: Callable, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,6 +181,23 @@ def test_names_exist(file: str) -> None:
             assert re.search(rf"^{words[1]}:", read("Makefile"), flags=re.MULTILINE), words[1]
     for extra in re.findall(r"(?:'\.|lotlip-hf)\[([\w-]+)\]", read(file)):
         assert f'"{extra}":' in read("setup.py"), extra
+
+
+@pytest.fixture(scope="module")
+def options() -> set[str]:
+    """The options of every command and script."""
+    texts = [file.read_text() for folder in ("examples", "benchmarks") for file in (REPOSITORY / folder).rglob("*.py")]
+    for words in [*([name] for name in COMMANDS), *(["convert", kind] for kind in KINDS)]:
+        with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.suppress(SystemExit):
+            lotlip([*words, "--help"])
+        texts.append(output.getvalue())
+    return set(re.findall(r"--[a-z][\w-]*", "".join(texts)))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_options_exist(file: str, options: set[str]) -> None:
+    found = re.findall(r"`(--[a-z][^`]*)`", re.sub(r"^```.*?^```$", "", read(file), flags=re.MULTILINE | re.DOTALL))
+    assert set(re.findall(r"--[a-z][\w-]*", " ".join(found))) <= options
 
 
 def headings(file: str) -> set[str]:
