@@ -3,7 +3,7 @@
     make bench                                             # on captions of Scenes; about 25 minutes on two cores
     python benchmarks/bench.py --captions captions.jsonl   # on your own, {"text": "..."} on each line
     python benchmarks/bench.py --only tokenise images      # a part of it
-    python benchmarks/bench.py --table                     # the last results again, as docs/speed.md shows them
+    python benchmarks/bench.py --table                     # the last results again, as README shows them
 
 Every number is a ratio of two things that took turns in one run, by their medians. The weights are random and have the
 released model's shape (BERT-base and ViT-B/16). The *official recipe* is what the official code does: texts padded to
