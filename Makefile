@@ -1,5 +1,6 @@
 # `make test` and `make quickstart` do their whole set-up in .venv, from nothing. Needs Python 3.11 or newer.
 PYTHON ?= python3
+PORT ?= 8000
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
@@ -8,13 +9,15 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 # The kernels of an older CPU, for the quick tests once more: nothing may hang on the last bits that this one computes.
 OTHER_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 
-.PHONY: help test quick quickstart bench lint format
+.PHONY: help test quick quickstart bench lint format docs docs-serve
 
 help:
 	@echo "make quickstart  train a small model and search with it, in a few minutes"
 	@echo "make test        lint, then every test, the quick ones also as on another CPU"
 	@echo "make quick       the tests that are not slow, without a network"
 	@echo "make bench       how fast this is beside its peers (CAPTIONS=file.jsonl: on your texts)"
+	@echo "make docs        the docs site in build/docs, strict: warnings are errors"
+	@echo "make docs-serve  the same, served on this machine (PORT=8000)"
 	@echo "make lint        ruff and pyright"
 	@echo "make format      ruff's formatter and its safe fixes"
 
@@ -32,6 +35,13 @@ quick: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py $(if $(CAPTIONS),--captions $(CAPTIONS))
+
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -q -W --keep-going -n -d build/doctrees -b html docs build/docs
+	@echo "The site is in build/docs (make docs-serve)"
+
+docs-serve: docs
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/docs $(PORT)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

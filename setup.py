@@ -21,22 +21,23 @@ INSTALL_REQUIRES = [
     "tqdm>=4.66",
 ]
 
+# Each extra belongs to one part of the package. `lotlip-hf[all]` is all of them except open-clip, docs and test.
 # Metrics as `evaluate` modules, plots of studies and reports (lotlip_hf/evaluation).
 EVALUATION_REQUIRES = ["evaluate>=0.4.5", "matplotlib>=3.9"]
 
-# Models of open_clip as they are (lotlip_hf/engines/open_clip.py). It needs a torchvision that fits torch.
+# Models of open_clip (lotlip_hf/engines/open_clip.py). Not in `all`: its torchvision must fit the torch build.
 OPEN_CLIP_REQUIRES = ["open_clip_torch>=3.3"]
 
-# What a training run draws and records: TensorBoard's files and the training curve.
+# The training curve and TensorBoard's files (lotlip_hf/training).
 TRAIN_REQUIRES = ["matplotlib>=3.9", "tensorboard>=2.16"]
 
-# Fine-tuning a few parameters alone (examples/finetune_lora.py).
+# Fine-tuning by LoRA (examples/finetune_lora.py).
 LORA_REQUIRES = ["peft>=0.18"]
 
 # Long prompts for diffusion pipelines (lotlip_hf/diffusion).
 DIFFUSION_REQUIRES = ["diffusers>=0.42"]
 
-# Both towers without PyTorch (lotlip_hf/engines/onnx.py).
+# Exports to ONNX, and both towers by ONNX Runtime (lotlip_hf/conversion/onnx.py, lotlip_hf/engines/onnx.py).
 ONNX_REQUIRES = ["onnx>=1.18", "onnxruntime>=1.23", "onnxscript>=0.7"]
 
 # Captions from endpoints with OpenAI's protocol (lotlip_hf/relabel/captioners/endpoint.py).
@@ -48,7 +49,7 @@ HEIF_REQUIRES = ["pillow-heif>=1.0"]
 # The demo (examples/space).
 SPACE_REQUIRES = ["gradio>=6.0"]
 
-TEST_REQUIRES = [
+ALL_REQUIRES = [
     *EVALUATION_REQUIRES,
     *TRAIN_REQUIRES,
     *LORA_REQUIRES,
@@ -57,7 +58,19 @@ TEST_REQUIRES = [
     *HEIF_REQUIRES,
     *SPACE_REQUIRES,
     *RELABEL_REQUIRES,
+]
+
+# The docs site (`make docs`).
+DOCS_REQUIRES = ["furo>=2025.9", "myst-parser>=5.0", "sphinx>=9.0", "sphinx-copybutton>=0.5.2"]
+
+# Everything that `make test` needs.
+TEST_REQUIRES = [
+    *ALL_REQUIRES,
+    *DOCS_REQUIRES,
     "bitsandbytes>=0.50",
+    "ipykernel>=7.0",
+    "nbclient>=0.10",
+    "nbformat>=5.10",
     "optimum-quanto>=0.2.7",
     "parameterized>=0.9",
     "playwright>=1.50",
@@ -81,6 +94,23 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The lotlip-hf authors",
+    keywords="CLIP, LoTLIP, long captions, image-text retrieval, zero-shot classification, transformers, diffusers",
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2410.05249",
+        "Official code": "https://github.com/wuw2019/LoTLIP",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
@@ -93,6 +123,7 @@ setup(
     packages=[*find_packages(include=["lotlip_hf", "lotlip_hf.*"]), "lotlip_hf.modeling", "lotlip_hf.conversion"],
     install_requires=INSTALL_REQUIRES,
     extras_require={
+        "all": ALL_REQUIRES,
         "evaluation": EVALUATION_REQUIRES,
         "train": TRAIN_REQUIRES,
         "lora": LORA_REQUIRES,
@@ -102,6 +133,7 @@ setup(
         "open-clip": OPEN_CLIP_REQUIRES,
         "relabel": RELABEL_REQUIRES,
         "space": SPACE_REQUIRES,
+        "docs": DOCS_REQUIRES,
         "test": TEST_REQUIRES,
     },
     entry_points={"console_scripts": ["lotlip = lotlip_hf.cli:main"]},

@@ -1,22 +1,21 @@
-"""The paper's study in small: what long captions, corner tokens, their mask, sub-captions and the token limit bring.
+"""The ablation study of the paper in small: long captions, corner tokens, their mask, sub-captions, the token limit.
 
-Trains a small model on Scenes for each setting and seed, one after the other, and measures retrieval over 500 held-out
-scenes. Each result is kept at once in `benchmarks/results/ablation.jsonl`: an interrupted study goes on where it was,
-and what is there is not trained again.
+Trains a small model on Scenes for each setting and seed, and measures retrieval over 500 held-out scenes. Each result
+is saved at once in `benchmarks/results/ablation.jsonl`, so an interrupted study resumes with the missing runs.
 
-    python benchmarks/ablation.py                             # trains what is missing; then the table and the picture
-    python benchmarks/ablation.py --only captions tokens-32   # groups of settings, or single ones
-    python benchmarks/ablation.py --report                    # the table and the picture of what is there
+    python benchmarks/ablation.py                             # run the missing settings; print tables, draw the plot
+    python benchmarks/ablation.py --only captions tokens-32   # run groups of settings, or single settings
+    python benchmarks/ablation.py --report                    # run nothing; print tables, draw the plot
 
-All settings differ from one, `corners-2`, in one thing. Three sentences a sub-caption and 128 tokens are its own, so
-it is a part of every group and trained once.
+Each setting changes one option of `corners-2`. `corners-2` uses sub-captions of three sentences and 128 tokens, so it
+is a member of every group, but is trained only once.
 
-`mask-off` lets the words and [CLS] see the corner tokens, and these each other. With the mask on, a text's feature is
-the same with or without the corner tokens, so they are left out at inference; without the mask that is not so. Hence
-this setting has them in every text, short and long, in training and in evaluation, and the feature compared is that of
-[CLS], as in all settings.
+Without the corner mask (`mask-off`), all tokens attend to each other. With the mask, the feature of [CLS] does not
+depend on the corner tokens, so these can be omitted at inference. Without the mask it depends on them, so `mask-off`
+has corner tokens in every text, short and long, in training and in evaluation. All settings compare the feature of
+[CLS].
 
-Held-out scenes come in groups of four that share their short caption: no model finds more than 25 % by it.
+Four held-out scenes share each short caption, so no model has an R@1 above 25 % by short captions.
 """
 
 import argparse
@@ -51,7 +50,7 @@ from measure import keep, machine
 
 RESULTS = FOLDER / "ablation.jsonl"
 
-# What `corners-2` is trained with.
+# Options of `corners-2`
 BASE: dict[str, Any] = {
     "model": "scenes",
     "num_corner_tokens": 2,
@@ -74,7 +73,7 @@ BASE: dict[str, Any] = {
 
 
 class Setting(NamedTuple):
-    """What is trained: its name, how the picture calls it, and in what it differs from `BASE`."""
+    """Name of a setting, its label in the plot, and its changes to `BASE`."""
 
     name: str
     label: str
@@ -88,7 +87,7 @@ def _numbered(name: str, option: str, labels: Mapping[int, str]) -> list[Setting
 GROUPS: dict[str, list[Setting]] = {
     "captions": [
         Setting("short", "short\nonly", {"num_long_texts": 0, "num_corner_tokens": 0}),
-        Setting("long", "and long", {"num_corner_tokens": 0}),
+        Setting("long", "short\nand long", {"num_corner_tokens": 0}),
         Setting("corners-1", "1 corner", {"num_corner_tokens": 1}),
         Setting("corners-2", "2 corners", {}),
         Setting("corners-4", "4 corners", {"num_corner_tokens": 4}),
@@ -102,8 +101,8 @@ TITLES = {
     "sentences": "Sentences of a sub-caption",
     "tokens": "Token limit",
 }
-# A setting, another one, and how by the paper the first one does by long and by short captions: long captions alone
-# may cost what a model knows of short ones, and corner tokens bring it back.
+# Two settings, and the paper's result for the first one by long and by short captions. In the paper, long captions
+# without corner tokens make retrieval by short captions worse, and corner tokens make up for this.
 COMPARISONS = [
     ("long", "short", "better", "worse"),
     ("corners-1", "long", "better", "better"),
@@ -122,13 +121,13 @@ RECALLS = [f"{length}_{way}_r1" for length in ("long", "short") for way in ("ima
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Trains what is missing, and reports.
+    Runs the missing settings, and reports all results.
 
     Args:
-        argv: The arguments; by default those of the process.
+        argv (`Sequence[str]`, *optional*): Arguments; by default those of the process.
 
     Returns:
-        The exit status: 0, or 1 if a run had no result.
+        `int`: Exit status: 0, or 1 if a run diverged.
     """
     arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads)
@@ -149,43 +148,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of the command line; see `--help`."""
+    """Parses the command line."""
     names = [*GROUPS, *dict.fromkeys(setting.name for settings in GROUPS.values() for setting in settings)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights, data and draws (0 1 2)")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
-    parser.add_argument("--steps", type=int, default=BASE["max_steps"], help="of the optimiser (%(default)s)")
-    parser.add_argument("--num-scenes", type=int, default=BASE["num_scenes"], help="to train on (%(default)s)")
+    seeds = "random seeds of weights, data and draws (0 1 2)"
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help=seeds)
+    only = f"groups or settings to run, from {', '.join(names)}"
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=only)
+    parser.add_argument("--steps", type=int, default=BASE["max_steps"], help="optimiser steps (%(default)s)")
+    parser.add_argument("--num-scenes", type=int, default=BASE["num_scenes"], help="training scenes (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=BASE["batch_size"], help="images in a step (%(default)s)")
     parser.add_argument("--eval-samples", type=int, default=BASE["eval_samples"], help="held-out scenes (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (%(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the results, the picture beside it")
-    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of results; the plot is saved next to it")
+    parser.add_argument("--report", action="store_true", help="only print tables and draw the plot")
     return parser.parse_args(argv)
 
 
 def run_study(base: Mapping[str, Any], settings: Sequence[Setting], seeds: Sequence[int], results: Path) -> int:
     """
-    Trains every setting with every seed that has no result yet, all settings with one seed first.
+    Runs every setting with every seed that has no result yet, seed after seed.
 
     Args:
-        base: What the settings differ from.
-        settings: The settings.
-        seeds: Seeds.
-        results: File that each result is added to.
+        base (`Mapping[str, Any]`): Options that the settings change.
+        settings (`Sequence[Setting]`): Settings.
+        seeds (`Sequence[int]`): Seeds.
+        results (`Path`): File to which each result is appended.
 
     Returns:
-        How many runs came to nothing, since their loss was not a number.
+        `int`: Number of runs without a result, because their loss was not finite.
     """
     wanted: dict[str, tuple[Setting, dict[str, Any]]] = {}
     for seed in seeds:
         for setting in settings:
             options = {**base, **setting.changes, "seed": seed}
-            # two names of the same options are one run
+            # Settings with the same options are one run.
             wanted.setdefault(json.dumps(options, sort_keys=True), (setting, options))
     known = [entry["options"] for entry in read_results(results)]
     missing = [(setting, options) for setting, options in wanted.values() if options not in known]
-    tqdm.write(f"{len(wanted)} runs, {len(missing)} of them to be done.")
+    tqdm.write(f"{len(missing)} of {len(wanted)} runs are missing.")
     results.parent.mkdir(parents=True, exist_ok=True)
     failed = 0
     for setting, options in tqdm(missing, desc="Runs", unit="run", disable=not missing):
@@ -208,7 +209,7 @@ def run_study(base: Mapping[str, Any], settings: Sequence[Setting], seeds: Seque
         long, short = (
             f"{100 * recalls[one]:.1f} / {100 * recalls[other]:.1f} %" for one, other in (RECALLS[:2], RECALLS[2:])
         )
-        tqdm.write(f"{name}: R@1 by long captions {long}, by short ones {short}; {entry['seconds']:.0f} s")
+        tqdm.write(f"{name}: R@1 {long} with long captions, {short} with short captions; {entry['seconds']:.0f} s")
     return failed
 
 
@@ -217,11 +218,11 @@ def run(options: Mapping[str, Any]) -> dict[str, float]:
     Trains one model and evaluates it.
 
     Args:
-        options: Those of [`TrainingConfig`], and `corner_mask`.
+        options (`Mapping[str, Any]`): Options of [`TrainingConfig`], and `corner_mask`.
 
     Returns:
-        Recalls of the trained model, as the trainer's log has them, and `long_cut`, the share of the long captions
-        evaluated that the token limit cut.
+        `dict[str, float]`: Recalls from the training log, and `long_cut`, the share of long captions in the evaluation
+        that the token limit truncates.
     """
     options = dict(options)
     has_mask = options.pop("corner_mask")
@@ -242,11 +243,11 @@ def run(options: Mapping[str, Any]) -> dict[str, float]:
 @contextmanager
 def corner_mask_off(model: LoTLIPModel) -> Iterator[None]:
     """
-    Within it every token of a text sees every other one, the corner tokens included, which are then in every text, in
-    evaluation too. Only padding stays hidden.
+    Removes the corner mask within the context: all tokens except padding attend to each other. Every text has corner
+    tokens, also in evaluation.
 
     Args:
-        model: The model; no other one may be used meanwhile.
+        model (`LoTLIPModel`): Model. No other model may be used within the context.
     """
 
     def with_corners(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -269,31 +270,31 @@ def corner_mask_off(model: LoTLIPModel) -> Iterator[None]:
 
 def read_results(results: Path) -> list[dict[str, Any]]:
     """
-    The results that are there.
+    Reads the results.
 
     Args:
-        results: Their file.
+        results (`Path`): File of results.
 
     Returns:
-        One `dict` a run, with `options` and `results`; none where there is no file.
+        `list[dict[str, Any]]`: Entries of all runs, with `options` and `results`. Empty if the file does not exist.
 
     Raises:
-        ValueError: if a line is damaged; the message names it.
+        `ValueError`: If a line is damaged.
     """
     return [entry for _, entry in read_json_lines(results)] if results.exists() else []
 
 
 def report(base: Mapping[str, Any], seeds: Sequence[int], results: Path) -> None:
     """
-    Prints the tables, in Markdown, and draws the picture beside the results.
+    Prints the tables in Markdown, and draws the plot next to the results.
 
     Args:
-        base: What the settings differ from; results of other ones are left out.
-        seeds: Seeds to report; others are left out.
-        results: File of the results.
+        base (`Mapping[str, Any]`): Options that the settings change. Results with other options are ignored.
+        seeds (`Sequence[int]`): Seeds to report.
+        results (`Path`): File of results.
 
     Raises:
-        ValueError: if there is nothing to report.
+        `ValueError`: If there is no result to report.
     """
     entries = read_results(results)
     found: dict[str, dict[int, dict[str, Any]]] = {}
@@ -309,19 +310,19 @@ def report(base: Mapping[str, Any], seeds: Sequence[int], results: Path) -> None
                 found[setting.name] = of_seed
     if not found:
         raise ValueError(
-            f"{results} holds {len(entries)} runs, none of them with these options: {json.dumps(dict(base))}, "
-            f"seeds {', '.join(map(str, seeds))}."
+            f"{results}: none of its {len(entries)} runs has these options: {json.dumps(dict(base))}, "
+            f"seeds {', '.join(map(str, seeds))}. Run the study without --report first."
         )
     print(
-        f"\nR@1 in % over {base['eval_samples']} held-out scenes (chance {100 / base['eval_samples']:.1f}): mean and "
-        f"standard deviation over the seeds, after {base['max_steps']} steps of {base['batch_size']} scenes."
+        f"\nR@1 in % over {base['eval_samples']} held-out scenes (chance: {100 / base['eval_samples']:.1f} %) after "
+        f"{base['max_steps']} steps of {base['batch_size']} scenes. Mean and standard deviation over the seeds."
     )
     for group, settings in GROUPS.items():
         rows = [setting for setting in settings if setting.name in found]
         if not rows:
             continue
         columns = [name.removesuffix("_r1").replace("_", " ") for name in RECALLS]
-        print(f"\n| {TITLES[group]} | {' | '.join(columns)} | captions cut | seeds | seconds a run |")
+        print(f"\n| {TITLES[group]} | {' | '.join(columns)} | truncated captions | seeds | seconds per run |")
         print("|---|" + "---:|" * (len(columns) + 3))
         for setting in rows:
             runs = list(found[setting.name].values())
@@ -332,7 +333,7 @@ def report(base: Mapping[str, Any], seeds: Sequence[int], results: Path) -> None
     _print_comparisons(found)
     picture = results.with_suffix(".png")
     draw(found, picture)
-    print(f"\nThe picture: {os.path.relpath(picture)}")
+    print(f"\nPlot: {os.path.relpath(picture)}")
 
 
 def _print_comparisons(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> None:
@@ -358,16 +359,16 @@ def _print_comparisons(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> 
         lines.append(f"| {name} | {other} | {' | '.join(cells)} | {len(seeds)} |")
     if lines:
         print(
-            "\nDifferences in points of R@1, both directions together. Clear is one whose mean over at least three "
-            "seeds is more than twice its standard deviation.\n"
+            "\nDifferences in percentage points of R@1 (mean of both directions). A difference is clear if its mean "
+            "over at least three seeds is more than twice its standard deviation.\n"
         )
-        print("| setting | against | long: the paper | long: here | | short: the paper | short: here | | seeds |")
+        print("| setting | compared with | long: paper | long: here | | short: paper | short: here | | seeds |")
         print("|---|---|---|---:|---|---|---:|---|---:|")
         print("\n".join(lines))
 
 
 def _both_ways(entry: Mapping[str, Any], length: str) -> float:
-    """R@1 of long or short captions, the mean of both directions."""
+    """Returns the mean R@1 of both directions, for long or short captions."""
     return statistics.mean(entry["results"][name] for name in RECALLS if name.startswith(length))
 
 
@@ -378,12 +379,12 @@ def _mean_and_spread(values: Sequence[float], sign: str = "") -> str:
 
 def draw(found: Mapping[str, Mapping[int, Mapping[str, Any]]], picture: Path) -> None:
     """
-    Draws R@1 by long and by short captions in each setting, group by group: every seed a dot, the mean and the
-    standard deviation.
+    Plots R@1 by long and by short captions for each group of settings: a dot for every seed, and mean and standard
+    deviation.
 
     Args:
-        found: The name of a setting, a seed, and its result.
-        picture: The file.
+        found (`Mapping[str, Mapping[int, Mapping[str, Any]]]`): Result by name of the setting and by seed.
+        picture (`Path`): File to write.
     """
     from matplotlib.figure import Figure
 
@@ -396,15 +397,15 @@ def draw(found: Mapping[str, Mapping[int, Mapping[str, Any]]], picture: Path) ->
     for axes, (group, settings) in zip(panels, groups.items(), strict=True):
         for length, colour, shift in (("long", "C0", -0.12), ("short", "C1", 0.12)):
             values = [[100 * _both_ways(run, length) for run in found[one.name].values()] for one in settings]
-            places = [place + shift for place in range(len(settings))]
+            positions = [index + shift for index in range(len(settings))]
             means = [statistics.mean(of_seeds) for of_seeds in values]
             spreads = [statistics.stdev(of_seeds) if len(of_seeds) > 1 else 0.0 for of_seeds in values]
             label = f"{length} captions: mean, standard deviation"
-            axes.errorbar(places, means, spreads, fmt="_", color=colour, markersize=14, capsize=4, label=label)
-            for place, of_seeds in zip(places, values, strict=True):
-                axes.plot([place] * len(of_seeds), of_seeds, ".", color=colour, alpha=0.5)
+            axes.errorbar(positions, means, spreads, fmt="_", color=colour, markersize=14, capsize=4, label=label)
+            for position, of_seeds in zip(positions, values, strict=True):
+                axes.plot([position] * len(of_seeds), of_seeds, ".", color=colour, alpha=0.5)
         most = 100 / GROUP_SIZE
-        axes.axhline(most, color="C1", linestyle=":", linewidth=1, label="the most that short captions allow")
+        axes.axhline(most, color="C1", linestyle=":", linewidth=1, label="maximum for short captions")
         axes.set_xticks(range(len(settings)), [one.label for one in settings])
         axes.set_xlim(-0.6, len(settings) - 0.4)
         axes.set_title(TITLES[group])
@@ -422,4 +423,4 @@ if __name__ == "__main__":
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"ablation: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("ablation: interrupted; what was trained is kept, and the same command goes on from there.")
+        sys.exit("ablation: interrupted. Finished runs are saved. Run the same command to resume.")

@@ -1,15 +1,15 @@
-"""How fast this package is beside other ways to run LoTLIP, and whether it keeps its targets.
+"""Compares the speed and memory of this package with other ways to run LoTLIP, and with its targets.
 
-    make bench                                             # on captions of Scenes; about 25 minutes on two cores
-    python benchmarks/bench.py --captions captions.jsonl   # on your own, {"text": "..."} on each line
-    python benchmarks/bench.py --only tokenise images      # a part of it
-    python benchmarks/bench.py --table                     # the last results again, as README shows them
+    make bench                                             # with captions of Scenes; about 25 minutes on two cores
+    python benchmarks/bench.py --captions captions.jsonl   # with your captions, {"text": "..."} on each line
+    python benchmarks/bench.py --only tokenise images      # only these parts
+    python benchmarks/bench.py --table                     # print the last results, as in README
 
-Every number is a ratio of two things that took turns in one run, by their medians. The weights are random and have the
-released model's shape (BERT-base and ViT-B/16). The *official recipe* is what the official code does: texts padded to
-128 positions, a dense mask, the corner tokens computed also at inference, eager attention (its transformers has no
-other). Each part adds a line to `benchmarks/results/bench.jsonl` when it is done; where a target is missed, a profile
-in `benchmarks/results/profiles` shows where the time goes.
+A speed is the ratio of the median times of two calls that took turns in one run. The model has random weights and
+the shape of the released one (BERT-base and ViT-B/16). The *official recipe* works as the official code: texts padded
+to 128 positions, a dense mask, corner tokens also at inference, and eager attention, the only one in its version of
+transformers. Each part appends a line to `benchmarks/results/bench.jsonl`. For a missed target, a profile is saved in
+`benchmarks/results/profiles`.
 """
 
 import argparse
@@ -66,16 +66,17 @@ Call = Callable[[], Any]
 @dataclass
 class Row:
     """
-    One target and what was measured.
+    A target and its measured value.
 
     Args:
-        work: What is done.
-        beside: What it is compared with.
-        ratio: How many times as fast; or what `unit` says.
-        target: What the ratio should at least be; with `at_most` at most.
-        unit: Of both.
-        detail: The numbers behind the ratio.
-        profile: Does the work once, to see where its time goes.
+        work (`str`): Measured work.
+        beside (`str`): Baseline of the comparison.
+        ratio (`float`): Measured value: the speed-up, or a value in `unit`.
+        target (`float`): Minimum of `ratio`, or maximum with `at_most`.
+        at_most (`bool`, *optional*, defaults to `False`): Whether `target` is a maximum.
+        unit (`str`, *optional*, defaults to `"x"`): Unit of `ratio` and `target`.
+        detail (`str`, *optional*, defaults to `""`): Measurements behind the ratio.
+        profile (`Callable`, *optional*): Call that is profiled if the target is missed.
     """
 
     work: str
@@ -89,11 +90,11 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        """Whether the target is reached."""
+        """Whether the value meets the target."""
         return self.ratio <= self.target if self.at_most else self.ratio >= self.target
 
     def values(self) -> dict[str, Any]:
-        """What is kept."""
+        """Returns the fields that are saved."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "profile"}
 
     def __str__(self) -> str:
@@ -102,22 +103,22 @@ class Row:
             verdict = f"MISSED by {abs(self.ratio / self.target - 1):.0%}"
         target = f"{limit} {self.target:g} {self.unit}"
         measured = f"{self.ratio:.4g} {self.unit} ({self.detail})"
-        return f"{self.work} beside {self.beside}: {measured}, target {target}: {verdict}"
+        return f"{self.work}, compared with {self.beside}: {measured}, target {target}: {verdict}"
 
 
 class Bench:
     """
-    What the parts below share.
+    Inputs and models that all parts share.
 
     Args:
-        size: Of the models, see `peers.SIZES`.
-        captions: Long texts.
-        num_texts: How many of them are encoded in a turn.
-        num_mixed: Texts of mixed lengths for `mixed`.
-        batch_size: Images of a training step.
-        loss_batch_size: Images of the loss.
-        repeats: Turns.
-        folder: For checkpoints and images.
+        size (`str`): Size of the models; see `peers.SIZES`.
+        captions (`list[str]`): Long texts.
+        num_texts (`int`): Number of texts that are encoded in a turn.
+        num_mixed (`int`): Number of texts of mixed lengths.
+        batch_size (`int`): Number of images in a training step.
+        loss_batch_size (`int`): Number of images in the loss.
+        repeats (`int`): Number of counted turns.
+        folder (`Path`): Folder for temporary checkpoints and images.
     """
 
     def __init__(
@@ -139,37 +140,37 @@ class Bench:
         self.loss_batch_size = loss_batch_size
         self.repeats = repeats
         self.folder = folder
-        self.rates: dict[str, dict[str, float]] = {}  # texts a second, of each kind of text and each peer
+        self.rates: dict[str, dict[str, float]] = {}  # texts per second, by kind of text and by encoder
         self.notes: list[str] = []
 
     @cached_property
     def model(self) -> LoTLIPModel:
-        """In float32."""
+        """The model in float32."""
         return peers.make_model(self.size)
 
     @cached_property
     def processor(self) -> LoTLIPProcessor:
-        """The model's."""
+        """The processor of the model."""
         return peers.make_processor(self.model)
 
     @cached_property
     def checkpoint(self) -> Path:
-        """A folder with model and processor."""
+        """The folder with the saved model and processor."""
         path = self.folder / "checkpoint"
         self.model.save_pretrained(path)
         self.processor.save_pretrained(path)
         return path
 
     def turns(self, description: str, calls: Mapping[str, Call]) -> dict[str, float]:
-        """Median seconds of each call."""
+        """Returns the median time of each call in seconds."""
         return in_turns(calls, self.repeats, description)
 
     def encode(self, model: PreTrainedModel | LoTLIPOnnxModel, texts: Sequence[str]) -> torch.Tensor:
-        """[N, P], with this package."""
+        """Encodes texts with this package: embeddings [N, P]."""
         return Encoder(model, self.processor).encode_texts(texts, progress=False)
 
     def batches(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        """The ideal batches: tokenised, sorted by length, of as many tokens as a CPU computes fastest."""
+        """Creates ideal batches: tokenised, sorted by length, and of the fastest number of tokens for a CPU."""
         encoded = self.processor.tokenizer(list(texts), truncation=True, verbose=False)["input_ids"]
         ids = sorted(encoded, key=len, reverse=True)
         batches = []
@@ -182,13 +183,13 @@ class Bench:
 
 @torch.inference_mode()
 def run_batches(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """The text features of batches that are there already, for nobody."""
+    """Computes and discards the text features of prepared batches."""
     for batch in batches:
         model.get_text_features(**batch)
 
 
 def encode(bench: Bench) -> list[Row]:
-    """Long texts and first sentences, by this package in three precisions and by everything else."""
+    """Encodes long texts and first sentences, with this package in three precisions and with all other packages."""
     long = bench.captions[: bench.num_texts]
     kinds = {"long texts": long, "first sentences": [split_sentences(text)[0] + "." for text in long]}
     bf16, _ = load_model(bench.checkpoint, dtype="bfloat16")
@@ -209,7 +210,7 @@ def encode(bench: Bench) -> list[Row]:
     }
     try:
         encoders["open_clip (77 tokens)"] = peers.OpenClip().encode
-    except Exception as error:  # a torchvision that does not fit torch raises anything
+    except Exception as error:  # a torchvision that does not match torch raises many types of errors
         bench.notes.append(f"open_clip was not measured: {error}")
     rows = []
     for kind, texts in kinds.items():
@@ -239,7 +240,7 @@ PRECISION = {"lotlip-hf": "fp32", "lotlip-hf, bfloat16": "bf16", "lotlip-hf, int
 
 
 def bare(bench: Bench) -> list[Row]:
-    """Long texts from strings to embeddings, beside a stock BertModel that gets the same tokens in ideal batches."""
+    """Encodes long texts, compared with a stock BertModel on the same tokens in ideal batches."""
     texts = bench.captions[: bench.num_texts]
     calls = {
         "ours": partial(bench.encode, bench.model, texts),
@@ -252,7 +253,7 @@ def bare(bench: Bench) -> list[Row]:
 
 
 def mixed(bench: Bench) -> list[Row]:
-    """Many texts of mixed lengths, by a BERT so small that what surrounds it shows."""
+    """Encodes many texts of mixed lengths with a very small BERT, so that the overhead around it is visible."""
     model = bench.model if bench.size == "tiny" else peers.make_model("mini")
     stock = stock_model(model)
     choose = random.Random(0)
@@ -273,7 +274,7 @@ def mixed(bench: Bench) -> list[Row]:
 
 
 def tokenise(bench: Bench) -> list[Row]:
-    """Texts to ids, cleaning included."""
+    """Cleans and tokenises texts."""
     recipe = peers.OfficialRecipe(peers.make_model("tiny"))
 
     tokenizer = bench.processor.tokenizer
@@ -291,20 +292,20 @@ def tokenise(bench: Bench) -> list[Row]:
     official = seconds.pop("official")
     rows = []
     for name, each in seconds.items():
-        detail = f"{1e3 * each / len(bench.captions):.2f} and {1e3 * official / len(bench.captions):.2f} ms a text"
+        detail = f"{1e3 * each / len(bench.captions):.2f} and {1e3 * official / len(bench.captions):.2f} ms per text"
         rows.append(Row(name, "official loop", official / each, 3, detail=detail, profile=calls[name]))
     return rows
 
 
 def loss_inputs(batch_size: int) -> list[torch.Tensor]:
-    """Random normalised embeddings of one short and one long text with two corners, 768 wide: K = 4."""
+    """Creates random embeddings: images [B, 768], texts [B, 2, 768] and corner tokens [B, 1, 2, 768], so K = 4."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((batch_size, 768), (batch_size, 2, 768), (batch_size, 1, 2, 768))
     return [F.normalize(torch.randn(shape, generator=generator), dim=-1).requires_grad_() for shape in shapes]
 
 
 def run_loss(name: str, inputs: Sequence[torch.Tensor]) -> None:
-    """Forward and backward of the tiled objective or of whole logits."""
+    """Runs forward and backward of the tiled objective or of the loss with whole logits."""
     scale = torch.tensor(50.0)
     if name == "tiles":
         names = ("image_embeds", "text_embeds", "corner_embeds")
@@ -317,13 +318,13 @@ def run_loss(name: str, inputs: Sequence[torch.Tensor]) -> None:
 
 
 def make_loss(name: str, batch_size: int) -> Call:
-    """`run_loss`, after a small one: what is allocated once is there already."""
+    """Creates a call of `run_loss`, after a small one that makes all one-time allocations."""
     run_loss(name, loss_inputs(16))
     return partial(run_loss, name, loss_inputs(batch_size))
 
 
 def loss(bench: Bench) -> list[Row]:
-    """The loss of a large batch, in tiles and with whole logits."""
+    """Computes the loss of a large batch in tiles, compared with whole logits."""
     held = {name: peak_memory(make_loss, name, bench.loss_batch_size) for name in ("tiles", "whole")}
     inputs = loss_inputs(bench.loss_batch_size)
     calls = {name: partial(run_loss, name, inputs) for name in ("tiles", "whole")}
@@ -342,7 +343,7 @@ def loss(bench: Bench) -> list[Row]:
 
 
 def load(bench: Bench) -> list[Row]:
-    """`from_pretrained` of the whole model and of the two stock encoders with the same weights."""
+    """Loads the model, compared with the two stock encoders with the same weights."""
     stock = stock_model(bench.model)
     stock.text_model.save_pretrained(bench.folder / "bert")
     stock.vision_model.save_pretrained(bench.folder / "vit")
@@ -364,7 +365,7 @@ def load(bench: Bench) -> list[Row]:
 
 
 def photographs(folder: Path, count: int = 8) -> list[Path]:
-    """JPEGs of 12 megapixels, each a mosaic of scikit-learn's two photographs."""
+    """Writes JPEG files of 12 megapixels, each a mosaic of scikit-learn's two photographs."""
     parts = [np.asarray(image) for image in load_sample_images().images]
     choose = np.random.default_rng(0)
     folder.mkdir()
@@ -381,7 +382,7 @@ def photographs(folder: Path, count: int = 8) -> list[Path]:
 
 
 def images(bench: Bench) -> list[Row]:
-    """Files to pixel values."""
+    """Reads JPEG files and computes pixel values, compared with PIL."""
     paths = photographs(bench.folder / "photographs")
     image_processor = official_image_processor(224)
 
@@ -396,7 +397,7 @@ def images(bench: Bench) -> list[Row]:
     seconds = bench.turns("images", {"ours": ours, "usual": usual})
     difference = (ours() - usual()).abs() * 255 / 2  # pixel values go from -1 to 1
     rates = " and ".join(f"{len(paths) / each:.1f}" for each in seconds.values())
-    pixels = f"pixels differ by {difference.mean():.2f} of 255 in the mean, by {difference.max():.0f} at most"
+    pixels = f"pixels differ by {difference.mean():.2f} of 255 on average, by {difference.max():.0f} at most"
     detail = f"{rates} images/s; {pixels}"
     ratio = seconds["usual"] / seconds["ours"]
     return [
@@ -408,8 +409,8 @@ def loss_of_batch(
     name: str, size: str, captions: Sequence[str], num_long_texts: int = 1
 ) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
     """
-    A model in training mode, and what computes its loss of a batch: a random image, the first sentence and
-    `num_long_texts` runs of three sentences of each caption.
+    Creates a model in training mode and a function that computes the loss of a batch: for each caption a random image,
+    the first sentence, and `num_long_texts` sub-captions of three sentences.
     """
     model = peers.make_model(size).train()
     processor = peers.make_processor(model)
@@ -432,7 +433,7 @@ def loss_of_batch(
 
 
 def step(bench: Bench) -> list[Row]:
-    """A training step with one short and one long text an image: forward, loss, backward, AdamW, in float32."""
+    """Runs a float32 training step with one short and one long text per image: forward, loss, backward, AdamW."""
     captions = bench.captions[: bench.batch_size]
     calls = {name: training_step(*loss_of_batch(name, bench.size, captions)) for name in ("ours", OFFICIAL)}
     seconds = bench.turns("training step", calls)
@@ -443,7 +444,7 @@ def step(bench: Bench) -> list[Row]:
 
 
 def training_step(model: nn.Module, compute_loss: Callable[[], torch.Tensor]) -> Call:
-    """A step with a new optimiser."""
+    """Creates a training step with a new optimiser."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
@@ -455,7 +456,7 @@ def training_step(model: nn.Module, compute_loss: Callable[[], torch.Tensor]) ->
 
 
 def make_step(name: str, size: str, captions: Sequence[str], num_long_texts: int) -> Call:
-    """Forward, loss and backward without an optimiser; after those of a small model, as in `make_loss`."""
+    """Creates forward, loss and backward without an optimiser, after those of a small model (see `make_loss`)."""
     _, of_small = loss_of_batch(name, "one layer", captions[:2], num_long_texts)
     of_small().backward()
     _, compute_loss = loss_of_batch(name, size, captions, num_long_texts)
@@ -463,7 +464,7 @@ def make_step(name: str, size: str, captions: Sequence[str], num_long_texts: int
 
 
 def memory(bench: Bench) -> list[Row]:
-    """What a training step holds at its peak beyond weights and batch: activations, similarities and gradients."""
+    """Measures the peak memory of activations, similarities and gradients in a training step."""
     wide = bench.loss_batch_size // 4
     rows = []
     for size, batch_size, texts, target, towers in (
@@ -479,9 +480,9 @@ def memory(bench: Bench) -> list[Row]:
 
 
 def device(bench: Bench) -> list[Row]:
-    """The shares of a GPU's matmul peak, where there is one."""
+    """Measures the shares of a GPU's matmul peak, if there is a GPU."""
     if not torch.cuda.is_available():
-        bench.notes.append("There is no GPU here: the share of its peak was not measured.")
+        bench.notes.append("The share of the matmul peak was not measured: there is no GPU.")
         return []
     result = peak.measure(bench.size, "cuda", repeats=bench.repeats)
     work = f"ViT-B/16 + BERT-base in bf16, batch {result['batch_size']}"
@@ -511,7 +512,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
 
 
 def read_captions(path: Path | None) -> list[str]:
-    """The texts of a JSONL file, `{"text": "..."}` on each line; without one, long captions of Scenes."""
+    """Reads texts from a JSONL file with `{"text": "..."}` on each line, or takes long captions of Scenes."""
     if path is None:
         return [captions[0] for captions in scenes_dataset(NUM_SCENES, split="test")["long_captions"]]
     captions = []
@@ -524,12 +525,12 @@ def read_captions(path: Path | None) -> list[str]:
             raise ValueError(f"{path}, line {number}: `text` must be a caption, got {caption!r}.")
         captions.append(caption)
     if not captions:
-        raise ValueError(f"{path} holds no captions.")
+        raise ValueError(f'{path}: no captions. Write {{"text": "..."}} on each line.')
     return captions
 
 
 def profile(call: Call) -> str:
-    """Where the time of a call goes: functions of Python, then operations of PyTorch, each by its own time."""
+    """Profiles a call: Python functions, then PyTorch operations, each sorted by its own time."""
     python = cProfile.Profile()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as operations:
         python.runcall(call)
@@ -540,7 +541,7 @@ def profile(call: Call) -> str:
 
 
 def tables(results: Path) -> str:
-    """The last result of each part, in Markdown: the targets, then texts a second."""
+    """Formats the last result of each part in Markdown: first the targets, then texts per second."""
     latest = {}
     for line in results.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
@@ -564,19 +565,19 @@ def tables(results: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, keeps and prints. Returns 0 also where targets are missed: they are no test."""
+    """Measures, saves and prints all parts. Missed targets do not change the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--captions", type=Path, help='a file with {"text": "..."} on each line; by default of Scenes')
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to measure; by default all")
-    parser.add_argument("--size", choices=peers.SIZES, default="base", help="of the models")
-    parser.add_argument("--num-texts", type=int, default=64, help="texts that are encoded in a turn")
-    parser.add_argument("--num-mixed", type=int, default=10_000, help="texts of mixed lengths")
-    parser.add_argument("--batch-size", type=int, default=16, help="images of a training step")
-    parser.add_argument("--loss-batch-size", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=5, help="turns that count")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file that results are added to")
-    parser.add_argument("--table", action="store_true", help="print the last results and measure nothing")
+    parser.add_argument("--captions", type=Path, help='file with {"text": "..."} on each line; default: Scenes')
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to measure; default: all")
+    parser.add_argument("--size", choices=peers.SIZES, default="base", help="size of the models")
+    parser.add_argument("--num-texts", type=int, default=64, help="number of texts encoded in a turn")
+    parser.add_argument("--num-mixed", type=int, default=10_000, help="number of texts of mixed lengths")
+    parser.add_argument("--batch-size", type=int, default=16, help="images in a training step")
+    parser.add_argument("--loss-batch-size", type=int, default=8192, help="images in the loss")
+    parser.add_argument("--repeats", type=int, default=5, help="number of counted turns")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file to which results are appended")
+    parser.add_argument("--table", action="store_true", help="only print the last results")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     if arguments.table:
@@ -615,15 +616,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             keep(entry, arguments.results)
         for note in bench.notes:
             print(note)
-    print(f"\n{tables(arguments.results)}\n\nAdded to {arguments.results}")
+    print(f"\n{tables(arguments.results)}\n\nAppended to {arguments.results}")
     for file in missed:
-        print(f"Where the time of a missed target goes: {file}")
+        print(f"Profile of a missed target: {file}")
     return 0
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """That texts were cut and weights loaded is not the point here."""
+    """Hides log messages about truncated texts, and messages and progress bars about loading."""
     logger = logging.getLogger("lotlip_hf")
     level, verbosity = logger.level, transformers_logging.get_verbosity()
     has_bar = transformers_logging.is_progress_bar_enabled()
@@ -640,7 +641,7 @@ def quiet() -> Iterator[None]:
 
 
 def write_profile(row: Row, folder: Path) -> Path:
-    """The profile of a missed target, in a file named after it."""
+    """Writes the profile of a missed target to a file named after it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{re.sub('[^a-z0-9]+', '-', row.work.lower()).strip('-')}.txt"
     file.write_text(f"{row}\n\n{profile(row.profile)}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: times taken in turns, the machine that they were taken on, results that are kept."""
+"""Helpers of the benchmarks: measures time and memory, describes the machine, and saves results."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ PACKAGES = ("lotlip-hf", "torch", "transformers")
 
 
 def seconds_of(function: Callable[[], Any], device: str = "cpu") -> float:
-    """Wall-clock time of a call, to its end on the device."""
+    """Measures the wall-clock time of a call in seconds, until the device is finished."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -38,18 +38,19 @@ def in_turns(
     calls: Mapping[str, Callable[[], Any]], repeats: int, description: str = "Turns", device: str = "cpu"
 ) -> dict[str, float]:
     """
-    Median wall-clock time of each call.
+    Measures the median wall-clock time of several calls.
 
-    They take turns, so that what else the machine does meets all of them; the first turn warms up and does not count.
+    The calls take turns, so that other load on the machine affects all of them. The first turn is a warm-up and is not
+    counted.
 
     Args:
-        calls: What to time, by name.
-        repeats: Turns that count.
-        description: Of the progress bar.
-        device: `"cuda"` waits for the device to finish.
+        calls (`Mapping[str, Callable[[], Any]]`): Calls by name.
+        repeats (`int`): Number of counted turns.
+        description (`str`, *optional*, defaults to `"Turns"`): Label of the progress bar.
+        device (`str`, *optional*, defaults to `"cpu"`): Device of the calls.
 
     Returns:
-        Seconds of each call.
+        `dict[str, float]`: Median time of each call in seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in trange(repeats + 1, desc=description, unit="turn"):
@@ -61,22 +62,25 @@ def in_turns(
 
 
 def memory(name: str) -> int:
-    """A size [bytes] that Linux keeps of this process: VmRSS, what it holds; VmHWM, the most it has held."""
+    """Returns a size of this process in bytes from Linux: VmRSS (current memory) or VmHWM (peak memory)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     found = re.search(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)
-    assert found is not None, f"Linux says nothing about {name}"
+    assert found is not None, f"/proc/self/status has no {name}"
     return int(found[1]) * 1024
 
 
 def peak_memory(make_call: Callable[..., Callable[[], Any]], *args: Any) -> float:
     """
-    MiB that a call needs at its peak beyond what was held before it, in a new process.
+    Measures the peak memory of a call in a new process, above the memory before the call.
 
     Args:
-        make_call: `make_call(*args)` gives the call in that process. It is a function of a module.
-        args: What it takes.
+        make_call (`Callable`): Function of a module that creates the call in the new process.
+        args (`Any`): Arguments of `make_call`.
+
+    Returns:
+        `float`: Peak memory in MiB.
     """
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")  # of glibc: what is freed goes back at once
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")  # glibc returns freed memory at once
     with ProcessPoolExecutor(1, get_context("forkserver")) as process:
         return process.submit(_peak_memory, make_call, args).result()
 
@@ -90,10 +94,13 @@ def _peak_memory(make_call: Callable[..., Callable[[], Any]], args: tuple[Any, .
 
 def machine(*packages: str) -> dict[str, Any]:
     """
-    What a result was computed with, and when; nothing that names the machine or its folders.
+    Describes the hardware, versions and date of a result, without the name of the machine or its folders.
 
     Args:
-        packages: Whose versions to name beside this package's, torch's and transformers'; `None` if not installed.
+        packages (`str`): Packages whose versions are added to those of lotlip-hf, torch and transformers.
+
+    Returns:
+        `dict[str, Any]`: `machine`, `versions` (`None` for packages that are not installed) and `date`.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -121,6 +128,6 @@ def _version(package: str) -> str | None:
 
 
 def keep(result: Mapping[str, Any], file: Path) -> None:
-    """Adds a line of JSON to a file of results."""
+    """Appends a result to a JSON lines file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     append_json_line(file, result)

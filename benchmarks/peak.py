@@ -1,13 +1,14 @@
-"""How much of a device's matmul peak ViT-B/16 + BERT-base use in bf16: a training step, encoding texts and images.
+"""Measures the share of a device's matmul peak that ViT-B/16 + BERT-base reach in bf16, in training and encoding.
 
-    python benchmarks/peak.py                                # on the GPU, at the largest batch that fits
+    python benchmarks/peak.py                                # on the GPU, with the largest batch that fits
     python benchmarks/peak.py --batch-size 256 --compile
     python benchmarks/peak.py --device cpu --batch-size 8
 
-Runs the released model's shape on random input without padding, counts the floating-point operations, those that
-gradient checkpointing repeats included, and sets them against what large matrix products reach on the same device in
-the same turns; and the training step beside the official recipe's, which pads short and long texts to 128. Adds a line
-to `benchmarks/results/peak.jsonl`.
+The model has the shape of the released one, and the inputs are random and without padding. The floating-point
+operations per second (including those that gradient checkpointing repeats) are divided by those of large matrix
+products on the same device, which are timed in turns with the model. The training step is also compared with that of
+the official recipe, which pads short and long texts to 128 tokens. The result is appended to
+`benchmarks/results/peak.jsonl`.
 """
 
 import argparse
@@ -32,7 +33,7 @@ LARGEST_BATCH = 4096
 
 
 def make_batch(model: LoTLIPModel, batch_size: int, num_long_texts: int, device: str) -> dict[str, torch.Tensor]:
-    """Random images and texts without padding."""
+    """Creates random images and texts without padding."""
     config = model.config
     size = config.vision_config.backbone_config.image_size
 
@@ -51,7 +52,7 @@ def make_batch(model: LoTLIPModel, batch_size: int, num_long_texts: int, device:
 
 
 def make_works(model: LoTLIPModel, batch_size: int, num_long_texts: int, device: str) -> dict[str, Callable[[], Any]]:
-    """What is measured, each on `batch_size` samples; the model is left in training mode by the step alone."""
+    """Creates the measured calls, each on `batch_size` samples. Each call sets training or evaluation mode itself."""
     batch = make_batch(model, batch_size, num_long_texts, device)
     objective = Objective({"infonce": InfoNCE()})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -80,7 +81,7 @@ def make_works(model: LoTLIPModel, batch_size: int, num_long_texts: int, device:
 
 
 def make_official_step(model: LoTLIPModel, batch_size: int, device: str) -> Callable[[], None]:
-    """A step of the official recipe with one long text an image; `model`'s text tower is copied."""
+    """Creates a training step of the official recipe with one long text per image, on a copy of the text tower."""
     recipe = peers.OfficialTraining(model.train()).to(device)
     optimizer = torch.optim.AdamW(recipe.parameters(), lr=1e-4, fused=True)
     pixel_values = make_batch(model, batch_size, 0, device)["pixel_values"]
@@ -98,7 +99,7 @@ def make_official_step(model: LoTLIPModel, batch_size: int, device: str) -> Call
 
 
 def largest_that_fits(run: Callable[[int], Any], largest: int = LARGEST_BATCH) -> int:
-    """The largest power-of-two share of `largest` that `run` has the device's memory for."""
+    """Halves `largest` until `run` fits in the memory of the device, and returns the batch size."""
     batch_size = largest
     while True:
         try:
@@ -121,20 +122,21 @@ def measure(
     gradient_checkpointing: bool = False,
 ) -> dict[str, Any]:
     """
-    Measures; see the module's docstring.
+    Measures training and encoding, as described in the docstring of the module.
 
     Args:
-        size: Of the model, see `peers.SIZES`.
-        device: `"cuda"` or `"cpu"`.
-        batch_size: Samples of each work; by default the most that a training step has memory for (on a GPU).
-        num_long_texts: Of the training step.
-        repeats: Turns.
-        compile: Whether to `torch.compile` the model.
-        gradient_checkpointing: Of the training step.
+        size (`str`): Size of the model; see `peers.SIZES`.
+        device (`str`): `"cuda"` or `"cpu"`.
+        batch_size (`int`, *optional*): Number of samples. By default the largest number for which a training step fits
+            in the memory of the GPU.
+        num_long_texts (`int`, *optional*, defaults to 1): Number of long texts per image in the training step.
+        repeats (`int`, *optional*, defaults to 20): Number of turns.
+        compile (`bool`, *optional*, defaults to `False`): Whether to compile the model.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`): Whether to use gradient checkpointing.
 
     Returns:
-        `dict`: of each work its seconds, samples a second, operations a second and fraction of the peak; the peak; and
-        how many times the official recipe's step takes as long.
+        `dict[str, Any]`: Time, samples per second, operations per second and share of the peak for each call; the
+        peak; and the time of the official step divided by that of ours.
     """
     torch.manual_seed(0)
     model = peers.make_model(size).to(device)
@@ -181,16 +183,17 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, keeps and prints."""
+    """Measures, saves and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, help="by default the largest that fits a GPU; 8 on a CPU")
-    parser.add_argument("--num-long-texts", type=int, default=1, help="of the training step")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--size", choices=peers.SIZES, default="base")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--device", choices=MATRIX_SIZE, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file that the result is added to")
+    parser.add_argument("--batch-size", type=int, help="samples in a batch; default: the largest on a GPU, 8 on a CPU")
+    parser.add_argument("--num-long-texts", type=int, default=1, help="long texts per image in the training step")
+    parser.add_argument("--repeats", type=int, default=20, help="number of turns")
+    parser.add_argument("--size", choices=peers.SIZES, default="base", help="size of the model")
+    parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="use gradient checkpointing")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=MATRIX_SIZE, default=device, help="device of the model")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file to which the result is appended")
     arguments = vars(parser.parse_args(argv))
     results = arguments.pop("results")
     if arguments["batch_size"] is None and arguments["device"] == "cpu":
@@ -201,8 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rate, share = work["samples_per_second"], work["fraction_of_peak"]
         print(f"{name}: {rate:.1f} samples/s, {share:.1%} of the matmul peak")
     if result["times_the_official_step"]:
-        print(f"The official recipe's step takes {result['times_the_official_step']:.2f} times as long.")
-    print(f"({result['matmul_peak_teraflops_per_second']:.2f} TFLOP/s on {result['device']}); added to {results}")
+        print(f"A training step of the official recipe takes {result['times_the_official_step']:.2f} times as long.")
+    print(f"Matmul peak of {result['device']}: {result['matmul_peak_teraflops_per_second']:.2f} TFLOP/s.")
+    print(f"Appended to {results}.")
     return 0
 
 

@@ -1,6 +1,5 @@
 """
-The models that are measured, all with the same weights where they can have them: LoTLIP, the official recipe, and how
-people use stock models.
+The measured models: LoTLIP, the official recipe, and stock models in their usual form. They share weights if possible.
 """
 
 import copy
@@ -33,9 +32,9 @@ from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 
 VOCABULARY = Path(__file__).resolve().parent.parent / "tests" / "golden" / "tokenizer" / "vocab.txt"  # BERT's
 CONTEXT_LENGTH, NUM_CORNER_TOKENS = 128, 2  # of the released models
-BATCH_SIZE = 32  # sentence-transformers' default, and what examples of transformers use
-# What is measured: the released model's shape; a BERT whose layers cost little beside what surrounds them; nearly
-# nothing, for tests; and towers whose activations leave room for the similarities of a large batch.
+BATCH_SIZE = 32  # default of sentence-transformers, and usual in examples of transformers
+# The released shape; a small BERT to measure overhead; a tiny model for tests; and one layer, so that the similarities
+# of a large batch use more memory than the activations
 SIZES: dict[str, dict[str, int]] = {
     "base": {},
     "mini": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
@@ -45,7 +44,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def make_model(size: str = "base") -> LoTLIPModel:
-    """A model with random weights: ViT-B/16 and BERT-base as the released one has them, or smaller."""
+    """Creates a model with random weights, in the released shape (ViT-B/16 and BERT-base) or smaller."""
     torch.manual_seed(0)
     text = BertConfig(**SIZES[size])
     vision = ViTConfig(**SIZES[size], layer_norm_eps=1e-6, image_size=32 if size in ("tiny", "one layer") else 224)
@@ -60,20 +59,22 @@ def make_model(size: str = "base") -> LoTLIPModel:
 
 
 def make_processor(model: LoTLIPModel) -> LoTLIPProcessor:
-    """Tokenizer and image processor of the released models, for the size of the model's images."""
+    """Creates the released tokenizer and image processor, for the image size of the model."""
     tokenizer = LoTLIPTokenizer(vocab=str(VOCABULARY), model_max_length=CONTEXT_LENGTH - NUM_CORNER_TOKENS)
     return LoTLIPProcessor(official_image_processor(model.config.vision_config.image_size), tokenizer)
 
 
 class OfficialRecipe(nn.Module):
     """
-    A LoTLIP's text tower used as the official code does (github.com/wuw2019/LoTLIP, `open_clip/tokenizer.py` and
-    `hf_model.py`): corner tokens written into the text, everything padded to 128 positions, a mask [B, L, L], and the
-    corner tokens computed also at inference.
+    The text tower of LoTLIP as in the official code (github.com/wuw2019/LoTLIP, `open_clip/tokenizer.py` and
+    `hf_model.py`).
+
+    Corner tokens are part of the text, even at inference. Texts are padded to 128 positions, and the mask is dense.
 
     Args:
-        model: Where the weights are taken from; they are copied.
-        attn_implementation: The official code runs transformers 4.39, whose BERT has `"eager"` alone.
+        model (`LoTLIPModel`): Model whose weights are copied.
+        attn_implementation (`str`, *optional*, defaults to `"eager"`): Attention of BERT. The official code uses
+            transformers 4.39, where BERT has only `"eager"`.
     """
 
     def __init__(self, model: LoTLIPModel, attn_implementation: str = "eager") -> None:
@@ -93,7 +94,7 @@ class OfficialRecipe(nn.Module):
         self.train(model.training)
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
-        """[B, 128] ids; on one thread, for the official code switches the others off."""
+        """Tokenises texts to ids [B, 128], on one thread as in the official code."""
         cleaned = []
         for text in texts:
             text = " ".join(self.corners) + " " + "[SEP]".join(text.split(". "))
@@ -105,7 +106,7 @@ class OfficialRecipe(nn.Module):
             ).input_ids
 
     def mask(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[B, L, L]: who (rows) sees whom (columns)."""
+        """Creates the mask [B, L, L]: whether a position (row) attends to another one (column)."""
         m = self.num_corner_tokens
         mask = (input_ids != 0)[:, None, :].repeat(1, input_ids.shape[-1], 1)
         mask[:, :, : m + 1] = False
@@ -115,9 +116,9 @@ class OfficialRecipe(nn.Module):
         return mask
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[B, 128] -> [B, m + 1, P], the features of [CLS] and of the corner tokens."""
+        """Computes the features [B, m + 1, P] of [CLS] and of the m corner tokens from ids [B, 128]."""
         mask = self.mask(input_ids)[:, None]  # [B, 1, L, L]
-        if self.bert.config._attn_implementation == "eager":  # which adds it
+        if self.bert.config._attn_implementation == "eager":  # eager attention adds the mask to the logits
             mask = torch.zeros_like(mask, dtype=self.bert.dtype).masked_fill(~mask, torch.finfo(self.bert.dtype).min)
         states = self.bert(input_ids=input_ids, attention_mask=mask).last_hidden_state[:, : self.num_corner_tokens + 1]
         pooled = self.bert.pooler.activation(self.bert.pooler.dense(states))
@@ -125,18 +126,17 @@ class OfficialRecipe(nn.Module):
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
-        """[N, P], normalised."""
+        """Encodes texts to embeddings [N, P]."""
         batches = (self(self.tokenize(batch))[:, 0] for batch in batched(texts))
         return F.normalize(torch.cat(list(batches)), dim=-1)
 
 
 class OfficialTraining(nn.Module):
     """
-    LoTLIP trained as the official code describes it: short and long texts alike padded to 128 with corner tokens and a
-    dense mask, whole logits.
+    The training of the official code: short and long texts padded to 128 tokens, a dense mask, and whole logits.
 
     Args:
-        model: Its image tower and logit scale are used, its text tower copied.
+        model (`LoTLIPModel`): Model whose image tower and logit scale are shared, and whose text tower is copied.
     """
 
     def __init__(self, model: LoTLIPModel) -> None:
@@ -146,7 +146,7 @@ class OfficialTraining(nn.Module):
         self.logit_scale = model.logit_scale
 
     def forward(self, pixel_values: torch.Tensor, short: torch.Tensor, long: torch.Tensor) -> torch.Tensor:
-        """The loss of images [B, 3, H, W], short texts [B, 128] and long ones [B, T - 1, 128]."""
+        """Computes the loss of images [B, 3, H, W], short texts [B, 128] and long texts [B, T - 1, 128]."""
         images = self.visual_projection(self.vision_model(pixel_values).pooler_output)
         features = torch.cat(
             [self.text(short)[:, None], self.text(long.flatten(0, 1)).unflatten(0, long.shape[:2])], 1
@@ -156,14 +156,14 @@ class OfficialTraining(nn.Module):
 
 
 def batched(items: Sequence[Any], size: int = BATCH_SIZE) -> Iterator[list[Any]]:
-    """The items in lists of `size`, in order."""
+    """Splits items into lists of `size`, in order."""
     remaining = iter(items)
     return iter(lambda: list(itertools.islice(remaining, size)), [])
 
 
 @contextmanager
 def tokenizers_parallelism(value: bool) -> Iterator[None]:
-    """Whether the Rust tokenizers use all threads."""
+    """Sets within the context whether the Rust tokenizers use all threads."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = str(value).lower()
     try:
@@ -176,7 +176,7 @@ def tokenizers_parallelism(value: bool) -> Iterator[None]:
 
 
 class UsualWay:
-    """A stock dual encoder as its documentation uses it: batches in the order given, padded to their longest."""
+    """A stock dual encoder as in its documentation: unsorted batches, each padded to its longest text."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, max_length: int) -> None:
         self.model = model.eval()
@@ -185,7 +185,7 @@ class UsualWay:
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
-        """[N, P], normalised."""
+        """Encodes texts to embeddings [N, P]."""
         features = []
         for batch in batched(texts):
             inputs = self.tokenizer(
@@ -196,15 +196,15 @@ class UsualWay:
 
 
 def vision_text_dual_encoder(model: LoTLIPModel) -> UsualWay:
-    """`VisionTextDualEncoderModel` with LoTLIP's weights and BERT's tokenizer."""
+    """Creates a `VisionTextDualEncoderModel` with LoTLIP's weights and BERT's tokenizer."""
     tokenizer = BertTokenizer(vocab=str(VOCABULARY))
     return UsualWay(stock_model(model), tokenizer, CONTEXT_LENGTH - NUM_CORNER_TOKENS)
 
 
 def clip(size: str) -> UsualWay:
     """
-    `CLIPModel` in the shape of ViT-B/16: 77 tokens, a text tower of 12 layers, 512 wide. Its weights are random, and
-    BERT's tokenizer stands in for its own, so what it answers means nothing.
+    Creates a `CLIPModel` in the shape of ViT-B/16, with 77 tokens. Weights are random and the tokenizer is BERT's, so
+    only its speed is meaningful.
     """
     tokenizer = BertTokenizer(vocab=str(VOCABULARY))
     text = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id, **SIZES[size]}
@@ -213,7 +213,7 @@ def clip(size: str) -> UsualWay:
 
 
 class OpenClip:
-    """open_clip's ViT-B/16 with random weights, as its documentation uses it."""
+    """open_clip's ViT-B/16 with random weights, used as in its documentation."""
 
     def __init__(self) -> None:
         import open_clip
@@ -223,13 +223,13 @@ class OpenClip:
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
-        """[N, P], normalised."""
+        """Encodes texts to embeddings [N, P]."""
         features = (self.model.encode_text(self.tokenizer(batch), normalize=True) for batch in batched(texts))
         return torch.cat(list(features))
 
 
 def sentence_transformer(model: LoTLIPModel, folder: Path) -> Any:
-    """A `SentenceTransformer` of LoTLIP's BERT, whose embedding is [CLS]; saved in `folder` on the way."""
+    """Creates a `SentenceTransformer` of LoTLIP's BERT with [CLS] pooling; saves its files in `folder`."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 

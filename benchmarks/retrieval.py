@@ -1,11 +1,11 @@
-"""What exact retrieval costs: its time beside the bare matrix product, and its memory beyond the embeddings.
+"""Measures the time and memory of exact retrieval, compared with the bare matrix product.
 
     python benchmarks/retrieval.py                                # 20,000 images, 20,000 texts, 768 dimensions
-    python benchmarks/retrieval.py --images 5000 --texts 25000    # five texts an image
+    python benchmarks/retrieval.py --images 5000 --texts 25000    # five texts per image
 
-Takes turns: the product of all images with all texts in the same blocks, `recalls`, and `retrieval_metrics` with its
-bootstrap interval. The memory is that of `retrieval_metrics` in a process of its own, and read where Linux keeps it.
-Adds a line to `benchmarks/results/retrieval.jsonl`.
+Three calls take turns: the product of all images and texts in blocks, `recalls`, and `retrieval_metrics` with its
+bootstrap interval. The peak memory of `retrieval_metrics`, beyond the embeddings, is measured in a separate process.
+The result is appended to `benchmarks/results/retrieval.jsonl`.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from measure import RESULTS as FOLDER
 from measure import in_turns, keep, machine, peak_memory
 
 RESULTS = FOLDER / "retrieval.jsonl"
-# Of the texts' noise beside their image, so that a part of the matches is found.
+# Noise of the text embeddings; large enough that recall is below 1.
 NOISE = 5.0
 
 
 def make_embeddings(images: int, texts: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images [I, dim], texts [T, dim] near their image, and the image of each text [T]. Nothing else is held."""
+    """Creates images [I, dim], texts [T, dim] near their images, and the image index of each text [T]."""
     generator = torch.Generator().manual_seed(0)
     text_to_image = torch.arange(texts) % images
     image_embeds = torch.randn(images, dim, generator=generator)
@@ -42,7 +42,7 @@ def make_embeddings(images: int, texts: int, dim: int) -> tuple[torch.Tensor, to
 
 
 def product(image_embeds: torch.Tensor, text_embeds: torch.Tensor, block_size: int) -> None:
-    """All similarities, in blocks, none of them looked at; one memory holds each after the other."""
+    """Computes and discards all similarities, block by block in the same memory."""
     memory = torch.empty(min(block_size, len(image_embeds)) * min(block_size, len(text_embeds)))
     for images in image_embeds.split(block_size):
         for texts in text_embeds.split(block_size):
@@ -51,26 +51,26 @@ def product(image_embeds: torch.Tensor, text_embeds: torch.Tensor, block_size: i
 
 
 def make_retrieval(images: int, texts: int, dim: int, block_size: int) -> Callable[[], Any]:
-    """The work whose memory is measured."""
+    """Creates the call whose memory is measured."""
     return partial(retrieval_metrics, *make_embeddings(images, texts, dim), block_size=block_size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print; medians of steps taken in turns."""
+    """Measures, saves and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--texts", type=int, default=20_000)
-    parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--block-size", type=int, default=BLOCK_SIZE)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file that the result is added to")
+    parser.add_argument("--images", type=int, default=20_000, help="number of images")
+    parser.add_argument("--texts", type=int, default=20_000, help="number of texts")
+    parser.add_argument("--dim", type=int, default=768, help="dimensions of the embeddings")
+    parser.add_argument("--block-size", type=int, default=BLOCK_SIZE, help="rows and columns of a block")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--repeats", type=int, default=5, help="number of counted turns")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file to which the result is appended")
     arguments = parser.parse_args(argv)
     sizes = {name: getattr(arguments, name) for name in ("images", "texts", "dim", "block_size")}
     torch.set_num_threads(arguments.threads)
     held = peak_memory(make_retrieval, *sizes.values())
 
-    load = os.getloadavg()[0]  # of others: above 0 the times are not the machine's best
+    load = os.getloadavg()[0]  # load by other processes, which makes the times longer
     images, texts, owners = make_embeddings(arguments.images, arguments.texts, arguments.dim)
     block_size = arguments.block_size
     calls: dict[str, Callable[[], Any]] = {
@@ -94,10 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep(result, arguments.results)
     print(
         f"product {medians['product']:.2f} s, recalls {medians['recalls']:.2f} s, retrieval_metrics "
-        f"{medians['retrieval_metrics']:.2f} s; {held:.0f} MiB beyond the embeddings' "
-        f"{result['embeddings_mib']:.0f} MiB"
+        f"{medians['retrieval_metrics']:.2f} s; {held:.0f} MiB in addition to {result['embeddings_mib']:.0f} MiB of "
+        "embeddings"
     )
-    print(f"added to {arguments.results}")
+    print(f"Appended to {arguments.results}")
     return 0
 
 

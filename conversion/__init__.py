@@ -1,1 +1,1 @@
-"""How a checkpoint comes in and goes out: conversions from and to other layouts."""
+"""Converts checkpoints from and to other layouts."""

@@ -1,6 +1,6 @@
 """
-CLIP to LoTLIP: a checkpoint of transformers, open_clip, OpenAI or Long-CLIP gets corner tokens and, if asked, more
-positions, and starts out as precisely that CLIP.
+Converts CLIP to LoTLIP: adds corner tokens and, on request, positions to a checkpoint of transformers, open_clip,
+OpenAI or Long-CLIP. The outputs stay those of the CLIP.
 
     lotlip convert clip --clip openai/clip-vit-large-patch14 --num-corner-tokens 2 \
         --max-positions 248 --stretch knowledge-preserved --output lotlip-clip-vit-l-14
@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-# transformers 5.17 exports it only where torchvision is installed
+# transformers 5.17 exports this class only if torchvision is installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from lotlip_hf import (
@@ -52,27 +52,27 @@ from lotlip_hf.terminal import run
 from .common import ConversionError, building, check_output, read_json, same_bits
 from .open_clip import LEGACY_EOS_TOKEN_ID, Activation, read_open_clip
 
-# Stock classes of CLIP -> what they become
+# Stock class of a CLIP -> LoTLIP class.
 MODELS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     CLIPModel: LoTLIPModel,
     CLIPTextModel: LoTLIPTextModel,
     CLIPTextModelWithProjection: LoTLIPTextModelWithProjection,
 }
-# By the name in a configuration. `CLIPTextEncoder` is what `lotlip_hf.diffusion.swap` puts into pipelines, with the
-# weights of the stock class.
+# Class name in a configuration -> stock class. `lotlip_hf.diffusion.swap` saves `CLIPTextEncoder` in pipelines, with
+# the weights of the stock class.
 STOCK_CLASSES = {**{stock_class.__name__: stock_class for stock_class in MODELS}, "CLIPTextEncoder": CLIPTextModel}
 TOKENIZER_CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast")
-# For configurations that do not name their class
+# Model type -> stock class, for configurations without a class name.
 DEFAULT_CLASSES = {"clip": CLIPModel, "clip_text_model": CLIPTextModel}
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-# Files of open_clip and OpenAI carry no tokenizer; all of CLIP's have the same one.
+# Files of open_clip and OpenAI contain no tokenizer. All CLIPs use this one.
 CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
 
-# The largest difference of a state or feature from CLIP's, in units of its norm. Rounding in float32, which differs
-# with the CPU and the addresses of the weights, makes 1e-7 at the sizes of real CLIPs and up to 1e-6 at 24 numbers.
+# Largest accepted difference of a state or feature from CLIP's, relative to its norm. Rounding in float32, which
+# depends on the CPU and on memory addresses, causes 1e-7 at the sizes of real CLIPs and up to 1e-6 at a width of 24.
 TOLERANCE = 1e-5
 SAMPLE_TEXTS = [
     "",
@@ -84,7 +84,7 @@ SAMPLE_TEXTS = [
 
 @dataclass
 class _Source:
-    """A CLIP in stock classes. `image_processor` is None for a text tower."""
+    """A CLIP in stock classes. A text tower has no `image_processor`."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -105,34 +105,44 @@ def convert(
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """
-    Converts a CLIP into a LoTLIP folder for `AutoModel`, `AutoTokenizer` and `AutoProcessor`: a `CLIPModel` becomes a
-    [`LoTLIPModel`], a text encoder, such as a diffusion pipeline's, a [`LoTLIPTextModel`] or
-    [`LoTLIPTextModelWithProjection`]. Tokenizer and image processor stay the stock ones. After saving, the folder is
-    loaded again and compared with the CLIP: the weights bit for bit, the outputs on random inputs to 1e-5 of
-    their norm (of texts, after knowledge-preserved stretching, the first 20 tokens; after linear stretching, none).
-    The folder appears complete or not at all.
+    Converts a CLIP into a LoTLIP folder for `AutoModel`, `AutoTokenizer` and `AutoProcessor`. A `CLIPModel` becomes a
+    [`LoTLIPModel`], and a text encoder, such as a diffusion pipeline's, a [`LoTLIPTextModel`] or
+    [`LoTLIPTextModelWithProjection`]. Tokenizer and image processor are copied.
+
+    The saved folder is loaded and compared with the CLIP: weights bit by bit, outputs for random inputs to 1e-5 of
+    their norm. (If positions are added, texts are compared only up to 20 tokens, or not at all with
+    `stretch="linear"`.) The folder is created only if all checks pass.
 
     Args:
-        clip: Folder or Hub id of a `CLIPModel`, `CLIPTextModel` or `CLIPTextModelWithProjection`, or of an open_clip
-            model (`open_clip_config.json` and its weights); or a file in the layout of open_clip, OpenAI or Long-CLIP.
-        output: The folder to make; there must be nothing of that name, or an empty folder.
-        num_corner_tokens: Number of corner tokens. They start as small random numbers and are to be trained; no output
-            depends on them.
-        max_positions: New number of positions, the table's or more; by default none are added.
-        stretch: How positions are added, see [`~lotlip_hf.diffusion.stretch.stretch_positions`]; by default
-            `"knowledge-preserved"`. Only with `max_positions`.
-        tokenizer: Folder or Hub id; by default the checkpoint's own, in a diffusion pipeline the folder `tokenizer`
-            beside its `text_encoder`, and for files CLIP's from the Hub. (It gives the ids that open_clip's and
-            OpenAI's own tokenizers give, but does not repair broken encodings and HTML entities as those do.)
-        open_clip_config: For a file in open_clip's layout, its configuration.
-        activation: For such a file without a configuration, `"gelu"` or `"quick_gelu"`.
-        subfolder: Where the model lies in the folder or repository, such as `"text_encoder_2"`.
-        seed: Seed of the corner tokens' random numbers.
-        report: Called with each line on what was written and compared.
+        clip (`str` or `Path`): Folder or Hub id of a `CLIPModel`, `CLIPTextModel` or `CLIPTextModelWithProjection`, or
+            of an open_clip model (`open_clip_config.json` and its weights); or a file in the layout of open_clip,
+            OpenAI or Long-CLIP.
+        output (`str` or `Path`): Folder to create. It must not exist or must be empty.
+        num_corner_tokens (`int`, *optional*, defaults to 2): Number of corner tokens. They start as small random
+            numbers and must be trained. No output depends on them.
+        max_positions (`int`, *optional*): New number of positions, at least the old one. Defaults to the old one.
+        stretch (`str`, *optional*): How to add positions, see [`~lotlip_hf.diffusion.stretch.stretch_positions`].
+            Defaults to `"knowledge-preserved"`. It requires `max_positions`.
+        tokenizer (`str` or `Path`, *optional*): Folder or Hub id of a tokenizer. Defaults to the checkpoint's, in a
+            diffusion pipeline to the folder `tokenizer` next to `text_encoder`, and for files to CLIP's from the Hub.
+            (It gives the same ids as open_clip's and OpenAI's tokenizers, but does not repair broken encodings and
+            HTML entities.)
+        open_clip_config (`str` or `Path`, *optional*): Configuration of a file in open_clip's layout.
+        activation (`str`, *optional*): `"gelu"` or `"quick_gelu"`, for a file without a configuration.
+        subfolder (`str`, *optional*, defaults to `""`): Folder of the model in the folder or repository, such as
+            `"text_encoder_2"`.
+        seed (`int`, *optional*, defaults to 0): Seed of the corner tokens' random numbers.
+        report (`Callable`, *optional*): Function that is called with each line of the summary.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        `ConversionError`: If the checkpoint cannot be converted exactly.
     """
     target = check_output(output)
     if stretch is not None and max_positions is None:
-        raise ConversionError(f"--stretch {stretch}: there is nothing to stretch to without --max-positions.")
+        raise ConversionError(f"--stretch {stretch} adds positions. Pass their new number with --max-positions.")
     stretch = stretch or "knowledge-preserved"
     clip = str(clip)
     source = _read(
@@ -141,7 +151,8 @@ def convert(
     for name, tensor in source.model.state_dict().items():
         if not tensor.isfinite().all():
             raise ConversionError(
-                f"{_Place(clip, subfolder)}: {name} (its name in transformers) holds NaN or infinite numbers."
+                f"{_Location(clip, subfolder)}: {name} (transformers' name) contains NaN or infinite numbers. Use "
+                "another checkpoint."
             )
     text_config = source.model.config.get_text_config()
     _check_tokenizer(source.tokenizer, text_config)
@@ -166,7 +177,7 @@ def convert(
         num_parameters, dtype = model.num_parameters(), model.dtype
         del model
         difference = _check_saved(folder, source, new_positions, stretch, compared_tokens)
-    checked = f"outputs as CLIP's to {difference:.1e} of their norm"
+    checked = f"outputs differ from CLIP's by at most {difference:.1e} of their norm"
     if new_positions > old_positions:
         limit = f", outputs for texts of up to {compared_tokens} tokens{checked.removeprefix('outputs')}"
         checked = (
@@ -184,8 +195,8 @@ def convert(
 # Reading
 
 
-class _Place(NamedTuple):
-    """A folder or a Hub repository, or a folder in it."""
+class _Location(NamedTuple):
+    """A folder or a Hub repository, or a folder in one of them."""
 
     source: str
     subfolder: str = ""
@@ -194,7 +205,7 @@ class _Place(NamedTuple):
         return f"{self.source}/{self.subfolder}" if self.subfolder else self.source
 
     def find(self, *names: str) -> Path | None:
-        """The first of some files that is there."""
+        """Returns the first of these files that exists."""
         for name in names:
             if Path(self.source).is_dir():
                 path = Path(self.source, self.subfolder, name)
@@ -211,110 +222,110 @@ class _Place(NamedTuple):
 def _read(
     clip: str, tokenizer: str | None, open_clip_config: str | None, activation: Activation | None, subfolder: str
 ) -> _Source:
-    path, place = Path(clip), _Place(clip, subfolder)
+    path, location = Path(clip), _Location(clip, subfolder)
     unused = {"--open-clip-config": open_clip_config, "--activation": activation}
     for option, value in ({"--subfolder": subfolder} if path.is_file() else unused).items():
         if value:
-            raise ConversionError(f"{option} {value}: {clip} is {'a' if path.is_file() else 'no'} file of weights.")
+            kind = "a file of weights" if path.is_file() else "not a file of weights"
+            raise ConversionError(f"{option} {value}: --clip {clip} is {kind}. Leave {option} out.")
     if path.is_file():
         return _read_open_clip(None, path, open_clip_config, activation, tokenizer)
     checkpoint_name(clip)
-    config = place.find("config.json", "model_index.json", OPEN_CLIP_CONFIG)
+    config = location.find("config.json", "model_index.json", OPEN_CLIP_CONFIG)
     if config is None:
         raise ConversionError(
-            f"{place}: no config.json or {OPEN_CLIP_CONFIG} there (without a connection, in the cache)."
+            f"{location}: no config.json or {OPEN_CLIP_CONFIG} (offline: in the cache). Pass a CLIP."
         )
     if config.name == "config.json":
-        return _read_transformers(place, read_json(config), tokenizer)
+        return _read_transformers(location, read_json(config), tokenizer)
     if config.name == "model_index.json":
         raise ConversionError(
-            f"{place}: a whole diffusion pipeline; give --subfolder text_encoder, or another of its text encoders."
+            f"{location} is a whole diffusion pipeline. Pass --subfolder text_encoder or another text encoder."
         )
-    weights = place.find(*OPEN_CLIP_WEIGHTS)
+    weights = location.find(*OPEN_CLIP_WEIGHTS)
     if weights is None:
-        raise ConversionError(f"{place}: no {' or '.join(OPEN_CLIP_WEIGHTS)} there.")
-    return _read_open_clip(place, weights, str(config), None, tokenizer)
+        raise ConversionError(f"{location}: no {' or '.join(OPEN_CLIP_WEIGHTS)}. Add the weights.")
+    return _read_open_clip(location, weights, str(config), None, tokenizer)
 
 
-def _read_transformers(place: _Place, config: Mapping[str, Any], tokenizer: str | None) -> _Source:
+def _read_transformers(location: _Location, config: Mapping[str, Any], tokenizer: str | None) -> _Source:
     model_type, names = config.get("model_type"), config.get("architectures") or []
     stock_class = STOCK_CLASSES.get(names[0]) if names else DEFAULT_CLASSES.get(str(model_type))
     what = f"{names[0]} ({model_type!r})" if names else repr(model_type)
     if stock_class is None or model_type not in DEFAULT_CLASSES:
         raise ConversionError(
-            f"{place}: a checkpoint of {what}; this converter takes {', '.join(stock.__name__ for stock in MODELS)}, "
-            "open_clip's and OpenAI's CLIP and Long-CLIP. (For more positions of a LoTLIP over CLIP's text tower: "
+            f"{location} is a checkpoint of {what}. Pass a {', '.join(stock.__name__ for stock in MODELS)}, or a CLIP "
+            "or Long-CLIP of open_clip or OpenAI. (To add positions to a LoTLIP over CLIP's text tower, use "
             "lotlip_hf.diffusion.stretch.stretch_text_model.)"
         )
-    model = load_strict(stock_class, place.source, subfolder=place.subfolder)
+    model = load_strict(stock_class, location.source, subfolder=location.subfolder)
     image_processor = None
     if stock_class is CLIPModel:
-        with naming_damage(str(place)), quiet():
+        with naming_damage(str(location)), quiet():
             image_processor = AutoImageProcessor.from_pretrained(
-                place.source, subfolder=place.subfolder, trust_remote_code=False
+                location.source, subfolder=location.subfolder, trust_remote_code=False
             )
-    return _Source(model, _load_tokenizer(_tokenizer_place(place, tokenizer)), image_processor)
+    return _Source(model, _load_tokenizer(_tokenizer_location(location, tokenizer)), image_processor)
 
 
-def _tokenizer_place(place: _Place, tokenizer: str | None) -> _Place:
-    """The tokenizer given, the model's own, or in a pipeline the one that belongs to it, such as `tokenizer_2` to
-    `text_encoder_2`."""
+def _tokenizer_location(location: _Location, tokenizer: str | None) -> _Location:
+    """The given tokenizer, the model's own, or the one of a pipeline (`tokenizer_2` for `text_encoder_2`)."""
     if tokenizer is not None:
-        return _Place(tokenizer)
-    if place.find(*TOKENIZER_FILES):
-        return place
-    if place.subfolder:
-        *above, last = place.subfolder.split("/")
-        return _Place(place.source, "/".join([*above, last.replace("text_encoder", "tokenizer")]))
-    folder = Path(place.source).resolve()
+        return _Location(tokenizer)
+    if location.find(*TOKENIZER_FILES):
+        return location
+    if location.subfolder:
+        *above, last = location.subfolder.split("/")
+        return _Location(location.source, "/".join([*above, last.replace("text_encoder", "tokenizer")]))
+    folder = Path(location.source).resolve()
     beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
-    return _Place(str(beside)) if beside.is_dir() else place
+    return _Location(str(beside)) if beside.is_dir() else location
 
 
 def _read_open_clip(
-    place: _Place | None, weights: Path, config: str | None, activation: Activation | None, tokenizer: str | None
+    location: _Location | None, weights: Path, config: str | None, activation: Activation | None, tokenizer: str | None
 ) -> _Source:
-    """Of a file by itself, `place` is None."""
+    """Reads weights and their tokenizer. `location` is `None` for a single file."""
     model, image_processor, hf_tokenizer_name = read_open_clip(weights, config, activation)
-    tokenizer_place = _Place(tokenizer or hf_tokenizer_name or CLIP_TOKENIZER)
-    if tokenizer is None and place is not None and place.find(*TOKENIZER_FILES):
-        tokenizer_place = place
-    return _Source(model, _load_tokenizer(tokenizer_place), image_processor)
+    tokenizer_location = _Location(tokenizer or hf_tokenizer_name or CLIP_TOKENIZER)
+    if tokenizer is None and location is not None and location.find(*TOKENIZER_FILES):
+        tokenizer_location = location
+    return _Source(model, _load_tokenizer(tokenizer_location), image_processor)
 
 
-def _load_tokenizer(place: _Place) -> PreTrainedTokenizerBase:
-    advice = "give one by --tokenizer, a folder or the Hub id of a CLIP"
+def _load_tokenizer(location: _Location) -> PreTrainedTokenizerBase:
+    advice = "pass a folder or the Hub id of a CLIP with --tokenizer"
     described = None
-    with contextlib.suppress(OSError):  # loading says so
-        described = place.find("tokenizer_config.json")
+    with contextlib.suppress(OSError):  # `load_tokenizer` raises it again
+        described = location.find("tokenizer_config.json")
     name = None if described is None else read_json(described).get("tokenizer_class")
     tokenizer_class = CLIPTokenizer if name in TOKENIZER_CLASSES else AutoTokenizer
-    return load_tokenizer(place.source, advice, tokenizer_class=tokenizer_class, subfolder=place.subfolder)
+    return load_tokenizer(location.source, advice, tokenizer_class=tokenizer_class, subfolder=location.subfolder)
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, text_config: Any) -> None:
-    """That its ids are the model's, and a text's last one that at which the model reads its feature."""
+    """Checks that the ids fit the model and that texts end with the token at which the model pools."""
     ids, name = tokenizer("a")["input_ids"], tokenizer.name_or_path
     first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
     read_at = text_config.eos_token_id
     if read_at == LEGACY_EOS_TOKEN_ID:
-        read_at = tokenizer.vocab_size - 1  # the highest id but for added tokens
+        read_at = tokenizer.vocab_size - 1  # the highest id, without added tokens
     problem = None
     if first is None or last is None or (ids[0], ids[-1]) != (first, last) or tokenizer.pad_token_id is None:
-        problem = "it does not put its texts between [SOT] and [EOT] as CLIP's does, or cannot pad"
+        problem = "it cannot pad, or does not put texts between [SOT] and [EOT] as CLIP's does"
     elif len(tokenizer) > text_config.vocab_size:
-        problem = f"{len(tokenizer)} tokens do not fit a text tower of {text_config.vocab_size}"
+        problem = f"it has {len(tokenizer)} tokens, but the text tower has {text_config.vocab_size}"
     elif last != read_at:
-        problem = f"its texts end with id {last}, but the model reads a text's feature at id {read_at}"
+        problem = f"its texts end with id {last}, but the model pools at id {read_at}"
     if problem is not None:
-        raise ConversionError(f"--tokenizer {name}: {problem}.")
+        raise ConversionError(f"--tokenizer {name}: {problem}. Pass the tokenizer of this CLIP.")
 
 
 # Building
 
 
 def _own_name(name: str, stock_class: type[PreTrainedModel]) -> str:
-    """The name of a stock class's tensor in the LoTLIP class that it becomes."""
+    """Name of a stock class's tensor in the LoTLIP class."""
     if stock_class is CLIPTextModel:
         return f"backbone.{name}"
     for tower in ("text_model.", "vision_model."):
@@ -324,17 +335,17 @@ def _own_name(name: str, stock_class: type[PreTrainedModel]) -> str:
 
 
 def _backbone_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """Without what says where the CLIP came from: a folder of this machine, perhaps."""
+    """Settings without the names of the CLIP's folder and class."""
     return {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "architectures")}
 
 
 def _to_lotlip(
     clip: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_corner_tokens: int, seed: int
 ) -> PreTrainedModel:
-    """A LoTLIP with the weights of a CLIP, and its own corner tokens."""
+    """Creates a LoTLIP with the weights of a CLIP and new corner tokens."""
     backbone_config = {
         **_backbone_settings(clip.config.get_text_config()),
-        # old configurations hold wrong ids, or none
+        # Old configurations have wrong ids or none.
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -372,8 +383,7 @@ def _to_lotlip(
 
 
 def _check_saved(folder: Path, source: _Source, max_positions: int, stretch: Stretch, compared_tokens: int) -> float:
-    """Loads what was saved and compares it with the CLIP: the weights, the tokenizer's ids, and the outputs, whose
-    largest difference it returns."""
+    """Compares the saved weights, token ids and outputs with the CLIP's. Returns the largest difference of outputs."""
     stock_class, clip = type(source.model), source.model
     model = load_strict(MODELS[stock_class], folder)
     saved = model.state_dict()
@@ -387,16 +397,16 @@ def _check_saved(folder: Path, source: _Source, max_positions: int, stretch: Str
         if not same_bits(saved[_own_name(name, stock_class)], tensor):
             differing.append(name)
     if differing:
-        raise ConversionError(f"After saving and loading, these tensors differ from the CLIP's: {differing}")
+        raise ConversionError(f"These tensors differ from the CLIP's after saving and loading: {differing}")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids = [one(SAMPLE_TEXTS, truncation=True)["input_ids"] for one in (tokenizer, source.tokenizer)]
     if ids[0] != ids[1]:
-        raise ConversionError("After saving and loading, the tokenizer gives other ids than the CLIP's.")
+        raise ConversionError("The tokenizer gives other ids than the CLIP's after saving and loading.")
     difference = _largest_difference(model.float(), clip.float(), tokenizer, compared_tokens)
-    if not difference <= TOLERANCE:  # nor NaN
+    if not difference <= TOLERANCE:  # also if it is NaN
         raise ConversionError(
-            f"After saving and loading, the outputs differ from CLIP's by {difference:.1e} of their norm on random "
-            f"inputs; expected {TOLERANCE} at most."
+            f"The outputs for random inputs differ from CLIP's by {difference:.1e} of their norm after saving and "
+            f"loading. At most {TOLERANCE} is expected."
         )
     return difference
 
@@ -405,8 +415,10 @@ def _check_saved(folder: Path, source: _Source, max_positions: int, stretch: Str
 def _largest_difference(
     model: PreTrainedModel, clip: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> float:
-    """Between the answers to random texts of up to `max_length` tokens, padded and with and without an attention mask,
-    and to random images, in units of the norm of each."""
+    """
+    Largest difference of outputs for random texts of up to `max_length` tokens, padded, with and without an attention
+    mask, and for random images. It is relative to the norm of each output.
+    """
     generator = torch.Generator().manual_seed(0)
     pairs = []
     if max_length:
@@ -415,7 +427,7 @@ def _largest_difference(
         input_ids = torch.full((len(lengths), max_length), int(tokenizer.pad_token_id))
         attention_mask = torch.zeros_like(input_ids)
         for row, length in enumerate(lengths):
-            # below [EOT]: under a configuration with the legacy id, the feature is read at a text's highest id
+            # Ids below [EOT]: with the legacy id, the model pools at the highest id of a text.
             input_ids[row, :length] = torch.randint(max(1, last), (length,), generator=generator)
             input_ids[row, 0], input_ids[row, length - 1], attention_mask[row, :length] = first, last, 1
         for mask in (None, attention_mask):
@@ -432,7 +444,7 @@ def _largest_difference(
 def _text_answers(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden states, and the feature, projected where the model has a projection."""
+    """Hidden states and features (projected, if the model has a projection)."""
     if hasattr(model, "get_text_features"):
         outputs = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
     else:
@@ -441,28 +453,57 @@ def _text_answers(
     return outputs.last_hidden_state, features
 
 
+DESCRIPTION = """\
+Convert a CLIP of transformers, open_clip, OpenAI or Long-CLIP, or its text encoder, to LoTLIP.
+
+  lotlip convert clip --clip openai/clip-vit-base-patch32 --max-positions 248 --output lotlip-clip
+  lotlip convert open-clip --clip longclip-L.pt --output lotlip-long-clip
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
+    """Runs the command in the module's docstring. Returns the exit status: 0, or 2 after a printed error."""
     return run("lotlip convert clip", lambda: _main(argv))
 
 
-def _main(argv: Sequence[str] | None) -> None:
-    parser = Parser(prog="lotlip convert clip", description="CLIP, open_clip's and Long-CLIP included, to LoTLIP.")
-    parser.add_argument("--clip", required=True, help="folder or Hub id of a CLIP or its text encoder, or a file")
-    parser.add_argument("--subfolder", default="", help="where it lies in the folder, such as text_encoder")
-    parser.add_argument("--num-corner-tokens", type=int, default=2, help="by default %(default)s")
-    parser.add_argument("--max-positions", type=int, help="new number of text positions; by default as many as before")
-    parser.add_argument(
+def parser(prog: str = "lotlip convert clip") -> Parser:
+    """Returns the parser of the command."""
+    flags = Parser(prog=prog, description=DESCRIPTION)
+    group = flags.add_argument_group("Conversion")
+    group.add_argument(
+        "--clip", required=True, metavar="NAME", help="Folder, Hub id or file of a CLIP or its text encoder (required)"
+    )
+    group.add_argument("--output", required=True, metavar="FOLDER", help="Folder to write (required)")
+    group.add_argument("--subfolder", default="", metavar="NAME", help="Subfolder of --clip, such as text_encoder")
+    group.add_argument(
+        "--tokenizer", metavar="NAME", help=f"Folder or Hub id (default: the CLIP's own; for files {CLIP_TOKENIZER})"
+    )
+    group = flags.add_argument_group("New weights")
+    group.add_argument(
+        "--num-corner-tokens", type=int, default=2, metavar="N", help="Corner tokens to add (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max-positions", type=int, metavar="N", help="New number of text positions (default: unchanged)"
+    )
+    group.add_argument(
         "--stretch",
         choices=get_args(Stretch),
-        help="how positions are added: knowledge-preserved (the default) keeps the first 20, linear keeps none",
+        help="How positions are added: knowledge-preserved keeps the first 20 and interpolates the others, linear "
+        "interpolates all (default: knowledge-preserved)",
     )
-    parser.add_argument("--tokenizer", help=f"folder or Hub id; by default the CLIP's own, for files {CLIP_TOKENIZER}")
-    parser.add_argument("--open-clip-config", help="for a file, its open_clip configuration")
-    parser.add_argument("--activation", choices=get_args(Activation), help="for a file without a configuration")
-    parser.add_argument("--seed", type=int, default=0, help="of the corner tokens; by default %(default)s")
-    parser.add_argument("--output", required=True, help="folder to make")
-    arguments = parser.parse_args(argv)
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="Seed of the corner tokens (default: %(default)s)"
+    )
+    group = flags.add_argument_group("Files of open_clip, OpenAI and Long-CLIP")
+    group.add_argument("--open-clip-config", metavar="FILE", help="Configuration of the file, as open_clip writes it")
+    group.add_argument(
+        "--activation", choices=get_args(Activation), help="Activation of a file without a configuration"
+    )
+    return flags
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    arguments = parser().parse_args(argv)
     lines: list[str] = []
     written = convert(**vars(arguments), report=lines.append)
     print("\n  ".join([f"Wrote {written}", *lines]))

@@ -1,4 +1,4 @@
-"""What the converters share: their error, settings, tensors under other names, and loading LoTLIP checkpoints."""
+"""Shared by the converters: errors, settings, renaming of tensors, and loading of LoTLIP checkpoints."""
 
 import contextlib
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from lotlip_hf import (
 from lotlip_hf.files import one_line, parse_json, printable, read_regular
 from lotlip_hf.loading import checkpoint_name, load_strict, naming_damage
 
-# By its configuration, what a checkpoint may be; the first where the configuration does not say which
+# Configuration class -> possible model classes. The first is the default for a configuration without a class name.
 MODEL_CLASSES: dict[type[PreTrainedConfig], list[type[PreTrainedModel]]] = {
     LoTLIPConfig: [LoTLIPModel],
     LoTLIPTextConfig: [LoTLIPTextModel, LoTLIPTextModelWithProjection],
@@ -33,68 +33,69 @@ MODEL_CLASSES: dict[type[PreTrainedConfig], list[type[PreTrainedModel]]] = {
 
 
 class ConversionError(ValueError):
-    """A checkpoint or configuration that cannot be converted exactly. The message says what is wrong and where."""
+    """A checkpoint or configuration that cannot be converted exactly. The message names the problem and its source."""
 
 
 @contextlib.contextmanager
 def building(source: str | Path) -> Iterator[None]:
-    """Names the configuration that transformers cannot build a model from."""
+    """Context in which errors of building a model name the configuration."""
     try:
         yield
     except ConversionError:
         raise
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ConversionError(f"{source}: no model can be built from it ({one_line(error)}).") from error
+        raise ConversionError(f"{source}: transformers cannot build a model from it ({one_line(error)}).") from error
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are the same in type, shape and every bit, NaNs included."""
+    """Whether two tensors are equal in type, shape and every bit, also for NaNs."""
     as_bytes = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*as_bytes)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object."""
+    """Reads a JSON file that contains an object."""
     try:
         content = parse_json(read_regular(path))
     except ValueError as error:
-        raise ConversionError(f"{path}: not valid JSON ({error}).") from error
+        raise ConversionError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise ConversionError(f"{path}: expected a JSON object, got a {type(content).__name__}.")
+        raise ConversionError(f"{path} contains a {type(content).__name__}. A JSON object is expected.")
     return content
 
 
 def section(config: Mapping[str, Any], key: str, source: str) -> dict[str, Any]:
-    """A section of an open_clip model configuration, which must be there."""
+    """Returns a section of open_clip's configuration of a model, or raises an error."""
     found = config.get(key)
     if not isinstance(found, dict):
-        raise ConversionError(f"{source}: not an open_clip model configuration, it has no {key}.")
+        raise ConversionError(f"{source} has no {key}. Pass an open_clip configuration of a model.")
     return found
 
 
 def option(options: Mapping[str, Any], key: str, default: Any, known: Sequence[Any], source: str) -> Any:
-    """A setting for which only some values are known; `default` is what open_clip takes if it is left out."""
+    """Returns a setting that must be one of the `known` values. `default` is open_clip's default."""
     value = options.get(key, default)
     if value not in known:
         given = repr(value) if key in options else f"{value!r} (open_clip's default)"
-        raise ConversionError(f"{source}: {key} is {given}; this converter knows {' and '.join(map(repr, known))}.")
+        values = " or ".join(map(repr, known))
+        raise ConversionError(f"{source}: {key} is {given}. This converter supports only {values}.")
     return value
 
 
 def whole(options: Mapping[str, Any], key: str, default: int | None, source: str, least: int = 1) -> int:
-    """A setting that must be a whole number from `least` up."""
+    """Returns a setting that must be a whole number of at least `least`."""
     value = options.get(key, default)
     if type(value) is not int or value < least:
-        raise ConversionError(f"{source}: {key} is {value!r}; expected a whole number from {least} up.")
+        raise ConversionError(f"{source}: {key} is {value!r}. Use a whole number of at least {least}.")
     return value
 
 
 def size_of(state_dict: Mapping[str, torch.Tensor], name: str, dim: int, num_dims: int, source: str) -> int:
-    """A size that a checkpoint's tensor says; the tensor must be there, with `num_dims` dimensions."""
+    """Returns a size of a tensor that must exist and have `num_dims` dimensions."""
     shape = list(state_dict[name].shape) if name in state_dict else []
     if len(shape) != num_dims or 0 in shape:
         raise ConversionError(
-            f"{source} is of another architecture than this converter takes: {name} is missing or misshapen ({shape})."
+            f"{source}: {name} is missing or has a wrong shape ({shape}). This converter does not support the model."
         )
     return shape[dim]
 
@@ -108,15 +109,9 @@ def rename_tensors(
     problems: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """
-    Tensors of another layout under a model's names. Each unknown, missing or misshapen one is named in an error.
-
-    Args:
-        state_dict: The tensors of the checkpoint.
-        layout: Name in the checkpoint -> names in the model: one, or several stacked along the first dimension.
-        own: The model's `state_dict()`, for the shapes.
-        source: What to call the checkpoint in errors.
-        transposed: Names in the checkpoint of matrices that are the transposed ones of the model's.
-        problems: What else is wrong with the checkpoint.
+    Renames tensors of another layout to the names of a model, whose `state_dict()` is `own`. `layout` maps each name
+    in the checkpoint to one name in the model, or to several that are stacked along the first dimension. The matrices
+    in `transposed` are transposed. The error lists unknown, missing and misshapen tensors and other `problems`.
     """
     problems = [f"unknown: {name}" for name in state_dict if name not in layout] + list(problems)
     converted: dict[str, torch.Tensor] = {}
@@ -143,25 +138,25 @@ def rename_tensors(
 
 
 def check_output(output: str | Path) -> Path:
-    """The whole path of the folder or file to make, where nothing is yet."""
+    """Returns the absolute path of a new folder or file, or raises an error if it exists and is not empty."""
     files.check_output(output, folder=True)
     return Path(output).resolve()
 
 
 def local_folder(model: str | Path) -> Path:
-    """The folder of a checkpoint: itself, or of a Hub id what has been fetched."""
+    """Returns the folder of a checkpoint. A Hub id is downloaded."""
     name = checkpoint_name(model)
     with naming_damage(name):
         return Path(name if Path(name).is_dir() else snapshot_download(name))
 
 
 def load_checkpoint(folder: str | Path) -> PreTrainedModel:
-    """A LoTLIP model, or one of its towers, with no tensor missing or left over, in the precision it was saved in."""
+    """Loads a LoTLIP model, or one of its towers, strictly and in its saved precision."""
     with naming_damage(checkpoint_name(folder)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     classes = MODEL_CLASSES.get(type(config))
     if classes is None:
-        raise ConversionError(f"{folder}: a {config.model_type!r} checkpoint, not a LoTLIP one.")
+        raise ConversionError(f"{folder} is a {config.model_type!r} checkpoint. Pass a LoTLIP checkpoint.")
     named = [one for one in classes if one.__name__ in (config.architectures or ())]
     return load_strict((named or classes)[0], folder, config=config)
 
@@ -169,11 +164,11 @@ def load_checkpoint(folder: str | Path) -> PreTrainedModel:
 def random_texts(
     config: LoTLIPTextConfig, shapes: Sequence[tuple[int, int]], padding_side: str = "right"
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Seeded ids and masks of each shape [texts, tokens]: a first text as long as fits, the others shorter."""
+    """Seeded ids and masks of each shape [texts, tokens]. The first text has the full length, others are shorter."""
     generator = torch.Generator().manual_seed(0)
     end = None
     if config.pooling == "eos":
-        # CLIP reads a text's feature at its end; in configurations of old that is the highest id
+        # CLIP pools at this id. In old configurations the id is wrong, and CLIP pools at the highest id.
         end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
     padding = 0 if config.pad_token_id is None else config.pad_token_id
     words = torch.tensor([word for word in range(config.vocab_size) if word not in (padding, end)])

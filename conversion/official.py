@@ -1,5 +1,5 @@
 """
-The official LoTLIP checkpoints (an open_clip fork, github.com/wuw2019/LoTLIP) to a transformers folder, and back.
+Converts the official LoTLIP checkpoints (of an open_clip fork, github.com/wuw2019/LoTLIP) to transformers, and back.
 
     lotlip convert official --checkpoint model.pt --open-clip-config open_clip_config.json \
         --tokenizer bert-base-uncased --output lotlip-vit-b-16
@@ -65,22 +65,22 @@ def _released(patch_size: int) -> dict[str, Any]:
     }
 
 
-# Hub id of a released checkpoint -> its open_clip model configuration
+# Hub id of a released checkpoint -> its open_clip configuration.
 RELEASED = {
     "weiwu-ww/LoTLIP-ViT-B-16-100M": _released(16),
     "weiwu-ww/LoTLIP-ViT-B-32-100M": _released(32),
 }
 
 PREFIX = "module."
-# What wrappers put before every name: DistributedDataParallel, torch.compile, FSDP, and Lightning's modules
+# Prefixes that wrappers add to all names: DistributedDataParallel, torch.compile, FSDP and Lightning modules.
 WRAPPERS = (PREFIX, "_orig_mod.", "_fsdp_wrapped_module.", "model.")
-# What timm's vision transformers have and the official configuration does not name
+# Settings of timm's vision transformers that the official configuration does not contain.
 TIMM_VIT = {"layer_norm_eps": 1e-6, "hidden_act": "gelu"}
-# 0, 1, 2, ...: a buffer of BERT that transformers saved before 4.31
+# A buffer of BERT with 0, 1, 2, ..., which transformers saved before 4.31.
 POSITION_IDS = "text.transformer.embeddings.position_ids"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# timm's name -> transformers' names; more than one stand stacked in timm's tensor, in this order
+# timm's name -> transformers' names. timm stacks several tensors in one, in this order.
 VISION_EMBEDDINGS = {
     "cls_token": ["embeddings.cls_token"],
     "pos_embed": ["embeddings.position_embeddings"],
@@ -99,8 +99,8 @@ VISION_BLOCK = {
 
 def official_layout(model: LoTLIPModel) -> dict[str, list[str]]:
     """
-    The official name of every tensor, in the official order, with the names of this model's tensors that it is made
-    of: one, or several stacked along the first dimension (query, key and value; words and corner tokens).
+    Maps the official name of every tensor, in the official order, to the names of this model's tensors. Several names
+    are stacked along the first dimension: query, key and value, or words and corner tokens.
     """
     layout = {"logit_scale": ["logit_scale"]}
     vision = {}
@@ -125,9 +125,9 @@ def official_layout(model: LoTLIPModel) -> dict[str, list[str]]:
 
 def read_official_state_dict(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     """
-    The tensors of an official checkpoint, without the prefixes of `WRAPPERS` and without the buffer of position ids
-    that old versions of transformers saved and the official code ignores. The pickle, of a state dict or of
-    `{"state_dict": ...}`, is read with `weights_only=True`, so that no code in it can run.
+    Reads the tensors of an official checkpoint, a pickle of a state dict or of `{"state_dict": ...}`. It is loaded
+    with `weights_only=True`, so that no code in it can run. The prefixes of `WRAPPERS` are removed, and so is the
+    buffer of position ids that old versions of transformers saved and the official code ignores.
     """
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -135,14 +135,14 @@ def read_official_state_dict(checkpoint: str | Path) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise ConversionError(
-            f"{checkpoint}: not a PyTorch pickle of tensors alone, as a model.pt is; it is damaged or of another kind."
+            f"{checkpoint} is damaged or not a PyTorch pickle of tensors. Pass an official model.pt."
         ) from error
     state_dict = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state_dict, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
         for name, tensor in state_dict.items()
     ):
-        raise ConversionError(f"{checkpoint}: expected a state dict of dense tensors, or one under 'state_dict'.")
+        raise ConversionError(f"{checkpoint} is not a state dict of dense tensors. Pass an official model.pt.")
     tensors = without_wrappers({name: tensor.detach() for name, tensor in state_dict.items()})
     position_ids = tensors.get(POSITION_IDS)
     if position_ids is not None and same_bits(position_ids.flatten(), torch.arange(position_ids.numel())):
@@ -151,7 +151,7 @@ def read_official_state_dict(checkpoint: str | Path) -> dict[str, torch.Tensor]:
 
 
 def without_wrappers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors without the prefixes of `WRAPPERS` that all names have, however many and in any order."""
+    """Removes the prefixes of `WRAPPERS` that all names have, in any number and order."""
     names = list(tensors)
     while prefix := next((one for one in WRAPPERS if names and all(name.startswith(one) for name in names)), None):
         names = [name.removeprefix(prefix) for name in names]
@@ -165,8 +165,9 @@ def config_from_official(
     source: str = "open_clip_config",
 ) -> LoTLIPConfig:
     """
-    The configuration of an official model. What the open_clip configuration leaves to a timm name (width, depth, patch
-    and image size) is read off the shapes of the tensors; what this package does not reproduce exactly is refused.
+    Creates the configuration of an official model. Sizes that the open_clip configuration lacks (width, depth, patch
+    and image size) come from the shapes of the tensors. Settings that this package cannot reproduce exactly raise an
+    error.
     """
 
     def size(name: str, dim: int, num_dims: int) -> int:
@@ -175,7 +176,7 @@ def config_from_official(
     vision, text = section(open_clip_config, "vision_cfg", source), section(open_clip_config, "text_cfg", source)
     embed_dim = whole(open_clip_config, "embed_dim", None, source)
     num_corner_tokens = whole(text, "num_corner_token", 0, source, least=0)
-    # [CLS], a word and [SEP] beside the corner tokens
+    # The text needs [CLS], a word and [SEP] besides the corner tokens.
     whole(text, "context_length", 77, source, least=num_corner_tokens + 3)
     option(vision, "timm_pool", "avg", ["token"], source)
     projection = option(vision, "timm_proj", "linear", ["linear", "none"], source)
@@ -189,7 +190,7 @@ def config_from_official(
     timm_name = str(vision.get("timm_model_name"))
     if "heads" not in vision and not timm_name.startswith(("vit_tiny", "vit_small", "vit_base", "vit_large")):
         raise ConversionError(
-            f"{source}: the number of attention heads of {timm_name!r} is not known: write it as vision_cfg.heads."
+            f"{source}: the number of attention heads of {timm_name!r} is unknown. Set it as vision_cfg.heads."
         )
     return LoTLIPConfig(
         text_config=LoTLIPTextConfig(
@@ -217,9 +218,9 @@ def config_from_official(
 
 
 def from_official(state_dict: Mapping[str, torch.Tensor], model: LoTLIPModel) -> dict[str, torch.Tensor]:
-    """The official tensors, which must all have one precision, under this model's names."""
+    """Renames the official tensors to this model's names. All must have the same precision."""
     dtypes = Counter(tensor.dtype for tensor in state_dict.values())
-    # A transformers checkpoint has one precision, and loading would cast the others to it.
+    # A transformers checkpoint has one precision. Loading would cast other tensors to it.
     common = max((dtype for dtype in dtypes if dtype in DTYPES), key=dtypes.__getitem__, default=torch.float32)
     problems = [
         f"of another precision: {name} is {tensor.dtype}, expected {common}"
@@ -233,8 +234,7 @@ def from_official(state_dict: Mapping[str, torch.Tensor], model: LoTLIPModel) ->
 
 
 def to_official(model: LoTLIPModel) -> dict[str, torch.Tensor]:
-    """The model's tensors under their official names, in the official order; the inverse of `from_official`, bit for
-    bit."""
+    """Renames the model's tensors to the official names, in the official order. Exact inverse of `from_official`."""
     own = model.state_dict()
     return {
         official: own[names[0]].clone() if len(names) == 1 else torch.cat([own[name] for name in names])
@@ -246,7 +246,7 @@ def _read_open_clip_config(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if "model_cfg" not in content:
         return content
-    # As open_clip publishes it. Of the preprocessing settings its timm path takes this one alone.
+    # The form that open_clip publishes. For timm models it uses only this setting of the preprocessing.
     option(content.get("preprocess_cfg") or {}, "interpolation", None, [None, "bicubic"], str(path))
     return section(content, "model_cfg", str(path))
 
@@ -256,8 +256,8 @@ def _load_bert_config(open_clip_config: Path | None, text_cfg: Mapping[str, Any]
     if beside is None or not beside.is_file():
         if text_cfg.get("hf_model_name") != "bert-base-uncased":
             raise ConversionError(
-                f"{open_clip_config}: text tower {text_cfg.get('hf_model_name')!r} is not bert-base-uncased: "
-                "put its configuration beside it as bert_config.json."
+                f"{open_clip_config}: the text tower {text_cfg.get('hf_model_name')!r} is not bert-base-uncased. Save "
+                "its configuration as bert_config.json in the same folder."
             )
         return BertConfig()
     settings = read_json(beside)
@@ -273,17 +273,17 @@ def _load_tokenizer(source: str | Path, config: LoTLIPTextConfig, context_length
     folder = Path(source)
     is_bare = (folder / "vocab.txt").is_file() and not (folder / "tokenizer_config.json").is_file()
     backbone_tokenizer = load_tokenizer(
-        source, "give another --tokenizer", tokenizer_class=LoTLIPTokenizer if is_bare else AutoTokenizer
+        source, "pass another --tokenizer", tokenizer_class=LoTLIPTokenizer if is_bare else AutoTokenizer
     )
     tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
         backbone_tokenizer, model_max_length=context_length - config.num_corner_tokens
     )
-    # The official code counts its corner tokens' ids on from the tokenizer's last.
+    # The ids of the official code's corner tokens follow the tokenizer's last id.
     fits = len(tokenizer) == config.vocab_size or (len(tokenizer) < config.vocab_size and not config.num_corner_tokens)
     if not fits or tokenizer.pad_token_id != config.pad_token_id:
         raise ConversionError(
-            f"--tokenizer {source}: {len(tokenizer)} tokens with padding id {tokenizer.pad_token_id} do not fit a "
-            f"text tower of {config.vocab_size} with padding id {config.pad_token_id}, corner tokens not counted."
+            f"--tokenizer {source} has {len(tokenizer)} tokens and padding id {tokenizer.pad_token_id}, but the text "
+            f"tower has {config.vocab_size} and {config.pad_token_id}, without corner tokens. Pass another tokenizer."
         )
     return tokenizer
 
@@ -296,17 +296,25 @@ def convert(
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """
-    Converts an official checkpoint into a folder for `AutoModel`, `AutoTokenizer` and `AutoProcessor`. After saving,
-    the folder is loaded again and compared with the checkpoint, bit for bit. The folder appears complete or not at
-    all.
+    Converts an official checkpoint into a folder for `AutoModel`, `AutoTokenizer` and `AutoProcessor`. The saved
+    folder is loaded and compared with the checkpoint, bit by bit. It is created only if all checks pass.
 
     Args:
-        checkpoint: A `model.pt`, or the Hub id of a released model (see `RELEASED`), which brings its configuration.
-        open_clip_config: The official model configuration. A `bert_config.json` beside it stands in for BERT-base's.
-        tokenizer: Folder (of just a `vocab.txt`, or a whole tokenizer) or Hub id; by default the configuration's
-            `hf_tokenizer_name`.
-        output: The folder to make; it must not exist or be empty.
-        report: Called with each line on what was written.
+        checkpoint (`str` or `Path`): A `model.pt`, or the Hub id of a released model (see `RELEASED`), which needs no
+            configuration.
+        open_clip_config (`str` or `Path`, *optional*): Official configuration of the model. A `bert_config.json` in
+            the same folder replaces the configuration of BERT-base.
+        tokenizer (`str` or `Path`, *optional*): Folder or Hub id of a tokenizer. A folder with only a `vocab.txt` is
+            enough. Defaults to the configuration's `hf_tokenizer_name`.
+        output (`str` or `Path`, *optional*, defaults to `"lotlip"`): Folder to create. It must not exist or must be
+            empty.
+        report (`Callable`, *optional*): Function that is called with each line of the summary.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        `ConversionError`: If the checkpoint cannot be converted exactly.
     """
     target = check_output(output)
     released = RELEASED.get(str(checkpoint))
@@ -317,13 +325,13 @@ def convert(
         config_path, official_config, source = None, released, str(checkpoint)
     else:
         raise ConversionError(
-            f"{checkpoint}: --open-clip-config is needed for any checkpoint but the released {', '.join(RELEASED)}."
+            f"{checkpoint}: pass its configuration with --open-clip-config. Only {', '.join(RELEASED)} need none."
         )
     text_cfg = section(official_config, "text_cfg", source)
     bert_config = _load_bert_config(config_path, text_cfg)
     tokenizer = tokenizer or text_cfg.get("hf_tokenizer_name")
     if not tokenizer:
-        raise ConversionError(f"{source}: no hf_tokenizer_name in it, so --tokenizer is needed.")
+        raise ConversionError(f"{source} has no hf_tokenizer_name. Pass --tokenizer.")
     with naming_damage(str(checkpoint)):
         weights = checkpoint if released is None else hf_hub_download(str(checkpoint), "model.pt")
     state_dict = read_official_state_dict(weights)
@@ -342,7 +350,7 @@ def convert(
         processor.save_pretrained(folder)
         _check_saved(folder, state_dict)
     dtype, size = str(model.dtype).removeprefix("torch."), config.vision_config.image_size
-    report(f"{model.num_parameters():,} parameters in {dtype}, bit for bit the checkpoint's")
+    report(f"{model.num_parameters():,} parameters in {dtype}, equal to the checkpoint's bit by bit")
     report(
         f"{config.text_config.num_corner_tokens} corner tokens, texts of up to {text_tokenizer.model_max_length} "
         f"tokens, images of {size} x {size} pixels"
@@ -354,24 +362,27 @@ def _check_saved(folder: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
     saved = to_official(load_checkpoint(folder))
     differing = [name for name, tensor in state_dict.items() if not same_bits(saved[name], tensor)]
     if differing:
-        raise ConversionError(f"After saving and loading, these tensors differ from the checkpoint's: {differing}")
+        raise ConversionError(f"These tensors differ from the checkpoint's after saving and loading: {differing}")
 
 
 def reverse(checkpoint: str | Path, output: str | Path) -> Path:
     """
-    Writes a LoTLIP checkpoint back in the official layout, `{"state_dict": {"module....": tensor}}`, bit for bit.
+    Writes a LoTLIP checkpoint in the official layout, `{"state_dict": {"module....": tensor}}`, with the same bits.
 
     Args:
-        checkpoint: A folder of this package, with BERT and ViT backbones.
-        output: The `model.pt` to write; it must not exist.
+        checkpoint (`str` or `Path`): Folder of a [`LoTLIPModel`] with BERT and ViT backbones.
+        output (`str` or `Path`): The `model.pt` to write. It must not exist.
+
+    Returns:
+        `Path`: The file.
 
     Raises:
-        ConversionError: if the model has no official counterpart.
+        `ConversionError`: If the official code has no such model.
     """
     target = check_output(output)
     model = load_checkpoint(checkpoint)
     if not isinstance(model, LoTLIPModel):
-        raise ConversionError(f"{checkpoint}: a {type(model).__name__}, not a whole LoTLIPModel.")
+        raise ConversionError(f"{checkpoint} is a {type(model).__name__}. Pass a whole LoTLIPModel.")
     text, vision = model.config.text_config, model.config.vision_config
     vit = vision.backbone_config
     wanted = {"text tower": "bert", "text pooling": "pooler", "image tower": "vit", "image pooling": "cls", **TIMM_VIT}
@@ -379,41 +390,63 @@ def reverse(checkpoint: str | Path, output: str | Path) -> Path:
     own += tuple(getattr(vit, name, None) for name in TIMM_VIT)
     for (name, value), given in zip(wanted.items(), own, strict=True):
         if given != value:
-            raise ConversionError(f"{checkpoint}: its {name} is {given!r}; the official code has {value!r} alone.")
-    placed = {name for names in official_layout(model).values() for name in names}
-    unplaced = sorted(placed ^ model.state_dict().keys())
-    if unplaced:
-        raise ConversionError(f"{checkpoint}: not as in the official layout: {', '.join(unplaced)}.")
+            raise ConversionError(f"{checkpoint}: {name} is {given!r}. The official code supports only {value!r}.")
+    mapped = {name for names in official_layout(model).values() for name in names}
+    unmapped = sorted(mapped ^ model.state_dict().keys())
+    if unmapped:
+        raise ConversionError(f"{checkpoint}: the official layout does not have {', '.join(unmapped)}.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as file:
         try:
             torch.save({"state_dict": {PREFIX + name: tensor for name, tensor in to_official(model).items()}}, file)
-        except RuntimeError as error:  # PyTorch's own, of a file whose end could not be written either
-            raise OSError(f"{target}: cannot be written ({one_line(error.__context__ or error)}).") from error
+        except RuntimeError as error:  # PyTorch raises it even if only the end of the file cannot be written
+            raise OSError(f"{target} cannot be written ({one_line(error.__context__ or error)}).") from error
     return Path(output)
 
 
+DESCRIPTION = """\
+Convert an official LoTLIP checkpoint to a checkpoint folder, or with --reverse back to an official file.
+
+  lotlip convert official --checkpoint weiwu-ww/LoTLIP-ViT-B-16-100M --output checkpoint
+  lotlip convert official --reverse --checkpoint checkpoint --output model.pt
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
+    """Runs the command in the module's docstring. Returns the exit status: 0, or 2 after a printed error."""
     return run("lotlip convert official", lambda: _main(argv))
 
 
+def parser(prog: str = "lotlip convert official") -> Parser:
+    """Returns the parser of the command."""
+    flags = Parser(prog=prog, description=DESCRIPTION)
+    group = flags.add_argument_group("Conversion")
+    group.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="NAME",
+        help="File model.pt or Hub id of a released model; with --reverse, a checkpoint folder (required)",
+    )
+    group.add_argument(
+        "--output", required=True, metavar="PATH", help="Folder to write; with --reverse, the file (required)"
+    )
+    group.add_argument("--reverse", action="store_true", help="Convert a checkpoint folder to an official file")
+    group = flags.add_argument_group("Files of a model.pt")
+    group.add_argument(
+        "--open-clip-config",
+        metavar="FILE",
+        help="Official model configuration; bert_config.json next to it is read too, if there is one",
+    )
+    group.add_argument(
+        "--tokenizer", metavar="NAME", help="Folder or Hub id (default: hf_tokenizer_name of the configuration)"
+    )
+    return flags
+
+
 def _main(argv: Sequence[str] | None) -> None:
-    parser = Parser(
-        prog="lotlip convert official", description="Official LoTLIP checkpoints to transformers, and back."
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, help="model.pt, the Hub id of a released model, or with --reverse a folder"
-    )
-    parser.add_argument(
-        "--open-clip-config", help="the official model configuration; bert_config.json beside it is used if there"
-    )
-    parser.add_argument("--tokenizer", help="folder or Hub id; by default the configuration's hf_tokenizer_name")
-    parser.add_argument("--output", required=True, help="folder to make, or with --reverse the file")
-    parser.add_argument("--reverse", action="store_true", help="write the official layout")
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     if arguments.reverse and (arguments.open_clip_config or arguments.tokenizer):
-        parser.error("--reverse takes --checkpoint and --output only")
+        raise ValueError("--reverse works with --checkpoint and --output only. Leave the other options out.")
     if arguments.reverse:
         written = reverse(arguments.checkpoint, arguments.output)
         print(f"Wrote {written}")

@@ -1,20 +1,20 @@
 """
-A LoTLIP checkpoint to ONNX, for ONNX Runtime and whatever else reads it.
+Exports a LoTLIP checkpoint to ONNX, for ONNX Runtime and other readers.
 
     lotlip convert onnx --model lotlip-vit-b-16 --output lotlip-onnx
     lotlip convert onnx --model lotlip-vit-b-16 --output lotlip-int8 --quantize int8
 
-The folder holds `text_model.onnx` (`input_ids` and `attention_mask`, [batch, length] int64, to `text_embeds`
+The folder contains `text_model.onnx` (`input_ids` and `attention_mask`, [batch, length] int64, to `text_embeds`
 [batch, projection_dim]) and `vision_model.onnx` (`pixel_values` [batch, channels, height, width] to `image_embeds`
-[batch, projection_dim]). The features are what `get_text_features` and `get_image_features` give: projected, and not
-normalised, which is left to the caller, as in CLIP; `encode_texts` and `encode_images` do it. Corner tokens change
-nothing at inference and are left out. Configuration, tokenizer and image processor are saved beside, so that
-`lotlip_hf.engines.onnx.LoTLIPOnnxModel` and `AutoProcessor` need nothing else.
+[batch, projection_dim]). The features are those of `get_text_features` and `get_image_features`: projected, but not
+normalised. `encode_texts` and `encode_images` normalise them. Corner tokens do not change features at inference and
+are left out. The folder also contains configuration, tokenizer and image processor for
+`lotlip_hf.engines.onnx.LoTLIPOnnxModel` and `AutoProcessor`.
 
-Where `tokenizer.json` is read by itself (fastembed, Transformers.js, text-embeddings-inference) it splits sentences,
-collapses white space and straightens quotation marks. The file cannot express repairs of broken encodings (ftfy) and
-HTML entities, nor tell a text that is nothing but one special token from that token:
-`lotlip_hf.modeling.tokenization_lotlip.clean` repairs texts beforehand.
+Readers of `tokenizer.json` (fastembed, Transformers.js, text-embeddings-inference) split sentences, collapse white
+space and straighten quotation marks as LoTLIP does. They do not repair broken encodings (ftfy) and HTML entities, and
+encode a text that is only "[SEP]" as the special token. `lotlip_hf.modeling.tokenization_lotlip.clean` repairs texts
+beforehand.
 """
 
 import contextlib
@@ -41,11 +41,11 @@ from lotlip_hf.terminal import run
 
 from .common import ConversionError, check_output, load_checkpoint, local_folder, random_texts
 
-# The largest difference from PyTorch's features, in units of a feature's norm
+# Largest accepted difference from PyTorch's features, relative to a feature's norm.
 TOLERANCE = 1e-4
-# The least cosine of a quantised model's features to PyTorch's
+# Smallest accepted cosine between quantised features and PyTorch's.
 LEAST_COSINE = 0.98
-# The first version whose attention is one operator, which ONNX Runtime runs without writing the attention weights
+# First version with attention as one operator, which ONNX Runtime computes without storing the attention weights.
 OPSET = 23
 INPUTS = {"text": ("input_ids", "attention_mask"), "vision": ("pixel_values",)}
 OUTPUTS = {"text": "text_embeds", "vision": "image_embeds"}
@@ -54,14 +54,14 @@ OUTPUTS = {"text": "text_embeds", "vision": "image_embeds"}
 @dataclass(frozen=True)
 class OnnxTower:
     """
-    One file that [`convert`] wrote.
+    A file that [`convert`] wrote.
 
     Args:
-        file: Its name.
-        size: Its bytes; of weights that lie beside it in `<file>.data`, too.
-        difference: The largest difference of its features, before they were quantised, from PyTorch's, in units of a
+        file (`str`): Name of the file.
+        size (`int`): Size in bytes, with weights in `<file>.data` if there are any.
+        difference (`float`): Largest difference between the features before quantisation and PyTorch's, relative to a
             feature's norm.
-        cosine: The least cosine of its quantised features to PyTorch's; `None` if it is not quantised.
+        cosine (`float`, *optional*): Smallest cosine between quantised features and PyTorch's.
     """
 
     file: str
@@ -73,13 +73,13 @@ class OnnxTower:
 @dataclass(frozen=True)
 class OnnxCheckpoint:
     """
-    What [`convert`] wrote.
+    The folder that [`convert`] wrote.
 
     Args:
-        folder: The folder.
-        opset: Version of ONNX's operators.
-        towers: The files.
-        processor: Classes of what is saved for texts and images.
+        folder (`Path`): The folder.
+        opset (`int`): Version of ONNX's operators.
+        towers (`tuple[OnnxTower, ...]`): Files of the towers.
+        processor (`tuple[str, ...]`): Classes of the saved processor, tokenizer or image processor.
     """
 
     folder: Path
@@ -89,7 +89,7 @@ class OnnxCheckpoint:
 
 
 class _Tower(nn.Module):
-    """A tower as a function of its inputs, in order, to its features [B, P]."""
+    """A tower as a module that maps its inputs, in order, to features [B, P]."""
 
     def __init__(self, model: PreTrainedModel, tower: str) -> None:
         super().__init__()
@@ -116,40 +116,45 @@ def convert(
     report: Callable[[str], None] = lambda line: None,
 ) -> OnnxCheckpoint:
     """
-    Writes a LoTLIP checkpoint in ONNX, in float32. ONNX Runtime's features of random texts (of one token up to all,
-    with and without padding) and of random images, in batches of several sizes, are compared with PyTorch's. The
-    folder appears complete or not at all.
+    Exports a LoTLIP checkpoint to ONNX in float32. ONNX Runtime's features are compared with PyTorch's for random
+    texts (of all lengths, with and without padding) and random images, in several batch sizes. The folder is created
+    only if all checks pass.
 
-    The image tower takes images of the size that the checkpoint's processor makes, or if there is none, of the
-    configuration's; a DINOv2, which fits its position embeddings to the images, takes any size.
+    The image tower accepts images of the size that the checkpoint's processor makes, or else of the configuration's
+    size. A DINOv2 interpolates its position embeddings and accepts any size.
 
     Args:
-        model: A folder of this package: a [`LoTLIPModel`], or one of its towers with or without projection.
-        output: The folder to make; it must not exist or be empty.
-        quantize: `"int8"` for weights of linear layers in 8 bits (a scale for each channel; 7 of the bits are used, so
-            that processors without VNNI do not overflow) and activations that are quantised as they come; by default
-            float32.
-        opset: Version of ONNX's operators, 18 or higher. Lower than 23, attention is slower.
-        towers: Which of `"text"` and `"vision"` to write, of those that the checkpoint has.
-        report: Called with each line of progress.
+        model (`str` or `Path`): Folder or Hub id of a [`LoTLIPModel`], or of a tower with or without projection.
+        output (`str` or `Path`): Folder to create. It must not exist or must be empty.
+        quantize (`str`, *optional*): `"int8"` quantises the weights of linear layers to 8 bits (one scale per channel,
+            and a range of 7 bits, so that processors without VNNI do not overflow) and activations dynamically. The
+            default is float32.
+        opset (`int`, *optional*, defaults to 23): Version of ONNX's operators, at least 18. Attention is slower in
+            versions below 23.
+        towers (`Sequence[str]`, *optional*): Towers to export, `"text"` and `"vision"`. Defaults to all that the
+            checkpoint has.
+        report (`Callable`, *optional*): Function that is called with each line of progress.
+
+    Returns:
+        [`OnnxCheckpoint`]: Summary of the export.
 
     Raises:
-        ConversionError: if a package is missing, the folder holds no complete LoTLIP checkpoint, the exporter fails,
-            or ONNX Runtime's features differ from PyTorch's by more than 1e-4 of a feature's norm; quantised, if a
-            cosine to PyTorch's is below 0.98.
+        `ConversionError`: If a package or part of the checkpoint is missing; if the exporter fails; if ONNX Runtime's
+            features differ from PyTorch's by more than 1e-4 of a feature's norm; or if the cosine between a quantised
+            feature and PyTorch's is below 0.98.
     """
     missing = missing_packages("onnx", "onnxscript", "onnxruntime")
     if missing:
         raise ConversionError(missing)
     if quantize not in (None, "int8"):
-        raise ConversionError(f"--quantize {quantize}: only int8 is known.")
+        raise ConversionError(f"--quantize {quantize} is not supported. Use int8.")
     target = check_output(output)
     model = local_folder(model)
     lotlip = load_checkpoint(model).float().eval()
     configs = _tower_configs(lotlip)
     chosen = [tower for tower in configs if tower in towers]
     if not chosen:
-        raise ConversionError(f"{model}: a {type(lotlip).__name__}, which has no {' or '.join(towers)} tower.")
+        raise ConversionError(f"{model} is a {type(lotlip).__name__} without a {' or '.join(towers)} tower.")
     processors = _load_processors(model)
     for tokenizer in (getattr(processor, "tokenizer", processor) for processor in processors):
         if isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -169,7 +174,7 @@ def convert(
 
 
 def _name_no_model_code(file: Path) -> None:
-    """Of the code that `auto_map` names only the configuration's lies there: no class of PyTorch reads the towers."""
+    """Removes the code of models from `auto_map`: the folder has only the configuration's code and no weights."""
     config = json.loads(file.read_text(encoding="utf-8"))
     for part in (config, config.get("text_config"), config.get("vision_config")):
         if part and "auto_map" in part:
@@ -178,7 +183,7 @@ def _name_no_model_code(file: Path) -> None:
 
 
 def _tower_configs(lotlip: PreTrainedModel) -> dict[str, Any]:
-    """The configurations of the towers that a model has."""
+    """Configurations of the model's towers."""
     config = lotlip.config
     if isinstance(config, LoTLIPTextConfig):
         return {"text": config}
@@ -188,7 +193,7 @@ def _tower_configs(lotlip: PreTrainedModel) -> dict[str, Any]:
 
 
 def _load_processors(folder: Path) -> list[Any]:
-    """What the checkpoint has for texts and images."""
+    """Loads the checkpoint's processor, or its tokenizer and image processor."""
     classes = {"processor_config.json": AutoProcessor}
     if not (folder / "processor_config.json").is_file():
         classes = {"tokenizer_config.json": AutoTokenizer, "preprocessor_config.json": AutoImageProcessor}
@@ -212,40 +217,40 @@ def _write_tower(
     try:
         with torch.inference_mode():
             expected = [module(*batch) for batch in batches]
-    except ValueError as error:  # images of another size than the tower takes
-        raise ConversionError(f"The {tower} tower does not take what its processor makes: {error}") from error
+    except ValueError as error:  # images of another size than the tower's
+        raise ConversionError(f"The {tower} tower does not accept its processor's outputs: {error}") from error
 
-    # float32 first, which says whether the graph is right; of the quantised one only a cosine can
+    # Compare in float32 first. For a quantised model, only the cosine can be compared.
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         full = file if quantize is None else Path(temporary) / file.name
         _export(module, tower, batches[0], opset, full)
         difference = _largest_difference(_run(full, lotlip, tower, batches), expected)
-        report(f"  features as PyTorch's to {difference:.1e} of their norm")
+        report(f"  features differ from PyTorch's by at most {difference:.1e} of their norm")
         if not difference <= TOLERANCE:
             raise ConversionError(
-                f"{file.name}: ONNX Runtime's features differ from PyTorch's by {difference:.1e} of a feature's norm, "
-                f"more than {TOLERANCE:.0e}: nothing was written. Are all weights finite? If so, try another --opset."
+                f"{file.name}: ONNX Runtime's features differ from PyTorch's by {difference:.1e} of their norm, more "
+                f"than {TOLERANCE:.0e}. Nothing was written. Check that all weights are finite, or change --opset."
             )
         cosine = None
         if quantize is not None:
             _quantize(full, file)
             features = torch.cat(_run(file, lotlip, tower, batches))
             cosine = nn.functional.cosine_similarity(features, torch.cat(expected)).min().item()
-            report(f"  int8: cosines to PyTorch's features from {cosine:.4f} up")
+            report(f"  int8: cosines to PyTorch's features of at least {cosine:.4f}")
             if not cosine >= LEAST_COSINE:
                 raise ConversionError(
-                    f"{file.name}: in int8 a feature has a cosine of {cosine:.4f} to PyTorch's, less than "
-                    f"{LEAST_COSINE}: nothing was written. Export without --quantize."
+                    f"{file.name}: a feature in int8 has a cosine of {cosine:.4f} to PyTorch's, less than "
+                    f"{LEAST_COSINE}. Nothing was written. Export without --quantize."
                 )
     size = sum(path.stat().st_size for path in (file, _data_file(file)) if path.is_file())
     return OnnxTower(file.name, size, difference, cosine)
 
 
 def _export(module: _Tower, tower: str, batch: Sequence[torch.Tensor], opset: int, file: Path) -> None:
-    """Writes the graph, and weights that are too large for one file beside it."""
+    """Writes the graph, and weights that are too large for one file to a second file."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    # no size of 0 or 1, which the export would fix; a DINOv2 branches for its own size and for squares
+    # The exporter would fix sizes of 0 and 1. A DINOv2 has a special case for its own size and for squares.
     config = _tower_configs(module.model)[tower]
     if tower == "text":
         example = tuple(torch.ones(2, 3, dtype=torch.long) for _ in INPUTS[tower])
@@ -269,25 +274,25 @@ def _export(module: _Tower, tower: str, batch: Sequence[torch.Tensor], opset: in
                 verbose=False,
             )
             graph = program.model
-            ClearMetadataAndDocStringPass()(graph)  # where the code lay on this machine
+            ClearMetadataAndDocStringPass()(graph)  # removes paths of this machine
             if isinstance(module.model, LoTLIPModel):
                 graph.metadata_props[LOGIT_SCALE] = repr(module.model.logit_scale.item())
             program.save(file)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # of PyTorch's exporter, and whatever comes from under it
+    except Exception as error:  # PyTorch's exporter and the packages that it uses raise many classes
         raise ConversionError(f"{file.name}: PyTorch's ONNX exporter failed ({one_line(error)}).") from error
     given = graph.opset_imports[""]
-    if given != opset:  # the exporter keeps its own where it cannot convert
-        raise ConversionError(f"--opset {opset}: PyTorch's exporter wrote version {given} instead; choose that one.")
+    if given != opset:  # the exporter keeps its own version if it cannot convert
+        raise ConversionError(f"--opset {opset}: PyTorch's exporter wrote version {given}. Pass --opset {given}.")
 
 
 def _quantize(full: Path, file: Path) -> None:
-    """Writes the linear layers in int8; `full` is changed on the way."""
+    """Quantises the linear layers of `full` to int8. Changes the file `full`, too."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    # The quantiser transposes weights, and then stumbles over the shapes that are noted: it infers them anew.
+    # The quantiser transposes weights and fails on recorded shapes. Without them, it infers shapes itself.
     graph = onnx.load(full, load_external_data=False)
     graph.graph.ClearField("value_info")
     onnx.save(graph, full)
@@ -304,15 +309,15 @@ def _quantize(full: Path, file: Path) -> None:
 
 
 def _data_file(file: Path) -> Path:
-    """Where the weights are that a file of protobuf, of 2 GB at most, has no room for."""
+    """File for weights that do not fit into `file`, because protobuf is limited to 2 GB."""
     return file.with_name(f"{file.name}.data")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter and the quantiser tell of themselves."""
+    """Context without messages of the exporter and the quantiser."""
     disabled = logging.root.manager.disable
-    handler = logging.NullHandler()  # or the quantiser sets up handlers of its own
+    handler = logging.NullHandler()  # keeps the quantiser from adding handlers
     logging.root.addHandler(handler)
     logging.disable(logging.WARNING)
     try:
@@ -327,7 +332,7 @@ def _quiet() -> Iterator[None]:
 def _run(
     file: Path, lotlip: PreTrainedModel, tower: str, batches: Sequence[tuple[torch.Tensor, ...]]
 ) -> list[torch.Tensor]:
-    """Features of each batch by ONNX Runtime."""
+    """Features of each batch from ONNX Runtime."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -337,21 +342,21 @@ def _run(
 
 
 def _largest_difference(given: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """In units of a feature's norm; NaN if a feature is not finite."""
+    """Largest difference relative to a feature's norm, or NaN if a feature is not finite."""
     one, other = torch.cat(list(given)), torch.cat(list(expected))
     return ((one - other) / other.norm(dim=-1, keepdim=True)).abs().max().item()
 
 
 def _texts(config: LoTLIPTextConfig) -> list[tuple[torch.Tensor, ...]]:
-    """Batches of ids and masks, padded on either side; the longest beyond the positions."""
+    """Batches of ids and masks, padded on either side. The longest exceed the number of positions."""
     limit = config.max_position_embeddings
     shapes = [(1, 1), (1, 2), (3, 2), (3, min(7, limit)), (5, limit // 2), (2, limit), (2, limit + 3)]
     return [batch for side in ("right", "left") for batch in random_texts(config, shapes, side)]
 
 
 def _images(config: Any, processors: Sequence[Any]) -> list[tuple[torch.Tensor, ...]]:
-    """Batches [B, channels, height, width]: a picture that the processor made, seeded ones of its size, and for a
-    tower that takes any size some of another."""
+    """Batches [B, channels, height, width]: an image from the processor, and random images (of several sizes, if the
+    tower accepts them)."""
     generator = torch.Generator().manual_seed(0)
     height, width = (config.image_size, config.image_size) if isinstance(config.image_size, int) else config.image_size
     batches = []
@@ -368,25 +373,46 @@ def _images(config: Any, processors: Sequence[Any]) -> list[tuple[torch.Tensor, 
     return batches
 
 
+DESCRIPTION = """\
+Convert both towers of a LoTLIP to ONNX, with the tokenizer and the image processor.
+
+  lotlip convert onnx --model checkpoint --output lotlip-onnx
+  lotlip convert onnx --model checkpoint --output lotlip-int8 --quantize int8
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
+    """Runs the command in the module's docstring. Returns the exit status: 0, or 2 after a printed error."""
     return run("lotlip convert onnx", lambda: _main(argv))
 
 
-def _main(argv: Sequence[str] | None) -> None:
-    parser = Parser(
-        prog="lotlip convert onnx",
-        description="Write both towers of a LoTLIP checkpoint in ONNX, with its tokenizer and image processor.",
+def parser(prog: str = "lotlip convert onnx") -> Parser:
+    """Returns the parser of the command."""
+    flags = Parser(prog=prog, description=DESCRIPTION)
+    group = flags.add_argument_group("Conversion")
+    group.add_argument(
+        "--model", required=True, metavar="FOLDER", help="Folder of a LoTLIP or of one of its towers (required)"
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a LoTLIP model, or of one tower")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to make")
-    parser.add_argument("--quantize", choices=("int8",), help="linear layers in 8 bits: a smaller and faster model")
-    parser.add_argument("--opset", type=int, default=OPSET, metavar="N", help=f"version of the operators ({OPSET})")
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--text-only", dest="towers", action="store_const", const=("text",), help="no image tower")
-    only.add_argument("--vision-only", dest="towers", action="store_const", const=("vision",), help="no text tower")
-    parser.set_defaults(towers=tuple(FILES))
-    arguments = parser.parse_args(argv)
+    group.add_argument("--output", required=True, metavar="FOLDER", help="Folder to write (required)")
+    group.add_argument(
+        "--quantize", choices=("int8",), help="Store linear layers in 8 bits: a smaller and faster model"
+    )
+    group.add_argument(
+        "--opset", type=int, default=OPSET, metavar="N", help="ONNX operator set version (default: %(default)s)"
+    )
+    only = group.add_mutually_exclusive_group()
+    only.add_argument(
+        "--text-only", dest="towers", action="store_const", const=("text",), help="Convert only the text tower"
+    )
+    only.add_argument(
+        "--vision-only", dest="towers", action="store_const", const=("vision",), help="Convert only the image tower"
+    )
+    flags.set_defaults(towers=tuple(FILES))
+    return flags
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    arguments = parser().parse_args(argv)
     written = convert(
         arguments.model,
         arguments.output,
@@ -399,7 +425,9 @@ def _main(argv: Sequence[str] | None) -> None:
     for tower in written.towers:
         precision = "float32" if tower.cosine is None else f"int8, cosines to float32 from {tower.cosine:.4f} up"
         print(f"  {tower.file}: {tower.size / 1e6:,.1f} MB, {precision}")
-    print(f"  {', '.join(written.processor) or 'no tokenizer and no image processor: the checkpoint has none'}")
+    print(
+        f"  {', '.join(written.processor) or 'no tokenizer and no image processor, because the checkpoint has none'}"
+    )
 
 
 if __name__ == "__main__":

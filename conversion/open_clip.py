@@ -1,6 +1,6 @@
 """
-CLIP checkpoints in open_clip's and OpenAI's layout, Long-CLIP's included, as stock `CLIPModel`s; `conversion.clip`
-makes LoTLIP models of them.
+Reads CLIP checkpoints in the layout of open_clip, OpenAI or Long-CLIP as stock `CLIPModel`s, which `conversion.clip`
+converts to LoTLIP.
 """
 
 import math
@@ -25,21 +25,21 @@ from .torchscript import is_torchscript, read_torchscript
 
 Activation = Literal["gelu", "quick_gelu"]
 
-# Configurations from before transformers 4.31 hold this wrong id, by which [EOT] is the highest id in a text.
+# Wrong id in configurations from before transformers 4.31. It means that [EOT] is the highest id in a text.
 LEGACY_EOS_TOKEN_ID = 2
 
-# What the archives and some checkpoints hold beside the weights: sizes, and the buffer of the causal mask
+# Tensors in archives and some checkpoints that are not weights: sizes, and the buffer of the causal mask.
 IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-# Text tower of open_clip's `CustomTextCLIP`
+# Prefix of the text tower in open_clip's `CustomTextCLIP`.
 TEXT_PREFIX = "text."
-# Long-CLIP trains the positions that it does not keep in a table of its own.
+# Long-CLIP has a second table for the positions that it trains.
 LONG_CLIP_POSITIONS = "positional_embedding_res"
 
-# How names begin in checkpoints of transformers, of a whole CLIP and of text encoders
+# Prefixes of tensors in checkpoints of transformers, for a whole CLIP and for text encoders.
 TRANSFORMERS_NAMES = ("text_model.", "vision_model.", "embeddings.", "encoder.layers.")
 
-# open_clip's settings of a tower: those that are read here, those that only some values are known of, and those that
-# change no output
+# open_clip's settings of a tower: those that are read, those that must have one of the listed values, and those that
+# do not change outputs.
 VISION_SETTINGS = "layers width head_width mlp_ratio patch_size image_size norm_kwargs".split()
 TEXT_SETTINGS = "layers width heads mlp_ratio context_length vocab_size norm_kwargs eos_id hf_tokenizer_name".split()
 BLOCK_VALUES: dict[str, list[Any]] = {
@@ -66,8 +66,8 @@ MODEL_VALUES: dict[str, list[Any]] = {
     **dict.fromkeys(("init_logit_bias", "multimodal_cfg"), [None]),
     "nonscalar_logit_scale": [False],
 }
-# Dropout while training, what is returned beside the features, how a table was made that is in the file anyhow, and
-# settings of what the values above rule out
+# Settings of dropout in training, of additional outputs, of how a saved table was created, and settings that only
+# apply to values excluded above.
 VISION_UNUSED = (
     "patch_dropout output_tokens pos_embed_type final_ln_after_pool attn_pooler_queries attn_pooler_heads "
     "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path"
@@ -75,7 +75,7 @@ VISION_UNUSED = (
 TEXT_UNUSED = "pad_id output_tokens final_ln_after_pool hf_model_pretrained hf_proj_type hf_pooler_type".split()
 MODEL_UNUSED = ("init_logit_scale", "custom_text", "output_dict", "cast_dtype")
 
-# open_clip's name -> transformers'; more than one stand stacked in open_clip's tensor, in this order
+# open_clip's name -> transformers' names. open_clip stacks several tensors in one, in this order.
 TEXT_TENSORS = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -99,7 +99,7 @@ BLOCK = {
     "mlp.c_fc.{}": ["mlp.fc1.{}"],
     "mlp.c_proj.{}": ["mlp.fc2.{}"],
 }
-# Matrices that open_clip multiplies from the right, without the transposition of a linear layer
+# Matrices that open_clip multiplies from the right. Linear layers store the transposed matrix.
 TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -107,8 +107,8 @@ RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.
 
 def open_clip_layout(config: CLIPConfig) -> dict[str, list[str]]:
     """
-    The name in open_clip's layout of every tensor, with the names of a `CLIPModel`'s tensors that it is made of: one,
-    or query, key and value stacked along the first dimension. Those in `TRANSPOSED` are transposed besides.
+    Maps the open_clip name of every tensor to the names of a `CLIPModel`'s tensors. Several names (query, key and
+    value) are stacked along the first dimension. Tensors in `TRANSPOSED` are also transposed.
     """
     layout = {"logit_scale": ["logit_scale"], **{theirs: [own] for theirs, own in TRANSPOSED.items()}}
     towers = (
@@ -133,28 +133,28 @@ def read_open_clip(
     Reads a checkpoint of open_clip, OpenAI or Long-CLIP.
 
     Args:
-        weights: A `.safetensors` file; a pickle of a state dict or of `{"state_dict": ...}`, of which only tensors are
-            read; or a TorchScript archive, as OpenAI published CLIP, whose code does not run.
-        config: open_clip's configuration, an `open_clip_config.json` or the model's part of it alone. Without it all
-            sizes are read off the tensors, with heads of width 64 as in OpenAI's code.
-        activation: For a file without a configuration, what it was trained with. Archives and Long-CLIP's files are
-            known to be `"quick_gelu"`.
+        weights (`str` or `Path`): A `.safetensors` file; a pickle of a state dict or of `{"state_dict": ...}`, from
+            which only tensors are read; or a TorchScript archive, as published by OpenAI, whose code does not run.
+        config (`str` or `Path`, *optional*): open_clip's configuration: an `open_clip_config.json`, or only the
+            model's part of it. By default all sizes come from the tensors, with heads of width 64 as in OpenAI's code.
+        activation (`str`, *optional*): `"gelu"` or `"quick_gelu"`, for a file without a configuration. It is
+            `"quick_gelu"` for all archives and files of Long-CLIP.
 
     Returns:
-        The model in the precision of the file (the wider one where it mixes two), its image processor, and the
-        configuration's `hf_tokenizer_name`, if it has one.
+        `tuple[CLIPModel, CLIPImageProcessorPil, str | None]`: The model in the precision of the file (the higher one
+            of two), its image processor, and the configuration's `hf_tokenizer_name`, if it has one.
 
     Raises:
-        ConversionError: if a file is missing or damaged, if a setting is unknown or asks for something that a
-            `CLIPModel` does not compute, or if a tensor is unknown, missing or misshapen; each is named.
+        `ConversionError`: If a file is missing or damaged, if a `CLIPModel` does not support a setting, or if a tensor
+            is unknown, missing or misshapen.
     """
     path = Path(weights)
     state_dict, is_archive = _read_tensors(path)
     if any(name.startswith(TRANSFORMERS_NAMES) for name in state_dict):
         raise ConversionError(
-            f"{path}: its tensors have the names of transformers; give not this file but its folder, with config.json."
+            f"{path} has tensor names of transformers. Pass its folder, with config.json, instead of the file."
         )
-    # one of two with the same name keeps the prefix, and is an unknown tensor
+    # If the short name exists too, keep the prefix: the tensor is then reported as unknown.
     short = {name: name.removeprefix(TEXT_PREFIX) for name in state_dict}
     state_dict = {name if short[name] in state_dict else short[name]: one for name, one in state_dict.items()}
     for name in IGNORED:
@@ -167,7 +167,7 @@ def read_open_clip(
         model_cfg, preprocess_cfg, source = _settings_from_tensors(state_dict, known or activation, path), {}, path
     else:
         if activation is not None:
-            raise ConversionError(f"--activation {activation}: {config} says which; leave --activation out.")
+            raise ConversionError(f"--activation {activation}: {config} already sets it. Leave --activation out.")
         content = read_json(Path(config))
         model_cfg, preprocess_cfg = content, {}
         if "model_cfg" in content:
@@ -176,8 +176,8 @@ def read_open_clip(
         source = config
         if known and not model_cfg.get("quick_gelu", False):
             raise ConversionError(
-                f"{config}: quick_gelu is not set, but the code that files like {path} belong to always uses it: set "
-                "it to true, or leave --open-clip-config out."
+                f"{config} does not set quick_gelu, but the code for files like {path} always uses it. Set quick_gelu "
+                "to true, or leave --open-clip-config out."
             )
     with building(source), no_init_weights():
         clip_config = config_from_open_clip(model_cfg, str(source))
@@ -189,7 +189,7 @@ def read_open_clip(
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
-    """The tensors of a file, and whether it is a TorchScript archive."""
+    """Reads the tensors of a file, and whether it is a TorchScript archive."""
     if is_torchscript(path):
         return read_torchscript(path), True
     if path.suffix != ".safetensors":
@@ -197,14 +197,14 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
     try:
         tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
-        raise ConversionError(f"{path}: not a safetensors file ({one_line(error)}).") from error
+        raise ConversionError(f"{path} is not a safetensors file ({one_line(error)}).") from error
     return without_wrappers(tensors), False
 
 
 def _join_long_clip_positions(state_dict: dict[str, torch.Tensor]) -> None:
-    """One table of Long-CLIP's two, as its code adds them: the first 20 rows of the one, the others of the other."""
+    """Joins Long-CLIP's two tables as its code does: the first 20 rows of one, the other rows of the other."""
     kept = state_dict.get("positional_embedding")
-    if kept is not None and kept.shape == state_dict[LONG_CLIP_POSITIONS].shape:  # else it stays, an unknown tensor
+    if kept is not None and kept.shape == state_dict[LONG_CLIP_POSITIONS].shape:  # otherwise reported as unknown
         trained = state_dict.pop(LONG_CLIP_POSITIONS)
         state_dict["positional_embedding"] = torch.cat([kept[:KEPT_POSITIONS], trained[KEPT_POSITIONS:]])
 
@@ -212,11 +212,11 @@ def _join_long_clip_positions(state_dict: dict[str, torch.Tensor]) -> None:
 def _settings_from_tensors(
     state_dict: Mapping[str, torch.Tensor], activation: Activation | None, path: Path
 ) -> dict[str, Any]:
-    """The model settings of OpenAI's code for a file without a configuration."""
+    """Settings of OpenAI's code for a file without a configuration."""
     if activation not in get_args(Activation):
         raise ConversionError(
-            f"{path}: nothing in it says whether it was trained with GELU (as most of open_clip's) or QuickGELU (as "
-            "OpenAI's): give --open-clip-config, or --activation gelu or quick_gelu."
+            f"{path} does not contain the activation. Pass --open-clip-config, or --activation gelu (most models of "
+            "open_clip) or quick_gelu (OpenAI's)."
         )
 
     def size(name: str, dim: int, num_dims: int) -> int:
@@ -225,8 +225,8 @@ def _settings_from_tensors(
     def tower(prefix: str, width: int) -> dict[str, Any]:
         if width % 64:
             raise ConversionError(
-                f"{path}: the {'image' if prefix else 'text'} tower is {width} wide, which heads of OpenAI's width of "
-                "64 do not divide: give --open-clip-config, which says how many there are."
+                f"{path}: the width {width} of the {'image' if prefix else 'text'} tower is not a multiple of 64, the "
+                "width of OpenAI's heads. Pass --open-clip-config with the number of heads."
             )
         blocks = prefix + "transformer.resblocks."
         layers = {name[len(blocks) :].split(".")[0] for name in state_dict if name.startswith(blocks)}
@@ -255,9 +255,9 @@ def _settings_from_tensors(
 
 def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip_config") -> CLIPConfig:
     """
-    The configuration of a `CLIPModel` for open_clip's settings of a model; what is left out has open_clip's defaults.
-    Its [EOT] id is the settings' `eos_id` or, for `pool_type: argmax`, `LEGACY_EOS_TOKEN_ID`. Settings that are
-    unknown, or ask for something that a `CLIPModel` does not compute, are refused.
+    Creates the configuration of a `CLIPModel` from open_clip's settings of a model. Missing settings have open_clip's
+    defaults. The [EOT] id is `eos_id` or, for `pool_type: argmax`, `LEGACY_EOS_TOKEN_ID`. Settings that are unknown or
+    not supported by a `CLIPModel` raise an error.
     """
     vision, text = section(model_cfg, "vision_cfg", source), section(model_cfg, "text_cfg", source)
     model_settings = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
@@ -283,7 +283,7 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
             "hidden_size": width,
             "num_hidden_layers": whole(options, "layers", 12, source),
             "num_attention_heads": heads,
-            # as open_clip rounds; a ratio that was itself divided may fall short of the whole number by a hair
+            # Rounded as in open_clip. A ratio from a division may be slightly less than a whole number.
             "intermediate_size": int(width * float(options.get("mlp_ratio", 4.0)) + 1e-6),
             "hidden_act": "quick_gelu" if quick_gelu else "gelu",
             "layer_norm_eps": norm.get("eps", 1e-5),
@@ -291,12 +291,12 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
         }
     eos_token_id = LEGACY_EOS_TOKEN_ID
     if text.get("pool_type") == "eos":
-        # open_clip's default is 2, too
+        # 2 is also open_clip's default.
         eos_token_id = whole(text, "eos_id", LEGACY_EOS_TOKEN_ID, source, least=0)
         if eos_token_id == LEGACY_EOS_TOKEN_ID:
             raise ConversionError(
-                f"{source}: eos_id is {eos_token_id}, at which a CLIPModel cannot read a text's feature: it takes "
-                "this id for the highest one in the text. MetaCLIP 2 has it; that is another architecture."
+                f"{source}: a CLIPModel cannot pool at eos_id {eos_token_id}, which it reads as the highest id of a "
+                "text. MetaCLIP 2 uses this id and is not supported."
             )
     image_size, patch_size = _side(vision, "image_size", 224, source), _side(vision, "patch_size", 16, source)
     return CLIPConfig(
@@ -314,11 +314,11 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
 def _check_known(options: Mapping[str, Any], known: Sequence[str], source: str) -> None:
     unknown = sorted(options.keys() - set(known))
     if unknown:
-        raise ConversionError(f"{source}: {', '.join(unknown)}: this converter does not know these settings.")
+        raise ConversionError(f"{source}: this converter does not support the settings {', '.join(unknown)}.")
 
 
 def _side(options: Mapping[str, Any], key: str, default: int, source: str) -> int:
-    """Length of a square's side, which may be written as a pair."""
+    """Returns the side of a square, which may be given as a pair."""
     value = options.get(key, default)
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
@@ -329,8 +329,8 @@ def from_open_clip(
     state_dict: Mapping[str, torch.Tensor], model: CLIPModel, source: str | Path = "The checkpoint"
 ) -> dict[str, torch.Tensor]:
     """
-    Tensors in open_clip's layout under a `CLIPModel`'s names, all in one precision: where the file mixes several, as
-    OpenAI's do, the one that holds each of them exactly.
+    Renames tensors in open_clip's layout to the names of a `CLIPModel`. If a file has several precisions, as OpenAI's
+    have, all tensors get the one that represents all values exactly.
     """
     problems = [
         f"of another kind: {name} is {tensor.dtype}, expected floating point"
@@ -347,8 +347,8 @@ def image_processor_from_open_clip(
     preprocess_cfg: Mapping[str, Any], image_size: int, source: str = "open_clip_config"
 ) -> CLIPImageProcessorPil:
     """
-    The stock image processor for open_clip's settings of the preprocessing; what is left out is OpenAI's. Saved, it is
-    a plain `CLIPImageProcessor`, which loads with whichever backend is installed.
+    Creates the stock image processor for open_clip's settings of the preprocessing. Missing settings are OpenAI's. It
+    is saved as a plain `CLIPImageProcessor`, which loads with any installed backend.
     """
     read = ("mean", "std", "interpolation", "resize_mode", "size", "mode", "fill_color")
     _check_known(preprocess_cfg, read, source)

@@ -1,21 +1,21 @@
 """
-A trained LoTLIP to a checkpoint of stock transformers classes, which needs neither this package nor remote code.
+Converts a trained LoTLIP to stock classes of transformers, which need neither this package nor remote code.
 
     lotlip convert stock --model lotlip-vit-b-16 --output stock
     lotlip convert stock --model lotlip-vit-b-16 --without-text-cleaning --output stock
 
-Corner tokens are invisible to a text's own tokens, so that an encoder without them gives the same features; BERT's
-positions close up where they stood. With CLIP's text and image towers the result is a `CLIPModel`, otherwise a
-`VisionTextDualEncoderModel`; a tower by itself becomes the stock class of its encoder. It is for inference: what
-trains corner tokens is not in it.
+Text tokens do not attend to corner tokens, so an encoder without corner tokens gives the same features. Their
+positions are removed from BERT. A model with CLIP's text and image towers becomes a `CLIPModel`, any other model a
+`VisionTextDualEncoderModel`, and a single tower the stock class of its encoder. The result is for inference, because
+it cannot train corner tokens.
 
-A stock tokenizer splits sentences by its `tokenizer.json` alone. That file cannot express the rest of what LoTLIP's
-tokenizer does: repairs of broken encodings (ftfy) and HTML entities, and telling a text that is nothing but one
-special token, such as "[SEP]", from that token. With `--without-text-cleaning` white space and quotation marks stay as
-they are, too: `lotlip_hf.modeling.tokenization_lotlip.clean` makes of a text what the model was trained on.
+A stock tokenizer splits sentences with its `tokenizer.json`. It does not repair broken encodings (ftfy) and HTML
+entities, and encodes a text that is only a special token, such as "[SEP]", as that token. With
+`--without-text-cleaning` it also keeps white space and quotation marks. Call
+`lotlip_hf.modeling.tokenization_lotlip.clean` to prepare texts as in training.
 
-What the stock classes leave to their callers, and LoTLIP's do not: to give the attention mask, to pad on the right, to
-cut texts with `truncation=True`, and to drop an image's transparency with `convert("RGB")`, or it is laid on white.
+Callers of the stock classes must pass the attention mask, pad on the right, pass `truncation=True` for texts, and drop
+the transparency of images with `convert("RGB")`; otherwise transparent images get a white background.
 """
 
 import copy
@@ -67,7 +67,7 @@ from lotlip_hf.terminal import run
 
 from .common import ConversionError, check_output, load_checkpoint, local_folder, random_texts
 
-# The largest difference between features of the checkpoint and of the export, in units of a feature's norm
+# Largest accepted difference between features before and after the export, relative to a feature's norm.
 TOLERANCE = 1e-6
 POSITIONS = "embeddings.position_embeddings.weight"
 
@@ -75,15 +75,15 @@ POSITIONS = "embeddings.position_embeddings.weight"
 @dataclass(frozen=True)
 class StockCheckpoint:
     """
-    What [`convert`] wrote.
+    The folder that [`convert`] wrote.
 
     Args:
-        folder: The folder.
-        model_class: Name of the stock model's class.
-        num_parameters: Number of its parameters.
-        dtype: Their precision.
-        difference: The largest difference of its features from the LoTLIP's, in units of a feature's norm.
-        processor: What it holds for texts and images, or lacks and why.
+        folder (`Path`): The folder.
+        model_class (`str`): Class name of the stock model.
+        num_parameters (`int`): Number of parameters.
+        dtype (`torch.dtype`): Type of the parameters.
+        difference (`float`): Largest difference of the features from the LoTLIP's, relative to a feature's norm.
+        processor (`str`): The saved tokenizer and image processor, or why one is missing.
     """
 
     folder: Path
@@ -96,16 +96,20 @@ class StockCheckpoint:
 
 def stock_model(model: PreTrainedModel) -> PreTrainedModel:
     """
-    The stock transformers model with a LoTLIP model's weights, which are shared where they are the same. Its text
-    features, image features and logits are the LoTLIP's for texts padded on the right and given with their attention
-    mask.
+    Returns the stock model with the weights of a LoTLIP model. Weights that do not change are shared. Text features,
+    image features and logits are those of the LoTLIP for texts that are padded on the right and passed with their
+    attention mask.
 
     Args:
-        model: A [`LoTLIPModel`], which becomes a `CLIPModel` (CLIP towers) or a `VisionTextDualEncoderModel`; or one
-            of its towers, with or without projection, which becomes the stock class of its encoder.
+        model (`PreTrainedModel`): A [`LoTLIPModel`], which becomes a `CLIPModel` (CLIP towers) or a
+            `VisionTextDualEncoderModel`; or one of its towers, with or without projection, which becomes the stock
+            class of its encoder.
+
+    Returns:
+        `PreTrainedModel`: The stock model.
 
     Raises:
-        ConversionError: if no stock class gives the same features.
+        `ConversionError`: If no stock class gives the same features.
 
     Example:
 
@@ -142,7 +146,7 @@ def _stock_dual_encoder(model: LoTLIPModel) -> PreTrainedModel:
     if is_clip:
         config_class, stock_class = CLIPConfig, CLIPModel
     for config in (text_config, vision_config):
-        if hasattr(config, "projection_dim"):  # CLIP's, which say it a second time
+        if hasattr(config, "projection_dim"):  # CLIP's towers store it, too
             config.projection_dim = model.config.projection_dim
     config = config_class(
         text_config=text_config.to_dict(),
@@ -178,7 +182,7 @@ def _stock_vision_encoder(model: LoTLIPVisionModel | LoTLIPVisionModelWithProjec
 
 
 def _text_encoder(tower: LoTLIPTextModel) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
-    """Configuration and tensors of the stock text encoder; the positions behind [CLS] close up."""
+    """Configuration and tensors of the stock text encoder, without the positions of corner tokens."""
     if tower.config.pooling not in ("pooler", "eos"):
         raise _no_stock_class(tower, f"with pooling {tower.config.pooling!r}", "a model with pooling='pooler'")
     config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
@@ -192,13 +196,13 @@ def _text_encoder(tower: LoTLIPTextModel) -> tuple[PreTrainedConfig, dict[str, t
 
 
 def _vision_encoder(tower: LoTLIPVisionModel) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
-    """Configuration and tensors of the stock image encoder whose `pooler_output` is the tower's."""
+    """Configuration and tensors of a stock image encoder with the tower's `pooler_output`."""
     config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
     if tower.config.pooling == "mean":
         instead = tower.config.family.default_pooling
         raise _no_stock_class(tower, "with pooling 'mean'", f"a model with pooling={instead!r}")
     if config.model_type == "vit" and tower.config.pooling == "cls":
-        # the stock ViT gives its class token through a dense layer
+        # The stock ViT applies a dense layer to the class token.
         config.pooler_act, config.pooler_output_size = "linear", config.hidden_size
         weight = _identity(tower)
         state.update({"pooler.dense.weight": weight, "pooler.dense.bias": torch.zeros_like(weight[0])})
@@ -207,8 +211,8 @@ def _vision_encoder(tower: LoTLIPVisionModel) -> tuple[PreTrainedConfig, dict[st
 
 def _no_stock_class(tower: LoTLIPTextModel | LoTLIPVisionModel, what: str, instead: str) -> ConversionError:
     return ConversionError(
-        f"No stock class is a {type(tower.backbone).__name__} {what}: export {instead}, or to ONNX, by "
-        "lotlip_hf.conversion.onnx."
+        f"There is no stock class for a {type(tower.backbone).__name__} {what}. Export {instead}, or export to ONNX "
+        "with lotlip_hf.conversion.onnx."
     )
 
 
@@ -228,7 +232,7 @@ def _build(
 ) -> PreTrainedModel:
     for one in (config, *(getattr(config, name) for name in config.sub_configs)):
         one.architectures, one.dtype = None, model.dtype
-        vars(one).pop("auto_map", None)  # of remote code
+        vars(one).pop("auto_map", None)  # names remote code
     with init.no_init_weights():
         stock = stock_class(config)
     stock.load_state_dict(dict(state), assign=True)
@@ -237,22 +241,22 @@ def _build(
 
 def stock_tokenizer(tokenizer: LoTLIPTokenizer) -> PreTrainedTokenizerFast:
     """
-    The stock tokenizer with the ids of a LoTLIP tokenizer that does not clean its texts. What splits sentences is part
-    of its normaliser, so that `tokenizer.json` by itself does it. A special token written out in a text stays text,
-    but for one case that `tokenizers` cannot tell apart: a text that is nothing else than one special token. Likewise,
-    in a tokenizer that is not BERT's, a text with the characters U+2E3B U+2E3A is tokenised as with a space between.
+    Returns the stock tokenizer that gives the same ids as a LoTLIP tokenizer without cleaning. Its normaliser, which
+    is saved in `tokenizer.json`, splits sentences. Names of special tokens in a text stay text. Two cases differ: a
+    text that is only the name of a special token, and, for tokenizers other than BERT's, a text with the characters
+    U+2E3B U+2E3A, which get a space between them.
 
     Args:
-        tokenizer: A tokenizer with `clean_text=False`.
+        tokenizer (`LoTLIPTokenizer`): A tokenizer with `clean_text=False`.
 
     Returns:
-        A tokenizer that pads on the right, as the stock models count their positions.
+        `PreTrainedTokenizerFast`: A tokenizer that pads on the right, which stock models need for their positions.
 
     Raises:
-        ConversionError: if it cleans texts, which no stock tokenizer does.
+        `ConversionError`: If the tokenizer cleans texts, which a stock tokenizer cannot do.
     """
     if tokenizer.clean_text:
-        raise ConversionError("A stock tokenizer cannot clean texts: load the tokenizer with clean_text=False.")
+        raise ConversionError("A stock tokenizer cannot clean texts. Load the tokenizer with clean_text=False.")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.bare_tokenizer(),
         model_max_length=tokenizer.model_max_length,
@@ -265,18 +269,21 @@ def stock_tokenizer(tokenizer: LoTLIPTokenizer) -> PreTrainedTokenizerFast:
 
 def convert(model: str | Path, output: str | Path, without_text_cleaning: bool = False) -> StockCheckpoint:
     """
-    Writes a LoTLIP checkpoint as one of stock classes, for `AutoModel`, `AutoTokenizer` and `AutoProcessor` alone. The
-    written model is loaded and compared with the LoTLIP on random texts and images. The folder appears complete or not
-    at all.
+    Converts a LoTLIP checkpoint to stock classes, for `AutoModel`, `AutoTokenizer` and `AutoProcessor`. The saved
+    model is loaded and compared with the LoTLIP on random texts and images. The folder is created only if all checks
+    pass.
 
     Args:
-        model: A folder of this package: a [`LoTLIPModel`], or one of its towers with or without projection.
-        output: The folder to make; it must not exist or be empty.
-        without_text_cleaning: Whether to write a stock tokenizer that leaves out `LoTLIPTokenizer`'s cleaning of
-            texts. Otherwise there is none for a tokenizer that cleans.
+        model (`str` or `Path`): Folder or Hub id of a [`LoTLIPModel`], or of a tower with or without projection.
+        output (`str` or `Path`): Folder to create. It must not exist or must be empty.
+        without_text_cleaning (`bool`, *optional*, defaults to `False`): Whether to save a stock tokenizer that does
+            not clean texts. By default no tokenizer is saved if the checkpoint's tokenizer cleans texts.
+
+    Returns:
+        [`StockCheckpoint`]: Summary of the export.
 
     Raises:
-        ConversionError: if the folder holds no complete LoTLIP checkpoint, or no stock class gives the same features.
+        `ConversionError`: If the checkpoint is incomplete, or if no stock class gives the same features.
     """
     target = check_output(output)
     model = local_folder(model)
@@ -304,7 +311,7 @@ def convert(model: str | Path, output: str | Path, without_text_cleaning: bool =
 def _stock_processors(
     folder: Path, lotlip: PreTrainedModel, stock: PreTrainedModel, without_text_cleaning: bool
 ) -> tuple[Any, str]:
-    """What to save beside the model for its texts and images, if anything, and one line on it."""
+    """Tokenizer and image processor to save with the model, and a line that describes them."""
     tokenizer, image_processor, missing = None, None, []
     with naming_damage(str(folder)):
         if isinstance(lotlip, (LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection)):
@@ -315,7 +322,7 @@ def _stock_processors(
             missing += [] if image_processor is not None else [f"no image processor: {folder} has none"]
     for part in (tokenizer, image_processor):
         for settings in (getattr(part, "init_kwargs", {}), vars(part) if part is not None else {}):
-            settings.pop("auto_map", None)  # of the LoTLIP's remote code
+            settings.pop("auto_map", None)  # names remote code
     processor = image_processor if tokenizer is None else tokenizer
     if tokenizer is not None and image_processor is not None:
         processor_class = CLIPProcessor if isinstance(stock, CLIPModel) else VisionTextDualEncoderProcessor
@@ -335,7 +342,7 @@ def _image_processor_of(folder: Path) -> Any:
 def _stock_tokenizer_of(
     folder: Path, lotlip: PreTrainedModel, without_text_cleaning: bool
 ) -> tuple[PreTrainedTokenizerBase | None, str]:
-    """The stock tokenizer for a checkpoint's texts, or why there is none."""
+    """The stock tokenizer of a checkpoint, or why there is none."""
     if not (folder / "tokenizer_config.json").is_file():
         return None, f"{folder} has none"
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -343,22 +350,22 @@ def _stock_tokenizer_of(
     if not isinstance(tokenizer, LoTLIPTokenizer):
         if not type(tokenizer).__module__.startswith("transformers."):
             return None, f"{type(tokenizer).__name__} is not a class of transformers"
-        tokenizer.padding_side = "right"  # where the stock models have a text's positions begin
+        tokenizer.padding_side = "right"  # stock models count positions from the left
         return tokenizer, ""
     if tokenizer.clean_text and not without_text_cleaning:
         return None, (
-            "a stock one cannot clean texts as LoTLIP's does (ftfy, HTML entities, white space); "
-            "--without-text-cleaning writes one that does not"
+            "a stock tokenizer cannot clean texts as LoTLIP's does (ftfy, HTML entities, white space). Pass "
+            "--without-text-cleaning to save one that does not clean"
         )
     tokenizer.clean_text = False
     stock = stock_tokenizer(tokenizer)
     differing = _differing_text(tokenizer, stock)
     free_of_calls(stock)
-    return (stock, "") if differing is None else (None, f"a stock one would give {differing!r} other ids")
+    return (stock, "") if differing is None else (None, f"a stock tokenizer would give other ids for {differing!r}")
 
 
 def _differing_text(tokenizer: LoTLIPTokenizer, stock: PreTrainedTokenizerFast) -> str | None:
-    """A text to which the two give other ids, of some with whatever sentence splitting and normalisers care about."""
+    """A text with different ids, from samples that exercise sentence splitting and normalisers, or `None`."""
     special = list(tokenizer.special_tokens_map.values())
     parts = [
         "A cat sleeps",
@@ -386,7 +393,7 @@ def _differing_text(tokenizer: LoTLIPTokenizer, stock: PreTrainedTokenizerFast) 
 
 
 def _name_tokenizer_class(folder: Path) -> None:
-    """The name under which every version of transformers knows the class of a bare tokenizer.json."""
+    """Sets the class name that every version of transformers accepts for a plain tokenizer.json."""
     path = folder / "tokenizer_config.json"
     if path.is_file():
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -396,17 +403,17 @@ def _name_tokenizer_class(folder: Path) -> None:
 
 
 def _check_features(folder: Path, lotlip: PreTrainedModel, stock_class: type[PreTrainedModel]) -> float:
-    """The largest difference, as in [`StockCheckpoint`], after saving and loading."""
+    """Largest difference of features after saving and loading, as in [`StockCheckpoint`]."""
     stock: Any = load_strict(stock_class, folder)
     if stock.dtype != lotlip.dtype:
-        raise ConversionError(f"After saving and loading, the stock model differs: {stock.dtype}.")
-    # What rounds to half precision depends on the order of operations: the weights are compared in a full one.
+        raise ConversionError(f"The stock model has another dtype after saving and loading: {stock.dtype}.")
+    # Rounding in half precision depends on the order of operations, so compare in single precision.
     dtype = torch.float64 if lotlip.dtype == torch.float64 else torch.float32
     with torch.no_grad():
         expected, given = _features(lotlip.to(dtype).eval()), _features(stock.to(dtype).eval(), lotlip.config)
     differences = {}
     for name, one in expected.items():
-        if name == "logits_per_image":  # cosine similarities times a factor
+        if name == "logits_per_image":  # divide by the factor, so that cosine similarities are compared
             differences[name] = ((given[name] - one).abs().max() / lotlip.logit_scale.exp()).item()
             continue
         differences[name] = ((given[name] - one) / one.norm(dim=-1, keepdim=True)).abs().max().item()
@@ -415,14 +422,14 @@ def _check_features(folder: Path, lotlip: PreTrainedModel, stock_class: type[Pre
     worst = max(differences, key=lambda name: (differences[name] != differences[name], differences[name]))
     if not differences[worst] <= TOLERANCE:
         raise ConversionError(
-            f"The stock {stock_class.__name__} differs by {differences[worst]:.1e} of a feature's norm ({worst}), "
-            f"more than {TOLERANCE:.0e}: nothing was written. Are all its weights finite?"
+            f"The stock {stock_class.__name__} differs in {worst} by {differences[worst]:.1e} of the norm, more than "
+            f"{TOLERANCE:.0e}. Nothing was written. Check that all weights are finite."
         )
     return differences[worst]
 
 
 def _features(model: PreTrainedModel, config: PreTrainedConfig | None = None) -> dict[str, torch.Tensor]:
-    """What a LoTLIP model or its stock counterpart answers to seeded random texts and images: [N, width] by name."""
+    """Outputs [N, width] of a LoTLIP model or its stock counterpart for random texts and images, by name."""
     config = config or model.config
     features = {}
     text_config = getattr(config, "text_config", config if isinstance(config, LoTLIPTextConfig) else None)
@@ -458,34 +465,49 @@ def _pooled(outputs: Any, name: str) -> torch.Tensor:
 
 
 def _random_images(config: LoTLIPVisionConfig, model: PreTrainedModel) -> torch.Tensor:
-    """[2, channels, height, width]"""
+    """Random images [2, channels, height, width]."""
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, config.num_channels, height, width, generator=generator).to(model.dtype)
 
 
+DESCRIPTION = """\
+Convert a LoTLIP to classes that transformers includes, which load without this package.
+
+  lotlip convert stock --model checkpoint --output stock
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; see the module's docstring. Returns the exit status: 0, or 2 after an error that it prints."""
+    """Runs the command in the module's docstring. Returns the exit status: 0, or 2 after a printed error."""
     return run("lotlip convert stock", lambda: _main(argv))
 
 
-def _main(argv: Sequence[str] | None) -> None:
-    parser = Parser(prog="lotlip convert stock", description="A LoTLIP checkpoint to stock transformers classes.")
-    parser.add_argument("--model", required=True, help="folder of a LoTLIP model, or of one of its towers")
-    parser.add_argument("--output", required=True, help="folder to make")
-    parser.add_argument(
+def parser(prog: str = "lotlip convert stock") -> Parser:
+    """Returns the parser of the command."""
+    flags = Parser(prog=prog, description=DESCRIPTION)
+    group = flags.add_argument_group("Conversion")
+    group.add_argument(
+        "--model", required=True, metavar="FOLDER", help="Folder of a LoTLIP or of one of its towers (required)"
+    )
+    group.add_argument("--output", required=True, metavar="FOLDER", help="Folder to write (required)")
+    group.add_argument(
         "--without-text-cleaning",
         action="store_true",
-        help="write a stock tokenizer even if LoTLIP's cleans texts, which it then does not",
+        help="Leave out the cleaning of texts that a stock tokenizer cannot express; clean texts yourself",
     )
-    arguments = parser.parse_args(argv)
+    return flags
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    arguments = parser().parse_args(argv)
     written = convert(arguments.model, arguments.output, arguments.without_text_cleaning)
     dtype = str(written.dtype).removeprefix("torch.")
     print(
         f"Wrote {written.folder}\n"
-        f"  {written.model_class}, {written.num_parameters:,} parameters in {dtype}, features as before to "
-        f"{written.difference:.1e}\n"
+        f"  {written.model_class}, {written.num_parameters:,} parameters in {dtype}, features differ by "
+        f"at most {written.difference:.1e}\n"
         f"  {written.processor}"
     )
 

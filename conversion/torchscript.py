@@ -1,4 +1,4 @@
-"""The tensors of a TorchScript archive, read without TorchScript, which runs an archive's own code as it loads it."""
+"""Reads the tensors of a TorchScript archive without TorchScript, which would run the archive's code."""
 
 import ast
 import io
@@ -27,7 +27,7 @@ STORAGES = {
     "ShortStorage": torch.int16,
 }
 CONSTANTS = "/constants.pkl"
-# A class's parameters and buffers in the archive's code
+# Parameters and buffers of a class in the archive's code.
 TENSORS = r"class {}\(Module\):\n  __parameters__ = (\[.*?\])\n  __buffers__ = (\[.*?\])\n"
 
 
@@ -40,18 +40,18 @@ def is_torchscript(path: Path) -> bool:
 
 
 def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
-    """An archive's state dict, as `torch.jit.load(path).state_dict()` gives it."""
+    """Reads an archive's state dict, the same as `torch.jit.load(path).state_dict()`."""
     try:
         with zipfile.ZipFile(path) as archive:
             (constants,) = (name for name in archive.namelist() if name.endswith(CONSTANTS))
             reader = _Unpickler(archive, constants.removesuffix(CONSTANTS))
             return _state_dict(reader.load(), reader)
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ConversionError(f"{path}: a damaged TorchScript archive ({one_line(error)}).") from error
+    except Exception as error:  # a damaged pickle can raise any error
+        raise ConversionError(f"{path} is a damaged TorchScript archive ({one_line(error)}).") from error
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles modules to objects with their attributes and without code."""
+    """Unpickles modules as objects that have their attributes and no code."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
@@ -71,7 +71,7 @@ class _Unpickler(pickle.Unpickler):
             return lambda value, *_: value
         if (module, name) == ("torch", "device"):
             return str
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
         _, dtype, key, _, size = pid
@@ -81,7 +81,7 @@ class _Unpickler(pickle.Unpickler):
         return self.storages[key][:size]
 
     def tensor_names(self, kind: type) -> list[str]:
-        """The parameters and buffers that a module's class lists; its other tensors are no weights."""
+        """The parameters and buffers that a module's class lists. Its other tensors are not weights."""
         *folders, module = kind.__module__.split(".")
         code = self.archive.read("/".join([self.root, "code", *folders, f"{module}.py"])).decode()
         listed = re.search(TENSORS.format(re.escape(kind.__name__)), code)

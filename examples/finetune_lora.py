@@ -1,12 +1,14 @@
-"""Fine-tune a few parameters of a checkpoint with PEFT: LoRA on the text tower, and on the image tower if asked.
+"""Fine-tune a checkpoint with LoRA (PEFT), on the text tower and optionally on the image tower.
 
     python examples/finetune_lora.py --model checkpoint --data pictures --output lora --num-epochs 3
 
-The projections, the corner tokens and the logit scale are trained as they are. Leaves `lora/adapter`, which
-`PeftModel.from_pretrained(AutoModel.from_pretrained("checkpoint"), "lora/adapter")` puts onto the checkpoint, and
-`lora/merged`, a checkpoint like any other. On several GPUs: `accelerate launch examples/finetune_lora.py ...`.
-`pictures` is a folder with images and `metadata.jsonl`, or whatever else `lotlip_hf.data.records.load_records` reads;
-`--data scenes` draws pictures, to try it out.
+The projections, the corner tokens and the logit scale are trained in full. The example writes two folders:
+`lora/adapter`, for `PeftModel.from_pretrained(AutoModel.from_pretrained("checkpoint"), "lora/adapter")`, and
+`lora/merged`, a checkpoint with the adapter merged into its weights.
+
+`pictures` is a folder of images with `metadata.jsonl`, or any other source of `lotlip_hf.data.records.load_records`.
+To try the example without data, pass `--data scenes`. On several GPUs, run `accelerate launch
+examples/finetune_lora.py ...`.
 """
 
 import argparse
@@ -31,42 +33,42 @@ from lotlip_hf.training.objective import Objective, batch_loss, clamp_logit_scal
 from lotlip_hf.training.terms.infonce import InfoNCE
 
 PROJECTIONS = ("text_projection", "visual_projection")
-# Parameters that belong to no layer that PEFT could wrap.
+# Parameters that are not in a layer, so that PEFT cannot wrap them.
 PARAMETERS = ("text_model.corner_embeds", "logit_scale")
 PEFT_PREFIX = "base_model.model."
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="checkpoint to start from: a folder or a Hub id")
+    parser.add_argument("--model", required=True, help="checkpoint to fine-tune: a folder or a Hub id")
     parser.add_argument("--data", required=True, help="records: a folder, files, shards, a Hub id, or 'scenes'")
-    parser.add_argument("--mapping", default="records", choices=MAPPINGS, help="names of the columns")
-    parser.add_argument("--image-root", help="folder that images must lie in; by default that of the data")
-    parser.add_argument("--num-scenes", type=int, default=5000, help="pictures of '--data scenes'")
-    parser.add_argument("--output", type=Path, default=Path("lora"), help="folder of the adapter and the checkpoint")
-    parser.add_argument("--vision", action="store_true", help="LoRA on the image tower too")
+    parser.add_argument("--mapping", default="records", choices=MAPPINGS, help="mapping of the columns")
+    parser.add_argument("--image-root", help="folder that must contain the images; by default the folder of the data")
+    parser.add_argument("--num-scenes", type=int, default=5000, help="number of pictures for '--data scenes'")
+    parser.add_argument("--output", type=Path, default=Path("lora"), help="folder for the adapter and the checkpoint")
+    parser.add_argument("--vision", action="store_true", help="add LoRA to the image tower too")
     parser.add_argument(
         "--target-modules",
         nargs="+",
         metavar="NAME",
-        help="layers of the towers that LoRA is put on, by the ends of their names (the attention projections)",
+        help="ends of the names of layers that get LoRA; by default the attention projections",
     )
-    parser.add_argument("--rank", type=int, default=16, help="rank of the matrices that LoRA adds")
-    parser.add_argument("--batch-size", type=int, default=64, help="images of a process in a batch")
-    parser.add_argument("--num-epochs", type=int, default=1, help="how often to see every record")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA matrices")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per process and batch")
+    parser.add_argument("--num-epochs", type=int, default=1, help="number of epochs")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="learning rate of AdamW")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="type of the forward pass")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the new matrices and of the texts drawn")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="type of the activations")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the LoRA matrices and of the texts")
     return parser.parse_args(argv)
 
 
 def add_lora(model: nn.Module, rank: int, vision: bool, target_modules: Sequence[str] | None = None) -> PeftModel:
     """
-    Freezes the model but for LoRA's matrices, the projections, the corner tokens and the logit scale. The matrices go
-    onto the layers whose names end with `target_modules`, by default the attention projections ([`lora_targets`]).
+    Adds LoRA to the layers whose names end with `target_modules`, by default to the attention projections
+    ([`lora_targets`]). Freezes all parameters except LoRA, the projections, the corner tokens and the logit scale.
     """
     if not vision:
         model.vision_model.requires_grad_(False)
@@ -80,24 +82,24 @@ def add_lora(model: nn.Module, rank: int, vision: bool, target_modules: Sequence
             if not any(name.startswith(tower) for name in targets):
                 own = sorted({name.split(".")[-1] for name in known if name.startswith(tower)})
                 raise ValueError(
-                    f"--target-modules {' '.join(target_modules)}: no layer of {tower[:-1]} is named so, whose "
-                    f"attention has {', '.join(own)}. Name layers of both towers, or leave the option out."
+                    f"--target-modules {' '.join(target_modules)} matches no layer of {tower[:-1]}, whose attention "
+                    f"layers are {', '.join(own)}. Name layers of this tower too, or remove the option."
                 )
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules=targets,
-        # a model without a projection has the identity in its place
+        # A model without a projection has an identity layer instead.
         modules_to_save=[name for name in PROJECTIONS if list(model.get_submodule(name).parameters())],
     )
-    lora = get_peft_model(model, config)  # no `task_type`: those pass on arguments that LoTLIP does not take
+    lora = get_peft_model(model, config)  # with a `task_type`, PEFT would pass arguments that LoTLIP does not have
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or name in PARAMETERS)
     return lora
 
 
 def save_adapter(lora: PeftModel, folder: Path) -> None:
-    """Saves all that was trained in one file: PEFT leaves `PARAMETERS` out when saving, but loads them."""
+    """Saves the adapter together with `PARAMETERS`, which PEFT loads but does not save."""
     lora.save_pretrained(str(folder))
     parameters = dict(lora.get_base_model().named_parameters())
     more = {PEFT_PREFIX + name: parameters[name].detach().contiguous() for name in PARAMETERS if name in parameters}
@@ -107,14 +109,14 @@ def save_adapter(lora: PeftModel, folder: Path) -> None:
 
 @printable_output()
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Fine-tunes and saves as the command line says; returns the folder of the merged checkpoint."""
+    """Fine-tunes a checkpoint and returns the folder of the merged checkpoint."""
     args = parse_arguments(argv)
     set_seed(args.seed)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
-        # without a GPU, accelerate ignores torchrun's processes unless it is told so
+        # Without `cpu=True`, accelerate does not connect processes that run on CPUs.
         cpu=not torch.accelerator.is_available(),
-        # each process reads its own batches: each batch is padded to its own length
+        # Each process reads its own batches, since batches are padded to different lengths.
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
     )
     if args.data == "scenes":
@@ -150,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         lora.merge_and_unload().save_pretrained(args.output / "merged")
         for folder in (args.output / "adapter", args.output / "merged"):
             processor.save_pretrained(folder)
-        print(f"The adapter: {args.output / 'adapter'}\nA checkpoint with it merged: {args.output / 'merged'}")
+        print(f"Saved the adapter in {args.output / 'adapter'} and the merged checkpoint in {args.output / 'merged'}")
     accelerator.end_training()
     return args.output / "merged"
 

@@ -1,11 +1,11 @@
-"""Fine-tune a checkpoint on your long captions with `LoTLIPTrainer`, a `transformers.Trainer`.
+"""Fine-tune a checkpoint on your own long captions with `LoTLIPTrainer`, a `transformers.Trainer`.
 
     python examples/finetune_with_trainer.py --model checkpoint --data pictures --output_dir finetuned \\
         --per_device_train_batch_size 64 --learning_rate 1e-5 --num_train_epochs 3 --bf16
 
-On several GPUs put `accelerate launch` or `torchrun --nproc_per_node 8` in place of `python`: every image is then
-compared with the texts of all of them. `pictures` is a folder with images and `metadata.jsonl`, or whatever else
-`lotlip_hf.data.records.load_records` reads; `--data scenes` draws pictures, to try it out.
+`pictures` is a folder of images with `metadata.jsonl`, or any other source of `lotlip_hf.data.records.load_records`.
+To try the example without data, pass `--data scenes`. On several GPUs, replace `python` by `accelerate launch` or
+`torchrun --nproc_per_node 8`. Every image is then compared with the texts of all GPUs.
 """
 
 from collections.abc import Sequence
@@ -26,34 +26,34 @@ from lotlip_hf.training.data import load_data
 
 @dataclass
 class Options:
-    """Options beside those of `TrainingArguments`."""
+    """The options of this example, in addition to `TrainingArguments`."""
 
-    model: str = field(metadata={"help": "checkpoint to start from: a folder or a Hub id"})
-    data: str = field(metadata={"help": "records to train on: a folder, files, shards, a Hub id, or 'scenes'"})
-    eval_data: str | None = field(default=None, metadata={"help": "records to measure loss and retrieval on"})
-    num_long_texts: int = field(default=3, metadata={"help": "long texts per image and step; 0: short captions alone"})
-    num_sentences: int = field(default=3, metadata={"help": "sentences of a long text; 0: the whole caption"})
+    model: str = field(metadata={"help": "checkpoint to fine-tune: a folder or a Hub id"})
+    data: str = field(metadata={"help": "training records: a folder, files, shards, a Hub id, or 'scenes'"})
+    eval_data: str | None = field(default=None, metadata={"help": "records for measuring loss and retrieval"})
+    num_long_texts: int = field(default=3, metadata={"help": "long texts per image and step; 0: short captions only"})
+    num_sentences: int = field(default=3, metadata={"help": "sentences per long text; 0: the whole caption"})
     grad_cache_chunk: int | None = field(
-        default=None, metadata={"help": "compute a batch in the memory of so many samples"}
+        default=None, metadata={"help": "embed a batch in chunks of this many samples, to save memory"}
     )
-    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in --output_dir"})
+    resume: bool = field(default=False, metadata={"help": "continue from the last checkpoint in --output_dir"})
 
 
 @printable_output()
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Fine-tunes and saves as the command line says; returns the folder of the checkpoint."""
+    """Fine-tunes a checkpoint and returns the folder of the result."""
     parser = HfArgumentParser([Options, TrainingArguments], description=(__doc__ or "").split("\n")[0])
-    # without a GPU, accelerate ignores torchrun's processes unless it is told so
+    # Without `use_cpu`, accelerate does not connect processes that run on CPUs.
     parser.set_defaults(output_dir="finetuned", use_cpu=not torch.accelerator.is_available())
     options, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     set_seed(args.seed)
 
-    # the other options of `TrainingConfig` name columns and splits
+    # `TrainingConfig` also has options for columns and splits.
     records, eval_records = load_data(TrainingConfig(data=options.data, eval_data=options.eval_data))
     if eval_records is not None and not isinstance(eval_records, Dataset):
-        eval_records = list(eval_records)  # of a stream, several processes would evaluate some records twice
+        eval_records = list(eval_records)  # several processes would evaluate some records of a stream twice
 
-    # float32, whatever the checkpoint was saved in: small steps are lost in 16 bits. `--bf16` is for the activations.
+    # Train the weights in float32: in 16 bits, small updates are lost. `--bf16` affects only the activations.
     model = AutoModel.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=False)
     sampling = SubCaptions(options.num_long_texts, options.num_sentences)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         trainer.save_metrics("eval", trainer.evaluate())
     trainer.save_model()
     if trainer.is_world_process_zero():
-        print(f"The model and its processor: {args.output_dir}")
+        print(f"Saved the model and its processor in {args.output_dir}")
     return Path(args.output_dir)
 
 

@@ -1,12 +1,10 @@
-"""Train a LoTLIP from nothing in a few minutes, and search with it: `make quickstart`.
-
-Trains a small model on Scenes, pictures of shapes that come with short and long captions, measures retrieval over 500
-held-out scenes with the checkpoint as `AutoModel` loads it, and ranks them for a long description.
+"""Train a small LoTLIP from scratch in a few minutes and search with it (`make quickstart`).
 
     python examples/quickstart.py --output quickstart
 
-With `--shuffle-captions` every picture gets the captions of another one: there is nothing to learn then, and retrieval
-stays at chance.
+The model is trained on Scenes, drawn pictures of shapes with short and long captions. The example then loads the
+checkpoint with `AutoModel`, measures retrieval over 500 held-out scenes, and ranks them for a long description. With
+`--shuffle-captions`, each picture gets the captions of another picture, and retrieval stays at chance.
 """
 
 import argparse
@@ -36,7 +34,7 @@ NUM_HELD_OUT = 500
 
 
 def options(output: Path) -> TrainingConfig:
-    """What a small model learns Scenes with."""
+    """Returns the options for training a small model on Scenes."""
     return TrainingConfig(
         output=str(output),
         model="scenes",
@@ -49,15 +47,15 @@ def options(output: Path) -> TrainingConfig:
         learning_rate=1.5e-3,
         warmup_steps=100,
         num_long_texts=1,
-        num_sentences=0,  # whole captions: a model this small learns them sooner than their parts
-        # a short caption is one of the four features that the loss is the mean of
+        num_sentences=0,  # a model of this size learns whole captions sooner than sub-captions
+        # By default, the short text is only one of four features in the loss.
         term_options=["infonce.short_loss_weight=2"],
         num_workers=1,
     )
 
 
 def shuffle_captions(records: Dataset, seed: int = 0) -> Dataset:
-    """The pictures of a data set, each with the captions of another."""
+    """Gives each picture the captions of another picture."""
     order = np.random.default_rng(seed).permutation(len(records))
     captions = ["short_caption", "long_captions"]
     return concatenate_datasets(
@@ -66,7 +64,7 @@ def shuffle_captions(records: Dataset, seed: int = 0) -> Dataset:
 
 
 def measure(checkpoint: Path, records: Dataset) -> dict[str, float]:
-    """Retrieval over all records, by their first long caption and by their short one."""
+    """Measures retrieval over all records with their first long caption and with their short caption."""
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
     image_embeds = Encoder(model, processor).encode_images([record["image"] for record in records])
@@ -81,33 +79,26 @@ def measure(checkpoint: Path, records: Dataset) -> dict[str, float]:
 
 
 def print_table(results: dict[str, float]) -> None:
-    """Print R@1 of [`measure`]."""
+    """Prints the R@1 of [`measure`]."""
     print(f"\nRetrieval over {NUM_HELD_OUT} held-out scenes: R@1, by chance {1 / NUM_HELD_OUT:.1%}")
     print("                 image to text  text to image")
     for kind in ("long", "short"):
         first, second = (results[f"{kind}_{direction}_r1"] for direction in ("image_to_text", "text_to_image"))
         print(f"  {kind:5} captions {first:13.1%}  {second:13.1%}")
-    print(f"{GROUP_SIZE} scenes share a short caption, so that nobody finds more than {1 / GROUP_SIZE:.0%} by it.")
+    print(f"{GROUP_SIZE} scenes share a short caption, so its R@1 cannot exceed {1 / GROUP_SIZE:.0%}.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, measure, search.
-
-    Args:
-        argv: Arguments of the command line; by default those of the process.
-
-    Returns:
-        The exit status.
-    """
+    """Trains, measures and searches, and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for everything it makes")
-    parser.add_argument("--shuffle-captions", action="store_true", help="train on captions of other pictures")
-    parser.add_argument("--max-steps", type=int, help="train for fewer steps")
+    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for all results")
+    parser.add_argument("--shuffle-captions", action="store_true", help="give each picture the captions of another")
+    parser.add_argument("--max-steps", type=int, help="number of training steps (700)")
     arguments = parser.parse_args(argv)
     run, images, picture = arguments.output / "run", arguments.output / "images", arguments.output / "ranked.png"
-    logging.disable_progress_bar()  # of loading and saving weights; ours stay
-    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much where cores are busy
-    for folder in (run, images):  # of an earlier quickstart
+    logging.disable_progress_bar()  # hides the bars of loading and saving weights
+    torch.set_num_threads(1)  # a small model gains nothing from more threads and loses time on busy cores
+    for folder in (run, images):  # from an earlier call
         shutil.rmtree(folder, ignore_errors=True)
 
     config = options(run)
@@ -129,13 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = held_out[0]
     command = ["search", "--model", checkpoint, "--images", images, "--save-grid", picture, wanted["long_captions"][0]]
     words = [str(word) for word in command]
-    print(f"\nOne of them, {wanted['id']}.png, by its long caption:\n\n$ {join(['lotlip', *words])}", flush=True)
+    print(f"\nSearch for {wanted['id']}.png by its long caption:\n\n$ {join(['lotlip', *words])}", flush=True)
     if status := lotlip(words):
         return status
     print(f"""
-The model               {checkpoint} (AutoModel.from_pretrained)
-Its training curve      {run / CURVE_NAME}
-The ranked pictures     {picture}
+Model               {checkpoint} (AutoModel.from_pretrained)
+Training curve      {run / CURVE_NAME}
+Ranked pictures     {picture}
 """)
     return 0
 

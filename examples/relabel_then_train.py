@@ -1,13 +1,14 @@
-"""The whole method in a few minutes on two cores: relabel pictures with long captions, train on them, measure.
-
-Draws pictures that come with short captions alone, as images from the web do. A small LLaVA learns on the spot to
-describe such pictures, from fewer ones that have long descriptions. `relabel` has it describe every picture of the
-first kind, in shards that the training reads as they are. LoTLIP is trained on these and, for comparison, as long on
-the short captions alone. Then long captions look for held-out pictures, and these for long captions.
+"""Run the whole method in a few minutes on two cores: relabel pictures with long captions, train on them, and measure.
 
     python examples/relabel_then_train.py --output relabelled
 
-With your own images and captioners that have seen the world it is two commands, here with the paper's data and models:
+The example draws pictures with short captions, as on the web. A small LLaVA is trained on other pictures with long
+descriptions. With this LLaVA, `relabel` writes long captions of the first pictures into shards. LoTLIP is trained once
+on these shards and, for comparison, once on short captions only. Both runs are evaluated with long captions of
+held-out pictures.
+
+With your own images and pretrained captioners, the method takes two commands, here with the data and models of the
+paper:
 
     lotlip relabel --data "cc3m/*.tar" --captioner Salesforce/instructblip-vicuna-7b \\
         --captioner llava-hf/llava-1.5-7b-hf --output relabelled
@@ -28,7 +29,6 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.trainers import WordLevelTrainer
-from tqdm.auto import tqdm
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -47,9 +47,9 @@ from lotlip_hf.relabel.captioners.base import CaptionerConfig
 from lotlip_hf.relabel.config import RelabelConfig
 from lotlip_hf.relabel.run import relabel
 from lotlip_hf.scenes.dataset import (
+    CELL_NAMES,
     GRID,
     NUMBERS,
-    PLACES,
     WORDS,
     Scene,
     SceneObject,
@@ -58,7 +58,7 @@ from lotlip_hf.scenes.dataset import (
     scene,
     short_caption,
 )
-from lotlip_hf.terminal import printable_output
+from lotlip_hf.terminal import printable_output, progress_bar
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.data import load_data
 from lotlip_hf.training.log import read_log
@@ -67,21 +67,21 @@ from lotlip_hf.training.model import load_or_start_model
 
 NUM_HELD_OUT = 500
 IMAGE_SIZE = 64
-PATCH_SIZE = IMAGE_SIZE // GRID  # a patch is a cell of the pictures' grid
+PATCH_SIZE = IMAGE_SIZE // GRID  # each patch is one cell of a picture
 WIDTH = 128
 PAD, BEGIN, END, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 PROMPT = BEGIN + IMAGE * GRID**2
 CHAT_TEMPLATE = BEGIN + "{% for message in messages %}{% for part in message['content'] %}" + IMAGE
 CHAT_TEMPLATE += "{% endfor %}{% endfor %}"
 LEARNING_RATE = 1e-3
-IGNORED = -100  # labels that the loss leaves out
-# Descriptions that the share of true sentences is taken over, and draws that find all that can be said of a picture
-NUM_CHECKED, NUM_DRAWS = 100, 200
+IGNORED = -100  # label of tokens that the loss ignores
+NUM_CHECKED = 100  # captions whose sentences are checked
+NUM_DRAWS = 200  # redrawn captions of a scene, to collect all true sentences
 TOP_P = 0.9
 
 
 def save_pictures(scenes: Sequence[Scene], folder: Path) -> None:
-    """An image folder with short captions: what there is at first."""
+    """Writes an image folder with short captions."""
     folder.mkdir(parents=True)
     rows = []
     for one in scenes:
@@ -91,29 +91,29 @@ def save_pictures(scenes: Sequence[Scene], folder: Path) -> None:
 
 
 def name(item: SceneObject) -> str:
-    """Colour and shape, in the plural where there are several."""
+    """Returns the colour and shape of an object, in the plural if there are several."""
     return f"{item.colour} {item.shape}" + ("" if item.count == 1 else "es" if item.shape == "cross" else "s")
 
 
 def description(one: Scene, number: int) -> str:
     """
-    A long description of a scene: its objects row by row, then the background, in words drawn at random. In a fixed
-    order the picture decides what comes next, which is learned sooner than sentences in any order.
+    Returns a long description of a scene in random words: its objects row by row, then the background. A fixed order
+    of sentences is learned sooner than a random one.
     """
     random = Random(f"{one.id} description {number}")
     sentences = []
     for item in sorted(one.objects, key=lambda item: (item.cell, item.inside)):
-        place = f"inside the {name(one.objects[0])}" if item.inside else random.choice(PLACES[item.cell])
+        cell = f"inside the {name(one.objects[0])}" if item.inside else random.choice(CELL_NAMES[item.cell])
         verb = "is a" if item.count == 1 else f"are {NUMBERS[item.count]}"
         words = [random.choice(WORDS[item.size]), random.choice(WORDS[item.pattern]), name(item)]
-        sentences.append(f"{place} there {verb} {' '.join(word for word in words if word)}.")
+        sentences.append(f"{cell} there {verb} {' '.join(word for word in words if word)}.")
     sentences = [sentence[0].upper() + sentence[1:] for sentence in sentences]
     return " ".join([*sentences, *(s + "." for s in split_sentences(long_captions(one)[0]) if "background" in s)])
 
 
 def words_of_cells(one: Scene) -> list[str]:
-    """All words that fit what is in each cell of the grid, row by row."""
-    cells = [[*places, one.background] for places in PLACES]
+    """Returns all words that describe each cell of a scene, row by row."""
+    cells = [[*names, one.background] for names in CELL_NAMES]
     for item in one.objects:
         number = NUMBERS[item.count] if item.count > 1 else ""
         inside = "inside" if item.inside else ""
@@ -122,9 +122,9 @@ def words_of_cells(one: Scene) -> list[str]:
 
 
 def new_captioner(texts: Sequence[str]) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A LLaVA of a million random weights, with a token for each word of the texts."""
+    """Creates a LLaVA with a million random weights and one token for each word of the texts."""
     words = Tokenizer(WordLevel(unk_token=UNKNOWN))
-    words.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|[^\w\s]"), behavior="isolated")  # a space is the word's
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|[^\w\s]"), behavior="isolated")  # keeps leading spaces
     words.decoder = decoders.Fuse()
     words.train_from_iterator(
         texts, WordLevelTrainer(special_tokens=[PAD, BEGIN, END, UNKNOWN, IMAGE], show_progress=False)
@@ -139,7 +139,7 @@ def new_captioner(texts: Sequence[str]) -> tuple[LlavaForConditionalGeneration, 
         clean_up_tokenization_spaces=False,
     )
     size = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
-    size["initializer_range"] = WIDTH**-0.5  # at which a layer hands on what it reads
+    size["initializer_range"] = WIDTH**-0.5  # preserves the scale of hidden states
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, **size),
         text_config=LlamaConfig(
@@ -158,7 +158,7 @@ def new_captioner(texts: Sequence[str]) -> tuple[LlavaForConditionalGeneration, 
     )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():  # a tower that sees colours and places from the first step, as `small_model` has it
+    with torch.no_grad():  # initialises the image tower like `small_model`, to see colours and positions
         (embeddings,) = (module for module in model.modules() if isinstance(module, CLIPVisionEmbeddings))
         embeddings.position_embedding.weight.normal_(std=0.5)
         filters = embeddings.patch_embedding.weight  # [WIDTH, 3, PATCH_SIZE, PATCH_SIZE]
@@ -169,7 +169,7 @@ def new_captioner(texts: Sequence[str]) -> tuple[LlavaForConditionalGeneration, 
         tokenizer,
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the class token, which "default" leaves out
+        num_additional_image_tokens=1,  # the class token, which "default" removes
         chat_template=CHAT_TEMPLATE,
     )
     return model, processor
@@ -182,7 +182,7 @@ def optimize(
     num_steps: int,
     name: str,
 ) -> float:
-    """AdamW on a loss that is drawn anew in each step; the mean of the last 50 losses."""
+    """Minimises a loss with AdamW and returns the mean of the last 50 losses."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
     warmup = min(50, num_steps)
@@ -190,7 +190,7 @@ def optimize(
         optimizer, lambda step: min((step + 1) / warmup, (1 + math.cos(math.pi * step / num_steps)) / 2)
     )
     losses = []
-    with tqdm(range(num_steps), desc=name, unit="step") as steps:
+    with progress_bar(range(num_steps), desc=name, unit="step") as steps:
         for _ in steps:
             loss = loss_of_step()
             loss.backward()
@@ -205,10 +205,10 @@ def optimize(
 
 def train_captioner(scenes: Sequence[Scene], folder: Path, num_steps: int) -> float:
     """
-    Trains a captioner on descriptions of the scenes and saves it; the mean loss of its last steps.
+    Trains a captioner on descriptions of scenes, saves it, and returns the mean loss of its last steps.
 
-    As LLaVA is, it is trained in two stages: first its image features become what the words that fit them are to the
-    language model, then it learns to describe.
+    There are two stages, as for LLaVA. The first aligns image features with the embeddings of the words that describe
+    them. The second trains the captioner to describe pictures.
     """
     descriptions = [[description(one, number) for number in range(3)] for one in scenes]
     model, processor = new_captioner([text for one in scenes for text in (*long_captions(one), description(one, 0))])
@@ -217,7 +217,7 @@ def train_captioner(scenes: Sequence[Scene], folder: Path, num_steps: int) -> fl
     random = Random(0)
     model.train()
 
-    cells = torch.zeros(len(scenes), GRID**2, len(tokenizer))  # 1 where the word fits the cell
+    cells = torch.zeros(len(scenes), GRID**2, len(tokenizer))  # 1 if the word describes the cell
     for index, one in enumerate(scenes):
         for cell, tokens in enumerate(tokenizer(words_of_cells(one)).input_ids):
             cells[index, cell, tokens] = 1
@@ -228,7 +228,7 @@ def train_captioner(scenes: Sequence[Scene], folder: Path, num_steps: int) -> fl
         features = model.get_image_features(
             pictures[chosen], vision_feature_layer=-1, vision_feature_select_strategy="default", return_dict=True
         )
-        logits = torch.stack(list(features.pooler_output)) @ embeddings.T - 3  # of most words only few fit
+        logits = torch.stack(list(features.pooler_output)) @ embeddings.T - 3  # a bias, as few words fit a cell
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, cells[chosen], reduction="sum")
         return loss / cells[chosen, :, 0].numel()
 
@@ -250,24 +250,22 @@ def train_captioner(scenes: Sequence[Scene], folder: Path, num_steps: int) -> fl
 
 
 def true_share(scenes: Sequence[Scene], captions: Sequence[str]) -> float:
-    """The share of the captions' sentences that Scenes would say of their pictures too."""
+    """Returns the fraction of sentences that also occur in captions of Scenes for the same picture."""
     is_true = []
     for one, caption in zip(scenes, captions, strict=True):
-        namesakes = (replace(one, id=f"{one.id} {number}") for number in range(NUM_DRAWS))  # the id decides the words
-        truths = {
-            sentence for other in namesakes for text in long_captions(other) for sentence in split_sentences(text)
-        }
+        copies = (replace(one, id=f"{one.id} {number}") for number in range(NUM_DRAWS))  # the id decides the words
+        truths = {sentence for other in copies for text in long_captions(other) for sentence in split_sentences(text)}
         is_true += [sentence in truths for sentence in split_sentences(caption)]
     return sum(is_true) / max(len(is_true), 1)
 
 
 def train_lotlip(data: Path, pictures: Path, output: Path, num_steps: int, num_long_texts: int) -> dict[str, float]:
-    """Trains a small LoTLIP, as `lotlip train` does, without a word about columns; R@1 over held-out scenes."""
+    """Trains a small LoTLIP like `lotlip train`, and returns R@1 over held-out scenes."""
     config = TrainingConfig(
         output=str(output),
         model="scenes",
         data=str(data),
-        image_root=str(pictures),  # the shards hold paths
+        image_root=str(pictures),  # allows the image paths in the shards
         eval_data="scenes",
         eval_split="test",
         eval_samples=NUM_HELD_OUT,
@@ -276,8 +274,8 @@ def train_lotlip(data: Path, pictures: Path, output: Path, num_steps: int, num_l
         learning_rate=1.5e-3,
         warmup_steps=min(100, num_steps),
         num_long_texts=num_long_texts,
-        num_sentences=0,  # whole captions: a model this small learns them sooner than their parts
-        # a short caption is one of the four features that the loss is the mean of
+        num_sentences=0,  # a model of this size learns whole captions sooner than sub-captions
+        # By default, the short text is only one of four features in the loss.
         term_options=["infonce.short_loss_weight=2"],
         num_workers=1,
     )
@@ -289,7 +287,7 @@ def train_lotlip(data: Path, pictures: Path, output: Path, num_steps: int, num_l
 
 
 def print_table(results: dict[str, dict[str, float]]) -> None:
-    """Print R@1 of both trainings."""
+    """Prints R@1 of both runs."""
     print(f"\nLong captions and {NUM_HELD_OUT} held-out pictures: R@1, by chance {1 / NUM_HELD_OUT:.1%}")
     print("  trained on                      image to text  text to image")
     for name, values in results.items():
@@ -298,28 +296,23 @@ def print_table(results: dict[str, dict[str, float]]) -> None:
 
 @printable_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw, train a captioner, relabel, train LoTLIP with and without the new captions, measure.
-
-    Args:
-        argv: Arguments of the command line; by default those of the process.
-
-    Returns:
-        The exit status.
-    """
+    """Relabels, trains LoTLIP with and without the new captions, measures, and returns the exit status."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("relabelled"), help="folder for everything it makes")
-    parser.add_argument("--num-scenes", type=int, default=4000, help="pictures that come with short captions")
-    parser.add_argument("--num-described", type=int, default=3000, help="pictures that the captioner learns from")
-    parser.add_argument("--captioner-steps", type=int, default=1500, help="steps of the captioner's training")
-    parser.add_argument("--train-steps", type=int, default=500, help="steps of either training of LoTLIP")
+    parser.add_argument("--output", type=Path, default=Path("relabelled"), help="folder for all results")
+    parser.add_argument("--num-scenes", type=int, default=4000, help="number of pictures with short captions")
+    parser.add_argument(
+        "--num-described", type=int, default=3000, help="number of pictures for training the captioner"
+    )
+    parser.add_argument("--captioner-steps", type=int, default=1500, help="training steps of the captioner")
+    parser.add_argument("--train-steps", type=int, default=500, help="training steps of each LoTLIP")
     arguments = parser.parse_args(argv)
-    logging.disable_progress_bar()  # of loading and saving weights; ours stay
-    torch.set_num_threads(1)  # models so small gain little from more, and lose much where cores are busy
+    logging.disable_progress_bar()  # hides the bars of loading and saving weights
+    torch.set_num_threads(1)  # small models gain little from more threads and lose time on busy cores
     folders = [arguments.output / name for name in ("pictures", "captioner", "data", "run-long", "run-short")]
     pictures, captioner, data, run_long, run_short = folders
-    for folder in folders:  # of an earlier time
+    for folder in folders:  # from an earlier call
         shutil.rmtree(folder, ignore_errors=True)
 
     scenes = [scene(index) for index in range(arguments.num_scenes)]
@@ -337,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     model=str(captioner),
                     prompt="",
                     max_new_tokens=140,
-                    temperature=1.0,  # for other words each time: the most probable one is always the same
+                    temperature=1.0,  # varies the words, unlike greedy decoding
                     top_p=TOP_P,
                     dtype="float32",
                     batch_size=64,
@@ -357,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"\n{first['id']}.png\n  short caption: {first['short_caption']}\n  new caption:   {first['long_captions'][0]}"
     )
-    print(f"Of the new sentences {results['captioner']['true_share']:.0%} are true.\n", flush=True)
+    print(f"{results['captioner']['true_share']:.0%} of the new sentences are true.\n", flush=True)
 
     results["short and new long captions"] = train_lotlip(
         data, pictures, run_long, arguments.train_steps, num_long_texts=1
@@ -366,10 +359,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     (arguments.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     print_table({name: values for name, values in results.items() if name != "captioner"})
     print(f"""
-The pictures            {pictures}
-The captioner           {captioner} (AutoModelForImageTextToText.from_pretrained)
-The new captions        {data}
-The model               {run_long}
+Pictures            {pictures}
+Captioner           {captioner} (AutoModelForImageTextToText.from_pretrained)
+New captions        {data}
+Model               {run_long}
 """)
     return 0
 

@@ -1,12 +1,12 @@
-"""Put a LoTLIP text encoder into a diffusion pipeline, and draw a prompt with both, side by side.
+"""Replace the text encoder of a diffusion pipeline by LoTLIP's, and draw a prompt with both, side by side.
 
     python examples/swap_text_encoder.py --pipeline stable-diffusion-v1-5/stable-diffusion-v1-5 --model lotlip-clip \\
         --prompt "A long description ..." --output picture.png
 
-`--model` is what `lotlip convert clip` or `examples/align_text_encoder.py` leave; without it, the
-pipeline's own text encoder is given more positions. `--save` keeps the pipeline, which any program that imports
-`lotlip_hf` loads with `DiffusionPipeline.from_pretrained`. Without `--pipeline` a tiny random one is made, to try it
-out (its pictures are noise).
+`lotlip convert clip` and `examples/align_text_encoder.py` write folders for `--model`. Without `--model`, the
+pipeline's own text encoder gets more positions. `--save` saves the pipeline for `DiffusionPipeline.from_pretrained`,
+in any program that imports `lotlip_hf`. Without `--pipeline`, the example uses a tiny random pipeline, whose pictures
+are noise.
 """
 
 import copy
@@ -26,7 +26,7 @@ from lotlip_hf.diffusion.swap import TextEncoder, swap_text_encoder
 from lotlip_hf.files import check_output
 from lotlip_hf.grid import check_picture
 from lotlip_hf.loading import naming_damage
-from lotlip_hf.options import check, option, parse
+from lotlip_hf.options import check, make_parser, option, parse
 from lotlip_hf.terminal import printable_output
 
 PROMPT = (
@@ -39,29 +39,29 @@ STRETCHED = 248  # positions, as in Long-CLIP
 
 @dataclass
 class Options:
-    """The command line."""
+    """The options of the command line."""
 
     pipeline: str | None = option("folder or Hub id of the pipeline; by default a tiny random one", None)
-    model: str | None = option("folder or Hub id of the LoTLIP; by default the slot's own encoder, stretched", None)
-    slot: str = option("text encoder to replace, such as 'text_encoder_2'", "text_encoder")
-    max_length: int | None = option("longest prompt in tokens; by default what the model takes", None)
-    prompt: str = option("what to draw", PROMPT)
-    negative_prompt: str | None = option("what not to draw", None)
-    num_steps: int = option("denoising steps", 30, at_least=1)
-    seed: int = option("seed of the noise that both pictures start from", 0, at_least=0, below=2**63)
-    output: Path = option("both pictures, before and after", Path("picture.png"))
-    save: Path | None = option("folder to save the pipeline to", None)
+    model: str | None = option("folder or Hub id of LoTLIP; by default the stretched encoder of the slot", None)
+    slot: str = option("slot of the text encoder to replace, such as 'text_encoder_2'", "text_encoder")
+    max_length: int | None = option("maximum length of a prompt in tokens; by default that of the model", None)
+    prompt: str = option("description of the picture", PROMPT)
+    negative_prompt: str | None = option("description of things to avoid", None)
+    num_steps: int = option("number of denoising steps", 30, at_least=1)
+    seed: int = option("seed of the noise of both pictures", 0, at_least=0, below=2**63)
+    output: Path = option("file for both pictures, before and after", Path("picture.png"))
+    save: Path | None = option("folder for the pipeline with the new text encoder", None)
 
     def __post_init__(self) -> None:
         check(self)
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        check_picture(self.output)  # what would go wrong after hours of drawing
+        check_picture(self.output)  # fails before drawing, not after it
         if self.save is not None:
             check_output(self.save, folder=True)
 
 
 def tiny_pipeline() -> StableDiffusionPipeline:
-    """A Stable Diffusion of random weights, whose tokenizer has a token for each byte."""
+    """Creates a Stable Diffusion pipeline with random weights and a byte tokenizer."""
     torch.manual_seed(0)
     byte_tokens = list(bytes_to_unicode().values())
     tokens = [*byte_tokens, *(token + "</w>" for token in byte_tokens), "<|startoftext|>", "<|endoftext|>"]
@@ -75,7 +75,7 @@ def tiny_pipeline() -> StableDiffusionPipeline:
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
-        initializer_factor=10.0,  # else texts hardly differ
+        initializer_factor=10.0,  # with smaller weights, hidden states of different texts hardly differ
     )
     return StableDiffusionPipeline(
         vae=AutoencoderKL(
@@ -104,7 +104,7 @@ def tiny_pipeline() -> StableDiffusionPipeline:
 
 
 def draw(pipe: DiffusionPipeline, args: Options) -> Image.Image:
-    """The prompt's picture, from the same noise each time."""
+    """Draws the prompt, from the same noise in every call."""
     settings: dict[str, Any] = {"num_inference_steps": args.num_steps}
     if args.negative_prompt is not None:
         settings["negative_prompt"] = args.negative_prompt
@@ -112,7 +112,7 @@ def draw(pipe: DiffusionPipeline, args: Options) -> Image.Image:
 
 
 def load(args: Options) -> tuple[DiffusionPipeline, DiffusionPipeline]:
-    """The pipeline as it is, and one after the swap, which shares all other models with it."""
+    """Loads the pipeline and returns it together with the swapped pipeline. Both share all other models."""
     if args.pipeline is None:
         pipe = tiny_pipeline()
     else:
@@ -127,7 +127,7 @@ def load(args: Options) -> tuple[DiffusionPipeline, DiffusionPipeline]:
     if model is None:
         model = copy.deepcopy(getattr(pipe, args.slot, None))
         length = args.max_length or STRETCHED
-        # of what is no CLIP, the swap says what it is
+        # For an encoder that is not CLIP, `swap_text_encoder` raises an error.
         if isinstance(model, TextEncoder) and length > model.config.max_position_embeddings:
             stretch_text_model(model, length)
     swap_text_encoder(swapped, model, args.slot, max_length=args.max_length)
@@ -136,25 +136,25 @@ def load(args: Options) -> tuple[DiffusionPipeline, DiffusionPipeline]:
 
 @printable_output()
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Draws before the swap and after it as the command line says; answers with the picture's path."""
+    """Draws a prompt before and after the swap and returns the path of the picture."""
     try:
-        args = parse(Options, argv, description=(__doc__ or "").split("\n")[0])
+        args = parse(Options, argv, make_parser(Options, description=(__doc__ or "").split("\n")[0]))
         pipe, swapped = load(args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
 
     tokenizer = getattr(swapped, args.slot.replace("text_encoder", "tokenizer"))
     length = len(tokenizer(args.prompt).input_ids)
-    print(f"The prompt has {length} tokens, and `{args.slot}` now reads {tokenizer.model_max_length}.")
+    print(f"The prompt has {length} tokens. `{args.slot}` now reads up to {tokenizer.model_max_length}.")
     before, after = draw(pipe, args), draw(swapped, args)
     picture = Image.new("RGB", (before.width + after.width, before.height))
     picture.paste(before, (0, 0))
     picture.paste(after, (before.width, 0))
     picture.save(args.output)
-    print(f"Before and after the swap, from the same noise: {args.output}")
+    print(f"Saved the pictures before and after the swap, drawn from the same noise, in {args.output}")
     if args.save is not None:
         swapped.save_pretrained(args.save)
-        print(f"The pipeline: {args.save}")
+        print(f"Saved the pipeline in {args.save}")
     return args.output
 
 

@@ -1,4 +1,4 @@
-"""`lotlip train` as a script, for launchers:
+"""Train LoTLIP in several processes: `lotlip train` as a script for launchers.
 
     accelerate launch --num_processes 2 examples/train.py --text-model google-bert/bert-base-uncased \\
         --image-model google/vit-base-patch16-224-in21k --data "shards/*.tar" --mapping dreamlip --output run
@@ -11,7 +11,7 @@ from lotlip_hf import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains as the arguments say; returns the exit status."""
+    """Runs `lotlip train` and returns the exit status."""
     return cli.main(["train", *(sys.argv[1:] if argv is None else argv)])
 
 

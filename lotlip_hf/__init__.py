@@ -46,7 +46,7 @@ __all__ = [
     "lora_targets",
 ]
 
-# Where each public name is defined.
+# Public name -> module that defines it.
 _MODULES = {
     "LoTLIPConfig": ".modeling.configuration_lotlip",
     "LoTLIPTextConfig": ".modeling.configuration_lotlip",
@@ -66,7 +66,7 @@ _MODULES = {
     "from_backbones": ".backbones",
     "load_encoder": ".encoder",
     "lora_targets": ".lora",
-    # what a saved pipeline of diffusers names
+    # Names in saved pipelines of diffusers.
     "CLIPPromptTokenizer": ".diffusion.tokenizers",
     "CLIPTextEncoder": ".diffusion.swap",
     "LoTLIPPromptTokenizer": ".diffusion.tokenizers",
@@ -76,7 +76,7 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(import_module(_MODULES[name], __name__), name)
-    # diffusers looks here for the base classes of a saved pipeline's components
+    # diffusers looks up the base classes of a pipeline's components in this module.
     if name in ("PreTrainedModel", "PreTrainedTokenizerFast"):
         return getattr(import_module("transformers"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -86,15 +86,15 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# `lotlip --help` does not wait for PyTorch: for the command line, `loading` registers the Auto classes.
+# `lotlip --help` must not import PyTorch, so the command line registers the Auto classes later, in `loading`.
 if [os.path.abspath(path) for path in sys.argv[:1]] != [os.path.join(os.path.dirname(sys.executable or ""), "lotlip")]:
     from . import auto as auto
     from .diffusion import text_encoder as text_encoder
 
     def _push_to_hub(model: "LoTLIPModel", repo_id: str, **kwargs: Any) -> Any:
-        """The whole checkpoint, with processor and model card; see [`~lotlip_hf.hub.push.push`]."""
+        """Publishes the whole checkpoint with processor and model card, see [`~lotlip_hf.hub.push.push`]."""
         from .hub.push import push
 
         return push(model, repo_id, **kwargs)
 
-    auto.LoTLIPModel.push_to_hub = _push_to_hub  # the stock method publishes the weights alone
+    auto.LoTLIPModel.push_to_hub = _push_to_hub  # the stock method publishes only the weights

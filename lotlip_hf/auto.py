@@ -1,4 +1,4 @@
-"""LoTLIP in transformers' Auto classes, from the import of this module on."""
+"""Registers LoTLIP in transformers' Auto classes when it is imported."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, AutoTokenizer
 

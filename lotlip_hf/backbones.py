@@ -1,4 +1,4 @@
-"""A new LoTLIP model of two pretrained encoders: [`from_backbones`]."""
+"""Creates a LoTLIP model from two pretrained encoders, see [`from_backbones`]."""
 
 import copy
 from collections.abc import Iterable
@@ -22,23 +22,27 @@ def from_backbones(
     **config_kwargs: Any,
 ) -> LoTLIPModel:
     """
-    A model whose towers start from two pretrained encoders, as in LiT (https://arxiv.org/abs/2111.07991). The
-    corner tokens, the projections, the logit scale, and a pooler that an encoder comes without, are new and must
-    be trained.
+    Creates a model whose towers start from two pretrained encoders, as in LiT (https://arxiv.org/abs/2111.07991). The
+    corner tokens, the projections, the logit scale, and a pooler that an encoder lacks are new and must be trained.
 
     Args:
-        text: Folder, Hub id or model of a BERT, RoBERTa, XLM-RoBERTa or CLIP text encoder; of a whole CLIP its
-            text tower, without the projection (a whole CLIP turned into LoTLIP is what `conversion.clip` makes).
-        vision: Folder, Hub id or model of a ViT, DINOv2, CLIP or SigLIP encoder; of a whole CLIP or SigLIP its
-            image tower.
-        num_corner_tokens: Number of corner tokens.
-        text_pooling: See [`LoTLIPTextConfig`].
-        vision_pooling: See [`LoTLIPVisionConfig`].
-        projection_dim: Width of the shared space; by default the image encoder's, which then has no projection.
-        config_kwargs: More fields of [`LoTLIPConfig`].
+        text (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of a BERT, RoBERTa, XLM-RoBERTa or CLIP
+            text encoder. For a whole CLIP, its text tower is used without the projection; `lotlip convert clip`
+            converts the whole CLIP.
+        vision (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of a ViT, DINOv2, CLIP or SigLIP image
+            encoder. For a whole CLIP or SigLIP, its image tower is used.
+        num_corner_tokens (`int`, *optional*, defaults to 2): Number of corner tokens.
+        text_pooling (`str`, *optional*): Pooling of the text tower, see [`LoTLIPTextConfig`].
+        vision_pooling (`str`, *optional*): Pooling of the image tower, see [`LoTLIPVisionConfig`].
+        projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image encoder,
+            which then has no projection.
+        **config_kwargs: More fields of [`LoTLIPConfig`].
+
+    Returns:
+        [`LoTLIPModel`]: The new model.
 
     Raises:
-        ValueError: if an encoder is of a type that is not supported, or lacks other weights that its tower needs.
+        `ValueError`: If an encoder is not supported, or if it lacks weights other than the pooler's.
 
     Example:
 
@@ -47,8 +51,7 @@ def from_backbones(
     >>> from lotlip_hf import from_backbones
 
     >>> size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    >>> text, vision = BertModel(BertConfig(**size)), ViTModel(ViTConfig(**size))
-    >>> model = from_backbones(text, vision, num_corner_tokens=2)
+    >>> model = from_backbones(BertModel(BertConfig(**size)), ViTModel(ViTConfig(**size)), num_corner_tokens=2)
     >>> model.config.projection_dim
     32
     ```
@@ -67,19 +70,19 @@ def from_backbones(
         missing, unexpected = _without_pooler(keys.missing_keys), _without_pooler(keys.unexpected_keys)
         if missing or unexpected:
             raise ValueError(
-                f"The encoder {type(encoder).__name__} does not fit the {tower.base_model_prefix}: missing "
-                f"{missing}, unexpected {unexpected}."
+                f"The {type(encoder).__name__} does not fit the {tower.base_model_prefix}: missing {missing}, "
+                f"unexpected {unexpected}. Pass an encoder with all weights."
             )
     return model
 
 
 def _without_pooler(names: Iterable[str]) -> list[str]:
-    """Masked language models come without a pooler: where a tower needs one it is new, as the corner tokens are."""
+    """Drops the names of the pooler, which masked language models lack. A tower that needs a pooler gets a new one."""
     return sorted(name for name in names if not name.startswith("pooler."))
 
 
 def _backbone_config(source: str | Path | PreTrainedModel, tower: str) -> PreTrainedConfig:
-    """Of an encoder, or of one tower of a whole CLIP; without the folder it lay in, which is nothing to publish."""
+    """Configuration of an encoder, or of a tower of a whole CLIP, without the name of its folder."""
     config = (
         copy.deepcopy(source.config)
         if isinstance(source, PreTrainedModel)
@@ -94,7 +97,7 @@ def _load_backbone(
     source: str | Path | PreTrainedModel, tower: str, config: LoTLIPTextConfig | LoTLIPVisionConfig
 ) -> PreTrainedModel:
     if isinstance(source, PreTrainedModel):
-        # the classes with a projection hold the encoder under the tower's name, too
+        # Classes with a projection have the encoder under the tower's name.
         return getattr(source, f"{tower}_model", source)
     encoder, info = AutoModel.from_pretrained(
         source,
@@ -105,5 +108,5 @@ def _load_backbone(
     )
     missing = _without_pooler(info["missing_keys"])
     if missing:
-        raise ValueError(f"{source}: the encoder lacks weights that its tower needs: {', '.join(missing)}.")
+        raise ValueError(f"{source}: weights are missing: {', '.join(missing)}. Pass an encoder with all weights.")
     return encoder

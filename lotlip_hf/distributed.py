@@ -1,4 +1,4 @@
-"""Several processes as one: rank, world size, and collectives that gradients pass through. Alone, the identity."""
+"""Rank, world size and collectives with gradients. In a single process they return their input."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,22 +9,22 @@ from torch.autograd.function import once_differentiable
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of several."""
+    """Whether there are several processes."""
     return world_size() > 1
 
 
 def rank() -> int:
-    """Number of this process, from 0; 0 when alone."""
+    """Rank of this process, 0 for a single process."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes; 1 when alone."""
+    """Number of processes, 1 for a single process."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def all_sizes(tensor: torch.Tensor) -> list[int]:
-    """The length of `tensor` on each rank, in the order of the ranks."""
+    """Length of `tensor` on each rank, in the order of the ranks."""
     if not is_distributed():
         return [len(tensor)]
     sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(world_size())]
@@ -34,18 +34,19 @@ def all_sizes(tensor: torch.Tensor) -> list[int]:
 
 def gather(tensor: torch.Tensor, sizes: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
     """
-    The tensors of all ranks, one behind the other, with gradients: each rank gets the sum of all ranks' gradients of
-    its own part. The ranks add them up while the backward pass goes on with what was computed after `tensor` (a text
-    tower that ran after the images'), until it needs them. A hook of `tensor` gives them to it; as any hook's, they
-    are not in what one call of `torch.autograd.grad` answers for both `tensor` and what it was computed from.
+    Concatenates the tensors of all ranks. Gradients are summed over the ranks, and each rank gets its part of the sum.
+
+    The ranks compute the sum while the backward pass continues elsewhere in the graph, for example in the text tower.
+    A hook on `tensor` waits for the sum and adds it to the gradient. Like all hooks, it does not change the result for
+    `tensor` if one call of `torch.autograd.grad` computes gradients of `tensor` and of its inputs.
 
     Args:
-        tensor: [n, ...]; n may differ between the ranks and may be 0, the other dimensions may not differ.
-        sizes: n of each rank ([`all_sizes`]), if known; otherwise the ranks exchange it.
-        dtype: Type of the answer, which the gradients are added up in; by default that of `tensor`.
+        tensor (`torch.Tensor`): Tensor [n, ...]. n may differ between ranks and may be 0, other dimensions must agree.
+        sizes (`Sequence[int]`, *optional*): n of each rank, from [`all_sizes`]. By default the ranks exchange it.
+        dtype (`torch.dtype`, *optional*): Type of the result and of the summed gradients. Defaults to `tensor.dtype`.
 
     Returns:
-        [sum of n, ...], the same on every rank. When alone, `tensor` itself, or as `dtype`.
+        `torch.Tensor`: Tensor [sum of n, ...], the same on every rank.
 
     Example:
 
@@ -73,13 +74,13 @@ def gather(tensor: torch.Tensor, sizes: Sequence[int] | None = None, dtype: torc
         pending.clear()
         return grad
 
-    # called when all gradients of `tensor` are there and its own backward pass is the next
+    # Autograd calls the hook when `tensor` has all gradients, before it continues to the inputs of `tensor`.
     tensor.register_hook(add_gradient)
     return _Gather.apply(tensor, sizes, dtype, pending)  # pyright: ignore[reportReturnType]
 
 
 def gather_lists(values: list[Any]) -> list[Any]:
-    """The lists of all ranks, one behind the other, of anything that can be pickled; the same on every rank."""
+    """Concatenates the lists of all ranks. The values must be picklable. The result is the same on every rank."""
     if not is_distributed():
         return values
     lists: list[Any] = [None] * world_size()
@@ -88,12 +89,12 @@ def gather_lists(values: list[Any]) -> list[Any]:
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of `tensor` over the ranks, with gradients: each rank gets the sum of all ranks' gradients of it."""
+    """Sum of `tensor` over the ranks. Its gradients are summed over the ranks, too."""
     return _Sum.apply(tensor) if is_distributed() else tensor  # pyright: ignore[reportReturnType]
 
 
 def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The largest value of each element over the ranks, without gradients."""
+    """Maximum of each element over the ranks, without gradients."""
     tensor = tensor.detach()
     if is_distributed():
         tensor = tensor.clone(memory_format=torch.contiguous_format)
@@ -102,7 +103,7 @@ def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class OtherProcessError(RuntimeError):
-    """Another process of the run has met an error; its own message says which."""
+    """Another process of the run raised an error, which it prints."""
 
 
 def any_rank(flag: bool, device: torch.device | None = None) -> bool:
@@ -111,13 +112,13 @@ def any_rank(flag: bool, device: torch.device | None = None) -> bool:
 
 
 def raise_on_all_ranks(error: Exception | None, device: torch.device | None = None) -> None:
-    """Raises `error`, and where another rank has one [`OtherProcessError`]; every rank calls it."""
+    """Raises `error`, or [`OtherProcessError`] if only another rank has an error. All ranks must call it."""
     if any_rank(error is not None, device):
-        raise error or OtherProcessError("Another process has stopped; its own message says why.")
+        raise error or OtherProcessError("Another process failed. See its error message.")
 
 
 def average_gradient(parameter: torch.Tensor) -> torch.Tensor:
-    """`parameter` itself, its gradient averaged over the ranks: for one that no `DistributedDataParallel` holds."""
+    """Returns `parameter` and averages its gradient over the ranks, for use without `DistributedDataParallel`."""
     return _AverageGradient.apply(parameter) if is_distributed() else parameter  # pyright: ignore[reportReturnType]
 
 
@@ -128,7 +129,7 @@ def _summed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _all_gather(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    # all_gather wants the same shape of every rank
+    # all_gather needs the same shape on every rank
     padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
     padded[: len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in sizes]
@@ -137,7 +138,7 @@ def _all_gather(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """The gradient goes to `pending`, [(its sum over the ranks, being computed; the work to wait for)]."""
+    """Appends to `pending` the sum of the gradients over the ranks, still being computed, and its handle."""
 
     @staticmethod
     def forward(
@@ -153,7 +154,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        # gloo has no reduce_scatter for uneven parts
+        # gloo has no reduce_scatter for parts of different sizes
         total = grad.clone(memory_format=torch.contiguous_format)
         work = dist.all_reduce(total, async_op=True)
         assert work is not None

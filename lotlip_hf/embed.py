@@ -1,4 +1,4 @@
-"""Embeddings of a folder of images or a file of texts in a Parquet file; an interrupted run goes on where it was."""
+"""Writes the embeddings of a folder of images or a file of texts to a Parquet file; interrupted runs resume."""
 
 import hashlib
 import itertools
@@ -16,14 +16,13 @@ import pyarrow.parquet as pq
 
 from .data.readers import KINDS, column_of, every_row, value_of
 from .encoder import Encoder, warn_of_cut_texts
-from .files import PARTIAL, check_output, printable, replacing, set_aside_no_folder
+from .files import PARTIAL, check_output, printable, replacing, set_aside_unless_folder
 from .search import build_index
 from .store import CUT, WHOLE, EmbeddingStore
 
 logger = logging.getLogger(__name__)
 
-# Rows of the Parquet file that are in memory at a time.
-WRITE_BLOCK = 1024
+WRITE_BLOCK = 1024  # rows of the Parquet file in memory at a time
 TEXT_FILES = (".txt", *(extension for extension, kind in KINDS.items() if kind != "webdataset"))
 
 
@@ -40,25 +39,36 @@ def embed_images(
     """
     Writes the embeddings of a folder's images to a Parquet file with the columns `file` and `embedding`.
 
-    `file` is relative to the folder. Until the file is complete, what is computed is kept in `<output>.partial/`, and
-    the same call goes on from there. The model's name and the encoder's fingerprint are in the schema's metadata.
+    `file` is the path relative to the folder. The schema metadata contain the name of the model and the fingerprint of
+    the encoder. Embeddings are saved in `<output>.partial/` until the file is complete, so the same call resumes
+    after an interruption.
 
     Args:
-        encoder ([`Encoder`]): the dual encoder.
-        folder (`str` or `os.PathLike`): the folder.
-        output (`str` or `os.PathLike`): the Parquet file.
-        image_root (`str` or `os.PathLike`, *optional*, defaults to `folder`):
-            The folder that links in `folder` must not lead out of.
-        batch_size (`int`, *optional*, defaults to 32): images in a batch.
-        overwrite (`bool`, *optional*, defaults to `False`): whether `output` may be replaced.
-        progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+        encoder (`Encoder`): Dual encoder.
+        folder (`str` or `os.PathLike`): Folder of images, with its subfolders.
+        output (`str` or `os.PathLike`): Parquet file to write.
+        image_root (`str` or `os.PathLike`, *optional*, defaults to `folder`): Links to files outside of this folder
+            are not followed.
+        batch_size (`int`, *optional*, defaults to 32): Number of images in a batch.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether `output` may be replaced.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Returns:
-        `tuple[int, dict[str, str]]`: how many images were written; those skipped, relative to the folder, with the
-        reasons.
+        `tuple[int, dict[str, str]]`: Number of images written, and the reason for each skipped image, by its path
+        relative to the folder.
 
     Raises:
-        ValueError, OSError: as `check_output` and [`~lotlip_hf.search.build_index`].
+        `ValueError`: If the folder has no readable image.
+        `OSError`: If the folder does not exist, or `output` exists or cannot be written.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf import load_encoder
+    >>> from lotlip_hf.embed import embed_images
+
+    >>> written, skipped = embed_images(load_encoder("checkpoint"), "photos", "photos.parquet")
+    ```
     """
     check_output(output, overwrite=overwrite)
     partial = _partial_folder(output)
@@ -72,7 +82,7 @@ def embed_images(
                 names = [
                     os.fsencode(name).decode(errors="backslashreplace") for name in index.files[start:][:WRITE_BLOCK]
                 ]
-                yield names, store.vectors(index.places[start : start + WRITE_BLOCK])
+                yield names, store.vectors(index.locations[start : start + WRITE_BLOCK])
 
         _write_parquet(output, "file", batches(), encoder, store)
     shutil.rmtree(partial)
@@ -90,34 +100,50 @@ def embed_texts(
     progress: bool = True,
 ) -> int:
     """
-    Writes the embeddings of a file's texts, in its order, to a Parquet file with the columns `text` and `embedding`.
+    Writes the embeddings of a file's texts to a Parquet file with the columns `text` and `embedding`.
 
-    Interruptions and metadata as in `embed_images`. A text that is there more than once is encoded once.
+    The rows are in the order of the file. A repeated text is encoded once. Metadata and interruptions are handled as
+    in [`embed_images`].
 
     Args:
-        encoder ([`Encoder`]): the dual encoder.
-        file (`str` or `os.PathLike`): the texts, see `read_texts`.
-        output (`str` or `os.PathLike`): the Parquet file.
-        column (`str`, *optional*, defaults to `"text"`): the texts' column.
-        batch_size (`int`, *optional*, defaults to 64): texts of full length in a batch.
-        overwrite, progress: as in `embed_images`.
+        encoder (`Encoder`): Dual encoder.
+        file (`str` or `os.PathLike`): File of texts; see [`read_texts`] for the formats.
+        output (`str` or `os.PathLike`): Parquet file to write.
+        column (`str`, *optional*, defaults to `"text"`): Column of the texts.
+        batch_size (`int`, *optional*, defaults to 64): Number of texts of maximum length in a batch; batches of
+            shorter texts are larger.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether `output` may be replaced.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Returns:
-        `int`: how many texts were written.
+        `int`: Number of texts written.
 
     Raises:
-        ValueError, OSError: as `check_output` and `read_texts`.
+        `ValueError`: If the file has no texts or cannot be parsed.
+        `OSError`: If the file does not exist, or `output` exists or cannot be written.
+
+    Example:
+
+    ```python
+    >>> from pathlib import Path
+    >>> from lotlip_hf import load_encoder
+    >>> from lotlip_hf.embed import embed_texts
+
+    >>> _ = Path("texts.txt").write_text("A cat on a sofa.\\nA dog in the snow.\\n")
+    >>> embed_texts(load_encoder("checkpoint"), "texts.txt", "texts.parquet")
+    2
+    ```
     """
     check_output(output, overwrite=overwrite)
     partial = _partial_folder(output)
-    # To the end: what is wrong with the file shows before the long work.
+    # Reads the whole file once, to find errors before the long work.
     digests = Counter(_digest(text) for text in read_texts(file, column))
     if not digests:
         raise _no_texts(file)
 
     made_by = encoder.fingerprint("text")
     with EmbeddingStore(partial, made_by, encoder.dim) as store:
-        known = store.held(digests).places
+        known = store.held(digests).locations
         keys: list[str] = []
 
         def new_texts() -> Iterator[str]:
@@ -136,25 +162,25 @@ def embed_texts(
                 ):
                     add(keys[index], embedding.numpy(), CUT if was_cut else WHOLE)
         except KeyboardInterrupt:
-            kept = len(store.held(digests).places)
+            kept = len(store.held(digests).locations)
             logger.warning(
-                "Interrupted: %d embeddings are kept in %s; the same command goes on from there.", kept, store.path
+                "Interrupted: %d embeddings are kept in %s. Run the same command to resume.", kept, store.path
             )
             raise
         held = store.held(digests)
-        # Of the whole file, what an interrupted run encoded included.
+        # Counts all texts of the file, also those that an interrupted run encoded.
         cut = sum(digests[key] for key, stamp in held.stamps.items() if stamp == CUT)
         warn_of_cut_texts(cut, digests.total(), encoder.max_text_length)
 
         def batches() -> Iterator[tuple[list[str], np.ndarray]]:
             texts = read_texts(file, column)
             while block := list(itertools.islice(texts, WRITE_BLOCK)):
-                missing = [text for text in block if _digest(text) not in held.places]
+                missing = [text for text in block if _digest(text) not in held.locations]
                 if missing:
                     raise ValueError(
-                        f"{file}: changed while it was read, {missing[0][:50]!r} is new; run the same again."
+                        f"{file}: changed during the run, {missing[0][:50]!r} is new. Run the same command again."
                     )
-                yield block, store.vectors([held.places[_digest(text)] for text in block])
+                yield block, store.vectors([held.locations[_digest(text)] for text in block])
 
         _write_parquet(output, "text", batches(), encoder, store)
     shutil.rmtree(partial)
@@ -163,71 +189,74 @@ def embed_texts(
 
 def check_texts(file: str | os.PathLike, column: str = "text") -> None:
     """
-    Finds out before a model is loaded whether a file has texts, by the first of them.
+    Checks before a model is loaded that a file has texts, by reading the first one.
 
     Args:
-        file, column: as in `read_texts`.
+        file (`str` or `os.PathLike`): File of texts; see [`read_texts`] for the formats.
+        column (`str`, *optional*, defaults to `"text"`): Column of the texts.
 
     Raises:
-        ValueError, OSError: as `read_texts`, and if there is none.
+        `ValueError`: If the file has no texts or cannot be parsed.
+        `OSError`: If the file cannot be read.
     """
     if next(read_texts(file, column), None) is None:
         raise _no_texts(file)
 
 
 def _no_texts(file: str | os.PathLike) -> ValueError:
-    return ValueError(f"{file}: no texts in this file.")
+    return ValueError(f"{file}: the file has no texts.")
 
 
 def read_texts(file: str | os.PathLike, column: str = "text") -> Iterator[str]:
     """
-    Reads texts one by one.
+    Reads the texts of a file one by one.
 
     Args:
-        file (`str` or `os.PathLike`):
-            UTF-8 with a text on each line, an empty line being an empty text (`.txt`); an object on each line
-            (`.jsonl`) or a list of them (`.json`); `.csv` or `.tsv` with a header; or `.parquet`.
-        column (`str`, *optional*, defaults to `"text"`):
-            The texts' column, or the way to a value in it (`conversations[1].value`), except in `.txt`. Of a list each
-            text is one.
+        file (`str` or `os.PathLike`): UTF-8 file with one text on each line (`.txt`; an empty line is an empty text),
+            one JSON object on each line (`.jsonl`), a list of JSON objects (`.json`), a table with a header (`.csv`,
+            `.tsv`), or `.parquet`.
+        column (`str`, *optional*, defaults to `"text"`): Column of the texts, or the path of a value in it
+            (`conversations[1].value`). Ignored for `.txt`. If the value is a list, each item is a text.
 
     Yields:
-        `str`: the texts in order.
+        `str`: The texts, in order.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is of another kind, or damaged, or has no such column, or a value is not a text.
+        `FileNotFoundError`: If the file does not exist.
+        `ValueError`: If the file has another extension, is damaged, has no such column, or a value is not a text.
     """
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     if path.suffix.lower() not in TEXT_FILES:
-        raise ValueError(f"{path}: expected a file that ends in {', '.join(TEXT_FILES)}.")
+        raise ValueError(f"{path}: not a file of texts. Pass a file that ends in {', '.join(TEXT_FILES)}.")
     row = 0
     try:
         for row, value in enumerate(_values(path, column), 1):
             for text in value if isinstance(value, list) else [value]:
                 if not isinstance(text, str):
                     found = "nothing" if text is None else printable(repr(text)[:50])
-                    raise ValueError(f"{path}, row {row}: expected a text in {column!r}, got {found}.")
-                text.encode()  # lone surrogates, which JSON can hold, are no text
+                    raise ValueError(
+                        f"{path}, row {row}: expected a text in {column!r}, got {found}. Pass another --column."
+                    )
+                text.encode()  # fails on lone surrogates, which JSON allows
                 yield text
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise ValueError(f"{path}, about row {row}: not valid Unicode ({error.reason}).") from error
+        raise ValueError(f"{path}, about row {row}: not valid Unicode ({error.reason}). Save it as UTF-8.") from error
 
 
 def _values(path: Path, column: str) -> Iterator[Any]:
-    """The values of a file's texts, row by row."""
+    """Yields the value of `column` in each row, or each line of a `.txt` file."""
     if path.suffix.lower() == ".txt":
         with open(path, encoding="utf-8-sig") as file:
             for line in file:
                 yield line.removesuffix("\n")
         return
-    # images may be in the other columns
+    # Reads only this column: others may contain images.
     for row, values in enumerate(every_row(path, [column], texts=[column]), 1):
         if column_of(column, values) is None:
             found = ", ".join(map(repr, values)) or "none"
-            raise ValueError(f"{path}, row {row}: no column {column!r} (--column); found {found}.")
+            raise ValueError(f"{path}, row {row}: no column {column!r}. Pass --column with one of: {found}.")
         yield value_of(values, column)
 
 
@@ -237,7 +266,7 @@ def _digest(text: str) -> str:
 
 def _partial_folder(output: str | os.PathLike) -> Path:
     folder = Path(f"{os.fspath(output)}{PARTIAL}")
-    set_aside_no_folder(folder)
+    set_aside_unless_folder(folder)
     return folder
 
 
@@ -248,7 +277,7 @@ def _write_parquet(
     encoder: Encoder,
     store: EmbeddingStore,
 ) -> None:
-    """Writes the file, whole or not at all."""
+    """Writes the file under a temporary name, and renames it when it is complete."""
     schema = pa.schema(
         [(column, pa.string()), ("embedding", pa.list_(pa.float32(), store.dim))],
         metadata={"model": encoder.name, "fingerprint": store.made_by},

@@ -1,4 +1,4 @@
-"""Texts and images to normalised embeddings, whatever computes them."""
+"""Encodes texts and images as embeddings, with any engine."""
 
 import hashlib
 import itertools
@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .engines.onnx import LoTLIPOnnxModel, OnnxEngine, is_onnx, load_onnx
@@ -22,24 +21,25 @@ from .engines.torch import Modality, TorchEngine
 from .files import MAX_CHARACTERS
 from .images import Background, ImageError, ImageSource
 from .loading import load_model
+from .terminal import progress_bar
 
 logger = logging.getLogger(__name__)
 
-# Texts are tokenised and sorted by length this many at a time.
+# Number of texts that are tokenised and sorted by length together.
 TEXT_CHUNK = 4096
-# A batch of as many tokens keeps a processor busy; in a larger one no text is much shorter than the longest.
+# Batches with this many tokens use the processor fully. Larger batches contain only texts of similar length.
 ENOUGH_TOKENS = 1024
-# Beyond it a layer's activations of BERT-base (32 MB) are allocated from the system each time, which costs more.
+# Activations of a BERT-base layer for more tokens (32 MB) are allocated from the system each time, which is slower.
 CPU_TOKENS = 2048
 SIMILAR_LENGTH = 0.9
-# Two special tokens and a word.
+# Two special tokens and one word.
 MIN_LENGTH = 3
-# Part of every fingerprint. Raised when the same model comes to give another embedding of the same file or text.
+# Versions in every fingerprint. Raise one if a change of the code changes embeddings.
 FORMAT_VERSIONS: dict[Modality, int] = {"image": 3, "text": 1}
 
 
 class Engine(Protocol):
-    """What an [`Encoder`] asks of a model: see [`~lotlip_hf.engines.torch.TorchEngine`] for each member."""
+    """Methods and attributes that an [`Encoder`] needs, see [`~lotlip_hf.engines.torch.TorchEngine`] for each."""
 
     name: str
     revision: str | None
@@ -73,22 +73,23 @@ class Engine(Protocol):
 
 class Encoder:
     """
-    A dual encoder: texts and images to embeddings. [`load_encoder`] makes one from a checkpoint.
+    A dual encoder that computes embeddings of texts and images. [`load_encoder`] loads one from a checkpoint.
 
     Args:
-        model (`PreTrainedModel`):
-            LoTLIP, or any model with CLIP's `get_text_features` and `get_image_features`. It is used where it is: on
-            its device, its mode left as it was.
-        processor (`ProcessorMixin`): the model's processor, or its tokenizer or image processor alone.
+        model (`PreTrainedModel`): LoTLIP, or a model with CLIP's `get_text_features` and `get_image_features`. Its
+            device and its training mode do not change.
+        processor (`ProcessorMixin`): Processor of the model, or only a tokenizer or an image processor.
 
     Example:
 
     ```python
-    >>> from lotlip_hf import load_encoder
+    >>> from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor
 
-    >>> encoder = load_encoder("path/to/checkpoint")  # doctest: +SKIP
-    >>> texts = encoder.encode_texts(["a dog", "a cat"])  # doctest: +SKIP
-    >>> scores = texts @ encoder.encode_images(["dog.jpg"]).T  # doctest: +SKIP
+    >>> encoder = Encoder(LoTLIPModel.from_pretrained("checkpoint"), LoTLIPProcessor.from_pretrained("checkpoint"))
+    >>> texts = encoder.encode_texts(["a dog", "a cat"], progress=False)
+    >>> images = encoder.encode_images(["photos/cat.png"], progress=False)
+    >>> (texts @ images.T).shape  # cosine similarities
+    torch.Size([2, 1])
     ```
     """
 
@@ -99,7 +100,7 @@ class Encoder:
 
     @classmethod
     def from_engine(cls, engine: Engine) -> "Encoder":
-        """An encoder on any [`Engine`]."""
+        """Returns an encoder that uses an [`Engine`]."""
         encoder = cls.__new__(cls)
         encoder.engine = engine
         encoder._dim = None
@@ -107,37 +108,37 @@ class Encoder:
 
     @property
     def name(self) -> str:
-        """The folder or Hub id that the model was loaded from."""
+        """Folder or Hub id of the model."""
         return self.engine.name
 
     @property
     def revision(self) -> str | None:
-        """The commit on the Hub that the model was loaded from; `None` for a model from a folder."""
+        """Commit of the model on the Hub, or `None` for a folder."""
         return self.engine.revision
 
     @property
     def versions(self) -> dict[str, str]:
-        """Versions of what computes the features beside PyTorch and transformers, by name."""
+        """Versions of the libraries that compute features, in addition to PyTorch and transformers."""
         return {name: sys.modules[name].__version__ for name in self.engine.libraries if name in sys.modules}
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Device of the model."""
         return self.engine.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights."""
+        """Type of the weights."""
         return self.engine.dtype
 
     @property
     def max_text_length(self) -> int:
-        """The longest text that is not cut, in tokens, special ones included."""
+        """Maximum length of a text in tokens, special tokens included. Longer texts are cut."""
         return self.engine.max_text_length
 
     @property
     def dim(self) -> int:
-        """The number of dimensions P of the embeddings; of an encoder that is new, by encoding a text."""
+        """Number P of dimensions of the embeddings. A new encoder encodes a text to find it."""
         if self._dim is None:
             self._dim = self.encode_texts(["a"], progress=False).shape[1]
         return self._dim
@@ -146,26 +147,25 @@ class Encoder:
         self, texts: Iterable[str], *, batch_size: int = 64, max_length: int | None = None, progress: bool = True
     ) -> torch.Tensor:
         """
-        Encodes texts as normalised embeddings.
+        Encodes texts as embeddings.
 
-        Texts are encoded with others of similar length, so that little is padded, and cut at the length the model
-        takes; how many were cut is logged once. An embedding does not depend on the other texts.
+        Texts of similar length are encoded together to avoid padding. An embedding does not depend on the other texts.
+        Texts longer than the model's maximum length are cut, with a warning that counts them.
 
         Args:
-            texts (`Iterable[str]`): the texts.
-            batch_size (`int`, *optional*, defaults to 64):
-                Texts of full length in a batch, at most. Shorter texts share the same number of tokens, so more of
-                them fit.
-            max_length (`int`, *optional*): tokens to cut the texts at; by default as many as the model takes.
-            progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+            texts (`Iterable[str]`): Texts.
+            batch_size (`int`, *optional*, defaults to 64): Maximum number of texts of full length per batch. A batch
+                of shorter texts contains more texts and as many tokens.
+            max_length (`int`, *optional*): Maximum length of a text in tokens. Defaults to the model's.
+            progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
         Returns:
-            `torch.Tensor`: float32 on the CPU, of shape [N, P], each row of length 1, in the order of `texts`.
+            `torch.Tensor`: Embeddings [N, P] in the order of `texts`, normalised, in float32 on the CPU.
 
         Raises:
-            TypeError: if `texts` is not a list (or other iterable) of strings.
-            ValueError:
-                If a text is not valid Unicode, the features are not finite, or the model does not take `max_length`.
+            `TypeError`: If `texts` is not a list (or other iterable) of strings.
+            `ValueError`: If a text is not valid Unicode, if the features are not finite, or if `max_length` is longer
+                than the model's.
         """
         rows: dict[int, torch.Tensor] = {}
         cut = 0
@@ -183,27 +183,27 @@ class Encoder:
         self, images: Iterable[ImageSource], *, batch_size: int = 32, progress: bool = True
     ) -> torch.Tensor:
         """
-        Encodes images as normalised embeddings. Files are read and prepared in threads.
+        Encodes images as embeddings. Threads read and prepare the files.
 
         Args:
-            images (`Iterable`):
-                The images: paths, bytes of image files, PIL images or arrays; see [`~lotlip_hf.images.load_image`].
-            batch_size (`int`, *optional*, defaults to 32): images in a batch.
-            progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+            images (`Iterable`): Images: paths, bytes of image files, PIL images or arrays, see
+                [`~lotlip_hf.images.load_image`].
+            batch_size (`int`, *optional*, defaults to 32): Number of images per batch.
+            progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
         Returns:
-            `torch.Tensor`: float32 on the CPU, of shape [N, P], each row of length 1, in the order of `images`.
+            `torch.Tensor`: Embeddings [N, P] in the order of `images`, normalised, in float32 on the CPU.
 
         Raises:
-            TypeError: if `images` is not a list (or other iterable) of images.
-            ImageError: if an image cannot be read; the message names it.
+            `TypeError`: If `images` is not a list (or other iterable) of images.
+            `ImageError`: If an image cannot be read. The message names it.
         """
         rows = []
         for _, result in self.iterate_images(images, batch_size=batch_size, progress=progress):
             if isinstance(result, ImageError):
                 raise result
             rows.append(result)
-        if not rows:  # one image is encoded for the width
+        if not rows:  # encode an image to find the width
             return self.encode_images([Image.new("RGB", (1, 1))], progress=False)[:0]
         return torch.stack(rows)
 
@@ -217,29 +217,28 @@ class Encoder:
         total: int | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, bool]]:
         """
-        Encodes texts and yields each embedding as soon as it is computed. Arguments and errors as in `encode_texts`.
+        Encodes texts and yields each embedding as soon as it is computed. Other arguments and errors are those of
+        [`encode_texts`].
 
         Args:
-            total (`int`, *optional*): number of texts, for the progress bar, if `texts` has no length.
+            total (`int`, *optional*): Number of texts for the progress bar, if `texts` has no length.
 
         Yields:
-            `tuple[int, torch.Tensor, bool]`: the text's index in `texts`, its embedding [P], and whether the text was
-            cut; not in order.
+            `tuple[int, torch.Tensor, bool]`: Index of the text in `texts`, its embedding [P], and whether the text was
+                cut. The order is not that of `texts`.
         """
         if isinstance(texts, str) or not isinstance(texts, Iterable):
-            raise TypeError(f"`texts` must be a list of strings, got one {type(texts).__name__}: pass [text].")
+            raise TypeError(f"`texts` must be a list of strings, got a {type(texts).__name__}. Pass [text].")
         _check_batch_size(batch_size)
         longest = self.max_text_length
         if max_length is None:
             max_length = longest
         elif not MIN_LENGTH <= max_length <= longest:
             raise ValueError(
-                f"`max_length` must be from {MIN_LENGTH} to the {longest} tokens that the model takes, "
-                f"got {max_length}."
+                f"`max_length` is {max_length}. Use {MIN_LENGTH} to {longest} tokens, the maximum length of the model."
             )
-        with tqdm(
-            total=_length(texts) if total is None else total, desc="Encoding texts", unit="text", disable=not progress
-        ) as bar:
+        total = _length(texts) if total is None else total
+        with progress_bar(total=total, desc="Encoding texts", unit="text", shown=progress) as bar:
             batches = self._text_batches(texts, batch_size, max_length)
             for batch, embeddings in self._embed_batches(self.engine.text_features, batches):
                 bar.update(len(batch))
@@ -249,7 +248,7 @@ class Encoder:
     def _text_batches(
         self, texts: Iterable[str], batch_size: int, max_length: int
     ) -> Iterator[tuple[list[tuple[int, bool]], dict[str, torch.Tensor]]]:
-        """Batches of texts of similar length: each text's index, whether it was cut, and the model's inputs."""
+        """Batches of texts of similar length: index of each text and whether it was cut, and the model's inputs."""
         engine = self.engine
         tokens = batch_size * max_length
         if engine.device.type == "cpu":
@@ -260,7 +259,7 @@ class Encoder:
                 _check_text(text, index)
             encoded, was_cut = engine.tokenize(chunk, max_length)
             lengths = [len(ids) for ids in encoded["input_ids"]]
-            # Longest first: if memory does not suffice, it shows at once.
+            # Encode the longest texts first, so that a lack of memory shows at once.
             order = sorted(range(len(chunk)), key=lambda index: -lengths[index])
             while order:
                 width = self.max_text_length if engine.pads_to_full_length else lengths[order[0]]
@@ -276,19 +275,19 @@ class Encoder:
         self, images: Iterable[ImageSource], *, batch_size: int = 32, progress: bool = False
     ) -> Iterator[tuple[int, torch.Tensor | ImageError]]:
         """
-        Encodes images and yields each embedding as soon as it is computed. Arguments as in `encode_images`.
+        Encodes images and yields each embedding as soon as it is computed. Arguments are those of [`encode_images`].
 
         Yields:
-            `tuple[int, torch.Tensor | ImageError]`: the image's index in `images` and its embedding [P], or the error
-            if it cannot be read; errors come early, embeddings in order.
+            `tuple[int, torch.Tensor | ImageError]`: Index of the image in `images` and its embedding [P], or the error
+                if it cannot be read. Embeddings come in order, errors may come earlier.
         """
         if isinstance(images, ImageSource) or not isinstance(images, Iterable):
-            raise TypeError(f"`images` must be a list of images, got one {type(images).__name__}: pass [image].")
+            raise TypeError(f"`images` must be a list of images, got a {type(images).__name__}. Pass [image].")
         _check_batch_size(batch_size)
         engine = self.engine
 
         def opened() -> Iterator[tuple[int, ImageSource | ImageError]]:
-            # Files are read in the threads. An image in memory may be there twice, and PIL loads it on first use.
+            # Threads open files, but not images in memory: two threads could load the same PIL image.
             for index, source in enumerate(images):
                 if isinstance(source, str | os.PathLike | bytes):
                     yield index, source
@@ -318,7 +317,7 @@ class Encoder:
                 bar.update()
                 yield index, embedding
 
-        with tqdm(total=_length(images), desc="Encoding images", unit="image", disable=not progress) as bar:
+        with progress_bar(total=_length(images), desc="Encoding images", unit="image", shown=progress) as bar:
             for index, result in _map_ahead(read, opened(), ahead=2 * batch_size):
                 if isinstance(result, ImageError):
                     bar.update()
@@ -332,10 +331,8 @@ class Encoder:
 
     def fingerprint(self, modality: Modality) -> str:
         """
-        Names what makes the embeddings of a modality: that tower's weights and configuration, and how its input is
-        prepared.
-
-        The same weights give the same fingerprint wherever they lie; other weights, in another dtype too, never do.
+        Returns a hash of everything that determines a modality's embeddings: the tower's weights and configuration,
+        and the preparation of its inputs. It does not depend on the folder. Another dtype gives another hash.
 
         Args:
             modality (`str`): `"image"` or `"text"`.
@@ -355,10 +352,7 @@ class Encoder:
         features: Callable[[dict[str, torch.Tensor]], torch.Tensor],
         batches: Iterable[tuple[Any, dict[str, torch.Tensor]]],
     ) -> Iterator[tuple[Any, torch.Tensor]]:
-        """Each batch's embeddings [B, P] on the CPU, in order.
-
-        A device computes while Python goes on, so its results are fetched when the next batch is under way.
-        """
+        """Embeddings [B, P] of each batch on the CPU, in order. The next batch starts before they are fetched."""
         waiting: list[tuple[Any, torch.Tensor]] = []
         ahead = 0 if self.device.type == "cpu" else 1
         try:
@@ -368,7 +362,7 @@ class Encoder:
                     batch, embeddings = waiting.pop(0)
                     yield batch, self._fetch(embeddings)
         except Exception:
-            # What was computed before an error is not lost.
+            # Yield the batches that were computed before the error.
             for batch, embeddings in waiting:
                 yield batch, self._fetch(embeddings)
             raise
@@ -376,11 +370,11 @@ class Encoder:
             yield batch, self._fetch(embeddings)
 
     def _fetch(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The embeddings on the CPU, as an ordinary tensor, which autograd takes."""
+        """Copies embeddings to the CPU, as tensors that autograd accepts."""
         embeddings = embeddings.cpu()
         self._dim = embeddings.shape[-1]
         if not torch.isfinite(embeddings).all():
-            raise ValueError(f"The model's features are not finite (its dtype is {self.dtype}): try another dtype.")
+            raise ValueError(f"The features of the model are not finite in {self.dtype}. Try another dtype.")
         return embeddings.clone()
 
 
@@ -392,32 +386,41 @@ def load_encoder(
     revision: str | None = None,
 ) -> Encoder:
     """
-    Loads a dual encoder with its processor, and refuses a checkpoint that does not fit.
+    Loads a dual encoder and its processor. Raises an error if the checkpoint is incomplete or does not fit.
 
     Args:
-        name_or_path (`str` or `os.PathLike`):
-            A checkpoint folder or a Hub id: LoTLIP, or a stock dual encoder (CLIP, SigLIP, ...); or a folder that
-            `lotlip convert onnx` wrote; or a model of open_clip, such as
-            `"open_clip:ViT-B-32-quickgelu/openai"` (names: [`~lotlip_hf.engines.open_clip.load_open_clip`]).
-        device (`str` or `torch.device`, *optional*):
-            Where to put the model; by default the accelerator, if there is one.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
-            Of the weights; `"auto"` keeps the checkpoint's.
-        revision (`str`, *optional*): branch, tag or commit of a Hub id.
+        name_or_path (`str` or `os.PathLike`): Folder or Hub id of a LoTLIP or of a stock dual encoder (CLIP, SigLIP,
+            ...); a folder that `lotlip convert onnx` wrote; or a model of open_clip, such as
+            `"open_clip:ViT-B-32-quickgelu/openai"`, see [`~lotlip_hf.engines.open_clip.load_open_clip`].
+        device (`str` or `torch.device`, *optional*): Device of the model. Defaults to the accelerator, or the CPU.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Type of the weights. `"auto"` keeps the type
+            in the checkpoint.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
 
     Returns:
-        [`Encoder`]: the encoder.
+        [`Encoder`]: The encoder.
 
     Raises:
-        ValueError, OSError: as [`~lotlip_hf.loading.load_model`], and if `revision` is of something that has none.
-        ImportError: if open_clip or ONNX Runtime is missing; the message says what to install.
+        `ValueError`: As [`~lotlip_hf.loading.load_model`], or if `revision` is passed for a folder or open_clip.
+        `OSError`: If the checkpoint is not found.
+        `ImportError`: If open_clip or ONNX Runtime is not installed.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf import load_encoder
+
+    >>> encoder = load_encoder("checkpoint")
+    >>> len(encoder.encode_texts(["a dog", "a cat"], progress=False))
+    2
+    ```
     """
     name = os.fspath(name_or_path)
     if name.startswith(OPEN_CLIP):
         if revision is not None:
             raise ValueError(
-                f"{name}: open_clip takes the main branch, not `revision` {revision!r}. Fetch it (hf download "
-                f"ORG/NAME --revision {revision} --local-dir FOLDER) and load {OPEN_CLIP}local-dir:FOLDER."
+                f"{name}: open_clip does not support `revision` {revision!r}. Download it (hf download ORG/NAME "
+                f"--revision {revision} --local-dir FOLDER) and load {OPEN_CLIP}local-dir:FOLDER."
             )
         return Encoder.from_engine(load_open_clip(name, device, dtype))
     if revision is None and is_onnx(name):
@@ -426,7 +429,7 @@ def load_encoder(
 
 
 def warn_of_cut_texts(cut: int, count: int, max_length: int) -> None:
-    """Says how many of `count` texts were cut at `max_length` tokens, if any were."""
+    """Logs how many of `count` texts were cut at `max_length` tokens."""
     if cut:
         logger.warning("%d of %d texts were cut at %d tokens.", cut, count, max_length)
 
@@ -437,14 +440,14 @@ def _length(items: Iterable[Any]) -> int | None:
 
 def _check_batch_size(batch_size: int) -> None:
     if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be a whole number of at least 1, got {batch_size!r}.")
+        raise ValueError(f"`batch_size` is {batch_size!r}. Use a whole number of at least 1.")
 
 
 def _check_text(text: Any, index: int) -> None:
     if not isinstance(text, str):
         raise TypeError(f"texts[{index}] must be a string, got {type(text).__name__}.")
     if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"texts[{index}] has {len(text):,} characters, more than {MAX_CHARACTERS:,}.")
+        raise ValueError(f"texts[{index}] has {len(text):,} characters. The maximum is {MAX_CHARACTERS:,}.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -454,7 +457,7 @@ def _check_text(text: Any, index: int) -> None:
 
 
 def _rows_of_similar_length(lengths: list[int]) -> int:
-    """How many of these texts, the longest first, to encode together: more padding would cost more than a batch."""
+    """Number of these texts, longest first, to encode together: more padding would cost more than another batch."""
     longest = max(1, lengths[0])
     enough = -(-ENOUGH_TOKENS // longest)
     return next((row for row in range(enough, len(lengths)) if lengths[row] < SIMILAR_LENGTH * longest), len(lengths))
@@ -465,7 +468,7 @@ def _normalized(features: torch.Tensor) -> torch.Tensor:
 
 
 def _map_ahead(function: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:
-    """`map` in threads, in order, with at most `ahead` results waiting."""
+    """`map` in threads, in order, with at most `ahead` waiting results."""
     waiting: deque[Future] = deque()
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:

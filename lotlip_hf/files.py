@@ -1,4 +1,4 @@
-"""Files and names from outside: which may be opened, how much is read, how they are shown; and files written whole."""
+"""Reads untrusted files safely, escapes texts for terminals and Markdown, and writes files atomically."""
 
 import contextlib
 import errno
@@ -17,25 +17,25 @@ from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
-# Bytes of a file, a line or a record that are read into memory at once, where no option says otherwise
+# Default limit in bytes of a file, a line or a record that is read into memory
 MAX_BYTES = 1 << 28
-# Characters of a text that is encoded. Tokenizers take about thirty bytes for each, however few tokens are kept.
+# Maximum number of characters of a text. Tokenizers need about thirty bytes for each, even if they truncate the text.
 MAX_CHARACTERS = 1 << 24
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
 
 
 class OutsideError(ValueError):
-    """A path that leads out of the folder that it must lie in."""
+    """Raised for a path that leads out of the allowed folder."""
 
 
 class FileError(ValueError):
     """
-    A file that is not read.
+    Raised for a file that is refused.
 
     Args:
-        path (`str` or `os.PathLike`): the file.
-        reason (`str`): why.
+        path (`str` or `os.PathLike`): File.
+        reason (`str`): Reason, without a full stop.
     """
 
     def __init__(self, path: str | os.PathLike, reason: str) -> None:
@@ -45,13 +45,13 @@ class FileError(ValueError):
 
 def printable(value: object) -> str:
     """
-    A text as one line that a terminal shows and does not act on.
+    Escapes a text for a terminal: control characters, line ends and marks of writing direction.
 
     Args:
-        value (`object`): a text, a path, or anything with `str()`.
+        value (`object`): Text, path, or any other object that has a `str()`.
 
     Returns:
-        `str`: the text; control characters, line ends and marks of writing direction are spelt as escapes.
+        `str`: One line of printable characters.
 
     Example:
 
@@ -67,14 +67,13 @@ def printable(value: object) -> str:
 
 def markdown_text(value: object) -> str:
     """
-    A text as one line that Markdown and HTML show as it is, in a paragraph, a heading or a cell of a table. Not for a
-    code span, where escapes are no escapes.
+    Escapes a text for a paragraph, a heading or a table cell of Markdown, not for code spans, which show escapes.
 
     Args:
-        value (`object`): a text, a path, or anything with `str()`.
+        value (`object`): Text, path, or any other object that has a `str()`.
 
     Returns:
-        `str`: [`printable`] text with its markup escaped.
+        `str`: One line of printable characters with escaped Markdown and HTML.
 
     Example:
 
@@ -88,29 +87,29 @@ def markdown_text(value: object) -> str:
     text = printable(value).strip()
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*\[\]{}|!~$])", r"\\\1", text)
-    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text)  # inside a word it is no markup
-    return re.sub(r"^(\d*)([-+=#](?!\d)|[.)](?!\S))", r"\1\\\2", text)  # a list, a heading or a rule
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text)  # an underscore inside a word is not markup
+    return re.sub(r"^(\d*)([-+=#](?!\d)|[.)](?!\S))", r"\1\\\2", text)  # list, heading or rule
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks."""
+    """Returns the message of an error without line breaks."""
     return " ".join(str(error).split())
 
 
 def inside(folder: str | os.PathLike, path: str | os.PathLike) -> str:
     """
-    The path of a file that must lie in a folder, links followed.
+    Joins a folder and a path, and checks that the file is in the folder after links are resolved.
 
     Args:
-        folder (`str` or `os.PathLike`): the folder.
-        path (`str` or `os.PathLike`): relative to the folder, or absolute.
+        folder (`str` or `os.PathLike`): Folder.
+        path (`str` or `os.PathLike`): Path relative to the folder, or absolute.
 
     Returns:
-        `str`: `folder` and `path` joined.
+        `str`: The joined path; its links are not resolved.
 
     Raises:
-        OutsideError: if the file lies elsewhere.
-        ValueError: if it is no path at all.
+        `OutsideError`: If the file is not in the folder.
+        `ValueError`: If `path` is not a valid path.
     """
     joined = os.path.join(folder, path)
     root, target = os.path.realpath(folder), os.path.realpath(joined)
@@ -119,18 +118,18 @@ def inside(folder: str | os.PathLike, path: str | os.PathLike) -> str:
     return joined
 
 
-def lies_in(folders: Iterable[str | os.PathLike], path: str | os.PathLike) -> bool:
+def is_inside(folders: Iterable[str | os.PathLike], path: str | os.PathLike) -> bool:
     """
-    Whether a file lies in one of several folders, links followed.
+    Tells whether a file is in one of several folders after links are resolved.
 
     Args:
-        folders (`Iterable[str]`): the folders.
-        path (`str` or `os.PathLike`): the file; a relative path starts from the working directory.
+        folders (`Iterable[str]`): Folders.
+        path (`str` or `os.PathLike`): Absolute path of the file, or path relative to the working directory.
 
     Returns:
-        `bool`: whether it does.
+        `bool`: Whether the file is in one of the folders.
     """
-    file = os.path.join(os.getcwd(), path)  # not `abspath`, which would take `link/..` for the folder of the link
+    file = os.path.join(os.getcwd(), path)  # `abspath` would shorten `link/..` to the folder of the link
     for folder in folders:
         with contextlib.suppress(OutsideError):
             inside(folder, file)
@@ -140,17 +139,17 @@ def lies_in(folders: Iterable[str | os.PathLike], path: str | os.PathLike) -> bo
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """
-    Opens a file to read, unless it is a device or a pipe; never waits for a writer.
+    Opens a regular file for reading. Refuses devices and pipes without waiting for a writer.
 
     Args:
-        path (`str` or `os.PathLike`): the file.
+        path (`str` or `os.PathLike`): File.
 
     Returns:
-        `BinaryIO`: the open file.
+        `BinaryIO`: The open file.
 
     Raises:
-        OSError: if it cannot be opened, or is a folder.
-        FileError: if it is a device or a pipe.
+        `OSError`: If the file cannot be opened or is a folder.
+        `FileError`: If the file is a device or a pipe.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
@@ -166,7 +165,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether a file may be written to: it is missing, or a regular file that has no other name."""
+    """Tells whether a file is safe to write to: it is missing, or a regular file without links to it."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -175,7 +174,7 @@ def is_own_file(path: Path) -> bool:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a file that cannot be used, or the link itself, and returns its new path."""
+    """Renames an unusable file or link, and returns the new path."""
     aside = path.with_name(f"{path.name}{DAMAGED}-{uuid.uuid4().hex[:8]}")
     os.rename(path, aside)
     return aside
@@ -183,48 +182,49 @@ def set_aside(path: Path) -> Path:
 
 def own_folder(root: Path, *names: str) -> Path:
     """
-    A folder to write to, made if need be.
+    Creates a folder to write to, with its parents. A file or link at the path of one of `names` is renamed with a
+    warning.
 
     Args:
-        root (`Path`): a folder that the user named.
-        names (`str`): the folders below it, one in the other; what there is no folder is renamed, with a warning.
+        root (`Path`): Folder given by the user.
+        names (`str`): Nested folders below `root`.
 
     Returns:
-        `Path`: the folder.
+        `Path`: The innermost folder.
 
     Raises:
-        OSError: if it cannot be made.
+        `OSError`: If a folder cannot be created.
     """
     root.mkdir(parents=True, exist_ok=True)
     folder = root
     for name in names:
         folder = folder / name
-        set_aside_no_folder(folder)
+        set_aside_unless_folder(folder)
         folder.mkdir(exist_ok=True)
     return folder
 
 
-def set_aside_no_folder(path: Path) -> None:
-    """Renames what lies where a folder is to be made and is none, a link to one too, with a warning."""
+def set_aside_unless_folder(path: Path) -> None:
+    """Renames a file or link (also a link to a folder) at the path of a new folder, and logs a warning."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        reason = "is a link, which is not followed" if path.is_symlink() else "is no folder"
-        logger.warning("%s %s; it is now %s.", path, reason, set_aside(path).name)
+        reason = "is a link, which is not followed" if path.is_symlink() else "is not a folder"
+        logger.warning("%s %s. It is renamed to %s.", path, reason, set_aside(path).name)
 
 
 def read_regular(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
     """
-    Reads a file whole, unless it is too large.
+    Reads a whole regular file, up to a maximum size.
 
     Args:
-        path (`str` or `os.PathLike`): the file.
-        limit (`int`, *optional*, defaults to 256 MiB): the most bytes that are read.
+        path (`str` or `os.PathLike`): File.
+        limit (`int`, *optional*, defaults to 256 MiB): Maximum size in bytes.
 
     Returns:
-        `bytes`: its contents.
+        `bytes`: Contents of the file.
 
     Raises:
-        OSError: if it cannot be read.
-        FileError: if it is larger, or not a regular file.
+        `OSError`: If the file cannot be read.
+        `FileError`: If the file is larger than `limit` or not a regular file.
     """
     with open_regular(path) as file:
         content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else b""
@@ -235,35 +235,38 @@ def read_regular(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
 
 def parse_json(data: str | bytes) -> Any:
     """
-    Parses JSON from outside.
+    Parses JSON from an untrusted source.
 
     Args:
-        data (`str` or `bytes`): the text.
+        data (`str` or `bytes`): JSON text.
 
     Returns:
-        `Any`: the value.
+        `Any`: The value.
 
     Raises:
-        ValueError: if it is not JSON, not Unicode, or nested deeper than Python's parser goes.
+        `ValueError`: If the text is not JSON, not Unicode, or nested too deeply for Python's parser.
     """
     try:
         return json.loads(data)
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise ValueError("nested too deeply") from error
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """
-    A file to write that takes its name when it is whole, whenever the process or the machine stops.
+    Opens a temporary file, which is renamed to `path` when it is complete and on disk.
 
     Args:
-        path (`Path`): the file; what there is stays until then. A link there is replaced, not followed.
+        path (`Path`): File to write. An existing file or link is replaced.
+
+    Yields:
+        `BinaryIO`: The open temporary file.
 
     Raises:
-        OSError: if it cannot be written; the message names it.
+        `OSError`: If the file cannot be written.
     """
-    # several processes may write the same
+    # A unique name: several processes may write to the same `path`.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         with open(partial, "xb") as file:
@@ -273,13 +276,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:  # not one that says already what happened
+        if isinstance(error, OSError) and error.errno is not None:  # without errno the message is already complete
             raise OSError(f"{path}: cannot be written ({error.strerror or error}).") from error
         raise
 
 
 def publish(written: Path, target: Path) -> None:
-    """Gives a file or folder its name when all of it is on the disk; what there is must be an empty folder."""
+    """Syncs a file or folder to disk, and renames it to `target`, which must be free or an empty folder."""
 
     def sync(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
@@ -297,13 +300,16 @@ def publish(written: Path, target: Path) -> None:
 @contextlib.contextmanager
 def all_or_nothing(target: Path) -> Iterator[Path]:
     """
-    A path to write a folder or file to that becomes `target` when it is whole, by [`publish`].
+    Provides a temporary path for a file or folder, which is renamed to `target` if the context ends without an error.
 
     Args:
-        target (`Path`): a name that is free, or an empty folder.
+        target (`Path`): Final path, which must be free or an empty folder.
+
+    Yields:
+        `Path`: Temporary path to write to.
 
     Raises:
-        OSError: if it cannot be written; the message names it.
+        `OSError`: If the file or folder cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
@@ -312,7 +318,7 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
             yield path
             publish(path, target)
         except Exception as error:
-            # safetensors has an error of its own for what cannot be written, and tokenizers raises `Exception` itself
+            # A failed write raises `SafetensorError` in safetensors, and a plain `Exception` in tokenizers.
             if isinstance(error, SafetensorError) or type(error) is Exception:
                 raise OSError(f"{target}: cannot be written ({printable(error)}).") from error
             if isinstance(error, OSError) and error.errno is not None:
@@ -322,52 +328,53 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
 
 def check_output(output: str | os.PathLike, *, overwrite: bool = False, folder: bool = False) -> None:
     """
-    Finds out before the long work whether its result can be written.
+    Checks before long work that an output can be written.
 
     Args:
-        output (`str` or `os.PathLike`): the file to be.
-        overwrite (`bool`, *optional*, defaults to `False`): whether the file may be there already.
-        folder (`bool`, *optional*, defaults to `False`):
-            Whether it is a folder, made with those above it. It may be there if it is empty.
+        output (`str` or `os.PathLike`): Path of the output.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether the file may exist.
+        folder (`bool`, *optional*, defaults to `False`): Whether the output is a folder. It may exist if it is empty,
+            and its parents may be missing.
 
     Raises:
-        FileExistsError: if something is there already that is not to be overwritten.
-        NotADirectoryError: if its folder is not there, or the path leads through a file.
+        `FileExistsError`: If the output exists and must not be overwritten.
+        `NotADirectoryError`: If the parent folder of a file is missing, or a parent is a file.
     """
     path = Path(output).absolute()
     above = next((one for one in path.parents if one.exists()), path)
     if not above.is_dir():
-        raise NotADirectoryError(f"{output}: {above} is a file; choose another folder.")
+        raise NotADirectoryError(f"{output}: {above} is a file. Choose another folder.")
     if folder:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(f"{output}: exists already; choose another name or remove it.")
+            raise FileExistsError(f"{output}: exists already. Choose another name or delete it.")
         return
     if path.exists() and not path.is_file():
-        raise FileExistsError(f"{output}: {'a folder' if path.is_dir() else 'a device or pipe'}, not a file to write.")
+        kind = "a folder" if path.is_dir() else "a device or pipe"
+        raise FileExistsError(f"{output} is {kind}. Choose the name of a file.")
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{output}: exists already; choose another name, or --overwrite (`overwrite=True`).")
+        raise FileExistsError(f"{output}: exists already. Choose another name or pass --overwrite (`overwrite=True`).")
     if above != path.parent:
-        raise NotADirectoryError(f"{path.parent}: no such folder to write {path.name} in.")
+        raise NotADirectoryError(f"{path.parent}: no such folder. Create it, or choose another path for {path.name}.")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value by [`replacing`]."""
+    """Writes a value as JSON, atomically."""
     with replacing(path) as file:
         file.write(json.dumps(value, ensure_ascii=False, indent=1).encode())
 
 
 class LineError(ValueError):
     """
-    A line of a file of JSON lines that is damaged, but for a last one that was written in part.
+    Raised for a damaged line of a JSON lines file. An incomplete last line is not damaged.
 
     Args:
-        path (`Path`): the file.
-        number (`int`): the line, from 1.
-        line (`bytes`): what it holds.
+        path (`Path`): File.
+        number (`int`): Line number, from 1.
+        line (`bytes`): Contents of the line.
     """
 
     def __init__(self, path: Path, number: int, line: bytes) -> None:
-        super().__init__(f"{path}, line {number}: damaged, got {line[:80]!r}.")
+        super().__init__(f"{path}, line {number} is damaged: {line[:80]!r}.")
         self.path, self.number, self.line = path, number, line
 
 
@@ -375,19 +382,19 @@ def read_json_lines(
     path: Path, fits: Callable[[int, Any], bool] = lambda number, value: True, limit: int = MAX_BYTES
 ) -> Iterator[tuple[bytes, Any]]:
     """
-    Reads JSON lines, also while [`append_json_line`] writes them: half a line at the end is left out.
+    Reads a JSON lines file. Skips an incomplete last line, so that [`append_json_line`] may write at the same time.
 
     Args:
-        path (`Path`): the file.
-        fits (`Callable[[int, Any], bool]`, *optional*): whether the value of a line, numbered from 1, is as expected.
-        limit (`int`, *optional*, defaults to 256 MiB): the most bytes of a line.
+        path (`Path`): File.
+        fits (`Callable[[int, Any], bool]`, *optional*): Check of a line, by its number (from 1) and its value.
+        limit (`int`, *optional*, defaults to 256 MiB): Maximum length of a line in bytes.
 
-    Returns:
-        `Iterator[tuple[bytes, Any]]`: each line with its end, and its value.
+    Yields:
+        `tuple[bytes, Any]`: Line with its line end, and its value.
 
     Raises:
-        OSError: if the file cannot be read.
-        LineError: at a line that is no JSON, does not fit, or is too long.
+        `OSError`: If the file cannot be read.
+        `LineError`: If a line is not JSON, fails the check or is too long.
     """
     with open_regular(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(limit), b""), 1):
@@ -404,15 +411,15 @@ def read_json_lines(
 
 def append_json_line(path: Path, value: Any, *, sync: bool = False) -> None:
     """
-    Appends a value to a file of JSON lines. It replaces half a line at the end, which a killed process may have left.
+    Appends a value to a JSON lines file. Replaces an incomplete last line, which a killed process may have left.
 
     Args:
-        path (`Path`): the file; made with the first line.
-        value (`Any`): the value.
-        sync (`bool`, *optional*, defaults to `False`): whether to wait until the disk holds it.
+        path (`Path`): File, created with the first line.
+        value (`Any`): Value to append.
+        sync (`bool`, *optional*, defaults to `False`): Whether to wait until the line is on disk.
 
     Raises:
-        OSError: if it cannot be written; the message names the file, and the lines before are intact.
+        `OSError`: If the line cannot be written. Earlier lines stay intact.
     """
     line = json.dumps(value).encode() + b"\n"
     try:

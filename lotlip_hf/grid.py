@@ -1,4 +1,4 @@
-"""Ranked images side by side, as one picture."""
+"""Draws ranked images side by side in one picture."""
 
 import io
 import math
@@ -7,27 +7,30 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from .files import check_output, printable, replacing
 from .images import WHITE, Background, ImageError, image_extensions, load_image
 from .search import SearchResult
 
+# Key in a PNG file's metadata of the description that the images are ranked by
+DESCRIPTION = "lotlip search"
+
 
 def check_picture(output: str | os.PathLike) -> None:
     """
-    Finds out before the long work whether a picture can be written.
+    Checks before long work that a picture can be written.
 
     Args:
-        output (`str` or `os.PathLike`): the picture to be.
+        output (`str` or `os.PathLike`): Picture that will be written.
 
     Raises:
-        ValueError: if its extension is not that of an image format that PIL writes.
-        OSError: as [`~lotlip_hf.files.check_output`].
+        `ValueError`: If PIL writes no format with this file extension.
+        `OSError`: If the file cannot be written; see [`~lotlip_hf.files.check_output`].
     """
     image_extensions()  # fills PIL's registry
     if Image.registered_extensions().get(Path(output).suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"{output}: expected a picture that ends in .png, .jpg or another extension that PIL writes.")
+        raise ValueError(f"{output}: PIL writes no format with this extension. Use .png or .jpg, for example.")
     check_output(output, overwrite=True)
 
 
@@ -35,27 +38,40 @@ def save_grid(
     results: Sequence[SearchResult], output: str | os.PathLike, title: str, background: Background = WHITE
 ) -> None:
     """
-    Draws ranked images side by side, each with its rank, score and name, under the description.
+    Draws ranked images side by side, each with its rank, score and file name, below the description.
 
     Args:
-        results (`Sequence[SearchResult]`): what to draw, at least one.
-        output (`str` or `os.PathLike`): the picture to write; its extension gives the format.
-        title (`str`): the description, wrapped; its end is left out if it takes more than eight lines.
-        background (`str` or `Sequence[int]`, *optional*, defaults to `"white"`):
-            What transparent pictures show; see [`~lotlip_hf.images.load_image`].
+        results (`Sequence[SearchResult]`): Ranked images, at least one.
+        output (`str` or `os.PathLike`): Picture to write; the extension sets the format.
+        title (`str`): Description. It is wrapped and cut after eight lines.
+        background (`str` or `Sequence[int]`, *optional*, defaults to `"white"`): Colour behind transparent pixels; see
+            [`~lotlip_hf.images.load_image`].
 
     Raises:
-        ValueError, OSError: if there are no results; as `check_picture`.
+        `ValueError`: If there are no results or PIL writes no format with the extension of `output`.
+        `OSError`: If the picture cannot be written.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf import load_encoder
+    >>> from lotlip_hf.grid import save_grid
+    >>> from lotlip_hf.search import build_index, encode_query
+
+    >>> encoder, text = load_encoder("checkpoint"), "A cat sleeps on a red sofa."
+    >>> results = build_index(encoder, "photos").search(encode_query(encoder, text))
+    >>> save_grid(results, "ranked.png", text)
+    ```
     """
     if not results:
-        raise ValueError("`results` is empty: there is nothing to draw.")
+        raise ValueError("`results` is empty. Pass at least one search result.")
     check_picture(output)
     side, margin, caption = 280, 20, 62  # pixels
     columns = min(5, len(results)) if len(results) < 5 or len(results) % 4 else 4
     width = max(3, columns) * (side + margin) + margin
     names = [printable(result.path.name) for result in results]
     title_font, rank_font, name_font = (_font(size) for size in (20, 22, 15))
-    # Lines differ a little in width from the text's average.
+    # 0.94: some lines are a little wider than the average width of a character suggests.
     characters = int(0.94 * (width - 2 * margin) / (title_font.getlength(title or " ") / max(1, len(title))))
     lines = textwrap.wrap(title, characters, max_lines=8, placeholder=" ...")
     top = margin + 28 * len(lines) + (margin if lines else 0)
@@ -85,13 +101,15 @@ def save_grid(
             name = f"{names[number][:kept]}...{names[number][-kept:]}"
         draw.text((left, upper + side + 37), name, "#606060", name_font)
     picture = io.BytesIO()
-    canvas.save(picture, Image.registered_extensions()[Path(output).suffix.lower()])
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_itxt(DESCRIPTION, title)
+    canvas.save(picture, Image.registered_extensions()[Path(output).suffix.lower()], pnginfo=metadata)
     with replacing(Path(output)) as file:
         file.write(picture.getvalue())
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans, which has most alphabets, or PIL's own."""
+    """Loads DejaVu Sans, which covers most alphabets, or PIL's default font."""
     try:
         return ImageFont.truetype("DejaVuSans.ttf", size)
     except OSError:

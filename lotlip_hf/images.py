@@ -1,4 +1,4 @@
-"""Image files: finding them in a folder, and reading any of them as RGB or saying why it cannot be read."""
+"""Finds image files in a folder and reads images of any kind as RGB."""
 
 import contextlib
 import io
@@ -16,74 +16,73 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from .files import FileError, lies_in, open_regular, read_regular
+from .files import FileError, is_inside, open_regular, read_regular
 
-# What an image may be; a mapping is what `datasets.Image(decode=False)` gives
+# All accepted image types; a mapping is the output of `datasets.Image(decode=False)`
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor | Mapping
-# The colour under transparency, as PIL takes it; `None` drops the alpha channel
+# Colour behind transparent pixels, in a form that PIL accepts; `None` drops the alpha channel
 Background = str | Sequence[int] | None
 WHITE = "white"
 
-# Formats that PIL lists but does not decode itself: EPS and WMF call outside programs, the others are stubs or video.
+# Formats that PIL lists but does not decode itself: EPS and WMF start other programs, the rest are stubs or video.
 EXCLUDED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
-# The largest file that is read, in bytes. Several decoders read a file whole before they look at its size in pixels.
+# Maximum file size. Several decoders read the whole file before they check its size in pixels.
 MAX_FILE_BYTES = 1 << 30
-# The environment variable that sets the pixel limit in this process and those that it starts
+# Environment variable of the pixel limit, inherited by child processes
 MAX_PIXELS_VARIABLE = "LOTLIP_MAX_IMAGE_PIXELS"
-# Twice the size from which on PIL warns
+# Twice PIL's `MAX_IMAGE_PIXELS`, as in PIL's own check
 DEFAULT_MAX_PIXELS = 2 * (1024**3 // 4 // 3)
-# Larger files are read one at a time: metadata in them may fill the memory too.
+# Larger files are read one at a time, because their metadata may fill the memory, too.
 LARGE_FILE_BYTES = 1 << 26
-# Formats that may hold an image of another size than they say
+# Formats whose header may state another size than that of the image inside
 NESTED_FORMATS = ("BLP", "ICNS", "ICO")
 TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF's tags
-# Side in pixels of the tiles in which conversions work that need more memory than their result
+# Side in pixels of a tile; conversions that need much memory work tile by tile
 TILE = 1024
-# Where transformers' image processors have the resizing that most of them share
+# Module of the resizing that most image processors of transformers share
 RESIZING_MODULE = "transformers.image_processing_backends"
-# Longest side over shortest, beyond which an image is thin. Resized to a shortest edge of 224 one of this ratio has
-# 224 x 14,336 pixels.
+# Ratio of the sides above which an image is thin. At this ratio, resizing the shortest edge to 224 gives 224 x 14,336.
 MAX_ASPECT_RATIO = 64
-# Images of more pixels are resized here, where their image processor would copy them whole several times
+# Images with more pixels are resized here, because the image processor would make several full copies.
 LARGE = 1 << 24
 
 EMPTY = "the file is empty"
 NO_MEMORY = "too large for this machine's memory"
-HEIF_HINT = "HEIC and HEIF are read once pillow-heif is installed (pip install pillow-heif)"
+HEIF_HINT = "HEIC and HEIF need pillow-heif (pip install pillow-heif)"
 AVIF_HINT = "AVIF needs a newer Pillow (pip install --upgrade pillow)"
-# How such files begin, after their first four bytes; a name may say something else
+# Bytes 4 to 12 of HEIF and AVIF files, which may have any extension
 BRANDS = {
     **{b"ftyp" + brand: HEIF_HINT for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")},
     **dict.fromkeys((b"ftypavif", b"ftypavis"), AVIF_HINT),
 }
-# Files that are pictures to people, and why they may not be read. What PIL or a plugin does read counts as readable.
+# Advice for image files that PIL cannot read, by extension; used only if PIL and its plugins do not decode them
 HINTS = {
     **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), HEIF_HINT),
     **dict.fromkeys((".avif", ".avifs"), AVIF_HINT),
-    **dict.fromkeys((".svg", ".svgz"), "SVG is drawing instructions, not pixels; convert it, to PNG for example"),
+    **dict.fromkeys((".svg", ".svgz"), "SVG is a vector format; convert the file to PNG, for example"),
 }
 RAW_EXTENSIONS = frozenset(
     ".3fr .arw .cr2 .cr3 .crw .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf "
     ".srw .x3f".split()
 )
-RAW_HINT = "camera raw is not developed here; convert it, to JPEG or TIFF for example"
+RAW_HINT = "camera raw is not supported; convert the file to JPEG or TIFF, for example"
 
-# A JPEG file is decoded at no less than so many times the size that it is resized to. From 3 on, Pillow says of its
-# `reducing_gap`, the result is indistinguishable in most cases.
+# A JPEG file is decoded at no less than this multiple of its final size. By Pillow's documentation of `reducing_gap`,
+# the result for 3 is in most cases indistinguishable from the exact one.
 DRAFT_MARGIN = 3
 
-# PIL fills its registry of formats on first use, which two threads must not do at once.
+# PIL fills its registry of formats on first use, which is not safe in two threads at once.
 _registry_lock = threading.Lock()
 
 
 class _PixelBudget:
-    """Lets threads decode images of no more pixels together than the largest image may have; the others wait."""
+    """Limits the pixels that all threads decode at the same time to `max_image_pixels`; other threads wait."""
 
     def __init__(self) -> None:
         self._reset()
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._reset)  # the threads that hold pixels stay behind
+            os.register_at_fork(after_in_child=self._reset)  # the threads of the parent do not exist in the child
 
     def _reset(self) -> None:
         self._change = threading.Condition()
@@ -91,7 +90,7 @@ class _PixelBudget:
 
     @contextlib.contextmanager
     def hold(self, pixels: int | None = None) -> Iterator[None]:
-        """Waits until there is room for so many pixels; `None` is for an image that says its size too late."""
+        """Waits until `pixels` are free. `None`, for an image of unknown size, reserves the whole limit."""
         limit = max_image_pixels() or DEFAULT_MAX_PIXELS
         pixels = limit if pixels is None else pixels
         with self._change:
@@ -110,13 +109,13 @@ _budget = _PixelBudget()
 
 class ImageError(ValueError):
     """
-    An image that cannot be read.
+    Raised for an image that cannot be read.
 
     Args:
-        name (`str`): path of the file, or the place of the image in the argument, as `images[3]`.
-        reason (`str`): what is wrong with it.
-        transient (`bool`, *optional*, defaults to `False`):
-            Whether the same file may be readable later: no permission or no memory, say, rather than damaged contents.
+        name (`str`): Path of the file, or index of the image in the argument (`images[3]`).
+        reason (`str`): Reason, without a full stop.
+        transient (`bool`, *optional*, defaults to `False`): Whether a later attempt may succeed, for example after a
+            lack of memory or of permission. `False` for damaged contents.
     """
 
     def __init__(self, name: str, reason: str, transient: bool = False) -> None:
@@ -126,11 +125,11 @@ class ImageError(ValueError):
         self.transient = transient
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str, bool]]:
-        return type(self), (self.name, self.reason, self.transient)  # it comes back from a DataLoader's worker
+        return type(self), (self.name, self.reason, self.transient)  # workers of a DataLoader pickle their errors
 
 
 class StoredImage(NamedTuple):
-    """An image out of its dictionary, if it is in one; `path` names it if it has a name."""
+    """An image without the dictionary around it, and its path or `None`."""
 
     source: Any
     path: str | None
@@ -138,8 +137,8 @@ class StoredImage(NamedTuple):
 
 def image_source(value: Any) -> StoredImage:
     """
-    Takes an image out of the dictionary that `datasets.Image(decode=False)` gives, with `bytes`, which go first, and
-    `path`. Other values stay as they are; `None` is for what is missing.
+    Unpacks the dictionary of `bytes` and `path` that `datasets.Image(decode=False)` returns. `bytes` take precedence.
+    Values that are not dictionaries stay unchanged.
     """
     if not isinstance(value, Mapping):
         return StoredImage(value, os.fspath(value) if isinstance(value, str | os.PathLike) else None)
@@ -150,10 +149,10 @@ def image_source(value: Any) -> StoredImage:
 
 @cache
 def readable_formats() -> tuple[str, ...]:
-    """Names of the formats that PIL decodes, those of installed plugins included."""
+    """Returns the names of the formats that PIL and its installed plugins decode."""
     with _registry_lock:
         Image.init()
-        with contextlib.suppress(ImportError):  # an extra
+        with contextlib.suppress(ImportError):  # optional dependency
             import pillow_heif  # pyright: ignore[reportMissingImports]
 
             pillow_heif.register_heif_opener()
@@ -162,13 +161,13 @@ def readable_formats() -> tuple[str, ...]:
 
 @cache
 def image_extensions() -> frozenset[str]:
-    """Extensions of the files taken for images, in lower case and with their dot."""
+    """Returns the extensions of readable image files, in lower case and with a dot."""
     formats = set(readable_formats())
     return frozenset(extension for extension, name in Image.registered_extensions().items() if name in formats)
 
 
 def unreadable_hint(name: str | os.PathLike) -> str | None:
-    """Why a file that people take for a picture is not read, by its name; `None` for files that PIL decodes."""
+    """Returns advice for an image file that PIL cannot read, by its extension; `None` for all other files."""
     extension = os.path.splitext(name)[1].lower()
     if extension in RAW_EXTENSIONS:
         return RAW_HINT
@@ -179,23 +178,21 @@ def find_images(
     folder: str | os.PathLike, root: str | os.PathLike | None = None
 ) -> tuple[dict[str, os.stat_result], dict[str, str]]:
     """
-    Finds the image files below a folder, by their extensions.
+    Finds the image files in a folder and its subfolders by their extensions.
 
-    Hidden files and folders are left out. Links are followed where they stay below `root`; a folder reached twice is
-    read once, so loops of links end.
+    Hidden files and folders are skipped. Each folder is read once, so loops of links end.
 
     Args:
-        folder (`str` or `os.PathLike`): the folder.
-        root (`str` or `os.PathLike`, *optional*, defaults to `folder`):
-            The folder that links must not lead out of. `/` allows all.
+        folder (`str` or `os.PathLike`): Folder.
+        root (`str` or `os.PathLike`, *optional*, defaults to `folder`): Links to files outside of this folder are not
+            followed. `/` allows all links.
 
     Returns:
-        `tuple`: the images, a dictionary from the path relative to `folder` (with `/`) to its `os.stat_result`, sorted
-        by name; and what could not be looked at, a dictionary from relative path to the reason: links that lead out of
-        `root`, and formats that are not read, too.
+        `tuple`: Two dictionaries with sorted keys, which are paths relative to `folder` (with `/`). The first contains
+        the `os.stat_result` of each image, the second the reason for each image or folder that cannot be read.
 
     Raises:
-        NotADirectoryError: if `folder` or `root` is not a folder.
+        `NotADirectoryError`: If `folder` or `root` is not a folder.
     """
     folder = Path(folder)
     root = folder if root is None else Path(root)
@@ -234,8 +231,8 @@ def find_images(
             is_folder = stat.S_ISDIR(status.st_mode)
             if not is_folder and not is_image_name:
                 continue
-            if is_link and not lies_in({folder, root}, folder / path):
-                unreadable[path] = "a link that leads out of the folder; --image-root DIR names one that holds both"
+            if is_link and not is_inside({folder, root}, folder / path):
+                unreadable[path] = "a link out of the folder; pass a folder that contains both with --image-root DIR"
                 continue
             if is_folder:
                 pending.append(path)
@@ -250,17 +247,17 @@ def find_images(
 
 def read_image_bytes(path: str | os.PathLike, limit: int = MAX_FILE_BYTES) -> bytes:
     """
-    Reads an image file whole, without decoding it.
+    Reads an image file without decoding it.
 
     Args:
-        path (`str` or `os.PathLike`): the file.
-        limit (`int`, *optional*, defaults to 1 GiB): the most bytes that are read.
+        path (`str` or `os.PathLike`): Image file.
+        limit (`int`, *optional*, defaults to 1 GiB): Maximum size in bytes.
 
     Returns:
-        `bytes`: its contents.
+        `bytes`: Contents of the file.
 
     Raises:
-        ImageError: if it cannot be opened, is larger, empty, or no regular file.
+        `ImageError`: If the file cannot be opened, is empty, larger than `limit`, or not a regular file.
     """
     name = os.fspath(path)
     with _image_errors(name):
@@ -271,28 +268,28 @@ def read_image_bytes(path: str | os.PathLike, limit: int = MAX_FILE_BYTES) -> by
 
 
 def max_image_pixels() -> int | None:
-    """The most pixels that an image may have, see [`set_max_image_pixels`]; `None` without a limit."""
+    """Returns the maximum number of pixels of an image, or `None`; see [`set_max_image_pixels`]."""
     return None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
 
 
 def set_max_image_pixels(pixels: int) -> None:
     """
-    Sets the pixel limit: larger images are refused, and no more pixels are decoded at a time.
+    Sets the maximum number of pixels of an image, which is also the maximum that all threads decode at the same time.
 
-    It holds for all of PIL, in this process and in those that it starts from here on (the environment variable
-    `LOTLIP_MAX_IMAGE_PIXELS` hands it on, and sets it as well). By default it is twice `PIL.Image.MAX_IMAGE_PIXELS`,
-    178,956,970 pixels; each may take up to 12 bytes.
+    The limit applies to all of PIL in this process, and to processes that it starts later. The environment variable
+    `LOTLIP_MAX_IMAGE_PIXELS` sets it, too. The default is twice `PIL.Image.MAX_IMAGE_PIXELS`, which is 178,956,970. A
+    decoded pixel needs up to 12 bytes.
 
     Args:
-        pixels (`int`): the limit.
+        pixels (`int`): Maximum number of pixels.
 
     Raises:
-        ValueError: if it is less than 1.
+        `ValueError`: If `pixels` is less than 1.
     """
     if pixels < 1:
         raise ValueError(f"`pixels` must be at least 1, got {pixels}.")
     os.environ[MAX_PIXELS_VARIABLE] = str(pixels)
-    # PIL would warn from half of the limit on.
+    # PIL warns above half of the limit.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     Image.MAX_IMAGE_PIXELS = -(-pixels // 2)
 
@@ -302,7 +299,7 @@ if _given := os.environ.get(MAX_PIXELS_VARIABLE):
 
 
 def checked_background(background: Background) -> tuple[int, int, int] | None:
-    """A background's red, green and blue, from 0 to 255; a `ValueError` if it is no colour."""
+    """Returns the red, green and blue (0 to 255) of a background; raises a `ValueError` if it is not a colour."""
     if background is None:
         return None
     with contextlib.suppress(ValueError, TypeError):
@@ -315,7 +312,7 @@ def checked_background(background: Background) -> tuple[int, int, int] | None:
 
 
 def background_of(processor: Any) -> Background:
-    """The colour that a processor lays under transparent pixels; white, if it has no such setting."""
+    """Returns the `background` of a processor: its colour behind transparent pixels, white by default."""
     return getattr(processor, "background", WHITE)
 
 
@@ -325,39 +322,37 @@ def load_image(
     """
     Reads an image as 8-bit RGB, upright.
 
-    The EXIF orientation is applied, as `transformers.image_utils.load_image` does; an animation gives its first frame;
-    transparent pixels show the background. 16-bit pixels are scaled to 8 bits, where PIL would clip them, and
-    floating-point ones are taken to go from 0 (black) to 1 (white).
+    The EXIF orientation is applied, as in `transformers.image_utils.load_image`. An animation is read as its first
+    frame. 16-bit pixels are scaled to 8 bits (PIL clips them instead). Floating-point pixels must be from 0
+    (black) to 1 (white).
 
-    Images of more than twice `PIL.Image.MAX_IMAGE_PIXELS` pixels are refused, see [`set_max_image_pixels`], and so are
-    files of more than 1 GiB. Threads that read large images wait for each other: together they decode no more pixels
-    than the largest image may have.
+    Files of more than 1 GiB and images above the limit of [`set_max_image_pixels`] are refused. Threads wait for each
+    other, so that together they never decode more pixels than this limit.
 
-    With `image_processor` a large JPEG file is read for it in a fraction of the time. It is decoded at 1/2, 1/4 or 1/8
-    of its size, which leaves libjpeg fewer pixels to compute, yet at least three times as large as the processor
-    resizes it to, and is resized to that; the processor's own resizing then changes nothing. On photographs of 3 to 26
-    megapixels `pixel_values` differ from those of the whole file by 0.15/255 to 0.25/255 on average, by 8/255 at most.
-    Of an image with one side more than 64 times the other only what the centre crop leaves is resized. All other
-    images, and those for a processor that resizes in its own way, are what they are without it.
+    With `image_processor`, large JPEG files are read several times faster. They are decoded at 1/2, 1/4 or 1/8 of
+    their size, but at least at three times the size that the processor resizes to, and are then resized to that size.
+    On photographs of 3 to 26 megapixels, the mean difference in `pixel_values` is 0.15/255 to 0.25/255, the maximum
+    8/255. If one side is more than 64 times the other, only the part inside the centre crop is resized. Other
+    images do not depend on `image_processor`, and no image does if the processor resizes in its own way.
 
     Args:
-        source (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `Mapping`):
-            Path of a file, the bytes of one, a PIL image (left unchanged), an array of 8- or 16-bit unsigned integers,
-            of shape [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, or a dictionary of `bytes` and `path`, as
-            `datasets.Image(decode=False)` gives it.
-        name (`str`, *optional*): what errors call the image, before its path.
-        image_processor (`BaseImageProcessor`, *optional*): what the image is for, if only for that.
-        background (`str` or `Sequence[int]`, *optional*, defaults to `"white"`):
-            The colour laid under transparency, as PIL takes it: a name, `"#rrggbb"`, or three numbers. `None` drops
-            the transparency instead, as `Image.convert("RGB")` and the official code do.
+        source (`ImageSource`): Path of a file, contents of a file (`bytes`), PIL image, array or tensor of 8- or
+            16-bit unsigned integers (shape [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels), or the output of
+            `datasets.Image(decode=False)`.
+        name (`str`, *optional*): Name of the image in errors, before its path.
+        image_processor (`BaseImageProcessor`, *optional*): Image processor that will process the image. Pass it only
+            if the image has no other use.
+        background (`str` or `Sequence[int]`, *optional*, defaults to `"white"`): Colour behind transparent pixels: a
+            name, `"#rrggbb"`, or three numbers. `None` drops the alpha channel, as `Image.convert("RGB")` and the
+            official code do.
 
     Returns:
-        `PIL.Image.Image`: a new image of mode RGB.
+        `PIL.Image.Image`: A new RGB image.
 
     Raises:
-        ImageError: if it cannot be read. The message names the file and says why.
-        ValueError: if `background` is no colour.
-        TypeError: if `source` is something else.
+        `ImageError`: If the image cannot be read.
+        `ValueError`: If `background` is not a colour.
+        `TypeError`: If `source` has another type.
 
     Example:
 
@@ -377,18 +372,22 @@ def load_pixels(
     source: ImageSource, name: str | None = None, *, image_processor: Any, background: Background = WHITE
 ) -> dict[str, torch.Tensor]:
     """
-    Reads an image, as [`load_image`], and makes of it what a model takes.
+    Reads an image and processes it for a model.
 
     Args:
-        source, name, background: as in [`load_image`].
-        image_processor (`BaseImageProcessor`): the model's.
+        source (`ImageSource`): Image; see [`load_image`].
+        name (`str`, *optional*): Name of the image in errors, before its path.
+        image_processor (`BaseImageProcessor`): Image processor of the model.
+        background (`str` or `Sequence[int]`, *optional*, defaults to `"white"`): Colour behind transparent pixels; see
+            [`load_image`].
 
     Returns:
-        `dict[str, torch.Tensor]`: what the processor makes of the one image, `pixel_values` [1, 3, H, W] for most.
+        `dict[str, torch.Tensor]`: Output of the image processor, usually `pixel_values` [1, 3, H, W].
 
     Raises:
-        ImageError: if the image cannot be read, or its pixels do not fit in memory.
-        ValueError, TypeError: as [`load_image`].
+        `ImageError`: If the image cannot be read or its pixels do not fit in memory.
+        `ValueError`: If `background` is not a colour.
+        `TypeError`: If `source` has another type.
     """
     with _loaded(source, name, image_processor, background) as image:
         return dict(image_processor(images=[image], return_tensors="pt"))
@@ -396,16 +395,16 @@ def load_pixels(
 
 def official_image_processor(image_size: int = 224) -> Any:
     """
-    The preprocessing of the released LoTLIP models: bicubic to `image_size`, centre crop, mean and deviation 0.5.
+    Creates the image processor of the released LoTLIP models: bicubic resizing, centre crop, mean and deviation 0.5.
 
     Args:
-        image_size (`int`, *optional*, defaults to 224): the shortest edge and the side of the crop, in pixels.
+        image_size (`int`, *optional*, defaults to 224): Length of the shortest edge and side of the crop, in pixels.
 
     Returns:
-        `CLIPImageProcessorPil`: gives `pixel_values` [B, 3, image_size, image_size]. Saved, it is a plain
-        `CLIPImageProcessor`, which loads with whichever backend is installed.
+        `CLIPImageProcessorPil`: Image processor with the output `pixel_values` [B, 3, image_size, image_size]. It is
+        saved as a plain `CLIPImageProcessor`, which loads with any installed backend.
     """
-    from transformers import CLIPImageProcessorPil  # here: transformers takes seconds to import
+    from transformers import CLIPImageProcessorPil  # a late import: it takes seconds
 
     return CLIPImageProcessorPil(
         size={"shortest_edge": image_size},
@@ -416,7 +415,7 @@ def official_image_processor(image_size: int = 224) -> Any:
 
 
 def processed_size(image_processor: Any) -> tuple[int, int]:
-    """Height and width of the `pixel_values` that a processor makes of a picture of 96 x 64 pixels."""
+    """Returns the height and width of the `pixel_values` of an image of 96 x 64 pixels."""
     height, width = load_pixels(Image.new("RGB", (96, 64)), image_processor=image_processor)["pixel_values"].shape[-2:]
     return height, width
 
@@ -425,18 +424,18 @@ def processed_size(image_processor: Any) -> tuple[int, int]:
 def _loaded(
     source: ImageSource, name: str | None, image_processor: Any, background: Background
 ) -> Iterator[Image.Image]:
-    """The image, while its pixels count among those that are decoded."""
+    """Provides the image, and reserves its pixels in the budget of all threads until the context ends."""
     source, path = image_source(source)
     name = ": ".join(filter(None, (name, path))) or "image"
     if not isinstance(source, ImageSource):
         raise TypeError(
-            f"{name} must be a path, the bytes of a file, a PIL image or an array, got {type(source).__name__}."
+            f"{name} must be a path, the contents of a file, a PIL image or an array, got {type(source).__name__}."
         )
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise ImageError(
             name,
-            "the image is an address on the web. Download the images first, for example with img2dataset, and read "
-            "its shards or its folder",
+            "the image is a web address. Download the images first, for example with img2dataset, and pass the shards "
+            "or the folder",
         )
     colour = checked_background(background)
     with contextlib.ExitStack() as held:
@@ -461,9 +460,9 @@ def _image_errors(name: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> tuple[str, bool]:
-    """What is wrong with an image by the error that reading it raised, and whether it may be readable later."""
+    """Returns the reason for a read error, and whether it is transient."""
     if isinstance(error, Image.DecompressionBombError):
-        advice = "allow more with --max-image-pixels N or lotlip_hf.images.set_max_image_pixels(N)"
+        advice = "raise the limit with --max-image-pixels N or lotlip_hf.images.set_max_image_pixels(N)"
         return f"too large ({str(error).rstrip('.')}); if you trust the file, {advice}", True
     if isinstance(error, MemoryError):
         return NO_MEMORY, True
@@ -471,14 +470,14 @@ def _reason(error: Exception) -> tuple[str, bool]:
         return error.reason, False
     if isinstance(error, IsADirectoryError):
         return "a folder, not an image", False
-    if isinstance(error, OSError) and error.errno is not None:  # PIL's own, on the contents, have no number
+    if isinstance(error, OSError) and error.errno is not None:  # PIL's errors about the contents have no errno
         return f"cannot be opened ({error.strerror})", True
-    # decoders raise anything on damaged files: SyntaxError, struct.error, zlib.error, ...
+    # Decoders raise many types on damaged files: SyntaxError, struct.error, zlib.error, ...
     return f"damaged or truncated ({type(error).__name__}: {error})", False
 
 
 def _open_file(path: str) -> BinaryIO:
-    """The open file, whose size and contents come from one descriptor."""
+    """Opens a file and checks its size through the same descriptor, so that it cannot change in between."""
     file = open_regular(path)
     size = os.fstat(file.fileno()).st_size
     if 0 < size <= MAX_FILE_BYTES:
@@ -494,7 +493,7 @@ def _read(
     background: tuple[int, int, int] | None,
     held: contextlib.ExitStack,
 ) -> Image.Image:
-    """The image as RGB; its pixels are among those that are decoded until `held` is closed."""
+    """Reads the image as RGB, and reserves its pixels until `held` is closed."""
     if isinstance(source, Image.Image):
         held.enter_context(_budget.hold(source.width * source.height))
         return _to_rgb(source, name, background)
@@ -503,7 +502,7 @@ def _read(
         held.enter_context(_budget.hold(image.width * image.height))
         return _to_rgb(image, name, background)
     hint = unreadable_hint(name)
-    if hint == RAW_HINT:  # of these PIL reads the small preview, if anything
+    if hint == RAW_HINT:  # PIL would read only the small preview inside
         raise ImageError(name, hint)
     with io.BytesIO(source) if isinstance(source, bytes) else _open_file(os.fspath(source)) as file:
         is_large = file.seek(0, os.SEEK_END) > LARGE_FILE_BYTES
@@ -515,7 +514,7 @@ def _read(
         except UnidentifiedImageError as error:
             file.seek(4)
             hint = hint or BRANDS.get(file.read(8))
-            reason = f"not an image in a format that PIL reads{f'; {hint}' if hint else ''}"
+            reason = f"not an image, or in a format that PIL cannot read{f'; {hint}' if hint else ''}"
             raise ImageError(name, reason, transient=hint is not None) from error
         with opened as image:
             if image.format == "PNG" and "transparency" in image.info:
@@ -530,11 +529,11 @@ def _read(
 
 
 def _pixels_to_decode(image: Image.Image) -> int | None:
-    """The pixels of an opened file; `None` if they are not known before decoding."""
+    """Returns the number of pixels of an opened file, or `None` if it is not known before decoding."""
     if image.format in NESTED_FORMATS:
         return None
     width, height = image.size
-    if image.format == "TIFF":  # a tile is decoded whole, though it may be larger than the image
+    if image.format == "TIFF":  # a tile is decoded completely, even if it is larger than the image
         tags: Any = getattr(image, "tag_v2", {})
         tile = int(tags.get(TILE_WIDTH, 0)), int(tags.get(TILE_LENGTH, 0))
         if tile[0] * tile[1] > (max_image_pixels() or math.inf):
@@ -544,7 +543,7 @@ def _pixels_to_decode(image: Image.Image) -> int | None:
 
 
 def _in_8_bits(transparency: Any, raw_mode: str) -> Any:
-    """The colour declared transparent as the pixels have it: PIL scales these alone, from the depth of a PNG file."""
+    """Scales the transparent colour of a PNG file to 8 bits: PIL scales only the pixels."""
     if raw_mode in ("L;2", "L;4"):
         return transparency * {"L;2": 85, "L;4": 17}[raw_mode]
     return tuple(value >> 8 for value in transparency) if raw_mode == "RGB;16B" else transparency
@@ -552,15 +551,15 @@ def _in_8_bits(transparency: Any, raw_mode: str) -> Any:
 
 def resized_size(size: tuple[int, int], image_processor: Any) -> tuple[int, int] | None:
     """
-    The size that an image has after an image processor's resizing.
+    Predicts the size of an image after the resizing of an image processor.
 
     Args:
-        size (`tuple[int, int]`): width and height of the image.
-        image_processor (`BaseImageProcessor`): the image processor.
+        size (`tuple[int, int]`): Width and height of the image.
+        image_processor (`BaseImageProcessor`): Image processor.
 
     Returns:
-        `tuple[int, int]`: width and height; `None` if the processor does not resize, or not in the way that most of
-        transformers' do, or if the size depends on which side is up.
+        `tuple[int, int]` or `None`: Width and height. `None` if the processor does not resize, has a resizing of its
+        own, or resizes to a height and a width that differ.
     """
     if 0 in size:
         return None
@@ -580,14 +579,14 @@ def resized_size(size: tuple[int, int], image_processor: Any) -> tuple[int, int]
 
 def is_thin(size: tuple[int, int], image_processor: Any) -> bool:
     """
-    Whether an image grows out of bounds as its shortest edge is resized.
+    Tells whether an image is so thin that resizing its shortest edge makes it too large.
 
     Args:
-        size (`tuple[int, int]`): width and height of the image.
-        image_processor (`BaseImageProcessor`): the image processor.
+        size (`tuple[int, int]`): Width and height of the image.
+        image_processor (`BaseImageProcessor`): Image processor.
 
     Returns:
-        `bool`: whether one side is more than 64 times the other and the processor resizes by the shortest edge alone.
+        `bool`: Whether one side is more than 64 times the other and the processor limits only the shortest edge.
     """
     wanted = dict(getattr(image_processor, "size", None) or {})
     return bool(
@@ -600,17 +599,17 @@ def is_thin(size: tuple[int, int], image_processor: Any) -> bool:
 
 def resized_middle(image: Any, image_processor: Any) -> Any:
     """
-    What an image processor's resizing makes of the middle of a thin image, which its centre crop leaves. The processor
-    gives the same `pixel_values` for the result as for the whole image, but for one step of 255 in less than a
-    hundredth of them.
+    Cuts out and resizes the middle of a thin image, the only part that the centre crop of the processor keeps.
+
+    The `pixel_values` of the result are those of the whole image, except that less than 1 % of them differ by 1/255.
 
     Args:
-        image (`PIL.Image.Image`): an image for which [`is_thin`] is true.
-        image_processor (`BaseImageProcessor`): the image processor.
+        image (`PIL.Image.Image`): Image for which [`is_thin`] is true.
+        image_processor (`BaseImageProcessor`): Image processor.
 
     Returns:
-        `PIL.Image.Image`: a smaller image, which the resizing leaves as it is; `None` if the processor does
-        not crop, or resizes in its own way.
+        `PIL.Image.Image` or `None`: Small image, which the processor does not resize again. `None` if the processor
+        does not crop, or has a resizing of its own.
     """
     resized = resized_size(image.size, image_processor)
     crop = getattr(image_processor, "crop_size", None)
@@ -620,11 +619,11 @@ def resized_middle(image: Any, image_processor: Any) -> Any:
         return None
     axis = 0 if image.width > image.height else 1
     length, kept = resized[axis], max(min(resized), crop["width" if axis == 0 else "height"])
-    # the centre stays where it is, for those too that round half a pixel to even
+    # A multiple of 4 keeps the centre, even if the crop rounds half a pixel to even.
     kept = min(length, kept + (length - kept) % 4)
     scale = image.size[axis] / length
     start, end = scale * (length - kept) / 2, scale * (length + kept) / 2
-    # cut out first, with what a filter sees around it: `resize` reads its box in single precision
+    # Cut out first, with a margin for the filter: `resize` reads its box in single precision.
     margin = 4 * max(1.0, scale)
     first, last = max(0, int(start - margin)), min(image.size[axis], int(end + margin) + 1)
     cut, box, size = [0, 0, *image.size], [0.0, 0.0, *image.size], list(resized)
@@ -641,8 +640,8 @@ def _draft(
     image: Image.Image, image_processor: Any
 ) -> tuple[tuple[int, int], tuple[float, float, float, float]] | None:
     """
-    Has a JPEG file that was opened decoded at a fraction of its size, and returns the size to resize it to and which
-    part of it; `None` for others.
+    Sets an opened JPEG file to be decoded at a fraction of its size; returns the final size and the box to resize.
+    Returns `None` for other images.
     """
     if image_processor is None or is_thin(image.size, image_processor):
         return None
@@ -652,12 +651,12 @@ def _draft(
     if min(image.width // size[0], image.height // size[1]) < 2 * DRAFT_MARGIN:
         return None
     draft = image.draft(None, (DRAFT_MARGIN * size[0], DRAFT_MARGIN * size[1]))
-    # The last row and column may cover less than a pixel: the box says how much of them is image.
+    # The last row and column may be partly outside of the image: `draft[1]` is the box of the image itself.
     return None if draft is None else (size, draft[1])
 
 
 def _prepared(image: Image.Image, name: str, image_processor: Any) -> Image.Image:
-    """Resized, if the processor would copy it whole several times, or enlarge it beyond bounds; others as given."""
+    """Resizes thin and very large images, which need too much memory in the processor; returns others unchanged."""
     if image_processor is None:
         return image
     if is_thin(image.size, image_processor):
@@ -666,22 +665,22 @@ def _prepared(image: Image.Image, name: str, image_processor: Any) -> Image.Imag
             raise ImageError(name, f"too thin ({image.width}x{image.height} pixels) for this image processor")
         return middle
     size = resized_size(image.size, image_processor)
-    # The PIL backend's own resizing gives the same.
+    # The result is exact: the PIL backend resizes in the same way.
     if size is None or image.width * image.height <= LARGE or getattr(image_processor, "backend", "") != "pil":
         return image
     return image.resize(size, image_processor.resample)
 
 
 def _to_rgb(image: Image.Image, name: str, background: tuple[int, int, int] | None) -> Image.Image:
-    """A new image, the only full copy: conversions that need more memory go tile by tile."""
+    """Converts to a new RGB image. Conversions that need much memory work tile by tile."""
     if 0 in image.size:
-        raise ImageError(name, f"has no pixels (size {image.width}x{image.height})")
+        raise ImageError(name, f"the image has no pixels (size {image.width}x{image.height})")
     given, file_format = image, image.format
-    image.load()  # of a PNG file what follows the pixels is known only then, its orientation too
+    image.load()  # first, because the orientation of a PNG file may follow the pixels
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "La":
-        image = image.convert("LA")  # the only way on
+        image = image.convert("LA")  # the only conversion that PIL has for this mode
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
         return _by_tiles(image, _from_16_bits, background)
     if image.mode == "I":
@@ -692,15 +691,17 @@ def _to_rgb(image: Image.Image, name: str, background: tuple[int, int, int] | No
         # Negated, so that NaN is refused too.
         if not (low >= 0 and high <= 1):
             found = f"{low:g} to {high:g}"
-            raise ImageError(name, f"floating-point pixels must go from 0 (black) to 1 (white), these go from {found}")
+            raise ImageError(
+                name, f"floating-point pixels must be from 0 (black) to 1 (white), these are from {found}"
+            )
         return _by_tiles(image, _from_unit_range, background)
     if image.has_transparency_data and background is not None:
         return _by_tiles(image, _with_mask, background)
     if image.mode == "P" and "transparency" in image.info:
-        # The same pixels as directly, without PIL's warning.
+        # Same pixels as a direct conversion, without PIL's warning
         image = image.convert("RGBA")
     rgb = image if image.mode == "RGB" and image is not given else image.convert("RGB")
-    # Kept by `convert`; newer versions of transformers would lay the colour that it declares transparent on white.
+    # `convert` keeps this entry, and newer versions of transformers would make that colour white.
     rgb.info.pop("transparency", None)
     return rgb
 
@@ -717,7 +718,7 @@ def _by_tiles(
     convert: Callable[[Image.Image], tuple[Image.Image, Image.Image | None]],
     background: tuple[int, int, int] | None,
 ) -> Image.Image:
-    """RGB, by a function from a tile to its colours and its mask of opaque pixels."""
+    """Converts to RGB by a function that returns the colours of a tile and the mask of its opaque pixels."""
     canvas = Image.new("RGB", image.size, background or 0)
     for box, tile in _tiles(image):
         colours, mask = convert(tile)
@@ -742,7 +743,7 @@ def _from_unit_range(tile: Image.Image) -> tuple[Image.Image, None]:
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """To the nearest: 65535 = 255 * 257."""
+    """Divides by 257 and rounds to the nearest integer: 65535 = 255 * 257."""
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints from outside: loaded strictly, with errors that name the checkpoint and what is wrong with it."""
+"""Strict loading of checkpoints. Errors name the checkpoint and its problem."""
 
 import contextlib
 import logging
@@ -35,22 +35,22 @@ MAX_LAYERS = 1024
 MAX_SIZE = 1 << 24
 SWITCHES = ("output_attentions", "output_hidden_states", "return_dict")
 SIZES = ("_size", "_dim", "_dims", "_embeddings", "_length")
-# No image tower takes more pixels a side; larger settings are an error, or fill the memory on purpose.
+# Image towers have fewer pixels per side. Larger settings are mistakes, or meant to fill the memory.
 MAX_IMAGE_SIDE = 4096
-NOT_SET = 1_000_000  # transformers has 1e30 for a limit that is not set
-# Positions of these start at `pad_token_id + 1`, so the usable length is shorter.
+NOT_SET = 1_000_000  # transformers sets 1e30 for an unknown maximum length
+# Model types whose positions start at `pad_token_id + 1`, so that the usable length is shorter.
 POSITIONS_AFTER_PADDING = (
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "mpnet"),
     "altclip_text_model",
 )
 
 
-# Of transformers' loading info, in messages
+# Entries of transformers' loading info -> words in messages.
 PROBLEMS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
 
 
 class LoadingError(ValueError):
-    """A checkpoint that does not fit; the message names it and what is wrong."""
+    """A checkpoint that cannot be loaded exactly. The message names the checkpoint and its problem."""
 
 
 def load_model(
@@ -61,49 +61,46 @@ def load_model(
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """
-    Loads a dual encoder of transformers and its processor, and refuses a checkpoint that does not fit.
+    Loads a dual encoder and its processor. Raises an error if the checkpoint is incomplete or does not fit.
 
     Args:
-        name_or_path (`str` or `os.PathLike`):
-            A checkpoint folder or a Hub id: LoTLIP, or a stock dual encoder (CLIP, SigLIP, ...).
-        device (`str` or `torch.device`, *optional*):
-            Where to put the model; by default the accelerator, if there is one.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
-            Of the weights; `"auto"` keeps the checkpoint's.
-        revision (`str`, *optional*):
-            Branch, tag or commit of a Hub id. Configuration, weights and processor are of one commit, which is kept as
-            `model.config._commit_hash`.
+        name_or_path (`str` or `os.PathLike`): Folder or Hub id of a LoTLIP or of a stock dual encoder (CLIP, SigLIP,
+            ...).
+        device (`str` or `torch.device`, *optional*): Device of the model. Defaults to the accelerator, or the CPU.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Type of the weights. `"auto"` keeps the type
+            in the checkpoint.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id. All files come from one commit, which is saved
+            as `model.config._commit_hash`.
 
     Returns:
-        `tuple`: the model in evaluation mode, and its processor.
+        `tuple[PreTrainedModel, ProcessorMixin]`: The model in evaluation mode, and its processor.
 
     Raises:
-        ValueError:
-            If the checkpoint is of an architecture without image and text features, if a weight is missing, unknown or
-            of another shape, or if there is no tokenizer or no image processor; the message names the checkpoint. If
-            `device` is not available, or `revision` is given for a folder.
-        OSError: if the checkpoint is not found.
+        `ValueError`: If the model has no image and text features; if a weight is missing, unknown or of another
+            shape; if there is no tokenizer or image processor; if `device` is not available; or if `revision` is
+            passed for a folder.
+        `OSError`: If the checkpoint is not found.
     """
     name = checkpoint_name(name_or_path, revision)
     device = usable_device(device)
     with naming_damage(name, revision):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        # Weights and processor are of the same commit, even if the branch moves in between.
+        # Pin the commit, so that weights and processor match even if the branch moves in between.
         commit = None if os.path.isdir(name) else cached_commit(name, revision)
         revision = commit or revision
         model_class = AutoModel._model_mapping.get(type(config), None)
         if not (hasattr(model_class, "get_text_features") and hasattr(model_class, "get_image_features")):
             raise LoadingError(
-                f"{name} is a {config.model_type!r} checkpoint, which does not encode both images and texts; expected "
-                "LoTLIP or another dual encoder such as CLIP or SigLIP."
+                f"{name} is a {config.model_type!r} checkpoint, which does not encode images and texts. Pass a LoTLIP "
+                "or another dual encoder, such as CLIP or SigLIP."
             )
         model = load_strict(AutoModel, name, config=config, revision=revision, trust_remote_code=False, dtype=dtype)
-        model.config._commit_hash = commit  # where older transformers kept it
+        model.config._commit_hash = commit  # as older versions of transformers do
         processor = load_processor(name, revision)
         for part in ("tokenizer", "image_processor"):
             if not hasattr(processor, part):
                 raise LoadingError(
-                    f"{name} has no {part}: save the model's processor beside it with "
+                    f"{name} has no {part}. Save the model's processor in this folder with "
                     "`processor.save_pretrained(folder)`."
                 )
     fit_tokenizer(model, processor.tokenizer)
@@ -121,24 +118,23 @@ def load_strict(
     **kwargs: Any,
 ) -> PreTrainedModel:
     """
-    Loads a model whose weights are all in the checkpoint, with none left over.
+    Loads a model and checks that the checkpoint has exactly its weights.
 
     Args:
-        model_class (`type[PreTrainedModel]`): the class.
-        path (`str` or `os.PathLike`): a checkpoint folder or a Hub id.
-        allow_unexpected (`bool`, *optional*, defaults to `False`):
-            Whether the checkpoint may hold more, as a whole model does of which one tower is loaded.
-        allow_missing (`str`, *optional*): weights with this in their names may be missing.
-        subfolder (`str`, *optional*): folder of the model in the checkpoint.
-        kwargs: passed to `from_pretrained`.
+        model_class (`type[PreTrainedModel]`): Class of the model.
+        path (`str` or `os.PathLike`): Checkpoint folder or Hub id.
+        allow_unexpected (`bool`, *optional*, defaults to `False`): Whether the checkpoint may have more weights, for
+            example those of the other tower.
+        allow_missing (`str`, *optional*): Weights whose names contain this string may be missing.
+        subfolder (`str`, *optional*, defaults to `""`): Folder of the model in the checkpoint.
+        **kwargs: Arguments of `from_pretrained`.
 
     Returns:
-        `PreTrainedModel`: the model in evaluation mode, by default in the precision of the checkpoint.
+        `PreTrainedModel`: The model in evaluation mode, by default in the precision of the checkpoint.
 
     Raises:
-        LoadingError: if weights are missing, unexpected or of another shape, or a file is damaged; the message names
-            the checkpoint.
-        OSError: if the checkpoint is not found.
+        `LoadingError`: If weights are missing, unexpected or of another shape, or if a file is damaged.
+        `OSError`: If the checkpoint is not found.
     """
     name = os.path.join(path, subfolder) if subfolder else os.fspath(path)
     check_shards(name)
@@ -152,7 +148,7 @@ def load_strict(
             )
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of a damaged file safetensors, torch and transformers each raise their own
+    except Exception as error:  # safetensors, torch and transformers raise different errors for damaged files
         kind, reason = OSError if isinstance(error, OSError) else LoadingError, printable(one_line(error))
         raise kind(f"{name}: the weights cannot be read ({reason}).") from error
     problems = []
@@ -175,39 +171,27 @@ def load_tokenizer(
     Loads a tokenizer.
 
     Args:
-        path (`str` or `os.PathLike`): a folder or a Hub id.
-        advice (`str`): what to do if there is none, for the error.
-        tokenizer_class (`type`, *optional*, defaults to `AutoTokenizer`): the class.
-        subfolder (`str`, *optional*): folder of the tokenizer in `path`.
+        path (`str` or `os.PathLike`): Folder or Hub id.
+        advice (`str`): What to do if there is no tokenizer, for the error message.
+        tokenizer_class (`type`, *optional*, defaults to `AutoTokenizer`): Class of the tokenizer.
+        subfolder (`str`, *optional*, defaults to `""`): Folder of the tokenizer in `path`.
 
     Raises:
-        LoadingError: if there is no tokenizer, or its files are damaged.
+        `LoadingError`: If there is no tokenizer, or if its files are damaged.
     """
     try:
         with quiet():
             tokenizer = tokenizer_class.from_pretrained(path, subfolder=subfolder, trust_remote_code=False)
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-            raise LoadingError("it has special tokens alone")  # what some classes make of no file
+            raise LoadingError("it has only special tokens")  # some classes load this from a folder without files
         return tokenizer
-    except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises a bare `Exception`
+    except Exception as error:  # the tokenizers library raises a plain `Exception` for a damaged tokenizer.json
         name, reason = os.path.join(path, subfolder) if subfolder else os.fspath(path), one_line(error)
-        raise LoadingError(f"{name}: no tokenizer can be loaded ({printable(reason)}); {advice}.") from error
+        raise LoadingError(f"{name}: the tokenizer cannot be loaded ({printable(reason)}); {advice}.") from error
 
 
 def load_processor(name: str, revision: str | None = None) -> Any:
-    """
-    Loads and checks a checkpoint's processor, or what it has of one.
-
-    Args:
-        name (`str`): a checkpoint folder or a Hub id.
-        revision (`str`, *optional*): branch, tag or commit of a Hub id.
-
-    Returns:
-        `ProcessorMixin`: the processor, or a tokenizer or an image processor alone.
-
-    Raises:
-        ValueError, OSError: if it cannot be used.
-    """
+    """Loads and checks the processor of a checkpoint, or its tokenizer or image processor if it has only one."""
     with naming_damage(name, revision):
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
         check_processor(processor, name)
@@ -215,27 +199,21 @@ def load_processor(name: str, revision: str | None = None) -> Any:
 
 
 def checkpoint_name(name_or_path: str | os.PathLike, revision: str | None = None) -> str:
-    """A checkpoint's folder or Hub id, if it can be one; else a `ValueError` or `FileNotFoundError`."""
+    """Returns the name of a checkpoint folder or Hub id. Raises an error if it can be neither."""
     name = os.fspath(name_or_path)
     if revision is not None and os.path.isdir(name):
-        raise ValueError(f"`revision` {revision!r} is of models on the Hub; {name} is a folder.")
+        raise ValueError(f"`revision` {revision!r} needs a Hub id, but {name} is a folder. Leave `revision` out.")
     if os.path.isfile(name):
-        raise ValueError(f"{name} is a file, not a checkpoint folder; `lotlip convert official` converts a model.pt.")
+        raise ValueError(
+            f"{name} is a file, not a checkpoint folder. Convert a model.pt with `lotlip convert official`."
+        )
     if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
-        raise FileNotFoundError(f"{name}: no such checkpoint folder.")
+        raise FileNotFoundError(f"{name}: there is no checkpoint folder of this name. Check the path.")
     return name
 
 
 def check_shards(folder: str | os.PathLike) -> None:
-    """
-    Checks that a checkpoint's weights are in files of its own folder.
-
-    Args:
-        folder (`str` or `os.PathLike`): the checkpoint's folder; nothing is looked at of a Hub id.
-
-    Raises:
-        ValueError: if a file lies elsewhere, or the index of the weights is damaged.
-    """
+    """Raises an error if the index of a folder's weights is damaged or names files outside the folder."""
     for path in sorted(Path(folder).glob("*.index.json")):
         try:
             names = parse_json(read_regular(path))["weight_map"].values()
@@ -243,98 +221,63 @@ def check_shards(folder: str | os.PathLike) -> None:
                 name for name in names if not isinstance(name, str) or name != Path(name).name or name in ("", "..")
             ]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise LoadingError(f"{path}: no index of weights ({type(error).__name__}: {error}).") from error
+            raise LoadingError(f"{path}: not an index of weights ({type(error).__name__}: {error}).") from error
         if wrong:
-            raise LoadingError(f"{path}: names {wrong[0]!r}, which is no file of this folder.")
+            raise LoadingError(f"{path}: {wrong[0]!r} is not the name of a file in this folder.")
 
 
 def check_config(config: PreTrainedConfig, name: str | os.PathLike) -> None:
-    """
-    Refuses a configuration whose model no machine has room for, or that transformers takes and later fails on.
-
-    Args:
-        config (`PreTrainedConfig`): the configuration.
-        name (`str` or `os.PathLike`): what the error calls the checkpoint.
-
-    Raises:
-        ValueError: if a number of layers, heads, dimensions, ... is negative or too large, or a switch is no boolean.
-    """
+    """Raises an error for a configuration of a model that fits in no memory, or with values that fail later."""
 
     def check(settings: dict[str, Any]) -> None:
         for key, value in settings.items():
             if isinstance(value, dict):
                 check(value)
             elif key in SWITCHES and value not in (None, True, False):
-                raise LoadingError(f"{name}: config.json has {key} {value!r}; expected true or false.")
+                raise LoadingError(f"{name}: `{key}` in config.json is {value!r}. Use true or false.")
             elif str(key).startswith("num_") or str(key).endswith(SIZES):
                 most = MAX_LAYERS if "layers" in key else MAX_SIZE
                 numbers = value if isinstance(value, list | tuple) else [value]
                 if any(isinstance(one, int) and not -1 <= one <= most for one in numbers):
-                    raise LoadingError(f"{name}: config.json has {key} {value!r}; expected at most {most}.")
+                    raise LoadingError(f"{name}: `{key}` in config.json is {value!r}. Use at most {most}.")
                 if str(key).startswith("num_") and -1 in numbers:
-                    raise LoadingError(f"{name}: config.json has {key} {value!r}; expected a number from 0 up.")
+                    raise LoadingError(f"{name}: `{key}` in config.json is {value!r}. Use 0 or more.")
 
     check(config.to_dict())
 
 
 def check_image_sizes(image_processor: Any, name: str) -> None:
-    """
-    Refuses an image processor that would make images of absurd sizes.
-
-    Args:
-        image_processor (`BaseImageProcessor`): the image processor.
-        name (`str`): the checkpoint, for the error.
-
-    Raises:
-        ValueError: if a side of `size` or `crop_size` is not a whole number from 1 to 4096; names it and the value.
-    """
+    """Raises a `ValueError` if a side of `size` or `crop_size` is not an integer from 1 to 4096."""
     for setting in ("size", "crop_size"):
         for side, value in dict(getattr(image_processor, setting, None) or {}).items():
             if value is not None and not (type(value) is int and 1 <= value <= MAX_IMAGE_SIDE):
                 raise ValueError(
-                    f"{name}: `{setting}` in its processor_config.json or preprocessor_config.json has "
-                    f"{side}={value!r}, which is no whole number of pixels from 1 to {MAX_IMAGE_SIDE}."
+                    f"{name}: `{setting}` in processor_config.json or preprocessor_config.json has {side}={value!r}. "
+                    f"Use a number of pixels from 1 to {MAX_IMAGE_SIDE}."
                 )
 
 
 def check_processor(processor: Any, name: str | os.PathLike) -> None:
-    """
-    Checks a processor's settings, and prepares a text and a picture: libraries notice wrong types only then.
-
-    Args:
-        processor (`ProcessorMixin`): the processor, or a tokenizer or an image processor alone.
-        name (`str` or `os.PathLike`): what the error calls the checkpoint.
-
-    Raises:
-        ValueError: if a setting makes no sense. Libraries raise errors of other kinds, see [`naming_damage`].
-    """
+    """Checks a processor's settings and processes a text and an image, because libraries check types only then."""
     checked_background(background_of(processor))
     if hasattr(processor, "image_processor"):
         check_image_sizes(processor.image_processor, os.fspath(name))
         with np.errstate(all="ignore"):
             pixels = processor.image_processor(images=[Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
         if not torch.as_tensor(pixels).isfinite().all():
-            raise LoadingError(f"{name}: with the image processor's settings pixels are not finite.")
+            raise LoadingError(f"{name}: the image processor returns pixels that are not finite. Check its settings.")
     if hasattr(processor, "tokenizer"):
         limit = processor.tokenizer.model_max_length
         if not isinstance(limit, int) or limit < 1:
-            raise LoadingError(f"{name}: the tokenizer's model_max_length is {limit!r}, expected a number of tokens.")
+            raise LoadingError(f"{name}: `model_max_length` of the tokenizer is {limit!r}. Use a number of tokens.")
         processor.tokenizer(["a"])
 
 
 @contextlib.contextmanager
 def naming_damage(name: str, revision: str | None = None) -> Iterator[None]:
     """
-    Loading in this context ends, where files are damaged or of wrong types, with a `ValueError` that names the
-    checkpoint and the file. Libraries raise errors of any kind there.
-
-    Args:
-        name (`str`): a checkpoint folder or a Hub id.
-        revision (`str`, *optional*): branch, tag or commit of a Hub id.
-
-    Raises:
-        ValueError: if the checkpoint is damaged.
-        OSError: if it cannot be read; the message names it.
+    Context in which errors of damaged files become a `LoadingError` (or an `OSError`, if a file cannot be read) that
+    names the checkpoint and the file. Libraries raise errors of any class for such files.
     """
     try:
         yield
@@ -348,30 +291,30 @@ def naming_damage(name: str, revision: str | None = None) -> Iterator[None]:
 
 
 def _damaged_file(folder: Path) -> tuple[str, Exception] | None:
-    """The first file of settings in a folder that holds no JSON object, and the error."""
+    """The first JSON file in a folder that does not contain an object, and the error."""
     for path in sorted(folder.glob("*.json")):
         try:
             content = parse_json(read_regular(path))
             if not isinstance(content, dict) and path.name != "modules.json":
-                raise LoadingError(f"expected a JSON object, got a {type(content).__name__}")
+                raise LoadingError(f"it contains a {type(content).__name__}, not a JSON object")
         except (OSError, ValueError) as error:
             return path.name, error
     return None
 
 
 def _damaged_part(name: str, revision: str | None) -> str:
-    """The part of a checkpoint that does not load by itself."""
+    """The part of a checkpoint that cannot be loaded separately."""
     for part, loader in (("config.json", AutoConfig), ("the processor (processor_config.json, ...)", AutoProcessor)):
         try:
             loader.from_pretrained(name, revision=revision, trust_remote_code=False)
-        except Exception:  # of any kind, as above
+        except Exception:  # see `naming_damage`
             return part
     return "config.json, the weights or the files of the processor"
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars and reports of transformers."""
+    """Context without progress bars and reports of transformers."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -384,16 +327,7 @@ def quiet() -> Iterator[None]:
 
 
 def cached_commit(repo_id: str, revision: str | None = None) -> str | None:
-    """
-    The commit that a branch or tag stood for when something was last loaded from it.
-
-    Args:
-        repo_id: Of a model on the Hub.
-        revision: Branch, tag or commit; by default the main branch.
-
-    Returns:
-        40 hexadecimal digits; `None` if the cache does not have it.
-    """
+    """The commit of a branch or tag when it was last downloaded (40 hexadecimal digits), or `None` if not cached."""
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
         return revision
     folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
@@ -402,71 +336,64 @@ def cached_commit(repo_id: str, revision: str | None = None) -> str | None:
 
 
 def usable_device(device: str | torch.device | None) -> str | torch.device:
-    """The device, by default the accelerator if there is one, or a `ValueError` if it is not to be had."""
+    """Returns `device`, by default the accelerator or the CPU. Raises a `ValueError` if it is not available."""
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`device` {str(device)!r} cannot be used here ({str(error).splitlines()[0]}).") from error
+        raise ValueError(f"`device` {str(device)!r} is not available ({str(error).splitlines()[0]}).") from error
     return device or "cpu"
 
 
 def max_text_length(model: PreTrainedModel, tokenizer: Any) -> int:
     """
-    The longest text that a model takes, in tokens, special ones included.
-
-    Args:
-        model (`PreTrainedModel`): the model.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-
-    Returns:
-        `int`: `tokenizer.model_max_length`, or the number of the text tower's positions if that is less.
+    Returns the maximum length of a text in tokens, special tokens included: the smaller one of
+    `tokenizer.model_max_length` and the number of positions of the text tower.
 
     Raises:
-        ValueError: if neither is known.
+        `ValueError`: If neither is known.
     """
     length = min(tokenizer.model_max_length, _positions(model) or tokenizer.model_max_length)
     if length > NOT_SET:
-        raise ValueError("`tokenizer.model_max_length` is not set: set it to the number of tokens the model takes.")
+        raise ValueError("`tokenizer.model_max_length` is not set. Set it to the model's maximum length in tokens.")
     return length
 
 
 def fit_tokenizer(model: PreTrainedModel, tokenizer: Any, max_length: int | None = None) -> None:
     """
-    Makes a tokenizer and its model agree on the longest text: sets `tokenizer.model_max_length`, which decides
-    wherever texts are cut, and removes the settings of earlier calls.
+    Sets `tokenizer.model_max_length`, at which all texts are truncated, and removes the settings of earlier calls.
 
     Args:
-        model (`PreTrainedModel`): the model.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer, changed in place.
-        max_length (`int`, *optional*): tokens of the longest text, special ones included; by default what
-            [`max_text_length`] gives, where that is known.
+        model (`PreTrainedModel`): Model.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model. It is changed in place.
+        max_length (`int`, *optional*): Maximum length in tokens, special tokens included. Defaults to
+            [`max_text_length`], if that is known.
 
     Raises:
-        ValueError: if the model takes fewer than `max_length` tokens.
+        `ValueError`: If the model has fewer than `max_length` positions.
     """
     positions = _positions(model)
     if max_length is not None and positions and max_length > positions:
-        raise ValueError(f"`max_text_length` is {max_length}, but the model takes {positions} tokens.")
+        raise ValueError(f"`max_text_length` is {max_length}. The model has {positions} positions: use at most those.")
     free_of_calls(tokenizer)
-    said = tokenizer.model_max_length
+    configured = tokenizer.model_max_length
     if max_length is not None:
         tokenizer.model_max_length = max_length
-    elif positions and said > positions:
+    elif positions and configured > positions:
         tokenizer.model_max_length = positions
-        if said <= NOT_SET:
+        if configured <= NOT_SET:
             logger.warning(
-                "The tokenizer of %s says `model_max_length` %d, but the model takes %d tokens: texts are cut at %d.",
+                "%s: the tokenizer's `model_max_length` is %d, but the model has %d positions. Texts are cut at %d.",
                 getattr(model, "name_or_path", "") or type(model).__name__,
-                said,
+                configured,
                 positions,
                 positions,
             )
 
 
 def _positions(model: PreTrainedModel) -> int | None:
-    """The tokens that a model's text tower has positions for, special ones included, if its configuration says so."""
+    """Number of positions of the text tower, for special tokens too, if the configuration has it."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions and config.model_type in POSITIONS_AFTER_PADDING:

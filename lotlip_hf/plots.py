@@ -1,4 +1,4 @@
-"""What the plots of reports and studies share: how they look, and which pictures can be written."""
+"""Colours and helpers that the plots of reports and studies share."""
 
 import os
 import textwrap
@@ -11,24 +11,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
-# Of Okabe and Ito's palette, which people tell apart however they see colours.
+# Okabe and Ito's palette, which colour-blind readers can tell apart
 COLOURS = ("#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 DIRECTION_COLOURS = {"image_to_text": COLOURS[1], "text_to_image": COLOURS[3]}
-# What matplotlib writes and hardly anything shows, or not everywhere.
+# Formats that matplotlib writes and most programs do not show
 NO_PICTURES = {"avif", "pgf", "raw", "rgba"}
 
 
 def check_plot(file: str | os.PathLike) -> None:
     """
-    Finds out before the long work whether a plot can be drawn and written.
+    Checks before long work that a plot can be drawn and written.
 
     Args:
-        file: The picture to be; its extension says of which kind it is.
+        file (`str` or `os.PathLike`): Picture that will be written; the extension sets the format.
 
     Raises:
-        ImportError: without matplotlib.
-        ValueError: if the extension is not that of a kind of picture that matplotlib writes; the message names those.
-        OSError: as [`~lotlip_hf.files.check_output`].
+        `ImportError`: If matplotlib is not installed.
+        `ValueError`: If matplotlib writes no format with this extension.
+        `OSError`: If the file cannot be written; see [`~lotlip_hf.files.check_output`].
     """
     figure(1, 1)
     from matplotlib.backend_bases import FigureCanvasBase
@@ -37,37 +37,42 @@ def check_plot(file: str | os.PathLike) -> None:
     kinds = sorted(set(FigureCanvasBase.get_supported_filetypes()) - NO_PICTURES)
     if file.suffix.lower().removeprefix(".") not in kinds:
         *most, last = (f".{kind}" for kind in kinds)
-        raise ValueError(f"{file}: expected a picture that ends in {', '.join(most)} or {last}.")
+        raise ValueError(f"{file}: plots cannot have this extension. Use {', '.join(most)} or {last}.")
     check_output(file, overwrite=True)
 
 
 def figure(width: float, height: float) -> "Figure":
     """
-    An empty figure.
+    Creates an empty figure.
 
     Args:
-        width, height: In inches.
+        width (`float`): Width in inches.
+        height (`float`): Height in inches.
+
+    Returns:
+        `Figure`: The figure.
 
     Raises:
-        ImportError: without matplotlib.
+        `ImportError`: If matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure  # without pyplot there is no window and nothing to close
+        from matplotlib.figure import Figure  # not pyplot, which keeps every figure in memory until it is closed
     except ImportError as error:
-        raise ImportError("Plots are drawn by matplotlib: pip install 'lotlip-hf[evaluation]'") from error
+        raise ImportError("matplotlib is not installed. Run pip install 'lotlip-hf[evaluation]'") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: "Figure", file: str | os.PathLike) -> None:
     """
-    Writes a figure, in place of what there may be.
+    Writes a figure to a file, and replaces an existing file.
 
     Args:
-        figure: What [`figure`] gave, drawn on.
-        file: The picture.
+        figure (`Figure`): Figure.
+        file (`str` or `os.PathLike`): Picture to write.
 
     Raises:
-        ValueError, OSError: as [`check_plot`], or if it cannot be written.
+        `ValueError`: If matplotlib writes no format with this extension.
+        `OSError`: If the file cannot be written.
     """
     check_plot(file)
     with replacing(Path(file)) as picture:
@@ -75,6 +80,6 @@ def save(figure: "Figure", file: str | os.PathLike) -> None:
 
 
 def wrapped(text: str, width: int) -> str:
-    """A text in lines of at most `width` characters, with all its words, none of it taken for a formula."""
+    """Wraps a text at `width` characters, and escapes `$`, which matplotlib reads as the start of a formula."""
     text = printable(" ".join(text.split()))
     return ("\n".join(textwrap.wrap(text, width, break_on_hyphens=False)) or text).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Search a folder of images with a description: an index of the folder, kept up to date, and its ranked results."""
+"""Searches a folder of images with a description, by an index of their embeddings that is kept up to date."""
 
 import hashlib
 import logging
@@ -21,11 +21,11 @@ INDEX_FOLDER = ".lotlip"
 @dataclass(frozen=True)
 class SearchResult:
     """
-    An image that was found.
+    One ranked image.
 
     Args:
-        path (`Path`): the file.
-        score (`float`): cosine similarity of the image and the description, from -1 to 1.
+        path (`Path`): Image file.
+        score (`float`): Cosine similarity of the image and the description, from -1 to 1.
     """
 
     path: Path
@@ -35,35 +35,48 @@ class SearchResult:
 @dataclass
 class ImageIndex:
     """
-    The embeddings of a folder's images. Made by [`build_index`].
+    The search index of a folder of images, returned by [`build_index`].
 
     Args:
-        folder (`Path`): the folder.
-        files (`list[str]`): N images, relative to the folder, sorted.
-        places (`list[int]`): N places: where in the store each file's embedding is.
-        store (`EmbeddingStore`): the embeddings.
-        skipped (`dict[str, str]`): images without an embedding, relative to the folder, and the reason.
+        folder (`Path`): Folder of images.
+        files (`list[str]`): Paths of the N images, relative to the folder and sorted.
+        locations (`list[int]`): Location of each image's embedding in the store.
+        store (`EmbeddingStore`): Store of the embeddings.
+        skipped (`dict[str, str]`): Reason for each image without an embedding, by its path relative to the folder.
     """
 
     folder: Path
     files: list[str]
-    places: list[int]
+    locations: list[int]
     store: EmbeddingStore
     skipped: dict[str, str] = field(default_factory=dict)
 
     def search(self, query_embedding: torch.Tensor, top: int = 5) -> list[SearchResult]:
         """
-        Ranks the images. The embeddings are read from the disk block by block.
+        Ranks the images by their similarity to a query. Reads the embeddings from disk block by block.
 
         Args:
-            query_embedding (`torch.Tensor`): normalised, of shape [P], from the model that made the index.
-            top (`int`, *optional*, defaults to 5): how many images to return.
+            query_embedding (`torch.Tensor`): Embedding [P] by the model that made the index; see [`encode_query`].
+            top (`int`, *optional*, defaults to 5): Maximum number of results.
 
         Returns:
-            `list[SearchResult]`: the best first, equal ones by name; all images if there are fewer than `top`.
+            `list[SearchResult]`: The results, best first; equal scores are sorted by name.
 
         Raises:
-            ValueError: if `top` is less than 1 or the embedding's shape does not fit the index.
+            `ValueError`: If `top` is less than 1 or the embedding has another shape than those of the index.
+
+        Example:
+
+        ```python
+        >>> from lotlip_hf import load_encoder
+        >>> from lotlip_hf.search import build_index, encode_query
+
+        >>> encoder = load_encoder("checkpoint")
+        >>> index = build_index(encoder, "photos")
+        >>> best, second = index.search(encode_query(encoder, "A cat sleeps on a red sofa."), top=2)
+        >>> best.score >= second.score
+        True
+        ```
         """
         if top < 1:
             raise ValueError(f"`top` must be at least 1, got {top}.")
@@ -73,10 +86,10 @@ class ImageIndex:
                 f"{list(query_embedding.shape)}."
             )
         with self.store as store:
-            scores = store.similarities(self.places, query_embedding.detach().cpu().float().numpy())
-        # Copies of an image may differ in the last bits of their scores.
+            scores = store.similarities(self.locations, query_embedding.detach().cpu().float().numpy())
+        # The scores of identical images may differ in the last bits.
         best = np.argsort(-scores.round(6), kind="stable")[:top]
-        # Embeddings that came with the folder may be of any length.
+        # A downloaded index may contain embeddings that are not normalised.
         return [SearchResult(self.folder / self.files[index], float(scores[index].clip(-1, 1))) for index in best]
 
 
@@ -90,29 +103,40 @@ def build_index(
     progress: bool = True,
 ) -> ImageIndex:
     """
-    Embeds the images of a folder that are new or have changed, and returns the index of all.
+    Embeds the new and changed images of a folder, and returns the index of all its images.
 
-    The index is kept in the folder's hidden `.lotlip`, known by the image tower's weights and by each file's name,
-    size and modification time. Every batch is kept as soon as it is computed: after an interruption the same call
-    goes on. An image that cannot be read is skipped, and listed in `ImageIndex.skipped`.
+    The index is saved in the hidden folder `.lotlip`. An embedding is reused while the weights of the image tower and
+    the name, size and modification time of the file are the same. Every batch is saved at once, so the same call
+    resumes after an interruption. Unreadable images are skipped and listed in `ImageIndex.skipped`.
 
     Args:
-        encoder ([`Encoder`]): the dual encoder.
-        folder (`str` or `os.PathLike`): the folder; its subfolders belong to it, hidden ones do not.
-        index_folder (`str` or `os.PathLike`, *optional*):
-            Where to keep the index instead, for a folder that cannot be written to. It may hold those of many folders.
-        image_root (`str` or `os.PathLike`, *optional*, defaults to `folder`):
-            The folder that links in `folder` must not lead out of.
-        batch_size (`int`, *optional*, defaults to 32): images in a batch.
-        progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+        encoder (`Encoder`): Dual encoder.
+        folder (`str` or `os.PathLike`): Folder of images, searched with its subfolders except hidden ones.
+        index_folder (`str` or `os.PathLike`, *optional*, defaults to `folder`): Folder to save the index in, for
+            example if `folder` is read-only. Several folders may share it.
+        image_root (`str` or `os.PathLike`, *optional*, defaults to `folder`): Links to files outside of this folder
+            are not followed.
+        batch_size (`int`, *optional*, defaults to 32): Number of images in a batch.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Returns:
-        [`ImageIndex`]: the index.
+        [`ImageIndex`]: The index.
 
     Raises:
-        NotADirectoryError: if `folder` is not a folder.
-        ValueError: if it has no images, or none that can be read.
-        OSError: if the index cannot be written.
+        `NotADirectoryError`: If `folder` is not a folder.
+        `ValueError`: If the folder has no readable image.
+        `OSError`: If the index cannot be written.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf import load_encoder
+    >>> from lotlip_hf.search import build_index
+
+    >>> index = build_index(load_encoder("checkpoint"), "photos")
+    >>> index.files
+    ['cat.png', 'dog.png']
+    ```
     """
     folder = Path(folder)
     files, skipped = find_images(folder, image_root)
@@ -120,13 +144,13 @@ def build_index(
         extensions = ", ".join(
             sorted(image_extensions() & {".jpg", ".jpeg", ".png", ".webp", ".gif", ".tiff", ".bmp"})
         )
-        raise ValueError(f"{folder}: no images in this folder or below it (files that end in {extensions}, ...).")
+        raise ValueError(f"{folder}: no images in the folder or its subfolders (files ending in {extensions}, ...).")
     stamps = {name: f"{status.st_size}:{status.st_mtime_ns}" for name, status in files.items()}
     root, name = folder, INDEX_FOLDER
-    advice = "name a folder that can be written to with --index DIR (`index_folder`)"
+    advice = "pass a writable folder with --index DIR (`index_folder`)"
     if index_folder is not None:
-        advice = "choose a folder that can be written to"
-        # Files are known by their relative paths: indexes of several folders stay apart.
+        advice = "pass a writable folder"
+        # Keys are relative paths, so each folder needs an index of its own.
         digest = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
         root, name = Path(index_folder), f"{folder.resolve().name or 'root'}-{digest}"
     with EmbeddingStore(root / name, encoder.fingerprint("image"), encoder.dim, root=root, advice=advice) as store:
@@ -145,9 +169,9 @@ def build_index(
                     else:
                         store.add_error(name, result.reason, stamps[name])
         except KeyboardInterrupt:
-            kept = len(store.held(stamps).places)
+            kept = len(store.held(stamps).locations)
             logger.warning(
-                "Interrupted: %d embeddings are kept in %s; the same command goes on from there.", kept, store.path
+                "Interrupted: %d embeddings are kept in %s. Run the same command to resume.", kept, store.path
             )
             raise
         if outdated:
@@ -155,27 +179,37 @@ def build_index(
             held = store.held(stamps)
         skipped = {**held.errors, **skipped}
         found = [name for name in stamps if name not in skipped]
-        index = ImageIndex(folder, found, [held.places[name] for name in found], store, dict(sorted(skipped.items())))
+        locations = [held.locations[name] for name in found]
+        index = ImageIndex(folder, found, locations, store, dict(sorted(skipped.items())))
     if not index.files:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(index.skipped.items())[:5])
-        raise ValueError(f"{folder}: none of its {len(index.skipped)} images can be read ({reasons}).")
+        raise ValueError(f"{folder}: all {len(index.skipped)} images are unreadable ({reasons}).")
     return index
 
 
 def encode_query(encoder: Encoder, text: str) -> torch.Tensor:
     """
-    Encodes one description.
+    Encodes the description to search for.
 
     Args:
-        encoder ([`Encoder`]): the dual encoder.
-        text (`str`): the description.
+        encoder (`Encoder`): Dual encoder.
+        text (`str`): Description.
 
     Returns:
-        `torch.Tensor`: its normalised embedding [P].
+        `torch.Tensor`: Embedding [P].
 
     Raises:
-        ValueError: if the description is empty.
+        `ValueError`: If the description is empty.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf import load_encoder
+    >>> from lotlip_hf.search import encode_query
+
+    >>> query = encode_query(load_encoder("checkpoint"), "A cat sleeps on a red sofa.")
+    ```
     """
     if not text.strip():
-        raise ValueError("The description to search for is empty.")
+        raise ValueError("The description is empty. Pass a text to search for.")
     return encoder.encode_texts([text], progress=False)[0]

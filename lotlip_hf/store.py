@@ -1,4 +1,4 @@
-"""The cache of embeddings on disk, known by the encoder that made them and by what they are of."""
+"""The cache of embeddings on disk, in a SQLite file."""
 
 import logging
 import os
@@ -17,54 +17,55 @@ from .files import is_own_file, own_folder, set_aside
 logger = logging.getLogger(__name__)
 
 FILE = "embeddings.sqlite3"
-# Vectors that are added together lie in one block. `entries` says which row of which block is whose.
+# Vectors that are added together are one block. `entries` maps each key to a block and a row in it.
 TABLES = (
     "CREATE TABLE encoders (id INTEGER PRIMARY KEY, made_by TEXT NOT NULL UNIQUE, dim INTEGER NOT NULL)",
     "CREATE TABLE blocks (id INTEGER PRIMARY KEY, encoder INTEGER NOT NULL, vectors BLOB NOT NULL)",
     "CREATE TABLE entries (encoder INTEGER NOT NULL, key BLOB NOT NULL, stamp TEXT NOT NULL, error TEXT, "
     "block INTEGER, row INTEGER, PRIMARY KEY (encoder, key)) WITHOUT ROWID",
 )
-# Stamps of the embeddings of texts: whether the text was cut
+# Stamps of the embeddings of texts: whether the tokenizer truncated the text
 CUT, WHOLE = "cut", ""
-PAGE_SIZE = 16384  # bytes: a block of 32 embeddings takes a few pages
-WAIT = 600  # seconds for another process's transaction
-LOOKED_UP = 500  # keys of one query, at most; SQLite takes 999 values
-MAX_BLOCK = 1 << 27  # bytes, far above what is written
-BLOCK_ROWS = 1 << 20  # the most rows of a block: a place is a block's number times this, and the row
+PAGE_SIZE = 16384  # bytes: a block of 32 embeddings fills a few pages
+WAIT = 600  # seconds to wait for the transaction of another process
+LOOKED_UP = 500  # maximum number of keys in one query; SQLite's limit is 999 values
+MAX_BLOCK = 1 << 27  # bytes, far more than any block that is written
+BLOCK_ROWS = 1 << 20  # maximum number of rows in a block; location = block number * BLOCK_ROWS + row
 
 
 class Held(NamedTuple):
     """
-    What the store holds of some keys.
+    The stored entries of some keys.
 
     Args:
-        places (`dict[str, int]`): by key, where its embedding is, for [`EmbeddingStore.vectors`].
-        errors (`dict[str, str]`): by key, why it has no embedding.
-        stamps (`dict[str, str]`): by key, the text that was added with either.
+        locations (`dict[str, int]`): Location of each key's embedding, for [`EmbeddingStore.vectors`].
+        errors (`dict[str, str]`): Reason for each key without an embedding.
+        stamps (`dict[str, str]`): Stamp that was added with each key.
     """
 
-    places: dict[str, int]
+    locations: dict[str, int]
     errors: dict[str, str]
     stamps: dict[str, str]
 
 
 class EmbeddingStore:
     """
-    Embeddings by one encoder in a folder, which may hold those by others too; used as a context manager.
+    Embeddings of one encoder, in a SQLite file that several encoders may share. Use it as a context manager.
 
-    It is a SQLite file: what was added survives the process and the machine, and several processes may read and add.
-    A file that this class did not write or that is damaged is renamed, with a warning, and the store begins empty.
+    Added embeddings survive a crash of the process or the machine. Several processes may read and add at the same
+    time. A damaged file, or one that this class did not write, is renamed with a warning, and the store starts empty.
 
     Args:
-        folder (`Path`): where the file is; made on entering.
-        made_by (`str`): the encoder's fingerprint, and what else decides on the embeddings.
-        dim (`int`): the number of dimensions P of its embeddings.
-        root (`Path`, *optional*):
-            The folder that the user named, by default `folder`. What lies between the two may not be a link.
-        advice (`str`, *optional*): what the error says to do if the folder cannot be written to.
+        folder (`Path`): Folder of the file, created on entering.
+        made_by (`str`): Fingerprint of the encoder, with all settings that change the embeddings.
+        dim (`int`): Number of dimensions P of the embeddings.
+        root (`Path`, *optional*, defaults to `folder`): Folder given by the user. Links between `root` and `folder`
+            are renamed, not followed.
+        advice (`str`, *optional*, defaults to `"pass a writable folder"`): Advice in the error if the folder is
+            not writable.
 
     Raises:
-        OSError: on entering or adding, if the folder cannot be written to.
+        `OSError`: On entering or adding, if the folder is not writable.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class EmbeddingStore:
         dim: int,
         *,
         root: Path | None = None,
-        advice: str = "choose a folder that can be written to",
+        advice: str = "pass a writable folder",
     ) -> None:
         self.folder = folder
         self.made_by = made_by
@@ -84,7 +85,7 @@ class EmbeddingStore:
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Path of the SQLite file."""
         return self.folder / FILE
 
     def __enter__(self) -> "EmbeddingStore":
@@ -107,17 +108,17 @@ class EmbeddingStore:
             error, sqlite3.OperationalError
         ):
             self._set_aside(error)
-            raise OSError(f"{self.path}: was damaged; run the same again.") from error
+            raise OSError(f"{self.path} was damaged and is renamed. Run the same command again.") from error
 
     def held(self, keys: Iterable[str]) -> Held:
         """
-        What is held of these keys.
+        Returns the entries of some keys.
 
         Args:
-            keys (`Iterable[str]`): the keys.
+            keys (`Iterable[str]`): Keys.
 
         Returns:
-            [`Held`]: those that are there.
+            [`Held`]: The entries. Keys that are not stored are left out.
         """
         query = (
             "SELECT key, CAST(substr(stamp, 1, 1000) AS TEXT), CAST(substr(error, 1, 1000) AS TEXT), "
@@ -126,36 +127,36 @@ class EmbeddingStore:
         )
         wanted = set(keys)
         values: list[Any] = [self._encoder]
-        if len(wanted) <= LOOKED_UP:  # more are found sooner by reading all
+        if len(wanted) <= LOOKED_UP:  # reading all entries is faster for more keys
             query += f" AND key IN ({', '.join('?' * len(wanted))})"
             values += map(os.fsencode, wanted)
         held = Held({}, {}, {})
         try:
-            for name, stamp, error, place in self._connection.execute(query, values):
+            for name, stamp, error, location in self._connection.execute(query, values):
                 if (key := os.fsdecode(name)) not in wanted:
                     continue
                 if error is not None:
                     held.errors[key] = error
-                elif place is not None:
-                    held.places[key] = place
+                elif location is not None:
+                    held.locations[key] = location
                 held.stamps[key] = stamp
-        except sqlite3.OperationalError as error:  # a text that is none
+        except sqlite3.OperationalError as error:  # a stored text is not valid UTF-8
             raise _ForeignError(str(error)) from error
         return held
 
     def add(self, keys: Sequence[str], vectors: np.ndarray, stamps: Sequence[str] | None = None) -> None:
         """
-        Adds embeddings, which replace earlier ones of the same keys. All are there afterwards, or none.
+        Adds embeddings in one transaction, and replaces earlier ones with the same keys.
 
         Args:
             keys (`Sequence[str]`): N keys.
-            vectors (`np.ndarray`): their embeddings, of shape [N, P].
-            stamps (`Sequence[str]`, *optional*): N texts to keep with them.
+            vectors (`np.ndarray`): Embeddings [N, P].
+            stamps (`Sequence[str]`, *optional*): N stamps, such as the modification time of each file.
         """
         stamps = [""] * len(keys) if stamps is None else stamps
         vectors = np.ascontiguousarray(vectors, dtype="<f4")
         if len(keys) > BLOCK_ROWS:
-            raise ValueError(f"`keys` are {len(keys)}; add at most {BLOCK_ROWS} at a time.")
+            raise ValueError(f"`keys` has {len(keys)} keys. Add at most {BLOCK_ROWS} at a time.")
         if vectors.shape != (len(keys), self.dim):
             raise ValueError(f"`vectors` must have the shape [{len(keys)}, {self.dim}], got {list(vectors.shape)}.")
         with self._transaction() as connection:
@@ -172,13 +173,14 @@ class EmbeddingStore:
     @contextmanager
     def adding(self, size: int) -> Iterator[Callable[[str, np.ndarray, str], None]]:
         """
-        Adds embeddings as they come, so many at a time, and what is left when the context ends, by an error too.
+        Collects embeddings and adds them in blocks. Adds the last, smaller block when the context ends, even by an
+        error.
 
         Args:
-            size (`int`): how many are added together.
+            size (`int`): Number of embeddings in a block.
 
         Yields:
-            `Callable`: takes a key, its embedding [P] and its stamp.
+            `Callable`: Function of a key, its embedding [P] and its stamp.
         """
         waiting: list[tuple[str, np.ndarray, str]] = []
 
@@ -199,7 +201,7 @@ class EmbeddingStore:
             add_waiting()
 
     def add_error(self, key: str, error: str, stamp: str = "") -> None:
-        """Adds the reason why a key has no embedding."""
+        """Adds a key without an embedding, and the reason."""
         with self._transaction() as connection:
             connection.execute(
                 "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, NULL, NULL)",
@@ -207,7 +209,7 @@ class EmbeddingStore:
             )
 
     def keep(self, keys: Iterable[str]) -> None:
-        """Drops all entries but those of `keys`, and the blocks that none is left of."""
+        """Deletes all entries except those of `keys`, and blocks without entries."""
         query = "SELECT key FROM entries WHERE encoder = ?"
         rows = self._connection.execute(query, (self._encoder,))
         names = {os.fsencode(key) for key in keys}
@@ -224,13 +226,14 @@ class EmbeddingStore:
 
     def blocks(self, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """
-        Embeddings block by block, one in memory at a time.
+        Reads the embeddings block by block, with one block in memory at a time.
 
         Args:
-            numbers (`Iterable[int]`, *optional*): the blocks; by default all, in the order in which they were added.
+            numbers (`Iterable[int]`, *optional*): Block numbers. By default all blocks are read, in the order in which
+                they were added.
 
         Yields:
-            `tuple[int, np.ndarray]`: the block's number and its embeddings, float32, of shape [N, P].
+            `tuple[int, np.ndarray]`: Block number, and the float32 embeddings [N, P] of the block.
         """
         query = "SELECT id, vectors FROM blocks WHERE encoder = ? AND length(vectors) <= ?"
         values = (self._encoder, MAX_BLOCK)
@@ -244,24 +247,24 @@ class EmbeddingStore:
             )
         for number, vectors in rows:
             if not isinstance(vectors, bytes) or len(vectors) % (4 * self.dim):
-                raise _ForeignError("a block is no matrix of embeddings")
+                raise _ForeignError("a block is not a matrix of embeddings")
             block = np.frombuffer(vectors, "<f4").reshape(-1, self.dim)
             if not np.isfinite(block).all():
                 raise _ForeignError("an embedding is not finite")
             yield number, block
 
-    def vectors(self, places: Sequence[int]) -> np.ndarray:
+    def vectors(self, locations: Sequence[int]) -> np.ndarray:
         """
-        Embeddings by their places.
+        Reads the embeddings at some locations.
 
         Args:
-            places (`Sequence[int]`): N places, as [`held`] gives them.
+            locations (`Sequence[int]`): N locations from [`held`].
 
         Returns:
-            `np.ndarray`: float32, of shape [N, P].
+            `np.ndarray`: Float32 embeddings [N, P].
         """
-        numbers, rows = np.divmod(np.asarray(places, np.int64), BLOCK_ROWS)
-        result = np.empty((len(places), self.dim), np.float32)
+        numbers, rows = np.divmod(np.asarray(locations, np.int64), BLOCK_ROWS)
+        result = np.empty((len(locations), self.dim), np.float32)
         found = 0
         for number, block in self.blocks(np.unique(numbers).tolist()):
             own = np.flatnonzero(numbers == number)
@@ -269,41 +272,41 @@ class EmbeddingStore:
                 break
             result[own] = block[rows[own]]
             found += len(own)
-        if found < len(places):
-            raise _ForeignError("an entry names a row that is not there")
+        if found < len(locations):
+            raise _ForeignError("an entry names a missing row")
         return result
 
-    def similarities(self, places: Sequence[int], query: np.ndarray) -> np.ndarray:
+    def similarities(self, locations: Sequence[int], query: np.ndarray) -> np.ndarray:
         """
-        The cosine similarities of embeddings, read block by block.
+        Computes cosine similarities of stored embeddings and a query, block by block.
 
         Args:
-            places (`Sequence[int]`): N places, as [`held`] gives them.
-            query (`np.ndarray`): a normalised embedding, float32, of shape [P].
+            locations (`Sequence[int]`): N locations from [`held`].
+            query (`np.ndarray`): Float32 embedding [P].
 
         Returns:
-            `np.ndarray`: float32, of shape [N].
+            `np.ndarray`: Float32 similarities [N].
         """
-        numbers, rows = np.divmod(np.asarray(places, np.int64), BLOCK_ROWS)
+        numbers, rows = np.divmod(np.asarray(locations, np.int64), BLOCK_ROWS)
         order = np.argsort(numbers, kind="stable")
         bounds = numbers[order]
-        result = np.full(len(places), np.nan, np.float32)
+        result = np.full(len(locations), np.nan, np.float32)
         for number, block in self.blocks():
             own = order[slice(*np.searchsorted(bounds, (number, number + 1)))]
             scores = block @ query
             if len(own) and rows[own].max() >= len(scores):
-                raise _ForeignError("an entry names a row that is not there")
+                raise _ForeignError("an entry names a missing row")
             result[own] = scores[rows[own]]
         if np.isnan(result).any():
-            raise _ForeignError("an entry names a block that is not there")
+            raise _ForeignError("an entry names a missing block")
         return result
 
     def contents(self) -> list[tuple[str, int, int, int]]:
         """
-        What the file holds.
+        Lists the encoders in the file.
 
         Returns:
-            `list[tuple]`: for each encoder `made_by`, the number of dimensions, of embeddings, and of errors.
+            `list[tuple]`: `made_by`, number of dimensions, number of embeddings and number of errors of each encoder.
         """
         return self._connection.execute(
             "SELECT made_by, dim, count(block), count(error) FROM encoders LEFT JOIN entries ON encoder = id "
@@ -311,7 +314,7 @@ class EmbeddingStore:
         ).fetchall()
 
     def _use_wal(self) -> None:
-        """Sets the journal's mode; SQLite does not wait if several processes do so with a new file at once."""
+        """Sets the journal mode. Retries, because SQLite fails at once if two processes set the mode of a new file."""
         for tries_left in range(40, -1, -1):
             try:
                 self._connection.execute("PRAGMA journal_mode = WAL")
@@ -324,7 +327,7 @@ class EmbeddingStore:
     def _connect(self) -> None:
         for end in ("", "-wal", "-shm", "-journal"):
             if not is_own_file(self.folder / f"{FILE}{end}"):
-                raise _ForeignError(f"{FILE}{end} is a link or no file")
+                raise _ForeignError(f"{FILE}{end} is a link or not a regular file")
         is_new = not self.path.exists()
         self._connection = sqlite3.connect(self.path, timeout=WAIT, isolation_level=None)
         try:
@@ -338,19 +341,19 @@ class EmbeddingStore:
                 if not tables:
                     for sql in TABLES:
                         connection.execute(sql)
-                elif tables != TABLES:  # a view or a trigger would run the SQL of its author
-                    raise _ForeignError("it has other tables")
+                elif tables != TABLES:  # a view or a trigger could run foreign SQL
+                    raise _ForeignError("the file has other tables")
                 insert = "INSERT OR IGNORE INTO encoders (made_by, dim) VALUES (?, ?)"
                 connection.execute(insert, (self.made_by, self.dim))
                 query = "SELECT id, dim FROM encoders WHERE made_by = ?"
                 ((self._encoder, dim),) = connection.execute(query, (self.made_by,)).fetchall()
                 if dim != self.dim:
-                    raise _ForeignError(f"its embeddings have {dim} dimensions, the encoder's {self.dim}")
+                    raise _ForeignError(f"the stored embeddings have {dim} dimensions, not {self.dim}")
         except BaseException:
             self._connection.close()
             raise
         if is_new and (old := [path.name for path in self.folder.iterdir() if (path / "entries.jsonl").is_file()]):
-            logger.warning("%s: indexes of an older version are not read; remove %s.", self.folder, ", ".join(old))
+            logger.warning("%s: indexes of an older version are not read. Delete %s.", self.folder, ", ".join(old))
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -359,29 +362,29 @@ class EmbeddingStore:
             try:
                 yield self._connection
             except BaseException:
-                if self._connection.in_transaction:  # SQLite ends it by itself on some errors
+                if self._connection.in_transaction:  # SQLite itself rolls back on some errors
                     self._connection.execute("ROLLBACK")
                 raise
             self._connection.execute("COMMIT")
 
     @contextmanager
     def _written(self) -> Iterator[None]:
-        """An error in this context says which folder cannot be written to, and what to do."""
+        """Adds the name of the folder and the advice to a write error."""
         try:
             yield
         except (OSError, sqlite3.OperationalError) as error:
-            if isinstance(error, OSError) and error.errno is None:  # it says so already
+            if isinstance(error, OSError) and error.errno is None:  # raised by an inner `_written`
                 raise
             reason = getattr(error, "strerror", None) or error
-            raise OSError(f"{self.folder}: cannot keep embeddings there ({reason}); {self.advice}.") from error
+            raise OSError(f"{self.folder}: cannot save embeddings there ({reason}); {self.advice}.") from error
 
     def _set_aside(self, reason: object) -> None:
         for end in ("", "-wal", "-shm", "-journal"):
             path = self.folder / f"{FILE}{end}"
             if os.path.lexists(path):
                 set_aside(path)
-        logger.warning("%s: %s. It is renamed, and its embeddings are computed again.", self.path, reason)
+        logger.warning("%s: %s. The file is renamed, and all embeddings are computed again.", self.path, reason)
 
 
 class _ForeignError(Exception):
-    """A file that this class did not write; the message says what is wrong."""
+    """Raised for a file that is damaged or that this class did not write."""

@@ -1,1 +1,1 @@
-"""What a LoTLIP checkpoint is: configuration, model, tokenizer and processor."""
+"""Code of a LoTLIP checkpoint: configuration, model, tokenizer and processor."""

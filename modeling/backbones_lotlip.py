@@ -1,6 +1,6 @@
 """
-The families of encoders: all that depends on a `model_type`. A new family is a class and a line
-`TEXT_BACKBONES["its model_type"] = ItsClass()`; a new pooling is a function and a line in `POOLINGS`.
+Adapters of the families of backbones: all code that depends on a `model_type`. To add a family, write a class and set
+`TEXT_BACKBONES["model_type"] = MyBackbone()`. To add a pooling, write a function and an entry of `POOLINGS`.
 """
 
 import math
@@ -19,21 +19,21 @@ from .fast_paths_lotlip import Extension, PooledLayer, PooledViTLayer, extend, t
 
 
 def one_token(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
-    """The state at the index."""
+    """The state at `index`."""
     return states[:, 0] if index is None else states[torch.arange(states.shape[0], device=states.device), index]
 
 
 def mean(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
-    """The mean over a text, or over an image's patches."""
+    """The mean over a text or over the patches of an image."""
     if mask is None:
         return states.mean(1)
     weights = mask.to(states.dtype).unsqueeze(-1)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
-# (states [N, L, hidden_size], mask [N, L] or None for all tokens, index [N] of the pooled token or None for the first)
-# -> [N, hidden_size]. A corner token is pooled as a text of one token. "pooler" stands for the backbone's own: a layer
-# on a text's pooled token, or whatever it pools of an image.
+# Functions (states [N, L, hidden_size], mask [N, L] or None for all tokens, index [N] of the pooled token or None for
+# the first) -> [N, hidden_size]. A corner token is pooled as a text of one token. For texts, "pooler" adds the
+# backbone's layer on the pooled token. For images, it is the backbone's own pooling.
 POOLINGS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = {
     "pooler": one_token,
     "cls": one_token,
@@ -43,28 +43,25 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = 
 
 
 class _Backbone:
-    """What text and image families share. `config` is the backbone's own configuration, here and below."""
+    """Base class of both kinds of families. In all methods, `config` is the backbone's own configuration."""
 
     default_pooling: str
-    excluded_poolings: tuple[str, ...] = ()  # of `POOLINGS`, those that make no sense
-    has_optional_pooler = False  # it is built if it is used: an idle layer would never be trained
-    pooled_layer: type[PooledLayer] | None = None  # extends the last layer so that it computes pooled tokens alone
+    excluded_poolings: tuple[str, ...] = ()  # names in `POOLINGS` that the family does not support
+    has_optional_pooler = False  # whether `pooling="pooler"` adds a layer; without it, the layer would stay untrained
+    pooled_layer: type[PooledLayer] | None = None  # extends the last layer to compute pooled tokens only
 
     def __init__(self, **settings: Any) -> None:
         vars(self).update(settings)
 
     def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
-        """Raises a `ValueError` for a pooling that the backbone does not take."""
         taken = [name for name in POOLINGS if name not in self.excluded_poolings]
         if pooling not in taken:
-            raise ValueError(f"`pooling={pooling!r}`: a {config.model_type} backbone takes {', '.join(taken)}.")
+            raise ValueError(f"`pooling={pooling!r}` does not fit {config.model_type}. Use one of {', '.join(taken)}.")
 
     def pooling_layer(self, pooling: str) -> dict[str, bool]:
-        """Arguments of `AutoModel` for the optional pooler."""
         return {"add_pooling_layer": pooling == "pooler"} if self.has_optional_pooler else {}
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
-        """The encoder with new weights."""
         backbone = AutoModel.from_config(config, trust_remote_code=False, **self.pooling_layer(pooling))
         last_layer = self.last_layer(backbone)
         if self.pooled_layer is not None and last_layer is not None:
@@ -78,37 +75,35 @@ class _Backbone:
 
 class TextBackbone(_Backbone):
     """
-    A text encoder that takes `inputs_embeds` and `position_ids`. The pooled token is the first, or a causal text's
-    last. By position, corner tokens stand between the first token and the words, or behind a causal text.
+    A text encoder that accepts `inputs_embeds` and `position_ids`. The pooled token is the first token, or the last
+    one of a causal text. Corner tokens have the positions after the first token, or after the end of a causal text.
     """
 
     default_pooling = "mean"
     excluded_poolings = ("pooler", "eos")
-    is_causal = False  # whether a token sees only those before it
-    takes_rows = False  # whether it passes `row_index` on to the attention functions: texts can be in one row
-    has_segments = False  # whether the encoder takes `token_type_ids`
+    is_causal = False
+    takes_rows = False  # whether `row_index` reaches the attention functions, so that texts can share a row
+    has_segments = False  # whether the encoder accepts `token_type_ids`
     corners_have_positions = True
     starts_after_padding = False  # whether the first position is `pad_token_id + 1`
 
     def position_offset(self, config: PreTrainedConfig) -> int:
-        """Position of the first token."""
         return config.pad_token_id + 1 if self.starts_after_padding else 0
 
     def max_length(self, config: PreTrainedConfig, num_corner_tokens: int) -> int:
-        """Longest text in tokens."""
         taken = num_corner_tokens if self.corners_have_positions else 0
         return config.max_position_embeddings - self.position_offset(config) - taken
 
     def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
-        """[N, L]: what is text, if no mask is given; `None` for everything."""
+        """Default mask [N, L], 1 for text, or `None` if all tokens are text."""
         return None if config.pad_token_id is None else input_ids != config.pad_token_id
 
     def count_positions(self, config: PreTrainedConfig, is_text: Tensor) -> Tensor:
-        """[N, L]: positions in the text, from 0."""
+        """Positions in the text [N, L], from 0."""
         return (is_text.long().cumsum(-1) - 1).clamp(min=0)
 
     def pooled_index(self, config: PreTrainedConfig, is_text: Tensor, input_ids: Tensor | None) -> Tensor:
-        """[N]: index of the pooled token."""
+        """Index [N] of the pooled token."""
         if self.is_causal:
             return is_text.shape[-1] - 1 - is_text.int().flip(-1).argmax(-1)
         return is_text.int().argmax(-1)
@@ -117,9 +112,8 @@ class TextBackbone(_Backbone):
         self, backbone: PreTrainedModel, words: Tensor, position_ids: Tensor, num_corner_tokens: int, corners: Tensor
     ) -> dict[str, Tensor]:
         """
-        The backbone's arguments [N, L + c, ...], with `inputs_embeds` among them, of `words` [N, L, hidden_size],
-        their `position_ids` [N, L] from 0, and `corners` [c, hidden_size]; c is m, or 0 to leave the corner tokens
-        out. The words leave them their m positions all the same.
+        Arguments of the backbone [N, L + c, ...] for `words` [N, L, hidden_size], `position_ids` [N, L] from 0 and
+        `corners` [c, hidden_size]. c is m, or 0 to leave them out. The words skip m positions in both cases.
         """
         first = position_ids.amax(-1, keepdim=True) + 1 if self.is_causal else torch.ones_like(position_ids[:, :1])
         if not self.is_causal:
@@ -133,10 +127,7 @@ class TextBackbone(_Backbone):
     def create_masks(
         self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
     ) -> Any:
-        """
-        The backbone's mask of a rule (batch, head, query, key) -> bool, or a dictionary by type of layer, such as
-        `sliding_attention`, whose `or_mask_function` is `is_corner`: corner tokens see every word.
-        """
+        """The mask of an attention rule, or a dictionary. `sliding_attention` needs `or_mask_function=is_corner`."""
         create = create_causal_mask if self.is_causal else create_bidirectional_mask
         embeds = {"inputs_embeds": inputs_embeds, "attention_mask": None, "past_key_values": None}
         return create(config=config, **embeds, and_mask_function=rule)
@@ -152,7 +143,7 @@ class BertBackbone(TextBackbone):
 
 
 class CLIPTextBackbone(TextBackbone):
-    """CLIP, pooled at [EOT]; the corner tokens have no positions."""
+    """CLIP's text tower. The pooled token is [EOT]. Corner tokens have no positions."""
 
     default_pooling = "eos"
     excluded_poolings = ("pooler", "cls", "mean")
@@ -163,10 +154,10 @@ class CLIPTextBackbone(TextBackbone):
         return CLIPTextEncoder._from_config(config)
 
     def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
-        return None  # CLIP pads with its [EOT] and sees nothing behind it
+        return None  # CLIP pads with [EOT], which no text token attends to
 
     def count_positions(self, config: PreTrainedConfig, is_text: Tensor) -> Tensor:
-        # padding behind the text counts on, as in CLIPTextModel, and padding before it does not
+        # As in CLIPTextModel, positions go on in padding after the text. Padding before the text gets position 0.
         counted = torch.arange(is_text.shape[-1], device=is_text.device).expand_as(is_text)
         counted = (counted - is_text.int().argmax(-1, keepdim=True)).clamp(min=0)
         return torch.where(is_text.bool(), counted, counted.clamp(max=config.max_position_embeddings - 1))
@@ -174,8 +165,8 @@ class CLIPTextBackbone(TextBackbone):
     def pooled_index(self, config: PreTrainedConfig, is_text: Tensor, input_ids: Tensor | None) -> Tensor:
         if input_ids is None:
             return super().pooled_index(config, is_text, input_ids)
-        input_ids = input_ids.masked_fill(~is_text.bool(), -1)  # [EOT] may be the padding, too
-        # configurations from before transformers 4.31 hold a wrong id, 2: as in CLIPTextModel, [EOT] has the highest
+        input_ids = input_ids.masked_fill(~is_text.bool(), -1)  # [EOT] may be the padding token, too
+        # As in CLIPTextModel: before transformers 4.31, configurations had a wrong id, 2. [EOT] has the highest id.
         is_end = input_ids if config.eos_token_id == 2 else input_ids == config.eos_token_id
         return is_end.int().argmax(-1)
 
@@ -186,14 +177,14 @@ class CLIPTextBackbone(TextBackbone):
 
 
 class CLIPTextEncoder(CLIPTextModel):
-    """CLIP's text tower for texts that are embedded already, positions included; weights and states are the same."""
+    """`CLIPTextModel` for `inputs_embeds` that include position embeddings. Weights and states are the same."""
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """[N, L, hidden_size] and [N, L] or a mask of `create_corner_mask` -> [N, L, hidden_size], nothing pooled"""
+        """[N, L, hidden_size] and a mask [N, L] or of `create_corner_mask` -> states [N, L, hidden_size]."""
         embeds = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "past_key_values": None}
         mask = create_causal_mask(config=self.config, **embeds)
         outputs = self.encoder(inputs_embeds=inputs_embeds, attention_mask=mask, is_causal=True, **kwargs)
@@ -201,12 +192,12 @@ class CLIPTextEncoder(CLIPTextModel):
 
 
 class VisionBackbone(_Backbone):
-    """An image encoder whose `embeddings` give a class token and patches with their positions."""
+    """An image encoder. Its `embeddings` return a class token, if it has one, and the patches, with positions."""
 
     default_pooling = "cls"
     excluded_poolings = ("eos",)
     num_prefix_tokens = 1
-    takes_interpolation = True  # `interpolate_pos_encoding`; without it, images of every size are taken
+    takes_interpolation = True  # whether it needs `interpolate_pos_encoding` for images of another size
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
         backbone = super().build(config, pooling)
@@ -214,24 +205,23 @@ class VisionBackbone(_Backbone):
         return backbone
 
     def num_patches(self, config: PreTrainedConfig) -> int:
-        """Number of patches of an image of the configured size."""
         sides = zip(pair(config.image_size), pair(config.patch_size), strict=True)
         return math.prod(size // patch_size for size, patch_size in sides)
 
     def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
         super().check_pooling(config, pooling)
         if pooling == "pooler" and not getattr(config, "vision_use_head", True):
-            raise ValueError("`pooling='pooler'` needs SigLIP's head, which `vision_use_head=False` leaves out.")
+            raise ValueError("`pooling='pooler'` needs SigLIP's head. Set `vision_use_head=True` or another pooling.")
 
     def keep(self, backbone: PreTrainedModel, pixel_values: Tensor, kept_patches: Tensor, **options: Any) -> Tensor:
-        """What the backbone takes in place of images: embeddings [B, prefix + K, hidden_size] of [B, K] patches."""
+        """Embeds images and selects patches [B, K]: an input [B, prefix + K, hidden_size] of the backbone."""
         states = backbone.embeddings(pixel_values.to(backbone.dtype), **options)
         prefix, patches = states[:, : self.num_prefix_tokens], states[:, self.num_prefix_tokens :]
         is_index = kept_patches.dim() == 2 and kept_patches.dtype == torch.int64 and 0 not in kept_patches.shape
         if is_index and is_eager_on_cpu(kept_patches):
             is_index = bool(((kept_patches >= 0) & (kept_patches < patches.shape[1])).all())
         if not is_index or len(kept_patches) != len(states):
-            raise ValueError(f"`kept_patches` must be int64 [B, K], indices in [0, {patches.shape[1]}).")
+            raise ValueError(f"`kept_patches` must be int64 [B, K] with indices in [0, {patches.shape[1]}).")
         return torch.cat([prefix, take(patches, kept_patches.to(patches.device))], dim=1)
 
 
@@ -241,7 +231,7 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "xlm-roberta": BertBackbone(starts_after_padding=True),
     "clip_text_model": CLIPTextBackbone(),
 }
-# the poolers: a norm of CLIP's class token; a layer of attention over SigLIP's patches, which have no class token
+# CLIP's pooler normalises the class token. SigLIP has no class token; its pooler attends to the patches.
 OWN_POOLER: dict[str, Any] = {"default_pooling": "pooler", "excluded_poolings": ("eos", "cls")}
 VISION_BACKBONES: dict[str, VisionBackbone] = {
     "vit": VisionBackbone(has_optional_pooler=True, pooled_layer=PooledViTLayer),
@@ -252,15 +242,14 @@ VISION_BACKBONES: dict[str, VisionBackbone] = {
 
 
 class PassingEmbeddings(Extension):
-    """Embeddings of images that return as it is what is embedded already."""
+    """Embeds images. Returns inputs that are embedded already, [B, tokens, hidden_size], unchanged."""
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[B, channels, height, width], or [B, tokens, hidden_size] -> [B, tokens, hidden_size]"""
         return pixel_values if pixel_values.dim() == 3 else super().forward(pixel_values, *args, **kwargs)
 
 
 def is_eager_on_cpu(tensor: Tensor) -> bool:
-    """Whether looking at values is cheap and allowed: not while compiling, exporting or tracing, nor on a device."""
+    """Whether values can be checked: on the CPU, and not while compiling, exporting or tracing."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 

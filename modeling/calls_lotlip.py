@@ -1,4 +1,4 @@
-"""Calls of a tokenizer that leave no state behind: settings of one call neither hold for the next nor are saved."""
+"""Calls of a tokenizer whose truncation and padding do not affect later calls or the saved files."""
 
 from typing import Any, TypeVar
 
@@ -6,15 +6,15 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-# The names under which transformers keeps the settings of the last call before saving, as those of the tokenizer.
-# A processor passes them on in every call, where they win over `model_max_length`.
+# Settings of the last call that transformers saves as settings of the tokenizer. A processor would pass them in every
+# call, where they override `model_max_length`.
 CALL_SETTINGS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id")
 
 AnyTokenizer = TypeVar("AnyTokenizer")
 
 
 def free_of_calls(tokenizer: Any) -> None:
-    """Removes the settings of earlier calls from a tokenizer: `model_max_length` alone decides then."""
+    """Removes the settings of earlier calls from a tokenizer, so that `model_max_length` applies."""
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         for name in CALL_SETTINGS:
             tokenizer.init_kwargs.pop(name, None)
@@ -24,19 +24,19 @@ def free_of_calls(tokenizer: Any) -> None:
 
 
 def own_backend(shared: Tokenizer) -> Tokenizer:
-    """A backend without truncation and padding that shares vocabulary and pipeline; made in ten microseconds."""
+    """Copies a backend without truncation and padding. Vocabulary and pipeline are shared, so it takes 10 us."""
     backend = Tokenizer(shared.model)
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         part = getattr(shared, name)
         if part is not None:
             setattr(backend, name, part)
-    # in the order of their ids, for those that the vocabulary does not hold are numbered anew
+    # Add them in the order of their ids, because tokens outside the vocabulary are numbered again.
     backend.add_tokens([token for _, token in sorted(shared.get_added_tokens_decoder().items())])
     return backend
 
 
 def for_one_call(tokenizer: AnyTokenizer) -> AnyTokenizer:
-    """A copy with a backend of its own, on which transformers sets a call's truncation and padding."""
+    """Copies a tokenizer with a backend of its own, on which transformers sets a call's truncation and padding."""
     if not isinstance(tokenizer, TokenizersBackend):
         return tokenizer
     copy = object.__new__(type(tokenizer))

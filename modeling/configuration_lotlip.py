@@ -1,4 +1,4 @@
-"""Configurations of LoTLIP: two stock transformers backbones and the few numbers that LoTLIP adds to them."""
+"""Configurations of LoTLIP: two stock transformers backbones and the fields that LoTLIP adds to them."""
 
 import copy
 import dataclasses
@@ -10,28 +10,28 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .backbones_lotlip import TEXT_BACKBONES, VISION_BACKBONES
 
-# Of the files that these classes write. One that today's code would read wrongly gets a higher number.
+# Version of the files that these classes write. It rises when older code would misread a newer file.
 FORMAT_VERSION = 1
 
 
 class _LoTLIPBaseConfig(PreTrainedConfig):
-    """What all three share: the code that a checkpoint is published with, and the version of the format."""
+    """Fields of all three configurations: the version of the format and the `auto_map` of the published code."""
 
     _auto_class = "AutoConfig"
-    auto_classes: ClassVar[dict[str, str]] = {}  # Auto class -> class, beside the configuration's own
+    auto_classes: ClassVar[dict[str, str]] = {}  # auto class -> model class; `AutoConfig` is added below
 
     format_version: int = FORMAT_VERSION
 
     def _check_version(self) -> None:
-        """Before anything else, which a newer version may have changed."""
+        """Runs first, because a newer version may have changed all other fields."""
         if self.format_version > FORMAT_VERSION:
-            advice = "upgrade lotlip-hf, or without it pass trust_remote_code=True"
-            raise ValueError(f"{type(self).__name__} has `format_version` {self.format_version}: {advice}.")
+            advice = "Upgrade lotlip-hf, or load the checkpoint's own code with `trust_remote_code=True`"
+            raise ValueError(f"`format_version` {self.format_version} of {type(self).__name__} is too new. {advice}.")
 
     def __post_init__(self, **kwargs: Any) -> None:
         auto_map = {name: f"modeling_lotlip.{class_name}" for name, class_name in self.auto_classes.items()}
         auto_map["AutoConfig"] = f"configuration_lotlip.{type(self).__name__}"
-        # what another repository's code would be run for stays behind
+        # Drop entries "repo--module.Class": they would run code of another repository.
         given = kwargs.pop("auto_map", None) or {}
         own = {name: ref for name, ref in given.items() if isinstance(ref, str) and "--" not in ref}
         self.auto_map = {**auto_map, **own}
@@ -39,10 +39,7 @@ class _LoTLIPBaseConfig(PreTrainedConfig):
 
 
 class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
-    """
-    What both towers share. Fields that they lack are the backbone's, as in `LoTLIPTextConfig(vocab_size=100)`,
-    `config.layer_norm_eps` and `config.layer_norm_eps = 1e-6`: each value has one home.
-    """
+    """Fields of both towers. Other attributes are read from and written to `backbone_config`."""
 
     sub_configs: ClassVar[dict[str, type]] = {"backbone_config": AutoConfig}
     default_backbone: ClassVar[dict[str, Any]] = {}
@@ -60,8 +57,8 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
         model_type = backbone["model_type"] if isinstance(backbone, dict) else backbone.model_type
         if str(model_type) not in self.families:
             supported = ", ".join(self.families)
-            raise ValueError(f"`backbone_config` of {type(self).__name__}: {model_type!r} is none of {supported}.")
-        # The caller's own stays as it is: it may be a live model's, whose attention would be reset.
+            raise ValueError(f"`backbone_config`: model_type {model_type!r} is not supported. Use one of {supported}.")
+        # Copy, because the config may belong to a live model whose attention implementation would be reset.
         backbone = AutoConfig.for_model(**backbone) if isinstance(backbone, dict) else copy.deepcopy(backbone)
         for name in {field.name for field in dataclasses.fields(backbone)} & kwargs.keys():
             setattr(backbone, name, kwargs.pop(name))
@@ -92,7 +89,7 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
 
     @property
     def family(self) -> Any:
-        """What the tower knows of its backbone's kind, see `backbones_lotlip`."""
+        """Adapter of the backbone's family, see `backbones_lotlip`."""
         return self.families[self.backbone_config.model_type]
 
     @property
@@ -107,14 +104,20 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     Configuration of a LoTLIP text tower: a text encoder with learnable corner tokens.
 
     Args:
-        backbone_config (`PreTrainedConfig` or `dict`, *optional*):
-            Of the encoder: BERT (BERT-base by default), RoBERTa, XLM-RoBERTa or CLIP's text tower.
-        num_corner_tokens (`int`, *optional*, defaults to 2):
-            Number m of corner tokens. They take m of the backbone's positions, and none of CLIP's.
-        pooling (`str`, *optional*):
-            `"pooler"`, a layer of the backbone on [CLS] (by default, as in the released models); `"cls"`, the state of
-            [CLS]; `"mean"`; `"eos"`, CLIP's own, the state of [EOT].
-        projection_dim (`int`, *optional*, defaults to 768): Width of the linear projection; `None` for none.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the text encoder: BERT, RoBERTa,
+            XLM-RoBERTa or CLIP's text tower. Defaults to BERT-base. Its fields can also be passed and read here.
+        num_corner_tokens (`int`, *optional*, defaults to 2): Number m of corner tokens. They use m positions of the
+            backbone, except with CLIP, where they have no positions.
+        pooling (`str`, *optional*): `"pooler"`: a layer of the backbone on the state of [CLS], as in the released
+            models; `"cls"`: the state of [CLS]; `"mean"`: the mean over the text; `"eos"`: the state of CLIP's [EOT].
+            Defaults to `"pooler"` for BERT and RoBERTa and to `"eos"` for CLIP.
+        projection_dim (`int`, *optional*, defaults to 768): Width of the linear projection. `None` adds no projection.
+
+    ```python
+    >>> from lotlip_hf import LoTLIPTextConfig
+    >>> LoTLIPTextConfig(num_corner_tokens=4).max_position_embeddings  # BERT has 512
+    508
+    ```
     """
 
     model_type = "lotlip_text_model"
@@ -123,16 +126,18 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     default_backbone = {"model_type": "bert"}
     families = TEXT_BACKBONES
 
+    backbone_config: PreTrainedConfig | dict | None = None
     num_corner_tokens: int = 2
+    pooling: str | None = None
     projection_dim: int | None = 768
 
     def validate_corner_tokens(self) -> None:
         if self.num_corner_tokens < 0 or self.max_position_embeddings < 2:
-            raise ValueError(f"`num_corner_tokens`={self.num_corner_tokens}: negative, or the positions have no room.")
+            raise ValueError(f"`num_corner_tokens`={self.num_corner_tokens}: use 0 or more, and leave room for text.")
 
     @property
     def max_position_embeddings(self) -> int:
-        """Longest text in tokens, first and last included: the backbone's positions less the corner tokens'."""
+        """Maximum length in tokens, with [CLS] and [SEP]: the backbone's positions minus the corner tokens."""
         return self.family.max_length(self.backbone_config, self.num_corner_tokens)
 
 
@@ -142,13 +147,18 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
     Configuration of a LoTLIP image tower.
 
     Args:
-        backbone_config (`PreTrainedConfig` or `dict`, *optional*):
-            Of the encoder: ViT (by default ViT-B/16 at 224 pixels with timm's LayerNorm epsilon of 1e-6, as in the
-            released model), DINOv2, CLIP's or SigLIP's image tower.
-        pooling (`str`, *optional*):
-            `"cls"`, the class token after the final norm (the default of ViT and DINOv2); `"pooler"`, the backbone's
-            own pooled output (the default of CLIP and SigLIP); `"mean"`, the mean of the patch tokens.
-        projection_dim (`int`, *optional*): Width of the linear projection; `None`, the default, for none.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the image encoder: ViT, DINOv2,
+            CLIP or SigLIP. Defaults to ViT-B/16 with timm's `layer_norm_eps`. Its fields can be passed and read here.
+        pooling (`str`, *optional*): `"cls"`: the class token after the final norm, the default of ViT and DINOv2;
+            `"pooler"`: the backbone's own pooled output, the default of CLIP and SigLIP; `"mean"`: the mean of the
+            patch tokens.
+        projection_dim (`int`, *optional*): Width of the linear projection. `None` adds no projection.
+
+    ```python
+    >>> from lotlip_hf import LoTLIPVisionConfig
+    >>> LoTLIPVisionConfig(image_size=384).num_patches
+    576
+    ```
     """
 
     model_type = "lotlip_vision_model"
@@ -159,7 +169,7 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
 
     @property
     def num_patches(self) -> int:
-        """Number of patches of an image of the configured size."""
+        """Number P of patches of an image of the configured size."""
         return self.family.num_patches(self.backbone_config)
 
 
@@ -169,21 +179,17 @@ class LoTLIPConfig(_LoTLIPBaseConfig):
     Configuration of a [`LoTLIPModel`]. The defaults are those of the released LoTLIP ViT-B/16.
 
     Args:
-        text_config, vision_config (`LoTLIPTextConfig`, `LoTLIPVisionConfig` or `dict`, *optional*): Of the towers.
-        projection_dim (`int`, *optional*):
-            Width of the space that both towers share; by default the text tower's. A tower of another width gets a
-            projection to it.
-        logit_scale_init_value (`float`, *optional*, defaults to ln(1 / 0.07)):
-            Initial value of `logit_scale`, the logarithm of the factor on the cosine similarities.
-        short_loss_weight, long_loss_weight (`float`, *optional*, defaults to 1.0):
-            Weights of the short and of the long texts' share of the loss.
+        text_config (`LoTLIPTextConfig` or `dict`, *optional*): Configuration of the text tower.
+        vision_config (`LoTLIPVisionConfig` or `dict`, *optional*): Configuration of the image tower.
+        projection_dim (`int`, *optional*): Width D of the shared embedding space. Defaults to the text tower's width.
+            A tower of another width gets a projection to D.
+        logit_scale_init_value (`float`, *optional*, defaults to `ln(1 / 0.07)`): Initial value of `logit_scale`.
+        short_loss_weight, long_loss_weight (`float`, *optional*, defaults to 1.0): Weights of the loss's two parts.
 
     ```python
     >>> from lotlip_hf import LoTLIPConfig
-
-    >>> config = LoTLIPConfig(text_config={"num_corner_tokens": 4}, projection_dim=512)
-    >>> config.text_config.projection_dim, config.vision_config.projection_dim
-    (512, 512)
+    >>> LoTLIPConfig(text_config={"num_corner_tokens": 4}, projection_dim=512).vision_config.projection_dim
+    512
     ```
     """
 
@@ -201,7 +207,7 @@ class LoTLIPConfig(_LoTLIPBaseConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_version()
         for key, config_class in self.sub_configs.items():
-            given = getattr(self, key)  # the caller's own stays as it is
+            given = getattr(self, key)
             is_config = isinstance(given, config_class)
             setattr(self, key, copy.deepcopy(given) if is_config else config_class(**(given or {})))
         if self.projection_dim is None:

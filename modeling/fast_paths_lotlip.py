@@ -1,4 +1,4 @@
-"""What saves time and changes no result: texts in one row without padding, a last layer for pooled tokens alone."""
+"""Faster computations of the same results: texts in one row without padding, a last layer for pooled tokens only."""
 
 from functools import cache
 from typing import Any
@@ -11,23 +11,22 @@ from transformers.masking_utils import sdpa_mask
 
 
 def to_row(states: Tensor, row_index: Tensor) -> Tensor:
-    """[N, length, ...] -> [1, total, ...]: the tokens at `row_index` [total], counted through all texts."""
+    """[N, length, ...] -> [1, total, ...]: the tokens at `row_index` [total], indices into N * length tokens."""
     return states.flatten(0, 1).index_select(0, row_index).unsqueeze(0)
 
 
 def from_row(row: Tensor, row_index: Tensor, num_texts: int, length: int) -> Tensor:
-    """The inverse of [`to_row`]: [1, total, ...] -> [N, length, ...] with zeros for padding."""
+    """Inverse of [`to_row`]: [1, total, ...] -> [N, length, ...]. Padding becomes zeros."""
     padded = row.new_zeros(num_texts * length, *row.shape[2:])
     return padded.index_copy(0, row_index, row.squeeze(0)).unflatten(0, (num_texts, length))
 
 
 def fast_options(config: Any, is_text: Tensor, num_corners: int, pooled_index: Tensor | None) -> dict[str, Tensor]:
-    """What saves a backbone time: `row_index` [total] of the tokens that are no padding, if its attention takes these
-    alone; and for a `pooled_index` [N] the `pooled_tokens` [N, 1 + c], with c corner tokens behind each text."""
+    """`row_index` [total] of all tokens but padding, and `pooled_tokens` [N, 1 + c]: the pooled and corner tokens."""
     options, attention = {}, config._attn_implementation
-    # torch's code for CPUs does not compile with as many changing sizes as a row has
+    # torch's compiler for CPUs fails on flex attention with the changing sizes of a row.
     can_be_row = attention == "unpadded" or (attention == "flex_attention" and is_text.device.type != "cpu")
-    if can_be_row and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # each batch has another total
+    if can_be_row and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # `total` varies by batch
         is_computed = nn.functional.pad(is_text.bool(), (0, num_corners), value=True).flatten()
         if not is_computed.all():
             options["row_index"] = is_computed.nonzero().squeeze(1)
@@ -39,11 +38,11 @@ def fast_options(config: Any, is_text: Tensor, num_corners: int, pooled_index: T
 
 
 def run_texts(backbone: PreTrainedModel, inputs: dict[str, Tensor], mask: Any, **options: Any) -> Any:
-    """The outputs of a backbone for `inputs` [N, length, ...], computed in one row if there is a `row_index`."""
+    """The backbone's outputs for `inputs` [N, length, ...], computed in one row if `options` has a `row_index`."""
     row_index, size = options.get("row_index"), inputs["inputs_embeds"].shape[:2]
     if row_index is None:
         return backbone(attention_mask=mask, **inputs, **options)
-    for name in inputs:  # in place, so that no padded copy lives on in the caller
+    for name in inputs:  # overwrite the caller's padded tensors to free their memory
         inputs[name] = to_row(inputs[name], row_index)
     outputs = backbone(attention_mask=mask, **inputs, **options)
     if "pooled_tokens" not in options:
@@ -56,7 +55,7 @@ def run_texts(backbone: PreTrainedModel, inputs: dict[str, Tensor], mask: Any, *
 def unpadded_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """`sdpa` that lays texts in a row, [1, heads, total, head_dim], out with padding for [N, 1, length, length]."""
+    """`sdpa` for a row [1, heads, total, head_dim], which is padded if a mask [N, 1, length, length] is given."""
     row_index = kwargs.pop("row_index", None)
     if row_index is None or attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -74,14 +73,14 @@ AttentionMaskInterface.register("unpadded", sdpa_mask)
 
 
 class Extension(nn.Module):
-    """What [`extend`] puts before the class of a stock module."""
+    """Methods that [`extend`] adds to a stock module."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _new, type(self).__bases__, self.__dict__  # as the class is not found by its name
+        return _new, type(self).__bases__, self.__dict__  # pickle cannot import the generated class by name
 
 
 def extend(backbone: PreTrainedModel, module: nn.Module, extension: type[Extension]) -> None:
-    """Gives a module of the backbone the methods of an extension before those of its class."""
+    """Puts the methods of `extension` before those of the module's class."""
     module.__class__ = _extended(extension, type(module))
     backbone._no_split_modules = {*(backbone._no_split_modules or ()), type(module).__name__}
 
@@ -96,12 +95,12 @@ def _new(extension: type, stock: type) -> nn.Module:
 
 
 class PooledLayer(Extension):
-    """A layer, as BERT's, that also takes `pooled_tokens` [N, Q] and computes these alone."""
+    """A BERT-like layer that accepts `pooled_tokens` [N, Q] and then computes these tokens only."""
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """[N, L, hidden_size], or [1, total, hidden_size] with `row_index`, and [N, 1, L, L] -> [N, Q, hidden_size]"""
+        """Input [N, L, hidden_size], or [1, total, hidden_size] with `row_index`. Output [N, Q, hidden_size]."""
         tokens, row_index = kwargs.pop("pooled_tokens", None), kwargs.get("row_index")
         if tokens is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -112,7 +111,7 @@ class PooledLayer(Extension):
         return self.pooled(hidden_states, attention_mask, tokens)
 
     def pooled(self, hidden_states: Tensor, mask: Tensor | None, tokens: Tensor) -> Tensor:
-        """[N, L, hidden_size], [N, 1, Q, L] and [N, Q] -> [N, Q, hidden_size]"""
+        """[N, L, hidden_size], mask [N, 1, Q, L] and tokens [N, Q] -> [N, Q, hidden_size]"""
         attention, states = self.attention.self, take(hidden_states, tokens)
         query, key, value = attention.query(states), attention.key(hidden_states), attention.value(hidden_states)
         context = _attend(attention, query, key, value, mask, attention.dropout.p)
@@ -120,7 +119,7 @@ class PooledLayer(Extension):
 
 
 class PooledViTLayer(PooledLayer):
-    """A layer as ViT's, see [`PooledLayer`]."""
+    """[`PooledLayer`] for the layers of a ViT."""
 
     def pooled(self, hidden_states: Tensor, mask: Tensor | None, tokens: Tensor) -> Tensor:
         attention, normed = self.attention, self.layernorm_before(hidden_states)
@@ -132,15 +131,15 @@ class PooledViTLayer(PooledLayer):
 
 
 def take(states: Tensor, tokens: Tensor) -> Tensor:
-    """[N, L, size] at [N, Q] -> [N, Q, size]"""
+    """Selects the tokens [N, Q] of the states [N, L, size] -> [N, Q, size]."""
     texts = torch.arange(states.shape[0], device=states.device)
-    return states[texts.unsqueeze(1), tokens]  # `take_along_dim` would fix the sizes of an exported graph
+    return states[texts.unsqueeze(1), tokens]  # `take_along_dim` would fix the sizes in an exported graph
 
 
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> Tensor:
-    """[N, Q, hidden_size] and twice [N, L, hidden_size] -> [N, Q, hidden_size]"""
+    """Query [N, Q, hidden_size], key and value [N, L, hidden_size] -> [N, Q, hidden_size]."""
     heads = (states.unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2) for states in (query, key, value))
     dropout = dropout if module.training else 0.0
     return sdpa_attention_forward(module, *heads, mask, dropout=dropout, scaling=module.scaling)[0].flatten(-2)

@@ -1,6 +1,6 @@
 """
-The rule of the LoTLIP paper's corner tokens: text tokens see every text token and no corner token; a corner token sees
-itself and every word, but no other corner token and not the pooled token.
+The attention mask of the LoTLIP paper's corner tokens. Text tokens attend to all text tokens and to no corner token. A
+corner token attends to itself and to all words, but not to other corner tokens and not to the pooled token.
 """
 
 from typing import Any
@@ -27,19 +27,19 @@ def create_corner_mask(
     row_index: Tensor | None = None,
 ) -> Any:
     """
-    The mask of `inputs_embeds` [N, L + m, hidden_size], texts and behind them m corner tokens, in the form that the
-    backbone's attention implementation takes: [N, 1, L + m, L + m]; for `flex_attention` over a row, that of the
-    tokens `row_index` [total], [1, 1, total, total]; or a dictionary of such masks by the type of the layers.
-    `is_text` [N, L] is 0 for padding, and `pooled_index` [N] that of the pooled token.
+    The mask for `inputs_embeds` [N, L + m, hidden_size], which are texts followed by m corner tokens. `is_text` [N, L]
+    is 0 for padding, and `pooled_index` [N] is the index of the pooled token. The mask has the form that the
+    backbone needs: [N, 1, L + m, L + m]; [1, 1, total, total] for `flex_attention` over a row of the tokens
+    `row_index` [total]; or a dictionary of such masks by type of layer.
     """
     if is_flash_attention_requested(config):
         raise ValueError(
-            "Flash attention cannot mask corner tokens: load the model with attn_implementation='sdpa' or "
+            "Flash attention cannot mask corner tokens. Load the model with attn_implementation='sdpa' or "
             "'flex_attention', or pass output_corner_embeds=False."
         )
     corners = (0, inputs_embeds.shape[1] - is_text.shape[1])
     index, pooled = torch.arange(is_text.shape[1], device=is_text.device), pooled_index.unsqueeze(-1)
-    # what stands behind a causal text's last token is padding, whether or not the attention mask says so
+    # In causal texts, tokens after the pooled token are padding, even without an attention mask.
     words = index < pooled if family.is_causal else index != pooled
     kinds = pad(torch.where(words, WORD, POOLED), corners, value=CORNER)
     if row_index is not None and config._attn_implementation == "flex_attention":

@@ -1,4 +1,4 @@
-"""PyTorch LoTLIP: two stock transformers backbones, and corner tokens, pooling, projections and loss."""
+"""PyTorch LoTLIP: two stock transformers backbones with corner tokens, pooling, projections and the loss."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,15 +21,16 @@ from .fast_paths_lotlip import PooledLayer, fast_options, run_texts
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
 from .masking_lotlip import create_corner_mask
 
-# Shapes: B is the batch size, I the number of images, T that of texts an image (if the ids have it), N = B T, L the
-# length, m the number of corner tokens, P that of patches, D the width of the shared space.
+# Shapes: B is the batch size, I the number of images, T the number of texts per image (ids may lack this dimension),
+# N = B T, L the length, m the number of corner tokens, P the number of patches, D the width of the shared space.
 
 
 @dataclass
 class BaseModelOutputWithPoolingAndCorners(BaseModelOutputWithPooling):
     """
-    Output of a text tower, lined up with `input_ids` [B, (T,) L] and without corner tokens; and, if they are computed,
-    the corner tokens' pooled states `corner_embeds` [B, (T,) m, hidden_size].
+    Output of [`LoTLIPTextModel`]: `last_hidden_state` and `hidden_states` [B, (T,) L, hidden_size] and `attentions`
+    [B, (T,) heads, L, L] without corner tokens, and the pooled states `pooler_output` [B, (T,) hidden_size] of the
+    texts and `corner_embeds` [B, (T,) m, hidden_size] of the corner tokens.
     """
 
     corner_embeds: Tensor | None = None
@@ -37,7 +38,7 @@ class BaseModelOutputWithPoolingAndCorners(BaseModelOutputWithPooling):
 
 @dataclass
 class LoTLIPTextModelOutput(CLIPTextModelOutput):
-    """CLIP's output and, if they are computed, `corner_embeds` [B, (T,) m, projection_dim], not normalised."""
+    """The features `text_embeds` [B, (T,) D] and `corner_embeds` [B, (T,) m, D], and all states of the text tower."""
 
     corner_embeds: Tensor | None = None
 
@@ -45,10 +46,10 @@ class LoTLIPTextModelOutput(CLIPTextModelOutput):
 @dataclass
 class LoTLIPOutput(CLIPOutput):
     """
-    CLIP's output (`logits_per_image` [I, B (, T)], `logits_per_text` [B, (T,) I], `text_embeds` [B, (T,) D] and
-    `image_embeds` [I, D] normalised, `text_model_output` of `input_ids`); then the corner tokens' normalised
-    `corner_embeds` [B, (T,) m, D] if they are computed (with `long_input_ids` of the long texts alone, [B, T - 1, m,
-    D]), and the short and the long texts' shares of the loss.
+    Output of [`LoTLIPModel`]: the scalars `loss` and its parts `loss_short` and `loss_long`; `logits_per_image`
+    [I, B (, T)] and `logits_per_text` [B, (T,) I]; the embeddings `text_embeds` [B, (T,) D], `image_embeds` [I, D] and
+    `corner_embeds` [B, (T,) m, D], with `long_input_ids` [B, T - 1, m, D] of the long texts only; and the towers'
+    outputs `text_model_output` (for `input_ids`) and `vision_model_output`.
     """
 
     corner_embeds: Tensor | None = None
@@ -57,29 +58,26 @@ class LoTLIPOutput(CLIPOutput):
 
 
 class LoTLIPPreTrainedModel(PreTrainedModel):
-    """Base class of the LoTLIP models: weight initialisation, loading and saving."""
+    """Base class of the LoTLIP models. It initialises, loads and saves weights."""
 
     config: LoTLIPConfig
-    _auto_class = "AutoModel"  # so that this code is saved beside the weights
+    _auto_class = "AutoModel"  # saves this code with the weights
     base_model_prefix = "lotlip"
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    _embedding_module = "text_model"  # which holds the input embeddings
+    _embedding_module = "text_model"  # the submodule with the input embeddings
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "LoTLIPPreTrainedModel":
-        """
-        As [`~transformers.PreTrainedModel.from_pretrained`], but `use_safetensors` defaults to `True`: pickled weights
-        (`.bin`, `.pt`) can run code. Pass `use_safetensors=False` to load those of a source that you trust.
-        """
+        """Same as the stock method, but `use_safetensors` defaults to `True`, because pickled weights can run code."""
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
         return super().from_pretrained(*args, **kwargs)
 
     def post_init(self) -> None:
         super().post_init()
-        # transformers adds those of submodules without a prefix: the image tower's would hide a whole model's tensors
+        # transformers merges the patterns of submodules without their prefix. They would match tensors of this model.
         self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
 
     def get_input_embeddings(self) -> nn.Module:
@@ -97,7 +95,7 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
             init.constant_(module.logit_scale, module.config.logit_scale_init_value)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Takes the names of `save_pretrained`, older ones for a ViT, as well: `Trainer` resumes from its file so."""
+        """Also accepts the names that `save_pretrained` writes. They differ for a ViT, and `Trainer` loads them."""
         names = list(self.state_dict())
         saved = revert_weight_conversion(self, {name: torch.tensor(index) for index, name in enumerate(names)})
         own = {name: names[int(index)] for name, index in saved.items()} | {name: name for name in names}
@@ -106,7 +104,7 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
 
 
 class _LoTLIPTower(LoTLIPPreTrainedModel):
-    """What both towers share. A backbone's modules are found as the tower's too: `vision_model.encoder` over CLIP."""
+    """Base class of both towers. The backbone's modules are attributes, too: `vision_model.encoder` with CLIP."""
 
     _embedding_module = "backbone"
 
@@ -117,12 +115,11 @@ class _LoTLIPTower(LoTLIPPreTrainedModel):
         return super().__getattr__(name)
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The tower's settings of what to return, for the backbone, which has a configuration of its own."""
+        """Adds the tower's defaults to `kwargs`, because the backbone has a configuration of its own."""
         names = ("output_attentions", "output_hidden_states")
         return {**{name: getattr(self.config, name) for name in names}, **kwargs, "return_dict": True}
 
-    def _pools_alone(self, options: dict[str, Any]) -> bool:
-        """Whether the last layer can be computed for the pooled tokens alone."""
+    def _can_pool_only(self, options: dict[str, Any]) -> bool:
         return (
             not (options["output_attentions"] or options["output_hidden_states"])
             and POOLINGS[self.config.pooling] is one_token
@@ -133,11 +130,16 @@ class _LoTLIPTower(LoTLIPPreTrainedModel):
 
 class LoTLIPTextModel(_LoTLIPTower):
     """
-    LoTLIP's text tower, without projection: a stock encoder and m learnable corner tokens.
+    LoTLIP's text tower without projection: a stock text encoder and m learnable corner tokens.
 
-    By position, the corner tokens stand between [CLS] and the words; in memory, behind the text. No text token sees
-    them, so they are left out unless they are needed. Over CLIP's causal text tower they have no positions, [EOT] has
-    the role of [CLS], and all else is `CLIPTextModel`'s.
+    Corner tokens have the positions between [CLS] and the words, and follow the text in memory. Text tokens do not
+    attend to them, so they are computed only if needed. With CLIP they have no positions, and [EOT] replaces [CLS].
+
+    ```python
+    >>> from lotlip_hf import LoTLIPTextModel, LoTLIPTokenizer
+    >>> inputs = LoTLIPTokenizer.from_pretrained("checkpoint")(["a cat", "a dog"], return_tensors="pt")
+    >>> pooled = LoTLIPTextModel.from_pretrained("checkpoint")(**inputs).pooler_output  # [2, hidden_size]
+    ```
     """
 
     config: LoTLIPTextConfig
@@ -167,22 +169,24 @@ class LoTLIPTextModel(_LoTLIPTower):
     ) -> BaseModelOutputWithPoolingAndCorners:
         r"""
         Args:
-            input_ids: [B, (T,) L], plain [CLS] words [SEP] without corner tokens, padded on either side.
-            attention_mask: shape of `input_ids`, 1 for text. By default what is not `pad_token_id`; everything over
-                CLIP, which pads with its [EOT] and sees nothing behind it.
-            position_ids: [L] or shape of `input_ids`, 0 for [CLS], without the offsets of the corner tokens and of the
-                backbone. By default counted along `attention_mask`.
-            inputs_embeds: [B, (T,) L, hidden_size], word embeddings in place of `input_ids`.
-            token_type_ids: shape of `input_ids`; by default zeros.
-            output_corner_embeds: Whether to compute the corner tokens (not with flash attention). By default in
-                training mode only.
-            pooled_only: Whether only the pooled states are needed: `last_hidden_state` is `None` if that saves time
-                (BERT and RoBERTa, not pooled by the mean, with `sdpa` or `unpadded`).
+            input_ids (`torch.Tensor`, *optional*): Token ids [B, (T,) L] without corner tokens, padded on either side.
+            attention_mask (`torch.Tensor`, *optional*): 1 for text and 0 for padding, in the shape of `input_ids`.
+                Defaults to `input_ids != pad_token_id`, and to ones for CLIP, which pads with its [EOT].
+            position_ids (`torch.Tensor`, *optional*): Positions in the text, [L] or in the shape of `input_ids`,
+                without the offsets of backbone and corner tokens. Defaults to a count of the text tokens.
+            inputs_embeds (`torch.Tensor`, *optional*): Word embeddings [B, (T,) L, hidden_size], to replace
+                `input_ids`.
+            token_type_ids (`torch.Tensor`, *optional*): Segment ids, in the shape of `input_ids`. Defaults to zeros.
+            output_corner_embeds (`bool`, *optional*): Whether to compute the corner tokens. Defaults to
+                `model.training`. Not supported by flash attention.
+            pooled_only (`bool`, *optional*, defaults to `False`): Whether only the pooled states are needed. BERT and
+                RoBERTa with `sdpa` or `unpadded` attention and no mean pooling then save time and return `None` for
+                `last_hidden_state`.
         """
         family, config = self.config.family, self.config.backbone_config
         shape = _text_shape(input_ids, inputs_embeds)
         words = self._embed_words(input_ids) if inputs_embeds is None else inputs_embeds
-        words = words.flatten(0, -3)  # texts are [N, L] from here on, with the corner tokens behind them [N, L + m]
+        words = words.flatten(0, -3)  # from here on, texts are [N, L], and [N, L + m] with corner tokens
         input_ids, attention_mask, token_type_ids = _flatten(
             shape, input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
         )
@@ -197,24 +201,24 @@ class LoTLIPTextModel(_LoTLIPTower):
         has_corners = output_corner_embeds and self.corner_embeds is not None
         corners = self.corner_embeds if has_corners else words.new_empty(0, words.shape[-1])
         inputs = family.embed(self.backbone, words, position_ids, self.config.num_corner_tokens, corners)
-        del words  # as large as what the backbone gets
+        del words  # frees memory before the backbone runs
         if token_type_ids is not None and family.has_segments:
             inputs["token_type_ids"] = nn.functional.pad(token_type_ids, (0, len(corners)))
         elif token_type_ids is not None and is_eager_on_cpu(token_type_ids) and token_type_ids.any():
-            raise ValueError("`token_type_ids` must be 0 or left out: this text encoder has no segments.")
+            raise ValueError("`token_type_ids` must be 0: this text encoder has no segments. Leave the argument out.")
 
         options = self._options(kwargs)
-        pooled_only = pooled_only and self._pools_alone(options)
+        pooled_only = pooled_only and self._can_pool_only(options)
         options |= fast_options(config, is_text, len(corners), pooled_index if pooled_only else None)
         mask, row_index = attention_mask, options.get("row_index")
         if len(corners) or row_index is not None:
             mask = create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row_index)
         outputs = run_texts(self.backbone, inputs, mask, **options)
 
-        states = outputs.last_hidden_state  # [N, L + m, hidden_size], or [N, 1 + m, hidden_size] of pooled tokens
+        states = outputs.last_hidden_state  # [N, L + m, hidden_size], or [N, 1 + m, hidden_size] if `pooled_only`
         length, pooled_index = (1, None) if pooled_only else (shape[-1], pooled_index)
         pooled, corner_states = self._pool(states[:, :length], is_text, pooled_index), states[:, length:]
-        corner_embeds = self._pool(corner_states.flatten(0, 1).unsqueeze(1))  # each as a text of its own
+        corner_embeds = self._pool(corner_states.flatten(0, 1).unsqueeze(1))  # each corner token is a text of length 1
         corner_embeds = corner_embeds.unflatten(0, corner_states.shape[:2])
         return BaseModelOutputWithPoolingAndCorners(
             last_hidden_state=None if pooled_only else _line_up(states, shape, 1),
@@ -228,11 +232,11 @@ class LoTLIPTextModel(_LoTLIPTower):
         """[..., L] -> [..., L, hidden_size]"""
         size = self.config.vocab_size
         if is_eager_on_cpu(input_ids) and not ((input_ids >= 0) & (input_ids < size)).all():
-            raise ValueError(f"`input_ids` must lie in [0, {size}), as those of the model's tokenizer do.")
+            raise ValueError(f"`input_ids` must be in [0, {size}). Use the tokenizer of this checkpoint.")
         return self.get_input_embeddings()(input_ids)
 
     def _position_ids(self, position_ids: Tensor | None, is_text: Tensor) -> Tensor:
-        """[N, L]: positions in the text, checked where padding by itself does not reach beyond them."""
+        """Positions in the text, [N, L]. Checks the limit only if the padded length or the caller can exceed it."""
         limit, length = self.config.max_position_embeddings, is_text.shape[-1]
         may_exceed = position_ids is not None or length > limit
         if position_ids is None:
@@ -240,7 +244,7 @@ class LoTLIPTextModel(_LoTLIPTower):
         position_ids = position_ids.reshape(-1, length).expand(is_text.shape[0], -1)
         if may_exceed and is_eager_on_cpu(position_ids) and position_ids.max() >= limit:
             longest = int(position_ids.max()) + 1
-            raise ValueError(f"A text has {longest} tokens, the model takes {limit}: tokenise with truncation=True.")
+            raise ValueError(f"A text has {longest} tokens, more than the {limit} of the model: pass truncation=True.")
         return position_ids
 
     def _pool(self, states: Tensor, is_text: Tensor | None = None, index: Tensor | None = None) -> Tensor:
@@ -250,7 +254,15 @@ class LoTLIPTextModel(_LoTLIPTower):
 
 
 class LoTLIPVisionModel(_LoTLIPTower):
-    """LoTLIP's image tower, without projection: a stock encoder and its pooling."""
+    """
+    LoTLIP's image tower without projection: a stock image encoder and its pooling.
+
+    ```python
+    >>> from lotlip_hf import LoTLIPProcessor, LoTLIPVisionModel
+    >>> inputs = LoTLIPProcessor.from_pretrained("checkpoint")(images="photos/cat.png", return_tensors="pt")
+    >>> pooled = LoTLIPVisionModel.from_pretrained("checkpoint")(**inputs).pooler_output  # [1, hidden_size]
+    ```
+    """
 
     config: LoTLIPVisionConfig
     base_model_prefix = "vision_model"
@@ -274,23 +286,25 @@ class LoTLIPVisionModel(_LoTLIPTower):
     ) -> BaseModelOutputWithPooling:
         r"""
         Args:
-            pixel_values: [B, channels, height, width], normalised by the image processor.
-            interpolate_pos_encoding: Whether to take images of another size than the model's (DINOv2 always does).
-            pooled_only: As for the text tower (ViT, not pooled by the mean, with `sdpa`).
-            kept_patches: [B, K], indices in [0, P) of the patches that the tower computes, with their positions in the
-                whole image; by default all. Prefix tokens, such as a class token, always stay.
+            pixel_values (`torch.Tensor`): Images [B, channels, height, width], normalised by the image processor.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`): Whether to accept images of another
+                size than the model's. DINOv2 always accepts them.
+            pooled_only (`bool`, *optional*, defaults to `False`): Whether only the pooled states are needed. A ViT
+                with `sdpa` attention and no mean pooling then returns `None` for `last_hidden_state`.
+            kept_patches (`torch.Tensor`, *optional*): Indices [B, K] in [0, P) of the patches to compute, at their
+                positions in the whole image. Defaults to all patches. A class token is always kept.
         """
         if pixel_values is None or pixel_values.dim() != 4 or not pixel_values.is_floating_point():
             got = None if pixel_values is None else (list(pixel_values.shape), pixel_values.dtype)
-            raise ValueError(f"`pixel_values` must be floats [B, channels, height, width], not {got}.")
+            raise ValueError(f"`pixel_values` must be floats [B, channels, height, width], got {got}.")
         family, embedding_options = self.config.family, {}
         if family.takes_interpolation:
             embedding_options["interpolate_pos_encoding"] = interpolate_pos_encoding
             size, expected = list(pixel_values.shape[-2:]), list(pair(self.config.image_size))
             if not interpolate_pos_encoding and size != expected:
-                raise ValueError(f"`pixel_values` are {size}, not {expected}: pass interpolate_pos_encoding=True.")
+                raise ValueError(f"`pixel_values` are {size}, not {expected}. Pass interpolate_pos_encoding=True.")
         options = self._options(kwargs)
-        pooled_only = pooled_only and self._pools_alone(options)
+        pooled_only = pooled_only and self._can_pool_only(options)
         if pooled_only:
             options["pooled_tokens"] = pixel_values.new_zeros(pixel_values.shape[0], 1, dtype=torch.int64)  # [CLS]
         if kept_patches is not None:
@@ -310,7 +324,15 @@ class LoTLIPVisionModel(_LoTLIPTower):
 
 
 class LoTLIPTextModelWithProjection(LoTLIPPreTrainedModel):
-    """LoTLIP's text tower with its projection to the space that it shares with the images."""
+    """
+    LoTLIP's text tower with its projection to the shared space.
+
+    ```python
+    >>> from lotlip_hf import LoTLIPTextModelWithProjection, LoTLIPTokenizer
+    >>> inputs = LoTLIPTokenizer.from_pretrained("checkpoint")(["a cat", "a dog"], return_tensors="pt")
+    >>> features = LoTLIPTextModelWithProjection.from_pretrained("checkpoint")(**inputs).text_embeds  # [2, D]
+    ```
+    """
 
     config: LoTLIPTextConfig
     base_model_prefix = "text_model"
@@ -327,13 +349,21 @@ class LoTLIPTextModelWithProjection(LoTLIPPreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> LoTLIPTextModelOutput:
-        r"""Arguments are those of [`LoTLIPTextModel`]; `text_embeds` are not normalised."""
+        r"""Accepts the arguments of [`LoTLIPTextModel`]. Returns features: `text_embeds` are not normalised."""
         outputs = dict(_project(self.text_model, self.text_projection, input_ids, attention_mask, **kwargs))
         return LoTLIPTextModelOutput(text_embeds=outputs.pop("pooler_output"), **outputs)
 
 
 class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
-    """LoTLIP's image tower with its projection (the identity where the configuration has none)."""
+    """
+    LoTLIP's image tower with its projection to the shared space, if the configuration has one.
+
+    ```python
+    >>> from lotlip_hf import LoTLIPProcessor, LoTLIPVisionModelWithProjection
+    >>> inputs = LoTLIPProcessor.from_pretrained("checkpoint")(images="photos/cat.png", return_tensors="pt")
+    >>> features = LoTLIPVisionModelWithProjection.from_pretrained("checkpoint")(**inputs).image_embeds  # [1, D]
+    ```
+    """
 
     config: LoTLIPVisionConfig
     base_model_prefix = "vision_model"
@@ -350,13 +380,22 @@ class LoTLIPVisionModelWithProjection(LoTLIPPreTrainedModel):
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor | None = None, *args: Any, **kwargs: Any) -> CLIPVisionModelOutput:
-        r"""Arguments are those of [`LoTLIPVisionModel`]; `image_embeds` are not normalised."""
+        r"""Accepts the arguments of [`LoTLIPVisionModel`]. Returns features: `image_embeds` are not normalised."""
         outputs = dict(_project(self.vision_model, self.visual_projection, pixel_values, *args, **kwargs))
         return CLIPVisionModelOutput(image_embeds=outputs.pop("pooler_output"), **outputs)
 
 
 class LoTLIPModel(LoTLIPPreTrainedModel):
-    """LoTLIP (https://arxiv.org/abs/2410.05249), a dual encoder of images, short and long texts, as `CLIPModel`."""
+    """
+    LoTLIP (https://arxiv.org/abs/2410.05249): a dual encoder of images and short or long texts, used like `CLIPModel`.
+
+    ```python
+    >>> from lotlip_hf import LoTLIPModel, LoTLIPProcessor
+    >>> model, processor = LoTLIPModel.from_pretrained("checkpoint"), LoTLIPProcessor.from_pretrained("checkpoint")
+    >>> inputs = processor(text=["a cat", "a dog"], images="photos/cat.png", return_tensors="pt")
+    >>> probabilities = model(**inputs).logits_per_image.softmax(dim=1)  # [1, 2]
+    ```
+    """
 
     def __init__(self, config: LoTLIPConfig) -> None:
         super().__init__(config)
@@ -380,7 +419,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         output_corner_embeds: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCorners:
-        r"""The output of [`LoTLIPTextModel`], `pooler_output` and `corner_embeds` projected and not normalised."""
+        r"""Returns the output of [`LoTLIPTextModel`] with features as `pooler_output` and `corner_embeds`."""
         kwargs.update(position_ids=position_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids)
         kwargs["output_corner_embeds"] = output_corner_embeds
         return _project(self.text_model, self.text_projection, input_ids, attention_mask, **kwargs)
@@ -389,7 +428,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        r"""The output of [`LoTLIPVisionModel`], `pooler_output` projected and not normalised."""
+        r"""Returns the output of [`LoTLIPVisionModel`] with features as `pooler_output`."""
         return _project(self.vision_model, self.visual_projection, pixel_values, interpolate_pos_encoding, **kwargs)
 
     @can_return_tuple
@@ -411,28 +450,20 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoTLIPOutput:
         r"""
-        Arguments are those of both towers, and those below. Texts or images alone, as transformers' pipelines for
-        feature extraction give them, are answered with their embeddings.
+        Accepts the arguments of both towers and those below. Texts without images, or images without texts, return
+        their embeddings only, as in transformers' feature extraction pipelines.
 
         Args:
-            return_loss: Whether to return the loss; text i belongs to image i. For [B, T, L] and with `long_input_ids`
-                it is LoTLIP's (`loss_lotlip.lotlip_loss`), for [B, L] CLIP's.
-            output_corner_embeds: Whether to compute the corner tokens. By default in training, and for LoTLIP's loss.
-            long_input_ids: [B, T - 1, L'], the long texts, with `input_ids` [B, L] the short ones, which run without
-                corner tokens. The answers have T texts, the short one first, as for [B, T, L].
-            long_attention_mask: shape of `long_input_ids`; by default what is not `pad_token_id`.
-            pooled_only: Whether only the embeddings and the loss are needed: the logits are `None`, and the towers'
-                `last_hidden_state` may be.
-
-        ```python
-        >>> import lotlip_hf
-        >>> from PIL import Image
-        >>> from transformers import AutoModel, AutoProcessor
-
-        >>> model, processor = AutoModel.from_pretrained("checkpoint"), AutoProcessor.from_pretrained("checkpoint")
-        >>> inputs = processor(text=["a cat", "a dog"], images=Image.new("RGB", (640, 480)), return_tensors="pt")
-        >>> probabilities = model(**inputs).logits_per_image.softmax(dim=1)
-        ```"""
+            return_loss (`bool`, *optional*): Whether to return the loss. Image i belongs to the texts of row i. For
+                [B, T, L] and with `long_input_ids` it is LoTLIP's loss, for [B, L] CLIP's.
+            output_corner_embeds (`bool`, *optional*): Whether to compute the corner tokens. Defaults to `True` in
+                training mode and for LoTLIP's loss.
+            long_input_ids (`torch.Tensor`, *optional*): Token ids [B, T - 1, L'] of the long texts. `input_ids` [B, L]
+                are then the short texts and get no corner tokens. `text_embeds` has the short text first.
+            long_attention_mask (`torch.Tensor`, *optional*): Mask of `long_input_ids`, like `attention_mask`.
+            pooled_only (`bool`, *optional*, defaults to `False`): Whether only the embeddings and the loss are needed.
+                The logits are then `None`, and `last_hidden_state` of the towers may be `None`, too.
+        """
         kwargs.update(pooled_only=pooled_only, return_dict=True)
         texts = (input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids)
         long_texts = (long_input_ids, long_attention_mask)
@@ -440,7 +471,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         vision_outputs = text_outputs = image_embeds = text_embeds = corner_embeds = logits_per_text = None
         loss = LoTLIPLoss(None, None, None)
 
-        # images come first: their backward pass then comes last, and what waits for their gradients has time
+        # The image tower runs first: its backward pass is then last and overlaps with the all-reduce of gradients.
         if pixel_values is not None or return_loss:
             options = {"interpolate_pos_encoding": interpolate_pos_encoding, "kept_patches": kept_patches, **kwargs}
             vision_outputs = self.get_image_features(pixel_values, **options)
@@ -473,14 +504,14 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
     def _embed_texts(
         self, texts: tuple, long_texts: tuple, output_corner_embeds: bool, **kwargs: Any
     ) -> tuple[BaseModelOutputWithPoolingAndCorners, Tensor, Tensor | None]:
-        """The output for `texts`, and normalised: `text_embeds` of all, `corner_embeds` of the long ones if given."""
+        """Returns the output for `input_ids`, the embeddings of all texts, and those of the corner tokens."""
         if all(one is None for one in long_texts):
             outputs = self.get_text_features(*texts, output_corner_embeds, **kwargs)
             text_embeds, corner_embeds = outputs.pooler_output, outputs.corner_embeds
         else:
             short, long = ([] if ids is None else list(ids.shape) for ids in (texts[0], long_texts[0]))
             if len(short) != 2 or len(long) != 3 or short[0] != long[0]:
-                raise ValueError(f"`long_input_ids` {long} must be [B, T - 1, L'], `input_ids` {short} be [B, L].")
+                raise ValueError(f"`long_input_ids` {long} must be [B, T - 1, L'] and `input_ids` {short} [B, L].")
             outputs = self.get_text_features(*texts, output_corner_embeds=False, **kwargs)
             long_outputs = self.get_text_features(*long_texts, output_corner_embeds=output_corner_embeds, **kwargs)
             text_embeds = torch.cat([outputs.pooler_output.unsqueeze(1), long_outputs.pooler_output], dim=1)
@@ -494,7 +525,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
     ) -> LoTLIPLoss:
         if text_embeds.dim() == 2:
             text_embeds, corner_embeds = text_embeds.unsqueeze(1), None
-        elif corner_embeds is not None:  # of T texts, or without the short one's
+        elif corner_embeds is not None:  # [B, T, m, D] or [B, T - 1, m, D]: drop the short text's
             corner_embeds = corner_embeds[:, corner_embeds.shape[1] - text_embeds.shape[1] + 1 :]
         weights = (self.config.short_loss_weight, self.config.long_loss_weight)
         return lotlip_loss(image_embeds, text_embeds, corner_embeds, logit_scale, *weights)
@@ -507,7 +538,7 @@ def _projection(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> nn.Module:
 
 
 def _project(tower: nn.Module, projection: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A tower's output, with what is pooled in the shared space."""
+    """A tower's output with projected `pooler_output` and `corner_embeds`."""
     outputs = tower(*args, **{**kwargs, "return_dict": True})
     outputs.pooler_output = projection(outputs.pooler_output)
     if outputs.get("corner_embeds") is not None:
@@ -516,12 +547,11 @@ def _project(tower: nn.Module, projection: nn.Module, *args: Any, **kwargs: Any)
 
 
 def _text_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> torch.Size:
-    """[B, (T,) L]"""
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
     shape = inputs_embeds.shape[:-1] if input_ids is None else input_ids.shape
     if len(shape) not in (2, 3):
-        raise ValueError(f"`input_ids` or `inputs_embeds` must be texts [B, L] or [B, T, L]; got {list(shape)}.")
+        raise ValueError(f"`input_ids` or `inputs_embeds` have text shape {list(shape)}. Use [B, L] or [B, T, L].")
     return shape
 
 
@@ -529,12 +559,12 @@ def _flatten(shape: torch.Size, **arguments: Tensor | None) -> list[Tensor | Non
     """Each [B, (T,) L] -> [N, L]"""
     for name, value in arguments.items():
         if value is not None and value.shape != shape:
-            raise ValueError(f"`{name}` is of shape {list(value.shape)}, the texts are of {list(shape)}.")
+            raise ValueError(f"`{name}` has shape {list(value.shape)}, the texts have {list(shape)}.")
     return [None if value is None else value.reshape(-1, shape[-1]) for value in arguments.values()]
 
 
 def _line_up(states: Any, shape: torch.Size, *length_dims: int) -> Any:
-    """Drops the corner tokens and restores the texts' shape [B, (T,) L]; where neither is needed, nothing changes."""
+    """Drops the corner tokens and restores the shape [B, (T,) L]."""
     if states is None or isinstance(states, tuple):
         return states and tuple(_line_up(one, shape, *length_dims) for one in states)
     for dim in length_dims:

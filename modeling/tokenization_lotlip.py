@@ -1,4 +1,4 @@
-"""The text side of LoTLIP's input: the official cleaning and sentence splitting around any fast tokenizer."""
+"""LoTLIP's tokenizer: the official cleaning and sentence splitting around any fast tokenizer."""
 
 import hashlib
 import html
@@ -21,30 +21,29 @@ from .sentences_lotlip import ABBREVIATIONS, NUMBERED, STOP, find_sentences
 
 logger = logging.get_logger(__name__)
 
-# Where two sentences meet while a text is cleaned: the official code's own, for ftfy looks at neighbours.
+# Joins sentences while they are cleaned, as in the official code: ftfy's result depends on adjacent characters.
 JOINER = "[SEP]"
-# A character that makes a text need ftfy and `html.unescape`: of one without any they change white space and quotes
-# alone, for what is broken (`ftfy.badness`) has a control character, one of ÂÃŒœ, or two neighbours beyond ASCII. The
-# first lookbehind lets letters and signs pass that are in order where they stand by themselves.
+# Matches a character that needs ftfy and `html.unescape`. Without a match they change only white space and quotes:
+# broken text (`ftfy.badness`) has a control character, one of ÂÃŒœ, or two adjacent characters outside ASCII. The
+# first lookbehind lets single Latin-1 letters and signs pass.
 NEEDS_REPAIR = re.compile(r"[^ -%'-~\t\n\r\xa0–—‘’“”…](?:(?<=[^¡-ÁÄ-ÿ])|(?<=[^\x00-\x7f].)|(?=[^\x00-\x7f]))")
-# ftfy undoes one level of "&amp;amp;..." with each pass over the text: a million characters of it would take hours.
+# ftfy undoes one level of "&amp;amp;..." in each pass over the text: a million characters would take hours.
 DEEP_AMPERSAND = re.compile(r"&(?:amp;){16,}")
-# What stands behind each character of a special token that is written out in a text, and what stands for a text's own
-# `MARK`. Unicode keeps these code points free for a program's own use.
+# Noncharacters, which Unicode reserves for internal use. HIDING follows each character of a special token's name in a
+# text, and ITSELF replaces a MARK that the text contains.
 MARK, HIDING, ITSELF = "\ufdd0", "\ufdd0\ufdd1", "\ufdd0\ufdd2"
 FULL_STOP = ". "
-CLOSING = frozenset(".,!?;:%)]'’-")  # signs that are written right behind a word
-# A text after which a space would make the end of a sentence, by `cleaning`
+CLOSING = frozenset(".,!?;:%)]'’-")  # signs without a space before them
+# By `cleaning`: patterns of texts after which a space would end a sentence.
 STOPS = {"official": re.compile(r"\.\Z"), "sentences": re.compile(r"""[.!?…]["'”’)\]]*\Z""")}
 
 
 def _either_case(word: str) -> str:
-    """A regular expression of a whole word, in capitals or not."""
     return r"\b" + "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else r"\." for letter in word)
 
 
 def _escaped(content: str) -> str:
-    """A regular expression of a text, as the tokenizers library and JavaScript take it."""
+    """Escapes a text for a regular expression of the tokenizers library and of JavaScript."""
     return re.sub(r"[][\\^$.|?*+(){}/]", r"\\\g<0>", content)
 
 
@@ -52,29 +51,30 @@ def _replace(pattern: str, content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
 
 
-# In a tokenizer.json, around the number of a special token: what stands for it in a normalised text. Dashes of two and
-# three em, which any normaliser leaves as they are, and BERT splits. The first step, by which the class knows its own
-# normaliser again, parts those of a text.
+# In a tokenizer.json, the placeholder of a special token is its index between OPEN and CLOSE. They are two-em and
+# three-em dashes, which normalisers keep and BERT splits. GUARD is the first step: it separates such dashes of a text,
+# and its presence identifies a normaliser that this class wrote.
 OPEN, CLOSE = "\u2e3b\u2e3a", "\u2e3a\u2e3b"
 GUARD = {"type": "Replace", "pattern": {"String": OPEN}, "content": " ".join(OPEN)}
-# Regular expressions that the tokenizers library and JavaScript read alike
-SIGN = r"[!-/:-@\[-`{-~\p{P}]"  # what BERT takes for one
+# The tokenizers library and JavaScript read these regular expressions alike.
+SIGN = r"[!-/:-@\[-`{-~\p{P}]"  # punctuation for BERT
 WHOLE = r"(?<![\s\S]){}(?![\s\S])"
 END_OF_LINE = r"(?<=[^.!?…。．｡।॥۔\s])[^\S\n]*\n\s*(?=\S)"
 END_OF_QUESTION = r"(?<=[!?]|[!?][\"'”’)\]])\s+(?=\S)"
-# A full stop behind none of the abbreviations and initials, or if it may end a sentence all the same
+# A full stop that follows no abbreviation or initial. NUMBERED words count as abbreviations before a digit, and
+# letters such as "U.S." before a small letter.
 END_OF_STATEMENT = (
     rf"(?<!{'|'.join(map(_either_case, sorted(ABBREVIATIONS)))}|\s[A-Z])"
     rf"(?!(?<={'|'.join(map(_either_case, sorted(NUMBERED)))})\.\s+\d)"
     r"(?!(?<=\b[A-Za-z]\.[A-Za-z])\.\s+[a-z])"
     r"[.…]+(?=\s+\S)|[。．｡।॥۔]+(?=\s*\S)"
 )
-# By `cleaning`, what ends a sentence, and what follows the separator token there
+# By `cleaning`: patterns of sentence ends, each with the text to insert after the separator token.
 SENTENCE_ENDS = {
     "official": [(r"\. ", "")],
     "sentences": [(END_OF_LINE, " "), (END_OF_QUESTION, " "), (END_OF_STATEMENT, "")],
 }
-# What a tokenizer.json knows of `clean`
+# The steps of `clean` that a tokenizer.json can express.
 CLEANING = [
     {"type": "NFC"},
     _replace("[\u02bc\u2018-\u201b]", "'"),
@@ -85,7 +85,7 @@ CLEANING = [
 
 
 def clean(text: str) -> str:
-    """Repairs a text as the official code does: `ftfy.fix_text`, `html.unescape` twice, white space collapsed."""
+    """Cleans a text as the official code does: `ftfy.fix_text`, `html.unescape` twice, white space collapsed."""
     if NEEDS_REPAIR.search(text):
         text = DEEP_AMPERSAND.sub("&" + 16 * "amp;", text)
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -96,33 +96,31 @@ def clean(text: str) -> str:
 
 class LoTLIPTokenizer(TokenizersBackend):
     """
-    A tokenizer for long captions: it cleans the text, marks where sentences end, and hands it to a fast tokenizer of
-    any kind (BERT's WordPiece, RoBERTa's BPE, XLM-R's Unigram). It takes a `tokenizer.json` or BERT's `vocab.txt`.
+    A tokenizer for long captions. It cleans the text, marks the ends of sentences with the separator token, and calls
+    a fast tokenizer of any kind: BERT's WordPiece, RoBERTa's BPE or XLM-R's Unigram.
 
-    As in the official code, every `". "` becomes the separator token, the text is cleaned, then tokenized. One thing
-    differs: `"[SEP]"` written out in a caption, or spelt as `"&#91;SEP&#93;"`, is ordinary tokens, never the special
-    one. `model_max_length` is the model's number of positions less the corner tokens, which the model adds. Threads
-    can share a tokenizer. Words given with `is_split_into_words=True` are neither cleaned nor split into sentences.
-    Offsets count characters of the cleaned text.
+    As in the official code, every `". "` becomes the separator token before the text is cleaned. In one point this
+    class differs: a caption that contains `"[SEP]"` or `"&#91;SEP&#93;"` never gets the special token. Words passed
+    with `is_split_into_words=True` are not cleaned or split. Offsets refer to the cleaned text. `model_max_length` is
+    the model's number of positions minus the corner tokens, which the model adds. Threads can share a tokenizer.
 
     Args:
-        vocab (`str` or `dict[str, int]`, *optional*):
-            BERT's `vocab.txt` (a path) or its content, in place of a `tokenizer.json`, with `BertTokenizer`'s
-            `do_lower_case`, `strip_accents` and `tokenize_chinese_chars`.
+        vocab (`str` or `dict[str, int]`, *optional*): Path or content of BERT's `vocab.txt`, to use instead of a
+            `tokenizer.json`. `BertTokenizer`'s `do_lower_case`, `strip_accents` and `tokenize_chinese_chars` apply.
         clean_text (`bool`, *optional*, defaults to `True`): Whether to repair broken text, see [`clean`].
-        split_sentences (`bool`, *optional*, defaults to `True`):
-            Whether the separator token takes the place of the full stop between two sentences.
-        split_special_tokens (`bool`, *optional*, defaults to `True`):
-            Whether special tokens written out in a text are text. The official code reads them as special tokens.
-        cleaning (`str`, *optional*, defaults to `"official"`):
-            Where sentences end: `"official"`, at every `". "`, as the released models were trained; or `"sentences"`,
-            as captions are split for training (at `!`, `?` and line ends too, not at "Dr. X", "J. Smith", "No. 5").
+        split_sentences (`bool`, *optional*, defaults to `True`): Whether to replace the full stop between two
+            sentences by the separator token.
+        split_special_tokens (`bool`, *optional*, defaults to `True`): Whether to encode names of special tokens in a
+            text as plain text. The official code encodes them as special tokens.
+        cleaning (`str`, *optional*, defaults to `"official"`): Rule for the ends of sentences. `"official"`: at every
+            `". "`, as for the released models. `"sentences"`: as captions are split for training, at `!`, `?` and line
+            ends too, and not after "Dr.", "J." or "No.".
 
     ```python
-    >>> tokenizer = LoTLIPTokenizer.from_pretrained("folder-with-vocab.txt", model_max_length=126)
-    >>> tokenizer.tokenize("A cat sleeps. A dog barks at the [MASK].")
-    ['a', 'cat', 'sleeps', '[SEP]', 'a', 'dog', 'barks', 'at', 'the', '[', 'mask', ']', '.']
-    ```
+    >>> from lotlip_hf import LoTLIPTokenizer
+    >>> tokenizer = LoTLIPTokenizer.from_pretrained("checkpoint")
+    >>> tokenizer.tokenize("A cat sleeps. A dog sleeps.")
+    ['a', 'cat', 'sleeps', '[SEP]', 'a', 'dog', 'sleeps', '.']
     """
 
     _auto_class = "AutoTokenizer"
@@ -143,29 +141,28 @@ class LoTLIPTokenizer(TokenizersBackend):
         self.clean_text = clean_text
         self.split_sentences = split_sentences
         self.cleaning = cleaning
-        # By default transformers takes the sides from the padding and truncation that a tokenizer.json has kept.
+        # Without these defaults, transformers reads the sides from the padding and truncation in tokenizer.json.
         kwargs.setdefault("padding_side", "right")
         kwargs.setdefault("truncation_side", "right")
         if vocab is not None:
             kwargs = _word_piece(vocab, kwargs)
         elif kwargs.get("tokenizer_object") is None and kwargs.get("tokenizer_file") is None:
             name = kwargs.get("name_or_path") or type(self).__name__
-            raise ValueError(f"{name}: no tokenizer.json or vocab.txt; see `LoTLIPTokenizer.from_backbone_tokenizer`.")
+            raise ValueError(f"{name}: no tokenizer.json or vocab.txt. Use `LoTLIPTokenizer.from_backbone_tokenizer`.")
         settings = {"clean_text": clean_text, "split_sentences": split_sentences, "cleaning": cleaning}
         super().__init__(split_special_tokens=split_special_tokens, **settings, **kwargs)
-        # The file's cleaning is for other readers: this class cleans by itself.
         _remove_cleaning(self._tokenizer)
-        # A special token is looked for in the text before it is normalised, so that no normaliser can write one.
+        # Search special tokens in the text before it is normalised, so that a normaliser cannot create one.
         special = [t.__getstate__() for t in self.added_tokens_decoder.values() if t.special and t.normalized]
         self._tokenizer.add_special_tokens([AddedToken(**{**token, "normalized": False}) for token in special])
-        # anew, for a backend goes on calling a token by what an earlier normaliser made of its name
+        # Rebuild the backend: the old one still has the names of special tokens in normalised form.
         self._tokenizer = own_backend(self._tokenizer)
         self._tokenizer.encode_special_tokens = split_special_tokens
         free_of_calls(self)
 
     @classmethod
     def from_pretrained(cls, *args: Any, max_length: int | None = None, **kwargs: Any) -> "LoTLIPTokenizer":
-        """As [`~transformers.PreTrainedTokenizerBase.from_pretrained`], with `max_length` for `model_max_length`."""
+        """Same as the stock method. `max_length` is another name of `model_max_length`."""
         if max_length is not None:
             kwargs.setdefault("model_max_length", max_length)
         return super().from_pretrained(*args, **kwargs)
@@ -173,41 +170,40 @@ class LoTLIPTokenizer(TokenizersBackend):
     @classmethod
     def from_backbone_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> "LoTLIPTokenizer":
         """
-        Puts LoTLIP's cleaning and sentence splitting around a copy of a text encoder's fast tokenizer. `kwargs` are
-        arguments of this class, such as a `model_max_length` that leaves the corner tokens their positions.
+        Wraps a copy of a text encoder's fast tokenizer. `kwargs` are arguments of this class, such as a
+        `model_max_length` that leaves positions for the corner tokens.
         """
         if not isinstance(tokenizer, TokenizersBackend):
-            raise ValueError(f"`tokenizer` must be a fast one, with a tokenizer.json, got {type(tokenizer).__name__}.")
+            raise ValueError(f"`tokenizer` is a {type(tokenizer).__name__}. Pass a fast one, with a tokenizer.json.")
         names = ("model_max_length", "padding_side", "truncation_side")
         settings = {**{name: getattr(tokenizer, name) for name in names}, **tokenizer.special_tokens_map, **kwargs}
         return cls(tokenizer_object=tokenizer.backend_tokenizer, **settings)
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
-        # A tokenizer.json is the whole tokenizer, whatever its kind: no part of it is built anew.
+        # A tokenizer.json contains the whole tokenizer. Do not rebuild parts of it.
         if kwargs.get("tokenizer_file") is not None and os.path.isfile(kwargs["tokenizer_file"]):
             return kwargs
         return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
 
     def count_truncated(self, encoding: BatchEncoding) -> int:
-        """Counts the texts (or text pairs) that were cut in a call, of which `encoding` is the result before `pad`."""
+        """Counts the truncated texts (or text pairs) of a call. `encoding` is the call's result, before `pad`."""
         texts = getattr(encoding, "encodings", None)
         if texts is None or "overflow_to_sample_mapping" in encoding:
-            raise ValueError("`encoding` must be what a call without `return_overflowing_tokens` returned.")
+            raise ValueError("`encoding` must be the result of a call without `return_overflowing_tokens`.")
         return sum(bool(text.overflowing) for text in texts)
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
-        """All of `__call__`, `encode` and `tokenize` come through here."""
         call = for_one_call(self)
         is_words, keeps_all = kwargs.get("is_split_into_words"), kwargs.get("return_overflowing_tokens")
-        # The marks of a chat template would not survive the cleaning.
+        # Skip chat templates: cleaning would destroy their marks.
         if not kwargs.get("sanitize_control_tokens"):
             if not text and not isinstance(text, str):
-                raise ValueError("`text` is empty: it must hold at least one string.")
+                raise ValueError("`text` is empty. Pass at least one string.")
             backend, split = call._tokenizer, kwargs.get("split_special_tokens")
             special = self._special_tokens() if (self.split_special_tokens if split is None else split) else []
             names = re.compile("|".join(map(re.escape, special)))
-            # A Unigram model spells a special token that it finds in the normalised text: its vocabulary holds them.
+            # A Unigram vocabulary contains special tokens, which must not be found in the normalised text.
             is_unigram = isinstance(backend.model, models.Unigram)
             normalize = backend.normalizer.normalize_str if is_unigram and backend.normalizer else str
             is_cut = kwargs.get("truncation_strategy", "do_not_truncate") != "do_not_truncate" and not keeps_all
@@ -221,47 +217,46 @@ class LoTLIPTokenizer(TokenizersBackend):
                         parts = [normalize(part).replace(MARK, ITSELF) for part in sentences]
                         sentences = [names.sub(lambda name: HIDING.join(name[0]) + HIDING, part) for part in parts]
                     joined = (self.sep_token or "").join(sentences)
-                    joined.encode()  # an error that says where, if half of a character that was cut in two is left
+                    joined.encode()  # raises an error for half a surrogate pair
                     prepared[one] = joined if limit is None else _beginning(joined, limit)
                 return prepared[one]
 
             text = _mapped(text, prepare, "text")
             text_pair = None if text_pair is None else _mapped(text_pair, prepare, "text_pair")
             if special and any(MARK in one for one in prepared.values()):
-                # after special tokens were looked for, and before anything else is done with the text
+                # Remove the marks after the search for special tokens and before all other steps.
                 shown = normalizers.Replace(HIDING, " " if is_unigram else ""), normalizers.Replace(ITSELF, MARK)
                 backend.normalizer = normalizers.Sequence([*shown, *filter(None, [backend.normalizer])])
-            kwargs["split_special_tokens"] = False  # what is left in the texts is plain, and the separators are ours
+            kwargs["split_special_tokens"] = False  # the only special tokens left are our separators
         encoding = super(LoTLIPTokenizer, call)._encode_plus(text, text_pair, **kwargs)
         if kwargs.get("verbose", True) and not keeps_all and encoding.encodings is not None:
             truncated, count = self.count_truncated(encoding), len(encoding.encodings)
             if truncated and not self.deprecation_warnings.get("truncated"):
                 self.deprecation_warnings["truncated"] = True
                 logger.warning(
-                    f"{truncated} of {count} texts were cut at {kwargs.get('max_length')} tokens. This is said once: "
-                    "`tokenizer.count_truncated(batch)` counts, `verbose=False` in the call is silent."
+                    f"{truncated} of {count} texts were truncated to {kwargs.get('max_length')} tokens. Count them by "
+                    "`tokenizer.count_truncated(batch)`; `verbose=False` hides this warning, which appears once."
                 )
         return encoding
 
     def sentences(self, text: str) -> list[str]:
-        """The cleaned text, cut where the separator token belongs."""
+        """Cleans the text and splits it where separator tokens are inserted."""
         if self.split_sentences and self.sep_token is None:
-            raise ValueError("This tokenizer has no `sep_token`: set one, or load it with `split_sentences=False`.")
+            raise ValueError("This tokenizer has no `sep_token`. Set one, or pass `split_sentences=False`.")
         sentences = [text]
         if self.split_sentences:
             sentences = text.split(FULL_STOP) if self.cleaning == "official" else _by_rules(text)
         if not self.clean_text:
             return sentences
-        # ftfy must see the whole text, so it is cleaned joined.
         cleaned = clean(JOINER.join(sentences))
         if "\x1b" not in text and cleaned.count(JOINER) == len(sentences) - 1:
             return cleaned.split(JOINER)
-        # The text itself holds "[SEP]", "&#91;SEP&#93;" or the start of an escape sequence: none holds its own digest.
+        # The text contains "[SEP]", "&#91;SEP&#93;" or an escape sequence, but not its own digest.
         joiner = f"(SEP{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]})"
         return clean(joiner.join(sentences)).split(joiner)
 
     def is_local_to_words(self) -> bool:
-        """Whether what stands between two spaces has the same tokens in any text, as with BERT's tokenizer."""
+        """Whether the tokens between two spaces do not depend on the rest of the text, as with BERT's tokenizer."""
         backend = self._tokenizer
         return (
             self.truncation_side == "right"
@@ -272,23 +267,22 @@ class LoTLIPTokenizer(TokenizersBackend):
         )
 
     def _special_tokens(self) -> list[str]:
-        """The names of all special tokens, longer ones first."""
         special = [token.content for token in self.added_tokens_decoder.values() if token.special]
         return sorted(special, key=len, reverse=True)
 
     def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
-        """Without special tokens, the text that gives the same ids again, with full stops for separators."""
+        """With `skip_special_tokens`, returns a text that encodes to the same ids: separators become full stops."""
         separator = self.sep_token_id
         if not skip_special_tokens or not self.split_sentences or separator is None:
             return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
         ids = token_ids["input_ids"] if isinstance(token_ids, dict) else token_ids
         ids = [ids] if isinstance(ids, int) else [i for i in map(int, ids) if i != self.pad_token_id]
         if ids and ids[0] == self.cls_token_id:
-            ids = ids[1 : len(ids) - (ids[-1] == separator)]  # the last one ends the text
+            ids = ids[1 : len(ids) - (ids[-1] == separator)]  # a last separator ends the text
         ends = [index for index, token_id in enumerate(ids) if token_id == separator]
         parts = [ids[start:end] for start, end in zip([0, *(end + 1 for end in ends)], [*ends, len(ids)], strict=True)]
         if self.is_local_to_words():
-            # Around a sign a space makes no difference, so that none is needed behind a full stop.
+            # Spaces around punctuation do not change the tokens. Leave them out after a full stop.
             special, stop = set(self.all_special_ids), STOPS[self.cleaning]
             prefix = self._tokenizer.model.continuing_subword_prefix
             words = [[str(self._tokenizer.id_to_token(i)) for i in part if i not in special] for part in parts]
@@ -301,16 +295,14 @@ class LoTLIPTokenizer(TokenizersBackend):
         return (FULL_STOP if self.cleaning == "official" else "\n").join(decoded)
 
     def _save_pretrained(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
-        """Writes a `tokenizer.json` that cleans and splits texts by itself."""
         bare = for_one_call(self)
         bare._tokenizer = self.bare_tokenizer()
         return super(LoTLIPTokenizer, bare)._save_pretrained(*args, **kwargs)
 
     def bare_tokenizer(self) -> Tokenizer:
         """
-        What `tokenizer.json` holds: a backend that by itself gives the ids of this class to ordinary texts. It lacks
-        ftfy's part of [`clean`] and some rules of `cleaning="sentences"`, and takes a text that is nothing but one
-        special token for that token.
+        The backend for `tokenizer.json`, which gives the same ids for ordinary texts without this class. It lacks ftfy
+        and some rules of `cleaning="sentences"`, and encodes a text that is only "[SEP]" as the special token.
         """
         if not (self.clean_text or self.split_sentences or self.split_special_tokens):
             return own_backend(self._tokenizer)
@@ -322,7 +314,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         is_bert = state["pre_tokenizer"] == {"type": "BertPreTokenizer"}
         by_words = is_bert and all(content[0] in string.punctuation for content in special)
         own = [] if state["normalizer"] is None else [state["normalizer"]]
-        # Looked for in the normalised text, in which its own name is a mark that nothing else becomes.
+        # Search special tokens in the normalised text, where only placeholders become their names.
         for token in state["added_tokens"]:
             token["normalized"] = token["normalized"] or token["special"]
         name = WHOLE if self.split_special_tokens else "{}"
@@ -331,7 +323,7 @@ class LoTLIPTokenizer(TokenizersBackend):
             before += [_replace(end, separator + space) for end, space in SENTENCE_ENDS[self.cleaning]]
         if self.clean_text:
             before += CLEANING
-        # The model finds them in its vocabulary, for readers that look for no tokens in the normalised text.
+        # Some readers do not search tokens in the normalised text: there, the model finds them in its vocabulary.
         after = {mark: content for content, mark in marks.items()}
         if by_words:
             before += [_replace(_escaped(content), f"{content[0]} {content[1:]}") for content in special]
@@ -341,7 +333,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         elif unigram:
             before += [*own, *(_replace(_escaped(content), " ".join(content) + " ") for content in special)]
         else:
-            # Such readers take this for a full stop; no other tab is left.
+            # For such readers the mark becomes a full stop. Cleaning leaves no other tab.
             after = {separator: ".\t"} if self.split_sentences and self.clean_text else {}
             names = sorted(after.get(mark, mark) for mark in marks.values())
             steps = [{"type": "Replace", "pattern": {"String": name}, "content": ""} for name in names]
@@ -353,16 +345,16 @@ class LoTLIPTokenizer(TokenizersBackend):
 
 
 def _by_rules(text: str) -> list[str]:
-    """A text, cut where its sentences end, without the full stops between them."""
+    """Splits a text at the ends of its sentences and drops the full stops, except for the last."""
     parts, last, start = [], 0, 0
     for _, end, mark in find_sentences(text):
         parts.append(text[start : end - len(mark)] + STOP.sub("", mark))
         last, start = start, end
-    return [*parts[:-1], text[last:]]  # the last keeps its full stop
+    return [*parts[:-1], text[last:]]
 
 
 def _written(tokens: list[str], prefix: str, stop: re.Pattern[str]) -> str:
-    """Tokens of a WordPiece model as a text, without a space behind what would end a sentence then."""
+    """Joins WordPiece tokens to a text, without a space where it would end a sentence."""
     text = ""
     for token in tokens:
         if token.startswith(prefix) and text:
@@ -375,7 +367,7 @@ def _written(tokens: list[str], prefix: str, stop: re.Pattern[str]) -> str:
 
 
 def _remove_cleaning(backend: Tokenizer) -> None:
-    """Takes the steps that [`LoTLIPTokenizer.bare_tokenizer`] adds out of a backend."""
+    """Removes the steps that [`LoTLIPTokenizer.bare_tokenizer`] added for other readers."""
     state = {} if backend.normalizer is None else json.loads(backend.normalizer.__getstate__())
     before, *own = state.get("normalizers") or [{}]
     if before.get("normalizers", [None])[0] != GUARD:
@@ -390,16 +382,15 @@ def _remove_cleaning(backend: Tokenizer) -> None:
 
 
 def _part(empty: Any, states: list[dict[str, Any]]) -> Any:
-    """The one part of a pipeline that a state describes, or `None`."""
     for state in states:
         empty.__setstate__(json.dumps(state).encode())
     return empty if states else None
 
 
 def _word_piece(vocab: str | dict[str, int], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `TokenizersBackend` for BERT's vocabulary."""
+    """Arguments of `TokenizersBackend` for a vocabulary of BERT."""
     if isinstance(vocab, str) and not os.path.isfile(vocab):
-        raise ValueError(f"`vocab` must be the path of BERT's vocab.txt or a dictionary, got {vocab}.")
+        raise ValueError(f"`vocab`: no file {vocab}. Pass the path of BERT's vocab.txt or a dictionary.")
     names = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
     options = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
     given = {name: kwargs[name] for name in (*names, *options) if kwargs.get(name) is not None}
@@ -407,12 +398,12 @@ def _word_piece(vocab: str | dict[str, int], kwargs: dict[str, Any]) -> dict[str
     tokens = bert.backend_tokenizer.get_vocab(with_added_tokens=False)
     missing = [str(getattr(bert, name)) for name in names if str(getattr(bert, name)) not in tokens]
     if missing:
-        raise ValueError(f"`vocab` (vocab.txt) holds no {', '.join(missing)}: it must be that of a BERT model.")
+        raise ValueError(f"`vocab` (vocab.txt) lacks {', '.join(missing)}. Pass the vocabulary of a BERT model.")
     return {**{name: getattr(bert, name) for name in names}, **kwargs, "tokenizer_object": bert.backend_tokenizer}
 
 
 def _beginning(text: str, count: int) -> str:
-    """A text up to the space behind `count` words that hold a letter or sign of ASCII: each is a token at least."""
+    """The text up to the space after `count` words that contain an ASCII letter or sign: at least `count` tokens."""
     if len(text) <= count:
         return text
     beginning = re.match(rf"(?:[^!-~]*[!-~][^ ]*(?![^ ])){{{count}}}", text)
@@ -420,7 +411,7 @@ def _beginning(text: str, count: int) -> str:
 
 
 def _mapped(value: Any, function: Callable[[str], str], name: str) -> Any:
-    """A copy of a text, or of a batch of texts, pairs or words, with the function's answer for each string."""
+    """Applies `function` to each string of a text or of nested lists of texts."""
     if isinstance(value, str):
         return function(value)
     if not isinstance(value, (list, tuple)):

@@ -308,12 +308,12 @@ def test_nothing_gives_no_rows(pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("texts", "error", "message"),
     [
-        ("a dog", TypeError, r"`texts` must be a list of strings, got one str: pass \[text\]"),
-        (None, TypeError, "`texts` must be a list of strings, got one NoneType"),
-        (["a", 3], TypeError, r"texts\[1\] must be a string, got int"),
-        (["a", "b", None], TypeError, r"texts\[2\] must be a string, got NoneType"),
-        ([["a", "b"]], TypeError, r"texts\[0\] must be a string, got list"),
-        (["a", "b\ud800"], ValueError, r"texts\[1\] is not valid Unicode at character 1"),
+        ("a dog", TypeError, "`texts`"),
+        (None, TypeError, "`texts`"),
+        (["a", 3], TypeError, r"texts\[1\]"),
+        (["a", "b", None], TypeError, r"texts\[2\]"),
+        ([["a", "b"]], TypeError, r"texts\[0\]"),
+        (["a", "b\ud800"], ValueError, r"texts\[1\].*Unicode"),
     ],
 )
 def test_wrong_texts_are_named(pair: Pair, texts: Any, error: type[Exception], message: str) -> None:
@@ -324,11 +324,11 @@ def test_wrong_texts_are_named(pair: Pair, texts: Any, error: type[Exception], m
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        ("a.jpg", TypeError, r"`images` must be a list of images, got one str: pass \[image\]"),
-        (Path("a.jpg"), TypeError, "`images` must be a list of images, got one PosixPath"),
-        (Image.new("RGB", (4, 4)), TypeError, "`images` must be a list of images, got one Image"),
-        (np.zeros((4, 4, 3), dtype=np.uint8), TypeError, "`images` must be a list of images, got one ndarray"),
-        (7, TypeError, "`images` must be a list of images, got one int"),
+        ("a.jpg", TypeError, "`images`"),
+        (Path("a.jpg"), TypeError, "`images`"),
+        (Image.new("RGB", (4, 4)), TypeError, "`images`"),
+        (np.zeros((4, 4, 3), dtype=np.uint8), TypeError, "`images`"),
+        (7, TypeError, "`images`"),
         ([Image.new("RGB", (4, 4)), None], TypeError, r"images\[1\] must be a path"),
         ([Image.new("RGB", (4, 4)), np.zeros((4, 4))], ImageError, r"images\[1\]: an array must be uint8"),
         (["missing.jpg"], ImageError, r"missing\.jpg: cannot be opened"),
@@ -581,7 +581,7 @@ def test_a_tokenizer_without_a_length_uses_the_models(clip_checkpoint: Path, cap
     Encoder(model, processor).encode_texts(["word " * 100], progress=False)
     assert "1 of 1 texts were cut at 20 tokens." in caplog.text
     model.config.text_config.max_position_embeddings = 10**9
-    with pytest.raises(ValueError, match="`tokenizer.model_max_length` is not set"):
+    with pytest.raises(ValueError, match="model_max_length"):
         Encoder(model, processor).encode_texts(["word"], progress=False)
 
 
@@ -621,7 +621,7 @@ def test_weights_that_do_not_fit_are_named(
     checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], Any], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     edit_weights(checkpoint, edit)
-    with pytest.raises(ValueError, match=f"checkpoint: the weights do not fit a LoTLIPModel .*{message}"):
+    with pytest.raises(ValueError, match=f"checkpoint: .*LoTLIPModel .*{message}"):
         load_model(checkpoint)
     assert caplog.records == []  # said once
 
@@ -634,11 +634,11 @@ def test_damaged_weights_are_named(checkpoint: Path) -> None:
 
 def test_other_architectures_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     BertModel(BertConfig(**TEXT_TOWER)).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match="bert is a 'bert' checkpoint, which does not encode both images and texts"):
+    with pytest.raises(ValueError, match="'bert'"):
         load_model(tmp_path / "bert")
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config["text_config"]))
-    with pytest.raises(ValueError, match="is a 'lotlip_text_model' checkpoint"):
+    with pytest.raises(ValueError, match="'lotlip_text_model'"):
         load_model(checkpoint)
     (checkpoint / "config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(ValueError, match="unheard_of"):
@@ -646,9 +646,9 @@ def test_other_architectures_are_refused(checkpoint: Path, tmp_path: Path) -> No
 
 
 def test_what_is_no_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere: no such checkpoint folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         load_model(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="model.safetensors is a file, not a checkpoint folder; `lotlip convert"):
+    with pytest.raises(ValueError, match="model.safetensors"):
         load_model(checkpoint / "model.safetensors")
     for name in ("model.safetensors", "processor_config.json", "tokenizer.json"):
         shutil.move(checkpoint / name, tmp_path / name)
@@ -660,7 +660,7 @@ def test_what_is_no_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> Non
 
 def test_devices_that_are_not_there_are_named(official_checkpoint: Path) -> None:
     for device in ("nowhere", "cuda:99"):
-        with pytest.raises(ValueError, match=f"`device` '{device}' cannot be used here"):
+        with pytest.raises(ValueError, match=f"`device` '{device}'"):
             load_model(official_checkpoint, device=device)
 
 

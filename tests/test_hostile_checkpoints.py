@@ -44,7 +44,7 @@ def index_of(pair: Pair, photos: Path) -> Any:
 
 def vectors_of(index: ImageIndex) -> np.ndarray:
     with index.store as store:
-        return store.vectors(index.places)
+        return store.vectors(index.locations)
 
 
 def check_whole(pair: Pair, photos: Path, expected: np.ndarray) -> None:
@@ -96,7 +96,7 @@ def test_an_index_folder_that_is_none_is_set_aside(
 def test_scores_of_a_strangers_index_are_cosines(pair: Pair, photos: Path) -> None:
     index = index_of(pair, photos)
     with index.store as store:
-        vectors = store.vectors(index.places)
+        vectors = store.vectors(index.locations)
         stamps = store.held(index.files).stamps
         store.add(index.files, 100 * vectors, [stamps[name] for name in index.files])
     results = index_of(pair, photos).search(torch.from_numpy(vectors[0]))

@@ -51,11 +51,11 @@ def filled(folder: Path) -> EmbeddingStore:
 def all_of(store: EmbeddingStore) -> dict[str, list[float]]:
     """The embeddings by key; an assertion that they are read the same way block by block."""
     with store:
-        places = store.held(["bad", "a", "b", "c"]).places
-        vectors = store.vectors(list(places.values()))
+        locations = store.held(["bad", "a", "b", "c"]).locations
+        vectors = store.vectors(list(locations.values()))
         query = np.array([1, 10, 100], np.float32)
-        np.testing.assert_allclose(store.similarities(list(places.values()), query), vectors @ query)
-    return dict(zip(places, vectors.tolist(), strict=True))
+        np.testing.assert_allclose(store.similarities(list(locations.values()), query), vectors @ query)
+    return dict(zip(locations, vectors.tolist(), strict=True))
 
 
 def test_the_latest_entry_of_each_key(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_the_latest_entry_of_each_key(tmp_path: Path) -> None:
         held = store.held({"bad", "a", "b", "nothing"})
         assert held.errors == {"bad": "no image"}
         assert held.stamps == {"bad": "7", "a": "1", "b": ""}
-        assert held.places.keys() == {"a", "b"}
+        assert held.locations.keys() == {"a", "b"}
         with pytest.raises(ValueError, match="vectors"):
             store.add(["wide"], np.zeros((1, 4)))
 
@@ -92,8 +92,8 @@ def test_any_name_is_a_key(tmp_path: Path) -> None:
     names = [os.fsdecode(b"no text \xff.png"), "two\nlines", "猫", ""]
     with EmbeddingStore(tmp_path, "encoder", 1) as store:
         store.add(names, np.arange(4).reshape(4, 1))
-        places = store.held(names).places
-        assert store.vectors([places[name] for name in names])[:, 0].tolist() == [0, 1, 2, 3]
+        locations = store.held(names).locations
+        assert store.vectors([locations[name] for name in names])[:, 0].tolist() == [0, 1, 2, 3]
 
 
 def test_an_error_keeps_what_came_before(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_an_error_keeps_what_came_before(tmp_path: Path) -> None:
             add(str(number), np.full(2, number), "")
         raise KeyboardInterrupt
     with store:
-        assert len(store.held("012").places) == 3
+        assert len(store.held("012").locations) == 3
 
 
 @pytest.mark.slow
@@ -116,11 +116,11 @@ def test_a_killed_writer_leaves_whole_batches(tmp_path: Path) -> None:
         process.wait()
     numbers = range(5000)
     with EmbeddingStore(tmp_path, "encoder", 3) as store:
-        places = store.held({f"{number}{end}" for number in numbers for end in "ab"}).places
-        found = [number for number in numbers if f"{number}a" in places]
-        assert found == [number for number in numbers if f"{number}b" in places]
+        locations = store.held({f"{number}{end}" for number in numbers for end in "ab"}).locations
+        found = [number for number in numbers if f"{number}a" in locations]
+        assert found == [number for number in numbers if f"{number}b" in locations]
         assert len(found) > 5
-        vectors = store.vectors([places[f"{number}b"] for number in found])
+        vectors = store.vectors([locations[f"{number}b"] for number in found])
     assert vectors.tolist() == [[number] * 3 for number in found]
 
 
@@ -130,8 +130,8 @@ def test_two_processes_add_at_once(tmp_path: Path) -> None:
     assert [process.wait(60) for process in processes] == [0, 0]
     with EmbeddingStore(tmp_path, "encoder", 3) as store:
         keys = [f"{number}a" for number in range(400)]
-        places = store.held(keys).places
-        assert store.vectors([places[key] for key in keys])[:, 0].tolist() == list(range(400))
+        locations = store.held(keys).locations
+        assert store.vectors([locations[key] for key in keys])[:, 0].tolist() == list(range(400))
 
 
 def test_several_open_a_new_file_at_once(tmp_path: Path) -> None:

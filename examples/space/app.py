@@ -1,9 +1,9 @@
-"""A page where one drops pictures, types a long description, and sees them ranked, sentence by sentence.
+"""A web page that ranks your pictures by a long description and shows how each sentence contributes.
 
     python examples/space/app.py --model checkpoint --compare openai/clip-vit-base-patch16
 
-`--model` and `--compare` are folders or Hub ids of dual models: LoTLIP, CLIP, SigLIP. On a Space, where there is no
-command line, the variables LOTLIP_MODEL and LOTLIP_COMPARE name them. Needs gradio: `pip install 'lotlip-hf[space]'`.
+`--model` and `--compare` are folders or Hub ids of dual encoders (LoTLIP, CLIP, SigLIP). On a Space, set the variables
+LOTLIP_MODEL and LOTLIP_COMPARE instead. The page needs gradio: `pip install 'lotlip-hf[space]'`.
 """
 
 import argparse
@@ -31,13 +31,10 @@ from lotlip_hf.terminal import printable_lines, printable_output
 
 MAX_IMAGES = 1000
 MAX_SENTENCES = 50
-# How many of the ranked pictures the page shows.
-NUM_SHOWN = 24
-# Embeddings that are kept of each model. More than `MAX_IMAGES`: those of one ranking are never dropped.
-CACHE_SIZE = 10_000
-# Longest sides in pixels, in the gallery and above the table.
-GALLERY_SIDE, TABLE_SIDE = 400, 96
-# Drawn for the start: two groups of four that share the large shape, so that only a long description tells them apart.
+NUM_SHOWN = 24  # ranked pictures on the page
+CACHE_SIZE = 10_000  # embeddings to keep per model; at least `MAX_IMAGES`
+GALLERY_SIDE, TABLE_SIDE = 400, 96  # longest side of pictures in pixels, in the gallery and in the table
+# Two groups of four scenes with the same large shape, so that only a long description distinguishes them.
 NUM_EXAMPLES = 8
 
 STYLE = """
@@ -71,13 +68,13 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 @dataclass
 class Model:
     """
-    A dual encoder, and the images that it has embedded.
+    A dual encoder with a cache of image embeddings.
 
     Args:
-        name (`str`): what the page calls it.
-        encoder ([`Encoder`]): the dual encoder.
-        embeddings (`dict[str, torch.Tensor]`, *optional*):
-            By the digest of an image file's content, its normalised embedding [P]; the latest used come last.
+        name (`str`): Name on the page.
+        encoder (`Encoder`): The dual encoder.
+        embeddings (`dict[str, torch.Tensor]`, *optional*): Embeddings [P] by the digest of the image file. The most
+            recently used one is the last.
     """
 
     name: str
@@ -88,16 +85,16 @@ class Model:
 @dataclass(frozen=True)
 class Ranking:
     """
-    The images as one model ranks them. N is the number of images, S of sentences.
+    The ranking of N images by one model, for a text with S sentences.
 
     Args:
-        images (`list[str]`): the files, the best first.
-        scores (`torch.Tensor`): of shape [N], the cosine similarity of each image and the whole text.
-        sentences (`list[str]`): the text's sentences, in its order; at most `MAX_SENTENCES`.
-        sentence_scores (`torch.Tensor`): of shape [S, N], the cosine similarity of each sentence alone and each image.
-        max_length (`int`): the longest text that the model reads, in tokens.
-        text_was_cut (`bool`): whether the whole text is longer.
-        num_cut_sentences (`int`): how many sentences are longer by themselves.
+        images (`list[str]`): Image files, the best first.
+        scores (`torch.Tensor`): Cosine similarities of the images and the whole text, of shape [N].
+        sentences (`list[str]`): Sentences of the text in their order, at most `MAX_SENTENCES`.
+        sentence_scores (`torch.Tensor`): Cosine similarities of each sentence and each image, of shape [S, N].
+        max_length (`int`): Maximum length of a text in tokens.
+        text_was_cut (`bool`): Whether the whole text exceeds the maximum length.
+        num_cut_sentences (`int`): Number of sentences that exceed the maximum length.
     """
 
     images: list[str]
@@ -110,7 +107,7 @@ class Ranking:
 
 
 def load(name: str) -> Model:
-    """Loads a folder or Hub id; the page does not tell where a folder lies."""
+    """Loads a model from a folder or Hub id. The page shows only the last part of a folder's path."""
     return Model(Path(name).resolve().name if os.path.isdir(name) else name, load_encoder(name))
 
 
@@ -121,30 +118,27 @@ def rank(
     progress: Callable[..., Any] | None = None,
 ) -> tuple[list[Ranking], dict[str, str]]:
     """
-    Ranks images by a text, with each model.
-
-    An image is embedded once by each model and known again by its content, so another text takes no more than the time
-    to encode it.
+    Ranks images by a text with each model. Embeddings of images are cached, so that only the first text takes long.
 
     Args:
-        models (`Sequence[Model]`): the models.
-        images (`Sequence[str]`): image files.
-        text (`str`): the description.
-        progress (`Callable`, *optional*): is told of each image, as `gradio.Progress` wants it.
+        models (`Sequence[Model]`): The models.
+        images (`Sequence[str]`): Image files.
+        text (`str`): The description.
+        progress (`Callable`, *optional*): A `gradio.Progress`, called for each image.
 
     Returns:
-        `tuple`: a [`Ranking`] for each model, and the images that cannot be read, a dictionary from file to reason.
+        `tuple`: A list with one [`Ranking`] per model, and the reason for each image file that cannot be read.
 
     Raises:
-        ValueError: if there is no text, no image, none that can be read, or more than `MAX_IMAGES`.
+        `ValueError`: If there is no text, no readable image, or more than `MAX_IMAGES` images.
     """
     images = list(dict.fromkeys(images))
     if not images:
-        raise ValueError("There is no picture yet: drop one or more.")
+        raise ValueError("There are no pictures. Drop one or more.")
     if len(images) > MAX_IMAGES:
-        raise ValueError(f"These are {len(images)} pictures: drop at most {MAX_IMAGES}.")
+        raise ValueError(f"{len(images)} pictures are too many. Drop at most {MAX_IMAGES}.")
     if not text.strip():
-        raise ValueError("There is no description yet: type what the picture shows.")
+        raise ValueError("There is no description. Type one.")
     sentences = split_sentences(text)[:MAX_SENTENCES]
     digests, skipped = {}, {}
     for image in images:
@@ -164,21 +158,21 @@ def rank(
 
 def embed_images(model: Model, digests: dict[str, str], progress: Callable[..., Any] | None = None) -> dict[str, str]:
     """
-    Embeds the images that a model has not seen.
+    Embeds images that are not yet in the cache of a model.
 
     Args:
-        model (`Model`): the model; its `embeddings` are brought up to date.
-        digests (`dict[str, str]`): from file to the digest of its content.
-        progress (`Callable`, *optional*): as in [`rank`].
+        model (`Model`): The model. Its `embeddings` are updated.
+        digests (`dict[str, str]`): The digest of each image file.
+        progress (`Callable`, *optional*): See [`rank`].
 
     Returns:
-        `dict[str, str]`: the files that cannot be read, and why.
+        `dict[str, str]`: The reason for each file that cannot be read.
     """
     known = model.embeddings
     new = {digest: image for image, digest in digests.items() if digest not in known}
     for digest in digests.values():
         if digest in known:
-            known[digest] = known.pop(digest)  # to the end: used last
+            known[digest] = known.pop(digest)  # moves it to the end
     reasons = {}
     results = model.encoder.iterate_images(list(new.values()))
     for count, (index, result) in enumerate(results, 1):
@@ -188,21 +182,21 @@ def embed_images(model: Model, digests: dict[str, str], progress: Callable[..., 
         else:
             known[digest] = result
         if progress is not None:
-            progress((count, len(new)), desc=f"{model.name} looks at the pictures", unit="pictures")
+            progress((count, len(new)), desc=f"Embedding pictures with {model.name}", unit="pictures")
     while len(known) > CACHE_SIZE:
         del known[next(iter(known))]
     return {image: reasons[digest] for image, digest in digests.items() if digest in reasons}
 
 
 def rank_one(model: Model, digests: dict[str, str], text: str, sentences: list[str]) -> Ranking:
-    """Ranks images that are embedded: [`rank`] for one model."""
+    """Ranks embedded images with one model."""
     texts = [text, *sentences]
     rows: list[torch.Tensor] = [torch.empty(0)] * len(texts)
     was_cut = [False] * len(texts)
     for index, embedding, cut in model.encoder.iterate_texts(texts):
         rows[index], was_cut[index] = embedding, cut
     scores = torch.stack(rows) @ torch.stack([model.embeddings[digest] for digest in digests.values()]).T
-    # Copies of an image may differ in the last bits; they stay in the order in which they came.
+    # Rounding keeps copies of an image in their order, though their scores may differ in the last bits.
     order = torch.sort(scores[0].mul(1e6).round(), descending=True, stable=True).indices
     files = list(digests)
     return Ranking(
@@ -218,57 +212,57 @@ def rank_one(model: Model, digests: dict[str, str], text: str, sentences: list[s
 
 def sentence_evidence(ranking: Ranking) -> torch.Tensor:
     """
-    How much each sentence speaks for or against each image: its score less its mean over all images.
+    Returns the evidence of each sentence for each image: its score minus its mean score over all images.
 
     Args:
-        ranking (`Ranking`): of N images by S sentences.
+        ranking (`Ranking`): A ranking of N images by S sentences.
 
     Returns:
-        `torch.Tensor`: of shape [S, N]; above 0 for the image, below 0 against it.
+        `torch.Tensor`: The evidence, of shape [S, N]. A positive value means a better fit than the sentence's average.
     """
     return ranking.sentence_scores - ranking.sentence_scores.mean(dim=1, keepdim=True)
 
 
 @lru_cache(maxsize=256)
 def thumbnail(image: str, side: int) -> Image.Image:
-    """An image file, upright and at most `side` pixels long and wide. Gradio names uploads by their content."""
+    """Loads an image, at most `side` pixels long and wide. Caching is safe: Gradio names uploads by their content."""
     picture = load_image(image)
     picture.thumbnail((side, side))
     return picture
 
 
 def data_url(picture: Image.Image) -> str:
-    """A picture as the `src` of an HTML image."""
+    """Encodes a picture as the `src` of an HTML image."""
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def gallery(ranking: Ranking) -> list[tuple[Image.Image, str]]:
-    """The first images with their captions: rank, score, name."""
+    """Returns the first images with their labels: rank, score, file name."""
     rows = zip(ranking.images[:NUM_SHOWN], ranking.scores.tolist(), strict=False)
     return [
-        (thumbnail(image, GALLERY_SIDE), f"{place}.  {score:.4f}  {Path(image).name}")
-        for place, (image, score) in enumerate(rows, 1)
+        (thumbnail(image, GALLERY_SIDE), f"{rank}.  {score:.4f}  {Path(image).name}")
+        for rank, (image, score) in enumerate(rows, 1)
     ]
 
 
 def summary(model: Model, ranking: Ranking) -> str:
-    """The head of a model's column, in HTML: what it is, and what it did not read or the page does not show."""
+    """Returns the head of a model's column in HTML, with notes about text that was cut and pictures not shown."""
     lines = [f"reads up to {ranking.max_length} tokens"]
     notes = []
     if ranking.text_was_cut:
-        notes.append(f"The description is longer: it was cut at {ranking.max_length} tokens, the rest was not read.")
+        notes.append(f"The description is too long and was cut at {ranking.max_length} tokens.")
     if ranking.num_cut_sentences:
-        sentences = "sentence" if ranking.num_cut_sentences == 1 else "sentences"
-        notes.append(f"{ranking.num_cut_sentences} {sentences} of it, taken alone, had to be cut there as well.")
+        sentences = "sentence was" if ranking.num_cut_sentences == 1 else "sentences were"
+        notes.append(f"{ranking.num_cut_sentences} {sentences} too long and cut at {ranking.max_length} tokens.")
     if len(ranking.images) > NUM_SHOWN:
-        lines.append(f"the first {NUM_SHOWN} of {len(ranking.images)} pictures are shown")
+        lines.append(f"shows the first {NUM_SHOWN} of {len(ranking.images)} pictures")
     return f'<div class="model"><h2>{html.escape(model.name)}</h2><p>{"; ".join(lines)}</p></div>{notice(notes)}'
 
 
 def notice(lines: Sequence[str]) -> str:
-    """Lines that should be seen, in HTML; nothing if there are none."""
+    """Returns a box with lines of text in HTML, or an empty string without lines."""
     if not lines:
         return ""
     return f'<div class="notice">{"".join(f"<p>{html.escape(line)}</p>" for line in lines)}</div>'
@@ -276,9 +270,8 @@ def notice(lines: Sequence[str]) -> str:
 
 def sentence_table(ranking: Ranking) -> str:
     """
-    Each sentence alone against each image, in HTML.
-
-    The images stand in their order, and on top the sentences that speak most for the first one.
+    Returns a table of the scores of each sentence and each image in HTML. Columns are in the order of the ranking. The
+    first rows are the sentences that fit the first image best.
     """
     evidence = sentence_evidence(ranking)
     largest = max(float(evidence[:, :NUM_SHOWN].abs().max()), 1e-6) if len(evidence) else 1.0
@@ -287,15 +280,15 @@ def sentence_table(ranking: Ranking) -> str:
         parts = []
         for score, difference in zip(scores[:NUM_SHOWN].tolist(), differences[:NUM_SHOWN].tolist(), strict=True):
             strength = 0.6 * abs(difference) / largest if coloured else 0
-            colour = "37, 99, 235" if difference > 0 else "234, 88, 12"  # blue for, orange against
+            colour = "37, 99, 235" if difference > 0 else "234, 88, 12"  # blue or orange
             style = f"background: rgba({colour}, {strength:.2f})"
             parts.append(f'<td style="{style}">{score:.4f}<small>{difference:+.4f}</small></td>')
         return "".join(parts)
 
     head = "".join(
         f'<th title="{html.escape(Path(image).name)}"><img alt="" src="{data_url(thumbnail(image, TABLE_SIDE))}">'
-        f"{place}</th>"
-        for place, image in enumerate(ranking.images[:NUM_SHOWN], 1)
+        f"{rank}</th>"
+        for rank, image in enumerate(ranking.images[:NUM_SHOWN], 1)
     )
     whole = cells(ranking.scores, ranking.scores - ranking.scores.mean(), coloured=False)
     rows = [f'<tr class="whole"><th>the whole description</th>{whole}</tr>']
@@ -303,11 +296,11 @@ def sentence_table(ranking: Ranking) -> str:
         scores = cells(ranking.sentence_scores[index], evidence[index], coloured=True)
         rows.append(f"<tr><th>{html.escape(ranking.sentences[index])}</th>{scores}</tr>")
     legend = (
-        "Each sentence alone against each picture: its score, and below how far that is from the sentence's mean over "
-        "all pictures. Blue speaks for the picture, orange against it. On top: what speaks most for the first picture."
+        "Each cell shows the score of a sentence and a picture, and below it the difference from the sentence's mean "
+        "over all pictures: blue if better, orange if worse. The rows are sorted by the first picture."
     )
     if len(ranking.sentences) == MAX_SENTENCES:
-        legend += f" No more than {MAX_SENTENCES} sentences are taken apart; the whole description has all of them."
+        legend += f" The table shows only the first {MAX_SENTENCES} sentences; the whole description uses all."
     return (
         f'<div class="sentences"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
         f'</div><p class="legend">{legend}</p>'
@@ -315,7 +308,7 @@ def sentence_table(ranking: Ranking) -> str:
 
 
 def draw_examples(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
-    """Draws Scenes of the held-out split in a folder; returns the files and descriptions of some of them."""
+    """Draws held-out Scenes into a folder. Returns the files, and descriptions of some of them."""
     scenes = [scene(index, split="test") for index in range(NUM_EXAMPLES)]
     files = []
     for number, one in enumerate(scenes, 1):
@@ -326,14 +319,14 @@ def draw_examples(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
 
 def build(models: Sequence[Model], examples: tuple[list[str], list[str]] = ([], [])) -> gr.Blocks:
     """
-    The page.
+    Builds the page.
 
     Args:
-        models (`Sequence[Model]`): one model, or several to compare side by side.
-        examples (`tuple`, *optional*): image files that are there at the start, and descriptions to choose from.
+        models (`Sequence[Model]`): One model, or several models that are shown side by side.
+        examples (`tuple`, *optional*, defaults to `([], [])`): Image files and descriptions that the page starts with.
 
     Returns:
-        `gr.Blocks`: the app, to be launched with `STYLE` and `THEME`.
+        `gr.Blocks`: The app, to be launched with `STYLE` and `THEME`.
     """
     pictures, descriptions = examples
 
@@ -342,7 +335,7 @@ def build(models: Sequence[Model], examples: tuple[list[str], list[str]] = ([], 
             rankings, skipped = rank(models, [image for image, _ in images or []], text or "", progress)
         except ValueError as error:
             return [notice([str(error)]), *["", [], ""] * len(models)]
-        left_out = [f"Left out, as it cannot be read: {Path(image).name} ({why})" for image, why in skipped.items()]
+        left_out = [f"{Path(image).name} cannot be read: {reason}" for image, reason in skipped.items()]
         columns = [
             (summary(model, ranking), gallery(ranking), sentence_table(ranking))
             for model, ranking in zip(models, rankings, strict=True)
@@ -357,8 +350,8 @@ def build(models: Sequence[Model], examples: tuple[list[str], list[str]] = ([], 
     ) as page:
         gr.Markdown(
             "# Find a picture by a long description\n"
-            "Drop pictures, describe one of them in as many sentences as you like, and see them ranked, with what "
-            "each sentence says for and against each of them."
+            "Drop pictures and describe one of them in several sentences. The page ranks the pictures and shows how "
+            "well each sentence fits each picture."
         )
         with gr.Row():
             images = gr.Gallery(
@@ -388,7 +381,7 @@ def build(models: Sequence[Model], examples: tuple[list[str], list[str]] = ([], 
             chosen = gr.Examples(
                 [[one] for one in descriptions],
                 [text],
-                label="Descriptions of the pictures drawn for the start",
+                label="Descriptions of the example pictures",
                 cache_examples=False,
             )
         outputs: list[Any] = [gr.HTML(elem_id="message")]
@@ -407,7 +400,7 @@ def build(models: Sequence[Model], examples: tuple[list[str], list[str]] = ([], 
                         )
                     )
                     outputs.append(gr.HTML())
-        # One at a time, whatever started it: the models and what they have embedded are shared.
+        # One ranking at a time, because the models and their caches are shared.
         run: dict[str, Any] = {"fn": show, "inputs": [images, text], "outputs": outputs, "concurrency_id": "rank"}
         gr.on([button.click, text.submit, *([page.load] if pictures else [])], **run, api_name="rank")
         if chosen is not None:
@@ -416,15 +409,15 @@ def build(models: Sequence[Model], examples: tuple[list[str], list[str]] = ([], 
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default=os.environ.get("LOTLIP_MODEL"), help="checkpoint folder or Hub id")
-    parser.add_argument("--compare", default=os.environ.get("LOTLIP_COMPARE"), help="another one, to show beside it")
-    parser.add_argument("--port", type=int, help="port to serve on; by default the first free one from 7860 on")
-    parser.add_argument("--share", action="store_true", help="make a public link, through gradio's servers")
+    parser.add_argument("--compare", default=os.environ.get("LOTLIP_COMPARE"), help="checkpoint to compare with")
+    parser.add_argument("--port", type=int, help="port of the page; by default the first free port from 7860")
+    parser.add_argument("--share", action="store_true", help="create a public link through gradio's servers")
     arguments = parser.parse_args(argv)
     if not arguments.model:
-        parser.error("name a checkpoint, with --model or, on a Space, in the variable LOTLIP_MODEL")
+        parser.error("no checkpoint. Pass --model or, on a Space, set the variable LOTLIP_MODEL")
     if arguments.port is not None and not 0 < arguments.port < 65536:
         parser.error(f"--port {arguments.port}: expected a number from 1 to 65535")
     return arguments
@@ -432,7 +425,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @printable_output()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Loads the models and serves the page until it is interrupted."""
+    """Loads the models and serves the page until Ctrl-C."""
     arguments = parse_arguments(argv)
     try:
         models = [load(name) for name in (arguments.model, arguments.compare) if name]
@@ -443,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             page.launch(server_port=arguments.port, share=arguments.share, ssr_mode=False, css=STYLE, theme=THEME)
         except OSError as error:
-            raise SystemExit(f"error: the page cannot be served; try another --port ({error})") from error
+            raise SystemExit(f"error: the page cannot be served: {error}. Try another --port.") from error
 
 
 if __name__ == "__main__":

@@ -1,30 +1,50 @@
-"""The command `lotlip`: each command is a file of its name, with its options and `run(argv)`."""
+"""The command `lotlip`: each command is a module of its name, with `parser()` and `run(argv)`."""
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
 from ..options import Parser
-from ..terminal import run
+from ..terminal import print_headed, run
 
-COMMANDS = {
-    "search": "rank the images of a folder by a description",
-    "embed": "write the embeddings of images or texts to a Parquet file",
-    "evaluate": "score a model on a benchmark",
-    "report": "set results beside the published ones",
-    "train": "train a model on short and long captions",
-    "relabel": "write long captions for a set of images",
-    "convert": "make a checkpoint folder of another model, or another format of a checkpoint",
-    "push": "publish a checkpoint on the Hub",
-}
+COMMANDS = ("search", "embed", "train", "relabel", "evaluate", "report", "convert", "push")
+OVERVIEW = """\
+LoTLIP finds images by descriptions, short or a paragraph long. In these commands,
+`checkpoint` is a folder made by `lotlip convert` or `lotlip train`, or a Hub id.
+
+Search a folder of photos:
+  lotlip search --model checkpoint --images photos "A ginger cat on a sofa."
+
+Write embeddings to a file:
+  lotlip embed --model checkpoint --images photos --output images.parquet
+
+Train or fine-tune a model:
+  lotlip train --model checkpoint --data "shards/*.tar" --output run
+
+Write long captions for images:
+  lotlip relabel --data photos --captioner llava-hf/llava-1.5-7b-hf --output captions
+
+Evaluate a model and compare results:
+  lotlip evaluate --model checkpoint --task scenes --output results.json
+  lotlip report results.json
+
+Convert a checkpoint and publish it:
+  lotlip convert official --checkpoint weiwu-ww/LoTLIP-ViT-B-16-100M --output checkpoint
+  lotlip push checkpoint --repo-id name/my-lotlip
+
+Get help:
+  lotlip COMMAND --help
+  lotlip --help
+"""
 EXIT_STATUS = """\
-exit status:
-  0    done, even if images were skipped: they are listed on the standard error output
-  2    stopped: wrong arguments, or an error that the message explains
-  130  interrupted (143 by SIGTERM); what was done is kept, and the same command goes on from there
-  141  whoever read the output stopped reading
+Exit status:
+  0    Done. Skipped images are listed on standard error.
+  2    Stopped by a wrong argument or by an error, which the message explains.
+  130  Interrupted (143 by SIGTERM). Finished work is kept; the same command continues.
+  141  The output pipe was closed.
 """
 
 
@@ -33,24 +53,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     Runs a command.
 
     Args:
-        argv (`Sequence[str]`, *optional*): the arguments; by default those of the process.
+        argv (`Sequence[str]`, *optional*): Arguments. By default `sys.argv[1:]`.
 
     Returns:
-        `int`: the exit status, as in `lotlip --help`.
+        `int`: The exit status, as in `lotlip --help`.
     """
     return run("lotlip", lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
 
 
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """Returns the parser of each command by the command's full name, such as `"search"` or `"convert clip"`."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    for name in COMMANDS:
+        module = import_module(f".{name}", __name__)
+        found |= module.parsers() if name == "convert" else {name: module.parser()}
+    return found
+
+
+def unknown_command(name: str, known: Sequence[str]) -> ValueError:
+    """Returns the error of a command that does not exist, which suggests the nearest one."""
+    close = difflib.get_close_matches(name, known, 1)
+    suggestion = f" Did you mean {close[0]!r}?" if close else ""
+    return ValueError(f"Unknown command {name!r}.{suggestion} Commands: {', '.join(known)}.")
+
+
 def _dispatch(argv: list[str]) -> int | None:
-    if argv and argv[0] in COMMANDS:
+    shown_version = f"lotlip {version('lotlip-hf')}"
+    if not argv:
+        print_headed(f"{OVERVIEW}\n{shown_version}\n")
+        return None
+    if argv[0] in COMMANDS:
         return import_module(f".{argv[0]}", __name__).run(argv[1:])
-    commands = "".join(f"  {name:9} {what}\n" for name, what in COMMANDS.items())
-    parser = Parser(
-        prog="lotlip",
-        usage="lotlip [--help] [--version] command ...",
-        description=f"LoTLIP: images and long descriptions.\n\ncommands (lotlip COMMAND --help):\n{commands}",
-        epilog=EXIT_STATUS,
-    )
-    parser.add_argument("--version", action="version", version=f"lotlip {version('lotlip-hf')}")
-    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    if not argv[0].startswith("-"):
+        raise unknown_command(argv[0], COMMANDS)
+    parser = Parser(prog="lotlip", usage="lotlip COMMAND [options]", description=OVERVIEW, epilog=EXIT_STATUS)
+    parser.add_argument("--version", action="version", version=shown_version, help="Show the version and exit")
     parser.parse_args(argv)
+    return None

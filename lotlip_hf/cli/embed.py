@@ -1,44 +1,55 @@
-"""`lotlip embed`: the embeddings of images or texts, as a Parquet file."""
+"""`lotlip embed`: writes embeddings of images or texts to a Parquet file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..files import check_output
-from ..options import option, parse
-from .model import ModelOptions, report_skipped
+from ..options import Parser, make_parser, option, parse
+from .model import IMAGE_ROOT, ModelOptions, report_skipped
 
 DESCRIPTION = """\
-Write normalised embeddings to a Parquet file with the columns `file` or `text`, and `embedding`. After an interruption
-the same command goes on from what is kept in OUTPUT.partial."""
+Write normalised embeddings of images or texts to a Parquet file with the columns `file` or `text`, and `embedding`. An
+interrupted command keeps its embeddings in OUTPUT.partial; run it again to continue.
+
+  lotlip embed --model checkpoint --images photos --output images.parquet
+  lotlip embed --model checkpoint --texts captions.txt --output texts.parquet
+"""
 
 
 @dataclass(kw_only=True)
 class EmbedOptions(ModelOptions):
-    """Every option of `lotlip embed`."""
+    """Options of `lotlip embed`."""
 
-    images: str | None = option("folder of images, with its subfolders", None)
-    image_root: str | None = option("the folder that pictures must lie in, links followed (--images)", None)
-    texts: str | None = option(".txt (a text on each line), .jsonl, .json, .csv, .tsv or .parquet", None)
-    column: str = option("column of the texts, or a way into one: `conversations[1].value`", "text")
-    output: str = option("the Parquet file to write")
-    overwrite: bool = option("replace the output if it is there already", False)
+    images: str | None = option("Folder of images, including its subfolders", None, group="Input", metavar="FOLDER")
+    texts: str | None = option(
+        "File of texts: .txt (one text per line), .jsonl, .json, .csv, .tsv or .parquet", None, metavar="FILE"
+    )
+    column: str = option("Column of the texts, or a path inside one: `conversations[1].value`", "text")
+    image_root: str | None = option(IMAGE_ROOT, None, metavar="FOLDER")
+    output: str = option("Parquet file to write", group="Output", metavar="FILE")
+    overwrite: bool = option("Replace an existing output", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.images is None) == (self.texts is None):
-            raise ValueError("Give --images or --texts, one of the two.")
+            raise ValueError("Pass either --images or --texts.")
         if self.texts and self.image_root:
-            raise ValueError("--image-root is of --images, not of --texts.")
+            raise ValueError("--image-root works with --images only. Leave it out.")
+
+
+def parser() -> Parser:
+    """Returns the parser of the command."""
+    return make_parser(EmbedOptions, prog="lotlip embed", description=DESCRIPTION)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Embeds, and says how many."""
-    options = parse(EmbedOptions, argv, prog="lotlip embed", description=DESCRIPTION)
+    """Embeds images or texts and prints how many."""
+    options = parse(EmbedOptions, argv, parser())
     from ..embed import check_texts, embed_images, embed_texts
 
     check_output(options.output, overwrite=options.overwrite)
     if options.texts:
-        check_texts(options.texts, options.column)  # before the model is loaded
+        check_texts(options.texts, options.column)  # fail before the model is loaded
     encoder = options.load()
     if options.images:
         count, skipped = embed_images(

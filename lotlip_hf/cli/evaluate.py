@@ -1,4 +1,4 @@
-"""`lotlip evaluate`: the scores of a model on a benchmark."""
+"""`lotlip evaluate`: evaluates a model on a benchmark."""
 
 import argparse
 import logging
@@ -9,14 +9,21 @@ from typing import Literal
 
 from ..files import check_output
 from ..options import Parser, add_options, build, option, options_of
+from ..terminal import print_tables
 from .model import ModelOptions
 
 DESCRIPTION = """\
-Score a model on a benchmark: retrieval in both directions, or zero-shot classification. Embeddings are kept as they
-are computed: after an interruption the same command goes on from there. With several processes
-(`torchrun --nproc-per-node 2 -m lotlip_hf evaluate ...`) each encodes its share. Nothing is scored on a part of the
-data that was not asked for."""
-# The studies of a retrieval task, as `--task` and as results name them
+Evaluate a model on a benchmark: retrieval in both directions, or zero-shot classification. Embeddings are kept, so an
+interrupted command continues when it is run again.
+
+  lotlip evaluate --list-tasks
+  lotlip evaluate --model checkpoint --task urban1k --data Urban1k --output urban1k.json
+
+Several processes can share the work.
+
+  torchrun --nproc-per-node 2 -m lotlip_hf evaluate --model checkpoint --task coco
+"""
+# Studies of a retrieval task: name of `--task`, and name in results
 STUDIES: dict[str, Literal["length", "sentences"]] = {"length-study": "length", "sentence-ablation": "sentences"}
 DATA = (
     "num_images split image_column text_column label_column class_names captions normalize image_root max_record_bytes"
@@ -25,66 +32,77 @@ DATA = (
 
 @dataclass(kw_only=True)
 class EvaluationConfig(ModelOptions):
-    """Every option of an evaluation, `lotlip evaluate --help` in Python."""
+    """Options of an evaluation. `lotlip evaluate --help` describes them."""
 
-    revision: str | None = option("of the model on the Hub", None)
-    task: str = option("what to measure: one of --list-tasks")
-    benchmark: str | None = option("for length-study and sentence-ablation: the retrieval task that is studied", None)
-
-    # The data
-    data: str | None = option("folder of the data set, or its Hub id", None)
-    data_revision: str | None = option("of the data set on the Hub", None)
-    data_config: str | None = option("configuration of a data set on the Hub that has several", None)
-    split: str | None = option("part of the data set, where the task or the data leaves a choice", None)
-    num_images: int | None = option("the first N images alone, for a quick look", None, at_least=1)
-    image_root: str | None = option("folder that images must lie in, links followed (the data's own)", None)
-    max_record_bytes: int | None = option("largest line or sample of data of one's own (256 MiB)", None, at_least=1)
-    image_column: str | None = option("column of the images, for data of one's own", None)
-    text_column: str | None = option("column of the texts, for data of one's own", None)
-    label_column: str | None = option("column of the classes, for data of one's own", None)
-    captions: Literal["long", "all", "short"] | None = option(
-        "which captions, for scenes and data of one's own (long)", None
+    task: str = option("Task to evaluate, one of --list-tasks", group="Task")
+    benchmark: str | None = option("Retrieval task that length-study and sentence-ablation use", None)
+    max_length: int | None = option(
+        "Length in tokens at which texts are cut (default: that of the model)", None, at_least=1
     )
-    normalize: bool | None = option("clean captions as the paper does; by default all but short ones", None)
-    class_names: str | None = option("names of the classes, one a line; or `openai`", None)
+    limits: list[int] | None = option("Lengths in tokens that length-study compares", None, at_least=1)
+    templates: str | None = option(
+        "File of prompts with {} for the class, one per line; or `openai` (default: 'a photo of a {}.')",
+        None,
+        metavar="FILE",
+    )
+    bootstrap: int | None = option(
+        "Samples for the intervals of R@1; 0 for no intervals (default: 1000)", None, at_least=0
+    )
 
-    # The scores
-    templates: str | None = option("prompts with {} in the place of the class; or `openai`", None)
-    max_length: int | None = option("cut texts there, not at the model's end", None, at_least=1)
-    limits: list[int] | None = option("for length-study: where texts are cut", None, at_least=1)
-    bootstrap: int | None = option("samples for the intervals of R@1 (1000)", None, at_least=0)
+    data: str | None = option("Folder of the data set, or its Hub id", None, group="Data")
+    data_revision: str | None = option("Revision of the data set on the Hub (default: main)", None)
+    data_config: str | None = option("Configuration of a data set on the Hub that has several", None)
+    split: str | None = option("Split of the data set, where the task or the data has several", None)
+    num_images: int | None = option("Evaluate the first N images only (default: all)", None, at_least=1)
+    image_column: str | None = option("Column of the images, for your own data", None)
+    text_column: str | None = option("Column of the texts, for your own data", None)
+    label_column: str | None = option("Column of the classes, for your own data", None)
+    captions: Literal["long", "all", "short"] | None = option(
+        "Captions to use, for scenes and your own data (default: long)", None
+    )
+    normalize: bool | None = option("Clean captions as the paper does (default: all but short captions)", None)
+    class_names: str | None = option("File of class names, one per line; or `openai`", None, metavar="FILE")
+    max_record_bytes: int | None = option(
+        "Maximum size of a line or sample of your own data, in bytes (default: 268435456)", None, at_least=1
+    )
+    image_root: str | None = option(
+        "Folder that images must be in, after links are followed (default: the folder of the data)",
+        None,
+        metavar="FOLDER",
+    )
 
-    # What is written
-    output: str | None = option("write the results to this JSON file", None)
-    overwrite: bool = option("replace the output if it is there already", False)
-    plot: str | None = option("draw a study's result in this picture", None)
-    cache: str | None = option("keep the embeddings in this folder ($HF_HOME/lotlip)", None)
-    no_cache: bool = option("keep no embeddings", False)
+    output: str | None = option("Write the results to this JSON file", None, group="Output", metavar="FILE")
+    overwrite: bool = option("Replace an existing output", False)
+    plot: str | None = option("Draw the result of a study in this picture file", None, metavar="FILE")
+    cache: str | None = option("Folder that keeps embeddings (default: $HF_HOME/lotlip)", None, metavar="FOLDER")
+    no_cache: bool = option("Keep no embeddings", False)
+
+    revision: str | None = option("Revision of the model on the Hub (default: main)", None, group="Model")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         study = STUDIES.get(self.task)
         if study is not None and self.benchmark is None:
-            raise ValueError(f"--task {self.task} needs --benchmark: the retrieval task whose texts are studied.")
+            raise ValueError(f"--task {self.task} needs --benchmark. Pass a retrieval task, such as scenes.")
         self.refuse(() if study else ("benchmark", "plot"))
         self.refuse(("bootstrap", "templates", "max_length", "class_names") if study else ())
         self.refuse(() if study == "length" else ("limits",))
         if self.overwrite and self.output is None:
-            raise ValueError("--overwrite is of --output, which is missing.")
+            raise ValueError("--overwrite needs --output. Pass the file to write.")
         if self.no_cache and self.cache is not None:
-            raise ValueError("--cache and --no-cache are not allowed together.")
+            raise ValueError("Pass either --cache or --no-cache.")
         if self.plot and self.output and os.path.realpath(self.plot) == os.path.realpath(self.output):
-            raise ValueError(f"--plot and --output are both {self.plot}: choose two files.")
+            raise ValueError(f"--plot and --output are the same file {self.plot}. Pass two different files.")
 
     def refuse(self, names: Sequence[str]) -> None:
-        """Raises a `ValueError` if one of these options is set, which the task does not have."""
+        """Raises a `ValueError` if one of these options is set, because the task does not use it."""
         for name in names:
             if getattr(self, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} is not for --task {self.task}.")
+                raise ValueError(f"--{name.replace('_', '-')} has no effect with --task {self.task}. Leave it out.")
 
 
 class _ListTasks(argparse.Action):
-    """Prints what can be measured."""
+    """Prints the tasks."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from ..evaluation.benchmarks.registry import describe_tasks
@@ -93,30 +111,34 @@ class _ListTasks(argparse.Action):
         parser.exit()
 
 
+def parser() -> Parser:
+    """Returns the parser of the command."""
+    flags = Parser(prog="lotlip evaluate", description=DESCRIPTION)
+    add_options(flags, EvaluationConfig)
+    flags.add_argument("--list-tasks", action=_ListTasks, nargs=0, help="List the tasks and exit")
+    return flags
+
+
 def run(argv: Sequence[str]) -> None:
-    """Scores; the main process writes and prints."""
-    parser = Parser(prog="lotlip evaluate", description=DESCRIPTION)
-    add_options(parser, EvaluationConfig)
-    parser.add_argument("--list-tasks", action=_ListTasks, nargs=0, help="say what can be measured, and stop")
-    config = build(EvaluationConfig, options_of(parser.parse_args(argv), EvaluationConfig))
+    """Evaluates a model. The main process writes and prints the results."""
+    config = build(EvaluationConfig, options_of(parser().parse_args(argv), EvaluationConfig))
 
     import torch
     from accelerate import PartialState
 
-    # without an accelerator, too, it has to be told
     state = PartialState(cpu=config.device == "cpu" or not torch.accelerator.is_available())
     try:
         if state.num_processes > 1 and config.device is None:
             config.device = str(state.device)
         if not state.is_main_process:
-            logging.getLogger("lotlip_hf").setLevel(logging.ERROR)  # the first one says it
+            logging.getLogger("lotlip_hf").setLevel(logging.ERROR)  # the main process logs it
         _evaluate(config, state.is_main_process)
     finally:
         state.destroy_process_group()
 
 
 def _evaluate(config: EvaluationConfig, is_main_process: bool) -> None:
-    """The part of an evaluation that every process runs; the main one writes and prints."""
+    """Evaluates in each process. The main process writes and prints the results."""
     from huggingface_hub.constants import HF_HOME
 
     from ..evaluation.benchmarks.registry import load_benchmark
@@ -159,4 +181,4 @@ def _evaluate(config: EvaluationConfig, is_main_process: bool) -> None:
             plot = plot_length_study if kind == "length" else plot_sentence_ablation
             plot(results["rows"], config.plot, title=f"{results['model']} on {results['dataset']['name']}")
     finally:  # print the numbers even if the file cannot be written
-        print(results_table(results))
+        print_tables(results_table(results))

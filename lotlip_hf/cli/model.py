@@ -1,4 +1,4 @@
-"""What commands with a model share: its options, how it is loaded, and which images it could not read."""
+"""Parts that commands share: the options of models and images, and the report of skipped images."""
 
 import sys
 import warnings
@@ -12,13 +12,17 @@ if TYPE_CHECKING:
     from ..encoder import Encoder
 
 
+IMAGE_ROOT = "Folder that images must be in, after links are followed (default: --images)"
+
+
 @dataclass(kw_only=True)
 class ImageOptions:
-    """Which images are read."""
+    """Options of reading images."""
 
     max_image_pixels: int | None = option(
-        "skip images of more pixels, and decode no more at a time (178956970; each takes up to 12 bytes)",
+        "Skip images with more pixels; a pixel needs up to 12 bytes of memory (default: 178956970)",
         None,
+        group="Images",
         at_least=1,
     )
 
@@ -26,8 +30,7 @@ class ImageOptions:
         check(self)
 
     def apply(self) -> None:
-        """Sets the limit for this process, and hides PIL's warnings, which do not name an image."""
-        # PIL's warnings are of images that it reads all the same. What it cannot read is reported.
+        """Sets the limit for this process, and hides PIL's warnings, which do not name the image."""
         warnings.filterwarnings("ignore", module=r"PIL\.")
         if self.max_image_pixels is not None:
             from ..images import set_max_image_pixels
@@ -37,28 +40,30 @@ class ImageOptions:
 
 @dataclass(kw_only=True)
 class ModelOptions(ImageOptions):
-    """A model and how it runs."""
+    """Options of loading and running a model."""
 
-    model: str = option("checkpoint folder or Hub id: LoTLIP, CLIP, SigLIP, ...")
-    device: str | None = option("cpu, cuda, cuda:1, mps, ...; by default the accelerator, if there is one", None)
+    model: str = option("Checkpoint folder or Hub id of a LoTLIP, CLIP or SigLIP", group="Model")
+    device: str | None = option("Device: cpu, cuda, cuda:1 or mps (default: an accelerator if there is one)", None)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "of the weights; auto keeps the checkpoint's", "auto"
+        "Type of the weights; auto keeps the checkpoint's", "auto"
     )
-    batch_size: int | None = option("images, or texts of full length, in a batch", None, at_least=1)
+    batch_size: int | None = option(
+        "Images, or texts of full length, per batch (default: 32 images, 64 texts)", None, at_least=1
+    )
 
     def load(self, revision: str | None = None) -> "Encoder":
-        """The encoder."""
+        """Loads the encoder."""
         from transformers.utils import logging
 
         from ..encoder import load_encoder
 
-        logging.disable_progress_bar()  # the loading of weights; ours stay
+        logging.disable_progress_bar()  # of loading weights
         self.apply()
         return load_encoder(self.model, device=self.device, dtype=self.dtype, revision=revision)
 
 
 def report_skipped(skipped: dict[str, str]) -> None:
-    """Names the images that could not be read."""
+    """Prints the images that could not be read, with the reasons."""
     if skipped:
         print(f"{len(skipped)} {'image was' if len(skipped) == 1 else 'images were'} skipped:", file=sys.stderr)
         for name, reason in skipped.items():

@@ -1,44 +1,67 @@
-"""`lotlip push`: a checkpoint on the Hub."""
+"""`lotlip push`: publishes a checkpoint on the Hub."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..files import printable
-from ..options import check, option, parse
+from ..options import Parser, check, make_parser, option, parse
+from ..terminal import print_tables, text_table
 
 DESCRIPTION = """\
-Publish a checkpoint on the Hub: weights, configuration, tokenizer, processor, code and model card, in one commit.
-After an interruption the same command sends what is missing."""
+Publish a checkpoint on the Hub: weights, configuration, tokenizer, processor, code and model card, in one commit. Sign
+in first with `hf auth login`. If the upload is interrupted, run the command again.
+
+  lotlip push checkpoint --repo-id name/my-lotlip --license apache-2.0 --dry-run preview
+  lotlip push checkpoint --repo-id name/my-lotlip --license apache-2.0
+"""
 
 
 @dataclass(kw_only=True)
 class PushOptions:
-    """Every option of `lotlip push`."""
+    """Options of `lotlip push`."""
 
-    checkpoint: str = option("checkpoint folder or Hub id of a LoTLIP", positional=True)
-    repo_id: str = option("repository, which is made if need be")
-    private: bool = option("make a new repository private", False)
-    revision: str | None = option("branch, which is made if need be (main)", None)
-    dry_run: str | None = option("write what would be published to this folder, and stop", None)
-    commit_message: str | None = option("of the commit (Upload LoTLIP)", None)
-    max_shard_size: str | None = option("largest file of weights (5GB)", None)
-    license: str | None = option(
-        "of the weights, such as apache-2.0; without one others have no right to use them", None
+    checkpoint: str = option(
+        "Checkpoint folder or Hub id of a LoTLIP", group="Repository", metavar="CHECKPOINT", positional=True
     )
-    base_model: list[str] = option("Hub ids of the models that it was made from", default_factory=list)
-    dataset: list[str] = option("Hub ids of the data sets that it was trained on", default_factory=list)
-    language: list[str] = option("languages that it reads (en)", default_factory=list)
-    tag: list[str] = option("more tags", default_factory=list)
-    results: list[str] = option("results of evaluations, JSON files", default_factory=list)
+    repo_id: str = option("Hub id of the repository; a missing one is created")
+    private: bool = option("Make a new repository private", False)
+    revision: str | None = option("Branch to write to; a missing one is created (default: main)", None)
+    commit_message: str | None = option("Message of the commit (default: Upload LoTLIP)", None, metavar="TEXT")
+    max_shard_size: str | None = option(
+        "Maximum size of a weights file, such as 500MB (default: 5GB)", None, metavar="SIZE"
+    )
+    dry_run: str | None = option("Write the files to this folder and publish nothing", None, metavar="FOLDER")
+    license: str | None = option(
+        "License of the weights, such as apache-2.0; without a license, the weights may not be used by other people",
+        None,
+        group="Model card",
+    )
+    base_model: list[str] = option("Hub ids of the models that this one was made from", default_factory=list)
+    dataset: list[str] = option("Hub ids of the data sets that the model was trained on", default_factory=list)
+    language: list[str] = option(
+        "Languages of the texts, as two-letter codes (default: en)", default_factory=list, metavar="CODE"
+    )
+    tag: list[str] = option("Further tags", default_factory=list)
+    results: list[str] = option(
+        "Result files of `lotlip evaluate`, shown on the card", default_factory=list, metavar="FILE"
+    )
+    picture: str | None = option(
+        "Picture of ranked examples for the card, as `lotlip search --save-grid` draws it", None, metavar="FILE"
+    )
 
     def __post_init__(self) -> None:
         check(self)
 
 
+def parser() -> Parser:
+    """Returns the parser of the command."""
+    return make_parser(PushOptions, prog="lotlip push", description=DESCRIPTION)
+
+
 def run(argv: Sequence[str]) -> None:
-    """Publishes, and prints the address of the commit."""
-    options = parse(PushOptions, argv, prog="lotlip push", description=DESCRIPTION)
-    from ..hub.push import CardFields, push, write_repository
+    """Publishes a checkpoint and prints the address of the commit."""
+    options = parse(PushOptions, argv, parser())
+    from ..hub.card import CardFields, warn_unstated
+    from ..hub.push import push, write_repository
 
     card = CardFields(
         license=options.license,
@@ -47,13 +70,16 @@ def run(argv: Sequence[str]) -> None:
         language=options.language,
         tags=options.tag,
         results=options.results,
+        picture=options.picture,
     )
     settings = {"card": card, "max_shard_size": options.max_shard_size}
     if options.dry_run:
         folder = write_repository(options.checkpoint, options.dry_run, options.repo_id, **settings)
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            print(f"{file.stat().st_size:>13,}  {printable(file.relative_to(folder))}")
-        print(f"{folder} is what would be published as {options.repo_id}.")
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        rows = [[f"{file.stat().st_size:,}", str(file.relative_to(folder))] for file in files]
+        print_tables(text_table([["bytes", "file"]], rows, left=[1]))
+        print(f"Dry run: {folder} contains the files of {options.repo_id}. Nothing was published.")
+        warn_unstated((folder / "README.md").read_bytes())
         return
     commit = push(
         options.checkpoint,

@@ -1,4 +1,4 @@
-"""`lotlip relabel`: long captions for a set of images."""
+"""`lotlip relabel`: writes long captions for images."""
 
 import os
 import sys
@@ -6,41 +6,55 @@ from collections.abc import Sequence
 
 from ..options import Parser, add_flags, build, flags_of
 from ..relabel.config import add_arguments, read_config
+from ..terminal import print_tables, text_table
 from .model import ImageOptions
 
 DESCRIPTION = """\
-Write long captions for the images of a data set, by one or several captioning models, as shards that `lotlip train`
-reads as they are. After an interruption the same command goes on from there. With several processes
-(`torchrun --nproc-per-node 2 -m lotlip_hf relabel ...`) each does its share."""
+Write long captions for images with one or several captioning models. The output is a folder of shards that
+`lotlip train` reads. An interrupted command continues when it is run again.
+
+  lotlip relabel --data photos --captioner llava-hf/llava-1.5-7b-hf --output captions
+
+Several processes can share the work.
+
+  torchrun --nproc-per-node 2 -m lotlip_hf relabel --data photos --captioner llava-hf/llava-1.5-7b-hf \\
+      --output captions
+"""
+
+
+def parser() -> Parser:
+    """Returns the parser of the command."""
+    flags = Parser(prog="lotlip relabel", description=DESCRIPTION)
+    add_arguments(flags)
+    add_flags(flags, ImageOptions)
+    return flags
 
 
 def run(argv: Sequence[str]) -> None:
-    """Relabels, and prints what was written."""
-    parser = Parser(prog="lotlip relabel", description=DESCRIPTION)
-    add_arguments(parser)
-    add_flags(parser, ImageOptions)
-    arguments = parser.parse_args(argv)
+    """Writes captions and prints their statistics."""
+    arguments = parser().parse_args(argv)
     config = read_config(arguments)
     build(ImageOptions, flags_of(arguments, ImageOptions)).apply()
 
     import torch
     from accelerate import PartialState
 
-    from ..relabel.card import CARD, statistics_table
+    from ..relabel.card import CARD, statistics_rows
     from ..relabel.run import SKIPPED, relabel
 
     state = PartialState(cpu=not torch.accelerator.is_available())
     try:
         statistics = relabel(config)
     except torch.OutOfMemoryError as error:
-        raise OSError(f"{error} What was done is kept; the same command goes on from there.") from error
+        raise OSError(f"{error} Finished captions are kept. Run the same command to continue.") from error
     finally:
         state.destroy_process_group()
     if statistics is None:
-        print(f"This process's share of {config.output} is done; the last process to end writes the card.")
+        print(f"This process's share of {config.output} is done. The last process writes the card.")
         return
-    print(statistics_table(statistics))
-    print(f"{config.output} holds the shards, and what they are in {CARD}.")
+    head, *rows = statistics_rows(statistics)
+    print_tables(text_table([head], rows))
+    print(f"The shards are in {config.output}, described in {CARD}.")
     if statistics["skipped"]:
         what = "1 record was" if statistics["skipped"] == 1 else f"{statistics['skipped']} records were"
-        print(f"{what} skipped: {os.path.join(config.output, SKIPPED)} says why.", file=sys.stderr)
+        print(f"{what} skipped. The reasons are in {os.path.join(config.output, SKIPPED)}.", file=sys.stderr)

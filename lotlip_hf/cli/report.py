@@ -1,33 +1,47 @@
-"""`lotlip report`: results of `lotlip evaluate` beside the published ones."""
+"""`lotlip report`: compares results of `lotlip evaluate` with the published ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..options import check, option, parse
+from ..options import Parser, check, make_parser, option, parse
+from ..terminal import print_tables
 
-DESCRIPTION = "Print the paper's table with the results of `lotlip evaluate` beside the published rows."
+DESCRIPTION = """\
+Print the table of the LoTLIP paper, with its published rows and your results.
+
+  lotlip report iiw.json urban1k.json --plot report.png
+"""
 
 
 @dataclass(kw_only=True)
 class ReportOptions:
-    """Every option of `lotlip report`."""
+    """Options of `lotlip report`."""
 
-    results: list[str] = option("JSON files that `lotlip evaluate` wrote", positional=True)
-    format: Literal["text", "markdown"] = option("of the tables", "text")
-    model_index: str | None = option("write the entries of a model card's model-index (YAML)", None)
-    plot: str | None = option("draw the table in this picture", None)
-    overwrite: bool = option("replace the model-index file if it is there already", False)
+    results: list[str] = option(
+        "Result files of `lotlip evaluate`", group="Report", metavar="RESULTS", positional=True
+    )
+    format: Literal["text", "markdown"] = option("Format of the tables", "text")
+    plot: str | None = option("Draw the table as bars in this picture file", None, metavar="FILE")
+    model_index: str | None = option(
+        "Write the results as the model-index of a model card to this YAML file", None, metavar="FILE"
+    )
+    overwrite: bool = option("Replace an existing --model-index file", False)
 
     def __post_init__(self) -> None:
         check(self)
 
 
+def parser() -> Parser:
+    """Returns the parser of the command."""
+    return make_parser(ReportOptions, prog="lotlip report", description=DESCRIPTION)
+
+
 def run(argv: Sequence[str]) -> None:
     """Prints the tables."""
-    options = parse(ReportOptions, argv, prog="lotlip report", description=DESCRIPTION)
+    options = parse(ReportOptions, argv, parser())
     from ..evaluation.report import write_report
 
-    print(
+    print_tables(
         write_report(options.results, options.format, options.model_index, options.plot, overwrite=options.overwrite)
     )

@@ -1,33 +1,42 @@
-"""`lotlip search`: the images of a folder that fit a description best."""
+"""`lotlip search`: ranks the images of a folder by a description."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..files import printable
-from ..options import option, parse
-from .model import ModelOptions, report_skipped
+from ..options import Parser, make_parser, option, parse
+from ..terminal import text_table, write_styled
+from .model import IMAGE_ROOT, ModelOptions, report_skipped
 
 DESCRIPTION = """\
-Rank the images of a folder by how well a description fits them. The images are embedded once; an index in the folder's
-hidden .lotlip keeps that, and each search brings it up to date."""
+Rank the images of a folder by how well a description fits them. The first search embeds all images and keeps an index
+in the hidden folder .lotlip; later searches embed only new and changed images.
+
+  lotlip search --model checkpoint --images photos "A ginger cat on a sofa."
+  lotlip search --model checkpoint --images photos --save-grid grid.png "A cat."
+"""
 
 
 @dataclass(kw_only=True)
 class SearchOptions(ModelOptions):
-    """Every option of `lotlip search`."""
+    """Options of `lotlip search`."""
 
-    images: str = option("folder of images, with its subfolders")
-    image_root: str | None = option("the folder that pictures must lie in, links followed (--images)", None)
-    top: int = option("how many images to show", 5, at_least=1)
-    save_grid: str | None = option("draw the ranked images in this picture", None)
-    index: str | None = option("keep the index in this folder instead", None)
-    text: str = option("the description", positional=True)
+    text: str = option("Description to search for", group="Search", metavar="TEXT", positional=True)
+    images: str = option("Folder of images, including its subfolders", metavar="FOLDER")
+    top: int = option("Number of images to show", 5, at_least=1)
+    save_grid: str | None = option("Draw the ranked images in this picture file", None, metavar="FILE")
+    index: str | None = option("Folder of the index (default: .lotlip in --images)", None, metavar="FOLDER")
+    image_root: str | None = option(IMAGE_ROOT, None, metavar="FOLDER")
+
+
+def parser() -> Parser:
+    """Returns the parser of the command."""
+    return make_parser(SearchOptions, prog="lotlip search", description=DESCRIPTION)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Searches, and prints the ranked images."""
-    options = parse(SearchOptions, argv, prog="lotlip search", description=DESCRIPTION)
+    """Searches and prints the ranked images."""
+    options = parse(SearchOptions, argv, parser())
     from ..grid import check_picture, save_grid
     from ..search import build_index, encode_query
 
@@ -43,9 +52,10 @@ def run(argv: Sequence[str]) -> None:
         batch_size=options.batch_size or 32,
     )
     results = index.search(query, options.top)
-    print("rank    score  file")
-    for rank, result in enumerate(results, 1):
-        print(f"{rank:4}  {result.score:7.4f}  {printable(result.path)}")
+    rows = [[str(rank), f"{result.score:.4f}", str(result.path)] for rank, result in enumerate(results, 1)]
+    header, *lines = text_table([["rank", "score", "file"]], rows, left=[2], rule=False).splitlines(keepends=True)
+    write_styled(header, "bold", sys.stdout)
+    print("".join(lines))
     report_skipped(index.skipped)
     if options.save_grid:
         save_grid(results, options.save_grid, options.text, encoder.engine.background)

@@ -1,1 +1,1 @@
-"""Data to train on: records of images and captions, caption sampling, collating, and the embedded data set Scenes."""
+"""Training data: records of images and captions, readers of data sets, strategies that draw texts, the collator."""

@@ -1,4 +1,4 @@
-"""From records to a batch: checks the records, reads their images, draws their texts, and counts what is broken."""
+"""The collator: checks records, loads their images, draws their texts, counts broken records and makes a batch."""
 
 import logging
 import math
@@ -17,62 +17,63 @@ from .sampling import SubCaptions
 logger = logging.getLogger(__name__)
 
 COUNTED = ("records", "broken_images", "broken_records", "broken_shards", "stand_ins")
-MAX_WARNINGS = 10  # of each process
+MAX_WARNINGS = 10  # per process
 
 
 class ModelInputs(TypedDict):
-    """The arguments of the model in a batch."""
+    """The tensors of a batch that are arguments of the model."""
 
     pixel_values: torch.Tensor  # [B, 3, H, W]
-    input_ids: torch.Tensor  # [B, L], the short texts
+    input_ids: torch.Tensor  # [B, L], short texts
     attention_mask: torch.Tensor  # [B, L]
-    long_input_ids: torch.Tensor  # [B, T - 1, L'], the long texts, if there are any
+    long_input_ids: torch.Tensor  # [B, T - 1, L'], long texts, missing if T = 1
     long_attention_mask: torch.Tensor  # [B, T - 1, L']
-    kept_patches: torch.Tensor  # [B, K], indices of the image patches that the model sees, with `patch_dropout`
+    kept_patches: torch.Tensor  # [B, K], indices of the image patches to embed, only with `patch_dropout`
 
 
 class Batch(ModelInputs):
-    """What a step takes."""
+    """A batch of the collator."""
 
-    return_loss: bool  # for a plain call of the model
-    ids: list[str]  # with `return_ids`, as are the counts
-    counts: dict[str, int]
+    return_loss: bool  # `True`, so that `model(**batch)` returns a loss
+    ids: list[str]  # only with `return_ids`
+    counts: dict[str, int]  # only with `return_ids`
 
 
 class LoTLIPCollator:
     """
-    Makes batches of records, for a `torch.utils.data.DataLoader` and for `transformers.Trainer` (with
-    `remove_unused_columns=False`, since it takes the records' columns, not the model's).
+    Makes batches from records, for a `torch.utils.data.DataLoader` and for `transformers.Trainer` (with
+    `remove_unused_columns=False`, because the columns of records are not arguments of the model).
 
-    A record is a mapping as [`~lotlip_hf.data.record.Record`] says, which `lotlip_hf.data.records` reads from data
-    sets.
+    `lotlip_hf.data.records.load_records` reads records ([`~lotlip_hf.data.record.Record`]) from data sets.
 
     Args:
-        processor (`LoTLIPProcessor`):
-            Turns images and texts into the model's input.
-        draw (`Callable`, *optional*, defaults to `SubCaptions()`):
-            Draws the texts of a batch's records (`lotlip_hf.data.sampling`); by default as in the paper.
-        seed (`int`, *optional*, defaults to 0):
-            With the epoch and a record's id, the seed of the record's random generator.
-        on_error (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` stops at the first broken image or record; `"skip"` leaves it out of its batch and counts it.
-        return_ids (`bool`, *optional*, defaults to `False`):
-            Whether batches carry `ids` and `counts`, which a plain call of a model does not take.
-        patch_dropout (`float`, *optional*, defaults to 0.0):
-            Share of an image's patches that are left out, drawn at random, as FLIP does.
-        patch_size (`int`, *optional*): side of the model's patches in pixels; required with `patch_dropout`.
+        processor (`LoTLIPProcessor`): Converts images and texts to tensors.
+        draw (`Callable`, *optional*, defaults to `SubCaptions()`): Draws the texts of the records in a batch (see
+            `lotlip_hf.data.sampling`). The default follows the paper.
+        seed (`int`, *optional*, defaults to 0): Seed for drawing texts, combined with the epoch and the id of a
+            record.
+        on_error (`str`, *optional*, defaults to `"raise"`): `"raise"` stops at the first broken image or record.
+            `"skip"` leaves broken ones out of the batch and counts them.
+        return_ids (`bool`, *optional*, defaults to `False`): Whether to add `ids` and `counts` to batches, which
+            `model(**batch)` does not accept.
+        patch_dropout (`float`, *optional*, defaults to 0.0): Fraction of the patches of an image to leave out, drawn
+            at random as in FLIP.
+        patch_size (`int`, *optional*): Side of the model's patches in pixels. Required with `patch_dropout`.
 
     Raises:
-        ValueError: if an option is out of range.
+        `ValueError`: If an option is out of range.
 
     Example:
 
     ```python
     >>> from torch.utils.data import DataLoader
+    >>> from transformers import AutoModel, AutoProcessor
+    >>> from lotlip_hf.data.collator import LoTLIPCollator
     >>> from lotlip_hf.scenes.dataset import scenes_dataset
 
-    >>> collator = LoTLIPCollator(processor)
-    >>> loader = DataLoader(scenes_dataset(512), batch_size=64, shuffle=True, collate_fn=collator)
+    >>> model = AutoModel.from_pretrained("checkpoint")
+    >>> collator = LoTLIPCollator(AutoProcessor.from_pretrained("checkpoint"))
+    >>> loader = DataLoader(scenes_dataset(16), batch_size=8, shuffle=True, collate_fn=collator)
     >>> for epoch in range(2):
     ...     collator.set_epoch(epoch)
     ...     for batch in loader:
@@ -101,37 +102,37 @@ class LoTLIPCollator:
         self.return_ids = return_ids
         self.patch_dropout = patch_dropout
         self.patch_size = patch_size
-        # In memory that a DataLoader's workers share, persistent ones too.
+        # In shared memory, so that persistent workers of a DataLoader see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._warnings = 0
 
     def set_epoch(self, epoch: int) -> None:
         """
-        Says which epoch the next batches belong to, so that each draws other texts.
+        Sets the epoch, which decides the texts that are drawn. Call it before iterating over the `DataLoader`.
 
         Args:
-            epoch (`int`): number of the epoch. To be called before the epoch's iterator is made.
+            epoch (`int`): Number of the epoch.
         """
         self._epoch.fill_(epoch)
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> Batch:
         """
-        Makes a batch of B records, less the broken ones.
+        Makes a batch from records. Broken records are left out if `on_error` is `"skip"`.
 
         Args:
-            records (`Sequence[Mapping[str, Any]]`): the records.
+            records (`Sequence[Mapping[str, Any]]`): The records.
 
         Returns:
-            `Batch`: short and long texts are each padded to the longest of the batch. Of `counts`, `records` were
-            given; `broken_images` and `broken_records` were left out; each of `broken_shards` only says that its
-            shard ended too soon; and for `stand_ins` the short caption stands in for the long texts.
+            `Batch`: The batch. Short texts are padded to the longest short text, long texts to the longest long text.
+            `counts` has the number of given `records`, of records left out (`broken_images`, `broken_records`), of
+            damaged shards (`broken_shards`), and of records whose long texts are the short caption (`stand_ins`).
 
         Raises:
-            ImageError: if an image is broken and `on_error` is `"raise"`.
-            RecordError: if a record or a shard (`ShardError`) is broken and `on_error` is `"raise"`, or if all
-                records of the batch are broken.
-            KeyError: if the records lack a required field.
-            ValueError: if the records do not have what `draw` draws from.
+            `ImageError`: If an image is broken and `on_error` is `"raise"`.
+            `RecordError`: If a record or a shard (`ShardError`) is broken and `on_error` is `"raise"`, or if all
+                records are broken.
+            `KeyError`: If the records lack a required field.
+            `ValueError`: If the records lack captions that `draw` needs.
         """
         load = partial(
             load_pixels,
@@ -144,7 +145,7 @@ class LoTLIPCollator:
         errors: list[ValueError] = []
         for record in records:
             try:
-                # one by one: a batch of large images would fill the memory
+                # One image at a time, as a batch of large images could fill the memory.
                 read, pixels = read_record(record, load)
             except (ImageError, RecordError) as error:
                 if self.on_error == "raise":
@@ -157,27 +158,27 @@ class LoTLIPCollator:
             checked.append(read)
             pixel_values.append(pixels["pixel_values"])
         if not checked:
-            first = f" The first: {errors[0]}" if errors else ""
+            first = f" The first error: {errors[0]}" if errors else ""
             raise RecordError(f"All {len(records)} records of a batch are broken.{first}")
 
         rngs = [record_rng(self.seed, int(self._epoch), record["id"]) for record in checked]
         texts = self.draw(checked, rngs)
-        numbers = [len(one.long) for one in texts]
+        numbers = [len(drawn.long) for drawn in texts]
         if len(texts) != len(checked) or len(set(numbers)) > 1:
             raise ValueError(
-                f"{self.draw} must draw texts for each of {len(checked)} records, as many long ones for each; got "
-                f"{len(texts)}, with {numbers} long ones."
+                f"{self.draw} must draw the same number of long texts for each of {len(checked)} records, got "
+                f"{numbers}."
             )
-        counts["stand_ins"] = sum(one.stand_in for one in texts)
-        short = self.processor(text=[one.short for one in texts], return_tensors="pt")
-        # Tensors first: accelerate takes the batch's size from its first entry.
+        counts["stand_ins"] = sum(drawn.stand_in for drawn in texts)
+        short = self.processor(text=[drawn.short for drawn in texts], return_tensors="pt")
+        # Tensors come first: accelerate reads the size of a batch from its first entry.
         batch: dict[str, Any] = {
             "pixel_values": torch.cat(pixel_values),
             "input_ids": short["input_ids"],
             "attention_mask": short["attention_mask"],
         }
         if any(numbers):
-            long = self.processor(text=[one.long for one in texts], return_tensors="pt")
+            long = self.processor(text=[drawn.long for drawn in texts], return_tensors="pt")
             batch |= {"long_input_ids": long["input_ids"], "long_attention_mask": long["attention_mask"]}
         if self.patch_dropout and self.patch_size:
             num_patches = math.prod(side // self.patch_size for side in batch["pixel_values"].shape[-2:])
@@ -194,11 +195,11 @@ class LoTLIPCollator:
         if self._warnings <= MAX_WARNINGS:
             logger.warning(f"Left out: {error}")
         if self._warnings == MAX_WARNINGS:
-            logger.warning("Further broken images and records are counted (`counts` of a batch), not named.")
+            logger.warning("Further broken images and records are only counted (`counts` of a batch).")
 
 
 def read_record(record: Mapping[str, Any], load: Callable[[Any, str], Any] = load_image) -> tuple[Record, Any]:
-    """The record as [`~lotlip_hf.data.record.check_record`] gives it, and its image, with the errors of both."""
+    """Checks a record ([`~lotlip_hf.data.record.check_record`]), loads its image, and returns both."""
     checked = check_record(record)
     try:
         return checked, load(checked["image"], f"record {checked['id']}")

@@ -1,4 +1,4 @@
-"""Which columns of a data set make up a record."""
+"""Mappings: which columns of a data set become the fields of a record."""
 
 import logging
 from collections.abc import Sequence
@@ -17,45 +17,42 @@ class MissingColumn(ValueError):
     A data set lacks a column.
 
     Args:
-        problem (`str`): what is missing, in a sentence.
-        field (`str`): what of a record it would be: `"image"`, `"short"` or `"long"`.
-        hint (`str`, *optional*): what to do about it; by default for `load_records`.
+        problem (`str`): A sentence that names the missing column.
+        field (`str`): Field of [`ColumnMapping`] that names the column: `"image"`, `"short"` or `"long"`.
+        hint (`str`, *optional*): A sentence that says what to do. Defaults to advice for `load_records`.
     """
 
     def __init__(self, problem: str, field: str, hint: str | None = None) -> None:
         self.problem, self.field = problem, field
         if hint is None:
-            hint = "Say which to read: `mapping`=ColumnMapping(image=..., long=..., short=...)."
+            hint = "Name the columns with `mapping=ColumnMapping(image=..., long=..., short=...)`."
         super().__init__(f"{problem} {hint}")
 
 
 @dataclass(frozen=True)
 class ColumnMapping:
     """
-    Which columns of a data set make up a record.
+    The columns of a data set that become the fields of a record.
 
-    A column is given by its name, or by the way to a value in it: `conversations[1].value` is the field `value` of the
-    second element of the column `conversations`.
+    A column is given by its name, or by a path to a value in it: `conversations[1].value` is the field `value` of the
+    second element of the column `conversations`. A tuple means the first of its columns that exists. Only `long` uses
+    all of its columns.
 
     Args:
-        image (`str` or `tuple[str, ...]`):
-            Column of the images: paths, bytes of files, or images of `datasets`. Of several the first that there is.
-            In WebDataset shards it is the only image of a sample; where there are several, the extension of the one to
-            read (`input.jpg`).
-        long (`str` or `tuple[str, ...]`):
-            Columns of the long captions, texts or lists of texts; their order numbers the captioners. `*` and `?`
-            match parts of a name (`long*_captions`), the columns they match in the order of the data set. `()` reads
-            none.
-        short (`str` or `tuple[str, ...]`, *optional*):
-            Column of the short caption; of several the first that there is. Where `None`, or none of several among
-            which is `None`, the first sentence of the first long caption is the short one.
-        id (`str` or `tuple[str, ...]`, *optional*):
-            Column of the ids; of several the first that there is. Without one a record's id is the path of its image
-            as the data set gives it, in WebDataset shards the shard's name and the sample's key, and else a digest of
-            the record.
-        negatives, rewrites, tags, regions, group (`str`, *optional*):
-            Columns of a record's optional fields, see [`~lotlip_hf.data.record.Record`]. Data sets and rows may lack
-            them.
+        image (`str` or `tuple[str, ...]`, *optional*, defaults to `("image", "file_name")`): Column of the images:
+            paths, bytes of files, or images of `datasets`. Samples of WebDataset shards need no column if they have
+            one image. If they have several, name the extension of one (`input.jpg`).
+        long (`str` or `tuple[str, ...]`, *optional*, defaults to `"long_captions"`): Columns of the long captions. A
+            value is a text or a list of texts. The captioners are numbered in this order. `*` and `?` match parts of a
+            name (`long*_captions`), and the matches keep the order of the data set. `()` reads no long captions.
+        short (`str` or `tuple[str, ...]`, *optional*, defaults to `("short_caption", None)`): Column of the short
+            caption. `None` means the first sentence of the first long caption. A tuple with `None` uses this sentence
+            if no column exists.
+        id (`str` or `tuple[str, ...]`, *optional*, defaults to `"id"`): Column of the ids. Without such a column, the
+            id is the path of the image, or in WebDataset shards the shard and the key of the sample. Otherwise it is a
+            digest of the record.
+        negatives, rewrites, tags, regions, group (`str`, *optional*): Columns of the optional fields of a
+            [`~lotlip_hf.data.record.Record`]. Data sets and rows may lack them.
     """
 
     image: str | tuple[str, ...] = ("image", "file_name")
@@ -70,11 +67,11 @@ class ColumnMapping:
 
     @property
     def optional(self) -> dict[str, str]:
-        """The optional fields that are read, and their columns."""
+        """The optional fields with a column, and their columns."""
         return {name: column for name in OPTIONAL if (column := getattr(self, name)) is not None}
 
 
-# Recaptioned LAION and COYO come as tables of addresses and captions under several names.
+# Recaptioned LAION and COYO are tables of URLs and captions, whose columns have several names.
 _RECAP_LONG = ColumnMapping(
     image=("image", "Image Path", "image_path", "url", "URL"),
     long=("long*caption*", "*long*caption*"),
@@ -82,7 +79,7 @@ _RECAP_LONG = ColumnMapping(
     id=None,
 )
 MAPPINGS = {
-    # Our own names; `file_name` is what image folders with metadata call the image.
+    # The column names of this package. `file_name` is the image column of image folders with metadata.
     "records": ColumnMapping(**{name: name for name in OPTIONAL}),
     # DreamLIP's long captions of CC3M, CC12M and YFCC15M: InstructBLIP, ShareGPT4V, LLaVA.
     "dreamlip": ColumnMapping(
@@ -100,23 +97,23 @@ MAPPINGS = {
 
 
 def alternatives(columns: str | tuple[str | None, ...] | None) -> tuple[str, ...]:
-    """The columns that one field of a mapping names, in order."""
+    """Returns the columns of one field of a mapping as a tuple, without `None`."""
     return (columns,) if isinstance(columns, str) else tuple(column for column in columns or () if column is not None)
 
 
 def resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> ColumnMapping:
-    """The mapping with each alternative and pattern replaced by the columns there are; `source` is for errors."""
+    """Replaces alternatives and patterns of a mapping by existing columns. `source` is only used in errors."""
     source = printable(source)
 
     def missing(field: str, wanted: tuple[str, ...]) -> MissingColumn:
         return MissingColumn(
-            f"{source}: there is no column {' or '.join(map(repr, wanted))} for `{field}`. There are: "
+            f"{source} has no column {' or '.join(map(repr, wanted))} for `{field}`. Its columns are "
             f"{', '.join(map(repr, columns))}.",
             field,
         )
 
     def first(wanted: tuple[str, ...]) -> str | None:
-        return next((way for way in wanted if column_of(way, columns)), None)
+        return next((path for path in wanted if column_of(path, columns)), None)
 
     short = first(alternatives(mapping.short))
     if short is None and mapping.short is not None:
@@ -138,8 +135,8 @@ def resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Colu
         raise missing("image", alternatives(mapping.image))
     if short is None and mapping.short is not None:
         logger.warning(
-            "%s: there is no column %s; the first sentence of a record's first long caption is its short caption "
-            "(--short-column names another column).",
+            "%s has no column %s. The first sentence of the first long caption is used as the short caption. To use a "
+            "column, pass `--short-column`.",
             source,
             " or ".join(map(repr, alternatives(mapping.short))),
         )

@@ -1,8 +1,8 @@
 """
-Rows of files, as they are written: CSV, TSV, JSON, JSON lines, Parquet and WebDataset shards.
+Readers of CSV, TSV, JSON, JSON lines, Parquet and WebDataset files, row by row.
 
-Training, evaluation, relabelling and `lotlip embed` read such files here, streaming or not. No type is guessed of a
-value, no row takes more memory than `max_bytes`, and after a row that cannot be read the next ones are.
+Training, evaluation, relabelling and `lotlip embed` use these readers, also for streams. No types are guessed, the
+size of a row is limited to `max_bytes`, and reading continues after a row that cannot be read.
 """
 
 import csv
@@ -19,9 +19,8 @@ import pyarrow
 import pyarrow.parquet
 
 from ..files import MAX_BYTES, open_regular, parse_json, printable
-from ..images import image_extensions
 
-# Extensions of the files that are read, and the kind of file.
+# From a file's extension to its kind.
 KINDS = {
     ".csv": "csv",
     ".tsv": "csv",
@@ -32,26 +31,26 @@ KINDS = {
     ".tar": "webdataset",
 }
 PARQUET_BATCH = 64  # rows
-PARQUET_RATIO = 100  # bytes unpacked for one packed; texts come to about ten
+PARQUET_RATIO = 100  # largest ratio of uncompressed to compressed bytes; texts have about 10
 JSON_CHUNK = 1 << 20  # characters
-NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how `surrogateescape` decodes such bytes
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # `surrogateescape` decodes invalid bytes to these
 SEPARATORS = re.compile(r"[\s,]*")
-WAY_STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
-# Of the files of a sample, those that hold text and JSON, by the last part of their extension.
+PATH_STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
+# Members of a sample that are texts or JSON, by the last part of their extension.
 TEXT_FIELDS = frozenset("txt text transcript cls cls2 index inx id".split())
 JSON_FIELDS = frozenset(("json", "jsn"))
 
 
 class RowError(ValueError):
-    """A row that cannot be read. The message says which and why; the rows after it can be read."""
+    """A row cannot be read. The message gives the position of the row and the reason. Later rows can still be read."""
 
 
 class SizeError(RowError):
-    """A row that is larger than `max_bytes`."""
+    """A row is larger than `max_bytes`."""
 
 
 class _BrokenFile(ValueError):
-    """A file whose further rows cannot be found."""
+    """The rest of a file cannot be read."""
 
 
 def read_rows(
@@ -63,41 +62,32 @@ def read_rows(
     """
     Reads the rows of a file in order.
 
-    The values of CSV and TSV files are texts, as they are written. A `.json` file holds a list of objects, or objects
-    on lines of their own. A row of a WebDataset shard is a sample: successive members that share a name up to its
-    first dot. Each member is a column under its extension (`jpg`, `txt`, `input.jpg`); the fields of the only JSON
-    file are columns too, the only image is also the column `image`, and `__key__` names the shard and the sample.
+    Values of CSV and TSV files are strings. A `.json` file contains a list of objects, or one object per line. A row
+    of a WebDataset shard is a sample: successive members whose names are equal up to the first dot. The extension of a
+    member is its column (`jpg`, `txt`, `input.jpg`). The fields of a sample's only JSON member are columns too. The
+    only image of a sample is also the column `image`. `__key__` is the name of the shard and of the sample.
 
     Args:
-        file (`str` or `os.PathLike`): the file; its extension says what it is.
-        columns (`Sequence[str]`, *optional*):
-            The columns that a Parquet file is read for, or ways into them; by default all.
-        texts (`Sequence[str]`, *optional*):
-            Columns of texts, or ways into them: a cell of a CSV or TSV file that holds a list in JSON is a list there.
-        max_bytes (`int`, *optional*, defaults to 256 MiB):
-            The most bytes of a row: a line, an entry of a list, or a shard's sample with its image. A larger one is
-            not read.
+        file (`str` or `os.PathLike`): The file. Its extension decides its kind.
+        columns (`Sequence[str]`, *optional*): Columns of a Parquet file to read, or paths into them. Defaults to all
+            columns.
+        texts (`Sequence[str]`, *optional*): Columns of a CSV or TSV file, or paths into them, in which a JSON list of
+            texts is read as a list.
+        max_bytes (`int`, *optional*, defaults to `MAX_BYTES`): Maximum size of a row: of a line, an entry of a list,
+            or a sample with its image. Larger rows are not read.
 
     Yields:
-        `dict[str, Any]` or `RowError`: a row, or why it cannot be read.
+        `dict[str, Any]` or `RowError`: A row, or the reason why it cannot be read.
 
     Raises:
-        ValueError, OSError: if the rest of the file cannot be read.
-
-    Example:
-
-    ```python
-    >>> from lotlip_hf.data.readers import read_rows
-
-    >>> rows = list(read_rows("captions.csv"))  # doctest: +SKIP
-    ```
+        `ValueError`, `OSError`: If the rest of the file cannot be read.
     """
     extension = os.path.splitext(file)[1].lower()
     with open_regular(file) as opened:
         if extension == ".parquet":
             with pyarrow.parquet.ParquetFile(opened) as table:
                 names = table.schema_arrow.names
-                wanted = [name for name in names if name in {column_of(way, names) for way in columns or ()}]
+                wanted = [name for name in names if name in {column_of(path, names) for path in columns or ()}]
                 for group, rows in enumerate(parquet_batches(table.metadata, max_bytes)):
                     for batch in table.iter_batches(rows, row_groups=[group], columns=wanted or None):
                         yield from batch.to_pylist()
@@ -113,11 +103,10 @@ def read_rows(
 
 def parquet_batches(metadata: pyarrow.parquet.FileMetaData, max_bytes: int = MAX_BYTES) -> list[int]:
     """
-    How many rows of each row group may be read at a time, so that none has more than `max_bytes`; a `ValueError` if a
-    column is packed so well that it is made to fill the memory.
+    Returns the number of rows to read at a time from each row group, so that each column of them has at most
+    `max_bytes`. Raises `ValueError` if a column looks like a decompression bomb.
 
-    A cell takes up to as many bytes as its column's part of a row group has unpacked; a dictionary stores it once for
-    many rows.
+    A value is at most as large as its column in the row group. A dictionary stores one value for many rows.
     """
     batches = []
     for index in range(metadata.num_row_groups):
@@ -125,10 +114,10 @@ def parquet_batches(metadata: pyarrow.parquet.FileMetaData, max_bytes: int = MAX
         parts = [group.column(number) for number in range(group.num_columns)]
         for part in parts:
             packed, unpacked = max(1, part.total_compressed_size), part.total_uncompressed_size
-            repeated = group.num_rows if any("DICTIONARY" in one for one in part.encodings) else 1
+            repeated = group.num_rows if any("DICTIONARY" in encoding for encoding in part.encodings) else 1
             if unpacked * repeated > max_bytes and unpacked > PARQUET_RATIO * packed:
                 raise _BrokenFile(
-                    f"column {printable(part.path_in_schema)} unpacks {packed:,} bytes to {unpacked:,}, for "
+                    f"column {printable(part.path_in_schema)} decompresses from {packed:,} to {unpacked:,} bytes for "
                     f"{group.num_rows:,} rows"
                 )
         largest = max((part.total_uncompressed_size for part in parts), default=1)
@@ -139,7 +128,7 @@ def parquet_batches(metadata: pyarrow.parquet.FileMetaData, max_bytes: int = MAX
 def every_row(
     file: str | os.PathLike, columns: Sequence[str] | None = None, texts: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a file, as [`read_rows`]; one that cannot be read is a `ValueError` that names the file."""
+    """Yields the rows of a file like [`read_rows`], but raises `ValueError` if a row cannot be read."""
     try:
         for row in read_rows(file, columns, texts):
             if isinstance(row, RowError):
@@ -149,21 +138,21 @@ def every_row(
         raise ValueError(f"{printable(file)}: cannot be read ({error}).") from error
 
 
-def column_of(way: str, columns: Collection[str]) -> str | None:
-    """The column that a way starts in: of several the one with the longest name, which may hold dots itself."""
-    if way in columns:
-        return way
-    ends = [match.start() for match in re.finditer(r"[.\[]", way)]
-    return next((way[:end] for end in reversed(ends) if way[:end] in columns), None)
+def column_of(path: str, columns: Collection[str]) -> str | None:
+    """Returns the column that a path starts with. Names of columns may have dots; the longest match wins."""
+    if path in columns:
+        return path
+    ends = [match.start() for match in re.finditer(r"[.\[]", path)]
+    return next((path[:end] for end in reversed(ends) if path[:end] in columns), None)
 
 
-def value_of(row: Mapping[str, Any], way: str) -> Any:
-    """The value in a column or a way into one, such as `conversations[1].value`; `None` if the way ends early."""
-    column = column_of(way, row)
+def value_of(row: Mapping[str, Any], path: str) -> Any:
+    """Returns the value of a column or at a path such as `conversations[1].value`, or `None` if it does not exist."""
+    column = column_of(path, row)
     if column is None:
         return None
     value = row[column]
-    for name, index in WAY_STEP.findall(way, len(column)) if column != way else ():
+    for name, index in PATH_STEP.findall(path, len(column)) if column != path else ():
         if name:
             value = value.get(name) if isinstance(value, Mapping) else None
         else:
@@ -172,7 +161,7 @@ def value_of(row: Mapping[str, Any], way: str) -> Any:
 
 
 def _lines(file: BinaryIO, max_bytes: int, newline: str) -> Iterator[str | RowError]:
-    """The lines of a text in UTF-8, with their ends; one that is too long is passed over."""
+    """Yields the lines of a UTF-8 file with their line ends. Lines that are too long are skipped."""
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
     number = 0
     while line := text.readline(max_bytes + 1):
@@ -182,17 +171,17 @@ def _lines(file: BinaryIO, max_bytes: int, newline: str) -> Iterator[str | RowEr
                 line = text.readline(JSON_CHUNK)
             yield _too_large(f"line {number}", max_bytes)
         elif not line.isascii() and NOT_UTF8.search(line):
-            yield RowError(f"line {number}: not valid Unicode (UTF-8).")
+            yield RowError(f"line {number}: not valid UTF-8.")
         else:
             yield line
 
 
-def _too_large(what: str, max_bytes: int) -> SizeError:
-    return SizeError(f"{what}: larger than {max_bytes:,} bytes.")
+def _too_large(row: str, max_bytes: int) -> SizeError:
+    return SizeError(f"{row}: larger than {max_bytes:,} bytes.")
 
 
 def _starts_object(file: BinaryIO) -> bool:
-    """Whether a JSON file starts with an object, not with a list of them."""
+    """Returns whether a JSON file starts with an object instead of a list."""
     start = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
     file.seek(0)
     return start.startswith(b"{")
@@ -215,12 +204,12 @@ def _line_rows(file: BinaryIO, max_bytes: int) -> Iterator[dict[str, Any] | RowE
 
 
 def _list_rows(file: BinaryIO, max_bytes: int) -> Iterator[dict[str, Any] | RowError]:
-    """The objects of a list in JSON, which is not read at once. Behind a broken one nothing can be found."""
+    """Yields the objects of a JSON list, reading it in chunks. Nothing can be read after a broken object."""
     decoder, count = json.JSONDecoder(), 0
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
     buffer = text.read(JSON_CHUNK).lstrip()
     if not buffer.startswith("["):
-        raise _BrokenFile("expected a list of rows in JSON")
+        raise _BrokenFile("expected a JSON list of objects")
     position = 1
     while True:
         position = SEPARATORS.match(buffer, position).end()  # pyright: ignore[reportOptionalMemberAccess]
@@ -232,25 +221,25 @@ def _list_rows(file: BinaryIO, max_bytes: int) -> Iterator[dict[str, Any] | RowE
             left = len(buffer) - position
             if left > max_bytes:
                 raise _BrokenFile(f"entry {count + 1} is larger than {max_bytes:,} bytes") from error
-            # as much again: an entry of many chunks is not parsed once for each
+            # Double the buffer, so that a long entry is not parsed again for every chunk.
             more = text.read(max(JSON_CHUNK, left))
             if not more:
                 raise _BrokenFile(f"broken JSON after {count} entries ({error.msg})") from error
             buffer, position = buffer[position:] + more, 0
             continue
-        except (ValueError, RecursionError) as error:  # numbers too long and lists too deep for Python
-            reason = "nested too deep" if isinstance(error, RecursionError) else error
+        except (ValueError, RecursionError) as error:  # a number that is too long, or too deep nesting
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
             raise _BrokenFile(f"broken JSON after {count} entries ({reason})") from error
         count += 1
         if NOT_UTF8.search(buffer, position, end):
-            yield RowError(f"entry {count}: not valid Unicode (UTF-8).")
+            yield RowError(f"entry {count}: not valid UTF-8.")
         else:
             yield entry if isinstance(entry, dict) else RowError(f"entry {count}: expected an object.")
         position = end
 
 
 class _CsvLines:
-    """The lines of a CSV file; `size` counts the characters of a row, `is_at_end` says that one lacks lines."""
+    """Lines of a CSV file. `size` counts the characters of a row. `is_at_end` is set if a row needs further lines."""
 
     def __init__(self, file: BinaryIO, max_bytes: int) -> None:
         self._lines, self._max_bytes = _lines(file, max_bytes, newline=""), max_bytes
@@ -277,7 +266,7 @@ class _CsvLines:
 def _csv_rows(
     file: BinaryIO, delimiter: str, texts: Sequence[str], max_bytes: int
 ) -> Iterator[dict[str, Any] | RowError]:
-    csv.field_size_limit(2**31 - 1)  # Python's limit is 128 KiB; rows have their own
+    csv.field_size_limit(2**31 - 1)  # the default is 128 KiB; `max_bytes` limits rows instead
     lines = _CsvLines(file, max_bytes)
     reader, header = csv.reader(lines, delimiter=delimiter), None
     while True:
@@ -288,7 +277,7 @@ def _csv_rows(
             return
         except (csv.Error, RowError) as error:
             if header is None:
-                raise _BrokenFile(f"its header cannot be read: {error}") from error
+                raise _BrokenFile(f"the header cannot be read: {error}") from error
             yield error if isinstance(error, RowError) else RowError(f"line {lines.number}: {error}.")
             continue
         if not values:
@@ -296,42 +285,42 @@ def _csv_rows(
         if header is None:
             header = values
             if doubles := [name for name, times in Counter(header).items() if name and times > 1]:
-                raise _BrokenFile(f"several columns are called {printable(doubles[0])}")
+                raise _BrokenFile(f"several columns have the name {printable(doubles[0])}")
             continue
-        if lines.is_at_end:  # it was asked for more lines
+        if lines.is_at_end:
             yield RowError(f"line {lines.number}: a quotation mark is not closed.")
         elif any(values[len(header) :]):
             yield RowError(
-                f"line {lines.number}: {len(values)} values for {len(header)} columns; a value that holds "
-                f"{delimiter!r} goes between quotation marks."
+                f"line {lines.number}: {len(values)} values for {len(header)} columns. Quote values that contain "
+                f"{delimiter!r}."
             )
         else:
             values += [None] * (len(header) - len(values))
             row: dict[str, Any] = dict(zip(header, values, strict=False))
             try:
-                yield row | {name: _texts(row[name]) for way in texts if (name := column_of(way, row))}
+                yield row | {name: _texts(row[name]) for path in texts if (name := column_of(path, row))}
             except ValueError as error:
                 yield RowError(f"line {lines.number}: {error}.")
 
 
 def _texts(cell: str | None) -> str | list[str | None] | None:
-    """A cell's text, or the list of texts in JSON that it holds; as Python or NumPy print a list it is refused."""
+    """Parses a JSON list of texts and returns other values unchanged. Lists printed by Python or NumPy are errors."""
     text = (cell or "").strip()
     if not (text.startswith("[") and text.endswith("]")):
         return cell
     try:
         value = parse_json(text)
-        if isinstance(value, list) and all(isinstance(one, str | None) for one in value):
+        if isinstance(value, list) and all(isinstance(item, str | None) for item in value):
             return value
     except ValueError as error:
         inner = text[1:-1].strip()
         if inner and inner[0] in "\"'" and inner[-1] in "\"'":
-            raise ValueError(f"a list must be written in JSON, got {printable(text[:50])}") from error
+            raise ValueError(f"a list must be valid JSON, got {printable(text[:50])}") from error
     return cell
 
 
 class _Bounded:
-    """A file whose single reads are bounded: an archive's headers may give any size."""
+    """Limits the size of each read from a file, because the headers of an archive may contain any size."""
 
     def __init__(self, file: BinaryIO, max_bytes: int) -> None:
         self._file, self._max_bytes = file, max_bytes
@@ -344,7 +333,7 @@ class _Bounded:
 
 
 class _Sample:
-    """A sample while its members are read; after an `error` its other members are skipped."""
+    """A sample of a shard. After an `error`, its remaining members are skipped."""
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -357,7 +346,7 @@ class _Sample:
             return self.error
         objects = {name: value for name, value in self.fields.items() if isinstance(value, dict) and _is_json(name)}
         images = [name for name in self.fields if _is_image(name)]
-        # A column of the table that the shard was downloaded from may be called `image` too.
+        # A field of the JSON member may have the name `image` too.
         columns = next(iter(objects.values())) if len(objects) == 1 else objects.get("json", {})
         row = {**columns, **self.fields, "__key__": self.key}
         if len(images) == 1:
@@ -375,15 +364,17 @@ def _is_json(field: str) -> bool:
 
 
 def _is_image(field: str) -> bool:
+    from ..images import image_extensions  # slow: imports torch
+
     return f".{field.rpartition('.')[2]}" in image_extensions()
 
 
 def _tar_rows(file: BinaryIO, shard: str, max_bytes: int) -> Iterator[dict[str, Any] | RowError]:
-    """The samples of a shard. Members are told by their headers before any of their bytes is read."""
+    """Yields the samples of a shard. Headers decide which members are read."""
     with tarfile.open(fileobj=_Bounded(file, max_bytes), mode="r:") as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
         sample, seen = None, set()
         for member in tar:
-            tar.members = []  # it would keep all
+            tar.members = []  # tarfile would keep all members in memory
             if member.size < 0:
                 raise tarfile.ReadError("a member of a negative size")
             folder, name = os.path.split(member.name)
@@ -396,13 +387,10 @@ def _tar_rows(file: BinaryIO, shard: str, max_bytes: int) -> Iterator[dict[str, 
                     yield sample.row()
                 sample = _Sample(key)
                 if hash(key) in seen:
-                    sample.fail(
-                        "its members are not side by side in the archive, as those of a sample must be; `tar "
-                        "--sort=name` writes them so."
-                    )
+                    sample.fail("its members are not adjacent in the archive. Create it with `tar --sort=name`.")
                 seen.add(hash(key))
             _add_member(sample, field, tar, member, max_bytes)
-        # Where a file ends between two members, or no member follows, tarfile takes it for whole.
+        # tarfile does not notice a file that is truncated between two members.
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("the archive has no end mark")
@@ -416,11 +404,11 @@ def _add_member(sample: _Sample, field: str, tar: tarfile.TarFile, member: tarfi
         return
     sample.size += member.size
     if field in sample.fields:
-        sample.fail(f"it has two members {printable(field)}.")
+        sample.fail(f"it has two members with the extension {printable(field)}.")
     elif member.sparse is not None:
         sample.fail(f"{printable(field)} is a sparse file.")
     elif sample.size > max_bytes:
-        sample.fail(f"with {printable(field)} larger than {max_bytes:,} bytes.", SizeError)
+        sample.fail(f"larger than {max_bytes:,} bytes with {printable(field)}.", SizeError)
     if sample.error is not None:
         return
     content = tar.extractfile(member).read()  # pyright: ignore[reportOptionalMemberAccess]
@@ -429,5 +417,5 @@ def _add_member(sample: _Sample, field: str, tar: tarfile.TarFile, member: tarfi
             sample.fields[field] = {"bytes": content, "path": os.path.basename(member.name)}
         else:
             sample.fields[field] = parse_json(content) if _is_json(field) else content.decode("utf-8")
-    except ValueError as error:  # not UTF-8, too
+    except ValueError as error:  # invalid JSON or UTF-8
         sample.fail(f"{printable(field)} cannot be read ({error}).")

@@ -1,4 +1,4 @@
-"""What a record is: an image, its texts and its id; the check of their types; and what is drawn from it for a step."""
+"""Records: one image with its captions and id, and the check of their types."""
 
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
@@ -8,15 +8,15 @@ from ..files import MAX_CHARACTERS, printable
 
 
 class RecordError(ValueError):
-    """A record that cannot be trained on. The message names it by its id."""
+    """A record is broken. The message gives the id of the record."""
 
 
 class ShardError(RecordError):
-    """A file of a data set that ends too soon. The message names it and says how many records came before."""
+    """A shard is damaged or truncated. The message gives the name of the shard and the number of intact records."""
 
 
 class Region(TypedDict):
-    """A text about a part of an image: `box` is [x0, y0, x1, y1] from the top left corner, each from 0 to 1."""
+    """A region of an image and its text. `box` is [x0, y0, x1, y1] from the top left corner, with values in [0, 1]."""
 
     box: list[float]
     text: str
@@ -33,11 +33,10 @@ class RequiredFields(TypedDict):
 
 class Record(RequiredFields, total=False):
     """
-    A row of training data.
+    One image with its captions.
 
-    `image` is what [`~lotlip_hf.images.load_image`] takes. A record with `error` is broken for that reason; with
-    `is_shard` it stands for a shard that ended too soon. A record without an optional field lacks the key, or holds
-    `None`; other keys are kept.
+    `image` is an argument of [`~lotlip_hf.images.load_image`]. `error` is the reason why a record is broken. With
+    `is_shard`, the record represents a damaged shard. An optional field may be missing or `None`. Other keys are kept.
     """
 
     error: str | None
@@ -50,24 +49,24 @@ class Record(RequiredFields, total=False):
 
 
 class Texts(NamedTuple):
-    """The texts of an image in a step; with `stand_in` there was no long caption and the short one is repeated."""
+    """The texts of an image in a step. If `stand_in`, there was no long caption and the short one is repeated."""
 
     short: str
     long: list[str]
     stand_in: bool
 
 
-# The texts of each record of a batch, drawn by a random generator for each.
+# A strategy: draws the texts of each record of a batch, with one random generator per record.
 Draw = Callable[[Sequence[Record], Sequence[Random]], list[Texts]]
 
 
 def record_rng(seed: int, epoch: int, record_id: str) -> Random:
-    """The random generator of a record in an epoch: the same in every process and version of Python."""
-    return Random(f"{seed}\0{epoch}\0{record_id}")  # a string seeds it through SHA-512
+    """Returns the random generator of a record in an epoch, the same in every process and version of Python."""
+    return Random(f"{seed}\0{epoch}\0{record_id}")  # Python hashes a string seed with SHA-512
 
 
 class Kind(NamedTuple):
-    """A type of a record's field: how errors call it, whether a value is one, and the texts that it holds."""
+    """A type of a field: its name in errors, a check of a value, and a function that lists the texts of a value."""
 
     expected: str
     is_valid: Callable[[Any], bool]
@@ -98,7 +97,7 @@ FIELDS = {"short_caption": TEXT, "long_captions": TEXTS, **OPTIONAL}
 
 
 def problem_of(record: Mapping[str, Any]) -> str | None:
-    """The first field of a record's texts with a wrong type, as errors say it; `None` for missing fields is right."""
+    """Returns a description of the first text field with a wrong value, or `None`. Missing fields are allowed."""
     for name, kind in FIELDS.items():
         value = record.get(name)
         if value is None:
@@ -106,33 +105,32 @@ def problem_of(record: Mapping[str, Any]) -> str | None:
         if not kind.is_valid(value):
             return f"`{name}` must be {kind.expected}, got {printable(repr(value)[:80])}"
         if (longest := max((len(text or "") for text in kind.texts(value)), default=0)) > MAX_CHARACTERS:
-            return f"a text of `{name}` has {longest:,} characters, more than {MAX_CHARACTERS:,}"
+            return f"a text of `{name}` has {longest:,} characters, more than the maximum of {MAX_CHARACTERS:,}"
     return None
 
 
 def check_record(record: Mapping[str, Any]) -> Record:
     """
-    The record to train on: its id is a text, a long caption that is `None` is `""`, and optional fields and texts that
-    are `None` or empty are left out.
+    Checks a record and returns a copy with normalised fields: the id is a string, a long caption `None` becomes `""`,
+    and optional fields and texts that are `None` or empty are left out.
 
     Raises:
-        KeyError: if it lacks a required field.
-        RecordError: if it or its shard (`ShardError`) is broken.
+        `KeyError`: If a required field is missing.
+        `RecordError`: If the record or its shard (`ShardError`) is broken.
     """
     if missing := [name for name in RequiredFields.__annotations__ if name not in record]:
         raise KeyError(
-            f"Records have no {', '.join(missing)}; they have {', '.join(record) or 'nothing'}. With "
-            "transformers.Trainer set `remove_unused_columns=False`; to read other data sets see "
-            "lotlip_hf.data.records."
+            f"A record lacks {', '.join(missing)}; its fields are {', '.join(record) or 'none'}. Read data sets with "
+            "`lotlip_hf.data.records.load_records`, and set `remove_unused_columns=False` of transformers.Trainer."
         )
     if record.get("error"):
         raise (ShardError if record.get("is_shard") else RecordError)(record["error"])
     record_id = str(record["id"]) if isinstance(record["id"], int) else record["id"]
     if not isinstance(record_id, str) or not record_id:
-        raise RecordError(f"a record's `id` must be a string that is not empty, got {record_id!r}.")
+        raise RecordError(f"the `id` of a record must be a string that is not empty, got {record_id!r}.")
     problem = problem_of(record)
     if problem is None and not (record["short_caption"] or "").strip():
-        problem = f"`short_caption` must be a text, got {record['short_caption']!r}"
+        problem = f"`short_caption` must be a text that is not empty, got {record['short_caption']!r}"
     if problem is not None:
         raise RecordError(f"record {record_id}: {problem}.")
     checked = {name: value for name, value in record.items() if name not in OPTIONAL}

@@ -1,9 +1,9 @@
 """
-Reading data sets as records ([`~lotlip_hf.data.record.Record`]).
+Loads data sets as records ([`~lotlip_hf.data.record.Record`]).
 
-A `ColumnMapping` says which columns of a data set are what; `MAPPINGS` holds those of public data sets of long
-captions. `readers.read_rows` reads the rows of local files, so that a value is the same whether a data set is streamed
-or not; of tables a copy for random access is kept in the cache of `datasets`.
+A `ColumnMapping` maps the columns of a data set to the fields of a record. `MAPPINGS` has the mappings of public data
+sets of long captions. `readers.read_rows` reads local files, with or without streaming. Without streaming, the records
+are copied to a table for random access in the cache of `datasets`.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from typing import Any, cast
 import datasets
 import pyarrow as pa
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
-from datasets.utils import tqdm
+from datasets.utils import are_progress_bars_disabled
 from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from ..files import MAX_BYTES, printable, replacing
 from ..images import image_extensions, image_source
+from ..terminal import progress_bar
 from .mappings import MAPPINGS, ColumnMapping, MissingColumn, alternatives, resolve
 from .readers import RowError, SizeError, column_of, read_rows, value_of
 from .record import FIELDS, OPTIONAL, REGIONS, TEXT, TEXTS, Kind, RequiredFields, problem_of
@@ -49,10 +50,9 @@ __all__ = [
     "to_record",
 ]
 
-FIRST_ROWS = 20  # that are looked at for their columns
-# Rows that a table is written in; their bytes are bounded too.
-TABLE_ROWS, TABLE_BYTES = 1000, 1 << 26
-TABLE_VERSION = 2  # of the tables in the cache
+FIRST_ROWS = 20  # rows that are read to find the columns
+TABLE_ROWS, TABLE_BYTES = 1000, 1 << 26  # maximum size of a block of records that is written to a table
+TABLE_VERSION = 2  # version of the tables in the cache
 COLUMNS: dict[Kind, Any] = {
     TEXT: Value("string"),
     TEXTS: List(Value("string")),
@@ -60,7 +60,7 @@ COLUMNS: dict[Kind, Any] = {
 }
 FEATURES = Features(
     {
-        # `file` is the index of the file that names the path; the path starts from that file's folder
+        # `path` is relative to the folder of the data file with the index `file`.
         "image": {"bytes": Value("large_binary"), "path": Value("string"), "file": Value("int32")},
         **{name: COLUMNS[kind] for name, kind in FIELDS.items()},
         "id": Value("string"),
@@ -81,56 +81,57 @@ def load_records(
     **kwargs: Any,
 ) -> Dataset | IterableDataset:
     """
-    Opens a data set whose rows are records, for `LoTLIPCollator`.
+    Loads a data set as records, for `LoTLIPCollator`.
 
-    A row is read when it is asked for, as a dictionary with `image`, `short_caption`, `long_captions`, `id`, the
-    optional fields that the data set has, and `error`, which is `None` or says why the record is broken. Texts and ids
-    are as they are written. Images are not decoded here, so that the collator can count a broken one or stop at it.
-    So it is with a file of a local stream that ends too soon: its last record says so, with `is_shard` beside `error`.
+    A record is a dictionary with `image`, `short_caption`, `long_captions`, `id`, the optional fields that the data
+    set has, and `error`, which is `None` or the reason why the record is broken. Texts and ids are not changed. Images
+    are not decoded, so that the collator decides whether a broken image stops the run. If a file of a local stream is
+    damaged, the last record of the file has an `error` and `is_shard`.
 
-    An image is read if it lies in the image folder, links followed. One that lies elsewhere makes a broken record,
-    unless `image_root` allows it. A file that a WebDataset shard or a data set on the Hub names is not opened without
-    `image_folder` or `image_root`.
+    Images must be in the image folder or in `image_root`, after resolving links. A record whose image is elsewhere is
+    broken. WebDataset shards and data sets on the Hub can name local image files only if `image_folder` or
+    `image_root` is set.
 
     Args:
-        source (`str`, `os.PathLike` or a sequence of them):
-            A folder with `metadata.jsonl`, `metadata.csv` or `metadata.parquet` beside the images; a folder of
-            WebDataset shards (`*.tar`), Parquet, JSON, JSON lines, CSV or TSV files; such files, by name or pattern
-            (`shards/*.tar`, `shards/{00000..00010}.tar`); or the name of a data set on the Hub.
-        mapping (`str` or `ColumnMapping`, *optional*, defaults to `"records"`):
-            Which columns to read: a name in `MAPPINGS`, or your own.
-        split (`str`, *optional*):
-            The split of a data set on the Hub, by default `"train"`; or that of local files, by a word in the names of
-            files and folders (`train/`, `captions-val.csv`). Files of several splits are read together only with
-            `"all"`, or as a list.
-        image_folder (`str` or `os.PathLike`, *optional*):
-            What relative paths of images start from; by default the folder of the file that names them.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Whether to read in order, without a copy in the cache of `datasets`. WebDataset shards always are.
-        image_root (`str` or `os.PathLike`, *optional*):
-            The folder that images must lie in; by default the image folder.
-        max_record_bytes (`int`, *optional*, defaults to 256 MiB):
-            The most bytes of a line, an entry or a shard's sample; a larger one is a broken record, and is not read.
-        kwargs:
-            Further arguments of `datasets.load_dataset`, for a data set on the Hub: its configuration, `revision`, ...
+        source (`str` or `os.PathLike` or `Sequence`): A folder of images with `metadata.jsonl`, `metadata.csv` or
+            `metadata.parquet`; a folder of WebDataset shards (`*.tar`), Parquet, JSON, JSON lines, CSV or TSV files;
+            names or patterns of these files (`shards/*.tar`, `shards/{00000..00010}.tar`); or the Hub id of a data
+            set.
+        mapping (`str` or `ColumnMapping`, *optional*, defaults to `"records"`): The columns to read: a name in
+            `MAPPINGS` or a `ColumnMapping`.
+        split (`str`, *optional*): The split. Defaults to `"train"` for a data set on the Hub. For local files, a word
+            in the names of files and folders decides their split (`train/`, `captions-val.csv`). `"all"` reads all
+            splits.
+        image_folder (`str` or `os.PathLike`, *optional*): Base folder of relative paths of images. Defaults to the
+            folder of the data file.
+        streaming (`bool`, *optional*, defaults to `False`): Whether to read in order, without a copy in the cache of
+            `datasets`. WebDataset shards are always streamed.
+        image_root (`str` or `os.PathLike`, *optional*): Folder that must contain the images. Defaults to the image
+            folder.
+        max_record_bytes (`int`, *optional*, defaults to `MAX_BYTES`): Maximum size of a line, an entry or a sample.
+            Larger ones are not read and become broken records.
+        **kwargs (`Any`): Further arguments of `datasets.load_dataset` for a data set on the Hub, such as `name` or
+            `revision`.
 
     Returns:
-        `datasets.Dataset`, or a `datasets.IterableDataset` when streaming, which is shuffled by its `shuffle` and
-        divided between workers by shards.
+        `datasets.Dataset` or `datasets.IterableDataset`: The records, as an `IterableDataset` when streaming. Workers
+        divide its files.
 
     Raises:
-        FileNotFoundError: if there is no such file or folder, or nothing in it that is read.
-        MissingColumn: if a column is missing.
-        SplitError: if the files are of several splits, or of none that was asked for.
-        ValueError: if `mapping` is unknown, or a file cannot be read.
+        `FileNotFoundError`: If a file or folder does not exist, or a folder has no data files.
+        `MissingColumn`: If a column is missing.
+        `SplitError`: If the files belong to several splits, or not to the requested one.
+        `ValueError`: If `mapping` is unknown, or a file cannot be read.
 
     Example:
 
     ```python
-    >>> records = load_records("pictures")  # with metadata.jsonl: file_name, short_caption, long_captions
-    >>> mapping = ColumnMapping(short="txt", long=("blip", "llava"))  # two fields of the samples' JSON
-    >>> shards = load_records("shards/{00000..00010}.tar", mapping)
-    >>> docci = load_records("google/docci", "docci", streaming=True)
+    >>> from lotlip_hf.data.records import ColumnMapping, load_records
+
+    >>> records = load_records("pictures")  # metadata.jsonl with file_name, short_caption and long_captions
+    >>> mapping = ColumnMapping(short="txt", long=("blip", "llava"))  # two fields of the JSON of each sample
+    >>> shards = load_records("shards/{00000..00010}.tar", mapping)  # doctest: +SKIP
+    >>> docci = load_records("google/docci", "docci", streaming=True)  # doctest: +SKIP
     ```
     """
     if isinstance(mapping, str):
@@ -141,11 +142,11 @@ def load_records(
     if is_hub_name(source):
         return _hub_records(cast(str, source), mapping, split or "train", images, streaming, kwargs)
     if kwargs:
-        raise ValueError(f"{', '.join(kwargs)}: only a data set on the Hub takes more arguments, not {source}.")
+        raise ValueError(f"{', '.join(kwargs)}: only data sets on the Hub accept further arguments, not {source}.")
     files = find_files(source, split)
     if kind_of(files) != "webdataset" and not streaming:
         return read_table(files, mapping, image_folder, image_root, max_record_bytes)
-    # `datasets` divides the list of files among processes and workers.
+    # `datasets` divides the list of files between processes and workers.
     arguments = {
         "files": files,
         "mapping": _resolve_of(files, mapping, images, max_record_bytes),
@@ -157,17 +158,18 @@ def load_records(
 
 @dataclass(frozen=True)
 class _Images:
-    """The folder that images' relative paths start from, and the one they must lie in; `None`: that of the file."""
+    """The arguments `image_folder` and `image_root` of [`load_records`]."""
 
     folder: str | os.PathLike | None
     root: str | os.PathLike | None
 
     def of(self, file: str) -> tuple[str, tuple[str, ...]]:
-        """The folder and the roots of the images that a file names; a shard's own are in it, and none is opened."""
+        """Returns the base folder of image paths in a data file, and the folders that may contain the images."""
+        # A shard contains its images. By default, the files that it names are not opened.
         return self.below(None if file.lower().endswith(".tar") else os.path.dirname(file) or ".")
 
     def below(self, own: str | None = None) -> tuple[str, tuple[str, ...]]:
-        """The folder and the roots of images that lie in the folder `own`, if there is no other."""
+        """Like `of`, with the default folder `own`."""
         folder = self.folder or own or self.root
         return ("", ()) if folder is None else (os.fspath(folder), (os.fspath(self.root or folder),))
 
@@ -189,9 +191,9 @@ def _hub_records(
 
 
 def hub_folders(name: str) -> tuple[str, ...]:
-    """The folders that a data set on the Hub is downloaded to, that of unpacked archives too."""
-    kept = os.path.join(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset"))
-    return kept, os.fspath(datasets.config.DOWNLOADED_DATASETS_PATH)
+    """Returns the folders of a downloaded data set: its folder in the Hub cache, and that of unpacked archives."""
+    cached = os.path.join(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset"))
+    return cached, os.fspath(datasets.config.DOWNLOADED_DATASETS_PATH)
 
 
 def read_table(
@@ -202,18 +204,20 @@ def read_table(
     max_record_bytes: int = MAX_BYTES,
 ) -> Dataset:
     """
-    Reads the records of files, shards included, into a table for random access, which is kept in the cache of
-    `datasets` until the files change.
+    Copies the records of files to a table for random access, in the cache of `datasets`. The table is made again when
+    the files change.
 
     Args:
-        files (`Sequence[str]`): what [`find_files`] found.
-        mapping, image_folder, image_root, max_record_bytes: as in [`load_records`].
+        files (`Sequence[str]`): The files, as returned by [`find_files`].
+        mapping (`ColumnMapping`): The columns to read.
+        image_folder, image_root (`str` or `os.PathLike`, *optional*): See [`load_records`].
+        max_record_bytes (`int`, *optional*, defaults to `MAX_BYTES`): See [`load_records`].
 
     Returns:
-        `datasets.Dataset`: the records.
+        `datasets.Dataset`: The records.
 
     Raises:
-        ValueError: if a file cannot be read to its end, or a column is missing.
+        `ValueError`: If a file is damaged, or a column is missing.
     """
     images = _Images(image_folder, image_root)
     mapping = _resolve_of(files, mapping, images, max_record_bytes)
@@ -234,7 +238,7 @@ def read_table(
 
 
 def first_error(records: Dataset | IterableDataset) -> str | None:
-    """What is wrong with the first row of a table that could not be read; `None` if there is none."""
+    """Returns the first `error` in a table of [`read_table`], or `None`."""
     if not isinstance(records, Dataset) or records.features.get("image") != FEATURES["image"]:
         return None
     errors = records.data.column("error").drop_null()
@@ -242,12 +246,15 @@ def first_error(records: Dataset | IterableDataset) -> str | None:
 
 
 def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Iterator[list[dict[str, Any]]]:
-    """The records of files as a table has them, in blocks of bounded size."""
+    """Yields the records of files as rows of a table, in blocks of limited size."""
     block: list[dict[str, Any]] = []
     size = 0
     for number, file in enumerate(files):
         try:
-            for record in tqdm(_read(file, mapping, max_bytes), os.path.basename(file), unit=" records", delay=2):
+            name, shown = os.path.basename(file), not are_progress_bars_disabled()
+            for record in progress_bar(
+                _read(file, mapping, max_bytes), desc=name, unit="record", shown=shown, delay=2
+            ):
                 stored, path = image_source(record["image"])
                 content = stored if isinstance(stored, bytes) else None
                 image = {"bytes": content, "path": path, "file": number}
@@ -259,17 +266,17 @@ def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Ite
                 if len(block) == TABLE_ROWS or size > TABLE_BYTES:
                     yield block
                     block, size = [], 0
-        except Exception as error:  # libraries raise any kind on a damaged file
+        except Exception as error:  # libraries raise any class on a damaged file
             raise ValueError(
-                f"{file}: cannot be read as {kind_of([file])} ({type(error).__name__}: {error}). Mend or leave out "
-                "the file; `streaming=True` reads the others and lets the collator count it."
+                f"{file} cannot be read as {kind_of([file])} ({type(error).__name__}: {error}). Repair or remove the "
+                "file, or set `streaming=True` and `on_error='skip'` to skip it."
             ) from error
     if block:
         yield block
 
 
 def _from_table(rows: dict[str, list[Any]], folders: Sequence[tuple[str, tuple[str, ...]]]) -> dict[str, list[Any]]:
-    """Rows of a table as records: the paths of images become files."""
+    """Converts rows of a table to records, with paths of image files that can be opened."""
     records = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
     for record in records:
         image = record.get("image")
@@ -283,8 +290,8 @@ def to_record(
     row: Mapping[str, Any], mapping: ColumnMapping, folder: str = "", roots: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """
-    The record of a row, by a mapping without patterns. What is missing or of a wrong type stays so: the collator
-    counts it or stops at it.
+    Converts a row to a record, with a mapping without patterns. Missing values and wrong types are kept, because the
+    collator checks them.
     """
     record = _fields(row, mapping)
     _locate(record, folder, roots)
@@ -292,7 +299,7 @@ def to_record(
 
 
 def _fields(row: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
-    """The record of a row, its image as it is stored."""
+    """Converts a row to a record, with the image as it is stored."""
     long_captions: list[Any] = []
     for column in alternatives(mapping.long):
         value = value_of(row, column)
@@ -328,28 +335,28 @@ def _fields(row: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
         value = OPTIONAL_READERS[OPTIONAL[name]](value)
         if OPTIONAL[name].is_valid(value):
             record[name] = value
-        else:  # a column that happens to have this name
+        else:  # the column may have another meaning
             logger.warning_once(
-                f"Column {column!r} is left out where it is not `{name}`, {OPTIONAL[name].expected}; for example "
-                f"{printable(repr(value)[:80])}."
+                f"Column {column!r} is ignored in rows where it is not {OPTIONAL[name].expected}, as `{name}` must "
+                f"be; for example {printable(repr(value)[:80])}."
             )
     return record
 
 
 def _as_text(value: Any) -> Any:
-    """Numbers as texts: tables hold ids and raw captions as numbers too."""
+    """Converts numbers to texts. In tables, ids and captions can be numbers."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value) if math.isfinite(value) else None
     return value
 
 
 def _whole(caption: Any) -> Any:
-    """A caption without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+    """Replaces unpaired surrogates, which JSON can contain but tokenizers reject."""
     return caption.encode(errors="replace").decode() if isinstance(caption, str) and not caption.isascii() else caption
 
 
 def _regions(value: Any) -> Any:
-    """Regions with their own fields alone."""
+    """Reduces regions to the fields of a `Region`."""
     if not isinstance(value, list) or not all(isinstance(region, Mapping) for region in value):
         return value
     return [{"box": region.get("box"), "text": _whole(region.get("text"))} for region in value]
@@ -363,7 +370,7 @@ OPTIONAL_READERS: dict[Kind, Callable[[Any], Any]] = {
 
 
 def _locate(record: dict[str, Any], folder: str, roots: tuple[str, ...]) -> None:
-    """Replaces the path of a record's image by that of its file, if that may be read."""
+    """Replaces the path of an image by the path of its file, or sets `error` if the file may not be read."""
     path = image_source(record["image"]).source
     if not isinstance(path, str):
         return
@@ -377,20 +384,20 @@ def _locate(record: dict[str, Any], folder: str, roots: tuple[str, ...]) -> None
 
 def locate_image(path: str, folder: str, roots: Sequence[str]) -> str:
     """
-    The file, which need not be there, that the path of an image in a data set stands for: from `folder` on, if it is
-    relative. A `ValueError` if it lies outside of all `roots`, links followed. An address on the web stays as it is.
+    Returns the file for the path of an image in a data set. Relative paths start at `folder`. Raises `ValueError` if
+    the file is outside of all `roots`, after resolving links. The file need not exist. URLs are returned unchanged.
     """
     if path.startswith(("http://", "https://")):
         return path
     if not roots:
         raise ValueError(
-            f"the image {printable(path)} is a file, and none is opened without --image-folder (`image_folder`), the "
-            "folder that images lie in, or --image-root (`image_root`)"
+            f"the image {printable(path)} is a local file. To read local files, pass their folder as `--image-folder` "
+            "(`image_folder`) or `--image-root` (`image_root`)"
         )
     file = os.path.join(folder, path)
     check_inside(file, roots)
     if os.path.splitext(file)[1].lower() not in image_extensions() and not os.path.exists(file):
-        # A key in place of a name, as ImageInWords has it.
+        # ImageInWords has names of images without an extension.
         for extension in (".jpg", ".jpeg", ".png", ".webp"):
             if os.path.exists(file + extension):
                 check_inside(file + extension, roots)
@@ -398,26 +405,26 @@ def locate_image(path: str, folder: str, roots: Sequence[str]) -> str:
     return file
 
 
-@lru_cache  # it costs as much as reading the rest of a record
+@lru_cache  # resolving links takes about as long as reading a record
 def _real(root: str) -> str:
     return os.path.realpath(root)
 
 
 def check_inside(file: str, roots: Sequence[str]) -> None:
-    """Raises a `ValueError` if an image does not lie in one of the folders `roots`, links followed."""
-    here = os.getcwd()  # not `abspath`, which would take `link/..` for the folder of the link
+    """Raises `ValueError` if an image is not in one of the folders `roots`, after resolving links."""
+    here = os.getcwd()  # `abspath` would shorten `link/..` before the link is resolved
     real = os.path.realpath(os.path.join(here, file))
     if not any(f"{real}/".startswith(os.path.join(_real(os.path.join(here, root)), "")) for root in roots):
         raise ValueError(
-            f"the image {printable(file)} lies outside of {printable(roots[0])}; --image-root DIR (`image_root`) "
-            "allows images below another folder"
+            f"the image {printable(file)} is outside of {printable(roots[0])}. To allow another folder, pass "
+            "`--image-root` (`image_root`)"
         )
 
 
 def _to_records(
     rows: dict[str, list[Any]], mapping: ColumnMapping, folder: str, roots: tuple[str, ...]
 ) -> dict[str, list[Any]]:
-    """The records of a batch, column by column, as `Dataset.with_transform` asks for."""
+    """Converts a batch of rows to records, column by column, for `Dataset.with_transform`."""
     batch = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
     records = [to_record(row, mapping, folder, roots) for row in batch]
     present = [name for name, column in mapping.optional.items() if column_of(column, rows)]
@@ -427,7 +434,7 @@ def _to_records(
 
 
 def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, max_bytes: int) -> ColumnMapping:
-    """The mapping for local files, by the columns of the first rows that can be read."""
+    """Resolves a mapping for local files with the columns of the first readable rows."""
     columns: dict[str, None] = {}
     errors: list[str] = []
     fields = 0
@@ -439,11 +446,11 @@ def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, m
                     continue
                 columns |= dict.fromkeys(row)
                 fields = max(fields, len(row.keys() - {"image", "__key__"}))
-        except Exception as error:  # libraries raise any kind on a damaged file
+        except Exception as error:  # libraries raise any class on a damaged file
             errors.append(f"{printable(file)}: {type(error).__name__}: {error}")
         if columns:
             break
-        errors += [] if errors else [f"{printable(file)}: holds no row"]
+        errors += [] if errors else [f"{printable(file)} has no rows"]
     if not columns:
         raise ValueError(f"No row can be read. {'; '.join(errors[:3])}")
     if kind_of(files) != "webdataset":
@@ -460,14 +467,14 @@ def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, m
         if fields > 1:
             raise
         raise MissingColumn(
-            f"{error.problem} Each of the first samples has one member: those of a sample must be side by side in the "
-            "archive, as `tar --sort=name` writes them.",
+            f"{error.problem} The first samples have only one member each, but the members of a sample must be "
+            "adjacent in the archive. Create it with `tar --sort=name`.",
             error.field,
         ) from error
 
 
 def undecoded(dataset: Any) -> Any:
-    """The same rows, their images as they are stored: the reader decodes them."""
+    """Returns the data set with images that are not decoded."""
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(name, Image(decode=False))
@@ -475,30 +482,30 @@ def undecoded(dataset: Any) -> Any:
 
 
 def _read(file: str, mapping: ColumnMapping, max_bytes: int) -> Iterator[dict[str, Any]]:
-    """The records of a file, their images as they are stored; one that cannot be used has only an `error`."""
+    """Yields the records of a file, with images as they are stored. Broken records have only an `id` and `error`."""
     texts = [*alternatives(mapping.long), *alternatives(mapping.short)]
     texts += [column for name, column in mapping.optional.items() if OPTIONAL[name] is TEXTS]
     columns = (*texts, *alternatives(mapping.image), *alternatives(mapping.id), *mapping.optional.values())
     for number, row in enumerate(read_rows(file, columns, texts, max_bytes), 1):
         record_id = f"{os.path.basename(file)}, row {number}"
         if isinstance(row, RowError):
-            hint = " --max-record-bytes (`max_record_bytes`) allows more." if isinstance(row, SizeError) else ""
+            hint = " Increase `--max-record-bytes` (`max_record_bytes`)." if isinstance(row, SizeError) else ""
             yield _broken(record_id, f"{printable(file)}, {row}{hint}")
             continue
         record = _fields(row, mapping)
         if record["image"] is None and "__key__" in row:
             fields = ", ".join(name for name in row if name != "__key__")
             record["error"] = (
-                f"sample {printable(record['id'])}: has no {alternatives(mapping.image)[0]}, but "
-                f"{printable(fields)}. Name the image if it has several (--image-column); a sample's members must be "
-                "side by side."
+                f"sample {printable(record['id'])} has no {alternatives(mapping.image)[0]}, only "
+                f"{printable(fields)}. If it has several images, name one with `--image-column`. The members of a "
+                "sample must be adjacent in the archive."
             )
         problem = _problem(record)
         yield record if problem is None else _broken(record_id, f"{printable(file)}, row {number}: {problem}")
 
 
 def _problem(record: Mapping[str, Any]) -> str | None:
-    """The part of a record that has a wrong type, if any."""
+    """Returns a description of the first field with a wrong type, or `None`."""
     image = record["image"]
     source, path = image_source(image)
     if image is not None and not isinstance(source, str | bytes):
@@ -508,7 +515,7 @@ def _problem(record: Mapping[str, Any]) -> str | None:
     try:
         f"{record['id']}{path}".encode()
     except UnicodeEncodeError:
-        return "its id or path is not valid Unicode"
+        return "the id or path is not valid Unicode"
     return problem_of(record)
 
 
@@ -524,7 +531,7 @@ def _stream(files: list[str], mapping: ColumnMapping, images: _Images, max_bytes
                 _locate(record, *folders)
                 yield record
                 number += 1
-        except Exception as error:  # libraries raise any kind; the records before it stay
+        except Exception as error:  # libraries raise any class on a damaged file
             reason = (
                 f"{printable(file)}: damaged or truncated after {number} records ({type(error).__name__}: {error})"
             )

@@ -1,4 +1,4 @@
-"""How captions are split into sentences."""
+"""Splitters: functions that split a caption into sentences."""
 
 import re
 from collections.abc import Callable
@@ -8,41 +8,46 @@ from ..modeling.sentences_lotlip import STOP, find_sentences
 
 def split_sentences(text: str) -> list[str]:
     """
-    Splits a caption into its sentences, as [`~lotlip_hf.modeling.sentences_lotlip.find_sentences`] finds them.
+    Splits a caption into sentences ([`~lotlip_hf.modeling.sentences_lotlip.find_sentences`]).
 
-    Unlike `split_full_stops` it leaves whole what a full stop does not end: numbers, abbreviations, initials, names.
+    Unlike `split_full_stops`, this function does not split at full stops in numbers, abbreviations, initials and
+    names.
 
     Args:
-        text (`str`): a caption.
+        text (`str`): A caption.
 
     Returns:
-        `list[str]`: the sentences that hold a word, without white space at either end and without their full stop;
-        `!` and `?` stay.
+        `list[str]`: The sentences that have a word, without surrounding white space and without their full stop. `!`
+        and `?` are kept.
 
     Example:
 
     ```python
-    >>> split_sentences("A 3.5 m boat. Is it Dr. Li's? Nobody knows.")
-    ['A 3.5 m boat', "Is it Dr. Li's?", 'Nobody knows']
+    >>> from lotlip_hf.data.sentences import split_sentences
+
+    >>> split_sentences("A 3.5 m boat. Is it Dr. Li's? It is red.")
+    ['A 3.5 m boat', "Is it Dr. Li's?", 'It is red']
     ```
     """
-    # The full stop goes; a quotation mark behind it stays.
+    # Remove the full stop, but keep a quotation mark after it.
     return [(text[start : end - len(mark)] + STOP.sub("", mark)).strip() for start, end, mark in find_sentences(text)]
 
 
 def split_full_stops(text: str) -> list[str]:
     """
-    Splits a caption as the official code does: at every line end, `</s>` and full stop, those of 3.5 and Dr. included.
+    Splits a caption at every line end, `</s>` and full stop, also those in "3.5" and "Dr.", as the official code does.
 
     Args:
-        text (`str`): a caption.
+        text (`str`): A caption.
 
     Returns:
-        `list[str]`: the parts that are not empty, without white space at either end.
+        `list[str]`: The parts that are not empty, without surrounding white space.
 
     Example:
 
     ```python
+    >>> from lotlip_hf.data.sentences import split_full_stops
+
     >>> split_full_stops("A 3.5 m boat. It is red.")
     ['A 3', '5 m boat', 'It is red']
     ```

@@ -1,4 +1,4 @@
-"""Which files a source of records means: folders, patterns, splits; or a data set on the Hub."""
+"""Finds the files of a data set from folders, patterns and splits."""
 
 import glob
 import itertools
@@ -12,7 +12,7 @@ from .readers import KINDS
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-# Words for the splits of a data set in the names of files and folders, as `datasets` knows them.
+# Words in the names of files and folders that mean a split, as in `datasets`.
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -27,52 +27,55 @@ RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
 
 class SplitError(ValueError):
     """
-    Files that are several splits, or not the one that was asked for.
+    The files belong to several splits, or not to the requested one.
 
     Args:
-        problem (`str`): what is wrong, in a sentence.
-        splits (`Sequence[str]`): the splits that there are.
-        option (`str`, *optional*, defaults to `"split"`): the option that says which.
+        problem (`str`): What is wrong.
+        splits (`Sequence[str]`): The existing splits.
+        option (`str`, *optional*, defaults to `"split"`): Name of the option that selects the split.
     """
 
     def __init__(self, problem: str, splits: Sequence[str], option: str = "split") -> None:
         self.problem, self.splits = problem, splits
+        flag = f"--{option.replace('_', '-')}"
         advice = (
-            f"say which (--{option.replace('_', '-')} {splits[0]}; {ALL_SPLITS}: all)" if splits else "leave it out"
+            f"Choose one, for example `{flag} {splits[0]}`, or `{flag} {ALL_SPLITS}`."
+            if splits
+            else "Remove the option."
         )
-        super().__init__(f"`{option}`: {problem}; {advice}.")
+        super().__init__(f"`{option}`: {problem}. {advice}")
 
 
 def is_hub_name(source: object) -> bool:
-    """Whether a source has the form of a data set's name on the Hub, and there is no such folder or file."""
+    """Returns whether a source has the form of a Hub id (`owner/name`) and is not an existing file or folder."""
     if not isinstance(source, str) or os.path.exists(source) or not HUB_NAME.fullmatch(source):
         return False
-    return os.path.splitext(source)[1].lower() not in KINDS  # "pictures/metadata.jsonl" has the form of a name too
+    return os.path.splitext(source)[1].lower() not in KINDS  # "pictures/metadata.jsonl" is a missing file
 
 
 def find_files(source: str | os.PathLike | Sequence[str | os.PathLike], split: str | None = None) -> list[str]:
     """
-    The files that a source means.
+    Finds the files of a data set.
 
     Args:
-        source (`str`, `os.PathLike` or a sequence of them): folders, files and patterns, as in [`load_records`].
-        split (`str`, *optional*): the split, as in [`load_records`].
+        source (`str` or `os.PathLike` or `Sequence`): Folders, files and patterns, as in [`load_records`].
+        split (`str`, *optional*): The split, as in [`load_records`].
 
     Returns:
-        `list[str]`: the files; those of each folder and pattern sorted by name.
+        `list[str]`: The files. The files of each folder and pattern are sorted by name.
 
     Raises:
-        FileNotFoundError: if there is none.
-        SplitError: if they are of several splits, or of none that was asked for.
+        `FileNotFoundError`: If there are no files.
+        `SplitError`: If the files belong to several splits, or not to the requested one.
     """
     sources = [source] if isinstance(source, str | os.PathLike) else list(source)
-    found: dict[str, str] = {}  # file to what its folder or pattern leaves of its path
+    found: dict[str, str] = {}  # from a file to its path relative to the source
     splits: dict[str, None] = {}
-    for one in itertools.chain.from_iterable(map(_expanded, sources)):
-        files = _find(one)
+    for pattern in itertools.chain.from_iterable(map(_expanded, sources)):
+        files = _find(pattern)
         own = dict.fromkeys(filter(None, map(_split_of, files.values())))
         if split is None and len({SPLIT_WORDS[word] for word in own}) > 1:
-            raise SplitError(f"{printable(one)} holds {', '.join(sorted(own))}", sorted(own))
+            raise SplitError(f"{printable(pattern)} has the splits {', '.join(sorted(own))}", sorted(own))
         found |= files
         splits |= own
     if split is None or split == ALL_SPLITS:
@@ -83,14 +86,14 @@ def find_files(source: str | os.PathLike | Sequence[str | os.PathLike], split: s
         for file, name in found.items()
         if SPLIT_WORDS.get(_split_of(name) or "") == wanted or split in os.path.splitext(name)[0].split(os.sep)
     ]
-    if not chosen and (splits or wanted != "train"):  # files that are no splits are to train on
-        there = f"it holds {', '.join(sorted(splits))}" if splits else "its files are one split"
-        raise SplitError(f"{printable(source)} holds no {split!r}: {there}", sorted(splits))
+    if not chosen and (splits or wanted != "train"):  # files without a split in their names are the split "train"
+        existing = f"only {', '.join(sorted(splits))}" if splits else "and its file names contain no split"
+        raise SplitError(f"{printable(source)} has no split {split!r}, {existing}", sorted(splits))
     return chosen or list(found)
 
 
 def _split_of(name: str) -> str | None:
-    """The first word for a split in a path."""
+    """Returns the first word in a path that means a split."""
     for part in os.path.splitext(name)[0].split(os.sep):
         if match := SPLIT_WORD.search(part):
             return match[1].lower()
@@ -98,7 +101,7 @@ def _split_of(name: str) -> str | None:
 
 
 def _expanded(source: str | os.PathLike) -> Iterator[str]:
-    """A pattern with braces as all that it stands for, as shells expand it: `{00..10}`, `{a,b}`."""
+    """Expands the braces of a pattern as a shell does: `{00..10}`, `{a,b}`."""
     pattern = os.fspath(source)
     match = next((match for match in BRACES.finditer(pattern) if "," in match[1] or RANGE.fullmatch(match[1])), None)
     if match is None or os.path.exists(pattern):
@@ -107,7 +110,7 @@ def _expanded(source: str | os.PathLike) -> Iterator[str]:
     parts: Iterable[str] = match[1].split(",")
     if numbers := RANGE.fullmatch(match[1]):
         first, last, step = int(numbers[1]), int(numbers[2]), max(1, int(numbers[3] or 1))
-        is_padded = any(len(one) > 1 and one.startswith("0") for one in (numbers[1], numbers[2]))
+        is_padded = any(len(bound) > 1 and bound.startswith("0") for bound in (numbers[1], numbers[2]))
         width = max(len(numbers[1]), len(numbers[2])) if is_padded else 0
         steps = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
         parts = (f"{number:0{width}}" for number in steps)
@@ -116,7 +119,7 @@ def _expanded(source: str | os.PathLike) -> Iterator[str]:
 
 
 def _find(source: str) -> dict[str, str]:
-    """The files of a folder or pattern, sorted by name, and what it leaves of their paths."""
+    """Returns the files of a folder or pattern, sorted by name, with their paths relative to it."""
     path = Path(source)
     if path.is_dir():
         for name in METADATA_NAMES:
@@ -125,32 +128,31 @@ def _find(source: str) -> dict[str, str]:
         for extensions in ((".tar",), (".parquet",), (".jsonl", ".jsonlines"), (".json",), (".csv", ".tsv")):
             files = (file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file())
             names = {str(file): str(file.relative_to(path)) for file in files}
-            # what is hidden is not the user's data: `lotlip search` keeps its index so
+            # Skip hidden files, such as the index of `lotlip search`.
             if found := {file: name for file, name in sorted(names.items()) if f"{os.sep}." not in f"{os.sep}{name}"}:
                 return found
         raise FileNotFoundError(
-            f"{printable(path)}: holds neither {', '.join(METADATA_NAMES)} nor files that are read "
-            f"({', '.join(KINDS)})."
+            f"{printable(path)} has no {', '.join(METADATA_NAMES)} and no other data files ({', '.join(KINDS)})."
         )
     if path.is_file():
         return {str(path): path.name}
     files = sorted(file for file in glob.glob(source, recursive=True) if os.path.isfile(file))
     if not files:
         raise FileNotFoundError(
-            f"{printable(path)}: no such file or folder, and no data set's name on the Hub (owner/name)."
+            f"{printable(path)} does not exist, matches no file, and is not a Hub id (owner/name)."
         )
     start = os.path.dirname(re.split(r"[*?\[]", source, maxsplit=1)[0])
     return {file: os.path.relpath(file, start or ".") for file in files}
 
 
 def kind_of(files: Sequence[str]) -> str:
-    """The one kind of the files of a data set: `"csv"`, `"json"`, `"parquet"` or `"webdataset"`."""
+    """Returns the kind of the files: `"csv"`, `"json"`, `"parquet"` or `"webdataset"`. All must have the same kind."""
     extensions = {os.path.splitext(file)[1].lower() for file in files}
     if unknown := sorted(extensions - KINDS.keys()):
-        raise ValueError(f"{printable(files[0])}: {unknown[0] or 'no extension'} is not one of {', '.join(KINDS)}.")
+        raise ValueError(
+            f"{printable(files[0])}: the extension {unknown[0]!r} is not supported. Use one of {', '.join(KINDS)}."
+        )
     kinds = sorted({KINDS[extension] for extension in extensions})
     if len(kinds) > 1:
-        raise ValueError(
-            f"{printable(files[0])}: the files of one data set must be of one kind, got {' and '.join(kinds)}."
-        )
+        raise ValueError(f"{printable(files[0])}: all files must be of one kind, got {' and '.join(kinds)}.")
     return kinds[0]

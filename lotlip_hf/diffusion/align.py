@@ -1,6 +1,6 @@
 """
-Learning to give out another text encoder's states: what to match where two tokenizers cut a text into different
-tokens, training, and how close it came. `examples/align_text_encoder.py` is its command.
+Training of an adapter that maps a LoTLIP text tower to the states of a CLIP text encoder: matching the tokens of two
+tokenizers, the loss, training and a report. `examples/align_text_encoder.py` is the command.
 """
 
 import json
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import AutoConfig, CLIPTextModel, CLIPTextModelWithProjection, get_cosine_schedule_with_warmup
 
 from ..files import parse_json, read_regular
@@ -22,27 +21,29 @@ from ..modeling.calls_lotlip import for_one_call
 from ..modeling.modeling_lotlip import LoTLIPTextModel
 from ..modeling.tokenization_lotlip import clean
 from ..plots import figure, save
+from ..terminal import progress_bar
 from .text_encoder import LoTLIPTextEncoder, pipeline_target_layer
 
-# Word ids of the tokens that every text has; its words follow.
+# Word ids of the first token, the last token and padding; the words of the text are numbered from 3 on.
 START, END, PADDING, FIRST_WORD = range(4)
 WORD = r"[\w']+|[^\w\s']"
 MEASURES = ("words", "read_outs", "pooled")
 NUM_QUERIES = 64
 
-# For each answer and measure, its error and cosine
+# Baseline or encoder name -> measure -> "error" and "cosine"
 Report = dict[str, dict[str, dict[str, float]]]
 
 
 class Teacher(NamedTuple):
     """
-    A CLIP text encoder that is to be replaced.
+    The CLIP text encoder to replace.
 
     Args:
-        encoder: The encoder.
-        tokenizer: Its tokenizer.
-        target_layer: The hidden state that its pipeline reads (-1: the last, normalised).
-        read_together: The slots whose states the pipeline joins token by token, if there are several.
+        encoder (`CLIPTextModel` or `CLIPTextModelWithProjection`): The encoder.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        target_layer (`int`): Index of the hidden state that the pipeline reads; -1 is the last one, normalised.
+        read_together (`tuple[str, ...]`, *optional*, defaults to `()`): Slots whose states the pipeline concatenates
+            token by token, if there are several.
     """
 
     encoder: CLIPTextModel | CLIPTextModelWithProjection
@@ -52,7 +53,7 @@ class Teacher(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Token ids of B prompts and which word each token is of, all [B, L], L the tokenizer's full length."""
+    """Token ids and word ids of B prompts, each [B, L], where L is the `model_max_length` of the tokenizer."""
 
     teacher_ids: torch.Tensor
     teacher_word_ids: torch.Tensor
@@ -61,7 +62,7 @@ class Batch(NamedTuple):
 
 
 class States(NamedTuple):
-    """What an encoder says of B prompts: sequence [B, L, D], the word ids of its tokens [B, L], pooled [B, D]."""
+    """Outputs of an encoder for B prompts: states [B, L, D], word ids of the tokens [B, L], pooled states [B, D]."""
 
     sequence: torch.Tensor
     word_ids: torch.Tensor
@@ -69,13 +70,13 @@ class States(NamedTuple):
 
 
 class Words(NamedTuple):
-    """A text's `input_ids` [L], padded to the tokenizer's length, and which word each token is of [L]."""
+    """Token ids of a text, padded to [L], and the word id of each token [L]."""
 
     input_ids: list[int]
     word_ids: list[int]
 
 
-# A prompt as the teacher's and as the student's tokenizer read it
+# A prompt, tokenized by the teacher and by the student
 Prompt = tuple[Words, Words]
 
 
@@ -87,21 +88,31 @@ def load_teacher(
     device: str = "cpu",
 ) -> Teacher:
     """
-    Loads the encoder that is to be replaced, frozen.
+    Loads the encoder to replace and freezes it.
 
     Args:
-        folder: Folder of a pipeline, or of a CLIP text encoder.
-        slot: Which text encoder of the pipeline.
-        tokenizer: Folder of its tokenizer; by default the pipeline's, or the encoder's own folder.
-        target_layer: The state to match; by default the one that the pipeline reads, or -1.
-        device: Where to put the encoder.
+        folder (`Path`): Folder of a pipeline or of a CLIP text encoder.
+        slot (`str`, *optional*, defaults to `"text_encoder"`): Slot of the text encoder in the pipeline.
+        tokenizer (`Path`, *optional*): Folder of its tokenizer. Defaults to the tokenizer of the slot in a pipeline,
+            or to `folder`.
+        target_layer (`int`, *optional*): Index of the hidden state to match. Defaults to the one that the pipeline
+            reads, or to -1.
+        device (`str`, *optional*, defaults to `"cpu"`): Device of the encoder.
+
+    Returns:
+        `Teacher`: The encoder, its tokenizer and the hidden state to match.
+
+    Raises:
+        `ValueError`: If `slot` does not contain a CLIP text encoder, or its tokenizer does not fit.
     """
     slots = _text_encoders(folder)
     encoder_folder, tokenizer_folder, layer, read_together = folder, folder, -1, []
-    if slots is None and slot == "text_encoder":  # the encoder's own folder
+    if slots is None and slot == "text_encoder":  # `folder` contains only an encoder
         slots = {}
     elif slot not in (slots or {}):
-        raise ValueError(f"{folder} has no text encoder {slot!r}, but {', '.join(slots or {}) or 'none'}.")
+        raise ValueError(
+            f"{folder} has no text encoder {slot!r}. Its text encoders: {', '.join(slots or {}) or 'none'}."
+        )
     if slots:
         encoder_folder, tokenizer_folder = folder / slot, folder / slot.replace("text_encoder", "tokenizer")
         read_together = [name for name, class_name in slots.items() if class_name.startswith(("CLIP", "LoTLIP"))]
@@ -111,7 +122,7 @@ def load_teacher(
         with naming_damage(str(encoder_folder)):
             config = AutoConfig.from_pretrained(encoder_folder, trust_remote_code=False)
     if config is None or config.model_type not in ("clip", "clip_text_model"):
-        raise ValueError(f"{encoder_folder}: no CLIP text encoder.")
+        raise ValueError(f"{encoder_folder} does not contain a CLIP text encoder. Pass another folder or slot.")
     is_projected = "CLIPTextModelWithProjection" in (config.architectures or [])
     encoder = _load_frozen(CLIPTextModelWithProjection if is_projected else CLIPTextModel, encoder_folder, device)
     loaded_tokenizer = _load_tokenizer(tokenizer or tokenizer_folder, encoder)
@@ -120,11 +131,13 @@ def load_teacher(
 
 
 def load_student(path: str | Path, max_length: int | None = None, device: str = "cpu") -> tuple[LoTLIPTextModel, Any]:
-    """The text tower of a LoTLIP, frozen, and its tokenizer for prompts of up to `max_length` tokens."""
+    """Loads the text tower of a checkpoint, frozen, and its tokenizer for texts of up to `max_length` tokens."""
     tower = _load_frozen(LoTLIPTextModel, path, device)
     tokenizer = _load_tokenizer(path, tower)
     if max_length is not None and max_length > tokenizer.model_max_length:
-        raise ValueError(f"{path} takes {tokenizer.model_max_length} tokens; `max_length` is {max_length}.")
+        raise ValueError(
+            f"`max_length` is {max_length}. Pass at most {tokenizer.model_max_length}, the limit of {path}."
+        )
     tokenizer.model_max_length = max_length or tokenizer.model_max_length
     return tower, tokenizer
 
@@ -135,16 +148,18 @@ def _load_frozen(model_class: Any, path: str | Path, device: str) -> Any:
 
 
 def _load_tokenizer(path: str | Path, model: Any) -> Any:
-    """A model's tokenizer, which cuts at as many tokens as both take."""
-    tokenizer = load_tokenizer(path, "save the model's tokenizer there, or name the teacher's folder of it")
+    """Loads a tokenizer and limits its length to the positions of the model."""
+    tokenizer = load_tokenizer(path, "save the model's tokenizer there or pass the folder of the teacher's tokenizer")
     if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}.")
+        raise ValueError(
+            f"The tokenizer in {path} has {len(tokenizer)} tokens, the model {model.config.vocab_size}. Use another."
+        )
     fit_tokenizer(model, tokenizer)
     return tokenizer
 
 
 def _text_encoders(pipeline: Path) -> dict[str, str] | None:
-    """The slots of a pipeline's folder and the classes of the text encoders in them."""
+    """Returns the class of the text encoder in each slot of a pipeline's folder."""
     file = pipeline / "model_index.json"
     if not file.is_file():
         return None
@@ -152,35 +167,35 @@ def _text_encoders(pipeline: Path) -> dict[str, str] | None:
         index = parse_json(read_regular(file))
         classes = {name: value[1] for name, value in index.items() if name.startswith("text_encoder")}
     except (ValueError, AttributeError, TypeError, IndexError) as error:
-        raise ValueError(f"{file} is damaged ({error}).") from error
+        raise ValueError(f"{file} is damaged ({error}). Download the pipeline again.") from error
     return {name: class_name for name, class_name in classes.items() if class_name is not None}
 
 
 def _has_projection(folder: Path, class_name: str) -> bool:
-    """Whether a text encoder of a pipeline has a projection; one that took a CLIP's place says so in its settings."""
+    """Whether a text encoder of a pipeline has a text projection."""
     if class_name == "LoTLIPTextEncoder":
         return AutoConfig.from_pretrained(folder, trust_remote_code=False).projection_dim is not None
     return class_name == "CLIPTextModelWithProjection"
 
 
 def read_prompts(file: Path, field: str = "prompt") -> list[str]:
-    """Prompts, cleaned, each once: of a text file the lines, of a `.jsonl` file a field of each line's object."""
+    """Reads cleaned, distinct prompts from the lines of a text file, or from a field of a `.jsonl` file."""
     texts = []
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if file.suffix == ".jsonl" and line.strip():
             try:
                 line = json.loads(line)[field]
                 line.encode("utf-8")
-            except (ValueError, TypeError, KeyError, AttributeError) as error:  # no JSON, object, field, text
-                raise ValueError(f"{file}, line {number}: no text in the field {field!r}.") from error
+            except (ValueError, TypeError, KeyError, AttributeError) as error:  # invalid JSON, object, field or text
+                raise ValueError(f"{file}, line {number}: {field!r} is not a text. Pass another field.") from error
         texts.append(clean(line))
     return [text for text in dict.fromkeys(texts) if text]
 
 
 def tokenize_prompts(texts: Iterable[str], teacher_tokenizer: Any, student_tokenizer: Any) -> list[Prompt]:
     """
-    Cleaned prompts by both tokenizers, without those that [`tokenize_words`] cannot read with one of the two. Those of
-    the same tokens are there once: trained on and held out, they would flatter the report.
+    Tokenizes cleaned prompts with both tokenizers. Drops prompts for which [`tokenize_words`] returns `None`, and
+    prompts with the same tokens as an earlier one: a prompt in both training and held-out data flatters the report.
     """
     prompts = {}
     for text in texts:
@@ -191,7 +206,7 @@ def tokenize_prompts(texts: Iterable[str], teacher_tokenizer: Any, student_token
 
 
 def batches(prompts: Sequence[Prompt], size: int, device: torch.device | str) -> Iterator[Batch]:
-    """All prompts in their order."""
+    """Yields all prompts in order, in batches of `size`."""
     for start in range(0, len(prompts), size):
         columns = zip(*((*teacher, *student) for teacher, student in prompts[start : start + size]), strict=True)
         yield Batch(*(torch.tensor(column, device=device) for column in columns))
@@ -199,17 +214,20 @@ def batches(prompts: Sequence[Prompt], size: int, device: torch.device | str) ->
 
 def tokenize_words(tokenizer: Any, text: str) -> Words | None:
     """
-    Tokenises a text and tells which of its words each token is of. A word is a run of letters and digits or a
-    punctuation mark; LoTLIP's separator is the full stop that it stands for. So texts of two tokenizers line up word
-    by word.
+    Tokenizes a text and returns the word that each token belongs to, so that the tokens of two tokenizers can be
+    matched. A word is a run of letters and digits or a punctuation mark. LoTLIP's separator counts as the full stop
+    that it replaces.
 
     Args:
-        tokenizer: LoTLIP's or any fast tokenizer that puts one token before and one behind the text.
-        text: A text as [`lotlip_hf.modeling.tokenization_lotlip.clean`] leaves it.
+        tokenizer (`PreTrainedTokenizerBase`): LoTLIP's, or a fast tokenizer that adds one first and one last token.
+        text (`str`): Text, cleaned by [`lotlip_hf.modeling.tokenization_lotlip.clean`].
 
     Returns:
-        Ids and word ids: 0 for the first token, 1 for the last, 2 for padding, from 3 the words. `None` if the text is
-        longer than the tokenizer's `model_max_length`, or if the tokenizer changes it so that its words are not found.
+        `Words` or `None`: Token ids and word ids: 0 for the first token, 1 for the last, 2 for padding, 3 and more for
+        words. `None` if the text is longer than `model_max_length` or a token does not belong to a word.
+
+    Raises:
+        `ValueError`: If the tokenizer splits sentences with another cleaning than `"official"`.
 
     Example:
 
@@ -228,22 +246,22 @@ def tokenize_words(tokenizer: Any, text: str) -> Words | None:
     if getattr(tokenizer, "split_sentences", False):
         if tokenizer.cleaning != "official":
             raise ValueError(
-                f"`tokenizer` has cleaning={tokenizer.cleaning!r}, whose sentences end elsewhere than the replaced "
-                'encoder\'s: words are found in each other with cleaning="official" alone.'
+                f"The words of a tokenizer with cleaning={tokenizer.cleaning!r} cannot be matched to those of another "
+                'tokenizer. Use a tokenizer with cleaning="official".'
             )
         read, word = text.replace(full_stop, tokenizer.sep_token), f"{re.escape(tokenizer.sep_token)}|{WORD}"
     inputs = for_one_call(tokenizer)(
         text, padding="max_length", truncation=True, return_offsets_mapping=True, verbose=False
     )
     spans = [span for span, is_text in zip(inputs["offset_mapping"], inputs["attention_mask"], strict=True) if is_text]
-    # the tokenizer's own reading of the text, else its spans are of something else
+    # if the tokenizer truncates or rewrites the text, its spans do not refer to `read`
     is_whole = not inputs.encodings[0].overflowing and max((end for _, end in spans), default=0) == len(read)
     if not is_whole:
         return None
     word_of_character = [-1] * len(read)
     for index, match in enumerate(re.finditer(word, read)):
         word_of_character[match.start() : match.end()] = [index] * (match.end() - match.start())
-    # by its last character, for some tokenizers count the space before a word to it
+    # a span may include the space before its word, so the last character decides
     words = [word_of_character[end - 1] if end > start else -1 for start, end in spans[1:-1]]
     if -1 in words:
         return None
@@ -253,8 +271,8 @@ def tokenize_words(tokenizer: Any, text: str) -> Words | None:
 
 def word_means(states: torch.Tensor, word_ids: torch.Tensor, num_word_ids: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The mean state of each of W words, of states [B, L, D] and their tokens' word ids [B, L]: [B, W, D], 0 for a word
-    without tokens; and which words have tokens [B, W].
+    Averages states [B, L, D] over the tokens of each of W words, given by word ids [B, L]. Returns the means
+    [B, W, D], 0 for words without tokens, and a mask [B, W] of the words with tokens.
     """
     members = (word_ids.unsqueeze(-1) == torch.arange(num_word_ids, device=word_ids.device)).to(states.dtype)
     counts = members.sum(1)
@@ -264,61 +282,60 @@ def word_means(states: torch.Tensor, word_ids: torch.Tensor, num_word_ids: int) 
 
 def attention_readouts(states: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """
-    What each query [Q, D] reads off states [B, L, D] by attention, as a denoiser reads its prompt: [B, Q, D].
-    The order of the states does not count, and each of them does, those of the padding too.
+    Returns the attention outputs [B, Q, D] of queries [Q, D] over states [B, L, D]. A denoiser attends to its prompt
+    in the same way: the result depends on all states, padding included, but not on their order.
     """
     return F.scaled_dot_product_attention(queries.to(states).expand(len(states), -1, -1), states, states)
 
 
 class Scale(NamedTuple):
-    """Mean and deviation [D] of states, dimension by dimension. A few of CLIP's are a hundred times larger than the
-    others, and would be all that counts in a distance."""
+    """Mean and deviation [D] of states. Unscaled, a few dimensions of CLIP's states would dominate a distance."""
 
     mean: torch.Tensor
     deviation: torch.Tensor
 
     @classmethod
     def of(cls, states: torch.Tensor) -> "Scale":
-        """Of states [..., D]."""
+        """Computes the scale of states [..., D]."""
         flat = states.flatten(0, -2)
         return cls(flat.mean(0), flat.std(0).clamp(min=1e-6))
 
     def standardize(self, states: torch.Tensor) -> torch.Tensor:
-        """States [..., D] with mean 0 and deviation 1."""
+        """Shifts and scales states [..., D] to mean 0 and standard deviation 1."""
         return (states - self.mean) / self.deviation
 
     @torch.no_grad()
     def undo(self, adapter: nn.Module) -> None:
-        """Makes an adapter that gives standardised states give those of the scale, by the layer that it ends with."""
-        last = getattr(adapter, "output_projection", adapter)  # a linear adapter is that layer
+        """Rescales the last layer of an adapter so that it returns states that are not standardised."""
+        last = getattr(adapter, "output_projection", adapter)  # a linear adapter is its own last layer
         last.weight.mul_(self.deviation.unsqueeze(1))
         last.bias.mul_(self.deviation).add_(self.mean)
 
 
 def distance(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of states [..., D], and one less their cosine."""
+    """Returns the mean squared error of states [..., D] plus one minus their mean cosine."""
     return F.mse_loss(states, targets) + 1 - F.cosine_similarity(states, targets, dim=-1).mean()
 
 
 class Alignment:
     """
-    Learning a teacher's states, standardised by their own mean and deviation.
+    The loss of an encoder against its teacher. States are standardised with the teacher's mean and deviation.
 
-    The two tokenizers cut a text differently, so token i of the one is not token i of the other. An encoder that maps
-    each token by itself learns, for each word, that the mean of its tokens be the mean of the teacher's; likewise for
-    the first token, the last, and the padding. That suits a slot whose states a denoiser reads alone, by
-    cross-attention, where their order does not count. Their number does: more or fewer tokens of padding weigh
-    more or less.
+    Token i of the student is not token i of the teacher, because their tokenizers split texts differently. `"linear"`
+    and `"mlp"` adapters therefore match, for each word, the mean state of its tokens; the first token, the last token
+    and padding are matched in the same way. These adapters suit a single text encoder that the denoiser reads by
+    cross-attention: the order of the states does not matter there, but the number of padding tokens does.
 
-    A resampler gives as many states as the teacher and learns each by its position, as AltDiffusion's encoder learns
-    CLIP's (https://arxiv.org/abs/2211.06679). It is the one to take where token i of two encoders is joined into one
-    state, as in Stable Diffusion XL and 3.
+    A `"resampler"` returns as many states as the teacher and matches them by position, as AltDiffusion does with CLIP
+    (https://arxiv.org/abs/2211.06679). Use it if the pipeline concatenates token i of two encoders, as Stable
+    Diffusion XL and 3 do.
 
     Args:
-        teacher: The encoder to be replaced. It stays as it is.
-        tower: The text tower that all encoders to be trained share. It stays as it is.
-        target_layer: The teacher's state that counts: -1, `last_hidden_state`; -2, `hidden_states[-2]`.
-        sample: Some batches of training prompts, for means, deviations and queries; they must fit in memory.
+        teacher (`CLIPTextModel` or `CLIPTextModelWithProjection`): The frozen encoder to replace.
+        tower (`LoTLIPTextModel`): The frozen text tower that all trained encoders share.
+        target_layer (`int`): Teacher state to match: -1 for `last_hidden_state`, -2 for `hidden_states[-2]`.
+        sample (`Iterable[Batch]`): Batches of training prompts for the means, deviations and queries. They must fit
+            in memory together.
     """
 
     def __init__(
@@ -334,16 +351,16 @@ class Alignment:
         states = States(*(torch.cat(parts) for parts in zip(*map(self._raw_states, sample), strict=True)))
         self.sequence_scale, self.pooled_scale = Scale.of(states.sequence), Scale.of(states.pooled)
         states = self._standardize(states)
-        # Queries are words, all of the same length: one like "cat" reads off what a prompt has of it.
+        # The queries are word states of equal norm: the query "cat" attends to what a prompt contains about cats.
         words = states.sequence[states.word_ids >= FIRST_WORD]
         drawn = torch.randint(len(words), (NUM_QUERIES,), device=words.device)
         self.queries = F.normalize(words[drawn], dim=-1) * words.shape[-1] ** 0.5
-        answers, found = self._measures(states, int(states.word_ids.max()) + 1)
-        self.means = {name: (answer[found] if name == "words" else answer).mean(0) for name, answer in answers.items()}
+        outputs, found = self._measures(states, int(states.word_ids.max()) + 1)
+        self.means = {name: (output[found] if name == "words" else output).mean(0) for name, output in outputs.items()}
 
     @torch.no_grad()
     def _raw_states(self, batch: Batch) -> States:
-        tower = getattr(self.teacher, "text_model", self.teacher)  # the name that it has beside a projection
+        tower = getattr(self.teacher, "text_model", self.teacher)  # the encoder without its projection
         outputs = tower(batch.teacher_ids, output_hidden_states=True)
         sequence = outputs.last_hidden_state if self.target_layer == -1 else outputs.hidden_states[-2]
         return States(sequence, batch.teacher_word_ids, outputs.pooler_output)
@@ -356,35 +373,34 @@ class Alignment:
         )
 
     def teacher_states(self, batch: Batch) -> States:
-        """The teacher's states, standardised; pooled is before the projection."""
+        """Returns the standardised states of the teacher; the pooled ones are taken before the projection."""
         return self._standardize(self._raw_states(batch))
 
     @torch.no_grad()
     def tower_states(self, batch: Batch) -> States:
-        """The tower's states, which the adapters of all encoders start from."""
+        """Returns the states of the tower, the input of all adapters."""
         outputs = self.tower(batch.student_ids, output_corner_embeds=False)
         return States(outputs.last_hidden_state, batch.student_word_ids, outputs.pooler_output)
 
     def student_states(self, encoder: LoTLIPTextEncoder, tower: States, teacher: States) -> States:
-        """An unfinished encoder's states. Those of a resampler stand where the teacher's tokens do."""
+        """Returns the states of an unfinished encoder. A resampler returns one state for each token of the teacher."""
         sequence = encoder.adapt(tower.sequence, tower.word_ids != PADDING)
         word_ids = tower.word_ids if encoder.config.output_length is None else teacher.word_ids
         return States(sequence, word_ids, encoder.pooled_adapter(tower.pooled))
 
     def loss(self, encoder: LoTLIPTextEncoder, tower: States, teacher: States) -> torch.Tensor:
-        """How far an encoder is from the teacher: [`distance`] of words or positions, and of the pooled outputs."""
+        """Returns the [`distance`] to the teacher's word means or positions, plus that to its pooled states."""
         states = self.student_states(encoder, tower, teacher)
-        answers, expected = states.sequence, teacher.sequence
+        outputs, targets = states.sequence, teacher.sequence
         if states.word_ids is not teacher.word_ids:
             num_word_ids = int(teacher.word_ids.max()) + 1
-            answers, answered = word_means(answers, states.word_ids, num_word_ids)
-            expected, asked = word_means(expected, teacher.word_ids, num_word_ids)
-            answers, expected = answers[answered & asked], expected[answered & asked]
-        return distance(answers, expected) + distance(states.pooled, teacher.pooled)
+            outputs, found = word_means(outputs, states.word_ids, num_word_ids)
+            targets, has_target = word_means(targets, teacher.word_ids, num_word_ids)
+            outputs, targets = outputs[found & has_target], targets[found & has_target]
+        return distance(outputs, targets) + distance(states.pooled, teacher.pooled)
 
     def finish(self, encoder: LoTLIPTextEncoder) -> None:
-        """Makes an encoder give the teacher's own states, not standardised ones, and gives it the teacher's
-        projection."""
+        """Rescales an encoder's outputs to the teacher's original states and adds the teacher's projection."""
         self.sequence_scale.undo(encoder.adapter)
         self.pooled_scale.undo(encoder.pooled_adapter)
         projection = getattr(self.teacher, "text_projection", None)
@@ -393,40 +409,41 @@ class Alignment:
             encoder.config.projection_dim = projection.out_features
 
     def _measures(self, states: States, num_word_ids: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Means of the words [B, W, D], read-outs [B, Q, D] and pooled [B, D]; and which words there are [B, W]."""
+        """Returns word means [B, W, D], read-outs [B, Q, D], pooled states [B, D], and the mask of words [B, W]."""
         words, found = word_means(states.sequence, states.word_ids, num_word_ids)
-        answers = (words[:, FIRST_WORD:], attention_readouts(states.sequence, self.queries), states.pooled)
-        return dict(zip(MEASURES, answers, strict=True)), found[:, FIRST_WORD:]
+        outputs = (words[:, FIRST_WORD:], attention_readouts(states.sequence, self.queries), states.pooled)
+        return dict(zip(MEASURES, outputs, strict=True)), found[:, FIRST_WORD:]
 
     @torch.no_grad()
     def report(
         self, encoders: dict[str, LoTLIPTextEncoder], batches: Iterable[Batch], others: Iterable[Batch]
     ) -> Report:
         """
-        How close unfinished encoders come to the teacher, on standardised states.
+        Compares unfinished encoders with the teacher on standardised states.
 
         Args:
-            encoders: By name.
-            batches: Prompts that were not trained on.
-            others: The same in another order, for the answer "what another prompt says".
+            encoders (`dict[str, LoTLIPTextEncoder]`): The encoders by name.
+            batches (`Iterable[Batch]`): Held-out prompts.
+            others (`Iterable[Batch]`): The same prompts in another order, for the baseline `"another prompt"`.
 
         Returns:
-            For "mean" (of the training prompts), "another prompt" and each encoder: for "words", "read_outs" (of
-            attention over the whole sequence, as a denoiser's) and "pooled" (before the projection): `error`, the
-            squared error relative to that of the mean, and `cosine`, around the mean.
+            `dict`: Rows `"mean"` (the mean of the training prompts), `"another prompt"` and the encoders. Each has the
+            measures `"words"` (word means), `"read_outs"` (attention over the sequence, as in a denoiser) and
+            `"pooled"` (before the projection). Each measure has an `error` (squared error divided by that of
+            `"mean"`) and a `cosine` (after subtraction of the mean).
         """
         sums: dict[str, dict[str, torch.Tensor]] = {name: {} for name in ("mean", "another prompt", *encoders)}
         for batch, other in zip(batches, others, strict=True):
             teacher, tower = self.teacher_states(batch), self.tower_states(batch)
             num_word_ids = int(teacher.word_ids.max()) + 1
-            expected, asked = self._measures(teacher, num_word_ids)
+            targets, has_target = self._measures(teacher, num_word_ids)
             states = [self.student_states(encoder, tower, teacher) for encoder in encoders.values()]
-            answered = [self._measures(one, num_word_ids) for one in (self.teacher_states(other), *states)]
-            knows_nothing = {kind: self.means[kind].expand_as(expected[kind]) for kind in MEASURES}
-            for name, (answers, found) in zip(sums, ((knows_nothing, asked), *answered), strict=True):
+            measured = [self._measures(one, num_word_ids) for one in (self.teacher_states(other), *states)]
+            baseline = {kind: self.means[kind].expand_as(targets[kind]) for kind in MEASURES}
+            for name, (outputs, found) in zip(sums, ((baseline, has_target), *measured), strict=True):
                 for kind in MEASURES:
-                    both = asked & found if kind == "words" else slice(None)
-                    new = closeness(answers[kind][both], expected[kind][both], self.means[kind])
+                    both = has_target & found if kind == "words" else slice(None)
+                    new = closeness(outputs[kind][both], targets[kind][both], self.means[kind])
                     sums[name][kind] = sums[name].get(kind, 0) + new
         return {
             name: {
@@ -437,14 +454,14 @@ class Alignment:
         }
 
 
-def closeness(answers: torch.Tensor, targets: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+def closeness(outputs: torch.Tensor, targets: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """
-    Sums over N answers [..., D], which add up over batches: squared errors, those of the mean target, which knows
-    nothing of the text, cosines around the mean, and N. `mean` is [D], or [Q, D] of each of a text's Q answers.
+    Returns four sums over N outputs [..., D]: squared errors, squared errors of the mean, cosines after subtraction of
+    the mean, and N. The sums of several batches can be added. `mean` is [D], or [Q, D] for Q outputs per text.
     """
-    answers, targets = answers.double() - mean, targets.double() - mean
-    squares = (answers - targets).square().sum(), targets.square().sum()
-    cosines = F.cosine_similarity(answers, targets, dim=-1)
+    outputs, targets = outputs.double() - mean, targets.double() - mean
+    squares = (outputs - targets).square().sum(), targets.square().sum()
+    cosines = F.cosine_similarity(outputs, targets, dim=-1)
     return torch.stack([*squares, cosines.sum(), torch.ones_like(cosines).sum()])
 
 
@@ -457,19 +474,20 @@ def train(
     learning_rate: float = 1e-3,
 ) -> tuple[int, int]:
     """
-    Trains the adapters of all encoders on the same batches, in an order that Python's `random` draws. A
-    `KeyboardInterrupt` ends the training early.
+    Trains the adapters of all encoders on the same batches, shuffled with Python's `random`. A `KeyboardInterrupt`
+    ends the training early.
 
     Args:
-        encoders: By name; what is to be trained of them requires gradients.
-        alignment: Of the teacher, and of the tower of the encoders.
-        prompts: The prompts, which are shuffled in place.
-        batch_size: Prompts in a batch.
-        num_epochs: How often to see every prompt.
-        learning_rate: The highest of AdamW, after a warmup; it falls as a cosine.
+        encoders (`dict[str, LoTLIPTextEncoder]`): The encoders by name. Parameters that require gradients are trained.
+        alignment (`Alignment`): The loss against the teacher.
+        prompts (`list[Prompt]`): The prompts. The list is shuffled in place.
+        batch_size (`int`, *optional*, defaults to 32): Number of prompts in a batch.
+        num_epochs (`int`, *optional*, defaults to 3): Number of passes over the prompts.
+        learning_rate (`float`, *optional*, defaults to 1e-3): Peak learning rate of AdamW, with a warmup and a cosine
+            schedule.
 
     Returns:
-        The number of steps done, and the number of all.
+        `tuple[int, int]`: The number of completed steps and the number of planned steps.
     """
     groups = [[p for p in encoder.parameters() if p.requires_grad] for encoder in encoders.values()]
     num_steps = num_epochs * -(-len(prompts) // batch_size)
@@ -477,7 +495,7 @@ def train(
     schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 20, num_steps)
     done = 0
     try:
-        with tqdm(total=num_steps, desc="Training", unit="step") as bar:
+        with progress_bar(total=num_steps, desc="Training", unit="step") as bar:
             for _ in range(num_epochs):
                 random.shuffle(prompts)
                 for batch in batches(prompts, batch_size, alignment.tower.device):
@@ -498,7 +516,7 @@ def train(
 
 
 def report_table(report: Report) -> str:
-    """A report as text."""
+    """Formats a report as a text table."""
     lines = [" " * 16 + "".join(f"{name:>18}" for name in MEASURES), " " * 16 + "     error  cosine" * len(MEASURES)]
     for name, row in report.items():
         numbers = "".join(f"{row[measure]['error']:>10.3f}{row[measure]['cosine']:>8.3f}" for measure in MEASURES)
@@ -507,13 +525,13 @@ def report_table(report: Report) -> str:
 
 
 def draw_report(report: Report, file: Path) -> None:
-    """Draws the errors of a report as bars; an `ImportError` without matplotlib."""
+    """Draws the errors of a report as bars. Needs matplotlib."""
     picture = figure(7, 3.5)
     axes, width = picture.subplots(), 1 / (len(report) + 1)
     for index, (name, row) in enumerate(report.items()):
         left = [measure + index * width for measure in range(len(MEASURES))]
         axes.bar(left, [row[measure]["error"] for measure in MEASURES], 0.9 * width, label=name)
     axes.set_xticks([measure + 0.4 for measure in range(len(MEASURES))], MEASURES)
-    axes.set_ylabel("squared error on held-out prompts, mean = 1")
+    axes.set_ylabel("squared error on held-out prompts (mean = 1)")
     axes.legend()
     save(picture, file)

@@ -1,4 +1,4 @@
-"""CLIP's text tower: more positions for longer texts, and stock classes out of LoTLIP's own."""
+"""CLIP's text tower: more positions for longer texts, and conversion of a LoTLIP text tower to the stock classes."""
 
 from typing import Literal, get_args
 
@@ -10,7 +10,7 @@ from ..modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPTextM
 
 Stretch = Literal["knowledge-preserved", "linear"]
 
-# Long-CLIP (https://arxiv.org/abs/2403.15378, section 3.2): CLIP's first 20 positions are its well trained ones.
+# Only the first 20 positions of CLIP are well trained (Long-CLIP, https://arxiv.org/abs/2403.15378, section 3.2).
 KEPT_POSITIONS = 20
 
 
@@ -18,20 +18,20 @@ def stretch_positions(
     positions: torch.Tensor, max_positions: int, stretch: Stretch = "knowledge-preserved"
 ) -> torch.Tensor:
     """
-    A longer table of position embeddings. `"knowledge-preserved"` is Long-CLIP's recipe: the first 20 positions stay
-    as they are and the rest is interpolated; `"linear"` interpolates all. Behind the last old position the line
-    through the last two goes on, as in Long-CLIP's code.
+    Interpolates a longer table of position embeddings. Beyond the last old position, the last two old embeddings are
+    extrapolated linearly, as in Long-CLIP's code.
 
     Args:
-        positions: [N, hidden_size], the old table.
-        max_positions: Number of positions M of the new one, N or more; 248 in Long-CLIP.
-        stretch: How.
+        positions (`torch.Tensor`): [N, hidden_size], the old table.
+        max_positions (`int`): Number M of positions in the new table, at least N. Long-CLIP uses 248.
+        stretch (`str`, *optional*, defaults to `"knowledge-preserved"`): `"knowledge-preserved"` keeps the first 20
+            positions and interpolates the rest, as in Long-CLIP; `"linear"` interpolates all positions.
 
     Returns:
-        [M, hidden_size] in the dtype of `positions`, on its device.
+        `torch.Tensor`: [M, hidden_size], with the dtype and device of `positions`.
 
     Raises:
-        ValueError: if `max_positions` is below N, or N too few, or `stretch` unknown.
+        `ValueError`: If `max_positions` is below N, N is too small to interpolate, or `stretch` is unknown.
 
     Example:
 
@@ -44,23 +44,23 @@ def stretch_positions(
     ```
     """
     if stretch not in get_args(Stretch):
-        raise ValueError(f"`stretch` must be one of {', '.join(get_args(Stretch))}, got {stretch!r}.")
+        raise ValueError(f"`stretch` is {stretch!r}. Pass one of {', '.join(map(repr, get_args(Stretch)))}.")
     num_positions = len(positions)
     kept = KEPT_POSITIONS if stretch == "knowledge-preserved" else 0
     if max_positions < num_positions:
-        raise ValueError(f"`max_positions` is {max_positions}, fewer than the {num_positions} that are there.")
+        raise ValueError(f"`max_positions` is {max_positions}. Pass {num_positions} (the old table) or more.")
     if max_positions == num_positions:
         return positions.clone()
     if num_positions < kept + 2:
         raise ValueError(
-            f"stretch={stretch!r} interpolates what follows the first {kept} positions and needs {kept + 2} or more; "
-            f"there are {num_positions}."
+            f"`stretch`={stretch!r} needs at least {kept + 2} positions, but the table has {num_positions}. Pass "
+            '`stretch="linear"`.'
         )
     new = torch.arange(max_positions, dtype=torch.float64, device=positions.device)
-    places = kept + (new - kept) * (num_positions - kept) / (max_positions - kept)
-    places = torch.where(new < kept, new, places)
-    left = places.long().clamp(max=num_positions - 2)  # the last pair also serves what lies behind it
-    weight = (places - left).unsqueeze(1)
+    old = kept + (new - kept) * (num_positions - kept) / (max_positions - kept)
+    old = torch.where(new < kept, new, old)
+    left = old.long().clamp(max=num_positions - 2)  # the last pair also extrapolates
+    weight = (old - left).unsqueeze(1)
     table = positions.double()
     return torch.lerp(table[left], table[left + 1], weight).to(positions.dtype)
 
@@ -76,16 +76,16 @@ def stretch_text_model(
     stretch: Stretch = "knowledge-preserved",
 ) -> None:
     """
-    Gives a CLIP text tower more positions, in place; see [`stretch_positions`]. The table is a new parameter: make
-    optimizers after it.
+    Gives a CLIP text tower more positions, in place, with [`stretch_positions`]. The table becomes a new parameter, so
+    create optimizers afterwards.
 
     Args:
-        model: A stock CLIP or its text model, or a LoTLIP model over CLIP's text tower.
-        max_positions: The new number of positions.
-        stretch: How the new table is made.
+        model (`PreTrainedModel`): A stock CLIP, its text model, or a LoTLIP model with CLIP's text tower.
+        max_positions (`int`): New number of positions.
+        stretch (`str`, *optional*, defaults to `"knowledge-preserved"`): As in [`stretch_positions`].
 
     Raises:
-        ValueError: if the model has no CLIP text tower, or as [`stretch_positions`].
+        `ValueError`: If the text tower is not CLIP's, or an argument is invalid in [`stretch_positions`].
     """
     tower = _clip_tower(model)
     embeddings = tower.embeddings
@@ -94,7 +94,7 @@ def stretch_text_model(
     embeddings.position_embedding = nn.Embedding.from_pretrained(table, freeze=not old.requires_grad)
     embeddings.position_ids = torch.arange(max_positions, device=old.device).unsqueeze(0)
     for config in (tower.config, model.config, getattr(model, "text_model", model).config):
-        # the stock classes have one configuration; LoTLIP's keeps the number with its backbone's
+        # LoTLIP configurations store the number in `backbone_config`
         config = getattr(config, "text_config", config)
         getattr(config, "backbone_config", config).max_position_embeddings = max_positions
 
@@ -103,16 +103,19 @@ def clip_text_model(
     model: LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection, with_projection: bool = False
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
     """
-    The stock transformers text encoder with the weights of a LoTLIP over CLIP's text tower. Corner tokens are left
-    out: no text token sees them, so every output is the same. Weights are shared with `model`, not copied.
+    Converts a LoTLIP model with CLIP's text tower to the stock text encoder of transformers. The two share weights.
+    The outputs are unchanged without corner tokens, because no text token attends to them.
 
     Args:
-        model: A LoTLIP model whose text tower is CLIP's.
-        with_projection: Whether to give `CLIPTextModelWithProjection`, whose `text_embeds` are
-            `get_text_features(...).pooler_output`.
+        model (`LoTLIPModel` or `LoTLIPTextModel` or `LoTLIPTextModelWithProjection`): Model with CLIP's text tower.
+        with_projection (`bool`, *optional*, defaults to `False`): Whether to return a `CLIPTextModelWithProjection`.
+            Its `text_embeds` equal `model.get_text_features(...).pooler_output`.
+
+    Returns:
+        `CLIPTextModel` or `CLIPTextModelWithProjection`: The stock text encoder.
 
     Raises:
-        ValueError: if the text tower is not CLIP's.
+        `ValueError`: If the text tower is not CLIP's.
     """
     tower = _clip_tower(model)
     state_dict = dict(tower.state_dict())
@@ -130,7 +133,7 @@ def clip_text_model(
         stock = stock_class(config)
     stock.load_state_dict(state_dict, assign=True)
     stock_tower = _clip_tower(stock)
-    stock_tower.embeddings.position_ids = tower.embeddings.position_ids  # which no state dict has
+    stock_tower.embeddings.position_ids = tower.embeddings.position_ids  # missing in state dicts
     for parameter, own in zip(stock_tower.parameters(), tower.parameters(), strict=True):
         parameter.requires_grad_(own.requires_grad)
     if with_projection:
@@ -144,5 +147,5 @@ def _clip_tower(model: nn.Module) -> CLIPTextModel:
     for name in ("text_model", "backbone"):
         tower = getattr(tower, name, tower)
     if not isinstance(tower, CLIPTextModel):
-        raise ValueError(f"{type(model).__name__} has no CLIP text tower: its text encoder is {type(tower).__name__}.")
+        raise ValueError(f"{type(model).__name__} has a {type(tower).__name__}. Pass a model with CLIP's text tower.")
     return tower

@@ -1,4 +1,4 @@
-"""A LoTLIP text encoder in a diffusers pipeline: longer prompts, and everything else as the pipeline has it."""
+"""Replacement of the CLIP text encoder in a diffusers pipeline, for longer prompts."""
 
 import copy
 import logging
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a slot that can be swapped holds, before and after.
+# The classes that a slot may contain, before and after the swap.
 TextEncoder = CLIPTextModel | CLIPTextModelWithProjection | LoTLIPTextEncoder
 
-# What loads the text side of a checkpoint, by the class that the checkpoint is of.
+# Architecture of a checkpoint -> class that loads its text tower.
 TEXT_CLASSES: dict[str, type[PreTrainedModel]] = {
     "LoTLIPModel": LoTLIPTextModelWithProjection,
     "LoTLIPTextModel": LoTLIPTextModel,
@@ -56,36 +56,39 @@ def swap_text_encoder(
     tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
 ) -> "DiffusionPipeline":
     """
-    Puts another text encoder and its tokenizer into a pipeline whose text encoder is CLIP's: Stable Diffusion 1.x,
-    2.x, XL and 3, Flux, and what has the same components (image to image, inpainting, ControlNet, ...).
+    Replaces a CLIP text encoder and its tokenizer in a pipeline: Stable Diffusion 1.x, 2.x, XL and 3, Flux, and
+    pipelines with the same components (image to image, inpainting, ControlNet, ...).
 
-    A LoTLIP over CLIP's text tower goes in as a stock CLIP text encoder: its corner tokens change nothing there. The
-    pipeline's other CLIP encoders are made to agree on the length; one with too few positions gets more
-    ([`~lotlip_hf.diffusion.stretch.stretch_positions`], knowledge preserved) and keeps them: to go back, load the
-    pipeline again. T5 encoders stay as they are. Device, dtype and attention implementation of the replaced encoder
-    are taken over. From then on the words that are cut off a prompt are logged as a warning.
+    A LoTLIP model with CLIP's text tower is inserted as a stock CLIP text encoder, because its corner tokens change no
+    output there. Other CLIP text encoders of the pipeline are set to the same prompt length. One with too few
+    positions gets more with [`~lotlip_hf.diffusion.stretch.stretch_positions`]; reload the pipeline to undo this. T5
+    encoders are not changed. The new encoder gets the device, dtype and attention implementation of the old one. The
+    new tokenizers log the words that they truncate as a warning.
 
-    Swap first; then load LoRA weights and textual inversions, turn on offloading, compile. `pipe.save_pretrained`
-    saves the swapped pipeline; `DiffusionPipeline.from_pretrained` loads it wherever `lotlip_hf` has been imported.
+    Swap before you load LoRA weights and textual inversions, turn on offloading or compile. `pipe.save_pretrained`
+    saves the new pipeline. `DiffusionPipeline.from_pretrained` loads it once `lotlip_hf` is imported.
 
     Args:
-        pipe: A pipeline with a CLIP text encoder. It is changed in place, once everything has been checked; models
-            that it shares with other pipelines are not.
-        model_or_path: A LoTLIP model (whole, or its text tower), [`LoTLIPTextEncoder`], `CLIPModel`, `CLIPTextModel`
-            or `CLIPTextModelWithProjection`, or folder or Hub id of one of these. A model is copied.
-        slot: Name of the component to replace, such as `"text_encoder_2"`.
-        max_length: Longest prompt in tokens, the first and last included. By default all positions of the model.
-        tokenizer: The model's tokenizer, or folder or Hub id of one. By default for a folder its own, padding as the
-            slot's does if their vocabularies allow, or what lies beside it in a pipeline; for a model the slot's.
+        pipe (`DiffusionPipeline`): Pipeline with a CLIP text encoder. It is changed in place after all checks have
+            passed. Models that it shares with other pipelines are not changed.
+        model_or_path (`PreTrainedModel` or `str` or `os.PathLike`): A LoTLIP model or its text tower, a
+            [`LoTLIPTextEncoder`], `CLIPModel`, `CLIPTextModel` or `CLIPTextModelWithProjection`, or the folder or Hub
+            id of one. A model object is copied.
+        slot (`str`, *optional*, defaults to `"text_encoder"`): Component to replace, such as `"text_encoder_2"`.
+        max_length (`int`, *optional*): Maximum length of a prompt in tokens, special tokens included. Defaults to all
+            positions of the model.
+        tokenizer (`PreTrainedTokenizerBase` or `str` or `os.PathLike`, *optional*): Tokenizer of the model, or its
+            folder or Hub id. For a model object, defaults to the tokenizer of the slot. For a path, defaults to the
+            tokenizer saved with the model, with the padding token of the slot's tokenizer if both have it.
 
     Returns:
-        `pipe`.
+        `DiffusionPipeline`: The changed `pipe`.
 
     Raises:
-        ValueError: if the slot holds no CLIP text encoder (T5, empty, unknown); if the model's type, widths,
-            projection, positions or tokenizer do not fit, or no tokenizer is found; if the pipeline is offloaded, or
-            holds LoRA weights for its text encoders or textual inversions that the new one does not know.
-        OSError: if the checkpoint is not found.
+        `ValueError`: If the slot does not contain a CLIP text encoder; if the type, widths, projection, positions or
+            tokenizer of the model do not fit the pipeline; if the pipeline is offloaded, has LoRA weights in its text
+            encoders, or has textual inversions that the new tokenizer does not know.
+        `OSError`: If the checkpoint is not found.
 
     Example:
 
@@ -93,9 +96,10 @@ def swap_text_encoder(
     >>> from diffusers import DiffusionPipeline
     >>> from lotlip_hf.diffusion.swap import swap_text_encoder
 
-    >>> pipe = DiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")  # doctest: +SKIP
-    >>> swap_text_encoder(pipe, "lotlip-clip-248")  # doctest: +SKIP
-    >>> pipe("A prompt of up to 248 tokens ...").images[0].save("picture.png")  # doctest: +SKIP
+    >>> pipe = DiffusionPipeline.from_pretrained("stable-diffusion")
+    >>> pipe = swap_text_encoder(pipe, "lotlip-clip")
+    >>> pipe.tokenizer.model_max_length
+    248
     ```
     """
     others = _text_encoders(pipe, slot)
@@ -134,27 +138,26 @@ def swap_text_encoder(
 
     if isinstance(encoder, LoTLIPTextEncoder) and encoder.config.adapter is None:
         logger.warning(
-            f"`{slot}` will give LoTLIP's own hidden states, which are not in the space of the encoder that the "
-            "pipeline was trained with: its pictures will not show what the prompts say. Train an adapter into that "
-            "space with examples/align_text_encoder.py and swap in what it saves, or take a LoTLIP over CLIP's tower."
+            f"`{slot}` has no adapter, so the pipeline cannot interpret its hidden states and the pictures will not "
+            "match the prompts. Train an adapter with examples/align_text_encoder.py, or use a LoTLIP model with "
+            "CLIP's text tower."
         )
     pipe.register_modules(**components)
-    if hasattr(pipe, "tokenizer_max_length"):  # what Stable Diffusion 3 and Flux read off the first tokenizer once
+    if hasattr(pipe, "tokenizer_max_length"):  # Stable Diffusion 3 and Flux store the first tokenizer's length
         pipe.tokenizer_max_length = pipe.tokenizer.model_max_length
     return pipe
 
 
 class CLIPTextEncoder(CLIPTextModel):
     """
-    `CLIPTextModel` for Stable Diffusion 1.x and 2.x, whose `clip_skip` asks for `text_encoder.text_model`, a level
-    that transformers took out. Weights, their names and all outputs are those of `CLIPTextModel`, which loads it, too.
+    `CLIPTextModel` with the attribute `text_model`, which transformers removed but the `clip_skip` of Stable Diffusion
+    1.x and 2.x needs. Weights and outputs are those of `CLIPTextModel`, which loads the same checkpoints.
     """
 
     @property
     def text_model(self) -> "CLIPTextEncoder":
         """The model itself."""
-        # Diffusers takes the names of LoRA weights for those of the old, deeper model where it finds this attribute,
-        # and else puts both, old and new, right.
+        # If this attribute exists, diffusers expects the old names of LoRA weights; otherwise it accepts old and new.
         if sys._getframe(1).f_code.co_name == "_load_lora_into_text_encoder":
             raise AttributeError("text_model")
         return self
@@ -162,15 +165,18 @@ class CLIPTextEncoder(CLIPTextModel):
     @classmethod
     def from_clip(cls, model: CLIPTextModel) -> "CLIPTextEncoder":
         """
-        A copy of a stock text encoder.
+        Copies a stock text encoder.
 
         Args:
-            model: The stock text encoder.
+            model (`CLIPTextModel`): The stock text encoder.
+
+        Returns:
+            `CLIPTextEncoder`: The copy.
         """
-        # made anew: the class of a model is registered when it is made, and without it gives out no hidden states
+        # a copy with another `__class__` would return no hidden states, because only `__init__` registers a class
         config = copy.deepcopy(model.config)
-        config.vocab_size = model.get_input_embeddings().num_embeddings  # which unloading an inversion leaves behind
-        with init.no_init_weights():  # the random numbers that come next are the pipeline's
+        config.vocab_size = model.get_input_embeddings().num_embeddings  # unloading an inversion leaves it wrong
+        with init.no_init_weights():  # leaves the pipeline's random state unchanged
             encoder = cls._from_config(config, attn_implementation=config._attn_implementation, dtype=model.dtype)
         encoder.load_state_dict(model.state_dict())
         for parameter, own in zip(model.parameters(), encoder.parameters(), strict=True):
@@ -178,12 +184,12 @@ class CLIPTextEncoder(CLIPTextModel):
         return encoder
 
 
-# Saved pipelines name a component's package and class; diffusers looks both up in `lotlip_hf` itself.
+# Saved pipelines name the package and class of each component. diffusers looks the class up in `lotlip_hf`.
 CLIPTextEncoder.__module__ = "lotlip_hf"
 
 
 def _text_encoders(pipe: "DiffusionPipeline", slot: str) -> dict[str, TextEncoder]:
-    """The pipeline's text encoders that can be swapped, checked, `slot` among them."""
+    """Returns the swappable text encoders of a pipeline, or raises an error if a swap is impossible."""
     components = pipe.components
     encoders = {
         name: component
@@ -192,18 +198,17 @@ def _text_encoders(pipe: "DiffusionPipeline", slot: str) -> dict[str, TextEncode
     }
     if slot not in encoders:
         raise ValueError(
-            f"`slot` {slot!r} of {type(pipe).__name__} holds {type(components.get(slot)).__name__}, which is no CLIP "
-            f"text encoder. Slots that can be swapped here: {', '.join(map(repr, encoders)) or 'none'}."
+            f"`slot` {slot!r} of {type(pipe).__name__} contains a {type(components.get(slot)).__name__}, not a CLIP "
+            f"text encoder. Slots that can be swapped: {', '.join(map(repr, encoders)) or 'none'}."
         )
     for name, encoder in encoders.items():
         if getattr(encoder, "peft_config", None):
             raise ValueError(
-                f"`{name}` holds LoRA weights: call pipe.unload_lora_weights(), swap, then load them again."
+                f"`{name}` has LoRA weights. Call pipe.unload_lora_weights(), swap, then load the weights again."
             )
-        # of accelerate, and of diffusers' own
-        hooks = ("_hf_hook", "_diffusers_hook")
+        hooks = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers
         if pipe.hf_device_map is not None or any(hasattr(m, hook) for m in encoder.modules() for hook in hooks):
-            raise ValueError(f"`{name}` is offloaded or placed by a device map: swap first, then turn that on.")
+            raise ValueError(f"`{name}` is offloaded or has a device map. Swap first, then turn offloading on.")
     return encoders
 
 
@@ -220,11 +225,11 @@ def _load_model(path: str | os.PathLike) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     architecture = (config.architectures or [type(config).__name__.replace("Config", "Model")])[0]
     if architecture not in TEXT_CLASSES:
-        raise ValueError(f"{path} holds a {architecture}: expected one of {', '.join(TEXT_CLASSES)}.")
+        raise ValueError(f"{path} contains a {architecture}. Pass one of {', '.join(TEXT_CLASSES)}.")
     if isinstance(config, CLIPConfig):
-        config.text_config.projection_dim = config.projection_dim  # the one that counts in a whole CLIP
+        config.text_config.projection_dim = config.projection_dim  # `CLIPModel` ignores `text_config.projection_dim`
     config = getattr(config, "text_config", config) if architecture != "LoTLIPTextEncoder" else config
-    # what is left over is the image tower of a whole model
+    # the weights of an image tower are ignored
     return load_strict(TEXT_CLASSES[architecture], path, allow_unexpected=True, config=config)
 
 
@@ -233,10 +238,10 @@ def _load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     folder = Path(path)
     if not (folder / "tokenizer_config.json").is_file() and folder.name.startswith("text_encoder"):
-        beside = folder.with_name(_tokenizer_name(folder.name))  # as pipelines have it
+        beside = folder.with_name(_tokenizer_name(folder.name))  # the tokenizer's folder in a saved pipeline
         path = beside if beside.is_dir() else path
-    tokenizer = load_tokenizer(path, "give `tokenizer`")
-    # the pipeline was trained on texts padded as the slot's tokenizer does it, and looks at the padding
+    tokenizer = load_tokenizer(path, "pass `tokenizer`")
+    # the pipeline attends to padding and was trained with the padding token of the slot's tokenizer
     if isinstance(tokenizer, CLIPTokenizer) and isinstance(padding_of, CLIPTokenizer):
         if tokenizer.convert_tokens_to_ids(padding_of.pad_token) == padding_of.pad_token_id:
             tokenizer.pad_token = padding_of.pad_token
@@ -244,36 +249,34 @@ def _load_tokenizer(
 
 
 def _encoder(model: Any, replaced: TextEncoder, slot: str, target_layer: int) -> TextEncoder:
-    """What goes into the slot; weights are shared with `model`."""
+    """Converts `model` to the text encoder for the slot; the two share weights."""
     name = type(model).__name__
     is_lotlip = isinstance(model, LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection)
     if isinstance(model, CLIPModel):
         config = copy.deepcopy(model.config.text_config)
-        config.projection_dim = model.config.projection_dim  # the one that counts
+        config.projection_dim = model.config.projection_dim  # `CLIPModel` ignores `text_config.projection_dim`
         with torch.device("meta"):
             text_side = CLIPTextModelWithProjection(config)
         text_side.text_model, text_side.text_projection = model.text_model, model.text_projection
         model = text_side
     if not (is_lotlip or isinstance(model, TextEncoder)) or getattr(model, "peft_config", None):
         raise ValueError(
-            f"`model_or_path` is a {name}, or holds LoRA weights; expected one of {', '.join(TEXT_CLASSES)}."
+            f"`model_or_path` is a {name} or has LoRA weights. Pass one of {', '.join(TEXT_CLASSES)}, without LoRA."
         )
     config = model.config.text_config if isinstance(model, LoTLIPModel) else model.config
     width, projection_dim, own_projection_dim = replaced.config.hidden_size, *map(_projection_dim, (replaced, model))
     is_adapted = isinstance(model, LoTLIPTextEncoder)
     problem = None
     if config.hidden_size != width:
-        problem = f"gives states of width {config.hidden_size}, and the pipeline reads {width}"
+        problem = f"width {config.hidden_size}, but the pipeline reads width {width}"
     elif (projection_dim is not None or is_adapted) and own_projection_dim != projection_dim:
-        problem = f"has a projection to width {own_projection_dim}, and the pipeline reads {projection_dim}"
+        problem = f"projection width {own_projection_dim}, but the pipeline reads {projection_dim}"
     elif is_adapted and config.target_layer != target_layer:
-        problem = (
-            f"stands for layer {config.target_layer} of a text encoder, and the pipeline reads layer {target_layer}"
-        )
+        problem = f"`target_layer` {config.target_layer}, but the pipeline reads layer {target_layer}"
     if problem is not None:
         raise ValueError(
-            f"{name} {problem} from `{slot}`: take a model that fits, or train an adapter for this slot "
-            "with examples/align_text_encoder.py."
+            f"{name} has {problem} from `{slot}`. Pass another model, or train an adapter for this slot with "
+            "examples/align_text_encoder.py."
         )
     if is_adapted:
         return model
@@ -290,14 +293,14 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, encoder: TextEnc
     if not isinstance(tokenizer, CLIPTokenizer | LoTLIPTokenizer):
         problem = f"it is a {type(tokenizer).__name__}, neither a CLIPTokenizer nor a LoTLIPTokenizer"
     elif len(tokenizer) > config.vocab_size:
-        problem = f"it has {len(tokenizer)} tokens and the model {config.vocab_size}"
+        problem = f"it has {len(tokenizer)} tokens, but the model has {config.vocab_size}"
     elif isinstance(encoder, LoTLIPTextEncoder) and config.pooling != "eos":
         if tokenizer.pad_token_id != config.pad_token_id:
-            problem = f"it pads with id {tokenizer.pad_token_id} and the model with {config.pad_token_id}"
-    elif config.eos_token_id not in (tokenizer.eos_token_id, 2):  # 2 stood in CLIP's configurations for the highest id
-        problem = f"its end-of-text id is {tokenizer.eos_token_id} and the model's {config.eos_token_id}"
+            problem = f"its padding id is {tokenizer.pad_token_id}, but the model's is {config.pad_token_id}"
+    elif config.eos_token_id not in (tokenizer.eos_token_id, 2):  # old CLIP configurations have the wrong id 2
+        problem = f"its end-of-text id is {tokenizer.eos_token_id}, but the model's is {config.eos_token_id}"
     if problem is not None:
-        raise ValueError(f"The tokenizer does not fit the model: {problem}. Give the model's as `tokenizer`.")
+        raise ValueError(f"The tokenizer does not fit the model: {problem}. Pass the model's own as `tokenizer`.")
 
 
 def _check_inversions(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, slot: str) -> None:
@@ -305,7 +308,7 @@ def _check_inversions(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase
     lost = sorted(added - new.get_vocab().keys())
     if lost:
         raise ValueError(
-            f"`{slot}` has learnt tokens that the new one does not know: {', '.join(lost)}. Call "
+            f"The new tokenizer of `{slot}` does not know the textual inversions {', '.join(lost)}. Call "
             "pipe.unload_textual_inversion(), swap, then load them again."
         )
 
@@ -313,39 +316,38 @@ def _check_inversions(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase
 def _lengths(
     pipe: "DiffusionPipeline", encoder: TextEncoder, max_length: int | None, has_others: bool
 ) -> tuple[int, int]:
-    """Longest prompt in tokens of the new encoder, and of the pipeline's other CLIP encoders."""
+    """Returns the maximum prompt length in tokens of the new encoder and of the other CLIP encoders."""
     positions = encoder.config.max_position_embeddings
     output_length = encoder.config.output_length if isinstance(encoder, LoTLIPTextEncoder) else None
     if output_length is not None and has_others and hasattr(pipe, "tokenizer_max_length"):
-        # one length for all texts, so that what a resampler gives out is as long as the others' states
+        # the pipeline applies one length to all prompts, so all states must be as long as the resampler's
         if max_length not in (None, output_length) or positions < output_length:
             raise ValueError(
-                f"{type(pipe).__name__} has one length for all its tokenizers, and the model's resampler gives out "
-                f"{output_length} tokens: `max_length` must be {output_length}, which the model's {positions} "
-                "positions must hold."
+                f"{type(pipe).__name__} has one length for all tokenizers and the resampler returns {output_length} "
+                f"tokens, so `max_length` must be {output_length}. The model has {positions} positions."
             )
         return output_length, output_length
     length = positions if max_length is None else max_length
     if not 3 <= length <= positions:
-        more = "a text tower other than CLIP's cannot get more"
-        if isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection):
-            more = (
-                f"convert the CLIP with `lotlip convert clip --max-positions {length}`, or give a "
-                f"loaded model more with lotlip_hf.diffusion.stretch.stretch_text_model(model, {length})"
+        advice = f"Pass `max_length` from 3 to {positions}."
+        if isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection) and length > positions:
+            advice = (
+                f"Convert the CLIP with `lotlip convert clip --max-positions {length}`, or call "
+                f"lotlip_hf.diffusion.stretch.stretch_text_model(model, {length}) before."
             )
-        raise ValueError(f"`max_length` is {length}; the model has positions for 3 to {positions} tokens: {more}.")
+        raise ValueError(f"`max_length` is {length}, but the model has {positions} positions. {advice}")
     return length, output_length or length
 
 
 def _with_length(encoder: TextEncoder, length: int, name: str) -> TextEncoder:
-    """The encoder itself where it can give out `length` states, or one with more positions and the same weights."""
+    """Returns the encoder if it can return `length` states, else a copy with more positions."""
     positions = encoder.config.max_position_embeddings
     if isinstance(encoder, LoTLIPTextEncoder):
         longest = encoder.config.output_length or positions
         if length > longest or encoder.config.output_length not in (None, length):
             raise ValueError(
-                f"The pipeline joins the states of its text encoders, and `{name}` gives out {longest} tokens, not "
-                f"{length}: pass max_length={longest}."
+                f"The pipeline concatenates the states of its text encoders, but `{name}` returns {longest} tokens "
+                f"instead of {length}. Pass max_length={longest}."
             )
         return encoder
     if positions >= length:

@@ -1,4 +1,4 @@
-"""A LoTLIP text tower in place of a CLIP text encoder: an adapter into its space, and the outputs its users read."""
+"""A LoTLIP text tower that replaces a CLIP text encoder. An adapter maps its states; the outputs are those of CLIP."""
 
 import copy
 from collections.abc import Iterable
@@ -27,8 +27,8 @@ from ..modeling.tokenization_lotlip import LoTLIPTokenizer
 
 def pipeline_target_layer(have_projections: Iterable[bool]) -> Literal[-1, -2]:
     """
-    Which hidden state a diffusion pipeline reads of its CLIP text encoders: -2 if one of them has a text projection,
-    as in Stable Diffusion XL and 3; else -1 (1.x, 2.x and Flux).
+    Returns the index of the hidden state that a diffusion pipeline reads from its CLIP text encoders: -2 if one of
+    them has a text projection (Stable Diffusion XL and 3), else -1 (Stable Diffusion 1.x and 2.x, Flux).
     """
     return -2 if any(have_projections) else -1
 
@@ -40,31 +40,29 @@ class LoTLIPTextEncoderConfig(PreTrainedConfig):
 
     Args:
         text_config (`LoTLIPTextConfig` or `dict`, *optional*): Configuration of the text tower.
-        adapter (`str`, *optional*):
-            What maps the tower's hidden states to the space of the encoder it replaces: `"linear"` and `"mlp"`, each
-            token by itself; `"resampler"`, learnable queries that attend to all tokens, so that the sequence given out
-            has always `num_queries` tokens, whatever the text's length; by default nothing.
-        hidden_size (`int`, *optional*):
-            Width of the states given out, that of the replaced encoder; by default the tower's.
-        projection_dim (`int`, *optional*):
-            Width of the pooled `text_embeds`, for what replaces a `CLIPTextModelWithProjection`; `None`, the default,
-            for what replaces a `CLIPTextModel`.
-        target_layer (`int`, *optional*, defaults to -1):
-            Which state of the replaced encoder the adapted last state stands for: -1, its `last_hidden_state` (Stable
-            Diffusion 1.x and 2.x), or -2, its `hidden_states[-2]` (Stable Diffusion XL and 3).
-        adapter_size (`int`, *optional*): Width inside of the MLP and the resampler; by default `hidden_size`.
-        num_queries (`int`, *optional*, defaults to 77): Number of the resampler's queries.
-        num_adapter_layers (`int`, *optional*, defaults to 2): Number of the resampler's layers.
-        num_adapter_heads (`int`, *optional*, defaults to 8): Number of attention heads of a layer of the resampler.
-        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the adapter's first weights.
+        adapter (`str`, *optional*): Adapter that maps the tower's hidden states to the space of the replaced encoder.
+            `"linear"` and `"mlp"` map each token separately. `"resampler"` has learnable queries that attend to all
+            tokens, so it always returns `num_queries` tokens. `None` applies no adapter.
+        hidden_size (`int`, *optional*): Width of the returned states, equal to the width of the replaced encoder.
+            Defaults to the width of the tower.
+        projection_dim (`int`, *optional*): Width of the pooled `text_embeds`. Set it to replace a
+            `CLIPTextModelWithProjection`; leave it at `None` to replace a `CLIPTextModel`.
+        target_layer (`int`, *optional*, defaults to -1): Hidden state of the replaced encoder that the adapter
+            imitates: -1 for `last_hidden_state` (Stable Diffusion 1.x and 2.x) or -2 for `hidden_states[-2]` (Stable
+            Diffusion XL and 3).
+        adapter_size (`int`, *optional*): Inner width of the MLP and the resampler. Defaults to `hidden_size`.
+        num_queries (`int`, *optional*, defaults to 77): Number of queries in the resampler.
+        num_adapter_layers (`int`, *optional*, defaults to 2): Number of layers in the resampler.
+        num_adapter_heads (`int`, *optional*, defaults to 8): Number of attention heads in each resampler layer.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the adapter's initial weights.
 
     Raises:
-        ValueError: if widths and numbers do not go together.
+        `ValueError`: If the widths do not match without an adapter, or if the heads do not divide `adapter_size`.
 
     Example:
 
     ```python
-    >>> from lotlip_hf.diffusion.text_encoder import LoTLIPTextEncoderConfig
+    >>> from lotlip_hf import LoTLIPTextEncoderConfig
 
     >>> config = LoTLIPTextEncoderConfig(adapter="mlp", hidden_size=1024)
     >>> config.text_config.hidden_size, config.hidden_size, config.max_position_embeddings
@@ -99,32 +97,33 @@ class LoTLIPTextEncoderConfig(PreTrainedConfig):
         width = self.text_config.hidden_size
         if self.adapter is None and self.hidden_size != width:
             raise ValueError(
-                f"`hidden_size`={self.hidden_size} needs an adapter: the text tower's states are {width} wide."
+                f"`hidden_size`={self.hidden_size} needs an adapter, because the text tower has width {width}. Pass "
+                '`adapter="linear"`, `"mlp"` or `"resampler"`.'
             )
         if self.adapter == "resampler" and self.adapter_size % self.num_adapter_heads:  # pyright: ignore
             raise ValueError(
-                f"`adapter_size`={self.adapter_size} must be a multiple of `num_adapter_heads`="
-                f"{self.num_adapter_heads}."
+                f"`adapter_size`={self.adapter_size} is not a multiple of `num_adapter_heads`="
+                f"{self.num_adapter_heads}. Change one of them."
             )
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens of the text tower's vocabulary."""
+        """Number of tokens in the text tower's vocabulary."""
         return self.text_config.vocab_size
 
     @property
     def max_position_embeddings(self) -> int:
-        """Longest text in tokens, first and last included."""
+        """Maximum length of a text in tokens, special tokens included."""
         return self.text_config.max_position_embeddings
 
     @property
     def output_length(self) -> int | None:
-        """Length of every sequence given out, or `None` where it is that of `input_ids`."""
+        """Length of every returned sequence, or `None` if it equals the length of `input_ids`."""
         return self.num_queries if self.adapter == "resampler" else None
 
 
 class LoTLIPMLPAdapter(nn.Module):
-    """A layer with GELU between two linear ones, for each token by itself."""
+    """Two linear layers with a GELU between them, applied to each token separately."""
 
     def __init__(self, input_size: int, adapter_size: int, output_size: int) -> None:
         super().__init__()
@@ -137,7 +136,7 @@ class LoTLIPMLPAdapter(nn.Module):
 
 
 class LoTLIPResamplerLayer(GradientCheckpointingLayer):
-    """Queries attend to the text's states and to each other, then pass an MLP; norms come first."""
+    """A pre-norm layer in which the queries attend to the text and to each other and then pass through an MLP."""
 
     def __init__(self, config: LoTLIPTextEncoderConfig) -> None:
         super().__init__()
@@ -153,7 +152,7 @@ class LoTLIPResamplerLayer(GradientCheckpointingLayer):
         self.mlp = LoTLIPMLPAdapter(size, 4 * size, size)
 
     def forward(self, queries: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Queries [B, Q, size], text [B, L, size], mask [B, 1, 1, L + Q], True where a key is seen -> [B, Q, size]"""
+        """Queries [B, Q, size], text [B, L, size], mask [B, 1, 1, L + Q] (True: visible key) -> [B, Q, size]"""
         normalized = self.query_norm(queries)
         keys = torch.cat([self.text_norm(text), normalized], dim=1)
         query, key, value = (
@@ -167,9 +166,9 @@ class LoTLIPResamplerLayer(GradientCheckpointingLayer):
 
 class LoTLIPResampler(nn.Module):
     """
-    A fixed number of learnable queries that read a text of any length, as Flamingo's perceiver resampler
-    (https://arxiv.org/abs/2204.14198, section 3.1.1), which ELLA (https://arxiv.org/abs/2403.05135) puts before a
-    diffusion model; here they do not depend on the timestep.
+    A perceiver resampler as in Flamingo (https://arxiv.org/abs/2204.14198, section 3.1.1): a fixed number of learnable
+    queries attend to a text of any length. ELLA (https://arxiv.org/abs/2403.05135) uses a resampler for diffusion
+    models that, unlike this one, depends on the timestep.
     """
 
     def __init__(self, config: LoTLIPTextEncoderConfig) -> None:
@@ -181,7 +180,7 @@ class LoTLIPResampler(nn.Module):
         self.output_projection = nn.Linear(config.adapter_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """States [B, L, text width], mask [B, L], True for text -> [B, num_queries, hidden_size]"""
+        """States [B, L, text width], mask [B, L] (True: text) -> [B, num_queries, hidden_size]"""
         text = self.input_projection(hidden_states)
         queries = self.queries.to(text).expand(len(text), -1, -1)
         mask = F.pad(mask, (0, queries.shape[1]), value=True)[:, None, None]
@@ -192,18 +191,34 @@ class LoTLIPResampler(nn.Module):
 
 class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
     """
-    A LoTLIP text tower that stands in the place of a CLIP text encoder, in a diffusion pipeline above all.
+    A LoTLIP text tower that replaces a CLIP text encoder, for example in a diffusion pipeline.
 
-    Its outputs are those of `CLIPTextModel`, or with `config.projection_dim` of `CLIPTextModelWithProjection`, in the
-    same order and in the widths of the encoder it replaces. The tower's hidden states are mapped there by an adapter,
-    which `examples/align_text_encoder.py` trains; without one they are as LoTLIP has them.
+    Its outputs have the fields, order and widths of a `CLIPTextModel`, or of a `CLIPTextModelWithProjection` if
+    `config.projection_dim` is set. An adapter maps the tower's hidden states to the space of the replaced encoder;
+    `examples/align_text_encoder.py` trains it. Without an adapter, the hidden states are LoTLIP's own.
 
-    LoRA weights for a BERT tower are loaded by `encoder.load_adapter(folder)`: diffusers' `load_lora_weights` knows
-    the names of CLIP's layers alone.
+    Load LoRA weights of a BERT tower with `encoder.load_adapter(folder)`. The `load_lora_weights` of diffusers only
+    knows the layer names of CLIP.
+
+    Args:
+        config (`LoTLIPTextEncoderConfig`): Configuration of the tower and the adapter.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from lotlip_hf import LoTLIPTextEncoder, LoTLIPTextModel
+
+    >>> tower = LoTLIPTextModel.from_pretrained("checkpoint")
+    >>> encoder = LoTLIPTextEncoder.from_text_model(tower, adapter="linear", hidden_size=768)
+    >>> inputs = AutoTokenizer.from_pretrained("checkpoint")(["a cat"], return_tensors="pt")
+    >>> encoder(**inputs).pooler_output.shape
+    torch.Size([1, 768])
+    ```
     """
 
     config: LoTLIPTextEncoderConfig
-    _auto_class = None  # it is of this package, and not saved with its code
+    _auto_class = None  # save checkpoints without code, because this package provides the class
     base_model_prefix = "text_model"
     input_modalities = ["text"]
     _no_split_modules = ["LoTLIPResamplerLayer"]
@@ -211,7 +226,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
     def __init__(self, config: LoTLIPTextEncoderConfig) -> None:
         super().__init__(config)
         self.text_model = LoTLIPTextModel._from_config(config.text_config)
-        # Diffusers' `clip_skip` puts an earlier hidden state through this; here every one has been normalised.
+        # diffusers' `clip_skip` applies `final_layer_norm` to an earlier hidden state; here all are normalised already
         self.text_model.final_layer_norm = nn.Identity()
         width = config.text_config.hidden_size
         if config.adapter is None:
@@ -252,45 +267,34 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling | CLIPTextModelOutput:
         r"""
-        S is `num_queries` with a resampler, else L.
+        Encodes texts. In the shapes below, S is `num_queries` with a resampler, else L.
 
         Args:
-            input_ids: [B, L], padded with the tokenizer's padding token.
-            attention_mask: [B, L], 0 for tokens to leave out. Padding is left out in any case, also by a mask of ones,
-                which some clients give: `pad_token_id`, over CLIP all tokens behind [EOT].
-            position_ids: [B, L], places in the text; by default counted.
-            output_hidden_states: Whether to return `hidden_states`: a tuple of [B, S, hidden_size], one for the
-                embeddings and one a layer, each normalised as the last and adapted, and `hidden_states[target_layer]`
-                is `last_hidden_state` (with -2, it stands twice at the end). Adapters are trained on the last state:
-                what they make of the others is only near to what an earlier layer of the replaced encoder holds.
-            kwargs: `return_dict` and `output_attentions`, as CLIP's.
+            input_ids (`torch.Tensor`): [B, L] token ids, padded with the tokenizer's padding token.
+            attention_mask (`torch.Tensor`, *optional*): [B, L], 0 for masked tokens. Padding is always masked, even if
+                the mask is all ones: tokens with `pad_token_id`, or with CLIP's text tower all tokens after [EOT].
+            position_ids (`torch.Tensor`, *optional*): [B, L] positions of the tokens. Defaults to 0, 1, 2, ...
+            output_hidden_states (`bool`, *optional*): Whether to return `hidden_states`, a tuple of [B, S,
+                hidden_size] for the embeddings and each layer. Each state is normalised like the last one and adapted.
+                `hidden_states[target_layer]` is `last_hidden_state`; with -2, it appears twice at the end. Adapters
+                are trained on the last state and only approximate earlier layers of the replaced encoder.
+            **kwargs: `return_dict` and `output_attentions`, as in CLIP.
 
         Returns:
-            `last_hidden_state` [B, S, hidden_size], `pooler_output` [B, hidden_size] and `hidden_states`, or with
-            `config.projection_dim` `text_embeds` [B, projection_dim], `last_hidden_state` and `hidden_states`. What
-            stands at padded positions is finite and does not depend on other texts.
+            `BaseModelOutputWithPooling` or `CLIPTextModelOutput`: `last_hidden_state` [B, S, hidden_size],
+            `pooler_output` [B, hidden_size] and `hidden_states`. With `config.projection_dim`: `text_embeds`
+            [B, projection_dim], `last_hidden_state` and `hidden_states`. The states of padding are finite and do not
+            depend on other texts.
 
         Raises:
-            ValueError: if a text is longer than `config.max_position_embeddings`.
-
-        Example:
-
-        ```python
-        >>> from transformers import AutoTokenizer
-        >>> from lotlip_hf.diffusion.text_encoder import LoTLIPTextEncoder
-
-        >>> encoder = LoTLIPTextEncoder.from_pretrained("aligned/mlp")  # doctest: +SKIP
-        >>> tokenizer = AutoTokenizer.from_pretrained("aligned/mlp")  # doctest: +SKIP
-
-        >>> inputs = tokenizer(["a cat"], padding="max_length", truncation=True, return_tensors="pt")  # doctest: +SKIP
-        >>> prompt_embeds = encoder(inputs.input_ids).last_hidden_state  # doctest: +SKIP
-        ```"""
+            `ValueError`: If a text is longer than `config.max_position_embeddings`.
+        """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         mask = self._text_mask(input_ids, attention_mask)
         has_positions = input_ids.shape[-1] <= self.config.max_position_embeddings
         if attention_mask is not None and self.config.text_config.pooling == "eos" and has_positions:
-            # CLIP's states of padding see padding, as pipelines read them; no text sees the tokens behind it
+            # pipelines read the states of padding, which attends to earlier padding as in CLIP; no text attends to it
             attention_mask = attention_mask.bool() | self._is_behind_text(input_ids, attention_mask)
         elif attention_mask is not None:
             attention_mask = mask
@@ -305,7 +309,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         last_hidden_state = self.adapt(outputs.last_hidden_state, mask)
         hidden_states = None
         if output_hidden_states:
-            # the last state of a backbone that normalises it afterwards is not `last_hidden_state` yet
+            # CLIP's backbone applies `final_layer_norm` after its last hidden state
             norm = getattr(self.text_model.backbone, "final_layer_norm", nn.Identity())
             earlier = tuple(self.adapt(norm(states), mask) for states in outputs.hidden_states[:-1])
             hidden_states = earlier + (last_hidden_state,) * -self.config.target_layer
@@ -325,13 +329,13 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         )
 
     def adapt(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Normalised states of the tower [B, L, text width], mask [B, L], True for text -> [B, S, hidden_size]"""
+        """Normalised states of the tower [B, L, text width], mask [B, L] (True: text) -> [B, S, hidden_size]"""
         if isinstance(self.adapter, LoTLIPResampler):
             return self.adapter(hidden_states, mask)
         return self.adapter(hidden_states)
 
     def _text_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """[B, L]: False at padding, and where `attention_mask` is 0."""
+        """Returns [B, L]: False for padding and where `attention_mask` is 0."""
         config = self.config.text_config
         seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if config.pooling == "eos":
@@ -339,9 +343,9 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         return seen.bool() if config.pad_token_id is None else seen.bool() & (input_ids != config.pad_token_id)
 
     def _is_behind_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """[B, L]: True behind the first [EOT] that is seen, with which CLIP pads."""
+        """Returns [B, L]: True after the first unmasked [EOT], which is also CLIP's padding token."""
         config = self.config.text_config
-        # 2 is the wrong id of old configurations: [EOT] has the highest, as in CLIPTextModel
+        # old configurations have the wrong [EOT] id 2; for these, CLIPTextModel uses the highest id, too
         eos_token_id = input_ids.amax(-1, keepdim=True) if config.eos_token_id == 2 else config.eos_token_id
         ends = ((input_ids == eos_token_id) & attention_mask.bool()).int()
         return ends.cumsum(-1) - ends > 0
@@ -351,22 +355,24 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         cls, model: LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection, **config_kwargs: Any
     ) -> "LoTLIPTextEncoder":
         r"""
-        An encoder around the text tower of a LoTLIP model. The tower's weights are shared with `model`, not copied,
-        and frozen where they are frozen there; an adapter is new and must be trained. Without an adapter,
-        `projection_dim` takes the model's own text projection.
+        Makes an encoder from the text tower of a LoTLIP model. The encoder shares the tower's weights with `model`;
+        frozen weights stay frozen. An adapter is new and must be trained. Without an adapter, `projection_dim` uses
+        the model's own text projection.
 
         Args:
-            model: A LoTLIP model; of a whole one the text tower is taken.
-            config_kwargs: Fields of [`LoTLIPTextEncoderConfig`].
+            model (`LoTLIPModel` or `LoTLIPTextModel` or `LoTLIPTextModelWithProjection`): Model with the text tower.
+            **config_kwargs: Fields of [`LoTLIPTextEncoderConfig`].
+
+        Returns:
+            `LoTLIPTextEncoder`: The encoder, in training mode if `model` is.
 
         Raises:
-            ValueError: if, without an adapter, `projection_dim` is not the width of the model's text projection.
+            `ValueError`: If there is no adapter and `projection_dim` is not the width of the model's text projection.
 
         Example:
 
         ```python
-        >>> from lotlip_hf import LoTLIPTextConfig, LoTLIPTextModel
-        >>> from lotlip_hf.diffusion.text_encoder import LoTLIPTextEncoder
+        >>> from lotlip_hf import LoTLIPTextConfig, LoTLIPTextEncoder, LoTLIPTextModel
 
         >>> tower = LoTLIPTextModel(LoTLIPTextConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
         >>> encoder = LoTLIPTextEncoder.from_text_model(tower, adapter="linear", hidden_size=64)
@@ -376,16 +382,16 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         """
         tower = model if isinstance(model, LoTLIPTextModel) else model.text_model
         text_config = copy.deepcopy(tower.config)
-        # not the folder of the tower on this machine
+        # a saved encoder must not contain the tower's local path
         text_config._name_or_path = text_config.backbone_config._name_or_path = ""
         config = LoTLIPTextEncoderConfig(text_config=text_config, **config_kwargs)
         projection = getattr(model, "text_projection", None)
         shares_projection = config.adapter is None and config.projection_dim is not None
         if shares_projection and getattr(projection, "out_features", None) != config.projection_dim:
-            has = f"is {projection.out_features} wide" if isinstance(projection, nn.Linear) else "does not exist"
+            has = f"has width {projection.out_features}" if isinstance(projection, nn.Linear) else "does not exist"
             raise ValueError(
-                f"`projection_dim`={config.projection_dim} needs an adapter: the text projection of "
-                f"{type(model).__name__} {has}."
+                f"`projection_dim`={config.projection_dim} needs an adapter, because the text projection of "
+                f'{type(model).__name__} {has}. Pass `adapter="linear"`, `"mlp"` or `"resampler"`.'
             )
         with torch.device("meta"):
             encoder = cls(config)
@@ -394,7 +400,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
             encoder.text_model.get_parameter(name).requires_grad_(parameter.requires_grad)
         buffers = {name: module._buffers for name, module in tower.named_modules()}
         for name, module in encoder.text_model.named_modules():
-            module._buffers = dict(buffers.get(name, {}))  # those that are not saved are in no state dict
+            module._buffers = dict(buffers.get(name, {}))  # state dicts lack non-persistent buffers
         for name, module in encoder.named_children():
             if name != "text_model":
                 module.to_empty(device=tower.device).to(tower.dtype).apply(encoder._init_weights)
@@ -409,7 +415,7 @@ AutoConfig.register(LoTLIPTextEncoderConfig.model_type, LoTLIPTextEncoderConfig)
 AutoModel.register(LoTLIPTextEncoderConfig, LoTLIPTextEncoder)
 AutoTokenizer.register(LoTLIPTextEncoderConfig, fast_tokenizer_class=LoTLIPTokenizer)
 
-# Saved pipelines name a component's package and class; diffusers looks both up in `lotlip_hf` itself.
+# Saved pipelines name the package and class of each component. diffusers looks the class up in `lotlip_hf`.
 LoTLIPTextEncoderConfig.__module__ = LoTLIPTextEncoder.__module__ = "lotlip_hf"
 
 __all__ = ["LoTLIPTextEncoder", "LoTLIPTextEncoderConfig", "pipeline_target_layer"]

@@ -1,4 +1,4 @@
-"""Tokenizers of diffusion pipelines, which report the words that they cut off."""
+"""Tokenizers for diffusion pipelines that log the words they truncate."""
 
 import json
 import logging
@@ -18,15 +18,12 @@ logger = logging.getLogger(__name__)
 
 class _PromptTokenizer(PreTrainedTokenizerBase):
     """
-    Logs the words that truncation cuts off, in every call: diffusers does so for positive prompts alone, in the words
-    of the tokens. To find them, diffusers tokenises a prompt a second time, with `padding="longest"` and no
-    `truncation`; such a call truncates here too, so that nothing is logged twice. Pass `truncation=False` for all
-    tokens of a long text.
+    Logs the words that each call truncates; diffusers only does this for positive prompts. For its own warning,
+    diffusers tokenizes a prompt a second time with `padding="longest"` and no `truncation`. This class truncates that
+    call too, so that nothing is logged twice. Pass `truncation=False` to get all tokens of a long text.
 
-    Args:
-        fixed_length: Whether every text has `model_max_length` tokens at most, whatever `max_length` a call gives.
-            Diffusers cuts a negative prompt to as many tokens as the prompt has states, and a resampler gives out
-            another number than it reads.
+    With `fixed_length`, a call's `max_length` is replaced by `model_max_length`. A resampler needs this, because
+    diffusers truncates a negative prompt to the number of states of the prompt, which is not its number of tokens.
     """
 
     saved_class: ClassVar[str]
@@ -43,7 +40,7 @@ class _PromptTokenizer(PreTrainedTokenizerBase):
         return super().__call__(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> tuple[str, ...]:  # pyright: ignore
-        """As the class that it adds its warnings to, which `AutoTokenizer` knows."""
+        """Saves the name of the parent class, which `AutoTokenizer` knows."""
         free_of_calls(self)
         files = super().save_pretrained(save_directory, **kwargs)
         path = Path(files[0])
@@ -55,7 +52,7 @@ class _PromptTokenizer(PreTrainedTokenizerBase):
     def _encode_plus(
         self, text: Any, *args: Any, verbose: bool = True, return_overflowing_tokens: bool = False, **kwargs: Any
     ) -> BatchEncoding:
-        # What the other classes would say is said here, and better.
+        # silence the parent's own truncation warnings
         kwargs.update(verbose=False, return_overflowing_tokens=return_overflowing_tokens)
         if self.fixed_length and kwargs.get("max_length") is not None:
             kwargs["max_length"] = self.model_max_length
@@ -76,7 +73,7 @@ class _PromptTokenizer(PreTrainedTokenizerBase):
         return encoding
 
     def _lost_words(self, text: Any, prompt: Any) -> str:
-        """What of `text` lies beyond the tokens that were kept, from the beginning of its first word."""
+        """Returns the part of `text` after the kept tokens, including a word that was cut in the middle."""
         read = self._as_read(text)
         spans = [span for span, special in zip(prompt.offsets, prompt.special_tokens_mask, strict=True) if not special]
         if read is None or self.truncation_side != "right":
@@ -88,21 +85,21 @@ class _PromptTokenizer(PreTrainedTokenizerBase):
         return read[start:].strip()
 
     def _as_read(self, text: Any) -> str | None:
-        """The text that offsets count in, where it can be told."""
+        """Returns the text that token offsets refer to, or `None` if it is unknown."""
         return text if isinstance(text, str) else None
 
 
 class CLIPPromptTokenizer(_PromptTokenizer, CLIPTokenizer):
-    """`CLIPTokenizer` that logs a warning with the words that it cuts off."""
+    """`CLIPTokenizer` that logs a warning with the words that it truncates."""
 
     saved_class = "CLIPTokenizer"
 
 
 class LoTLIPPromptTokenizer(_PromptTokenizer, LoTLIPTokenizer):
-    """[`LoTLIPTokenizer`] that logs a warning with the words that it cuts off."""
+    """[`LoTLIPTokenizer`] that logs a warning with the words that it truncates."""
 
     saved_class = "LoTLIPTokenizer"
-    _auto_class = None  # it is of this package, and not saved with its code
+    _auto_class = None  # save checkpoints without code, because this package provides the class
 
     def _as_read(self, text: Any) -> str | None:
         if not isinstance(text, str) or any(token in text for token in self.all_special_tokens):
@@ -114,12 +111,16 @@ def prompt_tokenizer(
     tokenizer: PreTrainedTokenizerBase, max_length: int, fixed_length: bool = False
 ) -> PreTrainedTokenizerBase:
     """
-    A copy of a pipeline's tokenizer that reports what it cuts off.
+    Copies a pipeline's tokenizer to one that logs the words it truncates.
 
     Args:
-        tokenizer: A `CLIPTokenizer` or [`LoTLIPTokenizer`].
-        max_length: Longest prompt in tokens.
-        fixed_length: See [`CLIPPromptTokenizer`].
+        tokenizer (`CLIPTokenizer` or `LoTLIPTokenizer`): Tokenizer to copy.
+        max_length (`int`): Maximum length of a prompt in tokens.
+        fixed_length (`bool`, *optional*, defaults to `False`): Whether to truncate at `max_length` even if a call
+            passes another `max_length`.
+
+    Returns:
+        `PreTrainedTokenizerBase`: The copy.
     """
     prompt_class = CLIPPromptTokenizer if isinstance(tokenizer, CLIPTokenizer) else LoTLIPPromptTokenizer
     with tempfile.TemporaryDirectory() as folder:
@@ -130,5 +131,5 @@ def prompt_tokenizer(
     return copied
 
 
-# Saved pipelines name a component's package and class; diffusers looks both up in `lotlip_hf` itself.
+# Saved pipelines name the package and class of each component. diffusers looks the class up in `lotlip_hf`.
 CLIPPromptTokenizer.__module__ = LoTLIPPromptTokenizer.__module__ = "lotlip_hf"

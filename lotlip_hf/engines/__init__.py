@@ -1,1 +1,1 @@
-"""What computes the features of an `Encoder`: an engine a file."""
+"""Engines, which compute the features for an `Encoder`: one per file."""

@@ -1,4 +1,4 @@
-"""LoTLIP on ONNX Runtime: what `lotlip convert onnx` wrote, with the feature functions of [`LoTLIPModel`]."""
+"""LoTLIP on ONNX Runtime: runs the files of `lotlip convert onnx`, with the feature methods of [`LoTLIPModel`]."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,26 +21,24 @@ from .torch import TorchEngine
 if TYPE_CHECKING:
     import onnxruntime
 
-# A tower's file in the folder
+# Tower -> its file in the folder.
 FILES = {"text": "text_model.onnx", "vision": "vision_model.onnx"}
-# Metadata of both files: the logarithm of the factor on the cosine similarities
+# Key of the metadata of both files: the logarithm of the factor on the cosine similarities.
 LOGIT_SCALE = "logit_scale"
-# What ONNX Runtime would do to a graph at loading that makes it slower on CPUs: its fused residual and norm runs
-# several times as long as the addition and the norm by themselves, with the same result.
+# Optimisers of ONNX Runtime that are slower on CPUs: the fused residual and norm takes several times as long as the
+# two separate operators and gives the same result.
 SLOW_ON_CPU = ["SkipLayerNormFusion"]
 
 
 class LoTLIPOnnxModel(nn.Module):
     """
-    A LoTLIP, or one of its towers, that ONNX Runtime runs. It has no weights in PyTorch and is for inference. What
-    encodes with a [`LoTLIPModel`], such as [`~lotlip_hf.encoder.Encoder`], takes it as well.
-
-    Made by [`LoTLIPOnnxModel.from_pretrained`].
+    A LoTLIP, or one of its towers, on ONNX Runtime. It is for inference only and has no PyTorch weights. It can
+    replace a [`LoTLIPModel`] in [`~lotlip_hf.encoder.Encoder`]. Create it with [`LoTLIPOnnxModel.from_pretrained`].
 
     Args:
-        config: Configuration of the exported model.
-        sessions: By tower, `"text"` and `"vision"`, what runs it; one of them may be missing.
-        folder: Where the files lie.
+        config (`PreTrainedConfig`): Configuration of the exported model.
+        sessions (`Mapping[str, InferenceSession]`): Sessions of the towers `"text"` and `"vision"`, or of one of them.
+        folder (`Path`): Folder of the files.
     """
 
     def __init__(
@@ -60,19 +58,20 @@ class LoTLIPOnnxModel(nn.Module):
         session_options: "onnxruntime.SessionOptions | None" = None,
     ) -> "LoTLIPOnnxModel":
         """
-        Opens what `lotlip convert onnx` wrote.
+        Loads a folder that `lotlip convert onnx` wrote.
 
         Args:
-            folder: The folder, with `text_model.onnx`, `vision_model.onnx` or both, and `config.json`.
-            providers: ONNX Runtime's execution providers, the preferred one first; by default
-                `["CPUExecutionProvider"]`.
-            session_options: ONNX Runtime's options; by default as many threads as PyTorch has
-                (`torch.get_num_threads()`).
+            folder (`str` or `os.PathLike`): Folder with `config.json` and `text_model.onnx`, `vision_model.onnx` or
+                both.
+            providers (`Sequence[str]`, *optional*): Execution providers of ONNX Runtime, the preferred one first.
+                Defaults to `["CPUExecutionProvider"]`.
+            session_options (`onnxruntime.SessionOptions`, *optional*): Options of ONNX Runtime. Defaults to as many
+                threads as PyTorch has (`torch.get_num_threads()`).
 
         Raises:
-            ImportError: if onnxruntime is not installed.
-            OSError: if there is no such folder, or no exported tower in it.
-            ValueError: if a file or the configuration cannot be read, or a provider is not in this onnxruntime.
+            `ImportError`: If onnxruntime is not installed.
+            `OSError`: If the folder does not exist or contains no exported tower.
+            `ValueError`: If a file or the configuration cannot be read, or if a provider is not available.
 
         Example:
 
@@ -96,17 +95,17 @@ class LoTLIPOnnxModel(nn.Module):
         files = {tower: folder / name for tower, name in FILES.items() if (folder / name).is_file()}
         if not files:
             raise FileNotFoundError(
-                f"{folder}: no {' or '.join(FILES.values())} there; `lotlip convert onnx` makes them of a checkpoint."
+                f"{folder}: no {' or '.join(FILES.values())}. Export a checkpoint with `lotlip convert onnx`."
             )
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if not isinstance(config, (LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig)):
-            raise ValueError(f"{folder}: config.json is of a {config.model_type!r} model, not of a LoTLIP one.")
+            raise ValueError(f"{folder}: config.json is of a {config.model_type!r} model. Export a LoTLIP checkpoint.")
         providers = ["CPUExecutionProvider"] if providers is None else list(providers)
         names = [one if isinstance(one, str) else one[0] for one in providers]
         known = onnxruntime.get_available_providers()
         for name in names:
-            if name not in known:  # ONNX Runtime would go on without it
-                raise ValueError(f"`providers`: {name} is not in this onnxruntime, which has {', '.join(known)}.")
+            if name not in known:  # ONNX Runtime would silently continue without it
+                raise ValueError(f"`providers`: {name} is not available. Use one of {', '.join(known)}.")
         if session_options is None:
             session_options = onnxruntime.SessionOptions()
             session_options.intra_op_num_threads = torch.get_num_threads()
@@ -117,54 +116,49 @@ class LoTLIPOnnxModel(nn.Module):
                 sessions[tower] = onnxruntime.InferenceSession(
                     str(file), session_options, providers=providers, disabled_optimizers=disabled
                 )
-            except Exception as error:  # ONNX Runtime's own kinds, which share no class
+            except Exception as error:  # ONNX Runtime's errors have no common base class
                 message = one_line(error)
                 raise ValueError(f"{file}: ONNX Runtime cannot open it ({message}).") from error
         return cls(config, sessions, folder)
 
     @property
     def device(self) -> torch.device:
-        """Where inputs and outputs are: the CPU, whatever the providers compute on."""
+        """Device of inputs and outputs: the CPU, independent of the providers."""
         return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of inputs and outputs: float32, also of quantised towers."""
+        """Type of inputs and outputs: float32, also for quantised towers."""
         return torch.float32
 
     @property
     def logit_scale(self) -> torch.Tensor:
-        """Scalar: the logarithm of the factor on the cosine similarities, as it was trained."""
+        """Logarithm of the trained factor on the cosine similarities, a scalar."""
         for session in self.sessions.values():
             metadata = session.get_modelmeta().custom_metadata_map
             if LOGIT_SCALE in metadata:
                 return torch.tensor(float(metadata[LOGIT_SCALE]))
-        raise ValueError(f"{self.folder} was exported from a tower by itself, which has no `logit_scale`.")
+        raise ValueError(f"{self.folder} has no `logit_scale`: only one tower was exported. Export the whole model.")
 
     @property
     def image_shape(self) -> list[int | str]:
-        """Channels, height and width of the images that the image tower takes; a size that may vary is its name."""
+        """Channels, height and width of the image tower's inputs. A variable size is a string."""
         return self._session("vision").get_inputs()[0].shape[1:]
 
     def to(self, *args: Any, **kwargs: Any) -> "LoTLIPOnnxModel":
-        """
-        Does nothing for the CPU and float32.
-
-        Raises:
-            ValueError: for anything else, which is chosen when the model is exported and opened.
-        """
+        """Does nothing for the CPU and float32, and raises a `ValueError` for any other device or type."""
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and device.type != "cpu":
             raise ValueError(
-                f"An ONNX model takes and gives CPU tensors, not {device}; what computes is chosen when it is opened: "
+                f"An ONNX model has CPU tensors, not {device}. Choose the device of the computation by "
                 'LoTLIPOnnxModel.from_pretrained(folder, providers=["CUDAExecutionProvider"]).'
             )
         if dtype not in (None, torch.float32):
-            raise ValueError(f"An ONNX model's precision is chosen when it is exported; it cannot become {dtype}.")
+            raise ValueError(f"An ONNX model cannot be converted to {dtype}. Export it again for another precision.")
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The towers' files by name, uint8 [bytes] and read when used: by them an index knows which model made it."""
+        """Files of the towers by name, as uint8 [bytes] that are read on use. They identify the model in an index."""
         paths = [self.folder / f"{FILES[tower]}{end}" for tower in self.sessions for end in ("", ".data")]
         return {
             path.name: torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
@@ -179,19 +173,19 @@ class LoTLIPOnnxModel(nn.Module):
         token_type_ids: torch.Tensor | None = None,
     ) -> BaseModelOutputWithPoolingAndCorners:
         """
-        Features of texts, as [`LoTLIPModel.get_text_features`] gives them.
+        Computes features of texts, as [`LoTLIPModel.get_text_features`] does.
 
         Args:
-            input_ids: [B, L] or [B, T, L], padded on either side.
-            attention_mask: shape of `input_ids`, 1 for text and 0 for padding. By default what is not `pad_token_id`;
-                over CLIP everything.
-            token_type_ids: shape of `input_ids`; zeros, which is what the exported model takes for granted.
+            input_ids (`torch.Tensor`): Token ids [B, L] or [B, T, L], padded on either side.
+            attention_mask (`torch.Tensor`, *optional*): 1 for text and 0 for padding, in the shape of `input_ids`.
+                Defaults to `input_ids != pad_token_id`, and to ones for CLIP.
+            token_type_ids (`torch.Tensor`, *optional*): Segment ids in the shape of `input_ids`. They must be 0.
 
         Returns:
-            `pooler_output` [B, (T,) projection_dim], projected and not normalised, float32; nothing else.
+            `BaseModelOutputWithPoolingAndCorners`: Only `pooler_output`, features [B, (T,) projection_dim] in float32.
 
         Raises:
-            ValueError: on another segment than 0, and if the text tower was not exported.
+            `ValueError`: If a segment id is not 0, or if the text tower was not exported.
         """
         session = self._session("text")
         config = getattr(self.config, "text_config", self.config)
@@ -200,7 +194,7 @@ class LoTLIPOnnxModel(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if token_type_ids is not None and token_type_ids.any():
-            raise ValueError("`token_type_ids` must be 0 or left out: the exported model takes one segment.")
+            raise ValueError("`token_type_ids` must be 0: the exported model has one segment. Leave the argument out.")
         features = _run(
             session,
             input_ids=input_ids.reshape(-1, input_ids.shape[-1]).long(),
@@ -210,17 +204,17 @@ class LoTLIPOnnxModel(nn.Module):
 
     def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
         """
-        Features of images, as [`LoTLIPModel.get_image_features`] gives them.
+        Computes features of images, as [`LoTLIPModel.get_image_features`] does.
 
         Args:
-            pixel_values: [B, channels, height, width] of the size that was exported, normalised by the image
-                processor. A DINOv2 takes any size, of at least one patch.
+            pixel_values (`torch.Tensor`): Images [B, channels, height, width] of the exported size, normalised by the
+                image processor. A DINOv2 accepts any size of at least one patch.
 
         Returns:
-            `pooler_output` [B, projection_dim], projected and not normalised, float32; nothing else.
+            `BaseModelOutputWithPooling`: Only `pooler_output`, features [B, projection_dim] in float32.
 
         Raises:
-            ValueError: if the image tower was not exported.
+            `ValueError`: If the image tower was not exported.
         """
         session = self._session("vision")
         return BaseModelOutputWithPooling(pooler_output=_run(session, pixel_values=pixel_values.float()))
@@ -233,10 +227,10 @@ class LoTLIPOnnxModel(nn.Module):
         token_type_ids: torch.Tensor | None = None,
     ) -> LoTLIPOutput:
         """
-        Texts compared with images. Arguments and errors are those of `get_text_features` and `get_image_features`.
+        Compares texts with images. Arguments and errors are those of `get_text_features` and `get_image_features`.
 
         Returns:
-            `logits_per_image`, `logits_per_text`, `text_embeds` and `image_embeds` of [`LoTLIPOutput`], for I images.
+            [`LoTLIPOutput`]: Only `logits_per_image`, `logits_per_text`, `text_embeds` and `image_embeds`.
         """
         text_embeds = self.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output
         text_embeds = nn.functional.normalize(text_embeds, dim=-1)
@@ -251,55 +245,57 @@ class LoTLIPOnnxModel(nn.Module):
 
     def _session(self, tower: str) -> "onnxruntime.InferenceSession":
         if tower not in self.sessions:
-            raise ValueError(f"{self.folder} has no {FILES[tower]}: the {tower} tower was not exported.")
+            raise ValueError(
+                f"{self.folder} has no {FILES[tower]}. Export the {tower} tower with `lotlip convert onnx`."
+            )
         return self.sessions[tower]
 
 
 class OnnxEngine(TorchEngine):
-    """Features by a [`LoTLIPOnnxModel`] and its processor."""
+    """Engine for a [`LoTLIPOnnxModel`] and its processor."""
 
     libraries = ("onnxruntime",)
 
     @property
     def name(self) -> str:
-        """The folder."""
+        """Folder of the model."""
         return str(self.model.folder)
 
 
 def is_onnx(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds an exported tower."""
+    """Whether a folder contains an exported tower."""
     return any(os.path.isfile(os.path.join(folder, file)) for file in FILES.values())
 
 
 def load_onnx(folder: str, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto") -> OnnxEngine:
     """
-    Opens what `lotlip convert onnx` wrote, on the CPU.
+    Loads a folder that `lotlip convert onnx` wrote, on the CPU.
 
     Args:
-        folder (`str`): the folder.
-        device (`str` or `torch.device`, *optional*): `"cpu"` or left out.
+        folder (`str`): Folder of the model.
+        device (`str` or `torch.device`, *optional*): `"cpu"` or `None`.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): `"float32"` or `"auto"`.
 
     Returns:
-        [`OnnxEngine`]: the engine.
+        [`OnnxEngine`]: The engine.
 
     Raises:
-        ValueError: if a file is damaged, the processor makes other images than the tower takes, or on another
-            `device` or `dtype`.
-        ImportError: if ONNX Runtime is not installed.
+        `ValueError`: If a file is damaged, if the processor makes images of another size than the tower accepts, or if
+            `device` or `dtype` is another one.
+        `ImportError`: If ONNX Runtime is not installed.
     """
     with naming_damage(folder):
         model, processor = LoTLIPOnnxModel.from_pretrained(folder), load_processor(folder)
     try:
         model.to(device=device or "cpu", dtype=None if dtype == "auto" else getattr(torch, str(dtype), dtype))
     except RuntimeError as error:
-        raise ValueError(f"`device` {str(device)!r} cannot be used here ({str(error).splitlines()[0]}).") from error
+        raise ValueError(f"`device` {str(device)!r} is not available ({str(error).splitlines()[0]}).") from error
     if "vision" in model.sessions and hasattr(processor, "image_processor"):
         made, taken = processed_size(processor.image_processor), tuple(model.image_shape[1:])
         if made != taken and all(isinstance(side, int) for side in taken):
             raise ValueError(
-                f"{folder}: the image tower takes {taken[0]} x {taken[1]} pixels, the processor makes {made[0]} x "
-                f"{made[1]}: export the checkpoint again with `lotlip convert onnx`."
+                f"{folder}: the image tower accepts {taken[0]} x {taken[1]} pixels, the processor makes {made[0]} x "
+                f"{made[1]}. Export the checkpoint again with `lotlip convert onnx`."
             )
     if hasattr(processor, "tokenizer"):
         fit_tokenizer(model, processor.tokenizer)
@@ -307,7 +303,7 @@ def load_onnx(folder: str, device: str | torch.device | None = None, dtype: str 
 
 
 def missing_packages(*names: str) -> str | None:
-    """What to install if one of the packages for ONNX is missing, in one line; `None` if all are there."""
+    """Install hint for the missing ones of these packages, or `None` if all are installed."""
     missing = [name for name in names if find_spec(name) is None]
     if not missing:
         return None

@@ -1,4 +1,4 @@
-"""Models of open_clip, with their own tokenizers and image transforms."""
+"""Engine for models of open_clip, with their own tokenizers and image transforms."""
 
 import difflib
 import logging
@@ -20,28 +20,29 @@ from .torch import SIMILARITY_WEIGHTS, Modality, tokenizer_settings
 
 logger = logging.getLogger(__name__)
 
-# Prefix of the names that `load_encoder` loads by open_clip
+# Prefix of the names that `load_encoder` loads with open_clip.
 OPEN_CLIP = "open_clip:"
-# How open_clip begins names that are not of its own architectures
+# Prefixes of open_clip's names for Hub repositories and folders.
 HUB, FOLDER = "hf-hub:", "local-dir:"
 
 
 class OpenClipEngine:
     """
-    Features by a model of open_clip.
+    Engine for a model of open_clip.
 
     Args:
-        model (`torch.nn.Module`): open_clip's model.
-        tokenizer (`Callable`): its tokenizer, from texts and `context_length` to padded rows [B, L].
-        image_processor ([`OpenClipImageProcessor`]): its image transform.
+        model (`torch.nn.Module`): Model of open_clip.
+        tokenizer (`Callable`): Tokenizer of the model, a function of texts and `context_length` that returns padded
+            rows [B, L].
+        image_processor (`OpenClipImageProcessor`): Image transform of the model.
         model_cfg (`Mapping`): open_clip's configuration of the model.
-        name (`str`): what the model was loaded by.
-        revision (`str`, *optional*): the commit on the Hub.
+        name (`str`): Name that was passed to [`load_open_clip`].
+        revision (`str`, *optional*): Commit on the Hub.
     """
 
     libraries = ("open_clip", "timm", "torchvision")
     background = WHITE
-    pads_to_full_length = True  # open_clip's models add all their positions
+    pads_to_full_length = True  # open_clip's models require all positions
 
     def __init__(
         self,
@@ -59,28 +60,28 @@ class OpenClipEngine:
         self.name = name
         self.revision = revision
         self.max_text_length: int = tokenizer.context_length
-        inner = getattr(tokenizer, "tokenizer", None)  # transformers' tokenizer, if it wraps one
+        inner = getattr(tokenizer, "tokenizer", None)  # a tokenizer of transformers, if open_clip wraps one
         if getattr(inner, "padding_side", "right") != "right":
-            raise ValueError("the tokenizer pads on the left; expected one that pads on the right, as open_clip's do")
+            raise ValueError("its tokenizer pads on the left. Use a tokenizer that pads on the right")
         self.pad_token_id: int = getattr(inner, "pad_token_id", None) or 0
-        # In this mode the class token stands at the last position, behind the padding.
+        # In this mode the class token is at the last position, after the padding.
         self._ends_in_class_token = getattr(tokenizer, "tokenizer_mode", None) == "clips"
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights."""
+        """Type of the weights."""
         return next(self.model.parameters()).dtype
 
     def tokenize(self, texts: list[str], max_length: int) -> tuple[dict[str, list[list[int]]], list[bool]]:
-        """The tokens of each text, not padded, and whether the text was cut at `max_length`."""
+        """Tokenises texts without padding. Returns the model's inputs as lists, and whether each text was cut."""
         input_ids = self._token_ids(texts, max_length)
         was_cut = [False] * len(texts)
-        # A text was cut if it has another token with room for one more; the end token may be the padding token.
+        # A text was cut if its tokens differ with room for one more. The end token may be the padding token.
         full = [index for index, ids in enumerate(input_ids) if len(ids) >= max_length - 1]
         longer = self._token_ids([texts[index] for index in full], max_length + 1)
         for index, ids in zip(full, longer, strict=True):
@@ -97,7 +98,7 @@ class OpenClipEngine:
         return token_ids
 
     def pad(self, encoded: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, torch.Tensor]:
-        """Tokens of B texts as a tensor [B, max_text_length]."""
+        """Pads the tokens of B texts to [B, max_text_length]."""
         input_ids = encoded["input_ids"]
         rows = torch.full((len(input_ids), self.max_text_length), self.pad_token_id)
         for row, ids in zip(rows, input_ids, strict=True):
@@ -108,25 +109,25 @@ class OpenClipEngine:
         return {"text": rows}
 
     def open(self, image: ImageSource, name: str) -> Image.Image:
-        """An image in memory as RGB; an `ImageError` if it is damaged."""
+        """Loads an image in memory as RGB. Raises an `ImageError` if it is damaged."""
         return load_image(image, name, image_processor=self.image_processor, background=WHITE)
 
     def pixels(self, image: ImageSource, name: str | None = None) -> dict[str, torch.Tensor]:
-        """The model's inputs [1, ...] for one image; an `ImageError` if it cannot be read."""
+        """Prepares the model's inputs [1, ...] for one image. Raises an `ImageError` if it cannot be read."""
         return load_pixels(image, name, image_processor=self.image_processor, background=WHITE)
 
     def text_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Features [B, P] of texts, not normalised."""
+        """Computes features [B, P] of texts."""
         with torch.inference_mode():
             return self.model.encode_text(inputs["text"].to(self.device), normalize=False)
 
     def image_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Features [B, P] of images, not normalised."""
+        """Computes features [B, P] of images."""
         with torch.inference_mode():
             return self.model.encode_image(inputs["pixel_values"].to(self.device, self.dtype), normalize=False)
 
     def settings(self, modality: Modality) -> dict[str, Any]:
-        """All that decides on a modality's features beside the weights."""
+        """Everything apart from the weights that determines a modality's features."""
         both = {name: value for name, value in self.model_cfg.items() if not isinstance(value, dict)}
         if modality == "image":
             preparation = {**self.image_processor.settings, "background": WHITE}
@@ -139,7 +140,7 @@ class OpenClipEngine:
         return {"config": {**both, **self.model_cfg.get("text_cfg", {})}, "preparation": own}
 
     def weights(self, modality: Modality) -> Iterator[tuple[str, torch.Tensor]]:
-        """A tower's weights by name, sorted."""
+        """Weights of a tower, sorted by name."""
         for name, tensor in sorted(self.model.state_dict().items()):
             if name not in SIMILARITY_WEIGHTS and name.startswith("visual.") == (modality == "image"):
                 yield name, tensor
@@ -147,11 +148,11 @@ class OpenClipEngine:
 
 class OpenClipImageProcessor:
     """
-    open_clip's image transform, called as transformers' image processors are.
+    open_clip's image transform with the call of transformers' image processors.
 
     Args:
-        transform: open_clip's transform of one image.
-        settings: What it was made by: open_clip's `preprocess_cfg` of the model.
+        transform (`Callable`): open_clip's transform of one image.
+        settings (`Mapping`): open_clip's `preprocess_cfg` of the model, from which the transform was made.
     """
 
     def __init__(self, transform: Callable[[Image.Image], torch.Tensor], settings: Mapping[str, Any]) -> None:
@@ -159,7 +160,7 @@ class OpenClipImageProcessor:
         self.settings = dict(settings)
         size = self.settings["size"]
         side = size if isinstance(size, int) else min(size)
-        # transformers' processor that resizes and crops likewise, for thin images
+        # A processor of transformers with the same resizing and cropping, for thin images.
         self.shortest = None
         if self.settings["resize_mode"] == "shortest":
             resample = (
@@ -172,16 +173,7 @@ class OpenClipImageProcessor:
             )
 
     def __call__(self, images: Sequence[Image.Image], return_tensors: str = "pt") -> dict[str, torch.Tensor]:
-        """
-        Transforms images.
-
-        Args:
-            images: B images.
-            return_tensors: `"pt"`; there are no others.
-
-        Returns:
-            `pixel_values` [B, 3, height, width].
-        """
+        """Transforms B images. Returns `pixel_values` [B, 3, height, width] as PyTorch tensors."""
         return {"pixel_values": torch.stack([self.transform(self._middle(image)) for image in images])}
 
     def _middle(self, image: Image.Image) -> Image.Image:
@@ -194,28 +186,28 @@ def load_open_clip(
     name: str, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
 ) -> OpenClipEngine:
     """
-    Loads a model by open_clip.
+    Loads a model with open_clip.
 
     Args:
-        name (`str`): One of
+        name (`str`): Name in one of these forms:
 
-            - `"open_clip:ViT-B-32/laion2b_s34b_b79k"`: an architecture and pretrained weights of open_clip's, which
-              may be left out if there is one set;
-            - `"open_clip:ViT-B-32/path/to/checkpoint.pt"`: an architecture and a file of weights;
-            - `"open_clip:hf-hub:org/name"`: a repository on the Hub with `open_clip_config.json`;
-            - `"open_clip:local-dir:path/to/folder"`: a folder with such files.
-        device (`str` or `torch.device`, *optional*): where to put the model; by default the accelerator, if any.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
-            Of the weights; `"auto"` is float32, as open_clip loads them.
+            - `"open_clip:ViT-B-32/laion2b_s34b_b79k"`: an architecture and pretrained weights of open_clip. The
+              weights can be left out if there is only one set.
+            - `"open_clip:ViT-B-32/path/to/checkpoint.pt"`: an architecture and a file of weights.
+            - `"open_clip:hf-hub:org/name"`: a repository on the Hub with `open_clip_config.json`.
+            - `"open_clip:local-dir:path/to/folder"`: a folder with the same files.
+        device (`str` or `torch.device`, *optional*): Device of the model. Defaults to the accelerator, or the CPU.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Type of the weights. `"auto"` is float32, the
+            type in which open_clip loads them.
 
     Returns:
-        [`OpenClipEngine`]: the model in evaluation mode.
+        [`OpenClipEngine`]: The model in evaluation mode.
 
     Raises:
-        ImportError: if open_clip cannot be imported; the message says what to install.
-        OSError: if the folder is not there.
-        ValueError: if there is no such architecture or weights, if they do not fit, or were trained with another
-            activation than the architecture has (`ViT-B-32` and `ViT-B-32-quickgelu`).
+        `ImportError`: If open_clip cannot be imported.
+        `OSError`: If the folder does not exist.
+        `ValueError`: If the architecture or the weights are unknown, if they do not fit, or if the weights were
+            trained with another activation than the architecture's (`ViT-B-32` and `ViT-B-32-quickgelu`).
     """
     open_clip = _import_open_clip()
     architecture, pretrained = _parse(name, open_clip)
@@ -229,7 +221,7 @@ def load_open_clip(
         with _as_own_log():
             model_cfg = open_clip.get_model_config(architecture)
             _refuse_code(model_cfg, architecture)
-            # without a text tower's own weights, which would be fetched if the model has none
+            # `pretrained_text=False`: do not download separate weights of the text tower.
             model, transform = open_clip.create_model_from_pretrained(architecture, pretrained, pretrained_text=False)
             tokenizer = open_clip.get_tokenizer(architecture)
             image_processor = OpenClipImageProcessor(transform, model.visual.preprocess_cfg)
@@ -237,7 +229,7 @@ def load_open_clip(
             engine = OpenClipEngine(model, tokenizer, image_processor, model_cfg, name, revision)
     except OSError as error:
         raise OSError(f"{name}: {error}") from error
-    except Exception as error:  # open_clip raises every kind, on damaged and on missing files too
+    except Exception as error:  # open_clip raises errors of any class for damaged and missing files
         message = one_line(error)
         message = f"{message[:500]} ..." if len(message) > 500 else message
         raise ValueError(f"{name}: open_clip cannot load it ({message}).") from error
@@ -248,14 +240,14 @@ def load_open_clip(
 
 
 def _refuse_code(model_cfg: Mapping[str, Any], architecture: str) -> None:
-    """A `ValueError` where open_clip would run a repository's code by transformers, or ask for it on the terminal."""
+    """Raises an error if open_clip would run code of a repository, or ask on the terminal whether to do so."""
     text_cfg = model_cfg.get("text_cfg", {})
     if "trust_remote_code" in text_cfg.get("tokenizer_kwargs", {}):
-        raise ValueError("its `tokenizer_kwargs` hold `trust_remote_code`, which is for the user to say")
+        raise ValueError("its `tokenizer_kwargs` set `trust_remote_code`, which only the user may set")
     if text_cfg.get("hf_model_name"):
         AutoConfig.from_pretrained(text_cfg["hf_model_name"], trust_remote_code=False)
     if text_cfg.get("hf_tokenizer_name"):
-        is_folder = architecture.startswith(FOLDER)  # with the tokenizer in it
+        is_folder = architecture.startswith(FOLDER)  # the folder contains the tokenizer
         source = architecture.removeprefix(FOLDER) if is_folder else text_cfg["hf_tokenizer_name"]
         AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
@@ -263,9 +255,9 @@ def _refuse_code(model_cfg: Mapping[str, Any], architecture: str) -> None:
 def _import_open_clip() -> ModuleType:
     try:
         import open_clip
-    except (ImportError, OSError, RuntimeError) as error:  # a torchvision of another torch gives any of them
+    except (ImportError, OSError, RuntimeError) as error:  # a torchvision of another torch version raises any of these
         raise ImportError(
-            f"{OPEN_CLIP}... needs open_clip and a torchvision that fits torch {torch.__version__}: "
+            f"{OPEN_CLIP}... needs open_clip and a torchvision for torch {torch.__version__}. Run "
             f"pip install 'lotlip-hf[open-clip]' ({type(error).__name__}: {error})"
         ) from error
     return open_clip
@@ -274,8 +266,8 @@ def _import_open_clip() -> ModuleType:
 @contextmanager
 def _as_own_log() -> Iterator[None]:
     """
-    Says what open_clip warns of by this package's log. Its calls of the root logger would else set that up to print
-    all that anybody logs from then on, a second time where there is a handler already.
+    Context in which warnings of open_clip go to this package's logger. open_clip calls the root logger, which would
+    then print all messages of the process, some of them twice.
     """
     records: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
@@ -290,17 +282,17 @@ def _as_own_log() -> Iterator[None]:
 
 
 def _parse(name: str, open_clip: ModuleType) -> tuple[str, str | None]:
-    """What open_clip calls the architecture, and the weights."""
+    """Names of the architecture and of the weights for open_clip."""
     model = name.removeprefix(OPEN_CLIP)
     if model.startswith(FOLDER):
         folder = model.removeprefix(FOLDER)
         for path, there in ((folder, os.path.isdir), (os.path.join(folder, "open_clip_config.json"), os.path.isfile)):
             if not there(path):
-                raise FileNotFoundError(f"{name}: no {path}; expected open_clip's configuration and weights there.")
+                raise FileNotFoundError(f"{name}: {path} does not exist. Pass a folder that open_clip saved.")
         return model, None
     if model.startswith(HUB):
         return model, None
-    # As ViT-B/32, too, open_clip knows ViT-B-32; and the weights may be a path.
+    # open_clip also accepts ViT-B/32 for ViT-B-32, and the weights may be a path.
     parts = model.split("/")
     names = ("-".join(parts[:count]) for count in range(1, len(parts) + 1))
     known = open_clip.list_models()
@@ -309,7 +301,7 @@ def _parse(name: str, open_clip: ModuleType) -> tuple[str, str | None]:
         close = difflib.get_close_matches(parts[0], known, n=5)
         raise ValueError(
             f"{name}: open_clip {open_clip.__version__} has no architecture {parts[0]!r}"
-            f"{'; did you mean ' + ' or '.join(close) if close else ''}. `open_clip.list_models()` has them all."
+            f"{'. Did you mean ' + ' or '.join(close) + '?' if close else '.'} See `open_clip.list_models()`."
         )
     pretrained = "/".join(parts[count:]) or None
     tags = open_clip.list_pretrained_tags_by_model(architecture)
@@ -319,15 +311,15 @@ def _parse(name: str, open_clip: ModuleType) -> tuple[str, str | None]:
     if not tag and (pretrained is None or not os.path.isfile(pretrained)):
         problem = "which weights?" if pretrained is None else f"no weights and no file {pretrained!r}."
         raise ValueError(
-            f"{name}: {problem} Expected {OPEN_CLIP}{architecture}/WEIGHTS, a file or one of: "
-            f"{', '.join(tags) or 'open_clip has none for it'}."
+            f"{name}: {problem} Use {OPEN_CLIP}{architecture}/WEIGHTS with a file or one of: "
+            f"{', '.join(tags) or '(open_clip has none for this architecture)'}."
         )
     if tag and tag.get("quick_gelu", False) != open_clip.get_model_config(architecture).get("quick_gelu", False):
-        # open_clip warns and goes on: it would be evaluated as another model
+        # open_clip would only warn, and evaluate another model.
         suffix = "-quickgelu"
         other = architecture.removesuffix(suffix) if architecture.endswith(suffix) else architecture + suffix
         raise ValueError(
-            f"{name}: these weights were trained with another activation than {architecture} has; take "
+            f"{name}: these weights were trained with another activation than {architecture} has. Use "
             f"{OPEN_CLIP}{other}/{pretrained}."
         )
     return architecture, pretrained

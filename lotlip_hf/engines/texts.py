@@ -1,4 +1,4 @@
-"""Many texts to ids, each distinct word tokenised once."""
+"""Tokenises many texts at once, each distinct word only once."""
 
 from ..modeling.calls_lotlip import own_backend
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
@@ -8,23 +8,23 @@ def encode_unpadded(
     tokenizer: LoTLIPTokenizer, texts: list[str], max_length: int | None = None
 ) -> tuple[list[list[int]], list[bool]]:
     """
-    The ids of many texts, as a call with `truncation=True` gives them, and which of them were cut.
+    Encodes many texts as token ids, like a call with `truncation=True`, and tells which texts were cut.
 
-    It is several times as fast as a call, as BERT's WordPiece looks at one word at a time: each word of the texts is
-    tokenised once. Other kinds of tokenizers get there by a call.
+    This is several times as fast as a call: BERT's WordPiece encodes each word separately, so each distinct word is
+    encoded once. Tokenizers of other kinds are called.
 
     Args:
-        tokenizer (`LoTLIPTokenizer`): the tokenizer.
-        texts (`list[str]`): the texts.
-        max_length (`int`, *optional*): number of tokens that a text is cut at, special ones included; by default
+        tokenizer (`LoTLIPTokenizer`): Tokenizer.
+        texts (`list[str]`): Texts.
+        max_length (`int`, *optional*): Maximum length in tokens, special tokens included. Defaults to
             `tokenizer.model_max_length`.
 
     Returns:
-        `tuple[list[list[int]], list[bool]]`: for each text its ids, special ones included and not padded, and whether
-        it was longer than `max_length`.
+        `tuple[list[list[int]], list[bool]]`: Ids of each text, with special tokens and without padding, and whether
+            the text was longer than `max_length`.
 
     Raises:
-        ValueError: if there are no texts, or one holds half of a character cut in two (see `clean_text`).
+        `ValueError`: If there are no texts, or if a text contains half a surrogate pair.
 
     Example:
 
@@ -39,12 +39,12 @@ def encode_unpadded(
     adds_cls_and_sep = backend.encode("a").ids == [tokenizer.cls_token_id, *plain, tokenizer.sep_token_id]
     if not texts or limit < 2 or not tokenizer.is_local_to_words() or not adds_cls_and_sep:
         return _by_call(tokenizer, texts, max_length)
-    # Of each text the words, and `None` for each separator between its sentences
+    # Words of each text, with `None` for each separator between sentences.
     rows: list[list[str | None]] = []
     for text in texts:
         row: list[str | None] = []
         for sentence in tokenizer.sentences(text):
-            sentence.encode()  # an error that says where, if half of a character that was cut in two is left
+            sentence.encode()  # raises an error for half a surrogate pair
             row += [*sentence.split(" "), None]
         rows.append(row[:-1])
     vocabulary = list({word for row in rows for word in row[:limit] if word})
@@ -56,7 +56,7 @@ def encode_unpadded(
     input_ids, was_cut = [], []
     for text, row in zip(texts, rows, strict=True):
         ids = [i for word in row[:limit] for i in ids_of[word]]
-        # Most often these are enough, but a word may have no token, such as a zero-width space.
+        # Words without tokens, such as a zero-width space, can leave too few ids. Then call the tokenizer.
         if len(ids) <= limit - 2 and len(row) > limit:
             (ids,), (cut,) = _by_call(tokenizer, [text], max_length)
         else:

@@ -1,4 +1,4 @@
-"""A dual encoder of transformers, as an [`~lotlip_hf.encoder.Encoder`] uses it."""
+"""Engine for a dual encoder of transformers."""
 
 import json
 from collections.abc import Iterator
@@ -18,23 +18,23 @@ from .texts import encode_unpadded
 
 Modality = Literal["image", "text"]
 
-# SigLIP's text tower reads the last position and takes no mask: texts are always padded to the full length.
+# SigLIP's text tower pools the last position and has no mask, so texts are always padded to the full length.
 FULL_LENGTH_MODEL_TYPES = ("siglip", "siglip2")
-# Prefixes of an image tower's weights; all others but those of the similarities are the text tower's.
+# Prefixes of the image tower's weights. All other weights, except for the similarities', are the text tower's.
 IMAGE_WEIGHTS = ("vision_model.", "visual_projection.")
 SIMILARITY_WEIGHTS = ("logit_scale", "logit_bias")
 
 
 class TorchEngine:
     """
-    Features by a model with CLIP's `get_text_features` and `get_image_features`.
+    Engine for a model with CLIP's `get_text_features` and `get_image_features`.
 
     Args:
-        model (`PreTrainedModel`): the dual encoder, or one tower of it.
-        processor (`ProcessorMixin`): its processor, or its tokenizer or image processor alone.
+        model (`PreTrainedModel`): Dual encoder, or one of its towers.
+        processor (`ProcessorMixin`): Processor of the model, or only a tokenizer or an image processor.
     """
 
-    libraries: tuple[str, ...] = ()  # whose versions are part of a result, beside torch and transformers
+    libraries: tuple[str, ...] = ()  # results record their versions, in addition to torch and transformers
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         self.model = model
@@ -46,38 +46,38 @@ class TorchEngine:
 
     @property
     def name(self) -> str:
-        """The folder or Hub id that the model was loaded from, or its class."""
+        """Folder or Hub id of the model, or its class."""
         return str(getattr(self.model, "name_or_path", "") or type(self.model).__name__)
 
     @property
     def revision(self) -> str | None:
-        """The commit on the Hub that the model was loaded from, if it is known."""
+        """Commit of the model on the Hub, if known."""
         return getattr(self.model.config, "_commit_hash", None)
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Device of the model."""
         return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights."""
+        """Type of the weights."""
         return self.model.dtype
 
     @property
     def max_text_length(self) -> int:
-        """The longest text that the model takes, in tokens, special ones included."""
+        """Maximum length of a text in tokens, special tokens included."""
         return max_text_length(self.model, self.tokenizer)
 
     def tokenize(self, texts: list[str], max_length: int) -> tuple[dict[str, list[list[int]]], list[bool]]:
-        """The tokens of each text, not padded, and whether the text was cut at `max_length`."""
+        """Tokenises texts without padding. Returns the model's inputs as lists, and whether each text was cut."""
         if isinstance(self.tokenizer, LoTLIPTokenizer) and "token_type_ids" not in self.tokenizer.model_input_names:
             input_ids, was_cut = encode_unpadded(self.tokenizer, texts, max_length)
             return {"input_ids": input_ids}, was_cut  # `pad` adds the masks
         encoded = for_one_call(self.tokenizer)(texts, truncation=True, max_length=max_length, verbose=False)
         if encoded.encodings is not None:
             return dict(encoded), [bool(encoding.overflowing) for encoding in encoded.encodings]
-        # Tokenizers without the Rust backend do not tell what they cut: the full texts do.
+        # Slow tokenizers do not report truncation. Tokenise long texts again without it.
         was_cut = [False] * len(texts)
         full = [index for index, ids in enumerate(encoded["input_ids"]) if len(ids) >= max_length]
         if full:
@@ -87,43 +87,43 @@ class TorchEngine:
         return dict(encoded), was_cut
 
     def pad(self, encoded: dict[str, list[list[int]]]) -> dict[str, torch.Tensor]:
-        """Tokens of B texts as tensors [B, L], padded to the longest, or to the full length."""
+        """Pads the tokens of B texts to the longest, or to the full length, as tensors [B, L]."""
         padding: dict[str, Any] = {"padding": "longest"}
         if self.pads_to_full_length:
             padding = {"padding": "max_length", "max_length": self.max_text_length}
-        # `pad` advises calling the tokenizer instead, which cannot sort by length first.
+        # Silence the advice to pad in the call: texts are sorted by length first.
         warned = self.tokenizer.deprecation_warnings.get("Asking-to-pad-a-fast-tokenizer", False)
         self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
         try:
             padded = self.tokenizer.pad(encoded, **padding)
         finally:
             self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = warned
-        # NumPy reads lists several times as fast as `return_tensors="pt"`.
+        # NumPy converts lists several times as fast as `return_tensors="pt"`.
         return {key: torch.from_numpy(np.asarray(rows, dtype=np.int64)) for key, rows in padded.items()}
 
     def open(self, image: ImageSource, name: str) -> Image.Image:
-        """An image in memory as RGB, reduced to what the pixels are made from; an `ImageError` if it is damaged."""
+        """Loads an image in memory as RGB, in the size that `pixels` needs, or raises an `ImageError`."""
         return load_image(image, name, image_processor=self.image_processor, background=self.background)
 
     def pixels(self, image: ImageSource, name: str | None = None) -> dict[str, torch.Tensor]:
-        """The model's inputs [1, ...] for one image; an `ImageError` if it cannot be read."""
+        """Prepares the model's inputs [1, ...] for one image. Raises an `ImageError` if it cannot be read."""
         return load_pixels(image, name, image_processor=self.image_processor, background=self.background)
 
     def text_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Features [B, P] of texts, not normalised."""
+        """Computes features [B, P] of texts."""
         return self._features("get_text_features", inputs)
 
     def image_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Features [B, P] of images, not normalised."""
+        """Computes features [B, P] of images."""
         return self._features("get_image_features", inputs)
 
     def _features(self, function: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """In inference mode; the modules' modes are left as they were."""
+        """Runs in inference mode and restores the training mode of all modules."""
         inputs = {
             key: values.to(self.device, self.dtype if values.is_floating_point() else None)
             for key, values in inputs.items()
         }
-        # Stock models compute every token's state, though only the pooled one is used.
+        # Stock models have no option to compute only the pooled token.
         options = {"pooled_only": True} if isinstance(self.model, LoTLIPModel) else {}
         in_training = [module for module in self.model.modules() if module.training]
         try:
@@ -137,7 +137,7 @@ class TorchEngine:
                 module.training = True
 
     def settings(self, modality: Modality) -> dict[str, Any]:
-        """All that decides on a modality's features beside the weights."""
+        """Everything apart from the weights that determines a modality's features."""
         tower = "vision_config" if modality == "image" else "text_config"
         config = getattr(self.model.config, tower, self.model.config)
         if modality == "image":
@@ -150,7 +150,7 @@ class TorchEngine:
         }
 
     def weights(self, modality: Modality) -> Iterator[tuple[str, torch.Tensor]]:
-        """A tower's weights by name, sorted; all but the similarities' if the image tower's have other names."""
+        """Weights of a tower, sorted by name. All weights, if the image tower's names are unknown."""
         weights = {name: one for name, one in self.model.state_dict().items() if name not in SIMILARITY_WEIGHTS}
         of_images = {name for name in weights if name.startswith(IMAGE_WEIGHTS)}
         for name in sorted(weights):
@@ -159,7 +159,7 @@ class TorchEngine:
 
 
 def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
-    """Everything that decides on the token ids of a text."""
+    """Everything that determines the token ids of a text."""
     origin = {"name_or_path", "is_local", "local_files_only", "processor_class", "backend"}
     settings = {
         name: value
@@ -168,7 +168,7 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
     }
     if hasattr(tokenizer, "backend_tokenizer"):
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        # These two change with each call.
+        # Truncation and padding change with each call.
         settings["backend_tokenizer"] = {**backend, "truncation": None, "padding": None}
     else:
         settings["vocabulary"] = tokenizer.get_vocab()
@@ -176,7 +176,7 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
 
 
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration says beyond the settings of every configuration, which come and go with transformers."""
+    """Removes settings that all configurations have, because they vary with the version of transformers."""
     general = PreTrainedConfig().to_dict().keys() | {"transformers_version", "_name_or_path", "architectures", "dtype"}
     return {
         name: _architecture(value) if isinstance(value, dict) else value

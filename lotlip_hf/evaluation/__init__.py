@@ -1,1 +1,1 @@
-"""Evaluation: how well images and texts find each other."""
+"""Evaluation: retrieval between images and texts, and zero-shot classification."""

@@ -1,4 +1,4 @@
-"""Embeddings for an evaluation: shared out over the processes, and kept on disk as they are computed."""
+"""Embeddings for an evaluation, distributed over processes and cached on disk."""
 
 import hashlib
 import logging
@@ -10,30 +10,30 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ..distributed import gather_lists, rank, world_size
 from ..encoder import Encoder, warn_of_cut_texts
 from ..files import printable
 from ..images import WHITE, ImageError, ImageSource, load_image, read_image_bytes
 from ..store import CUT, WHOLE, EmbeddingStore
+from ..terminal import progress_bar
 from .tasks import IncompleteDataError
 
 logger = logging.getLogger(__name__)
 
-# Texts or images that one process encodes, and keeps on disk, together. What is in a unit does not depend on the
-# number of processes, so neither do the last digits of what is encoded.
+# Number of texts or images that one process encodes and caches together. Units do not depend on the number of
+# processes, so the embeddings do not depend on it either.
 UNIT_SIZE = 256
 
 
 class TextEmbeddings(NamedTuple):
-    """The normalised embeddings [N, P] of N texts, float32 on the CPU, and which of the texts were cut, bool [N]."""
+    """Embeddings [N, P] of N texts (normalised, float32 on the CPU), and the mask of truncated texts, bool [N]."""
 
     embeds: torch.Tensor
     was_cut: torch.Tensor
 
 
-# The embeddings [n, P] of a unit's items and their stamps; `None` if one of them cannot be read
+# The embeddings [n, P] and the stamps of a unit's n items, or `None` if an item cannot be read
 Unit = tuple[np.ndarray, list[str]] | None
 
 
@@ -49,29 +49,29 @@ def embed_texts(
     progress: bool = True,
 ) -> TextEmbeddings:
     """
-    Encodes texts as [`Encoder.encode_texts`] does, each different one once. Of several processes (`accelerate launch`)
-    each encodes its share, and all get all embeddings, to the last digit those of one process.
+    Encodes texts like [`Encoder.encode_texts`], but duplicates only once. With several processes (`accelerate
+    launch`), each one encodes a share of the texts and returns all embeddings, identical to those of one process.
 
     Args:
-        encoder ([`Encoder`]): the dual encoder.
+        encoder (`Encoder`): The dual encoder.
         texts (`Sequence[str]`): N texts.
-        cache (`str` or `os.PathLike`, *optional*):
-            A folder that keeps what is computed, as it is computed: after an interruption the same call goes on from
-            there. It is known by the encoder's fingerprint and by the texts themselves.
-        batch_size (`int`, *optional*, defaults to 64): texts of full length in a batch.
-        max_length (`int`, *optional*): tokens to cut the texts at; by default as many as the model takes.
-        fingerprint (`str`, *optional*): the encoder's, of texts, if it is known already.
-        warn (`bool`, *optional*, defaults to `True`): whether to log how many texts were cut.
-        progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+        cache (`str` or `os.PathLike`, *optional*): Folder for the cache. Embeddings are written as they are computed,
+            so the same call continues after an interruption. The cache is specific to the encoder's fingerprint.
+        batch_size (`int`, *optional*, defaults to 64): Number of texts of maximum length in a batch.
+        max_length (`int`, *optional*): Maximum length of a text in tokens. Defaults to the model's maximum.
+        fingerprint (`str`, *optional*): Fingerprint of the encoder for texts, if known.
+        warn (`bool`, *optional*, defaults to `True`): Whether to log the number of truncated texts.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Returns:
-        [`TextEmbeddings`]: in the order of `texts`.
+        `TextEmbeddings`: The embeddings in the order of `texts`, and the mask of truncated texts.
 
     Raises:
-        TypeError, ValueError: as `encode_texts`.
-        OSError: if the cache cannot be written.
+        `TypeError`: If a text is not a string.
+        `ValueError`: If a text is not valid Unicode or `max_length` is out of range.
+        `OSError`: If the cache cannot be written.
     """
-    unique = sorted(set(texts), key=lambda text: (-len(text), text))  # texts of a unit are of about the same length
+    unique = sorted(set(texts), key=lambda text: (-len(text), text))  # texts of a unit have similar lengths
     length = max_length or encoder.max_text_length
 
     def encode(unit: range) -> Unit:
@@ -109,24 +109,24 @@ def embed_images(
     progress: bool = True,
 ) -> torch.Tensor:
     """
-    Encodes images as [`Encoder.encode_images`] does, with the processes and the cache of [`embed_texts`].
+    Encodes images like [`Encoder.encode_images`], with processes and a cache as in [`embed_texts`].
 
     Args:
-        encoder ([`Encoder`]): the dual encoder.
-        images (`Sequence`): N images.
-        names (`Sequence[str]`, *optional*): N names for errors; by default their paths or indices.
-        digests (`Sequence[str]`, *optional*): N digests of their contents, if known from [`image_digests`].
-        cache (`str` or `os.PathLike`, *optional*): as in [`embed_texts`].
-        batch_size (`int`, *optional*, defaults to 32): images in a batch.
-        fingerprint (`str`, *optional*): the encoder's, of images, if it is known already.
-        progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+        encoder (`Encoder`): The dual encoder.
+        images (`Sequence[ImageSource]`): N images.
+        names (`Sequence[str]`, *optional*): Names of the images for messages. Defaults to paths or indices.
+        digests (`Sequence[str]`, *optional*): Digests of the images, if known from [`image_digests`].
+        cache (`str` or `os.PathLike`, *optional*): Folder for the cache, as in [`embed_texts`].
+        batch_size (`int`, *optional*, defaults to 32): Number of images in a batch.
+        fingerprint (`str`, *optional*): Fingerprint of the encoder for images, if known.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Returns:
         `torch.Tensor`: [N, P] in the order of `images`, normalised, float32 on the CPU.
 
     Raises:
-        IncompleteDataError: if images cannot be read, after all others are computed and kept; it names them.
-        OSError: if the cache cannot be written.
+        `IncompleteDataError`: If images cannot be read; the message names them. All others are encoded and cached.
+        `OSError`: If the cache cannot be written.
     """
     names = image_names(images) if names is None else names
     digests = image_digests(images, names=names, progress=progress) if digests is None else digests
@@ -137,7 +137,7 @@ def embed_images(
         for index, result in encoder.iterate_images([images[i] for i in unit], batch_size=batch_size):
             if isinstance(result, ImageError):
                 unreadable.append(f"{names[unit[index]]}: {result.reason}")
-                logger.warning("%s; the others are encoded and kept, but not scored without it.", unreadable[-1])
+                logger.warning("%s; the other images are encoded and cached, but not scored.", unreadable[-1])
             else:
                 rows[index] = result
         if len(rows) < len(unit):
@@ -151,7 +151,7 @@ def embed_images(
 
 
 def image_names(images: Sequence[ImageSource]) -> list[str]:
-    """What messages call images that were given no names: their paths, or their indices."""
+    """Returns names of images for messages: their paths or indices."""
     return [
         os.fspath(image) if isinstance(image, str | os.PathLike) else f"images[{index}]"
         for index, image in enumerate(images)
@@ -162,26 +162,26 @@ def image_digests(
     images: Sequence[ImageSource], *, names: Sequence[str] | None = None, progress: bool = True
 ) -> list[str]:
     """
-    Digests of what images hold, wherever they lie: of a file's bytes, or of an image as it is encoded. Of several
-    processes each reads its share.
+    Computes digests of the contents of images: of the bytes of a file, or of the pixels of an image object. With
+    several processes, each one reads a share of the images.
 
     Args:
-        images: N images.
-        names: [N] what errors call them.
-        progress: Whether to show a progress bar.
+        images (`Sequence[ImageSource]`): N images.
+        names (`Sequence[str]`, *optional*): Names of the images for messages. Defaults to paths or indices.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Returns:
-        [N] hexadecimal digits.
+        `list[str]`: N hexadecimal digests.
 
     Raises:
-        IncompleteDataError: if images cannot be read; it names them.
-        TypeError: if one is no image.
+        `IncompleteDataError`: If images cannot be read; the message names them.
+        `TypeError`: If an item is not an image.
     """
     names = image_names(images) if names is None else names
     own = range(rank(), len(images), world_size())
     digests: list[str] = []
     errors: list[str] = []
-    for index in tqdm(own, desc="Reading images", unit="image", disable=not progress or rank() > 0):
+    for index in progress_bar(own, desc="Reading images", unit="image", shown=progress and rank() == 0):
         image = images[index]
         digest = hashlib.blake2b(digest_size=16)
         try:
@@ -190,7 +190,7 @@ def image_digests(
             elif isinstance(image, bytes):
                 digest.update(image)
             else:
-                for background in (WHITE, None):  # processors have either
+                for background in (WHITE, None):  # image processors use either background
                     upright = load_image(image, names[index], background=background)
                     digest.update(f"{upright.size}".encode() + upright.tobytes())
         except ImageError as error:
@@ -209,8 +209,9 @@ def _refuse(errors: list[str], count: int) -> None:
     if errors:
         more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""
         raise IncompleteDataError(
-            f"{len(errors)} of {count} images cannot be read, and nothing is scored on the others alone; put whole "
-            "files in their place:\n  " + "\n  ".join(map(printable, sorted(errors)[:10])) + more
+            f"{len(errors)} of {count} images cannot be read, so nothing is scored. Replace these files:\n  "
+            + "\n  ".join(map(printable, sorted(errors)[:10]))
+            + more
         )
 
 
@@ -225,27 +226,27 @@ def _embed_units(
     errors: Sequence[str] = (),
 ) -> tuple[torch.Tensor, list[str]]:
     """
-    The embeddings [N, P] and stamps that `encode` makes of the items with these digests, from all processes. `errors`
-    is what `encode` met in this process; a unit with an error has no embeddings.
+    Returns the embeddings [N, P] and stamps of all items, encoded by all processes or read from the cache. `encode`
+    appends to `errors` and returns `None` for a unit with an unreadable item.
     """
     units = [range(start, min(start + UNIT_SIZE, len(digests))) for start in range(0, len(digests), UNIT_SIZE)]
-    # turn by turn: the units of long texts come first
+    # distribute units in turn, because the units of long texts come first
     own = units[rank() :: world_size()]
     parts: list[np.ndarray] = []
     stamps: list[str] = []
-    advice = "choose a folder that can be written to (--cache DIR), or none (--no-cache)"
+    advice = "pass a writable folder with --cache DIR, or --no-cache"
     store = nullcontext() if cache is None else EmbeddingStore(Path(cache), made_by, dim, advice=advice)
     with (
         store as kept,
-        tqdm(
-            total=sum(map(len, own)), desc=f"Encoding {modality}s", unit=modality, disable=not progress or rank() > 0
+        progress_bar(
+            total=sum(map(len, own)), desc=f"Encoding {modality}s", unit=modality, shown=progress and rank() == 0
         ) as bar,
     ):
         held = None if kept is None else kept.held(digests[i] for unit in own for i in unit)
         for unit in own:
             keys = [digests[i] for i in unit]
-            if kept is not None and held is not None and all(key in held.places for key in keys):
-                parts.append(kept.vectors([held.places[key] for key in keys]))
+            if kept is not None and held is not None and all(key in held.locations for key in keys):
+                parts.append(kept.vectors([held.locations[key] for key in keys]))
                 stamps += [held.stamps[key] for key in keys]
             elif (encoded := encode(unit)) is not None:
                 parts.append(encoded[0])
@@ -254,7 +255,7 @@ def _embed_units(
                     kept.add(keys, *encoded)
             bar.update(len(unit))
     _refuse(gather_lists(list(errors)), len(digests))
-    # all units of the first process, then those of the second, ...
+    # gathered parts contain all units of the first process, then those of the second, ...
     order = [i for first in range(world_size()) for unit in units[first :: world_size()] for i in unit]
     indices = np.argsort(order)
     stamps = gather_lists(stamps)

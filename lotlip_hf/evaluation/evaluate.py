@@ -1,4 +1,4 @@
-"""One evaluation from a model and a data set to a file of results."""
+"""Evaluation of a model on a data set, with the results in a file."""
 
 import hashlib
 import json
@@ -36,30 +36,36 @@ def evaluate(
     progress: bool = True,
 ) -> dict[str, Any]:
     """
-    Scores a dual encoder on a data set: retrieval in both directions where it has texts, zero-shot classification
-    where it has classes. Of several processes each encodes its share; all return the same.
+    Evaluates a dual encoder on a data set: retrieval in both directions for images with texts, zero-shot
+    classification for images with classes. With several processes (`accelerate launch`), each one encodes a share of
+    the data, and all return the same results.
 
     Args:
-        encoder: The dual encoder.
-        data: What [`~lotlip_hf.evaluation.benchmarks.registry.load_benchmark`] reads, or data of one's own.
-        benchmark: Name of the benchmark, such as `"iiw"`: the column of the report. By default the name of `data`.
-        model_name: What the results call the model; by default the folder or Hub id that it was loaded from.
-        templates: Prompts for classes, with `{}` in the place of the class.
-        max_length: Tokens to cut texts at; by default as many as the model takes.
-        bootstrap: Samples for the 95 % intervals of R@1; 0 for none.
-        cache: Folder that keeps the embeddings; see [`~lotlip_hf.evaluation.embeddings.embed_texts`].
-        batch_size: Images, or texts of full length, in a batch; by default 32 and 64.
-        progress: Whether to show progress bars.
+        encoder (`Encoder`): The dual encoder.
+        data (`RetrievalData` or `ClassificationData`): The data set, for example from
+            [`~lotlip_hf.evaluation.benchmarks.registry.load_benchmark`].
+        benchmark (`str`, *optional*): Name of the benchmark, such as `"iiw"`, which chooses the column of a report.
+            Defaults to the name of `data`.
+        model_name (`str`, *optional*): Name of the model in the results. Defaults to its folder or Hub id.
+        templates (`Sequence[str]`, *optional*, defaults to `("a photo of a {}.",)`): Prompt templates for classes.
+        max_length (`int`, *optional*): Maximum length of a text in tokens. Defaults to the model's maximum.
+        bootstrap (`int`, *optional*, defaults to 1000): Number of bootstrap samples for the 95 % intervals of R@1; 0
+            for no intervals.
+        cache (`str` or `os.PathLike`, *optional*): Folder for the cache of embeddings; see
+            [`~lotlip_hf.evaluation.embeddings.embed_texts`].
+        batch_size (`int`, *optional*): Number of images, or of texts of maximum length, in a batch. Defaults to 32
+            images and 64 texts.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
     Returns:
-        A dictionary that JSON can hold: `model`, `model_revision`, `model_fingerprint`; `task` (as the Hub calls it),
-        `benchmark`, `dataset`, `data_fingerprint`, `protocol`; `metrics`, shares from 0 to 1 and ranks from 1;
-        `versions` and `date`. The names of the metrics are those of [`~lotlip_hf.evaluation.retrieval`]; those of the
-        first k of no more than k candidates are left out.
+        `dict[str, Any]`: JSON-serializable results: `model`, `model_revision`, `model_fingerprint`; `task` (a task
+        name of the Hub), `benchmark`, `dataset`, `data_fingerprint`, `protocol`; `metrics` (shares from 0 to 1, ranks
+        from 1) as in [`~lotlip_hf.evaluation.retrieval`]; `versions` and `date`. Metrics of the first k are left out
+        if there are at most k candidates.
 
     Raises:
-        IncompleteDataError: if images cannot be read; it names them.
-        ValueError: if the model or the processor lacks something; it says what.
+        `IncompleteDataError`: If images cannot be read; the message names them.
+        `ValueError`: If `data` or an option is invalid, or the model cannot encode texts; the message names it.
 
     Example:
 
@@ -68,14 +74,14 @@ def evaluate(
     >>> from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
     >>> from lotlip_hf.evaluation.evaluate import evaluate
 
-    >>> encoder = load_encoder("path/to/checkpoint")  # doctest: +SKIP
-    >>> results = evaluate(encoder, load_benchmark("iiw", "path/to/iiw"))  # doctest: +SKIP
-    >>> results["metrics"]["text_to_image_r1"]  # doctest: +SKIP
+    >>> results = evaluate(load_encoder("checkpoint"), load_benchmark("scenes", num_images=8))
+    >>> 0 <= results["metrics"]["text_to_image_r1"] <= 1
+    True
     ```
     """
-    # what would end the long work is found out before it
+    # find invalid options before the long computation
     if bootstrap < 0:
-        raise ValueError(f"`bootstrap` must not be negative, got {bootstrap}.")
+        raise ValueError(f"`bootstrap` is {bootstrap}. Pass 0 or more.")
     encoder.encode_texts(["a"], max_length=max_length, progress=False)
     _check(data)
     fingerprints = _fingerprints(encoder)
@@ -132,23 +138,22 @@ def study(
     progress: bool = True,
 ) -> dict[str, Any]:
     """
-    Studies what long texts are worth to a model.
+    Studies how much long texts help a model. Arguments not listed here are those of [`evaluate`].
 
     Args:
-        encoder, benchmark, model_name, cache, batch_size, progress: As in [`evaluate`].
-        data: Images and texts.
-        kind: `"length"`, for [`~lotlip_hf.evaluation.studies.length_study`], or `"sentences"`, for
+        data (`RetrievalData`): Images and texts.
+        kind (`str`): `"length"` for [`~lotlip_hf.evaluation.studies.length_study`] or `"sentences"` for
             [`~lotlip_hf.evaluation.studies.sentence_ablation`].
-        limits: For `"length"`: where texts are cut.
+        limits (`Sequence[int]`, *optional*): Maximum lengths of a text in tokens, for `"length"`.
 
     Returns:
-        As [`evaluate`], but with `study` and `rows` in place of `metrics`.
+        `dict[str, Any]`: Results as from [`evaluate`], with `study` and `rows` instead of `metrics`.
 
     Raises:
-        ValueError: if `data` has classes, not texts; and as the studies.
+        `ValueError`: If `data` has classes instead of texts, or `limits` is invalid.
     """
     if not isinstance(data, RetrievalData):
-        raise ValueError(f"{data.name} has classes and no texts: a study needs a retrieval task.")
+        raise ValueError(f"{data.name} has classes instead of texts. A study needs a retrieval task.")
     _check(data)
     fingerprints = _fingerprints(encoder)
     digests = image_digests(data.images, names=data.image_names, progress=progress)
@@ -163,13 +168,13 @@ def study(
 
 
 def _check(data: RetrievalData | ClassificationData) -> None:
-    """Raises a `ValueError` if the parts of the data do not fit."""
+    """Raises a `ValueError` if the indices of the data do not match its images, texts or classes."""
     if isinstance(data, RetrievalData):
         name, indices, count, number = "text_to_image", data.text_to_image, len(data.texts), len(data.images)
     else:
         name, indices, count, number = "labels", data.labels, len(data.images), len(data.class_names)
     if len(indices) != count or not all(0 <= int(index) < number for index in indices):
-        raise ValueError(f"`data.{name}` must have length {count} with values in [0, {number - 1}].")
+        raise ValueError(f"`data.{name}` is invalid. Pass {count} indices from 0 to {number - 1}.")
 
 
 def _fingerprints(encoder: Encoder) -> dict[str, str]:
@@ -185,7 +190,7 @@ def _record(
     model_name: str | None,
     protocol: dict[str, Any],
 ) -> dict[str, Any]:
-    """What was measured with what: everything that somebody needs to do it again."""
+    """Returns the part of the results that describes the model, the data and the settings."""
     if isinstance(data, RetrievalData):
         counts = {"num_images": len(data.images), "num_texts": len(data.texts)}
         contents: Any = [list(data.texts), [int(index) for index in data.text_to_image]]
@@ -218,21 +223,21 @@ def _record(
 
 def write_results(results: dict[str, Any], output: str | os.PathLike) -> None:
     """
-    Writes results as a JSON file, whole or not at all.
+    Writes results atomically to a JSON file.
 
     Args:
-        results: What [`evaluate`] or [`study`] returned.
-        output: The file.
+        results (`dict[str, Any]`): Results from [`evaluate`] or [`study`].
+        output (`str` or `os.PathLike`): The file.
 
     Raises:
-        OSError: if it cannot be written; the message names it.
+        `OSError`: If the file cannot be written; the message names it.
     """
     with replacing(Path(output)) as file:
         file.write((json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Results as text: a row for each direction of a retrieval, one of accuracies, or those of a study."""
+    """Formats results as a text table: a row for each direction of retrieval, a row of accuracies, or a study."""
     protocol, dataset = results["protocol"], results["dataset"]
     title = f"{results['model']} on {dataset['name']}" + (f" ({dataset['split']})" if dataset["split"] else "")
     title = f"{printable(title)}: {protocol['num_images']} images, "

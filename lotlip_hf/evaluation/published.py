@@ -1,10 +1,10 @@
-"""The numbers that the LoTLIP paper reports for retrieval by long texts."""
+"""Published numbers for retrieval with long texts, from the LoTLIP paper."""
 
-# R@1 in percent, image to text and text to image.
+# Benchmark -> R@1 in percent, image to text and text to image.
 Published = dict[str, tuple[float, float]]
 
 PAPER = "LoTLIP (NeurIPS 2024), https://arxiv.org/abs/2410.05249"
-# The paper's columns by the names of their benchmarks, and its rows by model and pairs trained on.
+# Benchmark -> column of the paper's table; model and number of training pairs -> row of the table.
 PAPER_COLUMNS = {"dci": "DCI", "iiw": "IIW", "sharegpt4v-10k": "SV-10k", "urban1k": "Urban-1k"}
 PUBLISHED: dict[str, Published] = {
     "CLIP ViT-B/32, 400M pairs": {

@@ -1,4 +1,4 @@
-"""Files of results as the LoTLIP paper's table beside its published rows, as a card's metadata, and as a plot."""
+"""Reports of results files: the LoTLIP paper's table with new rows, model card metadata, and a plot."""
 
 import os
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ PANEL_TITLES = {
     "accuracy_top1": "top-1 accuracy (%)",
 }
 DETAILS = {
-    RETRIEVAL: "The retrieval runs of the table in full",
-    "zero-shot-image-classification": "The classification runs of the table in full",
+    RETRIEVAL: "Retrieval runs in full",
+    "zero-shot-image-classification": "Classification runs in full",
 }
-STUDY_TITLES = {"length": "Texts cut at a number of tokens", "sentences": "A sentence left out"}
-# Of bars: a model's after all colours were used, round by round, and the published ones'.
+STUDY_TITLES = {"length": "Texts cut at several lengths", "sentences": "One sentence removed"}
+# Hatches of bars. If there are more models than colours, the colours repeat with the next hatch.
 HATCHES = ("", "xx", "..", "\\\\", "++")
 PUBLISHED_HATCH = "//"
 
@@ -42,24 +42,24 @@ def write_report(
     overwrite: bool = False,
 ) -> str:
     """
-    What `lotlip report` does. Every file is read, and it is clear that all can be written, before anything is.
+    Runs `lotlip report`. Reads all files and checks both outputs before it writes anything.
 
     Args:
-        files (`Sequence[str | os.PathLike]`): what `lotlip evaluate` wrote.
-        format (`str`, *optional*, defaults to `"text"`): `"text"`, or `"markdown"` for a card or README.
-        model_index_file (`str` or `os.PathLike`, *optional*): where to write [`model_index`].
-        plot_file (`str` or `os.PathLike`, *optional*): the picture to write [`draw_report`] to, in any case.
-        overwrite (`bool`, *optional*, defaults to `False`): whether `model_index_file` may be there already.
+        files (`Sequence[str | os.PathLike]`): Results files of `lotlip evaluate`.
+        format (`str`, *optional*, defaults to `"text"`): `"text"`, or `"markdown"` for a model card or README.
+        model_index_file (`str` or `os.PathLike`, *optional*): File for [`model_index`].
+        plot_file (`str` or `os.PathLike`, *optional*): File for [`draw_report`]. An existing file is overwritten.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to overwrite an existing `model_index_file`.
 
     Returns:
-        `str`: the tables of [`report_tables`].
+        `str`: The tables of [`report_tables`].
 
     Raises:
-        ResultsError: if a file holds no results.
-        ValueError:
-            If a file of results would be written over, both outputs are the same, or an output needs other files.
-        ImportError: if a plot is asked for and matplotlib is not installed.
-        OSError: if a file cannot be read or written.
+        `ResultsError`: If a file does not contain results.
+        `ValueError`: If an output is a results file or the other output, or the files contain only studies but an
+            output is requested.
+        `ImportError`: If a plot is requested but matplotlib is not installed.
+        `OSError`: If a file cannot be read or written.
 
     Example:
 
@@ -72,7 +72,7 @@ def write_report(
     taken = [Path(file).resolve() for file in files]
     for output in (Path(output) for output in (model_index_file, plot_file) if output is not None):
         if output.resolve() in taken:
-            raise ValueError(f"{output} is a file of results, or the other output: choose another to write to.")
+            raise ValueError(f"{output} is already a results file or the other output. Pass another file name.")
         taken.append(output.resolve())
     if plot_file is not None:
         check_plot(plot_file)
@@ -80,7 +80,7 @@ def write_report(
         check_output(model_index_file, overwrite=overwrite)
     summary = summarise(files)
     if not summary.runs and (model_index_file or plot_file):
-        raise ValueError("The files hold studies alone: add results of an evaluation for a model-index or a plot.")
+        raise ValueError("A model-index or a plot needs results of an evaluation. Pass files other than studies.")
     tables = report_tables(summary, format)
     metadata = "" if model_index_file is None else model_index(summary)
     if plot_file is not None:
@@ -92,7 +92,7 @@ def write_report(
 
 
 def _values(summary: Summary, column: Column, metric: str) -> dict[str, float]:
-    """Percentages of a column by the rows' titles, those of published models first."""
+    """Returns the percentages of a column by row title, published models first."""
     values = {}
     for benchmark, title in PAPER_COLUMNS.items():
         if column == (title, RETRIEVAL):
@@ -106,16 +106,16 @@ def _values(summary: Summary, column: Column, metric: str) -> dict[str, float]:
 
 def report_tables(summary: Summary, format: Format = "text") -> str:
     """
-    The LoTLIP paper's table of long-text retrieval: its published rows, marked as such, and the models of the files; a
-    column more for each other benchmark. Beneath, what a reader has to know of the numbers, each run in full, and each
-    study. Numbers of a part and, in the paper's columns, by other rules are marked.
+    Formats the LoTLIP paper's table of long-text retrieval: the published rows, marked as published, the models of the
+    files, and a column for each further benchmark. Notes, all metrics of each run, and the studies follow. A number is
+    marked with `*` if its run used only a part of the benchmark or, in a column of the paper, other settings.
 
     Args:
-        summary (`Summary`): what the files say.
+        summary (`Summary`): Summary of the results files.
         format (`str`, *optional*, defaults to `"text"`): `"text"` or `"markdown"`.
 
     Returns:
-        `str`: the tables, without a line end.
+        `str`: The tables, without a final line break.
     """
 
     def title(text: str) -> str:
@@ -151,8 +151,8 @@ def report_tables(summary: Summary, format: Format = "text") -> str:
 
 
 def _details(task: str, runs: Sequence[Run], format: Format) -> str:
-    """The table of runs in full; what a run does not say is left open."""
-    counts = {"num_images": "images", "num_texts": "texts", "num_texts_cut": "cut", "max_length": "at tokens"}
+    """Formats a table with all metrics of the runs of a task."""
+    counts = {"num_images": "images", "num_texts": "texts", "num_texts_cut": "texts cut", "max_length": "max tokens"}
     if task != RETRIEVAL:
         counts = {"num_images": "images", "num_classes": "classes"}
     head, body = metric_table(task, {})
@@ -165,23 +165,23 @@ def _details(task: str, runs: Sequence[Run], format: Format) -> str:
 
 
 def _lines(lines: Sequence[str], format: Format) -> str:
-    if format == "markdown":  # names in them make no link, image or tag; backticks are ours
+    if format == "markdown":  # escape links, images and tags in names; backticks come from this package
         lines = [line.replace("<", "&lt;").replace("[", r"\[") for line in lines]
     return "\n".join(f"- {line}" if format == "markdown" else line for line in lines)
 
 
 def model_index(summary: Summary) -> str:
     """
-    The results as `model-index`, which model cards on the Hub have in their metadata; see
-    https://huggingface.co/docs/hub/model-cards. A number that is marked in the tables says why in its `args`.
+    Formats the results as `model-index`, the metadata of model cards on the Hub
+    (https://huggingface.co/docs/hub/model-cards). For a number marked in the tables, `args` gives the reason.
 
     Args:
-        summary (`Summary`): what the files say; studies are left out.
+        summary (`Summary`): Summary of the results files. Studies are ignored.
 
     Returns:
         `str`: YAML.
     """
-    entries: dict[str, dict[str, Any]] = {}  # by name, without the path of a folder
+    entries: dict[str, dict[str, Any]] = {}  # model name -> entry
     for run in summary.runs.values():
         marks = {"num_images": run.protocol["num_images"]} if run.part else {}
         apart = {**run.texts, **run.rules}
@@ -190,7 +190,7 @@ def model_index(summary: Summary) -> str:
         results = [
             replace(result, dataset_args={**(result.dataset_args or {}), **marks} or None) for result in run.entries
         ]
-        # each run by itself: huggingface_hub would join those of one data set
+        # convert runs separately, because huggingface_hub merges the runs on one data set
         (entry,) = eval_results_to_model_index(run.name, results)
         entries.setdefault(run.name, {"name": run.name, "results": []})["results"] += entry["results"]
     return yaml_dump({"model-index": list(entries.values())}, sort_keys=False)
@@ -198,13 +198,13 @@ def model_index(summary: Summary) -> str:
 
 def draw_report(summary: Summary) -> "Figure":
     """
-    R@1 of the models beside the published ones on the same data, and top-1 accuracies, as bars.
+    Draws bars of R@1 of the models and of published models on the same data, and of top-1 accuracies.
 
     Args:
-        summary (`Summary`): what the files say; studies are left out.
+        summary (`Summary`): Summary of the results files. Studies are ignored.
 
     Returns:
-        `matplotlib.figure.Figure`: the figure.
+        `matplotlib.figure.Figure`: The figure.
     """
     panels: dict[str, list[Column]] = {}
     own_columns = {column for _, column in summary.runs}
@@ -221,7 +221,7 @@ def draw_report(summary: Summary) -> "Figure":
         looks[model] = {"facecolor": COLOURS[colour], "hatch": HATCHES[turn % len(HATCHES)]}
 
     rows = {metric: [_values(summary, column, metric) for column in columns] for metric, columns in panels.items()}
-    # bars are 1 wide, and as far apart are the groups; a group is as wide as four, for its title
+    # bars and gaps between groups have width 1; a group has at least width 4, for its title
     widths = {metric: sum(max(len(group), 4) + 1 for group in groups) for metric, groups in rows.items()}
     width = max(20, *widths.values())
     shown = [model for model in looks if any(model in group for groups in rows.values() for group in groups)]
@@ -229,12 +229,12 @@ def draw_report(summary: Summary) -> "Figure":
     remarks = [run for run in summary.runs.values() if run.remark]
     if remarks:
         reasons = ["not the whole benchmark"] if any(run.part for run in remarks) else []
-        reasons += ["other rules than the paper's"] if any(run.other_rules for run in remarks) else []
+        reasons += ["other settings than the paper"] if any(run.other_rules for run in remarks) else []
         names["*"] = f"* {', or '.join(reasons)}"
         looks["*"] = {"facecolor": "white", "alpha": 0}
     inches = 2 + 0.3 * width
     longest = max(len(line) for name in names.values() for line in name.splitlines())
-    columns = max(1, min(3, int(inches / (0.7 + 0.07 * longest))))  # of the legend, whose characters are 0.07 wide
+    columns = max(1, min(3, int(inches / (0.7 + 0.07 * longest))))  # of the legend, with 0.07 inches per character
     lines = sum(name.count("\n") + 1 for name in names.values()) / columns
     picture = figure(inches, 0.8 + 2.8 * len(panels) + 0.16 * max(0, lines - 2))
 
@@ -257,7 +257,7 @@ def draw_report(summary: Summary) -> "Figure":
             start += space + 1
         axes.set_xticks(ticks, [wrapped(column.title, 16) for column in panels[metric]])
         axes.set_xlim(-1, width - 1)
-        axes.set_ylim(0, 115)  # room for the numbers
+        axes.set_ylim(0, 115)  # leaves space for the numbers above the bars
         axes.set_yticks(range(0, 101, 20))
         axes.set_ylabel(PANEL_TITLES[metric])
         axes.grid(axis="y", alpha=0.3)

@@ -1,4 +1,4 @@
-"""Files of results, as `lotlip evaluate` writes them: read, and as the entries and table rows of a model card."""
+"""Results files of `lotlip evaluate`, and their entries for a model card."""
 
 import os
 import re
@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 
 from huggingface_hub import EvalResult
 
-from ..files import markdown_text, parse_json, printable, read_regular
+from ..files import parse_json, printable, read_regular
 from .retrieval import telling_metrics
 
-# Kinds of captions, for data that have several
+# Kinds of captions of a data set
 CAPTIONS = ("all", "long", "short")
-# Shares, of evaluations and in the rows of studies
+# Names of metrics and study columns that are shares from 0 to 1
 SHARE = re.compile(r"(image_to_text|text_to_image)_r\d+(_low|_high)?|accuracy_top\d+|mean_per_class_recall|texts_cut")
-# Fields of a file of results, and of its `dataset`, that are texts
+# String fields of a results file and of its `dataset`
 TEXTS = (
     *("task", "study", "model", "model_revision", "data_fingerprint", "dtype"),
     *("id", "name", "split", "revision"),
@@ -27,84 +27,54 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Results:
     """
-    A file of results.
+    A results file.
 
     Args:
-        file (`str` or `os.PathLike`): the file.
-        content (`dict`): what it holds.
-        entries (`list` of `EvalResult`): its metrics, as a card's metadata (`model-index`) has them.
+        file (`str` or `os.PathLike`): Path of the file.
+        content (`dict`): The JSON object in the file.
+        entries (`list[EvalResult]`): The metrics as entries of a model card's `model-index`.
     """
 
     file: str | os.PathLike
     content: dict[str, Any]
     entries: list[EvalResult]
 
-    def rows(self) -> list[list[str]]:
-        """The rows of a card's table: data, captions, images, metric and value, as Markdown."""
-        protocol = self.content.get("protocol", {})
-        values = {entry.metric_type: entry.metric_value for entry in self.entries}
-        shares = [value for name, value in values.items() if SHARE.fullmatch(name)]
-        factor = 100 if all(value <= 1 for value in shares) else 1  # some files have percentages already
-        texts = protocol.get("captions")
-        texts = f"{texts} captions" if texts in CAPTIONS else "-" if texts is None else markdown_text(texts)
-        count = protocol.get("num_images")
-        images = f"{'the first ' if 'first_images' in protocol else ''}{count}" if isinstance(count, int) else "-"
-        rows = []
-        for entry in self.entries:
-            name, value = entry.metric_type, entry.metric_value
-            data = f"{entry.dataset_name} ({entry.dataset_split})" if entry.dataset_split else entry.dataset_name
-            if name.endswith(("_low", "_high")):
-                continue
-            title = re.sub(r"^(image_to_text|text_to_image)_r(\d+)$", r"\1_R@\2", name)
-            title = re.sub(r"^(image_to_text|text_to_image)_", r"\1, ", title)
-            title = re.sub(r"^accuracy_top(\d+)$", r"top-\1 accuracy", title)
-            shown = f"{value:g}"
-            if SHARE.fullmatch(name):
-                title, shown = f"{title} (%)", f"{factor * value:.2f}"
-                if {f"{name}_low", f"{name}_high"} <= values.keys():
-                    low, high = (factor * values[f"{name}_{end}"] for end in ("low", "high"))
-                    shown += f" ({low:.2f} to {high:.2f})"
-            rows.append([markdown_text(data), texts, images, markdown_text(title.replace("_", " ")), shown])
-        return rows
-
 
 class ResultsError(ValueError):
     """
-    A file holds no results of `lotlip evaluate`.
+    A file does not contain results of `lotlip evaluate`.
 
     Args:
-        file (`str` or `os.PathLike`): the file.
-        problem (`str`): what is wrong with it.
+        file (`str` or `os.PathLike`): Path of the file.
+        problem (`str`): Description of the error.
     """
 
     def __init__(self, file: str | os.PathLike, problem: str) -> None:
         self.file, self.problem = file, problem
-        super().__init__(f"{file}: no results of an evaluation, which are a JSON object ({problem}).")
+        super().__init__(f"{file} contains no results ({problem}). Pass a JSON file written by `lotlip evaluate`.")
 
 
 def load_results(file: str | os.PathLike) -> Results:
     """
-    Reads a file of results of an evaluation.
+    Reads a results file of an evaluation.
 
     Args:
-        file (`str` or `os.PathLike`):
-            What `lotlip evaluate` wrote, or any JSON object with `task` (such as `"image-text-retrieval"`), `dataset`
-            (`id`, `name`, and maybe `split` and `revision`) and `metrics`, numbers by name. If its `protocol` has
-            `first_images`, the entries say that they are of so many images.
+        file (`str` or `os.PathLike`): File from `lotlip evaluate`, or any JSON object with `task` (such as
+            `"image-text-retrieval"`), `dataset` (with `id`, `name` and optionally `split` and `revision`) and
+            `metrics`. If its `protocol` has `first_images`, the entries state that number of images.
 
     Returns:
-        `Results`: one entry for each metric, but for a share of right ones among the first k of k candidates, which
-        is 1.
+        `Results`: The results, with an entry for each metric except recall or accuracy at k of at most k candidates.
 
     Raises:
-        ResultsError: if the file is no such file.
-        OSError: if it cannot be read.
+        `ResultsError`: If the file does not contain results.
+        `OSError`: If the file cannot be read.
     """
     return parsed(file, lambda content: Results(file, content, entries_of(content)))
 
 
 def parsed(file: str | os.PathLike, make: Callable[[dict[str, Any]], T]) -> T:
-    """What `make` makes of a JSON object, of an evaluation or a study; whatever it lacks is a [`ResultsError`]."""
+    """Calls `make` with the JSON object in a results file. Invalid contents raise a [`ResultsError`]."""
     data = read_regular(file)
     try:
         content = _one_line(parse_json(data))
@@ -112,10 +82,10 @@ def parsed(file: str | os.PathLike, make: Callable[[dict[str, Any]], T]) -> T:
         for where, part in (("", content), ("dataset.", dataset if isinstance(dataset, dict) else {})):
             for name in TEXTS:
                 if not isinstance(part.get(name), str | None):
-                    raise ValueError(f"`{where}{name}` is {part[name]!r}, expected a text")
+                    raise ValueError(f"`{where}{name}` is {part[name]!r} instead of a string")
         return make(content)
     except KeyError as error:
-        raise ResultsError(file, f"it has no {error}") from error
+        raise ResultsError(file, f"{error} is missing") from error
     except (TypeError, AttributeError, OverflowError, ValueError) as error:
         raise ResultsError(file, str(error)) from error
 
@@ -129,11 +99,11 @@ def _one_line(value: Any) -> Any:
 
 
 def entries_of(content: Mapping[str, Any]) -> list[EvalResult]:
-    """The metrics of an evaluation as a card's metadata has them."""
+    """Converts the metrics of an evaluation to entries of a model card's `model-index`."""
     protocol = content.get("protocol", {})
     task, dataset, metrics = content["task"], content["dataset"], telling_metrics(content["metrics"], protocol)
     first_images, captions, limit = (protocol.get(name) for name in ("first_images", "captions", "max_length_asked"))
-    # entries of one data set and `config` are one entry of a model-index
+    # a model-index merges entries with the same data set and `config`
     config = [f"{captions} captions"] if captions in CAPTIONS else []
     config += [f"texts cut at {limit} tokens"] if limit else []
     config += [f"first {first_images} images"] if first_images else []

@@ -1,11 +1,10 @@
 """
-Retrieval between images and texts, by exact search over blocks of similarities: recall at k, ranks, intervals. The
-top-k accuracy of class scores is the same count, of the label among the classes.
+Retrieval between images and texts by exact search: recall at k, ranks and confidence intervals. The top-k accuracy of
+class scores is computed in the same way, as the recall of the right class.
 
-Candidates as similar as the right one come in random order, and a result is the expected value over all orders, after
-McSherry and Najork, "Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied Scores"
-(ECIR 2008). So a model that gives everything the same embedding scores as guessing does, and captions that several
-images share are shared fairly.
+Candidates that tie with the right one are ordered at random, and each metric is the expected value over all orders
+(McSherry and Najork, "Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied
+Scores", ECIR 2008). A model with constant embeddings therefore scores chance level.
 """
 
 import re
@@ -18,22 +17,25 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-# Images and texts of one block of similarities: 4 MB in float32, which a processor's caches hold.
+# A block of similarities has this many images and texts: 4 MB in float32, which fits into a CPU cache.
 BLOCK_SIZE = 1024
-# Cosine similarities closer than this are ties. Rounding in float32, which differs with the batch and the padding of a
-# text, moves them by a few 1e-7.
+# Cosine similarities closer than this are ties. Rounding in float32 depends on the batch and the padding of a text and
+# changes similarities by a few 1e-7.
 TIE_TOLERANCE = 1e-6
 DIRECTIONS = ("image_to_text", "text_to_image")
-# Metrics of the first k candidates, and the protocol's name of the number of candidates
+# Metrics of the first k candidates, and the field of the protocol that gives the number of all candidates
 TOP = re.compile(r"(image_to_text_r|text_to_image_r|accuracy_top)(\d+)")
 CANDIDATES = {"image_to_text_r": "num_texts", "text_to_image_r": "num_images", "accuracy_top": "num_classes"}
 
 
 class TiedRanks(NamedTuple):
     """
-    The rank of each query's best positive, with its ties, each tensor [N] and int64: it comes after `better`
-    candidates, at random among the `tied` ones that are as similar, itself included. `positives` of the tied are
-    positives too, itself included.
+    Ranks of the best positive (right candidate) of N queries, with ties. Each field is an int64 tensor [N].
+
+    Args:
+        better (`torch.Tensor`): Number of candidates more similar to the query than its best positive.
+        tied (`torch.Tensor`): Number of candidates as similar as the best positive, including the positive itself.
+        positives (`torch.Tensor`): Number of positives among the tied candidates, including the best one.
     """
 
     better: torch.Tensor
@@ -42,12 +44,12 @@ class TiedRanks(NamedTuple):
 
     def hits(self, k: int) -> torch.Tensor:
         """
-        The probability that a positive is among the first k candidates, [N] in float64 on the CPU. With b better
-        candidates and p positives among t tied ones, k - b of these are drawn: `1 - C(t - p, k - b) / C(t, k - b)`.
+        Returns the probability that a positive is among the first k candidates, [N] in float64 on the CPU. With b
+        better and t tied candidates, p of them positive, it is `1 - C(t - p, k - b) / C(t, k - b)`.
         """
         better, tied, positives = (part.cpu().double() for part in self)
         drawn = (k - better).clamp(min=0).minimum(tied)
-        # C(t - p, m) / C(t, m) is the product over j < p of (t - m - j) / (t - j), and the same with m and p swapped
+        # C(t - p, m) / C(t, m) is the product of (t - m - j) / (t - j) over j < p; m and p may be swapped
         fewer, more = drawn.minimum(positives), drawn.maximum(positives)
         missed = torch.ones_like(better)
         for j in range(int(fewer.max())):
@@ -56,13 +58,13 @@ class TiedRanks(NamedTuple):
         return 1 - missed
 
     def ranks(self) -> torch.Tensor:
-        """The expected rank of the first positive, 1 for the first candidate; [N] in float64 on the CPU."""
+        """Returns the expected rank of the first positive, from 1; [N] in float64 on the CPU."""
         better, tied, positives = (part.cpu().double() for part in self)
         return better + (tied + 1) / (positives + 1)
 
 
 class Ranks(NamedTuple):
-    """The expected rank of the best text of each image [I] and of the image of each text [T], float64, 1 the first."""
+    """Expected ranks, from 1 and in float64: of the best text of each image [I] and of the image of each text [T]."""
 
     image_to_text: torch.Tensor
     text_to_image: torch.Tensor
@@ -76,29 +78,27 @@ def recalls(
     block_size: int = BLOCK_SIZE,
 ) -> dict[str, float]:
     """
-    Recall at k in both directions: the share of images that have one of their texts among the k texts most similar to
-    them, and the share of texts that have their image among the k images. Similarity is the cosine, in float32 or
-    better.
+    Computes recall at k in both directions: the share of images with one of their texts among the k most similar
+    texts, and the share of texts with their image among the k most similar images. Similarity is the cosine, in
+    float32 or better.
 
-    Candidates as similar as the best right one come in random order: the result is the expected recall. So a model
-    that gives everything the same embedding scores k/N with one text an image, as guessing does, and so do captions
-    that several images share.
+    Candidates that tie with the best right one are ordered at random, and the result is the expected recall. With one
+    text per image, a model with constant embeddings scores k/N, the chance level.
 
     Args:
-        image_embeds (`torch.Tensor`): [I, dim], on any device.
-        text_embeds (`torch.Tensor`): [T, dim], on the same device.
-        text_to_image (`Sequence[int]`, *optional*):
-            [T] the index of each text's image, from 0 to I - 1; every image has a text. By default text i
-            belongs to image i.
-        ks (`Sequence[int]`, *optional*, defaults to 1, 5 and 10): numbers of candidates to look at.
-        block_size (`int`, *optional*, defaults to 1024): images and texts in a block of similarities.
+        image_embeds (`torch.Tensor`): Embeddings of the images, [I, dim], on any device.
+        text_embeds (`torch.Tensor`): Embeddings of the texts, [T, dim], on the same device.
+        text_to_image (`Sequence[int]`, *optional*): Index of the image of each text, [T]. Every image needs a text.
+            By default, text i belongs to image i.
+        ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Values of k.
+        block_size (`int`, *optional*, defaults to 1024): Number of images and texts in a block of similarities.
 
     Returns:
-        `image_to_text_r1`, `text_to_image_r1` and so on for each k, from 0 to 1.
+        `dict[str, float]`: `image_to_text_r1`, `text_to_image_r1` and so on for each k, from 0 to 1.
 
     Raises:
-        ValueError: if shapes do not fit or are empty, if an embedding holds NaN or infinity, if `text_to_image` names
-            no image or leaves one without text, and on numbers below 1.
+        `ValueError`: If shapes do not match or are empty, if an embedding contains NaN or infinity, if `text_to_image`
+            has an invalid index or leaves an image without text, or if a k is below 1.
 
     Example:
 
@@ -125,17 +125,11 @@ def ranks(
     block_size: int = BLOCK_SIZE,
 ) -> Ranks:
     """
-    The rank at which each image finds the first of its texts, and each text its image, from 1. Among candidates that
-    are as similar as the best right one it is the expected rank, so it may lie between two.
-
-    Args:
-        image_embeds, text_embeds, text_to_image, block_size: as in [`recalls`].
+    Computes the expected rank, from 1, of the best text of each image and of the image of each text. With ties, it may
+    not be a whole number. Arguments and errors are those of [`recalls`].
 
     Returns:
-        `image_to_text` [I] and `text_to_image` [T], float64 on the CPU.
-
-    Raises:
-        ValueError: as in [`recalls`].
+        `Ranks`: `image_to_text` [I] and `text_to_image` [T], float64 on the CPU.
 
     Example:
 
@@ -162,23 +156,21 @@ def retrieval_metrics(
     block_size: int = BLOCK_SIZE,
 ) -> dict[str, float]:
     """
-    What a table of retrieval results holds: recall at k as [`recalls`] gives it, the median rank, and how sure R@1 is.
+    Computes recall at k like [`recalls`], the median rank, and a confidence interval of R@1.
 
-    The interval is the percentile bootstrap's at 95 % (Efron and Tibshirani, 1993, section 13.3): images are drawn
-    with replacement, each with all its texts, since the texts of one image are no independent samples. The candidates
-    stay all those there are.
+    The interval is a 95 % percentile bootstrap (Efron and Tibshirani, 1993, section 13.3). Images are drawn with
+    replacement, each with all its texts, because the texts of one image are not independent samples. The set of
+    candidates does not change.
+
+    Arguments not listed here and errors are those of [`recalls`].
 
     Args:
-        image_embeds, text_embeds, text_to_image, ks, block_size: as in [`recalls`].
-        bootstrap (`int`, *optional*, defaults to 1000): how often images are drawn; 0 for no interval.
-        seed (`int`, *optional*, defaults to 0): of the draws. The same seed gives the same interval.
+        bootstrap (`int`, *optional*, defaults to 1000): Number of bootstrap samples; 0 for no interval.
+        seed (`int`, *optional*, defaults to 0): Seed of the bootstrap samples.
 
     Returns:
-        For each direction `image_to_text` and `text_to_image`: `..._r1` and so on for each k, from 0 to 1;
-        `..._median_rank`, 1 the first; and if `ks` holds 1, `..._r1_low` and `..._r1_high`.
-
-    Raises:
-        ValueError: as in [`recalls`].
+        `dict[str, float]`: For each direction, `image_to_text` and `text_to_image`: `..._r1` and so on for each k,
+        from 0 to 1; `..._median_rank`, from 1; and, if `ks` contains 1, `..._r1_low` and `..._r1_high`.
 
     Example:
 
@@ -211,21 +203,20 @@ def find_ranks(
     block_size: int = BLOCK_SIZE,
 ) -> TiedRanks:
     """
-    One direction of retrieval, for any number of right candidates a query: the rank of the best of them.
+    Finds the rank of the best right candidate of each query. A query may have several right candidates.
 
     Args:
-        query_embeds (`torch.Tensor`): [N, dim], on any device.
-        candidate_embeds (`torch.Tensor`): [M, dim], on the same device.
-        positives (`Sequence[Sequence[int]]`):
-            [N] the indices of each query's right candidates, one or more, from 0 to M - 1.
-        block_size (`int`, *optional*, defaults to 1024): queries and candidates in a block of similarities.
+        query_embeds (`torch.Tensor`): Embeddings of the queries, [N, dim], on any device.
+        candidate_embeds (`torch.Tensor`): Embeddings of the candidates, [M, dim], on the same device.
+        positives (`Sequence[Sequence[int]]`): Indices of the right candidates of each query, one or more.
+        block_size (`int`, *optional*, defaults to 1024): Number of queries and candidates in a block of similarities.
 
     Returns:
-        [`TiedRanks`]; its `hits(k)` [N] and `ranks()` [N] are what recall and median rank are made of.
+        `TiedRanks`: The ranks. The mean of `hits(k)` is the recall, the median of `ranks()` the median rank.
 
     Raises:
-        ValueError: if shapes do not fit or are empty, if an embedding holds NaN or infinity, if a query has no
-            positive or one that is no candidate.
+        `ValueError`: If shapes do not match or are empty, if an embedding contains NaN or infinity, or if a query has
+            no positive or an invalid index.
 
     Example:
 
@@ -243,8 +234,7 @@ def find_ranks(
         distinct = sorted({int(candidate) for candidate in own})
         if not distinct or distinct[0] < 0 or distinct[-1] >= len(candidate_embeds):
             raise ValueError(
-                f"`positives[{query}]` must hold one or more of the {len(candidate_embeds)} candidates, numbered from "
-                f"0; got {distinct}."
+                f"`positives[{query}]` is {distinct}. Pass one or more indices from 0 to {len(candidate_embeds) - 1}."
             )
         rows += [query] * len(distinct)
         columns += distinct
@@ -260,26 +250,24 @@ def accuracies(
     tolerance: float = TIE_TOLERANCE,
 ) -> dict[str, float]:
     """
-    Accuracy of classification: the share of rows whose label is among the k classes with the highest scores.
-
-    It is the recall of the label among the classes, so ties are counted as there: classes that score the same come in
-    random order. Constant scores give k/C.
+    Computes the top-k accuracy: the share of rows whose label is among the k classes with the highest scores. Classes
+    with tied scores are ordered at random, and the result is the expected accuracy: k/C for constant scores.
 
     Args:
-        scores (`torch.Tensor`): [N, C], the higher, the more likely: similarities or logits, on any device.
-        labels (`Sequence[int]`): [N] the right class of each row, from 0 to C - 1.
-        ks (`Sequence[int]`, *optional*, defaults to 1 and 5): numbers of classes to look at.
-        tolerance (`float`, *optional*, defaults to 1e-6):
-            Scores closer than this share of the label's or of the row's highest one, whichever is larger, are
-            ties: what rounding leaves of equal classes. Take 0 for probabilities, whose small values are apart.
+        scores (`torch.Tensor`): [N, C] similarities or logits, on any device. Higher means more likely.
+        labels (`Sequence[int]`): Right class of each row, [N].
+        ks (`Sequence[int]`, *optional*, defaults to `(1, 5)`): Values of k.
+        tolerance (`float`, *optional*, defaults to 1e-6): Relative tolerance of ties. Scores tie with the label's
+            score if they differ by less than this share of it, or of the row's highest score if that is larger. Pass 0
+            for probabilities, where small differences are meaningful.
 
     Returns:
-        `accuracy_top1` and so on for each k, and `mean_per_class_recall`, the top-1 accuracy of each class that has
-        rows, averaged over these classes. All from 0 to 1.
+        `dict[str, float]`: `accuracy_top1` and so on for each k, and `mean_per_class_recall`, the top-1 accuracy of
+        each class averaged over the classes that have rows. All are from 0 to 1.
 
     Raises:
-        ValueError: if shapes do not fit or are empty, if scores hold NaN or infinity, if a label is no class, on
-            numbers below 1, and on a negative tolerance.
+        `ValueError`: If shapes do not match or are empty, if scores contain NaN or infinity, if a label is not a
+            class, if a k is below 1, or if `tolerance` is negative.
 
     Example:
 
@@ -292,9 +280,9 @@ def accuracies(
     ```
     """
     if scores.dim() != 2 or 0 in scores.shape:
-        raise ValueError(f"`scores` must have shape [N, C], one row for each image; got {list(scores.shape)}.")
+        raise ValueError(f"`scores` has shape {list(scores.shape)}. Pass shape [N, C], with one row for each image.")
     if tolerance < 0:
-        raise ValueError(f"`tolerance` must be at least 0, got {tolerance}.")
+        raise ValueError(f"`tolerance` is {tolerance}. Pass 0 or more.")
     check_positive("ks", *ks)
     labels = _as_indices("labels", labels, len(scores), scores.shape[1], "class", scores.device)
     _check_finite("scores", scores)
@@ -314,22 +302,22 @@ def accuracies(
 
 def telling_metrics(metrics: Mapping[str, float], protocol: Mapping[str, Any]) -> dict[str, float]:
     """
-    Metrics without those that say nothing: a share of right ones among the first k, above 1, of no more than k.
+    Drops recall and accuracy at k > 1 if there are at most k candidates, because the value is always 1.
 
     Args:
-        metrics (`Mapping[str, float]`): numbers by name.
-        protocol (`Mapping[str, Any]`): with `num_images`, and `num_texts` or `num_classes`.
+        metrics (`Mapping[str, float]`): Metrics by name.
+        protocol (`Mapping[str, Any]`): Protocol with `num_images`, and `num_texts` or `num_classes`.
 
     Returns:
-        The others.
+        `dict[str, float]`: The other metrics.
     """
 
-    def tells(name: str) -> bool:
+    def is_informative(name: str) -> bool:
         match = TOP.fullmatch(name)
         candidates = None if match is None else protocol.get(CANDIDATES[match[1]])
         return match is None or candidates is None or int(match[2]) == 1 or int(match[2]) < candidates
 
-    return {name: value for name, value in metrics.items() if tells(name)}
+    return {name: value for name, value in metrics.items() if is_informative(name)}
 
 
 def _recalls(both: Sequence[TiedRanks], ks: Sequence[int]) -> dict[str, float]:
@@ -344,11 +332,11 @@ def _bootstrap_intervals(
     image_hits: np.ndarray, text_hits: np.ndarray, text_to_image: np.ndarray, draws: int, seed: int
 ) -> list[list[float]]:
     """
-    The 2.5th and the 97.5th percentile of the mean of `image_hits` [I], and those of `text_hits` [T], over `draws`
-    samples of I images with replacement, each with all its texts.
+    Returns the 2.5th and 97.5th percentiles of the mean of `image_hits` [I] and of `text_hits` [T], over `draws`
+    samples of I images with replacement. An image is drawn with all its texts.
     """
     number_of_images = len(image_hits)
-    # of each image its own hit, those of its texts, and how many these are: [3, I]
+    # [3, I]: for each image its own hit, the sum of the hits of its texts, and the number of its texts
     sums = np.stack([image_hits, *(np.bincount(text_to_image, weights) for weights in (text_hits, None))])
     generator = np.random.default_rng(seed)
     means = np.empty((2, draws))
@@ -362,7 +350,7 @@ def _bootstrap_intervals(
 def _both_ranks(
     image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor, block_size: int
 ) -> list[TiedRanks]:
-    """The ranks of the images' texts among the texts, and of the texts' images among the images."""
+    """Returns the ranks of each image's best text among all texts, and of each text's image among all images."""
     pairs = torch.stack([text_to_image, torch.arange(len(text_to_image), device=text_to_image.device)])
     return _tied_ranks(image_embeds, text_embeds, pairs, block_size)
 
@@ -371,11 +359,12 @@ def _tied_ranks(
     query_embeds: torch.Tensor, candidate_embeds: torch.Tensor, pairs: torch.Tensor, block_size: int
 ) -> list[TiedRanks]:
     """
-    The ranks of the queries' positives among the candidates, and those of the candidates' positives among the queries:
-    a block of similarities serves both directions. `pairs` [2, P] are the indices of queries and their positives.
+    Returns the ranks of the queries' positives among the candidates and of the candidates' positives among the
+    queries. Each block of similarities is used for both directions. `pairs` [2, P] contains the indices of the queries
+    and of their positives.
 
-    Positives are compared with each other by themselves, and left out of the blocks: a similarity from a product of
-    blocks and one from a pair differ in their last digits.
+    Positives are masked in the blocks and compared separately: the same similarity, computed by a block product and
+    by a single dot product, differs in the last digits.
     """
     sides = _normalized(query_embeds), _normalized(candidate_embeds)
     with _full_precision(query_embeds.device.type):
@@ -387,7 +376,7 @@ def _tied_ranks(
             for end, embeds in zip(pairs, sides, strict=True)
         ]
         counts = [torch.zeros(2, len(embeds), dtype=torch.int64, device=embeds.device) for embeds in sides]
-        # One memory for all blocks: fetching new memory takes longer than what is done in it.
+        # Reuse one buffer for all blocks, because allocation takes longer than the computation.
         memory = similarities.new_empty(2, *(min(block_size, len(embeds)) for embeds in sides)).flatten(1)
         for row in range(0, len(sides[0]), block_size):
             for column in range(0, len(sides[1]), block_size):
@@ -401,7 +390,7 @@ def _tied_ranks(
                 for side, first in enumerate((row, column)):
                     own = slice(first, first + shape[side])
                     matches = best[side][own].unsqueeze(1 - side)
-                    # 0 and 1 as floating-point numbers, exact up to 2**24: torch adds them up far faster than booleans
+                    # float32 counts exactly up to 2**24, and torch sums it much faster than booleans
                     above = torch.gt(block, matches + TIE_TOLERANCE, out=scratch).sum(1 - side).long()
                     at_least = torch.ge(block, matches - TIE_TOLERANCE, out=scratch).sum(1 - side).long()
                     counts[side][:, own] += torch.stack([above, at_least - above])
@@ -414,7 +403,7 @@ def _tied_ranks(
 
 
 def _normalized(embeds: torch.Tensor) -> torch.Tensor:
-    """Embeddings of length 1, in float32 or better; zeros stay zeros."""
+    """Normalises embeddings to length 1, in float32 or better; zeros stay zeros."""
     return F.normalize(embeds.detach().to(torch.promote_types(embeds.dtype, torch.float32)), dim=1)
 
 
@@ -424,7 +413,7 @@ def _check(
     text_to_image: Sequence[int] | torch.Tensor | None,
     ks: Sequence[int],
 ) -> torch.Tensor:
-    """Raises a `ValueError` that names the argument; returns the index of each text's image, [T]."""
+    """Checks the arguments and returns the index of each text's image, [T]."""
     check_positive("ks", *ks)
     _check_embeddings({"image_embeds": image_embeds, "text_embeds": text_embeds})
     number_of_images, number_of_texts = len(image_embeds), len(text_embeds)
@@ -433,8 +422,8 @@ def _check(
     without = (owners.bincount(minlength=number_of_images) == 0).nonzero()
     if len(without):
         raise ValueError(
-            f"`text_to_image` leaves {len(without)} of {number_of_images} images without a text, first image "
-            f"{int(without[0])}."
+            f"`text_to_image` leaves {len(without)} of {number_of_images} images without a text; the first is image "
+            f"{int(without[0])}. Remove these images."
         )
     return owners
 
@@ -442,18 +431,18 @@ def _check(
 def _as_indices(
     name: str, indices: Sequence[int] | torch.Tensor, length: int, number: int, what: str, device: torch.device
 ) -> torch.Tensor:
-    """`indices` as int64 [length], each from 0 to `number` - 1."""
+    """Returns `indices` as int64 [length] after checking that each is from 0 to `number` - 1."""
     tensor = torch.as_tensor(indices, device=device)
     if tensor.shape != (length,) or tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise ValueError(
-            f"`{name}` must hold {length} whole numbers, the {what} of each; got {tensor.dtype} of shape "
-            f"{list(tensor.shape)}."
+            f"`{name}` has dtype {tensor.dtype} and shape {list(tensor.shape)}. Pass {length} integers, the index of "
+            f"the {what} for each."
         )
     wrong = ((tensor < 0) | (tensor >= number)).nonzero()
     if len(wrong):
         item = int(wrong[0])
         raise ValueError(
-            f"`{name}[{item}]` is {int(tensor[item])}, which is no {what}: they are numbered from 0 to {number - 1}."
+            f"`{name}[{item}]` is {int(tensor[item])}. Pass the index of the {what}, from 0 to {number - 1}."
         )
     return tensor.long()
 
@@ -462,30 +451,30 @@ def _check_embeddings(embeds: dict[str, torch.Tensor]) -> None:
     (name, one), (other_name, other) = embeds.items()
     if not (one.dim() == other.dim() == 2 and one.shape[1] == other.shape[1]) or 0 in (*one.shape, *other.shape):
         raise ValueError(
-            f"`{name}` and `{other_name}` must have shape [N, dim] each, with the same dim; got {list(one.shape)} and "
-            f"{list(other.shape)}."
+            f"`{name}` and `{other_name}` have shapes {list(one.shape)} and {list(other.shape)}. Pass [N, dim] for "
+            "each, not empty and with the same dim."
         )
     for own_name, own in embeds.items():
         _check_finite(own_name, own)
 
 
 def check_positive(name: str, *values: int) -> None:
-    """Raises a `ValueError` that names the argument if one of the numbers is below 1 or not whole."""
+    """Raises a `ValueError` if a value is not an integer of 1 or more."""
     for value in values:
         if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"`{name}` must be at least 1 and whole, got {value}.")
+            raise ValueError(f"`{name}` contains {value}. Pass integers of 1 or more.")
 
 
 def _check_finite(name: str, embeds: torch.Tensor) -> None:
     if not torch.stack(embeds.aminmax()).isfinite().all():
         row = int(embeds.isfinite().all(1).int().argmin())
-        raise ValueError(f"`{name}` hold NaN or infinity, first in row {row} of {len(embeds)}.")
+        raise ValueError(f"`{name}` contains NaN or infinity, first in row {row} of {len(embeds)}. Remove such rows.")
 
 
 @contextmanager
 def _full_precision(device_type: str) -> Iterator[None]:
-    """Neither autocast nor the products in TF32 or bfloat16 that a training run may have allowed."""
-    has_backends = hasattr(torch.backends, "fp32_precision")  # torch 2.9; it refuses the older functions after the new
+    """Turns off autocast, TF32 and bfloat16 products within the context."""
+    has_backends = hasattr(torch.backends, "fp32_precision")  # since torch 2.9, which forbids mixing it with old calls
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if has_backends else ()
     precisions = [backend.fp32_precision for backend in backends]
     precision = None if has_backends else torch.get_float32_matmul_precision()

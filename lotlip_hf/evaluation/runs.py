@@ -1,4 +1,4 @@
-"""Files of results: what each says, which of them count, and what tells them apart."""
+"""Runs from results files: which of them a report shows, and under which titles."""
 
 import json
 import os
@@ -19,24 +19,24 @@ from .results import CAPTIONS, SHARE, entries_of, parsed
 from .retrieval import telling_metrics
 from .tables import RETRIEVAL, STUDIES, study_table
 
-# What a column of each task shows.
+# Metrics that a report shows for each task.
 METRICS = {
     RETRIEVAL: {"image_to_text_r1": "I2T", "text_to_image_r1": "T2I"},
     "zero-shot-image-classification": {"accuracy_top1": "top-1"},
 }
-# What a protocol says of the outcome rather than of the rules, and what changes no number of the table.
+# Fields of a protocol that are counts, or settings that do not change a number of the report.
 NO_RULES = {
     *("num_images", "first_images", "num_texts", "num_texts_cut", "num_duplicate_texts", "num_classes"),
-    *("bootstrap", "batch_size", "max_length_asked"),  # the last one is in `max_length`, too
+    *("bootstrap", "batch_size", "max_length_asked"),  # `max_length` includes `max_length_asked`
 }
-# Where a protocol says which of a data set's texts were read: other texts, another column of the table.
+# Fields of a protocol that choose the texts of a data set. Runs on different texts get different columns.
 TEXT_RULES = ("captions", "text_column")
-# What else decides a run's numbers: of how much of the data, of which revision, and what it held.
+# Settings of the data: the evaluated part, the revision and the contents.
 DATA_RULES = ("part", "revision", "data")
 
 
 class Column(NamedTuple):
-    """A column of the table: what stands over it, and the task whose metrics it shows."""
+    """A column of the report: its title, and the task whose metrics it shows."""
 
     title: str
     task: str
@@ -45,22 +45,18 @@ class Column(NamedTuple):
 @dataclass(frozen=True)
 class Run:
     """
-    A file of results.
+    An evaluation or a study, read from a results file. Fields not listed here are those of the file.
 
     Args:
-        file: Where it was read from.
-        model, revision: What was evaluated.
-        fingerprint: Of the model's weights and settings.
-        dtype: Of the weights, if the file says it.
-        benchmark, task, dataset, data_fingerprint, protocol: On what, and how.
-        metrics: Numbers by name; empty for a study.
-        date: When.
-        study: `"length"` or `"sentences"` where the file holds a study.
-        rows: The study's.
-        entries: The metrics as a card's metadata has them.
-        name: What a table calls the model.
-        texts: Of `TEXT_RULES`, what tells its column from others of the same data.
-        rules: What tells it from the model's other runs on the same data.
+        file (`str`): Path of the file.
+        fingerprint (`str`): Fingerprint of the weights and settings of the model.
+        metrics (`Mapping[str, float]`): Metrics by name; empty for a study.
+        study (`str`, *optional*): `"length"` or `"sentences"` for a study.
+        rows (`Sequence[Mapping[str, Any]]`, *optional*): Rows of the study.
+        entries (`Sequence[EvalResult]`, *optional*): Metrics as entries of a model card's `model-index`.
+        name (`str`, *optional*): Name of the model in the report.
+        texts (`Mapping[str, Any]`, *optional*): Choice of texts, if it differs from that of other runs on the data.
+        rules (`Mapping[str, Any]`, *optional*): Settings that differ from those of other runs of the same model.
     """
 
     file: str
@@ -84,12 +80,12 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The row that it stands in. Other rules than in the model's other runs stand in others."""
+        """Title of its row in the report. Runs of a model with different settings get different rows."""
         return _with_words(self.name, self.rules)
 
     @property
     def column(self) -> Column:
-        """The column that it stands in. Other splits than a benchmark's own stand in others, as do other texts."""
+        """Its column in the report. Runs on other splits or other texts of a benchmark get separate columns."""
         task = TASKS.get(self.benchmark)
         split = self.dataset.get("split")
         title = PAPER_COLUMNS.get(self.benchmark) or str(self.dataset["name"])
@@ -98,25 +94,25 @@ class Run:
 
     @property
     def part(self) -> str | None:
-        """What was evaluated, if it was not the whole benchmark."""
+        """Description of the evaluated part, or `None` for the whole benchmark."""
         task = TASKS.get(self.benchmark)
         count = self.protocol["num_images"]
         if task is not None and task.num_images and self.dataset.get("split") in (task.split, None):
             if count > task.num_images:
-                return f"{count} images in place of {task.num_images}"
-            return f"{count} of {task.num_images} images alone" if count < task.num_images else None
-        return f"the first {count} images alone" if "first_images" in self.protocol else None
+                return f"{count} images instead of {task.num_images}"
+            return f"only {count} of {task.num_images} images" if count < task.num_images else None
+        return f"only the first {count} images" if "first_images" in self.protocol else None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that decides its numbers, beside the model and the column."""
+        """All settings that affect its metrics, except for the model and the column."""
         protocol = {name: value for name, value in self.protocol.items() if name not in {*NO_RULES, *TEXT_RULES}}
         own = (self.part, self.dataset.get("revision"), self.data_fingerprint)
         return {**protocol, **dict(zip(DATA_RULES, own, strict=True))}
 
     @property
     def other_rules(self) -> dict[str, Any]:
-        """In a column of the paper's, what the protocol says that is not as the paper does it."""
+        """Settings that differ from the paper; empty unless the run is in a column of the paper."""
         if self.task != RETRIEVAL or self.benchmark not in PAPER_COLUMNS:
             return {}
         others: dict[str, Any] = {}
@@ -128,7 +124,7 @@ class Run:
 
     @property
     def remark(self) -> str | None:
-        """What keeps its numbers from being read as the whole benchmark's, by the paper's rules."""
+        """Note if the run used only a part of the benchmark or other settings than the paper, else `None`."""
         words = {
             "normalization": "captions not normalised",
             "max_length": f"texts cut at {self.other_rules.get('max_length')} tokens",
@@ -140,14 +136,14 @@ class Run:
 @dataclass(frozen=True)
 class Summary:
     """
-    What files of results say together.
+    Summary of results files.
 
     Args:
-        models: Labels of rows, in the order of the files.
-        columns: The paper's, then others in the order of the files.
-        runs: By model and column, the run that counts.
-        studies: All of them.
-        notes: What a table does not show.
+        models (`Sequence[str]`): Titles of the rows, in the order of the files.
+        columns (`Sequence[Column]`): Columns of the paper, then further columns in the order of the files.
+        runs (`Mapping[tuple[str, Column], Run]`): The run shown in each row and column.
+        studies (`Sequence[Run]`): All studies.
+        notes (`Sequence[str]`): Notes on the table.
     """
 
     models: Sequence[str]
@@ -158,11 +154,11 @@ class Summary:
 
 
 def _run(file: str | os.PathLike, content: Mapping[str, Any]) -> Run:
-    """What a file of `lotlip evaluate` says; a table or a plot that comes later finds no value of a wrong type."""
+    """Makes a run from the contents of a results file, and checks every value that a table or plot uses."""
     dataset, protocol, metrics, study = content["dataset"], content["protocol"], {}, content.get("study")
     kind, known = ("task", METRICS) if study is None else ("study", STUDIES)
     if content[kind] not in known:
-        raise ValueError(f"`{kind}` is {content[kind]!r}, expected one of {', '.join(known)}")
+        raise ValueError(f"`{kind}` is {content[kind]!r} instead of {' or '.join(known)}")
     if study is None:
         metrics = telling_metrics(content["metrics"], protocol)
         _check_numbers("metrics", {**{name: metrics[name] for name in METRICS[content["task"]]}, **metrics})
@@ -171,11 +167,11 @@ def _run(file: str | os.PathLike, content: Mapping[str, Any]) -> Run:
         for number, row in enumerate(content["rows"]):
             _check_numbers(f"rows[{number}]", row)
     if not isinstance(protocol["num_images"], int):
-        raise ValueError(f"`protocol.num_images` is {protocol['num_images']!r}, expected a whole number")
+        raise ValueError(f"`protocol.num_images` is {protocol['num_images']!r} instead of an integer")
     date = datetime.fromisoformat(content["date"])
     return Run(
         file=os.fspath(file),
-        model=str(PurePosixPath(content["model"])),  # "folder/" is "folder"
+        model=str(PurePosixPath(content["model"])),  # removes the slash of "folder/"
         revision=content.get("model_revision"),
         fingerprint=json.dumps(content.get("model_fingerprint"), sort_keys=True),
         benchmark=content["benchmark"],
@@ -194,25 +190,24 @@ def _run(file: str | os.PathLike, content: Mapping[str, Any]) -> Run:
 
 def summarise(files: Sequence[str | os.PathLike]) -> Summary:
     """
-    Reads files of results and chooses those that count.
+    Reads results files and chooses the run for each cell of a report.
 
-    Runs of a model that differ in anything that decides the numbers stand side by side: on other captions in columns
-    of their own, by other rules (a limit of tokens, a part of the images, ...) in rows of their own. Of several by the
-    same rules the newest counts.
+    Runs of a model on different captions get different columns. Runs with other settings (a limit in tokens, a part of
+    the images, ...) get different rows. Of several runs with the same settings, the newest is shown.
 
     Args:
-        files (`Sequence[str | os.PathLike]`): what `lotlip evaluate` wrote.
+        files (`Sequence[str | os.PathLike]`): Results files of `lotlip evaluate`.
 
     Returns:
-        `Summary`: models, columns and runs in the order of the files, and notes on what a table of them does not show.
+        `Summary`: Models, columns and runs in the order of the files, and notes.
 
     Raises:
-        ResultsError: if one holds no results.
-        OSError: if one cannot be read.
+        `ResultsError`: If a file does not contain results.
+        `OSError`: If a file cannot be read.
     """
     unique = {Path(file).resolve(): file for file in files}
     runs = _named([parsed(file, partial(_run, file)) for file in unique.values()])
-    evaluations = _apart([run for run in runs if run.study is None])
+    evaluations = _distinguish([run for run in runs if run.study is None])
     notes: list[str] = []
     candidates: dict[tuple[str, Column], list[Run]] = {}
     for run in evaluations:
@@ -222,10 +217,8 @@ def summarise(files: Sequence[str | os.PathLike]) -> Summary:
         chosen[cell] = best = max(own, key=lambda run: run.date)
         for run in own:
             if run is not best:
-                reason = "is newer" if best.date > run.date else "was named first"
-                notes.append(
-                    f"{best.label} on {best.column.title}: {best.file} counts, which {reason}, and not {run.file}."
-                )
+                reason = "is newer" if best.date > run.date else "comes first"
+                notes.append(f"{best.label} on {best.column.title}: {run.file} is not shown; {best.file} {reason}.")
     models = list(dict.fromkeys(run.label for run in evaluations))
     paper = [Column(title, RETRIEVAL) for title in PAPER_COLUMNS.values()]
     columns = list(dict.fromkeys([*paper, *(run.column for run in evaluations)]))
@@ -234,8 +227,8 @@ def summarise(files: Sequence[str | os.PathLike]) -> Summary:
     return Summary(models, columns, chosen, [run for run in runs if run.study is not None], notes)
 
 
-def _apart(runs: Sequence[Run]) -> list[Run]:
-    """The runs with what tells them apart: where their texts differ by column, where a model's rules do by row."""
+def _distinguish(runs: Sequence[Run]) -> list[Run]:
+    """Adds to each run the choice of texts that distinguishes its column and the settings that distinguish its row."""
     for rule in TEXT_RULES:
         columns = _values_of(runs, lambda run: run.column, lambda run, rule=rule: run.protocol.get(rule))
         runs = [
@@ -248,13 +241,14 @@ def _apart(runs: Sequence[Run]) -> list[Run]:
         values = _values_of(runs, lambda run: (run.name, run.column), lambda run, name=name: run.identity.get(name))
         for (model, column), own in values.items():
             if len(own) > 1:
-                # a model's rules are those of its row; a part and a revision are of one data set
+                # settings of the data only concern this column; other settings concern all runs of the model
                 differing.add((model, column if name in DATA_RULES else None, name))
-    told = [
+    rules = [
         [name for name in names if {(run.name, None, name), (run.name, run.column, name)} & differing] for run in runs
     ]
     runs = [
-        replace(run, rules={name: run.identity.get(name) for name in own}) for run, own in zip(runs, told, strict=True)
+        replace(run, rules={name: run.identity.get(name) for name in own})
+        for run, own in zip(runs, rules, strict=True)
     ]
     rows = _values_of(runs, lambda run: (run.label, run.column), lambda run: run.identity)
     files = _endings({run.file: 1 for run in runs})
@@ -265,7 +259,7 @@ def _apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def _values_of(runs: Sequence[Run], key: Callable[[Run], Any], value: Callable[[Run], Any]) -> dict[Any, set[str]]:
-    """By key, the different values."""
+    """Groups the distinct values of runs by key."""
     values: dict[Any, set[str]] = {}
     for run in runs:
         values.setdefault(key(run), set()).add(json.dumps(value(run), sort_keys=True))
@@ -278,10 +272,10 @@ def _with_words(name: str, rules: Mapping[str, Any]) -> str:
 
 
 def _words(rule: str, value: Any) -> str:
-    """A rule as words of a title; empty if it is as usual."""
+    """Describes a setting for a title; returns an empty string for a default."""
     if rule == "normalization":
         return "" if value else "captions not normalised"
-    if value is None or rule == "data":  # a checksum tells a reader nothing
+    if value is None or rule == "data":  # a checksum is not readable
         return ""
     if rule == "captions" and value in CAPTIONS:
         return f"{value} captions"
@@ -292,10 +286,10 @@ def _words(rule: str, value: Any) -> str:
 
 
 def _named(runs: Sequence[Run]) -> list[Run]:
-    """The runs with names: a model's, and where models of the same name differ, what tells them apart."""
+    """Adds names to the runs: the name of the model, with a suffix if models of the same name differ."""
     names = _endings({run.model: _least_parts(run.model) for run in runs})
     files = _endings({run.file: 1 for run in runs})
-    states: dict[str, dict[tuple[str | None, str], Run]] = {}  # each with the first run of it
+    states: dict[str, dict[tuple[str | None, str], Run]] = {}  # model -> its versions, each with the first run
     for run in runs:
         states.setdefault(run.model, {}).setdefault((run.revision, run.fingerprint), run)
 
@@ -315,56 +309,56 @@ def _named(runs: Sequence[Run]) -> list[Run]:
 
 
 def _least_parts(model: str) -> int:
-    """Of how many parts of its path a model's name has at least: a trainer's `checkpoint-700` alone says little."""
+    """Returns the minimum number of path parts in a model's name: 2 for a Hub id or a trainer's `checkpoint-700`."""
     parts = PurePosixPath(model).parts
     is_id = len(parts) == 2 and parts[0] not in ("/", "..", "~")
     return 2 if is_id or re.fullmatch(r"checkpoint-\d+", PurePosixPath(model).name) else 1
 
 
 def _endings(paths: Mapping[str, int]) -> dict[str, str]:
-    """The last parts of paths: as many as given, or as tell them apart."""
+    """Shortens paths to their last parts: at least the given number, and enough to be unique."""
     parts = {path: PurePosixPath(path).parts or (path,) for path in paths}
     endings = {}
     for path, own in parts.items():
         most = len(own)
-        alone = (
+        unique_counts = (
             count
             for count in range(min(paths[path], most), most)
             if sum(others[-count:] == own[-count:] for others in parts.values()) == 1
         )
-        endings[path] = str(PurePosixPath(*own[-next(alone, most) :]))
+        endings[path] = str(PurePosixPath(*own[-next(unique_counts, most) :]))
     return endings
 
 
 def _differences(runs: Sequence[Run]) -> list[str]:
-    """What keeps the runs of a column from being compared, and which are on a part of the data alone."""
+    """Returns notes on the runs of a column: their remarks, and differences that make them incomparable."""
     notes = []
     for run in runs:
         if run.remark:
             notes.append(f"{run.label} on {run.column.title} (*): {run.remark}.")
     if len({run.data_fingerprint for run in runs}) > 1:
-        notes.append(f"{runs[0].column.title}: not all models had the same images and texts.")
+        notes.append(f"{runs[0].column.title}: the models were evaluated on different images or texts.")
     for name in dict.fromkeys(name for run in runs for name in run.protocol if name not in NO_RULES):
         if name == "normalization" and any(run.other_rules for run in runs):
-            continue  # said of each run already
+            continue  # the remark of each run already says this
         models: dict[str, list[str]] = {}
         for run in runs:
             value = json.dumps(run.protocol.get(name), ensure_ascii=False, sort_keys=True)
             models.setdefault(value, []).append(run.label)
         if len(models) > 1:
-            said = "; ".join(f"{_short(value)} for {', '.join(labels)}" for value, labels in models.items())
-            notes.append(f"{runs[0].column.title}: `{name}` differs: {said}.")
+            values = "; ".join(f"{_short(value)} for {', '.join(labels)}" for value, labels in models.items())
+            notes.append(f"{runs[0].column.title}: `{name}` differs: {values}.")
     return notes
 
 
 def _check_numbers(where: str, numbers: Mapping[str, Any]) -> None:
-    """Raises a `ValueError` that names the number that is none, or is out of its range."""
+    """Raises a `ValueError` if a number is out of range, and a `TypeError` if it is not a number."""
     for name, value in numbers.items():
-        if value is None:  # of a study: not known
+        if value is None:  # unknown FLOPs of a study
             continue
         low, high = (0, 1) if SHARE.fullmatch(name) else (1 if name.endswith("_rank") else -sys.float_info.max, None)
         if not low <= value <= (high or sys.float_info.max):
-            raise ValueError(f"`{where}.{name}` is {value}, expected a number (shares from 0 to 1, ranks from 1)")
+            raise ValueError(f"`{where}.{name}` is {value}; shares are from 0 to 1, ranks from 1")
 
 
 def _short(text: str, most: int = 60) -> str:

@@ -1,4 +1,4 @@
-"""What a long text is worth to a model: retrieval with texts cut shorter and shorter, and with a sentence left out."""
+"""Studies of long texts: retrieval with texts truncated at several lengths, and with one sentence removed."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..distributed import rank, world_size
 from ..encoder import TEXT_CHUNK, Encoder, warn_of_cut_texts
 from ..plots import DIRECTION_COLOURS, DIRECTIONS, figure, save, wrapped
+from ..terminal import progress_bar
 from .embeddings import UNIT_SIZE, embed_images, embed_texts
 from .retrieval import ranks, recalls
 from .tasks import RetrievalData
@@ -23,9 +23,9 @@ from .tasks import RetrievalData
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Where texts are cut by default, as far as the model takes them.
+# Default limits in tokens; those above the model's maximum are skipped.
 LIMITS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-# What joins the sentences of a normalised text, and what LoTLIP's tokenizer splits them at.
+# Separator of the sentences of a normalised text, at which LoTLIP's tokenizer also splits.
 JOINER = ". "
 
 Row = dict[str, Any]
@@ -42,31 +42,36 @@ def length_study(
     progress: bool = True,
 ) -> list[Row]:
     """
-    R@1 and the text encoder's FLOPs against the number of tokens that texts are cut at: the two curves of figure 4 of
-    the LoTLIP paper, for one trained model.
+    Measures R@1 and the FLOPs of the text tower with texts truncated at several limits, as in figure 4 of the LoTLIP
+    paper but for one trained model.
 
-    FLOPs are those of a forward pass as PyTorch counts it (two for a multiplication and an addition, matrix products
-    alone), the mean over the texts, each at the length that it has after cutting, without padding; a model that pads
-    every text to a fixed length is counted with that.
+    FLOPs are the mean over the texts of one forward pass. PyTorch counts matrix products only, with two FLOPs for a
+    multiplication and an addition. Each text is counted at its truncated length without padding, or with padding if
+    the model pads every text to a fixed length.
 
     Args:
-        encoder: The dual encoder.
-        data: Images and texts.
-        limits: Numbers of tokens, the special ones included; by default 16, 32, 48, 64, 96, 128, 192, 256, 384, 512 as
-            far as the model takes them, and what it takes.
-        digests: What the images hold, if known from [`~lotlip_hf.evaluation.embeddings.image_digests`].
-        cache: Folder that keeps the embeddings; see [`~lotlip_hf.evaluation.embeddings.embed_texts`].
-        batch_size: Images, or texts of full length, in a batch; by default 32 and 64.
-        progress: Whether to show progress bars: one for the images, one for all texts of the study.
+        encoder (`Encoder`): The dual encoder.
+        data (`RetrievalData`): Images and texts.
+        limits (`Sequence[int]`, *optional*): Numbers of tokens, special tokens included. Defaults to the model's
+            maximum and those of 16, 32, 48, 64, 96, 128, 192, 256, 384 and 512 that are below it.
+        digests (`Sequence[str]`, *optional*): Digests of the images, if known from
+            [`~lotlip_hf.evaluation.embeddings.image_digests`].
+        cache (`str` or `os.PathLike`, *optional*): Folder for the cache of embeddings; see
+            [`~lotlip_hf.evaluation.embeddings.embed_texts`].
+        batch_size (`int`, *optional*): Number of images, or of texts of maximum length, in a batch. Defaults to 32
+            images and 64 texts.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar for the images and one for
+            all texts of the study.
 
     Returns:
-        A row for each limit, the lowest first: `max_length`, `image_to_text_r1`, `text_to_image_r1` and `texts_cut`
-        (shares from 0 to 1), `mean_tokens`, and `text_flops` (`None` for a model that does not compute in PyTorch).
+        `list[dict]`: A row for each limit, in ascending order, with `max_length`, `image_to_text_r1`,
+        `text_to_image_r1` and `texts_cut` (shares from 0 to 1), `mean_tokens`, and `text_flops` (`None` for a model
+        that does not run in PyTorch).
 
     Raises:
-        ValueError: if a limit is below 3 or above what the model takes, and under flash attention, whose FLOPs PyTorch
-            does not count.
-        IncompleteDataError: if images cannot be read; it names them.
+        `ValueError`: If a limit is below 3 or above the model's maximum, or if the model uses flash attention, whose
+            FLOPs PyTorch does not count.
+        `IncompleteDataError`: If images cannot be read; the message names them.
 
     Example:
 
@@ -75,22 +80,23 @@ def length_study(
     >>> from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
     >>> from lotlip_hf.evaluation.studies import length_study, plot_length_study
 
-    >>> encoder = load_encoder("path/to/checkpoint")  # doctest: +SKIP
-    >>> rows = length_study(encoder, load_benchmark("iiw", "path/to/iiw"))  # doctest: +SKIP
-    >>> plot_length_study(rows, "length.png")  # doctest: +SKIP
+    >>> rows = length_study(load_encoder("checkpoint"), load_benchmark("scenes", num_images=8), limits=[16, 32])
+    >>> [row["max_length"] for row in rows]
+    [16, 32]
+    >>> plot_length_study(rows, "length.png")
     ```
     """
     longest = encoder.max_text_length
     limits = sorted(set(limits or [*(limit for limit in LIMITS if limit < longest), longest]))
     if limits[0] < 3 or limits[-1] > longest:
-        raise ValueError(f"`limits` must be from 3 to the {longest} tokens that the model takes, got {limits}.")
+        raise ValueError(f"`limits` is {limits}. Pass values from 3 to {longest}, the model's maximum in tokens.")
     _check_attention(encoder)
 
     texts = list(data.texts)
     tokenized = [(len(ids), at_end) for ids, at_end in _tokens(encoder, texts, longest)]
     lengths = [length for length, _ in tokenized]
     _warn(sum(at_end for _, at_end in tokenized), data, longest)
-    # A text that is cut at neither this limit nor the next one above is what it was.
+    # limits are processed downwards, and each one only changes the texts that are longer
     changed = {
         limit: [index for index, length in enumerate(lengths) if limit == limits[-1] or length > limit]
         for limit in limits
@@ -128,30 +134,29 @@ def sentence_ablation(
     progress: bool = True,
 ) -> list[Row]:
     """
-    What is lost when sentence k of every text is left out, for k = 1, 2, ...
+    Measures the loss in retrieval when sentence k of every text is removed, for k = 1, 2, ...
 
-    Sentences are what `". "` separates, as in the normalised texts of the long-caption benchmarks. A text with fewer
-    than k sentences stays whole, and so does one that has no other sentence.
+    Sentences are separated by `". "`, as in the normalised texts of the long-caption benchmarks. Texts with fewer than
+    k sentences, or with only one, are not changed. Arguments not listed here are those of [`length_study`].
 
     Args:
-        encoder, data, digests, cache, batch_size, progress: As in [`length_study`].
-        max_sentences: The last k; by default the number of sentences of the longest text.
+        max_sentences (`int`, *optional*): The last k. Defaults to the largest number of sentences in a text.
 
     Returns:
-        A row for each k, after one with the `sentence` 0 for the whole texts:
+        `list[dict]`: A row for the unchanged texts, with `sentence` 0, and a row for each k:
 
-        - `sentence`: k;
-        - `num_texts`: how many texts lack a sentence, and `num_read`: how many of them the model reads otherwise for
-          it; of the others it stood behind the tokens that the model takes;
-        - `image_to_text_r1`, `text_to_image_r1` (from 0 to 1), `image_to_text_mean_rank`, `text_to_image_mean_rank` (1
-          is the first) and `score` (mean cosine of a text and its image), of all images and texts;
-        - the same names with `_lost`: by how much that is worse than with the whole texts, for each of the `num_texts`
-          texts (from image to text: for each image of theirs). More is worse, of ranks, too. What a changed text does
-          to the ranks of others is in it.
+        - `sentence`: k.
+        - `num_texts`: Number of texts from which a sentence was removed.
+        - `num_read`: Number of these texts in which the sentence lies within the model's maximum length.
+        - `image_to_text_r1`, `text_to_image_r1` (from 0 to 1), `image_to_text_mean_rank`, `text_to_image_mean_rank`
+          (from 1) and `score` (mean cosine of a text and its image), over all images and texts.
+        - The same names with `_lost`: Total loss against the unchanged texts, divided by the number of changed texts,
+          or for image to text by the number of their images. Positive values are worse, also for ranks. The loss
+          includes the effect of changed texts on the ranks of other texts.
 
     Raises:
-        ValueError: if no text has two sentences.
-        IncompleteDataError: if images cannot be read; it names them.
+        `ValueError`: If no text has two sentences.
+        `IncompleteDataError`: If images cannot be read; the message names them.
 
     Example:
 
@@ -160,16 +165,17 @@ def sentence_ablation(
     >>> from lotlip_hf.evaluation.benchmarks.registry import load_benchmark
     >>> from lotlip_hf.evaluation.studies import plot_sentence_ablation, sentence_ablation
 
-    >>> encoder = load_encoder("path/to/checkpoint")  # doctest: +SKIP
-    >>> rows = sentence_ablation(encoder, load_benchmark("iiw", "path/to/iiw"))  # doctest: +SKIP
-    >>> plot_sentence_ablation(rows, "sentences.png")  # doctest: +SKIP
+    >>> rows = sentence_ablation(load_encoder("checkpoint"), load_benchmark("scenes", num_images=8), max_sentences=2)
+    >>> [row["sentence"] for row in rows]
+    [0, 1, 2]
+    >>> plot_sentence_ablation(rows, "sentences.png")
     ```
     """
     texts = list(data.texts)
     sentences = [text.split(JOINER) for text in texts]
     most = max(map(len, sentences))
     if most < 2:
-        raise ValueError(f"No text of {data.name} has two sentences (they end in {JOINER!r}): none can be left out.")
+        raise ValueError(f"No text of {data.name} has two sentences, separated by {JOINER!r}. Use longer texts.")
 
     longest = encoder.max_text_length
     most = min(most, max_sentences or most)
@@ -210,7 +216,7 @@ def sentence_ablation(
                 text_embeds[list(read)] = embed(list(read.values()), None)
             bar.update(len(indices) - len(read))
             now = score(text_embeds)
-            concerned = {
+            factors = {
                 "image_to_text": len(image_embeds) / len(text_to_image[indices].unique()),
                 "text_to_image": len(texts) / len(indices),
                 "score": len(texts) / len(indices),
@@ -221,7 +227,7 @@ def sentence_ablation(
                     "num_texts": len(indices),
                     "num_read": len(read),
                     **now,
-                    **_lost(whole, now, concerned),
+                    **_lost(whole, now, factors),
                 }
             )
     return rows
@@ -229,15 +235,17 @@ def sentence_ablation(
 
 def plot_length_study(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike, title: str = "") -> None:
     """
-    Draws R@1 in both directions, and the text encoder's FLOPs, against the number of tokens that texts are cut at.
+    Draws R@1 in both directions and the FLOPs of the text tower against the limit in tokens.
 
     Args:
-        rows: What [`length_study`] returned.
-        file: The picture; its extension says of which kind it is.
-        title: What stands over it, such as `"model on data"`.
+        rows (`Sequence[Mapping]`): Rows from [`length_study`].
+        file (`str` or `os.PathLike`): File of the plot. Its extension sets the format.
+        title (`str`, *optional*, defaults to `""`): Title, such as `"model on data"`.
 
     Raises:
-        ImportError, ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
+        `ImportError`: If matplotlib is not installed.
+        `ValueError`: If the extension of `file` is unknown.
+        `OSError`: If the file cannot be written.
     """
     picture = figure(7, 4.5)
     axes = picture.subplots()
@@ -246,7 +254,7 @@ def plot_length_study(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike
     for name, label in DIRECTIONS.items():
         values = [100 * row[f"{name}_r1"] for row in rows]
         axes.plot(limits, values, color=DIRECTION_COLOURS[name], marker="o", markersize=4, label=f"R@1, {label}")
-    axes.set_xlabel("tokens that texts are cut at (share of the texts that are cut)")
+    axes.set_xlabel("maximum length of a text in tokens (share of texts that are cut)")
     axes.set_ylabel("R@1 (%)")
     axes.set_xscale("log", base=2)
     axes.minorticks_off()
@@ -257,7 +265,7 @@ def plot_length_study(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike
         flops = axes.twinx()
         (line,) = flops.plot(limits, [row["text_flops"] / 1e9 for row in rows], color="0.35", linestyle="--")
         flops.set_ylim(bottom=0)
-        flops.set_ylabel("text encoder, GFLOPs a text")
+        flops.set_ylabel("text tower, GFLOPs per text")
         handles, labels = [*handles, line], [*labels, "GFLOPs (right)"]
     picture.legend(handles, labels, loc="outside upper center", ncols=3)
     save(picture, file)
@@ -265,14 +273,11 @@ def plot_length_study(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike
 
 def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike, title: str = "") -> None:
     """
-    Draws what is lost by each sentence: R@1 and mean rank in both directions, and the score of a text and its image.
+    Draws the loss caused by the removal of each sentence: R@1 and mean rank in both directions, and the score. Errors
+    and arguments not listed here are those of [`plot_length_study`].
 
     Args:
-        rows: What [`sentence_ablation`] returned.
-        file, title: As in [`plot_length_study`].
-
-    Raises:
-        ImportError, ValueError, OSError: as [`~lotlip_hf.plots.check_plot`].
+        rows (`Sequence[Mapping]`): Rows from [`sentence_ablation`].
     """
     width = max(6, 2 + 0.45 * len(rows))
     picture = figure(width, 7)
@@ -297,7 +302,7 @@ def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.Pat
     draw(panels[1], "mean_rank", 1, "ranks lost\n(mean rank)")
     panels[2].bar(positions, [row["score_lost"] for row in rows], 0.4, color="0.45")
     panels[2].set_ylabel("score lost\n(cosine)")
-    panels[2].set_xlabel("sentence left out; texts that have it; texts of which the model reads it")
+    panels[2].set_xlabel("removed sentence\ntexts that contain it\ntexts that contain it within the model's limit")
     panels[2].set_xticks(positions, [f"{row['sentence']}\n{row['num_texts']}\n{row['num_read']}" for row in rows])
     for axes in panels:
         axes.axhline(0, color="0.3", linewidth=0.8)
@@ -308,23 +313,23 @@ def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.Pat
     save(picture, file)
 
 
-def _progress_bar(texts: int, progress: bool) -> "tqdm[Any]":
+def _progress_bar(texts: int, progress: bool) -> Any:
     """One bar for all texts of a study."""
-    return tqdm(total=texts, desc="Encoding texts", unit="text", disable=not progress or rank() > 0)
+    return progress_bar(total=texts, desc="Encoding texts", unit="text", shown=progress and rank() == 0)
 
 
 def _embedder(
     encoder: Encoder,
     cache: str | os.PathLike | None,
     batch_size: int | None,
-    bar: "tqdm[Any]",
+    bar: Any,
 ) -> Callable[[list[str], int | None], torch.Tensor]:
-    """What makes N texts embeddings [N, P], cut at a limit if one is given, and moves the bar on as it does."""
-    own = None if cache is None else encoder.fingerprint("text")  # takes seconds, and stays the same
+    """Returns a function that embeds N texts as [N, P], truncated at an optional limit, and advances the bar."""
+    own = None if cache is None else encoder.fingerprint("text")  # takes seconds, so compute it once
     at_once = UNIT_SIZE * world_size()
 
     def embed(texts: list[str], max_length: int | None) -> torch.Tensor:
-        # in the order of `embed_texts`, so that what it keeps is what it kept of all of them
+        # same order as in `embed_texts`, so that both form the same units in the cache
         unique = sorted(set(texts), key=lambda text: (-len(text), text))
         parts = []
         for start in range(0, len(unique), at_once):
@@ -348,14 +353,14 @@ def _embedder(
 
 
 def _tokens(encoder: Encoder, texts: list[str], max_length: int) -> Iterator[tuple[list[int], bool]]:
-    """Of each text its tokens, those beyond `max_length` left out, and whether there were such."""
+    """Yields the token ids of each text, truncated at `max_length`, and whether the text was truncated."""
     for start in range(0, len(texts), TEXT_CHUNK):
         encoded, was_cut = encoder.engine.tokenize(texts[start : start + TEXT_CHUNK], max_length)
         yield from zip(encoded["input_ids"], was_cut, strict=True)
 
 
 def _warn(cut: int, data: RetrievalData, max_length: int) -> None:
-    """Says once how many of all texts are cut at the model's end."""
+    """Logs once how many texts are truncated at the model's maximum length."""
     if rank() == 0:
         warn_of_cut_texts(cut, len(data.texts), max_length)
 
@@ -365,14 +370,12 @@ def _check_attention(encoder: Encoder) -> None:
     for module in model.modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, PreTrainedModel) and is_flash_attention_requested(module.config):
             raise ValueError(
-                "The FLOPs of flash attention are not counted by PyTorch: load the model with "
-                'attn_implementation="sdpa".'
+                'PyTorch cannot count the FLOPs of flash attention. Load the model with attn_implementation="sdpa".'
             )
 
 
 def _flop_counter(encoder: Encoder, texts: list[str], lengths: list[int]) -> Callable[[int], float | None]:
-    """A function that gives the mean FLOPs of encoding one of the texts, cut at a limit."""
-    # where every text is padded to the same length, the texts' own do not matter
+    """Returns a function that computes the mean FLOPs per text, truncated at a limit."""
     is_padded = encoder.engine.pads_to_full_length
     counted: dict[int, int] = {}
 
@@ -384,7 +387,7 @@ def _flop_counter(encoder: Encoder, texts: list[str], lengths: list[int]) -> Cal
             with FlopCounterMode(display=False) as counter, _single_products():
                 list(encoder.iterate_texts([text], max_length=limit))
             counted[key] = counter.get_total_flops()
-        if not all(counted[key] for key in keys):  # as of ONNX Runtime, which PyTorch does not see
+        if not all(counted[key] for key in keys):  # PyTorch counts nothing in ONNX Runtime
             return None
         return sum(counted[key] for key in keys) / len(keys)
 
@@ -393,7 +396,7 @@ def _flop_counter(encoder: Encoder, texts: list[str], lengths: list[int]) -> Cal
 
 @contextmanager
 def _single_products() -> Iterator[None]:
-    """Attention in products that are counted, in place of fused kernels of which some are not."""
+    """Computes attention by matrix products, because some fused kernels are not counted."""
     has_fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -403,11 +406,11 @@ def _single_products() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(has_fast_path)
 
 
-def _lost(whole: Mapping[str, float], now: Mapping[str, float], concerned: Mapping[str, float]) -> dict[str, float]:
-    """By how much each value is worse, times the number that its name starts with in `concerned`."""
+def _lost(whole: Mapping[str, float], now: Mapping[str, float], factors: Mapping[str, float]) -> dict[str, float]:
+    """Returns the loss in each metric, times the factor whose key is a prefix of the metric's name."""
     lost = {}
     for name, value in whole.items():
-        factor = next((factor for start, factor in concerned.items() if name.startswith(start)), 1.0)
+        factor = next((factor for start, factor in factors.items() if name.startswith(start)), 1.0)
         better = now[name] - value if name.endswith("rank") else value - now[name]
         lost[f"{name}_lost"] = factor * better
     return lost

@@ -1,22 +1,22 @@
-"""Results as tables of text or Markdown."""
+"""Text and Markdown tables of results."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..files import markdown_text
 from ..plots import DIRECTIONS
+from ..terminal import text_table
 
 Format = Literal["text", "markdown"]
 RETRIEVAL = "image-text-retrieval"
-# The columns of runs in full; numbers are in percent, ranks apart.
+# Titles of the columns of retrieval metrics.
 RETRIEVAL_HEAD = ("direction", "R@1 (%)", "95 % interval", "R@5 (%)", "R@10 (%)", "median rank")
 ACCURACIES = {
     "accuracy_top1": "top-1 (%)",
     "accuracy_top5": "top-5 (%)",
     "mean_per_class_recall": "mean per class (%)",
 }
-# Titles, factors and formats of a study's columns.
+# Title, factor and format of each column of a study.
 STUDIES: dict[str, dict[str, tuple[str, float, str]]] = {
     "length": {
         "max_length": ("tokens", 1, "d"),
@@ -24,12 +24,12 @@ STUDIES: dict[str, dict[str, tuple[str, float, str]]] = {
         "text_to_image_r1": ("T2I R@1 (%)", 100, ".2f"),
         "texts_cut": ("texts cut (%)", 100, ".1f"),
         "mean_tokens": ("mean tokens", 1, ".1f"),
-        "text_flops": ("GFLOPs a text", 1e-9, ".3g"),
+        "text_flops": ("GFLOPs per text", 1e-9, ".3g"),
     },
     "sentences": {
-        "sentence": ("sentence left out", 1, "d"),
+        "sentence": ("removed sentence", 1, "d"),
         "num_texts": ("texts", 1, "d"),
-        "num_read": ("read", 1, "d"),
+        "num_read": ("within limit", 1, "d"),
         "image_to_text_r1": ("I2T R@1 (%)", 100, ".2f"),
         "text_to_image_r1": ("T2I R@1 (%)", 100, ".2f"),
         "image_to_text_r1_lost": ("I2T lost (%)", 100, ".2f"),
@@ -43,17 +43,16 @@ STUDIES: dict[str, dict[str, tuple[str, float, str]]] = {
 
 def study_table(study: str, rows: Sequence[Mapping[str, Any]], format: Format = "text") -> str:
     """
-    The rows of a study as a table.
+    Formats the rows of a study as a table.
 
     Args:
         study (`str`): `"length"` or `"sentences"`.
-        rows (`Sequence[Mapping[str, Any]]`):
-            What [`~lotlip_hf.evaluation.studies.length_study`] or
-            [`~lotlip_hf.evaluation.studies.sentence_ablation`] returned.
+        rows (`Sequence[Mapping[str, Any]]`): Rows from [`~lotlip_hf.evaluation.studies.length_study`] or
+            [`~lotlip_hf.evaluation.studies.sentence_ablation`].
         format (`str`, *optional*, defaults to `"text"`): `"text"` or `"markdown"`.
 
     Returns:
-        `str`: the table.
+        `str`: The table.
     """
     columns = STUDIES[study]
     cells = [
@@ -65,16 +64,15 @@ def study_table(study: str, rows: Sequence[Mapping[str, Any]], format: Format = 
 
 def metric_table(task: str, metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
     """
-    Metrics as the head and the rows of a [`table`]: a row for each direction of a retrieval, one for accuracies.
+    Formats metrics for [`table`], with a row for each direction of retrieval or one row of accuracies.
 
     Args:
         task (`str`): `"image-text-retrieval"` or `"zero-shot-image-classification"`.
-        metrics (`Mapping[str, float]`):
-            Shares from 0 to 1, which the table has in percent, and ranks, by name; those that are not there are left
-            open.
+        metrics (`Mapping[str, float]`): Metrics by name: shares from 0 to 1, shown in percent, and ranks. A missing
+            metric is shown as `-`.
 
     Returns:
-        `tuple[list[str], list[list[str]]]`: the titles of the columns, and the rows.
+        `tuple[list[str], list[list[str]]]`: The titles of the columns, and the rows.
     """
 
     def percent(name: str) -> str:
@@ -94,40 +92,22 @@ def metric_table(task: str, metrics: Mapping[str, float]) -> tuple[list[str], li
 
 def table(head: Sequence[Sequence[str]], body: Sequence[Sequence[str]], format: Format, left: int = 1) -> str:
     """
-    Rows as a table.
+    Formats rows as a table.
 
     Args:
-        head (`Sequence[Sequence[str]]`):
-            Its rows; of two the first gives groups of columns, which stand together.
-        body (`Sequence[Sequence[str]]`): the cells.
+        head (`Sequence[Sequence[str]]`): A row of column titles, optionally preceded by a row of group titles.
+        body (`Sequence[Sequence[str]]`): Rows of cells.
         format (`str`): `"text"` or `"markdown"`.
-        left (`int`, *optional*, defaults to 1): how many columns are flush left; the others are flush right.
+        left (`int`, *optional*, defaults to 1): Number of left-aligned columns; the others are right-aligned.
 
     Returns:
-        `str`: the table.
+        `str`: The table.
     """
     if format == "markdown":
-        # one row of the head is all that Markdown has
+        # a Markdown table has only one row of titles
         titles = [" ".join(filter(None, parts)) for parts in zip(*head, strict=True)]
         rules = ["---" if column < left else "---:" for column in range(len(titles))]
         rows = [[cell if cell == "-" else markdown_text(cell) for cell in row] for row in (titles, *body)]
         rows.insert(1, rules)
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    rows = [*head[-1:], *body]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    groups = []
-    for title, items in itertools.groupby(enumerate(head[0]), key=lambda item: item[1]) if len(head) > 1 else ():
-        # in the middle over its columns, which are as wide together as it is
-        columns = [column for column, _ in items]
-        span = sum(widths[column] for column in columns) + 2 * (len(columns) - 1)
-        widths[columns[-1]] += max(0, len(title) - span)
-        groups.append(title.center(max(span, len(title))))
-    lines = ["  ".join(groups).rstrip()] if groups else []
-    for row in rows:
-        aligned = (
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(aligned).rstrip())
-    lines.insert(len(head), "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return text_table(head, body, range(left))

@@ -1,4 +1,4 @@
-"""What a model is evaluated on: images with texts, or images with classes, and what is said where some are missing."""
+"""Data for an evaluation: images with texts, or images with classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,25 +8,26 @@ from ..images import ImageSource
 
 
 class IncompleteDataError(ValueError):
-    """A data set that lacks something: nothing is scored on the rest. The message says what, and where to get it."""
+    """Raised for an incomplete data set, which is not scored. The message names the missing parts and their source."""
 
 
 @dataclass(frozen=True)
 class RetrievalData:
     """
-    Images and the texts that belong to them.
+    Images and their texts.
 
     Args:
-        id (`str`): what the data set is called on the Hub, such as `"google/imageinwords"`, or a name of its own.
-        name (`str`): what a table calls it, such as `"IIW"`.
-        images (`Sequence[ImageSource]`):
-            [I] paths, bytes of image files, or images; read one by one, so it may load them when asked.
-        image_names (`Sequence[str]`): [I] what messages call the images, such as their file names.
-        texts (`Sequence[str]`): [T] as they are encoded: normalised already, as the protocol wants them.
-        text_to_image (`Sequence[int]`): [T] the index in `images` of each text's image. Every image has a text.
-        split (`str`, *optional*): which part of the data set it is.
-        revision (`str`, *optional*): of the data set on the Hub, if it comes from there.
-        protocol (`Mapping[str, Any]`): how texts were normalised and images chosen.
+        id (`str`): Hub id of the data set, such as `"google/imageinwords"`, or another identifier.
+        name (`str`): Name for tables, such as `"IIW"`.
+        images (`Sequence[ImageSource]`): Images, [I], as paths, bytes of image files, or image objects. Items are
+            accessed one at a time, so the sequence may load them lazily.
+        image_names (`Sequence[str]`): Names of the images for messages, [I], such as file names.
+        texts (`Sequence[str]`): Texts, [T], already normalised.
+        text_to_image (`Sequence[int]`): Index of the image of each text, [T]. Every image needs a text.
+        split (`str`, *optional*): Split of the data set.
+        revision (`str`, *optional*): Revision of the data set on the Hub.
+        protocol (`Mapping[str, Any]`, *optional*, defaults to `{}`): Settings such as the normalisation of the texts
+            and the selection of the images.
     """
 
     id: str
@@ -43,12 +44,11 @@ class RetrievalData:
 @dataclass(frozen=True)
 class ClassificationData:
     """
-    Images and the class of each.
+    Images and their classes. Fields not listed here are those of [`RetrievalData`].
 
     Args:
-        id, name, images, image_names, split, revision, protocol: as in [`RetrievalData`].
-        labels (`Sequence[int]`): [I] the index in `class_names` of each image's class.
-        class_names (`Sequence[str]`): [C] as they stand in a prompt.
+        labels (`Sequence[int]`): Index in `class_names` of the class of each image, [I].
+        class_names (`Sequence[str]`): Names of the classes for prompts, [C].
     """
 
     id: str

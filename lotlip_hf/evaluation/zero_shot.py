@@ -1,4 +1,4 @@
-"""Zero-shot classification: classes as embeddings of the prompts that name them."""
+"""Zero-shot classification: prompt templates, and class embeddings from prompts."""
 
 import os
 from collections.abc import Sequence
@@ -14,30 +14,29 @@ from ..encoder import Encoder
 from .embeddings import embed_texts
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
-# What stands for the class in a template.
+# Placeholders of the class name in a template.
 PLACEHOLDERS = ("{}", "{c}")
-# open_clip's lists of templates, by the name they have here.
+# Lists of templates in open_clip, by their name in `read_templates`.
 OPEN_CLIP_TEMPLATES = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}
 
 
 def read_templates(name_or_file: str | os.PathLike) -> tuple[str, ...]:
     """
-    Prompt templates: a list by its name, or a text file.
+    Reads prompt templates from a named list or a text file.
 
     Args:
-        name_or_file: `"default"`, which is `DEFAULT_TEMPLATES`; `"openai"`, the 80 that CLIP's authors wrote for
-            ImageNet, or `"simple"`, their choice of 7, both out of open_clip; or a UTF-8 text file with a template on
-            each line, `{}` or `{c}` standing for the class. Empty lines are passed over. A file that has the name of
-            a list is written `./openai`.
+        name_or_file (`str` or `os.PathLike`): `"default"` for `DEFAULT_TEMPLATES`; `"openai"` for the 80 templates of
+            CLIP's authors for ImageNet; `"simple"` for 7 of these (the last two need open_clip); or a UTF-8 text file
+            with one template per line, with the placeholder `{}` or `{c}`. Empty lines are ignored. For a file with
+            the name of a list, pass `./openai`.
 
     Returns:
-        The templates.
+        `tuple[str, ...]`: The templates.
 
     Raises:
-        FileNotFoundError: if there is neither such a list nor such a file.
-        ImportError: if open_clip is asked for and not installed.
-        ValueError: if a line has no place for the class or both kinds of it, or the file has no template or is no
-            text.
+        `FileNotFoundError`: If no list or file has this name.
+        `ImportError`: If open_clip is needed but not installed.
+        `ValueError`: If a template does not have exactly one kind of placeholder, or the file is empty or not UTF-8.
 
     Example:
 
@@ -51,39 +50,40 @@ def read_templates(name_or_file: str | os.PathLike) -> tuple[str, ...]:
     if name_or_file == "default":
         return DEFAULT_TEMPLATES
     if name_or_file in OPEN_CLIP_TEMPLATES:
-        # functions of the class's name; "{}" for a name makes templates of them
+        # open_clip's templates are functions of the class name
         functions = getattr(open_clip_metadata(), OPEN_CLIP_TEMPLATES[name_or_file])
         return tuple(function("{}") for function in functions)
     file = Path(name_or_file)
     if not file.is_file():
         names = ", ".join(["default", *OPEN_CLIP_TEMPLATES])
         raise FileNotFoundError(
-            f"{file}: no such file of templates; expected one of {names}, or a text file with a template on each line."
+            f"{file}: no list or file of templates has this name. Pass {names}, or a text file with one on each line."
         )
     lines = file.read_text(encoding="utf-8-sig").splitlines()
     templates = tuple(line.strip() for line in lines if line.strip())
     for template in templates:
         prompt(template, "")
     if not templates:
-        raise ValueError(f"{file}: there is no template in it; expected one on each line.")
+        raise ValueError(f"{file} contains no template. Write one on each line.")
     return templates
 
 
 def open_clip_metadata() -> ModuleType:
     """
-    open_clip's templates and its names of ImageNet's classes (`IMAGENET_CLASSNAMES`), which are CLIP's. The file is
-    read by itself: importing open_clip needs torchvision.
+    Loads open_clip's module with CLIP's templates and names of the ImageNet classes (`IMAGENET_CLASSNAMES`). The
+    module is loaded without its package, because `import open_clip` needs torchvision.
+
 
     Raises:
-        ImportError: if open_clip is not installed.
+        `ImportError`: If open_clip is not installed.
     """
     package = find_spec("open_clip")
     folders = (package.submodule_search_locations if package else None) or []
     files = [file for folder in folders if (file := Path(folder) / "zero_shot_metadata.py").is_file()]
     if not files:
         raise ImportError(
-            "CLIP's prompt templates and class names are in open_clip: pip install open_clip_torch. Or pass a file "
-            "with one on each line."
+            "CLIP's prompt templates and class names need open_clip: pip install open_clip_torch. Or pass your own in "
+            "a text file with one on each line."
         )
     loader = SourceFileLoader("open_clip_zero_shot_metadata", str(files[0]))
     module = ModuleType(loader.name)
@@ -93,14 +93,17 @@ def open_clip_metadata() -> ModuleType:
 
 def prompt(template: str, class_name: str) -> str:
     """
-    A template with the name of a class in its place.
+    Inserts a class name into a template.
 
     Args:
-        template: With `{}` or `{c}`, once or several times; any other braces are text.
-        class_name: As it stands in a prompt.
+        template (`str`): Template with the placeholder `{}` or `{c}`, once or more. Other braces are plain text.
+        class_name (`str`): Name of the class.
+
+    Returns:
+        `str`: The prompt.
 
     Raises:
-        ValueError: if the template has no place for the class, or both `{}` and `{c}`.
+        `ValueError`: If the template has no placeholder, or both kinds.
 
     Example:
 
@@ -111,7 +114,7 @@ def prompt(template: str, class_name: str) -> str:
     """
     found = [one for one in PLACEHOLDERS if one in template]
     if len(found) != 1:
-        raise ValueError(f"template {template!r} must have either {' or '.join(PLACEHOLDERS)} where the class goes.")
+        raise ValueError(f"Template {template!r} needs exactly one of the placeholders {' and '.join(PLACEHOLDERS)}.")
     return template.replace(found[0], class_name)
 
 
@@ -127,25 +130,24 @@ def class_embeddings(
     progress: bool = True,
 ) -> torch.Tensor:
     """
-    What images are compared with to classify them: for each class the mean of the normalised embeddings of its
-    prompts, normalised again, as in CLIP (Radford et al., 2021, section 3.1.4, and its notebook on ImageNet).
+    Computes the class embeddings of a zero-shot classifier. Each is the mean of the normalised embeddings of the
+    prompts of a class, normalised again, as in CLIP (Radford et al., 2021, section 3.1.4, and its notebook on
+    ImageNet). Prompts are tokenized like other texts; LoTLIP's tokenizer keeps the full stop at their end.
 
-    Prompts are read as every text is: LoTLIP's tokenizer drops a full stop only where a space follows it, so the one
-    at a prompt's end stays.
+    Arguments not listed here are those of [`~lotlip_hf.evaluation.embeddings.embed_texts`].
 
     Args:
-        encoder: The dual encoder.
-        class_names: C names, as they stand in a prompt.
-        templates: As [`read_templates`] gives them.
-        cache, batch_size, max_length, fingerprint, progress: As in
-            [`~lotlip_hf.evaluation.embeddings.embed_texts`].
+        encoder (`Encoder`): The dual encoder.
+        class_names (`Sequence[str]`): C class names.
+        templates (`Sequence[str]`, *optional*, defaults to `("a photo of a {}.",)`): Prompt templates, for example
+            from [`read_templates`].
 
     Returns:
-        [C, P], float32 on the CPU, each row of length 1.
+        `torch.Tensor`: [C, dim], float32 on the CPU, each row of length 1.
 
     Raises:
-        TypeError: if a list is given as a single string.
-        ValueError: if a list is empty, or a template has no place for the class.
+        `TypeError`: If a string is passed instead of a list.
+        `ValueError`: If a list is empty, or a template has no placeholder.
 
     Example:
 
@@ -153,14 +155,16 @@ def class_embeddings(
     >>> from lotlip_hf import load_encoder
     >>> from lotlip_hf.evaluation.zero_shot import class_embeddings
 
-    >>> encoder = load_encoder("path/to/checkpoint")  # doctest: +SKIP
-    >>> classes = class_embeddings(encoder, ["cat", "dog"])  # doctest: +SKIP
-    >>> (encoder.encode_images(["a.jpg"]) @ classes.T).argmax(1)  # doctest: +SKIP
+    >>> encoder = load_encoder("checkpoint")
+    >>> classes = class_embeddings(encoder, ["cat", "dog"])
+    >>> scores = encoder.encode_images(["photos/cat.png"]) @ classes.T
+    >>> scores.shape
+    torch.Size([1, 2])
     ```
     """
     for name, values in (("class_names", class_names), ("templates", templates)):
         if isinstance(values, str):
-            raise TypeError(f"`{name}` must be a list of strings, got a single one: pass [{values!r}].")
+            raise TypeError(f"`{name}` is the string {values!r}. Pass a list: [{values!r}].")
     prompts = [prompt(template, class_name) for class_name in class_names for template in templates]
     embeds, _ = embed_texts(
         encoder,

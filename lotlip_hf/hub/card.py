@@ -1,27 +1,38 @@
-"""The model card of a checkpoint: rendered from `MODEL_CARD.md`, or a user's own with updated metadata."""
+"""Model cards. A card is rendered from `MODEL_CARD.md`, or is a user's own card with updated metadata."""
 
 import copy
 import hashlib
+import io
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image
 
 from ..encoder import Encoder
-from ..evaluation.results import Results, load_results
-from ..files import markdown_text, one_line
-from ..images import processed_size
+from ..evaluation.results import CAPTIONS, SHARE, Results, load_results
+from ..files import markdown_text, one_line, read_regular
+from ..grid import DESCRIPTION
+from ..images import load_image, processed_size
 from ..modeling.modeling_lotlip import LoTLIPModel
-from ..training.checkpoint import checkpoint_step
-from ..training.config import CONFIG_NAME, RESUMABLE, SCENES, TrainingConfig, choices
+from ..training.config import SCENES
+from .run import (
+    Run,
+    is_hub_id,
+    load_run,
+    pretrained_models,
+    recall_table,
+    stated_options,
+    training_rows,
+    validation_texts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,41 +42,47 @@ LANGUAGES = {
     **{"en": "English", "zh": "Chinese", "de": "German", "es": "Spanish", "fr": "French", "it": "Italian"},
     **{"ja": "Japanese", "ko": "Korean", "pt": "Portuguese", "ru": "Russian", "multilingual": "many languages"},
 }
-# Options of a training that a card leaves out, beside those that change nothing that is computed
-HOUSEKEEPING = {"image_folder", "streaming", "shuffle_buffer", "eval_data", "eval_split", "eval_samples", "eval_steps"}
-# Options that count only if this is true of the others
-NEEDS = {
-    "num_scenes": lambda options: options.get("data") == SCENES,
-    "num_epochs": lambda options: not options.get("max_steps"),
-    "unlocked_vision_layers": lambda options: options.get("lock_vision"),
-}
-# In the cards that transformers' Trainer and sentence-transformers write beside each checkpoint
+# Phrases in the cards that transformers' Trainer and sentence-transformers write beside each checkpoint
 GENERATED = [
     *("has been generated automatically", "has been automatically generated"),
     "This is a [sentence-transformers](https://www.SBERT.net) model",
 ]
-DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|tar|parquet|ya?ml|zip|pt)$")
+# Facts that a card may lack, by the option of `lotlip push` that states them
+REQUESTS = {
+    "--license": "the license",
+    "--dataset": "the training data",
+    "--results": "results of evaluations",
+    "--picture": "a picture of ranked examples",
+}
+PICTURE = "ranked_examples"  # file name without extension
+PICTURE_FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
+PICTURE_LINE = re.compile(rf"^!\[.*\]\({PICTURE}\.\w+\)$", re.MULTILINE)
+MAX_PICTURE_BYTES = 10 << 20
+MAX_DESCRIPTION = 2000  # characters
+DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 
 
 @dataclass(frozen=True)
 class CardFields:
     """
-    What a model card says that cannot be read off the model; see https://huggingface.co/docs/hub/model-cards.
+    Facts for a model card that the model and its training run do not state; see
+    https://huggingface.co/docs/hub/model-cards. Instead of a list, a single string is accepted.
 
     Args:
-        license (`str`, *optional*): The weights' licence, such as `"apache-2.0"`; without one others may not use them.
-        base_model (`Sequence[str]`, *optional*):
-            Hub ids of the models that it was made from. By default those that the training was given.
-        datasets (`Sequence[str]`, *optional*):
-            Hub ids of the data sets that it was trained on. By default the one that the training was given.
-        language (`Sequence[str]`, *optional*): Languages that it reads, as ISO 639 codes; by default `"en"`.
-        tags (`Sequence[str]`, *optional*): More tags.
-        results (`Sequence[str | os.PathLike]`, *optional*):
-            Files of results, as [`~lotlip_hf.evaluation.results.load_results`] takes them.
-        origin (`str`, *optional*):
-            A sentence or two on where the weights come from. By default what the training's options say.
-
-    A single string stands for a list of one.
+        license (`str`, *optional*): License of the weights, such as `"apache-2.0"`. Without one, other people have no
+            right to use them.
+        base_model (`Sequence[str]`, *optional*): Hub ids of the models that the weights were trained from. Defaults to
+            those of the training run.
+        datasets (`Sequence[str]`, *optional*): Hub ids of the training data sets. Defaults to that of the
+            training run.
+        language (`Sequence[str]`, *optional*, defaults to `"en"`): Languages of the texts, as ISO 639 codes.
+        tags (`Sequence[str]`, *optional*): Tags in addition to the usual ones.
+        results (`Sequence[str | os.PathLike]`, *optional*): Files of results; see
+            [`~lotlip_hf.evaluation.results.load_results`].
+        origin (`str`, *optional*): One or two sentences on the origin of the weights. Defaults to one about
+            the training run.
+        picture (`str` or `os.PathLike`, *optional*): A PNG, JPEG or WebP picture of ranked examples, such as
+            `lotlip search --save-grid` draws. Defaults to the `ranked_examples` picture beside the checkpoint.
     """
 
     license: str | None = None
@@ -75,12 +92,58 @@ class CardFields:
     tags: Sequence[str] = ()
     results: Sequence[str | os.PathLike] = ()
     origin: str | None = None
+    picture: str | os.PathLike | None = None
 
     def __post_init__(self) -> None:
         for name in ("base_model", "datasets", "language", "tags", "results"):
             value = getattr(self, name)
             if isinstance(value, (str, os.PathLike)):
                 object.__setattr__(self, name, (value,))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """
+    A picture of ranked examples.
+
+    Args:
+        name (`str`): File name in the repository.
+        description (`str`): Query of the ranking, in Markdown; empty if the file does not contain it.
+        content (`bytes`): The image file.
+    """
+
+    name: str
+    description: str
+    content: bytes
+
+
+def load_picture(source: Path | None, fields: CardFields) -> Picture | None:
+    """
+    Reads the picture of ranked examples.
+
+    Args:
+        source (`Path`, *optional*): The checkpoint's folder.
+        fields (`CardFields`): Their `picture` takes precedence over one in the folder.
+
+    Returns:
+        `Picture`: The picture, or `None` if there is none.
+
+    Raises:
+        `ValueError`: If the file is not an image, has another format, or is too large. The message names the file.
+        `OSError`: If the file cannot be read.
+    """
+    names = [f"{PICTURE}{extension}" for extension in PICTURE_FORMATS.values()] if source is not None else []
+    beside = next((source / name for name in names if source is not None and (source / name).is_file()), None)
+    file = fields.picture or beside
+    if file is None:
+        return None
+    content = read_regular(file, MAX_PICTURE_BYTES)
+    load_image(content, os.fspath(file))
+    with Image.open(io.BytesIO(content)) as image:
+        if image.format not in PICTURE_FORMATS:
+            raise ValueError(f"{file} is a {image.format} file. Convert it to {', '.join(PICTURE_FORMATS)}.")
+        description = " ".join(str(image.info.get(DESCRIPTION, "")).split())[:MAX_DESCRIPTION]
+        return Picture(f"{PICTURE}{PICTURE_FORMATS[image.format]}", markdown_text(description), content)
 
 
 def card_bytes(
@@ -90,28 +153,32 @@ def card_bytes(
     repo_id: str,
     fields: CardFields,
     results: Sequence[Results] = (),
+    picture: Picture | None = None,
     there: Path | None = None,
 ) -> bytes:
     """
-    The card to publish: the one beside the checkpoint; else the one in the repository, if a user wrote it; else ours.
+    Returns the model card to publish. A card that a user wrote is kept: the one beside the checkpoint, or else the one
+    in the repository. Without one, the card is rendered from `MODEL_CARD.md`.
 
     Args:
-        model ([`LoTLIPModel`]): The model.
-        processor ([`LoTLIPProcessor`]): Its processor.
-        source (`Path`, *optional*): The folder that the model comes from.
-        repo_id (`str`): The id that the card's examples load.
-        fields ([`CardFields`]): What cannot be read off the model; its `results` are not read.
-        results (`Sequence[Results]`): The files of results.
+        model (`LoTLIPModel`): The model.
+        processor (`LoTLIPProcessor`): The processor.
+        source (`Path`, *optional*): The checkpoint's folder.
+        repo_id (`str`): Repository id for the card's examples.
+        fields (`CardFields`): Facts to state. Their `results` and `picture` are not read.
+        results (`Sequence[Results]`, *optional*): Results to show.
+        picture (`Picture`, *optional*): Picture to show. Defaults to the one that the card in the repository shows.
         there (`Path`, *optional*): The card in the repository.
 
     Returns:
-        `bytes`: the card; a user's keeps its line endings.
+        `bytes`: The card. A user's card keeps its line endings.
 
     Raises:
-        ValueError: if a card or the options of the training cannot be read; the message names the file.
+        `ValueError`: If a card, or a file of the training run, cannot be read. The message names the file.
     """
-    options = _training_options(source)
-    trained = _with_training(fields, options)
+    run = load_run(source)
+    fields_of_run = _with_run(fields, run)
+    shown = "" if picture is None else f"![{picture.description or 'Ranked examples'}]({picture.name})"
     beside = source / "README.md" if source is not None else None
     for file, name in ((beside, str(beside)), (there, f"README.md of {repo_id}")):
         if file is None or not file.is_file():
@@ -121,18 +188,33 @@ def card_bytes(
             card = ModelCard(content.decode("utf-8-sig"))
         except (yaml.YAMLError, ValueError, TypeError) as error:
             reason = one_line(error)
-            raise ValueError(f"{name}: its metadata, the YAML at its top, cannot be read ({reason}).") from error
+            raise ValueError(f"{name}: the YAML metadata cannot be read ({reason}).") from error
         if not (_is_generated(card) or (file is there and _is_ours(card))):
             if file is there:
-                logger.warning(f"{repo_id}: its README.md was written by a user; its text is kept.")
+                logger.warning(f"{repo_id}: a user wrote its README.md. Its text is kept.")
             return _updated(content, card, repo_id, fields, results)
-        trained = _with_metadata(trained, card)
-    step = checkpoint_step(source.name) if source is not None else None
-    return str(model_card(model, processor, repo_id, trained, results, options, step)).encode()
+        fields_of_run = _with_metadata(fields_of_run, card)
+        if file is there and not shown and (match := PICTURE_LINE.search(card.text)):
+            shown = match[0]
+    return str(model_card(model, processor, repo_id, fields_of_run, results, run, shown)).encode()
 
 
 def checked_results(model: LoTLIPModel, processor: Any, files: Sequence[str | os.PathLike]) -> list[Results]:
-    """Reads files of results, and refuses those of another model, if they say of which."""
+    """
+    Reads files of results.
+
+    Args:
+        model (`LoTLIPModel`): The model.
+        processor (`LoTLIPProcessor`): The processor.
+        files (`Sequence[str | os.PathLike]`): Files of results.
+
+    Returns:
+        `list[Results]`: The results.
+
+    Raises:
+        `ValueError`: If a file does not contain results, or contains those of another model.
+        `OSError`: If a file cannot be read.
+    """
     results = [load_results(file) for file in files]
     for one in results:
         fingerprints = one.content.get("model_fingerprint")
@@ -144,8 +226,8 @@ def checked_results(model: LoTLIPModel, processor: Any, files: Sequence[str | os
             Encoder(evaluated, processor).fingerprint(modality) != digest for modality, digest in fingerprints.items()
         ):
             raise ValueError(
-                f"{one.file}: these are results of {one.content.get('model')}, whose weights or preparation of images "
-                "and texts differ from those to be published. Evaluate these, or leave the file out."
+                f"{one.file} contains results of {one.content.get('model')}, whose weights or preprocessing differ "
+                "from this checkpoint's. Evaluate this checkpoint, or leave the file out."
             )
     return results
 
@@ -156,24 +238,25 @@ def model_card(
     repo_id: str,
     fields: CardFields | None = None,
     results: Sequence[Results] = (),
-    options: Mapping[str, Any] | None = None,
-    step: int | None = None,
+    run: Run | None = None,
+    picture: str = "",
 ) -> ModelCard:
     """
-    The card of a model, rendered from `MODEL_CARD.md`.
+    Renders `MODEL_CARD.md` for a model.
 
     Args:
-        model ([`LoTLIPModel`]): The model.
-        processor ([`LoTLIPProcessor`]): Its processor.
-        repo_id (`str`): The id that the card's examples load.
-        fields ([`CardFields`], *optional*): What cannot be read off the model; its `results` are not read.
-        results (`Sequence[Results]`): The files of results.
-        options (`Mapping[str, Any]`, *optional*):
-            The options of the training, by name. Paths, and names that are no option of a [`TrainingConfig`], are left
-            out.
-        step (`int`, *optional*): How many steps of the training the checkpoint was saved after.
+        model (`LoTLIPModel`): The model.
+        processor (`LoTLIPProcessor`): The processor.
+        repo_id (`str`): Repository id for the card's examples.
+        fields (`CardFields`, *optional*): Facts to state. Their `results` and `picture` are not read.
+        results (`Sequence[Results]`, *optional*): Results to show.
+        run (`Run`, *optional*): The training run. Paths among its options are left out.
+        picture (`str`, *optional*): Picture to show, in Markdown.
+
+    Returns:
+        `ModelCard`: The card.
     """
-    fields = fields or CardFields()
+    fields, run = fields or CardFields(), run or Run()
     entries = [entry for file in results for entry in file.entries]
     name = repo_id.split("/")[-1]
     languages = list(fields.language) or ["en"]
@@ -195,21 +278,130 @@ def model_card(
         model_id=repo_id,
         model_name=name,
         origin=fields.origin or "",
+        picture=picture,
         text_backbone=_backbone(text),
-        vision_backbone=f"{_backbone(vision)}, patches of {vision.patch_size}",
+        vision_backbone=f"{_backbone(vision)}, patches of {vision.patch_size} x {vision.patch_size} pixels",
         num_corner_tokens=text.num_corner_tokens,
         max_text_tokens=min(processor.tokenizer.model_max_length, text.max_position_embeddings),
         image_size=" x ".join(map(str, processed_size(processor.image_processor))),
         projection_dim=model.config.projection_dim,
         num_parameters=f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} million",
-        results=[row for file in results for row in file.rows()],
-        has_intervals=any(entry.metric_type.endswith("_low") for entry in entries),
-        options=_told_options(options or {}),
-        step=step,
         languages=" and ".join(markdown_text(LANGUAGES.get(language, language)) for language in languages),
+        license=markdown_text(fields.license) if fields.license else _request("--license"),
+        data=_data(fields, run),
+        base_models=_links(fields.base_model, "") or ("random" if run.options.get("model") == SCENES else ""),
+        training=training_rows(run),
+        options=list(stated_options(run.options).items()),
+        step=run.step,
+        results=[_shown(one) for one in results],
+        validation=recall_table(run.recalls) if run.recalls else None,
+        validation_texts=validation_texts(run.options),
+        request=_request,
     )
     card.text = f"{card.text.rstrip()}\n\n{_signature(card.text)}\n"
     return card
+
+
+def warn_unstated(card: bytes) -> None:
+    """
+    Logs the facts that a card does not state, each with the option of `lotlip push` that states it.
+
+    Args:
+        card (`bytes`): The card. Nothing is logged for a card that a user wrote.
+    """
+    own = ModelCard(card.decode("utf-8-sig"), ignore_metadata_errors=True)
+    missing = [f"{fact} ({option})" for option, fact in REQUESTS.items() if _request(option) in own.text]
+    if missing and _is_ours(own):
+        logger.warning(f"The model card does not state {', '.join(missing)}.")
+
+
+def _request(option: str) -> str:
+    return f"*Not stated. Pass `{option}` to `lotlip push`, or edit this line.*"
+
+
+def _data(fields: CardFields, run: Run) -> str:
+    if fields.datasets:
+        return _links(fields.datasets, "datasets/")
+    number = run.options.get("num_scenes")
+    if run.options.get("data") != SCENES:
+        return _request("--dataset")
+    return (
+        "Scenes, drawn pictures with captions" if not isinstance(number, int) else f"Scenes, {number:,} drawn pictures"
+    )
+
+
+def _links(names: Sequence[str], kind: str) -> str:
+    """Joins names. Hub ids become links."""
+    return ", ".join(
+        f"[{markdown_text(name)}](https://huggingface.co/{kind}{name})" if is_hub_id(name) else markdown_text(name)
+        for name in names
+    )
+
+
+def _shown(results: Results) -> dict[str, Any]:
+    """Formats results in Markdown: title, description and tables, in percent."""
+    protocol, entries = results.content.get("protocol", {}), results.entries
+    values = {entry.metric_type: entry.metric_value for entry in entries}
+    factor = 100 if all(value <= 1 for name, value in values.items() if SHARE.fullmatch(name)) else 1
+    shown = {name: _value(name, values, factor) for name in values if not name.endswith(("_low", "_high"))}
+    tables = []
+    columns = list(
+        dict.fromkeys(name[len(way) + 1 :] for name in shown for way in DIRECTIONS if name.startswith(f"{way}_"))
+    )
+    if columns:
+        found = {way: [shown.pop(f"{way}_{column}", "-") for column in columns] for way in DIRECTIONS}
+        rows = [[DIRECTIONS[way], *cells] for way, cells in found.items() if set(cells) != {"-"}]
+        head = [re.sub(r"^r(\d+)$", r"R@\1 (%)", column).replace("_", " ") for column in columns]
+        tables.append((["direction", *map(markdown_text, head)], rows))
+    if shown:
+        tables.append((["metric", "value"], [[_metric(name), value] for name, value in shown.items()]))
+    return {
+        "title": _title(entries),
+        "about": _about(protocol),
+        "tables": tables,
+        "has_intervals": any(name.endswith("_low") for name in values),
+    }
+
+
+def _title(entries: Sequence[EvalResult]) -> str:
+    if not entries:
+        return ""
+    name, split = entries[0].dataset_name, entries[0].dataset_split
+    return markdown_text(f"{name} ({split})" if split else name)
+
+
+def _value(name: str, values: dict[str, Any], factor: int) -> str:
+    if not SHARE.fullmatch(name):
+        return f"{values[name]:g}"
+    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+    interval = "" if low is None or high is None else f" ({factor * low:.2f} to {factor * high:.2f})"
+    return f"{factor * values[name]:.2f}{interval}"
+
+
+def _metric(name: str) -> str:
+    title = re.sub(r"^accuracy_top(\d+)$", r"top-\1 accuracy", name).replace("_", " ")
+    return markdown_text(f"{title} (%)" if SHARE.fullmatch(name) else title)
+
+
+def _about(protocol: dict[str, Any]) -> str:
+    """Describes an evaluation: numbers of images and texts, kind of captions, normalisation, cut texts."""
+    images, texts, captions = (protocol.get(name) for name in ("num_images", "num_texts", "captions"))
+    parts = []
+    if isinstance(images, int):
+        parts.append(f"{'the first ' if 'first_images' in protocol else ''}{images:,} images")
+    if isinstance(texts, int):
+        per_image = isinstance(images, int) and images > 0 and texts % images == 0 and texts // images
+        parts.append(f"{per_image} text{'s' * (per_image != 1)} per image" if per_image else f"{texts:,} texts")
+    if isinstance(classes := protocol.get("num_classes"), int):
+        parts.append(f"{classes:,} classes")
+    if captions is not None:
+        parts.append(f"{captions} captions" if captions in CAPTIONS else f"captions: {markdown_text(captions)}")
+    if "normalization" in protocol:
+        parts.append("captions not normalised" if protocol["normalization"] is None else "captions normalised")
+    cut, limit = protocol.get("num_texts_cut"), protocol.get("max_length")
+    if isinstance(cut, int) and isinstance(limit, int):
+        parts.append(f"{cut or 'no'} text{'s' * (cut != 1)} cut at {limit} tokens")
+    return "; ".join(parts)
 
 
 def _backbone(config: Any) -> str:
@@ -218,30 +410,31 @@ def _backbone(config: Any) -> str:
 
 
 def _signature(text: str) -> str:
-    """A last line that tells our text from one that a user has changed since."""
+    """Last line of a rendered text. Its digest shows whether a user changed the text."""
     digest = hashlib.sha256(text.strip().encode()).hexdigest()[:16]
-    return f"<!-- Written by lotlip-hf ({digest}). Publishing writes it anew, but keeps a text that was changed. -->"
+    return f"<!-- Written by lotlip-hf ({digest}). Publishing replaces this text unless it was edited. -->"
 
 
 def _is_ours(card: ModelCard) -> bool:
+    """Whether this package rendered the text and no user changed it."""
     text, _, last = card.text.replace("\r\n", "\n").rstrip().rpartition("\n")
-    return last == _signature(text)
+    return last.startswith(_signature(text).partition(". ")[0])
 
 
 def _is_generated(card: ModelCard) -> bool:
-    """Whether the text is a trainer's, or there is none."""
+    """Whether a trainer wrote the text, or it is empty."""
     return not card.text.strip() or any(marker in card.text for marker in GENERATED)
 
 
 def _with_metadata(fields: CardFields, card: ModelCard) -> CardFields:
-    """The fields, and where they are empty the metadata of a card whose text is not kept."""
+    """Fills empty fields from the metadata of a card whose text is not kept."""
     names = ["license", *(("base_model", "datasets", "language", "tags") if _is_ours(card) else ())]
     found = {name: value for name in names if not getattr(fields, name) and (value := getattr(card.data, name))}
     return replace(fields, **found)
 
 
 def _updated(content: bytes, card: ModelCard, repo_id: str, fields: CardFields, results: Sequence[Results]) -> bytes:
-    """A user's card with the metadata that is given; without any, as it was."""
+    """Updates the metadata of a user's card. Without new metadata, the card is unchanged."""
     tags = list(card.data.tags or [])
     entries = [entry for file in results for entry in file.entries]
     given = {
@@ -259,67 +452,18 @@ def _updated(content: bytes, card: ModelCard, repo_id: str, fields: CardFields, 
     return card.content.encode() if given else content
 
 
-def _training_options(source: Path | None) -> dict[str, Any]:
-    """The options of the training by name, beside the checkpoint or in the run's folder that it is in."""
-    if source is None:
-        return {}
-    folders = [source] if checkpoint_step(source.name) is None else [source, source.parent]
-    path = next((folder / CONFIG_NAME for folder in folders if (folder / CONFIG_NAME).is_file()), None)
-    if path is None:
-        return {}
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{path}: expected the options of a training by name, got a {type(options).__name__}.")
-    return options
-
-
-def _told_options(options: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Options of a training that are set and change weights, with their values; no paths."""
-    told = []
-    for name in TrainingConfig.__dataclass_fields__:
-        value = options.get(name)
-        if name in RESUMABLE | HOUSEKEEPING or not NEEDS.get(name, bool)(options):
-            continue
-        if isinstance(value, bool):
-            shown = "yes" if value else ""
-        elif isinstance(value, int | float):
-            shown = f"{value:g}" if isinstance(value, float) else str(value)
-        elif isinstance(value, list):
-            words = name in ("terms", "term_options") and re.fullmatch(r"[\w.:=+-]+", "".join(map(str, value)))
-            shown = ", ".join(map(str, value)) if words or all(isinstance(one, int) for one in value) else ""
-        else:
-            shown = value if value in (SCENES, *choices(name)) or _is_hub_id(value) else ""
-        if shown:
-            told.append((name, f"{shown}, of each process" if name == "batch_size" else shown))
-    return told
-
-
-def _with_training(fields: CardFields, options: Mapping[str, Any]) -> CardFields:
-    """The fields, and where they are empty what the options of the training say."""
-    if not options:
+def _with_run(fields: CardFields, run: Run) -> CardFields:
+    """Fills empty fields from the options of the training run."""
+    if not run.options:
         return fields
-    base_model = [name for key in ("model", "text_model", "image_model") if _is_hub_id(name := options.get(key))]
-    datasets = [name] if _is_hub_id(name := options.get("data")) else []
+    base_model = pretrained_models(run.options)
+    datasets = [name] if is_hub_id(name := run.options.get("data")) else []
     origin = "Trained with lotlip-hf"
     origin += f" from {' and '.join(base_model)}" if base_model else ""
-    origin += f" on {datasets[0]}" if datasets else " on drawn scenes" if options.get("data") == SCENES else ""
+    origin += f" on {datasets[0]}" if datasets else " on drawn scenes" if run.options.get("data") == SCENES else ""
     return replace(
         fields,
         base_model=fields.base_model or base_model,
         datasets=fields.datasets or datasets,
         origin=fields.origin or f"{origin}.",
     )
-
-
-def _is_hub_id(name: Any) -> bool:
-    """Whether a training's option is a Hub id; a path on a disk is not published."""
-    try:
-        validate_repo_id(name)
-    except ValueError:
-        return False
-    if not name or name.count("/") != 1 or os.path.exists(name):
-        return False
-    return checkpoint_step(name.split("/")[1]) is None and DATA_FILE.search(name) is None

@@ -1,6 +1,6 @@
 """
-Metrics of images and texts. `RetrievalRecall` and `ZeroShotAccuracy` are `evaluate` modules, imported when asked for:
-they need `pip install evaluate`. `evaluate.load` takes their folders too.
+Metrics of images and texts. `RetrievalRecall` and `ZeroShotAccuracy` are `evaluate` modules, imported on first use
+(`pip install evaluate`). `evaluate.load` also accepts their folders.
 """
 
 from importlib import import_module
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "evaluate":
             raise
-        raise ImportError(f"{name} needs evaluate: pip install evaluate") from error
+        raise ImportError(f"{name} needs evaluate: pip install 'lotlip-hf[evaluation]'") from error
 
 
 __all__ = ["CLIPScores", "clip_score"]

@@ -1,4 +1,4 @@
-"""CLIPScore: how well images fit their texts, of any length that the model takes."""
+"""CLIPScore: how well images match their texts, up to the maximum text length of the model."""
 
 import os
 from collections.abc import Iterable, Mapping, Set
@@ -14,7 +14,7 @@ OnTruncation = Literal["warn", "raise"]
 
 
 class CLIPScores(NamedTuple):
-    """The scores [N] of N pairs, float32 on the CPU, from 0 to 100; their mean; how many texts were cut."""
+    """The scores [N] of N pairs (float32 on the CPU, from 0 to 100), their mean, and the number of truncated texts."""
 
     scores: torch.Tensor
     mean: float
@@ -31,48 +31,51 @@ def clip_score(
     progress: bool = False,
 ) -> CLIPScores:
     """
-    CLIPScore without references (Hessel et al., 2021, https://arxiv.org/abs/2104.08718, section 3): for each pair
-    `100 * max(cos(image, text), 0)`, where cos is the cosine of the model's embeddings. A text of more tokens than the
-    model takes is cut there, and counted.
+    Computes the reference-free CLIPScore of each pair (Hessel et al., 2021, https://arxiv.org/abs/2104.08718, section
+    3): `100 * max(cos(image, text), 0)`, with the cosine of their embeddings. Texts longer than the model's maximum
+    length are truncated and counted.
 
-    The factor 100 is torchmetrics'; the paper has 2.5, so divide by 40 for its scale. The paper also writes "A photo
-    depicts " before each caption: do so in `texts` to compare with its numbers. Each pair is clipped at 0 before the
-    mean is taken, as in the paper; torchmetrics clips the mean. Scores of different models do not compare.
+    The factor 100 is that of torchmetrics. The paper uses 2.5, so divide by 40 to get its scale. The paper also
+    prepends "A photo depicts " to each caption; do the same to compare with its numbers. Negative cosines are set to 0
+    before the mean is taken, as in the paper; torchmetrics clamps the mean instead. Scores of different models are not
+    comparable.
 
     Args:
-        images: N images: paths, PIL images or arrays.
-        texts: N texts; text i is about image i.
-        encoder: A dual encoder ([`~lotlip_hf.encoder.Encoder`]), or the folder or Hub id of one.
-        on_truncation: What to do about texts longer than the model takes: `"warn"`, cut them, log how many and score
-            what is left of each; or `"raise"`.
-        batch_size: Images, and texts of full length, in a batch.
-        progress: Whether to show progress bars.
+        images (`Iterable`): N images as paths, PIL images or arrays.
+        texts (`Iterable[str]`): N texts; text i describes image i.
+        encoder (`Encoder` or `str` or `os.PathLike`): A dual encoder ([`~lotlip_hf.encoder.Encoder`]) or its folder or
+            Hub id.
+        on_truncation (`str`, *optional*, defaults to `"warn"`): What to do with texts that are too long: `"warn"`
+            truncates them and logs their number, `"raise"` raises an error.
+        batch_size (`int`, *optional*, defaults to 32): Number of images, or of texts of maximum length, in a batch.
+        progress (`bool`, *optional*, defaults to `False`): Whether to show progress bars.
 
     Returns:
-        The scores in the order of `images`, their mean, and the number of texts that were cut.
+        `CLIPScores`: The scores in the order of `images`, their mean, and the number of truncated texts.
 
     Raises:
-        ValueError: if there are not as many texts as images or none, on a text that is not valid Unicode, or on texts
-            too long with `on_truncation="raise"`.
-        TypeError: if `images` or `texts` is no list, or a text is no string.
-        ImageError: if an image cannot be read; the message names it.
+        `ValueError`: If the numbers of images and texts differ or are 0, if a text is not valid Unicode, or if a text
+            is too long with `on_truncation="raise"`.
+        `TypeError`: If `images` or `texts` is not a list, or a text is not a string.
+        `ImageError`: If an image cannot be read; the message names it.
 
     Example:
 
     ```python
     >>> from lotlip_hf.metrics import clip_score
 
-    >>> result = clip_score(["dog.png"], ["A dog runs. " * 20], "path/to/checkpoint")  # doctest: +SKIP
-    >>> print(f"{result.mean:.2f}")  # doctest: +SKIP
+    >>> result = clip_score(["photos/dog.png"], ["A dog runs. " * 20], "checkpoint")
+    >>> 0 <= result.mean <= 100
+    True
     ```
     """
     if on_truncation not in get_args(OnTruncation):
-        raise ValueError(f"`on_truncation` must be one of {', '.join(get_args(OnTruncation))}, got {on_truncation!r}.")
+        raise ValueError(f"`on_truncation` is {on_truncation!r}. Pass one of {', '.join(get_args(OnTruncation))}.")
     images, texts = _as_list("images", images), _as_list("texts", texts)
     if len(images) != len(texts) or not images:
         raise ValueError(
-            f"`images` and `texts` must be lists of the same length, one or more; got {len(images)} images and "
-            f"{len(texts)} texts."
+            f"Got {len(images)} images and {len(texts)} texts. Pass `images` and `texts` as lists of the same length, "
+            "not empty."
         )
     if not isinstance(encoder, Encoder):
         encoder = load_encoder(encoder)
@@ -82,7 +85,8 @@ def clip_score(
     for index, embedding, was_cut in encoder.iterate_texts(texts, batch_size=batch_size, progress=progress):
         if was_cut and on_truncation == "raise":
             raise ValueError(
-                f"texts[{index}] is longer than the {max_length} tokens that the model takes: shorten it."
+                f"texts[{index}] is longer than the model's maximum of {max_length} tokens. Shorten it or pass "
+                '`on_truncation="warn"`.'
             )
         text_embeds[index] = embedding
         cut += [index] if was_cut else []
@@ -95,5 +99,5 @@ def clip_score(
 def _as_list(name: str, items: Iterable[Any]) -> list[Any]:
     not_lists = str | bytes | os.PathLike | np.ndarray | torch.Tensor | Mapping | Set
     if isinstance(items, not_lists) or not isinstance(items, Iterable):
-        raise TypeError(f"`{name}` must be a list, one item for each pair; got one {type(items).__name__}.")
+        raise TypeError(f"`{name}` is a {type(items).__name__}. Pass a list with one item for each pair.")
     return list(items)

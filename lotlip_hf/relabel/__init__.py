@@ -1,1 +1,1 @@
-"""Captions for images by models that describe them."""
+"""Relabels image sets with long captions by models that describe images."""

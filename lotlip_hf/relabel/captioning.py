@@ -1,4 +1,4 @@
-"""Asking a captioner about the images of chunks, several groups at a time."""
+"""Captions the images of chunks, several groups at the same time."""
 
 import contextlib
 import hashlib
@@ -25,7 +25,7 @@ READERS = 4  # threads that decode images ahead
 
 
 class _Read(NamedTuple):
-    """A record's image, and its file's digest where the file is copied; or why there is no image."""
+    """The image of a record with the digest of its file (if files are copied), or the reason to skip it."""
 
     image: Image.Image | None = None
     skip: str = ""
@@ -34,15 +34,15 @@ class _Read(NamedTuple):
 
 @dataclass
 class _Open:
-    """A chunk that a captioner is at."""
+    """A chunk that is being captioned."""
 
     chunk: Chunk
     journal: Journal
-    left: int  # groups that are not answered
+    left: int  # number of groups without captions
 
 
 class Captioning:
-    """One captioner, loaded when there is something to caption."""
+    """The work of one captioner, which is loaded when the first group needs captions."""
 
     def __init__(
         self,
@@ -66,11 +66,11 @@ class Captioning:
         for future in self._pending:
             future.cancel()
         if self._captioner is not None:
-            self._captioner.close()  # what waits for a server ends; then the threads do
+            self._captioner.close()  # before the threads, which wait for pending requests
         self._threads.close()
 
     def caption(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """Leaves a whole journal of each chunk, and yields it then; a slow image holds up its own chunk alone."""
+        """Yields each chunk when its journal is complete. A slow image delays only its own chunk."""
         for chunk in chunks:
             journal = open_journal(self.config, chunk, self.number)
             if journal.is_whole:
@@ -82,7 +82,7 @@ class Captioning:
             starts = range(0, len(chunk.records), captioner.group_size)
             groups = {n: chunk.records[start : start + captioner.group_size] for n, start in enumerate(starts)}
             if any(len(groups.get(n, ())) != len(captions) for n, captions in journal.groups.items()):
-                raise DamagedError(journal.partial, "captions of other records")
+                raise DamagedError(journal.partial, "the captions belong to other records")
             missing = {n: group for n, group in groups.items() if n not in journal.groups}
             self.bar.update(sum(len(group) for n, group in groups.items() if n in journal.groups))
             opened = _Open(chunk, journal, len(missing))
@@ -91,8 +91,8 @@ class Captioning:
                 yield chunk
             for n, group in missing.items():
                 images = readers.submit(list, map(self._read_image, group))
-                asked = askers.submit(self._caption_group, captioner, journal, n, group, images)
-                self._pending[asked] = opened
+                future = askers.submit(self._caption_group, captioner, journal, n, group, images)
+                self._pending[future] = opened
                 if len(self._pending) > 2 * captioner.concurrency:
                     yield from self._settle()
         while self._pending:
@@ -106,7 +106,7 @@ class Captioning:
         return self._captioner, self._readers, self._askers
 
     def _settle(self) -> Iterator[Chunk]:
-        """Waits for a group or more; yields the chunks that are done with it. What failed comes after what did not."""
+        """Waits until a group is done, and yields completed chunks. Raises errors after all successful groups."""
         done = wait(self._pending, return_when=FIRST_COMPLETED).done
         for future in sorted(done, key=lambda future: future.exception() is not None):
             opened = self._pending.pop(future)
@@ -120,17 +120,17 @@ class Captioning:
         try:
             if record.get("error"):
                 raise RecordError(record["error"])
-            str(image_source(record["image"]).path).encode()  # a name that is no text cannot be written
+            str(image_source(record["image"]).path).encode()  # Parquet and JSON need names in UTF-8
             source = self.storage.read(record["image"])
             image = load_image(source, "image")
             self.storage.was_read(record["image"])
         except (ImageError, RecordError, TypeError) as error:
             self.storage.check(record["image"], error)
-            return _Read(skip=self.storage.unplaced(as_text(error)).removeprefix("image: "))
+            return _Read(skip=self.storage.without_folders(as_text(error)).removeprefix("image: "))
         except UnicodeEncodeError:
-            return _Read(skip="the file's name is no text in UTF-8")
+            return _Read(skip="the file name is not valid UTF-8")
         if self.options.endpoint is not None:
-            image = shrunk(image, self.options.max_image_size)  # many wait for their answers
+            image = shrunk(image, self.options.max_image_size)  # saves memory while images wait for their requests
         is_copied = self.config.copies_images and file_of(record["image"]) is not None
         return _Read(image, digest=digest(source["bytes"]) if is_copied else None)
 
@@ -142,26 +142,26 @@ class Captioning:
         group: Sequence[Mapping[str, Any]],
         images: "Future[list[_Read]]",
     ) -> int:
-        """Keeps what the group is answered; returns how many records it has."""
+        """Captions a group, saves the captions in the journal, and returns the number of records."""
         read = images.result()
         captions: list[dict[str, Any]] = [{} if one.image is not None else {"skip": one.skip} for one in read]
-        asked = [place for place, caption in enumerate(captions) if not caption]
+        asked = [index for index, caption in enumerate(captions) if not caption]
         for attempt in range(self.max_attempts):
             if not asked:
                 break
-            seeds = [_seed(self.config.seed, self.number, group[place]["id"], attempt) for place in asked]
-            images_of = [image for place in asked if (image := read[place].image) is not None]
+            seeds = [_seed(self.config.seed, self.number, group[index]["id"], attempt) for index in asked]
+            images_of = [image for index in asked if (image := read[index].image) is not None]
             answers = self._ask(captioner, images_of, self.options.settings(attempt), seeds)
             again = []
-            for place, answer in zip(asked, answers, strict=True):
+            for index, answer in zip(asked, answers, strict=True):
                 if answer.error is not None:
                     text, reasons = "", (NO_ANSWER,)
                 else:
                     text, reasons = judge(
                         writable(answer.text), self.options.prompt, answer.finished, self.config.rules
                     )
-                earlier = captions[place]
-                captions[place] = {
+                earlier = captions[index]
+                captions[index] = {
                     "text": text,
                     "attempts": attempt + 1,
                     "reasons": list(reasons),
@@ -170,9 +170,9 @@ class Captioning:
                 policies = {self.config.policies.get(reason, "drop") for reason in reasons}
                 if policies & {"retry", "drop"}:
                     dropped = writable(answer.error) if answer.error else text
-                    captions[place] |= {"text": "", "dropped": dropped[: self.config.rules.max_characters]}
+                    captions[index] |= {"text": "", "dropped": dropped[: self.config.rules.max_characters]}
                 if "retry" in policies and "drop" not in policies:
-                    again.append(place)
+                    again.append(index)
             asked = again
         for one, caption in zip(read, captions, strict=True):
             if one.digest is not None:
@@ -183,7 +183,10 @@ class Captioning:
     def _ask(
         self, captioner: Captioner, images: Sequence[Image.Image], settings: Mapping[str, Any], seeds: Sequence[int]
     ) -> list[Answer]:
-        """The answers; where they fail, each image alone, and a grey one to see whether it is the image's fault."""
+        """
+        Returns the answers. After an error each image is sent separately. If one still fails, a grey test image shows
+        whether the image or the model is the cause.
+        """
         try:
             return captioner.answer(images, settings, seeds)
         except torch.OutOfMemoryError:
@@ -197,13 +200,13 @@ class Captioning:
             except IMAGE_ERRORS:
                 reason = f"{type(error).__name__}: {error}"
                 raise ValueError(
-                    f"{self.options.model}: fails on every image ({reason}). What was done is kept."
+                    f"{self.options.model} fails on every image ({reason}). The captions so far are saved."
                 ) from error
             return [Answer("", error=f"the model fails on this image ({type(error).__name__}: {error})")]
 
 
 def _max_attempts(options: CaptionerConfig, wanted: int) -> int:
-    """Attempts that may differ: at temperature 0 the same settings give the same answer."""
+    """Returns the number of attempts that can differ: at temperature 0 the same settings give the same answer."""
     first, again = options.settings(0), options.settings(1)
     if again["temperature"] > 0:
         return wanted

@@ -1,4 +1,4 @@
-"""What a relabelled data set says of itself: the statistics of the LoTLIP paper's table 6, histograms, a card."""
+"""Statistics (table 6 of the LoTLIP paper), histograms and the data set card of a relabelled data set."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from .quality import REASONS
 CARD = "README.md"
 HISTOGRAMS = "histograms.png"
 STATISTICS = "statistics.json"
-EXPLAINED = {**REASONS, NO_ANSWER: "The endpoint, or the model's processor, refused this image for good."}
+EXPLAINED = {**REASONS, NO_ANSWER: "The endpoint or the model's processor rejects the image."}
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "n>1B")  # by digits
 COUNTED = ("tokens", "sub_captions")
 
@@ -34,8 +34,8 @@ def shard_statistics(
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
     """
-    Counts of a shard, which add up over shards: `images`, `raw`, and `captioners`. `details` is what the column
-    `captions` says of each image that was read; `images` of them are in the shard, the others have no caption at all.
+    Computes the counts of a shard, which [`merge_statistics`] adds up. `details` is the column `captions` of all
+    readable images. `images` is the number of images with a caption; only these are in the shard.
     """
     raw = {
         "tokens": Counter(num_tokens(tokenizer, text) for text in raw_captions),
@@ -71,8 +71,8 @@ def shard_statistics(
 
 def merge_statistics(config: RelabelConfig, shards: Sequence[Mapping[str, Any]], num_skipped: int) -> dict[str, Any]:
     """
-    The counts of all shards as one, with what they come to: `images`, `skipped`; and `captions`, a list with the raw
-    captions, those of each captioner and all long ones together.
+    Adds up the counts of all shards, and computes means. The result has `images`, `skipped`, and `captions`: a list of
+    the statistics of the raw captions, of each captioner, and of all long captions.
     """
     images = sum(shard["images"] for shard in shards)
     rows = [_merged("raw captions", [shard["raw"] for shard in shards])]
@@ -107,17 +107,23 @@ def _mean(counts: Mapping[int, int]) -> float | None:
     return sum(value * count for value, count in counts.items()) / total if total else None
 
 
-def statistics_table(statistics: Mapping[str, Any]) -> str:
-    """The LoTLIP paper's table 6 of a data set, in Markdown, of what [`merge_statistics`] returned."""
-    lines = ["| captions | images | texts | mean sub-captions | mean tokens |", "| --- | --- | --- | --- | --- |"]
+def statistics_rows(statistics: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the rows of [`statistics_table`], the first with the titles of the columns."""
+    rows = [["captions", "images", "texts", "mean sub-captions", "mean tokens"]]
     for row in statistics["captions"]:
-        means = ("-" if row[f"mean_{what}"] is None else f"{row[f'mean_{what}']:.2f}" for what in COUNTED[::-1])
-        lines.append(f"| {_cell(row['name'])} | {statistics['images']:,} | {row['texts']:,} | {' | '.join(means)} |")
-    return "\n".join(lines)
+        means = ["-" if row[f"mean_{what}"] is None else f"{row[f'mean_{what}']:.2f}" for what in COUNTED[::-1]]
+        rows.append([row["name"], f"{statistics['images']:,}", f"{row['texts']:,}", *means])
+    return rows
+
+
+def statistics_table(statistics: Mapping[str, Any]) -> str:
+    """Returns table 6 of the LoTLIP paper for a data set, in Markdown."""
+    rows = [[_cell(name), *numbers] for name, *numbers in statistics_rows(statistics)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
 def write_card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Sequence[Sequence[str]]) -> None:
-    """Writes `README.md`, `histograms.png` and `statistics.json` in the folder of the data set."""
+    """Writes `README.md`, `histograms.png` and `statistics.json` to the folder of the data set."""
     folder = Path(config.output)
     write_json(folder / STATISTICS, statistics)
     _draw_histograms(statistics, folder / HISTOGRAMS)
@@ -160,13 +166,13 @@ def _card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Seque
         tokenizer=_code(published_name(config.tokenizer)),
         skipped=f"{statistics['skipped']:,}",
         rules=rules,
-        quality="\n".join([*QUALITY_HEAD, *quality]) if quality else "Nothing was found wrong with any caption.",
+        quality="\n".join([*QUALITY_HEAD, *quality]) if quality else "No caption has a problem.",
     )
 
 
 KINDS = ("mended", "marked", "dropped_for")
 QUALITY_HEAD = (
-    "| what was wrong | policy | mended by asking again | kept and marked | dropped |",
+    "| problem | policy | fixed by another attempt | kept and marked | dropped |",
     "| --- | --- | --- | --- | --- |",
 )
 CARD_TEXT = """\
@@ -176,47 +182,46 @@ CARD_TEXT = """\
 
 # {images} images with long captions
 
-Long captions by {number} {models}, written by `lotlip relabel` of
-lotlip-hf: the first step of LoTLIP ([arXiv:2410.05249](https://arxiv.org/abs/2410.05249)), which trains on one short
-and several long captions an image.
+Long captions by {number} {models}, written with `lotlip relabel` of lotlip-hf. They are made for LoTLIP
+([arXiv:2410.05249](https://arxiv.org/abs/2410.05249)), which trains on one short and several long captions per image.
 
 ## Statistics
 
-As in table 6 of the paper. A sub-caption is a sentence; tokens are counted by {tokenizer}, without special ones.
+The columns are those of table 6 of the paper. A sub-caption is a sentence. {tokenizer} counts the tokens, without
+special tokens.
 
 {table}
 
-![How long the captions are](histograms.png)
+![Histograms of the lengths of the captions](histograms.png)
 
-Records that are not in the data, because their image could not be read or they have no caption at all: {skipped}.
-`skipped.jsonl` lists them with the reasons.
+Skipped records: {skipped}. Their image is unreadable, or they have no caption. `skipped.jsonl` lists the reasons.
 
-## How the captions were written
+## Captioning models
 
-| model | revision | run by | prompt | settings | others when asked again |
+| model | revision | run by | prompt | settings | changes for further attempts |
 | --- | --- | --- | --- | --- | --- |
 {captioners}
 
-## What was wrong with captions
+## Quality of the captions
 
 {quality}
 
-Rules: {rules}. A caption that was cut off ends with its last whole sentence.
+Limits: {rules}. An answer that was cut off is trimmed to its last complete sentence.
 
 ## Columns
 
-| column | what it holds |
+| column | contents |
 | --- | --- |
-| `id` | of the record, as in its source |
-| `image` | the file's bytes and name, or its path from the image folder on (`--embed-images` copies the file) |
-| `short_caption` | the raw caption; where there was none, the first sentence of the first long one |
-| `long_captions` | one of each model, in the order above; empty where it was dropped |
-| `captions` | of each of these what follows |
-| `captions.model`, `.revision`, `.prompt`, `.settings` | who wrote it, asked what, and how (JSON) |
-| `captions.attempts` | how often it was asked for |
-| `captions.tokens`, `.sub_captions` | how long it is |
-| `captions.reasons`, `.earlier_reasons` | what is wrong with it, and what was wrong with earlier attempts |
-| `captions.dropped` | the text that was dropped, or why there was none |
+| `id` | id of the record in the source data |
+| `image` | contents and name of the image file, or only its path relative to the image folder (see `--embed-images`) |
+| `short_caption` | raw caption, or the first sentence of the first long caption if there is no raw caption |
+| `long_captions` | one caption by each model, in the order above; empty if it was dropped |
+| `captions` | details of each long caption |
+| `captions.model`, `.revision`, `.prompt`, `.settings` | model, prompt and settings (JSON) of the caption |
+| `captions.attempts` | number of attempts |
+| `captions.tokens`, `.sub_captions` | length in tokens and in sub-captions |
+| `captions.reasons`, `.earlier_reasons` | problems of the caption, and problems of earlier attempts |
+| `captions.dropped` | dropped text, or the reason why there is no text |
 
 ## Use
 
@@ -225,7 +230,7 @@ lotlip train --data FOLDER --text-model google-bert/bert-base-uncased \\
     --image-model google/vit-base-patch16-224-in21k --output run
 ```
 
-With `--image-folder FOLDER` where `image` is a path.
+If `image` is a path, add `--image-folder FOLDER`.
 """
 
 
@@ -247,8 +252,8 @@ def _draw_histograms(statistics: Mapping[str, Any], file: Path) -> None:
                 color=COLOURS[number % len(COLOURS)],
                 label=wrapped(row["name"], 40),
             )
-        axes.set_xlabel(f"{label} of a caption")
-        axes.set_ylabel("share of the captions")
+        axes.set_xlabel(f"{label} per caption")
+        axes.set_ylabel("share of captions")
         axes.grid(alpha=0.3)
     handles, labels = picture.axes[0].get_legend_handles_labels()
     if handles:
@@ -257,15 +262,15 @@ def _draw_histograms(statistics: Mapping[str, Any], file: Path) -> None:
 
 
 def num_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """Tokens of a text, without special ones."""
+    """Returns the number of tokens of a text, without special tokens."""
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _cell(text: str) -> str:
-    """A text in a cell of a table in Markdown, without markup of its own."""
+    """Escapes a text for a table cell of Markdown."""
     return markdown_text(" ".join(text.split()))
 
 
 def _code(text: str) -> str:
-    """A text as code in Markdown, in a table too."""
+    """Formats a text as a code span of Markdown, also in a table."""
     return "`{}`".format(printable(text).replace("`", "'").replace("|", "\\|"))

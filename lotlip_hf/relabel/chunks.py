@@ -1,4 +1,4 @@
-"""A run's records in chunks: each makes a shard, is the work of one process, and has journals of its own."""
+"""Splits the records of a run into chunks, each of which is captioned by one process and becomes one shard."""
 
 import hashlib
 import itertools
@@ -17,44 +17,46 @@ from .journal import HIDDEN, NONE, DamagedError, Journal, changed, fits, read_js
 Records = Dataset | IterableDataset | list[dict[str, Any]]
 
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
-PART = {"records": int}  # the form of a file that says how long a part is, for `fits`
+PART = {"records": int}  # form of the file that stores the length of a part, for `fits`
 
 
 class Chunk(NamedTuple):
-    """Successive records that make a shard."""
+    """Consecutive records that become one shard."""
 
     name: str
     records: list[dict[str, Any]]
 
     def header(self) -> dict[str, Any]:
-        """What the chunk's journals begin with."""
+        """Returns the first line of the chunk's journals, with a digest of the ids of its records."""
         ids = json.dumps([str(record["id"]) for record in self.records]).encode()
         return {"records": hashlib.blake2b(ids, digest_size=16).hexdigest()}
 
 
 class Share:
     """
-    The chunks of a process. They are numbered through a part: a file of a stream, or all records that are no stream.
-    Which process a chunk belongs to follows from its name alone.
+    The chunks of one process.
+
+    The chunks of a part are numbered. A part is a file of a stream; without streaming, all records are one part. The
+    name of a chunk determines its process.
 
     Args:
-        config (`RelabelConfig`): the options of the run.
-        records (`Records`): the records of all processes.
-        rank (`int`): the process.
-        world_size (`int`): how many processes there are.
+        config (`RelabelConfig`): Options of the run.
+        records (`Records`): Records of all processes.
+        rank (`int`): Index of this process.
+        world_size (`int`): Number of processes.
     """
 
     def __init__(self, config: RelabelConfig, records: Records, rank: int, world_size: int) -> None:
         self.config, self.size = config, config.shard_size
         self.records, self.rank, self.world_size = records, rank, world_size
         self.parts = records.num_shards if isinstance(records, IterableDataset) else 1
-        # with fewer files than processes, all read all of them
+        # With fewer files than processes, each process reads all files.
         self.is_shared = self.parts < world_size
         if not isinstance(records, IterableDataset):
             self._keep_length(0, len(records))
 
     def chunks(self, is_done: Callable[[str, list[dict[str, Any]] | None], bool], bar: tqdm) -> Iterator[Chunk]:
-        """The chunks of this process that are not done, in order."""
+        """Yields the unfinished chunks of this process, in order."""
         for part in self._own_parts():
             bar.set_postfix_str(f"file {part + 1}/{self.parts}" if self.parts > 1 else "")
             own = self._own_sizes(part)
@@ -75,17 +77,17 @@ class Share:
                     yield Chunk(name, self._rows(start) if rows is None else rows)
 
     def names(self) -> list[str] | None:
-        """The names of all processes' chunks; `None` if a part has not been read to its end."""
+        """Returns the names of the chunks of all processes, or `None` if the length of a part is unknown."""
         sizes = [self._sizes(part) for part in range(self.parts)]
         return None if None in sizes else [name for part in sizes for name in part or ()]
 
     def total(self) -> int | None:
-        """Records of this process; `None` if a part has not been read to its end."""
+        """Returns the number of records of this process, or `None` if the length of a part is unknown."""
         sizes = [self._own_sizes(part) for part in self._own_parts()]
         return None if None in sizes else sum(sum(part.values()) for part in sizes if part)
 
     def _slices(self, part: int) -> Iterator[tuple[int, int, list[dict[str, Any]] | None]]:
-        """Start, size and rows of each chunk; a table's rows are not read, for images may be in them."""
+        """Yields start, size and rows of each chunk. The rows of a table are `None`: reading them may load images."""
         if not isinstance(self.records, IterableDataset):
             for start in range(0, len(self.records), self.size):
                 rows = self.records[start : start + self.size] if isinstance(self.records, list) else None
@@ -109,7 +111,7 @@ class Share:
         return not self.is_shared or sum(map(int, name.split("-"))) % self.world_size == self.rank
 
     def _sizes(self, part: int) -> dict[str, int] | None:
-        """How many records are in each chunk of a part that has been read to its end."""
+        """Returns the number of records in each chunk of a part, or `None` if the length of the part is unknown."""
         length = self._length(part)
         starts = range(0, length or 0, self.size)
         sizes = {f"{part:05d}-{n:05d}": min(self.size, (length or 0) - start) for n, start in enumerate(starts)}
@@ -131,33 +133,33 @@ class Share:
         if kept is None:
             write_json(self._length_file(part), {"records": length})
         elif kept != length:
-            raise changed(self.config.data, f"there were {kept} and are {length}")
+            raise changed(self.config.data, f"there were {kept}, now there are {length}")
 
 
 def shard_path(config: RelabelConfig, name: str) -> Path:
-    """The shard of a chunk, which is there when all work on the chunk is done."""
+    """Returns the path of a chunk's shard. It exists when the chunk is finished."""
     return Path(config.output, "data", name + SUFFIXES[config.format])
 
 
 def sidecar_path(config: RelabelConfig, name: str) -> Path:
-    """The file beside a shard that holds its statistics and what was skipped."""
+    """Returns the path of the JSON file with the statistics and skipped records of a shard."""
     return Path(config.output, HIDDEN, f"{name}.json")
 
 
 def journal_path(config: RelabelConfig, name: str, number: int) -> Path:
-    """The journal of a chunk and a captioner."""
+    """Returns the path of the journal of a chunk and a captioner."""
     return Path(config.output, HIDDEN, f"{name}-captioner-{number}.jsonl")
 
 
 def open_journal(config: RelabelConfig, chunk: Chunk, number: int) -> Journal:
-    """Opens the journal of a chunk and a captioner; one of other records is refused."""
+    """Opens the journal of a chunk and a captioner. Raises a `ValueError` if it belongs to other records."""
     path, header = journal_path(config, chunk.name, number), chunk.header()
     journal = Journal(path, header)
     if journal.header["records"] != header["records"]:
-        raise changed(config.data, f"those of {chunk.name} are others")
+        raise changed(config.data, f"chunk {chunk.name} has other ids")
     if journal.is_whole and (
         len(journal.captions()) != len(chunk.records)
         or not fits(journal.header, {"group_size": int, "revision": (str, NONE)})
     ):
-        raise DamagedError(path, "captions of other records")
+        raise DamagedError(path, "the captions belong to other records")
     return journal

@@ -1,4 +1,4 @@
-"""Every option of a relabelling in one typed config, filled by flags, a YAML file, or both."""
+"""Options of a relabelling, from flags, a YAML file or both."""
 
 import argparse
 import dataclasses
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..files import MAX_BYTES
-from ..options import add_flags, add_options, build, check, convert, flags_of, option, options_of
+from ..options import Parser, add_flags, add_options, build, check, convert, flags_of, option, options_of
 from .captioners.base import REQUEST_FIELDS, CaptionerConfig
 from .quality import REASONS, QualityRules
 
@@ -17,16 +17,14 @@ if TYPE_CHECKING:
     from ..data.records import ColumnMapping
 
 NO_ANSWER = "no_answer"
-# What is done with a caption that something is wrong with: asked for again and dropped if that does not help, dropped,
-# or kept and marked.
+# For a bad caption: request it again and drop it if it stays bad, drop it, or keep and mark it
 Policy = Literal["retry", "drop", "keep"]
 POLICIES: dict[str, Policy] = {
     **dict.fromkeys(REASONS, "retry"),
     "repeated_sentence": "keep",
     "cut_off": "keep",
 }
-# What may differ when a run goes on, of the options and of those of a captioner: it decides who does the work and in
-# what portions, which at most changes how numbers are rounded. The captioners are compared one by one.
+# Options that may change when a run continues: they change at most the rounding. Captioners are compared one by one.
 RESUMABLE = frozenset({"output", "captioners", "max_image_bytes", "max_record_bytes"})
 RESUMABLE_OF_CAPTIONERS = frozenset(
     {"batch_size", "device_map", "concurrency", "timeout", "max_retries", "max_answer_bytes"}
@@ -36,10 +34,10 @@ RESUMABLE_OF_CAPTIONERS = frozenset(
 @dataclass
 class RelabelConfig:
     """
-    Every option of a relabelling, `lotlip relabel --help` in Python.
+    Options of a relabelling. `lotlip relabel --help` describes them.
 
     Raises:
-        ValueError: if an option is missing, out of range, or contradicts another; the message names it.
+        `ValueError`: If an option is missing, out of range or in conflict with another. The message names it.
 
     Example:
 
@@ -50,64 +48,75 @@ class RelabelConfig:
     ```
     """
 
-    data: str = option("a folder of images or of records, a file of records, shards/*.tar, or a data set on the Hub")
-    output: str = option("folder that is written; the same command goes on where a run stopped")
+    data: str = option(
+        "Folder of images or of records, file of records, shards such as 'shards/*.tar', or data set on the Hub",
+        group="Data",
+    )
+    output: str = option("Folder to write", group="Output", metavar="FOLDER")
     captioners: list[CaptionerConfig] = field(default_factory=list)
-
-    # The records
-    mapping: str = option("names of the columns, as `lotlip train` has them", "records")
-    image_column: str | None = option("column of the images, in place of the mapping's", None)
+    mapping: str = option("Column names, as in `lotlip train --help`", "records", group="Data")
+    image_column: str | None = option("Column of the images (default: from --mapping)", None)
     short_column: str | None = option(
-        "column of the raw captions, in place of the mapping's; 'none': there are none", None
+        "Column of the raw captions; 'none' if there are none (default: from --mapping)", None
     )
-    id_column: str | None = option("column of the ids, in place of the mapping's", None)
-    image_folder: str | None = option("what relative paths of images start from", None)
-    image_root: str | None = option("folder that images must lie in; by default the image folder", None)
-    max_image_bytes: int = option("bytes of an image file that is read, at most", MAX_BYTES, at_least=1)
-    max_record_bytes: int = option("largest line of a table or sample of a shard that is read", MAX_BYTES, at_least=1)
+    id_column: str | None = option("Column of the ids (default: from --mapping)", None)
     split: str | None = option(
-        "split of a data set on the Hub (train), or of a folder that holds several; 'all': all", None
+        "Split to read; 'all' reads all (default: train on the Hub; required for a folder with several)", None
     )
-    streaming: bool = option("read in order, without a copy on disk", False)
+    streaming: bool = option("Read records in order, without a copy on disk", False)
+    max_record_bytes: int = option("Maximum size of a table line or shard sample, in bytes", MAX_BYTES, at_least=1)
 
-    # The output
-    format: Literal["parquet", "webdataset"] = option("of the shards", "parquet")
-    shard_size: int = option("records that a shard is made of", 1000, at_least=1)
+    format: Literal["parquet", "webdataset"] = option("Format of the shards", "parquet", group="Output")
+    shard_size: int = option("Records per shard", 1000, at_least=1)
     embed_images: bool = option(
-        "copy image files into Parquet shards, which otherwise hold their paths from the image folder on, for "
-        "--image-folder of the training",
+        "Copy image files into Parquet shards; otherwise, shards contain the paths relative to the image folder",
         False,
     )
+
     tokenizer: str = option(
-        "checkpoint folder or Hub id of the tokenizer that counts tokens; one in the Hub's cache needs no network",
+        "Checkpoint folder or Hub id of the tokenizer that counts tokens in the statistics",
         "google-bert/bert-base-uncased",
     )
 
-    # The captions
     policies: dict[str, Policy] = field(default_factory=dict)
-    max_attempts: int = option("how often a caption is asked for at most, where the policy is retry", 3, at_least=1)
+    max_attempts: int = option(
+        "Maximum number of requests for a caption whose policy is retry", 3, at_least=1, group="Bad captions"
+    )
     rules: QualityRules = field(default_factory=QualityRules)
-    seed: int = option("seed of the captions that are drawn (temperature above 0, and retries)", 0)
+    seed: int = option(
+        "Seed of sampled captions: those of a --temperature above 0, and retries", 0, group="Generation"
+    )
+
+    image_folder: str | None = option(
+        "Folder that relative image paths start from (default: the folder of the file that contains them)",
+        None,
+        group="Images",
+        metavar="FOLDER",
+    )
+    image_root: str | None = option(
+        "Folder that images must be in, after links are followed (default: --image-folder)", None, metavar="FOLDER"
+    )
+    max_image_bytes: int = option("Maximum size of an image file, in bytes", MAX_BYTES, at_least=1)
 
     def __post_init__(self) -> None:
         check(self)
         if not self.captioners:
-            raise ValueError("`captioners` is empty: name at least one model that writes captions (--captioner).")
-        from ..data.records import MAPPINGS  # with `datasets`, which `--help` does not wait for
+            raise ValueError("`captioners` is empty. Pass at least one captioning model with --captioner.")
+        from ..data.records import MAPPINGS  # slow: imports `datasets`
 
         if self.mapping not in MAPPINGS:
             raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
         if others := sorted(self.policies.keys() - POLICIES.keys()):
-            raise ValueError(f"`policies` must be of {', '.join(POLICIES)}, got {others[0]!r}.")
+            raise ValueError(f"`policies` must have keys from {', '.join(POLICIES)}, got {others[0]!r}.")
         self.policies = {**POLICIES, **self.policies}
 
     @property
     def copies_images(self) -> bool:
-        """Whether the shards hold the files of images, not their paths."""
+        """Whether the shards contain image files instead of paths."""
         return self.embed_images or self.format == "webdataset"
 
     def column_mapping(self) -> "ColumnMapping":
-        """The mapping's columns, those that options name in their place; of long captions none is read."""
+        """Returns the columns of the mapping, or of the options that replace them, without long captions."""
         from ..data.records import MAPPINGS
 
         mapping = replace(MAPPINGS[self.mapping], long=())
@@ -117,13 +126,13 @@ class RelabelConfig:
         return replace(mapping, **{name: column for name, column in columns.items() if column is not None})
 
     def identity(self) -> dict[str, Any]:
-        """What decides about the output, but for the captioners."""
+        """Returns the options that determine the output, without the captioners."""
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in RESUMABLE}
         options["data"] = os.path.normpath(self.data) if os.path.exists(self.data) else self.data
         return {name: _unplaced(value) for name, value in options.items()}
 
     def captioner_identities(self) -> list[dict[str, Any]]:
-        """What decides about each captioner's captions. Which address an endpoint has does not."""
+        """Returns the options of each captioner that determine its captions. An endpoint's address does not."""
         return [
             {
                 name: _unplaced(value) if name == "model" else value
@@ -136,57 +145,61 @@ class RelabelConfig:
 
 
 def _unplaced(value: Any) -> Any:
-    """A path of this machine as the last name in it and a digest, without the folders above."""
+    """Replaces an absolute path by its last name and a digest."""
     if not isinstance(value, str) or not os.path.isabs(value):
         return value
     return f"{os.path.basename(value)} ({hashlib.blake2b(os.fsencode(value), digest_size=4).hexdigest()})"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `lotlip relabel`."""
-    add_options(parser, RelabelConfig)
-    parser.add_argument(
+def add_arguments(parser: Parser) -> None:
+    """Adds the flags of `lotlip relabel` to a parser."""
+    titles = ("Data", "Captioners", "Generation", "Endpoint", "Output", "Bad captions", "Images")
+    _, captioners, _, endpoint, _, bad, _ = map(parser.add_argument_group, titles)
+    captioners.add_argument(
         "--captioner",
         action="append",
-        metavar="MODEL",
-        help="checkpoint folder or Hub id of a model that writes captions; several, by several --captioner",
+        metavar="NAME",
+        help="Checkpoint folder or Hub id of a captioning model; repeat it for several models (required)",
     )
-    parser.add_argument(
+    add_options(parser, RelabelConfig)
+    add_flags(parser, CaptionerConfig, without={"model"})
+    bad.add_argument(
         "--policy",
         action="append",
         metavar="REASON=POLICY",
-        help="what is done with captions that something is wrong with: retry (ask again, and drop what does not get "
-        "better), drop, or keep (and mark). The reasons, and the policies by default: "
-        + " ".join(f"{reason}={policy} ({REASONS[reason]})" for reason, policy in POLICIES.items()),
+        help="What to do with a bad caption: retry (request it again, and drop it if it stays bad), drop, or "
+        "keep (and mark it). Policies by default: "
+        + ", ".join(f"{reason}={policy}" for reason, policy in POLICIES.items()),
     )
-    parser.add_argument(
+    bad.add_argument(
         "--rule",
         action="append",
         metavar="NAME=VALUE",
-        help="a limit of what is wrong: "
-        + ", ".join(f"{one.name} ({one.default})" for one in dataclasses.fields(QualityRules)),
+        help="Limit that makes a caption bad: "
+        + ", ".join(f"{one.name}={one.default}" for one in dataclasses.fields(QualityRules)),
     )
-    group = parser.add_argument_group("options of every captioner")
-    add_flags(group, CaptionerConfig, without={"model"})
-    group.add_argument(
+    endpoint.add_argument(
         "--request-field",
         action="append",
-        metavar="NAME=NAME",
-        help="what an endpoint calls a field of the request (max_tokens=max_completion_tokens), or none if it refuses "
-        f"it: {', '.join(REQUEST_FIELDS)}",
+        metavar="FIELD=NAME",
+        help="Rename a field of requests (max_tokens=max_completion_tokens), or leave it out (NAME none). Fields: "
+        + ", ".join(REQUEST_FIELDS),
     )
 
 
 def read_config(arguments: argparse.Namespace) -> RelabelConfig:
     """
-    The config that flags and the file of options make.
+    Returns the options of flags and of the file of `--config`.
 
     Args:
-        arguments: What the parser of [`add_arguments`] returned.
+        arguments (`argparse.Namespace`): Result of a parser with [`add_arguments`].
+
+    Returns:
+        [`RelabelConfig`]: The options.
 
     Raises:
-        ValueError: on an option that is unknown, missing, of a wrong type or out of range.
-        FileNotFoundError: if there is no such file of options.
+        `ValueError`: If an option is unknown, missing, of a wrong type or out of range.
+        `FileNotFoundError`: If the file does not exist.
     """
     options = options_of(arguments, RelabelConfig)
     options["policies"] = {**options.get("policies", {}), **_pairs("--policy", arguments.policy)}
@@ -205,6 +218,6 @@ def _pairs(flag: str, given: Sequence[str] | None) -> dict[str, str]:
     for one in given or ():
         name, _, value = one.partition("=")
         if not name or not value:
-            raise ValueError(f"{flag} takes NAME=VALUE, got {one!r}.")
+            raise ValueError(f"{flag} must be NAME=VALUE, got {one!r}.")
         pairs[name] = value
     return pairs

@@ -1,4 +1,4 @@
-"""What a run keeps in `<output>/.relabel`, so that it can go on: its options and the captions so far."""
+"""The files in `<output>/.relabel` from which a run resumes: its options and its captions so far."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from .config import RelabelConfig
 HIDDEN = ".relabel"
 
 NONE = type(None)
-# The forms of a journal's lines, for `fits`
+# Forms of the lines of a journal, for `fits`
 HEADER = {"records": str}
 CAPTION = ({"text": str, "attempts": int, "reasons": [str], "earlier_reasons": [str]}, {"skip": str})
 GROUP = {"group": int, "captions": [CAPTION]}
@@ -23,22 +23,22 @@ IDENTITY = {"options": dict, "captioners": [{"model": str}]}
 
 class DamagedError(ValueError):
     """
-    A file of a run that is not as a run writes it.
+    Raised for a damaged or foreign file in the output of a run.
 
     Args:
-        path (`Path`): the file.
-        reason (`str`): what is wrong with it.
+        path (`Path`): File.
+        reason (`str`): Reason.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: damaged ({reason}). Choose another --output.")
+        super().__init__(f"{path} is damaged ({reason}). Choose another --output.")
         self.path, self.reason = path, reason
 
 
 def fits(value: Any, form: Any) -> bool:
     """
-    Whether a value of JSON has a form: a type; a list of one form, that of all items; a dictionary of forms, those of
-    keys that must be there, or of `str` to the form of all values; or a tuple of forms, of which one is to fit.
+    Tells whether a JSON value has a form. A form is a type, `[form of all items]`, `{required_key: form of value}`,
+    `{str: form of all values}`, or a tuple of alternative forms.
     """
     if isinstance(form, tuple):
         return any(fits(value, one) for one in form)
@@ -54,29 +54,31 @@ def fits(value: Any, form: Any) -> bool:
 
 
 def read_json(path: Path, form: Any) -> Any:
-    """Reads what `write_json` wrote; a `DamagedError` if it does not fit the form."""
+    """Reads a JSON file. Raises a `DamagedError` if the value does not have the form."""
     try:
         value = parse_json(read_regular(path))
     except (FileNotFoundError, ValueError) as error:
         raise DamagedError(path, "missing" if isinstance(error, FileNotFoundError) else str(error)) from error
     if not fits(value, form):
-        raise DamagedError(path, "other fields or types than a run writes")
+        raise DamagedError(path, "unknown fields or types")
     return value
 
 
 class Journal:
     """
-    The captions of a chunk by one captioner, a line a group, in the order in which they were answered. The file takes
-    its name when it is whole. What an interruption left half-written is cut off.
+    The captions of a chunk by one captioner, as JSON lines.
+
+    Each line is a group, in the order in which the groups were captioned. An incomplete last line is ignored. The file
+    is renamed to its final name when it is complete.
 
     Args:
-        path (`Path`): the file.
-        header (`Mapping[str, Any]`): the expected first line; a mismatch restarts the journal.
+        path (`Path`): Final path of the file.
+        header (`Mapping[str, Any]`): Expected first line; a mismatch restarts the journal.
 
     Attributes:
-        groups (`dict[int, list[dict[str, Any]]]`): the captions of each group that was answered, by its number.
-        header (`dict[str, Any]`): the first line.
-        is_whole (`bool`): whether every group was answered.
+        groups (`dict[int, list[dict[str, Any]]]`): Captions of each finished group, by its number.
+        header (`dict[str, Any]`): First line.
+        is_whole (`bool`): Whether all groups are finished.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
@@ -97,7 +99,7 @@ class Journal:
                 self._size += len(line)
 
     def begin(self, header: Mapping[str, Any]) -> None:
-        """Prepares it for `add`. If its header says anything else, it begins anew."""
+        """Prepares the journal for `add`. Clears the journal if its header differs."""
         is_new = not self._size or any(self.header.get(name) != value for name, value in header.items())
         if is_new:
             self.header |= header
@@ -109,29 +111,29 @@ class Journal:
 
     def add(self, group: int, captions: list[dict[str, Any]]) -> None:
         """
-        Keeps what a group was answered; several threads may call it.
+        Saves the captions of a group. Several threads may call this method at the same time.
 
         Raises:
-            OSError: if it cannot be written; the message names the file.
+            `OSError`: If the file cannot be written.
         """
         with self._lock:
             append_json_line(self.partial, {"group": group, "captions": captions}, sync=True)
             self.groups[group] = captions
 
     def complete(self) -> None:
-        """Gives it its name."""
+        """Renames the file to its final name."""
         os.replace(self.partial, self.path)
         self.is_whole = True
 
     def captions(self) -> list[dict[str, Any]]:
-        """One of each record."""
+        """Returns the caption of each record, in the order of the records."""
         return [caption for group in sorted(self.groups) for caption in self.groups[group]]
 
 
 def keep_identity(config: RelabelConfig) -> None:
     """
-    Compares the options with those that the output was begun with, as far as something was done with them: those of
-    a captioner that has not begun may change, and so may all while nothing has.
+    Saves the options of a new run, or compares them with those of the run to resume. Raises a `ValueError` if existing
+    captions depend on a changed option. The options of a captioner may change until it has written a caption.
     """
     hidden = Path(config.output, HIDDEN)
     path = hidden / "config.json"
@@ -149,15 +151,15 @@ def keep_identity(config: RelabelConfig) -> None:
         for number, (before, is_kept) in enumerate(zip(begun["captioners"], has_begun, strict=True)):
             after = identity["captioners"][number : number + 1]
             if is_kept and not after:
-                changed.append(f"captioner {number} ({before['model']}) is left out")
+                changed.append(f"captioner {number} ({before['model']}) is missing")
             elif is_kept:
                 changed += _changes(f"captioner {number}: ", before, after[0])
         if has_shards and len(identity["captioners"]) > len(begun["captioners"]):
             changed.append("there are more captioners")
         if changed:
             raise ValueError(
-                f"{config.output} was begun with other options: {'; '.join(changed)}. Give the same, or choose "
-                "another --output."
+                f"{config.output} belongs to a run with other options: {'; '.join(changed)}. Use the same options, or "
+                "choose another --output."
             )
         if begun == identity:
             return
@@ -167,16 +169,16 @@ def keep_identity(config: RelabelConfig) -> None:
 
 
 def _changes(what: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """The options that both have and that differ."""
+    """Describes the options that are in both mappings and differ."""
     changed = []
     for name in sorted(before.keys() & after.keys()):
         if name in ("policies", "rules") and isinstance(before[name], Mapping):
-            changed += _changes(f"{what}{name}: ", before[name], after[name])  # a newer version may have more of them
+            changed += _changes(f"{what}{name}: ", before[name], after[name])  # newer versions may have more entries
         elif before[name] != after[name]:
-            changed.append(f"{what}`{name}` was {before[name]!r} and is {after[name]!r}")
+            changed.append(f"{what}`{name}` was {before[name]!r} and is now {after[name]!r}")
     return changed
 
 
 def changed(data: str, how: str) -> ValueError:
-    """The error for records that are others than the output was begun with."""
-    return ValueError(f"{data}: the records have changed since the output was begun: {how}. Choose another --output.")
+    """Creates the error for records that differ from those of the existing output."""
+    return ValueError(f"{data}: the records have changed since the run began: {how}. Choose another --output.")

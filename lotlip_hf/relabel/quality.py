@@ -1,9 +1,9 @@
 """
-What is wrong with a caption that a model wrote: reasons to ask again, to drop it, or to mark it.
+Finds problems in the captions that models write.
 
-Everything here is a function of the text. In doubt a caption is called good, for a long caption that is lost costs
-more than a poor one that stays. Of a caption nothing is changed but its ends: white space, end marks such as </s>,
-and a sentence that broke off.
+All checks depend only on the text. A doubtful caption passes: losing a good caption costs more than keeping a poor
+one. Only the ends of a caption are changed: white space, end marks such as </s>, and an incomplete last sentence are
+removed.
 """
 
 import re
@@ -21,43 +21,43 @@ from ..modeling.sentences_lotlip import (
 )
 from ..options import check, option
 
-# In the order in which they are reported; with each what a data set card says of it.
+# Reasons in the order in which they are reported, with their explanation in the data set card
 REASONS = {
-    "empty": "The answer holds no word at all.",
-    "refusal": "The model says that it cannot see or describe the image instead of describing it.",
-    "copied_prompt": "The caption is its prompt, starts with it or mostly consists of its words.",
-    "loop": "A group of words or characters is repeated again and again.",
-    "repeated_sentence": "A sentence stands in the caption more than once.",
-    "cut_off": "The answer broke off; it is trimmed to its last whole sentence, if it has one.",
-    "too_short": "The caption, once trimmed, has too few words.",
-    "too_long": "The answer has more characters than a caption may have.",
+    "empty": "The answer has no words.",
+    "refusal": "The model answers that it cannot see or describe the image.",
+    "copied_prompt": "The caption is the prompt, starts with it, or mostly consists of its words.",
+    "loop": "A group of words or characters is repeated many times in a row.",
+    "repeated_sentence": "A sentence occurs more than once.",
+    "cut_off": "The answer is incomplete. It is trimmed to its last complete sentence, if it has one.",
+    "too_short": "The trimmed caption has too few words.",
+    "too_long": "The answer has too many characters.",
 }
 
-# Marks that some models leave at the end of an answer: </s>, <eos>, <end_of_turn>, <|im_end|>.
+# End marks that some models leave in their answers: </s>, <eos>, <end_of_turn>, <|im_end|>
 END_MARK = re.compile(r"(?:</s>|<(?:eos|pad|end_of_turn|end_of_utterance)>|<[|｜][^\s<>]{1,40}[|｜]>)\Z")
 LONGEST_END_MARK = 44  # characters
-LONGEST_CHARACTER_GROUP = 8  # longer ones are words
+LONGEST_CHARACTER_GROUP = 8  # characters
 
-# Scripts written without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese. Each character is a word to loops.
+# Scripts without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese. The loop check treats each character as a word.
 NO_SPACES = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
     "\U00020000-\U0003ffff"
 )
-# Signs inside a word that `\w` leaves out: accents, the vowels of Arabic and of the scripts of India.
+# Signs inside a word that `\w` does not match: accents, and the vowels of Arabic and of Indian scripts
 VOWEL_SIGNS = "\u0300-\u036f\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
 WORDS = re.compile(rf"[{NO_SPACES}]|[^\W_{NO_SPACES}]+(?:[{VOWEL_SIGNS}]+[^\W_{NO_SPACES}]*)*")
 HAS_NO_SPACES = re.compile(f"[{NO_SPACES}]")
 CLOSING = re.compile("[」』）】”’]*")
 COLONS = frozenset(":：")
 FINAL_MARKS = frozenset(".!?…。！？．｡।॥؟۔")
-# A full stop that may as well be within a number or an abbreviation where the answer broke off: "3.", "p.".
+# A final full stop that may be part of an incomplete number or abbreviation, such as "3." or "p."
 HALF_WRITTEN = re.compile(r"(?:\d|\b[A-Za-z])\.\Z")
 PROMPT_END = re.compile(r"""\s*(?:[.!?:。！？：]|["'”’)\]*]*(?:\n|\Z))""")
 
-REFUSAL_SENTENCES = 2  # a refusal stands at the start
-REFUSAL_LENGTH = 400  # characters that are looked at
+REFUSAL_SENTENCES = 2  # number of sentences at the start that are checked
+REFUSAL_LENGTH = 400  # number of characters at the start that are checked
 PICTURE = "(?:images?|pictures?|photos?|photographs?|attachments?|visuals|visual content)"
-# A picture, with at most four words in front of it that say no more than which: "the attached image".
+# A word for picture with at most four determiners before it: "the attached image"
 THE_PICTURE = (
     r"(?:(?:the|an?|any|this|that|these|those|your|or|and|view|process|describe|actual|\w+(?:ed|ing)) ){0,4}"
     rf"{PICTURE}\b"
@@ -69,7 +69,7 @@ DO_NOT = "(?:don't|do not)"
 AI = "(?:ai|artificial intelligence|language model|(?:helpful|text-based|virtual) assistant)"
 IT_SEEMS = r"(?:(?:it )?(?:seems|looks|appears)\b[^.]{0,20}? )?"
 REFUSALS = re.compile(
-    # Matched at the start of a sentence in small letters, with straight quotes and single spaces.
+    # Matches the start of a lower-case sentence with straight quotes and single spaces.
     "(?:(?:unfortunately|however|oops|hello|hi|thank you|thanks)[^.]{0,20}?[,!:;-] ?|i'm afraid (?:that )?)?(?:"
     + "|".join(
         [
@@ -106,30 +106,29 @@ STRAIGHT_QUOTES = str.maketrans("’‘“”", "''\"\"")
 @dataclass(frozen=True)
 class QualityRules:
     """
-    Where a poor caption begins.
+    Limits of the checks.
 
-    A word is a word between spaces or punctuation; of scripts without spaces (Chinese, Thai) two characters count as
-    one.
+    In scripts without spaces (Chinese, Thai), two characters count as one word.
 
     Raises:
-        ValueError: if an option is out of range.
+        `ValueError`: If an option is out of range.
     """
 
-    min_words: int = option("a caption with fewer is too short; 0 for none", 10, at_least=0)
-    loop_repeats: int = option("how often, one right after the other, makes a loop", 3, at_least=2)
+    min_words: int = option("Minimum length of a caption, in words; 0 for no limit", 10, at_least=0)
+    loop_repeats: int = option("Consecutive repeats of a group of words that make a loop", 3, at_least=2)
     # One word eight times, two words four times, three words three times; the same character as often, too.
-    loop_words: int = option("of as many words in all, at least", 8, at_least=2)
-    repeat_words: int = option("sentences with fewer words may stand in a caption twice", 3, at_least=1)
+    loop_words: int = option("Fewest words of a loop, all repeats together", 8, at_least=2)
+    repeat_words: int = option("Fewest words of a sentence that must not be repeated", 3, at_least=1)
     # Only three words or more in the prompt's order count.
-    prompt_share: float = option("share of a caption's words that the prompt may not make up", 0.5, above=0, at_most=1)
-    max_characters: int = option("an answer with more is too long, and not looked at further", 10_000, at_least=1)
+    prompt_share: float = option("Share of words from the prompt that makes a caption a copy", 0.5, above=0, at_most=1)
+    max_characters: int = option("Maximum length of an answer, in characters", 10_000, at_least=1)
 
     def __post_init__(self) -> None:
         check(self)
 
 
 class Judgement(NamedTuple):
-    """`text` is the caption as it should be kept; `reasons` names what is wrong with it, in the order of `REASONS`."""
+    """`text` is the trimmed caption. `reasons` lists its problems, in the order of `REASONS`."""
 
     text: str
     reasons: tuple[str, ...]
@@ -139,22 +138,21 @@ def judge(
     text: str, prompt: str = "", finished: bool | None = None, rules: QualityRules = QualityRules()
 ) -> Judgement:
     """
-    Says what is wrong with a model's answer, and what of it should be kept.
+    Finds the problems of a model's answer, and trims it.
 
-    White space at the ends and end marks such as `</s>` at the end are dropped. An answer that broke off is kept up
-    to its last whole sentence, exactly as written; one without a whole sentence is kept as it is, and reported. Loops
-    and repeated sentences are looked for in the whole answer. The time is about proportional to the text's length.
+    White space at both ends and end marks such as `</s>` are removed. An incomplete last sentence is removed if a
+    complete one precedes it. Loops and repeated sentences are searched for in the whole answer. The running time grows
+    about linearly with the length of the text.
 
     Args:
-        text (`str`): the answer, without its prompt.
-        prompt (`str`, *optional*): what the model was asked.
-        finished (`bool`, *optional*):
-            Whether the model ended its answer; `False` where it reached the limit of tokens. With `None` an answer
-            broke off if its last sentence has no end mark and the one before has.
-        rules (`QualityRules`, *optional*): where a poor caption begins.
+        text (`str`): Answer, without the prompt.
+        prompt (`str`, *optional*, defaults to `""`): Prompt of the model.
+        finished (`bool`, *optional*): Whether the model ended its answer; `False` if it reached the token limit. With
+            `None`, an answer is incomplete if its last sentence has no end mark and the one before has.
+        rules (`QualityRules`, *optional*): Limits of the checks.
 
     Returns:
-        `Judgement`: the text to keep, empty if it holds no word, and the reasons, none for a good caption.
+        `Judgement`: The trimmed text, empty if it has no words, and the reasons, empty for a good caption.
 
     Example:
 
@@ -185,7 +183,7 @@ def judge(
 
 
 def _clean(text: str) -> str:
-    """The text without white space at either end and without end marks at its end."""
+    """Removes white space at both ends and end marks."""
     end = len(text.rstrip())
     while mark := END_MARK.search(text, max(0, end - LONGEST_END_MARK), end):
         end = mark.start()
@@ -195,25 +193,25 @@ def _clean(text: str) -> str:
 
 
 def _split_words(text: str) -> list[str]:
-    """The words of a text in small letters, without markers of lists; characters for scripts without spaces."""
+    """Splits a text into lower-case words, or characters in scripts without spaces; ignores list markers."""
     return WORDS.findall(LIST_MARKER.sub(" ", text).casefold())
 
 
 def _count_words(words: Sequence[str]) -> float:
-    """How many words these are, if two characters of a script without spaces make one."""
+    """Counts words; a character of a script without spaces counts as half a word."""
     return len(words) - sum(1 for word in words if HAS_NO_SPACES.match(word)) / 2
 
 
 def _last_whole_sentence(text: str) -> Sentence | None:
-    """The last sentence that certainly ends where it seems to, and says something of its own."""
+    """Returns the last sentence that is certainly complete and is not a heading or an announcement."""
     last = None
     for sentence in find_sentences(text):
         if not sentence.mark:
             continue
-        # He says "Stop!" and walks on; a line that was only wrapped.
+        # The sentence goes on (`He says "Stop!" and walks on`), or the line is only wrapped.
         if sentence.mark not in (".", "</s>") and next_character(text, sentence.end).islower():
             continue
-        # A line that only announces what comes below it.
+        # Skip headings and lines that end with a colon.
         line = text[sentence.start : sentence.end]
         if sentence.mark == "\n" and (line.lstrip().startswith("#") or not COLONS.isdisjoint(_ending(line)[1])):
             continue
@@ -222,48 +220,51 @@ def _last_whole_sentence(text: str) -> Sentence | None:
 
 
 def _trim(text: str) -> str:
-    """The text up to the end of its last whole sentence, or as it is if it has none."""
+    """Cuts the text after its last complete sentence, or returns it unchanged if it has none."""
     half_written = HALF_WRITTEN.search(text, max(0, len(text) - 3))
     sentence = _last_whole_sentence(text[:-1] if half_written else text)
     if sentence is None:
         return text
     closing = CLOSING.match(text, sentence.end)
     kept = _clean(text[: closing.end() if closing else sentence.end])
-    # Nothing is left of a line of end marks.
+    # `kept` has no words if the text starts with end marks.
     return kept if HAS_WORD.search(kept) else text
 
 
 def _breaks_off(text: str) -> bool:
-    """Whether the last sentence has no end mark while the whole one before it has."""
+    """Tells whether the last sentence has no end mark, but the complete one before it has."""
     sentence = _last_whole_sentence(text)
     if sentence is None or sentence.mark in ("\n", "</s>"):
         return False
     rest = text[sentence.end :]
     if not HAS_WORD.search(rest):
         return False
-    if not _split_words(rest):  # the marker of an item that never came
+    if not _split_words(rest):  # a list marker without an item
         return True
     word, marks = _ending(rest)
     return FINAL_MARKS.isdisjoint(marks) or word.lower() in ABBREVIATIONS
 
 
 def _ending(text: str) -> tuple[str, str]:
-    """The last word, and what stands behind it."""
+    """Returns the last word and the characters after it."""
     end = next((end for end in range(len(text), 0, -1) if text[end - 1].isalnum()), 0)
     start = next((start for start in range(end, 0, -1) if not text[start - 1].isalnum()), 0)
     return text[start:end], text[end:]
 
 
 def _repeats(items: Sequence[str], times: int, length: int, longest: int | None = None) -> bool:
-    """Whether `length` items or more are a group of at most `longest` that stands `times` times in a row or more."""
+    """
+    Tells whether a group of at most `longest` items repeats at least `times` times in a row, over at least `length`
+    items.
+    """
     for period in range(1, min(longest or len(items), len(items) // times) + 1):
-        # That is a run of items that are each the same as the one a period later. So long a run covers one of a few
-        # places, at equal distances: looking there first takes n log n steps for all periods together.
+        # A repetition is a run of items that equal the item one period later. A run of this length contains one of the
+        # indices below, so checking only these takes n log n steps for all periods together.
         run = max(length, times * period) - period
-        for place in range(run - 1, len(items) - period, run):
-            if items[place] != items[place + period]:
+        for index in range(run - 1, len(items) - period, run):
+            if items[index] != items[index + period]:
                 continue
-            first = last = place
+            first = last = index
             while first and items[first - 1] == items[first - 1 + period]:
                 first -= 1
             while last + period + 1 < len(items) and items[last + 1] == items[last + 1 + period]:
@@ -274,8 +275,8 @@ def _repeats(items: Sequence[str], times: int, length: int, longest: int | None 
 
 
 def _has_loop(text: str, words: Sequence[str], rules: QualityRules) -> bool:
-    """Whether a group of words, or of characters without a space between them, is repeated again and again."""
-    # Spaces may stand between the same character: ". . . . . . . ."
+    """Tells whether a group of words, or of characters without spaces between them, repeats many times in a row."""
+    # One character may repeat with spaces between: ". . . . . . . ."
     if re.search(rf"(\S)(?:\s*\1){{{rules.loop_words - 1}}}", text):
         return True
     length = 4 * rules.loop_words
@@ -286,21 +287,21 @@ def _has_loop(text: str, words: Sequence[str], rules: QualityRules) -> bool:
 
 
 def _has_repeated_sentence(text: str, rules: QualityRules) -> bool:
-    """Whether a sentence stands in the text twice, whatever its case, white space and punctuation."""
+    """Tells whether a sentence occurs twice, ignoring case, white space and punctuation."""
     sentences = (tuple(_split_words(text[sentence.start : sentence.end])) for sentence in find_sentences(text))
     long = [words for words in sentences if _count_words(words) >= rules.repeat_words]
     return len(set(long)) < len(long)
 
 
 def _is_refusal(text: str) -> bool:
-    """Whether one of the first sentences says, in English or Chinese, that there will be no description."""
+    """Tells whether one of the first sentences is a refusal, in English or Chinese."""
     start = text[:REFUSAL_LENGTH].translate(STRAIGHT_QUOTES).lower()
     sentences = [start[sentence.start : sentence.end] for sentence in find_sentences(start)]
     return any(REFUSALS.match(" ".join(sentence.split())) for sentence in sentences[:REFUSAL_SENTENCES])
 
 
 def _is_copied(text: str, words: Sequence[str], prompt: str, rules: QualityRules) -> bool:
-    """Whether the text is the prompt or one of its sentences, starts with it, or is mostly made up of its words."""
+    """Tells whether the text starts with the prompt or a sentence of it, or mostly consists of its words."""
     asked = _split_words(prompt)
     if not asked:
         return False
@@ -316,7 +317,10 @@ def _is_copied(text: str, words: Sequence[str], prompt: str, rules: QualityRules
 
 
 def _starts_with(text: str, prompt: str) -> bool:
-    """Whether the text starts with the prompt's words as a sentence of its own; "a photo of" may just be its start."""
+    """
+    Tells whether the text starts with the prompt as a sentence of its own. A prompt such as "a photo of" may also be
+    the start of a good caption.
+    """
     asked = WORDS.findall(prompt.casefold())
     words = list(zip(range(len(asked)), WORDS.finditer(text), strict=False))
     if len(words) < len(asked) or any(word[0].casefold() != asked[index] for index, word in words):

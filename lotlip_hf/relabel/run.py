@@ -1,10 +1,10 @@
 """
-Long captions for any image set, by several captioning models: the first step of the LoTLIP paper.
+Writes long captions for an image set with several captioning models, the first step of the LoTLIP paper.
 
-Records are cut into chunks of `shard_size`, a chunk into groups that a captioner answers together. What a group is
-answered depends on the group alone, so neither the number of processes nor an interruption changes it. One captioner
-after the other goes through all chunks; each group's captions are kept in a journal in `<output>/.relabel` as soon as
-they are there. The last captioner leaves each chunk as a shard in `<output>/data`.
+Records are split into chunks of `shard_size`, and chunks into groups that a captioner answers together. The captions
+of a group depend only on the group, so they do not change with the number of processes or after an interruption. The
+captioners run one after the other over all chunks. The captions of each group are saved at once in a journal in
+`<output>/.relabel`. The last captioner turns each chunk into a shard in `<output>/data`.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ from datasets import IterableDataset
 from filelock import FileLock, Timeout
 from huggingface_hub import model_info
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data.mappings import MissingColumn
@@ -29,6 +28,7 @@ from ..data.records import load_records
 from ..files import PARTIAL, OutsideError, check_output, is_own_file, printable, replacing
 from ..images import find_images
 from ..plots import check_plot
+from ..terminal import progress_bar
 from .captioners.base import Captioner, CaptionerConfig
 from .captioners.endpoint import EndpointCaptioner
 from .captioning import Captioning
@@ -44,7 +44,7 @@ HUB_TIMEOUT = 10.0  # seconds
 
 
 def load_captioner(config: CaptionerConfig) -> Captioner:
-    """Loads a model of transformers, or prepares for an endpoint, as the captioner's options say."""
+    """Creates the captioner of a config: an endpoint if `config.endpoint` is set, else a local model."""
     if config.endpoint is not None:
         return EndpointCaptioner(config)
     from .captioners.local import LocalCaptioner
@@ -53,7 +53,7 @@ def load_captioner(config: CaptionerConfig) -> Captioner:
 
 
 def _check_captioners(config: RelabelConfig) -> None:
-    """Before the first of them goes to work, all are looked at: a misspelt name should not cost days."""
+    """Checks all captioners before the first one starts, so that a misspelt name does not cost days."""
     from .captioners.local import check_model
 
     for captioner in config.captioners:
@@ -70,49 +70,74 @@ def relabel(
     progress: bool = True,
 ) -> dict[str, Any] | None:
     """
-    Writes long captions for a set of images, as shards that the training reads as they are.
+    Writes long captions for a set of images, as shards that training reads directly.
 
-    In `output` are `data/` with the shards, `README.md`, a data set card with the statistics of the LoTLIP paper's
-    table 6 and `histograms.png`, the same as numbers in `statistics.json`, and `skipped.jsonl`, which lists the
-    images that could not be read and the records without any caption. A record has `id`, `image`, `short_caption` (the
-    raw caption; where there is none the first sentence of the first long one), `long_captions`, one of each captioner
-    (empty where it was dropped), and `captions`, which says for each of these who wrote it, how, and what is wrong.
-    Models in folders go by the folder's own name, images by their path from the image folder on (see [`image_base`]):
-    where things lie on this machine is in none of these files.
+    The folder `output` contains:
 
-    A run that was stopped, in whatever way, goes on from what it kept, when called again with the same options and
-    records, which are told apart by their ids. With
-    several processes (`torchrun`, `accelerate launch`) each does its share; the last one to end writes the card.
+    - `data/`: the shards;
+    - `README.md` and `histograms.png`: a data set card with statistics;
+    - `statistics.json`: the statistics as numbers;
+    - `skipped.jsonl`: the records with an unreadable image or without a caption.
+
+    The columns of a shard are:
+
+    - `id` and `image`;
+    - `short_caption`: the raw caption, or the first sentence of the first long caption;
+    - `long_captions`: one caption by each captioner, empty if it was dropped;
+    - `captions`: model, settings and problems of each long caption.
+
+    The files contain no absolute paths. Images are named by their path relative to the image folder (see
+    [`image_base`]), and local models by the name of their folder.
+
+    A call with the same options and records resumes an interrupted run. With several processes (`torchrun`,
+    `accelerate launch`), each one captions a share of the records, and the last one to finish writes the card.
 
     Args:
-        config (`RelabelConfig`): what to do.
-        make_captioner (`Callable[[CaptionerConfig], Captioner]`, *optional*):
-            Makes a captioner of its options, for engines of your own; by default [`load_captioner`].
-        progress (`bool`, *optional*, defaults to `True`): whether to show progress bars.
+        config (`RelabelConfig`): Options of the run.
+        make_captioner (`Callable[[CaptionerConfig], Captioner]`, *optional*, defaults to `load_captioner`): Function
+            that creates a captioner from its options, for custom engines.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
     Returns:
-        `dict[str, Any]`, *optional*: what `statistics.json` holds; `None` while other processes are still at work.
+        `dict[str, Any]` or `None`: Contents of `statistics.json`; `None` if other processes are still running.
 
     Raises:
-        ValueError: if an option does not fit the data, the models, or what `output` was begun with.
-        FileExistsError: if `output` holds something else.
-        EndpointError: if an endpoint gives no answers; what was done is kept.
-        OSError: if there is no such data or model, or `output` cannot be written to.
+        `ValueError`: If an option does not fit the data, the models, or the run that `output` belongs to.
+        `FileExistsError`: If `output` contains other files.
+        `EndpointError`: If an endpoint does not answer. The captions so far are saved.
+        `OSError`: If the data or a model do not exist, or `output` is not writable.
 
     Example:
 
     ```python
-    >>> from lotlip_hf.relabel.captioners.base import CaptionerConfig
-    >>> from lotlip_hf.relabel.run import relabel
+    >>> from lotlip_hf.relabel.captioners.base import Answer, CaptionerConfig
     >>> from lotlip_hf.relabel.config import RelabelConfig
+    >>> from lotlip_hf.relabel.run import relabel
 
-    >>> models = ("Salesforce/instructblip-vicuna-7b", "llava-hf/llava-1.5-7b-hf")
-    >>> captioners = [CaptionerConfig(model) for model in models]
-    >>> statistics = relabel(RelabelConfig(data="pictures", output="relabelled", captioners=captioners))
+    >>> class SizeCaptioner:
+    ...     revision, group_size, concurrency = None, 8, 1
+    ...
+    ...     def __init__(self, config):
+    ...         self.config = config
+    ...
+    ...     def answer(self, images, settings, seeds):
+    ...         text = "A picture that is {} pixels wide and {} pixels high."
+    ...         return [Answer(text.format(*image.size), finished=True) for image in images]
+    ...
+    ...     def close(self):
+    ...         pass
+
+    >>> captioners = [CaptionerConfig("llava-hf/llava-1.5-7b-hf")]
+    >>> config = RelabelConfig(data="photos", output="relabelled", captioners=captioners, tokenizer="checkpoint")
+    >>> statistics = relabel(config, make_captioner=SizeCaptioner)  # without `make_captioner`, LLaVA is loaded
+    >>> statistics["captions"][1]["texts"]
+    2
     ```
     """
     folder = Path(config.output)
-    state = PartialState(cpu=not torch.accelerator.is_available())  # without an accelerator, too, it has to be told
+    state = PartialState(
+        cpu=not torch.accelerator.is_available()
+    )  # `PartialState` does not detect a missing accelerator
     hidden = folder / HIDDEN
     _check_folders(config)
     tokenizer = _load_tokenizer(config.tokenizer)
@@ -127,10 +152,12 @@ def relabel(
             stack.enter_context(FileLock(hidden / f"lock-{state.process_index}", timeout=0))
             for path in hidden.glob("lock-[0-9]*"):
                 if path.name[5:].isdecimal() and int(path.name[5:]) >= state.num_processes:
-                    with FileLock(path, timeout=0):  # of a run of more processes
+                    with FileLock(path, timeout=0):  # still locked if a run with more processes is active
                         pass
         except Timeout as error:
-            raise OSError(f"{folder}: another run is writing there.") from error
+            raise OSError(
+                f"{folder}: another run is writing to this folder. Wait until it ends, or stop it."
+            ) from error
         keep_identity(config)
         (folder / "data").mkdir(exist_ok=True)
         share, storage = Share(config, records, state.process_index, state.num_processes), Storage(config)
@@ -139,7 +166,7 @@ def relabel(
             title = f"{captioner.model} ({number + 1}/{len(config.captioners)})"
             is_shown = progress and state.is_main_process
             with (
-                tqdm(total=share.total(), desc=title, unit="image", disable=not is_shown) as bar,
+                progress_bar(total=share.total(), desc=title, unit="image", shown=is_shown) as bar,
                 Captioning(config, number, make_captioner, storage, bar) as captioning,
             ):
                 done = partial(is_done, config, number=number)
@@ -150,24 +177,24 @@ def relabel(
 
 
 def _finish(config: RelabelConfig, share: Share) -> dict[str, Any] | None:
-    """The card and what belongs to it, once every chunk is written."""
+    """Writes the card, the statistics and `skipped.jsonl` if all chunks are written; else returns `None`."""
     names = share.names()
     if names is None:
         return None
     written = {path.name for path in Path(config.output, "data").glob("[!.]*")}
     shards = {shard_path(config, name).name for name in names}
     if others := sorted(written - shards):
-        raise changed(config.data, f"there are none any more for {others[0]}")
+        raise changed(config.data, f"{others[0]} has no records any more")
     if written != shards:
         return None
-    with FileLock(Path(config.output, HIDDEN, "lock-finish")):  # two processes may end at a time
+    with FileLock(Path(config.output, HIDDEN, "lock-finish")):  # two processes may finish at the same time
         return _write_the_rest(config, names)
 
 
 def _write_the_rest(config: RelabelConfig, names: Sequence[str]) -> dict[str, Any]:
     folder = Path(config.output)
     for path in (*folder.glob(f"data/.*{PARTIAL}"), *folder.glob(f"{HIDDEN}/*-captioner-*")):
-        path.unlink(missing_ok=True)  # what processes that were killed left behind
+        path.unlink(missing_ok=True)  # files of killed processes
     sidecars = [read_sidecar(config, name) for name in names]
     skipped = [one for sidecar in sidecars for one in sidecar["skipped"]]
     statistics = merge_statistics(config, [sidecar["statistics"] for sidecar in sidecars], len(skipped))
@@ -203,27 +230,27 @@ def _open_records(config: RelabelConfig) -> Records:
         raise MissingColumn(
             error.problem,
             error.field,
-            "Say which to read: --image-column, --short-column (`none` if there are no raw captions), --id-column. A "
-            "folder of pictures with a table in it is read as the table says; leave the table out otherwise.",
+            "Pass --image-column, --short-column (`none` if there are no raw captions) or --id-column. To caption a "
+            "folder of images without its table, move the table out of the folder.",
         ) from error
     if not isinstance(records, IterableDataset) and not len(records):
-        raise ValueError(f"{config.data}: holds no record.")
+        raise ValueError(f"{config.data} has no records. Check the path.")
     return records
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a folder or the Hub's cache, else from the Hub if that answers in `HUB_TIMEOUT`."""
+    """Loads a tokenizer from a folder, from the Hub's cache, or from the Hub if it answers within `HUB_TIMEOUT`."""
     load = partial(AutoTokenizer.from_pretrained, name, trust_remote_code=False)
     try:
         with contextlib.suppress(OSError, ValueError):
             return load(local_files_only=True)
         if not os.path.isdir(name):
-            model_info(name, timeout=HUB_TIMEOUT)  # the next line would try for most of a minute
+            model_info(name, timeout=HUB_TIMEOUT)  # fails fast: without network the next line retries for a minute
         return load()
     except (OSError, ValueError, HTTPError, OfflineModeIsEnabled) as error:
         raise ValueError(
-            f"--tokenizer {name}: cannot be loaded ({printable(' '.join(str(error).split()))}), but tokens are "
-            "counted with it. Name the folder of a tokenizer, a captioner's for example, with --tokenizer."
+            f"--tokenizer {name}: cannot be loaded ({printable(' '.join(str(error).split()))}). Pass the folder of "
+            "another tokenizer; it only counts tokens."
         ) from error
 
 
@@ -232,13 +259,11 @@ def _check_folders(config: RelabelConfig) -> None:
     if not (output / HIDDEN).is_dir():
         check_output(output, folder=True)
     if os.path.isdir(config.data) and output.resolve().is_relative_to(Path(config.data).resolve()):
-        raise ValueError(
-            f"{output}: lies in {config.data}, whose images it would be read with; choose another --output."
-        )
+        raise ValueError(f"{output} is inside the data folder {config.data}. Choose another --output.")
     for option, folder in (("--image-folder", config.image_folder), ("--image-root", config.image_root)):
         if folder is not None and not os.path.isdir(folder):
             raise NotADirectoryError(f"{option} {folder}: no such folder.")
-    # Journals and locks are opened for writing as they are found.
+    # Existing journals and locks will be opened for writing, so links are refused.
     folders = [path for path in (output / HIDDEN, output / "data") if path.exists() or path.is_symlink()]
     strange = [path for path in folders if path.is_symlink() or not path.is_dir()]
     strange += [
@@ -248,4 +273,4 @@ def _check_folders(config: RelabelConfig) -> None:
         if path.is_symlink() or not path.is_file() or (folder.name == HIDDEN and not is_own_file(path))
     ]
     if strange:
-        raise OutsideError(f"{printable(strange[0])}: a link, or not as a run leaves it; choose another --output.")
+        raise OutsideError(f"{printable(strange[0])} is a link or an unexpected file. Choose another --output.")

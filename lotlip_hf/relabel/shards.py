@@ -1,4 +1,4 @@
-"""Shards of relabelled records, which `records.load_records` reads as they are, and the statistics beside them."""
+"""Writes the shards of relabelled records, in the format of `records.load_records`, and their statistics."""
 
 import io
 import json
@@ -24,9 +24,9 @@ from .config import RelabelConfig
 from .journal import NONE, DamagedError, changed, read_json
 from .storage import Storage, as_text, digest, file_of, writable
 
-# Rows and bytes of images that are in memory at a time, here and in readers
+# Maximum rows and bytes of images in a row group, which writers and readers keep in memory
 ROW_GROUP, ROW_GROUP_BYTES = 100, 1 << 27
-# Of kinds that have several, and of the JPEGs of some cameras; the others' are PIL's.
+# Extensions of formats that have several in PIL, and of MPO, the JPEG files of some cameras
 EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "TIFF": ".tif"}
 FEATURES = Features(
     {
@@ -52,7 +52,7 @@ FEATURES = Features(
 )
 
 
-# The form of a sidecar, for `fits`
+# Form of a sidecar, for `fits`
 COUNTS = {str: int}
 SIDECAR = {
     "records": str,
@@ -72,7 +72,7 @@ SIDECAR = {
 
 
 def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The chunk with its captions, in place of their journals."""
+    """Writes a chunk with its captions as a shard, and its statistics; then deletes its journals."""
     journals = [open_journal(config, chunk, number) for number in range(len(config.captioners))]
     details: list[list[dict[str, Any]]] = []
     raw: list[str] = []
@@ -88,7 +88,7 @@ def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer
             reason = next((caption["skip"] for caption in captions if "skip" in caption), None)
             path = image_source(record["image"]).path
             name = None if path is None else as_text(storage.name(path))
-            entry = {"id": as_text(storage.unplaced(str(record["id"]))), "image": name}
+            entry = {"id": as_text(storage.without_folders(str(record["id"]))), "image": name}
             image: dict[str, Any] | str = reason or _image(record["image"], captions, config, storage)
             if isinstance(image, str):
                 skipped.append({**entry, "reason": image})
@@ -99,7 +99,7 @@ def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer
             ]
             details.append(described)
             if not short_caption:
-                reason = "no caption was kept, and it has no raw one"
+                reason = "no long caption was kept, and there is no raw caption"
                 what = [{name: one[name] for name in ("model", "reasons", "dropped")} for one in described]
                 skipped.append({**entry, "reason": reason, "captions": what})
                 continue
@@ -122,16 +122,16 @@ def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer
             "statistics": shard_statistics(details, images, raw, config, tokenizer),
             "revisions": [journal.header["revision"] for journal in journals],
         }
-        # what it says of the shard is there before the shard, whose being there ends the work on the chunk
+        # The sidecar comes first: a chunk counts as finished when its shard exists.
         write_json(sidecar_path(config, chunk.name), sidecar)
     for journal in journals:
-        journal.path.unlink(missing_ok=True)  # the process that ends the run removes what is left
+        journal.path.unlink(missing_ok=True)  # `run._write_the_rest` deletes the journals of killed processes
 
 
 def _describe(
     options: CaptionerConfig, revision: str | None, caption: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """What the column `captions` says of a caption."""
+    """Returns the entry of a caption in the column `captions`."""
     return {
         "model": published_name(options.model),
         "revision": revision,
@@ -149,7 +149,7 @@ def _describe(
 def _image(
     image: Any, captions: Sequence[Mapping[str, Any]], config: RelabelConfig, storage: Storage
 ) -> dict[str, Any] | str:
-    """As a shard has it, or why it cannot."""
+    """Returns the value of the column `image`, or the reason why the image is skipped."""
     path, stored = file_of(image), image_source(image)
     if path is None:
         name = None if stored.path is None else os.path.basename(stored.path)
@@ -161,14 +161,14 @@ def _image(
         content = storage.read(image)["bytes"]
     except ImageError as error:
         storage.check(image, error)
-        return f"{as_text(name)}: cannot be read any more since it was captioned ({storage.unplaced(as_text(error))})"
+        return f"{as_text(name)}: became unreadable after it was captioned ({storage.without_folders(as_text(error))})"
     if any(caption["image"] != digest(content) for caption in captions):
-        return f"{as_text(name)}: has changed since it was captioned"
+        return f"{as_text(name)}: changed after it was captioned"
     return {"bytes": content, "path": os.path.basename(path)}
 
 
 def read_sidecar(config: RelabelConfig, name: str) -> dict[str, Any]:
-    """The statistics of a shard and what was skipped."""
+    """Reads the statistics and skipped records of a shard."""
     path = sidecar_path(config, name)
     sidecar = read_json(path, SIDECAR)
     statistics = sidecar["statistics"]
@@ -176,27 +176,27 @@ def read_sidecar(config: RelabelConfig, name: str) -> dict[str, Any]:
     if not all(key.isdecimal() for counts in numbers for key in counts) or not (
         len(statistics["captioners"]) == len(sidecar["revisions"]) == len(config.captioners)
     ):
-        raise DamagedError(path, "other fields or types than a run writes")
+        raise DamagedError(path, "unknown fields or types")
     return sidecar
 
 
 def is_done(config: RelabelConfig, name: str, records: list[dict[str, Any]] | None, number: int) -> bool:
     """
-    Whether a captioner has nothing left to do for a chunk; the last one also leaves its shard. Records that are at
-    hand are compared with those that the shard was made of, by their ids.
+    Tells whether a captioner has finished a chunk. If there is a shard and `records` are given, their ids are compared
+    with those in the shard; a difference raises a `ValueError`.
     """
     if shard_path(config, name).exists():
         if records is not None:
             if read_sidecar(config, name)["records"] != Chunk(name, records).header()["records"]:
-                raise changed(config.data, f"those of {name} are others")
+                raise changed(config.data, f"chunk {name} has other ids")
         return True
     return number < len(config.captioners) - 1 and journal_path(config, name, number).exists()
 
 
 def write_shard(file: BinaryIO, rows: Iterable[Mapping[str, Any]], format: str, name: str) -> None:
     """
-    Writes records with the columns of `FEATURES` as Parquet or as a tar of image files, each with a JSON of the other
-    columns; the same rows make the same bytes.
+    Writes rows with the columns of `FEATURES` as Parquet, or as a tar of image files, each with a JSON file of the
+    other columns. The same rows give the same bytes.
     """
     if format == "parquet":
         with pq.ParquetWriter(file, FEATURES.arrow_schema) as writer:
@@ -225,7 +225,7 @@ def _row_groups(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str,
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # of no user and no time
+    member = tarfile.TarInfo(name)  # without user and time
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
 

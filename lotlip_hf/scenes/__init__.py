@@ -1,1 +1,1 @@
-"""Scenes, a drawn data set, and its small model."""
+"""Scenes, a data set of drawn pictures, and a small model for it."""

@@ -1,14 +1,14 @@
 """
-Scenes: an embedded data set of drawn pictures with short and long captions, to train a small model in minutes.
+Scenes: a data set of drawn pictures with short and long captions, for training a small model in minutes.
 
-A picture shows three to five kinds of shapes on a 3 x 3 grid: one large object, which is all that the short caption
-tells of, and other, smaller ones: single, in groups of two or three, or inside the large one. No two kinds of one
-picture have the same colour. The long captions tell all of it: every object with its size, pattern, colour, number and
-place, the background, and how objects lie to one another.
+A picture shows three to five objects of different colours on a 3 x 3 grid. One object is large. The other objects are
+smaller: one shape, a group of two or three shapes, or a shape inside the large object. The short caption describes
+only the large object. The long captions describe the background, the size, pattern, colour, number and cell of every
+object, and the relations between objects.
 
-In the held-out splits, `validation` and `test`, pictures come in groups of `GROUP_SIZE` that share background, large
-object and short caption, and differ in the other objects: only a long caption tells them apart. No picture of one
-split is in another, whatever the seeds.
+In the held-out splits `validation` and `test`, groups of `GROUP_SIZE` pictures share background, large object and
+short caption. The pictures of a group differ in the other objects, so that only a long caption distinguishes them. No
+picture occurs in two splits, for any seeds.
 """
 
 import hashlib
@@ -40,12 +40,12 @@ COLOURS = {
 BACKGROUNDS = {"white": (255, 255, 255), "gray": (150, 150, 150), "black": (0, 0, 0)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 PATTERNS = ("plain", "striped", "spotted", "hollow")
-SIZES = {"large": 0.98, "small": 0.68, "tiny": 0.42}  # width as a share of a grid cell's
+SIZES = {"large": 0.98, "small": 0.68, "tiny": 0.42}  # width as a fraction of a cell
 NUMBERS = ("no", "one", "two", "three")
 
-# The cells of the grid, row by row, and what captions call them.
-GRID = 3
-PLACES = (
+GRID = 3  # cells per side
+# Names of the cells in captions, row by row.
+CELL_NAMES = (
     ("at the top left", "in the upper left corner", "in the top left corner"),
     ("at the top center", "at the top in the middle", "in the middle of the upper edge"),
     ("at the top right", "in the upper right corner", "in the top right corner"),
@@ -66,7 +66,7 @@ WORDS = {
     "hollow": ("hollow",),
 }
 
-# A picture belongs to the split in which its digest falls, out of four.
+# The digest of a picture modulo 4 decides its split.
 SPLITS = {"train": (0, 1), "validation": (2,), "test": (3,)}
 GROUP_SIZE = 4
 NUM_CAPTIONS = 3
@@ -86,16 +86,16 @@ FEATURES = Features(
 @dataclass(frozen=True)
 class SceneObject:
     """
-    One kind of shape in a picture.
+    A shape of a picture, or a group of equal shapes.
 
     Args:
-        colour (`str`): a key of `COLOURS`; no two objects of a picture share it.
-        shape (`str`): one of `SHAPES`.
-        pattern (`str`): one of `PATTERNS`; groups and objects inside another are plain.
-        size (`str`): a key of `SIZES`; `"large"` is the salient object alone.
-        count (`int`): how many there are, 1 to 3, side by side in the cell.
-        cell (`int`): the cell of the 3 x 3 grid, row by row.
-        inside (`bool`): whether it lies inside the large object, whose cell it shares.
+        colour (`str`): A key of `COLOURS`. The objects of a picture have different colours.
+        shape (`str`): One of `SHAPES`.
+        pattern (`str`): One of `PATTERNS`. Groups, and shapes inside the large object, are plain.
+        size (`str`): A key of `SIZES`. Only the large object is `"large"`.
+        count (`int`): Number of shapes in the group, 1 to 3.
+        cell (`int`): Index of the cell in the 3 x 3 grid, row by row.
+        inside (`bool`, *optional*, defaults to `False`): Whether the shape is inside the large object, in its cell.
     """
 
     colour: str
@@ -110,13 +110,13 @@ class SceneObject:
 @dataclass(frozen=True)
 class Scene:
     """
-    What is in a picture, the salient object first.
+    The contents of a picture.
 
     Args:
-        background (`str`): a key of `BACKGROUNDS`.
-        objects (`tuple[SceneObject, ...]`): three to five kinds; the first is the large one.
-        id (`str`): the scene's name, unique over splits, seeds and indices.
-        group (`str`): the scenes of one group share background, salient object and short caption.
+        background (`str`): A key of `BACKGROUNDS`.
+        objects (`tuple[SceneObject, ...]`): Three to five objects. The first is the large one.
+        id (`str`): Id of the scene, unique over splits, seeds and indices.
+        group (`str`): Id of the group. Scenes of a group share background, large object and short caption.
     """
 
     background: str
@@ -126,24 +126,24 @@ class Scene:
 
     @property
     def contents(self) -> tuple[str, tuple[SceneObject, ...]]:
-        """All that the picture shows, up to a small displacement of the objects."""
+        """The background and the objects, which decide the picture except for small displacements."""
         return self.background, self.objects
 
 
 def scene(index: int, seed: int = 0, split: str = "train") -> Scene:
     """
-    The scene with the given number. Any number may be asked for, in any order.
+    Returns a scene by its index. The same arguments give the same scene.
 
     Args:
-        index (`int`): number of the scene, from 0. In the held-out splits, `GROUP_SIZE` successive ones are a group.
-        seed (`int`): another seed gives another data set.
-        split (`str`): `"train"`, `"validation"` or `"test"`.
+        index (`int`): Index of the scene, from 0. In the held-out splits, `GROUP_SIZE` successive scenes are a group.
+        seed (`int`, *optional*, defaults to 0): Seed of the data set.
+        split (`str`, *optional*, defaults to `"train"`): `"train"`, `"validation"` or `"test"`.
 
     Returns:
-        `Scene`: always the same one for the same arguments.
+        `Scene`: The scene.
 
     Raises:
-        ValueError: if there is no such split.
+        `ValueError`: If the split does not exist.
 
     Example:
 
@@ -163,17 +163,15 @@ def scene(index: int, seed: int = 0, split: str = "train") -> Scene:
         name = f"{split}-{seed}-{index}"
         random = Random(name)
         background = random.choice(list(BACKGROUNDS))
-        salient = _salient(random.choice(_salient_kinds()), random.randrange(GRID * GRID))
-        return _draw(random, split, background, salient, id=name, group=name)
+        large = _large_object(random.choice(_large_kinds()), random.randrange(GRID * GRID))
+        return _draw(random, split, background, large, id=name, group=name)
     return _held_out_group(index // GROUP_SIZE, seed, split)[index % GROUP_SIZE]
 
 
 @lru_cache(maxsize=1024)
 def _held_out_group(number: int, seed: int, split: str) -> tuple[Scene, ...]:
-    # Groups go through every kind of salient object before one comes again, then elsewhere or on another background,
-    # so that short captions repeat as late, and pictures of different groups never, as far as there are such: in the
-    # first 5,184 groups.
-    kinds = _salient_kinds()
+    # All kinds of large objects are used before one is repeated in another cell or on another background.
+    kinds = _large_kinds()
     Random(f"{split}-{seed}").shuffle(kinds)
     kind = kinds[number % len(kinds)]
     layouts = [(background, cell) for background in BACKGROUNDS for cell in range(GRID * GRID)]
@@ -185,28 +183,28 @@ def _held_out_group(number: int, seed: int, split: str) -> tuple[Scene, ...]:
     scenes: list[Scene] = []
     while len(scenes) < GROUP_SIZE:
         index = number * GROUP_SIZE + len(scenes)
-        drawn = _draw(random, split, background, _salient(kind, cell), id=f"{split}-{seed}-{index}", group=group)
+        drawn = _draw(random, split, background, _large_object(kind, cell), id=f"{split}-{seed}-{index}", group=group)
         if all(drawn.contents != other.contents for other in scenes):
             scenes.append(drawn)
     return tuple(scenes)
 
 
-def _salient_kinds() -> list[tuple[str, str, str]]:
-    """(colour, shape, pattern) of every salient object there is."""
+def _large_kinds() -> list[tuple[str, str, str]]:
+    """Returns (colour, shape, pattern) of every possible large object."""
     return [(colour, shape, pattern) for colour in COLOURS for shape in SHAPES for pattern in PATTERNS]
 
 
-def _salient(kind: tuple[str, str, str], cell: int) -> SceneObject:
+def _large_object(kind: tuple[str, str, str], cell: int) -> SceneObject:
     colour, shape, pattern = kind
     return SceneObject(colour, shape, pattern, size="large", count=1, cell=cell)
 
 
-def _draw(random: Random, split: str, background: str, salient: SceneObject, id: str, group: str) -> Scene:
-    """A scene of the split with the given salient object; pictures that belong to another split are thrown away."""
+def _draw(random: Random, split: str, background: str, large: SceneObject, id: str, group: str) -> Scene:
+    """Draws scenes with the given large object until one belongs to the split."""
     while True:
         number = random.randint(2, 4)
-        colours = random.sample([colour for colour in COLOURS if colour != salient.colour], number)
-        cells = random.sample([cell for cell in range(GRID * GRID) if cell != salient.cell], number)
+        colours = random.sample([colour for colour in COLOURS if colour != large.colour], number)
+        cells = random.sample([cell for cell in range(GRID * GRID) if cell != large.cell], number)
         others = []
         for colour, cell in zip(colours, cells, strict=True):
             shape = random.choice(SHAPES)
@@ -217,8 +215,8 @@ def _draw(random: Random, split: str, background: str, salient: SceneObject, id:
                 others.append(SceneObject(colour, shape, "plain", "tiny", count, cell))
         if random.random() < 0.3:
             shape = random.choice(SHAPES)
-            others[-1] = SceneObject(colours[-1], shape, "plain", "tiny", 1, salient.cell, inside=True)
-        objects = (salient, *sorted(others, key=lambda other: (other.cell, other.inside)))
+            others[-1] = SceneObject(colours[-1], shape, "plain", "tiny", 1, large.cell, inside=True)
+        objects = (large, *sorted(others, key=lambda other: (other.cell, other.inside)))
         drawn = Scene(background, objects, id, group)
         if crc32(repr(drawn.contents).encode()) % 4 in SPLITS[split]:
             return drawn
@@ -229,11 +227,12 @@ def render(scene: Scene, image_size: int = 64) -> PILImage.Image:
     Draws a scene.
 
     Args:
-        scene (`Scene`): what to draw.
-        image_size (`int`): width and height in pixels; under 32 the shapes cannot be told apart.
+        scene (`Scene`): The scene.
+        image_size (`int`, *optional*, defaults to 64): Width and height in pixels. Below 32 pixels, shapes are hard to
+            distinguish.
 
     Returns:
-        `PIL.Image.Image`: a picture of mode RGB.
+        `PIL.Image.Image`: An RGB picture.
     """
     random = Random(f"{scene.id} pixels")
     cell_size = image_size / GRID
@@ -242,7 +241,7 @@ def render(scene: Scene, image_size: int = 64) -> PILImage.Image:
         row, column = divmod(item.cell, GRID)
         side = round(SIZES[item.size] * cell_size)
         stamp = _stamp(item.shape, item.pattern, side)
-        # A small displacement that leaves it in its cell, and one inside another where it is.
+        # Displace single shapes within their cells, except for a shape inside the large object.
         slack = 0 if item.inside or item.count > 1 else (cell_size - side) / 4
         x = (column + 0.5) * cell_size + random.uniform(-slack, slack)
         y = (row + 0.5) * cell_size + random.uniform(-slack, slack)
@@ -253,7 +252,7 @@ def render(scene: Scene, image_size: int = 64) -> PILImage.Image:
 
 
 def _arrangement(count: int) -> tuple[tuple[float, float], ...]:
-    """Centres of the members of a group, from the cell's centre, in widths of a cell."""
+    """Returns the centres of the shapes of a group, relative to the centre of the cell, in cell widths."""
     return {
         1: ((0.0, 0.0),),
         2: ((-0.25, 0.0), (0.25, 0.0)),
@@ -263,7 +262,7 @@ def _arrangement(count: int) -> tuple[tuple[float, float], ...]:
 
 @lru_cache(maxsize=1024)
 def _stamp(shape: str, pattern: str, side: int) -> PILImage.Image:
-    """The mask [side, side] of a shape, its edges smoothed."""
+    """Returns the mask [side, side] of a shape with its pattern, with smooth edges."""
     large = side * SUPERSAMPLING
     mask = _outline(shape, large)
     if pattern == "striped":
@@ -280,7 +279,7 @@ def _stamp(shape: str, pattern: str, side: int) -> PILImage.Image:
             draw.ellipse([large * value for value in (x - radius, y - radius, x + radius, y + radius)], fill=0)
     elif pattern == "hollow":
         hole = _outline(shape, round(large * 0.56))
-        # A triangle's middle lies below that of its box.
+        # The centre of a triangle or a star is below the centre of its bounding box.
         down = 0.08 if shape == "triangle" else 0.02 if shape == "star" else 0.0
         corner = ((large - hole.width) // 2, round((large - hole.height) / 2 + large * down))
         mask.paste(0, corner, hole)
@@ -288,7 +287,7 @@ def _stamp(shape: str, pattern: str, side: int) -> PILImage.Image:
 
 
 def _outline(shape: str, side: int) -> PILImage.Image:
-    """The filled shape as a mask [side, side]."""
+    """Returns the mask [side, side] of a filled shape."""
     mask = PILImage.new("L", (side, side))
     draw = ImageDraw.Draw(mask)
     if shape == "circle":
@@ -314,13 +313,13 @@ def _outline(shape: str, side: int) -> PILImage.Image:
 
 def short_caption(scene: Scene) -> str:
     """
-    The caption that tells of the salient object only.
+    Returns a caption of the large object.
 
     Args:
-        scene (`Scene`): what to describe.
+        scene (`Scene`): The scene.
 
     Returns:
-        `str`: one phrase; the same for all scenes of a group.
+        `str`: A phrase. It is the same for all scenes of a group.
     """
     random = Random(f"{scene.group} short caption")
     item = _phrase(scene.objects[0], random)
@@ -329,18 +328,18 @@ def short_caption(scene: Scene) -> str:
 
 def long_captions(scene: Scene) -> list[str]:
     """
-    Captions that tell all that a scene holds, each in other words and with the sentences in another order.
+    Returns captions of all objects and of the background, in different words and orders.
 
     Args:
-        scene (`Scene`): what to describe.
+        scene (`Scene`): The scene.
 
     Returns:
-        `list[str]`: `NUM_CAPTIONS` captions of 5 to 12 sentences, most of them over 77 of BERT's word pieces.
+        `list[str]`: `NUM_CAPTIONS` captions of 5 to 12 sentences. Most have more than 77 tokens of BERT.
     """
     captions = []
     for number in range(NUM_CAPTIONS):
         random = Random(f"{scene.id} long caption {number}")
-        sentences = [_place_sentence(scene, item, random) for item in scene.objects]
+        sentences = [_object_sentence(scene, item, random) for item in scene.objects]
         sentences.append(_whole_sentence(scene, random))
         relations = list(_relations(scene, random))
         chosen = random.sample(relations, min(len(relations), random.randint(2, 4)))
@@ -356,19 +355,19 @@ def long_captions(scene: Scene) -> list[str]:
 
 
 def _name(item: SceneObject) -> str:
-    """What tells an object from the others of its picture."""
+    """Returns the colour and shape of an object. The colour identifies it within its picture."""
     plural = "" if item.count == 1 else "es" if item.shape == "cross" else "s"
     return f"{item.colour} {item.shape}{plural}"
 
 
 def _phrase(item: SceneObject, random: Random) -> str:
-    """An object with all its attributes."""
+    """Returns a phrase with all attributes of an object."""
     words = [random.choice(WORDS[item.size]), random.choice(WORDS[item.pattern]), _name(item)]
     phrase = " ".join(word for word in words if word)
     return f"a {phrase}" if item.count == 1 else f"{NUMBERS[item.count]} {phrase}"
 
 
-def _place_sentence(scene: Scene, item: SceneObject, random: Random) -> str:
+def _object_sentence(scene: Scene, item: SceneObject, random: Random) -> str:
     phrase, verb = _phrase(item, random), "is" if item.count == 1 else "are"
     if item.inside:
         host = _name(scene.objects[0])
@@ -378,13 +377,13 @@ def _place_sentence(scene: Scene, item: SceneObject, random: Random) -> str:
             f"{phrase} lies inside the {host}",
         )
     else:
-        place = random.choice(PLACES[item.cell])
+        cell = random.choice(CELL_NAMES[item.cell])
         forms = (
-            f"{place} there {verb} {phrase}",
-            f"{phrase} {verb} {place}",
-            f"{place} you can see {phrase}",
-            f"there {verb} {phrase} {place}",
-            f"the picture shows {phrase} {place}",
+            f"{cell} there {verb} {phrase}",
+            f"{phrase} {verb} {cell}",
+            f"{cell} you can see {phrase}",
+            f"there {verb} {phrase} {cell}",
+            f"the picture shows {phrase} {cell}",
         )
     return _sentence(random.choice(forms))
 
@@ -406,7 +405,7 @@ def _number(total: int) -> str:
 
 
 def _relations(scene: Scene, random: Random) -> Iterator[tuple[str, tuple[SceneObject, ...]]]:
-    """How any two or three of the objects in cells of their own lie to one another, seen from either."""
+    """Yields relations such as "above" with their two or three objects. Shapes inside the large object have none."""
     placed = [item for item in scene.objects if not item.inside]
     for pair in combinations(placed, 2):
         first, second = random.sample(pair, 2)
@@ -436,8 +435,8 @@ def _relation_sentence(relation: str, items: tuple[SceneObject, ...], random: Ra
 
 def _empty_sentence(scene: Scene, random: Random) -> str:
     cells = sorted(set(range(GRID * GRID)) - {item.cell for item in scene.objects})
-    place = random.choice(PLACES[random.choice(cells)])
-    return _sentence(random.choice((f"there is nothing {place}", f"{place} nothing can be seen")))
+    cell = random.choice(CELL_NAMES[random.choice(cells)])
+    return _sentence(random.choice((f"there is nothing {cell}", f"{cell} nothing can be seen")))
 
 
 def _sentence(words: str) -> str:
@@ -446,20 +445,20 @@ def _sentence(words: str) -> str:
 
 def scenes_dataset(num_scenes: int, seed: int = 0, split: str = "train", image_size: int = 64) -> Dataset:
     """
-    Scenes as a data set of the `datasets` library, drawn once and kept in its cache.
+    Draws Scenes as a `datasets.Dataset`. It is drawn once and stored in the cache of `datasets`.
 
     Args:
-        num_scenes (`int`): how many; the first ones stay the same when it grows.
-        seed (`int`): another seed gives another data set.
-        split (`str`): `"train"`, `"validation"` or `"test"`; see the module for what is held out.
-        image_size (`int`): width and height in pixels.
+        num_scenes (`int`): Number of scenes. A larger number adds scenes at the end.
+        seed (`int`, *optional*, defaults to 0): Seed of the data set.
+        split (`str`, *optional*, defaults to `"train"`): `"train"`, `"validation"` or `"test"`.
+        image_size (`int`, *optional*, defaults to 64): Width and height in pixels.
 
     Returns:
-        `datasets.Dataset`: `image`, `short_caption`, `long_captions` (a list of `NUM_CAPTIONS`), `id`, and `group`,
-        which the scenes that one short caption was made for share.
+        `datasets.Dataset`: The columns `image`, `short_caption`, `long_captions` (a list of `NUM_CAPTIONS`), `id` and
+        `group`. Scenes with the same `group` share a short caption.
 
     Raises:
-        ValueError: if there is no such split.
+        `ValueError`: If the split does not exist.
 
     Example:
 
@@ -471,11 +470,11 @@ def scenes_dataset(num_scenes: int, seed: int = 0, split: str = "train", image_s
     True
     ```
     """
-    scene(0, seed, split)  # complains before anything is written
+    scene(0, seed, split)  # checks the split
     arguments = {
         "num_scenes": num_scenes,
         "seed": seed,
-        "scenes_split": split,  # `split` is a name that `from_generator` keeps for itself
+        "scenes_split": split,  # `split` is an argument of `from_generator` itself
         "image_size": image_size,
         "source": hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest(),
     }
@@ -483,7 +482,7 @@ def scenes_dataset(num_scenes: int, seed: int = 0, split: str = "train", image_s
 
 
 def _rows(num_scenes: int, seed: int, scenes_split: str, image_size: int, source: str) -> Iterator[dict[str, Any]]:
-    """The rows of the data set. What the cache holds is drawn anew when `source`, this file's digest, differs."""
+    """Yields the rows of the data set. They are drawn again if this file, whose digest is `source`, changes."""
     for index in range(num_scenes):
         one = scene(index, seed, scenes_split)
         png = io.BytesIO()

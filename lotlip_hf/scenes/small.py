@@ -1,4 +1,4 @@
-"""A small model for Scenes, from random weights, with a processor that needs no file."""
+"""A small model for Scenes with random weights, and its processor, made without downloads."""
 
 import re
 import string
@@ -11,9 +11,9 @@ from ..modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTL
 from ..modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
-from .dataset import BACKGROUNDS, COLOURS, GRID, PLACES, SHAPES, WORDS
+from .dataset import BACKGROUNDS, CELL_NAMES, COLOURS, GRID, SHAPES, WORDS
 
-# Words of the captions beside those that name things and places.
+# Words of the captions that are not in the constants of `dataset`.
 OTHER_WORDS = (
     "a above all and are background be below between biggest can circles crosses diamonds drawing eight eleven five "
     "four front has inside is it its largest lies nine nothing picture plain see seen seven shape shapes shows six "
@@ -21,11 +21,11 @@ OTHER_WORDS = (
 )
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 IMAGE_SIZE = 64
-# A patch is a cell of the pictures' grid: the tower need not learn which patches make one object.
+# Each patch is one cell of a picture, so that the tower need not learn which patches form an object.
 PATCH_SIZE = IMAGE_SIZE // GRID
-# How much larger than other weights those start that hand on what a text's words say: an average of many is small.
+# Gain of the value and output weights of attention at initialisation, since uniform attention averages them down.
 ATTENTION_GAIN = 1.7
-LONGEST_PERIOD = 100  # in tokens, times 2 pi, of the first position embeddings
+LONGEST_PERIOD = 100  # longest period of the position embeddings, in tokens divided by 2 pi
 
 
 def small_model(
@@ -37,32 +37,34 @@ def small_model(
     cleaning: Literal["official", "sentences"] = "official",
 ) -> tuple[LoTLIPModel, LoTLIPProcessor]:
     """
-    A new model from random weights, a BERT and a ViT of a few hundred thousand parameters, made to learn Scenes
-    (`lotlip_hf.scenes.dataset`) in minutes on a CPU. Its vocabulary is that of the captions of Scenes; of other words
-    it sees the letters. With whole captions for long texts (`num_sentences=0`), 700 steps of 64 of 5,000 scenes
-    reached a long-text R@1 of 69 % in both directions over 500 held-out scenes.
+    Creates a model with random weights that learns Scenes (`lotlip_hf.scenes.dataset`) in minutes on a CPU: a BERT and
+    a ViT with a few hundred thousand parameters. The vocabulary has the words of Scenes, and other words are split
+    into letters. After 700 steps of 64 on whole captions (`num_sentences=0`) of 5,000 scenes, the model reached a
+    long-text R@1 of 69 % in both directions over 500 held-out scenes.
 
-    From the usual weights such towers learn nothing for hundreds of steps, and how many depends on the seed. These
-    start so that the embeddings tell pictures and texts apart from the first step; all of it is trained further.
+    With the usual initialisation, towers of this size learn nothing for hundreds of steps, depending on the seed. With
+    the initialisation below, the embeddings of different pictures and texts differ from the first step. All weights
+    are trained.
 
-    - Weights have a deviation of one over the square root of the width, at which a layer hands on what it reads, and
-      the text's attention a larger one.
-    - The text's position embeddings are the sinusoids of Vaswani et al. (2017, section 3.5), by which a word finds its
-      neighbours, also at positions that training never reaches.
-    - The filters of the patches see colours, not brightness, which the background decides on, and the positions of
-      the patches are as large as what these see.
+    - The standard deviation of weights is one over the square root of the width, which preserves the scale of hidden
+      states. The attention weights of the text tower are larger.
+    - The position embeddings of the text tower are the sinusoids of Vaswani et al. (2017, section 3.5). Sinusoids
+      relate neighbouring words, also at positions that training never reaches.
+    - The patch filters respond to colours and not to brightness, which depends mostly on the background. The position
+      embeddings of the image tower have the same scale as the patch embeddings.
 
     Args:
-        num_corner_tokens: Corner tokens m.
-        max_text_length: Tokens of a text, [CLS] and [SEP] included, that it is cut at. The captions of Scenes have at
-            most about 160.
-        seed: The same one gives the same weights. The global random number generator is left as it is.
-        hidden_size: Width of both towers, and of the space that they share; a multiple of 4.
-        num_hidden_layers: Layers of either tower.
-        cleaning: Where the tokenizer ends sentences, see [`LoTLIPTokenizer`].
+        num_corner_tokens (`int`, *optional*, defaults to 2): Number of corner tokens.
+        max_text_length (`int`, *optional*, defaults to 192): Maximum length of a text in tokens, with [CLS] and [SEP].
+            The captions of Scenes have at most about 160.
+        seed (`int`, *optional*, defaults to 0): Seed of the weights. The global random generator is not changed.
+        hidden_size (`int`, *optional*, defaults to 96): Width of both towers and of the embeddings, a multiple of 4.
+        num_hidden_layers (`int`, *optional*, defaults to 2): Number of layers of each tower.
+        cleaning (`str`, *optional*, defaults to `"official"`): How the tokenizer ends sentences (see
+            [`LoTLIPTokenizer`]).
 
     Returns:
-        The model, in evaluation mode, and its processor.
+        `tuple[LoTLIPModel, LoTLIPProcessor]`: The model, in evaluation mode, and its processor.
 
     Example:
 
@@ -113,8 +115,8 @@ def small_model(
 
 
 def _vocabulary() -> list[str]:
-    """The special tokens, the words of Scenes, and every letter, digit and mark, alone and inside a word."""
-    names = [*COLOURS, *BACKGROUNDS, *SHAPES, *(name for names in (*WORDS.values(), *PLACES) for name in names)]
+    """Returns the special tokens, the words of Scenes, and all characters, both at the start of and inside words."""
+    names = [*COLOURS, *BACKGROUNDS, *SHAPES, *(name for names in (*WORDS.values(), *CELL_NAMES) for name in names)]
     words = {word for phrase in (*names, OTHER_WORDS) for word in re.findall("[a-z]+", phrase)}
     characters = string.ascii_lowercase + string.digits + string.punctuation
     return [*SPECIAL_TOKENS, *sorted(words.union(characters)), *(f"##{character}" for character in characters)]
@@ -125,7 +127,7 @@ def _start_text(tower: LoTLIPTextModel) -> None:
         layer.attention.self.value.weight.mul_(ATTENTION_GAIN)
         layer.attention.output.dense.weight.mul_(ATTENTION_GAIN)
     positions = tower.backbone.embeddings.position_embeddings.weight
-    # of the deviation of the word embeddings that they are added to
+    # Position embeddings get the standard deviation of the word embeddings.
     positions.copy_(tower.config.initializer_range * 2**0.5 * _sinusoids(*positions.shape))
 
 
@@ -133,13 +135,13 @@ def _start_vision(tower: LoTLIPVisionModel) -> None:
     embeddings = tower.backbone.embeddings
     embeddings.position_embeddings.normal_(std=0.5)
     filters = embeddings.patch_embeddings.projection.weight  # [hidden_size, 3, PATCH_SIZE, PATCH_SIZE]
-    # of a patch in one colour, the colour all over a filter makes twice as much as the differences within
+    # For a patch of one colour, the constant part of a filter contributes twice as much as the random part.
     filters.normal_().add_(2 / PATCH_SIZE * torch.randn(len(filters), 3, 1, 1))
     filters.sub_(filters.mean(1, keepdim=True)).div_(filters[0].numel() ** 0.5)
 
 
 def _sinusoids(num_positions: int, size: int) -> torch.Tensor:
-    """[num_positions, size]: sines in the even columns, cosines in the odd ones, from short periods to long ones."""
+    """Returns [num_positions, size]: sines in even columns, cosines in odd ones, from short to long periods."""
     frequencies = LONGEST_PERIOD ** (-torch.arange(0, size, 2) / size)
     angles = torch.arange(num_positions)[:, None] * frequencies  # [num_positions, size / 2]
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)

@@ -1,1 +1,1 @@
-"""Training: options, what a run starts from, its batches, the objective over processes, the loop, checkpoints, log."""
+"""Training: options, model, batches, the objective over all processes, the loop, checkpoints and the log."""

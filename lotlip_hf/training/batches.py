@@ -1,4 +1,4 @@
-"""The batches of a run: which records, in which order, on which process. All of it follows from (seed, epoch)."""
+"""The batches of a run. Seed and epoch decide which records are in which batch, in which order, on which process."""
 
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,43 +17,45 @@ from .config import TrainingConfig
 
 def batches_per_epoch(num_records: int, config: TrainingConfig, num_processes: int) -> int:
     """
-    The full batches of an epoch, and the last one that is not full, unless `drop_last` says otherwise or it holds
-    fewer records than there are processes; `ValueError` if there is none.
+    Returns the number of batches in an epoch. An incomplete last batch counts, unless `drop_last` is set or the batch
+    has fewer records than there are processes. Raises `ValueError` if the records are too few for one batch.
     """
     size = config.batch_size * num_processes
     full, rest = divmod(num_records, size)
     number = full + (not config.drop_last and rest >= num_processes)
     if not number:
         raise ValueError(
-            f"{num_records} records do not make a batch of {num_processes} x {config.batch_size}: reduce `batch_size`"
-            f"{' or set `drop_last` to false' if config.drop_last else ''}."
+            f"{num_records} records are too few for a batch of {num_processes} x {config.batch_size}. Reduce "
+            f"`batch_size`{' or set `drop_last` to false' if config.drop_last else ''}."
         )
     return number
 
 
 def num_steps(records: Dataset | IterableDataset, config: TrainingConfig, num_processes: int) -> int:
     """
-    Steps of the optimiser: `max_steps`, or as many as `num_epochs` make.
+    Returns the number of optimiser steps of a run: `max_steps`, or the steps in `num_epochs` epochs.
 
     Raises:
-        ValueError: if a stream has no `max_steps`, an epoch no batch, or the warm-up more steps than the run.
+        `ValueError`: If a stream has no `max_steps`, an epoch has no batch, or the warm-up is longer than the run.
     """
     if config.max_steps is not None:
         return config.max_steps
     if isinstance(records, IterableDataset):
-        raise ValueError("The records are a stream, whose length is not known: set `max_steps`.")
+        raise ValueError("The records are a stream of unknown length. Set `max_steps`.")
     batches = batches_per_epoch(len(records), config, num_processes)
-    # 0.29 x 100 is a little less than 29
+    # Round first: in floating point 0.29 x 100 is a little less than 29.
     steps = max(1, int(round(config.num_epochs * batches, 6)) // config.gradient_accumulation_steps)
     if config.warmup_steps > steps:
-        raise ValueError(f"`warmup_steps` ({config.warmup_steps}) is more than the run's {steps} steps.")
+        raise ValueError(f"`warmup_steps` is {config.warmup_steps}, but the run has only {steps} steps. Reduce it.")
     return steps
 
 
 class EpochBatches(Sampler[list[int]]):
     """
-    One process's batches of one epoch: of each global batch, a run of the shuffled records, an even part. So what a
-    step sees does not depend on the number of processes.
+    The batches of one process in one epoch, as lists of record indices.
+
+    Each global batch is a slice of the shuffled records and is split evenly over the processes. A step therefore uses
+    the same records for any number of processes.
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class EpochBatches(Sampler[list[int]]):
 
 class _Collator:
     """
-    The collator as a `DataLoader`'s workers call it. Errors are returned, for the loader would wrap them. The first
-    `num_skipped` batches of a resumed stream are not decoded: each worker makes `num_skipped // num_workers` or more.
+    Calls the collator in the workers of a `DataLoader`.
+
+    Errors are returned instead of raised, because the loader would wrap them. The first `num_skipped` batches of a
+    resumed stream are not decoded. Each worker makes at least `num_skipped // num_workers` of them.
     """
 
     def __init__(self, collator: LoTLIPCollator, num_skipped: int = 0) -> None:
@@ -96,7 +100,7 @@ class _Collator:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ctrl-C reaches the workers too, but the process that they work for decides when it is done with them."""
+    """Makes a worker ignore Ctrl-C. The main process stops its workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -111,9 +115,11 @@ def iterate_batches(
     num_processes: int,
 ) -> Iterator[tuple[int, int, Batch]]:
     """
-    A process's batches from a position on, epoch after epoch, without end, each behind the position after it: epoch
-    and number of the next batch. A stream is read from its beginning and shuffled within `shuffle_buffer` records; its
-    shards (or, if there are too few, its records) are divided between the processes.
+    Yields `(epoch, next_batch, batch)` for one process without end, starting at batch `start` of `epoch`. A run that
+    stops after `batch` resumes at batch `next_batch` of `epoch`.
+
+    A stream is read from its beginning and shuffled within `shuffle_buffer` records. The processes divide its shards,
+    or its records if there are too few shards.
     """
     for number in count(epoch):
         collator.set_epoch(number)
@@ -121,7 +127,7 @@ def iterate_batches(
             "num_workers": config.num_workers,
             "pin_memory": torch.cuda.is_available(),
             "worker_init_fn": _ignore_signals,
-            # its own, for a loader draws a number: a resumed run makes one loader more
+            # A loader draws a number. From the global generator, a resumed run would draw one more.
             "generator": torch.Generator(),
         }
         if isinstance(records, IterableDataset):
@@ -135,7 +141,7 @@ def iterate_batches(
                 collate_fn=_Collator(collator, start),
                 **arguments,
             )
-            first = 0  # read and thrown away up to `start`
+            first = 0  # a stream is read from its first batch; those up to `start` are skipped below
         else:
             sampler = EpochBatches(len(records), config, number, start, rank, num_processes)
             loader = DataLoader(records, batch_sampler=sampler, collate_fn=_Collator(collator), **arguments)  # pyright: ignore[reportArgumentType]
@@ -147,5 +153,5 @@ def iterate_batches(
             if index > start:
                 yield number, index, batch
         if not index:
-            raise ValueError(f"The data set has no records for process {rank} of {num_processes}.")
+            raise ValueError(f"The data has no records for process {rank} of {num_processes}. Use fewer processes.")
         start = 0

@@ -1,4 +1,4 @@
-"""A run's folder and its checkpoints: a model for `AutoModel`, and in `state` what a resumed run needs."""
+"""The folder of a run and its checkpoints: a model for `AutoModel`, and the training state in the folder `state`."""
 
 import hashlib
 import json
@@ -30,11 +30,11 @@ RANDOM = "random_digest"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; those that are there are intact."""
+    """A checkpoint cannot be written or read. The other checkpoints of the run are intact."""
 
 
 class Stateful(Protocol):
-    """A module, a scheduler."""
+    """An object with a `state_dict`, such as a module or a scheduler."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -42,45 +42,46 @@ class Stateful(Protocol):
 
 
 def checkpoint_step(name: str) -> int | None:
-    """The step that the name of a checkpoint's folder says, `checkpoint-N`; `None` for other names."""
+    """Returns N for the folder name `checkpoint-N`, and `None` for other names."""
     match = re.fullmatch(r"checkpoint-(\d+)", name)
     return int(match[1]) if match else None
 
 
 def list_checkpoints(output: str | os.PathLike) -> list[Path]:
-    """The whole checkpoints in a run's folder, the oldest first."""
+    """Returns the complete checkpoints in the folder of a run, the oldest first."""
     paths = [path for path in Path(output).glob("checkpoint-*") if checkpoint_step(path.name) is not None]
     return sorted(paths, key=lambda path: checkpoint_step(path.name) or 0)
 
 
 def prepare_folder(config: TrainingConfig, accelerator: Accelerator) -> Path | None:
     """
-    Makes a run's folder, `config.output`, and writes the options to it.
+    Creates the folder of a run, `config.output`, and writes the options to it.
 
     Returns:
-        The checkpoint to go on from, if any.
+        `Path` or `None`: The checkpoint to resume from, if any.
 
     Raises:
-        FileExistsError: if there are checkpoints of another run.
-        ValueError: if an entry leads out of the folder or is no file, or if options differ from the resumed run's.
+        `FileExistsError`: If the folder contains checkpoints of another run.
+        `ValueError`: If the folder contains a link to the outside, a pipe or a device, or if the options differ from
+            those of the resumed run.
     """
     output = Path(config.output)
     for name in os.listdir(output) if output.is_dir() else ():
         path = Path(inside(output, name))
         if not (path.is_file() or path.is_dir() or not path.exists()):  # another process may have removed it
-            raise ValueError(f"{printable(path)}: neither a file nor a folder; choose another `output`.")
+            raise ValueError(f"{printable(path)} is neither a file nor a folder. Choose another `output`.")
     checkpoints = list_checkpoints(output)
     is_resumed = config.resume and (output / CONFIG_NAME).exists()
     if is_resumed:
         check_resumed(config)
     if checkpoints and not config.resume:
         raise FileExistsError(
-            f"{output} holds checkpoints of another run, up to {checkpoints[-1].name}: go on with it (`resume`), or "
-            "choose another `output`."
+            f"{output} contains checkpoints of another run, up to {checkpoints[-1].name}. Continue that run with "
+            "`--resume`, or choose another `output`."
         )
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        for path in output.glob(f"checkpoint-*{PARTIAL}"):  # what an interrupted save left
+        for path in output.glob(f"checkpoint-*{PARTIAL}"):  # left by an interrupted save
             shutil.rmtree(path, ignore_errors=True)
         for path in output.glob(f".*{PARTIAL}"):
             path.unlink()
@@ -88,12 +89,12 @@ def prepare_folder(config: TrainingConfig, accelerator: Accelerator) -> Path | N
             config.save(output)
     accelerator.wait_for_everyone()
     if config.resume and not checkpoints:
-        accelerator.print(f"{output} holds no checkpoint to go on from: starting anew.")
+        accelerator.print(f"{output} contains no checkpoint to resume from. Starting a new run.")
     return checkpoints[-1] if checkpoints else None
 
 
 def check_room(output: Path, model: nn.Module, has_average: bool) -> None:
-    """Checks that the disk has room for the weights twice, AdamW's two moments and the averaged weights."""
+    """Raises [`CheckpointError`] if the disk has no room for two copies of the weights and the optimiser's state."""
     parameters = list(model.parameters())
     size = sum(parameter.nbytes for parameter in parameters)
     trained = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
@@ -101,7 +102,8 @@ def check_room(output: Path, model: nn.Module, has_average: bool) -> None:
     free = shutil.disk_usage(output).free
     if needed > free:
         raise CheckpointError(
-            f"{output}: a checkpoint takes about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free."
+            f"{output} has {free / 1e9:.1f} GB of free space, but a checkpoint needs about {needed / 1e9:.1f} GB. "
+            "Free some space or choose another `output`."
         )
 
 
@@ -115,14 +117,14 @@ def save_checkpoint(
     save_total_limit: int = 0,
 ) -> Path:
     """
-    Writes `checkpoint-{step}` and removes the oldest ones but for `save_total_limit`; 0 keeps all. Every process calls
-    it. The folder gets its name when it is whole and on the disk; an existing one is left as it is.
+    Writes `checkpoint-{step}` and removes all but the last `save_total_limit` checkpoints (0 keeps all). Every process
+    must call it. The folder gets its name when all files are written. An existing checkpoint is not written again.
 
-    `save_model` writes the model into a folder, `accelerator` its weights, the optimiser and the random numbers.
-    `progress` are numbers of each process, `states` further objects, whose files `accelerator` would unpickle.
+    `save_model` writes the model into a folder. `accelerator` saves the weights, the optimiser and the states of the
+    random generators. `progress` has the counters of this process, and `states` has further objects to save.
 
     Raises:
-        CheckpointError: on all processes, if one of them cannot write.
+        `CheckpointError`: On all processes, if one of them cannot write.
     """
     final = Path(output, f"checkpoint-{step}")
     if final.exists():
@@ -146,12 +148,12 @@ def save_checkpoint(
         if accelerator.is_main_process:
             publish(partial, final)
 
-    # after each part all processes know whether it went well on all: in the next one they may wait for each other
+    # If a part fails on one process, all must stop: in the next part, processes may wait for each other.
     for part in (make_folder, lambda: save_model(partial), write_state, name_folder):
         reason = ""
         try:
             part()
-        except Exception as error:  # torch and safetensors raise their own kinds where the disk is full
+        except Exception as error:  # torch and safetensors raise their own classes when the disk is full
             reason = one_line(error) or type(error).__name__
         if any_rank(bool(reason), accelerator.device):
             if accelerator.is_main_process:
@@ -168,7 +170,7 @@ def save_checkpoint(
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Removes a checkpoint; one that is removed in part does not keep its name."""
+    """Removes a checkpoint. Renaming it first ensures that an interrupted removal leaves no incomplete checkpoint."""
     partial = checkpoint.with_name(f"{checkpoint.name}{PARTIAL}")
     try:
         checkpoint.rename(partial)
@@ -180,28 +182,28 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 def load_checkpoint(checkpoint: Path, accelerator: Accelerator, states: Mapping[str, Stateful]) -> dict[str, Any]:
     """
-    Loads a checkpoint into `states` and the objects that `accelerator` has prepared, and returns `progress` of this
-    process. Only tensors, numbers and texts are read: no code in a checkpoint runs.
+    Loads a checkpoint into `states` and the objects prepared by `accelerator`. Returns the `progress` of this process.
+    Only tensors, numbers and strings are loaded, so that a checkpoint cannot run code.
 
     Raises:
-        CheckpointError: if it cannot be read, or was written by another number of processes.
+        `CheckpointError`: If the checkpoint cannot be read, or was written by a different number of processes.
     """
     number = len(list((checkpoint / STATE).glob(f"*-{PROGRESS}")))
     if not number:
         raise CheckpointError(
-            f"{checkpoint} holds no state of a run to go on from ({STATE}/*-{PROGRESS}). Remove it to go on from the "
-            "one before it, or start a new run: `model` takes a checkpoint."
+            f"{checkpoint} has no training state ({STATE}/*-{PROGRESS}). Remove it to resume from the previous "
+            f"checkpoint, or start a new run from its weights with `--model {checkpoint}`."
         )
     if number != accelerator.num_processes:
         raise CheckpointError(
-            f"{checkpoint} was written by {number} processes, this run has {accelerator.num_processes}: resume it "
-            "with as many as before."
+            f"{checkpoint} was written by {number} processes, but this run has {accelerator.num_processes}. Resume it "
+            f"with {number} processes."
         )
     missing = [name for name in states if not _state_file(checkpoint, name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{checkpoint} holds no {_state_file(Path(), missing[0])}: an older version of lotlip-hf wrote it. Start "
-            f"a new run from its weights: --model {checkpoint}."
+            f"{checkpoint} has no {_state_file(Path(), missing[0])}, because an older version of lotlip-hf wrote it. "
+            f"Start a new run from its weights with `--model {checkpoint}`."
         )
     try:
         for file in (checkpoint / STATE).rglob("*"):
@@ -212,16 +214,16 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator, states: Mapping[
             state.load_state_dict(torch.load(_state_file(checkpoint, name), map_location="cpu", weights_only=True))
         file = checkpoint / STATE / f"{accelerator.process_index}-{PROGRESS}"
         progress = parse_json(read_regular(file, MAX_PROGRESS))
-        # accelerate goes on without them where it cannot read them
+        # accelerate ignores the states of the random generators if it cannot read them.
         if progress.pop(RANDOM) != _random_digest():
-            raise ValueError("the random numbers' state is damaged")
+            raise ValueError("the states of the random generators are damaged")
         return progress
-    except Exception as error:  # torch and safetensors raise their own kinds on a damaged file
+    except Exception as error:  # torch and safetensors raise their own classes on a damaged file
         reason = one_line(error)
-        if isinstance(error, pickle.UnpicklingError):  # torch advises to trust the file
-            reason = "a file in it is damaged, or holds a pickle of more than tensors, which could run code"
+        if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to trust the file
+            reason = "a file in it is damaged, or is a pickle that could run code"
         raise CheckpointError(
-            f"{checkpoint} cannot be read ({reason}). Remove it to go on from the one before it."
+            f"{checkpoint} cannot be read ({reason}). Remove it to resume from the previous checkpoint."
         ) from error
 
 
@@ -230,6 +232,6 @@ def _state_file(checkpoint: Path, name: str) -> Path:
 
 
 def _random_digest() -> str:
-    """A digest of the random numbers to come, those of Python, NumPy and torch."""
+    """Returns a digest of the states of the random generators of Python, NumPy and torch."""
     states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     return hashlib.blake2b(repr(states).encode(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""Every option of a training run in one typed config, filled by flags, a YAML file, or both."""
+"""Options of a training run, from flags, a YAML file or both."""
 
 import dataclasses
 import os
@@ -10,18 +10,17 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from .. import options
+from ..data.mappings import MAPPINGS, ColumnMapping
 from ..data.record import Draw
-from ..data.records import MAPPINGS, ColumnMapping
 from ..data.sampling import STRATEGIES
 from ..files import MAX_BYTES, replacing
 from ..options import option
-from .terms import TERMS, make_terms
 
 CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
-# Options of strategies of `captions`: each takes those that are its fields.
+# Options of the strategies of `captions`; a strategy has those that are its fields
 TEXT_OPTIONS = ("num_long_texts", "num_sentences", "captioners", "sentence_order", "splitter")
-# What may differ from the first run's options when a run is resumed: none changes what is computed.
+# Options that may change when a run is resumed, because they do not change the result
 RESUMABLE = frozenset(
     "output resume on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
     "save_total_limit trackers gradient_checkpointing compile".split()
@@ -31,10 +30,10 @@ RESUMABLE = frozenset(
 @dataclass
 class TrainingConfig:
     """
-    Every option of a training run, `lotlip train --help` in Python.
+    Options of a training run. `lotlip train --help` describes them.
 
     Raises:
-        ValueError: if an option is missing, out of range, or contradicts another; the message names it.
+        `ValueError`: If an option is missing, out of range or in conflict with another. The message names it.
 
     Example:
 
@@ -46,141 +45,157 @@ class TrainingConfig:
     ```
     """
 
-    # The run
-    output: str = option("folder of the run: checkpoints, options, log, curve", "run")
-    resume: bool = option("go on from the last checkpoint in `output`, with the options kept there", False)
-    seed: int = option("seed of new weights, of the order of the records, and of the texts drawn", 0, at_least=0)
-
-    # The model
-    model: str | None = option(
-        f"checkpoint folder or Hub id to train further, or {SCENES!r}: a new small model for Scenes", None
+    output: str = option(
+        "Folder of the run: checkpoints, options, log and curve", "run", group="Run", metavar="FOLDER"
     )
-    text_model: str | None = option("pretrained text encoder of a new model (with `image_model`)", None)
-    image_model: str | None = option("pretrained image encoder of a new model (with `text_model`)", None)
-    num_corner_tokens: int | None = option("corner tokens of a new model (2)", None, at_least=0)
+    resume: bool = option("Continue the run in --output from its last checkpoint, with its options", False)
+    seed: int = option("Seed of new weights, of the order of records, and of the drawn texts", 0, at_least=0)
+
+    model: str | None = option(
+        f"Checkpoint folder or Hub id to train further; {SCENES!r} is a new small model for drawn pictures",
+        None,
+        group="Model",
+    )
+    text_model: str | None = option("Pretrained text encoder of a new model (with --image-model)", None)
+    image_model: str | None = option("Pretrained image encoder of a new model (with --text-model)", None)
+    num_corner_tokens: int | None = option("Corner tokens of a new model (default: 2)", None, at_least=0)
     projection_dim: int | None = option(
-        "width of the shared space of a new model (the image encoder's)", None, at_least=1
+        "Embedding size of a new model (default: width of the image encoder)", None, at_least=1
     )
     text_pooling: str | None = option(
-        "how a new model pools its text, such as pooler, cls or mean (by default as its encoder does)", None
+        "Pooling of a new model's text tower, such as pooler, cls or mean (default: that of its encoder)", None
     )
     cleaning: Literal["official", "sentences"] | None = option(
-        "where a new model's tokenizer ends sentences (official): 'official', at each full stop with a space; "
-        "'sentences', as `splitter` does, not at abbreviations",
+        "How a new model's tokenizer splits sentences: 'official' at each full stop before a space, 'sentences' not "
+        "at abbreviations, like --splitter (default: official)",
         None,
     )
     max_text_length: int | None = option(
-        "tokens of a text, [CLS] and [SEP] included, that it is cut at (126 for a new model of two encoders)",
+        "Length in tokens at which texts are cut, [CLS] and [SEP] included (default: 126 for a new model of two "
+        "encoders, else unchanged)",
         None,
         at_least=1,
     )
-    lock_vision: bool = option("keep the image tower as it is, as LiT does", False)
+    lock_vision: bool = option("Freeze the image tower, as LiT does", False)
     unlocked_vision_layers: int = option(
-        "with `lock_vision`: train this many of the image tower's last layers, and what follows them", 0, at_least=0
+        "With --lock-vision: last layers of the image tower to train, with all that follows them", 0, at_least=0
     )
 
-    # The data
-    data: str | None = option(f"a folder or file of records, shards/*.tar, a data set on the Hub, or {SCENES!r}", None)
-    mapping: str = option(f"names of the columns: {', '.join(MAPPINGS)}", "records")
-    image_column: str | None = option("column of the images, in place of the mapping's", None)
+    data: str | None = option(
+        f"Folder or file of records, shards such as 'shards/*.tar', a data set on the Hub, or {SCENES!r}",
+        None,
+        group="Data",
+    )
+    mapping: str = option(f"Column names, by data set: {', '.join(MAPPINGS)}", "records")
+    image_column: str | None = option("Column of the images (default: from --mapping)", None)
     short_column: str | None = option(
-        "column of the short captions, in place of the mapping's; 'none': the first sentences of the long ones", None
+        "Column of the short captions; 'none' takes the first sentences of the long ones (default: from --mapping)",
+        None,
     )
-    long_columns: list[str] | None = option("columns of the long captions, in place of the mapping's", None)
-    id_column: str | None = option("column of the ids, in place of the mapping's", None)
+    long_columns: list[str] | None = option("Columns of the long captions (default: from --mapping)", None)
+    id_column: str | None = option("Column of the ids (default: from --mapping)", None)
     image_folder: str | None = option(
-        "what relative paths of images start from (the folder of the file that names them)", None
+        "Folder that relative image paths start from (default: the folder of the file that contains them)",
+        None,
+        metavar="FOLDER",
     )
-    image_root: str | None = option("folder that images must lie in (the image folder)", None)
-    max_record_bytes: int = option("largest line of a table or sample of a shard that is read", MAX_BYTES, at_least=1)
+    image_root: str | None = option(
+        "Folder that images must be in, after links are followed (default: --image-folder)", None, metavar="FOLDER"
+    )
     split: str | None = option(
-        "split of a data set on the Hub (train), or of a folder that holds several; 'all': all", None
+        "Split to read; 'all' reads all (default: train on the Hub; required for a folder with several)", None
     )
-    streaming: bool = option("read in order, without a copy on disk; needs `max_steps`", False)
-    shuffle_buffer: int = option("records that a stream is shuffled within", 10_000, at_least=1)
-    num_scenes: int = option(f"how many pictures `--data {SCENES}` draws", 5000, at_least=1)
-    on_error: Literal["raise", "skip"] = option(
-        "whether a broken image or record stops the run or is counted and left out", "raise"
-    )
+    streaming: bool = option("Read records in order, without a copy on disk; needs --max-steps", False)
+    shuffle_buffer: int = option("Records among which a stream is shuffled", 10_000, at_least=1)
+    num_scenes: int = option(f"Pictures that --data {SCENES} draws", 5000, at_least=1)
+    on_error: Literal["raise", "skip"] = option("Stop at a broken image or record, or count and skip it", "raise")
     max_image_pixels: int | None = option(
-        "images of more pixels are broken; each takes up to 12 bytes (178956970)", None, at_least=1
+        "Treat images with more pixels as broken; a pixel needs up to 12 bytes of memory (default: 178956970)",
+        None,
+        at_least=1,
     )
-    num_workers: int = option("processes that read and prepare batches ahead; 0: none", 2, at_least=0)
+    max_record_bytes: int = option("Maximum size of a table line or shard sample, in bytes", MAX_BYTES, at_least=1)
+    num_workers: int = option("Processes that prepare batches in advance; 0 uses the main process", 2, at_least=0)
 
-    # The texts and the patches of a step
-    captions: str = option(f"strategy that draws the texts: {', '.join(STRATEGIES)}", "sub_captions")
-    num_long_texts: int = option("long texts of an image in a step; 0: short captions alone", 3, at_least=0)
-    num_sentences: int = option("consecutive sentences of a long text; 0: the whole caption", 3, at_least=0)
-    captioners: list[int] | None = option("which long captions of a record to draw from, from 0", None)
-    sentence_order: Literal["written", "shuffled"] = option("order of the drawn sentences", "written")
+    captions: str = option(f"Strategy of drawing texts: {', '.join(STRATEGIES)}", "sub_captions", group="Texts")
+    num_long_texts: int = option(
+        "Texts from long captions per image and step; 0 trains on short captions only", 3, at_least=0
+    )
+    num_sentences: int = option("Consecutive sentences per long text; 0 takes the whole caption", 3, at_least=0)
+    captioners: list[int] | None = option("Indices of the long captions to draw from, from 0 (default: all)", None)
+    sentence_order: Literal["written", "shuffled"] = option("Order of the drawn sentences", "written")
     splitter: Literal["sentences", "full_stops"] = option(
-        "how captions are split; 'full_stops' as the official code does", "sentences"
+        "How captions are split into sentences; 'full_stops' as the official code does", "sentences"
     )
-    patch_dropout: float = option(
-        "share of an image's patches to leave out, drawn at random", 0.0, at_least=0, below=1
-    )
+    patch_dropout: float = option("Share of image patches to drop at random", 0.0, at_least=0, below=1)
 
-    # The objective
     terms: list[str] = option(
-        f"terms of the loss, each with a weight if it is not 1, as in infonce:0.5 (infonce): {', '.join(TERMS)}",
+        "Terms of the loss: infonce, sigmoid, primary_components. Write a weight other than 1 as in infonce:0.5",
         default_factory=lambda: ["infonce"],
+        group="Objective",
+        metavar="TERM",
     )
     term_options: list[str] = option(
-        "options of the terms, such as infonce.label_smoothing=0.1 or infonce.short_loss_weight=2 (the model's)",
+        "Options of the terms, such as infonce.label_smoothing=0.1 or infonce.short_loss_weight=2 (default: from "
+        "the model's configuration)",
         default_factory=list,
+        metavar="NAME=VALUE",
     )
 
-    # The batch
-    batch_size: int = option("images of a process in a batch", 64, at_least=1)
+    batch_size: int = option("Images per batch and process", 64, at_least=1, group="Batches")
     grad_cache_chunk: int | None = option(
-        "embed this many samples at a time: the same gradient in less memory", None, at_least=1
+        "Embed a batch in chunks of N samples: the same gradient in less memory", None, at_least=1
     )
     gradient_accumulation_steps: int = option(
-        "batches of a step, each compared within itself; to compare all, a larger batch with `grad_cache_chunk`",
+        "Batches per step, each with its own loss; for a loss over all, use a larger batch with --grad-cache-chunk",
         1,
         at_least=1,
     )
-    drop_last: bool = option("leave out an epoch's last batch if it is not full", False)
+    drop_last: bool = option("Skip the last batch of an epoch if it is not full", False)
     mixed_precision: Literal["no", "bf16", "fp16"] | None = option(
-        "type of the forward pass (float32, or what `accelerate launch` says)", None
+        "Type of the forward pass (default: that of `accelerate launch`, else float32)", None
     )
-    gradient_checkpointing: bool = option(
-        "compute activations again in the backward pass: less memory, more time", False
-    )
-    compile: bool = option("torch.compile the model", False)
+    gradient_checkpointing: bool = option("Recompute activations in the backward pass: less memory, more time", False)
+    compile: bool = option("Compile the model with torch.compile", False)
 
-    # The optimiser
-    num_epochs: float = option("how often to see every record, unless `max_steps` is given", 1.0, above=0)
-    max_steps: int | None = option("steps of the optimiser", None, at_least=1)
-    learning_rate: float = option("highest learning rate of AdamW", 1e-4, at_least=0)
-    text_learning_rate: float | None = option("that of the text tower (`learning_rate`)", None, at_least=0)
-    image_learning_rate: float | None = option("that of the image tower (`learning_rate`)", None, at_least=0)
-    weight_decay: float = option("of matrices; biases, norms and the logit scale have none", 0.05, at_least=0)
-    beta1: float = option("of AdamW", 0.9, at_least=0, below=1)
-    beta2: float = option("of AdamW", 0.999, at_least=0, below=1)
-    epsilon: float = option("of AdamW", 1e-8, at_least=0)
-    warmup_steps: int = option("steps in which the learning rate rises from 0", 0, at_least=0)
-    lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = option("how the learning rate falls", "cosine")
-    max_grad_norm: float = option("norm that the gradient is cut to; 0: not cut", 1.0, at_least=0)
+    num_epochs: float = option("Passes over the records, unless --max-steps is given", 1.0, above=0, group="Optimiser")
+    max_steps: int | None = option("Steps of the optimiser (default: from --num-epochs)", None, at_least=1)
+    learning_rate: float = option("Highest learning rate of AdamW", 1e-4, at_least=0)
+    text_learning_rate: float | None = option(
+        "Learning rate of the text tower (default: --learning-rate)", None, at_least=0
+    )
+    image_learning_rate: float | None = option(
+        "Learning rate of the image tower (default: --learning-rate)", None, at_least=0
+    )
+    lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = option(
+        "Schedule of the learning rate after the warmup", "cosine"
+    )
+    warmup_steps: int = option("Steps in which the learning rate rises from 0", 0, at_least=0)
+    weight_decay: float = option("Weight decay of matrices; biases, norms and logit scale have none", 0.05, at_least=0)
+    beta1: float = option("First beta of AdamW", 0.9, at_least=0, below=1)
+    beta2: float = option("Second beta of AdamW", 0.999, at_least=0, below=1)
+    epsilon: float = option("Epsilon of AdamW", 1e-8, at_least=0)
+    max_grad_norm: float = option("Norm at which the gradient is clipped; 0 does not clip", 1.0, at_least=0)
     ema_decay: float | None = option(
-        "keep a moving average of the weights with this decay, evaluate it, and save it as the model",
+        "Decay of a moving average of the weights, which is evaluated and saved instead of the weights",
         None,
         at_least=0,
         below=1,
     )
 
-    # Evaluation, log and checkpoints
-    eval_data: str | None = option(f"records to measure retrieval on, as `data` ({SCENES!r}: held-out scenes)", None)
-    eval_split: str | None = option(
-        "split of `eval_data` on the Hub or of Scenes (validation), or of a folder, as `split`", None
+    eval_data: str | None = option(
+        f"Records to measure retrieval on, given as --data; {SCENES!r} draws held-out scenes",
+        None,
+        group="Evaluation and log",
     )
-    eval_samples: int = option("how many of them, from the first on", 500, at_least=1)
-    eval_steps: int | None = option("steps between evaluations; by default one at the end", None, at_least=1)
-    log_steps: int = option("steps between lines of the log", 10, at_least=1)
-    save_steps: int | None = option("steps between checkpoints; by default one at the end", None, at_least=1)
-    save_total_limit: int = option("checkpoints to keep; older ones are removed; 0: keep all", 2, at_least=0)
+    eval_split: str | None = option("Split of --eval-data, with the values of --split (default: validation)", None)
+    eval_samples: int = option("Number of records to evaluate on, from the first", 500, at_least=1)
+    eval_steps: int | None = option("Steps between evaluations (default: evaluate at the end)", None, at_least=1)
+    log_steps: int = option("Steps between entries of the log", 10, at_least=1)
+    save_steps: int | None = option("Steps between checkpoints (default: save at the end)", None, at_least=1)
+    save_total_limit: int = option("Checkpoints to keep; 0 keeps all", 2, at_least=0)
     trackers: list[str] = option(
-        "trackers of accelerate, such as wandb, or none (tensorboard)", default_factory=lambda: ["tensorboard"]
+        "Trackers of accelerate, such as wandb; 'none' for none", default_factory=lambda: ["tensorboard"]
     )
 
     def __post_init__(self) -> None:
@@ -188,31 +203,33 @@ class TrainingConfig:
         if self.mapping not in MAPPINGS:
             raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
         if self.unlocked_vision_layers and not self.lock_vision:
-            raise ValueError("`unlocked_vision_layers` unlocks part of a locked image tower: set `lock_vision` too.")
+            raise ValueError("`unlocked_vision_layers` needs `lock_vision`. Set it too.")
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
-            raise ValueError(f"`warmup_steps` ({self.warmup_steps}) is more than `max_steps` ({self.max_steps}).")
+            raise ValueError(f"`warmup_steps` ({self.warmup_steps}) must not exceed `max_steps` ({self.max_steps}).")
         if self.streaming and self.max_steps is None:
-            raise ValueError("A stream's length is not known: `streaming` needs `max_steps`.")
+            raise ValueError("`streaming` needs `max_steps`, because the length of a stream is unknown.")
         if self.eval_steps is not None and self.eval_data is None:
-            raise ValueError("`eval_steps` needs `eval_data`, the records to evaluate on.")
+            raise ValueError("`eval_steps` needs `eval_data`. Pass the records to evaluate on.")
         if self.trackers == ["none"]:
             self.trackers = []
         self.draw()
+        from .terms import make_terms  # slow: imports torch
+
         make_terms(self.terms, self.term_options)
 
     def draw(self) -> Draw:
-        """The strategy that draws the texts of a step, with those of the options that it has."""
+        """Returns the strategy that draws the texts of a step, with its options."""
         if self.captions not in STRATEGIES:
             raise ValueError(f"`captions` must be one of {', '.join(STRATEGIES)}, got {self.captions!r}.")
         strategy = STRATEGIES[self.captions]
         taken = {field.name for field in dataclasses.fields(strategy)}
         for field in dataclasses.fields(self):
             if field.name in TEXT_OPTIONS and field.name not in taken and getattr(self, field.name) != field.default:
-                raise ValueError(f"`{field.name}` is not an option of `captions` {self.captions}.")
+                raise ValueError(f"`{field.name}` has no effect with `captions` {self.captions}. Leave it out.")
         return strategy(**{name: getattr(self, name) for name in TEXT_OPTIONS if name in taken})
 
     def column_mapping(self) -> ColumnMapping:
-        """The mapping's columns, those that options name in their place; without long texts, no long captions."""
+        """Returns the columns of the mapping, or of the options that replace them."""
         mapping = MAPPINGS[self.mapping]
         if self.short_column is not None:
             mapping = dataclasses.replace(mapping, short=None if self.short_column == "none" else self.short_column)
@@ -228,41 +245,46 @@ class TrainingConfig:
         )
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the options to `training_config.yaml` in `folder`, which `--config` and `--resume` read."""
+        """Writes the options to `training_config.yaml` in a folder, which `--config` and `--resume` read."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if name != "resume"}
-        with replacing(Path(folder, CONFIG_NAME)) as file:  # half a file would be other options
+        with replacing(Path(folder, CONFIG_NAME)) as file:
             file.write(yaml.safe_dump(values, sort_keys=False).encode())
+
+
+def make_parser(**settings: str) -> options.Parser:
+    """Returns a parser of all options; `settings` are those of `argparse.ArgumentParser`."""
+    flags = options.Parser(**settings)
+    options.add_options(flags, TrainingConfig)
+    return flags
 
 
 def parse_arguments(argv: Sequence[str] | None = None, **parser: str) -> TrainingConfig:
     """
-    The options of a command line: flags (`--batch-size 8` or `--batch_size 8`), `--config FILE` for a YAML file of
-    them, or both; a flag counts more than the file. With `--resume` those that the run in `output` keeps are added.
+    Returns the options of a command line: flags (`--batch-size 8` or `--batch_size 8`), a YAML file (`--config FILE`),
+    or both. A flag overrides the file. `--resume` adds the options of the run in `output`.
 
     Args:
-        argv: Arguments; by default those of the process.
-        **parser: As of `argparse.ArgumentParser`, such as `description`.
+        argv (`Sequence[str]`, *optional*): Arguments. By default `sys.argv[1:]`.
+        **parser: Arguments of `argparse.ArgumentParser`, such as `description`.
 
     Returns:
-        [`TrainingConfig`]
+        [`TrainingConfig`]: The options.
 
     Raises:
-        ValueError: on an option that is unknown (with the one that was meant), of a wrong type or out of range.
-        FileNotFoundError: if there is no such file, or with `--resume` no run in `output`.
+        `ValueError`: If an option is unknown, of a wrong type or out of range.
+        `FileNotFoundError`: If the file does not exist or, with `--resume`, `output` contains no run.
     """
-    flags = options.Parser(**parser)
-    options.add_options(flags, TrainingConfig)
-    given = options.options_of(flags.parse_args(argv), TrainingConfig)
+    given = options.options_of(make_parser(**parser).parse_args(argv), TrainingConfig)
     if not options.convert("resume", given.get("resume", False), bool):
         return TrainingConfig(**given)
-    output = given.get("output", TrainingConfig.output)  # the folder may have been moved
+    output = given.get("output", TrainingConfig.output)  # overrides the saved one of a run that was moved
     config = TrainingConfig(**{**_kept(output), **given, "output": output})
     check_resumed(config)
     return config
 
 
 def check_resumed(config: TrainingConfig) -> None:
-    """A `ValueError` if an option that changes what is computed is not that of the run in `config.output`."""
+    """Raises a `ValueError` if an option that changes the result differs from the run in `config.output`."""
     first = TrainingConfig(**_kept(config.output))
     changed = [
         f"`{field.name}` was {getattr(first, field.name)!r} and is {getattr(config, field.name)!r}"
@@ -271,19 +293,21 @@ def check_resumed(config: TrainingConfig) -> None:
     ]
     if changed:
         raise ValueError(
-            f"A resumed run goes on with its own options, but {'; '.join(changed)}. Leave them out, or start another "
-            "run: `--model` takes a checkpoint of this one."
+            f"A resumed run keeps its options, but {'; '.join(changed)}. Leave them out, or start a new run from a "
+            "checkpoint with `--model`."
         )
 
 
 def _kept(output: str | os.PathLike) -> dict[str, Any]:
-    """The options that a run keeps."""
+    """Returns the options that a run saved."""
     path = Path(output, CONFIG_NAME)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no run to resume. Start it without `--resume`.")
+        raise FileNotFoundError(
+            f"{path} does not exist, so there is no run to resume. Leave out `--resume` to start one."
+        )
     return options.read_yaml(path, TrainingConfig)
 
 
 def choices(option: str) -> tuple[str, ...]:
-    """The values of an option of a [`TrainingConfig`] that is one of several words; empty for others."""
+    """Returns the values of an option of [`TrainingConfig`] that has a fixed set of them; else an empty tuple."""
     return options.choices(get_type_hints(TrainingConfig)[option])

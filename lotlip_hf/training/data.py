@@ -1,4 +1,4 @@
-"""The records that a run trains on and is evaluated on."""
+"""The training and evaluation records of a run."""
 
 from functools import partial
 from random import Random
@@ -12,34 +12,34 @@ from ..images import set_max_image_pixels
 from ..scenes.dataset import scenes_dataset
 from .config import SCENES, TrainingConfig
 
-# How to say which columns to read.
+# Advice if the column of a field is missing.
 COLUMN_HINTS = {
-    "image": "Say which to read: --image-column.",
-    "short": "Say which to read: --short-column (`none` takes the first sentence of each long caption).",
-    "long": "Say which to read: --long-columns; --num-long-texts 0 trains on short captions alone.",
+    "image": "Name the column with `--image-column`.",
+    "short": "Name the column with `--short-column` (`none` uses the first sentence of each long caption).",
+    "long": "Name the columns with `--long-columns`, or train on short captions only with `--num-long-texts 0`.",
 }
 
 
 def load_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """
-    The records that `config` names. With `on_error="raise"` the first record is read, so that an error in all of them
-    shows before a model is loaded.
+    Loads the records of a run. With `on_error="raise"` it reads the first record, so that an error in all records is
+    found before a model is loaded.
 
     Args:
-        config (`TrainingConfig`): its part "The data", and `eval_data`.
+        config (`TrainingConfig`): Options of the run. This function uses the group "The data" and `eval_data`.
 
     Returns:
-        `tuple`: the records to train on, and those to evaluate on or `None`.
+        `tuple`: The training records, and the evaluation records or `None`.
 
     Raises:
-        ValueError: if `data` is not given, a column is missing, a file cannot be read, or there is no record.
-        ImageError, RecordError: if the first record is broken and `on_error` is `"raise"`.
-        FileNotFoundError: if there is no such file or folder.
+        `ValueError`: If `data` is not set, a column is missing, a file cannot be read, or there is no record.
+        `ImageError`, `RecordError`: If the first record is broken and `on_error` is `"raise"`.
+        `FileNotFoundError`: If a file or folder does not exist.
     """
     if config.max_image_pixels is not None:
         set_max_image_pixels(config.max_image_pixels)
     if config.data is None:
-        raise ValueError(f"Set `data` (a folder, files, a data set on the Hub, or {SCENES!r}).")
+        raise ValueError(f"`data` is not set. Set it to a folder, files, a data set on the Hub, or {SCENES!r}.")
     records = _records(config, config.data, "split", "train", config.num_scenes)
     if config.eval_data is None:
         return records, None
@@ -52,7 +52,7 @@ def _records(
     split = getattr(config, option)
     if data == SCENES:
         split = split or usual_split
-        # the same held-out scenes, whatever the seed
+        # Held-out scenes do not depend on the seed.
         return scenes_dataset(num_scenes, config.seed if split == "train" else 0, split)
     load = partial(
         load_records,
@@ -70,10 +70,10 @@ def _records(
     except SplitError as error:
         if error.splits or split != usual_split:
             raise SplitError(error.problem, error.splits, option) from error
-        records = load(None)  # files that are no splits are the usual one
+        records = load(None)  # files without a split in their names belong to the default split
     first = next(iter(records), None)
     if first is None:
-        raise ValueError(f"{data}: holds no record.")
+        raise ValueError(f"{data} has no records.")
     if config.on_error == "raise":
         if error := first_error(records):
             raise RecordError(error)

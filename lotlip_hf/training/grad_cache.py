@@ -1,4 +1,4 @@
-"""A large batch in the memory of a few samples: gradient caching (https://arxiv.org/abs/2101.06983)."""
+"""Gradient caching (https://arxiv.org/abs/2101.06983): a large batch in the memory of a few samples."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -23,24 +23,26 @@ def cached_backward(
     accelerator: Accelerator | None = None,
 ) -> dict[str, torch.Tensor]:
     """
-    [`batch_loss`] and its `backward`, in the memory of `chunk_size` samples. The whole batch is embedded in chunks
-    without a graph; the loss of all embeddings gives their gradients; then each chunk is embedded again, with the same
-    dropout, and its gradients go back through the model. They are the whole batch's, added to the parameters' `grad`.
+    Computes [`batch_loss`] and its backward pass in the memory of `chunk_size` samples.
+
+    The batch is first embedded in chunks without a graph. The loss of all embeddings gives the gradient of each
+    embedding. Each chunk is then embedded again with the same dropout, and its gradients go back through the model.
+    The sum in the parameters' `grad` is the gradient of the whole batch.
 
     Args:
-        model (`nn.Module`): a [`LoTLIPModel`] or its wrapper.
-        batch (`Mapping[str, Any]`): see [`embed`]; the samples are in the first dimension of every tensor.
-        chunk_size (`int`): samples in a chunk.
-        objective ([`Objective`]): the objective; its parameters get gradients too.
-        accelerator (`Accelerator`, *optional*): for autocast, loss scaling, gradient accumulation, and to synchronise
-            the gradients with the last chunk alone.
+        model (`nn.Module`): A [`LoTLIPModel`] or its wrapper.
+        batch (`Mapping[str, Any]`): See [`embed`]. The first dimension of every tensor is the batch dimension.
+        chunk_size (`int`): Number of samples in a chunk.
+        objective (`Objective`): The objective. Its parameters get gradients too.
+        accelerator (`Accelerator`, *optional*): Applies autocast, loss scaling and gradient accumulation. Gradients
+            are synchronised only with the last chunk.
 
     Returns:
-        `dict[str, torch.Tensor]`: the losses, without gradients.
+        `dict[str, torch.Tensor]`: The losses, without gradients.
     """
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     num_samples = len(inputs["pixel_values"])
-    # As many chunks on every process, for a wrapper may communicate in each of them: some are then smaller.
+    # Every process needs the same number of chunks, since a wrapper may communicate in each chunk.
     num_chunks = -(-num_samples // chunk_size)
     num_chunks = int(max_over_ranks(torch.tensor(num_chunks, device=inputs["pixel_values"].device)))
     bounds = [num_samples * i // num_chunks for i in range(num_chunks + 1)]
@@ -53,7 +55,7 @@ def cached_backward(
         no_sync = getattr(model, "no_sync", nullcontext)
 
     def embed_chunk(start: int, stop: int) -> dict[str, torch.Tensor]:
-        # a chunk without a sample runs on one and keeps nothing of it
+        # An empty chunk embeds one sample and drops the result.
         first = min(start, num_samples - 1)
         rows = {name: value[first : max(stop, first + 1)] for name, value in inputs.items()}
         with autocast():
@@ -64,15 +66,15 @@ def cached_backward(
         for chunk in chunks:
             random_states.append((torch.get_rng_state(), *get_device_states(*inputs.values())))
             cached.append(embed_chunk(*chunk))
-    torch.clear_autocast_cache()  # older versions of torch keep weights without a graph in it
+    torch.clear_autocast_cache()  # older versions of torch cache weights without a graph
 
     embeds = {name: torch.cat([chunk[name] for chunk in cached]) for name in cached[0]}
-    # what the batch holds, such as labels, rides along without gradients
+    # Tensors of the batch itself, such as labels, get no gradients.
     leaves = {name: value.requires_grad_() for name, value in embeds.items() if name not in inputs}
     logit_scale = extract_model_from_parallel(model).logit_scale
     parameters = [each for each in (logit_scale, *objective.parameters()) if each.requires_grad]
     losses = objective(embeds, similarity_scale(model))
-    # a caller's autocast is for the forward passes alone
+    # Gradients are computed without the caller's autocast.
     exact = partial(torch.autocast, logit_scale.device.type, enabled=False)
     with exact():
         gradients = torch.autograd.grad(

@@ -1,4 +1,4 @@
-"""A run's log, one JSON object a line, and the training curve drawn from it."""
+"""The log of a run, one JSON object per line, and the training curve drawn from it."""
 
 import json
 import math
@@ -20,18 +20,18 @@ RECALLS = {
     "short_image_to_text_r1": ("short, image to text", "C1", "-"),
     "short_text_to_image_r1": ("short, text to image", "C1", "--"),
 }
-# The smoothed loss is a mean over this share of the run's lines on either side.
+# The smoothing window reaches this fraction of the points to either side.
 SMOOTHING = 0.03
 
 
 class RunLog:
     """
-    The log of a run: each line is on its way to the disk when `write` returns, so that a killed process loses none.
+    The log of a run. Each line is flushed, so that a killed process loses none.
 
-    Half a line that a killed process has left at the end is replaced by the next one.
+    The next line replaces an incomplete last line, which a killed process can leave.
 
     Args:
-        path: The file; made with the first line. An existing one is added to.
+        path (`str` or `os.PathLike`): The file. The first line creates it; lines are appended to an existing file.
 
     Example:
 
@@ -52,7 +52,7 @@ class RunLog:
         self.path = Path(path)
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Adds a line: a `step` and its numbers; JSON has no NaN and no infinity, which become null."""
+        """Appends a line with a `step` and its values. NaN and infinity become null, as JSON has neither."""
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in entry.items()
@@ -60,7 +60,7 @@ class RunLog:
         append_json_line(self.path, finite)
 
     def truncate(self, step: int) -> None:
-        """Drops the lines after a step, which a resumed run writes again; `ValueError` if the log is damaged."""
+        """Removes the lines after a step, which a resumed run writes again."""
         if not self.path.exists():
             return
         kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
@@ -70,24 +70,23 @@ class RunLog:
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
     """
-    Reads a run's log, also while the run goes on.
+    Reads the log of a run. The run may be in progress.
 
     Args:
-        path: The file `log.jsonl`, or the run's folder.
+        path (`str` or `os.PathLike`): The file `log.jsonl`, or the folder of the run.
 
     Returns:
-        The lines, in the order in which they were written, each with `step`. Half a line at the end, of a run that
-        writes or that was killed, is left out.
+        `list[dict[str, Any]]`: The lines in the order of writing, each with `step`, without an incomplete last line.
 
     Raises:
-        FileNotFoundError: if there is no log.
-        LineError: if another line is damaged.
+        `FileNotFoundError`: If there is no log.
+        `LineError`: If a line other than an incomplete last line is damaged.
     """
     path = Path(path)
     if path.is_dir():
         path = path / LOG_NAME
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no log of a run.")
+        raise FileNotFoundError(f"{path} does not exist. Pass the folder of a run or its `{LOG_NAME}`.")
     return [entry for _, entry in read_json_lines(path, _is_entry)]
 
 
@@ -102,35 +101,35 @@ def _is_entry(_: int, value: Any) -> bool:
 
 
 def is_loss(name: str) -> bool:
-    """Whether a name is that of the loss, or of a share of it."""
+    """Returns whether a log key is the loss or one of its terms."""
     return name == "loss" or name.startswith("loss_")
 
 
 def draw_curve(log_path: str | os.PathLike, picture_path: str | os.PathLike) -> None:
     """
-    Draws the training curve: the loss and its shares, smoothed and as they were, and where the run was evaluated R@1
-    of long and of short captions in both directions.
+    Draws the training curve: the loss and its terms, raw and smoothed. If the run was evaluated, a second panel shows
+    R@1 of long and short captions in both directions.
 
     Args:
-        log_path: The run's log, or its folder.
-        picture_path: The picture; its extension says of which kind it is.
+        log_path (`str` or `os.PathLike`): The log, or the folder of the run.
+        picture_path (`str` or `os.PathLike`): The picture to write. Its extension decides the format.
 
     Raises:
-        ImportError: without matplotlib.
-        FileNotFoundError: if there is no log.
-        ValueError: if the log is damaged, or holds neither a loss nor an evaluation.
+        `ImportError`: If matplotlib is not installed.
+        `FileNotFoundError`: If there is no log.
+        `ValueError`: If the log is damaged, or has neither a loss nor an evaluation.
     """
     try:
-        from matplotlib.figure import Figure  # without pyplot there is no window and nothing to close
+        from matplotlib.figure import Figure  # unlike pyplot, it opens no window
     except ImportError as error:
-        raise ImportError("The training curve is drawn by matplotlib: pip install lotlip-hf[train]") from error
+        raise ImportError("The training curve needs matplotlib: pip install lotlip-hf[train]") from error
 
     entries = read_log(log_path)
     steps = [entry for entry in entries if entry.get("loss") is not None]
     evaluations = [entry for entry in entries if any(entry.get(name) is not None for name in RECALLS)]
     panels = [(draw, shown) for draw, shown in ((_draw_losses, steps), (_draw_recalls, evaluations)) if shown]
     if not panels:
-        raise ValueError(f"{log_path}: there is nothing to draw, neither a loss nor an evaluation.")
+        raise ValueError(f"{log_path} has neither a loss nor an evaluation to draw.")
     figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
     for axes, (draw, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes, shown)
@@ -142,43 +141,43 @@ def draw_curve(log_path: str | os.PathLike, picture_path: str | os.PathLike) -> 
 
 
 def _draw_losses(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
-    # shares that are not 0 throughout; one alone is the loss
-    shares = sorted({name for entry in entries for name in entry if name.startswith("loss_") and entry[name]})
+    # Terms that are 0 throughout are not drawn. A single term is the loss itself.
+    terms = sorted({name for entry in entries for name in entry if name.startswith("loss_") and entry[name]})
     lowest = 0.0
-    for number, name in enumerate(["loss", *(shares if len(shares) > 1 else ())]):
+    for number, name in enumerate(["loss", *(terms if len(terms) > 1 else ())]):
         colour = f"C{number - 1}" if number else "0.3"
         label = name.removeprefix("loss_").replace("_", " ")
         points = [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
         if points:
-            at, values = zip(*points, strict=True)
+            at_steps, values = zip(*points, strict=True)
             lowest = min(lowest, *values)
-            axes.plot(at, values, color=colour, alpha=0.25, linewidth=1)
-            # a single point has no line
-            axes.plot(at, _smoothed(values), color=colour, label=label, marker="o" if len(points) == 1 else None)
+            axes.plot(at_steps, values, color=colour, alpha=0.25, linewidth=1)
+            marker = "o" if len(points) == 1 else None  # a single point has no line
+            axes.plot(at_steps, _smoothed(values), color=colour, label=label, marker=marker)
     axes.set_ylim(bottom=1.05 * lowest)
     axes.set_ylabel("loss")
-    axes.set_title("Training loss (smoothed; pale: as it was)")
+    axes.set_title("Training loss (smoothed; pale: raw)")
 
 
 def _draw_recalls(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
     for name, (label, colour, style) in RECALLS.items():
         points = [(entry["step"], 100 * entry[name]) for entry in entries if entry.get(name) is not None]
         if points:
-            at, values = zip(*points, strict=True)
+            at_steps, values = zip(*points, strict=True)
             label = f"{label}: {values[-1]:.1f} %"
-            axes.plot(at, values, color=colour, linestyle=style, marker="o", markersize=3, label=label)
+            axes.plot(at_steps, values, color=colour, linestyle=style, marker="o", markersize=3, label=label)
     highest = max(100 * entry[name] for entry in entries for name in RECALLS if entry.get(name) is not None)
-    axes.set_ylim(0, min(100, 1.2 * highest) or 1)  # where recalls are small, too, they are seen
+    axes.set_ylim(0, min(100, 1.2 * highest) or 1)  # keeps small recalls visible
     axes.set_ylabel("R@1 (%)")
     axes.set_title("Retrieval on held-out pairs (legend: last value)")
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """The mean over as much before as after, and so less of it towards the ends."""
+    """Returns means over centred windows, which are smaller near the ends."""
     reach = round(SMOOTHING * len(values))
     smoothed = []
-    for place in range(len(values)):
-        own = min(reach, place, len(values) - 1 - place)
-        window = values[place - own : place + own + 1]
+    for index in range(len(values)):
+        half = min(reach, index, len(values) - 1 - index)
+        window = values[index - half : index + half + 1]
         smoothed.append(sum(window) / len(window))
     return smoothed

@@ -1,4 +1,4 @@
-"""The training loop, on accelerate: one process or several, with checkpoints, a log, and evaluation as it goes."""
+"""The training loop, on accelerate: one or several processes, checkpoints, a log and evaluation during training."""
 
 import math
 from collections import Counter
@@ -15,7 +15,6 @@ from accelerate.utils import DistributedType, extract_model_from_parallel, send_
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data.collator import Batch, LoTLIPCollator
@@ -24,6 +23,7 @@ from ..files import write_json
 from ..images import set_max_image_pixels
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
+from ..terminal import progress_bar
 from .batches import iterate_batches, num_steps
 from .checkpoint import CheckpointError, Stateful, check_room, load_checkpoint, prepare_folder, save_checkpoint
 from .config import TrainingConfig
@@ -39,12 +39,11 @@ from .validation import validate
 
 logger = logging.get_logger(__name__)
 
-# Record ids that an error names; a file holds all of them.
-MAX_IDS = 10
+MAX_IDS = 10  # record ids in an error message; a file lists all of them
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss, its gradient or the weights are not finite; the checkpoints are from before."""
+    """The loss, the norm of its gradient or a weight is not finite. Earlier checkpoints are intact."""
 
 
 def train(
@@ -55,37 +54,39 @@ def train(
     eval_records: Dataset | IterableDataset | None = None,
 ) -> Path:
     """
-    Trains a model with LoTLIP's objective (the paper's section 3.3) and writes a run's folder, `config.output`:
+    Trains a model with the objective of LoTLIP (section 3.3 of the paper) and writes the folder of the run,
+    `config.output`:
 
-    - `checkpoint-N`: after N steps, a model for `AutoModel` and `AutoProcessor` (with `ema_decay` the averaged
-      weights), and in `state` what a resumed run needs;
+    - `checkpoint-N`: the model after N steps, for `AutoModel` and `AutoProcessor` (with `ema_decay` the averaged
+      weights), and its training state in the folder `state`;
     - `training_config.yaml`: the options;
     - `log.jsonl` and `curve.png`: losses, learning rate, samples per second, and R@1 if it was measured.
 
-    The same call under `accelerate launch` or `torchrun` trains in several processes. An interrupt (Ctrl-C, SIGTERM)
-    writes a checkpoint and raises [`Interrupted`]. With `config.resume` the run goes on from the last checkpoint, in
-    the middle of an epoch if need be, and computes what it would have computed undisturbed.
+    Under `accelerate launch` or `torchrun` the same call trains in several processes. An interrupt (Ctrl-C, SIGTERM)
+    writes a checkpoint and raises [`Interrupted`]. With `config.resume` the run continues from the last checkpoint,
+    also within an epoch, and computes the same results as a run without interruption.
 
     Args:
-        model (`LoTLIPModel`): the model; it is trained in place.
-        processor (`LoTLIPProcessor`): its processor.
-        records (`Dataset` or `IterableDataset`): records to train on (`lotlip_hf.data.records.load_records`).
-        config (`TrainingConfig`): every option.
-        eval_records (`Dataset` or `IterableDataset`, *optional*): records to measure retrieval on, at the end and
+        model (`LoTLIPModel`): The model. It is trained in place.
+        processor (`LoTLIPProcessor`): The processor of the model.
+        records (`Dataset` or `IterableDataset`): Training records (`lotlip_hf.data.records.load_records`).
+        config (`TrainingConfig`): Options of the run.
+        eval_records (`Dataset` or `IterableDataset`, *optional*): Records for measuring retrieval, at the end and
             every `eval_steps`.
 
     Returns:
-        `Path`: the folder of the last checkpoint.
+        `Path`: The folder of the last checkpoint.
 
     Raises:
-        FileExistsError: if `config.output` holds another run's checkpoints.
-        NonFiniteLossError: if the loss is not finite; names the step, the records and the last checkpoint.
-        CheckpointError: if a checkpoint cannot be read, the last one cannot be written, or the disk has no room for
-            one from the start.
-        ValueError: if options contradict the model or the data.
-        ImageError, RecordError: if a record is broken and `on_error` is `"raise"`. The run is saved first;
-            [`OtherProcessError`] on the other processes.
-        Interrupted: after SIGINT or SIGTERM, a `KeyboardInterrupt` with the signal's number.
+        `FileExistsError`: If `config.output` contains checkpoints of another run.
+        `NonFiniteLossError`: If the loss is not finite. The message names the step, the records and the last
+            checkpoint.
+        `CheckpointError`: If a checkpoint cannot be read, the last one cannot be written, or the disk has no room for
+            a checkpoint at the start.
+        `ValueError`: If options contradict the model or the data.
+        `ImageError`, `RecordError`: If a record is broken and `on_error` is `"raise"`. The run is saved first. The
+            other processes raise [`OtherProcessError`].
+        `Interrupted`: After SIGINT or SIGTERM, a `KeyboardInterrupt` with the number of the signal.
 
     Example:
 
@@ -106,7 +107,7 @@ def train(
 
 def _accelerator(config: TrainingConfig) -> Accelerator:
     accelerator = Accelerator(
-        # of processes on CPUs accelerate makes one run only if it is told that they are
+        # Without `cpu=True`, accelerate does not connect processes that run on CPUs.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -114,20 +115,20 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
         project_dir=config.output,
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # accelerate would compute in float32 and say nothing
-        raise ValueError("`mixed_precision` fp16 needs a GPU: on a CPU use bf16 or no.")
+        # accelerate would compute in float32 without a warning.
+        raise ValueError("`mixed_precision` fp16 needs a GPU. On a CPU use bf16 or no.")
     missing = [name for name in config.trackers if name not in [*map(str, accelerator.log_with), "all"]]
     if missing:
         raise ValueError(
-            f"`trackers`: {', '.join(missing)} is not installed. Install it, or leave it out (none: no one)."
+            f"Tracker {', '.join(map(repr, missing))} is not installed. Install it or pass `--trackers none`."
         )
     if config.ema_decay is not None and accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("`ema_decay` needs all weights in one place, which FSDP does not leave them in.")
+        raise ValueError("`ema_decay` needs unsharded weights, but FSDP shards them. Unset `ema_decay`.")
     return accelerator
 
 
 class _Run:
-    """What a run holds: `position` (epoch, number of the next batch), `step`, and what accelerate keeps."""
+    """The state of a run: `step`, `epoch`, `next_batch` (a number within the epoch), and the prepared objects."""
 
     def __init__(
         self,
@@ -143,7 +144,7 @@ class _Run:
         self.output = Path(config.output)
         self.max_steps = num_steps(records, config, accelerator.num_processes)
         self.epoch, self.next_batch, self.step = 0, 0, 0
-        self.ids: list[str] = []  # records of the last step
+        self.ids: list[str] = []  # of the records in the last step
         self.counts: Counter[str] = Counter()
         self.meter = Meter()
         self.checkpoint = prepare_folder(config, accelerator)
@@ -158,7 +159,7 @@ class _Run:
             average = get_ema_multi_avg_fn(config.ema_decay)
             self.averaged = self.states["averaged"] = AveragedModel(model, accelerator.device, multi_avg_fn=average)
         optimizer, self.scheduler = make_optimizer(model, self.objective, config, self.max_steps, accelerator.device)
-        self.states["scheduler"] = self.scheduler  # not prepared: accelerate would step it once for each process
+        self.states["scheduler"] = self.scheduler  # not prepared: accelerate would step it once per process
         prepare_sharding(model, self.objective, accelerator)
         prepared = accelerator.prepare(model, optimizer)
         self.model, self.optimizer = cast(tuple[nn.Module, AcceleratedOptimizer], prepared)
@@ -194,16 +195,16 @@ class _Run:
             with (
                 closing(batches),
                 noted_signals() as received,
-                tqdm(
+                progress_bar(
                     total=self.max_steps,
                     initial=self.step,
                     desc="Training",
                     unit="step",
-                    disable=not accelerator.is_main_process,
+                    shown=accelerator.is_main_process,
                 ) as bar,
             ):
                 if not is_evaluated:
-                    self._evaluate_if_due()  # a run that ended in an evaluation makes up for it when it is resumed
+                    self._evaluate_if_due()  # a resumed run may have been stopped during this evaluation
                 self.meter.restart()
                 while self.step < self.max_steps and not signum:
                     self._take_step(self._next_batches(batches))
@@ -214,7 +215,7 @@ class _Run:
                         bar.set_postfix(loss=f"{values['loss']:.3f}", samples=f"{values['samples_per_second']:.0f}/s")
                         tracking.write(self.step, self.epoch, values)
                         self.meter = Meter()
-                    # a signal to one process stops all
+                    # A signal to one process stops all processes.
                     signum = int(max_over_ranks(torch.tensor(max(received, default=0), device=accelerator.device)))
                     if signum or is_last or (config.save_steps and self.step % config.save_steps == 0):
                         self._save(required=bool(signum) or is_last)
@@ -224,31 +225,30 @@ class _Run:
         finally:
             tracking.close()
         if self.step < self.max_steps:
-            logger.warning(
-                f"Stopped after step {self.step}, saved in {self.checkpoint}. `--resume` goes on from there."
-            )
+            logger.warning(f"Stopped after step {self.step}, saved in {self.checkpoint}. Continue with `--resume`.")
             raise Interrupted(signum, f"Stopped after step {self.step}, saved in {self.checkpoint}.")
         assert self.checkpoint is not None
         return self.checkpoint
 
     def _next_batches(self, batches: Iterator[tuple[int, int, Batch]]) -> list[Batch]:
         """
-        A step's batches, all of them before the first is used: if one cannot be had, on this process or another, the
-        state is still that after the last step, and is saved.
+        Reads all batches of a step before the first is used. If a batch fails on any process, the state is still that
+        of the last step and can be saved.
         """
-        taken, position, error = [], (self.epoch, self.next_batch), None
+        taken, error = [], None
+        epoch, next_batch = self.epoch, self.next_batch
         try:
             for _ in range(self.config.gradient_accumulation_steps):
-                *position, batch = next(batches)
+                epoch, next_batch, batch = next(batches)
                 taken.append(batch)
-        except Exception as caught:  # whatever a data set raises
+        except Exception as caught:  # a data set may raise any class
             error = caught
         try:
             raise_on_all_ranks(error, self.accelerator.device)
         except Exception:
             self._save_before_stop()
             raise
-        self.epoch, self.next_batch = position
+        self.epoch, self.next_batch = epoch, next_batch
         return taken
 
     def _take_step(self, batches: list[Batch]) -> None:
@@ -271,14 +271,14 @@ class _Run:
             means = accelerator.reduce(torch.stack([*losses.values()]).detach(), "mean")
             values = dict(zip(losses, cast(torch.Tensor, means).tolist(), strict=True))
             if not math.isfinite(values["loss"]):
-                self._stop_at_nan(self.step + 1, f"the loss is {values['loss']}; the step was not taken")
+                self._stop_at_nan(self.step + 1, f"the loss is {values['loss']}, the weights were not changed")
             self.meter.add(values, len(ids) * accelerator.num_processes)
-        # each once: under FSDP the model holds the objective's parameters, too
+        # Under FSDP the parameters of the objective are in both lists.
         trained = list(dict.fromkeys([*self.model.parameters(), *self.objective.parameters()]))
         norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
-        # a scaler skips the step itself, and tries again with a smaller scale
+        # A gradient scaler skips such a step by itself and reduces its scale.
         if accelerator.scaler is None and norm is not None and not torch.isfinite(norm):
-            self._stop_at_nan(self.step + 1, f"the gradient's norm is {float(norm)}; the step was not taken")
+            self._stop_at_nan(self.step + 1, f"the gradient norm is {float(norm)}, the weights were not changed")
         self.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
@@ -288,18 +288,18 @@ class _Run:
         if self.averaged is not None:
             self.averaged.update_parameters(extract_model_from_parallel(self.model))
 
-    def _stop_at_nan(self, step: int, what: str) -> None:
-        """Every process knows of it: the loss and the norm are those of all."""
+    def _stop_at_nan(self, step: int, reason: str) -> None:
+        """Raises `NonFiniteLossError`. All processes call it together, because they have the same loss and norm."""
         ids = gather_lists(self.ids)
         path = self.output / f"not-finite-{step}.json"
         if self.accelerator.is_main_process:
             with suppress(OSError):
-                write_json(path, {"step": step, "reason": what, "ids": ids})
-        kept = f"The last checkpoint is {self.checkpoint}" if self.checkpoint else "There is no checkpoint yet"
+                write_json(path, {"step": step, "reason": reason, "ids": ids})
+        last = f"The last checkpoint is {self.checkpoint}" if self.checkpoint else "There is no checkpoint yet"
         raise NonFiniteLossError(
-            f"Step {step}: {what}. {kept}. The step's {len(ids)} records (all in {path.name}): "
-            f"{', '.join(ids[:MAX_IDS])}. Try a smaller learning rate, `mixed_precision` bf16 in place of fp16, or "
-            "without broken records."
+            f"Step {step}: {reason}. {last}. {path.name} lists the {len(ids)} records of the step: "
+            f"{', '.join(ids[:MAX_IDS])}{', ...' if len(ids) > MAX_IDS else ''}. Try a smaller `learning_rate`, "
+            "`mixed_precision` bf16 instead of fp16, or remove broken records."
         )
 
     def _log_values(self) -> dict[str, Any]:
@@ -331,7 +331,7 @@ class _Run:
         self.meter.restart()
 
     def _save(self, required: bool) -> None:
-        """A checkpoint; one that cannot be written stops the run only if it is the last chance."""
+        """Writes a checkpoint. If writing fails, the run stops only if the checkpoint is `required`."""
         tensors = (*self.model.parameters(), *self.objective.parameters())
         if any_rank(not all(bool(tensor.isfinite().all()) for tensor in tensors), self.accelerator.device):
             self._stop_at_nan(self.step, "the weights are not finite and were not saved")
@@ -356,20 +356,20 @@ class _Run:
         except CheckpointError as error:
             if required:
                 raise
-            logger.error(f"{error} The run goes on, and tries again after {self.config.save_steps} steps.")
+            logger.error(f"{error} The run continues and tries again after {self.config.save_steps} steps.")
 
     def _save_before_stop(self) -> None:
-        """Saves the state after the last step, if it is not, for the run cannot go on."""
+        """Saves the state after the last step, because the run cannot continue."""
         if not self.step:
             return
         try:
             self._save(required=True)
-            logger.warning(f"What was trained so far is in {self.checkpoint}; `--resume` goes on from there.")
+            logger.warning(f"Saved step {self.step} in {self.checkpoint}. Continue with `--resume`.")
         except (CheckpointError, NonFiniteLossError) as error:
             logger.error(str(error))
 
     def _data(self) -> dict[str, Any]:
-        """What the order of the records follows from, beside the options."""
+        """Returns the values that decide the order of the records, besides the options."""
         if isinstance(self.records, IterableDataset):
             return {"num_workers": self.config.num_workers}  # the workers share the shards
         return {"num_records": len(self.records)}
@@ -380,7 +380,7 @@ class _Run:
             model, weights = self.averaged.module, None
         else:
             weights = self.accelerator.get_state_dict(self.model)
-            # see `prepare_sharding`
+            # `prepare_sharding` puts the objective into the model.
             weights = {name: weight for name, weight in weights.items() if not name.startswith(f"{OBJECTIVE}.")}
         if self.accelerator.is_main_process:
             keep_class_name(model)
@@ -392,7 +392,8 @@ class _Run:
         progress = load_checkpoint(checkpoint, self.accelerator, self.states)
         if not _is_progress(progress):
             raise CheckpointError(
-                f"{checkpoint} cannot be read (its progress is damaged). Remove it to go on from the one before."
+                f"{checkpoint} cannot be read (its progress is damaged). Remove it to resume from the previous "
+                "checkpoint."
             )
         self.step, self.epoch, self.next_batch = progress["step"], progress["epoch"], progress["next_batch"]
         self.counts.update(progress["counts"])
@@ -401,14 +402,14 @@ class _Run:
             first = progress["data"].get(name)
             if first != number:
                 raise ValueError(
-                    f"{checkpoint} was written with `{name}` = {first}, now it is {number}: the batches would be "
-                    "others. Go on with the same records and, of a stream, as many workers."
+                    f"`{name}` was {first} in {checkpoint} and is now {number}, which would change the batches. "
+                    "Resume with the same records and, for a stream, the same `num_workers`."
                 )
-        self.accelerator.print(f"Going on from {checkpoint}.")
+        self.accelerator.print(f"Resuming from {checkpoint}.")
 
 
 def _is_progress(progress: Any) -> bool:
-    """Whether it is what `_Run._save` writes: a run may be a stranger's."""
+    """Returns whether `progress` has the form that `_Run._save` writes. The file may come from an untrusted source."""
     match progress:
         case {
             "step": int(),

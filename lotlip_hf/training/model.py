@@ -1,8 +1,8 @@
-"""The model of a run: a checkpoint, two encoders, or a small new one; and how it computes while it is trained."""
+"""The model of a run, from a checkpoint, two pretrained encoders or random weights, and its settings for training."""
 
 from transformers import AutoTokenizer
 
-# transformers 5.17 exports it only where torchvision is installed
+# transformers 5.17 exports `AutoImageProcessor` only if torchvision is installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..backbones import from_backbones
@@ -13,34 +13,33 @@ from ..modeling.tokenization_lotlip import LoTLIPTokenizer
 from .config import SCENES, TrainingConfig
 
 NUM_CORNER_TOKENS = 2
-# Positions of the released models, corner tokens included.
-CONTEXT_LENGTH = 128
+CONTEXT_LENGTH = 128  # positions of the released models, corner tokens included
 
 
 def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor]:
     """
-    The model that `config` names: a checkpoint, or a new one from two pretrained encoders (LiT,
-    https://arxiv.org/abs/2111.07991) or, for Scenes, from random weights.
+    Loads the model of a run: a checkpoint, a new model from two pretrained encoders (LiT,
+    https://arxiv.org/abs/2111.07991), or a new small model for Scenes with random weights.
 
     Args:
-        config (`TrainingConfig`): its part "The model".
+        config (`TrainingConfig`): Options of the run. This function uses the group "The model".
 
     Returns:
-        `tuple[LoTLIPModel, LoTLIPProcessor]`: the model, on the CPU, in float32, and its processor.
+        `tuple[LoTLIPModel, LoTLIPProcessor]`: The model in float32 on the CPU, and its processor.
 
     Raises:
-        ValueError: if options contradict each other or the checkpoint, or the checkpoint is not a LoTLIP model.
-        OSError: if there is no such checkpoint.
+        `ValueError`: If options contradict each other or the checkpoint, or the checkpoint is not a LoTLIP model.
+        `OSError`: If the checkpoint does not exist.
     """
     has_encoders = config.text_model is not None or config.image_model is not None
     if (config.model is None) != has_encoders or (config.text_model is None) != (config.image_model is None):
         raise ValueError(
-            f"Set `model` (a checkpoint to train further, or {SCENES!r} for a new small one), or both `text_model` "
-            "and `image_model` (two encoders to start from)."
+            "The model to train is not set. Set either `model` (a checkpoint to train further, or "
+            f"{SCENES!r} for a new small model), or both `text_model` and `image_model` (two pretrained encoders)."
         )
     for name in ("projection_dim", "text_pooling"):
         if config.model is not None and getattr(config, name) is not None:
-            raise ValueError(f"`{name}` is for new models made of two encoders; {config.model} has its own.")
+            raise ValueError(f"`{name}` is only for new models made from two encoders. Remove it for {config.model}.")
     if config.model is None:
         model, processor = _from_encoders(config)
     elif config.model == SCENES:
@@ -53,19 +52,23 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
         model, processor = load_model(config.model, device="cpu", dtype="float32")
         if not isinstance(model, LoTLIPModel):
             raise ValueError(
-                f"{config.model} is a {model.config.model_type!r} checkpoint, not one of LoTLIP. `text_model` and "
-                "`image_model` make a new LoTLIP of two encoders."
+                f"{config.model} is a {model.config.model_type!r} checkpoint, not a LoTLIP checkpoint. To make a new "
+                "LoTLIP from two encoders, set `text_model` and `image_model`."
             )
         number = model.config.text_config.num_corner_tokens
         if config.num_corner_tokens not in (None, number):
             raise ValueError(
-                f"`num_corner_tokens` is for new models: {config.model} has {number}, not {config.num_corner_tokens}."
+                f"`num_corner_tokens` is {config.num_corner_tokens}, but {config.model} has {number}. Remove the "
+                "option, which is for new models."
             )
         cleaning = getattr(processor.tokenizer, "cleaning", None)
         if config.cleaning not in (None, cleaning):
-            raise ValueError(f"`cleaning` is for new models: {config.model} has {cleaning}, not {config.cleaning}.")
+            raise ValueError(
+                f"`cleaning` is {config.cleaning}, but {config.model} has {cleaning}. Remove the option, which is for "
+                "new models."
+            )
     fit_tokenizer(model, processor.tokenizer, config.max_text_length)
-    max_text_length(model, processor.tokenizer)  # complains if there is no limit
+    max_text_length(model, processor.tokenizer)  # raises if there is no limit
     return model, processor
 
 
@@ -83,8 +86,8 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
     if tokenizer.sep_token is None:
         if config.cleaning is not None:
             raise ValueError(
-                f"`cleaning` is for text encoders with a separator token between sentences, which CLIP's has not: "
-                f"leave it out for {config.text_model}."
+                f"`cleaning` needs a tokenizer with a separator token, but the tokenizer of {config.text_model} has "
+                "none. Remove the option."
             )
         tokenizer.model_max_length = positions
     else:
@@ -99,13 +102,13 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
 
 
 def prepare_model(model: LoTLIPModel, config: TrainingConfig) -> None:
-    """Sets how the model computes in training: layers computed again, compiled, texts in one row without padding."""
+    """Applies `gradient_checkpointing` and `compile`. A model that is not compiled gets attention without padding."""
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-        # an encoder has none, but transformers would warn, and tracing stop, at every layer
+        # An encoder has no cache, but with this flag transformers warns, and tracing stops, at every layer.
         model.config.text_config.backbone_config.use_cache = False
     if config.compile:
-        # Tracing fails where checkpointed layers run twice in one graph, for the short and for the long texts.
+        # Tracing fails if checkpointed layers run twice in one graph, once for short and once for long texts.
         parts = (model.text_model, model.vision_model) if config.gradient_checkpointing else (model,)
         for part in parts:
             part.compile(dynamic=True)  # texts of every length

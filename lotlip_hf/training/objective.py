@@ -1,4 +1,4 @@
-"""The objective of a training run: a weighted sum of terms over all processes, and the way from a batch to it."""
+"""The objective of a run: a weighted sum of terms over all processes, and the loss of a batch."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -20,22 +20,22 @@ from .terms.views import Views
 
 class Objective(nn.Module):
     """
-    A weighted sum of terms (`lotlip_hf.training.terms`) over the whole batch of all processes, in float32 also under
-    autocast.
+    A weighted sum of terms (`lotlip_hf.training.terms`) over the batch of all processes, computed in float32 also
+    under autocast.
 
-    The mean of the returned values over the processes is the loss, and the mean of their gradients, as
-    `DistributedDataParallel` computes it, is that of one process with the whole batch, also if the last batch differs
-    in size between the processes.
+    Each process returns its share of the loss. The mean of the shares is the loss, and the mean of their gradients,
+    which `DistributedDataParallel` computes, equals the gradient in one process with the whole batch. The sizes of the
+    batches may differ between processes.
 
-    Terms may have parameters: give them to the optimiser and save them beside the model. The objective averages their
-    gradients over the processes.
+    Terms may have parameters: pass them to the optimiser and save them with the model. The objective averages the
+    gradients of these parameters over the processes.
 
     Args:
-        terms (`Mapping[str, nn.Module]`): the terms by name.
-        weights (`Mapping[str, float]`, *optional*): their weights, 1 by default.
+        terms (`Mapping[str, nn.Module]`): The terms by name.
+        weights (`Mapping[str, float]`, *optional*): Weights of the terms. The default weight is 1.
 
     Attributes:
-        needs (`frozenset[str]`): names of what the terms look at.
+        needs (`frozenset[str]`): Names of the tensors that the terms use.
 
     Example:
 
@@ -60,14 +60,16 @@ class Objective(nn.Module):
 
     def forward(self, embeds: Mapping[str, torch.Tensor], logit_scale: torch.Tensor) -> dict[str, torch.Tensor]:
         """
+        Returns the loss and its terms, as shares of this process.
+
         Args:
-            embeds (`Mapping[str, torch.Tensor]`): this process's tensors of the names in `needs`, samples first: the
-                answer of [`embed`].
-            logit_scale (`torch.Tensor`): scalar factor on the cosine similarities, not its logarithm.
+            embeds (`Mapping[str, torch.Tensor]`): Tensors of this process with the names in `needs`, as returned by
+                [`embed`]. The first dimension is the batch dimension.
+            logit_scale (`torch.Tensor`): Scalar factor of the cosine similarities, not its logarithm.
 
         Returns:
-            `dict[str, torch.Tensor]`: this process's share of `loss`, and of the weighted terms that add up to it:
-            `loss_<term>`, or `loss_<term>_<part>` of a term in parts.
+            `dict[str, torch.Tensor]`: `loss`, and the weighted terms that add up to it: `loss_<term>`, or
+            `loss_<term>_<part>` for a term with parts.
         """
         losses: dict[str, torch.Tensor] = {}
         with torch.autocast(logit_scale.device.type, enabled=False):
@@ -78,51 +80,51 @@ class Objective(nn.Module):
                 shares = shares if isinstance(shares, dict) else {"": shares}
                 for part, share in shares.items():
                     losses[f"loss_{name}_{part}" if part else f"loss_{name}"] = self.weights[name] * share
-            # `DistributedDataParallel` waits for the gradient of the logit scale, which no term may use
+            # `DistributedDataParallel` waits for a gradient of the logit scale even if no term uses it.
             return {"loss": torch.stack([*losses.values()]).sum() + 0 * logit_scale, **losses}
 
 
 def make_objective(config: TrainingConfig, model_config: LoTLIPConfig) -> Objective:
     """
-    The objective that options choose, on the CPU.
+    Creates the objective of a run, on the CPU.
 
     Args:
-        config (`TrainingConfig`): `terms` and `term_options`, and the `seed` of the terms' own weights.
-        model_config (`LoTLIPConfig`): the model's, for defaults of the terms' options, see [`make_terms`].
+        config (`TrainingConfig`): Options of the run. This function uses `terms`, `term_options` and `seed`.
+        model_config (`LoTLIPConfig`): Configuration of the model, for the defaults of the terms (see [`make_terms`]).
     """
     return Objective(*make_terms(config.terms, config.term_options, config.seed, model_config))
 
 
 @torch.no_grad()
 def clamp_logit_scale(model: nn.Module) -> None:
-    """Keeps `logit_scale`, a logarithm, at or below ln 100, as CLIP does; call it after each step of the optimiser."""
+    """Limits `logit_scale`, a logarithm, to ln 100 as CLIP does. Call it after each step of the optimiser."""
     extract_model_from_parallel(model).logit_scale.clamp_(max=math.log(100))
 
 
 def similarity_scale(model: nn.Module) -> torch.Tensor:
-    """The factor on the similarities. FSDP leaves scalars alone: their gradient is averaged over the ranks here."""
+    """Returns the factor of the similarities. Its gradient is averaged here under FSDP, which skips scalars."""
     logit_scale = extract_model_from_parallel(model).logit_scale
     return (average_gradient(logit_scale) if isinstance(model, FSDPModule) else logit_scale).exp()
 
 
 def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) -> dict[str, torch.Tensor]:
     """
-    What an objective needs of a batch. The model computes no more than that.
+    Embeds a batch: computes the tensors that an objective needs, and no others.
 
     Args:
-        model (`nn.Module`): a [`LoTLIPModel`] or its wrapper.
-        batch (`Mapping[str, Any]`): a [`~lotlip_hf.data.collator.Batch`]: `input_ids` [B, L] of the short texts, with
-            or without `long_input_ids` [B, T - 1, L']. Other tensors are passed on if they are needed.
-        needs (`Collection[str]`): names, [`Objective.needs`].
+        model (`nn.Module`): A [`LoTLIPModel`] or its wrapper.
+        batch (`Mapping[str, Any]`): A [`~lotlip_hf.data.collator.Batch`]: `input_ids` [B, L] of the short texts, with
+            or without `long_input_ids` [B, T - 1, L']. Other tensors are returned unchanged if they are needed.
+        needs (`Collection[str]`): Names of the tensors ([`Objective.needs`]).
 
     Returns:
-        `dict[str, torch.Tensor]`: those of the names that there are. The model's are normalised: `image_embeds`
-        [B, dim], `text_embeds` [B, T, dim], the short text first, and `corner_embeds` [B, T - 1, m, dim] of the long
-        texts, left out for m = 0 or T = 1.
+        `dict[str, torch.Tensor]`: The tensors by name. Embeddings are normalised: `image_embeds` [B, dim],
+        `text_embeds` [B, T, dim] with the short text first, and `corner_embeds` [B, T - 1, m, dim] of the long texts.
+        `corner_embeds` is missing if m = 0 or T = 1.
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     inputs = {name: tensors[name] for name in ModelInputs.__annotations__ if name in tensors}
-    # a short text alone needs no corner tokens, not even in training mode
+    # Short texts need no corner tokens, not even in training mode.
     has_corners = "corner_embeds" in needs and "long_input_ids" in inputs
     outputs = model(**inputs, return_loss=False, output_corner_embeds=has_corners, pooled_only=True)
     embeds = {
@@ -135,14 +137,14 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
 
 def batch_loss(model: nn.Module, batch: Mapping[str, Any], objective: Objective) -> dict[str, torch.Tensor]:
     """
-    The loss of a batch, to call `backward` on.
+    Computes the loss of a batch. Call `backward` on its `loss`.
 
     Args:
-        model (`nn.Module`): a [`LoTLIPModel`] or its wrapper.
-        batch (`Mapping[str, Any]`): see [`embed`].
-        objective ([`Objective`]): the objective.
+        model (`nn.Module`): A [`LoTLIPModel`] or its wrapper.
+        batch (`Mapping[str, Any]`): See [`embed`].
+        objective (`Objective`): The objective.
 
     Returns:
-        `dict[str, torch.Tensor]`: `loss`, and its shares, see [`Objective.forward`].
+        `dict[str, torch.Tensor]`: `loss` and its terms (see [`Objective.forward`]).
     """
     return objective(embed(model, batch, objective.needs), similarity_scale(model))

@@ -1,4 +1,4 @@
-"""Trained and frozen parameters, the optimiser and its schedule."""
+"""Frozen parameters, the optimiser and the learning rate schedule."""
 
 from collections.abc import Collection
 
@@ -13,11 +13,11 @@ from .fsdp import OBJECTIVE
 
 def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -> None:
     """
-    Freezes the image tower if `lock_vision`, but for its last `unlocked_vision_layers` layers and what follows them,
-    and what `needs`, those of the objective, do not use.
+    Freezes the parameters that a run does not train: with `lock_vision` the image tower up to its last
+    `unlocked_vision_layers` layers, and the parameters that no tensor in `needs` depends on.
 
     Raises:
-        ValueError: if the tower has fewer layers than are unlocked.
+        `ValueError`: If the tower has fewer than `unlocked_vision_layers` layers.
     """
     model.requires_grad_(True)
     if config.lock_vision:
@@ -30,7 +30,8 @@ def _lock_vision(model: LoTLIPModel, config: TrainingConfig) -> None:
     num_layers = tower.backbone.config.num_hidden_layers
     if config.unlocked_vision_layers > num_layers:
         raise ValueError(
-            f"`unlocked_vision_layers` is {config.unlocked_vision_layers}, but the image tower has {num_layers}."
+            f"`unlocked_vision_layers` is {config.unlocked_vision_layers}, but the image tower has {num_layers} "
+            "layers. Reduce it."
         )
     tower.requires_grad_(False)
     if config.unlocked_vision_layers:
@@ -38,7 +39,7 @@ def _lock_vision(model: LoTLIPModel, config: TrainingConfig) -> None:
             module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers
         ]
         first = next(iter(layers[num_layers - config.unlocked_vision_layers].parameters()))
-        # parameters come in the order of the forward pass
+        # Parameters are in the order of the forward pass.
         parameters = list(tower.parameters())
         start = next(index for index, parameter in enumerate(parameters) if parameter is first)
         for parameter in parameters[start:]:
@@ -46,7 +47,7 @@ def _lock_vision(model: LoTLIPModel, config: TrainingConfig) -> None:
 
 
 def freeze_unused(model: nn.Module, needs: Collection[str], has_long_texts: bool) -> None:
-    """Freezes the parameters that give none of `needs`: `DistributedDataParallel` would wait for their gradients."""
+    """Freezes the parameters that `needs` do not depend on, as `DistributedDataParallel` waits for every gradient."""
     unused = ["mask_token"]
     if "image_embeds" not in needs:
         unused += ["vision_model.", "visual_projection."]
@@ -55,12 +56,12 @@ def freeze_unused(model: nn.Module, needs: Collection[str], has_long_texts: bool
     if "corner_embeds" not in needs or not has_long_texts:
         unused += ["text_model.corner_embeds"]
     for name, parameter in model.named_parameters():
-        if any(part in name for part in unused):  # PEFT puts its own names around them
+        if any(part in name for part in unused):  # PEFT adds prefixes to the names
             parameter.requires_grad_(False)
 
 
 def set_training_mode(model: nn.Module) -> None:
-    """Sets training mode, but for modules whose parameters are all frozen: they run without dropout."""
+    """Sets training mode. Modules with only frozen parameters stay in evaluation mode, without dropout."""
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
@@ -71,7 +72,7 @@ def set_training_mode(model: nn.Module) -> None:
 def make_optimizer(
     model: nn.Module, objective: nn.Module, config: TrainingConfig, max_steps: int, device: torch.device
 ) -> tuple[torch.optim.AdamW, LRScheduler]:
-    """AdamW and its schedule: a learning rate for each tower, weight decay for matrices alone."""
+    """Creates AdamW, with a learning rate per tower and weight decay only for matrices, and its schedule."""
     from transformers.optimization import get_scheduler  # imports PEFT and bitsandbytes, if installed
 
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
@@ -85,12 +86,12 @@ def make_optimizer(
             rate = config.image_learning_rate
         rate = config.learning_rate if rate is None else rate
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        # under FSDP no step takes matrices that are sharded together with the objective's, which are not
+        # Under FSDP, AdamW cannot step sharded parameters together with those of the objective, which are not sharded.
         groups.setdefault((rate, decay, name.startswith(f"{OBJECTIVE}.")), []).append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay, _), params in groups.items()],
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
-        fused=device.type in ("cpu", "cuda"),  # one pass over the memory
+        fused=device.type in ("cpu", "cuda"),
     )
     return optimizer, get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, max_steps)

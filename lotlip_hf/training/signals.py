@@ -1,4 +1,4 @@
-"""Interrupts of a training run, which saves a checkpoint before it stops."""
+"""Signals that stop a run after it has saved a checkpoint."""
 
 import os
 import signal
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Ctrl-C reaches the processes twice, from the terminal and from their launcher.
+# Repeated signals within this time are ignored: the terminal and the launcher both send Ctrl-C.
 SAME_SIGNAL_SECONDS = 3.0
 
 
 class Interrupted(KeyboardInterrupt):
     """
-    A signal has stopped a training run, which has saved a checkpoint unless a second signal came.
+    A signal stopped a run. The run saved a checkpoint, unless a second signal stopped it at once.
 
     Args:
-        signum (`int`): number of the signal, SIGINT or SIGTERM. A command that ends so has the status 128 + `signum`.
-        message (`str`, *optional*): what has stopped.
+        signum (`int`): Number of the signal, SIGINT or SIGTERM. The exit status of the command is 128 + `signum`.
+        message (`str`, *optional*): The message.
     """
 
     def __init__(self, signum: int, message: str = "Stopped at once, without a checkpoint.") -> None:
@@ -29,8 +29,8 @@ class Interrupted(KeyboardInterrupt):
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
     """
-    The list that the first SIGINT or SIGTERM is put into; a second one raises [`Interrupted`]. Other threads than the
-    main one receive no signals, and change no handlers.
+    Yields a list to which the first SIGINT or SIGTERM is appended. A second signal raises [`Interrupted`]. Outside the
+    main thread the list stays empty, because other threads receive no signals.
     """
     received: list[int] = []
     first_at = 0.0
@@ -40,8 +40,8 @@ def noted_signals() -> Iterator[list[int]]:
         if not received:
             received.append(number)
             first_at = time.monotonic()
-            # not by the logger, whose stream may be in the middle of a line
-            os.write(2, b"\nStopping after this step; the checkpoint is being written. Once more stops at once.\n")
+            # Do not use the logger here, as its stream may be in the middle of a line.
+            os.write(2, b"\nStopping after this step and saving a checkpoint. Press Ctrl-C again to stop at once.\n")
         elif time.monotonic() - first_at > SAME_SIGNAL_SECONDS:
             raise Interrupted(number)
 

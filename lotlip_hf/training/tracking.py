@@ -1,4 +1,4 @@
-"""What a run reports: means of its losses, in its log and accelerate's trackers, and the curve."""
+"""Reports of a run: mean losses in the log and in accelerate's trackers, and the training curve."""
 
 import time
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Meter:
-    """Sums over the batches since the last line of the log: their losses, samples and seconds."""
+    """Sums of losses, samples and seconds over the batches since the last line of the log."""
 
     sums: dict[str, float] = field(default_factory=dict)
     batches: int = 0
@@ -28,11 +28,11 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Leaves the time since the last batch out."""
+        """Restarts the clock, so that the time since the last batch is not counted."""
         self.start = time.perf_counter()
 
     def add(self, losses: Mapping[str, float], samples: int) -> None:
-        """Adds a batch, and the time since the last one."""
+        """Adds a batch and the time since the last batch."""
         self.sums = {name: self.sums.get(name, 0.0) + loss for name, loss in losses.items()}
         self.batches += 1
         self.samples += samples
@@ -40,13 +40,13 @@ class Meter:
         self.restart()
 
     def values(self) -> dict[str, float]:
-        """The mean losses and the samples per second."""
+        """Returns the mean losses and the samples per second."""
         means = {name: total / self.batches for name, total in self.sums.items()}
         return {**means, "samples_per_second": self.samples / self.seconds}
 
 
 class Tracking:
-    """The log, which the first process writes, without lines after `step`, and the trackers. Either may fail."""
+    """The log and the trackers of a run. Errors in writing them do not stop the run."""
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator, step: int) -> None:
         self.accelerator = accelerator
@@ -55,19 +55,19 @@ class Tracking:
         self.log = None
         if accelerator.is_main_process:
             self.log = RunLog(self.output / LOG_NAME)
-            self.log.truncate(step)
+            self.log.truncate(step)  # a resumed run writes the later lines again
         plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in vars(config).items()}
         accelerator.init_trackers("lotlip", config=plain)
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether this process's log holds the evaluation after a step."""
+        """Returns whether the log of this process has the evaluation after a step."""
         if self.log is None or not self.log.path.exists():
             return False
         lines = read_log(self.log.path)
         return any(line["step"] == step and not RECALLS.keys().isdisjoint(line) for line in lines)
 
     def write(self, step: int, epoch: int, values: Mapping[str, Any]) -> None:
-        """A line of the log and of the trackers; the first that cannot be written is said."""
+        """Writes values to the log (on the main process) and to the trackers. Only the first error is reported."""
         error = None
         try:
             if self.log is not None:
@@ -76,19 +76,19 @@ class Tracking:
             error = caught
         try:
             self.accelerator.log(dict(values), step=step)
-        except Exception as caught:  # every tracker raises its own kinds
+        except Exception as caught:  # every tracker raises its own classes
             error = error or caught
         if error is not None and not self.is_broken:
             self.is_broken = True
-            logger.error(f"The log cannot be written ({error}). The run goes on; lines will be missing.")
+            logger.error(f"The log cannot be written ({error}). The run continues, but lines will be missing.")
 
     def close(self) -> None:
-        """Lets the trackers write what they hold, and draws the curve."""
+        """Closes the trackers and draws the curve."""
         for tracker in self.accelerator.trackers:
             try:
                 tracker.finish()
-            except Exception as error:  # every tracker raises its own kinds
-                logger.error(f"{tracker.name}: what it still holds cannot be written ({error}).")
+            except Exception as error:  # every tracker raises its own classes
+                logger.error(f"Tracker {tracker.name!r} cannot be closed, so values may be missing ({error}).")
         if self.log is not None and self.log.path.exists():
             try:
                 draw_curve(self.log.path, self.output / CURVE_NAME)

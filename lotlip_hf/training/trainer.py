@@ -1,4 +1,4 @@
-"""`transformers.Trainer` on LoTLIP's objective, for those who use Trainer."""
+"""`transformers.Trainer` with the objective of LoTLIP."""
 
 import copy
 from pathlib import Path
@@ -24,31 +24,43 @@ OBJECTIVE_NAME = "objective.safetensors"
 
 class LoTLIPTrainer(Trainer):
     """
-    [`~transformers.Trainer`] on the objective of `lotlip train`: images are compared with the texts of all processes,
-    each epoch draws other texts, and the logit scale stays at or below ln 100. Each held-out record is evaluated by
-    its short caption and by its first long caption, whole: `eval_loss`, of batches of `per_device_eval_batch_size` on
-    every process, and over all records `eval_short_image_to_text_r1`, `eval_long_text_to_image_r10` and so on. The log
-    shows each term's share of the loss: `loss_infonce_short` and so on.
+    A [`~transformers.Trainer`] with the objective of `lotlip train`. Images are compared with the texts of all
+    processes, each epoch draws new texts, and the logit scale is limited to ln 100. The log shows the terms of the
+    loss, such as `loss_infonce_short`.
+
+    Evaluation uses the short caption and the first long caption of each record. The metrics are `eval_loss` over
+    batches of `per_device_eval_batch_size` per process, and recalls over all records, such as
+    `eval_short_image_to_text_r1` and `eval_long_text_to_image_r10`.
 
     Args:
-        model (`LoTLIPModel`, *optional*): the model, in float32 (`bf16=True` is for the activations).
-        args (`TrainingArguments`, *optional*): the options; records keep their columns, whatever they say.
-        data_collator (`LoTLIPCollator`, *optional*): draws the texts; by default one for the `processing_class`.
-        objective (`Objective`, *optional*): by default the paper's, with the weights of the model's configuration.
-            Its own parameters are trained too, and saved as `objective.safetensors` beside the model.
-        grad_cache_chunk (`int`, *optional*): computes each batch in the memory of so many samples (gradient caching).
-        kwargs: further arguments of [`~transformers.Trainer`], such as `train_dataset` and `eval_dataset`.
+        model (`LoTLIPModel`, *optional*): The model, in float32 (`bf16=True` affects only the activations).
+        args (`TrainingArguments`, *optional*): The options. `remove_unused_columns` is always set to `False`.
+        data_collator (`LoTLIPCollator`, *optional*): Draws the texts. Defaults to a `LoTLIPCollator` for
+            `processing_class`.
+        objective (`Objective`, *optional*): The objective. Defaults to the objective of the paper, with the weights in
+            the configuration of the model. Parameters of the objective are trained, and saved as
+            `objective.safetensors` in the folder of the model.
+        grad_cache_chunk (`int`, *optional*): Computes each batch in chunks of this many samples, which saves memory
+            (gradient caching).
+        **kwargs (`Any`): Further arguments of [`~transformers.Trainer`], such as `train_dataset` and `eval_dataset`.
+
+    Raises:
+        `ValueError`: If there is neither `data_collator` nor `processing_class`, or `label_smoothing_factor` is set.
 
     Example:
 
     ```python
+    >>> from transformers import AutoModel, AutoProcessor, TrainingArguments
     >>> from lotlip_hf import LoTLIPTrainer
-    >>> from lotlip_hf.data.collator import LoTLIPCollator
     >>> from lotlip_hf.scenes.dataset import scenes_dataset
 
-    >>> args = TrainingArguments("finetuned", per_device_train_batch_size=64, learning_rate=1e-5, bf16=True)
-    >>> collator = LoTLIPCollator(processor, seed=args.seed)
-    >>> LoTLIPTrainer(model, args, data_collator=collator, train_dataset=scenes_dataset(512)).train()
+    >>> model = AutoModel.from_pretrained("checkpoint", dtype="float32")
+    >>> processor = AutoProcessor.from_pretrained("checkpoint")
+    >>> args = TrainingArguments("finetuned", max_steps=2, report_to="none")
+    >>> trainer = LoTLIPTrainer(model, args, processing_class=processor, train_dataset=scenes_dataset(16))
+    >>> output = trainer.train()
+    >>> output.global_step
+    2
     ```
     """
 
@@ -63,16 +75,19 @@ class LoTLIPTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args
-        args.remove_unused_columns = False  # the collator takes the records' columns, not the model's
+        args.remove_unused_columns = False  # the collator reads the columns of records, not the model's arguments
         args.accelerator_config.dispatch_batches = False  # each process pads its own batches
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # the logit scale is used outside of the model's forward
+            args.ddp_find_unused_parameters = (
+                False  # otherwise DDP ignores the logit scale, which the model's forward does not use
+            )
         if args.label_smoothing_factor:
             raise ValueError(
-                "`label_smoothing_factor`: give `objective=Objective({'infonce': InfoNCE(label_smoothing=...)})`."
+                "`label_smoothing_factor` is not supported. Pass "
+                "`objective=Objective({'infonce': InfoNCE(label_smoothing=...)})`."
             )
         if data_collator is None and kwargs.get("processing_class") is None:
-            raise ValueError("`data_collator` must be a LoTLIPCollator, or `processing_class` the processor of one.")
+            raise ValueError("`data_collator` is missing. Pass one, or pass a processor as `processing_class`.")
         collator = data_collator or LoTLIPCollator(kwargs["processing_class"], seed=args.seed)
         super().__init__(
             model,
@@ -85,7 +100,7 @@ class LoTLIPTrainer(Trainer):
                 "callbacks": [*(kwargs.get("callbacks") or ()), _StepCallback(self)],
             },
         )
-        self.model_accepts_loss_kwargs = False  # `labels` of a batch do not count as the loss's items
+        self.model_accepts_loss_kwargs = False  # Trainer must not count `labels` of a batch as items of the loss
         config = self.model.config
         self.objective = objective or Objective(
             {"infonce": InfoNCE(config.short_loss_weight, config.long_loss_weight)}
@@ -113,8 +128,10 @@ class LoTLIPTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         freeze_unused(self.model, self.objective.needs, getattr(self.data_collator.draw, "num_long_texts", 1) > 0)
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
-            # `from_pretrained` may then have loaded the weights in the first process alone
-            raise ValueError("FSDP: set FSDP_CPU_RAM_EFFICIENT_LOADING=false before the model is loaded.")
+            # `from_pretrained` may have loaded the weights in the first process only.
+            raise ValueError(
+                "FSDP_CPU_RAM_EFFICIENT_LOADING is not supported. Set it to `false` before loading the model."
+            )
         prepare_sharding(self.model, self.objective, self.accelerator)
         return super().create_optimizer(self._with_objective(self.model if model is None else model))
 
@@ -130,10 +147,10 @@ class LoTLIPTrainer(Trainer):
             set_training_mode(model)
         embeds = embed(model, inputs, self.objective.needs | {"image_embeds", "text_embeds"})
         losses = self.objective(embeds, similarity_scale(model))
-        return (losses["loss"], embeds) if return_outputs else self._noted(losses)
+        return (losses["loss"], embeds) if return_outputs else self._record(losses)
 
-    def _noted(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss, after its shares are added up for the next log."""
+    def _record(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Adds the losses to the sums of the next log entry and returns the total loss."""
         self._sums = {name: self._sums.get(name, 0) + value.detach() for name, value in losses.items()}
         self._num_batches += 1
         return losses["loss"]
@@ -157,10 +174,10 @@ class LoTLIPTrainer(Trainer):
         set_training_mode(model)
         self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
-        # Trainer divides the loss by it, here `accelerator.backward` does
+        # Trainer divides the loss by this number; here `accelerator.backward` does.
         self.accelerator.gradient_accumulation_steps = self.current_gradient_accumulation_steps
         losses = cached_backward(model, inputs, self.grad_cache_chunk, self.objective, self.accelerator)
-        return self._noted(losses) / self.current_gradient_accumulation_steps
+        return self._record(losses) / self.current_gradient_accumulation_steps
 
     def prediction_step(
         self,
@@ -171,14 +188,14 @@ class LoTLIPTrainer(Trainer):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         with torch.no_grad():
             loss, embeds = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        # the texts are the predictions, the images the labels
+        # The texts are the predictions, the images are the labels.
         return (loss, None, None) if prediction_loss_only else (loss, embeds["text_embeds"], embeds["image_embeds"])
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return super()._clip_grad_norm(self._with_objective(model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is not None:  # under FSDP the model holds the objective's parameters too
+        if state_dict is not None:  # under FSDP the objective is a module of the model
             state_dict = {name: weight for name, weight in state_dict.items() if name in self._weights}
         keep_class_name(self.model)
         super()._save(output_dir, state_dict)
@@ -197,16 +214,19 @@ class LoTLIPTrainer(Trainer):
         path = Path(folder, OBJECTIVE_NAME)
         state = load_file(path) if path.exists() else {}
         if state.keys() != self.objective.state_dict().keys():
-            raise ValueError(f"{path} holds the weights of another `objective`: {', '.join(state) or 'none'}.")
+            raise ValueError(
+                f"{path} has the parameters {', '.join(state) or 'none'}, not those of `objective`. Pass the "
+                "`objective` of the checkpoint."
+            )
         self.objective.load_state_dict(state)
 
     def _with_objective(self, model: nn.Module) -> nn.Module:
-        """Both as one module, for what Trainer does with all parameters."""
+        """Joins the model and the objective in one module, for methods of Trainer that accept a single module."""
         return nn.ModuleList([model, self.objective])
 
 
 class _StepCallback(TrainerCallback):
-    """Draws other texts in each epoch; after each step of the optimiser, limits the logit scale."""
+    """Sets the epoch of the collator and limits the logit scale after each step of the optimiser."""
 
     def __init__(self, trainer: LoTLIPTrainer) -> None:
         self.trainer, self.epoch = trainer, 0
@@ -221,7 +241,7 @@ class _StepCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         clamp_logit_scale(self.trainer.model)
-        self.trainer.objective.zero_grad()  # Trainer clears the model's gradients alone
+        self.trainer.objective.zero_grad()  # Trainer clears only the gradients of the model
 
 
 def _retrieval(prediction: EvalPrediction) -> dict[str, float]:

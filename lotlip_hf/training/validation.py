@@ -1,4 +1,4 @@
-"""Retrieval on held-out records, measured while a model is trained."""
+"""Retrieval on held-out records, measured during training."""
 
 import math
 from contextlib import nullcontext
@@ -30,22 +30,23 @@ def validate(
     accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
     """
-    Retrieval over the first `eval_samples` records, by each record's short caption and by its first long caption,
-    whole. The model is left in evaluation mode.
+    Measures retrieval over the first `eval_samples` records, once with the short captions and once with the first long
+    caption of each record. Captions are not split. The model is left in evaluation mode.
 
     Args:
-        model (`nn.Module`): a [`LoTLIPModel`] or its wrapper.
-        processor (`LoTLIPProcessor`): its processor.
-        records (`Dataset` or `IterableDataset`): the records.
-        config (`TrainingConfig`): `eval_samples`, `batch_size`, `captioners` (the first is evaluated), `on_error`.
-        accelerator (`Accelerator`, *optional*): the processes of the run share the work; each returns the result.
+        model (`nn.Module`): A [`LoTLIPModel`] or its wrapper.
+        processor (`LoTLIPProcessor`): The processor of the model.
+        records (`Dataset` or `IterableDataset`): The records.
+        config (`TrainingConfig`): Options of the run. This function uses `eval_samples`, `batch_size`, `captioners`
+            (the first one is evaluated), `splitter` and `on_error`.
+        accelerator (`Accelerator`, *optional*): The processes of the run share the work and return the same result.
 
     Returns:
         `dict[str, float]`: `long_image_to_text_r1`, `long_text_to_image_r1`, `short_...`, and the same at 5 and 10.
 
     Raises:
-        ValueError: if there are fewer records than processes.
-        ImageError, RecordError: if a record is broken; [`OtherProcessError`] on the other processes.
+        `ValueError`: If there are fewer records than processes.
+        `ImageError`, `RecordError`: If a record is broken. The other processes raise [`OtherProcessError`].
     """
     rank, num_processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     device = next(model.parameters()).device
@@ -54,10 +55,12 @@ def validate(
     else:
         chosen = records.select(range(min(config.eval_samples, len(records))))
     if len(chosen) < num_processes:
-        raise ValueError(f"{len(chosen)} records to evaluate on are fewer than the {num_processes} processes.")
+        raise ValueError(
+            f"{len(chosen)} evaluation records are too few for {num_processes} processes. Add records to `eval_data`."
+        )
     captioners = None if config.captioners is None else tuple(config.captioners)
     collator = LoTLIPCollator(processor, WholeCaptions(captioners, config.splitter), on_error=config.on_error)
-    # as many batches on every process, for a wrapper may communicate in each
+    # Every process needs the same number of batches, since a wrapper may communicate in each.
     part = np.array_split(np.arange(len(chosen)), num_processes)[rank]
     num_batches = min(
         math.ceil(math.ceil(len(chosen) / num_processes) / config.batch_size), len(chosen) // num_processes
@@ -68,7 +71,7 @@ def validate(
         batch, error = {}, None
         try:
             batch = collator([chosen[int(row)] for row in rows])
-        except Exception as caught:  # the other processes wait in the forward pass
+        except Exception as caught:  # raised below: the other processes would wait in the forward pass
             error = caught
         raise_on_all_ranks(error, device)
         with nullcontext() if accelerator is None else accelerator.autocast():
@@ -79,7 +82,7 @@ def validate(
 
 
 def short_and_long_recalls(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> dict[str, float]:
-    """Recalls of images [N, dim] by their short and long texts [N, 2, dim]: `short_image_to_text_r1` and so on."""
+    """Returns the recalls of images [N, dim] and their short and long texts [N, 2, dim], by the names of the log."""
     return {
         f"{kind}_{name}": value
         for number, kind in ((1, "long"), (0, "short"))

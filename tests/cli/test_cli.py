@@ -4,6 +4,8 @@ import contextlib
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -101,8 +103,8 @@ def test_names_that_are_no_text_are_printed(photos: Path, run: Callable[..., Any
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        ("", "command"),
         ("unheard-of", "unheard-of"),
+        ("serch", "Did you mean 'search'"),
         ("export onnx", "convert"),
         ("convert --checkpoint x", "lotlip convert official"),
         ("convert gguf", "gguf"),
@@ -124,7 +126,7 @@ def test_names_that_are_no_text_are_printed(photos: Path, run: Callable[..., Any
         ("embed --model x --images {photos} --output {tmp}", "a folder"),
         ("embed --model x --texts {tmp}/no.txt --output {tmp}/out.parquet", "no.txt"),
         ("evaluate --model x", "--task"),
-        ("report", "results"),
+        ("report", "RESULTS"),
         ("push --private {photos}", "--repo-id"),
         ("relabel --data {photos} --output x", "--captioner"),
         ("train --batch-sise 3", "Did you mean --batch-size"),
@@ -152,7 +154,7 @@ def test_errors_are_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--help", [*cli.COMMANDS, "exit status"]),
+        ("--help", [*cli.COMMANDS, "Exit status"]),
         ("--version", ["lotlip 0.1.0"]),
         ("search --help", ["--images", "--top", "--save-grid", "--index", "--device", "--dtype"]),
         ("evaluate --help", ["--config", "--task", "--no-normalize"]),
@@ -168,6 +170,35 @@ def test_help_and_version(arguments: str, words: list[str], capsys: pytest.Captu
     assert exit_status.value.code == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in words)
+
+
+def test_lotlip_alone_shows_commands_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown, err = capsys.readouterr()
+    assert err == ""
+    assert "lotlip --help" in shown
+    assert "lotlip 0.1.0" in shown
+    known = cli.parsers()
+    lines = [shlex.split(line) for line in shown.splitlines() if line.startswith("  lotlip ")]
+    for _, command, *words in lines[:-2]:
+        name = " ".join([command, words.pop(0)]) if command == "convert" else command
+        known[name].parse_args(words)
+    assert {line[1] for line in lines[:-2]} == set(cli.COMMANDS)
+
+
+def test_each_option_is_shown_once_in_a_titled_group() -> None:
+    for name, parser in cli.parsers().items():
+        groups = {group.title: group._group_actions for group in parser._action_groups if group._group_actions}
+        actions = [action for group in groups.values() for action in group]
+        assert len(actions) == len({id(action) for action in actions}) == len(parser._actions)
+        assert list(groups)[-1] == "General"
+        shown = parser.format_help()
+        assert shown.startswith(f"Usage: lotlip {name} ")
+        for action in actions:
+            assert action.help
+            assert action.help[0].isupper()
+            flag = max(action.option_strings, key=len, default=action.metavar)
+            assert len(re.findall(rf"^  (?:-h, )?{flag}(?: |$)", shown, re.MULTILINE)) == 1
 
 
 def test_options_of_a_file(official_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

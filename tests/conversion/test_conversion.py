@@ -445,7 +445,7 @@ def test_not_a_checkpoint(source: Source, spoil: Callable[[bytes], bytes]) -> No
     assert bad != good
     source.checkpoint.write_bytes(bad)
     message = source.error()
-    assert f"{source.checkpoint}: " in message
+    assert str(source.checkpoint) in message
     assert len(message.splitlines()) == 1
 
 
@@ -508,7 +508,7 @@ def test_tokenizer_that_holds_corner_tokens(source: Source, tmp_path: Path) -> N
     stock.add_tokens(["[Corner0]", "[Corner1]"], special_tokens=True)
     stock.save_pretrained(tmp_path / "official-tokenizer")
     source.tokenizer = tmp_path / "official-tokenizer"
-    assert "corner tokens not counted" in source.error()
+    assert "corner tokens" in source.error()
 
 
 def test_tokenizer_of_the_configuration(source: Source, tmp_path: Path) -> None:

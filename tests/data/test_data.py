@@ -917,13 +917,13 @@ def test_members_that_are_not_side_by_side_are_said(tmp_path: Path) -> None:
     texts = [(f"{index}.txt", b"a caption") for index in range(3)]
     mapping = ColumnMapping(short="txt", long="txt")
     for members in (images + texts, texts + images):
-        with pytest.raises(MissingColumn, match="side by side"):
+        with pytest.raises(MissingColumn, match="adjacent"):
             load_records(write_members(tmp_path / "all.tar", members), mapping)
     # a member that was appended later
     write_members(tmp_path / "all.tar", [images[0], texts[0], images[1], images[2], texts[2], texts[1]])
     rows = list(load_records(tmp_path / "all.tar", mapping))
     assert [row["id"] for row in rows if not row["error"]] == [f"all.tar/{index}" for index in range(3)]
-    assert "side by side" in rows[3]["error"]
+    assert "adjacent" in rows[3]["error"]
     write_members(tmp_path / "all.tar", [images[0], texts[0], images[1], texts[1], texts[1]])
     assert "two members" in list(load_records(tmp_path / "all.tar", mapping))[1]["error"]
 

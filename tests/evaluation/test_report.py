@@ -196,12 +196,12 @@ def test_markdown(tmp_path: Path) -> None:
 def test_runs_in_full(tmp_path: Path) -> None:
     few = {"image_to_text_r1": 0.5, "text_to_image_r1": 0.25}
     text = report(save(tmp_path, results(), results(model="few", metrics=few), results("imagenet-1k")))
-    retrieval, classification = text.split("The retrieval runs of the table in full\n\n")[1].split(
-        "\n\nThe classification runs of the table in full\n\n"
+    retrieval, classification = text.split("Retrieval runs in full\n\n")[1].split(
+        "\n\nClassification runs in full\n\n"
     )
     head, _, *body = [cells(line) for line in retrieval.splitlines()]
     assert head == [
-        *("model", "data", "images", "texts", "cut", "at tokens"),
+        *("model", "data", "images", "texts", "texts cut", "max tokens"),
         *("direction", "R@1 (%)", "95 % interval", "R@5 (%)", "R@10 (%)", "median rank"),
     ]
     same = ["IIW", "612", "612", "3", "126"]
@@ -243,17 +243,17 @@ def test_a_part_of_a_set_is_marked(tmp_path: Path) -> None:
     files = save(tmp_path, results(protocol={"num_images": 100}))
     text = report(files)
     assert row(text, "me/lotlip")[2:4] == ["94.36*", "92.65*"]
-    assert "me/lotlip on IIW (*): 100 of 612 images alone." in text
+    assert "me/lotlip on IIW (*): only 100 of 612 images." in text
     own = {"id": "o", "name": "Own", "split": None}
     text = report(save(tmp_path, results("retrieval", dataset=own, protocol={"first_images": 7, "num_images": 7})))
     assert row(text, "me/lotlip")[8:] == ["94.36*", "92.65*"]
-    assert "me/lotlip on Own (*): the first 7 images alone." in text
+    assert "me/lotlip on Own (*): only the first 7 images." in text
     assert "*" not in report(save(tmp_path, results(), results("retrieval", dataset=own)))
     (entry,) = yaml.safe_load(model_index(save(tmp_path, results(protocol={"num_images": 100}))))["model-index"]
     assert entry["results"][0]["dataset"]["args"] == {"num_images": 100}
     text = report(save(tmp_path, results("dci", protocol={"num_images": 9000})))
     assert row(text, "me/lotlip")[:2] == ["94.36*", "92.65*"]
-    assert "me/lotlip on DCI (*): 9000 images in place of 7805." in text
+    assert "me/lotlip on DCI (*): 9000 images instead of 7805." in text
 
 
 OTHER_RULES = {
@@ -275,7 +275,7 @@ def test_other_rules_than_the_papers_are_marked(tmp_path: Path, words: str) -> N
 def test_all_that_is_marked_is_said(tmp_path: Path) -> None:
     protocol = {name: value for rules in OTHER_RULES.values() for name, value in rules.items()}
     files = save(tmp_path, results(protocol={**protocol, "num_images": 100}))
-    assert f"me/lotlip on IIW (*): 100 of 612 images alone; {'; '.join(OTHER_RULES)}." in report(files)
+    assert f"me/lotlip on IIW (*): only 100 of 612 images; {'; '.join(OTHER_RULES)}." in report(files)
     (entry,) = yaml.safe_load(model_index(files))["model-index"]
     assert entry["results"][0]["dataset"]["args"] == {"num_images": 100, "normalization": "none", "max_length": 16}
 
@@ -299,7 +299,7 @@ def test_the_newer_run_counts(tmp_path: Path, swapped: bool) -> None:
     text = report(files)
     assert row(text, "me/lotlip")[2:4] == ["20.00", "92.65"]
     first, second = files if swapped else files[::-1]
-    assert f"me/lotlip on IIW: {first} counts, which is newer, and not {second}." in text
+    assert f"me/lotlip on IIW: {second} is not shown; {first} is newer." in text
     assert "20.00" in text
     assert "10.00" not in text
     assert "value: 0.2" in model_index(files)
@@ -308,7 +308,7 @@ def test_the_newer_run_counts(tmp_path: Path, swapped: bool) -> None:
 
 # What two runs of a model on the same data differ in, and the words by which their rows do.
 APART: dict[str, tuple[dict[str, Any], str, str]] = {
-    "part": ({"protocol": {"num_images": 9}}, "", "9 of 612 images alone"),
+    "part": ({"protocol": {"num_images": 9}}, "", "only 9 of 612 images"),
     "normalization": ({"protocol": {"normalization": None}}, "", "captions not normalised"),
     "max_length": ({"protocol": {"max_length": 64, "max_length_asked": 64}}, "126 tokens", "64 tokens"),
     "search": ({"protocol": {"search": "FAISS HNSW32"}}, "search exact", "search FAISS HNSW32"),
@@ -452,12 +452,12 @@ def test_different_protocols_and_data_are_said(tmp_path: Path) -> None:
     text = report(files)
     assert 'IIW: `order` differs: null for me/lotlip, c; "short" for b.' in text
     assert re.search(r'IIW: `templates` differs: null for me/lotlip, c; \["a photo of .{40,}\.\.\. for b\.', text)
-    assert "IIW: not all models had the same images and texts." in text
+    assert "IIW: the models were evaluated on different images or texts." in text
     assert "`max_length` differs" not in text
     assert "`num_texts" not in text
     assert "Urban-1k: " not in text
     assert "differs" not in report(files[:1])
-    assert "not all models" not in report(files[:1])
+    assert "different images" not in report(files[:1])
 
 
 def test_studies_are_tables_of_their_own(tmp_path: Path) -> None:
@@ -467,19 +467,19 @@ def test_studies_are_tables_of_their_own(tmp_path: Path) -> None:
     text = report(files)
     assert "published" not in text  # nothing to set them beside
     blocks = text.split("\n\n")
-    assert blocks[0] == "Texts cut at a number of tokens: me/lotlip on IIW"
+    assert blocks[0] == "Texts cut at several lengths: me/lotlip on IIW"
     assert [cells(line) for line in blocks[1].splitlines()[2:]] == [
         ["16", "25.00", "12.50", "50.0", "30.2", "2.5"],
         ["126", "50.00", "25.00", "50.0", "30.2", "-"],
     ]
-    assert blocks[2] == "A sentence left out: me/lotlip on scenes"
+    assert blocks[2] == "One sentence removed: me/lotlip on scenes"
     assert cells(blocks[3].splitlines()[4]) == [
         *("2", "60", "58", "50.00", "40.00", "25.00", "25.00", "0.25", "0.25", "0.2500")
     ]
     assert report([*files, *save(tmp_path / "more", results())]).endswith(text)
     assert study_table("length", LENGTH_ROWS, "markdown").splitlines()[2].startswith("| 16 | 25.00 |")
     for output in ("model_index_file", "plot_file"):
-        with pytest.raises(ValueError, match="studies alone"):
+        with pytest.raises(ValueError, match="studies"):
             write_report(files, **{output: tmp_path / "plot.png"})
 
 
@@ -629,7 +629,7 @@ def test_marked_bars(tmp_path: Path, drawn: list[Any]) -> None:
         texts = [text.get_text() for text in axes.texts]
         assert [text for text in texts if "*" in text] == 2 * ["94.4*" if axes is drawn[0].axes[0] else "92.6*"]
         assert len([bar for bar in bars(axes) if bar.get_alpha() != 1]) == 2
-    assert list(legend(drawn[0]))[-1] == "* not the whole benchmark, or other rules than the paper's"
+    assert list(legend(drawn[0]))[-1] == "* not the whole benchmark, or other settings than the paper"
     assert list(legend(drawn[1]))[-1] == "* not the whole benchmark"
     assert list(legend(drawn[2]))[-1] == "c"
     assert not any("*" in text.get_text() for text in drawn[2].axes[0].texts)

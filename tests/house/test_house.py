@@ -222,6 +222,17 @@ def test_pinned_versions_are_ones_that_setup_allows() -> None:
         assert requirement.specifier.contains(canonical[name]), f"{requirement} does not allow {canonical[name]}"
 
 
+def test_install_hints_are_spelt_the_same() -> None:
+    extras = re.findall(r'"([\w-]+)": \w+_REQUIRES', (REPOSITORY / "setup.py").read_text(encoding="utf-8"))
+    for path in itertools.chain.from_iterable(
+        map(python_files, ["lotlip_hf", "conversion", "examples", "benchmarks"])
+    ):
+        for hint in re.findall(r"pip install (?!--upgrade|-U)(\S+)", path.read_text(encoding="utf-8")):
+            extra = re.match(r"'lotlip-hf\[([\w-]+)\]'", hint)
+            assert extra is not None, f"{path.name}: {hint}"
+            assert extra[1] in extras, f"{path.name}: {hint}"
+
+
 def test_no_file_names_this_machine_or_a_registry() -> None:
     # Put together here, so that this file does not hold them either.
     machine = re.compile(r"(?<![\w.<>-])/(?:work|root|tmp)" + r"/[\w.]")

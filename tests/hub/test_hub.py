@@ -1,4 +1,4 @@
-"""Publishing to a Hub and loading back, with the real client: what is sent, cards, errors, hostile repositories."""
+"""Publishing to a Hub and loading from it, with the real client: files, cards, errors, hostile repositories."""
 
 import copy
 import importlib.util
@@ -33,10 +33,12 @@ from hub_server import READ_TOKEN, WRITE_TOKEN, Answer, Fault, Hub, environment,
 from lotlip_hf import Encoder, LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
 from lotlip_hf.cli import main as lotlip
 from lotlip_hf.evaluation.results import load_results
+from lotlip_hf.grid import save_grid
 from lotlip_hf.hub.card import TAGS, CardFields, card_bytes
 from lotlip_hf.hub.push import SENTENCE_TRANSFORMERS, PushError, push, write_repository
 from lotlip_hf.loading import load_model
 from lotlip_hf.modeling import modeling_lotlip
+from lotlip_hf.search import SearchResult
 
 REPO = "lotlip/tiny"
 CODE = {file.name for file in Path(modeling_lotlip.__file__).parent.glob("*_lotlip.py")}
@@ -60,14 +62,14 @@ def published(hub: Hub, official_checkpoint: Path) -> Hub:
 
 @pytest.fixture
 def error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What the command prints when it fails: one line."""
+    """Runs a command that must fail, and returns its error message, which is one line."""
 
     def run(*arguments: Any) -> str:
         capsys.readouterr()
         assert lotlip([str(argument) for argument in arguments]) == 2
         printed = capsys.readouterr().err
         assert "Traceback" not in printed
-        message = re.search(r"lotlip: error: .*\Z", printed.rstrip())  # maybe after a progress bar
+        message = re.search(r"lotlip: error: .*\Z", printed.rstrip())  # a progress bar may precede it
         assert message is not None, printed
         return message[0]
 
@@ -83,14 +85,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def changed(folder: Path, target: Path, **fields: Any) -> Path:
-    """A copy of a checkpoint whose configuration says something else."""
+    """Copies a checkpoint and changes its configuration."""
     shutil.copytree(folder, target)
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**config, **fields}))
     return target
 
 
-# What is published
+# Published files
 
 
 def test_a_dry_run_writes_what_is_published(
@@ -110,7 +112,7 @@ def test_a_dry_run_writes_what_is_published(
     assert hub.repos["model", REPO].private
     assert hub.files(REPO) == dry
     assert len(hub.matching("POST", "/commit/")) == 1
-    assert hub.matching("GET", "/xet-write-token/")  # uploads go the way that they go for users
+    assert hub.matching("GET", "/xet-write-token/")  # the upload uses Xet, as on the real Hub
     for name in CODE:
         assert dry[name] == (Path(modeling_lotlip.__file__).parent / name).read_bytes()
     auto_map = json.loads(dry["config.json"])["auto_map"]
@@ -199,7 +201,7 @@ def test_what_an_earlier_commit_left_is_not_read(hub: Hub, official_checkpoint: 
         api.upload_file(repo_id=REPO, path_in_repo=name, path_or_fileobj=b"{}")
     neighbours = {"notes.txt", "images/cat.png", "training_args.bin", "onnx/x.bin", "embeddings/coco.safetensors"}
     neighbours |= {"adapters/adapter_model.safetensors", "adapters/adapter_config.json", "older/model.safetensors"}
-    hub.add(REPO, dict.fromkeys(neighbours, b"somebody's"))
+    hub.add(REPO, dict.fromkeys(neighbours, b"theirs"))
     push(official_checkpoint, REPO)
     assert hub.files(REPO).keys() == FILES | neighbours
 
@@ -240,7 +242,7 @@ def hub_commit(hub: Hub) -> str:
     return hub.repos["model", REPO].refs["refs/heads/main"]
 
 
-# The card
+# The model card
 
 
 RESULTS = {
@@ -266,7 +268,8 @@ def test_results_and_training_reach_the_card(official_checkpoint: Path, tmp_path
     assert card.data.eval_results[0].is_equal_except_value(load_results(tmp_path / "results.json").entries[0])
     assert [result.metric_value for result in card.data.eval_results] == [81.25, 79.5]
     assert "Trained with lotlip-hf from google-bert/bert-base-uncased on someone/captions." in card.text
-    assert "| Urban1k (test) | - | - | image to text, R@1 (%) | 81.25 |" in card.text
+    assert "**Urban1k (test)**" in card.text
+    assert "| image to text | 81.25 |" in card.text
     assert "/home/me" not in card.content
     given = CardFields(base_model=["a/b"], datasets=["c/d", "e/f"], origin="From nowhere.")
     folder = write_repository(trained, tmp_path / "given", "me/mine", card=given)
@@ -276,17 +279,14 @@ def test_results_and_training_reach_the_card(official_checkpoint: Path, tmp_path
 
 
 def card_of(checkpoint: Path, folder: Path, **fields: Any) -> ModelCard:
-    """The card that is published with a checkpoint."""
+    """Returns the card that is published with a checkpoint."""
     return ModelCard.load(write_repository(checkpoint, folder, "me/mine", card=CardFields(**fields)) / "README.md")
 
 
-def test_the_card_says_what_is_known(official_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_card_leaves_out_paths_and_free_text(official_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoint-7"
     shutil.copytree(official_checkpoint, folder)
-    text = card_of(folder, tmp_path / "plain").text
-    for claim in ("captioning models", "from the web", "Image.new", "## Training", "## Results"):
-        assert claim not in text
-    assert 'Image.open("photos/cat.png")' in text
+    assert "All options" not in card_of(folder, tmp_path / "plain").text
     settings = json.loads((folder / "processor_config.json").read_text())
     settings["image_processor"] |= {"size": {"shortest_edge": 112}, "crop_size": {"height": 112, "width": 112}}
     (folder / "processor_config.json").write_text(json.dumps(settings))
@@ -308,15 +308,123 @@ def test_the_card_says_what_is_known(official_checkpoint: Path, tmp_path: Path) 
     options |= {"image_folder": "my/pictures", "image_root": "my/root", "max_record_bytes": 1 << 28}
     (tmp_path / "run" / "training_config.yaml").write_text(yaml.safe_dump(options))
     text = card_of(folder, tmp_path / "small").text
-    assert "images of 112 x 112 pixels" in text
-    table = text.split("## Training")[1].split("## What")[0]
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, flags=re.MULTILINE))
+    assert "112 x 112 pixels" in text
+    trained = text.split("## How it was trained")[1].split("## Intended")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", trained, flags=re.MULTILINE))
     assert rows == {
         **{"seed": "3", "lock_vision": "yes", "captioners": "0, 2", "terms": "sigmoid, infonce:2", "max_steps": "9"},
         **{"batch_size": "16, of each process", "learning_rate": "0.001"},
     }
-    assert "step 7" in table
-    assert not re.search("home|my/|<", table)
+    facts = dict(re.findall(r"^- \*\*(.+)\*\*: (.*)$", trained, flags=re.MULTILINE))
+    assert facts["Objective"] == "`sigmoid`, `infonce:2`"
+    assert facts["Batch"] == "16 images of each process"
+    assert facts["Length"] == "7 steps of 9"
+    assert facts["Image tower"] == "frozen"
+    assert "--dataset" in facts["Data"]  # a path is not published
+    assert not re.search("home|my/|script|<[bi]>", trained)
+
+
+def test_the_card_of_a_run(official_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoint-20"
+    shutil.copytree(official_checkpoint, folder)
+    options = {
+        "data": "scenes",
+        "num_scenes": 200,
+        "captions": "sub_captions",
+        "num_long_texts": 3,
+        "num_sentences": 1,
+    }
+    options |= {"batch_size": 16, "max_steps": 20, "eval_data": "scenes", "eval_samples": 50, "model": "a/b"}
+    (folder / "training_config.yaml").write_text(yaml.safe_dump(options))
+    (folder / "state").mkdir()
+    for process in range(2):
+        progress = {"counts": {"records": 320}, "data": {"num_records": 200}}
+        (folder / "state" / f"{process}-progress.json").write_text(json.dumps(progress))
+    recalls = {"long_image_to_text_r1": 0.5, "long_text_to_image_r1": 0.25, "short_image_to_text_r1": 0.125}
+    lines = [{"step": 10, "long_image_to_text_r1": 0.75}, {"step": 20, "loss": 2.5}, {"step": 20, **recalls}]
+    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = card_of(folder, tmp_path / "out").text
+    facts = dict(re.findall(r"^- \*\*(.+)\*\*: (.*)$", text, flags=re.MULTILINE))
+    assert "[a/b](https://huggingface.co/a/b)" in facts["Initial weights"]
+    assert "200 drawn pictures" in facts["Data"]
+    assert "3 sub-captions of 1 sentence " in facts["Captions"]
+    assert facts["Batch"] == "32 images"
+    assert facts["Length"] == "20 steps, 640 images seen, 3.2 epochs of 200 records"
+    assert "step 20" in text
+    assert "50 held-out scenes" in text
+    assert "| long captions | image to text | 50.00 |\n| long captions | text to image | 25.00 |" in text
+    assert "75.00" not in text
+    (folder / "state" / "1-progress.json").write_text('{"counts": {"records": "<b>"}}')
+    text = card_of(folder, tmp_path / "damaged").text
+    assert "20 steps\n" in text
+    assert "16 images of each process" in text
+    (tmp_path / "run" / "log.jsonl").write_text("[]\n{}\n")
+    with pytest.raises(ValueError, match=r"log\.jsonl"):
+        card_of(folder, tmp_path / "no")
+
+
+# Facts that the card lacks
+
+
+def test_the_card_asks_for_unknown_facts(
+    official_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "mine.jpg")
+    given = {"--license": "mit", "--dataset": "a/b", "--results": tmp_path / "results.json"}
+    given["--picture"] = tmp_path / "mine.jpg"
+    arguments: list[Any] = ["push", official_checkpoint, "--repo-id", REPO]
+    for number in range(len(given) + 1):
+        options = [each for pair in list(given.items())[:number] for each in pair]
+        assert lotlip([str(each) for each in (*arguments, *options, "--dry-run", tmp_path / str(number))]) == 0
+        printed = capsys.readouterr().err
+        text = (tmp_path / str(number) / "README.md").read_text()
+        for index, option in enumerate(given):
+            assert (f"({option})" in printed) == (f"`{option}`" in text) == (index >= number)
+    shutil.copytree(official_checkpoint, tmp_path / "own")
+    (tmp_path / "own" / "README.md").write_text(text.replace("# tiny", "# Mine") + "*Not stated. Pass `--license`")
+    capsys.readouterr()
+    assert lotlip(["push", str(tmp_path / "own"), "--repo-id", REPO, "--dry-run", str(tmp_path / "kept")]) == 0
+    assert "--license" not in capsys.readouterr().err
+
+
+def test_the_picture_of_ranked_examples(
+    hub: Hub, official_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    save_grid([SearchResult(tmp_path / "red.png", 0.5)], tmp_path / "drawn.png", "A red]\n<b> picture")
+    push(official_checkpoint, REPO, card=CardFields(picture=tmp_path / "drawn.png"))
+    line = "![A red\\] &lt;b&gt; picture](ranked_examples.png)"
+    assert content(hub, "ranked_examples.png") == (tmp_path / "drawn.png").read_bytes()
+    assert line in content(hub, "README.md").decode()
+    assert "--picture" not in caplog.text
+    assert "--license" in caplog.text
+
+    push(official_checkpoint, REPO)  # the picture is kept
+    assert content(hub, "ranked_examples.png")
+    assert line in content(hub, "README.md").decode()
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "[x](y).webp")
+    push(official_checkpoint, REPO, card=CardFields(picture=tmp_path / "[x](y).webp"))
+    assert "ranked_examples.png" not in hub.files(REPO)
+    assert "![Ranked examples](ranked_examples.webp)" in content(hub, "README.md").decode()
+
+    again = tmp_path / "again"
+    shutil.copytree(official_checkpoint, again)
+    shutil.copyfile(tmp_path / "drawn.png", again / "ranked_examples.png")
+    folder = write_repository(again, tmp_path / "copied", REPO)
+    assert (folder / "ranked_examples.png").read_bytes() == (tmp_path / "drawn.png").read_bytes()
+    assert line in (folder / "README.md").read_text()
+
+
+def test_pictures_that_are_refused(official_checkpoint: Path, tmp_path: Path, error: Callable[..., str]) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (40, 30)).save(tmp_path / "other.bmp")
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate((10 << 20) + 1)
+    arguments = ["push", official_checkpoint, "--repo-id", REPO, "--dry-run", tmp_path / "dry"]
+    for name in ("text.png", "other.bmp", "large.png", "missing.png"):
+        assert name in error(*arguments, "--picture", tmp_path / name)
+    assert not (tmp_path / "dry").exists()
 
 
 def test_results_are_in_percent_with_their_intervals(official_checkpoint: Path, tmp_path: Path) -> None:
@@ -329,24 +437,37 @@ def test_results_are_in_percent_with_their_intervals(official_checkpoint: Path, 
         file.write_text(json.dumps({**RESULTS, "dataset": dataset, "metrics": metrics, "protocol": protocol}))
         return file
 
-    files = [result("long", 1000), result("short", 20, first_images=20), result("the first | line", 9)]
-    card = card_of(official_checkpoint, tmp_path / "out", results=files)
-    rows = [line.replace("\\|", "/")[2:-2].split(" | ") for line in card.text.splitlines() if line.startswith("| A")]
-    data = "A/B &lt;b&gt;"
-    assert rows == [
-        [data, "long captions", "1000", "image to text, R@1 (%)", "6.25 (1.25 to 10.00)"],
-        [data, "long captions", "1000", "image to text, R@10 (%)", "100.00"],
-        [data, "long captions", "1000", "image to text, median rank", "6.5"],
-        [data, "short captions", "the first 20", "image to text, R@1 (%)", "6.25 (1.25 to 10.00)"],
-        [data, "short captions", "the first 20", "image to text, R@10 (%)", "100.00"],
-        [data, "short captions", "the first 20", "image to text, median rank", "6.5"],
-        [data, "the first / line", "9", "image to text, R@1 (%)", "6.25 (1.25 to 10.00)"],
-        [data, "the first / line", "9", "image to text, median rank", "6.5"],  # R@10 of 9 says nothing
+    cut = {"normalization": "stripped", "num_texts_cut": 3, "max_length": 64}
+    files = [
+        result("long", 1000, **cut),
+        result("short", 20, first_images=20, num_texts=100, normalization=None),
+        result("the first | line", 9),
     ]
+    card = card_of(official_checkpoint, tmp_path / "out", results=files)
+    shown = card.text.split("## Results")[1].split("## How")[0].replace("\\|", "/")
+    about = re.findall(r"^\*\*A/B &lt;b&gt;\*\*: (.*)\. 95 % intervals in parentheses\.$", shown, flags=re.MULTILINE)
+    assert about == [
+        "1,000 images; 1 text per image; long captions; captions normalised; 3 texts cut at 64 tokens",
+        "the first 20 images; 5 texts per image; short captions; captions not normalised",
+        "9 images; 1 text per image; captions: the first / line",
+    ]
+    head, values = ["R@1 (%)", "R@10 (%)", "median rank"], ["6.25 (1.25 to 10.00)", "100.00", "6.5"]
+    rows = [line[2:-2].split(" | ") for line in shown.splitlines() if line.startswith(("| direction", "| image"))]
+    without = [head[::2], values[::2]]  # R@10 of 9 candidates is always 100
+    assert [row[1:] for row in rows] == [head, values, head, values, *without]
     entries = card.data.to_dict()["model-index"][0]["results"]
     assert [entry["dataset"].get("config") for entry in entries] == [
         *("long captions", "short captions, first 20 images", None)
     ]
+
+
+def test_results_of_a_classification(official_checkpoint: Path, tmp_path: Path) -> None:
+    metrics = {"accuracy_top1": 0.5, "accuracy_top1_low": 0.25, "accuracy_top1_high": 0.75, "other|<b>": 1.5}
+    content = {**RESULTS, "metrics": metrics, "protocol": {"num_images": 40, "num_classes": 10}}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    text = card_of(official_checkpoint, tmp_path / "out", results=tmp_path / "results.json").text
+    assert "40 images; 10 classes" in text
+    assert "| top-1 accuracy (%) | 50.00 (25.00 to 75.00) |\n| other\\|&lt;b&gt; | 1.5 |" in text
 
 
 @pytest.mark.slow
@@ -413,11 +534,11 @@ def test_the_card_in_the_repository(published: Hub, official_checkpoint: Path, t
     longer = shutil.copytree(official_checkpoint, tmp_path / "longer")
     settings = json.loads((longer / "tokenizer_config.json").read_text())
     (longer / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 100}))
-    push(longer, REPO, card=CardFields(language="de"))  # nobody changed the text: it is written anew
+    push(longer, REPO, card=CardFields(language="de"))  # the text was not edited: it is replaced
     card = ModelCard(content(published, "README.md").decode())
     assert "100 tokens" in card.text
     assert "126 tokens" not in card.text
-    assert "The text encoder reads German." in card.text
+    assert "German" in card.text
     assert (card.data.license, card.data.language) == ("apache-2.0", ["de"])
 
     for theirs in (OWN_CARD, ours.replace(b"# tiny", b"# Our tiny model")):
@@ -474,7 +595,7 @@ def test_files_that_are_no_results(
     assert not (tmp_path / "dry").exists()
 
 
-# What goes wrong on the way there
+# Errors of publishing
 
 
 @pytest.mark.slow
@@ -573,7 +694,7 @@ def test_every_auto_class_and_revisions(published: Hub, official_checkpoint: Pat
     config = AutoConfig.from_pretrained(REPO)
     assert type(AutoModel.from_pretrained(REPO, config=config.text_config)) is LoTLIPTextModel
     assert type(AutoModel.from_pretrained(REPO, config=config.vision_config)) is LoTLIPVisionModel
-    # the installed code runs, also where the repository's is asked for
+    # the installed code runs, despite trust_remote_code=True
     assert type(AutoModel.from_pretrained(REPO, trust_remote_code=True)) is LoTLIPModel
 
 
@@ -661,7 +782,7 @@ def test_loading_without_the_package(published: Hub, official_checkpoint: Path, 
     assert answers["again"] == answers["logit"]
     whole = {name for name in contents(tmp_path / "whole") if "__pycache__" not in name}
     assert whole == FILES - {"README.md", *SENTENCE_TRANSFORMERS}
-    # and the installed package gives the same number
+    # the installed package gives the same logit
     model, processor = load_model(tmp_path / "whole")
     inputs = processor(text=["A cat. It sleeps."], images=Image.new("RGB", (50, 40), "red"), return_tensors="pt")
     with torch.no_grad():
@@ -675,13 +796,13 @@ def test_loading_without_the_package(published: Hub, official_checkpoint: Path, 
     torch.testing.assert_close(embeddings, expected, rtol=0, atol=1e-5)
 
 
-# What goes wrong on the way back
+# Errors of loading
 
 
 @pytest.mark.parametrize("status", [401, 500])
 def test_a_hub_that_does_not_give(published: Hub, status: int) -> None:
     published.faults.append(Fault("GET", r"\.safetensors$", Answer(status), times=99))
-    with pytest.raises(OSError) as caught:  # noqa: PT011  (whatever the client says of it)
+    with pytest.raises(OSError) as caught:  # noqa: PT011  (the message is the client's)
         AutoModel.from_pretrained(REPO)
     assert "safetensors there" not in str(caught.value)
     published.faults.clear()

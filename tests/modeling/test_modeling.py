@@ -153,7 +153,7 @@ def test_corner_tokens_are_the_stock_backbone_with_them_behind_cls(bidirectional
     words = model.get_input_embeddings()(ids)
     corners = model.corner_embeds.expand(3, -1, -1)
     allowed = torch.ones(9 + m, 9 + m, dtype=torch.bool)
-    allowed[:, 1 : m + 1] = False  # nobody sees a corner
+    allowed[:, 1 : m + 1] = False  # no token attends to corner tokens
     allowed[1 : m + 1, 0] = False  # nor does a corner see [CLS]
     allowed.fill_diagonal_(True)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_corner_tokens_are_the_stock_backbone_with_them_behind_cls(bidirectional
             position_ids=(torch.arange(9 + m) + offset(model.config)).expand(3, -1),
         ).last_hidden_state
         ours = model(ids, output_corner_embeds=True)
-        pooled = [model.backbone.pooler(stock[:, [place]]) for place in range(m + 1)]
+        pooled = [model.backbone.pooler(stock[:, [index]]) for index in range(m + 1)]
     text = torch.cat([stock[:, :1], stock[:, m + 1 :]], dim=1)
     torch.testing.assert_close(ours.last_hidden_state, text, **TOLERANCE)
     features = torch.cat([ours.pooler_output.unsqueeze(1), ours.corner_embeds], dim=1)

@@ -252,12 +252,10 @@ def long_clip_table(positions: torch.Tensor) -> torch.Tensor:
     kept, count = 20, len(positions)
     table = torch.zeros(4 * count - 3 * kept, positions.shape[1])
     table[:kept] = positions[:kept]
-    for place in range(kept, count):
-        step = (
-            positions[place + 1] if place + 1 < count else 2 * positions[place] - positions[place - 1]
-        ) - positions[place]
+    for row in range(kept, count):
+        step = (positions[row + 1] if row + 1 < count else 2 * positions[row] - positions[row - 1]) - positions[row]
         for quarter in range(4):
-            table[kept + 4 * (place - kept) + quarter] = positions[place] + quarter / 4 * step
+            table[kept + 4 * (row - kept) + quarter] = positions[row] + quarter / 4 * step
     return table
 
 

@@ -183,7 +183,7 @@ def test_curve_of_one_line(path, tmp_path, entry):
 @pytest.mark.parametrize("entry", [{"step": 0, "note": "started"}, {"step": 1, "loss": float("nan")}])
 def test_curve_of_nothing(path, tmp_path, entry):
     RunLog(path).write(entry)
-    with pytest.raises(ValueError, match="nothing to draw"):
+    with pytest.raises(ValueError, match="loss"):
         draw_curve(path, tmp_path / "curve.png")
     assert not (tmp_path / "curve.png").exists()
 
@@ -193,5 +193,5 @@ def test_curve_without_matplotlib(path, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install lotlip-hf\[train\]"):
+    with pytest.raises(ImportError, match="train"):
         draw_curve(path, tmp_path / "curve.png")

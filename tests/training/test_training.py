@@ -381,8 +381,8 @@ def test_a_killed_run_resumes_bitwise(kind: str, start: Path, tmp_path: Path) ->
         argv = ["--output", str(killed), "--resume"]
         if number == 0:
             assert not list_checkpoints(killed)
-        assert ("starting anew" in ended.text) == is_anew
-    assert "Going on from" in finish(argv, tmp_path)
+        assert ("new run" in ended.text) == is_anew
+    assert "Resuming from" in finish(argv, tmp_path)
     assert_same_run(undisturbed, killed)
 
 

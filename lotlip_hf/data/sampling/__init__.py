@@ -1,10 +1,10 @@
 """
-How the texts of a training step are drawn: one file and one line in `STRATEGIES` for each strategy.
+Strategies that draw the texts of a step. To add a strategy, write a file in this folder and list it in `STRATEGIES`.
 
-A strategy is a frozen dataclass whose fields are options of `TrainingConfig`, by name. Called with the records of a
-process's batch and a random generator for each, it draws the texts of each. A generator is seeded by (seed, epoch,
-record id) alone, so draws are the same in a resumed run, and, if texts of a batch are not mixed, for any number of
-processes.
+A strategy is a frozen dataclass whose fields have the names of options of `TrainingConfig`. A strategy is called with
+the records of a batch and one random generator per record, and returns the texts of each record. The seed of a
+generator is (seed, epoch, record id), so that a resumed run draws the same texts. Unless a strategy mixes texts of
+different records, the number of processes does not change the texts.
 """
 
 from typing import Any

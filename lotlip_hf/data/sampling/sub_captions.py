@@ -1,4 +1,4 @@
-"""Sub-captions: consecutive sentences of the long captions, three at random in each step, as the LoTLIP paper does."""
+"""Sub-captions: three random consecutive sentences of a long caption, as in the LoTLIP paper."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,31 +12,31 @@ from ..sentences import SPLITTERS
 @dataclass(frozen=True)
 class SubCaptions:
     """
-    Draws the long texts of an image from its long captions; the short caption is the short text.
+    Draws the long texts of a record: sub-captions of its long captions. The short caption is the short text.
 
-    Every captioner is drawn from once before one is drawn from again, and of one caption no sub-caption twice before
-    all of them were. Captions without a sentence are passed over; if no other is left, the short caption stands in.
+    The long captions are used in turn, and no sub-caption is drawn again before all others of its caption. Captions
+    without a sentence are skipped. If all captions are skipped, the long texts are copies of the short caption.
 
     Args:
-        num_long_texts (`int`, *optional*, defaults to 3):
-            Long texts per image and step; 0 trains on the short captions alone.
-        num_sentences (`int`, *optional*, defaults to 3):
-            Consecutive sentences of a long text; `None` or 0 takes the whole caption. A caption with fewer is taken
-            whole.
-        captioners (`tuple[int, ...]`, *optional*):
-            Which of a record's long captions are drawn from, by their index in `long_captions`; by default all.
-        sentence_order (`str`, *optional*, defaults to `"written"`):
-            `"written"` keeps the drawn sentences in the caption's order, `"shuffled"` draws one.
-        splitter (`str`, *optional*, defaults to `"sentences"`):
-            `"sentences"` (`split_sentences`), or `"full_stops"` as in the official code (`split_full_stops`).
+        num_long_texts (`int`, *optional*, defaults to 3): Number of long texts per image and step. 0 trains only on
+            short captions.
+        num_sentences (`int`, *optional*, defaults to 3): Number of sentences in a long text. `None` or 0 uses whole
+            captions. A caption with fewer sentences is used whole.
+        captioners (`tuple[int, ...]`, *optional*): Indices of the long captions in `long_captions` to draw from.
+            Defaults to all.
+        sentence_order (`str`, *optional*, defaults to `"written"`): `"written"` keeps the order of the sentences,
+            `"shuffled"` shuffles them.
+        splitter (`str`, *optional*, defaults to `"sentences"`): `"sentences"` (`split_sentences`), or `"full_stops"`
+            as in the official code (`split_full_stops`).
 
     Raises:
-        ValueError: if an option is out of range; when called, if `captioners` asks for captions that a record lacks.
+        `ValueError`: If an option is out of range or, when called, if a record lacks a caption in `captioners`.
 
     Example:
 
     ```python
     >>> from random import Random
+    >>> from lotlip_hf.data.sampling import SubCaptions
 
     >>> captions = ["A cat. It is grey. It sleeps. It dreams.", "A grey cat is asleep."]
     >>> record = {"image": "cat.jpg", "id": "cat.jpg", "short_caption": "a cat", "long_captions": captions}
@@ -57,17 +57,15 @@ class SubCaptions:
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         if self.captioners is not None:
-            object.__setattr__(self, "captioners", tuple(self.captioners))  # a YAML file gives a list
+            object.__setattr__(self, "captioners", tuple(self.captioners))  # a YAML file has a list
             if min(self.captioners, default=-1) < 0 or len(set(self.captioners)) < len(self.captioners):
-                raise ValueError(
-                    f"`captioners` must be different indices of long captions, from 0, got {self.captioners}."
-                )
+                raise ValueError(f"`captioners` must be different indices >= 0, got {self.captioners}.")
         for name, choices in (("sentence_order", ("written", "shuffled")), ("splitter", tuple(SPLITTERS))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
 
     def __call__(self, records: Sequence[Record], rngs: Sequence[Random]) -> list[Texts]:
-        """The texts of each record, drawn by its own generator."""
+        """Draws the texts of each record with its random generator."""
         return [self._draw(record, rng) for record, rng in zip(records, rngs, strict=True)]
 
     def _draw(self, record: Record, rng: Random) -> Texts:
@@ -77,8 +75,8 @@ class SubCaptions:
         captioners = range(len(long)) if self.captioners is None else self.captioners
         if captioners and max(captioners) >= len(long):
             raise ValueError(
-                f"record {record['id']}: `captioners` asks for long caption {max(captioners)}, but the record has "
-                f"{len(long)}, numbered from 0"
+                f"record {record['id']} has {len(long)} long captions, but `captioners` has the index "
+                f"{max(captioners)}. Indices start at 0."
             )
         split = SPLITTERS[self.splitter]
         captions = [sentences for captioner in captioners if (sentences := split(long[captioner]))]

@@ -1,4 +1,4 @@
-"""Whole captions: each record's short caption and one long caption, by which models are evaluated."""
+"""Whole captions: the short caption and one long caption of each record, for evaluation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,25 +12,26 @@ from .sub_captions import SubCaptions
 @dataclass(frozen=True)
 class WholeCaptions:
     """
-    Takes the short caption and one long caption, whole. Without a long caption the short one stands in.
+    Uses the short caption and one whole long caption of a record. A record without long captions uses its short
+    caption twice.
 
     Args:
-        captioners (`tuple[int, ...]`, *optional*):
-            The first of these is the index of the long caption; by default it is the record's first.
-        splitter (`str`, *optional*, defaults to `"sentences"`): see [`SubCaptions`].
+        captioners (`tuple[int, ...]`, *optional*): Indices of long captions, of which only the first is used. Defaults
+            to the first long caption.
+        splitter (`str`, *optional*, defaults to `"sentences"`): See [`SubCaptions`].
 
     Raises:
-        ValueError: if an option is out of range; when called, if a record lacks the caption of `captioners`.
+        `ValueError`: If an option is out of range or, when called, if a record lacks the caption.
     """
 
     captioners: tuple[int, ...] | None = None
     splitter: Literal["sentences", "full_stops"] = "sentences"
 
     def __post_init__(self) -> None:
-        SubCaptions(1, None, self.captioners, splitter=self.splitter)  # checks them
+        SubCaptions(1, None, self.captioners, splitter=self.splitter)  # checks the options
 
     def __call__(self, records: Sequence[Record], rngs: Sequence[Random]) -> list[Texts]:
-        """The texts of each record; nothing is drawn."""
+        """Returns the texts of each record. The random generators are not used."""
         if self.captioners is None:
             records = [{**record, "long_captions": record["long_captions"][:1]} for record in records]
         return SubCaptions(1, None, self.captioners and self.captioners[:1], splitter=self.splitter)(records, rngs)

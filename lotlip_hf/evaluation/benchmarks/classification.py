@@ -1,4 +1,4 @@
-"""Classification of one's own images: a folder of one folder a class, or a table."""
+"""Classification of your own images, in folders of classes or a table."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """The images by class."""
+    """Yields the images with their classes."""
     data = source.data or ""
     if is_table(source):
         yield from table_classes(source)
@@ -28,7 +28,7 @@ def rows(source: Source) -> Iterator[Row]:
         and {one.lower() for one in classes} <= SPLIT_NAMES
         and any(class_folders(folder / one) for one in classes)
     ):
-        raise ValueError(f"`split`: {folder} holds {', '.join(classes)}; say which (--split).")
+        raise ValueError(f"{folder} has the splits {', '.join(classes)}. Pass one as `split` (--split).")
     found = images_by_class(source, folder, classes)
     own = [one.replace("_", " ") for one in classes]
     name_classes(source, own, "folder names, _ as space", len(classes))
@@ -39,8 +39,8 @@ TASK = Task(
     key="classification",
     name="classification",
     id="classification",
-    description="any folder of one folder a class, or data set with classes",
-    source="it is your own. Pass a folder of one folder a class, or the name of a data set on the Hub.",
+    description="your own images with classes",
+    source="use your own images. Pass a folder with one folder for each class, or the id of a data set on the Hub.",
     rows=rows,
     options=("num_images", "split", *TABLE_OPTIONS, "label_column", "class_names"),
 )

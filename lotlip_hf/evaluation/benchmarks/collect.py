@@ -1,4 +1,4 @@
-"""What a benchmark is, what its reader yields, and how the rows become a data set to score."""
+"""Benchmark tasks, the rows of their readers, and the conversion of rows to a data set."""
 
 import logging
 import os
@@ -16,38 +16,36 @@ from .files import ImageFinder, shown
 logger = logging.getLogger(__name__)
 
 NORMALIZATION = 'split at line ends, "</s>" and full stops; stripped; joined with ". "'
-# Of tasks that are read from tables too: on the Hub, or in a folder.
+# Options of tasks that can also be read from tables, on the Hub or in a folder.
 TABLE_OPTIONS = ("revision", "config", "image_column")
 
 
 @dataclass(frozen=True)
 class Options:
     """
-    The options of [`~lotlip_hf.evaluation.benchmarks.registry.load_benchmark`]; with `None` the task decides.
+    Options of [`~lotlip_hf.evaluation.benchmarks.registry.load_benchmark`]. `None` selects the default of the task.
 
     Args:
-        num_images (`int`, *optional*):
-            Take the first so many only, in the order of the benchmark; the results say so. Of folders by class the
-            first image of each class is taken, then the second, and so on; a table that is sorted by class gives its
-            first classes alone. For `scenes` it is how many there are (500).
-        split (`str`, *optional*): the split; by default the one that is commonly reported.
-        revision (`str`, *optional*): branch, tag or commit of a data set on the Hub.
-        config (`str`, *optional*): configuration of a data set on the Hub that has several.
-        image_column (`str`, *optional*): column of the images, in tables and records.
-        text_column (`str`, *optional*): column of the texts: one, or a list of them.
-        label_column (`str`, *optional*): column of the classes: numbers or names.
-        class_names (`str` or `os.PathLike`, *optional*):
-            A file with a class name in each line, in the order of the classes; or `"openai"` for the names that CLIP
-            was evaluated with on ImageNet, as open_clip holds them. By default those of the data.
-        captions (`str`, *optional*):
-            In `retrieval` and `scenes`: `"long"` (the default) takes the first long caption of each image, `"all"`
-            every one, `"short"` the short caption.
-        normalize (`bool`, *optional*):
-            Whether captions go through [`normalize_caption`]. By default all do but short ones.
-        image_root (`str` or `os.PathLike`, *optional*):
-            The folder that images must lie in, links followed; by default the data's own.
-        max_record_bytes (`int`, *optional*):
-            In `retrieval`: as in [`~lotlip_hf.data.records.load_records`].
+        num_images (`int`, *optional*): Use only the first images of the benchmark; the results record this number.
+            From folders of classes, the first image of each class is used, then the second, and so on. From a table
+            sorted by class, only the first classes are used. For `scenes`, the number of scenes (500 by default).
+        split (`str`, *optional*): Split. Defaults to the one that papers report.
+        revision (`str`, *optional*): Branch, tag or commit of a data set on the Hub.
+        config (`str`, *optional*): Configuration of a data set on the Hub.
+        image_column (`str`, *optional*): Column of the images in a table or records.
+        text_column (`str`, *optional*): Column of the texts, with a text or a list of texts.
+        label_column (`str`, *optional*): Column of the classes, with numbers or names.
+        class_names (`str` or `os.PathLike`, *optional*): A file with one class name per line, in the order of the
+            classes, or `"openai"` for CLIP's names of the ImageNet classes, which need open_clip. Defaults to the
+            names in the data.
+        captions (`str`, *optional*): For `retrieval` and `scenes`: `"long"` (the default) for the first long caption
+            of each image, `"all"` for all long captions, or `"short"` for the short caption.
+        normalize (`bool`, *optional*): Whether to normalise captions with [`normalize_caption`]. Defaults to `True`
+            for long captions and `False` for short ones.
+        image_root (`str` or `os.PathLike`, *optional*): Folder that must contain the images, after links are resolved.
+            Defaults to the folder of the data.
+        max_record_bytes (`int`, *optional*): Maximum size of a record for `retrieval`, as in
+            [`~lotlip_hf.data.records.load_records`].
     """
 
     num_images: int | None = None
@@ -70,11 +68,11 @@ class Row:
     An image of a benchmark, with its texts or its class.
 
     Args:
-        name (`str`): what messages call the image.
-        images (`Sequence[Path]`): the files that it may be, the first that is there counts.
-        load (`Callable`, *optional*): gives the image, where it is no file of its own.
-        texts (`Sequence[str | None]`): its captions; `None` for one that is missing.
-        label (`int`, *optional*): the index of its class.
+        name (`str`): Name of the image in messages.
+        images (`Sequence[Path]`, *optional*): Candidate paths of the image; the first one that exists is used.
+        load (`Callable`, *optional*): Function that returns the image if it is not a separate file.
+        texts (`Sequence[str | None]`, *optional*): Captions; `None` for a missing one.
+        label (`int`, *optional*): Index of its class.
     """
 
     name: str
@@ -90,20 +88,20 @@ class Task:
     A benchmark.
 
     Args:
-        key (`str`): what `--task` calls it.
-        name (`str`): what a table calls it.
-        id (`str`): what its data set is called on the Hub, or a name of its own.
-        description (`str`): what is scored, in a line.
-        source (`str`): where to get it, and how its folder is laid out.
-        rows (`Callable[[Source], Iterator[Row]]`): its reader.
-        options (`tuple[str, ...]`): the names of the [`Options`] that it has.
-        num_images (`int`, *optional*): images of the whole; fewer are refused.
-        num_texts (`int`, *optional*): texts of the whole; fewer are refused.
-        captions_per_image (`int`, *optional*): texts of each image; fewer are refused.
-        normalize (`bool`, *optional*, defaults to `True`): whether its captions are normalised by default.
-        split (`str`, *optional*): the split that it is scored on.
-        hub_id (`str`, *optional*): the data set on the Hub that is read if no data is given.
-        hub_revision (`str`, *optional*): the revision of it.
+        key (`str`): Name for `--task`.
+        name (`str`): Name for tables.
+        id (`str`): Hub id of its data set, or another identifier.
+        description (`str`): One-line description.
+        source (`str`): Where to download it, and the layout of its folder.
+        rows (`Callable[[Source], Iterator[Row]]`): Its reader.
+        options (`tuple[str, ...]`): Names of the [`Options`] that it supports.
+        num_images (`int`, *optional*): Number of images; fewer are an error.
+        num_texts (`int`, *optional*): Number of texts; fewer are an error.
+        captions_per_image (`int`, *optional*): Number of texts of each image; fewer are an error.
+        normalize (`bool`, *optional*, defaults to `True`): Whether its captions are normalised by default.
+        split (`str`, *optional*): Split that papers report.
+        hub_id (`str`, *optional*): Data set on the Hub that is read if no data is passed.
+        hub_revision (`str`, *optional*): Revision of `hub_id`.
     """
 
     key: str
@@ -123,7 +121,7 @@ class Task:
 
 
 class ClassNames(NamedTuple):
-    """The names of the classes, and where they come from."""
+    """Names of the classes, and a description of their origin."""
 
     names: list[str]
     source: str
@@ -132,17 +130,16 @@ class ClassNames(NamedTuple):
 @dataclass
 class Source:
     """
-    What a task is read from, and what its reader learns of it.
+    The data of a task. `load_benchmark` sets `task`, `data` and `options`; the reader sets the other fields. `id`,
+    `name`, `split` and `revision` replace those of the task.
 
     Args:
-        task, data, options: as `load_benchmark` was given them.
-        where (`str`): what messages call it.
-        roots (`tuple[str, ...]`): the folders that images must lie in.
-        id, name, split, revision: of the data, if not the task's.
-        protocol (`dict[str, Any]`): how the rows were chosen.
-        classes (`ClassNames`, *optional*): of a classification task.
-        known (`Collection[str]`, *optional*):
-            Names of image files that are of the benchmark, scored or not: other images beside them are told of.
+        where (`str`): Name of the data in messages.
+        roots (`tuple[str, ...]`): Folders that must contain the images.
+        protocol (`dict[str, Any]`): Settings by which the rows were chosen.
+        classes (`ClassNames`, *optional*): Classes of a classification task.
+        known (`Collection[str]`, *optional*): Names of all image files of the benchmark. Other images in their folders
+            are logged.
     """
 
     task: Task
@@ -160,56 +157,55 @@ class Source:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of the split that is commonly reported is to be scored."""
+        """Whether the evaluation covers the whole split that papers report."""
         return self.options.num_images is None and self.options.split in (None, self.task.split)
 
     def folder(self) -> Path:
-        """The folder that was given."""
+        """Returns the folder in `data`, and sets the fields that depend on it."""
         if not os.path.isdir(self.data or ""):
-            raise FileNotFoundError(f"{self.data}: no such folder. {self.task.name}: {self.where_to_get_it}")
+            raise FileNotFoundError(f"{self.data}: no such folder. Pass the folder of {self.task.name}. {self.advice}")
         for option in (*TABLE_OPTIONS, "text_column", "label_column"):
             if getattr(self.options, option) is not None:
-                raise ValueError(f"`{option}` is for data sets on the Hub and tables, and {self.data} is neither.")
+                raise ValueError(f"`{option}` is only for data sets on the Hub and tables. Omit it for {self.data}.")
         self.where = self.data or ""
         self.roots = (os.fspath(self.options.image_root or self.where),)
         self.split = self.options.split or self.task.split
         return Path(self.where)
 
     def file(self, *names: str) -> Path:
-        """The first of these files in the folder that is there."""
+        """Returns the first of these files that exists in the folder."""
         folder = self.folder()
         for name in names:
             if (folder / name).is_file():
                 return folder / name
-        raise self.incomplete(f"{folder} holds no {names[0]}, neither at the top nor where else it may be")
+        raise self.incomplete(f"{folder} contains none of {', '.join(names)}")
 
     def check_split(self, splits: Iterable[str]) -> str:
-        """The split to read, if it is one of those that there are."""
+        """Returns the split to read, or raises an error if it does not exist."""
         splits = sorted(set(splits))
         if self.split not in splits:
-            raise ValueError(f"`split`: {self.where} has no {self.split!r}; it has {', '.join(splits)}.")
+            raise ValueError(f"{self.where} has no split {self.split!r}. Pass `--split` {' or '.join(splits)}.")
         return self.split
 
     @property
-    def where_to_get_it(self) -> str:
-        """A sentence for messages."""
+    def advice(self) -> str:
+        """Sentence that says where to download the data."""
         return f"Where to get it: {self.task.source}"
 
-    def incomplete(self, problem: str, *, first_alone: bool = False) -> IncompleteDataError:
-        """The error for what is missing; with `first_alone` it tells of `num_images`, which may do without."""
-        advice = " To score the first N images alone: num_images=N (--num-images N)." if first_alone else ""
+    def incomplete(self, problem: str, *, suggest_part: bool = False) -> IncompleteDataError:
+        """Makes the error for incomplete data; with `suggest_part`, its message suggests `num_images`."""
+        part = " To score only the first N images, pass num_images=N (--num-images N)." if suggest_part else ""
         return IncompleteDataError(
-            f"{self.task.name} is not complete: {problem}. Nothing is scored on what is there. "
-            f"{self.where_to_get_it}{advice}"
+            f"{self.task.name} is incomplete, so nothing is scored: {problem}. {self.advice}{part}"
         )
 
 
 class LazyImages(Sequence[ImageSource]):
     """
-    Images of which some are read when they are asked for.
+    A sequence of images. An item that is a function is called on access and returns the image.
 
     Args:
-        images (`Sequence`): paths, and functions that give an image.
+        images (`Sequence`): Paths, and functions that return an image.
     """
 
     def __init__(self, images: Sequence[str | Callable[[], ImageSource]]) -> None:
@@ -227,14 +223,14 @@ class LazyImages(Sequence[ImageSource]):
 
 def normalize_caption(text: str) -> str:
     """
-    Normalises a caption as the official LoTLIP evaluation does: split at every line end, `</s>` and full stop, those
-    of abbreviations and numbers included; strip; drop what is empty; join with `". "`.
+    Normalises a caption like the official LoTLIP evaluation: splits it at every line end, `</s>` and full stop (also
+    in abbreviations and numbers), strips the parts, and joins those that are not empty with `". "`.
 
     Args:
-        text (`str`): a caption.
+        text (`str`): The caption.
 
     Returns:
-        `str`: the caption, without a full stop at its end; empty if nothing else was in it.
+        `str`: The normalised caption without a final full stop, or `""` if no part is left.
 
     Example:
 
@@ -248,22 +244,23 @@ def normalize_caption(text: str) -> str:
 
 def collect(source: Source) -> RetrievalData | ClassificationData:
     """
-    The rows of a benchmark as a data set: images are found, captions normalised, and what is missing is an error.
+    Reads a benchmark, finds its images and normalises its captions.
 
     Args:
-        source (`Source`): what to read.
+        source (`Source`): The data of the task.
 
     Returns:
-        `RetrievalData` or `ClassificationData`.
+        `RetrievalData` or `ClassificationData`: The data set.
 
     Raises:
-        IncompleteDataError: if images, captions or classes are missing; it names the first of each.
+        `IncompleteDataError`: If images, captions or classes are missing; the message names the first of each.
+        `ValueError`: If a class has no name.
     """
     task, options = source.task, source.options
     try:
         rows = list(islice(task.rows(source), options.num_images))
-    except (AttributeError, IndexError, KeyError, TypeError) as error:  # of another form than the reader takes
-        raise source.incomplete(f"its files are not as published ({type(error).__name__}: {error})") from error
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # JSON of an unexpected structure
+        raise source.incomplete(f"a file is not in the published format ({type(error).__name__}: {error})") from error
     _check_count(source, len(rows))
     missing: dict[str, list[str]] = {}
     finder = ImageFinder(source.roots)
@@ -279,8 +276,9 @@ def collect(source: Source) -> RetrievalData | ClassificationData:
     for index, row in enumerate(rows if source.classes is None else ()):
         if len(row.texts) < (task.captions_per_image or 1):
             wanted = task.captions_per_image
-            said = f"{row.name}: {len(row.texts)} of {wanted}" if wanted else row.name
-            missing.setdefault("captions", []).append(said)
+            missing.setdefault("captions", []).append(
+                f"{row.name}: {len(row.texts)} of {wanted}" if wanted else row.name
+            )
         for text in row.texts:
             text = normalize_caption(text) if normalize and text is not None else text
             if text is None or not text.strip():
@@ -289,10 +287,10 @@ def collect(source: Source) -> RetrievalData | ClassificationData:
             texts.append(text)
             text_to_image.append(index)
     if missing:
-        lacks = (f"{len(names)} {kind} are missing ({shown(names)})" for kind, names in missing.items())
-        raise source.incomplete(f"of {len(rows)} images, {', and '.join(lacks)}", first_alone=True)
+        parts = (f"{len(names)} {kind} are missing ({shown(names)})" for kind, names in missing.items())
+        raise source.incomplete(f"of {len(rows)} images, {', and '.join(parts)}", suggest_part=True)
     if source.known is not None and options.num_images is None:
-        _tell_of_others(source, finder, images)
+        _warn_of_others(source, finder, images)
     common: dict[str, Any] = {
         "id": source.id or task.id,
         "name": source.name or task.name,
@@ -307,12 +305,15 @@ def collect(source: Source) -> RetrievalData | ClassificationData:
     if source.classes is not None:
         labels = [cast(int, row.label) for row in rows]
         if wrong := sorted({label for label in labels if not 0 <= label < len(source.classes.names)}):
-            raise ValueError(f"{source.where}: class {wrong[0]}, and there are {len(source.classes.names)} names.")
+            raise ValueError(
+                f"{source.where} has class {wrong[0]}, but only {len(source.classes.names)} names. Pass `class_names` "
+                "(--class-names)."
+            )
         source.protocol["class_names"] = source.classes.source
         return ClassificationData(labels=labels, class_names=source.classes.names, **common)
     if source.is_whole and task.num_texts is not None and len(texts) < task.num_texts:
-        problem = f"its {len(rows)} images have {len(texts)} texts, not {task.num_texts}"
-        raise source.incomplete(problem, first_alone=True)
+        problem = f"its {len(rows)} images have {len(texts)} texts instead of {task.num_texts}"
+        raise source.incomplete(problem, suggest_part=True)
     source.protocol["normalization"] = NORMALIZATION if normalize else None
     source.protocol["num_duplicate_texts"] = len(texts) - len(set(texts))
     return RetrievalData(texts=texts, text_to_image=text_to_image, **common)
@@ -321,17 +322,17 @@ def collect(source: Source) -> RetrievalData | ClassificationData:
 def _check_count(source: Source, count: int) -> None:
     wanted, expected = source.options.num_images, source.task.num_images if source.is_whole else None
     if count < (least := wanted or expected or 1):
-        raise source.incomplete(f"{source.where} has {count} images of {least}", first_alone=True)
+        raise source.incomplete(f"{source.where} has {count} images of {least}", suggest_part=True)
     if expected is not None and count > expected:
-        logger.warning("%s has %d images, not the %d that are reported on.", source.where, count, expected)
+        logger.warning("%s has %d images; published results use %d.", source.where, count, expected)
 
 
-def _tell_of_others(source: Source, finder: ImageFinder, images: Sequence[Any]) -> None:
-    """Logs images beside those of the benchmark."""
+def _warn_of_others(source: Source, finder: ImageFinder, images: Sequence[Any]) -> None:
+    """Logs images that are in the folders but not in the benchmark."""
     paths = [Path(image) for image in images if isinstance(image, str)]
     known = {*(path.name for path in paths), *(source.known or ())}
     for folder in sorted({path.parent for path in paths}):
         if others := finder.others(folder, known):
             logger.warning(
-                "%s: %d images are not of the benchmark and left out: %s.", folder, len(others), shown(others)
+                "%s: %d images do not belong to the benchmark and are ignored: %s.", folder, len(others), shown(others)
             )

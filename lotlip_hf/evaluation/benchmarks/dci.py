@@ -1,4 +1,4 @@
-"""DCI: very long captions by people."""
+"""DCI: very long captions, written by people."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ CAPTIONS = ("short_caption", "extra_caption")
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Annotation files by split, and the photos that they name."""
+    """Yields the photos and captions in the annotation files of a split."""
     folders = ("", "densely_captioned_images/", "data/densely_captioned_images/")
     splits_file = source.file(*(f"{folder}splits.json" for folder in folders))
     splits, split = read_json(splits_file), source.split
@@ -32,10 +32,10 @@ TASK = Task(
     key="dci",
     name="DCI",
     id="facebook/DCI",
-    description="very long captions by people, all splits",
+    description="very long captions, written by people, all splits",
     source=(
-        "dci.tar.gz of github.com/facebookresearch/DCI (densely_captioned_images/ with splits.json and annotations/), "
-        "and sa_000138.tar of SA-1B, unpacked to densely_captioned_images/photos/."
+        "download dci.tar.gz from github.com/facebookresearch/DCI (densely_captioned_images/ with splits.json and "
+        "annotations/), and unpack sa_000138.tar of SA-1B to densely_captioned_images/photos/."
     ),
     rows=rows,
     options=("num_images", "split", "normalize"),

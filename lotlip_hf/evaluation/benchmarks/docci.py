@@ -1,4 +1,4 @@
-"""DOCCI: long captions by people of images that differ in details."""
+"""DOCCI: long captions, written by people, of images that differ in details."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from .tables import is_table, table_texts
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """The lines of the descriptions, or a table."""
+    """Yields the images and descriptions of a split, from DOCCI's files or a table."""
     if is_table(source):
         yield from table_texts(source, ("description", "caption", "text"), lambda text: [text])
         return
@@ -31,9 +31,10 @@ TASK = Task(
     key="docci",
     name="DOCCI",
     id="google/docci",
-    description="long captions by people of images that differ in details",
+    description="long captions, written by people, of images that differ in details",
     source=(
-        "google.github.io/docci: docci_descriptions.jsonlines, and docci_images.tar.gz unpacked to images/ beside it."
+        "download docci_descriptions.jsonlines and docci_images.tar.gz from google.github.io/docci. Unpack the images "
+        "to images/ in the same folder."
     ),
     rows=rows,
     options=("num_images", "split", *TABLE_OPTIONS, "text_column", "normalize"),

@@ -1,4 +1,4 @@
-"""Files of benchmarks: texts and JSON in them, and images that are looked up by name."""
+"""Files of benchmarks: lookup of images by name, and reading of texts and JSON."""
 
 import os
 import unicodedata
@@ -14,10 +14,10 @@ from ...images import MAX_FILE_BYTES, image_extensions
 
 class ImageFinder:
     """
-    Looks files up in folders that are listed once each.
+    Finds files by name, and lists each folder only once.
 
     Args:
-        roots (`Sequence[str]`): the folders that images must lie in, links followed.
+        roots (`Sequence[str]`): Folders that must contain the images, after links are resolved.
     """
 
     def __init__(self, roots: Sequence[str]) -> None:
@@ -26,11 +26,12 @@ class ImageFinder:
 
     def find(self, *paths: Path) -> str | None:
         """
-        The first of these files that is there. Its name may be spelled with other code points for the same letters, as
-        some systems unpack archives, and its extension in capitals; a name without one stands for an image's.
+        Returns the first of these files that exists, or `None`. Unicode normalisation and the case of the extension
+        may differ, because some systems change them when they unpack archives. A name without extension matches an
+        image with any extension.
 
         Raises:
-            ValueError: if it lies outside of the roots.
+            `ValueError`: If the file is outside of the roots.
         """
         for path in paths:
             names = self._names(path.parent)
@@ -42,7 +43,7 @@ class ImageFinder:
         return None
 
     def others(self, folder: Path, known: Collection[str]) -> list[str]:
-        """The images in a folder that are none of those known by name."""
+        """Returns the images in a folder whose names are not in `known`."""
         spellings = {_spelling(name) for name in known}
         spellings |= {os.path.splitext(name)[0] for name in spellings}
         images = {name for name in self._names(folder).values() if is_image_name(name)}
@@ -68,58 +69,58 @@ def _spelling(name: str) -> str:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file is taken for an image, by its name."""
+    """Whether a file name has the extension of an image."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in image_extensions()
 
 
 def shown(names: Sequence[str], most: int = 3) -> str:
-    """The first names of many, and how many more there are."""
+    """Lists the first names and the number of further ones."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def read_bytes(path: Path | zipfile.Path) -> bytes:
-    """A file's contents, or an error if it is too large."""
+    """Reads a file, and raises an error if it is too large."""
     if isinstance(path, Path):
         return read_regular(path, MAX_FILE_BYTES)
     if path.root.getinfo(path.at).file_size > MAX_FILE_BYTES:
-        raise ValueError(f"{printable(path)}: larger than {MAX_FILE_BYTES:,} bytes.")
+        raise ValueError(f"{printable(path)} is larger than {MAX_FILE_BYTES:,} bytes. Replace the file.")
     return path.read_bytes()
 
 
 def read_text(path: Path | zipfile.Path) -> str:
-    """A text file in UTF-8, or an error that names it."""
+    """Reads a UTF-8 text file, and raises an error that names it if that fails."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}).") from error
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Convert it.") from error
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file, or an error that names it."""
+    """Reads a JSON file, and raises an error that names it if that fails."""
     try:
         return parse_json(read_text(path))
     except ValueError as error:
-        raise ValueError(f"{path}: broken JSON ({error}).") from error
+        raise ValueError(f"{path} is not valid JSON ({error}). Download it again.") from error
 
 
 def field_of(row: Any, key: str, where: object) -> Any:
-    """A value of a row, or an error that says where it is missing."""
+    """Returns a field of a row, or raises an error with its location if it is missing."""
     if not isinstance(row, Mapping) or key not in row:
-        raise ValueError(f"{where}: expected a JSON object with {key!r}.")
+        raise ValueError(f"{where} is not a JSON object with {key!r}. Add the field.")
     return row[key]
 
 
 def string_of(row: Any, key: str, where: object) -> str:
-    """A string of a row, or an error that says where it is missing, or something else."""
+    """Returns a string field of a row, or raises an error with its location."""
     value = field_of(row, key, where)
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {key!r} must be a string, got {value!r:.80}.")
+        raise ValueError(f"{where}: {key!r} is {value!r:.80} instead of a string.")
     return value
 
 
 def caption_of(value: Any, where: object) -> str | None:
-    """A caption, `None` where it is missing, or an error if it is something else."""
+    """Returns a caption or `None`, or raises an error if the value has another type."""
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where}: expected a caption, a string, got {value!r:.80}.")
+        raise ValueError(f"{where}: the caption is {value!r:.80} instead of a string.")
     return value

@@ -1,4 +1,4 @@
-"""Data sets on the Hub: which commit is read, and what to do if the Hub does not give it."""
+"""Data sets on the Hub: the commit to read, and errors that say what to do."""
 
 import logging
 import re
@@ -26,48 +26,46 @@ COMMIT = re.compile("[0-9a-f]{40}")
 
 @contextmanager
 def from_hub(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Says what to do where the Hub does not give a data set."""
+    """Converts errors of the Hub in this context to a `ValueError` that says what to do."""
     try:
         yield
     except GatedRepoError as error:
         raise ValueError(
-            f"{repo_id}: its owners ask for something first. Agree to it on the data set's page on the Hub, and log "
-            "in with `hf auth login`."
+            f"{repo_id} is a gated data set. Accept its conditions on the Hub and log in with `hf auth login`."
         ) from error
     except OfflineModeIsEnabled as error:
         raise not_kept(repo_id, revision) from error
     except HfHubHTTPError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ValueError(
-            f"{repo_id}: there is no such folder, and the Hub has no such data set{at} or does not show it to this "
-            f"token ({reason_of(error)})."
+            f"{repo_id} is neither a folder nor a data set on the Hub{at} that is visible to this token "
+            f"({reason_of(error)}). Check the name, or log in with `hf auth login`."
         ) from error
     except (HTTPError, LocalEntryNotFoundError) as error:
         if constants.HF_HUB_OFFLINE:
             raise not_kept(repo_id, revision) from error
         raise ValueError(
-            f"{repo_id}: the Hub cannot be reached ({reason_of(error)}). With HF_HUB_OFFLINE=1 what was read of it "
-            "before is taken from the cache."
+            f"{repo_id}: the Hub cannot be reached ({reason_of(error)}). Set HF_HUB_OFFLINE=1 to use the cache."
         ) from error
 
 
 def not_kept(repo_id: str, what: str | None) -> ValueError:
-    """The error for what is not in the caches where HF_HUB_OFFLINE is set."""
+    """Makes the error for data that are not in the cache although HF_HUB_OFFLINE is set."""
     return ValueError(
-        f"{repo_id}: there is no such folder, HF_HUB_OFFLINE is set, and the cache does not have "
-        f"{f'{what} of it' if what else 'it'}. Run the same with HF_HUB_OFFLINE=0 once: what is read then is kept."
+        f"HF_HUB_OFFLINE is set, but {repo_id} is not a folder and {f'{what} of it' if what else 'it'} is not in the "
+        "cache. Run once with HF_HUB_OFFLINE=0 to fill the cache."
     )
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error's message."""
+    """Returns the first line of an error's message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def hub_commit(repo_id: str, revision: str | None) -> str:
     """
-    The commit that a revision of a data set on the Hub stands for; with HF_HUB_OFFLINE, stood for when something was
-    last read of it.
+    Returns the commit of a revision of a data set on the Hub. With HF_HUB_OFFLINE, it is the commit at the time of the
+    last download.
     """
     if constants.HF_HUB_OFFLINE:
         commit = revision
@@ -78,20 +76,20 @@ def hub_commit(repo_id: str, revision: str | None) -> str:
                 raise not_kept(repo_id, revision)
             commit = reference.read_text(encoding="utf-8").strip()
         logger.warning(
-            "%s: HF_HUB_OFFLINE is set; the commit %s in the cache is scored, which may not be the newest.",
+            "%s: HF_HUB_OFFLINE is set, so the commit %s in the cache is used. It may not be the newest.",
             repo_id,
             commit,
         )
         return commit
     with from_hub(repo_id, revision):
         commit = str(HfApi().dataset_info(repo_id, revision=revision).sha)
-        with suppress(RemoteEntryNotFoundError):  # the cache notes what the revision stands for, even if there is none
+        with suppress(RemoteEntryNotFoundError):  # records the commit in the cache, even without a README.md
             hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision)
     return commit
 
 
 def hub_archive(repo_id: str, revision: str | None, commit: str) -> str:
-    """The only zip archive of a data set on the Hub, downloaded or from the cache."""
+    """Downloads the only zip archive of a data set on the Hub, or finds it in the cache."""
     with from_hub(repo_id, revision):
         if constants.HF_HUB_OFFLINE:
             folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=commit, allow_patterns="*.zip"))
@@ -100,5 +98,7 @@ def hub_archive(repo_id: str, revision: str | None, commit: str) -> str:
             names = HfApi().list_repo_files(repo_id, repo_type="dataset", revision=commit)
         archives = [name for name in names if name.endswith(".zip")]
         if len(archives) != 1:
-            raise ValueError(f"{repo_id}: expected one zip archive, found {shown(archives) or 'none'}.")
+            raise ValueError(
+                f"{repo_id} must have exactly one zip archive, but has {shown(archives) or 'none'}. Pass a folder."
+            )
         return hf_hub_download(repo_id, archives[0], repo_type="dataset", revision=commit)

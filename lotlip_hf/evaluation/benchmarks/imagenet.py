@@ -1,4 +1,4 @@
-"""ImageNet's validation images, in folders by class or all in one, as Kaggle ships them."""
+"""Validation images of ImageNet, in folders of classes or in the single folder of Kaggle's archive."""
 
 import csv
 import os
@@ -14,7 +14,7 @@ NUM_CLASSES = 1000
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """The images in the order of their numbers."""
+    """Yields the images with their classes, in the order of their numbers."""
     if is_table(source):
         yield from table_classes(source, synonyms=True)
         return
@@ -23,7 +23,7 @@ def rows(source: Source) -> Iterator[Row]:
     folders = (folder / one for one in ("val", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", ""))
     root = next((one for one in folders if _is_imagenet(one)), None)
     if root is None:
-        raise source.incomplete(f"{folder} holds neither val/ with folders n01440764, ... nor ILSVRC2012_val_*.JPEG")
+        raise source.incomplete(f"{folder} has neither folders val/n01440764, ... nor files ILSVRC2012_val_*.JPEG")
     beside = [folder, *folder.parents[:1], root.parent]
     mapping_file = next((file for one in beside if (file := one / "LOC_synset_mapping.txt").is_file()), None)
     mapping = {} if mapping_file is None else _read_synsets(mapping_file)
@@ -35,14 +35,14 @@ def rows(source: Source) -> Iterator[Row]:
     else:
         solution = next((file for one in beside if (file := one / "LOC_val_solution.csv").is_file()), None)
         if solution is None:
-            raise source.incomplete(f"{folder} holds no LOC_val_solution.csv, which tells the class of each image")
+            raise source.incomplete(f"{folder} does not contain LOC_val_solution.csv with the classes of the images")
         answers = _read_solution(solution)
         source.known = [f"{stem}.JPEG" for stem in answers]
     classes = list(mapping) or wnids or sorted(set(answers.values()))
     if unknown := sorted(set(answers.values()) - set(classes)):
-        raise ValueError(f"{mapping_file}: does not name {shown(unknown)}.")
+        raise ValueError(f"{mapping_file} does not contain {shown(unknown)}. Download the file again.")
     if source.is_whole and len(classes) < NUM_CLASSES:
-        raise source.incomplete(f"{root} has {len(classes)} classes of {NUM_CLASSES}")
+        raise source.incomplete(f"{root} has {len(classes)} of {NUM_CLASSES} classes")
     own = [mapping[wnid] for wnid in classes] if mapping else None
     name_classes(source, own, "the first synonyms of LOC_synset_mapping.txt", len(classes))
     numbers = range(1, (source.task.num_images or 0) + 1) if source.is_whole else ()
@@ -59,7 +59,7 @@ def _is_imagenet(folder: Path) -> bool:
 
 
 def _read_synsets(file: Path) -> dict[str, str]:
-    """The first synonym of each class of ImageNet, in the order of the classes."""
+    """Reads the first synonym of each ImageNet class, in the order of the classes."""
     synsets = {}
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         wnid, _, synonyms = line.strip().partition(" ")
@@ -67,20 +67,21 @@ def _read_synsets(file: Path) -> dict[str, str]:
             continue
         if not WNID.fullmatch(wnid) or not synonyms.strip():
             raise ValueError(
-                f"{file}, line {number}: expected a class and its names, as in n01440764 tench, Tinca tinca."
+                f"{file}, line {number} is not a class with its names, such as n01440764 tench. Download it again."
             )
         synsets[wnid] = synonyms.split(",")[0].strip()
     return synsets
 
 
 def _read_solution(file: Path) -> dict[str, str]:
-    """The class of each validation image of ImageNet."""
+    """Reads the class of each validation image."""
     answers = {}
     for number, row in enumerate(csv.DictReader(read_text(file).splitlines()), start=2):
         wnid = (row.get("PredictionString") or "").split(" ")[0]
         if not row.get("ImageId") or not WNID.fullmatch(wnid):
             raise ValueError(
-                f"{file}, line {number}: expected ImageId,PredictionString, the latter starting with a class."
+                f"{file}, line {number} is not ImageId,PredictionString, where PredictionString starts with a class. "
+                "Download the file again."
             )
         answers[row["ImageId"]] = wnid
     return answers
@@ -90,10 +91,10 @@ TASK = Task(
     key="imagenet-1k",
     name="ImageNet-1k",
     id="ILSVRC/imagenet-1k",
-    description="1000 classes, the validation images",
+    description="validation images of 1000 classes",
     source=(
-        "image-net.org or Kaggle's imagenet-object-localization-challenge, with val/ in folders by class or with "
-        "LOC_val_solution.csv; or ILSVRC/imagenet-1k on the Hub, which asks for an account."
+        "download image-net.org's or Kaggle's imagenet-object-localization-challenge, with folders of classes in val/ "
+        "or with LOC_val_solution.csv; or pass ILSVRC/imagenet-1k on the Hub, which needs an account."
     ),
     rows=rows,
     options=("num_images", "split", *TABLE_OPTIONS, "label_column", "class_names"),

@@ -1,4 +1,4 @@
-"""ImageNet-V2, matched-frequency: new images of ImageNet's classes, in folders 0 to 999."""
+"""ImageNet-V2 (matched-frequency): new images of the ImageNet classes, in folders 0 to 999."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from .tables import is_table, table_classes
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """The images by class."""
+    """Yields the images with their classes."""
     if is_table(source):
         yield from table_classes(source)
         return
@@ -21,17 +21,17 @@ def rows(source: Source) -> Iterator[Row]:
     names = ("", "imagenetv2-matched-frequency-format-val", "imagenetv2-matched-frequency")
     root = next((one for name in names if (one := folder / name).is_dir() and _numbered(one)), None)
     if root is None:
-        raise source.incomplete(f"{folder} holds no folders 0, 1, 2, ...")
+        raise source.incomplete(f"{folder} does not contain the folders 0, 1, 2, ...")
     classes = _numbered(root)
     expected = NUM_CLASSES if source.is_whole else int(classes[-1]) + 1
-    if lacking := [str(number) for number in range(expected) if str(number) not in set(classes)]:
-        raise source.incomplete(f"{root} lacks {len(lacking)} of the folders 0 to {expected - 1}: {shown(lacking)}")
+    if missing := [str(number) for number in range(expected) if str(number) not in set(classes)]:
+        raise source.incomplete(f"{root} lacks {len(missing)} of the folders 0 to {expected - 1}: {shown(missing)}")
     found = images_by_class(source, root, classes)
     counts = Counter(classes[row.label or 0] for row in found)
     per_class = (source.task.num_images or 0) // NUM_CLASSES
     short = [f"{name} has {count}" for name, count in counts.items() if count < per_class]
     if short and source.is_whole:
-        raise source.incomplete(f"{root} has {per_class} images in each folder; of its folders {shown(short)}")
+        raise source.incomplete(f"each folder in {root} must have {per_class} images, but {shown(short)}")
     beside = next((file for one in (root, root.parent) if (file := one / "classnames.txt").is_file()), None)
     own = None if beside is None else read_class_names(beside)
     name_classes(source, own, "classnames.txt", len(classes))
@@ -46,10 +46,10 @@ TASK = Task(
     key="imagenet-v2",
     name="ImageNet-V2",
     id="vaishaal/ImageNetV2",
-    description="new images of ImageNet's classes, matched-frequency",
+    description="new images of the ImageNet classes, matched-frequency",
     source=(
-        "imagenetv2-matched-frequency.tar.gz of vaishaal/ImageNetV2 on the Hub, unpacked; or "
-        "clip-benchmark/wds_imagenetv2 on the Hub."
+        "download and unpack imagenetv2-matched-frequency.tar.gz from vaishaal/ImageNetV2 on the Hub, or pass "
+        "clip-benchmark/wds_imagenetv2, which is on the Hub."
     ),
     rows=rows,
     options=("num_images", "split", *TABLE_OPTIONS, "label_column", "class_names"),

@@ -1,4 +1,4 @@
-"""MSCOCO and Flickr30k with Karpathy's split: five short captions of each image."""
+"""MSCOCO and Flickr30k in Karpathy's split, with five short captions per image."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -8,11 +8,11 @@ from .collect import TABLE_OPTIONS, Row, Source, Task
 from .files import caption_of, field_of, read_json, string_of
 from .tables import is_table, table_texts
 
-CAPTIONS_PER_IMAGE = 5  # a few images have more, which are not counted
+CAPTIONS_PER_IMAGE = 5  # a few images have more captions, which are ignored
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """The images in Karpathy's file, or a table."""
+    """Yields the images of a split with their captions, from Karpathy's file or a table."""
     source.protocol["captions"] = f"the first {CAPTIONS_PER_IMAGE} of each image"
     if is_table(source):
         columns = ("caption", "captions", "sentences", "txt", "text")
@@ -38,7 +38,7 @@ def rows(source: Source) -> Iterator[Row]:
 
 
 def _five_captions(value: Any) -> list[Any]:
-    """The first five captions in a cell: a list of texts or of Karpathy's sentences, or lines of a text."""
+    """Returns the first five captions of a cell: a list of strings or of Karpathy's sentences, or a text of lines."""
     captions = [line for line in value.split("\n") if line.strip()] if isinstance(value, str) else value
     captions = [caption.get("raw") if isinstance(caption, Mapping) else caption for caption in captions or ()]
     return captions[:CAPTIONS_PER_IMAGE]
@@ -49,8 +49,8 @@ def _task(key: str, name: str, hub_id: str, source: str, num_images: int) -> Tas
         key=key,
         name=name,
         id=hub_id,
-        description="five short captions of each image, Karpathy's test split",
-        source=f"dataset_{key}.json of Karpathy's caption_datasets.zip, and {source} beside it.",
+        description="five short captions per image, Karpathy's test split",
+        source=f"download dataset_{key}.json from Karpathy's caption_datasets.zip, and {source} in the same folder.",
         rows=rows,
         options=("num_images", "split", *TABLE_OPTIONS, "text_column", "normalize"),
         num_images=num_images,
@@ -67,13 +67,13 @@ COCO = _task(
     "coco",
     "MSCOCO",
     "nlphuji/mscoco_2014_5k_test_image_text_retrieval",
-    "val2014.zip of cocodataset.org unpacked to val2014/",
+    "unpack val2014.zip from cocodataset.org to val2014/",
     5000,
 )
 FLICKR30K = _task(
     "flickr30k",
     "Flickr30k",
     "nlphuji/flickr_1k_test_image_text_retrieval",
-    "Flickr30k's images (on request) in flickr30k-images/",
+    "put the images of Flickr30k (on request) into flickr30k-images/",
     1000,
 )

@@ -1,8 +1,8 @@
 """
 Benchmarks by name. To add one, write a file with a `TASK` and its `rows`, and add it to the tuple below.
 
-A data set that lacks images or captions is refused with what is missing; only `num_images` makes a smaller one, and
-the results say so.
+An incomplete data set raises an error that lists the missing parts. To evaluate only a part, pass `num_images`, which
+the results record.
 """
 
 import os
@@ -43,10 +43,10 @@ TASKS = {
         scenes.TASK,
     )
 }
-# Of a retrieval task, beside scoring it.
+# Studies that run on a retrieval task.
 STUDIES = {
-    "length-study": "a retrieval task's recall with its texts cut at one limit of tokens after the other",
-    "sentence-ablation": "a retrieval task's recall with its texts less one of their sentences",
+    "length-study": "recall of a retrieval task with texts cut at several lengths",
+    "sentence-ablation": "recall of a retrieval task with one sentence of each text removed",
 }
 
 
@@ -54,25 +54,23 @@ def load_benchmark(
     task: str, data: str | os.PathLike | None = None, **options: Any
 ) -> RetrievalData | ClassificationData:
     """
-    Reads a benchmark: images with their texts, or with their classes.
+    Reads a benchmark: images with texts, or images with classes.
 
     Args:
-        task (`str`): a name in `TASKS`, such as `"iiw"`.
-        data (`str` or `os.PathLike`, *optional*):
-            The folder that the data set was unpacked to, the publisher's own or the one around it; or the name of a
-            data set on the Hub (`owner/name`). By default the task's own on the Hub, if it has one.
-        options:
-            The fields of [`~lotlip_hf.evaluation.benchmarks.collect.Options`]. Each task has some of them; one that it
-            does not have is refused.
+        task (`str`): Key of a task in `TASKS`, such as `"iiw"`.
+        data (`str` or `os.PathLike`, *optional*): Folder of the unpacked data set or its parent, or the id of a data
+            set on the Hub (`owner/name`). Defaults to the task's data set on the Hub, if it has one.
+        **options: Fields of [`~lotlip_hf.evaluation.benchmarks.collect.Options`] that the task supports.
 
     Returns:
-        `RetrievalData` or `ClassificationData`: the data, with what was chosen in its `protocol`.
+        `RetrievalData` or `ClassificationData`: The data set. Its `protocol` records the settings.
 
     Raises:
-        IncompleteDataError: if images, captions or classes are missing. It says which, and where to get them.
-        FileNotFoundError: if there is no such folder.
-        ImportError: if `class_names` is `"openai"` and open_clip is not installed.
-        ValueError: if a file cannot be read, an argument is none that the task has, or the Hub does not give the data.
+        `IncompleteDataError`: If images, captions or classes are missing. The message lists them and their source.
+        `FileNotFoundError`: If the folder does not exist.
+        `ImportError`: If `class_names` is `"openai"` but open_clip is not installed.
+        `ValueError`: If a file cannot be read, the task does not support an option, or the Hub does not provide the
+            data.
 
     Example:
 
@@ -87,37 +85,35 @@ def load_benchmark(
     """
     if task not in TASKS:
         raise ValueError(
-            f"`task` (--task) must be one of {', '.join(TASKS)}, or on the command line a study of a retrieval task, "
-            f"which --benchmark names: {', '.join(STUDIES)}; got {task!r}."
+            f"`task` (--task) is {task!r}. Pass one of {', '.join(TASKS)}; on the command line also a study "
+            f"({', '.join(STUDIES)}) with a retrieval task as --benchmark."
         )
     given = Options(**options)
     has = TASKS[task].options if task == "scenes" else (*TASKS[task].options, "image_root")
     for option, value in vars(given).items():
         if value is not None and option not in has:
-            raise ValueError(f"`{option}` is no option of {task}; it has {', '.join(has)}.")
+            raise ValueError(f"{task} does not support `{option}`. Its options: {', '.join(has)}.")
     if given.captions not in (None, "long", "all", "short"):
-        raise ValueError(f'`captions` must be "long", "all" or "short", got {given.captions!r}.')
+        raise ValueError(f'`captions` is {given.captions!r}. Pass "long", "all" or "short".')
     if data is None and TASKS[task].hub_id is None and task != "scenes":
-        raise ValueError(
-            f"`data` (--data): {task} needs its folder, or what else it is in. Where to get it: {TASKS[task].source}"
-        )
+        raise ValueError(f"{task} needs its folder as `data` (--data). Where to get it: {TASKS[task].source}")
     if given.revision is not None and data is not None and not is_hub_name(data):
-        raise ValueError(f"`revision` is for data sets on the Hub, and {data} is none.")
+        raise ValueError(f"`revision` is only for data sets on the Hub, but {data} is not one. Omit it.")
     return collect(Source(TASKS[task], None if data is None else os.fspath(data), given))
 
 
 def describe_tasks() -> str:
     """
-    What can be evaluated, for a list on the command line.
+    Lists the tasks and studies for the command line.
 
     Returns:
-        `str`: a line for each task, its key and what is scored, and for each study of a retrieval task.
+        `str`: A line with the key and the description of each task and study.
 
     Example:
 
     ```python
     >>> print(describe_tasks().splitlines()[1])
-    iiw                long captions by people: IIW-400, DCI-Test and DOCCI-Test
+    iiw                long captions, written by people: IIW-400, DCI-Test and DOCCI-Test
     ```
     """
     described = {key: task.description for key, task in TASKS.items()} | STUDIES

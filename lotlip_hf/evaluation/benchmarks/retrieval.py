@@ -1,4 +1,4 @@
-"""Retrieval on one's own images and captions, in any form that is trained on."""
+"""Retrieval on your own images and captions, in any format of the training data."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from .tables import is_saved_dataset, stored_image, table_texts
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """The images with all of their captions; several rows may name the same image."""
+    """Yields the images with their captions, joined from all records of the same image."""
     data, options = source.data or "", source.options
     captions = options.captions or "long"
     column = "short_caption" if captions == "short" else "long_captions"
@@ -26,7 +26,7 @@ def rows(source: Source) -> Iterator[Row]:
         source.name = data
         return
     if options.config is not None:
-        raise ValueError(f"`config` is for data sets on the Hub, and {data} is none.")
+        raise ValueError(f"`config` is only for data sets on the Hub, but {data} is not one. Omit it.")
     source.where, source.split = data, options.split
     source.id = source.name = os.path.basename(os.path.normpath(data))
     source.protocol["text_column"] = options.text_column or column
@@ -43,7 +43,7 @@ def rows(source: Source) -> Iterator[Row]:
             for text in _pick(record["long_captions"], captions)
         ]
         key = image if isinstance(image, str) else number
-        if key in found:  # a row for each caption
+        if key in found:  # another caption of the same image
             texts = [*found[key].texts, *texts]
             name = found[key].name
         is_there = image is not None and (not isinstance(image, str) or os.path.isfile(image))
@@ -57,12 +57,12 @@ def _records(source: Source, mapping: ColumnMapping) -> Any:
     limits = {"image_root": options.image_root, "max_record_bytes": options.max_record_bytes or MAX_BYTES}
     try:
         records = load_records(data, mapping, options.split, **limits)
-        if isinstance(records, IterableDataset):  # shards, whose images are kept on disk where any of them can be read
+        if isinstance(records, IterableDataset):  # shards: `read_table` stores their images on disk for random access
             records = read_table(find_files(data, options.split), mapping, **limits)
     except MissingColumn as error:
         hint = (
-            "Say which to read: `image_column` (--image-column) and `text_column` (--text-column); `captions` "
-            "(--captions long, short or all) says which kind."
+            "Pass the columns as `image_column` (--image-column) and `text_column` (--text-column), and the kind of "
+            "captions as `captions` (--captions long, short or all)."
         )
         raise MissingColumn(error.problem, error.field, hint) from error
     return records
@@ -81,11 +81,11 @@ TASK = Task(
     key="retrieval",
     name="retrieval",
     id="retrieval",
-    description="any images with captions, in the forms that are trained on",
+    description="your own images with captions",
     source=(
-        "it is your own. Pass a folder of images with metadata.jsonl, .csv or .parquet; a file of records (.jsonl, "
-        ".json, .csv, .tsv or .parquet); WebDataset shards (.tar); or the name of a data set on the Hub. Columns of "
-        "other names than image, or file_name, and long_captions are named with --image-column and --text-column."
+        "use your own images. Pass a folder of images with metadata.jsonl, .csv or .parquet; a file of records "
+        "(.jsonl, .json, .csv, .tsv or .parquet); WebDataset shards (.tar); or the id of a data set on the Hub. Pass "
+        "--image-column and --text-column if the columns are not image (or file_name) and long_captions."
     ),
     rows=rows,
     options=("num_images", "split", *TABLE_OPTIONS, "text_column", "captions", "normalize", "max_record_bytes"),

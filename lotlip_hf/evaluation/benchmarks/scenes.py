@@ -1,4 +1,4 @@
-"""Scenes that no model was trained on, drawn as they are asked for."""
+"""Held-out scenes of the drawn data set, rendered on demand."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,12 +8,12 @@ from .collect import Row, Source, Task
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """The scenes of a split that is held out."""
+    """Yields the scenes of a held-out split."""
     split, captions = source.options.split or "test", source.options.captions or "long"
     if source.data is not None:
-        raise ValueError(f"`data` {source.data!r}: scenes are drawn, not read.")
+        raise ValueError(f"`data` is {source.data!r}, but scenes are drawn and need no data. Omit it.")
     if split not in ("validation", "test"):
-        raise ValueError(f"`split` must be validation or test, which are held out, got {split!r}.")
+        raise ValueError(f"`split` is {split!r}. Pass a held-out split: validation or test.")
     source.split = split
     source.protocol["captions"] = captions
     for index in range(source.options.num_images or source.task.num_images or 0):
@@ -26,8 +26,8 @@ TASK = Task(
     key="scenes",
     name="Scenes",
     id="scenes",
-    description="drawn pictures with long captions that no model of the quickstart was trained on",
-    source="nowhere: they are drawn.",
+    description="held-out drawn pictures with long captions",
+    source="nothing to download; the scenes are drawn.",
     rows=rows,
     options=("num_images", "split", "captions", "normalize"),
     num_images=500,

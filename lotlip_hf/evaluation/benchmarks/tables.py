@@ -1,4 +1,4 @@
-"""Tables: data sets that the `datasets` library opens, on the Hub or in a folder."""
+"""Tables: data sets that the `datasets` library can open, on the Hub or in a folder."""
 
 import glob
 import os
@@ -24,7 +24,7 @@ from .collect import Row, Source
 from .files import caption_of, is_image_name
 from .hub import from_hub, hub_commit, not_kept, reason_of
 
-# Files that `save_to_disk` writes, of a split or of several.
+# Files that `save_to_disk` writes for one split and for several.
 SAVED_DATASET = ("state.json", "dataset_dict.json")
 NUMBER = re.compile("0|[1-9][0-9]*")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -32,8 +32,8 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 
 class Table(NamedTuple):
     """
-    A split of a data set, its images as they are stored. Paths of images start from `folder`. `is_text` is whether all
-    values are texts, as in CSV.
+    A split of a data set, with undecoded images. Paths of images are relative to `folder`. `is_text` is true if all
+    values are strings, as in CSV.
     """
 
     dataset: Dataset
@@ -42,7 +42,7 @@ class Table(NamedTuple):
 
 
 def is_table(source: Source) -> bool:
-    """Whether a source is on the Hub, a file, or a folder of files that `datasets` opens and no images."""
+    """Whether the data set is on the Hub, in a file, or in a folder of Parquet, Arrow or tar files without images."""
     data = source.data
     if data is None or is_hub_name(data) or os.path.isfile(data) or is_saved_dataset(data):
         return True
@@ -55,12 +55,12 @@ def is_table(source: Source) -> bool:
 
 
 def is_saved_dataset(folder: str) -> bool:
-    """Whether `save_to_disk` has written a folder."""
+    """Whether `save_to_disk` has written the folder."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in SAVED_DATASET)
 
 
 def open_table(source: Source) -> Table:
-    """Opens a split: the one that is asked for, or the task's, or the only one. No other split is downloaded."""
+    """Opens the requested split, else that of the task, else the only one. Downloads no other split."""
     task, options, data = source.task, source.options, source.data
     revision, commit = options.revision, None
     if data is None:
@@ -74,8 +74,8 @@ def open_table(source: Source) -> Table:
         dataset, chosen = _load_split(source, data, commit)
     if options.split is None and task.split not in (None, chosen) and task.num_images not in (None, len(dataset)):
         raise ValueError(
-            f"`split`: {data} has {chosen!r} alone, of {len(dataset)} images, and {task.name} is {task.split!r}, of "
-            f"{task.num_images}. To score it nevertheless ask for it: --split {chosen}."
+            f"{data} only has the split {chosen!r} with {len(dataset)} images, but {task.name} is the split "
+            f"{task.split!r} with {task.num_images}. To score it anyway, pass --split {chosen}."
         )
     source.where, source.split = f"{data} (split {chosen})", chosen
     folder = "" if on_hub else data if os.path.isdir(data) else os.path.dirname(data) or "."
@@ -88,24 +88,24 @@ def open_table(source: Source) -> Table:
 
 @contextmanager
 def _opening(data: str) -> Iterator[None]:
-    """Errors in this context name the data set."""
+    """Adds the name of the data set to errors in this context."""
     try:
         yield
     except Exception as error:
         reason = error.__cause__ or error
         hint = ""
         if is_hub_name(data) and isinstance(reason, RuntimeError | ValueError):
-            # of a script, or of what `datasets` turns to then: what it keeps of other revisions
+            # the data set has a loading script, or `datasets` fell back to a cached revision
             hint = (
-                " If it is a script, which `datasets` does not run, and the data set's page on the Hub shows a table, "
-                "then revision='refs/convert/parquet' (--data-revision) may have it."
+                " If the data set has a loading script, which `datasets` does not run, try "
+                "revision='refs/convert/parquet' (--data-revision)."
             )
-        raise ValueError(f"{data}: cannot be opened ({type(reason).__name__}: {reason_of(reason)}).{hint}") from error
+        raise ValueError(f"{data} cannot be opened ({type(reason).__name__}: {reason_of(reason)}).{hint}") from error
 
 
 def _kept_split(source: Source, data: str, commit: str) -> tuple[Dataset, str]:
-    """A split on the Hub that [`_load_split`] read before. The cache of `datasets` holds whole splits alone."""
-    kept = {}  # by split
+    """Opens a split of a data set on the Hub from the cache, which only contains complete splits."""
+    kept = {}  # split -> folder and info
     for file in sorted(Path(datasets.config.HF_DATASETS_CACHE).glob(f"*/*/*/{commit}/dataset_info.json")):
         info = DatasetInfo.from_directory(str(file.parent))
         if info.config_name == (source.options.config or "default"):
@@ -137,26 +137,26 @@ def _load_split(source: Source, data: str, commit: str | None) -> tuple[Dataset,
         builder = load_dataset_builder(data, source.options.config, revision=commit)
     data_files = {str(name): list(files) for name, files in cast(Any, builder.config.data_files or {}).items()}
     chosen = _choose_split(source, list(data_files), data)
-    # of this split alone; they are taken for patterns
+    # load only the files of this split; `datasets` interprets local names as patterns
     files = {chosen: [file if commit else glob.escape(file) for file in data_files[chosen]]}
     with _opening(data):
         builder = load_dataset_builder(
             data, source.options.config, data_files=files, features=builder.info.features, revision=commit
         )
         if commit is not None and builder.hash != commit:
-            # where the connection fails, `datasets` turns to whatever revision it keeps
-            raise ConnectionError(f"the commit {commit} cannot be had")
-        builder.download_and_prepare(verification_mode="no_checks")  # the card tells of all splits
+            # without a connection, `datasets` falls back to any cached revision
+            raise ConnectionError(f"the commit {commit} cannot be downloaded")
+        builder.download_and_prepare(verification_mode="no_checks")  # the card describes all splits
         return cast(Dataset, builder.as_dataset(split=chosen)), chosen
 
 
 def _split_of(source: Source, own: object) -> str:
-    """What the only split of a file or a folder is called."""
+    """Returns the name of the only split of a file or folder."""
     return str(own or source.options.split or source.task.split or "train")
 
 
 def _read_table(file: str) -> Dataset:
-    """A table of CSV or JSON with its values as they are written."""
+    """Reads a CSV or JSON table without conversion of its values."""
     rows = list(every_row(file))
     columns = dict.fromkeys(column for row in rows for column in row)
     return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
@@ -166,13 +166,13 @@ def _choose_split(source: Source, splits: Sequence[str], where: str) -> str:
     split, default = source.options.split, source.task.split
     chosen = split or (default if default in splits else splits[0] if len(splits) == 1 else None)
     if chosen is None or chosen not in splits:
-        other = f", not {split!r}" if split else ""
-        raise ValueError(f"`split`: {where} has {', '.join(splits) or 'none'}{other}; say which (--split).")
+        other = f", but not {split!r}" if split else ""
+        raise ValueError(f"{where} has the splits {', '.join(splits) or '-'}{other}. Pass one as `split` (--split).")
     return chosen
 
 
 def _find_column(source: Source, table: Table, option: str, usual: Sequence[str], feature: type | None = None) -> str:
-    """The column to read: the one that is given, or the first of the usual names, or the only one of this feature."""
+    """Returns the column in the option, or the first usual column that exists, or the only column of this feature."""
     given = getattr(source.options, option)
     columns = table.dataset.column_names
     usual = usual if given is None else (given,)
@@ -182,22 +182,22 @@ def _find_column(source: Source, table: Table, option: str, usual: Sequence[str]
         found = of_feature[0]
     if found is None:
         raise ValueError(
-            f"{source.where} has the columns {', '.join(columns)}, none of them called {' or '.join(usual)}: say "
-            f"which with `{option}` (--{option.replace('_', '-')})."
+            f"{source.where} has the columns {', '.join(columns)}, but not {' or '.join(usual)}. Pass one as "
+            f"`{option}` (--{option.replace('_', '-')})."
         )
     return found
 
 
 def stored_image(value: Any, name: str, locate: Callable[[str], str] = str) -> ImageSource | None:
-    """The image in a cell: a path, of which `locate` makes that of a file, or the bytes of one. `None` if empty."""
+    """Returns the image in a cell: bytes, or a path that `locate` resolves; `None` if the cell is empty."""
     value = image_source(value).source
     if isinstance(value, str) and value.startswith(("http://", "https://")):
-        raise ValueError(f"{name}: an address, {value}. Download the images, and pass a folder of records as `data`.")
+        raise ValueError(f"{name}: the image is a URL, {value}. Download the images and pass their folder as `data`.")
     return locate(value) if isinstance(value, str) and value else value or None
 
 
 def _image_loader(source: Source, table: Table) -> Callable[[int], ImageSource]:
-    """Reads the image of a row; one that is missing is an error."""
+    """Returns a function that loads the image of a row, and raises an error if it is missing."""
     column = _find_column(source, table, "image_column", IMAGE_COLUMNS, Image)
     images = table.dataset.select_columns([column])
     locate = partial(locate_image, folder=table.folder, roots=source.roots)
@@ -215,13 +215,13 @@ def table_texts(
     source: Source, usual_columns: Sequence[str], texts_of: Callable[[Any], Sequence[Any]], split_column: bool = False
 ) -> Iterator[Row]:
     """
-    The rows of a table with an image and its texts in each.
+    Yields the rows of a table with an image and its texts in each.
 
     Args:
-        source (`Source`): what to read.
-        usual_columns (`Sequence[str]`): what the column of the texts may be called.
-        texts_of (`Callable`): takes the texts to score from a cell.
-        split_column (`bool`, *optional*): whether a column `split` says of which split a row is.
+        source (`Source`): The data of the task.
+        usual_columns (`Sequence[str]`): Usual names of the column of the texts.
+        texts_of (`Callable`): Function that returns the texts in a cell.
+        split_column (`bool`, *optional*, defaults to `False`): Whether to filter rows by a column `split`, if any.
     """
     table = open_table(source)
     if split_column and "split" in table.dataset.column_names:
@@ -236,37 +236,41 @@ def table_texts(
 
 
 def table_classes(source: Source, synonyms: bool = False) -> Iterator[Row]:
-    """The rows of a table with an image and its class in each; of `synonyms` the first is a class's name."""
+    """Yields the images of a table with their classes; `synonyms` reduces a class name to its first synonym."""
     table = open_table(source)
     load = _image_loader(source, table)
     column = _find_column(source, table, "label_column", ("label", "cls"), ClassLabel)
     feature = table.dataset.features[column]
     labels = [None if value in (None, "", -1) else value for value in table.dataset[column]]
-    own, said = None, "classnames.txt"
+    own, own_source = None, "classnames.txt"
     if isinstance(feature, ClassLabel):
-        own, said = [str(one) for one in feature.names], f"those of the column {column!r}"
+        own, own_source = [str(one) for one in feature.names], f"those of the column {column!r}"
     elif table.is_text and all(NUMBER.fullmatch(label or "0") for label in labels):
         labels = [None if label is None else int(label) for label in labels]
     elif isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
-        own, said = sorted({label for label in labels if label is not None}), f"the values of the column {column!r}"
+        own = sorted({label for label in labels if label is not None})
+        own_source = f"the values of the column {column!r}"
         numbers = {label: number for number, label in enumerate(own)}
         labels = [numbers.get(label) for label in labels]
     elif isinstance(feature, Value) and "int" in feature.dtype:
         own = _names_beside(source)
     else:
-        raise ValueError(f"`label_column`: {column!r} of {source.where} holds neither numbers nor names: {feature}.")
+        raise ValueError(
+            f"The column {column!r} of {source.where} contains neither numbers nor names, but {feature}. Pass another "
+            "one as `label_column` (--label-column)."
+        )
     count = None
-    if said != "classnames.txt":
+    if own_source != "classnames.txt":
         own = [one.split(",")[0].strip() if synonyms else one.replace("_", " ") for one in own or ()]
-        said += ", the first synonym of each" if synonyms else ", _ as space"
+        own_source += ", the first synonym of each" if synonyms else ", _ as space"
         count = len(own)
-    name_classes(source, own, said, count)
+    name_classes(source, own, own_source, count)
     for row, label in enumerate(labels):
         yield Row(f"row {row}", load=partial(load, row), label=label)
 
 
 def _names_beside(source: Source) -> list[str] | None:
-    """The names in the file `classnames.txt` that some data sets on the Hub have."""
+    """Reads the class names in `classnames.txt` of a data set on the Hub, if it exists."""
     if source.id is None:
         return None
     where = {"repo_id": source.id, "filename": "classnames.txt", "repo_type": "dataset", "revision": source.revision}

@@ -1,4 +1,4 @@
-"""Urban1k: long captions of busy city views, from Long-CLIP."""
+"""Urban1k: long captions of city scenes, from Long-CLIP."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from .hub import hub_archive, hub_commit
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Images and captions of the same number, in a folder or in the archive as it is published."""
+    """Yields images with the captions of the same number, from a folder or the published archive."""
     data = source.data
     if data is None or is_hub_name(data):
         source.id = data or source.task.hub_id or ""
@@ -23,13 +23,13 @@ def rows(source: Source) -> Iterator[Row]:
         data = hub_archive(source.id, source.options.revision, source.revision)
     is_archive = os.path.isfile(data) and zipfile.is_zipfile(data)
     folder: Path | zipfile.Path = zipfile.Path(data) if is_archive else source.folder()
-    inside = (folder, *(folder / name for name in ("Urban1k", "Urban-1k", "urban1k")))
-    root = next((one for one in inside if (one / "caption").is_dir() and (one / "image").is_dir()), None)
+    candidates = (folder, *(folder / name for name in ("Urban1k", "Urban-1k", "urban1k")))
+    root = next((one for one in candidates if (one / "caption").is_dir() and (one / "image").is_dir()), None)
     if root is None:
-        raise source.incomplete(f"{data} holds no folders image/ and caption/")
+        raise source.incomplete(f"{data} does not contain the folders image/ and caption/")
     source.where, source.known = str(root / "caption"), ()
     source.protocol["captions"] = "the first line of each file"
-    # by their names without extensions, which are numbers
+    # keys are file names without extensions, which are numbers
     captions = {_stem(path): path for path in (root / "caption").iterdir() if path.name.lower().endswith(".txt")}
     images = {_stem(path): path for path in (root / "image").iterdir() if is_image_name(path.name)}
     stems = captions.keys() | (images.keys() if len(captions) < (source.task.num_images or 0) else set())
@@ -51,8 +51,8 @@ TASK = Task(
     key="urban1k",
     name="Urban1k",
     id="BeichenZhang/Urban1k",
-    description="long captions of busy city views, from Long-CLIP",
-    source="Urban1k.zip of BeichenZhang/Urban1k on the Hub: image/ and caption/.",
+    description="long captions of city scenes, from Long-CLIP",
+    source="download Urban1k.zip from BeichenZhang/Urban1k on the Hub; it contains image/ and caption/.",
     rows=rows,
     options=("num_images", "revision", "normalize"),
     num_images=1000,

@@ -1,1 +1,1 @@
-"""Recall at k of retrieval, in the layout that `evaluate.load` reads."""
+"""Recall at k of retrieval, in the folder layout of `evaluate.load`."""

@@ -1,4 +1,4 @@
-"""Recall at k of retrieval as an `evaluate` module: any number of right candidates a query, ties counted fairly."""
+"""Recall at k of retrieval as an `evaluate` module. A query may have several right candidates."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,26 +8,26 @@ import evaluate
 import numpy as np
 import torch
 
-# not relative: `evaluate.load` runs a copy of this file
+# an absolute import, because `evaluate.load` runs a copy of this file
 from lotlip_hf.evaluation.retrieval import check_positive, find_ranks
 
 _DESCRIPTION = """\
-Recall at k of retrieval by embeddings: the share of queries that have a right candidate among the k candidates most
-similar to them by the cosine. A query may have several right candidates, as an image has five captions.
+Recall at k of retrieval by embeddings: the share of queries that have a right candidate among the k candidates with
+the highest cosine similarity. A query may have several right candidates, for example the five captions of an image.
 
-Candidates that are as similar as the best right one come in random order, and the result is the expected recall. So a
-model that gives everything the same embedding scores as guessing does, not 1.
+Candidates that tie with the best right one are ordered at random, and the result is the expected recall. A model with
+constant embeddings therefore scores chance level, not 1.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: [N, dim] the embeddings of the queries.
-    references: [N] lists of the right candidates of each query, one or more, as indices in `candidates`, from 0.
-    candidates: [M, dim] the embeddings of all candidates, given to `compute`.
-    ks: numbers of candidates to look at; by default 1, 5 and 10.
+    predictions: Embeddings of the queries, [N, dim].
+    references: N lists with the right candidates of each query, one or more, as indices in `candidates` from 0.
+    candidates: Embeddings of all candidates, [M, dim], passed to `compute`.
+    ks: Values of k. Defaults to 1, 5 and 10.
 Returns:
-    `r1`, `r5` and so on: recall at each k, from 0 to 1.
-    `median_rank`: the median over the queries of the expected rank of the best right candidate, 1 the first.
+    `r1`, `r5` and so on: Recall at each k, from 0 to 1.
+    `median_rank`: Median over the queries of the expected rank of the best right candidate; the first rank is 1.
 Examples:
     >>> from lotlip_hf.metrics import RetrievalRecall
     >>> metric = RetrievalRecall()
@@ -37,7 +37,7 @@ Examples:
     {'r1': 0.6666666666666666, 'r3': 1.0, 'median_rank': 1.0}
 """
 
-# Ties of scores, expected over all orders
+# Reference for the treatment of ties
 _CITATION = """\
 Frank McSherry and Marc Najork: Computing Information Retrieval Performance Measures Efficiently in the Presence of
 Tied Scores. ECIR 2008.
@@ -46,7 +46,7 @@ Tied Scores. ECIR 2008.
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class RetrievalRecall(evaluate.Metric):
-    """`compute(candidates=..., ks=...)` over the queries and right candidates that were added."""
+    """Recall at k of the added queries: `compute(candidates=..., ks=...)`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -62,11 +62,11 @@ class RetrievalRecall(evaluate.Metric):
         )
 
     def compute(self, *, candidates: Any, ks: Sequence[int] = (1, 5, 10), **kwargs: Any) -> dict | None:
-        """Recall at each of `ks` and the median rank; see the class."""
-        # before anything else: a `compute` that fails later has lost the batches that were added
+        """Computes recall at each of `ks` and the median rank."""
+        # check first: if `super().compute` fails, the added batches are lost
         candidates = torch.as_tensor(np.asarray(candidates, dtype=np.float32))
         if candidates.dim() != 2 or not candidates.isfinite().all():
-            raise ValueError(f"`candidates` must be finite, of shape [M, dim]; got shape {list(candidates.shape)}.")
+            raise ValueError(f"`candidates` has shape {list(candidates.shape)}. Pass finite values of shape [M, dim].")
         check_positive("ks", *ks)
         return super().compute(candidates=candidates, ks=ks, **kwargs)
 

@@ -1,1 +1,1 @@
-"""Accuracy of zero-shot classification, in the layout that `evaluate.load` reads."""
+"""Accuracy of zero-shot classification, in the folder layout of `evaluate.load`."""

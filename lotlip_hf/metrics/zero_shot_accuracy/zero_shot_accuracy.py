@@ -1,4 +1,4 @@
-"""Accuracy of zero-shot classification as an `evaluate` module, from class scores, ties counted fairly."""
+"""Accuracy of zero-shot classification as an `evaluate` module, computed from class scores."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,27 +8,27 @@ import evaluate
 import numpy as np
 import torch
 
-# not relative: `evaluate.load` runs a copy of this file
+# an absolute import, because `evaluate.load` runs a copy of this file
 from lotlip_hf.evaluation.retrieval import TIE_TOLERANCE, accuracies
 
 _DESCRIPTION = """\
 Top-k accuracy from the scores of all classes: the share of images whose class is among the k classes with the highest
-scores, such as the similarities of an image with the prompts of the classes.
+scores. A score is, for example, the similarity of an image and the prompt of a class.
 
-Classes that score the same come in random order, and the result is the expected accuracy. So constant scores give k/C
-with C classes, not 1.
+Classes with tied scores are ordered at random, and the result is the expected accuracy. Constant scores of C classes
+therefore give k/C, not 1.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: [N, C] the score of each class, the higher the more likely: similarities or logits.
-    references: [N] the right class of each image, from 0.
-    ks: numbers of classes to look at; by default 1 and 5.
-    tolerance: scores closer than this share of the label's or of the highest one are ties; by default 1e-6. Take 0
-        for probabilities.
+    predictions: Scores of the classes, [N, C], such as similarities or logits. Higher means more likely.
+    references: The right class of each image, [N], from 0.
+    ks: Values of k. Defaults to 1 and 5.
+    tolerance: Relative tolerance of ties. Scores tie with the right class's score if they differ by less than this
+        share of it, or of the highest score if that is larger. Defaults to 1e-6. Pass 0 for probabilities.
 Returns:
-    `accuracy_top1`, `accuracy_top5` and so on: top-k accuracy, from 0 to 1.
-    `mean_per_class_recall`: the top-1 accuracy of each class that has images, averaged over these classes.
+    `accuracy_top1`, `accuracy_top5` and so on: Top-k accuracy, from 0 to 1.
+    `mean_per_class_recall`: Top-1 accuracy of each class, averaged over the classes that have images.
 Examples:
     >>> from lotlip_hf.metrics import ZeroShotAccuracy
     >>> metric = ZeroShotAccuracy()
@@ -36,7 +36,7 @@ Examples:
     {'accuracy_top1': 0.5, 'accuracy_top2': 0.75, 'mean_per_class_recall': 0.5}
 """
 
-# Ties of scores, expected over all orders
+# Reference for the treatment of ties
 _CITATION = """\
 Frank McSherry and Marc Najork: Computing Information Retrieval Performance Measures Efficiently in the Presence of
 Tied Scores. ECIR 2008.
@@ -45,7 +45,7 @@ Tied Scores. ECIR 2008.
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class ZeroShotAccuracy(evaluate.Metric):
-    """`compute(ks=..., tolerance=...)` over the scores and classes that were added."""
+    """Top-k accuracy of the added scores and classes: `compute(ks=..., tolerance=...)`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -63,8 +63,8 @@ class ZeroShotAccuracy(evaluate.Metric):
     def compute(
         self, *, ks: Sequence[int] = (1, 5), tolerance: float = TIE_TOLERANCE, **kwargs: Any
     ) -> dict[str, float] | None:
-        """Top-k accuracy at each of `ks` and the mean recall of the classes; see the class."""
-        # checked before anything else: a `compute` that fails later has lost the batches that were added
+        """Computes the top-k accuracy at each of `ks` and the mean per-class recall."""
+        # check first: if `super().compute` fails, the added batches are lost
         accuracies(torch.zeros(1, 1), [0], ks, tolerance=tolerance)
         return super().compute(ks=ks, tolerance=tolerance, **kwargs)
 

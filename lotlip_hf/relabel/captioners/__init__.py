@@ -1,1 +1,1 @@
-"""The models that caption images: a file each."""
+"""Captioners, one kind in each file."""

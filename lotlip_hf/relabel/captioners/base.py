@@ -1,7 +1,5 @@
 """
-Models that write long captions: those of transformers, run here, and endpoints that speak OpenAI's protocol.
-
-The first step of the LoTLIP paper relabels images with several of them; `relabel/captioning.py` asks them.
+The interface and the options of captioners: local models of transformers, and endpoints with OpenAI's protocol.
 """
 
 import dataclasses
@@ -18,17 +16,17 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PROMPT = "Describe the image in detail."
-# The options of a captioner that say how it generates; `retry` may change them.
+# Generation options of a captioner; `retry` may change them for further attempts.
 SETTINGS = ("max_new_tokens", "min_new_tokens", "num_beams", "temperature", "top_p", "repetition_penalty")
-# The fields of a request that these become, by OpenAI's names.
+# Fields of a request, by OpenAI's names
 REQUEST_FIELDS = ("max_tokens", "temperature", "top_p", "seed", "repetition_penalty")
-# What models and processors raise of an image that does not suit them, such as one too long and thin
+# Errors that models and processors raise for unsuitable images, such as very thin ones
 IMAGE_ERRORS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 FIELD_OF = {"max_new_tokens": "max_tokens"}
 
 
 def without_secrets(address: str) -> str:
-    """An address as it may be shown: without user name, password, and query, which may hold a key."""
+    """Removes user name, password and query, which may contain a key, from an address."""
     scheme, mark, rest = address.partition("://")
     if not mark:
         scheme, rest = "", address
@@ -36,18 +34,20 @@ def without_secrets(address: str) -> str:
 
 
 def published_name(model: str) -> str:
-    """A model as data sets name it: a Hub id, or the name of a folder without the folders above."""
+    """Returns the published name of a model: its Hub id, or the name of its folder without the folders above."""
     return os.path.basename(os.path.normpath(model)) if os.path.isabs(model) or os.path.isdir(model) else model
 
 
 @dataclass(frozen=True)
 class CaptionerConfig:
     """
-    A captioner: which model, what it is asked, and how it generates. Greedy by default; the paper names its models
-    (InstructBLIP, LLaVA, ShareGPT4V), not their settings.
+    Model, prompt and settings of a captioner.
+
+    The default is greedy decoding. The paper names its models (InstructBLIP, LLaVA, ShareGPT4V), but not their
+    settings.
 
     Raises:
-        ValueError: if an option is out of range; the message names it.
+        `ValueError`: If an option is out of range.
 
     Example:
 
@@ -57,76 +57,73 @@ class CaptionerConfig:
     ```
     """
 
-    model: str = option("checkpoint folder or Hub id; with `endpoint` the name that the endpoint knows the model by")
-    revision: str | None = option("revision of the model on the Hub", None)
-    endpoint: str | None = option(
-        "address of a server with OpenAI's protocol (http://host:8000/v1: vLLM, TGI, `transformers serve`) that runs "
-        "the model; `http://user:password@host/v1` signs in by user name and password",
-        None,
-        repr=False,
+    model: str = option("Checkpoint folder or Hub id; with --endpoint, the model's name there", group="Captioners")
+    revision: str | None = option("Revision of the model on the Hub (default: main)", None)
+    prompt: str = option("Prompt of each image; empty for models without a prompt", PROMPT, metavar="TEXT")
+    batch_size: int = option("Images per batch; not for endpoints", 8, at_least=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "Type of the weights; auto keeps the checkpoint's", "bfloat16"
     )
-    prompt: str = option(
-        "what the model is asked, with the image; empty for models that caption without being asked", PROMPT
+    device_map: str | None = option(
+        "Device map of transformers, such as auto (default: all on the device of the process)", None
     )
-    max_new_tokens: int = option("tokens of an answer, at most", 256, at_least=1)
-    min_new_tokens: int = option("at least; not for endpoints", 0, at_least=0)
-    num_beams: int = option("beams of a beam search; not for endpoints", 1, at_least=1)
-    temperature: float = option("0 takes the most probable token; above, tokens are drawn", 0.0, at_least=0)
-    top_p: float = option("share of the probability that tokens are drawn from", 1.0, above=0, at_most=1)
+
+    max_new_tokens: int = option("Maximum length of a caption, in tokens", 256, at_least=1, group="Generation")
+    min_new_tokens: int = option("Minimum length of a caption, in tokens; not for endpoints", 0, at_least=0)
+    num_beams: int = option("Beams of a beam search; not for endpoints", 1, at_least=1)
+    temperature: float = option("Temperature of sampling; 0 takes the most probable token", 0.0, at_least=0)
+    top_p: float = option("Probability mass that tokens are sampled from", 1.0, above=0, at_most=1)
     repetition_penalty: float = option(
-        "above 1 makes tokens that were there before less probable (with many models also the prompt's); an endpoint "
-        "gets it only if it is not 1, for not every server takes it",
+        "Penalty of repeated tokens, with many models also of the prompt's; sent to an endpoint only if it is not 1",
         1.0,
         above=0,
     )
-    # Which of the six options above are others when an answer is asked for again.
+    # Options of `SETTINGS` that change for further attempts
     retry: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.7, "top_p": 0.9})
-    batch_size: int = option("images that the model gets at once; not for endpoints", 8, at_least=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "of the weights; auto keeps the checkpoint's", "bfloat16"
+
+    endpoint: str | None = option(
+        "Address of a server with the OpenAI API that runs the model (vLLM, TGI, `transformers serve`), such as "
+        "http://host:8000/v1, or http://user:password@host/v1 to sign in",
+        None,
+        repr=False,
+        group="Endpoint",
+        metavar="URL",
     )
-    device_map: str | None = option(
-        "how transformers lays the model on devices, such as auto; by default it is on the process's device", None
+    concurrency: int = option("Simultaneous requests", 16, at_least=1)
+    timeout: float = option("Time limit of a request, in seconds", 120.0, above=0)
+    max_retries: int = option(
+        "Retries of a request that was refused for now (429, 5xx), timed out or got an invalid answer", 8, at_least=0
     )
     max_image_size: int = option(
-        "pixels of the longer side of an image that an endpoint is sent, at most; larger images are shrunk",
-        672,
-        at_least=1,
+        "Maximum width and height of a sent image, in pixels; larger images are resized", 672, at_least=1
     )
-    max_answer_bytes: int = option("bytes that are read of an endpoint's answer, at most", 4 * 1024 * 1024, at_least=1)
-    # What an endpoint calls the fields in `REQUEST_FIELDS`; those named `None` are not sent.
+    max_answer_bytes: int = option("Maximum size of an answer, in bytes", 4 * 1024 * 1024, at_least=1)
+    # Names of `REQUEST_FIELDS` at the endpoint; a field named `None` is not sent
     request_fields: Mapping[str, str | None] = field(default_factory=dict)
-    # More fields of each request, such as {"chat_template_kwargs": {"enable_thinking": False}}. They are published.
+    # Further fields of each request, such as {"chat_template_kwargs": {"enable_thinking": False}}, which are published
     extra_body: Mapping[str, Any] = field(default_factory=dict)
-    concurrency: int = option("requests to an endpoint that are under way at a time", 16, at_least=1)
-    timeout: float = option("seconds that an endpoint has for an answer, until its last byte is read", 120.0, above=0)
-    max_retries: int = option(
-        "how often a request to an endpoint is sent again that was refused for the moment (429, 5xx), not answered in "
-        "time, or answered with garbage",
-        8,
-        at_least=0,
-    )
 
     def __post_init__(self) -> None:
         check(self)
         if unknown := sorted(self.retry.keys() - set(SETTINGS)):
-            raise ValueError(f"`retry` changes {', '.join(SETTINGS)}; it has {unknown[0]!r}.")
+            raise ValueError(f"`retry` has the unknown option {unknown[0]!r}. Use {', '.join(SETTINGS)}.")
         for name, sent in self.request_fields.items():
             if name not in REQUEST_FIELDS or sent == "":
                 raise ValueError(
-                    f"`request_fields` renames {', '.join(REQUEST_FIELDS)} (`none`: not sent), got {name!r}: {sent!r}."
+                    f"`request_fields` has {name!r}: {sent!r}. Map {', '.join(REQUEST_FIELDS)} to a name, or to "
+                    "`none` to omit the field."
                 )
         if self.retry:
-            other = dataclasses.replace(self, retry={}, **self.retry)  # which is checked, too
+            other = dataclasses.replace(self, retry={}, **self.retry)  # checks the values
             object.__setattr__(self, "retry", {name: getattr(other, name) for name in self.retry})
 
     def settings(self, attempt: int = 0) -> dict[str, Any]:
-        """The options of `SETTINGS` for the first answer (0), or for one that is asked for again."""
+        """Returns the options of `SETTINGS` for the first attempt (0) or for a further one."""
         settings = {name: getattr(self, name) for name in SETTINGS}
         return {**settings, **self.retry} if attempt else settings
 
     def published_settings(self, attempt: int = 0) -> str:
-        """What a data set says of a caption, as JSON: [`settings`] less what is not sent, and `extra_body`."""
+        """Returns the published settings as JSON: [`settings`] without omitted fields, and `extra_body`."""
         unsent = {name for name, sent in self.request_fields.items() if sent is None}
         sent = {
             name: value for name, value in self.settings(attempt).items() if FIELD_OF.get(name, name) not in unsent
@@ -137,13 +134,13 @@ class CaptionerConfig:
 @dataclass(frozen=True)
 class Answer:
     """
-    What a captioner said of an image.
+    The answer of a captioner for one image.
 
     Args:
-        text (`str`): the answer, without white space at either end and without the prompt.
-        finished (`bool`, *optional*): whether the model ended it; `False` where it reached `max_new_tokens`; `None`
-            where nobody said.
-        error (`str`, *optional*): why this image cannot be captioned, whatever is tried; `text` is then empty.
+        text (`str`): Answer, without the prompt and without white space at both ends.
+        finished (`bool`, *optional*): Whether the model ended the answer; `False` if it reached `max_new_tokens`,
+            `None` if the server did not report a finish reason.
+        error (`str`, *optional*): Reason why this image cannot be captioned at all; `text` is then empty.
     """
 
     text: str
@@ -152,38 +149,38 @@ class Answer:
 
 
 class EndpointError(ConnectionError):
-    """An endpoint that gives no answers. The message names it and says what it said last."""
+    """Raised if an endpoint does not answer. The message contains its last error."""
 
 
 class Captioner(Protocol):
-    """What `relabel` asks of a captioner."""
+    """The interface of a captioner, as `relabel` uses it."""
 
     config: CaptionerConfig
     revision: str | None
-    group_size: int  # images that it answers together
-    concurrency: int  # calls of `answer` that may run at the same time
+    group_size: int  # number of images in one call of `answer`
+    concurrency: int  # maximum number of calls of `answer` at the same time
 
     def close(self) -> None:
-        """Frees what it holds; calls of `answer` that wait for a server end at once, with an `EndpointError`."""
+        """Frees the model or the connections. Pending calls of `answer` raise an `EndpointError`."""
         ...
 
     def answer(
         self, images: "Sequence[Image.Image]", settings: Mapping[str, Any], seeds: Sequence[int]
     ) -> list[Answer]:
         """
-        Describes images. The same arguments get the same answers, whatever was asked before.
+        Describes images. The answers depend only on the arguments, not on earlier calls.
 
         Args:
-            images (`Sequence[Image.Image]`): RGB images, `group_size` at most.
-            settings (`Mapping[str, Any]`): as `CaptionerConfig.settings` gives them.
-            seeds (`Sequence[int]`): one of each image, from 0 to 2^31 - 1, for settings that draw tokens.
+            images (`Sequence[Image.Image]`): At most `group_size` RGB images.
+            settings (`Mapping[str, Any]`): Settings from `CaptionerConfig.settings`.
+            seeds (`Sequence[int]`): Seed of each image, from 0 to 2^31 - 1, for settings that draw tokens.
 
         Returns:
-            `list[Answer]`: one of each image.
+            `list[Answer]`: The answer for each image.
 
         Raises:
-            EndpointError: if an endpoint gives no answers.
-            ArithmeticError, LookupError, RuntimeError, TypeError, ValueError:
-                If an image does not suit the model: each is then asked about alone.
+            `EndpointError`: If an endpoint does not answer.
+            `ArithmeticError`, `LookupError`, `RuntimeError`, `TypeError`, `ValueError`: If an image does not suit the
+                model. `relabel` then sends each image separately.
         """
         ...

@@ -1,9 +1,8 @@
 """
-Captions from an endpoint that speaks OpenAI's protocol: vLLM, TGI, `transformers serve`, or one that is paid for.
+Captions by an endpoint with OpenAI's protocol: vLLM, TGI, `transformers serve`, or a commercial service.
 
-The `openai` client sends the requests and retries those that fail for the moment. A failure that remains is tested
-with the same request and a grey picture: if that is answered, the image is at fault and the run goes on without it; if
-not, the endpoint is, and the run stops.
+The `openai` client sends the requests and retries transient failures. After a permanent failure the same request is
+sent with a grey test image. If the endpoint answers, the run continues without the image; if not, the run stops.
 """
 
 import asyncio
@@ -24,31 +23,31 @@ from ...files import parse_json, printable
 from .base import Answer, CaptionerConfig, EndpointError, without_secrets
 
 PROBE_RETRIES = 2
-# Statuses that no image causes
+# HTTP statuses that an image cannot cause
 FATAL = (401, 402, 404, 405, 429)
 ADVICE = {
-    **dict.fromkeys((401, 403), "Set OPENAI_API_KEY (for an endpoint of Hugging Face, `hf auth login`)."),
+    **dict.fromkeys((401, 403), "Set OPENAI_API_KEY, or run `hf auth login` for an endpoint of Hugging Face."),
     **dict.fromkeys(
-        (404, 405), "Look at the address, such as http://host:8000/v1, and at the model's name, {model!r}."
+        (404, 405), "Check the address, such as http://host:8000/v1, and the name of the model, {model!r}."
     ),
-    429: "Have fewer requests under way at a time (`concurrency`), or more tries (`max_retries`).",
+    429: "Send fewer requests at the same time (`concurrency`), or allow more retries (`max_retries`).",
 }
 REFUSED = (
-    "It refuses the same request with a plain grey picture: look at the model's name, {model!r}, and the options "
-    "(`request_fields` renames a field or leaves it out)."
+    "The endpoint also rejects a grey test image. Check the name of the model, {model!r}, and the options "
+    "(`request_fields` renames or omits a field)."
 )
-MOVED = "Redirects are not followed: if you trust that address, give it as `endpoint`."
-DOWN = "Look at its log, and whether its address is right."
-# Hosts that get the Hub's token
+MOVED = "Redirects are not followed. If you trust that address, pass it as `endpoint`."
+DOWN = "Check the address and the log of the server."
+# Hosts that receive the Hub's token
 HUB_DOMAINS = ("huggingface.co", "huggingface.cloud")
-NO_KEY = "EMPTY"  # what servers without keys are sent by custom
-LEAST_SECRET = 8  # characters of a secret that is taken out of captions: a shorter one may be a word
+NO_KEY = "EMPTY"  # conventional key for servers without keys
+LEAST_SECRET = 8  # minimum length of a secret that is removed from captions; shorter secrets may be words
 ENCODINGS = ("identity", "gzip", "deflate")
 FINISHED = {"length": False, **dict.fromkeys(("stop", "eos_token", "stop_sequence", "end_turn"), True)}
 
 
 class _Failure(httpx.TransportError):
-    """A request without an answer, with what is recorded of the image (`reason`); `_Client` raises it for a retry."""
+    """A failed request. `_Client` raises it to trigger a retry. `reason` is recorded for the image."""
 
     def __init__(self, reason: str, details: object = "", *, may_be_image: bool = True, advice: str = DOWN) -> None:
         super().__init__(reason)
@@ -56,7 +55,7 @@ class _Failure(httpx.TransportError):
 
 
 class _Client(httpx.AsyncClient):
-    """Reads at most `limit` bytes of a response in `seconds`; a response without an answer is a failure."""
+    """Reads at most `limit` bytes of a response, for at most `seconds`; raises a `_Failure` without an answer."""
 
     def __init__(self, limit: int, seconds: float) -> None:
         super().__init__(timeout=seconds, follow_redirects=False, limits=httpx.Limits(max_connections=None))
@@ -83,9 +82,9 @@ class _Client(httpx.AsyncClient):
     async def _read(self, request: httpx.Request, **options: Any) -> httpx.Response:
         response = await super().send(request, stream=True, **options)
         content, headers = bytearray(), response.headers.copy()
-        encoding = headers.pop("Content-Encoding", "identity")  # `content` is decoded
+        encoding = headers.pop("Content-Encoding", "identity")  # `content` will be decoded
         try:
-            if encoding.lower() not in ENCODINGS:  # others, and two at a time, make gigabytes of a packet
+            if encoding.lower() not in ENCODINGS:  # other and nested encodings can expand a packet to gigabytes
                 raise _Failure(f"the answer is compressed ({encoding})")
             async for part in response.aiter_bytes():
                 content += part
@@ -98,35 +97,36 @@ class _Client(httpx.AsyncClient):
 
 class EndpointCaptioner:
     """
-    Describes images by asking an endpoint that speaks OpenAI's protocol (`POST /v1/chat/completions`).
+    A captioner that sends images to an endpoint with OpenAI's protocol (`POST /v1/chat/completions`).
 
-    `answer` is for many threads at once: as many requests are under way. The key is that in `OPENAI_API_KEY`;
-    endpoints of Hugging Face get the Hub's token (`HF_TOKEN` or `hf auth login`), and no other server does; an address
-    with a user name gets that and the password instead. Neither is shown or written. `config.revision` is not sent:
-    the endpoint decides what it runs. `transformers serve` draws tokens only for a checkpoint whose
-    `generation_config.json` says so (`do_sample`).
+    Several threads may call `answer` at the same time. The API key is `OPENAI_API_KEY`. Endpoints of Hugging Face, and
+    no others, receive the Hub's token (`HF_TOKEN` or `hf auth login`). If the address contains user name and password,
+    these are sent instead of a key. Keys and passwords are never shown or saved.
 
-    A request is sent again up to `config.max_retries` times, after waits that grow or that `Retry-After` names: on
-    408, 409, 429, 5xx, timeouts, broken connections, and answers that are not in OpenAI's format.
+    `config.revision` is not sent; the endpoint chooses the revision. `transformers serve` draws tokens only if
+    `do_sample` is set in the `generation_config.json` of the checkpoint.
+
+    A request is retried up to `config.max_retries` times after the statuses 408, 409, 429 and 5xx, timeouts, broken
+    connections, and answers in another format. The waits grow, or follow the header `Retry-After`.
 
     Args:
-        config (`CaptionerConfig`): the captioner's options, with `endpoint`.
+        config (`CaptionerConfig`): Options of the captioner, with `endpoint`.
 
     Raises:
-        ImportError: without the `openai` client.
-        ValueError: if an option is not for endpoints, the address is none, or the key cannot be one.
+        `ImportError`: If the `openai` client is not installed.
+        `ValueError`: If an option is not available for endpoints, or the address or the key is invalid.
 
     Example:
 
     ```python
-    >>> from PIL import Image
+    >>> from lotlip_hf.images import load_image
     >>> from lotlip_hf.relabel.captioners.base import CaptionerConfig
     >>> from lotlip_hf.relabel.captioners.endpoint import EndpointCaptioner
 
     >>> config = CaptionerConfig("Qwen/Qwen2.5-VL-7B-Instruct", endpoint="http://localhost:8000/v1")
     >>> captioner = EndpointCaptioner(config)
-    >>> [answer] = captioner.answer([Image.open("cat.jpg").convert("RGB")], config.settings(), seeds=[0])
-    >>> answer.text, answer.finished
+    >>> [answer] = captioner.answer([load_image("photos/cat.png")], config.settings(), seeds=[0])  # doctest: +SKIP
+    >>> answer.text, answer.finished  # doctest: +SKIP
     ('A cat with grey fur sleeps on a red cushion. ...', True)
     ```
     """
@@ -137,7 +137,7 @@ class EndpointCaptioner:
         try:
             from openai import AsyncOpenAI
         except ImportError as error:
-            raise ImportError("Endpoints are asked by the openai client: pip install lotlip-hf[relabel]") from error
+            raise ImportError("The openai client is not installed. Run pip install 'lotlip-hf[relabel]'") from error
 
         address = _address(config)
         self.config, self.revision, self.concurrency = config, config.revision, config.concurrency
@@ -152,35 +152,35 @@ class EndpointCaptioner:
                 netloc=address.netloc.rpartition("@")[2], path=_path(address.path), query=""
             ).geturl(),
             default_query=dict(parse_qsl(address.query, keep_blank_values=True)),
-            # a few sentences need no compression
+            # Answers are short, so compression is not needed.
             default_headers={"Accept-Encoding": "identity", **({"Authorization": f"Basic {pair}"} if user else {})},
             timeout=config.timeout,
             max_retries=config.max_retries,
             http_client=_Client(config.max_answer_bytes, config.timeout),
         )
-        # Requests run in an event loop, where `close` can end them.
+        # Requests run in an event loop, so that `close` can cancel them.
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=lambda: (self._loop.run_forever(), self._loop.close()), daemon=True).start()
         self._lock, self._is_closed = threading.Lock(), False
 
     def answer(self, images: Sequence[Image.Image], settings: Mapping[str, Any], seeds: Sequence[int]) -> list[Answer]:
         """
-        Describes images, one request each, as [`Captioner`] says; seeds are sent only where tokens are drawn.
+        Describes images with one request each; see [`Captioner`]. Seeds are sent only if tokens are drawn.
 
         Raises:
-            EndpointError: if the endpoint gives no answers, or `close` was called.
+            `EndpointError`: If the endpoint does not answer, or `close` was called.
         """
         return [self._caption(image, settings, seed) for image, seed in zip(images, seeds, strict=True)]
 
     def close(self) -> None:
-        """Lets all threads that wait in `answer` end at once, with an [`EndpointError`]."""
+        """Cancels all requests. Threads that wait in `answer` raise an [`EndpointError`]."""
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
                 asyncio.run_coroutine_threadsafe(self._end(), self._loop)
 
     async def _end(self) -> None:
-        # more than once: before Python 3.12 `wait_for` may swallow it
+        # Cancels repeatedly, because `wait_for` may swallow a cancellation before Python 3.12.
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
             for task in tasks:
                 task.cancel()
@@ -191,8 +191,8 @@ class EndpointCaptioner:
     def _caption(self, image: Image.Image, settings: Mapping[str, Any], seed: int) -> Answer:
         try:
             url = _data_url(image, self.config.max_image_size)
-        except (OSError, ValueError) as error:  # a side of more than 65535 pixels, or of none
-            return Answer("", error=f"cannot be written as JPEG: {error}")
+        except (OSError, ValueError) as error:  # no pixels, or a side of more than 65,535 pixels
+            return Answer("", error=f"cannot be saved as JPEG: {error}")
         try:
             with self._lock:
                 if self._is_closed:
@@ -200,10 +200,10 @@ class EndpointCaptioner:
                 future = asyncio.run_coroutine_threadsafe(self._describe(url, settings, seed), self._loop)
             return future.result()
         except CancelledError:
-            raise EndpointError(f"The captions of the endpoint {self._name} were stopped.") from None
+            raise EndpointError(f"The requests to the endpoint {self._name} were stopped.") from None
 
     async def _describe(self, url: str, settings: Mapping[str, Any], seed: int) -> Answer:
-        """The answer, or whose fault it is that there is none."""
+        """Returns the answer. After a failure, finds out whether the image or the endpoint is the cause."""
         try:
             return await self._ask(self._client, url, settings, seed)
         except _Failure as failure:
@@ -212,8 +212,8 @@ class EndpointCaptioner:
             reason = self._safe(f"{blamed.reason} {blamed.details}")
             advice = blamed.advice.format(model=self.config.model)
             raise EndpointError(
-                f"The endpoint {self._name} gives no captions: {reason}. {advice} "
-                "What was done is kept; the same command goes on from there."
+                f"The endpoint {self._name} does not answer: {reason}. {advice} "
+                "The captions so far are saved; run the same command to resume."
             )
         return Answer("", error=f"no answer: {self._safe(cause.reason)}")
 
@@ -263,7 +263,7 @@ class EndpointCaptioner:
         return text
 
     def _safe(self, text: str) -> str:
-        """A server's message on one line, not too long, without secrets."""
+        """Shortens a message of a server to one line of at most 300 characters, without secrets."""
         return printable(" ".join(self._hide(text).split()))[:300].rstrip(".")
 
 
@@ -288,19 +288,19 @@ def _address(config: CaptionerConfig) -> SplitResult:
         raise ValueError("`endpoint` must be an address such as http://host:8000/v1.")
     for name, only in (("num_beams", 1), ("min_new_tokens", 0)):
         if {config.settings(attempt)[name] for attempt in (0, 1)} != {only}:
-            raise ValueError(f"`{name}` must be {only} with an endpoint, which takes no other.")
+            raise ValueError(f"`{name}` must be {only} with an endpoint, also in `retry`.")
     return parts
 
 
 def _path(path: str) -> str:
-    """The path that `/chat/completions` is below, for an address with or without it or `/v1`."""
+    """Returns the path above `/chat/completions`, for addresses with and without this ending and `/v1`."""
     path = path.rstrip("/")
     base = path.removesuffix("/chat/completions")
     return base if base != path or path.endswith("/v1") else f"{path}/v1"
 
 
 def _spellings(*secrets: str) -> list[str]:
-    """Secrets plain and quoted for addresses, the longest first."""
+    """Returns secrets in plain and URL-quoted form, longest first."""
     ways = (str, quote, unquote, lambda one: quote(one, safe=""))
     return sorted({way(one) for one in secrets if one for way in ways}, key=len, reverse=True)
 
@@ -311,12 +311,12 @@ def _api_key(endpoint: str) -> str:
     is_hub = parts.scheme == "https" and any(host == one or host.endswith(f".{one}") for one in HUB_DOMAINS)
     key = (is_hub and get_token()) or os.environ.get("OPENAI_API_KEY", "").strip() or NO_KEY
     if not (key.isascii() and key.isprintable()):
-        raise ValueError("OPENAI_API_KEY holds characters that no key has: set it to the endpoint's key.")
+        raise ValueError("OPENAI_API_KEY contains invalid characters. Set it to the key of the endpoint.")
     return key
 
 
 def shrunk(image: Image.Image, largest: int) -> Image.Image:
-    """The image, shrunk to a longer side of `largest` pixels if it is larger; a copy then."""
+    """Returns the image if it fits, or else a copy with a longer side of `largest` pixels."""
     if max(image.size) <= largest:
         return image
     image = image.copy()
@@ -331,7 +331,7 @@ def _data_url(image: Image.Image, largest: int) -> str:
 
 
 def _read_answer(content: bytes) -> tuple[str, bool | None]:
-    """The text of a chat completion, without reasoning, and whether the model ended it, if the server says so."""
+    """Returns the text of a chat completion without reasoning, and whether the model ended it (`None` if unknown)."""
     try:
         choice = parse_json(content)["choices"][0]
         text, reason = choice["message"].get("content") or "", choice.get("finish_reason")
@@ -340,14 +340,14 @@ def _read_answer(content: bytes) -> tuple[str, bool | None]:
             parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in text]
             text = "".join(part["text"] for part in parts if part.get("type") in kinds)
         if reason in ("error", "abort"):
-            raise ValueError(f"the answer ended with {reason!r}")
+            raise ValueError(f"the finish reason is {reason!r}")
         return _without_reasoning(text).strip(), FINISHED.get(reason)
     except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"no choice with a message: {_message(content)}") from error
 
 
 def _without_reasoning(text: str) -> str:
-    """Drops `<think>...</think>` at the front; the template may have written its first tag, and it may be cut off."""
+    """Removes `<think>...</think>` at the start. Either tag may be missing: the template adds it, or it is cut off."""
     reasoning, end, rest = text.partition("</think>")
     if end and (reasoning.lstrip().startswith("<think>") or "<think>" not in reasoning):
         return rest
@@ -355,7 +355,7 @@ def _without_reasoning(text: str) -> str:
 
 
 def _message(content: bytes) -> str:
-    """What a server says of an error: OpenAI's `error.message`, FastAPI's `detail`, or the text if it is no page."""
+    """Returns the error message of a server: OpenAI's `error.message`, FastAPI's `detail`, or plain text."""
     text = content.decode(errors="replace").strip()
     try:
         body = parse_json(content)

@@ -1,4 +1,4 @@
-"""The terms of the objective, by the names that `--terms` takes. A new term is a file here and a line in `TERMS`."""
+"""The terms of the objective, for `--terms`. To add a term, write a file in this folder and list it in `TERMS`."""
 
 from collections.abc import Sequence
 from typing import get_type_hints
@@ -17,7 +17,7 @@ TERMS: dict[str, type[nn.Module]] = {
     "sigmoid": Sigmoid,
     "primary_components": PrimaryComponents,
 }
-# Options whose default is the field of that name of the model's configuration.
+# Options of terms whose default is the field with the same name in the model's configuration.
 MODEL_DEFAULTS = ("projection_dim", "short_loss_weight", "long_loss_weight")
 
 
@@ -25,25 +25,27 @@ def make_terms(
     terms: Sequence[str], term_options: Sequence[str], seed: int = 0, model_config: LoTLIPConfig | None = None
 ) -> tuple[dict[str, nn.Module], dict[str, float]]:
     """
-    The terms that options name, and their weights, by name.
+    Creates the terms of an objective. Returns the terms and their weights, both by name.
 
     Args:
-        terms (`Sequence[str]`): `name` or `name:weight`; a term of weight 0 is left out.
-        term_options (`Sequence[str]`): `name.option=value`, arguments of the terms' constructors.
-        seed (`int`, *optional*, defaults to 0): of the terms' own weights; no other random number depends on them.
-        model_config (`LoTLIPConfig`, *optional*): for the defaults of the options in `MODEL_DEFAULTS`.
+        terms (`Sequence[str]`): Entries `name` or `name:weight`. A term with weight 0 is left out.
+        term_options (`Sequence[str]`): Entries `name.option=value`, arguments of the constructors of the terms.
+        seed (`int`, *optional*, defaults to 0): Seed for the parameters of terms. The global random generator is not
+            changed.
+        model_config (`LoTLIPConfig`, *optional*): Configuration of the model, for the defaults of the options in
+            `MODEL_DEFAULTS`.
 
     Raises:
-        ValueError: on a term or an option that does not exist, or a wrong value; the message names the option.
+        `ValueError`: If a term or an option does not exist, or a value is wrong.
     """
     weights: dict[str, float] = {}
     for name, mark, weight in (text.partition(":") for text in terms):
         if name not in TERMS or name in weights:
-            wrong = "is given twice" if name in weights else f"is none of {', '.join(TERMS)}"
-            raise ValueError(f"`terms`: {name!r} {wrong}.")
+            problem = "is given twice" if name in weights else f"is not one of {', '.join(TERMS)}"
+            raise ValueError(f"`terms`: {name!r} {problem}.")
         weights[name] = options.convert(f"terms: {name}", weight, float) if mark else 1.0
     if min(weights.values(), default=0) < 0 or not any(weights.values()):
-        raise ValueError(f"`terms` must have weights of at least 0, one of them above, got {' '.join(terms)}.")
+        raise ValueError(f"`terms` must have weights >= 0, at least one of them > 0, got {' '.join(terms)}.")
     hints = {name: get_type_hints(TERMS[name].__init__) for name in weights}
     for types in hints.values():
         types.pop("return", None)
@@ -54,11 +56,11 @@ def make_terms(
         name, _, option = key.partition(".")
         if not mark or option not in hints.get(name, ()):
             known = ", ".join(f"{term}.{each}" for term in hints for each in hints[term])
-            raise ValueError(f"`term_options`: {text!r} is no `name.option=value` with one of {known}.")
+            raise ValueError(f"`term_options`: {text!r} must be `name.option=value` with one of {known}.")
         given[name][option] = options.convert(f"term_options: {key}", value, hints[name][option])
     made = {}
     with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(seed)  # not those of the GPUs
+        torch.default_generator.manual_seed(seed)  # unlike `torch.manual_seed`, leaves the GPUs' generators unchanged
         for name in (name for name, weight in weights.items() if weight):
             try:
                 made[name] = TERMS[name](**given[name])

@@ -1,4 +1,4 @@
-"""The paper's term: symmetric InfoNCE of the images with the short and the long texts."""
+"""The term of the paper: symmetric InfoNCE of images with short and long texts."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from .pairs import Pairs, Sets, tiles_of
 
 class InfoNCE(Pairs):
     """
-    LoTLIP's loss. Text-to-image sums are complete on a process; image-to-text sums are all-reduced.
+    The loss of LoTLIP. Text-to-image sums are complete on each process; image-to-text sums are all-reduced.
 
     Args:
-        short_loss_weight, long_loss_weight: see [`Pairs`].
-        label_smoothing (`float`, *optional*, defaults to 0.0): share of the target that is spread evenly over the
+        short_loss_weight, long_loss_weight (`float`, *optional*, defaults to 1.0): See [`Pairs`].
+        label_smoothing (`float`, *optional*, defaults to 0.0): Fraction of the target that is spread evenly over the
             batch, as in `torch.nn.functional.cross_entropy`. Long-CLIP trains with 0.1.
     """
 
@@ -28,18 +28,17 @@ class InfoNCE(Pairs):
         self.label_smoothing = label_smoothing
 
     def sums(self, image_sets: Sets, text_sets: Sets, own: slice) -> torch.Tensor:
-        """See [`Pairs.sums`]."""
         per_image, per_text, matches = [], [], []
         for images, texts in zip(image_sets, text_sets, strict=True):
             image_sums, text_sums = _LogSumExps.apply(images, texts)  # pyright: ignore[reportGeneralTypeIssues]
             per_image.append(image_sums)
             per_text.append(text_sums)
             match = (images[own] * texts).sum()
-            if self.label_smoothing:  # the sum of all similarities needs no tile
+            if self.label_smoothing:  # the sum of all similarities does not need tiles
                 spread = (images.sum(0) * texts.sum(0)).sum() / len(images)
                 match = (1 - self.label_smoothing) * match + self.label_smoothing * spread
             matches.append(match)
-        # what the images make of the texts of the other processes
+        # Combine the sums of each image over the texts of all processes.
         own_sums = torch.stack(per_image)  # [K, N]
         largest = max_over_ranks(own_sums)
         image_sums = largest + sum_over_ranks((own_sums - largest).exp()).log()
@@ -47,20 +46,20 @@ class InfoNCE(Pairs):
 
 
 class _LogSumExps(torch.autograd.Function):
-    """[N], [b]: the logarithms of the sums over the rows and over the columns of exp(images @ texts.t()), in tiles."""
+    """The log-sum-exp of each row [N] and each column [b] of images @ texts.t(), computed in tiles."""
 
     @staticmethod
     def forward(ctx: Any, images: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         per_image, per_text = [], []
         for image_tile in tiles_of(images):
-            # one tile serves both directions: its rows are a part of the images' sums, its columns of the texts'
+            # Each tile is used twice: its rows for the sums of images, its columns for the sums of texts.
             tiles = (image_tile @ text_tile.t() for text_tile in tiles_of(texts))
             rows, columns = zip(*((tile.logsumexp(1), tile.logsumexp(0)) for tile in tiles), strict=True)
             per_image.append(torch.stack(rows).logsumexp(0))
             per_text.append(torch.cat(columns))
-        answers = torch.cat(per_image), torch.stack(per_text).logsumexp(0)
-        ctx.save_for_backward(images, texts, *answers)
-        return answers
+        outputs = torch.cat(per_image), torch.stack(per_text).logsumexp(0)
+        ctx.save_for_backward(images, texts, *outputs)
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -73,7 +72,7 @@ class _LogSumExps(torch.autograd.Function):
             for image_tile, image_grad, image_sums, image_weights in zip(*of_images, strict=True):
                 for text_tile, text_grad, text_sums, text_weights in zip(*of_texts, strict=True):
                     tile = image_tile @ text_tile.t()
-                    # the derivative of a sum's logarithm is the softmax
+                    # The derivative of log-sum-exp is the softmax.
                     grad = (tile - image_sums.unsqueeze(1)).exp_().mul_(image_weights.unsqueeze(1))
                     grad += tile.sub_(text_sums).exp_().mul_(text_weights)
                     image_grad.addmm_(grad, text_tile)

@@ -1,4 +1,4 @@
-"""Long-CLIP's term: InfoNCE whose short texts meet the images' principal components."""
+"""The term of Long-CLIP: InfoNCE that compares short texts with principal components of the images."""
 
 import torch
 
@@ -7,12 +7,12 @@ from .infonce import InfoNCE
 
 class PrimaryComponents(InfoNCE):
     """
-    Long-CLIP's "primary component matching" (https://arxiv.org/abs/2403.15378): [`InfoNCE`] that compares the short
-    texts with the images as their batch's first principal components tell them.
+    The "primary component matching" of Long-CLIP (https://arxiv.org/abs/2403.15378). Like [`InfoNCE`], but short texts
+    are compared with images that are reduced to the first principal components of the batch.
 
     Args:
-        num_components (`int`, *optional*, defaults to 32): components to keep, as many as in Long-CLIP.
-        short_loss_weight, long_loss_weight, label_smoothing: see [`InfoNCE`].
+        num_components (`int`, *optional*, defaults to 32): Number of components. Long-CLIP uses 32.
+        short_loss_weight, long_loss_weight, label_smoothing (`float`, *optional*): See [`InfoNCE`].
     """
 
     def __init__(
@@ -28,17 +28,16 @@ class PrimaryComponents(InfoNCE):
         self.num_components = num_components
 
     def for_short_texts(self, images: torch.Tensor) -> torch.Tensor:
-        """See [`Pairs.for_short_texts`]."""
         return primary_components(images, self.num_components)
 
 
 def primary_components(image_embeds: torch.Tensor, num_components: int) -> torch.Tensor:
     """
-    The mean of the images [N, dim], and what of the difference to it lies in the first components. The result is not
-    normalised again, as in Long-CLIP.
+    Projects images [N, dim] onto their mean plus their first principal components. As in Long-CLIP, the result is not
+    normalised again.
 
-    The gradient passes through the projection; the components themselves are constants, for the derivative of a
-    component has no bound where two singular values meet, as all those of a small batch do at zero.
+    Gradients flow through the projection, but the components are constants. The derivative of a component is unbounded
+    if two singular values are equal, and in a small batch several are 0.
     """
     mean = image_embeds.mean(0, keepdim=True)
     centred = image_embeds - mean

@@ -1,4 +1,4 @@
-"""SigLIP's term: every pair of an image and a text is a yes-or-no question of its own."""
+"""The term of SigLIP: binary classification of every pair of an image and a text."""
 
 import torch
 from torch import nn
@@ -10,24 +10,24 @@ from .pairs import Pairs, Sets, tiles_of
 
 class Sigmoid(Pairs):
     """
-    SigLIP's loss (https://arxiv.org/abs/2303.15343, algorithm 1). It trains `logit_bias`, for the many pairs that do
-    not match.
+    The loss of SigLIP (https://arxiv.org/abs/2303.15343, algorithm 1). It trains a parameter `logit_bias`, which
+    offsets the many pairs that do not match.
 
     Args:
-        short_loss_weight, long_loss_weight: see [`Pairs`].
+        short_loss_weight, long_loss_weight (`float`, *optional*, defaults to 1.0): See [`Pairs`].
     """
 
     def __init__(self, short_loss_weight: float = 1.0, long_loss_weight: float = 1.0) -> None:
         super().__init__(short_loss_weight, long_loss_weight)
-        self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # SigLIP's first value
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # SigLIP's initial value
 
     def sums(self, image_sets: Sets, text_sets: Sets, own: slice) -> torch.Tensor:
-        """See [`Pairs.sums`]. -logsigmoid(-x) = softplus(x) for the pairs that do not match, else softplus(x) - x."""
+        # The loss is -logsigmoid(x) = softplus(x) - x for a pair that matches, else -logsigmoid(-x) = softplus(x).
         sums = []
         bias = self.logit_bias.to(image_sets[0].dtype)
         for images, texts in zip(image_sets, text_sets, strict=True):
             tiles = [
-                # computed again in the backward pass, not kept
+                # The backward pass computes the tile again.
                 checkpoint(_softplus_sum, image_tile, text_tile, bias, use_reentrant=False, preserve_rng_state=False)
                 for image_tile in tiles_of(images)
                 for text_tile in tiles_of(texts)

@@ -1,4 +1,4 @@
-"""What a term of the objective sees: named tensors of this process and of all of them."""
+"""The input of a term: named tensors of this process and of all processes."""
 
 from collections.abc import Mapping
 
@@ -9,14 +9,15 @@ from ...distributed import all_sizes, gather, rank
 
 class Views(dict[str, torch.Tensor]):
     """
-    This process's tensors of a batch by name, samples first. Floating point tensors are at least float32.
+    The tensors of a batch on this process, by name. Floating point tensors are converted to at least float32.
 
     Args:
-        tensors (`Mapping[str, torch.Tensor]`): the tensors; their length may differ between the processes.
-        logit_scale (`torch.Tensor`): scalar factor on the cosine similarities, not its logarithm.
+        tensors (`Mapping[str, torch.Tensor]`): The tensors. The size of the first dimension, the batch dimension, may
+            differ between processes.
+        logit_scale (`torch.Tensor`): Scalar factor of the cosine similarities, not its logarithm.
 
     Attributes:
-        own (`slice`): the indices of this process's samples among those of all.
+        own (`slice`): The samples of this process within the samples of all processes.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], logit_scale: torch.Tensor) -> None:
@@ -28,10 +29,10 @@ class Views(dict[str, torch.Tensor]):
         self.own = slice(start, start + self._sizes[rank()])
 
     def __missing__(self, name: str) -> torch.Tensor:
-        raise KeyError(f"{name}: a term names what it looks at in `needs`, and the model or the batch must have it")
+        raise KeyError(f"{name}: not in the batch. Add it to `needs` of the term, and to the batch or the model.")
 
     def all(self, name: str) -> torch.Tensor:
-        """The tensors of all processes, gathered once, with gradients. Every process must ask for the same names."""
+        """Gathers a tensor from all processes, with gradients. Every process must call it for the same names."""
         if name not in self._all:
             dtype = self[name].dtype
             self._all[name] = gather(self._tensors[name], self._sizes, dtype)
