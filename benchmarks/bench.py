@@ -3,7 +3,7 @@
     make bench                                             # with captions of Scenes; about 25 minutes on two cores
     python benchmarks/bench.py --captions captions.jsonl   # with your captions, {"text": "..."} on each line
     python benchmarks/bench.py --only tokenise images      # only these parts
-    python benchmarks/bench.py --table                     # print the last results, as in README
+    python benchmarks/bench.py --table                     # print the last results, as in docs/speed.md
 
 A speed is the ratio of the median times of two calls that took turns in one run. The model has random weights and
 the shape of the released one (BERT-base and ViT-B/16). The *official recipe* works as the official code: texts padded
