@@ -82,8 +82,8 @@ def open_clip_metadata() -> ModuleType:
     files = [file for folder in folders if (file := Path(folder) / "zero_shot_metadata.py").is_file()]
     if not files:
         raise ImportError(
-            "CLIP's prompt templates and class names need open_clip: pip install 'lotlip-hf[open-clip]'. Or pass your own "
-            "in a text file with one on each line."
+            "CLIP's prompt templates and class names need open_clip: pip install 'lotlip-hf[open-clip]'. Or pass "
+            "your own in a text file with one on each line."
         )
     loader = SourceFileLoader("open_clip_zero_shot_metadata", str(files[0]))
     module = ModuleType(loader.name)
