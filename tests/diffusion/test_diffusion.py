@@ -829,7 +829,7 @@ def test_the_example_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     before, after = np.split(np.asarray(Image.open(tmp_path / "new" / "picture.png")), 2, axis=1)
     assert before.shape == after.shape == (64, 64, 3)
     assert abs(before.astype(int) - after).max() > 1
-    assert "The prompt has 270 tokens, and `text_encoder` now reads 248." in capsys.readouterr().out
+    assert {"270", "`text_encoder`", "248."} <= set(capsys.readouterr().out.split())
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipe")
     assert pipe.tokenizer.model_max_length == pipe.text_encoder.config.max_position_embeddings == 248
 
@@ -844,7 +844,7 @@ def test_the_example_with_a_pipeline_and_a_model(tmp_path: Path, capsys: pytest.
     example().main([*arguments, "--output", str(picture_path)])
     before, after = np.split(np.asarray(Image.open(picture_path)), 2, axis=1)
     assert abs(before.astype(int) - after).max() <= 1  # the same weights
-    assert "`text_encoder_2` now reads 77" in capsys.readouterr().out
+    assert {"`text_encoder_2`", "77."} <= set(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -426,7 +426,7 @@ def test_example_says_what_it_cannot_do(
     with pytest.raises(ValueError, match="--resume_from_checkpoint"):
         run_example(example, clip_checkpoint, pictures, tmp_path / "full", "")
     tiny_clip.save_clip(tmp_path / "clip")
-    with pytest.raises(ValueError, match="LoTLIPModel"):
+    with pytest.raises(ValueError, match="--model"):
         run_example(example, tmp_path / "clip", pictures, tmp_path / "new", "--max_steps 1")
     monkeypatch.setattr(example.SentenceTransformerTrainingArguments, "world_size", 2)
     with pytest.raises(ValueError, match="--text_pairs"):
