@@ -5,11 +5,11 @@
     python benchmarks/bench.py --only tokenise images      # only these parts
     python benchmarks/bench.py --table                     # print the last results, as in docs/speed.md
 
-A speed is the ratio of the median times of two calls that took turns in one run. The model has random weights and
-the shape of the released one (BERT-base and ViT-B/16). The *official recipe* works as the official code: texts padded
-to 128 positions, a dense mask, corner tokens also at inference, and eager attention, the only one in its version of
-transformers. Each part appends a line to `benchmarks/results/bench.jsonl`. For a missed target, a profile is saved in
-`benchmarks/results/profiles`.
+A speed-up is the ratio of the median times of two calls that alternate in one run. The model has random weights and
+the shape of the released one (BERT-base and ViT-B/16). The *official recipe* computes like the official code: texts
+padded to 128 positions, a dense mask, corner tokens also at inference, and eager attention, because its version of
+transformers has no other. Each part appends a line to `benchmarks/results/bench.jsonl`. For a missed target, a profile
+is saved in `benchmarks/results/profiles`.
 """
 
 import argparse
@@ -72,10 +72,10 @@ class Row:
         work (`str`): Measured work.
         beside (`str`): Baseline of the comparison.
         ratio (`float`): Measured value: the speed-up, or a value in `unit`.
-        target (`float`): Minimum of `ratio`, or maximum with `at_most`.
+        target (`float`): Minimum of `ratio`, or its maximum if `at_most` is set.
         at_most (`bool`, *optional*, defaults to `False`): Whether `target` is a maximum.
         unit (`str`, *optional*, defaults to `"x"`): Unit of `ratio` and `target`.
-        detail (`str`, *optional*, defaults to `""`): Measurements behind the ratio.
+        detail (`str`, *optional*, defaults to `""`): The measurements that `ratio` is computed from.
         profile (`Callable`, *optional*): Call that is profiled if the target is missed.
     """
 
@@ -113,11 +113,11 @@ class Bench:
     Args:
         size (`str`): Size of the models; see `peers.SIZES`.
         captions (`list[str]`): Long texts.
-        num_texts (`int`): Number of texts that are encoded in a turn.
+        num_texts (`int`): Number of texts to encode in each turn.
         num_mixed (`int`): Number of texts of mixed lengths.
         batch_size (`int`): Number of images in a training step.
         loss_batch_size (`int`): Number of images in the loss.
-        repeats (`int`): Number of counted turns.
+        repeats (`int`): Number of timed turns.
         folder (`Path`): Folder for temporary checkpoints and images.
     """
 
@@ -170,7 +170,7 @@ class Bench:
         return Encoder(model, self.processor).encode_texts(texts, progress=False)
 
     def batches(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        """Creates ideal batches: tokenised, sorted by length, and of the fastest number of tokens for a CPU."""
+        """Creates ideal batches: tokenised, sorted by length, with the number of tokens that a CPU encodes fastest."""
         encoded = self.processor.tokenizer(list(texts), truncation=True, verbose=False)["input_ids"]
         ids = sorted(encoded, key=len, reverse=True)
         batches = []
@@ -305,7 +305,7 @@ def loss_inputs(batch_size: int) -> list[torch.Tensor]:
 
 
 def run_loss(name: str, inputs: Sequence[torch.Tensor]) -> None:
-    """Runs forward and backward of the tiled objective or of the loss with whole logits."""
+    """Runs forward and backward of the tiled objective, or of the loss on the whole matrix of logits."""
     scale = torch.tensor(50.0)
     if name == "tiles":
         names = ("image_embeds", "text_embeds", "corner_embeds")
@@ -318,13 +318,13 @@ def run_loss(name: str, inputs: Sequence[torch.Tensor]) -> None:
 
 
 def make_loss(name: str, batch_size: int) -> Call:
-    """Creates a call of `run_loss`, after a small one that makes all one-time allocations."""
+    """Creates a call of `run_loss`; runs a small one first, so that one-time allocations are not measured."""
     run_loss(name, loss_inputs(16))
     return partial(run_loss, name, loss_inputs(batch_size))
 
 
 def loss(bench: Bench) -> list[Row]:
-    """Computes the loss of a large batch in tiles, compared with whole logits."""
+    """Computes the loss of a large batch in tiles, compared with the whole matrix of logits."""
     held = {name: peak_memory(make_loss, name, bench.loss_batch_size) for name in ("tiles", "whole")}
     inputs = loss_inputs(bench.loss_batch_size)
     calls = {name: partial(run_loss, name, inputs) for name in ("tiles", "whole")}
@@ -409,8 +409,8 @@ def loss_of_batch(
     name: str, size: str, captions: Sequence[str], num_long_texts: int = 1
 ) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
     """
-    Creates a model in training mode and a function that computes the loss of a batch: for each caption a random image,
-    the first sentence, and `num_long_texts` sub-captions of three sentences.
+    Creates a model in training mode and a function that computes the loss of a batch. Each caption gives a random
+    image, its first sentence as the short text, and `num_long_texts` sub-captions of three sentences.
     """
     model = peers.make_model(size).train()
     processor = peers.make_processor(model)
@@ -456,7 +456,7 @@ def training_step(model: nn.Module, compute_loss: Callable[[], torch.Tensor]) ->
 
 
 def make_step(name: str, size: str, captions: Sequence[str], num_long_texts: int) -> Call:
-    """Creates forward, loss and backward without an optimiser, after those of a small model (see `make_loss`)."""
+    """Creates a step without an optimiser; runs a small one first, so that one-time allocations are not measured."""
     _, of_small = loss_of_batch(name, "one layer", captions[:2], num_long_texts)
     of_small().backward()
     _, compute_loss = loss_of_batch(name, size, captions, num_long_texts)
@@ -512,7 +512,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
 
 
 def read_captions(path: Path | None) -> list[str]:
-    """Reads texts from a JSONL file with `{"text": "..."}` on each line, or takes long captions of Scenes."""
+    """Reads texts from a JSONL file with `{"text": "..."}` on each line, or returns long captions of Scenes."""
     if path is None:
         return [captions[0] for captions in scenes_dataset(NUM_SCENES, split="test")["long_captions"]]
     captions = []
@@ -530,7 +530,7 @@ def read_captions(path: Path | None) -> list[str]:
 
 
 def profile(call: Call) -> str:
-    """Profiles a call: Python functions, then PyTorch operations, each sorted by its own time."""
+    """Profiles a call: Python functions, then PyTorch operations, both sorted by time without calls inside."""
     python = cProfile.Profile()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as operations:
         python.runcall(call)

@@ -32,9 +32,9 @@ from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 
 VOCABULARY = Path(__file__).resolve().parent.parent / "tests" / "golden" / "tokenizer" / "vocab.txt"  # BERT's
 CONTEXT_LENGTH, NUM_CORNER_TOKENS = 128, 2  # of the released models
-BATCH_SIZE = 32  # default of sentence-transformers, and usual in examples of transformers
-# The released shape; a small BERT to measure overhead; a tiny model for tests; and one layer, so that the similarities
-# of a large batch use more memory than the activations
+BATCH_SIZE = 32  # default of sentence-transformers, and common in examples of transformers
+# Shapes: that of the released models; a small BERT to measure overhead; a tiny model for tests; and one layer, whose
+# activations use less memory than the similarities of a large batch
 SIZES: dict[str, dict[str, int]] = {
     "base": {},
     "mini": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
@@ -69,7 +69,7 @@ class OfficialRecipe(nn.Module):
     The text tower of LoTLIP as in the official code (github.com/wuw2019/LoTLIP, `open_clip/tokenizer.py` and
     `hf_model.py`).
 
-    Corner tokens are part of the text, even at inference. Texts are padded to 128 positions, and the mask is dense.
+    Corner tokens are part of every text, also at inference. Texts are padded to 128 positions, and the mask is dense.
 
     Args:
         model (`LoTLIPModel`): Model whose weights are copied.

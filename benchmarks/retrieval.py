@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     held = peak_memory(make_retrieval, *sizes.values())
 
-    load = os.getloadavg()[0]  # load by other processes, which makes the times longer
+    load = os.getloadavg()[0]  # load of other processes, which slows down the calls
     images, texts, owners = make_embeddings(arguments.images, arguments.texts, arguments.dim)
     block_size = arguments.block_size
     calls: dict[str, Callable[[], Any]] = {

@@ -49,7 +49,7 @@ class Record(RequiredFields, total=False):
 
 
 class Texts(NamedTuple):
-    """The texts of an image in a step. If `stand_in`, there was no long caption and the short one is repeated."""
+    """The texts of an image in a step. With `stand_in`, the long texts are copies of the short caption."""
 
     short: str
     long: list[str]

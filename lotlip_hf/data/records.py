@@ -60,7 +60,7 @@ COLUMNS: dict[Kind, Any] = {
 }
 FEATURES = Features(
     {
-        # `path` is relative to the folder of the data file with the index `file`.
+        # A relative `path` starts at the folder of the data file with the index `file` in the list of files.
         "image": {"bytes": Value("large_binary"), "path": Value("string"), "file": Value("int32")},
         **{name: COLUMNS[kind] for name, kind in FIELDS.items()},
         "id": Value("string"),
@@ -165,11 +165,11 @@ class _Images:
 
     def of(self, file: str) -> tuple[str, tuple[str, ...]]:
         """Returns the base folder of image paths in a data file, and the folders that may contain the images."""
-        # A shard contains its images. By default, the files that it names are not opened.
+        # Shards contain images, so image files named in a shard are not opened by default.
         return self.below(None if file.lower().endswith(".tar") else os.path.dirname(file) or ".")
 
     def below(self, own: str | None = None) -> tuple[str, tuple[str, ...]]:
-        """Like `of`, with the default folder `own`."""
+        """Returns the same as `of`, with `own` as the default image folder."""
         folder = self.folder or own or self.root
         return ("", ()) if folder is None else (os.fspath(folder), (os.fspath(self.root or folder),))
 

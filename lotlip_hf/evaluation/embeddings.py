@@ -33,7 +33,7 @@ class TextEmbeddings(NamedTuple):
     was_cut: torch.Tensor
 
 
-# The embeddings [n, P] and the stamps of a unit's n items, or `None` if an item cannot be read
+# Embeddings [n, P] and stamps (see `EmbeddingStore.add`) of the n items of a unit, or `None` if one cannot be read
 Unit = tuple[np.ndarray, list[str]] | None
 
 
@@ -190,7 +190,7 @@ def image_digests(
             elif isinstance(image, bytes):
                 digest.update(image)
             else:
-                for background in (WHITE, None):  # image processors use either background
+                for background in (WHITE, None):  # processors use white or drop transparency
                     upright = load_image(image, names[index], background=background)
                     digest.update(f"{upright.size}".encode() + upright.tobytes())
         except ImageError as error:
@@ -230,7 +230,7 @@ def _embed_units(
     appends to `errors` and returns `None` for a unit with an unreadable item.
     """
     units = [range(start, min(start + UNIT_SIZE, len(digests))) for start in range(0, len(digests), UNIT_SIZE)]
-    # distribute units in turn, because the units of long texts come first
+    # distribute units round-robin, because the units of long texts come first
     own = units[rank() :: world_size()]
     parts: list[np.ndarray] = []
     stamps: list[str] = []

@@ -237,7 +237,7 @@ def write_results(results: dict[str, Any], output: str | os.PathLike) -> None:
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Formats results as a text table: a row for each direction of retrieval, a row of accuracies, or a study."""
+    """Formats results as a text table: recalls in both directions, accuracies, or the rows of a study."""
     protocol, dataset = results["protocol"], results["dataset"]
     title = f"{results['model']} on {dataset['name']}" + (f" ({dataset['split']})" if dataset["split"] else "")
     title = f"{printable(title)}: {protocol['num_images']} images, "

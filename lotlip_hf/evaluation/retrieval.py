@@ -49,7 +49,7 @@ class TiedRanks(NamedTuple):
         """
         better, tied, positives = (part.cpu().double() for part in self)
         drawn = (k - better).clamp(min=0).minimum(tied)
-        # C(t - p, m) / C(t, m) is the product of (t - m - j) / (t - j) over j < p; m and p may be swapped
+        # With m drawn, C(t - p, m) / C(t, m) is the product of (t - m - j) / (t - j) over j < p, symmetric in m and p
         fewer, more = drawn.minimum(positives), drawn.maximum(positives)
         missed = torch.ones_like(better)
         for j in range(int(fewer.max())):
@@ -474,7 +474,7 @@ def _check_finite(name: str, embeds: torch.Tensor) -> None:
 @contextmanager
 def _full_precision(device_type: str) -> Iterator[None]:
     """Turns off autocast, TF32 and bfloat16 products within the context."""
-    has_backends = hasattr(torch.backends, "fp32_precision")  # since torch 2.9, which forbids mixing it with old calls
+    has_backends = hasattr(torch.backends, "fp32_precision")  # torch 2.9 or newer, which rejects the old setting
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if has_backends else ()
     precisions = [backend.fp32_precision for backend in backends]
     precision = None if has_backends else torch.get_float32_matmul_precision()

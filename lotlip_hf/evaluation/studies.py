@@ -52,7 +52,7 @@ def length_study(
     Args:
         encoder (`Encoder`): The dual encoder.
         data (`RetrievalData`): Images and texts.
-        limits (`Sequence[int]`, *optional*): Numbers of tokens, special tokens included. Defaults to the model's
+        limits (`Sequence[int]`, *optional*): Limits in tokens, special tokens included. Defaults to the model's
             maximum and those of 16, 32, 48, 64, 96, 128, 192, 256, 384 and 512 that are below it.
         digests (`Sequence[str]`, *optional*): Digests of the images, if known from
             [`~lotlip_hf.evaluation.embeddings.image_digests`].
@@ -314,7 +314,7 @@ def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.Pat
 
 
 def _progress_bar(texts: int, progress: bool) -> Any:
-    """One bar for all texts of a study."""
+    """Creates one progress bar for all texts of a study."""
     return progress_bar(total=texts, desc="Encoding texts", unit="text", shown=progress and rank() == 0)
 
 
@@ -407,7 +407,7 @@ def _single_products() -> Iterator[None]:
 
 
 def _lost(whole: Mapping[str, float], now: Mapping[str, float], factors: Mapping[str, float]) -> dict[str, float]:
-    """Returns the loss in each metric, times the factor whose key is a prefix of the metric's name."""
+    """Returns the loss in each metric, times the factor of the first key that the metric's name starts with."""
     lost = {}
     for name, value in whole.items():
         factor = next((factor for start, factor in factors.items() if name.startswith(start)), 1.0)

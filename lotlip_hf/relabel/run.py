@@ -53,7 +53,7 @@ def load_captioner(config: CaptionerConfig) -> Captioner:
 
 
 def _check_captioners(config: RelabelConfig) -> None:
-    """Checks all captioners before the first one starts, so that a misspelt name does not cost days."""
+    """Checks all captioners before the first one starts, so that a misspelt name fails at once."""
     from .captioners.local import check_model
 
     for captioner in config.captioners:
@@ -135,9 +135,8 @@ def relabel(
     ```
     """
     folder = Path(config.output)
-    state = PartialState(
-        cpu=not torch.accelerator.is_available()
-    )  # `PartialState` does not detect a missing accelerator
+    # `PartialState` itself does not notice that there is no accelerator.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     hidden = folder / HIDDEN
     _check_folders(config)
     tokenizer = _load_tokenizer(config.tokenizer)

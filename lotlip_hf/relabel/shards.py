@@ -26,7 +26,7 @@ from .storage import Storage, as_text, digest, file_of, writable
 
 # Maximum rows and bytes of images in a row group, which writers and readers keep in memory
 ROW_GROUP, ROW_GROUP_BYTES = 100, 1 << 27
-# Extensions of formats that have several in PIL, and of MPO, the JPEG files of some cameras
+# Extensions of formats that PIL knows by several extensions, and of MPO, the JPEG files of some cameras
 EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "TIFF": ".tif"}
 FEATURES = Features(
     {
@@ -52,7 +52,7 @@ FEATURES = Features(
 )
 
 
-# Form of a sidecar, for `fits`
+# Form (see `fits`) of a sidecar
 COUNTS = {str: int}
 SIDECAR = {
     "records": str,
@@ -182,8 +182,8 @@ def read_sidecar(config: RelabelConfig, name: str) -> dict[str, Any]:
 
 def is_done(config: RelabelConfig, name: str, records: list[dict[str, Any]] | None, number: int) -> bool:
     """
-    Tells whether a captioner has finished a chunk. If there is a shard and `records` are given, their ids are compared
-    with those in the shard; a difference raises a `ValueError`.
+    Returns whether a captioner has finished a chunk. If there is a shard and `records` are given, a `ValueError` is
+    raised unless the shard has the ids of `records`.
     """
     if shard_path(config, name).exists():
         if records is not None:
@@ -225,7 +225,7 @@ def _row_groups(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str,
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # without user and time
+    member = tarfile.TarInfo(name)  # user and time stay empty, so that the same rows give the same bytes
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
 

@@ -405,7 +405,7 @@ def _number(total: int) -> str:
 
 
 def _relations(scene: Scene, random: Random) -> Iterator[tuple[str, tuple[SceneObject, ...]]]:
-    """Yields relations such as "above" with their two or three objects. Shapes inside the large object have none."""
+    """Yields relations such as "above" with two or three objects, but not with shapes inside the large object."""
     placed = [item for item in scene.objects if not item.inside]
     for pair in combinations(placed, 2):
         first, second = random.sample(pair, 2)

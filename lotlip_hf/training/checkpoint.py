@@ -148,7 +148,7 @@ def save_checkpoint(
         if accelerator.is_main_process:
             publish(partial, final)
 
-    # If a part fails on one process, all must stop: in the next part, processes may wait for each other.
+    # If a part fails on one process, all must stop, because they may wait for each other in the next part.
     for part in (make_folder, lambda: save_model(partial), write_state, name_folder):
         reason = ""
         try:

@@ -18,7 +18,7 @@ from ..options import option
 
 CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
-# Options of the strategies of `captions`; a strategy has those that are its fields
+# Options of the strategies in `captions`; a strategy uses those that it has as fields
 TEXT_OPTIONS = ("num_long_texts", "num_sentences", "captioners", "sentence_order", "splitter")
 # Options that may change when a run is resumed, because they do not change the result
 RESUMABLE = frozenset(
@@ -78,7 +78,7 @@ class TrainingConfig:
     )
     lock_vision: bool = option("Freeze the image tower, as LiT does", False)
     unlocked_vision_layers: int = option(
-        "With --lock-vision: last layers of the image tower to train, with all that follows them", 0, at_least=0
+        "Last layers of the image tower, and the modules after them, to train with --lock-vision", 0, at_least=0
     )
 
     data: str | None = option(
@@ -277,7 +277,7 @@ def parse_arguments(argv: Sequence[str] | None = None, **parser: str) -> Trainin
     given = options.options_of(make_parser(**parser).parse_args(argv), TrainingConfig)
     if not options.convert("resume", given.get("resume", False), bool):
         return TrainingConfig(**given)
-    output = given.get("output", TrainingConfig.output)  # overrides the saved one of a run that was moved
+    output = given.get("output", TrainingConfig.output)  # the saved `output` is wrong if the run was moved
     config = TrainingConfig(**{**_kept(output), **given, "output": output})
     check_resumed(config)
     return config
@@ -309,5 +309,5 @@ def _kept(output: str | os.PathLike) -> dict[str, Any]:
 
 
 def choices(option: str) -> tuple[str, ...]:
-    """Returns the values of an option of [`TrainingConfig`] that has a fixed set of them; else an empty tuple."""
+    """Returns the choices of an option of [`TrainingConfig`], or an empty tuple if it has no fixed choices."""
     return options.choices(get_type_hints(TrainingConfig)[option])

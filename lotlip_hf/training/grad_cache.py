@@ -66,7 +66,7 @@ def cached_backward(
         for chunk in chunks:
             random_states.append((torch.get_rng_state(), *get_device_states(*inputs.values())))
             cached.append(embed_chunk(*chunk))
-    torch.clear_autocast_cache()  # older versions of torch cache weights without a graph
+    torch.clear_autocast_cache()  # older versions of torch cache the weights that autocast converted without a graph
 
     embeds = {name: torch.cat([chunk[name] for chunk in cached]) for name in cached[0]}
     # Tensors of the batch itself, such as labels, get no gradients.

@@ -39,7 +39,7 @@ from .validation import validate
 
 logger = logging.get_logger(__name__)
 
-MAX_IDS = 10  # record ids in an error message; a file lists all of them
+MAX_IDS = 10  # maximum number of record ids in an error message; a file lists all
 
 
 class NonFiniteLossError(RuntimeError):
@@ -116,7 +116,7 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would compute in float32 without a warning.
-        raise ValueError("`mixed_precision` fp16 needs a GPU. On a CPU use bf16 or no.")
+        raise ValueError("`mixed_precision` fp16 needs a GPU. Pass bf16 or no on a CPU.")
     missing = [name for name in config.trackers if name not in [*map(str, accelerator.log_with), "all"]]
     if missing:
         raise ValueError(
@@ -144,7 +144,7 @@ class _Run:
         self.output = Path(config.output)
         self.max_steps = num_steps(records, config, accelerator.num_processes)
         self.epoch, self.next_batch, self.step = 0, 0, 0
-        self.ids: list[str] = []  # of the records in the last step
+        self.ids: list[str] = []  # ids of the records in the last step
         self.counts: Counter[str] = Counter()
         self.meter = Meter()
         self.checkpoint = prepare_folder(config, accelerator)
@@ -159,7 +159,7 @@ class _Run:
             average = get_ema_multi_avg_fn(config.ema_decay)
             self.averaged = self.states["averaged"] = AveragedModel(model, accelerator.device, multi_avg_fn=average)
         optimizer, self.scheduler = make_optimizer(model, self.objective, config, self.max_steps, accelerator.device)
-        self.states["scheduler"] = self.scheduler  # not prepared: accelerate would step it once per process
+        self.states["scheduler"] = self.scheduler  # not passed to `prepare`: accelerate would step it once per process
         prepare_sharding(model, self.objective, accelerator)
         prepared = accelerator.prepare(model, optimizer)
         self.model, self.optimizer = cast(tuple[nn.Module, AcceleratedOptimizer], prepared)
@@ -369,9 +369,9 @@ class _Run:
             logger.error(str(error))
 
     def _data(self) -> dict[str, Any]:
-        """Returns the values that decide the order of the records, besides the options."""
+        """Returns the values that determine the order of the records together with the options."""
         if isinstance(self.records, IterableDataset):
-            return {"num_workers": self.config.num_workers}  # the workers share the shards
+            return {"num_workers": self.config.num_workers}  # the workers divide the shards
         return {"num_records": len(self.records)}
 
     def _save_model(self, folder: Path) -> None:

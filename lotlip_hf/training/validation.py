@@ -37,8 +37,8 @@ def validate(
         model (`nn.Module`): A [`LoTLIPModel`] or its wrapper.
         processor (`LoTLIPProcessor`): The processor of the model.
         records (`Dataset` or `IterableDataset`): The records.
-        config (`TrainingConfig`): Options of the run. This function uses `eval_samples`, `batch_size`, `captioners`
-            (the first one is evaluated), `splitter` and `on_error`.
+        config (`TrainingConfig`): Options of the run. Only `eval_samples`, `batch_size`, `captioners` (the first is
+            evaluated), `splitter` and `on_error` are used.
         accelerator (`Accelerator`, *optional*): The processes of the run share the work and return the same result.
 
     Returns:
@@ -82,7 +82,7 @@ def validate(
 
 
 def short_and_long_recalls(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> dict[str, float]:
-    """Returns the recalls of images [N, dim] and their short and long texts [N, 2, dim], by the names of the log."""
+    """Returns the recalls of images [N, dim] and their short and long texts [N, 2, dim], by their log keys."""
     return {
         f"{kind}_{name}": value
         for number, kind in ((1, "long"), (0, "short"))

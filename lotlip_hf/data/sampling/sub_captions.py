@@ -57,7 +57,7 @@ class SubCaptions:
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         if self.captioners is not None:
-            object.__setattr__(self, "captioners", tuple(self.captioners))  # a YAML file has a list
+            object.__setattr__(self, "captioners", tuple(self.captioners))  # a YAML file contains a list
             if min(self.captioners, default=-1) < 0 or len(set(self.captioners)) < len(self.captioners):
                 raise ValueError(f"`captioners` must be different indices >= 0, got {self.captioners}.")
         for name, choices in (("sentence_order", ("written", "shuffled")), ("splitter", tuple(SPLITTERS))):

@@ -50,7 +50,7 @@ def from_hub(repo_id: str, revision: str | None) -> Iterator[None]:
 
 
 def not_kept(repo_id: str, what: str | None) -> ValueError:
-    """Makes the error for data that are not in the cache although HF_HUB_OFFLINE is set."""
+    """Makes the error for data that are not in the cache while HF_HUB_OFFLINE is set."""
     return ValueError(
         f"HF_HUB_OFFLINE is set, but {repo_id} is not a folder and {f'{what} of it' if what else 'it'} is not in the "
         "cache. Run once with HF_HUB_OFFLINE=0 to fill the cache."
@@ -83,7 +83,7 @@ def hub_commit(repo_id: str, revision: str | None) -> str:
         return commit
     with from_hub(repo_id, revision):
         commit = str(HfApi().dataset_info(repo_id, revision=revision).sha)
-        with suppress(RemoteEntryNotFoundError):  # records the commit in the cache, even without a README.md
+        with suppress(RemoteEntryNotFoundError):  # the cache stores the commit, even without a README.md
             hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision)
     return commit
 

@@ -34,7 +34,7 @@ from ...files import one_line
 from ...loading import cached_commit, checkpoint_name, load_strict, naming_damage, quiet, usable_device
 from .base import IMAGE_ERRORS, Answer, CaptionerConfig
 
-# The only entries that are used of a checkpoint's generation config: special and forbidden tokens
+# Only these entries of a checkpoint's generation config are used: special and forbidden tokens
 TOKENS = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id"),
     *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
