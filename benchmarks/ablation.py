@@ -182,7 +182,7 @@ def run_study(base: Mapping[str, Any], settings: Sequence[Setting], seeds: Seque
     for seed in seeds:
         for setting in settings:
             options = {**base, **setting.changes, "seed": seed}
-            # Settings with the same options are one run.
+            # Settings with the same options share a run.
             wanted.setdefault(json.dumps(options, sort_keys=True), (setting, options))
     known = [entry["options"] for entry in read_results(results)]
     missing = [(setting, options) for setting, options in wanted.values() if options not in known]

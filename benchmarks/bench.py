@@ -6,7 +6,7 @@
     python benchmarks/bench.py --table                     # print the last results, as in docs/speed.md
 
 A speed-up is the ratio of the median times of two calls that alternate in one run. The model has random weights and
-the shape of the released one (BERT-base and ViT-B/16). The *official recipe* computes like the official code: texts
+the shape of the released model (BERT-base and ViT-B/16). The *official recipe* computes like the official code: texts
 padded to 128 positions, a dense mask, corner tokens also at inference, and eager attention, because its version of
 transformers has no other. Each part appends a line to `benchmarks/results/bench.jsonl`. For a missed target, a profile
 is saved in `benchmarks/results/profiles`.

@@ -4,7 +4,7 @@
     python benchmarks/peak.py --batch-size 256 --compile
     python benchmarks/peak.py --device cpu --batch-size 8
 
-The model has the shape of the released one. The inputs are random and without padding. The share is the model's
+The model has the shape of the released model. The inputs are random and without padding. The share is the model's
 floating-point operations per second (with those that gradient checkpointing repeats), divided by those of large matrix
 products. Both alternate on the same device. The training step is also compared with that of the official recipe, which
 pads short and long texts to 128 tokens. The result is appended to `benchmarks/results/peak.jsonl`.

@@ -51,7 +51,7 @@ def product(image_embeds: torch.Tensor, text_embeds: torch.Tensor, block_size: i
 
 
 def make_retrieval(images: int, texts: int, dim: int, block_size: int) -> Callable[[], Any]:
-    """Creates the call whose memory is measured."""
+    """Creates the call for the measurement of memory."""
     return partial(retrieval_metrics, *make_embeddings(images, texts, dim), block_size=block_size)
 
 

@@ -71,7 +71,7 @@ class ColumnMapping:
         return {name: column for name in OPTIONAL if (column := getattr(self, name)) is not None}
 
 
-# Recaptioned LAION and COYO are tables of URLs and captions, whose columns have several names.
+# Recaptioned LAION and COYO are tables of URLs and captions, with different column names.
 _RECAP_LONG = ColumnMapping(
     image=("image", "Image Path", "image_path", "url", "URL"),
     long=("long*caption*", "*long*caption*"),

@@ -42,7 +42,7 @@ JSON_FIELDS = frozenset(("json", "jsn"))
 
 
 class RowError(ValueError):
-    """A row cannot be read. The message gives the position of the row and the reason. Later rows can still be read."""
+    """A row cannot be read. The message contains its position and the reason. Later rows can still be read."""
 
 
 class SizeError(RowError):
@@ -63,12 +63,12 @@ def read_rows(
     Reads the rows of a file in order.
 
     Values of CSV and TSV files are strings. A `.json` file contains a list of objects, or one object per line. A row
-    of a WebDataset shard is a sample: successive members whose names are equal up to the first dot. The extension of a
+    of a WebDataset shard is a sample: successive members with the same name up to the first dot. The extension of a
     member is its column (`jpg`, `txt`, `input.jpg`). The fields of a sample's only JSON member are columns too. The
     only image of a sample is also the column `image`. `__key__` is the name of the shard and of the sample.
 
     Args:
-        file (`str` or `os.PathLike`): The file. Its extension decides its kind.
+        file (`str` or `os.PathLike`): The file. The extension determines the format.
         columns (`Sequence[str]`, *optional*): Columns of a Parquet file to read, or paths into them. Defaults to all
             columns.
         texts (`Sequence[str]`, *optional*): Columns of a CSV or TSV file, or paths into them, in which a JSON list of

@@ -8,11 +8,11 @@ from ..files import MAX_CHARACTERS, printable
 
 
 class RecordError(ValueError):
-    """A record is broken. The message gives the id of the record."""
+    """A record is broken. The message contains the id of the record."""
 
 
 class ShardError(RecordError):
-    """A shard is damaged or truncated. The message gives the name of the shard and the number of intact records."""
+    """A shard is damaged or truncated. The message contains the name of the shard and the number of intact records."""
 
 
 class Region(TypedDict):

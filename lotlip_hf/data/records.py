@@ -88,8 +88,8 @@ def load_records(
     are not decoded, so that the collator decides whether a broken image stops the run. If a file of a local stream is
     damaged, the last record of the file has an `error` and `is_shard`.
 
-    Images must be in the image folder or in `image_root`, after resolving links. A record whose image is elsewhere is
-    broken. WebDataset shards and data sets on the Hub can name local image files only if `image_folder` or
+    Images must be in the image folder or in `image_root`, after resolving links. A record with an image outside these
+    folders is broken. WebDataset shards and data sets on the Hub can name local image files only if `image_folder` or
     `image_root` is set.
 
     Args:
@@ -100,7 +100,7 @@ def load_records(
         mapping (`str` or `ColumnMapping`, *optional*, defaults to `"records"`): The columns to read: a name in
             `MAPPINGS` or a `ColumnMapping`.
         split (`str`, *optional*): The split. Defaults to `"train"` for a data set on the Hub. For local files, a word
-            in the names of files and folders decides their split (`train/`, `captions-val.csv`). `"all"` reads all
+            in the names of files and folders determines their split (`train/`, `captions-val.csv`). `"all"` reads all
             splits.
         image_folder (`str` or `os.PathLike`, *optional*): Base folder of relative paths of images. Defaults to the
             folder of the data file.
@@ -290,7 +290,7 @@ def to_record(
     row: Mapping[str, Any], mapping: ColumnMapping, folder: str = "", roots: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """
-    Converts a row to a record, with a mapping without patterns. Missing values and wrong types are kept, because the
+    Converts a row to a record, with a mapping without patterns. Missing values and wrong types remain, because the
     collator checks them.
     """
     record = _fields(row, mapping)

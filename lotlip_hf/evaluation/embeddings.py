@@ -50,7 +50,7 @@ def embed_texts(
 ) -> TextEmbeddings:
     """
     Encodes texts like [`Encoder.encode_texts`], but duplicates only once. With several processes (`accelerate
-    launch`), each one encodes a share of the texts and returns all embeddings, identical to those of one process.
+    launch`), each process encodes a share of the texts and returns all embeddings, identical to those of one process.
 
     Args:
         encoder (`Encoder`): The dual encoder.
@@ -125,7 +125,7 @@ def embed_images(
         `torch.Tensor`: [N, P] in the order of `images`, normalised, float32 on the CPU.
 
     Raises:
-        `IncompleteDataError`: If images cannot be read; the message names them. All others are encoded and cached.
+        `IncompleteDataError`: If images cannot be read; the message names them. The others are encoded and cached.
         `OSError`: If the cache cannot be written.
     """
     names = image_names(images) if names is None else names
@@ -163,7 +163,7 @@ def image_digests(
 ) -> list[str]:
     """
     Computes digests of the contents of images: of the bytes of a file, or of the pixels of an image object. With
-    several processes, each one reads a share of the images.
+    several processes, each process reads a share of the images.
 
     Args:
         images (`Sequence[ImageSource]`): N images.

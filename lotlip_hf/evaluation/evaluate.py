@@ -37,8 +37,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """
     Evaluates a dual encoder on a data set: retrieval in both directions for images with texts, zero-shot
-    classification for images with classes. With several processes (`accelerate launch`), each one encodes a share of
-    the data, and all return the same results.
+    classification for images with classes. With several processes (`accelerate launch`), each process encodes a share
+    of the data, and all return the same results.
 
     Args:
         encoder (`Encoder`): The dual encoder.

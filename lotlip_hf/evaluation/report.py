@@ -28,7 +28,7 @@ DETAILS = {
     "zero-shot-image-classification": "Classification runs in full",
 }
 STUDY_TITLES = {"length": "Texts cut at several lengths", "sentences": "One sentence removed"}
-# Hatches of bars. If there are more models than colours, the colours repeat with the next hatch.
+# Hatches of bars. If there are more models than colours, the colours repeat with another hatch.
 HATCHES = ("", "xx", "..", "\\\\", "++")
 PUBLISHED_HATCH = "//"
 

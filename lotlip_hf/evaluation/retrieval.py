@@ -23,7 +23,7 @@ BLOCK_SIZE = 1024
 # changes similarities by a few 1e-7.
 TIE_TOLERANCE = 1e-6
 DIRECTIONS = ("image_to_text", "text_to_image")
-# Metrics of the first k candidates, and the field of the protocol that gives the number of all candidates
+# Metrics of the first k candidates, and the field of the protocol with the number of candidates
 TOP = re.compile(r"(image_to_text_r|text_to_image_r|accuracy_top)(\d+)")
 CANDIDATES = {"image_to_text_r": "num_texts", "text_to_image_r": "num_images", "accuracy_top": "num_classes"}
 
@@ -35,7 +35,7 @@ class TiedRanks(NamedTuple):
     Args:
         better (`torch.Tensor`): Number of candidates more similar to the query than its best positive.
         tied (`torch.Tensor`): Number of candidates as similar as the best positive, including the positive itself.
-        positives (`torch.Tensor`): Number of positives among the tied candidates, including the best one.
+        positives (`torch.Tensor`): Number of positives among the tied candidates, including the best positive.
     """
 
     better: torch.Tensor
@@ -250,7 +250,7 @@ def accuracies(
     tolerance: float = TIE_TOLERANCE,
 ) -> dict[str, float]:
     """
-    Computes the top-k accuracy: the share of rows whose label is among the k classes with the highest scores. Classes
+    Computes the top-k accuracy: the share of rows with the label among the k classes with the highest scores. Classes
     with tied scores are ordered at random, and the result is the expected accuracy: k/C for constant scores.
 
     Args:

@@ -36,7 +36,7 @@ DATA_RULES = ("part", "revision", "data")
 
 
 class Column(NamedTuple):
-    """A column of the report: its title, and the task whose metrics it shows."""
+    """A column of the report: its title, and the task of its metrics."""
 
     title: str
     task: str

@@ -69,8 +69,8 @@ def length_study(
         that does not run in PyTorch).
 
     Raises:
-        `ValueError`: If a limit is below 3 or above the model's maximum, or if the model uses flash attention, whose
-            FLOPs PyTorch does not count.
+        `ValueError`: If a limit is below 3 or above the model's maximum, or if the model uses flash attention, because
+            PyTorch does not count its FLOPs.
         `IncompleteDataError`: If images cannot be read; the message names them.
 
     Example:
@@ -96,7 +96,7 @@ def length_study(
     tokenized = [(len(ids), at_end) for ids, at_end in _tokens(encoder, texts, longest)]
     lengths = [length for length, _ in tokenized]
     _warn(sum(at_end for _, at_end in tokenized), data, longest)
-    # limits are processed downwards, and each one only changes the texts that are longer
+    # limits are processed in descending order, and each limit only changes the texts that are longer
     changed = {
         limit: [index for index, length in enumerate(lengths) if limit == limits[-1] or length > limit]
         for limit in limits
@@ -147,7 +147,7 @@ def sentence_ablation(
 
         - `sentence`: k.
         - `num_texts`: Number of texts from which a sentence was removed.
-        - `num_read`: Number of these texts in which the sentence lies within the model's maximum length.
+        - `num_read`: Number of these texts in which the sentence is within the model's maximum length.
         - `image_to_text_r1`, `text_to_image_r1` (from 0 to 1), `image_to_text_mean_rank`, `text_to_image_mean_rank`
           (from 1) and `score` (mean cosine of a text and its image), over all images and texts.
         - The same names with `_lost`: Total loss against the unchanged texts, divided by the number of changed texts,
@@ -239,7 +239,7 @@ def plot_length_study(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike
 
     Args:
         rows (`Sequence[Mapping]`): Rows from [`length_study`].
-        file (`str` or `os.PathLike`): File of the plot. Its extension sets the format.
+        file (`str` or `os.PathLike`): File of the plot. The extension determines the format.
         title (`str`, *optional*, defaults to `""`): Title, such as `"model on data"`.
 
     Raises:

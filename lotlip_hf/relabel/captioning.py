@@ -184,8 +184,8 @@ class Captioning:
         self, captioner: Captioner, images: Sequence[Image.Image], settings: Mapping[str, Any], seeds: Sequence[int]
     ) -> list[Answer]:
         """
-        Returns the answers. After an error each image is sent separately. If one still fails, a grey test image shows
-        whether the image or the model is the cause.
+        Returns the answers. After an error each image is sent separately. If an image still fails, a grey test image
+        shows whether the image or the model is the cause.
         """
         try:
             return captioner.answer(images, settings, seeds)

@@ -137,7 +137,7 @@ class Share:
 
 
 def shard_path(config: RelabelConfig, name: str) -> Path:
-    """Returns the path of a chunk's shard. It exists when the chunk is finished."""
+    """Returns the path of a chunk's shard. The shard exists when the chunk is finished."""
     return Path(config.output, "data", name + SUFFIXES[config.format])
 
 

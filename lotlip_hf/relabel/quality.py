@@ -258,8 +258,8 @@ def _repeats(items: Sequence[str], times: int, length: int, longest: int | None 
     items.
     """
     for period in range(1, min(longest or len(items), len(items) // times) + 1):
-        # In a repetition, each item equals the item one period later. A run of `run` such items contains one of the
-        # indices below, so checking only these takes n log n steps for all periods together.
+        # In a repetition, each item equals the item one period later. A run of `run` of these items contains one of
+        # the indices below, so checking only these takes n log n steps for all periods together.
         run = max(length, times * period) - period
         for index in range(run - 1, len(items) - period, run):
             if items[index] != items[index + period]:

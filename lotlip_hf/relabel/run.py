@@ -90,7 +90,7 @@ def relabel(
     [`image_base`]), and local models by the name of their folder.
 
     A call with the same options and records resumes an interrupted run. With several processes (`torchrun`,
-    `accelerate launch`), each one captions a share of the records, and the last one to finish writes the card.
+    `accelerate launch`), each process captions a share of the records, and the last process to finish writes the card.
 
     Args:
         config (`RelabelConfig`): Options of the run.

@@ -196,7 +196,7 @@ def is_done(config: RelabelConfig, name: str, records: list[dict[str, Any]] | No
 def write_shard(file: BinaryIO, rows: Iterable[Mapping[str, Any]], format: str, name: str) -> None:
     """
     Writes rows with the columns of `FEATURES` as Parquet, or as a tar of image files, each with a JSON file of the
-    other columns. The same rows give the same bytes.
+    other columns. The same rows produce the same bytes.
     """
     if format == "parquet":
         with pq.ParquetWriter(file, FEATURES.arrow_schema) as writer:
@@ -225,7 +225,7 @@ def _row_groups(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str,
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # user and time stay empty, so that the same rows give the same bytes
+    member = tarfile.TarInfo(name)  # user and time stay empty, so that the same rows produce the same bytes
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
 

@@ -89,7 +89,7 @@ class TrainingConfig:
     mapping: str = option(f"Column names, by data set: {', '.join(MAPPINGS)}", "records")
     image_column: str | None = option("Column of the images (default: from --mapping)", None)
     short_column: str | None = option(
-        "Column of the short captions; 'none' takes the first sentences of the long ones (default: from --mapping)",
+        "Column of the short captions; 'none' uses the first sentences of the long captions (default: from --mapping)",
         None,
     )
     long_columns: list[str] | None = option("Columns of the long captions (default: from --mapping)", None)
@@ -121,7 +121,7 @@ class TrainingConfig:
     num_long_texts: int = option(
         "Texts from long captions per image and step; 0 trains on short captions only", 3, at_least=0
     )
-    num_sentences: int = option("Consecutive sentences per long text; 0 takes the whole caption", 3, at_least=0)
+    num_sentences: int = option("Consecutive sentences per long text; 0 uses the whole caption", 3, at_least=0)
     captioners: list[int] | None = option("Indices of the long captions to draw from, from 0 (default: all)", None)
     sentence_order: Literal["written", "shuffled"] = option("Order of the drawn sentences", "written")
     splitter: Literal["sentences", "full_stops"] = option(
@@ -147,7 +147,7 @@ class TrainingConfig:
         "Embed a batch in chunks of N samples: the same gradient in less memory", None, at_least=1
     )
     gradient_accumulation_steps: int = option(
-        "Batches per step, each with its own loss; for a loss over all, use a larger batch with --grad-cache-chunk",
+        "Batches per step, each with a separate loss; for a loss over all, use a larger batch with --grad-cache-chunk",
         1,
         at_least=1,
     )
@@ -303,7 +303,7 @@ def _kept(output: str | os.PathLike) -> dict[str, Any]:
     path = Path(output, CONFIG_NAME)
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist, so there is no run to resume. Leave out `--resume` to start one."
+            f"{path} does not exist, so there is no run to resume. Leave out `--resume` to start a run."
         )
     return options.read_yaml(path, TrainingConfig)
 

@@ -25,15 +25,15 @@ def cached_backward(
     """
     Computes [`batch_loss`] and its backward pass in the memory of `chunk_size` samples.
 
-    The batch is first embedded in chunks without a graph. The loss of all embeddings gives the gradient of each
-    embedding. Each chunk is then embedded again with the same dropout, and its gradients go back through the model.
-    The sum in the parameters' `grad` is the gradient of the whole batch.
+    The batch is first embedded in chunks without a graph. The loss of all embeddings then provides the gradient of
+    each embedding. Each chunk is then embedded again with the same dropout, and its gradients go back through the
+    model. The sum in the parameters' `grad` is the gradient of the whole batch.
 
     Args:
         model (`nn.Module`): A [`LoTLIPModel`] or its wrapper.
         batch (`Mapping[str, Any]`): See [`embed`]. The first dimension of every tensor is the batch dimension.
         chunk_size (`int`): Number of samples in a chunk.
-        objective (`Objective`): The objective. Its parameters get gradients too.
+        objective (`Objective`): The objective. The parameters of the objective get gradients too.
         accelerator (`Accelerator`, *optional*): Applies autocast, loss scaling and gradient accumulation. Gradients
             are synchronised only with the last chunk.
 

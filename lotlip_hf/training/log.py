@@ -112,7 +112,7 @@ def draw_curve(log_path: str | os.PathLike, picture_path: str | os.PathLike) -> 
 
     Args:
         log_path (`str` or `os.PathLike`): The log, or the folder of the run.
-        picture_path (`str` or `os.PathLike`): The picture to write. Its extension decides the format.
+        picture_path (`str` or `os.PathLike`): The picture to write. The extension determines the format.
 
     Raises:
         `ImportError`: If matplotlib is not installed.

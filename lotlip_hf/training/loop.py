@@ -67,7 +67,7 @@ def train(
     also within an epoch, and computes the same results as a run without interruption.
 
     Args:
-        model (`LoTLIPModel`): The model. It is trained in place.
+        model (`LoTLIPModel`): The model. The weights are trained in place.
         processor (`LoTLIPProcessor`): The processor of the model.
         records (`Dataset` or `IterableDataset`): Training records (`lotlip_hf.data.records.load_records`).
         config (`TrainingConfig`): Options of the run.
@@ -81,8 +81,8 @@ def train(
         `FileExistsError`: If `config.output` contains checkpoints of another run.
         `NonFiniteLossError`: If the loss is not finite. The message names the step, the records and the last
             checkpoint.
-        `CheckpointError`: If a checkpoint cannot be read, the last one cannot be written, or the disk has no room for
-            a checkpoint at the start.
+        `CheckpointError`: If a checkpoint cannot be read, the last one cannot be written, or if the disk has no room
+            for a checkpoint when the run starts.
         `ValueError`: If options contradict the model or the data.
         `ImageError`, `RecordError`: If a record is broken and `on_error` is `"raise"`. The run is saved first. The
             other processes raise [`OtherProcessError`].
@@ -276,7 +276,7 @@ class _Run:
         # Under FSDP the parameters of the objective are in both lists.
         trained = list(dict.fromkeys([*self.model.parameters(), *self.objective.parameters()]))
         norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
-        # A gradient scaler skips such a step by itself and reduces its scale.
+        # A gradient scaler itself skips this step and reduces the scale.
         if accelerator.scaler is None and norm is not None and not torch.isfinite(norm):
             self._stop_at_nan(self.step + 1, f"the gradient norm is {float(norm)}, the weights were not changed")
         self.optimizer.step()
@@ -289,7 +289,7 @@ class _Run:
             self.averaged.update_parameters(extract_model_from_parallel(self.model))
 
     def _stop_at_nan(self, step: int, reason: str) -> None:
-        """Raises `NonFiniteLossError`. All processes call it together, because they have the same loss and norm."""
+        """Raises `NonFiniteLossError`, on all processes together, because they have the same loss and norm."""
         ids = gather_lists(self.ids)
         path = self.output / f"not-finite-{step}.json"
         if self.accelerator.is_main_process:

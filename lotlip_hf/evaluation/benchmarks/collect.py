@@ -69,9 +69,9 @@ class Row:
 
     Args:
         name (`str`): Name of the image in messages.
-        images (`Sequence[Path]`, *optional*): Candidate paths of the image; the first one that exists is used.
+        images (`Sequence[Path]`, *optional*): Candidate paths of the image; the first path that exists is used.
         load (`Callable`, *optional*): Function that returns the image if it is not a separate file.
-        texts (`Sequence[str | None]`, *optional*): Captions; `None` for a missing one.
+        texts (`Sequence[str | None]`, *optional*): Captions; `None` for a missing caption.
         label (`int`, *optional*): Index of its class.
     """
 
@@ -189,7 +189,7 @@ class Source:
 
     @property
     def advice(self) -> str:
-        """Sentence that says where to download the data."""
+        """Advice on how to get the data."""
         return f"Where to get it: {self.task.source}"
 
     def incomplete(self, problem: str, *, suggest_part: bool = False) -> IncompleteDataError:

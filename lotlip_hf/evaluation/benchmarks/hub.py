@@ -1,4 +1,4 @@
-"""Data sets on the Hub: the commit to read, and errors that say what to do."""
+"""Data sets on the Hub: the commit to read, and errors with advice."""
 
 import logging
 import re
@@ -26,7 +26,7 @@ COMMIT = re.compile("[0-9a-f]{40}")
 
 @contextmanager
 def from_hub(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Converts errors of the Hub in this context to a `ValueError` that says what to do."""
+    """Converts errors of the Hub in this context to a `ValueError` with advice."""
     try:
         yield
     except GatedRepoError as error:
@@ -76,7 +76,7 @@ def hub_commit(repo_id: str, revision: str | None) -> str:
                 raise not_kept(repo_id, revision)
             commit = reference.read_text(encoding="utf-8").strip()
         logger.warning(
-            "%s: HF_HUB_OFFLINE is set, so the commit %s in the cache is used. It may not be the newest.",
+            "%s: HF_HUB_OFFLINE is set, so the commit %s in the cache is used. A newer commit may exist.",
             repo_id,
             commit,
         )

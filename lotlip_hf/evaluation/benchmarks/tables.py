@@ -257,7 +257,7 @@ def table_classes(source: Source, synonyms: bool = False) -> Iterator[Row]:
     else:
         raise ValueError(
             f"The column {column!r} of {source.where} contains neither numbers nor names, but {feature}. Pass another "
-            "one as `label_column` (--label-column)."
+            "column as `label_column` (--label-column)."
         )
     count = None
     if own_source != "classnames.txt":

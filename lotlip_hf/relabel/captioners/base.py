@@ -69,7 +69,7 @@ class CaptionerConfig:
     max_new_tokens: int = option("Maximum length of a caption, in tokens", 256, at_least=1, group="Generation")
     min_new_tokens: int = option("Minimum length of a caption, in tokens; not for endpoints", 0, at_least=0)
     num_beams: int = option("Beams of a beam search; not for endpoints", 1, at_least=1)
-    temperature: float = option("Temperature of sampling; 0 takes the most probable token", 0.0, at_least=0)
+    temperature: float = option("Temperature of sampling; 0 always picks the most probable token", 0.0, at_least=0)
     top_p: float = option("Top-p sampling: probability mass of the tokens to sample from", 1.0, above=0, at_most=1)
     repetition_penalty: float = option(
         "Penalty of repeated tokens, in many models also of the prompt's; sent to an endpoint only if it is not 1",
@@ -116,7 +116,7 @@ class CaptionerConfig:
             object.__setattr__(self, "retry", {name: getattr(other, name) for name in self.retry})
 
     def settings(self, attempt: int = 0) -> dict[str, Any]:
-        """Returns the options of `SETTINGS` for the first attempt (0) or for a further one."""
+        """Returns the options of `SETTINGS` for the first attempt (0) or a further attempt."""
         settings = {name: getattr(self, name) for name in SETTINGS}
         return {**settings, **self.retry} if attempt else settings
 

@@ -99,9 +99,9 @@ class EndpointCaptioner:
     """
     A captioner that sends images to an endpoint with OpenAI's protocol (`POST /v1/chat/completions`).
 
-    Several threads may call `answer` at the same time. The API key is `OPENAI_API_KEY`. Endpoints of Hugging Face, and
-    no others, receive the Hub's token (`HF_TOKEN` or `hf auth login`). If the address contains user name and password,
-    these are sent instead of a key. Keys and passwords are never shown or saved.
+    Several threads may call `answer` at the same time. The API key is `OPENAI_API_KEY`. Only endpoints of Hugging Face
+    receive the Hub's token (`HF_TOKEN` or `hf auth login`). If the address contains user name and password, these are
+    sent instead of a key. Keys and passwords are never shown or saved.
 
     `config.revision` is not sent; the endpoint chooses the revision. `transformers serve` draws tokens only if
     `do_sample` is set in the `generation_config.json` of the checkpoint.

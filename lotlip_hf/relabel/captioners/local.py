@@ -204,7 +204,7 @@ class LocalCaptioner:
             raise ValueError(
                 f"{name}: {type(self._processor).__name__} does not accept an image with the prompt {prompt!r} "
                 f"({error}). Write `prompt` in the format of the model, with its image token if it has no chat "
-                "template, or set an empty one."
+                "template, or set an empty `prompt`."
             ) from error
         if prompt and not {"input_ids", "decoder_input_ids"} & inputs.keys():
             raise ValueError(f"{name}: {type(self.model).__name__} has no prompt. Set an empty `prompt`.")
@@ -241,7 +241,7 @@ def check_model(config: CaptionerConfig) -> None:
 
 
 class _PromptLength(LogitsProcessor):
-    """Records the number of tokens before the first new one; the output of some models includes the prompt."""
+    """Records the number of tokens before the first new token; the output of some models includes the prompt."""
 
     length: int | None = None
 
