@@ -15,8 +15,7 @@ class SubCaptions:
     Draws the long texts of a record: sub-captions of its long captions. The short caption is the short text.
 
     The long captions are used in turn. A sub-caption is drawn again after all other sub-captions of its caption.
-    Captions without a sentence are skipped. If all captions are skipped, the long texts are copies of the short
-    caption.
+    Captions without a sentence are skipped. If all are skipped, the long texts are copies of the short caption.
 
     Args:
         num_long_texts (`int`, *optional*, defaults to 3): Number of long texts per image and step. 0 trains only on
