@@ -151,7 +151,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line."""
     names = [*GROUPS, *dict.fromkeys(setting.name for settings in GROUPS.values() for setting in settings)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    seeds = "random seeds of weights, data and draws (0 1 2)"
+    seeds = "random seeds of weights, data and drawn texts (0 1 2)"
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help=seeds)
     only = f"groups or settings to run, from {', '.join(names)}"
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=only)

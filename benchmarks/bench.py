@@ -150,7 +150,6 @@ class Bench:
 
     @cached_property
     def processor(self) -> LoTLIPProcessor:
-        """The processor of the model."""
         return peers.make_processor(self.model)
 
     @cached_property
@@ -395,7 +394,7 @@ def images(bench: Bench) -> list[Row]:
         return image_processor(images=batch, return_tensors="pt")["pixel_values"]
 
     seconds = bench.turns("images", {"ours": ours, "usual": usual})
-    difference = (ours() - usual()).abs() * 255 / 2  # pixel values go from -1 to 1
+    difference = (ours() - usual()).abs() * 255 / 2  # pixel values range from -1 to 1
     rates = " and ".join(f"{len(paths) / each:.1f}" for each in seconds.values())
     pixels = f"pixels differ by {difference.mean():.2f} of 255 on average, by {difference.max():.0f} at most"
     detail = f"{rates} images/s; {pixels}"
@@ -530,7 +529,7 @@ def read_captions(path: Path | None) -> list[str]:
 
 
 def profile(call: Call) -> str:
-    """Profiles a call: Python functions, then PyTorch operations, both sorted by time without calls inside."""
+    """Profiles a call: Python functions, then PyTorch operations, both sorted by time without nested calls."""
     python = cProfile.Profile()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as operations:
         python.runcall(call)
@@ -570,11 +569,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--captions", type=Path, help='file with {"text": "..."} on each line; default: Scenes')
     parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to measure; default: all")
     parser.add_argument("--size", choices=peers.SIZES, default="base", help="size of the models")
-    parser.add_argument("--num-texts", type=int, default=64, help="number of texts encoded in a turn")
+    parser.add_argument("--num-texts", type=int, default=64, help="number of texts to encode in each turn")
     parser.add_argument("--num-mixed", type=int, default=10_000, help="number of texts of mixed lengths")
     parser.add_argument("--batch-size", type=int, default=16, help="images in a training step")
     parser.add_argument("--loss-batch-size", type=int, default=8192, help="images in the loss")
-    parser.add_argument("--repeats", type=int, default=5, help="number of counted turns")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to which results are appended")
     parser.add_argument("--table", action="store_true", help="only print the last results")

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dim", type=int, default=768, help="dimensions of the embeddings")
     parser.add_argument("--block-size", type=int, default=BLOCK_SIZE, help="rows and columns of a block")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
-    parser.add_argument("--repeats", type=int, default=5, help="number of counted turns")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed turns")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to which the result is appended")
     arguments = parser.parse_args(argv)
     sizes = {name: getattr(arguments, name) for name in ("images", "texts", "dim", "block_size")}

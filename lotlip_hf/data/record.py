@@ -36,7 +36,7 @@ class Record(RequiredFields, total=False):
     One image with its captions.
 
     `image` is an argument of [`~lotlip_hf.images.load_image`]. `error` is the reason why a record is broken. With
-    `is_shard`, the record represents a damaged shard. An optional field may be missing or `None`. Other keys are kept.
+    `is_shard`, the record represents a damaged shard. An optional field may be missing or `None`. Other keys remain.
     """
 
     error: str | None

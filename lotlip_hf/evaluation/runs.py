@@ -171,7 +171,7 @@ def _run(file: str | os.PathLike, content: Mapping[str, Any]) -> Run:
     date = datetime.fromisoformat(content["date"])
     return Run(
         file=os.fspath(file),
-        model=str(PurePosixPath(content["model"])),  # removes the slash of "folder/"
+        model=str(PurePosixPath(content["model"])),  # removes the slash at the end of "folder/"
         revision=content.get("model_revision"),
         fingerprint=json.dumps(content.get("model_fingerprint"), sort_keys=True),
         benchmark=content["benchmark"],

@@ -122,7 +122,7 @@ def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer
             "statistics": shard_statistics(details, images, raw, config, tokenizer),
             "revisions": [journal.header["revision"] for journal in journals],
         }
-        # The sidecar comes first: a chunk counts as finished when its shard exists.
+        # Write the sidecar before the shard, because a chunk with a shard counts as finished.
         write_json(sidecar_path(config, chunk.name), sidecar)
     for journal in journals:
         journal.path.unlink(missing_ok=True)  # `run._write_the_rest` deletes the journals of killed processes

@@ -81,11 +81,11 @@ def train(
         `FileExistsError`: If `config.output` contains checkpoints of another run.
         `NonFiniteLossError`: If the loss is not finite. The message names the step, the records and the last
             checkpoint.
-        `CheckpointError`: If a checkpoint cannot be read, the last one cannot be written, or if the disk has no room
-            for a checkpoint when the run starts.
+        `CheckpointError`: If a checkpoint cannot be read, the last checkpoint cannot be written, or if the disk has no
+            room for a checkpoint when the run starts.
         `ValueError`: If options contradict the model or the data.
-        `ImageError`, `RecordError`: If a record is broken and `on_error` is `"raise"`. The run is saved first. The
-            other processes raise [`OtherProcessError`].
+        `ImageError`, `RecordError`: If a record is broken and `on_error` is `"raise"`. A checkpoint is saved first.
+            Other processes raise [`OtherProcessError`].
         `Interrupted`: After SIGINT or SIGTERM, a `KeyboardInterrupt` with the number of the signal.
 
     Example:

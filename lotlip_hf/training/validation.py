@@ -71,7 +71,7 @@ def validate(
         batch, error = {}, None
         try:
             batch = collator([chosen[int(row)] for row in rows])
-        except Exception as caught:  # raised below: the other processes would wait in the forward pass
+        except Exception as caught:  # raised below, because the other processes would wait in the forward pass
             error = caught
         raise_on_all_ranks(error, device)
         with nullcontext() if accelerator is None else accelerator.autocast():

@@ -55,7 +55,7 @@ class CaptionerConfig:
     ```
     """
 
-    model: str = option("Checkpoint folder or Hub id; with --endpoint, the model's name there", group="Captioners")
+    model: str = option("Checkpoint folder or Hub id; with --endpoint, the name that it uses", group="Captioners")
     revision: str | None = option("Revision of the model on the Hub (default: main)", None)
     prompt: str = option("Prompt of each image; empty for models without a prompt", PROMPT, metavar="TEXT")
     batch_size: int = option("Images per batch; not for endpoints", 8, at_least=1)
