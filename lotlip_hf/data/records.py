@@ -266,7 +266,7 @@ def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Ite
                 if len(block) == TABLE_ROWS or size > TABLE_BYTES:
                     yield block
                     block, size = [], 0
-        except Exception as error:  # libraries raise any class on a damaged file
+        except Exception as error:  # libraries raise exceptions of any class on a damaged file
             raise ValueError(
                 f"{file} cannot be read as {kind_of([file])} ({type(error).__name__}: {error}). Repair or remove the "
                 "file, or set `streaming=True` and `on_error='skip'` to skip it."
@@ -446,7 +446,7 @@ def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, m
                     continue
                 columns |= dict.fromkeys(row)
                 fields = max(fields, len(row.keys() - {"image", "__key__"}))
-        except Exception as error:  # libraries raise any class on a damaged file
+        except Exception as error:  # libraries raise exceptions of any class on a damaged file
             errors.append(f"{printable(file)}: {type(error).__name__}: {error}")
         if columns:
             break
@@ -531,7 +531,7 @@ def _stream(files: list[str], mapping: ColumnMapping, images: _Images, max_bytes
                 _locate(record, *folders)
                 yield record
                 number += 1
-        except Exception as error:  # libraries raise any class on a damaged file
+        except Exception as error:  # libraries raise exceptions of any class on a damaged file
             reason = (
                 f"{printable(file)}: damaged or truncated after {number} records ({type(error).__name__}: {error})"
             )

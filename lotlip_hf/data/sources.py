@@ -50,7 +50,7 @@ def is_hub_name(source: object) -> bool:
     """Returns whether a source has the form of a Hub id (`owner/name`) and is not an existing file or folder."""
     if not isinstance(source, str) or os.path.exists(source) or not HUB_NAME.fullmatch(source):
         return False
-    return os.path.splitext(source)[1].lower() not in KINDS  # "pictures/metadata.jsonl" is a missing file
+    return os.path.splitext(source)[1].lower() not in KINDS  # "pictures/metadata.jsonl" is a file, not a Hub id
 
 
 def find_files(source: str | os.PathLike | Sequence[str | os.PathLike], split: str | None = None) -> list[str]:

@@ -234,7 +234,7 @@ def draw_report(summary: Summary) -> "Figure":
         looks["*"] = {"facecolor": "white", "alpha": 0}
     inches = 2 + 0.3 * width
     longest = max(len(line) for name in names.values() for line in name.splitlines())
-    columns = max(1, min(3, int(inches / (0.7 + 0.07 * longest))))  # of the legend, at 0.07 inches per character
+    columns = max(1, min(3, int(inches / (0.7 + 0.07 * longest))))  # legend: 0.07 inches per character
     lines = sum(name.count("\n") + 1 for name in names.values()) / columns
     picture = figure(inches, 0.8 + 2.8 * len(panels) + 0.16 * max(0, lines - 2))
 

@@ -49,7 +49,7 @@ class TiedRanks(NamedTuple):
         """
         better, tied, positives = (part.cpu().double() for part in self)
         drawn = (k - better).clamp(min=0).minimum(tied)
-        # With m drawn, C(t - p, m) / C(t, m) is the product of (t - m - j) / (t - j) over j < p, symmetric in m and p
+        # With m = drawn, C(t - p, m) / C(t, m) is the product over j < p of (t - m - j) / (t - j), symmetric
         fewer, more = drawn.minimum(positives), drawn.maximum(positives)
         missed = torch.ones_like(better)
         for j in range(int(fewer.max())):

@@ -325,7 +325,7 @@ def _embedder(
     bar: Any,
 ) -> Callable[[list[str], int | None], torch.Tensor]:
     """Returns a function that embeds N texts as [N, P], truncated at an optional limit, and advances the bar."""
-    own = None if cache is None else encoder.fingerprint("text")  # takes seconds, so compute it once
+    own = None if cache is None else encoder.fingerprint("text")  # takes seconds, so it is computed once
     at_once = UNIT_SIZE * world_size()
 
     def embed(texts: list[str], max_length: int | None) -> torch.Tensor:
@@ -387,7 +387,7 @@ def _flop_counter(encoder: Encoder, texts: list[str], lengths: list[int]) -> Cal
             with FlopCounterMode(display=False) as counter, _single_products():
                 list(encoder.iterate_texts([text], max_length=limit))
             counted[key] = counter.get_total_flops()
-        if not all(counted[key] for key in keys):  # PyTorch counts nothing in ONNX Runtime
+        if not all(counted[key] for key in keys):  # PyTorch counts no FLOPs in ONNX Runtime
             return None
         return sum(counted[key] for key in keys) / len(keys)
 

@@ -151,7 +151,7 @@ def relabel(
             stack.enter_context(FileLock(hidden / f"lock-{state.process_index}", timeout=0))
             for path in hidden.glob("lock-[0-9]*"):
                 if path.name[5:].isdecimal() and int(path.name[5:]) >= state.num_processes:
-                    with FileLock(path, timeout=0):  # still locked if a run with more processes is active
+                    with FileLock(path, timeout=0):  # locked if a run with more processes is active
                         pass
         except Timeout as error:
             raise OSError(

@@ -26,7 +26,7 @@ class Storage:
         self.base = image_base(config)
         above = (self.base, os.path.dirname(os.path.abspath(config.data)), config.image_folder, config.image_root)
         spelled = {spell(path) for path in above if path for spell in (os.path.abspath, os.path.realpath)}
-        spelled |= set(map(printable, spelled))  # the form of paths in error messages
+        spelled |= set(map(printable, spelled))  # paths in error messages are printable
         above = sorted(map(re.escape, spelled - {os.sep}), key=len, reverse=True)
         self._above = re.compile(rf"({'|'.join(above) or '(?!)'})(?:({re.escape(os.sep)})|(?![\w.-]))")
 

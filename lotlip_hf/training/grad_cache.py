@@ -30,7 +30,7 @@ def cached_backward(
     model. The sum in the parameters' `grad` is the gradient of the whole batch.
 
     Args:
-        model (`nn.Module`): A [`LoTLIPModel`] or its wrapper.
+        model (`nn.Module`): A [`LoTLIPModel`], also wrapped in DDP or FSDP.
         batch (`Mapping[str, Any]`): See [`embed`]. The first dimension of every tensor is the batch dimension.
         chunk_size (`int`): Number of samples in a chunk.
         objective (`Objective`): The objective. The parameters of the objective get gradients too.
@@ -42,7 +42,7 @@ def cached_backward(
     """
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     num_samples = len(inputs["pixel_values"])
-    # Every process needs the same number of chunks, since a wrapper may communicate in each chunk.
+    # Every process needs the same number of chunks, because DDP or FSDP may communicate in each chunk.
     num_chunks = -(-num_samples // chunk_size)
     num_chunks = int(max_over_ranks(torch.tensor(num_chunks, device=inputs["pixel_values"].device)))
     bounds = [num_samples * i // num_chunks for i in range(num_chunks + 1)]

@@ -241,7 +241,7 @@ class _Run:
             for _ in range(self.config.gradient_accumulation_steps):
                 epoch, next_batch, batch = next(batches)
                 taken.append(batch)
-        except Exception as caught:  # a data set may raise any class
+        except Exception as caught:  # a data set may raise an exception of any class
             error = caught
         try:
             raise_on_all_ranks(error, self.accelerator.device)

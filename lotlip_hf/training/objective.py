@@ -112,7 +112,7 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
     Embeds a batch: computes only the tensors that an objective needs.
 
     Args:
-        model (`nn.Module`): A [`LoTLIPModel`] or its wrapper.
+        model (`nn.Module`): A [`LoTLIPModel`], also wrapped in DDP or FSDP.
         batch (`Mapping[str, Any]`): A [`~lotlip_hf.data.collator.Batch`]: `input_ids` [B, L] of the short texts, with
             or without `long_input_ids` [B, T - 1, L']. Further tensors in `needs` are returned unchanged.
         needs (`Collection[str]`): Names of the tensors ([`Objective.needs`]).
@@ -140,7 +140,7 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Any], objective: Objective)
     Computes the loss of a batch. Call `backward` on its `loss`.
 
     Args:
-        model (`nn.Module`): A [`LoTLIPModel`] or its wrapper.
+        model (`nn.Module`): A [`LoTLIPModel`], also wrapped in DDP or FSDP.
         batch (`Mapping[str, Any]`): See [`embed`].
         objective (`Objective`): The objective.
 

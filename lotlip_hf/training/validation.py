@@ -34,7 +34,7 @@ def validate(
     caption of each record. Captions are not split. The model is left in evaluation mode.
 
     Args:
-        model (`nn.Module`): A [`LoTLIPModel`] or its wrapper.
+        model (`nn.Module`): A [`LoTLIPModel`], also wrapped in DDP or FSDP.
         processor (`LoTLIPProcessor`): The processor of the model.
         records (`Dataset` or `IterableDataset`): The records.
         config (`TrainingConfig`): Options of the run. Only `eval_samples`, `batch_size`, `captioners` (the first is
@@ -60,7 +60,7 @@ def validate(
         )
     captioners = None if config.captioners is None else tuple(config.captioners)
     collator = LoTLIPCollator(processor, WholeCaptions(captioners, config.splitter), on_error=config.on_error)
-    # Every process needs the same number of batches, since a wrapper may communicate in each.
+    # Every process needs the same number of batches, because DDP or FSDP may communicate in each.
     part = np.array_split(np.arange(len(chosen)), num_processes)[rank]
     num_batches = min(
         math.ceil(math.ceil(len(chosen) / num_processes) / config.batch_size), len(chosen) // num_processes

@@ -311,7 +311,7 @@ def _load_processor(name: str, revision: str | None) -> tuple[Any, Any]:
             return processor, processor.tokenizer
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
         return image_processor, AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except Exception as error:  # tokenizers and image processors raise different types
+    except Exception as error:  # tokenizers and image processors raise exceptions of different types
         reason = one_line(error)
         raise ValueError(
             f"{name}: the processor cannot be loaded ({reason}). Save it next to the model with "
