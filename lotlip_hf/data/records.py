@@ -114,8 +114,8 @@ def load_records(
             `revision`.
 
     Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`: The records, as an `IterableDataset` when streaming. Workers
-        divide its files.
+        `datasets.Dataset` or `datasets.IterableDataset`: The records, as an `IterableDataset` when streaming. The
+        workers of a `DataLoader` divide the files.
 
     Raises:
         `FileNotFoundError`: If a file or folder does not exist, or a folder has no data files.

@@ -42,7 +42,7 @@ class Storage:
         return self._above.sub(lambda found: "" if found[2] else ".", text)
 
     def read(self, image: Any) -> Any:
-        """Reads the bytes of an image file once, so that the caption and the digest are of the same contents."""
+        """Reads the bytes of an image file once, so that the caption and the digest belong to the same contents."""
         path = file_of(image)
         if path is None:
             return image

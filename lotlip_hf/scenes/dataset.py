@@ -91,7 +91,7 @@ class SceneObject:
     Args:
         colour (`str`): A key of `COLOURS`. The objects of a picture have different colours.
         shape (`str`): One of `SHAPES`.
-        pattern (`str`): One of `PATTERNS`. Groups, and shapes inside the large object, are plain.
+        pattern (`str`): One of `PATTERNS`. Groups, and shapes inside the large object, are `"plain"`.
         size (`str`): A key of `SIZES`. Only the large object is `"large"`.
         count (`int`): Number of shapes in the group, 1 to 3.
         cell (`int`): Index of the cell in the 3 x 3 grid, row by row.
