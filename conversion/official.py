@@ -220,7 +220,7 @@ def config_from_official(
 def from_official(state_dict: Mapping[str, torch.Tensor], model: LoTLIPModel) -> dict[str, torch.Tensor]:
     """Renames the official tensors to this model's names. All must have the same precision."""
     dtypes = Counter(tensor.dtype for tensor in state_dict.values())
-    # A transformers checkpoint has one precision. Loading would cast other tensors to it.
+    # transformers loads all tensors of a checkpoint in one precision.
     common = max((dtype for dtype in dtypes if dtype in DTYPES), key=dtypes.__getitem__, default=torch.float32)
     problems = [
         f"of another precision: {name} is {tensor.dtype}, expected {common}"
@@ -246,7 +246,7 @@ def _read_open_clip_config(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if "model_cfg" not in content:
         return content
-    # The form that open_clip publishes. For timm models it uses only this setting of the preprocessing.
+    # open_clip publishes this form. For timm models, open_clip uses only this setting of the preprocessing.
     option(content.get("preprocess_cfg") or {}, "interpolation", None, [None, "bicubic"], str(path))
     return section(content, "model_cfg", str(path))
 

@@ -66,8 +66,8 @@ MODEL_VALUES: dict[str, list[Any]] = {
     **dict.fromkeys(("init_logit_bias", "multimodal_cfg"), [None]),
     "nonscalar_logit_scale": [False],
 }
-# Settings of dropout in training, of additional outputs, of how a saved table was created, and settings that only
-# apply to values excluded above.
+# Settings of dropout in training, of additional outputs and of how a saved table was created, and settings that have
+# an effect only with values excluded above.
 VISION_UNUSED = (
     "patch_dropout output_tokens pos_embed_type final_ln_after_pool attn_pooler_queries attn_pooler_heads "
     "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path"
@@ -99,7 +99,7 @@ BLOCK = {
     "mlp.c_fc.{}": ["mlp.fc1.{}"],
     "mlp.c_proj.{}": ["mlp.fc2.{}"],
 }
-# Matrices that open_clip multiplies from the right. Linear layers store the transposed matrix.
+# open_clip multiplies states by these matrices from the right. Linear layers store the transposed matrix.
 TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -283,7 +283,7 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
             "hidden_size": width,
             "num_hidden_layers": whole(options, "layers", 12, source),
             "num_attention_heads": heads,
-            # Rounded as in open_clip. A ratio from a division may be slightly less than a whole number.
+            # As in open_clip, `int` rounds down. A ratio of two widths may be slightly too low.
             "intermediate_size": int(width * float(options.get("mlp_ratio", 4.0)) + 1e-6),
             "hidden_act": "quick_gelu" if quick_gelu else "gelu",
             "layer_norm_eps": norm.get("eps", 1e-5),
@@ -330,10 +330,10 @@ def from_open_clip(
 ) -> dict[str, torch.Tensor]:
     """
     Renames tensors in open_clip's layout to the names of a `CLIPModel`. If a file has several precisions, as OpenAI's
-    have, all tensors get the one that represents all values exactly.
+    have, all tensors get the precision that represents all values exactly.
     """
     problems = [
-        f"of another kind: {name} is {tensor.dtype}, expected floating point"
+        f"of another type: {name} is {tensor.dtype}, expected floating point"
         for name, tensor in state_dict.items()
         if tensor.dtype not in DTYPES
     ]

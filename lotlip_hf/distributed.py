@@ -37,12 +37,12 @@ def gather(tensor: torch.Tensor, sizes: Sequence[int] | None = None, dtype: torc
     Concatenates the tensors of all ranks. Gradients are summed over the ranks, and each rank gets its part of the sum.
 
     The ranks compute the sum while the backward pass continues elsewhere in the graph, for example in the text tower.
-    A hook on `tensor` waits for the sum and adds it to the gradient. Like all hooks, it does not change the result for
-    `tensor` if one call of `torch.autograd.grad` computes gradients of `tensor` and of its inputs.
+    A hook on `tensor` waits for the sum and adds it to the gradient. Do not pass both `tensor` and its inputs to one
+    call of `torch.autograd.grad`: as with all hooks, the gradient of `tensor` then lacks the sum.
 
     Args:
         tensor (`torch.Tensor`): Tensor [n, ...]. n may differ between ranks and may be 0, other dimensions must agree.
-        sizes (`Sequence[int]`, *optional*): n of each rank, from [`all_sizes`]. By default the ranks exchange it.
+        sizes (`Sequence[int]`, *optional*): n of each rank, from [`all_sizes`]. By default the ranks exchange n.
         dtype (`torch.dtype`, *optional*): Type of the result and of the summed gradients. Defaults to `tensor.dtype`.
 
     Returns:

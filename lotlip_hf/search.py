@@ -150,7 +150,7 @@ def build_index(
     advice = "pass a writable folder with --index DIR (`index_folder`)"
     if index_folder is not None:
         advice = "pass a writable folder"
-        # Keys are relative paths, so each folder needs an index of its own.
+        # Keys are relative paths, so each folder needs a separate index.
         digest = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
         root, name = Path(index_folder), f"{folder.resolve().name or 'root'}-{digest}"
     with EmbeddingStore(root / name, encoder.fingerprint("image"), encoder.dim, root=root, advice=advice) as store:

@@ -28,7 +28,7 @@ class PrintableStream:
     ends, tabs and the cursor movements of progress bars are kept.
 
     Args:
-        stream (`TextIO`): Stream to write to. It provides all other attributes.
+        stream (`TextIO`): Stream to write to. All other attributes are those of `stream`.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -192,7 +192,7 @@ def printable_output(log_format: str = "%(message)s") -> Iterator[None]:
     Args:
         log_format (`str`, *optional*, defaults to `"%(message)s"`): Format of log records.
     """
-    if isinstance(sys.stderr, PrintableStream):  # a command within a command
+    if isinstance(sys.stderr, PrintableStream):  # a command that another command called
         yield
         return
     before = sys.stdout, sys.stderr

@@ -48,7 +48,7 @@ def stretch_positions(
     num_positions = len(positions)
     kept = KEPT_POSITIONS if stretch == "knowledge-preserved" else 0
     if max_positions < num_positions:
-        raise ValueError(f"`max_positions` is {max_positions}. Pass {num_positions} (the old table) or more.")
+        raise ValueError(f"`max_positions` is {max_positions}. Pass at least {num_positions}, the current number.")
     if max_positions == num_positions:
         return positions.clone()
     if num_positions < kept + 2:
@@ -59,7 +59,7 @@ def stretch_positions(
     new = torch.arange(max_positions, dtype=torch.float64, device=positions.device)
     old = kept + (new - kept) * (num_positions - kept) / (max_positions - kept)
     old = torch.where(new < kept, new, old)
-    left = old.long().clamp(max=num_positions - 2)  # the last pair also extrapolates
+    left = old.long().clamp(max=num_positions - 2)  # at the end, extrapolate from the last pair
     weight = (old - left).unsqueeze(1)
     table = positions.double()
     return torch.lerp(table[left], table[left + 1], weight).to(positions.dtype)

@@ -60,20 +60,20 @@ def swap_text_encoder(
     pipelines with the same components (image to image, inpainting, ControlNet, ...).
 
     A LoTLIP model with CLIP's text tower is inserted as a stock CLIP text encoder, because its corner tokens change no
-    output there. Other CLIP text encoders of the pipeline are set to the same prompt length. One with too few
+    output there. Other CLIP text encoders of the pipeline are set to the same prompt length. An encoder with too few
     positions gets more with [`~lotlip_hf.diffusion.stretch.stretch_positions`]; reload the pipeline to undo this. T5
-    encoders are not changed. The new encoder gets the device, dtype and attention implementation of the old one. The
-    new tokenizers log the words that they truncate as a warning.
+    encoders are not changed. The new encoder gets the device, dtype and attention implementation of the old encoder.
+    The new tokenizers log the words that they truncate as a warning.
 
-    Swap before you load LoRA weights and textual inversions, turn on offloading or compile. `pipe.save_pretrained`
-    saves the new pipeline. `DiffusionPipeline.from_pretrained` loads it once `lotlip_hf` is imported.
+    Call this function before you load LoRA weights or textual inversions, turn on offloading, or compile the pipeline.
+    Save the result with `pipe.save_pretrained`, and import `lotlip_hf` before `DiffusionPipeline.from_pretrained`.
 
     Args:
         pipe (`DiffusionPipeline`): Pipeline with a CLIP text encoder. It is changed in place after all checks have
             passed. Models that it shares with other pipelines are not changed.
         model_or_path (`PreTrainedModel` or `str` or `os.PathLike`): A LoTLIP model or its text tower, a
             [`LoTLIPTextEncoder`], `CLIPModel`, `CLIPTextModel` or `CLIPTextModelWithProjection`, or the folder or Hub
-            id of one. A model object is copied.
+            id of such a model. A model object is copied.
         slot (`str`, *optional*, defaults to `"text_encoder"`): Component to replace, such as `"text_encoder_2"`.
         max_length (`int`, *optional*): Maximum length of a prompt in tokens, special tokens included. Defaults to all
             positions of the model.
@@ -173,9 +173,9 @@ class CLIPTextEncoder(CLIPTextModel):
         Returns:
             `CLIPTextEncoder`: The copy.
         """
-        # a copy with another `__class__` would return no hidden states, because only `__init__` registers a class
+        # Call `__init__`, which registers the class: otherwise the copy would return no hidden states.
         config = copy.deepcopy(model.config)
-        config.vocab_size = model.get_input_embeddings().num_embeddings  # unloading an inversion leaves it wrong
+        config.vocab_size = model.get_input_embeddings().num_embeddings  # wrong after an inversion is unloaded
         with init.no_init_weights():  # leaves the pipeline's random state unchanged
             encoder = cls._from_config(config, attn_implementation=config._attn_implementation, dtype=model.dtype)
         encoder.load_state_dict(model.state_dict())
@@ -241,7 +241,7 @@ def _load_tokenizer(
         beside = folder.with_name(_tokenizer_name(folder.name))  # the tokenizer's folder in a saved pipeline
         path = beside if beside.is_dir() else path
     tokenizer = load_tokenizer(path, "pass `tokenizer`")
-    # the pipeline attends to padding and was trained with the padding token of the slot's tokenizer
+    # The pipeline attends to padding and was trained with this padding token.
     if isinstance(tokenizer, CLIPTokenizer) and isinstance(padding_of, CLIPTokenizer):
         if tokenizer.convert_tokens_to_ids(padding_of.pad_token) == padding_of.pad_token_id:
             tokenizer.pad_token = padding_of.pad_token

@@ -227,7 +227,7 @@ class LoTLIPOnnxModel(nn.Module):
         token_type_ids: torch.Tensor | None = None,
     ) -> LoTLIPOutput:
         """
-        Compares texts with images. Arguments and errors are those of `get_text_features` and `get_image_features`.
+        Compares texts with images. Has the arguments and errors of `get_text_features` and `get_image_features`.
 
         Returns:
             [`LoTLIPOutput`]: Only `logits_per_image`, `logits_per_text`, `text_embeds` and `image_embeds`.

@@ -34,7 +34,7 @@ class TorchEngine:
         processor (`ProcessorMixin`): Processor of the model, or only a tokenizer or an image processor.
     """
 
-    libraries: tuple[str, ...] = ()  # results record their versions, in addition to torch and transformers
+    libraries: tuple[str, ...] = ()  # saved with results: the versions of these, torch and transformers
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         self.model = model
