@@ -33,7 +33,7 @@ MODEL_CLASSES: dict[type[PreTrainedConfig], list[type[PreTrainedModel]]] = {
 
 
 class ConversionError(ValueError):
-    """A checkpoint or configuration that cannot be converted exactly. The message names the problem and its source."""
+    """Raised for a checkpoint or configuration that cannot be converted exactly. The message names both."""
 
 
 @contextlib.contextmanager

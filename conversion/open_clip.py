@@ -347,8 +347,8 @@ def image_processor_from_open_clip(
     preprocess_cfg: Mapping[str, Any], image_size: int, source: str = "open_clip_config"
 ) -> CLIPImageProcessorPil:
     """
-    Creates the stock image processor for open_clip's settings of the preprocessing. Missing settings are OpenAI's. It
-    is saved as a plain `CLIPImageProcessor`, which loads with any installed backend.
+    Creates the stock image processor for open_clip's settings of the preprocessing, which default to OpenAI's. It is
+    saved as a plain `CLIPImageProcessor`, which loads with any installed backend.
     """
     read = ("mean", "std", "interpolation", "resize_mode", "size", "mode", "fill_color")
     _check_known(preprocess_cfg, read, source)

@@ -34,7 +34,7 @@ CPU_TOKENS = 2048
 SIMILAR_LENGTH = 0.9
 # Two special tokens and one word.
 MIN_LENGTH = 3
-# Versions in every fingerprint. Raise one if a change of the code changes embeddings.
+# Versions in all fingerprints. Increase the version if a change of the code changes embeddings.
 FORMAT_VERSIONS: dict[Modality, int] = {"image": 3, "text": 1}
 
 

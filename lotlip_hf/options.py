@@ -1,6 +1,6 @@
 """
 Options as dataclasses: a field made by [`option`] is a flag (`--batch-size 8`, `--batch_size 8`) and an entry of a
-YAML file (`batch_size: 8`). [`check`] checks its type and its bounds.
+YAML file (`batch_size: 8`). [`check`] checks the types and bounds of all fields.
 """
 
 import argparse

@@ -95,8 +95,8 @@ def load_teacher(
         slot (`str`, *optional*, defaults to `"text_encoder"`): Slot of the text encoder in the pipeline.
         tokenizer (`Path`, *optional*): Folder of its tokenizer. Defaults to the tokenizer of the slot in a pipeline,
             or to `folder`.
-        target_layer (`int`, *optional*): Index of the hidden state to match. Defaults to the one that the pipeline
-            reads, or to -1.
+        target_layer (`int`, *optional*): Index of the hidden state to match. Defaults to the state that the pipeline
+            reads, or to -1 without a pipeline.
         device (`str`, *optional*, defaults to `"cpu"`): Device of the encoder.
 
     Returns:

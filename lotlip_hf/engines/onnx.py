@@ -281,7 +281,7 @@ def load_onnx(folder: str, device: str | torch.device | None = None, dtype: str 
 
     Raises:
         `ValueError`: If a file is damaged, if the processor makes images of another size than the tower accepts, or if
-            `device` or `dtype` is another one.
+            `device` is not the CPU or `dtype` is not float32.
         `ImportError`: If ONNX Runtime is not installed.
     """
     with naming_damage(folder):

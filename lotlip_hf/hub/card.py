@@ -123,7 +123,7 @@ def load_picture(source: Path | None, fields: CardFields) -> Picture | None:
 
     Args:
         source (`Path`, *optional*): The checkpoint's folder.
-        fields (`CardFields`): Their `picture` takes precedence over one in the folder.
+        fields (`CardFields`): `fields.picture` takes precedence over a picture in the folder.
 
     Returns:
         `Picture`: The picture, or `None` if there is none.
@@ -427,7 +427,7 @@ def _is_generated(card: ModelCard) -> bool:
 
 
 def _with_metadata(fields: CardFields, card: ModelCard) -> CardFields:
-    """Fills empty fields from the metadata of a card whose text is not kept."""
+    """Fills empty fields from the metadata of a card that is replaced."""
     names = ["license", *(("base_model", "datasets", "language", "tags") if _is_ours(card) else ())]
     found = {name: value for name in names if not getattr(fields, name) and (value := getattr(card.data, name))}
     return replace(fields, **found)
