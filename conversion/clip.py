@@ -58,8 +58,8 @@ MODELS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     CLIPTextModel: LoTLIPTextModel,
     CLIPTextModelWithProjection: LoTLIPTextModelWithProjection,
 }
-# Class name in a configuration -> stock class. `lotlip_hf.diffusion.swap` saves the class `CLIPTextEncoder` in
-# pipelines. Its weights are those of the stock class.
+# Class name in a configuration -> stock class. `lotlip_hf.diffusion.swap` saves `CLIPTextEncoder` in pipelines, which
+# has the weights of `CLIPTextModel`.
 STOCK_CLASSES = {**{stock_class.__name__: stock_class for stock_class in MODELS}, "CLIPTextEncoder": CLIPTextModel}
 TOKENIZER_CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast")
 # Model type -> stock class, for configurations without a class name.
@@ -118,9 +118,9 @@ def convert(
             of an open_clip model (`open_clip_config.json` and its weights); or a file in the layout of open_clip,
             OpenAI or Long-CLIP.
         output (`str` or `Path`): Folder to create. It must not exist or must be empty.
-        num_corner_tokens (`int`, *optional*, defaults to 2): Number of corner tokens. They start as small random
-            numbers and must be trained. Without them, all outputs are the same.
-        max_positions (`int`, *optional*): New number of positions, at least the old one. Defaults to the old one.
+        num_corner_tokens (`int`, *optional*, defaults to 2): Number of corner tokens. Corner tokens start as small
+            random numbers and must be trained. They do not change CLIP's outputs.
+        max_positions (`int`, *optional*): New number of positions, not below the old number. Defaults to the old.
         stretch (`str`, *optional*): How to add positions, see [`~lotlip_hf.diffusion.stretch.stretch_positions`].
             Defaults to `"knowledge-preserved"`. It requires `max_positions`.
         tokenizer (`str` or `Path`, *optional*): Folder or Hub id of a tokenizer. Defaults to the checkpoint's, in a

@@ -80,7 +80,7 @@ TIMM_VIT = {"layer_norm_eps": 1e-6, "hidden_act": "gelu"}
 POSITION_IDS = "text.transformer.embeddings.position_ids"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# timm's name -> transformers' names. timm stacks several tensors in one, in this order.
+# timm's name -> transformers' names. timm stacks several tensors in one tensor, in this order.
 VISION_EMBEDDINGS = {
     "cls_token": ["embeddings.cls_token"],
     "pos_embed": ["embeddings.position_embeddings"],
@@ -125,9 +125,9 @@ def official_layout(model: LoTLIPModel) -> dict[str, list[str]]:
 
 def read_official_state_dict(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     """
-    Reads the tensors of an official checkpoint, a pickle of a state dict or of `{"state_dict": ...}`. It is loaded
-    with `weights_only=True`, so that no code in it can run. The prefixes of `WRAPPERS` are removed, and so is the
-    buffer of position ids that old versions of transformers saved and the official code ignores.
+    Reads the tensors of an official checkpoint, a pickle of a state dict or of `{"state_dict": ...}`. With
+    `weights_only=True`, no code in the pickle can run. Removes the prefixes of `WRAPPERS`, and the buffer of position
+    ids that old versions of transformers saved and the official code ignores.
     """
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -218,7 +218,7 @@ def config_from_official(
 
 
 def from_official(state_dict: Mapping[str, torch.Tensor], model: LoTLIPModel) -> dict[str, torch.Tensor]:
-    """Renames the official tensors to this model's names. All must have the same precision."""
+    """Renames the official tensors, which must have the same precision, to this model's names."""
     dtypes = Counter(tensor.dtype for tensor in state_dict.values())
     # transformers loads all tensors of a checkpoint in one precision.
     common = max((dtype for dtype in dtypes if dtype in DTYPES), key=dtypes.__getitem__, default=torch.float32)
@@ -297,7 +297,7 @@ def convert(
 ) -> Path:
     """
     Converts an official checkpoint into a folder for `AutoModel`, `AutoTokenizer` and `AutoProcessor`. The saved
-    folder is loaded and compared with the checkpoint, bit by bit. It is created only if all checks pass.
+    folder is loaded and compared with the checkpoint, bit by bit. The folder is created only if all checks pass.
 
     Args:
         checkpoint (`str` or `Path`): A `model.pt`, or the Hub id of a released model (see `RELEASED`), which needs no
@@ -435,7 +435,7 @@ def parser(prog: str = "lotlip convert official") -> Parser:
     group.add_argument(
         "--open-clip-config",
         metavar="FILE",
-        help="Official model configuration; bert_config.json next to it is read too, if there is one",
+        help="Official model configuration; a bert_config.json in the same folder is also read",
     )
     group.add_argument(
         "--tokenizer", metavar="NAME", help="Folder or Hub id (default: hf_tokenizer_name of the configuration)"

@@ -283,16 +283,16 @@ def _export(module: _Tower, tower: str, batch: Sequence[torch.Tensor], opset: in
     except Exception as error:  # PyTorch's exporter and the packages that it uses raise many classes
         raise ConversionError(f"{file.name}: PyTorch's ONNX exporter failed ({one_line(error)}).") from error
     given = graph.opset_imports[""]
-    if given != opset:  # the exporter keeps its own version if it cannot convert
+    if given != opset:  # if it cannot convert, the exporter keeps another version
         raise ConversionError(f"--opset {opset}: PyTorch's exporter wrote version {given}. Pass --opset {given}.")
 
 
 def _quantize(full: Path, file: Path) -> None:
-    """Quantises the linear layers of `full` to int8. Changes the file `full`, too."""
+    """Quantises the linear layers of `full` to int8. Also changes the file `full`."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    # The quantiser transposes weights and fails on recorded shapes. Without them, it infers shapes itself.
+    # The quantiser transposes weights and fails on recorded shapes. Without recorded shapes, it infers the shapes.
     graph = onnx.load(full, load_external_data=False)
     graph.graph.ClearField("value_info")
     onnx.save(graph, full)

@@ -25,7 +25,7 @@ from .torchscript import is_torchscript, read_torchscript
 
 Activation = Literal["gelu", "quick_gelu"]
 
-# Wrong id in configurations from before transformers 4.31. It means that [EOT] is the highest id in a text.
+# Wrong id in configurations from before transformers 4.31. With this id, [EOT] is the highest id in a text.
 LEGACY_EOS_TOKEN_ID = 2
 
 # Tensors in archives and some checkpoints that are not weights: sizes, and the buffer of the causal mask.
@@ -75,7 +75,7 @@ VISION_UNUSED = (
 TEXT_UNUSED = "pad_id output_tokens final_ln_after_pool hf_model_pretrained hf_proj_type hf_pooler_type".split()
 MODEL_UNUSED = ("init_logit_scale", "custom_text", "output_dict", "cast_dtype")
 
-# open_clip's name -> transformers' names. open_clip stacks several tensors in one, in this order.
+# open_clip's name -> transformers' names. open_clip stacks several tensors in one tensor, in this order.
 TEXT_TENSORS = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -137,8 +137,8 @@ def read_open_clip(
             which only tensors are read; or a TorchScript archive, as published by OpenAI, whose code does not run.
         config (`str` or `Path`, *optional*): open_clip's configuration: an `open_clip_config.json`, or only the
             model's part of it. By default all sizes come from the tensors, with heads of width 64 as in OpenAI's code.
-        activation (`str`, *optional*): `"gelu"` or `"quick_gelu"`, for a file without a configuration. It is
-            `"quick_gelu"` for all archives and files of Long-CLIP.
+        activation (`str`, *optional*): `"gelu"` or `"quick_gelu"`, for a file without a configuration. Archives and
+            files of Long-CLIP always use `"quick_gelu"`.
 
     Returns:
         `tuple[CLIPModel, CLIPImageProcessorPil, str | None]`: The model in the precision of the file (the higher one
@@ -202,9 +202,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
 
 
 def _join_long_clip_positions(state_dict: dict[str, torch.Tensor]) -> None:
-    """Joins Long-CLIP's two tables as its code does: the first 20 rows of one, the other rows of the other."""
+    """Joins two tables as Long-CLIP's code does: the first 20 rows of CLIP's table, then the trained table's rows."""
     kept = state_dict.get("positional_embedding")
-    if kept is not None and kept.shape == state_dict[LONG_CLIP_POSITIONS].shape:  # otherwise reported as unknown
+    if kept is not None and kept.shape == state_dict[LONG_CLIP_POSITIONS].shape:  # else an unknown tensor
         trained = state_dict.pop(LONG_CLIP_POSITIONS)
         state_dict["positional_embedding"] = torch.cat([kept[:KEPT_POSITIONS], trained[KEPT_POSITIONS:]])
 

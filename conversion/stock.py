@@ -145,7 +145,7 @@ def _stock_dual_encoder(model: LoTLIPModel) -> PreTrainedModel:
     if is_clip:
         config_class, stock_class = CLIPConfig, CLIPModel
     for config in (text_config, vision_config):
-        if hasattr(config, "projection_dim"):  # CLIP's towers store it, too
+        if hasattr(config, "projection_dim"):  # CLIP's towers also store it
             config.projection_dim = model.config.projection_dim
     config = config_class(
         text_config=text_config.to_dict(),

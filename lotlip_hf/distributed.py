@@ -89,7 +89,7 @@ def gather_lists(values: list[Any]) -> list[Any]:
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of `tensor` over the ranks. Its gradients are summed over the ranks, too."""
+    """Sums `tensor` over the ranks in the forward pass, and the gradients in the backward pass."""
     return _Sum.apply(tensor) if is_distributed() else tensor  # pyright: ignore[reportReturnType]
 
 
@@ -103,7 +103,7 @@ def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class OtherProcessError(RuntimeError):
-    """Another process of the run raised an error, which it prints."""
+    """Raised if another process of the run raised an error. The other process prints the error."""
 
 
 def any_rank(flag: bool, device: torch.device | None = None) -> bool:
@@ -112,7 +112,7 @@ def any_rank(flag: bool, device: torch.device | None = None) -> bool:
 
 
 def raise_on_all_ranks(error: Exception | None, device: torch.device | None = None) -> None:
-    """Raises `error`, or [`OtherProcessError`] if only another rank has an error. All ranks must call it."""
+    """Raises `error`, or [`OtherProcessError`] if only other ranks have an error. All ranks must call this."""
     if any_rank(error is not None, device):
         raise error or OtherProcessError("Another process failed. See its error message.")
 

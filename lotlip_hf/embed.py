@@ -39,9 +39,9 @@ def embed_images(
     """
     Writes the embeddings of a folder's images to a Parquet file with the columns `file` and `embedding`.
 
-    `file` is the path relative to the folder. The schema metadata contain the name of the model and the fingerprint of
-    the encoder. Embeddings are saved in `<output>.partial/` until the file is complete, so the same call resumes
-    after an interruption.
+    `file` is the path relative to the folder. The metadata of the schema contain the name of the model and the
+    fingerprint of the encoder. Embeddings are saved in `<output>.partial/` until the file is complete, so the same
+    call resumes after an interruption.
 
     Args:
         encoder (`Encoder`): Dual encoder.

@@ -73,11 +73,11 @@ class Engine(Protocol):
 
 class Encoder:
     """
-    A dual encoder that computes embeddings of texts and images. [`load_encoder`] loads one from a checkpoint.
+    A dual encoder that computes embeddings of texts and images. [`load_encoder`] loads an encoder from a checkpoint.
 
     Args:
-        model (`PreTrainedModel`): LoTLIP, or a model with CLIP's `get_text_features` and `get_image_features`. Its
-            device and its training mode do not change.
+        model (`PreTrainedModel`): LoTLIP, or a model with CLIP's `get_text_features` and `get_image_features`. The
+            device and the training mode of the model do not change.
         processor (`ProcessorMixin`): Processor of the model, or only a tokenizer or an image processor.
 
     Example:

@@ -333,8 +333,8 @@ def check_output(output: str | os.PathLike, *, overwrite: bool = False, folder: 
     Args:
         output (`str` or `os.PathLike`): Path of the output.
         overwrite (`bool`, *optional*, defaults to `False`): Whether the file may exist.
-        folder (`bool`, *optional*, defaults to `False`): Whether the output is a folder. It may exist if it is empty,
-            and its parents may be missing.
+        folder (`bool`, *optional*, defaults to `False`): Whether the output is a folder. An empty folder may exist,
+            and the parents of the folder may be missing.
 
     Raises:
         `FileExistsError`: If the output exists and must not be overwritten.

@@ -43,7 +43,7 @@ def save_grid(
     Args:
         results (`Sequence[SearchResult]`): Ranked images, at least one.
         output (`str` or `os.PathLike`): Picture to write; the extension sets the format.
-        title (`str`): Description. It is wrapped and cut after eight lines.
+        title (`str`): Description, which is wrapped and cut after eight lines.
         background (`str` or `Sequence[int]`, *optional*, defaults to `"white"`): Colour behind transparent pixels; see
             [`~lotlip_hf.images.load_image`].
 

@@ -33,9 +33,9 @@ MAX_FILE_BYTES = 1 << 30
 MAX_PIXELS_VARIABLE = "LOTLIP_MAX_IMAGE_PIXELS"
 # Twice PIL's `MAX_IMAGE_PIXELS`, as in PIL's own check
 DEFAULT_MAX_PIXELS = 2 * (1024**3 // 4 // 3)
-# Larger files are read one at a time, because their metadata may fill the memory, too.
+# Larger files are read one at a time, because metadata of large files may also fill the memory.
 LARGE_FILE_BYTES = 1 << 26
-# Formats whose header may state another size than that of the image inside
+# Formats with a header that may state a wrong size of the image
 NESTED_FORMATS = ("BLP", "ICNS", "ICO")
 TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF's tags
 # Side in pixels of a tile; conversions that need much memory work tile by tile
@@ -180,7 +180,7 @@ def find_images(
     """
     Finds the image files in a folder and its subfolders by their extensions.
 
-    Hidden files and folders are skipped. Each folder is read once, so loops of links end.
+    Hidden files and folders are skipped. Each folder is read only once, even if links form a loop.
 
     Args:
         folder (`str` or `os.PathLike`): Folder.
@@ -329,7 +329,7 @@ def load_image(
     Files of more than 1 GiB and images above the limit of [`set_max_image_pixels`] are refused. Threads wait for each
     other, so that together they never decode more pixels than this limit.
 
-    With `image_processor`, large JPEG files are read several times faster. They are decoded at 1/2, 1/4 or 1/8 of
+    With `image_processor`, large JPEG files are read several times faster: they are decoded at 1/2, 1/4 or 1/8 of
     their size, but at least at three times the size that the processor resizes to, and are then resized to that size.
     On photographs of 3 to 26 megapixels, the mean difference in `pixel_values` is 0.15/255 to 0.25/255, the maximum
     8/255. If one side is more than 64 times the other, only the part inside the centre crop is resized. Other images
@@ -401,8 +401,8 @@ def official_image_processor(image_size: int = 224) -> Any:
         image_size (`int`, *optional*, defaults to 224): Length of the shortest edge and side of the crop, in pixels.
 
     Returns:
-        `CLIPImageProcessorPil`: Image processor with the output `pixel_values` [B, 3, image_size, image_size]. It is
-        saved as a plain `CLIPImageProcessor`, which loads with any installed backend.
+        `CLIPImageProcessorPil`: Image processor with the output `pixel_values` [B, 3, image_size, image_size], which
+        `save_pretrained` saves as a plain `CLIPImageProcessor` that loads with any installed backend.
     """
     from transformers import CLIPImageProcessorPil  # a late import: it takes seconds
 

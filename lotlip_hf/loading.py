@@ -366,7 +366,7 @@ def fit_tokenizer(model: PreTrainedModel, tokenizer: Any, max_length: int | None
 
     Args:
         model (`PreTrainedModel`): Model.
-        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model. It is changed in place.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model, which is changed in place.
         max_length (`int`, *optional*): Maximum length in tokens, special tokens included. Defaults to
             [`max_text_length`], if that is known.
 

@@ -49,7 +49,7 @@ def option(
 
     Args:
         help (`str`): Text of `--help`. The default is appended to the text, except the default `None`.
-        default (`Any`, *optional*): Default value. An option without one is required.
+        default (`Any`, *optional*): Default value. An option without a default is required.
         group (`str`, *optional*): Title under which `--help` lists the option. Defaults to that of the previous field.
         metavar (`str`, *optional*): Name of the value in `--help`, such as `FILE`.
         positional (`bool`, *optional*, defaults to `False`): Whether the option is a positional argument.
@@ -155,7 +155,7 @@ def choices(hint: Any) -> tuple[str, ...]:
 
 
 def _kind(hint: Any) -> tuple[Any, bool]:
-    """Returns an annotation without `None`, and whether it had one."""
+    """Returns an annotation without `None`, and whether the annotation allows `None`."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return next(kind for kind in kinds if kind is not types.NoneType), types.NoneType in kinds
 

@@ -1,4 +1,4 @@
-"""Searches a folder of images with a description, by an index of their embeddings that is kept up to date."""
+"""Searches a folder of images with a description. An index stores the embeddings of the images."""
 
 import hashlib
 import logging

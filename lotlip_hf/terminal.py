@@ -223,7 +223,7 @@ def run(program: str, command: Callable[[], int | None]) -> int:
 
     Args:
         program (`str`): Name of the command, which starts each message.
-        command (`Callable`): Function of the command. It returns the exit status, or `None` for 0.
+        command (`Callable`): Function of the command, which returns the exit status, or `None` for 0.
 
     Returns:
         `int`: The exit status: 2 after an error, which is printed; 128 plus the signal's number after an interruption,

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .backbones_lotlip import TEXT_BACKBONES, VISION_BACKBONES
 
-# Version of the files that these classes write. It rises when older code would misread a newer file.
+# Version of the files that these classes write. Increase the version if older code would misread newer files.
 FORMAT_VERSION = 1
 
 

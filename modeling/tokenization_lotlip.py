@@ -51,9 +51,9 @@ def _replace(pattern: str, content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
 
 
-# In a tokenizer.json, the placeholder of a special token is its index between OPEN and CLOSE. They are two-em and
-# three-em dashes, which normalisers keep and BERT splits. GUARD is the first step: it separates such dashes of a text,
-# and its presence identifies a normaliser that this class wrote.
+# In a tokenizer.json, the placeholder of a special token is its index between OPEN and CLOSE. These are pairs of
+# dashes, which normalisers keep and BERT splits. GUARD is the first step: it separates such dashes of a text, and its
+# presence identifies a normaliser that this class wrote.
 OPEN, CLOSE = "\u2e3b\u2e3a", "\u2e3a\u2e3b"
 GUARD = {"type": "Replace", "pattern": {"String": OPEN}, "content": " ".join(OPEN)}
 # The tokenizers library and JavaScript read these regular expressions alike.

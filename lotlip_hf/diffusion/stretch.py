@@ -103,13 +103,13 @@ def clip_text_model(
     model: LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection, with_projection: bool = False
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
     """
-    Converts a LoTLIP model with CLIP's text tower to the stock text encoder of transformers. The two share weights.
-    The outputs are unchanged without corner tokens, because no text token attends to them.
+    Converts a LoTLIP model with CLIP's text tower to the stock text encoder of transformers. Model and encoder share
+    weights. The stock encoder has no corner tokens and the same outputs, because no text token attends to them.
 
     Args:
         model (`LoTLIPModel` or `LoTLIPTextModel` or `LoTLIPTextModelWithProjection`): Model with CLIP's text tower.
-        with_projection (`bool`, *optional*, defaults to `False`): Whether to return a `CLIPTextModelWithProjection`.
-            Its `text_embeds` equal `model.get_text_features(...).pooler_output`.
+        with_projection (`bool`, *optional*, defaults to `False`): Whether to return a `CLIPTextModelWithProjection`,
+            whose `text_embeds` equal `model.get_text_features(...).pooler_output`.
 
     Returns:
         `CLIPTextModel` or `CLIPTextModelWithProjection`: The stock text encoder.

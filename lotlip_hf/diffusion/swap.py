@@ -206,7 +206,7 @@ def _text_encoders(pipe: "DiffusionPipeline", slot: str) -> dict[str, TextEncode
             raise ValueError(
                 f"`{name}` has LoRA weights. Call pipe.unload_lora_weights(), swap, then load the weights again."
             )
-        hooks = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers
+        hooks = ("_hf_hook", "_diffusers_hook")  # set by accelerate and diffusers
         if pipe.hf_device_map is not None or any(hasattr(m, hook) for m in encoder.modules() for hook in hooks):
             raise ValueError(f"`{name}` is offloaded or has a device map. Swap first, then turn offloading on.")
     return encoders
@@ -320,7 +320,7 @@ def _lengths(
     positions = encoder.config.max_position_embeddings
     output_length = encoder.config.output_length if isinstance(encoder, LoTLIPTextEncoder) else None
     if output_length is not None and has_others and hasattr(pipe, "tokenizer_max_length"):
-        # the pipeline applies one length to all prompts, so all states must be as long as the resampler's
+        # The pipeline uses one length for all encoders, so the other states must be as long as the resampler's.
         if max_length not in (None, output_length) or positions < output_length:
             raise ValueError(
                 f"{type(pipe).__name__} has one length for all tokenizers and the resampler returns {output_length} "

@@ -1,4 +1,4 @@
-"""A LoTLIP text tower that replaces a CLIP text encoder. An adapter maps its states; the outputs are those of CLIP."""
+"""A LoTLIP text tower with an adapter that maps its states to CLIP's, to replace a CLIP text encoder."""
 
 import copy
 from collections.abc import Iterable

@@ -255,7 +255,7 @@ def _refuse_code(model_cfg: Mapping[str, Any], architecture: str) -> None:
 def _import_open_clip() -> ModuleType:
     try:
         import open_clip
-    except (ImportError, OSError, RuntimeError) as error:  # a torchvision of another torch version raises any of these
+    except (ImportError, OSError, RuntimeError) as error:  # a torchvision that does not fit torch raises any of these
         raise ImportError(
             f"{OPEN_CLIP}... needs open_clip and a torchvision for torch {torch.__version__}. Run "
             f"pip install 'lotlip-hf[open-clip]' ({type(error).__name__}: {error})"

@@ -10,8 +10,8 @@ def encode_unpadded(
     """
     Encodes many texts as token ids, like a call with `truncation=True`, and tells which texts were cut.
 
-    This is several times as fast as a call: BERT's WordPiece encodes each word separately, so each distinct word is
-    encoded once. Other kinds of tokenizers are called as usual.
+    With BERT's WordPiece, this function is several times as fast as a call: WordPiece encodes each word separately, so
+    each distinct word is encoded once. Other kinds of tokenizers are called as usual.
 
     Args:
         tokenizer (`LoTLIPTokenizer`): Tokenizer.

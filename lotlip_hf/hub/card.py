@@ -72,8 +72,8 @@ class CardFields:
         license (`str`, *optional*): License of the weights, such as `"apache-2.0"`. Without a license, other people
             have no right to use the weights.
         base_model (`Sequence[str]`, *optional*): Hub ids of the models that the weights were trained from. Defaults to
-            those of the training run.
-        datasets (`Sequence[str]`, *optional*): Hub ids of the training data sets. Defaults to that of the
+            the models of the training run.
+        datasets (`Sequence[str]`, *optional*): Hub ids of the training data sets. Defaults to the data set of the
             training run.
         language (`Sequence[str]`, *optional*, defaults to `"en"`): Languages of the texts, as ISO 639 codes.
         tags (`Sequence[str]`, *optional*): Tags in addition to the usual ones.
@@ -191,7 +191,7 @@ def card_bytes(
             raise ValueError(f"{name}: the YAML metadata cannot be read ({reason}).") from error
         if not (_is_generated(card) or (file is there and _is_ours(card))):
             if file is there:
-                logger.warning(f"{repo_id}: a user wrote its README.md. Its text is kept.")
+                logger.warning(f"{repo_id}: a user wrote its README.md. Only the metadata is updated.")
             return _updated(content, card, repo_id, fields, results)
         fields_of_run = _with_metadata(fields_of_run, card)
         if file is there and not shown and (match := PICTURE_LINE.search(card.text)):

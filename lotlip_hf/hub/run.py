@@ -18,7 +18,7 @@ from ..training.checkpoint import MAX_PROGRESS, PROGRESS, STATE, checkpoint_step
 from ..training.config import CONFIG_NAME, RESUMABLE, SCENES, TrainingConfig, choices
 from ..training.log import LOG_NAME, read_log
 
-# Options that the card leaves out, besides those that do not change the weights
+# Options that the card leaves out, in addition to options that do not change the weights
 HOUSEKEEPING = {"image_folder", "streaming", "shuffle_buffer", "eval_data", "eval_split", "eval_samples", "eval_steps"}
 # Option -> condition on other options under which it has an effect
 NEEDS = {
