@@ -285,7 +285,7 @@ def _tokenizer_location(location: _Location, tokenizer: str | None) -> _Location
 def _read_open_clip(
     location: _Location | None, weights: Path, config: str | None, activation: Activation | None, tokenizer: str | None
 ) -> _Source:
-    """Reads weights and their tokenizer. `location` is `None` for a single file."""
+    """Reads weights and their tokenizer. For a single file, `location` is `None`."""
     model, image_processor, hf_tokenizer_name = read_open_clip(weights, config, activation)
     tokenizer_location = _Location(tokenizer or hf_tokenizer_name or CLIP_TOKENIZER)
     if tokenizer is None and location is not None and location.find(*TOKENIZER_FILES):
@@ -335,7 +335,7 @@ def _own_name(name: str, stock_class: type[PreTrainedModel]) -> str:
 
 
 def _backbone_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """Settings without the names of the CLIP's folder and class."""
+    """Settings of a CLIP's configuration, without the names of its folder and class."""
     return {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "architectures")}
 
 
@@ -345,7 +345,7 @@ def _to_lotlip(
     """Creates a LoTLIP with the weights of a CLIP and new corner tokens."""
     backbone_config = {
         **_backbone_settings(clip.config.get_text_config()),
-        # Old configurations have wrong ids or none.
+        # Old configurations have wrong ids or lack them.
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -403,7 +403,7 @@ def _check_saved(folder: Path, source: _Source, max_positions: int, stretch: Str
     if ids[0] != ids[1]:
         raise ConversionError("After saving and loading, the token ids differ from those of the CLIP's tokenizer.")
     difference = _largest_difference(model.float(), clip.float(), tokenizer, compared_tokens)
-    if not difference <= TOLERANCE:  # also if it is NaN
+    if not difference <= TOLERANCE:  # also for NaN
         raise ConversionError(
             f"The outputs for random inputs differ from CLIP's by {difference:.1e} of their norm after saving and "
             f"loading. At most {TOLERANCE} is expected."

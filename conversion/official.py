@@ -190,7 +190,7 @@ def config_from_official(
     timm_name = str(vision.get("timm_model_name"))
     if "heads" not in vision and not timm_name.startswith(("vit_tiny", "vit_small", "vit_base", "vit_large")):
         raise ConversionError(
-            f"{source}: the number of attention heads of {timm_name!r} is unknown. Set it as vision_cfg.heads."
+            f"{source}: the number of attention heads of {timm_name!r} is unknown. Set vision_cfg.heads."
         )
     return LoTLIPConfig(
         text_config=LoTLIPTextConfig(
@@ -278,7 +278,7 @@ def _load_tokenizer(source: str | Path, config: LoTLIPTextConfig, context_length
     tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
         backbone_tokenizer, model_max_length=context_length - config.num_corner_tokens
     )
-    # The ids of the official code's corner tokens follow the tokenizer's last id.
+    # In the official code, the ids of corner tokens follow the tokenizer's last id.
     fits = len(tokenizer) == config.vocab_size or (len(tokenizer) < config.vocab_size and not config.num_corner_tokens)
     if not fits or tokenizer.pad_token_id != config.pad_token_id:
         raise ConversionError(
@@ -399,7 +399,7 @@ def reverse(checkpoint: str | Path, output: str | Path) -> Path:
     with replacing(target) as file:
         try:
             torch.save({"state_dict": {PREFIX + name: tensor for name, tensor in to_official(model).items()}}, file)
-        except RuntimeError as error:  # PyTorch raises it even if only the end of the file cannot be written
+        except RuntimeError as error:  # also if only the end of the file cannot be written
             raise OSError(f"{target} cannot be written ({one_line(error.__context__ or error)}).") from error
     return Path(output)
 

@@ -354,7 +354,7 @@ def _stock_tokenizer_of(
     if tokenizer.clean_text and not without_text_cleaning:
         return None, (
             "a stock tokenizer cannot clean texts as LoTLIP's does (ftfy, HTML entities, white space). Pass "
-            "--without-text-cleaning to save one that does not clean"
+            "--without-text-cleaning to save a tokenizer that does not clean"
         )
     tokenizer.clean_text = False
     stock = stock_tokenizer(tokenizer)

@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise ValueError("--text_pairs needs long texts, but --num_long_texts is 0. Set it to 1 or more.")
     output = Path(args.output_dir)
     if output.is_dir() and any(output.iterdir()) and not args.resume_from_checkpoint:
-        raise ValueError(f"--output_dir {output} is not empty. Choose another, or pass --resume_from_checkpoint.")
+        raise ValueError(f"--output_dir {output} is not empty. Pass another folder or --resume_from_checkpoint.")
     sampling = SubCaptions(options.num_long_texts, options.num_sentences)
     records = read_records(options, options.data, options.num_scenes, "train")
     table = draw_texts(records, sampling, args.seed)

@@ -228,7 +228,7 @@ def train_captioner(scenes: Sequence[Scene], folder: Path, num_steps: int) -> fl
         features = model.get_image_features(
             pictures[chosen], vision_feature_layer=-1, vision_feature_select_strategy="default", return_dict=True
         )
-        logits = torch.stack(list(features.pooler_output)) @ embeddings.T - 3  # a bias, as few words fit a cell
+        logits = torch.stack(list(features.pooler_output)) @ embeddings.T - 3  # bias: few words fit a cell
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, cells[chosen], reduction="sum")
         return loss / cells[chosen, :, 0].numel()
 

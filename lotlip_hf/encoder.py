@@ -259,7 +259,7 @@ class Encoder:
                 _check_text(text, index)
             encoded, was_cut = engine.tokenize(chunk, max_length)
             lengths = [len(ids) for ids in encoded["input_ids"]]
-            # Encode the longest texts first, so that a lack of memory shows at once.
+            # Encode the longest texts first: if memory is too small, the first batch fails.
             order = sorted(range(len(chunk)), key=lambda index: -lengths[index])
             while order:
                 width = self.max_text_length if engine.pads_to_full_length else lengths[order[0]]

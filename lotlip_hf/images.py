@@ -680,7 +680,7 @@ def _to_rgb(image: Image.Image, name: str, background: tuple[int, int, int] | No
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "La":
-        image = image.convert("LA")  # the only conversion that PIL has for this mode
+        image = image.convert("LA")  # PIL has only this conversion for the mode
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
         return _by_tiles(image, _from_16_bits, background)
     if image.mode == "I":
@@ -698,7 +698,7 @@ def _to_rgb(image: Image.Image, name: str, background: tuple[int, int, int] | No
     if image.has_transparency_data and background is not None:
         return _by_tiles(image, _with_mask, background)
     if image.mode == "P" and "transparency" in image.info:
-        # Same pixels as a direct conversion, without PIL's warning
+        # Gives the same pixels as a direct conversion, without PIL's warning.
         image = image.convert("RGBA")
     rgb = image if image.mode == "RGB" and image is not given else image.convert("RGB")
     # `convert` keeps the transparent colour, which newer versions of transformers would make white.

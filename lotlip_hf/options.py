@@ -260,7 +260,6 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 
 def _add_flag(group: Any, field: dataclasses.Field, hint: Any, has_positional: bool) -> None:
-    """Adds the flag of an [`option`] to a group."""
     kind, is_optional = _kind(hint)
     words, is_list = choices(hint), get_origin(kind) is list
     help = field.metadata["help"]

@@ -113,7 +113,7 @@ def build_index(
         encoder (`Encoder`): Dual encoder.
         folder (`str` or `os.PathLike`): Folder of images, searched with its subfolders except hidden ones.
         index_folder (`str` or `os.PathLike`, *optional*, defaults to `folder`): Folder to save the index in, for
-            example if `folder` is read-only. Several folders may share it.
+            example if `folder` is read-only. Several image folders may share an `index_folder`.
         image_root (`str` or `os.PathLike`, *optional*, defaults to `folder`): Links to files outside of this folder
             are not followed.
         batch_size (`int`, *optional*, defaults to 32): Number of images in a batch.

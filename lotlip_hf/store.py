@@ -50,7 +50,7 @@ class Held(NamedTuple):
 
 class EmbeddingStore:
     """
-    Embeddings of one encoder, in a SQLite file that several encoders may share. Use it as a context manager.
+    Embeddings of one encoder, in a SQLite file that several encoders may share. A store is a context manager.
 
     Added embeddings survive a crash of the process or the machine. Several processes may read and add at the same
     time. A damaged file, or one that this class did not write, is renamed with a warning, and the store starts empty.

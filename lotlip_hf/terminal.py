@@ -148,7 +148,6 @@ class PrintableFormatter(logging.Formatter):
     """Formats log records: each text or path among the arguments is one line, and further lines are indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Returns the record as text."""
         shown = logging.makeLogRecord(record.__dict__)
         if isinstance(record.args, tuple):
             shown.args = tuple(printable(one) if isinstance(one, str | os.PathLike) else one for one in record.args)

@@ -106,8 +106,8 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the text encoder: BERT, RoBERTa,
             XLM-RoBERTa or CLIP's text tower. Defaults to BERT-base. Its fields are also arguments of this class.
-        num_corner_tokens (`int`, *optional*, defaults to 2): Number m of corner tokens. They use m positions of the
-            backbone, except with CLIP, where they have no positions.
+        num_corner_tokens (`int`, *optional*, defaults to 2): Number m of corner tokens. In a CLIP, corner tokens have
+            no positions. In other backbones, they use m positions.
         pooling (`str`, *optional*): `"pooler"`: a layer of the backbone on the state of [CLS], as in the released
             models; `"cls"`: the state of [CLS]; `"mean"`: the mean over the text; `"eos"`: the state of CLIP's [EOT].
             Defaults to `"pooler"` for BERT and RoBERTa and to `"eos"` for CLIP.

@@ -61,7 +61,7 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
     """Base class of the LoTLIP models. It initialises, loads and saves weights."""
 
     config: LoTLIPConfig
-    _auto_class = "AutoModel"  # saves this code with the weights
+    _auto_class = "AutoModel"  # saves the code of the model with the weights
     base_model_prefix = "lotlip"
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True

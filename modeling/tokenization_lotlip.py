@@ -174,7 +174,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         `model_max_length` that leaves positions for the corner tokens.
         """
         if not isinstance(tokenizer, TokenizersBackend):
-            raise ValueError(f"`tokenizer` is a {type(tokenizer).__name__}. Pass a fast one, with a tokenizer.json.")
+            raise ValueError(f"`tokenizer` is a {type(tokenizer).__name__}. Pass a fast tokenizer.")
         names = ("model_max_length", "padding_side", "truncation_side")
         settings = {**{name: getattr(tokenizer, name) for name in names}, **tokenizer.special_tokens_map, **kwargs}
         return cls(tokenizer_object=tokenizer.backend_tokenizer, **settings)
@@ -242,7 +242,7 @@ class LoTLIPTokenizer(TokenizersBackend):
     def sentences(self, text: str) -> list[str]:
         """Cleans the text and splits it where separator tokens are inserted."""
         if self.split_sentences and self.sep_token is None:
-            raise ValueError("This tokenizer has no `sep_token`. Set one, or pass `split_sentences=False`.")
+            raise ValueError("This tokenizer has no `sep_token`. Set `sep_token` or pass `split_sentences=False`.")
         sentences = [text]
         if self.split_sentences:
             sentences = text.split(FULL_STOP) if self.cleaning == "official" else _by_rules(text)

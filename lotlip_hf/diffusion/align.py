@@ -152,7 +152,7 @@ def _load_tokenizer(path: str | Path, model: Any) -> Any:
     tokenizer = load_tokenizer(path, "save the model's tokenizer there or pass the folder of the teacher's tokenizer")
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"The tokenizer in {path} has {len(tokenizer)} tokens, the model {model.config.vocab_size}. Use another."
+            f"{path}: its tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}. Pass another."
         )
     fit_tokenizer(model, tokenizer)
     return tokenizer
@@ -327,7 +327,7 @@ class Alignment:
     cross-attention: the order of the states does not matter there, but the number of padding tokens does.
 
     A `"resampler"` returns as many states as the teacher and matches them by position, as AltDiffusion does with CLIP
-    (https://arxiv.org/abs/2211.06679). Use it if the pipeline concatenates token i of two encoders, as Stable
+    (https://arxiv.org/abs/2211.06679). Use a resampler if the pipeline concatenates token i of two encoders, as Stable
     Diffusion XL and 3 do.
 
     Args:

@@ -69,8 +69,8 @@ def swap_text_encoder(
     Save the result with `pipe.save_pretrained`, and import `lotlip_hf` before `DiffusionPipeline.from_pretrained`.
 
     Args:
-        pipe (`DiffusionPipeline`): Pipeline with a CLIP text encoder. It is changed in place after all checks have
-            passed. Models that it shares with other pipelines are not changed.
+        pipe (`DiffusionPipeline`): Pipeline with a CLIP text encoder, which is changed in place after all checks have
+            passed. Models that the pipeline shares with other pipelines are not changed.
         model_or_path (`PreTrainedModel` or `str` or `os.PathLike`): A LoTLIP model or its text tower, a
             [`LoTLIPTextEncoder`], `CLIPModel`, `CLIPTextModel` or `CLIPTextModelWithProjection`, or the folder or Hub
             id of such a model. A model object is copied.
@@ -249,7 +249,7 @@ def _load_tokenizer(
 
 
 def _encoder(model: Any, replaced: TextEncoder, slot: str, target_layer: int) -> TextEncoder:
-    """Converts `model` to the text encoder for the slot; the two share weights."""
+    """Converts `model` to the text encoder for the slot, which shares the weights of `model`."""
     name = type(model).__name__
     is_lotlip = isinstance(model, LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection)
     if isinstance(model, CLIPModel):

@@ -45,8 +45,8 @@ class LoTLIPTextEncoderConfig(PreTrainedConfig):
             tokens, so it always returns `num_queries` tokens. `None` applies no adapter.
         hidden_size (`int`, *optional*): Width of the returned states, equal to the width of the replaced encoder.
             Defaults to the width of the tower.
-        projection_dim (`int`, *optional*): Width of the pooled `text_embeds`. Set it to replace a
-            `CLIPTextModelWithProjection`; leave it at `None` to replace a `CLIPTextModel`.
+        projection_dim (`int`, *optional*): Width of the pooled `text_embeds`: a number to replace a
+            `CLIPTextModelWithProjection`, `None` to replace a `CLIPTextModel`.
         target_layer (`int`, *optional*, defaults to -1): Hidden state of the replaced encoder that the adapter
             imitates: -1 for `last_hidden_state` (Stable Diffusion 1.x and 2.x) or -2 for `hidden_states[-2]` (Stable
             Diffusion XL and 3).

@@ -154,7 +154,7 @@ class LoTLIPOnnxModel(nn.Module):
                 'LoTLIPOnnxModel.from_pretrained(folder, providers=["CUDAExecutionProvider"]).'
             )
         if dtype not in (None, torch.float32):
-            raise ValueError(f"An ONNX model cannot be converted to {dtype}. Export it again for another precision.")
+            raise ValueError(f"An ONNX model cannot be converted to {dtype}. Export the checkpoint again.")
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -303,7 +303,7 @@ def load_onnx(folder: str, device: str | torch.device | None = None, dtype: str 
 
 
 def missing_packages(*names: str) -> str | None:
-    """Install hint for the missing ones of these packages, or `None` if all are installed."""
+    """Install hint for the packages that are missing, or `None` if all are installed."""
     missing = [name for name in names if find_spec(name) is None]
     if not missing:
         return None

@@ -208,7 +208,6 @@ def write_repository(
 def _write(
     output: Path, loaded: Loaded, repo_id: str, card: CardFields, shown: Shown, max_shard_size: int | str | None
 ) -> None:
-    """Writes the folder."""
     model, processor, _ = loaded
     text = card_bytes(*loaded, repo_id, card, *shown)  # fails before a file is written
     output.mkdir(parents=True, exist_ok=True)
