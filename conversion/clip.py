@@ -58,8 +58,8 @@ MODELS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     CLIPTextModel: LoTLIPTextModel,
     CLIPTextModelWithProjection: LoTLIPTextModelWithProjection,
 }
-# Class name in a configuration -> stock class. `lotlip_hf.diffusion.swap` saves `CLIPTextEncoder` in pipelines, with
-# the weights of the stock class.
+# Class name in a configuration -> stock class. `lotlip_hf.diffusion.swap` saves `CLIPTextEncoder` in pipelines, which
+# has the weights of `CLIPTextModel`.
 STOCK_CLASSES = {**{stock_class.__name__: stock_class for stock_class in MODELS}, "CLIPTextEncoder": CLIPTextModel}
 TOKENIZER_CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast")
 # Model type -> stock class, for configurations without a class name.
@@ -68,7 +68,7 @@ DEFAULT_CLASSES = {"clip": CLIPModel, "clip_text_model": CLIPTextModel}
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-# Files of open_clip and OpenAI contain no tokenizer. All CLIPs use this one.
+# Files of open_clip and OpenAI contain no tokenizer. All of them use this tokenizer.
 CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
 
 # Largest accepted difference of a state or feature from CLIP's, relative to its norm. Rounding in float32, which
@@ -118,15 +118,15 @@ def convert(
             of an open_clip model (`open_clip_config.json` and its weights); or a file in the layout of open_clip,
             OpenAI or Long-CLIP.
         output (`str` or `Path`): Folder to create. It must not exist or must be empty.
-        num_corner_tokens (`int`, *optional*, defaults to 2): Number of corner tokens. They start as small random
-            numbers and must be trained. No output depends on them.
-        max_positions (`int`, *optional*): New number of positions, at least the old one. Defaults to the old one.
+        num_corner_tokens (`int`, *optional*, defaults to 2): Number of corner tokens. Corner tokens start as small
+            random numbers and must be trained. They do not change CLIP's outputs.
+        max_positions (`int`, *optional*): New number of positions, not below the old number. Defaults to the old.
         stretch (`str`, *optional*): How to add positions, see [`~lotlip_hf.diffusion.stretch.stretch_positions`].
             Defaults to `"knowledge-preserved"`. It requires `max_positions`.
         tokenizer (`str` or `Path`, *optional*): Folder or Hub id of a tokenizer. Defaults to the checkpoint's, in a
             diffusion pipeline to the folder `tokenizer` next to `text_encoder`, and for files to CLIP's from the Hub.
-            (It gives the same ids as open_clip's and OpenAI's tokenizers, but does not repair broken encodings and
-            HTML entities.)
+            (CLIP's gives the same ids as open_clip's and OpenAI's tokenizers, but does not repair broken encodings
+            and HTML entities.)
         open_clip_config (`str` or `Path`, *optional*): Configuration of a file in open_clip's layout.
         activation (`str`, *optional*): `"gelu"` or `"quick_gelu"`, for a file without a configuration.
         subfolder (`str`, *optional*, defaults to `""`): Folder of the model in the folder or repository, such as
@@ -196,7 +196,7 @@ def convert(
 
 
 class _Location(NamedTuple):
-    """A folder or a Hub repository, or a folder in one of them."""
+    """A folder, a Hub repository, or a folder in a Hub repository."""
 
     source: str
     subfolder: str = ""
@@ -285,7 +285,7 @@ def _tokenizer_location(location: _Location, tokenizer: str | None) -> _Location
 def _read_open_clip(
     location: _Location | None, weights: Path, config: str | None, activation: Activation | None, tokenizer: str | None
 ) -> _Source:
-    """Reads weights and their tokenizer. `location` is `None` for a single file."""
+    """Reads weights and their tokenizer. For a single file, `location` is `None`."""
     model, image_processor, hf_tokenizer_name = read_open_clip(weights, config, activation)
     tokenizer_location = _Location(tokenizer or hf_tokenizer_name or CLIP_TOKENIZER)
     if tokenizer is None and location is not None and location.find(*TOKENIZER_FILES):
@@ -296,7 +296,7 @@ def _read_open_clip(
 def _load_tokenizer(location: _Location) -> PreTrainedTokenizerBase:
     advice = "pass a folder or the Hub id of a CLIP with --tokenizer"
     described = None
-    with contextlib.suppress(OSError):  # `load_tokenizer` raises it again
+    with contextlib.suppress(OSError):  # `load_tokenizer` raises the error
         described = location.find("tokenizer_config.json")
     name = None if described is None else read_json(described).get("tokenizer_class")
     tokenizer_class = CLIPTokenizer if name in TOKENIZER_CLASSES else AutoTokenizer
@@ -304,7 +304,7 @@ def _load_tokenizer(location: _Location) -> PreTrainedTokenizerBase:
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, text_config: Any) -> None:
-    """Checks that the ids fit the model and that texts end with the token at which the model pools."""
+    """Checks that the token ids fit the model and that texts end with the token at which the model pools."""
     ids, name = tokenizer("a")["input_ids"], tokenizer.name_or_path
     first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
     read_at = text_config.eos_token_id
@@ -335,7 +335,7 @@ def _own_name(name: str, stock_class: type[PreTrainedModel]) -> str:
 
 
 def _backbone_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """Settings without the names of the CLIP's folder and class."""
+    """Settings of a CLIP's configuration, without the names of its folder and class."""
     return {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "architectures")}
 
 
@@ -345,7 +345,7 @@ def _to_lotlip(
     """Creates a LoTLIP with the weights of a CLIP and new corner tokens."""
     backbone_config = {
         **_backbone_settings(clip.config.get_text_config()),
-        # Old configurations have wrong ids or none.
+        # Old configurations have wrong ids or lack them.
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -401,9 +401,9 @@ def _check_saved(folder: Path, source: _Source, max_positions: int, stretch: Str
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids = [one(SAMPLE_TEXTS, truncation=True)["input_ids"] for one in (tokenizer, source.tokenizer)]
     if ids[0] != ids[1]:
-        raise ConversionError("The tokenizer gives other ids than the CLIP's after saving and loading.")
+        raise ConversionError("After saving and loading, the token ids differ from those of the CLIP's tokenizer.")
     difference = _largest_difference(model.float(), clip.float(), tokenizer, compared_tokens)
-    if not difference <= TOLERANCE:  # also if it is NaN
+    if not difference <= TOLERANCE:  # also for NaN
         raise ConversionError(
             f"The outputs for random inputs differ from CLIP's by {difference:.1e} of their norm after saving and "
             f"loading. At most {TOLERANCE} is expected."
@@ -416,8 +416,8 @@ def _largest_difference(
     model: PreTrainedModel, clip: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> float:
     """
-    Largest difference of outputs for random texts of up to `max_length` tokens, padded, with and without an attention
-    mask, and for random images. It is relative to the norm of each output.
+    Largest difference of outputs, relative to the norm of each output, for random images and for random texts of up to
+    `max_length` tokens, padded, with and without an attention mask.
     """
     generator = torch.Generator().manual_seed(0)
     pairs = []

@@ -24,7 +24,7 @@ from lotlip_hf import (
 from lotlip_hf.files import one_line, parse_json, printable, read_regular
 from lotlip_hf.loading import checkpoint_name, load_strict, naming_damage
 
-# Configuration class -> possible model classes. The first is the default for a configuration without a class name.
+# Configuration class -> possible model classes. If a configuration has no class name, the first class is used.
 MODEL_CLASSES: dict[type[PreTrainedConfig], list[type[PreTrainedModel]]] = {
     LoTLIPConfig: [LoTLIPModel],
     LoTLIPTextConfig: [LoTLIPTextModel, LoTLIPTextModelWithProjection],
@@ -33,7 +33,7 @@ MODEL_CLASSES: dict[type[PreTrainedConfig], list[type[PreTrainedModel]]] = {
 
 
 class ConversionError(ValueError):
-    """A checkpoint or configuration that cannot be converted exactly. The message names the problem and its source."""
+    """Raised for a checkpoint or configuration that cannot be converted exactly. The message names both."""
 
 
 @contextlib.contextmanager
@@ -109,9 +109,9 @@ def rename_tensors(
     problems: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """
-    Renames tensors of another layout to the names of a model, whose `state_dict()` is `own`. `layout` maps each name
-    in the checkpoint to one name in the model, or to several that are stacked along the first dimension. The matrices
-    in `transposed` are transposed. The error lists unknown, missing and misshapen tensors and other `problems`.
+    Renames the tensors of a checkpoint to those of a model with the state dict `own`. `layout` maps each name in the
+    checkpoint to one name in the model, or to several that are stacked along the first dimension. The matrices in
+    `transposed` are transposed. The error lists unknown, missing and misshapen tensors and other `problems`.
     """
     problems = [f"unknown: {name}" for name in state_dict if name not in layout] + list(problems)
     converted: dict[str, torch.Tensor] = {}
@@ -164,11 +164,11 @@ def load_checkpoint(folder: str | Path) -> PreTrainedModel:
 def random_texts(
     config: LoTLIPTextConfig, shapes: Sequence[tuple[int, int]], padding_side: str = "right"
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Seeded ids and masks of each shape [texts, tokens]. The first text has the full length, others are shorter."""
+    """Random token ids and masks of each shape [texts, tokens]. All texts except the first are padded."""
     generator = torch.Generator().manual_seed(0)
     end = None
     if config.pooling == "eos":
-        # CLIP pools at this id. In old configurations the id is wrong, and CLIP pools at the highest id.
+        # CLIP pools at [EOT]. Old configurations have the wrong id 2, and CLIP then pools at the highest id.
         end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
     padding = 0 if config.pad_token_id is None else config.pad_token_id
     words = torch.tensor([word for word in range(config.vocab_size) if word not in (padding, end)])

@@ -80,7 +80,7 @@ TIMM_VIT = {"layer_norm_eps": 1e-6, "hidden_act": "gelu"}
 POSITION_IDS = "text.transformer.embeddings.position_ids"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# timm's name -> transformers' names. timm stacks several tensors in one, in this order.
+# timm's name -> transformers' names. timm stacks several tensors in one tensor, in this order.
 VISION_EMBEDDINGS = {
     "cls_token": ["embeddings.cls_token"],
     "pos_embed": ["embeddings.position_embeddings"],
@@ -125,9 +125,9 @@ def official_layout(model: LoTLIPModel) -> dict[str, list[str]]:
 
 def read_official_state_dict(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     """
-    Reads the tensors of an official checkpoint, a pickle of a state dict or of `{"state_dict": ...}`. It is loaded
-    with `weights_only=True`, so that no code in it can run. The prefixes of `WRAPPERS` are removed, and so is the
-    buffer of position ids that old versions of transformers saved and the official code ignores.
+    Reads the tensors of an official checkpoint, a pickle of a state dict or of `{"state_dict": ...}`. With
+    `weights_only=True`, no code in the pickle can run. Removes the prefixes of `WRAPPERS`, and the buffer of position
+    ids that old versions of transformers saved and the official code ignores.
     """
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -190,7 +190,7 @@ def config_from_official(
     timm_name = str(vision.get("timm_model_name"))
     if "heads" not in vision and not timm_name.startswith(("vit_tiny", "vit_small", "vit_base", "vit_large")):
         raise ConversionError(
-            f"{source}: the number of attention heads of {timm_name!r} is unknown. Set it as vision_cfg.heads."
+            f"{source}: the number of attention heads of {timm_name!r} is unknown. Set vision_cfg.heads."
         )
     return LoTLIPConfig(
         text_config=LoTLIPTextConfig(
@@ -218,9 +218,9 @@ def config_from_official(
 
 
 def from_official(state_dict: Mapping[str, torch.Tensor], model: LoTLIPModel) -> dict[str, torch.Tensor]:
-    """Renames the official tensors to this model's names. All must have the same precision."""
+    """Renames the official tensors, which must have the same precision, to this model's names."""
     dtypes = Counter(tensor.dtype for tensor in state_dict.values())
-    # A transformers checkpoint has one precision. Loading would cast other tensors to it.
+    # transformers loads all tensors of a checkpoint in one precision.
     common = max((dtype for dtype in dtypes if dtype in DTYPES), key=dtypes.__getitem__, default=torch.float32)
     problems = [
         f"of another precision: {name} is {tensor.dtype}, expected {common}"
@@ -246,7 +246,7 @@ def _read_open_clip_config(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if "model_cfg" not in content:
         return content
-    # The form that open_clip publishes. For timm models it uses only this setting of the preprocessing.
+    # open_clip publishes this form. For timm models, open_clip uses only this setting of the preprocessing.
     option(content.get("preprocess_cfg") or {}, "interpolation", None, [None, "bicubic"], str(path))
     return section(content, "model_cfg", str(path))
 
@@ -278,7 +278,7 @@ def _load_tokenizer(source: str | Path, config: LoTLIPTextConfig, context_length
     tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
         backbone_tokenizer, model_max_length=context_length - config.num_corner_tokens
     )
-    # The ids of the official code's corner tokens follow the tokenizer's last id.
+    # In the official code, the ids of corner tokens follow the tokenizer's last id.
     fits = len(tokenizer) == config.vocab_size or (len(tokenizer) < config.vocab_size and not config.num_corner_tokens)
     if not fits or tokenizer.pad_token_id != config.pad_token_id:
         raise ConversionError(
@@ -297,7 +297,7 @@ def convert(
 ) -> Path:
     """
     Converts an official checkpoint into a folder for `AutoModel`, `AutoTokenizer` and `AutoProcessor`. The saved
-    folder is loaded and compared with the checkpoint, bit by bit. It is created only if all checks pass.
+    folder is loaded and compared with the checkpoint, bit by bit. The folder is created only if all checks pass.
 
     Args:
         checkpoint (`str` or `Path`): A `model.pt`, or the Hub id of a released model (see `RELEASED`), which needs no
@@ -399,7 +399,7 @@ def reverse(checkpoint: str | Path, output: str | Path) -> Path:
     with replacing(target) as file:
         try:
             torch.save({"state_dict": {PREFIX + name: tensor for name, tensor in to_official(model).items()}}, file)
-        except RuntimeError as error:  # PyTorch raises it even if only the end of the file cannot be written
+        except RuntimeError as error:  # also if only the end of the file cannot be written
             raise OSError(f"{target} cannot be written ({one_line(error.__context__ or error)}).") from error
     return Path(output)
 
@@ -435,7 +435,7 @@ def parser(prog: str = "lotlip convert official") -> Parser:
     group.add_argument(
         "--open-clip-config",
         metavar="FILE",
-        help="Official model configuration; bert_config.json next to it is read too, if there is one",
+        help="Official model configuration; a bert_config.json in the same folder is also read",
     )
     group.add_argument(
         "--tokenizer", metavar="NAME", help="Folder or Hub id (default: hf_tokenizer_name of the configuration)"

@@ -12,9 +12,9 @@ are left out. The folder also contains configuration, tokenizer and image proces
 `lotlip_hf.engines.onnx.LoTLIPOnnxModel` and `AutoProcessor`.
 
 Readers of `tokenizer.json` (fastembed, Transformers.js, text-embeddings-inference) split sentences, collapse white
-space and straighten quotation marks as LoTLIP does. They do not repair broken encodings (ftfy) and HTML entities, and
-encode a text that is only "[SEP]" as the special token. `lotlip_hf.modeling.tokenization_lotlip.clean` repairs texts
-beforehand.
+space and straighten quotation marks as LoTLIP does. These readers do not repair broken encodings (ftfy) and HTML
+entities, and encode a text that is only "[SEP]" as the special token. Repair texts beforehand with
+`lotlip_hf.modeling.tokenization_lotlip.clean`.
 """
 
 import contextlib
@@ -120,8 +120,8 @@ def convert(
     texts (of all lengths, with and without padding) and random images, in several batch sizes. The folder is created
     only if all checks pass.
 
-    The image tower accepts images of the size that the checkpoint's processor makes, or else of the configuration's
-    size. A DINOv2 interpolates its position embeddings and accepts any size.
+    The image tower accepts images of the processor's size, or, without a processor, of the configuration's size. A
+    DINOv2 interpolates its position embeddings and accepts any size.
 
     Args:
         model (`str` or `Path`): Folder or Hub id of a [`LoTLIPModel`], or of a tower with or without projection.
@@ -174,7 +174,7 @@ def convert(
 
 
 def _name_no_model_code(file: Path) -> None:
-    """Removes the code of models from `auto_map`: the folder has only the configuration's code and no weights."""
+    """Removes model classes from `auto_map`, because the folder contains only the code of the configuration."""
     config = json.loads(file.read_text(encoding="utf-8"))
     for part in (config, config.get("text_config"), config.get("vision_config")):
         if part and "auto_map" in part:
@@ -217,10 +217,10 @@ def _write_tower(
     try:
         with torch.inference_mode():
             expected = [module(*batch) for batch in batches]
-    except ValueError as error:  # images of another size than the tower's
+    except ValueError as error:  # the processor makes images of a wrong size
         raise ConversionError(f"The {tower} tower does not accept its processor's outputs: {error}") from error
 
-    # Compare in float32 first. For a quantised model, only the cosine can be compared.
+    # Compare the features in float32, then the cosines of quantised features, which are less exact.
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         full = file if quantize is None else Path(temporary) / file.name
         _export(module, tower, batches[0], opset, full)
@@ -247,10 +247,10 @@ def _write_tower(
 
 
 def _export(module: _Tower, tower: str, batch: Sequence[torch.Tensor], opset: int, file: Path) -> None:
-    """Writes the graph, and weights that are too large for one file to a second file."""
+    """Writes the graph and the weights. Weights that are too large for the file go to a second file."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    # The exporter would fix sizes of 0 and 1. A DINOv2 has a special case for its own size and for squares.
+    # Use no sizes that the exporter would fix: 0, 1, and for a DINOv2 its configured size and squares.
     config = _tower_configs(module.model)[tower]
     if tower == "text":
         example = tuple(torch.ones(2, 3, dtype=torch.long) for _ in INPUTS[tower])
@@ -283,16 +283,16 @@ def _export(module: _Tower, tower: str, batch: Sequence[torch.Tensor], opset: in
     except Exception as error:  # PyTorch's exporter and the packages that it uses raise many classes
         raise ConversionError(f"{file.name}: PyTorch's ONNX exporter failed ({one_line(error)}).") from error
     given = graph.opset_imports[""]
-    if given != opset:  # the exporter keeps its own version if it cannot convert
+    if given != opset:  # if it cannot convert, the exporter keeps another version
         raise ConversionError(f"--opset {opset}: PyTorch's exporter wrote version {given}. Pass --opset {given}.")
 
 
 def _quantize(full: Path, file: Path) -> None:
-    """Quantises the linear layers of `full` to int8. Changes the file `full`, too."""
+    """Quantises the linear layers of `full` to int8. Also changes the file `full`."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    # The quantiser transposes weights and fails on recorded shapes. Without them, it infers shapes itself.
+    # The quantiser transposes weights and fails on recorded shapes. Without recorded shapes, it infers the shapes.
     graph = onnx.load(full, load_external_data=False)
     graph.graph.ClearField("value_info")
     onnx.save(graph, full)

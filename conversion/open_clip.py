@@ -25,7 +25,7 @@ from .torchscript import is_torchscript, read_torchscript
 
 Activation = Literal["gelu", "quick_gelu"]
 
-# Wrong id in configurations from before transformers 4.31. It means that [EOT] is the highest id in a text.
+# Wrong id in configurations from before transformers 4.31. With this id, [EOT] is the highest id in a text.
 LEGACY_EOS_TOKEN_ID = 2
 
 # Tensors in archives and some checkpoints that are not weights: sizes, and the buffer of the causal mask.
@@ -66,8 +66,8 @@ MODEL_VALUES: dict[str, list[Any]] = {
     **dict.fromkeys(("init_logit_bias", "multimodal_cfg"), [None]),
     "nonscalar_logit_scale": [False],
 }
-# Settings of dropout in training, of additional outputs, of how a saved table was created, and settings that only
-# apply to values excluded above.
+# Settings of dropout in training, of additional outputs and of how a saved table was created, and settings that have
+# an effect only with values excluded above.
 VISION_UNUSED = (
     "patch_dropout output_tokens pos_embed_type final_ln_after_pool attn_pooler_queries attn_pooler_heads "
     "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path"
@@ -75,7 +75,7 @@ VISION_UNUSED = (
 TEXT_UNUSED = "pad_id output_tokens final_ln_after_pool hf_model_pretrained hf_proj_type hf_pooler_type".split()
 MODEL_UNUSED = ("init_logit_scale", "custom_text", "output_dict", "cast_dtype")
 
-# open_clip's name -> transformers' names. open_clip stacks several tensors in one, in this order.
+# open_clip's name -> transformers' names. open_clip stacks several tensors in one tensor, in this order.
 TEXT_TENSORS = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -99,7 +99,7 @@ BLOCK = {
     "mlp.c_fc.{}": ["mlp.fc1.{}"],
     "mlp.c_proj.{}": ["mlp.fc2.{}"],
 }
-# Matrices that open_clip multiplies from the right. Linear layers store the transposed matrix.
+# open_clip multiplies states by these matrices from the right. Linear layers store the transposed matrix.
 TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -137,8 +137,8 @@ def read_open_clip(
             which only tensors are read; or a TorchScript archive, as published by OpenAI, whose code does not run.
         config (`str` or `Path`, *optional*): open_clip's configuration: an `open_clip_config.json`, or only the
             model's part of it. By default all sizes come from the tensors, with heads of width 64 as in OpenAI's code.
-        activation (`str`, *optional*): `"gelu"` or `"quick_gelu"`, for a file without a configuration. It is
-            `"quick_gelu"` for all archives and files of Long-CLIP.
+        activation (`str`, *optional*): `"gelu"` or `"quick_gelu"`, for a file without a configuration. Archives and
+            files of Long-CLIP always use `"quick_gelu"`.
 
     Returns:
         `tuple[CLIPModel, CLIPImageProcessorPil, str | None]`: The model in the precision of the file (the higher one
@@ -202,9 +202,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
 
 
 def _join_long_clip_positions(state_dict: dict[str, torch.Tensor]) -> None:
-    """Joins Long-CLIP's two tables as its code does: the first 20 rows of one, the other rows of the other."""
+    """Joins two tables as Long-CLIP's code does: the first 20 rows of CLIP's table, then the trained table's rows."""
     kept = state_dict.get("positional_embedding")
-    if kept is not None and kept.shape == state_dict[LONG_CLIP_POSITIONS].shape:  # otherwise reported as unknown
+    if kept is not None and kept.shape == state_dict[LONG_CLIP_POSITIONS].shape:  # else an unknown tensor
         trained = state_dict.pop(LONG_CLIP_POSITIONS)
         state_dict["positional_embedding"] = torch.cat([kept[:KEPT_POSITIONS], trained[KEPT_POSITIONS:]])
 
@@ -283,7 +283,7 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
             "hidden_size": width,
             "num_hidden_layers": whole(options, "layers", 12, source),
             "num_attention_heads": heads,
-            # Rounded as in open_clip. A ratio from a division may be slightly less than a whole number.
+            # As in open_clip, `int` rounds down. A ratio of two widths may be slightly too low.
             "intermediate_size": int(width * float(options.get("mlp_ratio", 4.0)) + 1e-6),
             "hidden_act": "quick_gelu" if quick_gelu else "gelu",
             "layer_norm_eps": norm.get("eps", 1e-5),
@@ -330,10 +330,10 @@ def from_open_clip(
 ) -> dict[str, torch.Tensor]:
     """
     Renames tensors in open_clip's layout to the names of a `CLIPModel`. If a file has several precisions, as OpenAI's
-    have, all tensors get the one that represents all values exactly.
+    have, all tensors get the precision that represents all values exactly.
     """
     problems = [
-        f"of another kind: {name} is {tensor.dtype}, expected floating point"
+        f"of another type: {name} is {tensor.dtype}, expected floating point"
         for name, tensor in state_dict.items()
         if tensor.dtype not in DTYPES
     ]
@@ -347,8 +347,8 @@ def image_processor_from_open_clip(
     preprocess_cfg: Mapping[str, Any], image_size: int, source: str = "open_clip_config"
 ) -> CLIPImageProcessorPil:
     """
-    Creates the stock image processor for open_clip's settings of the preprocessing. Missing settings are OpenAI's. It
-    is saved as a plain `CLIPImageProcessor`, which loads with any installed backend.
+    Creates the stock image processor for open_clip's settings of the preprocessing, which default to OpenAI's. It is
+    saved as a plain `CLIPImageProcessor`, which loads with any installed backend.
     """
     read = ("mean", "std", "interpolation", "resize_mode", "size", "mode", "fill_color")
     _check_known(preprocess_cfg, read, source)

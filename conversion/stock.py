@@ -4,15 +4,14 @@ Converts a trained LoTLIP to stock classes of transformers, which need neither t
     lotlip convert stock --model lotlip-vit-b-16 --output stock
     lotlip convert stock --model lotlip-vit-b-16 --without-text-cleaning --output stock
 
-Text tokens do not attend to corner tokens, so an encoder without corner tokens gives the same features. Their
-positions are removed from BERT. A model with CLIP's text and image towers becomes a `CLIPModel`, any other model a
+Text tokens do not attend to corner tokens, so an encoder without corner tokens gives the same features. A BERT loses
+the positions of corner tokens. A model with CLIP's text and image towers becomes a `CLIPModel`, any other model a
 `VisionTextDualEncoderModel`, and a single tower the stock class of its encoder. The result is for inference, because
 it cannot train corner tokens.
 
-A stock tokenizer splits sentences with its `tokenizer.json`. It does not repair broken encodings (ftfy) and HTML
-entities, and encodes a text that is only a special token, such as "[SEP]", as that token. With
-`--without-text-cleaning` it also keeps white space and quotation marks. Call
-`lotlip_hf.modeling.tokenization_lotlip.clean` to prepare texts as in training.
+A stock tokenizer splits sentences, but does not clean texts: call `lotlip_hf.modeling.tokenization_lotlip.clean`. If
+the LoTLIP tokenizer cleans texts, a stock tokenizer is saved only with `--without-text-cleaning`. A stock tokenizer
+encodes a text that is only a special token, such as "[SEP]", as that token.
 
 Callers of the stock classes must pass the attention mask, pad on the right, pass `truncation=True` for texts, and drop
 the transparency of images with `convert("RGB")`; otherwise transparent images get a white background.
@@ -83,7 +82,7 @@ class StockCheckpoint:
         num_parameters (`int`): Number of parameters.
         dtype (`torch.dtype`): Type of the parameters.
         difference (`float`): Largest difference of the features from the LoTLIP's, relative to a feature's norm.
-        processor (`str`): The saved tokenizer and image processor, or why one is missing.
+        processor (`str`): Classes of the saved tokenizer and image processor, or the reason why one is missing.
     """
 
     folder: Path
@@ -146,7 +145,7 @@ def _stock_dual_encoder(model: LoTLIPModel) -> PreTrainedModel:
     if is_clip:
         config_class, stock_class = CLIPConfig, CLIPModel
     for config in (text_config, vision_config):
-        if hasattr(config, "projection_dim"):  # CLIP's towers store it, too
+        if hasattr(config, "projection_dim"):  # CLIP's towers also store it
             config.projection_dim = model.config.projection_dim
     config = config_class(
         text_config=text_config.to_dict(),
@@ -242,9 +241,9 @@ def _build(
 def stock_tokenizer(tokenizer: LoTLIPTokenizer) -> PreTrainedTokenizerFast:
     """
     Returns the stock tokenizer that gives the same ids as a LoTLIP tokenizer without cleaning. Its normaliser, which
-    is saved in `tokenizer.json`, splits sentences. Names of special tokens in a text stay text. Two cases differ: a
-    text that is only the name of a special token, and, for tokenizers other than BERT's, a text with the characters
-    U+2E3B U+2E3A, which get a space between them.
+    is saved in `tokenizer.json`, splits sentences. Names of special tokens in a text stay text. The ids differ in two
+    cases: for a text that is only the name of a special token, and, with tokenizers other than BERT's, for a text with
+    the characters U+2E3B U+2E3A, between which the normaliser inserts a space.
 
     Args:
         tokenizer (`LoTLIPTokenizer`): A tokenizer with `clean_text=False`.
@@ -342,7 +341,7 @@ def _image_processor_of(folder: Path) -> Any:
 def _stock_tokenizer_of(
     folder: Path, lotlip: PreTrainedModel, without_text_cleaning: bool
 ) -> tuple[PreTrainedTokenizerBase | None, str]:
-    """The stock tokenizer of a checkpoint, or why there is none."""
+    """The stock tokenizer of a checkpoint, or the reason why there is none."""
     if not (folder / "tokenizer_config.json").is_file():
         return None, f"{folder} has none"
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -355,7 +354,7 @@ def _stock_tokenizer_of(
     if tokenizer.clean_text and not without_text_cleaning:
         return None, (
             "a stock tokenizer cannot clean texts as LoTLIP's does (ftfy, HTML entities, white space). Pass "
-            "--without-text-cleaning to save one that does not clean"
+            "--without-text-cleaning to save a tokenizer that does not clean"
         )
     tokenizer.clean_text = False
     stock = stock_tokenizer(tokenizer)

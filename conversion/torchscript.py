@@ -81,7 +81,7 @@ class _Unpickler(pickle.Unpickler):
         return self.storages[key][:size]
 
     def tensor_names(self, kind: type) -> list[str]:
-        """The parameters and buffers that a module's class lists. Its other tensors are not weights."""
+        """The parameters and buffers that a module's class lists. Other tensors of the module are not weights."""
         *folders, module = kind.__module__.split(".")
         code = self.archive.read("/".join([self.root, "code", *folders, f"{module}.py"])).decode()
         listed = re.search(TENSORS.format(re.escape(kind.__name__)), code)

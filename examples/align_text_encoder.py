@@ -37,7 +37,7 @@ from lotlip_hf.diffusion.align import (
 from lotlip_hf.files import write_json
 from lotlip_hf.terminal import printable_output
 
-SAMPLE = 512  # training prompts for the means and standard deviations of the teacher
+SAMPLE = 512  # number of training prompts for the means and standard deviations of the teacher
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -113,18 +113,18 @@ def main(argv: Sequence[str] | None = None) -> Path:
         output_dir="tuned",
         # Without `use_cpu`, accelerate does not connect processes that run on CPUs.
         use_cpu=not torch.accelerator.is_available(),
-        # The two towers run in separate calls, so that each call leaves the parameters of the other tower unused.
+        # The two towers run in separate calls, and each call leaves the parameters of the other tower unused.
         ddp_find_unused_parameters=False,
     )
     options, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if options.text_pairs and args.world_size > 1:
-        # A batch of text pairs gives the image tower no gradients, for which the other processes would wait.
+        # A batch of text pairs has no gradients of the image tower, and other processes would wait for them.
         raise ValueError("--text_pairs is not supported in several processes. Run one process or remove the option.")
     if options.text_pairs and not options.num_long_texts:
         raise ValueError("--text_pairs needs long texts, but --num_long_texts is 0. Set it to 1 or more.")
     output = Path(args.output_dir)
     if output.is_dir() and any(output.iterdir()) and not args.resume_from_checkpoint:
-        raise ValueError(f"--output_dir {output} is not empty. Choose another, or pass --resume_from_checkpoint.")
+        raise ValueError(f"--output_dir {output} is not empty. Pass another folder or --resume_from_checkpoint.")
     sampling = SubCaptions(options.num_long_texts, options.num_sentences)
     records = read_records(options, options.data, options.num_scenes, "train")
     table = draw_texts(records, sampling, args.seed)

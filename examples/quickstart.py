@@ -55,7 +55,7 @@ def options(output: Path) -> TrainingConfig:
 
 
 def shuffle_captions(records: Dataset, seed: int = 0) -> Dataset:
-    """Gives each picture the captions of another picture."""
+    """Shuffles the captions among the pictures."""
     order = np.random.default_rng(seed).permutation(len(records))
     captions = ["short_caption", "long_captions"]
     return concatenate_datasets(

@@ -75,8 +75,8 @@ CHAT_TEMPLATE = BEGIN + "{% for message in messages %}{% for part in message['co
 CHAT_TEMPLATE += "{% endfor %}{% endfor %}"
 LEARNING_RATE = 1e-3
 IGNORED = -100  # label of tokens that the loss ignores
-NUM_CHECKED = 100  # captions whose sentences are checked
-NUM_DRAWS = 200  # redrawn captions of a scene, to collect all true sentences
+NUM_CHECKED = 100  # number of captions to check
+NUM_DRAWS = 200  # number of times to draw captions of a scene, to collect its true sentences
 TOP_P = 0.9
 
 
@@ -228,7 +228,7 @@ def train_captioner(scenes: Sequence[Scene], folder: Path, num_steps: int) -> fl
         features = model.get_image_features(
             pictures[chosen], vision_feature_layer=-1, vision_feature_select_strategy="default", return_dict=True
         )
-        logits = torch.stack(list(features.pooler_output)) @ embeddings.T - 3  # a bias, as few words fit a cell
+        logits = torch.stack(list(features.pooler_output)) @ embeddings.T - 3  # bias: few words fit a cell
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, cells[chosen], reduction="sum")
         return loss / cells[chosen, :, 0].numel()
 
@@ -253,7 +253,7 @@ def true_share(scenes: Sequence[Scene], captions: Sequence[str]) -> float:
     """Returns the fraction of sentences that also occur in captions of Scenes for the same picture."""
     is_true = []
     for one, caption in zip(scenes, captions, strict=True):
-        copies = (replace(one, id=f"{one.id} {number}") for number in range(NUM_DRAWS))  # the id decides the words
+        copies = (replace(one, id=f"{one.id} {number}") for number in range(NUM_DRAWS))  # the id seeds the words
         truths = {sentence for other in copies for text in long_captions(other) for sentence in split_sentences(text)}
         is_true += [sentence in truths for sentence in split_sentences(caption)]
     return sum(is_true) / max(len(is_true), 1)

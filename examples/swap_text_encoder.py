@@ -112,7 +112,7 @@ def draw(pipe: DiffusionPipeline, args: Options) -> Image.Image:
 
 
 def load(args: Options) -> tuple[DiffusionPipeline, DiffusionPipeline]:
-    """Loads the pipeline and returns it together with the swapped pipeline. Both share all other models."""
+    """Loads the pipeline. Returns it and a copy with the new text encoder, which shares all other models."""
     if args.pipeline is None:
         pipe = tiny_pipeline()
     else:

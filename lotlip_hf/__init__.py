@@ -66,7 +66,7 @@ _MODULES = {
     "from_backbones": ".backbones",
     "load_encoder": ".encoder",
     "lora_targets": ".lora",
-    # Names in saved pipelines of diffusers.
+    # Class names that saved pipelines of diffusers contain.
     "CLIPPromptTokenizer": ".diffusion.tokenizers",
     "CLIPTextEncoder": ".diffusion.swap",
     "LoTLIPPromptTokenizer": ".diffusion.tokenizers",

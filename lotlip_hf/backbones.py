@@ -77,7 +77,7 @@ def from_backbones(
 
 
 def _without_pooler(names: Iterable[str]) -> list[str]:
-    """Drops the names of the pooler, which masked language models lack. A tower that needs a pooler gets a new one."""
+    """Drops the names of the pooler, which masked language models lack. Its weights are then new."""
     return sorted(name for name in names if not name.startswith("pooler."))
 
 
@@ -97,7 +97,7 @@ def _load_backbone(
     source: str | Path | PreTrainedModel, tower: str, config: LoTLIPTextConfig | LoTLIPVisionConfig
 ) -> PreTrainedModel:
     if isinstance(source, PreTrainedModel):
-        # Classes with a projection have the encoder under the tower's name.
+        # In classes with a projection, the encoder is an attribute with the tower's name.
         return getattr(source, f"{tower}_model", source)
     encoder, info = AutoModel.from_pretrained(
         source,

@@ -37,12 +37,12 @@ def gather(tensor: torch.Tensor, sizes: Sequence[int] | None = None, dtype: torc
     Concatenates the tensors of all ranks. Gradients are summed over the ranks, and each rank gets its part of the sum.
 
     The ranks compute the sum while the backward pass continues elsewhere in the graph, for example in the text tower.
-    A hook on `tensor` waits for the sum and adds it to the gradient. Like all hooks, it does not change the result for
-    `tensor` if one call of `torch.autograd.grad` computes gradients of `tensor` and of its inputs.
+    A hook on `tensor` waits for the sum and adds it to the gradient. Do not pass both `tensor` and its inputs to one
+    call of `torch.autograd.grad`: as with all hooks, the gradient of `tensor` then lacks the sum.
 
     Args:
         tensor (`torch.Tensor`): Tensor [n, ...]. n may differ between ranks and may be 0, other dimensions must agree.
-        sizes (`Sequence[int]`, *optional*): n of each rank, from [`all_sizes`]. By default the ranks exchange it.
+        sizes (`Sequence[int]`, *optional*): n of each rank, from [`all_sizes`]. By default the ranks exchange n.
         dtype (`torch.dtype`, *optional*): Type of the result and of the summed gradients. Defaults to `tensor.dtype`.
 
     Returns:
@@ -89,7 +89,7 @@ def gather_lists(values: list[Any]) -> list[Any]:
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of `tensor` over the ranks. Its gradients are summed over the ranks, too."""
+    """Sums `tensor` over the ranks in the forward pass, and the gradients in the backward pass."""
     return _Sum.apply(tensor) if is_distributed() else tensor  # pyright: ignore[reportReturnType]
 
 
@@ -103,7 +103,7 @@ def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class OtherProcessError(RuntimeError):
-    """Another process of the run raised an error, which it prints."""
+    """Raised if another process of the run raised an error. The other process prints the error."""
 
 
 def any_rank(flag: bool, device: torch.device | None = None) -> bool:
@@ -112,7 +112,7 @@ def any_rank(flag: bool, device: torch.device | None = None) -> bool:
 
 
 def raise_on_all_ranks(error: Exception | None, device: torch.device | None = None) -> None:
-    """Raises `error`, or [`OtherProcessError`] if only another rank has an error. All ranks must call it."""
+    """Raises `error`, or [`OtherProcessError`] if only other ranks have an error. All ranks must call this."""
     if any_rank(error is not None, device):
         raise error or OtherProcessError("Another process failed. See its error message.")
 

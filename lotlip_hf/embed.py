@@ -39,9 +39,9 @@ def embed_images(
     """
     Writes the embeddings of a folder's images to a Parquet file with the columns `file` and `embedding`.
 
-    `file` is the path relative to the folder. The schema metadata contain the name of the model and the fingerprint of
-    the encoder. Embeddings are saved in `<output>.partial/` until the file is complete, so the same call resumes
-    after an interruption.
+    `file` is the path relative to the folder. The metadata of the schema contain the name of the model and the
+    fingerprint of the encoder. Embeddings are saved in `<output>.partial/` until the file is complete, so the same
+    call resumes after an interruption.
 
     Args:
         encoder (`Encoder`): Dual encoder.
@@ -239,10 +239,10 @@ def read_texts(file: str | os.PathLike, column: str = "text") -> Iterator[str]:
                     raise ValueError(
                         f"{path}, row {row}: expected a text in {column!r}, got {found}. Pass another --column."
                     )
-                text.encode()  # fails on lone surrogates, which JSON allows
+                text.encode()  # raises an error for half a surrogate pair, which JSON allows
                 yield text
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise ValueError(f"{path}, about row {row}: not valid Unicode ({error.reason}). Save it as UTF-8.") from error
+        raise ValueError(f"{path}, about row {row}: not valid Unicode ({error.reason}). Save as UTF-8.") from error
 
 
 def _values(path: Path, column: str) -> Iterator[Any]:

@@ -34,12 +34,12 @@ CPU_TOKENS = 2048
 SIMILAR_LENGTH = 0.9
 # Two special tokens and one word.
 MIN_LENGTH = 3
-# Versions in every fingerprint. Raise one if a change of the code changes embeddings.
+# Versions in all fingerprints. Increase the version if a change of the code changes embeddings.
 FORMAT_VERSIONS: dict[Modality, int] = {"image": 3, "text": 1}
 
 
 class Engine(Protocol):
-    """Methods and attributes that an [`Encoder`] needs, see [`~lotlip_hf.engines.torch.TorchEngine`] for each."""
+    """Methods and attributes that an [`Encoder`] needs. [`~lotlip_hf.engines.torch.TorchEngine`] describes them."""
 
     name: str
     revision: str | None
@@ -73,11 +73,11 @@ class Engine(Protocol):
 
 class Encoder:
     """
-    A dual encoder that computes embeddings of texts and images. [`load_encoder`] loads one from a checkpoint.
+    A dual encoder that computes embeddings of texts and images. [`load_encoder`] loads an encoder from a checkpoint.
 
     Args:
-        model (`PreTrainedModel`): LoTLIP, or a model with CLIP's `get_text_features` and `get_image_features`. Its
-            device and its training mode do not change.
+        model (`PreTrainedModel`): LoTLIP, or a model with CLIP's `get_text_features` and `get_image_features`. The
+            device and the training mode of the model do not change.
         processor (`ProcessorMixin`): Processor of the model, or only a tokenizer or an image processor.
 
     Example:
@@ -118,7 +118,7 @@ class Encoder:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Versions of the libraries that compute features, in addition to PyTorch and transformers."""
+        """Names and versions of the libraries that compute features, in addition to PyTorch and transformers."""
         return {name: sys.modules[name].__version__ for name in self.engine.libraries if name in sys.modules}
 
     @property
@@ -138,7 +138,7 @@ class Encoder:
 
     @property
     def dim(self) -> int:
-        """Number P of dimensions of the embeddings. A new encoder encodes a text to find it."""
+        """Number P of dimensions of the embeddings. The first access may encode a text to find it."""
         if self._dim is None:
             self._dim = self.encode_texts(["a"], progress=False).shape[1]
         return self._dim
@@ -156,7 +156,7 @@ class Encoder:
             texts (`Iterable[str]`): Texts.
             batch_size (`int`, *optional*, defaults to 64): Maximum number of texts of full length per batch. A batch
                 of shorter texts contains more texts and as many tokens.
-            max_length (`int`, *optional*): Maximum length of a text in tokens. Defaults to the model's.
+            max_length (`int`, *optional*): Maximum length of a text in tokens. Defaults to the maximum of the model.
             progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
         Returns:
@@ -164,8 +164,8 @@ class Encoder:
 
         Raises:
             `TypeError`: If `texts` is not a list (or other iterable) of strings.
-            `ValueError`: If a text is not valid Unicode, if the features are not finite, or if `max_length` is longer
-                than the model's.
+            `ValueError`: If a text is not valid Unicode, if the features are not finite, or if `max_length` exceeds
+                the maximum of the model.
         """
         rows: dict[int, torch.Tensor] = {}
         cut = 0
@@ -217,7 +217,7 @@ class Encoder:
         total: int | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, bool]]:
         """
-        Encodes texts and yields each embedding as soon as it is computed. Other arguments and errors are those of
+        Encodes texts and yields each embedding as soon as it is computed. Has the other arguments and the errors of
         [`encode_texts`].
 
         Args:
@@ -259,7 +259,7 @@ class Encoder:
                 _check_text(text, index)
             encoded, was_cut = engine.tokenize(chunk, max_length)
             lengths = [len(ids) for ids in encoded["input_ids"]]
-            # Encode the longest texts first, so that a lack of memory shows at once.
+            # Encode the longest texts first: if memory is too small, the first batch fails.
             order = sorted(range(len(chunk)), key=lambda index: -lengths[index])
             while order:
                 width = self.max_text_length if engine.pads_to_full_length else lengths[order[0]]
@@ -275,11 +275,11 @@ class Encoder:
         self, images: Iterable[ImageSource], *, batch_size: int = 32, progress: bool = False
     ) -> Iterator[tuple[int, torch.Tensor | ImageError]]:
         """
-        Encodes images and yields each embedding as soon as it is computed. Arguments are those of [`encode_images`].
+        Encodes images and yields each embedding as soon as it is computed. Has the arguments of [`encode_images`].
 
         Yields:
             `tuple[int, torch.Tensor | ImageError]`: Index of the image in `images` and its embedding [P], or the error
-                if it cannot be read. Embeddings come in order, errors may come earlier.
+                if it cannot be read. Embeddings are in the order of `images`, but errors may precede them.
         """
         if isinstance(images, ImageSource) or not isinstance(images, Iterable):
             raise TypeError(f"`images` must be a list of images, got a {type(images).__name__}. Pass [image].")
@@ -332,7 +332,7 @@ class Encoder:
     def fingerprint(self, modality: Modality) -> str:
         """
         Returns a hash of everything that determines a modality's embeddings: the tower's weights and configuration,
-        and the preparation of its inputs. It does not depend on the folder. Another dtype gives another hash.
+        and the preparation of its inputs. The hash depends on the dtype of the model, but not on its folder.
 
         Args:
             modality (`str`): `"image"` or `"text"`.
@@ -352,7 +352,7 @@ class Encoder:
         features: Callable[[dict[str, torch.Tensor]], torch.Tensor],
         batches: Iterable[tuple[Any, dict[str, torch.Tensor]]],
     ) -> Iterator[tuple[Any, torch.Tensor]]:
-        """Embeddings [B, P] of each batch on the CPU, in order. The next batch starts before they are fetched."""
+        """Embeddings [B, P] of each batch, in order. A batch starts before the previous one is copied to the CPU."""
         waiting: list[tuple[Any, torch.Tensor]] = []
         ahead = 0 if self.device.type == "cpu" else 1
         try:
@@ -457,7 +457,7 @@ def _check_text(text: Any, index: int) -> None:
 
 
 def _rows_of_similar_length(lengths: list[int]) -> int:
-    """Number of these texts, longest first, to encode together: more padding would cost more than another batch."""
+    """Number of texts to encode together, given lengths from long to short: more texts would need much padding."""
     longest = max(1, lengths[0])
     enough = -(-ENOUGH_TOKENS // longest)
     return next((row for row in range(enough, len(lengths)) if lengths[row] < SIMILAR_LENGTH * longest), len(lengths))
@@ -468,7 +468,7 @@ def _normalized(features: torch.Tensor) -> torch.Tensor:
 
 
 def _map_ahead(function: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:
-    """`map` in threads, in order, with at most `ahead` waiting results."""
+    """`map` in threads, in order, with at most `ahead` results that wait to be yielded."""
     waiting: deque[Future] = deque()
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:

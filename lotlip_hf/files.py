@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 # Default limit in bytes of a file, a line or a record that is read into memory
 MAX_BYTES = 1 << 28
-# Maximum number of characters of a text. Tokenizers need about thirty bytes for each, even if they truncate the text.
+# Maximum number of characters of a text. Tokenizers need about 30 bytes per character, even if they truncate the text.
 MAX_CHARACTERS = 1 << 24
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
@@ -67,7 +67,7 @@ def printable(value: object) -> str:
 
 def markdown_text(value: object) -> str:
     """
-    Escapes a text for a paragraph, a heading or a table cell of Markdown, not for code spans, which show escapes.
+    Escapes a text for Markdown: paragraphs, headings and table cells, but not code spans, which show escapes.
 
     Args:
         value (`object`): Text, path, or any other object that has a `str()`.
@@ -182,12 +182,12 @@ def set_aside(path: Path) -> Path:
 
 def own_folder(root: Path, *names: str) -> Path:
     """
-    Creates a folder to write to, with its parents. A file or link at the path of one of `names` is renamed with a
-    warning.
+    Creates the folder `root/name/...` with its parents. If the path of one of `names` is a file or a link, it is
+    renamed with a warning.
 
     Args:
         root (`Path`): Folder given by the user.
-        names (`str`): Nested folders below `root`.
+        names (`str`): Names of the nested folders below `root`.
 
     Returns:
         `Path`: The innermost folder.
@@ -333,8 +333,8 @@ def check_output(output: str | os.PathLike, *, overwrite: bool = False, folder: 
     Args:
         output (`str` or `os.PathLike`): Path of the output.
         overwrite (`bool`, *optional*, defaults to `False`): Whether the file may exist.
-        folder (`bool`, *optional*, defaults to `False`): Whether the output is a folder. It may exist if it is empty,
-            and its parents may be missing.
+        folder (`bool`, *optional*, defaults to `False`): Whether the output is a folder. An empty folder may exist,
+            and the parents of the folder may be missing.
 
     Raises:
         `FileExistsError`: If the output exists and must not be overwritten.
@@ -365,7 +365,7 @@ def write_json(path: Path, value: Any) -> None:
 
 class LineError(ValueError):
     """
-    Raised for a damaged line of a JSON lines file. An incomplete last line is not damaged.
+    Raised for a damaged line of a JSON lines file. An incomplete last line does not count as damaged.
 
     Args:
         path (`Path`): File.

@@ -13,7 +13,7 @@ from .files import check_output, printable, replacing
 from .images import WHITE, Background, ImageError, image_extensions, load_image
 from .search import SearchResult
 
-# Key in a PNG file's metadata of the description that the images are ranked by
+# Key of the description in the metadata of a PNG file
 DESCRIPTION = "lotlip search"
 
 
@@ -43,7 +43,7 @@ def save_grid(
     Args:
         results (`Sequence[SearchResult]`): Ranked images, at least one.
         output (`str` or `os.PathLike`): Picture to write; the extension sets the format.
-        title (`str`): Description. It is wrapped and cut after eight lines.
+        title (`str`): Description, which is wrapped and cut after eight lines.
         background (`str` or `Sequence[int]`, *optional*, defaults to `"white"`): Colour behind transparent pixels; see
             [`~lotlip_hf.images.load_image`].
 
@@ -71,7 +71,7 @@ def save_grid(
     width = max(3, columns) * (side + margin) + margin
     names = [printable(result.path.name) for result in results]
     title_font, rank_font, name_font = (_font(size) for size in (20, 22, 15))
-    # 0.94: some lines are a little wider than the average width of a character suggests.
+    # 0.94, because some lines are wider than the average width of a character suggests.
     characters = int(0.94 * (width - 2 * margin) / (title_font.getlength(title or " ") / max(1, len(title))))
     lines = textwrap.wrap(title, characters, max_lines=8, placeholder=" ...")
     top = margin + 28 * len(lines) + (margin if lines else 0)

@@ -33,9 +33,9 @@ MAX_FILE_BYTES = 1 << 30
 MAX_PIXELS_VARIABLE = "LOTLIP_MAX_IMAGE_PIXELS"
 # Twice PIL's `MAX_IMAGE_PIXELS`, as in PIL's own check
 DEFAULT_MAX_PIXELS = 2 * (1024**3 // 4 // 3)
-# Larger files are read one at a time, because their metadata may fill the memory, too.
+# Larger files are read one at a time, because metadata of large files may also fill the memory.
 LARGE_FILE_BYTES = 1 << 26
-# Formats whose header may state another size than that of the image inside
+# Formats with a header that may state a wrong size of the image
 NESTED_FORMATS = ("BLP", "ICNS", "ICO")
 TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF's tags
 # Side in pixels of a tile; conversions that need much memory work tile by tile
@@ -44,7 +44,7 @@ TILE = 1024
 RESIZING_MODULE = "transformers.image_processing_backends"
 # Ratio of the sides above which an image is thin. At this ratio, resizing the shortest edge to 224 gives 224 x 14,336.
 MAX_ASPECT_RATIO = 64
-# Images with more pixels are resized here, because the image processor would make several full copies.
+# Images with more pixels are resized before the image processor, which would make several copies of the full image.
 LARGE = 1 << 24
 
 EMPTY = "the file is empty"
@@ -68,8 +68,8 @@ RAW_EXTENSIONS = frozenset(
 )
 RAW_HINT = "camera raw is not supported; convert the file to JPEG or TIFF, for example"
 
-# A JPEG file is decoded at no less than this multiple of its final size. By Pillow's documentation of `reducing_gap`,
-# the result for 3 is in most cases indistinguishable from the exact one.
+# A JPEG file is decoded at no less than this multiple of its final size. According to Pillow's documentation of
+# `reducing_gap`, the result for 3 is in most cases indistinguishable from the exact one.
 DRAFT_MARGIN = 3
 
 # PIL fills its registry of formats on first use, which is not safe in two threads at once.
@@ -129,7 +129,7 @@ class ImageError(ValueError):
 
 
 class StoredImage(NamedTuple):
-    """An image without the dictionary around it, and its path or `None`."""
+    """The image that [`image_source`] unpacks, and its path or `None`."""
 
     source: Any
     path: str | None
@@ -180,7 +180,7 @@ def find_images(
     """
     Finds the image files in a folder and its subfolders by their extensions.
 
-    Hidden files and folders are skipped. Each folder is read once, so loops of links end.
+    Hidden files and folders are skipped. Each folder is read only once, even if links form a loop.
 
     Args:
         folder (`str` or `os.PathLike`): Folder.
@@ -329,19 +329,19 @@ def load_image(
     Files of more than 1 GiB and images above the limit of [`set_max_image_pixels`] are refused. Threads wait for each
     other, so that together they never decode more pixels than this limit.
 
-    With `image_processor`, large JPEG files are read several times faster. They are decoded at 1/2, 1/4 or 1/8 of
+    With `image_processor`, large JPEG files are read several times faster: they are decoded at 1/2, 1/4 or 1/8 of
     their size, but at least at three times the size that the processor resizes to, and are then resized to that size.
     On photographs of 3 to 26 megapixels, the mean difference in `pixel_values` is 0.15/255 to 0.25/255, the maximum
-    8/255. If one side is more than 64 times the other, only the part inside the centre crop is resized. Other
-    images do not depend on `image_processor`, and no image does if the processor resizes in its own way.
+    8/255. If one side is more than 64 times the other, only the part inside the centre crop is resized. Other images
+    do not depend on `image_processor`. No image depends on a processor that resizes by its own code.
 
     Args:
         source (`ImageSource`): Path of a file, contents of a file (`bytes`), PIL image, array or tensor of 8- or
             16-bit unsigned integers (shape [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels), or the output of
             `datasets.Image(decode=False)`.
-        name (`str`, *optional*): Name of the image in errors, before its path.
-        image_processor (`BaseImageProcessor`, *optional*): Image processor that will process the image. Pass it only
-            if the image has no other use.
+        name (`str`, *optional*): Name of the image, which errors put before the path.
+        image_processor (`BaseImageProcessor`, *optional*): Image processor that will process the image. Do not pass it
+            if the image has another use.
         background (`str` or `Sequence[int]`, *optional*, defaults to `"white"`): Colour behind transparent pixels: a
             name, `"#rrggbb"`, or three numbers. `None` drops the alpha channel, as `Image.convert("RGB")` and the
             official code do.
@@ -376,7 +376,7 @@ def load_pixels(
 
     Args:
         source (`ImageSource`): Image; see [`load_image`].
-        name (`str`, *optional*): Name of the image in errors, before its path.
+        name (`str`, *optional*): Name of the image, which errors put before the path.
         image_processor (`BaseImageProcessor`): Image processor of the model.
         background (`str` or `Sequence[int]`, *optional*, defaults to `"white"`): Colour behind transparent pixels; see
             [`load_image`].
@@ -401,8 +401,8 @@ def official_image_processor(image_size: int = 224) -> Any:
         image_size (`int`, *optional*, defaults to 224): Length of the shortest edge and side of the crop, in pixels.
 
     Returns:
-        `CLIPImageProcessorPil`: Image processor with the output `pixel_values` [B, 3, image_size, image_size]. It is
-        saved as a plain `CLIPImageProcessor`, which loads with any installed backend.
+        `CLIPImageProcessorPil`: Image processor with the output `pixel_values` [B, 3, image_size, image_size], which
+        `save_pretrained` saves as a plain `CLIPImageProcessor` that loads with any installed backend.
     """
     from transformers import CLIPImageProcessorPil  # a late import: it takes seconds
 
@@ -533,7 +533,7 @@ def _pixels_to_decode(image: Image.Image) -> int | None:
     if image.format in NESTED_FORMATS:
         return None
     width, height = image.size
-    if image.format == "TIFF":  # a tile is decoded completely, even if it is larger than the image
+    if image.format == "TIFF":  # tiles are decoded completely, even if they are larger than the image
         tags: Any = getattr(image, "tag_v2", {})
         tile = int(tags.get(TILE_WIDTH, 0)), int(tags.get(TILE_LENGTH, 0))
         if tile[0] * tile[1] > (max_image_pixels() or math.inf):
@@ -543,7 +543,7 @@ def _pixels_to_decode(image: Image.Image) -> int | None:
 
 
 def _in_8_bits(transparency: Any, raw_mode: str) -> Any:
-    """Scales the transparent colour of a PNG file to 8 bits: PIL scales only the pixels."""
+    """Scales the transparent colour of a PNG file to 8 bits, because PIL scales only the pixels."""
     if raw_mode in ("L;2", "L;4"):
         return transparency * {"L;2": 85, "L;4": 17}[raw_mode]
     return tuple(value >> 8 for value in transparency) if raw_mode == "RGB;16B" else transparency
@@ -551,15 +551,15 @@ def _in_8_bits(transparency: Any, raw_mode: str) -> Any:
 
 def resized_size(size: tuple[int, int], image_processor: Any) -> tuple[int, int] | None:
     """
-    Predicts the size of an image after the resizing of an image processor.
+    Predicts the size of an image after an image processor resizes it.
 
     Args:
         size (`tuple[int, int]`): Width and height of the image.
         image_processor (`BaseImageProcessor`): Image processor.
 
     Returns:
-        `tuple[int, int]` or `None`: Width and height. `None` if the processor does not resize, has a resizing of its
-        own, or resizes to a height and a width that differ.
+        `tuple[int, int]` or `None`: Width and height. `None` if the processor does not resize, resizes by its own
+        code, or resizes to a height and a width that differ.
     """
     if 0 in size:
         return None
@@ -609,7 +609,7 @@ def resized_middle(image: Any, image_processor: Any) -> Any:
 
     Returns:
         `PIL.Image.Image` or `None`: Small image, which the processor does not resize again. `None` if the processor
-        does not crop, or has a resizing of its own.
+        does not crop, or resizes by its own code.
     """
     resized = resized_size(image.size, image_processor)
     crop = getattr(image_processor, "crop_size", None)
@@ -623,7 +623,7 @@ def resized_middle(image: Any, image_processor: Any) -> Any:
     kept = min(length, kept + (length - kept) % 4)
     scale = image.size[axis] / length
     start, end = scale * (length - kept) / 2, scale * (length + kept) / 2
-    # Cut out first, with a margin for the filter: `resize` reads its box in single precision.
+    # Crop before resizing, with a margin for the filter, because `resize` rounds its `box` to single precision.
     margin = 4 * max(1.0, scale)
     first, last = max(0, int(start - margin)), min(image.size[axis], int(end + margin) + 1)
     cut, box, size = [0, 0, *image.size], [0.0, 0.0, *image.size], list(resized)
@@ -651,7 +651,7 @@ def _draft(
     if min(image.width // size[0], image.height // size[1]) < 2 * DRAFT_MARGIN:
         return None
     draft = image.draft(None, (DRAFT_MARGIN * size[0], DRAFT_MARGIN * size[1]))
-    # The last row and column may be partly outside of the image: `draft[1]` is the box of the image itself.
+    # `draft[1]` is the box of the image. The last row and column of the decoded pixels may be partly outside of it.
     return None if draft is None else (size, draft[1])
 
 
@@ -680,7 +680,7 @@ def _to_rgb(image: Image.Image, name: str, background: tuple[int, int, int] | No
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "La":
-        image = image.convert("LA")  # the only conversion that PIL has for this mode
+        image = image.convert("LA")  # PIL has only this conversion for the mode
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
         return _by_tiles(image, _from_16_bits, background)
     if image.mode == "I":
@@ -698,10 +698,10 @@ def _to_rgb(image: Image.Image, name: str, background: tuple[int, int, int] | No
     if image.has_transparency_data and background is not None:
         return _by_tiles(image, _with_mask, background)
     if image.mode == "P" and "transparency" in image.info:
-        # Same pixels as a direct conversion, without PIL's warning
+        # Gives the same pixels as a direct conversion, without PIL's warning.
         image = image.convert("RGBA")
     rgb = image if image.mode == "RGB" and image is not given else image.convert("RGB")
-    # `convert` keeps this entry, and newer versions of transformers would make that colour white.
+    # `convert` keeps the transparent colour, which newer versions of transformers would make white.
     rgb.info.pop("transparency", None)
     return rgb
 

@@ -50,7 +50,7 @@ PROBLEMS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatc
 
 
 class LoadingError(ValueError):
-    """A checkpoint that cannot be loaded exactly. The message names the checkpoint and its problem."""
+    """Raised for a checkpoint that cannot be loaded exactly. The message names the checkpoint and its problem."""
 
 
 def load_model(
@@ -183,7 +183,7 @@ def load_tokenizer(
         with quiet():
             tokenizer = tokenizer_class.from_pretrained(path, subfolder=subfolder, trust_remote_code=False)
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-            raise LoadingError("it has only special tokens")  # some classes load this from a folder without files
+            raise LoadingError("it has only special tokens")  # as some classes load from a folder without files
         return tokenizer
     except Exception as error:  # the tokenizers library raises a plain `Exception` for a damaged tokenizer.json
         name, reason = os.path.join(path, subfolder) if subfolder else os.fspath(path), one_line(error)
@@ -199,7 +199,7 @@ def load_processor(name: str, revision: str | None = None) -> Any:
 
 
 def checkpoint_name(name_or_path: str | os.PathLike, revision: str | None = None) -> str:
-    """Returns the name of a checkpoint folder or Hub id. Raises an error if it can be neither."""
+    """Returns a path or Hub id as a `str`. Raises an error if it cannot be a checkpoint."""
     name = os.fspath(name_or_path)
     if revision is not None and os.path.isdir(name):
         raise ValueError(f"`revision` {revision!r} needs a Hub id, but {name} is a folder. Leave `revision` out.")
@@ -277,7 +277,7 @@ def check_processor(processor: Any, name: str | os.PathLike) -> None:
 def naming_damage(name: str, revision: str | None = None) -> Iterator[None]:
     """
     Context in which errors of damaged files become a `LoadingError` (or an `OSError`, if a file cannot be read) that
-    names the checkpoint and the file. Libraries raise errors of any class for such files.
+    names the checkpoint and the file. Libraries raise errors of many classes for damaged files.
     """
     try:
         yield
@@ -303,7 +303,7 @@ def _damaged_file(folder: Path) -> tuple[str, Exception] | None:
 
 
 def _damaged_part(name: str, revision: str | None) -> str:
-    """The part of a checkpoint that cannot be loaded separately."""
+    """The part of a checkpoint that fails if it is loaded separately."""
     for part, loader in (("config.json", AutoConfig), ("the processor (processor_config.json, ...)", AutoProcessor)):
         try:
             loader.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -352,7 +352,7 @@ def max_text_length(model: PreTrainedModel, tokenizer: Any) -> int:
     `tokenizer.model_max_length` and the number of positions of the text tower.
 
     Raises:
-        `ValueError`: If neither is known.
+        `ValueError`: If both numbers are unknown.
     """
     length = min(tokenizer.model_max_length, _positions(model) or tokenizer.model_max_length)
     if length > NOT_SET:
@@ -366,7 +366,7 @@ def fit_tokenizer(model: PreTrainedModel, tokenizer: Any, max_length: int | None
 
     Args:
         model (`PreTrainedModel`): Model.
-        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model. It is changed in place.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model, which is changed in place.
         max_length (`int`, *optional*): Maximum length in tokens, special tokens included. Defaults to
             [`max_text_length`], if that is known.
 
@@ -393,7 +393,7 @@ def fit_tokenizer(model: PreTrainedModel, tokenizer: Any, max_length: int | None
 
 
 def _positions(model: PreTrainedModel) -> int | None:
-    """Number of positions of the text tower, for special tokens too, if the configuration has it."""
+    """Maximum number of tokens of the text tower, special tokens included; `None` if the configuration has none."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions and config.model_type in POSITIONS_AFTER_PADDING:

@@ -7,8 +7,8 @@ from .modeling.modeling_lotlip import LoTLIPTextModel, LoTLIPVisionModel
 
 def lora_targets(model: nn.Module, *, skip_frozen: bool = False) -> list[str]:
     """
-    Returns the attention projections of all towers of a model, for PEFT's `LoraConfig(target_modules=...)`. A list of
-    names is not enough: `["q_proj", "v_proj"]` finds no layers of BERT, `["query", "value"]` none of a CLIP or ViT.
+    Returns the attention projections of all towers of a model, for PEFT's `LoraConfig(target_modules=...)`. The names
+    differ by backbone: BERT has layers `query` and `value`, CLIP and ViT have `q_proj` and `v_proj`.
 
     Args:
         model (`nn.Module`): [`LoTLIPModel`], one of its towers, or a module that contains one, such as a
@@ -52,7 +52,7 @@ def lora_targets(model: nn.Module, *, skip_frozen: bool = False) -> list[str]:
 
 
 def _is_projection(name: str, layer: nn.Module) -> bool:
-    """Whether a layer projects in attention. `nn.MultiheadAttention` (SigLIP's pooler) never calls its layers."""
+    """Whether a layer is an attention projection that is called; `nn.MultiheadAttention` never calls its layers."""
     if not isinstance(layer, nn.Linear) or isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
     return any("attn" in part or "attention" in part for part in name.lower().split(".")[:-1])

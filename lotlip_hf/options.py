@@ -1,6 +1,6 @@
 """
 Options as dataclasses: a field made by [`option`] is a flag (`--batch-size 8`, `--batch_size 8`) and an entry of a
-YAML file (`batch_size: 8`). [`check`] checks its type and its bounds.
+YAML file (`batch_size: 8`). [`check`] checks the types and bounds of all fields.
 """
 
 import argparse
@@ -48,9 +48,9 @@ def option(
     Makes a field of a dataclass that is a flag.
 
     Args:
-        help (`str`): Text of `--help`. Defaults are added to it, except `None`, which the text must explain.
-        default (`Any`, *optional*): Default value. An option without one is required.
-        group (`str`, *optional*, defaults to that of the field before): Title under which `--help` lists the option.
+        help (`str`): Text of `--help`. The default is appended to the text, except the default `None`.
+        default (`Any`, *optional*): Default value. An option without a default is required.
+        group (`str`, *optional*): Title under which `--help` lists the option. Defaults to that of the previous field.
         metavar (`str`, *optional*): Name of the value in `--help`, such as `FILE`.
         positional (`bool`, *optional*, defaults to `False`): Whether the option is a positional argument.
         **settings: Bounds of a number or of each number of a list (`at_least`, `above`, `at_most`, `below`), and
@@ -142,7 +142,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
             return value
     else:
         return value
-    if isinstance(value, Mapping):  # its values are not shown: one may be a password
+    if isinstance(value, Mapping):  # do not show its values, which may contain a password
         advice = "If a value contains a colon, leave out the space after it or quote the value."
         raise ValueError(f"`{name}` must be {expected}, got a mapping. {advice}")
     raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
@@ -155,7 +155,7 @@ def choices(hint: Any) -> tuple[str, ...]:
 
 
 def _kind(hint: Any) -> tuple[Any, bool]:
-    """Returns an annotation without `None`, and whether it had one."""
+    """Returns an annotation without `None`, and whether the annotation allows `None`."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return next(kind for kind in kinds if kind is not types.NoneType), types.NoneType in kinds
 
@@ -197,10 +197,10 @@ class _Formatter(argparse.HelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     """
-    A parser whose errors are a `ValueError` of one line. Options may be written with underscores, but not abbreviated.
+    A parser that raises errors as a one-line `ValueError`. Options may contain underscores, but not be abbreviated.
     """
 
-    color = False  # of Python 3.14, which has its own colours
+    color = False  # disables the colours of Python 3.14
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, add_help=False, formatter_class=_Formatter, **options)
@@ -208,7 +208,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="help", help="Show this help and exit")
 
     def add_argument_group(self, title: str | None = None, *arguments: Any, **settings: Any) -> Any:
-        """Returns the group with a title. A new group is added before the general options."""
+        """Returns the group with this title, or adds a new group before the general options."""
         for group in self._action_groups:
             if group.title == title:
                 return group
@@ -238,7 +238,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: Parser, config_class: type, without: Collection[str] = ()) -> None:
-    """Adds a flag for each [`option`] of a dataclass, in groups. Its own options come before inherited ones."""
+    """Adds a flag for each [`option`] of a dataclass, in groups. Inherited options come last."""
     hints = get_type_hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class) if "help" in field.metadata}
     groups: dict[str, list[dataclasses.Field]] = {}
@@ -260,7 +260,6 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 
 def _add_flag(group: Any, field: dataclasses.Field, hint: Any, has_positional: bool) -> None:
-    """Adds the flag of an [`option`] to a group."""
     kind, is_optional = _kind(hint)
     words, is_list = choices(hint), get_origin(kind) is list
     help = field.metadata["help"]

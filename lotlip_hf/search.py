@@ -1,4 +1,4 @@
-"""Searches a folder of images with a description, by an index of their embeddings that is kept up to date."""
+"""Searches a folder of images with a description. An index stores the embeddings of the images."""
 
 import hashlib
 import logging
@@ -113,7 +113,7 @@ def build_index(
         encoder (`Encoder`): Dual encoder.
         folder (`str` or `os.PathLike`): Folder of images, searched with its subfolders except hidden ones.
         index_folder (`str` or `os.PathLike`, *optional*, defaults to `folder`): Folder to save the index in, for
-            example if `folder` is read-only. Several folders may share it.
+            example if `folder` is read-only. Several image folders may share an `index_folder`.
         image_root (`str` or `os.PathLike`, *optional*, defaults to `folder`): Links to files outside of this folder
             are not followed.
         batch_size (`int`, *optional*, defaults to 32): Number of images in a batch.
@@ -150,7 +150,7 @@ def build_index(
     advice = "pass a writable folder with --index DIR (`index_folder`)"
     if index_folder is not None:
         advice = "pass a writable folder"
-        # Keys are relative paths, so each folder needs an index of its own.
+        # Keys are relative paths, so each folder needs a separate index.
         digest = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
         root, name = Path(index_folder), f"{folder.resolve().name or 'root'}-{digest}"
     with EmbeddingStore(root / name, encoder.fingerprint("image"), encoder.dim, root=root, advice=advice) as store:

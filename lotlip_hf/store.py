@@ -17,19 +17,19 @@ from .files import is_own_file, own_folder, set_aside
 logger = logging.getLogger(__name__)
 
 FILE = "embeddings.sqlite3"
-# Vectors that are added together are one block. `entries` maps each key to a block and a row in it.
+# A block contains the vectors of one call of `add`. `entries` maps each key to a block and a row of the block.
 TABLES = (
     "CREATE TABLE encoders (id INTEGER PRIMARY KEY, made_by TEXT NOT NULL UNIQUE, dim INTEGER NOT NULL)",
     "CREATE TABLE blocks (id INTEGER PRIMARY KEY, encoder INTEGER NOT NULL, vectors BLOB NOT NULL)",
     "CREATE TABLE entries (encoder INTEGER NOT NULL, key BLOB NOT NULL, stamp TEXT NOT NULL, error TEXT, "
     "block INTEGER, row INTEGER, PRIMARY KEY (encoder, key)) WITHOUT ROWID",
 )
-# Stamps of the embeddings of texts: whether the tokenizer truncated the text
+# Stamps of embeddings of texts: the tokenizer truncated the text or not
 CUT, WHOLE = "cut", ""
 PAGE_SIZE = 16384  # bytes: a block of 32 embeddings fills a few pages
 WAIT = 600  # seconds to wait for the transaction of another process
 LOOKED_UP = 500  # maximum number of keys in one query; SQLite's limit is 999 values
-MAX_BLOCK = 1 << 27  # bytes, far more than any block that is written
+MAX_BLOCK = 1 << 27  # bytes; written blocks are far smaller
 BLOCK_ROWS = 1 << 20  # maximum number of rows in a block; location = block number * BLOCK_ROWS + row
 
 
@@ -40,7 +40,7 @@ class Held(NamedTuple):
     Args:
         locations (`dict[str, int]`): Location of each key's embedding, for [`EmbeddingStore.vectors`].
         errors (`dict[str, str]`): Reason for each key without an embedding.
-        stamps (`dict[str, str]`): Stamp that was added with each key.
+        stamps (`dict[str, str]`): Stamp of each key, such as a modification time; see [`EmbeddingStore.add`].
     """
 
     locations: dict[str, int]
@@ -50,7 +50,7 @@ class Held(NamedTuple):
 
 class EmbeddingStore:
     """
-    Embeddings of one encoder, in a SQLite file that several encoders may share. Use it as a context manager.
+    Embeddings of one encoder, in a SQLite file that several encoders may share. A store is a context manager.
 
     Added embeddings survive a crash of the process or the machine. Several processes may read and add at the same
     time. A damaged file, or one that this class did not write, is renamed with a warning, and the store starts empty.
@@ -151,7 +151,7 @@ class EmbeddingStore:
         Args:
             keys (`Sequence[str]`): N keys.
             vectors (`np.ndarray`): Embeddings [N, P].
-            stamps (`Sequence[str]`, *optional*): N stamps, such as the modification time of each file.
+            stamps (`Sequence[str]`, *optional*): N stamps, which are saved with the keys, such as modification times.
         """
         stamps = [""] * len(keys) if stamps is None else stamps
         vectors = np.ascontiguousarray(vectors, dtype="<f4")
@@ -173,8 +173,8 @@ class EmbeddingStore:
     @contextmanager
     def adding(self, size: int) -> Iterator[Callable[[str, np.ndarray, str], None]]:
         """
-        Collects embeddings and adds them in blocks. Adds the last, smaller block when the context ends, even by an
-        error.
+        Collects embeddings and adds them in blocks. The last block, which may be smaller, is added when the context
+        ends, also after an error.
 
         Args:
             size (`int`): Number of embeddings in a block.
@@ -201,7 +201,7 @@ class EmbeddingStore:
             add_waiting()
 
     def add_error(self, key: str, error: str, stamp: str = "") -> None:
-        """Adds a key without an embedding, and the reason."""
+        """Adds a key that has no embedding because of `error`."""
         with self._transaction() as connection:
             connection.execute(
                 "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, NULL, NULL)",
@@ -373,7 +373,7 @@ class EmbeddingStore:
         try:
             yield
         except (OSError, sqlite3.OperationalError) as error:
-            if isinstance(error, OSError) and error.errno is None:  # raised by an inner `_written`
+            if isinstance(error, OSError) and error.errno is None:  # already has the advice
                 raise
             reason = getattr(error, "strerror", None) or error
             raise OSError(f"{self.folder}: cannot save embeddings there ({reason}); {self.advice}.") from error

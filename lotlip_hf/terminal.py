@@ -28,7 +28,7 @@ class PrintableStream:
     ends, tabs and the cursor movements of progress bars are kept.
 
     Args:
-        stream (`TextIO`): Stream to write to. It provides all other attributes.
+        stream (`TextIO`): Stream to write to. All other attributes are those of `stream`.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -148,7 +148,6 @@ class PrintableFormatter(logging.Formatter):
     """Formats log records: each text or path among the arguments is one line, and further lines are indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Returns the record as text."""
         shown = logging.makeLogRecord(record.__dict__)
         if isinstance(record.args, tuple):
             shown.args = tuple(printable(one) if isinstance(one, str | os.PathLike) else one for one in record.args)
@@ -192,7 +191,7 @@ def printable_output(log_format: str = "%(message)s") -> Iterator[None]:
     Args:
         log_format (`str`, *optional*, defaults to `"%(message)s"`): Format of log records.
     """
-    if isinstance(sys.stderr, PrintableStream):  # a command within a command
+    if isinstance(sys.stderr, PrintableStream):  # a command that another command called
         yield
         return
     before = sys.stdout, sys.stderr
@@ -223,7 +222,7 @@ def run(program: str, command: Callable[[], int | None]) -> int:
 
     Args:
         program (`str`): Name of the command, which starts each message.
-        command (`Callable`): Function of the command. It returns the exit status, or `None` for 0.
+        command (`Callable`): Function of the command, which returns the exit status, or `None` for 0.
 
     Returns:
         `int`: The exit status: 2 after an error, which is printed; 128 plus the signal's number after an interruption,

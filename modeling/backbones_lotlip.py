@@ -32,8 +32,8 @@ def mean(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
 
 
 # Functions (states [N, L, hidden_size], mask [N, L] or None for all tokens, index [N] of the pooled token or None for
-# the first) -> [N, hidden_size]. A corner token is pooled as a text of one token. For texts, "pooler" adds the
-# backbone's layer on the pooled token. For images, it is the backbone's own pooling.
+# the first) -> [N, hidden_size]. A corner token is pooled as a text of one token. In text towers, "pooler" adds the
+# backbone's layer on the pooled token. In image towers, "pooler" is the backbone's own pooling.
 POOLINGS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = {
     "pooler": one_token,
     "cls": one_token,
@@ -43,7 +43,7 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = 
 
 
 class _Backbone:
-    """Base class of both kinds of families. In all methods, `config` is the backbone's own configuration."""
+    """Base class of text and image families. In all methods, `config` is the configuration of the backbone."""
 
     default_pooling: str
     excluded_poolings: tuple[str, ...] = ()  # names in `POOLINGS` that the family does not support
@@ -75,8 +75,8 @@ class _Backbone:
 
 class TextBackbone(_Backbone):
     """
-    A text encoder that accepts `inputs_embeds` and `position_ids`. The pooled token is the first token, or the last
-    one of a causal text. Corner tokens have the positions after the first token, or after the end of a causal text.
+    A text encoder that accepts `inputs_embeds` and `position_ids`. The pooled token is the first token, and corner
+    tokens have the positions after it. In a causal encoder, they are the last token and the positions after the text.
     """
 
     default_pooling = "mean"
@@ -113,7 +113,7 @@ class TextBackbone(_Backbone):
     ) -> dict[str, Tensor]:
         """
         Arguments of the backbone [N, L + c, ...] for `words` [N, L, hidden_size], `position_ids` [N, L] from 0 and
-        `corners` [c, hidden_size]. c is m, or 0 to leave them out. The words skip m positions in both cases.
+        `corners` [c, hidden_size]. c is m, or 0 without corner tokens. In both cases, the words skip m positions.
         """
         first = position_ids.amax(-1, keepdim=True) + 1 if self.is_causal else torch.ones_like(position_ids[:, :1])
         if not self.is_causal:
@@ -127,7 +127,7 @@ class TextBackbone(_Backbone):
     def create_masks(
         self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
     ) -> Any:
-        """The mask of an attention rule, or a dictionary. `sliding_attention` needs `or_mask_function=is_corner`."""
+        """The mask of a rule, or masks by type of layer. `sliding_attention` needs `or_mask_function=is_corner`."""
         create = create_causal_mask if self.is_causal else create_bidirectional_mask
         embeds = {"inputs_embeds": inputs_embeds, "attention_mask": None, "past_key_values": None}
         return create(config=config, **embeds, and_mask_function=rule)
@@ -157,7 +157,7 @@ class CLIPTextBackbone(TextBackbone):
         return None  # CLIP pads with [EOT], which no text token attends to
 
     def count_positions(self, config: PreTrainedConfig, is_text: Tensor) -> Tensor:
-        # As in CLIPTextModel, positions go on in padding after the text. Padding before the text gets position 0.
+        # As in CLIPTextModel, padding after the text has the next positions. Padding before the text has position 0.
         counted = torch.arange(is_text.shape[-1], device=is_text.device).expand_as(is_text)
         counted = (counted - is_text.int().argmax(-1, keepdim=True)).clamp(min=0)
         return torch.where(is_text.bool(), counted, counted.clamp(max=config.max_position_embeddings - 1))
@@ -166,7 +166,7 @@ class CLIPTextBackbone(TextBackbone):
         if input_ids is None:
             return super().pooled_index(config, is_text, input_ids)
         input_ids = input_ids.masked_fill(~is_text.bool(), -1)  # [EOT] may be the padding token, too
-        # As in CLIPTextModel: before transformers 4.31, configurations had a wrong id, 2. [EOT] has the highest id.
+        # As in CLIPTextModel, 2 is the wrong id of old configurations. [EOT] is then the highest id.
         is_end = input_ids if config.eos_token_id == 2 else input_ids == config.eos_token_id
         return is_end.int().argmax(-1)
 
@@ -192,12 +192,12 @@ class CLIPTextEncoder(CLIPTextModel):
 
 
 class VisionBackbone(_Backbone):
-    """An image encoder. Its `embeddings` return a class token, if it has one, and the patches, with positions."""
+    """An image encoder. Its `embeddings` return the class token, if there is one, and the patches."""
 
     default_pooling = "cls"
     excluded_poolings = ("eos",)
     num_prefix_tokens = 1
-    takes_interpolation = True  # whether it needs `interpolate_pos_encoding` for images of another size
+    takes_interpolation = True  # whether other image sizes need `interpolate_pos_encoding`
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
         backbone = super().build(config, pooling)
@@ -242,7 +242,7 @@ VISION_BACKBONES: dict[str, VisionBackbone] = {
 
 
 class PassingEmbeddings(Extension):
-    """Embeds images. Returns inputs that are embedded already, [B, tokens, hidden_size], unchanged."""
+    """Embeds images. Returns embedded inputs [B, tokens, hidden_size] unchanged."""
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return pixel_values if pixel_values.dim() == 3 else super().forward(pixel_values, *args, **kwargs)

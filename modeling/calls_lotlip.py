@@ -1,4 +1,4 @@
-"""Calls of a tokenizer whose truncation and padding do not affect later calls or the saved files."""
+"""Keeps the truncation and padding of a tokenizer's call from later calls and from the saved files."""
 
 from typing import Any, TypeVar
 
@@ -6,8 +6,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-# Settings of the last call that transformers saves as settings of the tokenizer. A processor would pass them in every
-# call, where they override `model_max_length`.
+# Arguments of the last call, which transformers saves as settings of the tokenizer. A processor would pass them in
+# every call, where they override `model_max_length`.
 CALL_SETTINGS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id")
 
 AnyTokenizer = TypeVar("AnyTokenizer")
@@ -24,19 +24,19 @@ def free_of_calls(tokenizer: Any) -> None:
 
 
 def own_backend(shared: Tokenizer) -> Tokenizer:
-    """Copies a backend without truncation and padding. Vocabulary and pipeline are shared, so it takes 10 us."""
+    """Copies a backend without truncation and padding. The copy shares its vocabulary, so that it takes only 10 us."""
     backend = Tokenizer(shared.model)
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         part = getattr(shared, name)
         if part is not None:
             setattr(backend, name, part)
-    # Add them in the order of their ids, because tokens outside the vocabulary are numbered again.
+    # Add tokens in the order of their ids, because tokens outside the vocabulary are numbered again.
     backend.add_tokens([token for _, token in sorted(shared.get_added_tokens_decoder().items())])
     return backend
 
 
 def for_one_call(tokenizer: AnyTokenizer) -> AnyTokenizer:
-    """Copies a tokenizer with a backend of its own, on which transformers sets a call's truncation and padding."""
+    """Copies a tokenizer and its backend, on which transformers sets the truncation and padding of a call."""
     if not isinstance(tokenizer, TokenizersBackend):
         return tokenizer
     copy = object.__new__(type(tokenizer))

@@ -10,12 +10,12 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .backbones_lotlip import TEXT_BACKBONES, VISION_BACKBONES
 
-# Version of the files that these classes write. It rises when older code would misread a newer file.
+# Version of the files that these classes write. Increase the version if older code would misread newer files.
 FORMAT_VERSION = 1
 
 
 class _LoTLIPBaseConfig(PreTrainedConfig):
-    """Fields of all three configurations: the version of the format and the `auto_map` of the published code."""
+    """Fields of all LoTLIP configurations: the version of the format and the `auto_map` of the published code."""
 
     _auto_class = "AutoConfig"
     auto_classes: ClassVar[dict[str, str]] = {}  # auto class -> model class; `AutoConfig` is added below
@@ -23,7 +23,7 @@ class _LoTLIPBaseConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def _check_version(self) -> None:
-        """Runs first, because a newer version may have changed all other fields."""
+        """Runs before other checks, because a newer version may have changed any other field."""
         if self.format_version > FORMAT_VERSION:
             advice = "Upgrade lotlip-hf, or load the checkpoint's own code with `trust_remote_code=True`"
             raise ValueError(f"`format_version` {self.format_version} of {type(self).__name__} is too new. {advice}.")
@@ -105,9 +105,9 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the text encoder: BERT, RoBERTa,
-            XLM-RoBERTa or CLIP's text tower. Defaults to BERT-base. Its fields can also be passed and read here.
-        num_corner_tokens (`int`, *optional*, defaults to 2): Number m of corner tokens. They use m positions of the
-            backbone, except with CLIP, where they have no positions.
+            XLM-RoBERTa or CLIP's text tower. Defaults to BERT-base. Its fields are also arguments of this class.
+        num_corner_tokens (`int`, *optional*, defaults to 2): Number m of corner tokens. In a CLIP, corner tokens have
+            no positions. In other backbones, they use m positions.
         pooling (`str`, *optional*): `"pooler"`: a layer of the backbone on the state of [CLS], as in the released
             models; `"cls"`: the state of [CLS]; `"mean"`: the mean over the text; `"eos"`: the state of CLIP's [EOT].
             Defaults to `"pooler"` for BERT and RoBERTa and to `"eos"` for CLIP.
@@ -148,10 +148,10 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the image encoder: ViT, DINOv2,
-            CLIP or SigLIP. Defaults to ViT-B/16 with timm's `layer_norm_eps`. Its fields can be passed and read here.
+            CLIP or SigLIP. Defaults to ViT-B/16 with timm's `layer_norm_eps`. Its fields are also arguments of this
+            class.
         pooling (`str`, *optional*): `"cls"`: the class token after the final norm, the default of ViT and DINOv2;
-            `"pooler"`: the backbone's own pooled output, the default of CLIP and SigLIP; `"mean"`: the mean of the
-            patch tokens.
+            `"pooler"`: the backbone's pooled output, the default of CLIP and SigLIP; `"mean"`: the mean of patches.
         projection_dim (`int`, *optional*): Width of the linear projection. `None` adds no projection.
 
     ```python

@@ -22,11 +22,11 @@ def from_row(row: Tensor, row_index: Tensor, num_texts: int, length: int) -> Ten
 
 
 def fast_options(config: Any, is_text: Tensor, num_corners: int, pooled_index: Tensor | None) -> dict[str, Tensor]:
-    """`row_index` [total] of all tokens but padding, and `pooled_tokens` [N, 1 + c]: the pooled and corner tokens."""
+    """`row_index` [total] of all tokens except padding; `pooled_tokens` [N, 1 + c] of the pooled and corner tokens."""
     options, attention = {}, config._attn_implementation
-    # torch's compiler for CPUs fails on flex attention with the changing sizes of a row.
+    # On CPUs, torch's compiler fails on flex attention if the size of the row varies.
     can_be_row = attention == "unpadded" or (attention == "flex_attention" and is_text.device.type != "cpu")
-    if can_be_row and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # `total` varies by batch
+    if can_be_row and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # `total` varies
         is_computed = nn.functional.pad(is_text.bool(), (0, num_corners), value=True).flatten()
         if not is_computed.all():
             options["row_index"] = is_computed.nonzero().squeeze(1)
@@ -95,7 +95,7 @@ def _new(extension: type, stock: type) -> nn.Module:
 
 
 class PooledLayer(Extension):
-    """A BERT-like layer that accepts `pooled_tokens` [N, Q] and then computes these tokens only."""
+    """A BERT-like layer that computes only the tokens `pooled_tokens` [N, Q], if this argument is passed."""
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any

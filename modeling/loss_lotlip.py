@@ -51,8 +51,8 @@ def lotlip_loss(
     long_loss_weight: float = 1.0,
 ) -> LoTLIPLoss:
     """
-    LoTLIP's loss: the mean of the symmetric InfoNCE over the embeddings of [`stack_features`]. With one text per image
-    it is CLIP's loss.
+    LoTLIP's loss: the mean of the symmetric InfoNCE over the embeddings of [`stack_features`]. With one text per
+    image, LoTLIP's loss equals CLIP's.
 
     Args:
         image_embeds (`torch.Tensor`): Normalised image embeddings [B, D]. Image i belongs to the texts of row i.

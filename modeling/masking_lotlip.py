@@ -39,7 +39,7 @@ def create_corner_mask(
         )
     corners = (0, inputs_embeds.shape[1] - is_text.shape[1])
     index, pooled = torch.arange(is_text.shape[1], device=is_text.device), pooled_index.unsqueeze(-1)
-    # In causal texts, tokens after the pooled token are padding, even without an attention mask.
+    # In a causal encoder, tokens after the pooled token are padding, even without an attention mask.
     words = index < pooled if family.is_causal else index != pooled
     kinds = pad(torch.where(words, WORD, POOLED), corners, value=CORNER)
     if row_index is not None and config._attn_implementation == "flex_attention":

@@ -48,8 +48,8 @@ class LoTLIPOutput(CLIPOutput):
     """
     Output of [`LoTLIPModel`]: the scalars `loss` and its parts `loss_short` and `loss_long`; `logits_per_image`
     [I, B (, T)] and `logits_per_text` [B, (T,) I]; the embeddings `text_embeds` [B, (T,) D], `image_embeds` [I, D] and
-    `corner_embeds` [B, (T,) m, D], with `long_input_ids` [B, T - 1, m, D] of the long texts only; and the towers'
-    outputs `text_model_output` (for `input_ids`) and `vision_model_output`.
+    `corner_embeds` [B, (T,) m, D] (of all texts) or [B, T - 1, m, D] (of the long texts in `long_input_ids`); and the
+    towers' outputs `text_model_output` (for `input_ids`) and `vision_model_output`.
     """
 
     corner_embeds: Tensor | None = None
@@ -61,7 +61,7 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
     """Base class of the LoTLIP models. It initialises, loads and saves weights."""
 
     config: LoTLIPConfig
-    _auto_class = "AutoModel"  # saves this code with the weights
+    _auto_class = "AutoModel"  # saves the code of the model with the weights
     base_model_prefix = "lotlip"
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
@@ -77,7 +77,7 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
 
     def post_init(self) -> None:
         super().post_init()
-        # transformers merges the patterns of submodules without their prefix. They would match tensors of this model.
+        # Drop the patterns of submodules: without the submodule's prefix, they would match tensors of this model.
         self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
 
     def get_input_embeddings(self) -> nn.Module:
@@ -95,7 +95,7 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
             init.constant_(module.logit_scale, module.config.logit_scale_init_value)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Also accepts the names that `save_pretrained` writes. They differ for a ViT, and `Trainer` loads them."""
+        """Also accepts the names in saved files, which differ from a ViT's names and which `Trainer` passes."""
         names = list(self.state_dict())
         saved = revert_weight_conversion(self, {name: torch.tensor(index) for index, name in enumerate(names)})
         own = {name: names[int(index)] for name, index in saved.items()} | {name: name for name in names}
@@ -104,7 +104,7 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
 
 
 class _LoTLIPTower(LoTLIPPreTrainedModel):
-    """Base class of both towers. The backbone's modules are attributes, too: `vision_model.encoder` with CLIP."""
+    """Base class of both towers. The backbone's modules are also attributes, such as CLIP's `vision_model.encoder`."""
 
     _embedding_module = "backbone"
 
@@ -115,7 +115,7 @@ class _LoTLIPTower(LoTLIPPreTrainedModel):
         return super().__getattr__(name)
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Adds the tower's defaults to `kwargs`, because the backbone has a configuration of its own."""
+        """Adds defaults of the tower's configuration to `kwargs`, because the backbone reads only its own."""
         names = ("output_attentions", "output_hidden_states")
         return {**{name: getattr(self.config, name) for name in names}, **kwargs, "return_dict": True}
 
@@ -133,7 +133,7 @@ class LoTLIPTextModel(_LoTLIPTower):
     LoTLIP's text tower without projection: a stock text encoder and m learnable corner tokens.
 
     Corner tokens have the positions between [CLS] and the words, and follow the text in memory. Text tokens do not
-    attend to them, so they are computed only if needed. With CLIP they have no positions, and [EOT] replaces [CLS].
+    attend to corner tokens, which are computed only if needed. CLIP gives corner tokens no positions and pools [EOT].
 
     ```python
     >>> from lotlip_hf import LoTLIPTextModel, LoTLIPTokenizer
@@ -173,7 +173,7 @@ class LoTLIPTextModel(_LoTLIPTower):
             attention_mask (`torch.Tensor`, *optional*): 1 for text and 0 for padding, in the shape of `input_ids`.
                 Defaults to `input_ids != pad_token_id`, and to ones for CLIP, which pads with its [EOT].
             position_ids (`torch.Tensor`, *optional*): Positions in the text, [L] or in the shape of `input_ids`,
-                without the offsets of backbone and corner tokens. Defaults to a count of the text tokens.
+                without the offsets of backbone and corner tokens. By default, text tokens are counted from 0.
             inputs_embeds (`torch.Tensor`, *optional*): Word embeddings [B, (T,) L, hidden_size], to replace
                 `input_ids`.
             token_type_ids (`torch.Tensor`, *optional*): Segment ids, in the shape of `input_ids`. Defaults to zeros.
@@ -236,7 +236,7 @@ class LoTLIPTextModel(_LoTLIPTower):
         return self.get_input_embeddings()(input_ids)
 
     def _position_ids(self, position_ids: Tensor | None, is_text: Tensor) -> Tensor:
-        """Positions in the text, [N, L]. Checks the limit only if the padded length or the caller can exceed it."""
+        """Positions in the text, [N, L]. Checks the limit if the padded length or `position_ids` may exceed it."""
         limit, length = self.config.max_position_embeddings, is_text.shape[-1]
         may_exceed = position_ids is not None or length > limit
         if position_ids is None:
@@ -287,8 +287,8 @@ class LoTLIPVisionModel(_LoTLIPTower):
         r"""
         Args:
             pixel_values (`torch.Tensor`): Images [B, channels, height, width], normalised by the image processor.
-            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`): Whether to accept images of another
-                size than the model's. DINOv2 always accepts them.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`): Whether to accept images that do not
+                have the size of the model's images. DINOv2 accepts all sizes.
             pooled_only (`bool`, *optional*, defaults to `False`): Whether only the pooled states are needed. A ViT
                 with `sdpa` attention and no mean pooling then returns `None` for `last_hidden_state`.
             kept_patches (`torch.Tensor`, *optional*): Indices [B, K] in [0, P) of the patches to compute, at their
@@ -454,8 +454,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         their embeddings only, as in transformers' feature extraction pipelines.
 
         Args:
-            return_loss (`bool`, *optional*): Whether to return the loss. Image i belongs to the texts of row i. For
-                [B, T, L] and with `long_input_ids` it is LoTLIP's loss, for [B, L] CLIP's.
+            return_loss (`bool`, *optional*): Whether to return the loss: LoTLIP's for texts [B, T, L] or with
+                `long_input_ids`, CLIP's for texts [B, L]. Image i belongs to the texts of row i.
             output_corner_embeds (`bool`, *optional*): Whether to compute the corner tokens. Defaults to `True` in
                 training mode and for LoTLIP's loss.
             long_input_ids (`torch.Tensor`, *optional*): Token ids [B, T - 1, L'] of the long texts. `input_ids` [B, L]
@@ -525,7 +525,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
     ) -> LoTLIPLoss:
         if text_embeds.dim() == 2:
             text_embeds, corner_embeds = text_embeds.unsqueeze(1), None
-        elif corner_embeds is not None:  # [B, T, m, D] or [B, T - 1, m, D]: drop the short text's
+        elif corner_embeds is not None:  # drop the short text's from [B, T, m, D]
             corner_embeds = corner_embeds[:, corner_embeds.shape[1] - text_embeds.shape[1] + 1 :]
         weights = (self.config.short_loss_weight, self.config.long_loss_weight)
         return lotlip_loss(image_embeds, text_embeds, corner_embeds, logit_scale, *weights)

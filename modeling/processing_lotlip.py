@@ -32,8 +32,8 @@ class LoTLIPProcessor(ProcessorMixin):
     Args:
         image_processor (`CLIPImageProcessor` or `CLIPImageProcessorPil`): Image processor.
         tokenizer (`LoTLIPTokenizer` or `CLIPTokenizer`): Tokenizer of the text tower.
-        background (`str` or `list[int]`, *optional*, defaults to `"white"`): Colour, as for PIL, that `lotlip_hf` puts
-            under transparent image files. `None` drops their transparency instead.
+        background (`str` or `list[int]`, *optional*, defaults to `"white"`): Colour behind the transparent pixels of
+            image files that `lotlip_hf` reads, in a form that PIL accepts. `None` drops their transparency instead.
     ```python
     >>> from lotlip_hf import LoTLIPProcessor
     >>> processor = LoTLIPProcessor.from_pretrained("checkpoint")
@@ -53,7 +53,7 @@ class LoTLIPProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "LoTLIPProcessor":
-        """Same as the stock method, but `trust_remote_code` defaults to `False`, without a question to the user."""
+        """Same as the stock method, but `trust_remote_code` defaults to `False` and the user is not asked."""
         processor = super().from_pretrained(*args, **{"trust_remote_code": False, **kwargs})
         tokenizer = (processor[0] if isinstance(processor, tuple) else processor).tokenizer
         # transformers treats a file that the Hub failed to send as a missing file.

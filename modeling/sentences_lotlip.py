@@ -9,10 +9,10 @@ ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof st mt jr sr vs e.g i.e cf fig approx dept gen col sgt capt lt rev hon inc ltd".split()
 )
 NUMBERED = frozenset("no nos nr vol pp".split())  # abbreviations if a number follows
-LONGEST_ABBREVIATION = 40  # number of characters before a full stop that are searched for an abbreviation
+LONGEST_ABBREVIATION = 40  # maximum number of characters before a full stop in which an abbreviation is searched
 # A sentence may end at a line end, at </s>, which some captioners write, at . ! ? or … with closing quotation marks
 # before white space or the end of the text, at a full stop between a small and a capital letter (a forgotten space),
-# and at the marks of Chinese, Japanese, Hindi, Arabic and Urdu. One character class begins them all, for speed.
+# and at the marks of Chinese, Japanese, Hindi, Arabic and Urdu. For speed, the pattern begins with a character class.
 SENTENCE_END = re.compile(
     r"""
     [\n<.!?…。！？．｡।॥؟۔]
@@ -53,11 +53,11 @@ def find_sentences(text: str) -> Iterator[Sentence]:
     start = 0
     for end in SENTENCE_END.finditer(text):
         if end[0] == ".":
-            # Look back a bounded number of characters: "J. J. J. ..." then takes linear time.
+            # Bounds the number of characters, so that a text such as "J. J. J. J." takes linear time.
             words = text[max(start, end.start() - LONGEST_ABBREVIATION) : end.start()].rsplit(None, 1)
             word = words[-1].lstrip(OPENING) if words else ""
             initial = len(word) == 1 and word.isupper() and len(words) > 1
-            # "U.S." and "p.m." end no sentence if a small letter follows.
+            # "U.S." and "p.m." do not end a sentence if a small letter follows.
             letters = "." in word and DOTTED_LETTERS.fullmatch(word) and next_character(text, end.end()).islower()
             number = word.lower() in NUMBERED and next_character(text, end.end()).isdecimal()
             marker = len(words) == 1 and LIST_MARKER.fullmatch(f"{word}.")

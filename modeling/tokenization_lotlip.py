@@ -23,18 +23,18 @@ logger = logging.get_logger(__name__)
 
 # Joins sentences while they are cleaned, as in the official code: ftfy's result depends on adjacent characters.
 JOINER = "[SEP]"
-# Matches a character that needs ftfy and `html.unescape`. Without a match they change only white space and quotes:
+# Matches a character that needs ftfy and `html.unescape`. Without a match, both change only white space and quotes:
 # broken text (`ftfy.badness`) has a control character, one of ÂÃŒœ, or two adjacent characters outside ASCII. The
 # first lookbehind lets single Latin-1 letters and signs pass.
 NEEDS_REPAIR = re.compile(r"[^ -%'-~\t\n\r\xa0–—‘’“”…](?:(?<=[^¡-ÁÄ-ÿ])|(?<=[^\x00-\x7f].)|(?=[^\x00-\x7f]))")
 # ftfy undoes one level of "&amp;amp;..." in each pass over the text: a million characters would take hours.
 DEEP_AMPERSAND = re.compile(r"&(?:amp;){16,}")
-# Noncharacters, which Unicode reserves for internal use. HIDING follows each character of a special token's name in a
-# text, and ITSELF replaces a MARK that the text contains.
+# Noncharacters, which Unicode reserves for internal use. If a text contains the name of a special token, HIDING is
+# inserted after each character of the name. If a text contains MARK, ITSELF replaces it.
 MARK, HIDING, ITSELF = "\ufdd0", "\ufdd0\ufdd1", "\ufdd0\ufdd2"
 FULL_STOP = ". "
 CLOSING = frozenset(".,!?;:%)]'’-")  # signs without a space before them
-# By `cleaning`: patterns of texts after which a space would end a sentence.
+# Value of `cleaning` -> pattern of the end of a text, after which a space would end a sentence.
 STOPS = {"official": re.compile(r"\.\Z"), "sentences": re.compile(r"""[.!?…]["'”’)\]]*\Z""")}
 
 
@@ -51,9 +51,9 @@ def _replace(pattern: str, content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
 
 
-# In a tokenizer.json, the placeholder of a special token is its index between OPEN and CLOSE. They are two-em and
-# three-em dashes, which normalisers keep and BERT splits. GUARD is the first step: it separates such dashes of a text,
-# and its presence identifies a normaliser that this class wrote.
+# In a tokenizer.json, the placeholder of a special token is its index between OPEN and CLOSE. These are pairs of
+# dashes, which normalisers keep and BERT splits. GUARD is the first step: it separates such dashes of a text, and its
+# presence identifies a normaliser that this class wrote.
 OPEN, CLOSE = "\u2e3b\u2e3a", "\u2e3a\u2e3b"
 GUARD = {"type": "Replace", "pattern": {"String": OPEN}, "content": " ".join(OPEN)}
 # The tokenizers library and JavaScript read these regular expressions alike.
@@ -69,7 +69,7 @@ END_OF_STATEMENT = (
     r"(?!(?<=\b[A-Za-z]\.[A-Za-z])\.\s+[a-z])"
     r"[.…]+(?=\s+\S)|[。．｡।॥۔]+(?=\s*\S)"
 )
-# By `cleaning`: patterns of sentence ends, each with the text to insert after the separator token.
+# Value of `cleaning` -> patterns of sentence ends, each with the text to insert after the separator token.
 SENTENCE_ENDS = {
     "official": [(r"\. ", "")],
     "sentences": [(END_OF_LINE, " "), (END_OF_QUESTION, " "), (END_OF_STATEMENT, "")],
@@ -99,10 +99,10 @@ class LoTLIPTokenizer(TokenizersBackend):
     A tokenizer for long captions. It cleans the text, marks the ends of sentences with the separator token, and calls
     a fast tokenizer of any kind: BERT's WordPiece, RoBERTa's BPE or XLM-R's Unigram.
 
-    As in the official code, every `". "` becomes the separator token before the text is cleaned. In one point this
-    class differs: a caption that contains `"[SEP]"` or `"&#91;SEP&#93;"` never gets the special token. Words passed
-    with `is_split_into_words=True` are not cleaned or split. Offsets refer to the cleaned text. `model_max_length` is
-    the model's number of positions minus the corner tokens, which the model adds. Threads can share a tokenizer.
+    As in the official code, every `". "` becomes the separator token before the text is cleaned. Unlike in that code,
+    `"[SEP]"` or `"&#91;SEP&#93;"` in a caption never becomes the special token. Words passed with
+    `is_split_into_words=True` are not cleaned or split. Offsets refer to the cleaned text. `model_max_length` is the
+    number of positions minus the number of corner tokens, which the model adds. Threads can share a tokenizer.
 
     Args:
         vocab (`str` or `dict[str, int]`, *optional*): Path or content of BERT's `vocab.txt`, to use instead of a
@@ -174,20 +174,20 @@ class LoTLIPTokenizer(TokenizersBackend):
         `model_max_length` that leaves positions for the corner tokens.
         """
         if not isinstance(tokenizer, TokenizersBackend):
-            raise ValueError(f"`tokenizer` is a {type(tokenizer).__name__}. Pass a fast one, with a tokenizer.json.")
+            raise ValueError(f"`tokenizer` is a {type(tokenizer).__name__}. Pass a fast tokenizer.")
         names = ("model_max_length", "padding_side", "truncation_side")
         settings = {**{name: getattr(tokenizer, name) for name in names}, **tokenizer.special_tokens_map, **kwargs}
         return cls(tokenizer_object=tokenizer.backend_tokenizer, **settings)
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
-        # A tokenizer.json contains the whole tokenizer. Do not rebuild parts of it.
+        # A tokenizer.json contains the whole tokenizer, so transformers need not rebuild parts of it.
         if kwargs.get("tokenizer_file") is not None and os.path.isfile(kwargs["tokenizer_file"]):
             return kwargs
         return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
 
     def count_truncated(self, encoding: BatchEncoding) -> int:
-        """Counts the truncated texts (or text pairs) of a call. `encoding` is the call's result, before `pad`."""
+        """Counts the texts (or text pairs) that a call truncated, from the call's result before `pad`."""
         texts = getattr(encoding, "encodings", None)
         if texts is None or "overflow_to_sample_mapping" in encoding:
             raise ValueError("`encoding` must be the result of a call without `return_overflowing_tokens`.")
@@ -242,7 +242,7 @@ class LoTLIPTokenizer(TokenizersBackend):
     def sentences(self, text: str) -> list[str]:
         """Cleans the text and splits it where separator tokens are inserted."""
         if self.split_sentences and self.sep_token is None:
-            raise ValueError("This tokenizer has no `sep_token`. Set one, or pass `split_sentences=False`.")
+            raise ValueError("This tokenizer has no `sep_token`. Set `sep_token` or pass `split_sentences=False`.")
         sentences = [text]
         if self.split_sentences:
             sentences = text.split(FULL_STOP) if self.cleaning == "official" else _by_rules(text)
@@ -251,12 +251,12 @@ class LoTLIPTokenizer(TokenizersBackend):
         cleaned = clean(JOINER.join(sentences))
         if "\x1b" not in text and cleaned.count(JOINER) == len(sentences) - 1:
             return cleaned.split(JOINER)
-        # The text contains "[SEP]", "&#91;SEP&#93;" or an escape sequence, but not its own digest.
+        # The text contains "[SEP]", "&#91;SEP&#93;" or an escape sequence. It cannot contain a digest of itself.
         joiner = f"(SEP{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]})"
         return clean(joiner.join(sentences)).split(joiner)
 
     def is_local_to_words(self) -> bool:
-        """Whether the tokens between two spaces do not depend on the rest of the text, as with BERT's tokenizer."""
+        """Whether the tokens of a word do not depend on the rest of the text, as with BERT's tokenizer."""
         backend = self._tokenizer
         return (
             self.truncation_side == "right"
@@ -278,11 +278,11 @@ class LoTLIPTokenizer(TokenizersBackend):
         ids = token_ids["input_ids"] if isinstance(token_ids, dict) else token_ids
         ids = [ids] if isinstance(ids, int) else [i for i in map(int, ids) if i != self.pad_token_id]
         if ids and ids[0] == self.cls_token_id:
-            ids = ids[1 : len(ids) - (ids[-1] == separator)]  # a last separator ends the text
+            ids = ids[1 : len(ids) - (ids[-1] == separator)]  # a last separator marks the end of the text
         ends = [index for index, token_id in enumerate(ids) if token_id == separator]
         parts = [ids[start:end] for start, end in zip([0, *(end + 1 for end in ends)], [*ends, len(ids)], strict=True)]
         if self.is_local_to_words():
-            # Spaces around punctuation do not change the tokens. Leave them out after a full stop.
+            # Spaces around punctuation do not change the tokens. Leave out spaces that would end a sentence.
             special, stop = set(self.all_special_ids), STOPS[self.cleaning]
             prefix = self._tokenizer.model.continuing_subword_prefix
             words = [[str(self._tokenizer.id_to_token(i)) for i in part if i not in special] for part in parts]
@@ -314,7 +314,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         is_bert = state["pre_tokenizer"] == {"type": "BertPreTokenizer"}
         by_words = is_bert and all(content[0] in string.punctuation for content in special)
         own = [] if state["normalizer"] is None else [state["normalizer"]]
-        # Search special tokens in the normalised text, where only placeholders become their names.
+        # Search special tokens in the normalised text, which contains their names only if placeholders became names.
         for token in state["added_tokens"]:
             token["normalized"] = token["normalized"] or token["special"]
         name = WHOLE if self.split_special_tokens else "{}"
@@ -323,7 +323,7 @@ class LoTLIPTokenizer(TokenizersBackend):
             before += [_replace(end, separator + space) for end, space in SENTENCE_ENDS[self.cleaning]]
         if self.clean_text:
             before += CLEANING
-        # Some readers do not search tokens in the normalised text: there, the model finds them in its vocabulary.
+        # Some readers do not search special tokens in the normalised text. Their model finds them in its vocabulary.
         after = {mark: content for content, mark in marks.items()}
         if by_words:
             before += [_replace(_escaped(content), f"{content[0]} {content[1:]}") for content in special]
@@ -333,7 +333,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         elif unigram:
             before += [*own, *(_replace(_escaped(content), " ".join(content) + " ") for content in special)]
         else:
-            # For such readers the mark becomes a full stop. Cleaning leaves no other tab.
+            # For these readers, a separator becomes a full stop and a tab. A cleaned text contains no other tab.
             after = {separator: ".\t"} if self.split_sentences and self.clean_text else {}
             names = sorted(after.get(mark, mark) for mark in marks.values())
             steps = [{"type": "Replace", "pattern": {"String": name}, "content": ""} for name in names]

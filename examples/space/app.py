@@ -73,8 +73,8 @@ class Model:
     Args:
         name (`str`): Name on the page.
         encoder (`Encoder`): The dual encoder.
-        embeddings (`dict[str, torch.Tensor]`, *optional*): Embeddings [P] by the digest of the image file. The most
-            recently used one is the last.
+        embeddings (`dict[str, torch.Tensor]`, *optional*): Embeddings [P] by the digest of the image file, from the
+            least to the most recently used.
     """
 
     name: str
@@ -161,7 +161,7 @@ def embed_images(model: Model, digests: dict[str, str], progress: Callable[..., 
     Embeds images that are not yet in the cache of a model.
 
     Args:
-        model (`Model`): The model. Its `embeddings` are updated.
+        model (`Model`): The model. Updates `model.embeddings`.
         digests (`dict[str, str]`): The digest of each image file.
         progress (`Callable`, *optional*): See [`rank`].
 

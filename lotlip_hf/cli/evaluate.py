@@ -131,7 +131,7 @@ def run(argv: Sequence[str]) -> None:
         if state.num_processes > 1 and config.device is None:
             config.device = str(state.device)
         if not state.is_main_process:
-            logging.getLogger("lotlip_hf").setLevel(logging.ERROR)  # the main process logs it
+            logging.getLogger("lotlip_hf").setLevel(logging.ERROR)  # the main process logs
         _evaluate(config, state.is_main_process)
     finally:
         state.destroy_process_group()

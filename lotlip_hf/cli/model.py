@@ -57,7 +57,7 @@ class ModelOptions(ImageOptions):
 
         from ..encoder import load_encoder
 
-        logging.disable_progress_bar()  # of loading weights
+        logging.disable_progress_bar()  # bars of loading weights
         self.apply()
         return load_encoder(self.model, device=self.device, dtype=self.dtype, revision=revision)
 

@@ -95,8 +95,8 @@ def load_teacher(
         slot (`str`, *optional*, defaults to `"text_encoder"`): Slot of the text encoder in the pipeline.
         tokenizer (`Path`, *optional*): Folder of its tokenizer. Defaults to the tokenizer of the slot in a pipeline,
             or to `folder`.
-        target_layer (`int`, *optional*): Index of the hidden state to match. Defaults to the one that the pipeline
-            reads, or to -1.
+        target_layer (`int`, *optional*): Index of the hidden state to match. Defaults to the state that the pipeline
+            reads, or to -1 without a pipeline.
         device (`str`, *optional*, defaults to `"cpu"`): Device of the encoder.
 
     Returns:
@@ -152,7 +152,7 @@ def _load_tokenizer(path: str | Path, model: Any) -> Any:
     tokenizer = load_tokenizer(path, "save the model's tokenizer there or pass the folder of the teacher's tokenizer")
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"The tokenizer in {path} has {len(tokenizer)} tokens, the model {model.config.vocab_size}. Use another."
+            f"{path}: its tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}. Pass another."
         )
     fit_tokenizer(model, tokenizer)
     return tokenizer
@@ -186,7 +186,7 @@ def read_prompts(file: Path, field: str = "prompt") -> list[str]:
             try:
                 line = json.loads(line)[field]
                 line.encode("utf-8")
-            except (ValueError, TypeError, KeyError, AttributeError) as error:  # invalid JSON, object, field or text
+            except (ValueError, TypeError, KeyError, AttributeError) as error:  # also without object, field or text
                 raise ValueError(f"{file}, line {number}: {field!r} is not a text. Pass another field.") from error
         texts.append(clean(line))
     return [text for text in dict.fromkeys(texts) if text]
@@ -195,7 +195,7 @@ def read_prompts(file: Path, field: str = "prompt") -> list[str]:
 def tokenize_prompts(texts: Iterable[str], teacher_tokenizer: Any, student_tokenizer: Any) -> list[Prompt]:
     """
     Tokenizes cleaned prompts with both tokenizers. Drops prompts for which [`tokenize_words`] returns `None`, and
-    prompts with the same tokens as an earlier one: a prompt in both training and held-out data flatters the report.
+    prompts with the same tokens as an earlier prompt, so that no held-out prompt is also a training prompt.
     """
     prompts = {}
     for text in texts:
@@ -254,14 +254,14 @@ def tokenize_words(tokenizer: Any, text: str) -> Words | None:
         text, padding="max_length", truncation=True, return_offsets_mapping=True, verbose=False
     )
     spans = [span for span, is_text in zip(inputs["offset_mapping"], inputs["attention_mask"], strict=True) if is_text]
-    # if the tokenizer truncates or rewrites the text, its spans do not refer to `read`
+    # If the tokenizer truncates or rewrites the text, the spans are not positions in `read`.
     is_whole = not inputs.encodings[0].overflowing and max((end for _, end in spans), default=0) == len(read)
     if not is_whole:
         return None
     word_of_character = [-1] * len(read)
     for index, match in enumerate(re.finditer(word, read)):
         word_of_character[match.start() : match.end()] = [index] * (match.end() - match.start())
-    # a span may include the space before its word, so the last character decides
+    # A span may include the space before its word, so use the word of the last character.
     words = [word_of_character[end - 1] if end > start else -1 for start, end in spans[1:-1]]
     if -1 in words:
         return None
@@ -289,7 +289,7 @@ def attention_readouts(states: torch.Tensor, queries: torch.Tensor) -> torch.Ten
 
 
 class Scale(NamedTuple):
-    """Mean and deviation [D] of states. Unscaled, a few dimensions of CLIP's states would dominate a distance."""
+    """Mean and deviation [D] of states. Without scaling, a few dimensions of CLIP's states dominate a distance."""
 
     mean: torch.Tensor
     deviation: torch.Tensor
@@ -327,7 +327,7 @@ class Alignment:
     cross-attention: the order of the states does not matter there, but the number of padding tokens does.
 
     A `"resampler"` returns as many states as the teacher and matches them by position, as AltDiffusion does with CLIP
-    (https://arxiv.org/abs/2211.06679). Use it if the pipeline concatenates token i of two encoders, as Stable
+    (https://arxiv.org/abs/2211.06679). Use a resampler if the pipeline concatenates token i of two encoders, as Stable
     Diffusion XL and 3 do.
 
     Args:
@@ -351,7 +351,7 @@ class Alignment:
         states = States(*(torch.cat(parts) for parts in zip(*map(self._raw_states, sample), strict=True)))
         self.sequence_scale, self.pooled_scale = Scale.of(states.sequence), Scale.of(states.pooled)
         states = self._standardize(states)
-        # The queries are word states of equal norm: the query "cat" attends to what a prompt contains about cats.
+        # Queries are word states of equal norm. For example, the state of "cat" attends to similar words of a prompt.
         words = states.sequence[states.word_ids >= FIRST_WORD]
         drawn = torch.randint(len(words), (NUM_QUERIES,), device=words.device)
         self.queries = F.normalize(words[drawn], dim=-1) * words.shape[-1] ** 0.5
@@ -373,7 +373,7 @@ class Alignment:
         )
 
     def teacher_states(self, batch: Batch) -> States:
-        """Returns the standardised states of the teacher; the pooled ones are taken before the projection."""
+        """Returns the standardised states of the teacher. Pooled states are those before the projection."""
         return self._standardize(self._raw_states(batch))
 
     @torch.no_grad()
@@ -389,7 +389,7 @@ class Alignment:
         return States(sequence, word_ids, encoder.pooled_adapter(tower.pooled))
 
     def loss(self, encoder: LoTLIPTextEncoder, tower: States, teacher: States) -> torch.Tensor:
-        """Returns the [`distance`] to the teacher's word means or positions, plus that to its pooled states."""
+        """Returns the sum of two values of [`distance`]: of word means or positions, and of pooled states."""
         states = self.student_states(encoder, tower, teacher)
         outputs, targets = states.sequence, teacher.sequence
         if states.word_ids is not teacher.word_ids:

@@ -48,7 +48,7 @@ def stretch_positions(
     num_positions = len(positions)
     kept = KEPT_POSITIONS if stretch == "knowledge-preserved" else 0
     if max_positions < num_positions:
-        raise ValueError(f"`max_positions` is {max_positions}. Pass {num_positions} (the old table) or more.")
+        raise ValueError(f"`max_positions` is {max_positions}. Pass at least {num_positions}, the current number.")
     if max_positions == num_positions:
         return positions.clone()
     if num_positions < kept + 2:
@@ -59,7 +59,7 @@ def stretch_positions(
     new = torch.arange(max_positions, dtype=torch.float64, device=positions.device)
     old = kept + (new - kept) * (num_positions - kept) / (max_positions - kept)
     old = torch.where(new < kept, new, old)
-    left = old.long().clamp(max=num_positions - 2)  # the last pair also extrapolates
+    left = old.long().clamp(max=num_positions - 2)  # at the end, extrapolate from the last pair
     weight = (old - left).unsqueeze(1)
     table = positions.double()
     return torch.lerp(table[left], table[left + 1], weight).to(positions.dtype)
@@ -103,13 +103,13 @@ def clip_text_model(
     model: LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection, with_projection: bool = False
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
     """
-    Converts a LoTLIP model with CLIP's text tower to the stock text encoder of transformers. The two share weights.
-    The outputs are unchanged without corner tokens, because no text token attends to them.
+    Converts a LoTLIP model with CLIP's text tower to the stock text encoder of transformers. Model and encoder share
+    weights. The stock encoder has no corner tokens and the same outputs, because no text token attends to them.
 
     Args:
         model (`LoTLIPModel` or `LoTLIPTextModel` or `LoTLIPTextModelWithProjection`): Model with CLIP's text tower.
-        with_projection (`bool`, *optional*, defaults to `False`): Whether to return a `CLIPTextModelWithProjection`.
-            Its `text_embeds` equal `model.get_text_features(...).pooler_output`.
+        with_projection (`bool`, *optional*, defaults to `False`): Whether to return a `CLIPTextModelWithProjection`,
+            whose `text_embeds` equal `model.get_text_features(...).pooler_output`.
 
     Returns:
         `CLIPTextModel` or `CLIPTextModelWithProjection`: The stock text encoder.

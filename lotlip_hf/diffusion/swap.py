@@ -60,20 +60,20 @@ def swap_text_encoder(
     pipelines with the same components (image to image, inpainting, ControlNet, ...).
 
     A LoTLIP model with CLIP's text tower is inserted as a stock CLIP text encoder, because its corner tokens change no
-    output there. Other CLIP text encoders of the pipeline are set to the same prompt length. One with too few
+    output there. Other CLIP text encoders of the pipeline are set to the same prompt length. An encoder with too few
     positions gets more with [`~lotlip_hf.diffusion.stretch.stretch_positions`]; reload the pipeline to undo this. T5
-    encoders are not changed. The new encoder gets the device, dtype and attention implementation of the old one. The
-    new tokenizers log the words that they truncate as a warning.
+    encoders are not changed. The new encoder gets the device, dtype and attention implementation of the old encoder.
+    The new tokenizers log the words that they truncate as a warning.
 
-    Swap before you load LoRA weights and textual inversions, turn on offloading or compile. `pipe.save_pretrained`
-    saves the new pipeline. `DiffusionPipeline.from_pretrained` loads it once `lotlip_hf` is imported.
+    Call this function before you load LoRA weights or textual inversions, turn on offloading, or compile the pipeline.
+    Save the result with `pipe.save_pretrained`, and import `lotlip_hf` before `DiffusionPipeline.from_pretrained`.
 
     Args:
-        pipe (`DiffusionPipeline`): Pipeline with a CLIP text encoder. It is changed in place after all checks have
-            passed. Models that it shares with other pipelines are not changed.
+        pipe (`DiffusionPipeline`): Pipeline with a CLIP text encoder, which is changed in place after all checks have
+            passed. Models that the pipeline shares with other pipelines are not changed.
         model_or_path (`PreTrainedModel` or `str` or `os.PathLike`): A LoTLIP model or its text tower, a
             [`LoTLIPTextEncoder`], `CLIPModel`, `CLIPTextModel` or `CLIPTextModelWithProjection`, or the folder or Hub
-            id of one. A model object is copied.
+            id of such a model. A model object is copied.
         slot (`str`, *optional*, defaults to `"text_encoder"`): Component to replace, such as `"text_encoder_2"`.
         max_length (`int`, *optional*): Maximum length of a prompt in tokens, special tokens included. Defaults to all
             positions of the model.
@@ -173,9 +173,9 @@ class CLIPTextEncoder(CLIPTextModel):
         Returns:
             `CLIPTextEncoder`: The copy.
         """
-        # a copy with another `__class__` would return no hidden states, because only `__init__` registers a class
+        # Call `__init__`, which registers the class: otherwise the copy would return no hidden states.
         config = copy.deepcopy(model.config)
-        config.vocab_size = model.get_input_embeddings().num_embeddings  # unloading an inversion leaves it wrong
+        config.vocab_size = model.get_input_embeddings().num_embeddings  # wrong after an inversion is unloaded
         with init.no_init_weights():  # leaves the pipeline's random state unchanged
             encoder = cls._from_config(config, attn_implementation=config._attn_implementation, dtype=model.dtype)
         encoder.load_state_dict(model.state_dict())
@@ -206,7 +206,7 @@ def _text_encoders(pipe: "DiffusionPipeline", slot: str) -> dict[str, TextEncode
             raise ValueError(
                 f"`{name}` has LoRA weights. Call pipe.unload_lora_weights(), swap, then load the weights again."
             )
-        hooks = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers
+        hooks = ("_hf_hook", "_diffusers_hook")  # set by accelerate and diffusers
         if pipe.hf_device_map is not None or any(hasattr(m, hook) for m in encoder.modules() for hook in hooks):
             raise ValueError(f"`{name}` is offloaded or has a device map. Swap first, then turn offloading on.")
     return encoders
@@ -241,7 +241,7 @@ def _load_tokenizer(
         beside = folder.with_name(_tokenizer_name(folder.name))  # the tokenizer's folder in a saved pipeline
         path = beside if beside.is_dir() else path
     tokenizer = load_tokenizer(path, "pass `tokenizer`")
-    # the pipeline attends to padding and was trained with the padding token of the slot's tokenizer
+    # The pipeline attends to padding and was trained with this padding token.
     if isinstance(tokenizer, CLIPTokenizer) and isinstance(padding_of, CLIPTokenizer):
         if tokenizer.convert_tokens_to_ids(padding_of.pad_token) == padding_of.pad_token_id:
             tokenizer.pad_token = padding_of.pad_token
@@ -249,7 +249,7 @@ def _load_tokenizer(
 
 
 def _encoder(model: Any, replaced: TextEncoder, slot: str, target_layer: int) -> TextEncoder:
-    """Converts `model` to the text encoder for the slot; the two share weights."""
+    """Converts `model` to the text encoder for the slot, which shares the weights of `model`."""
     name = type(model).__name__
     is_lotlip = isinstance(model, LoTLIPModel | LoTLIPTextModel | LoTLIPTextModelWithProjection)
     if isinstance(model, CLIPModel):
@@ -320,7 +320,7 @@ def _lengths(
     positions = encoder.config.max_position_embeddings
     output_length = encoder.config.output_length if isinstance(encoder, LoTLIPTextEncoder) else None
     if output_length is not None and has_others and hasattr(pipe, "tokenizer_max_length"):
-        # the pipeline applies one length to all prompts, so all states must be as long as the resampler's
+        # The pipeline uses one length for all encoders, so the other states must be as long as the resampler's.
         if max_length not in (None, output_length) or positions < output_length:
             raise ValueError(
                 f"{type(pipe).__name__} has one length for all tokenizers and the resampler returns {output_length} "

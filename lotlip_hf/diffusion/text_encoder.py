@@ -1,4 +1,4 @@
-"""A LoTLIP text tower that replaces a CLIP text encoder. An adapter maps its states; the outputs are those of CLIP."""
+"""A LoTLIP text tower with an adapter that maps its states to CLIP's, to replace a CLIP text encoder."""
 
 import copy
 from collections.abc import Iterable
@@ -45,8 +45,8 @@ class LoTLIPTextEncoderConfig(PreTrainedConfig):
             tokens, so it always returns `num_queries` tokens. `None` applies no adapter.
         hidden_size (`int`, *optional*): Width of the returned states, equal to the width of the replaced encoder.
             Defaults to the width of the tower.
-        projection_dim (`int`, *optional*): Width of the pooled `text_embeds`. Set it to replace a
-            `CLIPTextModelWithProjection`; leave it at `None` to replace a `CLIPTextModel`.
+        projection_dim (`int`, *optional*): Width of the pooled `text_embeds`: a number to replace a
+            `CLIPTextModelWithProjection`, `None` to replace a `CLIPTextModel`.
         target_layer (`int`, *optional*, defaults to -1): Hidden state of the replaced encoder that the adapter
             imitates: -1 for `last_hidden_state` (Stable Diffusion 1.x and 2.x) or -2 for `hidden_states[-2]` (Stable
             Diffusion XL and 3).
@@ -195,10 +195,10 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
 
     Its outputs have the fields, order and widths of a `CLIPTextModel`, or of a `CLIPTextModelWithProjection` if
     `config.projection_dim` is set. An adapter maps the tower's hidden states to the space of the replaced encoder;
-    `examples/align_text_encoder.py` trains it. Without an adapter, the hidden states are LoTLIP's own.
+    `examples/align_text_encoder.py` trains it. Without an adapter, the hidden states are those of the LoTLIP tower.
 
-    Load LoRA weights of a BERT tower with `encoder.load_adapter(folder)`. The `load_lora_weights` of diffusers only
-    knows the layer names of CLIP.
+    Load LoRA weights of a BERT tower with `encoder.load_adapter(folder)`. diffusers' `load_lora_weights` only knows
+    the layer names of CLIP.
 
     Args:
         config (`LoTLIPTextEncoderConfig`): Configuration of the tower and the adapter.
@@ -226,7 +226,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
     def __init__(self, config: LoTLIPTextEncoderConfig) -> None:
         super().__init__(config)
         self.text_model = LoTLIPTextModel._from_config(config.text_config)
-        # diffusers' `clip_skip` applies `final_layer_norm` to an earlier hidden state; here all are normalised already
+        # diffusers' `clip_skip` applies `final_layer_norm` to earlier hidden states, which are already normalised here
         self.text_model.final_layer_norm = nn.Identity()
         width = config.text_config.hidden_size
         if config.adapter is None:
@@ -275,9 +275,9 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
                 the mask is all ones: tokens with `pad_token_id`, or with CLIP's text tower all tokens after [EOT].
             position_ids (`torch.Tensor`, *optional*): [B, L] positions of the tokens. Defaults to 0, 1, 2, ...
             output_hidden_states (`bool`, *optional*): Whether to return `hidden_states`, a tuple of [B, S,
-                hidden_size] for the embeddings and each layer. Each state is normalised like the last one and adapted.
-                `hidden_states[target_layer]` is `last_hidden_state`; with -2, it appears twice at the end. Adapters
-                are trained on the last state and only approximate earlier layers of the replaced encoder.
+                hidden_size] for the embeddings and each layer. The final norm and the adapter are applied to each of
+                them. `hidden_states[target_layer]` is `last_hidden_state`; with -2, it appears twice at the end.
+                Adapters are trained on the last state and only approximate earlier layers of the replaced encoder.
             **kwargs: `return_dict` and `output_attentions`, as in CLIP.
 
         Returns:
@@ -294,7 +294,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         mask = self._text_mask(input_ids, attention_mask)
         has_positions = input_ids.shape[-1] <= self.config.max_position_embeddings
         if attention_mask is not None and self.config.text_config.pooling == "eos" and has_positions:
-            # pipelines read the states of padding, which attends to earlier padding as in CLIP; no text attends to it
+            # Pipelines also read the states of padding. As in CLIP, padding attends to the padding before it.
             attention_mask = attention_mask.bool() | self._is_behind_text(input_ids, attention_mask)
         elif attention_mask is not None:
             attention_mask = mask
@@ -345,7 +345,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
     def _is_behind_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Returns [B, L]: True after the first unmasked [EOT], which is also CLIP's padding token."""
         config = self.config.text_config
-        # old configurations have the wrong [EOT] id 2; for these, CLIPTextModel uses the highest id, too
+        # Old configurations have the wrong [EOT] id 2. As in CLIPTextModel, [EOT] is then the highest id.
         eos_token_id = input_ids.amax(-1, keepdim=True) if config.eos_token_id == 2 else config.eos_token_id
         ends = ((input_ids == eos_token_id) & attention_mask.bool()).int()
         return ends.cumsum(-1) - ends > 0

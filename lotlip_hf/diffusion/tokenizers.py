@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 class _PromptTokenizer(PreTrainedTokenizerBase):
     """
     Logs the words that each call truncates; diffusers only does this for positive prompts. For its own warning,
-    diffusers tokenizes a prompt a second time with `padding="longest"` and no `truncation`. This class truncates that
-    call too, so that nothing is logged twice. Pass `truncation=False` to get all tokens of a long text.
+    diffusers tokenizes a prompt a second time with `padding="longest"` and no `truncation`. This class also truncates
+    in the second call, so that diffusers logs nothing. Pass `truncation=False` to get all tokens of a long text.
 
-    With `fixed_length`, a call's `max_length` is replaced by `model_max_length`. A resampler needs this, because
-    diffusers truncates a negative prompt to the number of states of the prompt, which is not its number of tokens.
+    With `fixed_length`, `model_max_length` replaces the `max_length` of a call. A resampler needs `fixed_length`:
+    diffusers truncates a negative prompt to the number of states, which is not the number of tokens with a resampler.
     """
 
     saved_class: ClassVar[str]

@@ -32,8 +32,8 @@ SLOW_ON_CPU = ["SkipLayerNormFusion"]
 
 class LoTLIPOnnxModel(nn.Module):
     """
-    A LoTLIP, or one of its towers, on ONNX Runtime. It is for inference only and has no PyTorch weights. It can
-    replace a [`LoTLIPModel`] in [`~lotlip_hf.encoder.Encoder`]. Create it with [`LoTLIPOnnxModel.from_pretrained`].
+    A LoTLIP, or one of its towers, on ONNX Runtime, for inference only and without PyTorch weights. Create the model
+    with [`LoTLIPOnnxModel.from_pretrained`] and pass it to [`~lotlip_hf.encoder.Encoder`], like a [`LoTLIPModel`].
 
     Args:
         config (`PreTrainedConfig`): Configuration of the exported model.
@@ -154,11 +154,11 @@ class LoTLIPOnnxModel(nn.Module):
                 'LoTLIPOnnxModel.from_pretrained(folder, providers=["CUDAExecutionProvider"]).'
             )
         if dtype not in (None, torch.float32):
-            raise ValueError(f"An ONNX model cannot be converted to {dtype}. Export it again for another precision.")
+            raise ValueError(f"An ONNX model cannot be converted to {dtype}. Export the checkpoint again.")
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Files of the towers by name, as uint8 [bytes] that are read on use. They identify the model in an index."""
+        """Files of the towers by name, as uint8 [bytes] that are read on use, to identify the model in an index."""
         paths = [self.folder / f"{FILES[tower]}{end}" for tower in self.sessions for end in ("", ".data")]
         return {
             path.name: torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
@@ -179,7 +179,7 @@ class LoTLIPOnnxModel(nn.Module):
             input_ids (`torch.Tensor`): Token ids [B, L] or [B, T, L], padded on either side.
             attention_mask (`torch.Tensor`, *optional*): 1 for text and 0 for padding, in the shape of `input_ids`.
                 Defaults to `input_ids != pad_token_id`, and to ones for CLIP.
-            token_type_ids (`torch.Tensor`, *optional*): Segment ids in the shape of `input_ids`. They must be 0.
+            token_type_ids (`torch.Tensor`, *optional*): Segment ids in the shape of `input_ids`. All must be 0.
 
         Returns:
             `BaseModelOutputWithPoolingAndCorners`: Only `pooler_output`, features [B, (T,) projection_dim] in float32.
@@ -227,7 +227,7 @@ class LoTLIPOnnxModel(nn.Module):
         token_type_ids: torch.Tensor | None = None,
     ) -> LoTLIPOutput:
         """
-        Compares texts with images. Arguments and errors are those of `get_text_features` and `get_image_features`.
+        Compares texts with images. Has the arguments and errors of `get_text_features` and `get_image_features`.
 
         Returns:
             [`LoTLIPOutput`]: Only `logits_per_image`, `logits_per_text`, `text_embeds` and `image_embeds`.
@@ -280,8 +280,8 @@ def load_onnx(folder: str, device: str | torch.device | None = None, dtype: str 
         [`OnnxEngine`]: The engine.
 
     Raises:
-        `ValueError`: If a file is damaged, if the processor makes images of another size than the tower accepts, or if
-            `device` or `dtype` is another one.
+        `ValueError`: If a file is damaged, if the processor makes images of a size that the tower does not accept, or
+            if `device` is not the CPU or `dtype` is not float32.
         `ImportError`: If ONNX Runtime is not installed.
     """
     with naming_damage(folder):
@@ -303,7 +303,7 @@ def load_onnx(folder: str, device: str | torch.device | None = None, dtype: str 
 
 
 def missing_packages(*names: str) -> str | None:
-    """Install hint for the missing ones of these packages, or `None` if all are installed."""
+    """Install hint for the packages that are missing, or `None` if all are installed."""
     missing = [name for name in names if find_spec(name) is None]
     if not missing:
         return None

@@ -60,11 +60,11 @@ class OpenClipEngine:
         self.name = name
         self.revision = revision
         self.max_text_length: int = tokenizer.context_length
-        inner = getattr(tokenizer, "tokenizer", None)  # a tokenizer of transformers, if open_clip wraps one
+        inner = getattr(tokenizer, "tokenizer", None)  # open_clip may wrap a tokenizer of transformers
         if getattr(inner, "padding_side", "right") != "right":
             raise ValueError("its tokenizer pads on the left. Use a tokenizer that pads on the right")
         self.pad_token_id: int = getattr(inner, "pad_token_id", None) or 0
-        # In this mode the class token is at the last position, after the padding.
+        # In the mode "clips", the class token is at the last position, after the padding.
         self._ends_in_class_token = getattr(tokenizer, "tokenizer_mode", None) == "clips"
 
     @property
@@ -81,7 +81,7 @@ class OpenClipEngine:
         """Tokenises texts without padding. Returns the model's inputs as lists, and whether each text was cut."""
         input_ids = self._token_ids(texts, max_length)
         was_cut = [False] * len(texts)
-        # A text was cut if its tokens differ with room for one more. The end token may be the padding token.
+        # A text was cut if its ids change with a longer limit. (Its end is no sign: it may equal the padding token.)
         full = [index for index, ids in enumerate(input_ids) if len(ids) >= max_length - 1]
         longer = self._token_ids([texts[index] for index in full], max_length + 1)
         for index, ids in zip(full, longer, strict=True):
@@ -247,7 +247,7 @@ def _refuse_code(model_cfg: Mapping[str, Any], architecture: str) -> None:
     if text_cfg.get("hf_model_name"):
         AutoConfig.from_pretrained(text_cfg["hf_model_name"], trust_remote_code=False)
     if text_cfg.get("hf_tokenizer_name"):
-        is_folder = architecture.startswith(FOLDER)  # the folder contains the tokenizer
+        is_folder = architecture.startswith(FOLDER)  # a folder also contains its tokenizer
         source = architecture.removeprefix(FOLDER) if is_folder else text_cfg["hf_tokenizer_name"]
         AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
@@ -255,7 +255,7 @@ def _refuse_code(model_cfg: Mapping[str, Any], architecture: str) -> None:
 def _import_open_clip() -> ModuleType:
     try:
         import open_clip
-    except (ImportError, OSError, RuntimeError) as error:  # a torchvision of another torch version raises any of these
+    except (ImportError, OSError, RuntimeError) as error:  # a torchvision that does not fit torch raises any of these
         raise ImportError(
             f"{OPEN_CLIP}... needs open_clip and a torchvision for torch {torch.__version__}. Run "
             f"pip install 'lotlip-hf[open-clip]' ({type(error).__name__}: {error})"
@@ -266,8 +266,8 @@ def _import_open_clip() -> ModuleType:
 @contextmanager
 def _as_own_log() -> Iterator[None]:
     """
-    Context in which warnings of open_clip go to this package's logger. open_clip calls the root logger, which would
-    then print all messages of the process, some of them twice.
+    Context in which warnings of open_clip go to this package's logger. open_clip logs by `logging.warning(...)`, which
+    sets up the root logger to print all messages of the process, some of them twice.
     """
     records: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
@@ -315,7 +315,7 @@ def _parse(name: str, open_clip: ModuleType) -> tuple[str, str | None]:
             f"{', '.join(tags) or '(open_clip has none for this architecture)'}."
         )
     if tag and tag.get("quick_gelu", False) != open_clip.get_model_config(architecture).get("quick_gelu", False):
-        # open_clip would only warn, and evaluate another model.
+        # open_clip would log a warning and compute wrong features.
         suffix = "-quickgelu"
         other = architecture.removesuffix(suffix) if architecture.endswith(suffix) else architecture + suffix
         raise ValueError(

@@ -10,8 +10,8 @@ def encode_unpadded(
     """
     Encodes many texts as token ids, like a call with `truncation=True`, and tells which texts were cut.
 
-    This is several times as fast as a call: BERT's WordPiece encodes each word separately, so each distinct word is
-    encoded once. Tokenizers of other kinds are called.
+    With BERT's WordPiece, this function is several times as fast as a call: WordPiece encodes each word separately, so
+    each distinct word is encoded once. Other kinds of tokenizers are called as usual.
 
     Args:
         tokenizer (`LoTLIPTokenizer`): Tokenizer.
@@ -56,7 +56,7 @@ def encode_unpadded(
     input_ids, was_cut = [], []
     for text, row in zip(texts, rows, strict=True):
         ids = [i for word in row[:limit] for i in ids_of[word]]
-        # Words without tokens, such as a zero-width space, can leave too few ids. Then call the tokenizer.
+        # If words without tokens, such as a zero-width space, leave too few ids, call the tokenizer.
         if len(ids) <= limit - 2 and len(row) > limit:
             (ids,), (cut,) = _by_call(tokenizer, [text], max_length)
         else:

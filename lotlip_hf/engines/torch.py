@@ -20,7 +20,7 @@ Modality = Literal["image", "text"]
 
 # SigLIP's text tower pools the last position and has no mask, so texts are always padded to the full length.
 FULL_LENGTH_MODEL_TYPES = ("siglip", "siglip2")
-# Prefixes of the image tower's weights. All other weights, except for the similarities', are the text tower's.
+# Prefixes of the image tower's weights. Other weights, except `SIMILARITY_WEIGHTS`, belong to the text tower.
 IMAGE_WEIGHTS = ("vision_model.", "visual_projection.")
 SIMILARITY_WEIGHTS = ("logit_scale", "logit_bias")
 
@@ -34,7 +34,7 @@ class TorchEngine:
         processor (`ProcessorMixin`): Processor of the model, or only a tokenizer or an image processor.
     """
 
-    libraries: tuple[str, ...] = ()  # results record their versions, in addition to torch and transformers
+    libraries: tuple[str, ...] = ()  # saved with results: the versions of these, torch and transformers
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         self.model = model
@@ -150,7 +150,7 @@ class TorchEngine:
         }
 
     def weights(self, modality: Modality) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights of a tower, sorted by name. All weights, if the image tower's names are unknown."""
+        """Weights of a tower, sorted by name, or of the whole model if no name has a prefix of the image tower."""
         weights = {name: one for name, one in self.model.state_dict().items() if name not in SIMILARITY_WEIGHTS}
         of_images = {name for name in weights if name.startswith(IMAGE_WEIGHTS)}
         for name in sorted(weights):

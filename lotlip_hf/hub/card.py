@@ -65,24 +65,24 @@ DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"
 @dataclass(frozen=True)
 class CardFields:
     """
-    Facts for a model card that the model and its training run do not state; see
-    https://huggingface.co/docs/hub/model-cards. Instead of a list, a single string is accepted.
+    Facts for a model card that the model and its training run do not contain; see
+    https://huggingface.co/docs/hub/model-cards. A single string is accepted instead of a list.
 
     Args:
-        license (`str`, *optional*): License of the weights, such as `"apache-2.0"`. Without one, other people have no
-            right to use them.
+        license (`str`, *optional*): License of the weights, such as `"apache-2.0"`. Without a license, other people
+            have no right to use the weights.
         base_model (`Sequence[str]`, *optional*): Hub ids of the models that the weights were trained from. Defaults to
-            those of the training run.
-        datasets (`Sequence[str]`, *optional*): Hub ids of the training data sets. Defaults to that of the
+            the models of the training run.
+        datasets (`Sequence[str]`, *optional*): Hub ids of the training data sets. Defaults to the data set of the
             training run.
         language (`Sequence[str]`, *optional*, defaults to `"en"`): Languages of the texts, as ISO 639 codes.
         tags (`Sequence[str]`, *optional*): Tags in addition to the usual ones.
         results (`Sequence[str | os.PathLike]`, *optional*): Files of results; see
             [`~lotlip_hf.evaluation.results.load_results`].
-        origin (`str`, *optional*): One or two sentences on the origin of the weights. Defaults to one about
-            the training run.
+        origin (`str`, *optional*): One or two sentences on the origin of the weights. Defaults to a sentence about the
+            training run.
         picture (`str` or `os.PathLike`, *optional*): A PNG, JPEG or WebP picture of ranked examples, such as
-            `lotlip search --save-grid` draws. Defaults to the `ranked_examples` picture beside the checkpoint.
+            `lotlip search --save-grid` draws. Defaults to the picture `ranked_examples.*` beside the checkpoint.
     """
 
     license: str | None = None
@@ -123,7 +123,7 @@ def load_picture(source: Path | None, fields: CardFields) -> Picture | None:
 
     Args:
         source (`Path`, *optional*): The checkpoint's folder.
-        fields (`CardFields`): Their `picture` takes precedence over one in the folder.
+        fields (`CardFields`): `fields.picture` takes precedence over a picture in the folder.
 
     Returns:
         `Picture`: The picture, or `None` if there is none.
@@ -157,17 +157,17 @@ def card_bytes(
     there: Path | None = None,
 ) -> bytes:
     """
-    Returns the model card to publish. A card that a user wrote is kept: the one beside the checkpoint, or else the one
-    in the repository. Without one, the card is rendered from `MODEL_CARD.md`.
+    Returns the model card to publish: the user's card beside the checkpoint, or else the user's card in the
+    repository, or else a card rendered from `MODEL_CARD.md`.
 
     Args:
         model (`LoTLIPModel`): The model.
         processor (`LoTLIPProcessor`): The processor.
         source (`Path`, *optional*): The checkpoint's folder.
         repo_id (`str`): Repository id for the card's examples.
-        fields (`CardFields`): Facts to state. Their `results` and `picture` are not read.
+        fields (`CardFields`): Facts to state. `fields.results` and `fields.picture` are not read.
         results (`Sequence[Results]`, *optional*): Results to show.
-        picture (`Picture`, *optional*): Picture to show. Defaults to the one that the card in the repository shows.
+        picture (`Picture`, *optional*): Picture to show. Defaults to the picture in the repository's card.
         there (`Path`, *optional*): The card in the repository.
 
     Returns:
@@ -191,7 +191,7 @@ def card_bytes(
             raise ValueError(f"{name}: the YAML metadata cannot be read ({reason}).") from error
         if not (_is_generated(card) or (file is there and _is_ours(card))):
             if file is there:
-                logger.warning(f"{repo_id}: a user wrote its README.md. Its text is kept.")
+                logger.warning(f"{repo_id}: a user wrote its README.md. Only the metadata is updated.")
             return _updated(content, card, repo_id, fields, results)
         fields_of_run = _with_metadata(fields_of_run, card)
         if file is there and not shown and (match := PICTURE_LINE.search(card.text)):
@@ -248,9 +248,9 @@ def model_card(
         model (`LoTLIPModel`): The model.
         processor (`LoTLIPProcessor`): The processor.
         repo_id (`str`): Repository id for the card's examples.
-        fields (`CardFields`, *optional*): Facts to state. Their `results` and `picture` are not read.
+        fields (`CardFields`, *optional*): Facts to state. `fields.results` and `fields.picture` are not read.
         results (`Sequence[Results]`, *optional*): Results to show.
-        run (`Run`, *optional*): The training run. Paths among its options are left out.
+        run (`Run`, *optional*): The training run. The card leaves out options that are paths.
         picture (`str`, *optional*): Picture to show, in Markdown.
 
     Returns:
@@ -410,7 +410,7 @@ def _backbone(config: Any) -> str:
 
 
 def _signature(text: str) -> str:
-    """Last line of a rendered text. Its digest shows whether a user changed the text."""
+    """Last line of a rendered card. Its digest shows whether a user changed the card."""
     digest = hashlib.sha256(text.strip().encode()).hexdigest()[:16]
     return f"<!-- Written by lotlip-hf ({digest}). Publishing replaces this text unless it was edited. -->"
 
@@ -422,12 +422,12 @@ def _is_ours(card: ModelCard) -> bool:
 
 
 def _is_generated(card: ModelCard) -> bool:
-    """Whether a trainer wrote the text, or it is empty."""
+    """Whether a trainer wrote the card, or the card is empty."""
     return not card.text.strip() or any(marker in card.text for marker in GENERATED)
 
 
 def _with_metadata(fields: CardFields, card: ModelCard) -> CardFields:
-    """Fills empty fields from the metadata of a card whose text is not kept."""
+    """Fills empty fields from the metadata of a card that is replaced."""
     names = ["license", *(("base_model", "datasets", "language", "tags") if _is_ours(card) else ())]
     found = {name: value for name in names if not getattr(fields, name) and (value := getattr(card.data, name))}
     return replace(fields, **found)

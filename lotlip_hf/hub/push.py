@@ -92,14 +92,14 @@ def push(
     checkpoint is never visible. The commit also removes outdated files, such as other shards of weights. After the
     upload, the stored files are compared with the local ones. After an error, the same call sends the missing files.
 
-    A model card that a user wrote is kept: the one beside the checkpoint, or else the one in the repository. Without
-    one, the card is rendered from the model, its training run and `card`.
+    The model card is the user's card beside the checkpoint, or else the user's card in the repository, or else a card
+    rendered from the model, its training run and `card`.
 
     Args:
         model_or_path (`LoTLIPModel` or `str` or `os.PathLike`): A model, a checkpoint folder or a Hub id.
         repo_id (`str`): `"organisation/name"`, or `"name"` for your own account. The repository is created if needed.
-        processor (`LoTLIPProcessor`, *optional*): Processor of the model. Defaults to the one beside the checkpoint
-            that the model was loaded from. On the Hub that is the one on `main`, because a model does not remember its
+        processor (`LoTLIPProcessor`, *optional*): Processor of the model. Defaults to the processor in the checkpoint
+            that the model was loaded from; on the Hub to the one on `main`, because a model does not store its
             `revision`.
         card (`CardFields`, *optional*): Facts for the model card.
         private (`bool`, *optional*): Whether a new repository is private. Defaults to the organisation's setting.
@@ -121,7 +121,7 @@ def push(
             for the model card cannot be read.
         `PushError`:
             If the Hub refuses, the connection breaks, another commit intervenes, or the stored files differ from
-            those that were sent. Its `published` states whether there is a new commit.
+            those that were sent. The attribute `published` states whether there is a new commit.
     """
     validate_repo_id(repo_id)
     card = card or CardFields()
@@ -208,7 +208,6 @@ def write_repository(
 def _write(
     output: Path, loaded: Loaded, repo_id: str, card: CardFields, shown: Shown, max_shard_size: int | str | None
 ) -> None:
-    """Writes the folder."""
     model, processor, _ = loaded
     text = card_bytes(*loaded, repo_id, card, *shown)  # fails before a file is written
     output.mkdir(parents=True, exist_ok=True)

@@ -18,9 +18,9 @@ from ..training.checkpoint import MAX_PROGRESS, PROGRESS, STATE, checkpoint_step
 from ..training.config import CONFIG_NAME, RESUMABLE, SCENES, TrainingConfig, choices
 from ..training.log import LOG_NAME, read_log
 
-# Options that the card leaves out, besides those that do not change the weights
+# Options that the card leaves out, in addition to options that do not change the weights
 HOUSEKEEPING = {"image_folder", "streaming", "shuffle_buffer", "eval_data", "eval_split", "eval_samples", "eval_steps"}
-# Options that have an effect only under a condition on others
+# Option -> condition on other options under which it has an effect
 NEEDS = {
     "num_scenes": lambda options: options.get("data") == SCENES,
     "num_epochs": lambda options: not options.get("max_steps"),
@@ -86,7 +86,7 @@ def load_run(checkpoint: Path | None) -> Run:
 
 
 def _progress(state: Path) -> dict[str, int]:
-    """Numbers of processes, records and seen images; empty if the files are missing or damaged."""
+    """Returns the numbers of processes, records and seen images, or `{}` if the files are missing or damaged."""
     with suppress(OSError, ValueError, TypeError, LookupError):
         files = sorted(state.glob(f"*-{PROGRESS}"))
         parts = [parse_json(read_regular(file, MAX_PROGRESS)) for file in files]
@@ -104,7 +104,7 @@ def stated_options(options: Mapping[str, Any]) -> dict[str, str]:
         options (`Mapping[str, Any]`): Options by name, not validated.
 
     Returns:
-        `dict[str, str]`: Values by name, safe in Markdown.
+        `dict[str, str]`: Values by name, escaped for Markdown.
     """
     stated = {}
     for name in TrainingConfig.__dataclass_fields__:
@@ -135,7 +135,7 @@ def training_rows(run: Run) -> list[tuple[str, str]]:
         run (`Run`): The run.
 
     Returns:
-        `list[tuple[str, str]]`: Subject and text, in Markdown. Unknown subjects are left out.
+        `list[tuple[str, str]]`: Subject and text, in Markdown. Subjects without known facts are left out.
     """
     options = stated_options(run.options)
     rows = {

@@ -85,7 +85,7 @@ def clip_score(
     for index, embedding, was_cut in encoder.iterate_texts(texts, batch_size=batch_size, progress=progress):
         if was_cut and on_truncation == "raise":
             raise ValueError(
-                f"texts[{index}] is longer than the model's maximum of {max_length} tokens. Shorten it or pass "
+                f"texts[{index}] is longer than the model's maximum of {max_length} tokens. Shorten the text or pass "
                 '`on_truncation="warn"`.'
             )
         text_embeds[index] = embedding
