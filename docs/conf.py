@@ -14,8 +14,6 @@ from typing import Any, get_type_hints
 
 from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.builders.html import StandaloneHTMLBuilder
-from sphinx.domains.std import StandardDomain
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 DOCS = Path(__file__).resolve().parent
@@ -32,7 +30,6 @@ version = release = lotlip_hf.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 default_role = "code"
 smartquotes = False
-templates_path = ["_templates"]
 myst_heading_anchors = 4
 suppress_warnings = ["config.cache"]
 
@@ -184,19 +181,8 @@ def link_files(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = re.sub(r"\]\((\.\./[^)\s]+\.md)\)", r"](path:\1)", source[0])
 
 
-class Site(StandaloneHTMLBuilder):
-    """The HTML builder. Sphinx's page of search results is `find.html`: `search.md` is a page of these docs."""
-
-    def handle_page(
-        self, pagename: str, addctx: dict[str, Any], templatename: str = "page.html", **others: Any
-    ) -> None:
-        super().handle_page("find" if templatename == "search.html" else pagename, addctx, templatename, **others)
-
-
 def setup(app: Sphinx) -> None:
     """Connects the functions above."""
-    StandardDomain._virtual_doc_names.pop("search", None)  # pyright: ignore
-    app.add_builder(Site, override=True)
     app.connect("builder-inited", write_commands)
     app.connect("source-read", link_files)
     app.connect("autodoc-process-docstring", process_docstring, priority=400)
