@@ -37,7 +37,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py $(if $(CAPTIONS),--captions $(CAPTIONS))
 
 docs: $(INSTALLED)
-	$(BIN)/python -m sphinx -q -W --keep-going -n -d build/doctrees -b html docs build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees -b html docs build/docs
 	@echo "The site is in build/docs (make docs-serve)"
 
 docs-serve: docs

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import os
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -12,12 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from docutils import nodes
-from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
-from sphinx.builders.html import StandaloneHTMLBuilder
-from sphinx.domains.std import StandardDomain
-from sphinx.environment import BuildEnvironment
-from sphinx.util.nodes import make_refnode
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 DOCS = Path(__file__).resolve().parent
@@ -32,9 +28,8 @@ author = copyright = "The lotlip-hf authors"
 version = release = lotlip_hf.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-nitpicky = True
+default_role = "code"
 smartquotes = False
-templates_path = ["_templates"]
 myst_heading_anchors = 4
 suppress_warnings = ["config.cache"]
 
@@ -57,73 +52,22 @@ napoleon_use_rtype = False
 toc_object_entries_show_parents = "hide"
 maximum_signature_line_length = 80
 
-# Code that is not closed runs to the end.
-FENCE = re.compile(r"^( *)```(\w*)\n(.*?)(?:^\1```$|\Z)", re.MULTILINE | re.DOTALL)
-# One of: a reference; code; a link; emphasis; a character that reST reads as markup.
-INLINE = re.compile(
-    r"(?P<before>\w?)(?:"
-    r"\[`(?P<ref>~?[\w.]+)(?:\(\))?`\](?:\([^)]*\))?|(?P<ticks>``?)(?P<code>[^`]+?)(?P=ticks)|"
-    r"\[(?P<text>[^\]]+)\]\((?P<url>https?://[^)\s]+)\)|(?P<keep>\*\*\w[^*\n]*\*\*|\*\w[^*\n]*\*|https?://[^\s)]+)|"
-    r"(?P<special>[*|\\]|(?<=\w)_(?!\w)))(?P<after>\w?)"
-)
-CLASS_NAME = re.compile(r"(?:\w+\.)*[A-Z]\w*[a-z]\w*")
-
-
-def inline_markup(match: re.Match[str]) -> str:
-    """Converts one piece of inline Markdown to reST."""
-    groups = match.groupdict()
-    if groups["ref"]:
-        name = groups["ref"]
-        text = f":py:obj:`{name if name.startswith('~') or '.' not in name else f'{name} <{name}>'}`"
-    elif groups["code"]:
-        code = " ".join(groups["code"].split())
-        text = f":py:obj:`{code}`" if CLASS_NAME.fullmatch(code) else f"``{code}``"
-    elif groups["text"]:
-        text = f"`{groups['text']} <{groups['url']}>`__"
-    elif groups["keep"]:
-        text = groups["keep"]
-    else:
-        return f"{groups['before']}\\{groups['special']}{groups['after']}"
-    before, after = groups["before"] and groups["before"] + "\\ ", groups["after"] and "\\ " + groups["after"]
-    return before + text + after
-
-
-def prose(text: str) -> str:
-    """Converts Markdown without fenced code to reST, with an empty line before and after each list."""
-    lines: list[str] = []
-    item = None  # indent of the list item above
-    for line in INLINE.sub(inline_markup, text).split("\n"):
-        indent = len(line) - len(line.lstrip())
-        is_item = bool(re.match(r" *(?:-|\d+\.) ", line))
-        if line.strip() and lines and lines[-1].strip():
-            if is_item and item is None or item is not None and not is_item and indent <= item:
-                lines.append("")
-        item = indent if is_item else None if not line.strip() or item is not None and indent <= item else item
-        lines.append(line)
-    return "\n".join(lines)
+# [`name`], and the name of a class between backticks
+REFERENCE = re.compile(r"\[`(~?)([\w.]+)(?:\(\))?`\]|`((?:\w+\.)*[A-Z]\w*[a-z]\w*)`")
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
 
 def to_rest(text: str) -> str:
-    """Converts a docstring in Markdown to reST with Google's sections."""
-    pieces, end = [], 0
-    for fence in FENCE.finditer(text):
-        indent, language, code = fence.groups()
-        code = re.sub(r"  # doctest: .*", "", code)
-        kind = "pycon" if ">>> " in code else language or "text"
-        code = "".join(f"    {line}" if line.strip() else line for line in code.splitlines(keepends=True))
-        pieces += [prose(text[end : fence.start()]), f"\n{indent}.. code-block:: {kind}\n\n{code}\n"]
-        end = fence.end()
-    text = "".join([*pieces, prose(text[end:])])
-    # napoleon expects bare names of exceptions
-    raises = re.search(r"^ *Raises:\n(?:^ +.*\n?|^\n)*", text, re.MULTILINE)
-    if raises:
-        bare = re.sub(r"^( +)((?:(?::py:obj:|`)?`[\w.]+``?(?:, | or )?)+):", _bare_names, raises.group(), flags=re.M)
-        text = text.replace(raises.group(), bare)
-    return text
+    """Converts references and blocks of code from Markdown to reST."""
+    text, title, raises = text.partition("Raises:\n")
+    # napoleon expects exceptions without backticks
+    raises = re.sub(r"^ +`[\w.`, ]+:", lambda match: match[0].replace("`", ""), raises, flags=re.MULTILINE)
+    text = REFERENCE.sub(lambda match: f":py:obj:`{match[1] or ''}.{match[2] or match[3]}`", text + title + raises)
+    return FENCE.sub(_code_block, text)
 
 
-def _bare_names(match: re.Match[str]) -> str:
-    return match[1] + ", ".join(re.findall(r"`([A-Za-z][\w.]*)`", match[2])) + ":"
+def _code_block(match: re.Match[str]) -> str:
+    return f"{match[1]}.. code-block:: {match[2] or 'text'}\n\n{textwrap.indent(match[3], '    ')}"
 
 
 def option_lines(config_class: type) -> Iterator[str]:
@@ -132,11 +76,11 @@ def option_lines(config_class: type) -> Iterator[str]:
     for field in dataclasses.fields(config_class):
         if "help" in field.metadata:
             kind = inspect.formatannotation(hints[field.name]).removesuffix(" | None")
-            kind = " or ".join(f'`"{word}"`' for word in choices(hints[field.name])) or f"`{kind}`"
+            kind = "` or `".join(f'"{word}"' for word in choices(hints[field.name])) or kind
             optional = "" if field.default is dataclasses.MISSING else ", *optional*"
             default = f", defaults to `{field.default!r}`" if field.default not in (dataclasses.MISSING, None) else ""
-            text = field.metadata["help"]
-            yield f"    {field.name} ({kind}{optional}{default}): {text[:1].upper()}{text[1:].rstrip('.')}."
+            help = field.metadata["help"].replace("*", "\\*")
+            yield f"    {field.name} (`{kind}`{optional}{default}): {help}."
 
 
 def has_options(value: Any) -> bool:
@@ -148,9 +92,8 @@ def has_options(value: Any) -> bool:
 def process_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Converts a docstring, before napoleon reads its sections."""
     if has_options(value) and "Args:" not in lines:
-        heads = [index for index, line in enumerate(lines) if re.fullmatch(r"(Raises|Examples?):", line)]
-        first = heads[0] if heads else len(lines)
-        lines[first:first] = ["", "Args:", *option_lines(value), ""]
+        end = lines.index("")  # of the first paragraph
+        lines[end:end] = ["", "Args:", *option_lines(value)]
     lines[:] = to_rest("\n".join(lines)).split("\n")
 
 
@@ -163,23 +106,6 @@ def process_signature(
     if has_options(value) or inspect.isclass(value) and issubclass(value, PreTrainedConfig):
         return "(**options)", returned
     return None
-
-
-def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: nodes.Element) -> nodes.Element | None:
-    """Links a Python name to the entry whose path ends with it. A name without an entry stays code."""
-    if node.get("refdomain") != "py":
-        return None
-    objects = env.get_domain("py").data["objects"]  # pyright: ignore
-    target = node["reftarget"].lstrip("~.")
-    names = [name for name in objects if name == target or name.endswith(f".{target}")]
-    if not names and target.startswith("lotlip_hf."):  # the entry has the short name
-        names = [name for name in objects if name == f"lotlip_hf.{target.rpartition('.')[2]}"]
-    own = [name for name in names if name.startswith(f"{node.get('py:module') or ''}.")]
-    chosen = names if len(names) == 1 else own
-    if len(chosen) != 1:
-        return text
-    entry = objects[chosen[0]]
-    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, text, chosen[0])
 
 
 def typeset_dashes(app: Sphinx, doctree: nodes.document) -> None:
@@ -209,56 +135,44 @@ def paragraphs(text: str) -> str:
 def command_page(name: str, parser: argparse.ArgumentParser) -> str:
     """Returns the page of a command."""
     formatter = parser._get_formatter()
-    usage = parser.format_usage().strip()
-    if usage.count("\n") > 8:
-        positional = "".join(f" {formatter._format_args(one, one.dest)}" for one in parser._get_positional_actions())
-        usage = f"usage: {parser.prog} [options]{positional}"
-    parts = [f"# lotlip {name}", paragraphs(parser.description or ""), f"```text\n{usage}\n```"]
+    parts = [
+        f"# lotlip {name}",
+        paragraphs(parser.description or ""),
+        f"```text\n{parser.format_usage().strip()}\n```",
+    ]
     parts.append(f"```{{program}} lotlip {name}\n```")
     for group in parser._action_groups:
-        actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
-        if not actions:
-            continue
-        title = (group.title or "Options").replace("positional arguments", "Arguments")
-        parts.append(f"## {title[:1].upper()}{title[1:]}")
-        if group.description:
-            parts.append(paragraphs(group.description))
-        for action in actions:
-            help = as_markdown(" ".join(formatter._expand_help(action).split())) if action.help else ""
-            words = formatter._format_action_invocation(action)
-            parts.append(f"````{{option}} {words}\n\n{help}\n````")
-    if parser.epilog:
-        parts.append(paragraphs(parser.epilog))
-    return "\n\n".join(part for part in parts if part) + "\n"
+        parts += [f"## {group.title}"] if group._group_actions else []
+        for action in group._group_actions:
+            help = as_markdown(" ".join(formatter._expand_help(action).split()))
+            parts.append(f"````{{option}} {formatter._format_action_invocation(action)}\n\n{help}\n````")
+    return "\n\n".join([*parts, paragraphs(parser.epilog or "")])
 
 
-def write_commands(app: Sphinx) -> None:
-    """Writes a page for each command to `commands/`, and the list of them."""
-    folder = Path(app.srcdir) / "commands"
-    folder.mkdir(exist_ok=True)
-    os.environ["COLUMNS"] = "76"
-    parsers = cli.parsers()
-    pages = {name.replace(" ", "-"): command_page(name, parser) for name, parser in parsers.items()}
-    links = "\n".join(f"lotlip {name} <{name.replace(' ', '-')}>" for name in parsers)
-    pages["index"] = f"""\
+COMMANDS = """\
 # Commands
 
 `lotlip COMMAND --help` prints the same. Options that are fields of a configuration can also be lines of a YAML file:
 `--config FILE`.
 
-```{{toctree}}
+```{toctree}
+:glob:
 :maxdepth: 1
 
-{links}
+*
 ```
 """
-    for old in folder.glob("*.md"):
-        if old.stem not in pages:
-            old.unlink()
-    for name, text in pages.items():
-        file = folder / f"{name}.md"
-        if not file.is_file() or file.read_text(encoding="utf-8") != text:
-            file.write_text(text, encoding="utf-8")
+
+
+def write_commands(app: Sphinx) -> None:
+    """Writes a page for each command to `commands/`, and the list of them."""
+    os.environ["COLUMNS"] = "76"
+    folder = Path(app.srcdir) / "commands"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / "index.md").write_text(COMMANDS, encoding="utf-8")
+    for name, parser in cli.parsers().items():
+        (folder / f"{name.replace(' ', '-')}.md").write_text(command_page(name, parser), encoding="utf-8")
 
 
 def link_files(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -267,22 +181,10 @@ def link_files(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = re.sub(r"\]\((\.\./[^)\s]+\.md)\)", r"](path:\1)", source[0])
 
 
-class Site(StandaloneHTMLBuilder):
-    """The HTML builder. Sphinx's page of search results is `find.html`: `search.md` is a page of these docs."""
-
-    def handle_page(
-        self, pagename: str, addctx: dict[str, Any], templatename: str = "page.html", **others: Any
-    ) -> None:
-        super().handle_page("find" if templatename == "search.html" else pagename, addctx, templatename, **others)
-
-
 def setup(app: Sphinx) -> None:
     """Connects the functions above."""
-    StandardDomain._virtual_doc_names.pop("search", None)  # pyright: ignore
-    app.add_builder(Site, override=True)
     app.connect("builder-inited", write_commands)
     app.connect("source-read", link_files)
     app.connect("autodoc-process-docstring", process_docstring, priority=400)
     app.connect("autodoc-process-signature", process_signature)
     app.connect("doctree-read", typeset_dashes)
-    app.connect("missing-reference", resolve)

@@ -121,6 +121,7 @@ class LoTLIPTokenizer(TokenizersBackend):
     >>> tokenizer = LoTLIPTokenizer.from_pretrained("checkpoint")
     >>> tokenizer.tokenize("A cat sleeps. A dog sleeps.")
     ['a', 'cat', 'sleeps', '[SEP]', 'a', 'dog', 'sleeps', '.']
+    ```
     """
 
     _auto_class = "AutoTokenizer"

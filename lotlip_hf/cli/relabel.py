@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..options import Parser, add_flags, build, flags_of
 from ..relabel.config import add_arguments, read_config
-from ..terminal import print_tables, text_table
+from ..terminal import print_tables
 from .model import ImageOptions
 
 DESCRIPTION = """\
@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     import torch
     from accelerate import PartialState
 
-    from ..relabel.card import CARD, statistics_rows
+    from ..relabel.card import CARD, statistics_table
     from ..relabel.run import SKIPPED, relabel
 
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -52,8 +52,7 @@ def run(argv: Sequence[str]) -> None:
     if statistics is None:
         print(f"This process's share of {config.output} is done. The last process writes the card.")
         return
-    head, *rows = statistics_rows(statistics)
-    print_tables(text_table([head], rows))
+    print_tables(statistics_table(statistics, "text"))
     print(f"The shards are in {config.output}, described in {CARD}.")
     if statistics["skipped"]:
         what = "1 record was" if statistics["skipped"] == 1 else f"{statistics['skipped']} records were"

@@ -21,7 +21,7 @@ from ..modeling.calls_lotlip import for_one_call
 from ..modeling.modeling_lotlip import LoTLIPTextModel
 from ..modeling.tokenization_lotlip import clean
 from ..plots import figure, save
-from ..terminal import progress_bar
+from ..terminal import progress_bar, text_table
 from .text_encoder import LoTLIPTextEncoder, pipeline_target_layer
 
 # Word ids of the first token, the last token and padding; the words of the text are numbered from 3 on.
@@ -517,11 +517,9 @@ def train(
 
 def report_table(report: Report) -> str:
     """Formats a report as a text table."""
-    lines = [" " * 16 + "".join(f"{name:>18}" for name in MEASURES), " " * 16 + "     error  cosine" * len(MEASURES)]
-    for name, row in report.items():
-        numbers = "".join(f"{row[measure]['error']:>10.3f}{row[measure]['cosine']:>8.3f}" for measure in MEASURES)
-        lines.append(f"{name:<16}{numbers}")
-    return "\n".join(lines)
+    columns = [(measure, kind) for measure in MEASURES for kind in ("error", "cosine")]
+    rows = [[name, *(f"{row[measure][kind]:.3f}" for measure, kind in columns)] for name, row in report.items()]
+    return text_table(list(zip(("", ""), *columns, strict=True)), rows)
 
 
 def draw_report(report: Report, file: Path) -> None:

@@ -6,7 +6,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..encoder import Encoder
 from ..evaluation.results import CAPTIONS, SHARE, Results, load_results
+from ..evaluation.tables import RETRIEVAL, RETRIEVAL_HEAD, metric_table, table
 from ..files import markdown_text, one_line, read_regular
 from ..grid import DESCRIPTION
 from ..images import load_image, processed_size
@@ -28,7 +29,6 @@ from .run import (
     is_hub_id,
     load_run,
     pretrained_models,
-    recall_table,
     stated_options,
     training_rows,
     validation_texts,
@@ -59,7 +59,6 @@ PICTURE_FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
 PICTURE_LINE = re.compile(rf"^!\[.*\]\({PICTURE}\.\w+\)$", re.MULTILINE)
 MAX_PICTURE_BYTES = 10 << 20
 MAX_DESCRIPTION = 2000  # characters
-DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 
 
 @dataclass(frozen=True)
@@ -294,7 +293,7 @@ def model_card(
         options=list(stated_options(run.options).items()),
         step=run.step,
         results=[_shown(one) for one in results],
-        validation=recall_table(run.recalls) if run.recalls else None,
+        validation=_validation(run.recalls),
         validation_texts=validation_texts(run.options),
         request=_request,
     )
@@ -338,29 +337,35 @@ def _links(names: Sequence[str], kind: str) -> str:
     )
 
 
-def _shown(results: Results) -> dict[str, Any]:
-    """Formats results in Markdown: title, description and tables, in percent."""
-    protocol, entries = results.content.get("protocol", {}), results.entries
-    values = {entry.metric_type: entry.metric_value for entry in entries}
-    factor = 100 if all(value <= 1 for name, value in values.items() if SHARE.fullmatch(name)) else 1
-    shown = {name: _value(name, values, factor) for name in values if not name.endswith(("_low", "_high"))}
-    tables = []
-    columns = list(
-        dict.fromkeys(name[len(way) + 1 :] for name in shown for way in DIRECTIONS if name.startswith(f"{way}_"))
-    )
-    if columns:
-        found = {way: [shown.pop(f"{way}_{column}", "-") for column in columns] for way in DIRECTIONS}
-        rows = [[DIRECTIONS[way], *cells] for way, cells in found.items() if set(cells) != {"-"}]
-        head = [re.sub(r"^r(\d+)$", r"R@\1 (%)", column).replace("_", " ") for column in columns]
-        tables.append((["direction", *map(markdown_text, head)], rows))
-    if shown:
-        tables.append((["metric", "value"], [[_metric(name), value] for name, value in shown.items()]))
+def _shown(results: Results) -> dict[str, str]:
+    """Formats results in Markdown: title, description and table. Metrics that the table lacks are metadata only."""
+    task = results.content["task"]
+    metrics = {entry.metric_type: entry.metric_value for entry in results.entries}
+    if any(value > 1 for name, value in metrics.items() if SHARE.fullmatch(name)):  # in percent
+        metrics = {name: value / 100 if SHARE.fullmatch(name) else value for name, value in metrics.items()}
     return {
-        "title": _title(entries),
-        "about": _about(protocol),
-        "tables": tables,
-        "has_intervals": any(name.endswith("_low") for name in values),
+        "title": _title(results.entries),
+        "about": _about(results.content.get("protocol", {})),
+        "table": _table(*metric_table(task, metrics), left=int(task == RETRIEVAL)),
     }
+
+
+def _validation(recalls: Mapping[str, float]) -> str:
+    """Formats the recalls of a run's log as a table."""
+    rows = []
+    for kind in ("long", "short"):
+        metrics = {name.removeprefix(f"{kind}_"): value for name, value in recalls.items() if name.startswith(kind)}
+        rows += [[f"{kind} captions", *row] for row in metric_table(RETRIEVAL, metrics)[1] if {*row[1:]} != {"-"}]
+    return _table(["texts", *RETRIEVAL_HEAD], rows, left=2)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """Formats a table without its empty columns."""
+    columns = [cells for cells in zip(head, *rows, strict=True) if {*cells[1:]} - {"-"}]
+    if not columns:
+        return ""
+    titles, *body = zip(*columns, strict=True)
+    return table([titles], body, "markdown", left)
 
 
 def _title(entries: Sequence[EvalResult]) -> str:
@@ -368,19 +373,6 @@ def _title(entries: Sequence[EvalResult]) -> str:
         return ""
     name, split = entries[0].dataset_name, entries[0].dataset_split
     return markdown_text(f"{name} ({split})" if split else name)
-
-
-def _value(name: str, values: dict[str, Any], factor: int) -> str:
-    if not SHARE.fullmatch(name):
-        return f"{values[name]:g}"
-    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
-    interval = "" if low is None or high is None else f" ({factor * low:.2f} to {factor * high:.2f})"
-    return f"{factor * values[name]:.2f}{interval}"
-
-
-def _metric(name: str) -> str:
-    title = re.sub(r"^accuracy_top(\d+)$", r"top-\1 accuracy", name).replace("_", " ")
-    return markdown_text(f"{title} (%)" if SHARE.fullmatch(name) else title)
 
 
 def _about(protocol: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,8 +143,6 @@ def training_rows(run: Run) -> list[tuple[str, str]]:
         "Objective": ", ".join(f"`{term}`" for term in options.get("terms", "").split(", ") if term),
         "Batch": _batch(run, options),
         "Length": _length(run, options),
-        "Optimiser": _optimiser(options),
-        "Image tower": _image_tower(options),
     }
     return [(subject, text) for subject, text in rows.items() if text]
 
@@ -183,30 +181,6 @@ def _length(run: Run, options: Mapping[str, str]) -> str:
     return ", ".join(parts)
 
 
-def _optimiser(options: Mapping[str, str]) -> str:
-    rate = options.get("learning_rate")
-    if rate is None:
-        return ""
-    towers = [
-        f"{options[f'{tower}_learning_rate']} in the {tower} tower"
-        for tower in ("text", "image")
-        if f"{tower}_learning_rate" in options
-    ]
-    parts = ["AdamW", " and ".join([f"learning rate {rate}", *towers])]
-    parts += [f"{options['lr_scheduler'].replace('_', ' ')} schedule"] if "lr_scheduler" in options else []
-    parts += [_count(options["warmup_steps"], "warm-up step")] if options.get("warmup_steps", "0") != "0" else []
-    parts += [f"weight decay {options['weight_decay']}"] if "weight_decay" in options else []
-    parts += [f"averaged weights (decay {options['ema_decay']})"] if "ema_decay" in options else []
-    return ", ".join(parts)
-
-
-def _image_tower(options: Mapping[str, str]) -> str:
-    if "lock_vision" not in options:
-        return ""
-    layers = options.get("unlocked_vision_layers", "0")
-    return "frozen" if layers == "0" else f"frozen, except for its last {_count(layers, 'layer')}"
-
-
 def _count(number: str | None, noun: str) -> str:
     return f"{number} {noun}" if number == "1" else f"{number} {noun}s"
 
@@ -234,17 +208,3 @@ def is_hub_id(name: Any) -> TypeGuard[str]:
     if not name or name.count("/") != 1 or os.path.exists(name):
         return False
     return checkpoint_step(name.split("/")[1]) is None and DATA_FILE.search(name) is None
-
-
-def recall_table(recalls: Mapping[str, float]) -> tuple[Sequence[str], list[list[str]]]:
-    """Returns the head and the rows of a table of recalls, in percent."""
-    parts = {name: re.fullmatch(r"(long|short)_(image_to_text|text_to_image)_r(\d+)", name) for name in recalls}
-    ks = sorted({int(match[3]) for match in parts.values() if match})
-    rows = []
-    for kind in ("long", "short"):
-        for direction in ("image_to_text", "text_to_image"):
-            values = [recalls.get(f"{kind}_{direction}_r{k}") for k in ks]
-            if any(value is not None for value in values):
-                shown = ["-" if value is None else f"{100 * value:.2f}" for value in values]
-                rows.append([f"{kind} captions", direction.replace("_", " "), *shown])
-    return ["texts", "direction", *(f"R@{k} (%)" for k in ks)], rows

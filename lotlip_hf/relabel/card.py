@@ -11,6 +11,7 @@ from huggingface_hub import DatasetCardData
 from transformers import PreTrainedTokenizerBase
 
 from ..data.sentences import split_sentences
+from ..evaluation.tables import Format, table
 from ..files import markdown_text, printable, replacing, write_json
 from ..plots import COLOURS, figure, save, wrapped
 from .captioners.base import published_name
@@ -107,19 +108,13 @@ def _mean(counts: Mapping[int, int]) -> float | None:
     return sum(value * count for value, count in counts.items()) / total if total else None
 
 
-def statistics_rows(statistics: Mapping[str, Any]) -> list[list[str]]:
-    """Returns the rows of [`statistics_table`], the first with the titles of the columns."""
-    rows = [["captions", "images", "texts", "mean sub-captions", "mean tokens"]]
+def statistics_table(statistics: Mapping[str, Any], format: Format = "markdown") -> str:
+    """Returns table 6 of the LoTLIP paper for a data set."""
+    rows = []
     for row in statistics["captions"]:
         means = ["-" if row[f"mean_{what}"] is None else f"{row[f'mean_{what}']:.2f}" for what in COUNTED[::-1]]
         rows.append([row["name"], f"{statistics['images']:,}", f"{row['texts']:,}", *means])
-    return rows
-
-
-def statistics_table(statistics: Mapping[str, Any]) -> str:
-    """Returns table 6 of the LoTLIP paper for a data set, in Markdown."""
-    rows = [[_cell(name), *numbers] for name, *numbers in statistics_rows(statistics)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+    return table([["captions", "images", "texts", "mean sub-captions", "mean tokens"]], rows, format)
 
 
 def write_card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Sequence[Sequence[str]]) -> None:

@@ -28,7 +28,7 @@ class Storage:
         spelled = {spell(path) for path in above if path for spell in (os.path.abspath, os.path.realpath)}
         spelled |= set(map(printable, spelled))  # paths in error messages are printable
         above = sorted(map(re.escape, spelled - {os.sep}), key=len, reverse=True)
-        self._above = re.compile(rf"({'|'.join(above) or '(?!)'})(?:({re.escape(os.sep)})|(?![\w.-]))")
+        self._above = re.compile(rf"({'|'.join(above) or '(?!)'})(?:({re.escape(os.sep)})|(?![\w-]|\.[\w.]))")
 
     def name(self, path: str) -> str:
         """Returns the published path of an image: relative to the image folder, or only the file name."""

@@ -448,14 +448,14 @@ def test_the_example_runs(function):
 
 
 def test_docs_faiss(tmp_path, monkeypatch, capsys):
-    """The FAISS example of `docs/search.md`, on files as `lotlip embed` writes them."""
+    """The FAISS example of `docs/search-images.md`, on files as `lotlip embed` writes them."""
     pytest.importorskip("faiss", reason="needs `pip install faiss-cpu`")
     monkeypatch.chdir(tmp_path)
     images, texts = (F.normalize(embeds, dim=1) for embeds in noisy_pairs(20, 8, 1.0))
     for kind, names, embeds in (("images", "file", images), ("texts", "text", texts)):
         columns = {names: [f"{names} {n}" for n in range(20)], "embedding": list(embeds.numpy())}
         Dataset.from_dict(columns).to_parquet(f"{kind}.parquet")
-    page = Path(__file__).parents[2].joinpath("docs/search.md").read_text()
+    page = Path(__file__).parents[2].joinpath("docs/search-images.md").read_text()
     (code,) = (block.split("```")[0] for block in page.split("```python\n") if block.startswith("import faiss"))
     exec(code, {})
     printed = capsys.readouterr().out.splitlines()

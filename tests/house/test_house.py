@@ -22,6 +22,7 @@ import lotlip_hf.conversion
 import lotlip_hf.modeling
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PYTHON_FOLDERS = ("lotlip_hf", "modeling", "conversion", "examples", "benchmarks")
 LARGEST_FILE = 5 * 1024 * 1024  # bytes
 
 # What a checkpoint's remote code may import: transformers, and what every installation of transformers has.
@@ -189,7 +190,7 @@ def test_nothing_that_is_read_runs() -> None:
     """
     auto = re.compile(r"(transformers\.)?(Auto\w+\.from_(pretrained|config)|pipeline)")
     unsafe = re.compile(r"(\w*pickle|dill|joblib|marshal)\.loads?|torch\.jit\.load|yaml\.(unsafe_|full_)?load")
-    for folder in ("lotlip_hf", "modeling", "conversion", "examples", "benchmarks"):
+    for folder in PYTHON_FOLDERS:
         for path in (REPOSITORY / folder).rglob("*.py"):
             for node in ast.walk(syntax_tree(path)):
                 if not isinstance(node, ast.Call):
@@ -231,6 +232,39 @@ def test_install_hints_are_spelt_the_same() -> None:
             extra = re.match(r"'lotlip-hf\[([\w-]+)\]'", hint)
             assert extra is not None, f"{path.name}: {hint}"
             assert extra[1] in extras, f"{path.name}: {hint}"
+
+
+SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Examples?):$", re.MULTILINE)
+TYPE = r"\(`[^`]+`(?: or `[^`]+`)*(?:, \*optional\*)?(?:, defaults to .+?)?\)"
+ARGUMENT = re.compile(rf" {{4}}(?:(\*{{0,2}}\w+(?:, \w+)*) {TYPE}|(\*\*\w+)): \S")
+
+
+def argument_names(node: ast.ClassDef | ast.FunctionDef) -> set[str]:
+    """The arguments of a function, or of a class: those of `__init__`, and its fields."""
+    if isinstance(node, ast.FunctionDef):
+        return {one.arg for one in ast.walk(node.args) if isinstance(one, ast.arg)}
+    fields = {
+        one.target.id for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
+    }
+    inits = [one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
+    return fields.union(*map(argument_names, inits))
+
+
+def test_docstrings_have_the_form_of_transformers() -> None:
+    for path in itertools.chain.from_iterable(map(python_files, PYTHON_FOLDERS)):
+        for node in ast.walk(syntax_tree(path)):
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+                continue
+            text, where = ast.get_docstring(node) or "", f"{path.name}:{node.lineno}"
+            if re.match(r"_(?!_)", node.name):
+                assert not SECTION.search(text), f"{where}: private, so its docstring has no sections"
+            known = argument_names(node)
+            section = re.search(r"^Args:\n((?: {4}.*\n?|\n)*)", text, re.MULTILINE)
+            for line in re.findall(r"^ {4}\S.*", section[1], re.MULTILINE) if section else []:
+                entry = ARGUMENT.match(line)
+                assert entry, f"{where}: {line.strip()}"
+                names = set(re.findall(r"\w+", entry[1] or entry[2]))
+                assert not known or names <= known, f"{where}: no argument {', '.join(names - known)}"
 
 
 def test_no_file_names_this_machine_or_a_registry() -> None:
