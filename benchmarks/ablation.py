@@ -1,4 +1,4 @@
-"""The ablation study of the paper in small: long captions, corner tokens, their mask, sub-captions, the token limit.
+"""Repeats the paper's ablation study with a small model: long captions, corner tokens, sub-captions, token limits.
 
 Trains a small model on Scenes for each setting and seed, and measures retrieval over 500 held-out scenes. Each result
 is saved at once in `benchmarks/results/ablation.jsonl`, so an interrupted study resumes with the missing runs.
@@ -12,10 +12,10 @@ is a member of every group, but is trained only once.
 
 Without the corner mask (`mask-off`), all tokens attend to each other. With the mask, the feature of [CLS] does not
 depend on the corner tokens, so these can be omitted at inference. Without the mask it depends on them, so `mask-off`
-has corner tokens in every text, short and long, in training and in evaluation. All settings compare the feature of
-[CLS].
+has corner tokens in every text, short and long, in training and in evaluation. Retrieval uses only the feature of
+[CLS] in all settings.
 
-Four held-out scenes share each short caption, so no model has an R@1 above 25 % by short captions.
+Four held-out scenes share each short caption, so R@1 with short captions is at most about 25 %.
 """
 
 import argparse
@@ -101,8 +101,8 @@ TITLES = {
     "sentences": "Sentences of a sub-caption",
     "tokens": "Token limit",
 }
-# Two settings, and the paper's result for the first one by long and by short captions. In the paper, long captions
-# without corner tokens make retrieval by short captions worse, and corner tokens make up for this.
+# Two settings, and how the paper rates the first against the second, with long and with short captions. In the paper,
+# long captions without corner tokens lower the recall of short captions, and corner tokens restore it.
 COMPARISONS = [
     ("long", "short", "better", "worse"),
     ("corners-1", "long", "better", "better"),
@@ -151,7 +151,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line."""
     names = [*GROUPS, *dict.fromkeys(setting.name for settings in GROUPS.values() for setting in settings)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    seeds = "random seeds of weights, data and draws (0 1 2)"
+    seeds = "random seeds of weights, data and drawn texts (0 1 2)"
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help=seeds)
     only = f"groups or settings to run, from {', '.join(names)}"
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=only)
@@ -182,7 +182,7 @@ def run_study(base: Mapping[str, Any], settings: Sequence[Setting], seeds: Seque
     for seed in seeds:
         for setting in settings:
             options = {**base, **setting.changes, "seed": seed}
-            # Settings with the same options are one run.
+            # Settings with the same options share a run.
             wanted.setdefault(json.dumps(options, sort_keys=True), (setting, options))
     known = [entry["options"] for entry in read_results(results)]
     missing = [(setting, options) for setting, options in wanted.values() if options not in known]
@@ -379,8 +379,8 @@ def _mean_and_spread(values: Sequence[float], sign: str = "") -> str:
 
 def draw(found: Mapping[str, Mapping[int, Mapping[str, Any]]], picture: Path) -> None:
     """
-    Plots R@1 by long and by short captions for each group of settings: a dot for every seed, and mean and standard
-    deviation.
+    Plots R@1 with long and with short captions for each group of settings: a dot for every seed, the mean and the
+    standard deviation.
 
     Args:
         found (`Mapping[str, Mapping[int, Mapping[str, Any]]]`): Result by name of the setting and by seed.

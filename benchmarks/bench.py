@@ -5,11 +5,11 @@
     python benchmarks/bench.py --only tokenise images      # only these parts
     python benchmarks/bench.py --table                     # print the last results, as in docs/speed.md
 
-A speed is the ratio of the median times of two calls that took turns in one run. The model has random weights and
-the shape of the released one (BERT-base and ViT-B/16). The *official recipe* works as the official code: texts padded
-to 128 positions, a dense mask, corner tokens also at inference, and eager attention, the only one in its version of
-transformers. Each part appends a line to `benchmarks/results/bench.jsonl`. For a missed target, a profile is saved in
-`benchmarks/results/profiles`.
+A speed-up is the ratio of the median times of two calls that alternate in one run. The model has random weights and
+the shape of the released model (BERT-base and ViT-B/16). The *official recipe* computes like the official code: texts
+padded to 128 positions, a dense mask, corner tokens also at inference, and eager attention, because its version of
+transformers has no other. Each part appends a line to `benchmarks/results/bench.jsonl`. For a missed target, a profile
+is saved in `benchmarks/results/profiles`.
 """
 
 import argparse
@@ -72,10 +72,10 @@ class Row:
         work (`str`): Measured work.
         beside (`str`): Baseline of the comparison.
         ratio (`float`): Measured value: the speed-up, or a value in `unit`.
-        target (`float`): Minimum of `ratio`, or maximum with `at_most`.
+        target (`float`): Minimum of `ratio`, or its maximum if `at_most` is set.
         at_most (`bool`, *optional*, defaults to `False`): Whether `target` is a maximum.
         unit (`str`, *optional*, defaults to `"x"`): Unit of `ratio` and `target`.
-        detail (`str`, *optional*, defaults to `""`): Measurements behind the ratio.
+        detail (`str`, *optional*, defaults to `""`): The measurements that `ratio` is computed from.
         profile (`Callable`, *optional*): Call that is profiled if the target is missed.
     """
 
@@ -113,11 +113,11 @@ class Bench:
     Args:
         size (`str`): Size of the models; see `peers.SIZES`.
         captions (`list[str]`): Long texts.
-        num_texts (`int`): Number of texts that are encoded in a turn.
+        num_texts (`int`): Number of texts to encode in each turn.
         num_mixed (`int`): Number of texts of mixed lengths.
         batch_size (`int`): Number of images in a training step.
         loss_batch_size (`int`): Number of images in the loss.
-        repeats (`int`): Number of counted turns.
+        repeats (`int`): Number of timed turns.
         folder (`Path`): Folder for temporary checkpoints and images.
     """
 
@@ -150,7 +150,6 @@ class Bench:
 
     @cached_property
     def processor(self) -> LoTLIPProcessor:
-        """The processor of the model."""
         return peers.make_processor(self.model)
 
     @cached_property
@@ -170,7 +169,7 @@ class Bench:
         return Encoder(model, self.processor).encode_texts(texts, progress=False)
 
     def batches(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        """Creates ideal batches: tokenised, sorted by length, and of the fastest number of tokens for a CPU."""
+        """Creates ideal batches: tokenised, sorted by length, with the number of tokens that a CPU encodes fastest."""
         encoded = self.processor.tokenizer(list(texts), truncation=True, verbose=False)["input_ids"]
         ids = sorted(encoded, key=len, reverse=True)
         batches = []
@@ -305,7 +304,7 @@ def loss_inputs(batch_size: int) -> list[torch.Tensor]:
 
 
 def run_loss(name: str, inputs: Sequence[torch.Tensor]) -> None:
-    """Runs forward and backward of the tiled objective or of the loss with whole logits."""
+    """Runs forward and backward of the tiled objective, or of the loss on the whole matrix of logits."""
     scale = torch.tensor(50.0)
     if name == "tiles":
         names = ("image_embeds", "text_embeds", "corner_embeds")
@@ -318,13 +317,13 @@ def run_loss(name: str, inputs: Sequence[torch.Tensor]) -> None:
 
 
 def make_loss(name: str, batch_size: int) -> Call:
-    """Creates a call of `run_loss`, after a small one that makes all one-time allocations."""
+    """Creates a call of `run_loss`; runs a small one first, so that one-time allocations are not measured."""
     run_loss(name, loss_inputs(16))
     return partial(run_loss, name, loss_inputs(batch_size))
 
 
 def loss(bench: Bench) -> list[Row]:
-    """Computes the loss of a large batch in tiles, compared with whole logits."""
+    """Computes the loss of a large batch in tiles, compared with the whole matrix of logits."""
     held = {name: peak_memory(make_loss, name, bench.loss_batch_size) for name in ("tiles", "whole")}
     inputs = loss_inputs(bench.loss_batch_size)
     calls = {name: partial(run_loss, name, inputs) for name in ("tiles", "whole")}
@@ -395,7 +394,7 @@ def images(bench: Bench) -> list[Row]:
         return image_processor(images=batch, return_tensors="pt")["pixel_values"]
 
     seconds = bench.turns("images", {"ours": ours, "usual": usual})
-    difference = (ours() - usual()).abs() * 255 / 2  # pixel values go from -1 to 1
+    difference = (ours() - usual()).abs() * 255 / 2  # pixel values range from -1 to 1
     rates = " and ".join(f"{len(paths) / each:.1f}" for each in seconds.values())
     pixels = f"pixels differ by {difference.mean():.2f} of 255 on average, by {difference.max():.0f} at most"
     detail = f"{rates} images/s; {pixels}"
@@ -409,8 +408,8 @@ def loss_of_batch(
     name: str, size: str, captions: Sequence[str], num_long_texts: int = 1
 ) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
     """
-    Creates a model in training mode and a function that computes the loss of a batch: for each caption a random image,
-    the first sentence, and `num_long_texts` sub-captions of three sentences.
+    Creates a model in training mode and a function that computes the loss of a batch. Each caption gives a random
+    image, its first sentence as the short text, and `num_long_texts` sub-captions of three sentences.
     """
     model = peers.make_model(size).train()
     processor = peers.make_processor(model)
@@ -456,7 +455,7 @@ def training_step(model: nn.Module, compute_loss: Callable[[], torch.Tensor]) ->
 
 
 def make_step(name: str, size: str, captions: Sequence[str], num_long_texts: int) -> Call:
-    """Creates forward, loss and backward without an optimiser, after those of a small model (see `make_loss`)."""
+    """Creates a step without an optimiser; runs a small one first, so that one-time allocations are not measured."""
     _, of_small = loss_of_batch(name, "one layer", captions[:2], num_long_texts)
     of_small().backward()
     _, compute_loss = loss_of_batch(name, size, captions, num_long_texts)
@@ -512,7 +511,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
 
 
 def read_captions(path: Path | None) -> list[str]:
-    """Reads texts from a JSONL file with `{"text": "..."}` on each line, or takes long captions of Scenes."""
+    """Reads texts from a JSONL file with `{"text": "..."}` on each line, or returns long captions of Scenes."""
     if path is None:
         return [captions[0] for captions in scenes_dataset(NUM_SCENES, split="test")["long_captions"]]
     captions = []
@@ -530,7 +529,7 @@ def read_captions(path: Path | None) -> list[str]:
 
 
 def profile(call: Call) -> str:
-    """Profiles a call: Python functions, then PyTorch operations, each sorted by its own time."""
+    """Profiles a call: Python functions, then PyTorch operations, both sorted by time without nested calls."""
     python = cProfile.Profile()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as operations:
         python.runcall(call)
@@ -570,11 +569,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--captions", type=Path, help='file with {"text": "..."} on each line; default: Scenes')
     parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to measure; default: all")
     parser.add_argument("--size", choices=peers.SIZES, default="base", help="size of the models")
-    parser.add_argument("--num-texts", type=int, default=64, help="number of texts encoded in a turn")
+    parser.add_argument("--num-texts", type=int, default=64, help="number of texts to encode in each turn")
     parser.add_argument("--num-mixed", type=int, default=10_000, help="number of texts of mixed lengths")
     parser.add_argument("--batch-size", type=int, default=16, help="images in a training step")
     parser.add_argument("--loss-batch-size", type=int, default=8192, help="images in the loss")
-    parser.add_argument("--repeats", type=int, default=5, help="number of counted turns")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to which results are appended")
     parser.add_argument("--table", action="store_true", help="only print the last results")

@@ -24,7 +24,7 @@ PACKAGES = ("lotlip-hf", "torch", "transformers")
 
 
 def seconds_of(function: Callable[[], Any], device: str = "cpu") -> float:
-    """Measures the wall-clock time of a call in seconds, until the device is finished."""
+    """Measures the wall-clock time of a call in seconds, including its work on the device."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -40,12 +40,12 @@ def in_turns(
     """
     Measures the median wall-clock time of several calls.
 
-    The calls take turns, so that other load on the machine affects all of them. The first turn is a warm-up and is not
-    counted.
+    The calls alternate, so that other load on the machine affects all of them. The first turn is a warm-up that is not
+    timed.
 
     Args:
         calls (`Mapping[str, Callable[[], Any]]`): Calls by name.
-        repeats (`int`): Number of counted turns.
+        repeats (`int`): Number of timed turns.
         description (`str`, *optional*, defaults to `"Turns"`): Label of the progress bar.
         device (`str`, *optional*, defaults to `"cpu"`): Device of the calls.
 
@@ -71,16 +71,16 @@ def memory(name: str) -> int:
 
 def peak_memory(make_call: Callable[..., Callable[[], Any]], *args: Any) -> float:
     """
-    Measures the peak memory of a call in a new process, above the memory before the call.
+    Measures the peak memory of a call in a new process, minus the memory before the call.
 
     Args:
-        make_call (`Callable`): Function of a module that creates the call in the new process.
+        make_call (`Callable`): Function at the top level of a module, which creates the call in the new process.
         args (`Any`): Arguments of `make_call`.
 
     Returns:
         `float`: Peak memory in MiB.
     """
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")  # glibc returns freed memory at once
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")  # makes glibc return freed memory at once
     with ProcessPoolExecutor(1, get_context("forkserver")) as process:
         return process.submit(_peak_memory, make_call, args).result()
 

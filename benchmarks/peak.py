@@ -4,11 +4,10 @@
     python benchmarks/peak.py --batch-size 256 --compile
     python benchmarks/peak.py --device cpu --batch-size 8
 
-The model has the shape of the released one, and the inputs are random and without padding. The floating-point
-operations per second (including those that gradient checkpointing repeats) are divided by those of large matrix
-products on the same device, which are timed in turns with the model. The training step is also compared with that of
-the official recipe, which pads short and long texts to 128 tokens. The result is appended to
-`benchmarks/results/peak.jsonl`.
+The model has the shape of the released model. The inputs are random and without padding. The share is the model's
+floating-point operations per second (with those that gradient checkpointing repeats), divided by those of large matrix
+products. Both alternate on the same device. The training step is also compared with that of the official recipe, which
+pads short and long texts to 128 tokens. The result is appended to `benchmarks/results/peak.jsonl`.
 """
 
 import argparse
@@ -52,7 +51,7 @@ def make_batch(model: LoTLIPModel, batch_size: int, num_long_texts: int, device:
 
 
 def make_works(model: LoTLIPModel, batch_size: int, num_long_texts: int, device: str) -> dict[str, Callable[[], Any]]:
-    """Creates the measured calls, each on `batch_size` samples. Each call sets training or evaluation mode itself."""
+    """Creates the calls to measure, on `batch_size` samples each. A call sets training or evaluation mode itself."""
     batch = make_batch(model, batch_size, num_long_texts, device)
     objective = Objective({"infonce": InfoNCE()})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

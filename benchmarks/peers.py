@@ -1,6 +1,4 @@
-"""
-The measured models: LoTLIP, the official recipe, and stock models in their usual form. They share weights if possible.
-"""
+"""The measured models: LoTLIP, the official recipe, and stock models. All share weights if possible."""
 
 import copy
 import html
@@ -31,10 +29,10 @@ from lotlip_hf.images import official_image_processor
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 
 VOCABULARY = Path(__file__).resolve().parent.parent / "tests" / "golden" / "tokenizer" / "vocab.txt"  # BERT's
-CONTEXT_LENGTH, NUM_CORNER_TOKENS = 128, 2  # of the released models
-BATCH_SIZE = 32  # default of sentence-transformers, and usual in examples of transformers
-# The released shape; a small BERT to measure overhead; a tiny model for tests; and one layer, so that the similarities
-# of a large batch use more memory than the activations
+CONTEXT_LENGTH, NUM_CORNER_TOKENS = 128, 2  # those of the released models
+BATCH_SIZE = 32  # default of sentence-transformers, and common in examples of transformers
+# Shapes: that of the released models; a small BERT to measure overhead; a tiny model for tests; and one layer, whose
+# activations use less memory than the similarities of a large batch
 SIZES: dict[str, dict[str, int]] = {
     "base": {},
     "mini": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
@@ -69,10 +67,10 @@ class OfficialRecipe(nn.Module):
     The text tower of LoTLIP as in the official code (github.com/wuw2019/LoTLIP, `open_clip/tokenizer.py` and
     `hf_model.py`).
 
-    Corner tokens are part of the text, even at inference. Texts are padded to 128 positions, and the mask is dense.
+    Corner tokens are part of every text, also at inference. Texts are padded to 128 positions, and the mask is dense.
 
     Args:
-        model (`LoTLIPModel`): Model whose weights are copied.
+        model (`LoTLIPModel`): Model to copy the weights from.
         attn_implementation (`str`, *optional*, defaults to `"eager"`): Attention of BERT. The official code uses
             transformers 4.39, where BERT has only `"eager"`.
     """
@@ -106,7 +104,7 @@ class OfficialRecipe(nn.Module):
             ).input_ids
 
     def mask(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Creates the mask [B, L, L]: whether a position (row) attends to another one (column)."""
+        """Creates the mask [B, L, L]: whether a position (row) attends to another position (column)."""
         m = self.num_corner_tokens
         mask = (input_ids != 0)[:, None, :].repeat(1, input_ids.shape[-1], 1)
         mask[:, :, : m + 1] = False
@@ -136,7 +134,7 @@ class OfficialTraining(nn.Module):
     The training of the official code: short and long texts padded to 128 tokens, a dense mask, and whole logits.
 
     Args:
-        model (`LoTLIPModel`): Model whose image tower and logit scale are shared, and whose text tower is copied.
+        model (`LoTLIPModel`): Model that provides the image tower, the logit scale and a copy of the text tower.
     """
 
     def __init__(self, model: LoTLIPModel) -> None:

@@ -51,7 +51,7 @@ def product(image_embeds: torch.Tensor, text_embeds: torch.Tensor, block_size: i
 
 
 def make_retrieval(images: int, texts: int, dim: int, block_size: int) -> Callable[[], Any]:
-    """Creates the call whose memory is measured."""
+    """Creates the call for the measurement of memory."""
     return partial(retrieval_metrics, *make_embeddings(images, texts, dim), block_size=block_size)
 
 
@@ -63,14 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dim", type=int, default=768, help="dimensions of the embeddings")
     parser.add_argument("--block-size", type=int, default=BLOCK_SIZE, help="rows and columns of a block")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
-    parser.add_argument("--repeats", type=int, default=5, help="number of counted turns")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed turns")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to which the result is appended")
     arguments = parser.parse_args(argv)
     sizes = {name: getattr(arguments, name) for name in ("images", "texts", "dim", "block_size")}
     torch.set_num_threads(arguments.threads)
     held = peak_memory(make_retrieval, *sizes.values())
 
-    load = os.getloadavg()[0]  # load by other processes, which makes the times longer
+    load = os.getloadavg()[0]  # load of other processes, which slows down the calls
     images, texts, owners = make_embeddings(arguments.images, arguments.texts, arguments.dim)
     block_size = arguments.block_size
     calls: dict[str, Callable[[], Any]] = {

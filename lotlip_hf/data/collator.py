@@ -108,7 +108,7 @@ class LoTLIPCollator:
 
     def set_epoch(self, epoch: int) -> None:
         """
-        Sets the epoch, which decides the texts that are drawn. Call it before iterating over the `DataLoader`.
+        Sets the epoch, which determines the drawn texts. Call it before iterating over the `DataLoader`.
 
         Args:
             epoch (`int`): Number of the epoch.
@@ -125,7 +125,7 @@ class LoTLIPCollator:
         Returns:
             `Batch`: The batch. Short texts are padded to the longest short text, long texts to the longest long text.
             `counts` has the number of given `records`, of records left out (`broken_images`, `broken_records`), of
-            damaged shards (`broken_shards`), and of records whose long texts are the short caption (`stand_ins`).
+            damaged shards (`broken_shards`), and of records that repeat the short caption as long text (`stand_ins`).
 
         Raises:
             `ImageError`: If an image is broken and `on_error` is `"raise"`.

@@ -19,7 +19,7 @@ class MissingColumn(ValueError):
     Args:
         problem (`str`): A sentence that names the missing column.
         field (`str`): Field of [`ColumnMapping`] that names the column: `"image"`, `"short"` or `"long"`.
-        hint (`str`, *optional*): A sentence that says what to do. Defaults to advice for `load_records`.
+        hint (`str`, *optional*): Advice in one sentence. Defaults to advice for `load_records`.
     """
 
     def __init__(self, problem: str, field: str, hint: str | None = None) -> None:
@@ -35,21 +35,21 @@ class ColumnMapping:
     The columns of a data set that become the fields of a record.
 
     A column is given by its name, or by a path to a value in it: `conversations[1].value` is the field `value` of the
-    second element of the column `conversations`. A tuple means the first of its columns that exists. Only `long` uses
-    all of its columns.
+    second element of the column `conversations`. A tuple lists alternatives, and the first column that exists is used.
+    For `long`, a tuple lists columns that are all used.
 
     Args:
         image (`str` or `tuple[str, ...]`, *optional*, defaults to `("image", "file_name")`): Column of the images:
-            paths, bytes of files, or images of `datasets`. Samples of WebDataset shards need no column if they have
-            one image. If they have several, name the extension of one (`input.jpg`).
+            paths, bytes of files, or images of `datasets`. Samples of WebDataset shards with one image need no column.
+            For samples with several images, name the extension of one (`input.jpg`).
         long (`str` or `tuple[str, ...]`, *optional*, defaults to `"long_captions"`): Columns of the long captions. A
             value is a text or a list of texts. The captioners are numbered in this order. `*` and `?` match parts of a
             name (`long*_captions`), and the matches keep the order of the data set. `()` reads no long captions.
         short (`str` or `tuple[str, ...]`, *optional*, defaults to `("short_caption", None)`): Column of the short
-            caption. `None` means the first sentence of the first long caption. A tuple with `None` uses this sentence
-            if no column exists.
-        id (`str` or `tuple[str, ...]`, *optional*, defaults to `"id"`): Column of the ids. Without such a column, the
-            id is the path of the image, or in WebDataset shards the shard and the key of the sample. Otherwise it is a
+            caption. `None` means the first sentence of the first long caption. In a tuple, `None` comes last and is
+            used if no column exists.
+        id (`str` or `tuple[str, ...]`, *optional*, defaults to `"id"`): Column of the ids. If the column is missing,
+            the id is the path of the image, or in WebDataset shards the shard and the key of the sample, or else a
             digest of the record.
         negatives, rewrites, tags, regions, group (`str`, *optional*): Columns of the optional fields of a
             [`~lotlip_hf.data.record.Record`]. Data sets and rows may lack them.
@@ -71,7 +71,7 @@ class ColumnMapping:
         return {name: column for name in OPTIONAL if (column := getattr(self, name)) is not None}
 
 
-# Recaptioned LAION and COYO are tables of URLs and captions, whose columns have several names.
+# Recaptioned LAION and COYO are tables of URLs and captions, with different column names.
 _RECAP_LONG = ColumnMapping(
     image=("image", "Image Path", "image_path", "url", "URL"),
     long=("long*caption*", "*long*caption*"),

@@ -20,7 +20,7 @@ import pyarrow.parquet
 
 from ..files import MAX_BYTES, open_regular, parse_json, printable
 
-# From a file's extension to its kind.
+# Extension -> kind of the file.
 KINDS = {
     ".csv": "csv",
     ".tsv": "csv",
@@ -42,7 +42,7 @@ JSON_FIELDS = frozenset(("json", "jsn"))
 
 
 class RowError(ValueError):
-    """A row cannot be read. The message gives the position of the row and the reason. Later rows can still be read."""
+    """A row cannot be read. The message contains its position and the reason. Later rows can still be read."""
 
 
 class SizeError(RowError):
@@ -63,12 +63,12 @@ def read_rows(
     Reads the rows of a file in order.
 
     Values of CSV and TSV files are strings. A `.json` file contains a list of objects, or one object per line. A row
-    of a WebDataset shard is a sample: successive members whose names are equal up to the first dot. The extension of a
+    of a WebDataset shard is a sample: successive members with the same name up to the first dot. The extension of a
     member is its column (`jpg`, `txt`, `input.jpg`). The fields of a sample's only JSON member are columns too. The
     only image of a sample is also the column `image`. `__key__` is the name of the shard and of the sample.
 
     Args:
-        file (`str` or `os.PathLike`): The file. Its extension decides its kind.
+        file (`str` or `os.PathLike`): The file. The extension determines the format.
         columns (`Sequence[str]`, *optional*): Columns of a Parquet file to read, or paths into them. Defaults to all
             columns.
         texts (`Sequence[str]`, *optional*): Columns of a CSV or TSV file, or paths into them, in which a JSON list of
@@ -103,10 +103,10 @@ def read_rows(
 
 def parquet_batches(metadata: pyarrow.parquet.FileMetaData, max_bytes: int = MAX_BYTES) -> list[int]:
     """
-    Returns the number of rows to read at a time from each row group, so that each column of them has at most
+    Returns the number of rows to read at a time from each row group, so that a column of these rows has at most
     `max_bytes`. Raises `ValueError` if a column looks like a decompression bomb.
 
-    A value is at most as large as its column in the row group. A dictionary stores one value for many rows.
+    A value is at most as large as its column in the row group. Dictionary encoding stores a value once for many rows.
     """
     batches = []
     for index in range(metadata.num_row_groups):
@@ -204,7 +204,7 @@ def _line_rows(file: BinaryIO, max_bytes: int) -> Iterator[dict[str, Any] | RowE
 
 
 def _list_rows(file: BinaryIO, max_bytes: int) -> Iterator[dict[str, Any] | RowError]:
-    """Yields the objects of a JSON list, reading it in chunks. Nothing can be read after a broken object."""
+    """Yields the objects of a JSON list, reading it in chunks. Reading stops at a broken object."""
     decoder, count = json.JSONDecoder(), 0
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
     buffer = text.read(JSON_CHUNK).lstrip()
@@ -227,7 +227,7 @@ def _list_rows(file: BinaryIO, max_bytes: int) -> Iterator[dict[str, Any] | RowE
                 raise _BrokenFile(f"broken JSON after {count} entries ({error.msg})") from error
             buffer, position = buffer[position:] + more, 0
             continue
-        except (ValueError, RecursionError) as error:  # a number that is too long, or too deep nesting
+        except (ValueError, RecursionError) as error:  # the number is too long, or the nesting too deep
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
             raise _BrokenFile(f"broken JSON after {count} entries ({reason})") from error
         count += 1
@@ -239,7 +239,7 @@ def _list_rows(file: BinaryIO, max_bytes: int) -> Iterator[dict[str, Any] | RowE
 
 
 class _CsvLines:
-    """Lines of a CSV file. `size` counts the characters of a row. `is_at_end` is set if a row needs further lines."""
+    """Lines of a CSV file. `size` counts the characters of a row. `is_at_end` is set after the last line."""
 
     def __init__(self, file: BinaryIO, max_bytes: int) -> None:
         self._lines, self._max_bytes = _lines(file, max_bytes, newline=""), max_bytes
@@ -304,7 +304,7 @@ def _csv_rows(
 
 
 def _texts(cell: str | None) -> str | list[str | None] | None:
-    """Parses a JSON list of texts and returns other values unchanged. Lists printed by Python or NumPy are errors."""
+    """Parses a JSON list of texts and returns other values unchanged. Lists in Python's notation are errors."""
     text = (cell or "").strip()
     if not (text.startswith("[") and text.endswith("]")):
         return cell
@@ -370,7 +370,7 @@ def _is_image(field: str) -> bool:
 
 
 def _tar_rows(file: BinaryIO, shard: str, max_bytes: int) -> Iterator[dict[str, Any] | RowError]:
-    """Yields the samples of a shard. Headers decide which members are read."""
+    """Yields the samples of a shard. Members of unknown types are not read."""
     with tarfile.open(fileobj=_Bounded(file, max_bytes), mode="r:") as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
         sample, seen = None, set()
         for member in tar:

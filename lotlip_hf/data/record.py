@@ -8,11 +8,11 @@ from ..files import MAX_CHARACTERS, printable
 
 
 class RecordError(ValueError):
-    """A record is broken. The message gives the id of the record."""
+    """A record is broken. The message contains the id of the record."""
 
 
 class ShardError(RecordError):
-    """A shard is damaged or truncated. The message gives the name of the shard and the number of intact records."""
+    """A shard is damaged or truncated. The message contains the name of the shard and the number of intact records."""
 
 
 class Region(TypedDict):
@@ -36,7 +36,7 @@ class Record(RequiredFields, total=False):
     One image with its captions.
 
     `image` is an argument of [`~lotlip_hf.images.load_image`]. `error` is the reason why a record is broken. With
-    `is_shard`, the record represents a damaged shard. An optional field may be missing or `None`. Other keys are kept.
+    `is_shard`, the record represents a damaged shard. An optional field may be missing or `None`. Other keys remain.
     """
 
     error: str | None
@@ -49,7 +49,7 @@ class Record(RequiredFields, total=False):
 
 
 class Texts(NamedTuple):
-    """The texts of an image in a step. If `stand_in`, there was no long caption and the short one is repeated."""
+    """The texts of an image in a step. With `stand_in`, the long texts are copies of the short caption."""
 
     short: str
     long: list[str]

@@ -60,7 +60,7 @@ COLUMNS: dict[Kind, Any] = {
 }
 FEATURES = Features(
     {
-        # `path` is relative to the folder of the data file with the index `file`.
+        # A relative `path` starts at the folder of the data file with the index `file` in the list of files.
         "image": {"bytes": Value("large_binary"), "path": Value("string"), "file": Value("int32")},
         **{name: COLUMNS[kind] for name, kind in FIELDS.items()},
         "id": Value("string"),
@@ -88,8 +88,8 @@ def load_records(
     are not decoded, so that the collator decides whether a broken image stops the run. If a file of a local stream is
     damaged, the last record of the file has an `error` and `is_shard`.
 
-    Images must be in the image folder or in `image_root`, after resolving links. A record whose image is elsewhere is
-    broken. WebDataset shards and data sets on the Hub can name local image files only if `image_folder` or
+    Images must be in the image folder or in `image_root`, after resolving links. A record with an image outside these
+    folders is broken. WebDataset shards and data sets on the Hub can name local image files only if `image_folder` or
     `image_root` is set.
 
     Args:
@@ -100,7 +100,7 @@ def load_records(
         mapping (`str` or `ColumnMapping`, *optional*, defaults to `"records"`): The columns to read: a name in
             `MAPPINGS` or a `ColumnMapping`.
         split (`str`, *optional*): The split. Defaults to `"train"` for a data set on the Hub. For local files, a word
-            in the names of files and folders decides their split (`train/`, `captions-val.csv`). `"all"` reads all
+            in the names of files and folders determines their split (`train/`, `captions-val.csv`). `"all"` reads all
             splits.
         image_folder (`str` or `os.PathLike`, *optional*): Base folder of relative paths of images. Defaults to the
             folder of the data file.
@@ -114,8 +114,8 @@ def load_records(
             `revision`.
 
     Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`: The records, as an `IterableDataset` when streaming. Workers
-        divide its files.
+        `datasets.Dataset` or `datasets.IterableDataset`: The records, as an `IterableDataset` when streaming. The
+        workers of a `DataLoader` divide the files.
 
     Raises:
         `FileNotFoundError`: If a file or folder does not exist, or a folder has no data files.
@@ -165,11 +165,11 @@ class _Images:
 
     def of(self, file: str) -> tuple[str, tuple[str, ...]]:
         """Returns the base folder of image paths in a data file, and the folders that may contain the images."""
-        # A shard contains its images. By default, the files that it names are not opened.
+        # Shards contain images, so image files named in a shard are not opened by default.
         return self.below(None if file.lower().endswith(".tar") else os.path.dirname(file) or ".")
 
     def below(self, own: str | None = None) -> tuple[str, tuple[str, ...]]:
-        """Like `of`, with the default folder `own`."""
+        """Returns the same as `of`, with `own` as the default image folder."""
         folder = self.folder or own or self.root
         return ("", ()) if folder is None else (os.fspath(folder), (os.fspath(self.root or folder),))
 
@@ -266,7 +266,7 @@ def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Ite
                 if len(block) == TABLE_ROWS or size > TABLE_BYTES:
                     yield block
                     block, size = [], 0
-        except Exception as error:  # libraries raise any class on a damaged file
+        except Exception as error:  # libraries raise exceptions of any class on a damaged file
             raise ValueError(
                 f"{file} cannot be read as {kind_of([file])} ({type(error).__name__}: {error}). Repair or remove the "
                 "file, or set `streaming=True` and `on_error='skip'` to skip it."
@@ -290,7 +290,7 @@ def to_record(
     row: Mapping[str, Any], mapping: ColumnMapping, folder: str = "", roots: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """
-    Converts a row to a record, with a mapping without patterns. Missing values and wrong types are kept, because the
+    Converts a row to a record, with a mapping without patterns. Missing values and wrong types remain, because the
     collator checks them.
     """
     record = _fields(row, mapping)
@@ -446,7 +446,7 @@ def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, m
                     continue
                 columns |= dict.fromkeys(row)
                 fields = max(fields, len(row.keys() - {"image", "__key__"}))
-        except Exception as error:  # libraries raise any class on a damaged file
+        except Exception as error:  # libraries raise exceptions of any class on a damaged file
             errors.append(f"{printable(file)}: {type(error).__name__}: {error}")
         if columns:
             break
@@ -531,7 +531,7 @@ def _stream(files: list[str], mapping: ColumnMapping, images: _Images, max_bytes
                 _locate(record, *folders)
                 yield record
                 number += 1
-        except Exception as error:  # libraries raise any class on a damaged file
+        except Exception as error:  # libraries raise exceptions of any class on a damaged file
             reason = (
                 f"{printable(file)}: damaged or truncated after {number} records ({type(error).__name__}: {error})"
             )

@@ -18,7 +18,7 @@ def split_sentences(text: str) -> list[str]:
 
     Returns:
         `list[str]`: The sentences that have a word, without surrounding white space and without their full stop. `!`
-        and `?` are kept.
+        and `?` remain.
 
     Example:
 

@@ -12,7 +12,7 @@ from .readers import KINDS
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-# Words in the names of files and folders that mean a split, as in `datasets`.
+# Words in the names of files and folders that denote a split, as in `datasets`.
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -50,7 +50,7 @@ def is_hub_name(source: object) -> bool:
     """Returns whether a source has the form of a Hub id (`owner/name`) and is not an existing file or folder."""
     if not isinstance(source, str) or os.path.exists(source) or not HUB_NAME.fullmatch(source):
         return False
-    return os.path.splitext(source)[1].lower() not in KINDS  # "pictures/metadata.jsonl" is a missing file
+    return os.path.splitext(source)[1].lower() not in KINDS  # "pictures/metadata.jsonl" is a file, not a Hub id
 
 
 def find_files(source: str | os.PathLike | Sequence[str | os.PathLike], split: str | None = None) -> list[str]:
@@ -69,7 +69,7 @@ def find_files(source: str | os.PathLike | Sequence[str | os.PathLike], split: s
         `SplitError`: If the files belong to several splits, or not to the requested one.
     """
     sources = [source] if isinstance(source, str | os.PathLike) else list(source)
-    found: dict[str, str] = {}  # from a file to its path relative to the source
+    found: dict[str, str] = {}  # file -> its path relative to the source
     splits: dict[str, None] = {}
     for pattern in itertools.chain.from_iterable(map(_expanded, sources)):
         files = _find(pattern)
@@ -93,7 +93,7 @@ def find_files(source: str | os.PathLike | Sequence[str | os.PathLike], split: s
 
 
 def _split_of(name: str) -> str | None:
-    """Returns the first word in a path that means a split."""
+    """Returns the first word in a path that denotes a split."""
     for part in os.path.splitext(name)[0].split(os.sep):
         if match := SPLIT_WORD.search(part):
             return match[1].lower()
@@ -146,7 +146,7 @@ def _find(source: str) -> dict[str, str]:
 
 
 def kind_of(files: Sequence[str]) -> str:
-    """Returns the kind of the files: `"csv"`, `"json"`, `"parquet"` or `"webdataset"`. All must have the same kind."""
+    """Returns the kind of all files: `"csv"`, `"json"`, `"parquet"` or `"webdataset"`. Raises an error for several."""
     extensions = {os.path.splitext(file)[1].lower() for file in files}
     if unknown := sorted(extensions - KINDS.keys()):
         raise ValueError(

@@ -33,7 +33,7 @@ class TextEmbeddings(NamedTuple):
     was_cut: torch.Tensor
 
 
-# The embeddings [n, P] and the stamps of a unit's n items, or `None` if an item cannot be read
+# Embeddings [n, P] and stamps (see `EmbeddingStore.add`) of the n items of a unit, or `None` if one cannot be read
 Unit = tuple[np.ndarray, list[str]] | None
 
 
@@ -50,7 +50,7 @@ def embed_texts(
 ) -> TextEmbeddings:
     """
     Encodes texts like [`Encoder.encode_texts`], but duplicates only once. With several processes (`accelerate
-    launch`), each one encodes a share of the texts and returns all embeddings, identical to those of one process.
+    launch`), each process encodes a share of the texts and returns all embeddings, identical to those of one process.
 
     Args:
         encoder (`Encoder`): The dual encoder.
@@ -125,7 +125,7 @@ def embed_images(
         `torch.Tensor`: [N, P] in the order of `images`, normalised, float32 on the CPU.
 
     Raises:
-        `IncompleteDataError`: If images cannot be read; the message names them. All others are encoded and cached.
+        `IncompleteDataError`: If images cannot be read; the message names them. The others are encoded and cached.
         `OSError`: If the cache cannot be written.
     """
     names = image_names(images) if names is None else names
@@ -163,7 +163,7 @@ def image_digests(
 ) -> list[str]:
     """
     Computes digests of the contents of images: of the bytes of a file, or of the pixels of an image object. With
-    several processes, each one reads a share of the images.
+    several processes, each process reads a share of the images.
 
     Args:
         images (`Sequence[ImageSource]`): N images.
@@ -190,7 +190,7 @@ def image_digests(
             elif isinstance(image, bytes):
                 digest.update(image)
             else:
-                for background in (WHITE, None):  # image processors use either background
+                for background in (WHITE, None):  # processors use white or drop transparency
                     upright = load_image(image, names[index], background=background)
                     digest.update(f"{upright.size}".encode() + upright.tobytes())
         except ImageError as error:
@@ -230,7 +230,7 @@ def _embed_units(
     appends to `errors` and returns `None` for a unit with an unreadable item.
     """
     units = [range(start, min(start + UNIT_SIZE, len(digests))) for start in range(0, len(digests), UNIT_SIZE)]
-    # distribute units in turn, because the units of long texts come first
+    # distribute units round-robin, because the units of long texts come first
     own = units[rank() :: world_size()]
     parts: list[np.ndarray] = []
     stamps: list[str] = []

@@ -37,8 +37,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """
     Evaluates a dual encoder on a data set: retrieval in both directions for images with texts, zero-shot
-    classification for images with classes. With several processes (`accelerate launch`), each one encodes a share of
-    the data, and all return the same results.
+    classification for images with classes. With several processes (`accelerate launch`), each process encodes a share
+    of the data, and all return the same results.
 
     Args:
         encoder (`Encoder`): The dual encoder.
@@ -237,7 +237,7 @@ def write_results(results: dict[str, Any], output: str | os.PathLike) -> None:
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Formats results as a text table: a row for each direction of retrieval, a row of accuracies, or a study."""
+    """Formats results as a text table: recalls in both directions, accuracies, or the rows of a study."""
     protocol, dataset = results["protocol"], results["dataset"]
     title = f"{results['model']} on {dataset['name']}" + (f" ({dataset['split']})" if dataset["split"] else "")
     title = f"{printable(title)}: {protocol['num_images']} images, "

@@ -28,7 +28,7 @@ DETAILS = {
     "zero-shot-image-classification": "Classification runs in full",
 }
 STUDY_TITLES = {"length": "Texts cut at several lengths", "sentences": "One sentence removed"}
-# Hatches of bars. If there are more models than colours, the colours repeat with the next hatch.
+# Hatches of bars. If there are more models than colours, the colours repeat with another hatch.
 HATCHES = ("", "xx", "..", "\\\\", "++")
 PUBLISHED_HATCH = "//"
 
@@ -56,8 +56,8 @@ def write_report(
 
     Raises:
         `ResultsError`: If a file does not contain results.
-        `ValueError`: If an output is a results file or the other output, or the files contain only studies but an
-            output is requested.
+        `ValueError`: If an output is a results file or the other output, or if an output is requested but all files
+            are studies.
         `ImportError`: If a plot is requested but matplotlib is not installed.
         `OSError`: If a file cannot be read or written.
 
@@ -80,7 +80,7 @@ def write_report(
         check_output(model_index_file, overwrite=overwrite)
     summary = summarise(files)
     if not summary.runs and (model_index_file or plot_file):
-        raise ValueError("A model-index or a plot needs results of an evaluation. Pass files other than studies.")
+        raise ValueError("All files are studies. A model-index or a plot also needs results of an evaluation.")
     tables = report_tables(summary, format)
     metadata = "" if model_index_file is None else model_index(summary)
     if plot_file is not None:
@@ -173,7 +173,7 @@ def _lines(lines: Sequence[str], format: Format) -> str:
 def model_index(summary: Summary) -> str:
     """
     Formats the results as `model-index`, the metadata of model cards on the Hub
-    (https://huggingface.co/docs/hub/model-cards). For a number marked in the tables, `args` gives the reason.
+    (https://huggingface.co/docs/hub/model-cards). If a number is marked in the tables, its `args` contain the reason.
 
     Args:
         summary (`Summary`): Summary of the results files. Studies are ignored.
@@ -234,7 +234,7 @@ def draw_report(summary: Summary) -> "Figure":
         looks["*"] = {"facecolor": "white", "alpha": 0}
     inches = 2 + 0.3 * width
     longest = max(len(line) for name in names.values() for line in name.splitlines())
-    columns = max(1, min(3, int(inches / (0.7 + 0.07 * longest))))  # of the legend, with 0.07 inches per character
+    columns = max(1, min(3, int(inches / (0.7 + 0.07 * longest))))  # legend: 0.07 inches per character
     lines = sum(name.count("\n") + 1 for name in names.values()) / columns
     picture = figure(inches, 0.8 + 2.8 * len(panels) + 0.16 * max(0, lines - 2))
 

@@ -64,7 +64,7 @@ def load_results(file: str | os.PathLike) -> Results:
             `metrics`. If its `protocol` has `first_images`, the entries state that number of images.
 
     Returns:
-        `Results`: The results, with an entry for each metric except recall or accuracy at k of at most k candidates.
+        `Results`: The results. Entries omit recall and accuracy at k if there are at most k candidates.
 
     Raises:
         `ResultsError`: If the file does not contain results.

@@ -23,7 +23,7 @@ BLOCK_SIZE = 1024
 # changes similarities by a few 1e-7.
 TIE_TOLERANCE = 1e-6
 DIRECTIONS = ("image_to_text", "text_to_image")
-# Metrics of the first k candidates, and the field of the protocol that gives the number of all candidates
+# Metrics of the first k candidates, and the field of the protocol with the number of candidates
 TOP = re.compile(r"(image_to_text_r|text_to_image_r|accuracy_top)(\d+)")
 CANDIDATES = {"image_to_text_r": "num_texts", "text_to_image_r": "num_images", "accuracy_top": "num_classes"}
 
@@ -35,7 +35,7 @@ class TiedRanks(NamedTuple):
     Args:
         better (`torch.Tensor`): Number of candidates more similar to the query than its best positive.
         tied (`torch.Tensor`): Number of candidates as similar as the best positive, including the positive itself.
-        positives (`torch.Tensor`): Number of positives among the tied candidates, including the best one.
+        positives (`torch.Tensor`): Number of positives among the tied candidates, including the best positive.
     """
 
     better: torch.Tensor
@@ -49,7 +49,7 @@ class TiedRanks(NamedTuple):
         """
         better, tied, positives = (part.cpu().double() for part in self)
         drawn = (k - better).clamp(min=0).minimum(tied)
-        # C(t - p, m) / C(t, m) is the product of (t - m - j) / (t - j) over j < p; m and p may be swapped
+        # With m = drawn, C(t - p, m) / C(t, m) is the product over j < p of (t - m - j) / (t - j), symmetric
         fewer, more = drawn.minimum(positives), drawn.maximum(positives)
         missed = torch.ones_like(better)
         for j in range(int(fewer.max())):
@@ -250,7 +250,7 @@ def accuracies(
     tolerance: float = TIE_TOLERANCE,
 ) -> dict[str, float]:
     """
-    Computes the top-k accuracy: the share of rows whose label is among the k classes with the highest scores. Classes
+    Computes the top-k accuracy: the share of rows with the label among the k classes with the highest scores. Classes
     with tied scores are ordered at random, and the result is the expected accuracy: k/C for constant scores.
 
     Args:
@@ -474,7 +474,7 @@ def _check_finite(name: str, embeds: torch.Tensor) -> None:
 @contextmanager
 def _full_precision(device_type: str) -> Iterator[None]:
     """Turns off autocast, TF32 and bfloat16 products within the context."""
-    has_backends = hasattr(torch.backends, "fp32_precision")  # since torch 2.9, which forbids mixing it with old calls
+    has_backends = hasattr(torch.backends, "fp32_precision")  # torch 2.9 or newer, which rejects the old setting
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if has_backends else ()
     precisions = [backend.fp32_precision for backend in backends]
     precision = None if has_backends else torch.get_float32_matmul_precision()

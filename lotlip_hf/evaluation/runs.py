@@ -36,7 +36,7 @@ DATA_RULES = ("part", "revision", "data")
 
 
 class Column(NamedTuple):
-    """A column of the report: its title, and the task whose metrics it shows."""
+    """A column of the report: its title, and the task of its metrics."""
 
     title: str
     task: str
@@ -45,7 +45,7 @@ class Column(NamedTuple):
 @dataclass(frozen=True)
 class Run:
     """
-    An evaluation or a study, read from a results file. Fields not listed here are those of the file.
+    An evaluation or a study, read from a results file. Other fields are those of the file.
 
     Args:
         file (`str`): Path of the file.
@@ -55,7 +55,7 @@ class Run:
         rows (`Sequence[Mapping[str, Any]]`, *optional*): Rows of the study.
         entries (`Sequence[EvalResult]`, *optional*): Metrics as entries of a model card's `model-index`.
         name (`str`, *optional*): Name of the model in the report.
-        texts (`Mapping[str, Any]`, *optional*): Choice of texts, if it differs from that of other runs on the data.
+        texts (`Mapping[str, Any]`, *optional*): Settings that choose the texts, if other runs use other texts.
         rules (`Mapping[str, Any]`, *optional*): Settings that differ from those of other runs of the same model.
     """
 
@@ -171,7 +171,7 @@ def _run(file: str | os.PathLike, content: Mapping[str, Any]) -> Run:
     date = datetime.fromisoformat(content["date"])
     return Run(
         file=os.fspath(file),
-        model=str(PurePosixPath(content["model"])),  # removes the slash of "folder/"
+        model=str(PurePosixPath(content["model"])),  # removes the slash at the end of "folder/"
         revision=content.get("model_revision"),
         fingerprint=json.dumps(content.get("model_fingerprint"), sort_keys=True),
         benchmark=content["benchmark"],
@@ -193,7 +193,7 @@ def summarise(files: Sequence[str | os.PathLike]) -> Summary:
     Reads results files and chooses the run for each cell of a report.
 
     Runs of a model on different captions get different columns. Runs with other settings (a limit in tokens, a part of
-    the images, ...) get different rows. Of several runs with the same settings, the newest is shown.
+    the images, ...) get different rows. The newest of several runs with the same settings is shown.
 
     Args:
         files (`Sequence[str | os.PathLike]`): Results files of `lotlip evaluate`.
@@ -275,7 +275,7 @@ def _words(rule: str, value: Any) -> str:
     """Describes a setting for a title; returns an empty string for a default."""
     if rule == "normalization":
         return "" if value else "captions not normalised"
-    if value is None or rule == "data":  # a checksum is not readable
+    if value is None or rule == "data":  # a checksum tells a reader nothing
         return ""
     if rule == "captions" and value in CAPTIONS:
         return f"{value} captions"
@@ -340,7 +340,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
         notes.append(f"{runs[0].column.title}: the models were evaluated on different images or texts.")
     for name in dict.fromkeys(name for run in runs for name in run.protocol if name not in NO_RULES):
         if name == "normalization" and any(run.other_rules for run in runs):
-            continue  # the remark of each run already says this
+            continue  # the remark of each run already states this
         models: dict[str, list[str]] = {}
         for run in runs:
             value = json.dumps(run.protocol.get(name), ensure_ascii=False, sort_keys=True)

@@ -52,7 +52,7 @@ def length_study(
     Args:
         encoder (`Encoder`): The dual encoder.
         data (`RetrievalData`): Images and texts.
-        limits (`Sequence[int]`, *optional*): Numbers of tokens, special tokens included. Defaults to the model's
+        limits (`Sequence[int]`, *optional*): Limits in tokens, special tokens included. Defaults to the model's
             maximum and those of 16, 32, 48, 64, 96, 128, 192, 256, 384 and 512 that are below it.
         digests (`Sequence[str]`, *optional*): Digests of the images, if known from
             [`~lotlip_hf.evaluation.embeddings.image_digests`].
@@ -69,8 +69,8 @@ def length_study(
         that does not run in PyTorch).
 
     Raises:
-        `ValueError`: If a limit is below 3 or above the model's maximum, or if the model uses flash attention, whose
-            FLOPs PyTorch does not count.
+        `ValueError`: If a limit is below 3 or above the model's maximum, or if the model uses flash attention, because
+            PyTorch does not count its FLOPs.
         `IncompleteDataError`: If images cannot be read; the message names them.
 
     Example:
@@ -96,7 +96,7 @@ def length_study(
     tokenized = [(len(ids), at_end) for ids, at_end in _tokens(encoder, texts, longest)]
     lengths = [length for length, _ in tokenized]
     _warn(sum(at_end for _, at_end in tokenized), data, longest)
-    # limits are processed downwards, and each one only changes the texts that are longer
+    # limits are processed in descending order, and each limit only changes the texts that are longer
     changed = {
         limit: [index for index, length in enumerate(lengths) if limit == limits[-1] or length > limit]
         for limit in limits
@@ -147,7 +147,7 @@ def sentence_ablation(
 
         - `sentence`: k.
         - `num_texts`: Number of texts from which a sentence was removed.
-        - `num_read`: Number of these texts in which the sentence lies within the model's maximum length.
+        - `num_read`: Number of these texts in which the sentence is within the model's maximum length.
         - `image_to_text_r1`, `text_to_image_r1` (from 0 to 1), `image_to_text_mean_rank`, `text_to_image_mean_rank`
           (from 1) and `score` (mean cosine of a text and its image), over all images and texts.
         - The same names with `_lost`: Total loss against the unchanged texts, divided by the number of changed texts,
@@ -239,7 +239,7 @@ def plot_length_study(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike
 
     Args:
         rows (`Sequence[Mapping]`): Rows from [`length_study`].
-        file (`str` or `os.PathLike`): File of the plot. Its extension sets the format.
+        file (`str` or `os.PathLike`): File of the plot. The extension determines the format.
         title (`str`, *optional*, defaults to `""`): Title, such as `"model on data"`.
 
     Raises:
@@ -314,7 +314,7 @@ def plot_sentence_ablation(rows: Sequence[Mapping[str, Any]], file: str | os.Pat
 
 
 def _progress_bar(texts: int, progress: bool) -> Any:
-    """One bar for all texts of a study."""
+    """Creates one progress bar for all texts of a study."""
     return progress_bar(total=texts, desc="Encoding texts", unit="text", shown=progress and rank() == 0)
 
 
@@ -325,7 +325,7 @@ def _embedder(
     bar: Any,
 ) -> Callable[[list[str], int | None], torch.Tensor]:
     """Returns a function that embeds N texts as [N, P], truncated at an optional limit, and advances the bar."""
-    own = None if cache is None else encoder.fingerprint("text")  # takes seconds, so compute it once
+    own = None if cache is None else encoder.fingerprint("text")  # takes seconds, so it is computed once
     at_once = UNIT_SIZE * world_size()
 
     def embed(texts: list[str], max_length: int | None) -> torch.Tensor:
@@ -387,7 +387,7 @@ def _flop_counter(encoder: Encoder, texts: list[str], lengths: list[int]) -> Cal
             with FlopCounterMode(display=False) as counter, _single_products():
                 list(encoder.iterate_texts([text], max_length=limit))
             counted[key] = counter.get_total_flops()
-        if not all(counted[key] for key in keys):  # PyTorch counts nothing in ONNX Runtime
+        if not all(counted[key] for key in keys):  # PyTorch counts no FLOPs in ONNX Runtime
             return None
         return sum(counted[key] for key in keys) / len(keys)
 
@@ -407,7 +407,7 @@ def _single_products() -> Iterator[None]:
 
 
 def _lost(whole: Mapping[str, float], now: Mapping[str, float], factors: Mapping[str, float]) -> dict[str, float]:
-    """Returns the loss in each metric, times the factor whose key is a prefix of the metric's name."""
+    """Returns the loss in each metric, times the factor of the first key that the metric's name starts with."""
     lost = {}
     for name, value in whole.items():
         factor = next((factor for start, factor in factors.items() if name.startswith(start)), 1.0)

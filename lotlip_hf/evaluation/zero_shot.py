@@ -83,7 +83,7 @@ def open_clip_metadata() -> ModuleType:
     if not files:
         raise ImportError(
             "CLIP's prompt templates and class names need open_clip: pip install 'lotlip-hf[open-clip]'. Or pass "
-            "your own in a text file with one on each line."
+            "a text file with your own, one per line."
         )
     loader = SourceFileLoader("open_clip_zero_shot_metadata", str(files[0]))
     module = ModuleType(loader.name)
@@ -130,8 +130,8 @@ def class_embeddings(
     progress: bool = True,
 ) -> torch.Tensor:
     """
-    Computes the class embeddings of a zero-shot classifier. Each is the mean of the normalised embeddings of the
-    prompts of a class, normalised again, as in CLIP (Radford et al., 2021, section 3.1.4, and its notebook on
+    Computes the class embeddings of a zero-shot classifier. The embedding of a class is the mean of the normalised
+    embeddings of its prompts, normalised again, as in CLIP (Radford et al., 2021, section 3.1.4, and its notebook on
     ImageNet). Prompts are tokenized like other texts; LoTLIP's tokenizer keeps the full stop at their end.
 
     Arguments not listed here are those of [`~lotlip_hf.evaluation.embeddings.embed_texts`].

@@ -21,7 +21,7 @@ from .journal import DamagedError, Journal
 from .quality import judge
 from .storage import Storage, as_text, digest, file_of, writable
 
-READERS = 4  # threads that decode images ahead
+READERS = 4  # threads that decode images in advance
 
 
 class _Read(NamedTuple):
@@ -66,7 +66,7 @@ class Captioning:
         for future in self._pending:
             future.cancel()
         if self._captioner is not None:
-            self._captioner.close()  # before the threads, which wait for pending requests
+            self._captioner.close()  # close it before the threads, because they wait for its pending requests
         self._threads.close()
 
     def caption(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
@@ -184,8 +184,8 @@ class Captioning:
         self, captioner: Captioner, images: Sequence[Image.Image], settings: Mapping[str, Any], seeds: Sequence[int]
     ) -> list[Answer]:
         """
-        Returns the answers. After an error each image is sent separately. If one still fails, a grey test image shows
-        whether the image or the model is the cause.
+        Returns the answers. After an error each image is sent separately. If an image still fails, a grey test image
+        shows whether the image or the model is the cause.
         """
         try:
             return captioner.answer(images, settings, seeds)

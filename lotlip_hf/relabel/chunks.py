@@ -17,7 +17,7 @@ from .journal import HIDDEN, NONE, DamagedError, Journal, changed, fits, read_js
 Records = Dataset | IterableDataset | list[dict[str, Any]]
 
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
-PART = {"records": int}  # form of the file that stores the length of a part, for `fits`
+PART = {"records": int}  # form (see `fits`) of the file with the length of a part
 
 
 class Chunk(NamedTuple):
@@ -87,7 +87,7 @@ class Share:
         return None if None in sizes else sum(sum(part.values()) for part in sizes if part)
 
     def _slices(self, part: int) -> Iterator[tuple[int, int, list[dict[str, Any]] | None]]:
-        """Yields start, size and rows of each chunk. The rows of a table are `None`: reading them may load images."""
+        """Yields start, size and rows of each chunk. Rows of a table are `None`, as reading them may load images."""
         if not isinstance(self.records, IterableDataset):
             for start in range(0, len(self.records), self.size):
                 rows = self.records[start : start + self.size] if isinstance(self.records, list) else None
@@ -137,7 +137,7 @@ class Share:
 
 
 def shard_path(config: RelabelConfig, name: str) -> Path:
-    """Returns the path of a chunk's shard. It exists when the chunk is finished."""
+    """Returns the path of a chunk's shard. The shard exists when the chunk is finished."""
     return Path(config.output, "data", name + SUFFIXES[config.format])
 
 

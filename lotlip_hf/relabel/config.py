@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from ..data.records import ColumnMapping
 
 NO_ANSWER = "no_answer"
-# For a bad caption: request it again and drop it if it stays bad, drop it, or keep and mark it
+# For a bad caption: request it again and drop it if it is still bad, drop it, or keep and mark it
 Policy = Literal["retry", "drop", "keep"]
 POLICIES: dict[str, Policy] = {
     **dict.fromkeys(REASONS, "retry"),
     "repeated_sentence": "keep",
     "cut_off": "keep",
 }
-# Options that may change when a run continues: they change at most the rounding. Captioners are compared one by one.
+# Options that may change in a resumed run: they affect only rounding. `captioners` have their own check.
 RESUMABLE = frozenset({"output", "captioners", "max_image_bytes", "max_record_bytes"})
 RESUMABLE_OF_CAPTIONERS = frozenset(
     {"batch_size", "device_map", "concurrency", "timeout", "max_retries", "max_answer_bytes"}
@@ -80,7 +80,7 @@ class RelabelConfig:
 
     policies: dict[str, Policy] = field(default_factory=dict)
     max_attempts: int = option(
-        "Maximum number of requests for a caption whose policy is retry", 3, at_least=1, group="Bad captions"
+        "Maximum number of requests for a caption with the policy retry", 3, at_least=1, group="Bad captions"
     )
     rules: QualityRules = field(default_factory=QualityRules)
     seed: int = option(
@@ -132,7 +132,7 @@ class RelabelConfig:
         return {name: _unplaced(value) for name, value in options.items()}
 
     def captioner_identities(self) -> list[dict[str, Any]]:
-        """Returns the options of each captioner that determine its captions. An endpoint's address does not."""
+        """Returns the options of each captioner that determine its captions, so without the address of an endpoint."""
         return [
             {
                 name: _unplaced(value) if name == "model" else value
@@ -167,7 +167,7 @@ def add_arguments(parser: Parser) -> None:
         "--policy",
         action="append",
         metavar="REASON=POLICY",
-        help="What to do with a bad caption: retry (request it again, and drop it if it stays bad), drop, or "
+        help="What to do with a bad caption: retry (request it again, and drop it if it is still bad), drop, or "
         "keep (and mark it). Policies by default: "
         + ", ".join(f"{reason}={policy}" for reason, policy in POLICIES.items()),
     )

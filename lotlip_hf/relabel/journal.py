@@ -14,7 +14,7 @@ from .config import RelabelConfig
 HIDDEN = ".relabel"
 
 NONE = type(None)
-# Forms of the lines of a journal, for `fits`
+# Forms (see `fits`) of the lines of a journal
 HEADER = {"records": str}
 CAPTION = ({"text": str, "attempts": int, "reasons": [str], "earlier_reasons": [str]}, {"skip": str})
 GROUP = {"group": int, "captions": [CAPTION]}
@@ -37,7 +37,7 @@ class DamagedError(ValueError):
 
 def fits(value: Any, form: Any) -> bool:
     """
-    Tells whether a JSON value has a form. A form is a type, `[form of all items]`, `{required_key: form of value}`,
+    Returns whether a JSON value has a form. A form is a type, `[form of all items]`, `{required_key: form of value}`,
     `{str: form of all values}`, or a tuple of alternative forms.
     """
     if isinstance(form, tuple):

@@ -1,8 +1,8 @@
 """
 Finds problems in the captions that models write.
 
-All checks depend only on the text. A doubtful caption passes: losing a good caption costs more than keeping a poor
-one. Only the ends of a caption are changed: white space, end marks such as </s>, and an incomplete last sentence are
+All checks depend only on the text. A doubtful caption passes, because losing a good caption costs more than keeping a
+poor one. Only the ends of a caption change: white space, end marks such as </s>, and an incomplete last sentence are
 removed.
 """
 
@@ -116,10 +116,10 @@ class QualityRules:
 
     min_words: int = option("Minimum length of a caption, in words; 0 for no limit", 10, at_least=0)
     loop_repeats: int = option("Consecutive repeats of a group of words that make a loop", 3, at_least=2)
-    # One word eight times, two words four times, three words three times; the same character as often, too.
-    loop_words: int = option("Fewest words of a loop, all repeats together", 8, at_least=2)
-    repeat_words: int = option("Fewest words of a sentence that must not be repeated", 3, at_least=1)
-    # Only three words or more in the prompt's order count.
+    # With 3 repeats and 8 words, a loop is one word 8 times, two words 4 times, or one character 8 times.
+    loop_words: int = option("Minimum length of a loop with all its repeats, in words", 8, at_least=2)
+    repeat_words: int = option("Minimum length of a sentence that must not be repeated, in words", 3, at_least=1)
+    # Only sequences of three or more words of the prompt count.
     prompt_share: float = option("Share of words from the prompt that makes a caption a copy", 0.5, above=0, at_most=1)
     max_characters: int = option("Maximum length of an answer, in characters", 10_000, at_least=1)
 
@@ -148,7 +148,7 @@ def judge(
         text (`str`): Answer, without the prompt.
         prompt (`str`, *optional*, defaults to `""`): Prompt of the model.
         finished (`bool`, *optional*): Whether the model ended its answer; `False` if it reached the token limit. With
-            `None`, an answer is incomplete if its last sentence has no end mark and the one before has.
+            `None`, an answer is incomplete if its last sentence has no end mark but the sentence before has one.
         rules (`QualityRules`, *optional*): Limits of the checks.
 
     Returns:
@@ -208,7 +208,7 @@ def _last_whole_sentence(text: str) -> Sentence | None:
     for sentence in find_sentences(text):
         if not sentence.mark:
             continue
-        # The sentence goes on (`He says "Stop!" and walks on`), or the line is only wrapped.
+        # The sentence continues (`He says "Stop!" and walks on`), or the line is wrapped.
         if sentence.mark not in (".", "</s>") and next_character(text, sentence.end).islower():
             continue
         # Skip headings and lines that end with a colon.
@@ -232,7 +232,7 @@ def _trim(text: str) -> str:
 
 
 def _breaks_off(text: str) -> bool:
-    """Tells whether the last sentence has no end mark, but the complete one before it has."""
+    """Returns whether the last sentence has no end mark, but the complete sentence before it has one."""
     sentence = _last_whole_sentence(text)
     if sentence is None or sentence.mark in ("\n", "</s>"):
         return False
@@ -254,12 +254,12 @@ def _ending(text: str) -> tuple[str, str]:
 
 def _repeats(items: Sequence[str], times: int, length: int, longest: int | None = None) -> bool:
     """
-    Tells whether a group of at most `longest` items repeats at least `times` times in a row, over at least `length`
+    Returns whether a group of at most `longest` items repeats at least `times` times in a row, over at least `length`
     items.
     """
     for period in range(1, min(longest or len(items), len(items) // times) + 1):
-        # A repetition is a run of items that equal the item one period later. A run of this length contains one of the
-        # indices below, so checking only these takes n log n steps for all periods together.
+        # In a repetition, each item equals the item one period later. A run of `run` of these items contains one of
+        # the indices below, so checking only these takes n log n steps for all periods together.
         run = max(length, times * period) - period
         for index in range(run - 1, len(items) - period, run):
             if items[index] != items[index + period]:
@@ -275,7 +275,7 @@ def _repeats(items: Sequence[str], times: int, length: int, longest: int | None 
 
 
 def _has_loop(text: str, words: Sequence[str], rules: QualityRules) -> bool:
-    """Tells whether a group of words, or of characters without spaces between them, repeats many times in a row."""
+    """Returns whether a group of words, or of characters without spaces between, repeats many times in a row."""
     # One character may repeat with spaces between: ". . . . . . . ."
     if re.search(rf"(\S)(?:\s*\1){{{rules.loop_words - 1}}}", text):
         return True
@@ -287,21 +287,21 @@ def _has_loop(text: str, words: Sequence[str], rules: QualityRules) -> bool:
 
 
 def _has_repeated_sentence(text: str, rules: QualityRules) -> bool:
-    """Tells whether a sentence occurs twice, ignoring case, white space and punctuation."""
+    """Returns whether a sentence occurs twice, ignoring case, white space and punctuation."""
     sentences = (tuple(_split_words(text[sentence.start : sentence.end])) for sentence in find_sentences(text))
     long = [words for words in sentences if _count_words(words) >= rules.repeat_words]
     return len(set(long)) < len(long)
 
 
 def _is_refusal(text: str) -> bool:
-    """Tells whether one of the first sentences is a refusal, in English or Chinese."""
+    """Returns whether one of the first sentences is a refusal, in English or Chinese."""
     start = text[:REFUSAL_LENGTH].translate(STRAIGHT_QUOTES).lower()
     sentences = [start[sentence.start : sentence.end] for sentence in find_sentences(start)]
     return any(REFUSALS.match(" ".join(sentence.split())) for sentence in sentences[:REFUSAL_SENTENCES])
 
 
 def _is_copied(text: str, words: Sequence[str], prompt: str, rules: QualityRules) -> bool:
-    """Tells whether the text starts with the prompt or a sentence of it, or mostly consists of its words."""
+    """Returns whether the text starts with the prompt or a sentence of it, or mostly consists of its words."""
     asked = _split_words(prompt)
     if not asked:
         return False
@@ -318,7 +318,7 @@ def _is_copied(text: str, words: Sequence[str], prompt: str, rules: QualityRules
 
 def _starts_with(text: str, prompt: str) -> bool:
     """
-    Tells whether the text starts with the prompt as a sentence of its own. A prompt such as "a photo of" may also be
+    Returns whether the text starts with the prompt as a separate sentence. A prompt such as "a photo of" may also be
     the start of a good caption.
     """
     asked = WORDS.findall(prompt.casefold())

@@ -53,7 +53,7 @@ def load_captioner(config: CaptionerConfig) -> Captioner:
 
 
 def _check_captioners(config: RelabelConfig) -> None:
-    """Checks all captioners before the first one starts, so that a misspelt name does not cost days."""
+    """Checks all captioners before the first one starts, so that a misspelt name fails at once."""
     from .captioners.local import check_model
 
     for captioner in config.captioners:
@@ -90,7 +90,7 @@ def relabel(
     [`image_base`]), and local models by the name of their folder.
 
     A call with the same options and records resumes an interrupted run. With several processes (`torchrun`,
-    `accelerate launch`), each one captions a share of the records, and the last one to finish writes the card.
+    `accelerate launch`), each process captions a share of the records, and the last process to finish writes the card.
 
     Args:
         config (`RelabelConfig`): Options of the run.
@@ -135,9 +135,8 @@ def relabel(
     ```
     """
     folder = Path(config.output)
-    state = PartialState(
-        cpu=not torch.accelerator.is_available()
-    )  # `PartialState` does not detect a missing accelerator
+    # `PartialState` itself does not notice that there is no accelerator.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     hidden = folder / HIDDEN
     _check_folders(config)
     tokenizer = _load_tokenizer(config.tokenizer)
@@ -152,7 +151,7 @@ def relabel(
             stack.enter_context(FileLock(hidden / f"lock-{state.process_index}", timeout=0))
             for path in hidden.glob("lock-[0-9]*"):
                 if path.name[5:].isdecimal() and int(path.name[5:]) >= state.num_processes:
-                    with FileLock(path, timeout=0):  # still locked if a run with more processes is active
+                    with FileLock(path, timeout=0):  # locked if a run with more processes is active
                         pass
         except Timeout as error:
             raise OSError(

@@ -26,7 +26,7 @@ from .storage import Storage, as_text, digest, file_of, writable
 
 # Maximum rows and bytes of images in a row group, which writers and readers keep in memory
 ROW_GROUP, ROW_GROUP_BYTES = 100, 1 << 27
-# Extensions of formats that have several in PIL, and of MPO, the JPEG files of some cameras
+# Extensions of formats that PIL knows by several extensions, and of MPO, the JPEG files of some cameras
 EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "TIFF": ".tif"}
 FEATURES = Features(
     {
@@ -52,7 +52,7 @@ FEATURES = Features(
 )
 
 
-# Form of a sidecar, for `fits`
+# Form (see `fits`) of a sidecar
 COUNTS = {str: int}
 SIDECAR = {
     "records": str,
@@ -122,7 +122,7 @@ def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer
             "statistics": shard_statistics(details, images, raw, config, tokenizer),
             "revisions": [journal.header["revision"] for journal in journals],
         }
-        # The sidecar comes first: a chunk counts as finished when its shard exists.
+        # Write the sidecar before the shard, because a chunk with a shard counts as finished.
         write_json(sidecar_path(config, chunk.name), sidecar)
     for journal in journals:
         journal.path.unlink(missing_ok=True)  # `run._write_the_rest` deletes the journals of killed processes
@@ -182,8 +182,8 @@ def read_sidecar(config: RelabelConfig, name: str) -> dict[str, Any]:
 
 def is_done(config: RelabelConfig, name: str, records: list[dict[str, Any]] | None, number: int) -> bool:
     """
-    Tells whether a captioner has finished a chunk. If there is a shard and `records` are given, their ids are compared
-    with those in the shard; a difference raises a `ValueError`.
+    Returns whether a captioner has finished a chunk. If there is a shard and `records` are given, a `ValueError` is
+    raised unless the shard has the ids of `records`.
     """
     if shard_path(config, name).exists():
         if records is not None:
@@ -196,7 +196,7 @@ def is_done(config: RelabelConfig, name: str, records: list[dict[str, Any]] | No
 def write_shard(file: BinaryIO, rows: Iterable[Mapping[str, Any]], format: str, name: str) -> None:
     """
     Writes rows with the columns of `FEATURES` as Parquet, or as a tar of image files, each with a JSON file of the
-    other columns. The same rows give the same bytes.
+    other columns. The same rows produce the same bytes.
     """
     if format == "parquet":
         with pq.ParquetWriter(file, FEATURES.arrow_schema) as writer:
@@ -225,7 +225,7 @@ def _row_groups(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str,
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # without user and time
+    member = tarfile.TarInfo(name)  # user and time stay empty, so that the same rows produce the same bytes
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
 

@@ -13,7 +13,7 @@ from .config import RelabelConfig
 
 # Control characters except line ends and tabs, and marks of writing direction
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]+")
-# Transient errors of a storage: the run stops instead of skipping images.
+# Errors of a storage that can be transient: the run stops instead of skipping images.
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN}
 
 
@@ -26,7 +26,7 @@ class Storage:
         self.base = image_base(config)
         above = (self.base, os.path.dirname(os.path.abspath(config.data)), config.image_folder, config.image_root)
         spelled = {spell(path) for path in above if path for spell in (os.path.abspath, os.path.realpath)}
-        spelled |= set(map(printable, spelled))  # error messages contain the printable form
+        spelled |= set(map(printable, spelled))  # paths in error messages are printable
         above = sorted(map(re.escape, spelled - {os.sep}), key=len, reverse=True)
         self._above = re.compile(rf"({'|'.join(above) or '(?!)'})(?:({re.escape(os.sep)})|(?![\w.-]))")
 
@@ -42,7 +42,7 @@ class Storage:
         return self._above.sub(lambda found: "" if found[2] else ".", text)
 
     def read(self, image: Any) -> Any:
-        """Reads the bytes of an image file once, so that the caption and the digest are of the same contents."""
+        """Reads the bytes of an image file once, so that the caption and the digest belong to the same contents."""
         path = file_of(image)
         if path is None:
             return image
@@ -82,7 +82,7 @@ def file_of(image: Any) -> str | None:
 
 
 def digest(content: bytes) -> str:
-    """Returns a hash of the contents of a file."""
+    """Returns a digest of the contents of a file."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

@@ -66,7 +66,7 @@ WORDS = {
     "hollow": ("hollow",),
 }
 
-# The digest of a picture modulo 4 decides its split.
+# The digest of a picture modulo 4 determines its split.
 SPLITS = {"train": (0, 1), "validation": (2,), "test": (3,)}
 GROUP_SIZE = 4
 NUM_CAPTIONS = 3
@@ -91,7 +91,7 @@ class SceneObject:
     Args:
         colour (`str`): A key of `COLOURS`. The objects of a picture have different colours.
         shape (`str`): One of `SHAPES`.
-        pattern (`str`): One of `PATTERNS`. Groups, and shapes inside the large object, are plain.
+        pattern (`str`): One of `PATTERNS`. Groups, and shapes inside the large object, are `"plain"`.
         size (`str`): A key of `SIZES`. Only the large object is `"large"`.
         count (`int`): Number of shapes in the group, 1 to 3.
         cell (`int`): Index of the cell in the 3 x 3 grid, row by row.
@@ -114,7 +114,7 @@ class Scene:
 
     Args:
         background (`str`): A key of `BACKGROUNDS`.
-        objects (`tuple[SceneObject, ...]`): Three to five objects. The first is the large one.
+        objects (`tuple[SceneObject, ...]`): Three to five objects. The first object is the large one.
         id (`str`): Id of the scene, unique over splits, seeds and indices.
         group (`str`): Id of the group. Scenes of a group share background, large object and short caption.
     """
@@ -126,13 +126,13 @@ class Scene:
 
     @property
     def contents(self) -> tuple[str, tuple[SceneObject, ...]]:
-        """The background and the objects, which decide the picture except for small displacements."""
+        """The background and the objects, which determine the picture except for small displacements."""
         return self.background, self.objects
 
 
 def scene(index: int, seed: int = 0, split: str = "train") -> Scene:
     """
-    Returns a scene by its index. The same arguments give the same scene.
+    Returns a scene by its index. The same arguments return the same scene.
 
     Args:
         index (`int`): Index of the scene, from 0. In the held-out splits, `GROUP_SIZE` successive scenes are a group.
@@ -170,7 +170,7 @@ def scene(index: int, seed: int = 0, split: str = "train") -> Scene:
 
 @lru_cache(maxsize=1024)
 def _held_out_group(number: int, seed: int, split: str) -> tuple[Scene, ...]:
-    # All kinds of large objects are used before one is repeated in another cell or on another background.
+    # All kinds of large objects are used before a kind is repeated in another cell or on another background.
     kinds = _large_kinds()
     Random(f"{split}-{seed}").shuffle(kinds)
     kind = kinds[number % len(kinds)]
@@ -319,7 +319,7 @@ def short_caption(scene: Scene) -> str:
         scene (`Scene`): The scene.
 
     Returns:
-        `str`: A phrase. It is the same for all scenes of a group.
+        `str`: A phrase. All scenes of a group have the same caption.
     """
     random = Random(f"{scene.group} short caption")
     item = _phrase(scene.objects[0], random)
@@ -405,7 +405,7 @@ def _number(total: int) -> str:
 
 
 def _relations(scene: Scene, random: Random) -> Iterator[tuple[str, tuple[SceneObject, ...]]]:
-    """Yields relations such as "above" with their two or three objects. Shapes inside the large object have none."""
+    """Yields relations such as "above" with two or three objects, but not with shapes inside the large object."""
     placed = [item for item in scene.objects if not item.inside]
     for pair in combinations(placed, 2):
         first, second = random.sample(pair, 2)
@@ -445,7 +445,7 @@ def _sentence(words: str) -> str:
 
 def scenes_dataset(num_scenes: int, seed: int = 0, split: str = "train", image_size: int = 64) -> Dataset:
     """
-    Draws Scenes as a `datasets.Dataset`. It is drawn once and stored in the cache of `datasets`.
+    Draws Scenes as a `datasets.Dataset`. The data set is drawn once and stored in the cache of `datasets`.
 
     Args:
         num_scenes (`int`): Number of scenes. A larger number adds scenes at the end.
@@ -482,7 +482,7 @@ def scenes_dataset(num_scenes: int, seed: int = 0, split: str = "train", image_s
 
 
 def _rows(num_scenes: int, seed: int, scenes_split: str, image_size: int, source: str) -> Iterator[dict[str, Any]]:
-    """Yields the rows of the data set. They are drawn again if this file, whose digest is `source`, changes."""
+    """Yields the rows of the data set. They are drawn again if `source`, the digest of this file, changes."""
     for index in range(num_scenes):
         one = scene(index, seed, scenes_split)
         png = io.BytesIO()

@@ -23,7 +23,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 IMAGE_SIZE = 64
 # Each patch is one cell of a picture, so that the tower need not learn which patches form an object.
 PATCH_SIZE = IMAGE_SIZE // GRID
-# Gain of the value and output weights of attention at initialisation, since uniform attention averages them down.
+# Gain of the value and output weights of attention at initialisation, because uniform attention shrinks the values.
 ATTENTION_GAIN = 1.7
 LONGEST_PERIOD = 100  # longest period of the position embeddings, in tokens divided by 2 pi
 
@@ -39,8 +39,8 @@ def small_model(
     """
     Creates a model with random weights that learns Scenes (`lotlip_hf.scenes.dataset`) in minutes on a CPU: a BERT and
     a ViT with a few hundred thousand parameters. The vocabulary has the words of Scenes, and other words are split
-    into letters. After 700 steps of 64 on whole captions (`num_sentences=0`) of 5,000 scenes, the model reached a
-    long-text R@1 of 69 % in both directions over 500 held-out scenes.
+    into letters. After 700 steps of batch size 64 on whole captions (`num_sentences=0`) of 5,000 scenes, the model
+    reached a long-text R@1 of 69 % in both directions over 500 held-out scenes.
 
     With the usual initialisation, towers of this size learn nothing for hundreds of steps, depending on the seed. With
     the initialisation below, the embeddings of different pictures and texts differ from the first step. All weights

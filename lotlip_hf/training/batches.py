@@ -1,4 +1,4 @@
-"""The batches of a run. Seed and epoch decide which records are in which batch, in which order, on which process."""
+"""The batches of a run. The seed and the epoch determine the records of every batch and their order."""
 
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,7 +80,7 @@ class _Collator:
     Calls the collator in the workers of a `DataLoader`.
 
     Errors are returned instead of raised, because the loader would wrap them. The first `num_skipped` batches of a
-    resumed stream are not decoded. Each worker makes at least `num_skipped // num_workers` of them.
+    resumed stream are not decoded. Each worker receives at least `num_skipped // num_workers` of these batches.
     """
 
     def __init__(self, collator: LoTLIPCollator, num_skipped: int = 0) -> None:
@@ -100,7 +100,7 @@ class _Collator:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Makes a worker ignore Ctrl-C. The main process stops its workers."""
+    """Makes a worker ignore Ctrl-C and SIGTERM, because the main process stops its workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -127,7 +127,7 @@ def iterate_batches(
             "num_workers": config.num_workers,
             "pin_memory": torch.cuda.is_available(),
             "worker_init_fn": _ignore_signals,
-            # A loader draws a number. From the global generator, a resumed run would draw one more.
+            # A loader draws a number: from the global generator, a resumed run would draw one more.
             "generator": torch.Generator(),
         }
         if isinstance(records, IterableDataset):

@@ -148,12 +148,12 @@ def save_checkpoint(
         if accelerator.is_main_process:
             publish(partial, final)
 
-    # If a part fails on one process, all must stop: in the next part, processes may wait for each other.
+    # If a part fails on one process, all must stop, because they may wait for each other in the next part.
     for part in (make_folder, lambda: save_model(partial), write_state, name_folder):
         reason = ""
         try:
             part()
-        except Exception as error:  # torch and safetensors raise their own classes when the disk is full
+        except Exception as error:  # torch and safetensors raise their own exception classes when the disk is full
             reason = one_line(error) or type(error).__name__
         if any_rank(bool(reason), accelerator.device):
             if accelerator.is_main_process:
@@ -218,7 +218,7 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator, states: Mapping[
         if progress.pop(RANDOM) != _random_digest():
             raise ValueError("the states of the random generators are damaged")
         return progress
-    except Exception as error:  # torch and safetensors raise their own classes on a damaged file
+    except Exception as error:  # torch and safetensors raise their own exception classes on a damaged file
         reason = one_line(error)
         if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to trust the file
             reason = "a file in it is damaged, or is a pickle that could run code"

@@ -18,7 +18,7 @@ from ..options import option
 
 CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
-# Options of the strategies of `captions`; a strategy has those that are its fields
+# Options of the strategies in `captions`; a strategy uses those that it has as fields
 TEXT_OPTIONS = ("num_long_texts", "num_sentences", "captioners", "sentence_order", "splitter")
 # Options that may change when a run is resumed, because they do not change the result
 RESUMABLE = frozenset(
@@ -78,7 +78,7 @@ class TrainingConfig:
     )
     lock_vision: bool = option("Freeze the image tower, as LiT does", False)
     unlocked_vision_layers: int = option(
-        "With --lock-vision: last layers of the image tower to train, with all that follows them", 0, at_least=0
+        "Last layers of the image tower, and the modules after them, to train with --lock-vision", 0, at_least=0
     )
 
     data: str | None = option(
@@ -89,7 +89,7 @@ class TrainingConfig:
     mapping: str = option(f"Column names, by data set: {', '.join(MAPPINGS)}", "records")
     image_column: str | None = option("Column of the images (default: from --mapping)", None)
     short_column: str | None = option(
-        "Column of the short captions; 'none' takes the first sentences of the long ones (default: from --mapping)",
+        "Column of the short captions; 'none' uses the first sentences of the long captions (default: from --mapping)",
         None,
     )
     long_columns: list[str] | None = option("Columns of the long captions (default: from --mapping)", None)
@@ -121,7 +121,7 @@ class TrainingConfig:
     num_long_texts: int = option(
         "Texts from long captions per image and step; 0 trains on short captions only", 3, at_least=0
     )
-    num_sentences: int = option("Consecutive sentences per long text; 0 takes the whole caption", 3, at_least=0)
+    num_sentences: int = option("Consecutive sentences per long text; 0 uses the whole caption", 3, at_least=0)
     captioners: list[int] | None = option("Indices of the long captions to draw from, from 0 (default: all)", None)
     sentence_order: Literal["written", "shuffled"] = option("Order of the drawn sentences", "written")
     splitter: Literal["sentences", "full_stops"] = option(
@@ -147,7 +147,7 @@ class TrainingConfig:
         "Embed a batch in chunks of N samples: the same gradient in less memory", None, at_least=1
     )
     gradient_accumulation_steps: int = option(
-        "Batches per step, each with its own loss; for a loss over all, use a larger batch with --grad-cache-chunk",
+        "Batches per step, each with a separate loss; for a loss over all, use a larger batch with --grad-cache-chunk",
         1,
         at_least=1,
     )
@@ -277,7 +277,7 @@ def parse_arguments(argv: Sequence[str] | None = None, **parser: str) -> Trainin
     given = options.options_of(make_parser(**parser).parse_args(argv), TrainingConfig)
     if not options.convert("resume", given.get("resume", False), bool):
         return TrainingConfig(**given)
-    output = given.get("output", TrainingConfig.output)  # overrides the saved one of a run that was moved
+    output = given.get("output", TrainingConfig.output)  # the saved `output` is wrong if the run was moved
     config = TrainingConfig(**{**_kept(output), **given, "output": output})
     check_resumed(config)
     return config
@@ -303,11 +303,11 @@ def _kept(output: str | os.PathLike) -> dict[str, Any]:
     path = Path(output, CONFIG_NAME)
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist, so there is no run to resume. Leave out `--resume` to start one."
+            f"{path} does not exist, so there is no run to resume. Leave out `--resume` to start a run."
         )
     return options.read_yaml(path, TrainingConfig)
 
 
 def choices(option: str) -> tuple[str, ...]:
-    """Returns the values of an option of [`TrainingConfig`] that has a fixed set of them; else an empty tuple."""
+    """Returns the choices of an option of [`TrainingConfig`], or an empty tuple if it has no fixed choices."""
     return options.choices(get_type_hints(TrainingConfig)[option])

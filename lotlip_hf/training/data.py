@@ -22,11 +22,11 @@ COLUMN_HINTS = {
 
 def load_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """
-    Loads the records of a run. With `on_error="raise"` it reads the first record, so that an error in all records is
+    Loads the records of a run. With `on_error="raise"` the first record is read, so that an error in all records is
     found before a model is loaded.
 
     Args:
-        config (`TrainingConfig`): Options of the run. This function uses the group "The data" and `eval_data`.
+        config (`TrainingConfig`): Options of the run. Only the group "The data" and `eval_data` are used.
 
     Returns:
         `tuple`: The training records, and the evaluation records or `None`.
@@ -52,7 +52,7 @@ def _records(
     split = getattr(config, option)
     if data == SCENES:
         split = split or usual_split
-        # Held-out scenes do not depend on the seed.
+        # Held-out scenes are the same for every seed of a run.
         return scenes_dataset(num_scenes, config.seed if split == "train" else 0, split)
     load = partial(
         load_records,

@@ -25,15 +25,15 @@ def cached_backward(
     """
     Computes [`batch_loss`] and its backward pass in the memory of `chunk_size` samples.
 
-    The batch is first embedded in chunks without a graph. The loss of all embeddings gives the gradient of each
-    embedding. Each chunk is then embedded again with the same dropout, and its gradients go back through the model.
-    The sum in the parameters' `grad` is the gradient of the whole batch.
+    The batch is first embedded in chunks without a graph. The loss of all embeddings then provides the gradient of
+    each embedding. Each chunk is then embedded again with the same dropout, and its gradients go back through the
+    model. The sum in the parameters' `grad` is the gradient of the whole batch.
 
     Args:
-        model (`nn.Module`): A [`LoTLIPModel`] or its wrapper.
+        model (`nn.Module`): A [`LoTLIPModel`], also wrapped in DDP or FSDP.
         batch (`Mapping[str, Any]`): See [`embed`]. The first dimension of every tensor is the batch dimension.
         chunk_size (`int`): Number of samples in a chunk.
-        objective (`Objective`): The objective. Its parameters get gradients too.
+        objective (`Objective`): The objective. The parameters of the objective get gradients too.
         accelerator (`Accelerator`, *optional*): Applies autocast, loss scaling and gradient accumulation. Gradients
             are synchronised only with the last chunk.
 
@@ -42,7 +42,7 @@ def cached_backward(
     """
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     num_samples = len(inputs["pixel_values"])
-    # Every process needs the same number of chunks, since a wrapper may communicate in each chunk.
+    # Every process needs the same number of chunks, because DDP or FSDP may communicate in each chunk.
     num_chunks = -(-num_samples // chunk_size)
     num_chunks = int(max_over_ranks(torch.tensor(num_chunks, device=inputs["pixel_values"].device)))
     bounds = [num_samples * i // num_chunks for i in range(num_chunks + 1)]
@@ -66,7 +66,7 @@ def cached_backward(
         for chunk in chunks:
             random_states.append((torch.get_rng_state(), *get_device_states(*inputs.values())))
             cached.append(embed_chunk(*chunk))
-    torch.clear_autocast_cache()  # older versions of torch cache weights without a graph
+    torch.clear_autocast_cache()  # older versions of torch cache the weights that autocast converted without a graph
 
     embeds = {name: torch.cat([chunk[name] for chunk in cached]) for name in cached[0]}
     # Tensors of the batch itself, such as labels, get no gradients.

@@ -26,12 +26,12 @@ SMOOTHING = 0.03
 
 class RunLog:
     """
-    The log of a run. Each line is flushed, so that a killed process loses none.
+    The log of a run. Each line is flushed, so that a killed process loses no line.
 
     The next line replaces an incomplete last line, which a killed process can leave.
 
     Args:
-        path (`str` or `os.PathLike`): The file. The first line creates it; lines are appended to an existing file.
+        path (`str` or `os.PathLike`): The file, created with the first line; lines are appended to an existing file.
 
     Example:
 
@@ -112,7 +112,7 @@ def draw_curve(log_path: str | os.PathLike, picture_path: str | os.PathLike) -> 
 
     Args:
         log_path (`str` or `os.PathLike`): The log, or the folder of the run.
-        picture_path (`str` or `os.PathLike`): The picture to write. Its extension decides the format.
+        picture_path (`str` or `os.PathLike`): The picture to write. The extension determines the format.
 
     Raises:
         `ImportError`: If matplotlib is not installed.
@@ -120,7 +120,7 @@ def draw_curve(log_path: str | os.PathLike, picture_path: str | os.PathLike) -> 
         `ValueError`: If the log is damaged, or has neither a loss nor an evaluation.
     """
     try:
-        from matplotlib.figure import Figure  # unlike pyplot, it opens no window
+        from matplotlib.figure import Figure  # unlike pyplot, `Figure` opens no window
     except ImportError as error:
         raise ImportError("The training curve needs matplotlib: pip install 'lotlip-hf[train]'") from error
 

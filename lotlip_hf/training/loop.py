@@ -39,7 +39,7 @@ from .validation import validate
 
 logger = logging.get_logger(__name__)
 
-MAX_IDS = 10  # record ids in an error message; a file lists all of them
+MAX_IDS = 10  # maximum number of record ids in an error message; a file lists all
 
 
 class NonFiniteLossError(RuntimeError):
@@ -67,7 +67,7 @@ def train(
     also within an epoch, and computes the same results as a run without interruption.
 
     Args:
-        model (`LoTLIPModel`): The model. It is trained in place.
+        model (`LoTLIPModel`): The model. The weights are trained in place.
         processor (`LoTLIPProcessor`): The processor of the model.
         records (`Dataset` or `IterableDataset`): Training records (`lotlip_hf.data.records.load_records`).
         config (`TrainingConfig`): Options of the run.
@@ -81,11 +81,11 @@ def train(
         `FileExistsError`: If `config.output` contains checkpoints of another run.
         `NonFiniteLossError`: If the loss is not finite. The message names the step, the records and the last
             checkpoint.
-        `CheckpointError`: If a checkpoint cannot be read, the last one cannot be written, or the disk has no room for
-            a checkpoint at the start.
+        `CheckpointError`: If a checkpoint cannot be read, the last checkpoint cannot be written, or if the disk has no
+            room for a checkpoint when the run starts.
         `ValueError`: If options contradict the model or the data.
-        `ImageError`, `RecordError`: If a record is broken and `on_error` is `"raise"`. The run is saved first. The
-            other processes raise [`OtherProcessError`].
+        `ImageError`, `RecordError`: If a record is broken and `on_error` is `"raise"`. A checkpoint is saved first.
+            Other processes raise [`OtherProcessError`].
         `Interrupted`: After SIGINT or SIGTERM, a `KeyboardInterrupt` with the number of the signal.
 
     Example:
@@ -116,7 +116,7 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would compute in float32 without a warning.
-        raise ValueError("`mixed_precision` fp16 needs a GPU. On a CPU use bf16 or no.")
+        raise ValueError("`mixed_precision` fp16 needs a GPU. Pass bf16 or no on a CPU.")
     missing = [name for name in config.trackers if name not in [*map(str, accelerator.log_with), "all"]]
     if missing:
         raise ValueError(
@@ -144,7 +144,7 @@ class _Run:
         self.output = Path(config.output)
         self.max_steps = num_steps(records, config, accelerator.num_processes)
         self.epoch, self.next_batch, self.step = 0, 0, 0
-        self.ids: list[str] = []  # of the records in the last step
+        self.ids: list[str] = []  # ids of the records in the last step
         self.counts: Counter[str] = Counter()
         self.meter = Meter()
         self.checkpoint = prepare_folder(config, accelerator)
@@ -159,7 +159,7 @@ class _Run:
             average = get_ema_multi_avg_fn(config.ema_decay)
             self.averaged = self.states["averaged"] = AveragedModel(model, accelerator.device, multi_avg_fn=average)
         optimizer, self.scheduler = make_optimizer(model, self.objective, config, self.max_steps, accelerator.device)
-        self.states["scheduler"] = self.scheduler  # not prepared: accelerate would step it once per process
+        self.states["scheduler"] = self.scheduler  # not passed to `prepare`: accelerate would step it once per process
         prepare_sharding(model, self.objective, accelerator)
         prepared = accelerator.prepare(model, optimizer)
         self.model, self.optimizer = cast(tuple[nn.Module, AcceleratedOptimizer], prepared)
@@ -241,7 +241,7 @@ class _Run:
             for _ in range(self.config.gradient_accumulation_steps):
                 epoch, next_batch, batch = next(batches)
                 taken.append(batch)
-        except Exception as caught:  # a data set may raise any class
+        except Exception as caught:  # a data set may raise an exception of any class
             error = caught
         try:
             raise_on_all_ranks(error, self.accelerator.device)
@@ -276,7 +276,7 @@ class _Run:
         # Under FSDP the parameters of the objective are in both lists.
         trained = list(dict.fromkeys([*self.model.parameters(), *self.objective.parameters()]))
         norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
-        # A gradient scaler skips such a step by itself and reduces its scale.
+        # A gradient scaler itself skips this step and reduces the scale.
         if accelerator.scaler is None and norm is not None and not torch.isfinite(norm):
             self._stop_at_nan(self.step + 1, f"the gradient norm is {float(norm)}, the weights were not changed")
         self.optimizer.step()
@@ -289,7 +289,7 @@ class _Run:
             self.averaged.update_parameters(extract_model_from_parallel(self.model))
 
     def _stop_at_nan(self, step: int, reason: str) -> None:
-        """Raises `NonFiniteLossError`. All processes call it together, because they have the same loss and norm."""
+        """Raises `NonFiniteLossError`, on all processes together, because they have the same loss and norm."""
         ids = gather_lists(self.ids)
         path = self.output / f"not-finite-{step}.json"
         if self.accelerator.is_main_process:
@@ -369,9 +369,9 @@ class _Run:
             logger.error(str(error))
 
     def _data(self) -> dict[str, Any]:
-        """Returns the values that decide the order of the records, besides the options."""
+        """Returns the values that determine the order of the records together with the options."""
         if isinstance(self.records, IterableDataset):
-            return {"num_workers": self.config.num_workers}  # the workers share the shards
+            return {"num_workers": self.config.num_workers}  # the workers divide the shards
         return {"num_records": len(self.records)}
 
     def _save_model(self, folder: Path) -> None:

@@ -22,7 +22,7 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
     https://arxiv.org/abs/2111.07991), or a new small model for Scenes with random weights.
 
     Args:
-        config (`TrainingConfig`): Options of the run. This function uses the group "The model".
+        config (`TrainingConfig`): Options of the run. Only the group "The model" is used.
 
     Returns:
         `tuple[LoTLIPModel, LoTLIPProcessor]`: The model in float32 on the CPU, and its processor.
@@ -68,7 +68,7 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
                 "new models."
             )
     fit_tokenizer(model, processor.tokenizer, config.max_text_length)
-    max_text_length(model, processor.tokenizer)  # raises if there is no limit
+    max_text_length(model, processor.tokenizer)  # raises an error if neither has a maximum length
     return model, processor
 
 
@@ -102,16 +102,16 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
 
 
 def prepare_model(model: LoTLIPModel, config: TrainingConfig) -> None:
-    """Applies `gradient_checkpointing` and `compile`. A model that is not compiled gets attention without padding."""
+    """Applies `gradient_checkpointing` and `compile`; without `compile`, attention skips padding if possible."""
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         # An encoder has no cache, but with this flag transformers warns, and tracing stops, at every layer.
         model.config.text_config.backbone_config.use_cache = False
     if config.compile:
-        # Tracing fails if checkpointed layers run twice in one graph, once for short and once for long texts.
+        # Tracing fails if layers with gradient checkpointing run twice in a graph, for short and for long texts.
         parts = (model.text_model, model.vision_model) if config.gradient_checkpointing else (model,)
         for part in parts:
-            part.compile(dynamic=True)  # texts of every length
+            part.compile(dynamic=True)  # dynamic: the lengths of texts vary
     elif (
         model.text_model.backbone.config._attn_implementation == "sdpa" and model.config.text_config.family.takes_rows
     ):

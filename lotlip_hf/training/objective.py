@@ -89,7 +89,7 @@ def make_objective(config: TrainingConfig, model_config: LoTLIPConfig) -> Object
     Creates the objective of a run, on the CPU.
 
     Args:
-        config (`TrainingConfig`): Options of the run. This function uses `terms`, `term_options` and `seed`.
+        config (`TrainingConfig`): Options of the run. Only `terms`, `term_options` and `seed` are used.
         model_config (`LoTLIPConfig`): Configuration of the model, for the defaults of the terms (see [`make_terms`]).
     """
     return Objective(*make_terms(config.terms, config.term_options, config.seed, model_config))
@@ -102,19 +102,19 @@ def clamp_logit_scale(model: nn.Module) -> None:
 
 
 def similarity_scale(model: nn.Module) -> torch.Tensor:
-    """Returns the factor of the similarities. Its gradient is averaged here under FSDP, which skips scalars."""
+    """Returns the factor of the similarities. FSDP does not average gradients of scalars, so this function does."""
     logit_scale = extract_model_from_parallel(model).logit_scale
     return (average_gradient(logit_scale) if isinstance(model, FSDPModule) else logit_scale).exp()
 
 
 def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) -> dict[str, torch.Tensor]:
     """
-    Embeds a batch: computes the tensors that an objective needs, and no others.
+    Embeds a batch: computes only the tensors that an objective needs.
 
     Args:
-        model (`nn.Module`): A [`LoTLIPModel`] or its wrapper.
+        model (`nn.Module`): A [`LoTLIPModel`], also wrapped in DDP or FSDP.
         batch (`Mapping[str, Any]`): A [`~lotlip_hf.data.collator.Batch`]: `input_ids` [B, L] of the short texts, with
-            or without `long_input_ids` [B, T - 1, L']. Other tensors are returned unchanged if they are needed.
+            or without `long_input_ids` [B, T - 1, L']. Further tensors in `needs` are returned unchanged.
         needs (`Collection[str]`): Names of the tensors ([`Objective.needs`]).
 
     Returns:
@@ -140,7 +140,7 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Any], objective: Objective)
     Computes the loss of a batch. Call `backward` on its `loss`.
 
     Args:
-        model (`nn.Module`): A [`LoTLIPModel`] or its wrapper.
+        model (`nn.Module`): A [`LoTLIPModel`], also wrapped in DDP or FSDP.
         batch (`Mapping[str, Any]`): See [`embed`].
         objective (`Objective`): The objective.
 

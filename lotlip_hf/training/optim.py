@@ -73,7 +73,7 @@ def make_optimizer(
     model: nn.Module, objective: nn.Module, config: TrainingConfig, max_steps: int, device: torch.device
 ) -> tuple[torch.optim.AdamW, LRScheduler]:
     """Creates AdamW, with a learning rate per tower and weight decay only for matrices, and its schedule."""
-    from transformers.optimization import get_scheduler  # imports PEFT and bitsandbytes, if installed
+    from transformers.optimization import get_scheduler  # slow: imports PEFT and bitsandbytes, if installed
 
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in (*model.named_parameters(), *objective.named_parameters(prefix=OBJECTIVE)):

@@ -76,7 +76,7 @@ class Tracking:
             error = caught
         try:
             self.accelerator.log(dict(values), step=step)
-        except Exception as caught:  # every tracker raises its own classes
+        except Exception as caught:  # every tracker raises its own exception classes
             error = error or caught
         if error is not None and not self.is_broken:
             self.is_broken = True
@@ -87,7 +87,7 @@ class Tracking:
         for tracker in self.accelerator.trackers:
             try:
                 tracker.finish()
-            except Exception as error:  # every tracker raises its own classes
+            except Exception as error:  # every tracker raises its own exception classes
                 logger.error(f"Tracker {tracker.name!r} cannot be closed, so values may be missing ({error}).")
         if self.log is not None and self.log.path.exists():
             try:

@@ -87,7 +87,7 @@ class LoTLIPTrainer(Trainer):
                 "`objective=Objective({'infonce': InfoNCE(label_smoothing=...)})`."
             )
         if data_collator is None and kwargs.get("processing_class") is None:
-            raise ValueError("`data_collator` is missing. Pass one, or pass a processor as `processing_class`.")
+            raise ValueError("`data_collator` is missing. Pass a collator, or a processor as `processing_class`.")
         collator = data_collator or LoTLIPCollator(kwargs["processing_class"], seed=args.seed)
         super().__init__(
             model,

@@ -34,11 +34,11 @@ def validate(
     caption of each record. Captions are not split. The model is left in evaluation mode.
 
     Args:
-        model (`nn.Module`): A [`LoTLIPModel`] or its wrapper.
+        model (`nn.Module`): A [`LoTLIPModel`], also wrapped in DDP or FSDP.
         processor (`LoTLIPProcessor`): The processor of the model.
         records (`Dataset` or `IterableDataset`): The records.
-        config (`TrainingConfig`): Options of the run. This function uses `eval_samples`, `batch_size`, `captioners`
-            (the first one is evaluated), `splitter` and `on_error`.
+        config (`TrainingConfig`): Options of the run. Only `eval_samples`, `batch_size`, `captioners` (the first is
+            evaluated), `splitter` and `on_error` are used.
         accelerator (`Accelerator`, *optional*): The processes of the run share the work and return the same result.
 
     Returns:
@@ -60,7 +60,7 @@ def validate(
         )
     captioners = None if config.captioners is None else tuple(config.captioners)
     collator = LoTLIPCollator(processor, WholeCaptions(captioners, config.splitter), on_error=config.on_error)
-    # Every process needs the same number of batches, since a wrapper may communicate in each.
+    # Every process needs the same number of batches, because DDP or FSDP may communicate in each.
     part = np.array_split(np.arange(len(chosen)), num_processes)[rank]
     num_batches = min(
         math.ceil(math.ceil(len(chosen) / num_processes) / config.batch_size), len(chosen) // num_processes
@@ -71,7 +71,7 @@ def validate(
         batch, error = {}, None
         try:
             batch = collator([chosen[int(row)] for row in rows])
-        except Exception as caught:  # raised below: the other processes would wait in the forward pass
+        except Exception as caught:  # raised below, because the other processes would wait in the forward pass
             error = caught
         raise_on_all_ranks(error, device)
         with nullcontext() if accelerator is None else accelerator.autocast():
@@ -82,7 +82,7 @@ def validate(
 
 
 def short_and_long_recalls(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> dict[str, float]:
-    """Returns the recalls of images [N, dim] and their short and long texts [N, 2, dim], by the names of the log."""
+    """Returns the recalls of images [N, dim] and their short and long texts [N, 2, dim], by their log keys."""
     return {
         f"{kind}_{name}": value
         for number, kind in ((1, "long"), (0, "short"))

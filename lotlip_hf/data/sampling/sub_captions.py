@@ -14,8 +14,8 @@ class SubCaptions:
     """
     Draws the long texts of a record: sub-captions of its long captions. The short caption is the short text.
 
-    The long captions are used in turn, and no sub-caption is drawn again before all others of its caption. Captions
-    without a sentence are skipped. If all captions are skipped, the long texts are copies of the short caption.
+    The long captions are used in turn. A sub-caption is drawn again after all other sub-captions of its caption.
+    Captions without a sentence are skipped. If all are skipped, the long texts are copies of the short caption.
 
     Args:
         num_long_texts (`int`, *optional*, defaults to 3): Number of long texts per image and step. 0 trains only on
@@ -57,7 +57,7 @@ class SubCaptions:
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         if self.captioners is not None:
-            object.__setattr__(self, "captioners", tuple(self.captioners))  # a YAML file has a list
+            object.__setattr__(self, "captioners", tuple(self.captioners))  # a YAML file contains a list
             if min(self.captioners, default=-1) < 0 or len(set(self.captioners)) < len(self.captioners):
                 raise ValueError(f"`captioners` must be different indices >= 0, got {self.captioners}.")
         for name, choices in (("sentence_order", ("written", "shuffled")), ("splitter", tuple(SPLITTERS))):

@@ -16,8 +16,8 @@ class WholeCaptions:
     caption twice.
 
     Args:
-        captioners (`tuple[int, ...]`, *optional*): Indices of long captions, of which only the first is used. Defaults
-            to the first long caption.
+        captioners (`tuple[int, ...]`, *optional*): Indices of long captions; only the first is used. Defaults to the
+            first long caption.
         splitter (`str`, *optional*, defaults to `"sentences"`): See [`SubCaptions`].
 
     Raises:

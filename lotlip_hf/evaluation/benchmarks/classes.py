@@ -24,8 +24,8 @@ def name_classes(source: Source, own: list[str] | None, own_source: str, count: 
 
     Args:
         source (`Source`): The data of the task.
-        own (`list[str]`, *optional*): Names in the data.
-        own_source (`str`): Description of the origin of `own`.
+        own (`list[str]`, *optional*): Class names in the data.
+        own_source (`str`): Description of the source of `own`, for the protocol.
         count (`int`, *optional*): Number of classes, if known.
     """
     given, where = source.options.class_names, source.where

@@ -29,7 +29,7 @@ class Options:
         num_images (`int`, *optional*): Use only the first images of the benchmark; the results record this number.
             From folders of classes, the first image of each class is used, then the second, and so on. From a table
             sorted by class, only the first classes are used. For `scenes`, the number of scenes (500 by default).
-        split (`str`, *optional*): Split. Defaults to the one that papers report.
+        split (`str`, *optional*): Split. Defaults to the split that papers report.
         revision (`str`, *optional*): Branch, tag or commit of a data set on the Hub.
         config (`str`, *optional*): Configuration of a data set on the Hub.
         image_column (`str`, *optional*): Column of the images in a table or records.
@@ -69,9 +69,9 @@ class Row:
 
     Args:
         name (`str`): Name of the image in messages.
-        images (`Sequence[Path]`, *optional*): Candidate paths of the image; the first one that exists is used.
+        images (`Sequence[Path]`, *optional*): Candidate paths of the image; the first path that exists is used.
         load (`Callable`, *optional*): Function that returns the image if it is not a separate file.
-        texts (`Sequence[str | None]`, *optional*): Captions; `None` for a missing one.
+        texts (`Sequence[str | None]`, *optional*): Captions; `None` for a missing caption.
         label (`int`, *optional*): Index of its class.
     """
 
@@ -136,10 +136,10 @@ class Source:
     Args:
         where (`str`): Name of the data in messages.
         roots (`tuple[str, ...]`): Folders that must contain the images.
-        protocol (`dict[str, Any]`): Settings by which the rows were chosen.
+        protocol (`dict[str, Any]`): Settings that determine the rows.
         classes (`ClassNames`, *optional*): Classes of a classification task.
-        known (`Collection[str]`, *optional*): Names of all image files of the benchmark. Other images in their folders
-            are logged.
+        known (`Collection[str]`, *optional*): Names of all image files of the benchmark. A warning lists other images
+            in the same folders.
     """
 
     task: Task
@@ -189,7 +189,7 @@ class Source:
 
     @property
     def advice(self) -> str:
-        """Sentence that says where to download the data."""
+        """Advice on how to get the data."""
         return f"Where to get it: {self.task.source}"
 
     def incomplete(self, problem: str, *, suggest_part: bool = False) -> IncompleteDataError:
@@ -322,13 +322,13 @@ def collect(source: Source) -> RetrievalData | ClassificationData:
 def _check_count(source: Source, count: int) -> None:
     wanted, expected = source.options.num_images, source.task.num_images if source.is_whole else None
     if count < (least := wanted or expected or 1):
-        raise source.incomplete(f"{source.where} has {count} images of {least}", suggest_part=True)
+        raise source.incomplete(f"{source.where} has {count} of {least} images", suggest_part=True)
     if expected is not None and count > expected:
         logger.warning("%s has %d images; published results use %d.", source.where, count, expected)
 
 
 def _warn_of_others(source: Source, finder: ImageFinder, images: Sequence[Any]) -> None:
-    """Logs images that are in the folders but not in the benchmark."""
+    """Warns of images that are in the folders but not in the benchmark."""
     paths = [Path(image) for image in images if isinstance(image, str)]
     known = {*(path.name for path in paths), *(source.known or ())}
     for folder in sorted({path.parent for path in paths}):

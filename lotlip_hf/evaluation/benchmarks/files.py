@@ -89,7 +89,7 @@ def read_bytes(path: Path | zipfile.Path) -> bytes:
 
 
 def read_text(path: Path | zipfile.Path) -> str:
-    """Reads a UTF-8 text file, and raises an error that names it if that fails."""
+    """Reads a UTF-8 text file. Errors name the file."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -97,7 +97,7 @@ def read_text(path: Path | zipfile.Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file, and raises an error that names it if that fails."""
+    """Reads a JSON file. Errors name the file."""
     try:
         return parse_json(read_text(path))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Data sets on the Hub: the commit to read, and errors that say what to do."""
+"""Data sets on the Hub: the commit to read, and errors with advice."""
 
 import logging
 import re
@@ -26,7 +26,7 @@ COMMIT = re.compile("[0-9a-f]{40}")
 
 @contextmanager
 def from_hub(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Converts errors of the Hub in this context to a `ValueError` that says what to do."""
+    """Converts errors of the Hub in this context to a `ValueError` with advice."""
     try:
         yield
     except GatedRepoError as error:
@@ -50,7 +50,7 @@ def from_hub(repo_id: str, revision: str | None) -> Iterator[None]:
 
 
 def not_kept(repo_id: str, what: str | None) -> ValueError:
-    """Makes the error for data that are not in the cache although HF_HUB_OFFLINE is set."""
+    """Makes the error for data that are not in the cache while HF_HUB_OFFLINE is set."""
     return ValueError(
         f"HF_HUB_OFFLINE is set, but {repo_id} is not a folder and {f'{what} of it' if what else 'it'} is not in the "
         "cache. Run once with HF_HUB_OFFLINE=0 to fill the cache."
@@ -76,14 +76,14 @@ def hub_commit(repo_id: str, revision: str | None) -> str:
                 raise not_kept(repo_id, revision)
             commit = reference.read_text(encoding="utf-8").strip()
         logger.warning(
-            "%s: HF_HUB_OFFLINE is set, so the commit %s in the cache is used. It may not be the newest.",
+            "%s: HF_HUB_OFFLINE is set, so the commit %s in the cache is used. A newer commit may exist.",
             repo_id,
             commit,
         )
         return commit
     with from_hub(repo_id, revision):
         commit = str(HfApi().dataset_info(repo_id, revision=revision).sha)
-        with suppress(RemoteEntryNotFoundError):  # records the commit in the cache, even without a README.md
+        with suppress(RemoteEntryNotFoundError):  # the cache stores the commit, even without a README.md
             hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision)
     return commit
 

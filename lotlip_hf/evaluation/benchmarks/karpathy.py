@@ -38,7 +38,7 @@ def rows(source: Source) -> Iterator[Row]:
 
 
 def _five_captions(value: Any) -> list[Any]:
-    """Returns the first five captions of a cell: a list of strings or of Karpathy's sentences, or a text of lines."""
+    """Returns the first five captions of a cell: strings, Karpathy's sentences, or the lines of a text."""
     captions = [line for line in value.split("\n") if line.strip()] if isinstance(value, str) else value
     captions = [caption.get("raw") if isinstance(caption, Mapping) else caption for caption in captions or ()]
     return captions[:CAPTIONS_PER_IMAGE]

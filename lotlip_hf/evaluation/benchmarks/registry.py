@@ -1,5 +1,5 @@
 """
-Benchmarks by name. To add one, write a file with a `TASK` and its `rows`, and add it to the tuple below.
+Benchmarks by name. To add a benchmark, write a file with its `TASK` and `rows`, and add it to the tuple below.
 
 An incomplete data set raises an error that lists the missing parts. To evaluate only a part, pass `num_images`, which
 the results record.
@@ -85,7 +85,7 @@ def load_benchmark(
     """
     if task not in TASKS:
         raise ValueError(
-            f"`task` (--task) is {task!r}. Pass one of {', '.join(TASKS)}; on the command line also a study "
+            f"`task` (--task) {task!r} is unknown. Pass one of {', '.join(TASKS)}; on the command line also a study "
             f"({', '.join(STUDIES)}) with a retrieval task as --benchmark."
         )
     given = Options(**options)

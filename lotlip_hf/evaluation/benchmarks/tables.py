@@ -55,12 +55,12 @@ def is_table(source: Source) -> bool:
 
 
 def is_saved_dataset(folder: str) -> bool:
-    """Whether `save_to_disk` has written the folder."""
+    """Whether the folder was written by `save_to_disk`."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in SAVED_DATASET)
 
 
 def open_table(source: Source) -> Table:
-    """Opens the requested split, else that of the task, else the only one. Downloads no other split."""
+    """Opens the requested split, else that of the task, else the only one. Other splits are not downloaded."""
     task, options, data = source.task, source.options, source.data
     revision, commit = options.revision, None
     if data is None:
@@ -172,7 +172,7 @@ def _choose_split(source: Source, splits: Sequence[str], where: str) -> str:
 
 
 def _find_column(source: Source, table: Table, option: str, usual: Sequence[str], feature: type | None = None) -> str:
-    """Returns the column in the option, or the first usual column that exists, or the only column of this feature."""
+    """Returns the column that the option names, or the first of `usual` that exists, or the only one of `feature`."""
     given = getattr(source.options, option)
     columns = table.dataset.column_names
     usual = usual if given is None else (given,)
@@ -257,7 +257,7 @@ def table_classes(source: Source, synonyms: bool = False) -> Iterator[Row]:
     else:
         raise ValueError(
             f"The column {column!r} of {source.where} contains neither numbers nor names, but {feature}. Pass another "
-            "one as `label_column` (--label-column)."
+            "column as `label_column` (--label-column)."
         )
     count = None
     if own_source != "classnames.txt":

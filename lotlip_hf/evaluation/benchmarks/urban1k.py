@@ -15,7 +15,7 @@ from .hub import hub_archive, hub_commit
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Yields images with the captions of the same number, from a folder or the published archive."""
+    """Yields each image with the caption file of the same number, from a folder or the published archive."""
     data = source.data
     if data is None or is_hub_name(data):
         source.id = data or source.task.hub_id or ""

@@ -1,6 +1,4 @@
-"""
-The interface and the options of captioners: local models of transformers, and endpoints with OpenAI's protocol.
-"""
+"""The interface and the options of captioners: local models of transformers, and endpoints with OpenAI's protocol."""
 
 import dataclasses
 import json
@@ -57,7 +55,7 @@ class CaptionerConfig:
     ```
     """
 
-    model: str = option("Checkpoint folder or Hub id; with --endpoint, the model's name there", group="Captioners")
+    model: str = option("Checkpoint folder or Hub id; with --endpoint, the name that it uses", group="Captioners")
     revision: str | None = option("Revision of the model on the Hub (default: main)", None)
     prompt: str = option("Prompt of each image; empty for models without a prompt", PROMPT, metavar="TEXT")
     batch_size: int = option("Images per batch; not for endpoints", 8, at_least=1)
@@ -71,10 +69,10 @@ class CaptionerConfig:
     max_new_tokens: int = option("Maximum length of a caption, in tokens", 256, at_least=1, group="Generation")
     min_new_tokens: int = option("Minimum length of a caption, in tokens; not for endpoints", 0, at_least=0)
     num_beams: int = option("Beams of a beam search; not for endpoints", 1, at_least=1)
-    temperature: float = option("Temperature of sampling; 0 takes the most probable token", 0.0, at_least=0)
-    top_p: float = option("Probability mass that tokens are sampled from", 1.0, above=0, at_most=1)
+    temperature: float = option("Temperature of sampling; 0 always picks the most probable token", 0.0, at_least=0)
+    top_p: float = option("Top-p sampling: probability mass of the tokens to sample from", 1.0, above=0, at_most=1)
     repetition_penalty: float = option(
-        "Penalty of repeated tokens, with many models also of the prompt's; sent to an endpoint only if it is not 1",
+        "Penalty of repeated tokens, in many models also of the prompt's; sent to an endpoint only if it is not 1",
         1.0,
         above=0,
     )
@@ -92,15 +90,15 @@ class CaptionerConfig:
     concurrency: int = option("Simultaneous requests", 16, at_least=1)
     timeout: float = option("Time limit of a request, in seconds", 120.0, above=0)
     max_retries: int = option(
-        "Retries of a request that was refused for now (429, 5xx), timed out or got an invalid answer", 8, at_least=0
+        "Retries of a request after a temporary error (429, 5xx), a timeout or an invalid answer", 8, at_least=0
     )
     max_image_size: int = option(
         "Maximum width and height of a sent image, in pixels; larger images are resized", 672, at_least=1
     )
     max_answer_bytes: int = option("Maximum size of an answer, in bytes", 4 * 1024 * 1024, at_least=1)
-    # Names of `REQUEST_FIELDS` at the endpoint; a field named `None` is not sent
+    # The endpoint's names of `REQUEST_FIELDS`; a field named `None` is not sent
     request_fields: Mapping[str, str | None] = field(default_factory=dict)
-    # Further fields of each request, such as {"chat_template_kwargs": {"enable_thinking": False}}, which are published
+    # Further fields of each request, published in the card: {"chat_template_kwargs": {"enable_thinking": False}}
     extra_body: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,7 +116,7 @@ class CaptionerConfig:
             object.__setattr__(self, "retry", {name: getattr(other, name) for name in self.retry})
 
     def settings(self, attempt: int = 0) -> dict[str, Any]:
-        """Returns the options of `SETTINGS` for the first attempt (0) or for a further one."""
+        """Returns the options of `SETTINGS` for the first attempt (0) or a further attempt."""
         settings = {name: getattr(self, name) for name in SETTINGS}
         return {**settings, **self.retry} if attempt else settings
 

@@ -23,7 +23,7 @@ from ...files import parse_json, printable
 from .base import Answer, CaptionerConfig, EndpointError, without_secrets
 
 PROBE_RETRIES = 2
-# HTTP statuses that an image cannot cause
+# HTTP statuses of failures that no image causes
 FATAL = (401, 402, 404, 405, 429)
 ADVICE = {
     **dict.fromkeys((401, 403), "Set OPENAI_API_KEY, or run `hf auth login` for an endpoint of Hugging Face."),
@@ -40,7 +40,7 @@ MOVED = "Redirects are not followed. If you trust that address, pass it as `endp
 DOWN = "Check the address and the log of the server."
 # Hosts that receive the Hub's token
 HUB_DOMAINS = ("huggingface.co", "huggingface.cloud")
-NO_KEY = "EMPTY"  # conventional key for servers without keys
+NO_KEY = "EMPTY"  # conventional key for servers that need none
 LEAST_SECRET = 8  # minimum length of a secret that is removed from captions; shorter secrets may be words
 ENCODINGS = ("identity", "gzip", "deflate")
 FINISHED = {"length": False, **dict.fromkeys(("stop", "eos_token", "stop_sequence", "end_turn"), True)}
@@ -55,7 +55,7 @@ class _Failure(httpx.TransportError):
 
 
 class _Client(httpx.AsyncClient):
-    """Reads at most `limit` bytes of a response, for at most `seconds`; raises a `_Failure` without an answer."""
+    """Reads at most `limit` bytes of a response, for at most `seconds`; raises a `_Failure` if there is no answer."""
 
     def __init__(self, limit: int, seconds: float) -> None:
         super().__init__(timeout=seconds, follow_redirects=False, limits=httpx.Limits(max_connections=None))
@@ -82,7 +82,7 @@ class _Client(httpx.AsyncClient):
     async def _read(self, request: httpx.Request, **options: Any) -> httpx.Response:
         response = await super().send(request, stream=True, **options)
         content, headers = bytearray(), response.headers.copy()
-        encoding = headers.pop("Content-Encoding", "identity")  # `content` will be decoded
+        encoding = headers.pop("Content-Encoding", "identity")  # removed, because `content` is decoded below
         try:
             if encoding.lower() not in ENCODINGS:  # other and nested encodings can expand a packet to gigabytes
                 raise _Failure(f"the answer is compressed ({encoding})")
@@ -99,9 +99,9 @@ class EndpointCaptioner:
     """
     A captioner that sends images to an endpoint with OpenAI's protocol (`POST /v1/chat/completions`).
 
-    Several threads may call `answer` at the same time. The API key is `OPENAI_API_KEY`. Endpoints of Hugging Face, and
-    no others, receive the Hub's token (`HF_TOKEN` or `hf auth login`). If the address contains user name and password,
-    these are sent instead of a key. Keys and passwords are never shown or saved.
+    Several threads may call `answer` at the same time. The API key is `OPENAI_API_KEY`. Only endpoints of Hugging Face
+    receive the Hub's token (`HF_TOKEN` or `hf auth login`). If the address contains user name and password, these are
+    sent instead of a key. Keys and passwords are never shown or saved.
 
     `config.revision` is not sent; the endpoint chooses the revision. `transformers serve` draws tokens only if
     `do_sample` is set in the `generation_config.json` of the checkpoint.
@@ -347,7 +347,7 @@ def _read_answer(content: bytes) -> tuple[str, bool | None]:
 
 
 def _without_reasoning(text: str) -> str:
-    """Removes `<think>...</think>` at the start. Either tag may be missing: the template adds it, or it is cut off."""
+    """Removes `<think>...</think>` at the start. The chat template may add `<think>`; a cut answer has no end tag."""
     reasoning, end, rest = text.partition("</think>")
     if end and (reasoning.lstrip().startswith("<think>") or "<think>" not in reasoning):
         return rest

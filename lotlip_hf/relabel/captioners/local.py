@@ -34,7 +34,7 @@ from ...files import one_line
 from ...loading import cached_commit, checkpoint_name, load_strict, naming_damage, quiet, usable_device
 from .base import IMAGE_ERRORS, Answer, CaptionerConfig
 
-# The only entries that are used of a checkpoint's generation config: special and forbidden tokens
+# Only these entries of a checkpoint's generation config are used: special and forbidden tokens
 TOKENS = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id"),
     *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
@@ -204,7 +204,7 @@ class LocalCaptioner:
             raise ValueError(
                 f"{name}: {type(self._processor).__name__} does not accept an image with the prompt {prompt!r} "
                 f"({error}). Write `prompt` in the format of the model, with its image token if it has no chat "
-                "template, or set an empty one."
+                "template, or set an empty `prompt`."
             ) from error
         if prompt and not {"input_ids", "decoder_input_ids"} & inputs.keys():
             raise ValueError(f"{name}: {type(self.model).__name__} has no prompt. Set an empty `prompt`.")
@@ -241,7 +241,7 @@ def check_model(config: CaptionerConfig) -> None:
 
 
 class _PromptLength(LogitsProcessor):
-    """Records the number of tokens before the first new one; the output of some models includes the prompt."""
+    """Records the number of tokens before the first new token; the output of some models includes the prompt."""
 
     length: int | None = None
 
@@ -311,7 +311,7 @@ def _load_processor(name: str, revision: str | None) -> tuple[Any, Any]:
             return processor, processor.tokenizer
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
         return image_processor, AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except Exception as error:  # tokenizers and image processors raise different types
+    except Exception as error:  # tokenizers and image processors raise exceptions of different types
         reason = one_line(error)
         raise ValueError(
             f"{name}: the processor cannot be loaded ({reason}). Save it next to the model with "

@@ -17,7 +17,7 @@ TERMS: dict[str, type[nn.Module]] = {
     "sigmoid": Sigmoid,
     "primary_components": PrimaryComponents,
 }
-# Options of terms whose default is the field with the same name in the model's configuration.
+# Options of terms that default to the field with the same name in the model's configuration.
 MODEL_DEFAULTS = ("projection_dim", "short_loss_weight", "long_loss_weight")
 
 

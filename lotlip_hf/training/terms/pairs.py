@@ -17,9 +17,9 @@ class Pairs(nn.Module):
     """
     The base class of terms that compare every image with every text, over all processes.
 
-    Every process gathers the images, with gradients, and compares them with its own texts in tiles of similarities.
-    The texts, K times as many as the images, are not gathered. The backward pass computes the tiles again, so that a
-    process stores its own embeddings, all images and a few tiles.
+    Every process gathers the image embeddings of all processes, with gradients, and compares them with its own texts
+    in tiles of similarities. Texts are not gathered, because there are K times as many. The backward pass computes the
+    tiles again, so that a process stores only its own embeddings, all images and a few tiles.
 
     Args:
         short_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the part for short texts.

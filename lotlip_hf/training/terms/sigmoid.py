@@ -10,7 +10,7 @@ from .pairs import Pairs, Sets, tiles_of
 
 class Sigmoid(Pairs):
     """
-    The loss of SigLIP (https://arxiv.org/abs/2303.15343, algorithm 1). It trains a parameter `logit_bias`, which
+    The loss of SigLIP (https://arxiv.org/abs/2303.15343, algorithm 1). The parameter `logit_bias` is trained, and
     offsets the many pairs that do not match.
 
     Args:
