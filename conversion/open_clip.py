@@ -142,7 +142,7 @@ def read_open_clip(
 
     Returns:
         `tuple[CLIPModel, CLIPImageProcessorPil, str | None]`: The model in the precision of the file (the higher one
-            of two), its image processor, and the configuration's `hf_tokenizer_name`, if it has one.
+        of two), its image processor, and the configuration's `hf_tokenizer_name`, if it has one.
 
     Raises:
         `ConversionError`: If a file is missing or damaged, if a `CLIPModel` does not support a setting, or if a tensor

@@ -225,7 +225,7 @@ class Encoder:
 
         Yields:
             `tuple[int, torch.Tensor, bool]`: Index of the text in `texts`, its embedding [P], and whether the text was
-                cut. The order is not that of `texts`.
+            cut. The order is not that of `texts`.
         """
         if isinstance(texts, str) or not isinstance(texts, Iterable):
             raise TypeError(f"`texts` must be a list of strings, got a {type(texts).__name__}. Pass [text].")
@@ -279,7 +279,7 @@ class Encoder:
 
         Yields:
             `tuple[int, torch.Tensor | ImageError]`: Index of the image in `images` and its embedding [P], or the error
-                if it cannot be read. Embeddings are in the order of `images`, but errors may precede them.
+            if it cannot be read. Embeddings are in the order of `images`, but errors may precede them.
         """
         if isinstance(images, ImageSource) or not isinstance(images, Iterable):
             raise TypeError(f"`images` must be a list of images, got a {type(images).__name__}. Pass [image].")

@@ -209,6 +209,10 @@ def checkpoint_name(name_or_path: str | os.PathLike, revision: str | None = None
         )
     if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
         raise FileNotFoundError(f"{name}: there is no checkpoint folder of this name. Check the path.")
+    if not os.path.isfile(os.path.join(name, "config.json")):
+        runs = sorted(Path(name).glob("checkpoint-*/config.json"), key=lambda one: (len(one.parent.name), one))
+        if runs:
+            raise ValueError(f"{name} is the folder of a run, not a checkpoint. Pass {runs[-1].parent}.")
     return name
 
 
@@ -285,7 +289,8 @@ def naming_damage(name: str, revision: str | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, OSError):
-            raise OSError(f"{name}: {error}") from error
+            where = "" if os.path.exists(name) else "no such folder, and as a Hub id: "
+            raise OSError(f"{name}: {where}{error}") from error
         file, reason = _damaged_file(Path(name)) or (_damaged_part(name, revision), error)
         raise LoadingError(f"{name}: {file} cannot be used ({type(error).__name__}: {printable(reason)}).") from error
 

@@ -165,7 +165,8 @@ def unknown(name: Any, known: Iterable[str]) -> ValueError:
     plain = str(name).removeprefix("--").replace("-", "_")
     if plain in REPLACED:
         return ValueError(f"Unknown option {printable(name)}: {REPLACED[plain]}.")
-    close = difflib.get_close_matches(str(name), list(known), 1)
+    wanted = str(name).replace("lr", "learning-rate") if plain == "lr" else str(name)
+    close = difflib.get_close_matches(wanted, [one for one in known if one not in ("-h", "--help")], 1)
     return ValueError(f"Unknown option {printable(name)}. {f'Did you mean {close[0]}?' if close else 'See --help.'}")
 
 
@@ -230,7 +231,7 @@ class Parser(argparse.ArgumentParser):
         if others and others[0].startswith("-"):
             raise unknown(others[0].partition("=")[0], self._option_string_actions)
         if others:
-            raise ValueError(f"Unexpected argument {others[0]!r}. Quote glob patterns.")
+            raise ValueError(f"Unexpected argument {others[0]!r}. Quote texts with spaces and glob patterns.")
         return namespace
 
     def error(self, message: str) -> NoReturn:

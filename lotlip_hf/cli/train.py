@@ -35,6 +35,7 @@ def run(argv: Sequence[str]) -> None:
     config = parse_arguments(argv, prog="lotlip train", description=DESCRIPTION)
     from accelerate import PartialState
 
+    from ..images import ImageError
     from ..training.data import load_data
     from ..training.loop import train
     from ..training.model import load_or_start_model
@@ -43,6 +44,8 @@ def run(argv: Sequence[str]) -> None:
         records, eval_records = load_data(config)  # fail before models are loaded
         model, processor = load_or_start_model(config)
         checkpoint = train(model, processor, records, config, eval_records)
+    except ImageError as error:
+        raise ValueError(f"{error}. Pass --on-error skip to count and skip such images.") from error
     except RuntimeError as error:  # a NaN loss, a full disk or memory, a lost process
         raise OSError(str(error)) from error
     PartialState().print(f"The model is in {checkpoint}.")

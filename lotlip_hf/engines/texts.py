@@ -21,7 +21,7 @@ def encode_unpadded(
 
     Returns:
         `tuple[list[list[int]], list[bool]]`: Ids of each text, with special tokens and without padding, and whether
-            the text was longer than `max_length`.
+        the text was longer than `max_length`.
 
     Raises:
         `ValueError`: If there are no texts, or if a text contains half a surrogate pair.

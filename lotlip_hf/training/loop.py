@@ -212,7 +212,7 @@ class _Run:
                     is_last = self.step == self.max_steps
                     if self.step % config.log_steps == 0 or is_last:
                         values = self._log_values()
-                        bar.set_postfix(loss=f"{values['loss']:.3f}", samples=f"{values['samples_per_second']:.0f}/s")
+                        bar.set_postfix(loss=f"{values['loss']:.3f}", samples=f"{values['samples_per_second']:.1f}/s")
                         tracking.write(self.step, self.epoch, values)
                         self.meter = Meter()
                     # A signal to one process stops all processes.

@@ -113,6 +113,7 @@ def test_names_that_are_no_text_are_printed(photos: Path, run: Callable[..., Any
         ("search --model x --images {photos} --top 0 text", "top"),
         ("search --model x --images {photos} --dtype int8 text", "dtype"),
         ("search --model x --imges {photos} text", "Did you mean --images"),
+        ("search --model x --images {photos} two words", "Quote texts"),
         ("search --model {model} --images {tmp}/empty text", "empty"),
         ("search --model {model} --images {tmp}/missing text", "missing"),
         ("search --model {model} --images {photos} --device nowhere text", "nowhere"),
@@ -130,6 +131,7 @@ def test_names_that_are_no_text_are_printed(photos: Path, run: Callable[..., Any
         ("push --private {photos}", "--repo-id"),
         ("relabel --data {photos} --output x", "--captioner"),
         ("train --batch-sise 3", "Did you mean --batch-size"),
+        ("train --lr 1", "Did you mean --learning-rate"),
     ],
 )
 def test_errors_are_one_line_and_status_2(

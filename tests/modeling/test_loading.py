@@ -17,7 +17,7 @@ from hub_server import WRITE_TOKEN, Answer, Fault, Hub, hub_server, use_in_proce
 from lotlip_hf import LoTLIPConfig, LoTLIPModel
 from lotlip_hf.conversion.clip import convert as convert_clip
 from lotlip_hf.conversion.common import load_checkpoint, local_folder
-from lotlip_hf.loading import load_model
+from lotlip_hf.loading import checkpoint_name, load_model
 
 REPO = "lotlip/tiny"
 
@@ -86,3 +86,11 @@ def test_converters_take_hub_ids(hub: Hub, tmp_path: Path, official_checkpoint: 
     for name in (tmp_path / "a", "lotlip/nothing"):
         with pytest.raises(OSError, match=str(name)):
             local_folder(name)
+
+
+def test_the_folder_of_a_run_names_its_last_checkpoint(tmp_path: Path) -> None:
+    for step in (9, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="folder of a run.*checkpoint-100"):
+        checkpoint_name(tmp_path)
