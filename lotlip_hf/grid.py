@@ -102,7 +102,7 @@ def save_grid(
         draw.text((left, upper + side + 37), name, "#606060", name_font)
     picture = io.BytesIO()
     metadata = PngImagePlugin.PngInfo()
-    metadata.add_itxt(DESCRIPTION, title)
+    metadata.add_itxt(DESCRIPTION, title.encode(errors="backslashreplace").decode())
     canvas.save(picture, Image.registered_extensions()[Path(output).suffix.lower()], pnginfo=metadata)
     with replacing(Path(output)) as file:
         file.write(picture.getvalue())

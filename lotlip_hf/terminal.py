@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from typing import Any, Literal
 
@@ -96,22 +97,28 @@ def text_table(
         `str`: The table.
     """
     rows = [[printable(cell) for cell in row] for row in (*head[-1:], *body)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
     groups = []
     for title, items in itertools.groupby(enumerate(head[0]), key=lambda item: item[1]) if len(head) > 1 else ():
         columns = [column for column, _ in items]
         span = sum(widths[column] for column in columns) + 2 * (len(columns) - 1)
         title = printable(title)
-        widths[columns[-1]] += max(0, len(title) - span)
-        groups.append(title.center(max(span, len(title))))
+        widths[columns[-1]] += max(0, _width(title) - span)
+        groups.append(title.center(max(span, _width(title)) - _width(title) + len(title)))
     lines = ["  ".join(groups).rstrip()] if groups else []
     for row in rows:
-        cells = enumerate(zip(row, widths, strict=True))
-        aligned = (cell.ljust(width) if column in left else cell.rjust(width) for column, (cell, width) in cells)
+        padded = [(cell, " " * (width - _width(cell))) for cell, width in zip(row, widths, strict=True)]
+        aligned = (cell + pad if column in left else pad + cell for column, (cell, pad) in enumerate(padded))
         lines.append("  ".join(aligned).rstrip())
     if rule:
         lines.insert(len(head), "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def _width(text: str) -> int:
+    """Number of terminal cells of a text. Wide characters take two, combining ones none."""
+    wide = sum(unicodedata.east_asian_width(one) in "WF" for one in text)
+    return len(text) + wide - sum(unicodedata.combining(one) > 0 for one in text)
 
 
 def print_tables(text: str) -> None:
@@ -195,13 +202,14 @@ def printable_output(log_format: str = "%(message)s") -> Iterator[None]:
         yield
         return
     before = sys.stdout, sys.stderr
-    for stream in before:
+    streams = [stream or open(os.devnull, "w") for stream in before]  # `None` if the descriptor is closed
+    for stream in streams:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
-    sys.stdout, sys.stderr = map(PrintableStream, before)
+    sys.stdout, sys.stderr = map(PrintableStream, streams)
     loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]
     handlers = {handler for logger in loggers for handler in logger.handlers}
-    there = [handler for handler in handlers if getattr(handler, "stream", None) in before]
+    there = [handler for handler in handlers if getattr(handler, "stream", None) in streams]
     for handler in there:
         handler.stream = PrintableStream(handler.stream)  # pyright: ignore[reportAttributeAccessIssue]
     logger, handler = logging.getLogger("lotlip_hf"), _LogHandler()

@@ -77,6 +77,15 @@ def test_a_table_is_aligned() -> None:
         "a\\nb   1.00  22.00",
         "c         -   3.00",
     ]
+    assert text_table([["file", "x"]], [["猫.png", "1"], ["e\u0301", "2"]], rule=False).splitlines() == [
+        *("file    x", "猫.png  1", "e\u0301       2")
+    ]
+
+
+def test_a_closed_standard_output() -> None:
+    code = f"import os, sys; sys.stdout = sys.stderr = None; os.close(1)\n{SCRIPT}"
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_bar_names_what_it_counts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from ..encoder import Encoder
 from ..evaluation.results import CAPTIONS, SHARE, Results, load_results
 from ..evaluation.tables import RETRIEVAL, RETRIEVAL_HEAD, metric_table, table
-from ..files import markdown_text, one_line, read_regular
+from ..files import is_inside, markdown_text, one_line, read_regular
 from ..grid import DESCRIPTION
 from ..images import load_image, processed_size
 from ..modeling.modeling_lotlip import LoTLIPModel
@@ -132,7 +132,7 @@ def load_picture(source: Path | None, fields: CardFields) -> Picture | None:
         `OSError`: If the file cannot be read.
     """
     names = [f"{PICTURE}{extension}" for extension in PICTURE_FORMATS.values()] if source is not None else []
-    beside = next((source / name for name in names if source is not None and (source / name).is_file()), None)
+    beside = next((file for name in names if source is not None and (file := _beside(source, name)) is not None), None)
     file = fields.picture or beside
     if file is None:
         return None
@@ -143,6 +143,16 @@ def load_picture(source: Path | None, fields: CardFields) -> Picture | None:
             raise ValueError(f"{file} is a {image.format} file. Convert it to {', '.join(PICTURE_FORMATS)}.")
         description = " ".join(str(image.info.get(DESCRIPTION, "")).split())[:MAX_DESCRIPTION]
         return Picture(f"{PICTURE}{PICTURE_FORMATS[image.format]}", markdown_text(description), content)
+
+
+def _beside(source: Path, name: str) -> Path | None:
+    """Returns a file of a checkpoint's folder. A link may lead only into that folder or into the cache of the Hub."""
+    file = source / name
+    if not file.is_file():
+        return None
+    if not is_inside((source, source.resolve().parent.parent / "blobs"), file):
+        raise ValueError(f"{file} is a link out of the checkpoint's folder. Replace it by the file.")
+    return file
 
 
 def card_bytes(
@@ -178,7 +188,7 @@ def card_bytes(
     run = load_run(source)
     fields_of_run = _with_run(fields, run)
     shown = "" if picture is None else f"![{picture.description or 'Ranked examples'}]({picture.name})"
-    beside = source / "README.md" if source is not None else None
+    beside = None if source is None else _beside(source, "README.md")
     for file, name in ((beside, str(beside)), (there, f"README.md of {repo_id}")):
         if file is None or not file.is_file():
             continue
@@ -219,11 +229,11 @@ def checked_results(model: LoTLIPModel, processor: Any, files: Sequence[str | os
         fingerprints = one.content.get("model_fingerprint")
         if not isinstance(fingerprints, dict):
             continue
-        dtype = getattr(torch, str(one.content.get("dtype")), model.dtype)
-        evaluated = model if dtype == model.dtype else copy.deepcopy(model).to(dtype)
-        if any(
-            Encoder(evaluated, processor).fingerprint(modality) != digest for modality, digest in fingerprints.items()
-        ):
+        dtype = getattr(torch, str(one.content.get("dtype")), None)
+        is_other = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype != model.dtype
+        encoder = Encoder(copy.deepcopy(model).to(dtype) if is_other else model, processor)
+        given = [modality for modality in ("image", "text") if modality in fingerprints]
+        if any(encoder.fingerprint(modality) != fingerprints[modality] for modality in given):
             raise ValueError(
                 f"{one.file} contains results of {one.content.get('model')}, whose weights or preprocessing differ "
                 "from this checkpoint's. Evaluate this checkpoint, or leave the file out."
@@ -421,8 +431,14 @@ def _is_generated(card: ModelCard) -> bool:
 def _with_metadata(fields: CardFields, card: ModelCard) -> CardFields:
     """Fills empty fields from the metadata of a card that is replaced."""
     names = ["license", *(("base_model", "datasets", "language", "tags") if _is_ours(card) else ())]
-    found = {name: value for name in names if not getattr(fields, name) and (value := getattr(card.data, name))}
-    return replace(fields, **found)
+    found = {name: getattr(card.data, name) for name in names if not getattr(fields, name)}
+    return replace(fields, **{name: value for name, value in found.items() if value and _is_text(name, value)})
+
+
+def _is_text(name: str, value: Any) -> bool:
+    """Whether a value of a card's metadata is a text, or a list of texts where the field is a list."""
+    texts = value if isinstance(value, list) and name != "license" else [value]
+    return all(isinstance(text, str) for text in texts)
 
 
 def _updated(content: bytes, card: ModelCard, repo_id: str, fields: CardFields, results: Sequence[Results]) -> bytes:

@@ -26,6 +26,8 @@ NEEDS = {
     "num_epochs": lambda options: not options.get("max_steps"),
     "unlocked_vision_layers": lambda options: options.get("lock_vision"),
 }
+RECALL = re.compile(r"(long|short)_(image_to_text|text_to_image)_r(\d{1,6})", re.ASCII)
+MAX_NUMBER = 1 << 63
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|tar|parquet|ya?ml|zip|pt)$")
 
 
@@ -71,18 +73,28 @@ def load_run(checkpoint: Path | None) -> Run:
     path = next((folder / CONFIG_NAME for folder in folders if (folder / CONFIG_NAME).is_file()), None)
     if path is None:
         return Run(step=step)
+    content = read_regular(path)
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        options = yaml.safe_load(content.decode("utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path}: expected options by name, got a {type(options).__name__}.")
+    options = {name: value for name, value in options.items() if _is_plain(value)}
     recalls: dict[str, float] = {}
     if step is not None and (checkpoint.parent / LOG_NAME).is_file():
         for entry in read_log(checkpoint.parent):
             if entry["step"] == step:
-                recalls |= {k: v for k, v in entry.items() if "_to_" in k and isinstance(v, int | float)}
+                found = {name: value for name, value in entry.items() if RECALL.fullmatch(name)}
+                recalls |= {k: v for k, v in found.items() if isinstance(v, int | float) and 0 <= v <= 1}
     return Run(options, step, **_progress(checkpoint / STATE), recalls=recalls)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a text, a number of usual size, or a list of these. Nested aliases of YAML can be huge."""
+    if isinstance(value, list):
+        return all(not isinstance(one, list) and _is_plain(one) for one in value)
+    return isinstance(value, str | float) or (isinstance(value, int) and abs(value) < MAX_NUMBER)
 
 
 def _progress(state: Path) -> dict[str, int]:
@@ -92,7 +104,9 @@ def _progress(state: Path) -> dict[str, int]:
         parts = [parse_json(read_regular(file, MAX_PROGRESS)) for file in files]
         numbers = {"num_processes": len(parts), "num_seen": sum(part["counts"]["records"] for part in parts)}
         numbers |= {"num_records": parts[0]["data"]["num_records"]} if "num_records" in parts[0]["data"] else {}
-        return numbers if all(isinstance(number, int) and number > 0 for number in numbers.values()) else {}
+        return (
+            numbers if all(isinstance(number, int) and 0 < number < MAX_NUMBER for number in numbers.values()) else {}
+        )
     return {}
 
 

@@ -362,6 +362,48 @@ def test_the_card_of_a_run(official_checkpoint: Path, tmp_path: Path) -> None:
         card_of(folder, tmp_path / "no")
 
 
+BOMB = "".join(f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 10)}]\n" for number in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("training_config.yaml", f"a0: &a0 [1]\n{BOMB}terms: *a9\nmodel: *a9\ncaptioners: *a9\n"),
+        ("training_config.yaml", f"batch_size: 0x{'f' * 9999}\nseed: 0x{'f' * 9999}\n"),
+        ("../log.jsonl", '{"step": 7, "long_image_to_text_r1": %s, "a_to_b": 1}\n' % ("9" * 400)),
+        ("../log.jsonl", '{"step": 7, "long_image_to_text_r%s": 0.5}\n' % ("9" * 5000)),
+        ("state/0-progress.json", '{"counts": {"records": %s}, "data": {"num_records": 3}}' % ("9" * 400)),
+    ],
+    ids=["aliases", "numbers", "recalls", "ranks", "progress"],
+)
+def test_a_hostile_run(official_checkpoint: Path, tmp_path: Path, name: str, content: str) -> None:
+    folder = tmp_path / "run" / "checkpoint-7"
+    shutil.copytree(official_checkpoint, folder)
+    (folder / "state").mkdir()
+    (folder / "training_config.yaml").write_text("{}")
+    (folder / name).write_text(content)
+    text = card_of(folder, tmp_path / "out").text
+    assert "7 steps\n" in text
+    assert "Validation" not in text
+    assert len(text) < 5000
+
+
+@pytest.mark.parametrize("name", ["README.md", "ranked_examples.png"])
+def test_links_of_a_checkpoint_are_not_published(official_checkpoint: Path, tmp_path: Path, name: str) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "secret.png")
+    (tmp_path / "secret.md").write_text("secret")
+    folder = tmp_path / "models" / "snapshots" / "1"
+    shutil.copytree(official_checkpoint, folder)
+    (folder / name).symlink_to(tmp_path / f"secret{Path(name).suffix}")
+    with pytest.raises(ValueError, match=name):
+        write_repository(folder, tmp_path / "out", REPO)
+    (folder / name).unlink()
+    (tmp_path / "models" / "blobs").mkdir()  # as in the cache of the Hub
+    shutil.copy(tmp_path / f"secret{Path(name).suffix}", tmp_path / "models" / "blobs" / "2")
+    (folder / name).symlink_to("../../blobs/2")
+    assert (write_repository(folder, tmp_path / "out", REPO) / name).is_file()
+
+
 # Facts that the card lacks
 
 
