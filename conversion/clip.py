@@ -427,7 +427,7 @@ def _largest_difference(
         input_ids = torch.full((len(lengths), max_length), int(tokenizer.pad_token_id))
         attention_mask = torch.zeros_like(input_ids)
         for row, length in enumerate(lengths):
-            # Ids below [EOT]: with the legacy id, the model pools at the highest id of a text.
+            # Draw ids below [EOT]: a config with the legacy `eos_token_id` pools at the highest id of a text.
             input_ids[row, :length] = torch.randint(max(1, last), (length,), generator=generator)
             input_ids[row, 0], input_ids[row, length - 1], attention_mask[row, :length] = first, last, 1
         for mask in (None, attention_mask):

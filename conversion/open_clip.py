@@ -295,8 +295,8 @@ def config_from_open_clip(model_cfg: Mapping[str, Any], source: str = "open_clip
         eos_token_id = whole(text, "eos_id", LEGACY_EOS_TOKEN_ID, source, least=0)
         if eos_token_id == LEGACY_EOS_TOKEN_ID:
             raise ConversionError(
-                f"{source}: a CLIPModel cannot pool at eos_id {eos_token_id}, which it reads as the highest id of a "
-                "text. MetaCLIP 2 uses this id and is not supported."
+                f"{source}: `eos_id` {eos_token_id} is not supported, because a CLIPModel with this id pools at the "
+                "highest id of a text. MetaCLIP 2 uses this `eos_id`."
             )
     image_size, patch_size = _side(vision, "image_size", 224, source), _side(vision, "patch_size", 16, source)
     return CLIPConfig(

@@ -37,8 +37,8 @@ DEFAULT_MAX_PIXELS = 2 * (1024**3 // 4 // 3)
 LARGE_FILE_BYTES = 1 << 26
 # Formats with a header that may state a wrong size of the image
 NESTED_FORMATS = ("BLP", "ICNS", "ICO")
-TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF's tags
-# Side in pixels of a tile; conversions that need much memory work tile by tile
+TILE_WIDTH, TILE_LENGTH = 322, 323  # numbers of TIFF tags
+# Conversions that need much memory work tile by tile. A tile has this width and height in pixels.
 TILE = 1024
 # Module of the resizing that most image processors of transformers share
 RESIZING_MODULE = "transformers.image_processing_backends"

@@ -268,11 +268,11 @@ def _encoder(model: Any, replaced: TextEncoder, slot: str, target_layer: int) ->
     is_adapted = isinstance(model, LoTLIPTextEncoder)
     problem = None
     if config.hidden_size != width:
-        problem = f"width {config.hidden_size}, but the pipeline reads width {width}"
+        problem = f"width {config.hidden_size}, but the pipeline needs width {width}"
     elif (projection_dim is not None or is_adapted) and own_projection_dim != projection_dim:
-        problem = f"projection width {own_projection_dim}, but the pipeline reads {projection_dim}"
+        problem = f"projection width {own_projection_dim}, but the pipeline needs {projection_dim}"
     elif is_adapted and config.target_layer != target_layer:
-        problem = f"`target_layer` {config.target_layer}, but the pipeline reads layer {target_layer}"
+        problem = f"`target_layer` {config.target_layer}, but the pipeline uses layer {target_layer}"
     if problem is not None:
         raise ValueError(
             f"{name} has {problem} from `{slot}`. Pass another model, or train an adapter for this slot with "
