@@ -49,7 +49,9 @@ class Options:
     eval_data: str | None = field(
         default=None, metadata={"help": "records for measuring text-to-image retrieval, before and after"}
     )
-    mapping: str = field(default="records", metadata={"help": f"mapping of the columns: {', '.join(MAPPINGS)}"})
+    mapping: str = field(
+        default="records", metadata={"help": f"names of the columns in the data set, one of {', '.join(MAPPINGS)}"}
+    )
     image_root: str | None = field(
         default=None, metadata={"help": "folder that must contain the images; by default the folder of the data"}
     )

@@ -4,7 +4,7 @@
         --per_device_train_batch_size 64 --learning_rate 1e-5 --num_train_epochs 3 --bf16
 
 `pictures` is a folder of images with `metadata.jsonl`, or any other source of `lotlip_hf.data.records.load_records`.
-To try the example without data, pass `--data scenes`. On several GPUs, replace `python` by `accelerate launch` or
+To try the example on drawn pictures, pass `--data scenes`. On several GPUs, replace `python` by `accelerate launch` or
 `torchrun --nproc_per_node 8`. Every image is then compared with the texts of all GPUs.
 """
 

@@ -38,7 +38,7 @@ LARGE_FILE_BYTES = 1 << 26
 # Formats with a header that may state a wrong size of the image
 NESTED_FORMATS = ("BLP", "ICNS", "ICO")
 TILE_WIDTH, TILE_LENGTH = 322, 323  # numbers of TIFF tags
-# Conversions that need much memory work tile by tile. A tile has this width and height in pixels.
+# Width and height in pixels of the tiles in which memory-hungry conversions process an image
 TILE = 1024
 # Module of the resizing that most image processors of transformers share
 RESIZING_MODULE = "transformers.image_processing_backends"

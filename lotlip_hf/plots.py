@@ -68,7 +68,7 @@ def save(figure: "Figure", file: str | os.PathLike) -> None:
 
     Args:
         figure (`Figure`): Figure.
-        file (`str` or `os.PathLike`): Picture to write.
+        file (`str` or `os.PathLike`): Picture file to write. The extension determines the format.
 
     Raises:
         `ValueError`: If matplotlib writes no format with this extension.

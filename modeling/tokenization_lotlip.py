@@ -106,7 +106,7 @@ class LoTLIPTokenizer(TokenizersBackend):
 
     Args:
         vocab (`str` or `dict[str, int]`, *optional*): Path or content of BERT's `vocab.txt`, to use instead of a
-            `tokenizer.json`. `BertTokenizer`'s `do_lower_case`, `strip_accents` and `tokenize_chinese_chars` apply.
+            `tokenizer.json`. `do_lower_case`, `strip_accents` and `tokenize_chinese_chars` work as in `BertTokenizer`.
         clean_text (`bool`, *optional*, defaults to `True`): Whether to repair broken text, see [`clean`].
         split_sentences (`bool`, *optional*, defaults to `True`): Whether to replace the full stop between two
             sentences by the separator token.

@@ -48,8 +48,8 @@ class LoTLIPCollator:
 
     Args:
         processor (`LoTLIPProcessor`): Converts images and texts to tensors.
-        draw (`Callable`, *optional*, defaults to `SubCaptions()`): Draws the texts of the records in a batch (see
-            `lotlip_hf.data.sampling`). The default follows the paper.
+        draw (`Callable`, *optional*, defaults to `SubCaptions()`): Draws the texts of a step from the captions of the
+            records in a batch (see `lotlip_hf.data.sampling`). The default follows the paper.
         seed (`int`, *optional*, defaults to 0): Seed for drawing texts, combined with the epoch and the id of a
             record.
         on_error (`str`, *optional*, defaults to `"raise"`): `"raise"` stops at the first broken image or record.

@@ -58,10 +58,10 @@ def evaluate(
         progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
     Returns:
-        `dict[str, Any]`: JSON-serializable results: `model`, `model_revision`, `model_fingerprint`; `task` (a task
-        name of the Hub), `benchmark`, `dataset`, `data_fingerprint`, `protocol`; `metrics` (shares from 0 to 1, ranks
-        from 1) as in [`~lotlip_hf.evaluation.retrieval`]; `versions` and `date`. Metrics of the first k are left out
-        if there are at most k candidates.
+        `dict[str, Any]`: JSON-serializable results with the keys `model`, `model_revision`, `model_fingerprint`,
+        `task` (the Hub's name of the task), `benchmark`, `dataset`, `data_fingerprint`, `protocol`, `metrics`,
+        `versions` and `date`. `metrics` has the names of [`~lotlip_hf.evaluation.retrieval`]; recalls are between 0
+        and 1, and the best rank is 1. Metrics of the first k are left out if there are at most k candidates.
 
     Raises:
         `IncompleteDataError`: If images cannot be read; the message names them.

@@ -105,7 +105,7 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All settings that affect the metrics, except for the model and the column of the table."""
+        """All settings that affect the metrics, except for the model and the benchmark."""
         protocol = {name: value for name, value in self.protocol.items() if name not in {*NO_RULES, *TEXT_RULES}}
         own = (self.part, self.dataset.get("revision"), self.data_fingerprint)
         return {**protocol, **dict(zip(DATA_RULES, own, strict=True))}

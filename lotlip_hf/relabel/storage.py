@@ -13,7 +13,7 @@ from .config import RelabelConfig
 
 # Control characters except line ends and tabs, and marks of writing direction
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]+")
-# Errors of a storage that can be transient: the run stops instead of skipping images.
+# Storage errors that may be transient. They stop the run, which can be continued, instead of skipping an image.
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN}
 
 

@@ -85,8 +85,8 @@ def load_benchmark(
     """
     if task not in TASKS:
         raise ValueError(
-            f"`task` (--task) {task!r} is unknown. Pass one of {', '.join(TASKS)}; on the command line also a study "
-            f"({', '.join(STUDIES)}) with a retrieval task as --benchmark."
+            f"`task` (--task) {task!r} is unknown. Pass one of {', '.join(TASKS)}. The command line also accepts the "
+            f"studies {', '.join(STUDIES)}, with a retrieval task as `--benchmark`."
         )
     given = Options(**options)
     has = TASKS[task].options if task == "scenes" else (*TASKS[task].options, "image_root")

@@ -108,8 +108,8 @@ class CaptionerConfig:
         for name, sent in self.request_fields.items():
             if name not in REQUEST_FIELDS or sent == "":
                 raise ValueError(
-                    f"`request_fields` has {name!r}: {sent!r}. Map {', '.join(REQUEST_FIELDS)} to a name, or to "
-                    "`none` to omit the field."
+                    f"`request_fields` must not map {name!r} to {sent!r}. It maps {', '.join(REQUEST_FIELDS)} to the "
+                    "endpoint's name, or to `none` to omit the field."
                 )
         if self.retry:
             other = dataclasses.replace(self, retry={}, **self.retry)  # checks the values
