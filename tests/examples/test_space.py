@@ -345,7 +345,7 @@ def test_the_page_in_a_browser(
     page.locator("#pictures .thumbnail-item").nth(5).wait_for()
     press_and_wait(TEXT)
     message = page.locator("#message").inner_text()
-    assert re.fullmatch(r"broken.*\.png cannot be read: not an image .*", message.strip())
+    assert re.fullmatch(r"broken.*\.png cannot be read: not an image.*", message.strip())
     rankings, _ = app.rank(models, pictures, TEXT)
     for number, (model, ranking) in enumerate(zip(models, rankings, strict=True), 1):
         column = page.locator(f"#model-{number}")

@@ -825,7 +825,7 @@ def test_an_endpoint_that_stays_down(pictures: Path, tmp_path: Path, capsys: pyt
     assert files(tmp_path / "out").keys() == files(tmp_path / "expected").keys()
     assert rows(tmp_path / "out") == rows(tmp_path / "expected")
     output, error = capsys.readouterr()
-    assert "| tiny | 22 | 22 | 4.00 |" in output
+    assert ["tiny", "22", "22", "4.00"] in [line.split()[:4] for line in output.splitlines()]
     assert "1 record was skipped" in error
     assert "skipped.jsonl" in error
 
