@@ -382,7 +382,7 @@ def test_the_page_in_a_browser(
     # Bad input: a message, no stale ranking, and the pictures are still there.
     page.locator("#description textarea").fill("  ")
     page.locator("#rank").click()
-    page.locator("#message", has_text="no description yet").wait_for()
+    page.locator("#message", has_text="no description").wait_for()
     assert captions(1) == []
     assert rows(2) == []
     press_and_wait("The red car.")
@@ -390,4 +390,4 @@ def test_the_page_in_a_browser(
     assert len(captions(1)) == 5
     page.locator("#pictures").get_by_label("Clear").click()
     page.locator("#rank").click()
-    page.locator("#message", has_text="no picture yet").wait_for()
+    page.locator("#message", has_text="no pictures").wait_for()
