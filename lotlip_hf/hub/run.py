@@ -169,8 +169,10 @@ def _captions(options: Mapping[str, str]) -> str:
         return strategy or ""
     if number == "0":
         return "short captions only"
-    kind = "whole long captions" if sentences == "0" else f"sub-captions of {_count(sentences, 'sentence')}"
-    return f"short caption and {number} {kind} of each image, in each step"
+    kind, of = (
+        ("whole long caption", "") if sentences == "0" else ("sub-caption", f" of {_count(sentences, 'sentence')}")
+    )
+    return f"short caption and {_count(number, kind)}{of} of each image, in each step"
 
 
 def _batch(run: Run, options: Mapping[str, str]) -> str:
