@@ -26,6 +26,8 @@ SWITCHES = "To turn off an option that the file of --config turns on, write fals
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
+# Usual abbreviations of options, for suggestions
+ABBREVIATIONS = {"--lr": "--learning-rate", "lr": "learning_rate"}
 # Removed options, with their replacements
 REPLACED = {
     "loss": "use `--terms sigmoid` for sigmoid; infonce is the default",
@@ -165,9 +167,14 @@ def unknown(name: Any, known: Iterable[str]) -> ValueError:
     plain = str(name).removeprefix("--").replace("-", "_")
     if plain in REPLACED:
         return ValueError(f"Unknown option {printable(name)}: {REPLACED[plain]}.")
-    wanted = str(name).replace("lr", "learning-rate") if plain == "lr" else str(name)
-    close = difflib.get_close_matches(wanted, [one for one in known if one not in ("-h", "--help")], 1)
-    return ValueError(f"Unknown option {printable(name)}. {f'Did you mean {close[0]}?' if close else 'See --help.'}")
+    wanted = ABBREVIATIONS.get(str(name), str(name))
+    close = nearest(wanted, [one for one in known if one not in ("-h", "--help")])
+    return ValueError(f"Unknown option {printable(name)}. {f'Did you mean {close}?' if close else 'See --help.'}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Returns the known name that is nearest to a mistyped one, or `None` if none is near."""
+    return next(iter(difflib.get_close_matches(name, list(known), 1)), None)
 
 
 class _Formatter(argparse.HelpFormatter):

@@ -1,13 +1,12 @@
 """The command `lotlip`: each command is a module of its name, with `parser()` and `run(argv)`."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from ..options import Parser
+from ..options import Parser, nearest
 from ..terminal import print_headed, run
 
 COMMANDS = ("search", "embed", "train", "relabel", "evaluate", "report", "convert", "push")
@@ -70,13 +69,6 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     return found
 
 
-def unknown_command(name: str, known: Sequence[str]) -> ValueError:
-    """Returns the error of a command that does not exist, which suggests the nearest one."""
-    close = difflib.get_close_matches(name, known, 1)
-    suggestion = f" Did you mean {close[0]!r}?" if close else ""
-    return ValueError(f"Unknown command {name!r}.{suggestion} Commands: {', '.join(known)}.")
-
-
 def _dispatch(argv: list[str]) -> int | None:
     shown_version = f"lotlip {version('lotlip-hf')}"
     if not argv:
@@ -85,7 +77,9 @@ def _dispatch(argv: list[str]) -> int | None:
     if argv[0] in COMMANDS:
         return import_module(f".{argv[0]}", __name__).run(argv[1:])
     if not argv[0].startswith("-"):
-        raise unknown_command(argv[0], COMMANDS)
+        close = nearest(argv[0], COMMANDS)
+        suggestion = f" Did you mean {close!r}?" if close else ""
+        raise ValueError(f"Unknown command {argv[0]!r}.{suggestion} Commands: {', '.join(COMMANDS)}.")
     parser = Parser(prog="lotlip", usage="lotlip COMMAND [options]", description=OVERVIEW, epilog=EXIT_STATUS)
     parser.add_argument("--version", action="version", version=shown_version, help="Show the version and exit")
     parser.parse_args(argv)
