@@ -459,7 +459,8 @@ class TimmBackbone(VisionBackbone):
         return timm_model(config).patch_embed.num_patches
 
     def num_prefix_tokens(self, backbone: PreTrainedModel) -> int:
-        return backbone.timm_model.num_prefix_tokens
+        model: Any = backbone.timm_model
+        return model.num_prefix_tokens
 
     def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
         super().check_pooling(config, pooling)
@@ -522,13 +523,13 @@ def select(patches: Tensor, kept_patches: Tensor) -> Tensor:
     return take(patches, kept_patches.to(patches.device))
 
 
-def timm_model(config: PreTrainedConfig) -> nn.Module:
+def timm_model(config: PreTrainedConfig) -> Any:
     """A model of timm without memory for its weights, for what `TimmWrapperConfig` does not say."""
     return _timm_model(config.architecture, json.dumps(config.model_args))
 
 
 @cache
-def _timm_model(architecture: str, model_args: str) -> nn.Module:
+def _timm_model(architecture: str, model_args: str) -> Any:
     if not is_timm_available():
         raise ImportError("`timm_wrapper` needs timm and a torchvision that fits torch. Run `pip install timm`.")
     if ":" in architecture:

@@ -2,11 +2,8 @@
 
 from transformers import AutoTokenizer
 
-# transformers 5.17 exports `AutoImageProcessor` only if torchvision is installed.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
 from ..backbones import from_backbones
-from ..loading import check_image_sizes, fit_tokenizer, load_model, max_text_length
+from ..loading import fit_tokenizer, load_image_processor, load_model, max_text_length
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
@@ -99,9 +96,7 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
             model_max_length=min(CONTEXT_LENGTH - number, positions),
             cleaning=config.cleaning or "official",
         )
-    image_processor = AutoImageProcessor.from_pretrained(config.image_model, trust_remote_code=False)
-    check_image_sizes(image_processor, str(config.image_model))
-    return model, LoTLIPProcessor(image_processor, tokenizer)
+    return model, LoTLIPProcessor(load_image_processor(config.image_model), tokenizer)
 
 
 def prepare_model(model: LoTLIPModel, config: TrainingConfig) -> None:
