@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 MAX_LAYERS = 1024
 MAX_SIZE = 1 << 24
 SWITCHES = ("output_attentions", "output_hidden_states", "return_dict")
-SIZES = ("_size", "_dim", "_dims", "_embeddings", "_length")
+SIZES = ("_size", "_sizes", "_dim", "_dims", "_embeddings", "_length")
 # Image towers have fewer pixels per side. Larger settings are mistakes, or meant to fill the memory.
 MAX_IMAGE_SIDE = 4096
 # timm's names of interpolations
@@ -247,8 +247,8 @@ def check_config(config: PreTrainedConfig, name: str | os.PathLike) -> None:
                 check(value)
             elif key in SWITCHES and value not in (None, True, False):
                 raise LoadingError(f"{name}: `{key}` in config.json is {value!r}. Use true or false.")
-            elif str(key).startswith("num_") or str(key).endswith(SIZES):
-                most = MAX_LAYERS if "layers" in key else MAX_SIZE
+            elif str(key).startswith("num_") or str(key).endswith(SIZES) or key == "depths":
+                most = MAX_LAYERS if "layers" in key or key == "depths" else MAX_SIZE
                 numbers = value if isinstance(value, list | tuple) else [value]
                 if any(isinstance(one, int) and not -1 <= one <= most for one in numbers):
                     raise LoadingError(f"{name}: `{key}` in config.json is {value!r}. Use at most {most}.")

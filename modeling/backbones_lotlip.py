@@ -287,6 +287,7 @@ class VisionBackbone(_Backbone):
     default_pooling = "cls"
     excluded_poolings = NOT_OF_IMAGES
     has_class_token = True
+    pooler_modules: tuple[str, ...] = ()  # modules that only `pooling="pooler"` uses
     takes_interpolation = True  # whether other image sizes need `interpolate_pos_encoding`
     passing_embeddings: type[Extension] | None = PassingEmbeddings  # without it, `kept_patches` is refused
 
@@ -376,6 +377,7 @@ class NaFlexBackbone(VisionBackbone):
     default_pooling = "pooler"
     excluded_poolings = (*NOT_OF_IMAGES, "cls")
     has_class_token = False
+    pooler_modules = ("head",)
     passing_embeddings = PassingNaFlexEmbeddings
 
     def num_patches(self, config: PreTrainedConfig) -> int:
@@ -417,6 +419,7 @@ class ConvNextBackbone(VisionBackbone):
     passing_embeddings = None
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        config._attn_implementation = "eager"  # there is no attention, and the text tower may have any
         backbone = super().build(config, pooling)
         for module in list(backbone.modules()):
             if hasattr(module, "drop_path"):
@@ -441,10 +444,12 @@ class TimmBackbone(VisionBackbone):
     """Models of timm in a `TimmWrapperModel`. Tokens are pooled in all ways, maps only by the model's own pooling."""
 
     default_pooling = "pooler"
+    pooler_modules = ("timm_model.attn_pool", "timm_model.fc_norm")
     takes_interpolation = False
     passing_embeddings = None
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        config._attn_implementation = "sdpa"  # timm chooses its attention, and the text tower may have any
         backbone = super().build(config, pooling)
         extend(backbone, backbone.timm_model, CheckpointedTimmModel)
         return backbone
@@ -503,9 +508,9 @@ VISION_BACKBONES: dict[str, VisionBackbone] = {
     "dinov2": VisionBackbone(takes_interpolation=False),
     "dinov2_with_registers": VisionBackbone(takes_interpolation=False),
     "dinov3_vit": DINOv3Backbone(),
-    "siglip_vision_model": VisionBackbone(**OWN_POOLER, has_class_token=False),
+    "siglip_vision_model": VisionBackbone(**OWN_POOLER, has_class_token=False, pooler_modules=("head",)),
     "siglip2_vision_model": NaFlexBackbone(),
-    "clip_vision_model": VisionBackbone(**OWN_POOLER),
+    "clip_vision_model": VisionBackbone(**OWN_POOLER, pooler_modules=("post_layernorm",)),
     "convnext": ConvNextBackbone(),
     "convnextv2": ConvNextBackbone(),
     "dinov3_convnext": ConvNextBackbone(excluded_poolings=(*NOT_OF_IMAGES, "cls")),  # its map is normalised, too
@@ -534,7 +539,11 @@ def _timm_model(architecture: str, model_args: str) -> Any:
         raise ImportError("`timm_wrapper` needs timm and a torchvision that fits torch. Run `pip install timm`.")
     if ":" in architecture:
         raise ValueError(f"`architecture` {architecture!r} is an address. Use a name in timm.list_models().")
-    config = AutoConfig.for_model("timm_wrapper", architecture=architecture, model_args=json.loads(model_args))
+    settings = json.loads(model_args) or {}
+    layers = settings.get("depths", settings.get("depth", 0))
+    if sum(layers if isinstance(layers, list) else [layers]) > 1024:
+        raise ValueError(f"`model_args` has {layers} layers. Use at most 1024.")
+    config = AutoConfig.for_model("timm_wrapper", architecture=architecture, model_args=settings)
     with torch.device("meta"):
         return AutoModel.from_config(config).timm_model
 

@@ -37,12 +37,13 @@ from lotlip_hf import (
     load_encoder,
 )
 from lotlip_hf.data.collator import LoTLIPCollator
-from lotlip_hf.loading import check_image_sizes, load_image_processor
+from lotlip_hf.loading import check_config, check_image_sizes, load_image_processor
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.scenes.small import small_model
 from lotlip_hf.training.checkpoint import list_checkpoints
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.objective import batch_loss, make_objective
+from lotlip_hf.training.optim import freeze, freeze_unused
 from tiny_vision import FAMILIES, NAFLEX_PATCHES, PATCH_SIDE, Family, import_timm, spread
 
 EXACT = {"rtol": 1e-6, "atol": 1e-6}
@@ -210,7 +211,8 @@ def test_it_is_saved_and_loaded(family: Family, tmp_path: Path) -> None:
     spread(model).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     ids, inputs = tiny.input_ids(3, 8), family.inputs()
-    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    # as is said for the text tower; ConvNeXt has no attention
+    loaded, info = AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa", output_loading_info=True)
     assert not any(info.values())
     with torch.no_grad():
         expected = model(ids, **inputs)
@@ -324,11 +326,23 @@ def test_bfloat16(family: Family) -> None:
 
 
 @every_family
+def test_all_that_is_trained_gets_a_gradient(family: Family) -> None:
+    """`DistributedDataParallel` waits for it."""
+    for pooling in family.poolings:
+        model, _ = small_dual_encoder(family)
+        model.vision_model = tower(family, pooling)
+        model.config.vision_config = model.vision_model.config
+        freeze_unused(model, {"image_embeds"}, has_long_texts=False)
+        model.get_image_features(**family.inputs()).pooler_output.square().sum().backward()
+        parameters = model.vision_model.named_parameters()
+        waiting = [name for name, one in parameters if one.requires_grad and one.grad is None]
+        assert not waiting
+
+
+@every_family
 @pytest.mark.parametrize("layers", [0, 1])
 def test_a_locked_tower(family: Family, layers: int, tmp_path: Path) -> None:
     """Its last layers can be trained."""
-    from lotlip_hf.training.optim import freeze
-
     model, _ = small_dual_encoder(family)
     config = TrainingConfig(data="scenes", lock_vision=True, unlocked_vision_layers=layers)
     if family.name == "convnext_atto" and layers:
@@ -410,6 +424,16 @@ def test_settings_that_would_fill_the_memory() -> None:
     check_image_sizes(ConvNextImageProcessorPil(), "theirs")
     with pytest.raises(ValueError, match="crop_pct"):
         check_image_sizes(ConvNextImageProcessorPil(crop_pct=1e-6), "theirs")
+
+
+@pytest.mark.parametrize("settings", [{"hidden_sizes": [8, 16, 24, 10**12]}, {"depths": [1, 1, 1, 10**6]}])
+def test_configurations_that_would_fill_the_memory(settings: dict[str, Any]) -> None:
+    family = next(family for family in FAMILIES if family.name == "convnext")
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        check_config(replace(family, settings={**family.settings, **settings}).config(), "theirs")
+    import_timm()
+    with pytest.raises(Exception, match="model_args"):
+        replace(FAMILIES[-1], settings={"architecture": "convnext_atto", "model_args": {"depths": [10**9]}}).config()
 
 
 # SigLIP 2 NaFlex
