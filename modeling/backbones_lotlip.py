@@ -536,7 +536,7 @@ def timm_model(config: PreTrainedConfig) -> Any:
 @cache
 def _timm_model(architecture: str, model_args: str) -> Any:
     if not is_timm_available():
-        raise ImportError("`timm_wrapper` needs timm and a torchvision that fits torch. Run `pip install timm`.")
+        raise ImportError("`timm_wrapper` needs timm and a torchvision that fits torch: pip install timm")
     if ":" in architecture:
         raise ValueError(f"`architecture` {architecture!r} is an address. Use a name in timm.list_models().")
     settings = json.loads(model_args) or {}
@@ -545,7 +545,7 @@ def _timm_model(architecture: str, model_args: str) -> Any:
         raise ValueError(f"`model_args` has {layers} layers. Use at most 1024.")
     config = AutoConfig.for_model("timm_wrapper", architecture=architecture, model_args=settings)
     with torch.device("meta"):
-        return AutoModel.from_config(config).timm_model
+        return AutoModel.from_config(config, trust_remote_code=False).timm_model
 
 
 def is_eager_on_cpu(tensor: Tensor) -> bool:
