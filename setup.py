@@ -28,7 +28,7 @@ EVALUATION_REQUIRES = ["evaluate>=0.4.5", "matplotlib>=3.9"]
 # Models of open_clip (lotlip_hf/engines/open_clip.py). Not in `all`: its torchvision must fit the torch build.
 OPEN_CLIP_REQUIRES = ["open_clip_torch>=3.3"]
 
-# Image towers of timm (modeling/backbones_lotlip.py). Not in `all` or `test`, as its torchvision must fit the torch build.
+# Image towers of timm (modeling/backbones_lotlip.py). Not in `all`: its torchvision must fit the torch build.
 TIMM_REQUIRES = ["timm>=1.0.16"]
 
 # The training curve and TensorBoard's files (lotlip_hf/training).

@@ -30,8 +30,8 @@ class LoTLIPProcessor(ProcessorMixin):
     URLs are rotated by their EXIF orientation, PIL images are not. As in the official code, transparency is dropped.
 
     Args:
-        image_processor (`BaseImageProcessor`): Image processor of the image tower, such as `CLIPImageProcessor`. SigLIP
-            2 NaFlex needs `Siglip2ImageProcessor`.
+        image_processor (`BaseImageProcessor`): Image processor of the image tower, such as `CLIPImageProcessor`. For
+            SigLIP 2 NaFlex, `Siglip2ImageProcessor`.
         tokenizer (`LoTLIPTokenizer` or `CLIPTokenizer`): Tokenizer of the text tower.
         background (`str` or `list[int]`, *optional*, defaults to `"white"`): Colour behind the transparent pixels of
             image files that `lotlip_hf` reads, in a form that PIL accepts. `None` drops their transparency instead.
