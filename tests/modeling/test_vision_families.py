@@ -47,6 +47,7 @@ from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.model import load_or_start_model
 from lotlip_hf.training.objective import batch_loss, make_objective
 from lotlip_hf.training.optim import freeze, freeze_unused
+from seams import train_alone_and_together
 from tiny_vision import FAMILIES, NAFLEX_PATCHES, PATCH_SIDE, Family, import_timm, spread
 
 EXACT = {"rtol": 1e-6, "atol": 1e-6}
@@ -537,6 +538,14 @@ def test_naflex_in_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         embeds = model(**inputs)
     best = int((embeds.text_embeds @ embeds.image_embeds.T).argmax())
     assert said.index(f"{best}.png") < said.index(f"{1 - best}.png")
+
+
+@pytest.mark.slow
+def test_one_process_and_two_train_naflex(tmp_path: Path) -> None:
+    model, processor = small_dual_encoder(NAFLEX)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    train_alone_and_together("lotlip_hf.cli", tmp_path, "--model", str(tmp_path / "model"))
 
 
 # timm
