@@ -137,13 +137,13 @@ def test_other_image_sizes(family: Family) -> None:
         return
     model, inputs = tower(family), family.inputs(size=(48, 64))
     interpolate = {"interpolate_pos_encoding": True}
-    if family.sizes != "all" and family.name != "convnext_atto":
+    if family.sizes != "all":
         with pytest.raises(ValueError, match="pixel_values"):
             model(**inputs)
     with torch.no_grad():
         if family.sizes == "interpolated":
             answer, expected = model(**inputs, **interpolate), stock(model)(**inputs, **interpolate)
-        elif family.sizes == "fixed" and family.name != "convnext_atto":
+        elif family.sizes == "fixed":
             model_args = {**family.settings["model_args"], "dynamic_img_size": True}
             model = tower(replace(family, settings={**family.settings, "model_args": model_args}))
             answer, expected = model(**inputs), stock(model)(**inputs)
