@@ -68,7 +68,6 @@ from .common import ConversionError, check_output, load_checkpoint, local_folder
 
 # Largest accepted difference between features before and after the export, relative to a feature's norm.
 TOLERANCE = 1e-6
-POSITIONS = "embeddings.position_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -188,8 +187,8 @@ def _text_encoder(tower: LoTLIPTextModel) -> tuple[PreTrainedConfig, dict[str, t
     family = tower.config.family
     corners = tower.config.num_corner_tokens if family.corners_have_positions else 0
     if corners:
-        table, words = state[POSITIONS], family.position_offset(config) + 1
-        state[POSITIONS] = torch.cat([table[:words], table[words + corners :]])
+        table, words = state[family.position_table], family.position_offset(config) + 1
+        state[family.position_table] = torch.cat([table[:words], table[words + corners :]])
         config.max_position_embeddings -= corners
     return config, state
 

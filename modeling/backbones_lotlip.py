@@ -103,6 +103,7 @@ class TextBackbone(_Backbone):
     corners_first = False  # whether corner tokens precede the text in memory, for relative positions
     layer_masks = False  # whether the encoder accepts a dictionary of masks by type of layer
     starts_after_padding = False  # whether the first position is `pad_token_id + 1`
+    position_table = "embeddings.position_embeddings.weight"  # name of the learned positions, if the encoder has them
 
     def position_offset(self, config: PreTrainedConfig) -> int:
         return config.pad_token_id + 1 if self.starts_after_padding else 0

@@ -10,6 +10,7 @@ from ..loading import check_image_sizes, fit_tokenizer, load_model, max_text_len
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
+from ..sentence_folder import read_sentence_folder
 from .config import SCENES, TrainingConfig
 
 NUM_CORNER_TOKENS = 2
@@ -83,17 +84,19 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
     ).float()
     positions = model.config.text_config.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(config.text_model, trust_remote_code=False)
+    folder = read_sentence_folder(config.text_model)
+    longest = None if folder is None else folder.max_length or tokenizer.model_max_length
     if tokenizer.sep_token is None:
         if config.cleaning is not None:
             raise ValueError(
                 f"`cleaning` needs a tokenizer with a separator token, but the tokenizer of {config.text_model} has "
                 "none. Remove the option."
             )
-        tokenizer.model_max_length = positions
+        tokenizer.model_max_length = min(longest or positions, positions)
     else:
         tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
             tokenizer,
-            model_max_length=min(CONTEXT_LENGTH - number, positions),
+            model_max_length=min(longest or CONTEXT_LENGTH - number, positions),
             cleaning=config.cleaning or "official",
         )
     image_processor = AutoImageProcessor.from_pretrained(config.image_model, trust_remote_code=False)
