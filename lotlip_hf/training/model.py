@@ -104,6 +104,14 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
     return model, LoTLIPProcessor(image_processor, tokenizer)
 
 
+def describe_text(model: LoTLIPModel, processor: LoTLIPProcessor) -> str:
+    """Describes in a line what a new model takes from its text encoder."""
+    parts = [f"pooling {model.config.text_config.pooling!r}"]
+    template = getattr(processor.tokenizer, "prompt_template", "{}")
+    parts.append("no prompt" if template == "{}" else f"prompt {template!r}")
+    return ", ".join([*parts, f"texts of up to {processor.tokenizer.model_max_length} tokens"])
+
+
 def prepare_model(model: LoTLIPModel, config: TrainingConfig) -> None:
     """Applies `gradient_checkpointing` and `compile`; without `compile`, attention skips padding if possible."""
     if config.gradient_checkpointing:
