@@ -23,6 +23,7 @@ from lotlip_hf import (
 )
 from lotlip_hf.files import one_line, parse_json, printable, read_regular
 from lotlip_hf.loading import checkpoint_name, load_strict, naming_damage
+from lotlip_hf.modeling.backbones_lotlip import CLIPTextBackbone
 
 # Configuration class -> possible model classes. If a configuration has no class name, the first class is used.
 MODEL_CLASSES: dict[type[PreTrainedConfig], list[type[PreTrainedModel]]] = {
@@ -161,13 +162,18 @@ def load_checkpoint(folder: str | Path) -> PreTrainedModel:
     return load_strict((named or classes)[0], folder, config=config)
 
 
+def checked_length(config: LoTLIPTextConfig) -> int:
+    """Length of the longest texts with which a conversion is checked: the model's, but at most 512 tokens."""
+    return min(config.max_position_embeddings, 512)
+
+
 def random_texts(
     config: LoTLIPTextConfig, shapes: Sequence[tuple[int, int]], padding_side: str = "right"
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Random token ids and masks of each shape [texts, tokens]. All texts except the first are padded."""
     generator = torch.Generator().manual_seed(0)
     end = None
-    if config.pooling == "eos":
+    if isinstance(config.family, CLIPTextBackbone):
         # CLIP pools at [EOT]. Old configurations have the wrong id 2, and CLIP then pools at the highest id.
         end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
     padding = 0 if config.pad_token_id is None else config.pad_token_id

@@ -39,7 +39,7 @@ from lotlip_hf.loading import fit_tokenizer, naming_damage, quiet
 from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
 
-from .common import ConversionError, check_output, load_checkpoint, local_folder, random_texts
+from .common import ConversionError, check_output, checked_length, load_checkpoint, local_folder, random_texts
 
 # Largest accepted difference from PyTorch's features, relative to a feature's norm.
 TOLERANCE = 1e-4
@@ -348,8 +348,8 @@ def _largest_difference(given: Sequence[torch.Tensor], expected: Sequence[torch.
 
 
 def _texts(config: LoTLIPTextConfig) -> list[tuple[torch.Tensor, ...]]:
-    """Batches of ids and masks, padded on either side. The longest exceed the number of positions."""
-    limit = config.max_position_embeddings
+    """Batches of ids and masks, padded on either side. If texts are short, the longest exceed the positions."""
+    limit = checked_length(config)
     shapes = [(1, 1), (1, 2), (3, 2), (3, min(7, limit)), (5, limit // 2), (2, limit), (2, limit + 3)]
     return [batch for side in ("right", "left") for batch in random_texts(config, shapes, side)]
 

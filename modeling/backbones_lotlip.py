@@ -63,6 +63,8 @@ class _Backbone:
     excluded_poolings: tuple[str, ...] = ()  # names in `POOLINGS` that the family does not support
     has_optional_pooler = False  # whether `pooling="pooler"` adds a layer; without it, the layer would stay untrained
     pooled_layer: type[PooledLayer] | None = None  # extends the last layer to compute pooled tokens only
+    stock_poolings: tuple[str, ...] = ()  # poolings whose states are the `pooler_output` of the stock class
+    no_onnx = ""  # reason why the family cannot be exported to ONNX
 
     def __init__(self, **settings: Any) -> None:
         vars(self).update(settings)
@@ -103,6 +105,7 @@ class TextBackbone(_Backbone):
     corners_first = False  # whether corner tokens precede the text in memory, for relative positions
     layer_masks = False  # whether the encoder accepts a dictionary of masks by type of layer
     starts_after_padding = False  # whether the first position is `pad_token_id + 1`
+    position_table = "embeddings.position_embeddings.weight"  # name of the learned positions, if the encoder has them
 
     def position_offset(self, config: PreTrainedConfig) -> int:
         return config.pad_token_id + 1 if self.starts_after_padding else 0
@@ -171,6 +174,7 @@ class BertBackbone(TextBackbone):
     default_pooling = "pooler"
     excluded_poolings = ("eos", "last", "weighted_mean")
     has_optional_pooler = has_segments = takes_rows = True
+    stock_poolings = ("pooler",)
     pooled_layer = PooledLayer
 
 
@@ -179,6 +183,7 @@ class CLIPTextBackbone(TextBackbone):
 
     default_pooling = "eos"
     excluded_poolings = ("pooler", "cls", "mean", "last", "weighted_mean")
+    stock_poolings = ("eos",)
     is_causal = takes_rows = True
     corners_have_positions = False
 
@@ -240,6 +245,7 @@ class VisionBackbone(_Backbone):
 
     default_pooling = "cls"
     excluded_poolings = ("eos", "last", "weighted_mean")
+    stock_poolings = ("cls", "pooler")
     num_prefix_tokens = 1
     takes_interpolation = True  # whether other image sizes need `interpolate_pos_encoding`
 
