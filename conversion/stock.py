@@ -73,7 +73,15 @@ from lotlip_hf.modeling.tokenization_lotlip import CLOSE, OPEN
 from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
 
-from .common import ConversionError, check_output, checked_length, load_checkpoint, local_folder, random_texts
+from .common import (
+    ConversionError,
+    check_output,
+    checked_length,
+    load_checkpoint,
+    local_folder,
+    random_images,
+    random_texts,
+)
 
 # Largest accepted difference between features before and after the export, relative to a feature's norm.
 TOLERANCE = 1e-6
@@ -154,8 +162,12 @@ def _stock_dual_encoder(model: LoTLIPModel) -> PreTrainedModel:
             f"with pooling {model.config.text_config.pooling!r} in a dual encoder",
             "the text tower with --text-only",
         )
+    if not model.config.vision_config.family.in_dual_encoder:
+        raise _no_stock_class(model.vision_model, "in a dual encoder", "one tower with --text-only or --vision-only")
     text_config, text_state = _text_encoder(model.text_model)
     vision_config, vision_state = _vision_encoder(model.vision_model)
+    if not hasattr(vision_config, "hidden_size"):
+        vision_config.hidden_size = model.config.vision_config.hidden_size
     state = {
         **{f"text_model.{name}": tensor for name, tensor in text_state.items()},
         **{f"vision_model.{name}": tensor for name, tensor in vision_state.items()},
@@ -234,7 +246,8 @@ def _vision_encoder(tower: LoTLIPVisionModel) -> tuple[PreTrainedConfig, dict[st
     """Configuration and tensors of a stock image encoder with the tower's `pooler_output`."""
     config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
     if tower.config.pooling not in tower.config.family.stock_poolings:
-        instead = " or ".join(map(repr, tower.config.family.stock_poolings))
+        family = tower.config.family
+        instead = " or ".join(repr(one) for one in family.stock_poolings if one not in family.excluded_poolings)
         raise _no_stock_class(tower, f"with pooling {tower.config.pooling!r}", f"a model with pooling={instead}")
     if config.model_type == "vit" and tower.config.pooling == "cls":
         # The stock ViT applies a dense layer to the class token.
@@ -524,7 +537,7 @@ def _features(
         limit = checked_length(text_config)
         padded, whole = random_texts(text_config, [(4, limit), (1, min(7, limit))])
         text_batches = [dict(zip(("input_ids", "attention_mask"), padded, strict=True)), {"input_ids": whole[0]}]
-    pixel_values = None if vision_config is None else _random_images(vision_config, model)
+    images = {} if vision_config is None else random_images(vision_config, 2, model.dtype)
     for name, batch in zip(("texts", "texts without padding"), text_batches, strict=False):
         if is_dual:
             features[name] = model.get_text_features(**batch).pooler_output
@@ -537,13 +550,13 @@ def _features(
                 features[name] = _pooled(outputs, "text_embeds")
             features[f"hidden states of {name}"] = outputs.last_hidden_state[seen]
     if is_dual:
-        features["images"] = model.get_image_features(pixel_values=pixel_values).pooler_output
+        features["images"] = model.get_image_features(**images).pooler_output
         short = {name: tensor[:2, :7] for name, tensor in text_batches[0].items()}
-        features["logits_per_image"] = model(**short, pixel_values=pixel_values).logits_per_image
-    elif pixel_values is not None:
-        outputs = model(pixel_values=pixel_values)
+        features["logits_per_image"] = model(**short, **images).logits_per_image
+    elif images:
+        outputs = model(**images)
         features["images"] = _pooled(outputs, "image_embeds")
-        features["hidden states of images"] = outputs.last_hidden_state.flatten(0, 1)
+        features["hidden states of images"] = outputs.last_hidden_state.flatten(1)
     return features
 
 
@@ -556,14 +569,6 @@ def _pool_by_modules(states: torch.Tensor, seen: torch.Tensor, config: Any, fold
 
 def _pooled(outputs: Any, name: str) -> torch.Tensor:
     return outputs[name] if name in outputs else outputs.pooler_output
-
-
-def _random_images(config: LoTLIPVisionConfig, model: PreTrainedModel) -> torch.Tensor:
-    """Random images [2, channels, height, width]."""
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, config.num_channels, height, width, generator=generator).to(model.dtype)
 
 
 DESCRIPTION = """\

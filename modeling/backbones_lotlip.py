@@ -288,8 +288,10 @@ class VisionBackbone(_Backbone):
     default_pooling = "cls"
     excluded_poolings = NOT_OF_IMAGES
     stock_poolings = ("cls", "pooler")
+    in_dual_encoder = True  # whether `VisionTextDualEncoderModel` passes all inputs
     has_class_token = True
     takes_interpolation = True  # whether other image sizes need `interpolate_pos_encoding`
+    any_size_in_onnx = False  # whether an exported graph accepts all image sizes
     passing_embeddings: type[Extension] | None = PassingEmbeddings  # without it, `kept_patches` is refused
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
@@ -301,6 +303,10 @@ class VisionBackbone(_Backbone):
     def layers(self, backbone: PreTrainedModel) -> list[nn.Module]:
         """The layers, from the first to the last."""
         return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def image_shape(self, config: PreTrainedConfig) -> tuple[int, int, int]:
+        """Channels, height and width of the images for which the encoder is built."""
+        return (config.num_channels, *pair(config.image_size))
 
     def num_patches(self, config: PreTrainedConfig) -> int:
         sides = zip(pair(config.image_size), pair(config.patch_size), strict=True)
@@ -354,6 +360,7 @@ class DINOv3Backbone(VisionBackbone):
     """DINOv3's ViT. Its rotary positions are computed from the images."""
 
     takes_interpolation = False
+    any_size_in_onnx = True
 
     def keep(self, backbone: PreTrainedModel, inputs: dict[str, Any], kept_patches: Tensor) -> dict[str, Any]:
         states = super().keep(backbone, inputs, kept_patches)["pixel_values"]
@@ -379,6 +386,8 @@ class NaFlexBackbone(VisionBackbone):
     excluded_poolings = (*NOT_OF_IMAGES, "cls")
     has_class_token = False
     passing_embeddings = PassingNaFlexEmbeddings
+    in_dual_encoder = False
+    no_onnx = "its positions are interpolated for each image"
 
     def num_patches(self, config: PreTrainedConfig) -> int:
         return config.num_patches
@@ -458,6 +467,11 @@ class TimmBackbone(VisionBackbone):
     def hidden_size(self, config: PreTrainedConfig) -> int:
         return timm_model(config).head_hidden_size
 
+    def image_shape(self, config: PreTrainedConfig) -> tuple[int, int, int]:
+        model = timm_model(config)
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.pretrained_cfg["input_size"][1:]
+        return (getattr(model, "in_chans", 3), *pair(size))
+
     def num_patches(self, config: PreTrainedConfig) -> int:
         return timm_model(config).patch_embed.num_patches
 
@@ -502,7 +516,7 @@ OWN_POOLER: dict[str, Any] = {
 }
 VISION_BACKBONES: dict[str, VisionBackbone] = {
     "vit": VisionBackbone(has_optional_pooler=True, pooled_layer=PooledViTLayer),
-    "dinov2": VisionBackbone(takes_interpolation=False),
+    "dinov2": VisionBackbone(takes_interpolation=False, any_size_in_onnx=True),
     "dinov2_with_registers": VisionBackbone(takes_interpolation=False),
     "dinov3_vit": DINOv3Backbone(),
     "siglip_vision_model": VisionBackbone(**OWN_POOLER, has_class_token=False),
