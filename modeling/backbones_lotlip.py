@@ -20,6 +20,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import is_timm_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -266,13 +267,16 @@ class PassingNaFlexEmbeddings(Extension):
 class CheckpointedLayer(Extension, GradientCheckpointingLayer):
     """Adds gradient checkpointing to a layer."""
 
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs)
+
 
 class CheckpointedTimmModel(Extension):
     """Adds transformers' switch of gradient checkpointing to a model of timm."""
 
     @property
     def gradient_checkpointing(self) -> bool:
-        return bool(getattr(self, "grad_checkpointing", False))
+        return any(getattr(module, "grad_checkpointing", False) for module in self.modules())
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, enable: bool) -> None:
@@ -375,8 +379,8 @@ class DINOv3Backbone(VisionBackbone):
         if "position_embeddings" not in inputs:
             return super().run(backbone, inputs, **options)
         outputs = backbone.model(**inputs, **options)
-        states = backbone.norm(outputs.pop("last_hidden_state"))
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=states[:, 0], **outputs)
+        states = backbone.norm(outputs.last_hidden_state)
+        return BaseModelOutputWithPooling(states, states[:, 0], outputs.hidden_states, outputs.attentions)
 
 
 class NaFlexBackbone(VisionBackbone):
@@ -449,7 +453,7 @@ class ConvNextBackbone(VisionBackbone):
 
 
 class TimmBackbone(VisionBackbone):
-    """Models of timm in a `TimmWrapperModel`. Tokens can be pooled in all ways, maps only by the model's own pooling."""
+    """Models of timm in a `TimmWrapperModel`. Tokens are pooled in all ways, maps only by the model's own pooling."""
 
     default_pooling = "pooler"
     stock_poolings = ("pooler",)
@@ -546,6 +550,8 @@ def timm_model(config: PreTrainedConfig) -> nn.Module:
 
 @cache
 def _timm_model(architecture: str, model_args: str) -> nn.Module:
+    if not is_timm_available():
+        raise ImportError("`timm_wrapper` needs timm and a torchvision that fits torch. Run `pip install timm`.")
     if ":" in architecture:
         raise ValueError(f"`architecture` {architecture!r} is an address. Use a name in timm.list_models().")
     config = AutoConfig.for_model("timm_wrapper", architecture=architecture, model_args=json.loads(model_args))
