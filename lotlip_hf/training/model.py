@@ -68,6 +68,9 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
                 f"`cleaning` is {config.cleaning}, but {config.model} has {cleaning}. Remove the option, which is for "
                 "new models."
             )
+    vision = model.config.vision_config
+    if config.patch_dropout and vision.family.passing_embeddings is None:
+        raise ValueError(f"`patch_dropout` does not fit {vision.backbone_config.model_type}. Remove it.")
     fit_tokenizer(model, processor.tokenizer, config.max_text_length)
     max_text_length(model, processor.tokenizer)  # raises an error if neither has a maximum length
     return model, processor
