@@ -101,6 +101,7 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
             tokenizer,
             model_max_length=min(longest or CONTEXT_LENGTH - number, positions),
             cleaning=config.cleaning or "official",
+            prompt_template="{}" if folder is None else f"{folder.prompt}{{}}",
         )
     image_processor = AutoImageProcessor.from_pretrained(config.image_model, trust_remote_code=False)
     check_image_sizes(image_processor, str(config.image_model))

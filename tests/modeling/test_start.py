@@ -378,17 +378,30 @@ def test_the_longest_text_is_the_folders(
     assert processor.tokenizer.model_max_length == expected
 
 
+def test_the_default_prompt_is_the_tokenizers_template(tmp_path: Path) -> None:
+    prompts: dict[str, Any] = {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": "query"}
+    stock, folder = sentence_transformer(tmp_path, Pooling(32, "mean"), Normalize(), **prompts)
+    model, processor = start(folder, tmp_path, projection_dim=32)
+    assert processor.tokenizer.prompt_template == "query: {}"
+    texts = [text for text in TEXTS if ". " not in text]
+    with torch.no_grad():
+        features = model.eval().get_text_features(**processor(text=texts, return_tensors="pt")).pooler_output
+    expected = stock.encode(texts, convert_to_tensor=True)
+    torch.testing.assert_close(nn.functional.normalize(features, dim=-1), expected, **TOLERANCE)
+
+
 def test_the_command_reports_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text"
     text.mkdir()
     save_bert(text)
-    write_settings(text, switches("mean_tokens"), sentence_bert_config={"max_seq_length": 12})
+    prompts = {"prompts": {"query": "query : "}, "default_prompt_name": "query"}
+    more = {"sentence_bert_config": {"max_seq_length": 12}, "config_sentence_transformers": prompts}
+    write_settings(text, switches("mean_tokens"), **more)
     options = ["--text-model", str(text), "--image-model", save_image_encoder(tmp_path / "image")]
     options += ["--data", "scenes", "--num-scenes", "8", "--batch-size", "4", "--max-steps", "1"]
     assert main(["train", *options, "--trackers", "none", "--output", str(tmp_path / "run")]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if str(text) in line)
-    assert "mean" in line
-    assert "12" in line
+    assert all(word in line for word in ("mean", "query : ", "12"))
 
 
 def test_a_retromae_starts_a_model(tmp_path: Path) -> None:
