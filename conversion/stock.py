@@ -258,9 +258,9 @@ def _vision_encoder(tower: LoTLIPVisionModel) -> tuple[PreTrainedConfig, dict[st
 
 
 def _no_stock_class(tower: LoTLIPTextModel | LoTLIPVisionModel, what: str, instead: str) -> ConversionError:
+    onnx = "" if tower.config.family.no_onnx else ", or export to ONNX with `lotlip convert onnx`"
     return ConversionError(
-        f"There is no stock class for a {type(tower.backbone).__name__} {what}. Export {instead}, or export to ONNX "
-        "with lotlip_hf.conversion.onnx."
+        f"There is no stock class for a {type(tower.backbone).__name__} {what}. Export {instead}{onnx}."
     )
 
 
