@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from .modeling.modeling_lotlip import LoTLIPModel
@@ -99,7 +99,7 @@ def _load_backbone(
     if isinstance(source, PreTrainedModel):
         # In classes with a projection, the encoder is an attribute with the tower's name.
         return getattr(source, f"{tower}_model", source)
-    encoder, info = AutoModel.from_pretrained(
+    encoder, info = config.family.auto_class.from_pretrained(
         source,
         config=copy.deepcopy(config.backbone_config),
         trust_remote_code=False,
