@@ -229,11 +229,9 @@ def _text_encoder(tower: LoTLIPTextModel) -> tuple[PreTrainedConfig, dict[str, t
     """Configuration and tensors of the stock text encoder, without the positions of corner tokens."""
     config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
     family, corners = tower.config.family, tower.config.num_corner_tokens
-    if tower.config.attention == "bidirectional":
-        if not getattr(config, "use_bidirectional_attention", False):
-            # Without padding, `sdpa` of stock decoders is causal even if `config.is_causal` is not.
-            raise _no_stock_class(tower, "with bidirectional attention", "a model with attention='causal'")
-        vars(config).pop("is_causal", None)
+    if tower.config.attention == "bidirectional" and not getattr(config, "use_bidirectional_attention", False):
+        # Without padding, `sdpa` of stock decoders is causal, also with `config.is_causal=False`.
+        raise _no_stock_class(tower, "with attention='bidirectional'", "a model with attention='causal'")
     table = state.get(family.position_table)
     if table is not None and corners and family.corners_have_positions and not family.is_causal:
         words = family.position_offset(config) + 1
