@@ -16,7 +16,8 @@ folder for `SentenceTransformer`, with pooling, projection and normalisation as 
 
 A stock tokenizer splits sentences, but does not clean texts: call `lotlip_hf.modeling.tokenization_lotlip.clean`. If
 the LoTLIP tokenizer cleans texts, a stock tokenizer is saved only with `--without-text-cleaning`. A stock tokenizer
-encodes a text that is only a special token, such as "[SEP]", as that token.
+encodes a text that is only a special token, such as "[SEP]", as that token. It adds `prompt_template` to all texts
+except empty ones. A template that continues after the text has no stock tokenizer.
 
 Callers of the stock classes must pass the attention mask, pad on the right, pass `truncation=True` for texts, and drop
 the transparency of images with `convert("RGB")`; otherwise transparent images get a white background.
@@ -453,7 +454,9 @@ def _stock_tokenizer_of(
     stock = stock_tokenizer(tokenizer)
     differing = _differing_text(tokenizer, stock)
     free_of_calls(stock)
-    return (stock, "") if differing is None else (None, f"a stock tokenizer would give other ids for {differing!r}")
+    return (
+        (stock, "") if differing is None else (None, f"a stock tokenizer would give other ids for {differing[:40]!r}")
+    )
 
 
 def _differing_text(tokenizer: LoTLIPTokenizer, stock: PreTrainedTokenizerFast) -> str | None:
@@ -476,6 +479,8 @@ def _differing_text(tokenizer: LoTLIPTokenizer, stock: PreTrainedTokenizerFast) 
     texts += [f"{OPEN}0{CLOSE} a", ". ".join(parts * 100), *parts]
     if isinstance(tokenizer.backend_tokenizer.model, (models.BPE, models.Unigram)):
         texts = [text for text in texts if OPEN not in text]  # see `stock_tokenizer`
+    if tokenizer.prompt_template != "{}":
+        texts = [text for text in texts if text.strip(". ")]  # in a stock tokenizer, others get no template
     for text in texts:
         for truncation in (True, False):
             ids = [one(text, truncation=truncation, verbose=False)["input_ids"] for one in (tokenizer, stock)]
