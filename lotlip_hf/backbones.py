@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .loading import quiet
 from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
@@ -162,7 +162,7 @@ def _load_weights(
         # In classes with a projection, the encoder is an attribute with the tower's name.
         return getattr(source, f"{tower}_model", source).state_dict()
     with quiet():
-        encoder, info = AutoModel.from_pretrained(
+        encoder, info = config.family.auto_class.from_pretrained(
             source,
             config=copy.deepcopy(config.backbone_config),
             trust_remote_code=False,

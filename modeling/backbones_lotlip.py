@@ -3,6 +3,8 @@ Adapters of the families of backbones: all code that depends on a `model_type`. 
 `TEXT_BACKBONES["model_type"] = MyBackbone()`. To add a pooling, write a function and an entry of `POOLINGS`.
 """
 
+import copy
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -11,7 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, CLIPTextModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    CLIPTextModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_bidirectional_sliding_window_mask,
@@ -20,6 +30,10 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import is_timm_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -63,6 +77,7 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = 
 class _Backbone:
     """Base class of text and image families. In all methods, `config` is the configuration of the backbone."""
 
+    auto_class: Any = AutoModel  # builds and loads the backbone
     default_pooling: str
     excluded_poolings: tuple[str, ...] = ()  # names in `POOLINGS` that the family does not support
     has_optional_pooler = False  # whether `pooling="pooler"` adds a layer; without it, the layer would stay untrained
@@ -72,6 +87,10 @@ class _Backbone:
 
     def __init__(self, **settings: Any) -> None:
         vars(self).update(settings)
+
+    def choose_pooling(self, config: PreTrainedConfig) -> str:
+        """Default pooling."""
+        return self.default_pooling
 
     def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
         taken = [name for name in POOLINGS if name not in self.excluded_poolings]
@@ -85,7 +104,7 @@ class _Backbone:
         return {"add_pooling_layer": pooling == "pooler"} if self.has_optional_pooler else {}
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
-        backbone = AutoModel.from_config(config, trust_remote_code=False, **self.pooling_layer(pooling))
+        backbone = self.auto_class.from_config(config, trust_remote_code=False, **self.pooling_layer(pooling))
         last_layer = self.last_layer(backbone)
         if self.pooled_layer is not None and last_layer is not None:
             extend(backbone, last_layer, self.pooled_layer)
@@ -119,7 +138,7 @@ class TextBackbone(_Backbone):
 
     def max_length(self, config: PreTrainedConfig, num_corner_tokens: int) -> int:
         taken = num_corner_tokens if self.corners_have_positions else 0
-        return config.max_position_embeddings - self.position_offset(config) - taken
+        return getattr(config, "max_position_embeddings", UNLIMITED) - self.position_offset(config) - taken
 
     def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
         """Default mask [N, L], 1 for text, or `None` if all tokens are text."""
@@ -167,12 +186,10 @@ class TextBackbone(_Backbone):
         create, slide = create_bidirectional_mask, create_bidirectional_sliding_window_mask
         if self.is_causal:  # with `config.is_causal=False`, these functions are bidirectional, too
             create, slide = create_causal_mask, create_sliding_window_causal_mask
-        if not self.layer_masks:
-            return create(**options)
-        masks = {"full_attention": create(**options)}
-        if "sliding_attention" in config.layer_types:
-            masks["sliding_attention"] = slide(**options, or_mask_function=is_corner)
-        return masks
+        mask = create(**options)
+        if not self.layer_masks or "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+            return mask
+        return {"full_attention": mask, "sliding_attention": slide(**options, or_mask_function=is_corner)}
 
 
 class BertBackbone(TextBackbone):
@@ -183,6 +200,37 @@ class BertBackbone(TextBackbone):
     has_optional_pooler = has_segments = takes_rows = True
     stock_poolings = ("pooler",)
     pooled_layer = PooledLayer
+
+
+class ModernBertBackbone(TextBackbone):
+    """ModernBERT. The default pooling is that of its classifiers."""
+
+    default_pooling = "cls"
+    corners_have_positions = False
+    layer_masks = takes_rows = True
+
+    def choose_pooling(self, config: PreTrainedConfig) -> str:
+        return config.classifier_pooling
+
+
+class DebertaBackbone(TextBackbone):
+    """DeBERTa. Relative positions are those in memory. Its attention needs a boolean mask."""
+
+    default_pooling = "cls"
+    has_segments = corners_first = True
+    corners_have_positions = False
+
+    def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        if getattr(config, "conv_kernel_size", 0):
+            raise ValueError("`conv_kernel_size` must be 0: a convolution would mix words and corner tokens.")
+        backbone = super().build(config, pooling)
+        extend(backbone, backbone.embeddings, UnmaskedEmbeddings)
+        return backbone
+
+    def create_masks(
+        self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
+    ) -> Tensor:
+        return super().create_masks(config, inputs_embeds, rule, is_corner) == 0
 
 
 class CLIPTextBackbone(TextBackbone):
@@ -244,7 +292,24 @@ class DecoderBackbone(TextBackbone):
 
     def options(self, config: PreTrainedConfig) -> dict[str, Any]:
         # Without a mask, `sdpa` would use the default of the attention module.
-        return {"use_cache": False} if is_causal(config) else {"use_cache": False, "is_causal": False}
+        return {"use_cache": False} if getattr(config, "is_causal", True) else {"use_cache": False, "is_causal": False}
+
+
+class Gemma3Backbone(DecoderBackbone):
+    """Gemma 3. With `use_bidirectional_attention`, as in EmbeddingGemma, sliding windows have exclusive bounds."""
+
+    layer_masks = True
+
+    def choose_pooling(self, config: PreTrainedConfig) -> str:
+        return "last" if is_causal(config) else "mean"
+
+    def create_masks(
+        self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
+    ) -> Any:
+        if config.use_bidirectional_attention:
+            config = copy.copy(config)
+            config.is_causal, config.sliding_window = False, config.sliding_window - 1
+        return super().create_masks(config, inputs_embeds, rule, is_corner)
 
 
 NOT_OF_IMAGES = ("eos", "last", "weighted_mean")
@@ -504,15 +569,81 @@ class TimmBackbone(VisionBackbone):
         return {**inputs, "do_pooling": True}
 
 
+UNLIMITED = 1 << 20  # maximum length of encoders without one
+# Settings of rotary encoders with BERT's embeddings, and of encoders with relative positions in memory only.
+ROTARY_BERT: dict[str, Any] = {
+    "corners_have_positions": False,
+    "has_segments": True,
+    "has_optional_pooler": True,
+    "takes_rows": True,
+}
+T5_ENCODER: dict[str, Any] = {
+    "auto_class": AutoModelForTextEncoding,
+    "takes_positions": False,
+    "corners_have_positions": False,
+    "corners_first": True,
+}
 TEXT_BACKBONES: dict[str, TextBackbone] = {
     "bert": BertBackbone(),
     "roberta": BertBackbone(starts_after_padding=True),
     "xlm-roberta": BertBackbone(starts_after_padding=True),
+    "camembert": BertBackbone(starts_after_padding=True),
+    "data2vec-text": BertBackbone(starts_after_padding=True),
+    "xlm-roberta-xl": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
+    "distilbert": TextBackbone(takes_rows=True),
+    "mpnet": TextBackbone(starts_after_padding=True, has_optional_pooler=True, corners_first=True),
+    "electra": TextBackbone(default_pooling="cls", has_segments=True, takes_rows=True),
+    "albert": TextBackbone(has_segments=True, has_optional_pooler=True, takes_rows=True),
+    "modernbert": ModernBertBackbone(),
+    "eurobert": TextBackbone(corners_have_positions=False, takes_rows=True),
+    "nomic_bert": TextBackbone(**ROTARY_BERT),
+    "gte": TextBackbone(**ROTARY_BERT, default_pooling="cls"),
+    "jina_embeddings_v3": TextBackbone(**ROTARY_BERT),
+    "deberta": DebertaBackbone(),
+    "deberta-v2": DebertaBackbone(),
+    "t5": TextBackbone(**T5_ENCODER),
+    "mt5": TextBackbone(**T5_ENCODER),
+    "umt5": TextBackbone(**T5_ENCODER),
     "clip_text_model": CLIPTextBackbone(),
-    "modernbert": TextBackbone(default_pooling="cls", corners_have_positions=False, layer_masks=True),
     "llama": DecoderBackbone(),
     "qwen3": DecoderBackbone(layer_masks=True),
+    "gemma3_text": Gemma3Backbone(),
 }
+REFUSED = {"big_bird": "its block-sparse attention accepts no mask of pairs of tokens"}
+
+
+def text_family(config: PreTrainedConfig) -> TextBackbone:
+    """The adapter of a text encoder, from `TEXT_BACKBONES` or from the signature of its class in transformers."""
+    return TEXT_BACKBONES.get(config.model_type) or _adapter(type(config))
+
+
+@cache
+def _adapter(config_class: type[PreTrainedConfig]) -> TextBackbone:
+    model_type, stock = config_class.model_type, MODEL_MAPPING.get(config_class, None)
+    stock = stock[0] if isinstance(stock, tuple) else stock
+    taken = inspect.signature(stock.forward).parameters if stock is not None else {}
+    reason = REFUSED.get(model_type)
+    if stock is None or not stock.__module__.startswith("transformers."):
+        reason = "transformers has no encoder of this type"
+    elif "decoder_input_ids" in taken:
+        reason = "it is an encoder with a decoder"
+    elif missing := [name for name in ("inputs_embeds", "attention_mask") if name not in taken]:
+        reason = f"{stock.__name__} takes no `{missing[0]}`"
+    if reason is not None:
+        supported = ", ".join(TEXT_BACKBONES)
+        raise ValueError(f"Text encoders of model_type {model_type!r} are not supported: {reason}. Use {supported}.")
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return DecoderBackbone(layer_masks=True)
+    return TextBackbone(
+        takes_positions="position_ids" in taken,
+        has_segments="token_type_ids" in taken,
+        has_optional_pooler="add_pooling_layer" in inspect.signature(stock.__init__).parameters,
+        corners_have_positions=False,  # right for learned and for rotary positions
+        corners_first="position_ids" not in taken,  # positions are then those in memory
+        layer_masks=True,
+    )
+
+
 # CLIP's pooler normalises the class token. SigLIP has no class token; its pooler attends to the patches.
 OWN_POOLER: dict[str, Any] = {
     "default_pooling": "pooler",
@@ -557,6 +688,13 @@ def _timm_model(architecture: str, model_args: str) -> nn.Module:
     config = AutoConfig.for_model("timm_wrapper", architecture=architecture, model_args=json.loads(model_args))
     with torch.device("meta"):
         return AutoModel.from_config(config).timm_model
+
+
+class UnmaskedEmbeddings(Extension):
+    """Embeddings of DeBERTa, which multiplies them by a mask of tokens, but not by one of pairs of tokens."""
+
+    def forward(self, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return super().forward(*args, mask=None if mask is None or mask.dim() == 4 else mask, **kwargs)
 
 
 def is_eager_on_cpu(tensor: Tensor) -> bool:
