@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -284,6 +285,7 @@ def module(path: Any, kind: Any = "x.Pooling") -> list[dict[str, Any]]:
         (lambda folder: (folder / "modules.json").write_text("[" * 100_000), "modules.json"),
         (lambda folder: (folder / "modules.json").write_text(" " * (1 << 21)), "modules.json"),
         (lambda folder: write_settings(folder, []), "config.json"),
+        (lambda folder: (folder / "1_Pooling" / "config.json").unlink(), "1_Pooling"),
         (lambda folder: write_settings(folder, {"pooling_mode": {"mean": 1}}), "pooling_mode"),
         (lambda folder: write_settings(folder, {"pooling_mode": "\x1b[2J"}), "pooling_mode"),
         (lambda folder: write_settings(folder, {}, config_sentence_transformers=[]), "config_sentence_transformers"),
@@ -311,7 +313,8 @@ def test_damaged_settings_are_named(write: Callable[[Path], None], word: str, tm
     ],
 )
 def test_prompts_that_are_none(settings: dict[str, Any], tmp_path: Path) -> None:
-    write_settings(tmp_path, {}, config_sentence_transformers=settings, sentence_bert_config={"max_seq_length": -1})
+    more = {"config_sentence_transformers": settings, "sentence_bert_config": {"max_seq_length": -1}}
+    write_settings(tmp_path, {"pooling_mode": "mean"}, **more)
     folder = read_sentence_folder(tmp_path)
     assert folder is not None
     assert (folder.prompt, folder.max_length) == ("", None)
@@ -328,7 +331,9 @@ def test_damaged_dense_layers_are_named(tmp_path: Path) -> None:
         read_sentence_folder(folder)
 
 
-def test_from_the_hub(vision: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_the_hub(
+    vision: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     stock, folder = sentence_transformer(tmp_path, Pooling(32, "mean"), dense(32, 24))
     files = {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
     with hub_server(tmp_path / "hub") as hub:
@@ -338,8 +343,16 @@ def test_from_the_hub(vision: PreTrainedModel, tmp_path: Path, monkeypatch: pyte
         assert not hub.matching("GET", r"\.onnx|\.bin")
         hub.add("ada/plain", {name: files[name] for name in ("config.json", "model.safetensors")})
         assert read_sentence_folder("ada/plain") is None
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        caplog.clear()
+        again = from_backbones("ada/sentences", vision, projection_dim=24)
+        assert read_sentence_folder("ada/plain") is None
+        assert not caplog.text
+        assert read_sentence_folder("ada/never-seen") is None
+        assert "ada/never-seen" in caplog.text
     expected = nn.functional.normalize(stock.encode(TEXTS, convert_to_tensor=True), dim=-1)
-    torch.testing.assert_close(embeddings(model, folder), expected, **TOLERANCE)
+    for one in (model, again):
+        torch.testing.assert_close(embeddings(one, folder), expected, **TOLERANCE)
 
 
 # `lotlip train --text-model`
