@@ -109,8 +109,8 @@ def test_the_text_starts_as_its_encoder(family: str, number: int, vision: PreTra
 
 @pytest.mark.parametrize("family", LEARNED)
 def test_positions_of_corner_tokens_start_as_those_of_the_first_words(family: str, vision: PreTrainedModel) -> None:
-    text = FAMILIES[family].stock_model()
-    model = from_backbones(text, vision, 3)
+    text: Any = FAMILIES[family].stock_model()
+    model: Any = from_backbones(text, vision, 3)
     first = FAMILIES[family].offset + 1
     old, new = (one.embeddings.position_embeddings.weight for one in (text, model.text_model.backbone))
     assert torch.equal(new[:first], old[:first])
