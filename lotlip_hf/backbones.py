@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .adapter_check import check_adapter
 from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from .modeling.modeling_lotlip import LoTLIPModel
 
@@ -73,6 +74,7 @@ def from_backbones(
                 f"The {type(encoder).__name__} does not fit the {tower.base_model_prefix}: missing {missing}, "
                 f"unexpected {unexpected}. Pass an encoder with all weights."
             )
+    check_adapter(model.text_model)
     return model
 
 

@@ -91,6 +91,8 @@ def spread(model: Any) -> Any:
     """Weights large enough that attention, positions and corner tokens matter to the outputs."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # sinusoids
+            continue
         nn.init.normal_(
             parameter, mean=float(parameter.dim() == 1 and "norm" in name.lower()), std=0.3, generator=generator
         )
@@ -118,6 +120,7 @@ _ROWS = [
     Family("xlm-roberta", BERT, **WITH_POOLER, offset=PAD + 1),
     Family("camembert", BERT, **WITH_POOLER, offset=PAD + 1),
     Family("data2vec-text", BERT, **WITH_POOLER, offset=PAD + 1),
+    Family("roberta-prelayernorm", BERT, offset=PAD + 1),
     Family("xlm-roberta-xl", BERT, offset=PAD + 1),
     Family("distilbert", {**SIZE, "dropout": 0.0, "attention_dropout": 0.0, "hidden_dim": 37}, rows=True),
     Family("mpnet", BERT, offset=2, corners_first=True),
