@@ -96,7 +96,7 @@ class TextBackbone(_Backbone):
     default_pooling = "mean"
     excluded_poolings = ("pooler", "eos", "last", "weighted_mean")
     is_causal = False
-    takes_rows = False  # whether `row_index` reaches the attention functions, so that texts can share a row
+    takes_rows = False  # whether a `row` reaches the attention functions, so that texts can share a row
     takes_positions = True  # whether the encoder accepts `position_ids`
     has_segments = False  # whether the encoder accepts `token_type_ids`
     corners_have_positions = True  # otherwise they have the position of the first token, and words keep their own
@@ -147,6 +147,11 @@ class TextBackbone(_Backbone):
     def options(self, config: PreTrainedConfig) -> dict[str, Any]:
         """More arguments of the backbone's `forward`."""
         return {}
+
+    def window(self, config: PreTrainedConfig) -> int | None:
+        """Width of the sliding windows of some layers, or `None`."""
+        has_windows = self.layer_masks and "sliding_attention" in config.layer_types
+        return config.sliding_window if has_windows else None
 
     def create_masks(
         self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
@@ -274,9 +279,9 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "roberta": BertBackbone(starts_after_padding=True),
     "xlm-roberta": BertBackbone(starts_after_padding=True),
     "clip_text_model": CLIPTextBackbone(),
-    "modernbert": TextBackbone(default_pooling="cls", corners_have_positions=False, layer_masks=True),
-    "llama": DecoderBackbone(),
-    "qwen3": DecoderBackbone(layer_masks=True),
+    "modernbert": TextBackbone(default_pooling="cls", corners_have_positions=False, layer_masks=True, takes_rows=True),
+    "llama": DecoderBackbone(takes_rows=True),
+    "qwen3": DecoderBackbone(layer_masks=True, takes_rows=True),
 }
 # CLIP's pooler normalises the class token. SigLIP has no class token; its pooler attends to the patches.
 OWN_POOLER: dict[str, Any] = {
