@@ -10,6 +10,7 @@ from ..loading import check_image_sizes, fit_tokenizer, load_model, max_text_len
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
+from ..sentence_folder import read_sentence_folder
 from .config import SCENES, TrainingConfig
 
 NUM_CORNER_TOKENS = 2
@@ -67,6 +68,9 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
                 f"`cleaning` is {config.cleaning}, but {config.model} has {cleaning}. Remove the option, which is for "
                 "new models."
             )
+    vision = model.config.vision_config
+    if config.patch_dropout and vision.family.passing_embeddings is None:
+        raise ValueError(f"`patch_dropout` does not fit {vision.backbone_config.model_type}. Remove it.")
     fit_tokenizer(model, processor.tokenizer, config.max_text_length)
     max_text_length(model, processor.tokenizer)  # raises an error if neither has a maximum length
     return model, processor
@@ -83,22 +87,33 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
     ).float()
     positions = model.config.text_config.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(config.text_model, trust_remote_code=False)
+    folder = read_sentence_folder(config.text_model)
+    longest = None if folder is None else folder.max_length or tokenizer.model_max_length
     if tokenizer.sep_token is None:
         if config.cleaning is not None:
             raise ValueError(
                 f"`cleaning` needs a tokenizer with a separator token, but the tokenizer of {config.text_model} has "
                 "none. Remove the option."
             )
-        tokenizer.model_max_length = positions
+        tokenizer.model_max_length = min(longest or positions, positions)
     else:
         tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
             tokenizer,
-            model_max_length=min(CONTEXT_LENGTH - number, positions),
+            model_max_length=min(longest or CONTEXT_LENGTH - number, positions),
             cleaning=config.cleaning or "official",
+            prompt_template="{}" if folder is None else f"{folder.prompt}{{}}",
         )
     image_processor = AutoImageProcessor.from_pretrained(config.image_model, trust_remote_code=False)
     check_image_sizes(image_processor, str(config.image_model))
     return model, LoTLIPProcessor(image_processor, tokenizer)
+
+
+def describe_text(model: LoTLIPModel, processor: LoTLIPProcessor) -> str:
+    """Describes in a line what a new model takes from its text encoder."""
+    parts = [f"pooling {model.config.text_config.pooling!r}"]
+    template = getattr(processor.tokenizer, "prompt_template", "{}")
+    parts.append("no prompt" if template == "{}" else f"prompt {template!r}")
+    return ", ".join([*parts, f"texts of up to {processor.tokenizer.model_max_length} tokens"])
 
 
 def prepare_model(model: LoTLIPModel, config: TrainingConfig) -> None:
