@@ -179,8 +179,9 @@ class TextBackbone(_Backbone):
 
     def window(self, config: PreTrainedConfig) -> int | None:
         """Width of the sliding windows of some layers, or `None`."""
-        has_windows = self.layer_masks and "sliding_attention" in config.layer_types
-        return config.sliding_window if has_windows else None
+        layer_types = getattr(config, "layer_types", None) or ("sliding_attention",)
+        has_windows = self.layer_masks and "sliding_attention" in layer_types
+        return getattr(config, "sliding_window", None) if has_windows else None
 
     def create_masks(
         self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
@@ -307,7 +308,7 @@ class DecoderBackbone(TextBackbone):
 
     default_pooling = "last"
     excluded_poolings = ("pooler", "cls", "eos")
-    is_causal = True
+    is_causal = takes_rows = True
 
     def options(self, config: PreTrainedConfig) -> dict[str, Any]:
         # Without a mask, `sdpa` would use the default of the attention module.
@@ -657,7 +658,7 @@ def _adapter(config_class: type[PreTrainedConfig]) -> TextBackbone:
         supported = ", ".join(TEXT_BACKBONES)
         raise ValueError(f"Text encoders of model_type {model_type!r} are not supported: {reason}. Use {supported}.")
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return DecoderBackbone(layer_masks=True)
+        return DecoderBackbone(layer_masks=True, takes_rows=False)
     return TextBackbone(
         takes_positions="position_ids" in taken,
         has_segments="token_type_ids" in taken,

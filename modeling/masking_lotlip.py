@@ -70,26 +70,25 @@ def create_corner_mask(
 
 def _window_masks(family: TextBackbone, config: PreTrainedConfig, inputs_embeds: Tensor, row: Row) -> Any:
     """
-    For each type of layer, the mask [1, 1, WINDOW_BLOCK, keys] of consecutive words and of the keys in their windows,
-    or an empty tensor if words see the whole text. Sets `row.left`, the number of keys before the first word.
+    For layers with sliding windows, the mask [1, 1, WINDOW_BLOCK, keys] of consecutive words and of the keys in their
+    windows. Sets `row.left`, the number of keys before the first word. For other layers, an empty tensor.
     """
     window = family.window(config)
-    nothing = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=inputs_embeds.device)
+    everything = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=inputs_embeds.device)
     if window is None or row.groups[0].length <= window:
-        return dict.fromkeys(config.layer_types, nothing) if family.layer_masks else nothing
+        return everything
 
-    def everything(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    def rule(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return q_idx == q_idx
 
-    def no_corner(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    def is_corner(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return q_idx != q_idx
 
-    words = inputs_embeds.new_empty(1, WINDOW_BLOCK + 2 * window, 1)
-    masks = family.create_masks(config, words, everything, no_corner)
-    mask = masks["sliding_attention"] if family.layer_masks else masks
+    masks = family.create_masks(config, inputs_embeds.new_empty(1, WINDOW_BLOCK + 2 * window, 1), rule, is_corner)
+    mask = masks["sliding_attention"] if isinstance(masks, dict) else masks
     block = mask[:, :, window : window + WINDOW_BLOCK]
-    keys = block[0, 0].any(0).nonzero()
-    first, last = int(keys[0]), int(keys[-1])
-    row.left = window - first
-    block = block[..., first : last + 1]
-    return {name: block if name == "sliding_attention" else nothing for name in masks} if family.layer_masks else block
+    first, last = block[0, 0].any(0).nonzero().flatten()[[0, -1]].tolist()
+    row.left, block = window - first, block[..., first : last + 1]
+    if not isinstance(masks, dict):
+        return block
+    return {name: block if name == "sliding_attention" else everything for name in masks}

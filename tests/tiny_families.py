@@ -108,7 +108,13 @@ def _relative(model_type: str, config: dict[str, Any], **settings: Any) -> Famil
 
 
 def _decoder(model_type: str, config: dict[str, Any] | None = None, **settings: Any) -> Family:
-    settings = {"pooling": "last", "causal": True, "poolings": ("last", "mean", "weighted_mean"), **settings}
+    settings = {
+        "pooling": "last",
+        "causal": True,
+        "rows": True,
+        "poolings": ("last", "mean", "weighted_mean"),
+        **settings,
+    }
     return Family(model_type, {**DECODER, **(config or {})}, positions="behind", **settings)
 
 
