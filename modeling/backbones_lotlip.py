@@ -131,7 +131,15 @@ class TextBackbone(_Backbone):
     corners_first = False  # whether corner tokens precede the text in memory, for relative positions
     layer_masks = False  # whether the encoder accepts a dictionary of masks by type of layer
     starts_after_padding = False  # whether the first position is `pad_token_id + 1`
+    checkpointed_layers = ""  # name of the layers that need an extension for gradient checkpointing
     position_table = "embeddings.position_embeddings.weight"  # name of the learned positions, if the encoder has them
+
+    def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        backbone = super().build(config, pooling)
+        if self.checkpointed_layers:
+            for layer in backbone.get_submodule(self.checkpointed_layers):
+                extend(backbone, layer, CheckpointedLayer)
+        return backbone
 
     def position_offset(self, config: PreTrainedConfig) -> int:
         return config.pad_token_id + 1 if self.starts_after_padding else 0
@@ -219,18 +227,6 @@ class ModernBertBackbone(TextBackbone):
 
     def choose_pooling(self, config: PreTrainedConfig) -> str:
         return config.classifier_pooling
-
-
-class MPNetBackbone(TextBackbone):
-    """MPNet, whose attention adds a bias of relative positions in memory. Adds gradient checkpointing."""
-
-    starts_after_padding = has_optional_pooler = corners_first = True
-
-    def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
-        backbone = super().build(config, pooling)
-        for layer in backbone.encoder.layer:
-            extend(backbone, layer, CheckpointedLayer)
-        return backbone
 
 
 class DebertaBackbone(TextBackbone):
@@ -612,9 +608,16 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "roberta-prelayernorm": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
     "xlm-roberta-xl": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
     "distilbert": TextBackbone(takes_rows=True),
-    "mpnet": MPNetBackbone(),
+    "mpnet": TextBackbone(
+        starts_after_padding=True, has_optional_pooler=True, corners_first=True, checkpointed_layers="encoder.layer"
+    ),
     "electra": TextBackbone(default_pooling="cls", has_segments=True, takes_rows=True),
-    "albert": TextBackbone(has_segments=True, has_optional_pooler=True, takes_rows=True),
+    "albert": TextBackbone(
+        has_segments=True,
+        has_optional_pooler=True,
+        takes_rows=True,
+        checkpointed_layers="encoder.albert_layer_groups",
+    ),
     "modernbert": ModernBertBackbone(),
     "eurobert": TextBackbone(corners_have_positions=False, takes_rows=True),
     "nomic_bert": TextBackbone(**ROTARY_BERT),
