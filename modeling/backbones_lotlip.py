@@ -124,7 +124,7 @@ class TextBackbone(_Backbone):
     default_pooling = "mean"
     excluded_poolings = ("pooler", "eos", "last", "weighted_mean")
     is_causal = False
-    takes_rows = False  # whether `row_index` reaches the attention functions, so that texts can share a row
+    takes_rows = False  # whether a `row` reaches the attention functions, so that texts can share a row
     takes_positions = True  # whether the encoder accepts `position_ids`
     has_segments = False  # whether the encoder accepts `token_type_ids`
     corners_have_positions = True  # otherwise they have the position of the first token, and words keep their own
@@ -184,6 +184,12 @@ class TextBackbone(_Backbone):
     def options(self, config: PreTrainedConfig) -> dict[str, Any]:
         """More arguments of the backbone's `forward`."""
         return {}
+
+    def window(self, config: PreTrainedConfig) -> int | None:
+        """Width of the sliding windows of some layers, or `None`."""
+        layer_types = getattr(config, "layer_types", None) or ("sliding_attention",)
+        has_windows = self.layer_masks and "sliding_attention" in layer_types
+        return getattr(config, "sliding_window", None) if has_windows else None
 
     def create_masks(
         self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
@@ -298,7 +304,7 @@ class DecoderBackbone(TextBackbone):
 
     default_pooling = "last"
     excluded_poolings = ("pooler", "cls", "eos")
-    is_causal = True
+    is_causal = takes_rows = True
 
     def options(self, config: PreTrainedConfig) -> dict[str, Any]:
         # Without a mask, `sdpa` would use the default of the attention module.
@@ -656,7 +662,7 @@ def _adapter(config_class: type[PreTrainedConfig]) -> TextBackbone:
         supported = ", ".join(TEXT_BACKBONES)
         raise ValueError(f"Text encoders of model_type {model_type!r} are not supported: {reason}. Use {supported}.")
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return DecoderBackbone(layer_masks=True)
+        return DecoderBackbone(layer_masks=True, takes_rows=False)
     return TextBackbone(
         takes_positions="position_ids" in taken,
         has_segments="token_type_ids" in taken,

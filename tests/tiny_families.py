@@ -130,7 +130,7 @@ def _relative(model_type: str, config: dict[str, Any], **settings: Any) -> Famil
 
 
 def _decoder(model_type: str, config: dict[str, Any] | None = None, **settings: Any) -> Family:
-    settings = {"pooling": "last", "causal": True, **settings}
+    settings = {"pooling": "last", "causal": True, "rows": True, **settings}
     return Family(model_type, {**DECODER, **(config or {})}, positions="behind", **settings)
 
 
