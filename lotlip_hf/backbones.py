@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .adapter_check import check_adapter
 from .loading import quiet
 from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from .modeling.modeling_lotlip import LoTLIPModel
@@ -104,6 +105,7 @@ def from_backbones(
     if dense is not None:
         with torch.no_grad():
             model.text_projection.weight.copy_(dense)
+    check_adapter(model.text_model)
     return model
 
 

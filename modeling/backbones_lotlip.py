@@ -124,20 +124,28 @@ class TextBackbone(_Backbone):
     default_pooling = "mean"
     excluded_poolings = ("pooler", "eos", "last", "weighted_mean")
     is_causal = False
-    takes_rows = False  # whether `row_index` reaches the attention functions, so that texts can share a row
+    takes_rows = False  # whether a `row` reaches the attention functions, so that texts can share a row
     takes_positions = True  # whether the encoder accepts `position_ids`
     has_segments = False  # whether the encoder accepts `token_type_ids`
     corners_have_positions = True  # otherwise they have the position of the first token, and words keep their own
     corners_first = False  # whether corner tokens precede the text in memory, for relative positions
     layer_masks = False  # whether the encoder accepts a dictionary of masks by type of layer
     starts_after_padding = False  # whether the first position is `pad_token_id + 1`
+    checkpointed_layers = ""  # name of the layers that need an extension for gradient checkpointing
     position_table = "embeddings.position_embeddings.weight"  # name of the learned positions, if the encoder has them
+
+    def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        backbone = super().build(config, pooling)
+        if self.checkpointed_layers:
+            for layer in backbone.get_submodule(self.checkpointed_layers):
+                extend(backbone, layer, CheckpointedLayer)
+        return backbone
 
     def position_offset(self, config: PreTrainedConfig) -> int:
         return config.pad_token_id + 1 if self.starts_after_padding else 0
 
     def max_length(self, config: PreTrainedConfig, num_corner_tokens: int) -> int:
-        taken = num_corner_tokens if self.corners_have_positions else 0
+        taken = num_corner_tokens if self.corners_have_positions or not self.takes_positions else 0
         return getattr(config, "max_position_embeddings", UNLIMITED) - self.position_offset(config) - taken
 
     def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
@@ -177,6 +185,12 @@ class TextBackbone(_Backbone):
         """More arguments of the backbone's `forward`."""
         return {}
 
+    def window(self, config: PreTrainedConfig) -> int | None:
+        """Width of the sliding windows of some layers, or `None`."""
+        layer_types = getattr(config, "layer_types", None) or ("sliding_attention",)
+        has_windows = self.layer_masks and "sliding_attention" in layer_types
+        return getattr(config, "sliding_window", None) if has_windows else None
+
     def create_masks(
         self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
     ) -> Any:
@@ -186,10 +200,12 @@ class TextBackbone(_Backbone):
         create, slide = create_bidirectional_mask, create_bidirectional_sliding_window_mask
         if self.is_causal:  # with `config.is_causal=False`, these functions are bidirectional, too
             create, slide = create_causal_mask, create_sliding_window_causal_mask
-        mask = create(**options)
-        if not self.layer_masks or "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
-            return mask
-        return {"full_attention": mask, "sliding_attention": slide(**options, or_mask_function=is_corner)}
+        sliding = {**options, "or_mask_function": is_corner}
+        layer_types = getattr(config, "layer_types", None) or ()
+        if self.layer_masks and "sliding_attention" in layer_types:
+            return {"full_attention": create(**options), "sliding_attention": slide(**sliding)}
+        is_sliding = self.layer_masks and not layer_types and getattr(config, "sliding_window", None)
+        return slide(**sliding) if is_sliding else create(**options)
 
 
 class BertBackbone(TextBackbone):
@@ -288,7 +304,7 @@ class DecoderBackbone(TextBackbone):
 
     default_pooling = "last"
     excluded_poolings = ("pooler", "cls", "eos")
-    is_causal = True
+    is_causal = takes_rows = True
 
     def options(self, config: PreTrainedConfig) -> dict[str, Any]:
         # Without a mask, `sdpa` would use the default of the attention module.
@@ -589,11 +605,19 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "xlm-roberta": BertBackbone(starts_after_padding=True),
     "camembert": BertBackbone(starts_after_padding=True),
     "data2vec-text": BertBackbone(starts_after_padding=True),
+    "roberta-prelayernorm": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
     "xlm-roberta-xl": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
     "distilbert": TextBackbone(takes_rows=True),
-    "mpnet": TextBackbone(starts_after_padding=True, has_optional_pooler=True, corners_first=True),
+    "mpnet": TextBackbone(
+        starts_after_padding=True, has_optional_pooler=True, corners_first=True, checkpointed_layers="encoder.layer"
+    ),
     "electra": TextBackbone(default_pooling="cls", has_segments=True, takes_rows=True),
-    "albert": TextBackbone(has_segments=True, has_optional_pooler=True, takes_rows=True),
+    "albert": TextBackbone(
+        has_segments=True,
+        has_optional_pooler=True,
+        takes_rows=True,
+        checkpointed_layers="encoder.albert_layer_groups",
+    ),
     "modernbert": ModernBertBackbone(),
     "eurobert": TextBackbone(corners_have_positions=False, takes_rows=True),
     "nomic_bert": TextBackbone(**ROTARY_BERT),
@@ -609,7 +633,12 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "qwen3": DecoderBackbone(layer_masks=True),
     "gemma3_text": Gemma3Backbone(),
 }
-REFUSED = {"big_bird": "its block-sparse attention accepts no mask of pairs of tokens"}
+REFUSED = {
+    "big_bird": "its block-sparse attention accepts no mask of pairs of tokens",
+    "canine": "it has no embeddings of tokens",
+    "funnel": "it merges tokens between layers",
+    "xlnet": "it masks pairs of tokens by permutations",
+}
 
 
 def text_family(config: PreTrainedConfig) -> TextBackbone:
@@ -633,7 +662,7 @@ def _adapter(config_class: type[PreTrainedConfig]) -> TextBackbone:
         supported = ", ".join(TEXT_BACKBONES)
         raise ValueError(f"Text encoders of model_type {model_type!r} are not supported: {reason}. Use {supported}.")
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return DecoderBackbone(layer_masks=True)
+        return DecoderBackbone(layer_masks=True, takes_rows=False)
     return TextBackbone(
         takes_positions="position_ids" in taken,
         has_segments="token_type_ids" in taken,

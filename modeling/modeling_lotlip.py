@@ -212,10 +212,10 @@ class LoTLIPTextModel(_LoTLIPTower):
 
         options = {**self._options(kwargs), **family.options(config)}
         pooled_only = pooled_only and self._can_pool_only(options)
-        options |= fast_options(config, is_text, len(corners), pooled_index if pooled_only else None)
-        mask, row_index = attention_mask, options.get("row_index")
-        if len(corners) or row_index is not None:
-            mask = create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row_index)
+        options |= fast_options(family, config, is_text, len(corners), pooled_index if pooled_only else None)
+        mask, row = attention_mask, options.get("row")
+        if len(corners) or row is not None:
+            mask = create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row)
         outputs = run_texts(self.backbone, inputs, mask, **options)
         if family.corners_first and len(corners):
             _move_corners_behind(outputs, len(corners))
