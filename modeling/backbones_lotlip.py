@@ -229,6 +229,24 @@ class DecoderBackbone(TextBackbone):
     default_pooling = "last"
     excluded_poolings = ("pooler", "cls", "eos")
     is_causal = True
+    one_window = False  # whether all layers have the window `config.sliding_window`, if it is set
+
+    def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        if config.pad_token_id in ends or (config.pad_token_id is None and len(input_ids) > 1):
+            raise ValueError(
+                "Pass `attention_mask`: `pad_token_id` is None or an end token, which texts contain, too."
+            )
+        return super().text_mask(config, input_ids)
+
+    def create_masks(
+        self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
+    ) -> Any:
+        if not self.one_window or config.sliding_window is None:
+            return super().create_masks(config, inputs_embeds, rule, is_corner)
+        embeds = {"inputs_embeds": inputs_embeds, "attention_mask": None, "past_key_values": None}
+        rules = {"and_mask_function": rule, "or_mask_function": is_corner}
+        return create_sliding_window_causal_mask(config=config, **embeds, **rules)
 
     def options(self, config: PreTrainedConfig) -> dict[str, Any]:
         # Without a mask, `sdpa` would use the default of the attention module.
@@ -275,8 +293,14 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "xlm-roberta": BertBackbone(starts_after_padding=True),
     "clip_text_model": CLIPTextBackbone(),
     "modernbert": TextBackbone(default_pooling="cls", corners_have_positions=False, layer_masks=True),
-    "llama": DecoderBackbone(),
-    "qwen3": DecoderBackbone(layer_masks=True),
+    **dict.fromkeys(
+        ("llama", "gemma", "phi", "granite", "olmo2", "helium", "glm", "qwen3_vl_text"), DecoderBackbone()
+    ),
+    **dict.fromkeys(("mistral", "phi3", "starcoder2"), DecoderBackbone(one_window=True)),
+    **dict.fromkeys(
+        ("qwen2", "qwen3", "gemma2", "gemma3_text", "ministral", "smollm3", "exaone4"),
+        DecoderBackbone(layer_masks=True),
+    ),
 }
 # CLIP's pooler normalises the class token. SigLIP has no class token; its pooler attends to the patches.
 OWN_POOLER: dict[str, Any] = {

@@ -145,13 +145,17 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
         super().__post_init__(**kwargs)
         if not isinstance(self.family, DecoderBackbone):
             return
-        if self.attention is not None:
+        stock = "causal" if is_causal(self.backbone_config) else "bidirectional"
+        self.attention = self.attention or stock
+        if not getattr(self.backbone_config, "use_bidirectional_attention", False):
             self.backbone_config.is_causal = self.attention == "causal"
-        self.attention = "causal" if is_causal(self.backbone_config) else "bidirectional"
 
     def validate_attention(self) -> None:
         if self.attention is not None and not isinstance(self.family, DecoderBackbone):
             raise ValueError(f"`attention` must be None for {self.backbone_config.model_type}, which is no decoder.")
+
+        if self.attention == "causal" and getattr(self.backbone_config, "use_bidirectional_attention", False):
+            raise ValueError("`attention='causal'` needs a backbone with `use_bidirectional_attention=False`.")
 
     def validate_corner_tokens(self) -> None:
         if self.num_corner_tokens < 0 or self.max_position_embeddings < 2:
