@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .adapter_check import check_adapter
 from .modeling.backbones_lotlip import DecoderBackbone
 from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from .modeling.modeling_lotlip import LoTLIPModel
@@ -80,6 +81,7 @@ def from_backbones(
                 f"The {type(encoder).__name__} does not fit the {tower.base_model_prefix}: missing {missing}, "
                 f"unexpected {unexpected}. Pass an encoder with all weights."
             )
+    check_adapter(model.text_model)
     return model
 
 
@@ -107,7 +109,7 @@ def _load_backbone(
         return _encoder(source, tower)
     whole = AutoConfig.from_pretrained(source, trust_remote_code=False)
     is_inside = isinstance(config.family, DecoderBackbone) and hasattr(whole, "text_config")
-    encoder, info = AutoModel.from_pretrained(
+    encoder, info = config.family.auto_class.from_pretrained(
         source,
         config=whole if is_inside else copy.deepcopy(config.backbone_config),
         trust_remote_code=False,
@@ -122,7 +124,7 @@ def _load_backbone(
 
 def _encoder(model: PreTrainedModel, tower: str) -> PreTrainedModel:
     """The encoder in a model with a head or a projection, in a whole CLIP, or in a language model that sees images."""
-    encoder = getattr(model, f"{tower}_model", model)
+    encoder: Any = getattr(model, f"{tower}_model", model)
     if encoder is model and tower == "text" and model.can_generate():
         encoder = model.base_model
     return getattr(encoder, "language_model", encoder) if tower == "text" else encoder

@@ -3,13 +3,23 @@ Adapters of the families of backbones: all code that depends on a `model_type`. 
 `TEXT_BACKBONES["model_type"] = MyBackbone()`. To add a pooling, write a function and an entry of `POOLINGS`.
 """
 
+import copy
+import inspect
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, CLIPTextModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoModel,
+    AutoModelForTextEncoding,
+    CLIPTextModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_bidirectional_sliding_window_mask,
@@ -17,10 +27,14 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .fast_paths_lotlip import Extension, PooledLayer, PooledViTLayer, extend, take
+from .fast_paths_lotlip import CheckpointedLayer, Extension, PooledLayer, PooledViTLayer, extend, take
 
 
 def one_token(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
@@ -59,6 +73,7 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = 
 class _Backbone:
     """Base class of text and image families. In all methods, `config` is the configuration of the backbone."""
 
+    auto_class: Any = AutoModel  # builds and loads the backbone
     default_pooling: str
     excluded_poolings: tuple[str, ...] = ()  # names in `POOLINGS` that the family does not support
     has_optional_pooler = False  # whether `pooling="pooler"` adds a layer; without it, the layer would stay untrained
@@ -66,6 +81,10 @@ class _Backbone:
 
     def __init__(self, **settings: Any) -> None:
         vars(self).update(settings)
+
+    def choose_pooling(self, config: PreTrainedConfig) -> str:
+        """Default pooling."""
+        return self.default_pooling
 
     def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
         taken = [name for name in POOLINGS if name not in self.excluded_poolings]
@@ -76,15 +95,20 @@ class _Backbone:
         return {"add_pooling_layer": pooling == "pooler"} if self.has_optional_pooler else {}
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
-        backbone = AutoModel.from_config(config, trust_remote_code=False, **self.pooling_layer(pooling))
+        backbone = self.auto_class.from_config(config, trust_remote_code=False, **self.pooling_layer(pooling))
         last_layer = self.last_layer(backbone)
         if self.pooled_layer is not None and last_layer is not None:
             extend(backbone, last_layer, self.pooled_layer)
+        if not any(hasattr(module, "gradient_checkpointing") for module in backbone.modules()):
+            for layer in self.layers(backbone):
+                extend(backbone, layer, CheckpointedLayer)
         return backbone
 
+    def layers(self, backbone: PreTrainedModel) -> list[nn.Module]:
+        return list(getattr(backbone, "layers", None) or getattr(getattr(backbone, "encoder", None), "layer", ()))
+
     def last_layer(self, backbone: PreTrainedModel) -> nn.Module | None:
-        layers = getattr(backbone, "layers", None) or getattr(getattr(backbone, "encoder", None), "layer", None)
-        return layers[-1] if layers else None
+        return (self.layers(backbone) or [None])[-1]
 
 
 class TextBackbone(_Backbone):
@@ -108,8 +132,8 @@ class TextBackbone(_Backbone):
         return config.pad_token_id + 1 if self.starts_after_padding else 0
 
     def max_length(self, config: PreTrainedConfig, num_corner_tokens: int) -> int:
-        taken = num_corner_tokens if self.corners_have_positions else 0
-        return config.max_position_embeddings - self.position_offset(config) - taken
+        taken = num_corner_tokens if self.corners_have_positions or not self.takes_positions else 0
+        return getattr(config, "max_position_embeddings", UNLIMITED) - self.position_offset(config) - taken
 
     def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
         """Default mask [N, L], 1 for text, or `None` if all tokens are text."""
@@ -157,12 +181,12 @@ class TextBackbone(_Backbone):
         create, slide = create_bidirectional_mask, create_bidirectional_sliding_window_mask
         if self.is_causal:  # with `config.is_causal=False`, these functions are bidirectional, too
             create, slide = create_causal_mask, create_sliding_window_causal_mask
-        if not self.layer_masks:
-            return create(**options)
-        masks = {"full_attention": create(**options)}
-        if "sliding_attention" in config.layer_types:
-            masks["sliding_attention"] = slide(**options, or_mask_function=is_corner)
-        return masks
+        sliding = {**options, "or_mask_function": is_corner}
+        layer_types = getattr(config, "layer_types", None) or ()
+        if self.layer_masks and "sliding_attention" in layer_types:
+            return {"full_attention": create(**options), "sliding_attention": slide(**sliding)}
+        is_sliding = self.layer_masks and not layer_types and getattr(config, "sliding_window", None)
+        return slide(**sliding) if is_sliding else create(**options)
 
 
 class BertBackbone(TextBackbone):
@@ -172,6 +196,37 @@ class BertBackbone(TextBackbone):
     excluded_poolings = ("eos", "last", "weighted_mean")
     has_optional_pooler = has_segments = takes_rows = True
     pooled_layer = PooledLayer
+
+
+class ModernBertBackbone(TextBackbone):
+    """ModernBERT. The default pooling is that of its classifiers."""
+
+    default_pooling = "cls"
+    corners_have_positions = False
+    layer_masks = takes_rows = True
+
+    def choose_pooling(self, config: PreTrainedConfig) -> str:
+        return config.classifier_pooling
+
+
+class DebertaBackbone(TextBackbone):
+    """DeBERTa. Relative positions are those in memory. Its attention needs a boolean mask."""
+
+    default_pooling = "cls"
+    has_segments = corners_first = True
+    corners_have_positions = False
+
+    def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        if getattr(config, "conv_kernel_size", 0):
+            raise ValueError("`conv_kernel_size` must be 0: a convolution would mix words and corner tokens.")
+        backbone = super().build(config, pooling)
+        extend(backbone, backbone.embeddings, UnmaskedEmbeddings)
+        return backbone
+
+    def create_masks(
+        self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
+    ) -> Tensor:
+        return super().create_masks(config, inputs_embeds, rule, is_corner) == 0
 
 
 class CLIPTextBackbone(TextBackbone):
@@ -229,7 +284,11 @@ class DecoderBackbone(TextBackbone):
     default_pooling = "last"
     excluded_poolings = ("pooler", "cls", "eos")
     is_causal = True
-    one_window = False  # whether all layers have the window `config.sliding_window`, if it is set
+
+    def set_attention(self, config: PreTrainedConfig, attention: str) -> None:
+        """Makes transformers' functions for causal masks bidirectional, if `attention` is."""
+        if (attention == "causal") != getattr(config, "is_causal", True):
+            config.is_causal = attention == "causal"
 
     def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -239,18 +298,30 @@ class DecoderBackbone(TextBackbone):
             )
         return super().text_mask(config, input_ids)
 
+    def options(self, config: PreTrainedConfig) -> dict[str, Any]:
+        # Without a mask, `sdpa` would use the default of the attention module.
+        return {"use_cache": False} if getattr(config, "is_causal", True) else {"use_cache": False, "is_causal": False}
+
+
+class Gemma3Backbone(DecoderBackbone):
+    """Gemma 3. With `use_bidirectional_attention`, as in EmbeddingGemma, sliding windows have exclusive bounds."""
+
+    layer_masks = True
+
+    def choose_pooling(self, config: PreTrainedConfig) -> str:
+        return "last" if is_causal(config) else "mean"
+
+    def set_attention(self, config: PreTrainedConfig, attention: str) -> None:
+        if not config.use_bidirectional_attention:
+            super().set_attention(config, attention)
+
     def create_masks(
         self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
     ) -> Any:
-        if not self.one_window or config.sliding_window is None:
-            return super().create_masks(config, inputs_embeds, rule, is_corner)
-        embeds = {"inputs_embeds": inputs_embeds, "attention_mask": None, "past_key_values": None}
-        rules = {"and_mask_function": rule, "or_mask_function": is_corner}
-        return create_sliding_window_causal_mask(config=config, **embeds, **rules)
-
-    def options(self, config: PreTrainedConfig) -> dict[str, Any]:
-        # Without a mask, `sdpa` would use the default of the attention module.
-        return {"use_cache": False} if is_causal(config) else {"use_cache": False, "is_causal": False}
+        if config.use_bidirectional_attention:
+            config = copy.copy(config)
+            config.is_causal, config.sliding_window = False, config.sliding_window - 1
+        return super().create_masks(config, inputs_embeds, rule, is_corner)
 
 
 class VisionBackbone(_Backbone):
@@ -287,21 +358,89 @@ class VisionBackbone(_Backbone):
         return torch.cat([prefix, take(patches, kept_patches.to(patches.device))], dim=1)
 
 
+UNLIMITED = 1 << 20  # maximum length of encoders without one
+# Settings of rotary encoders with BERT's embeddings, and of encoders with relative positions in memory only.
+ROTARY_BERT: dict[str, Any] = {
+    "corners_have_positions": False,
+    "has_segments": True,
+    "has_optional_pooler": True,
+    "takes_rows": True,
+}
+T5_ENCODER: dict[str, Any] = {
+    "auto_class": AutoModelForTextEncoding,
+    "takes_positions": False,
+    "corners_have_positions": False,
+    "corners_first": True,
+}
+DECODERS = (
+    *("llama", "qwen2", "qwen3", "qwen3_vl_text", "mistral", "ministral", "gemma", "gemma2", "phi", "phi3"),
+    *("granite", "smollm3", "olmo2", "helium", "glm", "exaone4", "starcoder2"),
+)
 TEXT_BACKBONES: dict[str, TextBackbone] = {
     "bert": BertBackbone(),
     "roberta": BertBackbone(starts_after_padding=True),
     "xlm-roberta": BertBackbone(starts_after_padding=True),
+    "camembert": BertBackbone(starts_after_padding=True),
+    "data2vec-text": BertBackbone(starts_after_padding=True),
+    "roberta-prelayernorm": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
+    "xlm-roberta-xl": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
+    "distilbert": TextBackbone(takes_rows=True),
+    "mpnet": TextBackbone(starts_after_padding=True, has_optional_pooler=True, corners_first=True),
+    "electra": TextBackbone(default_pooling="cls", has_segments=True, takes_rows=True),
+    "albert": TextBackbone(has_segments=True, has_optional_pooler=True, takes_rows=True),
+    "modernbert": ModernBertBackbone(),
+    "eurobert": TextBackbone(corners_have_positions=False, takes_rows=True),
+    "nomic_bert": TextBackbone(**ROTARY_BERT),
+    "gte": TextBackbone(**ROTARY_BERT, default_pooling="cls"),
+    "jina_embeddings_v3": TextBackbone(**ROTARY_BERT),
+    "deberta": DebertaBackbone(),
+    "deberta-v2": DebertaBackbone(),
+    "t5": TextBackbone(**T5_ENCODER),
+    "mt5": TextBackbone(**T5_ENCODER),
+    "umt5": TextBackbone(**T5_ENCODER),
     "clip_text_model": CLIPTextBackbone(),
-    "modernbert": TextBackbone(default_pooling="cls", corners_have_positions=False, layer_masks=True),
-    **dict.fromkeys(
-        ("llama", "gemma", "phi", "granite", "olmo2", "helium", "glm", "qwen3_vl_text"), DecoderBackbone()
-    ),
-    **dict.fromkeys(("mistral", "phi3", "starcoder2"), DecoderBackbone(one_window=True)),
-    **dict.fromkeys(
-        ("qwen2", "qwen3", "gemma2", "gemma3_text", "ministral", "smollm3", "exaone4"),
-        DecoderBackbone(layer_masks=True),
-    ),
+    **dict.fromkeys(DECODERS, DecoderBackbone(layer_masks=True)),
+    "gemma3_text": Gemma3Backbone(),
 }
+REFUSED = {
+    "big_bird": "its block-sparse attention accepts no mask of pairs of tokens",
+    "canine": "it has no embeddings of tokens",
+    "funnel": "it merges tokens between layers",
+}
+
+
+def text_family(config: PreTrainedConfig) -> TextBackbone:
+    """The adapter of a text encoder, from `TEXT_BACKBONES` or from the signature of its class in transformers."""
+    return TEXT_BACKBONES.get(config.model_type) or _adapter(type(config))
+
+
+@cache
+def _adapter(config_class: type[PreTrainedConfig]) -> TextBackbone:
+    model_type, stock = config_class.model_type, MODEL_MAPPING.get(config_class, None)
+    stock = stock[0] if isinstance(stock, tuple) else stock
+    taken = inspect.signature(stock.forward).parameters if stock is not None else {}
+    reason = REFUSED.get(model_type)
+    if stock is None or not stock.__module__.startswith("transformers."):
+        reason = "transformers has no encoder of this type"
+    elif "decoder_input_ids" in taken:
+        reason = "it is an encoder with a decoder"
+    elif missing := [name for name in ("inputs_embeds", "attention_mask") if name not in taken]:
+        reason = f"{stock.__name__} takes no `{missing[0]}`"
+    if reason is not None:
+        supported = ", ".join(TEXT_BACKBONES)
+        raise ValueError(f"Text encoders of model_type {model_type!r} are not supported: {reason}. Use {supported}.")
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return DecoderBackbone(layer_masks=True)
+    return TextBackbone(
+        takes_positions="position_ids" in taken,
+        has_segments="token_type_ids" in taken,
+        has_optional_pooler="add_pooling_layer" in inspect.signature(stock.__init__).parameters,
+        corners_have_positions=False,  # right for learned and for rotary positions
+        corners_first="position_ids" not in taken,  # positions are then those in memory
+        layer_masks=True,
+    )
+
+
 # CLIP's pooler normalises the class token. SigLIP has no class token; its pooler attends to the patches.
 OWN_POOLER: dict[str, Any] = {
     "default_pooling": "pooler",
@@ -320,6 +459,13 @@ class PassingEmbeddings(Extension):
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return pixel_values if pixel_values.dim() == 3 else super().forward(pixel_values, *args, **kwargs)
+
+
+class UnmaskedEmbeddings(Extension):
+    """Embeddings of DeBERTa, which multiplies them by a mask of tokens, but not by one of pairs of tokens."""
+
+    def forward(self, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return super().forward(*args, mask=None if mask is None or mask.dim() == 4 else mask, **kwargs)
 
 
 def is_eager_on_cpu(tensor: Tensor) -> bool:

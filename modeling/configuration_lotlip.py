@@ -6,9 +6,9 @@ import math
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .backbones_lotlip import TEXT_BACKBONES, VISION_BACKBONES, DecoderBackbone, is_causal
+from .backbones_lotlip import TEXT_BACKBONES, VISION_BACKBONES, DecoderBackbone, is_causal, text_family
 
 # Version of the files that these classes write. Increase the version if older code would misread newer files.
 FORMAT_VERSION = 1
@@ -44,6 +44,7 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
     sub_configs: ClassVar[dict[str, type]] = {"backbone_config": AutoConfig}
     default_backbone: ClassVar[dict[str, Any]] = {}
     families: ClassVar[dict[str, Any]] = {}
+    takes_others: ClassVar[bool] = False  # whether an adapter can be made for other families
 
     backbone_config: PreTrainedConfig | dict | None = None
     pooling: str | None = None
@@ -55,7 +56,7 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
         if isinstance(backbone, dict):
             backbone = {"model_type": self.default_backbone["model_type"], **backbone}
         model_type = backbone["model_type"] if isinstance(backbone, dict) else backbone.model_type
-        if str(model_type) not in self.families:
+        if str(model_type) not in self.families and not (self.takes_others and str(model_type) in CONFIG_MAPPING):
             supported = ", ".join(self.families)
             raise ValueError(f"`backbone_config`: model_type {model_type!r} is not supported. Use one of {supported}.")
         # Copy, because the config may belong to a live model whose attention implementation would be reset.
@@ -64,7 +65,7 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
             setattr(backbone, name, kwargs.pop(name))
         self.backbone_config = backbone
         if self.pooling is None:
-            self.pooling = self.family.default_pooling
+            self.pooling = self.family.choose_pooling(self.backbone_config)
         super().__post_init__(**kwargs)
 
     def validate_pooling(self) -> None:
@@ -131,6 +132,7 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     base_config_key = "text_config"
     default_backbone = {"model_type": "bert"}
     families = TEXT_BACKBONES
+    takes_others = True
 
     backbone_config: PreTrainedConfig | dict | None = None
     num_corner_tokens: int = 2
@@ -145,21 +147,24 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
         super().__post_init__(**kwargs)
         if not isinstance(self.family, DecoderBackbone):
             return
-        stock = "causal" if is_causal(self.backbone_config) else "bidirectional"
-        self.attention = self.attention or stock
-        if not getattr(self.backbone_config, "use_bidirectional_attention", False):
-            self.backbone_config.is_causal = self.attention == "causal"
+        if self.attention is None:
+            self.attention = "causal" if is_causal(self.backbone_config) else "bidirectional"
+        self.family.set_attention(self.backbone_config, self.attention)
 
     def validate_attention(self) -> None:
         if self.attention is not None and not isinstance(self.family, DecoderBackbone):
             raise ValueError(f"`attention` must be None for {self.backbone_config.model_type}, which is no decoder.")
-
-        if self.attention == "causal" and getattr(self.backbone_config, "use_bidirectional_attention", False):
-            raise ValueError("`attention='causal'` needs a backbone with `use_bidirectional_attention=False`.")
+        if self.attention == "causal" and not is_causal(self.backbone_config):
+            raise ValueError("`attention='causal'` contradicts `use_bidirectional_attention` of the backbone.")
 
     def validate_corner_tokens(self) -> None:
         if self.num_corner_tokens < 0 or self.max_position_embeddings < 2:
             raise ValueError(f"`num_corner_tokens`={self.num_corner_tokens}: use 0 or more, and leave room for text.")
+
+    @property
+    def family(self) -> Any:
+        """Adapter of the text encoder's family, see `backbones_lotlip`."""
+        return text_family(self.backbone_config)
 
     @property
     def max_position_embeddings(self) -> int:

@@ -153,7 +153,8 @@ class LoTLIPTextModel(_LoTLIPTower):
         self.backbone = config.family.build(config.backbone_config, config.pooling)
         self.corner_embeds = None
         if config.num_corner_tokens:
-            self.corner_embeds = nn.Parameter(torch.empty(config.num_corner_tokens, config.hidden_size))
+            size = self.backbone.get_input_embeddings().embedding_dim  # ALBERT's is not the hidden size
+            self.corner_embeds = nn.Parameter(torch.empty(config.num_corner_tokens, size))
         self.post_init()
 
     @can_return_tuple
