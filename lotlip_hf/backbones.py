@@ -134,14 +134,15 @@ def _dense(folder: SentenceFolder | None, config: LoTLIPTextConfig, width: int) 
     """The linear layers of a sentence-transformers folder, if they fit the text projection."""
     if folder is None:
         return None
-    left_out = [f"{name} is not linear without bias" for name in folder.left_out]
-    if folder.dense is not None and config.projection != "linear":
+    dense, left_out = folder.dense, list(folder.left_out)
+    if dense is not None and config.projection != "linear":
         left_out.append(f"Dense does not fit the text projection {config.projection!r}")
-    elif folder.dense is not None and folder.dense.shape != (width, config.hidden_size):
-        left_out.append(f"Dense has the shape {list(folder.dense.shape)}: pass its width as `projection_dim`")
+    elif dense is not None and dense.shape != (width, config.hidden_size):
+        left_out.append(f"Dense has the shape {list(dense.shape)}: pass its width as `projection_dim`")
+    fits = left_out == list(folder.left_out)
     if left_out:
-        logger.warning("%s: layers are left out of the new model (%s).", folder.source, "; ".join(left_out))
-    return None if left_out else folder.dense
+        logger.warning("%s: the new model differs. %s.", folder.source, "; ".join(left_out))
+    return dense if fits else None
 
 
 def _is_of_pooler(name: str) -> bool:

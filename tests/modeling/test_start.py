@@ -319,6 +319,15 @@ def test_prompts_that_are_none(settings: dict[str, Any], tmp_path: Path) -> None
     assert (folder.prompt, folder.max_length) == ("", None)
 
 
+def test_a_prompt_that_is_not_pooled_is_said(tmp_path: Path) -> None:
+    prompts = {"prompts": {"query": "x: "}, "default_prompt_name": "query"}
+    pooling = {"pooling_mode": "mean", "include_prompt": False}
+    write_settings(tmp_path, pooling, config_sentence_transformers=prompts)
+    folder = read_sentence_folder(tmp_path)
+    assert folder is not None
+    assert "prompt" in folder.left_out[0]
+
+
 def test_damaged_dense_layers_are_named(tmp_path: Path) -> None:
     _, folder = sentence_transformer(tmp_path, Pooling(32, "mean"), dense(32, 24), dense(24, 16))
     weights = folder / "3_Dense" / "model.safetensors"
