@@ -5,6 +5,7 @@ Adapters of the families of backbones: all code that depends on a `model_type`. 
 
 import copy
 import inspect
+import json
 import math
 from collections.abc import Callable
 from functools import cache
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     MODEL_MAPPING,
+    AutoConfig,
     AutoModel,
     AutoModelForTextEncoding,
     CLIPTextModel,
@@ -26,15 +28,17 @@ from transformers.masking_utils import (
     create_causal_mask,
     create_sliding_window_causal_mask,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.utils import is_timm_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .fast_paths_lotlip import CheckpointedLayer, Extension, PooledLayer, PooledViTLayer, extend, take
+from .fast_paths_lotlip import Extension, PooledLayer, PooledViTLayer, extend, take
 
 
 def one_token(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
@@ -78,6 +82,8 @@ class _Backbone:
     excluded_poolings: tuple[str, ...] = ()  # names in `POOLINGS` that the family does not support
     has_optional_pooler = False  # whether `pooling="pooler"` adds a layer; without it, the layer would stay untrained
     pooled_layer: type[PooledLayer] | None = None  # extends the last layer to compute pooled tokens only
+    stock_poolings: tuple[str, ...] = ()  # poolings whose states are the `pooler_output` of the stock class
+    no_onnx = ""  # reason why the family cannot be exported to ONNX
 
     def __init__(self, **settings: Any) -> None:
         vars(self).update(settings)
@@ -91,6 +97,9 @@ class _Backbone:
         if pooling not in taken:
             raise ValueError(f"`pooling={pooling!r}` does not fit {config.model_type}. Use one of {', '.join(taken)}.")
 
+    def hidden_size(self, config: PreTrainedConfig) -> int:
+        return config.hidden_size
+
     def pooling_layer(self, pooling: str) -> dict[str, bool]:
         return {"add_pooling_layer": pooling == "pooler"} if self.has_optional_pooler else {}
 
@@ -99,16 +108,11 @@ class _Backbone:
         last_layer = self.last_layer(backbone)
         if self.pooled_layer is not None and last_layer is not None:
             extend(backbone, last_layer, self.pooled_layer)
-        if not any(hasattr(module, "gradient_checkpointing") for module in backbone.modules()):
-            for layer in self.layers(backbone):
-                extend(backbone, layer, CheckpointedLayer)
         return backbone
 
-    def layers(self, backbone: PreTrainedModel) -> list[nn.Module]:
-        return list(getattr(backbone, "layers", None) or getattr(getattr(backbone, "encoder", None), "layer", ()))
-
     def last_layer(self, backbone: PreTrainedModel) -> nn.Module | None:
-        return (self.layers(backbone) or [None])[-1]
+        layers = getattr(backbone, "layers", None) or getattr(getattr(backbone, "encoder", None), "layer", None)
+        return layers[-1] if layers else None
 
 
 class TextBackbone(_Backbone):
@@ -127,6 +131,15 @@ class TextBackbone(_Backbone):
     corners_first = False  # whether corner tokens precede the text in memory, for relative positions
     layer_masks = False  # whether the encoder accepts a dictionary of masks by type of layer
     starts_after_padding = False  # whether the first position is `pad_token_id + 1`
+    checkpointed_layers = ""  # name of the layers that need an extension for gradient checkpointing
+    position_table = "embeddings.position_embeddings.weight"  # name of the learned positions, if the encoder has them
+
+    def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        backbone = super().build(config, pooling)
+        if self.checkpointed_layers:
+            for layer in backbone.get_submodule(self.checkpointed_layers):
+                extend(backbone, layer, CheckpointedLayer)
+        return backbone
 
     def position_offset(self, config: PreTrainedConfig) -> int:
         return config.pad_token_id + 1 if self.starts_after_padding else 0
@@ -195,6 +208,7 @@ class BertBackbone(TextBackbone):
     default_pooling = "pooler"
     excluded_poolings = ("eos", "last", "weighted_mean")
     has_optional_pooler = has_segments = takes_rows = True
+    stock_poolings = ("pooler",)
     pooled_layer = PooledLayer
 
 
@@ -234,6 +248,7 @@ class CLIPTextBackbone(TextBackbone):
 
     default_pooling = "eos"
     excluded_poolings = ("pooler", "cls", "mean", "last", "weighted_mean")
+    stock_poolings = ("eos",)
     is_causal = takes_rows = True
     corners_have_positions = False
 
@@ -309,7 +324,7 @@ class Gemma3Backbone(DecoderBackbone):
     layer_masks = True
 
     def choose_pooling(self, config: PreTrainedConfig) -> str:
-        return "last" if is_causal(config) else "mean"
+        return "mean" if config.use_bidirectional_attention else "last"
 
     def set_attention(self, config: PreTrainedConfig, attention: str) -> None:
         if not config.use_bidirectional_attention:
@@ -324,38 +339,261 @@ class Gemma3Backbone(DecoderBackbone):
         return super().create_masks(config, inputs_embeds, rule, is_corner)
 
 
+NOT_OF_IMAGES = ("eos", "last", "weighted_mean")
+
+
+class PassingEmbeddings(Extension):
+    """Embeds images. Returns embedded inputs [B, tokens, hidden_size] unchanged."""
+
+    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return pixel_values if pixel_values.dim() == 3 else super().forward(pixel_values, *args, **kwargs)
+
+
+class PassingNaFlexEmbeddings(Extension):
+    """Embeds images with `spatial_shapes`. Returns embedded inputs, which come without, unchanged."""
+
+    def forward(self, pixel_values: Tensor, spatial_shapes: Tensor | None) -> Tensor:
+        return pixel_values if spatial_shapes is None else super().forward(pixel_values, spatial_shapes)
+
+
+class CheckpointedLayer(Extension, GradientCheckpointingLayer):
+    """Adds gradient checkpointing to a layer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs)
+
+
+class CheckpointedTimmModel(Extension):
+    """Adds transformers' switch of gradient checkpointing to a model of timm."""
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return any(getattr(module, "grad_checkpointing", False) for module in self.modules())
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self.set_grad_checkpointing(enable)
+
+
 class VisionBackbone(_Backbone):
-    """An image encoder. Its `embeddings` return the class token, if there is one, and the patches."""
+    """
+    An image encoder. Its `embeddings` return the prefix tokens (class token and registers), if there are any, and the
+    patches. `inputs`, `keep`, `run` and `patches` are the steps of [`LoTLIPVisionModel`].
+    """
 
     default_pooling = "cls"
-    excluded_poolings = ("eos", "last", "weighted_mean")
-    num_prefix_tokens = 1
+    excluded_poolings = NOT_OF_IMAGES
+    stock_poolings = ("cls", "pooler")
+    in_dual_encoder = True  # whether `VisionTextDualEncoderModel` passes all inputs
+    has_class_token = True
     takes_interpolation = True  # whether other image sizes need `interpolate_pos_encoding`
+    any_size_in_onnx = False  # whether an exported graph accepts all image sizes
+    passing_embeddings: type[Extension] | None = PassingEmbeddings  # without it, `kept_patches` is refused
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
         backbone = super().build(config, pooling)
-        extend(backbone, backbone.embeddings, PassingEmbeddings)
+        if self.passing_embeddings is not None:
+            extend(backbone, backbone.embeddings, self.passing_embeddings)
         return backbone
+
+    def layers(self, backbone: PreTrainedModel) -> list[nn.Module]:
+        """The layers, from the first to the last."""
+        return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def image_shape(self, config: PreTrainedConfig) -> tuple[int, int, int]:
+        """Channels, height and width of the images for which the encoder is built."""
+        return (config.num_channels, *pair(config.image_size))
 
     def num_patches(self, config: PreTrainedConfig) -> int:
         sides = zip(pair(config.image_size), pair(config.patch_size), strict=True)
         return math.prod(size // patch_size for size, patch_size in sides)
+
+    def num_prefix_tokens(self, backbone: PreTrainedModel) -> int:
+        return self.has_class_token + getattr(backbone.config, "num_register_tokens", 0)
 
     def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
         super().check_pooling(config, pooling)
         if pooling == "pooler" and not getattr(config, "vision_use_head", True):
             raise ValueError("`pooling='pooler'` needs SigLIP's head. Set `vision_use_head=True` or another pooling.")
 
-    def keep(self, backbone: PreTrainedModel, pixel_values: Tensor, kept_patches: Tensor, **options: Any) -> Tensor:
-        """Embeds images and selects patches [B, K]: an input [B, prefix + K, hidden_size] of the backbone."""
-        states = backbone.embeddings(pixel_values.to(backbone.dtype), **options)
-        prefix, patches = states[:, : self.num_prefix_tokens], states[:, self.num_prefix_tokens :]
-        is_index = kept_patches.dim() == 2 and kept_patches.dtype == torch.int64 and 0 not in kept_patches.shape
-        if is_index and is_eager_on_cpu(kept_patches):
-            is_index = bool(((kept_patches >= 0) & (kept_patches < patches.shape[1])).all())
-        if not is_index or len(kept_patches) != len(states):
-            raise ValueError(f"`kept_patches` must be int64 [B, K] with indices in [0, {patches.shape[1]}).")
-        return torch.cat([prefix, take(patches, kept_patches.to(patches.device))], dim=1)
+    def inputs(
+        self, backbone: PreTrainedModel, pixel_values: Tensor | None, interpolate: bool, **others: Tensor | None
+    ) -> dict[str, Any]:
+        """Checks the images. Returns the arguments of the backbone."""
+        if pixel_values is None or pixel_values.dim() != 4 or not pixel_values.is_floating_point():
+            got = None if pixel_values is None else (list(pixel_values.shape), pixel_values.dtype)
+            raise ValueError(f"`pixel_values` must be floats [B, channels, height, width], got {got}.")
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(f"`{name}` does not fit {backbone.config.model_type}. Leave it out.")
+        if not self.takes_interpolation:
+            return {"pixel_values": pixel_values}
+        size, expected = list(pixel_values.shape[-2:]), list(pair(backbone.config.image_size))
+        if not interpolate and size != expected:
+            raise ValueError(f"`pixel_values` are {size}, not {expected}. Pass interpolate_pos_encoding=True.")
+        return {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate}
+
+    def keep(self, backbone: PreTrainedModel, inputs: dict[str, Any], kept_patches: Tensor) -> dict[str, Any]:
+        """Embeds images and selects patches [B, K]: inputs [B, prefix + K, hidden_size] of the backbone."""
+        if self.passing_embeddings is None:
+            raise ValueError(f"`kept_patches` does not fit {backbone.config.model_type}. Leave it out.")
+        pixel_values = inputs["pixel_values"].to(backbone.dtype)
+        states = backbone.embeddings(**{**inputs, "pixel_values": pixel_values})
+        prefix = self.num_prefix_tokens(backbone)
+        patches = select(states[:, prefix:], kept_patches)
+        return {**inputs, "pixel_values": torch.cat([states[:, :prefix], patches], dim=1)}
+
+    def run(self, backbone: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> Any:
+        """The backbone's outputs for the arguments of `inputs` or `keep`."""
+        return backbone(**inputs, **options)
+
+    def patches(self, backbone: PreTrainedModel, states: Tensor) -> Tensor:
+        """The patches [B, P, hidden_size] in the backbone's `last_hidden_state`."""
+        return states[:, self.num_prefix_tokens(backbone) :]
+
+
+class DINOv3Backbone(VisionBackbone):
+    """DINOv3's ViT. Its rotary positions are computed from the images."""
+
+    takes_interpolation = False
+    any_size_in_onnx = True
+
+    def keep(self, backbone: PreTrainedModel, inputs: dict[str, Any], kept_patches: Tensor) -> dict[str, Any]:
+        states = super().keep(backbone, inputs, kept_patches)["pixel_values"]
+        positions = backbone.rope_embeddings(inputs["pixel_values"].to(backbone.dtype))  # cos and sin [P, head_dim]
+        kept_patches = kept_patches.to(states.device)
+        return {
+            "hidden_states": states,
+            "position_embeddings": tuple(one[kept_patches].unsqueeze(1) for one in positions),
+        }
+
+    def run(self, backbone: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> Any:
+        if "position_embeddings" not in inputs:
+            return super().run(backbone, inputs, **options)
+        outputs = backbone.model(**inputs, **options)
+        states = backbone.norm(outputs.last_hidden_state)
+        return BaseModelOutputWithPooling(states, states[:, 0], outputs.hidden_states, outputs.attentions)
+
+
+class NaFlexBackbone(VisionBackbone):
+    """SigLIP 2 NaFlex: images of any aspect ratio as padded rows of flattened patches."""
+
+    default_pooling = "pooler"
+    excluded_poolings = (*NOT_OF_IMAGES, "cls")
+    has_class_token = False
+    passing_embeddings = PassingNaFlexEmbeddings
+    in_dual_encoder = False
+    no_onnx = "its positions are interpolated for each image"
+
+    def num_patches(self, config: PreTrainedConfig) -> int:
+        return config.num_patches
+
+    def inputs(
+        self, backbone: PreTrainedModel, pixel_values: Tensor | None, interpolate: bool, **others: Tensor | None
+    ) -> dict[str, Any]:
+        inputs = {"pixel_values": pixel_values, **others}
+        missing = ", ".join(f"`{name}`" for name, value in inputs.items() if value is None)
+        if missing:
+            raise ValueError(f"{missing} missing. Pass all outputs of the image processor (`Siglip2ImageProcessor`).")
+        shapes = [list(value.shape) for value in inputs.values() if value is not None]
+        size = shapes[0][:2]
+        width = backbone.config.num_channels * math.prod(pair(backbone.config.patch_size))
+        if shapes != [[*size, width], size, [*size[:1], 2]]:
+            raise ValueError(
+                f"`pixel_values`, `pixel_attention_mask` and `spatial_shapes` must be [B, P, {width}], [B, P] and "
+                f"[B, 2], got {shapes}."
+            )
+        return inputs
+
+    def keep(self, backbone: PreTrainedModel, inputs: dict[str, Any], kept_patches: Tensor) -> dict[str, Any]:
+        states = backbone.embeddings(inputs["pixel_values"], inputs["spatial_shapes"])
+        mask = inputs["pixel_attention_mask"]
+        return {
+            "pixel_values": select(states, kept_patches),
+            "pixel_attention_mask": take(mask, kept_patches.to(mask.device)),
+            "spatial_shapes": None,
+        }
+
+
+class ConvNextBackbone(VisionBackbone):
+    """ConvNeXt and ConvNeXt V2. The pooled map is normalised, the map is not."""
+
+    default_pooling = "pooler"
+    excluded_poolings = (*NOT_OF_IMAGES, "cls", "mean")
+    has_class_token = takes_interpolation = False
+    passing_embeddings = None
+
+    def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        backbone = super().build(config, pooling)
+        for module in list(backbone.modules()):
+            if hasattr(module, "drop_path"):
+                extend(backbone, module, CheckpointedLayer)
+        return backbone
+
+    def hidden_size(self, config: PreTrainedConfig) -> int:
+        return config.hidden_sizes[-1]
+
+    def num_patches(self, config: PreTrainedConfig) -> int:
+        stride = getattr(config, "patch_size", 4) * 2 ** (len(config.hidden_sizes) - 1)
+        return math.prod(size // stride for size in pair(config.image_size))
+
+    def run(self, backbone: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> Any:
+        return backbone(inputs["pixel_values"].to(backbone.dtype), **options)
+
+    def patches(self, backbone: PreTrainedModel, states: Tensor) -> Tensor:
+        return states.flatten(2).transpose(1, 2) if states.dim() == 4 else states[:, 1:]
+
+
+class TimmBackbone(VisionBackbone):
+    """Models of timm in a `TimmWrapperModel`. Tokens are pooled in all ways, maps only by the model's own pooling."""
+
+    default_pooling = "pooler"
+    stock_poolings = ("pooler",)
+    takes_interpolation = False
+    passing_embeddings = None
+
+    def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        backbone = super().build(config, pooling)
+        extend(backbone, backbone.timm_model, CheckpointedTimmModel)
+        return backbone
+
+    def layers(self, backbone: PreTrainedModel) -> list[nn.Module]:
+        return list(getattr(backbone.timm_model, "blocks", ()))
+
+    def hidden_size(self, config: PreTrainedConfig) -> int:
+        return timm_model(config).head_hidden_size
+
+    def image_shape(self, config: PreTrainedConfig) -> tuple[int, int, int]:
+        model = timm_model(config)
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.pretrained_cfg["input_size"][1:]
+        return (getattr(model, "in_chans", 3), *pair(size))
+
+    def num_patches(self, config: PreTrainedConfig) -> int:
+        return timm_model(config).patch_embed.num_patches
+
+    def num_prefix_tokens(self, backbone: PreTrainedModel) -> int:
+        return backbone.timm_model.num_prefix_tokens
+
+    def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
+        super().check_pooling(config, pooling)
+        model = timm_model(config)
+        if pooling != "pooler" and not hasattr(model, "num_prefix_tokens"):
+            raise ValueError(f"`pooling={pooling!r}` does not fit {config.architecture}, a map. Use pooler.")
+        if pooling == "cls" and getattr(model, "cls_token", None) is None:
+            raise ValueError(f"`pooling='cls'` does not fit {config.architecture}, which has no class token.")
+
+    def inputs(
+        self, backbone: PreTrainedModel, pixel_values: Tensor | None, interpolate: bool, **others: Tensor | None
+    ) -> dict[str, Any]:
+        inputs = super().inputs(backbone, pixel_values, interpolate, **others)
+        embeddings = getattr(backbone.timm_model, "patch_embed", None)
+        size, expected = list(inputs["pixel_values"].shape[-2:]), getattr(embeddings, "img_size", None)
+        if getattr(embeddings, "strict_img_size", False) and expected is not None and size != list(expected):
+            raise ValueError(
+                f"`pixel_values` are {size}, not {list(expected)}. For other sizes, set `dynamic_img_size` in the "
+                "`model_args` of the backbone's configuration, if timm's model has this option."
+            )
+        return {**inputs, "do_pooling": True}
 
 
 UNLIMITED = 1 << 20  # maximum length of encoders without one
@@ -385,9 +623,16 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "roberta-prelayernorm": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
     "xlm-roberta-xl": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
     "distilbert": TextBackbone(takes_rows=True),
-    "mpnet": TextBackbone(starts_after_padding=True, has_optional_pooler=True, corners_first=True),
+    "mpnet": TextBackbone(
+        starts_after_padding=True, has_optional_pooler=True, corners_first=True, checkpointed_layers="encoder.layer"
+    ),
     "electra": TextBackbone(default_pooling="cls", has_segments=True, takes_rows=True),
-    "albert": TextBackbone(has_segments=True, has_optional_pooler=True, takes_rows=True),
+    "albert": TextBackbone(
+        has_segments=True,
+        has_optional_pooler=True,
+        takes_rows=True,
+        checkpointed_layers="encoder.albert_layer_groups",
+    ),
     "modernbert": ModernBertBackbone(),
     "eurobert": TextBackbone(corners_have_positions=False, takes_rows=True),
     "nomic_bert": TextBackbone(**ROTARY_BERT),
@@ -406,6 +651,7 @@ REFUSED = {
     "big_bird": "its block-sparse attention accepts no mask of pairs of tokens",
     "canine": "it has no embeddings of tokens",
     "funnel": "it merges tokens between layers",
+    "xlnet": "it masks pairs of tokens by permutations",
 }
 
 
@@ -444,21 +690,47 @@ def _adapter(config_class: type[PreTrainedConfig]) -> TextBackbone:
 # CLIP's pooler normalises the class token. SigLIP has no class token; its pooler attends to the patches.
 OWN_POOLER: dict[str, Any] = {
     "default_pooling": "pooler",
-    "excluded_poolings": ("eos", "last", "weighted_mean", "cls"),
+    "excluded_poolings": (*NOT_OF_IMAGES, "cls"),
 }
 VISION_BACKBONES: dict[str, VisionBackbone] = {
     "vit": VisionBackbone(has_optional_pooler=True, pooled_layer=PooledViTLayer),
-    "dinov2": VisionBackbone(takes_interpolation=False),
-    "siglip_vision_model": VisionBackbone(**OWN_POOLER, num_prefix_tokens=0),
+    "dinov2": VisionBackbone(takes_interpolation=False, any_size_in_onnx=True),
+    "dinov2_with_registers": VisionBackbone(takes_interpolation=False),
+    "dinov3_vit": DINOv3Backbone(),
+    "siglip_vision_model": VisionBackbone(**OWN_POOLER, has_class_token=False),
+    "siglip2_vision_model": NaFlexBackbone(),
     "clip_vision_model": VisionBackbone(**OWN_POOLER),
+    "convnext": ConvNextBackbone(),
+    "convnextv2": ConvNextBackbone(),
+    "dinov3_convnext": ConvNextBackbone(excluded_poolings=(*NOT_OF_IMAGES, "cls")),  # its map is normalised, too
+    "timm_wrapper": TimmBackbone(),
 }
 
 
-class PassingEmbeddings(Extension):
-    """Embeds images. Returns embedded inputs [B, tokens, hidden_size] unchanged."""
+def select(patches: Tensor, kept_patches: Tensor) -> Tensor:
+    """Selects patches [B, K] of [B, P, hidden_size] -> [B, K, hidden_size]."""
+    is_index = kept_patches.dim() == 2 and kept_patches.dtype == torch.int64 and 0 not in kept_patches.shape
+    if is_index and is_eager_on_cpu(kept_patches):
+        is_index = bool(((kept_patches >= 0) & (kept_patches < patches.shape[1])).all())
+    if not is_index or len(kept_patches) != len(patches):
+        raise ValueError(f"`kept_patches` must be int64 [B, K] with indices in [0, {patches.shape[1]}).")
+    return take(patches, kept_patches.to(patches.device))
 
-    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return pixel_values if pixel_values.dim() == 3 else super().forward(pixel_values, *args, **kwargs)
+
+def timm_model(config: PreTrainedConfig) -> nn.Module:
+    """A model of timm without memory for its weights, for what `TimmWrapperConfig` does not say."""
+    return _timm_model(config.architecture, json.dumps(config.model_args))
+
+
+@cache
+def _timm_model(architecture: str, model_args: str) -> nn.Module:
+    if not is_timm_available():
+        raise ImportError("`timm_wrapper` needs timm and a torchvision that fits torch. Run `pip install timm`.")
+    if ":" in architecture:
+        raise ValueError(f"`architecture` {architecture!r} is an address. Use a name in timm.list_models().")
+    config = AutoConfig.for_model("timm_wrapper", architecture=architecture, model_args=json.loads(model_args))
+    with torch.device("meta"):
+        return AutoModel.from_config(config).timm_model
 
 
 class UnmaskedEmbeddings(Extension):

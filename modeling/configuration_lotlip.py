@@ -80,6 +80,8 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
     def __getattr__(self, name: str) -> Any:
         if self._is_of_backbone(name):
             return getattr(self.backbone_config, name)
+        if name == "hidden_size" and isinstance(self.__dict__.get("backbone_config"), PreTrainedConfig):
+            return self.family.hidden_size(self.backbone_config)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .backbones_lotlip import POOLINGS, is_eager_on_cpu, one_token, pair
+from .backbones_lotlip import POOLINGS, is_eager_on_cpu, one_token
 from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from .fast_paths_lotlip import PooledLayer, fast_options, run_texts
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
@@ -296,44 +296,50 @@ class LoTLIPVisionModel(_LoTLIPTower):
         interpolate_pos_encoding: bool = False,
         pooled_only: bool = False,
         kept_patches: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
         Args:
-            pixel_values (`torch.Tensor`): Images [B, channels, height, width], normalised by the image processor.
+            pixel_values (`torch.Tensor`): Images [B, channels, height, width], normalised by the image processor. For
+                SigLIP 2 NaFlex, flattened patches [B, P, channels * patch_size * patch_size].
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`): Whether to accept images that do not
-                have the size of the model's images. DINOv2 accepts all sizes.
+                have the size of the model's images, for ViT, CLIP and SigLIP. DINOv2, DINOv3 and ConvNeXt accept all
+                sizes, and a model of timm only those that it was created for.
             pooled_only (`bool`, *optional*, defaults to `False`): Whether only the pooled states are needed. A ViT
                 with `sdpa` attention and no mean pooling then returns `None` for `last_hidden_state`.
             kept_patches (`torch.Tensor`, *optional*): Indices [B, K] in [0, P) of the patches to compute, at their
-                positions in the whole image. Defaults to all patches. A class token is always kept.
+                positions in the whole image. Defaults to all patches. A class token and registers are always kept.
+                ConvNeXt and models of timm do not support it.
+            pixel_attention_mask (`torch.Tensor`, *optional*): For SigLIP 2 NaFlex: 1 for patches and 0 for padding,
+                [B, P].
+            spatial_shapes (`torch.Tensor`, *optional*): For SigLIP 2 NaFlex: height and width of each image in
+                patches, [B, 2].
         """
-        if pixel_values is None or pixel_values.dim() != 4 or not pixel_values.is_floating_point():
-            got = None if pixel_values is None else (list(pixel_values.shape), pixel_values.dtype)
-            raise ValueError(f"`pixel_values` must be floats [B, channels, height, width], got {got}.")
-        family, embedding_options = self.config.family, {}
-        if family.takes_interpolation:
-            embedding_options["interpolate_pos_encoding"] = interpolate_pos_encoding
-            size, expected = list(pixel_values.shape[-2:]), list(pair(self.config.image_size))
-            if not interpolate_pos_encoding and size != expected:
-                raise ValueError(f"`pixel_values` are {size}, not {expected}. Pass interpolate_pos_encoding=True.")
+        family, others = self.config.family, {}
+        others.update(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
+        inputs = family.inputs(self.backbone, pixel_values, interpolate_pos_encoding, **others)
         options = self._options(kwargs)
         pooled_only = pooled_only and self._can_pool_only(options)
         if pooled_only:
-            options["pooled_tokens"] = pixel_values.new_zeros(pixel_values.shape[0], 1, dtype=torch.int64)  # [CLS]
+            images = inputs["pixel_values"]
+            options["pooled_tokens"] = images.new_zeros(images.shape[0], 1, dtype=torch.int64)  # [CLS]
         if kept_patches is not None:
-            pixel_values = family.keep(self.backbone, pixel_values, kept_patches, **embedding_options)
-        outputs = self.backbone(pixel_values, **embedding_options, **options)
+            inputs = family.keep(self.backbone, inputs, kept_patches)
+        outputs = family.run(self.backbone, inputs, **options)
         states, pool = outputs.last_hidden_state, POOLINGS[self.config.pooling]
         if self.config.pooling == "pooler":
             pooled = outputs.pooler_output
+        elif pool is one_token:
+            pooled = pool(states, None, None)
         else:
-            pooled = pool(states if pool is one_token else states[:, family.num_prefix_tokens :], None, None)
+            pooled = pool(family.patches(self.backbone, states), inputs.get("pixel_attention_mask"), None)
         return BaseModelOutputWithPooling(
             last_hidden_state=None if pooled_only else states,
             pooler_output=pooled,
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=outputs.get("attentions"),
         )
 
 
@@ -440,9 +446,15 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         r"""Returns the output of [`LoTLIPVisionModel`] with features as `pooler_output`."""
+        kwargs.update(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
         return _project(self.vision_model, self.visual_projection, pixel_values, interpolate_pos_encoding, **kwargs)
 
     @can_return_tuple
@@ -461,6 +473,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         long_attention_mask: Tensor | None = None,
         kept_patches: Tensor | None = None,
         pooled_only: bool = False,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoTLIPOutput:
         r"""
@@ -488,6 +502,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         # The image tower runs first: its backward pass is then last and overlaps with the all-reduce of gradients.
         if pixel_values is not None or return_loss:
             options = {"interpolate_pos_encoding": interpolate_pos_encoding, "kept_patches": kept_patches, **kwargs}
+            options |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
             vision_outputs = self.get_image_features(pixel_values, **options)
             image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
         if has_texts or return_loss or pixel_values is None:

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from random import Random
 from typing import Any, Literal, TypedDict, cast
 
 import torch
@@ -23,7 +24,9 @@ MAX_WARNINGS = 10  # per process
 class ModelInputs(TypedDict):
     """The tensors of a batch that are arguments of the model."""
 
-    pixel_values: torch.Tensor  # [B, 3, H, W]
+    pixel_values: torch.Tensor  # [B, 3, H, W], or [B, P, 3 * patch_size * patch_size] for SigLIP 2 NaFlex
+    pixel_attention_mask: torch.Tensor  # [B, P], 1 for patches and 0 for padding, only for SigLIP 2 NaFlex
+    spatial_shapes: torch.Tensor  # [B, 2], height and width in patches, only for SigLIP 2 NaFlex
     input_ids: torch.Tensor  # [B, L], short texts
     attention_mask: torch.Tensor  # [B, L]
     long_input_ids: torch.Tensor  # [B, T - 1, L'], long texts, missing if T = 1
@@ -141,7 +144,7 @@ class LoTLIPCollator:
         )
         counts = Counter(dict.fromkeys(COUNTED, 0), records=len(records))
         checked: list[Record] = []
-        pixel_values: list[torch.Tensor] = []
+        images: list[dict[str, torch.Tensor]] = []
         errors: list[ValueError] = []
         for record in records:
             try:
@@ -156,7 +159,7 @@ class LoTLIPCollator:
                 errors.append(error)
                 continue
             checked.append(read)
-            pixel_values.append(pixels["pixel_values"])
+            images.append(pixels)
         if not checked:
             first = f" The first error: {errors[0]}" if errors else ""
             raise RecordError(f"All {len(records)} records of a batch are broken.{first}")
@@ -173,7 +176,7 @@ class LoTLIPCollator:
         short = self.processor(text=[drawn.short for drawn in texts], return_tensors="pt")
         # Tensors come first: accelerate reads the size of a batch from its first entry.
         batch: dict[str, Any] = {
-            "pixel_values": torch.cat(pixel_values),
+            **{name: torch.cat([image[name] for image in images]) for name in images[0]},
             "input_ids": short["input_ids"],
             "attention_mask": short["attention_mask"],
         }
@@ -181,14 +184,28 @@ class LoTLIPCollator:
             long = self.processor(text=[drawn.long for drawn in texts], return_tensors="pt")
             batch |= {"long_input_ids": long["input_ids"], "long_attention_mask": long["attention_mask"]}
         if self.patch_dropout and self.patch_size:
-            num_patches = math.prod(side // self.patch_size for side in batch["pixel_values"].shape[-2:])
-            num_kept = max(1, round((1 - self.patch_dropout) * num_patches))
-            kept = [sorted(rng.sample(range(num_patches), num_kept)) for rng in rngs]
-            batch["kept_patches"] = torch.tensor(kept)
+            batch["kept_patches"] = self._draw_patches(batch, self.patch_size, rngs)
         batch["return_loss"] = True
         if self.return_ids:
             batch |= {"ids": [record["id"] for record in checked], "counts": dict(counts)}
         return cast(Batch, batch)
+
+    def _draw_patches(
+        self, batch: Mapping[str, torch.Tensor], patch_size: int, rngs: Sequence[Random]
+    ) -> torch.Tensor:
+        """Indices [B, K] of the patches to embed, drawn for each image and filled up with its padding."""
+        if "pixel_attention_mask" in batch:
+            numbers = batch["pixel_attention_mask"].sum(1).tolist()
+        else:
+            numbers = [math.prod(side // patch_size for side in batch["pixel_values"].shape[-2:])] * len(rngs)
+        kept = [
+            sorted(rng.sample(range(number), max(1, round((1 - self.patch_dropout) * number))))
+            for rng, number in zip(rngs, numbers, strict=True)
+        ]
+        longest = max(map(len, kept))
+        # An image with fewer patches to keep than the largest has padding, which starts at the index `number`.
+        filled = [row + [number] * (longest - len(row)) for row, number in zip(kept, numbers, strict=True)]
+        return torch.tensor(filled)
 
     def _warn(self, error: ValueError) -> None:
         self._warnings += 1

@@ -60,7 +60,10 @@ class TrainingConfig:
     image_model: str | None = option("Pretrained image encoder of a new model (with --text-model)", None)
     num_corner_tokens: int | None = option("Corner tokens of a new model (default: 2)", None, at_least=0)
     projection_dim: int | None = option(
-        "Embedding size of a new model (default: width of the image encoder)", None, at_least=1
+        "Embedding size of a new model (default: width of the image encoder). With the width of the text encoder, the "
+        "text tower has no projection and starts with its encoder's embeddings",
+        None,
+        at_least=1,
     )
     text_pooling: str | None = option(
         "Pooling of a new model's text tower, such as pooler, cls or mean (default: that of its encoder)", None
@@ -79,8 +82,8 @@ class TrainingConfig:
         None,
     )
     max_text_length: int | None = option(
-        "Length in tokens at which texts are cut, [CLS] and [SEP] included (default: 126 for a new model of two "
-        "encoders, else unchanged)",
+        "Length in tokens at which texts are cut, [CLS] and [SEP] included (default: for a new model of two encoders "
+        "that of a sentence-transformers folder or 126, else unchanged)",
         None,
         at_least=1,
     )

@@ -170,7 +170,7 @@ class _Run:
             on_error=config.on_error,
             return_ids=True,
             patch_dropout=config.patch_dropout,
-            patch_size=model.config.vision_config.patch_size,
+            patch_size=getattr(model.config.vision_config, "patch_size", None),
         )
         if self.checkpoint is not None:
             self._load(self.checkpoint)

@@ -15,6 +15,7 @@ from ..modeling.configuration_lotlip import LoTLIPTextConfig
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
+from ..sentence_folder import read_sentence_folder
 from .config import SCENES, TrainingConfig
 
 NUM_CORNER_TOKENS = 2
@@ -72,6 +73,9 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
                 f"`cleaning` is {config.cleaning}, but {config.model} has {cleaning}. Remove the option, which is for "
                 "new models."
             )
+    vision = model.config.vision_config
+    if config.patch_dropout and vision.family.passing_embeddings is None:
+        raise ValueError(f"`patch_dropout` does not fit {vision.backbone_config.model_type}. Remove it.")
     fit_tokenizer(model, processor.tokenizer, config.max_text_length)
     max_text_length(model, processor.tokenizer)  # raises an error if neither has a maximum length
     return model, processor
@@ -97,6 +101,8 @@ def _tokenizer(config: TrainingConfig, text_config: LoTLIPTextConfig) -> PreTrai
     """The tokenizer of a new model. CLIP's is used as it is."""
     tokenizer = AutoTokenizer.from_pretrained(config.text_model, trust_remote_code=False)
     has_separator, positions = tokenizer.sep_token is not None, text_config.max_position_embeddings
+    folder = read_sentence_folder(config.text_model)
+    longest = None if folder is None else folder.max_length or tokenizer.model_max_length
     if isinstance(text_config.family, CLIPTextBackbone) and config.prompt_template is not None:
         raise ValueError("`prompt_template` does not fit CLIP's tokenizer. Remove the option.")
     if not has_separator and config.cleaning is not None:
@@ -105,18 +111,19 @@ def _tokenizer(config: TrainingConfig, text_config: LoTLIPTextConfig) -> PreTrai
             "none. Remove the option."
         )
     if isinstance(text_config.family, CLIPTextBackbone):
-        tokenizer.model_max_length = positions
+        tokenizer.model_max_length = min(longest or positions, positions)
         return tokenizer
     # Decoders may lack a padding token, and pad on the left.
     tokenizer.padding_side, tokenizer.pad_token = "right", tokenizer.pad_token or tokenizer.eos_token
     if text_config.pooling == "last":
         append_end_token(tokenizer)
+    template = "{}" if folder is None else f"{folder.prompt}{{}}"
     return LoTLIPTokenizer.from_backbone_tokenizer(
         tokenizer,
-        model_max_length=min(CONTEXT_LENGTH - text_config.num_corner_tokens, positions),
+        model_max_length=min(longest or CONTEXT_LENGTH - text_config.num_corner_tokens, positions),
         split_sentences=has_separator,
         cleaning=config.cleaning or "official",
-        prompt_template=config.prompt_template or "{}",
+        prompt_template=config.prompt_template or template,
     )
 
 
@@ -138,6 +145,14 @@ def append_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
         templates[0][name].append({"SpecialToken": {"id": end, "type_id": 0}})
     state["post_processor"] = {"type": "Sequence", "processors": processors}
     backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
+
+
+def describe_text(model: LoTLIPModel, processor: LoTLIPProcessor) -> str:
+    """Describes in a line what a new model takes from its text encoder."""
+    parts = [f"pooling {model.config.text_config.pooling!r}"]
+    template = getattr(processor.tokenizer, "prompt_template", "{}")
+    parts.append("no prompt" if template == "{}" else f"prompt {template!r}")
+    return ", ".join([*parts, f"texts of up to {processor.tokenizer.model_max_length} tokens"])
 
 
 def prepare_model(model: LoTLIPModel, config: TrainingConfig) -> None:

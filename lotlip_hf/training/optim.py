@@ -27,7 +27,8 @@ def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -
 
 def _lock_vision(model: LoTLIPModel, config: TrainingConfig) -> None:
     tower = model.vision_model
-    num_layers = tower.backbone.config.num_hidden_layers
+    layers = tower.config.family.layers(tower.backbone)
+    num_layers = len(layers)
     if config.unlocked_vision_layers > num_layers:
         raise ValueError(
             f"`unlocked_vision_layers` is {config.unlocked_vision_layers}, but the image tower has {num_layers} "
@@ -35,9 +36,6 @@ def _lock_vision(model: LoTLIPModel, config: TrainingConfig) -> None:
         )
     tower.requires_grad_(False)
     if config.unlocked_vision_layers:
-        (layers,) = [
-            module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers
-        ]
         first = next(iter(layers[num_layers - config.unlocked_vision_layers].parameters()))
         # Parameters are in the order of the forward pass.
         parameters = list(tower.parameters())

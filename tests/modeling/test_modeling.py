@@ -873,10 +873,7 @@ def test_from_backbones(text_backbone: str, vision_backbone: str, from_folder: b
         image = vision(images)
         pooled = image.last_hidden_state[:, 0] if vision_backbone in ("vit", "dinov2") else image.pooler_output
         torch.testing.assert_close(model.get_image_features(images).pooler_output, pooled, **TOLERANCE)
-        moved = 3 if model.config.text_config.family.corners_have_positions else 0
-        positions = torch.tensor([0, *range(1 + moved, 8 + moved)]) + offset(model.config.text_config)
-        stock = text(ids, position_ids=positions.expand(3, -1)).pooler_output
-        torch.testing.assert_close(model.text_model(ids).pooler_output, stock, **TOLERANCE)
+        torch.testing.assert_close(model.text_model(ids).pooler_output, text(ids).pooler_output, **TOLERANCE)
     model.save_pretrained(tmp_path / "lotlip")
     assert not any(LoTLIPModel.from_pretrained(tmp_path / "lotlip", output_loading_info=True)[1].values())
     assert str(tmp_path) not in (tmp_path / "lotlip" / "config.json").read_text()
@@ -911,17 +908,21 @@ def test_from_backbones_refuses_other_encoders(tmp_path: Path) -> None:
         from_backbones(with_head, vision)
 
 
-def test_from_backbones_makes_a_pooler_where_there_is_none(tmp_path: Path) -> None:
+def test_from_backbones_makes_a_pooler_only_if_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     vision = stock_backbone(tiny.vision_config())
     text = _spread(AutoModel.from_config(tiny.text_config().backbone_config, add_pooling_layer=False))
     text.save_pretrained(tmp_path)
     for source in (text, tmp_path):
-        backbone = from_backbones(source, vision).text_model.backbone
+        caplog.clear()
+        model = from_backbones(source, vision, num_corner_tokens=0)
+        assert model.config.text_config.pooling == "cls"
+        assert model.text_model.backbone.pooler is None
+        assert "text_pooling" in caplog.text
+        backbone = from_backbones(source, vision, num_corner_tokens=0, text_pooling="pooler").text_model.backbone
         new = set(backbone.state_dict()) - set(text.state_dict())
         assert new == {"pooler.dense.weight", "pooler.dense.bias"}
         for name, tensor in text.state_dict().items():
             assert torch.equal(backbone.state_dict()[name], tensor), name
-        assert from_backbones(source, vision, text_pooling="cls").text_model.backbone.pooler is None
 
 
 # Wrong input

@@ -1,0 +1,352 @@
+"""All families of image encoders, tiny and random, against their own stock models."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoModel, AutoProcessor
+
+import tiny
+from lotlip_hf import (
+    LoTLIPConfig,
+    LoTLIPModel,
+    LoTLIPProcessor,
+    LoTLIPVisionModel,
+    LoTLIPVisionModelWithProjection,
+    cli,
+    from_backbones,
+    load_encoder,
+)
+from lotlip_hf.data.collator import LoTLIPCollator
+from lotlip_hf.scenes.dataset import scenes_dataset
+from lotlip_hf.scenes.small import small_model
+from lotlip_hf.training.checkpoint import list_checkpoints
+from lotlip_hf.training.config import TrainingConfig
+from lotlip_hf.training.objective import batch_loss, make_objective
+from tiny_vision import FAMILIES, NAFLEX_PATCHES, Family, import_timm, spread
+
+EXACT = {"rtol": 1e-6, "atol": 1e-6}
+TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
+NAFLEX = next(family for family in FAMILIES if family.model_type == "siglip2_vision_model")
+
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+@pytest.fixture(autouse=True)
+def timm(request: pytest.FixtureRequest) -> None:
+    family = getattr(request.node, "callspec", None) and request.node.callspec.params.get("family")
+    if family and family.model_type == "timm_wrapper":
+        import_timm()
+
+
+def tower(family: Family, pooling: str | None = None, **options: Any) -> LoTLIPVisionModel:
+    return spread(LoTLIPVisionModel(family.config(pooling=pooling, **options)))
+
+
+def stock(model: LoTLIPVisionModel) -> Any:
+    """The stock model with the weights of a tower."""
+    backbone = AutoModel.from_config(copy.deepcopy(model.backbone.config))
+    keys = backbone.load_state_dict(model.backbone.state_dict(), strict=False)
+    assert not keys.unexpected_keys
+    assert all(name.startswith("pooler.") for name in keys.missing_keys)
+    return backbone.eval()
+
+
+def small_dual_encoder(family: Family) -> tuple[LoTLIPModel, LoTLIPProcessor]:
+    """The small text tower for Scenes and an image tower of the family, with the family's image processor."""
+    small, processor = small_model(hidden_size=32, num_hidden_layers=1)
+    config = LoTLIPConfig(
+        text_config=small.config.text_config, vision_config=family.config(projection_dim=32), projection_dim=32
+    )
+    return LoTLIPModel(config), LoTLIPProcessor(family.image_processor(), processor.tokenizer)
+
+
+@every_family
+def test_features_are_those_of_the_stock_model(family: Family) -> None:
+    inputs, spatial = family.inputs(), family.inputs().get("spatial_shapes")
+    assert family.config().pooling == family.poolings[0]
+    for pooling in family.poolings:
+        model = tower(family, pooling)
+        with torch.no_grad():
+            answer, expected = model(**inputs), stock(model)(**inputs)
+            hidden = model(**inputs, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(answer.last_hidden_state, expected.last_hidden_state, **EXACT)
+        assert answer.pooler_output.shape == (3, model.config.hidden_size)
+        assert len(hidden) > 1
+        if pooling == "pooler" and model.config.backbone_config.model_type != "vit":
+            naive = expected.pooler_output
+        elif pooling == "pooler":
+            naive = model.backbone.pooler(expected.last_hidden_state)
+        elif pooling == "cls":
+            naive = expected.last_hidden_state[:, 0]
+        else:
+            patches = family.tokens(expected.last_hidden_state)
+            lengths = [patches.shape[1]] * 3 if spatial is None else spatial.prod(1).tolist()
+            naive = torch.stack([row[:length].mean(0) for row, length in zip(patches, lengths, strict=True)])
+        torch.testing.assert_close(answer.pooler_output, naive, **EXACT)
+
+
+@every_family
+def test_poolings_without_sense_are_refused(family: Family) -> None:
+    for pooling in {"pooler", "cls", "mean", "eos", "last", "weighted_mean"} - {*family.poolings}:
+        with pytest.raises(Exception, match="pooling"):
+            family.config(pooling=pooling)
+
+
+@every_family
+def test_images_do_not_see_each_other(family: Family) -> None:
+    model, inputs = tower(family), family.inputs()
+    with torch.no_grad():
+        together = model(**inputs).pooler_output
+        for index in range(3):
+            alone = model(**{name: values[index : index + 1] for name, values in inputs.items()}).pooler_output
+            torch.testing.assert_close(alone, together[index : index + 1], **TOLERANCE)
+
+
+@every_family
+def test_other_image_sizes(family: Family) -> None:
+    """As the stock model takes them, or refused."""
+    if family is NAFLEX:
+        return
+    model, inputs = tower(family), family.inputs(size=(48, 64))
+    interpolate = {"interpolate_pos_encoding": True}
+    if family.sizes != "all" and family.name != "convnext_atto":
+        with pytest.raises(ValueError, match="pixel_values"):
+            model(**inputs)
+    with torch.no_grad():
+        if family.sizes == "interpolated":
+            answer, expected = model(**inputs, **interpolate), stock(model)(**inputs, **interpolate)
+        elif family.sizes == "fixed" and family.name != "convnext_atto":
+            dynamic = {**family.settings["model_args"], "dynamic_img_size": True}
+            other = (
+                copy.replace(family, settings={**family.settings, "model_args": dynamic})
+                if hasattr(copy, "replace")
+                else Family(**{**vars(family), "settings": {**family.settings, "model_args": dynamic}})
+            )
+            model = tower(other)
+            answer, expected = model(**inputs), stock(model)(**inputs)
+        else:
+            answer, expected = model(**inputs), stock(model)(**inputs)
+    torch.testing.assert_close(answer.last_hidden_state, expected.last_hidden_state, **EXACT)
+    assert torch.isfinite(answer.pooler_output).all()
+
+
+def naive_kept(model: LoTLIPVisionModel, family: Family, inputs: dict[str, torch.Tensor], kept: torch.Tensor) -> Any:
+    """Each image alone through a tower whose tokens, rotary positions and mask are gathered by hooks."""
+    pooled = []
+    for index, chosen in enumerate(kept):
+        gathered, one = copy.deepcopy(model), {name: values[index : index + 1] for name, values in inputs.items()}
+
+        def gather(module: Any, arguments: Any, output: Any, chosen: torch.Tensor = chosen) -> Any:
+            if isinstance(output, tuple):  # cos and sin
+                return tuple(part[chosen] for part in output)
+            return torch.cat([output[:, : family.prefix], output[:, family.prefix :][:, chosen]], dim=1)
+
+        gathered.backbone.embeddings.register_forward_hook(gather)
+        if hasattr(gathered.backbone, "rope_embeddings"):
+            gathered.backbone.rope_embeddings.register_forward_hook(gather)
+        if "pixel_attention_mask" in one:
+            # the hook cannot change the mask: as many patches and no padding
+            one["pixel_attention_mask"] = torch.ones(1, len(chosen), dtype=torch.int32)
+            outputs = gathered.backbone(**one)
+            states = outputs.last_hidden_state
+            pooled.append(outputs.pooler_output if model.config.pooling == "pooler" else states.mean(1))
+        else:
+            pooled.append(gathered(**one).pooler_output)
+    return torch.cat(pooled)
+
+
+@every_family
+def test_kept_patches(family: Family) -> None:
+    inputs = family.inputs()
+    kept = torch.stack([torch.randperm(12)[:5] for _ in range(3)])
+    if not family.keeps_patches:
+        with pytest.raises(ValueError, match="kept_patches"):
+            tower(family)(**inputs, kept_patches=kept)
+        return
+    for pooling in family.poolings:
+        model = tower(family, pooling)
+        with torch.no_grad():
+            number = model.config.num_patches if family is not NAFLEX else NAFLEX_PATCHES
+            everything = torch.arange(number).expand(3, -1)
+            whole, answer = model(**inputs), model(**inputs, kept_patches=everything)
+            assert torch.equal(answer.pooler_output, whole.pooler_output)
+            assert torch.equal(answer.last_hidden_state, whole.last_hidden_state)
+            answer = model(**inputs, kept_patches=kept).pooler_output
+            torch.testing.assert_close(answer, naive_kept(model, family, inputs, kept), **TOLERANCE)
+        with pytest.raises(ValueError, match="kept_patches"):
+            model(**inputs, kept_patches=kept + number)
+
+
+def test_rotary_positions_of_kept_patches_in_other_sizes_and_in_training() -> None:
+    family = next(family for family in FAMILIES if family.model_type == "dinov3_vit")
+    model, inputs = tower(family, "mean").train(), family.inputs(size=(48, 64))
+    kept = torch.tensor([[47, 3], [0, 20], [9, 8]])
+    answer = model(**inputs, kept_patches=kept, output_hidden_states=True)
+    torch.testing.assert_close(answer.pooler_output, naive_kept(model, family, inputs, kept), **TOLERANCE)
+    assert answer.hidden_states[0].shape == (3, family.prefix + 2, 32)
+    answer.pooler_output.square().sum().backward()
+    assert model.backbone.embeddings.patch_embeddings.weight.grad.abs().max() > 0
+
+
+@every_family
+def test_it_is_saved_and_loaded(family: Family, tmp_path: Path) -> None:
+    model, processor = small_dual_encoder(family)
+    spread(model).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    ids, inputs = tiny.input_ids(3, 8), family.inputs()
+    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        expected = model(ids, **inputs)
+        torch.testing.assert_close(loaded(ids, **inputs).logits_per_image, expected.logits_per_image, **EXACT)
+        features = LoTLIPVisionModelWithProjection.from_pretrained(tmp_path)(**inputs).image_embeds
+        torch.testing.assert_close(nn.functional.normalize(features, dim=-1), expected.image_embeds, **EXACT)
+        copied = pickle.loads(pickle.dumps(model))
+        torch.testing.assert_close(copied(ids, **inputs).logits_per_image, expected.logits_per_image, **EXACT)
+
+    pictures = [Image.new("RGB", size, colour) for size, colour in (((64, 40), "red"), ((40, 90), "blue"))]
+    encoder = load_encoder(tmp_path, device="cpu")
+    assert encoder.encode_images(pictures, progress=False).shape == (2, 32)
+    both = AutoProcessor.from_pretrained(tmp_path)(text=[["a", "b"], ["c", "d"]], images=pictures, return_tensors="pt")
+    assert both["input_ids"].shape[:2] == (2, 2)
+    with torch.no_grad():
+        embeds = loaded(**both).image_embeds
+    torch.testing.assert_close(encoder.encode_images(pictures, progress=False), embeds, **TOLERANCE)
+
+
+WITHOUT_THE_PACKAGE = """
+import importlib.abc, sys
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "lotlip_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+import torch
+from transformers import AutoModel
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    inputs, expected = torch.load(folder + "/expected.pt")
+    with torch.no_grad():
+        answer = model.get_image_features(**inputs).pooler_output
+    torch.testing.assert_close(answer, expected, rtol=1e-6, atol=1e-6)
+"""
+
+
+@pytest.mark.slow
+def test_loading_without_the_package(tmp_path: Path) -> None:
+    folders = []
+    for family in FAMILIES:
+        if family.model_type == "timm_wrapper":
+            continue  # the process has no stand-in for torchvision
+        model, _ = small_dual_encoder(family)
+        folders.append(tmp_path / family.name)
+        spread(model).save_pretrained(folders[-1])
+        with torch.no_grad():
+            inputs = family.inputs()
+            torch.save((inputs, model.get_image_features(**inputs).pooler_output), folders[-1] / "expected.pt")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_THE_PACKAGE, *map(str, folders)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+
+@every_family
+def test_two_training_steps_on_scenes(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command, with the family's image processor, gradient caching, dropped patches and an evaluation."""
+    model, processor = small_dual_encoder(family)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    run = ["train", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "run"), "--data", "scenes"]
+    run += "--num-scenes 8 --batch-size 4 --grad-cache-chunk 2 --max-steps 2 --num-workers 0 --trackers none".split()
+    run += "--eval-data scenes --eval-samples 4".split()
+    if not family.keeps_patches:
+        assert cli.main([*run, "--patch-dropout", "0.5"]) == 2
+        assert "patch_dropout" in capsys.readouterr().err
+    assert cli.main([*run, *(["--patch-dropout", "0.5"] if family.keeps_patches else [])]) == 0
+    trained = LoTLIPModel.from_pretrained(list_checkpoints(tmp_path / "run")[-1])
+    before, after = model.vision_model.state_dict(), trained.vision_model.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@every_family
+def test_gradient_checkpointing(family: Family) -> None:
+    model, processor = small_dual_encoder(family)
+    spread(model).train()
+    batch = LoTLIPCollator(processor)([*scenes_dataset(3)])
+    objective = make_objective(TrainingConfig(data="scenes"), model.config)
+    gradients = []
+    for enable in (False, True):
+        if enable:
+            model.gradient_checkpointing_enable()
+            layers = model.config.vision_config.family.layers(model.vision_model.backbone)
+            switched = [*layers, getattr(model.vision_model.backbone, "timm_model", None)]
+            assert any(getattr(layer, "gradient_checkpointing", False) for layer in switched)
+        model.zero_grad()
+        torch.manual_seed(0)
+        batch_loss(model, batch, objective)["loss"].backward()
+        found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        gradients.append({name: gradient.clone() for name, gradient in found.items() if "vision" in name})
+    assert len(gradients[0]) > 4
+    torch.testing.assert_close(gradients[1], gradients[0], **EXACT)
+
+
+@every_family
+def test_bfloat16(family: Family) -> None:
+    model = tower(family).to(torch.bfloat16)
+    with torch.no_grad():
+        answer = model(**family.inputs()).pooler_output
+    assert answer.dtype == torch.bfloat16
+    assert torch.isfinite(answer).all()
+
+
+@every_family
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_locked_tower(family: Family, layers: int, tmp_path: Path) -> None:
+    """Its last layers can be trained."""
+    from lotlip_hf.training.optim import freeze
+
+    model, _ = small_dual_encoder(family)
+    config = TrainingConfig(data="scenes", lock_vision=True, unlocked_vision_layers=layers)
+    if family.name == "convnext_atto" and layers:
+        with pytest.raises(ValueError, match="unlocked_vision_layers"):
+            freeze(model, config, {"image_embeds", "text_embeds"})
+        return
+    freeze(model, config, {"image_embeds", "text_embeds"})
+    found = model.config.vision_config.family.layers(model.vision_model.backbone)
+    assert not any(parameter.requires_grad for layer in found[:1] for parameter in layer.parameters())
+    trained = [parameter.requires_grad for layer in found[-1:] for parameter in layer.parameters()]
+    assert all(trained) if layers else not any(trained)
+
+
+@every_family
+def test_from_backbones(family: Family, tmp_path: Path) -> None:
+    encoder = spread(AutoModel.from_config(family.backbone_config()))
+    encoder.save_pretrained(tmp_path)
+    text = AutoModel.from_config(tiny.text_config().backbone_config)
+    inputs = family.inputs()
+    sources = (encoder,) if family.model_type == "timm_wrapper" else (encoder, tmp_path)
+    for source in sources:
+        model = from_backbones(text, source, vision_pooling="pooler").eval()
+        assert model.config.projection_dim == model.config.vision_config.hidden_size
+        with torch.no_grad():
+            expected, answer = encoder(**inputs), model.vision_model(**inputs)
+        torch.testing.assert_close(answer.last_hidden_state, expected.last_hidden_state, **EXACT)
+        if expected.pooler_output is not None:
+            torch.testing.assert_close(answer.pooler_output, expected.pooler_output, **EXACT)
