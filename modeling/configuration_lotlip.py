@@ -172,7 +172,7 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
             return
         if not isinstance(self.family, DecoderBackbone) or self.placeholder_token_id is None:
             raise ValueError("`token_prepending` needs a decoder and `placeholder_token_id`.")
-        if len(self.token_prepending) != 2 or self.token_prepending[0] < 1:
+        if self.token_prepending[0] < 1:
             raise ValueError(f"`token_prepending`={self.token_prepending}: use the first, from 1, and the last layer.")
 
     def validate_corner_tokens(self) -> None:
