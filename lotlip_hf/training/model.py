@@ -2,6 +2,7 @@
 
 import json
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -83,14 +84,17 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
 
 def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor]:
     number = NUM_CORNER_TOKENS if config.num_corner_tokens is None else config.num_corner_tokens
-    model = from_backbones(
-        config.text_model,
-        config.image_model,
-        number,
-        text_pooling=config.text_pooling,
-        text_attention=config.text_attention,
-        projection_dim=config.projection_dim,
-    ).float()
+    try:
+        model = from_backbones(
+            config.text_model,
+            config.image_model,
+            number,
+            text_pooling=config.text_pooling,
+            text_attention=config.text_attention,
+            projection_dim=config.projection_dim,
+        ).float()
+    except StrictDataclassError as error:  # an option that does not fit the encoder
+        raise ValueError(str(error.__cause__ or error)) from error
     tokenizer = _tokenizer(config, model.config.text_config)
     image_processor = AutoImageProcessor.from_pretrained(config.image_model, trust_remote_code=False)
     check_image_sizes(image_processor, str(config.image_model))
