@@ -414,6 +414,22 @@ def test_the_example_of_lora_on_a_decoder(name: str, projections: set[str]) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_the_example_of_lora_runs_and_merges(name: str, encoders: Path, tmp_path: Path) -> None:
+    start = {"text_model": str(encoders / name), "image_model": str(encoders / "image"), "prompt_template": "a {}"}
+    model, processor = load_or_start_model(TrainingConfig(output=str(tmp_path), data="scenes", max_steps=1, **start))
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    flags = "--data scenes --num-scenes 8 --batch-size 4 --rank 2".split()
+    example = load_script("examples/finetune_lora.py")
+    merged = example.main(["--model", str(tmp_path / "start"), "--output", str(tmp_path / "lora"), *flags])
+    found, loaded = load_model(merged, device="cpu")
+    assert loaded.tokenizer.prompt_template == "a {}"
+    changed = [n for n, p in found.named_parameters() if not torch.equal(p, model.get_parameter(n))]
+    assert {n.split(".")[-2] for n in changed if "backbone" in n} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["bitsandbytes-8", "bitsandbytes-4", "quanto"])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_a_quantised_decoder_loads_and_trains_lora(name: str, library: str, tmp_path: Path) -> None:
