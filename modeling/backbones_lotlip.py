@@ -586,9 +586,16 @@ class TimmBackbone(VisionBackbone):
 
 
 UNLIMITED = 1 << 20  # maximum length of encoders without one
-# Settings of rotary encoders with BERT's embeddings, and of encoders with relative positions in memory only.
+# Settings of rotary encoders with BERT's embeddings, of RoBERTas that normalise before each part of a layer, and of
+# encoders with relative positions in memory only.
 ROTARY_BERT: dict[str, Any] = {
     "corners_have_positions": False,
+    "has_segments": True,
+    "has_optional_pooler": True,
+    "takes_rows": True,
+}
+ROBERTA_WITH_NORM_FIRST: dict[str, Any] = {
+    "starts_after_padding": True,
     "has_segments": True,
     "has_optional_pooler": True,
     "takes_rows": True,
@@ -605,8 +612,8 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "xlm-roberta": BertBackbone(starts_after_padding=True),
     "camembert": BertBackbone(starts_after_padding=True),
     "data2vec-text": BertBackbone(starts_after_padding=True),
-    "roberta-prelayernorm": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
-    "xlm-roberta-xl": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
+    "roberta-prelayernorm": TextBackbone(**ROBERTA_WITH_NORM_FIRST),
+    "xlm-roberta-xl": TextBackbone(**ROBERTA_WITH_NORM_FIRST),
     "distilbert": TextBackbone(takes_rows=True),
     "mpnet": TextBackbone(
         starts_after_padding=True, has_optional_pooler=True, corners_first=True, checkpointed_layers="encoder.layer"
