@@ -684,6 +684,8 @@ def _adapter(config_class: type[PreTrainedConfig]) -> TextBackbone:
         reason = "transformers has no encoder of this type"
     elif "decoder_input_ids" in taken:
         reason = "it is an encoder with a decoder"
+    elif "pixel_values" in taken:
+        reason = f"{stock.__name__} encodes images"
     elif missing := [name for name in ("inputs_embeds", "attention_mask") if name not in taken]:
         reason = f"{stock.__name__} takes no `{missing[0]}`"
     if reason is not None:

@@ -169,6 +169,13 @@ _ROWS = [
     _decoder("gemma3_text", {"sliding_window": 3, **LOCAL}, window=lambda distance: 0 <= distance < 3),
 ]
 FAMILIES = {row.model_type: row for row in _ROWS}
+FAMILIES["deberta-v2, learned positions"] = Family(
+    "deberta-v2",
+    {**DEBERTA, "position_biased_input": True, "position_buckets": 4},
+    pooling="cls",
+    positions="first",
+    corners_first=True,
+)
 FAMILIES["gemma3_text, bidirectional"] = _decoder(
     "gemma3_text",
     {"sliding_window": 6, **LOCAL, "use_bidirectional_attention": True},
@@ -254,7 +261,7 @@ def naive(family: Family, backbone: PreTrainedModel, corners: torch.Tensor, ids:
         return torch.zeros(1, 1, total, total).masked_fill(~mask, torch.finfo(torch.float32).min)
 
     if family.model_type.startswith("deberta"):  # its embeddings do not accept this mask
-        states = backbone.embeddings(inputs_embeds=embeds)
+        states = backbone.embeddings(inputs_embeds=embeds, **inputs)
         states = backbone.encoder(states, full.view(1, 1, total, total)).last_hidden_state
     else:
         mask: Any = additive(full)
