@@ -16,7 +16,8 @@ folder for `SentenceTransformer`, with pooling, projection and normalisation as 
 
 A stock tokenizer splits sentences, but does not clean texts: call `lotlip_hf.modeling.tokenization_lotlip.clean`. If
 the LoTLIP tokenizer cleans texts, a stock tokenizer is saved only with `--without-text-cleaning`. A stock tokenizer
-encodes a text that is only a special token, such as "[SEP]", as that token.
+encodes a text that is only a special token, such as "[SEP]", as that token. It adds `prompt_template` to all texts
+except empty ones. A template that continues after the text has no stock tokenizer.
 
 Callers of the stock classes must pass the attention mask, pad on the right, pass `truncation=True` for texts, and drop
 the transparency of images with `convert("RGB")`; otherwise transparent images get a white background.
@@ -231,11 +232,9 @@ def _text_encoder(tower: LoTLIPTextModel) -> tuple[PreTrainedConfig, dict[str, t
     family, corners = tower.config.family, tower.config.num_corner_tokens
     if tower.config.token_prepending is not None:
         raise _no_stock_class(tower, "with token prepending", "a model with token_prepending=None")
-    if tower.config.attention == "bidirectional":
-        if not getattr(config, "use_bidirectional_attention", False):
-            # Without padding, `sdpa` of stock decoders is causal even if `config.is_causal` is not.
-            raise _no_stock_class(tower, "with bidirectional attention", "a model with attention='causal'")
-        vars(config).pop("is_causal", None)
+    if tower.config.attention == "bidirectional" and not getattr(config, "use_bidirectional_attention", False):
+        # Without padding, `sdpa` of stock decoders is causal, also with `config.is_causal=False`.
+        raise _no_stock_class(tower, "with attention='bidirectional'", "a model with attention='causal'")
     table = state.get(family.position_table)
     if table is not None and corners and family.corners_have_positions and not family.is_causal:
         words = family.position_offset(config) + 1
@@ -260,9 +259,9 @@ def _vision_encoder(tower: LoTLIPVisionModel) -> tuple[PreTrainedConfig, dict[st
 
 
 def _no_stock_class(tower: LoTLIPTextModel | LoTLIPVisionModel, what: str, instead: str) -> ConversionError:
+    onnx = "" if tower.config.family.no_onnx else ", or export to ONNX with `lotlip convert onnx`"
     return ConversionError(
-        f"There is no stock class for a {type(tower.backbone).__name__} {what}. Export {instead}, or export to ONNX "
-        "with lotlip_hf.conversion.onnx."
+        f"There is no stock class for a {type(tower.backbone).__name__} {what}. Export {instead}{onnx}."
     )
 
 
@@ -419,6 +418,7 @@ def _stock_processors(
     for part in (tokenizer, image_processor):
         for settings in (getattr(part, "init_kwargs", {}), vars(part) if part is not None else {}):
             settings.pop("auto_map", None)  # names remote code
+            settings.pop("_processor_class", None)  # the LoTLIP's
     processor = image_processor if tokenizer is None else tokenizer
     if tokenizer is not None and image_processor is not None:
         processor_class = CLIPProcessor if isinstance(stock, CLIPModel) else VisionTextDualEncoderProcessor
@@ -457,7 +457,9 @@ def _stock_tokenizer_of(
     stock = stock_tokenizer(tokenizer)
     differing = _differing_text(tokenizer, stock)
     free_of_calls(stock)
-    return (stock, "") if differing is None else (None, f"a stock tokenizer would give other ids for {differing!r}")
+    return (
+        (stock, "") if differing is None else (None, f"a stock tokenizer would give other ids for {differing[:40]!r}")
+    )
 
 
 def _differing_text(tokenizer: LoTLIPTokenizer, stock: PreTrainedTokenizerFast) -> str | None:
@@ -480,6 +482,8 @@ def _differing_text(tokenizer: LoTLIPTokenizer, stock: PreTrainedTokenizerFast) 
     texts += [f"{OPEN}0{CLOSE} a", ". ".join(parts * 100), *parts]
     if isinstance(tokenizer.backend_tokenizer.model, (models.BPE, models.Unigram)):
         texts = [text for text in texts if OPEN not in text]  # see `stock_tokenizer`
+    if tokenizer.prompt_template != "{}":
+        texts = [text for text in texts if text.strip(". ")]  # in a stock tokenizer, others get no template
     for text in texts:
         for truncation in (True, False):
             ids = [one(text, truncation=truncation, verbose=False)["input_ids"] for one in (tokenizer, stock)]

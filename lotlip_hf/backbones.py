@@ -40,9 +40,9 @@ def from_backbones(
     pooling, and its linear layers after pooling become the text projection if `projection_dim` is their width.
 
     Args:
-        text (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of a BERT, RoBERTa, XLM-RoBERTa or CLIP
-            text encoder. For a whole CLIP, its text tower is used without the projection; `lotlip convert clip`
-            converts the whole CLIP.
+        text (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of a text encoder, see
+            [`LoTLIPTextConfig`]. For a whole CLIP, its text tower is used without the projection; `lotlip convert
+            clip` converts the whole CLIP. For the folder of a whole T5, its encoder is used.
         vision (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of a ViT, DINOv2, CLIP or SigLIP image
             encoder. For a whole CLIP or SigLIP, its image tower is used.
         num_corner_tokens (`int`, *optional*, defaults to 2): Number of corner tokens.
@@ -61,7 +61,8 @@ def from_backbones(
         [`LoTLIPModel`]: The new model.
 
     Raises:
-        `ValueError`: If an encoder or its pooling is not supported, or if it lacks weights other than the pooler's.
+        `ValueError`: If an encoder or its pooling is not supported, if an encoder of a family without an adapter
+            does not obey the masks of corner tokens, or if it lacks weights other than the pooler's.
 
     Example:
 

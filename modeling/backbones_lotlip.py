@@ -124,7 +124,7 @@ class TextBackbone(_Backbone):
     default_pooling = "mean"
     excluded_poolings = ("pooler", "eos", "last", "weighted_mean")
     is_causal = False
-    takes_rows = False  # whether `row_index` reaches the attention functions, so that texts can share a row
+    takes_rows = False  # whether a `row` reaches the attention functions, so that texts can share a row
     takes_positions = True  # whether the encoder accepts `position_ids`
     has_segments = False  # whether the encoder accepts `token_type_ids`
     corners_have_positions = True  # otherwise they have the position of the first token, and words keep their own
@@ -137,7 +137,7 @@ class TextBackbone(_Backbone):
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
         backbone = super().build(config, pooling)
         if self.checkpointed_layers:
-            for layer in backbone.get_submodule(self.checkpointed_layers):
+            for layer in backbone.get_submodule(self.checkpointed_layers).children():
                 extend(backbone, layer, CheckpointedLayer)
         return backbone
 
@@ -184,6 +184,12 @@ class TextBackbone(_Backbone):
     def options(self, config: PreTrainedConfig) -> dict[str, Any]:
         """More arguments of the backbone's `forward`."""
         return {}
+
+    def window(self, config: PreTrainedConfig) -> int | None:
+        """Width of the sliding windows of some layers, or `None`."""
+        layer_types = getattr(config, "layer_types", None) or ("sliding_attention",)
+        has_windows = self.layer_masks and "sliding_attention" in layer_types
+        return getattr(config, "sliding_window", None) if has_windows else None
 
     def create_masks(
         self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
@@ -298,7 +304,7 @@ class DecoderBackbone(TextBackbone):
 
     default_pooling = "last"
     excluded_poolings = ("pooler", "cls", "eos")
-    is_causal = True
+    is_causal = takes_rows = True
 
     def set_attention(self, config: PreTrainedConfig, attention: str) -> None:
         """Makes transformers' functions for causal masks bidirectional, if `attention` is."""
@@ -597,9 +603,16 @@ class TimmBackbone(VisionBackbone):
 
 
 UNLIMITED = 1 << 20  # maximum length of encoders without one
-# Settings of rotary encoders with BERT's embeddings, and of encoders with relative positions in memory only.
+# Settings of rotary encoders with BERT's embeddings, of RoBERTas that normalise before each part of a layer, and of
+# encoders with relative positions in memory only.
 ROTARY_BERT: dict[str, Any] = {
     "corners_have_positions": False,
+    "has_segments": True,
+    "has_optional_pooler": True,
+    "takes_rows": True,
+}
+ROBERTA_WITH_NORM_FIRST: dict[str, Any] = {
+    "starts_after_padding": True,
     "has_segments": True,
     "has_optional_pooler": True,
     "takes_rows": True,
@@ -611,7 +624,7 @@ T5_ENCODER: dict[str, Any] = {
     "corners_first": True,
 }
 DECODERS = (
-    *("llama", "qwen2", "qwen3", "qwen3_vl_text", "mistral", "ministral", "gemma", "gemma2", "phi", "phi3"),
+    *("llama", "qwen2", "qwen3", "qwen3_vl_text", "mistral", "ministral", "gemma", "phi", "phi3"),
     *("granite", "smollm3", "olmo2", "helium", "glm", "exaone4", "starcoder2"),
 )
 TEXT_BACKBONES: dict[str, TextBackbone] = {
@@ -620,8 +633,8 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "xlm-roberta": BertBackbone(starts_after_padding=True),
     "camembert": BertBackbone(starts_after_padding=True),
     "data2vec-text": BertBackbone(starts_after_padding=True),
-    "roberta-prelayernorm": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
-    "xlm-roberta-xl": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
+    "roberta-prelayernorm": TextBackbone(**ROBERTA_WITH_NORM_FIRST),
+    "xlm-roberta-xl": TextBackbone(**ROBERTA_WITH_NORM_FIRST),
     "distilbert": TextBackbone(takes_rows=True),
     "mpnet": TextBackbone(
         starts_after_padding=True, has_optional_pooler=True, corners_first=True, checkpointed_layers="encoder.layer"
@@ -645,6 +658,7 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "umt5": TextBackbone(**T5_ENCODER),
     "clip_text_model": CLIPTextBackbone(),
     **dict.fromkeys(DECODERS, DecoderBackbone(layer_masks=True)),
+    "gemma2": DecoderBackbone(layer_masks=True, takes_rows=False),  # sdpa lacks its cap of attention scores
     "gemma3_text": Gemma3Backbone(),
 }
 REFUSED = {
@@ -670,13 +684,15 @@ def _adapter(config_class: type[PreTrainedConfig]) -> TextBackbone:
         reason = "transformers has no encoder of this type"
     elif "decoder_input_ids" in taken:
         reason = "it is an encoder with a decoder"
+    elif "pixel_values" in taken:
+        reason = f"{stock.__name__} encodes images"
     elif missing := [name for name in ("inputs_embeds", "attention_mask") if name not in taken]:
         reason = f"{stock.__name__} takes no `{missing[0]}`"
     if reason is not None:
         supported = ", ".join(TEXT_BACKBONES)
         raise ValueError(f"Text encoders of model_type {model_type!r} are not supported: {reason}. Use {supported}.")
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return DecoderBackbone(layer_masks=True)
+        return DecoderBackbone(layer_masks=True, takes_rows=False)
     return TextBackbone(
         takes_positions="position_ids" in taken,
         has_segments="token_type_ids" in taken,

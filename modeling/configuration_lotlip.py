@@ -107,13 +107,16 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     Configuration of a LoTLIP text tower: a text encoder with learnable corner tokens.
 
     Args:
-        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the text encoder: BERT, RoBERTa,
-            XLM-RoBERTa or CLIP's text tower. Defaults to BERT-base. Its fields are also arguments of this class.
-        num_corner_tokens (`int`, *optional*, defaults to 2): Number m of corner tokens. In a CLIP, corner tokens have
-            no positions. In other backbones, they use m positions.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the text encoder: an encoder such
+            as BERT, ModernBERT or T5, a decoder such as Qwen3, CLIP's text tower, or another class of transformers
+            that accepts `inputs_embeds` and a mask. Defaults to BERT-base. Its fields are also arguments of this
+            class.
+        num_corner_tokens (`int`, *optional*, defaults to 2): Number m of corner tokens. They use m positions in
+            decoders and in encoders with learned positions, and none in the others.
         pooling (`str`, *optional*): `"pooler"`: a layer of the backbone on the state of [CLS], as in the released
             models; `"cls"`: the state of [CLS]; `"mean"`: the mean over the text; `"eos"`: the state of CLIP's [EOT].
-            Defaults to `"pooler"` for BERT and RoBERTa and to `"eos"` for CLIP.
+            `"last"`: the state of a decoder's last token; `"weighted_mean"`: a decoder's mean with the weights
+            1, 2, ... Defaults to that of the family, such as `"pooler"` for BERT and RoBERTa.
         projection_dim (`int`, *optional*, defaults to 768): Width of the projection. `None` adds no linear projection.
         projection (`str`, *optional*, defaults to `"linear"`): `"linear"`, or `"residual_mlp"`: LLM2CLIP's residual
             MLP on the normalised pooled state, for frozen text towers.
