@@ -27,6 +27,8 @@ def from_backbones(
     *,
     text_pooling: str | None = None,
     text_attention: Literal["causal", "bidirectional"] | None = None,
+    token_prepending: tuple[int, int] | None = None,
+    placeholder_token_id: int | None = None,
     vision_pooling: str | None = None,
     projection_dim: int | None = None,
     **config_kwargs: Any,
@@ -51,6 +53,8 @@ def from_backbones(
             weights of a pooler, the default is `"cls"`, and `"pooler"` adds a new pooler.
         text_attention (`str`, *optional*): `"causal"` or `"bidirectional"` attention of a decoder. Defaults to that of
             its configuration.
+        token_prepending (`tuple[int, int]`, *optional*): Layers of token prepending, see [`LoTLIPTextConfig`].
+        placeholder_token_id (`int`, *optional*): Id of its placeholder, see [`LoTLIPTextConfig`].
         vision_pooling (`str`, *optional*): Pooling of the image tower, see [`LoTLIPVisionConfig`].
         projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image encoder,
             which then has no projection. With the width of the text encoder, the text tower has no projection and
@@ -83,6 +87,8 @@ def from_backbones(
         num_corner_tokens=num_corner_tokens,
         pooling=pooling,
         attention=text_attention,
+        token_prepending=token_prepending,
+        placeholder_token_id=placeholder_token_id,
     )
     vision_config = LoTLIPVisionConfig(backbone_config=_backbone_config(vision, "vision"), pooling=vision_pooling)
     text_weights = _load_weights(text, "text", text_config)

@@ -123,7 +123,8 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
         projection_layers (`int`, *optional*, defaults to 4): Number of blocks of the residual MLP.
         projection_expansion (`int`, *optional*, defaults to 2): Inner width of its blocks, as a factor of their width.
         token_prepending (`tuple[int, int]`, *optional*): First and last layer, counted from 0, in which a placeholder
-            starts from the last token's state of the layer before (https://arxiv.org/abs/2412.11556). For decoders.
+            starts from the last token's state of the layer before (https://arxiv.org/abs/2412.11556). For decoders. To
+            pool the states of an intermediate layer, load the decoder with fewer `num_hidden_layers`.
         placeholder_token_id (`int`, *optional*): Id of the placeholder, a token of the tokenizer's `prompt_template`
             before the text.
         attention (`str`, *optional*): `"causal"` or `"bidirectional"` attention of a decoder. Defaults to that of

@@ -272,6 +272,37 @@ def test_the_decoder_of_a_language_model(kind: str, tmp_path: Path) -> None:
             assert not [name for name in model.state_dict() if "lm_head" in name or "visual." in name]
 
 
+def test_a_new_model_with_prepending() -> None:
+    """The placeholder is a special token of the decoder's tokenizer, in the template before the text."""
+    stock = toy_qwen()
+    template, placeholder = 'This sentence: <PST> "{}" means:', stock.convert_tokens_to_ids("<PST>")
+    tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(stock, split_sentences=False, prompt_template=template)
+    decoder = spread(AutoModel.from_config(FAMILIES["llama"].stock_config(vocab_size=len(tokenizer))))
+    inputs = tokenizer(["a cat", "a cat <PST>"], padding=True, return_tensors="pt")
+    assert (inputs["input_ids"] == placeholder).sum(-1).tolist() == [1, 1]
+    plain = from_backbones(decoder, vision()).eval()
+    model = from_backbones(decoder, vision(), token_prepending=(1, 1), placeholder_token_id=placeholder).eval()
+    with torch.no_grad():
+        features, expected = model.text_model(**inputs), plain.text_model(**inputs)
+    first = int((inputs["input_ids"][0] == placeholder).nonzero())
+    same, changed = slice(0, first), slice(first, None)
+    states = features.last_hidden_state[0], expected.last_hidden_state[0]
+    torch.testing.assert_close(states[0][same], states[1][same], **EXACT)
+    assert (states[0][changed] - states[1][changed]).abs().amax(-1).min() > 1e-3
+
+
+def test_the_states_of_an_intermediate_layer(tmp_path: Path) -> None:
+    """A decoder loaded with fewer layers; its last norm is applied."""
+    whole = FAMILIES["llama"].stock_model()
+    whole.save_pretrained(tmp_path)
+    ids, mask = texts(8, 5)
+    model = from_backbones(AutoModel.from_pretrained(tmp_path, num_hidden_layers=1), vision()).eval()
+    with torch.no_grad():
+        states = whole(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
+        answer = model.text_model(ids, mask).last_hidden_state
+        torch.testing.assert_close(answer[mask.bool()], whole.norm(states)[mask.bool()], **CLOSE)
+
+
 # Tokenizers
 
 QUERY = "Instruct: find the picture\nQuery:{}"
