@@ -27,6 +27,8 @@ def from_backbones(
     *,
     text_pooling: str | None = None,
     text_attention: Literal["causal", "bidirectional"] | None = None,
+    token_prepending: tuple[int, int] | None = None,
+    placeholder_token_id: int | None = None,
     vision_pooling: str | None = None,
     projection_dim: int | None = None,
     **config_kwargs: Any,
@@ -40,9 +42,9 @@ def from_backbones(
     pooling, and its linear layers after pooling become the text projection if `projection_dim` is their width.
 
     Args:
-        text (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of a BERT, RoBERTa, XLM-RoBERTa or CLIP
-            text encoder. For a whole CLIP, its text tower is used without the projection; `lotlip convert clip`
-            converts the whole CLIP.
+        text (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of a text encoder, see
+            [`LoTLIPTextConfig`]. For a whole CLIP, its text tower is used without the projection; `lotlip convert
+            clip` converts the whole CLIP. For the folder of a whole T5, its encoder is used.
         vision (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of a ViT, DINOv2, CLIP or SigLIP image
             encoder. For a whole CLIP or SigLIP, its image tower is used.
         num_corner_tokens (`int`, *optional*, defaults to 2): Number of corner tokens.
@@ -51,6 +53,8 @@ def from_backbones(
             weights of a pooler, the default is `"cls"`, and `"pooler"` adds a new pooler.
         text_attention (`str`, *optional*): `"causal"` or `"bidirectional"` attention of a decoder. Defaults to that of
             its configuration.
+        token_prepending (`tuple[int, int]`, *optional*): Layers of token prepending, see [`LoTLIPTextConfig`].
+        placeholder_token_id (`int`, *optional*): Id of its placeholder, see [`LoTLIPTextConfig`].
         vision_pooling (`str`, *optional*): Pooling of the image tower, see [`LoTLIPVisionConfig`].
         projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image encoder,
             which then has no projection. With the width of the text encoder, the text tower has no projection and
@@ -61,7 +65,8 @@ def from_backbones(
         [`LoTLIPModel`]: The new model.
 
     Raises:
-        `ValueError`: If an encoder or its pooling is not supported, or if it lacks weights other than the pooler's.
+        `ValueError`: If an encoder or its pooling is not supported, if an encoder of a family without an adapter
+            does not obey the masks of corner tokens, or if it lacks weights other than the pooler's.
 
     Example:
 
@@ -82,6 +87,8 @@ def from_backbones(
         num_corner_tokens=num_corner_tokens,
         pooling=pooling,
         attention=text_attention,
+        token_prepending=token_prepending,
+        placeholder_token_id=placeholder_token_id,
     )
     vision_config = LoTLIPVisionConfig(backbone_config=_backbone_config(vision, "vision"), pooling=vision_pooling)
     text_weights = _load_weights(text, "text", text_config)
@@ -189,13 +196,13 @@ def _load_weights(
     return {name: tensor for name, tensor in weights.items() if name not in info["missing_keys"]}
 
 
-def _name(source: str | Path | PreTrainedModel) -> str:
-    return f"The {type(source).__name__}" if isinstance(source, PreTrainedModel) else str(source)
-
-
 def _encoder(model: PreTrainedModel, tower: str) -> PreTrainedModel:
     """The encoder in a model with a head or a projection, in a whole CLIP, or in a language model that sees images."""
     encoder: Any = getattr(model, f"{tower}_model", model)
     if encoder is model and tower == "text" and model.can_generate():
         encoder = model.base_model
     return getattr(encoder, "language_model", encoder) if tower == "text" else encoder
+
+
+def _name(source: str | Path | PreTrainedModel) -> str:
+    return f"The {type(source).__name__}" if isinstance(source, PreTrainedModel) else str(source)

@@ -2,6 +2,7 @@
 
 import json
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -15,7 +16,7 @@ from ..modeling.configuration_lotlip import LoTLIPTextConfig
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
-from ..sentence_folder import SentenceFolder, read_sentence_folder
+from ..sentence_folder import read_sentence_folder
 from .config import SCENES, TrainingConfig
 
 NUM_CORNER_TOKENS = 2
@@ -83,27 +84,29 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
 
 def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor]:
     number = NUM_CORNER_TOKENS if config.num_corner_tokens is None else config.num_corner_tokens
-    model = from_backbones(
-        config.text_model,
-        config.image_model,
-        number,
-        text_pooling=config.text_pooling,
-        text_attention=config.text_attention,
-        projection_dim=config.projection_dim,
-    ).float()
-    folder = read_sentence_folder(config.text_model)
-    tokenizer = _tokenizer(config, model.config.text_config, folder)
+    try:
+        model = from_backbones(
+            config.text_model,
+            config.image_model,
+            number,
+            text_pooling=config.text_pooling,
+            text_attention=config.text_attention,
+            projection_dim=config.projection_dim,
+        ).float()
+    except StrictDataclassError as error:  # an option that does not fit the encoder
+        raise ValueError(str(error.__cause__ or error)) from error
+    tokenizer = _tokenizer(config, model.config.text_config)
     image_processor = AutoImageProcessor.from_pretrained(config.image_model, trust_remote_code=False)
     check_image_sizes(image_processor, str(config.image_model))
     return model, LoTLIPProcessor(image_processor, tokenizer)
 
 
-def _tokenizer(
-    config: TrainingConfig, text_config: LoTLIPTextConfig, folder: SentenceFolder | None
-) -> PreTrainedTokenizerBase:
+def _tokenizer(config: TrainingConfig, text_config: LoTLIPTextConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a new model. CLIP's is used as it is."""
     tokenizer = AutoTokenizer.from_pretrained(config.text_model, trust_remote_code=False)
     has_separator, positions = tokenizer.sep_token is not None, text_config.max_position_embeddings
+    folder = read_sentence_folder(config.text_model)
+    longest = None if folder is None else folder.max_length or tokenizer.model_max_length
     if isinstance(text_config.family, CLIPTextBackbone) and config.prompt_template is not None:
         raise ValueError("`prompt_template` does not fit CLIP's tokenizer. Remove the option.")
     if not has_separator and config.cleaning is not None:
@@ -111,22 +114,20 @@ def _tokenizer(
             f"`cleaning` needs a tokenizer with a separator token, but the tokenizer of {config.text_model} has "
             "none. Remove the option."
         )
-    longest = CONTEXT_LENGTH - text_config.num_corner_tokens
-    if folder is not None:
-        longest = folder.max_length or tokenizer.model_max_length
     if isinstance(text_config.family, CLIPTextBackbone):
-        tokenizer.model_max_length = positions
+        tokenizer.model_max_length = min(longest or positions, positions)
         return tokenizer
     # Decoders may lack a padding token, and pad on the left.
     tokenizer.padding_side, tokenizer.pad_token = "right", tokenizer.pad_token or tokenizer.eos_token
-    if text_config.pooling == "last" and folder is None:
+    if text_config.pooling == "last" and folder is None:  # else, the start keeps its tokens
         append_end_token(tokenizer)
+    template = "{}" if folder is None else f"{folder.prompt}{{}}"
     return LoTLIPTokenizer.from_backbone_tokenizer(
         tokenizer,
-        model_max_length=min(longest, positions),
+        model_max_length=min(longest or CONTEXT_LENGTH - text_config.num_corner_tokens, positions),
         split_sentences=has_separator,
         cleaning=config.cleaning or "official",
-        prompt_template=config.prompt_template or ("{}" if folder is None else f"{folder.prompt}{{}}"),
+        prompt_template=config.prompt_template or template,
     )
 
 
