@@ -1,6 +1,7 @@
 """Shared by the converters: errors, settings, renaming of tensors, and loading of LoTLIP checkpoints."""
 
 import contextlib
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lotlip_hf import (
 )
 from lotlip_hf.files import one_line, parse_json, printable, read_regular
 from lotlip_hf.loading import checkpoint_name, load_strict, naming_damage
+from lotlip_hf.modeling.backbones_lotlip import CLIPTextBackbone, NaFlexBackbone, pair
 
 # Configuration class -> possible model classes. If a configuration has no class name, the first class is used.
 MODEL_CLASSES: dict[type[PreTrainedConfig], list[type[PreTrainedModel]]] = {
@@ -161,13 +163,18 @@ def load_checkpoint(folder: str | Path) -> PreTrainedModel:
     return load_strict((named or classes)[0], folder, config=config)
 
 
+def checked_length(config: LoTLIPTextConfig) -> int:
+    """Length of the longest texts with which a conversion is checked: the model's, but at most 512 tokens."""
+    return min(config.max_position_embeddings, 512)
+
+
 def random_texts(
     config: LoTLIPTextConfig, shapes: Sequence[tuple[int, int]], padding_side: str = "right"
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Random token ids and masks of each shape [texts, tokens]. All texts except the first are padded."""
     generator = torch.Generator().manual_seed(0)
     end = None
-    if config.pooling == "eos":
+    if isinstance(config.family, CLIPTextBackbone):
         # CLIP pools at [EOT]. Old configurations have the wrong id 2, and CLIP then pools at the highest id.
         end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
     padding = 0 if config.pad_token_id is None else config.pad_token_id
@@ -185,3 +192,20 @@ def random_texts(
             input_ids[positions == lengths - 1] = end
         batches.append((input_ids.where(attention_mask.bool(), padding), attention_mask))
     return batches
+
+
+def random_images(config: LoTLIPVisionConfig, batch_size: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Random inputs of an image tower: images of its size, or padded rows of patches for SigLIP 2 NaFlex."""
+    generator = torch.Generator().manual_seed(0)
+    if not isinstance(config.family, NaFlexBackbone):
+        shape = (batch_size, *config.family.image_shape(config.backbone_config))
+        return {"pixel_values": torch.randn(shape, generator=generator).to(dtype)}
+    sides = torch.arange(batch_size) % math.isqrt(config.num_patches) + 1
+    spatial_shapes = torch.stack([sides, config.num_patches // sides], dim=1)
+    width = config.num_channels * math.prod(pair(config.patch_size))
+    mask = torch.arange(config.num_patches) < spatial_shapes.prod(1, keepdim=True)
+    return {
+        "pixel_values": torch.randn(*mask.shape, width, generator=generator).to(dtype),
+        "pixel_attention_mask": mask.long(),
+        "spatial_shapes": spatial_shapes,
+    }

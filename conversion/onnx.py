@@ -39,7 +39,7 @@ from lotlip_hf.loading import fit_tokenizer, naming_damage, quiet
 from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
 
-from .common import ConversionError, check_output, load_checkpoint, local_folder, random_texts
+from .common import ConversionError, check_output, checked_length, load_checkpoint, local_folder, random_texts
 
 # Largest accepted difference from PyTorch's features, relative to a feature's norm.
 TOLERANCE = 1e-4
@@ -155,6 +155,10 @@ def convert(
     chosen = [tower for tower in configs if tower in towers]
     if not chosen:
         raise ConversionError(f"{model} is a {type(lotlip).__name__} without a {' or '.join(towers)} tower.")
+    for tower in chosen:
+        if configs[tower].family.no_onnx:
+            encoder = configs[tower].backbone_config.model_type
+            raise ConversionError(f"{encoder} cannot be exported to ONNX: {configs[tower].family.no_onnx}.")
     processors = _load_processors(model)
     for tokenizer in (getattr(processor, "tokenizer", processor) for processor in processors):
         if isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -255,7 +259,7 @@ def _export(module: _Tower, tower: str, batch: Sequence[torch.Tensor], opset: in
     if tower == "text":
         example = tuple(torch.ones(2, 3, dtype=torch.long) for _ in INPUTS[tower])
         sizes: Any = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    elif not config.family.takes_interpolation:
+    elif config.family.any_size_in_onnx:
         example = (torch.zeros(2, config.num_channels, 5 * config.patch_size, 6 * config.patch_size),)
         sizes = {axis: torch.export.Dim(name) for axis, name in ((0, "batch"), (2, "height"), (3, "width"))}
     else:
@@ -348,8 +352,8 @@ def _largest_difference(given: Sequence[torch.Tensor], expected: Sequence[torch.
 
 
 def _texts(config: LoTLIPTextConfig) -> list[tuple[torch.Tensor, ...]]:
-    """Batches of ids and masks, padded on either side. The longest exceed the number of positions."""
-    limit = config.max_position_embeddings
+    """Batches of ids and masks, padded on either side. If texts are short, the longest exceed the positions."""
+    limit = checked_length(config)
     shapes = [(1, 1), (1, 2), (3, 2), (3, min(7, limit)), (5, limit // 2), (2, limit), (2, limit + 3)]
     return [batch for side in ("right", "left") for batch in random_texts(config, shapes, side)]
 
@@ -358,7 +362,7 @@ def _images(config: Any, processors: Sequence[Any]) -> list[tuple[torch.Tensor, 
     """Batches [B, channels, height, width]: an image from the processor, and random images (of several sizes, if the
     tower accepts them)."""
     generator = torch.Generator().manual_seed(0)
-    height, width = (config.image_size, config.image_size) if isinstance(config.image_size, int) else config.image_size
+    channels, height, width = config.family.image_shape(config.backbone_config)
     batches = []
     for image_processor in (getattr(one, "image_processor", one) for one in processors):
         if "pixel_values" in image_processor.model_input_names:
@@ -366,10 +370,10 @@ def _images(config: Any, processors: Sequence[Any]) -> list[tuple[torch.Tensor, 
             batches.append((load_pixels(noise, image_processor=image_processor)["pixel_values"],))
             height, width = batches[-1][0].shape[-2:]
     sizes = [(1, height, width), (5, height, width)]
-    if not config.family.takes_interpolation:
+    if config.family.any_size_in_onnx:
         sizes.append((2, height + config.patch_size, 3 * config.patch_size))
     for batch_size, height, width in sizes:
-        batches.append((torch.randn(batch_size, config.num_channels, height, width, generator=generator),))
+        batches.append((torch.randn(batch_size, channels, height, width, generator=generator),))
     return batches
 
 

@@ -3,15 +3,21 @@ Converts a trained LoTLIP to stock classes of transformers, which need neither t
 
     lotlip convert stock --model lotlip-vit-b-16 --output stock
     lotlip convert stock --model lotlip-vit-b-16 --without-text-cleaning --output stock
+    lotlip convert stock --model lotlip-modernbert --text-only --without-text-cleaning --output sentences
 
 Text tokens do not attend to corner tokens, so an encoder without corner tokens gives the same features. A BERT loses
 the positions of corner tokens. A model with CLIP's text and image towers becomes a `CLIPModel`, any other model a
 `VisionTextDualEncoderModel`, and a single tower the stock class of its encoder. The result is for inference, because
 it cannot train corner tokens.
 
+A `VisionTextDualEncoderModel` reads `pooler_output`, so it needs poolings that the encoders' stock classes have. A
+text tower with pooling `cls`, `mean`, `weighted_mean` or `last` (`--text-only` for that of a whole model) becomes a
+folder for `SentenceTransformer`, with pooling, projection and normalisation as modules of sentence-transformers.
+
 A stock tokenizer splits sentences, but does not clean texts: call `lotlip_hf.modeling.tokenization_lotlip.clean`. If
 the LoTLIP tokenizer cleans texts, a stock tokenizer is saved only with `--without-text-cleaning`. A stock tokenizer
-encodes a text that is only a special token, such as "[SEP]", as that token.
+encodes a text that is only a special token, such as "[SEP]", as that token. It adds `prompt_template` to all texts
+except empty ones. A template that continues after the text has no stock tokenizer.
 
 Callers of the stock classes must pass the attention mask, pad on the right, pass `truncation=True` for texts, and drop
 the transparency of images with `convert("RGB")`; otherwise transparent images get a white background.
@@ -25,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import models
 from torch import nn
 from transformers import (
@@ -34,6 +41,7 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPProcessor,
+    CLIPTextModel,
     CLIPVisionModelWithProjection,
     PreTrainedConfig,
     PreTrainedModel,
@@ -59,16 +67,33 @@ from lotlip_hf import (
 from lotlip_hf.diffusion.stretch import clip_text_model
 from lotlip_hf.files import all_or_nothing
 from lotlip_hf.loading import fit_tokenizer, load_strict, naming_damage, quiet
+from lotlip_hf.modeling.backbones_lotlip import POOLINGS
 from lotlip_hf.modeling.calls_lotlip import free_of_calls
+from lotlip_hf.modeling.projection_lotlip import ResidualMLP
 from lotlip_hf.modeling.tokenization_lotlip import CLOSE, OPEN
 from lotlip_hf.options import Parser
 from lotlip_hf.terminal import run
 
-from .common import ConversionError, check_output, load_checkpoint, local_folder, random_texts
+from .common import (
+    ConversionError,
+    check_output,
+    checked_length,
+    load_checkpoint,
+    local_folder,
+    random_images,
+    random_texts,
+)
 
 # Largest accepted difference between features before and after the export, relative to a feature's norm.
 TOLERANCE = 1e-6
-POSITIONS = "embeddings.position_embeddings.weight"
+TOWERS = {"text": LoTLIPTextModelWithProjection, "vision": LoTLIPVisionModelWithProjection}
+# Pooling -> its name in sentence-transformers.
+SENTENCE_POOLINGS = {
+    "cls": "cls_token",
+    "mean": "mean_tokens",
+    "weighted_mean": "weightedmean_tokens",
+    "last": "lasttoken",
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +127,8 @@ def stock_model(model: PreTrainedModel) -> PreTrainedModel:
     Args:
         model (`PreTrainedModel`): A [`LoTLIPModel`], which becomes a `CLIPModel` (CLIP towers) or a
             `VisionTextDualEncoderModel`; or one of its towers, with or without projection, which becomes the stock
-            class of its encoder.
+            class of its encoder. If this class does not pool as a text tower does, [`convert`] also writes pooling and
+            projection as modules of sentence-transformers.
 
     Returns:
         `PreTrainedModel`: The stock model.
@@ -131,8 +157,18 @@ def stock_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _stock_dual_encoder(model: LoTLIPModel) -> PreTrainedModel:
+    if _has_modules(model.config.text_config):
+        raise _no_stock_class(
+            model.text_model,
+            f"with pooling {model.config.text_config.pooling!r} in a dual encoder",
+            "the text tower with --text-only",
+        )
+    if not model.config.vision_config.family.in_dual_encoder:
+        raise _no_stock_class(model.vision_model, "in a dual encoder", "one tower with --text-only or --vision-only")
     text_config, text_state = _text_encoder(model.text_model)
     vision_config, vision_state = _vision_encoder(model.vision_model)
+    if not hasattr(vision_config, "hidden_size"):
+        vision_config.hidden_size = model.config.vision_config.hidden_size
     state = {
         **{f"text_model.{name}": tensor for name, tensor in text_state.items()},
         **{f"vision_model.{name}": tensor for name, tensor in vision_state.items()},
@@ -158,12 +194,22 @@ def _stock_dual_encoder(model: LoTLIPModel) -> PreTrainedModel:
 
 def _stock_text_encoder(model: LoTLIPTextModel | LoTLIPTextModelWithProjection) -> PreTrainedModel:
     tower = model if isinstance(model, LoTLIPTextModel) else model.text_model
-    has_projection = isinstance(getattr(model, "text_projection", None), nn.Linear)
-    if tower.config.pooling == "eos":
+    has_projection = _linear(getattr(model, "text_projection", None), tower) is not None
+    if isinstance(tower.backbone, CLIPTextModel):
         return clip_text_model(model, with_projection=has_projection)
-    if has_projection:
+    if has_projection and not _has_modules(tower.config):
         raise _no_stock_class(tower, "with a projection", "the whole LoTLIPModel or the tower without the projection")
-    return _build(type(tower.backbone), *_text_encoder(tower), model)
+    return _build(type(tower.backbone), *_text_encoder(tower), model, **_options(tower.config))
+
+
+def _options(config: Any) -> dict[str, bool]:
+    """Arguments of the stock class of a text tower: without its pooler if pooling is a module."""
+    return config.family.pooling_layer(config.pooling) if _has_modules(config) else {}
+
+
+def _has_modules(config: Any) -> bool:
+    """Whether a text tower becomes an encoder with modules of sentence-transformers."""
+    return isinstance(config, LoTLIPTextConfig) and config.pooling not in config.family.stock_poolings
 
 
 def _stock_vision_encoder(model: LoTLIPVisionModel | LoTLIPVisionModelWithProjection) -> PreTrainedModel:
@@ -182,14 +228,17 @@ def _stock_vision_encoder(model: LoTLIPVisionModel | LoTLIPVisionModelWithProjec
 
 def _text_encoder(tower: LoTLIPTextModel) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
     """Configuration and tensors of the stock text encoder, without the positions of corner tokens."""
-    if tower.config.pooling not in ("pooler", "eos"):
-        raise _no_stock_class(tower, f"with pooling {tower.config.pooling!r}", "a model with pooling='pooler'")
     config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
-    family = tower.config.family
-    corners = tower.config.num_corner_tokens if family.corners_have_positions else 0
-    if corners:
-        table, words = state[POSITIONS], family.position_offset(config) + 1
-        state[POSITIONS] = torch.cat([table[:words], table[words + corners :]])
+    family, corners = tower.config.family, tower.config.num_corner_tokens
+    if tower.config.token_prepending is not None:
+        raise _no_stock_class(tower, "with token prepending", "a model with token_prepending=None")
+    if tower.config.attention == "bidirectional" and not getattr(config, "use_bidirectional_attention", False):
+        # Without padding, `sdpa` of stock decoders is causal, also with `config.is_causal=False`.
+        raise _no_stock_class(tower, "with attention='bidirectional'", "a model with attention='causal'")
+    table = state.get(family.position_table)
+    if table is not None and corners and family.corners_have_positions and not family.is_causal:
+        words = family.position_offset(config) + 1
+        state[family.position_table] = torch.cat([table[:words], table[words + corners :]])
         config.max_position_embeddings -= corners
     return config, state
 
@@ -197,9 +246,10 @@ def _text_encoder(tower: LoTLIPTextModel) -> tuple[PreTrainedConfig, dict[str, t
 def _vision_encoder(tower: LoTLIPVisionModel) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
     """Configuration and tensors of a stock image encoder with the tower's `pooler_output`."""
     config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
-    if tower.config.pooling == "mean":
-        instead = tower.config.family.default_pooling
-        raise _no_stock_class(tower, "with pooling 'mean'", f"a model with pooling={instead!r}")
+    if tower.config.pooling not in tower.config.family.stock_poolings:
+        family = tower.config.family
+        instead = " or ".join(repr(one) for one in family.stock_poolings if one not in family.excluded_poolings)
+        raise _no_stock_class(tower, f"with pooling {tower.config.pooling!r}", f"a model with pooling={instead}")
     if config.model_type == "vit" and tower.config.pooling == "cls":
         # The stock ViT applies a dense layer to the class token.
         config.pooler_act, config.pooler_output_size = "linear", config.hidden_size
@@ -209,9 +259,9 @@ def _vision_encoder(tower: LoTLIPVisionModel) -> tuple[PreTrainedConfig, dict[st
 
 
 def _no_stock_class(tower: LoTLIPTextModel | LoTLIPVisionModel, what: str, instead: str) -> ConversionError:
+    onnx = "" if tower.config.family.no_onnx else ", or export to ONNX with `lotlip convert onnx`"
     return ConversionError(
-        f"There is no stock class for a {type(tower.backbone).__name__} {what}. Export {instead}, or export to ONNX "
-        "with lotlip_hf.conversion.onnx."
+        f"There is no stock class for a {type(tower.backbone).__name__} {what}. Export {instead}{onnx}."
     )
 
 
@@ -219,8 +269,16 @@ def _identity(tower: LoTLIPTextModel | LoTLIPVisionModel) -> torch.Tensor:
     return torch.eye(tower.config.hidden_size, dtype=tower.dtype, device=tower.device)
 
 
+def _linear(projection: nn.Module | None, tower: LoTLIPTextModel | LoTLIPVisionModel) -> nn.Linear | None:
+    """The projection of a tower, if there is one."""
+    if isinstance(projection, ResidualMLP):
+        raise _no_stock_class(tower, "with projection='residual_mlp'", "a model with projection='linear'")
+    return projection if isinstance(projection, nn.Linear) else None
+
+
 def _projection_weight(projection: nn.Module, tower: LoTLIPTextModel | LoTLIPVisionModel) -> torch.Tensor:
-    return projection.weight.detach() if isinstance(projection, nn.Linear) else _identity(tower)
+    linear = _linear(projection, tower)
+    return _identity(tower) if linear is None else linear.weight.detach()
 
 
 def _build(
@@ -228,12 +286,13 @@ def _build(
     config: PreTrainedConfig,
     state: Mapping[str, torch.Tensor],
     model: PreTrainedModel,
+    **options: bool,
 ) -> PreTrainedModel:
     for one in (config, *(getattr(config, name) for name in config.sub_configs)):
         one.architectures, one.dtype = None, model.dtype
         vars(one).pop("auto_map", None)  # names remote code
     with init.no_init_weights():
-        stock = stock_class(config)
+        stock = stock_class(config, **options)
     stock.load_state_dict(dict(state), assign=True)
     return stock.to(model.device).train(model.training)
 
@@ -266,7 +325,9 @@ def stock_tokenizer(tokenizer: LoTLIPTokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def convert(model: str | Path, output: str | Path, without_text_cleaning: bool = False) -> StockCheckpoint:
+def convert(
+    model: str | Path, output: str | Path, without_text_cleaning: bool = False, tower: str | None = None
+) -> StockCheckpoint:
     """
     Converts a LoTLIP checkpoint to stock classes, for `AutoModel`, `AutoTokenizer` and `AutoProcessor`. The saved
     model is loaded and compared with the LoTLIP on random texts and images. The folder is created only if all checks
@@ -277,6 +338,7 @@ def convert(model: str | Path, output: str | Path, without_text_cleaning: bool =
         output (`str` or `Path`): Folder to create. It must not exist or must be empty.
         without_text_cleaning (`bool`, *optional*, defaults to `False`): Whether to save a stock tokenizer that does
             not clean texts. By default no tokenizer is saved if the checkpoint's tokenizer cleans texts.
+        tower (`str`, *optional*): Tower of a whole model to export, with its projection: `"text"` or `"vision"`.
 
     Returns:
         [`StockCheckpoint`]: Summary of the export.
@@ -287,6 +349,10 @@ def convert(model: str | Path, output: str | Path, without_text_cleaning: bool =
     target = check_output(output)
     model = local_folder(model)
     lotlip = load_checkpoint(model)
+    if tower is not None:
+        if not isinstance(lotlip, LoTLIPModel):
+            raise ConversionError(f"--{tower}-only: {model} is a {type(lotlip).__name__}. Leave the option out.")
+        lotlip = load_strict(TOWERS[tower], model)
     stock = stock_model(lotlip)
     processor, processor_summary = _stock_processors(model, lotlip, stock, without_text_cleaning)
 
@@ -296,6 +362,9 @@ def convert(model: str | Path, output: str | Path, without_text_cleaning: bool =
         if processor is not None:
             processor.save_pretrained(folder)
         _name_tokenizer_class(folder)
+        if _has_modules(lotlip.config):
+            limit = lotlip.config.max_position_embeddings
+            _write_modules(folder, lotlip, getattr(processor, "model_max_length", limit))
         checkpoint = StockCheckpoint(
             folder=Path(output),
             model_class=type(stock).__name__,
@@ -305,6 +374,33 @@ def convert(model: str | Path, output: str | Path, without_text_cleaning: bool =
             processor=processor_summary,
         )
     return checkpoint
+
+
+def _write_modules(folder: Path, lotlip: LoTLIPTextModel | LoTLIPTextModelWithProjection, max_length: int) -> None:
+    """Adds the files with which `SentenceTransformer(folder)` pools, projects and normalises."""
+    config: LoTLIPTextConfig = lotlip.config
+    settings: dict[str, Any] = {"sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False}}
+    pooling = {
+        f"pooling_mode_{name}": name == SENTENCE_POOLINGS[config.pooling] for name in SENTENCE_POOLINGS.values()
+    }
+    settings["1_Pooling/config.json"] = {"word_embedding_dimension": config.hidden_size, **pooling}
+    names = ["Transformer", "Pooling", "Normalize"]
+    projection = getattr(lotlip, "text_projection", None)
+    if isinstance(projection, nn.Linear):
+        names.insert(2, "Dense")
+        activation = "torch.nn.modules.linear.Identity"
+        sizes = {"in_features": projection.in_features, "out_features": projection.out_features, "bias": False}
+        settings["2_Dense/config.json"] = {**sizes, "activation_function": activation}
+    settings["modules.json"] = [
+        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
+        for i, name in enumerate(names)
+    ]
+    for name, content in settings.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if isinstance(projection, nn.Linear):
+        weight = projection.weight.detach().contiguous()
+        save_file({"linear.weight": weight}, folder / "2_Dense" / "model.safetensors")
 
 
 def _stock_processors(
@@ -321,7 +417,8 @@ def _stock_processors(
             missing += [] if image_processor is not None else [f"no image processor: {folder} has none"]
     for part in (tokenizer, image_processor):
         for settings in (getattr(part, "init_kwargs", {}), vars(part) if part is not None else {}):
-            settings.pop("auto_map", None)  # names remote code
+            for name in ("auto_map", "processor_class", "_processor_class"):
+                settings.pop(name, None)  # remote code, and the LoTLIP's processor
     processor = image_processor if tokenizer is None else tokenizer
     if tokenizer is not None and image_processor is not None:
         processor_class = CLIPProcessor if isinstance(stock, CLIPModel) else VisionTextDualEncoderProcessor
@@ -360,7 +457,9 @@ def _stock_tokenizer_of(
     stock = stock_tokenizer(tokenizer)
     differing = _differing_text(tokenizer, stock)
     free_of_calls(stock)
-    return (stock, "") if differing is None else (None, f"a stock tokenizer would give other ids for {differing!r}")
+    return (
+        (stock, "") if differing is None else (None, f"a stock tokenizer would give other ids for {differing[:40]!r}")
+    )
 
 
 def _differing_text(tokenizer: LoTLIPTokenizer, stock: PreTrainedTokenizerFast) -> str | None:
@@ -383,6 +482,8 @@ def _differing_text(tokenizer: LoTLIPTokenizer, stock: PreTrainedTokenizerFast) 
     texts += [f"{OPEN}0{CLOSE} a", ". ".join(parts * 100), *parts]
     if isinstance(tokenizer.backend_tokenizer.model, (models.BPE, models.Unigram)):
         texts = [text for text in texts if OPEN not in text]  # see `stock_tokenizer`
+    if tokenizer.prompt_template != "{}":
+        texts = [text for text in texts if text.strip(". ")]  # in a stock tokenizer, others get no template
     for text in texts:
         for truncation in (True, False):
             ids = [one(text, truncation=truncation, verbose=False)["input_ids"] for one in (tokenizer, stock)]
@@ -403,13 +504,14 @@ def _name_tokenizer_class(folder: Path) -> None:
 
 def _check_features(folder: Path, lotlip: PreTrainedModel, stock_class: type[PreTrainedModel]) -> float:
     """Largest difference of features after saving and loading, as in [`StockCheckpoint`]."""
-    stock: Any = load_strict(stock_class, folder)
+    stock: Any = load_strict(stock_class, folder, **_options(lotlip.config))
     if stock.dtype != lotlip.dtype:
         raise ConversionError(f"The stock model has another dtype after saving and loading: {stock.dtype}.")
     # Rounding in half precision depends on the order of operations, so compare in single precision.
     dtype = torch.float64 if lotlip.dtype == torch.float64 else torch.float32
     with torch.no_grad():
-        expected, given = _features(lotlip.to(dtype).eval()), _features(stock.to(dtype).eval(), lotlip.config)
+        expected = _features(lotlip.to(dtype).eval())
+        given = _features(stock.to(dtype).eval(), lotlip.config, folder)
     differences = {}
     for name, one in expected.items():
         if name == "logits_per_image":  # divide by the factor, so that cosine similarities are compared
@@ -427,8 +529,10 @@ def _check_features(folder: Path, lotlip: PreTrainedModel, stock_class: type[Pre
     return differences[worst]
 
 
-def _features(model: PreTrainedModel, config: PreTrainedConfig | None = None) -> dict[str, torch.Tensor]:
-    """Outputs [N, width] of a LoTLIP model or its stock counterpart for random texts and images, by name."""
+def _features(
+    model: PreTrainedModel, config: PreTrainedConfig | None = None, folder: Path | None = None
+) -> dict[str, torch.Tensor]:
+    """Outputs [N, width] of a LoTLIP model, or of its stock counterpart in `folder`, for random texts and images."""
     config = config or model.config
     features = {}
     text_config = getattr(config, "text_config", config if isinstance(config, LoTLIPTextConfig) else None)
@@ -436,39 +540,41 @@ def _features(model: PreTrainedModel, config: PreTrainedConfig | None = None) ->
     is_dual = isinstance(config, LoTLIPConfig)
     text_batches: list[dict[str, torch.Tensor]] = []
     if text_config is not None:
-        limit = text_config.max_position_embeddings
+        limit = checked_length(text_config)
         padded, whole = random_texts(text_config, [(4, limit), (1, min(7, limit))])
         text_batches = [dict(zip(("input_ids", "attention_mask"), padded, strict=True)), {"input_ids": whole[0]}]
-    pixel_values = None if vision_config is None else _random_images(vision_config, model)
+    images = {} if vision_config is None else random_images(vision_config, 2, model.dtype)
     for name, batch in zip(("texts", "texts without padding"), text_batches, strict=False):
         if is_dual:
             features[name] = model.get_text_features(**batch).pooler_output
         else:
             outputs = model(**batch)
-            features[name] = _pooled(outputs, "text_embeds")
             seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            if folder is not None and _has_modules(config):
+                features[name] = _pool_by_modules(outputs.last_hidden_state, seen, config, folder)
+            else:
+                features[name] = _pooled(outputs, "text_embeds")
             features[f"hidden states of {name}"] = outputs.last_hidden_state[seen]
     if is_dual:
-        features["images"] = model.get_image_features(pixel_values=pixel_values).pooler_output
+        features["images"] = model.get_image_features(**images).pooler_output
         short = {name: tensor[:2, :7] for name, tensor in text_batches[0].items()}
-        features["logits_per_image"] = model(**short, pixel_values=pixel_values).logits_per_image
-    elif pixel_values is not None:
-        outputs = model(pixel_values=pixel_values)
+        features["logits_per_image"] = model(**short, **images).logits_per_image
+    elif images:
+        outputs = model(**images)
         features["images"] = _pooled(outputs, "image_embeds")
-        features["hidden states of images"] = outputs.last_hidden_state.flatten(0, 1)
+        features["hidden states of images"] = outputs.last_hidden_state.flatten(1)
     return features
+
+
+def _pool_by_modules(states: torch.Tensor, seen: torch.Tensor, config: Any, folder: Path) -> torch.Tensor:
+    """States [N, L, hidden_size] and a mask [N, L] -> features [N, width], as the modules in `folder` compute them."""
+    pooled = POOLINGS[config.pooling](states, seen, config.family.pooled_index(config.backbone_config, seen, None))
+    dense = folder / "2_Dense" / "model.safetensors"
+    return pooled @ load_file(dense)["linear.weight"].to(pooled.dtype).t() if dense.is_file() else pooled
 
 
 def _pooled(outputs: Any, name: str) -> torch.Tensor:
     return outputs[name] if name in outputs else outputs.pooler_output
-
-
-def _random_images(config: LoTLIPVisionConfig, model: PreTrainedModel) -> torch.Tensor:
-    """Random images [2, channels, height, width]."""
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, config.num_channels, height, width, generator=generator).to(model.dtype)
 
 
 DESCRIPTION = """\
@@ -496,12 +602,21 @@ def parser(prog: str = "lotlip convert stock") -> Parser:
         action="store_true",
         help="Leave out the cleaning of texts that a stock tokenizer cannot express; clean texts yourself",
     )
+    only = group.add_mutually_exclusive_group()
+    for tower, name in (("text", "text"), ("vision", "image")):
+        only.add_argument(
+            f"--{tower}-only",
+            dest="tower",
+            action="store_const",
+            const=tower,
+            help=f"Convert only the {name} tower, with its projection",
+        )
     return flags
 
 
 def _main(argv: Sequence[str] | None) -> None:
     arguments = parser().parse_args(argv)
-    written = convert(arguments.model, arguments.output, arguments.without_text_cleaning)
+    written = convert(arguments.model, arguments.output, arguments.without_text_cleaning, arguments.tower)
     dtype = str(written.dtype).removeprefix("torch.")
     print(
         f"Wrote {written.folder}\n"

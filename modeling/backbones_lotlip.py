@@ -3,6 +3,8 @@ Adapters of the families of backbones: all code that depends on a `model_type`. 
 `TEXT_BACKBONES["model_type"] = MyBackbone()`. To add a pooling, write a function and an entry of `POOLINGS`.
 """
 
+import copy
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -11,7 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, CLIPTextModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    CLIPTextModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_bidirectional_sliding_window_mask,
@@ -20,6 +30,10 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import is_timm_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -63,13 +77,20 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = 
 class _Backbone:
     """Base class of text and image families. In all methods, `config` is the configuration of the backbone."""
 
+    auto_class: Any = AutoModel  # builds and loads the backbone
     default_pooling: str
     excluded_poolings: tuple[str, ...] = ()  # names in `POOLINGS` that the family does not support
     has_optional_pooler = False  # whether `pooling="pooler"` adds a layer; without it, the layer would stay untrained
     pooled_layer: type[PooledLayer] | None = None  # extends the last layer to compute pooled tokens only
+    stock_poolings: tuple[str, ...] = ()  # poolings whose states are the `pooler_output` of the stock class
+    no_onnx = ""  # reason why the family cannot be exported to ONNX
 
     def __init__(self, **settings: Any) -> None:
         vars(self).update(settings)
+
+    def choose_pooling(self, config: PreTrainedConfig) -> str:
+        """Default pooling."""
+        return self.default_pooling
 
     def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
         taken = [name for name in POOLINGS if name not in self.excluded_poolings]
@@ -83,7 +104,7 @@ class _Backbone:
         return {"add_pooling_layer": pooling == "pooler"} if self.has_optional_pooler else {}
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
-        backbone = AutoModel.from_config(config, trust_remote_code=False, **self.pooling_layer(pooling))
+        backbone = self.auto_class.from_config(config, trust_remote_code=False, **self.pooling_layer(pooling))
         last_layer = self.last_layer(backbone)
         if self.pooled_layer is not None and last_layer is not None:
             extend(backbone, last_layer, self.pooled_layer)
@@ -103,20 +124,29 @@ class TextBackbone(_Backbone):
     default_pooling = "mean"
     excluded_poolings = ("pooler", "eos", "last", "weighted_mean")
     is_causal = False
-    takes_rows = False  # whether `row_index` reaches the attention functions, so that texts can share a row
+    takes_rows = False  # whether a `row` reaches the attention functions, so that texts can share a row
     takes_positions = True  # whether the encoder accepts `position_ids`
     has_segments = False  # whether the encoder accepts `token_type_ids`
     corners_have_positions = True  # otherwise they have the position of the first token, and words keep their own
     corners_first = False  # whether corner tokens precede the text in memory, for relative positions
     layer_masks = False  # whether the encoder accepts a dictionary of masks by type of layer
     starts_after_padding = False  # whether the first position is `pad_token_id + 1`
+    checkpointed_layers = ""  # name of the layers that need an extension for gradient checkpointing
+    position_table = "embeddings.position_embeddings.weight"  # name of the learned positions, if the encoder has them
+
+    def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        backbone = super().build(config, pooling)
+        if self.checkpointed_layers:
+            for layer in backbone.get_submodule(self.checkpointed_layers).children():
+                extend(backbone, layer, CheckpointedLayer)
+        return backbone
 
     def position_offset(self, config: PreTrainedConfig) -> int:
         return config.pad_token_id + 1 if self.starts_after_padding else 0
 
     def max_length(self, config: PreTrainedConfig, num_corner_tokens: int) -> int:
-        taken = num_corner_tokens if self.corners_have_positions else 0
-        return config.max_position_embeddings - self.position_offset(config) - taken
+        taken = num_corner_tokens if self.corners_have_positions or not self.takes_positions else 0
+        return getattr(config, "max_position_embeddings", UNLIMITED) - self.position_offset(config) - taken
 
     def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
         """Default mask [N, L], 1 for text, or `None` if all tokens are text."""
@@ -155,6 +185,12 @@ class TextBackbone(_Backbone):
         """More arguments of the backbone's `forward`."""
         return {}
 
+    def window(self, config: PreTrainedConfig) -> int | None:
+        """Width of the sliding windows of some layers, or `None`."""
+        layer_types = getattr(config, "layer_types", None) or ("sliding_attention",)
+        has_windows = self.layer_masks and "sliding_attention" in layer_types
+        return getattr(config, "sliding_window", None) if has_windows else None
+
     def create_masks(
         self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
     ) -> Any:
@@ -164,12 +200,12 @@ class TextBackbone(_Backbone):
         create, slide = create_bidirectional_mask, create_bidirectional_sliding_window_mask
         if self.is_causal:  # with `config.is_causal=False`, these functions are bidirectional, too
             create, slide = create_causal_mask, create_sliding_window_causal_mask
-        if not self.layer_masks:
-            return create(**options)
-        masks = {"full_attention": create(**options)}
-        if "sliding_attention" in config.layer_types:
-            masks["sliding_attention"] = slide(**options, or_mask_function=is_corner)
-        return masks
+        sliding = {**options, "or_mask_function": is_corner}
+        layer_types = getattr(config, "layer_types", None) or ()
+        if self.layer_masks and "sliding_attention" in layer_types:
+            return {"full_attention": create(**options), "sliding_attention": slide(**sliding)}
+        is_sliding = self.layer_masks and not layer_types and getattr(config, "sliding_window", None)
+        return slide(**sliding) if is_sliding else create(**options)
 
 
 class BertBackbone(TextBackbone):
@@ -178,7 +214,39 @@ class BertBackbone(TextBackbone):
     default_pooling = "pooler"
     excluded_poolings = ("eos", "last", "weighted_mean")
     has_optional_pooler = has_segments = takes_rows = True
+    stock_poolings = ("pooler",)
     pooled_layer = PooledLayer
+
+
+class ModernBertBackbone(TextBackbone):
+    """ModernBERT. The default pooling is that of its classifiers."""
+
+    default_pooling = "cls"
+    corners_have_positions = False
+    layer_masks = takes_rows = True
+
+    def choose_pooling(self, config: PreTrainedConfig) -> str:
+        return config.classifier_pooling
+
+
+class DebertaBackbone(TextBackbone):
+    """DeBERTa. Relative positions are those in memory. Its attention needs a boolean mask."""
+
+    default_pooling = "cls"
+    has_segments = corners_first = True
+    corners_have_positions = False
+
+    def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        if getattr(config, "conv_kernel_size", 0):
+            raise ValueError("`conv_kernel_size` must be 0: a convolution would mix words and corner tokens.")
+        backbone = super().build(config, pooling)
+        extend(backbone, backbone.embeddings, UnmaskedEmbeddings)
+        return backbone
+
+    def create_masks(
+        self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
+    ) -> Tensor:
+        return super().create_masks(config, inputs_embeds, rule, is_corner) == 0
 
 
 class CLIPTextBackbone(TextBackbone):
@@ -186,6 +254,7 @@ class CLIPTextBackbone(TextBackbone):
 
     default_pooling = "eos"
     excluded_poolings = ("pooler", "cls", "mean", "last", "weighted_mean")
+    stock_poolings = ("eos",)
     is_causal = takes_rows = True
     corners_have_positions = False
 
@@ -235,11 +304,45 @@ class DecoderBackbone(TextBackbone):
 
     default_pooling = "last"
     excluded_poolings = ("pooler", "cls", "eos")
-    is_causal = True
+    is_causal = takes_rows = True
+
+    def set_attention(self, config: PreTrainedConfig, attention: str) -> None:
+        """Makes transformers' functions for causal masks bidirectional, if `attention` is."""
+        if (attention == "causal") != getattr(config, "is_causal", True):
+            config.is_causal = attention == "causal"
+
+    def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        if config.pad_token_id in ends or (config.pad_token_id is None and len(input_ids) > 1):
+            raise ValueError(
+                "Pass `attention_mask`: `pad_token_id` is None or an end token, which texts contain, too."
+            )
+        return super().text_mask(config, input_ids)
 
     def options(self, config: PreTrainedConfig) -> dict[str, Any]:
         # Without a mask, `sdpa` would use the default of the attention module.
-        return {"use_cache": False} if is_causal(config) else {"use_cache": False, "is_causal": False}
+        return {"use_cache": False} if getattr(config, "is_causal", True) else {"use_cache": False, "is_causal": False}
+
+
+class Gemma3Backbone(DecoderBackbone):
+    """Gemma 3. With `use_bidirectional_attention`, as in EmbeddingGemma, sliding windows have exclusive bounds."""
+
+    layer_masks = True
+
+    def choose_pooling(self, config: PreTrainedConfig) -> str:
+        return "mean" if config.use_bidirectional_attention else "last"
+
+    def set_attention(self, config: PreTrainedConfig, attention: str) -> None:
+        if not config.use_bidirectional_attention:
+            super().set_attention(config, attention)
+
+    def create_masks(
+        self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
+    ) -> Any:
+        if config.use_bidirectional_attention:
+            config = copy.copy(config)
+            config.is_causal, config.sliding_window = False, config.sliding_window - 1
+        return super().create_masks(config, inputs_embeds, rule, is_corner)
 
 
 NOT_OF_IMAGES = ("eos", "last", "weighted_mean")
@@ -286,9 +389,12 @@ class VisionBackbone(_Backbone):
 
     default_pooling = "cls"
     excluded_poolings = NOT_OF_IMAGES
+    stock_poolings = ("cls", "pooler")
+    in_dual_encoder = True  # whether `VisionTextDualEncoderModel` passes all inputs
     has_class_token = True
     pooler_modules: tuple[str, ...] = ()  # modules that only `pooling="pooler"` uses
     takes_interpolation = True  # whether other image sizes need `interpolate_pos_encoding`
+    any_size_in_onnx = False  # whether an exported graph accepts all image sizes
     passing_embeddings: type[Extension] | None = PassingEmbeddings  # without it, `kept_patches` is refused
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
@@ -300,6 +406,10 @@ class VisionBackbone(_Backbone):
     def layers(self, backbone: PreTrainedModel) -> list[nn.Module]:
         """The layers, from the first to the last."""
         return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def image_shape(self, config: PreTrainedConfig) -> tuple[int, int, int]:
+        """Channels, height and width of the images for which the encoder is built."""
+        return (config.num_channels, *pair(config.image_size))
 
     def num_patches(self, config: PreTrainedConfig) -> int:
         sides = zip(pair(config.image_size), pair(config.patch_size), strict=True)
@@ -353,6 +463,7 @@ class DINOv3Backbone(VisionBackbone):
     """DINOv3's ViT. Its rotary positions are computed from the images."""
 
     takes_interpolation = False
+    any_size_in_onnx = True
 
     def keep(self, backbone: PreTrainedModel, inputs: dict[str, Any], kept_patches: Tensor) -> dict[str, Any]:
         states = super().keep(backbone, inputs, kept_patches)["pixel_values"]
@@ -379,6 +490,8 @@ class NaFlexBackbone(VisionBackbone):
     has_class_token = False
     pooler_modules = ("head",)
     passing_embeddings = PassingNaFlexEmbeddings
+    in_dual_encoder = False
+    no_onnx = "its positions are interpolated for each image"
 
     def num_patches(self, config: PreTrainedConfig) -> int:
         return config.num_patches
@@ -446,6 +559,7 @@ class TimmBackbone(VisionBackbone):
 
     default_pooling = "pooler"
     pooler_modules = ("timm_model.attn_pool", "timm_model.fc_norm")
+    stock_poolings = ("pooler",)
     takes_interpolation = False
     passing_embeddings = None
 
@@ -460,6 +574,11 @@ class TimmBackbone(VisionBackbone):
 
     def hidden_size(self, config: PreTrainedConfig) -> int:
         return timm_model(config).head_hidden_size
+
+    def image_shape(self, config: PreTrainedConfig) -> tuple[int, int, int]:
+        model = timm_model(config)
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.pretrained_cfg["input_size"][1:]
+        return (getattr(model, "in_chans", 3), *pair(size))
 
     def num_patches(self, config: PreTrainedConfig) -> int:
         return timm_model(config).patch_embed.num_patches
@@ -490,15 +609,107 @@ class TimmBackbone(VisionBackbone):
         return {**inputs, "do_pooling": True}
 
 
+UNLIMITED = 1 << 20  # maximum length of encoders without one
+# Settings of rotary encoders with BERT's embeddings, of RoBERTas that normalise before each part of a layer, and of
+# encoders with relative positions in memory only.
+ROTARY_BERT: dict[str, Any] = {
+    "corners_have_positions": False,
+    "has_segments": True,
+    "has_optional_pooler": True,
+    "takes_rows": True,
+}
+ROBERTA_WITH_NORM_FIRST: dict[str, Any] = {
+    "starts_after_padding": True,
+    "has_segments": True,
+    "has_optional_pooler": True,
+    "takes_rows": True,
+}
+T5_ENCODER: dict[str, Any] = {
+    "auto_class": AutoModelForTextEncoding,
+    "takes_positions": False,
+    "corners_have_positions": False,
+    "corners_first": True,
+}
+DECODERS = (
+    *("llama", "qwen2", "qwen3", "qwen3_vl_text", "mistral", "ministral", "gemma", "phi", "phi3"),
+    *("granite", "smollm3", "olmo2", "helium", "glm", "exaone4", "starcoder2"),
+)
 TEXT_BACKBONES: dict[str, TextBackbone] = {
     "bert": BertBackbone(),
     "roberta": BertBackbone(starts_after_padding=True),
     "xlm-roberta": BertBackbone(starts_after_padding=True),
+    "camembert": BertBackbone(starts_after_padding=True),
+    "data2vec-text": BertBackbone(starts_after_padding=True),
+    "roberta-prelayernorm": TextBackbone(**ROBERTA_WITH_NORM_FIRST),
+    "xlm-roberta-xl": TextBackbone(**ROBERTA_WITH_NORM_FIRST),
+    "distilbert": TextBackbone(takes_rows=True),
+    "mpnet": TextBackbone(
+        starts_after_padding=True, has_optional_pooler=True, corners_first=True, checkpointed_layers="encoder.layer"
+    ),
+    "electra": TextBackbone(default_pooling="cls", has_segments=True, takes_rows=True),
+    "albert": TextBackbone(
+        has_segments=True,
+        has_optional_pooler=True,
+        takes_rows=True,
+        checkpointed_layers="encoder.albert_layer_groups",
+    ),
+    "modernbert": ModernBertBackbone(),
+    "eurobert": TextBackbone(corners_have_positions=False, takes_rows=True),
+    "nomic_bert": TextBackbone(**ROTARY_BERT),
+    "gte": TextBackbone(**ROTARY_BERT, default_pooling="cls"),
+    "jina_embeddings_v3": TextBackbone(**ROTARY_BERT),
+    "deberta": DebertaBackbone(),
+    "deberta-v2": DebertaBackbone(),
+    "t5": TextBackbone(**T5_ENCODER),
+    "mt5": TextBackbone(**T5_ENCODER),
+    "umt5": TextBackbone(**T5_ENCODER),
     "clip_text_model": CLIPTextBackbone(),
-    "modernbert": TextBackbone(default_pooling="cls", corners_have_positions=False, layer_masks=True),
-    "llama": DecoderBackbone(),
-    "qwen3": DecoderBackbone(layer_masks=True),
+    **dict.fromkeys(DECODERS, DecoderBackbone(layer_masks=True)),
+    "gemma2": DecoderBackbone(layer_masks=True, takes_rows=False),  # sdpa lacks its cap of attention scores
+    "gemma3_text": Gemma3Backbone(),
 }
+REFUSED = {
+    "big_bird": "its block-sparse attention accepts no mask of pairs of tokens",
+    "canine": "it has no embeddings of tokens",
+    "funnel": "it merges tokens between layers",
+    "xlnet": "it masks pairs of tokens by permutations",
+}
+
+
+def text_family(config: PreTrainedConfig) -> TextBackbone:
+    """The adapter of a text encoder, from `TEXT_BACKBONES` or from the signature of its class in transformers."""
+    return TEXT_BACKBONES.get(config.model_type) or _adapter(type(config))
+
+
+@cache
+def _adapter(config_class: type[PreTrainedConfig]) -> TextBackbone:
+    model_type, stock = config_class.model_type, MODEL_MAPPING.get(config_class, None)
+    stock = stock[0] if isinstance(stock, tuple) else stock
+    taken = inspect.signature(stock.forward).parameters if stock is not None else {}
+    reason = REFUSED.get(model_type)
+    if stock is None or not stock.__module__.startswith("transformers."):
+        reason = "transformers has no encoder of this type"
+    elif "decoder_input_ids" in taken:
+        reason = "it is an encoder with a decoder"
+    elif "pixel_values" in taken:
+        reason = f"{stock.__name__} encodes images"
+    elif missing := [name for name in ("inputs_embeds", "attention_mask") if name not in taken]:
+        reason = f"{stock.__name__} takes no `{missing[0]}`"
+    if reason is not None:
+        supported = ", ".join(TEXT_BACKBONES)
+        raise ValueError(f"Text encoders of model_type {model_type!r} are not supported: {reason}. Use {supported}.")
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return DecoderBackbone(layer_masks=True, takes_rows=False)
+    return TextBackbone(
+        takes_positions="position_ids" in taken,
+        has_segments="token_type_ids" in taken,
+        has_optional_pooler="add_pooling_layer" in inspect.signature(stock.__init__).parameters,
+        corners_have_positions=False,  # right for learned and for rotary positions
+        corners_first="position_ids" not in taken,  # positions are then those in memory
+        layer_masks=True,
+    )
+
+
 # CLIP's pooler normalises the class token. SigLIP has no class token; its pooler attends to the patches.
 OWN_POOLER: dict[str, Any] = {
     "default_pooling": "pooler",
@@ -506,7 +717,7 @@ OWN_POOLER: dict[str, Any] = {
 }
 VISION_BACKBONES: dict[str, VisionBackbone] = {
     "vit": VisionBackbone(has_optional_pooler=True, pooled_layer=PooledViTLayer),
-    "dinov2": VisionBackbone(takes_interpolation=False),
+    "dinov2": VisionBackbone(takes_interpolation=False, any_size_in_onnx=True),
     "dinov2_with_registers": VisionBackbone(takes_interpolation=False),
     "dinov3_vit": DINOv3Backbone(),
     "siglip_vision_model": VisionBackbone(**OWN_POOLER, has_class_token=False, pooler_modules=("head",)),
@@ -547,6 +758,13 @@ def _timm_model(architecture: str, model_args: str) -> Any:
     config = AutoConfig.for_model("timm_wrapper", architecture=architecture, model_args=settings)
     with torch.device("meta"):
         return AutoModel.from_config(config, trust_remote_code=False).timm_model
+
+
+class UnmaskedEmbeddings(Extension):
+    """Embeddings of DeBERTa, which multiplies them by a mask of tokens, but not by one of pairs of tokens."""
+
+    def forward(self, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return super().forward(*args, mask=None if mask is None or mask.dim() == 4 else mask, **kwargs)
 
 
 def is_eager_on_cpu(tensor: Tensor) -> bool:

@@ -6,9 +6,9 @@ import math
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .backbones_lotlip import TEXT_BACKBONES, VISION_BACKBONES, DecoderBackbone, is_causal
+from .backbones_lotlip import TEXT_BACKBONES, VISION_BACKBONES, DecoderBackbone, is_causal, text_family
 
 # Version of the files that these classes write. Increase the version if older code would misread newer files.
 FORMAT_VERSION = 1
@@ -44,6 +44,7 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
     sub_configs: ClassVar[dict[str, type]] = {"backbone_config": AutoConfig}
     default_backbone: ClassVar[dict[str, Any]] = {}
     families: ClassVar[dict[str, Any]] = {}
+    takes_others: ClassVar[bool] = False  # whether an adapter can be made for other families
 
     backbone_config: PreTrainedConfig | dict | None = None
     pooling: str | None = None
@@ -55,7 +56,7 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
         if isinstance(backbone, dict):
             backbone = {"model_type": self.default_backbone["model_type"], **backbone}
         model_type = backbone["model_type"] if isinstance(backbone, dict) else backbone.model_type
-        if str(model_type) not in self.families:
+        if str(model_type) not in self.families and not (self.takes_others and str(model_type) in CONFIG_MAPPING):
             supported = ", ".join(self.families)
             raise ValueError(f"`backbone_config`: model_type {model_type!r} is not supported. Use one of {supported}.")
         # Copy, because the config may belong to a live model whose attention implementation would be reset.
@@ -64,7 +65,7 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
             setattr(backbone, name, kwargs.pop(name))
         self.backbone_config = backbone
         if self.pooling is None:
-            self.pooling = self.family.default_pooling
+            self.pooling = self.family.choose_pooling(self.backbone_config)
         super().__post_init__(**kwargs)
 
     def validate_pooling(self) -> None:
@@ -106,18 +107,26 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     Configuration of a LoTLIP text tower: a text encoder with learnable corner tokens.
 
     Args:
-        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the text encoder: BERT, RoBERTa,
-            XLM-RoBERTa or CLIP's text tower. Defaults to BERT-base. Its fields are also arguments of this class.
-        num_corner_tokens (`int`, *optional*, defaults to 2): Number m of corner tokens. In a CLIP, corner tokens have
-            no positions. In other backbones, they use m positions.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the text encoder: an encoder such
+            as BERT, ModernBERT or T5, a decoder such as Qwen3, CLIP's text tower, or another class of transformers
+            that accepts `inputs_embeds` and a mask. Defaults to BERT-base. Its fields are also arguments of this
+            class.
+        num_corner_tokens (`int`, *optional*, defaults to 2): Number m of corner tokens. They use m positions in
+            decoders and in encoders with learned positions, and none in the others.
         pooling (`str`, *optional*): `"pooler"`: a layer of the backbone on the state of [CLS], as in the released
             models; `"cls"`: the state of [CLS]; `"mean"`: the mean over the text; `"eos"`: the state of CLIP's [EOT].
-            Defaults to `"pooler"` for BERT and RoBERTa and to `"eos"` for CLIP.
+            `"last"`: the state of a decoder's last token; `"weighted_mean"`: a decoder's mean with the weights
+            1, 2, ... Defaults to that of the family, such as `"pooler"` for BERT and RoBERTa.
         projection_dim (`int`, *optional*, defaults to 768): Width of the projection. `None` adds no linear projection.
         projection (`str`, *optional*, defaults to `"linear"`): `"linear"`, or `"residual_mlp"`: LLM2CLIP's residual
             MLP on the normalised pooled state, for frozen text towers.
         projection_layers (`int`, *optional*, defaults to 4): Number of blocks of the residual MLP.
         projection_expansion (`int`, *optional*, defaults to 2): Inner width of its blocks, as a factor of their width.
+        token_prepending (`tuple[int, int]`, *optional*): First and last layer, counted from 0, in which a placeholder
+            starts from the last token's state of the layer before (https://arxiv.org/abs/2412.11556). For decoders. To
+            pool the states of an intermediate layer, load the decoder with fewer `num_hidden_layers`.
+        placeholder_token_id (`int`, *optional*): Id of the placeholder, a token of the tokenizer's `prompt_template`
+            before the text.
         attention (`str`, *optional*): `"causal"` or `"bidirectional"` attention of a decoder. Defaults to that of
             `backbone_config`.
 
@@ -133,6 +142,7 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     base_config_key = "text_config"
     default_backbone = {"model_type": "bert"}
     families = TEXT_BACKBONES
+    takes_others = True
 
     backbone_config: PreTrainedConfig | dict | None = None
     num_corner_tokens: int = 2
@@ -142,22 +152,41 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     projection_layers: int = 4
     projection_expansion: int = 2
     attention: Literal["causal", "bidirectional"] | None = None
+    token_prepending: tuple[int, int] | list[int] | None = None
+    placeholder_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.token_prepending is not None:
+            self.token_prepending = tuple(self.token_prepending)
         super().__post_init__(**kwargs)
         if not isinstance(self.family, DecoderBackbone):
             return
-        if self.attention is not None:
-            self.backbone_config.is_causal = self.attention == "causal"
-        self.attention = "causal" if is_causal(self.backbone_config) else "bidirectional"
+        if self.attention is None:
+            self.attention = "causal" if is_causal(self.backbone_config) else "bidirectional"
+        self.family.set_attention(self.backbone_config, self.attention)
 
     def validate_attention(self) -> None:
         if self.attention is not None and not isinstance(self.family, DecoderBackbone):
             raise ValueError(f"`attention` must be None for {self.backbone_config.model_type}, which is no decoder.")
+        if self.attention == "causal" and not is_causal(self.backbone_config):
+            raise ValueError("`attention='causal'` contradicts `use_bidirectional_attention` of the backbone.")
+
+    def validate_token_prepending(self) -> None:
+        if self.token_prepending is None:
+            return
+        if not isinstance(self.family, DecoderBackbone) or self.placeholder_token_id is None:
+            raise ValueError("`token_prepending` needs a decoder and `placeholder_token_id`.")
+        if self.token_prepending[0] < 1:
+            raise ValueError(f"`token_prepending`={self.token_prepending}: use the first, from 1, and the last layer.")
 
     def validate_corner_tokens(self) -> None:
         if self.num_corner_tokens < 0 or self.max_position_embeddings < 2:
             raise ValueError(f"`num_corner_tokens`={self.num_corner_tokens}: use 0 or more, and leave room for text.")
+
+    @property
+    def family(self) -> Any:
+        """Adapter of the text encoder's family, see `backbones_lotlip`."""
+        return text_family(self.backbone_config)
 
     @property
     def max_position_embeddings(self) -> int:

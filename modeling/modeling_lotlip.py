@@ -20,6 +20,7 @@ from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionCo
 from .fast_paths_lotlip import PooledLayer, fast_options, run_texts
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
 from .masking_lotlip import create_corner_mask
+from .prepending_lotlip import prepend_in, prepending_sources
 from .projection_lotlip import ResidualMLP
 
 # Shapes: B is the batch size, I the number of images, T the number of texts per image (ids may lack this dimension),
@@ -133,8 +134,10 @@ class LoTLIPTextModel(_LoTLIPTower):
     """
     LoTLIP's text tower without projection: a stock text encoder and m learnable corner tokens.
 
-    Corner tokens have the positions between [CLS] and the words, and follow the text in memory. Text tokens do not
-    attend to corner tokens, which are computed only if needed. CLIP gives corner tokens no positions and pools [EOT].
+    Text tokens do not attend to corner tokens, which are computed only if needed. Where corner tokens are depends on
+    the encoder. With learned positions, they have those between the first token and the words. With rotary positions,
+    they have that of the first token. In decoders, they have those that follow the text. With relative positions, they
+    precede the text in memory, where they follow it otherwise. In CLIP, they have no positions.
 
     ```python
     >>> from lotlip_hf import LoTLIPTextModel, LoTLIPTokenizer
@@ -151,9 +154,12 @@ class LoTLIPTextModel(_LoTLIPTower):
     def __init__(self, config: LoTLIPTextConfig) -> None:
         super().__init__(config)
         self.backbone = config.family.build(config.backbone_config, config.pooling)
+        if config.token_prepending is not None:
+            prepend_in(self.backbone, *config.token_prepending)
         self.corner_embeds = None
         if config.num_corner_tokens:
-            self.corner_embeds = nn.Parameter(torch.empty(config.num_corner_tokens, config.hidden_size))
+            size = self.backbone.get_input_embeddings().embedding_dim  # ALBERT's is not the hidden size
+            self.corner_embeds = nn.Parameter(torch.empty(config.num_corner_tokens, size))
         self.post_init()
 
     @can_return_tuple
@@ -211,10 +217,16 @@ class LoTLIPTextModel(_LoTLIPTower):
 
         options = {**self._options(kwargs), **family.options(config)}
         pooled_only = pooled_only and self._can_pool_only(options)
-        options |= fast_options(config, is_text, len(corners), pooled_index if pooled_only else None)
-        mask, row_index = attention_mask, options.get("row_index")
-        if len(corners) or row_index is not None:
-            mask = create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row_index)
+        options |= fast_options(family, config, is_text, len(corners), pooled_index if pooled_only else None)
+        if self.config.token_prepending is not None:
+            if input_ids is None:
+                raise ValueError("`token_prepending` needs `input_ids` to find the placeholder.")
+            options.pop("row", None)
+            is_placeholder = input_ids == self.config.placeholder_token_id
+            options["sources"] = prepending_sources(is_placeholder, pooled_index, shape[-1] + len(corners))
+        mask, row = attention_mask, options.get("row")
+        if len(corners) or row is not None:
+            mask = create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row)
         outputs = run_texts(self.backbone, inputs, mask, **options)
         if family.corners_first and len(corners):
             _move_corners_behind(outputs, len(corners))

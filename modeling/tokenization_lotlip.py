@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import ftfy
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
@@ -59,6 +59,7 @@ GUARD = {"type": "Replace", "pattern": {"String": OPEN}, "content": " ".join(OPE
 # The tokenizers library and JavaScript read these regular expressions alike.
 SIGN = r"[!-/:-@\[-`{-~\p{P}]"  # punctuation for BERT
 WHOLE = r"(?<![\s\S]){}(?![\s\S])"
+END_OF_TEXT = rf"(?<!{CLOSE})(?![\s\S])"  # but not of a name of a special token
 END_OF_LINE = r"(?<=[^.!?…。．｡।॥۔\s])[^\S\n]*\n\s*(?=\S)"
 END_OF_QUESTION = r"(?<=[!?]|[!?][\"'”’)\]])\s+(?=\S)"
 # A full stop that follows no abbreviation or initial. NUMBERED words count as abbreviations before a digit, and
@@ -115,6 +116,10 @@ class LoTLIPTokenizer(TokenizersBackend):
         cleaning (`str`, *optional*, defaults to `"official"`): Rule for the ends of sentences. `"official"`: at every
             `". "`, as for the released models. `"sentences"`: as captions are split for training, at `!`, `?` and line
             ends too, and not after "Dr.", "J." or "No.".
+        prompt_template (`str`, *optional*, defaults to `"{}"`): Instruction around each text, which replaces its
+            `{}`. It is not cleaned, and names of special tokens in it become special tokens. Truncation shortens the
+            text and keeps the template. Offsets then refer to the text in its template. With
+            `is_split_into_words=True`, the parts before and after `{}` are words.
 
     ```python
     >>> from lotlip_hf import LoTLIPTokenizer
@@ -135,10 +140,14 @@ class LoTLIPTokenizer(TokenizersBackend):
         split_sentences: bool = True,
         split_special_tokens: bool = True,
         cleaning: Literal["official", "sentences"] = "official",
+        prompt_template: str = "{}",
         **kwargs: Any,
     ) -> None:
         if cleaning not in SENTENCE_ENDS:
             raise ValueError(f"`cleaning` must be one of {', '.join(SENTENCE_ENDS)}, got {cleaning!r}.")
+        if not isinstance(prompt_template, str) or prompt_template.count("{}") != 1:
+            raise ValueError(f"`prompt_template` must contain `{{}}` exactly once, got {prompt_template!r}.")
+        self.prompt_template = prompt_template
         self.clean_text = clean_text
         self.split_sentences = split_sentences
         self.cleaning = cleaning
@@ -151,7 +160,8 @@ class LoTLIPTokenizer(TokenizersBackend):
             name = kwargs.get("name_or_path") or type(self).__name__
             raise ValueError(f"{name}: no tokenizer.json or vocab.txt. Use `LoTLIPTokenizer.from_backbone_tokenizer`.")
         settings = {"clean_text": clean_text, "split_sentences": split_sentences, "cleaning": cleaning}
-        super().__init__(split_special_tokens=split_special_tokens, **settings, **kwargs)
+        settings |= {"split_special_tokens": split_special_tokens, "prompt_template": prompt_template}
+        super().__init__(**settings, **kwargs)
         _remove_cleaning(self._tokenizer)
         # Search special tokens in the text before it is normalised, so that a normaliser cannot create one.
         special = [t.__getstate__() for t in self.added_tokens_decoder.values() if t.special and t.normalized]
@@ -209,26 +219,45 @@ class LoTLIPTokenizer(TokenizersBackend):
             normalize = backend.normalizer.normalize_str if is_unigram and backend.normalizer else str
             is_cut = kwargs.get("truncation_strategy", "do_not_truncate") != "do_not_truncate" and not keeps_all
             limit = kwargs.get("max_length") if is_cut and not is_words and self.is_local_to_words() else None
+            opening, before, after, closing = template = self._template()
+            if any(template):
+                limit = None
+                if text_pair is not None or keeps_all or _is_nested(text, 1 + bool(is_words)):
+                    raise ValueError("`prompt_template` excludes text pairs and `return_overflowing_tokens`.")
             prepared: dict[str, str] = {}
 
             def prepare(one: str) -> str:
                 if one not in prepared:
                     sentences = [one] if is_words else self.sentences(one)
+                    if not is_words:  # plain parts of the template may become parts of words and names
+                        sentences = [before + sentences[0], *sentences[1:]]
+                        sentences[-1] += after
                     if special:
                         parts = [normalize(part).replace(MARK, ITSELF) for part in sentences]
                         sentences = [names.sub(lambda name: HIDING.join(name[0]) + HIDING, part) for part in parts]
                     joined = (self.sep_token or "").join(sentences)
+                    joined = joined if is_words else opening + joined + closing
                     joined.encode()  # raises an error for half a surrogate pair
                     prepared[one] = joined if limit is None else _beginning(joined, limit)
                 return prepared[one]
 
             text = _mapped(text, prepare, "text")
             text_pair = None if text_pair is None else _mapped(text_pair, prepare, "text_pair")
+            ends = len(opening) + len(normalize(before)), len(normalize(after)) + len(closing)
+            if is_words and any(template):
+                first, last = (
+                    [part] if part else [] for part in ((opening + before).strip(), (after + closing).strip())
+                )
+                is_one = isinstance(text[0], str)
+                texts = [[*first, *words, *last] for words in ([text] if is_one else text)]
+                text, ends = texts[0] if is_one else texts, (len(first), len(last))
             if special and any(MARK in one for one in prepared.values()):
                 # Remove the marks after the search for special tokens and before all other steps.
                 shown = normalizers.Replace(HIDING, " " if is_unigram else ""), normalizers.Replace(ITSELF, MARK)
                 backend.normalizer = normalizers.Sequence([*shown, *filter(None, [backend.normalizer])])
-            kwargs["split_special_tokens"] = False  # the only special tokens left are our separators
+            kwargs["split_special_tokens"] = False  # the only special tokens left are separators and the template's
+            if is_cut and any(template):
+                call._tokenizer = _TemplateBackend(backend, ends, self.truncation_side)
         encoding = super(LoTLIPTokenizer, call)._encode_plus(text, text_pair, **kwargs)
         if kwargs.get("verbose", True) and not keeps_all and encoding.encodings is not None:
             truncated, count = self.count_truncated(encoding), len(encoding.encodings)
@@ -255,6 +284,15 @@ class LoTLIPTokenizer(TokenizersBackend):
         # The text contains "[SEP]", "&#91;SEP&#93;" or an escape sequence. It cannot contain a digest of itself.
         joiner = f"(SEP{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]})"
         return clean(joiner.join(sentences)).split(joiner)
+
+    def _template(self) -> tuple[str, str, str, str]:
+        """The template up to its last special token before `{}`, to `{}`, to the next special token, and the rest."""
+        start, end = self.prompt_template.split("{}")
+        names = "|".join(map(re.escape, self._special_tokens())) or "(?!)"
+        found = [match.end() for match in re.finditer(names, start)]
+        first, last = found[-1] if found else 0, re.search(names, end)
+        cut = last.start() if last else len(end)
+        return start[:first], start[first:], end[:cut], end[cut:]
 
     def is_local_to_words(self) -> bool:
         """Whether the tokens of a word do not depend on the rest of the text, as with BERT's tokenizer."""
@@ -303,9 +341,11 @@ class LoTLIPTokenizer(TokenizersBackend):
     def bare_tokenizer(self) -> Tokenizer:
         """
         The backend for `tokenizer.json`, which gives the same ids for ordinary texts without this class. It lacks ftfy
-        and some rules of `cleaning="sentences"`, and encodes a text that is only "[SEP]" as the special token.
+        and some rules of `cleaning="sentences"`, encodes a text that is only "[SEP]" as the special token, truncates
+        the end of `prompt_template`, and leaves an empty text without template.
         """
-        if not (self.clean_text or self.split_sentences or self.split_special_tokens):
+        has_template = self.prompt_template != "{}"
+        if not (self.clean_text or self.split_sentences or self.split_special_tokens or has_template):
             return own_backend(self._tokenizer)
         state = json.loads(self._tokenizer.to_str())
         special = self._special_tokens()
@@ -324,6 +364,13 @@ class LoTLIPTokenizer(TokenizersBackend):
             before += [_replace(end, separator + space) for end, space in SENTENCE_ENDS[self.cleaning]]
         if self.clean_text:
             before += CLEANING
+        if has_template:
+            names = "|".join(map(_escaped, special)) or "(?!)"
+            start, end = re.sub(names, lambda name: marks[name[0]], self.prompt_template).split("{}")
+            if start:  # remove it from names of special tokens
+                undo = rf"(?<![\s\S]){_escaped(start)}(?={OPEN}\d+{CLOSE}(?![\s\S]))"
+                before += [{"type": "Prepend", "prepend": start}, _replace(undo, "")]
+            before += [_replace(END_OF_TEXT, end)] if end else []
         # Some readers do not search special tokens in the normalised text. Their model finds them in its vocabulary.
         after = {mark: content for content, mark in marks.items()}
         if by_words:
@@ -343,6 +390,57 @@ class LoTLIPTokenizer(TokenizersBackend):
         steps = [{"type": "Sequence", "normalizers": part} for part in (before, own, last)]
         state["normalizer"] = {"type": "Sequence", "normalizers": steps}
         return Tokenizer.from_str(json.dumps(state))
+
+
+class _TemplateBackend:
+    """
+    A backend of one call that truncates texts, but not the template around them. `ends` are the lengths of the
+    template before and after the text, in characters or, for texts split into words, in words.
+    """
+
+    def __init__(self, backend: Tokenizer, ends: tuple[int, int], side: str) -> None:
+        self.backend, self.ends, self.side = backend, ends, side
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def encode_batch(self, texts: list[Any], add_special_tokens: bool, is_pretokenized: bool) -> list[Encoding]:
+        backend, plain = self.backend, own_backend(self.backend)
+        plain.post_processor = None
+        limit, padding = backend.truncation["max_length"], backend.padding
+        backend.no_truncation()
+        backend.no_padding()
+        room = limit - (backend.num_special_tokens_to_add(False) if add_special_tokens else 0)
+        encodings = plain.encode_batch(texts, is_pretokenized=is_pretokenized)
+        for encoding, text in zip(encodings, texts, strict=True):
+            self._cut(encoding, len(text), limit, room, is_pretokenized)
+        encodings = [backend.post_process(encoding, None, add_special_tokens) for encoding in encodings]
+        if padding is not None:
+            length = padding.pop("length") or max(map(len, encodings))
+            length += -length % (padding.pop("pad_to_multiple_of") or 1)
+            for encoding in encodings:
+                encoding.pad(length, **padding)
+        return encodings
+
+    def _cut(self, encoding: Encoding, size: int, limit: int, room: int, is_words: bool) -> None:
+        """Moves the tokens that exceed `room` to `encoding.overflowing`. `size` is a length in the unit of `ends`."""
+        first, last = self.ends[0], size - self.ends[1]
+        spans = [(i, i + 1) for i in encoding.word_ids if i is not None] if is_words else encoding.offsets
+        start = sum(stop <= first for _, stop in spans)
+        end = len(spans) - sum(begin >= last for begin, _ in spans)
+        excess = len(spans) - room
+        if excess <= 0:
+            return
+        if excess > end - start:
+            needed = len(spans) - (end - start) + limit - room
+            raise ValueError(f"`max_length` {limit} is too short for `prompt_template`, which needs {needed} tokens.")
+        start, end = (end - excess, end) if self.side == "right" else (start, start + excess)
+        state = json.loads(encoding.__getstate__())
+        lists = {name: value for name, value in state.items() if isinstance(value, list) and len(value) == len(spans)}
+        cut = {name: value[start:end] for name, value in lists.items()}
+        kept = {name: value[:start] + value[end:] for name, value in lists.items()}
+        state |= {**kept, "overflowing": [{**state, **cut}]}
+        encoding.__setstate__(json.dumps(state).encode())
 
 
 def _by_rules(text: str) -> list[str]:
@@ -419,3 +517,10 @@ def _mapped(value: Any, function: Callable[[str], str], name: str) -> Any:
         raise ValueError(f"`{name}` must be a string or a list of strings, got {type(value).__name__}.")
     items = [_mapped(item, function, name) for item in value]
     return tuple(items) if isinstance(value, tuple) else items
+
+
+def _is_nested(texts: Any, depth: int) -> bool:
+    """Whether lists of texts are nested more than `depth` times."""
+    if not isinstance(texts, (list, tuple)):
+        return False
+    return depth == 0 or any(_is_nested(one, depth - 1) for one in texts)

@@ -21,6 +21,7 @@ from transformers import (
 from transformers import initialization as init
 
 from ..loading import load_strict, load_tokenizer, naming_damage
+from ..modeling.backbones_lotlip import CLIPTextBackbone
 from ..modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPTextModelWithProjection
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
 from .stretch import clip_text_model, stretch_text_model
@@ -280,7 +281,7 @@ def _encoder(model: Any, replaced: TextEncoder, slot: str, target_layer: int) ->
         )
     if is_adapted:
         return model
-    if is_lotlip and config.pooling == "eos":
+    if is_lotlip and isinstance(config.family, CLIPTextBackbone):
         return clip_text_model(model, with_projection=projection_dim is not None)
     if is_lotlip:
         return LoTLIPTextEncoder.from_text_model(model, projection_dim=projection_dim, target_layer=target_layer)
@@ -294,7 +295,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, encoder: TextEnc
         problem = f"it is a {type(tokenizer).__name__}, neither a CLIPTokenizer nor a LoTLIPTokenizer"
     elif len(tokenizer) > config.vocab_size:
         problem = f"it has {len(tokenizer)} tokens, but the model has {config.vocab_size}"
-    elif isinstance(encoder, LoTLIPTextEncoder) and config.pooling != "eos":
+    elif isinstance(encoder, LoTLIPTextEncoder) and not isinstance(config.family, CLIPTextBackbone):
         if tokenizer.pad_token_id != config.pad_token_id:
             problem = f"its padding id is {tokenizer.pad_token_id}, but the model's is {config.pad_token_id}"
     elif config.eos_token_id not in (tokenizer.eos_token_id, 2):  # old CLIP configurations have the wrong id 2

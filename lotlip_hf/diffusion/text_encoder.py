@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from ..modeling.backbones_lotlip import CLIPTextBackbone
 from ..modeling.configuration_lotlip import LoTLIPTextConfig
 from ..modeling.modeling_lotlip import (
     LoTLIPModel,
@@ -293,7 +294,11 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         mask = self._text_mask(input_ids, attention_mask)
         has_positions = input_ids.shape[-1] <= self.config.max_position_embeddings
-        if attention_mask is not None and self.config.text_config.pooling == "eos" and has_positions:
+        if (
+            attention_mask is not None
+            and isinstance(self.config.text_config.family, CLIPTextBackbone)
+            and has_positions
+        ):
             # Pipelines also read the states of padding. As in CLIP, padding attends to the padding before it.
             attention_mask = attention_mask.bool() | self._is_behind_text(input_ids, attention_mask)
         elif attention_mask is not None:
@@ -338,7 +343,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         """Returns [B, L]: False for padding and where `attention_mask` is 0."""
         config = self.config.text_config
         seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if config.pooling == "eos":
+        if isinstance(config.family, CLIPTextBackbone):
             return seen.bool() & ~self._is_behind_text(input_ids, seen)
         return seen.bool() if config.pad_token_id is None else seen.bool() & (input_ids != config.pad_token_id)
 

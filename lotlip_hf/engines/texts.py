@@ -37,7 +37,8 @@ def encode_unpadded(
     backend = own_backend(tokenizer.backend_tokenizer)
     plain = backend.encode("a", add_special_tokens=False).ids
     adds_cls_and_sep = backend.encode("a").ids == [tokenizer.cls_token_id, *plain, tokenizer.sep_token_id]
-    if not texts or limit < 2 or not tokenizer.is_local_to_words() or not adds_cls_and_sep:
+    has_template = tokenizer.prompt_template != "{}"
+    if not texts or limit < 2 or has_template or not tokenizer.is_local_to_words() or not adds_cls_and_sep:
         return _by_call(tokenizer, texts, max_length)
     # Words of each text, with `None` for each separator between sentences.
     rows: list[list[str | None]] = []

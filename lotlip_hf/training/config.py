@@ -60,10 +60,21 @@ class TrainingConfig:
     image_model: str | None = option("Pretrained image encoder of a new model (with --text-model)", None)
     num_corner_tokens: int | None = option("Corner tokens of a new model (default: 2)", None, at_least=0)
     projection_dim: int | None = option(
-        "Embedding size of a new model (default: width of the image encoder)", None, at_least=1
+        "Embedding size of a new model (default: width of the image encoder). With the width of the text encoder, the "
+        "text tower has no projection and starts with its encoder's embeddings",
+        None,
+        at_least=1,
     )
     text_pooling: str | None = option(
         "Pooling of a new model's text tower, such as pooler, cls or mean (default: that of its encoder)", None
+    )
+    text_attention: Literal["causal", "bidirectional"] | None = option(
+        "Attention of a new model's decoder (default: that of its configuration, mostly causal)", None
+    )
+    prompt_template: str | None = option(
+        "Instruction around each text of a new model, which replaces its {}, such as 'Query: {}' (default: none)",
+        None,
+        metavar="TEXT",
     )
     cleaning: Literal["official", "sentences"] | None = option(
         "How a new model's tokenizer splits sentences: 'official' at each full stop before a space, 'sentences' not "
@@ -71,8 +82,8 @@ class TrainingConfig:
         None,
     )
     max_text_length: int | None = option(
-        "Length in tokens at which texts are cut, [CLS] and [SEP] included (default: 126 for a new model of two "
-        "encoders, else unchanged)",
+        "Length in tokens at which texts are cut, [CLS] and [SEP] included (default: for a new model of two encoders "
+        "that of a sentence-transformers folder or 126, else unchanged)",
         None,
         at_least=1,
     )

@@ -32,7 +32,10 @@ from transformers.image_utils import load_image
 import oldest
 import tiny
 import tiny_clip
+import tiny_families
+import tiny_vision
 from lotlip_hf import (
+    Encoder,
     LoTLIPConfig,
     LoTLIPModel,
     LoTLIPProcessor,
@@ -43,6 +46,7 @@ from lotlip_hf import (
     LoTLIPVisionConfig,
     LoTLIPVisionModel,
     LoTLIPVisionModelWithProjection,
+    from_backbones,
 )
 from lotlip_hf.conversion import clip as clip_conversion
 from lotlip_hf.conversion import stock
@@ -108,6 +112,10 @@ def dual_encoder(
 ) -> LoTLIPModel:
     config = LoTLIPConfig(text_config=text, vision_config=vision, projection_dim=projection_dim)
     return lotlip(LoTLIPModel(config), folder)
+
+
+def text_family(name: str, **kwargs: Any) -> LoTLIPTextConfig:
+    return LoTLIPTextConfig(backbone_config=tiny_families.FAMILIES[name].stock_config(), **kwargs)
 
 
 def random_inputs(config: LoTLIPTextConfig, seed: int = 1) -> dict[str, torch.Tensor]:
@@ -329,8 +337,10 @@ def test_vision_towers(
 @pytest.mark.parametrize(
     ("model", "word"),
     [
-        (LoTLIPTextModel(tiny.text_config("bert", pooling="cls")), "pooling"),
         (LoTLIPTextModelWithProjection(tiny.text_config("roberta", projection_dim=24)), "projection"),
+        (LoTLIPTextModelWithProjection(tiny.text_config("clip", projection="residual_mlp")), "residual_mlp"),
+        (LoTLIPTextModelWithProjection(text_family("modernbert", projection="residual_mlp")), "residual_mlp"),
+        (LoTLIPTextModel(text_family("llama", attention="bidirectional")), "attention"),
         (LoTLIPVisionModelWithProjection(tiny.vision_config("vit", projection_dim=24)), "projection"),
     ],
 )
@@ -346,6 +356,98 @@ def test_the_model_given_stays_as_it_is() -> None:
     assert exported.vision_model.embeddings.cls_token is not None
     assert model.config.to_dict() == before[1]
     assert all(torch.equal(tensor, before[0][name]) for name, tensor in model.state_dict().items())
+
+
+# All families
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny_families.FAMILIES)
+def test_every_family_of_text_encoders(name: str, tmp_path: Path) -> None:
+    """`convert` compares features and states. Families without a pooler become folders for sentence-transformers."""
+    family = tiny_families.FAMILIES[name]
+    config = text_family(name, projection_dim=None if family.pooling == "pooler" else 24)
+    model = LoTLIPTextModelWithProjection(config)
+    tiny_families.spread(model).save_pretrained(tmp_path / "lotlip")
+    written = convert(tmp_path / "lotlip", tmp_path / "stock")
+    assert written.difference <= 1e-6
+    stock_class = getattr(transformers, written.model_class)
+    assert stock_class.config_class.model_type == family.model_type
+    loaded, info = stock_class.from_pretrained(tmp_path / "stock", output_loading_info=True)
+    new = {"pooler.dense.weight", "pooler.dense.bias"} if config.family.has_optional_pooler else set()
+    assert info["missing_keys"] <= new
+    assert not info["unexpected_keys"]
+    corners = config.num_corner_tokens if family.positions == "inserted" else 0
+    if hasattr(loaded.config, "max_position_embeddings"):
+        assert loaded.config.max_position_embeddings == tiny_families.LONGEST - corners
+    assert (tmp_path / "stock" / "modules.json").exists() == (family.pooling not in config.family.stock_poolings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tiny_vision.FAMILIES, ids=lambda family: family.name)
+def test_every_family_of_image_encoders(family: tiny_vision.Family, tmp_path: Path) -> None:
+    pooling = family.poolings[0]
+    for vision, is_dual in ((family.config(pooling=pooling), False), (family.config(pooling=pooling), True)):
+        folder = tmp_path / ("dual" if is_dual else "tower")
+        if is_dual:
+            dual_encoder(tiny.text_config(), vision, folder / "lotlip")
+        else:
+            lotlip(LoTLIPVisionModel(vision), folder / "lotlip")
+        if is_dual and family.model_type == "siglip2_vision_model":
+            with pytest.raises(ConversionError, match="-only"):
+                convert(folder / "lotlip", folder / "stock")
+            continue
+        assert convert(folder / "lotlip", folder / "stock").difference <= 1e-6
+        loaded, info = AutoModel.from_pretrained(folder / "stock", output_loading_info=True)
+        assert not any(info.values())
+        assert type(loaded).__module__.startswith("transformers.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "fields", "template"),
+    [
+        ("bert", {"pooling": "mean", "projection_dim": None}, "{}"),
+        ("modernbert", {"projection_dim": 24}, "query: {}"),
+        ("t5", {"pooling": "mean", "projection_dim": 24}, "{}"),
+        ("qwen3", {"pooling": "last", "projection_dim": 24}, "Instruct: find the picture. Query: {}"),
+        ("llama", {"pooling": "weighted_mean", "projection_dim": None}, "{}"),
+    ],
+)
+def test_sentence_transformers_loads_a_text_tower(
+    name: str, fields: dict[str, Any], template: str, tmp_path: Path
+) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="needs `pip install sentence-transformers`")
+    backbone = tiny_families.FAMILIES[name].stock_config(vocab_size=30522, pad_token_id=0)
+    text = LoTLIPTextConfig(backbone_config=backbone, **fields)
+    config = LoTLIPConfig(text_config=text, vision_config=tiny.vision_config(), projection_dim=text.output_size)
+    model = LoTLIPModel(config)
+    tiny_families.spread(model).save_pretrained(tmp_path / "lotlip")
+    tokenizer = LoTLIPTokenizer.from_pretrained(
+        GOLDEN, clean_text=False, prompt_template=template, model_max_length=min(30, text.max_position_embeddings)
+    )
+    processor = LoTLIPProcessor(official_image_processor(32), tokenizer)
+    processor.save_pretrained(tmp_path / "lotlip")
+    arguments = ["--model", str(tmp_path / "lotlip"), "--output", str(tmp_path / "stock"), "--text-only"]
+    assert stock.main([*arguments, "--without-text-cleaning"]) == 0
+    texts = ["A cat sleeps. It is old.", "a dog", "the lawn and the house " * 20]
+    expected = Encoder(model, processor).encode_texts(texts, progress=False)
+    sentences = library.SentenceTransformer(str(tmp_path / "stock"), device="cpu")
+    assert sentences.max_seq_length == tokenizer.model_max_length
+    torch.testing.assert_close(sentences.encode(texts, convert_to_tensor=True), expected, **STATES)
+    assert (expected[0] - expected[1]).abs().max() > 1e-2
+
+
+def test_a_stock_encoder_goes_in_and_out() -> None:
+    """Text encoders of which corner tokens take no positions come out bit by bit."""
+    for name in ("modernbert", "qwen3", "t5"):
+        encoder = tiny_families.FAMILIES[name].stock_model()
+        image_encoder = AutoModel.from_config(tiny.vision_config().backbone_config)
+        model = from_backbones(encoder, image_encoder)
+        exported = stock_model(model.text_model)
+        assert type(exported) is type(encoder)
+        assert exported.state_dict().keys() == encoder.state_dict().keys()
+        assert all(torch.equal(tensor, encoder.state_dict()[key]) for key, tensor in exported.state_dict().items())
 
 
 # CLIP
@@ -714,6 +816,17 @@ def test_nothing_in_the_folder_is_ours(checkpoint: Path, tmp_path: Path) -> None
     config = json.loads(files["config.json"])
     assert config["architectures"] == ["VisionTextDualEncoderModel"]
     assert json.loads(files["tokenizer_config.json"])["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_options_for_one_tower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = dual_encoder(tiny.text_config(pooling="mean"), tiny.vision_config("clip"), tmp_path / "lotlip")
+    assert "--text-only" in error(tmp_path / "lotlip", tmp_path / "stock", capsys)
+    assert convert(tmp_path / "lotlip", tmp_path / "text", tower="text").model_class == "BertModel"
+    written = convert(tmp_path / "lotlip", tmp_path / "vision", tower="vision")
+    assert written.model_class == "CLIPVisionModelWithProjection"
+    lotlip(model.text_model, tmp_path / "tower")
+    with pytest.raises(ConversionError, match="--text-only"):
+        convert(tmp_path / "tower", tmp_path / "stock", tower="text")
 
 
 @pytest.mark.parametrize("case", ["missing", "clip", "incomplete", "tokenizer.json"])

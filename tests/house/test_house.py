@@ -32,10 +32,10 @@ MODELING_IMPORTS = {"huggingface_hub", "numpy", "safetensors", "tokenizers", "to
 # new file of a package has the package's floor.
 FLOORS = (
     ("modeling",),
-    ("auto", "backbones"),
+    ("auto",),
     ("files", "terminal", "options"),
-    ("images", "plots", "distributed", "lora"),
-    ("data", "scenes", "loading", "engines"),
+    ("images", "plots", "distributed", "lora", "sentence_folder", "adapter_check"),
+    ("data", "scenes", "loading", "engines", "backbones"),
     ("encoder",),
     ("store",),
     ("search", "grid", "embed"),

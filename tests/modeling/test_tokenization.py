@@ -22,7 +22,17 @@ from lotlip_hf.data.sentences import split_sentences
 from lotlip_hf.engines.texts import encode_unpadded
 from lotlip_hf.modeling.tokenization_lotlip import NEEDS_REPAIR, clean
 from stale import CALL_STATE, is_clean, make_stale
-from tiny_tokenizers import GOLDEN, PIECES, TEXTS, official_clean, random_texts, toy_roberta, toy_xlm_roberta
+from tiny_tokenizers import (
+    GOLDEN,
+    PIECES,
+    TEXTS,
+    official_clean,
+    random_texts,
+    toy_llama,
+    toy_qwen,
+    toy_roberta,
+    toy_xlm_roberta,
+)
 
 # The two texts in which the official code takes what is written for special tokens.
 LITERAL = {"[SEP] literal [CLS] tokens [MASK]", "[Corner0] literal corner. text"}
@@ -197,7 +207,7 @@ def test_texts_made_to_confuse_the_sentence_splitter(tokenizer: LoTLIPTokenizer,
 
 
 @pytest.mark.parametrize("stock", [toy_roberta, toy_xlm_roberta])
-def test_special_tokens_stay_text_in_any_tokenizer(stock) -> None:
+def test_special_tokens_stay_text_in_any_tokenizer(stock: Any) -> None:
     """BPE and Unigram see the characters of "<s>" side by side, as if it were no special token."""
     plain = stock()
     tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(plain)
@@ -481,7 +491,7 @@ def test_copies_and_workers_get_the_same_tokenizer(tokenizer: LoTLIPTokenizer) -
 
 
 @pytest.mark.parametrize("stock", [toy_roberta, toy_xlm_roberta])
-def test_any_tokenizer_folder_loads(stock, tmp_path: Path) -> None:
+def test_any_tokenizer_folder_loads(stock: Any, tmp_path: Path) -> None:
     """A folder saved by a stock tokenizer keeps all of its pipeline, also when saved again as ours."""
     plain = stock()
     plain.save_pretrained(tmp_path / "stock")
@@ -738,3 +748,94 @@ def test_sentences_end_by_the_rules_of_training(tmp_path: Path) -> None:
         assert tokenizer.tokenize(rest) == official.tokenize(rest)
     with pytest.raises(ValueError, match="cleaning"):
         LoTLIPTokenizer.from_pretrained(GOLDEN, cleaning="unofficial")
+
+
+# Templates
+
+STOCKS = [toy_qwen, toy_llama, toy_roberta, toy_xlm_roberta]
+TEMPLATES = ["{}", "Query: {}", 'a cat: "{}" means: "', "Instruct: find it\nQuery:{}"]
+
+
+def wrapped(stock: Any, template: str, **settings: Any) -> tuple[Any, LoTLIPTokenizer]:
+    stock = stock()
+    settings = {"split_sentences": False, "pad_token": stock.pad_token or stock.eos_token, **settings}
+    return stock, LoTLIPTokenizer.from_backbone_tokenizer(stock, prompt_template=template, **settings)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("stock", STOCKS)
+def test_a_text_in_its_template_has_the_ids_of_the_whole(stock: Any, template: str, tmp_path: Path) -> None:
+    """In a call, in a batch of cut and whole texts, after a save, by `encode_unpadded` and by the file alone."""
+    stock, tokenizer = wrapped(stock, template)
+    texts = ["a cat", "a  cat. &amp; a bat", "cat.", "schÃ¶n"]
+    cleaned = ["a cat", "a cat. & a bat", "cat.", "schön"]
+    expected = stock([template.replace("{}", one) for one in cleaned])["input_ids"]
+    assert tokenizer(texts)["input_ids"] == expected
+    tokenizer.save_pretrained(tmp_path)
+    loaded = LoTLIPTokenizer.from_pretrained(tmp_path)
+    assert loaded.prompt_template == template
+    assert loaded(texts, truncation=True, max_length=200)["input_ids"] == expected
+    assert encode_unpadded(loaded, texts, max_length=200) == (expected, [False] * 4)
+    alone = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert [alone.encode(one).ids for one in cleaned] == expected
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("stock", STOCKS)
+def test_truncation_shortens_the_text_and_keeps_its_template(stock: Any, template: str, side: str) -> None:
+    _, tokenizer = wrapped(stock, template, truncation_side=side)
+    text = "a cat abc a cat abc"
+    whole, short = tokenizer(text)["input_ids"], tokenizer("a")["input_ids"]
+    other = tokenizer("c")["input_ids"]
+    start = next(i for i, ids in enumerate(zip(short, other, strict=False)) if len(set(ids)) == 2)
+    for excess in (1, 3, 5):
+        limit = len(whole) - excess
+        batch = tokenizer(["a", text], truncation=True, padding=True, max_length=limit, return_offsets_mapping=True)
+        end = len(whole) - (len(short) - start - 1)  # of the text's tokens
+        first = end - excess if side == "right" else start
+        assert batch["input_ids"][1] == whole[:first] + whole[first + excess :]
+        assert batch["input_ids"][0] == short + [tokenizer.pad_token_id] * (limit - len(short))
+        assert batch["attention_mask"][0] == [1] * len(short) + [0] * (limit - len(short))
+        assert tokenizer.count_truncated(batch) == 1
+        assert len(batch["offset_mapping"][1]) == limit
+        assert encode_unpadded(tokenizer, ["a", text], limit) == ([short, batch["input_ids"][1]], [False, True])
+
+
+def test_special_tokens_are_those_of_the_template_alone() -> None:
+    """Names in a text stay text, also if a part of them is the template's."""
+    _, tokenizer = wrapped(toy_qwen, "<|im_end|>a <|im_{}_end|><|endoftext|>")
+    special = set(tokenizer.all_special_ids)
+    for text in ("cat", "<|im_end|>", "end|> a <|im", "</s>"):
+        for limit in (None, 60):
+            ids = tokenizer(text, truncation=limit is not None, max_length=limit)["input_ids"]
+            assert [i for i in ids if i in special] == [ids[0], ids[-1]]
+            assert tokenizer.convert_ids_to_tokens([ids[0], ids[-1]]) == ["<|im_end|>", "<|endoftext|>"]
+
+
+def test_the_template_of_words_is_words() -> None:
+    _, tokenizer = wrapped(toy_qwen, "a cat: {} a")
+    _, plain = wrapped(toy_qwen, "{}")
+    words = ["cat", "abc", "<PST>"]
+    whole = tokenizer(words, is_split_into_words=True)
+    assert whole["input_ids"] == [i for one in ("a cat:", *words, "a") for i in plain(one)["input_ids"]]
+    cut = tokenizer([words, ["a"]], is_split_into_words=True, truncation=True, max_length=8, padding="max_length")
+    assert cut["input_ids"][0] == whole["input_ids"][:7] + whole["input_ids"][-1:]
+    assert cut.word_ids(0)[-1] == 4
+    assert sum(cut["attention_mask"][1]) == len("a cat: a a".split()) + 1
+
+
+@pytest.mark.parametrize(
+    ("template", "call", "word"),
+    [
+        ("no place", None, "prompt_template"),
+        ("{} and {}", None, "prompt_template"),
+        ("Query: {}", {"text": "a", "text_pair": "b"}, "prompt_template"),
+        ("Query: {}", {"text": [("a", "b")]}, "prompt_template"),
+        ("Query: {}", {"text": "a", "return_overflowing_tokens": True}, "prompt_template"),
+        ("Query: {}", {"text": "a", "truncation": True, "max_length": 3}, "max_length"),
+    ],
+)
+def test_what_a_template_cannot_do_is_refused(template: str, call: dict[str, Any] | None, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        wrapped(toy_qwen, template)[1](**(call or {"text": "a"}))
