@@ -20,7 +20,7 @@ from .engines.open_clip import OPEN_CLIP, load_open_clip
 from .engines.torch import Modality, TorchEngine
 from .files import MAX_CHARACTERS
 from .images import Background, ImageError, ImageSource
-from .loading import load_model
+from .loading import load_model, skip_padding
 from .terminal import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ TEXT_CHUNK = 4096
 ENOUGH_TOKENS = 1024
 # Activations of a BERT-base layer for more tokens (32 MB) are allocated from the system each time, which is slower.
 CPU_TOKENS = 2048
+# A batch has at most `batch_size` times as many tokens. A few long texts use a device as well as many short ones.
+FULL_LENGTH = 512
 SIMILAR_LENGTH = 0.9
 # Two special tokens and one word.
 MIN_LENGTH = 3
@@ -154,8 +156,8 @@ class Encoder:
 
         Args:
             texts (`Iterable[str]`): Texts.
-            batch_size (`int`, *optional*, defaults to 64): Maximum number of texts of full length per batch. A batch
-                of shorter texts contains more texts and as many tokens.
+            batch_size (`int`, *optional*, defaults to 64): Maximum number of texts per batch, if they have the maximum
+                length or 512 tokens. A batch of shorter or longer texts contains as many tokens.
             max_length (`int`, *optional*): Maximum length of a text in tokens. Defaults to the maximum of the model.
             progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
@@ -250,7 +252,7 @@ class Encoder:
     ) -> Iterator[tuple[list[tuple[int, bool]], dict[str, torch.Tensor]]]:
         """Batches of texts of similar length: index of each text and whether it was cut, and the model's inputs."""
         engine = self.engine
-        tokens = batch_size * max_length
+        tokens = batch_size * min(max_length, FULL_LENGTH)
         if engine.device.type == "cpu":
             tokens = min(tokens, CPU_TOKENS)
         count, remaining = 0, iter(texts)
@@ -425,7 +427,10 @@ def load_encoder(
         return Encoder.from_engine(load_open_clip(name, device, dtype))
     if revision is None and is_onnx(name):
         return Encoder.from_engine(load_onnx(name, device, dtype))
-    return Encoder(*load_model(name, device=device, dtype=dtype, revision=revision))
+    encoder = Encoder(*load_model(name, device=device, dtype=dtype, revision=revision))
+    if isinstance(encoder.engine, TorchEngine) and encoder.max_text_length > FULL_LENGTH:
+        skip_padding(encoder.engine.model)
+    return encoder
 
 
 def warn_of_cut_texts(cut: int, count: int, max_length: int) -> None:

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..backbones import from_backbones
-from ..loading import check_image_sizes, fit_tokenizer, load_model, max_text_length
+from ..loading import check_image_sizes, fit_tokenizer, load_model, max_text_length, skip_padding
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
@@ -127,7 +127,5 @@ def prepare_model(model: LoTLIPModel, config: TrainingConfig) -> None:
         parts = (model.text_model, model.vision_model) if config.gradient_checkpointing else (model,)
         for part in parts:
             part.compile(dynamic=True)  # dynamic: the lengths of texts vary
-    elif (
-        model.text_model.backbone.config._attn_implementation == "sdpa" and model.config.text_config.family.takes_rows
-    ):
-        model.text_model.set_attn_implementation("unpadded")
+    else:
+        skip_padding(model)
