@@ -36,12 +36,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertModel, PreTrainedModel, ViTModel
+from transformers import BertModel, ModernBertConfig, PreTrainedModel, ViTModel
 from transformers.utils import logging as transformers_logging
 
 import peak
 import peers
-from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor
+from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor, LoTLIPTextConfig, LoTLIPTextModel
 from lotlip_hf.conversion.onnx import convert as export_onnx
 from lotlip_hf.conversion.stock import stock_model
 from lotlip_hf.data.sentences import split_sentences
@@ -462,6 +462,44 @@ def make_step(name: str, size: str, captions: Sequence[str], num_long_texts: int
     return lambda: compute_loss().backward()
 
 
+def long_step(attention: str, size: str) -> Call:
+    """
+    Creates forward and backward of a ModernBERT of four layers, two of them with sliding windows, for eight texts of
+    50 to 2,048 tokens and their corner tokens. The other sizes than "base" have shorter texts.
+    """
+    torch.manual_seed(0)
+    longest = 2048 if size == "base" else 100
+    config = ModernBertConfig(**{**peers.SIZES["mini"], "intermediate_size": 384}, pad_token_id=0, vocab_size=1000)
+    model = LoTLIPTextModel(LoTLIPTextConfig(backbone_config=config, projection_dim=None)).train()
+    model.set_attn_implementation(attention)
+    lengths = [round(50 * (longest / 50) ** (index / 7)) for index in range(8)]
+    ids = nn.utils.rnn.pad_sequence([torch.randint(1, 1000, (each,)) for each in lengths], batch_first=True)
+
+    def step() -> None:
+        outputs = model(ids, pooled_only=True)
+        (outputs.pooler_output.sum() + outputs.corner_embeds.sum()).backward()
+        model.zero_grad()
+
+    return step
+
+
+def long(bench: Bench) -> list[Row]:
+    """Trains on texts of very different lengths in a row without padding, compared with padded texts."""
+    calls = {attention: long_step(attention, bench.size) for attention in ("unpadded", "sdpa")}
+    seconds = bench.turns("long texts", calls)
+    held = {attention: peak_memory(long_step, attention, bench.size) for attention in calls}
+    work, beside = "training step of ModernBERT, 8 texts of 50 to 2,048 tokens", "padded texts, sdpa"
+    time, mebibytes = (" and ".join(f"{each:.1f}" for each in values.values()) for values in (seconds, held))
+    return [
+        Row(
+            *(work, beside, seconds["sdpa"] / seconds["unpadded"], 2),
+            detail=f"{time} s",
+            profile=calls["unpadded"],
+        ),
+        Row(work, beside, held["unpadded"] / held["sdpa"], 0.5, True, "of the memory", f"{mebibytes} MiB"),
+    ]
+
+
 def memory(bench: Bench) -> list[Row]:
     """Measures the peak memory of activations, similarities and gradients in a training step."""
     wide = bench.loss_batch_size // 4
@@ -504,6 +542,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "bare": bare,
     "mixed": mixed,
     "step": step,
+    "long": long,
     "loss": loss,
     "memory": memory,
     "device": device,
