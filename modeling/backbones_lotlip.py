@@ -637,6 +637,7 @@ REFUSED = {
     "big_bird": "its block-sparse attention accepts no mask of pairs of tokens",
     "canine": "it has no embeddings of tokens",
     "funnel": "it merges tokens between layers",
+    "xlnet": "it masks pairs of tokens by permutations",
 }
 
 
