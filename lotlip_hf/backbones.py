@@ -4,7 +4,7 @@ import copy
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .adapter_check import check_adapter
 from .loading import quiet
+from .modeling.backbones_lotlip import DecoderBackbone
 from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from .modeling.modeling_lotlip import LoTLIPModel
 from .sentence_folder import SentenceFolder, read_sentence_folder
@@ -25,6 +26,7 @@ def from_backbones(
     num_corner_tokens: int = 2,
     *,
     text_pooling: str | None = None,
+    text_attention: Literal["causal", "bidirectional"] | None = None,
     vision_pooling: str | None = None,
     projection_dim: int | None = None,
     **config_kwargs: Any,
@@ -47,6 +49,8 @@ def from_backbones(
         text_pooling (`str`, *optional*): Pooling of the text tower, see [`LoTLIPTextConfig`]. Defaults to that of a
             sentence-transformers folder, else to that of the encoder's family. For a BERT or RoBERTa without the
             weights of a pooler, the default is `"cls"`, and `"pooler"` adds a new pooler.
+        text_attention (`str`, *optional*): `"causal"` or `"bidirectional"` attention of a decoder. Defaults to that of
+            its configuration.
         vision_pooling (`str`, *optional*): Pooling of the image tower, see [`LoTLIPVisionConfig`].
         projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image encoder,
             which then has no projection. With the width of the text encoder, the text tower has no projection and
@@ -74,7 +78,10 @@ def from_backbones(
     folder = None if isinstance(text, PreTrainedModel) else read_sentence_folder(text)
     pooling = folder.pooling if text_pooling is None and folder is not None else text_pooling
     text_config = LoTLIPTextConfig(
-        backbone_config=_backbone_config(text, "text"), num_corner_tokens=num_corner_tokens, pooling=pooling
+        backbone_config=_backbone_config(text, "text"),
+        num_corner_tokens=num_corner_tokens,
+        pooling=pooling,
+        attention=text_attention,
     )
     vision_config = LoTLIPVisionConfig(backbone_config=_backbone_config(vision, "vision"), pooling=vision_pooling)
     text_weights = _load_weights(text, "text", text_config)
@@ -161,12 +168,13 @@ def _load_weights(
 ) -> dict[str, Tensor]:
     """Weights of an encoder, without the names of new ones."""
     if isinstance(source, PreTrainedModel):
-        # In classes with a projection, the encoder is an attribute with the tower's name.
-        return getattr(source, f"{tower}_model", source).state_dict()
+        return _encoder(source, tower).state_dict()
+    whole = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    is_inside = isinstance(config.family, DecoderBackbone) and hasattr(whole, "text_config")
     with quiet():
         encoder, info = config.family.auto_class.from_pretrained(
             source,
-            config=copy.deepcopy(config.backbone_config),
+            config=whole if is_inside else copy.deepcopy(config.backbone_config),
             trust_remote_code=False,
             output_loading_info=True,
             **config.family.pooling_layer(config.pooling),
@@ -174,8 +182,17 @@ def _load_weights(
     missing = _without_pooler(info["missing_keys"])
     if missing:
         raise ValueError(f"{source}: weights are missing: {', '.join(missing)}. Pass an encoder with all weights.")
-    return {name: tensor for name, tensor in encoder.state_dict().items() if name not in info["missing_keys"]}
+    weights = _encoder(encoder, tower).state_dict()
+    return {name: tensor for name, tensor in weights.items() if name not in info["missing_keys"]}
 
 
 def _name(source: str | Path | PreTrainedModel) -> str:
     return f"The {type(source).__name__}" if isinstance(source, PreTrainedModel) else str(source)
+
+
+def _encoder(model: PreTrainedModel, tower: str) -> PreTrainedModel:
+    """The encoder in a model with a head or a projection, in a whole CLIP, or in a language model that sees images."""
+    encoder: Any = getattr(model, f"{tower}_model", model)
+    if encoder is model and tower == "text" and model.can_generate():
+        encoder = model.base_model
+    return getattr(encoder, "language_model", encoder) if tower == "text" else encoder

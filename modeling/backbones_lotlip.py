@@ -306,6 +306,19 @@ class DecoderBackbone(TextBackbone):
     excluded_poolings = ("pooler", "cls", "eos")
     is_causal = takes_rows = True
 
+    def set_attention(self, config: PreTrainedConfig, attention: str) -> None:
+        """Makes transformers' functions for causal masks bidirectional, if `attention` is."""
+        if (attention == "causal") != getattr(config, "is_causal", True):
+            config.is_causal = attention == "causal"
+
+    def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        if config.pad_token_id in ends or (config.pad_token_id is None and len(input_ids) > 1):
+            raise ValueError(
+                "Pass `attention_mask`: `pad_token_id` is None or an end token, which texts contain, too."
+            )
+        return super().text_mask(config, input_ids)
+
     def options(self, config: PreTrainedConfig) -> dict[str, Any]:
         # Without a mask, `sdpa` would use the default of the attention module.
         return {"use_cache": False} if getattr(config, "is_causal", True) else {"use_cache": False, "is_causal": False}
@@ -318,6 +331,10 @@ class Gemma3Backbone(DecoderBackbone):
 
     def choose_pooling(self, config: PreTrainedConfig) -> str:
         return "last" if is_causal(config) else "mean"
+
+    def set_attention(self, config: PreTrainedConfig, attention: str) -> None:
+        if not config.use_bidirectional_attention:
+            super().set_attention(config, attention)
 
     def create_masks(
         self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
@@ -599,6 +616,10 @@ T5_ENCODER: dict[str, Any] = {
     "corners_have_positions": False,
     "corners_first": True,
 }
+DECODERS = (
+    *("llama", "qwen2", "qwen3", "qwen3_vl_text", "mistral", "ministral", "gemma", "gemma2", "phi", "phi3"),
+    *("granite", "smollm3", "olmo2", "helium", "glm", "exaone4", "starcoder2"),
+)
 TEXT_BACKBONES: dict[str, TextBackbone] = {
     "bert": BertBackbone(),
     "roberta": BertBackbone(starts_after_padding=True),
@@ -629,8 +650,7 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "mt5": TextBackbone(**T5_ENCODER),
     "umt5": TextBackbone(**T5_ENCODER),
     "clip_text_model": CLIPTextBackbone(),
-    "llama": DecoderBackbone(),
-    "qwen3": DecoderBackbone(layer_masks=True),
+    **dict.fromkeys(DECODERS, DecoderBackbone(layer_masks=True)),
     "gemma3_text": Gemma3Backbone(),
 }
 REFUSED = {

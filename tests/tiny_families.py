@@ -1,8 +1,9 @@
 """All families of text encoders, tiny and random: the table of tests/modeling/test_families.py."""
 
+import copy
 import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Family:
     rows: bool = False
 
     def stock_config(self, **changes: Any) -> PreTrainedConfig:
-        return AutoConfig.for_model(self.model_type, **{**self.config, **changes})
+        return AutoConfig.for_model(self.model_type, **copy.deepcopy({**self.config, **changes}))
 
     def stock_auto_class(self) -> Any:
         return AutoModelForTextEncoding if self.model_type.endswith("t5") else AutoModel
@@ -176,6 +177,29 @@ FAMILIES["gemma3_text, bidirectional"] = _decoder(
     window=lambda distance: abs(distance) < 4,
 )
 
+# Decoders of the same code path as those above, with windows in some layers or in all.
+CAUSAL_WINDOW = {"window": lambda distance: 0 <= distance < 3}
+WINDOWED = {**LOCAL, "sliding_window": 3, "use_sliding_window": True}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]}}
+_DECODERS = [
+    *map(_decoder, ("gemma", "phi", "granite", "olmo2", "helium", "glm")),
+    _decoder("qwen3_vl_text", MROPE),
+    *(_decoder(name, {"sliding_window": 3}, **CAUSAL_WINDOW) for name in ("mistral", "phi3", "starcoder2")),
+    *(_decoder(name, WINDOWED, **CAUSAL_WINDOW) for name in ("qwen2", "gemma2", "ministral", "smollm3", "exaone4")),
+    _decoder("qwen3", WINDOWED, **CAUSAL_WINDOW),
+]
+FAMILIES |= {row.model_type: row for row in _DECODERS}
+DECODERS = [FAMILIES["llama"], FAMILIES["gemma3_text"], *_DECODERS]
+FAMILIES |= {
+    f"{row.model_type}, bidirectional layers": replace(
+        row,
+        config={**row.config, "is_causal": False},
+        causal=False,
+        window=row.window and (lambda distance: abs(distance) <= 3),
+    )
+    for row in DECODERS
+}
+
 
 def texts(*lengths: int, width: int | None = None, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     """Random ids and masks of padded texts [N, width]. Texts begin with 2 and end with 3."""
@@ -233,7 +257,9 @@ def naive(family: Family, backbone: PreTrainedModel, corners: torch.Tensor, ids:
         states = backbone.encoder(states, full.view(1, 1, total, total)).last_hidden_state
     else:
         mask: Any = additive(full)
-        if family.window is not None:
+        if family.window is not None and "layer_types" not in family.config:
+            mask = additive(sliding)
+        elif family.window is not None:
             mask = {"full_attention": mask, "sliding_attention": additive(sliding)}
         states = backbone(inputs_embeds=embeds, attention_mask=mask, **inputs).last_hidden_state
     states = states[0]
