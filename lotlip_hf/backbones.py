@@ -3,10 +3,12 @@
 import copy
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .adapter_check import check_adapter
+from .modeling.backbones_lotlip import DecoderBackbone
 from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from .modeling.modeling_lotlip import LoTLIPModel
 
@@ -17,6 +19,7 @@ def from_backbones(
     num_corner_tokens: int = 2,
     *,
     text_pooling: str | None = None,
+    text_attention: Literal["causal", "bidirectional"] | None = None,
     vision_pooling: str | None = None,
     projection_dim: int | None = None,
     **config_kwargs: Any,
@@ -33,6 +36,8 @@ def from_backbones(
             encoder. For a whole CLIP or SigLIP, its image tower is used.
         num_corner_tokens (`int`, *optional*, defaults to 2): Number of corner tokens.
         text_pooling (`str`, *optional*): Pooling of the text tower, see [`LoTLIPTextConfig`].
+        text_attention (`str`, *optional*): `"causal"` or `"bidirectional"` attention of a decoder. Defaults to that of
+            its configuration.
         vision_pooling (`str`, *optional*): Pooling of the image tower, see [`LoTLIPVisionConfig`].
         projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image encoder,
             which then has no projection.
@@ -57,7 +62,10 @@ def from_backbones(
     ```
     """
     text_config = LoTLIPTextConfig(
-        backbone_config=_backbone_config(text, "text"), num_corner_tokens=num_corner_tokens, pooling=text_pooling
+        backbone_config=_backbone_config(text, "text"),
+        num_corner_tokens=num_corner_tokens,
+        pooling=text_pooling,
+        attention=text_attention,
     )
     vision_config = LoTLIPVisionConfig(backbone_config=_backbone_config(vision, "vision"), pooling=vision_pooling)
     text_encoder = _load_backbone(text, "text", text_config)
@@ -73,6 +81,7 @@ def from_backbones(
                 f"The {type(encoder).__name__} does not fit the {tower.base_model_prefix}: missing {missing}, "
                 f"unexpected {unexpected}. Pass an encoder with all weights."
             )
+    check_adapter(model.text_model)
     return model
 
 
@@ -97,11 +106,12 @@ def _load_backbone(
     source: str | Path | PreTrainedModel, tower: str, config: LoTLIPTextConfig | LoTLIPVisionConfig
 ) -> PreTrainedModel:
     if isinstance(source, PreTrainedModel):
-        # In classes with a projection, the encoder is an attribute with the tower's name.
-        return getattr(source, f"{tower}_model", source)
+        return _encoder(source, tower)
+    whole = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    is_inside = isinstance(config.family, DecoderBackbone) and hasattr(whole, "text_config")
     encoder, info = config.family.auto_class.from_pretrained(
         source,
-        config=copy.deepcopy(config.backbone_config),
+        config=whole if is_inside else copy.deepcopy(config.backbone_config),
         trust_remote_code=False,
         output_loading_info=True,
         **config.family.pooling_layer(config.pooling),
@@ -109,4 +119,12 @@ def _load_backbone(
     missing = _without_pooler(info["missing_keys"])
     if missing:
         raise ValueError(f"{source}: weights are missing: {', '.join(missing)}. Pass an encoder with all weights.")
-    return encoder
+    return _encoder(encoder, tower)
+
+
+def _encoder(model: PreTrainedModel, tower: str) -> PreTrainedModel:
+    """The encoder in a model with a head or a projection, in a whole CLIP, or in a language model that sees images."""
+    encoder: Any = getattr(model, f"{tower}_model", model)
+    if encoder is model and tower == "text" and model.can_generate():
+        encoder = model.base_model
+    return getattr(encoder, "language_model", encoder) if tower == "text" else encoder

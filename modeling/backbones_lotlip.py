@@ -38,7 +38,7 @@ from transformers.utils import is_timm_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .fast_paths_lotlip import Extension, PooledLayer, PooledViTLayer, extend, take
+from .fast_paths_lotlip import CheckpointedLayer, Extension, PooledLayer, PooledViTLayer, extend, take
 
 
 def one_token(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
@@ -108,11 +108,16 @@ class _Backbone:
         last_layer = self.last_layer(backbone)
         if self.pooled_layer is not None and last_layer is not None:
             extend(backbone, last_layer, self.pooled_layer)
+        if not any(hasattr(module, "gradient_checkpointing") for module in backbone.modules()):
+            for layer in self.layers(backbone):
+                extend(backbone, layer, CheckpointedLayer)
         return backbone
 
+    def layers(self, backbone: PreTrainedModel) -> list[nn.Module]:
+        return list(getattr(backbone, "layers", None) or getattr(getattr(backbone, "encoder", None), "layer", ()))
+
     def last_layer(self, backbone: PreTrainedModel) -> nn.Module | None:
-        layers = getattr(backbone, "layers", None) or getattr(getattr(backbone, "encoder", None), "layer", None)
-        return layers[-1] if layers else None
+        return (self.layers(backbone) or [None])[-1]
 
 
 class TextBackbone(_Backbone):
@@ -137,7 +142,7 @@ class TextBackbone(_Backbone):
         return config.pad_token_id + 1 if self.starts_after_padding else 0
 
     def max_length(self, config: PreTrainedConfig, num_corner_tokens: int) -> int:
-        taken = num_corner_tokens if self.corners_have_positions else 0
+        taken = num_corner_tokens if self.corners_have_positions or not self.takes_positions else 0
         return getattr(config, "max_position_embeddings", UNLIMITED) - self.position_offset(config) - taken
 
     def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
@@ -186,10 +191,12 @@ class TextBackbone(_Backbone):
         create, slide = create_bidirectional_mask, create_bidirectional_sliding_window_mask
         if self.is_causal:  # with `config.is_causal=False`, these functions are bidirectional, too
             create, slide = create_causal_mask, create_sliding_window_causal_mask
-        mask = create(**options)
-        if not self.layer_masks or "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
-            return mask
-        return {"full_attention": mask, "sliding_attention": slide(**options, or_mask_function=is_corner)}
+        sliding = {**options, "or_mask_function": is_corner}
+        layer_types = getattr(config, "layer_types", None) or ()
+        if self.layer_masks and "sliding_attention" in layer_types:
+            return {"full_attention": create(**options), "sliding_attention": slide(**sliding)}
+        is_sliding = self.layer_masks and not layer_types and getattr(config, "sliding_window", None)
+        return slide(**sliding) if is_sliding else create(**options)
 
 
 class BertBackbone(TextBackbone):
@@ -290,6 +297,19 @@ class DecoderBackbone(TextBackbone):
     excluded_poolings = ("pooler", "cls", "eos")
     is_causal = True
 
+    def set_attention(self, config: PreTrainedConfig, attention: str) -> None:
+        """Makes transformers' functions for causal masks bidirectional, if `attention` is."""
+        if (attention == "causal") != getattr(config, "is_causal", True):
+            config.is_causal = attention == "causal"
+
+    def text_mask(self, config: PreTrainedConfig, input_ids: Tensor) -> Tensor | None:
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        if config.pad_token_id in ends or (config.pad_token_id is None and len(input_ids) > 1):
+            raise ValueError(
+                "Pass `attention_mask`: `pad_token_id` is None or an end token, which texts contain, too."
+            )
+        return super().text_mask(config, input_ids)
+
     def options(self, config: PreTrainedConfig) -> dict[str, Any]:
         # Without a mask, `sdpa` would use the default of the attention module.
         return {"use_cache": False} if getattr(config, "is_causal", True) else {"use_cache": False, "is_causal": False}
@@ -302,6 +322,10 @@ class Gemma3Backbone(DecoderBackbone):
 
     def choose_pooling(self, config: PreTrainedConfig) -> str:
         return "last" if is_causal(config) else "mean"
+
+    def set_attention(self, config: PreTrainedConfig, attention: str) -> None:
+        if not config.use_bidirectional_attention:
+            super().set_attention(config, attention)
 
     def create_masks(
         self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
@@ -583,12 +607,17 @@ T5_ENCODER: dict[str, Any] = {
     "corners_have_positions": False,
     "corners_first": True,
 }
+DECODERS = (
+    *("llama", "qwen2", "qwen3", "qwen3_vl_text", "mistral", "ministral", "gemma", "gemma2", "phi", "phi3"),
+    *("granite", "smollm3", "olmo2", "helium", "glm", "exaone4", "starcoder2"),
+)
 TEXT_BACKBONES: dict[str, TextBackbone] = {
     "bert": BertBackbone(),
     "roberta": BertBackbone(starts_after_padding=True),
     "xlm-roberta": BertBackbone(starts_after_padding=True),
     "camembert": BertBackbone(starts_after_padding=True),
     "data2vec-text": BertBackbone(starts_after_padding=True),
+    "roberta-prelayernorm": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
     "xlm-roberta-xl": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
     "distilbert": TextBackbone(takes_rows=True),
     "mpnet": TextBackbone(starts_after_padding=True, has_optional_pooler=True, corners_first=True),
@@ -605,11 +634,14 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "mt5": TextBackbone(**T5_ENCODER),
     "umt5": TextBackbone(**T5_ENCODER),
     "clip_text_model": CLIPTextBackbone(),
-    "llama": DecoderBackbone(),
-    "qwen3": DecoderBackbone(layer_masks=True),
+    **dict.fromkeys(DECODERS, DecoderBackbone(layer_masks=True)),
     "gemma3_text": Gemma3Backbone(),
 }
-REFUSED = {"big_bird": "its block-sparse attention accepts no mask of pairs of tokens"}
+REFUSED = {
+    "big_bird": "its block-sparse attention accepts no mask of pairs of tokens",
+    "canine": "it has no embeddings of tokens",
+    "funnel": "it merges tokens between layers",
+}
 
 
 def text_family(config: PreTrainedConfig) -> TextBackbone:

@@ -119,6 +119,10 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
             MLP on the normalised pooled state, for frozen text towers.
         projection_layers (`int`, *optional*, defaults to 4): Number of blocks of the residual MLP.
         projection_expansion (`int`, *optional*, defaults to 2): Inner width of its blocks, as a factor of their width.
+        token_prepending (`tuple[int, int]`, *optional*): First and last layer, counted from 0, in which a placeholder
+            starts from the last token's state of the layer before (https://arxiv.org/abs/2412.11556). For decoders.
+        placeholder_token_id (`int`, *optional*): Id of the placeholder, a token of the tokenizer's `prompt_template`
+            before the text.
         attention (`str`, *optional*): `"causal"` or `"bidirectional"` attention of a decoder. Defaults to that of
             `backbone_config`.
 
@@ -144,20 +148,32 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     projection_layers: int = 4
     projection_expansion: int = 2
     attention: Literal["causal", "bidirectional"] | None = None
+    token_prepending: tuple[int, int] | list[int] | None = None
+    placeholder_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.token_prepending is not None:
+            self.token_prepending = tuple(self.token_prepending)
         super().__post_init__(**kwargs)
         if not isinstance(self.family, DecoderBackbone):
             return
-        if self.attention is not None and (self.attention == "causal") != is_causal(self.backbone_config):
-            self.backbone_config.is_causal = self.attention == "causal"
-        self.attention = self.attention or ("causal" if is_causal(self.backbone_config) else "bidirectional")
+        if self.attention is None:
+            self.attention = "causal" if is_causal(self.backbone_config) else "bidirectional"
+        self.family.set_attention(self.backbone_config, self.attention)
 
     def validate_attention(self) -> None:
         if self.attention is not None and not isinstance(self.family, DecoderBackbone):
             raise ValueError(f"`attention` must be None for {self.backbone_config.model_type}, which is no decoder.")
         if self.attention == "causal" and not is_causal(self.backbone_config):
             raise ValueError("`attention='causal'` contradicts `use_bidirectional_attention` of the backbone.")
+
+    def validate_token_prepending(self) -> None:
+        if self.token_prepending is None:
+            return
+        if not isinstance(self.family, DecoderBackbone) or self.placeholder_token_id is None:
+            raise ValueError("`token_prepending` needs a decoder and `placeholder_token_id`.")
+        if len(self.token_prepending) != 2 or self.token_prepending[0] < 1:
+            raise ValueError(f"`token_prepending`={self.token_prepending}: use the first, from 1, and the last layer.")
 
     def validate_corner_tokens(self) -> None:
         if self.num_corner_tokens < 0 or self.max_position_embeddings < 2:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def to_row(states: Tensor, row_index: Tensor) -> Tensor:
@@ -92,6 +93,10 @@ def _extended(extension: type, stock: type) -> type:
 
 def _new(extension: type, stock: type) -> nn.Module:
     return object.__new__(_extended(extension, stock))
+
+
+class CheckpointedLayer(Extension, GradientCheckpointingLayer):
+    """A layer of an encoder without gradient checkpointing in transformers."""
 
 
 class PooledLayer(Extension):

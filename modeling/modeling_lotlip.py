@@ -20,6 +20,7 @@ from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionCo
 from .fast_paths_lotlip import PooledLayer, fast_options, run_texts
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
 from .masking_lotlip import create_corner_mask
+from .prepending_lotlip import prepend_in, prepending_sources
 from .projection_lotlip import ResidualMLP
 
 # Shapes: B is the batch size, I the number of images, T the number of texts per image (ids may lack this dimension),
@@ -151,6 +152,8 @@ class LoTLIPTextModel(_LoTLIPTower):
     def __init__(self, config: LoTLIPTextConfig) -> None:
         super().__init__(config)
         self.backbone = config.family.build(config.backbone_config, config.pooling)
+        if config.token_prepending is not None:
+            prepend_in(self.backbone, *config.token_prepending)
         self.corner_embeds = None
         if config.num_corner_tokens:
             size = self.backbone.get_input_embeddings().embedding_dim  # ALBERT's is not the hidden size
@@ -213,6 +216,12 @@ class LoTLIPTextModel(_LoTLIPTower):
         options = {**self._options(kwargs), **family.options(config)}
         pooled_only = pooled_only and self._can_pool_only(options)
         options |= fast_options(config, is_text, len(corners), pooled_index if pooled_only else None)
+        if self.config.token_prepending is not None:
+            if input_ids is None:
+                raise ValueError("`token_prepending` needs `input_ids` to find the placeholder.")
+            options.pop("row_index", None)
+            is_placeholder = input_ids == self.config.placeholder_token_id
+            options["sources"] = prepending_sources(is_placeholder, pooled_index, shape[-1] + len(corners))
         mask, row_index = attention_mask, options.get("row_index")
         if len(corners) or row_index is not None:
             mask = create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row_index)

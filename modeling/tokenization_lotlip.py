@@ -286,7 +286,7 @@ class LoTLIPTokenizer(TokenizersBackend):
         return clean(joiner.join(sentences)).split(joiner)
 
     def _template(self) -> tuple[str, str, str, str]:
-        """The template up to its last special token before `{}`, up to `{}`, up to the next special token, the rest."""
+        """The template up to its last special token before `{}`, to `{}`, to the next special token, and the rest."""
         start, end = self.prompt_template.split("{}")
         names = "|".join(map(re.escape, self._special_tokens())) or "(?!)"
         found = [match.end() for match in re.finditer(names, start)]
@@ -341,8 +341,8 @@ class LoTLIPTokenizer(TokenizersBackend):
     def bare_tokenizer(self) -> Tokenizer:
         """
         The backend for `tokenizer.json`, which gives the same ids for ordinary texts without this class. It lacks ftfy
-        and some rules of `cleaning="sentences"`, encodes a text that is only "[SEP]" as the special token, and truncates
-        the end of `prompt_template`. An empty text gets no template.
+        and some rules of `cleaning="sentences"`, encodes a text that is only "[SEP]" as the special token, truncates
+        the end of `prompt_template`, and leaves an empty text without template.
         """
         has_template = self.prompt_template != "{}"
         if not (self.clean_text or self.split_sentences or self.split_special_tokens or has_template):
@@ -423,9 +423,9 @@ class _TemplateBackend:
         return encodings
 
     def _cut(self, encoding: Encoding, size: int, limit: int, room: int, is_words: bool) -> None:
-        """Moves the tokens that exceed `room` to `encoding.overflowing`. `size` is the length in the unit of `ends`."""
+        """Moves the tokens that exceed `room` to `encoding.overflowing`. `size` is a length in the unit of `ends`."""
         first, last = self.ends[0], size - self.ends[1]
-        spans = [(i, i + 1) for i in encoding.word_ids] if is_words else encoding.offsets
+        spans = [(i, i + 1) for i in encoding.word_ids if i is not None] if is_words else encoding.offsets
         start = sum(stop <= first for _, stop in spans)
         end = len(spans) - sum(begin >= last for begin, _ in spans)
         excess = len(spans) - room

@@ -22,7 +22,10 @@ from lotlip_hf import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 # What is saved beside a model, and beside the processor and tokenizer that go with it over BERT and over CLIP.
 MODEL_CODE = {
     f"{name}_lotlip.py"
-    for name in ("backbones", "configuration", "fast_paths", "loss", "masking", "modeling", "projection")
+    for name in (
+        *("backbones", "configuration", "fast_paths", "loss", "masking"),
+        *("modeling", "prepending", "projection"),
+    )
 }
 CLIP_CODE = MODEL_CODE | {"processing_lotlip.py", "calls_lotlip.py"}
 CODE = CLIP_CODE | {"tokenization_lotlip.py", "sentences_lotlip.py"}

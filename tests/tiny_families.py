@@ -1,7 +1,8 @@
 """All families of text encoders, tiny and random: the table of tests/modeling/test_families.py."""
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class Family:
     poolings: tuple[str, ...] = field(default=("mean", "cls"))
 
     def stock_config(self, **changes: Any) -> PreTrainedConfig:
-        return AutoConfig.for_model(self.model_type, **{**self.config, **changes})
+        return AutoConfig.for_model(self.model_type, **copy.deepcopy({**self.config, **changes}))
 
     def stock_auto_class(self) -> Any:
         return AutoModelForTextEncoding if self.model_type.endswith("t5") else AutoModel
@@ -91,6 +92,8 @@ def spread(model: Any) -> Any:
     """Weights large enough that attention, positions and corner tokens matter to the outputs."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # sinusoids
+            continue
         nn.init.normal_(
             parameter, mean=float(parameter.dim() == 1 and "norm" in name.lower()), std=0.3, generator=generator
         )
@@ -118,6 +121,7 @@ _ROWS = [
     Family("xlm-roberta", BERT, **WITH_POOLER, offset=PAD + 1),
     Family("camembert", BERT, **WITH_POOLER, offset=PAD + 1),
     Family("data2vec-text", BERT, **WITH_POOLER, offset=PAD + 1),
+    Family("roberta-prelayernorm", BERT, offset=PAD + 1),
     Family("xlm-roberta-xl", BERT, offset=PAD + 1),
     Family("distilbert", {**SIZE, "dropout": 0.0, "attention_dropout": 0.0, "hidden_dim": 37}, rows=True),
     Family("mpnet", BERT, offset=2, corners_first=True),
@@ -150,6 +154,29 @@ FAMILIES["gemma3_text, bidirectional"] = _decoder(
     causal=False,
     window=lambda distance: abs(distance) < 4,
 )
+
+# Decoders of the same code path as those above, with windows in some layers or in all.
+CAUSAL_WINDOW = {"window": lambda distance: 0 <= distance < 3}
+WINDOWED = {**LOCAL, "sliding_window": 3, "use_sliding_window": True}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]}}
+_DECODERS = [
+    *map(_decoder, ("gemma", "phi", "granite", "olmo2", "helium", "glm")),
+    _decoder("qwen3_vl_text", MROPE),
+    *(_decoder(name, {"sliding_window": 3}, **CAUSAL_WINDOW) for name in ("mistral", "phi3", "starcoder2")),
+    *(_decoder(name, WINDOWED, **CAUSAL_WINDOW) for name in ("qwen2", "gemma2", "ministral", "smollm3", "exaone4")),
+    _decoder("qwen3", WINDOWED, **CAUSAL_WINDOW),
+]
+FAMILIES |= {row.model_type: row for row in _DECODERS}
+DECODERS = [FAMILIES["llama"], FAMILIES["gemma3_text"], *_DECODERS]
+FAMILIES |= {
+    f"{row.model_type}, bidirectional layers": replace(
+        row,
+        config={**row.config, "is_causal": False},
+        causal=False,
+        window=row.window and (lambda distance: abs(distance) <= 3),
+    )
+    for row in DECODERS
+}
 
 
 def texts(*lengths: int, width: int | None = None, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,7 +235,9 @@ def naive(family: Family, backbone: PreTrainedModel, corners: torch.Tensor, ids:
         states = backbone.encoder(states, full.view(1, 1, total, total)).last_hidden_state
     else:
         mask: Any = additive(full)
-        if family.window is not None:
+        if family.window is not None and "layer_types" not in family.config:
+            mask = additive(sliding)
+        elif family.window is not None:
             mask = {"full_attention": mask, "sliding_attention": additive(sliding)}
         states = backbone(inputs_embeds=embeds, attention_mask=mask, **inputs).last_hidden_state
     states = states[0]

@@ -80,7 +80,7 @@ def toy_qwen() -> PreTrainedTokenizerFast:
 
 
 def toy_llama() -> PreTrainedTokenizerFast:
-    """Llama 2's pipeline: BPE with a mark for spaces and bytes for unknown letters, a start token, no padding token."""
+    """Llama 2's pipeline: BPE with a mark for spaces, bytes for unknown letters, a start token, no padding token."""
     tokens = [
         "<unk>",
         "<s>",

@@ -65,6 +65,14 @@ class TrainingConfig:
     text_pooling: str | None = option(
         "Pooling of a new model's text tower, such as pooler, cls or mean (default: that of its encoder)", None
     )
+    text_attention: Literal["causal", "bidirectional"] | None = option(
+        "Attention of a new model's decoder (default: that of its configuration, mostly causal)", None
+    )
+    prompt_template: str | None = option(
+        "Instruction around each text of a new model, which replaces its {}, such as 'Query: {}' (default: none)",
+        None,
+        metavar="TEXT",
+    )
     cleaning: Literal["official", "sentences"] | None = option(
         "How a new model's tokenizer splits sentences: 'official' at each full stop before a space, 'sentences' not "
         "at abbreviations, like --splitter (default: official)",

@@ -1,12 +1,17 @@
 """The model of a run, from a checkpoint, two pretrained encoders or random weights, and its settings for training."""
 
-from transformers import AutoTokenizer
+import json
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 # transformers 5.17 exports `AutoImageProcessor` only if torchvision is installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..backbones import from_backbones
 from ..loading import check_image_sizes, fit_tokenizer, load_model, max_text_length
+from ..modeling.backbones_lotlip import CLIPTextBackbone
+from ..modeling.configuration_lotlip import LoTLIPTextConfig
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
@@ -37,7 +42,7 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
             "The model to train is not set. Set either `model` (a checkpoint to train further, or "
             f"{SCENES!r} for a new small model), or both `text_model` and `image_model` (two pretrained encoders)."
         )
-    for name in ("projection_dim", "text_pooling"):
+    for name in ("projection_dim", "text_pooling", "text_attention", "prompt_template"):
         if config.model is not None and getattr(config, name) is not None:
             raise ValueError(f"`{name}` is only for new models made from two encoders. Remove it for {config.model}.")
     if config.model is None:
@@ -82,26 +87,60 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
         config.image_model,
         number,
         text_pooling=config.text_pooling,
+        text_attention=config.text_attention,
         projection_dim=config.projection_dim,
     ).float()
-    positions = model.config.text_config.max_position_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(config.text_model, trust_remote_code=False)
-    if tokenizer.sep_token is None:
-        if config.cleaning is not None:
-            raise ValueError(
-                f"`cleaning` needs a tokenizer with a separator token, but the tokenizer of {config.text_model} has "
-                "none. Remove the option."
-            )
-        tokenizer.model_max_length = positions
-    else:
-        tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(
-            tokenizer,
-            model_max_length=min(CONTEXT_LENGTH - number, positions),
-            cleaning=config.cleaning or "official",
-        )
+    tokenizer = _tokenizer(config, model.config.text_config)
     image_processor = AutoImageProcessor.from_pretrained(config.image_model, trust_remote_code=False)
     check_image_sizes(image_processor, str(config.image_model))
     return model, LoTLIPProcessor(image_processor, tokenizer)
+
+
+def _tokenizer(config: TrainingConfig, text_config: LoTLIPTextConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a new model. CLIP's is used as it is."""
+    tokenizer = AutoTokenizer.from_pretrained(config.text_model, trust_remote_code=False)
+    has_separator, positions = tokenizer.sep_token is not None, text_config.max_position_embeddings
+    if isinstance(text_config.family, CLIPTextBackbone) and config.prompt_template is not None:
+        raise ValueError("`prompt_template` does not fit CLIP's tokenizer. Remove the option.")
+    if not has_separator and config.cleaning is not None:
+        raise ValueError(
+            f"`cleaning` needs a tokenizer with a separator token, but the tokenizer of {config.text_model} has "
+            "none. Remove the option."
+        )
+    if isinstance(text_config.family, CLIPTextBackbone):
+        tokenizer.model_max_length = positions
+        return tokenizer
+    # Decoders may lack a padding token, and pad on the left.
+    tokenizer.padding_side, tokenizer.pad_token = "right", tokenizer.pad_token or tokenizer.eos_token
+    if text_config.pooling == "last":
+        append_end_token(tokenizer)
+    return LoTLIPTokenizer.from_backbone_tokenizer(
+        tokenizer,
+        model_max_length=min(CONTEXT_LENGTH - text_config.num_corner_tokens, positions),
+        split_sentences=has_separator,
+        cleaning=config.cleaning or "official",
+        prompt_template=config.prompt_template or "{}",
+    )
+
+
+def append_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds `eos_token` to the end of each text, unless the tokenizer ends texts with a special token."""
+    backend, end = tokenizer.backend_tokenizer, str(tokenizer.eos_token)
+    if tokenizer.eos_token is None or backend.encode("a").special_tokens_mask[-1]:
+        return
+    state = json.loads(backend.to_str())
+    given = state["post_processor"] or {"type": "Sequence", "processors": []}
+    processors = given["processors"] if given["type"] == "Sequence" else [given]
+    templates = [one for one in processors if one["type"] == "TemplateProcessing"]
+    if not templates:
+        text, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        templates = [{"type": "TemplateProcessing", "single": [text], "pair": [text, other], "special_tokens": {}}]
+        processors += templates
+    templates[0]["special_tokens"][end] = {"id": end, "ids": [tokenizer.eos_token_id], "tokens": [end]}
+    for name in ("single", "pair"):
+        templates[0][name].append({"SpecialToken": {"id": end, "type_id": 0}})
+    state["post_processor"] = {"type": "Sequence", "processors": processors}
+    backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
 
 
 def prepare_model(model: LoTLIPModel, config: TrainingConfig) -> None:

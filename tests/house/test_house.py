@@ -32,7 +32,7 @@ MODELING_IMPORTS = {"huggingface_hub", "numpy", "safetensors", "tokenizers", "to
 # new file of a package has the package's floor.
 FLOORS = (
     ("modeling",),
-    ("auto", "backbones"),
+    ("auto", "adapter_check", "backbones"),
     ("files", "terminal", "options"),
     ("images", "plots", "distributed", "lora"),
     ("data", "scenes", "loading", "engines"),

@@ -207,7 +207,7 @@ def test_texts_made_to_confuse_the_sentence_splitter(tokenizer: LoTLIPTokenizer,
 
 
 @pytest.mark.parametrize("stock", [toy_roberta, toy_xlm_roberta])
-def test_special_tokens_stay_text_in_any_tokenizer(stock) -> None:
+def test_special_tokens_stay_text_in_any_tokenizer(stock: Any) -> None:
     """BPE and Unigram see the characters of "<s>" side by side, as if it were no special token."""
     plain = stock()
     tokenizer = LoTLIPTokenizer.from_backbone_tokenizer(plain)
@@ -491,7 +491,7 @@ def test_copies_and_workers_get_the_same_tokenizer(tokenizer: LoTLIPTokenizer) -
 
 
 @pytest.mark.parametrize("stock", [toy_roberta, toy_xlm_roberta])
-def test_any_tokenizer_folder_loads(stock, tmp_path: Path) -> None:
+def test_any_tokenizer_folder_loads(stock: Any, tmp_path: Path) -> None:
     """A folder saved by a stock tokenizer keeps all of its pipeline, also when saved again as ours."""
     plain = stock()
     plain.save_pretrained(tmp_path / "stock")
