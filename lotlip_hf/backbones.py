@@ -43,8 +43,9 @@ def from_backbones(
         text (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of a BERT, RoBERTa, XLM-RoBERTa or CLIP
             text encoder. For a whole CLIP, its text tower is used without the projection; `lotlip convert clip`
             converts the whole CLIP.
-        vision (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of a ViT, DINOv2, CLIP or SigLIP image
-            encoder. For a whole CLIP or SigLIP, its image tower is used.
+        vision (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of an image encoder: ViT, DINOv2,
+            DINOv3, CLIP, SigLIP, SigLIP 2, ConvNeXt or a model of timm. For a whole CLIP or SigLIP, its image tower is
+            used.
         num_corner_tokens (`int`, *optional*, defaults to 2): Number of corner tokens.
         text_pooling (`str`, *optional*): Pooling of the text tower, see [`LoTLIPTextConfig`]. Defaults to that of a
             sentence-transformers folder, else to that of the encoder's family. For a BERT or RoBERTa without the

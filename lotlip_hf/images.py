@@ -382,7 +382,8 @@ def load_pixels(
             [`load_image`].
 
     Returns:
-        `dict[str, torch.Tensor]`: Output of the image processor, usually `pixel_values` [1, 3, H, W].
+        `dict[str, torch.Tensor]`: Output of the image processor, usually `pixel_values` [1, 3, H, W], and for SigLIP 2
+            NaFlex `pixel_values`, `pixel_attention_mask` and `spatial_shapes`.
 
     Raises:
         `ImageError`: If the image cannot be read or its pixels do not fit in memory.

@@ -5,11 +5,8 @@ import json
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-# transformers 5.17 exports `AutoImageProcessor` only if torchvision is installed.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
 from ..backbones import from_backbones
-from ..loading import check_image_sizes, fit_tokenizer, load_model, max_text_length, skip_padding
+from ..loading import fit_tokenizer, load_image_processor, load_model, max_text_length, skip_padding
 from ..modeling.backbones_lotlip import CLIPTextBackbone
 from ..modeling.configuration_lotlip import LoTLIPTextConfig
 from ..modeling.modeling_lotlip import LoTLIPModel
@@ -93,9 +90,7 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
     ).float()
     folder = read_sentence_folder(config.text_model)
     tokenizer = _tokenizer(config, model.config.text_config, folder)
-    image_processor = AutoImageProcessor.from_pretrained(config.image_model, trust_remote_code=False)
-    check_image_sizes(image_processor, str(config.image_model))
-    return model, LoTLIPProcessor(image_processor, tokenizer)
+    return model, LoTLIPProcessor(load_image_processor(config.image_model), tokenizer)
 
 
 def _tokenizer(

@@ -1,6 +1,7 @@
 """Frozen parameters, the optimiser and the learning rate schedule."""
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,9 +45,12 @@ def _lock_vision(model: LoTLIPModel, config: TrainingConfig) -> None:
             parameter.requires_grad_(True)
 
 
-def freeze_unused(model: nn.Module, needs: Collection[str], has_long_texts: bool) -> None:
+def freeze_unused(model: Any, needs: Collection[str], has_long_texts: bool) -> None:
     """Freezes the parameters that `needs` do not depend on, as `DistributedDataParallel` waits for every gradient."""
+    vision = model.config.vision_config
     unused = ["mask_token"]
+    if vision.pooling != "pooler":
+        unused += [f"vision_model.backbone.{name}." for name in vision.family.pooler_modules]
     if "image_embeds" not in needs:
         unused += ["vision_model.", "visual_projection."]
     if "text_embeds" not in needs and "corner_embeds" not in needs:
