@@ -1,6 +1,5 @@
 """Writes the embeddings of a folder of images or a file of texts to a Parquet file; interrupted runs resume."""
 
-import hashlib
 import itertools
 import logging
 import os
@@ -18,7 +17,7 @@ from .data.readers import KINDS, column_of, every_row, value_of
 from .encoder import Encoder, warn_of_cut_texts
 from .files import PARTIAL, check_output, printable, replacing, set_aside_unless_folder
 from .search import build_index
-from .store import CUT, WHOLE, EmbeddingStore
+from .store import CUT, WHOLE, EmbeddingStore, text_digest
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ def embed_texts(
     check_output(output, overwrite=overwrite)
     partial = _partial_folder(output)
     # Reads the whole file once, to find errors before the long work.
-    digests = Counter(_digest(text) for text in read_texts(file, column))
+    digests = Counter(text_digest(text) for text in read_texts(file, column))
     if not digests:
         raise _no_texts(file)
 
@@ -149,7 +148,7 @@ def embed_texts(
         def new_texts() -> Iterator[str]:
             seen = set(known)
             for text in read_texts(file, column):
-                if (key := _digest(text)) not in seen:
+                if (key := text_digest(text)) not in seen:
                     seen.add(key)
                     keys.append(key)
                     yield text
@@ -175,12 +174,12 @@ def embed_texts(
         def batches() -> Iterator[tuple[list[str], np.ndarray]]:
             texts = read_texts(file, column)
             while block := list(itertools.islice(texts, WRITE_BLOCK)):
-                missing = [text for text in block if _digest(text) not in held.locations]
+                missing = [text for text in block if text_digest(text) not in held.locations]
                 if missing:
                     raise ValueError(
                         f"{file}: changed during the run, {missing[0][:50]!r} is new. Run the same command again."
                     )
-                yield block, store.vectors([held.locations[_digest(text)] for text in block])
+                yield block, store.vectors([held.locations[text_digest(text)] for text in block])
 
         _write_parquet(output, "text", batches(), encoder, store)
     shutil.rmtree(partial)
@@ -258,10 +257,6 @@ def _values(path: Path, column: str) -> Iterator[Any]:
             found = ", ".join(map(repr, values)) or "none"
             raise ValueError(f"{path}, row {row}: no column {column!r}. Pass --column with one of: {found}.")
         yield value_of(values, column)
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _partial_folder(output: str | os.PathLike) -> Path:
