@@ -282,6 +282,7 @@ class Encoder:
         *,
         batch_size: int = 32,
         progress: bool = False,
+        total: int | None = None,
         pooled: bool = False,
     ) -> Iterator[tuple[int, torch.Tensor | ImageError]]:
         """
@@ -289,6 +290,7 @@ class Encoder:
         [`encode_images`].
 
         Args:
+            total (`int`, *optional*): Number of images for the progress bar, if `images` has no length.
             pooled (`bool`, *optional*, defaults to `False`): Whether to yield the pooled states [hidden_size] of the
                 image tower, before its projection, instead of embeddings. Only for LoTLIP.
 
@@ -333,7 +335,8 @@ class Encoder:
                 bar.update()
                 yield index, embedding
 
-        with progress_bar(total=_length(images), desc="Encoding images", unit="image", shown=progress) as bar:
+        total = _length(images) if total is None else total
+        with progress_bar(total=total, desc="Encoding images", unit="image", shown=progress) as bar:
             for index, result in _map_ahead(read, opened(), ahead=2 * batch_size):
                 if isinstance(result, ImageError):
                     bar.update()
@@ -371,14 +374,29 @@ class Encoder:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    def pooled_dim(self, modality: Modality) -> int:
+        """
+        Returns the number of dimensions of the pooled states of a LoTLIP's tower, before its projection.
+
+        Args:
+            modality (`str`): `"image"` or `"text"`.
+
+        Raises:
+            `ValueError`: If the model is not a LoTLIP.
+        """
+        return self._lotlip_engine().pooled_dim(modality)
+
+    def _lotlip_engine(self) -> TorchEngine:
+        if not isinstance(self.engine, TorchEngine) or not isinstance(self.engine.model, LoTLIPModel):
+            raise ValueError(f"{self.name} is not a LoTLIP checkpoint, so its pooled states are not supported.")
+        return self.engine
+
     def _features(self, modality: Modality, pooled: bool) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
         """Function of a batch's inputs that computes embeddings [B, P], or pooled states [B, hidden_size]."""
-        engine = self.engine
         if pooled:
-            if not isinstance(engine, TorchEngine) or not isinstance(engine.model, LoTLIPModel):
-                raise ValueError(f"{self.name} is not a LoTLIP checkpoint, so `pooled` is not supported.")
-            return lambda inputs: engine.pooled_states(modality, inputs).float()
-        features = engine.text_features if modality == "text" else engine.image_features
+            states = self._lotlip_engine().pooled_states
+            return lambda inputs: states(modality, inputs).float()
+        features = self.engine.text_features if modality == "text" else self.engine.image_features
 
         def embed(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             embeddings = torch.nn.functional.normalize(features(inputs).float(), dim=-1)
