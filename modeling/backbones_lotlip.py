@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, CLIPTextModel, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -31,14 +36,23 @@ def mean(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
+def weighted_mean(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
+    """The mean over a text with the weights 1, 2, ..., for causal encoders (SGPT, https://arxiv.org/abs/2202.08904)."""
+    mask = states.new_ones(states.shape[:2]) if mask is None else mask
+    return mean(states, mask.long().cumsum(-1) * mask.bool(), index)
+
+
 # Functions (states [N, L, hidden_size], mask [N, L] or None for all tokens, index [N] of the pooled token or None for
 # the first) -> [N, hidden_size]. A corner token is pooled as a text of one token. In text towers, "pooler" adds the
-# backbone's layer on the pooled token. In image towers, "pooler" is the backbone's own pooling.
+# backbone's layer on the pooled token. In image towers, "pooler" is the backbone's own pooling. "eos" is CLIP's [EOT],
+# "last" the last token of a decoder's text.
 POOLINGS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = {
     "pooler": one_token,
     "cls": one_token,
     "eos": one_token,
+    "last": one_token,
     "mean": mean,
+    "weighted_mean": weighted_mean,
 }
 
 
@@ -80,11 +94,14 @@ class TextBackbone(_Backbone):
     """
 
     default_pooling = "mean"
-    excluded_poolings = ("pooler", "eos")
+    excluded_poolings = ("pooler", "eos", "last", "weighted_mean")
     is_causal = False
     takes_rows = False  # whether `row_index` reaches the attention functions, so that texts can share a row
+    takes_positions = True  # whether the encoder accepts `position_ids`
     has_segments = False  # whether the encoder accepts `token_type_ids`
-    corners_have_positions = True
+    corners_have_positions = True  # otherwise they have the position of the first token, and words keep their own
+    corners_first = False  # whether corner tokens precede the text in memory, for relative positions
+    layer_masks = False  # whether the encoder accepts a dictionary of masks by type of layer
     starts_after_padding = False  # whether the first position is `pad_token_id + 1`
 
     def position_offset(self, config: PreTrainedConfig) -> int:
@@ -115,29 +132,44 @@ class TextBackbone(_Backbone):
         Arguments of the backbone [N, L + c, ...] for `words` [N, L, hidden_size], `position_ids` [N, L] from 0 and
         `corners` [c, hidden_size]. c is m, or 0 without corner tokens. In both cases, the words skip m positions.
         """
+        embeds = {"inputs_embeds": _join(words, corners, self.corners_first)}
+        if not self.takes_positions:
+            return embeds
         first = position_ids.amax(-1, keepdim=True) + 1 if self.is_causal else torch.ones_like(position_ids[:, :1])
-        if not self.is_causal:
+        corner_ids = first + torch.arange(len(corners), device=words.device)
+        if not self.corners_have_positions:
+            corner_ids = torch.zeros_like(corner_ids)
+        elif not self.is_causal:
             position_ids = position_ids + (position_ids > 0).long() * num_corner_tokens
-        if len(corners):
-            corner_ids = first + torch.arange(len(corners), device=words.device)
-            position_ids = torch.cat([position_ids, corner_ids], dim=1)
-        position_ids = position_ids + self.position_offset(backbone.config)
-        return {"inputs_embeds": _join(words, corners), "position_ids": position_ids}
+        parts = [corner_ids, position_ids] if self.corners_first else [position_ids, corner_ids]
+        return {**embeds, "position_ids": torch.cat(parts, dim=1) + self.position_offset(backbone.config)}
+
+    def options(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """More arguments of the backbone's `forward`."""
+        return {}
 
     def create_masks(
         self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
     ) -> Any:
-        """The mask of a rule, or masks by type of layer. `sliding_attention` needs `or_mask_function=is_corner`."""
-        create = create_causal_mask if self.is_causal else create_bidirectional_mask
-        embeds = {"inputs_embeds": inputs_embeds, "attention_mask": None, "past_key_values": None}
-        return create(config=config, **embeds, and_mask_function=rule)
+        """The mask of a rule, or masks by type of layer. In sliding windows, corner tokens see the whole text."""
+        options = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": None, "past_key_values": None}
+        options["and_mask_function"] = rule
+        create, slide = create_bidirectional_mask, create_bidirectional_sliding_window_mask
+        if self.is_causal:  # with `config.is_causal=False`, these functions are bidirectional, too
+            create, slide = create_causal_mask, create_sliding_window_causal_mask
+        if not self.layer_masks:
+            return create(**options)
+        masks = {"full_attention": create(**options)}
+        if "sliding_attention" in config.layer_types:
+            masks["sliding_attention"] = slide(**options, or_mask_function=is_corner)
+        return masks
 
 
 class BertBackbone(TextBackbone):
     """BERT and RoBERTa."""
 
     default_pooling = "pooler"
-    excluded_poolings = ("eos",)
+    excluded_poolings = ("eos", "last", "weighted_mean")
     has_optional_pooler = has_segments = takes_rows = True
     pooled_layer = PooledLayer
 
@@ -146,7 +178,7 @@ class CLIPTextBackbone(TextBackbone):
     """CLIP's text tower. The pooled token is [EOT]. Corner tokens have no positions."""
 
     default_pooling = "eos"
-    excluded_poolings = ("pooler", "cls", "mean")
+    excluded_poolings = ("pooler", "cls", "mean", "last", "weighted_mean")
     is_causal = takes_rows = True
     corners_have_positions = False
 
@@ -191,11 +223,23 @@ class CLIPTextEncoder(CLIPTextModel):
         return BaseModelOutputWithPooling(last_hidden_state=self.final_layer_norm(outputs.last_hidden_state))
 
 
+class DecoderBackbone(TextBackbone):
+    """A decoder with rotary positions. Its attention is causal, or bidirectional with `config.is_causal=False`."""
+
+    default_pooling = "last"
+    excluded_poolings = ("pooler", "cls", "eos")
+    is_causal = True
+
+    def options(self, config: PreTrainedConfig) -> dict[str, Any]:
+        # Without a mask, `sdpa` would use the default of the attention module.
+        return {"use_cache": False} if is_causal(config) else {"use_cache": False, "is_causal": False}
+
+
 class VisionBackbone(_Backbone):
     """An image encoder. Its `embeddings` return the class token, if there is one, and the patches."""
 
     default_pooling = "cls"
-    excluded_poolings = ("eos",)
+    excluded_poolings = ("eos", "last", "weighted_mean")
     num_prefix_tokens = 1
     takes_interpolation = True  # whether other image sizes need `interpolate_pos_encoding`
 
@@ -230,9 +274,15 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "roberta": BertBackbone(starts_after_padding=True),
     "xlm-roberta": BertBackbone(starts_after_padding=True),
     "clip_text_model": CLIPTextBackbone(),
+    "modernbert": TextBackbone(default_pooling="cls", corners_have_positions=False, layer_masks=True),
+    "llama": DecoderBackbone(),
+    "qwen3": DecoderBackbone(layer_masks=True),
 }
 # CLIP's pooler normalises the class token. SigLIP has no class token; its pooler attends to the patches.
-OWN_POOLER: dict[str, Any] = {"default_pooling": "pooler", "excluded_poolings": ("eos", "cls")}
+OWN_POOLER: dict[str, Any] = {
+    "default_pooling": "pooler",
+    "excluded_poolings": ("eos", "last", "weighted_mean", "cls"),
+}
 VISION_BACKBONES: dict[str, VisionBackbone] = {
     "vit": VisionBackbone(has_optional_pooler=True, pooled_layer=PooledViTLayer),
     "dinov2": VisionBackbone(takes_interpolation=False),
@@ -253,9 +303,17 @@ def is_eager_on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
-def _join(words: Tensor, corners: Tensor) -> Tensor:
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Whether the attention of a decoder is causal."""
+    return getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", False)
+
+
+def _join(words: Tensor, corners: Tensor, corners_first: bool = False) -> Tensor:
     """[N, L, hidden_size] and [c, hidden_size] -> [N, L + c, hidden_size]"""
-    return torch.cat([words, corners.to(words).expand(words.shape[0], -1, -1)], dim=1) if len(corners) else words
+    if not len(corners):
+        return words
+    corners = corners.to(words).expand(words.shape[0], -1, -1)
+    return torch.cat([corners, words] if corners_first else [words, corners], dim=1)
 
 
 def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:

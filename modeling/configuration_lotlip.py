@@ -3,12 +3,12 @@
 import copy
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .backbones_lotlip import TEXT_BACKBONES, VISION_BACKBONES
+from .backbones_lotlip import TEXT_BACKBONES, VISION_BACKBONES, DecoderBackbone, is_causal
 
 # Version of the files that these classes write. Increase the version if older code would misread newer files.
 FORMAT_VERSION = 1
@@ -111,7 +111,13 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
         pooling (`str`, *optional*): `"pooler"`: a layer of the backbone on the state of [CLS], as in the released
             models; `"cls"`: the state of [CLS]; `"mean"`: the mean over the text; `"eos"`: the state of CLIP's [EOT].
             Defaults to `"pooler"` for BERT and RoBERTa and to `"eos"` for CLIP.
-        projection_dim (`int`, *optional*, defaults to 768): Width of the linear projection. `None` adds no projection.
+        projection_dim (`int`, *optional*, defaults to 768): Width of the projection. `None` adds no linear projection.
+        projection (`str`, *optional*, defaults to `"linear"`): `"linear"`, or `"residual_mlp"`: LLM2CLIP's residual
+            MLP on the normalised pooled state, for frozen text towers.
+        projection_layers (`int`, *optional*, defaults to 4): Number of blocks of the residual MLP.
+        projection_expansion (`int`, *optional*, defaults to 2): Inner width of its blocks, as a factor of their width.
+        attention (`str`, *optional*): `"causal"` or `"bidirectional"` attention of a decoder. Defaults to that of
+            `backbone_config`.
 
     ```python
     >>> from lotlip_hf import LoTLIPTextConfig
@@ -130,6 +136,22 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     num_corner_tokens: int = 2
     pooling: str | None = None
     projection_dim: int | None = 768
+    projection: Literal["linear", "residual_mlp"] = "linear"
+    projection_layers: int = 4
+    projection_expansion: int = 2
+    attention: Literal["causal", "bidirectional"] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if not isinstance(self.family, DecoderBackbone):
+            return
+        if self.attention is not None:
+            self.backbone_config.is_causal = self.attention == "causal"
+        self.attention = "causal" if is_causal(self.backbone_config) else "bidirectional"
+
+    def validate_attention(self) -> None:
+        if self.attention is not None and not isinstance(self.family, DecoderBackbone):
+            raise ValueError(f"`attention` must be None for {self.backbone_config.model_type}, which is no decoder.")
 
     def validate_corner_tokens(self) -> None:
         if self.num_corner_tokens < 0 or self.max_position_embeddings < 2:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import and_masks, packed_sequence_mask_function, padding_mask_function
 from transformers.utils.generic import is_flash_attention_requested
 
-from .backbones_lotlip import TextBackbone
+from .backbones_lotlip import TextBackbone, is_eager_on_cpu
 from .fast_paths_lotlip import to_row
 
 CORNER, POOLED, WORD = 0, 1, 2
@@ -27,17 +27,20 @@ def create_corner_mask(
     row_index: Tensor | None = None,
 ) -> Any:
     """
-    The mask for `inputs_embeds` [N, L + m, hidden_size], which are texts followed by m corner tokens. `is_text` [N, L]
-    is 0 for padding, and `pooled_index` [N] is the index of the pooled token. The mask has the form that the
-    backbone needs: [N, 1, L + m, L + m]; [1, 1, total, total] for `flex_attention` over a row of the tokens
-    `row_index` [total]; or a dictionary of such masks by type of layer.
+    The mask for `inputs_embeds` [N, L + m, hidden_size], which are texts followed by m corner tokens, or preceded by
+    them for families with `corners_first`. `is_text` [N, L] is 0 for padding, and `pooled_index` [N] is the index of
+    the pooled token. The mask has the form that the backbone needs: [N, 1, L + m, L + m]; [1, 1, total, total] for
+    `flex_attention` over a row of the tokens `row_index` [total]; or a dictionary of such masks by type of layer.
     """
     if is_flash_attention_requested(config):
         raise ValueError(
             "Flash attention cannot mask corner tokens. Load the model with attn_implementation='sdpa' or "
             "'flex_attention', or pass output_corner_embeds=False."
         )
-    corners = (0, inputs_embeds.shape[1] - is_text.shape[1])
+    num_corners = inputs_embeds.shape[1] - is_text.shape[1]
+    corners = (num_corners, 0) if family.corners_first else (0, num_corners)
+    if family.corners_first and is_eager_on_cpu(is_text) and (is_text.int().diff() > 0).any():
+        raise ValueError("This text encoder needs padding on the right. Set `tokenizer.padding_side='right'`.")
     index, pooled = torch.arange(is_text.shape[1], device=is_text.device), pooled_index.unsqueeze(-1)
     # In a causal encoder, tokens after the pooled token are padding, even without an attention mask.
     words = index < pooled if family.is_causal else index != pooled

@@ -20,6 +20,7 @@ from .configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionCo
 from .fast_paths_lotlip import PooledLayer, fast_options, run_texts
 from .loss_lotlip import LoTLIPLoss, lotlip_loss
 from .masking_lotlip import create_corner_mask
+from .projection_lotlip import ResidualMLP
 
 # Shapes: B is the batch size, I the number of images, T the number of texts per image (ids may lack this dimension),
 # N = B T, L the length, m the number of corner tokens, P the number of patches, D the width of the shared space.
@@ -90,7 +91,7 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, LoTLIPTextModel) and module.corner_embeds is not None:
-            init.normal_(module.corner_embeds, std=module.config.initializer_range)
+            init.normal_(module.corner_embeds, std=getattr(module.config, "initializer_range", 0.02))
         elif isinstance(module, LoTLIPModel):
             init.constant_(module.logit_scale, module.config.logit_scale_init_value)
 
@@ -203,17 +204,20 @@ class LoTLIPTextModel(_LoTLIPTower):
         inputs = family.embed(self.backbone, words, position_ids, self.config.num_corner_tokens, corners)
         del words  # frees memory before the backbone runs
         if token_type_ids is not None and family.has_segments:
-            inputs["token_type_ids"] = nn.functional.pad(token_type_ids, (0, len(corners)))
+            beside = (len(corners), 0) if family.corners_first else (0, len(corners))
+            inputs["token_type_ids"] = nn.functional.pad(token_type_ids, beside)
         elif token_type_ids is not None and is_eager_on_cpu(token_type_ids) and token_type_ids.any():
             raise ValueError("`token_type_ids` must be 0: this text encoder has no segments. Leave the argument out.")
 
-        options = self._options(kwargs)
+        options = {**self._options(kwargs), **family.options(config)}
         pooled_only = pooled_only and self._can_pool_only(options)
         options |= fast_options(config, is_text, len(corners), pooled_index if pooled_only else None)
         mask, row_index = attention_mask, options.get("row_index")
         if len(corners) or row_index is not None:
             mask = create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row_index)
         outputs = run_texts(self.backbone, inputs, mask, **options)
+        if family.corners_first and len(corners):
+            _move_corners_behind(outputs, len(corners))
 
         states = outputs.last_hidden_state  # [N, L + m, hidden_size], or [N, 1 + m, hidden_size] if `pooled_only`
         length, pooled_index = (1, None) if pooled_only else (shape[-1], pooled_index)
@@ -542,6 +546,9 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
 
 
 def _projection(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> nn.Module:
+    if isinstance(config, LoTLIPTextConfig) and config.projection == "residual_mlp":
+        sizes = (config.hidden_size, config.output_size, config.projection_layers, config.projection_expansion)
+        return ResidualMLP(*sizes)
     if config.projection_dim is None:
         return nn.Identity()
     return nn.Linear(config.hidden_size, config.projection_dim, bias=False)
@@ -577,6 +584,20 @@ def _flatten(shape: torch.Size, **arguments: Tensor | None) -> list[Tensor | Non
         if value is not None and value.shape != shape:
             raise ValueError(f"`{name}` has shape {list(value.shape)}, the texts have {list(shape)}.")
     return [None if value is None else value.reshape(-1, shape[-1]) for value in arguments.values()]
+
+
+def _move_corners_behind(outputs: Any, num_corners: int) -> None:
+    """Moves the corner tokens of a family with `corners_first` from the start of the length to its end."""
+    dims = {"last_hidden_state": (1,), "hidden_states": (1,), "attentions": (2, 3)}
+    for name, value in outputs.items():
+        if name in dims:
+            outputs[name] = _roll(value, num_corners, dims[name])
+
+
+def _roll(states: Any, num_corners: int, dims: tuple[int, ...]) -> Any:
+    if isinstance(states, tuple):
+        return tuple(_roll(one, num_corners, dims) for one in states)
+    return states.roll([-num_corners] * len(dims), dims)
 
 
 def _line_up(states: Any, shape: torch.Size, *length_dims: int) -> Any:
