@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
@@ -19,6 +19,8 @@ def from_backbones(
     text_pooling: str | None = None,
     vision_pooling: str | None = None,
     projection_dim: int | None = None,
+    text_projection: Literal["linear", "residual_mlp"] = "linear",
+    text_projection_layers: int = 4,
     **config_kwargs: Any,
 ) -> LoTLIPModel:
     """
@@ -36,6 +38,9 @@ def from_backbones(
         vision_pooling (`str`, *optional*): Pooling of the image tower, see [`LoTLIPVisionConfig`].
         projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image encoder,
             which then has no projection.
+        text_projection (`str`, *optional*, defaults to `"linear"`): Kind of the text projection, see
+            [`LoTLIPTextConfig`].
+        text_projection_layers (`int`, *optional*, defaults to 4): Number of blocks of a `"residual_mlp"`.
         **config_kwargs: More fields of [`LoTLIPConfig`].
 
     Returns:
@@ -57,7 +62,11 @@ def from_backbones(
     ```
     """
     text_config = LoTLIPTextConfig(
-        backbone_config=_backbone_config(text, "text"), num_corner_tokens=num_corner_tokens, pooling=text_pooling
+        backbone_config=_backbone_config(text, "text"),
+        num_corner_tokens=num_corner_tokens,
+        pooling=text_pooling,
+        projection=text_projection,
+        projection_layers=text_projection_layers,
     )
     vision_config = LoTLIPVisionConfig(backbone_config=_backbone_config(vision, "vision"), pooling=vision_pooling)
     text_encoder = _load_backbone(text, "text", text_config)

@@ -37,7 +37,7 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
             "The model to train is not set. Set either `model` (a checkpoint to train further, or "
             f"{SCENES!r} for a new small model), or both `text_model` and `image_model` (two pretrained encoders)."
         )
-    for name in ("projection_dim", "text_pooling"):
+    for name in ("projection_dim", "text_pooling", "text_projection", "text_projection_layers"):
         if config.model is not None and getattr(config, name) is not None:
             raise ValueError(f"`{name}` is only for new models made from two encoders. Remove it for {config.model}.")
     if config.model is None:
@@ -80,6 +80,8 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
         number,
         text_pooling=config.text_pooling,
         projection_dim=config.projection_dim,
+        text_projection=config.text_projection or "linear",
+        text_projection_layers=config.text_projection_layers or 4,
     ).float()
     positions = model.config.text_config.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(config.text_model, trust_remote_code=False)
