@@ -400,7 +400,7 @@ def image_digest(source: ImageSource, name: str | None = None) -> str:
 
     Args:
         source (`ImageSource`): Image; see [`load_image`].
-        name (`str`, *optional*): Name of an image object in errors.
+        name (`str`, *optional*): Name of the image, which errors put before the path.
 
     Returns:
         `str`: 32 hexadecimal digits.
@@ -412,7 +412,10 @@ def image_digest(source: ImageSource, name: str | None = None) -> str:
     source, _ = image_source(source)
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(source, str | os.PathLike):
-        digest.update(read_image_bytes(source))
+        try:
+            digest.update(read_image_bytes(source))
+        except ImageError as error:
+            raise ImageError(": ".join(filter(None, (name, error.name))), error.reason, error.transient) from error
     elif isinstance(source, bytes):
         digest.update(source)
     else:
