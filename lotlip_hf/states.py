@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from huggingface_hub.constants import HF_HOME
+from huggingface_hub import constants
 
 from .encoder import Encoder, Modality
 from .images import ImageError, ImageSource
@@ -54,7 +54,7 @@ class FrozenStates:
         folder: str | os.PathLike | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
-        folder = Path(HF_HOME, "lotlip") if folder is None else Path(folder)
+        folder = Path(constants.HF_HOME, "lotlip") if folder is None else Path(folder)
         made_by = f"{modality}-states-{encoder.fingerprint(modality, pooled=True)}-{encoder.device.type}"
         advice = "pass a writable folder with --cache DIR"
         self.encoder = encoder

@@ -7,19 +7,47 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
-from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
 from ..data.collator import Batch, read_record
 from ..data.record import RecordError
 from ..distributed import gather_lists, raise_on_all_ranks, rank, world_size
-from ..encoder import Encoder
+from ..encoder import Encoder, Modality
 from ..images import ImageError, ImageSource, image_digest, image_source
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..states import FrozenStates
 from ..terminal import progress_bar
 from .config import TrainingConfig
+
+
+def locked_towers(
+    model: LoTLIPModel, records: Dataset | IterableDataset, config: TrainingConfig, accelerator: Accelerator
+) -> dict[Modality, str]:
+    """
+    Returns the locked towers of a run by modality. The value is empty if the states of the tower are computed once, and
+    otherwise the reason why it is computed in every step.
+
+    Args:
+        model (`LoTLIPModel`): The model, after [`~lotlip_hf.training.optim.freeze`].
+        records (`Dataset` or `IterableDataset`): Training records.
+        config (`TrainingConfig`): Options of the run.
+        accelerator (`Accelerator`): The processes.
+    """
+    towers: dict[Modality, str] = {}
+    if config.lock_vision and not config.unlocked_vision_layers:
+        towers["image"] = ""
+        if config.patch_dropout:
+            towers["image"] = "`patch_dropout` is set"
+        elif isinstance(records, IterableDataset):
+            towers["image"] = "the records are a stream"
+    if config.lock_text:
+        towers["text"] = ""
+        if any(parameter.requires_grad for parameter in model.text_model.parameters()):
+            towers["text"] = "its corner tokens are trained"
+        elif accelerator.distributed_type == DistributedType.FSDP:
+            towers["text"] = "FSDP shards it"
+    return dict.fromkeys(towers, "`no_cache` is set") if config.no_cache else towers
 
 
 def frozen_states(
@@ -30,47 +58,25 @@ def frozen_states(
     accelerator: Accelerator,
 ) -> dict[str, FrozenStates]:
     """
-    Returns the states of the towers that a run computes once, by modality: the towers without trained parameters whose
-    inputs do not change at random. Prints the folder of the cache, and why a locked tower is computed in every step.
-
-    Args:
-        model (`LoTLIPModel`): The model, after [`~lotlip_hf.training.optim.freeze`]. It is moved to the device.
-        processor (`LoTLIPProcessor`): The processor of the model.
-        records (`Dataset` or `IterableDataset`): Training records.
-        config (`TrainingConfig`): Options of the run.
-        accelerator (`Accelerator`): The processes.
+    Returns the states of the towers that a run computes once, by modality, see [`locked_towers`]. Prints the file that
+    keeps them, and why other locked towers are computed in every step. Moves the model to the device.
     """
     states: dict[str, FrozenStates] = {}
-    if config.no_cache:
-        return states
-    reasons = {"image": "", "text": ""}
-    if isinstance(records, IterableDataset):
-        reasons["image"] = "the records are a stream"
-    elif config.patch_dropout:
-        reasons["image"] = "patch_dropout is set"
-    if _is_trained(model.text_model):
-        reasons["text"] = "its corner tokens are trained"
-    elif accelerator.distributed_type == DistributedType.FSDP:
-        reasons["text"] = "FSDP shards it"
-    for modality, tower in (("image", model.vision_model), ("text", model.text_model.backbone)):
-        if _is_trained(tower):
-            continue
-        if reasons[modality]:
-            accelerator.print(f"The frozen {modality} tower is computed in every step, because {reasons[modality]}.")
+    for modality, reason in locked_towers(model, records, config, accelerator).items():
+        if reason:
+            accelerator.print(f"The frozen {modality} tower is computed in every step, because {reason}.")
             continue
         encoder = Encoder(model.to(accelerator.device), processor)
         states[modality] = FrozenStates(encoder, modality, config.cache, config.cache_dtype)
         each = states[modality].row_bytes
-        size = f"{each * len(records) / 1e6:.1f} MB" if modality == "image" else f"{each / 1e3:.1f} kB for each text"
+        size = f"{each / 1e3:.1f} kB for each text"
+        if isinstance(records, Dataset) and modality == "image":
+            size = f"{each * len(records) / 1e6:.1f} MB"
         accelerator.print(
-            f"The frozen {modality} tower is computed once. {states[modality].store.path} keeps its states (at most "
-            f"{size}; --no-cache keeps none)."
+            f"The frozen {modality} tower is computed once. {states[modality].store.path} keeps its states (up to "
+            f"{size}). Pass --cache FOLDER for another folder, or --no-cache."
         )
     return states
-
-
-def _is_trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 class KeyedRecords(TorchDataset):

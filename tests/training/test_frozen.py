@@ -236,7 +236,7 @@ def test_states_belong_to_the_tower_and_not_to_its_projection(start: Path, tmp_p
 
 DECISIONS: dict[str, tuple[dict[str, Any], set[str], str]] = {
     "nothing locked": ({}, set(), ""),
-    "no cache": ({**BOTH, "no_cache": True}, set(), ""),
+    "no cache": ({**BOTH, "no_cache": True}, set(), "no_cache"),
     "both": (BOTH, {"image", "text"}, "computed once"),
     "corner tokens": ({**BOTH, "model": "corners"}, {"image"}, "corner tokens"),
     "patch dropout": ({**BOTH, "patch_dropout": 0.5}, {"text"}, "patch_dropout"),
