@@ -25,8 +25,8 @@ def locked_towers(
     model: LoTLIPModel, records: Dataset | IterableDataset, config: TrainingConfig, accelerator: Accelerator
 ) -> dict[Modality, str]:
     """
-    Returns the locked towers of a run by modality. The value is empty if the states of the tower are computed once, and
-    otherwise the reason why it is computed in every step.
+    Returns the locked towers of a run by modality. The value is empty if the states of the tower are computed once,
+    and otherwise the reason why it is computed in every step.
 
     Args:
         model (`LoTLIPModel`): The model, after [`~lotlip_hf.training.optim.freeze`].
