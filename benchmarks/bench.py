@@ -52,6 +52,9 @@ from lotlip_hf.images import load_image, official_image_processor
 from lotlip_hf.loading import load_model
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 from lotlip_hf.scenes.dataset import scenes_dataset
+from lotlip_hf.training.config import TrainingConfig
+from lotlip_hf.training.log import read_log
+from lotlip_hf.training.loop import train
 from lotlip_hf.training.objective import Objective, batch_loss
 from lotlip_hf.training.terms.infonce import InfoNCE
 from measure import RESULTS as FOLDER
@@ -59,6 +62,7 @@ from measure import in_turns, keep, machine, peak_memory
 
 RESULTS = FOLDER / "bench.jsonl"
 NUM_SCENES = 600
+NUM_PICTURES = 512
 OFFICIAL = "official recipe"
 Call = Callable[[], Any]
 
@@ -442,6 +446,46 @@ def step(bench: Bench) -> list[Row]:
     return [Row(work, OFFICIAL, ratio, 1.5, detail=detail, profile=calls["ours"])]
 
 
+def frozen(bench: Bench) -> list[Row]:
+    """
+    Trains 3 epochs with a locked image tower of ViT-S/16's shape, with states that an earlier run kept, compared with
+    states that are computed in every step. The text tower is smaller, and each picture has a short and a long text.
+    """
+    size, text_size = ("small", "mini") if bench.size == "base" else (bench.size, bench.size)
+    records = scenes_dataset(NUM_PICTURES)
+    numbers = itertools.count()
+    losses: dict[str, list[float]] = {}
+
+    def run(name: str, **options: Any) -> None:
+        model = peers.make_model(size, text_size)
+        output = bench.folder / f"frozen-{next(numbers)}"
+        settings = {"batch_size": 64, "num_epochs": 3, "num_long_texts": 1, "num_workers": 0, "log_steps": 1}
+        config = TrainingConfig(output=str(output), lock_vision=True, trackers=[], **settings, **options)
+        train(model, peers.make_processor(model), records, config)
+        losses[name] = [entry["loss"] for entry in read_log(output)]
+
+    calls = {
+        "kept": partial(run, "kept", cache=str(bench.folder / "states")),
+        "computed": partial(run, "computed", no_cache=True),
+    }
+    seconds = in_turns(calls, min(bench.repeats, 2), "locked image tower")
+    work = f"locked image tower, 3 epochs over {NUM_PICTURES} pictures, kept states"
+    detail = f"{seconds['kept']:.1f} and {seconds['computed']:.1f} s"
+    difference = float(np.abs(np.subtract(losses["kept"], losses["computed"])).max())
+    return [
+        Row(work, "computed states", seconds["computed"] / seconds["kept"], 3, detail=detail, profile=calls["kept"]),
+        Row(
+            f"{work}: losses",
+            "computed states",
+            difference,
+            1e-5,
+            True,
+            "of difference",
+            f"{len(losses['kept'])} steps",
+        ),
+    ]
+
+
 def training_step(model: nn.Module, compute_loss: Callable[[], torch.Tensor]) -> Call:
     """Creates a training step with a new optimiser."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -543,6 +587,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "mixed": mixed,
     "step": step,
     "long": long,
+    "frozen": frozen,
     "loss": loss,
     "memory": memory,
     "device": device,

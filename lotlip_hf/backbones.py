@@ -29,6 +29,8 @@ def from_backbones(
     text_attention: Literal["causal", "bidirectional"] | None = None,
     vision_pooling: str | None = None,
     projection_dim: int | None = None,
+    text_projection: Literal["linear", "residual_mlp"] = "linear",
+    text_projection_layers: int = 4,
     **config_kwargs: Any,
 ) -> LoTLIPModel:
     """
@@ -56,6 +58,9 @@ def from_backbones(
         projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image encoder,
             which then has no projection. With the width of the text encoder, the text tower has no projection and
             starts with the embeddings of its encoder.
+        text_projection (`str`, *optional*, defaults to `"linear"`): Kind of the text projection, see
+            [`LoTLIPTextConfig`].
+        text_projection_layers (`int`, *optional*, defaults to 4): Number of blocks of a `"residual_mlp"`.
         **config_kwargs: More fields of [`LoTLIPConfig`].
 
     Returns:
@@ -83,6 +88,8 @@ def from_backbones(
         num_corner_tokens=num_corner_tokens,
         pooling=pooling,
         attention=text_attention,
+        projection=text_projection,
+        projection_layers=text_projection_layers,
     )
     vision_config = LoTLIPVisionConfig(backbone_config=_backbone_config(vision, "vision"), pooling=vision_pooling)
     text_weights = _load_weights(text, "text", text_config)

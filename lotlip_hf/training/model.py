@@ -40,7 +40,10 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
             "The model to train is not set. Set either `model` (a checkpoint to train further, or "
             f"{SCENES!r} for a new small model), or both `text_model` and `image_model` (two pretrained encoders)."
         )
-    for name in ("projection_dim", "text_pooling", "text_attention", "prompt_template"):
+    for name in (
+        *("projection_dim", "text_pooling", "text_attention", "prompt_template"),
+        *("text_projection", "text_projection_layers"),
+    ):
         if config.model is not None and getattr(config, name) is not None:
             raise ValueError(f"`{name}` is only for new models made from two encoders. Remove it for {config.model}.")
     if config.model is None:
@@ -87,6 +90,8 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
         text_pooling=config.text_pooling,
         text_attention=config.text_attention,
         projection_dim=config.projection_dim,
+        text_projection=config.text_projection or "linear",
+        text_projection_layers=config.text_projection_layers or 4,
     ).float()
     folder = read_sentence_folder(config.text_model)
     tokenizer = _tokenizer(config, model.config.text_config, folder)
