@@ -513,14 +513,16 @@ def long_step(attention: str, size: str) -> Call:
     """
     torch.manual_seed(0)
     longest = 2048 if size == "base" else 100
-    config = ModernBertConfig(**{**peers.SIZES["mini"], "intermediate_size": 384}, pad_token_id=0, vocab_size=1000)
+    names = ("pad", "bos", "cls", "eos", "sep")
+    ids = {f"{name}_token_id": index for index, name in enumerate(names)}
+    config = ModernBertConfig(**{**peers.SIZES["mini"], "intermediate_size": 384}, **ids, vocab_size=1000)
     model = LoTLIPTextModel(LoTLIPTextConfig(backbone_config=config, projection_dim=None)).train()
     model.set_attn_implementation(attention)
     lengths = [round(50 * (longest / 50) ** (index / 7)) for index in range(8)]
-    ids = nn.utils.rnn.pad_sequence([torch.randint(1, 1000, (each,)) for each in lengths], batch_first=True)
+    texts = nn.utils.rnn.pad_sequence([torch.randint(5, 1000, (each,)) for each in lengths], batch_first=True)
 
     def step() -> None:
-        outputs = model(ids, pooled_only=True)
+        outputs = model(texts, pooled_only=True)
         (outputs.pooler_output.sum() + outputs.corner_embeds.sum()).backward()
         model.zero_grad()
 

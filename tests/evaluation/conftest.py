@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from transformers import ModernBertConfig, ViTConfig
 
 import tiny_clip
