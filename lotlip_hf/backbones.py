@@ -31,6 +31,7 @@ def from_backbones(
     projection_dim: int | None = None,
     text_projection: Literal["linear", "residual_mlp"] = "linear",
     text_projection_layers: int = 4,
+    text_projection_expansion: int = 2,
     **config_kwargs: Any,
 ) -> LoTLIPModel:
     """
@@ -61,6 +62,7 @@ def from_backbones(
         text_projection (`str`, *optional*, defaults to `"linear"`): Kind of the text projection, see
             [`LoTLIPTextConfig`].
         text_projection_layers (`int`, *optional*, defaults to 4): Number of blocks of a `"residual_mlp"`.
+        text_projection_expansion (`int`, *optional*, defaults to 2): Inner width of its blocks, as a factor.
         **config_kwargs: More fields of [`LoTLIPConfig`].
 
     Returns:
@@ -90,6 +92,7 @@ def from_backbones(
         attention=text_attention,
         projection=text_projection,
         projection_layers=text_projection_layers,
+        projection_expansion=text_projection_expansion,
     )
     vision_config = LoTLIPVisionConfig(backbone_config=_backbone_config(vision, "vision"), pooling=vision_pooling)
     text_weights = _load_weights(text, "text", text_config)

@@ -82,6 +82,9 @@ class TrainingConfig:
     text_projection_layers: int | None = option(
         "Blocks of --text-projection residual_mlp (default: 4)", None, at_least=1
     )
+    text_projection_expansion: int | None = option(
+        "Inner width of these blocks, as a factor of their width (default: 2)", None, at_least=1
+    )
     cleaning: Literal["official", "sentences"] | None = option(
         "How a new model's tokenizer splits sentences: 'official' at each full stop before a space, 'sentences' not "
         "at abbreviations, like --splitter (default: official)",
@@ -235,8 +238,9 @@ class TrainingConfig:
             raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
         if self.unlocked_vision_layers and not self.lock_vision:
             raise ValueError("`unlocked_vision_layers` needs `lock_vision`. Set it too.")
-        if self.text_projection_layers is not None and self.text_projection != "residual_mlp":
-            raise ValueError("`text_projection_layers` needs `text_projection` residual_mlp. Set it too.")
+        for name in ("text_projection_layers", "text_projection_expansion"):
+            if getattr(self, name) is not None and self.text_projection != "residual_mlp":
+                raise ValueError(f"`{name}` needs `text_projection` residual_mlp. Set it too.")
         if self.text_dtype != "float32" and not self.lock_text:
             raise ValueError(f"`text_dtype` {self.text_dtype} needs `lock_text`. Set it too.")
         if self.no_cache and self.cache is not None:

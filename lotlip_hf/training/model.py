@@ -42,7 +42,7 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
         )
     for name in (
         *("projection_dim", "text_pooling", "text_attention", "prompt_template"),
-        *("text_projection", "text_projection_layers"),
+        *("text_projection", "text_projection_layers", "text_projection_expansion"),
     ):
         if config.model is not None and getattr(config, name) is not None:
             raise ValueError(f"`{name}` is only for new models made from two encoders. Remove it for {config.model}.")
@@ -92,6 +92,7 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
         projection_dim=config.projection_dim,
         text_projection=config.text_projection or "linear",
         text_projection_layers=config.text_projection_layers or 4,
+        text_projection_expansion=config.text_projection_expansion or 2,
     ).float()
     folder = read_sentence_folder(config.text_model)
     tokenizer = _tokenizer(config, model.config.text_config, folder)
