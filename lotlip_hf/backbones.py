@@ -110,7 +110,7 @@ def from_backbones(
     text_weights = _make_room(text_weights, text_config)
 
     width = projection_dim or vision_config.hidden_size
-    dense = _dense(folder, width, text_config.hidden_size)
+    dense = _dense(folder, text_config, width)
     text_config.projection_dim = width
     if projection_dim == text_config.hidden_size and dense is None:
         text_config.projection_dim = None
@@ -148,16 +148,19 @@ def _make_room(weights: dict[str, Tensor], config: LoTLIPTextConfig) -> dict[str
     return {**weights, family.position_table: torch.cat([table[: first + number], table[first:]])}
 
 
-def _dense(folder: SentenceFolder | None, width: int, hidden_size: int) -> Tensor | None:
+def _dense(folder: SentenceFolder | None, config: LoTLIPTextConfig, width: int) -> Tensor | None:
     """The linear layers of a sentence-transformers folder, if they fit the text projection."""
     if folder is None:
         return None
-    left_out = [f"{name} is not linear without bias" for name in folder.left_out]
-    if folder.dense is not None and folder.dense.shape != (width, hidden_size):
-        left_out.append(f"Dense has the shape {list(folder.dense.shape)}: pass its width as `projection_dim`")
+    dense, left_out = folder.dense, list(folder.left_out)
+    if dense is not None and config.projection != "linear":
+        left_out.append(f"Dense does not fit the text projection {config.projection!r}")
+    elif dense is not None and dense.shape != (width, config.hidden_size):
+        left_out.append(f"Dense has the shape {list(dense.shape)}: pass its width as `projection_dim`")
+    fits = left_out == list(folder.left_out)
     if left_out:
-        logger.warning("%s: layers are left out of the new model (%s).", folder.source, "; ".join(left_out))
-    return None if left_out else folder.dense
+        logger.warning("%s: the new model differs. %s.", folder.source, "; ".join(left_out))
+    return dense if fits else None
 
 
 def _is_of_pooler(name: str) -> bool:
