@@ -230,6 +230,8 @@ def _text_encoder(tower: LoTLIPTextModel) -> tuple[PreTrainedConfig, dict[str, t
     """Configuration and tensors of the stock text encoder, without the positions of corner tokens."""
     config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
     family, corners = tower.config.family, tower.config.num_corner_tokens
+    if tower.config.token_prepending is not None:
+        raise _no_stock_class(tower, "with token_prepending", "a model without it")
     if tower.config.attention == "bidirectional" and not getattr(config, "use_bidirectional_attention", False):
         # Without padding, `sdpa` of stock decoders is causal, also with `config.is_causal=False`.
         raise _no_stock_class(tower, "with attention='bidirectional'", "a model with attention='causal'")

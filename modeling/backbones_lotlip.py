@@ -353,13 +353,6 @@ class PassingNaFlexEmbeddings(Extension):
         return pixel_values if spatial_shapes is None else super().forward(pixel_values, spatial_shapes)
 
 
-class CheckpointedLayer(Extension, GradientCheckpointingLayer):
-    """Adds gradient checkpointing to a layer."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return super().forward(*args, **kwargs)
-
-
 class CheckpointedTimmModel(Extension):
     """Adds transformers' switch of gradient checkpointing to a model of timm."""
 

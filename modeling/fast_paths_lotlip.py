@@ -98,6 +98,9 @@ def _new(extension: type, stock: type) -> nn.Module:
 class CheckpointedLayer(Extension, GradientCheckpointingLayer):
     """A layer of an encoder without gradient checkpointing in transformers."""
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
 
 class PooledLayer(Extension):
     """A BERT-like layer that computes only the tokens `pooled_tokens` [N, Q], if this argument is passed."""

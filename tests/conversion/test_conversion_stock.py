@@ -341,6 +341,7 @@ def test_vision_towers(
         (LoTLIPTextModelWithProjection(tiny.text_config("clip", projection="residual_mlp")), "residual_mlp"),
         (LoTLIPTextModelWithProjection(text_family("modernbert", projection="residual_mlp")), "residual_mlp"),
         (LoTLIPTextModel(text_family("llama", attention="bidirectional")), "attention"),
+        (LoTLIPTextModel(text_family("llama", token_prepending=(1, 1), placeholder_token_id=7)), "token_prepending"),
         (LoTLIPVisionModelWithProjection(tiny.vision_config("vit", projection_dim=24)), "projection"),
     ],
 )
