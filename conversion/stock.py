@@ -130,8 +130,8 @@ def stock_model(model: PreTrainedModel) -> PreTrainedModel:
     Args:
         model (`PreTrainedModel`): A [`LoTLIPModel`], which becomes a `CLIPModel` (CLIP towers) or a
             `VisionTextDualEncoderModel`; or one of its towers, with or without projection, which becomes the stock
-            class of its encoder. If this class lacks the pooling or projection of a text tower, [`convert`] also writes
-            them as modules of sentence-transformers.
+            class of its encoder. If this class lacks a text tower's pooling or projection, [`convert`] writes them as
+            modules of sentence-transformers.
 
     Returns:
         `PreTrainedModel`: The stock model.
