@@ -1,16 +1,23 @@
 """Creates a LoTLIP model from two pretrained encoders, see [`from_backbones`]."""
 
 import copy
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .adapter_check import check_adapter
+from .loading import quiet
 from .modeling.backbones_lotlip import DecoderBackbone
 from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from .modeling.modeling_lotlip import LoTLIPModel
+from .sentence_folder import SentenceFolder, read_sentence_folder
+
+logger = logging.getLogger(__name__)
 
 
 def from_backbones(
@@ -22,11 +29,18 @@ def from_backbones(
     text_attention: Literal["causal", "bidirectional"] | None = None,
     vision_pooling: str | None = None,
     projection_dim: int | None = None,
+    text_projection: Literal["linear", "residual_mlp"] = "linear",
+    text_projection_layers: int = 4,
+    text_projection_expansion: int = 2,
     **config_kwargs: Any,
 ) -> LoTLIPModel:
     """
     Creates a model whose towers start from two pretrained encoders, as in LiT (https://arxiv.org/abs/2111.07991). The
-    corner tokens, the projections, the logit scale, and a pooler that an encoder lacks are new and must be trained.
+    corner tokens, the projections and the logit scale are new and must be trained.
+
+    The text tower starts with the features of its encoder, for any number of corner tokens: learned positions of words
+    move behind those of the corner tokens, so that no length is lost. A folder of sentence-transformers also sets the
+    pooling, and its linear layers after pooling become the text projection if `projection_dim` is their width.
 
     Args:
         text (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of a BERT, RoBERTa, XLM-RoBERTa or CLIP
@@ -36,19 +50,26 @@ def from_backbones(
             DINOv3, CLIP, SigLIP, SigLIP 2, ConvNeXt or a model of timm. For a whole CLIP or SigLIP, its image tower is
             used.
         num_corner_tokens (`int`, *optional*, defaults to 2): Number of corner tokens.
-        text_pooling (`str`, *optional*): Pooling of the text tower, see [`LoTLIPTextConfig`].
+        text_pooling (`str`, *optional*): Pooling of the text tower, see [`LoTLIPTextConfig`]. Defaults to that of a
+            sentence-transformers folder, else to that of the encoder's family. For a BERT or RoBERTa without the
+            weights of a pooler, the default is `"cls"`, and `"pooler"` adds a new pooler.
         text_attention (`str`, *optional*): `"causal"` or `"bidirectional"` attention of a decoder. Defaults to that of
             its configuration.
         vision_pooling (`str`, *optional*): Pooling of the image tower, see [`LoTLIPVisionConfig`].
         projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image encoder,
-            which then has no projection.
+            which then has no projection. With the width of the text encoder, the text tower has no projection and
+            starts with the embeddings of its encoder.
+        text_projection (`str`, *optional*, defaults to `"linear"`): Kind of the text projection, see
+            [`LoTLIPTextConfig`].
+        text_projection_layers (`int`, *optional*, defaults to 4): Number of blocks of a `"residual_mlp"`.
+        text_projection_expansion (`int`, *optional*, defaults to 2): Inner width of its blocks, as a factor.
         **config_kwargs: More fields of [`LoTLIPConfig`].
 
     Returns:
         [`LoTLIPModel`]: The new model.
 
     Raises:
-        `ValueError`: If an encoder is not supported, or if it lacks weights other than the pooler's.
+        `ValueError`: If an encoder or its pooling is not supported, or if it lacks weights other than the pooler's.
 
     Example:
 
@@ -62,33 +83,83 @@ def from_backbones(
     32
     ```
     """
+    folder = None if isinstance(text, PreTrainedModel) else read_sentence_folder(text)
+    pooling = folder.pooling if text_pooling is None and folder is not None else text_pooling
     text_config = LoTLIPTextConfig(
         backbone_config=_backbone_config(text, "text"),
         num_corner_tokens=num_corner_tokens,
-        pooling=text_pooling,
+        pooling=pooling,
         attention=text_attention,
+        projection=text_projection,
+        projection_layers=text_projection_layers,
+        projection_expansion=text_projection_expansion,
     )
     vision_config = LoTLIPVisionConfig(backbone_config=_backbone_config(vision, "vision"), pooling=vision_pooling)
-    text_encoder = _load_backbone(text, "text", text_config)
-    vision_encoder = _load_backbone(vision, "vision", vision_config)
-    text_config.projection_dim = projection_dim or vision_config.hidden_size
+    text_weights = _load_weights(text, "text", text_config)
+    vision_weights = _load_weights(vision, "vision", vision_config)
+    if pooling is None and text_config.pooling == "pooler" and not any(map(_is_of_pooler, text_weights)):
+        text_config.pooling = "cls"
+        logger.warning("%s has no pooler. `text_pooling` is 'cls': pass 'pooler' for a new one.", _name(text))
+    text_weights = _make_room(text_weights, text_config)
+
+    width = projection_dim or vision_config.hidden_size
+    dense = _dense(folder, width, text_config.hidden_size)
+    text_config.projection_dim = width
+    if projection_dim == text_config.hidden_size and dense is None:
+        text_config.projection_dim = None
     towers = {"text_config": text_config, "vision_config": vision_config}
-    model = LoTLIPModel(LoTLIPConfig(**towers, projection_dim=text_config.projection_dim, **config_kwargs))
-    for tower, encoder in ((model.text_model, text_encoder), (model.vision_model, vision_encoder)):
-        keys = tower.backbone.load_state_dict(encoder.state_dict(), strict=False)
+    model = LoTLIPModel(LoTLIPConfig(**towers, projection_dim=width, **config_kwargs))
+    for tower, source, weights in (
+        (model.text_model, text, text_weights),
+        (model.vision_model, vision, vision_weights),
+    ):
+        keys = tower.backbone.load_state_dict(weights, strict=False)
         missing, unexpected = _without_pooler(keys.missing_keys), _without_pooler(keys.unexpected_keys)
         if missing or unexpected:
             raise ValueError(
-                f"The {type(encoder).__name__} does not fit the {tower.base_model_prefix}: missing {missing}, "
-                f"unexpected {unexpected}. Pass an encoder with all weights."
+                f"{_name(source)} does not fit the {tower.base_model_prefix}: missing {missing}, unexpected "
+                f"{unexpected}. Pass an encoder with all weights."
             )
+    if dense is not None:
+        with torch.no_grad():
+            model.text_projection.weight.copy_(dense)
     check_adapter(model.text_model)
     return model
 
 
+def _make_room(weights: dict[str, Tensor], config: LoTLIPTextConfig) -> dict[str, Tensor]:
+    """
+    Moves the learned positions of words behind those of the corner tokens. The positions of corner tokens start as
+    copies, so that both are as in a tower whose words move instead.
+    """
+    family, backbone, number = config.family, config.backbone_config, config.num_corner_tokens
+    table = weights.get(family.position_table)
+    if table is None or not number or family.is_causal or not family.corners_have_positions:
+        return weights
+    first = family.position_offset(backbone) + 1
+    backbone.max_position_embeddings += number
+    return {**weights, family.position_table: torch.cat([table[: first + number], table[first:]])}
+
+
+def _dense(folder: SentenceFolder | None, width: int, hidden_size: int) -> Tensor | None:
+    """The linear layers of a sentence-transformers folder, if they fit the text projection."""
+    if folder is None:
+        return None
+    left_out = [f"{name} is not linear without bias" for name in folder.left_out]
+    if folder.dense is not None and folder.dense.shape != (width, hidden_size):
+        left_out.append(f"Dense has the shape {list(folder.dense.shape)}: pass its width as `projection_dim`")
+    if left_out:
+        logger.warning("%s: layers are left out of the new model (%s).", folder.source, "; ".join(left_out))
+    return None if left_out else folder.dense
+
+
+def _is_of_pooler(name: str) -> bool:
+    return name.startswith("pooler.")
+
+
 def _without_pooler(names: Iterable[str]) -> list[str]:
     """Drops the names of the pooler, which masked language models lack. Its weights are then new."""
-    return sorted(name for name in names if not name.startswith("pooler."))
+    return sorted(name for name in names if not _is_of_pooler(name))
 
 
 def _backbone_config(source: str | Path | PreTrainedModel, tower: str) -> PreTrainedConfig:
@@ -103,24 +174,31 @@ def _backbone_config(source: str | Path | PreTrainedModel, tower: str) -> PreTra
     return config
 
 
-def _load_backbone(
+def _load_weights(
     source: str | Path | PreTrainedModel, tower: str, config: LoTLIPTextConfig | LoTLIPVisionConfig
-) -> PreTrainedModel:
+) -> dict[str, Tensor]:
+    """Weights of an encoder, without the names of new ones."""
     if isinstance(source, PreTrainedModel):
-        return _encoder(source, tower)
+        return _encoder(source, tower).state_dict()
     whole = AutoConfig.from_pretrained(source, trust_remote_code=False)
     is_inside = isinstance(config.family, DecoderBackbone) and hasattr(whole, "text_config")
-    encoder, info = config.family.auto_class.from_pretrained(
-        source,
-        config=whole if is_inside else copy.deepcopy(config.backbone_config),
-        trust_remote_code=False,
-        output_loading_info=True,
-        **config.family.pooling_layer(config.pooling),
-    )
+    with quiet():
+        encoder, info = config.family.auto_class.from_pretrained(
+            source,
+            config=whole if is_inside else copy.deepcopy(config.backbone_config),
+            trust_remote_code=False,
+            output_loading_info=True,
+            **config.family.pooling_layer(config.pooling),
+        )
     missing = _without_pooler(info["missing_keys"])
     if missing:
         raise ValueError(f"{source}: weights are missing: {', '.join(missing)}. Pass an encoder with all weights.")
-    return _encoder(encoder, tower)
+    weights = _encoder(encoder, tower).state_dict()
+    return {name: tensor for name, tensor in weights.items() if name not in info["missing_keys"]}
+
+
+def _name(source: str | Path | PreTrainedModel) -> str:
+    return f"The {type(source).__name__}" if isinstance(source, PreTrainedModel) else str(source)
 
 
 def _encoder(model: PreTrainedModel, tower: str) -> PreTrainedModel:

@@ -38,7 +38,7 @@ from transformers.utils import is_timm_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .fast_paths_lotlip import CheckpointedLayer, Extension, PooledLayer, PooledViTLayer, extend, take
+from .fast_paths_lotlip import Extension, PooledLayer, PooledViTLayer, extend, take
 
 
 def one_token(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
@@ -108,16 +108,11 @@ class _Backbone:
         last_layer = self.last_layer(backbone)
         if self.pooled_layer is not None and last_layer is not None:
             extend(backbone, last_layer, self.pooled_layer)
-        if not any(hasattr(module, "gradient_checkpointing") for module in backbone.modules()):
-            for layer in self.layers(backbone):
-                extend(backbone, layer, CheckpointedLayer)
         return backbone
 
-    def layers(self, backbone: PreTrainedModel) -> list[nn.Module]:
-        return list(getattr(backbone, "layers", None) or getattr(getattr(backbone, "encoder", None), "layer", ()))
-
     def last_layer(self, backbone: PreTrainedModel) -> nn.Module | None:
-        return (self.layers(backbone) or [None])[-1]
+        layers = getattr(backbone, "layers", None) or getattr(getattr(backbone, "encoder", None), "layer", None)
+        return layers[-1] if layers else None
 
 
 class TextBackbone(_Backbone):
@@ -129,14 +124,22 @@ class TextBackbone(_Backbone):
     default_pooling = "mean"
     excluded_poolings = ("pooler", "eos", "last", "weighted_mean")
     is_causal = False
-    takes_rows = False  # whether `row_index` reaches the attention functions, so that texts can share a row
+    takes_rows = False  # whether a `row` reaches the attention functions, so that texts can share a row
     takes_positions = True  # whether the encoder accepts `position_ids`
     has_segments = False  # whether the encoder accepts `token_type_ids`
     corners_have_positions = True  # otherwise they have the position of the first token, and words keep their own
     corners_first = False  # whether corner tokens precede the text in memory, for relative positions
     layer_masks = False  # whether the encoder accepts a dictionary of masks by type of layer
     starts_after_padding = False  # whether the first position is `pad_token_id + 1`
+    checkpointed_layers = ""  # name of the layers that need an extension for gradient checkpointing
     position_table = "embeddings.position_embeddings.weight"  # name of the learned positions, if the encoder has them
+
+    def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        backbone = super().build(config, pooling)
+        if self.checkpointed_layers:
+            for layer in backbone.get_submodule(self.checkpointed_layers):
+                extend(backbone, layer, CheckpointedLayer)
+        return backbone
 
     def position_offset(self, config: PreTrainedConfig) -> int:
         return config.pad_token_id + 1 if self.starts_after_padding else 0
@@ -181,6 +184,12 @@ class TextBackbone(_Backbone):
     def options(self, config: PreTrainedConfig) -> dict[str, Any]:
         """More arguments of the backbone's `forward`."""
         return {}
+
+    def window(self, config: PreTrainedConfig) -> int | None:
+        """Width of the sliding windows of some layers, or `None`."""
+        layer_types = getattr(config, "layer_types", None) or ("sliding_attention",)
+        has_windows = self.layer_masks and "sliding_attention" in layer_types
+        return getattr(config, "sliding_window", None) if has_windows else None
 
     def create_masks(
         self, config: PreTrainedConfig, inputs_embeds: Tensor, rule: Callable, is_corner: Callable
@@ -295,7 +304,7 @@ class DecoderBackbone(TextBackbone):
 
     default_pooling = "last"
     excluded_poolings = ("pooler", "cls", "eos")
-    is_causal = True
+    is_causal = takes_rows = True
 
     def set_attention(self, config: PreTrainedConfig, attention: str) -> None:
         """Makes transformers' functions for causal masks bidirectional, if `attention` is."""
@@ -351,6 +360,13 @@ class PassingNaFlexEmbeddings(Extension):
 
     def forward(self, pixel_values: Tensor, spatial_shapes: Tensor | None) -> Tensor:
         return pixel_values if spatial_shapes is None else super().forward(pixel_values, spatial_shapes)
+
+
+class CheckpointedLayer(Extension, GradientCheckpointingLayer):
+    """Adds gradient checkpointing to a layer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs)
 
 
 class CheckpointedTimmModel(Extension):
@@ -619,9 +635,16 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "roberta-prelayernorm": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
     "xlm-roberta-xl": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
     "distilbert": TextBackbone(takes_rows=True),
-    "mpnet": TextBackbone(starts_after_padding=True, has_optional_pooler=True, corners_first=True),
+    "mpnet": TextBackbone(
+        starts_after_padding=True, has_optional_pooler=True, corners_first=True, checkpointed_layers="encoder.layer"
+    ),
     "electra": TextBackbone(default_pooling="cls", has_segments=True, takes_rows=True),
-    "albert": TextBackbone(has_segments=True, has_optional_pooler=True, takes_rows=True),
+    "albert": TextBackbone(
+        has_segments=True,
+        has_optional_pooler=True,
+        takes_rows=True,
+        checkpointed_layers="encoder.albert_layer_groups",
+    ),
     "modernbert": ModernBertBackbone(),
     "eurobert": TextBackbone(corners_have_positions=False, takes_rows=True),
     "nomic_bert": TextBackbone(**ROTARY_BERT),
@@ -640,6 +663,7 @@ REFUSED = {
     "big_bird": "its block-sparse attention accepts no mask of pairs of tokens",
     "canine": "it has no embeddings of tokens",
     "funnel": "it merges tokens between layers",
+    "xlnet": "it masks pairs of tokens by permutations",
 }
 
 
@@ -664,7 +688,7 @@ def _adapter(config_class: type[PreTrainedConfig]) -> TextBackbone:
         supported = ", ".join(TEXT_BACKBONES)
         raise ValueError(f"Text encoders of model_type {model_type!r} are not supported: {reason}. Use {supported}.")
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return DecoderBackbone(layer_masks=True)
+        return DecoderBackbone(layer_masks=True, takes_rows=False)
     return TextBackbone(
         takes_positions="position_ids" in taken,
         has_segments="token_type_ids" in taken,

@@ -1,13 +1,22 @@
 """All families of text encoders, tiny and random: the table of tests/modeling/test_families.py."""
 
 import copy
+import string
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    BertTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 VOCAB, PAD, LONGEST = 99, 1, 40
 SIZE = {
@@ -76,7 +85,6 @@ class Family:
     causal: bool = False
     window: Callable[[int], bool] | None = None
     rows: bool = False
-    poolings: tuple[str, ...] = field(default=("mean", "cls"))
 
     def stock_config(self, **changes: Any) -> PreTrainedConfig:
         return AutoConfig.for_model(self.model_type, **copy.deepcopy({**self.config, **changes}))
@@ -86,6 +94,20 @@ class Family:
 
     def stock_model(self, **changes: Any) -> PreTrainedModel:
         return spread(self.stock_auto_class().from_config(self.stock_config(**changes)))
+
+    def save(self, folder: Path, **changes: Any) -> Path:
+        """Saves the stock encoder and a tokenizer."""
+        self.stock_model(**changes).save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+        return folder
+
+
+def tokenizer() -> BertTokenizer:
+    """BERT's pipeline for letters and digits, with the special tokens of `SIZE`."""
+    characters = string.ascii_lowercase + string.digits
+    tokens = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{one}" for one in characters), *".,-"]
+    tokens += [f"[unused{number}]" for number in range(VOCAB - len(tokens))]
+    return BertTokenizer(vocab={token: number for number, token in enumerate(tokens)}, model_max_length=LONGEST)
 
 
 def spread(model: Any) -> Any:
@@ -109,12 +131,12 @@ def _relative(model_type: str, config: dict[str, Any], **settings: Any) -> Famil
 
 
 def _decoder(model_type: str, config: dict[str, Any] | None = None, **settings: Any) -> Family:
-    settings = {"pooling": "last", "causal": True, "poolings": ("last", "mean", "weighted_mean"), **settings}
+    settings = {"pooling": "last", "causal": True, "rows": True, **settings}
     return Family(model_type, {**DECODER, **(config or {})}, positions="behind", **settings)
 
 
 BERT = {**SIZE, **NO_DROPOUT}
-WITH_POOLER = {"pooling": "pooler", "poolings": ("pooler", "cls", "mean"), "rows": True}
+WITH_POOLER = {"pooling": "pooler", "rows": True}
 _ROWS = [
     Family("bert", BERT, **WITH_POOLER),
     Family("roberta", BERT, **WITH_POOLER, offset=PAD + 1),

@@ -33,20 +33,25 @@ def run(argv: Sequence[str]) -> None:
     from ..training.config import parse_arguments
 
     config = parse_arguments(argv, prog="lotlip train", description=DESCRIPTION)
+    import torch
     from accelerate import PartialState
 
+    from ..files import printable
     from ..images import ImageError
     from ..training.data import load_data
     from ..training.loop import train
-    from ..training.model import load_or_start_model
+    from ..training.model import describe_text, load_or_start_model
 
+    state = PartialState(cpu=not torch.accelerator.is_available())
     try:
         records, eval_records = load_data(config)  # fail before models are loaded
         model, processor = load_or_start_model(config)
+        if config.text_model is not None and not config.resume:
+            state.print(f"{printable(config.text_model)}: {describe_text(model, processor)}.")
         checkpoint = train(model, processor, records, config, eval_records)
     except ImageError as error:
         raise ValueError(f"{error}. Pass --on-error skip to count and skip such images.") from error
     except RuntimeError as error:  # a NaN loss, a full disk or memory, a lost process
         raise OSError(str(error)) from error
-    PartialState().print(f"The model is in {checkpoint}.")
-    PartialState().destroy_process_group()
+    state.print(f"The model is in {checkpoint}.")
+    state.destroy_process_group()

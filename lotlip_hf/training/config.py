@@ -22,7 +22,7 @@ SCENES = "scenes"
 TEXT_OPTIONS = ("num_long_texts", "num_sentences", "captioners", "sentence_order", "splitter")
 # Options that may change when a run is resumed, because they do not change the result
 RESUMABLE = frozenset(
-    "output resume on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
+    "output resume cache on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
     "save_total_limit trackers gradient_checkpointing compile".split()
 )
 
@@ -60,7 +60,10 @@ class TrainingConfig:
     image_model: str | None = option("Pretrained image encoder of a new model (with --text-model)", None)
     num_corner_tokens: int | None = option("Corner tokens of a new model (default: 2)", None, at_least=0)
     projection_dim: int | None = option(
-        "Embedding size of a new model (default: width of the image encoder)", None, at_least=1
+        "Embedding size of a new model (default: width of the image encoder). With the width of the text encoder, the "
+        "text tower has no projection and starts with its encoder's embeddings",
+        None,
+        at_least=1,
     )
     text_pooling: str | None = option(
         "Pooling of a new model's text tower, such as pooler, cls or mean (default: that of its encoder)", None
@@ -73,20 +76,43 @@ class TrainingConfig:
         None,
         metavar="TEXT",
     )
+    text_projection: Literal["linear", "residual_mlp"] | None = option(
+        "Text projection of a new model; residual_mlp is LLM2CLIP's, for a frozen text encoder (default: linear)", None
+    )
+    text_projection_layers: int | None = option(
+        "Blocks of --text-projection residual_mlp (default: 4)", None, at_least=1
+    )
+    text_projection_expansion: int | None = option(
+        "Inner width of these blocks, as a factor of their width (default: 2)", None, at_least=1
+    )
     cleaning: Literal["official", "sentences"] | None = option(
         "How a new model's tokenizer splits sentences: 'official' at each full stop before a space, 'sentences' not "
         "at abbreviations, like --splitter (default: official)",
         None,
     )
     max_text_length: int | None = option(
-        "Length in tokens at which texts are cut, [CLS] and [SEP] included (default: 126 for a new model of two "
-        "encoders, else unchanged)",
+        "Length in tokens at which texts are cut, [CLS] and [SEP] included (default: for a new model of two encoders "
+        "that of a sentence-transformers folder or 126, else unchanged)",
         None,
         at_least=1,
     )
     lock_vision: bool = option("Freeze the image tower, as LiT does", False)
     unlocked_vision_layers: int = option(
         "Last layers of the image tower, and the modules after them, to train with --lock-vision", 0, at_least=0
+    )
+
+    lock_text: bool = option("Freeze the text encoder; corner tokens and text projection still train", False)
+    text_dtype: Literal["float32", "bfloat16"] = option(
+        "Type of a frozen text encoder (with --lock-text); bfloat16 halves its memory", "float32"
+    )
+    cache: str | None = option(
+        "Folder that keeps the states of frozen towers, so that they are computed once (default: $HF_HOME/lotlip)",
+        None,
+        metavar="FOLDER",
+    )
+    no_cache: bool = option("Compute frozen towers in every step instead", False)
+    cache_dtype: Literal["float32", "bfloat16"] = option(
+        "Type of the states in --cache; bfloat16 needs half the space", "float32"
     )
 
     data: str | None = option(
@@ -212,6 +238,13 @@ class TrainingConfig:
             raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
         if self.unlocked_vision_layers and not self.lock_vision:
             raise ValueError("`unlocked_vision_layers` needs `lock_vision`. Set it too.")
+        for name in ("text_projection_layers", "text_projection_expansion"):
+            if getattr(self, name) is not None and self.text_projection != "residual_mlp":
+                raise ValueError(f"`{name}` needs `text_projection` residual_mlp. Set it too.")
+        if self.text_dtype != "float32" and not self.lock_text:
+            raise ValueError(f"`text_dtype` {self.text_dtype} needs `lock_text`. Set it too.")
+        if self.no_cache and self.cache is not None:
+            raise ValueError("Set either `cache` or `no_cache`.")
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"`warmup_steps` ({self.warmup_steps}) must not exceed `max_steps` ({self.max_steps}).")
         if self.streaming and self.max_steps is None:

@@ -32,12 +32,13 @@ MODELING_IMPORTS = {"huggingface_hub", "numpy", "safetensors", "tokenizers", "to
 # new file of a package has the package's floor.
 FLOORS = (
     ("modeling",),
-    ("auto", "adapter_check", "backbones"),
+    ("auto",),
     ("files", "terminal", "options"),
-    ("images", "plots", "distributed", "lora"),
-    ("data", "scenes", "loading", "engines"),
+    ("images", "plots", "distributed", "lora", "sentence_folder", "adapter_check"),
+    ("data", "scenes", "loading", "engines", "backbones"),
     ("encoder",),
     ("store",),
+    ("states",),
     ("search", "grid", "embed"),
     ("metrics", "diffusion", "training", "evaluation", "relabel"),
     ("hub",),

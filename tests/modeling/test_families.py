@@ -1,0 +1,340 @@
+"""Every family of text encoders against its own stock class and against masks that are written out."""
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModel, ViTConfig, ViTImageProcessorPil, ViTModel
+
+import tiny
+import tiny_families
+from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig, LoTLIPTextModel, cli, from_backbones
+from lotlip_hf.adapter_check import check_adapter
+from lotlip_hf.modeling.backbones_lotlip import TEXT_BACKBONES
+from lotlip_hf.training.log import read_log
+from tiny_families import BERT, FAMILIES, Family, naive, spread, texts
+
+LENGTHS = (9, 5, 12)
+EXACT = {"rtol": 0.0, "atol": 1e-6}
+CLOSE = {"rtol": 0.0, "atol": 1e-5}
+
+all_families = pytest.mark.parametrize("name", FAMILIES)
+
+
+def text_config(family: Family, **kwargs: Any) -> LoTLIPTextConfig:
+    return LoTLIPTextConfig(backbone_config=family.stock_config(), **kwargs)
+
+
+@cache
+def tower(name: str) -> LoTLIPTextModel:
+    """A text tower in evaluation mode, which tests do not change."""
+    return spread(LoTLIPTextModel(text_config(FAMILIES[name])))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stock text encoders, in folders with the names of `FAMILIES`, and an image encoder."""
+    folder = tmp_path_factory.mktemp("encoders")
+    for name, family in FAMILIES.items():
+        family.save(folder / name)
+    config = ViTConfig(**tiny.SIZE, image_size=32, patch_size=8)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder / "image")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "image")
+    return folder
+
+
+def pooled_by_hand(family: Family, stock: Any, mask: torch.Tensor) -> torch.Tensor:
+    states = stock.last_hidden_state
+    if family.pooling == "pooler":
+        return stock.pooler_output
+    if family.pooling == "mean":
+        return torch.stack([row[kept.bool()].mean(0) for row, kept in zip(states, mask, strict=True)])
+    if family.pooling == "last":
+        return torch.stack([row[kept.bool()][-1] for row, kept in zip(states, mask, strict=True)])
+    return states[:, 0]
+
+
+def test_every_family_has_a_row() -> None:
+    rows = {family.model_type for family in FAMILIES.values()}
+    assert TEXT_BACKBONES.keys() - {"clip_text_model"} <= rows  # CLIP has its own tests
+
+
+@all_families
+def test_features_are_those_of_the_stock_encoder(name: str, folders: Path) -> None:
+    family = FAMILIES[name]
+    stock = family.stock_auto_class().from_pretrained(folders / name)
+    model = from_backbones(folders / name, folders / "image").eval()
+    ids, mask = texts(*LENGTHS)
+    with torch.no_grad():
+        expected, answer = stock(input_ids=ids, attention_mask=mask), model.text_model(ids, mask)
+    text = mask.bool()
+    torch.testing.assert_close(answer.last_hidden_state[text], expected.last_hidden_state[text], **EXACT)
+    torch.testing.assert_close(answer.pooler_output, pooled_by_hand(family, expected, mask), **EXACT)
+    assert model.config.text_config.pooling == family.pooling
+
+
+@all_families
+def test_corner_tokens_follow_the_rule(name: str) -> None:
+    """Each text alone, in the stock encoder with masks and positions written out, against a padded batch."""
+    family, model = FAMILIES[name], tower(name)
+    ids, mask = texts(*LENGTHS)
+    with torch.no_grad():
+        plain, answer = model(ids, mask), model(ids, mask, output_corner_embeds=True)
+        torch.testing.assert_close(
+            answer.last_hidden_state[mask.bool()], plain.last_hidden_state[mask.bool()], **CLOSE
+        )
+        for row, length in enumerate(LENGTHS):
+            expected = naive(family, model.backbone, model.corner_embeds, ids[row, :length])
+            torch.testing.assert_close(answer.last_hidden_state[row, :length], expected[:length], **CLOSE)
+            corners = expected[length:]
+            if family.pooling == "pooler":
+                corners = model.backbone.pooler(corners.unsqueeze(1))
+            torch.testing.assert_close(answer.corner_embeds[row], corners, **CLOSE)
+    assert torch.pdist(answer.corner_embeds[0]).min() > 1e-2
+
+
+@all_families
+def test_padding_and_the_rest_of_the_batch_do_not_matter(name: str) -> None:
+    family, model = FAMILIES[name], tower(name)
+    ids, mask = texts(*LENGTHS, width=15)
+    left_ids, left_mask = torch.full_like(ids, tiny_families.PAD), mask.flip(1)
+    left_ids[left_mask.bool()] = ids[mask.bool()]
+    with torch.no_grad():
+        expected = model(ids, mask, output_corner_embeds=True)
+        if family.corners_first:
+            with pytest.raises(ValueError, match="padding_side"):
+                model(left_ids, left_mask, output_corner_embeds=True)
+            left = {"pooler_output": model(left_ids, left_mask).pooler_output}
+        else:
+            left = model(left_ids, left_mask, output_corner_embeds=True)
+        for key in left.keys() & {"pooler_output", "corner_embeds"}:
+            torch.testing.assert_close(left[key], expected[key], **CLOSE)
+        for row, length in enumerate(LENGTHS):
+            alone = model(ids[row : row + 1, :length], output_corner_embeds=True)
+            for key in ("pooler_output", "corner_embeds"):
+                torch.testing.assert_close(alone[key][0], expected[key][row], **CLOSE)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.rows])
+def test_texts_share_a_row_without_padding(name: str) -> None:
+    model = spread(LoTLIPTextModel(text_config(FAMILIES[name])))
+    assert model.config.family.takes_rows
+    ids, mask = texts(*LENGTHS)
+    with torch.no_grad():
+        expected = tower(name)(ids, mask, output_corner_embeds=True)
+        model.set_attn_implementation("unpadded")
+        answer = model(ids, mask, output_corner_embeds=True)
+    for key in ("pooler_output", "corner_embeds"):
+        torch.testing.assert_close(answer[key], expected[key], **CLOSE)
+
+
+@all_families
+def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
+    ids, mask = texts(*LENGTHS)
+    gradients = []
+    for enabled in (False, True):
+        model = spread(LoTLIPTextModel(text_config(FAMILIES[name]))).train()
+        if enabled:
+            model.gradient_checkpointing_enable()
+            model.config.backbone_config.use_cache = False
+            assert any(getattr(module, "gradient_checkpointing", False) for module in model.backbone.modules())
+        outputs = model(ids, mask)
+        (outputs.pooler_output.square().sum() + outputs.corner_embeds.square().sum()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert "corner_embeds" in gradients[0]
+    untrained = {name for name, p in model.named_parameters() if p.requires_grad} - gradients[0].keys()
+    assert untrained == set()
+    scale = max(gradient.abs().max() for gradient in gradients[0].values())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0.0, atol=float(1e-5 * scale))
+
+
+@all_families
+def test_bfloat16_is_close(name: str) -> None:
+    ids, mask = texts(*LENGTHS)
+    model = LoTLIPTextModel(text_config(FAMILIES[name])).eval()
+    with torch.no_grad():
+        expected = model(ids, mask, output_corner_embeds=True)
+        answer = model.to(torch.bfloat16)(ids, mask, output_corner_embeds=True)
+    for key in ("pooler_output", "corner_embeds"):
+        assert answer[key].dtype == torch.bfloat16
+        cosines = nn.functional.cosine_similarity(answer[key].float(), expected[key], dim=-1)
+        assert cosines.min() > 0.98
+
+
+REMOTE = """
+import importlib.abc, sys
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "lotlip_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+import json, torch
+from transformers import AutoModel
+torch.set_num_threads(1)
+answers = {}
+for folder in sys.argv[1:]:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    ids = torch.tensor(json.load(open(folder + "/ids.json")))
+    with torch.no_grad():
+        outputs = model.get_text_features(ids, output_corner_embeds=True)
+    answers[folder] = [outputs.pooler_output.tolist(), outputs.corner_embeds.tolist()]
+print(json.dumps(answers))
+"""
+
+
+def whole_model(name: str) -> LoTLIPModel:
+    text = text_config(FAMILIES[name], projection_dim=24)
+    return spread(LoTLIPModel(LoTLIPConfig(text_config=text, vision_config=tiny.vision_config(), projection_dim=24)))
+
+
+def text_features(model: LoTLIPModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        outputs = model.get_text_features(ids, output_corner_embeds=True)
+    return outputs.pooler_output, outputs.corner_embeds
+
+
+@all_families
+def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model = whole_model(name)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is LoTLIPModel
+    assert not any(info.values())
+    ids, _ = texts(7, 7)
+    torch.testing.assert_close(text_features(loaded, ids), text_features(model, ids), **EXACT)
+
+
+@pytest.mark.slow
+def test_loaded_without_the_package(tmp_path: Path) -> None:
+    """All families in one process."""
+    expected = {}
+    ids, _ = texts(7, 7)
+    for number, name in enumerate(FAMILIES):
+        model, folder = whole_model(name), tmp_path / f"family_{number}"
+        model.save_pretrained(folder)
+        (folder / "ids.json").write_text(json.dumps(ids.tolist()), encoding="utf-8")
+        expected[str(folder)] = text_features(model, ids)
+    completed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", REMOTE, *expected], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    answers = json.loads(completed.stdout.splitlines()[-1])
+    for folder, features in expected.items():
+        torch.testing.assert_close(tuple(map(torch.tensor, answers[folder])), features, **CLOSE)
+
+
+@pytest.mark.slow
+@all_families
+def test_a_run_of_two_steps(name: str, folders: Path, tmp_path: Path) -> None:
+    flags = "--data scenes --num-scenes 8 --batch-size 4 --max-steps 2 --log-steps 1 --num-workers 0 --trackers none"
+    encoders = ["--text-model", str(folders / name), "--image-model", str(folders / "image")]
+    assert cli.main(["train", "--output", str(tmp_path / "run"), *encoders, *flags.split()]) == 0
+    losses = [line["loss"] for line in read_log(tmp_path / "run") if "loss" in line]
+    assert len(losses) == 2
+    assert all(loss > 0 for loss in losses)
+    (saved,) = (tmp_path / "run").glob("checkpoint-2")
+    assert AutoModel.from_pretrained(saved).config.text_config.backbone_config.model_type == FAMILIES[name].model_type
+
+
+# Encoders without a row: an adapter from the signature of their class
+
+
+def other_config(model_type: str, **fields: Any) -> Any:
+    return CONFIG_MAPPING[model_type](**{**BERT, **fields})
+
+
+OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ernie": ({}, {"corners_first": False, "has_segments": True}),
+    "megatron-bert": ({}, {"corners_first": False, "has_segments": True}),
+    "rembert": ({"input_embedding_size": 16}, {"corners_first": False, "has_segments": True}),
+    "roformer": ({"embedding_size": 16}, {"corners_first": True, "takes_positions": False}),
+    "cohere2": ({"num_key_value_heads": 2, "sliding_window": 8}, {"is_causal": True}),
+    "gpt2": ({"n_inner": 37}, {"is_causal": True}),
+}
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_an_adapter_of_another_encoder(model_type: str, folders: Path, tmp_path: Path) -> None:
+    fields, expected = OTHERS[model_type]
+    stock = spread(AutoModel.from_config(other_config(model_type, **fields)))
+    stock.save_pretrained(tmp_path)
+    model = from_backbones(tmp_path, folders / "image").eval()
+    assert {name: getattr(model.config.text_config.family, name) for name in expected} == expected
+    ids, mask = texts(*LENGTHS)
+    with torch.no_grad():
+        states = stock(input_ids=ids, attention_mask=mask).last_hidden_state
+        answer = model.text_model(ids, mask, output_corner_embeds=True).last_hidden_state
+    torch.testing.assert_close(answer[mask.bool()], states[mask.bool()], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "word"),
+    [
+        ("fnet", "attention_mask"),
+        ("perceiver", "inputs_embeds"),
+        ("vit", "inputs_embeds"),
+        ("bart", "decoder"),
+        ("big_bird", "block-sparse"),
+        ("funnel", "merges"),
+        ("xlnet", "permutations"),
+        ("lotlip_text_model", "lotlip_text_model"),
+        ("nothing", "nothing"),
+    ],
+)
+def test_refused_by_the_class(model_type: str, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        LoTLIPTextConfig(backbone_config={"model_type": model_type})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("longformer", {"attention_window": 4}),
+        ("convbert", {}),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 40}),
+        ("mamba", {"num_hidden_layers": 1}),
+    ],
+)
+def test_refused_by_the_check(model_type: str, fields: dict[str, Any]) -> None:
+    model = spread(LoTLIPTextModel(LoTLIPTextConfig(backbone_config=other_config(model_type, **fields))))
+    with pytest.raises(ValueError, match=model_type):
+        check_adapter(model)
+
+
+def test_a_deberta_with_a_convolution_is_refused() -> None:
+    config = FAMILIES["deberta-v2"].stock_config(conv_kernel_size=3)
+    with pytest.raises(ValueError, match="conv_kernel_size"):
+        LoTLIPTextModel(LoTLIPTextConfig(backbone_config=config))
+
+
+def test_default_poolings_of_a_configuration() -> None:
+    mean = FAMILIES["modernbert"].stock_config(classifier_pooling="mean")
+    assert LoTLIPTextConfig(backbone_config=mean).pooling == "mean"
+    bidirectional = FAMILIES["gemma3_text, bidirectional"].stock_config()
+    assert LoTLIPTextConfig(backbone_config=bidirectional).attention == "bidirectional"
+    with pytest.raises(StrictDataclassClassValidationError, match="use_bidirectional_attention"):
+        LoTLIPTextConfig(backbone_config=bidirectional, attention="causal")
+
+
+@pytest.mark.parametrize("model_type", ["t5", "mt5", "umt5"])
+def test_the_encoder_of_a_whole_t5(model_type: str, folders: Path, tmp_path: Path) -> None:
+    config = FAMILIES[model_type].stock_config(num_decoder_layers=1)
+    whole = spread(AutoModel.from_config(config))
+    whole.save_pretrained(tmp_path)
+    model = from_backbones(tmp_path, folders / "image").eval()
+    ids, mask = texts(*LENGTHS)
+    with torch.no_grad():
+        states = whole.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        answer = model.text_model(ids, mask).last_hidden_state
+    torch.testing.assert_close(answer[mask.bool()], states[mask.bool()], **EXACT)
+    assert model.config.text_config.max_position_embeddings > 100_000
+    embeddings = [name for name in model.state_dict() if name.endswith(("shared.weight", "embed_tokens.weight"))]
+    assert len({model.get_parameter(name).data_ptr() for name in embeddings}) == 1
