@@ -543,8 +543,9 @@ class ConvNextBackbone(VisionBackbone):
         return config.hidden_sizes[-1]
 
     def num_patches(self, config: PreTrainedConfig) -> int:
-        stride = getattr(config, "patch_size", 4) * 2 ** (len(config.hidden_sizes) - 1)
-        return math.prod(size // stride for size in pair(config.image_size))
+        halvings = 2 ** (len(config.hidden_sizes) - 1)
+        sides = zip(pair(config.image_size), pair(getattr(config, "patch_size", 4)), strict=True)
+        return math.prod(size // (patch_size * halvings) for size, patch_size in sides)
 
     def run(self, backbone: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> Any:
         return backbone(inputs["pixel_values"].to(backbone.dtype), **options)

@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -56,7 +56,6 @@ class Family:
     prefix: int = 0  # class token and registers
     sizes: str = "all"  # "all", "interpolated" or "fixed"
     keeps_patches: bool = True
-    fields: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

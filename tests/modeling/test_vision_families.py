@@ -18,6 +18,7 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoProcessor,
+    BertTokenizer,
     ConvNextImageProcessorPil,
     Siglip2Config,
     Siglip2ImageProcessorPil,
@@ -37,13 +38,16 @@ from lotlip_hf import (
     load_encoder,
 )
 from lotlip_hf.data.collator import LoTLIPCollator
-from lotlip_hf.loading import check_config, check_image_sizes, load_image_processor
+from lotlip_hf.loading import check_config, check_image_sizes, load_image_processor, load_model
+from lotlip_hf.modeling import backbones_lotlip
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.scenes.small import small_model
 from lotlip_hf.training.checkpoint import list_checkpoints
 from lotlip_hf.training.config import TrainingConfig
+from lotlip_hf.training.model import load_or_start_model
 from lotlip_hf.training.objective import batch_loss, make_objective
 from lotlip_hf.training.optim import freeze, freeze_unused
+from seams import train_alone_and_together
 from tiny_vision import FAMILIES, NAFLEX_PATCHES, PATCH_SIDE, Family, import_timm, spread
 
 EXACT = {"rtol": 1e-6, "atol": 1e-6}
@@ -94,6 +98,8 @@ def test_features_are_those_of_the_stock_model(family: Family) -> None:
         torch.testing.assert_close(answer.last_hidden_state, expected.last_hidden_state, **EXACT)
         assert answer.pooler_output.shape == (3, model.config.hidden_size)
         assert len(hidden) > 1
+        if family is not NAFLEX and family.name != "convnext_atto":
+            assert model.config.num_patches == family.tokens(expected.last_hidden_state).shape[1]
         if pooling == "pooler" and model.config.backbone_config.model_type != "vit":
             naive = expected.pooler_output
         elif pooling == "pooler":
@@ -131,13 +137,13 @@ def test_other_image_sizes(family: Family) -> None:
         return
     model, inputs = tower(family), family.inputs(size=(48, 64))
     interpolate = {"interpolate_pos_encoding": True}
-    if family.sizes != "all" and family.name != "convnext_atto":
+    if family.sizes != "all":
         with pytest.raises(ValueError, match="pixel_values"):
             model(**inputs)
     with torch.no_grad():
         if family.sizes == "interpolated":
             answer, expected = model(**inputs, **interpolate), stock(model)(**inputs, **interpolate)
-        elif family.sizes == "fixed" and family.name != "convnext_atto":
+        elif family.sizes == "fixed":
             model_args = {**family.settings["model_args"], "dynamic_img_size": True}
             model = tower(replace(family, settings={**family.settings, "model_args": model_args}))
             answer, expected = model(**inputs), stock(model)(**inputs)
@@ -362,8 +368,7 @@ def test_from_backbones(family: Family, tmp_path: Path) -> None:
     encoder.save_pretrained(tmp_path)
     text = AutoModel.from_config(tiny.text_config().backbone_config)
     inputs = family.inputs()
-    sources = (encoder,) if family.model_type == "timm_wrapper" else (encoder, tmp_path)
-    for source in sources:
+    for source in (encoder, tmp_path):
         model = from_backbones(text, source, vision_pooling="pooler").eval()
         assert model.config.projection_dim == model.config.vision_config.hidden_size
         with torch.no_grad():
@@ -371,6 +376,35 @@ def test_from_backbones(family: Family, tmp_path: Path) -> None:
         torch.testing.assert_close(answer.last_hidden_state, expected.last_hidden_state, **EXACT)
         if expected.pooler_output is not None:
             torch.testing.assert_close(answer.pooler_output, expected.pooler_output, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["dinov3_vit", "siglip2_vision_model", "vit_pe_core_tiny_patch16_384"])
+def test_a_start_from_two_folders(name: str, tmp_path: Path) -> None:
+    """The processor of the image encoder's folder fits the tower, and is saved with the model."""
+    family, text, image = next(one for one in FAMILIES if one.name == name), tmp_path / "text", tmp_path / "image"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "star"]
+    AutoModel.from_config(tiny.text_config().backbone_config).save_pretrained(text)
+    (text / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer.from_pretrained(text).save_pretrained(text)
+    AutoModel.from_config(family.backbone_config()).save_pretrained(image)
+    if name == "dinov3_vit":
+        size = {"height": 48, "width": 48}
+        settings = {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": size, "resample": 2}
+        (image / "preprocessor_config.json").write_text(json.dumps(settings))
+    elif name == "siglip2_vision_model":
+        family.image_processor().save_pretrained(image)
+    else:
+        config = json.loads((image / "config.json").read_text())
+        config["pretrained_cfg"] = {"input_size": [3, 32, 32], "crop_pct": 1.0, "crop_mode": "squash"}
+        (image / "config.json").write_text(json.dumps(config))
+    model, processor = load_or_start_model(TrainingConfig(text_model=str(text), image_model=str(image)))
+    batch = LoTLIPCollator(processor)([*scenes_dataset(3)])
+    expected = model.eval()(**batch).loss
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    loaded, processor = load_model(tmp_path / "model", device="cpu")
+    answer = loaded(**LoTLIPCollator(processor)([*scenes_dataset(3)])).loss
+    torch.testing.assert_close(answer, expected, **EXACT)
 
 
 # Image processors
@@ -488,18 +522,40 @@ def test_naflex_from_a_whole_siglip2(tmp_path: Path) -> None:
             torch.testing.assert_close(model.vision_model(**inputs).pooler_output, expected, **EXACT)
 
 
+def test_naflex_in_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, processor = small_dual_encoder(NAFLEX)
+    spread(model).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    pictures = [Image.new("RGB", size, colour) for size, colour in (((64, 9), "red"), ((40, 90), "blue"))]
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / "photos" / f"{number}.png")
+    folders = ["--model", str(tmp_path / "model"), "--images", str(tmp_path / "photos")]
+    assert cli.main(["search", *folders, "A red star."]) == 0
+    said = capsys.readouterr().out
+    inputs = processor(text=["A red star."], images=pictures, return_tensors="pt")
+    with torch.no_grad():
+        embeds = model(**inputs)
+    best = int((embeds.text_embeds @ embeds.image_embeds.T).argmax())
+    assert said.index(f"{best}.png") < said.index(f"{1 - best}.png")
+
+
+@pytest.mark.slow
+def test_one_process_and_two_train_naflex(tmp_path: Path) -> None:
+    model, processor = small_dual_encoder(NAFLEX)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    train_alone_and_together("lotlip_hf.cli", tmp_path, "--model", str(tmp_path / "model"))
+
+
 # timm
 
 
-def test_a_model_of_timm_needs_timm() -> None:
-    code = (
-        "from unittest import mock\nimport lotlip_hf.modeling.backbones_lotlip as backbones\n"
-        "from lotlip_hf import LoTLIPVisionConfig\nbackbones.is_timm_available = lambda: False\n"
-        "LoTLIPVisionConfig(backbone_config={'model_type': 'timm_wrapper', 'architecture': 'vit_tiny_patch16_224'})"
-    )
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "ImportError" in finished.stderr
-    assert "timm" in finished.stderr.splitlines()[-1]
+def test_a_model_of_timm_needs_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    import_timm()
+    monkeypatch.setattr(backbones_lotlip, "is_timm_available", lambda: False)
+    with pytest.raises(ImportError, match="timm"):
+        LoTLIPVisionConfig(backbone_config={"model_type": "timm_wrapper", "architecture": "vit_small_patch16_224"})
 
 
 def test_an_address_is_no_architecture_of_timm() -> None:
