@@ -190,6 +190,8 @@ def random_texts(
         input_ids = words[torch.randint(len(words), (batch_size, length), generator=generator)]
         if end is not None:
             input_ids[positions == lengths - 1] = end
+        if config.placeholder_token_id is not None:
+            input_ids[positions == 0] = config.placeholder_token_id
         batches.append((input_ids.where(attention_mask.bool(), padding), attention_mask))
     return batches
 

@@ -120,8 +120,8 @@ def convert(
     texts (of all lengths, with and without padding) and random images, in several batch sizes. The folder is created
     only if all checks pass.
 
-    The image tower accepts images of the processor's size, or, without a processor, of the configuration's size. A
-    DINOv2 interpolates its position embeddings and accepts any size.
+    The image tower accepts images of the processor's size, or, without a processor, of the configuration's size.
+    DINOv2 and DINOv3 accept any size. SigLIP 2 NaFlex cannot be exported.
 
     Args:
         model (`str` or `Path`): Folder or Hub id of a [`LoTLIPModel`], or of a tower with or without projection.
@@ -254,7 +254,7 @@ def _export(module: _Tower, tower: str, batch: Sequence[torch.Tensor], opset: in
     """Writes the graph and the weights. Weights that are too large for the file go to a second file."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    # Use no sizes that the exporter would fix: 0, 1, and for a DINOv2 its configured size and squares.
+    # Use no sizes that the exporter would fix: 0, 1, and for any size the configured size and squares.
     config = _tower_configs(module.model)[tower]
     if tower == "text":
         example = tuple(torch.ones(2, 3, dtype=torch.long) for _ in INPUTS[tower])

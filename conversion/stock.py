@@ -11,8 +11,8 @@ the positions of corner tokens. A model with CLIP's text and image towers become
 it cannot train corner tokens.
 
 A `VisionTextDualEncoderModel` reads `pooler_output`, so it needs poolings that the encoders' stock classes have. A
-text tower with pooling `cls`, `mean`, `weighted_mean` or `last` (`--text-only` for that of a whole model) becomes a
-folder for `SentenceTransformer`, with pooling, projection and normalisation as modules of sentence-transformers.
+text tower with another pooling or with a projection (`--text-only` for that of a whole model) becomes a folder for
+`SentenceTransformer`, with pooling, projection and normalisation as modules of sentence-transformers.
 
 A stock tokenizer splits sentences, but does not clean texts: call `lotlip_hf.modeling.tokenization_lotlip.clean`. If
 the LoTLIP tokenizer cleans texts, a stock tokenizer is saved only with `--without-text-cleaning`. A stock tokenizer
@@ -67,7 +67,7 @@ from lotlip_hf import (
 from lotlip_hf.diffusion.stretch import clip_text_model
 from lotlip_hf.files import all_or_nothing
 from lotlip_hf.loading import fit_tokenizer, load_strict, naming_damage, quiet
-from lotlip_hf.modeling.backbones_lotlip import POOLINGS
+from lotlip_hf.modeling.backbones_lotlip import POOLINGS, CLIPTextBackbone
 from lotlip_hf.modeling.calls_lotlip import free_of_calls
 from lotlip_hf.modeling.projection_lotlip import ResidualMLP
 from lotlip_hf.modeling.tokenization_lotlip import CLOSE, OPEN
@@ -82,18 +82,21 @@ from .common import (
     local_folder,
     random_images,
     random_texts,
+    read_json,
 )
 
 # Largest accepted difference between features before and after the export, relative to a feature's norm.
 TOLERANCE = 1e-6
 TOWERS = {"text": LoTLIPTextModelWithProjection, "vision": LoTLIPVisionModelWithProjection}
-# Pooling -> its name in sentence-transformers.
+# Pooling -> its name in sentence-transformers. "pooler" adds a dense layer.
 SENTENCE_POOLINGS = {
+    "pooler": "cls_token",
     "cls": "cls_token",
     "mean": "mean_tokens",
     "weighted_mean": "weightedmean_tokens",
     "last": "lasttoken",
 }
+SENTENCE_MODES = tuple(dict.fromkeys(SENTENCE_POOLINGS.values()))
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,8 @@ def stock_model(model: PreTrainedModel) -> PreTrainedModel:
     Args:
         model (`PreTrainedModel`): A [`LoTLIPModel`], which becomes a `CLIPModel` (CLIP towers) or a
             `VisionTextDualEncoderModel`; or one of its towers, with or without projection, which becomes the stock
-            class of its encoder. If this class does not pool as a text tower does, [`convert`] also writes pooling and
-            projection as modules of sentence-transformers.
+            class of its encoder. If this class lacks a text tower's pooling or projection, [`convert`] writes them as
+            modules of sentence-transformers.
 
     Returns:
         `PreTrainedModel`: The stock model.
@@ -157,7 +160,7 @@ def stock_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _stock_dual_encoder(model: LoTLIPModel) -> PreTrainedModel:
-    if _has_modules(model.config.text_config):
+    if _pools_otherwise(model.config.text_config):
         raise _no_stock_class(
             model.text_model,
             f"with pooling {model.config.text_config.pooling!r} in a dual encoder",
@@ -197,19 +200,27 @@ def _stock_text_encoder(model: LoTLIPTextModel | LoTLIPTextModelWithProjection) 
     has_projection = _linear(getattr(model, "text_projection", None), tower) is not None
     if isinstance(tower.backbone, CLIPTextModel):
         return clip_text_model(model, with_projection=has_projection)
-    if has_projection and not _has_modules(tower.config):
-        raise _no_stock_class(tower, "with a projection", "the whole LoTLIPModel or the tower without the projection")
-    return _build(type(tower.backbone), *_text_encoder(tower), model, **_options(tower.config))
+    return _build(type(tower.backbone), *_text_encoder(tower), model, **_options(model))
 
 
-def _options(config: Any) -> dict[str, bool]:
-    """Arguments of the stock class of a text tower: without its pooler if pooling is a module."""
-    return config.family.pooling_layer(config.pooling) if _has_modules(config) else {}
+def _options(model: PreTrainedModel) -> dict[str, bool]:
+    """Arguments of the stock class of a text tower, which can lack the pooler."""
+    config = model.config
+    return config.family.pooling_layer(config.pooling) if isinstance(config, LoTLIPTextConfig) else {}
 
 
-def _has_modules(config: Any) -> bool:
+def _has_modules(model: PreTrainedModel) -> bool:
     """Whether a text tower becomes an encoder with modules of sentence-transformers."""
-    return isinstance(config, LoTLIPTextConfig) and config.pooling not in config.family.stock_poolings
+    if not isinstance(model, LoTLIPTextModel | LoTLIPTextModelWithProjection):
+        return False
+    has_projection = isinstance(getattr(model, "text_projection", None), nn.Linear)
+    is_clip = isinstance(model.config.family, CLIPTextBackbone)
+    return _pools_otherwise(model.config) or (has_projection and not is_clip)
+
+
+def _pools_otherwise(config: LoTLIPTextConfig) -> bool:
+    """Whether the `pooler_output` of the stock class is not the pooled state."""
+    return config.pooling not in config.family.stock_poolings
 
 
 def _stock_vision_encoder(model: LoTLIPVisionModel | LoTLIPVisionModelWithProjection) -> PreTrainedModel:
@@ -231,7 +242,7 @@ def _text_encoder(tower: LoTLIPTextModel) -> tuple[PreTrainedConfig, dict[str, t
     config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
     family, corners = tower.config.family, tower.config.num_corner_tokens
     if tower.config.token_prepending is not None:
-        raise _no_stock_class(tower, "with token prepending", "a model with token_prepending=None")
+        raise _no_stock_class(tower, "with token_prepending", "a model without it")
     if tower.config.attention == "bidirectional" and not getattr(config, "use_bidirectional_attention", False):
         # Without padding, `sdpa` of stock decoders is causal, also with `config.is_causal=False`.
         raise _no_stock_class(tower, "with attention='bidirectional'", "a model with attention='causal'")
@@ -362,7 +373,7 @@ def convert(
         if processor is not None:
             processor.save_pretrained(folder)
         _name_tokenizer_class(folder)
-        if _has_modules(lotlip.config):
+        if _has_modules(lotlip):
             limit = lotlip.config.max_position_embeddings
             _write_modules(folder, lotlip, getattr(processor, "model_max_length", limit))
         checkpoint = StockCheckpoint(
@@ -380,27 +391,29 @@ def _write_modules(folder: Path, lotlip: LoTLIPTextModel | LoTLIPTextModelWithPr
     """Adds the files with which `SentenceTransformer(folder)` pools, projects and normalises."""
     config: LoTLIPTextConfig = lotlip.config
     settings: dict[str, Any] = {"sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False}}
-    pooling = {
-        f"pooling_mode_{name}": name == SENTENCE_POOLINGS[config.pooling] for name in SENTENCE_POOLINGS.values()
-    }
+    pooling = {f"pooling_mode_{name}": name == SENTENCE_POOLINGS[config.pooling] for name in SENTENCE_MODES}
     settings["1_Pooling/config.json"] = {"word_embedding_dimension": config.hidden_size, **pooling}
-    names = ["Transformer", "Pooling", "Normalize"]
-    projection = getattr(lotlip, "text_projection", None)
-    if isinstance(projection, nn.Linear):
-        names.insert(2, "Dense")
-        activation = "torch.nn.modules.linear.Identity"
-        sizes = {"in_features": projection.in_features, "out_features": projection.out_features, "bias": False}
-        settings["2_Dense/config.json"] = {**sizes, "activation_function": activation}
+    layers = []
+    if config.pooling == "pooler":
+        tower = lotlip if isinstance(lotlip, LoTLIPTextModel) else lotlip.text_model
+        layers.append((tower.backbone.pooler.dense, "torch.nn.modules.activation.Tanh"))
+    if isinstance(getattr(lotlip, "text_projection", None), nn.Linear):
+        layers.append((lotlip.text_projection, "torch.nn.modules.linear.Identity"))
+    names = ["Transformer", "Pooling", *["Dense"] * len(layers), "Normalize"]
+    paths = [f"{index}_{name}" if index else "" for index, name in enumerate(names)]
     settings["modules.json"] = [
-        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
-        for i, name in enumerate(names)
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (name, path) in enumerate(zip(names, paths, strict=True))
     ]
+    for path, (layer, activation) in zip(paths[2:-1], layers, strict=True):
+        sizes = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": layer.bias is not None}
+        settings[f"{path}/config.json"] = {**sizes, "activation_function": activation}
     for name, content in settings.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if isinstance(projection, nn.Linear):
-        weight = projection.weight.detach().contiguous()
-        save_file({"linear.weight": weight}, folder / "2_Dense" / "model.safetensors")
+    for path, (layer, _) in zip(paths[2:-1], layers, strict=True):
+        state = {f"linear.{name}": tensor.contiguous() for name, tensor in layer.state_dict().items()}
+        save_file(state, folder / path / "model.safetensors")
 
 
 def _stock_processors(
@@ -504,7 +517,7 @@ def _name_tokenizer_class(folder: Path) -> None:
 
 def _check_features(folder: Path, lotlip: PreTrainedModel, stock_class: type[PreTrainedModel]) -> float:
     """Largest difference of features after saving and loading, as in [`StockCheckpoint`]."""
-    stock: Any = load_strict(stock_class, folder, **_options(lotlip.config))
+    stock: Any = load_strict(stock_class, folder, **_options(lotlip))
     if stock.dtype != lotlip.dtype:
         raise ConversionError(f"The stock model has another dtype after saving and loading: {stock.dtype}.")
     # Rounding in half precision depends on the order of operations, so compare in single precision.
@@ -550,7 +563,7 @@ def _features(
         else:
             outputs = model(**batch)
             seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-            if folder is not None and _has_modules(config):
+            if folder is not None and (folder / "modules.json").is_file():
                 features[name] = _pool_by_modules(outputs.last_hidden_state, seen, config, folder)
             else:
                 features[name] = _pooled(outputs, "text_embeds")
@@ -569,8 +582,12 @@ def _features(
 def _pool_by_modules(states: torch.Tensor, seen: torch.Tensor, config: Any, folder: Path) -> torch.Tensor:
     """States [N, L, hidden_size] and a mask [N, L] -> features [N, width], as the modules in `folder` compute them."""
     pooled = POOLINGS[config.pooling](states, seen, config.family.pooled_index(config.backbone_config, seen, None))
-    dense = folder / "2_Dense" / "model.safetensors"
-    return pooled @ load_file(dense)["linear.weight"].to(pooled.dtype).t() if dense.is_file() else pooled
+    for dense in sorted(folder.glob("*_Dense")):
+        layer = {name: tensor.to(pooled) for name, tensor in load_file(dense / "model.safetensors").items()}
+        pooled = nn.functional.linear(pooled, layer["linear.weight"], layer.get("linear.bias"))
+        if read_json(dense / "config.json")["activation_function"].endswith("Tanh"):
+            pooled = pooled.tanh()
+    return pooled
 
 
 def _pooled(outputs: Any, name: str) -> torch.Tensor:

@@ -31,6 +31,9 @@ def from_backbones(
     placeholder_token_id: int | None = None,
     vision_pooling: str | None = None,
     projection_dim: int | None = None,
+    text_projection: Literal["linear", "residual_mlp"] = "linear",
+    text_projection_layers: int = 4,
+    text_projection_expansion: int = 2,
     **config_kwargs: Any,
 ) -> LoTLIPModel:
     """
@@ -60,6 +63,10 @@ def from_backbones(
         projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image encoder,
             which then has no projection. With the width of the text encoder, the text tower has no projection and
             starts with the embeddings of its encoder.
+        text_projection (`str`, *optional*, defaults to `"linear"`): Kind of the text projection, see
+            [`LoTLIPTextConfig`].
+        text_projection_layers (`int`, *optional*, defaults to 4): Number of blocks of a `"residual_mlp"`.
+        text_projection_expansion (`int`, *optional*, defaults to 2): Inner width of its blocks, as a factor.
         **config_kwargs: More fields of [`LoTLIPConfig`].
 
     Returns:
@@ -88,6 +95,9 @@ def from_backbones(
         num_corner_tokens=num_corner_tokens,
         pooling=pooling,
         attention=text_attention,
+        projection=text_projection,
+        projection_layers=text_projection_layers,
+        projection_expansion=text_projection_expansion,
         token_prepending=token_prepending,
         placeholder_token_id=placeholder_token_id,
     )
@@ -197,13 +207,13 @@ def _load_weights(
     return {name: tensor for name, tensor in weights.items() if name not in info["missing_keys"]}
 
 
+def _name(source: str | Path | PreTrainedModel) -> str:
+    return f"The {type(source).__name__}" if isinstance(source, PreTrainedModel) else str(source)
+
+
 def _encoder(model: PreTrainedModel, tower: str) -> PreTrainedModel:
     """The encoder in a model with a head or a projection, in a whole CLIP, or in a language model that sees images."""
     encoder: Any = getattr(model, f"{tower}_model", model)
     if encoder is model and tower == "text" and model.can_generate():
         encoder = model.base_model
     return getattr(encoder, "language_model", encoder) if tower == "text" else encoder
-
-
-def _name(source: str | Path | PreTrainedModel) -> str:
-    return f"The {type(source).__name__}" if isinstance(source, PreTrainedModel) else str(source)

@@ -34,6 +34,7 @@ from . import auto as auto  # registers LoTLIP's classes
 from .files import one_line, parse_json, printable, read_regular
 from .images import background_of, checked_background
 from .modeling.calls_lotlip import free_of_calls
+from .modeling.modeling_lotlip import LoTLIPModel
 
 logger = logging.getLogger(__name__)
 
@@ -427,6 +428,13 @@ def usable_device(device: str | torch.device | None) -> str | torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"`device` {str(device)!r} is not available ({str(error).splitlines()[0]}).") from error
     return device or "cpu"
+
+
+def skip_padding(model: PreTrainedModel) -> None:
+    """Computes texts without padding and without masks of whole texts, if the text tower of a LoTLIP can."""
+    if isinstance(model, LoTLIPModel) and model.config.text_config.family.takes_rows:
+        if model.text_model.backbone.config._attn_implementation == "sdpa":
+            model.text_model.set_attn_implementation("unpadded")
 
 
 def max_text_length(model: PreTrainedModel, tokenizer: Any) -> int:

@@ -314,8 +314,7 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         last_hidden_state = self.adapt(outputs.last_hidden_state, mask)
         hidden_states = None
         if output_hidden_states:
-            # CLIP's backbone applies `final_layer_norm` after its last hidden state
-            norm = getattr(self.text_model.backbone, "final_layer_norm", nn.Identity())
+            norm = _final_norm(self.text_model.backbone)
             earlier = tuple(self.adapt(norm(states), mask) for states in outputs.hidden_states[:-1])
             hidden_states = earlier + (last_hidden_state,) * -self.config.target_layer
         pooled = self.pooled_adapter(outputs.pooler_output)
@@ -412,8 +411,17 @@ class LoTLIPTextEncoder(LoTLIPPreTrainedModel):
         if shares_projection:
             encoder.text_projection.load_state_dict(projection.state_dict(), assign=True)
             encoder.text_projection.requires_grad_(projection.weight.requires_grad)
-        encoder.set_attn_implementation(tower.config.backbone_config._attn_implementation)
+        attention = tower.config.backbone_config._attn_implementation
+        if encoder.config.text_config.backbone_config._attn_implementation != attention:
+            encoder.set_attn_implementation(attention)
         return encoder.train(model.training)
+
+
+def _final_norm(backbone: nn.Module) -> nn.Module:
+    """The norm behind the last layer, which `hidden_states` of earlier layers lack."""
+    modules = dict(backbone.named_modules())
+    names = ("final_layer_norm", "encoder.final_layer_norm", "final_norm", "norm")  # CLIP, T5, ModernBERT, decoders
+    return next((modules[name] for name in names if name in modules), nn.Identity())
 
 
 AutoConfig.register(LoTLIPTextEncoderConfig.model_type, LoTLIPTextEncoderConfig)

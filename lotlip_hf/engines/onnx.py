@@ -208,7 +208,7 @@ class LoTLIPOnnxModel(nn.Module):
 
         Args:
             pixel_values (`torch.Tensor`): Images [B, channels, height, width] of the exported size, normalised by the
-                image processor. A DINOv2 accepts any size of at least one patch.
+                image processor. DINOv2 and DINOv3 accept any size of at least one patch.
 
         Returns:
             `BaseModelOutputWithPooling`: Only `pooler_output`, features [B, projection_dim] in float32.

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..backbones import from_backbones
-from ..loading import fit_tokenizer, load_image_processor, load_model, max_text_length
+from ..loading import fit_tokenizer, load_image_processor, load_model, max_text_length, skip_padding
 from ..modeling.backbones_lotlip import CLIPTextBackbone
 from ..modeling.configuration_lotlip import LoTLIPTextConfig
 from ..modeling.modeling_lotlip import LoTLIPModel
@@ -41,7 +41,10 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
             "The model to train is not set. Set either `model` (a checkpoint to train further, or "
             f"{SCENES!r} for a new small model), or both `text_model` and `image_model` (two pretrained encoders)."
         )
-    for name in ("projection_dim", "text_pooling", "text_attention", "prompt_template"):
+    for name in (
+        *("projection_dim", "text_pooling", "text_attention", "prompt_template"),
+        *("text_projection", "text_projection_layers", "text_projection_expansion"),
+    ):
         if config.model is not None and getattr(config, name) is not None:
             raise ValueError(f"`{name}` is only for new models made from two encoders. Remove it for {config.model}.")
     if config.model is None:
@@ -89,6 +92,9 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
             text_pooling=config.text_pooling,
             text_attention=config.text_attention,
             projection_dim=config.projection_dim,
+            text_projection=config.text_projection or "linear",
+            text_projection_layers=config.text_projection_layers or 4,
+            text_projection_expansion=config.text_projection_expansion or 2,
         ).float()
     except StrictDataclassError as error:  # an option that does not fit the encoder
         raise ValueError(str(error.__cause__ or error)) from error
@@ -165,7 +171,5 @@ def prepare_model(model: LoTLIPModel, config: TrainingConfig) -> None:
         parts = (model.text_model, model.vision_model) if config.gradient_checkpointing else (model,)
         for part in parts:
             part.compile(dynamic=True)  # dynamic: the lengths of texts vary
-    elif (
-        model.text_model.backbone.config._attn_implementation == "sdpa" and model.config.text_config.family.takes_rows
-    ):
-        model.text_model.set_attn_implementation("unpadded")
+    else:
+        skip_padding(model)

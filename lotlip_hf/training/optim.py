@@ -15,7 +15,8 @@ from .fsdp import OBJECTIVE
 def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -> None:
     """
     Freezes the parameters that a run does not train: with `lock_vision` the image tower up to its last
-    `unlocked_vision_layers` layers, and the parameters that no tensor in `needs` depends on.
+    `unlocked_vision_layers` layers, with `lock_text` the text tower except its corner tokens, and the parameters that
+    no tensor in `needs` depends on. Sets `text_dtype`.
 
     Raises:
         `ValueError`: If the tower has fewer than `unlocked_vision_layers` layers.
@@ -23,6 +24,10 @@ def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -
     model.requires_grad_(True)
     if config.lock_vision:
         _lock_vision(model, config)
+    if config.lock_text:
+        for parameter in model.text_model.backbone.parameters():
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(getattr(torch, config.text_dtype))
     freeze_unused(model, needs, bool(config.num_long_texts))
 
 

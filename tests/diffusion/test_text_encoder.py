@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
 
 import tiny
 import tiny_clip
+import tiny_families
 from lotlip_hf import (
     LoTLIPModel,
+    LoTLIPTextConfig,
     LoTLIPTextEncoder,
     LoTLIPTextEncoderConfig,
     LoTLIPTextModel,
@@ -107,6 +109,28 @@ def test_over_clip_without_adapter_it_is_clip() -> None:
             skipped = encoder.text_model.final_layer_norm(outputs[-1][-(clip_skip + 1)])
             in_clip = clip.final_layer_norm(expected[-1][-(clip_skip + 1)])
             torch.testing.assert_close(skipped, in_clip, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["modernbert", "t5", "qwen3", "gemma3_text, bidirectional"])
+def test_modern_towers(name: str) -> None:
+    """Without an adapter, the states are the tower's. Those of earlier layers get the final norm, as with CLIP."""
+    text_config = LoTLIPTextConfig(backbone_config=tiny_families.FAMILIES[name].stock_config())
+    tower = tiny_families.spread(LoTLIPTextModel(text_config))
+    encoder = LoTLIPTextEncoder.from_text_model(tower)
+    ids, mask = tiny_families.texts(9, 4, 6)
+    with torch.no_grad():
+        outputs, expected = encoder(ids, output_hidden_states=True), tower(ids, mask, output_hidden_states=True)
+    torch.testing.assert_close(outputs.pooler_output, expected.pooler_output, **CLOSE)
+    is_text = mask.bool()
+    torch.testing.assert_close(outputs.last_hidden_state[is_text], expected.last_hidden_state[is_text], **CLOSE)
+    norm = next(
+        module
+        for path, module in tower.named_modules()
+        if path.endswith(("final_layer_norm", "final_norm")) or path == "backbone.norm"
+    )
+    for ours, theirs in zip(outputs.hidden_states[:-1], expected.hidden_states[:-1], strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(ours[is_text], norm(theirs)[is_text], **CLOSE)
 
 
 @pytest.mark.parametrize("adapter", [None, *ADAPTERS])

@@ -22,11 +22,14 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 import lotlip_hf.engines.onnx
 import tiny
 import tiny_clip
+import tiny_families
+import tiny_vision
 from lotlip_hf import (
     Encoder,
     LoTLIPConfig,
     LoTLIPModel,
     LoTLIPProcessor,
+    LoTLIPTextConfig,
     LoTLIPTextModel,
     LoTLIPTextModelWithProjection,
     LoTLIPVisionModelWithProjection,
@@ -274,6 +277,61 @@ def test_every_backbone(tmp_path: Path, text: str, vision: str, opset: int) -> N
         assert tower.difference < 1e-6
         assert tower.cosine > 0.98
         assert onnx.load(tmp_path / "onnx" / tower.file).opset_import[0].version == opset
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "quantize"),
+    [
+        ("distilbert", {}, None),
+        ("mpnet", {}, None),
+        ("modernbert", {"projection": "residual_mlp", "projection_layers": 1, "pooling": "mean"}, "int8"),
+        ("eurobert", {}, None),
+        ("deberta-v2", {}, None),
+        ("t5", {}, None),
+        ("qwen3", {"pooling": "weighted_mean"}, "int8"),
+        ("llama", {"attention": "bidirectional", "pooling": "mean"}, None),
+        ("llama", {"token_prepending": (1, 1), "placeholder_token_id": 7}, None),
+        ("gemma3_text, bidirectional", {}, None),
+    ],
+)
+def test_families_of_text_encoders(tmp_path: Path, name: str, fields: dict[str, Any], quantize: str | None) -> None:
+    family = tiny_families.FAMILIES[name]
+    config = LoTLIPTextConfig(backbone_config=family.stock_config(), projection_dim=24, **fields)
+    model = tiny_families.spread(LoTLIPTextModelWithProjection(config))
+    model.save_pretrained(tmp_path / "tower")
+    written = convert(tmp_path / "tower", tmp_path / "onnx", quantize=quantize)
+    assert written.towers[0].difference < 1e-5
+    if quantize is not None:
+        return
+    onnx_model = LoTLIPOnnxModel.from_pretrained(tmp_path / "onnx")
+    for lengths, width, side in (([1], 1, "right"), ([8, 3], 8, "right"), ([20, 2, 5], 23, "left")):
+        batch = padded_texts(config, lengths, width, side)
+        with torch.no_grad():
+            expected = model(**batch).text_embeds
+        torch.testing.assert_close(onnx_model.get_text_features(**batch).pooler_output, expected, **FEATURES)
+
+
+@pytest.mark.parametrize("name", ["dinov2_with_registers", "dinov3_vit", "convnext", "vit_tiny_patch16_224"])
+def test_families_of_image_encoders(tmp_path: Path, name: str) -> None:
+    (family,) = (one for one in tiny_vision.FAMILIES if one.name == name)
+    model = LoTLIPVisionModelWithProjection(family.config(projection_dim=24))
+    saved(model, tmp_path / "tower")
+    assert convert(tmp_path / "tower", tmp_path / "onnx").towers[0].difference < 1e-5
+    onnx_model = LoTLIPOnnxModel.from_pretrained(tmp_path / "onnx")
+    any_size = model.config.family.any_size_in_onnx
+    assert (onnx_model.image_shape == [3, "height", "width"]) == any_size
+    for size in [(32, 32), (48, 24)] if any_size else [(32, 32)]:
+        images = torch.randn(3, 3, *size)
+        with torch.no_grad():
+            expected = model(images).image_embeds
+        torch.testing.assert_close(onnx_model.get_image_features(images).pooler_output, expected, **FEATURES)
+
+
+def test_a_family_that_has_no_graph(tmp_path: Path) -> None:
+    (family,) = (one for one in tiny_vision.FAMILIES if one.name == "siglip2_vision_model")
+    saved(LoTLIPVisionModelWithProjection(family.config(projection_dim=24)), tmp_path / "tower")
+    with pytest.raises(ConversionError, match="siglip2_vision_model"):
+        convert(tmp_path / "tower", tmp_path / "onnx")
 
 
 @pytest.mark.parametrize("model_class", [LoTLIPTextModel, LoTLIPVisionModelWithProjection])
