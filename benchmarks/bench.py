@@ -36,12 +36,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertModel, PreTrainedModel, ViTModel
+from transformers import BertModel, ModernBertConfig, PreTrainedModel, ViTModel
 from transformers.utils import logging as transformers_logging
 
 import peak
 import peers
-from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor
+from lotlip_hf import Encoder, LoTLIPModel, LoTLIPProcessor, LoTLIPTextConfig, LoTLIPTextModel
 from lotlip_hf.conversion.onnx import convert as export_onnx
 from lotlip_hf.conversion.stock import stock_model
 from lotlip_hf.data.sentences import split_sentences
@@ -52,6 +52,9 @@ from lotlip_hf.images import load_image, official_image_processor
 from lotlip_hf.loading import load_model
 from lotlip_hf.modeling.loss_lotlip import lotlip_loss
 from lotlip_hf.scenes.dataset import scenes_dataset
+from lotlip_hf.training.config import TrainingConfig
+from lotlip_hf.training.log import read_log
+from lotlip_hf.training.loop import train
 from lotlip_hf.training.objective import Objective, batch_loss
 from lotlip_hf.training.terms.infonce import InfoNCE
 from measure import RESULTS as FOLDER
@@ -59,6 +62,7 @@ from measure import in_turns, keep, machine, peak_memory
 
 RESULTS = FOLDER / "bench.jsonl"
 NUM_SCENES = 600
+NUM_PICTURES = 512
 OFFICIAL = "official recipe"
 Call = Callable[[], Any]
 
@@ -442,6 +446,46 @@ def step(bench: Bench) -> list[Row]:
     return [Row(work, OFFICIAL, ratio, 1.5, detail=detail, profile=calls["ours"])]
 
 
+def frozen(bench: Bench) -> list[Row]:
+    """
+    Trains 3 epochs with a locked image tower of ViT-S/16's shape, with states that an earlier run kept, compared with
+    states that are computed in every step. The text tower is smaller, and each picture has a short and a long text.
+    """
+    size, text_size = ("small", "mini") if bench.size == "base" else (bench.size, bench.size)
+    records = scenes_dataset(NUM_PICTURES)
+    numbers = itertools.count()
+    losses: dict[str, list[float]] = {}
+
+    def run(name: str, **options: Any) -> None:
+        model = peers.make_model(size, text_size)
+        output = bench.folder / f"frozen-{next(numbers)}"
+        settings = {"batch_size": 64, "num_epochs": 3, "num_long_texts": 1, "num_workers": 0, "log_steps": 1}
+        config = TrainingConfig(output=str(output), lock_vision=True, trackers=[], **settings, **options)
+        train(model, peers.make_processor(model), records, config)
+        losses[name] = [entry["loss"] for entry in read_log(output)]
+
+    calls = {
+        "kept": partial(run, "kept", cache=str(bench.folder / "states")),
+        "computed": partial(run, "computed", no_cache=True),
+    }
+    seconds = in_turns(calls, min(bench.repeats, 2), "locked image tower")
+    work = f"locked image tower, 3 epochs over {NUM_PICTURES} pictures, kept states"
+    detail = f"{seconds['kept']:.1f} and {seconds['computed']:.1f} s"
+    difference = float(np.abs(np.subtract(losses["kept"], losses["computed"])).max())
+    return [
+        Row(work, "computed states", seconds["computed"] / seconds["kept"], 3, detail=detail, profile=calls["kept"]),
+        Row(
+            f"{work}: losses",
+            "computed states",
+            difference,
+            1e-5,
+            True,
+            "of difference",
+            f"{len(losses['kept'])} steps",
+        ),
+    ]
+
+
 def training_step(model: nn.Module, compute_loss: Callable[[], torch.Tensor]) -> Call:
     """Creates a training step with a new optimiser."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -460,6 +504,46 @@ def make_step(name: str, size: str, captions: Sequence[str], num_long_texts: int
     of_small().backward()
     _, compute_loss = loss_of_batch(name, size, captions, num_long_texts)
     return lambda: compute_loss().backward()
+
+
+def long_step(attention: str, size: str) -> Call:
+    """
+    Creates forward and backward of a ModernBERT of four layers, two of them with sliding windows, for eight texts of
+    50 to 2,048 tokens and their corner tokens. The other sizes than "base" have shorter texts.
+    """
+    torch.manual_seed(0)
+    longest = 2048 if size == "base" else 100
+    names = ("pad", "bos", "cls", "eos", "sep")
+    ids = {f"{name}_token_id": index for index, name in enumerate(names)}
+    config = ModernBertConfig(**{**peers.SIZES["mini"], "intermediate_size": 384}, **ids, vocab_size=1000)
+    model = LoTLIPTextModel(LoTLIPTextConfig(backbone_config=config, projection_dim=None)).train()
+    model.set_attn_implementation(attention)
+    lengths = [round(50 * (longest / 50) ** (index / 7)) for index in range(8)]
+    texts = nn.utils.rnn.pad_sequence([torch.randint(5, 1000, (each,)) for each in lengths], batch_first=True)
+
+    def step() -> None:
+        outputs = model(texts, pooled_only=True)
+        (outputs.pooler_output.sum() + outputs.corner_embeds.sum()).backward()
+        model.zero_grad()
+
+    return step
+
+
+def long(bench: Bench) -> list[Row]:
+    """Trains on texts of very different lengths in a row without padding, compared with padded texts."""
+    calls = {attention: long_step(attention, bench.size) for attention in ("unpadded", "sdpa")}
+    seconds = bench.turns("long texts", calls)
+    held = {attention: peak_memory(long_step, attention, bench.size) for attention in calls}
+    work, beside = "training step of ModernBERT, 8 texts of 50 to 2,048 tokens", "padded texts, sdpa"
+    time, mebibytes = (" and ".join(f"{each:.1f}" for each in values.values()) for values in (seconds, held))
+    return [
+        Row(
+            *(work, beside, seconds["sdpa"] / seconds["unpadded"], 2),
+            detail=f"{time} s",
+            profile=calls["unpadded"],
+        ),
+        Row(work, beside, held["unpadded"] / held["sdpa"], 0.5, True, "of the memory", f"{mebibytes} MiB"),
+    ]
 
 
 def memory(bench: Bench) -> list[Row]:
@@ -504,6 +588,8 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "bare": bare,
     "mixed": mixed,
     "step": step,
+    "long": long,
+    "frozen": frozen,
     "loss": loss,
     "memory": memory,
     "device": device,

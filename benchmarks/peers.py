@@ -35,16 +35,17 @@ BATCH_SIZE = 32  # default of sentence-transformers, and common in examples of t
 # activations use less memory than the similarities of a large batch
 SIZES: dict[str, dict[str, int]] = {
     "base": {},
+    "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536},
     "mini": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
     "one layer": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 64},
 }
 
 
-def make_model(size: str = "base") -> LoTLIPModel:
+def make_model(size: str = "base", text_size: str | None = None) -> LoTLIPModel:
     """Creates a model with random weights, in the released shape (ViT-B/16 and BERT-base) or smaller."""
     torch.manual_seed(0)
-    text = BertConfig(**SIZES[size])
+    text = BertConfig(**SIZES[text_size or size])
     vision = ViTConfig(**SIZES[size], layer_norm_eps=1e-6, image_size=32 if size in ("tiny", "one layer") else 224)
     config = LoTLIPConfig(
         text_config=LoTLIPTextConfig(

@@ -417,8 +417,8 @@ def _stock_processors(
             missing += [] if image_processor is not None else [f"no image processor: {folder} has none"]
     for part in (tokenizer, image_processor):
         for settings in (getattr(part, "init_kwargs", {}), vars(part) if part is not None else {}):
-            settings.pop("auto_map", None)  # names remote code
-            settings.pop("_processor_class", None)  # the LoTLIP's
+            for name in ("auto_map", "processor_class", "_processor_class"):
+                settings.pop(name, None)  # remote code, and the LoTLIP's processor
     processor = image_processor if tokenizer is None else tokenizer
     if tokenizer is not None and image_processor is not None:
         processor_class = CLIPProcessor if isinstance(stock, CLIPModel) else VisionTextDualEncoderProcessor

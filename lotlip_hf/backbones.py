@@ -31,6 +31,9 @@ def from_backbones(
     placeholder_token_id: int | None = None,
     vision_pooling: str | None = None,
     projection_dim: int | None = None,
+    text_projection: Literal["linear", "residual_mlp"] = "linear",
+    text_projection_layers: int = 4,
+    text_projection_expansion: int = 2,
     **config_kwargs: Any,
 ) -> LoTLIPModel:
     """
@@ -45,8 +48,9 @@ def from_backbones(
         text (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of a text encoder, see
             [`LoTLIPTextConfig`]. For a whole CLIP, its text tower is used without the projection; `lotlip convert
             clip` converts the whole CLIP. For the folder of a whole T5, its encoder is used.
-        vision (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of a ViT, DINOv2, CLIP or SigLIP image
-            encoder. For a whole CLIP or SigLIP, its image tower is used.
+        vision (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of an image encoder: ViT, DINOv2,
+            DINOv3, CLIP, SigLIP, SigLIP 2, ConvNeXt or a model of timm. For a whole CLIP or SigLIP, its image tower is
+            used.
         num_corner_tokens (`int`, *optional*, defaults to 2): Number of corner tokens.
         text_pooling (`str`, *optional*): Pooling of the text tower, see [`LoTLIPTextConfig`]. Defaults to that of a
             sentence-transformers folder, else to that of the encoder's family. For a BERT or RoBERTa without the
@@ -59,6 +63,10 @@ def from_backbones(
         projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image encoder,
             which then has no projection. With the width of the text encoder, the text tower has no projection and
             starts with the embeddings of its encoder.
+        text_projection (`str`, *optional*, defaults to `"linear"`): Kind of the text projection, see
+            [`LoTLIPTextConfig`].
+        text_projection_layers (`int`, *optional*, defaults to 4): Number of blocks of a `"residual_mlp"`.
+        text_projection_expansion (`int`, *optional*, defaults to 2): Inner width of its blocks, as a factor.
         **config_kwargs: More fields of [`LoTLIPConfig`].
 
     Returns:
@@ -89,6 +97,9 @@ def from_backbones(
         attention=text_attention,
         token_prepending=token_prepending,
         placeholder_token_id=placeholder_token_id,
+        projection=text_projection,
+        projection_layers=text_projection_layers,
+        projection_expansion=text_projection_expansion,
     )
     vision_config = LoTLIPVisionConfig(backbone_config=_backbone_config(vision, "vision"), pooling=vision_pooling)
     text_weights = _load_weights(text, "text", text_config)
@@ -193,13 +204,13 @@ def _load_weights(
     return {name: tensor for name, tensor in weights.items() if name not in info["missing_keys"]}
 
 
+def _name(source: str | Path | PreTrainedModel) -> str:
+    return f"The {type(source).__name__}" if isinstance(source, PreTrainedModel) else str(source)
+
+
 def _encoder(model: PreTrainedModel, tower: str) -> PreTrainedModel:
     """The encoder in a model with a head or a projection, in a whole CLIP, or in a language model that sees images."""
     encoder: Any = getattr(model, f"{tower}_model", model)
     if encoder is model and tower == "text" and model.can_generate():
         encoder = model.base_model
     return getattr(encoder, "language_model", encoder) if tower == "text" else encoder
-
-
-def _name(source: str | Path | PreTrainedModel) -> str:
-    return f"The {type(source).__name__}" if isinstance(source, PreTrainedModel) else str(source)

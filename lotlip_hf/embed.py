@@ -1,6 +1,5 @@
 """Writes the embeddings of a folder of images or a file of texts to a Parquet file; interrupted runs resume."""
 
-import hashlib
 import itertools
 import logging
 import os
@@ -17,8 +16,11 @@ import pyarrow.parquet as pq
 from .data.readers import KINDS, column_of, every_row, value_of
 from .encoder import Encoder, warn_of_cut_texts
 from .files import PARTIAL, check_output, printable, replacing, set_aside_unless_folder
+from .images import ImageError, find_images, image_digest
 from .search import build_index
-from .store import CUT, WHOLE, EmbeddingStore
+from .states import FrozenStates
+from .store import CUT, WHOLE, EmbeddingStore, text_digest
+from .terminal import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +139,7 @@ def embed_texts(
     check_output(output, overwrite=overwrite)
     partial = _partial_folder(output)
     # Reads the whole file once, to find errors before the long work.
-    digests = Counter(_digest(text) for text in read_texts(file, column))
+    digests = Counter(text_digest(text) for text in read_texts(file, column))
     if not digests:
         raise _no_texts(file)
 
@@ -149,7 +151,7 @@ def embed_texts(
         def new_texts() -> Iterator[str]:
             seen = set(known)
             for text in read_texts(file, column):
-                if (key := _digest(text)) not in seen:
+                if (key := text_digest(text)) not in seen:
                     seen.add(key)
                     keys.append(key)
                     yield text
@@ -175,16 +177,107 @@ def embed_texts(
         def batches() -> Iterator[tuple[list[str], np.ndarray]]:
             texts = read_texts(file, column)
             while block := list(itertools.islice(texts, WRITE_BLOCK)):
-                missing = [text for text in block if _digest(text) not in held.locations]
+                missing = [text for text in block if text_digest(text) not in held.locations]
                 if missing:
                     raise ValueError(
                         f"{file}: changed during the run, {missing[0][:50]!r} is new. Run the same command again."
                     )
-                yield block, store.vectors([held.locations[_digest(text)] for text in block])
+                yield block, store.vectors([held.locations[text_digest(text)] for text in block])
 
         _write_parquet(output, "text", batches(), encoder, store)
     shutil.rmtree(partial)
     return digests.total()
+
+
+def keep_image_states(
+    states: FrozenStates,
+    folder: str | os.PathLike,
+    *,
+    image_root: str | os.PathLike | None = None,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> tuple[int, int, dict[str, str]]:
+    """
+    Fills the cache with the pooled states of a folder's images, for training with a frozen image tower.
+
+    Args:
+        states (`FrozenStates`): States of the image tower.
+        folder (`str` or `os.PathLike`): Folder of images, with its subfolders.
+        image_root (`str` or `os.PathLike`, *optional*, defaults to `folder`): Links to files outside of this folder
+            are not followed.
+        batch_size (`int`, *optional*, defaults to 32): Number of images in a batch.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+
+    Returns:
+        `tuple[int, int, dict[str, str]]`: Number of images in the cache, number of those that were computed, and the
+        reason for each skipped image, by its path relative to the folder.
+
+    Raises:
+        `OSError`: If the folder does not exist, or the cache cannot be written.
+
+    Example:
+
+    ```python
+    >>> from lotlip_hf import load_encoder
+    >>> from lotlip_hf.embed import keep_image_states
+    >>> from lotlip_hf.states import FrozenStates
+
+    >>> states = FrozenStates(load_encoder("checkpoint"), "image", "cache")
+    >>> count, computed, skipped = keep_image_states(states, "photos")
+    ```
+    """
+    files, skipped = find_images(folder, image_root)
+    names: list[str] = []
+    keys: list[str] = []
+    for name in progress_bar(files, desc="Reading images", unit="image", shown=progress, delay=2):
+        try:
+            keys.append(image_digest(Path(folder, name)))
+            names.append(name)
+        except ImageError as error:
+            skipped[name] = error.reason
+
+    def fail(index: int, error: ImageError) -> None:
+        skipped.update((name, error.reason) for name, key in zip(names, keys, strict=True) if key == keys[index])
+
+    computed = states.fill_images(
+        keys, lambda index: Path(folder, names[index]), fail, batch_size=batch_size, progress=progress
+    )
+    return len(files.keys() - skipped), computed, dict(sorted(skipped.items()))
+
+
+def keep_text_states(
+    states: FrozenStates,
+    file: str | os.PathLike,
+    *,
+    column: str = "text",
+    batch_size: int = 64,
+    progress: bool = True,
+) -> int:
+    """
+    Fills the cache with the pooled states of a file's texts, for training with a frozen text tower.
+
+    Args:
+        states (`FrozenStates`): States of the text tower.
+        file (`str` or `os.PathLike`): File of texts; see [`read_texts`] for the formats.
+        column (`str`, *optional*, defaults to `"text"`): Column of the texts.
+        batch_size (`int`, *optional*, defaults to 64): Number of texts of maximum length in a batch.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+
+    Returns:
+        `int`: Number of texts in the file.
+
+    Raises:
+        `ValueError`: If the file cannot be parsed.
+        `OSError`: If the file does not exist, or the cache cannot be written.
+    """
+    number = 0
+    with progress_bar(desc="Encoding texts", unit="text", shown=progress) as bar:
+        texts = read_texts(file, column)
+        while block := list(itertools.islice(texts, WRITE_BLOCK)):
+            states.fill_texts(block, batch_size=batch_size)
+            number += len(block)
+            bar.update(len(block))
+    return number
 
 
 def check_texts(file: str | os.PathLike, column: str = "text") -> None:
@@ -258,10 +351,6 @@ def _values(path: Path, column: str) -> Iterator[Any]:
             found = ", ".join(map(repr, values)) or "none"
             raise ValueError(f"{path}, row {row}: no column {column!r}. Pass --column with one of: {found}.")
         yield value_of(values, column)
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _partial_folder(output: str | os.PathLike) -> Path:

@@ -20,7 +20,8 @@ from .engines.open_clip import OPEN_CLIP, load_open_clip
 from .engines.torch import Modality, TorchEngine
 from .files import MAX_CHARACTERS
 from .images import Background, ImageError, ImageSource
-from .loading import load_model
+from .loading import load_model, skip_padding
+from .modeling.modeling_lotlip import LoTLIPModel
 from .terminal import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -31,11 +32,14 @@ TEXT_CHUNK = 4096
 ENOUGH_TOKENS = 1024
 # Activations of a BERT-base layer for more tokens (32 MB) are allocated from the system each time, which is slower.
 CPU_TOKENS = 2048
+# A batch has at most `batch_size` times as many tokens. A few long texts use a device as well as many short ones.
+FULL_LENGTH = 512
 SIMILAR_LENGTH = 0.9
 # Two special tokens and one word.
 MIN_LENGTH = 3
 # Versions in all fingerprints. Increase the version if a change of the code changes embeddings.
 FORMAT_VERSIONS: dict[Modality, int] = {"image": 3, "text": 1}
+NOT_POOLED = ("_projection.", "corner_embeds")  # weights that do not change the pooled states of a tower
 
 
 class Engine(Protocol):
@@ -154,8 +158,8 @@ class Encoder:
 
         Args:
             texts (`Iterable[str]`): Texts.
-            batch_size (`int`, *optional*, defaults to 64): Maximum number of texts of full length per batch. A batch
-                of shorter texts contains more texts and as many tokens.
+            batch_size (`int`, *optional*, defaults to 64): Maximum number of texts per batch, if they have the maximum
+                length or 512 tokens. A batch of shorter or longer texts contains as many tokens.
             max_length (`int`, *optional*): Maximum length of a text in tokens. Defaults to the maximum of the model.
             progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
@@ -215,6 +219,7 @@ class Encoder:
         max_length: int | None = None,
         progress: bool = False,
         total: int | None = None,
+        pooled: bool = False,
     ) -> Iterator[tuple[int, torch.Tensor, bool]]:
         """
         Encodes texts and yields each embedding as soon as it is computed. Has the other arguments and the errors of
@@ -222,6 +227,8 @@ class Encoder:
 
         Args:
             total (`int`, *optional*): Number of texts for the progress bar, if `texts` has no length.
+            pooled (`bool`, *optional*, defaults to `False`): Whether to yield the pooled states [hidden_size] of the
+                text tower, before its projection, instead of embeddings. Only for LoTLIP.
 
         Yields:
             `tuple[int, torch.Tensor, bool]`: Index of the text in `texts`, its embedding [P], and whether the text was
@@ -240,7 +247,7 @@ class Encoder:
         total = _length(texts) if total is None else total
         with progress_bar(total=total, desc="Encoding texts", unit="text", shown=progress) as bar:
             batches = self._text_batches(texts, batch_size, max_length)
-            for batch, embeddings in self._embed_batches(self.engine.text_features, batches):
+            for batch, embeddings in self._embed_batches(self._features("text", pooled), batches):
                 bar.update(len(batch))
                 for (index, was_cut), embedding in zip(batch, embeddings, strict=True):
                     yield index, embedding, was_cut
@@ -250,7 +257,7 @@ class Encoder:
     ) -> Iterator[tuple[list[tuple[int, bool]], dict[str, torch.Tensor]]]:
         """Batches of texts of similar length: index of each text and whether it was cut, and the model's inputs."""
         engine = self.engine
-        tokens = batch_size * max_length
+        tokens = batch_size * min(max_length, FULL_LENGTH)
         if engine.device.type == "cpu":
             tokens = min(tokens, CPU_TOKENS)
         count, remaining = 0, iter(texts)
@@ -272,10 +279,22 @@ class Encoder:
             count += len(chunk)
 
     def iterate_images(
-        self, images: Iterable[ImageSource], *, batch_size: int = 32, progress: bool = False
+        self,
+        images: Iterable[ImageSource],
+        *,
+        batch_size: int = 32,
+        progress: bool = False,
+        total: int | None = None,
+        pooled: bool = False,
     ) -> Iterator[tuple[int, torch.Tensor | ImageError]]:
         """
-        Encodes images and yields each embedding as soon as it is computed. Has the arguments of [`encode_images`].
+        Encodes images and yields each embedding as soon as it is computed. Has the other arguments of
+        [`encode_images`].
+
+        Args:
+            total (`int`, *optional*): Number of images for the progress bar, if `images` has no length.
+            pooled (`bool`, *optional*, defaults to `False`): Whether to yield the pooled states [hidden_size] of the
+                image tower, before its projection, instead of embeddings. Only for LoTLIP.
 
         Yields:
             `tuple[int, torch.Tensor | ImageError]`: Index of the image in `images` and its embedding [P], or the error
@@ -307,17 +326,19 @@ class Encoder:
             except ImageError as error:
                 return index, error
 
+        features = self._features("image", pooled)
         ready: list[tuple[int, dict[str, torch.Tensor]]] = []
 
         def embed_ready() -> Iterator[tuple[int, torch.Tensor]]:
             batch, ready[:] = list(ready), []
             inputs = {key: torch.cat([values[key] for _, values in batch]) for key in batch[0][1]}
-            embeddings = self._fetch(_normalized(engine.image_features(inputs)))
+            embeddings = self._fetch(features(inputs))
             for (index, _), embedding in zip(batch, embeddings, strict=True):
                 bar.update()
                 yield index, embedding
 
-        with progress_bar(total=_length(images), desc="Encoding images", unit="image", shown=progress) as bar:
+        total = _length(images) if total is None else total
+        with progress_bar(total=total, desc="Encoding images", unit="image", shown=progress) as bar:
             for index, result in _map_ahead(read, opened(), ahead=2 * batch_size):
                 if isinstance(result, ImageError):
                     bar.update()
@@ -329,23 +350,62 @@ class Encoder:
             if ready:
                 yield from embed_ready()
 
-    def fingerprint(self, modality: Modality) -> str:
+    def fingerprint(self, modality: Modality, *, pooled: bool = False) -> str:
         """
         Returns a hash of everything that determines a modality's embeddings: the tower's weights and configuration,
         and the preparation of its inputs. The hash depends on the dtype of the model, but not on its folder.
 
         Args:
             modality (`str`): `"image"` or `"text"`.
+            pooled (`bool`, *optional*, defaults to `False`): Whether to hash what determines the pooled states of the
+                tower: not its projection, nor the values of the corner tokens.
 
         Returns:
             `str`: 32 hexadecimal digits.
         """
         settings = {"version": FORMAT_VERSIONS[modality], "modality": modality, **self.engine.settings(modality)}
+        if pooled:
+            settings["config"] = {
+                name: value for name, value in settings["config"].items() if not name.startswith("projection")
+            }
         digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
         for name, tensor in self.engine.weights(modality):
+            if pooled and any(part in name for part in NOT_POOLED):
+                continue
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    def pooled_dim(self, modality: Modality) -> int:
+        """
+        Returns the number of dimensions of the pooled states of a LoTLIP's tower, before its projection.
+
+        Args:
+            modality (`str`): `"image"` or `"text"`.
+
+        Raises:
+            `ValueError`: If the model is not a LoTLIP.
+        """
+        return self._lotlip_engine().pooled_dim(modality)
+
+    def _lotlip_engine(self) -> TorchEngine:
+        if not isinstance(self.engine, TorchEngine) or not isinstance(self.engine.model, LoTLIPModel):
+            raise ValueError(f"{self.name} is not a LoTLIP checkpoint, so its pooled states are not supported.")
+        return self.engine
+
+    def _features(self, modality: Modality, pooled: bool) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+        """Function of a batch's inputs that computes embeddings [B, P], or pooled states [B, hidden_size]."""
+        if pooled:
+            states = self._lotlip_engine().pooled_states
+            return lambda inputs: states(modality, inputs).float()
+        features = self.engine.text_features if modality == "text" else self.engine.image_features
+
+        def embed(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            embeddings = torch.nn.functional.normalize(features(inputs).float(), dim=-1)
+            self._dim = embeddings.shape[-1]
+            return embeddings
+
+        return embed
 
     def _embed_batches(
         self,
@@ -357,7 +417,7 @@ class Encoder:
         ahead = 0 if self.device.type == "cpu" else 1
         try:
             for batch, inputs in batches:
-                waiting.append((batch, _normalized(features(inputs))))
+                waiting.append((batch, features(inputs)))
                 if len(waiting) > ahead:
                     batch, embeddings = waiting.pop(0)
                     yield batch, self._fetch(embeddings)
@@ -372,7 +432,6 @@ class Encoder:
     def _fetch(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Copies embeddings to the CPU, as tensors that autograd accepts."""
         embeddings = embeddings.cpu()
-        self._dim = embeddings.shape[-1]
         if not torch.isfinite(embeddings).all():
             raise ValueError(f"The features of the model are not finite in {self.dtype}. Try another dtype.")
         return embeddings.clone()
@@ -425,7 +484,10 @@ def load_encoder(
         return Encoder.from_engine(load_open_clip(name, device, dtype))
     if revision is None and is_onnx(name):
         return Encoder.from_engine(load_onnx(name, device, dtype))
-    return Encoder(*load_model(name, device=device, dtype=dtype, revision=revision))
+    encoder = Encoder(*load_model(name, device=device, dtype=dtype, revision=revision))
+    if isinstance(encoder.engine, TorchEngine) and encoder.max_text_length > FULL_LENGTH:
+        skip_padding(encoder.engine.model)
+    return encoder
 
 
 def warn_of_cut_texts(cut: int, count: int, max_length: int) -> None:
@@ -461,10 +523,6 @@ def _rows_of_similar_length(lengths: list[int]) -> int:
     longest = max(1, lengths[0])
     enough = -(-ENOUGH_TOKENS // longest)
     return next((row for row in range(enough, len(lengths)) if lengths[row] < SIMILAR_LENGTH * longest), len(lengths))
-
-
-def _normalized(features: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
 def _map_ahead(function: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:

@@ -1,6 +1,7 @@
 """Finds image files in a folder and reads images of any kind as RGB."""
 
 import contextlib
+import hashlib
 import io
 import math
 import os
@@ -382,7 +383,8 @@ def load_pixels(
             [`load_image`].
 
     Returns:
-        `dict[str, torch.Tensor]`: Output of the image processor, usually `pixel_values` [1, 3, H, W].
+        `dict[str, torch.Tensor]`: Output of the image processor, usually `pixel_values` [1, 3, H, W], and for SigLIP 2
+            NaFlex `pixel_values`, `pixel_attention_mask` and `spatial_shapes`.
 
     Raises:
         `ImageError`: If the image cannot be read or its pixels do not fit in memory.
@@ -391,6 +393,37 @@ def load_pixels(
     """
     with _loaded(source, name, image_processor, background) as image:
         return dict(image_processor(images=[image], return_tensors="pt"))
+
+
+def image_digest(source: ImageSource, name: str | None = None) -> str:
+    """
+    Computes the digest of an image's content: of the bytes of a file, or of the pixels of an image object.
+
+    Args:
+        source (`ImageSource`): Image; see [`load_image`].
+        name (`str`, *optional*): Name of the image, which errors put before the path.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+
+    Raises:
+        `ImageError`: If the image cannot be read.
+        `TypeError`: If `source` has another type.
+    """
+    source, _ = image_source(source)
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(source, str | os.PathLike):
+        try:
+            digest.update(read_image_bytes(source))
+        except ImageError as error:
+            raise ImageError(": ".join(filter(None, (name, error.name))), error.reason, error.transient) from error
+    elif isinstance(source, bytes):
+        digest.update(source)
+    else:
+        for background in (WHITE, None):  # processors use white or drop transparency
+            upright = load_image(source, name, background=background)
+            digest.update(f"{upright.size}".encode() + upright.tobytes())
+    return digest.hexdigest()
 
 
 def official_image_processor(image_size: int = 224) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -22,21 +23,29 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+# transformers 5.17 exports `AutoImageProcessor` only if torchvision is installed.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from . import auto as auto  # registers LoTLIP's classes
 from .files import one_line, parse_json, printable, read_regular
 from .images import background_of, checked_background
 from .modeling.calls_lotlip import free_of_calls
+from .modeling.modeling_lotlip import LoTLIPModel
 
 logger = logging.getLogger(__name__)
 
 MAX_LAYERS = 1024
 MAX_SIZE = 1 << 24
 SWITCHES = ("output_attentions", "output_hidden_states", "return_dict")
-SIZES = ("_size", "_dim", "_dims", "_embeddings", "_length")
+SIZES = ("_size", "_sizes", "_dim", "_dims", "_embeddings", "_length")
 # Image towers have fewer pixels per side. Larger settings are mistakes, or meant to fill the memory.
 MAX_IMAGE_SIDE = 4096
+# timm's names of interpolations
+RESAMPLING = {name.lower(): resample for name, resample in Image.Resampling.__members__.items()}
 NOT_SET = 1_000_000  # transformers sets 1e30 for an unknown maximum length
 # Model types whose positions start at `pad_token_id + 1`, so that the usable length is shorter.
 POSITIONS_AFTER_PADDING = (
@@ -239,8 +248,8 @@ def check_config(config: PreTrainedConfig, name: str | os.PathLike) -> None:
                 check(value)
             elif key in SWITCHES and value not in (None, True, False):
                 raise LoadingError(f"{name}: `{key}` in config.json is {value!r}. Use true or false.")
-            elif str(key).startswith("num_") or str(key).endswith(SIZES):
-                most = MAX_LAYERS if "layers" in key else MAX_SIZE
+            elif str(key).startswith("num_") or str(key).endswith(SIZES) or key == "depths":
+                most = MAX_LAYERS if "layers" in key or key == "depths" else MAX_SIZE
                 numbers = value if isinstance(value, list | tuple) else [value]
                 if any(isinstance(one, int) and not -1 <= one <= most for one in numbers):
                     raise LoadingError(f"{name}: `{key}` in config.json is {value!r}. Use at most {most}.")
@@ -251,7 +260,10 @@ def check_config(config: PreTrainedConfig, name: str | os.PathLike) -> None:
 
 
 def check_image_sizes(image_processor: Any, name: str) -> None:
-    """Raises a `ValueError` if a side of `size` or `crop_size` is not an integer from 1 to 4096."""
+    """
+    Raises a `ValueError` if a side of `size` or `crop_size` is not an integer from 1 to 4096, or if the patches of
+    SigLIP 2 NaFlex or the `crop_pct` of ConvNeXt make images that are larger.
+    """
     for setting in ("size", "crop_size"):
         for side, value in dict(getattr(image_processor, setting, None) or {}).items():
             if value is not None and not (type(value) is int and 1 <= value <= MAX_IMAGE_SIDE):
@@ -259,6 +271,73 @@ def check_image_sizes(image_processor: Any, name: str) -> None:
                     f"{name}: `{setting}` in processor_config.json or preprocessor_config.json has {side}={value!r}. "
                     f"Use a number of pixels from 1 to {MAX_IMAGE_SIDE}."
                 )
+    number = getattr(image_processor, "max_num_patches", None)
+    if number is not None:
+        side = image_processor.patch_size
+        if not all(type(one) is int and one >= 1 for one in (number, side)) or number * side**2 > MAX_IMAGE_SIDE**2:
+            raise ValueError(
+                f"{name}: `max_num_patches` of the image processor is {number!r} and `patch_size` is {side!r}. Use "
+                f"positive numbers for images of at most {MAX_IMAGE_SIDE} x {MAX_IMAGE_SIDE} pixels."
+            )
+    share = getattr(image_processor, "crop_pct", None)
+    if share is not None:
+        side = dict(image_processor.size or {}).get("shortest_edge") or 1
+        if not (isinstance(share, float | int) and side / MAX_IMAGE_SIDE <= share <= 1):
+            raise ValueError(f"{name}: `crop_pct` of the image processor is {share!r}. Use a share such as 0.875.")
+
+
+def load_image_processor(name_or_path: str | os.PathLike) -> Any:
+    """
+    Loads and checks the image processor of an image encoder, for a new model. The processors of DINOv3 and timm need
+    torchvision. They are replaced by a `ViTImageProcessorPil` or `CLIPImageProcessorPil` with the same settings, which
+    gives the same pixels on every machine. These differ from the replaced ones by rounding to 8 bits (DINOv3).
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): Folder or Hub id of the image encoder.
+
+    Raises:
+        `ValueError`: If a size is not an integer from 1 to 4096, or if timm crops in a way that has no replacement.
+        `OSError`: If there is no image processor.
+    """
+    from transformers import ViTImageProcessorPil  # a late import: it takes seconds
+
+    name = os.fspath(name_or_path)
+    config, _ = PreTrainedConfig.get_config_dict(name)
+    settings = {} if "pretrained_cfg" in config else ImageProcessingMixin.get_image_processor_dict(name)[0]
+    if "pretrained_cfg" in config:
+        image_processor = _from_timm(config["pretrained_cfg"], name)
+    elif str(settings.get("image_processor_type")).startswith("DINOv3ViTImageProcessor"):
+        own = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD, **settings}
+        names = ("size", "resample", "image_mean", "image_std", "do_center_crop", "crop_size")
+        given = {name: own[name] for name in names if own.get(name) is not None}
+        image_processor = ViTImageProcessorPil(**given)
+    else:
+        image_processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    check_image_sizes(image_processor, name)
+    return image_processor
+
+
+def _from_timm(pretrained_cfg: dict[str, Any], name: str) -> Any:
+    """The image transform that timm uses to evaluate a model, as a `CLIPImageProcessorPil`."""
+    from transformers import CLIPImageProcessorPil  # a late import: it takes seconds
+
+    mode = pretrained_cfg.get("crop_mode") or "center"
+    height, width = (pretrained_cfg.get("input_size") or (3, 224, 224))[1:]
+    resample = RESAMPLING.get(pretrained_cfg.get("interpolation") or "bicubic")
+    if mode not in ("center", "squash") or (mode == "center" and height != width) or resample is None:
+        raise LoadingError(
+            f"{name}: `pretrained_cfg` has crop_mode {mode!r}, input_size {[height, width]} and interpolation "
+            f"{pretrained_cfg.get('interpolation')!r}, which the image processors of transformers do not support."
+        )
+    share = pretrained_cfg.get("crop_pct") or 0.875
+    sides = math.floor(height / share), math.floor(width / share)
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": sides[0]} if mode == "center" else {"height": sides[0], "width": sides[1]},
+        crop_size={"height": height, "width": width},
+        resample=resample,
+        image_mean=list(pretrained_cfg.get("mean") or IMAGENET_DEFAULT_MEAN),
+        image_std=list(pretrained_cfg.get("std") or IMAGENET_DEFAULT_STD),
+    )
 
 
 def check_processor(processor: Any, name: str | os.PathLike) -> None:
@@ -349,6 +428,13 @@ def usable_device(device: str | torch.device | None) -> str | torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"`device` {str(device)!r} is not available ({str(error).splitlines()[0]}).") from error
     return device or "cpu"
+
+
+def skip_padding(model: PreTrainedModel) -> None:
+    """Computes texts without padding and without masks of whole texts, if the text tower of a LoTLIP can."""
+    if isinstance(model, LoTLIPModel) and model.config.text_config.family.takes_rows:
+        if model.text_model.backbone.config._attn_implementation == "sdpa":
+            model.text_model.set_attn_implementation("unpadded")
 
 
 def max_text_length(model: PreTrainedModel, tokenizer: Any) -> int:

@@ -8,7 +8,8 @@ from .modeling.modeling_lotlip import LoTLIPTextModel, LoTLIPVisionModel
 def lora_targets(model: nn.Module, *, skip_frozen: bool = False) -> list[str]:
     """
     Returns the attention projections of all towers of a model, for PEFT's `LoraConfig(target_modules=...)`. The names
-    differ by backbone: BERT has layers `query` and `value`, CLIP and ViT have `q_proj` and `v_proj`.
+    differ by backbone: BERT has layers `query` and `value`, CLIP, ViT and decoders have `q_proj` and `v_proj`, T5 has
+    `q` and `v`, ModernBERT has `Wqkv`. In a tower without attention, such as ConvNeXt, all linear layers are returned.
 
     Args:
         model (`nn.Module`): [`LoTLIPModel`], one of its towers, or a module that contains one, such as a
@@ -20,7 +21,7 @@ def lora_targets(model: nn.Module, *, skip_frozen: bool = False) -> list[str]:
         `list[str]`: Full names of the layers.
 
     Raises:
-        `ValueError`: If the model has no tower, or if a tower has no attention layer that supports LoRA.
+        `ValueError`: If the model has no tower, or if a tower has no layer that supports LoRA.
 
     Example:
 
@@ -37,11 +38,12 @@ def lora_targets(model: nn.Module, *, skip_frozen: bool = False) -> list[str]:
         raise ValueError(f"`model` is a {type(model).__name__} without a LoTLIP tower. Pass a LoTLIPModel or a tower.")
     targets = []
     for prefix, tower in towers.items():
-        layers = {name: layer for name, layer in tower.named_modules() if _is_projection(name, layer)}
+        linear = {name: layer for name, layer in tower.named_modules() if _is_linear(layer)}
+        layers = {name: layer for name, layer in linear.items() if _is_of_attention(name)} or linear
         if not layers:
             raise ValueError(
-                f"{type(tower).__name__}: the {type(tower.backbone).__name__} has no linear layer with 'attention' or "
-                "'attn' in its name. List its layers in `target_modules`."
+                f"{type(tower).__name__}: the {type(tower.backbone).__name__} has no linear layer. List its layers in "
+                "`target_modules`."
             )
         targets += [
             f"{prefix}.{name}".lstrip(".")
@@ -51,8 +53,10 @@ def lora_targets(model: nn.Module, *, skip_frozen: bool = False) -> list[str]:
     return targets
 
 
-def _is_projection(name: str, layer: nn.Module) -> bool:
-    """Whether a layer is an attention projection that is called; `nn.MultiheadAttention` never calls its layers."""
-    if not isinstance(layer, nn.Linear) or isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return False
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is linear and called; `nn.MultiheadAttention` never calls its layers."""
+    return isinstance(layer, nn.Linear) and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def _is_of_attention(name: str) -> bool:
     return any("attn" in part or "attention" in part for part in name.lower().split(".")[:-1])

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -116,6 +116,8 @@ def _pooling_modes(source: str, folder: str) -> tuple[str, ...]:
     """The poolings of a module, from `pooling_mode` or from the switches of older versions."""
     name = os.path.join(folder, "config.json")
     config = _read_json(source, name)
+    if not config:
+        raise FileError(os.path.join(source, name), "missing or empty, but modules.json names it")
     modes = config.get("pooling_mode") or [mode for mode, (switch, _) in POOLINGS.items() if config.get(switch)]
     modes = tuple(modes if isinstance(modes, list) else [modes]) or ("mean",)
     if not all(isinstance(mode, str) and mode in POOLINGS for mode in modes):
@@ -165,7 +167,8 @@ def _find(source: str, name: str) -> str | None:
     try:
         return hf_hub_download(source, name)
     except LocalEntryNotFoundError:
-        logger.warning("%s: %s is not in the cache and the Hub cannot be reached. It is ignored.", source, name)
+        if try_to_load_from_cache(source, name) is not _CACHED_NO_EXIST:
+            logger.warning("%s: %s is not in the cache and the Hub cannot be reached. It is ignored.", source, name)
     except EntryNotFoundError:
         pass
     return None

@@ -1,5 +1,6 @@
 """The cache of embeddings on disk, in a SQLite file."""
 
+import hashlib
 import logging
 import os
 import sqlite3
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -59,6 +60,8 @@ class EmbeddingStore:
         folder (`Path`): Folder of the file, created on entering.
         made_by (`str`): Fingerprint of the encoder, with all settings that change the embeddings.
         dim (`int`): Number of dimensions P of the embeddings.
+        dtype (`str`, *optional*, defaults to `"float32"`): Type in the file: `"float32"`, or `"bfloat16"` for half
+            the size. `bfloat16` is appended to `made_by`. Embeddings are read as float32.
         root (`Path`, *optional*, defaults to `folder`): Folder given by the user. Links between `root` and `folder`
             are renamed, not followed.
         advice (`str`, *optional*, defaults to `"pass a writable folder"`): Advice in the error if the folder is
@@ -74,12 +77,14 @@ class EmbeddingStore:
         made_by: str,
         dim: int,
         *,
+        dtype: Literal["float32", "bfloat16"] = "float32",
         root: Path | None = None,
         advice: str = "pass a writable folder",
     ) -> None:
         self.folder = folder
-        self.made_by = made_by
+        self.made_by = made_by if dtype == "float32" else f"{made_by}-{dtype}"
         self.dim = dim
+        self.stored_as = "<f4" if dtype == "float32" else "<u2"  # NumPy has no bfloat16
         self.root = folder if root is None else root
         self.advice = advice
 
@@ -155,13 +160,14 @@ class EmbeddingStore:
         """
         stamps = [""] * len(keys) if stamps is None else stamps
         vectors = np.ascontiguousarray(vectors, dtype="<f4")
+        content = vectors if self.stored_as == "<f4" else _to_bfloat16(vectors)
         if len(keys) > BLOCK_ROWS:
             raise ValueError(f"`keys` has {len(keys)} keys. Add at most {BLOCK_ROWS} at a time.")
         if vectors.shape != (len(keys), self.dim):
             raise ValueError(f"`vectors` must have the shape [{len(keys)}, {self.dim}], got {list(vectors.shape)}.")
         with self._transaction() as connection:
             insert = "INSERT INTO blocks (encoder, vectors) VALUES (?, ?)"
-            block = connection.execute(insert, (self._encoder, vectors.tobytes())).lastrowid
+            block = connection.execute(insert, (self._encoder, content.tobytes())).lastrowid
             connection.executemany(
                 "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, NULL, ?, ?)",
                 [
@@ -246,9 +252,10 @@ class EmbeddingStore:
                 for row in self._connection.execute(f"{query} AND id = ?", (*values, n)).fetchall()
             )
         for number, vectors in rows:
-            if not isinstance(vectors, bytes) or len(vectors) % (4 * self.dim):
+            if not isinstance(vectors, bytes) or len(vectors) % (np.dtype(self.stored_as).itemsize * self.dim):
                 raise _ForeignError("a block is not a matrix of embeddings")
-            block = np.frombuffer(vectors, "<f4").reshape(-1, self.dim)
+            block = np.frombuffer(vectors, self.stored_as).reshape(-1, self.dim)
+            block = block if self.stored_as == "<f4" else (block.astype("<u4") << 16).view("<f4")
             if not np.isfinite(block).all():
                 raise _ForeignError("an embedding is not finite")
             yield number, block
@@ -384,6 +391,17 @@ class EmbeddingStore:
             if os.path.lexists(path):
                 set_aside(path)
         logger.warning("%s: %s. The file is renamed, and all embeddings are computed again.", self.path, reason)
+
+
+def text_digest(text: str) -> str:
+    """Returns the key of a text: 32 hexadecimal digits."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _to_bfloat16(vectors: np.ndarray) -> np.ndarray:
+    """Rounds finite float32 values to the nearest bfloat16, the upper 16 bits of a float32."""
+    bits = vectors.view("<u4")
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
 
 
 class _ForeignError(Exception):

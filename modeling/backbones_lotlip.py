@@ -392,6 +392,7 @@ class VisionBackbone(_Backbone):
     stock_poolings = ("cls", "pooler")
     in_dual_encoder = True  # whether `VisionTextDualEncoderModel` passes all inputs
     has_class_token = True
+    pooler_modules: tuple[str, ...] = ()  # modules that only `pooling="pooler"` uses
     takes_interpolation = True  # whether other image sizes need `interpolate_pos_encoding`
     any_size_in_onnx = False  # whether an exported graph accepts all image sizes
     passing_embeddings: type[Extension] | None = PassingEmbeddings  # without it, `kept_patches` is refused
@@ -487,6 +488,7 @@ class NaFlexBackbone(VisionBackbone):
     default_pooling = "pooler"
     excluded_poolings = (*NOT_OF_IMAGES, "cls")
     has_class_token = False
+    pooler_modules = ("head",)
     passing_embeddings = PassingNaFlexEmbeddings
     in_dual_encoder = False
     no_onnx = "its positions are interpolated for each image"
@@ -530,6 +532,7 @@ class ConvNextBackbone(VisionBackbone):
     passing_embeddings = None
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        config._attn_implementation = "eager"  # there is no attention, and the text tower may have any
         backbone = super().build(config, pooling)
         for module in list(backbone.modules()):
             if hasattr(module, "drop_path"):
@@ -555,10 +558,12 @@ class TimmBackbone(VisionBackbone):
 
     default_pooling = "pooler"
     stock_poolings = ("pooler",)
+    pooler_modules = ("timm_model.attn_pool", "timm_model.fc_norm")
     takes_interpolation = False
     passing_embeddings = None
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+        config._attn_implementation = "sdpa"  # timm chooses its attention, and the text tower may have any
         backbone = super().build(config, pooling)
         extend(backbone, backbone.timm_model, CheckpointedTimmModel)
         return backbone
@@ -578,7 +583,8 @@ class TimmBackbone(VisionBackbone):
         return timm_model(config).patch_embed.num_patches
 
     def num_prefix_tokens(self, backbone: PreTrainedModel) -> int:
-        return backbone.timm_model.num_prefix_tokens
+        model: Any = backbone.timm_model
+        return model.num_prefix_tokens
 
     def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
         super().check_pooling(config, pooling)
@@ -713,9 +719,9 @@ VISION_BACKBONES: dict[str, VisionBackbone] = {
     "dinov2": VisionBackbone(takes_interpolation=False, any_size_in_onnx=True),
     "dinov2_with_registers": VisionBackbone(takes_interpolation=False),
     "dinov3_vit": DINOv3Backbone(),
-    "siglip_vision_model": VisionBackbone(**OWN_POOLER, has_class_token=False),
+    "siglip_vision_model": VisionBackbone(**OWN_POOLER, has_class_token=False, pooler_modules=("head",)),
     "siglip2_vision_model": NaFlexBackbone(),
-    "clip_vision_model": VisionBackbone(**OWN_POOLER),
+    "clip_vision_model": VisionBackbone(**OWN_POOLER, pooler_modules=("post_layernorm",)),
     "convnext": ConvNextBackbone(),
     "convnextv2": ConvNextBackbone(),
     "dinov3_convnext": ConvNextBackbone(excluded_poolings=(*NOT_OF_IMAGES, "cls")),  # its map is normalised, too
@@ -733,20 +739,24 @@ def select(patches: Tensor, kept_patches: Tensor) -> Tensor:
     return take(patches, kept_patches.to(patches.device))
 
 
-def timm_model(config: PreTrainedConfig) -> nn.Module:
+def timm_model(config: PreTrainedConfig) -> Any:
     """A model of timm without memory for its weights, for what `TimmWrapperConfig` does not say."""
     return _timm_model(config.architecture, json.dumps(config.model_args))
 
 
 @cache
-def _timm_model(architecture: str, model_args: str) -> nn.Module:
+def _timm_model(architecture: str, model_args: str) -> Any:
     if not is_timm_available():
-        raise ImportError("`timm_wrapper` needs timm and a torchvision that fits torch. Run `pip install timm`.")
+        raise ImportError("`timm_wrapper` needs timm and a torchvision that fits torch: pip install timm")
     if ":" in architecture:
         raise ValueError(f"`architecture` {architecture!r} is an address. Use a name in timm.list_models().")
-    config = AutoConfig.for_model("timm_wrapper", architecture=architecture, model_args=json.loads(model_args))
+    settings = json.loads(model_args) or {}
+    layers = settings.get("depths", settings.get("depth", 0))
+    if sum(layers if isinstance(layers, list) else [layers]) > 1024:
+        raise ValueError(f"`model_args` has {layers} layers. Use at most 1024.")
+    config = AutoConfig.for_model("timm_wrapper", architecture=architecture, model_args=settings)
     with torch.device("meta"):
-        return AutoModel.from_config(config).timm_model
+        return AutoModel.from_config(config, trust_remote_code=False).timm_model
 
 
 class UnmaskedEmbeddings(Extension):

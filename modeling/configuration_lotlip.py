@@ -200,11 +200,12 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
     Configuration of a LoTLIP image tower.
 
     Args:
-        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the image encoder: ViT, DINOv2,
-            CLIP or SigLIP. Defaults to ViT-B/16 with timm's `layer_norm_eps`. Its fields are also arguments of this
-            class.
-        pooling (`str`, *optional*): `"cls"`: the class token after the final norm, the default of ViT and DINOv2;
-            `"pooler"`: the backbone's pooled output, the default of CLIP and SigLIP; `"mean"`: the mean of patches.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the image encoder: ViT, DINOv2
+            (also with registers), DINOv3, CLIP, SigLIP, SigLIP 2, ConvNeXt, ConvNeXt V2 or a model of timm. Defaults
+            to ViT-B/16 with timm's `layer_norm_eps`. Its fields are also arguments of this class.
+        pooling (`str`, *optional*): `"cls"`: the class token after the final norm, the default of ViT, DINOv2 and
+            DINOv3; `"pooler"`: the backbone's pooled output, the default of the others; `"mean"`: the mean of patches,
+            without class token, registers and padding.
         projection_dim (`int`, *optional*): Width of the linear projection. `None` adds no projection.
 
     ```python

@@ -206,7 +206,7 @@ class LoTLIPTextModel(_LoTLIPTower):
         if output_corner_embeds is None:
             output_corner_embeds = self.training
         has_corners = output_corner_embeds and self.corner_embeds is not None
-        corners = self.corner_embeds if has_corners else words.new_empty(0, words.shape[-1])
+        corners = self.corner_embeds.to(words.dtype) if has_corners else words.new_empty(0, words.shape[-1])
         inputs = family.embed(self.backbone, words, position_ids, self.config.num_corner_tokens, corners)
         del words  # frees memory before the backbone runs
         if token_type_ids is not None and family.has_segments:
@@ -477,6 +477,8 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
         pooled_only: bool = False,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        image_states: Tensor | None = None,
+        text_states: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoTLIPOutput:
         r"""
@@ -493,21 +495,29 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             long_attention_mask (`torch.Tensor`, *optional*): Mask of `long_input_ids`, like `attention_mask`.
             pooled_only (`bool`, *optional*, defaults to `False`): Whether only the embeddings and the loss are needed.
                 The logits are then `None`, and `last_hidden_state` of the towers may be `None`, too.
+            image_states (`torch.Tensor`, *optional*): Pooled states [I, hidden_size] of the image tower, to replace
+                `pixel_values`.
+            text_states (`torch.Tensor`, *optional*): Pooled states [B, (T,) hidden_size] of the text tower, to replace
+                the texts. Without corner tokens.
         """
         kwargs.update(pooled_only=pooled_only, return_dict=True)
         texts = (input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids)
         long_texts = (long_input_ids, long_attention_mask)
-        has_texts = any(one is not None for one in texts + long_texts)
+        has_texts = any(one is not None for one in (*texts, *long_texts, text_states))
         vision_outputs = text_outputs = image_embeds = text_embeds = corner_embeds = logits_per_text = None
         loss = LoTLIPLoss(None, None, None)
 
         # The image tower runs first: its backward pass is then last and overlaps with the all-reduce of gradients.
-        if pixel_values is not None or return_loss:
+        if image_states is not None:
+            image_embeds = nn.functional.normalize(_apply(self.visual_projection, image_states), dim=-1)
+        elif pixel_values is not None or return_loss:
             options = {"interpolate_pos_encoding": interpolate_pos_encoding, "kept_patches": kept_patches, **kwargs}
             options |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
             vision_outputs = self.get_image_features(pixel_values, **options)
             image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
-        if has_texts or return_loss or pixel_values is None:
+        if text_states is not None:
+            text_embeds = nn.functional.normalize(_apply(self.text_projection, text_states), dim=-1)
+        elif has_texts or return_loss or image_embeds is None:
             if output_corner_embeds is None:
                 has_long = long_input_ids is not None or len(_text_shape(input_ids, inputs_embeds)) == 3
                 output_corner_embeds = self.training or bool(return_loss and has_long)
@@ -574,10 +584,16 @@ def _projection(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> nn.Module:
 def _project(tower: nn.Module, projection: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A tower's output with projected `pooler_output` and `corner_embeds`."""
     outputs = tower(*args, **{**kwargs, "return_dict": True})
-    outputs.pooler_output = projection(outputs.pooler_output)
+    outputs.pooler_output = _apply(projection, outputs.pooler_output)
     if outputs.get("corner_embeds") is not None:
-        outputs.corner_embeds = projection(outputs.corner_embeds)
+        outputs.corner_embeds = _apply(projection, outputs.corner_embeds)
     return outputs
+
+
+def _apply(projection: nn.Module, states: Tensor) -> Tensor:
+    """Projects states in the dtype of the projection. A frozen tower may have a smaller one."""
+    weight = next(projection.parameters(), states)
+    return projection(states.to(weight.dtype) if weight.is_floating_point() else states)  # 4-bit weights are integers
 
 
 def _text_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> torch.Size:

@@ -24,13 +24,14 @@ class LoTLIPProcessorKwargs(ProcessingKwargs, total=False):
 
 class LoTLIPProcessor(ProcessorMixin):
     """
-    A LoTLIP tokenizer and a stock CLIP image processor, used like `CLIPProcessor`.
+    A LoTLIP tokenizer and a stock image processor, used like `CLIPProcessor`.
 
     By default, texts are padded to the longest and truncated to `tokenizer.model_max_length`. Images given as paths or
     URLs are rotated by their EXIF orientation, PIL images are not. As in the official code, transparency is dropped.
 
     Args:
-        image_processor (`CLIPImageProcessor` or `CLIPImageProcessorPil`): Image processor.
+        image_processor (`BaseImageProcessor`): Image processor of the image tower, such as `CLIPImageProcessor`. For
+            SigLIP 2 NaFlex, `Siglip2ImageProcessor`.
         tokenizer (`LoTLIPTokenizer` or `CLIPTokenizer`): Tokenizer of the text tower.
         background (`str` or `list[int]`, *optional*, defaults to `"white"`): Colour behind the transparent pixels of
             image files that `lotlip_hf` reads, in a form that PIL accepts. `None` drops their transparency instead.
@@ -84,7 +85,9 @@ class LoTLIPProcessor(ProcessorMixin):
         Prepares texts, images, or both. Further arguments go to the tokenizer and to the image processor.
 
         Args:
-            images (`ImageInput`, *optional*): One or B images. They become `pixel_values` [B, 3, H, W].
+            images (`ImageInput`, *optional*): One or B images. They become `pixel_values` [B, 3, H, W]. For SigLIP 2
+                NaFlex, they become padded patches `pixel_values` [B, P, 3 * patch_size * patch_size],
+                `pixel_attention_mask` [B, P] and `spatial_shapes` [B, 2].
             text (`str` or `list[str]` or `list[list[str]]`, *optional*): One text, N texts, or T texts for each of B
                 images, `[[short, long, ...], ...]`. They become `input_ids` and `attention_mask`, [N, L] or [B, T, L].
         """

@@ -7,7 +7,17 @@ from torch import nn
 from transformers import BertModel
 
 import tiny
-from lotlip_hf import LoTLIPModel, LoTLIPTextEncoder, LoTLIPTextModel, LoTLIPVisionModelWithProjection, lora_targets
+import tiny_families
+import tiny_vision
+from lotlip_hf import (
+    LoTLIPModel,
+    LoTLIPTextConfig,
+    LoTLIPTextEncoder,
+    LoTLIPTextModel,
+    LoTLIPVisionModel,
+    LoTLIPVisionModelWithProjection,
+    lora_targets,
+)
 from scripts import load_script
 
 TOWERS = ("text_model", "vision_model")
@@ -29,6 +39,28 @@ def test_every_layer_of_both_towers_is_reached(text_backbone: str, vision_backbo
         assert len(names) == 4 * 2  # queries, keys, values and outputs of two layers
         assert {name.split(".layer")[1].split(".")[1] for name in names} == {"0", "1"}
     assert len(found) == 16
+
+
+@pytest.mark.parametrize("name", tiny_families.FAMILIES)
+def test_text_encoders_of_all_families(name: str) -> None:
+    model = LoTLIPTextModel(LoTLIPTextConfig(backbone_config=tiny_families.FAMILIES[name].stock_config()))
+    targets = lora_targets(model)
+    assert len(targets) >= 4
+    assert all("attn" in target or "attention" in target.lower() for target in targets)
+
+
+@pytest.mark.parametrize("family", tiny_vision.FAMILIES, ids=lambda family: family.name)
+def test_image_encoders_of_all_families(family: tiny_vision.Family) -> None:
+    model = LoTLIPVisionModel(family.config())
+    if family.name == "convnext_atto":  # its layers are convolutions
+        with pytest.raises(ValueError, match="target_modules"):
+            lora_targets(model)
+        return
+    lora = get_peft_model(model, LoraConfig(r=2, target_modules=lora_targets(model)))
+    lora(**family.inputs()).pooler_output.sum().backward()
+    grads = [parameter.grad for parameter in lora.parameters() if parameter.requires_grad]
+    assert len(grads) >= 4
+    assert all(isinstance(grad, torch.Tensor) for grad in grads)
 
 
 @pytest.mark.parametrize("locked", TOWERS)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lotlip_hf.store import FILE, EmbeddingStore
 
@@ -222,3 +223,18 @@ def test_wrong_values_are_not_taken(sql: str, tmp_path: Path, caplog: pytest.Log
     with pytest.raises(OSError, match="damaged"):
         all_of(store)
     assert all_of(store) == {}
+
+
+def test_bfloat16_is_half_the_size_and_apart_from_float32(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    exact = EmbeddingStore(tmp_path, "encoder", 3)
+    with exact:
+        exact.add(list("abcd"), vectors)
+    with EmbeddingStore(tmp_path, "encoder", 3, dtype="bfloat16") as half:
+        assert not half.held("abcd").locations
+        half.add(list("abcd"), vectors)
+        read = half.vectors([half.held("abcd").locations[key] for key in "abcd"])
+    np.testing.assert_array_equal(read, torch.from_numpy(vectors).bfloat16().float().numpy())
+    with sqlite3.connect(tmp_path / FILE) as connection:
+        assert connection.execute("SELECT length(vectors) FROM blocks").fetchall() == [(48,), (24,)]
+    np.testing.assert_array_equal([all_of(exact)[key] for key in "abc"], vectors[:3])

@@ -1,5 +1,6 @@
 """Tiny random image encoders of all families and the image processors that go with them, shared by the tests."""
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -177,8 +178,10 @@ def import_timm() -> None:
     Imports timm, and transformers' wrapper of it. Where no torchvision fits torch, timm gets a stand-in of the parts
     that it imports; models do not use them. Skips the test where timm is not installed.
     """
-    if is_timm_available():
-        return
+    with contextlib.suppress(ImportError, RuntimeError):
+        importlib.import_module("timm")
+        if is_timm_available():
+            return
     if importlib.util.find_spec("timm") is None:
         pytest.skip("timm is not installed")
     names = ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets", ".utils")
@@ -192,8 +195,8 @@ def import_timm() -> None:
     sys.modules.update(stand_ins)
     wrapper = "transformers.models.timm_wrapper"
     try:
-        is_torchvision_available.cache_clear()
-        is_timm_available.cache_clear()
+        for function in (is_torchvision_available, is_timm_available):
+            getattr(function, "cache_clear", bool)()
         assert is_timm_available()  # transformers remembers it
         timm = importlib.import_module("timm")
         vars(importlib.import_module(f"{wrapper}.modeling_timm_wrapper"))["timm"] = timm
@@ -203,4 +206,4 @@ def import_timm() -> None:
     finally:
         for name in stand_ins:
             del sys.modules[name]
-        is_torchvision_available.cache_clear()
+        getattr(is_torchvision_available, "cache_clear", bool)()

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from random import Random
 from typing import Any, Literal, TypedDict, cast
@@ -32,11 +32,15 @@ class ModelInputs(TypedDict):
     long_input_ids: torch.Tensor  # [B, T - 1, L'], long texts, missing if T = 1
     long_attention_mask: torch.Tensor  # [B, T - 1, L']
     kept_patches: torch.Tensor  # [B, K], indices of the image patches to embed, only with `patch_dropout`
+    image_states: torch.Tensor  # [B, hidden_size], in place of `pixel_values`
+    text_states: torch.Tensor  # [B, T, hidden_size], in place of ids and masks
 
 
 class Batch(ModelInputs):
     """A batch of the collator."""
 
+    image_keys: list[str]  # [B], in place of `pixel_values` if `frozen` has images
+    texts: list[list[str]]  # [B][T], in place of ids and masks if `frozen` has texts
     return_loss: bool  # `True`, so that `model(**batch)` returns a loss
     ids: list[str]  # only with `return_ids`
     counts: dict[str, int]  # only with `return_ids`
@@ -62,6 +66,8 @@ class LoTLIPCollator:
         patch_dropout (`float`, *optional*, defaults to 0.0): Fraction of the patches of an image to leave out, drawn
             at random as in FLIP.
         patch_size (`int`, *optional*): Side of the model's patches in pixels. Required with `patch_dropout`.
+        frozen (`Collection[str]`, *optional*): `"image"` or `"text"` if a batch gets states instead of pixels or token
+            ids, see `lotlip_hf.training.states`.
 
     Raises:
         `ValueError`: If an option is out of range.
@@ -93,6 +99,7 @@ class LoTLIPCollator:
         return_ids: bool = False,
         patch_dropout: float = 0.0,
         patch_size: int | None = None,
+        frozen: Collection[str] = (),
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f'`on_error` must be "raise" or "skip", got {on_error!r}.')
@@ -105,6 +112,7 @@ class LoTLIPCollator:
         self.return_ids = return_ids
         self.patch_dropout = patch_dropout
         self.patch_size = patch_size
+        self.frozen = frozen
         # In shared memory, so that persistent workers of a DataLoader see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._warnings = 0
@@ -142,14 +150,15 @@ class LoTLIPCollator:
             image_processor=getattr(self.processor, "image_processor", self.processor),
             background=background_of(self.processor),
         )
+        load = _key if "image" in self.frozen else load
         counts = Counter(dict.fromkeys(COUNTED, 0), records=len(records))
         checked: list[Record] = []
-        images: list[dict[str, torch.Tensor]] = []
+        images: list[Any] = []
         errors: list[ValueError] = []
         for record in records:
             try:
                 # One image at a time, as a batch of large images could fill the memory.
-                read, pixels = read_record(record, load)
+                read, image = read_record(record, load)
             except (ImageError, RecordError) as error:
                 if self.on_error == "raise":
                     raise
@@ -159,7 +168,7 @@ class LoTLIPCollator:
                 errors.append(error)
                 continue
             checked.append(read)
-            images.append(pixels)
+            images.append(image)
         if not checked:
             first = f" The first error: {errors[0]}" if errors else ""
             raise RecordError(f"All {len(records)} records of a batch are broken.{first}")
@@ -173,16 +182,20 @@ class LoTLIPCollator:
                 f"{numbers}."
             )
         counts["stand_ins"] = sum(drawn.stand_in for drawn in texts)
-        short = self.processor(text=[drawn.short for drawn in texts], return_tensors="pt")
         # Tensors come first: accelerate reads the size of a batch from its first entry.
-        batch: dict[str, Any] = {
-            **{name: torch.cat([image[name] for image in images]) for name in images[0]},
-            "input_ids": short["input_ids"],
-            "attention_mask": short["attention_mask"],
-        }
-        if any(numbers):
-            long = self.processor(text=[drawn.long for drawn in texts], return_tensors="pt")
-            batch |= {"long_input_ids": long["input_ids"], "long_attention_mask": long["attention_mask"]}
+        batch: dict[str, Any] = {}
+        if "image" in self.frozen:
+            batch["image_keys"] = images
+        else:
+            batch |= {name: torch.cat([image[name] for image in images]) for name in images[0]}
+        if "text" in self.frozen:
+            batch["texts"] = [[drawn.short, *drawn.long] for drawn in texts]
+        else:
+            short = self.processor(text=[drawn.short for drawn in texts], return_tensors="pt")
+            batch |= {"input_ids": short["input_ids"], "attention_mask": short["attention_mask"]}
+            if any(numbers):
+                long = self.processor(text=[drawn.long for drawn in texts], return_tensors="pt")
+                batch |= {"long_input_ids": long["input_ids"], "long_attention_mask": long["attention_mask"]}
         if self.patch_dropout and self.patch_size:
             batch["kept_patches"] = self._draw_patches(batch, self.patch_size, rngs)
         batch["return_loss"] = True
@@ -213,6 +226,13 @@ class LoTLIPCollator:
             logger.warning(f"Left out: {error}")
         if self._warnings == MAX_WARNINGS:
             logger.warning("Further broken images and records are only counted (`counts` of a batch).")
+
+
+def _key(image: Any, name: str) -> str:
+    """Returns the key of an image whose states are known, or raises the error that occurred when it was read."""
+    if isinstance(image, Exception):
+        raise image
+    return image
 
 
 def read_record(record: Mapping[str, Any], load: Callable[[Any, str], Any] = load_image) -> tuple[Record, Any]:

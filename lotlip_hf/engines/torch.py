@@ -1,7 +1,7 @@
 """Engine for a dual encoder of transformers."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -111,16 +111,27 @@ class TorchEngine:
 
     def text_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Computes features [B, P] of texts."""
-        return self._features("get_text_features", inputs)
+        return self._features(self.model.get_text_features, inputs)
 
     def image_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Computes features [B, P] of images."""
-        return self._features("get_image_features", inputs)
+        return self._features(self.model.get_image_features, inputs)
 
-    def _features(self, function: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def pooled_dim(self, modality: Modality) -> int:
+        """Number of dimensions of `pooled_states`."""
+        config = self.model.config.text_config if modality == "text" else self.model.config.vision_config
+        return config.hidden_size
+
+    def pooled_states(self, modality: Modality, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Computes the pooled states [B, hidden_size] of a LoTLIP tower, before its projection."""
+        return self._features(self.model.text_model if modality == "text" else self.model.vision_model, inputs)
+
+    def _features(self, function: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Runs in inference mode and restores the training mode of all modules."""
+        # Only images are floats. The text tower may have another dtype.
+        dtype = getattr(self.model, "vision_model", self.model).dtype
         inputs = {
-            key: values.to(self.device, self.dtype if values.is_floating_point() else None)
+            key: values.to(self.device, dtype if values.is_floating_point() else None)
             for key, values in inputs.items()
         }
         # Stock models have no option to compute only the pooled token.
@@ -130,7 +141,7 @@ class TorchEngine:
             for module in in_training:
                 module.training = False
             with torch.inference_mode():
-                output = getattr(self.model, function)(**inputs, **options)
+                output = function(**inputs, **options)
                 return output if isinstance(output, torch.Tensor) else output.pooler_output
         finally:
             for module in in_training:

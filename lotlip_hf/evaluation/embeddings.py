@@ -1,6 +1,5 @@
 """Embeddings for an evaluation, distributed over processes and cached on disk."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -14,8 +13,8 @@ import torch
 from ..distributed import gather_lists, rank, world_size
 from ..encoder import Encoder, warn_of_cut_texts
 from ..files import printable
-from ..images import WHITE, ImageError, ImageSource, load_image, read_image_bytes
-from ..store import CUT, WHOLE, EmbeddingStore
+from ..images import ImageError, ImageSource, image_digest
+from ..store import CUT, WHOLE, EmbeddingStore, text_digest
 from ..terminal import progress_bar
 from .tasks import IncompleteDataError
 
@@ -87,7 +86,7 @@ def embed_texts(
     made_by = ""
     if cache is not None:
         made_by = f"text-{fingerprint or encoder.fingerprint('text')}-{encoder.device.type}-{length}"
-    digests = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest() for text in unique]
+    digests = list(map(text_digest, unique))
     embeds, stamps = _embed_units(encode, digests, cache, made_by, encoder.dim, progress, "text")
     indices = {text: index for index, text in enumerate(unique)}
     order = [indices[text] for text in texts]
@@ -182,20 +181,12 @@ def image_digests(
     digests: list[str] = []
     errors: list[str] = []
     for index in progress_bar(own, desc="Reading images", unit="image", shown=progress and rank() == 0):
-        image = images[index]
-        digest = hashlib.blake2b(digest_size=16)
+        digest = ""
         try:
-            if isinstance(image, str | os.PathLike):
-                digest.update(read_image_bytes(image))
-            elif isinstance(image, bytes):
-                digest.update(image)
-            else:
-                for background in (WHITE, None):  # processors use white or drop transparency
-                    upright = load_image(image, names[index], background=background)
-                    digest.update(f"{upright.size}".encode() + upright.tobytes())
+            digest = image_digest(images[index], names[index])
         except ImageError as error:
             errors.append(f"{names[index]}: {error.reason}")
-        digests.append(digest.hexdigest())
+        digests.append(digest)
     _refuse(gather_lists(errors), len(images))
     shares = iter(gather_lists(digests))
     ordered = [""] * len(images)

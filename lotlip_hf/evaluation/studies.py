@@ -23,8 +23,9 @@ from .tasks import RetrievalData
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Default limits in tokens; those above the model's maximum are skipped.
+# Default limits in tokens. Those above the model's maximum are skipped, and of the long ones those that cut no text.
 LIMITS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+LONG_LIMITS = (1024, 2048, 4096, 8192)
 # Separator of the sentences of a normalised text, at which LoTLIP's tokenizer also splits.
 JOINER = ". "
 
@@ -53,7 +54,8 @@ def length_study(
         encoder (`Encoder`): The dual encoder.
         data (`RetrievalData`): Images and texts.
         limits (`Sequence[int]`, *optional*): Limits in tokens, special tokens included. Defaults to the model's
-            maximum and those of 16, 32, 48, 64, 96, 128, 192, 256, 384 and 512 that are below it.
+            maximum and those of 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096 and 8192 that are below
+            it. Of the limits from 1024, only those up to the first that cuts no text.
         digests (`Sequence[str]`, *optional*): Digests of the images, if known from
             [`~lotlip_hf.evaluation.embeddings.image_digests`].
         cache (`str` or `os.PathLike`, *optional*): Folder for the cache of embeddings; see
@@ -87,7 +89,8 @@ def length_study(
     ```
     """
     longest = encoder.max_text_length
-    limits = sorted(set(limits or [*(limit for limit in LIMITS if limit < longest), longest]))
+    is_default = not limits
+    limits = sorted(set(limits or [*(limit for limit in (*LIMITS, *LONG_LIMITS) if limit < longest), longest]))
     if limits[0] < 3 or limits[-1] > longest:
         raise ValueError(f"`limits` is {limits}. Pass values from 3 to {longest}, the model's maximum in tokens.")
     _check_attention(encoder)
@@ -95,6 +98,11 @@ def length_study(
     texts = list(data.texts)
     tokenized = [(len(ids), at_end) for ids, at_end in _tokens(encoder, texts, longest)]
     lengths = [length for length, _ in tokenized]
+    if is_default:
+        short = [limit for limit in limits if limit <= max(LIMITS)]
+        long = limits[len(short) :]
+        needed = sum(limit < max(lengths) for limit in [*short[-1:], *long])
+        limits = short + long[:needed]
     _warn(sum(at_end for _, at_end in tokenized), data, longest)
     # limits are processed in descending order, and each limit only changes the texts that are longer
     changed = {

@@ -22,6 +22,7 @@ from ..evaluation.tables import RETRIEVAL, RETRIEVAL_HEAD, metric_table, table
 from ..files import is_inside, markdown_text, one_line, read_regular
 from ..grid import DESCRIPTION
 from ..images import load_image, processed_size
+from ..modeling.backbones_lotlip import pair
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..training.config import SCENES
 from .run import (
@@ -289,10 +290,10 @@ def model_card(
         origin=fields.origin or "",
         picture=picture,
         text_backbone=_backbone(text),
-        vision_backbone=f"{_backbone(vision)}, patches of {vision.patch_size} x {vision.patch_size} pixels",
+        vision_backbone=_backbone(vision),
         num_corner_tokens=text.num_corner_tokens,
         max_text_tokens=min(processor.tokenizer.model_max_length, text.max_position_embeddings),
-        image_size=" x ".join(map(str, processed_size(processor.image_processor))),
+        image_size=_image_size(processor.image_processor),
         projection_dim=model.config.projection_dim,
         num_parameters=f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} million",
         languages=" and ".join(markdown_text(LANGUAGES.get(language, language)) for language in languages),
@@ -407,8 +408,24 @@ def _about(protocol: dict[str, Any]) -> str:
 
 
 def _backbone(config: Any) -> str:
-    name = config.backbone_config.model_type.removesuffix("_text_model").removesuffix("_vision_model")
-    return f"{name}, {config.num_hidden_layers} layers, width {config.hidden_size}"
+    backbone = config.backbone_config
+    name = getattr(backbone, "architecture", None) or backbone.model_type  # timm's models have one
+    facts = [name.removesuffix("_text_model").removesuffix("_vision_model")]
+    is_map = hasattr(backbone, "depths")  # ConvNeXt
+    layers = sum(backbone.depths) if is_map else getattr(backbone, "num_hidden_layers", None)
+    facts += [f"{layers} layers"] if layers else []
+    facts.append(f"width {config.hidden_size}")
+    if hasattr(backbone, "patch_size") and not is_map:
+        height, width = pair(backbone.patch_size)
+        facts.append(f"patches of {height} x {width} pixels")
+    return ", ".join(facts)
+
+
+def _image_size(image_processor: Any) -> str:
+    if hasattr(image_processor, "max_num_patches"):
+        side = image_processor.patch_size
+        return f"any aspect ratio, at most {image_processor.max_num_patches} patches of {side} x {side}"
+    return " x ".join(map(str, processed_size(image_processor)))
 
 
 def _signature(text: str) -> str:

@@ -19,12 +19,18 @@ from ..training.config import CONFIG_NAME, RESUMABLE, SCENES, TrainingConfig, ch
 from ..training.log import LOG_NAME, read_log
 
 # Options that the card leaves out, in addition to options that do not change the weights
-HOUSEKEEPING = {"image_folder", "streaming", "shuffle_buffer", "eval_data", "eval_split", "eval_samples", "eval_steps"}
+HOUSEKEEPING = set(
+    "image_folder streaming shuffle_buffer no_cache eval_data eval_split eval_samples eval_steps".split()
+)
 # Option -> condition on other options under which it has an effect
 NEEDS = {
     "num_scenes": lambda options: options.get("data") == SCENES,
     "num_epochs": lambda options: not options.get("max_steps"),
     "unlocked_vision_layers": lambda options: options.get("lock_vision"),
+    "text_dtype": lambda options: options.get("lock_text"),
+    "cache_dtype": lambda options: (
+        (options.get("lock_vision") or options.get("lock_text")) and not options.get("no_cache")
+    ),
 }
 RECALL = re.compile(r"(long|short)_(image_to_text|text_to_image)_r(\d{1,6})", re.ASCII)
 MAX_NUMBER = 1 << 63

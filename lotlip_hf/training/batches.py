@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from ..data.collator import Batch, LoTLIPCollator
 from .config import TrainingConfig
+from .frozen import KeyedRecords
 
 
 def batches_per_epoch(num_records: int, config: TrainingConfig, num_processes: int) -> int:
@@ -106,7 +107,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 def iterate_batches(
-    records: Dataset | IterableDataset,
+    records: Dataset | IterableDataset | KeyedRecords,
     collator: LoTLIPCollator,
     config: TrainingConfig,
     epoch: int,

@@ -22,7 +22,7 @@ SCENES = "scenes"
 TEXT_OPTIONS = ("num_long_texts", "num_sentences", "captioners", "sentence_order", "splitter")
 # Options that may change when a run is resumed, because they do not change the result
 RESUMABLE = frozenset(
-    "output resume on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
+    "output resume cache on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
     "save_total_limit trackers gradient_checkpointing compile".split()
 )
 
@@ -76,6 +76,15 @@ class TrainingConfig:
         None,
         metavar="TEXT",
     )
+    text_projection: Literal["linear", "residual_mlp"] | None = option(
+        "Text projection of a new model; residual_mlp is LLM2CLIP's, for a frozen text encoder (default: linear)", None
+    )
+    text_projection_layers: int | None = option(
+        "Blocks of --text-projection residual_mlp (default: 4)", None, at_least=1
+    )
+    text_projection_expansion: int | None = option(
+        "Inner width of these blocks, as a factor of their width (default: 2)", None, at_least=1
+    )
     cleaning: Literal["official", "sentences"] | None = option(
         "How a new model's tokenizer splits sentences: 'official' at each full stop before a space, 'sentences' not "
         "at abbreviations, like --splitter (default: official)",
@@ -90,6 +99,20 @@ class TrainingConfig:
     lock_vision: bool = option("Freeze the image tower, as LiT does", False)
     unlocked_vision_layers: int = option(
         "Last layers of the image tower, and the modules after them, to train with --lock-vision", 0, at_least=0
+    )
+
+    lock_text: bool = option("Freeze the text encoder; corner tokens and text projection still train", False)
+    text_dtype: Literal["float32", "bfloat16"] = option(
+        "Type of a frozen text encoder (with --lock-text); bfloat16 halves its memory", "float32"
+    )
+    cache: str | None = option(
+        "Folder that keeps the states of frozen towers, so that they are computed once (default: $HF_HOME/lotlip)",
+        None,
+        metavar="FOLDER",
+    )
+    no_cache: bool = option("Compute frozen towers in every step instead", False)
+    cache_dtype: Literal["float32", "bfloat16"] = option(
+        "Type of the states in --cache; bfloat16 needs half the space", "float32"
     )
 
     data: str | None = option(
@@ -215,6 +238,13 @@ class TrainingConfig:
             raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
         if self.unlocked_vision_layers and not self.lock_vision:
             raise ValueError("`unlocked_vision_layers` needs `lock_vision`. Set it too.")
+        for name in ("text_projection_layers", "text_projection_expansion"):
+            if getattr(self, name) is not None and self.text_projection != "residual_mlp":
+                raise ValueError(f"`{name}` needs `text_projection` residual_mlp. Set it too.")
+        if self.text_dtype != "float32" and not self.lock_text:
+            raise ValueError(f"`text_dtype` {self.text_dtype} needs `lock_text`. Set it too.")
+        if self.no_cache and self.cache is not None:
+            raise ValueError("Set either `cache` or `no_cache`.")
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"`warmup_steps` ({self.warmup_steps}) must not exceed `max_steps` ({self.max_steps}).")
         if self.streaming and self.max_steps is None:

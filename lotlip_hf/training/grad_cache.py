@@ -41,10 +41,11 @@ def cached_backward(
         `dict[str, torch.Tensor]`: The losses, without gradients.
     """
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    num_samples = len(inputs["pixel_values"])
+    first = next(iter(inputs.values()))
+    num_samples = len(first)
     # Every process needs the same number of chunks, because DDP or FSDP may communicate in each chunk.
     num_chunks = -(-num_samples // chunk_size)
-    num_chunks = int(max_over_ranks(torch.tensor(num_chunks, device=inputs["pixel_values"].device)))
+    num_chunks = int(max_over_ranks(torch.tensor(num_chunks, device=first.device)))
     bounds = [num_samples * i // num_chunks for i in range(num_chunks + 1)]
     chunks = list(zip(bounds[:-1], bounds[1:], strict=True))
     if accelerator is not None:
@@ -56,8 +57,8 @@ def cached_backward(
 
     def embed_chunk(start: int, stop: int) -> dict[str, torch.Tensor]:
         # An empty chunk embeds one sample and drops the result.
-        first = min(start, num_samples - 1)
-        rows = {name: value[first : max(stop, first + 1)] for name, value in inputs.items()}
+        begin = min(start, num_samples - 1)
+        rows = {name: value[begin : max(stop, begin + 1)] for name, value in inputs.items()}
         with autocast():
             return {name: value[: stop - start] for name, value in embed(model, rows, objective.needs).items()}
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from ..terminal import progress_bar
 from .batches import iterate_batches, num_steps
 from .checkpoint import CheckpointError, Stateful, check_room, load_checkpoint, prepare_folder, save_checkpoint
 from .config import TrainingConfig
+from .frozen import KeyedRecords, add_states, fill_images, frozen_states
 from .fsdp import OBJECTIVE, keep_class_name, prepare_sharding
 from .grad_cache import cached_backward
 from .log import is_loss
@@ -124,6 +126,10 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
         )
     if config.ema_decay is not None and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("`ema_decay` needs unsharded weights, but FSDP shards them. Unset `ema_decay`.")
+    if config.text_dtype != "float32" and accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "`text_dtype` is not supported by FSDP, which shards weights of one type. Unset `text_dtype`."
+        )
     return accelerator
 
 
@@ -140,7 +146,8 @@ class _Run:
         accelerator: Accelerator,
     ) -> None:
         self.config, self.accelerator, self.processor = config, accelerator, processor
-        self.records, self.eval_records = records, eval_records
+        self.records: Dataset | IterableDataset | KeyedRecords = records
+        self.eval_records: Dataset | IterableDataset | KeyedRecords | None = eval_records
         self.output = Path(config.output)
         self.max_steps = num_steps(records, config, accelerator.num_processes)
         self.epoch, self.next_batch, self.step = 0, 0, 0
@@ -152,6 +159,12 @@ class _Run:
         set_seed(config.seed, device_specific=True)
         self.objective = make_objective(config, model.config).to(accelerator.device)
         freeze(model, config, self.objective.needs)
+        self.frozen = frozen_states(model, processor, records, config, accelerator)
+        if "image" in self.frozen:
+            fill = partial(fill_images, states=self.frozen["image"], config=config, device=accelerator.device)
+            self.records = fill(cast(Dataset, records))
+            if isinstance(eval_records, Dataset):
+                self.eval_records = fill(eval_records, num_records=config.eval_samples)
         prepare_model(model, config)
         self.states: dict[str, Stateful] = {"objective": self.objective}
         self.averaged = None
@@ -171,6 +184,7 @@ class _Run:
             return_ids=True,
             patch_dropout=config.patch_dropout,
             patch_size=getattr(model.config.vision_config, "patch_size", None),
+            frozen=self.frozen,
         )
         if self.checkpoint is not None:
             self._load(self.checkpoint)
@@ -240,7 +254,7 @@ class _Run:
         try:
             for _ in range(self.config.gradient_accumulation_steps):
                 epoch, next_batch, batch = next(batches)
-                taken.append(batch)
+                taken.append(add_states(batch, self.frozen))
         except Exception as caught:  # a data set may raise an exception of any class
             error = caught
         try:
@@ -322,7 +336,7 @@ class _Run:
             return
         model = self.model if self.averaged is None else self.averaged
         try:
-            values = validate(model, self.processor, self.eval_records, self.config, self.accelerator)
+            values = validate(model, self.processor, self.eval_records, self.config, self.accelerator, self.frozen)
         except Exception:  # on all processes
             self._save_before_stop()
             raise

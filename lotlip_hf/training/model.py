@@ -6,17 +6,14 @@ from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-# transformers 5.17 exports `AutoImageProcessor` only if torchvision is installed.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
 from ..backbones import from_backbones
-from ..loading import check_image_sizes, fit_tokenizer, load_model, max_text_length
+from ..loading import fit_tokenizer, load_image_processor, load_model, max_text_length, skip_padding
 from ..modeling.backbones_lotlip import CLIPTextBackbone
 from ..modeling.configuration_lotlip import LoTLIPTextConfig
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
-from ..sentence_folder import read_sentence_folder
+from ..sentence_folder import SentenceFolder, read_sentence_folder
 from .config import SCENES, TrainingConfig
 
 NUM_CORNER_TOKENS = 2
@@ -44,7 +41,10 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
             "The model to train is not set. Set either `model` (a checkpoint to train further, or "
             f"{SCENES!r} for a new small model), or both `text_model` and `image_model` (two pretrained encoders)."
         )
-    for name in ("projection_dim", "text_pooling", "text_attention", "prompt_template"):
+    for name in (
+        *("projection_dim", "text_pooling", "text_attention", "prompt_template"),
+        *("text_projection", "text_projection_layers", "text_projection_expansion"),
+    ):
         if config.model is not None and getattr(config, name) is not None:
             raise ValueError(f"`{name}` is only for new models made from two encoders. Remove it for {config.model}.")
     if config.model is None:
@@ -92,21 +92,23 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
             text_pooling=config.text_pooling,
             text_attention=config.text_attention,
             projection_dim=config.projection_dim,
+            text_projection=config.text_projection or "linear",
+            text_projection_layers=config.text_projection_layers or 4,
+            text_projection_expansion=config.text_projection_expansion or 2,
         ).float()
     except StrictDataclassError as error:  # an option that does not fit the encoder
         raise ValueError(str(error.__cause__ or error)) from error
-    tokenizer = _tokenizer(config, model.config.text_config)
-    image_processor = AutoImageProcessor.from_pretrained(config.image_model, trust_remote_code=False)
-    check_image_sizes(image_processor, str(config.image_model))
-    return model, LoTLIPProcessor(image_processor, tokenizer)
+    folder = read_sentence_folder(config.text_model)
+    tokenizer = _tokenizer(config, model.config.text_config, folder)
+    return model, LoTLIPProcessor(load_image_processor(config.image_model), tokenizer)
 
 
-def _tokenizer(config: TrainingConfig, text_config: LoTLIPTextConfig) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    config: TrainingConfig, text_config: LoTLIPTextConfig, folder: SentenceFolder | None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a new model. CLIP's is used as it is."""
     tokenizer = AutoTokenizer.from_pretrained(config.text_model, trust_remote_code=False)
     has_separator, positions = tokenizer.sep_token is not None, text_config.max_position_embeddings
-    folder = read_sentence_folder(config.text_model)
-    longest = None if folder is None else folder.max_length or tokenizer.model_max_length
     if isinstance(text_config.family, CLIPTextBackbone) and config.prompt_template is not None:
         raise ValueError("`prompt_template` does not fit CLIP's tokenizer. Remove the option.")
     if not has_separator and config.cleaning is not None:
@@ -114,20 +116,22 @@ def _tokenizer(config: TrainingConfig, text_config: LoTLIPTextConfig) -> PreTrai
             f"`cleaning` needs a tokenizer with a separator token, but the tokenizer of {config.text_model} has "
             "none. Remove the option."
         )
+    longest = CONTEXT_LENGTH - text_config.num_corner_tokens
+    if folder is not None:
+        longest = folder.max_length or tokenizer.model_max_length
     if isinstance(text_config.family, CLIPTextBackbone):
-        tokenizer.model_max_length = min(longest or positions, positions)
+        tokenizer.model_max_length = positions
         return tokenizer
     # Decoders may lack a padding token, and pad on the left.
     tokenizer.padding_side, tokenizer.pad_token = "right", tokenizer.pad_token or tokenizer.eos_token
-    if text_config.pooling == "last":
+    if text_config.pooling == "last" and folder is None:
         append_end_token(tokenizer)
-    template = "{}" if folder is None else f"{folder.prompt}{{}}"
     return LoTLIPTokenizer.from_backbone_tokenizer(
         tokenizer,
-        model_max_length=min(longest or CONTEXT_LENGTH - text_config.num_corner_tokens, positions),
+        model_max_length=min(longest, positions),
         split_sentences=has_separator,
         cleaning=config.cleaning or "official",
-        prompt_template=config.prompt_template or template,
+        prompt_template=config.prompt_template or ("{}" if folder is None else f"{folder.prompt}{{}}"),
     )
 
 
@@ -170,7 +174,5 @@ def prepare_model(model: LoTLIPModel, config: TrainingConfig) -> None:
         parts = (model.text_model, model.vision_model) if config.gradient_checkpointing else (model,)
         for part in parts:
             part.compile(dynamic=True)  # dynamic: the lengths of texts vary
-    elif (
-        model.text_model.backbone.config._attn_implementation == "sdpa" and model.config.text_config.family.takes_rows
-    ):
-        model.text_model.set_attn_implementation("unpadded")
+    else:
+        skip_padding(model)

@@ -1,6 +1,7 @@
 """Frozen parameters, the optimiser and the learning rate schedule."""
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ from .fsdp import OBJECTIVE
 def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -> None:
     """
     Freezes the parameters that a run does not train: with `lock_vision` the image tower up to its last
-    `unlocked_vision_layers` layers, and the parameters that no tensor in `needs` depends on.
+    `unlocked_vision_layers` layers, with `lock_text` the text tower except its corner tokens, and the parameters that
+    no tensor in `needs` depends on. Sets `text_dtype`.
 
     Raises:
         `ValueError`: If the tower has fewer than `unlocked_vision_layers` layers.
@@ -22,6 +24,10 @@ def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -
     model.requires_grad_(True)
     if config.lock_vision:
         _lock_vision(model, config)
+    if config.lock_text:
+        for parameter in model.text_model.backbone.parameters():
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(getattr(torch, config.text_dtype))
     freeze_unused(model, needs, bool(config.num_long_texts))
 
 
@@ -44,9 +50,12 @@ def _lock_vision(model: LoTLIPModel, config: TrainingConfig) -> None:
             parameter.requires_grad_(True)
 
 
-def freeze_unused(model: nn.Module, needs: Collection[str], has_long_texts: bool) -> None:
+def freeze_unused(model: Any, needs: Collection[str], has_long_texts: bool) -> None:
     """Freezes the parameters that `needs` do not depend on, as `DistributedDataParallel` waits for every gradient."""
+    vision = model.config.vision_config
     unused = ["mask_token"]
+    if vision.pooling != "pooler":
+        unused += [f"vision_model.backbone.{name}." for name in vision.family.pooler_modules]
     if "image_embeds" not in needs:
         unused += ["vision_model.", "visual_projection."]
     if "text_embeds" not in needs and "corner_embeds" not in needs:

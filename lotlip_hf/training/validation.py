@@ -1,9 +1,10 @@
 """Retrieval on held-out records, measured during training."""
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from ..data.sampling import WholeCaptions
 from ..distributed import gather, raise_on_all_ranks
 from ..evaluation.retrieval import recalls
 from ..modeling.processing_lotlip import LoTLIPProcessor
+from ..states import FrozenStates
 from .config import TrainingConfig
+from .frozen import KeyedRecords, add_states
 from .objective import embed
 
 
@@ -25,9 +28,10 @@ from .objective import embed
 def validate(
     model: nn.Module,
     processor: LoTLIPProcessor,
-    records: Dataset | IterableDataset,
+    records: Dataset | IterableDataset | KeyedRecords,
     config: TrainingConfig,
     accelerator: Accelerator | None = None,
+    states: Mapping[str, FrozenStates] | None = None,
 ) -> dict[str, float]:
     """
     Measures retrieval over the first `eval_samples` records, once with the short captions and once with the first long
@@ -36,10 +40,12 @@ def validate(
     Args:
         model (`nn.Module`): A [`LoTLIPModel`], also wrapped in DDP or FSDP.
         processor (`LoTLIPProcessor`): The processor of the model.
-        records (`Dataset` or `IterableDataset`): The records.
+        records (`Dataset`, `IterableDataset` or `KeyedRecords`): The records.
         config (`TrainingConfig`): Options of the run. Only `eval_samples`, `batch_size`, `captioners` (the first is
             evaluated), `splitter` and `on_error` are used.
         accelerator (`Accelerator`, *optional*): The processes of the run share the work and return the same result.
+        states (`Mapping`, *optional*): States of the towers that are computed once, by modality. Those of images are
+            used with `KeyedRecords`.
 
     Returns:
         `dict[str, float]`: `long_image_to_text_r1`, `long_text_to_image_r1`, `short_...`, and the same at 5 and 10.
@@ -51,26 +57,26 @@ def validate(
     rank, num_processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     device = next(model.parameters()).device
     if isinstance(records, IterableDataset):
-        chosen: Any = list(islice(records, config.eval_samples))
-    else:
-        chosen = records.select(range(min(config.eval_samples, len(records))))
-    if len(chosen) < num_processes:
+        records = cast(Any, list(islice(records, config.eval_samples)))
+    number = min(config.eval_samples, len(records))
+    if number < num_processes:
         raise ValueError(
-            f"{len(chosen)} evaluation records are too few for {num_processes} processes. Add records to `eval_data`."
+            f"{number} evaluation records are too few for {num_processes} processes. Add records to `eval_data`."
         )
     captioners = None if config.captioners is None else tuple(config.captioners)
-    collator = LoTLIPCollator(processor, WholeCaptions(captioners, config.splitter), on_error=config.on_error)
+    states = dict(states or {})
+    frozen = {modality for modality in states if modality == "text" or isinstance(records, KeyedRecords)}
+    whole = WholeCaptions(captioners, config.splitter)
+    collator = LoTLIPCollator(processor, whole, on_error=config.on_error, frozen=frozen)
     # Every process needs the same number of batches, because DDP or FSDP may communicate in each.
-    part = np.array_split(np.arange(len(chosen)), num_processes)[rank]
-    num_batches = min(
-        math.ceil(math.ceil(len(chosen) / num_processes) / config.batch_size), len(chosen) // num_processes
-    )
+    part = np.array_split(np.arange(number), num_processes)[rank]
+    num_batches = min(math.ceil(math.ceil(number / num_processes) / config.batch_size), number // num_processes)
     images, texts = [], []
     model.eval()
     for rows in np.array_split(part, num_batches):
         batch, error = {}, None
         try:
-            batch = collator([chosen[int(row)] for row in rows])
+            batch = add_states(collator([records[int(row)] for row in rows]), states)
         except Exception as caught:  # raised below, because the other processes would wait in the forward pass
             error = caught
         raise_on_all_ranks(error, device)

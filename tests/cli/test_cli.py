@@ -125,6 +125,8 @@ def test_names_that_are_no_text_are_printed(photos: Path, run: Callable[..., Any
         ("embed --model x --output x --image-root {photos} --texts x", "--image-root"),
         ("embed --model x --images {photos} --output {tmp}/no/out.parquet", "out.parquet"),
         ("embed --model x --images {photos} --output {tmp}", "a folder"),
+        ("embed --model x --images {photos}", "--pooled"),
+        ("embed --model x --images {photos} --output x --cache x", "--cache"),
         ("embed --model x --texts {tmp}/no.txt --output {tmp}/out.parquet", "no.txt"),
         ("evaluate --model x", "--task"),
         ("report", "RESULTS"),

@@ -1,7 +1,7 @@
 """Studies: rows are what encoding every text anew gives, FLOPs are those of a formula, and plots draw the rows."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,8 +12,9 @@ from PIL import Image
 from torch import nn
 from transformers import BertTokenizer, SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 
+import lotlip_hf.encoder
 import tiny_clip
-from lotlip_hf import Encoder
+from lotlip_hf import Encoder, LoTLIPModel
 from lotlip_hf.evaluation import embeddings, studies
 from lotlip_hf.evaluation.embeddings import TextEmbeddings, image_digests
 from lotlip_hf.evaluation.retrieval import recalls
@@ -156,7 +157,46 @@ def test_flops_of_fused_layers(clip: Encoder) -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-@pytest.mark.parametrize("kind", ["lotlip", "clip"])
+def test_long_texts_have_more_limits(modernbert: Encoder) -> None:
+    data = retrieval_data([*long_texts(4), "a cat sits on a mat. " * 100, "a dog. " * 250])
+    rows = length_study(modernbert, data, progress=False)
+    assert [row["max_length"] for row in rows] == [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024]
+    assert [row["texts_cut"] for row in rows[-3:]] == [2 / 6, 2 / 6, 0]
+    assert rows[-1]["text_flops"] > rows[-2]["text_flops"]
+    longer = [row["max_length"] for row in length_study(modernbert, retrieval_data(["a dog. " * 500]), progress=False)]
+    assert longer == [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048]
+
+
+def test_long_texts_are_encoded_as_alone_and_in_few_tokens(
+    modernbert: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = modernbert.engine.model, modernbert.engine.processor
+    assert model.text_model.backbone.config._attn_implementation == "unpadded"
+    texts = ["a dog. " * count for count in (3, 400, 500, 30, 31, 390)]
+    shapes: list[torch.Size] = []
+    monkeypatch.setattr(lotlip_hf.encoder, "CPU_TOKENS", 10**9)  # as on a GPU
+    monkeypatch.setattr(model.text_model, "forward", spy(model.text_model.forward, shapes))
+    embeddings = modernbert.encode_texts(texts, batch_size=4, progress=False)
+    assert max(rows * width for rows, width in shapes) <= 4 * 512
+    stock = LoTLIPModel.from_pretrained(modernbert.name)
+    for text, embedding in zip(texts, embeddings, strict=True):
+        inputs = processor.tokenizer([text], truncation=True, verbose=False, return_tensors="pt")
+        with torch.no_grad():
+            expected = nn.functional.normalize(stock.get_text_features(**inputs).pooler_output[0], dim=0)
+        torch.testing.assert_close(embedding, expected, atol=1e-5, rtol=0)
+
+
+def spy(forward: Callable[..., Any], shapes: list[torch.Size]) -> Callable[..., Any]:
+    """`forward`, which adds the shape of `input_ids` to `shapes`."""
+
+    def spied(input_ids: torch.Tensor, *args: Any, **options: Any) -> Any:
+        shapes.append(input_ids.shape)
+        return forward(input_ids, *args, **options)
+
+    return spied
+
+
+@pytest.mark.parametrize("kind", ["lotlip", "clip", "modernbert"])
 def test_length_study_is_encoding_all_anew(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +207,7 @@ def test_length_study_is_encoding_all_anew(
         encoded = count_texts(patch, encoder)
         rows = length_study(encoder, data, [30, 12, 18, 18, longest], progress=False)
     # only texts that change are encoded again
-    assert encoded == [sum(length > limit for length in lengths) or len(lengths) for limit in (200, 30, 18, 12)]
+    assert encoded == [sum(length > limit for length in lengths) or len(lengths) for limit in (10_000, 30, 18, 12)]
     assert [row["max_length"] for row in rows] == [12, 18, 30, longest]
     images = encoder.encode_images(data.images, progress=False)
     for row in rows:

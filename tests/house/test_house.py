@@ -38,6 +38,7 @@ FLOORS = (
     ("data", "scenes", "loading", "engines", "backbones"),
     ("encoder",),
     ("store",),
+    ("states",),
     ("search", "grid", "embed"),
     ("metrics", "diffusion", "training", "evaluation", "relabel"),
     ("hub",),

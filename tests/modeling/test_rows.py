@@ -48,10 +48,11 @@ def agree(model: LoTLIPTextModel, texts: tuple[torch.Tensor, ...], **options: An
     answer, gradients = with_gradients(model, *texts, **options)
     handle.remove()
     for one, other in zip(answer, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5, msg=name)
+        size = expected_gradients[name].abs().max().item()
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5 * (1 + size), msg=name)
     return shapes
 
 

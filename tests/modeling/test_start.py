@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -38,9 +39,11 @@ from lotlip_hf.files import write_json
 from lotlip_hf.sentence_folder import read_sentence_folder
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.model import load_or_start_model
+from tiny_families import FAMILIES, LONGEST, texts
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-6}
-LEARNED = ("bert", "roberta", "xlm-roberta")  # families with learned positions
+STATES = {"rtol": 1e-5, "atol": 1e-5}
+LEARNED = [name for name, family in FAMILIES.items() if family.positions == "inserted"]  # learned positions
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ":", *"a the cat dog sleeps runs red blue query".split()]
 TEXTS = ["the red cat sleeps", "a dog. the dog runs", "a", "blue cat. red dog. the cat sleeps. a dog runs"]
 
@@ -50,10 +53,6 @@ def spread(model: nn.Module) -> Any:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model.eval()
-
-
-def text_encoder(family: str = "bert") -> Any:
-    return spread(AutoModel.from_config(tiny.text_config(family).backbone_config))
 
 
 @pytest.fixture
@@ -90,34 +89,29 @@ def embeddings(model: LoTLIPModel, folder: Path, texts: list[str] = TEXTS) -> to
 # Positions
 
 
-@pytest.mark.parametrize("number", [0, 1, 5])
-@pytest.mark.parametrize("family", LEARNED)
-def test_corner_tokens_move_no_word_and_take_no_length(
-    family: str, number: int, vision: PreTrainedModel, tmp_path: Path
-) -> None:
-    text = text_encoder(family)
-    length = tiny.text_config(family, num_corner_tokens=0).max_position_embeddings
-    model = from_backbones(text, vision, number, projection_dim=32).eval()
+@pytest.mark.parametrize("number", [1, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_text_starts_as_its_encoder(family: str, number: int, vision: PreTrainedModel, tmp_path: Path) -> None:
+    """Corner tokens move no word. They take no length, except behind the text of a decoder."""
+    text = FAMILIES[family].stock_model()
+    length = from_backbones(text, vision, 0).config.text_config.max_position_embeddings
+    model = from_backbones(text, vision, number).eval()
+    length -= number if FAMILIES[family].positions == "behind" else 0
     assert model.config.text_config.max_position_embeddings == length
     model.save_pretrained(tmp_path)
-    ids = tiny.input_ids(3, length)
-    mask = torch.ones_like(ids)
-    mask[1, 7:] = 0
+    ids, mask = texts(min(length, LONGEST), 7, 3)
     with torch.no_grad():
-        expected = text(ids, mask)
+        expected = text(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
         for one in (model, LoTLIPModel.from_pretrained(tmp_path)):
             output = one.text_model(ids, mask, output_corner_embeds=True)
-            torch.testing.assert_close(output.pooler_output, expected.pooler_output, **TOLERANCE)
-            given, states = output.last_hidden_state, expected.last_hidden_state
-            torch.testing.assert_close(given[mask.bool()], states[mask.bool()], **TOLERANCE)
-            torch.testing.assert_close(one.get_text_features(ids, mask).pooler_output, expected.pooler_output)
+            torch.testing.assert_close(output.last_hidden_state[mask.bool()], expected, **STATES)
 
 
 @pytest.mark.parametrize("family", LEARNED)
 def test_positions_of_corner_tokens_start_as_those_of_the_first_words(family: str, vision: PreTrainedModel) -> None:
-    text = text_encoder(family)
-    model = from_backbones(text, vision, 3)
-    first = model.config.text_config.family.position_offset(text.config) + 1
+    text: Any = FAMILIES[family].stock_model()
+    model: Any = from_backbones(text, vision, 3)
+    first = FAMILIES[family].offset + 1
     old, new = (one.embeddings.position_embeddings.weight for one in (text, model.text_model.backbone))
     assert torch.equal(new[:first], old[:first])
     assert torch.equal(new[first : first + 3], old[first : first + 3])
@@ -126,12 +120,13 @@ def test_positions_of_corner_tokens_start_as_those_of_the_first_words(family: st
 
 @pytest.mark.parametrize("family", LEARNED)
 def test_the_stock_export_is_the_encoder(family: str, vision: PreTrainedModel) -> None:
-    text = text_encoder(family)
+    text = FAMILIES[family].stock_model()
     stock = stock_model(from_backbones(text, vision, 3).text_model)
     assert stock.config.max_position_embeddings == text.config.max_position_embeddings
-    assert sorted(stock.state_dict()) == sorted(text.state_dict())
-    for name, tensor in text.state_dict().items():
-        assert torch.equal(stock.state_dict()[name], tensor), name
+    own = text.state_dict()
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(tensor, own[name]), name
+    assert not [name for name in own if name not in stock.state_dict() and not name.startswith("pooler.")]
 
 
 # Projection
@@ -290,6 +285,7 @@ def module(path: Any, kind: Any = "x.Pooling") -> list[dict[str, Any]]:
         (lambda folder: (folder / "modules.json").write_text("[" * 100_000), "modules.json"),
         (lambda folder: (folder / "modules.json").write_text(" " * (1 << 21)), "modules.json"),
         (lambda folder: write_settings(folder, []), "config.json"),
+        (lambda folder: (folder / "1_Pooling" / "config.json").unlink(), "1_Pooling"),
         (lambda folder: write_settings(folder, {"pooling_mode": {"mean": 1}}), "pooling_mode"),
         (lambda folder: write_settings(folder, {"pooling_mode": "\x1b[2J"}), "pooling_mode"),
         (lambda folder: write_settings(folder, {}, config_sentence_transformers=[]), "config_sentence_transformers"),
@@ -317,7 +313,8 @@ def test_damaged_settings_are_named(write: Callable[[Path], None], word: str, tm
     ],
 )
 def test_prompts_that_are_none(settings: dict[str, Any], tmp_path: Path) -> None:
-    write_settings(tmp_path, {}, config_sentence_transformers=settings, sentence_bert_config={"max_seq_length": -1})
+    more = {"config_sentence_transformers": settings, "sentence_bert_config": {"max_seq_length": -1}}
+    write_settings(tmp_path, {"pooling_mode": "mean"}, **more)
     folder = read_sentence_folder(tmp_path)
     assert folder is not None
     assert (folder.prompt, folder.max_length) == ("", None)
@@ -334,7 +331,9 @@ def test_damaged_dense_layers_are_named(tmp_path: Path) -> None:
         read_sentence_folder(folder)
 
 
-def test_from_the_hub(vision: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_the_hub(
+    vision: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     stock, folder = sentence_transformer(tmp_path, Pooling(32, "mean"), dense(32, 24))
     files = {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
     with hub_server(tmp_path / "hub") as hub:
@@ -344,8 +343,16 @@ def test_from_the_hub(vision: PreTrainedModel, tmp_path: Path, monkeypatch: pyte
         assert not hub.matching("GET", r"\.onnx|\.bin")
         hub.add("ada/plain", {name: files[name] for name in ("config.json", "model.safetensors")})
         assert read_sentence_folder("ada/plain") is None
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        caplog.clear()
+        again = from_backbones("ada/sentences", vision, projection_dim=24)
+        assert read_sentence_folder("ada/plain") is None
+        assert not caplog.text
+        assert read_sentence_folder("ada/never-seen") is None
+        assert "ada/never-seen" in caplog.text
     expected = nn.functional.normalize(stock.encode(TEXTS, convert_to_tensor=True), dim=-1)
-    torch.testing.assert_close(embeddings(model, folder), expected, **TOLERANCE)
+    for one in (model, again):
+        torch.testing.assert_close(embeddings(one, folder), expected, **TOLERANCE)
 
 
 # `lotlip train --text-model`

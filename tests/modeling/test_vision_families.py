@@ -1,24 +1,35 @@
 """All families of image encoders, tiny and random, against their own stock models."""
 
 import copy
+import json
 import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoModel, AutoProcessor
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    ConvNextImageProcessorPil,
+    Siglip2Config,
+    Siglip2ImageProcessorPil,
+    Siglip2Model,
+)
 
 import tiny
 from lotlip_hf import (
     LoTLIPConfig,
     LoTLIPModel,
     LoTLIPProcessor,
+    LoTLIPVisionConfig,
     LoTLIPVisionModel,
     LoTLIPVisionModelWithProjection,
     cli,
@@ -26,12 +37,14 @@ from lotlip_hf import (
     load_encoder,
 )
 from lotlip_hf.data.collator import LoTLIPCollator
+from lotlip_hf.loading import check_config, check_image_sizes, load_image_processor
 from lotlip_hf.scenes.dataset import scenes_dataset
 from lotlip_hf.scenes.small import small_model
 from lotlip_hf.training.checkpoint import list_checkpoints
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.objective import batch_loss, make_objective
-from tiny_vision import FAMILIES, NAFLEX_PATCHES, Family, import_timm, spread
+from lotlip_hf.training.optim import freeze, freeze_unused
+from tiny_vision import FAMILIES, NAFLEX_PATCHES, PATCH_SIDE, Family, import_timm, spread
 
 EXACT = {"rtol": 1e-6, "atol": 1e-6}
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -125,13 +138,8 @@ def test_other_image_sizes(family: Family) -> None:
         if family.sizes == "interpolated":
             answer, expected = model(**inputs, **interpolate), stock(model)(**inputs, **interpolate)
         elif family.sizes == "fixed" and family.name != "convnext_atto":
-            dynamic = {**family.settings["model_args"], "dynamic_img_size": True}
-            other = (
-                copy.replace(family, settings={**family.settings, "model_args": dynamic})
-                if hasattr(copy, "replace")
-                else Family(**{**vars(family), "settings": {**family.settings, "model_args": dynamic}})
-            )
-            model = tower(other)
+            model_args = {**family.settings["model_args"], "dynamic_img_size": True}
+            model = tower(replace(family, settings={**family.settings, "model_args": model_args}))
             answer, expected = model(**inputs), stock(model)(**inputs)
         else:
             answer, expected = model(**inputs), stock(model)(**inputs)
@@ -203,7 +211,8 @@ def test_it_is_saved_and_loaded(family: Family, tmp_path: Path) -> None:
     spread(model).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     ids, inputs = tiny.input_ids(3, 8), family.inputs()
-    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    # as is said for the text tower; ConvNeXt has no attention
+    loaded, info = AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa", output_loading_info=True)
     assert not any(info.values())
     with torch.no_grad():
         expected = model(ids, **inputs)
@@ -317,11 +326,23 @@ def test_bfloat16(family: Family) -> None:
 
 
 @every_family
+def test_all_that_is_trained_gets_a_gradient(family: Family) -> None:
+    """`DistributedDataParallel` waits for it."""
+    for pooling in family.poolings:
+        model, _ = small_dual_encoder(family)
+        model.vision_model = tower(family, pooling)
+        model.config.vision_config = model.vision_model.config
+        freeze_unused(model, {"image_embeds"}, has_long_texts=False)
+        model.get_image_features(**family.inputs()).pooler_output.square().sum().backward()
+        parameters = model.vision_model.named_parameters()
+        waiting = [name for name, one in parameters if one.requires_grad and one.grad is None]
+        assert not waiting
+
+
+@every_family
 @pytest.mark.parametrize("layers", [0, 1])
 def test_a_locked_tower(family: Family, layers: int, tmp_path: Path) -> None:
     """Its last layers can be trained."""
-    from lotlip_hf.training.optim import freeze
-
     model, _ = small_dual_encoder(family)
     config = TrainingConfig(data="scenes", lock_vision=True, unlocked_vision_layers=layers)
     if family.name == "convnext_atto" and layers:
@@ -350,3 +371,138 @@ def test_from_backbones(family: Family, tmp_path: Path) -> None:
         torch.testing.assert_close(answer.last_hidden_state, expected.last_hidden_state, **EXACT)
         if expected.pooler_output is not None:
             torch.testing.assert_close(answer.pooler_output, expected.pooler_output, **EXACT)
+
+
+# Image processors
+
+
+def save_settings(folder: Path, name: str = "preprocessor_config.json", **settings: Any) -> Path:
+    (folder / name).write_text(json.dumps(settings), encoding="utf-8")
+    if name != "config.json":
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+    return folder
+
+
+PICTURE = Image.effect_mandelbrot((90, 60), (-2, -1.2, 1, 1.2), 50).convert("RGB")
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["DINOv3ViTImageProcessorFast", "DINOv3ViTImageProcessor"])
+def test_dinov3_processor_without_torchvision(name: str, tmp_path: Path) -> None:
+    """Rescaled, resized with antialiasing and normalised, in this order, as the stock class does with torchvision."""
+    size = {"height": 32, "width": 32}
+    processor = load_image_processor(save_settings(tmp_path, image_processor_type=name, size=size, resample=2))
+    pixels = torch.from_numpy(np.asarray(PICTURE).copy()).movedim(2, 0).float() / 255
+    resized = nn.functional.interpolate(pixels[None], (32, 32), mode="bilinear", antialias=True)
+    answer = processor(images=[PICTURE], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(answer * STD, resized - MEAN, rtol=0, atol=1.01 / 255)
+    assert processor.to_dict()["image_processor_type"] == "ViTImageProcessor"
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_the_transform_of_timm(mode: str, tmp_path: Path) -> None:
+    settings = {"input_size": [3, 32, 32], "crop_pct": 0.8, "crop_mode": mode, "interpolation": "bilinear"}
+    save_settings(tmp_path, "config.json", architecture="vit_tiny_patch16_224", pretrained_cfg=settings)
+    if mode == "border":
+        with pytest.raises(ValueError, match="crop_mode"):
+            load_image_processor(tmp_path)
+        return
+    resized = PICTURE.resize((60, 40) if mode == "center" else (40, 40), Image.Resampling.BILINEAR)
+    left, top = (resized.width - 32) // 2, 4
+    cut = np.asarray(resized.crop((left, top, left + 32, top + 32))).copy()
+    answer = load_image_processor(tmp_path)(images=[PICTURE], return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(answer * STD + MEAN, torch.from_numpy(cut).movedim(2, 0) / 255, rtol=0, atol=1e-6)
+
+
+def test_settings_that_would_fill_the_memory() -> None:
+    check_image_sizes(Siglip2ImageProcessorPil(), "theirs")
+    for number, side in ((10**9, 16), (256, 10**6), (0, 16), ("256", 16)):
+        processor = Siglip2ImageProcessorPil()
+        processor.max_num_patches, processor.patch_size = number, side
+        with pytest.raises(ValueError, match="max_num_patches"):
+            check_image_sizes(processor, "theirs")
+    check_image_sizes(ConvNextImageProcessorPil(), "theirs")
+    with pytest.raises(ValueError, match="crop_pct"):
+        check_image_sizes(ConvNextImageProcessorPil(crop_pct=1e-6), "theirs")
+
+
+@pytest.mark.parametrize("settings", [{"hidden_sizes": [8, 16, 24, 10**12]}, {"depths": [1, 1, 1, 10**6]}])
+def test_configurations_that_would_fill_the_memory(settings: dict[str, Any]) -> None:
+    family = next(family for family in FAMILIES if family.name == "convnext")
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        check_config(replace(family, settings={**family.settings, **settings}).config(), "theirs")
+    import_timm()
+    with pytest.raises(Exception, match="model_args"):
+        replace(FAMILIES[-1], settings={"architecture": "convnext_atto", "model_args": {"depths": [10**9]}}).config()
+
+
+# SigLIP 2 NaFlex
+
+
+def test_more_padding_changes_nothing() -> None:
+    inputs = NAFLEX.inputs()
+    longer = {name: nn.functional.pad(values, (0, 0, 0, 9)) for name, values in inputs.items() if values.dim() == 3}
+    longer["pixel_values"][:, NAFLEX_PATCHES:] = 100.0  # what is there does not matter
+    longer["pixel_attention_mask"] = nn.functional.pad(inputs["pixel_attention_mask"], (0, 9))
+    longer["spatial_shapes"] = inputs["spatial_shapes"]
+    for pooling in NAFLEX.poolings:
+        model = tower(NAFLEX, pooling)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**longer).pooler_output, model(**inputs).pooler_output, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["pixel_values", "pixel_attention_mask", "spatial_shapes"])
+def test_naflex_needs_all_its_inputs(name: str) -> None:
+    model, inputs = tower(NAFLEX), NAFLEX.inputs()
+    with pytest.raises(ValueError, match=name):
+        model(**{**inputs, name: None})
+    with pytest.raises(ValueError, match="spatial_shapes"):
+        model(**{**inputs, name: inputs[name][:, :1]})
+    if name != "pixel_values":
+        with pytest.raises(ValueError, match=name):
+            tower(FAMILIES[0])(torch.randn(3, 3, 32, 32), **{name: inputs[name]})
+
+
+def test_dropped_patches_of_naflex_are_no_padding() -> None:
+    """Each image keeps half of its own patches."""
+    _, processor = small_dual_encoder(NAFLEX)
+    processor.image_processor.max_num_patches = NAFLEX_PATCHES
+    records = [
+        {"id": str(index), "image": Image.new("RGB", size), "short_caption": "a", "long_captions": ["b. c. d."]}
+        for index, size in enumerate([(64, 64), (16, 200), (300, 8)])
+    ]
+    batch = LoTLIPCollator(processor, patch_dropout=0.5, patch_size=PATCH_SIDE)(records)
+    for mask, kept in zip(batch["pixel_attention_mask"].bool(), batch["kept_patches"], strict=True):
+        assert mask[kept].sum() == round(int(mask.sum()) / 2) == kept[mask[kept]].unique().numel()
+
+
+def test_naflex_from_a_whole_siglip2(tmp_path: Path) -> None:
+    text = {**tiny.SIZE, "vocab_size": 99, "max_position_embeddings": 16}
+    whole = spread(Siglip2Model(Siglip2Config(text_config=text, vision_config=NAFLEX.settings)))
+    whole.save_pretrained(tmp_path)
+    bert, inputs = AutoModel.from_config(tiny.text_config().backbone_config), NAFLEX.inputs()
+    with torch.no_grad():
+        expected = whole.get_image_features(**inputs).pooler_output
+        for source in (whole, tmp_path):
+            model = from_backbones(bert, source).eval()
+            torch.testing.assert_close(model.vision_model(**inputs).pooler_output, expected, **EXACT)
+
+
+# timm
+
+
+def test_a_model_of_timm_needs_timm() -> None:
+    code = (
+        "from unittest import mock\nimport lotlip_hf.modeling.backbones_lotlip as backbones\n"
+        "from lotlip_hf import LoTLIPVisionConfig\nbackbones.is_timm_available = lambda: False\n"
+        "LoTLIPVisionConfig(backbone_config={'model_type': 'timm_wrapper', 'architecture': 'vit_tiny_patch16_224'})"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ImportError" in finished.stderr
+    assert "timm" in finished.stderr.splitlines()[-1]
+
+
+def test_an_address_is_no_architecture_of_timm() -> None:
+    import_timm()
+    with pytest.raises(Exception, match="architecture"):  # the validation's own class
+        LoTLIPVisionConfig(backbone_config={"model_type": "timm_wrapper", "architecture": "hf-hub:someone/model"})

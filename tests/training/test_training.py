@@ -997,9 +997,8 @@ def test_a_locked_tower_stays_bit_for_bit(backbone: str, unlocked: int, start: P
     """But for its last layers, where these are unlocked, and what follows them."""
     folder = make_checkpoint(tmp_path / "model", dropout=0.1, backbone=backbone)
     before = load_file(folder / "model.safetensors")
-    model, saved = run_here(
-        tmp_path / "run", start, model=str(folder), lock_vision=True, unlocked_vision_layers=unlocked, max_steps=2
-    )
+    options = {"unlocked_vision_layers": unlocked, "cache": str(tmp_path / "cache"), "max_steps": 2}
+    model, saved = run_here(tmp_path / "run", start, model=str(folder), lock_vision=True, **options)
     after = load_file(saved / "model.safetensors")
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     tower = {name for name in after if name.startswith("vision_model.")}
@@ -1067,7 +1066,7 @@ def test_a_run_of_two_encoders(start: Path, tmp_path: Path) -> None:
     side = {"height": 32, "width": 32}
     ViTImageProcessorPil(size=side).save_pretrained(image)
     options = {"num_corner_tokens": 1, "max_text_length": 20, "lock_vision": True, "max_steps": 2}
-    encoders = {"model": None, "text_model": str(text), "image_model": str(image)}
+    encoders = {"model": None, "text_model": str(text), "image_model": str(image), "cache": str(tmp_path / "cache")}
     model, saved = run_here(tmp_path / "run", start, **encoders, **options)
     assert model.config.text_config.num_corner_tokens == 1
     before, after = load_file(image / "model.safetensors"), load_file(saved / "model.safetensors")

@@ -72,6 +72,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
         "max_steps": 2,
     },
+    "frozen": {"lock_vision": True, "lock_text": True, "max_steps": 2},
 }
 # what `accelerate launch` sets
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
@@ -86,7 +87,11 @@ NOT_SUPPORTED = {
 def run(checkpoint: Path, output: Path, options: dict[str, Any]) -> None:
     """A run without dropout, so that it does not depend on how many processes share it."""
     config = TrainingConfig(
-        model=str(checkpoint), output=str(output), batch_size=BATCH_SIZE // world_size(), **{**RUN, **options}
+        model=str(checkpoint),
+        output=str(output),
+        cache=str(output.parent / "states"),
+        batch_size=BATCH_SIZE // world_size(),
+        **{**RUN, **options},
     )
     model, processor = load_or_start_model(config)
     for module in model.modules():
@@ -228,6 +233,8 @@ def sharded(checkpoint: str, folder: str) -> dict[str, Any]:
                 run(source, output / str(number), {})
         with pytest.raises(ValueError, match="ema_decay"):
             run(source, output / "averaged", {"ema_decay": 0.9})
+        with pytest.raises(ValueError, match="text_dtype"):
+            run(source, output / "mixed", {"lock_text": True, "text_dtype": "bfloat16"})
     return answers
 
 

@@ -1,0 +1,167 @@
+"""Frozen towers in training: their pooled states are computed once, and batches contain states as inputs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from datasets import Dataset, IterableDataset
+from torch.utils.data import Dataset as TorchDataset
+
+from ..data.collator import Batch, read_record
+from ..data.record import RecordError
+from ..distributed import gather_lists, raise_on_all_ranks, rank, world_size
+from ..encoder import Encoder, Modality
+from ..images import ImageError, ImageSource, image_digest, image_source
+from ..modeling.modeling_lotlip import LoTLIPModel
+from ..modeling.processing_lotlip import LoTLIPProcessor
+from ..states import FrozenStates
+from ..terminal import progress_bar
+from .config import TrainingConfig
+
+
+def locked_towers(
+    model: LoTLIPModel, records: Dataset | IterableDataset, config: TrainingConfig, accelerator: Accelerator
+) -> dict[Modality, str]:
+    """
+    Returns the locked towers of a run by modality. The value is empty if the states of the tower are computed once,
+    and otherwise the reason why it is computed in every step.
+
+    Args:
+        model (`LoTLIPModel`): The model, after [`~lotlip_hf.training.optim.freeze`].
+        records (`Dataset` or `IterableDataset`): Training records.
+        config (`TrainingConfig`): Options of the run.
+        accelerator (`Accelerator`): The processes.
+    """
+    towers: dict[Modality, str] = {}
+    if config.lock_vision and not config.unlocked_vision_layers:
+        towers["image"] = ""
+        if config.patch_dropout:
+            towers["image"] = "`patch_dropout` is set"
+        elif isinstance(records, IterableDataset):
+            towers["image"] = "the records are a stream"
+    if config.lock_text:
+        towers["text"] = ""
+        if any(parameter.requires_grad for parameter in model.text_model.parameters()):
+            towers["text"] = "its corner tokens are trained"
+        elif accelerator.distributed_type == DistributedType.FSDP:
+            towers["text"] = "FSDP shards it"
+    return dict.fromkeys(towers, "`no_cache` is set") if config.no_cache else towers
+
+
+def frozen_states(
+    model: LoTLIPModel,
+    processor: LoTLIPProcessor,
+    records: Dataset | IterableDataset,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+) -> dict[str, FrozenStates]:
+    """
+    Returns the states of the towers that a run computes once, by modality, see [`locked_towers`]. Prints the file that
+    keeps them, and why other locked towers are computed in every step. Moves the model to the device.
+    """
+    states: dict[str, FrozenStates] = {}
+    for modality, reason in locked_towers(model, records, config, accelerator).items():
+        if reason:
+            accelerator.print(f"The frozen {modality} tower is computed in every step, because {reason}.")
+            continue
+        encoder = Encoder(model.to(accelerator.device), processor)
+        states[modality] = FrozenStates(encoder, modality, config.cache, config.cache_dtype)
+        each = states[modality].row_bytes
+        size = f"{each / 1e3:.1f} kB for each text"
+        if isinstance(records, Dataset) and modality == "image":
+            size = f"{each * len(records) / 1e6:.1f} MB"
+        accelerator.print(
+            f"The frozen {modality} tower is computed once. {states[modality].store.path} keeps its states (up to "
+            f"{size}). Pass --cache FOLDER for another folder, or --no-cache."
+        )
+    return states
+
+
+class KeyedRecords(TorchDataset):
+    """Records with the key of the state of their image as `image`, or the error of an image that cannot be read."""
+
+    def __init__(self, records: Dataset, keys: Sequence[str | Exception]) -> None:
+        self.records, self.keys = records, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.records[index], "image": self.keys[index]}
+
+
+def fill_images(
+    records: Dataset,
+    states: FrozenStates,
+    config: TrainingConfig,
+    device: torch.device,
+    num_records: int | None = None,
+) -> KeyedRecords:
+    """
+    Computes the states of all images of a data set that the cache lacks. The processes share the work.
+
+    Args:
+        records (`Dataset`): The records.
+        states (`FrozenStates`): The states of the image tower.
+        config (`TrainingConfig`): Options of the run. Only `on_error` is used.
+        device (`torch.device`): Device of this process.
+        num_records (`int`, *optional*): Number of records to use, from the first. Defaults to all.
+
+    Raises:
+        `ImageError`, `RecordError`: If a record is broken and `on_error` is `"raise"`. The other processes raise
+            [`OtherProcessError`].
+    """
+    number = len(records) if num_records is None else min(num_records, len(records))
+    keys: list[str | Exception] = []
+    error = None
+    try:
+        keys = _fill_share(records, range(rank(), number, world_size()), states, config.on_error == "skip")
+    except Exception as caught:  # the other processes would wait
+        error = caught
+    raise_on_all_ranks(error, device)
+    ordered: list[str | Exception] = [""] * number
+    for first, share in enumerate(gather_lists([keys])):
+        ordered[first :: world_size()] = share
+    return KeyedRecords(records, ordered)
+
+
+def _fill_share(records: Dataset, share: range, states: FrozenStates, skips: bool) -> list[str | Exception]:
+    """Returns the keys of the images of one process, or the errors of broken records."""
+    results: dict[int, str | Exception] = {}
+    for index in progress_bar(share, desc="Reading images", unit="image", shown=rank() == 0, delay=2):
+        try:
+            results[index] = read_record(records[index], image_digest)[1]
+        except (ImageError, RecordError) as error:
+            if not skips:
+                raise
+            results[index] = error
+    keyed = [index for index, result in results.items() if isinstance(result, str)]
+    failed: dict[Any, ImageError] = {}
+
+    def source(number: int) -> ImageSource:
+        return image_source(records[keyed[number]]["image"]).source
+
+    def fail(number: int, error: ImageError) -> None:
+        record = records[keyed[number]]
+        names = [f"record {record['id']}", image_source(record["image"]).path]
+        named = ImageError(": ".join(filter(None, names)), error.reason, error.transient)
+        if not skips:
+            raise named
+        failed[results[keyed[number]]] = named
+
+    states.fill_images([cast(str, results[index]) for index in keyed], source, fail, progress=rank() == 0)
+    return [failed.get(result, result) for result in results.values()]
+
+
+def add_states(batch: Batch, states: Mapping[str, FrozenStates]) -> Batch:
+    """Adds the states of a batch's images and texts. New texts are computed and kept."""
+    added: dict[str, Any] = {}
+    if "image_keys" in batch:
+        added["image_states"] = states["image"].read(batch["image_keys"])
+    if "texts" in batch:
+        texts = batch["texts"]
+        keys = states["text"].fill_texts(text for row in texts for text in row)
+        added["text_states"] = states["text"].read(keys).unflatten(0, (len(texts), -1))
+    return cast(Batch, {**added, **batch})

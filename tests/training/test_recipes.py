@@ -1,0 +1,75 @@
+"""Every file in `recipes/` trains, with tiny towers of the same families and a few drawn pictures."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModel, BertTokenizer, ViTImageProcessorPil
+
+import tiny_tokenizers
+from lotlip_hf import LoTLIPModel
+from lotlip_hf.cli import main as lotlip
+from lotlip_hf.training.config import parse_arguments
+from lotlip_hf.training.log import read_log
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+IMAGE = {**SIZE, "image_size": 32, "patch_size": 16}
+# Model types of the two encoders.
+TOWERS = {
+    "bert-vit": ("bert", "vit"),
+    "modernbert-dinov3": ("modernbert", "dinov3_vit"),
+    "qwen3-siglip2": ("qwen3", "siglip_vision_model"),
+    "llm2clip": ("llama", "clip_vision_model"),
+    "proclip-1": ("llama", "clip_vision_model"),
+}
+DECODER = {"num_key_value_heads": 1, "head_dim": 8}
+# Options that need a GPU, many pictures or much time.
+SMALL = ["--batch-size", "4", "--num-workers", "0", "--warmup-steps", "0", "--save-steps", "2", "--trackers", "none"]
+
+
+def save_towers(folder: Path, golden: Path, text_type: str, image_type: str) -> list[str]:
+    """Saves two tiny encoders with tokenizer and image processor. Returns the options that name them."""
+    text, image = folder / "text", folder / "image"
+    tokenizer: Any = BertTokenizer.from_pretrained(golden / "tokenizer")
+    decoders = {"qwen3": tiny_tokenizers.toy_qwen, "llama": tiny_tokenizers.toy_llama}
+    own: dict[str, Any] = {"max_position_embeddings": 4096}
+    if text_type in decoders:
+        tokenizer, own = decoders[text_type](), {**own, **DECODER}
+    names = ("pad", "bos", "eos", "cls", "sep")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in names}
+    config = AutoConfig.for_model(text_type, **SIZE, **own, **ids, vocab_size=len(tokenizer))
+    AutoModel.from_config(config).save_pretrained(text)
+    tokenizer.save_pretrained(text)
+    AutoModel.from_config(AutoConfig.for_model(image_type, **IMAGE)).save_pretrained(image)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(image)
+    return ["--text-model", str(text), "--image-model", str(image)]
+
+
+def test_every_recipe_is_trained() -> None:
+    assert {recipe.stem for recipe in RECIPES} == set(TOWERS)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_parses(recipe: Path) -> None:
+    config = parse_arguments(["--config", str(recipe), "--data", "pictures", "--output", "run"])
+    assert config.text_model is not None
+    assert config.image_model is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_trains_two_steps(recipe: Path, tmp_path: Path, golden: Path) -> None:
+    config = parse_arguments(["--config", str(recipe), "--data", "scenes"])
+    towers = save_towers(tmp_path, golden, *TOWERS[recipe.stem])
+    changed = ["--mixed-precision", "no", "--max-steps", "2", "--log-steps", "1", "--cache", str(tmp_path / "cache")]
+    if config.grad_cache_chunk is not None:
+        changed += ["--grad-cache-chunk", "2"]
+    data = ["--data", "scenes", "--num-scenes", "8", "--output", str(tmp_path / "run")]
+    assert lotlip(["train", "--config", str(recipe), *towers, *SMALL, *changed, *data]) == 0
+    assert [entry["step"] for entry in read_log(tmp_path / "run") if "loss" in entry] == [1, 2]
+    model = LoTLIPModel.from_pretrained(tmp_path / "run" / "checkpoint-2")
+    text = model.config.text_config
+    assert text.num_corner_tokens == config.num_corner_tokens
+    assert text.projection == (config.text_projection or "linear")
+    assert config.text_pooling in (None, text.pooling)
