@@ -137,7 +137,7 @@ class TextBackbone(_Backbone):
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
         backbone = super().build(config, pooling)
         if self.checkpointed_layers:
-            for layer in backbone.get_submodule(self.checkpointed_layers):
+            for layer in backbone.get_submodule(self.checkpointed_layers).children():
                 extend(backbone, layer, CheckpointedLayer)
         return backbone
 
