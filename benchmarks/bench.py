@@ -451,7 +451,7 @@ def frozen(bench: Bench) -> list[Row]:
     Trains 3 epochs with a locked image tower of ViT-S/16's shape, with states that an earlier run kept, compared with
     states that are computed in every step. The text tower is smaller, and each picture has a short and a long text.
     """
-    size, text_size = ("small", "mini") if bench.size == "base" else (bench.size, bench.size)
+    size, text_size = {"base": ("small", "mini"), "mini": ("mini", "tiny")}.get(bench.size, (bench.size, bench.size))
     records = scenes_dataset(NUM_PICTURES)
     numbers = itertools.count()
     losses: dict[str, list[float]] = {}

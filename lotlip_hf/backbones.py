@@ -27,6 +27,8 @@ def from_backbones(
     *,
     text_pooling: str | None = None,
     text_attention: Literal["causal", "bidirectional"] | None = None,
+    token_prepending: tuple[int, int] | None = None,
+    placeholder_token_id: int | None = None,
     vision_pooling: str | None = None,
     projection_dim: int | None = None,
     text_projection: Literal["linear", "residual_mlp"] = "linear",
@@ -43,9 +45,9 @@ def from_backbones(
     pooling, and its linear layers after pooling become the text projection if `projection_dim` is their width.
 
     Args:
-        text (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of a BERT, RoBERTa, XLM-RoBERTa or CLIP
-            text encoder. For a whole CLIP, its text tower is used without the projection; `lotlip convert clip`
-            converts the whole CLIP.
+        text (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of a text encoder, see
+            [`LoTLIPTextConfig`]. For a whole CLIP, its text tower is used without the projection; `lotlip convert
+            clip` converts the whole CLIP. For the folder of a whole T5, its encoder is used.
         vision (`str` or `Path` or `PreTrainedModel`): Folder, Hub id or model of an image encoder: ViT, DINOv2,
             DINOv3, CLIP, SigLIP, SigLIP 2, ConvNeXt or a model of timm. For a whole CLIP or SigLIP, its image tower is
             used.
@@ -55,6 +57,8 @@ def from_backbones(
             weights of a pooler, the default is `"cls"`, and `"pooler"` adds a new pooler.
         text_attention (`str`, *optional*): `"causal"` or `"bidirectional"` attention of a decoder. Defaults to that of
             its configuration.
+        token_prepending (`tuple[int, int]`, *optional*): Layers of token prepending, see [`LoTLIPTextConfig`].
+        placeholder_token_id (`int`, *optional*): Id of its placeholder, see [`LoTLIPTextConfig`].
         vision_pooling (`str`, *optional*): Pooling of the image tower, see [`LoTLIPVisionConfig`].
         projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image encoder,
             which then has no projection. With the width of the text encoder, the text tower has no projection and
@@ -69,7 +73,8 @@ def from_backbones(
         [`LoTLIPModel`]: The new model.
 
     Raises:
-        `ValueError`: If an encoder or its pooling is not supported, or if it lacks weights other than the pooler's.
+        `ValueError`: If an encoder or its pooling is not supported, if an encoder of a family without an adapter
+            does not obey the masks of corner tokens, or if it lacks weights other than the pooler's.
 
     Example:
 
@@ -93,6 +98,8 @@ def from_backbones(
         projection=text_projection,
         projection_layers=text_projection_layers,
         projection_expansion=text_projection_expansion,
+        token_prepending=token_prepending,
+        placeholder_token_id=placeholder_token_id,
     )
     vision_config = LoTLIPVisionConfig(backbone_config=_backbone_config(vision, "vision"), pooling=vision_pooling)
     text_weights = _load_weights(text, "text", text_config)
@@ -103,7 +110,7 @@ def from_backbones(
     text_weights = _make_room(text_weights, text_config)
 
     width = projection_dim or vision_config.hidden_size
-    dense = _dense(folder, width, text_config.hidden_size)
+    dense = _dense(folder, text_config, width)
     text_config.projection_dim = width
     if projection_dim == text_config.hidden_size and dense is None:
         text_config.projection_dim = None
@@ -141,16 +148,19 @@ def _make_room(weights: dict[str, Tensor], config: LoTLIPTextConfig) -> dict[str
     return {**weights, family.position_table: torch.cat([table[: first + number], table[first:]])}
 
 
-def _dense(folder: SentenceFolder | None, width: int, hidden_size: int) -> Tensor | None:
+def _dense(folder: SentenceFolder | None, config: LoTLIPTextConfig, width: int) -> Tensor | None:
     """The linear layers of a sentence-transformers folder, if they fit the text projection."""
     if folder is None:
         return None
-    left_out = [f"{name} is not linear without bias" for name in folder.left_out]
-    if folder.dense is not None and folder.dense.shape != (width, hidden_size):
-        left_out.append(f"Dense has the shape {list(folder.dense.shape)}: pass its width as `projection_dim`")
+    dense, left_out = folder.dense, list(folder.left_out)
+    if dense is not None and config.projection != "linear":
+        left_out.append(f"Dense does not fit the text projection {config.projection!r}")
+    elif dense is not None and dense.shape != (width, config.hidden_size):
+        left_out.append(f"Dense has the shape {list(dense.shape)}: pass its width as `projection_dim`")
+    fits = left_out == list(folder.left_out)
     if left_out:
-        logger.warning("%s: layers are left out of the new model (%s).", folder.source, "; ".join(left_out))
-    return None if left_out else folder.dense
+        logger.warning("%s: the new model differs. %s.", folder.source, "; ".join(left_out))
+    return dense if fits else None
 
 
 def _is_of_pooler(name: str) -> bool:

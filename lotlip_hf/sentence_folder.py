@@ -41,7 +41,7 @@ class SentenceFolder:
         prompt (`str`): Text before each text, empty without a default prompt.
         max_length (`int`, *optional*): Maximum length in tokens, if it is not that of the tokenizer.
         dense (`Tensor`, *optional*): Matrix [D, hidden_size] of the linear layers after pooling.
-        left_out (`tuple[str, ...]`): Modules that are not linear layers without bias.
+        left_out (`tuple[str, ...]`): What a new model cannot take, as sentences.
     """
 
     source: str
@@ -94,15 +94,19 @@ def read_sentence_folder(source: str | os.PathLike) -> SentenceFolder | None:
     model = _read_json(source, "config_sentence_transformers.json")
     prompt = _get(_get(model, "prompts", dict, {}), _get(model, "default_prompt_name", str), str, "")
     encoder = _read_json(source, os.path.join(*folders.get("Transformer", [""])[:1], "sentence_bert_config.json"))
-    pooling = folders.get("Pooling")
+    modes, pools_prompt = _pooling_of(source, folders["Pooling"][0]) if "Pooling" in folders else ((), True)
     dense, left_out = _read_dense(source, folders.get("Dense", []))
+    left_out = [*(f"{kind} is unknown" for kind in folders if kind not in KNOWN), *left_out]
+    dense = None if left_out else dense
+    if prompt and not pools_prompt:
+        left_out.append("LoTLIP pools the prompt with the text")
     return SentenceFolder(
         source=source,
-        pooling_modes=_pooling_modes(source, pooling[0]) if pooling else (),
+        pooling_modes=modes,
         prompt=prompt,
         max_length=max(_get(encoder, "max_seq_length", int, 0), 0) or None,
         dense=dense,
-        left_out=(*(kind for kind in folders if kind not in KNOWN), *left_out),
+        left_out=tuple(left_out),
     )
 
 
@@ -112,8 +116,8 @@ def _get(settings: dict[str, Any], key: str | None, kind: type, default: Any = N
     return value if isinstance(value, kind) else default
 
 
-def _pooling_modes(source: str, folder: str) -> tuple[str, ...]:
-    """The poolings of a module, from `pooling_mode` or from the switches of older versions."""
+def _pooling_of(source: str, folder: str) -> tuple[tuple[str, ...], bool]:
+    """The poolings of a module, from `pooling_mode` or from older switches, and whether they include the prompt."""
     name = os.path.join(folder, "config.json")
     config = _read_json(source, name)
     if not config:
@@ -122,11 +126,11 @@ def _pooling_modes(source: str, folder: str) -> tuple[str, ...]:
     modes = tuple(modes if isinstance(modes, list) else [modes]) or ("mean",)
     if not all(isinstance(mode, str) and mode in POOLINGS for mode in modes):
         raise FileError(os.path.join(source, name), f"`pooling_mode` is {modes!r}, not one of {', '.join(POOLINGS)}")
-    return modes
+    return modes, config.get("include_prompt") is not False
 
 
 def _read_dense(source: str, folders: list[str]) -> tuple[Tensor | None, list[str]]:
-    """The product of the matrices of all dense modules, or the modules that are no matrices."""
+    """The product of the matrices of dense modules, and the modules that are no matrices."""
     product, left_out = None, []
     for folder in folders:
         config = _read_json(source, os.path.join(folder, "config.json"))
@@ -135,14 +139,14 @@ def _read_dense(source: str, folders: list[str]) -> tuple[Tensor | None, list[st
         names = [config.get(key) or "sentence_embedding" for key in ("module_input_name", "module_output_name")]
         path = _find(source, os.path.join(folder, "model.safetensors"))
         if path is None or not is_matrix or names != 2 * ["sentence_embedding"]:
-            left_out.append(f"{folder} ({activation})")
+            left_out.append(f"{folder} ({activation}) is not linear without bias")
             continue
         try:
             weight = load(read_regular(path))["linear.weight"].float()
             product = weight if product is None else weight @ product
         except (SafetensorError, KeyError, RuntimeError) as error:
             raise FileError(path, f"not the weights of a dense layer ({printable(error)})") from error
-    return (None, left_out) if left_out else (product, [])
+    return product, left_out
 
 
 def _read_json(source: str, name: str, kind: type = dict) -> Any:

@@ -330,7 +330,7 @@ class Gemma3Backbone(DecoderBackbone):
     layer_masks = True
 
     def choose_pooling(self, config: PreTrainedConfig) -> str:
-        return "last" if is_causal(config) else "mean"
+        return "mean" if config.use_bidirectional_attention else "last"
 
     def set_attention(self, config: PreTrainedConfig, attention: str) -> None:
         if not config.use_bidirectional_attention:
@@ -610,9 +610,16 @@ class TimmBackbone(VisionBackbone):
 
 
 UNLIMITED = 1 << 20  # maximum length of encoders without one
-# Settings of rotary encoders with BERT's embeddings, and of encoders with relative positions in memory only.
+# Settings of rotary encoders with BERT's embeddings, of RoBERTas that normalise before each part of a layer, and of
+# encoders with relative positions in memory only.
 ROTARY_BERT: dict[str, Any] = {
     "corners_have_positions": False,
+    "has_segments": True,
+    "has_optional_pooler": True,
+    "takes_rows": True,
+}
+ROBERTA_WITH_NORM_FIRST: dict[str, Any] = {
+    "starts_after_padding": True,
     "has_segments": True,
     "has_optional_pooler": True,
     "takes_rows": True,
@@ -624,7 +631,7 @@ T5_ENCODER: dict[str, Any] = {
     "corners_first": True,
 }
 DECODERS = (
-    *("llama", "qwen2", "qwen3", "qwen3_vl_text", "mistral", "ministral", "gemma", "gemma2", "phi", "phi3"),
+    *("llama", "qwen2", "qwen3", "qwen3_vl_text", "mistral", "ministral", "gemma", "phi", "phi3"),
     *("granite", "smollm3", "olmo2", "helium", "glm", "exaone4", "starcoder2"),
 )
 TEXT_BACKBONES: dict[str, TextBackbone] = {
@@ -633,8 +640,8 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "xlm-roberta": BertBackbone(starts_after_padding=True),
     "camembert": BertBackbone(starts_after_padding=True),
     "data2vec-text": BertBackbone(starts_after_padding=True),
-    "roberta-prelayernorm": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
-    "xlm-roberta-xl": TextBackbone(starts_after_padding=True, has_segments=True, has_optional_pooler=True),
+    "roberta-prelayernorm": TextBackbone(**ROBERTA_WITH_NORM_FIRST),
+    "xlm-roberta-xl": TextBackbone(**ROBERTA_WITH_NORM_FIRST),
     "distilbert": TextBackbone(takes_rows=True),
     "mpnet": TextBackbone(
         starts_after_padding=True, has_optional_pooler=True, corners_first=True, checkpointed_layers="encoder.layer"
@@ -658,6 +665,7 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "umt5": TextBackbone(**T5_ENCODER),
     "clip_text_model": CLIPTextBackbone(),
     **dict.fromkeys(DECODERS, DecoderBackbone(layer_masks=True)),
+    "gemma2": DecoderBackbone(layer_masks=True, takes_rows=False),  # sdpa lacks its cap of attention scores
     "gemma3_text": Gemma3Backbone(),
 }
 REFUSED = {
@@ -683,6 +691,8 @@ def _adapter(config_class: type[PreTrainedConfig]) -> TextBackbone:
         reason = "transformers has no encoder of this type"
     elif "decoder_input_ids" in taken:
         reason = "it is an encoder with a decoder"
+    elif "pixel_values" in taken:
+        reason = f"{stock.__name__} encodes images"
     elif missing := [name for name in ("inputs_embeds", "attention_mask") if name not in taken]:
         reason = f"{stock.__name__} takes no `{missing[0]}`"
     if reason is not None:

@@ -107,20 +107,24 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
     Configuration of a LoTLIP text tower: a text encoder with learnable corner tokens.
 
     Args:
-        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the text encoder: BERT, RoBERTa,
-            XLM-RoBERTa or CLIP's text tower. Defaults to BERT-base. Its fields are also arguments of this class.
-        num_corner_tokens (`int`, *optional*, defaults to 2): Number m of corner tokens. In a CLIP, corner tokens have
-            no positions. In other backbones, they use m positions.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the text encoder: an encoder such
+            as BERT, ModernBERT or T5, a decoder such as Qwen3, CLIP's text tower, or another class of transformers
+            that accepts `inputs_embeds` and a mask. Defaults to BERT-base. Its fields are also arguments of this
+            class.
+        num_corner_tokens (`int`, *optional*, defaults to 2): Number m of corner tokens. They use m positions in
+            decoders and in encoders with learned positions, and none in the others.
         pooling (`str`, *optional*): `"pooler"`: a layer of the backbone on the state of [CLS], as in the released
             models; `"cls"`: the state of [CLS]; `"mean"`: the mean over the text; `"eos"`: the state of CLIP's [EOT].
-            Defaults to `"pooler"` for BERT and RoBERTa and to `"eos"` for CLIP.
+            `"last"`: the state of a decoder's last token; `"weighted_mean"`: a decoder's mean with the weights
+            1, 2, ... Defaults to that of the family, such as `"pooler"` for BERT and RoBERTa.
         projection_dim (`int`, *optional*, defaults to 768): Width of the projection. `None` adds no linear projection.
         projection (`str`, *optional*, defaults to `"linear"`): `"linear"`, or `"residual_mlp"`: LLM2CLIP's residual
             MLP on the normalised pooled state, for frozen text towers.
         projection_layers (`int`, *optional*, defaults to 4): Number of blocks of the residual MLP.
         projection_expansion (`int`, *optional*, defaults to 2): Inner width of its blocks, as a factor of their width.
         token_prepending (`tuple[int, int]`, *optional*): First and last layer, counted from 0, in which a placeholder
-            starts from the last token's state of the layer before (https://arxiv.org/abs/2412.11556). For decoders.
+            starts from the last token's state of the layer before (https://arxiv.org/abs/2412.11556). For decoders. To
+            pool the states of an intermediate layer, load the decoder with fewer `num_hidden_layers`.
         placeholder_token_id (`int`, *optional*): Id of the placeholder, a token of the tokenizer's `prompt_template`
             before the text.
         attention (`str`, *optional*): `"causal"` or `"bidirectional"` attention of a decoder. Defaults to that of
@@ -172,7 +176,7 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
             return
         if not isinstance(self.family, DecoderBackbone) or self.placeholder_token_id is None:
             raise ValueError("`token_prepending` needs a decoder and `placeholder_token_id`.")
-        if len(self.token_prepending) != 2 or self.token_prepending[0] < 1:
+        if self.token_prepending[0] < 1:
             raise ValueError(f"`token_prepending`={self.token_prepending}: use the first, from 1, and the last layer.")
 
     def validate_corner_tokens(self) -> None:

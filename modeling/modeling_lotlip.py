@@ -134,8 +134,10 @@ class LoTLIPTextModel(_LoTLIPTower):
     """
     LoTLIP's text tower without projection: a stock text encoder and m learnable corner tokens.
 
-    Corner tokens have the positions between [CLS] and the words, and follow the text in memory. Text tokens do not
-    attend to corner tokens, which are computed only if needed. CLIP gives corner tokens no positions and pools [EOT].
+    Text tokens do not attend to corner tokens, which are computed only if needed. Where corner tokens are depends on
+    the encoder. With learned positions, they have those between the first token and the words. With rotary positions,
+    they have that of the first token. In decoders, they have those that follow the text. With relative positions, they
+    precede the text in memory, where they follow it otherwise. In CLIP, they have no positions.
 
     ```python
     >>> from lotlip_hf import LoTLIPTextModel, LoTLIPTokenizer

@@ -143,8 +143,8 @@ _ROWS = [
     Family("xlm-roberta", BERT, **WITH_POOLER, offset=PAD + 1),
     Family("camembert", BERT, **WITH_POOLER, offset=PAD + 1),
     Family("data2vec-text", BERT, **WITH_POOLER, offset=PAD + 1),
-    Family("roberta-prelayernorm", BERT, offset=PAD + 1),
-    Family("xlm-roberta-xl", BERT, offset=PAD + 1),
+    Family("roberta-prelayernorm", BERT, offset=PAD + 1, rows=True),
+    Family("xlm-roberta-xl", BERT, offset=PAD + 1, rows=True),
     Family("distilbert", {**SIZE, "dropout": 0.0, "attention_dropout": 0.0, "hidden_dim": 37}, rows=True),
     Family("mpnet", BERT, offset=2, corners_first=True),
     Family("electra", {**BERT, "embedding_size": 16}, pooling="cls", rows=True),
@@ -169,6 +169,13 @@ _ROWS = [
     _decoder("gemma3_text", {"sliding_window": 3, **LOCAL}, window=lambda distance: 0 <= distance < 3),
 ]
 FAMILIES = {row.model_type: row for row in _ROWS}
+FAMILIES["deberta-v2, learned positions"] = Family(
+    "deberta-v2",
+    {**DEBERTA, "position_biased_input": True, "position_buckets": 4},
+    pooling="cls",
+    positions="first",
+    corners_first=True,
+)
 FAMILIES["gemma3_text, bidirectional"] = _decoder(
     "gemma3_text",
     {"sliding_window": 6, **LOCAL, "use_bidirectional_attention": True},
@@ -185,7 +192,8 @@ _DECODERS = [
     *map(_decoder, ("gemma", "phi", "granite", "olmo2", "helium", "glm")),
     _decoder("qwen3_vl_text", MROPE),
     *(_decoder(name, {"sliding_window": 3}, **CAUSAL_WINDOW) for name in ("mistral", "phi3", "starcoder2")),
-    *(_decoder(name, WINDOWED, **CAUSAL_WINDOW) for name in ("qwen2", "gemma2", "ministral", "smollm3", "exaone4")),
+    *(_decoder(name, WINDOWED, **CAUSAL_WINDOW) for name in ("qwen2", "ministral", "smollm3", "exaone4")),
+    _decoder("gemma2", WINDOWED, **CAUSAL_WINDOW, rows=False),  # sdpa lacks its cap of attention scores
     _decoder("qwen3", WINDOWED, **CAUSAL_WINDOW),
 ]
 FAMILIES |= {row.model_type: row for row in _DECODERS}
@@ -253,7 +261,7 @@ def naive(family: Family, backbone: PreTrainedModel, corners: torch.Tensor, ids:
         return torch.zeros(1, 1, total, total).masked_fill(~mask, torch.finfo(torch.float32).min)
 
     if family.model_type.startswith("deberta"):  # its embeddings do not accept this mask
-        states = backbone.embeddings(inputs_embeds=embeds)
+        states = backbone.embeddings(inputs_embeds=embeds, **inputs)
         states = backbone.encoder(states, full.view(1, 1, total, total)).last_hidden_state
     else:
         mask: Any = additive(full)

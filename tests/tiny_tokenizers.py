@@ -79,6 +79,21 @@ def toy_qwen() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
+def toy_qwen_embedding() -> PreTrainedTokenizerFast:
+    """Qwen3-Embedding's: the padding token ends each text, too."""
+    stock = toy_qwen()
+    pad = stock.pad_token_id
+    end = processors.TemplateProcessing(
+        single="$A <|endoftext|>",
+        pair="$A <|endoftext|> $B:1 <|endoftext|>:1",
+        special_tokens=[("<|endoftext|>", pad)],
+    )
+    plain = processors.ByteLevel(trim_offsets=False)
+    stock.backend_tokenizer.post_processor = processors.Sequence([plain, end])
+    stock.padding_side = "left"
+    return stock
+
+
 def toy_llama() -> PreTrainedTokenizerFast:
     """Llama 2's pipeline: BPE with a mark for spaces, bytes for unknown letters, a start token, no padding token."""
     tokens = [

@@ -42,16 +42,16 @@ def run(argv: Sequence[str]) -> None:
     from ..training.loop import train
     from ..training.model import describe_text, load_or_start_model
 
-    state = PartialState(cpu=not torch.accelerator.is_available())
     try:
         records, eval_records = load_data(config)  # fail before models are loaded
         model, processor = load_or_start_model(config)
         if config.text_model is not None and not config.resume:
+            state = PartialState(cpu=not torch.accelerator.is_available())  # else, CPUs are not connected
             state.print(f"{printable(config.text_model)}: {describe_text(model, processor)}.")
         checkpoint = train(model, processor, records, config, eval_records)
     except ImageError as error:
         raise ValueError(f"{error}. Pass --on-error skip to count and skip such images.") from error
     except RuntimeError as error:  # a NaN loss, a full disk or memory, a lost process
         raise OSError(str(error)) from error
-    state.print(f"The model is in {checkpoint}.")
-    state.destroy_process_group()
+    PartialState().print(f"The model is in {checkpoint}.")
+    PartialState().destroy_process_group()

@@ -102,7 +102,8 @@ class LoTLIPPromptTokenizer(_PromptTokenizer, LoTLIPTokenizer):
     _auto_class = None  # save checkpoints without code, because this package provides the class
 
     def _as_read(self, text: Any) -> str | None:
-        if not isinstance(text, str) or any(token in text for token in self.all_special_tokens):
+        has_template = self.prompt_template != "{}"
+        if not isinstance(text, str) or has_template or any(token in text for token in self.all_special_tokens):
             return None
         return str(self.sep_token or "").join(self.sentences(text))
 

@@ -91,6 +91,11 @@ class KeyedRecords(TorchDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.records[index], "image": self.keys[index]}
 
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Reads the records of a batch together, which is faster."""
+        rows = zip(indices, self.records.__getitems__(indices), strict=True)
+        return [{**record, "image": self.keys[index]} for index, record in rows]
+
 
 def fill_images(
     records: Dataset,

@@ -40,7 +40,7 @@ def validate(
     Args:
         model (`nn.Module`): A [`LoTLIPModel`], also wrapped in DDP or FSDP.
         processor (`LoTLIPProcessor`): The processor of the model.
-        records (`Dataset`, `IterableDataset` or `KeyedRecords`): The records.
+        records (`Dataset` or `IterableDataset` or `KeyedRecords`): The records.
         config (`TrainingConfig`): Options of the run. Only `eval_samples`, `batch_size`, `captioners` (the first is
             evaluated), `splitter` and `on_error` are used.
         accelerator (`Accelerator`, *optional*): The processes of the run share the work and return the same result.

@@ -64,6 +64,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, golden: Path, official_ch
     folder = tmp_path_factory.mktemp("docs")
     for name in ("checkpoint", "lotlip-vit-b-16"):
         shutil.copytree(official_checkpoint, folder / name)
+    shutil.copytree(REPOSITORY / "recipes", folder / "recipes")
     (folder / "photos").mkdir()
     shutil.copyfile(golden / "images" / "RGB_640x480.png", folder / "photos" / "cat.png")
     shutil.copyfile(golden / "images" / "L_300x200.png", folder / "photos" / "dog.png")
@@ -168,8 +169,9 @@ def test_page(file: str, cwd: Path, parse: Callable, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_names_exist(file: str) -> None:
+def test_names_exist(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Options of trainings, extras of the package, targets of make."""
+    monkeypatch.chdir(REPOSITORY)  # recipes
     code = "".join(code for language, code in blocks(read(file)) if language == "bash")
     for words in commands(code):
         if "train" in words and "--resume" in words:
@@ -217,10 +219,12 @@ def test_links_lead_somewhere(file: str) -> None:
             assert not anchor or anchor in headings(str(found)), target
 
 
-def test_each_how_of_the_neighbours_works(parse: Callable) -> None:
-    rows = [line.split(" | ") for line in read("docs/neighbours.md").splitlines() if line.startswith("| ")][1:]
-    assert len(rows) > 10
-    for _, _, how, _ in rows[1:]:
+def test_each_how_of_the_neighbours_works(parse: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)  # recipes
+    rows = [line.split(" | ") for line in read("docs/neighbours.md").splitlines() if line.startswith("| ")]
+    hows = [row[2] for row in rows if "`" in row[2]]
+    assert len(hows) > 20
+    for how in hows:
         code = re.findall(r"`(.*?)`", how)[0]
         if code.startswith("lotlip_hf."):
             value = lotlip_hf
@@ -231,6 +235,13 @@ def test_each_how_of_the_neighbours_works(parse: Callable) -> None:
             parse_arguments(words if "--data" in words else [*words, "--model", "checkpoint", "--data", "pictures"])
         else:
             parse(lotlip, shlex.split(code)[1:])
+
+
+def test_each_test_of_the_neighbours_exists() -> None:
+    found = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", read("docs/neighbours.md"))
+    assert len(found) > 5
+    for file, name in found:
+        assert f"def {name}(" in read(file), f"{file}::{name}"
 
 
 def examples(name: str) -> str:

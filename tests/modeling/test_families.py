@@ -280,7 +280,7 @@ def test_an_adapter_of_another_encoder(model_type: str, folders: Path, tmp_path:
     [
         ("fnet", "attention_mask"),
         ("perceiver", "inputs_embeds"),
-        ("vit", "inputs_embeds"),
+        ("vit", "images"),
         ("bart", "decoder"),
         ("big_bird", "block-sparse"),
         ("funnel", "merges"),
