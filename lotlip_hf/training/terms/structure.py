@@ -47,5 +47,7 @@ def distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
     The gradient of `torch.cdist` needs memory for b x N x dim numbers on a GPU, this one for b x N.
     """
+    centre = columns.detach().mean(0)  # rounding errors are relative to the norms
+    rows, columns = rows - centre, columns - centre
     squares = rows.square().sum(1, keepdim=True) + columns.square().sum(1) - 2 * rows @ columns.t()
     return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
