@@ -558,8 +558,8 @@ class TimmBackbone(VisionBackbone):
     """Models of timm in a `TimmWrapperModel`. Tokens are pooled in all ways, maps only by the model's own pooling."""
 
     default_pooling = "pooler"
-    stock_poolings = ("pooler",)
     pooler_modules = ("timm_model.attn_pool", "timm_model.fc_norm")
+    stock_poolings = ("pooler",)
     takes_interpolation = False
     passing_embeddings = None
 

@@ -13,7 +13,7 @@ from ..modeling.configuration_lotlip import LoTLIPTextConfig
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
-from ..sentence_folder import SentenceFolder, read_sentence_folder
+from ..sentence_folder import read_sentence_folder
 from .config import SCENES, TrainingConfig
 
 NUM_CORNER_TOKENS = 2
@@ -98,17 +98,16 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
         ).float()
     except StrictDataclassError as error:  # an option that does not fit the encoder
         raise ValueError(str(error.__cause__ or error)) from error
-    folder = read_sentence_folder(config.text_model)
-    tokenizer = _tokenizer(config, model.config.text_config, folder)
+    tokenizer = _tokenizer(config, model.config.text_config)
     return model, LoTLIPProcessor(load_image_processor(config.image_model), tokenizer)
 
 
-def _tokenizer(
-    config: TrainingConfig, text_config: LoTLIPTextConfig, folder: SentenceFolder | None
-) -> PreTrainedTokenizerBase:
+def _tokenizer(config: TrainingConfig, text_config: LoTLIPTextConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a new model. CLIP's is used as it is."""
     tokenizer = AutoTokenizer.from_pretrained(config.text_model, trust_remote_code=False)
     has_separator, positions = tokenizer.sep_token is not None, text_config.max_position_embeddings
+    folder = read_sentence_folder(config.text_model)
+    longest = None if folder is None else folder.max_length or tokenizer.model_max_length
     if isinstance(text_config.family, CLIPTextBackbone) and config.prompt_template is not None:
         raise ValueError("`prompt_template` does not fit CLIP's tokenizer. Remove the option.")
     if not has_separator and config.cleaning is not None:
@@ -116,22 +115,20 @@ def _tokenizer(
             f"`cleaning` needs a tokenizer with a separator token, but the tokenizer of {config.text_model} has "
             "none. Remove the option."
         )
-    longest = CONTEXT_LENGTH - text_config.num_corner_tokens
-    if folder is not None:
-        longest = folder.max_length or tokenizer.model_max_length
     if isinstance(text_config.family, CLIPTextBackbone):
-        tokenizer.model_max_length = positions
+        tokenizer.model_max_length = min(longest or positions, positions)
         return tokenizer
     # Decoders may lack a padding token, and pad on the left.
     tokenizer.padding_side, tokenizer.pad_token = "right", tokenizer.pad_token or tokenizer.eos_token
-    if text_config.pooling == "last" and folder is None:
+    if text_config.pooling == "last" and folder is None:  # else, the start keeps its tokens
         append_end_token(tokenizer)
+    template = "{}" if folder is None else f"{folder.prompt}{{}}"
     return LoTLIPTokenizer.from_backbone_tokenizer(
         tokenizer,
-        model_max_length=min(longest, positions),
+        model_max_length=min(longest or CONTEXT_LENGTH - text_config.num_corner_tokens, positions),
         split_sentences=has_separator,
         cleaning=config.cleaning or "official",
-        prompt_template=config.prompt_template or ("{}" if folder is None else f"{folder.prompt}{{}}"),
+        prompt_template=config.prompt_template or template,
     )
 
 
