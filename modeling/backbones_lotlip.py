@@ -47,11 +47,11 @@ def one_token(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tens
 
 
 def mean(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
-    """The mean over a text or over the patches of an image."""
+    """The mean over a text or over the patches of an image. Sums are in float32 or more, as float16 would overflow."""
     if mask is None:
         return states.mean(1)
-    weights = mask.to(states.dtype).unsqueeze(-1)
-    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+    weights = mask.to(torch.promote_types(states.dtype, torch.float32)).unsqueeze(-1)
+    return ((states * weights).sum(1) / weights.sum(1).clamp(min=1)).to(states.dtype)
 
 
 def weighted_mean(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:

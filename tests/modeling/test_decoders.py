@@ -96,6 +96,15 @@ def test_poolings_are_those_of_llm2clip_with_padding_on_the_left() -> None:
     torch.testing.assert_close(flipped, torch.stack(expected["mean"]), **EXACT)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean"])
+def test_poolings_of_long_texts_in_float16(pooling: str) -> None:
+    """The largest float16 is 65,504, less than the sum of the weights 1, 2, ..., 400 and than 2,000 states of 40."""
+    states, mask = torch.rand(2, 2000, 5) + 40, torch.ones(2, 2000, dtype=torch.int64)
+    pooled = POOLINGS[pooling](states.half(), mask, None)
+    assert pooled.dtype == torch.float16
+    torch.testing.assert_close(pooled.float(), POOLINGS[pooling](states, mask, None), rtol=1e-3, atol=0.0)
+
+
 # Attention
 
 
