@@ -129,6 +129,16 @@ def test_only_bidirectional_words_see_what_follows(name: str, pooling: str, tmp_
         torch.testing.assert_close(loaded(ids, mask).pooler_output, first.pooler_output, **EXACT)
 
 
+def test_a_window_that_the_decoder_ignores() -> None:
+    """Llama has no sliding windows, but a configuration may name one."""
+    backbone = FAMILIES["llama"].stock_config(sliding_window=3)
+    model = spread(LoTLIPTextModel(LoTLIPTextConfig(backbone_config=backbone)))
+    ids, mask = texts(9, 12)
+    with torch.no_grad():
+        pooled, with_corners = (model(ids, mask, output_corner_embeds=one).pooler_output for one in (False, True))
+    torch.testing.assert_close(with_corners, pooled, **CLOSE)
+
+
 def test_attention_that_does_not_fit_is_refused() -> None:
     with pytest.raises(StrictDataclassClassValidationError, match="attention"):
         LoTLIPTextConfig(attention="causal")
@@ -158,10 +168,11 @@ def prepending(layers: tuple[int, int], depth: int = 3, **config: Any) -> LoTLIP
 
 
 def placed(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texts with the placeholder 7 as their second token, and in one text a word instead."""
+    """Texts with the placeholder 7 as their second token and as a word of one text, and in one text a word instead."""
     ids, mask = texts(*lengths)
     ids[ids == 7] = 8
     ids[:-1, 1] = 7
+    ids[0, 4] = 7
     return ids, mask
 
 
