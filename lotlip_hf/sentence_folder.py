@@ -87,8 +87,8 @@ def read_sentence_folder(source: str | os.PathLike) -> SentenceFolder | None:
     folders: dict[str, list[str]] = {}  # by the kind of module
     for module in modules:
         kind, folder = (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
-        is_name = isinstance(folder, str) and os.path.basename(folder) == folder
-        is_name = is_name and folder not in (".", "..") and "\0" not in folder
+        is_name = isinstance(folder, str) and "\0" not in folder and os.path.basename(folder) == folder
+        is_name = is_name and folder not in (".", "..")
         if not isinstance(kind, str) or not is_name:
             raise FileError(os.path.join(source, "modules.json"), "a module has no `type`, or a `path` elsewhere")
         folders.setdefault(kind.rpartition(".")[2], []).append(folder)
