@@ -42,6 +42,7 @@ MAX_LAYERS = 1024
 MAX_SIZE = 1 << 24
 SWITCHES = ("output_attentions", "output_hidden_states", "return_dict")
 SIZES = ("_size", "_sizes", "_dim", "_dims", "_embeddings", "_length")
+MODULES = ("layer", "group", "depths")  # parts of the names of settings that count modules, as `n_layers`
 # Image towers have fewer pixels per side. Larger settings are mistakes, or meant to fill the memory.
 MAX_IMAGE_SIDE = 4096
 # timm's names of interpolations
@@ -248,10 +249,12 @@ def check_config(config: PreTrainedConfig, name: str | os.PathLike) -> None:
                 check(value)
             elif key in SWITCHES and value not in (None, True, False):
                 raise LoadingError(f"{name}: `{key}` in config.json is {value!r}. Use true or false.")
-            elif str(key).startswith("num_") or str(key).endswith(SIZES) or key == "depths":
-                most = MAX_LAYERS if "layers" in key or key == "depths" else MAX_SIZE
+            is_size = str(key).startswith("num_") or str(key).endswith(SIZES)
+            counts_modules = any(part in str(key) for part in MODULES)  # a layer may also be counted from the end
+            if is_size or counts_modules:
+                least, most = -1 if is_size else -MAX_LAYERS, MAX_LAYERS if counts_modules else MAX_SIZE
                 numbers = value if isinstance(value, list | tuple) else [value]
-                if any(isinstance(one, int) and not -1 <= one <= most for one in numbers):
+                if any(isinstance(one, int) and not least <= one <= most for one in numbers):
                     raise LoadingError(f"{name}: `{key}` in config.json is {value!r}. Use at most {most}.")
                 if str(key).startswith("num_") and -1 in numbers:
                     raise LoadingError(f"{name}: `{key}` in config.json is {value!r}. Use 0 or more.")

@@ -87,7 +87,8 @@ def read_sentence_folder(source: str | os.PathLike) -> SentenceFolder | None:
     folders: dict[str, list[str]] = {}  # by the kind of module
     for module in modules:
         kind, folder = (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
-        is_name = isinstance(folder, str) and os.path.basename(folder) == folder and folder not in (".", "..")
+        is_name = isinstance(folder, str) and "\0" not in folder and os.path.basename(folder) == folder
+        is_name = is_name and folder not in (".", "..")
         if not isinstance(kind, str) or not is_name:
             raise FileError(os.path.join(source, "modules.json"), "a module has no `type`, or a `path` elsewhere")
         folders.setdefault(kind.rpartition(".")[2], []).append(folder)
@@ -113,7 +114,7 @@ def read_sentence_folder(source: str | os.PathLike) -> SentenceFolder | None:
 def _get(settings: dict[str, Any], key: str | None, kind: type, default: Any = None) -> Any:
     """The value of a setting if it has the right type."""
     value = settings.get(key)
-    return value if isinstance(value, kind) else default
+    return value if type(value) is kind else default  # `True` is an `int`, too
 
 
 def _pooling_of(source: str, folder: str) -> tuple[tuple[str, ...], bool]:
@@ -146,6 +147,8 @@ def _read_dense(source: str, folders: list[str]) -> tuple[Tensor | None, list[st
             product = weight if product is None else weight @ product
         except (SafetensorError, KeyError, RuntimeError) as error:
             raise FileError(path, f"not the weights of a dense layer ({printable(error)})") from error
+        if not product.isfinite().all():
+            raise FileError(path, "the weights of the dense layer are not finite")
     return product, left_out
 
 

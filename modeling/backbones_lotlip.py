@@ -47,11 +47,11 @@ def one_token(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tens
 
 
 def mean(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
-    """The mean over a text or over the patches of an image."""
+    """The mean over a text or over the patches of an image. Sums are in float32 or more, as float16 would overflow."""
     if mask is None:
         return states.mean(1)
-    weights = mask.to(states.dtype).unsqueeze(-1)
-    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+    weights = mask.to(torch.promote_types(states.dtype, torch.float32)).unsqueeze(-1)
+    return ((states * weights).sum(1) / weights.sum(1).clamp(min=1)).to(states.dtype)
 
 
 def weighted_mean(states: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
@@ -630,10 +630,9 @@ T5_ENCODER: dict[str, Any] = {
     "corners_have_positions": False,
     "corners_first": True,
 }
-DECODERS = (
-    *("llama", "qwen2", "qwen3", "qwen3_vl_text", "mistral", "ministral", "gemma", "phi", "phi3"),
-    *("granite", "smollm3", "olmo2", "helium", "glm", "exaone4", "starcoder2"),
-)
+DECODERS = ("llama", "qwen3_vl_text", "gemma", "phi", "granite", "olmo2", "helium", "glm")
+# These can have sliding windows. The others ignore `sliding_window` in a configuration.
+WINDOWED_DECODERS = ("qwen2", "qwen3", "mistral", "ministral", "phi3", "smollm3", "exaone4", "starcoder2")
 TEXT_BACKBONES: dict[str, TextBackbone] = {
     "bert": BertBackbone(),
     "roberta": BertBackbone(starts_after_padding=True),
@@ -664,7 +663,8 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "mt5": TextBackbone(**T5_ENCODER),
     "umt5": TextBackbone(**T5_ENCODER),
     "clip_text_model": CLIPTextBackbone(),
-    **dict.fromkeys(DECODERS, DecoderBackbone(layer_masks=True)),
+    **dict.fromkeys(DECODERS, DecoderBackbone()),
+    **dict.fromkeys(WINDOWED_DECODERS, DecoderBackbone(layer_masks=True)),
     "gemma2": DecoderBackbone(layer_masks=True, takes_rows=False),  # sdpa lacks its cap of attention scores
     "gemma3_text": Gemma3Backbone(),
 }

@@ -99,6 +99,10 @@ class LoTLIPPreTrainedModel(PreTrainedModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Also accepts the names in saved files, which differ from a ViT's names and which `Trainer` passes."""
         names = list(self.state_dict())
+        if state_dict.keys() <= set(
+            names
+        ):  # the names of merged weights, as of experts, cannot be reverted one by one
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
         saved = revert_weight_conversion(self, {name: torch.tensor(index) for index, name in enumerate(names)})
         own = {name: names[int(index)] for name, index in saved.items()} | {name: name for name in names}
         renamed = {own.get(name, name): tensor for name, tensor in state_dict.items()}

@@ -32,7 +32,8 @@ def prepend_in(backbone: PreTrainedModel, first: int, last: int) -> None:
 
 
 def prepending_sources(is_placeholder: Tensor, last_index: Tensor, length: int) -> Tensor:
-    """[N, L] and the index [N] of the last token -> `sources` [N, length]: the last token for placeholders."""
+    """[N, L] and the index [N] of the last token -> `sources` [N, length]: the last token for a first placeholder."""
+    is_placeholder = is_placeholder & (is_placeholder.long().cumsum(-1) == 1)  # a word may be the same token
     own = torch.arange(length, device=is_placeholder.device)
     is_placeholder = torch.nn.functional.pad(is_placeholder, (0, length - is_placeholder.shape[1]))
     return torch.where(is_placeholder, last_index.unsqueeze(1), own)

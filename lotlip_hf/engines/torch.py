@@ -23,6 +23,15 @@ FULL_LENGTH_MODEL_TYPES = ("siglip", "siglip2")
 # Prefixes of the image tower's weights. Other weights, except `SIMILARITY_WEIGHTS`, belong to the text tower.
 IMAGE_WEIGHTS = ("vision_model.", "visual_projection.")
 SIMILARITY_WEIGHTS = ("logit_scale", "logit_bias")
+# Attributes of tokenizers that change the ids of a text.
+CHANGEABLE = (
+    "prompt_template",
+    "clean_text",
+    "split_sentences",
+    "cleaning",
+    "split_special_tokens",
+    "truncation_side",
+)
 
 
 class TorchEngine:
@@ -177,6 +186,8 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
         for name, value in tokenizer.init_kwargs.items()
         if isinstance(value, bool | int | str) and name not in origin and not name.endswith("_file")
     }
+    # `init_kwargs` has the values at the start.
+    settings |= {name: getattr(tokenizer, name, value) for name, value in settings.items() if name in CHANGEABLE}
     if hasattr(tokenizer, "backend_tokenizer"):
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         # Truncation and padding change with each call.

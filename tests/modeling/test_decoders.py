@@ -96,6 +96,15 @@ def test_poolings_are_those_of_llm2clip_with_padding_on_the_left() -> None:
     torch.testing.assert_close(flipped, torch.stack(expected["mean"]), **EXACT)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean"])
+def test_poolings_of_long_texts_in_float16(pooling: str) -> None:
+    """The largest float16 is 65,504, less than the sum of the weights 1, 2, ..., 400 and than 2,000 states of 40."""
+    states, mask = torch.rand(2, 2000, 5) + 40, torch.ones(2, 2000, dtype=torch.int64)
+    pooled = POOLINGS[pooling](states.half(), mask, None)
+    assert pooled.dtype == torch.float16
+    torch.testing.assert_close(pooled.float(), POOLINGS[pooling](states, mask, None), rtol=1e-3, atol=0.0)
+
+
 # Attention
 
 
@@ -118,6 +127,16 @@ def test_only_bidirectional_words_see_what_follows(name: str, pooling: str, tmp_
         first, other = both(ids, mask), both(changed, mask)
         assert (first.last_hidden_state - other.last_hidden_state)[0].abs().amax(-1).min() > 1e-3
         torch.testing.assert_close(loaded(ids, mask).pooler_output, first.pooler_output, **EXACT)
+
+
+def test_a_window_that_the_decoder_ignores() -> None:
+    """Llama has no sliding windows, but a configuration may name one."""
+    backbone = FAMILIES["llama"].stock_config(sliding_window=3)
+    model = spread(LoTLIPTextModel(LoTLIPTextConfig(backbone_config=backbone)))
+    ids, mask = texts(9, 12)
+    with torch.no_grad():
+        pooled, with_corners = (model(ids, mask, output_corner_embeds=one).pooler_output for one in (False, True))
+    torch.testing.assert_close(with_corners, pooled, **CLOSE)
 
 
 def test_attention_that_does_not_fit_is_refused() -> None:
@@ -149,10 +168,11 @@ def prepending(layers: tuple[int, int], depth: int = 3, **config: Any) -> LoTLIP
 
 
 def placed(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texts with the placeholder 7 as their second token, and in one text a word instead."""
+    """Texts with the placeholder 7 as their second token and as a word of one text, and in one text a word instead."""
     ids, mask = texts(*lengths)
     ids[ids == 7] = 8
     ids[:-1, 1] = 7
+    ids[0, 4] = 7
     return ids, mask
 
 

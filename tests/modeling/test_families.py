@@ -276,6 +276,15 @@ def test_an_adapter_of_another_encoder(model_type: str, folders: Path, tmp_path:
     torch.testing.assert_close(answer[mask.bool()], states[mask.bool()], **CLOSE)
 
 
+def test_the_weights_of_experts_are_loaded_in_a_resumed_run() -> None:
+    """Files name each expert. The model has one weight for all."""
+    sizes = {"num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 16}
+    config = LoTLIPTextConfig(backbone_config=other_config("qwen2_moe", **sizes))
+    model, other = spread(LoTLIPTextModel(config)), LoTLIPTextModel(config)
+    other.load_state_dict(model.state_dict())
+    assert all(map(torch.equal, other.parameters(), model.parameters()))
+
+
 @pytest.mark.parametrize(
     ("model_type", "word"),
     [

@@ -25,7 +25,7 @@ from lotlip_hf import (
 )
 from lotlip_hf.conversion.clip import convert as convert_clip
 from lotlip_hf.conversion.common import load_checkpoint, local_folder
-from lotlip_hf.loading import checkpoint_name, load_model
+from lotlip_hf.loading import check_config, checkpoint_name, load_model
 
 REPO = "lotlip/tiny"
 
@@ -135,3 +135,19 @@ def test_the_folder_of_a_run_names_its_last_checkpoint(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="folder of a run.*checkpoint-100"):
         checkpoint_name(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "settings"),
+    [
+        ({"model_type": "distilbert", "n_layers": 10**7}, {}),
+        ({"model_type": "gpt2", "n_layer": 10**7}, {}),
+        ({"model_type": "albert", "num_hidden_groups": 10**7}, {}),
+        ({"model_type": "albert", "inner_group_num": 10**7}, {}),
+        ({}, {"projection": "residual_mlp", "projection_layers": 10**7}),
+    ],
+)
+def test_too_many_layers_are_refused_before_they_are_built(backbone: dict[str, Any], settings: dict[str, Any]) -> None:
+    config = LoTLIPTextConfig(backbone_config=backbone or None, **settings)
+    with pytest.raises(ValueError, match=[*backbone, *settings][-1]):
+        check_config(config, "theirs")

@@ -277,6 +277,7 @@ def module(path: Any, kind: Any = "x.Pooling") -> list[dict[str, Any]]:
         (lambda folder: write_settings(folder, {}, module("../elsewhere")), "modules.json"),
         (lambda folder: write_settings(folder, {}, module("..")), "modules.json"),
         (lambda folder: write_settings(folder, {}, module("/etc")), "modules.json"),
+        (lambda folder: write_settings(folder, {}, module("a\0b")), "modules.json"),
         (lambda folder: write_settings(folder, {}, module("1_Pooling", 3)), "modules.json"),
         (lambda folder: write_settings(folder, {}, ["x"]), "modules.json"),
         (lambda folder: write_settings(folder, {}, {"path": ""}), "modules.json"),
@@ -331,9 +332,10 @@ def test_a_prompt_that_is_not_pooled_is_said(tmp_path: Path) -> None:
 def test_damaged_dense_layers_are_named(tmp_path: Path) -> None:
     _, folder = sentence_transformer(tmp_path, Pooling(32, "mean"), dense(32, 24), dense(24, 16))
     weights = folder / "3_Dense" / "model.safetensors"
-    save_file({"linear.weight": torch.ones(16, 23)}, weights)
-    with pytest.raises(ValueError, match="3_Dense"):
-        read_sentence_folder(folder)
+    for wrong in (torch.ones(16, 23), torch.full((16, 24), torch.nan)):
+        save_file({"linear.weight": wrong}, weights)
+        with pytest.raises(ValueError, match="3_Dense"):
+            read_sentence_folder(folder)
     weights.write_bytes(weights.read_bytes()[:20])
     with pytest.raises(ValueError, match="3_Dense"):
         read_sentence_folder(folder)

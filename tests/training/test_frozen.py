@@ -232,6 +232,13 @@ def test_states_belong_to_the_tower_and_not_to_its_projection(start: Path, tmp_p
     assert not set(fingerprints()) & set(first)
     processor.image_processor.image_mean = [0.1, 0.2, 0.3]
     assert fingerprints()[0] != first[0]
+    second = fingerprints()[1]
+    for name, value in (("prompt_template", "query: {}"), ("clean_text", False), ("cleaning", "sentences")):
+        before = getattr(processor.tokenizer, name)
+        setattr(processor.tokenizer, name, value)
+        assert fingerprints()[1] != second
+        setattr(processor.tokenizer, name, before)
+    assert fingerprints()[1] == second
 
 
 DECISIONS: dict[str, tuple[dict[str, Any], set[str], str]] = {
