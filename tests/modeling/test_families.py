@@ -48,7 +48,7 @@ def tower(name: str) -> LoTLIPTextModel:
 
 
 @cache
-def scenes() -> list[dict[str, Any]]:
+def scenes() -> list[Any]:
     return [*scenes_dataset(4)]
 
 

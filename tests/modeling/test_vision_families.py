@@ -96,7 +96,7 @@ def small_dual_encoder(family: Family) -> tuple[LoTLIPModel, LoTLIPProcessor]:
 
 
 @cache
-def scenes() -> list[dict[str, Any]]:
+def scenes() -> list[Any]:
     return [*scenes_dataset(3)]
 
 
