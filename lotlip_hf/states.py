@@ -1,4 +1,4 @@
-"""Keeps the pooled states of a frozen tower, so that each image and text is computed once."""
+"""Keeps the pooled states or embeddings of a frozen tower, so that each image and text is computed once."""
 
 import logging
 import os
@@ -21,18 +21,20 @@ MEMORY = 1 << 30  # bytes of states in the memory of a process
 
 class FrozenStates:
     """
-    The pooled states of a tower, in the cache of embeddings on disk and, up to a limit, in memory. An entry belongs to
-    the weights and the configuration of the tower, the preparation of its inputs, the type of device, and the content
-    of the image or text.
+    The pooled states of a tower (before its projection) or its embeddings, in the cache of embeddings on disk and, up
+    to a limit, in memory. An entry belongs to the weights and the configuration of the tower, the preparation of its
+    inputs, the type of device, and the content of the image or text.
 
     Args:
-        encoder (`Encoder`): Encoder of a LoTLIP. The weights of the tower must not change later.
+        encoder (`Encoder`): The encoder, a LoTLIP for pooled states. The weights of the tower must not change later.
         modality (`str`): `"image"` or `"text"`.
         folder (`str` or `os.PathLike`, *optional*): Folder of the cache. Defaults to `$HF_HOME/lotlip`.
         dtype (`str`, *optional*, defaults to `"float32"`): Type of the states on disk, `"float32"` or `"bfloat16"`.
+        pooled (`bool`, *optional*, defaults to `True`): Whether to keep pooled states. Otherwise, embeddings are kept,
+            also those of other dual encoders than LoTLIP.
 
     Raises:
-        `ValueError`: If the encoder is not a LoTLIP.
+        `ValueError`: If `pooled` is set and the encoder is not a LoTLIP.
 
     Example:
 
@@ -53,12 +55,17 @@ class FrozenStates:
         modality: Modality,
         folder: str | os.PathLike | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        *,
+        pooled: bool = True,
     ) -> None:
         folder = Path(constants.HF_HOME, "lotlip") if folder is None else Path(folder)
-        made_by = f"{modality}-states-{encoder.fingerprint(modality, pooled=True)}-{encoder.device.type}"
+        kind = "states" if pooled else "embeddings"
+        made_by = f"{modality}-{kind}-{encoder.fingerprint(modality, pooled=pooled)}-{encoder.device.type}"
+        dim = encoder.pooled_dim(modality) if pooled else encoder.dim
         advice = "pass a writable folder with --cache DIR"
         self.encoder = encoder
-        self.store = EmbeddingStore(folder, made_by, encoder.pooled_dim(modality), dtype=dtype, advice=advice)
+        self.pooled = pooled
+        self.store = EmbeddingStore(folder, made_by, dim, dtype=dtype, advice=advice)
         self._has_warned = False
         self._rows: dict[str, torch.Tensor] = {}
 
@@ -99,7 +106,7 @@ class FrozenStates:
                     batch_size=batch_size,
                     progress=progress and bool(new),
                     total=len(new),
-                    pooled=True,
+                    pooled=self.pooled,
                 ):
                     if isinstance(state, ImageError):
                         count -= 1
@@ -130,7 +137,7 @@ class FrozenStates:
             missing = [key for key in new if key not in held]
             with store.adding(batch_size) as add:
                 for index, state, was_cut in self.encoder.iterate_texts(
-                    [new[key] for key in missing], batch_size=batch_size, progress=progress, pooled=True
+                    [new[key] for key in missing], batch_size=batch_size, progress=progress, pooled=self.pooled
                 ):
                     add(missing[index], state.numpy(), CUT if was_cut else WHOLE)
                     if was_cut and not self._has_warned:
@@ -146,7 +153,7 @@ class FrozenStates:
             keys (`Sequence[str]`): N keys.
 
         Returns:
-            `torch.Tensor`: States [N, hidden_size], in float32 on the CPU.
+            `torch.Tensor`: States [N, hidden_size] or embeddings [N, P], in float32 on the CPU.
 
         Raises:
             `OSError`: If a state is missing, because another process removed the file.

@@ -40,7 +40,7 @@ class Batch(ModelInputs):
     """A batch of the collator."""
 
     image_keys: list[str]  # [B], instead of `pixel_values` if `frozen` contains images
-    texts: list[list[str]]  # [B][T], instead of ids and masks if `frozen` contains texts
+    texts: list[list[str]]  # [B][T], instead of ids and masks if `frozen` contains texts, or with `return_texts`
     return_loss: bool  # `True`, so that `model(**batch)` returns a loss
     ids: list[str]  # only with `return_ids`
     counts: dict[str, int]  # only with `return_ids`
@@ -66,6 +66,7 @@ class LoTLIPCollator:
         patch_dropout (`float`, *optional*, defaults to 0.0): Fraction of the patches of an image to leave out, drawn
             at random as in FLIP.
         patch_size (`int`, *optional*): Side of the model's patches in pixels. Required with `patch_dropout`.
+        return_texts (`bool`, *optional*, defaults to `False`): Whether to add `texts` to batches, for a teacher.
         frozen (`Collection[str]`, *optional*): `"image"` for keys of images instead of pixels, `"text"` for texts
             instead of token ids. [`~lotlip_hf.training.frozen.add_states`] adds their states.
 
@@ -100,6 +101,7 @@ class LoTLIPCollator:
         patch_dropout: float = 0.0,
         patch_size: int | None = None,
         frozen: Collection[str] = (),
+        return_texts: bool = False,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f'`on_error` must be "raise" or "skip", got {on_error!r}.')
@@ -113,6 +115,7 @@ class LoTLIPCollator:
         self.patch_dropout = patch_dropout
         self.patch_size = patch_size
         self.frozen = frozen
+        self.return_texts = return_texts
         # In shared memory, so that persistent workers of a DataLoader see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._warnings = 0
@@ -188,14 +191,14 @@ class LoTLIPCollator:
             batch["image_keys"] = images
         else:
             batch |= {name: torch.cat([image[name] for image in images]) for name in images[0]}
-        if "text" in self.frozen:
-            batch["texts"] = [[drawn.short, *drawn.long] for drawn in texts]
-        else:
+        if "text" not in self.frozen:
             short = self.processor(text=[drawn.short for drawn in texts], return_tensors="pt")
             batch |= {"input_ids": short["input_ids"], "attention_mask": short["attention_mask"]}
             if any(numbers):
                 long = self.processor(text=[drawn.long for drawn in texts], return_tensors="pt")
                 batch |= {"long_input_ids": long["input_ids"], "long_attention_mask": long["attention_mask"]}
+        if "text" in self.frozen or self.return_texts:
+            batch["texts"] = [[drawn.short, *drawn.long] for drawn in texts]
         if self.patch_dropout and self.patch_size:
             batch["kept_patches"] = self._draw_patches(batch, self.patch_size, rngs)
         batch["return_loss"] = True

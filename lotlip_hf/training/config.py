@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, cast, get_type_hints
 
 import yaml
 
@@ -164,7 +164,8 @@ class TrainingConfig:
     patch_dropout: float = option("Share of image patches to drop at random", 0.0, at_least=0, below=1)
 
     terms: list[str] = option(
-        "Terms of the loss: infonce, sigmoid, primary_components. Write a weight other than 1 as in infonce:0.5",
+        "Terms of the loss: infonce, sigmoid, primary_components, and with --teacher instance, structure. Write a "
+        "weight other than 1 as in infonce:0.5",
         default_factory=lambda: ["infonce"],
         group="Objective",
         metavar="TERM",
@@ -174,6 +175,11 @@ class TrainingConfig:
         "the model's configuration)",
         default_factory=list,
         metavar="NAME=VALUE",
+    )
+    teacher: str | None = option(
+        "Checkpoint folder or Hub id of a frozen dual encoder, such as CLIP, whose embeddings of the texts are the "
+        "targets of the terms instance and structure (default: none)",
+        None,
     )
 
     batch_size: int = option("Images per batch and process", 64, at_least=1, group="Batches")
@@ -256,7 +262,14 @@ class TrainingConfig:
         self.draw()
         from .terms import make_terms  # slow: imports torch
 
-        make_terms(self.terms, self.term_options)
+        terms, _ = make_terms(self.terms, self.term_options)
+        taught = [
+            name for name, term in terms.items() if any(need.startswith("teacher_") for need in cast(Any, term).needs)
+        ]
+        if taught and self.teacher is None:
+            raise ValueError(f"`terms` {', '.join(taught)} needs `teacher`. Set it to a dual encoder.")
+        if self.teacher is not None and not taught:
+            raise ValueError("`teacher` needs a term that uses it, such as instance. Add one to `terms`.")
 
     def draw(self) -> Draw:
         """Returns the strategy that draws the texts of a step, with its options."""

@@ -163,7 +163,7 @@ def add_states(batch: Batch, states: Mapping[str, FrozenStates]) -> Batch:
     added: dict[str, Any] = {}
     if "image_keys" in batch:
         added["image_states"] = states["image"].read(batch["image_keys"])
-    if "texts" in batch:
+    if "text" in states and "texts" in batch:
         texts = batch["texts"]
         keys = states["text"].fill_texts(text for row in texts for text in row)
         added["text_states"] = states["text"].read(keys).unflatten(0, (len(texts), -1))

@@ -36,6 +36,7 @@ from .model import prepare_model
 from .objective import batch_loss, clamp_logit_scale, make_objective
 from .optim import freeze, make_optimizer, set_training_mode
 from .signals import Interrupted, noted_signals
+from .teachers import Teacher, add_teacher
 from .tracking import Meter, Tracking
 from .validation import validate
 
@@ -155,6 +156,7 @@ class _Run:
         self.counts: Counter[str] = Counter()
         self.meter = Meter()
         self.checkpoint = prepare_folder(config, accelerator)
+        self.teacher = None if config.teacher is None else Teacher(config, model.config, accelerator.device)
 
         set_seed(config.seed, device_specific=True)
         self.objective = make_objective(config, model.config).to(accelerator.device)
@@ -185,6 +187,7 @@ class _Run:
             patch_dropout=config.patch_dropout,
             patch_size=getattr(model.config.vision_config, "patch_size", None),
             frozen=self.frozen,
+            return_texts=self.teacher is not None,
         )
         if self.checkpoint is not None:
             self._load(self.checkpoint)
@@ -254,6 +257,7 @@ class _Run:
         try:
             for _ in range(self.config.gradient_accumulation_steps):
                 epoch, next_batch, batch = next(batches)
+                batch = add_teacher(batch, self.teacher, self.objective.needs)
                 taken.append(add_states(batch, self.frozen))
         except Exception as caught:  # a data set may raise an exception of any class
             error = caught

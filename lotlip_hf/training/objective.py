@@ -17,6 +17,8 @@ from .config import TrainingConfig
 from .terms import make_terms
 from .terms.views import Views
 
+IMAGE_INPUTS = {"pixel_values", "pixel_attention_mask", "spatial_shapes", "kept_patches", "image_states"}
+
 
 class Objective(nn.Module):
     """
@@ -124,6 +126,8 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     inputs = {name: tensors[name] for name in ModelInputs.__annotations__ if name in tensors}
+    if "image_embeds" not in needs:
+        inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
     # Short texts need no corner tokens, not even in training mode.
     has_corners = "corner_embeds" in needs and "long_input_ids" in inputs
     outputs = model(**inputs, return_loss=False, output_corner_embeds=has_corners, pooled_only=True)

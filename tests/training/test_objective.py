@@ -20,13 +20,16 @@ from transformers import BertConfig, ViTConfig
 
 import tiny
 from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig, LoTLIPVisionConfig
+from lotlip_hf.data.collator import ModelInputs
 from lotlip_hf.distributed import rank
 from lotlip_hf.training.grad_cache import cached_backward
 from lotlip_hf.training.objective import Objective, batch_loss, embed
 from lotlip_hf.training.terms import TERMS, pairs
 from lotlip_hf.training.terms.infonce import InfoNCE
+from lotlip_hf.training.terms.instance import Instance
 from lotlip_hf.training.terms.primary_components import primary_components
 from lotlip_hf.training.terms.sigmoid import Sigmoid
+from lotlip_hf.training.terms.structure import Structure
 from processes import run_processes
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -38,16 +41,21 @@ OBJECTIVES: list[dict[str, dict[str, Any]]] = [
     {"infonce": {"label_smoothing": 0.1}},
     {"primary_components": {"num_components": 2, "label_smoothing": 0.2}},
     {"sigmoid": {}},
+    {"instance": {}, "structure": {}},
+    {"infonce": {}, "structure": {"distance": "squared"}},
     {"infonce": {}, "guess": {}, "sigmoid": {}},
 ]
 TILE_SIZES = (3, 100)  # the one divides no batch here, the other holds each of them
-FACTORS = {"guess": 0.5}  # of the terms
+FACTORS = {"guess": 0.5, "structure": 2.0}  # of the terms
 
 
 def make(terms: dict[str, dict[str, Any]]) -> Objective:
     torch.manual_seed(5)
     known = {**TERMS, "guess": Guess}
-    made = {name: known[name](**({} if name == "guess" else WEIGHTS), **options) for name, options in terms.items()}
+    made = {
+        name: known[name](**(WEIGHTS if issubclass(known[name], pairs.Pairs) else {}), **options)
+        for name, options in terms.items()
+    }
     return Objective(made, {name: FACTORS.get(name, 1.0) for name in terms})
 
 
@@ -64,7 +72,7 @@ class Towers(nn.Module):
         self.image_map, self.text_map = nn.Parameter(random(6, 5)), nn.Parameter(random(7, 5))
         self.logit_scale = nn.Parameter(torch.tensor(2.0))
         self.images, self.texts, self.corners = random(13, 6), random(13, 3, 7), random(13, 2, 2, 7)
-        self.tags = torch.arange(13) % 4
+        self.tags, self.targets = torch.arange(13) % 4, F.normalize(random(13, 3, 5), dim=-1)
 
     def forward(self, samples: slice = slice(None)) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         embeds = {
@@ -72,6 +80,7 @@ class Towers(nn.Module):
             "text_embeds": F.normalize(self.texts[samples] @ self.text_map, dim=-1),
             "corner_embeds": F.normalize(self.corners[samples] @ self.text_map, dim=-1),
             "tags": self.tags[samples],
+            "teacher_text_embeds": self.targets[samples],
         }
         return embeds, self.logit_scale.exp()
 
@@ -80,6 +89,16 @@ def sigmoid_loss(logits: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """SigLIP's, as its paper writes it."""
     labels = 2 * torch.eye(len(logits)) - 1
     return -F.logsigmoid(labels * (logits + bias)).sum() / len(logits)
+
+
+def instance(texts: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """ProCLIP's instance loss of the short texts, and of the long ones."""
+    return sum(F.mse_loss(*pair, reduction="sum") for pair in zip(texts.unbind(1), teacher.unbind(1), strict=True))
+
+
+def structure(texts: torch.Tensor, teacher: torch.Tensor, loss: Any = F.smooth_l1_loss) -> torch.Tensor:
+    """ProCLIP's structure loss, of the short texts."""
+    return loss(torch.pdist(texts[:, 0]), torch.pdist(teacher[:, 0]), reduction="sum")
 
 
 def plain_loss(
@@ -94,6 +113,10 @@ def plain_loss(
             guesses = term.map(embeds["image_embeds"] - embeds["image_embeds"].mean(0))
             distances = (guesses - texts[:, 0]).square().sum(1)
             losses["loss_guess"] = FACTORS["guess"] * (embeds["tags"] * distances).mean()
+            continue
+        if isinstance(term, Instance | Structure):
+            plain = instance if isinstance(term, Instance) else partial(structure, loss=term.loss)
+            losses[f"loss_{name}"] = FACTORS.get(name, 1.0) * plain(texts, embeds["teacher_text_embeds"]) / len(texts)
             continue
         each = []
         for number, text in enumerate(torch.cat(features, dim=1).unbind(1)):
@@ -278,15 +301,21 @@ def tiny_batch(batch_size: int) -> dict[str, Any]:
     batch = {"input_ids": tiny.input_ids(batch_size, 5), "long_input_ids": tiny.input_ids(batch_size, 2, 8)}
     masks = {name.replace("input_ids", "attention_mask"): torch.ones_like(ids) for name, ids in batch.items()}
     batch |= masks | {"pixel_values": tiny.pixel_values(batch_size)}
-    tags = torch.arange(batch_size) % 3 + 1  # which no model takes
-    return {**batch, "tags": tags, "ids": [str(i) for i in range(batch_size)], "return_loss": True}
+    others = {"tags": torch.arange(batch_size) % 3 + 1}  # which no model takes
+    others["teacher_text_embeds"] = F.normalize(torch.randn(batch_size, 3, 24), dim=-1)
+    return {**batch, **others, "ids": [str(i) for i in range(batch_size)], "return_loss": True}
 
 
 def part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     return {name: value if name == "return_loss" else value[start:stop] for name, value in batch.items()}
 
 
-CACHED = [{"infonce": {"label_smoothing": 0.1}}, {"sigmoid": {}}, {"infonce": {}, "guess": {"projection_dim": 24}}]
+CACHED = [
+    {"infonce": {"label_smoothing": 0.1}},
+    {"sigmoid": {}},
+    {"infonce": {}, "guess": {"projection_dim": 24}},
+    {"instance": {}, "structure": {}},
+]
 
 
 def chunked_plain(
@@ -338,7 +367,9 @@ def test_a_batch_with_and_without_long_texts() -> None:
     assert long["text_embeds"].shape == (3, 3, 24)
     assert long["corner_embeds"].shape == (3, 2, 2, 24)
     torch.testing.assert_close(long["text_embeds"][:, :1], short["text_embeds"], **TOLERANCE)
-    loss = model(**{name: value for name, value in batch.items() if name not in ("ids", "tags")}).loss
+    loss = model(
+        **{name: value for name, value in batch.items() if name in ModelInputs.__annotations__}, return_loss=True
+    ).loss
     answer = batch_loss(model, batch, Objective({"infonce": InfoNCE()}))["loss"]
     torch.testing.assert_close(answer, loss, **TOLERANCE)
 
@@ -350,6 +381,7 @@ def test_the_model_computes_what_is_needed() -> None:
     embeds = embed(model, batch, {"text_embeds", "tags", "corner_embeds"})
     assert embeds.keys() == {"text_embeds", "tags", "corner_embeds"}
     assert embed(model, batch, {"image_embeds"}).keys() == {"image_embeds"}
+    assert ["pixel_values" in each for each in asked] == [False, True]
     assert [each["output_corner_embeds"] for each in asked] == [True, False]
     assert all(each["pooled_only"] and "tags" not in each and not each["return_loss"] for each in asked)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModel, BertTokenizer, ViTImageProcessorPil
 
+import tiny_clip
 import tiny_tokenizers
 from lotlip_hf import LoTLIPModel
 from lotlip_hf.cli import main as lotlip
@@ -63,6 +64,9 @@ def test_a_recipe_trains_two_steps(recipe: Path, tmp_path: Path, golden: Path) -
     config = parse_arguments(["--config", str(recipe), "--data", "scenes"])
     towers = save_towers(tmp_path, golden, *TOWERS[recipe.stem])
     changed = ["--mixed-precision", "no", "--max-steps", "2", "--log-steps", "1", "--cache", str(tmp_path / "cache")]
+    if config.teacher is not None:
+        tiny_clip.save_clip(tmp_path / "teacher")
+        changed += ["--teacher", str(tmp_path / "teacher"), "--projection-dim", str(tiny_clip.PROJECTION_DIM)]
     if config.grad_cache_chunk is not None:
         changed += ["--grad-cache-chunk", "2"]
     data = ["--data", "scenes", "--num-scenes", "8", "--output", str(tmp_path / "run")]

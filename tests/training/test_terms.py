@@ -1,8 +1,11 @@
 """The terms of the objective against naive formulations, and the options that choose them."""
 
+from typing import Literal
+
 import pytest
 import torch
 from test_new_term import Guess
+from torch import nn
 from torch.nn import functional as F
 
 from lotlip_hf import LoTLIPConfig
@@ -10,7 +13,10 @@ from lotlip_hf.training.config import parse_arguments
 from lotlip_hf.training.objective import Objective, make_objective
 from lotlip_hf.training.terms import TERMS
 from lotlip_hf.training.terms.infonce import InfoNCE
+from lotlip_hf.training.terms.instance import Instance
 from lotlip_hf.training.terms.primary_components import PrimaryComponents, primary_components
+from lotlip_hf.training.terms.structure import Structure
+from lotlip_hf.training.terms.views import Views
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 
@@ -49,6 +55,54 @@ def test_components_of_equal_images_have_a_gradient() -> None:
     images = torch.ones(4, 8, requires_grad=True)
     primary_components(images, 2).sum().backward()
     assert images.grad.isfinite().all()
+
+
+# Terms with a teacher
+
+TAUGHT = {"instance": Instance(), "structure": Structure(), "squared": Structure("squared")}
+
+
+def with_teacher(term: nn.Module, texts: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return term(Views({"text_embeds": texts, "teacher_text_embeds": teacher}, torch.tensor(1.0)))
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_term_with_a_teacher(name: str) -> None:
+    """By hand; ProCLIP's functions are these sums over the batch. It is 0 for a student that equals its teacher."""
+    torch.manual_seed(0)
+    texts, teacher = embeddings(6, 2, 5).double().requires_grad_(), embeddings(6, 2, 5).double()
+    if name == "instance":
+        expected = ((texts - teacher) ** 2).sum()
+    else:
+        differences = [
+            (texts[i, 0] - texts[j, 0]).norm() - (teacher[i, 0] - teacher[j, 0]).norm()
+            for i in range(6)
+            for j in range(i)
+        ]
+        halves = [each.square() / 2 if each.abs() < 1 else each.abs() - 0.5 for each in differences]
+        expected = torch.stack(halves if name == "structure" else differences)
+        expected = expected.sum() if name == "structure" else expected.square().sum()
+    torch.testing.assert_close(with_teacher(TAUGHT[name], texts, teacher), expected / 6, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda student: with_teacher(TAUGHT[name], student, teacher), texts)
+    assert with_teacher(TAUGHT[name], teacher, teacher) == 0
+
+
+@pytest.mark.parametrize("distance", ["smooth_l1", "squared"])
+def test_the_structure_is_unchanged_by_a_rotation(distance: Literal["smooth_l1", "squared"]) -> None:
+    torch.manual_seed(0)
+    texts, teacher = embeddings(6, 2, 5), embeddings(6, 2, 5)
+    rotation = torch.linalg.qr(torch.randn(5, 5)).Q
+    term = Structure(distance)
+    expected = with_teacher(term, texts, teacher)
+    torch.testing.assert_close(with_teacher(term, texts @ rotation, teacher), expected, **TOLERANCE)
+    assert with_teacher(term, teacher @ rotation, teacher) < 1e-6
+    assert with_teacher(Instance(), teacher @ rotation, teacher) > 0.1
+
+
+def test_equal_texts_have_a_gradient() -> None:
+    texts = embeddings(1, 2, 5).expand(4, 2, 5).clone().requires_grad_()
+    with_teacher(Structure(), texts, embeddings(4, 2, 5)).backward()
+    assert texts.grad.isfinite().all()
 
 
 # Options
@@ -94,6 +148,12 @@ def test_terms_have_weights_options_and_the_models_defaults(monkeypatch: pytest.
         (
             ["--terms", "primary_components", "--term-options", "primary_components.num_components=0"],
             ["num_components"],
+        ),
+        (["--terms", "instance"], ["`terms`", "instance", "`teacher`"]),
+        (["--terms", "infonce", "instance:0", "--teacher", "clip"], ["`teacher`", "term"]),
+        (
+            ["--terms", "structure", "--teacher", "clip", "--term-options", "structure.distance=cubed"],
+            ["`term_options", "structure.distance", "smooth_l1"],
         ),
         (["--loss", "infonce"], ["--loss", "--terms sigmoid", "infonce"]),
         (["--num-primary-components", "32"], ["--terms primary_components"]),

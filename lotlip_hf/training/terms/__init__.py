@@ -9,13 +9,17 @@ from torch import nn
 from ... import options
 from ...modeling.configuration_lotlip import LoTLIPConfig
 from .infonce import InfoNCE
+from .instance import Instance
 from .primary_components import PrimaryComponents
 from .sigmoid import Sigmoid
+from .structure import Structure
 
 TERMS: dict[str, type[nn.Module]] = {
     "infonce": InfoNCE,
     "sigmoid": Sigmoid,
     "primary_components": PrimaryComponents,
+    "instance": Instance,
+    "structure": Structure,
 }
 # Options of terms that default to the field with the same name in the model's configuration.
 MODEL_DEFAULTS = ("projection_dim", "short_loss_weight", "long_loss_weight")

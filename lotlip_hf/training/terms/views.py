@@ -18,6 +18,7 @@ class Views(dict[str, torch.Tensor]):
 
     Attributes:
         own (`slice`): The samples of this process within the samples of all processes.
+        num_samples (`int`): Number of samples of all processes.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], logit_scale: torch.Tensor) -> None:
@@ -25,6 +26,7 @@ class Views(dict[str, torch.Tensor]):
         self.logit_scale = logit_scale
         self._tensors, self._all = tensors, dict[str, torch.Tensor]()
         self._sizes = all_sizes(next(iter(tensors.values())))
+        self.num_samples = sum(self._sizes)
         start = sum(self._sizes[: rank()])
         self.own = slice(start, start + self._sizes[rank()])
 
