@@ -72,6 +72,7 @@ from lotlip_hf.modeling.calls_lotlip import free_of_calls
 from lotlip_hf.modeling.projection_lotlip import ResidualMLP
 from lotlip_hf.modeling.tokenization_lotlip import CLOSE, OPEN
 from lotlip_hf.options import Parser
+from lotlip_hf.sentence_folder import POOLINGS as POOLINGS_OF_SENTENCES
 from lotlip_hf.terminal import run
 
 from .common import (
@@ -88,15 +89,6 @@ from .common import (
 # Largest accepted difference between features before and after the export, relative to a feature's norm.
 TOLERANCE = 1e-6
 TOWERS = {"text": LoTLIPTextModelWithProjection, "vision": LoTLIPVisionModelWithProjection}
-# Pooling -> its name in sentence-transformers. "pooler" adds a dense layer.
-SENTENCE_POOLINGS = {
-    "pooler": "cls_token",
-    "cls": "cls_token",
-    "mean": "mean_tokens",
-    "weighted_mean": "weightedmean_tokens",
-    "last": "lasttoken",
-}
-SENTENCE_MODES = tuple(dict.fromkeys(SENTENCE_POOLINGS.values()))
 
 
 @dataclass(frozen=True)
@@ -391,7 +383,8 @@ def _write_modules(folder: Path, lotlip: LoTLIPTextModel | LoTLIPTextModelWithPr
     """Adds the files with which `SentenceTransformer(folder)` pools, projects and normalises."""
     config: LoTLIPTextConfig = lotlip.config
     settings: dict[str, Any] = {"sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False}}
-    pooling = {f"pooling_mode_{name}": name == SENTENCE_POOLINGS[config.pooling] for name in SENTENCE_MODES}
+    own = "cls" if config.pooling == "pooler" else config.pooling  # "pooler" adds a dense layer
+    pooling = {switch: name == own for switch, name in POOLINGS_OF_SENTENCES.values()}
     settings["1_Pooling/config.json"] = {"word_embedding_dimension": config.hidden_size, **pooling}
     layers = []
     if config.pooling == "pooler":

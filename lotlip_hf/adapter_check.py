@@ -1,4 +1,4 @@
-"""Checks an adapter that was made from the signature of an encoder of transformers."""
+"""Checks text towers whose adapter was made from the signature of their encoder's class in transformers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ def check_adapter(tower: LoTLIPTextModel) -> None:
     with _evaluation(tower):
         try:
             reason = _failure(tower)
-        except Exception as error:  # any error of an encoder that was not written for these inputs
+        except Exception as error:  # encoders raise any class of error for inputs that they do not support
             message = str(error).strip().partition("\n")[0]
             raise ValueError(_refusal(model_type, f"it raises {type(error).__name__}: {message}")) from error
     if reason is not None:
@@ -45,7 +45,7 @@ def _refusal(model_type: str, reason: str) -> str:
 
 
 def _failure(tower: LoTLIPTextModel) -> str | None:
-    """The first check that fails."""
+    """Reason of the first check that fails, or `None`."""
     generator = torch.Generator().manual_seed(0)
     backbone, width = tower.backbone, tower.config.hidden_size
     size = (len(LENGTHS), max(LENGTHS))

@@ -386,7 +386,8 @@ class Encoder:
         Raises:
             `ValueError`: If the model is not a LoTLIP.
         """
-        return self._lotlip_engine().pooled_dim(modality)
+        config = self._lotlip_engine().model.config
+        return (config.text_config if modality == "text" else config.vision_config).hidden_size
 
     def _lotlip_engine(self) -> TorchEngine:
         if not isinstance(self.engine, TorchEngine) or not isinstance(self.engine.model, LoTLIPModel):
@@ -484,9 +485,10 @@ def load_encoder(
         return Encoder.from_engine(load_open_clip(name, device, dtype))
     if revision is None and is_onnx(name):
         return Encoder.from_engine(load_onnx(name, device, dtype))
-    encoder = Encoder(*load_model(name, device=device, dtype=dtype, revision=revision))
-    if isinstance(encoder.engine, TorchEngine) and encoder.max_text_length > FULL_LENGTH:
-        skip_padding(encoder.engine.model)
+    model, processor = load_model(name, device=device, dtype=dtype, revision=revision)
+    encoder = Encoder(model, processor)
+    if encoder.max_text_length > FULL_LENGTH:
+        skip_padding(model)
     return encoder
 
 

@@ -41,7 +41,7 @@ class SentenceFolder:
         prompt (`str`): Text before each text, empty without a default prompt.
         max_length (`int`, *optional*): Maximum length in tokens, if it is not that of the tokenizer.
         dense (`Tensor`, *optional*): Matrix [D, hidden_size] of the linear layers after pooling.
-        left_out (`tuple[str, ...]`): What a new model cannot take, as sentences.
+        left_out (`tuple[str, ...]`): Settings that a new model cannot have, each with the reason.
     """
 
     source: str
@@ -122,7 +122,7 @@ def _pooling_of(source: str, folder: str) -> tuple[tuple[str, ...], bool]:
     name = os.path.join(folder, "config.json")
     config = _read_json(source, name)
     if not config:
-        raise FileError(os.path.join(source, name), "missing or empty, but modules.json names it")
+        raise FileError(os.path.join(source, name), "the file is missing or empty, but modules.json names it")
     modes = config.get("pooling_mode") or [mode for mode, (switch, _) in POOLINGS.items() if config.get(switch)]
     modes = tuple(modes if isinstance(modes, list) else [modes]) or ("mean",)
     if not all(isinstance(mode, str) and mode in POOLINGS for mode in modes):
@@ -131,7 +131,7 @@ def _pooling_of(source: str, folder: str) -> tuple[tuple[str, ...], bool]:
 
 
 def _read_dense(source: str, folders: list[str]) -> tuple[Tensor | None, list[str]]:
-    """The product of the matrices of dense modules, and the modules that are no matrices."""
+    """The product of the matrices of dense modules, and the modules that are not matrices."""
     product, left_out = None, []
     for folder in folders:
         config = _read_json(source, os.path.join(folder, "config.json"))

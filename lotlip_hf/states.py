@@ -1,4 +1,4 @@
-"""The pooled states or embeddings of a frozen tower: computed once for each image or text, and kept."""
+"""Keeps the pooled states or embeddings of a frozen tower, so that each image and text is computed once."""
 
 import logging
 import os
@@ -173,5 +173,5 @@ class FrozenStates:
 
 
 def _parts(keys: list[str]) -> list[list[str]]:
-    """Divides keys into parts that the store looks up one by one, without reading all entries."""
+    """Divides keys into parts of a size that the store looks up without reading all entries."""
     return [keys[start : start + LOOKED_UP] for start in range(0, len(keys), LOOKED_UP)]

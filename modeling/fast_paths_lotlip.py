@@ -63,9 +63,8 @@ class Row:
 
     def mask_corners(self, is_text: Tensor, seen: Tensor, num_corners: int) -> None:
         """Makes the masks of the corner tokens, which see the words `seen` [N, L] of the text `is_text` [N, L]."""
-        own = torch.eye(num_corners, dtype=torch.bool, device=seen.device)
         seen, is_text = seen & is_text.bool(), is_text.bool()
-        of_corners = torch.cat([_repeat(seen, num_corners), own.expand(len(seen), -1, -1)], dim=-1)
+        of_corners = _corners_see(seen, num_corners)
         of_pooled = nn.functional.pad(is_text, (0, num_corners)).unsqueeze(1)
         self.pooled_mask = torch.cat([of_pooled, of_corners], dim=1).unsqueeze(1)
         first = 0
@@ -74,13 +73,13 @@ class Row:
             first += group.num_texts
             words = torch.zeros_like(group.is_word)
             words[group.is_word] = seen[texts][is_text[texts]]
-            mask = torch.cat([_repeat(words, num_corners), own.expand(len(words), -1, -1)], dim=-1)
-            group.corner_mask = mask.unsqueeze(1)
+            group.corner_mask = _corners_see(words, num_corners).unsqueeze(1)
 
 
-def _repeat(states: Tensor, times: int) -> Tensor:
-    """[N, L] -> [N, times, L]"""
-    return states.unsqueeze(1).expand(-1, times, -1)
+def _corners_see(words: Tensor, num_corners: int) -> Tensor:
+    """The mask [N, m, L + m] of corner tokens, which see `words` [N, L] and themselves."""
+    own = torch.eye(num_corners, dtype=torch.bool, device=words.device).expand(len(words), -1, -1)
+    return torch.cat([words.unsqueeze(1).expand(-1, num_corners, -1), own], dim=-1)
 
 
 def make_row(is_text: Tensor, num_corners: int) -> Row:
@@ -146,7 +145,8 @@ def unpadded_attention(
 ) -> tuple[Tensor, None]:
     """
     `sdpa` for the tokens [1, heads, total, head_dim] of a `row`, by groups of texts of similar length. Words need no
-    mask except for padding in a group, and in sliding windows the `attention_mask` of [`window_mask`].
+    mask except for padding in a group, and in sliding windows the `attention_mask` for blocks of queries, which
+    `create_corner_mask` returns.
     """
     row: Row | None = kwargs.pop("row", None)
     if row is None or attention_mask is None:

@@ -323,8 +323,8 @@ class LoTLIPVisionModel(_LoTLIPTower):
             spatial_shapes (`torch.Tensor`, *optional*): For SigLIP 2 NaFlex: height and width of each image in
                 patches, [B, 2].
         """
-        family, others = self.config.family, {}
-        others.update(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
+        family = self.config.family
+        others = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
         inputs = family.inputs(self.backbone, pixel_values, interpolate_pos_encoding, **others)
         options = self._options(kwargs)
         pooled_only = pooled_only and self._can_pool_only(options)

@@ -1,5 +1,5 @@
 """
-Token prepending (https://arxiv.org/abs/2412.11556): in a range of decoder layers, a placeholder in front of the text
+Token prepending (https://arxiv.org/abs/2412.11556): in a range of decoder layers, a placeholder before the text
 starts from the last token's state, so that causal words see a summary of the whole text.
 """
 

@@ -2,11 +2,12 @@
 
 import copy
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -207,6 +208,15 @@ FAMILIES |= {
     )
     for row in DECODERS
 }
+
+
+QUICK = ("bert", "roberta", "mpnet", "albert", "modernbert", "deberta-v2", "t5", "llama", "mistral", "qwen2")
+QUICK += ("gemma3_text", "gemma3_text, bidirectional")
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test. Only one family of each kind is in the quick tests."""
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
 def texts(*lengths: int, width: int | None = None, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,15 +32,15 @@ class ModelInputs(TypedDict):
     long_input_ids: torch.Tensor  # [B, T - 1, L'], long texts, missing if T = 1
     long_attention_mask: torch.Tensor  # [B, T - 1, L']
     kept_patches: torch.Tensor  # [B, K], indices of the image patches to embed, only with `patch_dropout`
-    image_states: torch.Tensor  # [B, hidden_size], in place of `pixel_values`
-    text_states: torch.Tensor  # [B, T, hidden_size], in place of ids and masks
+    image_states: torch.Tensor  # [B, hidden_size], instead of `pixel_values`
+    text_states: torch.Tensor  # [B, T, hidden_size], instead of ids and masks
 
 
 class Batch(ModelInputs):
     """A batch of the collator."""
 
-    image_keys: list[str]  # [B], in place of `pixel_values` if `frozen` has images
-    texts: list[list[str]]  # [B][T], in place of ids and masks if `frozen` has texts, or with `return_texts`
+    image_keys: list[str]  # [B], instead of `pixel_values` if `frozen` contains images
+    texts: list[list[str]]  # [B][T], instead of ids and masks if `frozen` contains texts, or with `return_texts`
     return_loss: bool  # `True`, so that `model(**batch)` returns a loss
     ids: list[str]  # only with `return_ids`
     counts: dict[str, int]  # only with `return_ids`
@@ -67,8 +67,8 @@ class LoTLIPCollator:
             at random as in FLIP.
         patch_size (`int`, *optional*): Side of the model's patches in pixels. Required with `patch_dropout`.
         return_texts (`bool`, *optional*, defaults to `False`): Whether to add `texts` to batches, for a teacher.
-        frozen (`Collection[str]`, *optional*): `"image"` or `"text"` if a batch gets states instead of pixels or token
-            ids, see `lotlip_hf.training.states`.
+        frozen (`Collection[str]`, *optional*): `"image"` for keys of images instead of pixels, `"text"` for texts
+            instead of token ids. [`~lotlip_hf.training.frozen.add_states`] adds their states.
 
     Raises:
         `ValueError`: If an option is out of range.

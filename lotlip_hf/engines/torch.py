@@ -126,11 +126,6 @@ class TorchEngine:
         """Computes features [B, P] of images."""
         return self._features(self.model.get_image_features, inputs)
 
-    def pooled_dim(self, modality: Modality) -> int:
-        """Number of dimensions of `pooled_states`."""
-        config = self.model.config.text_config if modality == "text" else self.model.config.vision_config
-        return config.hidden_size
-
     def pooled_states(self, modality: Modality, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Computes the pooled states [B, hidden_size] of a LoTLIP tower, before its projection."""
         return self._features(self.model.text_model if modality == "text" else self.model.vision_model, inputs)

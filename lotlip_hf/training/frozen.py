@@ -21,19 +21,10 @@ from ..terminal import progress_bar
 from .config import TrainingConfig
 
 
-def locked_towers(
+def _locked_towers(
     model: LoTLIPModel, records: Dataset | IterableDataset, config: TrainingConfig, accelerator: Accelerator
 ) -> dict[Modality, str]:
-    """
-    Returns the locked towers of a run by modality. The value is empty if the states of the tower are computed once,
-    and otherwise the reason why it is computed in every step.
-
-    Args:
-        model (`LoTLIPModel`): The model, after [`~lotlip_hf.training.optim.freeze`].
-        records (`Dataset` or `IterableDataset`): Training records.
-        config (`TrainingConfig`): Options of the run.
-        accelerator (`Accelerator`): The processes.
-    """
+    """Locked towers, with the reason why a tower is computed in every step, or `""` if it is computed once."""
     towers: dict[Modality, str] = {}
     if config.lock_vision and not config.unlocked_vision_layers:
         towers["image"] = ""
@@ -58,11 +49,18 @@ def frozen_states(
     accelerator: Accelerator,
 ) -> dict[str, FrozenStates]:
     """
-    Returns the states of the towers that a run computes once, by modality, see [`locked_towers`]. Prints the file that
-    keeps them, and why other locked towers are computed in every step. Moves the model to the device.
+    Returns the states of the towers that a run computes once, by modality. Prints the file that keeps them, and the
+    reason why another locked tower is computed in every step. Moves the model to the device.
+
+    Args:
+        model (`LoTLIPModel`): The model, after [`~lotlip_hf.training.optim.freeze`].
+        processor (`LoTLIPProcessor`): The processor of the model.
+        records (`Dataset` or `IterableDataset`): Training records.
+        config (`TrainingConfig`): Options of the run.
+        accelerator (`Accelerator`): The processes.
     """
     states: dict[str, FrozenStates] = {}
-    for modality, reason in locked_towers(model, records, config, accelerator).items():
+    for modality, reason in _locked_towers(model, records, config, accelerator).items():
         if reason:
             accelerator.print(f"The frozen {modality} tower is computed in every step, because {reason}.")
             continue
@@ -105,7 +103,7 @@ def fill_images(
     num_records: int | None = None,
 ) -> KeyedRecords:
     """
-    Computes the states of all images of a data set that the cache lacks. The processes share the work.
+    Computes the states of the images that the cache lacks. The processes share the work.
 
     Args:
         records (`Dataset`): The records.

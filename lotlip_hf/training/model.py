@@ -153,7 +153,7 @@ def append_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def describe_text(model: LoTLIPModel, processor: LoTLIPProcessor) -> str:
-    """Describes in a line what a new model takes from its text encoder."""
+    """Describes in a line the settings that a new model takes from its text encoder."""
     parts = [f"pooling {model.config.text_config.pooling!r}"]
     template = getattr(processor.tokenizer, "prompt_template", "{}")
     parts.append("no prompt" if template == "{}" else f"prompt {template!r}")

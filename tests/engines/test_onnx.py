@@ -282,10 +282,8 @@ def test_every_backbone(tmp_path: Path, text: str, vision: str, opset: int) -> N
 @pytest.mark.parametrize(
     ("name", "fields", "quantize"),
     [
-        ("distilbert", {}, None),
         ("mpnet", {}, None),
         ("modernbert", {"projection": "residual_mlp", "projection_layers": 1, "pooling": "mean"}, "int8"),
-        ("eurobert", {}, None),
         ("deberta-v2", {}, None),
         ("t5", {}, None),
         ("qwen3", {"pooling": "weighted_mean"}, "int8"),

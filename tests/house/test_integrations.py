@@ -519,8 +519,10 @@ def test_example_in_two_processes_is_that_in_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS + MODERN)
-@pytest.mark.parametrize("towers", ["text", "vision", "both"])
+@pytest.mark.parametrize(
+    ("kind", "towers"),
+    [(kind, towers) for kind in KINDS for towers in ("text", "vision", "both")] + [(kind, "both") for kind in MODERN],
+)
 def test_lora_on_either_tower(kind: str, towers: str, tmp_path: Path) -> None:
     start = random_checkpoint(tmp_path / "start", kind)
     prefixes = {"text": "text_model", "vision": "vision_model", "both": ("text_model", "vision_model")}

@@ -385,8 +385,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize(("name", "attention"), [("llama", "causal"), ("qwen3", "bidirectional")])
 def test_lotlip_train_starts_from_a_decoder(name: str, attention: str, encoders: Path, tmp_path: Path) -> None:
     """The run's model has the attention, the template and the end token; texts of any padding get its features."""
     flags = "--data scenes --num-scenes 8 --batch-size 4 --max-steps 2 --num-workers 0 --trackers none".split()
@@ -465,7 +464,7 @@ def test_the_example_of_lora_on_a_decoder(name: str, projections: set[str]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama"])
 def test_the_example_of_lora_runs_and_merges(name: str, encoders: Path, tmp_path: Path) -> None:
     start = {"text_model": str(encoders / name), "image_model": str(encoders / "image"), "prompt_template": "a {}"}
     model, processor = load_or_start_model(TrainingConfig(output=str(tmp_path), data="scenes", max_steps=1, **start))
@@ -481,8 +480,9 @@ def test_the_example_of_lora_runs_and_merges(name: str, encoders: Path, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("library", ["bitsandbytes-8", "bitsandbytes-4", "quanto"])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("name", "library"), [("llama", "bitsandbytes-8"), ("qwen3", "bitsandbytes-4"), ("llama", "quanto")]
+)
 def test_a_quantised_decoder_loads_and_trains_lora(name: str, library: str, tmp_path: Path) -> None:
     start = whole(name, width=64)
     start.save_pretrained(tmp_path)

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,15 @@ EXACT = {"rtol": 1e-6, "atol": 1e-6}
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 NAFLEX = next(family for family in FAMILIES if family.model_type == "siglip2_vision_model")
 
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+# Only one family of each kind is in the quick tests.
+QUICK = ("vit", "dinov3_vit", "siglip2_vision_model", "dinov3_convnext", "vit_tiny_patch16_224")
+every_family = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, id=family.name, marks=() if family.name in QUICK else pytest.mark.slow)
+        for family in FAMILIES
+    ],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +93,11 @@ def small_dual_encoder(family: Family) -> tuple[LoTLIPModel, LoTLIPProcessor]:
         text_config=small.config.text_config, vision_config=family.config(projection_dim=32), projection_dim=32
     )
     return LoTLIPModel(config), LoTLIPProcessor(family.image_processor(), processor.tokenizer)
+
+
+@cache
+def scenes() -> list[Any]:
+    return [*scenes_dataset(3)]
 
 
 @every_family
@@ -282,9 +296,11 @@ def test_loading_without_the_package(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr[-3000:]
 
 
-@every_family
-def test_two_training_steps_on_scenes(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "dinov3_vit", "siglip2_vision_model", "convnext", "vit_tiny_patch16_224"])
+def test_a_run_of_two_steps(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the command, with the family's image processor, gradient caching, dropped patches and an evaluation."""
+    (family,) = (family for family in FAMILIES if family.name == name)
     model, processor = small_dual_encoder(family)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -301,10 +317,11 @@ def test_two_training_steps_on_scenes(family: Family, tmp_path: Path, capsys: py
 
 
 @every_family
-def test_gradient_checkpointing(family: Family) -> None:
+def test_two_training_steps_on_scenes(family: Family) -> None:
+    """With gradient checkpointing, which gives the same gradients."""
     model, processor = small_dual_encoder(family)
     spread(model).train()
-    batch = LoTLIPCollator(processor)([*scenes_dataset(3)])
+    batch = LoTLIPCollator(processor)(scenes())
     objective = make_objective(TrainingConfig(data="scenes"), model.config)
     gradients = []
     for enable in (False, True):
@@ -320,6 +337,15 @@ def test_gradient_checkpointing(family: Family) -> None:
         gradients.append({name: gradient.clone() for name, gradient in found.items() if "vision" in name})
     assert len(gradients[0]) > 4
     torch.testing.assert_close(gradients[1], gradients[0], **EXACT)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = {name: tensor.clone() for name, tensor in model.vision_model.state_dict().items()}
+    for _ in range(2):
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = batch_loss(model, batch, objective)["loss"]
+        loss.backward()
+        assert torch.isfinite(loss)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in model.vision_model.state_dict().items())
 
 
 @every_family
@@ -398,12 +424,12 @@ def test_a_start_from_two_folders(name: str, tmp_path: Path) -> None:
         config["pretrained_cfg"] = {"input_size": [3, 32, 32], "crop_pct": 1.0, "crop_mode": "squash"}
         (image / "config.json").write_text(json.dumps(config))
     model, processor = load_or_start_model(TrainingConfig(text_model=str(text), image_model=str(image)))
-    batch = LoTLIPCollator(processor)([*scenes_dataset(3)])
+    batch = LoTLIPCollator(processor)(scenes())
     expected = model.eval()(**batch).loss
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     loaded, processor = load_model(tmp_path / "model", device="cpu")
-    answer = loaded(**LoTLIPCollator(processor)([*scenes_dataset(3)])).loss
+    answer = loaded(**LoTLIPCollator(processor)(scenes())).loss
     torch.testing.assert_close(answer, expected, **EXACT)
 
 
