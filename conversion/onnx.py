@@ -158,7 +158,9 @@ def convert(
     for tower in chosen:
         if configs[tower].family.no_onnx:
             encoder = configs[tower].backbone_config.model_type
-            raise ConversionError(f"{encoder} cannot be exported to ONNX: {configs[tower].family.no_onnx}.")
+            others = [f"--{name}-only" for name in configs if not configs[name].family.no_onnx]
+            advice = f" Export the other tower with {others[0]}." if others else ""
+            raise ConversionError(f"{encoder} cannot be exported to ONNX: {configs[tower].family.no_onnx}.{advice}")
     processors = _load_processors(model)
     for tokenizer in (getattr(processor, "tokenizer", processor) for processor in processors):
         if isinstance(tokenizer, PreTrainedTokenizerBase):

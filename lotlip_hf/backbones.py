@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .adapter_check import check_adapter
-from .loading import quiet
+from .loading import checkpoint_name, naming_damage, quiet
 from .modeling.backbones_lotlip import DecoderBackbone
 from .modeling.configuration_lotlip import LoTLIPConfig, LoTLIPTextConfig, LoTLIPVisionConfig
 from .modeling.modeling_lotlip import LoTLIPModel
@@ -88,10 +88,11 @@ def from_backbones(
     32
     ```
     """
+    text_backbone, vision_backbone = _backbone_config(text, "text"), _backbone_config(vision, "vision")
     folder = None if isinstance(text, PreTrainedModel) else read_sentence_folder(text)
     pooling = folder.pooling if text_pooling is None and folder is not None else text_pooling
     text_config = LoTLIPTextConfig(
-        backbone_config=_backbone_config(text, "text"),
+        backbone_config=text_backbone,
         num_corner_tokens=num_corner_tokens,
         pooling=pooling,
         attention=text_attention,
@@ -101,7 +102,7 @@ def from_backbones(
         token_prepending=token_prepending,
         placeholder_token_id=placeholder_token_id,
     )
-    vision_config = LoTLIPVisionConfig(backbone_config=_backbone_config(vision, "vision"), pooling=vision_pooling)
+    vision_config = LoTLIPVisionConfig(backbone_config=vision_backbone, pooling=vision_pooling)
     text_weights = _load_weights(text, "text", text_config)
     vision_weights = _load_weights(vision, "vision", vision_config)
     if pooling is None and text_config.pooling == "pooler" and not any(map(_is_of_pooler, text_weights)):
@@ -174,11 +175,12 @@ def _without_pooler(names: Iterable[str]) -> list[str]:
 
 def _backbone_config(source: str | Path | PreTrainedModel, tower: str) -> PreTrainedConfig:
     """Configuration of an encoder, or of a tower of a whole CLIP, without the name of its folder."""
-    config = (
-        copy.deepcopy(source.config)
-        if isinstance(source, PreTrainedModel)
-        else AutoConfig.from_pretrained(source, trust_remote_code=False)
-    )
+    if isinstance(source, PreTrainedModel):
+        config = copy.deepcopy(source.config)
+    else:
+        name = checkpoint_name(source)
+        with naming_damage(name):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     config = getattr(config, f"{tower}_config", config)
     config._name_or_path = ""
     return config

@@ -58,7 +58,10 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
         model_type = backbone["model_type"] if isinstance(backbone, dict) else backbone.model_type
         if str(model_type) not in self.families and not (self.takes_others and str(model_type) in CONFIG_MAPPING):
             supported = ", ".join(self.families)
-            raise ValueError(f"`backbone_config`: model_type {model_type!r} is not supported. Use one of {supported}.")
+            tower = "Text" if self.takes_others else "Image"
+            raise ValueError(
+                f"{tower} encoders of model_type {model_type!r} are not supported. Use one of {supported}."
+            )
         # Copy, because the config may belong to a live model whose attention implementation would be reset.
         backbone = AutoConfig.for_model(**backbone) if isinstance(backbone, dict) else copy.deepcopy(backbone)
         for name in {field.name for field in dataclasses.fields(backbone)} & kwargs.keys():
@@ -167,7 +170,8 @@ class LoTLIPTextConfig(_LoTLIPTowerConfig):
 
     def validate_attention(self) -> None:
         if self.attention is not None and not isinstance(self.family, DecoderBackbone):
-            raise ValueError(f"`attention` must be None for {self.backbone_config.model_type}, which is no decoder.")
+            name = self.backbone_config.model_type
+            raise ValueError(f"`attention={self.attention!r}` does not fit {name}, which is no decoder. Leave it out.")
         if self.attention == "causal" and not is_causal(self.backbone_config):
             raise ValueError("`attention='causal'` contradicts `use_bidirectional_attention` of the backbone.")
 

@@ -894,6 +894,9 @@ def test_from_backbones_refuses_other_encoders(tmp_path: Path) -> None:
     text, vision = stock_backbone(tiny.text_config()), stock_backbone(tiny.vision_config())
     with pytest.raises(ValueError, match="bert"):
         from_backbones(text, text)
+    for folder in (tmp_path / "nothere", "nothere/either"):
+        with pytest.raises(OSError, match="no .*folder"):
+            from_backbones(folder, vision)
     with_head = AutoModelForSequenceClassification.from_config(text.config)
     with pytest.raises(ValueError, match="BertForSequenceClassification"):
         from_backbones(with_head, vision)
