@@ -2,6 +2,7 @@
 
 import json
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -85,17 +86,19 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
 def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor]:
     number = NUM_CORNER_TOKENS if config.num_corner_tokens is None else config.num_corner_tokens
     try:
-        model = from_backbones(
-            config.text_model,
-            config.image_model,
-            number,
-            text_pooling=config.text_pooling,
-            text_attention=config.text_attention,
-            projection_dim=config.projection_dim,
-            text_projection=config.text_projection or "linear",
-            text_projection_layers=config.text_projection_layers or 4,
-            text_projection_expansion=config.text_projection_expansion or 2,
-        ).float()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)  # the GPUs draw nothing here
+            model = from_backbones(
+                config.text_model,
+                config.image_model,
+                number,
+                text_pooling=config.text_pooling,
+                text_attention=config.text_attention,
+                projection_dim=config.projection_dim,
+                text_projection=config.text_projection or "linear",
+                text_projection_layers=config.text_projection_layers or 4,
+                text_projection_expansion=config.text_projection_expansion or 2,
+            ).float()
     except StrictDataclassError as error:  # an option that does not fit the encoder
         raise ValueError(str(error.__cause__ or error)) from error
     tokenizer = _tokenizer(config, model.config.text_config)

@@ -176,6 +176,9 @@ def test_a_new_model_with_a_residual_mlp(start: Path, tmp_path: Path) -> None:
     }
     made = config(tmp_path / "run", data=str(start / "records"), cache=str(tmp_path / "cache"), max_steps=2, **options)
     new, processor = load_or_start_model(made)
+    again, _ = load_or_start_model(made)  # the seed of the run draws the new weights
+    for weight, other in zip(new.text_projection.parameters(), again.text_projection.parameters(), strict=True):
+        assert torch.equal(weight, other)
     checkpoint = train(new, processor, load_data(made)[0], made)
     loaded = AutoModel.from_pretrained(checkpoint)
     assert loaded.config.text_config.projection_layers == 2
