@@ -262,7 +262,10 @@ def corner_mask_off(model: LoTLIPModel) -> Iterator[None]:
 
     handle = model.text_model.register_forward_pre_hook(with_corners, with_kwargs=True)
     try:
-        with mock.patch.object(modeling_lotlip, "create_corner_mask", padding_mask):
+        with (
+            mock.patch.object(modeling_lotlip, "create_corner_mask", padding_mask),
+            mock.patch.object(model.config.text_config.family, "takes_rows", False),  # rows have their own mask
+        ):
             yield
     finally:
         handle.remove()

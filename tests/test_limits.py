@@ -180,7 +180,7 @@ def test_training_and_encoding_cut_at_the_same_token(
     if kept is not None:
         make_stale(Path(towers["text_model"]), kept)
     model, own = load_or_start_model(TrainingConfig(**towers, max_text_length=asked, num_corner_tokens=2))
-    longest = asked or 94
+    longest = asked or 96
     assert own.tokenizer.model_max_length == longest
     ids = trained_ids(own)
     assert ids == encode_unpadded(own.tokenizer, [LONG], max_text_length(model, own.tokenizer))[0]
@@ -199,7 +199,7 @@ def test_training_and_encoding_cut_at_the_same_token(
 
 def test_a_limit_above_the_models_is_refused(towers: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="max_text_length"):
-        load_or_start_model(TrainingConfig(**towers, max_text_length=95, num_corner_tokens=2))
+        load_or_start_model(TrainingConfig(**towers, max_text_length=97, num_corner_tokens=2))
 
 
 @pytest.mark.slow

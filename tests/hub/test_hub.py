@@ -649,7 +649,7 @@ def test_files_that_are_no_results(
         (Fault("POST", "/preupload/", Answer(503), times=99), False, False, "503"),
         (Fault("POST", "/validate-yaml", Answer(500)), False, False, "Push again"),
         (Fault("GET", "/xet-write-token/", Answer(403)), False, False, "403"),
-        (Fault("POST", "/commit/", Answer(403)), False, False, "write access"),
+        (Fault("POST", "/commit/", Answer(403), times=99), False, False, "write access"),
         (Fault("POST", "/commit/", Answer(500), times=99), None, False, f"{REPO}/commits/main"),
         (Fault("POST", "/commit/", None), None, True, f"{REPO}/commits/main"),  # the answer is lost
         (Fault("GET", "/tree/", Answer(503), times=99), True, True, f"{REPO}/commit/"),
