@@ -279,6 +279,7 @@ def test_every_backbone(tmp_path: Path, text: str, vision: str, opset: int) -> N
         assert onnx.load(tmp_path / "onnx" / tower.file).opset_import[0].version == opset
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fields", "quantize"),
     [
@@ -289,7 +290,6 @@ def test_every_backbone(tmp_path: Path, text: str, vision: str, opset: int) -> N
         ("qwen3", {"pooling": "weighted_mean"}, "int8"),
         ("llama", {"attention": "bidirectional", "pooling": "mean"}, None),
         ("llama", {"token_prepending": (1, 1), "placeholder_token_id": 7}, None),
-        ("gemma3_text, bidirectional", {}, None),
     ],
 )
 def test_families_of_text_encoders(tmp_path: Path, name: str, fields: dict[str, Any], quantize: str | None) -> None:

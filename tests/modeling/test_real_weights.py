@@ -54,11 +54,10 @@ def expected(minilm: Path) -> torch.Tensor:
     return SentenceTransformer(str(minilm), device="cpu").encode(TEXTS, convert_to_tensor=True)
 
 
-@pytest.mark.parametrize("number", [0, 2])
-def test_minilm_keeps_its_embeddings(number: int, minilm: Path, expected: torch.Tensor, tmp_path: Path) -> None:
-    """At the start, after saving, in ONNX, and in the stock export, which is the same encoder."""
+def test_minilm_keeps_its_embeddings(minilm: Path, expected: torch.Tensor, tmp_path: Path) -> None:
+    """With two corner tokens: at the start, after saving, in ONNX, and in the stock export, the same encoder."""
     vision = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32))
-    model = from_backbones(minilm, vision, number, projection_dim=384).eval()
+    model = from_backbones(minilm, vision, 2, projection_dim=384).eval()
     assert model.config.text_config.pooling == "mean"
     assert model.config.text_config.max_position_embeddings == 512
     tokenizer = AutoTokenizer.from_pretrained(minilm, model_max_length=LONGEST)
