@@ -239,7 +239,7 @@ def _text_encoder(tower: LoTLIPTextModel) -> tuple[PreTrainedConfig, dict[str, t
         # Without padding, `sdpa` of stock decoders is causal, also with `config.is_causal=False`.
         raise _no_stock_class(tower, "with attention='bidirectional'", "a model with attention='causal'")
     table = state.get(family.position_table)
-    if table is not None and corners and family.corners_have_positions and not family.is_causal:
+    if table is not None and corners and family.words_skip_corners:
         words = family.position_offset(config) + 1
         state[family.position_table] = torch.cat([table[:words], table[words + corners :]])
         config.max_position_embeddings -= corners

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from .modeling.backbones_lotlip import TEXT_BACKBONES
+from .modeling.backbones_lotlip import TEXT_BACKBONES, unsupported
 from .modeling.modeling_lotlip import LoTLIPTextModel
 
 LENGTHS = (9, 6, 4)  # of the random texts, in tokens
@@ -34,14 +34,9 @@ def check_adapter(tower: LoTLIPTextModel) -> None:
             reason = _failure(tower)
         except Exception as error:  # encoders raise any class of error for inputs that they do not support
             message = str(error).strip().partition("\n")[0]
-            raise ValueError(_refusal(model_type, f"it raises {type(error).__name__}: {message}")) from error
+            raise unsupported(model_type, f"it raises {type(error).__name__}: {message}") from error
     if reason is not None:
-        raise ValueError(_refusal(model_type, reason))
-
-
-def _refusal(model_type: str, reason: str) -> str:
-    supported = ", ".join(TEXT_BACKBONES)
-    return f"Text encoders of model_type {model_type!r} are not supported: {reason}. Use {supported}."
+        raise unsupported(model_type, reason)
 
 
 def _failure(tower: LoTLIPTextModel) -> str | None:

@@ -142,7 +142,7 @@ def _make_room(weights: dict[str, Tensor], config: LoTLIPTextConfig) -> dict[str
     """
     family, backbone, number = config.family, config.backbone_config, config.num_corner_tokens
     table = weights.get(family.position_table)
-    if table is None or not number or family.is_causal or not family.corners_have_positions:
+    if table is None or not number or not family.words_skip_corners:
         return weights
     first = family.position_offset(backbone) + 1
     backbone.max_position_embeddings += number

@@ -141,6 +141,11 @@ class TextBackbone(_Backbone):
                 extend(backbone, layer, CheckpointedLayer)
         return backbone
 
+    @property
+    def words_skip_corners(self) -> bool:
+        """Whether the positions of the words, except the first, follow those of the corner tokens."""
+        return self.corners_have_positions and not self.is_causal
+
     def position_offset(self, config: PreTrainedConfig) -> int:
         return config.pad_token_id + 1 if self.starts_after_padding else 0
 
@@ -176,7 +181,7 @@ class TextBackbone(_Backbone):
         corner_ids = first + torch.arange(len(corners), device=words.device)
         if not self.corners_have_positions:
             corner_ids = torch.zeros_like(corner_ids)
-        elif not self.is_causal:
+        if self.words_skip_corners:
             position_ids = position_ids + (position_ids > 0).long() * num_corner_tokens
         parts = [corner_ids, position_ids] if self.corners_first else [position_ids, corner_ids]
         return {**embeds, "position_ids": torch.cat(parts, dim=1) + self.position_offset(backbone.config)}
@@ -681,6 +686,12 @@ def text_family(config: PreTrainedConfig) -> TextBackbone:
     return TEXT_BACKBONES.get(config.model_type) or _adapter(type(config))
 
 
+def unsupported(model_type: str, reason: str) -> ValueError:
+    """The error of a text encoder without an adapter."""
+    supported = ", ".join(TEXT_BACKBONES)
+    return ValueError(f"Text encoders of model_type {model_type!r} are not supported: {reason}. Use {supported}.")
+
+
 @cache
 def _adapter(config_class: type[PreTrainedConfig]) -> TextBackbone:
     model_type, stock = config_class.model_type, MODEL_MAPPING.get(config_class, None)
@@ -696,8 +707,7 @@ def _adapter(config_class: type[PreTrainedConfig]) -> TextBackbone:
     elif missing := [name for name in ("inputs_embeds", "attention_mask") if name not in taken]:
         reason = f"{stock.__name__} takes no `{missing[0]}`"
     if reason is not None:
-        supported = ", ".join(TEXT_BACKBONES)
-        raise ValueError(f"Text encoders of model_type {model_type!r} are not supported: {reason}. Use {supported}.")
+        raise unsupported(model_type, reason)
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return DecoderBackbone(layer_masks=True, takes_rows=False)
     return TextBackbone(

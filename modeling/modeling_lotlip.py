@@ -232,19 +232,20 @@ class LoTLIPTextModel(_LoTLIPTower):
         if len(corners) or row is not None:
             mask = create_corner_mask(family, config, inputs["inputs_embeds"], is_text, pooled_index, row)
         outputs = run_texts(self.backbone, inputs, mask, **options)
-        if family.corners_first and len(corners):
-            _move_corners_behind(outputs, len(corners))
 
         states = outputs.last_hidden_state  # [N, L + m, hidden_size], or [N, 1 + m, hidden_size] if `pooled_only`
         length, pooled_index = (1, None) if pooled_only else (shape[-1], pooled_index)
-        pooled, corner_states = self._pool(states[:, :length], is_text, pooled_index), states[:, length:]
+        first = len(corners) if family.corners_first else 0  # index of the first token of the text
+        text_states = states[:, first : first + length]
+        corner_states = states[:, :first] if family.corners_first else states[:, length:]
+        pooled = self._pool(text_states, is_text, pooled_index)
         corner_embeds = self._pool(corner_states.flatten(0, 1).unsqueeze(1))  # each corner token is a text of length 1
         corner_embeds = corner_embeds.unflatten(0, corner_states.shape[:2])
         return BaseModelOutputWithPoolingAndCorners(
-            last_hidden_state=None if pooled_only else _line_up(states, shape, 1),
+            last_hidden_state=None if pooled_only else _line_up(states, shape, 1, first=first),
             pooler_output=_line_up(pooled, shape),
-            hidden_states=_line_up(outputs.hidden_states, shape, 1),
-            attentions=_line_up(outputs.attentions, shape, 2, 3),
+            hidden_states=_line_up(outputs.hidden_states, shape, 1, first=first),
+            attentions=_line_up(outputs.attentions, shape, 2, 3, first=first),
             corner_embeds=_line_up(corner_embeds, shape) if len(corners) else None,
         )
 
@@ -617,25 +618,11 @@ def _flatten(shape: torch.Size, **arguments: Tensor | None) -> list[Tensor | Non
     return [None if value is None else value.reshape(-1, shape[-1]) for value in arguments.values()]
 
 
-def _move_corners_behind(outputs: Any, num_corners: int) -> None:
-    """Moves the corner tokens of a family with `corners_first` from the start of the length to its end."""
-    dims = {"last_hidden_state": (1,), "hidden_states": (1,), "attentions": (2, 3)}
-    for name, value in outputs.items():
-        if name in dims:
-            outputs[name] = _roll(value, num_corners, dims[name])
-
-
-def _roll(states: Any, num_corners: int, dims: tuple[int, ...]) -> Any:
-    if isinstance(states, tuple):
-        return tuple(_roll(one, num_corners, dims) for one in states)
-    return states.roll([-num_corners] * len(dims), dims)
-
-
-def _line_up(states: Any, shape: torch.Size, *length_dims: int) -> Any:
-    """Drops the corner tokens and restores the shape [B, (T,) L]."""
+def _line_up(states: Any, shape: torch.Size, *length_dims: int, first: int = 0) -> Any:
+    """Drops the corner tokens, before or behind the text, which starts at `first`. Restores the shape [B, (T,) L]."""
     if states is None or isinstance(states, tuple):
-        return states and tuple(_line_up(one, shape, *length_dims) for one in states)
+        return states and tuple(_line_up(one, shape, *length_dims, first=first) for one in states)
     for dim in length_dims:
         if states.shape[dim] != shape[-1]:
-            states = states.narrow(dim, 0, shape[-1])
+            states = states.narrow(dim, first, shape[-1])
     return states.unflatten(0, shape[:-1]) if len(shape) == 3 else states
