@@ -18,3 +18,14 @@ def load_script(path: str) -> ModuleType:
     sys.modules[name] = module  # where HfArgumentParser looks annotations up
     spec.loader.exec_module(module)
     return module
+
+
+# The start of a program that cannot import the package.
+WITHOUT_LOTLIP = """
+import importlib.abc, sys
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "lotlip_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+"""

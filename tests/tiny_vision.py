@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_timm_available, is_torchvision_available
 
+import tiny_clip
 from lotlip_hf import LoTLIPVisionConfig
 
 SIDE, PATCH_SIDE = 32, 8
@@ -117,23 +118,17 @@ FAMILIES = [
     Family("convnext", MAP, ("pooler",), square(ViTImageProcessorPil), keeps_patches=False),
     Family("convnextv2", MAP, ("pooler",), shortest(ConvNextImageProcessorPil), keeps_patches=False),
     Family("dinov3_convnext", MAP, ("pooler", "mean"), square(ViTImageProcessorPil), 1, keeps_patches=False),
-    Family(
-        "timm_wrapper",
-        {"architecture": "vit_tiny_patch16_224", "model_args": TIMM_VIT},
-        ("pooler", "cls", "mean"),
-        square(ViTImageProcessorPil),
-        1,
-        "fixed",
-        keeps_patches=False,
-    ),
-    Family(
-        "timm_wrapper",
-        {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": TIMM_VIT},
-        ("pooler", "cls", "mean"),
-        square(ViTImageProcessorPil),
-        1,
-        "fixed",
-        keeps_patches=False,
+    *(
+        Family(
+            "timm_wrapper",
+            {"architecture": architecture, "model_args": TIMM_VIT},
+            ("pooler", "cls", "mean"),
+            square(ViTImageProcessorPil),
+            1,
+            "fixed",
+            keeps_patches=False,
+        )
+        for architecture in ("vit_tiny_patch16_224", "vit_pe_core_tiny_patch16_384")
     ),
     Family(
         "timm_wrapper",
@@ -147,12 +142,7 @@ FAMILIES = [
 
 def spread(model: nn.Module, seed: int = 0) -> Any:
     """Weights large enough that attention and positions matter to the outputs; norms stay norms."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            is_norm_weight = name.endswith("weight") and parameter.dim() == 1
-            parameter.copy_(1 + 0.1 * noise if is_norm_weight else 0.2 * noise)
+    tiny_clip.random_weights(model, seed)
     return model.eval()
 
 

@@ -39,6 +39,7 @@ from lotlip_hf.hub.push import SENTENCE_TRANSFORMERS, PushError, push, write_rep
 from lotlip_hf.loading import load_model
 from lotlip_hf.modeling import modeling_lotlip
 from lotlip_hf.search import SearchResult
+from scripts import WITHOUT_LOTLIP
 
 REPO = "lotlip/tiny"
 CODE = {file.name for file in Path(modeling_lotlip.__file__).parent.glob("*_lotlip.py")}
@@ -741,13 +742,10 @@ def test_every_auto_class_and_revisions(published: Hub, official_checkpoint: Pat
     assert type(AutoModel.from_pretrained(REPO, trust_remote_code=True)) is LoTLIPModel
 
 
-WITHOUT_THE_PACKAGE = """
-import importlib.abc, json, re, sys
-class Missing(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "lotlip_hf":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Missing())
+WITHOUT_THE_PACKAGE = (
+    WITHOUT_LOTLIP
+    + """
+import json, re, sys
 import torch
 from PIL import Image
 from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification,
@@ -794,6 +792,7 @@ except ImportError:
     pass
 print(json.dumps(answers))
 """
+)
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.log import read_log
 from lotlip_hf.training.model import load_or_start_model
 from lotlip_hf.training.objective import batch_loss, make_objective
+from scripts import WITHOUT_LOTLIP
 from tiny_families import BERT, FAMILIES, LONGEST, Family, marked, naive, spread, texts
 
 LENGTHS = (9, 5, 12)
@@ -190,14 +191,10 @@ def test_bfloat16_is_close(name: str) -> None:
         assert cosines.min() > 0.98
 
 
-REMOTE = """
-import importlib.abc, sys
-class Missing(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "lotlip_hf":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Missing())
-import json, torch
+REMOTE = (
+    WITHOUT_LOTLIP
+    + """
+import json, sys, torch
 from transformers import AutoModel
 torch.set_num_threads(1)
 answers = {}
@@ -210,6 +207,7 @@ for folder in sys.argv[1:]:
     answers[folder] = [outputs.pooler_output.tolist(), outputs.corner_embeds.tolist()]
 print(json.dumps(answers))
 """
+)
 
 
 def whole_model(name: str) -> LoTLIPModel:

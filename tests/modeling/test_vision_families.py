@@ -48,6 +48,7 @@ from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.model import load_or_start_model
 from lotlip_hf.training.objective import batch_loss, make_objective
 from lotlip_hf.training.optim import freeze, freeze_unused
+from scripts import WITHOUT_LOTLIP
 from seams import train_alone_and_together
 from tiny_vision import FAMILIES, NAFLEX_PATCHES, PATCH_SIDE, Family, import_timm, spread
 
@@ -252,13 +253,10 @@ def test_it_is_saved_and_loaded(family: Family, tmp_path: Path) -> None:
     torch.testing.assert_close(encoder.encode_images(pictures, progress=False), embeds, **TOLERANCE)
 
 
-WITHOUT_THE_PACKAGE = """
-import importlib.abc, sys
-class Missing(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "lotlip_hf":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Missing())
+WITHOUT_THE_PACKAGE = (
+    WITHOUT_LOTLIP
+    + """
+import sys
 import torch
 from transformers import AutoModel
 torch.set_num_threads(1)
@@ -270,6 +268,7 @@ for folder in sys.argv[1:]:
         answer = model.get_image_features(**inputs).pooler_output
     torch.testing.assert_close(answer, expected, rtol=1e-6, atol=1e-6)
 """
+)
 
 
 @pytest.mark.slow

@@ -2,14 +2,12 @@
 
 import math
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from test_training import Moment, Training, arguments, at, config, die, finish, log_of, make_checkpoint, make_folder
 from transformers import AutoModel, AutoProcessor, BertModel, ViTModel
@@ -33,12 +31,7 @@ from lotlip_hf.training.terms.infonce import InfoNCE
 BOTH = {"lock_vision": True, "lock_text": True}
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """Each test as in a process of its own."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,10 @@
 """Runs with a teacher: its embeddings are the targets of terms, in one process and two, killed and resumed."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from test_training import (
     Moment,
     Training,
@@ -37,12 +35,7 @@ from lotlip_hf.training.teachers import Teacher
 TERMS = ["instance", "structure:0.5"]
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """Each test as in a process of its own."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 from test_training_sharded import FSDP, launched, start_state
@@ -39,12 +38,7 @@ BIAS = "terms.sigmoid.logit_bias"
 SAMPLING = SubCaptions(num_long_texts=2, num_sentences=1)
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """Each test as in a process of its own: accelerate keeps its state for all of one."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
@@ -70,12 +69,7 @@ WORDS = "a . red green blue round square small large old new cup tree house road
 IMAGE_SIDE = 32
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """Each test as in a process of its own: accelerate keeps its state for all of one."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 # What a run starts from
