@@ -43,7 +43,7 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
             f"{SCENES!r} for a new small model), or both `text_model` and `image_model` (two pretrained encoders)."
         )
     for name in (
-        *("projection_dim", "text_pooling", "text_attention", "prompt_template"),
+        *("projection_dim", "text_pooling", "image_pooling", "text_attention", "prompt_template"),
         *("text_projection", "text_projection_layers", "text_projection_expansion"),
     ):
         if config.model is not None and getattr(config, name) is not None:
@@ -94,6 +94,8 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
                 number,
                 text_pooling=config.text_pooling,
                 text_attention=config.text_attention,
+                vision_pooling=config.image_pooling,
+                vision_projection=config.lock_vision,
                 projection_dim=config.projection_dim,
                 text_projection=config.text_projection or "linear",
                 text_projection_layers=config.text_projection_layers or 4,
