@@ -109,7 +109,8 @@ class TrainingConfig:
         "Last layers of the text encoder, and the modules after them, to train with --lock-text", 0, at_least=0
     )
     lock_corner_tokens: bool = option(
-        "Freeze the corner tokens and leave them out of the loss, so that a locked text encoder is computed once", False
+        "Freeze the corner tokens and leave them out of the loss, so that a locked text encoder is computed once",
+        False,
     )
     text_dtype: Literal["float32", "bfloat16"] = option(
         "Type of a frozen text encoder (with --lock-text); bfloat16 halves its memory", "float32"

@@ -63,7 +63,9 @@ def layers_above(tower: LoTLIPTextModel | LoTLIPVisionModel, option: str) -> dic
     family, model_type = tower.config.family, tower.config.backbone_config.model_type
     layers = family.layers(tower.backbone)
     if family.used_by_layers is None:
-        raise ValueError(f"`{option}` does not fit {model_type}. Remove it, or use one of {', '.join(TEXT_BACKBONES)}.")
+        raise ValueError(
+            f"`{option}` does not fit {model_type}. Remove it, or use one of {', '.join(TEXT_BACKBONES)}."
+        )
     if not layers:
         raise ValueError(f"`{option}` does not fit {model_type}, which has no list of layers. Remove it.")
     numbers = {parameter: number for number, layer in enumerate(layers, 1) for parameter in layer.parameters()}
