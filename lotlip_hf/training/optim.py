@@ -24,8 +24,8 @@ PARTS = {
 def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -> None:
     """
     Freezes the parameters that a run does not train: with `lock_vision` the image tower up to its last
-    `unlocked_vision_layers` layers, with `lock_text` the text encoder up to its last `unlocked_text_layers` layers, and
-    the parameters that no tensor in `needs` depends on. Sets `text_dtype`.
+    `unlocked_vision_layers` layers, with `lock_text` the text encoder up to its last `unlocked_text_layers` layers,
+    and the parameters that no tensor in `needs` depends on. Sets `text_dtype`.
 
     Raises:
         `ValueError`: If an encoder has fewer layers than are to be unlocked.
