@@ -84,6 +84,8 @@ class _Backbone:
     pooled_layer: type[PooledLayer] | None = None  # extends the last layer to compute pooled tokens only
     stock_poolings: tuple[str, ...] = ()  # poolings whose states are the `pooler_output` of the stock class
     no_onnx = ""  # reason why the family cannot be exported to ONNX
+    # Modules that come after the layers in `named_parameters`, but are used by all layers; `None` if they are unknown
+    used_by_layers: tuple[str, ...] | None = ()
 
     def __init__(self, **settings: Any) -> None:
         vars(self).update(settings)
@@ -113,6 +115,10 @@ class _Backbone:
         if self.pooled_layer is not None and last_layer is not None:
             extend(backbone, last_layer, self.pooled_layer)
         return backbone
+
+    def layers(self, backbone: PreTrainedModel) -> list[nn.Module]:
+        """The layers, from the first to the last."""
+        return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def last_layer(self, backbone: PreTrainedModel) -> nn.Module | None:
         layers = getattr(backbone, "layers", None) or getattr(getattr(backbone, "encoder", None), "layer", None)
@@ -244,6 +250,7 @@ class DebertaBackbone(TextBackbone):
     default_pooling = "cls"
     has_segments = corners_first = True
     corners_have_positions = False
+    used_by_layers = ("encoder.rel_embeddings.", "encoder.LayerNorm.")
 
     def build(self, config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
         if getattr(config, "conv_kernel_size", 0):
@@ -411,10 +418,6 @@ class VisionBackbone(_Backbone):
         if self.passing_embeddings is not None:
             extend(backbone, backbone.embeddings, self.passing_embeddings)
         return backbone
-
-    def layers(self, backbone: PreTrainedModel) -> list[nn.Module]:
-        """The layers, from the first to the last."""
-        return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def image_shape(self, config: PreTrainedConfig) -> tuple[int, int, int]:
         """Channels, height and width of the images for which the encoder is built."""
@@ -656,7 +659,11 @@ TEXT_BACKBONES: dict[str, TextBackbone] = {
     "xlm-roberta-xl": TextBackbone(**ROBERTA_WITH_NORM_FIRST),
     "distilbert": TextBackbone(takes_rows=True),
     "mpnet": TextBackbone(
-        starts_after_padding=True, has_optional_pooler=True, corners_first=True, checkpointed_layers="encoder.layer"
+        starts_after_padding=True,
+        has_optional_pooler=True,
+        corners_first=True,
+        checkpointed_layers="encoder.layer",
+        used_by_layers=("encoder.relative_attention_bias.",),
     ),
     "electra": TextBackbone(default_pooling="cls", has_segments=True, takes_rows=True),
     "albert": TextBackbone(
@@ -717,7 +724,7 @@ def _adapter(config_class: type[PreTrainedConfig]) -> TextBackbone:
     if reason is not None:
         raise unsupported(model_type, reason)
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return DecoderBackbone(layer_masks=True, takes_rows=False)
+        return DecoderBackbone(layer_masks=True, takes_rows=False, used_by_layers=None)
     return TextBackbone(
         takes_positions="position_ids" in taken,
         has_segments="token_type_ids" in taken,
@@ -725,6 +732,7 @@ def _adapter(config_class: type[PreTrainedConfig]) -> TextBackbone:
         corners_have_positions=False,  # right for learned and for rotary positions
         corners_first="position_ids" not in taken,  # positions are then those in memory
         layer_masks=True,
+        used_by_layers=None,
     )
 
 

@@ -27,6 +27,8 @@ NEEDS = {
     "num_scenes": lambda options: options.get("data") == SCENES,
     "num_epochs": lambda options: not options.get("max_steps"),
     "unlocked_vision_layers": lambda options: options.get("lock_vision"),
+    "unlocked_text_layers": lambda options: options.get("lock_text"),
+    "layer_decay": lambda options: options.get("layer_decay", 1) != 1,
     "text_dtype": lambda options: options.get("lock_text"),
     "cache_dtype": lambda options: (
         (options.get("lock_vision") or options.get("lock_text")) and not options.get("no_cache")

@@ -99,6 +99,9 @@ class TrainingConfig:
         None,
         at_least=1,
     )
+    temperature: float | None = option(
+        "1 / logit scale at the start of the run, such as 0.07 (default: that of the model)", None, at_least=0.01
+    )
     lock_vision: bool = option(
         "Freeze the image tower, as LiT does; a new model has an image projection, which trains", False
     )
@@ -107,6 +110,13 @@ class TrainingConfig:
     )
 
     lock_text: bool = option("Freeze the text encoder; corner tokens and text projection still train", False)
+    unlocked_text_layers: int = option(
+        "Last layers of the text encoder, and the modules after them, to train with --lock-text", 0, at_least=0
+    )
+    lock_corner_tokens: bool = option(
+        "Freeze the corner tokens and leave them out of the loss, so that a locked text encoder is computed once",
+        False,
+    )
     text_dtype: Literal["float32", "bfloat16"] = option(
         "Type of a frozen text encoder (with --lock-text); bfloat16 halves its memory", "float32"
     )
@@ -205,12 +215,23 @@ class TrainingConfig:
 
     num_epochs: float = option("Passes over the records, unless --max-steps is given", 1.0, above=0, group="Optimiser")
     max_steps: int | None = option("Steps of the optimiser (default: from --num-epochs)", None, at_least=1)
-    learning_rate: float = option("Highest learning rate of AdamW", 1e-4, at_least=0)
+    learning_rate: float = option(
+        "Highest learning rate of AdamW, for all parameters without an own one", 1e-4, at_least=0
+    )
     text_learning_rate: float | None = option(
-        "Learning rate of the text tower (default: --learning-rate)", None, at_least=0
+        "Learning rate of the text encoder (default: --learning-rate)", None, at_least=0
     )
     image_learning_rate: float | None = option(
-        "Learning rate of the image tower (default: --learning-rate)", None, at_least=0
+        "Learning rate of the image encoder (default: --learning-rate)", None, at_least=0
+    )
+    corner_learning_rate: float | None = option(
+        "Learning rate of the corner tokens (default: --learning-rate)", None, at_least=0
+    )
+    logit_scale_learning_rate: float | None = option(
+        "Learning rate of the logit scale (default: --learning-rate)", None, at_least=0
+    )
+    layer_decay: float = option(
+        "Factor of the learning rate of an encoder's layer, for each layer above it", 1.0, above=0, at_most=1
     )
     lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = option(
         "Schedule of the learning rate after the warmup", "cosine"
@@ -249,11 +270,15 @@ class TrainingConfig:
             raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
         if self.unlocked_vision_layers and not self.lock_vision:
             raise ValueError("`unlocked_vision_layers` needs `lock_vision`. Set it too.")
+        if self.unlocked_text_layers and not self.lock_text:
+            raise ValueError("`unlocked_text_layers` needs `lock_text`. Set it too.")
         for name in ("text_projection_layers", "text_projection_expansion"):
             if getattr(self, name) is not None and self.text_projection != "residual_mlp":
                 raise ValueError(f"`{name}` needs `text_projection` residual_mlp. Set it too.")
         if self.text_dtype != "float32" and not self.lock_text:
             raise ValueError(f"`text_dtype` {self.text_dtype} needs `lock_text`. Set it too.")
+        if self.text_dtype != "float32" and self.unlocked_text_layers:
+            raise ValueError("`text_dtype` is for frozen text encoders. Remove it, or `unlocked_text_layers`.")
         if self.no_cache and self.cache is not None:
             raise ValueError("Set either `cache` or `no_cache`.")
         if self.max_steps is not None and self.warmup_steps > self.max_steps:

@@ -32,7 +32,7 @@ def _locked_towers(
             towers["image"] = "`patch_dropout` is set"
         elif isinstance(records, IterableDataset):
             towers["image"] = "the records are a stream"
-    if config.lock_text:
+    if config.lock_text and not config.unlocked_text_layers:
         towers["text"] = ""
         if any(parameter.requires_grad for parameter in model.text_model.parameters()):
             towers["text"] = "its corner tokens are trained"

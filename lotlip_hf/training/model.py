@@ -1,6 +1,7 @@
 """The model of a run, from a checkpoint, two pretrained encoders or random weights, and its settings for training."""
 
 import json
+import math
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -27,7 +28,7 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
     https://arxiv.org/abs/2111.07991), or a new small model for Scenes with random weights.
 
     Args:
-        config (`TrainingConfig`): Options of the run. Only the group "The model" is used.
+        config (`TrainingConfig`): Options of the run. Only the group "Model" and `seed` are used.
 
     Returns:
         `tuple[LoTLIPModel, LoTLIPProcessor]`: The model in float32 on the CPU, and its processor.
@@ -55,7 +56,8 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
 
         num_corner_tokens = NUM_CORNER_TOKENS if config.num_corner_tokens is None else config.num_corner_tokens
         length = {} if config.max_text_length is None else {"max_text_length": config.max_text_length}
-        return small_model(num_corner_tokens, seed=config.seed, cleaning=config.cleaning or "official", **length)
+        options = {"seed": config.seed, "cleaning": config.cleaning or "official", **length}
+        model, processor = small_model(num_corner_tokens, **options)
     else:
         model, processor = load_model(config.model, device="cpu", dtype="float32")
         if not isinstance(model, LoTLIPModel):
@@ -80,6 +82,8 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
         raise ValueError(f"`patch_dropout` does not fit {vision.backbone_config.model_type}. Remove it.")
     fit_tokenizer(model, processor.tokenizer, config.max_text_length)
     max_text_length(model, processor.tokenizer)  # raises an error if neither has a maximum length
+    if config.temperature is not None:
+        torch.nn.init.constant_(model.logit_scale, -math.log(config.temperature))
     return model, processor
 
 

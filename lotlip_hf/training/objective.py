@@ -91,10 +91,14 @@ def make_objective(config: TrainingConfig, model_config: LoTLIPConfig) -> Object
     Creates the objective of a run, on the CPU.
 
     Args:
-        config (`TrainingConfig`): Options of the run. Only `terms`, `term_options` and `seed` are used.
+        config (`TrainingConfig`): Options of the run. Only `terms`, `term_options`, `lock_corner_tokens` and `seed`
+            are used.
         model_config (`LoTLIPConfig`): Configuration of the model, for the defaults of the terms (see [`make_terms`]).
     """
-    return Objective(*make_terms(config.terms, config.term_options, config.seed, model_config))
+    objective = Objective(*make_terms(config.terms, config.term_options, config.seed, model_config))
+    if config.lock_corner_tokens:
+        objective.needs -= {"corner_embeds"}
+    return objective
 
 
 @torch.no_grad()

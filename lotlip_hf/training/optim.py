@@ -7,47 +7,97 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..modeling.modeling_lotlip import LoTLIPModel
+from ..modeling.backbones_lotlip import TEXT_BACKBONES
+from ..modeling.modeling_lotlip import LoTLIPModel, LoTLIPTextModel, LoTLIPVisionModel
 from .config import TrainingConfig
 from .fsdp import OBJECTIVE
+
+# What the names of the parameters contain that the options `<part>_learning_rate` are for
+PARTS = {
+    "text": ".text_model.backbone.",
+    "image": ".vision_model.backbone.",
+    "corner": ".text_model.corner_embeds",
+    "logit_scale": ".logit_scale",
+}
 
 
 def freeze(model: LoTLIPModel, config: TrainingConfig, needs: Collection[str]) -> None:
     """
     Freezes the parameters that a run does not train: with `lock_vision` the image tower up to its last
-    `unlocked_vision_layers` layers, with `lock_text` the text tower except its corner tokens, and the parameters that
-    no tensor in `needs` depends on. Sets `text_dtype`.
+    `unlocked_vision_layers` layers, with `lock_text` the text encoder up to its last `unlocked_text_layers` layers,
+    and the parameters that no tensor in `needs` depends on. Sets `text_dtype`.
 
     Raises:
-        `ValueError`: If the tower has fewer than `unlocked_vision_layers` layers.
+        `ValueError`: If an encoder has fewer layers than are to be unlocked.
     """
     model.requires_grad_(True)
     if config.lock_vision:
-        _lock_vision(model, config)
+        _lock(model.vision_model, "unlocked_vision_layers", config.unlocked_vision_layers)
     if config.lock_text:
+        _lock(model.text_model, "unlocked_text_layers", config.unlocked_text_layers)
         for parameter in model.text_model.backbone.parameters():
-            parameter.requires_grad_(False)
             parameter.data = parameter.data.to(getattr(torch, config.text_dtype))
     freeze_unused(model, needs, bool(config.num_long_texts))
 
 
-def _lock_vision(model: LoTLIPModel, config: TrainingConfig) -> None:
-    tower = model.vision_model
-    layers = tower.config.family.layers(tower.backbone)
-    num_layers = len(layers)
-    if config.unlocked_vision_layers > num_layers:
+def _lock(tower: LoTLIPTextModel | LoTLIPVisionModel, option: str, num_unlocked: int) -> None:
+    """Freezes the encoder of a tower up to its last layers."""
+    tower.backbone.requires_grad_(False)
+    if not num_unlocked:
+        return
+    num_layers = len(tower.config.family.layers(tower.backbone))
+    if num_unlocked > num_layers:
+        raise ValueError(f"`{option}` is {num_unlocked}, but the encoder has {num_layers} layers. Reduce it.")
+    for parameter, number in layers_above(tower, option).items():
+        parameter.requires_grad_(number < num_unlocked)
+
+
+def layers_above(tower: LoTLIPTextModel | LoTLIPVisionModel, option: str) -> dict[nn.Parameter, int]:
+    """
+    Returns the number of layers above each parameter of a tower's encoder: 0 for the last layer and what follows it,
+    the number of layers for the embeddings and for what all layers use.
+
+    Raises:
+        `ValueError`: If the encoder has no layers, or it is unknown what its layers use. The message names `option`.
+    """
+    family, model_type = tower.config.family, tower.config.backbone_config.model_type
+    layers = family.layers(tower.backbone)
+    if family.used_by_layers is None:
         raise ValueError(
-            f"`unlocked_vision_layers` is {config.unlocked_vision_layers}, but the image tower has {num_layers} "
-            "layers. Reduce it."
+            f"`{option}` does not fit {model_type}. Remove it, or use one of {', '.join(TEXT_BACKBONES)}."
         )
-    tower.requires_grad_(False)
-    if config.unlocked_vision_layers:
-        first = next(iter(layers[num_layers - config.unlocked_vision_layers].parameters()))
-        # Parameters are in the order of the forward pass.
-        parameters = list(tower.parameters())
-        start = next(index for index, parameter in enumerate(parameters) if parameter is first)
-        for parameter in parameters[start:]:
-            parameter.requires_grad_(True)
+    if not layers:
+        raise ValueError(f"`{option}` does not fit {model_type}, which has no list of layers. Remove it.")
+    numbers = {parameter: number for number, layer in enumerate(layers, 1) for parameter in layer.parameters()}
+    above, passed = {}, 0
+    for name, parameter in tower.backbone.named_parameters():  # in the order of the forward pass
+        passed = numbers.get(parameter, passed)
+        above[parameter] = len(layers) - (0 if name.startswith(family.used_by_layers) else passed)
+    return above
+
+
+def learning_rates(model: LoTLIPModel, config: TrainingConfig) -> dict[str, float]:
+    """
+    Returns the learning rate of each trained parameter by its name, which may have the prefixes of PEFT: the rate of
+    its part, multiplied in an encoder by `layer_decay` for each layer above it. Other parameters have `learning_rate`.
+
+    Raises:
+        `ValueError`: If `layer_decay` is set and does not fit an encoder that is trained.
+    """
+    towers = {"text": model.text_model, "image": model.vision_model}
+    above: dict[str, dict[nn.Parameter, int]] = {}
+    rates = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = next((part for part, mark in PARTS.items() if mark in f".{name}"), None)
+        own = None if part is None else getattr(config, f"{part}_learning_rate")
+        rates[name] = config.learning_rate if own is None else own
+        if part in towers and config.layer_decay < 1:
+            if part not in above:
+                above[part] = layers_above(towers[part], "layer_decay")
+            rates[name] *= config.layer_decay ** above[part][parameter]
+    return rates
 
 
 def freeze_unused(model: Any, needs: Collection[str], has_long_texts: bool) -> None:
@@ -77,21 +127,17 @@ def set_training_mode(model: nn.Module) -> None:
 
 
 def make_optimizer(
-    model: nn.Module, objective: nn.Module, config: TrainingConfig, max_steps: int, device: torch.device
+    model: LoTLIPModel, objective: nn.Module, config: TrainingConfig, max_steps: int, device: torch.device
 ) -> tuple[torch.optim.AdamW, LRScheduler]:
-    """Creates AdamW, with a learning rate per tower and weight decay only for matrices, and its schedule."""
+    """Creates AdamW, with [`learning_rates`] by part and weight decay only for matrices, and its schedule."""
     from transformers.optimization import get_scheduler  # slow: imports PEFT and bitsandbytes, if installed
 
+    rates = learning_rates(model, config)
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in (*model.named_parameters(), *objective.named_parameters(prefix=OBJECTIVE)):
         if not parameter.requires_grad:
             continue
-        rate = None
-        if name.startswith(("text_model.", "text_projection.")):
-            rate = config.text_learning_rate
-        elif name.startswith(("vision_model.", "visual_projection.")):
-            rate = config.image_learning_rate
-        rate = config.learning_rate if rate is None else rate
+        rate = rates.get(name, config.learning_rate)
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         # Under FSDP, AdamW cannot step sharded parameters together with those of the objective, which are not sharded.
         groups.setdefault((rate, decay, name.startswith(f"{OBJECTIVE}.")), []).append(parameter)

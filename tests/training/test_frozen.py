@@ -24,7 +24,7 @@ from lotlip_hf.training.data import load_data
 from lotlip_hf.training.frozen import frozen_states
 from lotlip_hf.training.loop import train
 from lotlip_hf.training.model import load_or_start_model
-from lotlip_hf.training.objective import Objective, batch_loss
+from lotlip_hf.training.objective import Objective, batch_loss, make_objective
 from lotlip_hf.training.optim import freeze, set_training_mode
 from lotlip_hf.training.terms.infonce import InfoNCE
 
@@ -77,6 +77,7 @@ def assert_same_losses(one: list[dict[str, Any]], two: list[dict[str, Any]], tol
 RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "images": ({"model": "corners", "lock_vision": True, "grad_cache_chunk": 3}, {"image"}),
     "texts": ({"lock_text": True}, {"text"}),
+    "locked corner tokens": ({"model": "corners", "lock_text": True, "lock_corner_tokens": True}, {"text"}),
     "short texts": ({"model": "corners", "lock_text": True, "num_long_texts": 0}, {"text"}),
     "both": (
         {**BOTH, "learning_rate": 1e-2, "num_workers": 2, "num_sentences": 1, "ema_decay": 0.9},
@@ -89,7 +90,7 @@ RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
 @pytest.mark.parametrize(
     "kind",
     [
-        *("images", "texts", "both"),
+        *("images", "texts", "locked corner tokens", "both"),
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("short texts", "both, gradient caching")),
     ],
 )
@@ -252,7 +253,8 @@ DECISIONS: dict[str, tuple[dict[str, Any], set[str], str]] = {
     "both": (BOTH, {"image", "text"}, "computed once"),
     "corner tokens": ({**BOTH, "model": "corners"}, {"image"}, "corner tokens"),
     "patch dropout": ({**BOTH, "patch_dropout": 0.5}, {"text"}, "patch_dropout"),
-    "unlocked layers": ({"lock_vision": True, "unlocked_vision_layers": 1}, set(), ""),
+    "locked corner tokens": ({**BOTH, "model": "corners", "lock_corner_tokens": True}, {"image", "text"}, "once"),
+    "unlocked layers": ({**BOTH, "unlocked_vision_layers": 1, "unlocked_text_layers": 1}, set(), ""),
     "a stream": ({**BOTH, "streaming": True}, {"text"}, "stream"),
 }
 
@@ -267,7 +269,7 @@ def test_which_towers_are_computed_once(
         options["cache"] = str(tmp_path / "cache")
     made = config(tmp_path / "run", max_steps=2, **options)
     model, processor = load_or_start_model(made)
-    freeze(model, made, {"image_embeds", "text_embeds", "corner_embeds"})
+    freeze(model, made, make_objective(made, model.config).needs)
     capsys.readouterr()
     states = frozen_states(model, processor, load_data(made)[0], made, Accelerator(cpu=True))
     assert states.keys() == expected

@@ -452,6 +452,7 @@ SHARED = {
     },
     "sigmoid": {"terms": "sigmoid", "learning_rate": 1e-2, "text_learning_rate": 1e-3},
     "locked": {"lock_vision": True, "ema_decay": 0.8, "patch_dropout": 0.5},
+    "unlocked": {"lock_text": True, "unlocked_text_layers": 1, "layer_decay": 0.5, "logit_scale_learning_rate": 1e-2},
     "short captions alone": {"num_long_texts": 0},
     "dinov2": {"model": "dinov2", "max_steps": 4},
 }
@@ -927,6 +928,9 @@ def test_the_loop_is_a_plain_loop(start: Path, tmp_path: Path) -> None:
         "learning_rate": 1e-2,
         "text_learning_rate": 3e-3,
         "image_learning_rate": 1e-3,
+        "corner_learning_rate": 3e-2,
+        "logit_scale_learning_rate": 2e-2,
+        "layer_decay": 0.5,
         "weight_decay": 0.3,
         "beta1": 0.8,
         "beta2": 0.98,
@@ -944,7 +948,10 @@ def test_the_loop_is_a_plain_loop(start: Path, tmp_path: Path) -> None:
     collator = LoTLIPCollator(processor, SubCaptions(num_long_texts=2))
     groups = []
     for name, parameter in plain.named_parameters():
-        rate = {"text": 3e-3, "vision": 1e-3, "visual": 1e-3}.get(name.split("_")[0], 1e-2)
+        part = ".".join(name.split(".")[:2])
+        own = {"text_model.backbone": 3e-3, "vision_model.backbone": 1e-3, "text_model.corner_embeds": 3e-2}
+        rate = (own | {"logit_scale": 2e-2}).get(part, 1e-2)
+        rate *= 0.5 ** (2 * ("embeddings." in name) + (".0." in name))  # of two layers
         groups.append({"params": [parameter], "lr": rate, "weight_decay": 0.3 if parameter.ndim > 1 else 0.0})
     optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.98), eps=1e-6)
     scheduler = get_scheduler("cosine", optimizer, 2, 9)
