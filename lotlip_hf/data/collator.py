@@ -1,5 +1,6 @@
 """The collator: checks records, loads their images, draws their texts, counts broken records and makes a batch."""
 
+import hashlib
 import logging
 import math
 from collections import Counter
@@ -41,6 +42,7 @@ class Batch(ModelInputs):
 
     image_keys: list[str]  # [B], instead of `pixel_values` if `frozen` contains images
     texts: list[list[str]]  # [B][T], instead of ids and masks if `frozen` contains texts, or with `return_texts`
+    text_keys: torch.Tensor  # [B, T], digests of the texts, only with `return_text_keys`
     return_loss: bool  # `True`, so that `model(**batch)` returns a loss
     ids: list[str]  # only with `return_ids`
     counts: dict[str, int]  # only with `return_ids`
@@ -67,6 +69,9 @@ class LoTLIPCollator:
             at random as in FLIP.
         patch_size (`int`, *optional*): Side of the model's patches in pixels. Required with `patch_dropout`.
         return_texts (`bool`, *optional*, defaults to `False`): Whether to add `texts` to batches, for a teacher.
+        return_text_keys (`bool`, *optional*, defaults to `False`): Whether to add `text_keys` to batches, for terms
+            with `equal_positives`. Texts that differ only in case or white space have the same key. `model(**batch)`
+            does not accept them.
         frozen (`Collection[str]`, *optional*): `"image"` for keys of images instead of pixels, `"text"` for texts
             instead of token ids. [`~lotlip_hf.training.frozen.add_states`] adds their states.
 
@@ -102,6 +107,7 @@ class LoTLIPCollator:
         patch_size: int | None = None,
         frozen: Collection[str] = (),
         return_texts: bool = False,
+        return_text_keys: bool = False,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f'`on_error` must be "raise" or "skip", got {on_error!r}.')
@@ -116,6 +122,7 @@ class LoTLIPCollator:
         self.patch_size = patch_size
         self.frozen = frozen
         self.return_texts = return_texts
+        self.return_text_keys = return_text_keys
         # In shared memory, so that persistent workers of a DataLoader see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._warnings = 0
@@ -199,6 +206,8 @@ class LoTLIPCollator:
                 batch |= {"long_input_ids": long["input_ids"], "long_attention_mask": long["attention_mask"]}
         if "text" in self.frozen or self.return_texts:
             batch["texts"] = [[drawn.short, *drawn.long] for drawn in texts]
+        if self.return_text_keys:
+            batch["text_keys"] = torch.tensor([[_text_key(text) for text in (one.short, *one.long)] for one in texts])
         if self.patch_dropout and self.patch_size:
             batch["kept_patches"] = self._draw_patches(batch, self.patch_size, rngs)
         batch["return_loss"] = True
@@ -236,6 +245,13 @@ def _key(image: Any, name: str) -> str:
     if isinstance(image, Exception):
         raise image
     return image
+
+
+def _text_key(text: str) -> int:
+    """Returns a number of 64 bits that texts share if they differ only in case or white space."""
+    plain = " ".join(text.casefold().split())
+    digest = hashlib.blake2b(plain.encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def read_record(record: Mapping[str, Any], load: Callable[[Any, str], Any] = load_image) -> tuple[Record, Any]:
