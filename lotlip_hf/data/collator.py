@@ -13,7 +13,7 @@ import torch
 from transformers import ProcessorMixin
 
 from ..images import ImageError, background_of, load_image, load_pixels
-from .record import Draw, Record, RecordError, ShardError, check_record, record_rng
+from .record import Draw, Record, RecordError, ShardError, Texts, check_record, record_rng
 from .sampling import SubCaptions
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Batch(ModelInputs):
 
     image_keys: list[str]  # [B], instead of `pixel_values` if `frozen` contains images
     texts: list[list[str]]  # [B][T], instead of ids and masks if `frozen` contains texts, or with `return_texts`
-    text_keys: torch.Tensor  # [B, T], digests of the texts, only with `return_text_keys`
+    text_keys: torch.Tensor  # [B, T], digests of the captions, only with `return_text_keys`
     return_loss: bool  # `True`, so that `model(**batch)` returns a loss
     ids: list[str]  # only with `return_ids`
     counts: dict[str, int]  # only with `return_ids`
@@ -70,8 +70,9 @@ class LoTLIPCollator:
         patch_size (`int`, *optional*): Side of the model's patches in pixels. Required with `patch_dropout`.
         return_texts (`bool`, *optional*, defaults to `False`): Whether to add `texts` to batches, for a teacher.
         return_text_keys (`bool`, *optional*, defaults to `False`): Whether to add `text_keys` to batches, for terms
-            with `equal_positives`. Texts that differ only in case or white space have the same key. `model(**batch)`
-            does not accept them.
+            with `equal_positives`: for a short text the digest of the short caption, for a long text that of all long
+            captions of the record. Case and white space do not change a digest. `model(**batch)` does not accept
+            `text_keys`.
         frozen (`Collection[str]`, *optional*): `"image"` for keys of images instead of pixels, `"text"` for texts
             instead of token ids. [`~lotlip_hf.training.frozen.add_states`] adds their states.
 
@@ -207,7 +208,7 @@ class LoTLIPCollator:
         if "text" in self.frozen or self.return_texts:
             batch["texts"] = [[drawn.short, *drawn.long] for drawn in texts]
         if self.return_text_keys:
-            batch["text_keys"] = torch.tensor([[_text_key(text) for text in (one.short, *one.long)] for one in texts])
+            batch["text_keys"] = torch.tensor([_text_keys(*pair) for pair in zip(checked, texts, strict=True)])
         if self.patch_dropout and self.patch_size:
             batch["kept_patches"] = self._draw_patches(batch, self.patch_size, rngs)
         batch["return_loss"] = True
@@ -247,11 +248,19 @@ def _key(image: Any, name: str) -> str:
     return image
 
 
-def _text_key(text: str) -> int:
-    """Returns a number of 64 bits that texts share if they differ only in case or white space."""
-    plain = " ".join(text.casefold().split())
-    digest = hashlib.blake2b(plain.encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+def _text_keys(record: Record, texts: Texts) -> list[int]:
+    """Returns the digests of the captions that the short text and each long text were drawn from."""
+    short = _digest([record["short_caption"]])
+    long = short if texts.stand_in else _digest(record["long_captions"])
+    return [short, *[long] * len(texts.long)]
+
+
+def _digest(captions: Sequence[str]) -> int:
+    """Returns a number of 64 bits that does not depend on case and white space of the captions."""
+    plain = "\0".join(" ".join(caption.casefold().split()) for caption in captions)
+    return int.from_bytes(
+        hashlib.blake2b(plain.encode(errors="surrogatepass"), digest_size=8).digest(), "big", signed=True
+    )
 
 
 def read_record(record: Mapping[str, Any], load: Callable[[Any, str], Any] = load_image) -> tuple[Record, Any]:

@@ -190,10 +190,9 @@ def test_texts_change_with_the_epoch_and_the_logit_scale_is_limited(
 def test_the_trainer_and_the_loop_know_equal_captions(
     still_checkpoint: Path, records: Dataset, tmp_path: Path
 ) -> None:
-    """The images of the same short caption are its positives, in training and, with the trainer, in evaluation."""
-    # Both are equal, but the tokenizer tells them apart; the loss is the same for the same embeddings.
-    captions = ["A Straße.", "a  STRASSE."]
-    same = Dataset.from_list([{**one, "short_caption": captions[i % 2]} for i, one in enumerate(records)])
+    """Records with the same captions are positives of each other, though other sentences are drawn from them."""
+    long = [scene["long_captions"] for scene in records]
+    same = Dataset.from_list([{**one, "long_captions": long[i % 3]} for i, one in enumerate(records)])
     objective, plain = (Objective({"infonce": InfoNCE(equal_positives=each)}) for each in (True, False))
     processor, model = AutoProcessor.from_pretrained(still_checkpoint), load_model(still_checkpoint)
     for parameter in model.parameters():

@@ -18,9 +18,10 @@ class InfoNCE(Pairs):
         short_loss_weight, long_loss_weight (`float`, *optional*, defaults to 1.0): See [`Pairs`].
         label_smoothing (`float`, *optional*, defaults to 0.0): Fraction of the target that is spread evenly over the
             batch, as in `torch.nn.functional.cross_entropy`. Long-CLIP trains with 0.1.
-        equal_positives (`bool`, *optional*, defaults to `False`): Whether the images of equal texts are positives of
-            each of these texts: the target is spread evenly over them. Texts at the same position are compared, by
-            `text_keys` of the batch.
+        equal_positives (`bool`, *optional*, defaults to `False`): Whether records with equal captions are positives
+            of each other: the target of a text is spread evenly over their images, and that of an image over their
+            texts. `text_keys` of the batch tell which captions are equal. Without dropout this changes only texts
+            that are drawn differently from equal captions, because equal texts have equal embeddings.
     """
 
     def __init__(
