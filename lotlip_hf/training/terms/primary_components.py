@@ -12,7 +12,8 @@ class PrimaryComponents(InfoNCE):
 
     Args:
         num_components (`int`, *optional*, defaults to 32): Number of components. Long-CLIP uses 32.
-        short_loss_weight, long_loss_weight, label_smoothing, equal_positives (*optional*): See [`InfoNCE`].
+        short_loss_weight, long_loss_weight, label_smoothing, equal_positives (`float` or `bool`, *optional*): See
+            [`InfoNCE`].
     """
 
     def __init__(
