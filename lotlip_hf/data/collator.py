@@ -1,5 +1,6 @@
 """The collator: checks records, loads their images, draws their texts, counts broken records and makes a batch."""
 
+import hashlib
 import logging
 import math
 from collections import Counter
@@ -12,7 +13,7 @@ import torch
 from transformers import ProcessorMixin
 
 from ..images import ImageError, background_of, load_image, load_pixels
-from .record import Draw, Record, RecordError, ShardError, check_record, record_rng
+from .record import Draw, Record, RecordError, ShardError, Texts, check_record, record_rng
 from .sampling import SubCaptions
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Batch(ModelInputs):
 
     image_keys: list[str]  # [B], instead of `pixel_values` if `frozen` contains images
     texts: list[list[str]]  # [B][T], instead of ids and masks if `frozen` contains texts, or with `return_texts`
+    text_keys: torch.Tensor  # [B, T], digests of the captions, only with `return_text_keys`
     return_loss: bool  # `True`, so that `model(**batch)` returns a loss
     ids: list[str]  # only with `return_ids`
     counts: dict[str, int]  # only with `return_ids`
@@ -67,6 +69,10 @@ class LoTLIPCollator:
             at random as in FLIP.
         patch_size (`int`, *optional*): Side of the model's patches in pixels. Required with `patch_dropout`.
         return_texts (`bool`, *optional*, defaults to `False`): Whether to add `texts` to batches, for a teacher.
+        return_text_keys (`bool`, *optional*, defaults to `False`): Whether to add `text_keys` to batches, for terms
+            with `equal_positives`: for a short text the digest of the short caption, for a long text that of all long
+            captions of the record. Case and white space do not change a digest. `model(**batch)` does not accept
+            `text_keys`.
         frozen (`Collection[str]`, *optional*): `"image"` for keys of images instead of pixels, `"text"` for texts
             instead of token ids. [`~lotlip_hf.training.frozen.add_states`] adds their states.
 
@@ -102,6 +108,7 @@ class LoTLIPCollator:
         patch_size: int | None = None,
         frozen: Collection[str] = (),
         return_texts: bool = False,
+        return_text_keys: bool = False,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f'`on_error` must be "raise" or "skip", got {on_error!r}.')
@@ -116,6 +123,7 @@ class LoTLIPCollator:
         self.patch_size = patch_size
         self.frozen = frozen
         self.return_texts = return_texts
+        self.return_text_keys = return_text_keys
         # In shared memory, so that persistent workers of a DataLoader see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._warnings = 0
@@ -199,6 +207,8 @@ class LoTLIPCollator:
                 batch |= {"long_input_ids": long["input_ids"], "long_attention_mask": long["attention_mask"]}
         if "text" in self.frozen or self.return_texts:
             batch["texts"] = [[drawn.short, *drawn.long] for drawn in texts]
+        if self.return_text_keys:
+            batch["text_keys"] = torch.tensor([_text_keys(*pair) for pair in zip(checked, texts, strict=True)])
         if self.patch_dropout and self.patch_size:
             batch["kept_patches"] = self._draw_patches(batch, self.patch_size, rngs)
         batch["return_loss"] = True
@@ -236,6 +246,21 @@ def _key(image: Any, name: str) -> str:
     if isinstance(image, Exception):
         raise image
     return image
+
+
+def _text_keys(record: Record, texts: Texts) -> list[int]:
+    """Returns the digests of the captions that the short text and each long text were drawn from."""
+    short = _digest([record["short_caption"]])
+    long = short if texts.stand_in else _digest(record["long_captions"])
+    return [short, *[long] * len(texts.long)]
+
+
+def _digest(captions: Sequence[str]) -> int:
+    """Returns a number of 64 bits that does not depend on case and white space of the captions."""
+    plain = "\0".join(" ".join(caption.casefold().split()) for caption in captions)
+    return int.from_bytes(
+        hashlib.blake2b(plain.encode(errors="surrogatepass"), digest_size=8).digest(), "big", signed=True
+    )
 
 
 def read_record(record: Mapping[str, Any], load: Callable[[Any, str], Any] = load_image) -> tuple[Record, Any]:

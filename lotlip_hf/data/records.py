@@ -433,14 +433,19 @@ def _to_records(
     }
 
 
-def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, max_bytes: int) -> ColumnMapping:
-    """Resolves a mapping for local files with the columns of the first readable rows."""
+def _resolve_of(
+    files: Sequence[str], mapping: ColumnMapping, images: _Images, max_bytes: int, rows: int | None = FIRST_ROWS
+) -> ColumnMapping:
+    """
+    Resolves a mapping for local files with the columns of the first readable rows. Rows of JSON may lack columns, so
+    all rows are read if a column is missing in the first ones.
+    """
     columns: dict[str, None] = {}
     errors: list[str] = []
     fields = 0
     for file in files:
         try:
-            for row in itertools.islice(read_rows(file, max_bytes=max_bytes), FIRST_ROWS):
+            for row in itertools.islice(read_rows(file, max_bytes=max_bytes), rows):
                 if isinstance(row, RowError):
                     errors.append(f"{printable(file)}, {row}")
                     continue
@@ -448,13 +453,18 @@ def _resolve_of(files: Sequence[str], mapping: ColumnMapping, images: _Images, m
                 fields = max(fields, len(row.keys() - {"image", "__key__"}))
         except Exception as error:  # libraries raise exceptions of any class on a damaged file
             errors.append(f"{printable(file)}: {type(error).__name__}: {error}")
-        if columns:
+        if columns and rows is not None:
             break
         errors += [] if errors else [f"{printable(file)} has no rows"]
     if not columns:
         raise ValueError(f"No row can be read. {'; '.join(errors[:3])}")
     if kind_of(files) != "webdataset":
-        return resolve(mapping, list(columns), files[0])
+        try:
+            return resolve(mapping, list(columns), files[0])
+        except MissingColumn:
+            if rows is None or kind_of(files) != "json":
+                raise
+            return _resolve_of(files, mapping, images, max_bytes, rows=None)
     named = alternatives(mapping.image)
     members = tuple(name for name in named if f".{name.rpartition('.')[2]}".lower() in image_extensions())
     paths = () if not images.of(files[0])[1] else named

@@ -188,6 +188,7 @@ class _Run:
             patch_size=getattr(model.config.vision_config, "patch_size", None),
             frozen=self.frozen,
             return_texts=self.teacher is not None,
+            return_text_keys="text_keys" in self.objective.needs,
         )
         if self.checkpoint is not None:
             self._load(self.checkpoint)

@@ -89,6 +89,9 @@ class LoTLIPTrainer(Trainer):
         if data_collator is None and kwargs.get("processing_class") is None:
             raise ValueError("`data_collator` is missing. Pass a collator, or a processor as `processing_class`.")
         collator = data_collator or LoTLIPCollator(kwargs["processing_class"], seed=args.seed)
+        if objective is not None and "text_keys" in objective.needs:
+            collator = copy.copy(collator)
+            collator.return_text_keys = True
         super().__init__(
             model,
             args,

@@ -100,6 +100,24 @@ def test_a_batch_holds_what_the_model_takes(processor: LoTLIPProcessor) -> None:
     assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "return_loss"}
 
 
+def test_text_keys_tell_which_captions_are_equal(processor: LoTLIPProcessor) -> None:
+    captions = ["A red cat.", " a  RED\tcat.\n", "A red cat", "Straße \ud800", "STRASSE \ud800", "猫"]
+    records = some_records(8)
+    for record, caption in zip(records, captions, strict=False):
+        record |= {"short_caption": caption, "long_captions": [f"{caption} It sleeps. It dreams.", None]}
+    records[6] |= {"short_caption": "A dog.", "long_captions": []}  # the short caption is its long text
+    records[7] |= {"short_caption": "a dog.", "long_captions": [""]}
+    collator = LoTLIPCollator(processor, SubCaptions(2, 1), return_text_keys=True, frozen=("text",))
+    keys = collator(records)["text_keys"]
+    assert keys.dtype == torch.int64
+    assert torch.equal(keys[:, 1], keys[:, 2])  # whatever sentences are drawn
+    for column in keys.unbind(1):
+        groups = column.unique(return_inverse=True)[1].tolist()
+        assert [groups.index(group) for group in groups] == [0, 0, 2, 3, 3, 5, 6, 6]
+    assert torch.equal(collator(records[1:])["text_keys"], keys[1:])
+    assert "text_keys" not in LoTLIPCollator(processor)(records)
+
+
 def test_every_kind_of_image_is_read(processor: LoTLIPProcessor, tmp_path: Path) -> None:
     record = some_records(1)[0]
     picture = Image.new("RGBA", (32, 32), (0, 0, 0, 0))

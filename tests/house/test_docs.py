@@ -78,6 +78,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, golden: Path, official_ch
             render(one, image_size=32).save(folder / "pictures" / f"{number}.png")
             captions = {"short_caption": short_caption(one), "long_captions": long_captions(one)}
             file.write(json.dumps({"file_name": f"{number}.png", "id": one.id, **captions}) + "\n")
+    (folder / "stamps" / "animals").mkdir(parents=True)
+    shutil.copyfile(folder / "photos" / "cat.png", folder / "stamps" / "animals" / "cat.png")
+    stamp = "A cat.\nde.utf8=Eine Katze.\nfr.utf8=Un chat.\nja.utf8=猫。\n"
+    (folder / "stamps" / "animals" / "cat.txt").write_text(stamp, encoding="utf-8")
     (folder / "captions.txt").write_text("A cat.\nA dog stands on a lawn. It holds a ball.\n", encoding="utf-8")
     for file in (golden / "official-corners2").iterdir():
         shutil.copyfile(file, folder / file.name)

@@ -39,13 +39,16 @@ WEIGHTS = {"short_loss_weight": 0.5, "long_loss_weight": 2.0}
 OBJECTIVES: list[dict[str, dict[str, Any]]] = [
     {"infonce": {}},
     {"infonce": {"label_smoothing": 0.1}},
-    {"primary_components": {"num_components": 2, "label_smoothing": 0.2}},
+    {"infonce": {"equal_positives": True}},
+    {"primary_components": {"num_components": 2, "label_smoothing": 0.2, "equal_positives": True}},
     {"sigmoid": {}},
     {"instance": {}, "structure": {}},
     {"infonce": {}, "structure": {"distance": "squared"}},
     {"infonce": {}, "guess": {}, "sigmoid": {}},
 ]
 TILE_SIZES = (3, 100)  # the one divides no batch here, the other holds each of them
+# Equal texts of 13 samples: short ones in groups of 1 to 5, all of the second kind, and none of the third.
+KEYS = torch.stack([torch.tensor([0, 1, 0, 2, 0, 3, 1, 4, 0, 5, 6, 4, 0]), torch.full([13], 7), torch.arange(13)], 1)
 FACTORS = {"guess": 0.5, "structure": 2.0}  # of the terms
 
 
@@ -73,6 +76,7 @@ class Towers(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(2.0))
         self.images, self.texts, self.corners = random(13, 6), random(13, 3, 7), random(13, 2, 2, 7)
         self.tags, self.targets = torch.arange(13) % 4, F.normalize(random(13, 3, 5), dim=-1)
+        self.text_keys = KEYS
 
     def forward(self, samples: slice = slice(None)) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         embeds = {
@@ -80,6 +84,7 @@ class Towers(nn.Module):
             "text_embeds": F.normalize(self.texts[samples] @ self.text_map, dim=-1),
             "corner_embeds": F.normalize(self.corners[samples] @ self.text_map, dim=-1),
             "tags": self.tags[samples],
+            "text_keys": self.text_keys[samples],
             "teacher_text_embeds": self.targets[samples],
         }
         return embeds, self.logit_scale.exp()
@@ -99,6 +104,16 @@ def instance(texts: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def structure(texts: torch.Tensor, teacher: torch.Tensor, loss: Any = F.smooth_l1_loss) -> torch.Tensor:
     """ProCLIP's structure loss, of the short texts."""
     return loss(torch.pdist(texts[:, 0]), torch.pdist(teacher[:, 0]), reduction="sum")
+
+
+def equal_targets(embeds: dict[str, torch.Tensor], number: int) -> torch.Tensor:
+    """The soft targets of a kind of text: spread evenly over the equal ones. Corners belong to their long text."""
+    num_texts = embeds["text_embeds"].shape[1]
+    if number >= num_texts:
+        number = 1 + (number - num_texts) // embeds["corner_embeds"].shape[2]
+    keys = embeds["text_keys"][:, number]
+    equal = (keys[:, None] == keys).double()
+    return equal / equal.sum(1, keepdim=True)
 
 
 def plain_loss(
@@ -126,6 +141,8 @@ def plain_loss(
                 each.append(sigmoid_loss(logits, term.logit_bias))
             else:
                 targets, smoothing = torch.arange(len(logits)), term.label_smoothing
+                if term.equal_positives:
+                    targets = equal_targets(embeds, number).to(logits.dtype)
                 both = (F.cross_entropy(one, targets, label_smoothing=smoothing) for one in (logits, logits.t()))
                 each.append(sum(both) / 2)
         losses[f"loss_{name}_short"] = WEIGHTS["short_loss_weight"] * each[0] / len(each)
@@ -169,15 +186,39 @@ def test_tiles_are_the_plain_loss(
     assert_equal(results(losses, towers, objective), expected(terms))
 
 
-def test_without_long_texts_or_corners() -> None:
+@pytest.mark.parametrize("equal_positives", [False, True])
+def test_without_long_texts_or_corners(equal_positives: bool) -> None:
     embeds, scale = Towers()()
-    objective = make({"infonce": {}})
-    images, texts = embeds["image_embeds"], embeds["text_embeds"]
+    objective = make({"infonce": {"equal_positives": equal_positives}})
+    images, texts, keys = embeds["image_embeds"], embeds["text_embeds"], embeds["text_keys"]
     for given in (
-        {"image_embeds": images, "text_embeds": texts[:, :1]},
-        {"image_embeds": images, "text_embeds": texts},
+        {"image_embeds": images, "text_embeds": texts[:, :1], "text_keys": keys[:, :1]},
+        {"image_embeds": images, "text_embeds": texts, "text_keys": keys},
     ):
         assert_equal(objective(given, scale), plain_loss(objective, given, scale))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_equal_positives_are_soft_targets(label_smoothing: float) -> None:
+    """Of `cross_entropy`, in float64: the loss and its gradients. Without equal texts nothing changes, bit for bit."""
+    embeds, scale = Towers()()
+    embeds = {name: value.double() if value.is_floating_point() else value for name, value in embeds.items()}
+    leaves = {
+        name: embeds[name].detach().requires_grad_() for name in ("image_embeds", "text_embeds", "corner_embeds")
+    }
+    objective = make({"infonce": {"label_smoothing": label_smoothing, "equal_positives": True}})
+    assert objective.needs == {*leaves, "text_keys"}
+    answers = []
+    for function in (objective, partial(plain_loss, objective)):
+        losses = function({**embeds, **leaves}, scale.detach().double())
+        answers.append([*losses.values(), *torch.autograd.grad(losses["loss"], [*leaves.values()])])
+    for answer, expected in zip(*answers, strict=True):
+        torch.testing.assert_close(answer, expected, rtol=0, atol=1e-12)
+
+    plain = make({"infonce": {"label_smoothing": label_smoothing}})
+    different = {**leaves, "text_keys": torch.arange(13)[:, None].expand(-1, 3)}
+    assert torch.equal(objective(different, scale)["loss"], plain(leaves, scale)["loss"])
+    assert not torch.equal(objective({**different, "text_keys": KEYS}, scale)["loss"], plain(leaves, scale)["loss"])
 
 
 def test_terms_are_float32_under_autocast() -> None:
@@ -224,7 +265,9 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self.known.pop(key)
 
 
-@pytest.mark.parametrize("options", [{"infonce": {"label_smoothing": 0.1}}, {"sigmoid": {}}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"infonce": {"label_smoothing": 0.1, "equal_positives": True}}, {"sigmoid": {}}], ids=str
+)
 def test_tiles_hold_no_matrix_of_the_batch(
     options: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +275,8 @@ def test_tiles_hold_no_matrix_of_the_batch(
     monkeypatch.setattr(pairs, "TILE_SIZE", 16)
     batch_size, num_sets, width = 192, 5, 4
     images, texts = torch.randn(batch_size, width, requires_grad=True), torch.randn(batch_size, num_sets, width)
-    embeds = {"image_embeds": images, "text_embeds": texts}
+    keys = torch.arange(batch_size * num_sets).view(batch_size, num_sets) // 8
+    embeds = {"image_embeds": images, "text_embeds": texts, "text_keys": keys}
 
     def most(function: Any) -> int:
         with LiveBytes(images, texts) as mode:
@@ -302,6 +346,7 @@ def tiny_batch(batch_size: int) -> dict[str, Any]:
     masks = {name.replace("input_ids", "attention_mask"): torch.ones_like(ids) for name, ids in batch.items()}
     batch |= masks | {"pixel_values": tiny.pixel_values(batch_size)}
     others = {"tags": torch.arange(batch_size) % 3 + 1}  # which no model takes
+    others["text_keys"] = KEYS[:batch_size]
     others["teacher_text_embeds"] = F.normalize(torch.randn(batch_size, 3, 24), dim=-1)
     return {**batch, **others, "ids": [str(i) for i in range(batch_size)], "return_loss": True}
 
@@ -312,6 +357,7 @@ def part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 
 CACHED = [
     {"infonce": {"label_smoothing": 0.1}},
+    {"infonce": {"label_smoothing": 0.1, "equal_positives": True}},
     {"sigmoid": {}},
     {"infonce": {}, "guess": {"projection_dim": 24}},
     {"instance": {}, "structure": {}},
@@ -424,7 +470,7 @@ def _fresh_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-CACHED_TOGETHER = {"sigmoid": {}, "guess": {"projection_dim": 24}}
+CACHED_TOGETHER = {"infonce": {"equal_positives": True}, "sigmoid": {}, "guess": {"projection_dim": 24}}
 
 
 def of_processes(split: list[int], chunk_size: int, batch_size: int) -> dict[str, torch.Tensor]:

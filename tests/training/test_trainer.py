@@ -26,8 +26,9 @@ from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.log import read_log
 from lotlip_hf.training.loop import train
 from lotlip_hf.training.model import load_or_start_model, prepare_model
-from lotlip_hf.training.objective import Objective
+from lotlip_hf.training.objective import Objective, batch_loss
 from lotlip_hf.training.terms import TERMS
+from lotlip_hf.training.terms.infonce import InfoNCE
 from lotlip_hf.training.terms.sigmoid import Sigmoid
 from lotlip_hf.training.trainer import OBJECTIVE_NAME
 from lotlip_hf.training.validation import validate
@@ -184,6 +185,61 @@ def test_texts_change_with_the_epoch_and_the_logit_scale_is_limited(
     assert trainer.model.text_model.training
     assert not trainer.model.vision_model.training  # frozen: without dropout
     assert trainer.model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_the_trainer_and_the_loop_know_equal_captions(
+    still_checkpoint: Path, records: Dataset, tmp_path: Path
+) -> None:
+    """Records with the same captions are positives of each other, though other sentences are drawn from them."""
+    long = [scene["long_captions"] for scene in records]
+    same = Dataset.from_list([{**one, "long_captions": long[i % 3]} for i, one in enumerate(records)])
+    objective, plain = (Objective({"infonce": InfoNCE(equal_positives=each)}) for each in (True, False))
+    processor, model = AutoProcessor.from_pretrained(still_checkpoint), load_model(still_checkpoint)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # large enough that each word matters
+            torch.nn.init.normal_(parameter, std=0.3)
+    for each in (model, processor):
+        each.save_pretrained(tmp_path / "start")
+
+    def loss(objective: Objective, draw: Any) -> float:
+        collator = LoTLIPCollator(processor, draw, seed=5, return_text_keys=True)
+        with torch.no_grad():
+            return float(batch_loss(model.eval(), collator(list(same)), objective)["loss"])
+
+    expected = loss(objective, SAMPLING)
+    assert abs(expected - loss(plain, SAMPLING)) > 1e-4
+    trainer = make(
+        tmp_path / "start",
+        tmp_path / "trainer",
+        same,
+        objective=objective,
+        eval_dataset=same,
+        max_steps=1,
+        learning_rate=0.0,
+        per_device_train_batch_size=NUM_RECORDS,
+    )
+    trainer.train()
+    assert logged(trainer, "loss") == pytest.approx([expected], abs=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss(objective, WholeCaptions()), abs=1e-5)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = TrainingConfig(
+        model=str(tmp_path / "start"),
+        output=str(tmp_path / "loop"),
+        term_options=["infonce.equal_positives=true"],
+        lock_vision=True,  # batches have states instead of images
+        cache=str(tmp_path / "cache"),
+        num_long_texts=2,
+        num_sentences=1,
+        seed=5,
+        batch_size=NUM_RECORDS,
+        grad_cache_chunk=3,
+        max_steps=1,
+        num_workers=0,
+        trackers=["none"],
+    )
+    train(*load_or_start_model(config), same, config)
+    assert read_log(tmp_path / "loop")[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_evaluation_is_that_of_the_loop(still_checkpoint: Path, records: Dataset, tmp_path: Path) -> None:

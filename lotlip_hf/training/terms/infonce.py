@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from ...distributed import max_over_ranks, sum_over_ranks
 from .pairs import Pairs, Sets, tiles_of
+from .views import Views
 
 
 class InfoNCE(Pairs):
@@ -17,23 +18,43 @@ class InfoNCE(Pairs):
         short_loss_weight, long_loss_weight (`float`, *optional*, defaults to 1.0): See [`Pairs`].
         label_smoothing (`float`, *optional*, defaults to 0.0): Fraction of the target that is spread evenly over the
             batch, as in `torch.nn.functional.cross_entropy`. Long-CLIP trains with 0.1.
+        equal_positives (`bool`, *optional*, defaults to `False`): Whether records with equal captions are positives
+            of each other: the target of a text is spread evenly over their images, and that of an image over their
+            texts. `text_keys` of the batch tell which captions are equal. Without dropout this changes only texts
+            that are drawn differently from equal captions, because equal texts have equal embeddings.
     """
 
     def __init__(
-        self, short_loss_weight: float = 1.0, long_loss_weight: float = 1.0, label_smoothing: float = 0.0
+        self,
+        short_loss_weight: float = 1.0,
+        long_loss_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        equal_positives: bool = False,
     ) -> None:
         super().__init__(short_loss_weight, long_loss_weight)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"`label_smoothing` must be at least 0 and below 1, got {label_smoothing}.")
         self.label_smoothing = label_smoothing
+        self.equal_positives = equal_positives
+        if equal_positives:
+            self.needs = self.needs | {"text_keys"}
 
-    def sums(self, image_sets: Sets, text_sets: Sets, own: slice) -> torch.Tensor:
+    def positives(self, image_sets: Sets, views: Views) -> Sets:
+        if not self.equal_positives:
+            return super().positives(image_sets, views)
+        keys = views.all("text_keys").unbind(1)  # T tensors [N]
+        short, *long = (_means(*pair)[views.own] for pair in zip(image_sets, keys, strict=False))
+        # The corner features of a long text share its key.
+        num_corners = (len(image_sets) - 1) // max(1, len(long)) - 1
+        return [short, *long, *(each for each in long for _ in range(num_corners))]
+
+    def sums(self, image_sets: Sets, text_sets: Sets, positives: Sets, own: slice) -> torch.Tensor:
         per_image, per_text, matches = [], [], []
-        for images, texts in zip(image_sets, text_sets, strict=True):
+        for images, texts, of_texts in zip(image_sets, text_sets, positives, strict=True):
             image_sums, text_sums = _LogSumExps.apply(images, texts)  # pyright: ignore[reportGeneralTypeIssues]
             per_image.append(image_sums)
             per_text.append(text_sums)
-            match = (images[own] * texts).sum()
+            match = (of_texts * texts).sum()
             if self.label_smoothing:  # the sum of all similarities does not need tiles
                 spread = (images.sum(0) * texts.sum(0)).sum() / len(images)
                 match = (1 - self.label_smoothing) * match + self.label_smoothing * spread
@@ -43,6 +64,13 @@ class InfoNCE(Pairs):
         largest = max_over_ranks(own_sums)
         image_sums = largest + sum_over_ranks((own_sums - largest).exp()).log()
         return (image_sums[:, own].sum(1) + torch.stack(per_text).sum(1)) / 2 - torch.stack(matches)
+
+
+def _means(images: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Returns for each image [N, dim] the mean of the images with the same key [N]."""
+    _, groups, sizes = keys.unique(return_inverse=True, return_counts=True)
+    sums = images.new_zeros(len(sizes), images.shape[1]).index_add(0, groups, images)
+    return (sums / sizes.unsqueeze(1))[groups]
 
 
 class _LogSumExps(torch.autograd.Function):

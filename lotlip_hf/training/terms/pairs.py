@@ -45,7 +45,8 @@ class Pairs(nn.Module):
         images = views.logit_scale * views.all("image_embeds")  # [N, dim]
         text_sets = stack_features(views["text_embeds"], views.get("corner_embeds")).unbind(1)  # K tensors [b, dim]
         image_sets = [self.for_short_texts(images), *[images] * (len(text_sets) - 1)]
-        losses = self.sums(image_sets, text_sets, views.own) * world_size() / len(images)
+        positives = self.positives(image_sets, views)
+        losses = self.sums(image_sets, text_sets, positives, views.own) * world_size() / len(images)
         loss = weighted_loss(losses, self.short_loss_weight, self.long_loss_weight)
         return {"short": loss.loss_short, "long": loss.loss_long}
 
@@ -53,12 +54,17 @@ class Pairs(nn.Module):
         """Returns the images [N, dim] that the short texts are compared with. Subclasses may change them."""
         return images
 
-    def sums(self, image_sets: Sets, text_sets: Sets, own: slice) -> torch.Tensor:
+    def positives(self, image_sets: Sets, views: Views) -> Sets:
+        """Returns the image [b, dim] that matches each text of this process, K times. Subclasses may change it."""
+        return [images[views.own] for images in image_sets]
+
+    def sums(self, image_sets: Sets, text_sets: Sets, positives: Sets, own: slice) -> torch.Tensor:
         """
         Returns K losses [K], each summed over the images and texts of this process.
 
         `image_sets` are K tensors [N, dim] with the scaled images of all processes; `own` is the slice of this process
-        in them. `text_sets` are K tensors [b, dim] with the texts of this process.
+        in them. `text_sets` and `positives` are K tensors [b, dim] with the texts of this process and the images that
+        match them.
         """
         raise NotImplementedError
 

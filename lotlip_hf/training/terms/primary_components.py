@@ -12,7 +12,8 @@ class PrimaryComponents(InfoNCE):
 
     Args:
         num_components (`int`, *optional*, defaults to 32): Number of components. Long-CLIP uses 32.
-        short_loss_weight, long_loss_weight, label_smoothing (`float`, *optional*): See [`InfoNCE`].
+        short_loss_weight, long_loss_weight, label_smoothing, equal_positives (`float` or `bool`, *optional*): See
+            [`InfoNCE`].
     """
 
     def __init__(
@@ -21,8 +22,9 @@ class PrimaryComponents(InfoNCE):
         short_loss_weight: float = 1.0,
         long_loss_weight: float = 1.0,
         label_smoothing: float = 0.0,
+        equal_positives: bool = False,
     ) -> None:
-        super().__init__(short_loss_weight, long_loss_weight, label_smoothing)
+        super().__init__(short_loss_weight, long_loss_weight, label_smoothing, equal_positives)
         if num_components < 1:
             raise ValueError(f"`num_components` must be at least 1, got {num_components}.")
         self.num_components = num_components

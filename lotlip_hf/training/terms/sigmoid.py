@@ -21,18 +21,18 @@ class Sigmoid(Pairs):
         super().__init__(short_loss_weight, long_loss_weight)
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # SigLIP's initial value
 
-    def sums(self, image_sets: Sets, text_sets: Sets, own: slice) -> torch.Tensor:
+    def sums(self, image_sets: Sets, text_sets: Sets, positives: Sets, own: slice) -> torch.Tensor:
         # The loss is -logsigmoid(x) = softplus(x) - x for a pair that matches, else -logsigmoid(-x) = softplus(x).
         sums = []
         bias = self.logit_bias.to(image_sets[0].dtype)
-        for images, texts in zip(image_sets, text_sets, strict=True):
+        for images, texts, matches in zip(image_sets, text_sets, positives, strict=True):
             tiles = [
                 # The backward pass computes the tile again.
                 checkpoint(_softplus_sum, image_tile, text_tile, bias, use_reentrant=False, preserve_rng_state=False)
                 for image_tile in tiles_of(images)
                 for text_tile in tiles_of(texts)
             ]
-            sums.append(torch.stack(tiles).sum() - ((images[own] * texts).sum() + len(texts) * bias))
+            sums.append(torch.stack(tiles).sum() - ((matches * texts).sum() + len(texts) * bias))
         return torch.stack(sums)
 
 
