@@ -29,7 +29,7 @@ def train_config(config: TrainingConfig) -> Path:
         config (`TrainingConfig`): Options of the run.
 
     Returns:
-        `Path`: The checkpoint, of the last stage.
+        `Path`: The checkpoint of the run, or of its last stage.
 
     Raises:
         Errors of [`~lotlip_hf.training.data.load_data`], [`~lotlip_hf.training.model.load_or_start_model`] and
@@ -81,9 +81,12 @@ def _train(config: TrainingConfig, start: Path | None = None, prepare: Callable[
 def _ended(output: Path) -> dict[str, str]:
     """Returns the checkpoints of the stages that have ended and still exist, by the name of the stage."""
     path = output / STAGES_NAME
-    ended = parse_json(read_regular(path, MAX_PROGRESS)) if path.exists() else {}
-    if not isinstance(ended, dict):
-        raise ValueError(f"{path} is damaged. Remove it to read all stages again.")
+    if not path.exists():
+        return {}
+    try:
+        ended = dict(parse_json(read_regular(path, MAX_PROGRESS)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged. Remove it to continue from the checkpoints of the stages.") from error
     return {
         name: checkpoint
         for name, checkpoint in ended.items()

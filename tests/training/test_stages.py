@@ -140,7 +140,9 @@ def test_a_seed_holds_out_the_same_records_in_any_order(start: Path) -> None:
 # Stages
 
 
-def test_a_stage_is_a_run_from_the_best_checkpoint_before(start: Path, tmp_path: Path) -> None:
+def test_a_stage_is_a_run_from_the_best_checkpoint_before(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "run"
     assert main(["train", *command(output, start)]) == 0
     heads, rest = (output / name / checkpoint for name, checkpoint in ended(output).items())
@@ -161,6 +163,16 @@ def test_a_stage_is_a_run_from_the_best_checkpoint_before(start: Path, tmp_path:
     assert main(["train", "--output", str(output), "--resume"]) == 0
     assert {file: file.stat().st_mtime_ns for file in output.rglob("*")} == before
     assert main(["train", *command(output, start)]) == 2
+    assert "rest/checkpoint-4" in capsys.readouterr().err
+    # without the list of ended stages each of them finds that it has ended
+    list_of_ended = (output / STAGES_NAME).read_text()
+    for damaged in ("[", "1"):
+        (output / STAGES_NAME).write_text(damaged)
+        assert main(["train", "--output", str(output), "--resume"]) == 2
+        assert STAGES_NAME in capsys.readouterr().err
+    (output / STAGES_NAME).unlink()
+    assert main(["train", "--output", str(output), "--resume"]) == 0
+    assert (output / STAGES_NAME).read_text() == list_of_ended
 
 
 KILLS = [
