@@ -30,6 +30,7 @@ def from_backbones(
     token_prepending: tuple[int, int] | None = None,
     placeholder_token_id: int | None = None,
     vision_pooling: str | None = None,
+    vision_projection: bool = False,
     projection_dim: int | None = None,
     text_projection: Literal["linear", "residual_mlp"] = "linear",
     text_projection_layers: int = 4,
@@ -60,9 +61,11 @@ def from_backbones(
         token_prepending (`tuple[int, int]`, *optional*): Layers of token prepending, see [`LoTLIPTextConfig`].
         placeholder_token_id (`int`, *optional*): Id of its placeholder, see [`LoTLIPTextConfig`].
         vision_pooling (`str`, *optional*): Pooling of the image tower, see [`LoTLIPVisionConfig`].
-        projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image encoder,
-            which then has no projection. With the width of the text encoder, the text tower has no projection and
-            starts with the embeddings of its encoder.
+        vision_projection (`bool`, *optional*, defaults to `False`): Whether the image tower has a projection also if
+            its width is `projection_dim`, for a frozen image encoder.
+        projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image tower's
+            pooled states, which then needs no projection. With the width of the text encoder, the text tower has no
+            projection and starts with the embeddings of its encoder.
         text_projection (`str`, *optional*, defaults to `"linear"`): Kind of the text projection, see
             [`LoTLIPTextConfig`].
         text_projection_layers (`int`, *optional*, defaults to 4): Number of blocks of a `"residual_mlp"`.
@@ -110,11 +113,13 @@ def from_backbones(
         logger.warning("%s has no pooler. `text_pooling` is 'cls': pass 'pooler' for a new one.", _name(text))
     text_weights = _make_room(text_weights, text_config)
 
-    width = projection_dim or vision_config.hidden_size
+    width = projection_dim or vision_config.pooled_size
     dense = _dense(folder, text_config, width)
     text_config.projection_dim = width
     if projection_dim == text_config.hidden_size and dense is None:
         text_config.projection_dim = None
+    if vision_projection:
+        vision_config.projection_dim = width
     towers = {"text_config": text_config, "vision_config": vision_config}
     model = LoTLIPModel(LoTLIPConfig(**towers, projection_dim=width, **config_kwargs))
     for tower, source, weights in (

@@ -227,7 +227,7 @@ class Encoder:
 
         Args:
             total (`int`, *optional*): Number of texts for the progress bar, if `texts` has no length.
-            pooled (`bool`, *optional*, defaults to `False`): Whether to yield the pooled states [hidden_size] of the
+            pooled (`bool`, *optional*, defaults to `False`): Whether to yield the pooled states [pooled_size] of the
                 text tower, before its projection, instead of embeddings. Only for LoTLIP.
 
         Yields:
@@ -293,7 +293,7 @@ class Encoder:
 
         Args:
             total (`int`, *optional*): Number of images for the progress bar, if `images` has no length.
-            pooled (`bool`, *optional*, defaults to `False`): Whether to yield the pooled states [hidden_size] of the
+            pooled (`bool`, *optional*, defaults to `False`): Whether to yield the pooled states [pooled_size] of the
                 image tower, before its projection, instead of embeddings. Only for LoTLIP.
 
         Yields:
@@ -387,7 +387,7 @@ class Encoder:
             `ValueError`: If the model is not a LoTLIP.
         """
         config = self._lotlip_engine().model.config
-        return (config.text_config if modality == "text" else config.vision_config).hidden_size
+        return (config.text_config if modality == "text" else config.vision_config).pooled_size
 
     def _lotlip_engine(self) -> TorchEngine:
         if not isinstance(self.engine, TorchEngine) or not isinstance(self.engine.model, LoTLIPModel):
@@ -395,7 +395,7 @@ class Encoder:
         return self.engine
 
     def _features(self, modality: Modality, pooled: bool) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
-        """Function of a batch's inputs that computes embeddings [B, P], or pooled states [B, hidden_size]."""
+        """Function of a batch's inputs that computes embeddings [B, P], or pooled states [B, pooled_size]."""
         if pooled:
             states = self._lotlip_engine().pooled_states
             return lambda inputs: states(modality, inputs).float()

@@ -153,7 +153,7 @@ class FrozenStates:
             keys (`Sequence[str]`): N keys.
 
         Returns:
-            `torch.Tensor`: States [N, hidden_size] or embeddings [N, P], in float32 on the CPU.
+            `torch.Tensor`: States [N, pooled_size] or embeddings [N, P], in float32 on the CPU.
 
         Raises:
             `OSError`: If a state is missing, because another process removed the file.

@@ -62,8 +62,8 @@ def weighted_mean(states: Tensor, mask: Tensor | None, index: Tensor | None) -> 
 
 # Functions (states [N, L, hidden_size], mask [N, L] or None for all tokens, index [N] of the pooled token or None for
 # the first) -> [N, hidden_size]. A corner token is pooled as a text of one token. In text towers, "pooler" adds the
-# backbone's layer on the pooled token. In image towers, "pooler" is the backbone's own pooling. "eos" is CLIP's [EOT],
-# "last" the last token of a decoder's text.
+# backbone's layer on the pooled token. In image towers, "pooler" is the backbone's own pooling, and "cls+mean" joins
+# two results. "eos" is CLIP's [EOT], "last" the last token of a decoder's text.
 POOLINGS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = {
     "pooler": one_token,
     "cls": one_token,
@@ -92,8 +92,12 @@ class _Backbone:
         """Default pooling."""
         return self.default_pooling
 
+    def poolings(self) -> list[str]:
+        """Poolings that the family supports."""
+        return [name for name in POOLINGS if name not in self.excluded_poolings]
+
     def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
-        taken = [name for name in POOLINGS if name not in self.excluded_poolings]
+        taken = self.poolings()
         if pooling not in taken:
             raise ValueError(f"`pooling={pooling!r}` does not fit {config.model_type}. Use one of {', '.join(taken)}.")
 
@@ -423,6 +427,10 @@ class VisionBackbone(_Backbone):
     def num_prefix_tokens(self, backbone: PreTrainedModel) -> int:
         return self.has_class_token + getattr(backbone.config, "num_register_tokens", 0)
 
+    def poolings(self) -> list[str]:
+        names = super().poolings()
+        return [*names, "cls+mean"] if "cls" in names else names
+
     def check_pooling(self, config: PreTrainedConfig, pooling: str) -> None:
         super().check_pooling(config, pooling)
         if pooling == "pooler" and not getattr(config, "vision_use_head", True):
@@ -597,8 +605,8 @@ class TimmBackbone(VisionBackbone):
         model = timm_model(config)
         if pooling != "pooler" and not hasattr(model, "num_prefix_tokens"):
             raise ValueError(f"`pooling={pooling!r}` does not fit {config.architecture}, a map. Use pooler.")
-        if pooling == "cls" and getattr(model, "cls_token", None) is None:
-            raise ValueError(f"`pooling='cls'` does not fit {config.architecture}, which has no class token.")
+        if "cls" in pooling.split("+") and getattr(model, "cls_token", None) is None:
+            raise ValueError(f"`pooling={pooling!r}` does not fit {config.architecture}, which has no class token.")
 
     def inputs(
         self, backbone: PreTrainedModel, pixel_values: Tensor | None, interpolate: bool, **others: Tensor | None

@@ -99,9 +99,14 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
         return self.families[self.backbone_config.model_type]
 
     @property
+    def pooled_size(self) -> int:
+        """Width of the pooled states: the backbone's hidden size for each pooling that a `+` joins."""
+        return self.hidden_size * len(self.pooling.split("+"))
+
+    @property
     def output_size(self) -> int:
-        """Width of the tower's features: `projection_dim`, or the backbone's hidden size without a projection."""
-        return self.hidden_size if self.projection_dim is None else self.projection_dim
+        """Width of the tower's features: `projection_dim`, or that of the pooled states without a projection."""
+        return self.pooled_size if self.projection_dim is None else self.projection_dim
 
 
 @strict
@@ -209,7 +214,8 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
             to ViT-B/16 with timm's `layer_norm_eps`. Its fields are also arguments of this class.
         pooling (`str`, *optional*): `"cls"`: the class token after the final norm, the default of ViT, DINOv2 and
             DINOv3; `"pooler"`: the backbone's pooled output, the default of the others; `"mean"`: the mean of patches,
-            without class token, registers and padding.
+            without class token, registers and padding; `"cls+mean"`: both joined, twice as wide, for encoders with
+            `"cls"`.
         projection_dim (`int`, *optional*): Width of the linear projection. `None` adds no projection.
 
     ```python

@@ -128,7 +128,7 @@ class _LoTLIPTower(LoTLIPPreTrainedModel):
     def _can_pool_only(self, options: dict[str, Any]) -> bool:
         return (
             not (options["output_attentions"] or options["output_hidden_states"])
-            and POOLINGS[self.config.pooling] is one_token
+            and POOLINGS.get(self.config.pooling) is one_token
             and self.backbone.config._attn_implementation in ("sdpa", "unpadded")
             and isinstance(self.config.family.last_layer(self.backbone), PooledLayer)
         )
@@ -281,7 +281,7 @@ class LoTLIPVisionModel(_LoTLIPTower):
     ```python
     >>> from lotlip_hf import LoTLIPProcessor, LoTLIPVisionModel
     >>> inputs = LoTLIPProcessor.from_pretrained("checkpoint")(images="photos/cat.png", return_tensors="pt")
-    >>> pooled = LoTLIPVisionModel.from_pretrained("checkpoint")(**inputs).pooler_output  # [1, hidden_size]
+    >>> pooled = LoTLIPVisionModel.from_pretrained("checkpoint")(**inputs).pooler_output  # [1, pooled_size]
     ```
     """
 
@@ -335,19 +335,23 @@ class LoTLIPVisionModel(_LoTLIPTower):
         if kept_patches is not None:
             inputs = family.keep(self.backbone, inputs, kept_patches)
         outputs = family.run(self.backbone, inputs, **options)
-        states, pool = outputs.last_hidden_state, POOLINGS[self.config.pooling]
-        if self.config.pooling == "pooler":
-            pooled = outputs.pooler_output
-        elif pool is one_token:
-            pooled = pool(states, None, None)
-        else:
-            pooled = pool(family.patches(self.backbone, states), inputs.get("pixel_attention_mask"), None)
+        mask = inputs.get("pixel_attention_mask")
+        pooled = [self._pool(name, outputs, mask) for name in self.config.pooling.split("+")]
         return BaseModelOutputWithPooling(
-            last_hidden_state=None if pooled_only else states,
-            pooler_output=pooled,
+            last_hidden_state=None if pooled_only else outputs.last_hidden_state,
+            pooler_output=torch.cat(pooled, dim=-1),
             hidden_states=outputs.hidden_states,
             attentions=outputs.get("attentions"),
         )
+
+    def _pool(self, pooling: str, outputs: Any, mask: Tensor | None) -> Tensor:
+        """Outputs of the backbone, and a mask [B, P] of patches or `None` -> [B, hidden_size]"""
+        states, pool = outputs.last_hidden_state, POOLINGS[pooling]
+        if pooling == "pooler":
+            return outputs.pooler_output
+        if pool is one_token:
+            return pool(states, None, None)
+        return pool(self.config.family.patches(self.backbone, states), mask, None)
 
 
 class LoTLIPTextModelWithProjection(LoTLIPPreTrainedModel):
@@ -427,7 +431,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
     def __init__(self, config: LoTLIPConfig) -> None:
         super().__init__(config)
         self.projection_dim = config.projection_dim
-        self.text_embed_dim, self.vision_embed_dim = config.text_config.hidden_size, config.vision_config.hidden_size
+        self.text_embed_dim, self.vision_embed_dim = config.text_config.pooled_size, config.vision_config.pooled_size
         self.text_model = LoTLIPTextModel._from_config(config.text_config)
         self.vision_model = LoTLIPVisionModel._from_config(config.vision_config)
         self.text_projection = _projection(config.text_config)
@@ -500,7 +504,7 @@ class LoTLIPModel(LoTLIPPreTrainedModel):
             long_attention_mask (`torch.Tensor`, *optional*): Mask of `long_input_ids`, like `attention_mask`.
             pooled_only (`bool`, *optional*, defaults to `False`): Whether only the embeddings and the loss are needed.
                 The logits are then `None`, and `last_hidden_state` of the towers may be `None`, too.
-            image_states (`torch.Tensor`, *optional*): Pooled states [I, hidden_size] of the image tower, to replace
+            image_states (`torch.Tensor`, *optional*): Pooled states [I, pooled_size] of the image tower, to replace
                 `pixel_values`.
             text_states (`torch.Tensor`, *optional*): Pooled states [B, (T,) hidden_size] of the text tower, to replace
                 the texts. Without corner tokens.
@@ -583,7 +587,7 @@ def _projection(config: LoTLIPTextConfig | LoTLIPVisionConfig) -> nn.Module:
         return ResidualMLP(*sizes)
     if config.projection_dim is None:
         return nn.Identity()
-    return nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+    return nn.Linear(config.pooled_size, config.projection_dim, bias=False)
 
 
 def _project(tower: nn.Module, projection: nn.Module, *args: Any, **kwargs: Any) -> Any:

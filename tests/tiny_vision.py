@@ -91,19 +91,19 @@ TIMM_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": SIDE, "patc
 TIMM_MAP = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 
 FAMILIES = [
-    Family("vit", TOKENS, ("cls", "pooler", "mean"), square(ViTImageProcessorPil), 1, "interpolated"),
-    Family("dinov2", DINO, ("cls", "pooler", "mean"), shortest(BitImageProcessorPil), 1),
+    Family("vit", TOKENS, ("cls", "pooler", "mean", "cls+mean"), square(ViTImageProcessorPil), 1, "interpolated"),
+    Family("dinov2", DINO, ("cls", "pooler", "mean", "cls+mean"), shortest(BitImageProcessorPil), 1),
     Family(
         "dinov2_with_registers",
         {**DINO, "num_register_tokens": 3},
-        ("cls", "pooler", "mean"),
+        ("cls", "pooler", "mean", "cls+mean"),
         shortest(BitImageProcessorPil),
         4,
     ),
     Family(
         "dinov3_vit",
         {**TOKENS, "num_register_tokens": 2, "pos_embed_rescale": None},
-        ("cls", "pooler", "mean"),
+        ("cls", "pooler", "mean", "cls+mean"),
         square(ViTImageProcessorPil),
         3,
     ),
@@ -122,7 +122,7 @@ FAMILIES = [
         Family(
             "timm_wrapper",
             {"architecture": architecture, "model_args": TIMM_VIT},
-            ("pooler", "cls", "mean"),
+            ("pooler", "cls", "mean", "cls+mean"),
             square(ViTImageProcessorPil),
             1,
             "fixed",

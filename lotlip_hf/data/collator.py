@@ -32,7 +32,7 @@ class ModelInputs(TypedDict):
     long_input_ids: torch.Tensor  # [B, T - 1, L'], long texts, missing if T = 1
     long_attention_mask: torch.Tensor  # [B, T - 1, L']
     kept_patches: torch.Tensor  # [B, K], indices of the image patches to embed, only with `patch_dropout`
-    image_states: torch.Tensor  # [B, hidden_size], instead of `pixel_values`
+    image_states: torch.Tensor  # [B, pooled_size], instead of `pixel_values`
     text_states: torch.Tensor  # [B, T, hidden_size], instead of ids and masks
 
 

@@ -127,7 +127,7 @@ class TorchEngine:
         return self._features(self.model.get_image_features, inputs)
 
     def pooled_states(self, modality: Modality, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Computes the pooled states [B, hidden_size] of a LoTLIP tower, before its projection."""
+        """Computes the pooled states [B, pooled_size] of a LoTLIP tower, before its projection."""
         return self._features(self.model.text_model if modality == "text" else self.model.vision_model, inputs)
 
     def _features(self, function: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -29,8 +29,8 @@ RESUMABLE = frozenset(
 )
 # Options that only a new model of two encoders has
 NEW_MODEL = (
-    *("text_model", "image_model", "projection_dim", "text_pooling", "text_attention", "prompt_template"),
-    *("text_projection", "text_projection_layers", "text_projection_expansion"),
+    *("text_model", "image_model", "projection_dim", "text_pooling", "image_pooling", "text_attention"),
+    *("prompt_template", "text_projection", "text_projection_layers", "text_projection_expansion"),
 )
 # Options that all stages share
 COMMON = ("output", "resume", "seed", "eval_share", "mixed_precision")
@@ -71,13 +71,16 @@ class TrainingConfig:
     image_model: str | None = option("Pretrained image encoder of a new model (with --text-model)", None)
     num_corner_tokens: int | None = option("Corner tokens of a new model (default: 2)", None, at_least=0)
     projection_dim: int | None = option(
-        "Embedding size of a new model (default: width of the image encoder). With the width of the text encoder, the "
-        "text tower has no projection and starts with its encoder's embeddings",
+        "Embedding size of a new model (default: width of the image tower's pooled states). With the width of the "
+        "text encoder, the text tower has no projection and starts with its encoder's embeddings",
         None,
         at_least=1,
     )
     text_pooling: str | None = option(
         "Pooling of a new model's text tower, such as pooler, cls or mean (default: that of its encoder)", None
+    )
+    image_pooling: str | None = option(
+        "Pooling of a new model's image tower: cls, mean, cls+mean or pooler (default: that of its encoder)", None
     )
     text_attention: Literal["causal", "bidirectional"] | None = option(
         "Attention of a new model's decoder (default: that of its configuration, mostly causal)", None
@@ -107,7 +110,9 @@ class TrainingConfig:
         None,
         at_least=1,
     )
-    lock_vision: bool = option("Freeze the image tower, as LiT does", False)
+    lock_vision: bool = option(
+        "Freeze the image tower, as LiT does; a new model has an image projection, which trains", False
+    )
     unlocked_vision_layers: int = option(
         "Last layers of the image tower, and the modules after them, to train with --lock-vision", 0, at_least=0
     )

@@ -91,6 +91,8 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
                 number,
                 text_pooling=config.text_pooling,
                 text_attention=config.text_attention,
+                vision_pooling=config.image_pooling,
+                vision_projection=config.lock_vision,
                 projection_dim=config.projection_dim,
                 text_projection=config.text_projection or "linear",
                 text_projection_layers=config.text_projection_layers or 4,

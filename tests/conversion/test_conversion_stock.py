@@ -226,6 +226,7 @@ def test_poolers_and_projections_that_are_not_there(
         (("bert", "cls"), ("vit", "cls")),
         (("roberta", "mean"), ("clip", "pooler")),
         (("clip", "eos"), ("siglip", "mean")),
+        (("bert", "pooler"), ("dinov2", "cls+mean")),
     ],
 )
 def test_poolings_that_no_stock_class_has(

@@ -309,10 +309,18 @@ def test_families_of_text_encoders(tmp_path: Path, name: str, fields: dict[str, 
         torch.testing.assert_close(onnx_model.get_text_features(**batch).pooler_output, expected, **FEATURES)
 
 
-@pytest.mark.parametrize("name", ["dinov2_with_registers", "dinov3_vit", "convnext", "vit_tiny_patch16_224"])
-def test_families_of_image_encoders(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [
+        ("dinov2_with_registers", "cls+mean"),
+        ("dinov3_vit", "cls"),
+        ("convnext", "pooler"),
+        ("vit_tiny_patch16_224", "pooler"),
+    ],
+)
+def test_families_of_image_encoders(tmp_path: Path, name: str, pooling: str) -> None:
     (family,) = (one for one in tiny_vision.FAMILIES if one.name == name)
-    model = LoTLIPVisionModelWithProjection(family.config(projection_dim=24))
+    model = LoTLIPVisionModelWithProjection(family.config(pooling=pooling, projection_dim=24))
     saved(model, tmp_path / "tower")
     assert convert(tmp_path / "tower", tmp_path / "onnx").towers[0].difference < 1e-5
     onnx_model = LoTLIPOnnxModel.from_pretrained(tmp_path / "onnx")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lotlip_hf.modeling.backbones_lotlip import POOLINGS, TEXT_BACKBONES, VISION_BACKBONES
+from lotlip_hf.modeling.backbones_lotlip import TEXT_BACKBONES, VISION_BACKBONES
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "towers.md").read_text(encoding="utf-8")
 OF_TESTS = {"tiny_rotary"}  # other tests add families of their own
@@ -28,8 +28,8 @@ def table(heading: str) -> dict[str, dict[str, str]]:
 
 
 def poolings(family: Any) -> str:
-    """The default pooling, and the others in the order of `POOLINGS`."""
-    others = [name for name in POOLINGS if name not in (*family.excluded_poolings, family.default_pooling)]
+    """The default pooling, and the others."""
+    others = [name for name in family.poolings() if name != family.default_pooling]
     return ", ".join([f"`{family.default_pooling}` (default)", *(f"`{name}`" for name in others)])
 
 

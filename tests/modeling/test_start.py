@@ -119,6 +119,40 @@ def test_the_width_of_the_text_encoder_needs_no_text_projection(vision: PreTrain
     assert isinstance(model.visual_projection, nn.Identity)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (64, None)),
+        ({"projection_dim": 64}, (64, None)),
+        ({"projection_dim": 32}, (32, (32, 64))),
+        ({"vision_projection": True}, (64, (64, 64))),
+        ({"vision_projection": True, "vision_pooling": "mean"}, (32, (32, 32))),
+    ],
+)
+def test_the_image_projection(
+    options: dict[str, Any], expected: tuple[int, Any], vision: PreTrainedModel, tmp_path: Path
+) -> None:
+    """It reads the pooled states, which `cls+mean` makes twice as wide. It is saved, and not always needed."""
+    text = AutoModel.from_config(tiny.text_config().backbone_config)
+    model = from_backbones(text, vision, **{"vision_pooling": "cls+mean", **options}).eval()
+    model.save_pretrained(tmp_path)
+    loaded, pixels = LoTLIPModel.from_pretrained(tmp_path), torch.randn(2, 3, 32, 32)
+    width, shape = expected
+    for one in (model, loaded):
+        assert one.config.projection_dim == width
+        assert getattr(getattr(one.visual_projection, "weight", None), "shape", None) == shape
+    with torch.no_grad():
+        features = model.get_image_features(pixels).pooler_output
+        assert features.shape == (2, width)
+        assert torch.equal(loaded.get_image_features(pixels).pooler_output, features)
+
+
+def test_a_text_tower_does_not_join_poolings(vision: PreTrainedModel) -> None:
+    text = AutoModel.from_config(tiny.text_config().backbone_config)
+    with pytest.raises(Exception, match="pooling"):  # the validation's own class
+        from_backbones(text, vision, text_pooling="cls+mean")
+
+
 # sentence-transformers
 
 
@@ -383,6 +417,25 @@ def test_the_default_prompt_is_the_tokenizers_template(tmp_path: Path) -> None:
         features = model.eval().get_text_features(**processor(text=texts, return_tensors="pt")).pooler_output
     expected = stock.encode(texts, convert_to_tensor=True)
     torch.testing.assert_close(nn.functional.normalize(features, dim=-1), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "shape"),
+    [
+        ({}, 32, None),
+        ({"lock_vision": True}, 32, (32, 32)),
+        ({"image_pooling": "cls+mean"}, 64, None),
+        ({"image_pooling": "cls+mean", "lock_vision": True, "projection_dim": 24}, 24, (24, 64)),
+    ],
+)
+def test_the_image_tower_of_a_run(options: dict[str, Any], width: int, shape: Any, tmp_path: Path) -> None:
+    """A locked one has a projection, which trains."""
+    text = tmp_path / "text"
+    text.mkdir()
+    save_bert(text)
+    model, _ = start(text, tmp_path, **options)
+    assert model.config.projection_dim == width
+    assert getattr(getattr(model.visual_projection, "weight", None), "shape", None) == shape
 
 
 def test_the_command_reports_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,9 +36,9 @@ pytestmark = pytest.mark.usefixtures("alone")
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`corners`, with dropout and 2 corner tokens, `plain`, with dropout and none, and `records`. Read-only."""
+    """`corners`, with 2 corner tokens and `cls+mean`, `plain`, with neither; both with dropout. Read-only."""
     folder = tmp_path_factory.mktemp("frozen")
-    make_checkpoint(folder / "corners", dropout=0.2)
+    make_checkpoint(folder / "corners", dropout=0.2, pooling="cls+mean")
     make_checkpoint(folder / "plain", dropout=0.2, corners=0)
     make_folder(folder / "records", 27)
     return folder

@@ -75,7 +75,9 @@ pytestmark = pytest.mark.usefixtures("alone")
 # What a run starts from
 
 
-def make_checkpoint(folder: Path, dropout: float = 0.0, backbone: str = "vit", corners: int = 2) -> Path:
+def make_checkpoint(
+    folder: Path, dropout: float = 0.0, backbone: str = "vit", corners: int = 2, pooling: str | None = None
+) -> Path:
     """A tiny random model with its processor."""
     folder.mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]))
@@ -85,7 +87,8 @@ def make_checkpoint(folder: Path, dropout: float = 0.0, backbone: str = "vit", c
     torch.manual_seed(0)
     text_config = tiny.text_config(num_corner_tokens=corners)
     text_config.backbone_config.hidden_dropout_prob = dropout
-    config = LoTLIPConfig(text_config=text_config, vision_config=tiny.vision_config(backbone), projection_dim=24)
+    vision_config = tiny.vision_config(backbone, pooling=pooling)
+    config = LoTLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=24)
     LoTLIPModel(config).save_pretrained(folder)
     LoTLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
     return folder
@@ -773,6 +776,7 @@ WRONG = {
     "no such tracker": ({"trackers": "comet_ml"}, "comet_ml"),
     "no such captioner": ({"captioners": 5}, "5"),
     "other corners": ({"num_corner_tokens": 3}, "`num_corner_tokens`"),
+    "other pooling": ({"image_pooling": "mean"}, "`image_pooling`"),
 }
 
 
