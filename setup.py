@@ -1,4 +1,4 @@
-"""Packaging: `modeling/` is installed as `lotlip_hf.modeling`, `conversion/` as `lotlip_hf.conversion`."""
+"""Packaging: `modeling/`, `conversion/` and `recipes/` are installed as packages of `lotlip_hf`."""
 
 from pathlib import Path
 
@@ -123,9 +123,13 @@ setup(
         "lotlip_hf": "lotlip_hf",
         "lotlip_hf.modeling": "modeling",
         "lotlip_hf.conversion": "conversion",
+        "lotlip_hf.recipes": "recipes",
     },
-    package_data={"lotlip_hf": ["MODEL_CARD.md"]},
-    packages=[*find_packages(include=["lotlip_hf", "lotlip_hf.*"]), "lotlip_hf.modeling", "lotlip_hf.conversion"],
+    package_data={"lotlip_hf": ["MODEL_CARD.md"], "lotlip_hf.recipes": ["*.yaml"]},
+    packages=[
+        *find_packages(include=["lotlip_hf", "lotlip_hf.*"]),
+        *("lotlip_hf.modeling", "lotlip_hf.conversion", "lotlip_hf.recipes"),
+    ],
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "all": ALL_REQUIRES,

@@ -17,7 +17,8 @@ This trains two pretrained encoders on your own records with two GPUs. The secon
   accelerate launch --num_processes 2 -m lotlip_hf train --output run --resume
 
 On CPUs, use `torchrun --nproc_per_node 2` to start several processes. Each run saves its options in
-`training_config.yaml`, which `--config` reads.
+`training_config.yaml`, which `--config` reads. Such a file can have `stages`, which train one after the other, each
+with its own options.
 """
 
 
@@ -33,22 +34,13 @@ def run(argv: Sequence[str]) -> None:
     from ..training.config import parse_arguments
 
     config = parse_arguments(argv, prog="lotlip train", description=DESCRIPTION)
-    import torch
     from accelerate import PartialState
 
-    from ..files import printable
     from ..images import ImageError
-    from ..training.data import load_data
-    from ..training.loop import train
-    from ..training.model import describe_text, load_or_start_model
+    from ..training.stages import train_config
 
     try:
-        records, eval_records = load_data(config)  # fail before models are loaded
-        model, processor = load_or_start_model(config)
-        if config.text_model is not None and not config.resume:
-            state = PartialState(cpu=not torch.accelerator.is_available())  # else, CPUs are not connected
-            state.print(f"{printable(config.text_model)}: {describe_text(model, processor)}.")
-        checkpoint = train(model, processor, records, config, eval_records)
+        checkpoint = train_config(config)
     except ImageError as error:
         raise ValueError(f"{error}. Pass --on-error skip to count and skip such images.") from error
     except RuntimeError as error:  # a NaN loss, a full disk or memory, a lost process

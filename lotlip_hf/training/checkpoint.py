@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 from transformers.utils import logging
 
@@ -53,12 +53,12 @@ def list_checkpoints(output: str | os.PathLike) -> list[Path]:
     return sorted(paths, key=lambda path: checkpoint_step(path.name) or 0)
 
 
-def prepare_folder(config: TrainingConfig, accelerator: Accelerator) -> Path | None:
+def prepare_folder(config: TrainingConfig, accelerator: Accelerator | PartialState) -> Path | None:
     """
     Creates the folder of a run, `config.output`, and writes the options to it.
 
     Returns:
-        `Path` or `None`: The checkpoint to resume from, if any.
+        `Path` or `None`: The checkpoint to resume from, if any. A run of stages has none in its own folder.
 
     Raises:
         `FileExistsError`: If the folder contains checkpoints of another run.
@@ -71,13 +71,15 @@ def prepare_folder(config: TrainingConfig, accelerator: Accelerator) -> Path | N
         if not (path.is_file() or path.is_dir() or not path.exists()):  # another process may have removed it
             raise ValueError(f"{printable(path)} is neither a file nor a folder. Choose another `output`.")
     checkpoints = list_checkpoints(output)
+    for stage in config.stages or ():
+        checkpoints += list_checkpoints(output / stage)
     is_resumed = config.resume and (output / CONFIG_NAME).exists()
     if is_resumed:
         check_resumed(config)
     if checkpoints and not config.resume:
         raise FileExistsError(
-            f"{output} contains checkpoints of another run, up to {checkpoints[-1].name}. Continue that run with "
-            "`--resume`, or choose another `output`."
+            f"{output} contains checkpoints of another run, up to {checkpoints[-1].relative_to(output)}. Continue "
+            "that run with `--resume`, or choose another `output`."
         )
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,7 @@ def prepare_folder(config: TrainingConfig, accelerator: Accelerator) -> Path | N
     accelerator.wait_for_everyone()
     if config.resume and not checkpoints:
         accelerator.print(f"{output} contains no checkpoint to resume from. Starting a new run.")
-    return checkpoints[-1] if checkpoints else None
+    return checkpoints[-1] if checkpoints and not config.stages else None
 
 
 def check_room(output: Path, model: nn.Module, has_average: bool) -> None:
@@ -115,10 +117,12 @@ def save_checkpoint(
     progress: dict[str, Any],
     states: Mapping[str, Stateful],
     save_total_limit: int = 0,
+    best_step: int | None = None,
 ) -> Path:
     """
-    Writes `checkpoint-{step}` and removes all but the last `save_total_limit` checkpoints (0 keeps all). Every process
-    must call it. The folder gets its name when all files are written. An existing checkpoint is not written again.
+    Writes `checkpoint-{step}` and removes all but the last `save_total_limit` checkpoints (0 keeps all) and that of
+    `best_step`. Every process must call it. The folder gets its name when all files are written. An existing
+    checkpoint is not written again.
 
     `save_model` writes the model into a folder. `accelerator` saves the weights, the optimiser and the states of the
     random generators. `progress` has the counters of this process, and `states` has further objects to save.
@@ -164,7 +168,8 @@ def save_checkpoint(
             )
     if accelerator.is_main_process and save_total_limit:
         for old in list_checkpoints(output)[:-save_total_limit]:
-            remove_checkpoint(old)
+            if checkpoint_step(old.name) != best_step:
+                remove_checkpoint(old)
     accelerator.wait_for_everyone()
     return final
 

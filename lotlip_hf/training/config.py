@@ -1,8 +1,10 @@
 """Options of a training run, from flags, a YAML file or both."""
 
 import dataclasses
+import importlib.resources
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
@@ -25,6 +27,15 @@ RESUMABLE = frozenset(
     "output resume cache on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
     "save_total_limit trackers gradient_checkpointing compile".split()
 )
+# Options that only a new model of two encoders has
+NEW_MODEL = (
+    *("text_model", "image_model", "projection_dim", "text_pooling", "image_pooling", "text_attention"),
+    *("prompt_template", "text_projection", "text_projection_layers", "text_projection_expansion"),
+)
+# Options that all stages share
+COMMON = ("output", "resume", "seed", "eval_share", "mixed_precision")
+# Stages are folders of the run, beside `checkpoint-N`
+STAGE_NAME = re.compile(r"(?!checkpoint-)[A-Za-z0-9_-]+")
 
 
 @dataclass
@@ -255,8 +266,20 @@ class TrainingConfig:
         group="Evaluation and log",
     )
     eval_split: str | None = option("Split of --eval-data, with the values of --split (default: validation)", None)
+    eval_share: float | None = option(
+        "Share of --data to hold out and measure retrieval on, the same records for the same seed",
+        None,
+        above=0,
+        below=1,
+    )
     eval_samples: int = option("Number of records to evaluate on, from the first", 500, at_least=1)
     eval_steps: int | None = option("Steps between evaluations (default: evaluate at the end)", None, at_least=1)
+    patience: int | None = option(
+        "Stop after N evaluations in a row without a higher score, the mean of R@1, R@5 and R@10 by long captions, "
+        "and keep the best checkpoint (default: train to the end)",
+        None,
+        at_least=1,
+    )
     log_steps: int = option("Steps between entries of the log", 10, at_least=1)
     save_steps: int | None = option("Steps between checkpoints (default: save at the end)", None, at_least=1)
     save_total_limit: int = option("Checkpoints to keep; 0 keeps all", 2, at_least=0)
@@ -264,8 +287,16 @@ class TrainingConfig:
         "Trackers of accelerate, such as wandb; 'none' for none", default_factory=lambda: ["tensorboard"]
     )
 
+    # Options that replace the others in each stage, by its name. Only a file has them.
+    stages: dict[str, dict[str, Any]] | None = None
+
     def __post_init__(self) -> None:
         options.check(self)
+        if self.trackers == ["none"]:
+            self.trackers = []
+        if self.stages:
+            self.stage_configs()  # checks them
+            return
         if self.mapping not in MAPPINGS:
             raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
         if self.unlocked_vision_layers and not self.lock_vision:
@@ -285,10 +316,13 @@ class TrainingConfig:
             raise ValueError(f"`warmup_steps` ({self.warmup_steps}) must not exceed `max_steps` ({self.max_steps}).")
         if self.streaming and self.max_steps is None:
             raise ValueError("`streaming` needs `max_steps`, because the length of a stream is unknown.")
-        if self.eval_steps is not None and self.eval_data is None:
-            raise ValueError("`eval_steps` needs `eval_data`. Pass the records to evaluate on.")
-        if self.trackers == ["none"]:
-            self.trackers = []
+        if self.eval_share is not None and (self.eval_data is not None or self.streaming):
+            other = "eval_data" if self.eval_data is not None else "streaming"
+            raise ValueError(f"Set either `eval_share` or `{other}`.")
+        if self.eval_steps is not None and self.eval_data is None and self.eval_share is None:
+            raise ValueError("`eval_steps` needs `eval_data` or `eval_share`. Pass the records to evaluate on.")
+        if self.patience is not None and self.eval_steps is None:
+            raise ValueError("`patience` needs `eval_steps`. Set the steps between evaluations.")
         self.draw()
         from .terms import make_terms  # slow: imports torch
 
@@ -300,6 +334,35 @@ class TrainingConfig:
             raise ValueError(f"`terms` {', '.join(taught)} needs `teacher`. Set it to a dual encoder.")
         if self.teacher is not None and not taught:
             raise ValueError("`teacher` needs a term that uses it, such as instance. Add one to `terms`.")
+
+    def stage_configs(self) -> dict[str, "TrainingConfig"]:
+        """
+        Returns the options of each stage by its name, in their order. Its `output` is a folder in that of the run.
+
+        Raises:
+            `ValueError`: If a stage has an unsuitable name, or its options are wrong. The message names the stage.
+        """
+        configs: dict[str, TrainingConfig] = {}
+        for name, own in (self.stages or {}).items():
+            if not STAGE_NAME.fullmatch(str(name)):
+                raise ValueError(f"`stages` {name!r}: a name must be of letters, digits, - and _, and no checkpoint.")
+            known = [field.name for field in dataclasses.fields(self) if field.name not in ("stages", *COMMON)]
+            for key in own:
+                if key in COMMON:
+                    raise ValueError(f"`stages` {name}: `{key}` is for all stages. Move it out of them.")
+                if key not in known:
+                    raise ValueError(f"`stages` {name}: {options.unknown(key, known)}")
+                if configs and key in ("model", *NEW_MODEL):
+                    raise ValueError(
+                        f"`stages` {name}: `{key}` is only for the first stage, because the others start with the "
+                        "model of the stage before."
+                    )
+            try:
+                folder = os.path.join(self.output, str(name))
+                configs[str(name)] = dataclasses.replace(self, **{**own, "output": folder, "stages": None})
+            except ValueError as error:
+                raise ValueError(f"`stages` {name}: {error}") from error
+        return configs
 
     def draw(self) -> Draw:
         """Returns the strategy that draws the texts of a step, with its options."""
@@ -339,13 +402,23 @@ def make_parser(**settings: str) -> options.Parser:
     """Returns a parser of all options; `settings` are those of `argparse.ArgumentParser`."""
     flags = options.Parser(**settings)
     options.add_options(flags, TrainingConfig)
+    flags.add_argument(
+        "--recipe", metavar="NAME", help=f"Recipe of this package, like --config: {', '.join(recipes())}"
+    )
     return flags
+
+
+def recipes() -> dict[str, Path]:
+    """Returns the files of the packaged recipes by name."""
+    folder = Path(str(importlib.resources.files("lotlip_hf.recipes")))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def parse_arguments(argv: Sequence[str] | None = None, **parser: str) -> TrainingConfig:
     """
-    Returns the options of a command line: flags (`--batch-size 8` or `--batch_size 8`), a YAML file (`--config FILE`),
-    or both. A flag overrides the file. `--resume` adds the options of the run in `output`.
+    Returns the options of a command line: flags (`--batch-size 8` or `--batch_size 8`), a YAML file (`--config FILE`
+    or `--recipe NAME`), or both. A flag overrides the file, also in every stage. `--resume` adds the options of the
+    run in `output`.
 
     Args:
         argv (`Sequence[str]`, *optional*): Arguments. By default `sys.argv[1:]`.
@@ -358,23 +431,43 @@ def parse_arguments(argv: Sequence[str] | None = None, **parser: str) -> Trainin
         `ValueError`: If an option is unknown, of a wrong type or out of range.
         `FileNotFoundError`: If the file does not exist or, with `--resume`, `output` contains no run.
     """
-    given = options.options_of(make_parser(**parser).parse_args(argv), TrainingConfig)
+    arguments = make_parser(**parser).parse_args(argv)
+    if arguments.recipe is not None:
+        if arguments.config is not None:
+            raise ValueError("Set either --recipe or --config.")
+        if arguments.recipe not in recipes():
+            raise ValueError(f"--recipe must be one of {', '.join(recipes())}, got {arguments.recipe!r}.")
+        arguments.config = recipes()[arguments.recipe]
+    flags = options.flags_of(arguments, TrainingConfig)
+    given = options.options_of(arguments, TrainingConfig)
     if not options.convert("resume", given.get("resume", False), bool):
-        return TrainingConfig(**given)
+        return TrainingConfig(**_with_flags(given, flags))
     output = given.get("output", TrainingConfig.output)  # the saved `output` is wrong if the run was moved
-    config = TrainingConfig(**{**_kept(output), **given, "output": output})
+    config = TrainingConfig(**_with_flags({**_kept(output), **given, "output": output}, flags))
     check_resumed(config)
     return config
+
+
+def _with_flags(given: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Removes the options that flags set from the stages."""
+    stages = given.get("stages") or {}
+    left = {stage: {name: own[name] for name in own if name not in flags} for stage, own in stages.items()}
+    return {**given, "stages": left or None}
 
 
 def check_resumed(config: TrainingConfig) -> None:
     """Raises a `ValueError` if an option that changes the result differs from the run in `config.output`."""
     first = TrainingConfig(**_kept(config.output))
+    before, now = (one.stage_configs() or {"": one} for one in (first, config))
     changed = [
-        f"`{field.name}` was {getattr(first, field.name)!r} and is {getattr(config, field.name)!r}"
+        f"{stage and f'in stage {stage} '}`{field.name}` was {getattr(before[stage], field.name)!r} and is "
+        f"{getattr(now[stage], field.name)!r}"
+        for stage in before.keys() & now.keys()
         for field in dataclasses.fields(TrainingConfig)
-        if field.name not in RESUMABLE and getattr(first, field.name) != getattr(config, field.name)
+        if field.name not in RESUMABLE and getattr(before[stage], field.name) != getattr(now[stage], field.name)
     ]
+    if list(before) != list(now):
+        changed = [f"`stages` were {', '.join(before) or 'none'} and are {', '.join(now) or 'none'}"]
     if changed:
         raise ValueError(
             f"A resumed run keeps its options, but {'; '.join(changed)}. Leave them out, or start a new run from a "

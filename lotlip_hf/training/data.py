@@ -1,5 +1,6 @@
 """The training and evaluation records of a run."""
 
+import hashlib
 from functools import partial
 from random import Random
 
@@ -26,13 +27,15 @@ def load_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, Datase
     found before a model is loaded.
 
     Args:
-        config (`TrainingConfig`): Options of the run. Only the group "The data" and `eval_data` are used.
+        config (`TrainingConfig`): Options of the run. Only the group "The data", `seed`, `eval_data` and `eval_share`
+            are used.
 
     Returns:
         `tuple`: The training records, and the evaluation records or `None`.
 
     Raises:
-        `ValueError`: If `data` is not set, a column is missing, a file cannot be read, or there is no record.
+        `ValueError`: If `data` is not set, a column is missing, a file cannot be read, there is no record, or
+            `eval_share` is set and the records are a stream or fewer than two.
         `ImageError`, `RecordError`: If the first record is broken and `on_error` is `"raise"`.
         `FileNotFoundError`: If a file or folder does not exist.
     """
@@ -41,9 +44,26 @@ def load_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, Datase
     if config.data is None:
         raise ValueError(f"`data` is not set. Set it to a folder, files, a data set on the Hub, or {SCENES!r}.")
     records = _records(config, config.data, "split", "train", config.num_scenes)
+    if config.eval_share is not None:
+        return hold_out(records, config.eval_share, config.seed)
     if config.eval_data is None:
         return records, None
     return records, _records(config, config.eval_data, "eval_split", "validation", config.eval_samples)
+
+
+def hold_out(records: Dataset | IterableDataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """
+    Splits records into training and evaluation records. Those with the smallest digest of seed and id are held out, in
+    the order of the digests, so that a seed holds out the same pictures in any order of the records.
+    """
+    if isinstance(records, IterableDataset) or len(records) < 2:
+        raise ValueError("`eval_share` needs two records or more that are not a stream. Set `eval_data` instead.")
+    digests = [
+        hashlib.blake2b(f"{seed}\0{record['id']}".encode(errors="surrogatepass")).digest() for record in records
+    ]
+    order = sorted(range(len(digests)), key=digests.__getitem__)
+    number = min(max(1, round(share * len(order))), len(order) - 1)
+    return records.select(sorted(order[number:])), records.select(order[:number])
 
 
 def _records(

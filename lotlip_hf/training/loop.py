@@ -37,7 +37,7 @@ from .objective import batch_loss, clamp_logit_scale, make_objective
 from .optim import freeze, make_optimizer, set_training_mode
 from .signals import Interrupted, noted_signals
 from .teachers import Teacher, add_teacher
-from .tracking import Meter, Tracking
+from .tracking import Best, Meter, Tracking
 from .validation import validate
 
 logger = logging.get_logger(__name__)
@@ -69,16 +69,19 @@ def train(
     writes a checkpoint and raises [`Interrupted`]. With `config.resume` the run continues from the last checkpoint,
     also within an epoch, and computes the same results as a run without interruption.
 
+    With `config.patience` the run stops when its evaluations no longer rise, and the best checkpoint is kept.
+
     Args:
         model (`LoTLIPModel`): The model. The weights are trained in place.
         processor (`LoTLIPProcessor`): The processor of the model.
         records (`Dataset` or `IterableDataset`): Training records (`lotlip_hf.data.records.load_records`).
-        config (`TrainingConfig`): Options of the run.
+        config (`TrainingConfig`): Options of the run, without `stages`, which
+            [`~lotlip_hf.training.stages.train_config`] runs.
         eval_records (`Dataset` or `IterableDataset`, *optional*): Records for measuring retrieval, at the end and
             every `eval_steps`.
 
     Returns:
-        `Path`: The folder of the last checkpoint.
+        `Path`: The folder of the last checkpoint, with `patience` that of the best one.
 
     Raises:
         `FileExistsError`: If `config.output` contains checkpoints of another run.
@@ -103,6 +106,8 @@ def train(
     >>> checkpoint = train(*load_or_start_model(config), load_data(config)[0], config)
     ```
     """
+    if config.stages:
+        raise ValueError("`stages` are several runs. Call `lotlip_hf.training.stages.train_config`.")
     if config.max_image_pixels is not None:
         set_max_image_pixels(config.max_image_pixels)
     return _Run(model, processor, records, config, eval_records, _accelerator(config)).run()
@@ -155,6 +160,7 @@ class _Run:
         self.ids: list[str] = []  # ids of the records in the last step
         self.counts: Counter[str] = Counter()
         self.meter = Meter()
+        self.best = Best()
         self.checkpoint = prepare_folder(config, accelerator)
         self.teacher = None if config.teacher is None else Teacher(config, model.config, accelerator.device)
 
@@ -197,7 +203,10 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         check_room(self.output, extract_model_from_parallel(self.model), self.averaged is not None)
         tracking = self.tracking = Tracking(config, accelerator, self.step)
-        is_evaluated = any_rank(tracking.has_evaluation(self.step), accelerator.device)
+        evaluations = gather_lists(tracking.evaluations())
+        if config.patience is not None:
+            for line in evaluations:
+                self.best.add(line["step"], line)
         batches = iterate_batches(
             self.records,
             self.collator,
@@ -221,10 +230,10 @@ class _Run:
                     shown=accelerator.is_main_process,
                 ) as bar,
             ):
-                if not is_evaluated:
+                if all(line["step"] != self.step for line in evaluations):
                     self._evaluate_if_due()  # a resumed run may have been stopped during this evaluation
                 self.meter.restart()
-                while self.step < self.max_steps and not signum:
+                while self.step < self.max_steps and not signum and not self._is_out_of_patience():
                     self._take_step(self._next_batches(batches))
                     bar.update()
                     is_last = self.step == self.max_steps
@@ -242,11 +251,19 @@ class _Run:
                         self._evaluate_if_due()
         finally:
             tracking.close()
-        if self.step < self.max_steps:
+        if self._is_out_of_patience():
+            accelerator.print(
+                f"Stopped at step {self.step}: {self.best.since} evaluations were not above that of step "
+                f"{self.best.step}."
+            )
+        elif self.step < self.max_steps:
             logger.warning(f"Stopped after step {self.step}, saved in {self.checkpoint}. Continue with `--resume`.")
             raise Interrupted(signum, f"Stopped after step {self.step}, saved in {self.checkpoint}.")
         assert self.checkpoint is not None
-        return self.checkpoint
+        return self.checkpoint if self.best.step is None else self.output / f"checkpoint-{self.best.step}"
+
+    def _is_out_of_patience(self) -> bool:
+        return self.config.patience is not None and self.best.since >= self.config.patience
 
     def _next_batches(self, batches: Iterator[tuple[int, int, Batch]]) -> list[Batch]:
         """
@@ -347,6 +364,11 @@ class _Run:
             raise
         set_training_mode(self.model)
         self.tracking.write(self.step, self.epoch, values)
+        # The last step of a run is saved too, so that a resumed run has nothing left to do.
+        if self.config.patience is not None and (
+            self.best.add(self.step, gather_lists([values])[0]) or self._is_out_of_patience()
+        ):
+            self._save(required=True)
         self.meter.restart()
 
     def _save(self, required: bool) -> None:
@@ -371,6 +393,7 @@ class _Run:
                 progress,
                 self.states,
                 self.config.save_total_limit,
+                self.best.step,
             )
         except CheckpointError as error:
             if required:

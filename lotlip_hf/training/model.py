@@ -16,7 +16,7 @@ from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..modeling.tokenization_lotlip import LoTLIPTokenizer
 from ..sentence_folder import read_sentence_folder
-from .config import SCENES, TrainingConfig
+from .config import NEW_MODEL, SCENES, TrainingConfig
 
 NUM_CORNER_TOKENS = 2
 CONTEXT_LENGTH = 128  # positions of the released models, corner tokens included
@@ -43,10 +43,7 @@ def load_or_start_model(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProc
             "The model to train is not set. Set either `model` (a checkpoint to train further, or "
             f"{SCENES!r} for a new small model), or both `text_model` and `image_model` (two pretrained encoders)."
         )
-    for name in (
-        *("projection_dim", "text_pooling", "image_pooling", "text_attention", "prompt_template"),
-        *("text_projection", "text_projection_layers", "text_projection_expansion"),
-    ):
+    for name in NEW_MODEL:
         if config.model is not None and getattr(config, name) is not None:
             raise ValueError(f"`{name}` is only for new models made from two encoders. Remove it for {config.model}.")
     if config.model is None:

@@ -1,5 +1,6 @@
 """Reports of a run: mean losses in the log and in accelerate's trackers, and the training curve."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from .config import TrainingConfig
 from .log import CURVE_NAME, LOG_NAME, RECALLS, RunLog, draw_curve, read_log
 
 logger = logging.get_logger(__name__)
+
+SCORED = [f"long_{direction}_r{k}" for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 
 
 @dataclass
@@ -45,6 +48,24 @@ class Meter:
         return {**means, "samples_per_second": self.samples / self.seconds}
 
 
+@dataclass
+class Best:
+    """The step of the evaluation with the highest score, and the number of evaluations after it."""
+
+    step: int | None = None
+    score: float = -math.inf
+    since: int = 0
+
+    def add(self, step: int, recalls: Mapping[str, float]) -> bool:
+        """Adds an evaluation. Returns whether its score, the mean of the recalls by long captions, is the highest."""
+        score = sum(recalls[name] for name in SCORED) / len(SCORED)
+        is_best = score > self.score
+        if is_best:
+            self.step, self.score = step, score
+        self.since = 0 if is_best else self.since + 1
+        return is_best
+
+
 class Tracking:
     """The log and the trackers of a run. Errors in writing them do not stop the run."""
 
@@ -59,12 +80,11 @@ class Tracking:
         plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in vars(config).items()}
         accelerator.init_trackers("lotlip", config=plain)
 
-    def has_evaluation(self, step: int) -> bool:
-        """Returns whether the log of this process has the evaluation after a step."""
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Returns the lines of evaluations in the log. Only the main process has a log."""
         if self.log is None or not self.log.path.exists():
-            return False
-        lines = read_log(self.log.path)
-        return any(line["step"] == step and not RECALLS.keys().isdisjoint(line) for line in lines)
+            return []
+        return [line for line in read_log(self.log.path) if not RECALLS.keys().isdisjoint(line)]
 
     def write(self, step: int, epoch: int, values: Mapping[str, Any]) -> None:
         """Writes values to the log (on the main process) and to the trackers. Only the first error is reported."""

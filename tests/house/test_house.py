@@ -315,7 +315,7 @@ def test_the_wheel_holds_everything(tmp_path: Path) -> None:
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
-    for name in ("lotlip_hf", "modeling", "conversion"):
+    for name in ("lotlip_hf", "modeling", "conversion", "recipes"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     built = subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], capture_output=True, text=True)
@@ -324,8 +324,10 @@ def test_the_wheel_holds_everything(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     expected = {f"lotlip_hf/{path.relative_to(REPOSITORY / 'lotlip_hf')}" for path in python_files("lotlip_hf")}
-    expected |= {f"lotlip_hf/modeling/{path.name}" for path in python_files("modeling")}
-    expected |= {f"lotlip_hf/conversion/{path.name}" for path in python_files("conversion")}
+    for folder in ("modeling", "conversion", "recipes"):
+        expected |= {f"lotlip_hf/{folder}/{path.name}" for path in python_files(folder)}
+    recipes = {f"lotlip_hf/recipes/{path.name}" for path in (REPOSITORY / "recipes").glob("*.yaml")}
+    assert {name for name in names if name.endswith(".yaml")} == recipes
     assert {name for name in names if name.endswith(".py")} == expected
     assert any(name.endswith("/LICENSE") for name in names)
 

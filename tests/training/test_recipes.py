@@ -1,5 +1,6 @@
 """Every file in `recipes/` trains, with tiny towers of the same families and a few drawn pictures."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ TOWERS = {
     "qwen3-siglip2": ("qwen3", "siglip_vision_model"),
     "llm2clip": ("llama", "clip_vision_model"),
     "proclip-1": ("llama", "clip_vision_model"),
+    "small-data": ("bert", "dinov2"),
 }
+OWN_TOWERS = ["--text-model", "text", "--image-model", "image"]  # small-data has none
 DECODER = {"num_key_value_heads": 1, "head_dim": 8}
 # Options that need a GPU, many pictures or much time.
 SMALL = ["--batch-size", "4", "--num-workers", "0", "--warmup-steps", "0", "--save-steps", "2", "--trackers", "none"]
@@ -53,13 +56,33 @@ def test_every_recipe_is_trained() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_a_recipe_parses(recipe: Path) -> None:
-    config = parse_arguments(["--config", str(recipe), "--data", "pictures", "--output", "run"])
+    argv = ["--data", "pictures", *(OWN_TOWERS if recipe.stem == "small-data" else ())]
+    config = parse_arguments(["--recipe", recipe.stem, *argv])
+    assert config == parse_arguments(["--config", str(recipe), *argv])
     assert config.text_model is not None
     assert config.image_model is not None
 
 
+def test_small_data_trains_its_stages(tmp_path: Path, golden: Path, alone: None) -> None:
+    towers = save_towers(tmp_path, golden, *TOWERS["small-data"])
+    steps = (
+        "--batch-size 8 --max-steps 4 --warmup-steps 0 --eval-steps 2 --log-steps 1 --num-workers 0 --trackers none"
+    )
+    data = ["--data", "scenes", "--num-scenes", "40", "--cache", str(tmp_path / "cache")]
+    output = tmp_path / "run"
+    argv = ["train", "--recipe", "small-data", *towers, *steps.split(), *data, "--output", str(output)]
+    assert lotlip(argv) == 0
+    ended = json.loads((output / "stages.json").read_text())
+    assert list(ended) == list(parse_arguments(["--recipe", "small-data"]).stages or ())
+    for stage, checkpoint in ended.items():
+        assert {entry["step"] for entry in read_log(output / stage)} == {1, 2, 3, 4}
+        assert LoTLIPModel.from_pretrained(output / stage / checkpoint).config.text_config.num_corner_tokens == 2
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize(
+    "recipe", [one for one in RECIPES if one.stem != "small-data"], ids=lambda recipe: recipe.stem
+)
 def test_a_recipe_trains_two_steps(recipe: Path, tmp_path: Path, golden: Path) -> None:
     config = parse_arguments(["--config", str(recipe), "--data", "scenes"])
     towers = save_towers(tmp_path, golden, *TOWERS[recipe.stem])

@@ -47,7 +47,7 @@ from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPProcessor, LoTLIPTokenize
 from lotlip_hf.data.collator import LoTLIPCollator
 from lotlip_hf.data.records import load_records
 from lotlip_hf.data.sampling import SubCaptions
-from lotlip_hf.training import checkpoint, loop, signals
+from lotlip_hf.training import checkpoint, loop, signals, stages
 from lotlip_hf.training.batches import num_steps
 from lotlip_hf.training.checkpoint import checkpoint_step, list_checkpoints
 from lotlip_hf.training.config import TrainingConfig
@@ -197,6 +197,7 @@ MOMENTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "weights saved": (Accelerator, "save_state", lambda *_: die()),
     "all but named": (checkpoint, "publish", lambda *_: die()),
     "removal": (checkpoint, "remove_checkpoint", lambda *_: die()),
+    "stage kept": (stages, "write_json", lambda *_: die()),
 }
 
 

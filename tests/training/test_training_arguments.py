@@ -51,6 +51,12 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
         (["--captioners", "1", "1"], "captioners"),
         (["--warmup-steps", "5", "--max-steps", "3"], "warmup_steps"),
         (["--eval-steps", "3"], "eval_data"),
+        (["--eval-share", "1"], "eval_share"),
+        (["--eval-share", "0.1", "--eval-data", "d"], "eval_data"),
+        (["--eval-share", "0.1", "--streaming", "--max-steps", "1"], "streaming"),
+        (["--patience", "2", "--eval-share", "0.1"], "eval_steps"),
+        (["--recipe", "nope"], "bert-vit"),
+        (["--recipe", "bert-vit", "--config", "train.yaml"], "--config"),
         (["--streaming"], "max_steps"),
         (["--unlocked-vision-layers", "1"], "lock_vision"),
         (["--unlocked-text-layers", "1"], "lock_text"),
@@ -97,7 +103,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture) -> None:
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert "What it does." in shown
-    for name in vars(TrainingConfig()):
+    for name in ("recipe", *vars(TrainingConfig()).keys() - {"stages"}):
         assert f"--{name.replace('_', '-')}" in shown, name
     assert all(term in shown for term in TERMS)
     assert not re.search(r"--\w+_", shown)

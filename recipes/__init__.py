@@ -1,0 +1,1 @@
+"""Options of training runs, for `lotlip train --recipe NAME`."""
