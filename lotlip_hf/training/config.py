@@ -23,7 +23,7 @@ TEXT_OPTIONS = ("num_long_texts", "num_sentences", "captioners", "sentence_order
 # Options that may change when a run is resumed, because they do not change the result
 RESUMABLE = frozenset(
     "output resume cache on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
-    "save_total_limit trackers gradient_checkpointing compile".split()
+    "save_total_limit trackers report gradient_checkpointing compile".split()
 )
 
 
@@ -231,6 +231,9 @@ class TrainingConfig:
     eval_split: str | None = option("Split of --eval-data, with the values of --split (default: validation)", None)
     eval_samples: int = option("Number of records to evaluate on, from the first", 500, at_least=1)
     eval_steps: int | None = option("Steps between evaluations (default: evaluate at the end)", None, at_least=1)
+    report: bool = option(
+        "At the end, print the recalls, and write results.json and a page of ranked pictures, report.html", False
+    )
     log_steps: int = option("Steps between entries of the log", 10, at_least=1)
     save_steps: int | None = option("Steps between checkpoints (default: save at the end)", None, at_least=1)
     save_total_limit: int = option("Checkpoints to keep; 0 keeps all", 2, at_least=0)

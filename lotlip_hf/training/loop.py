@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers.utils import logging
 
 from ..data.collator import Batch, LoTLIPCollator
-from ..distributed import any_rank, gather_lists, max_over_ranks, raise_on_all_ranks
+from ..distributed import any_rank, gather_lists, max_over_ranks, raise_on_all_ranks, rank
 from ..files import write_json
 from ..images import set_max_image_pixels
 from ..modeling.modeling_lotlip import LoTLIPModel
@@ -28,6 +28,7 @@ from ..terminal import progress_bar
 from .batches import iterate_batches, num_steps
 from .checkpoint import CheckpointError, Stateful, check_room, load_checkpoint, prepare_folder, save_checkpoint
 from .config import TrainingConfig
+from .data_checks import warn_of_data
 from .frozen import KeyedRecords, add_states, fill_images, frozen_states
 from .fsdp import OBJECTIVE, keep_class_name, prepare_sharding
 from .grad_cache import cached_backward
@@ -35,6 +36,7 @@ from .log import is_loss
 from .model import prepare_model
 from .objective import batch_loss, clamp_logit_scale, make_objective
 from .optim import freeze, make_optimizer, set_training_mode
+from .outcome import StageResult, logged_recalls, write_outcome
 from .signals import Interrupted, noted_signals
 from .teachers import Teacher, add_teacher
 from .tracking import Meter, Tracking
@@ -63,7 +65,8 @@ def train(
     - `checkpoint-N`: the model after N steps, for `AutoModel` and `AutoProcessor` (with `ema_decay` the averaged
       weights), and its training state in the folder `state`;
     - `training_config.yaml`: the options;
-    - `log.jsonl` and `curve.png`: losses, learning rate, samples per second, and R@1 if it was measured.
+    - `log.jsonl` and `curve.png`: losses, learning rate, samples per second, and R@1 if it was measured;
+    - with `config.report`, `results.json` and `report.html` ([`~lotlip_hf.training.outcome.write_outcome`]).
 
     Under `accelerate launch` or `torchrun` the same call trains in several processes. An interrupt (Ctrl-C, SIGTERM)
     writes a checkpoint and raises [`Interrupted`]. With `config.resume` the run continues from the last checkpoint,
@@ -86,7 +89,7 @@ def train(
             checkpoint.
         `CheckpointError`: If a checkpoint cannot be read, the last checkpoint cannot be written, or if the disk has no
             room for a checkpoint when the run starts.
-        `ValueError`: If options contradict the model or the data.
+        `ValueError`: If options contradict the model or the data, or if `report` is set without `eval_records`.
         `ImageError`, `RecordError`: If a record is broken and `on_error` is `"raise"`. A checkpoint is saved first.
             Other processes raise [`OtherProcessError`].
         `Interrupted`: After SIGINT or SIGTERM, a `KeyboardInterrupt` with the number of the signal.
@@ -105,7 +108,14 @@ def train(
     """
     if config.max_image_pixels is not None:
         set_max_image_pixels(config.max_image_pixels)
-    return _Run(model, processor, records, config, eval_records, _accelerator(config)).run()
+    if not config.report:
+        return _Run(model, processor, records, config, eval_records, _accelerator(config)).run()
+    if eval_records is None:
+        raise ValueError("`report` needs evaluation records. Set `eval_data`, or unset `report`.")
+    checkpoint = _Run(model, processor, records, config, eval_records, _accelerator(config)).run()
+    recalls = {} if rank() else logged_recalls(config.output)  # the main process writes the log
+    write_outcome(config.output, [StageResult("model", checkpoint, recalls, config)], records, eval_records)
+    return checkpoint
 
 
 def _accelerator(config: TrainingConfig) -> Accelerator:
@@ -191,6 +201,8 @@ class _Run:
         )
         if self.checkpoint is not None:
             self._load(self.checkpoint)
+        else:
+            warn_of_data(model, processor, records, config, self.max_steps)
 
     def run(self) -> Path:
         config, accelerator = self.config, self.accelerator
