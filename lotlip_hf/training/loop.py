@@ -113,7 +113,7 @@ def train(
     if eval_records is None:
         raise ValueError("`report` needs evaluation records. Set `eval_data`, or unset `report`.")
     checkpoint = _Run(model, processor, records, config, eval_records, _accelerator(config)).run()
-    recalls = {} if rank() else logged_recalls(config.output)  # the main process writes the log
+    recalls = {} if rank() else logged_recalls(checkpoint)  # the main process writes the log
     write_outcome(config.output, [StageResult("model", checkpoint, recalls, config)], records, eval_records)
     return checkpoint
 

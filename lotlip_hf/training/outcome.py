@@ -28,6 +28,7 @@ from ..loading import load_model
 from ..plots import DIRECTIONS
 from ..states import FrozenStates
 from ..terminal import print_tables
+from .checkpoint import checkpoint_step
 from .config import TrainingConfig
 from .data_checks import text_records
 from .frozen import fill_images
@@ -37,7 +38,7 @@ from .log import read_log
 logger = logging.get_logger(__name__)
 
 RESULTS_NAME, REPORT_NAME = "results.json", "report.html"
-HEADS = "linear heads"
+HEADS = "linear heads (baseline)"
 KINDS, KS = ("long", "short"), (1, 5, 10)
 HEAD_RECORDS = 20_000  # maximum number of training records for the linear heads
 # Examples of a group, ranked pictures of an example, side of a thumbnail in pixels, characters of a shown caption
@@ -151,11 +152,12 @@ def write_outcome(
     print(f"{output / RESULTS_NAME} has the numbers, {output / REPORT_NAME} has examples.")
 
 
-def logged_recalls(run: str | os.PathLike) -> dict[str, float]:
-    """Returns the last recalls in the log of a run, from the folder of the run."""
+def logged_recalls(checkpoint: Path) -> dict[str, float]:
+    """Returns the recalls of a checkpoint in the log of its run."""
+    step = checkpoint_step(checkpoint.name)
     names = recall_names()
-    entries = [entry for entry in read_log(run) if all(entry.get(name) is not None for name in names)]
-    return {name: entries[-1][name] for name in names} if entries else {}
+    entries = [entry for entry in read_log(checkpoint.parent) if entry["step"] == step and names[0] in entry]
+    return {name: entries[-1][name] for name in names}
 
 
 def recall_names() -> list[str]:

@@ -83,7 +83,7 @@ def test_a_run_of_frozen_towers(start: Path, tmp_path: Path, capsys: pytest.Capt
     made, checkpoint = run(tmp_path / "run", start, num_corner_tokens=None, **options)
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert [row["name"] for row in results["rows"]] == ["model", "linear heads"]
+    assert [row["name"] for row in results["rows"]] == ["model", "linear heads (baseline)"]
     model, heads = (row["recalls"] for row in results["rows"])
     assert model == {name: log_of(tmp_path / "run")[-1][name] for name in recall_names()}
     records = loaded(start)
