@@ -181,6 +181,8 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
         for name, value in tokenizer.init_kwargs.items()
         if isinstance(value, bool | int | str) and name not in origin and not name.endswith("_file")
     }
+    # In `init_kwargs`, special tokens are texts or objects, which depends on the folder.
+    settings |= {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     # `init_kwargs` has the values at the start.
     settings |= {name: getattr(tokenizer, name, value) for name, value in settings.items() if name in CHANGEABLE}
     if hasattr(tokenizer, "backend_tokenizer"):

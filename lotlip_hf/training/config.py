@@ -25,7 +25,7 @@ TEXT_OPTIONS = ("num_long_texts", "num_sentences", "captioners", "sentence_order
 # Options that may change when a run is resumed, because they do not change the result
 RESUMABLE = frozenset(
     "output resume cache on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
-    "save_total_limit trackers gradient_checkpointing compile".split()
+    "save_total_limit trackers report gradient_checkpointing compile".split()
 )
 # Options that only a new model of two encoders has
 NEW_MODEL = (
@@ -280,6 +280,9 @@ class TrainingConfig:
         None,
         at_least=1,
     )
+    report: bool = option(
+        "At the end, print the recalls, and write results.json and a page of ranked pictures, report.html", False
+    )
     log_steps: int = option("Steps between entries of the log", 10, at_least=1)
     save_steps: int | None = option("Steps between checkpoints (default: save at the end)", None, at_least=1)
     save_total_limit: int = option("Checkpoints to keep; 0 keeps all", 2, at_least=0)
@@ -294,6 +297,8 @@ class TrainingConfig:
         options.check(self)
         if self.trackers == ["none"]:
             self.trackers = []
+        if self.report and self.eval_data is None and self.eval_share is None:
+            raise ValueError("`report` needs `eval_data` or `eval_share`. Pass the records to evaluate on.")
         if self.stages:
             self.stage_configs()  # checks them
             return

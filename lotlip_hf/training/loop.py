@@ -28,6 +28,7 @@ from ..terminal import progress_bar
 from .batches import iterate_batches, num_steps
 from .checkpoint import CheckpointError, Stateful, check_room, load_checkpoint, prepare_folder, save_checkpoint
 from .config import TrainingConfig
+from .data_checks import warn_of_data
 from .frozen import KeyedRecords, add_states, fill_images, frozen_states
 from .fsdp import OBJECTIVE, keep_class_name, prepare_sharding
 from .grad_cache import cached_backward
@@ -63,7 +64,7 @@ def train(
     - `checkpoint-N`: the model after N steps, for `AutoModel` and `AutoProcessor` (with `ema_decay` the averaged
       weights), and its training state in the folder `state`;
     - `training_config.yaml`: the options;
-    - `log.jsonl` and `curve.png`: losses, learning rate, samples per second, and R@1 if it was measured.
+    - `log.jsonl` and `curve.png`: losses, learning rate, samples per second, and R@1 if it was measured;
 
     Under `accelerate launch` or `torchrun` the same call trains in several processes. An interrupt (Ctrl-C, SIGTERM)
     writes a checkpoint and raises [`Interrupted`]. With `config.resume` the run continues from the last checkpoint,
@@ -198,6 +199,8 @@ class _Run:
         )
         if self.checkpoint is not None:
             self._load(self.checkpoint)
+        else:
+            warn_of_data(model, processor, records, config, self.max_steps)
 
     def run(self) -> Path:
         config, accelerator = self.config, self.accelerator

@@ -16,6 +16,7 @@ import tiny
 from lotlip_hf import Encoder, LoTLIPModel, from_backbones
 from lotlip_hf.cli import main
 from lotlip_hf.images import ImageError
+from lotlip_hf.loading import load_model
 from lotlip_hf.states import FrozenStates
 from lotlip_hf.store import FILE, EmbeddingStore
 from lotlip_hf.training.checkpoint import list_checkpoints
@@ -177,6 +178,11 @@ def test_a_new_model_with_a_residual_mlp(start: Path, tmp_path: Path) -> None:
     loaded = AutoModel.from_pretrained(checkpoint)
     assert loaded.config.text_config.projection_layers == 2
     assert len(loaded.text_projection.blocks) == 2
+    for modality in ("image", "text"):  # a run from the checkpoint reads the same states
+        kept = [
+            Encoder(*each).fingerprint(modality, pooled=True) for each in ((new, processor), load_model(checkpoint))
+        ]
+        assert kept[0] == kept[1]
     with pytest.raises(ValueError, match="text_projection"):
         load_or_start_model(config(tmp_path / "no", model=str(start / "plain"), text_projection="residual_mlp"))
 
