@@ -128,6 +128,17 @@ class TrainingConfig:
         "Freeze the corner tokens and leave them out of the loss, so that a locked text encoder is computed once",
         False,
     )
+    head_start: Literal["random", "ridge"] = option(
+        "Start of both projections: as in the model, or 'ridge', linear ones in closed form from the states of two "
+        "frozen towers",
+        "random",
+    )
+    state_dropout: float = option(
+        "Share of the values of the image states that each step sets to 0 (with --lock-vision)",
+        0.0,
+        at_least=0,
+        below=1,
+    )
     text_dtype: Literal["float32", "bfloat16"] = option(
         "Type of a frozen text encoder (with --lock-text); bfloat16 halves its memory", "float32"
     )
@@ -308,6 +319,10 @@ class TrainingConfig:
             raise ValueError("`unlocked_vision_layers` needs `lock_vision`. Set it too.")
         if self.unlocked_text_layers and not self.lock_text:
             raise ValueError("`unlocked_text_layers` needs `lock_text`. Set it too.")
+        if self.head_start == "ridge" and not (self.lock_vision and self.lock_text):
+            raise ValueError("`head_start` ridge needs `lock_vision` and `lock_text`. Set them too.")
+        if self.state_dropout and not self.lock_vision:
+            raise ValueError("`state_dropout` needs `lock_vision`. Set it too.")
         for name in ("text_projection_layers", "text_projection_expansion"):
             if getattr(self, name) is not None and self.text_projection != "residual_mlp":
                 raise ValueError(f"`{name}` needs `text_projection` residual_mlp. Set it too.")

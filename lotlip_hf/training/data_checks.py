@@ -73,8 +73,10 @@ def warn_of_data(
     return shown
 
 
-def text_records(records: Dataset) -> Dataset:
-    """Returns the records without their images, unless a transform of `records` needs the images."""
+def text_records(records: Any) -> Any:
+    """Returns the records without their images, unless they are a list, or a transform of them needs the images."""
+    if not isinstance(records, Dataset):
+        return records
     if records.features.get("image") != FEATURES["image"] and records.format["type"] is not None:
         return records
     return records.select_columns([name for name in records.column_names if name != "image"])

@@ -58,9 +58,21 @@ def frozen_states(
         records (`Dataset` or `IterableDataset`): Training records.
         config (`TrainingConfig`): Options of the run.
         accelerator (`Accelerator`): The processes.
+
+    Raises:
+        `ValueError`: If `head_start` or `state_dropout` needs a tower that is computed in every step.
     """
     states: dict[str, FrozenStates] = {}
-    for modality, reason in _locked_towers(model, records, config, accelerator).items():
+    towers = _locked_towers(model, records, config, accelerator)
+    needs: list[tuple[str, Modality]] = [("state_dropout", "image")] if config.state_dropout else []
+    needs += [("head_start", "image"), ("head_start", "text")] if config.head_start == "ridge" else []
+    for option, modality in needs:
+        if reason := towers.get(modality, "not all of its layers are frozen"):
+            raise ValueError(
+                f"`{option}` needs the states of the {modality} tower, which is computed in every step, because "
+                f"{reason}. Remove `{option}`."
+            )
+    for modality, reason in towers.items():
         if reason:
             accelerator.print(f"The frozen {modality} tower is computed in every step, because {reason}.")
             continue

@@ -1,12 +1,23 @@
 """Two linear heads on the states of frozen towers: the baseline that a trained model has to beat."""
 
+from collections.abc import Mapping
+from random import Random
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
+from ..data.record import check_record
+from ..data.sampling import WholeCaptions
+from ..distributed import raise_on_all_ranks, rank, world_size
 from ..evaluation.retrieval import recalls
+from ..states import FrozenStates
+from ..store import text_digest
+from .config import TrainingConfig
+from .data_checks import text_records
+from .frozen import KeyedRecords
 
+RECORDS = 20_000  # maximum number of training records
 BATCH_SIZE = 512
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1
 LOG_SCALE = 3.5  # logarithm of the factor of the similarities at the start
@@ -18,6 +29,46 @@ class PairStates(NamedTuple):
     image: torch.Tensor
     short: torch.Tensor
     long: torch.Tensor
+
+
+def whole_captions(config: TrainingConfig) -> WholeCaptions:
+    """Returns the strategy that draws the short caption and the first long caption, as in the evaluation."""
+    return WholeCaptions(None if config.captioners is None else tuple(config.captioners), config.splitter)
+
+
+def sampled(number: int, seed: int) -> list[int]:
+    """Returns the indices of the records to train heads on: all, or a sample of `RECORDS`, in their order."""
+    return sorted(Random(seed).sample(range(number), min(number, RECORDS)))
+
+
+def pair_states(
+    records: KeyedRecords, states: Mapping[str, FrozenStates], config: TrainingConfig, device: torch.device
+) -> PairStates:
+    """
+    Returns the states of the readable records, of whole captions as in the evaluation. Every process must call it: the
+    processes share the computation of the captions, and each gets all states.
+
+    Args:
+        records (`KeyedRecords`): The records, from [`~lotlip_hf.training.frozen.fill_images`].
+        states (`Mapping[str, FrozenStates]`): The states of both towers, by modality.
+        config (`TrainingConfig`): Options of the run. Only `captioners` and `splitter` are used.
+        device (`torch.device`): Device of this process.
+    """
+    draw, images, texts = whole_captions(config), list[str](), list[str]()
+    rows = text_records(records.records)
+    for index, key in enumerate(records.keys):
+        if isinstance(key, str):
+            (drawn,) = draw([check_record({"image": None, **rows[index]})], [Random(0)])
+            images.append(key)
+            texts += [drawn.short, drawn.long[0]]
+    error = None
+    try:
+        states["text"].fill_texts(texts[rank() :: world_size()], progress=rank() == 0)
+    except Exception as caught:  # the other processes would wait
+        error = caught
+    raise_on_all_ranks(error, device)
+    read = states["text"].read([text_digest(text) for text in texts])
+    return PairStates(states["image"].read(images), read[::2], read[1::2])
 
 
 def linear_heads(train: PairStates, held_out: PairStates, seed: int = 0, steps: int = 500) -> dict[str, float]:

@@ -36,6 +36,7 @@ from .log import is_loss
 from .model import prepare_model
 from .objective import batch_loss, clamp_logit_scale, make_objective
 from .optim import freeze, make_optimizer, set_training_mode
+from .ridge import check_projections, start_projections
 from .signals import Interrupted, noted_signals
 from .teachers import Teacher, add_teacher
 from .tracking import Best, Meter, Tracking
@@ -168,12 +169,17 @@ class _Run:
         set_seed(config.seed, device_specific=True)
         self.objective = make_objective(config, model.config).to(accelerator.device)
         freeze(model, config, self.objective.needs)
+        starts = config.head_start == "ridge" and self.checkpoint is None
+        if starts:
+            check_projections(model)
         self.frozen = frozen_states(model, processor, records, config, accelerator)
         if "image" in self.frozen:
             fill = partial(fill_images, states=self.frozen["image"], config=config, device=accelerator.device)
             self.records = fill(cast(Dataset, records))
             if isinstance(eval_records, Dataset):
                 self.eval_records = fill(eval_records, num_records=config.eval_samples)
+        if starts:
+            start_projections(model, cast(KeyedRecords, self.records), self.frozen, config, accelerator.device)
         prepare_model(model, config)
         self.states: dict[str, Stateful] = {"objective": self.objective}
         self.averaged = None
@@ -297,7 +303,9 @@ class _Run:
             ids = batch["ids"]
             self.ids += ids
             self.counts.update(batch["counts"])
-            batch = send_to_device(batch, accelerator.device, non_blocking=True)
+            batch = cast(dict[str, Any], send_to_device(batch, accelerator.device, non_blocking=True))
+            if config.state_dropout:  # once, because gradient caching embeds a batch twice
+                batch["image_states"] = nn.functional.dropout(batch["image_states"], config.state_dropout)
             with accelerator.accumulate(self.model):
                 if config.grad_cache_chunk is not None:
                     losses = cached_backward(

@@ -17,7 +17,6 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from ..data.record import RecordError, check_record
-from ..data.sampling import WholeCaptions
 from ..distributed import rank
 from ..encoder import Encoder
 from ..evaluation.retrieval import ranks
@@ -32,7 +31,7 @@ from .checkpoint import checkpoint_step
 from .config import TrainingConfig
 from .data_checks import text_records
 from .frozen import fill_images
-from .linear_heads import PairStates, linear_heads
+from .linear_heads import linear_heads, pair_states, sampled, whole_captions
 from .log import read_log
 
 logger = logging.get_logger(__name__)
@@ -40,7 +39,6 @@ logger = logging.get_logger(__name__)
 RESULTS_NAME, REPORT_NAME = "results.json", "report.html"
 HEADS = "linear heads (baseline)"
 KINDS, KS = ("long", "short"), (1, 5, 10)
-HEAD_RECORDS = 20_000  # maximum number of training records for the linear heads
 # Examples of a group, ranked pictures of an example, side of a thumbnail in pixels, characters of a shown caption
 EXAMPLES, TOP, SIDE, CAPTION = 5, 5, 144, 600
 GROUPS = {
@@ -220,39 +218,18 @@ def _heads(
             modality: FrozenStates(encoder, modality, config.cache, config.cache_dtype)
             for modality in ("image", "text")
         }
-        number = len(records)
-        if number > HEAD_RECORDS:
-            records = records.select(sorted(Random(config.seed).sample(range(number), HEAD_RECORDS)))
-        train, held = (_pair_states(each, frozen, config, model.device) for each in (records, held_out))
+        filled = [
+            fill_images(each, frozen["image"], config, model.device)
+            for each in (records.select(sampled(len(records), config.seed)), held_out)
+        ]
+        train, held = (pair_states(each, frozen, config, model.device) for each in filled)
         return None if rank() else linear_heads(train, held, config.seed)
     return None
 
 
-def _pair_states(
-    records: Dataset, frozen: Mapping[str, FrozenStates], config: TrainingConfig, device: torch.device
-) -> PairStates:
-    """The states of readable records, of whole captions as in the evaluation. The other processes get no captions."""
-    keys = fill_images(records, frozen["image"], config, device).keys
-    if rank():
-        return PairStates(*[torch.zeros(0, 1)] * 3)
-    draw, images, texts = _whole(config), list[str](), list[str]()
-    rows = _texts_of(records)
-    for index, key in enumerate(keys):
-        if isinstance(key, str):
-            (drawn,) = draw([check_record({"image": None, **rows[index]})], [Random(0)])
-            images.append(key)
-            texts += [drawn.short, drawn.long[0]]
-    states = frozen["text"].read(frozen["text"].fill_texts(texts, progress=True))
-    return PairStates(frozen["image"].read(images), states[::2], states[1::2])
-
-
-def _whole(config: TrainingConfig) -> WholeCaptions:
-    return WholeCaptions(None if config.captioners is None else tuple(config.captioners), config.splitter)
-
-
 def _pairs(records: Dataset, config: TrainingConfig) -> Pairs:
-    pairs, draw = Pairs(records, [], [], []), _whole(config)
-    for index, row in enumerate(cast(Any, _texts_of(records))):
+    pairs, draw = Pairs(records, [], [], []), whole_captions(config)
+    for index, row in enumerate(text_records(records)):
         try:
             record = check_record({"image": None, **row})
         except RecordError:
@@ -261,10 +238,6 @@ def _pairs(records: Dataset, config: TrainingConfig) -> Pairs:
         pairs.ids.append(record["id"])
         pairs.captions.append(draw([record], [Random(0)])[0].long[0])
     return pairs
-
-
-def _texts_of(records: Any) -> Any:
-    return text_records(records) if isinstance(records, Dataset) else records
 
 
 def _examples(encoder: Encoder, pairs: Pairs) -> dict[str, list[Example]]:
