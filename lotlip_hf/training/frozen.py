@@ -64,10 +64,10 @@ def frozen_states(
     """
     states: dict[str, FrozenStates] = {}
     towers = _locked_towers(model, records, config, accelerator)
-    needs: list[tuple[str, Modality]] = [("state_dropout", "image")] if config.state_dropout else []
+    needs = [("state_dropout", "image")] if config.state_dropout else []
     needs += [("head_start", "image"), ("head_start", "text")] if config.head_start == "ridge" else []
     for option, modality in needs:
-        if reason := towers.get(modality, "not all of its layers are frozen"):
+        if reason := towers.get(cast(Modality, modality), "not all of its layers are frozen"):
             raise ValueError(
                 f"`{option}` needs the states of the {modality} tower, which is computed in every step, because "
                 f"{reason}. Remove `{option}`."

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_frozen import BOTH, assert_same_losses, run
 from test_outcome import computed_states, loaded
-from test_training import make_checkpoint, make_folder
+from test_training import arguments, finish, log_of, make_checkpoint, make_folder
 
 from lotlip_hf import LoTLIPModel
 from lotlip_hf.evaluation.retrieval import recalls
@@ -170,3 +170,17 @@ def test_state_dropout(start: Path, tmp_path: Path) -> None:
     list_checkpoints(tmp_path / "chunks")[-1].rename(tmp_path / "last")
     resumed, _, _ = run(tmp_path / "chunks", start, resume=True, **options)
     assert_same_weights(resumed, trained)
+
+
+@pytest.mark.slow
+def test_two_processes_start_as_one(start: Path, tmp_path: Path) -> None:
+    options = {"model": start / "plain", "data": start / "records", "max_steps": 3, "head_start": "ridge"}
+    options |= {**dict.fromkeys(BOTH, True), "learning_rate": 0, "eval_data": start / "records"}
+    weights = []
+    for number in (1, 2):
+        output = tmp_path / f"{number}"
+        finish(arguments(output, cache=output / "cache", batch_size=8 // number, **options), tmp_path, number)
+        weights.append(LoTLIPModel.from_pretrained(list_checkpoints(output)[-1]))
+    assert_same_losses(log_of(tmp_path / "1"), log_of(tmp_path / "2"), 1e-5)
+    for one, other in zip(weights[0].parameters(), weights[1].parameters(), strict=True):
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=0)
