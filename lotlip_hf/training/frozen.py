@@ -70,7 +70,7 @@ def frozen_states(
         if reason := towers.get(cast(Modality, modality), "not all of its layers are frozen"):
             raise ValueError(
                 f"`{option}` needs the states of the {modality} tower, which is computed in every step, because "
-                f"{reason}. Remove `{option}`."
+                f"{reason}. Change that, or set `{option}` to {getattr(TrainingConfig, option)}."
             )
     for modality, reason in towers.items():
         if reason:

@@ -31,7 +31,7 @@ def check_projections(model: LoTLIPModel) -> None:
             }
             raise ValueError(
                 f"`head_start` ridge needs two linear projections, but the {name} tower has {found}. {advice[name]}, "
-                "or remove `head_start`."
+                "or set `head_start` to random."
             )
 
 
