@@ -30,6 +30,7 @@ def from_backbones(
     token_prepending: tuple[int, int] | None = None,
     placeholder_token_id: int | None = None,
     vision_pooling: str | None = None,
+    pooled_layers: int = 1,
     vision_projection: bool = False,
     projection_dim: int | None = None,
     text_projection: Literal["linear", "residual_mlp"] = "linear",
@@ -61,10 +62,11 @@ def from_backbones(
         token_prepending (`tuple[int, int]`, *optional*): Layers of token prepending, see [`LoTLIPTextConfig`].
         placeholder_token_id (`int`, *optional*): Id of its placeholder, see [`LoTLIPTextConfig`].
         vision_pooling (`str`, *optional*): Pooling of the image tower, see [`LoTLIPVisionConfig`].
+        pooled_layers (`int`, *optional*, defaults to 1): Number of last layers of the image tower that are pooled.
         vision_projection (`bool`, *optional*, defaults to `False`): Whether the image tower has a projection also if
             its width is `projection_dim`, for a frozen image encoder.
-        projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image tower's
-            pooled states, which then needs no projection. With the width of the text encoder, the text tower has no
+        projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image encoder,
+            which then has no projection if its pooled states have this width. With the width of the text encoder, the text tower has no
             projection and starts with the embeddings of its encoder.
         text_projection (`str`, *optional*, defaults to `"linear"`): Kind of the text projection, see
             [`LoTLIPTextConfig`].
@@ -105,7 +107,9 @@ def from_backbones(
         token_prepending=token_prepending,
         placeholder_token_id=placeholder_token_id,
     )
-    vision_config = LoTLIPVisionConfig(backbone_config=vision_backbone, pooling=vision_pooling)
+    vision_config = LoTLIPVisionConfig(
+        backbone_config=vision_backbone, pooling=vision_pooling, pooled_layers=pooled_layers
+    )
     text_weights = _load_weights(text, "text", text_config)
     vision_weights = _load_weights(vision, "vision", vision_config)
     if pooling is None and text_config.pooling == "pooler" and not any(map(_is_of_pooler, text_weights)):
@@ -113,7 +117,7 @@ def from_backbones(
         logger.warning("%s has no pooler. `text_pooling` is 'cls': pass 'pooler' for a new one.", _name(text))
     text_weights = _make_room(text_weights, text_config)
 
-    width = projection_dim or vision_config.pooled_size
+    width = projection_dim or vision_config.hidden_size
     dense = _dense(folder, text_config, width)
     text_config.projection_dim = width
     if projection_dim == text_config.hidden_size and dense is None:

@@ -409,6 +409,7 @@ class VisionBackbone(_Backbone):
     in_dual_encoder = True  # whether `VisionTextDualEncoderModel` passes all inputs
     has_class_token = True
     pooler_modules: tuple[str, ...] = ()  # modules that only `pooling="pooler"` uses
+    final_norm = ""  # module after the last layer, which fits the states of earlier layers too
     takes_interpolation = True  # whether other image sizes need `interpolate_pos_encoding`
     any_size_in_onnx = False  # whether an exported graph accepts all image sizes
     passing_embeddings: type[Extension] | None = PassingEmbeddings  # without it, `kept_patches` is refused
@@ -478,6 +479,7 @@ class VisionBackbone(_Backbone):
 class DINOv3Backbone(VisionBackbone):
     """DINOv3's ViT. Its rotary positions are computed from the images."""
 
+    final_norm = "norm"
     takes_interpolation = False
     any_size_in_onnx = True
 
@@ -742,9 +744,9 @@ OWN_POOLER: dict[str, Any] = {
     "excluded_poolings": (*NOT_OF_IMAGES, "cls"),
 }
 VISION_BACKBONES: dict[str, VisionBackbone] = {
-    "vit": VisionBackbone(has_optional_pooler=True, pooled_layer=PooledViTLayer),
-    "dinov2": VisionBackbone(takes_interpolation=False, any_size_in_onnx=True),
-    "dinov2_with_registers": VisionBackbone(takes_interpolation=False),
+    "vit": VisionBackbone(has_optional_pooler=True, final_norm="layernorm", pooled_layer=PooledViTLayer),
+    "dinov2": VisionBackbone(final_norm="layernorm", takes_interpolation=False, any_size_in_onnx=True),
+    "dinov2_with_registers": VisionBackbone(final_norm="layernorm", takes_interpolation=False),
     "dinov3_vit": DINOv3Backbone(),
     "siglip_vision_model": VisionBackbone(**OWN_POOLER, has_class_token=False, pooler_modules=("head",)),
     "siglip2_vision_model": NaFlexBackbone(),

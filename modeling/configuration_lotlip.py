@@ -100,8 +100,8 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
 
     @property
     def pooled_size(self) -> int:
-        """Width of the pooled states: the backbone's hidden size for each pooling that a `+` joins."""
-        return self.hidden_size * len(self.pooling.split("+"))
+        """Width of the pooled states: the backbone's hidden size for each joined pooling and layer."""
+        return self.hidden_size * len(self.pooling.split("+")) * getattr(self, "pooled_layers", 1)
 
     @property
     def output_size(self) -> int:
@@ -216,6 +216,8 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
             DINOv3; `"pooler"`: the backbone's pooled output, the default of the others; `"mean"`: the mean of patches,
             without class token, registers and padding; `"cls+mean"`: both joined, twice as wide, for encoders with
             `"cls"`.
+        pooled_layers (`int`, *optional*, defaults to 1): Number of last layers whose pooled states are joined, each
+            after the final norm, as in DINOv2's linear evaluation. More than 1 for ViT, DINOv2 and DINOv3.
         projection_dim (`int`, *optional*): Width of the linear projection. `None` adds no projection.
 
     ```python
@@ -230,6 +232,17 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
     base_config_key = "vision_config"
     default_backbone = {"model_type": "vit", "layer_norm_eps": 1e-6}
     families = VISION_BACKBONES
+
+    pooled_layers: int = 1
+
+    def validate_pooled_layers(self) -> None:
+        if self.pooled_layers == 1:
+            return
+        if not self.family.final_norm or self.pooling == "pooler":
+            fit = f"does not fit pooling {self.pooling!r} of {self.backbone_config.model_type}. Use 1"
+            raise ValueError(f"`pooled_layers`={self.pooled_layers} {fit}.")
+        if not 1 <= self.pooled_layers <= self.backbone_config.num_hidden_layers:
+            raise ValueError(f"`pooled_layers` must be 1 to {self.num_hidden_layers}, got {self.pooled_layers}.")
 
     @property
     def num_patches(self) -> int:

@@ -328,6 +328,8 @@ class LoTLIPVisionModel(_LoTLIPTower):
         others = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
         inputs = family.inputs(self.backbone, pixel_values, interpolate_pos_encoding, **others)
         options = self._options(kwargs)
+        has_hidden_states, layers = options["output_hidden_states"], self.config.pooled_layers
+        options["output_hidden_states"] = has_hidden_states or layers > 1
         pooled_only = pooled_only and self._can_pool_only(options)
         if pooled_only:
             images = inputs["pixel_values"]
@@ -336,17 +338,22 @@ class LoTLIPVisionModel(_LoTLIPTower):
             inputs = family.keep(self.backbone, inputs, kept_patches)
         outputs = family.run(self.backbone, inputs, **options)
         mask = inputs.get("pixel_attention_mask")
-        pooled = [self._pool(name, outputs, mask) for name in self.config.pooling.split("+")]
+        states = [outputs.last_hidden_state]
+        if layers > 1:
+            norm = self.backbone.get_submodule(family.final_norm)
+            states = [*map(norm, outputs.hidden_states[-layers:-1]), *states]
+        poolings = self.config.pooling.split("+")
+        pooled = [self._pool(name, outputs, one, mask) for one in states for name in poolings]
         return BaseModelOutputWithPooling(
             last_hidden_state=None if pooled_only else outputs.last_hidden_state,
             pooler_output=torch.cat(pooled, dim=-1),
-            hidden_states=outputs.hidden_states,
+            hidden_states=outputs.hidden_states if has_hidden_states else None,
             attentions=outputs.get("attentions"),
         )
 
-    def _pool(self, pooling: str, outputs: Any, mask: Tensor | None) -> Tensor:
-        """Outputs of the backbone, and a mask [B, P] of patches or `None` -> [B, hidden_size]"""
-        states, pool = outputs.last_hidden_state, POOLINGS[pooling]
+    def _pool(self, pooling: str, outputs: Any, states: Tensor, mask: Tensor | None) -> Tensor:
+        """Outputs, states of a layer after the final norm, and a mask [B, P] or `None` -> [B, hidden_size]"""
+        pool = POOLINGS[pooling]
         if pooling == "pooler":
             return outputs.pooler_output
         if pool is one_token:

@@ -29,8 +29,8 @@ RESUMABLE = frozenset(
 )
 # Options that only a new model of two encoders has
 NEW_MODEL = (
-    *("text_model", "image_model", "projection_dim", "text_pooling", "image_pooling", "text_attention"),
-    *("prompt_template", "text_projection", "text_projection_layers", "text_projection_expansion"),
+    *("text_model", "image_model", "projection_dim", "text_pooling", "image_pooling", "image_layers"),
+    *("text_attention", "prompt_template", "text_projection", "text_projection_layers", "text_projection_expansion"),
 )
 # Options that all stages share
 COMMON = ("output", "resume", "seed", "eval_share", "mixed_precision")
@@ -81,6 +81,11 @@ class TrainingConfig:
     )
     image_pooling: str | None = option(
         "Pooling of a new model's image tower: cls, mean, cls+mean or pooler (default: that of its encoder)", None
+    )
+    image_layers: int | None = option(
+        "Last layers of a new model's image tower whose pooled states are joined, such as 4 for DINOv2 (default: 1)",
+        None,
+        at_least=1,
     )
     text_attention: Literal["causal", "bidirectional"] | None = option(
         "Attention of a new model's decoder (default: that of its configuration, mostly causal)", None

@@ -96,6 +96,7 @@ def _from_encoders(config: TrainingConfig) -> tuple[LoTLIPModel, LoTLIPProcessor
                 text_pooling=config.text_pooling,
                 text_attention=config.text_attention,
                 vision_pooling=config.image_pooling,
+                pooled_layers=config.image_layers or 1,
                 vision_projection=config.lock_vision,
                 projection_dim=config.projection_dim,
                 text_projection=config.text_projection or "linear",

@@ -16,7 +16,7 @@ from .linear_heads import PairStates, pair_states, sampled
 STRENGTH = 0.1  # of the regularisation, as a share of the mean variance of the image states
 # AdamW with weight decay trains the projections. The scale of a cosine is free, so that the same steps change larger
 # weights less.
-GAIN = 3.0
+GAIN = 100.0
 
 
 def check_projections(model: LoTLIPModel) -> None:
