@@ -62,12 +62,13 @@ def from_backbones(
         token_prepending (`tuple[int, int]`, *optional*): Layers of token prepending, see [`LoTLIPTextConfig`].
         placeholder_token_id (`int`, *optional*): Id of its placeholder, see [`LoTLIPTextConfig`].
         vision_pooling (`str`, *optional*): Pooling of the image tower, see [`LoTLIPVisionConfig`].
-        pooled_layers (`int`, *optional*, defaults to 1): Number of last layers of the image tower that are pooled.
+        pooled_layers (`int`, *optional*, defaults to 1): Number of last layers of the image tower whose pooled states
+            are joined, see [`LoTLIPVisionConfig`].
         vision_projection (`bool`, *optional*, defaults to `False`): Whether the image tower has a projection also if
             its width is `projection_dim`, for a frozen image encoder.
         projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image encoder,
-            which then has no projection if its pooled states have this width. With the width of the text encoder, the text tower has no
-            projection and starts with the embeddings of its encoder.
+            which then has no projection if its pooled states have this width. With the width of the text encoder, the
+            text tower has no projection and starts with the embeddings of its encoder.
         text_projection (`str`, *optional*, defaults to `"linear"`): Kind of the text projection, see
             [`LoTLIPTextConfig`].
         text_projection_layers (`int`, *optional*, defaults to 4): Number of blocks of a `"residual_mlp"`.

@@ -424,7 +424,9 @@ def test_the_default_prompt_is_the_tokenizers_template(tmp_path: Path) -> None:
     [
         ({}, 32, None),
         ({"lock_vision": True}, 32, (32, 32)),
-        ({"image_pooling": "cls+mean"}, 64, None),
+        ({"image_pooling": "cls+mean"}, 32, (32, 64)),
+        ({"image_pooling": "cls+mean", "projection_dim": 64}, 64, None),
+        ({"image_pooling": "cls+mean", "image_layers": 2}, 32, (32, 128)),
         ({"image_pooling": "cls+mean", "lock_vision": True, "projection_dim": 24}, 24, (24, 64)),
     ],
 )
