@@ -71,8 +71,8 @@ def train(
     writes a checkpoint and raises [`Interrupted`]. With `config.resume` the run continues from the last checkpoint,
     also within an epoch, and computes the same results as a run without interruption.
 
-    With `config.patience` the run stops when its evaluations no longer rise, and the best checkpoint is kept. The start
-    is evaluated too, so that it is the result (`checkpoint-0`) of a run without a higher evaluation.
+    With `config.patience` the run stops when its evaluations no longer rise, and the best checkpoint is kept. The
+    start is evaluated first (`checkpoint-0`), and is the best if no later evaluation is higher.
 
     Args:
         model (`LoTLIPModel`): The model. The weights are trained in place.

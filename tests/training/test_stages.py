@@ -27,7 +27,7 @@ from lotlip_hf.training.tracking import SCORED
 pytestmark = pytest.mark.usefixtures("alone")
 
 STAGES: dict[str, dict[str, Any]] = {
-    "heads": {"lock_vision": True, "batch_size": 8, "max_steps": 8, "eval_steps": 2, "patience": 2, "save_steps": 2},
+    "heads": {"lock_vision": True, "batch_size": 8, "max_steps": 8, "eval_steps": 2, "patience": 3, "save_steps": 2},
     "rest": {"batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 4, "save_steps": 2, "lock_vision": True},
 }
 
@@ -225,11 +225,20 @@ def test_two_processes_run_stages_as_one(start: Path, tmp_path: Path) -> None:
 # Patience
 
 
-@pytest.mark.parametrize("limit", [0, 1])
-def test_a_run_stops_when_retrieval_no_longer_rises(limit: int, start: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("limit", "ema_decay"), [(0, None), (1, 0.5)])
+def test_a_run_stops_when_retrieval_no_longer_rises(
+    limit: int, ema_decay: float | None, start: Path, tmp_path: Path
+) -> None:
     """A learning rate of 0: no evaluation is above that of the start."""
     given = {"model": start / "model", "data": start / "records", "eval_share": 0.2, "learning_rate": 0}
-    given |= {"eval_steps": 2, "patience": 3, "save_steps": 2, "save_total_limit": limit, "max_steps": 50}
+    given |= {
+        "eval_steps": 2,
+        "patience": 3,
+        "save_steps": 2,
+        "save_total_limit": limit,
+        "max_steps": 50,
+        "ema_decay": ema_decay,
+    }
     output = tmp_path / "run"
     config = parse_arguments(arguments(output, **given))
     assert train_config(config) == output / "checkpoint-0"
