@@ -245,7 +245,7 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
         number, backbone = self.pooled_layers, self.backbone_config
         if number != 1 and (not self.family.final_norm or self.pooling == "pooler"):
             fit = f"does not fit pooling {self.pooling!r} of {backbone.model_type}"
-            raise ValueError(f"`pooled_layers`={number} {fit}. Use 1.")
+            raise ValueError(f"`pooled_layers`={number} {fit}. Use 1 (`--image-layers 1`).")
         if number != 1 and not 1 <= number <= backbone.num_hidden_layers:
             raise ValueError(f"`pooled_layers` must be 1 to {backbone.num_hidden_layers}, got {number}.")
 
