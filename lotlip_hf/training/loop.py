@@ -413,6 +413,12 @@ class _Run:
             if required:
                 raise
             logger.error(f"{error} The run continues and tries again after {self.config.save_steps} steps.")
+        self._forget_no_step()
+
+    def _forget_no_step(self) -> None:
+        """Clears the optimiser before the first step: torch makes a step of zeros to save the state of FSDP."""
+        if self.step == 0:
+            self.optimizer.state.clear()
 
     def _save_before_stop(self) -> None:
         """Saves the state after the last step, because the run cannot continue."""
@@ -454,6 +460,7 @@ class _Run:
         self.step, self.epoch, self.next_batch = progress["step"], progress["epoch"], progress["next_batch"]
         self.counts.update(progress["counts"])
         self.meter = Meter(**progress["window"])
+        self._forget_no_step()
         for name, number in self._data().items():
             first = progress["data"].get(name)
             if first != number:
