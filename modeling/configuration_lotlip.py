@@ -234,7 +234,10 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
     default_backbone = {"model_type": "vit", "layer_norm_eps": 1e-6}
     families = VISION_BACKBONES
 
+    backbone_config: PreTrainedConfig | dict | None = None
+    pooling: str | None = None
     pooled_layers: int = 1
+    projection_dim: int | None = None
 
     @property
     def pooled_size(self) -> int:
