@@ -385,8 +385,9 @@ def reverse(checkpoint: str | Path, output: str | Path) -> Path:
         raise ConversionError(f"{checkpoint} is a {type(model).__name__}. Pass a whole LoTLIPModel.")
     text, vision = model.config.text_config, model.config.vision_config
     vit = vision.backbone_config
-    wanted = {"text tower": "bert", "text pooling": "pooler", "image tower": "vit", "image pooling": "cls", **TIMM_VIT}
-    own = (text.backbone_config.model_type, text.pooling, vit.model_type, vision.pooling)
+    wanted = {"text tower": "bert", "text pooling": "pooler", "image tower": "vit", "image pooling": "cls"}
+    wanted |= {"pooled_layers": 1, **TIMM_VIT}
+    own = (text.backbone_config.model_type, text.pooling, vit.model_type, vision.pooling, vision.pooled_layers)
     own += tuple(getattr(vit, name, None) for name in TIMM_VIT)
     for (name, value), given in zip(wanted.items(), own, strict=True):
         if given != value:

@@ -249,10 +249,9 @@ def _text_encoder(tower: LoTLIPTextModel) -> tuple[PreTrainedConfig, dict[str, t
 def _vision_encoder(tower: LoTLIPVisionModel) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
     """Configuration and tensors of a stock image encoder with the tower's `pooler_output`."""
     config, state = copy.deepcopy(tower.config.backbone_config), dict(tower.backbone.state_dict())
-    if tower.config.pooled_layers > 1:
-        raise _no_stock_class(
-            tower, f"with pooled_layers={tower.config.pooled_layers}", "a model with pooled_layers=1"
-        )
+    layers = tower.config.pooled_layers
+    if layers > 1:
+        raise _no_stock_class(tower, f"with pooled_layers={layers}", "a model with pooled_layers=1")
     if tower.config.pooling not in tower.config.family.stock_poolings:
         family = tower.config.family
         instead = " or ".join(repr(one) for one in family.stock_poolings if one not in family.excluded_poolings)

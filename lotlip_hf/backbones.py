@@ -62,7 +62,8 @@ def from_backbones(
         token_prepending (`tuple[int, int]`, *optional*): Layers of token prepending, see [`LoTLIPTextConfig`].
         placeholder_token_id (`int`, *optional*): Id of its placeholder, see [`LoTLIPTextConfig`].
         vision_pooling (`str`, *optional*): Pooling of the image tower, see [`LoTLIPVisionConfig`].
-        pooled_layers (`int`, *optional*, defaults to 1): Number of last layers of the image tower that are pooled.
+        pooled_layers (`int`, *optional*, defaults to 1): Number of last layers of the image tower whose pooled states
+            are joined, see [`LoTLIPVisionConfig`].
         vision_projection (`bool`, *optional*, defaults to `False`): Whether the image tower has a projection also if
             its width is `projection_dim`, for a frozen image encoder.
         projection_dim (`int`, *optional*): Width of the shared space. Defaults to the width of the image encoder,

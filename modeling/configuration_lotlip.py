@@ -100,8 +100,8 @@ class _LoTLIPTowerConfig(_LoTLIPBaseConfig):
 
     @property
     def pooled_size(self) -> int:
-        """Width of the pooled states: the backbone's hidden size for each joined pooling and layer."""
-        return self.hidden_size * len(self.pooling.split("+")) * getattr(self, "pooled_layers", 1)
+        """Width of the pooled states: the backbone's hidden size for each pooling that a `+` joins."""
+        return self.hidden_size * len(self.pooling.split("+"))
 
     @property
     def output_size(self) -> int:
@@ -217,7 +217,8 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
             without class token, registers and padding; `"cls+mean"`: both joined, twice as wide, for encoders with
             `"cls"`.
         pooled_layers (`int`, *optional*, defaults to 1): Number of last layers whose pooled states are joined, each
-            after the final norm, as in DINOv2's linear evaluation. More than 1 for ViT, DINOv2 and DINOv3.
+            after the final norm, as in DINOv2's linear evaluation. Values above 1 fit ViT, DINOv2 and DINOv3, and all
+            poolings but `"pooler"`.
         projection_dim (`int`, *optional*): Width of the linear projection. `None` adds no projection.
 
     ```python
@@ -233,16 +234,23 @@ class LoTLIPVisionConfig(_LoTLIPTowerConfig):
     default_backbone = {"model_type": "vit", "layer_norm_eps": 1e-6}
     families = VISION_BACKBONES
 
+    backbone_config: PreTrainedConfig | dict | None = None
+    pooling: str | None = None
     pooled_layers: int = 1
+    projection_dim: int | None = None
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the pooled states: the backbone's hidden size for each joined pooling and layer."""
+        return super().pooled_size * self.pooled_layers
 
     def validate_pooled_layers(self) -> None:
-        if self.pooled_layers == 1:
-            return
-        if not self.family.final_norm or self.pooling == "pooler":
-            fit = f"does not fit pooling {self.pooling!r} of {self.backbone_config.model_type}. Use 1"
-            raise ValueError(f"`pooled_layers`={self.pooled_layers} {fit}.")
-        if not 1 <= self.pooled_layers <= self.backbone_config.num_hidden_layers:
-            raise ValueError(f"`pooled_layers` must be 1 to {self.num_hidden_layers}, got {self.pooled_layers}.")
+        number, backbone = self.pooled_layers, self.backbone_config
+        if number != 1 and (not self.family.final_norm or self.pooling == "pooler"):
+            fit = f"does not fit pooling {self.pooling!r} of {backbone.model_type}"
+            raise ValueError(f"`pooled_layers`={number} {fit}. Use 1 (`--image-layers 1`).")
+        if number != 1 and not 1 <= number <= backbone.num_hidden_layers:
+            raise ValueError(f"`pooled_layers` must be 1 to {backbone.num_hidden_layers}, got {number}.")
 
     @property
     def num_patches(self) -> int:

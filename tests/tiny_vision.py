@@ -57,6 +57,14 @@ class Family:
     prefix: int = 0  # class token and registers
     sizes: str = "all"  # "all", "interpolated" or "fixed"
     keeps_patches: bool = True
+    final_norm: str = ""  # module of the stock model, if it fits the states of earlier layers
+
+    @property
+    def variants(self) -> list[dict[str, Any]]:
+        """All poolings, and those that fit the two layers together."""
+        ones: list[dict[str, Any]] = [{"pooling": pooling} for pooling in self.poolings]
+        twos = [{**one, "pooled_layers": 2} for one in ones if self.final_norm and one["pooling"] != "pooler"]
+        return ones + twos
 
     @property
     def name(self) -> str:
@@ -91,14 +99,30 @@ TIMM_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": SIDE, "patc
 TIMM_MAP = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 
 FAMILIES = [
-    Family("vit", TOKENS, ("cls", "pooler", "mean", "cls+mean"), square(ViTImageProcessorPil), 1, "interpolated"),
-    Family("dinov2", DINO, ("cls", "pooler", "mean", "cls+mean"), shortest(BitImageProcessorPil), 1),
+    Family(
+        "vit",
+        TOKENS,
+        ("cls", "pooler", "mean", "cls+mean"),
+        square(ViTImageProcessorPil),
+        1,
+        "interpolated",
+        final_norm="layernorm",
+    ),
+    Family(
+        "dinov2",
+        DINO,
+        ("cls", "pooler", "mean", "cls+mean"),
+        shortest(BitImageProcessorPil),
+        1,
+        final_norm="layernorm",
+    ),
     Family(
         "dinov2_with_registers",
         {**DINO, "num_register_tokens": 3},
         ("cls", "pooler", "mean", "cls+mean"),
         shortest(BitImageProcessorPil),
         4,
+        final_norm="layernorm",
     ),
     Family(
         "dinov3_vit",
@@ -106,6 +130,7 @@ FAMILIES = [
         ("cls", "pooler", "mean", "cls+mean"),
         square(ViTImageProcessorPil),
         3,
+        final_norm="norm",
     ),
     Family("clip_vision_model", TOKENS, ("pooler", "mean"), shortest(CLIPImageProcessorPil), 1, "interpolated"),
     Family("siglip_vision_model", TOKENS, ("pooler", "mean"), square(SiglipImageProcessorPil), 0, "interpolated"),

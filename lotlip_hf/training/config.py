@@ -292,7 +292,7 @@ class TrainingConfig:
     eval_steps: int | None = option("Steps between evaluations (default: evaluate at the end)", None, at_least=1)
     patience: int | None = option(
         "Stop after N evaluations in a row without a higher score, the mean of R@1, R@5 and R@10 by long captions, "
-        "and keep the best checkpoint (default: train to the end)",
+        "and keep the best checkpoint, with the start as the first (default: train to the end)",
         None,
         at_least=1,
     )

@@ -71,7 +71,8 @@ def train(
     writes a checkpoint and raises [`Interrupted`]. With `config.resume` the run continues from the last checkpoint,
     also within an epoch, and computes the same results as a run without interruption.
 
-    With `config.patience` the run stops when its evaluations no longer rise, and the best checkpoint is kept.
+    With `config.patience` the run stops when its evaluations no longer rise, and the best checkpoint is kept. The
+    start is evaluated first (`checkpoint-0`), and is the best if no later evaluation is higher.
 
     Args:
         model (`LoTLIPModel`): The model. The weights are trained in place.
@@ -211,7 +212,8 @@ class _Run:
     def run(self) -> Path:
         config, accelerator = self.config, self.accelerator
         check_room(self.output, extract_model_from_parallel(self.model), self.averaged is not None)
-        tracking = self.tracking = Tracking(config, accelerator, self.step)
+        # A run without a checkpoint to resume from keeps no line, also not that of an evaluation of its start.
+        tracking = self.tracking = Tracking(config, accelerator, self.step if self.checkpoint is not None else -1)
         evaluations = gather_lists(tracking.evaluations())
         if config.patience is not None:
             for line in evaluations:
@@ -363,8 +365,9 @@ class _Run:
         return values
 
     def _evaluate_if_due(self) -> None:
-        steps = self.config.eval_steps
-        is_due = self.step == self.max_steps or (steps is not None and self.step > 0 and self.step % steps == 0)
+        steps, has_start = self.config.eval_steps, self.config.patience is not None
+        is_due = self.step == self.max_steps or (steps is not None and self.step % steps == 0)
+        is_due = is_due and (self.step > 0 or has_start)
         if self.eval_records is None or not is_due:
             return
         model = self.model if self.averaged is None else self.averaged
@@ -410,6 +413,12 @@ class _Run:
             if required:
                 raise
             logger.error(f"{error} The run continues and tries again after {self.config.save_steps} steps.")
+        self._forget_no_step()
+
+    def _forget_no_step(self) -> None:
+        """Clears the optimiser before the first step: torch makes a step of zeros to save the state of FSDP."""
+        if self.step == 0:
+            self.optimizer.state.clear()
 
     def _save_before_stop(self) -> None:
         """Saves the state after the last step, because the run cannot continue."""
@@ -451,6 +460,7 @@ class _Run:
         self.step, self.epoch, self.next_batch = progress["step"], progress["epoch"], progress["next_batch"]
         self.counts.update(progress["counts"])
         self.meter = Meter(**progress["window"])
+        self._forget_no_step()
         for name, number in self._data().items():
             first = progress["data"].get(name)
             if first != number:

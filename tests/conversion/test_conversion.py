@@ -659,6 +659,13 @@ def test_reverse_of_what_is_no_checkpoint(
         (lambda: tiny.config("bert", "vit", pooling="cls"), "cls"),
         (lambda: tiny.config("bert", "vit"), "layer_norm_eps"),
         (
+            lambda: LoTLIPConfig(
+                text_config=tiny.text_config("bert"),
+                vision_config=tiny.vision_config("vit", pooling="cls", pooled_layers=2),
+            ),
+            "pooled_layers",
+        ),
+        (
             lambda: with_vit(layer_norm_eps=1e-6, qkv_bias=False),
             "vision_model.backbone.layers.0.attention.k_proj.bias",
         ),

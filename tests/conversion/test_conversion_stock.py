@@ -221,20 +221,25 @@ def test_poolers_and_projections_that_are_not_there(
 
 
 @pytest.mark.parametrize(
-    ("text", "vision"),
+    ("text", "vision", "options"),
     [
-        (("bert", "cls"), ("vit", "cls")),
-        (("roberta", "mean"), ("clip", "pooler")),
-        (("clip", "eos"), ("siglip", "mean")),
-        (("bert", "pooler"), ("dinov2", "cls+mean")),
+        (("bert", "cls"), "vit", {"pooling": "cls"}),
+        (("roberta", "mean"), "clip", {"pooling": "pooler"}),
+        (("clip", "eos"), "siglip", {"pooling": "mean"}),
+        (("bert", "pooler"), "dinov2", {"pooling": "cls+mean"}),
+        (("bert", "pooler"), "vit", {"pooling": "cls", "pooled_layers": 2}),
     ],
 )
 def test_poolings_that_no_stock_class_has(
-    text: tuple[str, str], vision: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: tuple[str, str],
+    vision: str,
+    options: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     text_config = tiny.text_config(text[0], pooling=text[1])
-    dual_encoder(text_config, tiny.vision_config(vision[0], pooling=vision[1]), tmp_path / "lotlip")
-    assert "pooling" in error(tmp_path / "lotlip", tmp_path / "stock", capsys)
+    dual_encoder(text_config, tiny.vision_config(vision, **options), tmp_path / "lotlip")
+    assert [*options][-1] in error(tmp_path / "lotlip", tmp_path / "stock", capsys)
 
 
 @pytest.mark.slow

@@ -310,17 +310,20 @@ def test_families_of_text_encoders(tmp_path: Path, name: str, fields: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("name", "pooling"),
+    ("name", "pooling", "layers"),
     [
-        ("dinov2_with_registers", "cls+mean"),
-        ("dinov3_vit", "cls"),
-        ("convnext", "pooler"),
-        ("vit_tiny_patch16_224", "pooler"),
+        ("vit", "cls", 2),
+        ("dinov2", "cls+mean", 2),
+        ("dinov2_with_registers", "cls+mean", 1),
+        ("dinov3_vit", "cls", 1),
+        ("dinov3_vit", "mean", 2),
+        ("convnext", "pooler", 1),
+        ("vit_tiny_patch16_224", "pooler", 1),
     ],
 )
-def test_families_of_image_encoders(tmp_path: Path, name: str, pooling: str) -> None:
+def test_families_of_image_encoders(tmp_path: Path, name: str, pooling: str, layers: int) -> None:
     (family,) = (one for one in tiny_vision.FAMILIES if one.name == name)
-    model = LoTLIPVisionModelWithProjection(family.config(pooling=pooling, projection_dim=24))
+    model = LoTLIPVisionModelWithProjection(family.config(pooling=pooling, pooled_layers=layers, projection_dim=24))
     saved(model, tmp_path / "tower")
     assert convert(tmp_path / "tower", tmp_path / "onnx").towers[0].difference < 1e-5
     onnx_model = LoTLIPOnnxModel.from_pretrained(tmp_path / "onnx")

@@ -122,17 +122,18 @@ def test_the_width_of_the_text_encoder_needs_no_text_projection(vision: PreTrain
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, (64, None)),
+        ({}, (32, (32, 64))),
         ({"projection_dim": 64}, (64, None)),
-        ({"projection_dim": 32}, (32, (32, 64))),
-        ({"vision_projection": True}, (64, (64, 64))),
+        ({"pooled_layers": 2}, (32, (32, 128))),
+        ({"pooled_layers": 2, "projection_dim": 128}, (128, None)),
+        ({"vision_projection": True, "projection_dim": 64}, (64, (64, 64))),
         ({"vision_projection": True, "vision_pooling": "mean"}, (32, (32, 32))),
     ],
 )
 def test_the_image_projection(
     options: dict[str, Any], expected: tuple[int, Any], vision: PreTrainedModel, tmp_path: Path
 ) -> None:
-    """It reads the pooled states, which `cls+mean` makes twice as wide. It is saved, and not always needed."""
+    """It reads the pooled states, which `cls+mean` and two layers make wider. It is saved, and not always needed."""
     text = AutoModel.from_config(tiny.text_config().backbone_config)
     model = from_backbones(text, vision, **{"vision_pooling": "cls+mean", **options}).eval()
     model.save_pretrained(tmp_path)
@@ -424,7 +425,9 @@ def test_the_default_prompt_is_the_tokenizers_template(tmp_path: Path) -> None:
     [
         ({}, 32, None),
         ({"lock_vision": True}, 32, (32, 32)),
-        ({"image_pooling": "cls+mean"}, 64, None),
+        ({"image_pooling": "cls+mean"}, 32, (32, 64)),
+        ({"image_pooling": "cls+mean", "projection_dim": 64}, 64, None),
+        ({"image_pooling": "cls+mean", "image_layers": 2}, 32, (32, 128)),
         ({"image_pooling": "cls+mean", "lock_vision": True, "projection_dim": 24}, 24, (24, 64)),
     ],
 )

@@ -1,6 +1,7 @@
 """All families of image encoders, tiny and random, against their own stock models."""
 
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -75,8 +76,8 @@ def timm(request: pytest.FixtureRequest) -> None:
         import_timm()
 
 
-def tower(family: Family, pooling: str | None = None, **options: Any) -> LoTLIPVisionModel:
-    return spread(LoTLIPVisionModel(family.config(pooling=pooling, **options)))
+def tower(family: Family, **options: Any) -> LoTLIPVisionModel:
+    return spread(LoTLIPVisionModel(family.config(**options)))
 
 
 def stock(model: LoTLIPVisionModel) -> Any:
@@ -88,12 +89,12 @@ def stock(model: LoTLIPVisionModel) -> Any:
     return backbone.eval()
 
 
-def small_dual_encoder(family: Family, pooling: str | None = None) -> tuple[LoTLIPModel, LoTLIPProcessor]:
+def small_dual_encoder(family: Family, **options: Any) -> tuple[LoTLIPModel, LoTLIPProcessor]:
     """The small text tower for Scenes and an image tower of the family, with the family's image processor."""
     small, processor = small_model(hidden_size=32, num_hidden_layers=1)
     config = LoTLIPConfig(
         text_config=small.config.text_config,
-        vision_config=family.config(pooling=pooling, projection_dim=32),
+        vision_config=family.config(**options, projection_dim=32),
         projection_dim=32,
     )
     return LoTLIPModel(config), LoTLIPProcessor(family.image_processor(), processor.tokenizer)
@@ -106,31 +107,39 @@ def scenes() -> list[Any]:
 
 @every_family
 def test_features_are_those_of_the_stock_model(family: Family) -> None:
-    inputs, spatial = family.inputs(), family.inputs().get("spatial_shapes")
+    inputs = family.inputs()
+    lengths = inputs["spatial_shapes"].prod(1).tolist() if family is NAFLEX else [None] * 3
     assert family.config().pooling == family.poolings[0]
-    for pooling in family.poolings:
-        model = tower(family, pooling)
+    for options in family.variants:
+        model, pooling, layers = tower(family, **options), options["pooling"], options.get("pooled_layers", 1)
+        stock_model = stock(model)
         with torch.no_grad():
-            answer, expected = model(**inputs), stock(model)(**inputs)
+            answer, expected = model(**inputs), stock_model(**inputs, output_hidden_states=True)
+            pooled_only = model(**inputs, pooled_only=True)
             hidden = model(**inputs, output_hidden_states=True).hidden_states
+            states = [expected.last_hidden_state]
+            for earlier in expected.hidden_states[-layers:-1] if layers > 1 else ():
+                states.insert(len(states) - 1, getattr(stock_model, family.final_norm)(earlier))
         torch.testing.assert_close(answer.last_hidden_state, expected.last_hidden_state, **EXACT)
+        torch.testing.assert_close(pooled_only.pooler_output, answer.pooler_output, **TOLERANCE)
         assert answer.pooler_output.shape == (3, model.config.pooled_size)
+        assert answer.hidden_states is None
+        torch.testing.assert_close(hidden, expected.hidden_states, **EXACT)
         assert len(hidden) > 1
         if family is not NAFLEX and family.name != "convnext_atto":
             assert model.config.num_patches == family.tokens(expected.last_hidden_state).shape[1]
-        if pooling == "pooler" and model.config.backbone_config.model_type != "vit":
-            naive = expected.pooler_output
-        elif pooling == "pooler":
-            naive = model.backbone.pooler(expected.last_hidden_state)
-        elif pooling == "cls":
-            naive = expected.last_hidden_state[:, 0]
-        else:
-            patches = family.tokens(expected.last_hidden_state)
-            lengths = [patches.shape[1]] * 3 if spatial is None else spatial.prod(1).tolist()
-            naive = torch.stack([row[:length].mean(0) for row, length in zip(patches, lengths, strict=True)])
-        if pooling == "cls+mean":
-            naive = torch.cat([expected.last_hidden_state[:, 0], naive], dim=1)
-        torch.testing.assert_close(answer.pooler_output, naive, **EXACT)
+        naive = []
+        for one, name in itertools.product(states, pooling.split("+")):
+            if name == "cls":
+                naive.append(one[:, 0])
+            elif name == "mean":
+                rows = zip(family.tokens(one), lengths, strict=True)
+                naive.append(torch.stack([row[:length].mean(0) for row, length in rows]))
+            elif model.config.backbone_config.model_type == "vit":
+                naive.append(model.backbone.pooler(one))
+            else:
+                naive.append(expected.pooler_output)
+        torch.testing.assert_close(answer.pooler_output, torch.cat(naive, dim=1), **EXACT)
 
 
 @every_family
@@ -138,6 +147,11 @@ def test_poolings_without_sense_are_refused(family: Family) -> None:
     for pooling in {*POOLINGS, "cls+mean", "mean+cls"} - {*family.poolings}:
         with pytest.raises(Exception, match="pooling"):
             family.config(pooling=pooling)
+    for pooling in family.poolings:
+        fits = {"pooling": pooling, "pooled_layers": 2} in family.variants
+        for number in (0, -1, 3, 10**30, 1.5, "1", *([] if fits else [2])):
+            with pytest.raises(Exception, match="pooled_layers"):
+                family.config(pooling=pooling, pooled_layers=number)
 
 
 @every_family
@@ -206,8 +220,8 @@ def test_kept_patches(family: Family) -> None:
         with pytest.raises(ValueError, match="kept_patches"):
             tower(family)(**inputs, kept_patches=kept)
         return
-    for pooling in family.poolings:
-        model = tower(family, pooling)
+    for options in family.variants:
+        model = tower(family, **options)
         with torch.no_grad():
             number = model.config.num_patches if family is not NAFLEX else NAFLEX_PATCHES
             everything = torch.arange(number).expand(3, -1)
@@ -222,7 +236,7 @@ def test_kept_patches(family: Family) -> None:
 
 def test_rotary_positions_of_kept_patches_in_other_sizes_and_in_training() -> None:
     family = next(family for family in FAMILIES if family.model_type == "dinov3_vit")
-    model, inputs = tower(family, "mean").train(), family.inputs(size=(48, 64))
+    model, inputs = tower(family, pooling="mean", pooled_layers=2).train(), family.inputs(size=(48, 64))
     kept = torch.tensor([[47, 3], [0, 20], [9, 8]])
     answer = model(**inputs, kept_patches=kept, output_hidden_states=True)
     torch.testing.assert_close(answer.pooler_output, naive_kept(model, family, inputs, kept), **TOLERANCE)
@@ -233,10 +247,11 @@ def test_rotary_positions_of_kept_patches_in_other_sizes_and_in_training() -> No
 
 @every_family
 def test_it_is_saved_and_loaded(family: Family, tmp_path: Path) -> None:
-    model, processor = small_dual_encoder(family, family.poolings[-1])
+    model, processor = small_dual_encoder(family, **family.variants[-1])
     spread(model).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     ids, inputs = tiny.input_ids(3, 8), family.inputs()
+    copied = pickle.loads(pickle.dumps(model))  # transformers' hooks for hidden states cannot be pickled
     # as is said for the text tower; ConvNeXt has no attention
     loaded, info = AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa", output_loading_info=True)
     assert not any(info.values())
@@ -245,7 +260,6 @@ def test_it_is_saved_and_loaded(family: Family, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(ids, **inputs).logits_per_image, expected.logits_per_image, **EXACT)
         features = LoTLIPVisionModelWithProjection.from_pretrained(tmp_path)(**inputs).image_embeds
         torch.testing.assert_close(nn.functional.normalize(features, dim=-1), expected.image_embeds, **EXACT)
-        copied = pickle.loads(pickle.dumps(model))
         torch.testing.assert_close(copied(ids, **inputs).logits_per_image, expected.logits_per_image, **EXACT)
 
     pictures = [Image.new("RGB", size, colour) for size, colour in (((64, 40), "red"), ((40, 90), "blue"))]
@@ -282,7 +296,7 @@ def test_loading_without_the_package(tmp_path: Path) -> None:
     for family in FAMILIES:
         if family.model_type == "timm_wrapper":
             continue  # the process has no stand-in for torchvision
-        model, _ = small_dual_encoder(family, family.poolings[-1])
+        model, _ = small_dual_encoder(family, **family.variants[-1])
         folders.append(tmp_path / family.name)
         spread(model).save_pretrained(folders[-1])
         with torch.no_grad():
@@ -320,10 +334,22 @@ def test_a_run_of_two_steps(name: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-@every_family
-def test_two_training_steps_on_scenes(family: Family) -> None:
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        pytest.param(
+            family,
+            options,
+            id="-".join([family.name, *map(str, options.values())]),
+            marks=() if family.name in QUICK else pytest.mark.slow,
+        )
+        for family in FAMILIES
+        for options in (family.variants[:1] + family.variants[-1:] if family.final_norm else [{}])
+    ],
+)
+def test_two_training_steps_on_scenes(family: Family, options: dict[str, Any]) -> None:
     """With gradient checkpointing, which gives the same gradients."""
-    model, processor = small_dual_encoder(family)
+    model, processor = small_dual_encoder(family, **options)
     spread(model).train()
     batch = LoTLIPCollator(processor)(scenes())
     objective = make_objective(TrainingConfig(data="scenes"), model.config)
@@ -354,18 +380,19 @@ def test_two_training_steps_on_scenes(family: Family) -> None:
 
 @every_family
 def test_bfloat16(family: Family) -> None:
-    model = tower(family).to(torch.bfloat16)
-    with torch.no_grad():
-        answer = model(**family.inputs()).pooler_output
-    assert answer.dtype == torch.bfloat16
-    assert torch.isfinite(answer).all()
+    for options in family.variants:
+        model = tower(family, **options).to(torch.bfloat16)
+        with torch.no_grad():
+            answer = model(**family.inputs()).pooler_output
+        assert answer.dtype == torch.bfloat16
+        assert torch.isfinite(answer).all()
 
 
 @every_family
 def test_all_that_is_trained_gets_a_gradient(family: Family) -> None:
     """`DistributedDataParallel` waits for it."""
-    for pooling in family.poolings:
-        model, _ = small_dual_encoder(family, pooling)
+    for options in family.variants:
+        model, _ = small_dual_encoder(family, **options)
         freeze_unused(model, {"image_embeds"}, has_long_texts=False)
         model.get_image_features(**family.inputs()).pooler_output.square().sum().backward()
         parameters = model.vision_model.named_parameters()
@@ -507,8 +534,8 @@ def test_more_padding_changes_nothing() -> None:
     longer["pixel_values"][:, NAFLEX_PATCHES:] = 100.0  # what is there does not matter
     longer["pixel_attention_mask"] = nn.functional.pad(inputs["pixel_attention_mask"], (0, 9))
     longer["spatial_shapes"] = inputs["spatial_shapes"]
-    for pooling in NAFLEX.poolings:
-        model = tower(NAFLEX, pooling)
+    for options in NAFLEX.variants:
+        model = tower(NAFLEX, **options)
         with torch.no_grad():
             torch.testing.assert_close(model(**longer).pooler_output, model(**inputs).pooler_output, **TOLERANCE)
 

@@ -37,9 +37,9 @@ pytestmark = pytest.mark.usefixtures("alone")
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`corners`, with 2 corner tokens and `cls+mean`, `plain`, with neither; both with dropout. Read-only."""
+    """`corners`, with corner tokens and two layers of `cls+mean`, `plain`, without; both with dropout. Read-only."""
     folder = tmp_path_factory.mktemp("frozen")
-    make_checkpoint(folder / "corners", dropout=0.2, pooling="cls+mean")
+    make_checkpoint(folder / "corners", dropout=0.2, pooling="cls+mean", pooled_layers=2)
     make_checkpoint(folder / "plain", dropout=0.2, corners=0)
     make_folder(folder / "records", 27)
     return folder

@@ -16,7 +16,7 @@ from lotlip_hf.training.log import read_log
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-IMAGE = {**SIZE, "image_size": 32, "patch_size": 16}
+IMAGE = {**SIZE, "num_hidden_layers": 4, "image_size": 32, "patch_size": 16}
 # Model types of the two encoders.
 TOWERS = {
     "bert-vit": ("bert", "vit"),
@@ -75,8 +75,10 @@ def test_small_data_trains_its_stages(tmp_path: Path, golden: Path, alone: None)
     ended = json.loads((output / "stages.json").read_text())
     assert list(ended) == list(parse_arguments(["--recipe", "small-data"]).stages or ())
     for stage, checkpoint in ended.items():
-        assert {entry["step"] for entry in read_log(output / stage)} == {1, 2, 3, 4}
-        assert LoTLIPModel.from_pretrained(output / stage / checkpoint).config.text_config.num_corner_tokens == 2
+        assert {entry["step"] for entry in read_log(output / stage)} == {0, 1, 2, 3, 4}
+        model = LoTLIPModel.from_pretrained(output / stage / checkpoint).config
+        assert model.text_config.num_corner_tokens == 2
+        assert (model.vision_config.pooled_layers, model.vision_config.pooled_size) == (4, 8 * 16)
 
 
 @pytest.mark.slow

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from test_training import Moment, arguments, assert_same_run, at, finish, log_of, make_checkpoint, make_folder, run
 
 from lotlip_hf.cli import main
@@ -18,13 +20,14 @@ from lotlip_hf.training.checkpoint import list_checkpoints
 from lotlip_hf.training.config import TrainingConfig, parse_arguments
 from lotlip_hf.training.data import hold_out
 from lotlip_hf.training.loop import train
+from lotlip_hf.training.outcome import logged_recalls
 from lotlip_hf.training.stages import STAGES_NAME, train_config
 from lotlip_hf.training.tracking import SCORED
 
 pytestmark = pytest.mark.usefixtures("alone")
 
 STAGES: dict[str, dict[str, Any]] = {
-    "heads": {"lock_vision": True, "batch_size": 8, "max_steps": 8, "eval_steps": 2, "patience": 2, "save_steps": 2},
+    "heads": {"lock_vision": True, "batch_size": 8, "max_steps": 8, "eval_steps": 2, "patience": 3, "save_steps": 2},
     "rest": {"batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 4, "save_steps": 2, "lock_vision": True},
 }
 
@@ -176,7 +179,9 @@ def test_a_stage_is_a_run_from_the_best_checkpoint_before(
 
 
 KILLS = [
-    Moment("step", 2),  # before there is a checkpoint
+    Moment("evaluation", 1),  # that of the start, before there is a checkpoint
+    Moment("all but named", 1),  # the evaluation is in the log
+    Moment("step", 2),
     Moment("evaluation", 1),
     Moment("step", 1),
     Moment("all but named", 2),
@@ -193,7 +198,7 @@ def test_killed_stages_resume_bitwise(num_processes: int, start: Path, tmp_path:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     finish(command(undisturbed, start), tmp_path, num_processes)
     argv = command(killed, start)
-    for moment in KILLS if num_processes == 1 else KILLS[3:6]:
+    for moment in KILLS if num_processes == 1 else [KILLS[1], *KILLS[5:8]]:
         text = run(argv, tmp_path, num_processes, at, moment)
         assert text.codes[0] == -signal.SIGKILL, (moment, text.text)
         argv = ["--output", str(killed), "--resume"]
@@ -220,23 +225,37 @@ def test_two_processes_run_stages_as_one(start: Path, tmp_path: Path) -> None:
 # Patience
 
 
-@pytest.mark.parametrize("limit", [0, 1])
-def test_a_run_stops_when_retrieval_no_longer_rises(limit: int, start: Path, tmp_path: Path) -> None:
-    """A learning rate of 0: no evaluation is above the first."""
+@pytest.mark.parametrize(("limit", "ema_decay"), [(0, None), (1, 0.5)])
+def test_a_run_stops_when_retrieval_no_longer_rises(
+    limit: int, ema_decay: float | None, start: Path, tmp_path: Path
+) -> None:
+    """A learning rate of 0: no evaluation is above that of the start."""
     given = {"model": start / "model", "data": start / "records", "eval_share": 0.2, "learning_rate": 0}
-    given |= {"eval_steps": 2, "patience": 3, "save_steps": 2, "save_total_limit": limit, "max_steps": 50}
+    given |= {
+        "eval_steps": 2,
+        "patience": 3,
+        "save_steps": 2,
+        "save_total_limit": limit,
+        "max_steps": 50,
+        "ema_decay": ema_decay,
+    }
     output = tmp_path / "run"
     config = parse_arguments(arguments(output, **given))
-    assert train_config(config) == output / "checkpoint-2"
-    assert max(line["step"] for line in log_of(output)) == 8
-    kept = [2, 8] if limit else [2, 4, 6, 8]
+    assert train_config(config) == output / "checkpoint-0"
+    scored = [line["step"] for line in log_of(output) if SCORED[0] in line]
+    assert scored == [0, 2, 4, 6]
+    assert logged_recalls(output / "checkpoint-0") == logged_recalls(output / "checkpoint-6")
+    assert max(line["step"] for line in log_of(output)) == 6
+    before, after = (load_file(folder / "model.safetensors") for folder in (start / "model", output / "checkpoint-0"))
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    kept = [0, 6] if limit else [0, 2, 4, 6]
     assert checkpoints(output) == [f"checkpoint-{step}" for step in kept]
     # resumed, it has nothing left to do; without its last checkpoint it stops at the same step
     config.resume = True
-    for name in ("checkpoint-8", "checkpoint-6")[: 1 + (not limit)]:
-        assert train_config(config) == output / "checkpoint-2"
-        assert checkpoints(output)[-1] == "checkpoint-8"
-        assert max(line["step"] for line in log_of(output)) == 8
+    for name in ("checkpoint-6", "checkpoint-4")[: 1 + (not limit)]:
+        assert train_config(config) == output / "checkpoint-0"
+        assert checkpoints(output)[-1] == "checkpoint-6"
+        assert max(line["step"] for line in log_of(output)) == 6
         for path in list_checkpoints(output):
             if path.name >= name:
                 shutil.rmtree(path)

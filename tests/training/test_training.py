@@ -76,7 +76,7 @@ pytestmark = pytest.mark.usefixtures("alone")
 
 
 def make_checkpoint(
-    folder: Path, dropout: float = 0.0, backbone: str = "vit", corners: int = 2, pooling: str | None = None
+    folder: Path, dropout: float = 0.0, backbone: str = "vit", corners: int = 2, **vision_options: Any
 ) -> Path:
     """A tiny random model with its processor."""
     folder.mkdir(parents=True)
@@ -87,7 +87,7 @@ def make_checkpoint(
     torch.manual_seed(0)
     text_config = tiny.text_config(num_corner_tokens=corners)
     text_config.backbone_config.hidden_dropout_prob = dropout
-    vision_config = tiny.vision_config(backbone, pooling=pooling)
+    vision_config = tiny.vision_config(backbone, **{"pooling": None, **vision_options})
     config = LoTLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=24)
     LoTLIPModel(config).save_pretrained(folder)
     LoTLIPProcessor(image_processor, tokenizer).save_pretrained(folder)

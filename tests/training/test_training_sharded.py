@@ -57,7 +57,7 @@ RUN = {
 }
 # Each is trained by one process and by two.
 RUNS: dict[str, dict[str, Any]] = {
-    "plain": {"save_steps": 2, "terms": ["infonce", "guess:0.5"]},
+    "plain": {"save_steps": 2, "patience": 4, "terms": ["infonce", "guess:0.5"]},
     "cached": {
         "terms": ["sigmoid", "guess:0.5"],
         "grad_cache_chunk": 3,
