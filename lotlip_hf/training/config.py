@@ -116,7 +116,9 @@ class TrainingConfig:
         at_least=1,
     )
     temperature: float | None = option(
-        "1 / logit scale at the start of the run, such as 0.07 (default: that of the model)", None, at_least=0.01
+        "Temperature, 1 / logit scale, at the start of the run, such as 0.07 (default: that of the model)",
+        None,
+        at_least=0.01,
     )
     lock_vision: bool = option(
         "Freeze the image tower, as LiT does; a new model has an image projection, which trains", False

@@ -65,7 +65,7 @@ def train(
     - `checkpoint-N`: the model after N steps, for `AutoModel` and `AutoProcessor` (with `ema_decay` the averaged
       weights), and its training state in the folder `state`;
     - `training_config.yaml`: the options;
-    - `log.jsonl` and `curve.png`: losses, learning rate, samples per second, and R@1 if it was measured;
+    - `log.jsonl` and `curve.png`: losses, learning rate, samples per second, and R@1 if it was measured.
 
     Under `accelerate launch` or `torchrun` the same call trains in several processes. An interrupt (Ctrl-C, SIGTERM)
     writes a checkpoint and raises [`Interrupted`]. With `config.resume` the run continues from the last checkpoint,
