@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in arguments.seeds:
             for setting in arguments.only:
                 for line in run(setting, seed, arguments.folder, arguments.cache):
-                    keep(FILE, line)
+                    keep(line, FILE)
     print_table([line for _, line in read_json_lines(FILE)])
     return 0
 
