@@ -71,7 +71,7 @@ class TrainingConfig:
     image_model: str | None = option("Pretrained image encoder of a new model (with --text-model)", None)
     num_corner_tokens: int | None = option("Corner tokens of a new model (default: 2)", None, at_least=0)
     projection_dim: int | None = option(
-        "Embedding size of a new model (default: width of the image tower's pooled states). With the width of the "
+        "Embedding size of a new model (default: width of the image encoder). With the width of the "
         "text encoder, the text tower has no projection and starts with its encoder's embeddings",
         None,
         at_least=1,
