@@ -13,7 +13,7 @@ import torch
 from transformers import ProcessorMixin
 
 from ..images import ImageError, background_of, load_image, load_pixels
-from .record import Draw, Record, RecordError, ShardError, Texts, check_record, record_rng
+from .record import Draw, Record, RecordError, ShardError, Texts, caption_key, check_record, record_rng
 from .sampling import SubCaptions
 
 logger = logging.getLogger(__name__)
@@ -257,7 +257,7 @@ def _text_keys(record: Record, texts: Texts) -> list[int]:
 
 def _digest(captions: Sequence[str]) -> int:
     """Returns a number of 64 bits that does not depend on case and white space of the captions."""
-    plain = "\0".join(" ".join(caption.casefold().split()) for caption in captions)
+    plain = "\0".join(map(caption_key, captions))
     return int.from_bytes(
         hashlib.blake2b(plain.encode(errors="surrogatepass"), digest_size=8).digest(), "big", signed=True
     )

@@ -60,6 +60,11 @@ class Texts(NamedTuple):
 Draw = Callable[[Sequence[Record], Sequence[Random]], list[Texts]]
 
 
+def caption_key(caption: str) -> str:
+    """Returns a caption in lower case and without superfluous white space; captions with the same key are equal."""
+    return " ".join(caption.casefold().split())
+
+
 def record_rng(seed: int, epoch: int, record_id: str) -> Random:
     """Returns the random generator of a record in an epoch, the same in every process and version of Python."""
     return Random(f"{seed}\0{epoch}\0{record_id}")  # Python hashes a string seed with SHA-512

@@ -362,6 +362,11 @@ class TrainingConfig:
         if self.teacher is not None and not taught:
             raise ValueError("`teacher` needs a term that uses it, such as instance. Add one to `terms`.")
 
+    @property
+    def has_frozen_towers(self) -> bool:
+        """Whether no layer of either encoder trains."""
+        return self.lock_text and self.lock_vision and not (self.unlocked_text_layers or self.unlocked_vision_layers)
+
     def stage_configs(self) -> dict[str, "TrainingConfig"]:
         """
         Returns the options of each stage by its name, in their order. Its `output` is a folder in that of the run.

@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from ..data.collator import read_record
-from ..data.record import Record, RecordError, Texts, check_record, record_rng
+from ..data.record import Record, RecordError, Texts, caption_key, check_record, record_rng
 from ..data.records import FEATURES
 from ..distributed import rank, world_size
 from ..encoder import Encoder
@@ -82,11 +82,6 @@ def text_records(records: Any) -> Any:
     return records.select_columns([name for name in records.column_names if name != "image"])
 
 
-def caption_key(caption: str) -> str:
-    """Returns a caption in lower case and without superfluous white space; captions with the same key are equal."""
-    return " ".join(caption.casefold().split())
-
-
 def _readable(records: Dataset, indices: Sequence[int]) -> Iterator[Record]:
     for start in range(0, len(indices), READ_TOGETHER):
         for record in records.__getitems__([*indices[start : start + READ_TOGETHER]]):
@@ -106,10 +101,12 @@ def _passes(number: int, config: TrainingConfig, max_steps: int) -> str | None:
             f"The run has {run} and never sees {number - max_steps * per_step:,} of {number:,} pictures. Pass "
             f"--max-steps {math.ceil(number / per_step)} to see each once."
         )
-    unlocked = config.unlocked_vision_layers or config.unlocked_text_layers
-    heads_only = config.lock_text and config.lock_vision and not unlocked
     is_watched = config.patience is not None
-    if number <= FEW_RECORDS and not is_watched and epochs > (MANY_EPOCHS_OF_HEADS if heads_only else MANY_EPOCHS):
+    if (
+        number <= FEW_RECORDS
+        and not is_watched
+        and epochs > (MANY_EPOCHS_OF_HEADS if config.has_frozen_towers else MANY_EPOCHS)
+    ):
         return (
             f"The run has {run}, {epochs:.0f} passes over {number:,} pictures, which it may learn by heart. Hold out "
             "pictures with --eval-share, and stop with --eval-steps and --patience when their recall no longer rises."

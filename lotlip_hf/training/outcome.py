@@ -204,8 +204,7 @@ def _heads(
     """Recalls of linear heads on the states of the first stage with two frozen towers, which the cache has."""
     for stage in stages:
         config = stage.config
-        unlocked = config.unlocked_vision_layers or config.unlocked_text_layers
-        if not (config.lock_text and config.lock_vision) or unlocked:
+        if not config.has_frozen_towers:
             continue
         if config.no_cache or isinstance(records, IterableDataset):
             reason = "`no_cache` is set" if config.no_cache else "the records are a stream"
