@@ -193,15 +193,6 @@ def test_the_pixel_limit_is_an_option(
         load_image(photos / "small.png")
 
 
-@pytest.mark.slow
-def test_the_pixel_limit_holds_in_processes_that_are_started(tmp_path: Path) -> None:
-    Image.new("RGB", (80, 50)).save(tmp_path / "large.png")
-    set_max_image_pixels(2000)
-    code = f"from lotlip_hf.images import load_image; load_image({str(tmp_path / 'large.png')!r})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "--max-image-pixels" in run.stderr
-
-
 def test_large_pictures_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight threads, of which no two decode more together than one picture may have."""
     lock, at_work, most = threading.Lock(), 0, 0
@@ -252,32 +243,45 @@ def test_a_process_that_is_forked_meanwhile_waits_for_nobody(tmp_path: Path) -> 
 
 
 MEASURED = """
+import os
 import sys
 from lotlip_hf.images import load_image
 from transformers import CLIPImageProcessorPil
 peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
-before = peak()
-load_image(sys.argv[1], image_processor=CLIPImageProcessorPil())
-print(peak() - before)
+for path in sys.argv[2:]:
+    if not os.fork():  # whose peak begins anew
+        before = peak()
+        load_image(path, image_processor=CLIPImageProcessorPil())
+        print(peak() - before, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+load_image(sys.argv[1])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux says how much memory was taken")
-@pytest.mark.parametrize(
-    ("mode", "name"), [("F", "a.tiff"), ("I;16", "a.png"), ("RGBA", "a.png"), ("RGB", "thin.png"), ("L", "a.ico")]
-)
-def test_memory_of_large_pictures(mode: str, name: str, tmp_path: Path) -> None:
-    """Of 20 million pixels, at 12 bytes each and what it takes to read."""
-    path = tmp_path / name
-    if name == "a.ico":
-        path.write_bytes(icon(4500))
-    else:
-        size = (36_000, 1) if name == "thin.png" else (4500, 4500)
+def test_a_started_process_keeps_the_pixel_limit_and_memory(tmp_path: Path) -> None:
+    """For pictures of 20 million pixels, at 12 bytes each and what it takes to read."""
+    side, folder = 4500, tmp_path / "photos"
+    folder.mkdir()
+    for mode, name in (("F", "a.tiff"), ("I;16", "grey.png"), ("RGBA", "clear.png")):
         compression = {"compression": "tiff_adobe_deflate"} if mode == "F" else {}
-        Image.new(mode, size, 0).save(path, **compression)
-    run = subprocess.run([sys.executable, "-c", MEASURED, str(path)], capture_output=True, text=True, check=True)
-    assert float(run.stdout) < (60 if name == "thin.png" else 20.25 * 12 * 1.1)
+        Image.new(mode, (side, side), 0).save(folder / name, **compression)
+    (folder / "a.ico").write_bytes(icon(side))
+    Image.new("RGB", (36_000, 1)).save(folder / "thin.png")
+    Image.new("L", (side, side + 1)).save(tmp_path / "large.png")
+    set_max_image_pixels(side * side)
+    paths = sorted(folder.iterdir())
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURED, tmp_path / "large.png", *paths], capture_output=True, text=True
+    )
+    taken = {path.name: float(line) for path, line in zip(paths, run.stdout.splitlines(), strict=True)}
+    assert taken.pop("thin.png") < 60
+    assert len(taken) == 4
+    assert all(4 < each < 20.25 * 12 * 1.1 for each in taken.values()), taken
+    assert "large.png" in run.stderr
+    assert "--max-image-pixels" in run.stderr
 
 
 # Formats that are not read are said

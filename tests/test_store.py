@@ -1,42 +1,40 @@
 """The store of embeddings: nothing that was added is lost, and nothing is taken from a file that others wrote."""
 
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import processes
 from lotlip_hf.store import FILE, EmbeddingStore
 
-WRITER = """
-import sys
-from pathlib import Path
-import numpy as np
-from lotlip_hf.store import EmbeddingStore
-folder, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-with EmbeddingStore(folder, "encoder", 3) as store:
-    print("ready", flush=True)
-    for number in range(first, first + count):
-        store.add([f"{number}a", f"{number}b"], np.full((2, 3), number, np.float32), ["a", "b"])
-"""
+
+def write(folder: Path, first: int, count: int, ready: Any) -> None:
+    with EmbeddingStore(folder, "encoder", 3) as store:
+        ready.set()
+        for number in range(first, first + count):
+            store.add([f"{number}a", f"{number}b"], np.full((2, 3), number, np.float32), ["a", "b"])
 
 
-def writer(folder: Path, first: int, count: int) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", WRITER, str(folder), str(first), str(count)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    process.stdout.readline()
+def writer(folder: Path, first: int, count: int) -> Any:
+    """A process that writes."""
+    context = multiprocessing.get_context("forkserver")
+    ready = context.Event()
+    process = context.Process(target=write, args=(folder, first, count, ready))
+    process.start()
+    assert ready.wait(processes.TIME_LIMIT)
     return process
 
 
@@ -113,8 +111,9 @@ def test_a_killed_writer_leaves_whole_batches(tmp_path: Path) -> None:
     for attempt in range(5):
         process = writer(tmp_path, 1000 * attempt, 1000)
         time.sleep(generator.uniform(0.01, 0.1))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     numbers = range(5000)
     with EmbeddingStore(tmp_path, "encoder", 3) as store:
         locations = store.held({f"{number}{end}" for number in numbers for end in "ab"}).locations
@@ -127,8 +126,10 @@ def test_a_killed_writer_leaves_whole_batches(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_add_at_once(tmp_path: Path) -> None:
-    processes = [writer(tmp_path, first, 200) for first in (0, 200)]
-    assert [process.wait(60) for process in processes] == [0, 0]
+    writers = [writer(tmp_path, first, 200) for first in (0, 200)]
+    for process in writers:
+        process.join(60)
+    assert [process.exitcode for process in writers] == [0, 0]
     with EmbeddingStore(tmp_path, "encoder", 3) as store:
         keys = [f"{number}a" for number in range(400)]
         locations = store.held(keys).locations

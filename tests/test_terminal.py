@@ -9,8 +9,10 @@ import pytest
 from lotlip_hf.terminal import progress_bar, text_table
 
 HOSTILE = "\x1b[32mgreen\x1b[0m \x1b[2J.png"
+END = "the end of a run"
+# One process for all runs, each of which takes less than the imports.
 SCRIPT = f"""
-import logging
+import logging, os, sys
 from lotlip_hf.terminal import print_headed, print_tables, run, text_table
 
 def command():
@@ -20,31 +22,48 @@ def command():
     logging.getLogger("lotlip_hf.x").warning("%s is damaged", {HOSTILE!r})
     raise ValueError({HOSTILE!r})
 
-run("lotlip", command)
+def run_with(**environment):
+    os.environ |= {{"NO_COLOR": "", "TERM": "xterm", **environment}}
+    assert run("lotlip", command) == 2
+    if sys.stdout:
+        print({END!r}, flush=True)
+
+run_with()
+for descriptor in (1, 2):
+    os.dup2(int(sys.argv[1]), descriptor)
+os.close(int(sys.argv[1]))
+run_with()
+run_with(NO_COLOR="1")
+run_with(TERM="dumb")
+sys.stdout = sys.stderr = None
+os.close(1)
+run_with()
 """
 
 
-def output_of_a_terminal(**environment: str) -> str:
-    """What the script writes to a terminal."""
+@pytest.fixture(scope="module")
+def written() -> tuple[str, list[str]]:
+    """What the script writes to a pipe, and to a terminal in each of its runs."""
     pty = pytest.importorskip("pty")
     terminal, end = pty.openpty()
-    known = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM")}
-    environment = {**known, "TERM": "xterm", **environment}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=end, stderr=end, env=environment)
-    os.close(end)
-    written = b""
-    try:
-        while part := os.read(terminal, 65536):
-            written += part
-    except OSError:  # the end, on Linux
-        pass
-    os.close(terminal)
-    process.wait()
-    return written.decode().replace("\r\n", "\n")
+    command = [sys.executable, "-c", SCRIPT, str(end)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, pass_fds=[end], **pipes) as process:
+        os.close(end)
+        shown = b""
+        try:
+            while part := os.read(terminal, 65536):
+                shown += part
+        except OSError:  # the end, on Linux
+            pass
+        os.close(terminal)
+        piped, _ = process.communicate()
+    assert process.returncode == 0, shown
+    return piped, shown.decode().replace("\r\n", "\n").split(f"{END}\n")
 
 
-def test_styles_on_a_terminal() -> None:
-    text = output_of_a_terminal()
+def test_styles_on_a_terminal(written: tuple[str, list[str]]) -> None:
+    text = written[1][0]
     assert "\x1b[1mSearch:\n\x1b[0m  lotlip search\n" in text
     assert "\x1b[31merror:\x1b[0m " in text
     assert "\x1b[33mlotlip: " in text
@@ -55,17 +74,16 @@ def test_styles_on_a_terminal() -> None:
     assert text.count("\x1b[") == 8  # on and off: heading, header, warning, error
 
 
-@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_no_styles_where_they_are_not_wanted(environment: dict[str, str]) -> None:
-    text = output_of_a_terminal(**environment)
-    assert "error:" in text
-    assert "\x1b" not in text
+def test_no_styles_where_they_are_not_wanted(written: tuple[str, list[str]]) -> None:
+    """In a pipe, with `NO_COLOR`, and with `TERM=dumb`."""
+    piped, (_, no_color, dumb, _) = written
+    for text in (piped, no_color, dumb):
+        assert "error:" in text
+        assert "\x1b" not in text
 
 
-def test_no_styles_in_a_pipe() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
-    assert "error:" in done.stderr
-    assert "\x1b" not in done.stdout + done.stderr
+def test_a_closed_standard_output(written: tuple[str, list[str]]) -> None:
+    assert written[1][-1] == ""
 
 
 def test_a_table_is_aligned() -> None:
@@ -80,12 +98,6 @@ def test_a_table_is_aligned() -> None:
     assert text_table([["file", "x"]], [["猫.png", "1"], ["e\u0301", "2"]], rule=False).splitlines() == [
         *("file    x", "猫.png  1", "e\u0301       2")
     ]
-
-
-def test_a_closed_standard_output() -> None:
-    code = f"import os, sys; sys.stdout = sys.stderr = None; os.close(1)\n{SCRIPT}"
-    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_bar_names_what_it_counts(capsys: pytest.CaptureFixture[str]) -> None:

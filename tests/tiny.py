@@ -48,26 +48,29 @@ VISION_BACKBONES: dict[str, tuple[type[PreTrainedConfig], str]] = {
 }
 
 
-def text_config(backbone: str = "bert", **kwargs: Any) -> LoTLIPTextConfig:
+def text_config(backbone: str = "bert", num_hidden_layers: int = 2, **kwargs: Any) -> LoTLIPTextConfig:
     """A text tower's configuration; no dropout, so that training mode is deterministic."""
     own = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if backbone == "clip":
         own = {"bos_token_id": 5, "eos_token_id": 6}  # as `input_ids` has them; no dropout is its default
-    backbone_config = TEXT_BACKBONES[backbone](**TEXT_SIZE, **own)
+    backbone_config = TEXT_BACKBONES[backbone](**{**TEXT_SIZE, **own, "num_hidden_layers": num_hidden_layers})
     return LoTLIPTextConfig(backbone_config=backbone_config, **{"projection_dim": 24, **kwargs})
 
 
-def vision_config(backbone: str = "vit", **kwargs: Any) -> LoTLIPVisionConfig:
+def vision_config(backbone: str = "vit", num_hidden_layers: int = 2, **kwargs: Any) -> LoTLIPVisionConfig:
     """An image tower's configuration with the pooling that suits the backbone."""
     config_class, pooling = VISION_BACKBONES[backbone]
-    return LoTLIPVisionConfig(backbone_config=config_class(**IMAGE_SIZE), **{"pooling": pooling, **kwargs})
+    backbone_config = config_class(**{**IMAGE_SIZE, "num_hidden_layers": num_hidden_layers})
+    return LoTLIPVisionConfig(backbone_config=backbone_config, **{"pooling": pooling, **kwargs})
 
 
-def config(text_backbone: str = "bert", vision_backbone: str = "vit", **kwargs: Any) -> LoTLIPConfig:
+def config(
+    text_backbone: str = "bert", vision_backbone: str = "vit", num_hidden_layers: int = 2, **kwargs: Any
+) -> LoTLIPConfig:
     """Both towers, projected to 24 dimensions."""
     return LoTLIPConfig(
-        text_config=text_config(text_backbone, **kwargs),
-        vision_config=vision_config(vision_backbone),
+        text_config=text_config(text_backbone, num_hidden_layers, **kwargs),
+        vision_config=vision_config(vision_backbone, num_hidden_layers),
         projection_dim=24,
     )
 

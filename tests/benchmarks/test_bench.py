@@ -86,7 +86,7 @@ def test_a_run_keeps_and_prints_every_target(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "photographs", partial(bench.photographs, count=2))
-    monkeypatch.setattr(bench, "NUM_PICTURES", 64)
+    monkeypatch.setattr(bench, "NUM_PICTURES", 16)
     results = tmp_path / "results" / "bench.jsonl"
     captions = tmp_path / "captions.jsonl"
     captions.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS if text))

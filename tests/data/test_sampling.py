@@ -192,11 +192,10 @@ def test_a_draw_depends_on_seed_epoch_and_record_alone() -> None:
         f"record = {{'id': 'b', 'short_caption': 'short', 'long_captions': {CAPTIONS!r}}}\n"
         "print(SubCaptions()([record], [record_rng(2, 1, 'b')])[0].long)"
     )
-    for hash_seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        command = [sys.executable, "-c", program]
-        result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        assert result.stdout.strip() == str(list(drawn[2, 1, "b"]))
+    environment = {**os.environ, "PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout.strip() == str(list(drawn[2, 1, "b"]))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Checkpoints go both ways between the installed transformers and the oldest that is supported.
 
 As a script, `python tests/house/test_versions.py THEIRS OURS VERSION` loads what transformers VERSION saved in THEIRS,
-compares, and saves its own in OURS.
+compares, saves its own in OURS, and runs the tests of the golden files.
 """
 
 import itertools
@@ -107,17 +107,11 @@ def run(*arguments: str | Path) -> str:
     return finished.stdout
 
 
-def test_checkpoints_go_both_ways(tmp_path: Path) -> None:
+def test_checkpoints_go_both_ways_and_golden_files_are_met(tmp_path: Path) -> None:
+    """By one process of the oldest. Conversion, too: the golden files' checkpoints are converted for it."""
     save(tmp_path / "installed")
-    run(__file__, tmp_path / "installed", tmp_path / "oldest", transformers.__version__)
+    printed = run(__file__, tmp_path / "installed", tmp_path / "oldest", transformers.__version__)
     compare(tmp_path / "oldest", oldest.oldest_version())
-
-
-def test_golden_files_under_the_oldest() -> None:
-    """Conversion, too: the golden files' checkpoints are converted for it."""
-    printed = run(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", TESTS / "modeling" / "test_golden.py"
-    )
     assert " passed" in printed
 
 
@@ -125,3 +119,5 @@ if __name__ == "__main__":
     theirs, ours, their_version = sys.argv[1:]
     compare(Path(theirs), their_version)
     save(Path(ours))
+    plain = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    sys.exit(pytest.main([*plain, str(TESTS / "modeling" / "test_golden.py")]))

@@ -17,20 +17,11 @@ print(type(AutoModel.from_pretrained(folder, config=AutoConfig.from_pretrained(f
 """
 
 
-def run(code: str, *arguments: str) -> str:
-    completed = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-    assert completed.returncode == 0, completed.stderr
-    return completed.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "first",
-    [
-        "from transformers import AutoModel, AutoProcessor; import lotlip_hf",
-        "import lotlip_hf.modeling.modeling_lotlip",
-        # imported in the middle of what ours need, and after an import that failed
-        """
+FIRST = [
+    "from transformers import AutoModel, AutoProcessor; import lotlip_hf",
+    "import lotlip_hf.modeling.modeling_lotlip",
+    # imported in the middle of what ours need, and after an import that failed
+    """
 import lotlip_hf
 try:
     import transformers.models.bert.nothing
@@ -38,19 +29,36 @@ except ImportError:
     pass
 from transformers import Trainer
 """,
-    ],
-)
-def test_auto_classes_in_a_fresh_process(first: str, official_checkpoint: Path) -> None:
-    output = run(f"import sys; {first}\n{LOADED}", str(official_checkpoint))
-    classes = ["LoTLIPConfig", "LoTLIPModel", "LoTLIPModel", "LoTLIPTokenizer", "LoTLIPProcessor", "LoTLIPTextModel"]
-    assert output.split() == classes
+]
+# peft imports bitsandbytes, which prints at its import that it lacks a kernel
+WITHOUT_PEFT = """
+import lotlip_hf.search, lotlip_hf.embed, lotlip_hf.training.loop, lotlip_hf.evaluation.evaluate
+assert not {"peft", "bitsandbytes"} & sys.modules.keys()
+"""
+# Every code in a process of its own that has imported nothing but torch
+FORKED = """
+import os, sys, torch
+torch.set_num_threads(1)
+assert not {"transformers", "lotlip_hf"} & sys.modules.keys()
+for code in sys.argv[2:]:
+    child = os.fork()
+    if child == 0:
+        exec(code, {"sys": sys})
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, code
+"""
 
 
 @pytest.mark.slow
-def test_only_those_who_use_peft_import_it() -> None:
-    """And with it bitsandbytes, which prints at its import that it lacks a kernel."""
-    modules = "lotlip_hf.search, lotlip_hf.embed, lotlip_hf.training.loop, lotlip_hf.evaluation.evaluate"
-    assert run(f"import sys, {modules}; print({{'peft', 'bitsandbytes'}} & sys.modules.keys())") == "set()\n"
+def test_imports_in_fresh_processes(official_checkpoint: Path) -> None:
+    """The Auto classes know LoTLIP, whatever came first; only those who use peft import it."""
+    codes = [f"{first}\n{LOADED}" for first in FIRST]
+    command = [sys.executable, "-c", FORKED, str(official_checkpoint), *codes, WITHOUT_PEFT]
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
+    classes = ["LoTLIPConfig", "LoTLIPModel", "LoTLIPModel", "LoTLIPTokenizer", "LoTLIPProcessor", "LoTLIPTextModel"]
+    assert completed.stdout.split() == classes * len(FIRST)
 
 
 def test_public_names() -> None:

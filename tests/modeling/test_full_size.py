@@ -1,9 +1,9 @@
 """A model of the released size goes through the whole conversion, and answers as stock transformers does."""
 
+import contextlib
+import io
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, ViTConfig, ViTModel
+from transformers.initialization import no_init_weights
 
 from lotlip_hf import Encoder, LoTLIPConfig, LoTLIPModel
-from lotlip_hf.conversion.official import RELEASED, to_official
+from lotlip_hf.conversion.official import RELEASED, main, to_official
 
 pytestmark = pytest.mark.slow
 
@@ -28,33 +29,35 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, golden: Path) -> Iterator[Path]:
+def converted(tmp_path_factory: pytest.TempPathFactory, golden: Path) -> Iterator[Path]:
     """Converted from a `model.pt` of the released size; the weights are random, every one another."""
     temporary = tmp_path_factory.mktemp("full-size")
     checkpoint, config, output = temporary / "model.pt", temporary / "open_clip_config.json", temporary / "output"
     try:
         torch.manual_seed(0)
-        model = LoTLIPModel(LoTLIPConfig())
+        with no_init_weights():
+            model = LoTLIPModel(LoTLIPConfig())
         with torch.no_grad():
-            for parameter in model.parameters():  # biases and norms too, which start as zeros and ones
-                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+            for name, parameter in model.named_parameters():  # biases and norms too
+                is_norm_weight = name.endswith("weight") and parameter.dim() == 1
+                parameter.normal_(mean=float(is_norm_weight), std=0.025)
         torch.save({"state_dict": {f"module.{name}": t for name, t in to_official(model).items()}}, checkpoint)
         del model
         config.write_text(json.dumps(RELEASED["weiwu-ww/LoTLIP-ViT-B-16-100M"]))
 
-        command = [sys.executable, "-m", "lotlip_hf.conversion.official", "--checkpoint", str(checkpoint)]
-        command += ["--open-clip-config", str(config), "--tokenizer", str(golden / "tokenizer")]
-        finished = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True)
-        assert (finished.returncode, finished.stderr) == (0, "")
-        assert f"2 corner tokens, texts of up to {MAX_LENGTH} tokens, images of 224 x 224 pixels" in finished.stdout
+        arguments = ["--checkpoint", str(checkpoint), "--open-clip-config", str(config), "--output", str(output)]
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            assert main([*arguments, "--tokenizer", str(golden / "tokenizer")]) == 0
+        assert err.getvalue() == ""
+        assert f"2 corner tokens, texts of up to {MAX_LENGTH} tokens, images of 224 x 224 pixels" in out.getvalue()
         yield output
     finally:
         shutil.rmtree(temporary)  # 1.6 GB
 
 
-def test_a_model_of_the_released_size(folder: Path) -> None:
-    model = AutoModel.from_pretrained(folder).eval()
-    processor = AutoProcessor.from_pretrained(folder)
+def test_a_model_of_the_released_size(converted: Path) -> None:
+    model = AutoModel.from_pretrained(converted).eval()
+    processor = AutoProcessor.from_pretrained(converted)
     assert type(model) is LoTLIPModel
     assert model.num_parameters() > 190_000_000
     assert processor.tokenizer.model_max_length == MAX_LENGTH
@@ -70,9 +73,10 @@ def test_a_model_of_the_released_size(folder: Path) -> None:
 
     # BERT with the words' positions moved on by the corner tokens' places, and a ViT
     weights = model.state_dict()
-    bert = BertModel(BertConfig()).eval()
+    with no_init_weights():
+        bert = BertModel(BertConfig()).eval()
+        vit = ViTModel(ViTConfig(layer_norm_eps=1e-6), add_pooling_layer=False).eval()
     bert.load_state_dict(part(weights, "text_model.backbone."), assign=True)
-    vit = ViTModel(ViTConfig(layer_norm_eps=1e-6), add_pooling_layer=False).eval()
     vit.load_state_dict(part(weights, "vision_model.backbone."), assign=True)
     position_ids = torch.arange(MAX_LENGTH) + CORNERS
     position_ids[0] = 0

@@ -3,10 +3,7 @@
 import copy
 import itertools
 import json
-import os
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -50,7 +47,6 @@ from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.model import load_or_start_model
 from lotlip_hf.training.objective import batch_loss, make_objective
 from lotlip_hf.training.optim import freeze, freeze_unused
-from scripts import WITHOUT_LOTLIP
 from seams import train_alone_and_together
 from tiny_vision import FAMILIES, NAFLEX_PATCHES, PATCH_SIDE, Family, import_timm, spread
 
@@ -270,48 +266,6 @@ def test_it_is_saved_and_loaded(family: Family, tmp_path: Path) -> None:
     with torch.no_grad():
         embeds = loaded(**both).image_embeds
     torch.testing.assert_close(encoder.encode_images(pictures, progress=False), embeds, **TOLERANCE)
-
-
-WITHOUT_THE_PACKAGE = (
-    WITHOUT_LOTLIP
-    + """
-import sys
-import torch
-from transformers import AutoModel
-torch.set_num_threads(1)
-for folder in sys.argv[1:]:
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-    inputs, expected = torch.load(folder + "/expected.pt")
-    with torch.no_grad():
-        answer = model.get_image_features(**inputs).pooler_output
-    torch.testing.assert_close(answer, expected, rtol=1e-6, atol=1e-6)
-"""
-)
-
-
-@pytest.mark.slow
-def test_loading_without_the_package(tmp_path: Path) -> None:
-    folders = []
-    for family in FAMILIES:
-        if family.model_type == "timm_wrapper":
-            continue  # the process has no stand-in for torchvision
-        model, _ = small_dual_encoder(family, **family.variants[-1])
-        folders.append(tmp_path / family.name)
-        spread(model).save_pretrained(folders[-1])
-        with torch.no_grad():
-            inputs = family.inputs()
-            torch.save((inputs, model.get_image_features(**inputs).pooler_output), folders[-1] / "expected.pt")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_THE_PACKAGE, *map(str, folders)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
 
 
 @pytest.mark.slow

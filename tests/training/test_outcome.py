@@ -10,12 +10,14 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from test_training import arguments, config, finish, log_of, make_checkpoint, make_folder
+from test_training import arguments, config, log_of, make_checkpoint, make_folder
+from test_training import run as run_processes
 
 from lotlip_hf import Encoder
 from lotlip_hf.data.sampling import WholeCaptions
 from lotlip_hf.images import image_source
 from lotlip_hf.loading import load_model
+from lotlip_hf.training import linear_heads as linear_heads_module
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.data import load_data
 from lotlip_hf.training.linear_heads import PairStates, linear_heads
@@ -76,7 +78,10 @@ def run(output: Path, start: Path, **options: Any) -> tuple[TrainingConfig, Path
     return made, train_config(made)
 
 
-def test_a_run_of_frozen_towers(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_frozen_towers(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_heads_module, "BATCH_SIZE", 32)
     options = {"eval_data": str(start / "records"), "eval_samples": 20, "lock_text": True, "lock_vision": True}
     made, checkpoint = run(tmp_path / "run", start, num_corner_tokens=None, **options)
     printed = capsys.readouterr().out
@@ -170,14 +175,23 @@ def test_the_warning_names_what_is_below() -> None:
     assert below_heads(heads, heads) is below_heads(recalls, None) is None
 
 
+def draw_few_pairs() -> None:
+    """Makes the steps of linear heads small in this process."""
+    linear_heads_module.BATCH_SIZE = 32
+
+
 @pytest.mark.slow
 def test_processes_write_one_outcome(start: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"model": start / "model", "data": start / "records", "eval_data": start / "records"}
     options |= {"lock_text": True, "lock_vision": True, "report": True, "max_steps": 2}
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    finish(arguments(alone, cache=tmp_path / "one", **{**options, "batch_size": 8}), tmp_path)
-    text = finish(arguments(shared, cache=tmp_path / "two", **options), tmp_path, num_processes=2)
-    assert text.count("Retrieval by long captions") == 1
+    # the first process trains the heads
+    one = run_processes(
+        arguments(alone, cache=tmp_path / "one", **{**options, "batch_size": 8}), tmp_path, 1, draw_few_pairs
+    )
+    two = run_processes(arguments(shared, cache=tmp_path / "two", **options), tmp_path, 2, draw_few_pairs)
+    assert one.codes + two.codes == [0] * 3, one.text + two.text
+    assert two.text.count("Retrieval by long captions") == 1
     one, two = (json.loads((folder / "results.json").read_text()) for folder in (alone, shared))
     for expected, row in zip(one["rows"], two["rows"], strict=True):
         assert row["recalls"] == pytest.approx(expected["recalls"], abs=1e-5)

@@ -11,6 +11,7 @@ import tiny_clip
 import tiny_tokenizers
 from lotlip_hf import LoTLIPModel
 from lotlip_hf.cli import main as lotlip
+from lotlip_hf.training import linear_heads
 from lotlip_hf.training.config import parse_arguments
 from lotlip_hf.training.log import read_log
 
@@ -63,7 +64,10 @@ def test_a_recipe_parses(recipe: Path) -> None:
     assert config.image_model is not None
 
 
-def test_small_data_trains_its_stages(tmp_path: Path, golden: Path, alone: None) -> None:
+def test_small_data_trains_its_stages(
+    tmp_path: Path, golden: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_heads, "BATCH_SIZE", 32)  # of the baseline
     towers = save_towers(tmp_path, golden, *TOWERS["small-data"])
     steps = (
         "--batch-size 8 --max-steps 4 --warmup-steps 0 --eval-steps 2 --log-steps 1 --num-workers 0 --trackers none"

@@ -181,9 +181,7 @@ def test_a_stage_is_a_run_from_the_best_checkpoint_before(
 KILLS = [
     Moment("evaluation", 1),  # that of the start, before there is a checkpoint
     Moment("all but named", 1),  # the evaluation is in the log
-    Moment("step", 2),
     Moment("evaluation", 1),
-    Moment("step", 1),
     Moment("all but named", 2),
     Moment("stage kept", 2),  # the first is that of the start
     Moment("step", 3),
@@ -198,7 +196,7 @@ def test_killed_stages_resume_bitwise(num_processes: int, start: Path, tmp_path:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     finish(command(undisturbed, start), tmp_path, num_processes)
     argv = command(killed, start)
-    for moment in KILLS if num_processes == 1 else [KILLS[1], *KILLS[5:8]]:
+    for moment in KILLS if num_processes == 1 else [KILLS[1], *KILLS[3:6]]:
         text = run(argv, tmp_path, num_processes, at, moment)
         assert text.codes[0] == -signal.SIGKILL, (moment, text.text)
         argv = ["--output", str(killed), "--resume"]
