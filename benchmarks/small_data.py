@@ -10,7 +10,7 @@ over `dev`, which no run sees. Each result is saved at once in `benchmarks/resul
 """
 
 import argparse
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -38,7 +38,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "heads, last layer only": {"image_layers": 1, "stages": {"towers": None}},
     "recipe": {},
     "recipe, no corner tokens": {"num_corner_tokens": 0, "stages": {"heads": {"lock_corner_tokens": False}}},
-    "recipe, whole text tower at once": {"stages": {"heads": None, "towers": {"text_learning_rate": 5e-5}}},
+    # The steps of the recipe's second stage, but of the whole text tower, with new projections, as LiT trains
+    "LiT": {
+        "num_corner_tokens": 0,
+        "image_layers": 1,
+        "stages": {
+            "heads": None,
+            "towers": {"lock_text": False, "unlocked_text_layers": 0, "state_dropout": 0.0, "learning_rate": 1e-3},
+        },
+    },
 }
 
 
@@ -72,10 +80,11 @@ def run(setting: str, seed: int, folder: Path, cache: str | None) -> list[dict[s
         command += ["--text-model", str(folder / "minilm"), "--image-model", str(folder / "dinov2-small")]
         command += ["--data", str(folder / "train"), "--seed", str(seed), "--cache", cache or f"{temporary}/cache"]
         start = time.time()
-        subprocess.run(command, check=True)
-        seconds = time.time() - start
-        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # of the largest child until now
-        common = {"setting": setting, "seed": seed, "warm": cache is not None, "seconds": seconds, "gigabytes": memory}
+        _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
+        if status:
+            raise RuntimeError(f"{' '.join(command)} failed.")
+        measured = {"seconds": time.time() - start, "gigabytes": usage.ru_maxrss / 1e6}  # without its data workers
+        common = {"setting": setting, "seed": seed, "warm": cache is not None, **measured}
         stages = parse_json((output / STAGES_NAME).read_bytes())
         return [
             {**common, "stage": stage, **measure(output / stage / checkpoint, folder / "dev"), **machine()}
@@ -117,7 +126,8 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
     for line in lines:
         groups.setdefault((line["setting"], line["stage"]), []).append(line)
     names = ("long_r1", "long_r10", "short_r1", "short_r10")
-    print(f"{'setting':36} {'stage':8} {'seeds':>5}" + "".join(f"{name:>14}" for name in names) + f"{'seconds':>10}")
+    head = "".join(f"{name:>14}" for name in names) + f"{'seconds':>10}{'GB':>6}"
+    print(f"{'setting':26} {'stage':8} {'seeds':>5}{head}")
     for (setting, stage), found in groups.items():
         cells = ""
         for name in names:
@@ -125,7 +135,8 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells += f"{statistics.mean(values):8.1f} ± {spread:3.1f}"
         seconds = statistics.mean(line["seconds"] for line in found)
-        print(f"{setting:36} {stage:8} {len(found):5}{cells}{seconds:10.0f}")
+        memory = max(line["gigabytes"] for line in found)
+        print(f"{setting:26} {stage:8} {len(found):5}{cells}{seconds:10.0f}{memory:6.1f}")
 
 
 if __name__ == "__main__":

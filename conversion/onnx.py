@@ -260,13 +260,13 @@ def _export(module: _Tower, tower: str, batch: Sequence[torch.Tensor], opset: in
     config = _tower_configs(module.model)[tower]
     if tower == "text":
         example = tuple(torch.ones(2, 3, dtype=torch.long) for _ in INPUTS[tower])
-        sizes: Any = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+        sizes: Any = {0: "batch", 1: "length"}
     elif config.family.any_size_in_onnx:
         example = (torch.zeros(2, config.num_channels, 5 * config.patch_size, 6 * config.patch_size),)
-        sizes = {axis: torch.export.Dim(name) for axis, name in ((0, "batch"), (2, "height"), (3, "width"))}
+        sizes = {axis: name for axis, name in ((0, "batch"), (2, "height"), (3, "width"))}
     else:
         example = (torch.zeros(2, *batch[0].shape[1:]),)
-        sizes = {0: torch.export.Dim("batch")}
+        sizes = {0: "batch"}
     try:
         with _quiet(), torch.no_grad():
             program: Any = torch.onnx.export(
