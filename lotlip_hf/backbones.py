@@ -166,12 +166,13 @@ def _dense(folder: SentenceFolder | None, config: LoTLIPTextConfig, width: int) 
     dense, left_out = folder.dense, list(folder.left_out)
     if dense is not None and config.projection != "linear":
         left_out.append(f"Dense does not fit the text projection {config.projection!r}")
+        dense = None
     elif dense is not None and dense.shape != (width, config.hidden_size):
         left_out.append(f"Dense has the shape {list(dense.shape)}: pass its width as `projection_dim`")
-    fits = left_out == list(folder.left_out)
+        dense = None
     if left_out:
         logger.warning("%s: the new model differs. %s.", folder.source, "; ".join(left_out))
-    return dense if fits else None
+    return dense
 
 
 def _is_of_pooler(name: str) -> bool:

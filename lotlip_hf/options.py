@@ -245,22 +245,28 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.rstrip('.')}. See --help.")
 
 
-def add_flags(parser: Parser, config_class: type, without: Collection[str] = ()) -> None:
-    """Adds a flag for each [`option`] of a dataclass, in groups. Inherited options come last."""
-    hints = get_type_hints(config_class)
+def groups_of(config_class: type) -> dict[str, list[dataclasses.Field]]:
+    """Returns each [`option`] of a dataclass by the title of its group. Inherited options come last."""
     fields = {field.name: field for field in dataclasses.fields(config_class) if "help" in field.metadata}
     groups: dict[str, list[dataclasses.Field]] = {}
     title = "Options"
     for owner in config_class.__mro__:
         for field in [fields[name] for name in inspect.get_annotations(owner) if name in fields]:
             title = field.metadata["group"] or title
-            groups.setdefault(title, []).extend([] if field.name in without else [field])
+            groups.setdefault(title, []).append(field)
+    return groups
+
+
+def add_flags(parser: Parser, config_class: type, without: Collection[str] = ()) -> None:
+    """Adds a flag for each [`option`] of a dataclass, in groups."""
+    hints, groups = get_type_hints(config_class), groups_of(config_class)
     # a flag with an optional value would consume the positional argument
-    has_positional = any(field.metadata["positional"] for field in fields.values())
+    has_positional = any(field.metadata["positional"] for members in groups.values() for field in members)
     for title, members in groups.items():
         group = parser.add_argument_group(title)
         for field in sorted(members, key=lambda one: not _is_required(one)):
-            _add_flag(group, field, hints[field.name], has_positional)
+            if field.name not in without:
+                _add_flag(group, field, hints[field.name], has_positional)
 
 
 def _is_required(field: dataclasses.Field) -> bool:

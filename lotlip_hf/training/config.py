@@ -28,9 +28,9 @@ RESUMABLE = frozenset(
     "save_total_limit trackers report gradient_checkpointing compile".split()
 )
 # Options that only a new model of two encoders has
-NEW_MODEL = (
-    *("text_model", "image_model", "projection_dim", "text_pooling", "image_pooling", "image_layers"),
-    *("text_attention", "prompt_template", "text_projection", "text_projection_layers", "text_projection_expansion"),
+NEW_MODEL = tuple(
+    "text_model image_model projection_dim text_pooling image_pooling image_layers text_attention prompt_template "
+    "text_projection text_projection_layers text_projection_expansion".split()
 )
 # Options that all stages share
 COMMON = ("output", "resume", "seed", "eval_share", "mixed_precision")
@@ -315,21 +315,20 @@ class TrainingConfig:
         options.check(self)
         if self.trackers == ["none"]:
             self.trackers = []
-        if self.report and self.eval_data is None and self.eval_share is None:
-            raise ValueError("`report` needs `eval_data` or `eval_share`. Pass the records to evaluate on.")
         if self.stages:
             self.stage_configs()  # checks them
             return
         if self.mapping not in MAPPINGS:
             raise ValueError(f"`mapping` must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}.")
-        if self.unlocked_vision_layers and not self.lock_vision:
-            raise ValueError("`unlocked_vision_layers` needs `lock_vision`. Set it too.")
-        if self.unlocked_text_layers and not self.lock_text:
-            raise ValueError("`unlocked_text_layers` needs `lock_text`. Set it too.")
+        for name, lock in (
+            ("unlocked_vision_layers", "lock_vision"),
+            ("state_dropout", "lock_vision"),
+            ("unlocked_text_layers", "lock_text"),
+        ):
+            if getattr(self, name) and not getattr(self, lock):
+                raise ValueError(f"`{name}` needs `{lock}`. Set it too.")
         if self.head_start == "ridge" and not (self.lock_vision and self.lock_text):
             raise ValueError("`head_start` ridge needs `lock_vision` and `lock_text`. Set them too.")
-        if self.state_dropout and not self.lock_vision:
-            raise ValueError("`state_dropout` needs `lock_vision`. Set it too.")
         for name in ("text_projection_layers", "text_projection_expansion"):
             if getattr(self, name) is not None and self.text_projection != "residual_mlp":
                 raise ValueError(f"`{name}` needs `text_projection` residual_mlp. Set it too.")
@@ -346,8 +345,9 @@ class TrainingConfig:
         if self.eval_share is not None and (self.eval_data is not None or self.streaming):
             other = "eval_data" if self.eval_data is not None else "streaming"
             raise ValueError(f"Set either `eval_share` or `{other}`.")
-        if self.eval_steps is not None and self.eval_data is None and self.eval_share is None:
-            raise ValueError("`eval_steps` needs `eval_data` or `eval_share`. Pass the records to evaluate on.")
+        for name in ("report", "eval_steps"):
+            if getattr(self, name) and self.eval_data is None and self.eval_share is None:
+                raise ValueError(f"`{name}` needs `eval_data` or `eval_share`. Pass the records to evaluate on.")
         if self.patience is not None and self.eval_steps is None:
             raise ValueError("`patience` needs `eval_steps`. Set the steps between evaluations.")
         self.draw()

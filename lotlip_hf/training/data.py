@@ -1,18 +1,20 @@
 """The training and evaluation records of a run."""
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from functools import partial
 from random import Random
 
 from datasets import Dataset, IterableDataset
 
 from ..data.collator import read_record
-from ..data.record import RecordError
-from ..data.records import MissingColumn, SplitError, first_error, is_hub_name, load_records
+from ..data.record import Record, RecordError, check_record
+from ..data.records import FEATURES, MissingColumn, SplitError, first_error, is_hub_name, load_records
 from ..images import set_max_image_pixels
 from ..scenes.dataset import scenes_dataset
 from .config import SCENES, TrainingConfig
 
+READ_TOGETHER = 100  # records
 # Advice if the column of a field is missing.
 COLUMN_HINTS = {
     "image": "Name the column with `--image-column`.",
@@ -64,6 +66,27 @@ def hold_out(records: Dataset | IterableDataset, share: float, seed: int) -> tup
     order = sorted(range(len(digests)), key=digests.__getitem__)
     number = min(max(1, round(share * len(order))), len(order) - 1)
     return records.select(sorted(order[number:])), records.select(order[:number])
+
+
+def intact_texts(
+    records: Dataset | Sequence[Record], indices: Sequence[int] | None = None
+) -> Iterator[tuple[int, Record]]:
+    """
+    Yields the records with given indices, or all, that are not broken, with their indices. Images of a data set are
+    not read, unless it has a transform that needs them.
+    """
+    indices = range(len(records)) if indices is None else indices
+    if isinstance(records, Dataset):
+        if records.features.get("image") == FEATURES["image"] or records.format["type"] is None:
+            records = records.select_columns([name for name in records.column_names if name != "image"])
+    for start in range(0, len(indices), READ_TOGETHER):
+        part = [*indices[start : start + READ_TOGETHER]]
+        rows = records.__getitems__(part) if isinstance(records, Dataset) else [records[index] for index in part]
+        for index, row in zip(part, rows, strict=True):
+            try:
+                yield index, check_record({"image": None, **row})
+            except RecordError:
+                continue
 
 
 def _records(

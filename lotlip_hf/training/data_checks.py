@@ -2,31 +2,31 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from ..data.collator import read_record
-from ..data.record import Record, RecordError, Texts, caption_key, check_record, record_rng
-from ..data.records import FEATURES
+from ..data.record import Record, RecordError, Texts, caption_key, record_rng
 from ..distributed import rank, world_size
 from ..encoder import Encoder
 from ..files import printable
-from ..images import ImageError, background_of, load_image
+from ..images import ImageError
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from .config import TrainingConfig
+from .data import intact_texts
+from .terms import make_terms
 
 logger = logging.get_logger(__name__)
 
 # Maximum numbers of sampled records: with compared captions, with tokenised texts, with decoded images
 COMPARED, TOKENISED, DECODED = 10_000, 2_000, 200
-READ_TOGETHER = 100  # records
 FEW_RECORDS = 50_000
-# Passes over few records above which a warning follows: if a tower trains, and if only heads on frozen towers train
+# Maximum numbers of passes over few records without a warning: if a tower trains, and if only the heads train
 MANY_EPOCHS, MANY_EPOCHS_OF_HEADS = 20, 200
 LEAST_SHARE = 0.01  # of the captions
 FLAT = 8  # maximum difference between the values of a channel in an image of one colour
@@ -39,6 +39,8 @@ def warn_of_data(
     records: Dataset | IterableDataset,
     config: TrainingConfig,
     max_steps: int,
+    *,
+    sampled: bool = True,
 ) -> list[str]:
     """
     Logs warnings on the main process, each once in a program: records that are never seen or seen very often, texts
@@ -52,43 +54,28 @@ def warn_of_data(
         records (`Dataset` or `IterableDataset`): Training records.
         config (`TrainingConfig`): Options of the run.
         max_steps (`int`): Number of steps.
+        sampled (`bool`, *optional*, defaults to `True`): Whether to check a sample of the records. Otherwise, only
+            their number is compared with the steps.
 
     Returns:
         `list[str]`: The warnings.
     """
     if isinstance(records, IterableDataset) or rank():
         return []
-    indices = Random(config.seed).sample(range(len(records)), min(COMPARED, len(records)))
-    sample = list(_readable(text_records(records), indices))
-    encoder = Encoder(model, processor)
-    warnings = [
-        _passes(len(records), config, max_steps),
-        _cut_texts(sample[:TOKENISED], encoder, config),
-        _equal_captions(sample, config),
-        _flat_images(records, indices[:DECODED], processor),
-    ]
+    warnings = [_passes(len(records), config, max_steps)]
+    if sampled:
+        indices = Random(config.seed).sample(range(len(records)), min(COMPARED, len(records)))
+        encoder = Encoder(model, processor)
+        sample = [record for _, record in intact_texts(records, indices)]
+        warnings += [
+            _cut_texts(sample[:TOKENISED], encoder, config),
+            _equal_captions(sample, config),
+            _flat_images(records, indices[:DECODED], encoder),
+        ]
     shown = [warning for warning in warnings if warning is not None]
     for warning in shown:
         logger.warning_once(warning)
     return shown
-
-
-def text_records(records: Any) -> Any:
-    """Returns the records without their images, unless they are a list, or a transform of them needs the images."""
-    if not isinstance(records, Dataset):
-        return records
-    if records.features.get("image") != FEATURES["image"] and records.format["type"] is not None:
-        return records
-    return records.select_columns([name for name in records.column_names if name != "image"])
-
-
-def _readable(records: Dataset, indices: Sequence[int]) -> Iterator[Record]:
-    for start in range(0, len(indices), READ_TOGETHER):
-        for record in records.__getitems__([*indices[start : start + READ_TOGETHER]]):
-            try:
-                yield check_record({"image": None, **record})
-            except RecordError:
-                continue
 
 
 def _passes(number: int, config: TrainingConfig, max_steps: int) -> str | None:
@@ -101,12 +88,8 @@ def _passes(number: int, config: TrainingConfig, max_steps: int) -> str | None:
             f"The run has {run} and never sees {number - max_steps * per_step:,} of {number:,} pictures. Pass "
             f"--max-steps {math.ceil(number / per_step)} to see each once."
         )
-    is_watched = config.patience is not None
-    if (
-        number <= FEW_RECORDS
-        and not is_watched
-        and epochs > (MANY_EPOCHS_OF_HEADS if config.has_frozen_towers else MANY_EPOCHS)
-    ):
+    many = MANY_EPOCHS_OF_HEADS if config.has_frozen_towers else MANY_EPOCHS
+    if number <= FEW_RECORDS and epochs > many and config.patience is None:
         return (
             f"The run has {run}, {epochs:.0f} passes over {number:,} pictures, which it may learn by heart. Hold out "
             "pictures with --eval-share, and stop with --eval-steps and --patience when their recall no longer rises."
@@ -136,7 +119,8 @@ def _cut_texts(records: Sequence[Record], encoder: Encoder, config: TrainingConf
 
 def _equal_captions(records: Sequence[Record], config: TrainingConfig) -> str | None:
     """Counts the records that share a caption with another record."""
-    if any(option.replace(" ", "").lower() == "infonce.equal_positives=true" for option in config.term_options):
+    terms, _ = make_terms(config.terms, config.term_options)
+    if any("text_keys" in cast(Any, term).needs for term in terms.values()):  # `equal_positives`
         return None
     kinds = {"short": [[record["short_caption"]] for record in records]}
     if config.num_long_texts:
@@ -161,18 +145,12 @@ def _equal_captions(records: Sequence[Record], config: TrainingConfig) -> str | 
     )
 
 
-def _flat_images(records: Dataset, indices: Sequence[int], processor: Any) -> str | None:
+def _flat_images(records: Dataset, indices: Sequence[int], encoder: Encoder) -> str | None:
     """Counts the images of one colour, such as a white drawing on a transparent background."""
-    background = background_of(processor)
     flat, number = [], 0
     for index in indices:
         try:
-            record, image = read_record(
-                records[index],
-                lambda source, name: load_image(
-                    source, name, image_processor=processor.image_processor, background=background
-                ),
-            )
+            record, image = read_record(records[index], encoder.engine.open)
         except (ImageError, RecordError):
             continue
         number += 1
@@ -182,5 +160,5 @@ def _flat_images(records: Dataset, indices: Sequence[int], processor: Any) -> st
         return None
     return (
         f"{len(flat)} of {number} pictures have one colour, such as record {printable(flat[0])} (transparent pixels "
-        f"are {background or 'opaque'}). Check these files."
+        f"are {encoder.engine.background or 'opaque'}). Check these files."
     )

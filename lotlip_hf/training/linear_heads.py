@@ -7,15 +7,13 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from ..data.record import check_record
-from ..data.sampling import WholeCaptions
 from ..distributed import raise_on_all_ranks, rank, world_size
-from ..evaluation.retrieval import recalls
 from ..states import FrozenStates
 from ..store import text_digest
 from .config import TrainingConfig
-from .data_checks import text_records
+from .data import intact_texts
 from .frozen import KeyedRecords
+from .validation import short_and_long_recalls, whole_captions
 
 RECORDS = 20_000  # maximum number of training records
 BATCH_SIZE = 512
@@ -29,11 +27,6 @@ class PairStates(NamedTuple):
     image: torch.Tensor
     short: torch.Tensor
     long: torch.Tensor
-
-
-def whole_captions(config: TrainingConfig) -> WholeCaptions:
-    """Returns the strategy that draws the short caption and the first long caption, as in the evaluation."""
-    return WholeCaptions(None if config.captioners is None else tuple(config.captioners), config.splitter)
 
 
 def sampled(number: int, seed: int) -> list[int]:
@@ -55,12 +48,11 @@ def pair_states(
         device (`torch.device`): Device of this process.
     """
     draw, images, texts = whole_captions(config), list[str](), list[str]()
-    rows = text_records(records.records)
-    for index, key in enumerate(records.keys):
-        if isinstance(key, str):
-            (drawn,) = draw([check_record({"image": None, **rows[index]})], [Random(0)])
-            images.append(key)
-            texts += [drawn.short, drawn.long[0]]
+    keys = {index: key for index, key in enumerate(records.keys) if isinstance(key, str)}
+    for index, record in intact_texts(records.records, [*keys]):
+        (drawn,) = draw([record], [Random(0)])
+        images.append(keys[index])
+        texts += [drawn.short, drawn.long[0]]
     error = None
     try:
         states["text"].fill_texts(texts[rank() :: world_size()], progress=rank() == 0)
@@ -123,9 +115,5 @@ def linear_heads(train: PairStates, held_out: PairStates, seed: int = 0, steps: 
             optimizer.step()
             schedule.step()
     with torch.inference_mode():
-        embeds = image_head((held_out.image - mean) / std)
-        return {
-            f"{kind}_{name}": value
-            for kind, states in (("long", held_out.long), ("short", held_out.short))
-            for name, value in recalls(embeds, text_head(F.normalize(states, dim=-1))).items()
-        }
+        text_embeds = [text_head(F.normalize(states, dim=-1)) for states in (held_out.short, held_out.long)]
+        return short_and_long_recalls(image_head((held_out.image - mean) / std), torch.stack(text_embeds, dim=1))

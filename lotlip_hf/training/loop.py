@@ -57,6 +57,8 @@ def train(
     records: Dataset | IterableDataset,
     config: TrainingConfig,
     eval_records: Dataset | IterableDataset | None = None,
+    *,
+    check_data: bool = True,
 ) -> Path:
     """
     Trains a model with the objective of LoTLIP (section 3.3 of the paper) and writes the folder of the run,
@@ -82,6 +84,8 @@ def train(
             [`~lotlip_hf.training.stages.train_config`] runs.
         eval_records (`Dataset` or `IterableDataset`, *optional*): Records for measuring retrieval, at the end and
             every `eval_steps`.
+        check_data (`bool`, *optional*, defaults to `True`): Whether to check a sample of the records for problems
+            ([`~lotlip_hf.training.data_checks.warn_of_data`]).
 
     Returns:
         `Path`: The folder of the last checkpoint, with `patience` that of the best one.
@@ -113,7 +117,7 @@ def train(
         raise ValueError("`stages` are several runs. Call `lotlip_hf.training.stages.train_config`.")
     if config.max_image_pixels is not None:
         set_max_image_pixels(config.max_image_pixels)
-    return _Run(model, processor, records, config, eval_records, _accelerator(config)).run()
+    return _Run(model, processor, records, config, eval_records, _accelerator(config), check_data).run()
 
 
 def _accelerator(config: TrainingConfig) -> Accelerator:
@@ -153,6 +157,7 @@ class _Run:
         config: TrainingConfig,
         eval_records: Dataset | IterableDataset | None,
         accelerator: Accelerator,
+        check_data: bool,
     ) -> None:
         self.config, self.accelerator, self.processor = config, accelerator, processor
         self.records: Dataset | IterableDataset | KeyedRecords = records
@@ -207,12 +212,12 @@ class _Run:
         if self.checkpoint is not None:
             self._load(self.checkpoint)
         else:
-            warn_of_data(model, processor, records, config, self.max_steps)
+            warn_of_data(model, processor, records, config, self.max_steps, sampled=check_data)
 
     def run(self) -> Path:
         config, accelerator = self.config, self.accelerator
         check_room(self.output, extract_model_from_parallel(self.model), self.averaged is not None)
-        # A run without a checkpoint to resume from keeps no line, also not that of an evaluation of its start.
+        # -1 removes every line of the log: a run without a checkpoint evaluates its start again.
         tracking = self.tracking = Tracking(config, accelerator, self.step if self.checkpoint is not None else -1)
         evaluations = gather_lists(tracking.evaluations())
         if config.patience is not None:
@@ -365,9 +370,10 @@ class _Run:
         return values
 
     def _evaluate_if_due(self) -> None:
-        steps, has_start = self.config.eval_steps, self.config.patience is not None
+        steps = self.config.eval_steps
         is_due = self.step == self.max_steps or (steps is not None and self.step % steps == 0)
-        is_due = is_due and (self.step > 0 or has_start)
+        if self.step == 0:
+            is_due = self.config.patience is not None
         if self.eval_records is None or not is_due:
             return
         model = self.model if self.averaged is None else self.averaged
@@ -413,10 +419,10 @@ class _Run:
             if required:
                 raise
             logger.error(f"{error} The run continues and tries again after {self.config.save_steps} steps.")
-        self._forget_no_step()
+        self._clear_first_state()
 
-    def _forget_no_step(self) -> None:
-        """Clears the optimiser before the first step: torch makes a step of zeros to save the state of FSDP."""
+    def _clear_first_state(self) -> None:
+        """Clears the optimiser before the first step: to save or load it under FSDP, torch makes a step of zeros."""
         if self.step == 0:
             self.optimizer.state.clear()
 
@@ -460,7 +466,7 @@ class _Run:
         self.step, self.epoch, self.next_batch = progress["step"], progress["epoch"], progress["next_batch"]
         self.counts.update(progress["counts"])
         self.meter = Meter(**progress["window"])
-        self._forget_no_step()
+        self._clear_first_state()
         for name, number in self._data().items():
             first = progress["data"].get(name)
             if first != number:

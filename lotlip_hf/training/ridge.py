@@ -21,17 +21,16 @@ GAIN = 100.0
 
 def check_projections(model: LoTLIPModel) -> None:
     """Raises a `ValueError` if a model lacks one of the two linear projections that [`start_projections`] sets."""
-    for name, head in (("text", model.text_projection), ("image", model.visual_projection)):
+    other_size = "Leave out `text_projection`, and set `projection_dim` to another size than that of the text encoder"
+    for name, head, advice in (
+        ("text", model.text_projection, other_size),
+        ("image", model.visual_projection, "Start a new model from two encoders"),
+    ):
         if not isinstance(head, nn.Linear):
             found = "none" if isinstance(head, nn.Identity) else "a residual_mlp"
-            advice = {
-                "text": "Leave out `text_projection`, and set `projection_dim` to another size than that of the text "
-                "encoder",
-                "image": "Start a new model from two encoders",
-            }
             raise ValueError(
-                f"`head_start` ridge needs two linear projections, but the {name} tower has {found}. {advice[name]}, "
-                "or set `head_start` to random."
+                f"`head_start` ridge needs two linear projections, but the {name} tower has {found}. {advice}, or set "
+                "`head_start` to random."
             )
 
 

@@ -2,14 +2,18 @@
 
 import dataclasses
 import gc
-from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset, IterableDataset
 
 from ..distributed import rank
 from ..files import inside, parse_json, printable, read_regular, write_json
+from ..modeling.modeling_lotlip import LoTLIPModel
+from ..modeling.processing_lotlip import LoTLIPProcessor
+from ..options import groups_of
 from .checkpoint import MAX_PROGRESS, checkpoint_step, prepare_folder
 from .config import CONFIG_NAME, NEW_MODEL, TrainingConfig
 from .data import load_data
@@ -38,67 +42,75 @@ def train_config(config: TrainingConfig) -> Path:
         Errors of [`~lotlip_hf.training.data.load_data`], [`~lotlip_hf.training.model.load_or_start_model`] and
         [`~lotlip_hf.training.loop.train`].
     """
-    if not config.stages:
-        checkpoint = _train(config)
-        if config.report:
-            _report(config, {"model": (checkpoint, config)})
-        return checkpoint
-    state, output = _processes(), Path(config.output)
-    ended = _ended(output) if config.resume else {}
-
-    def prepare() -> None:
-        prepare_folder(config, state)
-        keep()
+    output = Path(config.output)
+    stages = config.stage_configs() or {"model": config}
+    ended = _ended(output) if config.stages and config.resume else {}
 
     def keep() -> None:
-        if state.is_main_process:
+        if not rank():
             write_json(output / STAGES_NAME, ended)
 
-    before: Callable[[], None] | None = prepare
-    checkpoint = None
-    results: dict[str, tuple[Path, TrainingConfig]] = {}
-    for name, stage in config.stage_configs().items():
+    data: _Data | None = None
+    checkpoints: dict[str, Path] = {}
+    start = None
+    for name, stage in stages.items():
         if name in ended:
-            checkpoint = Path(stage.output, ended[name])
-            results[name] = checkpoint, stage
+            start = checkpoints[name] = Path(stage.output, ended[name])
             continue
-        stage.resume = config.resume and Path(stage.output, CONFIG_NAME).exists()
-        state.print(f"Stage {name}:")
-        checkpoint = _train(stage, checkpoint, before)
-        results[name] = checkpoint, stage
-        ended[name] = checkpoint.name
-        before = None
-        keep()
+        if config.stages:
+            stage.resume = config.resume and Path(stage.output, CONFIG_NAME).exists()
+            _processes().print(f"Stage {name}:")
+        last, data = data, _load(stage, data)  # fail before models are loaded
+        model, processor = _model(stage, start)
+        if config.stages and last is None:
+            prepare_folder(config, _processes())
+            keep()
+        check_data = data is not last
+        start = train(model, processor, data.records, stage, data.eval_records, check_data=check_data)
+        del model, processor
         gc.collect()  # a model on the device is in reference cycles
-    assert checkpoint is not None
+        checkpoints[name] = start
+        if config.stages:
+            ended[name] = start.name
+            keep()
+    assert start is not None
     if config.report:
-        _report(config, results)
-    return checkpoint
+        results = [
+            StageResult(name, checkpoint, {} if rank() else logged_recalls(checkpoint), stages[name])
+            for name, checkpoint in checkpoints.items()  # the main process writes the log
+        ]
+        data = _load(results[-1].config, data)
+        assert data.eval_records is not None
+        write_outcome(output, results, data.records, data.eval_records)
+    return start
 
 
-def _report(config: TrainingConfig, results: Mapping[str, tuple[Path, TrainingConfig]]) -> None:
-    """Writes the outcome of a run from the checkpoints and options of its stages."""
-    stages = [
-        StageResult(name, checkpoint, {} if rank() else logged_recalls(checkpoint), stage)  # rank 0 writes the log
-        for name, (checkpoint, stage) in results.items()
-    ]
-    records, eval_records = load_data(stages[-1].config)
-    assert eval_records is not None
-    write_outcome(config.output, stages, records, eval_records)
+class _Data(NamedTuple):
+    """The records of a stage, and its options."""
+
+    config: TrainingConfig
+    records: Dataset | IterableDataset
+    eval_records: Dataset | IterableDataset | None
 
 
-def _train(config: TrainingConfig, start: Path | None = None, prepare: Callable[[], None] | None = None) -> Path:
-    """Trains once, from the checkpoint `start` of the stage before, if any. Calls `prepare` when all is loaded."""
-    records, eval_records = load_data(config)  # fail before models are loaded
-    source = config
+def _load(config: TrainingConfig, last: _Data | None) -> _Data:
+    """Loads the records of a stage, or returns the last ones if no option of the records and their texts differs."""
+    groups = groups_of(TrainingConfig)
+    names = [field.name for field in (*groups["Data"], *groups["Texts"], *groups["Objective"])]
+    names += ["eval_data", "eval_split", "eval_samples", "max_text_length"]
+    if last is not None and all(getattr(config, name) == getattr(last.config, name) for name in names):
+        return last
+    return _Data(config, *load_data(config))
+
+
+def _model(config: TrainingConfig, start: Path | None) -> tuple[LoTLIPModel, LoTLIPProcessor]:
+    """Loads the model of a stage, which is the checkpoint `start` of the stage before, if any."""
     if start is not None:
-        source = dataclasses.replace(config, **{**dict.fromkeys(NEW_MODEL), "model": str(start)})
-    model, processor = load_or_start_model(source)
-    if source.text_model is not None and not config.resume:
-        _processes().print(f"{printable(source.text_model)}: {describe_text(model, processor)}.")
-    if prepare is not None:
-        prepare()
-    return train(model, processor, records, config, eval_records)
+        config = dataclasses.replace(config, **{**dict.fromkeys(NEW_MODEL), "model": str(start)})
+    model, processor = load_or_start_model(config)
+    if config.text_model is not None and not config.resume:
+        _processes().print(f"{printable(config.text_model)}: {describe_text(model, processor)}.")
+    return model, processor
 
 
 def _ended(output: Path) -> dict[str, str]:

@@ -12,10 +12,9 @@ from transformers.utils import logging
 
 from .config import TrainingConfig
 from .log import CURVE_NAME, LOG_NAME, RECALLS, RunLog, draw_curve, read_log
+from .validation import RECALL_KEYS
 
 logger = logging.get_logger(__name__)
-
-SCORED = [f"long_{direction}_r{k}" for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 
 
 @dataclass
@@ -58,7 +57,7 @@ class Best:
 
     def add(self, step: int, recalls: Mapping[str, float]) -> bool:
         """Adds an evaluation. Returns whether its score, the mean of the recalls by long captions, is the highest."""
-        score = sum(recalls[name] for name in SCORED) / len(SCORED)
+        score = sum(recalls[name] for name in RECALL_KEYS["long"]) / len(RECALL_KEYS["long"])
         is_best = score > self.score
         if is_best:
             self.step, self.score = step, score

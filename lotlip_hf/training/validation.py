@@ -16,12 +16,17 @@ from torch import nn
 from ..data.collator import LoTLIPCollator
 from ..data.sampling import WholeCaptions
 from ..distributed import gather, raise_on_all_ranks
-from ..evaluation.retrieval import recalls
+from ..evaluation.retrieval import DIRECTIONS, recalls
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from ..states import FrozenStates
 from .config import TrainingConfig
 from .frozen import KeyedRecords, add_states
 from .objective import embed
+
+# Keys of the recalls by long and by short captions
+RECALL_KEYS = {
+    kind: [f"{kind}_{direction}_r{k}" for direction in DIRECTIONS for k in (1, 5, 10)] for kind in ("long", "short")
+}
 
 
 @torch.no_grad()
@@ -63,11 +68,9 @@ def validate(
         raise ValueError(
             f"{number} evaluation records are too few for {num_processes} processes. Add records to `eval_data`."
         )
-    captioners = None if config.captioners is None else tuple(config.captioners)
     states = dict(states or {})
     frozen = {modality for modality in states if modality == "text" or isinstance(records, KeyedRecords)}
-    whole = WholeCaptions(captioners, config.splitter)
-    collator = LoTLIPCollator(processor, whole, on_error=config.on_error, frozen=frozen)
+    collator = LoTLIPCollator(processor, whole_captions(config), on_error=config.on_error, frozen=frozen)
     # Every process needs the same number of batches, because DDP or FSDP may communicate in each.
     part = np.array_split(np.arange(number), num_processes)[rank]
     num_batches = min(math.ceil(math.ceil(number / num_processes) / config.batch_size), number // num_processes)
@@ -85,6 +88,11 @@ def validate(
         images.append(embeds["image_embeds"].float())
         texts.append(embeds["text_embeds"].float())  # [B, 2, dim], the short text first
     return short_and_long_recalls(gather(torch.cat(images)), gather(torch.cat(texts)))
+
+
+def whole_captions(config: TrainingConfig) -> WholeCaptions:
+    """Returns the strategy that draws the short caption and the first long caption of a record."""
+    return WholeCaptions(None if config.captioners is None else tuple(config.captioners), config.splitter)
 
 
 def short_and_long_recalls(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> dict[str, float]:

@@ -73,6 +73,7 @@ def test_a_problem_is_told(problem: str, pair: tuple[Any, Any]) -> None:
 def test_equal_captions_that_are_positives_are_no_problem(pair: tuple[Any, Any]) -> None:
     records = pictures(40, short_caption=["a dog"] * 40)
     assert warned(pair, records, 20)
+    assert not warn_of_data(*pair, records, TrainingConfig(model="m", data="d", **FINE), 20, sampled=False)
     config = TrainingConfig(model="m", data="d", **FINE)
     config.term_options = ["infonce.equal_positives=true"]
     assert not warn_of_data(*pair, records, config, 20)

@@ -21,10 +21,13 @@ from lotlip_hf.training import linear_heads as linear_heads_module
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.data import load_data
 from lotlip_hf.training.linear_heads import PairStates, linear_heads
-from lotlip_hf.training.outcome import StageResult, below_heads, recall_names, write_outcome
+from lotlip_hf.training.outcome import StageResult, below_heads, write_outcome
 from lotlip_hf.training.stages import train_config
+from lotlip_hf.training.validation import RECALL_KEYS
 
 pytestmark = pytest.mark.usefixtures("alone")
+
+KEYS = [*RECALL_KEYS["long"], *RECALL_KEYS["short"]]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def test_a_run_of_frozen_towers(
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [row["name"] for row in results["rows"]] == ["model", "linear heads (baseline)"]
     model, heads = (row["recalls"] for row in results["rows"])
-    assert model == {name: log_of(tmp_path / "run")[-1][name] for name in recall_names()}
+    assert model == {name: log_of(tmp_path / "run")[-1][name] for name in KEYS}
     records = loaded(start)
     states = computed_states(start / "model", [records[index] for index in range(27)])
     held_out = PairStates(*(each[:20] for each in states))
@@ -102,7 +105,7 @@ def test_a_run_of_frozen_towers(
             assert f"{100 * row['long_text_to_image_r5']:.1f}" in text
     assert "below two linear heads" in page.text
     # the same again from the checkpoint: with an earlier stage, and without the heads
-    stage = StageResult("heads", checkpoint, dict.fromkeys(recall_names(), 0.25), made)
+    stage = StageResult("heads", checkpoint, dict.fromkeys(KEYS, 0.25), made)
     made.no_cache = True
     write_outcome(tmp_path, [stage, StageResult("model", checkpoint, model, made)], records, records)
     results = json.loads((tmp_path / "results.json").read_text())
@@ -150,7 +153,7 @@ def test_hostile_records_and_broken_pictures(start: Path, tmp_path: Path) -> Non
         }
     )
     made = TrainingConfig(model="m", data="d", on_error="skip")
-    stage = StageResult(HOSTILE, start / "model", dict.fromkeys(recall_names(), 0.5), made)
+    stage = StageResult(HOSTILE, start / "model", dict.fromkeys(KEYS, 0.5), made)
     write_outcome(tmp_path, [stage], records, records.to_iterable_dataset())
     page = Page(tmp_path / "report.html")
     assert_self_contained(page)
@@ -166,8 +169,8 @@ def test_a_report_needs_evaluation_records(start: Path, tmp_path: Path) -> None:
 
 
 def test_the_warning_names_what_is_below() -> None:
-    heads = dict.fromkeys(recall_names(), 0.5)
-    recalls = {name: 0.6 if name.startswith("long") else 0.4 for name in recall_names()}
+    heads = dict.fromkeys(KEYS, 0.5)
+    recalls = {name: 0.6 if name.startswith("long") else 0.4 for name in KEYS}
     warning = below_heads(recalls, heads)
     assert warning is not None
     assert "40.0 % instead of 50.0 % by short" in warning

@@ -22,7 +22,7 @@ from lotlip_hf.training.data import hold_out
 from lotlip_hf.training.loop import train
 from lotlip_hf.training.outcome import logged_recalls
 from lotlip_hf.training.stages import STAGES_NAME, train_config
-from lotlip_hf.training.tracking import SCORED
+from lotlip_hf.training.validation import RECALL_KEYS
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -150,7 +150,7 @@ def test_a_stage_is_a_run_from_the_best_checkpoint_before(
     assert main(["train", *command(output, start)]) == 0
     heads, rest = (output / name / checkpoint for name, checkpoint in ended(output).items())
     scores = {
-        line["step"]: sum(line[name] for name in SCORED)
+        line["step"]: sum(line[name] for name in RECALL_KEYS["long"])
         for line in log_of(output / "heads")
         if "long_image_to_text_r1" in line
     }
@@ -240,7 +240,7 @@ def test_a_run_stops_when_retrieval_no_longer_rises(
     output = tmp_path / "run"
     config = parse_arguments(arguments(output, **given))
     assert train_config(config) == output / "checkpoint-0"
-    scored = [line["step"] for line in log_of(output) if SCORED[0] in line]
+    scored = [line["step"] for line in log_of(output) if RECALL_KEYS["long"][0] in line]
     assert scored == [0, 2, 4, 6]
     assert logged_recalls(output / "checkpoint-0") == logged_recalls(output / "checkpoint-6")
     assert max(line["step"] for line in log_of(output)) == 6
