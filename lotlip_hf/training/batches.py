@@ -37,7 +37,7 @@ def num_steps(records: Dataset | IterableDataset, config: TrainingConfig, num_pr
     Returns the number of optimiser steps of a run: `max_steps`, or the steps in `num_epochs` epochs.
 
     Raises:
-        `ValueError`: If a stream has no `max_steps`, an epoch has no batch, or the warm-up is longer than the run.
+        `ValueError`: If a stream has no `max_steps`, or an epoch has no batch.
     """
     if config.max_steps is not None:
         return config.max_steps
@@ -45,10 +45,7 @@ def num_steps(records: Dataset | IterableDataset, config: TrainingConfig, num_pr
         raise ValueError("The records are a stream of unknown length. Set `max_steps`.")
     batches = batches_per_epoch(len(records), config, num_processes)
     # Round first: in floating point 0.29 x 100 is a little less than 29.
-    steps = max(1, int(round(config.num_epochs * batches, 6)) // config.gradient_accumulation_steps)
-    if config.warmup_steps > steps:
-        raise ValueError(f"`warmup_steps` is {config.warmup_steps}, but the run has only {steps} steps. Reduce it.")
-    return steps
+    return max(1, int(round(config.num_epochs * batches, 6)) // config.gradient_accumulation_steps)
 
 
 class EpochBatches(Sampler[list[int]]):

@@ -19,6 +19,7 @@ from ..images import ImageError, background_of, load_image
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from .config import TrainingConfig
+from .optim import warmup_steps
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +27,7 @@ logger = logging.get_logger(__name__)
 COMPARED, TOKENISED, DECODED = 10_000, 2_000, 200
 READ_TOGETHER = 100  # records
 FEW_RECORDS = 50_000
+FEW_HELD_OUT = 20
 # Passes over few records above which a warning follows: if a tower trains, and if only heads on frozen towers train
 MANY_EPOCHS, MANY_EPOCHS_OF_HEADS = 20, 200
 LEAST_SHARE = 0.01  # of the captions
@@ -39,10 +41,12 @@ def warn_of_data(
     records: Dataset | IterableDataset,
     config: TrainingConfig,
     max_steps: int,
+    num_held_out: int | None = None,
 ) -> list[str]:
     """
-    Logs warnings on the main process, each once in a program: records that are never seen or seen very often, texts
-    that are cut, captions that several records share, and images of one colour. The time does not grow with the number
+    Logs warnings on the main process, each once in a program: records that are never seen or seen very often, a
+    warm-up that is longer than the run, few evaluation records, texts that are cut, captions that several records
+    share, and images of one colour. The time does not grow with the number
     of records, because captions and images are checked on a sample, which the seed determines. Broken records are left
     out. A stream is not checked.
 
@@ -52,6 +56,7 @@ def warn_of_data(
         records (`Dataset` or `IterableDataset`): Training records.
         config (`TrainingConfig`): Options of the run.
         max_steps (`int`): Number of steps.
+        num_held_out (`int`, *optional*): Number of evaluation records.
 
     Returns:
         `list[str]`: The warnings.
@@ -63,6 +68,8 @@ def warn_of_data(
     encoder = Encoder(model, processor)
     warnings = [
         _passes(len(records), config, max_steps),
+        _long_warmup(config, max_steps),
+        _few_held_out(num_held_out),
         _cut_texts(sample[:TOKENISED], encoder, config),
         _equal_captions(sample, config),
         _flat_images(records, indices[:DECODED], processor),
@@ -112,6 +119,27 @@ def _passes(number: int, config: TrainingConfig, max_steps: int) -> str | None:
             "pictures with --eval-share, and stop with --eval-steps and --patience when their recall no longer rises."
         )
     return None
+
+
+def _long_warmup(config: TrainingConfig, max_steps: int) -> str | None:
+    """Compares the warm-up with the steps of the run."""
+    shortened = warmup_steps(config, max_steps)
+    if shortened == config.warmup_steps:
+        return None
+    return (
+        f"The warm-up of {config.warmup_steps:,} steps (--warmup-steps) is longer than the run of {max_steps:,} steps "
+        f"and is shortened to {shortened:,}."
+    )
+
+
+def _few_held_out(number: int | None) -> str | None:
+    """Tells that recalls over few evaluation records are high by chance."""
+    if number is None or number >= FEW_HELD_OUT:
+        return None
+    return (
+        f"Retrieval is measured on {number:,} pictures, where R@10 is {min(1, 10 / number):.0%} by chance. Hold out "
+        "more with --eval-share or --eval-data."
+    )
 
 
 def _cut_texts(records: Sequence[Record], encoder: Encoder, config: TrainingConfig) -> str | None:

@@ -147,4 +147,9 @@ def make_optimizer(
         eps=config.epsilon,
         fused=device.type in ("cpu", "cuda"),
     )
-    return optimizer, get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, max_steps)
+    return optimizer, get_scheduler(config.lr_scheduler, optimizer, warmup_steps(config, max_steps), max_steps)
+
+
+def warmup_steps(config: TrainingConfig, max_steps: int) -> int:
+    """Returns the steps of the warm-up: `warmup_steps`, or all steps but the last if few records make a short run."""
+    return config.warmup_steps if config.warmup_steps <= max_steps else max_steps - 1

@@ -32,7 +32,7 @@ from .config import TrainingConfig
 from .data_checks import text_records
 from .frozen import fill_images
 from .linear_heads import linear_heads, pair_states, sampled, whole_captions
-from .log import read_log
+from .log import LOG_NAME, read_log
 
 logger = logging.get_logger(__name__)
 
@@ -151,11 +151,20 @@ def write_outcome(
 
 
 def logged_recalls(checkpoint: Path) -> dict[str, float]:
-    """Returns the recalls of a checkpoint in the log of its run."""
-    step = checkpoint_step(checkpoint.name)
+    """
+    Returns the recalls of a checkpoint in the log of its run.
+
+    Raises:
+        `ValueError`: If the log lacks them.
+    """
+    step, path = checkpoint_step(checkpoint.name), checkpoint.parent / LOG_NAME
     names = recall_names()
-    entries = [entry for entry in read_log(checkpoint.parent) if entry["step"] == step and names[0] in entry]
-    return {name: entries[-1][name] for name in names}
+    for entry in reversed(read_log(path) if path.exists() else []):
+        if entry["step"] == step and all(isinstance(entry.get(name), float | int) for name in names):
+            return {name: entry[name] for name in names}
+    raise ValueError(
+        f"{printable(path)} lacks the recalls of {checkpoint.name}, which the report needs. Pass `--report false`."
+    )
 
 
 def recall_names() -> list[str]:
@@ -168,7 +177,7 @@ def below_heads(recalls: Mapping[str, float], heads: Mapping[str, float] | None)
     parts = []
     for kind in KINDS if heads is not None else ():
         names = [name for name in recall_names() if name.startswith(kind)]
-        model, baseline = (100 * mean(each[name] for name in names) for each in (recalls, heads))
+        model, baseline = (round(100 * mean(each[name] for name in names), 1) for each in (recalls, heads))
         if model < baseline:
             parts.append(f"{model:.1f} % instead of {baseline:.1f} % by {kind} captions")
     if not parts:

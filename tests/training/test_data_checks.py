@@ -43,6 +43,7 @@ def test_data_without_a_problem(pair: tuple[Any, Any]) -> None:
 FLAT = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
 PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
     "unseen": ({}, {}, 9, "never sees 4 of 40 .*--max-steps 10 "),
+    "warm-up": ({}, {"warmup_steps": 20}, 10, "--warmup-steps.*to 9"),
     "many passes": ({}, {}, 300, "30 passes"),
     "many passes of heads": ({}, {"lock_text": True, "lock_vision": True}, 3000, "300 passes"),
     "cut": ({"long_captions": [["word " * 300]] * 4 + [["A dog."]] * 36}, {"num_long_texts": 1}, 10, "5% of 80 drawn"),
@@ -68,6 +69,13 @@ def test_a_problem_is_told(problem: str, pair: tuple[Any, Any]) -> None:
     messages = warned(pair, pictures(40, **columns), max_steps, **options)
     (message,) = [message for message in messages if problem != "cut" or "cut" in message]  # the long ones are equal
     assert re.search(expected, message), message
+
+
+def test_few_held_out_pictures_are_told(pair: tuple[Any, Any]) -> None:
+    config = TrainingConfig(model="m", data="d", **FINE)
+    (warning,) = warn_of_data(*pair, pictures(40), config, 20, num_held_out=16)
+    assert re.search("16 pictures.*62%.*--eval-share", warning)
+    assert not warn_of_data(*pair, pictures(40), config, 20, num_held_out=200)
 
 
 def test_equal_captions_that_are_positives_are_no_problem(pair: tuple[Any, Any]) -> None:

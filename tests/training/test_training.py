@@ -774,7 +774,6 @@ WRONG = {
     "too long": ({"max_text_length": 1000}, "`max_text_length`"),
     "no batch": ({"drop_last": True, "batch_size": 25}, "`batch_size`"),
     "no length": ({"data": "shards", "max_steps": None}, "`max_steps`"),
-    "long warm-up": ({"max_steps": None, "warmup_steps": 7}, "`warmup_steps`"),
     "unknown tracker": ({"trackers": "tensorbord"}, "tensorbord"),
     "no such tracker": ({"trackers": "comet_ml"}, "comet_ml"),
     "no such captioner": ({"captioners": 5}, "5"),
