@@ -59,7 +59,7 @@ def start_projections(
     """
     readable = {key for key in records.keys if isinstance(key, str)}
     if len(readable) < 2:
-        broken = next((f" ({key})" for key in records.keys if isinstance(key, Exception)), "")
+        broken = next((f" ({str(key).rstrip('.')})" for key in records.keys if isinstance(key, Exception)), "")
         raise ValueError(
             f"`head_start` ridge needs two different pictures that can be read, but {len(records):,} records have "
             f"{len(readable)}{broken}."
