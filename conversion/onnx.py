@@ -263,7 +263,7 @@ def _export(module: _Tower, tower: str, batch: Sequence[torch.Tensor], opset: in
         sizes: Any = {0: "batch", 1: "length"}
     elif config.family.any_size_in_onnx:
         example = (torch.zeros(2, config.num_channels, 5 * config.patch_size, 6 * config.patch_size),)
-        sizes = {axis: name for axis, name in ((0, "batch"), (2, "height"), (3, "width"))}
+        sizes = {0: "batch", 2: "height", 3: "width"}
     else:
         example = (torch.zeros(2, *batch[0].shape[1:]),)
         sizes = {0: "batch"}

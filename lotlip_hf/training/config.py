@@ -33,7 +33,7 @@ NEW_MODEL = tuple(
     "text_projection text_projection_layers text_projection_expansion".split()
 )
 # Options that all stages share
-COMMON = ("output", "resume", "seed", "eval_share", "mixed_precision")
+COMMON = ("output", "resume", "seed", "eval_share", "report", "mixed_precision")
 # Stages are folders of the run, beside `checkpoint-N`
 STAGE_NAME = re.compile(r"(?!checkpoint-)[A-Za-z0-9_-]+")
 
@@ -316,6 +316,7 @@ class TrainingConfig:
         if self.trackers == ["none"]:
             self.trackers = []
         if self.stages:
+            self.stages = {str(name): own for name, own in self.stages.items()}  # YAML reads 1 as a number
             self.stage_configs()  # checks them
             return
         if self.mapping not in MAPPINGS:
@@ -481,7 +482,9 @@ def parse_arguments(argv: Sequence[str] | None = None, **parser: str) -> Trainin
 
 
 def _with_flags(given: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Removes the options that flags set from the stages."""
+    """Removes the options that flags set from the stages. `eval_data` as a flag replaces `eval_share` of a file."""
+    if flags.get("eval_data") is not None and "eval_share" not in flags:
+        given = {**given, "eval_share": None}
     stages = given.get("stages") or {}
     left = {stage: {name: own[name] for name in own if name not in flags} for stage, own in stages.items()}
     return {**given, "stages": left or None}

@@ -26,6 +26,7 @@ logger = logging.get_logger(__name__)
 # Maximum numbers of sampled records: with compared captions, with tokenised texts, with decoded images
 COMPARED, TOKENISED, DECODED = 10_000, 2_000, 200
 FEW_RECORDS = 50_000
+FEW_HELD_OUT = 20
 # Maximum numbers of passes over few records without a warning: if a tower trains, and if only the heads train
 MANY_EPOCHS, MANY_EPOCHS_OF_HEADS = 20, 200
 LEAST_SHARE = 0.01  # of the captions
@@ -39,14 +40,15 @@ def warn_of_data(
     records: Dataset | IterableDataset,
     config: TrainingConfig,
     max_steps: int,
+    num_held_out: int | None = None,
     *,
     sampled: bool = True,
 ) -> list[str]:
     """
-    Logs warnings on the main process, each once in a program: records that are never seen or seen very often, texts
-    that are cut, captions that several records share, and images of one colour. The time does not grow with the number
-    of records, because captions and images are checked on a sample, which the seed determines. Broken records are left
-    out. A stream is not checked.
+    Logs warnings on the main process, each once in a program: records that are never seen or seen very often, few
+    evaluation records, texts that are cut, captions that several records share, and images of one colour. The time
+    does not grow with the number of records, because captions and images are checked on a sample, which the seed
+    determines. Broken records are left out. A stream is not checked.
 
     Args:
         model (`LoTLIPModel`): The model.
@@ -54,6 +56,7 @@ def warn_of_data(
         records (`Dataset` or `IterableDataset`): Training records.
         config (`TrainingConfig`): Options of the run.
         max_steps (`int`): Number of steps.
+        num_held_out (`int`, *optional*): Number of evaluation records.
         sampled (`bool`, *optional*, defaults to `True`): Whether to check a sample of the records. Otherwise, only
             their number is compared with the steps.
 
@@ -62,7 +65,7 @@ def warn_of_data(
     """
     if isinstance(records, IterableDataset) or rank():
         return []
-    warnings = [_passes(len(records), config, max_steps)]
+    warnings = [_passes(len(records), config, max_steps), _few_held_out(num_held_out)]
     if sampled:
         indices = Random(config.seed).sample(range(len(records)), min(COMPARED, len(records)))
         encoder = Encoder(model, processor)
@@ -95,6 +98,16 @@ def _passes(number: int, config: TrainingConfig, max_steps: int) -> str | None:
             "pictures with --eval-share, and stop with --eval-steps and --patience when their recall no longer rises."
         )
     return None
+
+
+def _few_held_out(number: int | None) -> str | None:
+    """Tells that recalls over few evaluation records are high by chance."""
+    if number is None or number >= FEW_HELD_OUT:
+        return None
+    return (
+        f"Retrieval is measured on {number:,} pictures, where R@10 is {min(1, 10 / number):.0%} by chance. Hold out "
+        "more with --eval-share or --eval-data."
+    )
 
 
 def _cut_texts(records: Sequence[Record], encoder: Encoder, config: TrainingConfig) -> str | None:

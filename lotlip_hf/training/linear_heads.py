@@ -91,7 +91,8 @@ def linear_heads(train: PairStates, held_out: PairStates, seed: int = 0, steps: 
     True
     ```
     """
-    mean, std = train.image.mean(0), train.image.std(0).clamp(min=1e-6)
+    correction = min(1, len(train.image) - 1)  # else, the deviation of one image is NaN
+    mean, std = train.image.mean(0), train.image.std(0, correction=correction).clamp(min=1e-6)
     images = (train.image - mean) / std
     texts = [F.normalize(states, dim=-1) for states in (train.short, train.long)]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():

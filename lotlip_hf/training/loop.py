@@ -212,7 +212,9 @@ class _Run:
         if self.checkpoint is not None:
             self._load(self.checkpoint)
         else:
-            warn_of_data(model, processor, records, config, self.max_steps, sampled=check_data)
+            is_counted = isinstance(eval_records, Dataset)
+            num_held_out = min(config.eval_samples, len(eval_records)) if is_counted else None
+            warn_of_data(model, processor, records, config, self.max_steps, num_held_out, sampled=check_data)
 
     def run(self) -> Path:
         config, accelerator = self.config, self.accelerator
@@ -223,6 +225,10 @@ class _Run:
         if config.patience is not None:
             for line in evaluations:
                 self.best.add(line["step"], line)
+            if self.best.step is not None and not (best := self._folder(self.best.step)).is_dir():
+                raise CheckpointError(
+                    f"{best}, the best checkpoint of the run, is missing. Remove {self.output} to train it again."
+                )
         batches = iterate_batches(
             self.records,
             self.collator,
@@ -272,11 +278,15 @@ class _Run:
                 f"Stopped at step {self.step}: {self.best.since} evaluations were not above that of step "
                 f"{self.best.step}."
             )
-        elif self.step < self.max_steps:
+        # A signal during the last evaluation stops too: another stage may follow.
+        if signum := int(max_over_ranks(torch.tensor(max(received, default=0), device=accelerator.device))):
             logger.warning(f"Stopped after step {self.step}, saved in {self.checkpoint}. Continue with `--resume`.")
             raise Interrupted(signum, f"Stopped after step {self.step}, saved in {self.checkpoint}.")
         assert self.checkpoint is not None
-        return self.checkpoint if self.best.step is None else self.output / f"checkpoint-{self.best.step}"
+        return self.checkpoint if self.best.step is None else self._folder(self.best.step)
+
+    def _folder(self, step: int) -> Path:
+        return self.output / f"checkpoint-{step}"
 
     def _is_out_of_patience(self) -> bool:
         return self.config.patience is not None and self.best.since >= self.config.patience

@@ -14,7 +14,7 @@ from ..data.record import Record
 from ..distributed import rank
 from ..encoder import Encoder
 from ..evaluation.tables import table
-from ..files import replacing, write_json
+from ..files import printable, replacing, write_json
 from ..loading import load_model
 from ..plots import DIRECTIONS
 from ..states import FrozenStates
@@ -23,7 +23,7 @@ from .checkpoint import checkpoint_step
 from .config import TrainingConfig
 from .frozen import fill_images
 from .linear_heads import linear_heads, pair_states, sampled
-from .log import read_log
+from .log import LOG_NAME, read_log
 from .page import Table, ranked_page
 from .validation import RECALL_KEYS
 
@@ -106,17 +106,27 @@ def write_outcome(
 
 
 def logged_recalls(checkpoint: Path) -> dict[str, float]:
-    """Returns the recalls of a checkpoint in the log of its run."""
-    step, names = checkpoint_step(checkpoint.name), [*RECALL_KEYS["long"], *RECALL_KEYS["short"]]
-    entries = [entry for entry in read_log(checkpoint.parent) if entry["step"] == step and names[0] in entry]
-    return {name: entries[-1][name] for name in names}
+    """
+    Returns the recalls of a checkpoint in the log of its run.
+
+    Raises:
+        `ValueError`: If the log lacks them.
+    """
+    step, path = checkpoint_step(checkpoint.name), checkpoint.parent / LOG_NAME
+    names = [*RECALL_KEYS["long"], *RECALL_KEYS["short"]]
+    for entry in reversed(read_log(path) if path.exists() else []):
+        if entry["step"] == step and all(isinstance(entry.get(name), float | int) for name in names):
+            return {name: entry[name] for name in names}
+    raise ValueError(
+        f"{printable(path)} lacks the recalls of {checkpoint.name}, which the report needs. Pass `--report false`."
+    )
 
 
 def below_heads(recalls: Mapping[str, float], heads: Mapping[str, float] | None) -> str | None:
     """Returns a warning if a model is below linear heads by long or short captions, on average over the recalls."""
     parts = []
     for kind, names in RECALL_KEYS.items() if heads is not None else ():
-        model, baseline = (100 * mean(each[name] for name in names) for each in (recalls, heads))
+        model, baseline = (round(100 * mean(each[name] for name in names), 1) for each in (recalls, heads))
         if model < baseline:
             parts.append(f"{model:.1f} % instead of {baseline:.1f} % by {kind} captions")
     if not parts:

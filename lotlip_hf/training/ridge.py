@@ -52,7 +52,17 @@ def start_projections(
         states (`Mapping[str, FrozenStates]`): The states of both towers, by modality.
         config (`TrainingConfig`): Options of the run. Only `captioners`, `splitter` and `seed` are used.
         device (`torch.device`): Device of this process.
+
+    Raises:
+        `ValueError`: If no two records that can be read have different images.
     """
+    readable = {key for key in records.keys if isinstance(key, str)}
+    if len(readable) < 2:
+        broken = next((f" ({str(key).rstrip('.')})" for key in records.keys if isinstance(key, Exception)), "")
+        raise ValueError(
+            f"`head_start` ridge needs two different pictures that can be read, but {len(records):,} records have "
+            f"{len(readable)}{broken}."
+        )
     rows = sampled(len(records), config.seed)
     chosen = KeyedRecords(records.records.select(rows), [records.keys[row] for row in rows])
     pairs = pair_states(chosen, states, config, device)

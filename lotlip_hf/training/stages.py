@@ -119,8 +119,10 @@ def _ended(output: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        ended = dict(parse_json(read_regular(path, MAX_PROGRESS)))
-    except (TypeError, ValueError) as error:
+        ended = parse_json(read_regular(path, MAX_PROGRESS))
+        if not isinstance(ended, dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
         raise ValueError(f"{path} is damaged. Remove it to continue from the checkpoints of the stages.") from error
     return {
         name: checkpoint

@@ -70,6 +70,13 @@ def test_a_problem_is_told(problem: str, pair: tuple[Any, Any]) -> None:
     assert re.search(expected, message), message
 
 
+def test_few_held_out_pictures_are_told(pair: tuple[Any, Any]) -> None:
+    config = TrainingConfig(model="m", data="d", **FINE)
+    (warning,) = warn_of_data(*pair, pictures(40), config, 20, num_held_out=16)
+    assert re.search("16 pictures.*62%.*--eval-share", warning)
+    assert not warn_of_data(*pair, pictures(40), config, 20, num_held_out=200)
+
+
 def test_equal_captions_that_are_positives_are_no_problem(pair: tuple[Any, Any]) -> None:
     records = pictures(40, short_caption=["a dog"] * 40)
     assert warned(pair, records, 20)

@@ -70,3 +70,5 @@ def test_a_constant_feature_is_no_division_by_zero() -> None:
     train = drawn(50)
     train.image[:, 0] = 1
     assert linear_heads(train, train, steps=3)["long_image_to_text_r10"] > 0  # NaN would be an error
+    one = PairStates(*(each[:1] for each in train))
+    assert linear_heads(one, train, steps=3)["long_image_to_text_r10"] > 0

@@ -21,7 +21,7 @@ from lotlip_hf.training import linear_heads as linear_heads_module
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.data import load_data
 from lotlip_hf.training.linear_heads import PairStates, linear_heads
-from lotlip_hf.training.outcome import StageResult, below_heads, write_outcome
+from lotlip_hf.training.outcome import StageResult, below_heads, logged_recalls, write_outcome
 from lotlip_hf.training.stages import train_config
 from lotlip_hf.training.validation import RECALL_KEYS
 
@@ -176,6 +176,17 @@ def test_the_warning_names_what_is_below() -> None:
     assert "40.0 % instead of 50.0 % by short" in warning
     assert "long" not in warning
     assert below_heads(heads, heads) is below_heads(recalls, None) is None
+    assert below_heads({name: value - 1e-9 for name, value in heads.items()}, heads) is None  # the same in the table
+
+
+@pytest.mark.parametrize(
+    "line", [None, {}, {"long_image_to_text_r1": 0.5}, dict.fromkeys(RECALL_KEYS["long"])], ids=str
+)
+def test_a_log_without_the_recalls_is_named(line: dict[str, Any] | None, tmp_path: Path) -> None:
+    if line is not None:
+        (tmp_path / "log.jsonl").write_text(json.dumps({"step": 2, **line}) + "\n")
+    with pytest.raises(ValueError, match="log.jsonl"):
+        logged_recalls(tmp_path / "checkpoint-2")
 
 
 def draw_few_pairs() -> None:

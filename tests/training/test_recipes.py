@@ -85,6 +85,21 @@ def test_small_data_trains_its_stages(
         assert (model.vision_config.pooled_layers, model.vision_config.pooled_size) == (4, 8 * 16)
 
 
+def test_small_data_trains_on_few_pictures(
+    tmp_path: Path, golden: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step of the towers, less than their warm-up; held-out pictures of the user's own replace a share."""
+    monkeypatch.setattr(linear_heads, "BATCH_SIZE", 32)
+    towers = save_towers(tmp_path, golden, *TOWERS["small-data"])
+    data = "--data scenes --num-scenes 12 --eval-data scenes --eval-samples 8 --num-workers 0 --trackers none".split()
+    output = tmp_path / "run"
+    own = [*towers, "--cache", str(tmp_path / "cache"), "--output", str(output)]
+    assert lotlip(["train", "--recipe", "small-data", *own, *data]) == 0
+    (line,) = [entry for entry in read_log(output / "towers") if "loss" in entry]
+    assert line["step"] == 1
+    assert json.loads((output / "results.json").read_text())["num_images"] == 8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", [one for one in RECIPES if one.stem != "small-data"], ids=lambda recipe: recipe.stem

@@ -6,17 +6,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from test_frozen import BOTH, assert_same_losses, run
 from test_outcome import computed_states, loaded
 from test_training import arguments, finish, log_of, make_checkpoint, make_folder
 
 from lotlip_hf import LoTLIPModel
 from lotlip_hf.evaluation.retrieval import recalls
+from lotlip_hf.images import ImageError
 from lotlip_hf.modeling.modeling_lotlip import ResidualMLP
 from lotlip_hf.training.checkpoint import list_checkpoints
 from lotlip_hf.training.config import TrainingConfig
+from lotlip_hf.training.frozen import KeyedRecords
 from lotlip_hf.training.linear_heads import PairStates
-from lotlip_hf.training.ridge import check_projections, ridge_projections
+from lotlip_hf.training.ridge import check_projections, ridge_projections, start_projections
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -53,6 +56,13 @@ def test_the_start_alone_finds_held_out_pairs(dim: int) -> None:
     for direction in ("image_to_text_r1", "text_to_image_r1"):
         assert found[direction] > 0.9
         assert by_chance[direction] < 0.3
+
+
+@pytest.mark.parametrize("keys", [["a", "a"], [ImageError("x.png", "empty")] * 2, ["a", ImageError("x.png", "empty")]])
+def test_a_start_needs_two_readable_pictures(keys: list[Any]) -> None:
+    records, config, cpu = Dataset.from_dict({"id": ["1", "2"]}), TrainingConfig(), torch.device("cpu")
+    with pytest.raises(ValueError, match="head_start"):
+        start_projections(Any, KeyedRecords(records, keys), {}, config, cpu)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("dim", DIMS)

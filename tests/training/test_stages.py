@@ -16,7 +16,8 @@ from test_training import Moment, arguments, assert_same_run, at, finish, log_of
 from lotlip_hf.cli import main
 from lotlip_hf.data.records import load_records
 from lotlip_hf.store import FILE
-from lotlip_hf.training.checkpoint import list_checkpoints
+from lotlip_hf.training import loop
+from lotlip_hf.training.checkpoint import CheckpointError, list_checkpoints
 from lotlip_hf.training.config import TrainingConfig, parse_arguments
 from lotlip_hf.training.data import hold_out
 from lotlip_hf.training.loop import train
@@ -80,6 +81,7 @@ def test_options_of_a_stage_replace_those_of_the_file_and_a_flag_both(tmp_path: 
     config.save(tmp_path)
     assert parse_arguments(["--config", str(tmp_path / "training_config.yaml")]) == config
     assert TrainingConfig(batch_size=2).stage_configs() == {}
+    assert parse_arguments(["--config", write(tmp_path, {1: {}})]).stages == {"1": {}}  # as YAML reads it
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,7 @@ def test_options_of_a_stage_replace_those_of_the_file_and_a_flag_both(tmp_path: 
         ({"one": {"patience": 1}}, "one.*eval_steps"),
         ({"one": {"seed": 1}}, "seed"),
         ({"one": {"output": "x"}}, "output"),
+        ({"one": {"report": True}}, "report"),
         ({"one": {"stages": {}}}, "stages"),
         ({"one": {}, "two": {"text_pooling": "mean"}}, "two.*text_pooling"),
     ],
@@ -169,7 +172,7 @@ def test_a_stage_is_a_run_from_the_best_checkpoint_before(
     assert "rest/checkpoint-4" in capsys.readouterr().err
     # without the list of ended stages each of them finds that it has ended
     list_of_ended = (output / STAGES_NAME).read_text()
-    for damaged in ("[", "1"):
+    for damaged in ("[", "1", '[[1, "checkpoint-1"]]'):
         (output / STAGES_NAME).write_text(damaged)
         assert main(["train", "--output", str(output), "--resume"]) == 2
         assert STAGES_NAME in capsys.readouterr().err
@@ -257,6 +260,31 @@ def test_a_run_stops_when_retrieval_no_longer_rises(
         for path in list_checkpoints(output):
             if path.name >= name:
                 shutil.rmtree(path)
+    # without the best one it has nothing to continue with
+    assert train_config(config) == output / "checkpoint-0"
+    shutil.rmtree(output / "checkpoint-0")
+    with pytest.raises(CheckpointError, match="checkpoint-0"):
+        train_config(config)
+
+
+def test_a_signal_in_the_last_evaluation_of_a_stage_stops_the_run(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    stages = {"heads": {"max_steps": 1}, "rest": {"max_steps": 1}}
+    config = parse_arguments(command(output, start, stages))
+    with monkeypatch.context() as patch:
+
+        def signalled(*arguments: Any) -> dict[str, float]:
+            signal.raise_signal(signal.SIGTERM)
+            return loop_validate(*arguments)
+
+        loop_validate = loop.validate
+        patch.setattr(loop, "validate", signalled)
+        with pytest.raises(loop.Interrupted):
+            train_config(config)
+    assert not (output / "rest").exists()
+    assert train_config(parse_arguments(["--output", str(output), "--resume"])) == output / "rest" / "checkpoint-1"
 
 
 def test_without_patience_a_run_returns_its_last_checkpoint(start: Path, tmp_path: Path) -> None:
