@@ -48,8 +48,8 @@ def num_steps(records: Dataset | IterableDataset, config: TrainingConfig, num_pr
     steps = max(1, int(round(config.num_epochs * batches, 6)) // config.gradient_accumulation_steps)
     if config.warmup_steps > steps:
         raise ValueError(
-            f"`warmup_steps` is {config.warmup_steps:g}, but the run has only {steps} steps. Reduce it, or pass a share "
-            "of all steps, such as 0.1."
+            f"`warmup_steps` is {config.warmup_steps:g}, but the run has only {steps} steps. Reduce it, or pass a "
+            "share of all steps, such as 0.1."
         )
     return steps
 

@@ -130,7 +130,7 @@ def write_outcome(
     rows = [Row(stages[-1].name, stages[-1].recalls), *(Row(stage.name, stage.recalls) for stage in stages[:-1])]
     rows += [] if heads is None else [Row(HEADS, heads)]
     below = below_heads(stages[-1].recalls, heads)
-    tables = recall_tables(rows)
+    tables = recall_tables(rows, len(held_out))
     print_tables("\n\n".join(f"{title}\n{table(head, body, 'text')}" for title, head, body in tables))
     if below is not None:
         logger.warning(below)
@@ -179,7 +179,7 @@ def below_heads(recalls: Mapping[str, float], heads: Mapping[str, float] | None)
     )
 
 
-def recall_tables(rows: Sequence[Row]) -> list[tuple[str, list[list[str]], list[list[str]]]]:
+def recall_tables(rows: Sequence[Row], number: int) -> list[tuple[str, list[list[str]], list[list[str]]]]:
     """Returns the tables of long and of short captions: title, two rows of column titles, and rows."""
     head = [
         ["", *(name for name in DIRECTIONS.values() for _ in KS)],
@@ -187,7 +187,7 @@ def recall_tables(rows: Sequence[Row]) -> list[tuple[str, list[list[str]], list[
     ]
     return [
         (
-            f"Retrieval by {kind} captions (%)",
+            f"Retrieval by {kind} captions (%), over {number:,} pictures",
             head,
             [
                 [row.name, *(f"{100 * row.recalls[name]:.1f}" for name in recall_names() if name.startswith(kind))]
