@@ -220,9 +220,11 @@ def checkpoint_name(name_or_path: str | os.PathLike, revision: str | None = None
     if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
         raise FileNotFoundError(f"{name}: there is no checkpoint folder of this name. Check the path.")
     if not os.path.isfile(os.path.join(name, "config.json")):
-        runs = sorted(Path(name).glob("checkpoint-*/config.json"), key=lambda one: (len(one.parent.name), one))
+        found = [*Path(name).glob("checkpoint-*/config.json"), *Path(name).glob("*/checkpoint-*/config.json")]
+        runs = sorted((one.parent for one in found), key=lambda one: (one.parent, len(one.name), one))
         if runs:
-            raise ValueError(f"{name} is the folder of a run, not a checkpoint. Pass {runs[-1].parent}.")
+            listed = " or ".join(map(str, runs[-4:]))
+            raise ValueError(f"{name} is the folder of a run, not a checkpoint. Pass {listed}.")
     return name
 
 

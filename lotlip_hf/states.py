@@ -137,7 +137,10 @@ class FrozenStates:
             missing = [key for key in new if key not in held]
             with store.adding(batch_size) as add:
                 for index, state, was_cut in self.encoder.iterate_texts(
-                    [new[key] for key in missing], batch_size=batch_size, progress=progress, pooled=self.pooled
+                    [new[key] for key in missing],
+                    batch_size=batch_size,
+                    progress=progress and bool(missing),
+                    pooled=self.pooled,
                 ):
                     add(missing[index], state.numpy(), CUT if was_cut else WHOLE)
                     if was_cut and not self._has_warned:

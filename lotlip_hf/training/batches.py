@@ -47,7 +47,10 @@ def num_steps(records: Dataset | IterableDataset, config: TrainingConfig, num_pr
     # Round first: in floating point 0.29 x 100 is a little less than 29.
     steps = max(1, int(round(config.num_epochs * batches, 6)) // config.gradient_accumulation_steps)
     if config.warmup_steps > steps:
-        raise ValueError(f"`warmup_steps` is {config.warmup_steps}, but the run has only {steps} steps. Reduce it.")
+        raise ValueError(
+            f"`warmup_steps` is {config.warmup_steps:g}, but the run has only {steps} steps. Reduce it, or pass a "
+            "share of all steps, such as 0.1."
+        )
     return steps
 
 

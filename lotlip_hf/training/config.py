@@ -265,7 +265,9 @@ class TrainingConfig:
     lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = option(
         "Schedule of the learning rate after the warmup", "cosine"
     )
-    warmup_steps: int = option("Steps in which the learning rate rises from 0", 0, at_least=0)
+    warmup_steps: float = option(
+        "Steps in which the learning rate rises from 0; a number below 1 is a share of all steps", 0, at_least=0
+    )
     weight_decay: float = option("Weight decay of matrices; biases, norms and logit scale have none", 0.05, at_least=0)
     beta1: float = option("First beta of AdamW", 0.9, at_least=0, below=1)
     beta2: float = option("Second beta of AdamW", 0.999, at_least=0, below=1)
@@ -339,8 +341,10 @@ class TrainingConfig:
             raise ValueError("`text_dtype` is for frozen text encoders. Remove it, or `unlocked_text_layers`.")
         if self.no_cache and self.cache is not None:
             raise ValueError("Set either `cache` or `no_cache`.")
+        if self.warmup_steps >= 1 and self.warmup_steps % 1:
+            raise ValueError(f"`warmup_steps` must be a whole number or below 1, got {self.warmup_steps}.")
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
-            raise ValueError(f"`warmup_steps` ({self.warmup_steps}) must not exceed `max_steps` ({self.max_steps}).")
+            raise ValueError(f"`warmup_steps` ({self.warmup_steps:g}) must not exceed `max_steps` ({self.max_steps}).")
         if self.streaming and self.max_steps is None:
             raise ValueError("`streaming` needs `max_steps`, because the length of a stream is unknown.")
         if self.eval_share is not None and (self.eval_data is not None or self.streaming):

@@ -1,5 +1,6 @@
 """Frozen parameters, the optimiser and the learning rate schedule."""
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -76,6 +77,12 @@ def layers_above(tower: LoTLIPTextModel | LoTLIPVisionModel, option: str) -> dic
     return above
 
 
+def warmup_steps(config: TrainingConfig, max_steps: int) -> int:
+    """Returns the steps of the warm-up. A share of `max_steps` is rounded up."""
+    warmup = config.warmup_steps
+    return math.ceil(round(warmup * max_steps, 6)) if warmup < 1 else int(warmup)
+
+
 def learning_rates(model: LoTLIPModel, config: TrainingConfig) -> dict[str, float]:
     """
     Returns the learning rate of each trained parameter by its name, which may have the prefixes of PEFT: the rate of
@@ -147,4 +154,4 @@ def make_optimizer(
         eps=config.epsilon,
         fused=device.type in ("cpu", "cuda"),
     )
-    return optimizer, get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, max_steps)
+    return optimizer, get_scheduler(config.lr_scheduler, optimizer, warmup_steps(config, max_steps), max_steps)

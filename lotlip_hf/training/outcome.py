@@ -86,7 +86,7 @@ def write_outcome(
     rows = {each.name: each.recalls for each in (stage, *stages[:-1])}
     rows |= {} if heads is None else {HEADS: heads}
     below = below_heads(stage.recalls, heads)
-    tables = recall_tables(rows)
+    tables = recall_tables(rows, len(held_out))
     print_tables("\n\n".join(f"{title}\n{table(head, body, 'text')}" for title, head, body in tables))
     if below is not None:
         logger.warning(below)
@@ -137,14 +137,14 @@ def below_heads(recalls: Mapping[str, float], heads: Mapping[str, float] | None)
     )
 
 
-def recall_tables(rows: Mapping[str, Mapping[str, float]]) -> list[Table]:
-    """Returns the tables of long and of short captions, with a row of recalls for each name."""
+def recall_tables(rows: Mapping[str, Mapping[str, float]], number: int) -> list[Table]:
+    """Returns the tables of long and of short captions over `number` pictures, with a row of recalls for each name."""
     tables = []
     for kind, names in RECALL_KEYS.items():
         parts = [name.removeprefix(f"{kind}_").rsplit("_r", 1) for name in names]
         head = [["", *(DIRECTIONS[direction] for direction, _ in parts)], ["", *(f"R@{k}" for _, k in parts)]]
         body = [[name, *(f"{100 * recalls[key]:.1f}" for key in names)] for name, recalls in rows.items()]
-        tables.append(Table(f"Retrieval by {kind} captions (%)", head, body))
+        tables.append(Table(f"Retrieval by {kind} captions (%), over {number:,} pictures", head, body))
     return tables
 
 

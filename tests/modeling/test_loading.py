@@ -129,12 +129,14 @@ def test_converters_take_hub_ids(hub: Hub, tmp_path: Path, official_checkpoint: 
             local_folder(name)
 
 
-def test_the_folder_of_a_run_names_its_last_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["run", "run/towers"])
+def test_the_folder_of_a_run_names_its_checkpoints(folder: str, tmp_path: Path) -> None:
     for step in (9, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="folder of a run.*checkpoint-100"):
-        checkpoint_name(tmp_path)
+        checkpoint = tmp_path / "run" / "towers" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="folder of a run.*towers/checkpoint-9 or .*towers/checkpoint-100"):
+        checkpoint_name(tmp_path / folder)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from lotlip_hf import LoTLIPConfig, LoTLIPModel, LoTLIPTextConfig, lora_targets
 from lotlip_hf.training.config import TrainingConfig
 from lotlip_hf.training.model import load_or_start_model
 from lotlip_hf.training.objective import Objective, make_objective
-from lotlip_hf.training.optim import freeze, learning_rates, make_optimizer
+from lotlip_hf.training.optim import freeze, learning_rates, make_optimizer, warmup_steps
 from lotlip_hf.training.terms.infonce import InfoNCE
 from lotlip_hf.training.terms.sigmoid import Sigmoid
 
@@ -124,6 +124,12 @@ def test_rates_default_to_the_common_one() -> None:
     rates = learning_rates(model, TrainingConfig(learning_rate=0.3, image_learning_rate=0.0))
     for name, rate in rates.items():
         assert rate == (0 if name.startswith("vision_model.") else 0.3)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(10, 10), (0, 0), (0.12, 11), (0.29, 27), (0.001, 1)])
+def test_a_warmup_below_one_is_a_share(warmup: float, steps: int) -> None:
+    config = TrainingConfig(model="scenes", data="scenes", warmup_steps=warmup)
+    assert warmup_steps(config, 90) == steps
 
 
 def test_lora_has_the_rates_of_its_layers() -> None:

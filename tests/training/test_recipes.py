@@ -69,9 +69,7 @@ def test_small_data_trains_its_stages(
 ) -> None:
     monkeypatch.setattr(linear_heads, "BATCH_SIZE", 32)  # of the baseline
     towers = save_towers(tmp_path, golden, *TOWERS["small-data"])
-    steps = (
-        "--batch-size 8 --max-steps 4 --warmup-steps 0 --eval-steps 2 --log-steps 1 --num-workers 0 --trackers none"
-    )
+    steps = "--batch-size 8 --max-steps 4 --eval-steps 2 --log-steps 1 --num-workers 0 --trackers none"
     data = ["--data", "scenes", "--num-scenes", "40", "--cache", str(tmp_path / "cache")]
     output = tmp_path / "run"
     argv = ["train", "--recipe", "small-data", *towers, *steps.split(), *data, "--output", str(output)]

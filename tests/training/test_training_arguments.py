@@ -50,6 +50,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
         (["--mapping", "nope"], "mapping"),
         (["--captioners", "1", "1"], "captioners"),
         (["--warmup-steps", "5", "--max-steps", "3"], "warmup_steps"),
+        (["--warmup-steps", "1.5"], "warmup_steps"),
         (["--eval-steps", "3"], "eval_data"),
         (["--eval-share", "1"], "eval_share"),
         (["--eval-share", "0.1", "--eval-data", "d"], "eval_data"),
