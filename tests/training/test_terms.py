@@ -182,12 +182,18 @@ def test_negatives_are_those_of_records_that_have_some() -> None:
     assert texts.grad.isfinite().all()
 
 
-def test_tags_are_classes_in_the_order_of_the_file() -> None:
+def test_tags_are_classes_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """A resumed run keeps the order that it started with."""
     term = Tags(VOCABULARY, 5).double()
     tags = [["Large  Square", "RED"], ["green"], ["green", "blue"]]
     digests = torch.tensor([[_digest([tag]) for tag in (row + row)[:2]] for row in tags])
     assert term.targets(digests).tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
     assert term.head.weight.shape == (4, 5)
+    (tmp_path / "tags.txt").write_text("small\nred\nblue\nlarge square", encoding="utf-8")
+    resumed = Tags(tmp_path / "tags.txt", 5)
+    assert not torch.equal(resumed.targets(digests), term.targets(digests))
+    resumed.load_state_dict(term.state_dict())
+    assert torch.equal(resumed.targets(digests), term.targets(digests))
     loss = loss_of(term, {"image_embeds": tensors(2)["image_embeds"], "tags": torch.zeros(2, 1, dtype=torch.long)})
     loss.backward()
     assert loss == 0
