@@ -208,8 +208,9 @@ class TrainingConfig:
     patch_dropout: float = option("Share of image patches to drop at random", 0.0, at_least=0, below=1)
 
     terms: list[str] = option(
-        "Terms of the loss: infonce, sigmoid, primary_components, and with --teacher instance, structure. Write a "
-        "weight other than 1 as in infonce:0.5",
+        "Terms of the loss: infonce, sigmoid, primary_components, soft_labels, hard_negatives; with columns of the "
+        "data negatives, tags; and with --teacher instance, structure, similarities, cosine. Write a weight other "
+        "than 1 as in infonce:0.5",
         default_factory=lambda: ["infonce"],
         group="Objective",
         metavar="TERM",
