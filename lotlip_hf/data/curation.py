@@ -29,6 +29,7 @@ from .records import without_images
 MAX_ENTRIES = 5_000_000
 MAX_WORDS = 64  # of an entry
 PART = 10_000  # records of a table that are read at a time; of a stream, it is a shard
+BATCH = 16  # records of a stream
 SAVE_SECONDS = 5
 STATE, IDS = "state.json", "ids"
 PUNCTUATION = re.compile(r"[,.;:?!`]")
@@ -209,7 +210,13 @@ class _Parts:
         if isinstance(self.records, Dataset):
             records = self.records.select(range(number * PART, min(len(self.records), (number + 1) * PART)))
         else:
-            records = self.records.shard(self.records.num_shards, number)
+            # `iter(shard)` would give the records of a shard to the first worker only.
+            batches = self.records.shard(self.records.num_shards, number).iter(BATCH)
+            records = (
+                dict(zip(batch, values, strict=True))
+                for batch in batches
+                for values in zip(*batch.values(), strict=True)
+            )
         for record in cast(Iterable[dict[str, Any]], records):
             try:
                 checked = check_record({**record, "image": None})

@@ -82,6 +82,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, golden: Path, official_ch
     shutil.copyfile(folder / "photos" / "cat.png", folder / "stamps" / "animals" / "cat.png")
     stamp = "A cat.\nde.utf8=Eine Katze.\nfr.utf8=Un chat.\nja.utf8=猫。\n"
     (folder / "stamps" / "animals" / "cat.txt").write_text(stamp, encoding="utf-8")
+    (folder / "entries.txt").write_text("red\nlarge\nblue circle\ngreen\n", encoding="utf-8")
     (folder / "captions.txt").write_text("A cat.\nA dog stands on a lawn. It holds a ball.\n", encoding="utf-8")
     for file in (golden / "official-corners2").iterdir():
         shutil.copyfile(file, folder / file.name)
