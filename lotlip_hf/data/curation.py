@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from datasets import Dataset, IterableDataset
+from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 
 from ..files import PARTIAL, parse_json, printable, publish, read_regular, write_json
@@ -262,7 +263,7 @@ def curate(
     Args:
         records (`Dataset` or `IterableDataset`): Records ([`~lotlip_hf.data.records.load_records`]). All short and
             long captions are matched. Images are not decoded.
-        entries ([`Entries`]): The entries.
+        entries (`Entries`): The entries.
         output (`str` or `os.PathLike`): Text file to write.
         t (`float`, *optional*, defaults to 20000): Number of matches from which on the matches of an entry are drawn.
         seed (`int`, *optional*, defaults to 0): Seed of the draws.
@@ -276,7 +277,8 @@ def curate(
 
     Raises:
         `RecordError`: If a record is broken and `on_error` is `"raise"`.
-        `ValueError`: If the interrupted call had other options, or no record is kept.
+        `ValueError`: If the interrupted call had other options, another process writes the same output, or no record
+            is kept.
         `OSError`: If a file cannot be written.
     """
     output = Path(output)
@@ -284,10 +286,20 @@ def curate(
     digest = hashlib.blake2b("\n".join(entries.names).encode(errors="surrogatepass"), digest_size=8).hexdigest()
     data = {"num_records": len(records)} if isinstance(records, Dataset) else {"num_shards": records.num_shards}
     identity = {**(options or {}), "metadata": digest, "t": t, "seed": seed, "on_error": on_error, **data}
-    state = _State(output.with_name(f"{output.name}{PARTIAL}"), identity, len(entries.names))
+    folder = output.with_name(f"{output.name}{PARTIAL}")
+    folder.mkdir(exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            return _curate(parts, _State(folder, identity, len(entries.names)), output, num_workers)
+    except Timeout as error:
+        raise ValueError(f"{folder} is in use by another process. Wait for it, or choose another output.") from error
+
+
+def _curate(parts: _Parts, state: "_State", output: Path, num_workers: int) -> Curation:
+    """Counts, draws, and moves the ids to `output`."""
     for number, title in enumerate(("Counting", "Drawing")):
         if number:
-            parts.chances = probabilities(state.counts[0], t)
+            parts.chances = probabilities(state.counts[0], state.identity["t"])
         if state.number == number:
             loader = DataLoader(
                 parts,  # pyright: ignore[reportArgumentType]
@@ -307,7 +319,7 @@ def curate(
             state.next()
     state.finish(output)
     numbers = {name: state.records[name] for name in ("kept", "dropped", "unmatched", "broken")}
-    return Curation(entries.names, *state.counts, numbers)
+    return Curation(parts.entries.names, *state.counts, numbers)
 
 
 class _State:
@@ -323,7 +335,6 @@ class _State:
         self.records: Counter[str] = Counter()
         if (folder / STATE).exists():
             self._read()
-        folder.mkdir(exist_ok=True)
         self._ids = open(folder / IDS, "ab")
         self._ids.truncate(self.length)
         self._saved = time.monotonic()

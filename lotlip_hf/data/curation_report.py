@@ -37,7 +37,7 @@ def report(curation: Curation, t: float) -> dict[str, Any]:
     Returns the numbers of a curation, for JSON.
 
     Args:
-        curation ([`Curation`]): Result of [`curate`].
+        curation (`Curation`): Result of [`curate`].
         t (`float`): Number of matches from which on matches were drawn.
 
     Returns:
@@ -89,7 +89,7 @@ def plot(curation: Curation, t: float, file: str | os.PathLike) -> None:
     Draws the matches of each entry in all and in the kept records.
 
     Args:
-        curation ([`Curation`]): Result of [`curate`].
+        curation (`Curation`): Result of [`curate`].
         t (`float`): Number of matches from which on matches were drawn.
         file (`str` or `os.PathLike`): Picture file to write.
 

@@ -66,7 +66,7 @@ def keep_records(records: Dataset | IterableDataset, ids: KeptIds) -> Dataset | 
 
     Args:
         records (`Dataset` or `IterableDataset`): Records.
-        ids ([`KeptIds`]): The ids.
+        ids (`KeptIds`): The ids.
 
     Returns:
         `Dataset` or `IterableDataset`: The kept records.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
+from filelock import FileLock
 from PIL import Image
 
 from lotlip_hf.cli import main
@@ -236,6 +237,8 @@ def test_an_interrupted_run_wants_the_same_options(tmp_path: Path, entries: Path
         curate(records, Entries.read(entries), output, t=6)
     with pytest.raises(ValueError, match="`metadata`"):
         curate(records, Entries(["dog"]), output, t=5)
+    with FileLock(tmp_path / "ids.txt.partial" / "lock"), pytest.raises(ValueError, match="another process"):
+        curate(records, Entries.read(entries), output, t=5)
     state = tmp_path / "ids.txt.partial" / "state.json"
     whole = json.loads(state.read_text())
     for position in ([0, 0, 10**9], [0, -1, 0], ["0", 0, 0]):
