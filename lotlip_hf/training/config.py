@@ -22,7 +22,7 @@ CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
 # Options of the strategies in `captions`; a strategy uses those that it has as fields
 TEXT_OPTIONS = ("num_long_texts", "num_sentences", "captioners", "sentence_order", "splitter")
-# Options that may change when a run is resumed, because they do not change the result
+# Options that may change when a run is resumed, because they do not change the result; of `keep`, the ids are compared
 RESUMABLE = frozenset(
     "output resume cache keep on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
     "save_total_limit trackers report gradient_checkpointing compile".split()
