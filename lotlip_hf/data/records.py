@@ -241,8 +241,21 @@ def first_error(records: Dataset | IterableDataset) -> str | None:
     """Returns the first `error` in a table of [`read_table`], or `None`."""
     if not isinstance(records, Dataset) or records.features.get("image") != FEATURES["image"]:
         return None
-    errors = records.data.column("error").drop_null()
+    errors = records.select_columns("error").with_format("arrow")[:]["error"].drop_null()
     return errors[0].as_py() if len(errors) else None
+
+
+def ids_of(records: Dataset) -> Iterator[str]:
+    """Yields the ids of a table of records."""
+    return (record["id"] for record in without_images(records))
+
+
+def without_images(records: Any) -> Any:
+    """Returns records without their images if they are a table of [`read_table`] or have no transform; else as is."""
+    if isinstance(records, Dataset) and "image" in records.features:
+        if records.features["image"] == FEATURES["image"] or records.format["type"] is None:
+            return records.remove_columns("image")
+    return records
 
 
 def _blocks(files: Sequence[str], mapping: ColumnMapping, max_bytes: int) -> Iterator[list[dict[str, Any]]]:

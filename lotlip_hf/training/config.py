@@ -22,9 +22,9 @@ CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
 # Options of the strategies in `captions`; a strategy uses those that it has as fields
 TEXT_OPTIONS = ("num_long_texts", "num_sentences", "captioners", "sentence_order", "splitter")
-# Options that may change when a run is resumed, because they do not change the result
+# Options that may change when a run is resumed, because they do not change the result; of `keep`, the ids are compared
 RESUMABLE = frozenset(
-    "output resume cache on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
+    "output resume cache keep on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
     "save_total_limit trackers report gradient_checkpointing compile".split()
 )
 # Options that only a new model of two encoders has
@@ -182,6 +182,11 @@ class TrainingConfig:
     )
     split: str | None = option(
         "Split to read; 'all' reads all (default: train on the Hub; required for a folder with several)", None
+    )
+    keep: str | None = option(
+        "Text file of ids, one a line, as `lotlip curate` writes it: train only on these records of --data",
+        None,
+        metavar="FILE",
     )
     streaming: bool = option("Read records in order, without a copy on disk; needs --max-steps", False)
     shuffle_buffer: int = option("Records among which a stream is shuffled", 10_000, at_least=1)

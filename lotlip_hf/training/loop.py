@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers.utils import logging
 
 from ..data.collator import Batch, LoTLIPCollator
+from ..data.kept import KeptIds
 from ..distributed import any_rank, gather_lists, max_over_ranks, raise_on_all_ranks
 from ..files import write_json
 from ..images import set_max_image_pixels
@@ -165,6 +166,7 @@ class _Run:
         self.output = Path(config.output)
         self.max_steps = num_steps(records, config, accelerator.num_processes)
         self.epoch, self.next_batch, self.step = 0, 0, 0
+        self.kept = None if config.keep is None else KeptIds(config.keep).digest
         self.ids: list[str] = []  # ids of the records in the last step
         self.counts: Counter[str] = Counter()
         self.meter = Meter()
@@ -449,8 +451,8 @@ class _Run:
     def _data(self) -> dict[str, Any]:
         """Returns the values that determine the order of the records together with the options."""
         if isinstance(self.records, IterableDataset):
-            return {"num_workers": self.config.num_workers}  # the workers divide the shards
-        return {"num_records": len(self.records)}
+            return {"keep": self.kept, "num_workers": self.config.num_workers}  # the workers divide the shards
+        return {"keep": self.kept, "num_records": len(self.records)}
 
     def _save_model(self, folder: Path) -> None:
         model = extract_model_from_parallel(self.model)

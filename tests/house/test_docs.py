@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import doctest
-import importlib
 import inspect
 import io
 import json
@@ -82,6 +81,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, golden: Path, official_ch
     shutil.copyfile(folder / "photos" / "cat.png", folder / "stamps" / "animals" / "cat.png")
     stamp = "A cat.\nde.utf8=Eine Katze.\nfr.utf8=Un chat.\nja.utf8=猫。\n"
     (folder / "stamps" / "animals" / "cat.txt").write_text(stamp, encoding="utf-8")
+    (folder / "entries.txt").write_text("red\nlarge\nblue circle\ngreen\n", encoding="utf-8")
     (folder / "captions.txt").write_text("A cat.\nA dog stands on a lawn. It holds a ball.\n", encoding="utf-8")
     for file in (golden / "official-corners2").iterdir():
         shutil.copyfile(file, folder / file.name)
@@ -221,31 +221,6 @@ def test_links_lead_somewhere(file: str) -> None:
             found = (REPOSITORY / file).parent / path if path else REPOSITORY / file
             assert found.exists(), target
             assert not anchor or anchor in headings(str(found)), target
-
-
-def test_each_how_of_the_neighbours_works(parse: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(REPOSITORY)  # recipes
-    rows = [line.split(" | ") for line in read("docs/neighbours.md").splitlines() if line.startswith("| ")]
-    hows = [row[2] for row in rows if "`" in row[2]]
-    assert len(hows) > 20
-    for how in hows:
-        code = re.findall(r"`(.*?)`", how)[0]
-        if code.startswith("lotlip_hf."):
-            value = lotlip_hf
-            for name in code.split(".")[1:]:
-                value = getattr(value, name, None) or importlib.import_module(f"{value.__name__}.{name}")
-        elif code.startswith("lotlip train") or code.startswith("--"):
-            words = shlex.split(code.removeprefix("lotlip train"))
-            parse_arguments(words if "--data" in words else [*words, "--model", "checkpoint", "--data", "pictures"])
-        else:
-            parse(lotlip, shlex.split(code)[1:])
-
-
-def test_each_test_of_the_neighbours_exists() -> None:
-    found = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", read("docs/neighbours.md"))
-    assert len(found) > 5
-    for file, name in found:
-        assert f"def {name}(" in read(file), f"{file}::{name}"
 
 
 def examples(name: str) -> str:
