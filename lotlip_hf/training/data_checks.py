@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
@@ -19,6 +19,7 @@ from ..images import ImageError, background_of, load_image
 from ..modeling.modeling_lotlip import LoTLIPModel
 from ..modeling.processing_lotlip import LoTLIPProcessor
 from .config import TrainingConfig
+from .terms import make_terms
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +32,7 @@ MANY_EPOCHS, MANY_EPOCHS_OF_HEADS = 20, 200
 LEAST_SHARE = 0.01  # of the captions
 FLAT = 8  # maximum difference between the values of a channel in an image of one colour
 SHOWN = 60  # characters of a caption
+ROLES = {"negative_embeds": "negatives", "tags": "tags"}  # tensors that terms need, and their fields
 
 
 def warn_of_data(
@@ -42,9 +44,9 @@ def warn_of_data(
 ) -> list[str]:
     """
     Logs warnings on the main process, each once in a program: records that are never seen or seen very often, texts
-    that are cut, captions that several records share, and images of one colour. The time does not grow with the number
-    of records, because captions and images are checked on a sample, which the seed determines. Broken records are left
-    out. A stream is not checked.
+    that are cut, captions that several records share, fields that a term needs and no record has, and images of one
+    colour. The time does not grow with the number of records, because captions and images are checked on a sample,
+    which the seed determines. Broken records are left out. A stream is not checked.
 
     Args:
         model (`LoTLIPModel`): The model.
@@ -65,6 +67,7 @@ def warn_of_data(
         _passes(len(records), config, max_steps),
         _cut_texts(sample[:TOKENISED], encoder, config),
         _equal_captions(sample, config),
+        *_missing_roles(sample, config),
         _flat_images(records, indices[:DECODED], processor),
     ]
     shown = [warning for warning in warnings if warning is not None]
@@ -159,6 +162,17 @@ def _equal_captions(records: Sequence[Record], config: TrainingConfig) -> str | 
         "captions that differ, or keep one picture of each. If a step draws parts of captions, pass --term-options "
         "infonce.equal_positives=true, else parts of equal captions are false negatives."
     )
+
+
+def _missing_roles(records: Sequence[Record], config: TrainingConfig) -> Iterator[str]:
+    """Names the fields that a term needs and no record has."""
+    for name, term in make_terms(config.terms, config.term_options)[0].items():
+        for role in (ROLES[need] for need in cast(Any, term).needs & ROLES.keys()):
+            if not any(record.get(role) for record in records):
+                yield (
+                    f"None of {len(records):,} records has `{role}`, so the term {name} has no effect. Add this field "
+                    "to the data."
+                )
 
 
 def _flat_images(records: Dataset, indices: Sequence[int], processor: Any) -> str | None:
