@@ -15,11 +15,11 @@ class Mixed(SubCaptions):
     Draws the long texts as [`SubCaptions`] does, and the short text from several captions: the short caption with
     `short_probability`, else one of the record's `rewrites`, or without rewrites a sub-caption of a long caption.
 
-    If the drawn text has fewer than two words, or the record has neither rewrites nor long captions, the short text is
-    the short caption. For LaCLIP's uniform draw from the short caption and R rewrites, the probability is 1 / (1 + R).
+    If the drawn text has fewer than two words, separated by white space, or the record has neither rewrites nor long
+    captions, the short text is the short caption. For LaCLIP's uniform draw from the short caption and R rewrites, the
+    probability is 1 / (1 + R). The other arguments are those of [`SubCaptions`].
 
     Args:
-        num_long_texts, num_sentences, captioners, sentence_order, splitter: See [`SubCaptions`].
         short_probability (`float`, *optional*, defaults to 0.5): Probability of the short caption.
 
     Raises:
