@@ -143,11 +143,10 @@ def embed(model: nn.Module, batch: Mapping[str, Any], needs: Collection[str]) ->
         "text_embeds": outputs.text_embeds if outputs.text_embeds.dim() == 3 else outputs.text_embeds.unsqueeze(1),
         "corner_embeds": outputs.corner_embeds,
     }
-    if num_negatives:
-        texts = embeds["text_embeds"]
+    if num_negatives and (texts := embeds["text_embeds"]) is not None:
         embeds["text_embeds"], embeds["negative_embeds"] = texts[:, :-num_negatives], texts[:, -num_negatives:]
-        if has_corners and outputs.corner_embeds is not None:
-            embeds["corner_embeds"] = outputs.corner_embeds[:, :num_long]
+        if outputs.corner_embeds is not None:
+            embeds["corner_embeds"] = outputs.corner_embeds[:, :-num_negatives]
     return {name: value for name, value in {**embeds, **tensors}.items() if name in needs and value is not None}
 
 
