@@ -44,7 +44,8 @@ class ColumnMapping:
             For samples with several images, name the extension of one (`input.jpg`).
         long (`str` or `tuple[str, ...]`, *optional*, defaults to `"long_captions"`): Columns of the long captions. A
             value is a text or a list of texts. The captioners are numbered in this order. `*` and `?` match parts of a
-            name (`long*_captions`), and the matches keep the order of the data set. `()` reads no long captions.
+            name (`long*_captions`), and the matches keep the order of the data set. `()` reads no long captions. With
+            `None` at the end of a tuple, the data set may lack the columns.
         short (`str` or `tuple[str, ...]`, *optional*, defaults to `("short_caption", None)`): Column of the short
             caption. `None` means the first sentence of the first long caption. In a tuple, `None` comes last and is
             used if no column exists.
@@ -56,7 +57,7 @@ class ColumnMapping:
     """
 
     image: str | tuple[str, ...] = ("image", "file_name")
-    long: str | tuple[str, ...] = "long_captions"
+    long: str | tuple[str | None, ...] = "long_captions"
     short: str | tuple[str | None, ...] | None = ("short_caption", None)
     id: str | tuple[str, ...] | None = "id"
     negatives: str | None = None
@@ -120,15 +121,16 @@ def resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Colu
         if not mapping.long or isinstance(mapping.short, str) or None not in mapping.short:
             raise missing("short", alternatives(mapping.short))
     long: list[str] = []
+    may_lack = isinstance(mapping.long, tuple) and None in mapping.long and short is not None
     for wanted in alternatives(mapping.long):
         if "*" in wanted or "?" in wanted:
             matched = [column for column in columns if fnmatchcase(column, wanted) and column != short]
             long += [column for column in matched if column not in long]
         elif column_of(wanted, columns):
             long.append(wanted)
-        else:
+        elif not may_lack:
             raise missing("long", (wanted,))
-    if not long and mapping.long:
+    if not long and mapping.long and not may_lack:
         raise missing("long", alternatives(mapping.long))
     image = first(alternatives(mapping.image))
     if image is None:

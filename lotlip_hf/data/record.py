@@ -141,7 +141,7 @@ def check_record(record: Mapping[str, Any]) -> Record:
     checked = {name: value for name, value in record.items() if name not in OPTIONAL}
     for name, kind in OPTIONAL.items():
         value = record.get(name)
-        if value := [text for text in value if text] if value and kind is TEXTS else value:
+        if value := [text for text in value if text and text.strip()] if value and kind is TEXTS else value:
             checked[name] = value
     captions = [caption or "" for caption in record["long_captions"] or ()]
     return cast(Record, {**checked, "id": record_id, "long_captions": captions})

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast, get_type_hints
 import yaml
 
 from .. import options
-from ..data.mappings import MAPPINGS, ColumnMapping
+from ..data.mappings import MAPPINGS, ColumnMapping, alternatives
 from ..data.record import Draw
 from ..data.sampling import STRATEGIES
 from ..files import MAX_BYTES, replacing
@@ -21,7 +21,7 @@ from ..options import option
 CONFIG_NAME = "training_config.yaml"
 SCENES = "scenes"
 # Options of the strategies in `captions`; a strategy uses those that it has as fields
-TEXT_OPTIONS = ("num_long_texts", "num_sentences", "captioners", "sentence_order", "splitter")
+TEXT_OPTIONS = ("num_long_texts", "num_sentences", "captioners", "sentence_order", "splitter", "short_probability")
 # Options that may change when a run is resumed, because they do not change the result; of `keep`, the ids are compared
 RESUMABLE = frozenset(
     "output resume cache keep on_error image_root max_image_pixels max_record_bytes num_workers log_steps save_steps "
@@ -209,6 +209,15 @@ class TrainingConfig:
     sentence_order: Literal["written", "shuffled"] = option("Order of the drawn sentences", "written")
     splitter: Literal["sentences", "full_stops"] = option(
         "How captions are split into sentences; 'full_stops' as the official code does", "sentences"
+    )
+    short_probability: float = option(
+        "Probability of the short caption as the short text with --captions mixed, else a rewrite of it",
+        0.5,
+        at_least=0,
+        at_most=1,
+    )
+    num_negatives: int = option(
+        "Negatives of a record to draw in each step, if a term uses them, such as negatives", 1, at_least=1
     )
     patch_dropout: float = option("Share of image patches to drop at random", 0.0, at_least=0, below=1)
 
@@ -424,7 +433,9 @@ class TrainingConfig:
         if self.short_column is not None:
             mapping = dataclasses.replace(mapping, short=None if self.short_column == "none" else self.short_column)
         if not self.num_long_texts and mapping.short is not None:
-            mapping = dataclasses.replace(mapping, long=())
+            # `mixed` draws short texts from long captions, if there are any.
+            long = (*alternatives(mapping.long), None) if self.captions == "mixed" else ()
+            mapping = dataclasses.replace(mapping, long=long)
         columns = {
             "image": self.image_column,
             "long": None if self.long_columns is None else tuple(self.long_columns),

@@ -210,6 +210,8 @@ class _Run:
             frozen=self.frozen,
             return_texts=self.teacher is not None,
             return_text_keys="text_keys" in self.objective.needs,
+            num_negatives=config.num_negatives if "negative_embeds" in self.objective.needs else 0,
+            return_tags="tags" in self.objective.needs,
         )
         if self.checkpoint is not None:
             self._load(self.checkpoint)

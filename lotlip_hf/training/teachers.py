@@ -68,5 +68,8 @@ def add_teacher(batch: Batch, teacher: Teacher | None, needs: Collection[str]) -
     """Adds the tensors in `needs` that the teacher computes to a batch of the collator, which has `texts`."""
     if teacher is None or TEXT_EMBEDS not in needs:
         return batch
+    texts = batch["texts"]
+    if "negative_mask" in batch:
+        texts = [row[: -batch["negative_mask"].shape[1]] for row in texts]  # negatives have no target
     # Tensors come first: accelerate reads the size of a batch from its first entry.
-    return cast(Batch, {TEXT_EMBEDS: teacher.text_embeds(batch["texts"]), **batch})
+    return cast(Batch, {TEXT_EMBEDS: teacher.text_embeds(texts), **batch})
