@@ -144,8 +144,8 @@ def _card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Seque
     )
     captioners = [
         f"| {_cell(published_name(one.model))} | {_cell(', '.join(known)) or '-'} | "
-        f"{'an endpoint' if one.endpoint else 'transformers'} | {one.input} | {ROLES[one.role]} | "
-        f"{_cell(one.prompt) or '(none)'} | "
+        f"{'an endpoint' if one.endpoint else 'transformers'} | "
+        f"{f'{one.input} | {ROLES[one.role]} | ' if config.uses_texts else ''}{_cell(one.prompt) or '(none)'} | "
         f"{_code(one.published_settings())} | {_code(json.dumps(dict(one.retry)))} |"
         for one, known in zip(config.captioners, revisions, strict=False)
     ]
@@ -167,10 +167,12 @@ def _card(config: RelabelConfig, statistics: Mapping[str, Any], revisions: Seque
         number=len(config.captioners),
         models="model" if len(config.captioners) == 1 else "models",
         title="long captions" if config.writes_long else "captions",
-        written="Long captions" if not config.has_roles else "Captions",
+        written="Long captions" if not config.uses_texts else "Captions",
         long=LONG if config.writes_long else "long captions of the source data",
-        columns=ROLE_COLUMNS if config.has_roles else "",
-        details=", `.input`, `.role`" if config.has_roles else "",
+        head=" input | field |" if config.uses_texts else "",
+        rule=" --- | --- |" if config.uses_texts else "",
+        columns=ROLE_COLUMNS if config.uses_texts else "",
+        details=", `.input`, `.role`" if config.uses_texts else "",
         table=statistics_table(statistics),
         tokenizer=_code(published_name(config.tokenizer)),
         skipped=f"{statistics['skipped']:,}",
@@ -212,8 +214,8 @@ Skipped records: {skipped}. Their image is unreadable, or they have no caption. 
 
 ## Captioning models
 
-| model | revision | run by | input | field | prompt | settings | changes for further attempts |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| model | revision | run by |{head} prompt | settings | changes for further attempts |
+| --- | --- | --- |{rule} --- | --- | --- |
 {captioners}
 
 ## Quality of the captions

@@ -121,9 +121,12 @@ class RelabelConfig:
         return any(one.role == "long" for one in self.captioners)
 
     @property
-    def has_roles(self) -> bool:
-        """Whether a captioner writes anything but long captions. The shards then have all fields of the records."""
-        return any(one.role != "long" for one in self.captioners)
+    def uses_texts(self) -> bool:
+        """
+        Whether a captioner reads texts or writes something else than long captions. The shards then have all fields of
+        the records.
+        """
+        return any(one.input != "image" or one.role != "long" for one in self.captioners)
 
     def column_mapping(self) -> "ColumnMapping":
         """

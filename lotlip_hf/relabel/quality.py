@@ -226,7 +226,9 @@ def judge_list(
     lines = [line for line in text.split("\n") if HAS_WORD.search(line)]
     if len(lines) > 1 and lines[0].rstrip(" *_")[-1:] in COLONS:
         del lines[0]
-    texts = [LINE_START.sub("", line).strip() for line in (re.split("[,\n]", "\n".join(lines)) if commas else lines)]
+    texts = [
+        LINE_START.sub("", f"{line} ").strip() for line in (re.split("[,\n]", "\n".join(lines)) if commas else lines)
+    ]
     texts = [one for one in texts if HAS_WORD.search(one)]
     found = set()
     if finished is False and texts:

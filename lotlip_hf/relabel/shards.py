@@ -39,7 +39,7 @@ CAPTION = {
     **dict.fromkeys(("reasons", "earlier_reasons"), TEXTS),
     "dropped": Value("string"),
 }
-# Further fields of runs with a role other than long
+# Further fields of runs that read texts or write other fields than long captions
 ROLE_FIELDS = {name: COLUMNS[kind] for name, kind in OPTIONAL.items()}
 ROLE_CAPTION = {"input": Value("string"), "role": Value("string")}
 
@@ -85,7 +85,7 @@ def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer
                 skipped.append({**entry, "reason": image})
                 continue
             described = [
-                _describe(options, journal.header["revision"], caption, tokenizer, config.has_roles)
+                _describe(options, journal.header["revision"], caption, tokenizer, config.uses_texts)
                 for options, journal, caption in zip(config.captioners, journals, captions, strict=True)
             ]
             details.append(described)
@@ -101,7 +101,7 @@ def write_chunk(config: RelabelConfig, chunk: Chunk, storage: Storage, tokenizer
                 "image": image,
                 "short_caption": short_caption,
                 "long_captions": texts,
-                **(_role_fields(record, captions, config) if config.has_roles else {}),
+                **(_role_fields(record, captions, config) if config.uses_texts else {}),
                 "captions": described,
             }
 
@@ -151,11 +151,11 @@ def _describe(
     revision: str | None,
     caption: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    has_roles: bool,
+    uses_texts: bool,
 ) -> dict[str, Any]:
     """Returns the entry of a caption in the column `captions`."""
     return {
-        **({"input": options.input, "role": options.role} if has_roles else {}),
+        **({"input": options.input, "role": options.role} if uses_texts else {}),
         "model": published_name(options.model),
         "revision": revision,
         "prompt": options.prompt,
@@ -222,7 +222,7 @@ def write_shard(file: BinaryIO, rows: Iterable[Mapping[str, Any]], config: Relab
     produce the same bytes.
     """
     if config.format == "parquet":
-        fields, caption = (ROLE_FIELDS, ROLE_CAPTION) if config.has_roles else ({}, {})
+        fields, caption = (ROLE_FIELDS, ROLE_CAPTION) if config.uses_texts else ({}, {})
         schema = Features({**FIELDS, **fields, "captions": List({**caption, **CAPTION})}).arrow_schema
         with pq.ParquetWriter(file, schema) as writer:
             for group in _row_groups(rows):

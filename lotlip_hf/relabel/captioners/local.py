@@ -309,7 +309,7 @@ def _load_model(config: CaptionerConfig, device: str | torch.device | None) -> t
     return model if config.device_map else model.to(device), revision
 
 
-def _model_class(name: str, config: PreTrainedConfig, reads_text: bool) -> Any:
+def _model_class(name: str, config: PreTrainedConfig, reads_text: bool = False) -> Any:
     """Returns the class of a model that reads what the captioner reads; raises a `ValueError` for other models."""
     model_class = AutoModelForImageTextToText._model_mapping.get(type(config), None)
     if model_class is None and reads_text:
