@@ -8,9 +8,9 @@ with openai_server(fault=each_image_first("429")) as server:
 ```
 
 A request may also be a text without an image. Its captions are a function of the decoded image, the prompt, the
-model's name and, where tokens are drawn, the seed; so two runs can be compared byte for byte. What it does wrong is up
-to `fault(number, image, body)`, which gets the number of the request, from 0, the decoded image and the request's JSON,
-and returns one of these, or None:
+model's name and, where tokens are drawn, the seed; so two runs can be compared byte for byte. What it does wrong is
+up to `fault(number, image, body)`, which gets the number of the request, from 0, the decoded image and the request's
+JSON, and returns one of these, or None:
 
 | fault | what the server does |
 | --- | --- |

@@ -85,8 +85,11 @@ def relabel(
 
     - `id` and `image`;
     - `short_caption`: the raw caption, or the first sentence of the first long caption;
-    - `long_captions`: one caption by each captioner, empty if it was dropped;
-    - `captions`: model, settings and problems of each long caption.
+    - `long_captions`: one caption by each captioner with the role `"long"`, empty if it was dropped. If no captioner
+      has this role, the long captions of the records;
+    - `rewrites`, `negatives`, `tags`, `regions` and `group`, if a captioner reads texts or has another role: the
+      answers with the role of the field, or else the field of the records;
+    - `captions`: model, settings and problems of the answer of each captioner.
 
     The files contain no absolute paths. Images are named by their path relative to the image folder (see
     [`image_base`]), and local models by the name of their folder.

@@ -13,9 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from transformers import LlamaForCausalLM
 
-import tiny_clip
 from lotlip_hf.cli import main
 from lotlip_hf.data.records import load_records
 from lotlip_hf.options import Parser
@@ -29,7 +27,7 @@ from lotlip_hf.training.config import recipes
 from openai_server import describe, openai_server, use_in_process
 from processes import Started, finish
 from scripts import load_script
-from tiny_captioners import CHAT_TEMPLATE, counting_tokenizer, language_model, save_llava, tokenizer
+from tiny_captioners import counting_tokenizer, save_llama, save_llava
 
 NUMBER = 11
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -351,21 +349,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """LLaVA, and language models with and without a chat template."""
     folder = tmp_path_factory.mktemp("models")
     save_llava(folder / "llava", seed=2)
-    for name, template in (("chat", STRING_TEMPLATE), ("base", None)):
-        words = tokenizer()
-        model = LlamaForCausalLM(language_model("llama", words))
-        tiny_clip.random_weights(model, 4)
-        model.save_pretrained(folder / name)
-        words.chat_template = template
-        words.save_pretrained(folder / name)
+    save_llama(folder / "chat", seed=4)
+    save_llama(folder / "base", seed=4, chat_template=None)
     return {name: str(folder / name) for name in ("llava", "chat", "base")}
-
-
-STRING_TEMPLATE = CHAT_TEMPLATE.replace(
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} "
-    "{% endif %}{% endfor %}",
-    "{{ message['content'] + ' ' }}",
-)
 
 
 def local(model: str, **options: Any) -> CaptionerConfig:
