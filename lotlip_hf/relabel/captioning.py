@@ -136,8 +136,8 @@ class Captioning:
                 yield opened.chunk
 
     def _texts(self, chunk: Chunk) -> list[_Texts]:
-        """Returns what the prompts of a chunk contain."""
-        if self.options.input == "image":
+        """Returns the texts that the prompts of a chunk contain, or that its answers must differ from."""
+        if self.options.input == "image" and self.options.role == "long":
             return [_Texts()] * len(chunk.records)
         earlier = [
             (self.config.captioners[number].role, open_journal(self.config, chunk, number).captions())
@@ -253,15 +253,16 @@ class Captioning:
             if len(images) > 1:
                 asked = zip(images, prompts, seeds, strict=True)
                 return [self._ask(captioner, [image], [text], settings, [seed])[0] for image, text, seed in asked]
-            test_image = None if self.options.input == "text" else Image.new("RGB", (224, 224), "grey")
+            what = "text" if self.options.input == "text" else "image"
+            test_image = Image.new("RGB", (224, 224), "grey") if what == "image" else None
             try:
                 captioner.answer([test_image], settings, seeds, *([self.options.test_prompt] for _ in own))
             except IMAGE_ERRORS:
                 reason = f"{type(error).__name__}: {error}"
                 raise ValueError(
-                    f"{self.options.model} fails on every image ({reason}). The captions so far are saved."
+                    f"{self.options.model} fails on every {what} ({reason}). The captions so far are saved."
                 ) from error
-            return [Answer("", error=f"the model fails on this image ({type(error).__name__}: {error})")]
+            return [Answer("", error=f"the model fails on this {what} ({type(error).__name__}: {error})")]
 
 
 def _without_text(prompt: str, texts: _Texts) -> dict[str, Any]:

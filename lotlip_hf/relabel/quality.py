@@ -26,7 +26,7 @@ from ..options import check, option
 REASONS = {
     "empty": "The answer has no words.",
     "refusal": "The model answers that it cannot see or describe the image.",
-    "copied_prompt": "The caption is the prompt, starts with it, or mostly consists of its words.",
+    "copied_prompt": "The caption is the prompt, starts with it, mostly consists of its words, or lists known ones.",
     "loop": "A group of words or characters is repeated many times in a row.",
     "repeated_sentence": "A sentence occurs more than once.",
     "cut_off": "The answer is incomplete. It is trimmed to its last complete sentence, if it has one.",
