@@ -463,9 +463,9 @@ def make_parser(**settings: str) -> options.Parser:
 
 
 def recipes() -> dict[str, Path]:
-    """Returns the files of the packaged recipes by name."""
+    """Returns the files of the packaged recipes by name, without those of `lotlip relabel`."""
     folder = Path(str(importlib.resources.files("lotlip_hf.recipes")))
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {file.stem: file for file in sorted(folder.glob("*.yaml")) if not file.stem.endswith("-relabel")}
 
 
 def parse_arguments(argv: Sequence[str] | None = None, **parser: str) -> TrainingConfig:

@@ -28,7 +28,7 @@ from lotlip_hf.conversion.clip import convert as convert_clip
 from lotlip_hf.scenes.dataset import long_captions, render, scene, short_caption
 from lotlip_hf.training.config import parse_arguments
 from scripts import load_script
-from tiny_captioners import save_instructblip, save_llava
+from tiny_captioners import save_instructblip, save_llama, save_llava
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FILES = ["README.md", "MODEL_CARD.md", *sorted(f"docs/{file.name}" for file in (REPOSITORY / "docs").glob("*.md"))]
@@ -92,6 +92,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, golden: Path, official_ch
     # as if they came from the Hub
     save_instructblip(folder / "Salesforce" / "instructblip-vicuna-7b")
     save_llava(folder / "llava-hf" / "llava-1.5-7b-hf")
+    save_llama(folder / "lmsys" / "vicuna-7b-v1.5", chat_template=None)
+    save_llama(folder / "Qwen" / "Qwen2.5-7B-Instruct")
     BertTokenizer.from_pretrained(golden / "tokenizer").save_pretrained(folder / "google-bert" / "bert-base-uncased")
     (folder / "shards").mkdir()
     with tarfile.open(folder / "shards" / "0.tar", "w") as shard:

@@ -15,7 +15,8 @@ from lotlip_hf.training import linear_heads
 from lotlip_hf.training.config import parse_arguments
 from lotlip_hf.training.log import read_log
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.endswith("-relabel"))
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 IMAGE = {**SIZE, "num_hidden_layers": 4, "image_size": 32, "patch_size": 16}
 # Model types of the two encoders.
