@@ -44,6 +44,7 @@ class Batch(ModelInputs):
     texts: list[list[str]]  # [B][T], instead of ids and masks if `frozen` contains texts, or with `return_texts`
     text_keys: torch.Tensor  # [B, T], digests of the captions, only with `return_text_keys`
     return_loss: bool  # `True`, so that `model(**batch)` returns a loss
+    teacher_inputs: dict[str, Any]  # only with `read_for_teacher`
     ids: list[str]  # only with `return_ids`
     counts: dict[str, int]  # only with `return_ids`
 
@@ -73,6 +74,9 @@ class LoTLIPCollator:
             with `equal_positives`: for a short text the digest of the short caption, for a long text that of all long
             captions of the record. Case and white space do not change a digest. `model(**batch)` does not accept
             `text_keys`.
+        read_for_teacher (`Callable`, *optional*): Returns the inputs of a teacher for a record, by name. They become
+            `teacher_inputs` of the batch: tensors [1, ...] are concatenated, other values are listed. An error that it
+            raises makes the record a broken one.
         frozen (`Collection[str]`, *optional*): `"image"` for keys of images instead of pixels, `"text"` for texts
             instead of token ids. [`~lotlip_hf.training.frozen.add_states`] adds their states.
 
@@ -109,6 +113,7 @@ class LoTLIPCollator:
         frozen: Collection[str] = (),
         return_texts: bool = False,
         return_text_keys: bool = False,
+        read_for_teacher: Callable[[Record], Mapping[str, Any]] | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f'`on_error` must be "raise" or "skip", got {on_error!r}.')
@@ -124,6 +129,7 @@ class LoTLIPCollator:
         self.frozen = frozen
         self.return_texts = return_texts
         self.return_text_keys = return_text_keys
+        self.read_for_teacher = read_for_teacher
         # In shared memory, so that persistent workers of a DataLoader see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._warnings = 0
@@ -165,11 +171,14 @@ class LoTLIPCollator:
         counts = Counter(dict.fromkeys(COUNTED, 0), records=len(records))
         checked: list[Record] = []
         images: list[Any] = []
+        inputs: list[Mapping[str, Any]] = []
         errors: list[ValueError] = []
         for record in records:
             try:
                 # One image at a time, as a batch of large images could fill the memory.
                 read, image = read_record(record, load)
+                if self.read_for_teacher is not None:
+                    inputs.append(self.read_for_teacher(read))
             except (ImageError, RecordError) as error:
                 if self.on_error == "raise":
                     raise
@@ -209,6 +218,8 @@ class LoTLIPCollator:
             batch["texts"] = [[drawn.short, *drawn.long] for drawn in texts]
         if self.return_text_keys:
             batch["text_keys"] = torch.tensor([_text_keys(*pair) for pair in zip(checked, texts, strict=True)])
+        if inputs:
+            batch["teacher_inputs"] = {name: _joined([each[name] for each in inputs]) for name in inputs[0]}
         if self.patch_dropout and self.patch_size:
             batch["kept_patches"] = self._draw_patches(batch, self.patch_size, rngs)
         batch["return_loss"] = True
@@ -246,6 +257,10 @@ def _key(image: Any, name: str) -> str:
     if isinstance(image, Exception):
         raise image
     return image
+
+
+def _joined(values: list[Any]) -> Any:
+    return torch.cat(values) if isinstance(values[0], torch.Tensor) else values
 
 
 def _text_keys(record: Record, texts: Texts) -> list[int]:

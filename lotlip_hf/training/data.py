@@ -1,13 +1,14 @@
 """The training and evaluation records of a run."""
 
 import hashlib
+from dataclasses import replace
 from functools import partial
 from random import Random
 
 from datasets import Dataset, IterableDataset
 
 from ..data.collator import read_record
-from ..data.record import RecordError
+from ..data.record import VECTORS, RecordError
 from ..data.records import MissingColumn, SplitError, first_error, is_hub_name, load_records
 from ..images import set_max_image_pixels
 from ..scenes.dataset import scenes_dataset
@@ -17,6 +18,8 @@ from .config import SCENES, TrainingConfig
 COLUMN_HINTS = {
     "image": "Name the column with `--image-column`.",
     "short": "Name the column with `--short-column` (`none` uses the first sentence of each long caption).",
+    "teacher_image_embeds": "Name the column with `--teacher-image-column`.",
+    "teacher_text_embeds": "Name the column with `--teacher-text-column`.",
     "long": "Name the columns with `--long-columns`, or train on short captions only with `--num-long-texts 0`.",
 }
 
@@ -74,10 +77,13 @@ def _records(
         split = split or usual_split
         # Held-out scenes are the same for every seed of a run.
         return scenes_dataset(num_scenes, config.seed if split == "train" else 0, split)
+    mapping = config.column_mapping()
+    if option == "eval_split":  # evaluation has no teacher
+        mapping = replace(mapping, **dict.fromkeys(VECTORS))
     load = partial(
         load_records,
         data,
-        config.column_mapping(),
+        mapping,
         image_folder=config.image_folder,
         streaming=config.streaming,
         image_root=config.image_root,
