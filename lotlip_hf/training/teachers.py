@@ -4,7 +4,7 @@ Teachers: they compute `teacher_image_embeds` and `teacher_text_embeds`, which a
 To add a kind, write a subclass of [`Teacher`] and list it in `KINDS`.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -119,7 +119,8 @@ class EncoderTeacher(Teacher):
             embeds = self._image_embeds(inputs) if self.images is None else self.images.read(inputs["image_keys"])
             targets[IMAGE_EMBEDS] = embeds
         if TEXT_EMBEDS in self.needs:
-            targets[TEXT_EMBEDS] = self.text_embeds(_texts(batch))
+            number = _num_negatives(batch)
+            targets[TEXT_EMBEDS] = self.text_embeds([row[: len(row) - number] for row in batch["texts"]])
         return targets
 
     def text_embeds(self, texts: Sequence[Sequence[str]]) -> torch.Tensor:
@@ -159,8 +160,7 @@ class StartTeacher(Teacher):
     def targets(self, batch: Batch) -> dict[str, torch.Tensor]:
         assert self.averaged is not None
         names = {name.removeprefix("teacher_") for name in self.needs}
-        inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-        inputs.pop("kept_patches", None)
+        inputs = _inputs(batch)
         parts = []
         with torch.no_grad(), self.accelerator.autocast():
             for chunk in _chunks(inputs, self.config.grad_cache_chunk):
@@ -217,13 +217,23 @@ def add_teacher(batch: Batch, teacher: Teacher | None) -> Batch:
     return cast(Batch, {**teacher.targets(batch), **rest})
 
 
-def _texts(batch: Batch) -> list[list[str]]:
-    """Returns the texts of each record without its negatives, which are the last."""
-    number = batch["negative_mask"].shape[1] if "negative_mask" in batch else 0
-    return [row[: len(row) - number] for row in batch["texts"]]
+def _num_negatives(batch: Mapping[str, Any]) -> int:
+    """Number of negatives of each record, which are the last of its texts and have no target."""
+    return batch["negative_mask"].shape[1] if "negative_mask" in batch else 0
 
 
-def _chunks(inputs: Mapping[str, torch.Tensor], size: int | None) -> Iterable[dict[str, torch.Tensor]]:
+def _inputs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Returns the tensors for a model as teacher: whole images, and texts without negatives."""
+    unseen = ("kept_patches", "negative_mask")
+    inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name not in unseen}
+    if number := _num_negatives(batch):
+        for name in {"long_input_ids", "long_attention_mask", "text_states"} & inputs.keys():
+            inputs[name] = inputs[name][:, :-number]
+    return {name: value for name, value in inputs.items() if value.numel()}
+
+
+def _chunks(inputs: Mapping[str, torch.Tensor], size: int | None) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields chunks of `size` samples, or all samples."""
     number = len(next(iter(inputs.values())))
     for start in range(0, number, size or number):
         yield {name: value[start : start + (size or number)] for name, value in inputs.items()}
@@ -233,10 +243,12 @@ def _chunks(inputs: Mapping[str, torch.Tensor], size: int | None) -> Iterable[di
 
 
 def _pixels(record: Record, pixels: Callable[[Any, str], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Prepares the image for the teacher's encoder."""
     return pixels(record["image"], f"record {record['id']}")
 
 
 def _image_key(record: Record) -> dict[str, str]:
+    """Returns the key of a kept embedding (see [`KeyedRecords`])."""
     key = cast(Any, record)["image_key"]
     if isinstance(key, Exception):
         raise key
@@ -244,6 +256,7 @@ def _image_key(record: Record) -> dict[str, str]:
 
 
 def _vectors(record: Record, names: Sequence[str], dim: int) -> dict[str, torch.Tensor]:
+    """Returns embeddings [1, dim] of the record, or raises an error if one is missing or of another size."""
     for name in names:
         if len(record.get(name) or ()) != dim:
             raise RecordError(
