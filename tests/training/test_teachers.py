@@ -130,7 +130,8 @@ def test_a_teacher_embeds_as_its_model_does(teacher: str, cached: bool, start: P
         ["the dog", "a"],
         ["a cat", "x " * 99],
     ]
-    targets = taught.targets(batch)
+    negatives = {"texts": [[*row, "the car"] for row in batch["texts"]], "negative_mask": torch.ones(3, 1)}
+    targets = taught.targets({**batch, **negatives})
     assert torch.equal(torch.get_rng_state(), state)
     model, processor = (each.from_pretrained(start / teacher) for each in (AutoModel, AutoProcessor))
     flat = [text for row in batch["texts"] for text in row]
@@ -150,8 +151,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "with the paper's": {"terms": [*TEXT_TERMS, "infonce"], "teacher": "lotlip"},
     "frozen language model, as in stage 1": {"lock_text": True, "grad_cache_chunk": 3},
     "short captions": {"num_long_texts": 0, "num_workers": 2, "mixed_precision": "bf16"},
-    "images": {**NEAR, "term_options": ["near.of=image"], "patch_dropout": 0.5, "num_workers": 2},
-    "images, frozen image tower": {**NEAR, "lock_vision": True, "grad_cache_chunk": 3},
+    "images": {
+        **NEAR,
+        "term_options": ["near.of=image"],
+        "patch_dropout": 0.5,
+        "num_workers": 2,
+        "grad_cache_chunk": 3,
+    },
     "images, frozen towers": {**NEAR, "lock_vision": True, "lock_text": True, "lock_corner_tokens": True},
     "images of a stream": {**NEAR, "data": "shards", "streaming": True, "lock_vision": True},
 }
@@ -225,7 +231,10 @@ def test_a_model_as_teacher_embeds_whole_pictures_in_chunks(start: Path, tmp_pat
         for collator in (collate(), collate(patch_dropout=0.5, patch_size=model.config.vision_config.patch_size))
     ]
     assert "kept_patches" in batches[1]
-    targets = teacher.targets(batches[1])
+    negatives: dict[str, Any] = {"negative_mask": torch.ones(5, 1)}
+    for name in ("long_input_ids", "long_attention_mask"):
+        negatives[name] = torch.cat([batches[1][name], batches[1][name][:, :1]], dim=1)
+    targets = teacher.targets({**batches[1], **negatives})
     with torch.no_grad():
         expected = embed(model.eval(), batches[0], names)
     for name in names:
@@ -234,7 +243,7 @@ def test_a_model_as_teacher_embeds_whole_pictures_in_chunks(start: Path, tmp_pat
 
 def test_a_moving_average_is_that_of_ema_decay(start: Path, tmp_path: Path) -> None:
     options = options_of(start, "ema", **NEAR, teacher_momentum=0.75, ema_decay=0.75, gradient_accumulation_steps=2)
-    run(tmp_path / "run", **{**options, "terms": ["near", "infonce"]})
+    run(tmp_path / "run", **{**options, "terms": ["near", "infonce"], "mixed_precision": "bf16"})
     state = list_checkpoints(tmp_path / "run")[-1] / "state"
     teacher, averaged = (torch.load(state / f"{name}.pt") for name in ("teacher", "averaged"))
     assert teacher["n_averaged"] == 8
