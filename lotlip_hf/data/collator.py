@@ -46,6 +46,7 @@ class Batch(ModelInputs):
     negative_mask: torch.Tensor  # [B, n], `False` where a record lacks a negative, only with `num_negatives`
     tags: torch.Tensor  # [B, K], digests of the tags, padded with 0, only with `return_tags`
     return_loss: bool  # `True`, so that `model(**batch)` returns a loss
+    teacher_inputs: dict[str, Any]  # only with `read_for_teacher`
     ids: list[str]  # only with `return_ids`
     counts: dict[str, int]  # only with `return_ids`
 
@@ -83,6 +84,9 @@ class LoTLIPCollator:
         return_tags (`bool`, *optional*, defaults to `False`): Whether to add `tags` to batches: the digests of the
             tags of each record, for which case and white space do not matter. K is the largest number of tags in the
             batch, at least 1. Without it, tags cost nothing. `model(**batch)` does not accept `tags`.
+        read_for_teacher (`Callable`, *optional*): Returns the inputs of a teacher for a record, by name. They become
+            `teacher_inputs` of the batch: tensors [1, ...] are concatenated, other values are listed. An error that it
+            raises makes the record a broken one.
         frozen (`Collection[str]`, *optional*): `"image"` for keys of images instead of pixels, `"text"` for texts
             instead of token ids. [`~lotlip_hf.training.frozen.add_states`] adds their states.
 
@@ -121,6 +125,7 @@ class LoTLIPCollator:
         return_text_keys: bool = False,
         num_negatives: int = 0,
         return_tags: bool = False,
+        read_for_teacher: Callable[[Record], Mapping[str, Any]] | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f'`on_error` must be "raise" or "skip", got {on_error!r}.')
@@ -140,6 +145,7 @@ class LoTLIPCollator:
         self.return_text_keys = return_text_keys
         self.num_negatives = num_negatives
         self.return_tags = return_tags
+        self.read_for_teacher = read_for_teacher
         # In shared memory, so that persistent workers of a DataLoader see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._warnings = 0
@@ -181,11 +187,14 @@ class LoTLIPCollator:
         counts = Counter(dict.fromkeys(COUNTED, 0), records=len(records))
         checked: list[Record] = []
         images: list[Any] = []
+        inputs: list[Mapping[str, Any]] = []
         errors: list[ValueError] = []
         for record in records:
             try:
                 # One image at a time, as a batch of large images could fill the memory.
                 read, image = read_record(record, load)
+                if self.read_for_teacher is not None:
+                    inputs.append(self.read_for_teacher(read))
             except (ImageError, RecordError) as error:
                 if self.on_error == "raise":
                     raise
@@ -235,6 +244,8 @@ class LoTLIPCollator:
             batch["negative_mask"] = torch.tensor([mask for _, mask in negatives])
         if self.return_tags:
             batch["tags"] = _tag_keys(checked)
+        if inputs:
+            batch["teacher_inputs"] = {name: _joined([each[name] for each in inputs]) for name in inputs[0]}
         batch["return_loss"] = True
         if self.return_ids:
             batch |= {"ids": [record["id"] for record in checked], "counts": dict(counts)}
@@ -285,6 +296,10 @@ def _tag_keys(records: Sequence[Record]) -> torch.Tensor:
     digests = [[_digest([tag]) for tag in record.get("tags", [])] for record in records]
     longest = max(1, *map(len, digests))
     return torch.tensor([row + [0] * (longest - len(row)) for row in digests])
+
+
+def _joined(values: list[Any]) -> Any:
+    return torch.cat(values) if isinstance(values[0], torch.Tensor) else values
 
 
 def _text_keys(record: Record, texts: Texts) -> list[int]:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from ..files import printable
 from .readers import column_of
-from .record import OPTIONAL
+from .record import OPTIONAL, VECTORS
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ class MissingColumn(ValueError):
 
     Args:
         problem (`str`): A sentence that names the missing column.
-        field (`str`): Field of [`ColumnMapping`] that names the column: `"image"`, `"short"` or `"long"`.
+        field (`str`): Field of [`ColumnMapping`] that names the column, such as `"image"`.
         hint (`str`, *optional*): Advice in one sentence. Defaults to advice for `load_records`.
     """
 
@@ -54,6 +54,8 @@ class ColumnMapping:
             digest of the record.
         negatives, rewrites, tags, regions, group (`str`, *optional*): Columns of the optional fields of a
             [`~lotlip_hf.data.record.Record`]. Data sets and rows may lack them.
+        teacher_image_embeds, teacher_text_embeds (`str`, *optional*): Columns of embeddings of the image and of the
+            short caption, lists of numbers. A record without a list of finite numbers is broken.
     """
 
     image: str | tuple[str, ...] = ("image", "file_name")
@@ -65,6 +67,8 @@ class ColumnMapping:
     tags: str | None = None
     regions: str | None = None
     group: str | None = None
+    teacher_image_embeds: str | None = None
+    teacher_text_embeds: str | None = None
 
     @property
     def optional(self) -> dict[str, str]:
@@ -81,7 +85,7 @@ _RECAP_LONG = ColumnMapping(
 )
 MAPPINGS = {
     # The column names of this package. `file_name` is the image column of image folders with metadata.
-    "records": ColumnMapping(**{name: name for name in OPTIONAL}),
+    "records": ColumnMapping(**{name: name for name in OPTIONAL if name not in VECTORS}),
     # DreamLIP's long captions of CC3M, CC12M and YFCC15M: InstructBLIP, ShareGPT4V, LLaVA.
     "dreamlip": ColumnMapping(
         image=("image", "Image Path"),
@@ -135,6 +139,9 @@ def resolve(mapping: ColumnMapping, columns: Sequence[str], source: str) -> Colu
     image = first(alternatives(mapping.image))
     if image is None:
         raise missing("image", alternatives(mapping.image))
+    for field in VECTORS:
+        if (column := getattr(mapping, field)) is not None and column_of(column, columns) is None:
+            raise missing(field, (column,))
     if short is None and mapping.short is not None:
         logger.warning(
             "%s has no column %s. The first sentence of the first long caption is used as the short caption. To use a "

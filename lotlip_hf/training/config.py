@@ -236,9 +236,17 @@ class TrainingConfig:
         metavar="NAME=VALUE",
     )
     teacher: str | None = option(
-        "Checkpoint folder or Hub id of a frozen dual encoder, such as CLIP, whose embeddings of the texts are the "
-        "targets of the terms instance and structure (default: none)",
+        "Whose embeddings are the targets of terms such as instance and structure: a checkpoint folder or Hub id of a "
+        "dual encoder, such as CLIP; 'self', the model as it started; 'ema', a moving average of the model; or "
+        "'columns' of the records (default: none)",
         None,
+    )
+    teacher_momentum: float = option("Decay of the moving average of --teacher ema", 0.999, at_least=0, below=1)
+    teacher_image_column: str | None = option(
+        "Column of the teacher's embedding of the image, a list of numbers, for --teacher columns", None
+    )
+    teacher_text_column: str | None = option(
+        "Column of the teacher's embedding of the short caption, for --teacher columns", None
     )
 
     batch_size: int = option("Images per batch and process", 64, at_least=1, group="Batches")
@@ -374,13 +382,24 @@ class TrainingConfig:
         from .terms import make_terms  # slow: imports torch
 
         terms, _ = make_terms(self.terms, self.term_options)
-        taught = [
-            name for name, term in terms.items() if any(need.startswith("teacher_") for need in cast(Any, term).needs)
-        ]
+        taught = {
+            name: needs
+            for name, term in terms.items()
+            if (needs := {need for need in cast(Any, term).needs if need.startswith("teacher_")})
+        }
         if taught and self.teacher is None:
-            raise ValueError(f"`terms` {', '.join(taught)} needs `teacher`. Set it to a dual encoder.")
+            raise ValueError(f"`terms` {', '.join(taught)} needs `teacher`. Set it, for example to a dual encoder.")
         if self.teacher is not None and not taught:
             raise ValueError("`teacher` needs a term that uses it, such as instance. Add one to `terms`.")
+        if self.teacher_momentum != type(self).teacher_momentum and self.teacher != "ema":
+            raise ValueError("`teacher_momentum` needs `teacher` ema. Set it too.")
+        for kind in ("image", "text"):
+            name = f"teacher_{kind}_column"
+            is_read = self.teacher == "columns" and any(f"teacher_{kind}_embeds" in needs for needs in taught.values())
+            if is_read and getattr(self, name) is None:
+                raise ValueError(f"`teacher` columns needs `{name}` for `terms` {', '.join(taught)}. Set it too.")
+            if getattr(self, name) is not None and not is_read:
+                raise ValueError(f"`{name}` needs `teacher` columns and a term that uses the {kind} embeddings.")
 
     @property
     def has_frozen_towers(self) -> bool:
@@ -440,6 +459,8 @@ class TrainingConfig:
             "image": self.image_column,
             "long": None if self.long_columns is None else tuple(self.long_columns),
             "id": self.id_column,
+            "teacher_image_embeds": self.teacher_image_column,
+            "teacher_text_embeds": self.teacher_text_column,
         }
         return dataclasses.replace(
             mapping, **{field: column for field, column in columns.items() if column is not None}

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -9,7 +10,7 @@ from datasets import Dataset, IterableDataset
 
 from ..data.collator import read_record
 from ..data.kept import KeptIds, keep_records
-from ..data.record import Record, RecordError, check_record
+from ..data.record import VECTORS, Record, RecordError, check_record
 from ..data.records import (
     MissingColumn,
     SplitError,
@@ -29,6 +30,8 @@ READ_TOGETHER = 100  # records
 COLUMN_HINTS = {
     "image": "Name the column with `--image-column`.",
     "short": "Name the column with `--short-column` (`none` uses the first sentence of each long caption).",
+    "teacher_image_embeds": "Name the column with `--teacher-image-column`.",
+    "teacher_text_embeds": "Name the column with `--teacher-text-column`.",
     "long": "Name the columns with `--long-columns`, or train on short captions only with `--num-long-texts 0`.",
 }
 
@@ -104,10 +107,13 @@ def _records(
         # Held-out scenes are the same for every seed of a run.
         scenes = scenes_dataset(num_scenes, config.seed if split == "train" else 0, split)
         return scenes if keep is None else keep_records(scenes, KeptIds(keep))
+    mapping = config.column_mapping()
+    if option == "eval_split":  # evaluation has no teacher
+        mapping = replace(mapping, **dict.fromkeys(VECTORS))
     load = partial(
         load_records,
         data,
-        config.column_mapping(),
+        mapping,
         image_folder=config.image_folder,
         streaming=config.streaming,
         image_root=config.image_root,
