@@ -9,11 +9,11 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -32,7 +32,7 @@ MAX_WORDS = 64  # of an entry
 PART = 10_000  # records of a table that are read at a time; of a stream, it is a shard
 BATCH = 16  # records of a stream
 SAVE_SECONDS = 5
-STATE, IDS = "state.json", "ids"
+STATE, IDS, LOCK = "state.json", "ids", "lock"
 PUNCTUATION = re.compile(r"[,.;:?!`]")
 WHITE = str.maketrans("\t\r\n", "   ")
 
@@ -289,7 +289,7 @@ def curate(
     folder = output.with_name(f"{output.name}{PARTIAL}")
     folder.mkdir(exist_ok=True)
     try:
-        with FileLock(folder / "lock", timeout=0):
+        with FileLock(folder / LOCK, timeout=0):
             return _curate(parts, _State(folder, identity, len(entries.names)), output, num_workers)
     except Timeout as error:
         raise ValueError(f"{folder} is in use by another process. Wait for it, or choose another output.") from error
@@ -399,7 +399,10 @@ class _State:
         (self.folder / STATE).unlink()  # first: without the file of ids, it could not be continued
         if self.length:
             publish(self.folder / IDS, output)
-        shutil.rmtree(self.folder)
+        for name in (IDS, LOCK):
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # files of others are not removed
+            self.folder.rmdir()
         if not self.length:
             option = "t" if self.records["dropped"] else "metadata"
             raise ValueError(f"`{option}`: no record is kept, {self.records['unmatched']:,} have no match.")

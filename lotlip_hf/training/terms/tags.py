@@ -53,8 +53,8 @@ class Tags(nn.Module):
     def targets(self, tags: torch.Tensor) -> torch.Tensor:
         """Returns 1 for the tags [b, K] of each sample and 0 for the others of the vocabulary, [b, V]."""
         size = len(self.digests)
-        places = torch.searchsorted(self.digests, tags).clamp(max=size - 1)
-        classes = torch.where(self.digests[places] == tags, self.classes[places], size)
+        indices = torch.searchsorted(self.digests, tags).clamp(max=size - 1)
+        classes = torch.where(self.digests[indices] == tags, self.classes[indices], size)
         targets = self.head.weight.new_zeros(len(tags), size + 1)
         return targets.scatter_(1, classes, 1.0)[:, :size]
 
